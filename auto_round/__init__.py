@@ -1,0 +1,48 @@
+"""AutoRound: post-training quantization of large language models to 2-8 bits.
+
+Names are imported when they are first used, so that `import auto_round` costs nothing and touches no device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from auto_round._version import __version__
+
+if TYPE_CHECKING:
+    from auto_round.algorithms.quantization.rtn.config import OptimizedRTNConfig, RTNConfig
+    from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
+    from auto_round.autoround import AutoRound
+    from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
+
+_EXPORTS = {
+    "AutoRound": "auto_round.autoround",
+    "QuantizationScheme": "auto_round.schemes",
+    "PRESET_SCHEMES": "auto_round.schemes",
+    "RTNConfig": "auto_round.algorithms.quantization.rtn.config",
+    "OptimizedRTNConfig": "auto_round.algorithms.quantization.rtn.config",
+    "SignRoundConfig": "auto_round.algorithms.quantization.sign_round.config",
+    "AdamRoundConfig": "auto_round.algorithms.quantization.sign_round.config",
+}
+
+__all__ = [
+    "AdamRoundConfig",
+    "AutoRound",
+    "OptimizedRTNConfig",
+    "PRESET_SCHEMES",
+    "QuantizationScheme",
+    "RTNConfig",
+    "SignRoundConfig",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'auto_round' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,93 @@
+"""What every data type needs: groups along the input dimension, rounding with a gradient, finding a function."""
+
+from __future__ import annotations
+
+import torch
+
+from auto_round.data_type.register import QUANT_FUNC_WITH_DTYPE, QuantFunc
+from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.schemes import GroupSize
+
+
+def round_ste(x: torch.Tensor) -> torch.Tensor:
+    """Round half to even; the gradient passes straight through (Bengio et al. 2013, arXiv 1308.3432, section 4)."""
+    return (x.round() - x).detach() + x
+
+
+def clamp_ste(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Clamp; the gradient is one inside [low, high] and zero outside."""
+    return x.clamp(low, high)
+
+
+def reshape_pad_tensor_by_group_size(
+    tensor: torch.Tensor, group_size: GroupSize, value: float = 0.0
+) -> tuple[torch.Tensor, int]:
+    """Cut the last dimension into groups.
+
+    Args:
+        tensor: [..., in]; more than two dimensions are flattened to rows of `in`.
+        group_size: >0 groups of that many, the last one padded with `value`; -1, or a size above `in`: one group a
+            row; 0: the whole tensor is one group; (M, N): blocks of M rows and N columns, both padded.
+        value: what fills the padding.
+
+    Returns:
+        The groups, [groups, group_size] (blocks: [rows/M, columns/N, M, N]), and the number of columns before padding.
+    """
+    columns = int(tensor.shape[-1]) if tensor.dim() else 1
+    if isinstance(group_size, tuple):
+        flat = tensor.reshape(-1, columns)
+        m, n = group_size
+        flat = torch.nn.functional.pad(flat, (0, -columns % n, 0, -flat.shape[0] % m), value=value)
+        return flat.view(flat.shape[0] // m, m, flat.shape[1] // n, n).transpose(1, 2), columns
+    if group_size == 0:
+        return tensor.reshape(1, -1), columns
+    flat = tensor.reshape(-1, columns)
+    if group_size == -1 or columns < group_size:
+        return flat, columns
+    if columns % group_size:
+        flat = torch.nn.functional.pad(flat, (0, -columns % group_size), value=value)
+    return flat.reshape(-1, group_size), columns
+
+
+def revert_tensor_by_pad(
+    tensor: torch.Tensor, orig_out_features: int, orig_shape: torch.Size | tuple[int, ...]
+) -> torch.Tensor:
+    """Undo `reshape_pad_tensor_by_group_size`: drop the padding and give the tensor its shape back.
+
+    `orig_out_features` is the second value that function returned, the columns before padding.
+    """
+    if tensor.dim() == 4:
+        rows = 1
+        for size in orig_shape[:-1]:
+            rows *= int(size)
+        flat = tensor.transpose(1, 2).reshape(tensor.shape[0] * tensor.shape[2], -1)
+        return flat[:rows, :orig_out_features].reshape(orig_shape)
+    numel = 1
+    for size in orig_shape:
+        numel *= int(size)
+    if tensor.numel() == numel:
+        return tensor.reshape(orig_shape)
+    rows = numel // orig_out_features
+    return tensor.reshape(rows, -1)[:, :orig_out_features].reshape(orig_shape)
+
+
+def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc:
+    """The function registered for a data type.
+
+    Names are tried from the most exact: `int4_sym`, `int_sym`, `int4`, `int`.
+
+    Raises:
+        UnsupportedError: no such data type; the message lists those there are.
+        ConfigError: `data_type` is not a name.
+    """
+    if not isinstance(data_type, str):
+        raise ConfigError(f"data_type={data_type!r} is not a name")
+    suffix = "sym" if sym else "asym"
+    for name in (f"{data_type}{bits}_{suffix}", f"{data_type}_{suffix}", f"{data_type}{bits}", data_type):
+        if name in QUANT_FUNC_WITH_DTYPE:
+            return QUANT_FUNC_WITH_DTYPE[name]
+    known = sorted(QUANT_FUNC_WITH_DTYPE)
+    raise UnsupportedError(
+        f"data type {data_type!r} with {bits} bits is not available in this version{nearest(data_type, known)} "
+        f"Available: {', '.join(known)}. A new one is added with auto_round.data_type.register.register_dtype"
+    )

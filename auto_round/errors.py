@@ -1,0 +1,71 @@
+"""Every error a user can cause or meet, as one closed hierarchy.
+
+The message of an error says what was given, what is allowed and what to do. The command line prints it on one line
+and leaves with `exit_code`; Python users catch `AutoRoundError` or one of its children.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AutoRoundError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+    exit_code: int = 1
+
+
+class ConfigError(AutoRoundError, ValueError):
+    """An argument, flag, scheme or layer pattern is unknown, malformed or contradicts another one."""
+
+    exit_code = 2
+
+
+class ModelError(AutoRoundError):
+    """The model cannot be found, is not a causal language model, or its files are damaged."""
+
+    exit_code = 3
+
+
+class DataError(AutoRoundError):
+    """The calibration or evaluation data is missing, unreadable or leaves no usable sample."""
+
+    exit_code = 4
+
+
+class DeviceError(AutoRoundError):
+    """The device does not exist here or cannot do what was asked of it."""
+
+    exit_code = 5
+
+
+class OutputError(AutoRoundError, OSError):
+    """The output folder cannot be used: not empty, not writable, or too little disk."""
+
+    exit_code = 6
+
+
+class UnsupportedError(AutoRoundError, NotImplementedError):
+    """A combination that cannot work here, such as a scheme that a format does not take."""
+
+    exit_code = 7
+
+
+class NumericsError(AutoRoundError, ArithmeticError):
+    """NaN or Inf in weights, activations, scales or loss; the message names the layer."""
+
+    exit_code = 8
+
+
+class VerifyError(AutoRoundError):
+    """The saved files do not hold what was computed."""
+
+    exit_code = 9
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """A clause `; did you mean 'a', 'b'?` with the names closest to `name`, or an empty string."""
+    lowered = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)
+    return f"; did you mean {', '.join(repr(lowered[c]) for c in close)}?" if close else ""

@@ -1,0 +1,77 @@
+"""What crosses from a quantizer to a format: one layer's codes, scales and zero points, decided once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from auto_round.schemes import QuantizationScheme
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Groups along the input dimension: the last one may be short. -1 and 0 give one group."""
+    return 1 if group_size <= 0 else -(-in_features // group_size)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLayer:
+    """One linear layer after quantization.
+
+    Attributes:
+        name: the module's full name in the model.
+        scheme: how it was quantized. `group_size` is as asked for; `scale` always has one column per group.
+        codes: uint8 [out, in], stored codes 0 .. 2**bits - 1 (symmetric: value + 2**(bits-1)); None for a data type
+            without integer codes, whose result is `weight`.
+        scale: [out, groups] in the dtype in which it is stored (float16 for integers); scales may be negative.
+        zero_point: uint8 [out, groups], or one int for all groups (symmetric: 2**(bits-1)).
+        weight: dense dequantized [out, in], only when `codes` is None.
+        bias: [out] in the model's dtype, or None.
+        transposed: the module stores its weight as [in, out] (Transformers' Conv1D).
+
+    The dequantized weight is `scale * (codes - zero_point)`, in float32, group by group along the input dimension.
+    """
+
+    name: str
+    scheme: QuantizationScheme
+    codes: torch.Tensor | None
+    scale: torch.Tensor | None
+    zero_point: torch.Tensor | int | None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def out_features(self) -> int:
+        return int(self._dense_shape()[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self._dense_shape()[1])
+
+    def _dense_shape(self) -> torch.Size:
+        source = self.codes if self.codes is not None else self.weight
+        assert source is not None
+        return source.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[out, in]: `scale * (code - zero_point)` computed in float32, then cast to `dtype`."""
+        if self.codes is None:
+            assert self.weight is not None
+            return self.weight.to(dtype)
+        assert self.scale is not None
+        return dequantize_codes(self.codes, self.scale, self.zero_point, self.scheme.group_size).to(dtype)
+
+
+def dequantize_codes(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int | None, group_size: object) -> torch.Tensor:
+    """float32 [out, in] from codes [out, in], scale [out, groups] and zero point (int or [out, groups])."""
+    out, cols = codes.shape
+    size = group_size if isinstance(group_size, int) and group_size > 0 else cols
+    groups = scale.shape[-1]
+    values = codes.float()
+    if groups * size != cols:
+        values = torch.nn.functional.pad(values, (0, groups * size - cols))
+    values = values.view(out, groups, size)
+    zero = zero_point.float().unsqueeze(-1) if isinstance(zero_point, torch.Tensor) else float(zero_point or 0)
+    values = values.sub_(zero).mul_(scale.float().unsqueeze(-1))
+    return values.view(out, groups * size)[:, :cols]

@@ -1,0 +1,202 @@
+"""Quantization schemes: what a layer's weights (and activations) become, and the presets that have a name.
+
+A scheme is a frozen value. It knows nothing of tensors, models or files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from auto_round.errors import ConfigError, nearest
+
+GroupSize = int | tuple[int, int]
+
+_DTYPE_ALIASES = {"mxfp": "mx_fp", "nvfp": "nv_fp", "mxint": "mx_int", "nvfp4": "nv_fp", "fp8": "fp"}
+
+
+@dataclass(frozen=True)
+class QuantizationScheme:
+    """How one layer is quantized.
+
+    Attributes:
+        bits: bits per weight; 16 and above mean "leave in full precision".
+        group_size: weights that share a scale, along the input dimension: >0 per group, -1 per output channel,
+            0 per tensor, a pair (rows, columns) for two-dimensional blocks.
+        sym: symmetric around zero (no stored zero point of its own) or asymmetric.
+        data_type: registered name of the weight data type, see `auto_round.data_type`.
+        act_bits, act_group_size, act_sym, act_data_type, act_dynamic: the same for activations; None takes the
+            default (16 bits, and otherwise the weights' values, dynamic).
+        super_bits, super_group_size: double quantization of the scales (GGUF K-quants).
+        rotation_config: options of a rotation applied before quantization.
+    """
+
+    bits: int = 4
+    group_size: GroupSize = 128
+    sym: bool = True
+    data_type: str = "int"
+    act_bits: int | None = None
+    act_group_size: GroupSize | None = None
+    act_sym: bool | None = None
+    act_data_type: str | None = None
+    act_dynamic: bool | None = None
+    super_bits: int | None = None
+    super_group_size: int | None = None
+    rotation_config: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.group_size, list):
+            object.__setattr__(self, "group_size", tuple(self.group_size))
+        dtype = str(self.data_type).lower()
+        object.__setattr__(self, "data_type", _DTYPE_ALIASES.get(dtype, dtype))
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits < 1:
+            raise ConfigError(f"bits={self.bits!r} is not a positive whole number; use 2 to 8, or 16 to leave a layer as it is")
+        size = self.group_size
+        if isinstance(size, tuple):
+            if len(size) != 2 or any(not isinstance(s, int) or s <= 0 for s in size):
+                raise ConfigError(f"group_size={size!r}: a block needs two positive whole numbers (rows, columns)")
+        elif not isinstance(size, int) or isinstance(size, bool) or size < -1:
+            raise ConfigError(f"group_size={size!r} is not allowed; use a positive number, -1 (per channel) or 0 (per tensor)")
+
+    @property
+    def quantizes_weights(self) -> bool:
+        return self.bits < 16
+
+    @property
+    def quantizes_activations(self) -> bool:
+        return self.act_bits is not None and self.act_bits < 16
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantizationScheme:
+        """Build from a mapping of field names. Raises ConfigError for an unknown name."""
+        check_scheme_keys(values)
+        return cls(**values)
+
+    def with_overrides(self, values: Mapping[str, Any]) -> QuantizationScheme:
+        """A copy with the given fields replaced; values of None are ignored."""
+        check_scheme_keys(values)
+        return replace(self, **{k: v for k, v in values.items() if v is not None})
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [f.name for f in fields(cls)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    # A scheme reads like a mapping too, because layer configurations mix schemes and plain dictionaries.
+    def keys(self) -> list[str]:
+        return self.get_attributes()
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        return ((k, getattr(self, k)) for k in self.get_attributes())
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return getattr(self, key) if key in self.get_attributes() else default
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.get_attributes():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def describe(self) -> str:
+        """One short phrase, such as `int4 g128 sym`."""
+        if not self.quantizes_weights:
+            return "full precision"
+        size = {-1: "per channel", 0: "per tensor"}.get(self.group_size) if isinstance(self.group_size, int) else None
+        group = size or (f"g{self.group_size}" if isinstance(self.group_size, int) else "g{}x{}".format(*self.group_size))
+        text = f"{self.data_type}{self.bits} {group} {'sym' if self.sym else 'asym'}"
+        if self.quantizes_activations:
+            text += f", {self.act_data_type or self.data_type}{self.act_bits} activations"
+        return text
+
+
+SCHEME_KEYS = tuple(QuantizationScheme.get_attributes())
+
+
+def check_scheme_keys(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError when a key is not a field of QuantizationScheme."""
+    for key in values:
+        if key not in SCHEME_KEYS:
+            raise ConfigError(f"unknown scheme field {key!r}{nearest(key, SCHEME_KEYS)} Allowed: {', '.join(SCHEME_KEYS)}")
+
+
+def _weights(bits: int, group_size: GroupSize = 128, **kw: Any) -> QuantizationScheme:
+    return QuantizationScheme(bits=bits, group_size=group_size, act_bits=16, **kw)
+
+
+def _both(bits: int, group_size: int, dtype: str, act_dtype: str | None = None, **kw: Any) -> QuantizationScheme:
+    """Weights and activations alike."""
+    return QuantizationScheme(
+        bits=bits, group_size=group_size, data_type=dtype, act_bits=bits, act_group_size=group_size, act_sym=True,
+        act_data_type=act_dtype or dtype, act_dynamic=True, **kw,
+    )  # fmt: skip
+
+
+PRESET_SCHEMES: dict[str, QuantizationScheme] = {
+    **{f"W{b}A16": _weights(b) for b in (2, 3, 4, 5, 6, 8)},
+    "W2A16G64": _weights(2, 64),
+    "W2A16G32": _weights(2, 32),
+    "W4A16_MIXED": _weights(4),
+    "MXFP4": _both(4, 32, "mx_fp"),
+    "MXFP8": _both(8, 32, "mx_fp"),
+    "MXFP4_RCEIL": _both(4, 32, "mx_fp", "mx_fp_rceil"),
+    "MXFP8_RCEIL": _both(8, 32, "mx_fp", "mx_fp_rceil"),
+    "MXINT4": _both(4, 32, "mx_int"),
+    "NVFP4": _both(4, 16, "nv_fp", "nv_fp4_with_static_gs"),
+    "FPW8A16": _weights(8, 0, data_type="fp"),
+    "FP8_STATIC": QuantizationScheme(8, -1, True, "fp", 8, 0, True, "fp", False),
+    "FP8_BLOCK": QuantizationScheme(8, (128, 128), True, "fp", 8, 128, True, "fp", True),
+    "INT8": _both(8, -1, "int"),
+    "INT8_W8A8": _both(8, -1, "int"),
+    "INT4": _both(4, -1, "int"),
+    "BF16": QuantizationScheme(16, 128, True, "fp", 16),
+}
+
+# GGUF types: (bits, group_size, sym, data_type, super_bits, super_group_size), as defined by ggml's block structures.
+_GGUF: dict[str, tuple[int, int, bool, str, int | None, int | None]] = {
+    "Q4_0": (4, 32, True, "int", None, None),
+    "Q5_0": (5, 32, True, "int", None, None),
+    "Q8_0": (8, 32, True, "int", None, None),
+    "Q4_1": (4, 32, False, "int_asym_float_zp", None, None),
+    "Q5_1": (5, 32, False, "int_asym_float_zp", None, None),
+    **{f"Q2_K{s}": (2, 16, False, "int_asym_dq", 4, 16) for s in ("_S", "_MIXED")},
+    **{f"Q3_K{s}": (3, 16, True, "int_sym_dq", 6, 16) for s in ("_S", "_M", "_L")},
+    **{f"Q4_K{s}": (4, 32, False, "int_asym_dq", 6, 8) for s in ("_S", "_M")},
+    **{f"Q5_K{s}": (5, 32, False, "int_asym_dq", 6, 8) for s in ("_S", "_M")},
+    "Q6_K": (6, 16, True, "int_sym_dq", 8, 16),
+}
+for _name, (_b, _g, _s, _d, _sb, _sg) in _GGUF.items():
+    PRESET_SCHEMES[f"GGUF:{_name}"] = QuantizationScheme(_b, _g, _s, _d, 16, super_bits=_sb, super_group_size=_sg)
+
+
+def normalize_preset_name(name: str) -> str:
+    """Upper case, dashes as underscores: `w4a16` and `W4A16` are one preset."""
+    return re.sub(r"[-\s]", "_", name.strip().strip("'\"")).upper()
+
+
+def is_preset_scheme(name: str) -> bool:
+    return normalize_preset_name(name) in PRESET_SCHEMES
+
+
+def preset_name_to_scheme(name: str) -> QuantizationScheme:
+    """The preset called `name`, in any case. Raises ConfigError with the nearest names."""
+    key = normalize_preset_name(name)
+    if key not in PRESET_SCHEMES:
+        raise ConfigError(
+            f"unknown scheme {name!r}{nearest(key, PRESET_SCHEMES)} Known schemes: {', '.join(sorted(PRESET_SCHEMES))}"
+        )
+    return PRESET_SCHEMES[key]
+
+
+def parse_scheme(value: str | Mapping[str, Any] | QuantizationScheme) -> QuantizationScheme:
+    """A preset name, a mapping of fields or a scheme, as a scheme."""
+    if isinstance(value, QuantizationScheme):
+        return value
+    if isinstance(value, str):
+        return preset_name_to_scheme(value)
+    if isinstance(value, Mapping):
+        return QuantizationScheme.from_dict(value)
+    raise ConfigError(f"scheme={value!r}: give a preset name, a dict of fields or a QuantizationScheme, not {type(value).__name__}")
