@@ -1,0 +1,178 @@
+"""Integers of 2 to 8 bits with one scale a group, symmetric over the full range or asymmetric.
+
+Symmetric: the element of largest magnitude maps to -2**(bits-1), so a scale may be negative and no code is lost
+(AutoRound, arXiv 2309.05516, section 3; the "full range" variant). Asymmetric: `scale * (code - zero_point)` with the
+range widened to hold zero. Scales are rounded to the dtype in which they are stored before any code is chosen, so what
+is computed here is what a reader of the file computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from auto_round.data_type.register import register_dtype
+from auto_round.data_type.utils import reshape_pad_tensor_by_group_size, revert_tensor_by_pad, round_ste
+from auto_round.schemes import GroupSize
+
+FP16_MAX = 65504.0
+
+
+class IntGrid(NamedTuple):
+    """A group's grid. `scale` is float32 holding values of the stored dtype, [..., 1]; `zero` is the code of 0.0."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor | float
+    bits: int
+
+
+def default_scale_threshold(scale_dtype: torch.dtype) -> float:
+    """The smallest |scale| written: below 1e-5 float16 kernels lose it."""
+    return 1e-8 if scale_dtype == torch.float32 else 1e-5
+
+
+def round_to_stored(scale: torch.Tensor, scale_dtype: torch.dtype, threshold: float) -> torch.Tensor:
+    """float32 scales as `scale_dtype` stores them: |scale| at least `threshold`, sign kept, no overflow to Inf."""
+    if scale_dtype == torch.float16:
+        scale = scale.clamp(-FP16_MAX, FP16_MAX)
+    rounded = scale + (scale.to(scale_dtype).float() - scale).detach()
+    floor = torch.tensor(threshold, dtype=scale_dtype).float()  # the threshold itself must be a stored value
+    low = torch.where(rounded < 0, -floor, floor).to(rounded)
+    return torch.where(rounded.abs() < floor.to(rounded), low + (rounded - rounded.detach()), rounded)
+
+
+def symmetric_grid(
+    groups: torch.Tensor, bits: int, min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
+    scale_dtype: torch.dtype = torch.float16, threshold: float | None = None,
+    tensor_min: torch.Tensor | None = None, tensor_max: torch.Tensor | None = None,
+) -> IntGrid:  # fmt: skip
+    """The full-range grid of each group.
+
+    Args:
+        groups: [..., group_size], float32 or the weight's own dtype.
+        min_scale, max_scale: factors on the group's extremes, broadcastable to [..., 1].
+        tensor_min, tensor_max: the extremes, [..., 1], when they are known already.
+    """
+    low = groups.amin(-1, keepdim=True).clamp(max=0) if tensor_min is None else tensor_min
+    high = groups.amax(-1, keepdim=True).clamp(min=0) if tensor_max is None else tensor_max
+    low, high = low * min_scale, high * max_scale
+    # The side of larger magnitude takes -2**(bits-1); on a tie the positive side does.
+    extreme = torch.where(high < -low, -low, -high)
+    thresh = default_scale_threshold(scale_dtype) if threshold is None or threshold <= 0 else threshold
+    scale = round_to_stored((extreme / 2 ** (bits - 1)).float(), scale_dtype, thresh)
+    return IntGrid(scale, float(2 ** (bits - 1)), bits)
+
+
+def asymmetric_grid(
+    groups: torch.Tensor, bits: int, min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
+    scale_dtype: torch.dtype = torch.float16, threshold: float | None = None,
+    tensor_min: torch.Tensor | None = None, tensor_max: torch.Tensor | None = None,
+) -> IntGrid:  # fmt: skip
+    """The grid from the group's minimum (at most 0) to its maximum (at least 0), with a whole-number zero point."""
+    low = groups.amin(-1, keepdim=True).clamp(max=0) if tensor_min is None else tensor_min
+    high = groups.amax(-1, keepdim=True).clamp(min=0) if tensor_max is None else tensor_max
+    low, high = low * min_scale, high * max_scale
+    top = 2**bits - 1
+    thresh = default_scale_threshold(scale_dtype) if threshold is None or threshold <= 0 else threshold
+    # The range is taken in the dtype of `groups`: checkpoints made from bfloat16 weights elsewhere hold those scales.
+    scale = round_to_stored(((high - low) / top).float(), scale_dtype, thresh)
+    zero = round_ste(-low / scale).clamp(0, top)
+    return IntGrid(scale, zero, bits)
+
+
+def integer_grid(groups: torch.Tensor, bits: int, sym: bool, **kwargs: Any) -> IntGrid:
+    """`symmetric_grid` or `asymmetric_grid`."""
+    return symmetric_grid(groups, bits, **kwargs) if sym else asymmetric_grid(groups, bits, **kwargs)
+
+
+def to_codes(groups: torch.Tensor, grid: IntGrid, v: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """Stored codes 0 .. 2**bits-1, as float32: `clamp(round(groups / scale + v) + zero)`; `v` in units of one code."""
+    codes = groups / grid.scale
+    if isinstance(v, torch.Tensor) or v:
+        codes = codes + v
+    return codes.round_().add_(grid.zero).clamp_(0, 2**grid.bits - 1)
+
+
+def from_codes(codes: torch.Tensor, grid: IntGrid) -> torch.Tensor:
+    """`scale * (codes - zero)`."""
+    return (codes - grid.zero) * grid.scale
+
+
+def _quant_dequant(
+    tensor: torch.Tensor, bits: int, group_size: GroupSize, sym: bool, v: torch.Tensor | float,
+    min_scale: torch.Tensor | float, max_scale: torch.Tensor | float, scale_dtype: torch.dtype, q_scale_thresh: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
+    groups, columns = reshape_pad_tensor_by_group_size(tensor, group_size)
+    if groups.dim() == 4:  # two-dimensional blocks: one group a block
+        shape4 = groups.shape
+        groups = groups.reshape(shape4[0], shape4[1], -1)
+    grid = integer_grid(
+        groups, bits, sym, min_scale=_per_group(min_scale), max_scale=_per_group(max_scale), scale_dtype=scale_dtype,
+        threshold=q_scale_thresh, tensor_min=kwargs.get("tensor_min"), tensor_max=kwargs.get("tensor_max"),
+    )  # fmt: skip
+    shifted = groups
+    if isinstance(v, torch.Tensor):
+        shift, _ = reshape_pad_tensor_by_group_size(v.float(), group_size)
+        shifted = groups + shift.reshape(groups.shape)
+    elif v:
+        shifted = groups + v
+    codes = (round_ste(shifted / grid.scale) + grid.zero).clamp(0, 2**bits - 1)
+    qdq = from_codes(codes, grid)
+    if isinstance(group_size, tuple):
+        qdq = qdq.reshape(shape4)
+    qdq = revert_tensor_by_pad(qdq, columns, tensor.shape).to(tensor.dtype)
+    rows = int(tensor.shape[0]) if tensor.dim() > 1 and group_size != 0 and not isinstance(group_size, tuple) else 1
+    scale = grid.scale.reshape(rows, -1) if not isinstance(group_size, tuple) else grid.scale.squeeze(-1)
+    zero = grid.zero.reshape(scale.shape) if isinstance(grid.zero, torch.Tensor) else grid.zero
+    return qdq, scale, zero
+
+
+def _per_group(factor: torch.Tensor | float) -> torch.Tensor | float:
+    """A factor with one value a group, as a column that broadcasts over the group."""
+    if not isinstance(factor, torch.Tensor) or factor.dim() == 0:
+        return factor
+    return factor.reshape(-1, 1)
+
+
+@register_dtype("int_sym")
+def quant_tensor_sym(
+    tensor: torch.Tensor, bits: int = 4, group_size: GroupSize = -1, v: torch.Tensor | float = 0.0,
+    min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
+    scale_dtype: torch.dtype = torch.float16, q_scale_thresh: float = 0.0, imatrix: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
+    """Quantize and dequantize, symmetric over the full range.
+
+    Args:
+        tensor: [out, in] (or any shape; the last dimension is grouped).
+        bits: 2 to 8.
+        group_size: see `QuantizationScheme`.
+        v: added to `tensor` before rounding, in its units; same shape, or a number.
+        min_scale, max_scale: factors on each group's minimum and maximum; a number or one value a group.
+        scale_dtype: the dtype in which scales are stored.
+        q_scale_thresh: smallest |scale|; 0 takes 1e-5 (1e-8 for float32 scales).
+        imatrix: unused here; the search that uses it is in `algorithms.quantization.rtn`.
+        **kwargs: `tensor_min`, `tensor_max`: known extremes, [groups, 1].
+
+    Returns:
+        (dequantized tensor of the same shape and dtype, scale float32 [out, groups], zero point 2**(bits-1)).
+    """
+    return _quant_dequant(
+        tensor, bits, group_size, True, v, min_scale, max_scale, scale_dtype, q_scale_thresh, **kwargs
+    )
+
+
+@register_dtype("int_asym")
+def quant_tensor_asym(
+    tensor: torch.Tensor, bits: int = 4, group_size: GroupSize = -1, v: torch.Tensor | float = 0.0,
+    min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
+    scale_dtype: torch.dtype = torch.float16, q_scale_thresh: float = 0.0, imatrix: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
+    """Quantize and dequantize, asymmetric. Arguments and results as for `quant_tensor_sym`; the zero point is a tensor
+    [out, groups] of whole numbers 0 .. 2**bits-1."""
+    return _quant_dequant(
+        tensor, bits, group_size, False, v, min_scale, max_scale, scale_dtype, q_scale_thresh, **kwargs
+    )
