@@ -1,0 +1,102 @@
+"""The package's logger.
+
+Importing this file adds no output: a program that uses the package decides what it shows. The command line calls
+`setup_logging`; the façade calls `ensure_logging`, which does nothing when the program has set up logging itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from auto_round import envs
+from auto_round.errors import ConfigError, OutputError, nearest
+
+TRACE = 5
+"""Below DEBUG: one line per layer."""
+
+logger = logging.getLogger("auto_round")
+logger.addHandler(logging.NullHandler())
+
+_seen: set[str] = set()
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is now, so that a progress bar that redirects it is not torn apart."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def level_number(level: str | int) -> int:
+    """The numeric level of a name such as "debug" or "TRACE". Raises ConfigError for an unknown name."""
+    if isinstance(level, int):
+        return level
+    name = level.strip().upper()
+    if name not in envs.LOG_LEVELS:
+        raise ConfigError(
+            f"log level {level!r} is not known; use {', '.join(envs.LOG_LEVELS)}{nearest(name, envs.LOG_LEVELS)}"
+        )
+    return TRACE if name == "TRACE" else getattr(logging, name)
+
+
+def setup_logging(level: str | int | None = None, log_file: str | Path | None = None) -> None:
+    """Show the package's messages on stderr, and write all of them to `log_file` when one is given.
+
+    Calling it again changes level and file, and never doubles the output. `level` None takes AR_LOG_LEVEL. Raises
+    ConfigError for an unknown level and OutputError when the file cannot be opened.
+    """
+    number = level_number(envs.get("AR_LOG_LEVEL") if level is None else level)
+    file_handler: logging.FileHandler | None = None
+    if log_file is not None:
+        try:
+            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+            file_handler = logging.FileHandler(log_file, encoding="utf-8")
+        except OSError as err:
+            raise OutputError(
+                f"log file {str(log_file)!r} cannot be opened: {err.strerror}; choose another place"
+            ) from err
+        file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.addLevelName(TRACE, "TRACE")
+    _remove_own_handlers()
+    screen = _StderrHandler()
+    screen.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    screen.setLevel(number)
+    logger.addHandler(screen)
+    if file_handler is not None:
+        logger.addHandler(file_handler)
+        number = min(number, logging.DEBUG)
+    logger.setLevel(number)
+
+
+def ensure_logging() -> None:
+    """Set logging up as `setup_logging()` does, unless this program already shows messages in its own way."""
+    if logging.getLogger().handlers or any(not isinstance(h, logging.NullHandler) for h in logger.handlers):
+        return
+    setup_logging()
+
+
+def _remove_own_handlers() -> None:
+    for handler in list(logger.handlers):
+        if isinstance(handler, (_StderrHandler, logging.FileHandler)):
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def trace(message: str, *args: Any) -> None:
+    """Log at TRACE level."""
+    logger.log(TRACE, message, *args)
+
+
+def warn_once(message: str, *args: Any, key: str | None = None) -> None:
+    """Warn the first time only; two calls are the same when their text (or `key`) is."""
+    text = key if key is not None else (message % args if args else message)
+    if text not in _seen:
+        _seen.add(text)
+        logger.warning(message, *args)
