@@ -46,7 +46,7 @@ def pack_awq(
         Raises UnsupportedError for another width or when out is not a multiple of 8.
     """
     if bits != 4:
-        raise UnsupportedError(f"the AWQ layout holds 4-bit weights only, not {bits}-bit ones; use the auto_round format")
+        raise UnsupportedError(f"the AWQ layout holds 4-bit weights, not {bits}-bit ones; use the auto_round format")
     out = codes.shape[0]
     if out % _PER_WORD:
         raise UnsupportedError(f"the AWQ layout needs out_features in multiples of {_PER_WORD}, not {out}")

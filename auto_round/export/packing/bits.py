@@ -64,7 +64,7 @@ def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     per_period, words_per_period = period(bits)
     rows, width = words.shape
     if rows % words_per_period:
-        raise UnsupportedError(f"{rows} words do not hold whole periods of {bits}-bit values ({words_per_period} words each)")
+        raise UnsupportedError(f"{rows} words of {bits}-bit values: the count must be a multiple of {words_per_period}")
     mask = (1 << bits) - 1
     values = torch.empty(rows // words_per_period * per_period, width, dtype=torch.uint8, device=words.device)
     for i in range(per_period):

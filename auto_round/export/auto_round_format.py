@@ -1,0 +1,191 @@
+"""The `auto_round` format, integer weights: `quant_method: "auto-round"` with GPTQ, AWQ or plain packing.
+
+| layer | packing_format | zero points in the file |
+|---|---|---|
+| symmetric | auto_round:auto_gptq | 2**(bits-1) - 1 |
+| asymmetric, 4 bits | auto_round:auto_awq | as they are |
+| asymmetric, 2, 3 or 8 bits | auto_round | as they are, GPTQ layout |
+
+The packing is a function of the layer's own scheme, so tensors and config cannot disagree: a layer whose packing is not
+the default's says so in `extra_config`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, ClassVar
+
+import torch
+
+from auto_round.export.formats import OutputFormat, TensorSpecs, register_format
+from auto_round.export.packing.awq import pack_awq
+from auto_round.export.packing.bits import words_needed
+from auto_round.export.packing.gptq import pack_gptq
+from auto_round.export.plan import ExportPlan
+from auto_round.quantized_layer import QuantizedLayer, group_count
+from auto_round.schemes import QuantizationScheme
+
+GPTQ_PACKING, AWQ_PACKING, PLAIN_PACKING = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round"
+INT_BITS = (2, 3, 4, 8)
+# Kernels of every runtime that reads these files work on tiles of 32, and 3-bit words need it.
+SIZE_MULTIPLE = 32
+SCALE_DTYPE = torch.float16
+_LAYER_KEYS = ("bits", "group_size", "sym", "data_type")
+
+
+def packing_of(scheme: QuantizationScheme) -> str:
+    """The `packing_format` in which a layer of `scheme` is written."""
+    if scheme.sym:
+        return GPTQ_PACKING
+    return AWQ_PACKING if scheme.bits == 4 else PLAIN_PACKING
+
+
+def stored_group_size(scheme: QuantizationScheme) -> int:
+    """`group_size` as written: per tensor (0) becomes per channel (-1), with the scale repeated."""
+    assert isinstance(scheme.group_size, int)
+    return scheme.group_size if scheme.group_size > 0 else -1
+
+
+@register_format("auto_round")
+class AutoRoundFormat(OutputFormat):
+    """Picks the packing of each layer by its scheme."""
+
+    support_schemes: ClassVar[tuple[str, ...]] = (
+        "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "BF16",
+    )  # fmt: skip
+
+    def packing(self, scheme: QuantizationScheme) -> str:
+        return packing_of(scheme)
+
+    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
+        if not scheme.quantizes_weights:
+            return None
+        if scheme.data_type != "int":
+            return f"data type {scheme.data_type!r} is not written by this version, only int"
+        if scheme.quantizes_activations:
+            return "activations are quantized, and the integer layouts hold weights only"
+        if scheme.super_bits is not None:
+            return "doubly quantized scales need a gguf format"
+        if not isinstance(scheme.group_size, int):
+            return f"group_size {scheme.group_size} is a block, and the layout has groups along the input only"
+        if scheme.bits not in INT_BITS:
+            return f"{scheme.bits} bits have no packing here, only {', '.join(map(str, INT_BITS))}"
+        return None
+
+    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        for what, size in (("in_features", in_features), ("out_features", out_features)):
+            if size % SIZE_MULTIPLE:
+                return f"{what}={size} is not a multiple of {SIZE_MULTIPLE}"
+        return None
+
+    def tensor_specs(
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
+    ) -> TensorSpecs:  # fmt: skip
+        groups = group_count(in_features, stored_group_size(scheme))
+        out_words = words_needed(out_features, scheme.bits)
+        if self.packing(scheme) == AWQ_PACKING:
+            weight = (in_features, out_words)
+        else:
+            weight = (words_needed(in_features, scheme.bits), out_features)
+        specs: TensorSpecs = {
+            f"{name}.qweight": (weight, torch.int32),
+            f"{name}.qzeros": ((groups, out_words), torch.int32),
+            f"{name}.scales": ((groups, out_features), SCALE_DTYPE),
+        }
+        if bias_dtype is not None:
+            specs[f"{name}.bias"] = ((out_features,), bias_dtype)
+        return specs
+
+    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        assert layer.codes is not None and layer.scale is not None and layer.zero_point is not None
+        scheme = layer.scheme
+        groups = group_count(layer.in_features, stored_group_size(scheme))
+        zero = layer.zero_point
+        if isinstance(zero, torch.Tensor):
+            zero = zero.expand(layer.out_features, groups)
+        packing = self.packing(scheme)
+        if packing == AWQ_PACKING:
+            qweight, qzeros = pack_awq(layer.codes, zero, scheme.bits, groups)
+        else:
+            offset = 1 if packing == GPTQ_PACKING else 0
+            qweight, qzeros = pack_gptq(layer.codes, zero, scheme.bits, offset, groups)
+        scales = layer.scale.expand(layer.out_features, groups).to(SCALE_DTYPE)
+        tensors = {
+            f"{layer.name}.qweight": qweight,
+            f"{layer.name}.qzeros": qzeros,
+            f"{layer.name}.scales": scales.T.contiguous(),
+        }
+        if layer.bias is not None:
+            tensors[f"{layer.name}.bias"] = layer.bias
+        return tensors
+
+    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        names = plan.quantized_layers()
+        if not names:
+            return None
+        default = plan.scheme if plan.scheme.quantizes_weights else self._commonest(plan)
+        config: dict[str, Any] = {
+            "bits": default.bits,
+            "data_type": default.data_type,
+            "group_size": stored_group_size(default),
+            "sym": default.sym,
+            **plan.recorded_settings(),
+            "autoround_version": plan.version,
+            "block_name_to_quantize": plan.block_prefix(),
+            "quant_method": "auto-round",
+            "packing_format": self.packing(default),
+        }
+        extra = {name: entry for name in plan.layers if (entry := self._extra(plan, name, default)) is not None}
+        if extra:
+            config["extra_config"] = extra
+        return config
+
+    def _extra(self, plan: ExportPlan, name: str, default: QuantizationScheme) -> dict[str, Any] | None:
+        """The `extra_config` entry of one layer, None when it follows from the rest of the config."""
+        scheme, inside = plan.layers[name], plan.in_block(name)
+        if not scheme.quantizes_weights:
+            return {"bits": 16} if inside else None
+        if not inside:
+            entry = {key: scheme[key] for key in scheme.get_attributes()}
+            entry["group_size"] = stored_group_size(scheme)
+        else:
+            values = {key: self._value(scheme, key) for key in _LAYER_KEYS}
+            entry = {key: value for key, value in values.items() if value != self._value(default, key)}
+        if self.packing(scheme) != self.packing(default):
+            entry["packing_format"] = self.packing(scheme)
+        return entry or None
+
+    @staticmethod
+    def _value(scheme: QuantizationScheme, key: str) -> Any:
+        return stored_group_size(scheme) if key == "group_size" else scheme[key]
+
+    @staticmethod
+    def _commonest(plan: ExportPlan) -> QuantizationScheme:
+        """The default to write when the run's own default is 16 bits, which no reader takes as one."""
+        counts = Counter(plan.layers[name] for name in plan.quantized_layers())
+        return counts.most_common(1)[0][0]
+
+
+@register_format("auto_round:auto_gptq")
+class AutoRoundGptqFormat(AutoRoundFormat):
+    """Always GPTQ v1 packing: zero points are stored less one, modulo 2**bits."""
+
+    def packing(self, scheme: QuantizationScheme) -> str:
+        return GPTQ_PACKING
+
+
+@register_format("auto_round:auto_awq")
+class AutoRoundAwqFormat(AutoRoundFormat):
+    """Always AWQ packing, 4 bits only."""
+
+    support_schemes: ClassVar[tuple[str, ...]] = ("W4A16", "BF16")
+
+    def packing(self, scheme: QuantizationScheme) -> str:
+        return AWQ_PACKING
+
+    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
+        reason = super().check_scheme(scheme)
+        if reason is None and scheme.quantizes_weights and scheme.bits != 4:
+            return f"the AWQ layout holds 4-bit weights, not {scheme.bits}-bit ones"
+        return reason

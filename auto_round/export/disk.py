@@ -1,0 +1,57 @@
+"""Checks of the output folder, made before any work is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from auto_round.errors import OutputError
+
+_GB = 1e9
+
+
+def ensure_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Make the folder and return it.
+
+    Raises OutputError when it is a file, cannot be made or written, or holds something and `overwrite` is False.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output path {folder} is a file; give a folder that is new or empty")
+    if folder.is_dir() and not overwrite and any(folder.iterdir()):
+        raise OutputError(f"output folder {folder} is not empty; choose another, empty it, or ask to overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output folder {folder} cannot be made ({error.strerror}); choose another") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"output folder {folder} is not writable; choose another or change its permissions")
+    return folder
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Free bytes on the disk of `path`, which need not exist yet."""
+    folder = Path(path).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_disk(path: str | os.PathLike[str], bytes_needed: int) -> None:
+    """Raise OutputError when the disk of `path` has less than `bytes_needed` bytes free."""
+    free = free_bytes(path)
+    if free < bytes_needed:
+        raise OutputError(
+            f"output folder {path} needs {bytes_needed / _GB:.2f} GB but its disk has {free / _GB:.2f} GB free; "
+            "free some space or choose a folder on another disk"
+        )
+
+
+def path_inside(folder: str | os.PathLike[str], name: str) -> Path:
+    """`folder/name`, or OutputError when that would lie outside the folder."""
+    root = Path(folder).resolve()
+    target = (root / name).resolve()
+    if target == root or root not in target.parents:
+        raise OutputError(f"file name {name!r} leads outside the output folder {root}; give a name inside it")
+    return target

@@ -1,0 +1,140 @@
+"""Output formats: how a quantized layer becomes named tensors, and what `config.json` says about them."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.export.matrix import GUIDE_MATRIX
+from auto_round.export.plan import ExportPlan
+from auto_round.quantized_layer import QuantizedLayer
+from auto_round.schemes import QuantizationScheme
+
+TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class OutputFormat(ABC):
+    """One way to write a quantized model. Instances hold no state of a run.
+
+    A layer that `check_layer` refuses stays in full precision; its dense tensors are written by the caller.
+    """
+
+    # Set by `register_format`.
+    name: ClassVar[str] = ""
+    # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
+    support_schemes: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
+        """None when the format can hold `scheme`, or the reason why not. 16 bits are always held."""
+
+    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        """None when a layer of this shape can be packed, or the reason why not (it then stays in full precision)."""
+        return None
+
+    @abstractmethod
+    def tensor_specs(
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
+    ) -> TensorSpecs:  # fmt: skip
+        """Shapes and dtypes of what `pack` will return for the layer `name`, without any data.
+
+        Args:
+            bias_dtype: dtype of the layer's bias, None when it has none.
+            model_dtype: dtype of dense weights.
+            transposed: the module stores its weight as [in, out].
+        """
+
+    @abstractmethod
+    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """The layer's tensors by their full names in the checkpoint. `model_dtype`: dtype of dense weights."""
+
+    @abstractmethod
+    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        """`quantization_config` for config.json, or None when the checkpoint is an ordinary dense one."""
+
+
+FORMATS: dict[str, OutputFormat] = {}
+_BUILT_IN = ("auto_round.export.auto_round_format", "auto_round.export.fake_format")
+_Format = TypeVar("_Format", bound=type[OutputFormat])
+
+
+def register_format(name: str) -> Callable[[_Format], _Format]:
+    """Class decorator: the format can be asked for as `name`. Raises ConfigError when the name is taken."""
+
+    def decorate(cls: _Format) -> _Format:
+        if name in FORMATS:
+            raise ConfigError(f"format {name!r} is registered already, by {type(FORMATS[name]).__name__}")
+        cls.name = name
+        FORMATS[name] = cls()
+        return cls
+
+    return decorate
+
+
+def available_formats() -> list[str]:
+    """Names of the formats that can be written, sorted."""
+    for module in _BUILT_IN:
+        importlib.import_module(module)
+    return sorted(FORMATS)
+
+
+def get_format(name: str) -> OutputFormat:
+    """The format called `name`, in any case.
+
+    Raises:
+        UnsupportedError: the guide knows this format, this version cannot write it.
+        ConfigError: no such format.
+    """
+    known = available_formats()
+    key = name.strip().lower()
+    if key in FORMATS:
+        return FORMATS[key]
+    if key in GUIDE_MATRIX or key.split(":")[0] == "gguf":
+        raise UnsupportedError(f"format {name!r} is not available in this version; available: {', '.join(known)}")
+    raise ConfigError(f"unknown format {name!r}{nearest(key, [*known, *GUIDE_MATRIX])} Available: {', '.join(known)}")
+
+
+def parse_formats(text: str | Sequence[str]) -> list[OutputFormat]:
+    """`"auto_round,fake"`, or a list of names, as formats in that order. Raises ConfigError for none or a repeat."""
+    names = [part.strip() for part in (text.split(",") if isinstance(text, str) else text)]
+    names = [part for part in names if part]
+    if not names:
+        raise ConfigError(f"no format given; available: {', '.join(available_formats())}")
+    formats = [get_format(name) for name in names]
+    seen: set[str] = set()
+    for fmt in formats:
+        if fmt.name in seen:
+            raise ConfigError(f"format {fmt.name!r} is given twice in {','.join(names)!r}; name each format once")
+        seen.add(fmt.name)
+    return formats
+
+
+def formats_for_scheme(scheme: QuantizationScheme) -> list[str]:
+    """Names of the available formats that can hold `scheme`."""
+    return [name for name in available_formats() if FORMATS[name].check_scheme(scheme) is None]
+
+
+def require_scheme(fmt: OutputFormat, scheme: QuantizationScheme, what: str = "the scheme") -> None:
+    """Raise UnsupportedError with the reason and the formats that would do when `fmt` cannot hold `scheme`."""
+    reason = fmt.check_scheme(scheme)
+    if reason is not None:
+        takers = ", ".join(formats_for_scheme(scheme)) or "none in this version"
+        raise UnsupportedError(
+            f"format {fmt.name!r} cannot hold {what} ({scheme.describe()}): {reason}; formats that can: {takers}"
+        )
+
+
+def format_table() -> list[tuple[str, tuple[str, ...], bool]]:
+    """Rows for `auto_round list format`: (format, preset schemes, can be written by this version).
+
+    Formats that can be written show what they take here; the others show the guide's table.
+    """
+    known = available_formats()
+    names = [*GUIDE_MATRIX, *(n for n in known if n not in GUIDE_MATRIX)]
+    return [(n, FORMATS[n].support_schemes if n in FORMATS else GUIDE_MATRIX[n], n in FORMATS) for n in names]
