@@ -1,0 +1,110 @@
+"""Which modules of a model are its decoder blocks, and which modules are linear: found from structure alone."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from auto_round.errors import ModelError
+
+
+def _conv1d() -> tuple[type[nn.Module], ...]:
+    """Transformers' Conv1D (GPT-2), a linear layer that stores [in, out]; empty when Transformers was never imported."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return (module.Conv1D,) if module is not None else ()
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is Transformers' Conv1D."""
+    return isinstance(module, _conv1d())
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` multiplies by a two-dimensional weight: nn.Linear or Transformers' Conv1D."""
+    if not isinstance(module, (nn.Linear, *_conv1d())):
+        return False
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Names, relative to `module`, of all linear layers under it, in the order of the module tree."""
+    return [name for name, child in module.named_modules() if is_linear(child)]
+
+
+def in_features(module: nn.Module) -> int:
+    """Input width of a linear layer."""
+    return int(weight_2d(module).shape[1])
+
+
+def out_features(module: nn.Module) -> int:
+    """Output width of a linear layer."""
+    return int(weight_2d(module).shape[0])
+
+
+def weight_2d(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as a view [out, in], whichever way the module stores it."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.t() if is_conv1d(module) else weight
+
+
+@torch.no_grad()
+def set_weight_2d(module: nn.Module, weight: torch.Tensor) -> None:
+    """Copy `weight` [out, in] into a linear layer in place, cast to the layer's dtype and device."""
+    weight_2d(module).copy_(weight)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Names of the decoder blocks of a causal language model, in the order in which they run.
+
+    The blocks are the ModuleList, not itself inside such a list, whose every member holds matrix multiplications and
+    which has the most parameters. Where Transformers says what the decoder is, only that is searched, so that the
+    towers of a multimodal model are not taken for it.
+
+    Raises:
+        ModelError: there is no such list.
+    """
+    for root in _roots(model):
+        found: list[tuple[int, int, str]] = []
+        _collect(root, _name_of(model, root), found)
+        if found:
+            _, _, name = max(found)
+            children = model.get_submodule(name).named_children()
+            return tuple(f"{name}.{child}" if name else child for child, _ in children)
+    raise ModelError(
+        f"{type(model).__name__} has no list of decoder blocks (a ModuleList of layers with linear modules); "
+        "only decoder-only language models can be quantized"
+    )
+
+
+def _roots(model: nn.Module) -> list[nn.Module]:
+    decoder = getattr(model, "get_decoder", None)
+    found = decoder() if callable(decoder) else None
+    return [found, model] if isinstance(found, nn.Module) and found is not model else [model]
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _collect(module: nn.Module, name: str, found: list[tuple[int, int, str]]) -> None:
+    """Append (parameters, length, name) for the outermost lists of layers under `module`."""
+    if isinstance(module, nn.ModuleList) and len(module) and all(_multiplies(child) for child in module):
+        size = sum(p.numel() for p in module.parameters()) + sum(b.numel() for b in module.buffers())
+        found.append((size, len(module), name))
+        return
+    for child_name, child in module.named_children():
+        _collect(child, f"{name}.{child_name}" if name else child_name, found)
+
+
+def _multiplies(block: nn.Module) -> bool:
+    """Whether a block holds weight matrices: linear layers, packed quantized ones, or experts stored as 3-D tensors."""
+    for module in block.modules():
+        if is_linear(module) or isinstance(getattr(module, "qweight", None), torch.Tensor):
+            return True
+        if any(p.dim() == 3 for p in module.parameters(recurse=False)):
+            return True
+    return False

@@ -1,0 +1,310 @@
+"""A checkpoint folder as a source: the model is built on the meta device, and tensors are read when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.errors import ModelError, UnsupportedError
+from auto_round.modeling.checkpoint_map import Origin, plan_tensors
+from auto_round.modeling.experts import unfuse_experts
+from auto_round.modeling.finite import check_finite
+from auto_round.modeling.source import (
+    Device,
+    ModelSource,
+    direct_tensors,
+    find_model_blocks,
+    resolve_dtype,
+    state_names,
+)
+from auto_round.modeling.tensor_files import TensorFiles
+
+_OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Shape and dtype of a model tensor once loaded; `lazy` when it lies on meta until then."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    lazy: bool
+
+
+class CheckpointSource(ModelSource):
+    """A local safetensors checkpoint; no more of it is in memory than was loaded and not released.
+
+    Args:
+        folder: holds config.json and the weights.
+        dtype: floating-point dtype of the parameters; default: the configuration's, else the one most weights have.
+        trust_remote_code: allow the checkpoint's own Python code to run.
+        prepare: called with the meta model right after it is built and its experts are linear, to swap in quantized
+            modules. With it a quantized checkpoint is accepted; persistent buffers that it leaves on meta (qweight,
+            qzeros, scales, ...) are read in the checkpoint's own dtype.
+        name_or_path: what the user gave, for messages.
+
+    Raises:
+        ModelError: not a causal language model, or files missing or damaged (the message names file and tensor).
+        UnsupportedError: the checkpoint is quantized and `prepare` is not given.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        trust_remote_code: bool = False,
+        prepare: Callable[[nn.Module], None] | None = None,
+        name_or_path: str | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.name_or_path = name_or_path or str(folder)
+        asked = resolve_dtype(dtype)
+        self.config = load_config(self.folder, trust_remote_code=trust_remote_code)
+        if getattr(self.config, "quantization_config", None) is not None and prepare is None:
+            raise UnsupportedError(
+                f"{self.name_or_path} is quantized already (config.json has a quantization_config); "
+                "checkpoints in bfloat16, float16 or float32 are read: give the original model"
+            )
+        self.files = TensorFiles.open(self.folder)
+        self.dtype = asked or _config_dtype(self.config) or _dominant_dtype(self.files)
+        self.model = _build(self.config, self.dtype, trust_remote_code)
+        fused_names = dict(self.model.state_dict())
+        unfuse_experts(self.model)
+        if prepare is not None:
+            prepare(self.model)
+        self.blocks = find_model_blocks(self.model)
+        self._names = state_names(self.model)
+        self._plans = plan_tensors(self.files, self.model, self._names, fused_names)
+        self._tied = self._find_tied()
+        self._tensors = self._check_tensors()
+
+    def load(self, name: str, device: Device | None = None) -> nn.Module:
+        where = torch.device(device or "cpu")
+        shared: dict[Origin, dict[str, torch.Tensor]] = {}
+        for owner, module in self._owners(name):
+            for leaf, tensor in list(direct_tensors(module, persistent=False)):
+                full = f"{owner}.{leaf}" if owner else leaf
+                if tensor.is_meta:
+                    found = self._twin(full, where)
+                    tensor = self._fetch(full, shared, check=True) if found is None else found
+                if tensor.device != where or module._parameters.get(leaf, module._buffers.get(leaf)) is not tensor:
+                    _place(module, leaf, tensor.to(where))
+        return self._module(name)
+
+    def release(self, name: str) -> None:
+        for owner, module in self._owners(name):
+            for leaf, tensor in list(direct_tensors(module, persistent=False)):
+                full = f"{owner}.{leaf}" if owner else leaf
+                if leaf in module._parameters or full in self._tensors and self._tensors[full].lazy:
+                    _place(module, leaf, torch.empty_like(tensor, device="meta"))
+                elif tensor.device.type != "cpu" and not tensor.is_meta:
+                    _place(module, leaf, tensor.cpu())
+
+    def read(self, tensor_name: str) -> torch.Tensor:
+        self.tensor_meta(tensor_name)
+        canonical = self._tied.get(tensor_name, tensor_name)
+        if canonical not in self._plans:  # a persistent buffer that the checkpoint leaves at its initial value
+            return self.model.get_buffer(canonical).detach().cpu()
+        return self._fetch(canonical, {}, check=False)
+
+    def tied(self) -> dict[str, str]:
+        return dict(self._tied)
+
+    def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        try:
+            info = self._tensors[self._tied.get(name, name)]
+        except KeyError as error:
+            raise ModelError(f"{self.name_or_path} has no tensor {name!r}") from error
+        return info.shape, info.dtype
+
+    def tensor_names(self) -> list[str]:
+        return list(self._names)
+
+    def checkpoint_names(self, tensor_name: str) -> tuple[str, ...]:
+        plan = self._plans.get(self._tied.get(tensor_name, tensor_name))
+        return tuple(key for key, _ in plan.origin.keys) if plan else (tensor_name,)
+
+    def _fetch(self, name: str, shared: dict[Origin, dict[str, torch.Tensor]], *, check: bool) -> torch.Tensor:
+        """The tensor `name` on the CPU, as it shall be loaded. `shared` keeps what several tensors are cut from."""
+        canonical = self._tied.get(name, name)
+        plan, info = self._plans.get(canonical), self._tensors.get(canonical)
+        if plan is None or info is None:
+            raise ModelError(f"{self.name_or_path} has no tensor for {name!r}")
+        origin, piece = plan.origin, plan.piece
+        if origin.converter is None and piece is None:
+            tensor = self.files.read(origin.keys[0][0]).to(info.dtype)
+        elif origin.converter is None and piece is not None and not check:
+            tensor = piece.cut(self.files.read(origin.keys[0][0], row=piece.expert)).to(info.dtype)
+        else:
+            if origin not in shared:
+                shared[origin] = {key: value.to(info.dtype) for key, value in origin.read(self.files, self.model).items()}
+            whole = shared[origin].get(plan.name)
+            if whole is None:
+                raise ModelError(f"the conversion of {origin.keys[0][0]!r} does not give {plan.name!r}")
+            tensor = whole if piece is None else piece.cut(whole[piece.expert])
+        if tuple(tensor.shape) != info.shape:
+            raise ModelError(f"tensor {name!r} has shape {list(tensor.shape)} in {self.folder}; the model needs {list(info.shape)}")
+        if check:
+            check_finite(name, tensor)
+        return tensor
+
+    def _twin(self, name: str, device: torch.device) -> torch.Tensor | None:
+        """A tensor that `name` is tied to and that is loaded already on `device`."""
+        canonical = self._tied.get(name, name)
+        for other in (canonical, *(alias for alias, target in self._tied.items() if target == canonical)):
+            owner, _, leaf = other.rpartition(".")
+            tensor = self.model.get_submodule(owner)._parameters.get(leaf) if other != name else None
+            if tensor is not None and tensor.device == device:
+                return tensor
+        return None
+
+    def _find_tied(self) -> dict[str, str]:
+        """Ties that the model declares and the checkpoint agrees with.
+
+        As Transformers has it: a checkpoint that holds both with different values is not tied, whatever its
+        configuration says; one that holds only the alias gives its tensor to both.
+        """
+        declared: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        tied: dict[str, str] = {}
+        names = set(self._names)
+        for alias, canonical in declared.items():
+            if alias not in names or canonical not in names:
+                continue
+            one, two = self._plans.get(alias), self._plans.get(canonical)
+            if one and two and not self.files.equal(one.origin.keys[0][0], two.origin.keys[0][0]):
+                continue
+            tied[alias] = canonical
+            if one and not two:
+                self._plans[canonical] = one
+        return tied
+
+    def _check_tensors(self) -> dict[str, _Tensor]:
+        """Shapes and dtypes of all tensors but aliases. Buffers that are real already get the checkpoint's values.
+
+        Raises ModelError for a tensor that is missing or has another shape.
+        """
+        full_precision = _kept_in_float32(self.model, self.dtype)
+        found: dict[str, _Tensor] = {}
+        for name in self._names:
+            if name in self._tied:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            tensor = dict(direct_tensors(module))[leaf]
+            plan = self._plans.get(name)
+            if plan is None and tensor.is_meta:
+                raise ModelError(f"tensor {name!r} of {type(self.model).__name__} is missing from the checkpoint files in {self.folder}")
+            dtype = tensor.dtype
+            if plan is not None and plan.origin.converter is None and plan.piece is None:
+                stored = self.files.tensors[plan.origin.keys[0][0]]
+                if stored.shape != tuple(tensor.shape):
+                    raise ModelError(
+                        f"{stored.file}: tensor {plan.origin.keys[0][0]!r} has shape {list(stored.shape)}; "
+                        f"the model needs {list(tensor.shape)} (does config.json belong to these weights?)"
+                    )
+                if tensor.is_meta and (leaf in module._buffers or not stored.dtype.is_floating_point):
+                    dtype = stored.dtype
+            if leaf in module._parameters and dtype.is_floating_point and full_precision(name):
+                dtype = torch.float32
+            found[name] = _Tensor(tuple(tensor.shape), dtype, tensor.is_meta)
+            if plan is not None and not tensor.is_meta:
+                self._tensors = found
+                module._buffers[leaf] = self._fetch(name, {}, check=True)
+        return found
+
+
+def _place(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    """Put a tensor where a parameter or buffer of that name was."""
+    if leaf in module._parameters:
+        module._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The Transformers configuration of a folder. Raises ModelError when there is none for a causal language model."""
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder of a Transformers model")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{file} cannot be used: {lines[0]}") from error
+    remote = isinstance(raw.get("auto_map"), dict) and "AutoModelForCausalLM" in raw["auto_map"]
+    _check_causal(config, folder, remote and trust_remote_code)
+    return config
+
+
+def _check_causal(config: Any, folder: Path, remote: bool) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind, reason = type(config), ""
+    other = next((a for a in getattr(config, "architectures", None) or () if _OTHER_TASKS.search(a)), None)
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder model"
+    elif other is not None:
+        reason = f"its config.json says {other}"
+    elif remote:
+        return
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = f"AutoModelForCausalLM knows no model for its {kind.__name__}"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        reason = f"its {kind.__name__} describes an encoder (is_decoder is false)"
+    if reason:
+        raise ModelError(f"{folder} is not a causal language model: {reason}; only decoder-only language models can be quantized")
+
+
+def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """The model with parameters on meta and real buffers, in eval mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise ModelError(f"cannot build a model from {type(config).__name__}: {type(error).__name__}: {error}") from error
+    return model.eval()
+
+
+def _config_dtype(config: Any) -> torch.dtype | None:
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "dtype", None)
+        if isinstance(found, str):
+            found = getattr(torch, found.removeprefix("torch."), None)
+        if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
+            return found
+    return None
+
+
+def _dominant_dtype(files: TensorFiles) -> torch.dtype:
+    """The floating-point dtype of most weights in the files; float32 when there is none."""
+    sizes: dict[torch.dtype, int] = {}
+    for stored in files.tensors.values():
+        if stored.dtype.is_floating_point and stored.dtype.itemsize >= 2:
+            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + (stored.end - stored.start) // stored.dtype.itemsize
+    return max(sizes, key=lambda d: sizes[d], default=torch.float32)
+
+
+def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters the family keeps in float32: one list holds for float16, a stricter one for bfloat16 too."""
+    patterns: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    search = re.compile("|".join(p.replace("*", ".*") for p in patterns)).search if patterns else None
+    return lambda name: search is not None and search(name) is not None

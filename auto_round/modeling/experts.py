@@ -1,0 +1,184 @@
+"""Mixture-of-experts weights as linear layers.
+
+Transformers 5 stores the experts of a block as 3-D parameters (`gate_up_proj` [E, 2I, H], `down_proj` [E, H, I]).
+Quantizers, formats and runtimes know linear layers, so such a module is replaced by `LinearExperts`, whose children
+"0", "1", ... each hold `gate_proj`, `up_proj` and `down_proj`, and whose numbers and signature are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ExpertPiece:
+    """Where a tensor of one expert lies inside a fused 3-D parameter (2-D for biases).
+
+    Attributes:
+        param: name of the fused parameter in its module, such as `gate_up_proj`.
+        expert: index in its first dimension.
+        part: "gate" or "up" half of `gate_up_proj`, or "all".
+        transposed: the fused weight is [in, out] per expert.
+        interleaved: gate and up alternate instead of following each other.
+    """
+
+    param: str
+    expert: int
+    part: str
+    transposed: bool
+    interleaved: bool
+
+    def cut(self, one: torch.Tensor) -> torch.Tensor:
+        """The piece [out, in] or [out] of this expert's fused tensor `one`; a view where the layout allows."""
+        weight = one.dim() == 2
+        if self.part != "all":
+            axis = 1 if weight and self.transposed else 0
+            if self.interleaved:
+                index = [slice(None)] * axis + [slice(int(self.part == "up"), None, 2)]
+                one = one[tuple(index)]
+            else:
+                one = one.chunk(2, dim=axis)[int(self.part == "up")]
+        if weight and self.transposed:
+            one = one.t()
+        return one.contiguous()
+
+
+class ExpertMLP(nn.Module):
+    """The linear layers of one expert. `LinearExperts` runs them."""
+
+    def __init__(self, hidden: int, intermediate: int, *, gate: bool, bias: bool, **factory: Any) -> None:
+        super().__init__()
+        if gate:
+            self.gate_proj = nn.Linear(hidden, intermediate, bias=bias, **factory)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=bias, **factory)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=bias, **factory)
+
+
+class LinearExperts(nn.Module):
+    """Experts as linear layers, with the call and the numbers of the fused module that it replaces.
+
+    The fused module's class decides how gate and up are combined; its empty shell is kept for that.
+    """
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        down = fused.down_proj
+        assert isinstance(down, torch.Tensor)
+        self.transposed = bool(getattr(fused, "is_transposed", False))
+        self.interleaved = not getattr(fused, "is_concatenated", True)
+        self.has_gate = bool(getattr(fused, "has_gate", True))
+        self.has_bias = bool(getattr(fused, "has_bias", False))
+        self.num_experts = int(down.shape[0])
+        first, second = int(down.shape[1]), int(down.shape[2])
+        self.hidden_dim, self.intermediate_dim = (second, first) if self.transposed else (first, second)
+        for index in range(self.num_experts):
+            expert = ExpertMLP(
+                self.hidden_dim, self.intermediate_dim, gate=self.has_gate, bias=self.has_bias, device="meta", dtype=down.dtype
+            )
+            self.add_module(str(index), expert)
+        if not down.is_meta:
+            self._take(fused)
+        self.train(fused.training)
+        # The shell must not be a child: it has no tensors left, and its name would show in the module tree.
+        for name in list(fused._parameters):
+            del fused._parameters[name]
+        self.__dict__["_shell"] = fused
+
+    def _take(self, fused: nn.Module) -> None:
+        """Fill the linear layers with views of the fused parameters."""
+        for name, piece in self.pieces().items():
+            whole = getattr(fused, piece.param)
+            owner, _, leaf = name.rpartition(".")
+            part = nn.Parameter(piece.cut(whole.detach()[piece.expert]), requires_grad=whole.requires_grad)
+            self.get_submodule(owner)._parameters[leaf] = part
+
+    def pieces(self) -> dict[str, ExpertPiece]:
+        """For every parameter name under this module, where it lies in the fused parameters."""
+        layers = [("up_proj", "up_proj", "all"), ("down_proj", "down_proj", "all")]
+        if self.has_gate:
+            layers = [("gate_proj", "gate_up_proj", "gate"), ("up_proj", "gate_up_proj", "up"), layers[1]]
+        leaves = [("weight", ""), ("bias", "_bias")] if self.has_bias else [("weight", "")]
+        return {
+            f"{index}.{layer}.{leaf}": ExpertPiece(param + suffix, index, part, self.transposed, self.interleaved)
+            for index in range(self.num_experts)
+            for layer, param, part in layers
+            for leaf, suffix in leaves
+        }
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """[tokens, H] from hidden_states [tokens, H], top_k_index int64 [tokens, K] and top_k_weights [tokens, K].
+
+        Only experts with tokens run. An index of `num_experts` or above means "none" and adds nothing. The K results of
+        a token are summed at once, in a fixed order, so that the outcome does not depend on the order of the experts.
+        """
+        tokens, slots = top_k_index.shape
+        chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        counts = torch.bincount(chosen.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()
+        rows = order // slots
+        outputs: list[torch.Tensor] = []
+        start = 0
+        for index, count in enumerate(counts[: self.num_experts]):
+            if count:
+                outputs.append(self._run(index, hidden_states[rows[start : start + count]]))
+                start += count
+        if not outputs:
+            return torch.zeros_like(hidden_states)
+        if start < tokens * slots:
+            outputs.append(outputs[0].new_zeros(tokens * slots - start, outputs[0].shape[-1]))
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        joined = torch.cat(outputs)[back].view(tokens, slots, -1)
+        return (joined * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+    def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        expert = getattr(self, str(index))
+        up = expert.up_proj(hidden)
+        inner = self._combine(expert.gate_proj(hidden), up) if self.has_gate else self._shell.act_fn(up)
+        return expert.down_proj(inner)
+
+    def _combine(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Gate and up [rows, I] combined as the family of the fused module does it."""
+        own = getattr(self._shell, "_apply_gate", None)
+        if own is None or own.__name__ == "_default_apply_gate":
+            return self._shell.act_fn(gate) * up
+        return own(torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1))
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether `module` is a 3-D experts module whose layout Transformers declares and `LinearExperts` can take over."""
+    if not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False):
+        return False
+    names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
+    return all(isinstance(p := module._parameters.get(name), torch.Tensor) and p.dim() == 3 for name in names)
+
+
+def unfuse_experts(model: nn.Module) -> list[str]:
+    """Replace every fused experts module under `model` by `LinearExperts`, in place; returns their names.
+
+    Works on meta parameters; real ones are taken over as views, without a copy where the layout allows. Calling it
+    again finds nothing to do. Routers are not touched.
+    """
+    names = [name for name, module in model.named_modules() if is_fused_experts(module)]
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, leaf, LinearExperts(getattr(owner, leaf)))
+    return names
+
+
+def other_fused_experts(model: nn.Module) -> list[str]:
+    """Names of modules with 3-D expert weights that stay as they are, because their layout is not known."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "expert" in name.rpartition(".")[2].lower()
+        and any(p.dim() == 3 for p in module.parameters(recurse=False))
+        and not is_fused_experts(module)
+    ]

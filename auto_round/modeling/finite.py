@@ -1,0 +1,40 @@
+"""NaN and Inf in a tensor are named as soon as the tensor is seen."""
+
+from __future__ import annotations
+
+import torch
+
+from auto_round.errors import NumericsError
+
+_CHUNK = 1 << 22
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """True when a tensor of any shape and dtype holds neither NaN nor Inf. Integers always do.
+
+    One pass over the data: the extremes are infinite or NaN exactly when some element is (`aminmax` hands NaN on), so
+    that no mask of the tensor's size is built.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return True
+    flat = tensor.detach()
+    if tensor.element_size() == 1:  # 8-bit floats have no reductions of their own
+        parts = flat.reshape(-1).split(_CHUNK)
+        return all(is_finite(part.to(torch.float32)) for part in parts)
+    low, high = torch.aminmax(flat)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise NumericsError that names `name` and counts the bad elements, when `tensor` holds NaN or Inf."""
+    if is_finite(tensor):
+        return
+    nan = infinite = 0
+    for part in tensor.detach().reshape(-1).split(_CHUNK):
+        values = part.to(torch.float32) if part.element_size() == 1 else part
+        nan += int(torch.isnan(values).sum())
+        infinite += int(torch.isinf(values).sum())
+    raise NumericsError(
+        f"tensor {name!r} holds {nan} NaN and {infinite} Inf among {tensor.numel()} values of {tensor.dtype}; "
+        "the weights are damaged: fetch the model again or use another checkpoint"
+    )

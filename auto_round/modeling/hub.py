@@ -1,0 +1,78 @@
+"""From what the user typed to a local folder with a checkpoint in it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from auto_round.errors import ConfigError, ModelError, nearest
+
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab")
+_CODE = ("*.py",)
+_REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
+_PLATFORMS = ("hf", "model_scope")
+_TIMEOUT_S = 10.0
+
+
+def model_folder(model: str | os.PathLike[str], *, trust_remote_code: bool = False, platform: str | None = None) -> Path:
+    """The local folder of a model given as folder or hub id. Only json, safetensors and tokenizer files are fetched.
+
+    Args:
+        model: a folder, or an id such as "org/name".
+        trust_remote_code: fetch the repository's Python files too.
+        platform: "hf" (default) or "model_scope".
+
+    Raises:
+        ModelError: no such folder, or the hub cannot be reached or does not know the id.
+        ConfigError: unknown platform.
+    """
+    given = os.fspath(model)
+    where = platform or "hf"
+    if where not in _PLATFORMS:
+        raise ConfigError(f"platform={platform!r} is unknown; use one of {', '.join(_PLATFORMS)}")
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{given!r} is a file; give the folder that holds config.json and the safetensors files")
+    if isinstance(model, os.PathLike) or not _REPO_ID.match(given):
+        raise ModelError(f"no model folder {given!r}{_similar(folder)}")
+    patterns = [*_FILES, *(_CODE if trust_remote_code else ())]
+    return _from_modelscope(given, patterns) if where == "model_scope" else _from_hub(given, patterns, folder)
+
+
+def _from_hub(repo: str, patterns: list[str], folder: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns, etag_timeout=_TIMEOUT_S))
+    except LocalEntryNotFoundError as error:
+        reason = "the hub cannot be reached and the model is not in the local cache"
+        raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and {reason}: {_first_line(error)}") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and the hub refuses it: {_first_line(error)}") from error
+
+
+def _from_modelscope(repo: str, patterns: list[str]) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise ModelError("ModelScope needs its own package: pip install modelscope") from error
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except Exception as error:  # the client raises its own, undocumented kinds
+        raise ModelError(f"ModelScope cannot give {repo!r}: {_first_line(error)}") from error
+
+
+def _similar(folder: Path) -> str:
+    try:
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return ""
+    return nearest(folder.name, siblings)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

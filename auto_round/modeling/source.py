@@ -1,0 +1,177 @@
+"""A model as a source of blocks: hands out any module with real weights and takes it back.
+
+`CheckpointSource` (a folder or hub id) keeps all parameters on the meta device and reads them when asked.
+`LiveSource` wraps a model object of the user's, in place.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.errors import ConfigError, ModelError
+from auto_round.modeling.blocks import find_blocks
+
+Device = torch.device | str
+
+
+class ModelSource(ABC):
+    """What the walk over a model needs to know of it.
+
+    Attributes:
+        model: the causal language model in eval mode. Parameters may be on meta; buffers are real.
+        config: its configuration.
+        name_or_path: as given by the user, for messages and the model card.
+        blocks: names of the decoder blocks in order, such as "model.layers.0".
+        dtype: the dtype of its floating-point weights.
+    """
+
+    model: nn.Module
+    config: Any
+    name_or_path: str
+    blocks: tuple[str, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def load(self, name: str, device: Device | None = None) -> nn.Module:
+        """Materialise every parameter and persistent buffer under the module `name` and return that module.
+
+        What is real already keeps its values. A module that contains decoder blocks gets only the tensors that are
+        directly its own.
+
+        Args:
+            name: module name; "" is the whole model, of which only its own direct tensors are loaded.
+            device: where to put it; None means CPU for a checkpoint, and "where it is" for a live model.
+
+        Raises:
+            ModelError: no such module, or its files cannot be read.
+            NumericsError: a weight holds NaN or Inf; the message names it.
+        """
+
+    @abstractmethod
+    def release(self, name: str) -> None:
+        """Give back what `load` put under `name`: back to meta (checkpoint), back to its own device (live model)."""
+
+    @abstractmethod
+    def read(self, tensor_name: str) -> torch.Tensor:
+        """One tensor by its state-dict name, on the CPU, in the dtype that `load` would give it.
+
+        Raises ModelError for an unknown name.
+        """
+
+    @abstractmethod
+    def tied(self) -> dict[str, str]:
+        """Alias to canonical name, such as {"lm_head.weight": "model.embed_tokens.weight"}."""
+
+    @abstractmethod
+    def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype that `read` would give, without reading."""
+
+    @abstractmethod
+    def tensor_names(self) -> list[str]:
+        """Persistent state-dict names of the whole model in order, tied aliases included."""
+
+    def checkpoint_names(self, tensor_name: str) -> tuple[str, ...]:
+        """The checkpoint's own names of the tensors that `tensor_name` is made of; itself where nothing differs."""
+        return (tensor_name,)
+
+    def outside_modules(self) -> list[str]:
+        """Names of the modules with parameters or persistent buffers of their own that are in no block."""
+        blocks = tuple(f"{name}." for name in self.blocks)
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.tensor_names())
+        return [name for name in owners if not f"{name}.".startswith(blocks)]
+
+    def _module(self, name: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError as error:
+            raise ModelError(f"{self.name_or_path} has no module {name!r}") from error
+
+    def _owners(self, name: str) -> Iterator[tuple[str, nn.Module]]:
+        """The modules whose direct tensors `load(name)` concerns, with their full names."""
+        root = self._module(name)
+        prefix = f"{name}." if name else ""
+        if any(block.startswith(prefix) and block != name for block in self.blocks):
+            yield name, root
+            return
+        for child_name, child in root.named_modules(remove_duplicate=False):
+            yield (prefix + child_name if child_name else name), child
+
+
+def direct_tensors(module: nn.Module, *, persistent: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    """(leaf name, tensor) of a module's own parameters and buffers, in state-dict order.
+
+    With `persistent`, buffers that are not part of the state dict are left out.
+    """
+    for leaf, parameter in module._parameters.items():
+        if parameter is not None:
+            yield leaf, parameter
+    for leaf, buffer in module._buffers.items():
+        if buffer is not None and not (persistent and leaf in module._non_persistent_buffers_set):
+            yield leaf, buffer
+
+
+def state_names(model: nn.Module) -> list[str]:
+    """State-dict names of a model, tied aliases included, without building a state dict."""
+    return [
+        f"{name}.{leaf}" if name else leaf
+        for name, module in model.named_modules(remove_duplicate=False)
+        for leaf, _ in direct_tensors(module)
+    ]
+
+
+def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point torch dtype from itself or its name; None and "auto" mean the checkpoint's own.
+
+    Raises ConfigError for anything else.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ConfigError(f"dtype={dtype!r} is not allowed; use 'auto', 'bfloat16', 'float16' or 'float32'")
+    return found
+
+
+def find_model_blocks(model: nn.Module) -> tuple[str, ...]:
+    """`find_blocks`, refusing encoder-decoder models. Raises ModelError."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models can be quantized")
+    return find_blocks(model)
+
+
+def open_source(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+    platform: str | None = None,
+) -> ModelSource:
+    """The source for a folder, a hub id or a model object.
+
+    Args:
+        model: a folder with config.json and safetensors, a hub id, or a Transformers model.
+        dtype: floating-point dtype of the weights; default: the configuration's, else the one most weights have.
+            A model object keeps its own.
+        trust_remote_code: allow the checkpoint's own Python code to run.
+        platform: "hf" (default) or "model_scope", where a hub id is looked up.
+
+    Raises:
+        ModelError: not found, not a causal language model, pickle weights, damaged files.
+        UnsupportedError: the checkpoint is quantized already.
+        ConfigError: a bad dtype or platform.
+    """
+    if isinstance(model, nn.Module):
+        from auto_round.modeling.live_source import LiveSource
+
+        return LiveSource(model)
+    from auto_round.modeling.checkpoint_source import CheckpointSource
+    from auto_round.modeling.hub import model_folder
+
+    folder = model_folder(model, trust_remote_code=trust_remote_code, platform=platform)
+    return CheckpointSource(folder, dtype=dtype, trust_remote_code=trust_remote_code, name_or_path=os.fspath(model))

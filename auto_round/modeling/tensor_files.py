@@ -1,0 +1,205 @@
+"""Tensors of a local safetensors checkpoint, read one at a time.
+
+The files are read with plain reads instead of a memory map: mapped pages count as resident memory for as long as a
+tensor or the file lives, and copying out of a map holds every byte twice. Format: the safetensors specification (8 bytes
+little-endian header length, a JSON header, then the data).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from auto_round.errors import ModelError
+
+_MAX_HEADER = 100_000_000  # the limit that the safetensors library sets itself
+_READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
+_COMPARE_AT_ONCE = 1 << 24
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+if hasattr(torch, "float8_e8m0fnu"):  # newer than the oldest torch supported
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: file, dtype, shape and byte range [start, end) in the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class TensorFiles:
+    """All tensors of one checkpoint folder. Headers are checked when it is opened; data is read on demand."""
+
+    def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
+        self.folder = folder
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> TensorFiles:
+        """Read the headers of `model.safetensors` or of the shards that `model.safetensors.index.json` lists.
+
+        Raises:
+            ModelError: no safetensors file, a damaged one, or an index that does not agree with its shards.
+        """
+        path = Path(folder)
+        single = path / "model.safetensors"
+        if single.is_file():
+            return cls(path, read_header(single))
+        index = path / "model.safetensors.index.json"
+        if not index.is_file():
+            raise ModelError(_no_weights(path))
+        return cls(path, _read_index(path, index))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def read(self, key: str, row: int | None = None) -> torch.Tensor:
+        """The tensor `key` on the CPU in its stored dtype; with `row`, only that index of its first dimension.
+
+        Raises ModelError when the file can no longer be read to the end.
+        """
+        stored = self.tensors[key]
+        start, end, shape = stored.start, stored.end, stored.shape
+        if row is not None:
+            size = (end - start) // shape[0]
+            start, shape = start + row * size, shape[1:]
+            end = start + size
+        raw = torch.empty(end - start, dtype=torch.uint8)
+        self._fill(stored.file, key, start, memoryview(raw.numpy()))
+        return raw.view(stored.dtype).view(shape)
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same bytes, compared in pieces so that neither is held whole."""
+        a, b = self.tensors[first], self.tensors[second]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        for offset in range(0, a.end - a.start, _COMPARE_AT_ONCE):
+            size = min(_COMPARE_AT_ONCE, a.end - a.start - offset)
+            one, two = bytearray(size), bytearray(size)
+            self._fill(a.file, first, a.start + offset, memoryview(one))
+            self._fill(b.file, second, b.start + offset, memoryview(two))
+            if one != two:
+                return False
+        return True
+
+    def _fill(self, file: Path, key: str, start: int, view: memoryview) -> None:
+        try:
+            with open(file, "rb", buffering=0) as handle:
+                handle.seek(start)
+                done = 0
+                while done < len(view):
+                    count = handle.readinto(view[done : done + _READ_AT_ONCE])
+                    if not count:
+                        raise ModelError(f"{file.name} ended while tensor {key!r} was read; fetch the file again")
+                    done += count
+        except OSError as error:
+            raise ModelError(f"cannot read tensor {key!r} from {file}: {error}") from error
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors that one safetensors file declares. Raises ModelError naming the file, and the tensor at fault."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            length = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))[0]
+            if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise ModelError(f"{file} is not a safetensors file (or was cut short): it has {size} bytes and no valid header")
+            header = json.loads(handle.read(length))
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error}") from error
+    except ValueError as error:
+        raise ModelError(f"the header of {file} is not JSON ({error}); fetch the file again") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"the header of {file} is not a JSON object; fetch the file again")
+    data = 8 + length
+    return {key: _stored(file, key, info, data, size) for key, info in header.items() if key != "__metadata__"}
+
+
+def _stored(file: Path, key: str, info: Any, data: int, size: int) -> StoredTensor:
+    try:
+        name, shape = info["dtype"], tuple(int(n) for n in info["shape"])
+        first, last = (int(n) for n in info["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: the header entry of tensor {key!r} is malformed ({error!r})") from error
+    dtype = DTYPES.get(name)
+    if dtype is None:
+        raise ModelError(f"{file}: tensor {key!r} has dtype {name!r}; known ones: {', '.join(sorted(DTYPES))}")
+    count = 1
+    for n in shape:
+        count *= n
+    if min(shape, default=0) < 0 or first < 0 or last - first != count * dtype.itemsize:
+        raise ModelError(f"{file}: tensor {key!r} of shape {list(shape)} {name} does not fit its {last - first} bytes")
+    if data + last > size:
+        raise ModelError(f"{file} is cut short: tensor {key!r} ends at byte {data + last} of {size}; fetch the file again")
+    return StoredTensor(file, dtype, shape, data + first, data + last)
+
+
+def _read_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = [(str(key), str(value)) for key, value in weight_map.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} has no readable weight_map ({error!r}); fetch the file again") from error
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for key, value in entries:
+        if value not in headers:
+            headers[value] = read_header(_shard_path(folder, index, key, value))
+        if key not in headers[value]:
+            raise ModelError(f"tensor {key!r} is missing from {folder / value}, where {index.name} says it is")
+    return {key: headers[value][key] for key, value in entries}
+
+
+def _shard_path(folder: Path, index: Path, key: str, value: str) -> Path:
+    """The shard's path inside `folder`. An index from elsewhere must not make us open files outside it."""
+    parts = PurePosixPath(value.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or ":" in value or not value.endswith(".safetensors"):
+        raise ModelError(f"{index} sends tensor {key!r} to {value!r}; only .safetensors files inside the folder are allowed")
+    file = folder / parts
+    if not file.is_file():
+        raise ModelError(f"{file} is missing; {index.name} needs it for tensor {key!r} and others. Fetch the model again")
+    return file
+
+
+def _no_weights(folder: Path) -> str:
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    pickles = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles:
+        return (
+            f"{folder} holds weights as pickle ({pickles[0]}), which can run code when opened; only safetensors is read. "
+            "Convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder)"
+        )
+    loose = [n for n in found if n.endswith(".safetensors")]
+    if loose:
+        return f"{folder} holds {loose[0]} but neither model.safetensors nor model.safetensors.index.json; fetch the index too"
+    return f"{folder} holds no weights: model.safetensors or model.safetensors.index.json is needed"
