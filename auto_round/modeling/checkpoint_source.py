@@ -56,6 +56,8 @@ class CheckpointSource(ModelSource):
         UnsupportedError: the checkpoint is quantized and `prepare` is not given.
     """
 
+    lazy = True
+
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -86,6 +88,7 @@ class CheckpointSource(ModelSource):
         self._plans = plan_tensors(self.files, self.model, self._names, fused_names)
         self._tied = self._find_tied()
         self._tensors = self._check_tensors()
+        self._fill_buffers()
 
     def load(self, name: str, device: Device | None = None) -> nn.Module:
         where = torch.device(device or "cpu")
@@ -138,7 +141,7 @@ class CheckpointSource(ModelSource):
         canonical = self._tied.get(name, name)
         plan, info = self._plans.get(canonical), self._tensors.get(canonical)
         if plan is None or info is None:
-            raise ModelError(f"{self.name_or_path} has no tensor for {name!r}")
+            raise ModelError(f"{self.name_or_path} has no tensor {name!r}")
         origin, piece = plan.origin, plan.piece
         if origin.converter is None and piece is None:
             tensor = self.files.read(origin.keys[0][0]).to(info.dtype)
@@ -188,10 +191,7 @@ class CheckpointSource(ModelSource):
         return tied
 
     def _check_tensors(self) -> dict[str, _Tensor]:
-        """Shapes and dtypes of all tensors but aliases. Buffers that are real already get the checkpoint's values.
-
-        Raises ModelError for a tensor that is missing or has another shape.
-        """
+        """Shapes and dtypes of all tensors but aliases. Raises ModelError for one that is missing or has another shape."""
         full_precision = _kept_in_float32(self.model, self.dtype)
         found: dict[str, _Tensor] = {}
         for name in self._names:
@@ -216,10 +216,14 @@ class CheckpointSource(ModelSource):
             if leaf in module._parameters and dtype.is_floating_point and full_precision(name):
                 dtype = torch.float32
             found[name] = _Tensor(tuple(tensor.shape), dtype, tensor.is_meta)
-            if plan is not None and not tensor.is_meta:
-                self._tensors = found
-                module._buffers[leaf] = self._fetch(name, {}, check=True)
         return found
+
+    def _fill_buffers(self) -> None:
+        """Give persistent buffers that are real from the start (small tables) the checkpoint's values."""
+        for name, info in self._tensors.items():
+            if not info.lazy and name in self._plans:
+                owner, _, leaf = name.rpartition(".")
+                self.model.get_submodule(owner)._buffers[leaf] = self._fetch(name, {}, check=True)
 
 
 def _place(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:

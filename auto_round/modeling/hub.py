@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from auto_round import envs
 from auto_round.errors import ConfigError, ModelError, nearest
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab")
@@ -21,14 +22,14 @@ def model_folder(model: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     Args:
         model: a folder, or an id such as "org/name".
         trust_remote_code: fetch the repository's Python files too.
-        platform: "hf" (default) or "model_scope".
+        platform: "hf" or "model_scope"; default: as the variable AR_USE_MODELSCOPE says, else "hf".
 
     Raises:
         ModelError: no such folder, or the hub cannot be reached or does not know the id.
         ConfigError: unknown platform.
     """
     given = os.fspath(model)
-    where = platform or "hf"
+    where = platform or ("model_scope" if envs.AR_USE_MODELSCOPE else "hf")
     if where not in _PLATFORMS:
         raise ConfigError(f"platform={platform!r} is unknown; use one of {', '.join(_PLATFORMS)}")
     folder = Path(given).expanduser()

@@ -19,6 +19,8 @@ class LiveSource(ModelSource):
     Raises ModelError when it is no language model with decoder blocks, or some of its weights are offloaded (meta).
     """
 
+    lazy = False
+
     def __init__(self, model: nn.Module) -> None:
         config: Any = getattr(model, "config", None)
         if config is None:

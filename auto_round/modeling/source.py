@@ -29,6 +29,7 @@ class ModelSource(ABC):
         name_or_path: as given by the user, for messages and the model card.
         blocks: names of the decoder blocks in order, such as "model.layers.0".
         dtype: the dtype of its floating-point weights.
+        lazy: weights are read when loaded and dropped when released (a checkpoint), instead of living in the model.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class ModelSource(ABC):
     name_or_path: str
     blocks: tuple[str, ...]
     dtype: torch.dtype
+    lazy: bool
 
     @abstractmethod
     def load(self, name: str, device: Device | None = None) -> nn.Module:
@@ -159,7 +161,7 @@ def open_source(
         dtype: floating-point dtype of the weights; default: the configuration's, else the one most weights have.
             A model object keeps its own.
         trust_remote_code: allow the checkpoint's own Python code to run.
-        platform: "hf" (default) or "model_scope", where a hub id is looked up.
+        platform: "hf" or "model_scope", where a hub id is looked up; default: as AR_USE_MODELSCOPE says.
 
     Raises:
         ModelError: not found, not a causal language model, pickle weights, damaged files.

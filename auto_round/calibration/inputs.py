@@ -1,0 +1,322 @@
+"""Inputs of the first block, and what every block is called with, recorded in one pass over the samples.
+
+Blocks of hybrid, sliding-window and local/global models get different masks and rotary tables, so each block's own
+arguments are kept. Masks keep their dtype: a boolean mask stays boolean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.calibration.recording import Call, LeafStore, batch_dims, flatten, join, unflatten
+from auto_round.errors import DataError, ModelError, NumericsError
+from auto_round.modeling.finite import is_finite
+from auto_round.modeling.outside import outside_loaded
+from auto_round.modeling.source import Device, ModelSource
+
+_NOT_FOR_THE_MODEL = ("labels",)
+# A block returns its hidden states alone, or first in a tuple: then the other entries, as seen once.
+_OutputKind = tuple[Any, ...] | None
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has gone far enough. Holds what was found there."""
+
+    def __init__(self, value: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.value = value
+
+
+@dataclass
+class CapturedInputs:
+    """The calibration samples as seen by the blocks.
+
+    Attributes:
+        hidden: [N, T, H], inputs of block 0 in the model's dtype.
+        loss_mask: bool [N, T]; False where a position is padded or its label is -100.
+    """
+
+    hidden: torch.Tensor
+    loss_mask: torch.Tensor
+    _inputs: list[dict[str, torch.Tensor]]
+    _calls: list[list[Call]]
+    _dims: dict[Hashable, tuple[int | None, ...]]
+    _kinds: dict[type[nn.Module], _OutputKind]
+    _on_device: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def run(self, block_index: int, block: nn.Module, hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+        """The block's output [B, T, H] for `hidden` [B, T, H] of the samples with these indices; gradients flow.
+
+        Arguments go to the device of `hidden`. Floating-point ones recorded in the model's dtype follow the dtype of
+        `hidden`; nothing else is cast. Samples whose arguments cannot share a batch (one has no mask, another has)
+        run one after the other.
+        """
+        if hidden.shape[0] != len(samples):
+            raise DataError(f"hidden holds {hidden.shape[0]} samples, but {len(samples)} sample indices were given")
+        calls = self._calls[block_index]
+        groups: dict[Hashable, list[int]] = {}
+        for place, sample in enumerate(samples):
+            groups.setdefault(self._group_key(block_index, calls[sample]), []).append(place)
+        if len(groups) == 1:
+            return self._run_group(block_index, block, hidden, [calls[s] for s in samples])
+        outputs, places = [], []
+        for group in groups.values():
+            outputs.append(self._run_group(block_index, block, hidden[group], [calls[samples[p]] for p in group]))
+            places.extend(group)
+        back = torch.tensor(places, device=hidden.device).argsort()
+        return torch.cat(outputs)[back]
+
+    def finish(
+        self, source: ModelSource, hidden: torch.Tensor, samples: Sequence[int], stop_at: str | None = None
+    ) -> torch.Tensor:
+        """The model's tail on `hidden` [B, T, H], the output of the last block: logits [B, T, vocabulary].
+
+        With `stop_at`, the input of the module of that name instead, such as "lm_head". Modules of the tail that are
+        not loaded are loaded for this call; open `outside_loaded(source, device)` around many calls.
+        """
+        model, device = source.model, hidden.device
+        given = hidden.to(self.hidden.dtype)
+        last = len(source.blocks) - 1
+
+        def replacement(index: int, block: nn.Module, _original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                own, _, _ = _take_hidden(args, kwargs)
+                return _as_output(self._kinds[type(block)], given if index == last else own)
+
+            return forward
+
+        handles = []
+        if stop_at is not None:
+            handles.append(source._module(stop_at).register_forward_pre_hook(_stop_with_input))
+        try:
+            with outside_loaded(source, device), _replaced_forwards(source, replacement):
+                return _forward(model, _batch([self._inputs[s] for s in samples], device)).logits
+        except _Stop as stop:
+            assert stop.value is not None
+            return stop.value
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def arguments(self, block_index: int, sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments recorded for one block and sample, without the hidden states."""
+        call = self._calls[block_index][sample]
+        args, kwargs, _ = unflatten(call.spec, call.consts, call.leaves)
+        return args, kwargs
+
+    def _group_key(self, block_index: int, call: Call) -> Hashable:
+        dims = self._dims[block_index, call.structure]
+        return call.structure, tuple(id(t) for t, d in zip(call.leaves, dims, strict=True) if d is None)
+
+    def _run_group(self, block_index: int, block: nn.Module, hidden: torch.Tensor, calls: list[Call]) -> torch.Tensor:
+        first = calls[0]
+        dims = self._dims[block_index, first.structure]
+        leaves = [join([self._moved(call.leaves[i], hidden) for call in calls], dim) for i, dim in enumerate(dims)]
+        args, kwargs, key = unflatten(first.spec, first.consts, leaves)
+        output = block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    def _moved(self, leaf: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        dtype = hidden.dtype if leaf.dtype == self.hidden.dtype else leaf.dtype
+        if leaf.device == hidden.device and leaf.dtype == dtype:
+            return leaf
+        key = (id(leaf), hidden.device, dtype)
+        if key not in self._on_device:
+            if len(self._on_device) > 256:  # per-sample masks of a large set are not kept twice
+                self._on_device.clear()
+            self._on_device[key] = leaf.to(hidden.device, dtype)
+        return self._on_device[key]
+
+
+def capture_inputs(
+    source: ModelSource,
+    samples: list[dict[str, torch.Tensor]],
+    device: Device | None = None,
+    store_device: Device = "cpu",
+) -> CapturedInputs:
+    """Run everything before the blocks on each sample, and record what each block is called with.
+
+    Only modules before the blocks are loaded, and one block of each class for a moment (what it returns decides what
+    the others hand on).
+
+    Args:
+        source: the model.
+        samples: dicts with "input_ids" int64 [T], and optionally "attention_mask" [T] and "labels" [T] (-100: no loss).
+            All of one length.
+        device: where to run; None: CPU for a checkpoint, where it is for a live model.
+        store_device: where hidden states and arguments are kept.
+
+    Raises:
+        DataError: no samples, or of different lengths.
+        ModelError: the model does not call its blocks as a decoder does.
+        NumericsError: NaN or Inf before the first block.
+    """
+    inputs = _checked(samples)
+    recorder = _Recorder(source, torch.device(store_device), len(inputs))
+    where = torch.device(device) if device is not None else _home(source)
+    with torch.no_grad(), outside_loaded(source, device), _replaced_forwards(source, recorder.replacement):
+        for index, sample in enumerate(inputs):
+            recorder.record(index, sample, where)
+    assert recorder.hidden is not None
+    masks = [_loss_mask(sample, inputs[i]["input_ids"].shape[-1]) for i, sample in enumerate(samples)]
+    return CapturedInputs(recorder.hidden, torch.stack(masks), inputs, recorder.calls, recorder.dims, recorder.kinds)
+
+
+class _Recorder:
+    """Stands in for the blocks' forwards while the samples pass."""
+
+    def __init__(self, source: ModelSource, store_device: torch.device, count: int) -> None:
+        self.source, self.count, self.store_device = source, count, store_device
+        self.store = LeafStore(store_device)
+        self.hidden: torch.Tensor | None = None
+        self.calls: list[list[Call]] = [[] for _ in source.blocks]
+        self.dims: dict[Hashable, tuple[int | None, ...]] = {}
+        self.kinds: dict[type[nn.Module], _OutputKind] = {}
+        self._sample = 0
+        self._probing = False
+
+    def record(self, index: int, sample: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Pass one sample alone; when its arguments have a shape not seen yet, pass it twice as a batch too."""
+        self._sample, self._probing = index, False
+        self._pass(_batch([sample], device))
+        if any((i, calls[index].structure) not in self.dims for i, calls in enumerate(self.calls)):
+            self._probing = True
+            self._pass(_batch([sample, sample], device))
+        self.store.end_of_sample()
+
+    def _pass(self, batch: dict[str, torch.Tensor]) -> None:
+        try:
+            _forward(self.source.model, batch)
+        except _Stop:
+            return
+        raise ModelError(f"{type(self.source.model).__name__} never called its last block {self.source.blocks[-1]!r}")
+
+    def replacement(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest, key = _take_hidden(args, kwargs)
+            spec, consts, leaves = flatten((*rest, key))
+            if self._probing:
+                single = self.calls[index][self._sample]
+                self.dims[index, single.structure] = batch_dims(single.leaves, leaves)
+            else:
+                if index == 0:
+                    self._keep(hidden)
+                if len(self.calls[index]) != self._sample:
+                    raise ModelError(f"block {self.source.blocks[index]!r} was not called exactly once; it cannot be tuned alone")
+                self.calls[index].append(Call(spec, tuple(consts), tuple(self.store.put(leaf) for leaf in leaves)))
+            if type(block) not in self.kinds:
+                self._learn_kind(index, block, original, args, kwargs, hidden)
+            if index == len(self.calls) - 1:
+                raise _Stop
+            return _as_output(self.kinds[type(block)], hidden)
+
+        return forward
+
+    def _keep(self, hidden: torch.Tensor) -> None:
+        if hidden.dim() != 3 or hidden.shape[0] != 1:
+            raise ModelError(f"{self.source.blocks[0]} is fed a tensor of shape {list(hidden.shape)}, not [batch, tokens, width]")
+        if not is_finite(hidden):
+            raise NumericsError(f"NaN or Inf in the input of {self.source.blocks[0]} for calibration sample {self._sample}")
+        if self.hidden is None:
+            self.hidden = torch.empty(self.count, *hidden.shape[1:], dtype=hidden.dtype, device=self.store_device)
+        self.hidden[self._sample] = hidden[0]
+
+    def _learn_kind(
+        self, index: int, block: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any, hidden: torch.Tensor
+    ) -> None:
+        name = self.source.blocks[index]
+        self.source.load(name, hidden.device)
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self.source.release(name)
+        first = output if isinstance(output, torch.Tensor) else output[0] if isinstance(output, tuple) and output else None
+        if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
+            raise ModelError(f"block {name!r} ({type(block).__name__}) does not return hidden states of the shape it is given")
+        self.kinds[type(block)] = None if isinstance(output, torch.Tensor) else tuple(output[1:])
+
+
+def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, Any], str | None]:
+    """The hidden states, the other (args, kwargs), and the keyword under which they came; None when positional."""
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0], (args[1:], kwargs), None
+    key = "hidden_states"
+    if isinstance(kwargs.get(key), torch.Tensor):
+        return kwargs[key], (args, {k: v for k, v in kwargs.items() if k != key}), key
+    raise ModelError(f"a decoder block is called without hidden states (arguments: {', '.join(kwargs) or 'none'})")
+
+
+def _as_output(kind: _OutputKind, hidden: torch.Tensor) -> Any:
+    return hidden if kind is None else (hidden, *kind)
+
+
+@contextmanager
+def _replaced_forwards(
+    source: ModelSource, make: Callable[[int, nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Every block's forward is `make(index, block, original)` while this is open; restored whatever happens."""
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for index, name in enumerate(source.blocks):
+            block = source.model.get_submodule(name)
+            before.append((block, block.__dict__.get("forward")))
+            block.__dict__["forward"] = make(index, block, block.forward)
+        yield
+    finally:
+        for block, own in before:
+            if own is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = own
+
+
+def _stop_with_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _Stop(args[0])
+
+
+def _forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+    return model(**batch, use_cache=False, return_dict=True)
+
+
+def _batch(samples: Sequence[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([s[key] for s in samples]).to(device) for key in samples[0]}
+
+
+def _home(source: ModelSource) -> torch.device:
+    """Where a live model takes its token ids."""
+    if source.lazy:
+        return torch.device("cpu")
+    return next((p.device for p in source.model.parameters()), torch.device("cpu"))
+
+
+def _checked(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Samples as the model takes them: one-dimensional, of one length, without labels. Raises DataError."""
+    if not samples:
+        raise DataError("no calibration samples were given; at least one is needed")
+    inputs = []
+    for index, sample in enumerate(samples):
+        if not isinstance(sample.get("input_ids"), torch.Tensor):
+            raise DataError(f"calibration sample {index} has no tensor 'input_ids'")
+        clean = {k: v.reshape(-1) for k, v in sample.items() if k not in _NOT_FOR_THE_MODEL and isinstance(v, torch.Tensor)}
+        first = inputs[0] if inputs else clean
+        if {k: v.shape for k, v in clean.items()} != {k: v.shape for k, v in first.items()}:
+            raise DataError(f"calibration sample {index} differs from sample 0 in length or keys; pad or cut all to one length")
+        inputs.append(clean)
+    if inputs[0]["input_ids"].numel() == 0:
+        raise DataError("the calibration samples are empty")
+    return inputs
+
+
+def _loss_mask(sample: dict[str, torch.Tensor], length: int) -> torch.Tensor:
+    mask = torch.ones(length, dtype=torch.bool)
+    if isinstance(attention := sample.get("attention_mask"), torch.Tensor):
+        mask &= attention.reshape(-1).cpu() != 0
+    if isinstance(labels := sample.get("labels"), torch.Tensor):
+        mask &= labels.reshape(-1).cpu() != -100
+    return mask

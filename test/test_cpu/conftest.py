@@ -1,0 +1,133 @@
+"""Tiny models of many families with random weights, saved once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_COMMON: dict[str, Any] = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    attention_dropout=0.0,
+)  # fmt: skip
+_MOE: dict[str, Any] = dict(
+    num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1, mlp_only_layers=[]
+)
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _COMMON | dict(tie_word_embeddings=False)),
+    "llama-tied": ("LlamaConfig", _COMMON | dict(tie_word_embeddings=True)),
+    "qwen2": ("Qwen2Config", _COMMON | dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3Config", _COMMON | dict(head_dim=8)),
+    "opt": (
+        "OPTConfig",
+        dict(
+            vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
+            max_position_embeddings=64, word_embed_proj_dim=24, do_layer_norm_before=True, dropout=0.0, pad_token_id=0,
+        ),
+    ),
+    "gpt2": (
+        "GPT2Config",
+        dict(
+            vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        _COMMON
+        | dict(
+            num_hidden_layers=4, head_dim=8, sliding_window=4, tie_word_embeddings=True,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
+    "phi": ("PhiConfig", _COMMON | dict(num_key_value_heads=4, resid_pdrop=0.0, embd_pdrop=0.0)),
+    "mistral": ("MistralConfig", _COMMON | dict(sliding_window=4)),
+    "falcon-alibi": (
+        "FalconConfig",
+        dict(
+            vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, alibi=True, multi_query=False,
+            new_decoder_architecture=False, parallel_attn=False, bias=True, hidden_dropout=0.0, attention_dropout=0.0,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+    ),
+    "falcon-rotary": (
+        "FalconConfig",
+        dict(
+            vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2, alibi=False,
+            new_decoder_architecture=True, parallel_attn=True, bias=False, hidden_dropout=0.0, attention_dropout=0.0,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+    ),
+    "mixtral": ("MixtralConfig", _COMMON | dict(num_hidden_layers=2, num_local_experts=5, num_experts_per_tok=2)),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        _COMMON | _MOE | dict(num_hidden_layers=3, shared_expert_intermediate_size=40, mlp_only_layers=[1]),
+    ),
+    "qwen3-moe": ("Qwen3MoeConfig", _COMMON | _MOE | dict(num_hidden_layers=2, head_dim=8)),
+    "gpt-oss": (
+        "GptOssConfig",
+        _COMMON
+        | dict(
+            num_hidden_layers=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        _COMMON
+        | _MOE
+        | dict(
+            num_hidden_layers=3, head_dim=8, shared_expert_intermediate_size=24, linear_num_key_heads=2,
+            linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=3,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+    ),
+}  # fmt: skip
+
+
+def build_tiny(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A model of the family in float32 whose weights, norms and biases included, are all random."""
+    import transformers
+
+    name, values = FAMILIES[family]
+    config = getattr(transformers, name)(**(values | changes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.2))
+                if parameter.dim() == 1:
+                    parameter.add_(0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def families() -> list[str]:
+    return list(FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., torch.nn.Module]:
+    """`tiny_model(family, seed=0, **config changes)`: a fresh model in memory."""
+    return build_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_folder(family, **save_pretrained options)`: the saved model's folder; do not write to it."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str, **options: Any) -> Path:
+        key = family + repr(sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family)
+            build_tiny(family).save_pretrained(made[key], **options)
+        return made[key]
+
+    return folder
