@@ -1,0 +1,173 @@
+"""Calibration data: from a dataset string, or from Python objects, to token samples of one length.
+
+`load_calibration` is the entry; `register_dataset` adds a name. The grammar of dataset strings is in
+`auto_round.calibration.grammar`, what is dropped and why in `auto_round.calibration.tokens`, and `docs/datasets.md`
+tells all of it for users.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from auto_round.calibration.grammar import DatasetSpec, parse_dataset_string
+from auto_round.calibration.hub_sets import DEFAULT_DATASET
+from auto_round.calibration.local_files import READERS
+from auto_round.calibration.mixing import shares
+from auto_round.calibration.registry import DATASETS, register_dataset
+from auto_round.calibration.sources import OpenDataset, Request, open_named, open_object
+from auto_round.calibration.tokens import IGNORED_LABEL, Sample
+from auto_round.errors import ConfigError, DataError
+from auto_round.logger import logger
+
+__all__ = [
+    "DATASETS",
+    "DEFAULT_DATASET",
+    "CalibrationData",
+    "DatasetSpec",
+    "available_datasets",
+    "load_calibration",
+    "parse_dataset_string",
+    "prepare_calibration",
+    "register_dataset",
+]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Samples and where they come from.
+
+    Attributes:
+        samples: one dict per sample: `input_ids` and `attention_mask` int64 [seqlen], and `labels` int64 [seqlen]
+            (-100 where not to be learned) in all of them when the user gave some.
+        seqlen: tokens per sample; may be less than was asked for.
+        sources: name and number of samples of each dataset used.
+    """
+
+    samples: list[Sample]
+    seqlen: int
+    sources: tuple[tuple[str, int], ...]
+
+
+def load_calibration(
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    seqlen: int,
+    nsamples: int,
+    seed: int,
+    model_max_length: int | None = None,
+    vocab_size: int | None = None,
+    platform: str = "hf",
+) -> list[Sample]:
+    """The samples of `prepare_calibration`."""
+    data = prepare_calibration(
+        dataset,
+        tokenizer,
+        seqlen=seqlen,
+        nsamples=nsamples,
+        seed=seed,
+        model_max_length=model_max_length,
+        vocab_size=vocab_size,
+        platform=platform,
+    )
+    return data.samples
+
+
+def prepare_calibration(
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    seqlen: int,
+    nsamples: int,
+    seed: int,
+    model_max_length: int | None = None,
+    vocab_size: int | None = None,
+    platform: str = "hf",
+) -> CalibrationData:
+    """Read, tokenize and cut calibration data. The same arguments give the same samples.
+
+    Args:
+        dataset: None for the default set, a dataset string, a list of strings, a list of token ids (lists, tensors,
+            or dicts with `input_ids` and maybe `attention_mask` and `labels`), or a DataLoader or other iterable of
+            those. Batches are taken apart.
+        tokenizer: a Transformers tokenizer; None will do for token ids.
+        seqlen: tokens per sample. Lowered, with a line in the log, to `model_max_length`, and to the length of the
+            samples when the user gives token ids that all have one length below it.
+        nsamples: samples wanted. When there are fewer, a warning says why.
+        seed: fixes the choice and the order of samples.
+        model_max_length: most positions of the model.
+        vocab_size: rows of the model's embedding; ids from there on are refused.
+        platform: "hf" or "model_scope"; the second takes the default set from ModelScope, as AR_USE_MODELSCOPE does.
+
+    Raises ConfigError for a wrong argument or dataset string, DataError when data cannot be read or no sample is left.
+    When the default set cannot be reached the text inside the package is used, with a line in the log.
+    """
+    if seqlen < 1 or nsamples < 1:
+        raise ConfigError(f"seqlen={seqlen} and nsamples={nsamples} must both be 1 or more")
+    if model_max_length is not None and seqlen > model_max_length:
+        logger.warning(
+            "seqlen=%d is more than the model's %d positions; using %d", seqlen, model_max_length, model_max_length
+        )
+        seqlen = model_max_length
+    request = Request(tokenizer, seqlen, nsamples, seed)
+    if dataset is None or isinstance(dataset, str):
+        opened = open_named(dataset, request, platform)
+    else:
+        single, seqlen = open_object(dataset, request)
+        opened = [single]
+    samples, sources = _collect(opened, nsamples, seed)
+    if vocab_size is not None:
+        largest = max(int(s["input_ids"].max()) for s in samples)
+        if largest >= vocab_size:
+            raise DataError(
+                f"the calibration data holds token id {largest}, and the model knows ids below {vocab_size}; "
+                "use the model's own tokenizer"
+            )
+    return CalibrationData(samples, seqlen, sources)
+
+
+def available_datasets() -> list[tuple[str, str, str]]:
+    """`(name, description, where it comes from)` of every registered dataset by name, then what else can be named."""
+    rows = sorted(((e.name, e.description, e.where) for e in DATASETS.values()), key=lambda row: row[0].lower())
+    rows.append(
+        (f"a path ({', '.join(READERS)})", "your own texts, conversations or token ids", "local file or folder")
+    )
+    rows.append(("any hub id org/name", "a set with a column such as text or messages", "Hugging Face hub"))
+    return rows
+
+
+def _collect(opened: list[OpenDataset], nsamples: int, seed: int) -> tuple[list[Sample], tuple[tuple[str, int], ...]]:
+    """Each dataset's share of the samples; what one lacks is taken from those without `num=`."""
+    wanted = shares([o.spec.num for o in opened], nsamples)
+    taken = [list(itertools.islice(o.stream, n)) for o, n in zip(opened, wanted, strict=True)]
+    for o, part in zip(opened, taken, strict=True):
+        missing = sum(wanted) - sum(map(len, taken))
+        if missing and o.spec.num is None:
+            part.extend(itertools.islice(o.stream, missing))
+    total = sum(map(len, taken))
+    reports = [o.tally.explain() for o in opened]
+    if not total:
+        advice = "; ".join(dict.fromkeys(o.tally.advice() for o in opened))
+        raise DataError(f"no calibration sample is left from {'; '.join(reports)}. To get some, {advice}")
+    if total < nsamples:
+        logger.warning("calibrating with %d samples, %d were asked for. %s", total, nsamples, "; ".join(reports))
+    elif not all(taken):
+        empty = [r for r, part in zip(reports, taken, strict=True) if not part]
+        logger.warning("no calibration sample comes from %s", "; ".join(empty))
+    samples = [s for part in taken for s in part]
+    if len(opened) > 1:
+        random.Random(seed).shuffle(samples)
+    _complete_labels(samples)
+    return samples, tuple((o.spec.name, len(part)) for o, part in zip(opened, taken, strict=True) if part)
+
+
+def _complete_labels(samples: list[Sample]) -> None:
+    """When some samples have labels, give the others theirs: every token that is not padding."""
+    if any("labels" in s for s in samples):
+        for sample in samples:
+            if "labels" not in sample:
+                padded = sample["attention_mask"] == 0
+                sample["labels"] = sample["input_ids"].masked_fill(padded, IGNORED_LABEL)
