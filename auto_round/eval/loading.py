@@ -1,0 +1,101 @@
+"""Open a checkpoint for measuring, through Transformers' own loader."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from typing import Any
+
+import torch
+
+from auto_round.errors import ConfigError, DeviceError, ModelError
+from auto_round.inference.compute import compute_dtype_for
+from auto_round.modeling.hub import model_folder
+
+_DTYPES = {
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
+    "fp32": torch.float32, "float32": torch.float32,
+}  # fmt: skip
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`. Raises ConfigError with the allowed names."""
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not known; use {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def evaluation_device(text: str | int | None) -> str:
+    """The one device to evaluate on: the first accelerator by default, else the CPU.
+
+    Raises DeviceError when the device is not here, ConfigError for a word that is no device or for several devices.
+    """
+    word = "auto" if text is None else str(text).strip().lower()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if word in ("auto", "0") or word == "":
+        return "cpu" if accelerator is None else f"{accelerator.type}:0"
+    if "," in word:
+        raise ConfigError(f"device {text!r}: evaluation runs on one device; name one, such as cuda:0 or cpu")
+    if word.isdecimal():
+        word = f"{accelerator.type if accelerator is not None else 'cuda'}:{word}"
+    try:
+        device = torch.device(word)
+    except RuntimeError as err:
+        raise ConfigError(f"device {text!r} is not known; use cpu, cuda:0, a number or auto") from err
+    if device.type != "cpu":
+        count = torch.accelerator.device_count() if accelerator is not None and accelerator.type == device.type else 0
+        if (device.index or 0) >= count:
+            raise DeviceError(f"device {text!r} is not here: {count} {device.type} devices were found; use cpu")
+    return str(device)
+
+
+def load_tokenizer(source: str | PathLike[str] | torch.nn.Module, trust_remote_code: bool = False) -> Any:
+    """The tokenizer saved beside a model. Raises ConfigError for a model object that names no folder, ModelError
+    when there is none."""
+    from transformers import AutoTokenizer
+
+    name = str(source)
+    if isinstance(source, torch.nn.Module):
+        name = str(getattr(getattr(source, "config", None), "_name_or_path", "") or "")
+        if not name:
+            raise ConfigError("the model object does not tell where it came from; give its tokenizer as tokenizer=")
+    folder = model_folder(name, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as err:
+        raise ModelError(
+            f"no tokenizer could be opened in {name!r}: {_first_line(err)}; give one as tokenizer="
+        ) from err
+
+
+def load_model(
+    source: str | PathLike[str] | torch.nn.Module,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> torch.nn.Module:
+    """A causal language model in evaluation mode; a model object is returned as it is.
+
+    Raises ModelError when the checkpoint does not open.
+    """
+    if isinstance(source, torch.nn.Module):
+        return source
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(source)
+    folder = model_folder(name, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        saved = getattr(config.get_text_config(), "dtype", None) or torch.float32
+        wanted = dtype or compute_dtype_for(device, saved)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, device_map={"": str(device)}, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as err:
+        raise ModelError(f"{name!r} cannot be opened as a causal language model: {_first_line(err)}") from err
+    return model.eval()
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from auto_round.errors import ConfigError, DeviceError
+from auto_round.eval.loading import evaluation_device, parse_dtype
+from auto_round.inference import compute
+from auto_round.inference.compute import compute_dtype_for
+
+
+@pytest.mark.parametrize(("native", "want"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_only_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, native: bool, want: torch.dtype) -> None:
+    monkeypatch.setattr(compute, "cpu_multiplies_bf16", lambda: native)
+    assert compute_dtype_for("cpu", torch.bfloat16) is want
+    assert compute_dtype_for("cpu", torch.float16) is torch.float32
+    assert compute_dtype_for("cpu", torch.float64) is torch.float64
+    assert compute_dtype_for("cuda:0", torch.float16) is torch.float16
+
+
+def test_devices() -> None:
+    assert evaluation_device("cpu") == "cpu"
+    if not torch.accelerator.is_available():
+        assert evaluation_device("0") == evaluation_device(None) == evaluation_device("auto") == "cpu"
+        with pytest.raises(DeviceError, match="0 cuda devices"):
+            evaluation_device("cuda:0")
+        with pytest.raises(DeviceError):
+            evaluation_device("3")
+    with pytest.raises(ConfigError, match="one device"):
+        evaluation_device("0,1")
+    with pytest.raises(ConfigError, match="not known"):
+        evaluation_device("toaster")
+
+
+def test_dtype_names() -> None:
+    assert parse_dtype("bf16") is torch.bfloat16
+    with pytest.raises(ConfigError, match="float32"):
+        parse_dtype("int7")
