@@ -1,0 +1,158 @@
+"""The model card: `README.md` of a saved model, with front matter as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from auto_round.report.memory import format_bytes
+from auto_round.report.run_report import versions, write_text
+
+FILE_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Facts of a model card.
+
+    Attributes:
+        base_model: name or path of the source model; a local path is shown by its last part only.
+        scheme: the default scheme's name or words, such as "W4A16" or "int4 g128 sym".
+        format: name of the output format; "fake" gets no words about runtimes.
+        bits_per_weight: average over the quantized layers, scales included.
+        size_bytes: bytes of all weight files.
+        settings: how it was made, such as {"algorithm": "SignRound", "iters": 200}.
+        data: the calibration data, as words; None when none was used.
+        exceptions: layers with other settings, name to words.
+        quality: measure to value, such as {"perplexity": "21.3 ± 0.4"}; empty when not measured.
+        quality_note: on what it was measured.
+        files: sha256 by file name.
+        license: SPDX name of the base model's licence, when known.
+        versions: as in the report.
+    """
+
+    base_model: str
+    scheme: str
+    format: str = "auto_round"
+    bits_per_weight: float | None = None
+    size_bytes: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    quality: Mapping[str, str] = field(default_factory=dict)
+    quality_note: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    license: str | None = None
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be a hub id: `owner/name` or `name`, and no folder here."""
+    return (
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not os.path.exists(name)
+    )
+
+
+def shown_name(base_model: str) -> str:
+    """A hub id as it is; of a path only the last part, so that a card tells nothing about the machine."""
+    return base_model if is_hub_id(base_model) else os.path.basename(os.path.abspath(os.path.expanduser(base_model)))
+
+
+def render_front_matter(card: ModelCard) -> str:
+    """YAML between `---` lines. Texts are written as JSON strings, which are valid YAML whatever they hold."""
+    base = shown_name(card.base_model)
+    lines = ["---"]
+    if is_hub_id(card.base_model):
+        lines += [f"base_model: {json.dumps(base, ensure_ascii=False)}", "base_model_relation: quantized"]
+    if card.license:
+        lines.append(f"license: {json.dumps(card.license, ensure_ascii=False)}")
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "quantized_by: auto-round", "tags:"]
+    tags = ["auto-round", "quantized", card.scheme.split(" ")[0].lower()]
+    lines += [f"- {json.dumps(tag, ensure_ascii=False)}" for tag in tags]
+    return "\n".join([*lines, "---"])
+
+
+def render_model_card(card: ModelCard) -> str:
+    """The whole README.md."""
+    base = shown_name(card.base_model)
+    parts = [render_front_matter(card), f"# {base}, {card.scheme}", _summary(card, base)]
+    if card.quality:
+        parts.append("## Quality\n\n" + _table(("measure", "value"), list(card.quality.items())))
+        if card.quality_note:
+            parts.append(card.quality_note)
+    parts.append("## How to run\n\n" + _usage(card.format))
+    made = [(str(k), _words(v)) for k, v in card.settings.items()]
+    made.append(("calibration data", card.data or "none"))
+    parts.append("## How it was made\n\n" + _table(("setting", "value"), made))
+    if card.exceptions:
+        parts.append("Layers with other settings:\n\n" + _table(("layer", "is"), _shortened(card.exceptions)))
+    parts.append("Versions: " + ", ".join(f"{k} {v}" for k, v in card.versions.items()))
+    if card.files:
+        parts.append("## Files\n\n" + _table(("file", "sha256"), list(card.files.items())))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_model_card(folder: str | os.PathLike[str], card: ModelCard) -> Path:
+    """Write README.md into `folder`; returns its path. Raises OutputError when it cannot be written."""
+    return write_text(Path(folder) / FILE_NAME, render_model_card(card))
+
+
+def _summary(card: ModelCard, base: str) -> str:
+    name = f"[{base}](https://huggingface.co/{base})" if is_hub_id(card.base_model) and "/" in base else f"`{base}`"
+    facts = [f"scheme {card.scheme}", f"format `{card.format}`"]
+    if card.bits_per_weight is not None:
+        facts.append(f"{card.bits_per_weight:.2f} bits per quantized weight, scales included")
+    if card.size_bytes is not None:
+        facts.append(f"{format_bytes(card.size_bytes)} of weights")
+    return f"{name}, quantized with AutoRound: {', '.join(facts)}. The base model's licence and terms apply."
+
+
+def _usage(format_name: str) -> str:
+    if format_name == "fake":
+        return (
+            "The weights are rounded and stored in full precision, for research. "
+            "Any tool that opens the base model opens this one."
+        )
+    return """With Transformers (`pip install auto-round transformers accelerate`), from this folder or its hub id:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."
+model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(path)
+inputs = tokenizer("There is a girl who likes adventure,", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+With vLLM, on a GPU with a kernel for this scheme:
+
+```bash
+vllm serve .
+```"""
+
+
+def _table(head: Sequence[str], rows: Sequence[tuple[str, str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines += [f"| {_cell(a)} | {_cell(b)} |" for a, b in rows]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "automatic" if value is None else str(value)
+
+
+def _shortened(rows: Mapping[str, str], most: int = 40) -> list[tuple[str, str]]:
+    items = list(rows.items())
+    return items if len(items) <= most else [*items[:most], (f"and {len(items) - most} more", "see report.json")]

@@ -1,0 +1,154 @@
+"""Progress of a run, for people: a bar on a terminal, plain log lines elsewhere.
+
+A driver calls `start`, then `block` after each block, `message` for single facts, and `finish`, or uses the object in
+a `with` statement, which finishes also after an error.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+from auto_round.logger import logger
+from auto_round.report.memory import format_seconds, peak_memory_text
+
+
+class Progress(Protocol):
+    """What a driver tells about its work."""
+
+    def start(self, total_blocks: int) -> None:
+        """Work on `total_blocks` blocks begins."""
+
+    def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
+        """The block `name` is done; losses are None when nothing was measured."""
+
+    def message(self, text: str) -> None:
+        """Say what is being done now, or a single fact."""
+
+    def finish(self) -> None:
+        """The work is over, or was given up. Calling it again does nothing."""
+
+
+class _Base:
+    """Counting and time left, shared by all kinds."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.total = 0
+        self.done = 0
+        self._start = time.monotonic()
+
+    def start(self, total_blocks: int) -> None:
+        self.total, self.done, self._start = total_blocks, 0, time.monotonic()
+
+    def seconds_left(self) -> float | None:
+        """Estimate from the mean time of the blocks so far; None before the first."""
+        if not self.done:
+            return None
+        return (time.monotonic() - self._start) / self.done * max(0, self.total - self.done)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Nothing to close."""
+
+
+class NullProgress(_Base):
+    """Says nothing."""
+
+    def __init__(self, title: str = "") -> None:
+        super().__init__(title)
+
+    def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
+        self.done += 1
+
+    def message(self, text: str) -> None:
+        """Dropped."""
+
+
+class LogProgress(_Base):
+    """One log line per block."""
+
+    def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
+        self.done += 1
+        left = self.seconds_left()
+        parts = [f"{self.title} {self.done}/{self.total} {name}"]
+        if loss_after is not None:
+            parts.append(f"loss {loss_text(loss_before, loss_after)}")
+        if left is not None:
+            parts.append(f"{format_seconds(left)} left")
+        parts.append(f"peak {peak_memory_text()}")
+        logger.info(", ".join(parts))
+
+    def message(self, text: str) -> None:
+        logger.info(text)
+
+
+class BarProgress(_Base):
+    """A bar that stays on the terminal's last line; log lines scroll above it."""
+
+    def __init__(self, title: str, stream: TextIO | None = None) -> None:
+        super().__init__(title)
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        # Log lines go through sys.stderr, which rich redirects while the bar is shown, so both use one console.
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[facts]}", markup=False),
+            console=Console(file=stream or sys.stderr),
+            refresh_per_second=4,
+        )
+        self._task: Any = None
+        self._loss = ""
+
+    def start(self, total_blocks: int) -> None:
+        super().start(total_blocks)
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._loss = ""
+        self._task = self._bar.add_task(self.title, total=total_blocks, facts=self._facts())
+        self._bar.start()
+
+    def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
+        self.done += 1
+        if loss_after is not None:
+            self._loss = f"loss {loss_text(loss_before, loss_after)}"
+        if self._task is not None:
+            self._bar.update(self._task, completed=self.done, facts=self._facts(name))
+
+    def message(self, text: str) -> None:
+        logger.info(text)
+
+    def finish(self) -> None:
+        self._bar.stop()
+
+    def _facts(self, name: str = "") -> str:
+        left = self.seconds_left()
+        parts = [f"block {self.done}/{self.total}", name, self._loss]
+        parts.append("" if left is None else f"{format_seconds(left)} left")
+        parts.append(f"peak {peak_memory_text()}")
+        return "  ".join(p for p in parts if p)
+
+
+def loss_text(before: float | None, after: float) -> str:
+    """`1.23e-03 → 4.56e-04`, or the second alone."""
+    return f"{after:.3g}" if before is None else f"{before:.3g} → {after:.3g}"
+
+
+def make_progress(title: str = "quantizing", stream: TextIO | None = None, enabled: bool = True) -> Progress:
+    """A bar when `stream` (default: sys.stderr) is a terminal, log lines otherwise; silent when not `enabled`."""
+    if not enabled:
+        return NullProgress(title)
+    out = stream if stream is not None else sys.stderr
+    is_terminal = bool(getattr(out, "isatty", lambda: False)())
+    return BarProgress(title, out) if is_terminal else LogProgress(title)

@@ -1,0 +1,140 @@
+"""`report.json`: the record of one run, for programs. Plain values only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from auto_round._version import __version__
+from auto_round.errors import OutputError
+
+SCHEMA_VERSION = 1
+"""Raised when a field changes its meaning or goes away; new fields do not raise it."""
+
+FILE_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One linear layer.
+
+    Attributes:
+        name: full module name.
+        scheme: as words, such as "int4 g128 sym", or "full precision".
+        bits: per weight as stored, scales and zero points included; None in full precision.
+        reason: why a layer stayed in full precision, or took other settings than asked for.
+        weight_error: mean squared difference between the weight and what was stored, relative to the weight's mean
+            square; None when not measured.
+    """
+
+    name: str
+    scheme: str
+    bits: float | None = None
+    reason: str | None = None
+    weight_error: float | None = None
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """One block: its loss (mean squared error of its output) before and after tuning, steps done, wall seconds."""
+
+    name: str
+    loss_before: float | None = None
+    loss_after: float | None = None
+    steps: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything a run can tell afterwards.
+
+    Attributes:
+        model: name or path of the source model.
+        format: name of the output format.
+        job: the resolved settings.
+        layers, blocks: in the model's order.
+        seconds: wall seconds per phase, such as {"calibration": 3.1, "quantization": 60.2, "total": 70.0}.
+        peak_rss_bytes, peak_vram_bytes: memory peaks of the process.
+        files: sha256 by file name.
+        sizes: bytes by file name.
+        verify: result of the check after saving; None when it was switched off.
+        quality: result of an evaluation, when there was one.
+        versions: of this package, Python and the libraries that took part.
+    """
+
+    model: str
+    format: str
+    job: Mapping[str, Any]
+    layers: tuple[LayerRecord, ...] = ()
+    blocks: tuple[BlockRecord, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int | None = None
+    peak_vram_bytes: int | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    verify: Mapping[str, Any] | None = None
+    quality: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: paths and tuples made plain, NaN and infinity as the words "nan", "inf", "-inf"."""
+        return {"schema_version": SCHEMA_VERSION, **plain(asdict(self))}
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python, the platform and the installed libraries that matter for a result."""
+    found = {
+        "auto_round": __version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+    for name in ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def plain(value: Any) -> Any:
+    """`value` in terms of JSON; anything unknown becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [plain(v) for v in items]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return str(value)
+
+
+def write_report(folder: str | os.PathLike[str], report: RunReport) -> Path:
+    """Write `report.json` into `folder`; returns its path. Raises OutputError when it cannot be written."""
+    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_text(Path(folder) / FILE_NAME, text)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a small file so that it is there whole or not at all. Raises OutputError when it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as err:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {err.strerror or err}") from err
+    return path

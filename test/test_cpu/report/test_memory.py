@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from auto_round.report.memory import format_bytes, format_seconds, peak_memory_text, peak_rss_bytes, rss_bytes
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (1536, "1.54 kB"), (99_960, "100 kB"), (999_499, "999 kB"),
+     (999_600, "1.00 MB"), (12_340_000, "12.3 MB"), (5e9, "5.00 GB"), (3e15, "3000 TB")],
+)  # fmt: skip
+def test_format_bytes(count: float, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(-3, "0:00"), (5.4, "0:05"), (65, "1:05"), (3725, "1:02:05")])
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_peak_is_a_peak_in_bytes() -> None:
+    code = (
+        "from auto_round.report.memory import peak_rss_bytes as p, rss_bytes as r\n"
+        "a = p(); block = bytearray(80_000_000); b = p(); del block\n"
+        "assert b - a > 60_000_000, (a, b); assert p() >= b; assert 0 < r() < p() + 1_000_000"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert peak_rss_bytes() >= rss_bytes() * 0.5
+    assert peak_memory_text().startswith("RAM ")
