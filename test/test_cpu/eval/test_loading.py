@@ -9,13 +9,13 @@ from auto_round.inference import compute
 from auto_round.inference.compute import compute_dtype_for
 
 
-@pytest.mark.parametrize(("native", "want"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_bf16_only_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, native: bool, want: torch.dtype) -> None:
-    monkeypatch.setattr(compute, "cpu_multiplies_bf16", lambda: native)
-    assert compute_dtype_for("cpu", torch.bfloat16) is want
-    assert compute_dtype_for("cpu", torch.float16) is torch.float32
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_only_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, native: bool, half: torch.dtype) -> None:
+    monkeypatch.setattr(compute, "cpu_multiplies", lambda dtype: native)
+    assert compute_dtype_for("cpu", half) is (half if native else torch.float32)
     assert compute_dtype_for("cpu", torch.float64) is torch.float64
-    assert compute_dtype_for("cuda:0", torch.float16) is torch.float16
+    assert compute_dtype_for("cuda:0", half) is half
 
 
 def test_devices() -> None:

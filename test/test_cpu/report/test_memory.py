@@ -26,7 +26,9 @@ def test_peak_is_a_peak_in_bytes() -> None:
     code = (
         "from auto_round.report.memory import peak_rss_bytes as p, rss_bytes as r\n"
         "a = p(); block = bytearray(80_000_000); b = p(); del block\n"
-        "assert b - a > 60_000_000, (a, b); assert p() >= b; assert 0 < r() < p() + 1_000_000"
+        # The kernel counts pages in batches per thread, so a peak may be told a little low later.
+        "assert b - a > 60_000_000, (a, b); assert p() > b - 2_000_000, (p(), b)\n"
+        "assert 0 < r() < b - 40_000_000, (r(), b)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert peak_rss_bytes() >= rss_bytes() * 0.5
