@@ -1,0 +1,247 @@
+"""What a checkpoint's `quantization_config` says about each layer: AutoRound's own, GPTQ's and AWQ's vocabulary.
+
+GPTQ and AWQ configs arrive through Transformers' `AutoRoundConfig`, which renames their method and keeps their keys;
+so the vocabulary is told by the keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from auto_round.errors import ConfigError, ModelError, UnsupportedError
+
+INT_BITS = (2, 3, 4, 8)
+# packing_format -> (layout, what was subtracted from the zero points)
+_PACKINGS: dict[str, tuple[str, int]] = {
+    **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq", "auto_gptq", "gptq"), ("gptq", 1)),
+    **dict.fromkeys(("auto_round", "auto_round:auto_round", "auto_round:gptqmodel", "gptqmodel"), ("gptq", 0)),
+    **dict.fromkeys(("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq"), ("awq", 0)),
+}
+_BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
+# Leading parts of a module name that differ between versions of Transformers and between model wrappers.
+_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)+")
+_META = re.compile(r"[\\*+?^$|()\[\]{}]")
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """How one layer lies in the checkpoint.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: along the input dimension; -1 is one group per output channel.
+        sym: whether the zero point is the same for all groups.
+        layout: "gptq" or "awq".
+        zero_offset: what was subtracted from the stored zero points, modulo 2**bits.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    layout: str
+    zero_offset: int
+
+    @property
+    def packing(self) -> str:
+        """The guide's name: gptq, gptq_zp+-1 or awq."""
+        return f"{self.layout}_zp+-1" if self.zero_offset else self.layout
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A parsed `quantization_config`. Build it with `read_config`.
+
+    Attributes:
+        default: format of a quantized layer about which nothing else is said.
+        block_prefixes: modules that hold the quantized blocks; empty when the config names none.
+        everywhere: without block prefixes, all linear layers but the excluded ones are quantized (AWQ's rule).
+        g_idx: the layout may carry a `g_idx` tensor for each layer (GPTQ).
+        backend: the backend that the user or the file asks for.
+    """
+
+    default: LayerFormat
+    block_prefixes: tuple[str, ...]
+    everywhere: bool
+    g_idx: bool
+    backend: str
+    extra: Mapping[str, Mapping[str, Any]]
+    dynamic: Mapping[str, Any]
+    excluded: tuple[str, ...]
+    only_suffixes: tuple[str, ...]
+    lm_head: bool
+
+    def layer(self, name: str, in_block: bool) -> LayerFormat | None:
+        """The format of the linear layer `name`, or None when it is in full precision.
+
+        Args:
+            in_block: whether it lies in a quantized block. Outside blocks a layer is quantized only when it is named.
+        """
+        entry = self._entry(name, in_block)
+        if entry is not None:
+            return _override(self.default, entry, name)
+        if not in_block:
+            return self.default if self.lm_head and name.rpartition(".")[2] == "lm_head" else None
+        if any(f".{key}." in f".{name}." for key in self.excluded):
+            return None
+        if self.only_suffixes and not any(f".{name}".endswith(f".{s}") for s in self.only_suffixes):
+            return None
+        return self._dynamic(name)
+
+    def _entry(self, name: str, in_block: bool) -> Mapping[str, Any] | None:
+        if name in self.extra:
+            return self.extra[name]
+        bare = _WRAPPERS.sub("", name)
+        for key, entry in self.extra.items():
+            if _WRAPPERS.sub("", key) == bare:
+                return entry
+        if in_block:
+            for key, entry in self.extra.items():
+                if _META.search(key) and re.search(key, name):
+                    return entry
+        return None
+
+    def _dynamic(self, name: str) -> LayerFormat | None:
+        """GPTQModel's `dynamic`: `-:regex` leaves a layer alone, `+:regex` or `regex` overrides the default."""
+        for rule, entry in self.dynamic.items():
+            if re.match(rule.removeprefix("+:").removeprefix("-:"), name):
+                return None if rule.startswith("-:") or entry is False else _override(self.default, entry or {}, name)
+        return self.default
+
+
+def read_config(config: Any) -> CheckpointConfig:
+    """Parse a `quantization_config`: a mapping or an object such as Transformers' AutoRoundConfig.
+
+    Raises:
+        UnsupportedError: a data type, packing, rotation or activation scheme that this version cannot run.
+        ConfigError: malformed values.
+    """
+    values = dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    packing = str(values.get("packing_format") or "auto_round:auto_gptq")
+    layout, offset = _packing(packing)
+    if layout == "gptq" and values.get("checkpoint_format") == "gptq_v2":
+        offset = 0
+    default = LayerFormat(
+        _whole(values, "bits", 4), _group_size(values.get("group_size", 128), "the checkpoint"),
+        bool(values.get("sym", True)), layout, offset,
+    )  # fmt: skip
+    _check_values(values, "the checkpoint")
+    if default.bits not in INT_BITS:
+        raise UnsupportedError(f"the checkpoint has {default.bits}-bit weights; this version runs {INT_BITS}")
+    for key in ("rotation_config", "spinquant_config"):
+        if values.get(key):
+            raise UnsupportedError(
+                f"the checkpoint has a {key}: its inputs must be rotated, which this version cannot do; "
+                "quantize the model without a rotation"
+            )
+    prefixes = next((found for key in _BLOCK_KEYS if (found := _names(values.get(key)))), ())
+    is_awq = layout == "awq" and any(key in values for key in ("modules_to_not_convert", "version", "zero_point"))
+    excluded = _names(values.get("modules_to_not_convert")) if is_awq else ()
+    return CheckpointConfig(
+        default=default,
+        block_prefixes=prefixes,
+        everywhere=is_awq,
+        g_idx=layout == "gptq" and ("desc_act" in values or packing.endswith("gptqmodel")),
+        backend=str(values.get("backend") or "auto"),
+        extra=_mapping(values, "extra_config"),
+        dynamic=_mapping(values, "dynamic"),
+        excluded=excluded,
+        only_suffixes=_names(values.get("modules_in_block_to_quantize")),
+        lm_head=bool(values.get("lm_head", False)),
+    )
+
+
+def _packing(packing: str) -> tuple[str, int]:
+    if packing not in _PACKINGS:
+        raise UnsupportedError(f"packing_format {packing!r} cannot be loaded; known: {', '.join(sorted(_PACKINGS))}")
+    return _PACKINGS[packing]
+
+
+def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> LayerFormat | None:
+    values = {key: value for key, value in entry.items() if value is not None}
+    bits = _whole(values, "bits", default.bits)
+    if bits >= 16:
+        return None
+    _check_values(values, f"layer {name}")
+    if bits not in INT_BITS:
+        raise UnsupportedError(f"layer {name} has {bits}-bit weights; this version runs {INT_BITS}")
+    layout, offset = default.layout, default.zero_offset
+    if "packing_format" in values:
+        layout, offset = _packing(str(values["packing_format"]))
+    return replace(
+        default, bits=bits, sym=bool(values.get("sym", default.sym)), layout=layout, zero_offset=offset,
+        group_size=_group_size(values.get("group_size", default.group_size), f"layer {name}"),
+    )  # fmt: skip
+
+
+def _check_values(values: Mapping[str, Any], where: str) -> None:
+    data_type = str(values.get("data_type") or "int")
+    if data_type != "int":
+        raise UnsupportedError(f"{where} has data type {data_type!r}; this version runs integer weights only")
+    act_bits = values.get("act_bits")
+    if act_bits is not None and int(act_bits) < 16:
+        raise UnsupportedError(f"{where} quantizes activations to {act_bits} bits; this version runs 16-bit ones only")
+
+
+def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"quantization_config has {key}={value!r}, which is not a whole number")
+    return value
+
+
+def _group_size(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UnsupportedError(f"{where} has group_size={value!r}; this version runs groups along the input only")
+    return value if value > 0 else -1
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = values.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"quantization_config has {key} of type {type(value).__name__}; it must be an object")
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Names out of None, a comma list, a list of names or a list of lists of names."""
+    if not value:
+        return ()
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if not isinstance(value, Iterable):
+        raise ConfigError(f"quantization_config holds {value!r} where a list of module names belongs")
+    return tuple(name for item in value for name in _names(item))
+
+
+def resolve_layers(
+    config: CheckpointConfig, names: Iterable[str], fallback_blocks: Iterable[str] = ()
+) -> dict[str, LayerFormat]:
+    """The format of every quantized layer among `names`.
+
+    Args:
+        names: names of all linear layers of the model, in order.
+        fallback_blocks: names of the model's blocks, used when the config names none, or none that exists.
+
+    Raises:
+        ModelError: the config quantizes none of these layers.
+    """
+    names = list(names)
+    inside = [n for n in names if _under(n, config.block_prefixes)]
+    if not inside:
+        everywhere = config.everywhere and not config.block_prefixes
+        inside = names if everywhere else [n for n in names if _under(n, tuple(fallback_blocks))]
+    within = set(inside)
+    found = {n: fmt for n in names if (fmt := config.layer(n, n in within)) is not None}
+    if not found:
+        raise ModelError(
+            "the quantization_config names no layer of this model as quantized "
+            f"(blocks: {', '.join(config.block_prefixes) or 'not given'}); check config.json"
+        )
+    return found
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(f"{prefix}.") for prefix in prefixes)

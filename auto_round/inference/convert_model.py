@@ -1,0 +1,221 @@
+"""The contract with Transformers: `AutoModelForCausalLM.from_pretrained` calls these functions for our checkpoints.
+
+Before the weights are read the model is a skeleton; `convert_hf_model` replaces its quantized layers by modules whose
+buffers are named as in the files. Afterwards `post_init` checks that all of them were filled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.errors import ConfigError, ModelError
+from auto_round.inference.backend import choose_backend, device_kind
+from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
+from auto_round.inference.qlinear import QuantLinear, expected_shapes, packable
+from auto_round.logger import logger
+from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
+from auto_round.modeling.experts import is_fused_experts, unfuse_experts
+from auto_round.modeling.tensor_files import StoredTensor, TensorFiles
+
+
+def infer_target_device(device_map: object = None) -> str:
+    """The kind of device ("cpu", "cuda", ...) that Transformers' `device_map` leads to."""
+    return device_kind(device_map)
+
+
+def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.Module, list[str]]:
+    """Replace the quantized layers of `model` in place.
+
+    Args:
+        model: a Transformers model whose `config.quantization_config` describes its checkpoint; usually on meta.
+        target_device: where it will run.
+
+    Returns:
+        (the same model, names of the backends used).
+
+    Raises:
+        ConfigError: the model has no quantization_config.
+        ModelError: config and files contradict each other.
+        UnsupportedError: a data type, packing or backend that this version cannot run.
+    """
+    stored_config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if stored_config is None:
+        raise ConfigError(f"{type(model).__name__} has no config.quantization_config; load a quantized checkpoint")
+    config = read_config(stored_config)
+    files = _checkpoint_tensors(model)
+    _split_experts(model, config, files)
+    layers = _stored_layers(_wanted_layers(model, config), linear_names(model), files)
+    used: Counter[str] = Counter()
+    for name, fmt in layers.items():
+        choice = choose_backend(fmt, target_device, config.backend)
+        for reason in choice.passed_over if not used else ():
+            logger.debug("backend passed over: %s", reason)
+        _replace(model, name, fmt, config, files)
+        used[choice.backend.name] += 1
+    _untie(model, layers)
+    if config.g_idx:
+        # Files of GPTQ hold g_idx even where it only repeats the group size; it is read only where a layer has it.
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {r"\.g_idx$"}
+    logger.info("%d quantized layers run with %s", len(layers), ", ".join(f"{b} ({n})" for b, n in used.items()))
+    return model, list(used)
+
+
+def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
+    """Check that every packed layer got its tensors. Raises ModelError naming the first that did not."""
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    marked = _marks_are_complete(model)
+    for name, module in packed:
+        for tensor_name, tensor in module.named_buffers(recurse=False):
+            if not marked or getattr(tensor, "_is_hf_initialized", False):
+                continue
+            if tensor_name != "g_idx":
+                raise ModelError(_missing(f"{name}.{tensor_name}"))
+            module.g_idx = module.plain_order(tensor.device)
+        if not module.qweight.is_meta:  # offloaded layers are on meta until they run
+            module.prepare(name)
+
+
+def _marks_are_complete(model: nn.Module) -> bool:
+    """Whether Transformers' mark on what it read can be trusted: moving a tensor to another device loses it."""
+    device_map = getattr(model, "hf_device_map", None) or {}
+    one_device = len(set(map(str, device_map.values()))) <= 1
+    return one_device and any(getattr(b, "_is_hf_initialized", False) for b in model.buffers())
+
+
+def _missing(tensor_name: str) -> str:
+    return (
+        f"the checkpoint has no tensor {tensor_name}, which its quantization_config promises; "
+        "fetch the files again, or quantize the model again"
+    )
+
+
+def _wanted_layers(model: nn.Module, config: CheckpointConfig) -> dict[str, LayerFormat]:
+    names = linear_names(model)
+    named = config.block_prefixes and any(n.startswith(f"{p}.") for n in names for p in config.block_prefixes)
+    blocks = () if named else find_blocks(model)
+    if config.block_prefixes and not named:
+        logger.warning(
+            "the checkpoint's blocks %s are not in this model; using %s", ", ".join(config.block_prefixes), blocks[:1]
+        )
+    if config.everywhere:
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        names = [n for n in names if model.get_submodule(n) is not head]
+    return resolve_layers(config, names, blocks)
+
+
+def _stored_layers(
+    wanted: dict[str, LayerFormat], names: list[str], files: dict[str, StoredTensor] | None
+) -> dict[str, LayerFormat]:
+    """`wanted`, without layers that the files hold dense. Some writers list a layer and then leave it as it was."""
+    if files is None:
+        return wanted
+    for name in names:
+        if name not in wanted and f"{name}.qweight" in files and f"{name}.weight" not in files:
+            raise ModelError(f"the checkpoint holds {name} packed, but its quantization_config says full precision")
+    dense = [name for name in wanted if f"{name}.qweight" not in files and f"{name}.weight" in files]
+    if dense:
+        logger.warning("%d layers are listed as quantized but stored dense, such as %s", len(dense), dense[0])
+    return {name: fmt for name, fmt in wanted.items() if name not in set(dense)}
+
+
+def _replace(
+    model: nn.Module, name: str, fmt: LayerFormat, config: CheckpointConfig, files: dict[str, StoredTensor] | None
+) -> None:
+    old = model.get_submodule(name)
+    weight = weight_2d(old)
+    out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
+    reason = packable(in_features, out_features, fmt)
+    if reason is not None:
+        raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
+    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in _TENSORS if f"{name}.{t}" in files}
+    for tensor_name, shape in expected_shapes(in_features, out_features, fmt).items():
+        if "qweight" in stored and tensor_name not in stored:
+            raise ModelError(_missing(f"{name}.{tensor_name}"))
+        if stored and stored[tensor_name].shape != shape:
+            raise ModelError(
+                f"tensor {name}.{tensor_name} has shape {list(stored[tensor_name].shape)}, but its "
+                f"quantization_config ({fmt.bits} bits, group size {fmt.group_size}) asks for {list(shape)}"
+            )
+    new = QuantLinear(
+        in_features, out_features, fmt,
+        bias=getattr(old, "bias", None) is not None,
+        g_idx="g_idx" in stored if stored else config.g_idx,
+        dtype=weight.dtype,
+        scale_dtype=stored["scales"].dtype if "scales" in stored else torch.float16,
+        device=weight.device,
+    )  # fmt: skip
+    new.train(old.training)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+
+
+def _split_experts(model: nn.Module, config: CheckpointConfig, files: dict[str, StoredTensor] | None) -> None:
+    """Give fused experts one linear layer each, in the modules where the checkpoint quantizes them."""
+    fused = [name for name, module in model.named_modules() if is_fused_experts(module)]
+    for name in fused:
+        if _experts_are_packed(name, config, files):
+            unfuse_experts(model.get_submodule(name.rpartition(".")[0]))
+
+
+def _experts_are_packed(name: str, config: CheckpointConfig, files: dict[str, StoredTensor] | None) -> bool:
+    if files is not None and any(key.startswith(f"{name}.") for key in files):
+        return any(key.startswith(f"{name}.") and key.endswith(".qweight") for key in files)
+    first = f"{name}.0.down_proj"
+    in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
+    return config.layer(first, in_block) is not None
+
+
+def _untie(model: Any, layers: dict[str, LayerFormat]) -> None:
+    """A packed head has no weight to share with the embedding."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if not isinstance(tied, dict):
+        return
+    for name in [n for n in tied if n.removesuffix(".weight") in layers]:
+        del tied[name]
+        model.config.tie_word_embeddings = False
+
+
+def _checkpoint_tensors(model: Any) -> dict[str, StoredTensor] | None:
+    """Names, shapes and dtypes of the checkpoint's tensors, or None where its files cannot be found.
+
+    Transformers does not hand its list of files on, so they are looked up again: a local folder, or the Hub's cache at
+    the commit that was resolved. They only serve to check the config and to pick dtypes.
+    """
+    config = model.config
+    where = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    if not where:
+        return None
+    folder: Path | None = Path(where)
+    if not Path(where).is_dir():
+        folder = _cached_folder(str(where), getattr(config, "_commit_hash", None))
+    if folder is None:
+        return None
+    try:
+        return TensorFiles.open(folder).tensors
+    except ModelError as error:
+        logger.debug("checkpoint not inspected: %s", error)
+        return None
+
+
+def _cached_folder(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        try:
+            found = try_to_load_from_cache(repo, file, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None

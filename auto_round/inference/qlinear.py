@@ -1,0 +1,194 @@
+"""A linear layer that keeps its weight packed and dequantizes it for each call, in plain PyTorch on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from math import lcm
+
+import torch
+from torch import nn
+
+from auto_round.errors import ModelError, UnsupportedError
+from auto_round.export.packing.awq import unpack_awq, unpack_awq_rows
+from auto_round.export.packing.bits import packs_evenly, period, unpack_words, words_needed
+from auto_round.export.packing.gptq import unpack_gptq, unpack_gptq_zeros
+from auto_round.inference.config_reader import LayerFormat
+
+# Weights dequantized at once: bounds the temporary copies, which take about 9 bytes for each.
+_CHUNK = 1 << 22
+
+
+@lru_cache(maxsize=1)
+def _cpu_half_dtypes() -> frozenset[torch.dtype]:
+    """Half precisions that this CPU multiplies natively; the others are several times slower than float32."""
+    found = set()
+    for dtype, probe in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    ):
+        ask = getattr(torch.ops.mkldnn, probe, None)
+        if ask is not None and ask():
+            found.add(dtype)
+    return frozenset(found)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which to multiply `x`: its own, or float32 for half precisions that its CPU has no units for."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if x.device.type == "cpu" and half and x.dtype not in _cpu_half_dtypes() else x.dtype
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + bias with W [out, in] packed in GPTQ or AWQ layout.
+
+    Buffers, named and shaped as in the checkpoint: `qweight` and `qzeros` int32, `scales` [groups, out] in the file's
+    dtype, `bias` [out] in the model's dtype, and `g_idx` int32 [in] where the file has one. `scales` keeps its dtype
+    when the module is cast: rounding float16 scales to bfloat16 would damage every weight.
+
+    Raises:
+        UnsupportedError: the shape does not fill whole words.
+    """
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+    g_idx: torch.Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, fmt: LayerFormat, *, bias: bool = False, g_idx: bool = False,
+        dtype: torch.dtype = torch.float32, scale_dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features, self.format = in_features, out_features, fmt
+        self.bits = fmt.bits
+        self.group_size = fmt.group_size if 0 < fmt.group_size < in_features else in_features
+        self.groups = -(-in_features // self.group_size)
+        shapes = expected_shapes(in_features, out_features, fmt)
+        self.register_buffer("qweight", torch.zeros(shapes["qweight"], dtype=torch.int32, device=device))
+        self.register_buffer("qzeros", torch.zeros(shapes["qzeros"], dtype=torch.int32, device=device))
+        self.register_buffer("scales", torch.zeros(shapes["scales"], dtype=scale_dtype, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        self.register_buffer("g_idx", self.plain_order(device) if g_idx else None)
+        self._in_order = not g_idx
+
+    def plain_order(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """int32 [in]: the group of each input column when groups follow each other."""
+        return torch.arange(self.in_features, dtype=torch.int32, device=device) // self.group_size
+
+    @torch.no_grad()
+    def prepare(self, name: str = "") -> None:
+        """Call once the buffers are filled: checks `g_idx`, and notes whether it is the plain order.
+
+        Raises ModelError when `g_idx` points outside the groups.
+        """
+        if self.g_idx is None:
+            return
+        self._in_order = torch.equal(self.g_idx, self.plain_order(self.g_idx.device))
+        if not self._in_order and not bool(((self.g_idx >= 0) & (self.g_idx < self.groups)).all()):
+            raise ModelError(f"{name or 'layer'}: g_idx points outside the {self.groups} groups; fetch the files again")
+
+    def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The exact (codes uint8 [out, in], scales [out, groups] as stored, zero points uint8 [out, groups])."""
+        if self.format.layout == "awq":
+            codes, zeros = unpack_awq(self.qweight, self.qzeros)
+        else:
+            codes, zeros = unpack_gptq(self.qweight, self.qzeros, self.bits, self.format.zero_offset)
+        return codes, self.scales.T.contiguous(), zeros
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """W [out, in]: `scale * (code - zero)` computed in float32 and rounded once to `dtype`."""
+        return self._dense(dtype).T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        compute = compute_dtype(x)
+        y = torch.matmul(x.to(compute), self._dense(compute))
+        if self.bias is not None:
+            y = y + self.bias.to(compute)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W transposed, [in, out], filled piece by piece."""
+        dense = torch.empty(self.in_features, self.out_features, dtype=dtype, device=self.qweight.device)
+        zeros, scales = self._zero_rows().float(), self.scales.float()
+        for start, stop in self._pieces():
+            target = dense[start:stop]
+            values = target if dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+            values.copy_(self._code_rows(start, stop))
+            if self.groups == 1:
+                values.sub_(zeros[0]).mul_(scales[0])
+            elif self._in_order and start % self.group_size == 0 and (stop - start) % self.group_size == 0:
+                first = start // self.group_size
+                some = slice(first, first + (stop - start) // self.group_size)
+                grouped = values.view(-1, self.group_size, self.out_features)
+                grouped.sub_(zeros[some].unsqueeze(1)).mul_(scales[some].unsqueeze(1))
+            else:
+                rows = torch.arange(start, stop, device=dense.device) // self.group_size
+                rows = rows if self.g_idx is None else self.g_idx[start:stop].long()
+                values.sub_(zeros[rows]).mul_(scales[rows])
+            if values is not target:
+                target.copy_(values)
+        return dense
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """Ranges of input rows that start on a word and, where that fits, on a group."""
+        word = 1 if self.format.layout == "awq" else period(self.bits)[0]
+        unit = lcm(word, self.group_size)
+        if unit >= self.in_features or unit * self.out_features > 4 * _CHUNK:
+            unit = word
+        step = max(_CHUNK // (unit * self.out_features), 1) * unit
+        return ((start, min(start + step, self.in_features)) for start in range(0, self.in_features, step))
+
+    def _code_rows(self, start: int, stop: int) -> torch.Tensor:
+        """uint8 [stop - start, out]."""
+        if self.format.layout == "awq":
+            return unpack_awq_rows(self.qweight[start:stop])
+        values, words = period(self.bits)
+        return unpack_words(self.qweight[start // values * words : stop // values * words], self.bits)
+
+    def _zero_rows(self) -> torch.Tensor:
+        """uint8 [groups, out]."""
+        if self.format.layout == "awq":
+            return unpack_awq_rows(self.qzeros)
+        return unpack_gptq_zeros(self.qzeros, self.bits, self.format.zero_offset).T
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        before = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != before.dtype:
+            self.scales = before.to(self.scales.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, group_size={self.format.group_size}, sym={self.format.sym}, "
+            f"packing={self.format.packing}"
+        )
+
+
+def packable(in_features: int, out_features: int, fmt: LayerFormat) -> str | None:
+    """None when a layer of this shape can be stored in `fmt`, or the reason why not."""
+    unit = period(fmt.bits)[0]
+    if fmt.layout == "awq":
+        if fmt.bits != 4:
+            return f"the AWQ layout has no {fmt.bits}-bit form"
+        return None if out_features % unit == 0 else f"out_features={out_features} is not a multiple of {unit}"
+    for what, size in (("in_features", in_features), ("out_features", out_features)):
+        if not packs_evenly(size, fmt.bits):
+            return f"{what}={size} is not a multiple of {unit}"
+    return None
+
+
+def expected_shapes(in_features: int, out_features: int, fmt: LayerFormat) -> dict[str, tuple[int, ...]]:
+    """Shapes of `qweight`, `qzeros` and `scales`. Raises UnsupportedError when the layer does not fill whole words."""
+    reason = packable(in_features, out_features, fmt)
+    if reason is not None:
+        raise UnsupportedError(f"a layer of {out_features} x {in_features} cannot be packed: {reason}")
+    groups = 1 if fmt.group_size <= 0 else -(-in_features // fmt.group_size)
+    out_words = words_needed(out_features, fmt.bits)
+    weight = (in_features, out_words) if fmt.layout == "awq" else (words_needed(in_features, fmt.bits), out_features)
+    return {"qweight": weight, "qzeros": (groups, out_words), "scales": (groups, out_features)}
