@@ -18,6 +18,19 @@ BUILTIN = "builtin"
 """The name of the packaged text."""
 
 
+HELD_OUT_EVERY = 16
+"""Every sixteenth document is kept for measuring, so that each source has its share there too."""
+
+
+def _held_out(index: int) -> bool:
+    return index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def held_out_documents() -> list[str]:
+    """The documents that calibration never reads, about 20 thousand tokens. Raises DataError as `builtin_documents`."""
+    return [d for i, d in enumerate(builtin_documents()) if _held_out(i)]
+
+
 def builtin_documents() -> list[str]:
     """All documents of the packaged text, in the order of the file. Raises DataError when the file is not there."""
     file = resources.files("auto_round.calibration") / "data" / "builtin.txt.xz"
@@ -40,6 +53,6 @@ def builtin(seed: int, split: str | None) -> Iterator[str]:
     """The packaged text's documents in an order that `seed` fixes. There is one split, `train`."""
     if split not in (None, "train"):
         raise DataError(f"dataset 'builtin' has no split {split!r}; leave split out")
-    documents = builtin_documents()
+    documents = [d for i, d in enumerate(builtin_documents()) if not _held_out(i)]
     random.Random(seed).shuffle(documents)
     yield from documents

@@ -1,14 +1,10 @@
-"""The text that is measured on when none is given: a part of the text that ships for calibration."""
+"""The text that is measured on when none is given: what calibration leaves of the text inside the package."""
 
 from __future__ import annotations
 
-from auto_round.calibration.builtin import builtin_documents
-
-EVERY = 16
-"""Every sixteenth document is measured on, so that each source has its share."""
+from auto_round.calibration.builtin import held_out_documents
 
 
 def held_out_text() -> tuple[list[str], str]:
     """Documents for measuring, and what to call them. Raises DataError when the package's file is missing."""
-    documents = [d for i, d in enumerate(builtin_documents()) if i % EVERY == EVERY - 1]
-    return documents, f"bundled text (every {EVERY}th document)"
+    return held_out_documents(), "bundled text that calibration leaves out"

@@ -11,7 +11,9 @@ from auto_round.inference.compute import compute_dtype_for
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision_only_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, native: bool, half: torch.dtype) -> None:
+def test_half_precision_only_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, native: bool, half: torch.dtype
+) -> None:
     monkeypatch.setattr(compute, "cpu_multiplies", lambda dtype: native)
     assert compute_dtype_for("cpu", half) is (half if native else torch.float32)
     assert compute_dtype_for("cpu", torch.float64) is torch.float64

@@ -1,0 +1,97 @@
+"""The verb `eval`: measure a model on local text and print what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auto_round.cli.arguments import EVAL_GROUPS
+from auto_round.cli.parser import build, parse
+from auto_round.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from auto_round.eval.result import EvalResult
+
+USAGE = "auto-round eval MODEL [--reference MODEL] [--eval_text FILE] [flags]"
+
+
+def run_verb(argv: Sequence[str]) -> int:
+    """Evaluate a model. Returns the exit code."""
+    parser = build("auto-round eval", USAGE, "Measure perplexity, KL divergence and top-1 agreement.", EVAL_GROUPS)
+    if not argv or "-h" in argv or "--help" in argv:
+        print(parser.format_help())
+        return 0 if argv else ConfigError.exit_code
+    given = parse(parser, EVAL_GROUPS, argv)
+    if "model" not in given:
+        raise ConfigError(f"no model was given; use {USAGE}")
+    return evaluate_given(given)
+
+
+def evaluate_given(given: Mapping[str, Any]) -> int:
+    """Evaluate as the given flags say, print a table and write `--eval_output`. Returns the exit code."""
+    output = check_output(given.get("eval_output"))
+
+    from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate
+    from auto_round.eval.loading import evaluation_device, parse_dtype
+
+    result = evaluate(
+        local_folder(given["model"], given),
+        path=given.get("eval_text"),
+        reference=local_folder(given["reference"], given) if "reference" in given else None,
+        seqlen=given.get("eval_seqlen", DEFAULT_SEQLEN),
+        max_windows=given.get("max_windows", DEFAULT_WINDOWS),
+        batch_size=given.get("eval_bs", 1),
+        device=evaluation_device(given.get("device_map")),
+        dtype=parse_dtype(given["eval_model_dtype"]) if "eval_model_dtype" in given else None,
+        add_bos=given.get("add_bos_token"),
+        trust_remote_code=given.get("trust_remote_code", False),
+    )
+    print_result(result)
+    if output is not None:
+        write_json(output, result)
+    return 0
+
+
+def local_folder(model: str, given: Mapping[str, Any]) -> str:
+    """The folder of a model given as folder or hub id. Raises ModelError when there is none."""
+    from auto_round import envs
+    from auto_round.modeling.hub import model_folder
+
+    platform = given.get("platform") or ("model_scope" if envs.AR_USE_MODELSCOPE else "hf")
+    return str(model_folder(model, trust_remote_code=given.get("trust_remote_code", False), platform=platform))
+
+
+def check_output(text: str | None) -> Path | None:
+    """The file to write results to. Raises OutputError before any work when its folder does not exist."""
+    if text is None:
+        return None
+    path = Path(text).expanduser()
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise OutputError(
+            f"--eval_output {text!r} is not a file in an existing folder; make the folder or choose another"
+        )
+    return path
+
+
+def print_result(result: EvalResult) -> None:
+    """A table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    title = result.model if result.reference is None else f"{result.model}\nagainst {result.reference}"
+    table = Table(title=Text(title), caption=Text(result.describe()), title_justify="left", caption_justify="left")
+    table.add_column("measure")
+    table.add_column("value ± standard error", justify="right")
+    for name, value in result.rows():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def write_json(path: Path, result: EvalResult) -> None:
+    """Write the result. Raises OutputError when the file cannot be written."""
+    from auto_round.report.run_report import plain, write_text
+
+    write_text(path, json.dumps(plain(result.to_dict()), indent=2, allow_nan=False) + "\n")

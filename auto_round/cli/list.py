@@ -1,0 +1,114 @@
+"""The verb `list`: what this installation knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from auto_round.cli.table import text_table
+from auto_round.errors import ConfigError, UnsupportedError, nearest
+
+if TYPE_CHECKING:
+    from auto_round.schemes import QuantizationScheme
+
+USAGE = "usage: auto-round list {format,scheme,dataset,backend,env,recipe}"
+
+
+def run_verb(argv: Sequence[str]) -> int:
+    """Print one of the tables. Raises ConfigError for an unknown one."""
+    words = [a for a in argv if a not in ("-h", "--help")]
+    if not words:
+        print(USAGE)
+        return 0 if argv else ConfigError.exit_code
+    if len(words) > 1:
+        raise ConfigError(f"list takes one word, got {' '.join(words)!r}; {USAGE}")
+    name = words[0].lower().strip("-")
+    key = name[:-1] if name.endswith("s") else name
+    if key not in TABLES:
+        raise ConfigError(f"nothing called {words[0]!r} to list{nearest(key, TABLES)} {USAGE}")
+    print(TABLES[key]())
+    return 0
+
+
+def formats() -> str:
+    from auto_round.export.formats import format_table
+
+    rows = [(name, "yes" if here else "not yet", ", ".join(names)) for name, names, here in format_table()]
+    return text_table(("format", "here", "schemes"), rows)
+
+
+def schemes() -> str:
+    from auto_round.schemes import PRESET_SCHEMES
+
+    rows = [(name, scheme.describe(), _scheme_formats(scheme)) for name, scheme in PRESET_SCHEMES.items()]
+    return text_table(("scheme", "means", "formats"), rows)
+
+
+def _scheme_formats(scheme: QuantizationScheme) -> str:
+    """Formats that take the scheme, or what is missing for it."""
+    from auto_round.data_type import get_quant_func
+    from auto_round.export.formats import formats_for_scheme
+
+    if scheme.quantizes_weights:
+        try:
+            get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+        except UnsupportedError:
+            return f"not yet: data type {scheme.data_type}"
+    if scheme.quantizes_activations:
+        return "not yet: quantized activations"
+    return ", ".join(formats_for_scheme(scheme)) or "not yet: no format takes it"
+
+
+def datasets() -> str:
+    from auto_round.calib_dataset import available_datasets
+
+    return text_table(("dataset", "where", "what"), [(name, where, what) for name, what, where in available_datasets()])
+
+
+def backends() -> str:
+    from auto_round.inference.backend import list_backends
+
+    rows = [
+        (r.name, "/".join(r.devices), ",".join(map(str, r.bits)), ", ".join(r.packing), str(r.priority),
+         "yes, " + r.reason if r.usable else r.reason)
+        for r in list_backends()
+    ]  # fmt: skip
+    return text_table(("backend", "devices", "bits", "packing", "priority", "usable here"), rows, width=140)
+
+
+def environment() -> str:
+    import os
+
+    from auto_round.envs import VARIABLES
+
+    rows = []
+    for v in VARIABLES:
+        default = "unset" if v.default is None else str(v.default)
+        rows.append((v.name, os.environ.get(v.name) or f"({default})", f"{v.doc} Values: {v.allowed()}."))
+    return text_table(("variable", "value (default)", "meaning"), rows)
+
+
+def recipes() -> str:
+    from auto_round.recipes import RECIPES
+
+    head = ("recipe", "command", "batch_size", "iters", "seqlen", "nsamples", "lr", "disable_opt_rtn", "for")
+    rows = [
+        (
+            r.name,
+            r.command,
+            *map(str, (r.batch_size, r.iters, r.seqlen, r.nsamples, r.lr, r.disable_opt_rtn)),
+            r.summary,
+        )
+        for r in RECIPES.values()
+    ]
+    return text_table(head, rows, width=160)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "format": formats,
+    "scheme": schemes,
+    "dataset": datasets,
+    "backend": backends,
+    "env": environment,
+    "recipe": recipes,
+}

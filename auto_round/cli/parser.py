@@ -1,0 +1,147 @@
+"""From an argument vector to a dictionary of given values. Errors are raised, never an exit."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from auto_round.cli.arguments import Flag, Group, spellings
+from auto_round.cli.later import refuse, refuse_value
+from auto_round.errors import ConfigError, nearest
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+class _Set(argparse.Action):
+    """A switch that refuses its opposite."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: Any = None, **kw: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, const=const, default=None, **kw)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        if before is not None and before != self.const:
+            raise ConfigError(
+                f"{option_string} contradicts another flag that sets {self.dest} to {before}; give one of them"
+            )
+        setattr(namespace, self.dest, self.const)
+
+
+def group_size(text: str) -> int | tuple[int, int]:
+    """`128` or `128,64`."""
+    parts = [p.strip() for p in text.strip("()[] ").split(",")]
+    try:
+        numbers = tuple(int(p) for p in parts)
+    except ValueError:
+        numbers = ()
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 2:
+        return numbers[0], numbers[1]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a group size; use one whole number, or two as ROWS,COLUMNS")
+
+
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "size": group_size}
+
+
+def build(
+    prog: str, usage: str, description: str, groups: tuple[Group, ...], epilog: str = ""
+) -> argparse.ArgumentParser:
+    """An argparse parser with one titled section per group; all defaults are None ("not given")."""
+    parser = _Parser(
+        prog=prog, usage=usage, description=description, epilog=epilog, add_help=False, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    for group in groups:
+        section = parser.add_argument_group(group.title)
+        for flag in group.flags:
+            _add(section, flag)
+    other = parser.add_argument_group("other")
+    other.add_argument("-h", "--help", action="store_true", help="show this text")
+    other.add_argument("--version", action="store_true", help="show the version")
+    parser.add_argument("positional", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add(section: Any, flag: Flag) -> None:
+    help_text = argparse.SUPPRESS if flag.hidden else flag.help.replace("%", "%%")
+    names = [f"--{n}" for n in (flag.dest, *flag.aliases)]
+    if flag.kind == "switch":
+        section.add_argument(*names, dest=flag.dest, action=_Set, const=flag.on_value, help=help_text)
+        if flag.off:
+            off_help = argparse.SUPPRESS if flag.hidden else f"the opposite of --{flag.dest}"
+            section.add_argument(
+                *[f"--{n}" for n in flag.off], dest=flag.dest, action=_Set, const=not flag.on_value, help=off_help
+            )
+        return
+    section.add_argument(
+        *names, dest=flag.dest, default=None, type=_TYPES[flag.kind], metavar=flag.metavar or flag.dest.upper(),
+        choices=flag.choices or None, help=help_text,
+    )  # fmt: skip
+
+
+def normalize(argv: Sequence[str]) -> list[str]:
+    """`--Group-Size=64` becomes `--group_size=64`; values are left alone."""
+    out: list[str] = []
+    for token in argv:
+        if token.startswith("--") and len(token) > 2:
+            name, sep, value = token[2:].partition("=")
+            token = f"--{name.replace('-', '_').lower()}{sep}{value}"
+        out.append(token)
+    return out
+
+
+def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequence[str]) -> dict[str, Any]:
+    """Given values by `dest`; what was not given is absent.
+
+    Raises UnsupportedError for a flag of a later version, ConfigError for an unknown or malformed one, for two
+    models, and for contradictions.
+    """
+    tokens = normalize(argv)
+    known = spellings(groups)
+    check_known(tokens, known)
+    values = {k: v for k, v in vars(parser.parse_intermixed_args(tokens)).items() if v is not None}
+    models = values.pop("positional", [])
+    values = {k: v for k, v in values.items() if k not in ("help", "version")}
+    if len(models) > 1:
+        raise ConfigError(
+            f"more than one model was given without a flag: {', '.join(map(repr, models))}; "
+            "give one, and quote values with spaces"
+        )
+    if models:
+        if "model" in values and values["model"] != models[0]:
+            raise ConfigError(f"two models were given, {values['model']!r} and {models[0]!r}; give one")
+        values["model"] = models[0]
+    return values
+
+
+def check_known(tokens: Sequence[str], known: dict[str, Flag]) -> None:
+    """Refuse unknown flags with the nearest name, and flags and values of later versions, before parsing."""
+    for i, token in enumerate(tokens):
+        if token == "--":
+            return
+        if not token.startswith("-") or _is_number(token) or token == "-h":
+            continue
+        name, sep, value = token.lstrip("-").partition("=")
+        if name in ("help", "version") and token.startswith("--"):
+            continue
+        if name not in known:
+            refuse(name)
+        if name not in known or not token.startswith("--"):
+            flag = token.partition("=")[0]
+            raise ConfigError(
+                f"unknown flag {flag!r}{nearest(flag, [f'--{k}' for k in known])} See --help for all flags"
+            )
+        refuse_value(name, value if sep else (tokens[i + 1] if i + 1 < len(tokens) else ""))
+
+
+def _is_number(token: str) -> bool:
+    try:
+        float(token.partition(",")[0])
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,141 @@
+"""The verb `quantize`: given flags and a recipe become one call of `AutoRound`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from auto_round.cli.arguments import DEVICE, MODEL, PLATFORM, QUANTIZE_GROUPS, SEED, TRUST
+from auto_round.cli.later import algorithm_iters
+from auto_round.cli.parser import build, parse
+from auto_round.errors import ConfigError
+from auto_round.recipes import Recipe, fill, get_recipe
+
+# What the verb itself uses; everything else that was given is a keyword of AutoRound.
+_OUTPUT = ("format", "output_dir", "max_shard_size", "overwrite")
+_EVAL_AFTER = (
+    "eval",
+    "reference",
+    "eval_text",
+    "eval_seqlen",
+    "eval_bs",
+    "max_windows",
+    "eval_model_dtype",
+    "add_bos_token",
+    "eval_output",
+    "eval_backend",
+)
+_OWN = (*_OUTPUT, *_EVAL_AFTER, "dry_run", "algorithm", "disable_model_free")
+
+# Flags that do not by themselves ask for quantization, so that `auto-round MODEL --eval` only evaluates.
+_NEUTRAL = (
+    *_EVAL_AFTER,
+    MODEL.dest,
+    DEVICE.dest,
+    TRUST.dest,
+    SEED.dest,
+    PLATFORM.dest,
+    "batch_size",
+    "seqlen",
+    "model_dtype",
+)
+
+DEFAULT_OUTPUT_DIR = "./tmp_autoround"
+DEFAULT_FORMAT = "auto_round"
+
+
+def run_verb(argv: Sequence[str], recipe_name: str = "default", overview: str = "") -> int:
+    """Quantize, print a plan (`--dry_run`), or evaluate (`--eval` alone). Returns the exit code."""
+    recipe = get_recipe(recipe_name)
+    usage = f"{recipe.command} [quantize] MODEL [--scheme W4A16] [--format auto_round] [--output_dir DIR] [flags]"
+    parser = build(
+        recipe.command, usage, f"Quantize a language model. Recipe: {recipe.summary}.", QUANTIZE_GROUPS, overview
+    )
+    if not argv or "-h" in argv or "--help" in argv:
+        print(parser.format_help())
+        return 0 if argv else ConfigError.exit_code
+    given = parse(parser, QUANTIZE_GROUPS, argv)
+    if "model" not in given:
+        raise ConfigError(f"no model was given; use {recipe.command} MODEL, a folder or a hub id")
+    if given.get("eval") and not any(name not in _NEUTRAL for name in given):
+        return _only_evaluate(given)
+    check_eval_flags(given)
+    return quantize(given, recipe)
+
+
+def check_eval_flags(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError when evaluation settings are given and no evaluation is asked for."""
+    extra = [f for f in _EVAL_AFTER if f in given and f not in ("eval", "eval_backend")]
+    if extra and not given.get("eval"):
+        raise ConfigError(f"--{extra[0]} has no effect without --eval; add --eval, or leave it out")
+
+
+def quantize(given: dict[str, Any], recipe: Recipe) -> int:
+    """Run the job that the given values describe."""
+    kwargs = facade_arguments(given, recipe)
+    output_dir = given.get("output_dir", DEFAULT_OUTPUT_DIR)
+    formats = given.get("format", DEFAULT_FORMAT)
+
+    from auto_round.autoround import AutoRound
+
+    job = AutoRound(**kwargs)
+    if given.get("dry_run"):
+        print(job.plan(format=formats, output_dir=output_dir).render())
+        return 0
+    writing = {k: given[k] for k in ("max_shard_size", "overwrite") if k in given}
+    result = job.quantize_and_save(output_dir, format=formats, **writing)
+    if not given.get("eval"):
+        return 0
+    from auto_round.cli.eval import evaluate_given
+
+    after = {**given, "model": str(last_folder(result)), "reference": given.get("reference", given["model"])}
+    return evaluate_given(after)
+
+
+def facade_arguments(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Keywords for `AutoRound`: what was given, then the recipe's values.
+
+    Raises ConfigError for contradictions and UnsupportedError for an algorithm that is not here.
+    """
+    chosen = {k: v for k, v in given.items() if k not in _OWN}
+    if "algorithm" in given:
+        iters = algorithm_iters(given["algorithm"])
+        if iters == 0:
+            if chosen.get("iters"):
+                raise ConfigError(
+                    f"--algorithm rtn does no tuning, but --iters {chosen['iters']} was given; leave one out"
+                )
+            chosen["iters"] = 0
+    filled = fill(recipe, chosen)
+    if "device_map" in filled:
+        filled["device_map"] = device_value(filled["device_map"])
+    if "layer_config" in filled:
+        from auto_round.layer_config import parse_layer_config
+
+        filled["layer_config"] = parse_layer_config(filled["layer_config"])
+    return filled
+
+
+def device_value(text: str) -> int | str:
+    """`0` is a number for AutoRound, everything else stays as it is."""
+    return int(text) if re.fullmatch(r"\d+", text.strip()) else text.strip()
+
+
+def last_folder(result: Any) -> Path:
+    """The folder of the last format, from what `quantize_and_save` returned: (model, folder or list of folders)."""
+    folders = result[1] if isinstance(result, tuple) else result
+    return Path(folders[-1] if isinstance(folders, list | tuple) else folders)
+
+
+def _only_evaluate(given: dict[str, Any]) -> int:
+    """`auto-round MODEL --eval`: the shared spellings --bs and --seqlen mean the evaluation's."""
+    from auto_round.cli.eval import evaluate_given
+
+    renamed = {"batch_size": "eval_bs", "seqlen": "eval_seqlen", "model_dtype": "eval_model_dtype"}
+    values = {k: v for k, v in given.items() if k not in renamed}
+    for old, new in renamed.items():
+        if old in given:
+            values.setdefault(new, given[old])
+    return evaluate_given(values)

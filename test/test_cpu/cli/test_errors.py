@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from auto_round import errors
+from auto_round.cli import main
+from auto_round.cli.arguments import EVAL_GROUPS, QUANTIZE_GROUPS, spellings
+from auto_round.cli.later import refused_names
+
+
+def line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("auto-round: error: "), captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["m", "--grup_size", "64"], "unknown flag '--grup_size'; did you mean '--group_size'"),
+        (["m", "--group-siz=64"], "did you mean '--group_size'"),
+        (["m", "-v"], "unknown flag '-v'"),
+        (["m", "--bits", "four"], "invalid int value: 'four'"),
+        (["m", "--group_size", "1,2,3"], "not a group size"),
+        (["m", "--model_dtype", "int3"], "invalid choice: 'int3'"),
+        (["m", "--bits"], "expected one argument"),
+        (["m", "n"], "more than one model"),
+        (["m", "--model", "n"], "two models were given, 'n' and 'm'"),
+        (["--bits", "4"], "no model was given"),
+        (["m", "--sym", "--asym"], "--asym contradicts another flag that sets sym to True"),
+        (["m", "--enable_opt_rtn", "--disable_opt_rtn"], "contradicts"),
+        (["m", "--algorithm", "rtn", "--iters", "3"], "does no tuning"),
+        (["m", "--layer_config", "{k:{bits:8}"], "--layer_config"),
+        (["list", "colours"], "nothing called 'colours'"),
+        (["list", "env", "scheme"], "one word"),
+        (["eval", "--eval_bs", "1"], "no model was given"),
+    ],
+)
+def test_mistakes(job: Any, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
+    assert main.run(words) == errors.ConfigError.exit_code
+    assert says in line(capsys)
+    assert not job.kwargs
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--algorithm", "awq"], ["--algorithm", "awq,auto_round"], ["--avg_bits", "6"], ["--target-bits=6"],
+        ["--options", "mxfp4,mxfp8"], ["--model_free"], ["--duo-scaling", "both"], ["--n_grid", "20"],
+        ["--rotation_type", "hadamard"], ["--tasks", "mmlu"], ["--tasks"], ["--act_bits", "8"],
+        ["--eval", "--eval_backend", "vllm"], ["--eval_backend=vllm"], ["--vllm_args=a=1"], ["--svdquant-rank", "32"],
+        ["--static_kv_dtype", "fp8"], ["--nblocks", "2"], ["--mllm"], ["--super_bits", "6"],
+    ],
+)  # fmt: skip
+def test_later_features_are_refused_at_once(job: Any, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert main.run(["m", *words]) == errors.UnsupportedError.exit_code
+    assert "is not available in this version; " in line(capsys)
+    assert not job.kwargs
+
+
+def test_no_flag_is_both_taken_and_refused() -> None:
+    taken = set(spellings(QUANTIZE_GROUPS)) | set(spellings(EVAL_GROUPS))
+    assert not taken & set(refused_names())
+
+
+def test_no_spelling_means_two_things() -> None:
+    for groups in (QUANTIZE_GROUPS, EVAL_GROUPS):
+        names = [n for g in groups for f in g.flags for n in (f.dest, *f.aliases, *f.off)]
+        assert len(names) == len(set(names))
+
+
+KINDS = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.AutoRoundError)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda c: c.__name__)
+def test_exit_codes(job: Any, capsys: pytest.CaptureFixture[str], kind: type[errors.AutoRoundError]) -> None:
+    job.fails = kind("first line\nsecond line")
+    assert main.run(["m"]) == kind.exit_code
+    assert line(capsys) == "auto-round: error: first line second line"
+
+
+def test_exit_codes_tell_kinds_apart() -> None:
+    assert len({c.exit_code for c in KINDS}) == len(KINDS)
+
+
+def test_interrupt(job: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    job.fails = KeyboardInterrupt()
+    assert main.run(["m"]) == 130
+    assert "stopped by the user" in line(capsys)
+
+
+def test_unexpected_error_keeps_the_traceback_in_a_file(
+    job: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    job.fails = TypeError("odd thing")
+    assert main.run(["m"]) == 1
+    text = line(capsys)
+    (log,) = (tmp_path / "Work").iterdir()
+    assert "unexpected error: TypeError: odd thing" in text and str(log) in text
+    assert "Traceback" in log.read_text() and "odd thing" in log.read_text()
+
+
+def test_unexpected_error_on_the_screen_when_debugging(
+    job: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AR_LOG_LEVEL", "debug")
+    job.fails = TypeError("odd thing")
+    assert main.run(["m"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert not (tmp_path / "Work").exists()
+
+
+def test_out_of_memory_says_what_to_lower(job: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    job.fails = MemoryError()
+    assert main.run(["m"]) == 1
+    assert "--batch_size" in line(capsys)
+
+
+def test_wrong_log_level(job: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AR_LOG_LEVEL", "LOUD")
+    assert main.run(["m"]) == 2
+    assert "AR_LOG_LEVEL" in line(capsys)
+
+
+def test_variables_without_meaning_are_said(
+    job: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AR_DISK_STREAM_MODEL", "1")
+    assert main.run(["m"]) == 0
+    assert "AR_DISK_STREAM_MODEL is set but means nothing" in capsys.readouterr().err

@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+from auto_round.calibration.builtin import builtin, builtin_documents
+from auto_round.eval.default_text import held_out_text
+
+
+def test_what_is_measured_on_was_not_calibrated_on() -> None:
+    measured, name = held_out_text()
+    calibrated = set(builtin(seed=0, split=None))
+    assert len(measured) >= 10 and not calibrated & set(measured)
+    assert calibrated | set(measured) == set(builtin_documents())
+    assert "calibration leaves out" in name
