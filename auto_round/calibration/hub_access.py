@@ -50,15 +50,15 @@ def hub_problem() -> str:
 
 
 def _probe(endpoint: str) -> str:
-    """Ask for the hub's front page. Any answer will do: it is the network that is in question."""
+    """Ask for the hub's front page. Any answer but a server's or proxy's failure will do: the network is in question."""
     answer: list[str] = []
 
     def ask() -> None:
         from huggingface_hub import get_session
 
         try:
-            get_session().head(endpoint, timeout=PROBE_SECONDS)
-            answer.append("")
+            status = get_session().head(endpoint, timeout=PROBE_SECONDS).status_code
+            answer.append(f"{endpoint} answers with status {status}" if status == 407 or status >= 500 else "")
         except Exception as error:  # the HTTP library behind get_session differs between versions, and so do its errors
             answer.append(f"no answer from {endpoint}: {_short(error)}")
 
