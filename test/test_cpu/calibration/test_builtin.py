@@ -262,6 +262,7 @@ def test_every_name_of_the_guide_is_listed() -> None:
     names = {row[0] for row in available_datasets()}
     assert names >= {
         "NeelNanda/pile-10k", "swift/pile-val-backup", "BAAI/CCI3-HQ", "codeparrot/github-code-clean", "mbpp",
-        "builtin", "HuggingFaceH4/ultrachat_200k", "madao33/new-title-chinese", "openbmb/Ultra-FineWeb", "opencode-instruct",
+        "builtin", "HuggingFaceH4/ultrachat_200k", "madao33/new-title-chinese", "openbmb/Ultra-FineWeb",
+        "opencode-instruct",
     }  # fmt: skip
     assert all(description and where for _, description, where in available_datasets())
