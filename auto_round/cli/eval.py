@@ -81,13 +81,15 @@ def print_result(result: EvalResult) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    title = result.model if result.reference is None else f"{result.model}\nagainst {result.reference}"
-    table = Table(title=Text(title), caption=Text(result.describe()), title_justify="left", caption_justify="left")
+    table = Table()
     table.add_column("measure")
     table.add_column("value ± standard error", justify="right")
     for name, value in result.rows():
         table.add_row(name, value)
-    Console().print(table)
+    console = Console()
+    console.print(Text(result.model if result.reference is None else f"{result.model} against {result.reference}"))
+    console.print(table)
+    console.print(Text(result.describe()))
 
 
 def write_json(path: Path, result: EvalResult) -> None:
