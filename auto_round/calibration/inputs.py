@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from auto_round.calibration.recording import Call, LeafStore, batch_dims, flatten, join, unflatten
-from auto_round.errors import DataError, ModelError, NumericsError
+from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.finite import is_finite
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.source import Device, ModelSource
@@ -155,6 +155,7 @@ def capture_inputs(
     Raises:
         DataError: no samples, or of different lengths.
         ModelError: the model does not call its blocks as a decoder does.
+        UnsupportedError: it changes the hidden states between two blocks.
         NumericsError: NaN or Inf before the first block.
     """
     inputs = _checked(samples)
@@ -207,8 +208,11 @@ class _Recorder:
             else:
                 if index == 0:
                     self._keep(hidden)
+                self._check_stream(index, hidden)
                 if len(self.calls[index]) != self._sample:
-                    raise ModelError(f"block {self.source.blocks[index]!r} was not called exactly once; it cannot be tuned alone")
+                    raise ModelError(
+                        f"block {self.source.blocks[index]!r} was not called exactly once; it cannot be tuned alone"
+                    )
                 self.calls[index].append(Call(spec, tuple(consts), tuple(self.store.put(leaf) for leaf in leaves)))
             if type(block) not in self.kinds:
                 self._learn_kind(index, block, original, args, kwargs, hidden)
@@ -220,12 +224,25 @@ class _Recorder:
 
     def _keep(self, hidden: torch.Tensor) -> None:
         if hidden.dim() != 3 or hidden.shape[0] != 1:
-            raise ModelError(f"{self.source.blocks[0]} is fed a tensor of shape {list(hidden.shape)}, not [batch, tokens, width]")
+            raise ModelError(
+                f"{self.source.blocks[0]} is fed a tensor of shape {list(hidden.shape)}, not [batch, tokens, width]"
+            )
         if not is_finite(hidden):
-            raise NumericsError(f"NaN or Inf in the input of {self.source.blocks[0]} for calibration sample {self._sample}")
+            raise NumericsError(
+                f"NaN or Inf in the input of {self.source.blocks[0]} for calibration sample {self._sample}"
+            )
         if self.hidden is None:
             self.hidden = torch.empty(self.count, *hidden.shape[1:], dtype=hidden.dtype, device=self.store_device)
         self.hidden[self._sample] = hidden[0]
+
+    def _check_stream(self, index: int, hidden: torch.Tensor) -> None:
+        """Blocks hand their input on unchanged here, so that each must get what block 0 got."""
+        assert self.hidden is not None
+        if self._sample == 0 and not torch.equal(hidden[0].to(self.store_device), self.hidden[0]):
+            raise UnsupportedError(
+                f"{type(self.source.model).__name__} changes the hidden states between its blocks, before "
+                f"{self.source.blocks[index]!r}; only models whose blocks follow each other directly can be walked"
+            )
 
     def _learn_kind(
         self, index: int, block: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any, hidden: torch.Tensor
@@ -236,9 +253,13 @@ class _Recorder:
             output = original(*args, **kwargs)
         finally:
             self.source.release(name)
-        first = output if isinstance(output, torch.Tensor) else output[0] if isinstance(output, tuple) and output else None
+        first = (
+            output if isinstance(output, torch.Tensor) else output[0] if isinstance(output, tuple) and output else None
+        )
         if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
-            raise ModelError(f"block {name!r} ({type(block).__name__}) does not return hidden states of the shape it is given")
+            raise ModelError(
+                f"block {name!r} ({type(block).__name__}) does not return hidden states of the shape it is given"
+            )
         self.kinds[type(block)] = None if isinstance(output, torch.Tensor) else tuple(output[1:])
 
 
@@ -303,10 +324,14 @@ def _checked(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Ten
     for index, sample in enumerate(samples):
         if not isinstance(sample.get("input_ids"), torch.Tensor):
             raise DataError(f"calibration sample {index} has no tensor 'input_ids'")
-        clean = {k: v.reshape(-1) for k, v in sample.items() if k not in _NOT_FOR_THE_MODEL and isinstance(v, torch.Tensor)}
+        clean = {
+            k: v.reshape(-1) for k, v in sample.items() if k not in _NOT_FOR_THE_MODEL and isinstance(v, torch.Tensor)
+        }
         first = inputs[0] if inputs else clean
         if {k: v.shape for k, v in clean.items()} != {k: v.shape for k, v in first.items()}:
-            raise DataError(f"calibration sample {index} differs from sample 0 in length or keys; pad or cut all to one length")
+            raise DataError(
+                f"calibration sample {index} differs from sample 0 in length or keys; pad or cut all to one length"
+            )
         inputs.append(clean)
     if inputs[0]["input_ids"].numel() == 0:
         raise DataError("the calibration samples are empty")

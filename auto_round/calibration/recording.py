@@ -97,7 +97,7 @@ class LeafStore:
 
 
 def batch_dims(single: Sequence[torch.Tensor], double: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
-    """For each tensor, the dimension that doubles when the batch does; None for one that does not depend on the batch."""
+    """For each tensor, the dimension that doubles with the batch; None for one that does not depend on the batch."""
     dims: list[int | None] = []
     for one, two in zip(single, double, strict=True):
         grown = [d for d in range(one.dim()) if two.dim() == one.dim() and two.shape[d] == 2 * one.shape[d] != 0]

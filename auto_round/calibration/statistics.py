@@ -39,7 +39,9 @@ class SecondMoments(dict[str, torch.Tensor]):
         if total is None:
             total = self[name] = torch.zeros(rows.shape[-1], dtype=torch.float32, device=rows.device)
         for part in rows.split(_ROWS):
-            total += part.to(torch.float32).square_().sum(dim=0) if part.dtype != torch.float32 else part.square().sum(dim=0)
+            total += (
+                part.to(torch.float32).square_().sum(dim=0) if part.dtype != torch.float32 else part.square().sum(dim=0)
+            )
         self.tokens[name] = self.tokens.get(name, 0) + rows.shape[0]
 
     def check(self) -> None:

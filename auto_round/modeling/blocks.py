@@ -7,11 +7,11 @@ import sys
 import torch
 from torch import nn
 
-from auto_round.errors import ModelError
+from auto_round.errors import ModelError, UnsupportedError
 
 
 def _conv1d() -> tuple[type[nn.Module], ...]:
-    """Transformers' Conv1D (GPT-2), a linear layer that stores [in, out]; empty when Transformers was never imported."""
+    """Transformers' Conv1D (GPT-2), a linear layer that stores [in, out]; empty before Transformers is imported."""
     module = sys.modules.get("transformers.pytorch_utils")
     return (module.Conv1D,) if module is not None else ()
 
@@ -66,18 +66,30 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
     Raises:
         ModelError: there is no such list.
+        UnsupportedError: there are several lists of the same kind of block, which a model runs in turns or in a cycle.
     """
     for root in _roots(model):
         found: list[tuple[int, int, str]] = []
         _collect(root, _name_of(model, root), found)
         if found:
             _, _, name = max(found)
+            kinds = _kinds(model.get_submodule(name))
+            others = [n for _, _, n in found if n != name and _kinds(model.get_submodule(n)) & kinds]
+            if others:
+                raise UnsupportedError(
+                    f"{type(model).__name__} has several stacks of the same blocks ({', '.join([name, *others])}); "
+                    "only models that run one stack of blocks once, in order, can be walked block by block"
+                )
             children = model.get_submodule(name).named_children()
             return tuple(f"{name}.{child}" if name else child for child, _ in children)
     raise ModelError(
         f"{type(model).__name__} has no list of decoder blocks (a ModuleList of layers with linear modules); "
         "only decoder-only language models can be quantized"
     )
+
+
+def _kinds(blocks: nn.Module) -> set[type[nn.Module]]:
+    return {type(block) for block in blocks.children()}
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:

@@ -1,8 +1,8 @@
 """Which checkpoint tensors every tensor of a model is made of.
 
-Checkpoints differ from the modules that read them: a base model's prefix is missing or extra, names were changed, experts
-are stored one by one or fused. Transformers publishes these differences as conversion mappings; this file applies them
-to names once, when a checkpoint is opened, and to data tensor by tensor, when it is read.
+Checkpoints differ from the modules that read them: a base model's prefix is missing or extra, names were changed,
+experts are stored one by one or fused. Transformers publishes these differences as conversion mappings; this file
+applies them to names once, when a checkpoint is opened, and to data tensor by tensor, when it is read.
 """
 
 from __future__ import annotations

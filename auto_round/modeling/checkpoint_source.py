@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from auto_round.errors import ModelError, UnsupportedError
+from auto_round.modeling.build import build_on_meta, config_dtype, dominant_dtype, kept_in_float32, load_config
 from auto_round.modeling.checkpoint_map import Origin, plan_tensors
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.finite import check_finite
@@ -26,8 +24,6 @@ from auto_round.modeling.source import (
     state_names,
 )
 from auto_round.modeling.tensor_files import TensorFiles
-
-_OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,8 @@ class CheckpointSource(ModelSource):
                 "checkpoints in bfloat16, float16 or float32 are read: give the original model"
             )
         self.files = TensorFiles.open(self.folder)
-        self.dtype = asked or _config_dtype(self.config) or _dominant_dtype(self.files)
-        self.model = _build(self.config, self.dtype, trust_remote_code)
+        self.dtype = asked or config_dtype(self.config) or dominant_dtype(self.files)
+        self.model = build_on_meta(self.config, self.dtype, trust_remote_code)
         fused_names = dict(self.model.state_dict())
         unfuse_experts(self.model)
         if prepare is not None:
@@ -149,13 +145,17 @@ class CheckpointSource(ModelSource):
             tensor = piece.cut(self.files.read(origin.keys[0][0], row=piece.expert)).to(info.dtype)
         else:
             if origin not in shared:
-                shared[origin] = {key: value.to(info.dtype) for key, value in origin.read(self.files, self.model).items()}
+                shared[origin] = {
+                    key: value.to(info.dtype) for key, value in origin.read(self.files, self.model).items()
+                }
             whole = shared[origin].get(plan.name)
             if whole is None:
                 raise ModelError(f"the conversion of {origin.keys[0][0]!r} does not give {plan.name!r}")
             tensor = whole if piece is None else piece.cut(whole[piece.expert])
         if tuple(tensor.shape) != info.shape:
-            raise ModelError(f"tensor {name!r} has shape {list(tensor.shape)} in {self.folder}; the model needs {list(info.shape)}")
+            raise ModelError(
+                f"tensor {name!r} has shape {list(tensor.shape)} in {self.folder}; the model needs {list(info.shape)}"
+            )
         if check:
             check_finite(name, tensor)
         return tensor
@@ -191,8 +191,8 @@ class CheckpointSource(ModelSource):
         return tied
 
     def _check_tensors(self) -> dict[str, _Tensor]:
-        """Shapes and dtypes of all tensors but aliases. Raises ModelError for one that is missing or has another shape."""
-        full_precision = _kept_in_float32(self.model, self.dtype)
+        """Shapes and dtypes of all tensors but aliases. Raises ModelError for a missing one or another shape."""
+        full_precision = kept_in_float32(self.model, self.dtype)
         found: dict[str, _Tensor] = {}
         for name in self._names:
             if name in self._tied:
@@ -202,7 +202,9 @@ class CheckpointSource(ModelSource):
             tensor = dict(direct_tensors(module))[leaf]
             plan = self._plans.get(name)
             if plan is None and tensor.is_meta:
-                raise ModelError(f"tensor {name!r} of {type(self.model).__name__} is missing from the checkpoint files in {self.folder}")
+                raise ModelError(
+                    f"tensor {name!r} of {type(self.model).__name__} is missing from the files in {self.folder}"
+                )
             dtype = tensor.dtype
             if plan is not None and plan.origin.converter is None and plan.piece is None:
                 stored = self.files.tensors[plan.origin.keys[0][0]]
@@ -229,86 +231,8 @@ class CheckpointSource(ModelSource):
 def _place(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
     """Put a tensor where a parameter or buffer of that name was."""
     if leaf in module._parameters:
-        module._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = (
+            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        )
     else:
         module._buffers[leaf] = tensor
-
-
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The Transformers configuration of a folder. Raises ModelError when there is none for a causal language model."""
-    from transformers import AutoConfig
-
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{folder} has no config.json; give the folder of a Transformers model")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{file} cannot be used: {lines[0]}") from error
-    remote = isinstance(raw.get("auto_map"), dict) and "AutoModelForCausalLM" in raw["auto_map"]
-    _check_causal(config, folder, remote and trust_remote_code)
-    return config
-
-
-def _check_causal(config: Any, folder: Path, remote: bool) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    kind, reason = type(config), ""
-    other = next((a for a in getattr(config, "architectures", None) or () if _OTHER_TASKS.search(a)), None)
-    if getattr(config, "is_encoder_decoder", False):
-        reason = "it is an encoder-decoder model"
-    elif other is not None:
-        reason = f"its config.json says {other}"
-    elif remote:
-        return
-    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        reason = f"AutoModelForCausalLM knows no model for its {kind.__name__}"
-    elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
-        reason = f"its {kind.__name__} describes an encoder (is_decoder is false)"
-    if reason:
-        raise ModelError(f"{folder} is not a causal language model: {reason}; only decoder-only language models can be quantized")
-
-
-def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    """The model with parameters on meta and real buffers, in eval mode."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        raise ModelError(f"cannot build a model from {type(config).__name__}: {type(error).__name__}: {error}") from error
-    return model.eval()
-
-
-def _config_dtype(config: Any) -> torch.dtype | None:
-    for part in (config, config.get_text_config()):
-        found = getattr(part, "dtype", None)
-        if isinstance(found, str):
-            found = getattr(torch, found.removeprefix("torch."), None)
-        if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
-            return found
-    return None
-
-
-def _dominant_dtype(files: TensorFiles) -> torch.dtype:
-    """The floating-point dtype of most weights in the files; float32 when there is none."""
-    sizes: dict[torch.dtype, int] = {}
-    for stored in files.tensors.values():
-        if stored.dtype.is_floating_point and stored.dtype.itemsize >= 2:
-            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + (stored.end - stored.start) // stored.dtype.itemsize
-    return max(sizes, key=lambda d: sizes[d], default=torch.float32)
-
-
-def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Which parameters the family keeps in float32: one list holds for float16, a stricter one for bfloat16 too."""
-    patterns: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        patterns |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    search = re.compile("|".join(p.replace("*", ".*") for p in patterns)).search if patterns else None
-    return lambda name: search is not None and search(name) is not None

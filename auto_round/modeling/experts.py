@@ -64,6 +64,8 @@ class LinearExperts(nn.Module):
     The fused module's class decides how gate and up are combined; its empty shell is kept for that.
     """
 
+    _shell: Any
+
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         down = fused.down_proj
@@ -77,7 +79,12 @@ class LinearExperts(nn.Module):
         self.hidden_dim, self.intermediate_dim = (second, first) if self.transposed else (first, second)
         for index in range(self.num_experts):
             expert = ExpertMLP(
-                self.hidden_dim, self.intermediate_dim, gate=self.has_gate, bias=self.has_bias, device="meta", dtype=down.dtype
+                self.hidden_dim,
+                self.intermediate_dim,
+                gate=self.has_gate,
+                bias=self.has_bias,
+                device="meta",
+                dtype=down.dtype,
             )
             self.add_module(str(index), expert)
         if not down.is_meta:
@@ -109,7 +116,9 @@ class LinearExperts(nn.Module):
             for leaf, suffix in leaves
         }
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """[tokens, H] from hidden_states [tokens, H], top_k_index int64 [tokens, K] and top_k_weights [tokens, K].
 
         Only experts with tokens run. An index of `num_experts` or above means "none" and adds nothing. The K results of

@@ -16,7 +16,9 @@ _PLATFORMS = ("hf", "model_scope")
 _TIMEOUT_S = 10.0
 
 
-def model_folder(model: str | os.PathLike[str], *, trust_remote_code: bool = False, platform: str | None = None) -> Path:
+def model_folder(
+    model: str | os.PathLike[str], *, trust_remote_code: bool = False, platform: str | None = None
+) -> Path:
     """The local folder of a model given as folder or hub id. Only json, safetensors and tokenizer files are fetched.
 
     Args:
@@ -32,6 +34,8 @@ def model_folder(model: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     where = platform or ("model_scope" if envs.AR_USE_MODELSCOPE else "hf")
     if where not in _PLATFORMS:
         raise ConfigError(f"platform={platform!r} is unknown; use one of {', '.join(_PLATFORMS)}")
+    if not given.strip():
+        raise ModelError("no model folder or hub id was given")
     folder = Path(given).expanduser()
     if folder.is_dir():
         return folder
@@ -53,7 +57,9 @@ def _from_hub(repo: str, patterns: list[str], folder: Path) -> Path:
         reason = "the hub cannot be reached and the model is not in the local cache"
         raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and {reason}: {_first_line(error)}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and the hub refuses it: {_first_line(error)}") from error
+        raise ModelError(
+            f"no folder {repo!r} here{_similar(folder)}, and the hub refuses it: {_first_line(error)}"
+        ) from error
 
 
 def _from_modelscope(repo: str, patterns: list[str]) -> Path:

@@ -14,7 +14,7 @@ from auto_round.modeling.source import Device, ModelSource, direct_tensors, find
 
 
 class LiveSource(ModelSource):
-    """Wraps a model whose weights are all in memory. The model is put in eval mode and its fused experts become linears.
+    """Wraps a model whose weights are all in memory. It is put in eval mode and its fused experts become linears.
 
     Raises ModelError when it is no language model with decoder blocks, or some of its weights are offloaded (meta).
     """
@@ -24,11 +24,15 @@ class LiveSource(ModelSource):
     def __init__(self, model: nn.Module) -> None:
         config: Any = getattr(model, "config", None)
         if config is None:
-            raise ModelError(f"{type(model).__name__} has no .config; give a Transformers causal language model or a path")
+            raise ModelError(
+                f"{type(model).__name__} has no .config; give a Transformers causal language model or a path"
+            )
         self.blocks = find_model_blocks(model)
         offloaded = next((n for n, p in model.named_parameters() if p.is_meta), None)
         if offloaded is not None:
-            raise ModelError(f"parameter {offloaded!r} of the model is on the meta device (offloaded); give the model's path instead")
+            raise ModelError(
+                f"parameter {offloaded!r} of the model is on the meta device (offloaded); give the model's path instead"
+            )
         self.model = model.eval()
         self.config = config
         self.name_or_path = str(getattr(config, "_name_or_path", "") or type(model).__name__)

@@ -143,7 +143,9 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def find_model_blocks(model: nn.Module) -> tuple[str, ...]:
     """`find_blocks`, refusing encoder-decoder models. Raises ModelError."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models can be quantized")
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models can be quantized"
+        )
     return find_blocks(model)
 
 

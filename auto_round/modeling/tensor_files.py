@@ -1,13 +1,14 @@
 """Tensors of a local safetensors checkpoint, read one at a time.
 
 The files are read with plain reads instead of a memory map: mapped pages count as resident memory for as long as a
-tensor or the file lives, and copying out of a map holds every byte twice. Format: the safetensors specification (8 bytes
-little-endian header length, a JSON header, then the data).
+tensor or the file lives, and copying out of a map holds every byte twice. Format: the safetensors specification (8
+bytes little-endian header length, a JSON header, then the data).
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from auto_round.errors import ModelError
 _MAX_HEADER = 100_000_000  # the limit that the safetensors library sets itself
 _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
 _COMPARE_AT_ONCE = 1 << 24
+_OWN_PAGES = 1 << 18
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -95,8 +97,8 @@ class TensorFiles:
             size = (end - start) // shape[0]
             start, shape = start + row * size, shape[1:]
             end = start + size
-        raw = torch.empty(end - start, dtype=torch.uint8)
-        self._fill(stored.file, key, start, memoryview(raw.numpy()))
+        raw = _buffer(end - start)
+        self._fill(stored.file, key, start, raw.numpy().data)
         return raw.view(stored.dtype).view(shape)
 
     def equal(self, first: str, second: str) -> bool:
@@ -127,6 +129,15 @@ class TensorFiles:
             raise ModelError(f"cannot read tensor {key!r} from {file}: {error}") from error
 
 
+def _buffer(size: int) -> torch.Tensor:
+    """Uninitialised uint8 [size]. Large ones are pages of their own, which go back to the system when the tensor dies;
+    malloc would keep those of freed blocks, and the process would look as if it still held them."""
+    if size < _OWN_PAGES or not hasattr(mmap, "MAP_PRIVATE"):  # Windows has no private anonymous maps
+        return torch.empty(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors that one safetensors file declares. Raises ModelError naming the file, and the tensor at fault."""
     try:
@@ -134,7 +145,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with open(file, "rb") as handle:
             length = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))[0]
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise ModelError(f"{file} is not a safetensors file (or was cut short): it has {size} bytes and no valid header")
+                raise ModelError(
+                    f"{file} is not a safetensors file (or was cut short): it has {size} bytes and no valid header"
+                )
             header = json.loads(handle.read(length))
     except OSError as error:
         raise ModelError(f"cannot read {file}: {error}") from error
@@ -161,7 +174,9 @@ def _stored(file: Path, key: str, info: Any, data: int, size: int) -> StoredTens
     if min(shape, default=0) < 0 or first < 0 or last - first != count * dtype.itemsize:
         raise ModelError(f"{file}: tensor {key!r} of shape {list(shape)} {name} does not fit its {last - first} bytes")
     if data + last > size:
-        raise ModelError(f"{file} is cut short: tensor {key!r} ends at byte {data + last} of {size}; fetch the file again")
+        raise ModelError(
+            f"{file} is cut short: tensor {key!r} ends at byte {data + last} of {size}; fetch the file again"
+        )
     return StoredTensor(file, dtype, shape, data + first, data + last)
 
 
@@ -184,10 +199,14 @@ def _shard_path(folder: Path, index: Path, key: str, value: str) -> Path:
     """The shard's path inside `folder`. An index from elsewhere must not make us open files outside it."""
     parts = PurePosixPath(value.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or ":" in value or not value.endswith(".safetensors"):
-        raise ModelError(f"{index} sends tensor {key!r} to {value!r}; only .safetensors files inside the folder are allowed")
+        raise ModelError(
+            f"{index} sends tensor {key!r} to {value!r}; only .safetensors files inside the folder are allowed"
+        )
     file = folder / parts
     if not file.is_file():
-        raise ModelError(f"{file} is missing; {index.name} needs it for tensor {key!r} and others. Fetch the model again")
+        raise ModelError(
+            f"{file} is missing; {index.name} needs it for tensor {key!r} and others. Fetch the model again"
+        )
     return file
 
 
@@ -196,10 +215,11 @@ def _no_weights(folder: Path) -> str:
     pickles = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
         return (
-            f"{folder} holds weights as pickle ({pickles[0]}), which can run code when opened; only safetensors is read. "
-            "Convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder)"
+            f"{folder} holds weights as pickle ({pickles[0]}), which can run code when opened; only safetensors is "
+            "read. Convert it once, where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder)"
         )
     loose = [n for n in found if n.endswith(".safetensors")]
     if loose:
-        return f"{folder} holds {loose[0]} but neither model.safetensors nor model.safetensors.index.json; fetch the index too"
+        return f"{folder} holds {loose[0]} but neither model.safetensors nor its index model.safetensors.index.json"
     return f"{folder} holds no weights: model.safetensors or model.safetensors.index.json is needed"

@@ -77,6 +77,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             layer_types=["sliding_attention", "full_attention"],
         ),
     ),
+    # Its checkpoints store q, k and v convolutions apart, the modules joined.
+    "olmo-hybrid": (
+        "OlmoHybridConfig",
+        _COMMON
+        | dict(
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=16,
+            linear_conv_kernel_dim=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
+        ),
+    ),
+    # Its checkpoints store gate, q, k and v joined, the modules apart.
+    "hrm-text": ("HrmTextConfig", _COMMON),
     "qwen3-next": (
         "Qwen3NextConfig",
         _COMMON

@@ -14,7 +14,8 @@ from auto_round.modeling.source import ModelSource, open_source
 
 FAMILIES = [
     "llama", "llama-tied", "qwen2", "qwen3", "opt", "gpt2", "gemma3", "phi", "mistral", "falcon-alibi",
-    "falcon-rotary", "mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "qwen3-next",
+    "falcon-rotary", "mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "qwen3-next", "olmo-hybrid",
+    "hrm-text",
 ]  # fmt: skip
 LENGTH = 11
 
@@ -73,9 +74,7 @@ def test_walk_equals_the_whole_model(family: str, masks: str, tiny_folder: Calla
         wanted = model(**batch).logits
     counted = captured.loss_mask[order]
     torch.testing.assert_close(logits[counted], wanted[counted], rtol=1e-4, atol=1e-4)
-    expected = model.lm_head(head_in)[counted]
-    scale = wanted[counted].abs().max() / expected.abs().max()
-    torch.testing.assert_close(expected * scale, wanted[counted], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.lm_head(head_in)[counted], wanted[counted], rtol=1e-4, atol=1e-4)
     assert all(p.is_meta for p in source.model.parameters()), "a walked model must hold no weights"
 
 
@@ -264,6 +263,8 @@ def test_nan_before_the_blocks_is_named(tiny_model: Callable[..., Any]) -> None:
     samples = make_samples(2)
     samples[1]["input_ids"][3] = 7
     samples[0]["input_ids"][samples[0]["input_ids"] == 7] = 8
-    model.model.embed_tokens.register_forward_hook(lambda _m, a, out: out.masked_fill((a[0] == 7).unsqueeze(-1), torch.nan))
+    model.model.embed_tokens.register_forward_hook(
+        lambda _m, a, out: out.masked_fill((a[0] == 7).unsqueeze(-1), torch.nan)
+    )
     with pytest.raises(NumericsError, match="sample 1"):
         capture_inputs(source, samples)

@@ -1,0 +1,106 @@
+"""From a folder's config.json to a model on the meta device."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.errors import ModelError
+from auto_round.modeling.tensor_files import TensorFiles
+
+_OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The Transformers configuration of a folder. Raises ModelError when there is none for a causal language model."""
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder of a Transformers model")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{folder} brings Python code of its own, which is not run unless you trust it: "
+                "read it, then pass trust_remote_code=True (--trust_remote_code)"
+            ) from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{file} cannot be used: {lines[0]}") from error
+    remote = isinstance(raw.get("auto_map"), dict) and "AutoModelForCausalLM" in raw["auto_map"]
+    _check_causal(config, folder, remote and trust_remote_code)
+    return config
+
+
+def _check_causal(config: Any, folder: Path, remote: bool) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind, reason = type(config), ""
+    other = next((a for a in getattr(config, "architectures", None) or () if _OTHER_TASKS.search(a)), None)
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder model"
+    elif other is not None:
+        reason = f"its config.json says {other}"
+    elif remote:
+        return
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = f"AutoModelForCausalLM knows no model for its {kind.__name__}"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        reason = f"its {kind.__name__} describes an encoder (is_decoder is false)"
+    if reason:
+        raise ModelError(
+            f"{folder} is not a causal language model: {reason}; only decoder-only language models can be quantized"
+        )
+
+
+def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """The model with parameters on meta and real buffers, in eval mode."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"cannot build a model from {type(config).__name__}: {type(error).__name__}: {error}"
+        ) from error
+    return model.eval()
+
+
+def config_dtype(config: Any) -> torch.dtype | None:
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "dtype", None)
+        if isinstance(found, str):
+            found = getattr(torch, found.removeprefix("torch."), None)
+        if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
+            return found
+    return None
+
+
+def dominant_dtype(files: TensorFiles) -> torch.dtype:
+    """The floating-point dtype of most weights in the files; float32 when there is none."""
+    sizes: dict[torch.dtype, int] = {}
+    for stored in files.tensors.values():
+        if stored.dtype.is_floating_point and stored.dtype.itemsize >= 2:
+            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + (stored.end - stored.start) // stored.dtype.itemsize
+    return max(sizes, key=lambda d: sizes[d], default=torch.float32)
+
+
+def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters the family keeps in float32: one list holds for float16, a stricter one for bfloat16 too."""
+    patterns: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    search = re.compile("|".join(p.replace("*", ".*") for p in patterns)).search if patterns else None
+    return lambda name: search is not None and search(name) is not None
