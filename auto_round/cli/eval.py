@@ -33,8 +33,9 @@ def evaluate_given(given: Mapping[str, Any]) -> int:
     """Evaluate as the given flags say, print a table and write `--eval_output`. Returns the exit code."""
     output = check_output(given.get("eval_output"))
 
+    from auto_round.compressors.device import resolve_device
     from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate
-    from auto_round.eval.loading import evaluation_device, parse_dtype
+    from auto_round.eval.loading import parse_dtype
 
     result = evaluate(
         local_folder(given["model"], given),
@@ -43,7 +44,7 @@ def evaluate_given(given: Mapping[str, Any]) -> int:
         seqlen=given.get("eval_seqlen", DEFAULT_SEQLEN),
         max_windows=given.get("max_windows", DEFAULT_WINDOWS),
         batch_size=given.get("eval_bs", 1),
-        device=evaluation_device(given.get("device_map")),
+        device=resolve_device(given.get("device_map")),
         dtype=parse_dtype(given["eval_model_dtype"]) if "eval_model_dtype" in given else None,
         add_bos=given.get("add_bos_token"),
         trust_remote_code=given.get("trust_remote_code", False),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from auto_round.errors import ConfigError, DeviceError, ModelError
+from auto_round.errors import ConfigError, ModelError
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.modeling.hub import model_folder
 
@@ -23,30 +23,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise ConfigError(f"dtype {name!r} is not known; use {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-def evaluation_device(text: str | int | None) -> str:
-    """The one device to evaluate on: the first accelerator by default, else the CPU.
-
-    Raises DeviceError when the device is not here, ConfigError for a word that is no device or for several devices.
-    """
-    word = "auto" if text is None else str(text).strip().lower()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if word in ("auto", "0") or word == "":
-        return "cpu" if accelerator is None else f"{accelerator.type}:0"
-    if "," in word:
-        raise ConfigError(f"device {text!r}: evaluation runs on one device; name one, such as cuda:0 or cpu")
-    if word.isdecimal():
-        word = f"{accelerator.type if accelerator is not None else 'cuda'}:{word}"
-    try:
-        device = torch.device(word)
-    except RuntimeError as err:
-        raise ConfigError(f"device {text!r} is not known; use cpu, cuda:0, a number or auto") from err
-    if device.type != "cpu":
-        count = torch.accelerator.device_count() if accelerator is not None and accelerator.type == device.type else 0
-        if (device.index or 0) >= count:
-            raise DeviceError(f"device {text!r} is not here: {count} {device.type} devices were found; use cpu")
-    return str(device)
 
 
 def load_tokenizer(source: str | PathLike[str] | torch.nn.Module, trust_remote_code: bool = False) -> Any:

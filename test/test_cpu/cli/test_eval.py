@@ -50,7 +50,8 @@ def test_bad_places_are_found_before_any_work(tiny: Path, capsys: pytest.Capture
         ([model, "--eval_output", str(tiny / "no" / "out.json")], 6, "existing folder"),
         ([model, "--eval_text", str(tiny / "no.txt"), "--device", "cpu"], 4, "is not a file"),
         ([str(tiny / "nothing")], 3, "no model folder"),
-        ([model, "--device", "0,1"], 2, "one device"),
+        ([model, "--device", "0,1"], 7, "several devices"),
+        ([model, "--device", "toaster"], 5, "toaster"),
     ]
     for words, code, says in cases:
         assert main.run(["eval", *words]) == code, words

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.errors import ConfigError, DeviceError
-from auto_round.eval.loading import evaluation_device, parse_dtype
+from auto_round.errors import ConfigError
+from auto_round.eval.loading import parse_dtype
 from auto_round.inference import compute
 from auto_round.inference.compute import compute_dtype_for
 
@@ -18,20 +18,6 @@ def test_half_precision_only_where_the_cpu_has_it(
     assert compute_dtype_for("cpu", half) is (half if native else torch.float32)
     assert compute_dtype_for("cpu", torch.float64) is torch.float64
     assert compute_dtype_for("cuda:0", half) is half
-
-
-def test_devices() -> None:
-    assert evaluation_device("cpu") == "cpu"
-    if not torch.accelerator.is_available():
-        assert evaluation_device("0") == evaluation_device(None) == evaluation_device("auto") == "cpu"
-        with pytest.raises(DeviceError, match="0 cuda devices"):
-            evaluation_device("cuda:0")
-        with pytest.raises(DeviceError):
-            evaluation_device("3")
-    with pytest.raises(ConfigError, match="one device"):
-        evaluation_device("0,1")
-    with pytest.raises(ConfigError, match="not known"):
-        evaluation_device("toaster")
 
 
 def test_dtype_names() -> None:
