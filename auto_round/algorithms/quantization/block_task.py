@@ -1,0 +1,87 @@
+"""What a quantizer is given for one block, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from auto_round.quantized_layer import QuantizedLayer
+from auto_round.schemes import QuantizationScheme
+
+
+@dataclass
+class LayerTask:
+    """One linear layer of the block.
+
+    Attributes:
+        name: full module name.
+        module: the linear itself, inside the block.
+        weight: [out, in] (a Conv1D's weight is transposed already), in the model's own dtype.
+        scheme: what it becomes.
+        importance: float32 [in], the second moment of each input channel over the calibration tokens, or None.
+        bias: [out] in the model's own dtype, or None.
+        transposed: the module stores [in, out].
+    """
+
+    name: str
+    module: torch.nn.Module
+    weight: torch.Tensor
+    scheme: QuantizationScheme
+    importance: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    transposed: bool = False
+
+
+RunBlock = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+
+
+@dataclass
+class BlockTask:
+    """One block with real weights on its device.
+
+    Attributes:
+        name: full module name.
+        block: the module; it may be changed during tuning and is put back afterwards.
+        layers: the linears to quantize.
+        run: calls the block on `hidden` [B, T, H] of the given samples with the arguments recorded for them.
+        inputs: [N, T, H] what the block gets during tuning.
+        targets: [N, T, H] what it should give; None when there is no calibration data.
+        loss_mask: bool [N, T], True where a position counts.
+        compute_dtype: dtype of the block's parameters and of `run`.
+        seed: of the order of samples.
+    """
+
+    name: str
+    block: torch.nn.Module
+    layers: list[LayerTask]
+    run: RunBlock
+    compute_dtype: torch.dtype
+    seed: int
+    inputs: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+
+
+@dataclass
+class BlockResult:
+    """The layers' codes, and the block's loss before and after on the held-out samples (None without tuning)."""
+
+    layers: list[QuantizedLayer] = field(default_factory=list)
+    loss_before: float | None = None
+    loss_after: float | None = None
+    steps: int = 0
+
+
+class BlockQuantizer(Protocol):
+    """An algorithm that decides the codes of one block at a time."""
+
+    name: str
+    needs_importance: bool
+    needs_targets: bool
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        """Decide codes, scales and zero points of every layer of the block."""
+        ...

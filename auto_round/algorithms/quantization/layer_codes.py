@@ -1,0 +1,97 @@
+"""From a weight and its chosen grid to the record that formats take. The one place where codes are decided."""
+
+from __future__ import annotations
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.data_type import get_quant_func
+from auto_round.data_type.int import IntGrid, to_codes
+from auto_round.data_type.utils import reshape_pad_tensor_by_group_size
+from auto_round.errors import NumericsError
+from auto_round.quantized_layer import QuantizedLayer
+from auto_round.schemes import QuantizationScheme
+
+_ROWS = 1 << 20  # weights rounded at a time, so that no float32 copy of a whole layer is made
+
+
+def is_integer(scheme: QuantizationScheme) -> bool:
+    """True for the built-in integer type with one-dimensional groups, whose codes are stored."""
+    return scheme.data_type == "int" and isinstance(scheme.group_size, int)
+
+
+def as_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """[out, in] as [out, groups, group_size], zero-padded; per tensor as [1, 1, out * in]."""
+    if group_size == 0:
+        return weight.reshape(1, 1, -1)
+    groups, _ = reshape_pad_tensor_by_group_size(weight, group_size)
+    return groups.view(weight.shape[0], -1, groups.shape[-1])
+
+
+def importance_groups(importance: torch.Tensor | None, weight: torch.Tensor, group_size: int) -> torch.Tensor | None:
+    """[in] as [groups, group_size]; padding weighs nothing."""
+    if importance is None:
+        return None
+    if group_size == 0:
+        return importance.repeat(weight.shape[0]).view(1, -1)
+    groups, _ = reshape_pad_tensor_by_group_size(importance.view(1, -1), group_size)
+    return groups
+
+
+def integer_layer(task: LayerTask, grid: IntGrid, v: torch.Tensor | None, scale_dtype: torch.dtype) -> QuantizedLayer:
+    """Codes of a weight on a grid.
+
+    Args:
+        task: the layer; `task.weight` is [out, in].
+        grid: scale [out, groups, 1] (or [1, 1, 1] per tensor).
+        v: rounding offsets in units of one code, as `as_groups` shapes them, or None.
+
+    Raises:
+        NumericsError: a scale is not finite.
+    """
+    weight, scheme = task.weight, task.scheme
+    assert isinstance(scheme.group_size, int)
+    out, columns = weight.shape
+    if not bool(torch.isfinite(grid.scale).all()):
+        raise NumericsError(f"layer {task.name}: a scale is NaN or Inf; check the layer's weights and calibration data")
+    groups = as_groups(weight, scheme.group_size)
+    step = max(1, _ROWS // max(1, groups.shape[1] * groups.shape[2]))
+    parts = []
+    for start in range(0, groups.shape[0], step):
+        rows = slice(start, start + step)
+        zero = grid.zero[rows] if isinstance(grid.zero, torch.Tensor) else grid.zero
+        part = IntGrid(grid.scale[rows], zero, grid.bits)
+        offsets = 0.0 if v is None else v[rows]
+        parts.append(to_codes(groups[rows], part, offsets).to(torch.uint8))
+    codes = torch.cat(parts)
+    codes = codes.view(out, -1)[:, :columns] if scheme.group_size != 0 else codes.view(out, columns)
+    scale = grid.scale.squeeze(-1).to(scale_dtype)
+    zero_point: torch.Tensor | int = int(grid.zero) if not isinstance(grid.zero, torch.Tensor) else 0
+    if isinstance(grid.zero, torch.Tensor):
+        zero_point = grid.zero.squeeze(-1).to(torch.uint8)
+    if scheme.group_size == 0:  # one scale for all: every row gets it
+        scale = scale.expand(out, 1)
+        zero_point = zero_point.expand(out, 1) if isinstance(zero_point, torch.Tensor) else zero_point
+    to_host = lambda t: t.contiguous().cpu() if isinstance(t, torch.Tensor) else t
+    bias = None if task.bias is None else task.bias.cpu()
+    return QuantizedLayer(
+        task.name, scheme, to_host(codes), to_host(scale), to_host(zero_point), bias=bias, transposed=task.transposed
+    )
+
+
+def function_layer(task: LayerTask, scale_dtype: torch.dtype, **learned: torch.Tensor) -> QuantizedLayer:
+    """A layer of any registered data type, as the dense weight that its function gives."""
+    scheme = task.scheme
+    function = get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+    with torch.no_grad():
+        qdq, _, _ = function(
+            task.weight.float(), bits=scheme.bits, group_size=scheme.group_size, scale_dtype=scale_dtype,
+            imatrix=task.importance, data_type=scheme.data_type, **learned,
+        )  # fmt: skip
+    if not bool(torch.isfinite(qdq).all()):
+        raise NumericsError(f"layer {task.name}: data type {scheme.data_type!r} gave NaN or Inf")
+    bias = None if task.bias is None else task.bias.cpu()
+    return QuantizedLayer(
+        task.name, scheme, None, None, None, weight=qdq.to(task.weight.dtype).cpu(), bias=bias,
+        transposed=task.transposed,
+    )  # fmt: skip

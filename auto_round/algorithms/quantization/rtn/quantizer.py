@@ -1,0 +1,51 @@
+"""Round to nearest: plain, or on scales found by the importance-weighted search."""
+
+from __future__ import annotations
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.layer_codes import (
+    as_groups,
+    function_layer,
+    importance_groups,
+    integer_layer,
+    is_integer,
+)
+from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.rtn.search import search_grid
+from auto_round.data_type.int import IntGrid, integer_grid
+from auto_round.quantized_layer import QuantizedLayer
+
+
+def start_grid(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> IntGrid:
+    """The grid of an integer layer before any tuning: searched, or from the minimum and maximum."""
+    scheme = task.scheme
+    assert isinstance(scheme.group_size, int)
+    groups = as_groups(task.weight, scheme.group_size)
+    if not optimized:
+        return integer_grid(groups, scheme.bits, scheme.sym, scale_dtype=scale_dtype)
+    importance = importance_groups(task.importance, task.weight, scheme.group_size)
+    return search_grid(groups, scheme.bits, scheme.sym, importance, scale_dtype)
+
+
+def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantizedLayer:
+    """One layer rounded to nearest."""
+    if not is_integer(task.scheme):
+        return function_layer(task, scale_dtype)
+    return integer_layer(task, start_grid(task, optimized, scale_dtype), None, scale_dtype)
+
+
+class RTNQuantizer:
+    """Round to nearest, layer by layer."""
+
+    needs_targets = False
+
+    def __init__(self, config: RTNConfig, scale_dtype: torch.dtype = torch.float16) -> None:
+        self.config = config
+        self.scale_dtype = scale_dtype
+        self.needs_importance = config.optimized
+        self.name = "opt-RTN" if config.optimized else "RTN"
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        return BlockResult([round_to_nearest(layer, self.config.optimized, self.scale_dtype) for layer in task.layers])

@@ -1,0 +1,61 @@
+"""Settings of SignRound (arXiv 2309.05516)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from auto_round.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignRoundConfig:
+    """Rounding tuned by signed gradient descent, block by block.
+
+    Attributes:
+        iters: steps for each block.
+        lr: step size of the rounding offsets, in units of one code; None takes 1/iters (2/iters from 1000 steps on for
+            3 bits and fewer). It falls linearly to zero.
+        minmax_lr: step size of the scale factors; None takes `lr`.
+        momentum: of the signed steps; 0 is plain signSGD.
+        batch_size: samples in one forward pass.
+        gradient_accumulate_steps: forward passes in one step.
+        enable_minmax_tuning: tune the scale factors too.
+        enable_quanted_input: tune on what the quantized blocks before give, not on the full-precision input.
+        not_use_best_mse: keep the last state instead of the best one.
+        enable_adam: AdamW instead of the sign.
+    """
+
+    iters: int = 200
+    lr: float | None = None
+    minmax_lr: float | None = None
+    momentum: float = 0.0
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    enable_minmax_tuning: bool = True
+    enable_quanted_input: bool = True
+    not_use_best_mse: bool = False
+    enable_adam: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("iters", "batch_size", "gradient_accumulate_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r}: give a whole number of at least 1 (iters=0 means RTN)")
+        for name in ("lr", "minmax_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < float(value) < 10:
+                raise ConfigError(f"{name}={value!r}: give a number between 0 and 10, or None for 1/iters")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum={self.momentum!r}: give a number from 0 to below 1")
+
+    def learning_rates(self, bits: int) -> tuple[float, float]:
+        """(rounding, scale factors) for a layer of that many bits."""
+        lr = self.lr or (2.0 if self.iters >= 1000 and bits <= 3 else 1.0) / self.iters
+        return lr, self.minmax_lr or lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamRoundConfig(SignRoundConfig):
+    """SignRound's learnables tuned by AdamW."""
+
+    enable_adam: bool = True

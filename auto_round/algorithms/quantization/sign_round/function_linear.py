@@ -1,0 +1,100 @@
+"""A linear layer tuned through any registered data type's function, with autograd."""
+
+from __future__ import annotations
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.algorithms.quantization.layer_codes import function_layer
+from auto_round.algorithms.quantization.sign_round.step_rules import make_rule
+from auto_round.data_type import get_quant_func
+from auto_round.data_type.utils import reshape_pad_tensor_by_group_size
+from auto_round.quantized_layer import QuantizedLayer
+
+
+class FunctionTuningLinear(torch.nn.Module):
+    """Stands in for a linear while its block is tuned; the weight is quantized by `task.scheme.data_type`'s function.
+
+    The function's `v` is in units of the weight; steps are in units of one code, so an offset is `u * unit` with `unit`
+    the scale that the untuned function returned (one value an element, spread over its group).
+    """
+
+    def __init__(
+        self, task: LayerTask, compute_dtype: torch.dtype, scale_dtype: torch.dtype,
+        tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.task, self.scale_dtype, self.compute_dtype = task, scale_dtype, compute_dtype
+        scheme = task.scheme
+        self.function = get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+        self.weight_value = task.weight.float()
+        self.bias = None if task.bias is None else task.bias.to(compute_dtype)
+        with torch.no_grad():
+            start, scale, _ = self._call()
+        self.unit = self._spread(scale)
+        groups, _ = reshape_pad_tensor_by_group_size(self.weight_value, scheme.group_size)
+        count = groups.shape[0] * groups.shape[1] if groups.dim() == 4 else groups.shape[0]
+        device = task.weight.device
+        self.u = torch.zeros_like(self.weight_value, requires_grad=True)
+        self.factors = [torch.ones(count, 1, device=device, requires_grad=tune_scale) for _ in range(2)]
+        self.rules = [make_rule(adam, momentum) for _ in range(3)]
+        self.quantized = start.to(compute_dtype)
+        self.fresh = False
+
+    def _spread(self, scale: object) -> torch.Tensor:
+        """The scale as one positive value an element of the weight; a plain guess when its shape says nothing."""
+        weight = self.weight_value
+        guess = weight.abs().amax(-1, keepdim=True) / 2 ** (self.task.scheme.bits - 1)
+        if not isinstance(scale, torch.Tensor) or scale.numel() == 0 or isinstance(self.task.scheme.group_size, tuple):
+            return guess.clamp(min=1e-9).expand_as(weight)
+        if scale.numel() == 1:
+            return scale.detach().abs().float().reshape(1, 1).expand_as(weight)
+        if scale.numel() % weight.shape[0]:
+            return guess.clamp(min=1e-9).expand_as(weight)
+        rows = scale.detach().abs().float().reshape(weight.shape[0], -1)
+        size = -(-weight.shape[1] // rows.shape[1])
+        return rows.repeat_interleave(size, dim=1)[:, : weight.shape[1]]
+
+    def _learned(self) -> dict[str, torch.Tensor]:
+        return {"v": self.u * self.unit, "min_scale": self.factors[0], "max_scale": self.factors[1]}
+
+    def _call(self, **learned: torch.Tensor) -> tuple[torch.Tensor, object, object]:
+        scheme = self.task.scheme
+        return self.function(
+            self.weight_value, bits=scheme.bits, group_size=scheme.group_size, scale_dtype=self.scale_dtype,
+            imatrix=self.task.importance, data_type=scheme.data_type, **learned,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            weight = self._call(**self._learned())[0].to(self.compute_dtype)
+        else:
+            if not self.fresh:
+                self.quantized = self._call(**self._learned())[0].to(self.compute_dtype)
+                self.fresh = True
+            weight = self.quantized
+        return torch.nn.functional.linear(x.to(self.compute_dtype), weight, self.bias)
+
+    @torch.no_grad()
+    def step(self, lr: float, scale_lr: float) -> None:
+        """One update from the gradients autograd gathered."""
+        for value, rule, rate in zip([self.u, *self.factors], self.rules, (lr, scale_lr, scale_lr), strict=True):
+            if value.grad is not None:
+                rule.apply(value, value.grad, rate)
+                value.grad = None
+        for factor in self.factors:
+            factor.clamp_(0.0, 1.0)
+        self.fresh = False
+
+    def snapshot(self) -> tuple[torch.Tensor, ...]:
+        return tuple(value.detach().clone() for value in (self.u, *self.factors))
+
+    @torch.no_grad()
+    def restore(self, state: tuple[torch.Tensor, ...]) -> None:
+        for value, saved in zip((self.u, *self.factors), state, strict=True):
+            value.copy_(saved)
+        self.fresh = False
+
+    def finish(self) -> QuantizedLayer:
+        with torch.no_grad():
+            return function_layer(self.task, self.scale_dtype, **self._learned())

@@ -1,0 +1,152 @@
+"""SignRound: tune the rounding of a block's linears so that the block's output stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.layer_codes import is_integer
+from auto_round.algorithms.quantization.rtn.quantizer import start_grid
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.quantization.sign_round.function_linear import FunctionTuningLinear
+from auto_round.algorithms.quantization.sign_round.integer_linear import IntegerTuningLinear
+from auto_round.algorithms.quantization.sign_round.samples import shuffled_batches, split_samples
+from auto_round.errors import NumericsError
+
+TuningLinear = IntegerTuningLinear | FunctionTuningLinear
+_CHECKS = 8  # times the held-out loss is taken during tuning, besides the start
+
+
+class SignRoundQuantizer:
+    """Signed gradient descent over rounding offsets and scale factors (arXiv 2309.05516, algorithm 1), started from the
+    grid that the importance-weighted search finds. The state kept is the best on samples that were not tuned on, judged
+    on the same ones every time; if none beats the start, the start."""
+
+    name = "SignRound"
+    needs_targets = True
+
+    def __init__(
+        self, config: SignRoundConfig, scale_dtype: torch.dtype = torch.float16, optimized_start: bool = True,
+        compile_step: bool = False,
+    ) -> None:  # fmt: skip
+        self.compile_step = compile_step
+        self.config = config
+        self.scale_dtype = scale_dtype
+        self.optimized_start = optimized_start
+        self.needs_importance = optimized_start
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        layers = {layer.name: self._tuning_linear(layer, task) for layer in task.layers}
+        parents = [_swap(task.block, layer.module, layers[layer.name]) for layer in task.layers]
+        parameters = [(p, p.requires_grad) for p in task.block.parameters()]
+        for parameter, _ in parameters:
+            parameter.requires_grad_(False)
+        try:
+            before, after = self._tune(task, list(layers.values()))
+            results = [layer.finish() for layer in layers.values()]
+        finally:
+            for layer, (parent, attribute) in zip(task.layers, parents, strict=True):
+                setattr(parent, attribute, layer.module)
+            for parameter, wanted in parameters:
+                parameter.requires_grad_(wanted)
+        return BlockResult(results, before, after, self.config.iters)
+
+    def _tuning_linear(self, layer: LayerTask, task: BlockTask) -> TuningLinear:
+        config = self.config
+        options = {
+            "compute_dtype": task.compute_dtype,
+            "scale_dtype": self.scale_dtype,
+            "tune_scale": config.enable_minmax_tuning,
+            "adam": config.enable_adam,
+            "momentum": config.momentum,
+        }
+        if is_integer(layer.scheme):
+            return IntegerTuningLinear(layer, start_grid(layer, self.optimized_start, self.scale_dtype), **options)  # type: ignore[arg-type]
+        return FunctionTuningLinear(layer, **options)  # type: ignore[arg-type]
+
+    def _tune(self, task: BlockTask, layers: Sequence[TuningLinear]) -> tuple[float, float]:
+        config = self.config
+        assert task.inputs is not None
+        tuned_on, held_out = split_samples(task.inputs.shape[0], task.seed)
+        batches = shuffled_batches(tuned_on, config.batch_size * config.gradient_accumulate_steps, task.seed + 1)
+        rates = [config.learning_rates(layer.task.scheme.bits) for layer in layers]
+        check_every = max(1, config.iters // _CHECKS)
+        start = best = self._loss(task, held_out)
+        best_state: list[tuple[torch.Tensor, ...]] | None = None
+        for step in range(config.iters):
+            samples = next(batches)
+            for at in range(0, len(samples), config.batch_size):
+                self._backward(task, samples[at : at + config.batch_size], len(samples))
+            decay = 1.0 - step / config.iters
+            for layer, (lr, scale_lr) in zip(layers, rates, strict=True):
+                layer.step(lr * decay, scale_lr * decay)
+            done = step + 1
+            # The state changes less and less, so the second half is looked at; the last state always is.
+            if done == config.iters or (done % check_every == 0 and done > config.iters // 2):
+                loss = self._loss(task, held_out)
+                if loss < best or config.not_use_best_mse:
+                    best, best_state = loss, [layer.snapshot() for layer in layers]
+        if best_state is None:
+            best_state = [_initial_state(layer) for layer in layers]
+        for layer, state in zip(layers, best_state, strict=True):
+            layer.restore(state)
+        return start, best
+
+    def _backward(self, task: BlockTask, samples: Sequence[int], total: int) -> None:
+        """Gradients of the mean squared error of these samples, weighted by their share of the step."""
+        assert task.inputs is not None and task.targets is not None
+        hidden = task.inputs[samples].to(task.compute_dtype)
+        with torch.enable_grad():
+            output = task.run(hidden, samples)
+        with torch.no_grad():
+            difference = output - task.targets[samples].to(output.dtype)
+            count = difference.numel() / difference.shape[0] * total
+            if task.loss_mask is not None:
+                difference.mul_(task.loss_mask[samples].to(difference.device).unsqueeze(-1))
+        output.backward(difference.mul_(2.0 / count))
+
+    @torch.no_grad()
+    def _loss(self, task: BlockTask, samples: Sequence[int]) -> float:
+        """Mean squared error over the counted positions. Summed along fixed dimensions in float64, so that the number
+        of threads does not change it.
+
+        Raises:
+            NumericsError: the loss is NaN or Inf.
+        """
+        assert task.inputs is not None and task.targets is not None
+        total, count = 0.0, 0.0
+        for at in range(0, len(samples), self.config.batch_size):
+            part = list(samples[at : at + self.config.batch_size])
+            output = task.run(task.inputs[part].to(task.compute_dtype), part).float()
+            errors = output.sub_(task.targets[part]).square_().sum(-1, dtype=torch.float64)
+            if task.loss_mask is not None:
+                mask = task.loss_mask[part].to(errors.device)
+                errors = errors * mask
+                count += float(mask.sum()) * output.shape[-1]
+            else:
+                count += output.numel()
+            total += sum(errors.sum(-1).tolist())
+        loss = total / max(count, 1.0)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise NumericsError(
+                f"block {task.name}: the loss is {loss}; the block overflows in {task.compute_dtype} on this data"
+            )
+        return loss
+
+
+def _initial_state(layer: TuningLinear) -> tuple[torch.Tensor, ...]:
+    if isinstance(layer, IntegerTuningLinear):
+        return torch.zeros_like(layer.v), torch.ones_like(layer.factor), layer.start_scale
+    return (torch.zeros_like(layer.u), *(torch.ones_like(f) for f in layer.factors))
+
+
+def _swap(block: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """Put `new` where `old` is inside `block`; returns the parent and attribute, to put it back."""
+    for parent in block.modules():
+        for attribute, child in parent.named_children():
+            if child is old:
+                setattr(parent, attribute, new)
+                return parent, attribute
+    raise LookupError(f"module {old} is not in its block")

@@ -1,0 +1,30 @@
+"""Which samples a step sees, and which only judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+def split_samples(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """(tuned on, held out). An eighth is held out, at least one; with fewer than four samples all serve both ends."""
+    if count < 4:
+        return list(range(count)), list(range(count))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator).tolist()
+    held = max(1, count // 16)
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def shuffled_batches(samples: list[int], batch: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches: every sample once a round, in an order drawn anew for each round."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = min(batch, len(samples))
+    queue: list[int] = []
+    while True:
+        while len(queue) < batch:
+            order = torch.randperm(len(samples), generator=generator).tolist()
+            queue += [samples[i] for i in order]
+        yield sorted(queue[:batch])
+        queue = queue[batch:]

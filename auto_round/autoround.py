@@ -1,0 +1,313 @@
+"""`AutoRound`: the entry point for Python users."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
+from auto_round.compressors.device import resolve_device
+from auto_round.compressors.run import Finished, Run
+from auto_round.compressors.settings import Settings, check_whole, names_tuple, parse_scale_dtype
+from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
+from auto_round.export.formats import parse_formats
+from auto_round.layer_config import parse_ignore_layers, parse_layer_config
+from auto_round.logger import ensure_logging, logger
+from auto_round.modeling.source import ModelSource, open_source
+from auto_round.quantized_layer import QuantizedLayer
+from auto_round.schemes import SCHEME_KEYS, QuantizationScheme, normalize_preset_name, parse_scheme
+
+if TYPE_CHECKING:
+    from auto_round.compressors.job import Job
+
+_ALGORITHM_DEFAULTS: dict[str, Any] = {
+    "lr": None, "minmax_lr": None, "momentum": 0.0, "enable_minmax_tuning": True, "enable_quanted_input": True,
+    "not_use_best_mse": False, "enable_adam": False, "disable_opt_rtn": None,
+}  # fmt: skip
+_OTHER_DEFAULTS: dict[str, Any] = {
+    "ignore_layers": "", "quant_lm_head": False, "scale_dtype": "fp16", "to_quant_block_names": None, "amp": True,
+    "enable_deterministic_algorithms": False, "trust_remote_code": False, "model_dtype": None, "verify": True,
+    "device": None, "adam": None, "enable_opt_rtn": None, "bs": None,
+}  # fmt: skip
+_NOT_YET = {
+    "rotation_config": "rotation", "model_free": "model-free mode", "avg_bits": "AutoScheme", "processor": "multimodal",
+    "image_processor": "multimodal models", "static_kv_dtype": "static KV-cache scales", "enable_alg_ext": "SignRound v2",
+    "static_attention_dtype": "static attention scales", "enable_norm_bias_tuning": "norm tuning", "nblocks": "nblocks",
+}  # fmt: skip
+
+
+class AutoRound:
+    """Quantizes a causal language model.
+
+    Args:
+        model: a folder, a hub id, or a Transformers model object. A model given by path is never whole in memory; an
+            object is worked on in place.
+        tokenizer: read from the model's folder when None.
+        platform: "hf" or "model_scope", where hub ids are looked up.
+        scheme: preset name, dict of fields, or QuantizationScheme.
+        layer_config: {name, partial name or regular expression: preset name or fields} for layers that differ.
+        dataset: calibration data: a dataset string, list of texts, list of token ids or a DataLoader; None for the
+            default set.
+        iters: tuning steps for each block; None means 200, 0 means rounding only.
+        seqlen, nsamples: tokens in a sample, and how many samples.
+        batch_size, gradient_accumulate_steps: samples in a forward pass, and passes in a step.
+        low_gpu_mem_usage: keep activations on the CPU.
+        device_map: the device to tune on: 0, "cuda:0", "cpu", "auto".
+        enable_torch_compile: compile the rounding step; None: on GPUs only.
+        seed: of sample choice and order. The same seed gives the same files.
+        low_cpu_mem_usage: read a model given by path block by block; False loads it whole.
+        alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round".
+        **kwargs: fields of the scheme (`bits`, `group_size`, `sym`, `data_type`, ...), of the algorithm (`lr`,
+            `minmax_lr`, `momentum`, `enable_adam`, `enable_minmax_tuning`, `enable_quanted_input`, `not_use_best_mse`,
+            `disable_opt_rtn`), and `ignore_layers`, `quant_lm_head`, `scale_dtype`, `to_quant_block_names`, `amp`,
+            `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`.
+
+    Raises:
+        ConfigError: an unknown or contradictory argument; the message names the nearest.
+        ModelError, DeviceError, UnsupportedError: the model or device cannot be used so.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | torch.nn.Module,
+        tokenizer: Any = None,
+        platform: str = "hf",
+        scheme: str | Mapping[str, Any] | QuantizationScheme = "W4A16",
+        layer_config: Mapping[str, Any] | str | None = None,
+        dataset: Any = None,
+        iters: int | None = None,
+        seqlen: int = 2048,
+        nsamples: int = 128,
+        batch_size: int = 8,
+        gradient_accumulate_steps: int | None = None,
+        low_gpu_mem_usage: bool = False,
+        device_map: Any = 0,
+        enable_torch_compile: bool | None = None,
+        seed: int = 42,
+        low_cpu_mem_usage: bool = True,
+        alg_configs: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        ensure_logging()
+        options = _checked_options(kwargs)
+        steps = gradient_accumulate_steps if gradient_accumulate_steps is not None else 1
+        algorithm, optimized = _algorithm(alg_configs, iters, options["bs"] or batch_size, steps, options)
+        resolved = _resolve_scheme(scheme, options)
+        device = resolve_device(device_map if options["device"] is None else options["device"])
+        config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
+        self.settings = Settings(
+            scheme=resolved,
+            scheme_name=_scheme_name(scheme, resolved),
+            algorithm=algorithm,
+            optimized_start=optimized,
+            layer_config=config,
+            ignore_layers=parse_ignore_layers(options["ignore_layers"]),
+            quant_lm_head=bool(options["quant_lm_head"]),
+            to_quant_block_names=names_tuple(options["to_quant_block_names"]),
+            dataset=dataset,
+            nsamples=check_whole("nsamples", nsamples, 1) if _tunes_or_searches(algorithm) else nsamples,
+            seqlen=check_whole("seqlen", seqlen, 2),
+            seed=check_whole("seed", seed, 0),
+            device=device,
+            amp=bool(options["amp"]),
+            low_gpu_mem_usage=bool(low_gpu_mem_usage),
+            enable_torch_compile=device.type == "cuda" if enable_torch_compile is None else bool(enable_torch_compile),
+            deterministic=bool(options["enable_deterministic_algorithms"]),
+            scale_dtype=parse_scale_dtype(options["scale_dtype"]),
+            platform=platform,
+            trust_remote_code=bool(options["trust_remote_code"]),
+            verify=bool(options["verify"]),
+        )
+        self._source = _open(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
+        self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
+        self._result: tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished] | None = None
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model. One given by path holds no weights until `quantize()` has put it together."""
+        return self._source.model
+
+    @property
+    def scheme(self) -> QuantizationScheme:
+        return self.settings.scheme
+
+    def plan(self, format: str | Sequence[str] = "auto_round", output_dir: str | None = None) -> Job:
+        """What would be done: layers, bytes on disk, memory, steps. `.render()` gives it as text."""
+        return self._run().plan(parse_formats(format), output_dir)
+
+    def quantize(self) -> tuple[torch.nn.Module, dict[str, dict[str, Any]]]:
+        """Quantize without saving.
+
+        Returns:
+            (model, layer configuration): the model runs; a model object given by the user holds dequantized weights in
+            place, a model given by path holds packed layers. The configuration gives every linear layer's scheme.
+        """
+        if self._result is None:
+            self._result = self._run().to_memory()
+        model, layers, _ = self._result
+        job = self._run().plan([]) if not self._source.lazy else None
+        names = list(job.layers) if job is not None else list(layers)
+        schemes = {n: (job.layers[n].scheme if job is not None else layers[n].scheme) for n in names}
+        return model, {name: scheme.to_dict() for name, scheme in schemes.items()}
+
+    def save_quantized(
+        self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] = "auto_round", *,
+        overwrite: bool = False, max_shard_size: int | str = "5GB",
+    ) -> torch.nn.Module:  # fmt: skip
+        """Write the model that `quantize()` made, once for each format. Returns the model.
+
+        Raises ConfigError when `quantize()` was not called, OutputError when the folder cannot be used.
+        """
+        formats = parse_formats(format)
+        if self._result is None:
+            raise ConfigError("save_quantized: nothing is quantized yet; call quantize() first, or quantize_and_save()")
+        model, layers, finished = self._result
+        self._run().save(os.fspath(output_dir), formats, overwrite, max_shard_size, layers, finished)
+        return model
+
+    def quantize_and_save(
+        self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] = "auto_round", *,
+        overwrite: bool = False, max_shard_size: int | str = "5GB",
+    ) -> tuple[torch.nn.Module | None, str | list[str]]:  # fmt: skip
+        """Quantize and write as blocks finish.
+
+        Args:
+            output_dir: a new or empty folder. Several formats get a subfolder each.
+            format: one name or several, separated by commas.
+            overwrite: allow a folder that holds files.
+            max_shard_size: largest weight file.
+
+        Returns:
+            (model, folder or list of folders). The model is None when it was given by path: it was never whole in
+            memory; open the folder with Transformers.
+        """
+        formats = parse_formats(format)
+        run = self._run()
+        if self._result is not None:
+            _, layers, finished = self._result
+            folders = run.save(os.fspath(output_dir), formats, overwrite, max_shard_size, layers, finished)
+        else:
+            folders = run.to_folders(os.fspath(output_dir), formats, overwrite, max_shard_size)
+        names = [str(folder) for folder in folders]
+        return (None if self._source.lazy else self.model), (names[0] if len(names) == 1 else names)
+
+    def _run(self) -> Run:
+        return Run(self._source, self.settings, self.tokenizer)
+
+    def _load_tokenizer(self) -> Any:
+        folder = getattr(self._source, "folder", None)
+        name = folder if folder is not None else self._source.name_or_path
+        if folder is None and not Path(str(name)).is_dir():
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=self.settings.trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+            dataset = self.settings.dataset
+            if self.settings.needs_data and (dataset is None or isinstance(dataset, str)):
+                raise ModelError(
+                    f"the tokenizer in {name} cannot be read ({error}); give tokenizer=..., or token ids as dataset"
+                ) from error
+            logger.warning("the tokenizer in %s cannot be read; going on without it", name)
+            return None
+
+
+def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
+    source = open_source(
+        model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform
+    )
+    if low_cpu_mem_usage or not source.lazy:
+        return source
+    from transformers import AutoModelForCausalLM
+
+    folder = getattr(source, "folder", model)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=source.dtype, trust_remote_code=settings.trust_remote_code
+    )
+    return open_source(loaded)
+
+
+def _checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All keyword options with their defaults. Raises ConfigError for an unknown one."""
+    defaults = {**_ALGORITHM_DEFAULTS, **_OTHER_DEFAULTS, **dict.fromkeys(SCHEME_KEYS)}
+    for name, value in kwargs.items():
+        if name in _NOT_YET:
+            if value not in (None, False, 1, "tensor"):
+                raise UnsupportedError(f"{name}={value!r}: {_NOT_YET[name]} is not available in this version")
+        elif name == "disable_model_free":
+            continue  # nothing is taken to model-free mode by itself in this version
+        elif name not in defaults:
+            known = [*defaults, "model", "tokenizer", "scheme", "layer_config", "dataset", "iters", "seqlen", "nsamples",
+                     "batch_size", "gradient_accumulate_steps", "device_map", "low_gpu_mem_usage", "seed",
+                     "enable_torch_compile", "low_cpu_mem_usage", "platform", "alg_configs"]  # fmt: skip
+            raise ConfigError(f"AutoRound has no argument {name!r}{nearest(name, known)}")
+    options = {**defaults, **{k: v for k, v in kwargs.items() if k in defaults}}
+    if options["adam"] is not None:
+        options["enable_adam"] = bool(options["adam"])
+    if options["enable_opt_rtn"]:
+        if options["disable_opt_rtn"]:
+            raise ConfigError("enable_opt_rtn and disable_opt_rtn contradict each other; give one")
+        options["disable_opt_rtn"] = False
+    return options
+
+
+def _algorithm(
+    alg_configs: Any, iters: int | None, batch_size: int, accumulate: int, options: Mapping[str, Any]
+) -> tuple[RTNConfig | SignRoundConfig, bool]:
+    """The algorithm's settings, and whether scales are searched."""
+    optimized = not options["disable_opt_rtn"]
+    if isinstance(alg_configs, (list, tuple)) and len(alg_configs) == 1:
+        alg_configs = alg_configs[0]
+    if isinstance(alg_configs, RTNConfig):
+        return alg_configs, alg_configs.optimized
+    if isinstance(alg_configs, SignRoundConfig):
+        return alg_configs, optimized
+    if isinstance(alg_configs, str):
+        name = alg_configs.lower().replace("-", "_")
+        if name == "rtn":
+            iters = 0
+        elif name not in ("auto_round", "autoround", "sign_round", "signround"):
+            raise UnsupportedError(f"algorithm {alg_configs!r} is not available in this version; use auto_round or rtn")
+    elif alg_configs is not None:
+        raise UnsupportedError(f"alg_configs={alg_configs!r}: give one RTNConfig or SignRoundConfig")
+    steps = 200 if iters is None else check_whole("iters", iters, 0)
+    if steps == 0:
+        return RTNConfig(disable_opt_rtn=options["disable_opt_rtn"]), optimized
+    kind = AdamRoundConfig if options["enable_adam"] else SignRoundConfig
+    names = ("lr", "minmax_lr", "momentum", "enable_minmax_tuning", "enable_quanted_input", "not_use_best_mse")
+    values = {name: options[name] for name in names}
+    return kind(iters=steps, batch_size=batch_size, gradient_accumulate_steps=accumulate, **values), optimized
+
+
+def _tunes_or_searches(algorithm: RTNConfig | SignRoundConfig) -> bool:
+    return isinstance(algorithm, SignRoundConfig) or algorithm.optimized
+
+
+def _resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationScheme:
+    base = parse_scheme(scheme)
+    if normalize_preset_name(str(scheme)) == "W4A16_MIXED" if isinstance(scheme, str) else False:
+        raise UnsupportedError(
+            "scheme W4A16_MIXED is not available in this version; use W4A16 with layer_config, such as "
+            "{'self_attn': {'bits': 8}}"
+        )
+    overrides = {key: options[key] for key in SCHEME_KEYS if options[key] is not None}
+    if isinstance(overrides.get("group_size"), str):
+        parts = [int(p) for p in str(overrides["group_size"]).split(",")]
+        overrides["group_size"] = parts[0] if len(parts) == 1 else tuple(parts)
+    return base.with_overrides(overrides)
+
+
+def _scheme_name(scheme: Any, resolved: QuantizationScheme) -> str:
+    if isinstance(scheme, str) and parse_scheme(scheme) == resolved:
+        return normalize_preset_name(scheme)
+    if resolved.data_type == "int" and not resolved.quantizes_activations:
+        size = resolved.group_size
+        group = f"G{size}" if isinstance(size, int) and size > 0 else ""
+        return f"W{resolved.bits}A16{group}{'' if resolved.sym else ' asymmetric'}"
+    return resolved.describe()

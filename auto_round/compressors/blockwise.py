@@ -1,0 +1,154 @@
+"""The walk: one block at a time is read, quantized, handed to the sinks and forgotten."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockResult, BlockTask, LayerTask
+from auto_round.calibration.inputs import CapturedInputs
+from auto_round.calibration.statistics import input_second_moments
+from auto_round.compressors.block_dtype import in_dtype
+from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.sinks import Sink
+from auto_round.compressors.streams import Stream, check_activations
+from auto_round.modeling.blocks import set_weight_2d, weight_2d
+from auto_round.modeling.source import ModelSource
+from auto_round.quantized_layer import QuantizedLayer
+from auto_round.report.progress import Progress
+from auto_round.report.run_report import BlockRecord
+
+
+@dataclass
+class Walk:
+    """What a walk needs besides the model and the job, and what it leaves.
+
+    Attributes:
+        quantizer: decides the codes.
+        sinks: take the results.
+        device, dtype: of the matrix products.
+        calibration: the samples; None for plain rounding.
+        probe: a few tokens that go through the quantized blocks, to check the saved model with; None without a check.
+        store_device: where the streams are kept.
+        batch: samples in one forward pass.
+        quantized_input: tune on the output of the quantized blocks before.
+        records: filled in, one a block.
+        probe_hidden: the probe after the last block.
+        last_inputs: the calibration stream after the last block, which the layers outside the blocks are fed.
+    """
+
+    quantizer: BlockQuantizer
+    sinks: Sequence[Sink]
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    calibration: CapturedInputs | None = None
+    probe: CapturedInputs | None = None
+    store_device: torch.device = torch.device("cpu")
+    batch: int = 8
+    quantized_input: bool = True
+    records: list[BlockRecord] = field(default_factory=list)
+    probe_hidden: torch.Tensor | None = None
+    last_inputs: Stream | None = None
+
+
+def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -> None:
+    """Quantize every block in order.
+
+    Raises:
+        NumericsError: NaN or Inf in weights, activations, scales or loss, with the place.
+    """
+    full = _stream(walk, walk.calibration)
+    quantized = _stream(walk, walk.calibration) if full is not None and walk.quantizer.needs_targets else None
+    if not walk.quantized_input:
+        quantized = None
+    probe = _stream(walk, walk.probe)
+    progress.start(len(source.blocks))
+    for index, name in enumerate(source.blocks):
+        started = time.monotonic()
+        block = source.load(name, walk.device)
+        planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
+        tasks = [layer_task(source, plan) for plan in planned]
+        with in_dtype(block, walk.dtype):
+            result = _quantize_block(index, name, block, tasks, walk, full, quantized)
+            by_name = {layer.name: layer for layer in result.layers}
+            for task in tasks:
+                install(task, by_name[task.name])
+            if quantized is not None:
+                quantized.hidden = quantized.after(index, block, walk.device, walk.dtype)
+            if probe is not None:
+                probe.hidden = probe.after(index, block, walk.device, walk.dtype)
+        _emit(job, source, name, result, walk.sinks)
+        source.release(name)
+        record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
+        walk.records.append(record)
+        progress.block(name, result.loss_before, result.loss_after)
+    walk.probe_hidden = probe.hidden if probe is not None else None
+    walk.last_inputs = quantized or full
+
+
+def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:
+    if captured is None:
+        return None
+    return Stream(captured, captured.hidden.to(walk.store_device), walk.batch)
+
+
+def _quantize_block(
+    index: int, name: str, block: torch.nn.Module, tasks: list[LayerTask], walk: Walk,
+    full: Stream | None, quantized: Stream | None,
+) -> BlockResult:  # fmt: skip
+    """Run the block in full precision where the algorithm wants it, then decide its layers."""
+    inputs = targets = None
+    if full is not None:
+        inputs = full.hidden
+        wanted = [task.name.removeprefix(f"{name}.") for task in tasks] if walk.quantizer.needs_importance else []
+        with input_second_moments(block, wanted) as moments:
+            targets = full.after(index, block, walk.device, walk.dtype, moments)
+        check_activations(name, targets)
+        moments.check()
+        for layer in tasks:
+            layer.importance = moments.get(layer.name.removeprefix(f"{name}."))
+        full.hidden = targets
+    if not tasks:
+        return BlockResult()
+    run = full.runner(index, block) if full is not None else _no_data
+    task = BlockTask(name, block, tasks, run, walk.dtype, walk.seed + index)
+    if full is not None and walk.quantizer.needs_targets:
+        task.inputs = inputs if quantized is None else quantized.hidden
+        task.targets = targets
+        mask = full.captured.loss_mask
+        task.loss_mask = None if bool(mask.all()) else mask
+    return walk.quantizer.quantize_block(task)
+
+
+def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+    raise LookupError("this quantizer has no calibration data to run")
+
+
+def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
+    """A loaded linear layer as a task. Weight and bias are the source's own tensors, in its dtype."""
+    module = source.model.get_submodule(plan.name)
+    bias = getattr(module, "bias", None)
+    return LayerTask(
+        plan.name, module, weight_2d(module).detach(), plan.scheme,
+        bias=None if bias is None else bias.detach(), transposed=plan.transposed,
+    )  # fmt: skip
+
+
+def install(task: LayerTask, layer: QuantizedLayer) -> None:
+    """Put the dequantized weight in place of the original."""
+    set_weight_2d(task.module, layer.dequantize(torch.float32).to(weight_2d(task.module).device))
+
+
+def _emit(job: Job, source: ModelSource, block: str, result: BlockResult, sinks: Sequence[Sink]) -> None:
+    names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
+    replaced = {f"{layer.name}.{leaf}" for layer in result.layers for leaf in ("weight", "bias")}
+    tied = source.tied()
+    rest = [n for n in names if n not in replaced and n not in tied]
+    for sink in sinks:
+        for layer in result.layers:
+            sink.layer(layer)
+        sink.tensors(rest, source)

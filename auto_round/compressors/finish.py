@@ -1,0 +1,111 @@
+"""The small files beside the weights: config, tokenizer, generation settings, model card, report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from auto_round.compressors.job import Job
+from auto_round.compressors.settings import Settings
+from auto_round.export.formats import OutputFormat
+from auto_round.export.shard_writer import write_json, write_text
+from auto_round.modeling.source import ModelSource
+from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
+from auto_round.report.model_card import ModelCard, write_model_card
+from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, write_report
+
+# Copied byte for byte from a source folder. Weights, READMEs and Python code are not.
+_SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
+)  # fmt: skip
+
+
+def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat) -> None:
+    """config.json with the format's quantization_config, and the same beside it as quantization_config.json."""
+    config = copy.deepcopy(source.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    values = json.loads(config.to_json_string(use_diff=False))
+    for key in ("_name_or_path", "_attn_implementation_autoset"):
+        values.pop(key, None)
+    values["dtype"] = str(source.dtype).removeprefix("torch.")
+    values.setdefault("architectures", [type(source.model).__name__])
+    if values["architectures"] is None:
+        values["architectures"] = [type(source.model).__name__]
+    if any(not name.startswith(tuple(f"{b}." for b in job.blocks)) for name in job.quantized()):
+        values["tie_word_embeddings"] = False
+    quantization = fmt.config(job.export_plan())
+    if quantization is not None:
+        values["quantization_config"] = quantization
+        write_json(folder, "quantization_config.json", quantization)
+    write_json(folder, "config.json", values)
+
+
+def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> None:
+    """Tokenizer and generation settings: copied from the source folder, else saved from the objects."""
+    origin = getattr(source, "folder", None)
+    if origin is not None:
+        names = list(_SIDE_FILES)
+        if trust_remote_code:
+            names += [path.name for path in Path(origin).glob("*.py")]
+        for name in names:
+            if (Path(origin) / name).is_file():
+                shutil.copyfile(Path(origin) / name, folder / name)
+    if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
+        tokenizer.save_pretrained(folder)
+    generation = getattr(source.model, "generation_config", None)
+    if generation is not None and not (folder / "generation_config.json").exists():
+        write_text(folder, "generation_config.json", generation.to_json_string())
+
+
+def layer_records(job: Job) -> tuple[LayerRecord, ...]:
+    records = []
+    for name, plan in job.layers.items():
+        bits = stored_bits(plan.scheme, plan.in_features) if plan.scheme.quantizes_weights else None
+        records.append(LayerRecord(name, plan.scheme.describe(), bits, plan.reason))
+    return tuple(records)
+
+
+def stored_bits(scheme: Any, in_features: int) -> float:
+    """Bits a weight of a packed integer layer: its code, and its share of a float16 scale and a zero point."""
+    size = scheme.group_size if isinstance(scheme.group_size, int) and scheme.group_size > 0 else in_features
+    return float(scheme.bits + (16 + scheme.bits) / size)
+
+
+def bits_per_weight(job: Job) -> float | None:
+    """Average over the quantized layers, scales and zero points included."""
+    total = count = 0.0
+    for plan in job.quantized().values():
+        weights = plan.out_features * plan.in_features
+        total += weights * stored_bits(plan.scheme, plan.in_features)
+        count += weights
+    return total / count if count else None
+
+
+def write_records(
+    folder: Path, job: Job, settings: Settings, fmt: OutputFormat, blocks: Sequence[BlockRecord],
+    seconds: Mapping[str, float], files: Mapping[str, str], verify: Mapping[str, Any] | None, data: str | None,
+) -> None:  # fmt: skip
+    """README.md and report.json."""
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    exceptions = {n: p.scheme.describe() for n, p in job.layers.items() if p.scheme != job.scheme}
+    shown = {k: v for k, v in job.settings.items() if v is not None and k != "dataset"}
+    card = ModelCard(
+        base_model=job.model, scheme=f"{job.scheme_name} ({job.scheme.describe()})", format=fmt.name,
+        bits_per_weight=bits_per_weight(job) if fmt.name != "fake" else None, size_bytes=sum(sizes.values()),
+        settings=shown, data=data, exceptions=exceptions, files=files,
+    )  # fmt: skip
+    write_model_card(folder, card)
+    report = RunReport(
+        model=job.model, format=fmt.name, job=job.to_dict() | {"data": data}, layers=layer_records(job),
+        blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=peak_vram_bytes(),
+        files=files, sizes=sizes, verify=verify,
+    )  # fmt: skip
+    write_report(folder, report)

@@ -1,0 +1,113 @@
+"""The resolved job: every layer's fate, decided before any work, printable and saved with the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from auto_round.export.plan import ExportPlan
+from auto_round.report.memory import format_bytes
+from auto_round.schemes import QuantizationScheme
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear layer: its shape, and the scheme it gets (16 bits when `reason` says why it stays as it is)."""
+
+    name: str
+    scheme: QuantizationScheme
+    out_features: int
+    in_features: int
+    bias_dtype: torch.dtype | None
+    transposed: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What will be done.
+
+    Attributes:
+        model: name or path of the source.
+        blocks: block names in order.
+        layers: every linear layer of the model, by name.
+        formats: names of the output formats, in order.
+        settings: the settings as plain values.
+        scheme_name, scheme: the default scheme.
+        steps: tuning steps over all blocks.
+        bytes_on_disk: of the weights, by format.
+        peak_ram, peak_vram: estimates in bytes of what the run itself holds, without the libraries' own memory.
+        compute: device and dtype of the matrix products.
+    """
+
+    model: str
+    blocks: tuple[str, ...]
+    layers: Mapping[str, LayerPlan]
+    formats: tuple[str, ...]
+    settings: Mapping[str, Any]
+    scheme_name: str
+    scheme: QuantizationScheme
+    steps: int
+    bytes_on_disk: Mapping[str, int]
+    peak_ram: int
+    peak_vram: int
+    compute: str
+    output_dir: str | None = None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    def quantized(self) -> dict[str, LayerPlan]:
+        return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
+
+    def export_plan(self) -> ExportPlan:
+        schemes = {name: plan.scheme for name, plan in self.layers.items()}
+        return ExportPlan(self.scheme, schemes, self.blocks, self.settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for report.json."""
+        return {
+            "model": self.model,
+            "scheme": self.scheme_name,
+            "default": self.scheme.describe(),
+            "formats": list(self.formats),
+            "settings": dict(self.settings),
+            "blocks": len(self.blocks),
+            "layers": {n: p.scheme.describe() + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
+            "steps": self.steps,
+            "bytes_on_disk": dict(self.bytes_on_disk),
+            "compute": self.compute,
+        }
+
+    def render(self) -> str:
+        """The plan as text, for `--dry_run`."""
+        weights = sum(p.out_features * p.in_features for p in self.quantized().values())
+        rows = [
+            ("model", self.model),
+            ("scheme", f"{self.scheme_name} ({self.scheme.describe()})"),
+            ("blocks", f"{len(self.blocks)} ({self.blocks[0]} .. {self.blocks[-1]})" if self.blocks else "none"),
+            ("layers", f"{len(self.quantized())} quantized of {len(self.layers)}, {weights / 1e6:.1f} M weights"),
+            ("algorithm", ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)),
+            ("compute", self.compute),
+            ("steps", f"{self.steps} in all" if self.steps else "none (rounding only)"),
+        ]
+        rows += [(f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()]
+        if self.output_dir:
+            rows.append(("output", self.output_dir))
+        rows.append(("memory", f"about {format_bytes(self.peak_ram)} besides the libraries"))
+        if self.peak_vram:
+            rows.append(("GPU memory", f"about {format_bytes(self.peak_vram)}"))
+        lines = [f"{name:<18} {text}" for name, text in rows]
+        groups = Counter(p.scheme.describe() + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
+        lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]
+        different = [p for p in self.layers.values() if p.scheme != self.scheme]
+        shown = different[:40]
+        if shown:
+            lines += ["", "layers that differ from the default:"]
+            lines += [f"  {p.name}: {p.scheme.describe()}{f' ({p.reason})' if p.reason else ''}" for p in shown]
+            if len(different) > len(shown):
+                lines.append(f"  and {len(different) - len(shown)} more")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)

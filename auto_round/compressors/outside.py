@@ -1,0 +1,108 @@
+"""Layers outside the blocks that are quantized too (the head), and all tensors that are not in a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
+from auto_round.calibration.statistics import SecondMoments
+from auto_round.compressors.blockwise import Walk, install, layer_task
+from auto_round.compressors.job import Job
+from auto_round.compressors.sinks import Sink
+from auto_round.errors import NumericsError
+from auto_round.eval.loss import token_nll
+from auto_round.modeling.outside import outside_loaded
+from auto_round.modeling.source import ModelSource
+from auto_round.quantized_layer import QuantizedLayer
+
+
+def quantize_outside(
+    job: Job, source: ModelSource, walk: Walk, optimized: bool, scale_dtype: torch.dtype
+) -> list[QuantizedLayer]:
+    """Round the quantized layers that are in no block, on scales searched with the inputs that the quantized blocks
+    give them (plain rounding without calibration data). Their dense weights are put in place until the model's tail is
+    released."""
+    results = []
+    for name, plan in job.quantized().items():
+        if any(name.startswith(f"{block}.") for block in source.blocks):
+            continue
+        importance = _importance(source, walk, name) if optimized else None
+        source.load(name, walk.device)
+        task = layer_task(source, plan)
+        task.weight = task.weight.clone()  # a tied head shares it with the embedding, which stays as it is
+        task.importance = importance
+        layer = round_to_nearest(task, optimized and importance is not None, scale_dtype)
+        if not source.lazy:
+            _untie(source, task)
+            install(task, layer)
+        source.release(name)
+        results.append(layer)
+    return results
+
+
+def _untie(source: ModelSource, task: LayerTask) -> None:
+    """Give a live model's head a weight of its own before it is changed."""
+    weight = task.module.weight
+    task.module.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    if source.tied():
+        source.model.config.tie_word_embeddings = False
+
+
+def _importance(source: ModelSource, walk: Walk, name: str) -> torch.Tensor | None:
+    stream = walk.last_inputs
+    if stream is None:
+        return None
+    moments = SecondMoments()
+    mask = stream.captured.loss_mask
+    with torch.no_grad(), outside_loaded(source, walk.device):
+        for sample in range(stream.hidden.shape[0]):
+            hidden = stream.hidden[sample : sample + 1].to(walk.device)
+            moments.mask = mask[sample : sample + 1]
+            moments.add(name, stream.captured.finish(source, hidden, [sample], stop_at=name))
+    moments.check()
+    return moments[name]
+
+
+def emit_outside(job: Job, source: ModelSource, layers: Sequence[QuantizedLayer], sinks: Sequence[Sink]) -> None:
+    """Hand every tensor that is in no block to the sinks: quantized layers, then the rest. A tied alias is left out,
+    unless the tensor it is tied to was quantized."""
+    replaced = {f"{layer.name}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
+    blocks = tuple(f"{block}." for block in source.blocks)
+    tied = source.tied()
+    rest = [
+        name
+        for name in source.tensor_names()
+        if not name.startswith(blocks) and name not in replaced and (name not in tied or tied[name] in replaced)
+    ]
+    for sink in sinks:
+        for layer in layers:
+            sink.layer(layer)
+        sink.tensors(rest, source)
+
+
+@torch.no_grad()
+def probe_loss(source: ModelSource, walk: Walk, layers: Sequence[QuantizedLayer]) -> float | None:
+    """Mean next-token loss, in nats, of the probe after the quantized blocks and head. None without a probe."""
+    if walk.probe is None or walk.probe_hidden is None:
+        return None
+    hidden = walk.probe_hidden.to(walk.device)
+    head = next((layer for layer in layers if layer.codes is not None), None)
+    if head is None:
+        logits = walk.probe.finish(source, hidden, [0])
+    else:
+        with outside_loaded(source, walk.device):
+            before = walk.probe.finish(source, hidden, [0], stop_at=head.name)
+        logits = torch.nn.functional.linear(before.float(), head.dequantize().to(before.device))
+    ids = walk.probe._inputs[0]["input_ids"].reshape(1, -1).to(logits.device)
+    return mean_loss(logits, ids)
+
+
+def mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Mean over positions of the next-token loss in nats. Raises NumericsError when it is NaN."""
+    loss = float(token_nll(logits.float(), ids).double().mean())
+    if loss != loss:
+        raise NumericsError("the quantized model's logits hold NaN; set --model_dtype float32, or check the weights")
+    return loss

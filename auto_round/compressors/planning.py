@@ -1,0 +1,215 @@
+"""From settings and a model to a job: schemes resolved, formats asked, sizes added up. Reads no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from auto_round.algorithms.quantization.layer_codes import is_integer
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.settings import Settings
+from auto_round.data_type import get_quant_func
+from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.export.formats import OutputFormat, require_scheme
+from auto_round.inference.compute import compute_dtype_for
+from auto_round.layer_config import resolve_layers
+from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
+from auto_round.modeling.fused import fused_groups
+from auto_round.modeling.source import ModelSource
+from auto_round.schemes import QuantizationScheme
+
+
+def compute_dtype(settings: Settings, source: ModelSource) -> torch.dtype:
+    """Dtype of matrix products: bfloat16 where the device multiplies it natively (amp), else the model's or float32."""
+    if not settings.amp:
+        return torch.float32
+    if settings.device.type != "cpu":
+        return torch.bfloat16
+    return compute_dtype_for("cpu", torch.bfloat16)
+
+
+def check_data_type(scheme: QuantizationScheme, what: str) -> None:
+    """Raise UnsupportedError when this version has no way to quantize to `scheme`."""
+    if not scheme.quantizes_weights:
+        return
+    if scheme.quantizes_activations:
+        raise UnsupportedError(
+            f"{what}: quantized activations ({scheme.describe()}) are not available in this version; "
+            "weight-only schemes are: W2A16 to W8A16"
+        )
+    if scheme.super_bits is not None:
+        raise UnsupportedError(f"{what}: GGUF K-quants are not available in this version; use W2A16 to W8A16")
+    if scheme.rotation_config is not None:
+        raise UnsupportedError(f"{what}: rotation_config is not available in this version; leave it out")
+    get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+    if scheme.data_type == "int" and not 2 <= scheme.bits <= 8:
+        raise ConfigError(f"{what}: bits={scheme.bits}; integers of 2 to 8 bits are available")
+
+
+def make_job(
+    settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None
+) -> Job:
+    """Resolve everything.
+
+    Raises:
+        ConfigError: a layer pattern matches nothing, or an entry is no scheme.
+        UnsupportedError: a data type that is not there, or a format that cannot hold a scheme.
+    """
+    check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
+    for fmt in formats:
+        require_scheme(fmt, settings.scheme, f"scheme {settings.scheme_name}")
+    blocks = _chosen_blocks(settings, source)
+    inside = [f"{block}.{name}" for block in source.blocks for name in linear_names(source.model.get_submodule(block))]
+    everything = linear_names(source.model)
+    inside_set = set(inside)
+    head = _head_name(source)
+    outside = [name for name in everything if name not in inside_set and name == head]
+    schemes = resolve_layers(
+        inside, settings.scheme, settings.layer_config, settings.ignore_layers, outside, settings.quant_lm_head
+    )
+    layers: dict[str, LayerPlan] = {}
+    notes: list[str] = []
+    for name, scheme in schemes.items():
+        plan = _layer_plan(source, name, scheme)
+        if scheme.quantizes_weights:
+            if name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
+                plan = _kept(plan, "its block is not in to_quant_block_names")
+            else:
+                check_data_type(scheme, f"layer {name}")
+                plan = _for_formats(plan, formats)
+        layers[name] = plan
+    refused = [p for p in layers.values() if p.reason and p.scheme.bits >= 16]
+    for plan in refused[:5]:
+        notes.append(f"{plan.name} stays in full precision: {plan.reason}")
+    if len(refused) > 5:
+        notes.append(f"and {len(refused) - 5} more layers stay in full precision")
+    if not any(p.scheme.quantizes_weights for p in layers.values()):
+        raise ConfigError(
+            "no layer is left to quantize; " + (notes[0] if notes else "check scheme, ignore_layers and layer_config")
+        )
+    notes += _fused_notes(layers)
+    compute = compute_dtype(settings, source)
+    algorithm = settings.algorithm
+    steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
+    ram, vram = _memory(settings, source, layers, compute)
+    return Job(
+        source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
+        settings.scheme_name, settings.scheme, steps, {f.name: planned_bytes(f, layers, source) for f in formats},
+        ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
+    )  # fmt: skip
+
+
+def _chosen_blocks(settings: Settings, source: ModelSource) -> tuple[str, ...]:
+    wanted = settings.to_quant_block_names
+    if not wanted:
+        return source.blocks
+    chosen = [b for b in source.blocks if any(b == w or b.startswith(f"{w}.") for w in wanted)]
+    for w in wanted:
+        if not any(b == w or b.startswith(f"{w}.") for b in source.blocks):
+            raise ConfigError(f"to_quant_block_names: {w!r} is no block of this model{nearest(w, source.blocks)}")
+    return tuple(chosen)
+
+
+def _head_name(source: ModelSource) -> str | None:
+    getter = getattr(source.model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return next((n for n, m in source.model.named_modules() if m is head), None) if head is not None else None
+
+
+def _layer_plan(source: ModelSource, name: str, scheme: QuantizationScheme) -> LayerPlan:
+    module = source.model.get_submodule(name)
+    out, columns = weight_2d(module).shape
+    bias = getattr(module, "bias", None)
+    bias_dtype = source.tensor_meta(f"{name}.bias")[1] if bias is not None else None
+    return LayerPlan(name, scheme, int(out), int(columns), bias_dtype, is_conv1d(module))
+
+
+def _kept(plan: LayerPlan, reason: str) -> LayerPlan:
+    full = plan.scheme.with_overrides({"bits": 16, "act_bits": 16})
+    return replace(plan, scheme=full, reason=reason)
+
+
+def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat]) -> LayerPlan:
+    for fmt in formats:
+        require_scheme(fmt, plan.scheme, f"layer {plan.name}")
+        reason = fmt.check_layer(plan.scheme, plan.in_features, plan.out_features)
+        if reason is not None:
+            return _kept(plan, f"format {fmt.name}: {reason}")
+    return plan
+
+
+def _fused_notes(layers: dict[str, LayerPlan]) -> list[str]:
+    notes = []
+    for group in fused_groups(list(layers)):
+        described = {layers[name].scheme.describe() for name in group if name in layers}
+        if len(described) > 1:
+            notes.append(
+                f"{group[0]} and {len(group) - 1} more are fused by vLLM and SGLang but have different schemes "
+                f"({', '.join(sorted(described))}); those runtimes will refuse them"
+            )
+    return notes[:3]
+
+
+def planned_tensors(
+    fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every tensor that a format will write, tied aliases left out."""
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    replaced: set[str] = set()
+    for name, plan in layers.items():
+        if plan.scheme.quantizes_weights:
+            specs |= fmt.tensor_specs(
+                name, plan.scheme, plan.in_features, plan.out_features, bias_dtype=plan.bias_dtype,
+                model_dtype=source.dtype, transposed=plan.transposed,
+            )  # fmt: skip
+            replaced |= {f"{name}.weight", f"{name}.bias"}
+    tied = source.tied()
+    for tensor in source.tensor_names():
+        if tensor not in replaced and tensor not in tied:
+            specs[tensor] = source.tensor_meta(tensor)
+        elif tensor in tied and tied[tensor] in replaced and tensor not in replaced:
+            specs[tensor] = source.tensor_meta(tensor)  # the canonical name was quantized: the alias holds the original
+    return specs
+
+
+def planned_bytes(fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource) -> int:
+    """Bytes of all tensors that a format will write."""
+    total = 0
+    for shape, dtype in planned_tensors(fmt, layers, source).values():
+        count = 1
+        for size in shape:
+            count *= size
+        total += count * dtype.itemsize
+    return total
+
+
+def _memory(
+    settings: Settings, source: ModelSource, layers: dict[str, LayerPlan], compute: torch.dtype
+) -> tuple[int, int]:
+    """(host, device) estimates: one block with what tuning keeps of it, the activations, the embedding."""
+    weights = [
+        sum(p.out_features * p.in_features for n, p in layers.items() if n.startswith(f"{block}."))
+        for block in source.blocks
+    ]
+    block = max(weights, default=0)
+    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
+    width = int(getattr(config, "hidden_size", 0) or 0)
+    embedding = int(getattr(config, "vocab_size", 0) or 0) * width * source.dtype.itemsize
+    size = compute.itemsize
+    per_weight = source.dtype.itemsize + size
+    if settings.tunes:
+        per_weight += 4 + 2 * size + 4  # offsets, quantized weight, gradient, best state
+    work = block * per_weight
+    streams = 3 if settings.tunes else 1
+    activations = settings.nsamples * settings.seqlen * width * size * streams if settings.needs_data else 0
+    if settings.device.type == "cpu":
+        return work + activations + embedding, 0
+    if settings.low_gpu_mem_usage:
+        return activations + embedding, work + activations // max(1, settings.nsamples) * 16
+    return embedding + block * source.dtype.itemsize, work + activations
+
+
+__all__ = ["check_data_type", "compute_dtype", "is_integer", "make_job", "planned_bytes", "planned_tensors"]

@@ -1,0 +1,238 @@
+"""One run from settings and a source to a model in memory or to folders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import BlockQuantizer
+from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+from auto_round.calib_dataset import CalibrationData, prepare_calibration
+from auto_round.calibration.inputs import CapturedInputs, capture_inputs
+from auto_round.compressors.assemble import assemble_model
+from auto_round.compressors.blockwise import Walk, walk_blocks
+from auto_round.compressors.finish import write_config, write_records, write_side_files
+from auto_round.compressors.job import Job
+from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
+from auto_round.compressors.planning import compute_dtype, make_job, planned_tensors
+from auto_round.compressors.probe import probe_samples
+from auto_round.compressors.settings import Settings
+from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
+from auto_round.compressors.verify import Expected, verify_folder
+from auto_round.errors import OutputError
+from auto_round.export.disk import check_disk, ensure_output_folder
+from auto_round.export.formats import OutputFormat
+from auto_round.logger import logger
+from auto_round.modeling.source import ModelSource
+from auto_round.quantized_layer import QuantizedLayer
+from auto_round.report.progress import Progress, make_progress
+
+
+@dataclass
+class Finished:
+    """What a walk left behind: layers kept in memory (if any), the records, and the probe's loss."""
+
+    walk: Walk
+    outside: list[QuantizedLayer]
+    loss: float | None
+    probe: list[dict[str, torch.Tensor]] | None
+    data: str | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Run:
+    """A source with settings. `tokenizer` may be None when no text has to be read."""
+
+    def __init__(self, source: ModelSource, settings: Settings, tokenizer: Any) -> None:
+        self.source, self.settings, self.tokenizer = source, settings, tokenizer
+
+    def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None) -> Job:
+        """The job, without doing it."""
+        return make_job(self.settings, self.source, formats, output_dir)
+
+    def to_memory(self) -> tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished]:
+        """Quantize and keep the layers: (model, layers by name, records)."""
+        job = self.plan([])
+        sink = MemorySink()
+        finished = self._walk(job, [sink])
+        return assemble_model(self.source, sink.layers), sink.layers, finished
+
+    def to_folders(self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str) -> list[Path]:
+        """Quantize, writing every format as blocks finish. Returns the folders, one a format."""
+        job, folders = self._prepare(output_dir, formats, overwrite)
+        sinks = [
+            FolderSink(f, folder, self.source.dtype, shard) for f, folder in zip(formats, folders, strict=True)
+        ]
+        with ExitStack() as stack:
+            for sink in sinks:
+                stack.enter_context(sink.writer)
+            finished = self._walk(job, sinks)
+        for sink in sinks:
+            self._complete(job, sink, finished)
+        return folders
+
+    def save(
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
+        layers: Mapping[str, QuantizedLayer], finished: Finished,
+    ) -> list[Path]:  # fmt: skip
+        """Write layers that are in memory already."""
+        job, folders = self._prepare(output_dir, formats, overwrite)
+        missing = set(job.quantized()) ^ set(layers)
+        if missing:
+            raise OutputError(
+                f"{', '.join(job.formats)} cannot hold {len(missing)} of the quantized layers, such as "
+                f"{min(missing)}: {job.layers[min(missing)].reason}; use quantize_and_save, which leaves them in full "
+                "precision, or format fake"
+            )
+        for fmt, folder in zip(formats, folders, strict=True):
+            sink = FolderSink(fmt, folder, self.source.dtype, shard)
+            with sink.writer:
+                self._emit_saved(job, sink, layers)
+            self._complete(job, sink, finished)
+        return folders
+
+    def _emit_saved(self, job: Job, sink: FolderSink, layers: Mapping[str, QuantizedLayer]) -> None:
+        tied = self.source.tied()
+        for block in self.source.blocks:
+            names = [n for n in self.source.tensor_names() if n.startswith(f"{block}.")]
+            inside = [v for k, v in layers.items() if k.startswith(f"{block}.")]
+            replaced = {f"{layer.name}.{leaf}" for layer in inside for leaf in ("weight", "bias")}
+            for layer in inside:
+                sink.layer(layer)
+            sink.tensors([n for n in names if n not in replaced and n not in tied], self.source)
+        blocks = tuple(f"{b}." for b in self.source.blocks)
+        emit_outside(job, self.source, [v for k, v in layers.items() if not k.startswith(blocks)], [sink])
+
+    def _prepare(self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool) -> tuple[Job, list[Path]]:
+        """Everything that can be refused before work begins."""
+        job = self.plan(formats, output_dir)
+        needed = sum(job.bytes_on_disk.values())
+        check_disk(output_dir, int(needed * 1.02) + (1 << 20))
+        root = ensure_output_folder(output_dir, overwrite)
+        if len(formats) == 1:
+            return job, [root]
+        names = [f.name.replace(":", "-").replace("_", "-") for f in formats]
+        return job, [ensure_output_folder(root / name, overwrite) for name in names]
+
+    def _quantizer(self) -> BlockQuantizer:
+        settings = self.settings
+        if isinstance(settings.algorithm, SignRoundConfig):
+            return SignRoundQuantizer(
+                settings.algorithm, settings.scale_dtype, settings.optimized_start, settings.enable_torch_compile
+            )
+        return RTNQuantizer(settings.algorithm, settings.scale_dtype)
+
+    def _walk(self, job: Job, sinks: Sequence[Sink]) -> Finished:
+        settings, source = self.settings, self.source
+        started = time.monotonic()
+        for note in job.notes:
+            logger.warning("%s", note)
+        on_device = settings.device.type != "cpu" and not settings.low_gpu_mem_usage
+        store = settings.device if on_device else torch.device("cpu")
+        progress = make_progress(f"{settings.algorithm_name} {job.scheme_name}")
+        try:
+            progress.message("reading calibration data" if settings.needs_data else "capturing the probe")
+            data = self._data()
+            calibration = self._capture(data.samples, store) if data is not None else None
+            probe_ids = self._probe() if settings.verify else None
+            probe = self._capture(probe_ids, store) if probe_ids is not None else None
+            captured = time.monotonic()
+            batch = settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8
+            walk = Walk(
+                self._quantizer(), sinks, settings.device, compute_dtype(settings, source), settings.seed, calibration,
+                probe, store, batch, getattr(settings.algorithm, "enable_quanted_input", True),
+            )  # fmt: skip
+            with _deterministic(settings.deterministic):
+                walk_blocks(job, source, walk, progress)
+                outside = self._finish_outside(job, walk, sinks, progress)
+                loss = probe_loss(source, walk, outside)
+        finally:
+            progress.finish()
+        done = time.monotonic()
+        seconds = {"calibration": captured - started, "quantization": done - captured}
+        described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
+        return Finished(walk, outside, loss, probe_ids, described, seconds)
+
+    def _finish_outside(
+        self, job: Job, walk: Walk, sinks: Sequence[Sink], progress: Progress
+    ) -> list[QuantizedLayer]:
+        progress.message("writing what is outside the blocks")
+        optimized = self.settings.needs_data and self.settings.optimized_start
+        outside = quantize_outside(job, self.source, walk, optimized, self.settings.scale_dtype)
+        emit_outside(job, self.source, outside, sinks)
+        return outside
+
+    def _data(self) -> CalibrationData | None:
+        if not self.settings.needs_data:
+            return None
+        config = _text_config(self.source.config)
+        data = prepare_calibration(
+            self.settings.dataset, self.tokenizer, seqlen=self.settings.seqlen, nsamples=self.settings.nsamples,
+            seed=self.settings.seed, model_max_length=getattr(config, "max_position_embeddings", None),
+            vocab_size=_vocab_size(self.source), platform=self.settings.platform,
+        )  # fmt: skip
+        shown = ", ".join(f"{name} ({count})" for name, count in data.sources)
+        logger.info("calibration: %d samples of %d tokens from %s", len(data.samples), data.seqlen, shown)
+        return data
+
+    def _probe(self) -> list[dict[str, torch.Tensor]]:
+        most = getattr(_text_config(self.source.config), "max_position_embeddings", None)
+        return probe_samples(self.tokenizer, _vocab_size(self.source) or 2, most)
+
+    def _capture(self, samples: list[dict[str, torch.Tensor]], store: torch.device) -> CapturedInputs:
+        return capture_inputs(self.source, samples, self.settings.device, store)
+
+    def _complete(self, job: Job, sink: FolderSink, finished: Finished) -> None:
+        """The files beside the weights, and the check."""
+        folder, fmt, source, settings = sink.folder, sink.format, self.source, self.settings
+        write_side_files(folder, source, self.tokenizer, settings.trust_remote_code)
+        write_config(folder, source, job, fmt)
+        verified = None
+        if settings.verify:
+            started = time.monotonic()
+            expected = Expected(
+                planned_tensors(fmt, dict(job.layers), source), sink.expected, finished.probe, finished.loss,
+                settings.device, finished.walk.dtype, settings.trust_remote_code,
+            )  # fmt: skip
+            verified = verify_folder(folder, expected)
+            finished.seconds["verify"] = time.monotonic() - started
+            logger.info(
+                "verified %s: %d tensors, %d layers, probe loss %.4f", folder, len(expected.tensors),
+                len(expected.digests), verified["loss_reopened"] or float("nan"),
+            )  # fmt: skip
+        write_records(
+            folder, job, settings, fmt, finished.walk.records, finished.seconds, sink.writer.sha256, verified,
+            finished.data,
+        )  # fmt: skip
+        logger.info("saved %s", folder)
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _vocab_size(source: ModelSource) -> int | None:
+    size = getattr(_text_config(source.config), "vocab_size", None)
+    return int(size) if size else None
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms for as long as this is open, and the caller's choice again afterwards."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,109 @@
+"""What the user asked for, as one frozen value with every argument checked that needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.errors import ConfigError
+from auto_round.schemes import QuantizationScheme
+
+_SCALE_DTYPES = {
+    "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp32": torch.float32, "float32": torch.float32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run's settings. Names and defaults are those of `AutoRound`."""
+
+    scheme: QuantizationScheme
+    scheme_name: str
+    algorithm: RTNConfig | SignRoundConfig
+    optimized_start: bool = True
+    layer_config: Mapping[str, Any] = field(default_factory=dict)
+    ignore_layers: tuple[str, ...] = ()
+    quant_lm_head: bool = False
+    to_quant_block_names: tuple[str, ...] = ()
+    dataset: Any = None
+    nsamples: int = 128
+    seqlen: int = 2048
+    seed: int = 42
+    device: torch.device = torch.device("cpu")
+    amp: bool = True
+    low_gpu_mem_usage: bool = False
+    enable_torch_compile: bool = False
+    deterministic: bool = False
+    scale_dtype: torch.dtype = torch.float16
+    platform: str = "hf"
+    trust_remote_code: bool = False
+    verify: bool = True
+
+    @property
+    def tunes(self) -> bool:
+        return isinstance(self.algorithm, SignRoundConfig)
+
+    @property
+    def needs_data(self) -> bool:
+        """Tuning and the weighted search look at activations; plain rounding does not."""
+        return self.tunes or (isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized)
+
+    @property
+    def algorithm_name(self) -> str:
+        if isinstance(self.algorithm, SignRoundConfig):
+            return "SignRound (AdamW)" if self.algorithm.enable_adam else "SignRound"
+        return "opt-RTN" if self.algorithm.optimized else "RTN"
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings a reader of the file or of the report wants, as plain values."""
+        values: dict[str, Any] = {"algorithm": self.algorithm_name, "seed": self.seed}
+        if isinstance(self.algorithm, SignRoundConfig):
+            a = self.algorithm
+            values |= {
+                "iters": a.iters, "lr": a.lr, "minmax_lr": a.minmax_lr, "batch_size": a.batch_size,
+                "gradient_accumulate_steps": a.gradient_accumulate_steps,
+                "enable_minmax_tuning": a.enable_minmax_tuning, "enable_quanted_input": a.enable_quanted_input,
+            }  # fmt: skip
+        else:
+            values |= {"iters": 0, "enable_quanted_input": False}
+        if self.needs_data:
+            values |= {"nsamples": self.nsamples, "seqlen": self.seqlen}
+            values["dataset"] = self.dataset if isinstance(self.dataset, str) else None
+        values |= {"amp": self.amp, "low_gpu_mem_usage": self.low_gpu_mem_usage}
+        values["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
+        return values
+
+
+def check_whole(name: str, value: Any, low: int) -> int:
+    """`value` as a whole number of at least `low`. Raises ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name}={value!r}: give a whole number of at least {low}")
+    return value
+
+
+def parse_scale_dtype(value: str | torch.dtype) -> torch.dtype:
+    """The dtype scales are stored in. Raises ConfigError."""
+    if isinstance(value, torch.dtype) and value in _SCALE_DTYPES.values():
+        return value
+    key = str(value).removeprefix("torch.").lower()
+    if key not in _SCALE_DTYPES:
+        raise ConfigError(f"scale_dtype={value!r} is not allowed; use {', '.join(_SCALE_DTYPES)}")
+    return _SCALE_DTYPES[key]
+
+
+def names_tuple(value: Any) -> tuple[str, ...]:
+    """`"a,b"`, a list (nested as older configurations have it) or None, as a tuple of names."""
+    if not value:
+        return ()
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    result: list[str] = []
+    for item in value:
+        result.extend(names_tuple(item))
+    return tuple(result)

@@ -1,0 +1,67 @@
+"""Where finished layers go: into memory, or packed into the folder of one format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from auto_round.compressors.digest import layer_digest
+from auto_round.export.formats import OutputFormat
+from auto_round.export.shard_writer import ShardWriter
+from auto_round.modeling.source import ModelSource
+from auto_round.quantized_layer import QuantizedLayer
+
+
+class Sink(Protocol):
+    """Takes what the walk gives, in the model's order."""
+
+    def layer(self, layer: QuantizedLayer) -> None:
+        """A quantized layer."""
+
+    def tensors(self, names: Iterable[str], source: ModelSource) -> None:
+        """Tensors that stay as they are, by their state-dict names."""
+
+
+class MemorySink:
+    """Keeps the layers."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, QuantizedLayer] = {}
+
+    def layer(self, layer: QuantizedLayer) -> None:
+        self.layers[layer.name] = layer
+
+    def tensors(self, names: Iterable[str], source: ModelSource) -> None:
+        """Nothing to keep: the source still has them."""
+
+
+class FolderSink:
+    """Packs layers by one format and writes them with the other tensors into a folder.
+
+    Attributes:
+        expected: by layer, what a reader of the file must find (`digest.layer_digest`).
+        written: names of all tensors, in order.
+    """
+
+    def __init__(self, fmt: OutputFormat, folder: Path, model_dtype: torch.dtype, max_shard_size: int | str) -> None:
+        self.format, self.folder, self.model_dtype = fmt, folder, model_dtype
+        self.writer = ShardWriter(folder, max_shard_size)
+        self.expected: dict[str, str] = {}
+        self.written: list[str] = []
+
+    def layer(self, layer: QuantizedLayer) -> None:
+        dense = self.format.name == "fake"
+        self.expected[layer.name] = layer_digest(layer, dense, self.model_dtype)
+        for name, tensor in self.format.pack(layer, model_dtype=self.model_dtype).items():
+            self._add(name, tensor)
+
+    def tensors(self, names: Iterable[str], source: ModelSource) -> None:
+        for name in names:
+            self._add(name, source.read(name))
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        self.writer.add(name, tensor)
+        self.written.append(name)

@@ -1,0 +1,54 @@
+"""The hidden states that travel through the blocks: full precision, quantized, and a short probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from auto_round.calibration.inputs import CapturedInputs
+from auto_round.calibration.statistics import SecondMoments
+from auto_round.errors import NumericsError
+
+
+@dataclass
+class Stream:
+    """Hidden states [N, T, H] of all samples before some block, and how blocks are called on them."""
+
+    captured: CapturedInputs
+    hidden: torch.Tensor
+    batch: int
+
+    @torch.no_grad()
+    def after(
+        self, index: int, block: torch.nn.Module, device: torch.device, dtype: torch.dtype,
+        moments: SecondMoments | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """What the block makes of the hidden states, kept where they are kept and in `dtype`.
+
+        `moments`, open on this block, counts only the positions that count in the loss.
+        """
+        mask = None if bool(self.captured.loss_mask.all()) else self.captured.loss_mask
+        result = torch.empty(self.hidden.shape, dtype=dtype, device=self.hidden.device)
+        for start in range(0, self.hidden.shape[0], self.batch):
+            samples = list(range(start, min(start + self.batch, self.hidden.shape[0])))
+            if moments is not None:
+                moments.mask = None if mask is None else mask[start : start + self.batch]
+            part = self.hidden[start : start + self.batch].to(device, dtype)
+            result[start : start + self.batch] = self.captured.run(index, block, part, samples)
+        return result
+
+    def runner(self, index: int, block: torch.nn.Module) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+        """A function that calls the block on some samples; gradients flow."""
+        return lambda hidden, samples: self.captured.run(index, block, hidden, samples)
+
+
+def check_activations(name: str, hidden: torch.Tensor) -> None:
+    """Raise NumericsError when a block's full-precision output holds NaN or Inf."""
+    for sample in range(hidden.shape[0]):
+        if not bool(torch.isfinite(hidden[sample].sum(-1, dtype=torch.float32)).all()):
+            raise NumericsError(
+                f"block {name} gives NaN or Inf in full precision on calibration sample {sample}; "
+                "check the model and the data, or set model_dtype to float32"
+            )

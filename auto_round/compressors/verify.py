@@ -1,0 +1,155 @@
+"""Re-open what was saved and hold it against the plan and against what was tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.calibration.inputs import capture_inputs
+from auto_round.compressors.block_dtype import in_dtype
+from auto_round.compressors.digest import codes_digest, dense_digest
+from auto_round.compressors.outside import mean_loss
+from auto_round.compressors.streams import Stream
+from auto_round.errors import VerifyError
+from auto_round.inference.convert_model import convert_hf_model
+from auto_round.inference.qlinear import QuantLinear
+from auto_round.modeling.blocks import weight_2d
+from auto_round.modeling.checkpoint_source import CheckpointSource
+from auto_round.modeling.outside import outside_loaded
+from auto_round.modeling.tensor_files import TensorFiles
+
+# Losses are compared in the dtype of the run. The arithmetic is the same, but not always in the same order.
+_TOLERANCE = {torch.float32: 1e-3}
+_TOLERANCE_HALF = 3e-2
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a saved folder must hold.
+
+    Attributes:
+        tensors: shape and dtype of every tensor by name.
+        digests: by quantized layer, `digest.layer_digest`.
+        samples: the probe, one sample; None when no forward pass is to be compared.
+        loss: mean next-token loss of the tuned model in memory on it.
+        device, dtype: of the matrix products.
+    """
+
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    digests: Mapping[str, str]
+    samples: list[dict[str, torch.Tensor]] | None
+    loss: float | None
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+
+
+def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
+    """Check a saved model.
+
+    Returns plain values for the report.
+
+    Raises:
+        VerifyError: a tensor is missing, unplanned or of another shape or dtype; a layer's integers are not those that
+            were tuned; or the model's loss differs.
+    """
+    _check_tensors(folder, expected)
+    quantized = (folder / "quantization_config.json").exists()
+    source = CheckpointSource(
+        folder, prepare=_swap_quantized if quantized else None, trust_remote_code=expected.trust_remote_code
+    )
+    names = _quantized_modules(source.model) if quantized else set(expected.digests)
+    _compare_sets("quantized layers", folder, names, set(expected.digests))
+    loss = _walk(folder, source, expected)
+    if loss is not None and expected.loss is not None:
+        allowed = _TOLERANCE.get(expected.dtype, _TOLERANCE_HALF) * (1 + abs(expected.loss))
+        if not abs(loss - expected.loss) <= allowed:
+            raise VerifyError(
+                f"{folder}: the saved model's loss on the probe is {loss:.5f}, the tuned model's was "
+                f"{expected.loss:.5f}; do not use these files, and report this with report.json"
+            )
+    return {
+        "passed": True,
+        "tensors": len(expected.tensors),
+        "layers": len(expected.digests),
+        "loss_in_memory": expected.loss,
+        "loss_reopened": loss,
+    }
+
+
+def _swap_quantized(model: torch.nn.Module) -> None:
+    convert_hf_model(model, "cpu")
+
+
+def _quantized_modules(model: torch.nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def _check_tensors(folder: Path, expected: Expected) -> None:
+    files = TensorFiles.open(folder)
+    stored = files.tensors
+    _compare_sets("tensors", folder, set(stored), set(expected.tensors))
+    for name, (shape, dtype) in expected.tensors.items():
+        found = stored[name]
+        if tuple(found.shape) != tuple(shape) or found.dtype != dtype:
+            raise VerifyError(
+                f"{folder}: tensor {name} is {found.dtype} {list(found.shape)}, planned was {dtype} {list(shape)}"
+            )
+
+
+def _compare_sets(what: str, folder: Path, found: set[str], wanted: set[str]) -> None:
+    for names, words in ((wanted - found, "missing"), (found - wanted, "not planned")):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise VerifyError(f"{folder}: {len(names)} {what} are {words}, such as {shown}")
+
+
+@torch.no_grad()
+def _walk(folder: Path, source: CheckpointSource, expected: Expected) -> float | None:
+    """Load block by block, compare each quantized layer, and send the probe through."""
+    captured = None
+    if expected.samples is not None and expected.loss is not None:
+        captured = capture_inputs(source, expected.samples, expected.device)
+    stream = None if captured is None else Stream(captured, captured.hidden, 1)
+    inside: set[str] = set()
+    for index, name in enumerate(source.blocks):
+        block = source.load(name, expected.device)
+        for layer in [n for n in expected.digests if n.startswith(f"{name}.")]:
+            _compare_layer(folder, layer, source.model.get_submodule(layer), expected.digests[layer])
+            inside.add(layer)
+        if stream is not None:
+            with in_dtype(block, expected.dtype):
+                stream.hidden = stream.after(index, block, expected.device, expected.dtype)
+        source.release(name)
+    outside = [layer for layer in expected.digests if layer not in inside]
+    for layer in outside:
+        source.load(layer, expected.device)
+        _compare_layer(folder, layer, source.model.get_submodule(layer), expected.digests[layer])
+        if layer != (outside[-1] if outside else None):
+            source.release(layer)
+    if captured is None or stream is None or expected.samples is None:
+        return None
+    hidden = stream.hidden.to(expected.device)
+    if outside:
+        with outside_loaded(source, expected.device):
+            before = captured.finish(source, hidden, [0], stop_at=outside[-1])
+        logits = source.model.get_submodule(outside[-1])(before)
+    else:
+        logits = captured.finish(source, hidden, [0])
+    return mean_loss(logits, expected.samples[0]["input_ids"].reshape(1, -1).to(logits.device))
+
+
+def _compare_layer(folder: Path, name: str, module: torch.nn.Module, wanted: str) -> None:
+    if isinstance(module, QuantLinear):
+        codes, scale, zero = module.unpack()
+        found = codes_digest(codes, scale, zero)
+    else:
+        found = dense_digest(weight_2d(module))
+    if found != wanted:
+        raise VerifyError(
+            f"{folder}: layer {name} does not hold what was tuned; do not use these files, and report this"
+        )
