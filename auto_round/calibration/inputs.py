@@ -320,7 +320,7 @@ def _checked(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Ten
     """Samples as the model takes them: one-dimensional, of one length, without labels. Raises DataError."""
     if not samples:
         raise DataError("no calibration samples were given; at least one is needed")
-    inputs = []
+    inputs: list[dict[str, torch.Tensor]] = []
     for index, sample in enumerate(samples):
         if not isinstance(sample.get("input_ids"), torch.Tensor):
             raise DataError(f"calibration sample {index} has no tensor 'input_ids'")

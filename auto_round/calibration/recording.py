@@ -83,7 +83,7 @@ class LeafStore:
         if seen is not None:
             return seen[1]
         flat = tensor.detach().to("cpu").contiguous()
-        digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy(), digest_size=16).digest()
+        digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
         key = (digest, tuple(flat.shape), flat.dtype)
         if key not in self._by_content:
             kept = flat.to(self.device)

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from auto_round.calibration.inputs import CapturedInputs, capture_inputs
-from auto_round.errors import DataError, ModelError, NumericsError
+from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.source import ModelSource, open_source
 
 FAMILIES = [
     "llama", "llama-tied", "qwen2", "qwen3", "opt", "gpt2", "gemma3", "phi", "mistral", "falcon-alibi",
     "falcon-rotary", "mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "qwen3-next", "olmo-hybrid",
-    "hrm-text",
 ]  # fmt: skip
 LENGTH = 11
 
@@ -248,6 +247,13 @@ def test_bad_samples_are_refused(tiny_folder: Callable[..., Path]) -> None:
     captured = capture_inputs(source, make_samples(2))
     with pytest.raises(DataError, match="2 sample"):
         captured.run(0, source.load(source.blocks[0]), captured.hidden[:1], [0, 1])
+
+
+def test_a_model_that_changes_the_stream_between_blocks_is_refused(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].register_forward_hook(lambda _m, _a, out: out + 1)
+    with pytest.raises(UnsupportedError, match="changes the hidden states.*model.layers.2"):
+        capture_inputs(open_source(model), make_samples(1))
 
 
 def test_a_block_that_never_runs_is_an_error(tiny_model: Callable[..., Any]) -> None:
