@@ -61,7 +61,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     if config.g_idx:
         # Files of GPTQ hold g_idx even where it only repeats the group size; it is read only where a layer has it.
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {r"\.g_idx$"}
+        model._keys_to_ignore_on_load_unexpected = ignored | {r"\.g_idx$"}  # type: ignore[assignment]
     logger.info("%d quantized layers run with %s", len(layers), ", ".join(f"{b} ({n})" for b, n in used.items()))
     return model, list(used)
 
@@ -153,7 +153,11 @@ def _replace(
     )  # fmt: skip
     new.train(old.training)
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
+    owner = model.get_submodule(parent)
+    setattr(owner, leaf, new)
+    # Random initialisation of what the files lack would look for the weights of the layers just replaced (GPT-2 does).
+    if owner is not model:
+        owner._is_hf_initialized = True  # type: ignore[assignment]
 
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")

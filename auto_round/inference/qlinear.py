@@ -63,7 +63,7 @@ class QuantLinear(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, fmt
-        self.bits = fmt.bits
+        self.bits, self.dtype = fmt.bits, dtype
         self.group_size = fmt.group_size if 0 < fmt.group_size < in_features else in_features
         self.groups = -(-in_features // self.group_size)
         shapes = expected_shapes(in_features, out_features, fmt)
@@ -101,6 +101,11 @@ class QuantLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W [out, in]: `scale * (code - zero)` computed in float32 and rounded once to `dtype`."""
         return self._dense(dtype).T
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W [out, in] in the model's dtype, dequantized anew at each access: some models ask a layer for its weight."""
+        return self.dequantize(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         compute = compute_dtype(x)
@@ -157,6 +162,7 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         before = self.scales
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
         if self.scales.dtype != before.dtype:
             self.scales = before.to(self.scales.device)
