@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from math import lcm
 
 import torch
@@ -13,30 +12,11 @@ from auto_round.errors import ModelError, UnsupportedError
 from auto_round.export.packing.awq import unpack_awq, unpack_awq_rows
 from auto_round.export.packing.bits import packs_evenly, period, unpack_words, words_needed
 from auto_round.export.packing.gptq import unpack_gptq, unpack_gptq_zeros
+from auto_round.inference.compute import compute_dtype_for
 from auto_round.inference.config_reader import LayerFormat
 
 # Weights dequantized at once: bounds the temporary copies, which take about 9 bytes for each.
 _CHUNK = 1 << 22
-
-
-@lru_cache(maxsize=1)
-def _cpu_half_dtypes() -> frozenset[torch.dtype]:
-    """Half precisions that this CPU multiplies natively; the others are several times slower than float32."""
-    found = set()
-    for dtype, probe in (
-        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
-        (torch.float16, "_is_mkldnn_fp16_supported"),
-    ):
-        ask = getattr(torch.ops.mkldnn, probe, None)
-        if ask is not None and ask():
-            found.add(dtype)
-    return frozenset(found)
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which to multiply `x`: its own, or float32 for half precisions that its CPU has no units for."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if x.device.type == "cpu" and half and x.dtype not in _cpu_half_dtypes() else x.dtype
 
 
 class QuantLinear(nn.Module):
@@ -108,7 +88,7 @@ class QuantLinear(nn.Module):
         return self.dequantize(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        compute = compute_dtype(x)
+        compute = compute_dtype_for(x.device, x.dtype)
         y = torch.matmul(x.to(compute), self._dense(compute))
         if self.bias is not None:
             y = y + self.bias.to(compute)

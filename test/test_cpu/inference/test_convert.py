@@ -90,6 +90,28 @@ def test_a_zero_point_of_0_wraps_in_gptq_packing(
     check(written)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sym", [True, False])
+def test_scales_are_not_rounded_by_the_load_dtype(
+    llama: Callable[..., Any], write_checkpoint: Callable[..., Any], dtype: torch.dtype, sym: bool
+) -> None:
+    """Weights in `dtype` are the float32 weights rounded once: float16 scales must not pass through bfloat16."""
+    written = write_checkpoint(llama(), Scheme(bits=4, group_size=32, sym=sym))
+    model = open_model(written.folder, dtype)
+    loses = 0
+    for move in (None, torch.float32, torch.bfloat16):
+        if move is not None:
+            model.to(move)
+        for name, layer in written.layers.items():
+            module = model.get_submodule(name)
+            assert module.scales.dtype == torch.float16 and torch.equal(module.scales.T, layer.scale)
+            assert torch.equal(module.dequantize(dtype), layer.dequantize().to(dtype))
+            loses += int((layer.scale.bfloat16().half() != layer.scale).sum())
+    assert loses  # rounding the scales would have shown
+    with torch.no_grad():
+        assert model(IDS).logits.dtype == torch.bfloat16
+
+
 def test_forced_awq_packing_holds_symmetric_layers(
     llama: Callable[..., Any], write_checkpoint: Callable[..., Any]
 ) -> None:

@@ -100,26 +100,6 @@ def test_a_head_listed_as_quantized_but_stored_dense(golden: Path) -> None:
     assert {m.bits for n, m in model.named_modules() if n.endswith("k_proj")} == {8}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_scales_are_not_rounded_by_the_load_dtype(golden: Path, dtype: torch.dtype) -> None:
-    """Weights in `dtype` are the float32 weights rounded once: float16 scales must not pass through bfloat16."""
-    # In symmetric files the scales are bfloat16 weights over powers of two: rounding them would show nothing.
-    folder = golden / "w4a16-auto_round_auto_awq-symfalse"
-    exact = dict(load(folder).named_modules())
-    model = load(folder, dtype)
-    differs = False
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            assert module.scales.dtype == torch.float16
-            assert torch.equal(module.dequantize(dtype), exact[name].dequantize().to(dtype))
-            differs |= not torch.equal(module.scales.bfloat16().half(), module.scales)
-    assert differs
-    model.to(torch.float32).to(torch.bfloat16)
-    assert all(torch.equal(m.scales, exact[n].scales) for n, m in model.named_modules() if isinstance(m, QuantLinear))
-    with torch.no_grad():
-        assert model(torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("name", ["w4a16-auto_round", "w4a16-auto_gptq-symfalse", "w4a16-auto_awq-symfalse"])
 def test_saving_again_keeps_the_packed_tensors(golden: Path, tmp_path: Path, name: str) -> None:
     from safetensors.torch import load_file

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.export.packing.awq import pack_awq
 from auto_round.export.packing.gptq import pack_gptq
-from auto_round.inference import qlinear
+from auto_round.inference import compute, qlinear
 from auto_round.inference.config_reader import LayerFormat
-from auto_round.inference.qlinear import QuantLinear, compute_dtype
+from auto_round.inference.qlinear import QuantLinear
 from auto_round.quantized_layer import dequantize_codes
 
 
@@ -80,11 +80,12 @@ def test_any_input(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
 
 
 def test_half_precision_without_units_for_it_runs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qlinear, "_cpu_half_dtypes", frozenset)
-    assert compute_dtype(torch.ones(1, dtype=torch.bfloat16)) == torch.float32
-    monkeypatch.setattr(qlinear, "_cpu_half_dtypes", lambda: frozenset({torch.bfloat16}))
-    assert compute_dtype(torch.ones(1, dtype=torch.bfloat16)) == torch.bfloat16
-    assert compute_dtype(torch.ones(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
+    module, weight = build(32, 64, LayerFormat(4, 32, True, "gptq", 1))
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    monkeypatch.setattr(compute, "cpu_multiplies", lambda dtype: False)
+    assert torch.equal(module(x), (x.float() @ weight.T).bfloat16())
+    monkeypatch.setattr(compute, "cpu_multiplies", lambda dtype: True)
+    assert torch.equal(module(x), x @ weight.bfloat16().T)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
