@@ -153,11 +153,7 @@ def _replace(
     )  # fmt: skip
     new.train(old.training)
     parent, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    setattr(owner, leaf, new)
-    # Random initialisation of what the files lack would look for the weights of the layers just replaced (GPT-2 does).
-    if owner is not model:
-        owner._is_hf_initialized = True  # type: ignore[assignment]
+    setattr(model.get_submodule(parent), leaf, new)
 
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")

@@ -84,7 +84,10 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W [out, in] in the model's dtype, dequantized anew at each access: some models ask a layer for its weight."""
+        """W [out, in] in the model's dtype, dequantized anew at each access.
+
+        Some models ask a layer for its weight: GPT-2 when it initialises what a checkpoint lacks, others for its dtype.
+        """
         return self.dequantize(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
