@@ -130,7 +130,7 @@ class AutoRound:
     @property
     def model(self) -> torch.nn.Module:
         """The model. One given by path holds no weights until `quantize()` has put it together."""
-        return self._source.model
+        return self._source.model if self._result is None else self._result[0]
 
     @property
     def scheme(self) -> QuantizationScheme:
@@ -150,7 +150,7 @@ class AutoRound:
         if self._result is None:
             self._result = self._run().to_memory()
         model, layers, _ = self._result
-        job = self._run().plan([]) if not self._source.lazy else None
+        job = self._run().memory_plan() if not self._source.lazy else None
         names = list(job.layers) if job is not None else list(layers)
         schemes = {n: (job.layers[n].scheme if job is not None else layers[n].scheme) for n in names}
         return model, {name: scheme.to_dict() for name, scheme in schemes.items()}

@@ -11,6 +11,7 @@ from auto_round.export.formats import get_format
 from auto_round.inference.config_reader import LayerFormat, read_config
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.modeling.blocks import set_weight_2d
+from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 
@@ -19,11 +20,13 @@ def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) ->
     """A runnable model with the quantized layers.
 
     A model object of the user's has its dequantized weights in place already. A model given by path is put together on
-    the CPU from packed layers (four bits stay four bits) and its other tensors.
+    the CPU from packed layers (four bits stay four bits) and its other tensors; the source keeps its empty model, to
+    save from.
     """
+    if not isinstance(source, CheckpointSource):
+        return source.model
+    source = source.reopen()
     model = source.model
-    if not source.lazy:
-        return model
     for name in [*source.blocks, *source.outside_modules()]:
         source.load(name)
         for layer in (v for k, v in layers.items() if k == name or k.startswith(f"{name}.")):

@@ -46,9 +46,10 @@ def quantize_outside(
 def _untie(source: ModelSource, task: LayerTask) -> None:
     """Give a live model's head a weight of its own before it is changed."""
     weight = task.module.weight
+    assert isinstance(weight, torch.nn.Parameter)
     task.module.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     if source.tied():
-        source.model.config.tie_word_embeddings = False
+        source.config.tie_word_embeddings = False
 
 
 def _importance(source: ModelSource, walk: Walk, name: str) -> torch.Tensor | None:
@@ -95,7 +96,8 @@ def probe_loss(source: ModelSource, walk: Walk, layers: Sequence[QuantizedLayer]
     else:
         with outside_loaded(source, walk.device):
             before = walk.probe.finish(source, hidden, [0], stop_at=head.name)
-        logits = torch.nn.functional.linear(before.float(), head.dequantize().to(before.device))
+        bias = None if head.bias is None else head.bias.to(before.device, torch.float32)
+        logits = torch.nn.functional.linear(before.float(), head.dequantize().to(before.device), bias)
     ids = walk.probe._inputs[0]["input_ids"].reshape(1, -1).to(logits.device)
     return mean_loss(logits, ids)
 

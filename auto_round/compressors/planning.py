@@ -9,6 +9,7 @@ import torch
 
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.compressors.dense_experts import ExpertJoiner, fused_targets
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
@@ -156,7 +157,22 @@ def _fused_notes(layers: dict[str, LayerPlan]) -> list[str]:
 def planned_tensors(
     fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of every tensor that a format will write, tied aliases left out."""
+    """Name, shape and dtype of every tensor that a format will write, tied aliases left out and dense experts fused."""
+    specs = _separate_tensors(fmt, layers, source)
+    for name, target in fused_targets(source.model, specs).items():
+        specs[target.name] = (target.shape, specs.pop(name)[1])
+    return specs
+
+
+def expert_joiner(fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource) -> ExpertJoiner:
+    """What fuses the experts that a format leaves dense."""
+    return ExpertJoiner(fused_targets(source.model, _separate_tensors(fmt, layers, source)))
+
+
+def _separate_tensors(
+    fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The same before experts are fused."""
     specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     replaced: set[str] = set()
     for name, plan in layers.items():
@@ -212,4 +228,4 @@ def _memory(
     return embedding + block * source.dtype.itemsize, work + activations
 
 
-__all__ = ["check_data_type", "compute_dtype", "is_integer", "make_job", "planned_bytes", "planned_tensors"]
+__all__ = ["check_data_type", "compute_dtype", "expert_joiner", "is_integer", "make_job", "planned_bytes", "planned_tensors"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from auto_round.compressors.blockwise import Walk, walk_blocks
 from auto_round.compressors.finish import write_config, write_records, write_side_files
 from auto_round.compressors.job import Job
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
-from auto_round.compressors.planning import compute_dtype, make_job, planned_tensors
+from auto_round.compressors.planning import compute_dtype, expert_joiner, make_job, planned_tensors
 from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.verify import Expected, verify_folder
-from auto_round.errors import OutputError
+from auto_round.errors import UnsupportedError
 from auto_round.export.disk import check_disk, ensure_output_folder
-from auto_round.export.formats import OutputFormat
+from auto_round.export.formats import OutputFormat, get_format
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
@@ -58,9 +58,17 @@ class Run:
         """The job, without doing it."""
         return make_job(self.settings, self.source, formats, output_dir)
 
+    def memory_plan(self) -> Job:
+        """The job of a model that is kept in memory. Layers that no packing takes stay as they are, so that it can be
+        saved in any format later; a scheme that no packing takes at all leaves that to format fake."""
+        try:
+            return self.plan([get_format("auto_round")])
+        except UnsupportedError:
+            return self.plan([])
+
     def to_memory(self) -> tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished]:
         """Quantize and keep the layers: (model, layers by name, records)."""
-        job = self.plan([])
+        job = self.memory_plan()
         sink = MemorySink()
         finished = self._walk(job, [sink])
         return assemble_model(self.source, sink.layers), sink.layers, finished
@@ -68,9 +76,7 @@ class Run:
     def to_folders(self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str) -> list[Path]:
         """Quantize, writing every format as blocks finish. Returns the folders, one a format."""
         job, folders = self._prepare(output_dir, formats, overwrite)
-        sinks = [
-            FolderSink(f, folder, self.source.dtype, shard) for f, folder in zip(formats, folders, strict=True)
-        ]
+        sinks = [self._sink(job, f, folder, shard) for f, folder in zip(formats, folders, strict=True)]
         with ExitStack() as stack:
             for sink in sinks:
                 stack.enter_context(sink.writer)
@@ -79,21 +85,18 @@ class Run:
             self._complete(job, sink, finished)
         return folders
 
+    def _sink(self, job: Job, fmt: OutputFormat, folder: Path, shard: int | str) -> FolderSink:
+        experts = expert_joiner(fmt, dict(job.layers), self.source)
+        return FolderSink(fmt, folder, self.source.dtype, shard, experts)
+
     def save(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
         layers: Mapping[str, QuantizedLayer], finished: Finished,
     ) -> list[Path]:  # fmt: skip
         """Write layers that are in memory already."""
-        job, folders = self._prepare(output_dir, formats, overwrite)
-        missing = set(job.quantized()) ^ set(layers)
-        if missing:
-            raise OutputError(
-                f"{', '.join(job.formats)} cannot hold {len(missing)} of the quantized layers, such as "
-                f"{min(missing)}: {job.layers[min(missing)].reason}; use quantize_and_save, which leaves them in full "
-                "precision, or format fake"
-            )
+        job, folders = self._prepare(output_dir, formats, overwrite, layers)
         for fmt, folder in zip(formats, folders, strict=True):
-            sink = FolderSink(fmt, folder, self.source.dtype, shard)
+            sink = self._sink(job, fmt, folder, shard)
             with sink.writer:
                 self._emit_saved(job, sink, layers)
             self._complete(job, sink, finished)
@@ -111,9 +114,14 @@ class Run:
         blocks = tuple(f"{b}." for b in self.source.blocks)
         emit_outside(job, self.source, [v for k, v in layers.items() if not k.startswith(blocks)], [sink])
 
-    def _prepare(self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool) -> tuple[Job, list[Path]]:
-        """Everything that can be refused before work begins."""
+    def _prepare(
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool,
+        done: Mapping[str, QuantizedLayer] | None = None,
+    ) -> tuple[Job, list[Path]]:  # fmt: skip
+        """Everything that can be refused before work begins. `done`: the layers that are quantized already."""
         job = self.plan(formats, output_dir)
+        if done is not None:
+            job = _as_done(job, self.memory_plan(), done)
         needed = sum(job.bytes_on_disk.values())
         check_disk(output_dir, int(needed * 1.02) + (1 << 20))
         root = ensure_output_folder(output_dir, overwrite)
@@ -213,6 +221,18 @@ class Run:
             finished.data,
         )  # fmt: skip
         logger.info("saved %s", folder)
+
+
+def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
+    """`job` for layers that are quantized already. Raises UnsupportedError when its formats cannot hold one of them."""
+    refused = sorted(set(done) - set(job.quantized()))
+    if refused:
+        raise UnsupportedError(
+            f"{', '.join(job.formats)} cannot hold {len(refused)} of the quantized layers, such as {refused[0]}: "
+            f"{job.layers[refused[0]].reason}; use quantize_and_save, which leaves them in full precision, or format fake"
+        )
+    left = {name: memory.layers[name] for name in job.quantized() if name not in done}
+    return replace(job, layers={**job.layers, **left})
 
 
 def _text_config(config: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from auto_round.compressors.dense_experts import ExpertJoiner
 from auto_round.compressors.digest import layer_digest
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import ShardWriter
@@ -46,8 +47,12 @@ class FolderSink:
         written: names of all tensors, in order.
     """
 
-    def __init__(self, fmt: OutputFormat, folder: Path, model_dtype: torch.dtype, max_shard_size: int | str) -> None:
+    def __init__(
+        self, fmt: OutputFormat, folder: Path, model_dtype: torch.dtype, max_shard_size: int | str,
+        experts: ExpertJoiner | None = None,
+    ) -> None:  # fmt: skip
         self.format, self.folder, self.model_dtype = fmt, folder, model_dtype
+        self.experts = experts or ExpertJoiner({})
         self.writer = ShardWriter(folder, max_shard_size)
         self.expected: dict[str, str] = {}
         self.written: list[str] = []
@@ -63,5 +68,7 @@ class FolderSink:
             self._add(name, source.read(name))
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
-        self.writer.add(name, tensor)
-        self.written.append(name)
+        whole = self.experts.add(name, tensor)
+        if whole is not None:
+            self.writer.add(*whole)
+            self.written.append(whole[0])

@@ -65,6 +65,7 @@ class CheckpointSource(ModelSource):
     ) -> None:
         self.folder = Path(folder)
         self.name_or_path = name_or_path or str(folder)
+        self._trusted = trust_remote_code
         asked = resolve_dtype(dtype)
         self.config = load_config(self.folder, trust_remote_code=trust_remote_code)
         if getattr(self.config, "quantization_config", None) is not None and prepare is None:
@@ -85,6 +86,12 @@ class CheckpointSource(ModelSource):
         self._tied = self._find_tied()
         self._tensors = self._check_tensors()
         self._fill_buffers()
+
+    def reopen(self) -> CheckpointSource:
+        """A second source of the same files with an empty model of its own."""
+        return CheckpointSource(
+            self.folder, dtype=self.dtype, trust_remote_code=self._trusted, name_or_path=self.name_or_path
+        )
 
     def load(self, name: str, device: Device | None = None) -> nn.Module:
         where = torch.device(device or "cpu")

@@ -46,6 +46,19 @@ class ExpertPiece:
             one = one.t()
         return one.contiguous()
 
+    def paste(self, one: torch.Tensor, part: torch.Tensor) -> None:
+        """The inverse of `cut`: write `part` [out, in] or [out] into this expert's fused tensor `one`, in place."""
+        if part.dim() == 2 and self.transposed:
+            part = part.t()
+        if self.part != "all":
+            axis = 1 if one.dim() == 2 and self.transposed else 0
+            if self.interleaved:
+                index = [slice(None)] * axis + [slice(int(self.part == "up"), None, 2)]
+                one = one[tuple(index)]
+            else:
+                one = one.chunk(2, dim=axis)[int(self.part == "up")]
+        one.copy_(part)
+
 
 class ExpertMLP(nn.Module):
     """The linear layers of one expert. `LinearExperts` runs them."""
@@ -115,6 +128,17 @@ class LinearExperts(nn.Module):
             for layer, param, part in layers
             for leaf, suffix in leaves
         }
+
+    def fused_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fused parameters that this module replaced, by name."""
+        inner = self.intermediate_dim * (2 if self.has_gate else 1)
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, out, columns in ((first, inner, self.hidden_dim), ("down_proj", self.hidden_dim, self.intermediate_dim)):
+            shapes[name] = (self.num_experts, *((columns, out) if self.transposed else (out, columns)))
+            if self.has_bias:
+                shapes[f"{name}_bias"] = (self.num_experts, out)
+        return shapes
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
