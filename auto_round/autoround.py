@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,12 +33,13 @@ _ALGORITHM_DEFAULTS: dict[str, Any] = {
 _OTHER_DEFAULTS: dict[str, Any] = {
     "ignore_layers": "", "quant_lm_head": False, "scale_dtype": "fp16", "to_quant_block_names": None, "amp": True,
     "enable_deterministic_algorithms": False, "trust_remote_code": False, "model_dtype": None, "verify": True,
-    "device": None, "adam": None, "enable_opt_rtn": None, "bs": None,
+    "device": None, "adam": None, "enable_opt_rtn": None, "bs": None, "algorithm": None,
 }  # fmt: skip
 _NOT_YET = {
-    "rotation_config": "rotation", "model_free": "model-free mode", "avg_bits": "AutoScheme", "processor": "multimodal",
-    "image_processor": "multimodal models", "static_kv_dtype": "static KV-cache scales", "enable_alg_ext": "SignRound v2",
-    "static_attention_dtype": "static attention scales", "enable_norm_bias_tuning": "norm tuning", "nblocks": "nblocks",
+    "rotation_config": "rotation", "model_free": "model-free mode", "avg_bits": "AutoScheme",
+    "processor": "multimodal models", "image_processor": "multimodal models", "enable_alg_ext": "SignRound v2",
+    "static_kv_dtype": "static KV-cache scales", "static_attention_dtype": "static attention scales",
+    "enable_norm_bias_tuning": "norm tuning", "nblocks": "tuning several blocks as one",
 }  # fmt: skip
 
 
@@ -219,9 +221,7 @@ class AutoRound:
 
 
 def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
-    source = open_source(
-        model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform
-    )
+    source = open_source(model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform)
     if low_cpu_mem_usage or not source.lazy:
         return source
     from transformers import AutoModelForCausalLM
@@ -238,14 +238,14 @@ def _checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {**_ALGORITHM_DEFAULTS, **_OTHER_DEFAULTS, **dict.fromkeys(SCHEME_KEYS)}
     for name, value in kwargs.items():
         if name in _NOT_YET:
-            if value not in (None, False, 1, "tensor"):
+            one_block = name == "nblocks" and value == 1
+            if value is not None and value is not False and not one_block:
                 raise UnsupportedError(f"{name}={value!r}: {_NOT_YET[name]} is not available in this version")
         elif name == "disable_model_free":
             continue  # nothing is taken to model-free mode by itself in this version
         elif name not in defaults:
-            known = [*defaults, "model", "tokenizer", "scheme", "layer_config", "dataset", "iters", "seqlen", "nsamples",
-                     "batch_size", "gradient_accumulate_steps", "device_map", "low_gpu_mem_usage", "seed",
-                     "enable_torch_compile", "low_cpu_mem_usage", "platform", "alg_configs"]  # fmt: skip
+            named = [p for p in inspect.signature(AutoRound.__init__).parameters if p not in ("self", "kwargs")]
+            known = [*defaults, *named]
             raise ConfigError(f"AutoRound has no argument {name!r}{nearest(name, known)}")
     options = {**defaults, **{k: v for k, v in kwargs.items() if k in defaults}}
     if options["adam"] is not None:
@@ -264,10 +264,13 @@ def _algorithm(
     optimized = not options["disable_opt_rtn"]
     if isinstance(alg_configs, (list, tuple)) and len(alg_configs) == 1:
         alg_configs = alg_configs[0]
-    if isinstance(alg_configs, RTNConfig):
-        return alg_configs, alg_configs.optimized
-    if isinstance(alg_configs, SignRoundConfig):
-        return alg_configs, optimized
+    if options["algorithm"] is not None:
+        if alg_configs is not None:
+            raise ConfigError("algorithm and alg_configs mean the same; give one")
+        alg_configs = options["algorithm"]
+    if isinstance(alg_configs, (RTNConfig, SignRoundConfig)):
+        _check_not_twice(alg_configs, iters, batch_size, accumulate, options)
+        return alg_configs, alg_configs.optimized if isinstance(alg_configs, RTNConfig) else optimized
     if isinstance(alg_configs, str):
         name = alg_configs.lower().replace("-", "_")
         if name == "rtn":
@@ -283,6 +286,24 @@ def _algorithm(
     names = ("lr", "minmax_lr", "momentum", "enable_minmax_tuning", "enable_quanted_input", "not_use_best_mse")
     values = {name: options[name] for name in names}
     return kind(iters=steps, batch_size=batch_size, gradient_accumulate_steps=accumulate, **values), optimized
+
+
+def _check_not_twice(
+    config: RTNConfig | SignRoundConfig, iters: int | None, batch_size: int, accumulate: int, options: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for a single setting that says something else than `config` does."""
+    given = {k: v for k, v in options.items() if k in _ALGORITHM_DEFAULTS and v != _ALGORITHM_DEFAULTS[k]}
+    given |= {"iters": iters} if iters is not None else {}
+    given |= {"batch_size": batch_size} if batch_size != 8 else {}
+    given |= {"gradient_accumulate_steps": accumulate} if accumulate != 1 else {}
+    if isinstance(config, SignRoundConfig):
+        given.pop("disable_opt_rtn", None)  # where the scales start from is no field of it
+    own = {"iters": 0, **vars(config)}
+    for name, value in given.items():
+        if own.get(name) != value and (name in own or isinstance(config, SignRoundConfig)):
+            raise ConfigError(
+                f"{name}={value!r} contradicts alg_configs={config!r}; say it in {type(config).__name__} alone"
+            )
 
 
 def _tunes_or_searches(algorithm: RTNConfig | SignRoundConfig) -> bool:

@@ -249,4 +249,6 @@ def resolve_layers(
 def _no_match(argument: str, pattern: str, known: Sequence[str]) -> str:
     segments = sorted({part for name in known for part in name.split(".") if not part.isdigit()})
     hint = nearest(pattern, known) or nearest(pattern.strip(".*"), segments)
-    return f"{argument}: {pattern!r} matches no layer of this model{hint} Its layers are named like {', '.join(segments)}"
+    return (
+        f"{argument}: {pattern!r} matches no layer of this model{hint} Its layers are named like {', '.join(segments)}"
+    )

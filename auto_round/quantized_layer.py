@@ -63,7 +63,9 @@ class QuantizedLayer:
         return dequantize_codes(self.codes, self.scale, self.zero_point, self.scheme.group_size).to(dtype)
 
 
-def dequantize_codes(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int | None, group_size: object) -> torch.Tensor:
+def dequantize_codes(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int | None, group_size: object
+) -> torch.Tensor:
     """float32 [out, in] from codes [out, in], scale [out, groups] and zero point (int or [out, groups])."""
     out, cols = codes.shape
     size = group_size if isinstance(group_size, int) and group_size > 0 else cols

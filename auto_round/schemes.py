@@ -52,13 +52,17 @@ class QuantizationScheme:
         dtype = str(self.data_type).lower()
         object.__setattr__(self, "data_type", _DTYPE_ALIASES.get(dtype, dtype))
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits < 1:
-            raise ConfigError(f"bits={self.bits!r} is not a positive whole number; use 2 to 8, or 16 to leave a layer as it is")
+            raise ConfigError(
+                f"bits={self.bits!r} is not a positive whole number; use 2 to 8, or 16 to leave a layer as it is"
+            )
         size = self.group_size
         if isinstance(size, tuple):
             if len(size) != 2 or any(not isinstance(s, int) or s <= 0 for s in size):
                 raise ConfigError(f"group_size={size!r}: a block needs two positive whole numbers (rows, columns)")
         elif not isinstance(size, int) or isinstance(size, bool) or size < -1:
-            raise ConfigError(f"group_size={size!r} is not allowed; use a positive number, -1 (per channel) or 0 (per tensor)")
+            raise ConfigError(
+                f"group_size={size!r} is not allowed; use a positive number, -1 (per channel) or 0 (per tensor)"
+            )
 
     @property
     def quantizes_weights(self) -> bool:
@@ -106,7 +110,9 @@ class QuantizationScheme:
         if not self.quantizes_weights:
             return "full precision"
         size = {-1: "per channel", 0: "per tensor"}.get(self.group_size) if isinstance(self.group_size, int) else None
-        group = size or (f"g{self.group_size}" if isinstance(self.group_size, int) else "g{}x{}".format(*self.group_size))
+        group = size or (
+            f"g{self.group_size}" if isinstance(self.group_size, int) else "g{}x{}".format(*self.group_size)
+        )
         text = f"{self.data_type}{self.bits} {group} {'sym' if self.sym else 'asym'}"
         if self.quantizes_activations:
             text += f", {self.act_data_type or self.data_type}{self.act_bits} activations"
@@ -120,7 +126,9 @@ def check_scheme_keys(values: Mapping[str, Any]) -> None:
     """Raise ConfigError when a key is not a field of QuantizationScheme."""
     for key in values:
         if key not in SCHEME_KEYS:
-            raise ConfigError(f"unknown scheme field {key!r}{nearest(key, SCHEME_KEYS)} Allowed: {', '.join(SCHEME_KEYS)}")
+            raise ConfigError(
+                f"unknown scheme field {key!r}{nearest(key, SCHEME_KEYS)} Allowed: {', '.join(SCHEME_KEYS)}"
+            )
 
 
 def _weights(bits: int, group_size: GroupSize = 128, **kw: Any) -> QuantizationScheme:
@@ -199,4 +207,6 @@ def parse_scheme(value: str | Mapping[str, Any] | QuantizationScheme) -> Quantiz
         return preset_name_to_scheme(value)
     if isinstance(value, Mapping):
         return QuantizationScheme.from_dict(value)
-    raise ConfigError(f"scheme={value!r}: give a preset name, a dict of fields or a QuantizationScheme, not {type(value).__name__}")
+    raise ConfigError(
+        f"scheme={value!r}: give a preset name, a dict of fields or a QuantizationScheme, not {type(value).__name__}"
+    )

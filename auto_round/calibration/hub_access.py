@@ -50,7 +50,7 @@ def hub_problem() -> str:
 
 
 def _probe(endpoint: str) -> str:
-    """Ask for the hub's front page. Any answer but a server's or proxy's failure will do: the network is in question."""
+    """Get the hub's front page. Any answer but a server's or proxy's failure will do: the network is in question."""
     answer: list[str] = []
 
     def ask() -> None:

@@ -52,7 +52,11 @@ def _packed(layer: QuantizedLayer) -> QuantLinear | None:
     """The layer as the loader's module, or None when its type or shape has no packing."""
     fmt = get_format("auto_round")
     scheme = layer.scheme
-    if layer.codes is None or fmt.check_scheme(scheme) or fmt.check_layer(scheme, layer.in_features, layer.out_features):
+    if (
+        layer.codes is None
+        or fmt.check_scheme(scheme)
+        or fmt.check_layer(scheme, layer.in_features, layer.out_features)
+    ):
         return None
     stored = scheme.group_size if isinstance(scheme.group_size, int) and scheme.group_size > 0 else -1
     described: LayerFormat = read_config(

@@ -228,4 +228,12 @@ def _memory(
     return embedding + block * source.dtype.itemsize, work + activations
 
 
-__all__ = ["check_data_type", "compute_dtype", "expert_joiner", "is_integer", "make_job", "planned_bytes", "planned_tensors"]
+__all__ = [
+    "check_data_type",
+    "compute_dtype",
+    "expert_joiner",
+    "is_integer",
+    "make_job",
+    "planned_bytes",
+    "planned_tensors",
+]

@@ -73,7 +73,9 @@ class Run:
         finished = self._walk(job, [sink])
         return assemble_model(self.source, sink.layers), sink.layers, finished
 
-    def to_folders(self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str) -> list[Path]:
+    def to_folders(
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str
+    ) -> list[Path]:
         """Quantize, writing every format as blocks finish. Returns the folders, one a format."""
         job, folders = self._prepare(output_dir, formats, overwrite)
         sinks = [self._sink(job, f, folder, shard) for f, folder in zip(formats, folders, strict=True)]
@@ -169,9 +171,7 @@ class Run:
         described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
         return Finished(walk, outside, loss, probe_ids, described, seconds)
 
-    def _finish_outside(
-        self, job: Job, walk: Walk, sinks: Sequence[Sink], progress: Progress
-    ) -> list[QuantizedLayer]:
+    def _finish_outside(self, job: Job, walk: Walk, sinks: Sequence[Sink], progress: Progress) -> list[QuantizedLayer]:
         progress.message("writing what is outside the blocks")
         optimized = self.settings.needs_data and self.settings.optimized_start
         outside = quantize_outside(job, self.source, walk, optimized, self.settings.scale_dtype)
@@ -229,7 +229,8 @@ def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
     if refused:
         raise UnsupportedError(
             f"{', '.join(job.formats)} cannot hold {len(refused)} of the quantized layers, such as {refused[0]}: "
-            f"{job.layers[refused[0]].reason}; use quantize_and_save, which leaves them in full precision, or format fake"
+            f"{job.layers[refused[0]].reason}; use quantize_and_save, which leaves them in full precision, or format "
+            "fake"
         )
     left = {name: memory.layers[name] for name in job.quantized() if name not in done}
     return replace(job, layers={**job.layers, **left})

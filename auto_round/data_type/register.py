@@ -25,7 +25,10 @@ def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
     def register(function: F) -> F:
         for key in keys:
             known = QUANT_FUNC_WITH_DTYPE.get(key)
-            if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+            if known is not None and (known.__module__, known.__qualname__) != (
+                function.__module__,
+                function.__qualname__,
+            ):
                 raise ConfigError(f"data type {key!r} is already registered by {known.__module__}.{known.__qualname__}")
             QUANT_FUNC_WITH_DTYPE[key] = function
         return function

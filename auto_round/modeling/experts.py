@@ -134,7 +134,10 @@ class LinearExperts(nn.Module):
         inner = self.intermediate_dim * (2 if self.has_gate else 1)
         first = "gate_up_proj" if self.has_gate else "up_proj"
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, out, columns in ((first, inner, self.hidden_dim), ("down_proj", self.hidden_dim, self.intermediate_dim)):
+        for name, out, columns in (
+            (first, inner, self.hidden_dim),
+            ("down_proj", self.hidden_dim, self.intermediate_dim),
+        ):
             shapes[name] = (self.num_experts, *((columns, out) if self.transposed else (out, columns)))
             if self.has_bias:
                 shapes[f"{name}_bias"] = (self.num_experts, out)

@@ -18,6 +18,7 @@ from auto_round.errors import ConfigError, ModelError
 from auto_round.modeling.blocks import find_blocks
 
 Device = torch.device | str
+_SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class ModelSource(ABC):
@@ -134,7 +135,10 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None or dtype == "auto":
         return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    found: object = dtype
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.").lower()
+        found = getattr(torch, _SHORT_NAMES.get(name, name), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ConfigError(f"dtype={dtype!r} is not allowed; use 'auto', 'bfloat16', 'float16' or 'float32'")
     return found
