@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# Widths that packed layouts take (multiples of 32), a vocabulary for the byte tokenizer, and short enough to be quick.
+_WIDE: dict[str, Any] = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+_EXPERTS: dict[str, Any] = dict(head_dim=16, moe_intermediate_size=32, num_experts=4)
+PACKABLE: dict[str, dict[str, Any]] = {
+    "llama": _WIDE,
+    "llama-tied": _WIDE,
+    "qwen2": _WIDE,
+    "mistral": _WIDE,
+    "phi": _WIDE,
+    "opt": dict(vocab_size=288, hidden_size=64, ffn_dim=96, word_embed_proj_dim=64, num_hidden_layers=2),
+    "gpt2": dict(vocab_size=288, n_embd=64, n_layer=2),
+    "gemma3": _WIDE | dict(head_dim=16, layer_types=["sliding_attention", "full_attention"]),
+    "falcon-alibi": dict(vocab_size=288, hidden_size=64, num_hidden_layers=2),
+    "mixtral": _WIDE | dict(num_local_experts=4),
+    "qwen2-moe": _WIDE | _EXPERTS | dict(shared_expert_intermediate_size=64),
+    "qwen3-moe": _WIDE | _EXPERTS,
+    "gpt-oss": _WIDE | dict(head_dim=16),
+}
+
+
 def build_tiny(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A model of the family in float32 whose weights, norms and biases included, are all random."""
     import transformers
@@ -141,4 +162,71 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
             build_tiny(family).save_pretrained(made[key], **options)
         return made[key]
 
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packable_model() -> Callable[..., torch.nn.Module]:
+    """`packable_model(family, **config changes)`: a fresh model all of whose usual layers can be packed."""
+    return lambda family, **changes: build_tiny(family, **{**PACKABLE[family], **changes})
+
+
+@pytest.fixture(scope="session")
+def packable_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Callable[..., str]:
+    """`packable_folder(family, **config changes)`: that model saved with a tokenizer; do not write to the folder."""
+    made: dict[str, str] = {}
+
+    def folder(family: str, **changes: Any) -> str:
+        key = family + repr(sorted(changes.items()))
+        if key not in made:
+            made[key] = str(tmp_path_factory.mktemp(family))
+            build_tiny(family, **{**PACKABLE[family], **changes}).save_pretrained(made[key])
+            byte_tokenizer.save_pretrained(made[key])
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """One id a byte, and <bos>, <eos>, <pad>: 259 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for token in ("<bos>", "<eos>", "<pad>"):
+        vocab[token] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> list[torch.Tensor]:
+    """Eight samples of 24 token ids, for `AutoRound(dataset=...)`."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 250, (24,), generator=generator) for _ in range(8)]
+
+
+@pytest.fixture(scope="session")
+def tiny_opt_model_path(packable_folder: Callable[..., str]) -> str:
+    return packable_folder("opt")
+
+
+@pytest.fixture(scope="session")
+def dataloader(token_ids: list[torch.Tensor]) -> Any:
+    """A DataLoader of batches of token ids."""
+    return torch.utils.data.DataLoader(token_ids, batch_size=1)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """Checkpoints that another implementation made; skips where they are not."""
+    shared = os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(shared) / "golden"
+    if not folder.is_dir():
+        pytest.skip("golden checkpoints are not here; set AR_TEST_SHARED")
     return folder
