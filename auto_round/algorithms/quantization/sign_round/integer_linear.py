@@ -1,10 +1,6 @@
 """A linear layer whose integer rounding is being tuned, as one fused step without an autograd graph over weights.
 
-With W = s (clamp(round(w/s0f + v) + z) - z) and s = s0 f (f starts at 1, s0 from the scale search), the
-straight-through gradients of the loss L, given G = dL/dW (one matrix product), are, inside the clamp,
-    dL/dv = G s            dL/df = sum over the group of G s0 (q - w/s)
-and outside it dL/dv = 0 and dL/df = sum of G s0 q (AutoRound, arXiv 2309.05516, section 3; the clamp's mask as
-in LSQ, arXiv 1902.08153, equation 3). Only signs and group sums of them are needed.
+The backward pass gives dL/dW, one matrix product; `fake_quant` turns it into steps of the learnables.
 """
 
 from __future__ import annotations
@@ -15,12 +11,17 @@ import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.layer_codes import as_groups, integer_layer
+from auto_round.algorithms.quantization.sign_round.fake_quant import (
+    compiled,
+    quantized_values,
+    straight_through_gradients,
+)
 from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.data_type.int import IntGrid, default_scale_threshold, round_to_stored
 from auto_round.quantized_layer import QuantizedLayer
 
 _CPU_CHUNK = 1 << 16  # weights handled at a time: the buffers of one chunk stay in cache
-_GPU_CHUNK = 1 << 26
+_GPU_CHUNK = 1 << 24
 _FACTOR_RANGE = (0.5, 1.5)
 
 
@@ -54,15 +55,17 @@ class IntegerTuningLinear(torch.nn.Module):
         scale_dtype: dtype in which scales are stored.
         tune_scale: tune the factor on the scale as well.
         adam, momentum: how learnables move.
+        compile_step: compile the elementwise passes.
     """
 
     anchor: torch.Tensor
 
     def __init__(
         self, task: LayerTask, grid: IntGrid, compute_dtype: torch.dtype, scale_dtype: torch.dtype,
-        tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
+        tune_scale: bool = True, adam: bool = False, momentum: float = 0.0, compile_step: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
+        self._values, self._gradients = compiled() if compile_step else (quantized_values, straight_through_gradients)
         self.task = task
         assert isinstance(task.scheme.group_size, int)
         self.bias = None if task.bias is None else task.bias.to(compute_dtype)
@@ -81,7 +84,7 @@ class IntegerTuningLinear(torch.nn.Module):
         self.quantized = torch.empty_like(task.weight, dtype=compute_dtype)
         self.gradient: torch.Tensor | None = None
         self.rules = [make_rule(adam, momentum) for _ in range(2)]
-        self.fuse_update = isinstance(self.rules[0], SignStep)
+        self.fuse_update = isinstance(self.rules[0], SignStep)  # no state: it can move a piece at a time
         self._chunk = _CPU_CHUNK if task.weight.device.type == "cpu" else _GPU_CHUNK
         self.refresh()
 
@@ -100,15 +103,6 @@ class IntegerTuningLinear(torch.nn.Module):
         step = max(1, self._chunk // max(1, self.groups.shape[1] * self.groups.shape[2]))
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
-    def _round(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For some rows: w/s, the rounded code less the zero point before clamping, and after it."""
-        ratio = self.groups[rows] / self.scale[rows]
-        raw = (ratio + self.v[rows]).round_()
-        low, high = self._limits(rows)
-        if isinstance(low, torch.Tensor):
-            return ratio, raw, torch.maximum(torch.minimum(raw, high), low)
-        return ratio, raw, raw.clamp(low, high)
-
     def _limits(self, rows: slice) -> tuple[Any, Any]:
         top = 2**self.bits - 1
         if isinstance(self.zero, torch.Tensor):
@@ -119,15 +113,13 @@ class IntegerTuningLinear(torch.nn.Module):
     def refresh(self) -> None:
         """Make the quantized weight from the learnables."""
         for rows in self._rows():
-            self._write(rows, self._round(rows)[2])
-
-    def _write(self, rows: slice, codes: torch.Tensor) -> None:
-        values = codes.mul_(self.scale[rows])
-        if self.task.scheme.group_size == 0:
-            self.quantized.copy_(values.view_as(self.quantized))
-        else:
-            columns = self.quantized.shape[1]
-            self.quantized[rows].copy_(values.view(values.shape[0], -1)[:, :columns])
+            low, high = self._limits(rows)
+            values = self._values(self.groups[rows], self.scale[rows], self.v[rows], low, high)
+            if self.task.scheme.group_size == 0:
+                self.quantized.copy_(values.view_as(self.quantized))
+            else:
+                columns = self.quantized.shape[1]
+                self.quantized[rows].copy_(values.view(values.shape[0], -1)[:, :columns])
 
     @torch.no_grad()
     def step(self, lr: float, scale_lr: float) -> None:
@@ -137,24 +129,21 @@ class IntegerTuningLinear(torch.nn.Module):
         assert isinstance(self.task.scheme.group_size, int)
         grad = as_groups(self.gradient, self.task.scheme.group_size) if self.padded else self.gradient
         grad = grad.view_as(self.groups)
-        factor_gradient = torch.empty_like(self.factor)
-        rounding_gradient = None if self.fuse_update else torch.empty_like(self.v)
+        slopes = torch.empty_like(self.factor)
+        whole = None if self.fuse_update else torch.empty_like(self.v)
         for rows in self._rows():
-            ratio, raw, codes = self._round(rows)
-            inside = raw.eq_(codes)  # 1.0 where the clamp let the code through
-            part = grad[rows].float()
-            if self.tune_scale:
-                slope = codes.sub_(ratio.mul_(inside)).mul_(part)
-                torch.sum(slope, -1, keepdim=True, out=factor_gradient[rows])
-            part = inside.mul_(part).mul_(self.scale[rows])
-            if rounding_gradient is None:
-                self.v[rows].sub_(part.sign_(), alpha=lr)
+            low, high = self._limits(rows)
+            part, slopes[rows] = self._gradients(
+                self.groups[rows], self.scale[rows], self.v[rows], low, high, grad[rows].float()
+            )
+            if whole is None:
+                self.rules[0].apply(self.v[rows], part, lr)
             else:
-                rounding_gradient[rows].copy_(part)
-        if rounding_gradient is not None:
-            self.rules[0].apply(self.v, rounding_gradient, lr)
+                whole[rows] = part
+        if whole is not None:
+            self.rules[0].apply(self.v, whole, lr)
         if self.tune_scale:
-            self.rules[1].apply(self.factor, factor_gradient.mul_(self.start_scale), scale_lr)
+            self.rules[1].apply(self.factor, slopes.mul_(self.start_scale), scale_lr)
             self.factor.clamp_(*_FACTOR_RANGE)
             threshold = default_scale_threshold(self.scale_dtype)
             self.scale = round_to_stored(self.start_scale * self.factor, self.scale_dtype, threshold)

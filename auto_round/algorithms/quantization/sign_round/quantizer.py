@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from auto_round.algorithms.quantization.sign_round.samples import shuffled_batch
 from auto_round.errors import NumericsError
 
 TuningLinear = IntegerTuningLinear | FunctionTuningLinear
+RELATIVE = True
 _CHECKS = 8  # times the held-out loss is taken during tuning, besides the start
 
 
@@ -55,7 +57,7 @@ class SignRoundQuantizer:
 
     def _tuning_linear(self, layer: LayerTask, task: BlockTask) -> TuningLinear:
         config = self.config
-        options = {
+        options: dict[str, Any] = {
             "compute_dtype": task.compute_dtype,
             "scale_dtype": self.scale_dtype,
             "tune_scale": config.enable_minmax_tuning,
@@ -63,8 +65,9 @@ class SignRoundQuantizer:
             "momentum": config.momentum,
         }
         if is_integer(layer.scheme):
-            return IntegerTuningLinear(layer, start_grid(layer, self.optimized_start, self.scale_dtype), **options)  # type: ignore[arg-type]
-        return FunctionTuningLinear(layer, **options)  # type: ignore[arg-type]
+            grid = start_grid(layer, self.optimized_start, self.scale_dtype)
+            return IntegerTuningLinear(layer, grid, compile_step=self.compile_step, **options)
+        return FunctionTuningLinear(layer, **options)
 
     def _tune(self, task: BlockTask, layers: Sequence[TuningLinear]) -> tuple[float, float]:
         config = self.config
@@ -73,19 +76,20 @@ class SignRoundQuantizer:
         batches = shuffled_batches(tuned_on, config.batch_size * config.gradient_accumulate_steps, task.seed + 1)
         rates = [config.learning_rates(layer.task.scheme.bits) for layer in layers]
         check_every = max(1, config.iters // _CHECKS)
-        start = best = self._loss(task, held_out)
+        weights = token_weights(task)
+        start = best = self._loss(task, held_out, weights)
         best_state: list[tuple[torch.Tensor, ...]] | None = None
         for step in range(config.iters):
             samples = next(batches)
             for at in range(0, len(samples), config.batch_size):
-                self._backward(task, samples[at : at + config.batch_size], len(samples))
+                self._backward(task, samples[at : at + config.batch_size], len(samples), weights)
             decay = 1.0 - step / config.iters
             for layer, (lr, scale_lr) in zip(layers, rates, strict=True):
                 layer.step(lr * decay, scale_lr * decay)
             done = step + 1
             # The state changes less and less, so the second half is looked at; the last state always is.
             if done == config.iters or (done % check_every == 0 and done > config.iters // 2):
-                loss = self._loss(task, held_out)
+                loss = self._loss(task, held_out, weights)
                 if loss < best or config.not_use_best_mse:
                     best, best_state = loss, [layer.snapshot() for layer in layers]
         if best_state is None:
@@ -94,8 +98,10 @@ class SignRoundQuantizer:
             layer.restore(state)
         return start, best
 
-    def _backward(self, task: BlockTask, samples: Sequence[int], total: int) -> None:
-        """Gradients of the mean squared error of these samples, weighted by their share of the step."""
+    def _backward(
+        self, task: BlockTask, samples: Sequence[int], total: int, weights: torch.Tensor | None
+    ) -> None:
+        """Gradients of the weighted mean squared error of these samples, by their share of the step."""
         assert task.inputs is not None and task.targets is not None
         hidden = task.inputs[samples].to(task.compute_dtype)
         with torch.enable_grad():
@@ -103,14 +109,14 @@ class SignRoundQuantizer:
         with torch.no_grad():
             difference = output - task.targets[samples].to(output.dtype)
             count = difference.numel() / difference.shape[0] * total
-            if task.loss_mask is not None:
-                difference.mul_(task.loss_mask[samples].to(difference.device).unsqueeze(-1))
+            if weights is not None:
+                difference.mul_(weights[samples].to(difference).unsqueeze(-1))
         output.backward(difference.mul_(2.0 / count))
 
     @torch.no_grad()
-    def _loss(self, task: BlockTask, samples: Sequence[int]) -> float:
-        """Mean squared error over the counted positions. Summed along fixed dimensions in float64, so that the number
-        of threads does not change it.
+    def _loss(self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None) -> float:
+        """Weighted mean squared error. Summed along fixed dimensions in float64, so that the number of threads does not
+        change it.
 
         Raises:
             NumericsError: the loss is NaN or Inf.
@@ -121,12 +127,12 @@ class SignRoundQuantizer:
             part = list(samples[at : at + self.config.batch_size])
             output = task.run(task.inputs[part].to(task.compute_dtype), part).float()
             errors = output.sub_(task.targets[part]).square_().sum(-1, dtype=torch.float64)
-            if task.loss_mask is not None:
-                mask = task.loss_mask[part].to(errors.device)
-                errors = errors * mask
-                count += float(mask.sum()) * output.shape[-1]
-            else:
+            if weights is None:
                 count += output.numel()
+            else:
+                shares = weights[part].to(errors)
+                errors.mul_(shares)
+                count += sum(shares.sum(-1).tolist()) * output.shape[-1]
             total += sum(errors.sum(-1).tolist())
         loss = total / max(count, 1.0)
         if loss != loss or loss in (float("inf"), float("-inf")):
@@ -134,6 +140,23 @@ class SignRoundQuantizer:
                 f"block {task.name}: the loss is {loss}; the block overflows in {task.compute_dtype} on this data"
             )
         return loss
+
+
+def token_weights(task: BlockTask) -> torch.Tensor | None:
+    """float32 [N, T]: how much each position counts; None when all count alike.
+
+    Masked positions count nothing. The next block normalises every position by its own size, so what matters is the
+    error relative to it: a position is weighted by the inverse mean square of its target. Without this the few
+    positions with massive activations (Sun et al. 2024, arXiv 2402.17762) are all that is tuned for.
+    """
+    assert task.targets is not None
+    if not RELATIVE:
+        return None if task.loss_mask is None else task.loss_mask.float()
+    size = torch.stack([sample.float().square().mean(-1) for sample in task.targets])
+    weights = 1.0 / size.clamp(min=1e-12)
+    if task.loss_mask is not None:
+        weights = weights * task.loss_mask.to(weights)
+    return weights / weights.sum().clamp(min=1e-30) * weights.numel()
 
 
 def _initial_state(layer: TuningLinear) -> tuple[torch.Tensor, ...]:

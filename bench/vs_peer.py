@@ -1,0 +1,132 @@
+"""The same model, data, seed, samples and steps with this package and with the peer, one after the other.
+
+    python bench/vs_peer.py --model MODEL --peer_python /path/to/peer-venv/bin/python --text calib.txt \
+        --eval_text wiki.txt web.txt --runs rtn:W4A16 opt:W4A16 20:W2A16 --out bench/results/NAME.json
+
+A run is `steps:scheme`, with `rtn` and `opt` for no steps. Wall time and peak memory are of the whole process, imports
+and saving included. Quality is measured here, for both, on the files as saved: perplexity, mean KL divergence to the
+full-precision model and top-1 agreement, with standard errors over windows. Linux only (peak memory from /proc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def machine() -> str:
+    name = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "?")
+    flags = next((x for x in open("/proc/cpuinfo") if x.startswith("flags")), "")
+    vector = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "no vectors")
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
+    cores = len(os.sched_getaffinity(0))
+    return f"{name} ({vector}), {cores} cores, Python {platform.python_version()}, torch {torch.__version__}{gpu}"
+
+
+def pick_texts(path: str, count: int, tokens: int, seed: int = 0) -> list[str]:
+    """`count` pieces of the file, each long enough for `tokens` tokens."""
+    text = Path(path).read_text(encoding="utf-8")
+    size = tokens * 8
+    starts = random.Random(seed).sample(range(len(text) // size), count)
+    return [text[s * size : (s + 1) * size] for s in starts]
+
+
+def child(python: str, script: str, job: dict) -> dict:
+    # scripts are run by path, so their own folder is on sys.path, and the repository is not
+    command = [python, str(HERE / script), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=job["work"])
+    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+    if line is None:
+        sys.exit(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def checkpoint(folder: str) -> str:
+    return str(next(Path(folder).rglob("config.json")).parent)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True)
+    p.add_argument("--peer_python", help="python of a venv with auto-round==0.16.1; without it only ours is run")
+    p.add_argument("--text", required=True)
+    p.add_argument("--eval_text", nargs="+", required=True)
+    p.add_argument("--runs", nargs="+", default=["rtn:W4A16", "opt:W4A16", "20:W4A16", "20:W2A16"])
+    p.add_argument("--group_size", type=int, default=64)
+    p.add_argument("--nsamples", type=int, default=16)
+    p.add_argument("--seqlen", type=int, default=256)
+    p.add_argument("--windows", type=int, default=16, help="evaluation windows of 512 tokens from each text")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--peer_no_amp", action="store_true", help="float32 for the peer: its bf16 is emulated on this CPU")
+    p.add_argument("--no_verify", action="store_true", help="leave out our check after saving, which the peer has not")
+    p.add_argument("--only_peer", action="store_true")
+    p.add_argument("--out")
+    a = p.parse_args()
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from auto_round.eval.evaluate import evaluate
+
+    results = []
+    tokenizer = AutoTokenizer.from_pretrained(a.model)
+    evals = [Path(e).read_text(encoding="utf-8")[: a.windows * 512 * 7] for e in a.eval_text]
+    reference = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).eval().to(a.device)
+    print(machine(), flush=True)
+    with tempfile.TemporaryDirectory() as work:
+        texts = os.path.join(work, "texts.json")
+        json.dump(pick_texts(a.text, a.nsamples, a.seqlen), open(texts, "w", encoding="utf-8"))
+        for run in a.runs:
+            steps, scheme = run.split(":")
+            row: dict = {"run": run}
+            for who in ("peer", "ours"):
+                if (who == "peer" and not a.peer_python) or (who == "ours" and a.only_peer):
+                    continue
+                out = os.path.join(work, f"{who}-{steps}-{scheme}")
+                job = {
+                    "model": os.path.abspath(a.model), "scheme": scheme, "group_size": a.group_size, "texts": texts,
+                    "nsamples": a.nsamples, "seqlen": a.seqlen, "iters": 0 if steps in ("rtn", "opt") else int(steps),
+                    "disable_opt_rtn": steps == "rtn", "out": out, "device": a.device, "work": work,
+                    "verify": not a.no_verify, "peer_amp": not a.peer_no_amp,
+                }  # fmt: skip
+                python, script = (a.peer_python, "run_peer.py") if who == "peer" else (sys.executable, "run_ours.py")
+                result = child(python, script, job)
+                quantized = AutoModelForCausalLM.from_pretrained(checkpoint(out), dtype=torch.float32, device_map=a.device)
+                quality = evaluate(
+                    quantized.eval(), texts=evals, tokenizer=tokenizer, reference=reference, seqlen=512,
+                    max_windows=a.windows * len(evals), batch_size=4, device=a.device,
+                )  # fmt: skip
+                row[who] = {**result, **quality.to_dict()}
+                del quantized
+                shutil.rmtree(out)
+                print(run, who, f"wall {result['wall']:.1f} s, peak {result['rss'] / 1e6:.0f} MB, {quality.describe()}", flush=True)
+            if "peer" in row and "ours" in row:
+                ours, peer = row["ours"], row["peer"]
+                row["ratio"] = {
+                    "wall": ours["wall"] / peer["wall"], "rss": ours["rss"] / peer["rss"],
+                    "kl": ours["kl"]["value"] / peer["kl"]["value"],
+                }  # fmt: skip
+                if ours.get("vram") and peer.get("vram"):
+                    row["ratio"]["vram"] = ours["vram"] / peer["vram"]
+                print(run, "ratio ours/peer:", ", ".join(f"{k} {v:.3f}" for k, v in row["ratio"].items()), flush=True)
+            results.append(row)
+    if a.out:
+        settings = {k: v for k, v in vars(a).items() if k not in ("out", "peer_python", "model", "text", "eval_text")}
+        record = {"machine": machine(), "model": Path(a.model).name, "settings": settings, "results": results}
+        Path(a.out).write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
