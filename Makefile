@@ -1,0 +1,84 @@
+# `make demo` and `make test` do everything from nothing; a second call installs nothing. `make help` lists the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# Without a terminal there is nobody to answer a question, and warnings about local package folders help nobody.
+PIP_INSTALL := $(PIP) install --no-input --no-warn-script-location -c requirements/torch.txt
+SOURCES := auto_round test tools examples $(wildcard bench)
+
+.PHONY: help demo test test-slow test-cuda lint format bench wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       quantize a small real model to 4 bits, save it, open it in Transformers, show how good it is"
+	@echo "make test       all fast tests on the CPU             (PYTEST_ARGS='-k schemes' chooses some)"
+	@echo "make test-slow  tests with real models and long runs"
+	@echo "make test-cuda  tests that need a CUDA GPU"
+	@echo "make lint       ruff and mypy;  make format rewrites what ruff can"
+	@echo "make bench      how to measure against auto-round 0.16.1 (takes an hour: prints the commands)"
+	@echo "make wheel      build the wheel into dist/"
+	@echo "make clean      remove the environment, the demo's files and caches"
+
+# Each stamp is newer than all that was installed for it.
+$(VENV)/.torch: requirements/torch.txt
+	@echo "making $(VENV) and installing PyTorch (once)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d; set PYTHON=" % v[:2])'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --no-input -r requirements/torch.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo "installing the project and what its tests need (once)"
+	@$(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo "installing the project and what the demo needs (once)"
+	@$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test requirements/lint.txt
+	@$(PIP_INSTALL) -r requirements/lint.txt
+	@touch $@
+
+.demo/smollm2/.done: $(VENV)/.demo tools/fetch_demo_model.py
+	@$(BIN)/python tools/fetch_demo_model.py .demo/smollm2
+	@touch $@
+
+demo: .demo/smollm2/.done
+	@$(BIN)/python examples/demo.py --model .demo/smollm2 --work .demo $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) test/test_cpu
+
+test-slow: $(VENV)/.test
+	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS) test/test_cpu
+
+test-cuda: $(VENV)/.test
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) test/test_cuda
+
+lint: $(VENV)/.lint
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+
+format: $(VENV)/.lint
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+bench: .demo/smollm2/.done
+	@echo "Against auto-round 0.16.1, which gets an environment of its own:"
+	@echo "  $(PYTHON) -m venv .demo/peer && .demo/peer/bin/pip install -r requirements/torch.txt"
+	@echo "  .demo/peer/bin/pip install -c requirements/torch.txt auto-round==0.16.1"
+	@echo "  $(BIN)/python bench/vs_peer.py --help"
+	@echo "Results that were measured are in bench/results/."
+
+wheel: $(VENV)/.torch
+	@$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
