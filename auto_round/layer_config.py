@@ -11,6 +11,7 @@ from auto_round.errors import ConfigError, nearest
 from auto_round.schemes import QuantizationScheme, is_preset_scheme, preset_name_to_scheme
 
 LayerConfig = Mapping[str, Any]
+_DEEPEST = 20
 _REGEX_CHARS = re.compile(r"[\\^$*+?\[\](){}|]")
 
 
@@ -32,7 +33,7 @@ def parse_layer_config(text: str) -> dict[str, Any]:
             raise ConfigError(f"--layer_config: cannot read {text!r}: {error.strerror}") from error
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         value = _RelaxedReader(text).read()
     if not isinstance(value, dict):
         raise ConfigError(f"--layer_config {text!r} is not a mapping; write {{layer:{{bits:8}},other:W8A16}}")
@@ -43,7 +44,7 @@ class _RelaxedReader:
     """Reads `{a:{b:1},c:[1,2]}`: JSON whose strings may lack quotes."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text, self.at, self.depth = text, 0, 0
 
     def read(self) -> Any:
         value = self._value()
@@ -70,11 +71,14 @@ class _RelaxedReader:
 
     def _value(self) -> Any:
         char = self._peek()
-        if char == "{":
-            return self._mapping()
-        if char in "[(":
-            return self._list("]" if char == "[" else ")")
-        return _plain(self._string(",}])"))
+        if not char or char not in "{[(":
+            return _plain(self._string(",}])"))
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise self._error("brackets nested too deeply")
+        value = self._mapping() if char == "{" else self._list("]" if char == "[" else ")")
+        self.depth -= 1
+        return value
 
     def _mapping(self) -> dict[str, Any]:
         self._take("{")
@@ -142,6 +146,9 @@ def parse_ignore_layers(value: str | Sequence[str] | None) -> tuple[str, ...]:
     if not value:
         return ()
     items = value.replace(";", ",").split(",") if isinstance(value, str) else list(value)
+    for item in items:
+        if not isinstance(item, str):
+            raise ConfigError(f"ignore_layers: {item!r} is no layer name; give names or patterns, such as 'mlp,lm_head'")
     return tuple(item.strip() for item in items if item.strip())
 
 
@@ -151,6 +158,8 @@ def matching_layers(pattern: str, layers: Sequence[str]) -> list[str]:
     A partial name matches whole dotted segments or the end or start of one, so `layers.1` does not mean `layers.10`
     and `k_proj` does mean `model.layers.0.self_attn.k_proj`.
     """
+    if not isinstance(pattern, str) or not pattern.strip():
+        raise ConfigError(f"layer pattern {pattern!r} is empty or no text; give a layer's name or a part of it")
     if pattern in layers:
         return [pattern]
     if _REGEX_CHARS.search(pattern):
