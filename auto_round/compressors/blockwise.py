@@ -72,7 +72,7 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         block = source.load(name, walk.device)
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
         tasks = [layer_task(source, plan) for plan in planned]
-        with in_dtype(block, walk.dtype):
+        with in_dtype(block, source.dtype, walk.dtype):
             result = _quantize_block(index, name, block, tasks, walk, full, quantized)
             by_name = {layer.name: layer for layer in result.layers}
             for task in tasks:
@@ -81,6 +81,9 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
                 quantized.hidden = quantized.after(index, block, walk.device, walk.dtype)
             if probe is not None:
                 probe.hidden = probe.after(index, block, walk.device, walk.dtype)
+        if not source.lazy:
+            for task in tasks:
+                install(task, by_name[task.name])
         _emit(job, source, name, result, walk.sinks)
         source.release(name)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)

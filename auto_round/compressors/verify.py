@@ -122,7 +122,7 @@ def _walk(folder: Path, source: CheckpointSource, expected: Expected) -> float |
             _compare_layer(folder, layer, source.model.get_submodule(layer), expected.digests[layer])
             inside.add(layer)
         if stream is not None:
-            with in_dtype(block, expected.dtype):
+            with in_dtype(block, source.dtype, expected.dtype):
                 stream.hidden = stream.after(index, block, expected.device, expected.dtype)
         source.release(name)
     outside = [layer for layer in expected.digests if layer not in inside]

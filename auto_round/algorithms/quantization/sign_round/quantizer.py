@@ -17,7 +17,6 @@ from auto_round.algorithms.quantization.sign_round.samples import shuffled_batch
 from auto_round.errors import NumericsError
 
 TuningLinear = IntegerTuningLinear | FunctionTuningLinear
-RELATIVE = True
 _CHECKS = 8  # times the held-out loss is taken during tuning, besides the start
 
 
@@ -143,20 +142,8 @@ class SignRoundQuantizer:
 
 
 def token_weights(task: BlockTask) -> torch.Tensor | None:
-    """float32 [N, T]: how much each position counts; None when all count alike.
-
-    Masked positions count nothing. The next block normalises every position by its own size, so what matters is the
-    error relative to it: a position is weighted by the inverse mean square of its target. Without this the few
-    positions with massive activations (Sun et al. 2024, arXiv 2402.17762) are all that is tuned for.
-    """
-    assert task.targets is not None
-    if not RELATIVE:
-        return None if task.loss_mask is None else task.loss_mask.float()
-    size = torch.stack([sample.float().square().mean(-1) for sample in task.targets])
-    weights = 1.0 / size.clamp(min=1e-12)
-    if task.loss_mask is not None:
-        weights = weights * task.loss_mask.to(weights)
-    return weights / weights.sum().clamp(min=1e-30) * weights.numel()
+    """float32 [N, T], one where a position counts and zero where it is masked; None when all count."""
+    return None if task.loss_mask is None else task.loss_mask.float()
 
 
 def _initial_state(layer: TuningLinear) -> tuple[torch.Tensor, ...]:

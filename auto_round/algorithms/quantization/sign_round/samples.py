@@ -8,7 +8,7 @@ import torch
 
 
 def split_samples(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """(tuned on, held out). An eighth is held out, at least one; with fewer than four samples all serve both ends."""
+    """(tuned on, held out). A sixteenth is held out, at least one; with fewer than four samples all serve both ends."""
     if count < 4:
         return list(range(count)), list(range(count))
     generator = torch.Generator().manual_seed(seed)
