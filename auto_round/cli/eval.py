@@ -29,8 +29,11 @@ def run_verb(argv: Sequence[str]) -> int:
     return evaluate_given(given)
 
 
-def evaluate_given(given: Mapping[str, Any]) -> int:
-    """Evaluate as the given flags say, print a table and write `--eval_output`. Returns the exit code."""
+def evaluate_given(given: Mapping[str, Any], record_in: Path | None = None) -> int:
+    """Evaluate as the given flags say, print a table and write `--eval_output`. Returns the exit code.
+
+    `record_in`: folder of a model just saved, whose card and report get the result.
+    """
     output = check_output(given.get("eval_output"))
 
     from auto_round.compressors.device import resolve_device
@@ -50,6 +53,10 @@ def evaluate_given(given: Mapping[str, Any]) -> int:
         trust_remote_code=given.get("trust_remote_code", False),
     )
     print_result(result)
+    if record_in is not None:
+        from auto_round.report.quality import add_quality
+
+        add_quality(record_in, result.to_dict(), result.rows(), result.describe())
     if output is not None:
         write_json(output, result)
     return 0

@@ -90,8 +90,9 @@ def quantize(given: dict[str, Any], recipe: Recipe) -> int:
         return 0
     from auto_round.cli.eval import evaluate_given
 
-    after = {**given, "model": str(last_folder(result)), "reference": given.get("reference", given["model"])}
-    return evaluate_given(after)
+    folder = last_folder(result)
+    after = {**given, "model": str(folder), "reference": given.get("reference", given["model"])}
+    return evaluate_given(after, record_in=folder)
 
 
 def facade_arguments(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
