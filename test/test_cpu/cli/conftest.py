@@ -49,7 +49,11 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     from auto_round.cli import eval as module
 
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(module, "evaluate_given", lambda given: calls.append(dict(given)) or 0)
+    monkeypatch.setattr(
+        module,
+        "evaluate_given",
+        lambda given, record_in=None: calls.append({**given, **({"record_in": record_in} if record_in else {})}) or 0,
+    )
     return calls
 
 
