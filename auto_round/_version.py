@@ -1,1 +1,3 @@
+"""The version, the only place it is written."""
+
 __version__ = "1.0.0"

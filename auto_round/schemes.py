@@ -186,6 +186,7 @@ def normalize_preset_name(name: str) -> str:
 
 
 def is_preset_scheme(name: str) -> bool:
+    """Whether `name` is a preset, in any spelling that `preset_name_to_scheme` takes."""
     return normalize_preset_name(name) in PRESET_SCHEMES
 
 

@@ -39,6 +39,8 @@ class Flag:
 
 @dataclass(frozen=True)
 class Group:
+    """Flags under one heading of the help."""
+
     title: str
     flags: tuple[Flag, ...]
 

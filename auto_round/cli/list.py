@@ -31,6 +31,7 @@ def run_verb(argv: Sequence[str]) -> int:
 
 
 def formats() -> str:
+    """Formats, whether they can be written here, and the schemes they take."""
     from auto_round.export.formats import format_table
 
     rows = [(name, "yes" if here else "not yet", ", ".join(names)) for name, names, here in format_table()]
@@ -38,6 +39,7 @@ def formats() -> str:
 
 
 def schemes() -> str:
+    """Presets, what they mean, and the formats that take them or what is missing."""
     from auto_round.schemes import PRESET_SCHEMES
 
     rows = [(name, scheme.describe(), _scheme_formats(scheme)) for name, scheme in PRESET_SCHEMES.items()]
@@ -60,12 +62,14 @@ def _scheme_formats(scheme: QuantizationScheme) -> str:
 
 
 def datasets() -> str:
+    """Registered calibration sets."""
     from auto_round.calib_dataset import available_datasets
 
     return text_table(("dataset", "where", "what"), [(name, where, what) for name, what, where in available_datasets()])
 
 
 def backends() -> str:
+    """What can run quantized layers here, or why not."""
     from auto_round.inference.backend import list_backends
 
     rows = [
@@ -77,6 +81,7 @@ def backends() -> str:
 
 
 def environment() -> str:
+    """Environment variables with the values in force."""
     import os
 
     from auto_round.envs import VARIABLES
@@ -89,6 +94,7 @@ def environment() -> str:
 
 
 def recipes() -> str:
+    """Recipes and their settings."""
     from auto_round.recipes import RECIPES
 
     head = ("recipe", "command", "batch_size", "iters", "seqlen", "nsamples", "lr", "disable_opt_rtn", "for")

@@ -66,6 +66,7 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
 
 
 def layer_records(job: Job) -> tuple[LayerRecord, ...]:
+    """Every linear layer of the job, for the report."""
     records = []
     for name, plan in job.layers.items():
         bits = stored_bits(plan.scheme, plan.in_features) if plan.scheme.quantizes_weights else None

@@ -77,6 +77,7 @@ def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> n
 
 
 def config_dtype(config: Any) -> torch.dtype | None:
+    """The floating dtype (16 bits or more) that a configuration names, or None."""
     for part in (config, config.get_text_config()):
         found = getattr(part, "dtype", None)
         if isinstance(found, str):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from auto_round.cli import main
 from auto_round.cli.arguments import QUANTIZE_GROUPS
 from auto_round.cli.quantize import _OWN
+from auto_round.errors import DeviceError
 
 DEFAULT = {"batch_size": 8, "iters": 200, "seqlen": 2048, "nsamples": 128, "disable_opt_rtn": False}
 
@@ -100,14 +101,41 @@ def test_dry_run_prints_the_plan_and_writes_nothing(job: Any, capsys: pytest.Cap
     assert job.planned == {"format": "fake", "output_dir": "./tmp_autoround"} and not job.saved
 
 
-def test_every_value_goes_somewhere() -> None:
+# For each keyword of AutoRound that a flag sets: a value other than its default.
+CHANGED: dict[str, Any] = {
+    "model_dtype": "bf16", "platform": "model_scope", "trust_remote_code": True, "scheme": "W8A16", "bits": 2,
+    "group_size": 32, "sym": False, "data_type": "other", "scale_dtype": "fp32", "layer_config": {"k_proj": {"bits": 8}},
+    "ignore_layers": "mlp", "quant_lm_head": True, "to_quant_block_names": "model.layers.0", "dataset": "mbpp",
+    "nsamples": 3, "seqlen": 16, "batch_size": 2, "seed": 7, "iters": 3, "lr": 0.5, "minmax_lr": 0.25, "momentum": 0.9,
+    "gradient_accumulate_steps": 2, "enable_adam": True, "enable_minmax_tuning": False, "enable_quanted_input": False,
+    "not_use_best_mse": True, "disable_opt_rtn": True, "enable_torch_compile": True, "amp": False,
+    "low_gpu_mem_usage": True, "low_cpu_mem_usage": False, "enable_deterministic_algorithms": True, "verify": False,
+}  # fmt: skip
+
+
+def test_every_flag_has_a_use() -> None:
     """No flag is parsed and ignored: it is a keyword of AutoRound, or one that the verb uses itself."""
+    flags = {f.dest for g in QUANTIZE_GROUPS for f in g.flags}
+    assert flags - set(_OWN) - {"model", "device_map"} == set(CHANGED)
+    assert set(_OWN) <= flags
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_every_value_changes_the_job(name: str, tiny_folder: Any) -> None:
+    """AutoRound takes the keyword, and the resolved settings or the opened model are others because of it."""
     from auto_round.autoround import AutoRound
 
-    taken = set(inspect.signature(AutoRound.__init__).parameters)
-    flags = {f.dest for g in QUANTIZE_GROUPS for f in g.flags}
-    assert flags - set(_OWN) <= taken
-    assert set(_OWN) <= flags
+    folder = tiny_folder("llama")
+    plain, changed = (AutoRound(folder, tokenizer=object(), device_map="cpu", **given) for given in ({}, {name: CHANGED[name]}))
+    opened = [(type(job._source), job._source.dtype) for job in (plain, changed)]
+    assert plain.settings != changed.settings or opened[0] != opened[1]
+
+
+def test_the_device_is_used(tiny_folder: Any) -> None:
+    from auto_round.autoround import AutoRound
+
+    with pytest.raises(DeviceError, match="cuda:7"):
+        AutoRound(tiny_folder("llama"), device_map="cuda:7")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +166,7 @@ def test_eval_after_quantizing_takes_the_last_format(job: Any, evaluated: list[d
     assert job.saved["output_dir"] == "o"
     (call,) = evaluated
     assert (call["model"], call["reference"], call["max_windows"]) == ("o/last", "org/m", 3)
+    assert call["record_in"] == Path("o/last"), "the card and report of what was saved get the figures"
 
 
 def test_eval_alone_only_evaluates(job: Any, evaluated: list[dict[str, Any]]) -> None:

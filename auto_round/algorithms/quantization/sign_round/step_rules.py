@@ -58,6 +58,7 @@ class AdamStep:
 
 
 def make_rule(adam: bool, momentum: float) -> StepRule:
+    """A fresh rule for one tensor: AdamW, or the sign of the gradient with or without momentum."""
     if adam:
         return AdamStep()
     return MomentumSignStep(momentum) if momentum > 0 else SignStep()
