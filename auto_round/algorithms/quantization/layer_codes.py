@@ -12,7 +12,7 @@ from auto_round.errors import NumericsError
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme
 
-_ROWS = 1 << 20  # weights rounded at a time, so that no float32 copy of a whole layer is made
+_ROWS = 1 << 17  # weights rounded at a time: stays in cache, and no float32 copy of a whole layer is made
 
 
 def is_integer(scheme: QuantizationScheme) -> bool:
