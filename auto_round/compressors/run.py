@@ -207,8 +207,8 @@ class Run:
         if settings.verify:
             started = time.monotonic()
             expected = Expected(
-                planned_tensors(fmt, dict(job.layers), source), sink.expected, finished.probe, finished.loss,
-                settings.device, finished.walk.dtype, settings.trust_remote_code,
+                planned_tensors(fmt, dict(job.layers), source), sink.expected, sink.dense, finished.probe,
+                finished.loss, settings.device, finished.walk.dtype, settings.trust_remote_code,
             )  # fmt: skip
             verified = verify_folder(folder, expected)
             finished.seconds["verify"] = time.monotonic() - started

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from auto_round.compressors.dense_experts import ExpertJoiner
-from auto_round.compressors.digest import layer_digest
+from auto_round.compressors.digest import dense_digest, layer_digest
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import ShardWriter
 from auto_round.modeling.source import ModelSource
@@ -44,6 +44,7 @@ class FolderSink:
 
     Attributes:
         expected: by layer, what a reader of the file must find (`digest.layer_digest`).
+        dense: by tensor that is part of no quantized layer, the digest of its bytes.
         written: names of all tensors, in order.
     """
 
@@ -55,6 +56,7 @@ class FolderSink:
         self.experts = experts or ExpertJoiner({})
         self.writer = ShardWriter(folder, max_shard_size)
         self.expected: dict[str, str] = {}
+        self.dense: dict[str, str] = {}
         self.written: list[str] = []
 
     def layer(self, layer: QuantizedLayer) -> None:
@@ -65,10 +67,13 @@ class FolderSink:
 
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
         for name in names:
-            self._add(name, source.read(name))
+            written = self._add(name, source.read(name))
+            if written is not None:
+                self.dense[written[0]] = dense_digest(written[1])
 
-    def _add(self, name: str, tensor: torch.Tensor) -> None:
+    def _add(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
         whole = self.experts.add(name, tensor)
         if whole is not None:
             self.writer.add(*whole)
             self.written.append(whole[0])
+        return whole

@@ -14,7 +14,7 @@ from auto_round.compressors.block_dtype import in_dtype
 from auto_round.compressors.digest import codes_digest, dense_digest
 from auto_round.compressors.outside import mean_loss
 from auto_round.compressors.streams import Stream
-from auto_round.errors import VerifyError
+from auto_round.errors import ConfigError, ModelError, NumericsError, UnsupportedError, VerifyError
 from auto_round.inference.convert_model import convert_hf_model
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.modeling.blocks import weight_2d
@@ -34,6 +34,7 @@ class Expected:
     Attributes:
         tensors: shape and dtype of every tensor by name.
         digests: by quantized layer, `digest.layer_digest`.
+        dense: by other tensor, `digest.dense_digest`.
         samples: the probe, one sample; None when no forward pass is to be compared.
         loss: mean next-token loss of the tuned model in memory on it.
         device, dtype: of the matrix products.
@@ -41,6 +42,7 @@ class Expected:
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     digests: Mapping[str, str]
+    dense: Mapping[str, str]
     samples: list[dict[str, torch.Tensor]] | None
     loss: float | None
     device: torch.device
@@ -54,9 +56,16 @@ def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
     Returns plain values for the report.
 
     Raises:
-        VerifyError: a tensor is missing, unplanned or of another shape or dtype; a layer's integers are not those that
-            were tuned; or the model's loss differs.
+        VerifyError: the folder cannot be opened; a tensor is missing, unplanned or of another shape or dtype; a layer's
+            integers are not those that were tuned, or another tensor is not as it was; or the model's loss differs.
     """
+    try:
+        return _verify(folder, expected)
+    except (ModelError, ConfigError, NumericsError, UnsupportedError) as error:
+        raise VerifyError(f"{folder} was written but does not open: {error}") from error
+
+
+def _verify(folder: Path, expected: Expected) -> dict[str, Any]:
     _check_tensors(folder, expected)
     quantized = (folder / "quantization_config.json").exists()
     source = CheckpointSource(
@@ -99,6 +108,9 @@ def _check_tensors(folder: Path, expected: Expected) -> None:
             raise VerifyError(
                 f"{folder}: tensor {name} is {found.dtype} {list(found.shape)}, planned was {dtype} {list(shape)}"
             )
+    for name, digest in expected.dense.items():
+        if dense_digest(files.read(name)) != digest:
+            raise VerifyError(f"{folder}: tensor {name} is not as it was; do not use these files, and report this")
 
 
 def _compare_sets(what: str, folder: Path, found: set[str], wanted: set[str]) -> None:
