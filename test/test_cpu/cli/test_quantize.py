@@ -104,8 +104,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(job: Any, capsys: pytest.Cap
 # For each keyword of AutoRound that a flag sets: a value other than its default.
 CHANGED: dict[str, Any] = {
     "model_dtype": "bf16", "platform": "model_scope", "trust_remote_code": True, "scheme": "W8A16", "bits": 2,
-    "group_size": 32, "sym": False, "data_type": "other", "scale_dtype": "fp32", "layer_config": {"k_proj": {"bits": 8}},
-    "ignore_layers": "mlp", "quant_lm_head": True, "to_quant_block_names": "model.layers.0", "dataset": "mbpp",
+    "group_size": 32, "sym": False, "data_type": "other", "scale_dtype": "fp32",
+    "layer_config": {"k_proj": {"bits": 8}}, "ignore_layers": "mlp", "quant_lm_head": True, "to_quant_block_names": "model.layers.0", "dataset": "mbpp",
     "nsamples": 3, "seqlen": 16, "batch_size": 2, "seed": 7, "iters": 3, "lr": 0.5, "minmax_lr": 0.25, "momentum": 0.9,
     "gradient_accumulate_steps": 2, "enable_adam": True, "enable_minmax_tuning": False, "enable_quanted_input": False,
     "not_use_best_mse": True, "disable_opt_rtn": True, "enable_torch_compile": True, "amp": False,
@@ -126,7 +126,9 @@ def test_every_value_changes_the_job(name: str, tiny_folder: Any) -> None:
     from auto_round.autoround import AutoRound
 
     folder = tiny_folder("llama")
-    plain, changed = (AutoRound(folder, tokenizer=object(), device_map="cpu", **given) for given in ({}, {name: CHANGED[name]}))
+    plain, changed = (
+        AutoRound(folder, tokenizer=object(), device_map="cpu", **given) for given in ({}, {name: CHANGED[name]})
+    )
     opened = [(type(job._source), job._source.dtype) for job in (plain, changed)]
     assert plain.settings != changed.settings or opened[0] != opened[1]
 
