@@ -103,7 +103,9 @@ def main() -> None:
                 }  # fmt: skip
                 python, script = (a.peer_python, "run_peer.py") if who == "peer" else (sys.executable, "run_ours.py")
                 result = child(python, script, job)
-                quantized = AutoModelForCausalLM.from_pretrained(checkpoint(out), dtype=torch.float32, device_map=a.device)
+                quantized = AutoModelForCausalLM.from_pretrained(
+                    checkpoint(out), dtype=torch.float32, device_map=a.device
+                )
                 quality = evaluate(
                     quantized.eval(), texts=evals, tokenizer=tokenizer, reference=reference, seqlen=512,
                     max_windows=a.windows * len(evals), batch_size=4, device=a.device,
@@ -111,7 +113,10 @@ def main() -> None:
                 row[who] = {**result, **quality.to_dict()}
                 del quantized
                 shutil.rmtree(out)
-                print(run, who, f"wall {result['wall']:.1f} s, peak {result['rss'] / 1e6:.0f} MB, {quality.describe()}", flush=True)
+                shown = ", ".join(f"{name} {value}" for name, value in quality.rows())
+                print(
+                    f"{run} {who}: wall {result['wall']:.1f} s, peak {result['rss'] / 1e6:.0f} MB, {shown}", flush=True
+                )
             if "peer" in row and "ours" in row:
                 ours, peer = row["ours"], row["peer"]
                 row["ratio"] = {
@@ -122,10 +127,11 @@ def main() -> None:
                     row["ratio"]["vram"] = ours["vram"] / peer["vram"]
                 print(run, "ratio ours/peer:", ", ".join(f"{k} {v:.3f}" for k, v in row["ratio"].items()), flush=True)
             results.append(row)
-    if a.out:
-        settings = {k: v for k, v in vars(a).items() if k not in ("out", "peer_python", "model", "text", "eval_text")}
-        record = {"machine": machine(), "model": Path(a.model).name, "settings": settings, "results": results}
-        Path(a.out).write_text(json.dumps(record, indent=2) + "\n")
+            if a.out:
+                hidden = ("out", "peer_python", "model", "text", "eval_text")
+                settings = {k: v for k, v in vars(a).items() if k not in hidden}
+                record = {"machine": machine(), "model": Path(a.model).name, "settings": settings, "results": results}
+                Path(a.out).write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
