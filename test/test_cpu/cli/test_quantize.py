@@ -105,7 +105,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(job: Any, capsys: pytest.Cap
 CHANGED: dict[str, Any] = {
     "model_dtype": "bf16", "platform": "model_scope", "trust_remote_code": True, "scheme": "W8A16", "bits": 2,
     "group_size": 32, "sym": False, "data_type": "other", "scale_dtype": "fp32",
-    "layer_config": {"k_proj": {"bits": 8}}, "ignore_layers": "mlp", "quant_lm_head": True, "to_quant_block_names": "model.layers.0", "dataset": "mbpp",
+    "layer_config": {"k_proj": {"bits": 8}}, "ignore_layers": "mlp", "quant_lm_head": True,
+    "to_quant_block_names": "model.layers.0", "dataset": "mbpp",
     "nsamples": 3, "seqlen": 16, "batch_size": 2, "seed": 7, "iters": 3, "lr": 0.5, "minmax_lr": 0.25, "momentum": 0.9,
     "gradient_accumulate_steps": 2, "enable_adam": True, "enable_minmax_tuning": False, "enable_quanted_input": False,
     "not_use_best_mse": True, "disable_opt_rtn": True, "enable_torch_compile": True, "amp": False,
