@@ -17,8 +17,9 @@ def peak_rss() -> int:
 
 if __name__ == "__main__":  # the peer starts worker processes that import this file again
     import torch
-    from auto_round import AutoRound
     from transformers import AutoTokenizer
+
+    from auto_round import AutoRound
 
     texts = json.load(open(job["texts"], encoding="utf-8"))
     options = {} if job["peer_amp"] else {"amp": False}
