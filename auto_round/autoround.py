@@ -127,6 +127,7 @@ class AutoRound:
         )
         self._source = _open(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
         self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
+        self._spent = False  # a model object is quantized in place, once
         self._result: tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished] | None = None
 
     @property
@@ -194,7 +195,13 @@ class AutoRound:
             _, layers, finished = self._result
             folders = run.save(os.fspath(output_dir), formats, overwrite, max_shard_size, layers, finished)
         else:
+            if self._spent:
+                raise ConfigError(
+                    "the model object holds quantized weights since the first quantize_and_save(); to save it more "
+                    "than once call quantize() and then save_quantized(), or name several formats at once"
+                )
             folders = run.to_folders(os.fspath(output_dir), formats, overwrite, max_shard_size)
+            self._spent = not self._source.lazy
         names = [str(folder) for folder in folders]
         return (None if self._source.lazy else self.model), (names[0] if len(names) == 1 else names)
 

@@ -148,7 +148,7 @@ def parse_ignore_layers(value: str | Sequence[str] | None) -> tuple[str, ...]:
     items = value.replace(";", ",").split(",") if isinstance(value, str) else list(value)
     for item in items:
         if not isinstance(item, str):
-            raise ConfigError(f"ignore_layers: {item!r} is no layer name; give names or patterns, such as 'mlp,lm_head'")
+            raise ConfigError(f"ignore_layers: {item!r} is no layer name; give names or patterns, such as 'mlp'")
     return tuple(item.strip() for item in items if item.strip())
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 
 @contextmanager
 def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters and buffers of `module` that have the model's dtype, in `dtype`; afterwards the tensors that were there
-    before are back, untouched.
+    """Parameters and buffers of `module` that have the model's dtype, in `dtype`; afterwards the tensors of before
+    are back, untouched.
 
     What a model keeps in another dtype (a router's bias in float32) stays so: the model's own code expects it. Packed
     layers take care of their own dtypes.
@@ -20,7 +21,8 @@ def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dty
     for owner in module.modules():
         if hasattr(owner, "qweight"):
             continue
-        for store in (owner._parameters, owner._buffers):
+        stores: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for store in stores:
             for leaf, tensor in store.items():
                 if tensor is None or tensor.dtype != model_dtype or tensor.dtype == dtype or tensor.is_meta:
                     continue

@@ -26,7 +26,10 @@ W4 = PRESET_SCHEMES["W4A16"]
         ("{ a.b : { bits : 3 } , c : { data_type : int } }", {"a.b": {"bits": 3}, "c": {"data_type": "int"}}),
         ("{'.*k_proj':{bits:8}}", {".*k_proj": {"bits": 8}}),
         ('{"layers\\.[0-3],x":{bits:8}}', {r"layers\.[0-3],x": {"bits": 8}}),
-        ("{a:{group_size:[128,64]},b:{group_size:(1,32)}}", {"a": {"group_size": [128, 64]}, "b": {"group_size": [1, 32]}}),
+        (
+            "{a:{group_size:[128,64]},b:{group_size:(1,32)}}",
+            {"a": {"group_size": [128, 64]}, "b": {"group_size": [1, 32]}},
+        ),
         ("{a:{bits:'8'}}", {"a": {"bits": "8"}}),
         ("{a:{sym:true,bits:none}}", {"a": {"sym": True, "bits": None}}),
         ("{}", {}),

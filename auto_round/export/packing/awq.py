@@ -1,7 +1,7 @@
 """The AWQ "gemm" layout, 4 bits: both tensors packed along the output dimension, in blocks of eight columns.
 
-    qweight int32 [in, out/8]      nibble i (bits 4i .. 4i+3) of word w = code of weight [8w + ORDER[i], row]
-    qzeros  int32 [groups, out/8]  the same for zero points, stored as they are
+qweight int32 [in, out/8]      nibble i (bits 4i .. 4i+3) of word w = code of weight [8w + ORDER[i], row]
+qzeros  int32 [groups, out/8]  the same for zero points, stored as they are
 """
 
 from __future__ import annotations

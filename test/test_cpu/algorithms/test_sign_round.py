@@ -81,7 +81,9 @@ W3 = QuantizationScheme(3, 16)
 
 
 @pytest.mark.parametrize("conv1d", [False, True])
-@pytest.mark.parametrize("scheme", [W3, QuantizationScheme(3, 16, False), QuantizationScheme(3, 20), QuantizationScheme(4, 0)])
+@pytest.mark.parametrize(
+    "scheme", [W3, QuantizationScheme(3, 16, False), QuantizationScheme(3, 20), QuantizationScheme(4, 0)]
+)
 def test_tuning_lowers_the_error_of_the_output(scheme: QuantizationScheme, conv1d: bool) -> None:
     task = make_task(scheme, conv1d)
     rounded = RTNQuantizer(RTNConfig()).quantize_block(task)
@@ -183,8 +185,8 @@ def test_a_loss_that_is_no_number_names_the_block_and_the_block_is_put_back() ->
 @pytest.fixture
 def ternary() -> Iterator[str]:
     @register_dtype("ternary_probe")
-    def quantize(tensor: Any, bits: int = 2, group_size: Any = -1, v: Any = 0, min_scale: Any = 1.0, max_scale: Any = 1.0,
-                 **kwargs: Any) -> Any:  # fmt: skip
+    def quantize(tensor: Any, bits: int = 2, group_size: Any = -1, v: Any = 0, min_scale: Any = 1.0,
+                 max_scale: Any = 1.0, **kwargs: Any) -> Any:  # fmt: skip
         groups, columns = reshape_pad_tensor_by_group_size(tensor + v, group_size)
         scale = groups.abs().mean(-1, keepdim=True) * 1.5 * max_scale
         qdq = round_ste(groups / scale).clamp(-1, 1) * scale

@@ -80,7 +80,9 @@ def test_schemes_of_later_versions(scheme: str, make: Callable[..., Any], tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("fmt, error", [("auto_rond", ConfigError), ("gguf:q4_k_m", UnsupportedError), ("", ConfigError)])
+@pytest.mark.parametrize(
+    "fmt, error", [("auto_rond", ConfigError), ("gguf:q4_k_m", UnsupportedError), ("", ConfigError)]
+)
 def test_unknown_formats(fmt: str, error: type[AutoRoundError], make: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(error, match="vailable: auto_round"):
         make("llama", iters=0).quantize_and_save(tmp_path / "out", fmt)
@@ -143,7 +145,8 @@ def test_too_little_disk(make: Callable[..., Any], tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "name, hint", [("nsample", "nsamples"), ("batchsize", "batch_size"), ("group_siz", "group_size"), ("itres", "iters")]
+    "name, hint",
+    [("nsample", "nsamples"), ("batchsize", "batch_size"), ("group_siz", "group_size"), ("itres", "iters")],
 )
 def test_unknown_arguments_bring_the_nearest(name: str, hint: str, make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=f"no argument '{name}'; did you mean .*'{hint}'"):

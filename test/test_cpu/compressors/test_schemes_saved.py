@@ -20,7 +20,12 @@ def test_bits(bits: int, sym: bool, make: Callable[..., Any], logits: Any, tmp_p
     _, folders = ar.quantize_and_save(tmp_path / "out", "auto_round,fake")
     assert relative(logits(folders[0]), logits(folders[1])) < 1e-5
     config = read_json(folders[0], "config.json")["quantization_config"]
-    assert (config["bits"], config["sym"], config["group_size"], config["quant_method"]) == (bits, sym, 32, "auto-round")
+    assert (config["bits"], config["sym"], config["group_size"], config["quant_method"]) == (
+        bits,
+        sym,
+        32,
+        "auto-round",
+    )
     packing = "auto_round:auto_gptq" if sym else "auto_round:auto_awq" if bits == 4 else "auto_round"
     assert config["packing_format"] == packing
     assert read_json(folders[0], "quantization_config.json") == config
@@ -41,7 +46,8 @@ def test_a_mixture(make: Callable[..., Any], logits: Any, tmp_path: Path, read_j
         "llama",
         iters=1,
         layer_config={
-            "k_proj": {"bits": 8, "group_size": -1}, "model.layers.0.mlp.down_proj": "W2A16G32", "v_proj": {"sym": False},
+            "k_proj": {"bits": 8, "group_size": -1}, "model.layers.0.mlp.down_proj": "W2A16G32",
+            "v_proj": {"sym": False},
             "lm_head": {"bits": 4, "group_size": 64}, "layers.1.mlp.gate_proj": {"bits": 3, "sym": False},
         },
         ignore_layers="o_proj",

@@ -151,7 +151,8 @@ def test_faults_in_dense_files(saved: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"bits": 8}, {"group_size": 16}, {"packing_format": "auto_round"}, {"extra_config": {FIRST: {"bits": 16}}}]
+    "change",
+    [{"bits": 8}, {"group_size": 16}, {"packing_format": "auto_round"}, {"extra_config": {FIRST: {"bits": 16}}}],
 )
 def test_a_config_that_does_not_fit_the_files_is_found(change: dict[str, Any], saved: Any, tmp_path: Path) -> None:
     folder, expected = saved["sym"]

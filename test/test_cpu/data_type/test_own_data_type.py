@@ -1,4 +1,4 @@
-"""A data type in a user's own file, as the guide to adding data types describes it, from registering to a saved model."""
+"""A data type in a user's own file, as the guide to adding data types describes it, from registering to saving."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from auto_round.data_type import QUANT_FUNC_WITH_DTYPE, get_quant_func, register
 from auto_round.errors import ConfigError, UnsupportedError
 
 # The steps of the guide, with the "quantization logic here" filled in.
-FILE = '''
+FILE = """
 import torch
 from auto_round.data_type.register import register_dtype
 from auto_round.data_type.utils import reshape_pad_tensor_by_group_size, revert_tensor_by_pad
@@ -47,7 +47,7 @@ def quant_tensor_your_dtype(
 
 
 calls = []
-'''
+"""
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ Gradients = Callable[
 def _clamp(x: torch.Tensor, low: Limit, high: Limit) -> torch.Tensor:
     if isinstance(low, torch.Tensor) and isinstance(high, torch.Tensor):
         return torch.maximum(torch.minimum(x, high), low)
+    assert isinstance(low, float | int) and isinstance(high, float | int)
     return x.clamp(low, high)
 
 

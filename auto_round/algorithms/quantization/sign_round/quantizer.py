@@ -97,9 +97,7 @@ class SignRoundQuantizer:
             layer.restore(state)
         return start, best
 
-    def _backward(
-        self, task: BlockTask, samples: Sequence[int], total: int, weights: torch.Tensor | None
-    ) -> None:
+    def _backward(self, task: BlockTask, samples: Sequence[int], total: int, weights: torch.Tensor | None) -> None:
         """Gradients of the weighted mean squared error of these samples, by their share of the step."""
         assert task.inputs is not None and task.targets is not None
         hidden = task.inputs[samples].to(task.compute_dtype)

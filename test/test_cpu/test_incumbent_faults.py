@@ -1,0 +1,163 @@
+"""Faults seen in another implementation, one test each; every test fails on the behaviour that is described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from auto_round import AutoRound, SignRoundConfig
+from auto_round.calibration.inputs import CapturedInputs, capture_inputs
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.modeling.source import open_source
+
+IDS = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def reopened(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_1_asymmetric_integers_rounded_without_data_open_as_what_they_were(
+    bits: int, packable_folder: Any, tmp_path: Path
+) -> None:
+    """Zero points were stored less one under a packing that does not subtract one."""
+    kwargs: dict[str, Any] = dict(iters=0, disable_opt_rtn=True, sym=False, bits=bits, group_size=32)
+    dense, _ = AutoRound(packable_folder("llama"), **kwargs).quantize()
+    AutoRound(packable_folder("llama"), **kwargs).quantize_and_save(tmp_path / "packed")
+    AutoRound(packable_folder("llama"), **kwargs).quantize_and_save(tmp_path / "fake", format="fake")
+    packed, fake = logits(reopened(tmp_path / "packed")), logits(reopened(tmp_path / "fake"))
+    assert torch.allclose(packed, fake, atol=1e-5) and torch.allclose(packed, logits(dense), atol=1e-5)
+
+
+def run_blocks(captured: CapturedInputs, source: Any) -> torch.Tensor:
+    hidden = captured.hidden
+    samples = list(range(hidden.shape[0]))
+    with torch.no_grad():
+        for index, name in enumerate(source.blocks):
+            hidden = captured.run(index, source.load(name), hidden, samples)
+    return captured.finish(source, hidden, samples)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3-next", "gpt-oss", "mistral"])
+def test_2_every_block_is_called_with_its_own_arguments(
+    family: str, tiny_folder: Callable[..., Path], tiny_model: Any
+) -> None:
+    """The arguments of block 0 were used for all: local rotary tables in global layers, or a crash."""
+    source = open_source(str(tiny_folder(family)))
+    captured = capture_inputs(source, [{"input_ids": ids} for ids in IDS])
+    assert torch.allclose(run_blocks(captured, source), logits(tiny_model(family)), atol=1e-4)
+
+
+def test_2_rotary_tables_and_masks_differ_by_kind_of_attention(tiny_folder: Callable[..., Path]) -> None:
+    source = open_source(str(tiny_folder("gemma3")))
+    captured = capture_inputs(source, [{"input_ids": ids} for ids in IDS])
+    kinds = source.config.layer_types
+    by_kind: dict[str, list[Any]] = {kind: [] for kind in kinds}
+    for index, kind in enumerate(kinds):
+        args, kwargs = captured.arguments(index, 0)
+        tables = kwargs.get("position_embeddings") or args[0]
+        by_kind[kind].append((tables[0], kwargs["attention_mask"]))
+    sliding, full = by_kind["sliding_attention"], by_kind["full_attention"]
+    assert len(sliding) == 3 and len(full) == 1
+    assert all(torch.equal(sliding[0][0], table) for table, _ in sliding)
+    assert not torch.equal(sliding[0][0], full[0][0])
+    masks = [None if mask is None else mask for _, mask in (sliding[0], full[0])]
+    assert masks[0] is not None and (masks[1] is None or not torch.equal(masks[0], masks[1]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+def test_3_masks_that_are_boolean_stay_so_and_calibration_stays_causal(
+    family: str, tiny_folder: Callable[..., Path]
+) -> None:
+    """Boolean masks became additive ones of 0 and 1, so that nothing was masked."""
+    source = open_source(str(tiny_folder(family)))
+    changed = IDS[0].clone()
+    changed[7:] = 5
+    padding = torch.ones_like(changed)
+    padding[:2] = 0
+    samples = [{"input_ids": ids, "attention_mask": padding} for ids in (IDS[0], changed)]
+    captured = capture_inputs(source, samples)
+    masks = 0
+    for index in range(len(source.blocks)):
+        args, kwargs = captured.arguments(index, 0)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            masks += 1
+            assert mask.dtype == torch.bool, (index, mask.dtype)
+    assert masks
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append(kwargs.get("attention_mask"))
+            return self.block(*args, **kwargs)
+
+    hidden = captured.hidden
+    for index, name in enumerate(source.blocks):
+        with torch.no_grad():
+            hidden = captured.run(index, Spy(source.load(name)), hidden, [0, 1])
+    assert all(mask is None or mask.dtype == torch.bool for mask in seen)
+    # What comes later does not reach back: positions 2 .. 6 are the same in both samples, padding aside.
+    assert torch.allclose(hidden[0, 2:7], hidden[1, 2:7], atol=1e-5)
+    assert not torch.allclose(hidden[0, 7:], hidden[1, 7:], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "spelling, dtype",
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("float32", torch.float32)],
+)
+def test_11_spellings_of_the_models_dtype(spelling: str, dtype: torch.dtype, packable_folder: Any) -> None:
+    """`fp32` looked up `torch.bfloat32` and ended the process with exit code 0."""
+    ar = AutoRound(packable_folder("llama"), iters=0, model_dtype=spelling)
+    assert all(parameter.dtype == dtype for parameter in ar.model.parameters())
+
+
+@pytest.mark.parametrize("spelling", ["bfloat32", "int8", "double precision", 32])
+def test_11_a_wrong_one_is_an_error(spelling: Any, packable_folder: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{spelling}.*float32"):
+        AutoRound(packable_folder("llama"), iters=0, model_dtype=spelling)
+
+
+def test_12_nblocks_is_not_ignored(packable_folder: Any) -> None:
+    with pytest.raises(UnsupportedError, match="nblocks=2.*not available"):
+        AutoRound(packable_folder("llama"), nblocks=2)
+    with pytest.raises(TypeError):
+        SignRoundConfig(nblocks=2)  # type: ignore[call-arg]
+    AutoRound(packable_folder("llama"), nblocks=1)
+
+
+def test_12_nblocks_is_not_ignored_on_the_command_line(packable_folder: Any, tmp_path: Path, capsys: Any) -> None:
+    from auto_round.cli.main import run
+
+    arguments = [packable_folder("llama"), "--iters", "0", "--nblocks", "2", "--output_dir", str(tmp_path / "out")]
+    try:
+        code = run(arguments)
+    except SystemExit as leaving:
+        code = leaving.code
+    assert code not in (0, None)
+    assert "nblocks" in "".join(capsys.readouterr())
+
+
+def test_17_four_asymmetric_bits_open_on_a_cpu(packable_folder: Any, tmp_path: Path) -> None:
+    """No CPU backend was there for its layout, and loading ended the process."""
+    ar = AutoRound(packable_folder("llama"), scheme="W4A16", sym=False, group_size=32, iters=0, disable_opt_rtn=True)
+    ar.quantize_and_save(tmp_path / "out")
+    model = reopened(tmp_path / "out")
+    assert model.config.quantization_config.packing_format == "auto_round:auto_awq"
+    assert bool(torch.isfinite(logits(model)).all())
