@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,9 +29,10 @@ from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.errors import UnsupportedError
 from auto_round.export.disk import check_disk, ensure_output_folder
-from auto_round.export.formats import OutputFormat, get_format
+from auto_round.export.formats import Grid, OutputFormat, get_format
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
+from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.progress import Progress, make_progress
 
@@ -209,18 +210,29 @@ class Run:
             expected = Expected(
                 planned_tensors(fmt, dict(job.layers), source), sink.expected, sink.dense, finished.probe,
                 finished.loss, settings.device, finished.walk.dtype, settings.trust_remote_code,
+                None if fmt.loads_here else _reader(job, fmt),
             )  # fmt: skip
             verified = verify_folder(folder, expected)
             finished.seconds["verify"] = time.monotonic() - started
+            loss = "" if verified["loss_reopened"] is None else f", probe loss {verified['loss_reopened']:.4f}"
             logger.info(
-                "verified %s: %d tensors, %d layers, probe loss %.4f", folder, len(expected.tensors),
-                len(expected.digests), verified["loss_reopened"] or float("nan"),
-            )  # fmt: skip
+                "verified %s: %d tensors, %d layers%s", folder, len(expected.tensors), len(expected.digests), loss
+            )
         write_records(
             folder, job, settings, fmt, finished.walk.records, finished.seconds, sink.writer.sha256, verified,
             finished.data,
         )  # fmt: skip
         logger.info("saved %s", folder)
+
+
+def _reader(job: Job, fmt: OutputFormat) -> Callable[[str, TensorFiles], Grid]:
+    def read(name: str, files: TensorFiles) -> Grid:
+        plan = job.layers[name]
+        specs = fmt.tensor_specs(name, plan.scheme, plan.in_features, plan.out_features)
+        tensors = {key: files.read(key) for key in specs}
+        return fmt.read_back(name, plan.scheme, tensors, plan.in_features, plan.out_features)
+
+    return read
 
 
 def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from auto_round.compressors.digest import codes_digest, dense_digest
 from auto_round.compressors.outside import mean_loss
 from auto_round.compressors.streams import Stream
 from auto_round.errors import ConfigError, ModelError, NumericsError, UnsupportedError, VerifyError
+from auto_round.export.formats import Grid
 from auto_round.inference.convert_model import convert_hf_model
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.modeling.blocks import weight_2d
@@ -38,6 +39,8 @@ class Expected:
         samples: the probe, one sample; None when no forward pass is to be compared.
         loss: mean next-token loss of the tuned model in memory on it.
         device, dtype: of the matrix products.
+        read_back: takes a layer's codes, scales and zero points out of the files, for formats that are opened by other
+            programs only; None opens the folder as Transformers would.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -48,6 +51,7 @@ class Expected:
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool = False
+    read_back: Callable[[str, TensorFiles], Grid] | None = None
 
 
 def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
@@ -66,7 +70,29 @@ def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
 
 
 def _verify(folder: Path, expected: Expected) -> dict[str, Any]:
-    _check_tensors(folder, expected)
+    files = _check_tensors(folder, expected)
+    loss = None
+    if expected.read_back is None:
+        loss = _reopen(folder, expected)
+    else:
+        _read_back(folder, files, expected)
+    return {
+        "passed": True,
+        "tensors": len(expected.tensors),
+        "layers": len(expected.digests),
+        "loss_in_memory": expected.loss,
+        "loss_reopened": loss,
+    }
+
+
+def _read_back(folder: Path, files: TensorFiles, expected: Expected) -> None:
+    assert expected.read_back is not None
+    for layer, digest in expected.digests.items():
+        if codes_digest(*expected.read_back(layer, files)) != digest:
+            raise _not_tuned(folder, layer)
+
+
+def _reopen(folder: Path, expected: Expected) -> float | None:
     quantized = (folder / "quantization_config.json").exists()
     source = CheckpointSource(
         folder, prepare=_swap_quantized if quantized else None, trust_remote_code=expected.trust_remote_code
@@ -81,13 +107,7 @@ def _verify(folder: Path, expected: Expected) -> dict[str, Any]:
                 f"{folder}: the saved model's loss on the probe is {loss:.5f}, the tuned model's was "
                 f"{expected.loss:.5f}; do not use these files, and report this with report.json"
             )
-    return {
-        "passed": True,
-        "tensors": len(expected.tensors),
-        "layers": len(expected.digests),
-        "loss_in_memory": expected.loss,
-        "loss_reopened": loss,
-    }
+    return loss
 
 
 def _swap_quantized(model: torch.nn.Module) -> None:
@@ -98,7 +118,7 @@ def _quantized_modules(model: torch.nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def _check_tensors(folder: Path, expected: Expected) -> None:
+def _check_tensors(folder: Path, expected: Expected) -> TensorFiles:
     files = TensorFiles.open(folder)
     stored = files.tensors
     _compare_sets("tensors", folder, set(stored), set(expected.tensors))
@@ -111,6 +131,7 @@ def _check_tensors(folder: Path, expected: Expected) -> None:
     for name, digest in expected.dense.items():
         if dense_digest(files.read(name)) != digest:
             raise VerifyError(f"{folder}: tensor {name} is not as it was; do not use these files, and report this")
+    return files
 
 
 def _compare_sets(what: str, folder: Path, found: set[str], wanted: set[str]) -> None:
@@ -162,6 +183,8 @@ def _compare_layer(folder: Path, name: str, module: torch.nn.Module, wanted: str
     else:
         found = dense_digest(weight_2d(module))
     if found != wanted:
-        raise VerifyError(
-            f"{folder}: layer {name} does not hold what was tuned; do not use these files, and report this"
-        )
+        raise _not_tuned(folder, name)
+
+
+def _not_tuned(folder: Path, name: str) -> VerifyError:
+    return VerifyError(f"{folder}: layer {name} does not hold what was tuned; do not use these files, and report this")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme
 
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Grid = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | int"]
 
 
 class OutputFormat(ABC):
@@ -26,6 +27,9 @@ class OutputFormat(ABC):
 
     # Set by `register_format`.
     name: ClassVar[str] = ""
+    # Whether the loader of `auto_round.inference` opens the files. What it opens is checked after saving by opening it;
+    # the tensors of other formats are taken apart by `read_back`.
+    loads_here: ClassVar[bool] = True
     # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
     support_schemes: ClassVar[tuple[str, ...]]
 
@@ -53,6 +57,16 @@ class OutputFormat(ABC):
     @abstractmethod
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """The layer's tensors by their full names in the checkpoint. `model_dtype`: dtype of dense weights."""
+
+    def read_back(
+        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
+        out_features: int,
+    ) -> Grid:  # fmt: skip
+        """What `pack` was given, from what it returned: (codes uint8 [out, in], scale [out, groups], zero point).
+
+        Needed where `loads_here` is False.
+        """
+        raise TypeError(f"format {self.name!r} has no read_back, and auto_round's own loader does not open it")
 
     @abstractmethod
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
