@@ -20,6 +20,7 @@ from vs_peer import machine
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import start_grid
+from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank, stack_tasks
 from auto_round.algorithms.quantization.sign_round.integer_linear import IntegerTuningLinear
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.schemes import QuantizationScheme
@@ -51,27 +52,30 @@ def build(a: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tu
         torch.zeros(1, a.seqlen, a.hidden, device=device, dtype=dtype), positions
     )
     scheme = QuantizationScheme(bits=a.bits, group_size=a.group_size)
-    layers = []
-    for parent in (block.self_attn, block.mlp):
-        for name, module in list(parent.named_children()):
-            if isinstance(module, torch.nn.Linear):
-                task = LayerTask(name, module, module.weight.detach(), scheme)
-                layer = IntegerTuningLinear(
-                    task, start_grid(task, True, torch.float16), dtype, torch.float16, compile_step=a.compile
-                )
-                setattr(parent, name, layer)
-                layers.append(layer)
-    return block, layers, tables
+    places = {
+        name: parent
+        for parent in (block.self_attn, block.mlp)
+        for name, module in parent.named_children()
+        if isinstance(module, torch.nn.Linear)
+    }
+    tasks = [LayerTask(n, getattr(p, n), getattr(p, n).weight.detach(), scheme) for n, p in places.items()]
+    banks = []
+    for stacked in stack_tasks(tasks):
+        grids = [start_grid(task, True, torch.float16) for task in stacked]
+        bank = IntegerBank(stacked, grids, dtype, torch.float16, compile_step=a.compile)
+        for index, task in enumerate(stacked):
+            setattr(places[task.name], task.name, IntegerTuningLinear(bank, index))
+        banks.append(bank)
+    return block, banks, tables
 
 
-def floor(layers: list, tokens: int, device: torch.device, dtype: torch.dtype, repeat: int) -> float:
+def floor(weights: list, tokens: int, device: torch.device, dtype: torch.dtype, repeat: int) -> float:
     """Milliseconds of x W^T, g W and g^T x for every layer, each the median of `repeat`."""
     total = 0.0
-    for layer in layers:
-        out, columns = layer.task.weight.shape
+    for w in weights:
+        out, columns = w.shape
         x = torch.randn(tokens, columns, device=device, dtype=dtype)
         g = torch.randn(tokens, out, device=device, dtype=dtype)
-        w = layer.quantized
         for product in (lambda x=x, w=w: x @ w.t(), lambda g=g, w=w: g @ w, lambda g=g, x=x: g.t() @ x):
             watch = Stopwatch(device)
             for _ in range(repeat):
@@ -95,7 +99,7 @@ def main() -> None:
     a = p.parse_args()
     device = torch.device(a.device)
     dtype = compute_dtype_for(device, torch.bfloat16)
-    block, layers, tables = build(a, device, dtype)
+    block, banks, tables = build(a, device, dtype)
     inputs = torch.randn(a.samples, a.seqlen, a.hidden, device=device, dtype=dtype)
     target = torch.randn_like(inputs)
     watch = Stopwatch(device)
@@ -108,18 +112,19 @@ def main() -> None:
         now = watch.lap("loss", now)
         output.backward(difference)
         now = watch.lap("backward", now)
-        refresh = [layer.refresh for layer in layers]
-        for layer in layers:
-            layer.refresh = lambda: None
-            layer.step(1e-3, 1e-3)
+        refresh = [bank.refresh for bank in banks]
+        for bank in banks:
+            bank.refresh = lambda: None
+            bank.step(1e-3, 1e-3)
         now = watch.lap("update", now)
-        for layer, again in zip(layers, refresh, strict=True):
-            layer.refresh = again
+        for bank, again in zip(banks, refresh, strict=True):
+            bank.refresh = again
             again()
         watch.lap("fake-quant", now)
         watch.lap("step", begin)
     medians = {name: statistics.median(laps[2:]) for name, laps in watch.laps.items()}
-    least = floor(layers, a.samples * a.seqlen, device, dtype, a.repeat)
+    weights = [bank.weight(index) for bank in banks for index in range(len(bank.tasks))]
+    least = floor(weights, a.samples * a.seqlen, device, dtype, a.repeat)
     print(machine())
     print(f"{'part':<12}{'ms':>9}{'share':>8}")
     for name in ("fake-quant", "forward", "loss", "backward", "update"):

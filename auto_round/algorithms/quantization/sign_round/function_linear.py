@@ -25,7 +25,7 @@ class FunctionTuningLinear(torch.nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.task, self.scale_dtype, self.compute_dtype = task, scale_dtype, compute_dtype
-        scheme = task.scheme
+        self.scheme = scheme = task.scheme
         self.function = get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
         self.weight_value = task.weight.float()
         self.bias = None if task.bias is None else task.bias.to(compute_dtype)
@@ -86,6 +86,10 @@ class FunctionTuningLinear(torch.nn.Module):
             factor.clamp_(0.0, 1.0)
         self.fresh = False
 
+    def initial(self) -> tuple[torch.Tensor, ...]:
+        """The state before the first step."""
+        return torch.zeros_like(self.u), *(torch.ones_like(factor) for factor in self.factors)
+
     def snapshot(self) -> tuple[torch.Tensor, ...]:
         return tuple(value.detach().clone() for value in (self.u, *self.factors))
 
@@ -95,6 +99,6 @@ class FunctionTuningLinear(torch.nn.Module):
             value.copy_(saved)
         self.fresh = False
 
-    def finish(self) -> QuantizedLayer:
+    def finish(self) -> list[QuantizedLayer]:
         with torch.no_grad():
-            return function_layer(self.task, self.scale_dtype, **self._learned())
+            return [function_layer(self.task, self.scale_dtype, **self._learned())]

@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 
-from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.rtn.quantizer import start_grid
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.function_linear import FunctionTuningLinear
+from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank, stack_tasks
 from auto_round.algorithms.quantization.sign_round.integer_linear import IntegerTuningLinear
 from auto_round.algorithms.quantization.sign_round.samples import shuffled_batches, split_samples
 from auto_round.errors import NumericsError
 
-TuningLinear = IntegerTuningLinear | FunctionTuningLinear
+Learnables = IntegerBank | FunctionTuningLinear
 _CHECKS = 8  # times the held-out loss is taken during tuning, besides the start
 
 
@@ -39,22 +40,23 @@ class SignRoundQuantizer:
         self.needs_importance = optimized_start
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
-        layers = {layer.name: self._tuning_linear(layer, task) for layer in task.layers}
-        parents = [_swap(task.block, layer.module, layers[layer.name]) for layer in task.layers]
+        learnables, stand_ins = self._learnables(task)
+        parents = [_swap(task.block, layer.module, stand_ins[layer.name]) for layer in task.layers]
         parameters = [(p, p.requires_grad) for p in task.block.parameters()]
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
         try:
-            before, after = self._tune(task, list(layers.values()))
-            results = [layer.finish() for layer in layers.values()]
+            before, after = self._tune(task, learnables)
+            results = {layer.name: layer for part in learnables for layer in part.finish()}
         finally:
             for layer, (parent, attribute) in zip(task.layers, parents, strict=True):
                 setattr(parent, attribute, layer.module)
             for parameter, wanted in parameters:
                 parameter.requires_grad_(wanted)
-        return BlockResult(results, before, after, self.config.iters)
+        return BlockResult([results[layer.name] for layer in task.layers], before, after, self.config.iters)
 
-    def _tuning_linear(self, layer: LayerTask, task: BlockTask) -> TuningLinear:
+    def _learnables(self, task: BlockTask) -> tuple[list[Learnables], dict[str, torch.nn.Module]]:
+        """What is tuned, and by layer the module that stands in for it."""
         config = self.config
         options: dict[str, Any] = {
             "compute_dtype": task.compute_dtype,
@@ -63,17 +65,26 @@ class SignRoundQuantizer:
             "adam": config.enable_adam,
             "momentum": config.momentum,
         }
-        if is_integer(layer.scheme):
-            grid = start_grid(layer, self.optimized_start, self.scale_dtype)
-            return IntegerTuningLinear(layer, grid, compile_step=self.compile_step, **options)
-        return FunctionTuningLinear(layer, **options)
+        learnables: list[Learnables] = []
+        stand_ins: dict[str, torch.nn.Module] = {}
+        for tasks in stack_tasks([layer for layer in task.layers if is_integer(layer.scheme)]):
+            grids = [start_grid(layer, self.optimized_start, self.scale_dtype) for layer in tasks]
+            bank = IntegerBank(tasks, grids, compile_step=self.compile_step, **options)
+            learnables.append(bank)
+            stand_ins |= {layer.name: IntegerTuningLinear(bank, index) for index, layer in enumerate(tasks)}
+        for layer in task.layers:
+            if layer.name not in stand_ins:
+                one = FunctionTuningLinear(layer, **options)
+                learnables.append(one)
+                stand_ins[layer.name] = one
+        return learnables, stand_ins
 
-    def _tune(self, task: BlockTask, layers: Sequence[TuningLinear]) -> tuple[float, float]:
+    def _tune(self, task: BlockTask, layers: Sequence[Learnables]) -> tuple[float, float]:
         config = self.config
         assert task.inputs is not None
         tuned_on, held_out = split_samples(task.inputs.shape[0], task.seed)
         batches = shuffled_batches(tuned_on, config.batch_size * config.gradient_accumulate_steps, task.seed + 1)
-        rates = [config.learning_rates(layer.task.scheme.bits) for layer in layers]
+        rates = [config.learning_rates(layer.scheme.bits) for layer in layers]
         check_every = max(1, config.iters // _CHECKS)
         weights = token_weights(task)
         start = best = self._loss(task, held_out, weights)
@@ -92,7 +103,7 @@ class SignRoundQuantizer:
                 if loss < best or config.not_use_best_mse:
                     best, best_state = loss, [layer.snapshot() for layer in layers]
         if best_state is None:
-            best_state = [_initial_state(layer) for layer in layers]
+            best_state = [layer.initial() for layer in layers]
         for layer, state in zip(layers, best_state, strict=True):
             layer.restore(state)
         return start, best
@@ -142,12 +153,6 @@ class SignRoundQuantizer:
 def token_weights(task: BlockTask) -> torch.Tensor | None:
     """float32 [N, T], one where a position counts and zero where it is masked; None when all count."""
     return None if task.loss_mask is None else task.loss_mask.float()
-
-
-def _initial_state(layer: TuningLinear) -> tuple[torch.Tensor, ...]:
-    if isinstance(layer, IntegerTuningLinear):
-        return torch.zeros_like(layer.v), torch.ones_like(layer.factor), layer.start_scale
-    return (torch.zeros_like(layer.u), *(torch.ones_like(f) for f in layer.factors))
 
 
 def _swap(block: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> tuple[torch.nn.Module, str]:
