@@ -38,6 +38,7 @@ class Walk:
         records: filled in, one a block.
         probe_hidden: the probe after the last block.
         last_inputs: the calibration stream after the last block, which the layers outside the blocks are fed.
+        last_full: the same without quantization; the same object when there is one stream.
     """
 
     quantizer: BlockQuantizer
@@ -53,6 +54,7 @@ class Walk:
     records: list[BlockRecord] = field(default_factory=list)
     probe_hidden: torch.Tensor | None = None
     last_inputs: Stream | None = None
+    last_full: Stream | None = None
 
 
 def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -> None:
@@ -90,7 +92,7 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         walk.records.append(record)
         progress.block(name, result.loss_before, result.loss_after)
     walk.probe_hidden = probe.hidden if probe is not None else None
-    walk.last_inputs = quantized or full
+    walk.last_inputs, walk.last_full = quantized or full, full
 
 
 def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
 from auto_round.calibration.statistics import SecondMoments
 from auto_round.compressors.blockwise import Walk, install, layer_task
+from auto_round.compressors.head import head_inputs, quantize_head
 from auto_round.compressors.job import Job
 from auto_round.compressors.sinks import Sink
 from auto_round.errors import NumericsError
@@ -17,30 +19,44 @@ from auto_round.eval.loss import token_nll
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
+from auto_round.report.run_report import BlockRecord
 
 
 def quantize_outside(
-    job: Job, source: ModelSource, walk: Walk, optimized: bool, scale_dtype: torch.dtype
+    job: Job, source: ModelSource, walk: Walk, optimized: bool, scale_dtype: torch.dtype, steps: int = 0
 ) -> list[QuantizedLayer]:
-    """Round the quantized layers that are in no block, on scales searched with the inputs that the quantized blocks
-    give them (plain rounding without calibration data). Their dense weights are put in place until the model's tail is
-    released."""
+    """Quantize the layers that are in no block, by the inputs that the quantized blocks give them: the head tuned when
+    the blocks were (`steps` of them), others on searched scales, and plainly without calibration data. Their dense
+    weights are put in place until the model's tail is released."""
     results = []
+    head = _head(source.model)
     for name, plan in job.quantized().items():
         if any(name.startswith(f"{block}.") for block in source.blocks):
             continue
-        importance = _importance(source, walk, name) if optimized else None
+        started = time.monotonic()
+        tuned = steps > 0 and walk.last_inputs is not None and source.model.get_submodule(name) is head
+        inputs = head_inputs(source, walk, name) if tuned else None
+        importance = _importance(source, walk, name) if optimized and inputs is None else None
         source.load(name, walk.device)
         task = layer_task(source, plan)
         task.weight = task.weight.clone()  # a tied head shares it with the embedding, which stays as it is
-        task.importance = importance
-        layer = round_to_nearest(task, optimized and importance is not None, scale_dtype)
+        if inputs is not None:
+            layer, before, after = quantize_head(task, inputs, scale_dtype, optimized)
+            walk.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
+        else:
+            task.importance = importance
+            layer = round_to_nearest(task, optimized and importance is not None, scale_dtype)
         if not source.lazy:
             _untie(source, task)
             install(task, layer)
         source.release(name)
         results.append(layer)
     return results
+
+
+def _head(model: torch.nn.Module) -> torch.nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
 
 
 def _untie(source: ModelSource, task: LayerTask) -> None:

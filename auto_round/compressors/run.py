@@ -173,9 +173,11 @@ class Run:
         return Finished(walk, outside, loss, probe_ids, described, seconds)
 
     def _finish_outside(self, job: Job, walk: Walk, sinks: Sequence[Sink], progress: Progress) -> list[QuantizedLayer]:
-        progress.message("writing what is outside the blocks")
+        progress.message("what is outside the blocks")
         optimized = self.settings.needs_data and self.settings.optimized_start
-        outside = quantize_outside(job, self.source, walk, optimized, self.settings.scale_dtype)
+        algorithm = self.settings.algorithm
+        steps = algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
+        outside = quantize_outside(job, self.source, walk, optimized, self.settings.scale_dtype, steps)
         emit_outside(job, self.source, outside, sinks)
         return outside
 

@@ -23,7 +23,11 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kwargs", [TUNED, {"iters": 0, "sym": False}, {**TUNED, "enable_adam": True}], ids=repr)
+@pytest.mark.parametrize(
+    "kwargs",
+    [TUNED, {"iters": 0, "sym": False}, {**TUNED, "enable_adam": True}, {**TUNED, "quant_lm_head": True}],
+    ids=repr,
+)
 def test_threads_do_not_change_a_byte(
     kwargs: dict[str, Any], make: Callable[..., Any], weights_hash: Any, tmp_path: Path
 ) -> None:

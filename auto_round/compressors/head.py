@@ -1,0 +1,98 @@
+"""The output head: rounded against its outputs, and kept only where that brings predictions closer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.algorithms.quantization.coordinate_descent import round_by_descent
+from auto_round.algorithms.quantization.layer_codes import is_integer
+from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
+from auto_round.algorithms.quantization.sign_round.samples import split_samples
+from auto_round.compressors.blockwise import Walk
+from auto_round.errors import NumericsError
+from auto_round.modeling.outside import outside_loaded
+from auto_round.modeling.source import ModelSource
+from auto_round.quantized_layer import QuantizedLayer
+
+_TOKENS = 2048
+_JUDGES = 256  # held-out tokens whose predictions are compared
+_ROWS = 32
+
+
+@dataclass
+class HeadInputs:
+    """What reaches the head: `square` = sum z z' over the tokens that are tuned on, float32 [in, in], z being inputs in
+    the quantized model; and for held-out tokens [tokens, in] those inputs, and the full-precision model's."""
+
+    square: torch.Tensor
+    quantized: torch.Tensor
+    full: torch.Tensor
+
+
+@torch.no_grad()
+def head_inputs(source: ModelSource, walk: Walk, name: str) -> HeadInputs:
+    """Send both calibration streams on to the head.
+
+    Raises:
+        NumericsError: NaN or Inf in its inputs.
+    """
+    quantized, full = walk.last_inputs, walk.last_full
+    assert quantized is not None and full is not None
+    tuned_on, held_out = split_samples(quantized.hidden.shape[0], walk.seed)
+    square: torch.Tensor | None = None
+    judges: list[tuple[torch.Tensor, ...]] = []
+    each = max(1, _JUDGES // len(held_out))
+    with outside_loaded(source, walk.device):
+        for sample in sorted({*tuned_on, *held_out}):
+            keep = quantized.captured.loss_mask[sample].to(walk.device)
+            rows = []
+            for stream in (quantized, full) if sample in held_out else (quantized,):
+                hidden = stream.hidden[sample : sample + 1].to(walk.device)
+                rows.append(stream.captured.finish(source, hidden, [sample], stop_at=name)[0][keep].float())
+            if sample in held_out:
+                spread = torch.linspace(0, rows[0].shape[0] - 1, min(each, rows[0].shape[0])).long()
+                judges.append(tuple(row[spread.to(row.device)] for row in rows))
+            if sample in tuned_on:
+                if square is None:
+                    square = torch.zeros(rows[0].shape[-1], rows[0].shape[-1], device=rows[0].device)
+                for part in rows[0].split(_TOKENS):
+                    square.addmm_(part.t(), part)
+    assert square is not None
+    if not bool(torch.isfinite(square).all()):
+        raise NumericsError(f"NaN or Inf in the inputs of layer {name!r}")
+    return HeadInputs(square, torch.cat([j[0] for j in judges]), torch.cat([j[1] for j in judges]))
+
+
+def quantize_head(
+    task: LayerTask, inputs: HeadInputs, scale_dtype: torch.dtype, optimized: bool
+) -> tuple[QuantizedLayer, float, float]:
+    """The head on held-out tokens: (layer, KL divergence of rounding to nearest, and of what is kept), in nats.
+
+    KL judges because squared error does not say what a change of the logits does to the prediction.
+    """
+    task.importance = inputs.square.diagonal().contiguous()
+    nearest = round_to_nearest(task, optimized, scale_dtype)
+    plain = head_divergence(task, nearest, inputs)
+    if not is_integer(task.scheme):
+        return nearest, plain, plain
+    tuned = round_by_descent(task, inputs.square, scale_dtype)
+    divergence = head_divergence(task, tuned, inputs)
+    return (tuned, plain, divergence) if divergence < plain else (nearest, plain, plain)
+
+
+@torch.no_grad()
+def head_divergence(task: LayerTask, layer: QuantizedLayer, inputs: HeadInputs) -> float:
+    """Mean KL(full || quantized) over the held-out tokens, nats."""
+    weight = task.weight.float()
+    rounded = layer.dequantize().to(weight.device)
+    bias = None if task.bias is None else task.bias.float()
+    total = 0.0
+    for z, x in zip(inputs.quantized.split(_ROWS), inputs.full.split(_ROWS), strict=True):
+        full = torch.nn.functional.linear(x, weight, bias).log_softmax(-1)
+        found = torch.nn.functional.linear(z, rounded, bias).log_softmax(-1)
+        rows = (full.exp() * (full - found)).sum(-1, dtype=torch.float64)
+        total += sum(rows.tolist())
+    return total / max(1, inputs.full.shape[0])
