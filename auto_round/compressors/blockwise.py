@@ -36,6 +36,7 @@ class Walk:
         batch: samples in one forward pass.
         quantized_input: tune on the output of the quantized blocks before.
         records: filled in, one a block.
+        unreached: quantized layers that no calibration token reached (experts).
         probe_hidden: the probe after the last block.
         last_inputs: the calibration stream after the last block, which the layers outside the blocks are fed.
         last_full: the same without quantization; the same object when there is one stream.
@@ -52,6 +53,7 @@ class Walk:
     batch: int = 8
     quantized_input: bool = True
     records: list[BlockRecord] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
     probe_hidden: torch.Tensor | None = None
     last_inputs: Stream | None = None
     last_full: Stream | None = None
@@ -114,6 +116,7 @@ def _quantize_block(
             targets = full.after(index, block, walk.device, walk.dtype, moments)
         check_activations(name, targets)
         moments.check()
+        walk.unreached += [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
         for layer in tasks:
             layer.importance = moments.get(layer.name.removeprefix(f"{name}."))
         full.hidden = targets

@@ -65,12 +65,14 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
         write_text(folder, "generation_config.json", generation.to_json_string())
 
 
-def layer_records(job: Job) -> tuple[LayerRecord, ...]:
-    """Every linear layer of the job, for the report."""
+def layer_records(job: Job, unreached: Sequence[str] = ()) -> tuple[LayerRecord, ...]:
+    """Every linear layer of the job, for the report. `unreached`: layers that no calibration token reached."""
     records = []
+    without = set(unreached)
     for name, plan in job.layers.items():
         bits = stored_bits(plan.scheme, plan.in_features) if plan.scheme.quantizes_weights else None
-        records.append(LayerRecord(name, plan.scheme.describe(), bits, plan.reason))
+        reason = "no calibration token reached it: rounded by its weights alone" if name in without else plan.reason
+        records.append(LayerRecord(name, plan.scheme.describe(), bits, reason))
     return tuple(records)
 
 
@@ -93,6 +95,7 @@ def bits_per_weight(job: Job) -> float | None:
 def write_records(
     folder: Path, job: Job, settings: Settings, fmt: OutputFormat, blocks: Sequence[BlockRecord],
     seconds: Mapping[str, float], files: Mapping[str, str], verify: Mapping[str, Any] | None, data: str | None,
+    unreached: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """README.md and report.json."""
     sizes = {name: (folder / name).stat().st_size for name in files}
@@ -105,7 +108,7 @@ def write_records(
     )  # fmt: skip
     write_model_card(folder, card)
     report = RunReport(
-        model=job.model, format=fmt.name, job=job.to_dict() | {"data": data}, layers=layer_records(job),
+        model=job.model, format=fmt.name, job=job.to_dict() | {"data": data}, layers=layer_records(job, unreached),
         blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=peak_vram_bytes(),
         files=files, sizes=sizes, verify=verify,
     )  # fmt: skip

@@ -165,6 +165,12 @@ class Run:
                 walk_blocks(job, source, walk, progress)
                 outside = self._finish_outside(job, walk, sinks, progress)
                 loss = probe_loss(source, walk, outside)
+            if walk.unreached:
+                logger.warning(
+                    "no calibration token reached %d expert layers, such as %s: they are rounded by their weights "
+                    "alone and listed in report.json; more samples (nsamples, seqlen) reach more of them",
+                    len(walk.unreached), walk.unreached[0],
+                )  # fmt: skip
         finally:
             progress.finish()
         done = time.monotonic()
@@ -222,7 +228,7 @@ class Run:
             )
         write_records(
             folder, job, settings, fmt, finished.walk.records, finished.seconds, sink.writer.sha256, verified,
-            finished.data,
+            finished.data, finished.walk.unreached,
         )  # fmt: skip
         logger.info("saved %s", folder)
 
