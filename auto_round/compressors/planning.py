@@ -204,7 +204,11 @@ def expert_joiner(fmt: OutputFormat, layers: dict[str, LayerPlan], source: Model
 
 def _targets(fmt: OutputFormat, specs: TensorSpecs, source: ModelSource) -> dict[str, FusedTarget]:
     rules = fmt.rules(str(getattr(source.config, "model_type", "")))
-    return stored_targets(specs, rules) if rules.moves_tensors else fused_targets(source.model, specs)
+    if rules.moves_tensors:
+        return stored_targets(specs, rules)
+    # A packed layer's codes may have the name of its weight.
+    dense = {name for name, (_, dtype) in specs.items() if dtype.is_floating_point and dtype.itemsize > 1}
+    return fused_targets(source.model, dense)
 
 
 def _separate_tensors(

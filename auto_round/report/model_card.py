@@ -125,7 +125,8 @@ def _usage(format_name: str) -> str:
 ```bash
 mlx_lm.generate --model . --prompt "There is a girl who likes adventure," --max-tokens 50
 ```"""
-    transformers = """With Transformers (`pip install auto-round transformers accelerate`), from this folder or its hub id:
+    transformers = """\
+With Transformers (`pip install auto-round transformers accelerate`), from this folder or its hub id:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
