@@ -21,7 +21,7 @@ from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.source import ModelSource, open_source
 from auto_round.quantized_layer import QuantizedLayer
-from auto_round.schemes import SCHEME_KEYS, QuantizationScheme, normalize_preset_name, parse_scheme
+from auto_round.schemes import SCHEME_KEYS, QuantizationScheme, mixed_preset, normalize_preset_name, parse_scheme
 
 if TYPE_CHECKING:
     from auto_round.compressors.job import Job
@@ -106,6 +106,7 @@ class AutoRound:
             scheme=resolved,
             scheme_name=_scheme_name(scheme, resolved),
             algorithm=algorithm,
+            mixed=mixed_preset(scheme),
             optimized_start=optimized,
             layer_config=config,
             ignore_layers=parse_ignore_layers(options["ignore_layers"]),
@@ -319,11 +320,6 @@ def _tunes_or_searches(algorithm: RTNConfig | SignRoundConfig) -> bool:
 
 def _resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationScheme:
     base = parse_scheme(scheme)
-    if normalize_preset_name(str(scheme)) == "W4A16_MIXED" if isinstance(scheme, str) else False:
-        raise UnsupportedError(
-            "scheme W4A16_MIXED is not available in this version; use W4A16 with layer_config, such as "
-            "{'self_attn': {'bits': 8}}"
-        )
     overrides = {key: options[key] for key in SCHEME_KEYS if options[key] is not None}
     if isinstance(overrides.get("group_size"), str):
         parts = [int(p) for p in str(overrides["group_size"]).split(",")]
@@ -332,7 +328,7 @@ def _resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationSche
 
 
 def _scheme_name(scheme: Any, resolved: QuantizationScheme) -> str:
-    if isinstance(scheme, str) and parse_scheme(scheme) == resolved:
+    if isinstance(scheme, str) and (parse_scheme(scheme) == resolved or mixed_preset(scheme) is not None):
         return normalize_preset_name(scheme)
     if resolved.data_type == "int" and not resolved.quantizes_activations:
         size = resolved.group_size

@@ -215,6 +215,7 @@ def resolve_layers(
     ignore_layers: str | Sequence[str] | None = None,
     outside_blocks: Iterable[str] = (),
     quant_lm_head: bool = False,
+    own_defaults: Mapping[str, QuantizationScheme] | None = None,
 ) -> dict[str, QuantizationScheme]:
     """The scheme of every layer.
 
@@ -226,21 +227,23 @@ def resolve_layers(
         ignore_layers: patterns of layers left in full precision; they beat `layer_config`.
         outside_blocks: names of the linear layers outside blocks, such as `lm_head`: full precision unless named.
         quant_lm_head: give the layers outside blocks the default scheme too.
+        own_defaults: by layer, what takes the place of `default` for it.
 
     Raises:
         ConfigError: a pattern matches no layer (with the nearest names), or an entry is no scheme.
     """
     inside, outside = list(layers), list(outside_blocks)
     full = default.with_overrides({"bits": 16, "act_bits": 16})
-    schemes = {name: default for name in inside} | {name: default if quant_lm_head else full for name in outside}
     known = inside + outside
+    defaults = {name: (own_defaults or {}).get(name, default) for name in known}
+    schemes = {name: defaults[name] if quant_lm_head or name not in outside else full for name in known}
     exact: dict[str, QuantizationScheme] = {}
     for pattern, entry in (layer_config or {}).items():
         names = matching_layers(pattern, known)
         if not names:
             raise ConfigError(_no_match("layer_config", pattern, known))
-        scheme = scheme_from_entry(pattern, entry, default)
         for name in names:
+            scheme = scheme_from_entry(pattern, entry, defaults[name])
             if pattern == name:
                 exact[name] = scheme
             else:

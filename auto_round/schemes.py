@@ -163,6 +163,22 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "BF16": QuantizationScheme(16, 128, True, "fp", 16),
 }
 
+
+@dataclass(frozen=True)
+class MixedPreset:
+    """A preset of more than one width: its scheme is that of routed experts.
+
+    Attributes:
+        other_bits: of every other layer.
+        multimodal_other_bits: of every other layer of a model that also reads images or sound.
+    """
+
+    other_bits: int
+    multimodal_other_bits: int
+
+
+MIXED_PRESETS: dict[str, MixedPreset] = {"W4A16_MIXED": MixedPreset(other_bits=8, multimodal_other_bits=16)}
+
 # GGUF types: (bits, group_size, sym, data_type, super_bits, super_group_size), as defined by ggml's block structures.
 _GGUF: dict[str, tuple[int, int, bool, str, int | None, int | None]] = {
     "Q4_0": (4, 32, True, "int", None, None),
@@ -183,6 +199,11 @@ for _name, (_b, _g, _s, _d, _sb, _sg) in _GGUF.items():
 def normalize_preset_name(name: str) -> str:
     """Upper case, dashes as underscores: `w4a16` and `W4A16` are one preset."""
     return re.sub(r"[-\s]", "_", name.strip().strip("'\"")).upper()
+
+
+def mixed_preset(scheme: object) -> MixedPreset | None:
+    """The mixture that the preset called `scheme` stands for, None for any other scheme."""
+    return MIXED_PRESETS.get(normalize_preset_name(scheme)) if isinstance(scheme, str) else None
 
 
 def is_preset_scheme(name: str) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from auto_round.inference.packed_linear import PackedLinear
+
 
 @contextmanager
 def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dtype) -> Iterator[None]:
@@ -19,7 +21,7 @@ def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dty
     """
     before = []
     for owner in module.modules():
-        if hasattr(owner, "qweight"):
+        if isinstance(owner, PackedLinear):
             continue
         stores: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
         for store in stores:

@@ -41,11 +41,11 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat)
         values["architectures"] = [type(source.model).__name__]
     if any(not name.startswith(tuple(f"{b}." for b in job.blocks)) for name in job.quantized()):
         values["tie_word_embeddings"] = False
-    quantization = fmt.config(job.export_plan())
-    if quantization is not None:
-        values["quantization_config"] = quantization
+    plan = job.export_plan()
+    quantization = fmt.config(plan)
+    if quantization is not None and fmt.config_file:
         write_json(folder, "quantization_config.json", quantization)
-    write_json(folder, "config.json", values)
+    write_json(folder, "config.json", fmt.model_config(values, plan))
 
 
 def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> None:

@@ -42,6 +42,8 @@ class Job:
         bytes_on_disk: of the weights, by format.
         peak_ram, peak_vram: estimates in bytes of what the run itself holds, without the libraries' own memory.
         compute: device and dtype of the matrix products.
+        model_type: of the model's config.
+        embeddings: module names of the embeddings.
     """
 
     model: str
@@ -58,13 +60,17 @@ class Job:
     compute: str
     output_dir: str | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
+    model_type: str = ""
+    embeddings: tuple[str, ...] = ()
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
 
     def export_plan(self) -> ExportPlan:
         schemes = {name: plan.scheme for name, plan in self.layers.items()}
-        return ExportPlan(self.scheme, schemes, self.blocks, self.settings)
+        return ExportPlan(
+            self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type, embeddings=self.embeddings
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for report.json."""

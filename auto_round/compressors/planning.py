@@ -9,16 +9,17 @@ import torch
 
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
-from auto_round.compressors.dense_experts import ExpertJoiner, fused_targets
+from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, fused_targets, stored_targets
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.mixed import mixed_defaults
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
 from auto_round.errors import ConfigError, UnsupportedError, nearest
-from auto_round.export.formats import OutputFormat, require_scheme
+from auto_round.export.formats import OutputFormat, TensorSpecs, available_formats, get_format, require_scheme
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.layer_config import resolve_layers
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
-from auto_round.modeling.fused import fused_groups
+from auto_round.modeling.fused import fused_groups, is_routed_expert
 from auto_round.modeling.source import ModelSource
 from auto_round.schemes import QuantizationScheme
 
@@ -62,17 +63,25 @@ def make_job(
     check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
     for fmt in formats:
         require_scheme(fmt, settings.scheme, f"scheme {settings.scheme_name}")
+    model_type = str(getattr(source.config, "model_type", ""))
+    notes = _model_notes(formats, model_type)
     blocks = _chosen_blocks(settings, source)
     inside = [f"{block}.{name}" for block in source.blocks for name in linear_names(source.model.get_submodule(block))]
     everything = linear_names(source.model)
     inside_set = set(inside)
     head = _head_name(source)
     outside = [name for name in everything if name not in inside_set and name == head]
+    own_defaults = mixed_defaults(settings.mixed, settings.scheme, [*inside, *outside], source.config)
     schemes = resolve_layers(
-        inside, settings.scheme, settings.layer_config, settings.ignore_layers, outside, settings.quant_lm_head
-    )
+        inside, settings.scheme, settings.layer_config, settings.ignore_layers, outside, settings.quant_lm_head,
+        own_defaults,
+    )  # fmt: skip
+    if settings.mixed is not None and not any(map(is_routed_expert, inside)):
+        notes.append(
+            f"{settings.scheme_name} gives routed experts {settings.scheme.bits} bits, and this model has none: every "
+            f"layer gets {settings.mixed.other_bits}"
+        )
     layers: dict[str, LayerPlan] = {}
-    notes: list[str] = []
     for name, scheme in schemes.items():
         plan = _layer_plan(source, name, scheme)
         if scheme.quantizes_weights:
@@ -80,7 +89,7 @@ def make_job(
                 plan = _kept(plan, "its block is not in to_quant_block_names")
             else:
                 check_data_type(scheme, f"layer {name}")
-                plan = _for_formats(plan, formats)
+                plan = _for_formats(plan, formats, model_type)
         layers[name] = plan
     refused = [p for p in layers.values() if p.reason and p.scheme.bits >= 16]
     for plan in refused[:5]:
@@ -91,7 +100,7 @@ def make_job(
         raise ConfigError(
             "no layer is left to quantize; " + (notes[0] if notes else "check scheme, ignore_layers and layer_config")
         )
-    notes += _fused_notes(layers)
+    notes += _fused_notes(layers, formats)
     compute = compute_dtype(settings, source)
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
@@ -99,7 +108,8 @@ def make_job(
     return Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
         settings.scheme_name, settings.scheme, steps, {f.name: planned_bytes(f, layers, source) for f in formats},
-        ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
+        ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
+        _embeddings(source),
     )  # fmt: skip
 
 
@@ -133,23 +143,46 @@ def _kept(plan: LayerPlan, reason: str) -> LayerPlan:
     return replace(plan, scheme=full, reason=reason)
 
 
-def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat]) -> LayerPlan:
+def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str) -> LayerPlan:
     for fmt in formats:
         require_scheme(fmt, plan.scheme, f"layer {plan.name}")
-        reason = fmt.check_layer(plan.scheme, plan.in_features, plan.out_features)
+        reason = fmt.rules(model_type).stays_dense(plan.name)
+        reason = reason or fmt.check_layer(plan.scheme, plan.in_features, plan.out_features)
         if reason is not None:
             return _kept(plan, f"format {fmt.name}: {reason}")
     return plan
 
 
-def _fused_notes(layers: dict[str, LayerPlan]) -> list[str]:
+def _model_notes(formats: Sequence[OutputFormat], model_type: str) -> list[str]:
+    """What the formats say about this type of model. Raises UnsupportedError when one cannot hold it."""
+    rules = {fmt.name: fmt.rules(model_type) for fmt in formats}
+    for name, rule in rules.items():
+        if rule.refused is not None:
+            others = [f for f in available_formats() if get_format(f).rules(model_type).refused is None]
+            raise UnsupportedError(
+                f"format {name!r} cannot hold a model of type {model_type!r}: {rule.refused}; formats that can: "
+                f"{', '.join(others)}"
+            )
+    return [rule.note for rule in rules.values() if rule.note is not None]
+
+
+def _embeddings(source: ModelSource) -> tuple[str, ...]:
+    return tuple(name for name, m in source.model.named_modules() if isinstance(m, torch.nn.Embedding))
+
+
+def _fused_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
+    """Layers that the readers of these formats join although their schemes differ."""
+    readers = {fmt.name: fmt.fused_by for fmt in formats if fmt.fused_by}
+    if not readers:
+        return []
+    runtimes = " and ".join(dict.fromkeys(runtime for names in readers.values() for runtime in names))
     notes = []
     for group in fused_groups(list(layers)):
         described = {layers[name].scheme.describe() for name in group if name in layers}
         if len(described) > 1:
             notes.append(
-                f"{group[0]} and {len(group) - 1} more are fused by vLLM and SGLang but have different schemes "
-                f"({', '.join(sorted(described))}); those runtimes will refuse them"
+                f"{group[0]} and {len(group) - 1} more are fused by {runtimes} but have different schemes "
+                f"({', '.join(sorted(described))}); those runtimes will refuse the files of {', '.join(readers)}"
             )
     return notes[:3]
 
@@ -159,14 +192,23 @@ def planned_tensors(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every tensor that a format will write, tied aliases left out and dense experts fused."""
     specs = _separate_tensors(fmt, layers, source)
-    for name, target in fused_targets(source.model, specs).items():
+    for name, target in _targets(fmt, specs, source).items():
         specs[target.name] = (target.shape, specs.pop(name)[1])
     return specs
 
 
 def expert_joiner(fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource) -> ExpertJoiner:
-    """What fuses the experts that a format leaves dense."""
-    return ExpertJoiner(fused_targets(source.model, _separate_tensors(fmt, layers, source)))
+    """What fuses the experts that a format leaves dense, and stacks or renames what the format wants so."""
+    return ExpertJoiner(_targets(fmt, _separate_tensors(fmt, layers, source), source))
+
+
+def _targets(fmt: OutputFormat, specs: TensorSpecs, source: ModelSource) -> dict[str, FusedTarget]:
+    rules = fmt.rules(str(getattr(source.config, "model_type", "")))
+    if rules.moves_tensors:
+        return stored_targets(specs, rules)
+    # A packed layer's codes may have the name of its weight.
+    dense = {name for name, (_, dtype) in specs.items() if dtype.is_floating_point and dtype.itemsize > 1}
+    return fused_targets(source.model, dense)
 
 
 def _separate_tensors(

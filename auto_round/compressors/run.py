@@ -19,6 +19,7 @@ from auto_round.calib_dataset import CalibrationData, prepare_calibration
 from auto_round.calibration.inputs import CapturedInputs, capture_inputs
 from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, walk_blocks
+from auto_round.compressors.dense_experts import FusedTarget, read_pieces
 from auto_round.compressors.finish import write_config, write_records, write_side_files
 from auto_round.compressors.job import Job
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
@@ -218,7 +219,7 @@ class Run:
             expected = Expected(
                 planned_tensors(fmt, dict(job.layers), source), sink.expected, sink.dense, finished.probe,
                 finished.loss, settings.device, finished.walk.dtype, settings.trust_remote_code,
-                None if fmt.loads_here else _reader(job, fmt),
+                None if fmt.loads_here else _reader(job, fmt, sink.experts.targets),
             )  # fmt: skip
             verified = verify_folder(folder, expected)
             finished.seconds["verify"] = time.monotonic() - started
@@ -233,12 +234,11 @@ class Run:
         logger.info("saved %s", folder)
 
 
-def _reader(job: Job, fmt: OutputFormat) -> Callable[[str, TensorFiles], Grid]:
+def _reader(job: Job, fmt: OutputFormat, targets: Mapping[str, FusedTarget]) -> Callable[[str, TensorFiles], Grid]:
     def read(name: str, files: TensorFiles) -> Grid:
         plan = job.layers[name]
         specs = fmt.tensor_specs(name, plan.scheme, plan.in_features, plan.out_features)
-        tensors = {key: files.read(key) for key in specs}
-        return fmt.read_back(name, plan.scheme, tensors, plan.in_features, plan.out_features)
+        return fmt.read_back(name, plan.scheme, read_pieces(files, specs, targets), plan.in_features, plan.out_features)
 
     return read
 

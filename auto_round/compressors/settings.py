@@ -11,7 +11,7 @@ import torch
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.errors import ConfigError
-from auto_round.schemes import QuantizationScheme
+from auto_round.schemes import MixedPreset, QuantizationScheme
 
 _SCALE_DTYPES = {
     "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
@@ -26,6 +26,7 @@ class Settings:
     scheme: QuantizationScheme
     scheme_name: str
     algorithm: RTNConfig | SignRoundConfig
+    mixed: MixedPreset | None = None
     optimized_start: bool = True
     layer_config: Mapping[str, Any] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()

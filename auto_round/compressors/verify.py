@@ -17,7 +17,7 @@ from auto_round.compressors.streams import Stream
 from auto_round.errors import ConfigError, ModelError, NumericsError, UnsupportedError, VerifyError
 from auto_round.export.formats import Grid
 from auto_round.inference.convert_model import convert_hf_model
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.packed_linear import PackedLinear
 from auto_round.modeling.blocks import weight_2d
 from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.outside import outside_loaded
@@ -115,7 +115,7 @@ def _swap_quantized(model: torch.nn.Module) -> None:
 
 
 def _quantized_modules(model: torch.nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    return {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def _check_tensors(folder: Path, expected: Expected) -> TensorFiles:
@@ -177,7 +177,7 @@ def _walk(folder: Path, source: CheckpointSource, expected: Expected) -> float |
 
 
 def _compare_layer(folder: Path, name: str, module: torch.nn.Module, wanted: str) -> None:
-    if isinstance(module, QuantLinear):
+    if isinstance(module, PackedLinear):
         codes, scale, zero = module.unpack()
         found = codes_digest(codes, scale, zero)
     else:

@@ -124,7 +124,8 @@ class AutoRoundFormat(OutputFormat):
         names = plan.quantized_layers()
         if not names:
             return None
-        default = plan.scheme if plan.scheme.quantizes_weights else self._commonest(plan)
+        used = {plan.layers[name] for name in names}
+        default = plan.scheme if plan.scheme in used else self._commonest(plan)
         config: dict[str, Any] = {
             "bits": default.bits,
             "data_type": default.data_type,
@@ -162,7 +163,7 @@ class AutoRoundFormat(OutputFormat):
 
     @staticmethod
     def _commonest(plan: ExportPlan) -> QuantizationScheme:
-        """The default to write when the run's own default is 16 bits, which no reader takes as one."""
+        """The default to write when no layer has the run's own, such as 16 bits, which no reader takes as one."""
         counts = Counter(plan.layers[name] for name in plan.quantized_layers())
         return counts.most_common(1)[0][0]
 

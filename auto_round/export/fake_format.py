@@ -17,6 +17,7 @@ class FakeFormat(OutputFormat):
     """Takes every scheme. Quantization of activations is not stored: the file holds weights alone."""
 
     support_schemes: ClassVar[tuple[str, ...]] = tuple(PRESET_SCHEMES)
+    fused_by: ClassVar[tuple[str, ...]] = ()  # dense weights join whatever they were rounded to
 
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
         return None

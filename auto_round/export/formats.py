@@ -11,6 +11,7 @@ import torch
 
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.export.matrix import GUIDE_MATRIX
+from auto_round.export.model_rules import PLAIN, ModelRules
 from auto_round.export.plan import ExportPlan
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme
@@ -30,6 +31,10 @@ class OutputFormat(ABC):
     # Whether the loader of `auto_round.inference` opens the files. What it opens is checked after saving by opening it;
     # the tensors of other formats are taken apart by `read_back`.
     loads_here: ClassVar[bool] = True
+    # Whether `config` is written as quantization_config.json too.
+    config_file: ClassVar[bool] = True
+    # Runtimes that read the files and join layers (q, k and v; gate and up; experts) into one matrix.
+    fused_by: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang")
     # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
     support_schemes: ClassVar[tuple[str, ...]]
 
@@ -68,13 +73,26 @@ class OutputFormat(ABC):
         """
         raise TypeError(f"format {self.name!r} has no read_back, and auto_round's own loader does not open it")
 
+    def rules(self, model_type: str) -> ModelRules:
+        """What is special about models of this type (`model_type` of their config) in this format."""
+        return PLAIN
+
     @abstractmethod
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """`quantization_config` for config.json, or None when the checkpoint is an ordinary dense one."""
 
+    def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
+        """config.json, from the model's own `values`."""
+        quantization = self.config(plan)
+        return values if quantization is None else values | {"quantization_config": quantization}
+
 
 FORMATS: dict[str, OutputFormat] = {}
-_BUILT_IN = ("auto_round.export.auto_round_format", "auto_round.export.fake_format")
+_BUILT_IN = (
+    "auto_round.export.auto_round_format",
+    "auto_round.export.fake_format",
+    "auto_round.export.mlx_format",
+)
 _Format = TypeVar("_Format", bound=type[OutputFormat])
 
 

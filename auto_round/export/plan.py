@@ -32,6 +32,8 @@ class ExportPlan:
         block_names: module names of the decoder blocks, such as `model.layers.0`.
         settings: how the run was made (`iters`, `nsamples`, ...); values that are not defaults are recorded.
         version: of this package.
+        model_type: of the model's config, such as `llama`.
+        embeddings: module names of the embeddings, which stay in full precision.
     """
 
     scheme: QuantizationScheme
@@ -39,6 +41,8 @@ class ExportPlan:
     block_names: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
+    model_type: str = ""
+    embeddings: tuple[str, ...] = ()
 
     def quantized_layers(self) -> list[str]:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]

@@ -14,10 +14,12 @@ from typing import Any
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 
 INT_BITS = (2, 3, 4, 8)
+MLX_BITS = (2, 3, 4, 5, 6, 8)
 # packing_format -> (layout, what was subtracted from the zero points)
 _PACKINGS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq", "auto_gptq", "gptq"), ("gptq", 1)),
     **dict.fromkeys(("auto_round", "auto_round:auto_round", "auto_round:gptqmodel", "gptqmodel"), ("gptq", 0)),
+    **dict.fromkeys(("mlx", "auto_round:mlx"), ("mlx", 0)),
     **dict.fromkeys(("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq"), ("awq", 0)),
 }
 _BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
@@ -31,10 +33,10 @@ class LayerFormat:
     """How one layer lies in the checkpoint.
 
     Attributes:
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4 or 8; in the MLX layout 5 and 6 too.
         group_size: along the input dimension; -1 is one group per output channel.
         sym: whether the zero point is the same for all groups.
-        layout: "gptq" or "awq".
+        layout: "gptq", "awq" or "mlx".
         zero_offset: what was subtracted from the stored zero points, modulo 2**bits.
     """
 
@@ -46,7 +48,7 @@ class LayerFormat:
 
     @property
     def packing(self) -> str:
-        """The guide's name: gptq, gptq_zp+-1 or awq."""
+        """The guide's name: gptq, gptq_zp+-1, awq or mlx."""
         return f"{self.layout}_zp+-1" if self.zero_offset else self.layout
 
 
@@ -128,8 +130,7 @@ def read_config(config: Any) -> CheckpointConfig:
         bool(values.get("sym", True)), layout, offset,
     )  # fmt: skip
     _check_values(values, "the checkpoint")
-    if default.bits not in INT_BITS:
-        raise UnsupportedError(f"the checkpoint has {default.bits}-bit weights; this version runs {INT_BITS}")
+    _check_bits(default.bits, layout, "the checkpoint")
     for key in ("rotation_config", "spinquant_config"):
         if values.get(key):
             raise UnsupportedError(
@@ -165,15 +166,20 @@ def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> Laye
     if bits >= 16:
         return None
     _check_values(values, f"layer {name}")
-    if bits not in INT_BITS:
-        raise UnsupportedError(f"layer {name} has {bits}-bit weights; this version runs {INT_BITS}")
     layout, offset = default.layout, default.zero_offset
     if "packing_format" in values:
         layout, offset = _packing(str(values["packing_format"]))
+    _check_bits(bits, layout, f"layer {name}")
     return replace(
         default, bits=bits, sym=bool(values.get("sym", default.sym)), layout=layout, zero_offset=offset,
         group_size=_group_size(values.get("group_size", default.group_size), f"layer {name}"),
     )  # fmt: skip
+
+
+def _check_bits(bits: int, layout: str, where: str) -> None:
+    allowed = MLX_BITS if layout == "mlx" else INT_BITS
+    if bits not in allowed:
+        raise UnsupportedError(f"{where} has {bits}-bit weights; this version runs {allowed}")
 
 
 def _check_values(values: Mapping[str, Any], where: str) -> None:

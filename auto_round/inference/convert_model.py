@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
+from auto_round.export.packing.mlx import bias_storage_dtype
 from auto_round.inference.backend import choose_backend, device_kind
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
+from auto_round.inference.mlx_linear import MlxLinear, mlx_packable, mlx_shapes
+from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear, expected_shapes, packable
 from auto_round.logger import logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
@@ -68,16 +71,16 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
 
 def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
     """Check that every packed layer got its tensors. Raises ModelError naming the first that did not."""
-    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     marked = _marks_are_complete(model)
     for name, module in packed:
         for tensor_name, tensor in module.named_buffers(recurse=False):
             if not marked or getattr(tensor, "_is_hf_initialized", False):
                 continue
-            if tensor_name != "g_idx":
+            if tensor_name != "g_idx" or not isinstance(module, QuantLinear):
                 raise ModelError(_missing(f"{name}.{tensor_name}"))
             module.g_idx = module.plain_order(tensor.device)
-        if not module.qweight.is_meta:  # offloaded layers are on meta until they run
+        if module.is_loaded:
             module.prepare(name)
 
 
@@ -117,12 +120,19 @@ def _stored_layers(
     if files is None:
         return wanted
     for name in names:
-        if name not in wanted and f"{name}.qweight" in files and f"{name}.weight" not in files:
+        if name not in wanted and _is_packed(name, files):
             raise ModelError(f"the checkpoint holds {name} packed, but its quantization_config says full precision")
-    dense = [name for name in wanted if f"{name}.qweight" not in files and f"{name}.weight" in files]
+    dense = [name for name in wanted if not _is_packed(name, files) and f"{name}.weight" in files]
     if dense:
         logger.warning("%d layers are listed as quantized but stored dense, such as %s", len(dense), dense[0])
     return {name: fmt for name, fmt in wanted.items() if name not in set(dense)}
+
+
+def _is_packed(name: str, files: dict[str, StoredTensor]) -> bool:
+    """Whether the files hold the layer packed: GPTQ's and AWQ's layouts have a `qweight`, MLX's a `weight` of words."""
+    if f"{name}.qweight" in files:
+        return f"{name}.weight" not in files
+    return f"{name}.scales" in files and f"{name}.weight" in files
 
 
 def _replace(
@@ -131,32 +141,40 @@ def _replace(
     old = model.get_submodule(name)
     weight = weight_2d(old)
     out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
-    reason = packable(in_features, out_features, fmt)
+    mlx = fmt.layout == "mlx"
+    reason = mlx_packable(in_features, fmt) if mlx else packable(in_features, out_features, fmt)
     if reason is not None:
         raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
     stored = {} if files is None else {t: files[f"{name}.{t}"] for t in _TENSORS if f"{name}.{t}" in files}
-    for tensor_name, shape in expected_shapes(in_features, out_features, fmt).items():
-        if "qweight" in stored and tensor_name not in stored:
+    shapes = (mlx_shapes if mlx else expected_shapes)(in_features, out_features, fmt)
+    for tensor_name, shape in shapes.items():
+        if stored and tensor_name not in stored:
             raise ModelError(_missing(f"{name}.{tensor_name}"))
         if stored and stored[tensor_name].shape != shape:
             raise ModelError(
                 f"tensor {name}.{tensor_name} has shape {list(stored[tensor_name].shape)}, but its "
                 f"quantization_config ({fmt.bits} bits, group size {fmt.group_size}) asks for {list(shape)}"
             )
-    new = QuantLinear(
-        in_features, out_features, fmt,
-        bias=getattr(old, "bias", None) is not None,
-        g_idx="g_idx" in stored if stored else config.g_idx,
-        dtype=weight.dtype,
-        scale_dtype=stored["scales"].dtype if "scales" in stored else torch.float16,
-        device=weight.device,
-    )  # fmt: skip
+    has_bias = getattr(old, "bias", None) is not None
+    scale_dtype = stored["scales"].dtype if "scales" in stored else torch.float16
+    new: PackedLinear
+    if mlx:
+        new = MlxLinear(
+            in_features, out_features, fmt, bias=has_bias, dtype=weight.dtype, scale_dtype=scale_dtype,
+            biases_dtype=stored["biases"].dtype if stored else bias_storage_dtype(fmt.sym, scale_dtype),
+            device=weight.device,
+        )  # fmt: skip
+    else:
+        new = QuantLinear(
+            in_features, out_features, fmt, bias=has_bias, g_idx="g_idx" in stored if stored else config.g_idx,
+            dtype=weight.dtype, scale_dtype=scale_dtype, device=weight.device,
+        )  # fmt: skip
     new.train(old.training)
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
 
 
-_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias", "weight", "biases")
 
 
 def _split_experts(model: nn.Module, config: CheckpointConfig, files: dict[str, StoredTensor] | None) -> None:
@@ -169,7 +187,7 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, files: dict[str, 
 
 def _experts_are_packed(name: str, config: CheckpointConfig, files: dict[str, StoredTensor] | None) -> bool:
     if files is not None and any(key.startswith(f"{name}.") for key in files):
-        return any(key.startswith(f"{name}.") and key.endswith(".qweight") for key in files)
+        return any(key.startswith(f"{name}.") and key.endswith((".qweight", ".scales")) for key in files)
     first = f"{name}.0.down_proj"
     in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
     return config.layer(first, in_block) is not None

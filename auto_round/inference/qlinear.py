@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import lcm
+from typing import ClassVar
 
 import torch
-from torch import nn
 
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.export.packing.awq import unpack_awq, unpack_awq_rows
 from auto_round.export.packing.bits import packs_evenly, period, unpack_words, words_needed
 from auto_round.export.packing.gptq import unpack_gptq, unpack_gptq_zeros
-from auto_round.inference.compute import compute_dtype_for
 from auto_round.inference.config_reader import LayerFormat
+from auto_round.inference.packed_linear import PackedLinear
 
 # Weights dequantized at once: bounds the temporary copies, which take about 9 bytes for each.
 _CHUNK = 1 << 22
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(PackedLinear):
     """y = x W^T + bias with W [out, in] packed in GPTQ or AWQ layout.
 
     Buffers, named and shaped as in the checkpoint: `qweight` and `qzeros` int32, `scales` [groups, out] in the file's
@@ -30,10 +30,11 @@ class QuantLinear(nn.Module):
         UnsupportedError: the shape does not fill whole words.
     """
 
+    words: ClassVar[str] = "qweight"
+    kept: ClassVar[tuple[str, ...]] = ("scales",)
     qweight: torch.Tensor
     qzeros: torch.Tensor
     scales: torch.Tensor
-    bias: torch.Tensor | None
     g_idx: torch.Tensor | None
 
     def __init__(
@@ -78,10 +79,6 @@ class QuantLinear(nn.Module):
             codes, zeros = unpack_gptq(self.qweight, self.qzeros, self.bits, self.format.zero_offset)
         return codes, self.scales.T.contiguous(), zeros
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """W [out, in]: `scale * (code - zero)` computed in float32 and rounded once to `dtype`."""
-        return self._dense(dtype).T
-
     @property
     def weight(self) -> torch.Tensor:
         """W [out, in] in the model's dtype, dequantized anew at each access.
@@ -89,13 +86,6 @@ class QuantLinear(nn.Module):
         Some models ask a layer for its weight: GPT-2 when it initialises what a checkpoint lacks, others for its dtype.
         """
         return self.dequantize(self.dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        compute = compute_dtype_for(x.device, x.dtype)
-        y = torch.matmul(x.to(compute), self._dense(compute))
-        if self.bias is not None:
-            y = y + self.bias.to(compute)
-        return y.to(x.dtype)
 
     @torch.no_grad()
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -142,21 +132,6 @@ class QuantLinear(nn.Module):
         if self.format.layout == "awq":
             return unpack_awq_rows(self.qzeros)
         return unpack_gptq_zeros(self.qzeros, self.bits, self.format.zero_offset).T
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        before = self.scales
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        super()._apply(fn, recurse)
-        if self.scales.dtype != before.dtype:
-            self.scales = before.to(self.scales.device)
-        return self
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.bits}, group_size={self.format.group_size}, sym={self.format.sym}, "
-            f"packing={self.format.packing}"
-        )
 
 
 def packable(in_features: int, out_features: int, fmt: LayerFormat) -> str | None:

@@ -115,7 +115,7 @@ def _collect(module: nn.Module, name: str, found: list[tuple[int, int, str]]) ->
 def _multiplies(block: nn.Module) -> bool:
     """Whether a block holds weight matrices: linear layers, packed quantized ones, or experts stored as 3-D tensors."""
     for module in block.modules():
-        if is_linear(module) or isinstance(getattr(module, "qweight", None), torch.Tensor):
+        if is_linear(module) or isinstance(module._buffers.get("scales"), torch.Tensor):
             return True
         if any(p.dim() == 3 for p in module.parameters(recurse=False)):
             return True

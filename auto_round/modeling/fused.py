@@ -18,6 +18,7 @@ FUSED_SUFFIXES: tuple[frozenset[str], ...] = (
     frozenset({"w1", "w3"}),
     frozenset({"in_proj_qkv", "in_proj_z"}),
     frozenset({"in_proj_qkvz", "in_proj_ba"}),
+    frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
 )
 _EXPERT = re.compile(r"^(?P<parent>.*\bexperts)\.\d+\.(?P<leaf>[^.]+)$")
 
@@ -40,6 +41,11 @@ def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
             if expert:
                 groups[parent, leaf].append(name)
     return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def is_routed_expert(name: str) -> bool:
+    """Whether the linear layer `name` belongs to one of many experts; shared experts run for every token and do not."""
+    return _EXPERT.match(name) is not None
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -71,7 +71,8 @@ def render_front_matter(card: ModelCard) -> str:
         lines += [f"base_model: {json.dumps(base, ensure_ascii=False)}", "base_model_relation: quantized"]
     if card.license:
         lines.append(f"license: {json.dumps(card.license, ensure_ascii=False)}")
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "quantized_by: auto-round", "tags:"]
+    library = "mlx" if card.format == "mlx" else "transformers"
+    lines += [f"library_name: {library}", "pipeline_tag: text-generation", "quantized_by: auto-round", "tags:"]
     tags = ["auto-round", "quantized", card.scheme.split(" ")[0].lower()]
     lines += [f"- {json.dumps(tag, ensure_ascii=False)}" for tag in tags]
     return "\n".join([*lines, "---"])
@@ -118,7 +119,14 @@ def _usage(format_name: str) -> str:
             "The weights are rounded and stored in full precision, for research. "
             "Any tool that opens the base model opens this one."
         )
-    return """With Transformers (`pip install auto-round transformers accelerate`), from this folder or its hub id:
+    if format_name == "mlx":
+        return """On Apple Silicon, with `pip install mlx-lm`, from this folder or its hub id:
+
+```bash
+mlx_lm.generate --model . --prompt "There is a girl who likes adventure," --max-tokens 50
+```"""
+    transformers = """\
+With Transformers (`pip install auto-round transformers accelerate`), from this folder or its hub id:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -128,13 +136,19 @@ model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", dtype="aut
 tokenizer = AutoTokenizer.from_pretrained(path)
 inputs = tokenizer("There is a girl who likes adventure,", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
+```"""
+    if format_name == "auto_round:mlx":
+        return transformers
+    return (
+        transformers
+        + """
 
 With vLLM, on a GPU with a kernel for this scheme:
 
 ```bash
 vllm serve .
 ```"""
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, str]]) -> str:

@@ -58,22 +58,22 @@ def test_a_model_that_is_quantized_already(make: Callable[..., Any], tmp_path: P
 
 @pytest.mark.parametrize("given", [{"scheme": "W5A16"}, {"scheme": "W6A16"}, {"bits": 7}])
 def test_a_format_that_cannot_hold_the_scheme(given: dict[str, Any], make: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="'auto_round' cannot hold.*formats that can: fake"):
+    with pytest.raises(UnsupportedError, match="'auto_round' cannot hold.*formats that can: .*fake"):
         make("llama", iters=0, **given).quantize_and_save(tmp_path / "out", format="auto_round")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_format_that_cannot_hold_one_layer(make: Callable[..., Any], tmp_path: Path) -> None:
     ar = make("llama", iters=0, layer_config={"k_proj": {"bits": 5}})
-    with pytest.raises(UnsupportedError, match="layer model.layers.0.self_attn.k_proj.*formats that can: fake"):
+    with pytest.raises(UnsupportedError, match="layer model.layers.0.self_attn.k_proj.*formats that can: .*fake"):
         ar.quantize_and_save(tmp_path / "out")
     ar = make("llama", iters=0, layer_config={"k_proj": {"bits": 8}})
-    with pytest.raises(UnsupportedError, match=r"4-bit.*formats that can: auto_round, auto_round:auto_gptq, fake"):
+    with pytest.raises(UnsupportedError, match=r"4-bit.*formats that can: auto_round, auto_round:auto_gptq, .*fake"):
         ar.quantize_and_save(tmp_path / "out", format="auto_round:auto_awq")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4", "INT8", "FP8_STATIC", "GGUF:Q4_K_M", "W4A16_MIXED"])
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4", "INT8", "FP8_STATIC", "GGUF:Q4_K_M"])
 def test_schemes_of_later_versions(scheme: str, make: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="not available in this version"):
         make("llama", scheme=scheme, group_size=None, iters=0).quantize_and_save(tmp_path / "out", "fake")

@@ -26,7 +26,7 @@ from auto_round.schemes import PRESET_SCHEMES
 from auto_round.schemes import QuantizationScheme as Scheme
 
 SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[4] / "shared")
-BUILT = ["auto_round", "auto_round:auto_awq", "auto_round:auto_gptq", "fake"]
+BUILT = ["auto_round", "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:mlx", "fake", "mlx"]
 
 
 def test_names() -> None:
@@ -68,7 +68,7 @@ def test_the_guides_table() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "reason"), [
-    (PRESET_SCHEMES["MXFP4"], "data type 'mx_fp'"), (PRESET_SCHEMES["INT8"], "activations"), (Scheme(bits=5), "5 bits"),
+    (PRESET_SCHEMES["MXFP4"], "data type 'mx_fp'"), (PRESET_SCHEMES["INT8"], "activations"), (Scheme(bits=7), "7 bits"),
     (Scheme(group_size=(128, 128)), "block"), (PRESET_SCHEMES["GGUF:Q4_K_M"], "data type"),
     (Scheme(super_bits=6, super_group_size=8), "doubly"),
 ])  # fmt: skip

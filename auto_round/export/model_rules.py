@@ -1,0 +1,52 @@
+"""What a format asks of a family of models: other tensor names, stacked experts, layers that must stay dense."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_EXPERT = re.compile(r"^(?P<front>.*\.)experts\.(?P<index>\d+)\.(?P<leaf>.+)$")
+
+
+@dataclass(frozen=True)
+class ModelRules:
+    """How a format writes the models of one type.
+
+    Attributes:
+        refused: why such models cannot be written at all, or None.
+        note: what the user should know, or None.
+        dense: (regular expression, reason): layers that must stay in full precision.
+        renames: (regular expression, replacement), applied in order to every tensor's name.
+        experts: the module in which tensors of all experts of a block are stacked along a new first dimension; "" keeps
+            one tensor an expert.
+    """
+
+    refused: str | None = None
+    note: str | None = None
+    dense: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    experts: str = ""
+
+    @property
+    def moves_tensors(self) -> bool:
+        """Whether any tensor is written elsewhere than under its own name."""
+        return bool(self.renames or self.experts)
+
+    def stays_dense(self, layer: str) -> str | None:
+        """Why the layer must stay in full precision, or None."""
+        return next((reason for pattern, reason in self.dense if re.search(pattern, layer)), None)
+
+    def stored_as(self, tensor: str) -> tuple[str, int | None]:
+        """(name in the file, index along the first dimension where experts are stacked, else None)."""
+        expert = _EXPERT.match(tensor) if self.experts else None
+        name = f"{expert['front']}{self.experts}.{expert['leaf']}" if expert else tensor
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name, int(expert["index"]) if expert else None
+
+    def module_name(self, layer: str) -> str:
+        """The name of a linear layer's module as the file's tensors have it."""
+        return self.stored_as(f"{layer}.weight")[0].removesuffix(".weight")
+
+
+PLAIN = ModelRules()

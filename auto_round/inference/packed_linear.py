@@ -1,0 +1,77 @@
+"""What linear layers with packed weights share, whatever their layout."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from auto_round.inference.compute import compute_dtype_for
+from auto_round.inference.config_reader import LayerFormat
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + bias, with W [out, in] packed in buffers that are named and shaped as in the checkpoint.
+
+    Attributes:
+        words: name of the buffer that holds the codes.
+        kept: names of buffers that keep the file's dtype when the module is cast: rounding float16 scales to bfloat16
+            would damage every weight.
+    """
+
+    words: ClassVar[str]
+    kept: ClassVar[tuple[str, ...]]
+    in_features: int
+    out_features: int
+    format: LayerFormat
+    bits: int
+    dtype: torch.dtype
+    bias: torch.Tensor | None
+
+    @abstractmethod
+    def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The exact (codes uint8 [out, in], scales [out, groups] as stored, zero points uint8 [out, groups])."""
+
+    @abstractmethod
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W transposed, [in, out]."""
+
+    @torch.no_grad()
+    def prepare(self, name: str = "") -> None:
+        """Call once the buffers are filled. `name` is for messages. Raises ModelError for what cannot be run."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the codes are here; offloaded layers are on meta until they run."""
+        return not self.get_buffer(self.words).is_meta
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """W [out, in]: `scale * (code - zero)` computed in float32 and rounded once to `dtype`."""
+        return self._dense(dtype).T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        compute = compute_dtype_for(x.device, x.dtype)
+        y = torch.matmul(x.to(compute), self._dense(compute))
+        if self.bias is not None:
+            y = y + self.bias.to(compute)
+        return y.to(x.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        before = {name: self.get_buffer(name) for name in self.kept}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, group_size={self.format.group_size}, sym={self.format.sym}, "
+            f"packing={self.format.packing}"
+        )
