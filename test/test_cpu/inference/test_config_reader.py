@@ -125,7 +125,7 @@ def test_transformers_own_object() -> None:
     ({"bits": "4"}, ConfigError, "bits='4'"),
     ({"bits": 5}, UnsupportedError, "5-bit"),
     ({"group_size": [128, 128]}, UnsupportedError, "group_size"),
-    ({"packing_format": "mlx"}, UnsupportedError, "mlx"),
+    ({"packing_format": "gguf"}, UnsupportedError, "gguf"),
     ({"data_type": "fp"}, UnsupportedError, "fp"),
     ({"extra_config": {"model.layers.0.mlp.up": {"bits": 4, "act_bits": 4}}}, UnsupportedError, "layers.0.mlp.up"),
     ({"spinquant_config": {"r1": True}}, UnsupportedError, "spinquant_config"),
