@@ -146,7 +146,7 @@ class MlxFormat(_MlxTensors):
 
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
         quantization = self.config(plan)
-        values = with_legacy_rope(values)
+        values = self.rules(plan.model_type).with_config(with_legacy_rope(values))
         if quantization is None:
             return values
         return values | {"quantization": quantization, "quantization_config": quantization}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _EXPERT = re.compile(r"^(?P<front>.*\.)experts\.(?P<index>\d+)\.(?P<leaf>.+)$")
 
@@ -19,6 +20,7 @@ class ModelRules:
         renames: (regular expression, replacement), applied in order to every tensor's name.
         experts: the module in which tensors of all experts of a block are stacked along a new first dimension; "" keeps
             one tensor an expert.
+        config: (key, other key): what config.json gets under `key`, unless it has it: the value of `other key`.
     """
 
     refused: str | None = None
@@ -26,6 +28,7 @@ class ModelRules:
     dense: tuple[tuple[str, str], ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     experts: str = ""
+    config: tuple[tuple[str, str], ...] = ()
 
     @property
     def moves_tensors(self) -> bool:
@@ -43,6 +46,11 @@ class ModelRules:
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name, int(expert["index"]) if expert else None
+
+    def with_config(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A copy of config.json's values with the keys of `config` added."""
+        added = {key: values[other] for key, other in self.config if key not in values and other in values}
+        return {**values, **added}
 
     def module_name(self, layer: str) -> str:
         """The name of a linear layer's module as the file's tensors have it."""

@@ -79,7 +79,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3Config",
         _SMALL
         | dict(
-            n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1, n_group=2,
+            n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1, n_group=1,
             topk_group=1, first_k_dense_replace=1, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32,
             qk_rope_head_dim=32, v_head_dim=32, num_key_value_heads=4,
         ),
@@ -88,24 +88,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV2Config",
         _SMALL
         | dict(
+            rope_parameters={
+                "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "beta_fast": 32, "beta_slow": 1,
+                "mscale": 0.7, "mscale_all_dim": 0.7, "original_max_position_embeddings": 16,
+            },
             n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1, n_group=1,
             topk_group=1, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32,
             qk_rope_head_dim=32, v_head_dim=32, num_key_value_heads=4, topk_method="greedy",
         ),
     ),
-    "qwen3_next": (
-        "Qwen3NextConfig",
-        _SMALL
-        | _ROPE
-        | _MOE
-        | dict(
-            head_dim=32, shared_expert_intermediate_size=64, linear_num_key_heads=2, linear_num_value_heads=4,
-            linear_key_head_dim=32, linear_value_head_dim=32, mlp_only_layers=[],
-            layer_types=["linear_attention", "full_attention"], full_attention_interval=2,
-        ),
-    ),
     "glm4": ("Glm4Config", _SMALL | dict(head_dim=32)),
-    "exaone4": ("Exaone4Config", _SMALL | _ROPE | dict(sliding_window=8)),
     "seed_oss": ("SeedOssConfig", _SMALL | _ROPE | dict(head_dim=32)),
     "ernie4_5": ("Ernie4_5Config", _SMALL | _ROPE | dict(head_dim=32)),
     "hunyuan_v1_dense": ("HunYuanDenseV1Config", _SMALL | _ROPE | dict(head_dim=32)),
