@@ -19,9 +19,12 @@ from auto_round.export.formats import OutputFormat, TensorSpecs, available_forma
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.layer_config import resolve_layers
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
+from auto_round.modeling.experts import router_names
 from auto_round.modeling.fused import fused_groups, is_routed_expert
 from auto_round.modeling.source import ModelSource
 from auto_round.schemes import QuantizationScheme
+
+_ROUTER = "it chooses experts"
 
 
 def compute_dtype(settings: Settings, source: ModelSource) -> torch.dtype:
@@ -81,17 +84,20 @@ def make_job(
             f"{settings.scheme_name} gives routed experts {settings.scheme.bits} bits, and this model has none: every "
             f"layer gets {settings.mixed.other_bits}"
         )
+    routers = router_names(source.model)
     layers: dict[str, LayerPlan] = {}
     for name, scheme in schemes.items():
         plan = _layer_plan(source, name, scheme)
         if scheme.quantizes_weights:
-            if name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
+            if name in routers:
+                plan = _kept(plan, _ROUTER)
+            elif name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
                 plan = _kept(plan, "its block is not in to_quant_block_names")
             else:
                 check_data_type(scheme, f"layer {name}")
                 plan = _for_formats(plan, formats, model_type)
         layers[name] = plan
-    refused = [p for p in layers.values() if p.reason and p.scheme.bits >= 16]
+    refused = [p for p in layers.values() if p.reason not in (None, _ROUTER) and p.scheme.bits >= 16]
     for plan in refused[:5]:
         notes.append(f"{plan.name} stays in full precision: {plan.reason}")
     if len(refused) > 5:

@@ -21,7 +21,10 @@ MLX_FAMILIES: dict[str, ModelRules] = {
         ),
         ModelRules(),
     ),
-    "gpt_neox": ModelRules(config=(("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor"))),
+    "gpt_neox": ModelRules(
+        renames=((r"^gpt_neox\.layers\.", "model.h."), (r"^gpt_neox\.", "model."), (r"^lm_head\.", "model.embed_out.")),
+        config=(("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")),
+    ),
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), ModelRules(experts=_STACKED, config=_EXPERT_COUNT)),
     "deepseek_v2": ModelRules(experts=_STACKED),
     "deepseek_v3": ModelRules(experts=_STACKED, dense=((r"\.kv_b_proj$", _KV_B),)),

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_round.modeling.blocks import is_linear, weight_2d
+
 
 @dataclass(frozen=True)
 class ExpertPiece:
@@ -207,6 +209,26 @@ def unfuse_experts(model: nn.Module) -> list[str]:
         owner = model.get_submodule(parent)
         setattr(owner, leaf, LinearExperts(getattr(owner, leaf)))
     return names
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """Names of the linear layers that choose experts or weigh shared ones.
+
+    They lie right beside an `experts` module, or in a `router` or `gate` there, and have one output an expert or a
+    single one. They are tiny, and an error in them sends tokens to other experts.
+    """
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        if not isinstance(experts, (LinearExperts, nn.ModuleList)):
+            continue
+        widths = (1, sum(1 for _ in experts.children()))
+        for leaf, layer in module.named_modules():
+            first, _, rest = leaf.partition(".")
+            beside = not rest or first in ("router", "gate")
+            if beside and is_linear(layer) and weight_2d(layer).shape[0] in widths:
+                found.add(f"{name}.{leaf}" if name else leaf)
+    return found
 
 
 def other_fused_experts(model: nn.Module) -> list[str]:

@@ -60,7 +60,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", _SMALL | _ROPE),
     "starcoder2": ("Starcoder2Config", _SMALL | _ROPE),
     "stablelm": ("StableLmConfig", _SMALL | _ROPE),
-    "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"} | dict(intermediate_size=512),
+    ),
     "qwen2_moe": (
         "Qwen2MoeConfig",
         _SMALL | _ROPE | _MOE | dict(shared_expert_intermediate_size=64, decoder_sparse_step=1, mlp_only_layers=[]),
@@ -73,7 +76,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOssConfig",
         _SMALL | dict(head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
     ),
-    "phimoe": ("PhimoeConfig", _SMALL | dict(num_local_experts=4)),
+    "phimoe": ("PhimoeConfig", _SMALL | dict(num_local_experts=4, attention_bias=True, lm_head_bias=True)),
     "granitemoe": ("GraniteMoeConfig", _SMALL | _ROPE | dict(num_local_experts=4)),
     "deepseek_v3": (
         "DeepseekV3Config",

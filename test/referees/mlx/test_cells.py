@@ -25,9 +25,11 @@ LIMIT = 1e-2
 @pytest.mark.parametrize("name", CELLS)
 def test_cell(name: str) -> None:
     folder = PLACE / name
-    model, _ = load_model(folder / "checkpoint")
+    model, config = load_model(folder / "checkpoint")
     layers = packed_layers(model)
-    assert layers
+    named = {n: v for n, v in config["quantization"].items() if isinstance(v, dict)}
+    found = {n: {"group_size": m.group_size, "bits": m.bits} for n, m in layers.items()}
+    assert found and found == named
     weights = np.load(folder / "weights.npz")
     compared = 0
     for key in weights.files:

@@ -101,3 +101,10 @@ def test_one_scheme_for_what_is_joined_is_not_reported(make: Callable[..., Any])
     assert not any("fused" in note for note in ar.plan("auto_round").notes)
     ar = make("qwen3-moe", iters=0, layer_config={r"experts\.2\.up_proj": {"bits": 8}})
     assert any("mlp.experts.0.gate_proj and 7 more are fused" in note for note in ar.plan("auto_round").notes)
+
+
+def test_routers_and_shared_gates_are_left_alone(make: Callable[..., Any]) -> None:
+    job = make("qwen2-moe", iters=0, scheme="W8A16", layer_config={"mlp": {"bits": 4}}).plan("fake")
+    gates = {n: layer for n, layer in job.layers.items() if n.endswith("shared_expert_gate")}
+    assert gates and all(g.scheme.bits == 16 and g.reason == "it chooses experts" for g in gates.values())
+    assert not any("shared_expert_gate" in note for note in job.notes)

@@ -198,7 +198,7 @@ def test_saving_before_quantizing(make: Callable[..., Any], tmp_path: Path) -> N
 def test_a_format_that_cannot_hold_what_is_in_memory(make: Callable[..., Any], tmp_path: Path, logits: Any) -> None:
     ar = make("llama", iters=0, bits=7)
     model, _ = ar.quantize()
-    with pytest.raises(UnsupportedError, match="formats that can: fake"):
+    with pytest.raises(UnsupportedError, match="formats that can: .*fake"):
         ar.save_quantized(tmp_path / "out")
     ar.save_quantized(tmp_path / "out", format="fake")
     assert torch.equal(logits(tmp_path / "out"), logits(model))

@@ -125,7 +125,8 @@ def test_transformers_own_object() -> None:
     ({"bits": "4"}, ConfigError, "bits='4'"),
     ({"bits": 5}, UnsupportedError, "5-bit"),
     ({"group_size": [128, 128]}, UnsupportedError, "group_size"),
-    ({"packing_format": "gguf"}, UnsupportedError, "gguf"),
+    ({"packing_format": "marlin"}, UnsupportedError, "marlin"),
+    ({"packing_format": "mlx", "bits": 7}, UnsupportedError, "7-bit"),
     ({"data_type": "fp"}, UnsupportedError, "fp"),
     ({"extra_config": {"model.layers.0.mlp.up": {"bits": 4, "act_bits": 4}}}, UnsupportedError, "layers.0.mlp.up"),
     ({"spinquant_config": {"r1": True}}, UnsupportedError, "spinquant_config"),
@@ -134,6 +135,14 @@ def test_transformers_own_object() -> None:
 def test_what_is_refused(change: dict[str, Any], error: type, text: str) -> None:
     with pytest.raises(error, match=text):
         resolve({**AUTO, **change})
+
+
+def test_mlx_layers_may_have_5_and_6_bits() -> None:
+    config = {**AUTO, "packing_format": "mlx", "bits": 5, "extra_config": {"model.layers.0.q": {"bits": 6}}}
+    default = read_config(config).default
+    assert (default.bits, default.layout, default.packing) == (5, "mlx", "mlx")
+    with pytest.raises(UnsupportedError, match="layer model.layers.0.q has 6-bit"):
+        read_config({**config, "packing_format": "auto_round", "bits": 4}).layer("model.layers.0.q", True)
 
 
 def test_nothing_quantized_is_an_error() -> None:

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.modeling.experts import LinearExperts, is_fused_experts, other_fused_experts, unfuse_experts
+from auto_round.modeling.experts import (
+    LinearExperts,
+    is_fused_experts,
+    other_fused_experts,
+    router_names,
+    unfuse_experts,
+)
 
 MOE = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "qwen3-next"]
 Model = Callable[..., Any]
@@ -134,3 +140,20 @@ def test_bfloat16_output_keeps_its_dtype(tiny_model: Model) -> None:
     out = linear(hidden.bfloat16(), index, weights)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), fused(hidden, index, weights), rtol=0.1, atol=0.02)
+
+
+def test_routers_are_told_from_what_has_as_many_outputs() -> None:
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 4)
+
+    mlp = torch.nn.Module()
+    mlp.experts = torch.nn.ModuleList(torch.nn.Linear(8, 4) for _ in range(4))
+    mlp.gate, mlp.router, mlp.wide = torch.nn.Linear(8, 4), Router(), torch.nn.Linear(8, 16)
+    mlp.shared_expert_gate = torch.nn.Linear(8, 1)
+    mlp.shared_expert = torch.nn.Module()
+    mlp.shared_expert.gate_proj = torch.nn.Linear(8, 4)  # as wide as there are experts, and no router
+    model = torch.nn.Module()
+    model.mlp, model.dense = mlp, torch.nn.Linear(8, 4)
+    assert router_names(model) == {"mlp.gate", "mlp.router.layer", "mlp.shared_expert_gate"}
