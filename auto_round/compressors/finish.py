@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from auto_round.compressors.job import Job
+from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import write_json, write_text
@@ -65,29 +66,37 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
         write_text(folder, "generation_config.json", generation.to_json_string())
 
 
-def layer_records(job: Job, unreached: Sequence[str] = ()) -> tuple[LayerRecord, ...]:
+def layer_records(job: Job, fmt: OutputFormat, unreached: Sequence[str] = ()) -> tuple[LayerRecord, ...]:
     """Every linear layer of the job, for the report. `unreached`: layers that no calibration token reached."""
     records = []
     without = set(unreached)
     for name, plan in job.layers.items():
-        bits = stored_bits(plan.scheme, plan.in_features) if plan.scheme.quantizes_weights else None
+        bits = stored_bits(plan, fmt) if plan.scheme.quantizes_weights else None
         reason = "no calibration token reached it: rounded by its weights alone" if name in without else plan.reason
         records.append(LayerRecord(name, plan.scheme.describe(), bits, reason))
     return tuple(records)
 
 
-def stored_bits(scheme: Any, in_features: int) -> float:
-    """Bits a weight of a packed integer layer: its code, and its share of a float16 scale and a zero point."""
-    size = scheme.group_size if isinstance(scheme.group_size, int) and scheme.group_size > 0 else in_features
-    return float(scheme.bits + (16 + scheme.bits) / size)
+def stored_bits(plan: LayerPlan, fmt: OutputFormat) -> float:
+    """Bits a weight of a quantized layer takes in the format's files, with its share of scales and zero points.
+
+    Format `fake` stores dense weights; the value is what its grid would take with float16 scales.
+    """
+    scheme = plan.scheme
+    if fmt.name == "fake":
+        size = scheme.group_size if isinstance(scheme.group_size, int) and scheme.group_size > 0 else plan.in_features
+        return float(scheme.bits + (16 + scheme.bits) / size)
+    specs = fmt.tensor_specs(plan.name, scheme, plan.in_features, plan.out_features)
+    stored = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    return stored * 8 / (plan.out_features * plan.in_features)
 
 
-def bits_per_weight(job: Job) -> float | None:
+def bits_per_weight(job: Job, fmt: OutputFormat) -> float | None:
     """Average over the quantized layers, scales and zero points included."""
     total = count = 0.0
     for plan in job.quantized().values():
         weights = plan.out_features * plan.in_features
-        total += weights * stored_bits(plan.scheme, plan.in_features)
+        total += weights * stored_bits(plan, fmt)
         count += weights
     return total / count if count else None
 
@@ -103,12 +112,12 @@ def write_records(
     shown = {k: v for k, v in job.settings.items() if v is not None and k != "dataset"}
     card = ModelCard(
         base_model=job.model, scheme=f"{job.scheme_name} ({job.scheme.describe()})", format=fmt.name,
-        bits_per_weight=bits_per_weight(job) if fmt.name != "fake" else None, size_bytes=sum(sizes.values()),
+        bits_per_weight=bits_per_weight(job, fmt) if fmt.name != "fake" else None, size_bytes=sum(sizes.values()),
         settings=shown, data=data, exceptions=exceptions, files=files,
     )  # fmt: skip
     write_model_card(folder, card)
     report = RunReport(
-        model=job.model, format=fmt.name, job=job.to_dict() | {"data": data}, layers=layer_records(job, unreached),
+        model=job.model, format=fmt.name, job=job.to_dict() | {"data": data}, layers=layer_records(job, fmt, unreached),
         blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=peak_vram_bytes(),
         files=files, sizes=sizes, verify=verify,
     )  # fmt: skip

@@ -166,3 +166,11 @@ def test_a_path_and_both_ways_to_save_give_the_same_bytes(
         ar.save_quantized(tmp_path / family / "kept", format="mlx")
         make(family, **kwargs).quantize_and_save(tmp_path / family / "direct", "mlx")
         assert weights_hash(tmp_path / family / "kept") == weights_hash(tmp_path / family / "direct")
+
+
+def test_bits_per_weight_are_those_of_the_file(make: Callable[..., Any], tmp_path: Path, read_json: Any) -> None:
+    make("llama", iters=0, sym=False).quantize_and_save(tmp_path / "out", "mlx,auto_round")
+    for name, wanted in (("mlx", 4 + (16 + 32) / 32), ("auto-round", 4 + (16 + 4) / 32)):
+        layers = [layer for layer in read_json(tmp_path / "out" / name, "report.json")["layers"] if layer["bits"]]
+        assert len(layers) == 14 and {layer["bits"] for layer in layers} == {wanted}
+        assert f"{wanted:.2f} bits per quantized weight" in (tmp_path / "out" / name / "README.md").read_text()
