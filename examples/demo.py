@@ -27,7 +27,6 @@ from auto_round.eval.loading import load_model, load_tokenizer
 from auto_round.eval.windows import make_windows, read_text
 
 EVAL_SEQLEN = 256
-WIKI = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval_wiki.txt"
 
 # Run in a process of its own, with Transformers alone: nothing of this package is imported by name.
 OPEN = """
@@ -191,7 +190,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=16, help="calibration samples")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens per sample")
     parser.add_argument("--windows", type=int, default=32, help="windows to measure on")
-    parser.add_argument("--text", type=Path, default=WIKI if WIKI.exists() else None, help="text to measure on")
+    parser.add_argument("--text", type=Path, help="text to measure on, instead of what is in the package")
     parser.add_argument("--prompt", default="The capital of France is", help="what the model continues")
     run(parser.parse_args())
 

@@ -59,14 +59,16 @@ class SignRoundConfig:
 
 
 def default_rate(iters: int, bits: int) -> float:
-    """1/iters from 200 steps on (2/iters from 1000 on for 3 bits and fewer); 0.005 (200/iters)^0.4 for fewer.
+    """1/iters from 200 steps on (2/iters from 1000 on for 3 bits and fewer); 0.005 (200/iters)^0.4 for fewer, with 0.78
+    in place of 0.4 for 2 bits.
 
     A sign step moves every offset by the whole rate, however weak the evidence. With 1/iters a short run moves as far
-    as a long one on a fraction of the evidence, and ends worse than with smaller steps: the exponent is fitted to runs
-    of 20 and 60 steps at 2 and 4 bits (docs/tuning.md has the figures).
+    as a long one on a fraction of the evidence, and ends worse than with smaller steps: the exponents are fitted to
+    runs of 20 and 60 steps (docs/tuning.md has the figures). 2 bits keep larger steps, because too small ones may leave
+    the model without the outlier activations that its attention leans on.
     """
     if iters < _FULL_RUN:
-        return (_FULL_RUN / iters) ** 0.4 / _FULL_RUN
+        return (_FULL_RUN / iters) ** (0.78 if bits <= 2 else 0.4) / _FULL_RUN
     return (2.0 if iters >= 1000 and bits <= 3 else 1.0) / iters
 
 
