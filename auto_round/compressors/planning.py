@@ -66,6 +66,11 @@ def make_job(
     check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
     for fmt in formats:
         require_scheme(fmt, settings.scheme, f"scheme {settings.scheme_name}")
+        if fmt.scale_dtype not in (None, settings.scale_dtype):
+            raise UnsupportedError(
+                f"format {fmt.name!r} stores scales as {fmt.scale_dtype}, not {settings.scale_dtype}; leave "
+                "scale_dtype out, or use format fake"
+            )
     model_type = str(getattr(source.config, "model_type", ""))
     notes = _model_notes(formats, model_type)
     blocks = _chosen_blocks(settings, source)

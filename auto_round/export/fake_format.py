@@ -16,6 +16,7 @@ from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 class FakeFormat(OutputFormat):
     """Takes every scheme. Quantization of activations is not stored: the file holds weights alone."""
 
+    scale_dtype: ClassVar[torch.dtype | None] = None
     support_schemes: ClassVar[tuple[str, ...]] = tuple(PRESET_SCHEMES)
     fused_by: ClassVar[tuple[str, ...]] = ()  # dense weights join whatever they were rounded to
 

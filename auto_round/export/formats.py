@@ -35,6 +35,8 @@ class OutputFormat(ABC):
     config_file: ClassVar[bool] = True
     # Runtimes that read the files and join layers (q, k and v; gate and up; experts) into one matrix.
     fused_by: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang")
+    # Dtype of the scales in the file; None where none are stored.
+    scale_dtype: ClassVar[torch.dtype | None] = torch.float16
     # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
     support_schemes: ClassVar[tuple[str, ...]]
 

@@ -190,6 +190,14 @@ def test_wrong_or_contradictory_values(given: dict[str, Any], make: Callable[...
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_scales_that_a_format_does_not_store(dtype: str, make: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="stores scales as torch.float16"):
+        make("llama", iters=0, scale_dtype=dtype).quantize_and_save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    make("llama", iters=0, scale_dtype=dtype).quantize_and_save(tmp_path / "out", format="fake")
+
+
 def test_saving_before_quantizing(make: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="call quantize"):
         make("llama").save_quantized(tmp_path / "out")
