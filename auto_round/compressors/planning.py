@@ -14,7 +14,7 @@ from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
 from auto_round.errors import ConfigError, UnsupportedError, nearest
-from auto_round.export.formats import OutputFormat, require_scheme
+from auto_round.export.formats import OutputFormat, require_plan, require_scheme
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.layer_config import resolve_layers
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
@@ -71,6 +71,9 @@ def make_job(
     schemes = resolve_layers(
         inside, settings.scheme, settings.layer_config, settings.ignore_layers, outside, settings.quant_lm_head
     )
+    known = set(inside) | set(outside)
+    # Linear layers that are neither in a block nor the head are never quantized; formats must know of them.
+    schemes |= {n: settings.scheme.with_overrides({"bits": 16, "act_bits": 16}) for n in everything if n not in known}
     layers: dict[str, LayerPlan] = {}
     notes: list[str] = []
     for name, scheme in schemes.items():
@@ -96,11 +99,14 @@ def make_job(
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
     ram, vram = _memory(settings, source, layers, compute)
-    return Job(
+    job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
         settings.scheme_name, settings.scheme, steps, {f.name: planned_bytes(f, layers, source) for f in formats},
         ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
     )  # fmt: skip
+    for fmt in formats:
+        require_plan(fmt, job.export_plan())
+    return job
 
 
 def _chosen_blocks(settings: Settings, source: ModelSource) -> tuple[str, ...]:

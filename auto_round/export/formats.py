@@ -32,6 +32,8 @@ class OutputFormat(ABC):
     loads_here: ClassVar[bool] = True
     # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
     support_schemes: ClassVar[tuple[str, ...]]
+    # Files beside config.json that repeat the quantization_config.
+    config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json",)
 
     @abstractmethod
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
@@ -40,6 +42,14 @@ class OutputFormat(ABC):
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         """None when a layer of this shape can be packed, or the reason why not (it then stays in full precision)."""
         return None
+
+    def check_plan(self, plan: ExportPlan) -> str | None:
+        """None when the format can say what every layer of `plan` is, or the reason why not."""
+        return None
+
+    def restate(self, layer: QuantizedLayer) -> QuantizedLayer:
+        """A layer of exactly the same weights, in numbers that the format's readers take. `pack` is given this."""
+        return layer
 
     @abstractmethod
     def tensor_specs(
@@ -74,7 +84,10 @@ class OutputFormat(ABC):
 
 
 FORMATS: dict[str, OutputFormat] = {}
-_BUILT_IN = ("auto_round.export.auto_round_format", "auto_round.export.fake_format")
+_BUILT_IN = (
+    "auto_round.export.auto_round_format", "auto_round.export.gptq_format", "auto_round.export.awq_format",
+    "auto_round.export.fake_format",
+)  # fmt: skip
 _Format = TypeVar("_Format", bound=type[OutputFormat])
 
 
@@ -141,6 +154,21 @@ def require_scheme(fmt: OutputFormat, scheme: QuantizationScheme, what: str = "t
         takers = ", ".join(formats_for_scheme(scheme)) or "none in this version"
         raise UnsupportedError(
             f"format {fmt.name!r} cannot hold {what} ({scheme.describe()}): {reason}; formats that can: {takers}"
+        )
+
+
+def require_plan(fmt: OutputFormat, plan: ExportPlan) -> None:
+    """Raise UnsupportedError with the reason and the formats that would do when `fmt` cannot describe `plan`."""
+    reason = fmt.check_plan(plan)
+    if reason is not None:
+        schemes = set(plan.layers.values())
+        takers = [
+            name
+            for name in available_formats()
+            if all(FORMATS[name].check_scheme(s) is None for s in schemes) and FORMATS[name].check_plan(plan) is None
+        ]
+        raise UnsupportedError(
+            f"format {fmt.name!r} cannot hold this recipe: {reason}; formats that can: {', '.join(takers)}"
         )
 
 

@@ -17,6 +17,7 @@ from auto_round.errors import ConfigError, ModelError
 from auto_round.inference.backend import choose_backend, device_kind
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.qlinear import QuantLinear, expected_shapes, packable
+from auto_round.inference.restate import restate_config
 from auto_round.logger import logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
 from auto_round.modeling.experts import is_fused_experts, unfuse_experts
@@ -67,7 +68,10 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
 
 
 def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
-    """Check that every packed layer got its tensors. Raises ModelError naming the first that did not."""
+    """Check that every packed layer got its tensors, and put a foreign config into AutoRound's words.
+
+    Raises ModelError naming the first tensor that is missing.
+    """
     packed = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     marked = _marks_are_complete(model)
     for name, module in packed:
@@ -79,6 +83,7 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
             module.g_idx = module.plain_order(tensor.device)
         if not module.qweight.is_meta:  # offloaded layers are on meta until they run
             module.prepare(name)
+    restate_config(model)
 
 
 def _marks_are_complete(model: nn.Module) -> bool:

@@ -13,6 +13,8 @@ import torch
 from auto_round.errors import UnsupportedError
 
 WORD_BITS = 32
+# Codes packed at once: few enough that they and their temporaries stay in a core's cache.
+_PIECE = 1 << 17
 
 
 def period(bits: int) -> tuple[int, int]:
@@ -41,22 +43,49 @@ def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack along dimension 0.
 
     Args:
-        values: uint8 [n, m], each below 2**bits; any strides, so a transposed view costs no copy.
+        values: uint8 [n, m], each below 2**bits. Fastest when its transpose is contiguous, as for a layer's codes.
         bits: 2 to 8.
 
     Returns:
-        int32 [n*bits/32, m], contiguous. The largest temporary holds one word's share of the values.
+        int32 [n*bits/32, m], contiguous. Temporaries stay near `_PIECE` bytes.
     """
-    per_period, words_per_period = period(bits)
     count, width = values.shape
-    words = torch.zeros(words_needed(count, bits), width, dtype=torch.int32, device=values.device)
-    for i in range(per_period):
-        word, offset = divmod(i * bits, WORD_BITS)
-        part = values[i::per_period].to(torch.int32)
-        words[word::words_per_period] |= part << offset
-        if offset + bits > WORD_BITS:
-            words[word + 1 :: words_per_period] |= part >> (WORD_BITS - offset)
+    words = torch.empty(words_needed(count, bits), width, dtype=torch.int32, device=values.device)
+    step = max(1, _PIECE // max(1, count))
+    for start in range(0, width, step):
+        rows = values[:, start : start + step].T
+        words[:, start : start + step] = pack_rows(rows, bits).T
     return words
+
+
+def pack_rows(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [m, n] to int32 [m, n*bits/32], each row a dense stream of its own.
+
+    Eight codes are one 64-bit number with a code in each byte. Three times, neighbours move together: pairs, fours,
+    eights; then the lowest `bits` bytes are the stream (memory is little-endian wherever PyTorch runs).
+    """
+    words_needed(rows.shape[1], bits)
+    rows = rows.contiguous()
+    if rows.data_ptr() % 8:  # a view into the middle of something
+        rows = rows.clone()
+    if bits == 8:
+        return rows.view(torch.int32)
+    eights = rows.view(torch.int64)
+    packed = eights >> (8 - bits)
+    packed.bitwise_or_(eights).bitwise_and_(_mask(16, 2 * bits))
+    packed.bitwise_or_(packed >> (16 - 2 * bits)).bitwise_and_(_mask(32, 4 * bits))
+    packed.bitwise_or_(packed >> (32 - 4 * bits))
+    if bits == 4:
+        return packed.to(torch.int32)
+    if bits == 2:
+        return packed.to(torch.int16).view(torch.int32)
+    stream = packed.view(torch.uint8).view(*packed.shape, 8)[..., :bits].contiguous()
+    return stream.view(packed.shape[0], -1).view(torch.int32)
+
+
+def _mask(field: int, used: int) -> int:
+    """64 bits of which the lowest `used` of every `field` are set."""
+    return sum(((1 << used) - 1) << start for start in range(0, 64, field))
 
 
 def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM
 
 
 def main(folder: str, ids: str, out: str, dtype: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map="cpu").eval()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), device_map="cpu", output_loading_info=True
+    )
+    model.eval()
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            raise SystemExit(f"{what}: {sorted(map(str, info[what]))[0]} and {len(info[what]) - 1} more")
     packed = [name for name, module in model.named_modules() if hasattr(module, "qweight")]
     if not packed:
         raise SystemExit("no packed layer in the model")
