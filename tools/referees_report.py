@@ -15,8 +15,12 @@ its logits with ours in the same dtype. Do not edit: run `make referees`, or `py
 A number is the largest relative difference of any position: the norm of the difference of the logits over the
 vocabulary, divided by the norm of ours. In brackets the same for what quantization itself does to the model, for scale.
 "no" means that the program refuses or fails; the reasons are listed below. "-" was not tried: the program does not
-claim the format.
+claim the format. `gptqmodel` writes the files of `auto_gptq`, and `auto_round:gptqmodel` those of
+`auto_round:auto_gptq`. Our own loader opens every cell of `auto_round` and its packings, `auto_gptq` and `auto_awq` in
+Transformers, and each run checks that; it is not listed as a program.
 """
+# Other names of formats that are listed.
+_ALIASES = ("gptqmodel", "auto_round:gptqmodel")
 
 
 def _store(root: Path, program: str) -> Path:
@@ -60,12 +64,19 @@ def markdown(results: Mapping[str, dict[str, Any]], schemes: Mapping[str, Any], 
             for program, cell in zip(programs, row, strict=True):
                 if cell is not None and not cell["opened"]:
                     reasons.setdefault((program, cell["reason"]), []).append(f"{fmt} {scheme}")
-            mark = "" if any(c and c["opened"] for c in row) else "**no program here opens it**"
+            mark = "" if any(c and c["opened"] for c in row) else _nobody(fmt)
             lines.append(f"| {scheme} | {' | '.join(map(_cell, row))} | {mark} |")
     if reasons:
         lines += ["", "## Why not", ""]
         lines += [f"- {p}: {', '.join(where)}: `{reason}`" for (p, reason), where in reasons.items()]
     return "\n".join(lines) + "\n"
+
+
+def _nobody(fmt: str) -> str:
+    from auto_round.export.formats import FORMATS
+
+    ours = fmt in FORMATS and FORMATS[fmt].loads_here
+    return f"**no program here{' but our own loader' if ours else ''} opens it**"
 
 
 def _cell(cell: dict[str, Any] | None) -> str:
@@ -88,7 +99,7 @@ def writable_cells(schemes: Mapping[str, Mapping[str, Any]]) -> set[tuple[str, s
         layers = [base.with_overrides(entry) for entry in (options.get("layer_config") or {}).values()]
         for fmt in available_formats():
             held = all(FORMATS[fmt].check_scheme(scheme) is None for scheme in (base, *layers))
-            if held and fmt != "fake":
+            if held and fmt != "fake" and fmt not in _ALIASES:
                 found.add((name, fmt))
     return found
 

@@ -64,23 +64,30 @@ def pack_rows(rows: torch.Tensor, bits: int) -> torch.Tensor:
     Eight codes are one 64-bit number with a code in each byte. Three times, neighbours move together: pairs, fours,
     eights; then the lowest `bits` bytes are the stream (memory is little-endian wherever PyTorch runs).
     """
-    words_needed(rows.shape[1], bits)
-    rows = rows.contiguous()
-    if rows.data_ptr() % 8:  # a view into the middle of something
-        rows = rows.clone()
+    count, words = rows.shape[0], words_needed(rows.shape[1], bits)
+    flat = rows.contiguous().view(-1)
+    if flat.storage_offset() % 8:  # a view into the middle of something
+        flat = flat.clone()
     if bits == 8:
-        return rows.view(torch.int32)
-    eights = rows.view(torch.int64)
-    packed = eights >> (8 - bits)
-    packed.bitwise_or_(eights).bitwise_and_(_mask(16, 2 * bits))
-    packed.bitwise_or_(packed >> (16 - 2 * bits)).bitwise_and_(_mask(32, 4 * bits))
-    packed.bitwise_or_(packed >> (32 - 4 * bits))
+        return flat.view(torch.int32).view(count, words)
+    packed = flat.view(torch.int64)
+    for field in (8, 16, 32):
+        packed = _join(packed, field, bits * field // 8)
     if bits == 4:
-        return packed.to(torch.int32)
+        return packed.to(torch.int32).view(count, words)
     if bits == 2:
-        return packed.to(torch.int16).view(torch.int32)
-    stream = packed.view(torch.uint8).view(*packed.shape, 8)[..., :bits].contiguous()
-    return stream.view(packed.shape[0], -1).view(torch.int32)
+        return packed.to(torch.int16).view(torch.int32).view(count, words)
+    stream = packed.view(torch.uint8).view(-1, 8)[:, :bits].contiguous()
+    return stream.view(-1).view(torch.int32).view(count, words)
+
+
+def _join(numbers: torch.Tensor, field: int, used: int) -> torch.Tensor:
+    """Fields of `field` bits that hold `used` bits each become fields twice as wide that hold two neighbours."""
+    upper = numbers >> (field - used)
+    if 2 * used > field:  # what is shifted out of the lower field would land on it
+        upper.bitwise_and_(_mask(2 * field, 2 * used) ^ _mask(2 * field, used))
+        return upper.bitwise_or_(numbers & _mask(2 * field, used))
+    return upper.bitwise_or_(numbers).bitwise_and_(_mask(2 * field, 2 * used))
 
 
 def _mask(field: int, used: int) -> int:
