@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 DEMO_ARGS ?=
+REFEREE_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 PIP_INSTALL := $(PIP) install --no-input --no-warn-script-location -c requirements/torch.txt
 SOURCES := auto_round test tools examples $(wildcard bench)
 
-.PHONY: help demo test test-slow test-cuda lint format bench wheel clean
+.PHONY: help demo test test-slow test-cuda lint format bench referees wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +21,7 @@ help:
 	@echo "make test-cuda  tests that need a CUDA GPU"
 	@echo "make lint       ruff and mypy;  make format rewrites what ruff can"
 	@echo "make bench      how to measure against auto-round 0.16.1 (takes an hour: prints the commands)"
+	@echo "make referees   let other programs open what we write (REFEREE_ARGS='--programs gptqmodel' chooses some)"
 	@echo "make wheel      build the wheel into dist/"
 	@echo "make clean      remove the environment, the demo's files and caches"
 
@@ -77,8 +79,11 @@ bench: .demo/smollm2/.done
 	@echo "  $(BIN)/python bench/vs_peer.py --help"
 	@echo "Results that were measured are in bench/results/."
 
+referees: $(VENV)/.test
+	@$(BIN)/python tools/referees.py $(REFEREE_ARGS)
+
 wheel: $(VENV)/.torch
 	@$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .demo .referees build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,7 +29,7 @@ _SIDE_FILES = (
 
 
 def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat) -> None:
-    """config.json with the format's quantization_config, and the same beside it as quantization_config.json."""
+    """config.json with the format's quantization_config, and the same beside it in the format's `config_files`."""
     config = copy.deepcopy(source.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -44,8 +44,9 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat)
         values["tie_word_embeddings"] = False
     plan = job.export_plan()
     quantization = fmt.config(plan)
-    if quantization is not None and fmt.config_file:
-        write_json(folder, "quantization_config.json", quantization)
+    if quantization is not None:
+        for name in fmt.config_files:
+            write_json(folder, name, quantization)
     write_json(folder, "config.json", fmt.model_config(values, plan))
 
 

@@ -15,7 +15,14 @@ from auto_round.compressors.mixed import mixed_defaults
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
 from auto_round.errors import ConfigError, UnsupportedError, nearest
-from auto_round.export.formats import OutputFormat, TensorSpecs, available_formats, get_format, require_scheme
+from auto_round.export.formats import (
+    OutputFormat,
+    TensorSpecs,
+    available_formats,
+    get_format,
+    require_plan,
+    require_scheme,
+)
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.layer_config import resolve_layers
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
@@ -89,6 +96,9 @@ def make_job(
             f"{settings.scheme_name} gives routed experts {settings.scheme.bits} bits, and this model has none: every "
             f"layer gets {settings.mixed.other_bits}"
         )
+    known = set(inside) | set(outside)
+    # Linear layers that are neither in a block nor the head are never quantized; formats must know of them.
+    schemes |= {n: settings.scheme.with_overrides({"bits": 16, "act_bits": 16}) for n in everything if n not in known}
     routers = router_names(source.model)
     layers: dict[str, LayerPlan] = {}
     for name, scheme in schemes.items():
@@ -116,12 +126,15 @@ def make_job(
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
     ram, vram = _memory(settings, source, layers, compute)
-    return Job(
+    job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
         settings.scheme_name, settings.scheme, steps, {f.name: planned_bytes(f, layers, source) for f in formats},
         ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
         _embeddings(source),
     )  # fmt: skip
+    for fmt in formats:
+        require_plan(fmt, job.export_plan())
+    return job
 
 
 def _chosen_blocks(settings: Settings, source: ModelSource) -> tuple[str, ...]:

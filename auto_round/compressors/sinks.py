@@ -60,6 +60,7 @@ class FolderSink:
         self.written: list[str] = []
 
     def layer(self, layer: QuantizedLayer) -> None:
+        layer = self.format.restate(layer)
         dense = self.format.name == "fake"
         self.expected[layer.name] = layer_digest(layer, dense, self.model_dtype)
         for name, tensor in self.format.pack(layer, model_dtype=self.model_dtype).items():

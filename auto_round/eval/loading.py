@@ -66,11 +66,25 @@ def load_model(
         saved = getattr(config.get_text_config(), "dtype", None) or torch.float32
         wanted = dtype or compute_dtype_for(device, saved)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, device_map={"": str(device)}, trust_remote_code=trust_remote_code
-        )
+            folder, dtype=wanted, device_map={"": str(device)}, trust_remote_code=trust_remote_code,
+            **_ours(getattr(config, "quantization_config", None)),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as err:
         raise ModelError(f"{name!r} cannot be opened as a causal language model: {_first_line(err)}") from err
     return model.eval()
+
+
+def _ours(quantization: Any) -> dict[str, Any]:
+    """What makes Transformers open a GPTQ or AWQ checkpoint with our layers: without it, it asks for other packages.
+
+    It refuses to do so for files with `meta`, which GPTQModel writes; those are left to that package.
+    """
+    values = quantization if isinstance(quantization, dict) else {}
+    if values.get("quant_method") not in ("gptq", "awq") or "meta" in values:
+        return {}
+    from transformers import AutoRoundConfig
+
+    return {"quantization_config": AutoRoundConfig()}
 
 
 def _first_line(err: Exception) -> str:

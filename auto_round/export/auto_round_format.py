@@ -13,6 +13,7 @@ the default's says so in `extra_config`.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,35 @@ def stored_group_size(scheme: QuantizationScheme) -> int:
     """`group_size` as written: per tensor (0) becomes per channel (-1), with the scale repeated."""
     assert isinstance(scheme.group_size, int)
     return scheme.group_size if scheme.group_size > 0 else -1
+
+
+def default_scheme(plan: ExportPlan) -> QuantizationScheme:
+    """The scheme to write as the default: the run's own, or the commonest when no layer has that (16 bits, say, which
+    no reader takes as a default)."""
+    counts = Counter(plan.layers[name] for name in plan.quantized_layers())
+    return plan.scheme if plan.scheme in counts else counts.most_common(1)[0][0]
+
+
+def without_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
+    """The same weights with no zero point of 0, for files that store zero points less one.
+
+    0 - 1 wraps to 2**bits - 1, and readers that add 1 to a whole word carry into the next zero point, others read
+    2**bits. Turning such a group around costs nothing: with M = 2**bits - 1 and every c, s * (c - 0) is exactly
+    -s * ((M - c) - M).
+    """
+    zero, codes, scale = layer.zero_point, layer.codes, layer.scale
+    if not isinstance(zero, torch.Tensor) or codes is None or scale is None or bool(zero.all()):
+        return layer
+    size = stored_group_size(layer.scheme)
+    top = (1 << layer.scheme.bits) - 1
+    turned = zero == 0
+    columns = turned.repeat_interleave(size if size > 0 else layer.in_features, 1)[:, : layer.in_features]
+    return replace(
+        layer,
+        codes=torch.where(columns.expand_as(codes), top - codes, codes),
+        scale=torch.where(turned, -scale, scale),
+        zero_point=torch.where(turned, torch.full_like(zero, top), zero),
+    )
 
 
 @register_format("auto_round")
@@ -124,8 +154,7 @@ class AutoRoundFormat(OutputFormat):
         names = plan.quantized_layers()
         if not names:
             return None
-        used = {plan.layers[name] for name in names}
-        default = plan.scheme if plan.scheme in used else self._commonest(plan)
+        default = default_scheme(plan)
         config: dict[str, Any] = {
             "bits": default.bits,
             "data_type": default.data_type,
@@ -161,19 +190,25 @@ class AutoRoundFormat(OutputFormat):
     def _value(scheme: QuantizationScheme, key: str) -> Any:
         return stored_group_size(scheme) if key == "group_size" else scheme[key]
 
-    @staticmethod
-    def _commonest(plan: ExportPlan) -> QuantizationScheme:
-        """The default to write when no layer has the run's own, such as 16 bits, which no reader takes as one."""
-        counts = Counter(plan.layers[name] for name in plan.quantized_layers())
-        return counts.most_common(1)[0][0]
-
 
 @register_format("auto_round:auto_gptq")
 class AutoRoundGptqFormat(AutoRoundFormat):
-    """Always GPTQ v1 packing: zero points are stored less one, modulo 2**bits."""
+    """Always GPTQ v1 packing: zero points are stored less one."""
+
+    support_schemes: ClassVar[tuple[str, ...]] = (
+        "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "BF16",
+    )  # fmt: skip
+
+    def restate(self, layer: QuantizedLayer) -> QuantizedLayer:
+        return without_zero_zero_points(layer)
 
     def packing(self, scheme: QuantizationScheme) -> str:
         return GPTQ_PACKING
+
+
+@register_format("auto_round:gptqmodel")
+class AutoRoundGptqModelFormat(AutoRoundGptqFormat):
+    """The same files under another name, as the guide's table has it."""
 
 
 @register_format("auto_round:auto_awq")

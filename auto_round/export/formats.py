@@ -31,14 +31,14 @@ class OutputFormat(ABC):
     # Whether the loader of `auto_round.inference` opens the files. What it opens is checked after saving by opening it;
     # the tensors of other formats are taken apart by `read_back`.
     loads_here: ClassVar[bool] = True
-    # Whether `config` is written as quantization_config.json too.
-    config_file: ClassVar[bool] = True
     # Runtimes that read the files and join layers (q, k and v; gate and up; experts) into one matrix.
     fused_by: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang")
     # Dtype of the scales in the file; None where none are stored.
     scale_dtype: ClassVar[torch.dtype | None] = torch.float16
     # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
     support_schemes: ClassVar[tuple[str, ...]]
+    # Files beside config.json that repeat the quantization_config.
+    config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json",)
 
     @abstractmethod
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
@@ -47,6 +47,14 @@ class OutputFormat(ABC):
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         """None when a layer of this shape can be packed, or the reason why not (it then stays in full precision)."""
         return None
+
+    def check_plan(self, plan: ExportPlan) -> str | None:
+        """None when the format can say what every layer of `plan` is, or the reason why not."""
+        return None
+
+    def restate(self, layer: QuantizedLayer) -> QuantizedLayer:
+        """A layer of exactly the same weights, in numbers that the format's readers take. `pack` is given this."""
+        return layer
 
     @abstractmethod
     def tensor_specs(
@@ -92,8 +100,10 @@ class OutputFormat(ABC):
 FORMATS: dict[str, OutputFormat] = {}
 _BUILT_IN = (
     "auto_round.export.auto_round_format",
-    "auto_round.export.fake_format",
+    "auto_round.export.gptq_format",
+    "auto_round.export.awq_format",
     "auto_round.export.mlx_format",
+    "auto_round.export.fake_format",
 )
 _Format = TypeVar("_Format", bound=type[OutputFormat])
 
@@ -161,6 +171,21 @@ def require_scheme(fmt: OutputFormat, scheme: QuantizationScheme, what: str = "t
         takers = ", ".join(formats_for_scheme(scheme)) or "none in this version"
         raise UnsupportedError(
             f"format {fmt.name!r} cannot hold {what} ({scheme.describe()}): {reason}; formats that can: {takers}"
+        )
+
+
+def require_plan(fmt: OutputFormat, plan: ExportPlan) -> None:
+    """Raise UnsupportedError with the reason and the formats that would do when `fmt` cannot describe `plan`."""
+    reason = fmt.check_plan(plan)
+    if reason is not None:
+        schemes = set(plan.layers.values())
+        takers = [
+            name
+            for name in available_formats()
+            if all(FORMATS[name].check_scheme(s) is None for s in schemes) and FORMATS[name].check_plan(plan) is None
+        ]
+        raise UnsupportedError(
+            f"format {fmt.name!r} cannot hold this recipe: {reason}; formats that can: {', '.join(takers)}"
         )
 
 

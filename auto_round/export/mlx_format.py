@@ -136,7 +136,7 @@ class MlxFormat(_MlxTensors):
     """A folder that mlx-lm opens: its names, stacked experts, and the rotary settings where it looks for them."""
 
     loads_here: ClassVar[bool] = False
-    config_file: ClassVar[bool] = False
+    config_files: ClassVar[tuple[str, ...]] = ()
 
     def rules(self, model_type: str) -> ModelRules:
         return mlx_rules(model_type)

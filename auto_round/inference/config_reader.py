@@ -25,6 +25,11 @@ _PACKINGS: dict[str, tuple[str, int]] = {
 _BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
 # Leading parts of a module name that differ between versions of Transformers and between model wrappers.
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)+")
+# Keys that only GPTQ and AWQ configs have, and that say which layers are quantized and how.
+FOREIGN_KEYS = (
+    "checkpoint_format", "desc_act", "dynamic", "modules_in_block_to_quantize", "modules_to_not_convert",
+    "q_group_size", "version", "w_bit", "zero_point",
+)  # fmt: skip
 _META = re.compile(r"[\\*+?^$|()\[\]{}]")
 
 
@@ -85,7 +90,7 @@ class CheckpointConfig:
         if entry is not None:
             return _override(self.default, entry, name)
         if not in_block:
-            return self.default if self.lm_head and name.rpartition(".")[2] == "lm_head" else None
+            return self._dynamic(name) if self.lm_head and name.rpartition(".")[2] == "lm_head" else None
         if any(f".{key}." in f".{name}." for key in self.excluded):
             return None
         if self.only_suffixes and not any(f".{name}".endswith(f".{s}") for s in self.only_suffixes):
@@ -120,14 +125,17 @@ def read_config(config: Any) -> CheckpointConfig:
         UnsupportedError: a data type, packing, rotation or activation scheme that this version cannot run.
         ConfigError: malformed values.
     """
-    values = dict(config) if isinstance(config, Mapping) else dict(vars(config))
-    packing = str(values.get("packing_format") or "auto_round:auto_gptq")
+    values = _plain(config)
+    packing = _packing_name(values)
     layout, offset = _packing(packing)
     if layout == "gptq" and values.get("checkpoint_format") == "gptq_v2":
         offset = 0
+    awq_keys = [key for key in ("modules_to_not_convert", "version", "zero_point") if key in values]
+    is_awq = layout == "awq" and bool(awq_keys)
+    sym = not values["zero_point"] if "zero_point" in awq_keys and is_awq else values.get("sym", True)
     default = LayerFormat(
         _whole(values, "bits", 4), _group_size(values.get("group_size", 128), "the checkpoint"),
-        bool(values.get("sym", True)), layout, offset,
+        bool(sym), layout, offset,
     )  # fmt: skip
     _check_values(values, "the checkpoint")
     _check_bits(default.bits, layout, "the checkpoint")
@@ -138,7 +146,6 @@ def read_config(config: Any) -> CheckpointConfig:
                 "quantize the model without a rotation"
             )
     prefixes = next((found for key in _BLOCK_KEYS if (found := _names(values.get(key)))), ())
-    is_awq = layout == "awq" and any(key in values for key in ("modules_to_not_convert", "version", "zero_point"))
     excluded = _names(values.get("modules_to_not_convert")) if is_awq else ()
     return CheckpointConfig(
         default=default,
@@ -152,6 +159,35 @@ def read_config(config: Any) -> CheckpointConfig:
         only_suffixes=_names(values.get("modules_in_block_to_quantize")),
         lm_head=bool(values.get("lm_head", False)),
     )
+
+
+def is_foreign(config: Any) -> bool:
+    """Whether a `quantization_config` is written in the words of GPTQ or AWQ."""
+    values = _plain(config)
+    method = str(values.get("quant_method") or "").rpartition(".")[2].lower()
+    return method in ("gptq", "awq") or any(values.get(key) is not None for key in FOREIGN_KEYS)
+
+
+def packing_format_of(fmt: LayerFormat) -> str:
+    """AutoRound's own name of how a layer lies in the file."""
+    if fmt.layout == "awq":
+        return "auto_round:auto_awq"
+    return "auto_round:auto_gptq" if fmt.zero_offset else "auto_round:gptqmodel"
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The config's values, with AutoAWQ's older names of two of them renamed."""
+    values = dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    for old, new in (("w_bit", "bits"), ("q_group_size", "group_size")):
+        if values.get(old) is not None:
+            values[new] = values[old]
+    return values
+
+
+def _packing_name(values: Mapping[str, Any]) -> str:
+    if values.get("packing_format"):
+        return str(values["packing_format"])
+    return "auto_round:auto_awq" if str(values.get("quant_method")).lower() == "awq" else "auto_round:auto_gptq"
 
 
 def _packing(packing: str) -> tuple[str, int]:

@@ -20,6 +20,7 @@ from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, re
 from auto_round.inference.mlx_linear import MlxLinear, mlx_packable, mlx_shapes
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear, expected_shapes, packable
+from auto_round.inference.restate import restate_config
 from auto_round.logger import logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
 from auto_round.modeling.experts import is_fused_experts, unfuse_experts
@@ -70,7 +71,10 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
 
 
 def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
-    """Check that every packed layer got its tensors. Raises ModelError naming the first that did not."""
+    """Check that every packed layer got its tensors, and put a foreign config into AutoRound's words.
+
+    Raises ModelError naming the first tensor that is missing.
+    """
     packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     marked = _marks_are_complete(model)
     for name, module in packed:
@@ -82,6 +86,7 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
             module.g_idx = module.plain_order(tensor.device)
         if module.is_loaded:
             module.prepare(name)
+    restate_config(model)
 
 
 def _marks_are_complete(model: nn.Module) -> bool:

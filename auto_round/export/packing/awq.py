@@ -12,13 +12,21 @@ from auto_round.errors import UnsupportedError
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PER_WORD = 8
+# Codes packed at once: few enough that they and their temporaries stay in a core's cache.
+_PIECE = 1 << 17
 
 
-def _pack_rows(values: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, out] to int32 [n, out/8]."""
-    words = torch.zeros(values.shape[0], values.shape[1] // _PER_WORD, dtype=torch.int32, device=values.device)
-    for nibble, column in enumerate(AWQ_ORDER):
-        words |= values[:, column::_PER_WORD].to(torch.int32) << (4 * nibble)
+def _pack_columns(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, n] to int32 [n, out/8]."""
+    words = torch.empty(values.shape[1], values.shape[0] // _PER_WORD, dtype=torch.int32, device=values.device)
+    step = max(1, _PIECE // max(1, values.shape[1])) * _PER_WORD
+    for start in range(0, values.shape[0], step):
+        some = values[start : start + step]
+        part = torch.zeros(some.shape[0] // _PER_WORD, some.shape[1], dtype=torch.int32, device=values.device)
+        for byte in range(4):
+            low, high = (some[column::_PER_WORD] for column in AWQ_ORDER[2 * byte : 2 * byte + 2])
+            part.bitwise_or_((low | (high << 4)).to(torch.int32) << (8 * byte))
+        words[:, start // _PER_WORD : start // _PER_WORD + part.shape[0]] = part.T
     return words
 
 
@@ -54,7 +62,7 @@ def pack_awq(
         if groups is None:
             raise TypeError("pack_awq: give the number of groups when zero_point is one int")
         zero_point = torch.full((out, groups), zero_point, dtype=torch.uint8, device=codes.device)
-    return _pack_rows(codes.T), _pack_rows(zero_point.T)
+    return _pack_columns(codes), _pack_columns(zero_point)
 
 
 def unpack_awq(qweight: torch.Tensor, qzeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,8 @@ import torch
 from auto_round.errors import UnsupportedError
 
 WORD_BITS = 32
+# Codes packed at once: few enough that they and their temporaries stay in a core's cache.
+_PIECE = 1 << 17
 
 
 def period(bits: int) -> tuple[int, int]:
@@ -41,22 +43,56 @@ def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack along dimension 0.
 
     Args:
-        values: uint8 [n, m], each below 2**bits; any strides, so a transposed view costs no copy.
+        values: uint8 [n, m], each below 2**bits. Fastest when its transpose is contiguous, as for a layer's codes.
         bits: 2 to 8.
 
     Returns:
-        int32 [n*bits/32, m], contiguous. The largest temporary holds one word's share of the values.
+        int32 [n*bits/32, m], contiguous. Temporaries stay near `_PIECE` bytes.
     """
-    per_period, words_per_period = period(bits)
     count, width = values.shape
-    words = torch.zeros(words_needed(count, bits), width, dtype=torch.int32, device=values.device)
-    for i in range(per_period):
-        word, offset = divmod(i * bits, WORD_BITS)
-        part = values[i::per_period].to(torch.int32)
-        words[word::words_per_period] |= part << offset
-        if offset + bits > WORD_BITS:
-            words[word + 1 :: words_per_period] |= part >> (WORD_BITS - offset)
+    words = torch.empty(words_needed(count, bits), width, dtype=torch.int32, device=values.device)
+    step = max(1, _PIECE // max(1, count))
+    for start in range(0, width, step):
+        rows = values[:, start : start + step].T
+        words[:, start : start + step] = pack_rows(rows, bits).T
     return words
+
+
+def pack_rows(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [m, n] to int32 [m, n*bits/32], each row a dense stream of its own.
+
+    Eight codes are one 64-bit number with a code in each byte. Three times, neighbours move together: pairs, fours,
+    eights; then the lowest `bits` bytes are the stream (memory is little-endian wherever PyTorch runs).
+    """
+    count, words = rows.shape[0], words_needed(rows.shape[1], bits)
+    flat = rows.contiguous().view(-1)
+    if flat.storage_offset() % 8:  # a view into the middle of something
+        flat = flat.clone()
+    if bits == 8:
+        return flat.view(torch.int32).view(count, words)
+    packed = flat.view(torch.int64)
+    for field in (8, 16, 32):
+        packed = _join(packed, field, bits * field // 8)
+    if bits == 4:
+        return packed.to(torch.int32).view(count, words)
+    if bits == 2:
+        return packed.to(torch.int16).view(torch.int32).view(count, words)
+    stream = packed.view(torch.uint8).view(-1, 8)[:, :bits].contiguous()
+    return stream.view(-1).view(torch.int32).view(count, words)
+
+
+def _join(numbers: torch.Tensor, field: int, used: int) -> torch.Tensor:
+    """Fields of `field` bits that hold `used` bits each become fields twice as wide that hold two neighbours."""
+    upper = numbers >> (field - used)
+    if 2 * used > field:  # what is shifted out of the lower field would land on it
+        upper.bitwise_and_(_mask(2 * field, 2 * used) ^ _mask(2 * field, used))
+        return upper.bitwise_or_(numbers & _mask(2 * field, used))
+    return upper.bitwise_or_(numbers).bitwise_and_(_mask(2 * field, 2 * used))
+
+
+def _mask(field: int, used: int) -> int:
+    """64 bits of which the lowest `used` of every `field` are set."""
+    return sum(((1 << used) - 1) << start for start in range(0, 64, field))
 
 
 def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from auto_round import AutoRound
+from auto_round.export.formats import available_formats
 from auto_round.modeling.tensor_files import TensorFiles
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -19,13 +21,19 @@ RUNS: dict[str, dict[str, Any]] = {
     "w4a16-auto_round_auto_awq-symfalse": {"scheme": "W4A16", "sym": False},
     "w4a16-auto_round-layer_config": {"scheme": "W4A16", "layer_config": {"k_proj": {"bits": 8}}},
     "w4a16-fake": {"scheme": "W4A16"},
+    "w3a16-auto_gptq": {"scheme": "W3A16"},
+    "w4a16-auto_gptq": {"scheme": "W4A16"},
+    "w4a16-auto_gptq-symfalse": {"scheme": "W4A16", "sym": False},
+    "w4a16-auto_awq": {"scheme": "W4A16"},
+    "w4a16-auto_awq-symfalse": {"scheme": "W4A16", "sym": False},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_tensors_are_the_same(name: str, golden_folder: Path, tmp_path: Path) -> None:
     ar = AutoRound(str(golden_folder / "_source-tiny-llama"), iters=0, disable_opt_rtn=True, **RUNS[name])
-    ar.quantize_and_save(tmp_path / "out", format="fake" if name.endswith("fake") else "auto_round")
+    fmt = name.split("-")[1]
+    ar.quantize_and_save(tmp_path / "out", format=fmt if fmt in available_formats() else "auto_round")
     ours, theirs = TensorFiles.open(tmp_path / "out"), TensorFiles.open(golden_folder / name)
     assert set(ours) == set(theirs)
     for key in theirs:
@@ -33,6 +41,21 @@ def test_tensors_are_the_same(name: str, golden_folder: Path, tmp_path: Path) ->
             continue  # its own test
         one, other = ours.read(key), theirs.read(key)
         assert one.dtype == other.dtype and torch.equal(one, other), key
+
+
+@pytest.mark.parametrize("name", [n for n in RUNS if n.split("-")[1] in ("auto_gptq", "auto_awq")])
+def test_configs_say_the_same(name: str, golden_folder: Path, tmp_path: Path) -> None:
+    """Every key of theirs, but the version, which is ours. More keys are ours to add."""
+    ar = AutoRound(str(golden_folder / "_source-tiny-llama"), iters=0, disable_opt_rtn=True, **RUNS[name])
+    ar.quantize_and_save(tmp_path / "out", format=name.split("-")[1])
+    ours = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    theirs = json.loads((golden_folder / name / "quantization_config.json").read_text())
+    assert {k: ours.get(k) for k in theirs if k != "autoround_version"} == {
+        k: v for k, v in theirs.items() if k != "autoround_version"
+    }
+    assert json.loads((tmp_path / "out" / "quantization_config.json").read_text()) == ours
+    if ours["quant_method"] == "gptq":
+        assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == ours
 
 
 def test_the_head_is_the_same(golden_folder: Path, tmp_path: Path) -> None:

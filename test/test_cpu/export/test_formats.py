@@ -26,7 +26,10 @@ from auto_round.schemes import PRESET_SCHEMES
 from auto_round.schemes import QuantizationScheme as Scheme
 
 SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[4] / "shared")
-BUILT = ["auto_round", "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:mlx", "fake", "mlx"]
+BUILT = sorted([
+    "auto_round", "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:mlx", "fake",
+    "auto_gptq", "gptqmodel", "auto_awq", "mlx",
+])  # fmt: skip
 
 
 def test_names() -> None:
@@ -37,7 +40,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", [n for n in GUIDE_MATRIX if n not in BUILT] + ["gguf:q9_z"])
 def test_formats_of_the_guide_that_are_not_built(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"not available in this version; available: auto_round, .*fake"):
+    with pytest.raises(UnsupportedError, match=r"not available in this version; available: .*auto_round, .*fake"):
         parse_formats(f"auto_round,{name}")
 
 

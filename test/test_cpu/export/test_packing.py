@@ -102,6 +102,27 @@ def test_bit_stream_round_trip(bits: int, periods: int, width: int, seed: int) -
     assert torch.equal(unpack_words(pack_words(values, bits), bits), values)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    bits=st.integers(2, 8), periods=st.integers(1, 3), width=st.integers(1, 9), piece=st.sampled_from([1, 40, 200]),
+    start=st.integers(0, 3),
+)  # fmt: skip
+def test_packing_in_pieces_and_from_views(bits: int, periods: int, width: int, piece: int, start: int) -> None:
+    """Pieces of any size, and inputs that begin anywhere in memory, give the words of the bit by bit reader."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("auto_round.export.packing.bits._PIECE", piece)
+        patch.setattr("auto_round.export.packing.awq._PIECE", piece)
+        base = torch.randint(0, 1 << bits, (width + 1, periods * 32 + start), dtype=torch.uint8)
+        rows = base[1:, start:]
+        words = pack_words(rows.T, bits).numpy()
+        for column in range(width):
+            seen = [stream_value(words[:, column], i, bits) for i in range(rows.shape[1])]
+            assert seen == rows[column].tolist()
+        if bits == 4:
+            columns = base[:, start:][:1].expand(16, -1)
+            assert np.array_equal(naive_awq(pack_awq(columns, 8, groups=1)[0].numpy()), columns.numpy())
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_one_zero_point_for_all_groups(bits: int) -> None:
     codes, _ = case(1, bits, 32, 64, 2)

