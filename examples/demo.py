@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from auto_round import AutoRound
+from auto_round.compressors.device import resolve_device
 from auto_round.eval import EvalResult, evaluate, window_logits
 from auto_round.eval.default_text import held_out_text
 from auto_round.eval.loading import load_model, load_tokenizer
@@ -165,7 +166,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"    {generate(work / 'signround', arguments.prompt)!r}")
 
     step("4/5 Measuring against the full-precision model")
-    judge = Judge(arguments.model, arguments.text, arguments.device, arguments.windows)
+    judge = Judge(arguments.model, arguments.text, str(resolve_device(arguments.device)), arguments.windows)
     rows = [Row("full precision", *size_and_bits(Path(arguments.model)), judge.reference, None)]
     for name, folder, seconds in (("RTN", work / "rtn", rtn), ("SignRound", work / "signround", tuned)):
         rows.append(Row(name, *size_and_bits(folder), judge(folder), seconds))

@@ -101,7 +101,7 @@ PROGRAMS: dict[str, Program] = {
             "gptqmodel", "gptqmodel 7.6.0 + optimum 2.3.0 through Transformers",
             opens={
                 "auto_gptq": (
-                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 asym", "W4A16 per channel", "W8A16",
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 asym", "W8A16",
                 ),
                 "auto_awq": ("W4A16", "W4A16 asym"),
             },
@@ -112,7 +112,7 @@ PROGRAMS: dict[str, Program] = {
             "gptqmodel-load", "gptqmodel 7.6.0 by its own GPTQModel.load",
             opens={
                 "auto_gptq": (
-                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W8A16",
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W8A16",
                     "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
                 ),
                 "auto_awq": ("W4A16", "W4A16 asym"),
