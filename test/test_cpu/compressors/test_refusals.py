@@ -68,7 +68,7 @@ def test_a_format_that_cannot_hold_one_layer(make: Callable[..., Any], tmp_path:
     with pytest.raises(UnsupportedError, match="layer model.layers.0.self_attn.k_proj.*formats that can: .*fake"):
         ar.quantize_and_save(tmp_path / "out")
     ar = make("llama", iters=0, layer_config={"k_proj": {"bits": 8}})
-    with pytest.raises(UnsupportedError, match=r"4-bit.*formats that can: auto_round, auto_round:auto_gptq, .*fake"):
+    with pytest.raises(UnsupportedError, match=r"4-bit.*formats that can: .*auto_round, auto_round:auto_gptq, .*fake"):
         ar.quantize_and_save(tmp_path / "out", format="auto_round:auto_awq")
     assert not (tmp_path / "out").exists()
 
@@ -84,7 +84,7 @@ def test_schemes_of_later_versions(scheme: str, make: Callable[..., Any], tmp_pa
     "fmt, error", [("auto_rond", ConfigError), ("gguf:q4_k_m", UnsupportedError), ("", ConfigError)]
 )
 def test_unknown_formats(fmt: str, error: type[AutoRoundError], make: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(error, match="vailable: auto_round"):
+    with pytest.raises(error, match="vailable: .*auto_round"):
         make("llama", iters=0).quantize_and_save(tmp_path / "out", fmt)
     assert not (tmp_path / "out").exists()
 
