@@ -35,7 +35,7 @@ def test_what_must_open_opened_and_agreed(tool: ModuleType) -> None:
             for scheme in schemes:
                 cell = cells[fmt, scheme]
                 assert cell["opened"] and cell["difference"] <= tool.LIMIT < cell["effect"] * 10, (name, fmt, scheme)
-        assert tool.failures(values["cells"]) == []
+        assert tool.failures(values["cells"], program.opens) == []
 
 
 def test_every_program_has_its_files(tool: ModuleType) -> None:
@@ -56,16 +56,18 @@ def test_difference(tool: ModuleType) -> None:
 
 
 def test_failures(tool: ModuleType) -> None:
-    row = {"format": "f", "scheme": "s", "expected": True, "opened": True, "difference": 1e-3}
-    assert tool.failures([row]) == []
-    assert tool.failures([{**row, "difference": float("nan")}]) and tool.failures([{**row, "difference": 0.02}])
-    assert tool.failures([{**row, "opened": False, "reason": "no"}]) == ["f s: not opened (no)"]
-    assert tool.failures([{**row, "opened": False, "reason": "no", "expected": False}]) == []
+    row = {"format": "f", "scheme": "s", "opened": True, "difference": 1e-3}
+    must = {"f": ("s",)}
+    assert tool.failures([row], must) == []
+    assert tool.failures([{**row, "difference": float("nan")}], must)
+    assert tool.failures([{**row, "difference": 0.02}], {}) == ["f s: differs by 0.02"]
+    closed = {**row, "opened": False, "reason": "no"}
+    assert tool.failures([closed], must) == ["f s: not opened (no)"] and tool.failures([closed], {}) == []
 
 
 def test_results_merge(tool: ModuleType, tmp_path: Path) -> None:
     report = tool.referees_report
-    row = {"format": "f", "scheme": "s", "opened": False, "reason": "no", "dtype": "float32", "expected": False}
+    row = {"format": "f", "scheme": "s", "opened": False, "reason": "no", "dtype": "float32"}
     report.record(tmp_path, "p", "P 1", [row, {**row, "scheme": "t"}])
     report.record(tmp_path, "p", "P 2", [{**row, "reason": "still no"}])
     values = report.load(tmp_path)["p"]
