@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, fused_targets, stored_targets
+from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.mixed import mixed_defaults
 from auto_round.compressors.settings import Settings
@@ -62,9 +63,13 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
 
 
 def make_job(
-    settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None
-) -> Job:
+    settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None,
+    fit: bool = True,
+) -> Job:  # fmt: skip
     """Resolve everything.
+
+    Args:
+        fit: shrink groups that a format cannot hold; False when the layers are quantized already.
 
     Raises:
         ConfigError: a layer pattern matches nothing, or an entry is no scheme.
@@ -99,6 +104,9 @@ def make_job(
     known = set(inside) | set(outside)
     # Linear layers that are neither in a block nor the head are never quantized; formats must know of them.
     schemes |= {n: settings.scheme.with_overrides({"bits": 16, "act_bits": 16}) for n in everything if n not in known}
+    instead, group_notes = fit_groups(schemes, _widths(source, schemes), formats) if fit else ({}, [])
+    schemes = {name: instead.get(scheme, scheme) for name, scheme in schemes.items()}
+    notes += group_notes
     routers = router_names(source.model)
     layers: dict[str, LayerPlan] = {}
     for name, scheme in schemes.items():
@@ -126,9 +134,10 @@ def make_job(
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
     ram, vram = _memory(settings, source, layers, compute)
+    scheme = instead.get(settings.scheme, settings.scheme)
     job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
-        settings.scheme_name, settings.scheme, steps, {f.name: planned_bytes(f, layers, source) for f in formats},
+        settings.scheme_name, scheme, steps, {f.name: planned_bytes(f, layers, source) for f in formats},
         ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
         _embeddings(source),
     )  # fmt: skip
@@ -152,6 +161,10 @@ def _head_name(source: ModelSource) -> str | None:
     getter = getattr(source.model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return next((n for n, m in source.model.named_modules() if m is head), None) if head is not None else None
+
+
+def _widths(source: ModelSource, names: Iterable[str]) -> dict[str, int]:
+    return {name: int(weight_2d(source.model.get_submodule(name)).shape[1]) for name in names}
 
 
 def _layer_plan(source: ModelSource, name: str, scheme: QuantizationScheme) -> LayerPlan:

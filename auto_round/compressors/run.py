@@ -56,9 +56,9 @@ class Run:
     def __init__(self, source: ModelSource, settings: Settings, tokenizer: Any) -> None:
         self.source, self.settings, self.tokenizer = source, settings, tokenizer
 
-    def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None) -> Job:
-        """The job, without doing it."""
-        return make_job(self.settings, self.source, formats, output_dir)
+    def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True) -> Job:
+        """The job, without doing it. `fit`: see `make_job`."""
+        return make_job(self.settings, self.source, formats, output_dir, fit)
 
     def memory_plan(self) -> Job:
         """The job of a model that is kept in memory. Layers that no packing takes stay as they are, so that it can be
@@ -123,7 +123,7 @@ class Run:
         done: Mapping[str, QuantizedLayer] | None = None,
     ) -> tuple[Job, list[Path]]:  # fmt: skip
         """Everything that can be refused before work begins. `done`: the layers that are quantized already."""
-        job = self.plan(formats, output_dir)
+        job = self.plan(formats, output_dir, fit=done is None)
         if done is not None:
             job = _as_done(job, self.memory_plan(), done)
         needed = sum(job.bytes_on_disk.values())

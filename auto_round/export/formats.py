@@ -37,6 +37,8 @@ class OutputFormat(ABC):
     scale_dtype: ClassVar[torch.dtype | None] = torch.float16
     # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
     support_schemes: ClassVar[tuple[str, ...]]
+    # Whether groups must fill the rows. Runs then use a smaller group size where needed.
+    full_groups: ClassVar[bool] = False
     # Files beside config.json that repeat the quantization_config.
     config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json",)
 
