@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.inference.config_reader import LayerFormat
 
@@ -20,6 +21,7 @@ class PackedLinear(nn.Module):
         words: name of the buffer that holds the codes.
         kept: names of buffers that keep the file's dtype when the module is cast: rounding float16 scales to bfloat16
             would damage every weight.
+        activation: what is done to the inputs before the product, None for nothing.
     """
 
     words: ClassVar[str]
@@ -30,6 +32,7 @@ class PackedLinear(nn.Module):
     bits: int
     dtype: torch.dtype
     bias: torch.Tensor | None
+    activation: ActivationQuantizer | None = None
 
     @abstractmethod
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,6 +56,8 @@ class PackedLinear(nn.Module):
         return self._dense(dtype).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activation is not None:
+            x = self.activation(x)
         compute = compute_dtype_for(x.device, x.dtype)
         y = torch.matmul(x.to(compute), self._dense(compute))
         if self.bias is not None:
@@ -60,7 +65,7 @@ class PackedLinear(nn.Module):
         return y.to(x.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        before = {name: self.get_buffer(name) for name in self.kept}
+        before = {name: tensor for name in self.kept if (tensor := getattr(self, name)) is not None}
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
         for name, tensor in before.items():
