@@ -183,8 +183,7 @@ def _compare_layer(folder: Path, name: str, module: torch.nn.Module, wanted: str
     if isinstance(module, PackedLinear):
         codes, scale, zero = module.unpack()
         step = module.activation
-        static = step is not None and step.scale is not None
-        inputs = (float(step.scale), step.zero_point) if static else (None, None)
+        inputs = (float(step.scale), step.zero_point) if step is not None and step.scale is not None else (None, None)
         found = codes_digest(codes, scale, zero, inputs)
     else:
         found = dense_digest(weight_2d(module))

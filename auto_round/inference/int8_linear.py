@@ -53,19 +53,22 @@ class Int8Linear(PackedLinear):
         }
         for name, spec in buffers.items():
             self.register_buffer(name, None if spec is None else torch.zeros(spec[0], dtype=spec[1], device=device))
-        self.activation = None if activation is None else ActivationQuantizer(activation)
 
     @torch.no_grad()
     def prepare(self, name: str = "") -> None:
-        """Notes the static scale. Raises ModelError when a scale is not finite."""
+        """Raises ModelError when a scale is not finite."""
         for leaf in self.kept:
             scale = getattr(self, leaf)
             if scale is not None and not bool(torch.isfinite(scale).all()):
                 raise ModelError(f"{name or 'layer'}: {leaf} holds NaN or Inf; fetch the files again")
-        if self.input_scale is not None and self.activation is not None:
-            zero = None if self.input_zero_point is None else int(self.input_zero_point)
-            scale = self.input_scale.detach().float().reshape(()).cpu()
-            self.activation = ActivationQuantizer(self.activation.scheme, scale, zero)
+
+    @property
+    def activation(self) -> ActivationQuantizer | None:
+        if self.format.activation is None:
+            return None
+        scale = None if self.input_scale is None else self.input_scale.detach().float().reshape(())
+        zero = None if self.input_zero_point is None else int(self.input_zero_point)
+        return ActivationQuantizer(self.format.activation, scale, zero)
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         codes = stored_codes(self.weight, self.bits)
@@ -76,16 +79,16 @@ class Int8Linear(PackedLinear):
         return codes, self.weight_scale, zeros
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """W [out, in]: `scale * (code - zero)` computed in float32 and rounded once to `dtype`."""
-        zeros = self.weight_zero_point
-        return dequantize_codes(
-            self.weight, self.weight_scale, 0 if zeros is None else zeros, self.format.group_size
-        ).to(dtype)
+        zeros = 0 if self.weight_zero_point is None else self.weight_zero_point
+        return dequantize_codes(self.weight, self.weight_scale, zeros, self.format.group_size).to(dtype)
+
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.dequantize(dtype).T
 
     # As an ordinary linear layer computes it, to the last bit: rounding inputs to codes magnifies any difference.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.activation is not None:
-            x = self.activation(x)
+        step = self.activation
+        x = x if step is None else step(x)
         compute = compute_dtype_for(x.device, x.dtype)
         bias = None if self.bias is None else self.bias.to(compute)
         return nn.functional.linear(x.to(compute), self.dequantize(compute), bias).to(x.dtype)

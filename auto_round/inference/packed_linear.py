@@ -21,7 +21,6 @@ class PackedLinear(nn.Module):
         words: name of the buffer that holds the codes.
         kept: names of buffers that keep the file's dtype when the module is cast: rounding float16 scales to bfloat16
             would damage every weight.
-        activation: what is done to the inputs before the product, None for nothing.
     """
 
     words: ClassVar[str]
@@ -32,7 +31,11 @@ class PackedLinear(nn.Module):
     bits: int
     dtype: torch.dtype
     bias: torch.Tensor | None
-    activation: ActivationQuantizer | None = None
+
+    @property
+    def activation(self) -> ActivationQuantizer | None:
+        """What is done to the inputs before the product, None for nothing."""
+        return None
 
     @abstractmethod
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,8 +59,6 @@ class PackedLinear(nn.Module):
         return self._dense(dtype).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.activation is not None:
-            x = self.activation(x)
         compute = compute_dtype_for(x.device, x.dtype)
         y = torch.matmul(x.to(compute), self._dense(compute))
         if self.bias is not None:

@@ -30,20 +30,20 @@ def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
     """
     rows, count = values.shape
     if bits == 8 and count % 4 == 0:
-        return _as_words(values.contiguous())
+        return _as_words(values.clone(memory_format=torch.contiguous_format))
     if count % _VALUES:
         values = torch.nn.functional.pad(values, (0, -count % _VALUES))
     eights = values.reshape(rows, -1, _VALUES)
-    size = 4 * packed_words(count, bits)
-    stream = torch.zeros(rows, max(size, eights.shape[1] * bits), dtype=torch.uint8, device=values.device)
-    whole = stream[:, : eights.shape[1] * bits].view(rows, -1, bits)
+    used = eights.shape[1] * bits
+    stream = torch.zeros(rows, -(-used // 4) * 4, dtype=torch.uint8, device=values.device)
+    whole = stream[:, :used].view(rows, -1, bits)
     for i in range(_VALUES):
         byte, shift = divmod(i * bits, 8)
         part = eights[..., i]
         whole[..., byte] |= part << shift  # what does not fit is cut off: bytes wrap
         if shift + bits > 8:
             whole[..., byte + 1] |= part >> (8 - shift)
-    return _as_words(stream[:, :size].contiguous())
+    return _as_words(stream)[:, : packed_words(count, bits)].contiguous()
 
 
 def unpack_rows(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
