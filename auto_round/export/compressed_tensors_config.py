@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from auto_round.export.compressed_tensors_families import compressed_tensors_rules
 from auto_round.export.plan import ExportPlan
 from auto_round.schemes import QuantizationScheme
 
@@ -76,7 +77,8 @@ def compressed_config(plan: ExportPlan) -> dict[str, Any] | None:
     dense = [name for name in plan.layers if name not in set(names)] + [
         name for name in plan.other_matrices if name not in plan.layers
     ]
-    everything = [*plan.layers, *dense]
+    stored = compressed_tensors_rules(plan.model_type).module_name
+    everything = [stored(name) for name in (*plan.layers, *dense)]
     single = len(groups) == 1
     # The most common group comes first.
     order = sorted(groups, key=lambda key: -len(groups[key]))
@@ -85,13 +87,13 @@ def compressed_config(plan: ExportPlan) -> dict[str, Any] | None:
         "config_groups": {
             f"group_{i}": {
                 **arguments[key],
-                "targets": ["Linear"] if single else name_patterns(groups[key], everything),
+                "targets": ["Linear"] if single else name_patterns(map(stored, groups[key]), everything),
             }
             for i, key in enumerate(order)
         },
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "global_compression_ratio": None,
-        "ignore": name_patterns(dense, everything),
+        "ignore": name_patterns(map(stored, dense), everything),
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",

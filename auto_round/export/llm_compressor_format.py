@@ -18,7 +18,9 @@ import torch
 
 from auto_round.export.auto_round_format import ACTIVATION_KEYS, AutoRoundFormat, stored_group_size
 from auto_round.export.compressed_tensors_config import PACKED, compressed_config, format_of
+from auto_round.export.compressed_tensors_families import compressed_tensors_rules
 from auto_round.export.formats import Grid, OutputFormat, TensorSpecs, register_format
+from auto_round.export.model_rules import ModelRules
 from auto_round.export.packing.compressed_tensors import (
     pack_rows,
     packed_words,
@@ -136,6 +138,9 @@ class CompressedTensorsFormat(OutputFormat):
             codes = stored_codes(found["weight"], scheme.bits)
             zero = middle if zeros is None else stored_codes(zeros, scheme.bits)
         return codes, scale, zero
+
+    def rules(self, model_type: str) -> ModelRules:
+        return compressed_tensors_rules(model_type)
 
     def read_inputs(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[float | None, int | None]:
         scale, zero = (tensors.get(f"{name}.{leaf}") for leaf in ("input_scale", "input_zero_point"))
