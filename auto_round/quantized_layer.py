@@ -28,6 +28,9 @@ class QuantizedLayer:
         weight: dense dequantized [out, in], only when `codes` is None.
         bias: [out] in the model's dtype, or None.
         transposed: the module stores its weight as [in, out] (Transformers' Conv1D).
+        act_scale: float32 scalar, the scale of the layer's inputs where it is fixed (static activations), a value that
+            the model's dtype holds exactly; None when they are not quantized, or with a scale computed from each input.
+        act_zero_point: their code of 0.0 in the signed range, for static asymmetric activations.
 
     The dequantized weight is `scale * (codes - zero_point)`, in float32, group by group along the input dimension.
     """
@@ -40,6 +43,8 @@ class QuantizedLayer:
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     transposed: bool = False
+    act_scale: torch.Tensor | None = None
+    act_zero_point: int | None = None
 
     @property
     def out_features(self) -> int:

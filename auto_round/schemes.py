@@ -18,6 +18,24 @@ _DTYPE_ALIASES = {"mxfp": "mx_fp", "nvfp": "nv_fp", "mxint": "mx_int", "nvfp4": 
 
 
 @dataclass(frozen=True)
+class ActivationScheme:
+    """How the inputs of a layer are quantized, with every default filled in.
+
+    Attributes:
+        bits, sym, data_type: as for weights.
+        group_size: values that share a scale: -1 all of a token, >0 that many of a token, 0 the whole tensor. Static
+            scales are always for the whole tensor.
+        dynamic: scales are computed from each input; else one is fixed by the calibration data.
+    """
+
+    bits: int
+    group_size: GroupSize
+    sym: bool
+    data_type: str
+    dynamic: bool
+
+
+@dataclass(frozen=True)
 class QuantizationScheme:
     """How one layer is quantized.
 
@@ -72,6 +90,20 @@ class QuantizationScheme:
     def quantizes_activations(self) -> bool:
         return self.act_bits is not None and self.act_bits < 16
 
+    @property
+    def activations(self) -> ActivationScheme | None:
+        """The activations' side with its defaults, or None when they stay in full precision."""
+        if not self.quantizes_activations:
+            return None
+        assert self.act_bits is not None
+        size = self.group_size if self.act_group_size is None else self.act_group_size
+        return ActivationScheme(
+            self.act_bits, tuple(size) if isinstance(size, list) else size,
+            self.sym if self.act_sym is None else self.act_sym,
+            self.data_type if self.act_data_type is None else self.act_data_type,
+            self.act_dynamic is not False,
+        )  # fmt: skip
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantizationScheme:
         """Build from a mapping of field names. Raises ConfigError for an unknown name."""
@@ -115,7 +147,8 @@ class QuantizationScheme:
         )
         text = f"{self.data_type}{self.bits} {group} {'sym' if self.sym else 'asym'}"
         if self.quantizes_activations:
-            text += f", {self.act_data_type or self.data_type}{self.act_bits} activations"
+            kind = " static" if self.act_dynamic is False else ""
+            text += f", {self.act_data_type or self.data_type}{self.act_bits}{kind} activations"
         return text
 
 

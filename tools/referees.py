@@ -55,6 +55,7 @@ class Program:
         torch: whether it needs PyTorch, which is then installed first.
         home: folder and environment, where two programs share them.
         judge: the script's name.
+        weights_only: it leaves activations as they are where the file quantizes them.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Program:
     torch: bool = True
     home: str = ""
     judge: str = "judge.py"
+    weights_only: bool = False
 
     @property
     def folder(self) -> Path:
@@ -90,6 +92,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W8A16": {"scheme": "W8A16"},
     "W8A16 asym": {"scheme": "W8A16", "sym": False},
     "INT8": {"scheme": "INT8"},
+    "INT8 static": {"scheme": "INT8", "act_dynamic": False, "nsamples": 8, "seqlen": 64},
+    "INT8 asym": {"scheme": "INT8", "sym": False, "act_sym": False},
+    "INT4": {"scheme": "INT4"},
     "W4A16, attention 8 bits": {"scheme": "W4A16", "layer_config": {"self_attn": {"bits": 8}}},
     "W4A16, mlp groups of 32": {"scheme": "W4A16", "layer_config": {"mlp": {"group_size": 32}}},
     "W4A16, layer 1 dense": {"scheme": "W4A16", "ignore_layers": "layers.1."},
@@ -144,6 +149,27 @@ PROGRAMS: dict[str, Program] = {
                 ),
             ),
             dtypes={"": "float32"}, torch=False,
+        ),
+        Program(
+            "compressed_tensors", "compressed-tensors 0.20.0 through Transformers",
+            opens={
+                "llm_compressor": (
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W5A16", "W6A16", "W8A16",
+                    "INT8", "INT8 static", "INT8 asym", "INT4", "W4A16, attention 8 bits", "W4A16, mlp groups of 32",
+                    "W4A16, layer 1 dense", "W4A16, head quantized",
+                ),
+            },
+        ),
+        Program(
+            "compressed_tensors-dequantize", "the same with CompressedTensorsConfig(dequantize=True)",
+            opens={
+                "llm_compressor": (
+                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
+                    "W4A16 per channel", "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "INT8",
+                    "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized",
+                ),
+            },
+            home="compressed_tensors", judge="judge_dequantize.py", weights_only=True,
         ),
     )
 }  # fmt: skip
@@ -263,11 +289,14 @@ class Bench:
             quantize(self.model, scheme, fmt, folder, dtype)
         return folder
 
-    def reference(self, scheme: str, fmt: str, dtype: str) -> np.ndarray:
+    def reference(self, scheme: str, fmt: str, dtype: str, weights_only: bool = False) -> np.ndarray:
         """Ours: the file through our loader, or, where our loader does not open the format, format `fake` written in
-        float32, which holds the dequantized weights exactly, computed in `dtype`."""
+        float32, which holds the dequantized weights exactly, computed in `dtype`. Where activations are quantized, the
+        same integers in the format that our loader opens with them."""
         from auto_round.export.formats import get_format
 
+        if fmt == "llm_compressor" and scheme.startswith("INT") and not weights_only:
+            fmt = "auto_round:llm_compressor"
         loads = get_format(fmt).loads_here
         key = (scheme, fmt if loads else "fake", dtype)
         if key not in self.logits:
@@ -330,7 +359,7 @@ def run(bench: Bench, program: Program, python: Path, schemes: list[str], format
             if versions is None:
                 row["reason"] = reason.replace(str(bench.work), "")
             else:
-                ours = bench.reference(scheme, fmt, dtype)
+                ours = bench.reference(scheme, fmt, dtype, program.weights_only)
                 row["difference"] = float(f"{difference(np.load(out), ours):.2e}")
                 row["effect"] = float(f"{difference(bench.dense(dtype), ours):.2e}")
                 row["versions"] = versions

@@ -85,6 +85,15 @@ SCHEME_GROUP = Group(
         Flag("group_size", "weights per scale, -1 per channel, 0 per tensor, or ROWS,COLUMNS", "size"),
         _switch("sym", "symmetric around zero", off=("asym",)),
         Flag("data_type", "weight data type, instead of the scheme's", aliases=("dtype",)),
+        Flag("act_bits", "bits of the activations, instead of the scheme's; 16 leaves them alone", "int"),
+        Flag("act_group_size", "activations per scale: -1 a token's, 0 all, or that many of a token", "int"),
+        _switch("act_sym", "activations symmetric around zero", off=("act_asym",)),
+        Flag("act_data_type", "activation data type, instead of the weights'", aliases=("act_dtype",)),
+        _switch(
+            "act_dynamic",
+            "activation scales from each input (default), not fixed ones from calibration data",
+            off=("disable_act_dynamic",),
+        ),
         Flag(
             "scale_dtype",
             "dtype of the stored scales (default fp16)",

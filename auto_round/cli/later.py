@@ -56,11 +56,6 @@ FEATURES: tuple[Later, ...] = (
         _TUNED,
     ),
     _later(
-        "quantized activations",
-        "act_bits act_group_size act_asym act_sym act_data_type act_dtype disable_act_dynamic act_dynamic",
-        _WEIGHT_ONLY,
-    ),
-    _later(
         "quantized KV cache and attention",
         "static_kv_dtype static_kv_granularity static_attention_dtype static_attention_granularity",
         _WEIGHT_ONLY,

@@ -49,6 +49,7 @@ def schemes() -> str:
 def _scheme_formats(scheme: QuantizationScheme) -> str:
     """Formats that take the scheme, or what is missing for it."""
     from auto_round.data_type import get_quant_func
+    from auto_round.data_type.activation import activation_function
     from auto_round.export.formats import formats_for_scheme
 
     if scheme.quantizes_weights:
@@ -56,8 +57,11 @@ def _scheme_formats(scheme: QuantizationScheme) -> str:
             get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
         except UnsupportedError:
             return f"not yet: data type {scheme.data_type}"
-    if scheme.quantizes_activations:
-        return "not yet: quantized activations"
+    if scheme.activations is not None:
+        try:
+            activation_function(scheme.activations)
+        except UnsupportedError:
+            return f"not yet: activations of data type {scheme.activations.data_type}"
     return ", ".join(formats_for_scheme(scheme)) or "not yet: no format takes it"
 
 

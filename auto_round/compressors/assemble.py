@@ -6,9 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
-from auto_round.export.auto_round_format import packing_of
+from auto_round.data_type.activation import ActivationQuantizer
+from auto_round.export.auto_round_format import ACTIVATION_KEYS, AutoRoundFormat
 from auto_round.export.formats import get_format
 from auto_round.inference.config_reader import LayerFormat, read_config
+from auto_round.inference.int8_linear import Int8Linear
+from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.modeling.blocks import set_weight_2d
 from auto_round.modeling.checkpoint_source import CheckpointSource
@@ -38,20 +41,24 @@ def _put(model: torch.nn.Module, layer: QuantizedLayer) -> None:
     parent_name, _, attribute = layer.name.rpartition(".")
     parent = model.get_submodule(parent_name)
     old = parent.get_submodule(attribute)
-    packed = _packed(layer)
+    weight = getattr(old, "weight", None)
+    assert isinstance(weight, torch.Tensor)
+    packed = _packed(layer, weight.dtype)
     if packed is not None:
         setattr(parent, attribute, packed)
         return
-    weight = getattr(old, "weight", None)
-    assert isinstance(weight, torch.Tensor)
     old.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)  # a tied twin keeps its own
     set_weight_2d(old, layer.dequantize())
+    activation = layer.scheme.activations
+    if activation is not None:
+        quantizer = ActivationQuantizer(activation, layer.act_scale, layer.act_zero_point)
+        old.register_forward_pre_hook(quantizer.hook)
 
 
-def _packed(layer: QuantizedLayer) -> QuantLinear | None:
+def _packed(layer: QuantizedLayer, model_dtype: torch.dtype) -> PackedLinear | None:
     """The layer as the loader's module, or None when its type or shape has no packing."""
-    fmt = get_format("auto_round")
     scheme = layer.scheme
+    fmt = get_format("auto_round:llm_compressor" if scheme.quantizes_activations else "auto_round")
     if (
         layer.codes is None
         or fmt.check_scheme(scheme)
@@ -59,18 +66,21 @@ def _packed(layer: QuantizedLayer) -> QuantLinear | None:
     ):
         return None
     stored = scheme.group_size if isinstance(scheme.group_size, int) and scheme.group_size > 0 else -1
+    assert isinstance(fmt, AutoRoundFormat)
+    inputs = {key: scheme[key] for key in ACTIVATION_KEYS if scheme.quantizes_activations}
     described: LayerFormat = read_config(
         {
             "bits": scheme.bits, "group_size": stored, "sym": scheme.sym, "data_type": "int",
-            "quant_method": "auto-round", "packing_format": packing_of(scheme),
+            "quant_method": "auto-round", "packing_format": fmt.packing(scheme), **inputs,
         }
     ).default  # fmt: skip
     dtype = layer.bias.dtype if layer.bias is not None else torch.float32
-    module = QuantLinear(
+    module_type: type[QuantLinear] | type[Int8Linear] = Int8Linear if described.layout == "int8" else QuantLinear
+    module = module_type(
         layer.in_features, layer.out_features, described, bias=layer.bias is not None, dtype=dtype,
         scale_dtype=torch.float16,
     )  # fmt: skip
-    for name, tensor in fmt.pack(layer).items():
+    for name, tensor in fmt.pack(layer, model_dtype=model_dtype).items():
         getattr(module, name.rpartition(".")[2]).copy_(tensor)
     module.prepare(layer.name)
     return module

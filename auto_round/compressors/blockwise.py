@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockResult, BlockTask, LayerTask
+from auto_round.calibration.extremes import InputExtremes, input_extremes
 from auto_round.calibration.inputs import CapturedInputs
 from auto_round.calibration.statistics import input_second_moments
+from auto_round.compressors.activations import activation_of, is_static
 from auto_round.compressors.block_dtype import in_dtype
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.sinks import Sink
 from auto_round.compressors.streams import Stream, check_activations
+from auto_round.data_type.activation import ActivationQuantizer, quantized_inputs
 from auto_round.modeling.blocks import set_weight_2d, weight_2d
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
@@ -37,6 +40,7 @@ class Walk:
         quantized_input: tune on the output of the quantized blocks before.
         records: filled in, one a block.
         unreached: quantized layers that no calibration token reached (experts).
+        activations: filled in: by layer, how its inputs are quantized.
         probe_hidden: the probe after the last block.
         last_inputs: the calibration stream after the last block, which the layers outside the blocks are fed.
         last_full: the same without quantization; the same object when there is one stream.
@@ -54,6 +58,7 @@ class Walk:
     quantized_input: bool = True
     records: list[BlockRecord] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
+    activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
     probe_hidden: torch.Tensor | None = None
     last_inputs: Stream | None = None
     last_full: Stream | None = None
@@ -77,14 +82,17 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
         tasks = [layer_task(source, plan) for plan in planned]
         with in_dtype(block, source.dtype, walk.dtype):
-            result = _quantize_block(index, name, block, tasks, walk, full, quantized)
+            result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype)
             by_name = {layer.name: layer for layer in result.layers}
             for task in tasks:
                 install(task, by_name[task.name])
-            if quantized is not None:
-                quantized.hidden = quantized.after(index, block, walk.device, walk.dtype)
-            if probe is not None:
-                probe.hidden = probe.after(index, block, walk.device, walk.dtype)
+            steps = {task.module: task.activation for task in tasks if task.activation is not None}
+            walk.activations |= {task.name: task.activation for task in tasks if task.activation is not None}
+            with quantized_inputs(steps):
+                if quantized is not None:
+                    quantized.hidden = quantized.after(index, block, walk.device, walk.dtype)
+                if probe is not None:
+                    probe.hidden = probe.after(index, block, walk.device, walk.dtype)
         if not source.lazy:
             for task in tasks:
                 install(task, by_name[task.name])
@@ -105,21 +113,29 @@ def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:
 
 def _quantize_block(
     index: int, name: str, block: torch.nn.Module, tasks: list[LayerTask], walk: Walk,
-    full: Stream | None, quantized: Stream | None,
+    full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype,
 ) -> BlockResult:  # fmt: skip
     """Run the block in full precision where the algorithm wants it, then decide its layers."""
     inputs = targets = None
+    inner = {task.name: task.name.removeprefix(f"{name}.") for task in tasks}
+    extremes = InputExtremes()
     if full is not None:
         inputs = full.hidden
-        wanted = [task.name.removeprefix(f"{name}.") for task in tasks] if walk.quantizer.needs_importance else []
-        with input_second_moments(block, wanted) as moments:
-            targets = full.after(index, block, walk.device, walk.dtype, moments)
+        wanted = list(inner.values()) if walk.quantizer.needs_importance else []
+        static = [inner[task.name] for task in tasks if is_static(task.scheme)]
+        with (
+            input_second_moments(block, wanted) as moments,
+            input_extremes(block, static) as extremes,
+        ):
+            targets = full.after(index, block, walk.device, walk.dtype, (moments, extremes))
         check_activations(name, targets)
         moments.check()
         walk.unreached += [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
         for layer in tasks:
-            layer.importance = moments.get(layer.name.removeprefix(f"{name}."))
+            layer.importance = moments.get(inner[layer.name])
         full.hidden = targets
+    for layer in tasks:
+        layer.activation = activation_of(layer.scheme, inner[layer.name], extremes, model_dtype)
     if not tasks:
         return BlockResult()
     run = full.runner(index, block) if full is not None else _no_data

@@ -15,13 +15,19 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def codes_digest(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int) -> str:
-    """Of codes [out, in], scales and zero points [out, groups]; one zero point stands for all groups."""
+def codes_digest(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int,
+    inputs: tuple[float | None, int | None] = (None, None),
+) -> str:  # fmt: skip
+    """Of codes [out, in], scales and zero points [out, groups]; one zero point stands for all groups. `inputs`: scale
+    and zero point of static activations."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(bytes_of(codes))
     digest.update(bytes_of(scale))
     zero = zero_point if isinstance(zero_point, torch.Tensor) else torch.full(scale.shape, zero_point)
     digest.update(bytes_of(zero.to(torch.uint8)))
+    if inputs != (None, None):
+        digest.update(repr(inputs).encode())
     return digest.hexdigest()
 
 
@@ -34,4 +40,5 @@ def layer_digest(layer: QuantizedLayer, dense: bool, dtype: torch.dtype) -> str:
     """What a reader must find: codes, scales and zero points, or with `dense` the weight dequantized to `dtype`."""
     if dense or layer.codes is None or layer.scale is None or layer.zero_point is None:
         return dense_digest(layer.dequantize(dtype))
-    return codes_digest(layer.codes, layer.scale, layer.zero_point)
+    act_scale = None if layer.act_scale is None else float(layer.act_scale)
+    return codes_digest(layer.codes, layer.scale, layer.zero_point, (act_scale, layer.act_zero_point))

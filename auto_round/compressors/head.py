@@ -92,7 +92,8 @@ def head_divergence(task: LayerTask, layer: QuantizedLayer, inputs: HeadInputs) 
     total = 0.0
     for z, x in zip(inputs.quantized.split(_ROWS), inputs.full.split(_ROWS), strict=True):
         full = torch.nn.functional.linear(x, weight, bias).log_softmax(-1)
-        found = torch.nn.functional.linear(z, rounded, bias).log_softmax(-1)
+        fed = z if task.activation is None else task.activation(z)
+        found = torch.nn.functional.linear(fed, rounded, bias).log_softmax(-1)
         rows = (full.exp() * (full - found)).sum(-1, dtype=torch.float64)
         total += sum(rows.tolist())
     return total / max(1, inputs.full.shape[0])

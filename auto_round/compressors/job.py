@@ -44,6 +44,7 @@ class Job:
         compute: device and dtype of the matrix products.
         model_type: of the model's config.
         embeddings: module names of the embeddings.
+        other_matrices: names of modules outside `layers` whose weight is a matrix, embeddings left out.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Job:
     notes: tuple[str, ...] = field(default_factory=tuple)
     model_type: str = ""
     embeddings: tuple[str, ...] = ()
+    other_matrices: tuple[str, ...] = ()
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
@@ -69,8 +71,9 @@ class Job:
     def export_plan(self) -> ExportPlan:
         schemes = {name: plan.scheme for name, plan in self.layers.items()}
         return ExportPlan(
-            self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type, embeddings=self.embeddings
-        )
+            self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type, embeddings=self.embeddings,
+            other_matrices=self.other_matrices,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for report.json."""

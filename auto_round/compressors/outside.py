@@ -9,7 +9,9 @@ import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
+from auto_round.calibration.extremes import InputExtremes
 from auto_round.calibration.statistics import SecondMoments
+from auto_round.compressors.activations import activation_of, is_static
 from auto_round.compressors.blockwise import Walk, install, layer_task
 from auto_round.compressors.head import head_inputs, quantize_head
 from auto_round.compressors.job import Job
@@ -36,16 +38,20 @@ def quantize_outside(
         started = time.monotonic()
         tuned = steps > 0 and walk.last_inputs is not None and source.model.get_submodule(name) is head
         inputs = head_inputs(source, walk, name) if tuned else None
-        importance = _importance(source, walk, name) if optimized and inputs is None else None
+        watched = is_static(plan.scheme) or (optimized and inputs is None)
+        importance, extremes = _observed(source, walk, name) if watched else (None, InputExtremes())
         source.load(name, walk.device)
         task = layer_task(source, plan)
+        task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
+        if task.activation is not None:
+            walk.activations[name] = task.activation
         task.weight = task.weight.clone()  # a tied head shares it with the embedding, which stays as it is
         if inputs is not None:
             layer, before, after = quantize_head(task, inputs, scale_dtype, optimized)
             walk.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
         else:
-            task.importance = importance
-            layer = round_to_nearest(task, optimized and importance is not None, scale_dtype)
+            task.importance = importance if optimized else None
+            layer = round_to_nearest(task, task.importance is not None, scale_dtype)
         if not source.lazy:
             _untie(source, task)
             install(task, layer)
@@ -68,19 +74,23 @@ def _untie(source: ModelSource, task: LayerTask) -> None:
         source.config.tie_word_embeddings = False
 
 
-def _importance(source: ModelSource, walk: Walk, name: str) -> torch.Tensor | None:
+def _observed(source: ModelSource, walk: Walk, name: str) -> tuple[torch.Tensor | None, InputExtremes]:
+    """The second moments and extremes of what the layer is fed."""
     stream = walk.last_inputs
+    extremes = InputExtremes()
     if stream is None:
-        return None
+        return None, extremes
     moments = SecondMoments()
     mask = stream.captured.loss_mask
     with torch.no_grad(), outside_loaded(source, walk.device):
         for sample in range(stream.hidden.shape[0]):
             hidden = stream.hidden[sample : sample + 1].to(walk.device)
-            moments.mask = mask[sample : sample + 1]
-            moments.add(name, stream.captured.finish(source, hidden, [sample], stop_at=name))
+            moments.mask = extremes.mask = mask[sample : sample + 1]
+            fed = stream.captured.finish(source, hidden, [sample], stop_at=name)
+            moments.add(name, fed)
+            extremes.add(name, fed)
     moments.check()
-    return moments[name]
+    return moments[name], extremes
 
 
 def emit_outside(job: Job, source: ModelSource, layers: Sequence[QuantizedLayer], sinks: Sequence[Sink]) -> None:
@@ -113,6 +123,8 @@ def probe_loss(source: ModelSource, walk: Walk, layers: Sequence[QuantizedLayer]
         with outside_loaded(source, walk.device):
             before = walk.probe.finish(source, hidden, [0], stop_at=head.name)
         bias = None if head.bias is None else head.bias.to(before.device, torch.float32)
+        if head.name in walk.activations:
+            before = walk.activations[head.name](before)
         logits = torch.nn.functional.linear(before.float(), head.dequantize().to(before.device), bias)
     ids = walk.probe._inputs[0]["input_ids"].reshape(1, -1).to(logits.device)
     return mean_loss(logits, ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.mixed import mixed_defaults
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
+from auto_round.data_type.activation import activation_function
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.export.formats import (
     OutputFormat,
@@ -48,11 +49,6 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
     """Raise UnsupportedError when this version has no way to quantize to `scheme`."""
     if not scheme.quantizes_weights:
         return
-    if scheme.quantizes_activations:
-        raise UnsupportedError(
-            f"{what}: quantized activations ({scheme.describe()}) are not available in this version; "
-            "weight-only schemes are: W2A16 to W8A16"
-        )
     if scheme.super_bits is not None:
         raise UnsupportedError(f"{what}: GGUF K-quants are not available in this version; use W2A16 to W8A16")
     if scheme.rotation_config is not None:
@@ -60,6 +56,19 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
     get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
     if scheme.data_type == "int" and not 2 <= scheme.bits <= 8:
         raise ConfigError(f"{what}: bits={scheme.bits}; integers of 2 to 8 bits are available")
+    activations = scheme.activations
+    if activations is None:
+        return
+    activation_function(activations)
+    if activations.data_type == "int" and not 2 <= activations.bits <= 8:
+        raise ConfigError(f"{what}: act_bits={activations.bits}; integers of 2 to 8 bits are available")
+    if not isinstance(activations.group_size, int):
+        raise ConfigError(f"{what}: act_group_size={activations.group_size} is a block; use -1, 0 or a positive number")
+    if not activations.dynamic and activations.group_size > 0:
+        raise ConfigError(
+            f"{what}: act_group_size={activations.group_size} with act_dynamic=False: a static scale is one for the "
+            "whole layer; use act_group_size 0 or -1"
+        )
 
 
 def make_job(
@@ -129,7 +138,7 @@ def make_job(
         raise ConfigError(
             "no layer is left to quantize; " + (notes[0] if notes else "check scheme, ignore_layers and layer_config")
         )
-    notes += _fused_notes(layers, formats)
+    notes += _fused_notes(layers, formats) + _activation_notes(layers, formats)
     compute = compute_dtype(settings, source)
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
@@ -139,7 +148,7 @@ def make_job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
         settings.scheme_name, scheme, steps, {f.name: planned_bytes(f, layers, source) for f in formats},
         ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
-        _embeddings(source),
+        _embeddings(source), _other_matrices(source, layers),
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan())
@@ -175,6 +184,18 @@ def _layer_plan(source: ModelSource, name: str, scheme: QuantizationScheme) -> L
     return LayerPlan(name, scheme, int(out), int(columns), bias_dtype, is_conv1d(module))
 
 
+def _other_matrices(source: ModelSource, layers: Mapping[str, LayerPlan]) -> tuple[str, ...]:
+    """Modules that a reader could take for linear layers: a router, a projection beside the blocks."""
+    return tuple(
+        name
+        for name, module in source.model.named_modules()
+        if name not in layers
+        and not isinstance(module, torch.nn.Embedding)
+        and isinstance(weight := getattr(module, "weight", None), torch.nn.Parameter)
+        and weight.dim() == 2
+    )
+
+
 def _kept(plan: LayerPlan, reason: str) -> LayerPlan:
     full = plan.scheme.with_overrides({"bits": 16, "act_bits": 16})
     return replace(plan, scheme=full, reason=reason)
@@ -185,6 +206,8 @@ def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: s
         require_scheme(fmt, plan.scheme, f"layer {plan.name}")
         reason = fmt.rules(model_type).stays_dense(plan.name)
         reason = reason or fmt.check_layer(plan.scheme, plan.in_features, plan.out_features)
+        if plan.transposed and not fmt.takes_conv1d:
+            reason = "it stores its weight transposed (Conv1D), and the layout is for ordinary linear layers"
         if reason is not None:
             return _kept(plan, f"format {fmt.name}: {reason}")
     return plan
@@ -222,6 +245,17 @@ def _fused_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) 
                 f"({', '.join(sorted(described))}); those runtimes will refuse the files of {', '.join(readers)}"
             )
     return notes[:3]
+
+
+def _activation_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
+    """Formats that will be opened without the quantization of activations that was tuned for."""
+    if all(plan.scheme.activations is None for plan in layers.values()):
+        return []
+    return [
+        f"format {fmt.name} holds weights only: a model opened from it does not quantize activations"
+        for fmt in formats
+        if not fmt.holds_activations
+    ]
 
 
 def planned_tensors(

@@ -17,6 +17,7 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 from auto_round.calib_dataset import CalibrationData, prepare_calibration
 from auto_round.calibration.inputs import CapturedInputs, capture_inputs
+from auto_round.compressors.activations import attach
 from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, walk_blocks
 from auto_round.compressors.dense_experts import FusedTarget, read_pieces
@@ -27,10 +28,10 @@ from auto_round.compressors.planning import compute_dtype, expert_joiner, make_j
 from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
-from auto_round.compressors.verify import Expected, verify_folder
+from auto_round.compressors.verify import Expected, ReadLayer, verify_folder
 from auto_round.errors import UnsupportedError
 from auto_round.export.disk import check_disk, ensure_output_folder
-from auto_round.export.formats import Grid, OutputFormat, get_format
+from auto_round.export.formats import OutputFormat, get_format
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
 from auto_round.modeling.tensor_files import TensorFiles
@@ -166,6 +167,8 @@ class Run:
                 walk_blocks(job, source, walk, progress)
                 outside = self._finish_outside(job, walk, sinks, progress)
                 loss = probe_loss(source, walk, outside)
+                if not source.lazy:
+                    attach(source.model, walk.activations)
             if walk.unreached:
                 logger.warning(
                     "no calibration token reached %d expert layers, such as %s: they are rounded by their weights "
@@ -218,7 +221,8 @@ class Run:
             started = time.monotonic()
             expected = Expected(
                 planned_tensors(fmt, dict(job.layers), source), sink.expected, sink.dense, finished.probe,
-                finished.loss, settings.device, finished.walk.dtype, settings.trust_remote_code,
+                finished.loss if fmt.holds_activations or not finished.walk.activations else None,
+                settings.device, finished.walk.dtype, settings.trust_remote_code,
                 None if fmt.loads_here else _reader(job, fmt, sink.experts.targets),
             )  # fmt: skip
             verified = verify_folder(folder, expected)
@@ -234,11 +238,13 @@ class Run:
         logger.info("saved %s", folder)
 
 
-def _reader(job: Job, fmt: OutputFormat, targets: Mapping[str, FusedTarget]) -> Callable[[str, TensorFiles], Grid]:
-    def read(name: str, files: TensorFiles) -> Grid:
+def _reader(job: Job, fmt: OutputFormat, targets: Mapping[str, FusedTarget]) -> Callable[[str, TensorFiles], ReadLayer]:
+    def read(name: str, files: TensorFiles) -> ReadLayer:
         plan = job.layers[name]
         specs = fmt.tensor_specs(name, plan.scheme, plan.in_features, plan.out_features)
-        return fmt.read_back(name, plan.scheme, read_pieces(files, specs, targets), plan.in_features, plan.out_features)
+        tensors = read_pieces(files, specs, targets)
+        grid = fmt.read_back(name, plan.scheme, tensors, plan.in_features, plan.out_features)
+        return grid, fmt.read_inputs(name, tensors)
 
     return read
 

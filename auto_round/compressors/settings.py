@@ -11,6 +11,7 @@ import torch
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.errors import ConfigError
+from auto_round.layer_config import scheme_from_entry
 from auto_round.schemes import MixedPreset, QuantizationScheme
 
 _SCALE_DTYPES = {
@@ -52,8 +53,15 @@ class Settings:
 
     @property
     def needs_data(self) -> bool:
-        """Tuning and the weighted search look at activations; plain rounding does not."""
-        return self.tunes or (isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized)
+        """Tuning, the weighted search and static activation scales look at activations; plain rounding does not."""
+        return self.tunes or self._static or (isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized)
+
+    @property
+    def _static(self) -> bool:
+        """Whether the default scheme or an entry of the layer configuration asks for static activations."""
+        entries = [scheme_from_entry(name, entry, self.scheme) for name, entry in self.layer_config.items()]
+        found = [scheme.activations for scheme in (self.scheme, *entries)]
+        return any(activations is not None and not activations.dynamic for activations in found)
 
     @property
     def algorithm_name(self) -> str:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from auto_round.calibration.inputs import CapturedInputs
-from auto_round.calibration.statistics import SecondMoments
 from auto_round.errors import NumericsError
+
+
+class Observer(Protocol):
+    """Watches inputs of layers while a block runs. `mask` tells it which positions count."""
+
+    mask: torch.Tensor | None
 
 
 @dataclass
@@ -23,18 +29,18 @@ class Stream:
     @torch.no_grad()
     def after(
         self, index: int, block: torch.nn.Module, device: torch.device, dtype: torch.dtype,
-        moments: SecondMoments | None = None,
+        observers: Sequence[Observer] = (),
     ) -> torch.Tensor:  # fmt: skip
         """What the block makes of the hidden states, kept where they are kept and in `dtype`.
 
-        `moments`, open on this block, counts only the positions that count in the loss.
+        `observers`, open on this block, are told which positions count in the loss.
         """
         mask = None if bool(self.captured.loss_mask.all()) else self.captured.loss_mask
         result = torch.empty(self.hidden.shape, dtype=dtype, device=self.hidden.device)
         for start in range(0, self.hidden.shape[0], self.batch):
             samples = list(range(start, min(start + self.batch, self.hidden.shape[0])))
-            if moments is not None:
-                moments.mask = None if mask is None else mask[start : start + self.batch]
+            for observer in observers:
+                observer.mask = None if mask is None else mask[start : start + self.batch]
             part = self.hidden[start : start + self.batch].to(device, dtype)
             result[start : start + self.batch] = self.captured.run(index, block, part, samples)
         return result

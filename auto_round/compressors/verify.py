@@ -23,6 +23,8 @@ from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.tensor_files import TensorFiles
 
+ReadLayer = tuple[Grid, tuple[float | None, int | None]]
+
 # Losses are compared in the dtype of the run. The arithmetic is the same, but not always in the same order.
 _TOLERANCE = {torch.float32: 1e-3}
 _TOLERANCE_HALF = 3e-2
@@ -39,8 +41,8 @@ class Expected:
         samples: the probe, one sample; None when no forward pass is to be compared.
         loss: mean next-token loss of the tuned model in memory on it.
         device, dtype: of the matrix products.
-        read_back: takes a layer's codes, scales and zero points out of the files, for formats that are opened by other
-            programs only; None opens the folder as Transformers would.
+        read_back: takes a layer's codes, scales and zero points, and those of its inputs, out of the files, for formats
+            that are opened by other programs only; None opens the folder as Transformers would.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -51,7 +53,7 @@ class Expected:
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool = False
-    read_back: Callable[[str, TensorFiles], Grid] | None = None
+    read_back: Callable[[str, TensorFiles], ReadLayer] | None = None
 
 
 def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
@@ -88,7 +90,8 @@ def _verify(folder: Path, expected: Expected) -> dict[str, Any]:
 def _read_back(folder: Path, files: TensorFiles, expected: Expected) -> None:
     assert expected.read_back is not None
     for layer, digest in expected.digests.items():
-        if codes_digest(*expected.read_back(layer, files)) != digest:
+        grid, inputs = expected.read_back(layer, files)
+        if codes_digest(*grid, inputs) != digest:
             raise _not_tuned(folder, layer)
 
 
@@ -179,7 +182,9 @@ def _walk(folder: Path, source: CheckpointSource, expected: Expected) -> float |
 def _compare_layer(folder: Path, name: str, module: torch.nn.Module, wanted: str) -> None:
     if isinstance(module, PackedLinear):
         codes, scale, zero = module.unpack()
-        found = codes_digest(codes, scale, zero)
+        step = module.activation
+        inputs = (float(step.scale), step.zero_point) if step is not None and step.scale is not None else (None, None)
+        found = codes_digest(codes, scale, zero, inputs)
     else:
         found = dense_digest(weight_2d(module))
     if found != wanted:

@@ -8,6 +8,10 @@ from auto_round.data_type.register import QUANT_FUNC_WITH_DTYPE, QuantFunc
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.schemes import GroupSize
 
+# A function registered under this and a data type's name quantizes activations of that type; without one, the weights'
+# function does.
+ACTIVATION_PREFIX = "act_"
+
 
 def round_ste(x: torch.Tensor) -> torch.Tensor:
     """Round half to even; the gradient passes straight through (Bengio et al. 2013, arXiv 1308.3432, section 4)."""
@@ -82,12 +86,18 @@ def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc
     """
     if not isinstance(data_type, str):
         raise ConfigError(f"data_type={data_type!r} is not a name")
-    suffix = "sym" if sym else "asym"
-    for name in (f"{data_type}{bits}_{suffix}", f"{data_type}_{suffix}", f"{data_type}{bits}", data_type):
-        if name in QUANT_FUNC_WITH_DTYPE:
-            return QUANT_FUNC_WITH_DTYPE[name]
-    known = sorted(QUANT_FUNC_WITH_DTYPE)
+    found = find_quant_func(data_type, bits, sym)
+    if found is not None:
+        return found
+    known = sorted(name for name in QUANT_FUNC_WITH_DTYPE if not name.startswith(ACTIVATION_PREFIX))
     raise UnsupportedError(
         f"data type {data_type!r} with {bits} bits is not available in this version{nearest(data_type, known)} "
         f"Available: {', '.join(known)}. A new one is added with auto_round.data_type.register.register_dtype"
     )
+
+
+def find_quant_func(data_type: str, bits: int, sym: bool) -> QuantFunc | None:
+    """The same, or None when there is none."""
+    suffix = "sym" if sym else "asym"
+    names = (f"{data_type}{bits}_{suffix}", f"{data_type}_{suffix}", f"{data_type}{bits}", data_type)
+    return next((QUANT_FUNC_WITH_DTYPE[name] for name in names if name in QUANT_FUNC_WITH_DTYPE), None)

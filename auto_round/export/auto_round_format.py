@@ -31,7 +31,7 @@ INT_BITS = (2, 3, 4, 8)
 # Kernels of every runtime that reads these files work on tiles of 32, and 3-bit words need it.
 SIZE_MULTIPLE = 32
 SCALE_DTYPE = torch.float16
-_LAYER_KEYS = ("bits", "group_size", "sym", "data_type")
+ACTIVATION_KEYS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
 
 
 def packing_of(scheme: QuantizationScheme) -> str:
@@ -80,6 +80,8 @@ def without_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
 class AutoRoundFormat(OutputFormat):
     """Picks the packing of each layer by its scheme."""
 
+    # Fields that `extra_config` gives where a layer differs from the default.
+    layer_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "data_type")
     support_schemes: ClassVar[tuple[str, ...]] = (
         "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "BF16",
     )  # fmt: skip
@@ -160,6 +162,7 @@ class AutoRoundFormat(OutputFormat):
             "data_type": default.data_type,
             "group_size": stored_group_size(default),
             "sym": default.sym,
+            **{key: self._value(default, key) for key in ACTIVATION_KEYS if default.quantizes_activations},
             **plan.recorded_settings(),
             "autoround_version": plan.version,
             "block_name_to_quantize": plan.block_prefix(),
@@ -180,7 +183,7 @@ class AutoRoundFormat(OutputFormat):
             entry = {key: scheme[key] for key in scheme.get_attributes()}
             entry["group_size"] = stored_group_size(scheme)
         else:
-            values = {key: self._value(scheme, key) for key in _LAYER_KEYS}
+            values = {key: self._value(scheme, key) for key in self.layer_keys}
             entry = {key: value for key, value in values.items() if value != self._value(default, key)}
         if self.packing(scheme) != self.packing(default):
             entry["packing_format"] = self.packing(scheme)
@@ -188,7 +191,11 @@ class AutoRoundFormat(OutputFormat):
 
     @staticmethod
     def _value(scheme: QuantizationScheme, key: str) -> Any:
-        return stored_group_size(scheme) if key == "group_size" else scheme[key]
+        if key == "group_size":
+            return stored_group_size(scheme)
+        if key in ACTIVATION_KEYS and scheme.activations is not None:
+            return getattr(scheme.activations, key.removeprefix("act_"))
+        return scheme[key]
 
 
 @register_format("auto_round:auto_gptq")

@@ -35,6 +35,10 @@ class OutputFormat(ABC):
     fused_by: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang")
     # Dtype of the scales in the file; None where none are stored.
     scale_dtype: ClassVar[torch.dtype | None] = torch.float16
+    # Whether who opens the files quantizes activations too, where the scheme does.
+    holds_activations: ClassVar[bool] = True
+    # Whether it takes layers that are no torch.nn.Linear, such as Transformers' Conv1D.
+    takes_conv1d: ClassVar[bool] = True
     # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
     support_schemes: ClassVar[tuple[str, ...]]
     # Whether groups must fill the rows. Runs then use a smaller group size where needed.
@@ -89,6 +93,10 @@ class OutputFormat(ABC):
         """What is special about models of this type (`model_type` of their config) in this format."""
         return PLAIN
 
+    def read_inputs(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[float | None, int | None]:
+        """The layer's (act_scale, act_zero_point) from the same tensors, where the format stores them."""
+        return None, None
+
     @abstractmethod
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """`quantization_config` for config.json, or None when the checkpoint is an ordinary dense one."""
@@ -104,6 +112,7 @@ _BUILT_IN = (
     "auto_round.export.auto_round_format",
     "auto_round.export.gptq_format",
     "auto_round.export.awq_format",
+    "auto_round.export.llm_compressor_format",
     "auto_round.export.mlx_format",
     "auto_round.export.fake_format",
 )

@@ -34,6 +34,8 @@ class ExportPlan:
         version: of this package.
         model_type: of the model's config, such as `llama`.
         embeddings: module names of the embeddings, which stay in full precision.
+        other_matrices: names of the model's other modules with a matrix for weight (routers, projections outside the
+            blocks), which no format may take for quantized.
     """
 
     scheme: QuantizationScheme
@@ -43,6 +45,7 @@ class ExportPlan:
     version: str = __version__
     model_type: str = ""
     embeddings: tuple[str, ...] = ()
+    other_matrices: tuple[str, ...] = ()
 
     def quantized_layers(self) -> list[str]:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
-from auto_round.inference.config_reader import LayerFormat
+from auto_round.inference.config_reader import INT8_BITS, LayerFormat
 
 _HALF = ("bfloat16", "float16")
 _ALL = ("float32", "float16", "bfloat16")
@@ -21,7 +21,7 @@ class Backend:
 
     Attributes:
         name: as a user writes it in `AutoRoundConfig(backend=...)`.
-        devices, bits, dtypes, packings: what it can run; packings are gptq, gptq_zp+-1, awq and mlx.
+        devices, bits, dtypes, packings: what it can run; packings are gptq, gptq_zp+-1, awq, mlx and int8.
         priority: the highest that can run a layer is chosen.
         requirements: packages it needs.
         built: whether this version holds it.
@@ -59,6 +59,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("auto_round:torch_zp", _TORCH_DEVICES, _BITS, _ALL, 0, ("gptq_zp+-1",), built=True, group="torch"),
     Backend("auto_round:torch", _TORCH_DEVICES, _BITS, _ALL, 0, ("gptq",), built=True, group="torch"),
     Backend("auto_round:torch_awq", _TORCH_DEVICES, (4,), _ALL, 0, ("awq",), built=True, group="torch"),
+    Backend("auto_round:torch_int8", _TORCH_DEVICES, INT8_BITS, _ALL, 0, ("int8",), built=True, group="torch"),
     Backend("auto_round:torch_mlx", _TORCH_DEVICES, (2, 3, 4, 5, 6, 8), _ALL, 0, ("mlx",), built=True, group="torch"),
     Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK),
     Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK, group="ark"),

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from auto_round.data_type.activation import activation_function
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
+from auto_round.schemes import ActivationScheme, QuantizationScheme
 
 INT_BITS = (2, 3, 4, 8)
+INT8_BITS = (2, 3, 4, 5, 6, 7, 8)
 MLX_BITS = (2, 3, 4, 5, 6, 8)
 # packing_format -> (layout, what was subtracted from the zero points)
 _PACKINGS: dict[str, tuple[str, int]] = {
@@ -21,6 +24,7 @@ _PACKINGS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("auto_round", "auto_round:auto_round", "auto_round:gptqmodel", "gptqmodel"), ("gptq", 0)),
     **dict.fromkeys(("mlx", "auto_round:mlx"), ("mlx", 0)),
     **dict.fromkeys(("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq"), ("awq", 0)),
+    "auto_round:llm_compressor": ("int8", 0),
 }
 _BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
 # Leading parts of a module name that differ between versions of Transformers and between model wrappers.
@@ -41,8 +45,9 @@ class LayerFormat:
         bits: 2, 3, 4 or 8; in the MLX layout 5 and 6 too.
         group_size: along the input dimension; -1 is one group per output channel.
         sym: whether the zero point is the same for all groups.
-        layout: "gptq", "awq" or "mlx".
+        layout: "gptq", "awq", "mlx" or "int8".
         zero_offset: what was subtracted from the stored zero points, modulo 2**bits.
+        activation: how the layer's inputs are quantized; None leaves them as they are.
     """
 
     bits: int
@@ -50,10 +55,11 @@ class LayerFormat:
     sym: bool
     layout: str
     zero_offset: int
+    activation: ActivationScheme | None = None
 
     @property
     def packing(self) -> str:
-        """The guide's name: gptq, gptq_zp+-1, awq or mlx."""
+        """The guide's name: gptq, gptq_zp+-1, awq, mlx or int8."""
         return f"{self.layout}_zp+-1" if self.zero_offset else self.layout
 
 
@@ -135,7 +141,7 @@ def read_config(config: Any) -> CheckpointConfig:
     sym = not values["zero_point"] if "zero_point" in awq_keys and is_awq else values.get("sym", True)
     default = LayerFormat(
         _whole(values, "bits", 4), _group_size(values.get("group_size", 128), "the checkpoint"),
-        bool(sym), layout, offset,
+        bool(sym), layout, offset, _activation(values, layout, "the checkpoint"),
     )  # fmt: skip
     _check_values(values, "the checkpoint")
     _check_bits(default.bits, layout, "the checkpoint")
@@ -209,11 +215,12 @@ def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> Laye
     return replace(
         default, bits=bits, sym=bool(values.get("sym", default.sym)), layout=layout, zero_offset=offset,
         group_size=_group_size(values.get("group_size", default.group_size), f"layer {name}"),
+        activation=_activation({**_activation_values(default.activation), **values}, layout, f"layer {name}"),
     )  # fmt: skip
 
 
 def _check_bits(bits: int, layout: str, where: str) -> None:
-    allowed = MLX_BITS if layout == "mlx" else INT_BITS
+    allowed = {"mlx": MLX_BITS, "int8": INT8_BITS}.get(layout, INT_BITS)
     if bits not in allowed:
         raise UnsupportedError(f"{where} has {bits}-bit weights; this version runs {allowed}")
 
@@ -222,9 +229,30 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
     data_type = str(values.get("data_type") or "int")
     if data_type != "int":
         raise UnsupportedError(f"{where} has data type {data_type!r}; this version runs integer weights only")
+
+
+def _activation(values: Mapping[str, Any], layout: str, where: str) -> ActivationScheme | None:
+    """What the `act_` keys say. Layouts other than int8 hold weights only."""
     act_bits = values.get("act_bits")
-    if act_bits is not None and int(act_bits) < 16:
-        raise UnsupportedError(f"{where} quantizes activations to {act_bits} bits; this version runs 16-bit ones only")
+    if act_bits is None or int(act_bits) >= 16:
+        return None
+    if layout != "int8":
+        raise UnsupportedError(
+            f"{where} quantizes activations to {act_bits} bits next to packed weights; this version runs 16-bit ones "
+            "there"
+        )
+    fields = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
+    scheme = QuantizationScheme(
+        bits=8, group_size=-1, sym=bool(values.get("sym", True)), data_type=str(values.get("data_type") or "int"),
+        **{key: values.get(key) for key in fields},
+    ).activations  # fmt: skip
+    assert scheme is not None
+    activation_function(scheme)
+    return scheme
+
+
+def _activation_values(scheme: ActivationScheme | None) -> dict[str, Any]:
+    return {} if scheme is None else {f"act_{key}": value for key, value in asdict(scheme).items()}
 
 
 def _whole(values: Mapping[str, Any], key: str, default: int) -> int:

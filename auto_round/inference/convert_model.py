@@ -17,6 +17,7 @@ from auto_round.errors import ConfigError, ModelError
 from auto_round.export.packing.mlx import bias_storage_dtype
 from auto_round.inference.backend import choose_backend, device_kind
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
+from auto_round.inference.int8_linear import Int8Linear, int8_shapes
 from auto_round.inference.mlx_linear import MlxLinear, mlx_packable, mlx_shapes
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear, expected_shapes, packable
@@ -134,7 +135,10 @@ def _stored_layers(
 
 
 def _is_packed(name: str, files: dict[str, StoredTensor]) -> bool:
-    """Whether the files hold the layer packed: GPTQ's and AWQ's layouts have a `qweight`, MLX's a `weight` of words."""
+    """Whether the files hold the layer packed: GPTQ's and AWQ's layouts have a `qweight`, MLX's a `weight` of words
+    and int8 ones a `weight_scale`."""
+    if f"{name}.weight_scale" in files:
+        return True
     if f"{name}.qweight" in files:
         return f"{name}.weight" not in files
     return f"{name}.scales" in files and f"{name}.weight" in files
@@ -146,12 +150,12 @@ def _replace(
     old = model.get_submodule(name)
     weight = weight_2d(old)
     out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
-    mlx = fmt.layout == "mlx"
-    reason = mlx_packable(in_features, fmt) if mlx else packable(in_features, out_features, fmt)
+    mlx, int8 = fmt.layout == "mlx", fmt.layout == "int8"
+    reason = None if int8 else mlx_packable(in_features, fmt) if mlx else packable(in_features, out_features, fmt)
     if reason is not None:
         raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
     stored = {} if files is None else {t: files[f"{name}.{t}"] for t in _TENSORS if f"{name}.{t}" in files}
-    shapes = (mlx_shapes if mlx else expected_shapes)(in_features, out_features, fmt)
+    shapes = (int8_shapes if int8 else mlx_shapes if mlx else expected_shapes)(in_features, out_features, fmt)
     for tensor_name, shape in shapes.items():
         if stored and tensor_name not in stored:
             raise ModelError(_missing(f"{name}.{tensor_name}"))
@@ -161,9 +165,15 @@ def _replace(
                 f"quantization_config ({fmt.bits} bits, group size {fmt.group_size}) asks for {list(shape)}"
             )
     has_bias = getattr(old, "bias", None) is not None
-    scale_dtype = stored["scales"].dtype if "scales" in stored else torch.float16
+    scale_dtype = next((stored[t].dtype for t in ("scales", "weight_scale") if t in stored), torch.float16)
     new: PackedLinear
-    if mlx:
+    if int8:
+        inputs = stored["input_scale"].dtype if "input_scale" in stored else None
+        new = Int8Linear(
+            in_features, out_features, fmt, bias=has_bias, dtype=weight.dtype, scale_dtype=scale_dtype,
+            input_scale_dtype=inputs, device=weight.device,
+        )  # fmt: skip
+    elif mlx:
         new = MlxLinear(
             in_features, out_features, fmt, bias=has_bias, dtype=weight.dtype, scale_dtype=scale_dtype,
             biases_dtype=stored["biases"].dtype if stored else bias_storage_dtype(fmt.sym, scale_dtype),
@@ -179,7 +189,10 @@ def _replace(
     setattr(model.get_submodule(parent), leaf, new)
 
 
-_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias", "weight", "biases")
+_TENSORS = (
+    "qweight", "qzeros", "scales", "g_idx", "bias", "weight", "biases", "weight_scale", "weight_zero_point",
+    "input_scale", "input_zero_point",
+)  # fmt: skip
 
 
 def _split_experts(model: nn.Module, config: CheckpointConfig, files: dict[str, StoredTensor] | None) -> None:
@@ -192,7 +205,9 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, files: dict[str, 
 
 def _experts_are_packed(name: str, config: CheckpointConfig, files: dict[str, StoredTensor] | None) -> bool:
     if files is not None and any(key.startswith(f"{name}.") for key in files):
-        return any(key.startswith(f"{name}.") and key.endswith((".qweight", ".scales")) for key in files)
+        return any(
+            key.startswith(f"{name}.") and key.endswith((".qweight", ".scales", ".weight_scale")) for key in files
+        )
     first = f"{name}.0.down_proj"
     in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
     return config.layer(first, in_block) is not None

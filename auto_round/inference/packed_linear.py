@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.inference.config_reader import LayerFormat
 
@@ -30,6 +31,11 @@ class PackedLinear(nn.Module):
     bits: int
     dtype: torch.dtype
     bias: torch.Tensor | None
+
+    @property
+    def activation(self) -> ActivationQuantizer | None:
+        """What is done to the inputs before the product, None for nothing."""
+        return None
 
     @abstractmethod
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,7 +66,7 @@ class PackedLinear(nn.Module):
         return y.to(x.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
-        before = {name: self.get_buffer(name) for name in self.kept}
+        before = {name: tensor for name in self.kept if (tensor := getattr(self, name)) is not None}
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
         for name, tensor in before.items():

@@ -112,10 +112,13 @@ def _collect(module: nn.Module, name: str, found: list[tuple[int, int, str]]) ->
         _collect(child, f"{name}.{child_name}" if name else child_name, found)
 
 
+_SCALES = ("scales", "weight_scale")  # what packed linear layers call theirs
+
+
 def _multiplies(block: nn.Module) -> bool:
     """Whether a block holds weight matrices: linear layers, packed quantized ones, or experts stored as 3-D tensors."""
     for module in block.modules():
-        if is_linear(module) or isinstance(module._buffers.get("scales"), torch.Tensor):
+        if is_linear(module) or any(isinstance(module._buffers.get(n), torch.Tensor) for n in _SCALES):
             return True
         if any(p.dim() == 3 for p in module.parameters(recurse=False)):
             return True

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme
 
@@ -24,6 +25,7 @@ class LayerTask:
         importance: float32 [in], the second moment of each input channel over the calibration tokens, or None.
         bias: [out] in the model's own dtype, or None.
         transposed: the module stores [in, out].
+        activation: how the layer's inputs are quantized, or None.
     """
 
     name: str
@@ -33,6 +35,7 @@ class LayerTask:
     importance: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     transposed: bool = False
+    activation: ActivationQuantizer | None = None
 
 
 RunBlock = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
@@ -75,8 +77,16 @@ def integer_layer(task: LayerTask, grid: IntGrid, v: torch.Tensor | None, scale_
     to_host = lambda t: t.contiguous().cpu() if isinstance(t, torch.Tensor) else t
     bias = None if task.bias is None else task.bias.cpu()
     return QuantizedLayer(
-        task.name, scheme, to_host(codes), to_host(scale), to_host(zero_point), bias=bias, transposed=task.transposed
-    )
+        task.name, scheme, to_host(codes), to_host(scale), to_host(zero_point), bias=bias, transposed=task.transposed,
+        **_inputs(task),
+    )  # fmt: skip
+
+
+def _inputs(task: LayerTask) -> dict[str, Any]:
+    """What is stored of the quantization of a layer's inputs."""
+    if task.activation is None:
+        return {}
+    return {"act_scale": task.activation.scale, "act_zero_point": task.activation.zero_point}
 
 
 def function_layer(task: LayerTask, scale_dtype: torch.dtype, **learned: torch.Tensor) -> QuantizedLayer:
@@ -93,5 +103,5 @@ def function_layer(task: LayerTask, scale_dtype: torch.dtype, **learned: torch.T
     bias = None if task.bias is None else task.bias.cpu()
     return QuantizedLayer(
         task.name, scheme, None, None, None, weight=qdq.to(task.weight.dtype).cpu(), bias=bias,
-        transposed=task.transposed,
+        transposed=task.transposed, **_inputs(task),
     )  # fmt: skip

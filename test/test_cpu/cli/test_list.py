@@ -27,7 +27,7 @@ def test_schemes(capsys: pytest.CaptureFixture[str]) -> None:
     w4 = next(line for line in lines if line.startswith("W4A16 "))
     assert "int4 g128 sym" in w4 and "auto_round" in w4
     assert "not yet: data type nv_fp" in next(line for line in lines if line.startswith("NVFP4 "))
-    assert "not yet: quantized activations" in next(line for line in lines if line.startswith("INT8 "))
+    assert "auto_round:llm_compressor, fake" in next(line for line in lines if line.startswith("INT8 "))
 
 
 def test_datasets(capsys: pytest.CaptureFixture[str]) -> None:

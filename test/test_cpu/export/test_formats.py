@@ -28,7 +28,7 @@ from auto_round.schemes import QuantizationScheme as Scheme
 SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[4] / "shared")
 BUILT = sorted([
     "auto_round", "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:mlx", "fake",
-    "auto_gptq", "gptqmodel", "auto_awq", "mlx",
+    "auto_gptq", "gptqmodel", "auto_awq", "mlx", "llm_compressor", "auto_round:llm_compressor",
 ])  # fmt: skip
 
 
@@ -78,9 +78,10 @@ def test_the_guides_table() -> None:
 def test_schemes_that_do_not_fit(scheme: Scheme, reason: str) -> None:
     fmt = get_format("auto_round")
     assert reason in str(fmt.check_scheme(scheme))
-    with pytest.raises(UnsupportedError, match="formats that can: fake"):
+    takers = [name for name in BUILT if get_format(name).check_scheme(scheme) is None]
+    assert "fake" in takers and formats_for_scheme(scheme) == takers
+    with pytest.raises(UnsupportedError, match=f"formats that can: {', '.join(takers)}$"):
         require_scheme(fmt, scheme)
-    assert formats_for_scheme(scheme) == ["fake"]
 
 
 def test_awq_takes_4_bits_only() -> None:

@@ -73,7 +73,10 @@ class FunctionTuningLinear(torch.nn.Module):
                 self.quantized = self._call(**self._learned())[0].to(self.compute_dtype)
                 self.fresh = True
             weight = self.quantized
-        return torch.nn.functional.linear(x.to(self.compute_dtype), weight, self.bias)
+        x = x.to(self.compute_dtype)
+        if self.task.activation is not None:
+            x = self.task.activation(x)
+        return torch.nn.functional.linear(x, weight, self.bias)
 
     @torch.no_grad()
     def step(self, lr: float, scale_lr: float) -> None:

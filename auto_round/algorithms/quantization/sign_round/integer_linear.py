@@ -42,6 +42,10 @@ class IntegerTuningLinear(torch.nn.Module):
         # autograd calls backward only if some input of the function wants a gradient, and the block's input does not
         self.anchor = torch.zeros(1, requires_grad=True, device=task.weight.device)
         self.quantized = bank.weight(index)
+        self.activation = task.activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _FusedLinear.apply(x.to(self.quantized.dtype), self.anchor, self)
+        x = x.to(self.quantized.dtype)
+        if self.activation is not None:
+            x = self.activation(x)
+        return _FusedLinear.apply(x, self.anchor, self)
