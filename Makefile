@@ -79,7 +79,7 @@ bench: .demo/smollm2/.done
 	@echo "  $(BIN)/python bench/vs_peer.py --help"
 	@echo "Results that were measured are in bench/results/."
 
-referees: $(VENV)/.test
+referees: $(VENV)/.test .demo/smollm2/.done
 	@$(BIN)/python tools/referees.py $(REFEREE_ARGS)
 
 wheel: $(VENV)/.torch

