@@ -13,6 +13,7 @@ the default's says so in `extra_config`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -169,17 +170,23 @@ class AutoRoundFormat(OutputFormat):
             "quant_method": "auto-round",
             "packing_format": self.packing(default),
         }
-        extra = {name: entry for name in plan.layers if (entry := self._extra(plan, name, default)) is not None}
+        dense = plan.dense_in_blocks()
+        extra = {name: entry for name in (*plan.layers, *dense) if (entry := self._extra(plan, name, default, dense))}
         if extra:
             config["extra_config"] = extra
         return config
 
-    def _extra(self, plan: ExportPlan, name: str, default: QuantizationScheme) -> dict[str, Any] | None:
-        """The `extra_config` entry of one layer, None when it follows from the rest of the config."""
-        scheme, inside = plan.layers[name], plan.in_block(name)
+    def _extra(
+        self, plan: ExportPlan, name: str, default: QuantizationScheme, dense: Container[str]
+    ) -> dict[str, Any]:  # fmt: skip
+        """The `extra_config` entry of one layer, empty when it follows from the rest of the config."""
+        if name in dense:
+            return {"bits": 16}
+        scheme = plan.layers[name]
         if not scheme.quantizes_weights:
-            return {"bits": 16} if inside else None
-        if not inside:
+            return {}
+        entry: dict[str, Any]
+        if not plan.in_block(name):
             entry = {key: scheme[key] for key in scheme.get_attributes()}
             entry["group_size"] = stored_group_size(scheme)
         else:
@@ -187,7 +194,7 @@ class AutoRoundFormat(OutputFormat):
             entry = {key: value for key, value in values.items() if value != self._value(default, key)}
         if self.packing(scheme) != self.packing(default):
             entry["packing_format"] = self.packing(scheme)
-        return entry or None
+        return entry
 
     @staticmethod
     def _value(scheme: QuantizationScheme, key: str) -> Any:

@@ -107,11 +107,8 @@ def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Ru
 
     Numbers in names (of blocks, of experts) become one rule where all layers of that name agree.
     """
-    rules: dict[str, Rule | None] = {
-        name: (_values(scheme) if scheme.quantizes_weights else None)
-        for name, scheme in plan.layers.items()
-        if plan.in_block(name) or scheme.quantizes_weights
-    }
+    rules: dict[str, Rule | None] = {name: _values(plan.layers[name]) for name in plan.quantized_layers()}
+    rules.update(dict.fromkeys(plan.dense_in_blocks()))
     rules |= _joined(rules)
     usual = _values(default)
     written: dict[str, Rule] = {}

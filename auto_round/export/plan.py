@@ -50,6 +50,11 @@ class ExportPlan:
     def quantized_layers(self) -> list[str]:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]
 
+    def dense_in_blocks(self) -> list[str]:
+        """What a reader might take for quantized inside the blocks, and is not: dense layers, routers."""
+        dense = [name for name, scheme in self.layers.items() if not scheme.quantizes_weights]
+        return [name for name in dict.fromkeys((*dense, *self.other_matrices)) if self.in_block(name)]
+
     def in_block(self, name: str) -> bool:
         """Whether the module `name` lies in one of the blocks."""
         return any(name.startswith(f"{block}.") for block in self.block_names)

@@ -211,3 +211,17 @@ def test_block_prefixes() -> None:
     plan = ExportPlan(Scheme(), {}, ("a.layers.0", "a.layers.1", "b.blocks.0"))
     assert plan.block_prefix() == "a.layers,b.blocks"
     assert plan.in_block("a.layers.1.x") and not plan.in_block("a.layers.10.x")
+
+
+def test_routers_are_named_dense_where_readers_look() -> None:
+    """A router is a linear layer to some readers: with no entry of its own they would take it for quantized."""
+    names = [f"m.layers.{i}.{leaf}" for i in range(2) for leaf in ("attn.q_proj", "mlp.experts.0.gate_proj")]
+    routers = ("m.layers.0.mlp.gate", "m.layers.1.mlp.gate", "m.proj_in")
+    plan = ExportPlan(
+        Scheme(), dict.fromkeys(names, Scheme()), ("m.layers.0", "m.layers.1"), other_matrices=routers
+    )  # fmt: skip
+    configs = {name: get_format(name).config(plan) or {} for name in ("auto_round", "auto_gptq", "auto_awq")}
+    assert configs["auto_round"]["extra_config"] == {name: {"bits": 16} for name in routers[:2]}
+    assert configs["auto_awq"]["modules_to_not_convert"] == list(routers[:2])
+    for name in ("auto_gptq", "auto_awq"):  # GPTQModel reads both from here
+        assert configs[name]["dynamic"] == {r"-:^m\.layers\.\d+\.mlp\.gate$": {}}
