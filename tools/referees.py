@@ -81,7 +81,7 @@ def quantize(model: Path, scheme: str, fmt: str, folder: Path, dtype: str | None
     """Plain rounding: what is judged is the file, and every format must be given the same integers."""
     from auto_round import AutoRound
 
-    options = {key: value for key, value in SCHEMES[scheme].items() if key != "model"}
+    options = {key: value for key, value in SCHEMES[scheme].items() if key not in ("model", "dtype")}
     options |= {"model_dtype": dtype} if dtype else {}
     AutoRound(str(model), iters=0, disable_opt_rtn=True, **options).quantize_and_save(folder, format=fmt)
 
@@ -196,7 +196,7 @@ def run(bench: Bench, program: Program, python: Path, cells: list[tuple[str, str
     np.save(ids_file, bench.ids)
     rows: list[dict[str, Any]] = []
     for fmt, scheme in cells:
-        dtype = program.dtypes.get(fmt, program.dtypes.get("", "float32"))
+        dtype = program.dtype(fmt)
         try:
             folder = bench.checkpoint(scheme, fmt)
         except AutoRoundError as error:
@@ -256,7 +256,8 @@ def main() -> int:
         formats = a.formats.split(",") if a.formats else list(program.opens)
         cells = [
             (fmt, scheme) for fmt in formats for scheme in schemes
-            if scheme in program.opens.get(fmt, ()) or (a.all and (scheme, fmt) in writable)
+            if (scheme in program.opens.get(fmt, ()) or (a.all and (scheme, fmt) in writable))
+            and SCHEMES[scheme].get("dtype", program.dtype(fmt)) == program.dtype(fmt)
         ]  # fmt: skip
         rows = run(bench, program, python, cells)
         failed += [f"{name}: {text}" for text in failures(rows, program.opens)]
