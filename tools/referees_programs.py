@@ -55,8 +55,8 @@ _MIXTURES: dict[str, dict[str, Any]] = {
     "W8A16": {"scheme": "W8A16"},
     "INT8": {"scheme": "INT8"},
 }
-# By name: arguments of AutoRound; as "model" which of referees_models.MODELS, the first one unless given; as "dtype" the
-# only one in which the row is judged.
+# By name: arguments of AutoRound, and besides: as "model" which of referees_models.MODELS, the first one unless given;
+# as "dtype" the only one in which the row is judged.
 SCHEMES: dict[str, dict[str, Any]] = {
     "W2A16": {"scheme": "W2A16"},
     "W2A16 asym": {"scheme": "W2A16", "sym": False},
