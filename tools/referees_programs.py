@@ -73,6 +73,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W6A16 asym": {"scheme": "W6A16", "sym": False},
     "W8A16": {"scheme": "W8A16"},
     "W8A16 asym": {"scheme": "W8A16", "sym": False},
+    "W8A16 per channel": {"scheme": "W8A16", "group_size": -1},
+    "W8A16 per channel asym": {"scheme": "W8A16", "group_size": -1, "sym": False},
     "INT8": {"scheme": "INT8"},
     "INT8 static": {"scheme": "INT8", "act_dynamic": False, "nsamples": 8, "seqlen": 64},
     "INT8 asym": {"scheme": "INT8", "sym": False, "act_sym": False},
@@ -90,6 +92,12 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "SmolLM2 W8A16G64": {"model": "smollm2", "scheme": "W8A16", "group_size": 64},
     "SmolLM2 INT8": {"model": "smollm2", "scheme": "INT8"},
 }
+
+# The same weights without quantized activations.
+WEIGHTS_OF = {
+    "INT8": "W8A16 per channel", "INT8 static": "W8A16 per channel", "INT8 asym": "W8A16 per channel asym",
+    "INT4": "W4A16 per channel",
+}  # fmt: skip
 
 PROGRAMS: dict[str, Program] = {
     program.name: program
