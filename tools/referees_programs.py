@@ -85,10 +85,16 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W4A16, head quantized": {"scheme": "W4A16", "quant_lm_head": True},
     **{f"Mixtral {name}": {"model": "tiny-mixtral", **options} for name, options in _MIXTURES.items()},
     **{f"Qwen3-MoE {name}": {"model": "tiny-qwen3-moe", **options} for name, options in _MIXTURES.items()},
-    # rounded to 2 bits it is so chaotic that float16 alone moves its logits by a tenth
+    # float16 alone moves its logits by a tenth here, and by 2% where zero points are asymmetric
     "SmolLM2 W2A16G64": {"model": "smollm2", "dtype": "float32", "scheme": "W2A16G64"},
+    "SmolLM2 W4A16G64 asym": {
+        "model": "smollm2",
+        "dtype": "float32",
+        "scheme": "W4A16",
+        "group_size": 64,
+        "sym": False,
+    },
     "SmolLM2 W4A16G64": {"model": "smollm2", "scheme": "W4A16", "group_size": 64},
-    "SmolLM2 W4A16G64 asym": {"model": "smollm2", "scheme": "W4A16", "group_size": 64, "sym": False},
     "SmolLM2 W8A16G64": {"model": "smollm2", "scheme": "W8A16", "group_size": 64},
     "SmolLM2 INT8": {"model": "smollm2", "scheme": "INT8"},
 }

@@ -194,7 +194,8 @@ class AutoRoundFormat(OutputFormat):
             entry = {key: value for key, value in values.items() if value != self._value(default, key)}
         if self.packing(scheme) != self.packing(default):
             entry["packing_format"] = self.packing(scheme)
-        return entry
+        # vLLM takes an entry without bits for a dense layer.
+        return {"bits": scheme.bits, **entry} if entry else {}
 
     @staticmethod
     def _value(scheme: QuantizationScheme, key: str) -> Any:

@@ -190,7 +190,8 @@ def test_layers_that_differ_are_listed_by_exact_name() -> None:
     extra = config["extra_config"]
     assert list(extra) == ["m.layers.0.b", "m.layers.1.a", "m.layers.1.b", "lm_head"]
     assert extra["m.layers.0.b"] == {"bits": 8, "group_size": 32} and extra["m.layers.1.a"] == {"bits": 16}
-    assert extra["m.layers.1.b"] == {"sym": False, "packing_format": "auto_round:auto_awq"}
+    # bits always, because vLLM takes an entry without them for a dense layer
+    assert extra["m.layers.1.b"] == {"bits": 4, "sym": False, "packing_format": "auto_round:auto_awq"}
     assert extra["lm_head"] == {**Scheme(group_size=64, act_bits=16).to_dict()}
     json.dumps(config)
 
