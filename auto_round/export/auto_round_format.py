@@ -19,7 +19,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from auto_round.export.expert_names import packed_rules
 from auto_round.export.formats import OutputFormat, TensorSpecs, register_format
+from auto_round.export.model_rules import ModelRules
 from auto_round.export.packing.awq import pack_awq
 from auto_round.export.packing.bits import words_needed
 from auto_round.export.packing.gptq import pack_gptq
@@ -153,7 +155,11 @@ class AutoRoundFormat(OutputFormat):
             tensors[f"{layer.name}.bias"] = layer.bias
         return tensors
 
+    def rules(self, model_type: str) -> ModelRules:
+        return packed_rules(model_type)
+
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        plan = self.stored_plan(plan)
         names = plan.quantized_layers()
         if not names:
             return None

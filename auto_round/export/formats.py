@@ -93,6 +93,11 @@ class OutputFormat(ABC):
         """What is special about models of this type (`model_type` of their config) in this format."""
         return PLAIN
 
+    def stored_plan(self, plan: ExportPlan) -> ExportPlan:
+        """`plan` in the names of the file's tensors, by which engines look layers up."""
+        rules = self.rules(plan.model_type)
+        return plan.under_names(rules.module_name) if rules.moves_tensors else plan
+
     def read_inputs(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[float | None, int | None]:
         """The layer's (act_scale, act_zero_point) from the same tensors, where the format stores them."""
         return None, None

@@ -20,7 +20,7 @@ from auto_round.export.auto_round_format import ACTIVATION_KEYS, AutoRoundFormat
 from auto_round.export.compressed_tensors_config import PACKED, compressed_config, format_of
 from auto_round.export.compressed_tensors_families import compressed_tensors_rules
 from auto_round.export.formats import Grid, OutputFormat, TensorSpecs, register_format
-from auto_round.export.model_rules import ModelRules
+from auto_round.export.model_rules import PLAIN, ModelRules
 from auto_round.export.packing.compressed_tensors import (
     pack_rows,
     packed_words,
@@ -175,3 +175,7 @@ class AutoRoundLlmCompressorFormat(AutoRoundFormat):
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         return self.tensors.pack(layer, model_dtype=model_dtype)
+
+    def rules(self, model_type: str) -> ModelRules:
+        """Names as the modules have them: Transformers would join experts whose int8 tensor is called w1.weight."""
+        return PLAIN

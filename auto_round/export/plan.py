@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -46,6 +46,15 @@ class ExportPlan:
     model_type: str = ""
     embeddings: tuple[str, ...] = ()
     other_matrices: tuple[str, ...] = ()
+
+    def under_names(self, stored: Callable[[str], str]) -> ExportPlan:
+        """The same plan with every layer under the name that `stored` gives it, for what is written into the files."""
+        return replace(
+            self,
+            layers={stored(name): scheme for name, scheme in self.layers.items()},
+            embeddings=tuple(map(stored, self.embeddings)),
+            other_matrices=tuple(map(stored, self.other_matrices)),
+        )
 
     def quantized_layers(self) -> list[str]:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]
