@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from auto_round.data_type.elements import ELEMENTS, dequantize_elements
 from auto_round.schemes import QuantizationScheme
 
 
@@ -21,9 +22,11 @@ class QuantizedLayer:
     Attributes:
         name: the module's full name in the model.
         scheme: how it was quantized. `group_size` is as asked for; `scale` always has one column per group.
-        codes: uint8 [out, in], stored codes 0 .. 2**bits - 1 (symmetric: value + 2**(bits-1)); None for a data type
-            without integer codes, whose result is `weight`.
-        scale: [out, groups] in the dtype in which it is stored (float16 for integers); scales may be negative.
+        codes: uint8 [out, in], stored codes 0 .. 2**bits - 1 (symmetric: value + 2**(bits-1)), or with `element` that
+            type's codes; None for a data type without codes, whose result is `weight`.
+        scale: [out, groups] in the dtype in which it is stored (float16 for integers); scales may be negative. With
+            `element`: float32 values that the scheme's scale type holds exactly; [1, 1] per tensor, [out/M, in/N] for
+            blocks.
         zero_point: uint8 [out, groups], or one int for all groups (symmetric: 2**(bits-1)).
         weight: dense dequantized [out, in], only when `codes` is None.
         bias: [out] in the model's dtype, or None.
@@ -31,8 +34,12 @@ class QuantizedLayer:
         act_scale: float32 scalar, the scale of the layer's inputs where it is fixed (static activations), a value that
             the model's dtype holds exactly; None when they are not quantized, or with a scale computed from each input.
         act_zero_point: their code of 0.0 in the signed range, for static asymmetric activations.
+        element: name in `data_type.elements.ELEMENTS`, for the small float types.
+        global_scale: float32 scalar by which the scales are too large (NVFP4), or None.
+        act_global_scale: the same of the inputs.
 
-    The dequantized weight is `scale * (codes - zero_point)`, in float32, group by group along the input dimension.
+    With `element` the dequantized weight is that of `dequantize_elements`; else it is `scale * (codes - zero_point)`,
+    in float32, group by group along the input dimension.
     """
 
     name: str
@@ -45,6 +52,9 @@ class QuantizedLayer:
     transposed: bool = False
     act_scale: torch.Tensor | None = None
     act_zero_point: int | None = None
+    element: str | None = None
+    global_scale: torch.Tensor | None = None
+    act_global_scale: torch.Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -60,11 +70,16 @@ class QuantizedLayer:
         return source.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[out, in]: `scale * (code - zero_point)` computed in float32, then cast to `dtype`."""
+        """[out, in], computed in float32 and then cast to `dtype`."""
         if self.codes is None:
             assert self.weight is not None
             return self.weight.to(dtype)
         assert self.scale is not None
+        if self.element is not None:
+            size = self.scheme.group_size
+            return dequantize_elements(self.codes, ELEMENTS[self.element], self.scale, size, self.global_scale).to(
+                dtype
+            )
         return dequantize_codes(self.codes, self.scale, self.zero_point, self.scheme.group_size).to(dtype)
 
 

@@ -83,6 +83,7 @@ def without_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
 class AutoRoundFormat(OutputFormat):
     """Picks the packing of each layer by its scheme."""
 
+    holds_cache_scales: ClassVar[bool] = True
     # Fields that `extra_config` gives where a layer differs from the default.
     layer_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "data_type")
     support_schemes: ClassVar[tuple[str, ...]] = (

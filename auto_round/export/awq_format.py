@@ -23,6 +23,7 @@ from auto_round.schemes import QuantizationScheme
 class AutoAwqFormat(AutoRoundAwqFormat):
     """Symmetric and asymmetric; zero points are stored as they are, 8 for every group of a symmetric layer."""
 
+    holds_cache_scales: ClassVar[bool] = False
     full_groups: ClassVar[bool] = True
     support_schemes: ClassVar[tuple[str, ...]] = ("W4A16", "BF16")
 

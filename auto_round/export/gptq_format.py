@@ -51,6 +51,7 @@ def group_reason(scheme: QuantizationScheme, in_features: int) -> str | None:
 class AutoGptqFormat(AutoRoundGptqFormat):
     """GPTQ v1: 2, 3, 4 and 8 bits, zero points stored less one, groups in order (`desc_act: false`)."""
 
+    holds_cache_scales: ClassVar[bool] = False
     full_groups: ClassVar[bool] = True
     config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json", "quantize_config.json")
 

@@ -42,6 +42,10 @@ class CompressedTensorsFormat(OutputFormat):
 
     loads_here: ClassVar[bool] = False
     takes_conv1d: ClassVar[bool] = False
+    # One `kv_cache_scheme` describes them, and the library's own tensors are [heads, 1, 1].
+    holds_cache_scales: ClassVar[bool] = True
+    one_cache_granularity: ClassVar[bool] = True
+    cache_scale_tail: ClassVar[tuple[int, ...]] = (1, 1)
     support_schemes: ClassVar[tuple[str, ...]] = (
         "W4A16", "W2A16", "W3A16", "W5A16", "W6A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "INT8",
         "INT8_W8A8", "INT4", "BF16",

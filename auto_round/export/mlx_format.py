@@ -45,6 +45,7 @@ _SCHEMES = ("W2A16", "W2A16G64", "W2A16G32", "W3A16", "W4A16", "W5A16", "W6A16",
 class _MlxTensors(OutputFormat):
     """What both formats share: which layers fit, and their tensors."""
 
+    holds_cache_scales: ClassVar[bool] = False
     support_schemes: ClassVar[tuple[str, ...]] = _SCHEMES
     fused_by: ClassVar[tuple[str, ...]] = ()
 

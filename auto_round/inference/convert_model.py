@@ -18,6 +18,7 @@ from auto_round.export.packing.mlx import bias_storage_dtype
 from auto_round.inference.backend import choose_backend, device_kind
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.int8_linear import Int8Linear, int8_shapes
+from auto_round.inference.kv_scales import accept_cache_scales
 from auto_round.inference.mlx_linear import MlxLinear, mlx_packable, mlx_shapes
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear, expected_shapes, packable
@@ -66,6 +67,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         _replace(model, name, fmt, config, files)
         used[choice.backend.name] += 1
     _untie(model, layers)
+    accept_cache_scales(model, stored_config, files)
     if config.g_idx:
         # Files of GPTQ hold g_idx even where it only repeats the group size; it is read only where a layer has it.
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
