@@ -104,6 +104,9 @@ _MIXED_BITS = ("W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, lay
 _EXPERTS = tuple(f"{family} {name}" for family in ("Mixtral", "Qwen3-MoE") for name in _MIXTURES)
 _SYMMETRIC_EXPERTS = tuple(name for name in _EXPERTS if not name.endswith(("asym", "INT8")))
 _SMOLLM2 = ("SmolLM2 W2A16G64", "SmolLM2 W4A16G64", "SmolLM2 W8A16G64")
+_GPTQ_SYMMETRIC = (
+    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W8A16", *_MIXED_BITS,
+)  # fmt: skip
 _MLX = (
     "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym", "W5A16", "W5A16 asym",
     "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", *_MIXED_BITS, *_SMOLLM2, "SmolLM2 W4A16G64 asym",
@@ -169,9 +172,10 @@ PROGRAMS: dict[str, Program] = {
             "auto-round", "auto-round 0.16.1, the implementation that this package follows, through Transformers",
             opens={
                 "auto_round": (
-                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 per channel",
-                    "W8A16", "W8A16 asym", *_MIXED_BITS, *_SYMMETRIC_EXPERTS, "SmolLM2 W4A16G64", "SmolLM2 W8A16G64",
+                    "W2A16 asym", "W3A16 asym", "W8A16 asym", *_GPTQ_SYMMETRIC, "SmolLM2 W4A16G64", "SmolLM2 W8A16G64",
+                    *(name for name in _SYMMETRIC_EXPERTS if name.startswith("Qwen3-MoE")),
                 ),
+                "auto_round:auto_gptq": _GPTQ_SYMMETRIC,
             },
             dtypes={"": "float16"}, environment={"TORCHDYNAMO_DISABLE": "1"}, home="auto_round",
         ),
