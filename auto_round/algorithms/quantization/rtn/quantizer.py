@@ -7,10 +7,12 @@ import torch
 from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
 from auto_round.algorithms.quantization.layer_codes import (
     as_groups,
+    float_layer,
     function_layer,
     importance_groups,
     integer_layer,
     is_integer,
+    small_float,
 )
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.rtn.search import search_grid
@@ -31,6 +33,9 @@ def start_grid(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> In
 
 def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantizedLayer:
     """One layer rounded to nearest."""
+    family = small_float(task.scheme)
+    if family is not None:
+        return float_layer(task, family)
     if not is_integer(task.scheme):
         return function_layer(task, scale_dtype)
     return integer_layer(task, start_grid(task, optimized, scale_dtype), None, scale_dtype)
