@@ -51,7 +51,7 @@ def _put(model: torch.nn.Module, layer: QuantizedLayer) -> None:
     set_weight_2d(old, layer.dequantize())
     activation = layer.scheme.activations
     if activation is not None:
-        quantizer = ActivationQuantizer(activation, layer.act_scale, layer.act_zero_point)
+        quantizer = ActivationQuantizer(activation, layer.act_scale, layer.act_zero_point, layer.act_global_scale)
         old.register_forward_pre_hook(quantizer.hook)
 
 

@@ -59,9 +59,10 @@ class Element:
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """The nearest code of each float32 value, uint8, in their shape."""
+        if self.dtype is not None:
+            return values.clamp(-self.maximum, self.maximum).to(self.dtype).view(torch.uint8)
         size = values.abs().clamp_(max=self.maximum)
-        # 2**e of each value, or of the smallest normal one; NaN gets that of Inf, and NaN it stays
-        power = (size.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.lowest)
+        power = self._power(size)
         lift = 23 - self.mantissa
         # The low bits of the sum count the steps from zero; less the sum's own exponent, they are the code of a value
         # that lies below twice the smallest normal. Each doubling adds 2**mantissa codes to that.
@@ -69,10 +70,7 @@ class Element:
         above = power.view(torch.int32)
         steps.sub_(above).add_(above >> lift).sub_((lift << 23) + ((self.lowest + 127) << self.mantissa))
         sign = (values.view(torch.int32) >> (32 - self.bits)).bitwise_and_(1 << (self.bits - 1))
-        codes = steps.bitwise_or_(sign).to(torch.uint8)
-        if self.bits == 8:
-            codes = torch.where(values.isnan(), 0x7F, codes)
-        return codes
+        return steps.bitwise_or_(sign).to(torch.uint8)
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """float32: the value of the nearest code of each; NaN stays NaN. The same as `decode(encode(values))`."""
@@ -85,6 +83,7 @@ class Element:
         return self._power(values.abs().clamp_(max=self.maximum)).mul_(2.0**-self.mantissa)
 
     def _power(self, size: torch.Tensor) -> torch.Tensor:
+        """2**e of each magnitude, or of the smallest normal value; NaN gets that of Inf, so that it stays NaN."""
         return (size.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.lowest)
 
 

@@ -15,11 +15,11 @@ import torch
 from auto_round.data_type.elements import Element
 from auto_round.data_type.float_scales import BlockScale, ScaleRule, global_scale_of
 from auto_round.data_type.register import QuantFunc, register_dtype
-from auto_round.data_type.tiles import as_tiles, from_tiles, tile_extremes, tile_largest, tile_rows
+from auto_round.data_type.tiles import as_tiles, from_tiles, tile_extremes, tile_largest, tile_rows, whole_largest
 from auto_round.errors import UnsupportedError
 from auto_round.schemes import GroupSize
 
-_CHUNK = 1 << 15  # values in flight: a few float32 buffers of them stay in a core's cache
+_CHUNK = 1 << 17  # values in flight: a few float32 buffers of them stay in the cache
 _GPU_CHUNK = 1 << 26
 
 
@@ -52,7 +52,7 @@ class FloatFamily:
             return None
         if given is not None:
             return given.detach().float().reshape(()).to(tensor.device)
-        return global_scale_of(torch.linalg.vector_norm(tensor.detach(), float("inf")))
+        return global_scale_of(whole_largest(tensor))
 
 
 def factor_of(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
@@ -80,11 +80,12 @@ def encode(
         given = family.global_scale(tensor, global_scale)
         stored = torch.empty(r, 1, c, 1, device=tensor.device) if scale is None else scale.float().view(r, 1, c, 1)
         codes = torch.empty(r, m, c, n, dtype=torch.uint8, device=tensor.device)
-        if scale is None and r == 1 and m > 1:  # one scale for rows that are taken a few at a time
-            stored.copy_(family.rule.scale(tile_largest(tiles), given))
+        whole = r == c == 1 and m > 1  # one scale for rows that are taken a few at a time
+        if scale is None and whole:
+            stored.copy_(family.rule.scale(whole_largest(tiles).view(1, 1, 1, 1), given))
         for rows, inner in tile_rows(tiles, _CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK):
             part = tiles[rows, inner].float()
-            if scale is None and (r > 1 or m == 1):
+            if scale is None and not whole:
                 stored[rows] = family.rule.scale(tile_largest(part), given)
             ratio = part / factor_of(stored[rows], given)
             if v is not None:

@@ -1,8 +1,8 @@
 """NVFP4: e2m1 elements in groups of 16 under e4m3 scales, and those under one float32 scale of the whole tensor.
 
 With `g = 448 * 6 / largest of the tensor`, a group's scale is the e4m3 nearest to `g * largest of the group / 6` and a
-value is `element * (scale / g)`. The global scale is given (`global_scale`: fixed by calibration for inputs, shared by layers
-that runtimes join for weights) or computed from the tensor. Ties of elements and of scales go to the even code.
+value is `element * (scale / g)`. The global scale is given (`global_scale`: for inputs fixed by calibration, for
+weights shared by layers that runtimes join) or computed from the tensor. Ties of elements and of scales go to the even code.
 """
 
 from __future__ import annotations

@@ -45,9 +45,15 @@ def tile_sum(tiles: torch.Tensor) -> torch.Tensor:
     return sums if tiles.shape[1] == 1 else sums.sum(1, keepdim=True)
 
 
+def whole_largest(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 scalar: the largest magnitude of a tensor; NaN when it holds one."""
+    low, high = torch.aminmax(tensor.detach())
+    return torch.maximum(-low, high).float()
+
+
 def tile_largest(tiles: torch.Tensor) -> torch.Tensor:
     """[R, 1, C, 1], float32: the largest magnitude of each tile; NaN where it holds one."""
-    largest = torch.linalg.vector_norm(tiles, float("inf"), 3, keepdim=True).float()
+    largest = tiles.abs().amax(3, keepdim=True).float()
     return largest if tiles.shape[1] == 1 else largest.amax(1, keepdim=True)
 
 
@@ -61,9 +67,9 @@ def tile_extremes(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def tile_rows(tiles: torch.Tensor, elements: int) -> list[tuple[slice, slice]]:
     """Slices of the first two dimensions, in order, that hold about `elements` values each. Tiles are cut across their
-    rows only where there is one row of tiles."""
+    rows only where there is a single tile."""
     r, m, c, n = tiles.shape
-    if r > 1 or m == 1:
+    if not r == c == 1 or m == 1:
         step = max(1, elements // max(1, m * c * n))
         return [(slice(i, min(i + step, r)), slice(0, m)) for i in range(0, r, step)]
     step = max(1, elements // max(1, c * n))

@@ -89,19 +89,22 @@ def integer_layer(task: LayerTask, grid: IntGrid, v: torch.Tensor | None, scale_
 
 
 def float_layer(
-    task: LayerTask, family: FloatFamily, scale: torch.Tensor | None = None, v: torch.Tensor | None = None
-) -> QuantizedLayer:
+    task: LayerTask, family: FloatFamily, scale: torch.Tensor | None = None, v: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> QuantizedLayer:  # fmt: skip
     """Codes of a weight in small floats.
 
     Args:
         task: the layer; `task.weight` is [out, in].
         scale: stored scales, one a tile, in any shape; None takes the type's rule.
         v: rounding offsets [R, M, C, N] (see `data_type.tiles`) in units of the element's step, or None.
+        global_scale: under which `scale` was chosen; None takes the task's, or the weight's own.
 
     Raises:
         NumericsError: a scale is not finite.
     """
-    found = encode(task.weight, family, task.scheme.group_size, scale=scale, v=v, global_scale=task.global_scale)
+    given = task.global_scale if global_scale is None else global_scale
+    found = encode(task.weight, family, task.scheme.group_size, scale=scale, v=v, global_scale=given)
     if not bool(torch.isfinite(found.scale).all()):
         raise NumericsError(f"layer {task.name}: NaN or Inf in the weights or their scales; check the layer's weights")
     bias = None if task.bias is None else task.bias.cpu()
