@@ -185,19 +185,21 @@ def _largest(tiles: torch.Tensor, min_scale: torch.Tensor | float, max_scale: to
 FLOAT_FAMILIES: dict[str, Mapping[int, FloatFamily]] = {}
 
 
-def register_float(names: Sequence[str], families: Mapping[int, FloatFamily], codes: bool = True) -> QuantFunc:
+def register_float(
+    names: Sequence[str], families: Mapping[int, FloatFamily], usual_group_size: GroupSize = 32
+) -> QuantFunc:
     """Register a data type function for families of small floats, chosen by bits.
 
     Args:
         names: of the data type.
         families: by bits.
-        codes: layers of this type store codes (weights); False for functions that serve inputs only.
+        usual_group_size: what the function takes when none is given.
     """
     only = next(iter(families)) if len(families) == 1 else None
 
     def quant_tensor_float(
-        tensor: torch.Tensor, bits: int | None = None, group_size: GroupSize = 32, v: torch.Tensor | float = 0.0,
-        min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
+        tensor: torch.Tensor, bits: int | None = None, group_size: GroupSize = usual_group_size,
+        v: torch.Tensor | float = 0.0, min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
         scale_dtype: torch.dtype | None = None, q_scale_thresh: float = 0.0, imatrix: torch.Tensor | None = None,
         global_scale: torch.Tensor | None = None, **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
@@ -207,8 +209,7 @@ def register_float(names: Sequence[str], families: Mapping[int, FloatFamily], co
 
     quant_tensor_float.__doc__ = quantize_float.__doc__
     quant_tensor_float.__qualname__ = f"quant_tensor_float[{names[0]}]"
-    if codes:
-        FLOAT_FAMILIES.update(dict.fromkeys(names, families))
+    FLOAT_FAMILIES.update(dict.fromkeys(names, families))
     return register_dtype(names)(quant_tensor_float)
 
 

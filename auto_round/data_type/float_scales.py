@@ -71,6 +71,7 @@ class PowerOfTwo:
         """Nearest by ratio."""
         bits = scale.contiguous().view(torch.int32)
         powers = _powers(((bits + (_MANTISSA + 1 - _ROOT_OF_TWO)) >> 23).sub_(127))
+        powers = torch.where(scale < 2.0**-126.5, 2.0**-127, powers)  # below normal numbers the bits say nothing of it
         return torch.where(scale.isfinite(), powers, torch.nan)
 
     def candidates(self, scale: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -93,8 +94,8 @@ class BlockScale:
 
     def scale(self, largest: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
         assert global_scale is not None
-        wanted = torch.where(largest.isfinite(), largest, torch.nan) * global_scale
-        return self.store(wanted.div_(self.element.maximum))
+        share = torch.where(largest.isfinite(), largest, torch.nan) * (1 / self.element.maximum)
+        return self.store(share * global_scale)
 
     def store(self, scale: torch.Tensor) -> torch.Tensor:
         return ELEMENTS["e4m3"].nearest(scale).clamp_(min=_SMALLEST_BLOCK)
@@ -110,8 +111,8 @@ class BlockScale:
 def global_scale_of(largest: torch.Tensor) -> torch.Tensor:
     """float32 scalar 448 * 6 / largest, with which the largest block gets the largest scale (NVFP4); 1 for zeros."""
     largest = largest.detach().float().reshape(())
-    top = torch.finfo(torch.float32).max
-    return torch.where(largest > 0, (GLOBAL_TOP / largest).clamp(max=top), torch.where(largest == 0, 1.0, torch.nan))
+    exact = (torch.full_like(largest, GLOBAL_TOP) / largest).clamp(max=torch.finfo(torch.float32).max)
+    return torch.where(largest > 0, exact, torch.where(largest == 0, 1.0, torch.nan))
 
 
 @dataclass(frozen=True)

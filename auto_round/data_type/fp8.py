@@ -20,8 +20,8 @@ from auto_round.schemes import GroupSize
 
 _E4M3_NAMES = ["fp", "fp8", "fp8_sym", "fp8_e4m3", "fp8_e4m3fn", "fp8_dynamic", "fp8_block"]
 
-quant_tensor_fp8 = register_float(_E4M3_NAMES, {8: FloatFamily(PlainScale(ELEMENTS["e4m3"]))})
-quant_tensor_fp8_e5m2 = register_float(["fp8_e5m2"], {8: FloatFamily(PlainScale(ELEMENTS["e5m2"]))})
+quant_tensor_fp8 = register_float(_E4M3_NAMES, {8: FloatFamily(PlainScale(ELEMENTS["e4m3"]))}, -1)
+quant_tensor_fp8_e5m2 = register_float(["fp8_e5m2"], {8: FloatFamily(PlainScale(ELEMENTS["e5m2"]))}, -1)
 
 _INPUTS = {name: {8: FloatFamily(PlainScale(ELEMENTS[name], stored=False))} for name in ("e4m3", "e5m2")}
 

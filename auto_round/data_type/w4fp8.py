@@ -42,8 +42,9 @@ def quant_tensor_w4fp8(
     """
     values, scale8, _ = quantize_float(tensor.float(), _FP8, 0)
     factor = scale8.reshape(())
+    offset = v / factor if isinstance(v, torch.Tensor) else v / float(factor)
     qdq, scale, zero = quant_tensor_sym(
-        values / factor, bits, group_size, v=v / factor, min_scale=min_scale, max_scale=max_scale,
+        values / factor, bits, group_size, v=offset, min_scale=min_scale, max_scale=max_scale,
         scale_dtype=torch.bfloat16, q_scale_thresh=2.0**-100,
     )  # fmt: skip
     return (qdq * factor).to(tensor.dtype), scale * factor, zero
