@@ -22,6 +22,9 @@ from dataclasses import dataclass
 
 import torch
 
+from auto_round.data_type.tiles import as_tiles, from_tiles, tile_rows, tile_shape
+
+_CHUNK = 1 << 17  # codes in flight: what is made of them on the way stays in the cache
 _EXPONENT = 0x7F800000  # bits of a float32 that hold its exponent
 
 
@@ -53,9 +56,18 @@ class Element:
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 values of uint8 codes, in their shape."""
-        if self.dtype is not None:
-            return codes.view(self.dtype).float()
-        return _TABLES[self.name].to(codes.device)[codes.int()]
+        # Moved to the top of a float16's exponent and mantissa, a code without its sign is the value times a power of
+        # two, subnormals too; and float16 becomes float32 at the speed of a copy.
+        sign = 1 << (self.bits - 1)
+        wide = codes.to(torch.int16)
+        size = (wide & (sign - 1)).bitwise_left_shift_(10 - self.mantissa)
+        bits = size.bitwise_or_(wide.bitwise_and_(sign).bitwise_left_shift_(16 - self.bits))
+        values = bits.view(torch.float16).float().mul_(2.0 ** (14 + self.lowest))
+        if self.name == "e4m3":  # what would be 480 is its one NaN
+            nan = (codes & 0x7F) == 0x7F
+            if nan.device.type != "cpu" or bool(nan.any()):
+                values = values.masked_fill_(nan, torch.nan)
+        return values
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """The nearest code of each float32 value, uint8, in their shape."""
@@ -86,9 +98,6 @@ class Element:
         """2**e of each magnitude, or of the smallest normal value; NaN gets that of Inf, so that it stays NaN."""
         return (size.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.lowest)
 
-
-_HALF = {"e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "int4": tuple(i / 4 for i in range(8))}
-_TABLES = {name: torch.tensor([*half, *(-v for v in half)]) for name, half in _HALF.items()}
 
 ELEMENTS: dict[str, Element] = {
     element.name: element
@@ -132,4 +141,13 @@ def dequantize_elements(
     if global_scale is not None:
         factors = factors / global_scale.float().reshape(())
     shape = (int(codes.shape[0]), int(codes.shape[1]))
-    return element.decode(codes).mul_(spread_scale(factors, shape, group_size))
+    r, _, c, _ = tile_shape(shape, group_size)
+    if factors.shape != (r, c):
+        return element.decode(codes).mul_(spread_scale(factors, shape, group_size))
+    tiles, factors = as_tiles(codes, group_size), factors.view(r, 1, c, 1)
+    if codes.device.type != "cpu":
+        return from_tiles(element.decode(tiles).mul_(factors), shape)
+    values = torch.empty(tiles.shape)
+    for rows, inner in tile_rows(tiles, _CHUNK):
+        torch.mul(element.decode(tiles[rows, inner]), factors[rows], out=values[rows, inner])
+    return from_tiles(values, shape)

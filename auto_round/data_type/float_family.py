@@ -19,7 +19,7 @@ from auto_round.data_type.tiles import as_tiles, from_tiles, tile_extremes, tile
 from auto_round.errors import UnsupportedError
 from auto_round.schemes import GroupSize
 
-_CHUNK = 1 << 17  # values in flight: a few float32 buffers of them stay in the cache
+_CHUNK = 1 << 18  # values in flight: a few float32 buffers of them stay in the cache
 _GPU_CHUNK = 1 << 26
 
 
