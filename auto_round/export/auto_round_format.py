@@ -127,7 +127,7 @@ class AutoRoundFormat(OutputFormat):
         bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
     ) -> TensorSpecs:  # fmt: skip
         if is_float(scheme):
-            return AUTO_ROUND.file_specs(name, scheme, in_features, out_features, bias_dtype)
+            return AUTO_ROUND.file_specs(name, scheme, in_features, out_features, bias_dtype, model_dtype)
         groups = group_count(in_features, stored_group_size(scheme))
         out_words = words_needed(out_features, scheme.bits)
         if self.packing(scheme) == AWQ_PACKING:
@@ -145,7 +145,7 @@ class AutoRoundFormat(OutputFormat):
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         if layer.element is not None:
-            return AUTO_ROUND.file_tensors(layer)
+            return AUTO_ROUND.file_tensors(layer, model_dtype)
         assert layer.codes is not None and layer.scale is not None and layer.zero_point is not None
         scheme = layer.scheme
         groups = group_count(layer.in_features, stored_group_size(scheme))

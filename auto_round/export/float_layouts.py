@@ -9,7 +9,7 @@
 | fp | 8 | `weight` float8 [out, in] | bfloat16, see `Naming` |
 
 nv_fp adds `weight_global_scale` float32 [1]. Inputs that are quantized with a scale of the calibration data add
-`input_scale` bfloat16 [1] (fp) or `input_global_scale` float32 [1] (nv_fp).
+`input_scale` [1] in the model's dtype (fp) or `input_global_scale` float32 [1] (nv_fp).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from auto_round.data_type.elements import ELEMENTS
+from auto_round.data_type.float_family import FLOAT_FAMILIES
 from auto_round.export.packing.floats import exactly, pack_codes, pack_e8m0, unpack_codes, unpack_e8m0
 from auto_round.quantized_layer import QuantizedLayer, group_count
 from auto_round.schemes import QuantizationScheme
@@ -29,20 +30,17 @@ FP8_SCALE = torch.bfloat16
 
 
 def family_of(data_type: str) -> str | None:
-    """`mx_fp`, `mx_int`, `nv_fp` or `fp` for the data types that have elements of their own, else None."""
-    if data_type == "fp" or data_type.startswith("fp8"):
+    """`mx_fp`, `mx_int`, `nv_fp` or `fp` for names of small float types, else None."""
+    name = data_type.replace("_", "")
+    if name == "fp" or name.startswith("fp8"):
         return "fp"
-    return next((family for family in ("mx_fp", "mx_int", "nv_fp") if data_type.startswith(family)), None)
+    return next((family for family in ("mx_fp", "mx_int", "nv_fp") if name.startswith(family.replace("_", ""))), None)
 
 
 def element_of(data_type: str, bits: int) -> str | None:
     """Name of the element type (`data_type.elements.ELEMENTS`) of weights or inputs, None when there is none."""
-    family = family_of(data_type)
-    if family == "fp" or (family == "mx_fp" and bits == 8):
-        return None if bits != 8 else "e5m2" if "e5m2" in data_type else "e4m3"
-    if bits != 4 or family is None:
-        return None
-    return "int4" if family == "mx_int" else "e2m1"
+    found = FLOAT_FAMILIES.get(data_type, {}).get(bits)
+    return None if found is None or family_of(data_type) is None else found.element.name
 
 
 def is_float(scheme: QuantizationScheme) -> bool:
@@ -76,8 +74,14 @@ class Naming:
     block_scale: str
     tensor_scale: torch.dtype
 
-    def specs(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> Specs:
-        """Shape and dtype of every tensor of a layer but its bias, by the last part of its name."""
+    def specs(
+        self, scheme: QuantizationScheme, in_features: int, out_features: int,
+        model_dtype: torch.dtype = torch.bfloat16,
+    ) -> Specs:  # fmt: skip
+        """Shape and dtype of every tensor of a layer but its bias, by the last part of its name. The codes come first.
+
+        `model_dtype` is that of the fixed scale of inputs.
+        """
         element = ELEMENTS[_element(scheme)]
         specs: Specs = {}
         if element.dtype is None:
@@ -91,22 +95,22 @@ class Naming:
         if has_input_global_scale(scheme):
             specs["input_global_scale"] = ((1,), torch.float32)
         if has_input_scale(scheme):
-            specs["input_scale"] = ((1,), FP8_SCALE)
+            specs["input_scale"] = ((1,), model_dtype)
         return specs
 
     def file_specs(
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int,
-        bias_dtype: torch.dtype | None = None,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.bfloat16,
     ) -> Specs:  # fmt: skip
         """`specs` and the bias, by full names for the layer `name`."""
-        specs = self.specs(scheme, in_features, out_features)
+        specs = self.specs(scheme, in_features, out_features, model_dtype)
         if bias_dtype is not None:
             specs["bias"] = ((out_features,), bias_dtype)
         return {f"{name}.{leaf}": spec for leaf, spec in specs.items()}
 
-    def file_tensors(self, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
+    def file_tensors(self, layer: QuantizedLayer, model_dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """`pack`, by full names."""
-        return {f"{layer.name}.{leaf}": tensor for leaf, tensor in self.pack(layer).items()}
+        return {f"{layer.name}.{leaf}": tensor for leaf, tensor in self.pack(layer, model_dtype).items()}
 
     def _scale(self, scheme: QuantizationScheme, columns: int, rows: int) -> tuple[str, tuple[int, ...], torch.dtype]:
         size = scheme.group_size
@@ -122,17 +126,16 @@ class Naming:
             return "weight_scale", (rows, 1) if self.channel_columns else (rows,), FP8_SCALE
         return "weight_scale", (rows, group_count(columns, size)), FP8_SCALE
 
-    def pack(self, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
+    def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
         """The layer's tensors, its bias included, by the last part of their names.
 
         Raises NumericsError when a scale is not a value of the dtype that stores it.
         """
         assert layer.codes is not None and layer.scale is not None and layer.element is not None
-        specs = self.specs(layer.scheme, layer.in_features, layer.out_features)
-        name, shape, dtype = self._scale(layer.scheme, layer.in_features, layer.out_features)
-        scale = layer.scale.float().reshape(shape)
+        specs = self.specs(layer.scheme, layer.in_features, layer.out_features, model_dtype)
+        name, _, _ = self._scale(layer.scheme, layer.in_features, layer.out_features)
         numbers = {
-            name: scale, "weight_global_scale": layer.global_scale, "input_scale": layer.act_scale,
+            name: layer.scale, "weight_global_scale": layer.global_scale, "input_scale": layer.act_scale,
             "input_global_scale": layer.act_global_scale,
         }  # fmt: skip
         tensors: dict[str, torch.Tensor] = {}

@@ -70,10 +70,10 @@ class Fp8Format(OutputFormat):
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
         bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
     ) -> TensorSpecs:  # fmt: skip
-        return AUTO_ROUND.file_specs(name, scheme, in_features, out_features, bias_dtype)
+        return AUTO_ROUND.file_specs(name, scheme, in_features, out_features, bias_dtype, model_dtype)
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        return AUTO_ROUND.file_tensors(layer)
+        return AUTO_ROUND.file_tensors(layer, model_dtype)
 
     def read_layer(
         self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,

@@ -86,7 +86,7 @@ class CompressedTensorsFormat(OutputFormat):
         bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
     ) -> TensorSpecs:  # fmt: skip
         if is_float(scheme):
-            return COMPRESSED_TENSORS.file_specs(name, scheme, in_features, out_features, bias_dtype)
+            return COMPRESSED_TENSORS.file_specs(name, scheme, in_features, out_features, bias_dtype, model_dtype)
         groups = group_count(in_features, stored_group_size(scheme))
         specs: TensorSpecs = {}
         if format_of(scheme) == PACKED:
@@ -110,7 +110,7 @@ class CompressedTensorsFormat(OutputFormat):
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         if layer.element is not None:
-            return COMPRESSED_TENSORS.file_tensors(layer)
+            return COMPRESSED_TENSORS.file_tensors(layer, model_dtype)
         assert layer.codes is not None and layer.scale is not None and layer.zero_point is not None
         scheme, out = layer.scheme, layer.out_features
         groups = group_count(layer.in_features, stored_group_size(scheme))
