@@ -142,7 +142,7 @@ class Bench:
         same integers in the format that our loader opens with them."""
         from auto_round.export.formats import get_format
 
-        if fmt == "llm_compressor" and "INT" in scheme and not weights_only:
+        if fmt in ("llm_compressor", "fp8") and not weights_only and quantizes_inputs(scheme):
             fmt = "auto_round:llm_compressor"
         loads = get_format(fmt).loads_here
         key = (scheme, fmt if loads else "fake", dtype)
@@ -157,6 +157,15 @@ class Bench:
         if key not in self.logits:
             self.logits[key] = our_logits(model, self.ids, dtype)
         return self.logits[key]
+
+
+def quantizes_inputs(scheme: str) -> bool:
+    """Whether any layer of the scheme called so in `SCHEMES` quantizes its inputs."""
+    from auto_round.schemes import preset_name_to_scheme
+
+    options = SCHEMES[scheme]
+    changes = {key: value for key, value in options.items() if key.startswith("act_")}
+    return preset_name_to_scheme(options["scheme"]).with_overrides(changes).quantizes_activations
 
 
 def judge(program: Program, python: Path, folder: Path, ids: Path, out: Path, dtype: str) -> tuple[dict | None, str]:
@@ -196,7 +205,7 @@ def run(bench: Bench, program: Program, python: Path, cells: list[tuple[str, str
     np.save(ids_file, bench.ids)
     rows: list[dict[str, Any]] = []
     for fmt, scheme in cells:
-        dtype = program.dtypes.get(fmt, program.dtypes.get("", "float32"))
+        dtype = program.scheme_dtypes.get(scheme) or program.dtypes.get(fmt, program.dtypes.get("", "float32"))
         try:
             folder = bench.checkpoint(scheme, fmt)
         except AutoRoundError as error:

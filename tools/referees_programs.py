@@ -25,6 +25,7 @@ class Program:
         home: folder and environment, where two programs share them.
         judge: the script's name.
         weights_only: it leaves activations as they are where the file quantizes them.
+        scheme_dtypes: scheme -> dtype in which both sides compute, before `dtypes`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Program:
     home: str = ""
     judge: str = "judge.py"
     weights_only: bool = False
+    scheme_dtypes: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -77,6 +79,26 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W4A16, mlp groups of 32": {"scheme": "W4A16", "layer_config": {"mlp": {"group_size": 32}}},
     "W4A16, layer 1 dense": {"scheme": "W4A16", "ignore_layers": "layers.1."},
     "W4A16, head quantized": {"scheme": "W4A16", "quant_lm_head": True},
+    "MXFP4": {"scheme": "MXFP4"},
+    "MXFP4_RCEIL": {"scheme": "MXFP4_RCEIL"},
+    "MXFP8": {"scheme": "MXFP8"},
+    "MXFP8_RCEIL": {"scheme": "MXFP8_RCEIL"},
+    "NVFP4": {"scheme": "NVFP4", "nsamples": 8, "seqlen": 64},
+    "NVFP4, weights alone": {"scheme": "NVFP4", "act_bits": 16},
+    "FPW8A16": {"scheme": "FPW8A16"},
+    "FP8_STATIC": {"scheme": "FP8_STATIC", "nsamples": 8, "seqlen": 64},
+    "FP8_BLOCK": {"scheme": "FP8_BLOCK"},
+    "FP8 a channel, inputs a token": {
+        "scheme": "FP8_STATIC",
+        "act_dynamic": True,
+        "act_group_size": -1,
+    },
+    "MXFP4, mlp MXFP8": {"scheme": "MXFP4", "layer_config": {"mlp": {"bits": 8, "act_bits": 8}}},
+    "MXFP4, mlp MXFP8, layer 1 dense": {
+        "scheme": "MXFP4",
+        "layer_config": {"mlp": {"bits": 8, "act_bits": 8}},
+        "ignore_layers": "layers.1.",
+    },
     **{f"Mixtral {name}": {"model": "tiny-mixtral", **options} for name, options in _MIXTURES.items()},
     **{f"Qwen3-MoE {name}": {"model": "tiny-qwen3-moe", **options} for name, options in _MIXTURES.items()},
     "SmolLM2 W2A16G64": {"model": "smollm2", "scheme": "W2A16G64"},
@@ -85,6 +107,18 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "SmolLM2 W8A16G64": {"model": "smollm2", "scheme": "W8A16", "group_size": 64},
     "SmolLM2 INT8": {"model": "smollm2", "scheme": "INT8"},
 }
+# Small float types that compressed-tensors reads, and those whose scales it holds in bfloat16 whatever it is asked.
+_FLOATS = (
+    "MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK",
+    "FP8 a channel, inputs a token", "NVFP4, weights alone",
+)  # fmt: skip
+_BFLOAT16 = dict.fromkeys(
+    (
+        "MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "NVFP4", "NVFP4, weights alone", "MXFP4, mlp MXFP8",
+        "MXFP4, mlp MXFP8, layer 1 dense",
+    ),
+    "bfloat16",
+)  # fmt: skip
 
 PROGRAMS: dict[str, Program] = {
     program.name: program
@@ -152,9 +186,11 @@ PROGRAMS: dict[str, Program] = {
                 "llm_compressor": (
                     "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W5A16", "W6A16", "W8A16",
                     "INT8", "INT8 static", "INT8 asym", "INT4", "W4A16, attention 8 bits", "W4A16, mlp groups of 32",
-                    "W4A16, layer 1 dense", "W4A16, head quantized",
+                    "W4A16, layer 1 dense", "W4A16, head quantized", *_FLOATS, "MXFP4, mlp MXFP8",
+                    "MXFP4, mlp MXFP8, layer 1 dense",
                 ),
             },
+            scheme_dtypes=_BFLOAT16,
         ),
         Program(
             "compressed_tensors-dequantize", "the same with CompressedTensorsConfig(dequantize=True)",
@@ -162,10 +198,14 @@ PROGRAMS: dict[str, Program] = {
                 "llm_compressor": (
                     "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
                     "W4A16 per channel", "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "INT8",
-                    "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized",
+                    "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized", *_FLOATS,
                 ),
             },
-            home="compressed_tensors", judge="judge_dequantize.py", weights_only=True,
+            home="compressed_tensors", judge="judge_dequantize.py", weights_only=True, scheme_dtypes=_BFLOAT16,
+        ),
+        Program(
+            "transformers", "Transformers 5.23.0 by itself, which on a CPU leaves activations as they are",
+            opens={"fp8": ("FP8_BLOCK",)}, dtypes={"": "bfloat16"}, home="compressed_tensors", judge="judge_plain.py", weights_only=True,
         ),
     )
 }  # fmt: skip

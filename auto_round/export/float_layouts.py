@@ -204,9 +204,7 @@ def float_problem(scheme: QuantizationScheme) -> str | None:
     if element_of(activations.data_type, activations.bits) is None:
         return f"activations of data type {activations.data_type!r} with {activations.bits} bits have no layout here"
     if not activations.dynamic and family_of(activations.data_type) != "fp":
-        return (
-            f"activations of data type {activations.data_type!r} have scales computed from each input, not static ones"
-        )
+        return f"activations of data type {activations.data_type!r} have no static scales"
     return None
 
 

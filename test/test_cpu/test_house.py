@@ -23,14 +23,15 @@ RANKS: dict[str, int] = {
     "envs": 1,
     "logger": 2,
     "schemes": 2,
-    "quantized_layer": 3, "layer_config": 3, "data_type": 3, "recipes": 3,
-    "algorithms": 4, "export": 4, "modeling": 4, "report": 4,
-    "calibration": 5, "inference": 5,
-    "calib_dataset": 6, "eval": 6,
-    "compressors": 7,
-    "autoround": 8,
-    "cli": 9,
-    "__main__": 10,
+    "data_type": 3, "layer_config": 3, "recipes": 3,
+    "quantized_layer": 4,
+    "algorithms": 5, "export": 5, "modeling": 5, "report": 5,
+    "calibration": 6, "inference": 6,
+    "calib_dataset": 7, "eval": 7,
+    "compressors": 8,
+    "autoround": 9,
+    "cli": 10,
+    "__main__": 11,
 }  # fmt: skip
 
 HEAVY = ("transformers", "datasets", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "rich", "psutil")

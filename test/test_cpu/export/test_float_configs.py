@@ -250,7 +250,8 @@ def test_native_fp8_and_experts() -> None:
 
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"group_size": -1}, "two-dimensional blocks"), ({"act_group_size": 64}, "groups of 128"),
-    ({"act_dynamic": False}, "dynamically"), ({"act_bits": 16}, "act_bits 8"), ({"data_type": "mx_fp"}, "not 8-bit mx_fp"),
+    ({"act_dynamic": False}, "dynamically"), ({"act_bits": 16}, "act_bits 8"),
+    ({"data_type": "mx_fp"}, "not 8-bit mx_fp"),
 ])  # fmt: skip
 def test_what_native_fp8_cannot_say(changes: dict[str, Any], reason: str) -> None:
     scheme = PRESET_SCHEMES["FP8_BLOCK"].with_overrides(changes)
