@@ -94,10 +94,18 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "act_group_size": -1,
     },
     "MXFP4, mlp MXFP8": {"scheme": "MXFP4", "layer_config": {"mlp": {"bits": 8, "act_bits": 8}}},
-    "MXFP4, mlp MXFP8, layer 1 dense": {
+    "MXFP4, weights alone": {"scheme": "MXFP4", "act_bits": 16},
+    "MXFP4, weights alone, mlp MXFP8, layer 1 dense": {
         "scheme": "MXFP4",
-        "layer_config": {"mlp": {"bits": 8, "act_bits": 8}},
+        "act_bits": 16,
+        "layer_config": {"mlp": {"bits": 8}},
         "ignore_layers": "layers.1.",
+    },
+    "MXFP8_RCEIL, mlp FP8_BLOCK": {
+        "scheme": "MXFP8_RCEIL",
+        "layer_config": {
+            "mlp": {"data_type": "fp", "group_size": [128, 128], "act_group_size": 128, "act_data_type": "fp"}
+        },
     },
     **{f"Mixtral {name}": {"model": "tiny-mixtral", **options} for name, options in _MIXTURES.items()},
     **{f"Qwen3-MoE {name}": {"model": "tiny-qwen3-moe", **options} for name, options in _MIXTURES.items()},
@@ -107,18 +115,20 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "SmolLM2 W8A16G64": {"model": "smollm2", "scheme": "W8A16", "group_size": 64},
     "SmolLM2 INT8": {"model": "smollm2", "scheme": "INT8"},
 }
-# Small float types that compressed-tensors reads, and those whose scales it holds in bfloat16 whatever it is asked.
+# Small float types whose inputs, if quantized, compressed-tensors rounds as the scheme says, and those that it rounds by
+# rules of its own: https://github.com/vllm-project/compressed-tensors takes the scale of MX inputs up from 1.75 times a
+# power of two on, and computes that of NVFP4 inputs in their own dtype. Of these the weights are compared.
 _FLOATS = (
-    "MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK",
-    "FP8 a channel, inputs a token", "NVFP4, weights alone",
+    "MXFP8_RCEIL", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "FP8 a channel, inputs a token", "MXFP4, weights alone",
+    "NVFP4, weights alone",
 )  # fmt: skip
+_OWN_RULES = ("MXFP4", "MXFP4_RCEIL", "MXFP8", "NVFP4")
+_MIXED = ("MXFP4, weights alone, mlp MXFP8, layer 1 dense", "MXFP8_RCEIL, mlp FP8_BLOCK")
+# The library turns these scales into bfloat16, whatever dtype it is asked for.
 _BFLOAT16 = dict.fromkeys(
-    (
-        "MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "NVFP4", "NVFP4, weights alone", "MXFP4, mlp MXFP8",
-        "MXFP4, mlp MXFP8, layer 1 dense",
-    ),
+    (*_OWN_RULES, *_MIXED, "MXFP8_RCEIL", "MXFP4, weights alone", "NVFP4, weights alone", "MXFP4, mlp MXFP8"),
     "bfloat16",
-)  # fmt: skip
+)
 
 PROGRAMS: dict[str, Program] = {
     program.name: program
@@ -186,8 +196,7 @@ PROGRAMS: dict[str, Program] = {
                 "llm_compressor": (
                     "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W5A16", "W6A16", "W8A16",
                     "INT8", "INT8 static", "INT8 asym", "INT4", "W4A16, attention 8 bits", "W4A16, mlp groups of 32",
-                    "W4A16, layer 1 dense", "W4A16, head quantized", *_FLOATS, "MXFP4, mlp MXFP8",
-                    "MXFP4, mlp MXFP8, layer 1 dense",
+                    "W4A16, layer 1 dense", "W4A16, head quantized", *_FLOATS, *_MIXED,
                 ),
             },
             scheme_dtypes=_BFLOAT16,
@@ -199,6 +208,7 @@ PROGRAMS: dict[str, Program] = {
                     "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
                     "W4A16 per channel", "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "INT8",
                     "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized", *_FLOATS,
+                    *_OWN_RULES,
                 ),
             },
             home="compressed_tensors", judge="judge_dequantize.py", weights_only=True, scheme_dtypes=_BFLOAT16,
