@@ -16,6 +16,7 @@ from auto_round.compressors.device import resolve_device
 from auto_round.compressors.run import Finished, Run
 from auto_round.compressors.settings import Settings, check_whole, names_tuple, parse_scale_dtype
 from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
+from auto_round.export.cache_scales import parse_cache_scheme
 from auto_round.export.formats import parse_formats
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger
@@ -33,12 +34,15 @@ _ALGORITHM_DEFAULTS: dict[str, Any] = {
 _OTHER_DEFAULTS: dict[str, Any] = {
     "ignore_layers": "", "quant_lm_head": False, "scale_dtype": "fp16", "to_quant_block_names": None, "amp": True,
     "enable_deterministic_algorithms": False, "trust_remote_code": False, "model_dtype": None, "verify": True,
-    "device": None, "adam": None, "enable_opt_rtn": None, "bs": None, "algorithm": None,
+    "device": None, "adam": None, "enable_opt_rtn": None, "bs": None, "algorithm": None, "static_kv_dtype": None,
+    "static_kv_granularity": "tensor", "static_attention_dtype": None, "static_attention_granularity": "tensor",
 }  # fmt: skip
+_CACHE_OPTIONS = (
+    "static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity",
+)  # fmt: skip
 _NOT_YET = {
     "rotation_config": "rotation", "model_free": "model-free mode", "avg_bits": "AutoScheme",
     "processor": "multimodal models", "image_processor": "multimodal models", "enable_alg_ext": "SignRound v2",
-    "static_kv_dtype": "static KV-cache scales", "static_attention_dtype": "static attention scales",
     "enable_norm_bias_tuning": "norm tuning", "nblocks": "tuning several blocks as one",
 }  # fmt: skip
 
@@ -62,12 +66,15 @@ class AutoRound:
         device_map: the device to tune on: 0, "cuda:0", "cpu", "auto".
         enable_torch_compile: compile the rounding step; None: on GPUs only.
         seed: of sample choice and order. The same seed gives the same files.
-        low_cpu_mem_usage: read a model given by path block by block; False loads it whole.
+        low_cpu_mem_usage: read a model given by path block by block; False loads it whole (a checkpoint in FP8 or MXFP4
+            is read block by block all the same).
         alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round".
         **kwargs: fields of the scheme (`bits`, `group_size`, `sym`, `data_type`, ...), of the algorithm (`lr`,
             `minmax_lr`, `momentum`, `enable_adam`, `enable_minmax_tuning`, `enable_quanted_input`, `not_use_best_mse`,
             `disable_opt_rtn`), and `ignore_layers`, `quant_lm_head`, `scale_dtype`, `to_quant_block_names`, `amp`,
-            `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`.
+            `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`; and for static FP8 scales
+            of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
+            `static_attention_dtype`, `static_attention_granularity`.
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.
@@ -102,6 +109,8 @@ class AutoRound:
         resolved = _resolve_scheme(scheme, options)
         device = resolve_device(device_map if options["device"] is None else options["device"])
         config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
+        cache = {name: options[name] for name in _CACHE_OPTIONS}
+        wants_cache = parse_cache_scheme(*cache.values()) is not None
         self.settings = Settings(
             scheme=resolved,
             scheme_name=_scheme_name(scheme, resolved),
@@ -113,7 +122,7 @@ class AutoRound:
             quant_lm_head=bool(options["quant_lm_head"]),
             to_quant_block_names=names_tuple(options["to_quant_block_names"]),
             dataset=dataset,
-            nsamples=check_whole("nsamples", nsamples, 1) if _tunes_or_searches(algorithm) else nsamples,
+            nsamples=check_whole("nsamples", nsamples, int(_tunes_or_searches(algorithm) or wants_cache)),
             seqlen=check_whole("seqlen", seqlen, 2),
             seed=check_whole("seed", seed, 0),
             device=device,
@@ -125,6 +134,7 @@ class AutoRound:
             platform=platform,
             trust_remote_code=bool(options["trust_remote_code"]),
             verify=bool(options["verify"]),
+            **cache,
         )
         self._source = _open(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
         self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
@@ -230,8 +240,10 @@ class AutoRound:
 
 def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
     source = open_source(model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform)
-    if low_cpu_mem_usage or not source.lazy:
-        return source
+    if source.stored_as:
+        logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
+    if low_cpu_mem_usage or not source.lazy or source.stored_as:
+        return source  # a quantized checkpoint is always read block by block
     from transformers import AutoModelForCausalLM
 
     folder = getattr(source, "folder", model)

@@ -50,7 +50,19 @@ def save_models(a: argparse.Namespace, folder: Path) -> dict[str, Path]:
     for name, model in (("moe", moe), ("dense", dense)):
         paths[name] = folder / name
         model.to(torch.bfloat16).save_pretrained(paths[name])
+        _save_tokenizer(paths[name])
     return paths
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """Of bytes; the samples are ids, but the peer asks for one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocab, "<eos>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
 def tune(path: Path, a: argparse.Namespace, out: Path) -> float:
@@ -100,12 +112,14 @@ def peer(path: Path, a: argparse.Namespace, out: Path) -> float:
     code = (
         "import sys, torch\nfrom auto_round import AutoRound\n"
         "if __name__ == '__main__':\n"
-        "    from transformers import AutoModelForCausalLM\n"
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)\n"
         f"    ids = torch.randint(3, 500, ({a.samples}, {a.seqlen}), generator=torch.Generator().manual_seed(1))\n"
         "    data = [{'input_ids': i[None], 'attention_mask': torch.ones_like(i[None])} for i in ids]\n"
-        f"    ar = AutoRound(model, None, scheme='W4A16', group_size=64, dataset=data, nsamples={a.samples},\n"
-        f"        seqlen={a.seqlen}, iters={a.steps}, batch_size=8, amp=False, device_map='cpu')\n"
+        "    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "    ar = AutoRound(model, tokenizer, scheme='W4A16', group_size=64, dataset=data,\n"
+        f"        nsamples={a.samples}, seqlen={a.seqlen}, iters={a.steps}, batch_size=8, amp=False,\n"
+        "        device_map='cpu')\n"
         "    ar.quantize_and_save(sys.argv[2], format='auto_round')\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

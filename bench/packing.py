@@ -22,7 +22,18 @@ from torch.profiler import ProfilerActivity, profile
 from vs_peer import machine
 
 from auto_round.export.packing.awq import pack_awq
+from auto_round.export.packing.compressed_tensors import pack_rows, signed_values
 from auto_round.export.packing.gptq import pack_gptq
+from auto_round.export.packing.mlx import pack_mlx
+
+# By layout: its bits, and what packs the codes [out, in] and zero points [out, groups] of a layer.
+PACKERS: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor, torch.Tensor, int], object]]] = {
+    "gptq": ((2, 3, 4, 8), lambda codes, zeros, bits: pack_gptq(codes, zeros, bits, 1)),
+    "awq": ((4,), pack_awq),
+    "mlx": ((2, 3, 4, 5, 6, 8), lambda codes, zeros, bits: pack_mlx(codes, bits)),
+    "compressed-tensors, packed": ((2, 3, 4, 5, 6, 8), lambda codes, zeros, bits: pack_rows(codes, bits)),
+    "compressed-tensors, int8": ((8,), lambda codes, zeros, bits: signed_values(codes, bits)),
+}
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -48,11 +59,10 @@ def main() -> None:
     torch.set_num_threads(1)
     layer = a.out * a.in_features * 2 / 1e6
     rows = []
-    for name, bits in (("gptq", 2), ("gptq", 3), ("gptq", 4), ("gptq", 8), ("awq", 4)):
+    for name, bits in ((name, bits) for name, (widths, _) in PACKERS.items() for bits in widths):
         codes = torch.randint(0, 1 << bits, (a.out, a.in_features), dtype=torch.uint8)
         zeros = torch.randint(1, 1 << bits, (a.out, a.in_features // a.group_size), dtype=torch.uint8)
-        more = () if name == "awq" else (1,)
-        work = partial(pack_awq if name == "awq" else pack_gptq, codes, zeros, bits, *more)
+        work = partial(PACKERS[name][1], codes, zeros, bits)
         work()
         seconds = []
         for _ in range(a.repeat):

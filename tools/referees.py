@@ -36,7 +36,9 @@ from typing import Any
 import numpy as np
 import referees_report
 from referees_models import MODELS, get_model
-from referees_programs import PROGRAMS, ROOT, SCHEMES, Program
+from referees_programs import PROGRAMS, ROOT, SCHEMES, WEIGHTS_OF, Program
+
+from auto_round.export.formats import get_format
 
 LIMIT = 1e-2
 TORCH = "torch==2.13.0"
@@ -81,7 +83,7 @@ def quantize(model: Path, scheme: str, fmt: str, folder: Path, dtype: str | None
     """Plain rounding: what is judged is the file, and every format must be given the same integers."""
     from auto_round import AutoRound
 
-    options = {key: value for key, value in SCHEMES[scheme].items() if key != "model"}
+    options = {key: value for key, value in SCHEMES[scheme].items() if key not in ("model", "dtype")}
     options |= {"model_dtype": dtype} if dtype else {}
     AutoRound(str(model), iters=0, disable_opt_rtn=True, **options).quantize_and_save(folder, format=fmt)
 
@@ -117,12 +119,14 @@ class Bench:
     Attributes:
         root: of the models that are made.
         work: of the checkpoints and logits.
+        writable: the (scheme, format) pairs that can be made.
         only: a model to use for every scheme.
     """
 
     root: Path
     work: Path
     ids: np.ndarray
+    writable: set[tuple[str, str]] = field(default_factory=set)
     only: Path | None = None
     logits: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
 
@@ -137,17 +141,19 @@ class Bench:
         return folder
 
     def reference(self, scheme: str, fmt: str, dtype: str, weights_only: bool = False) -> np.ndarray:
-        """Ours: the file through our loader, or, where our loader does not open the format, format `fake` written in
-        float32, which holds the dequantized weights exactly, computed in `dtype`. Where activations are quantized, the
-        same integers in the format that our loader opens with them."""
-        from auto_round.export.formats import get_format
+        """Our logits in `dtype`: of the file itself where our loader opens it; else of a file that it opens and that
+        was made from the same integers; else of format `fake` in float32, which holds the dequantized weights exactly.
 
-        if fmt in ("llm_compressor", "fp8") and not weights_only and quantizes_inputs(scheme):
-            fmt = "auto_round:llm_compressor"
-        loads = get_format(fmt).loads_here
-        key = (scheme, fmt if loads else "fake", dtype)
+        Args:
+            weights_only: leave activations in full precision.
+        """
+        if weights_only:
+            scheme = WEIGHTS_OF.get(scheme, scheme)
+        alike = [fmt] if get_format(fmt).loads_here else [f"auto_round:{fmt}", "auto_round", "auto_round:mlx"]
+        opened = next((name for name in alike if (scheme, name) in self.writable), "fake")
+        key = (scheme, opened, dtype)
         if key not in self.logits:
-            folder = self.checkpoint(scheme, fmt) if loads else self.checkpoint(scheme, "fake", "float32")
+            folder = self.checkpoint(scheme, opened, "float32" if opened == "fake" else None)
             self.logits[key] = our_logits(folder, self.ids, dtype)
         return self.logits[key]
 
@@ -157,15 +163,6 @@ class Bench:
         if key not in self.logits:
             self.logits[key] = our_logits(model, self.ids, dtype)
         return self.logits[key]
-
-
-def quantizes_inputs(scheme: str) -> bool:
-    """Whether any layer of the scheme called so in `SCHEMES` quantizes its inputs."""
-    from auto_round.schemes import preset_name_to_scheme
-
-    options = SCHEMES[scheme]
-    changes = {key: value for key, value in options.items() if key.startswith("act_")}
-    return preset_name_to_scheme(options["scheme"]).with_overrides(changes).quantizes_activations
 
 
 def judge(program: Program, python: Path, folder: Path, ids: Path, out: Path, dtype: str) -> tuple[dict | None, str]:
@@ -205,7 +202,7 @@ def run(bench: Bench, program: Program, python: Path, cells: list[tuple[str, str
     np.save(ids_file, bench.ids)
     rows: list[dict[str, Any]] = []
     for fmt, scheme in cells:
-        dtype = program.scheme_dtypes.get(scheme) or program.dtypes.get(fmt, program.dtypes.get("", "float32"))
+        dtype = program.dtype(fmt, scheme)
         try:
             folder = bench.checkpoint(scheme, fmt)
         except AutoRoundError as error:
@@ -256,8 +253,8 @@ def main() -> int:
         parser.error(f"unknown scheme {unknown[0]!r}; known: {'; '.join(SCHEMES)}")
     work = a.root / "work" / (a.model.name if a.model else "tiny")
     work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(a.root, work, np.random.default_rng(5).integers(0, 250, (2, 48)), a.model)
     writable = referees_report.writable_cells(SCHEMES)
+    bench = Bench(a.root, work, np.random.default_rng(5).integers(0, 250, (2, 48)), writable, a.model)
     failed: list[str] = []
     for name in names:
         program = PROGRAMS[name]
@@ -265,7 +262,8 @@ def main() -> int:
         formats = a.formats.split(",") if a.formats else list(program.opens)
         cells = [
             (fmt, scheme) for fmt in formats for scheme in schemes
-            if scheme in program.opens.get(fmt, ()) or (a.all and (scheme, fmt) in writable)
+            if (scheme in program.opens.get(fmt, ()) or (a.all and (scheme, fmt) in writable))
+            and SCHEMES[scheme].get("dtype", program.dtype(fmt, scheme)) == program.dtype(fmt, scheme)
         ]  # fmt: skip
         rows = run(bench, program, python, cells)
         failed += [f"{name}: {text}" for text in failures(rows, program.opens)]

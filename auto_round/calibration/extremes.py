@@ -22,6 +22,8 @@ class InputExtremes(dict[str, tuple[torch.Tensor, torch.Tensor]]):
             than [B, T, in] (an expert's own tokens) count whole.
     """
 
+    every_token = False
+
     def __init__(self) -> None:
         super().__init__()
         self.mask: torch.Tensor | None = None

@@ -50,6 +50,12 @@ class CapturedInputs:
     _kinds: dict[type[nn.Module], _OutputKind]
     _on_device: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def present(self) -> torch.Tensor:
+        """bool [N, T]: False where a position is padding."""
+        length = self.loss_mask.shape[1]
+        return torch.stack([_present(sample, length) for sample in self._inputs])
+
     def run(self, block_index: int, block: nn.Module, hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
         """The block's output [B, T, H] for `hidden` [B, T, H] of the samples with these indices; gradients flow.
 
@@ -339,9 +345,14 @@ def _checked(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Ten
 
 
 def _loss_mask(sample: dict[str, torch.Tensor], length: int) -> torch.Tensor:
-    mask = torch.ones(length, dtype=torch.bool)
-    if isinstance(attention := sample.get("attention_mask"), torch.Tensor):
-        mask &= attention.reshape(-1).cpu() != 0
+    mask = _present(sample, length)
     if isinstance(labels := sample.get("labels"), torch.Tensor):
         mask &= labels.reshape(-1).cpu() != -100
     return mask
+
+
+def _present(sample: dict[str, torch.Tensor], length: int) -> torch.Tensor:
+    attention = sample.get("attention_mask")
+    if not isinstance(attention, torch.Tensor):
+        return torch.ones(length, dtype=torch.bool)
+    return attention.reshape(-1).cpu() != 0

@@ -24,6 +24,8 @@ class SecondMoments(dict[str, torch.Tensor]):
         tokens: number of rows summed, by layer name.
     """
 
+    every_token = False
+
     def __init__(self) -> None:
         super().__init__()
         self.mask: torch.Tensor | None = None

@@ -106,6 +106,18 @@ SCHEME_GROUP = Group(
     ),
 )
 
+_FP8 = ("fp8", "float8_e4m3fn")
+_GRANULARITIES = ("tensor", "head")
+CACHE_GROUP = Group(
+    "scales for a key-value cache in FP8",
+    (
+        Flag("static_kv_dtype", "save k_scale and v_scale for a cache in this type", choices=_FP8),
+        Flag("static_kv_granularity", "one scale per tensor (default) or per head", choices=_GRANULARITIES),
+        Flag("static_attention_dtype", "save q_scale too, for attention in this type", choices=_FP8),
+        Flag("static_attention_granularity", "the same for q_scale", choices=_GRANULARITIES),
+    ),
+)
+
 DATA_GROUP = Group(
     "calibration data",
     (
@@ -212,7 +224,9 @@ EVAL_AFTER_GROUP = Group(
     ),
 )
 
-QUANTIZE_GROUPS = (MODEL_GROUP, SCHEME_GROUP, DATA_GROUP, TUNING_GROUP, RUN_GROUP, OUTPUT_GROUP, EVAL_AFTER_GROUP)
+QUANTIZE_GROUPS = (
+    MODEL_GROUP, SCHEME_GROUP, CACHE_GROUP, DATA_GROUP, TUNING_GROUP, RUN_GROUP, OUTPUT_GROUP, EVAL_AFTER_GROUP,
+)  # fmt: skip
 
 _EVAL_FLAGS = {f.dest: f for f in EVAL_AFTER_GROUP.flags}
 EVAL_GROUPS = (

@@ -21,7 +21,6 @@ def _later(what: str, flags: str, instead: str) -> Later:
     return Later(what, tuple(flags.split()), instead)
 
 
-_WEIGHT_ONLY = "weight-only schemes such as W4A16 work"
 _TEXT = "text models (causal language models) work"
 _TUNED = "the algorithms of this version are auto_round (tuned rounding) and rtn"
 
@@ -54,11 +53,6 @@ FEATURES: tuple[Later, ...] = (
         "svdquant_residual_iters enable_svdquant_residual_early_stop svdquant_low_rank_dtype "
         "svdquant_target_modules svdquant_exclude_modules svdquant_model_adapter",
         _TUNED,
-    ),
-    _later(
-        "quantized KV cache and attention",
-        "static_kv_dtype static_kv_granularity static_attention_dtype static_attention_granularity",
-        _WEIGHT_ONLY,
     ),
     _later(
         "double-quantized scales (GGUF K-quants)",

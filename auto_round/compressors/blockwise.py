@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockResult, BlockTask, LayerTask
+from auto_round.calibration.cache_extremes import cache_extremes
 from auto_round.calibration.extremes import InputExtremes, input_extremes
 from auto_round.calibration.inputs import CapturedInputs
 from auto_round.calibration.statistics import input_second_moments
 from auto_round.compressors.activations import activation_of, is_calibrated, join_extremes
 from auto_round.compressors.block_dtype import in_dtype
+from auto_round.compressors.cache import CachePlan
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.sinks import Sink
@@ -39,8 +41,10 @@ class Walk:
         store_device: where the streams are kept.
         batch: samples in one forward pass.
         quantized_input: tune on the output of the quantized blocks before.
+        cache: which attention modules get static scales; None for none.
         records: filled in, one a block.
         unreached: quantized layers that no calibration token reached (experts).
+        cache_scales: filled in: those scales by tensor name, scalars or [heads].
         activations: filled in: by layer, how its inputs are quantized.
         probe_hidden: the probe after the last block.
         last_inputs: the calibration stream after the last block, which the layers outside the blocks are fed.
@@ -57,8 +61,10 @@ class Walk:
     store_device: torch.device = torch.device("cpu")
     batch: int = 8
     quantized_input: bool = True
+    cache: CachePlan | None = None
     records: list[BlockRecord] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
+    cache_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
     probe_hidden: torch.Tensor | None = None
     last_inputs: Stream | None = None
@@ -97,7 +103,8 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         if not source.lazy:
             for task in tasks:
                 install(task, by_name[task.name])
-        _emit(job, source, name, result, walk.sinks)
+        scales = {key: scale for key, scale in walk.cache_scales.items() if key.startswith(f"{name}.")}
+        _emit(job, source, name, result, scales, walk.sinks)
         source.release(name)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
         walk.records.append(record)
@@ -124,12 +131,17 @@ def _quantize_block(
         inputs = full.hidden
         wanted = list(inner.values()) if walk.quantizer.needs_importance else []
         fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
+        cache = walk.cache
+        attentions = cache.attentions(block) if cache is not None else []
         with (
             input_second_moments(block, wanted) as moments,
             input_extremes(block, fixed) as extremes,
+            cache_extremes(attentions, cache is not None and cache.queries) as cached,
         ):
-            targets = full.after(index, block, walk.device, walk.dtype, (moments, extremes))
+            targets = full.after(index, block, walk.device, walk.dtype, (moments, extremes, cached))
         check_activations(name, targets)
+        if cache is not None:
+            walk.cache_scales |= cache.scales(name, cached)
         moments.check()
         walk.unreached += [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
         for layer in tasks:
@@ -170,7 +182,10 @@ def install(task: LayerTask, layer: QuantizedLayer) -> None:
     set_weight_2d(task.module, layer.dequantize(torch.float32).to(weight_2d(task.module).device))
 
 
-def _emit(job: Job, source: ModelSource, block: str, result: BlockResult, sinks: Sequence[Sink]) -> None:
+def _emit(
+    job: Job, source: ModelSource, block: str, result: BlockResult, scales: Mapping[str, torch.Tensor],
+    sinks: Sequence[Sink],
+) -> None:  # fmt: skip
     names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
     replaced = {f"{layer.name}.{leaf}" for layer in result.layers for leaf in ("weight", "bias")}
     tied = source.tied()
@@ -179,3 +194,4 @@ def _emit(job: Job, source: ModelSource, block: str, result: BlockResult, sinks:
         for layer in result.layers:
             sink.layer(layer)
         sink.tensors(rest, source)
+        sink.scales(scales)

@@ -10,6 +10,7 @@ keep their own names.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ import torch
 
 from auto_round.errors import UnsupportedError
 from auto_round.export.formats import TensorSpecs
-from auto_round.export.model_rules import ModelRules
+from auto_round.export.model_rules import ModelRules, renamed
 from auto_round.modeling.experts import ExpertPiece, LinearExperts
 from auto_round.modeling.tensor_files import TensorFiles
+
+_EXPERT_WEIGHT = re.compile(r"^(.*\bexperts)\.\d+\.[^.]+\.weight$")
+_EXPERT_WORDS = re.compile(r"^(.*\bexperts)\.\d+\.[^.]+\.qweight$")
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,21 @@ def stored_targets(specs: TensorSpecs, rules: ModelRules) -> dict[str, FusedTarg
     Raises UnsupportedError when tensors that are to be stacked differ in shape or dtype, or some are missing: the
     experts of a block were given different schemes.
     """
-    renamed: dict[str, FusedTarget] = {}
+    moved: dict[str, FusedTarget] = {}
+    split = set() if rules.beside_packed is None else _with_packed_experts(specs)
     stacks: dict[str, dict[int, str]] = defaultdict(dict)
     sizes: dict[str, int] = defaultdict(int)
     for tensor, (shape, _) in specs.items():
         name, index = rules.stored_as(tensor)
+        expert = _EXPERT_WEIGHT.match(tensor)
+        if rules.beside_packed is not None and expert and expert[1] in split:
+            name = renamed(tensor, rules.beside_packed)
         if index is not None:
             stacks[name][index] = tensor
             module = name.rpartition(".")[0].rpartition(".")[0]
             sizes[module] = max(sizes[module], index + 1)
         elif name != tensor:
-            renamed[tensor] = FusedTarget(name, shape, 1, None)
+            moved[tensor] = FusedTarget(name, shape, 1, None)
     for name, parts in stacks.items():
         count = sizes[name.rpartition(".")[0].rpartition(".")[0]]
         kinds = {specs[tensor] for tensor in parts.values()}
@@ -83,8 +91,13 @@ def stored_targets(specs: TensorSpecs, rules: ModelRules) -> dict[str, FusedTarg
             )
         shape = (count, *next(iter(kinds))[0])
         for index, tensor in parts.items():
-            renamed[tensor] = FusedTarget(name, shape, count, ExpertPiece(name, index, "all", False, False))
-    return renamed
+            moved[tensor] = FusedTarget(name, shape, count, ExpertPiece(name, index, "all", False, False))
+    return moved
+
+
+def _with_packed_experts(specs: TensorSpecs) -> set[str]:
+    """Names of the experts modules that hold packed experts."""
+    return {match[1] for name in specs if (match := _EXPERT_WORDS.match(name))}
 
 
 def read_pieces(

@@ -111,6 +111,8 @@ def write_records(
     sizes = {name: (folder / name).stat().st_size for name in files}
     exceptions = {n: p.scheme.describe() for n, p in job.layers.items() if p.scheme != job.scheme}
     shown = {k: v for k, v in job.settings.items() if v is not None and k != "dataset"}
+    if job.stored_as:
+        shown = {"weights of the source": job.stored_as, **shown}
     card = ModelCard(
         base_model=job.model, scheme=f"{job.scheme_name} ({job.scheme.describe()})", format=fmt.name,
         bits_per_weight=bits_per_weight(job, fmt) if fmt.name != "fake" else None, size_bytes=sum(sizes.values()),

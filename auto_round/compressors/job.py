@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from auto_round.compressors.cache import CachePlan
 from auto_round.export.plan import ExportPlan
 from auto_round.report.memory import format_bytes
 from auto_round.schemes import QuantizationScheme
@@ -45,6 +46,8 @@ class Job:
         model_type: of the model's config.
         embeddings: module names of the embeddings.
         other_matrices: names of modules outside `layers` whose weight is a matrix, embeddings left out.
+        stored_as: how the source's weights are stored where it is quantized already, in words; "" otherwise.
+        cache: static scales of keys, values and queries that are made besides.
     """
 
     model: str
@@ -64,6 +67,8 @@ class Job:
     model_type: str = ""
     embeddings: tuple[str, ...] = ()
     other_matrices: tuple[str, ...] = ()
+    stored_as: str = ""
+    cache: CachePlan | None = None
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
@@ -79,6 +84,7 @@ class Job:
         """Plain values for report.json."""
         return {
             "model": self.model,
+            **({"stored_as": self.stored_as} if self.stored_as else {}),
             "scheme": self.scheme_name,
             "default": self.scheme.describe(),
             "formats": list(self.formats),
@@ -95,10 +101,12 @@ class Job:
         weights = sum(p.out_features * p.in_features for p in self.quantized().values())
         rows = [
             ("model", self.model),
+            *([("stored as", f"{self.stored_as}; dequantized as it is read")] if self.stored_as else []),
             ("scheme", f"{self.scheme_name} ({self.scheme.describe()})"),
             ("blocks", f"{len(self.blocks)} ({self.blocks[0]} .. {self.blocks[-1]})" if self.blocks else "none"),
             ("layers", f"{len(self.quantized())} quantized of {len(self.layers)}, {weights / 1e6:.1f} M weights"),
             ("algorithm", ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)),
+            *([("attention", self.cache.scheme.describe())] if self.cache else []),
             ("compute", self.compute),
             ("steps", f"{self.steps} in all" if self.steps else "none (rounding only)"),
         ]

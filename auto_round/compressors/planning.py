@@ -9,6 +9,7 @@ import torch
 
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.compressors.cache import CachePlan, plan_cache
 from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, fused_targets, stored_targets
 from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
@@ -18,6 +19,7 @@ from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
 from auto_round.data_type.float_family import float_family
 from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.export.cache_scales import require_cache
 from auto_round.export.formats import (
     OutputFormat,
     TensorSpecs,
@@ -97,6 +99,8 @@ def make_job(
                 f"format {fmt.name!r} stores scales as {fmt.scale_dtype}, not {settings.scale_dtype}; leave "
                 "scale_dtype out, or use format fake"
             )
+    require_cache(formats, settings.cache)
+    cache = plan_cache(source, settings.cache)
     model_type = str(getattr(source.config, "model_type", ""))
     notes = _model_notes(formats, model_type)
     blocks = _chosen_blocks(settings, source)
@@ -151,9 +155,9 @@ def make_job(
     scheme = instead.get(settings.scheme, settings.scheme)
     job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
-        settings.scheme_name, scheme, steps, {f.name: planned_bytes(f, layers, source) for f in formats},
+        settings.scheme_name, scheme, steps, {f.name: planned_bytes(f, layers, source, cache) for f in formats},
         ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
-        _embeddings(source), _other_matrices(source, layers),
+        _embeddings(source), _other_matrices(source, layers), source.stored_as, cache,
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan())
@@ -264,13 +268,13 @@ def _activation_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputForm
 
 
 def planned_tensors(
-    fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource
+    fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every tensor that a format will write, tied aliases left out and dense experts fused."""
     specs = _separate_tensors(fmt, layers, source)
     for name, target in _targets(fmt, specs, source).items():
         specs[target.name] = (target.shape, specs.pop(name)[1])
-    return specs
+    return specs if cache is None else specs | cache.specs(fmt)
 
 
 def expert_joiner(fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource) -> ExpertJoiner:
@@ -309,10 +313,12 @@ def _separate_tensors(
     return specs
 
 
-def planned_bytes(fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource) -> int:
+def planned_bytes(
+    fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
+) -> int:
     """Bytes of all tensors that a format will write."""
     total = 0
-    for shape, dtype in planned_tensors(fmt, layers, source).values():
+    for shape, dtype in planned_tensors(fmt, layers, source, cache).values():
         count = 1
         for size in shape:
             count *= size

@@ -103,11 +103,13 @@ class Run:
         for fmt, folder in zip(formats, folders, strict=True):
             sink = self._sink(job, fmt, folder, shard)
             with sink.writer:
-                self._emit_saved(job, sink, layers)
+                self._emit_saved(job, sink, layers, finished.walk.cache_scales)
             self._complete(job, sink, finished)
         return folders
 
-    def _emit_saved(self, job: Job, sink: FolderSink, layers: Mapping[str, QuantizedLayer]) -> None:
+    def _emit_saved(
+        self, job: Job, sink: FolderSink, layers: Mapping[str, QuantizedLayer], scales: Mapping[str, torch.Tensor]
+    ) -> None:
         tied = self.source.tied()
         for block in self.source.blocks:
             names = [n for n in self.source.tensor_names() if n.startswith(f"{block}.")]
@@ -116,6 +118,7 @@ class Run:
             for layer in inside:
                 sink.layer(layer)
             sink.tensors([n for n in names if n not in replaced and n not in tied], self.source)
+            sink.scales({key: scale for key, scale in scales.items() if key.startswith(f"{block}.")})
         blocks = tuple(f"{b}." for b in self.source.blocks)
         emit_outside(job, self.source, [v for k, v in layers.items() if not k.startswith(blocks)], [sink])
 
@@ -161,7 +164,7 @@ class Run:
             batch = settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8
             walk = Walk(
                 self._quantizer(), sinks, settings.device, compute_dtype(settings, source), settings.seed, calibration,
-                probe, store, batch, getattr(settings.algorithm, "enable_quanted_input", True),
+                probe, store, batch, getattr(settings.algorithm, "enable_quanted_input", True), job.cache,
             )  # fmt: skip
             with _deterministic(settings.deterministic):
                 walk_blocks(job, source, walk, progress)
@@ -220,7 +223,7 @@ class Run:
         if settings.verify:
             started = time.monotonic()
             expected = Expected(
-                planned_tensors(fmt, dict(job.layers), source), sink.expected, sink.dense, finished.probe,
+                planned_tensors(fmt, dict(job.layers), source, job.cache), sink.expected, sink.dense, finished.probe,
                 finished.loss if fmt.holds_activations or not finished.walk.activations else None,
                 settings.device, finished.walk.dtype, settings.trust_remote_code,
                 None if fmt.loads_here else _reader(job, fmt, sink.experts.targets),

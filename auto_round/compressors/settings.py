@@ -11,6 +11,7 @@ import torch
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.errors import ConfigError
+from auto_round.export.cache_scales import CacheScheme, parse_cache_scheme
 from auto_round.layer_config import scheme_from_entry
 from auto_round.schemes import MixedPreset, QuantizationScheme
 
@@ -46,6 +47,18 @@ class Settings:
     platform: str = "hf"
     trust_remote_code: bool = False
     verify: bool = True
+    static_kv_dtype: str | None = None
+    static_kv_granularity: str = "tensor"
+    static_attention_dtype: str | None = None
+    static_attention_granularity: str = "tensor"
+
+    @property
+    def cache(self) -> CacheScheme | None:
+        """The static scales of keys, values and queries that are asked for. Raises ConfigError for a bad value."""
+        return parse_cache_scheme(
+            self.static_kv_dtype, self.static_kv_granularity, self.static_attention_dtype,
+            self.static_attention_granularity,
+        )  # fmt: skip
 
     @property
     def tunes(self) -> bool:
@@ -53,8 +66,9 @@ class Settings:
 
     @property
     def needs_data(self) -> bool:
-        """Tuning, the weighted search and static activation scales look at activations; plain rounding does not."""
-        return self.tunes or self._calibrated or (isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized)
+        """Tuning, the weighted search and fixed scales look at activations; plain rounding does not."""
+        searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized
+        return self.tunes or searches or self._calibrated or self.cache is not None
 
     @property
     def _calibrated(self) -> bool:
@@ -86,6 +100,10 @@ class Settings:
             values["dataset"] = self.dataset if isinstance(self.dataset, str) else None
         values |= {"amp": self.amp, "low_gpu_mem_usage": self.low_gpu_mem_usage}
         values["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
+        for what in ("kv", "attention"):
+            if getattr(self, f"static_{what}_dtype") is not None:
+                values[f"static_{what}_dtype"] = "fp8"
+                values[f"static_{what}_granularity"] = getattr(self, f"static_{what}_granularity")
         return values
 
 

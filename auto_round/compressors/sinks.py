@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from auto_round.compressors.cache import stored_scale
 from auto_round.compressors.dense_experts import ExpertJoiner
 from auto_round.compressors.digest import dense_digest, layer_digest
 from auto_round.export.formats import OutputFormat
@@ -25,6 +26,9 @@ class Sink(Protocol):
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
         """Tensors that stay as they are, by their state-dict names."""
 
+    def scales(self, made: Mapping[str, torch.Tensor]) -> None:
+        """Static scales of attention, by tensor name: scalars or [heads]."""
+
 
 class MemorySink:
     """Keeps the layers."""
@@ -37,6 +41,9 @@ class MemorySink:
 
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
         """Nothing to keep: the source still has them."""
+
+    def scales(self, made: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to keep: the walk has them."""
 
 
 class FolderSink:
@@ -68,9 +75,16 @@ class FolderSink:
 
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
         for name in names:
-            written = self._add(name, source.read(name))
-            if written is not None:
-                self.dense[written[0]] = dense_digest(written[1])
+            self._add_dense(name, source.read(name))
+
+    def scales(self, made: Mapping[str, torch.Tensor]) -> None:
+        for name, scale in made.items():
+            self._add_dense(name, stored_scale(self.format, scale))
+
+    def _add_dense(self, name: str, tensor: torch.Tensor) -> None:
+        written = self._add(name, tensor)
+        if written is not None:
+            self.dense[written[0]] = dense_digest(written[1])
 
     def _add(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
         whole = self.experts.add(name, tensor)

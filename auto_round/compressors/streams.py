@@ -13,9 +13,11 @@ from auto_round.errors import NumericsError
 
 
 class Observer(Protocol):
-    """Watches inputs of layers while a block runs. `mask` tells it which positions count."""
+    """Watches inputs of layers while a block runs. `mask` tells it which positions count: those with a loss, or with
+    `every_token` all that are not padding."""
 
     mask: torch.Tensor | None
+    every_token: bool
 
 
 @dataclass
@@ -35,15 +37,21 @@ class Stream:
 
         `observers`, open on this block, are told which positions count in the loss.
         """
-        mask = None if bool(self.captured.loss_mask.all()) else self.captured.loss_mask
+        masks = {kind: None if bool(m.all()) else m for kind, m in self._masks(observers).items()}
         result = torch.empty(self.hidden.shape, dtype=dtype, device=self.hidden.device)
         for start in range(0, self.hidden.shape[0], self.batch):
             samples = list(range(start, min(start + self.batch, self.hidden.shape[0])))
             for observer in observers:
+                mask = masks[observer.every_token]
                 observer.mask = None if mask is None else mask[start : start + self.batch]
             part = self.hidden[start : start + self.batch].to(device, dtype)
             result[start : start + self.batch] = self.captured.run(index, block, part, samples)
         return result
+
+    def _masks(self, observers: Sequence[Observer]) -> dict[bool, torch.Tensor]:
+        """The positions that count, by `every_token`, for the kinds of observers that are there."""
+        captured = self.captured
+        return {o.every_token: captured.present if o.every_token else captured.loss_mask for o in observers}
 
     def runner(self, index: int, block: torch.nn.Module) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
         """A function that calls the block on some samples; gradients flow."""

@@ -19,6 +19,7 @@ from auto_round.inference.convert_model import convert_hf_model
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.modeling.blocks import weight_2d
 from auto_round.modeling.checkpoint_source import CheckpointSource
+from auto_round.modeling.experts import usual_expert_names
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
@@ -97,9 +98,9 @@ def _reopen(folder: Path, expected: Expected) -> float | None:
     source = CheckpointSource(
         folder, prepare=_swap_quantized if quantized else None, trust_remote_code=expected.trust_remote_code
     )
-    names = _quantized_modules(source.model) if quantized else set(expected.digests)
-    _compare_sets("quantized layers", folder, names, set(expected.digests))
-    loss = _walk(folder, source, expected)
+    names = _quantized_modules(source.model) if quantized else {name: name for name in expected.digests}
+    _compare_sets("quantized layers", folder, set(names), set(expected.digests))
+    loss = _walk(folder, source, expected, names)
     if loss is not None and expected.loss is not None:
         allowed = _TOLERANCE.get(expected.dtype, _TOLERANCE_HALF) * (1 + abs(expected.loss))
         if not abs(loss - expected.loss) <= allowed:
@@ -114,8 +115,10 @@ def _swap_quantized(model: torch.nn.Module) -> None:
     convert_hf_model(model, "cpu")
 
 
-def _quantized_modules(model: torch.nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def _quantized_modules(model: torch.nn.Module) -> dict[str, str]:
+    """Names of packed layers by the names that they had in the run: experts are called as the files call them."""
+    usual = usual_expert_names(model)
+    return {usual.get(name, name): name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def _check_tensors(folder: Path, expected: Expected) -> TensorFiles:
@@ -142,8 +145,11 @@ def _compare_sets(what: str, folder: Path, found: set[str], wanted: set[str]) ->
 
 
 @torch.no_grad()
-def _walk(folder: Path, source: CheckpointSource, expected: Expected) -> float | None:
-    """Load block by block, compare each quantized layer, and send the probe through."""
+def _walk(folder: Path, source: CheckpointSource, expected: Expected, modules: Mapping[str, str]) -> float | None:
+    """Load block by block, compare each quantized layer, and send the probe through.
+
+    `modules`: the module's name by that of the layer in the run.
+    """
     captured = None
     if expected.samples is not None and expected.loss is not None:
         captured = capture_inputs(source, expected.samples, expected.device)
@@ -152,7 +158,7 @@ def _walk(folder: Path, source: CheckpointSource, expected: Expected) -> float |
     for index, name in enumerate(source.blocks):
         block = source.load(name, expected.device)
         for layer in [n for n in expected.digests if n.startswith(f"{name}.")]:
-            _compare_layer(folder, layer, source.model.get_submodule(layer), expected.digests[layer])
+            _compare_layer(folder, layer, source.model.get_submodule(modules[layer]), expected.digests[layer])
             inside.add(layer)
         if stream is not None:
             with in_dtype(block, source.dtype, expected.dtype):

@@ -97,7 +97,7 @@ def evaluate(
 
     load = functools.partial(load_model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     model = load(model_or_path)
-    other = load(reference) if reference is not None else None
+    other = load(reference, dequantized=True) if reference is not None else None
     start = time.perf_counter()
     sums = _Sums()
     with torch.no_grad(), _eval_mode(model), _eval_mode(other):

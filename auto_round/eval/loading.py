@@ -10,7 +10,9 @@ import torch
 
 from auto_round.errors import ConfigError, ModelError
 from auto_round.inference.compute import compute_dtype_for
+from auto_round.modeling.checkpoint_source import load_dequantized
 from auto_round.modeling.hub import model_folder
+from auto_round.modeling.quantized_inputs import is_readable, quantization_of
 
 _DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
@@ -50,8 +52,12 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    dequantized: bool = False,
 ) -> torch.nn.Module:
     """A causal language model in evaluation mode; a model object is returned as it is.
+
+    With `dequantized`, a checkpoint in FP8 or MXFP4 gets the dense weights that it stands for and full-precision
+    activations: what quantization starts from. Without, it runs as Transformers runs it.
 
     Raises ModelError when the checkpoint does not open.
     """
@@ -65,6 +71,8 @@ def load_model(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         saved = getattr(config.get_text_config(), "dtype", None) or torch.float32
         wanted = dtype or compute_dtype_for(device, saved)
+        if dequantized and is_readable(quantization_of(config)):
+            return load_dequantized(folder, wanted, device, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=wanted, device_map={"": str(device)}, trust_remote_code=trust_remote_code,
             **_ours(getattr(config, "quantization_config", None)),

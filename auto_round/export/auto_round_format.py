@@ -15,14 +15,17 @@ the default's says so in `extra_config`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 
 from auto_round.export.auto_round_float import FP8, accepted_group_size, float_packing, float_values, whole_group_size
+from auto_round.export.expert_names import packed_rules
 from auto_round.export.float_layouts import AUTO_ROUND, float_problem, is_float, short_group
 from auto_round.export.formats import OutputFormat, TensorSpecs, register_format
+from auto_round.export.model_rules import ModelRules
 from auto_round.export.packing.awq import pack_awq
 from auto_round.export.packing.bits import words_needed
 from auto_round.export.packing.gptq import pack_gptq
@@ -86,6 +89,7 @@ def without_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
 class AutoRoundFormat(OutputFormat):
     """Picks the packing of each layer by its scheme."""
 
+    holds_cache_scales: ClassVar[bool] = True
     support_schemes: ClassVar[tuple[str, ...]] = (
         "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "MXFP4", "MXFP4_RCEIL", "MXFP8",
         "MXFP8_RCEIL", "MXINT4", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "BF16",
@@ -168,7 +172,11 @@ class AutoRoundFormat(OutputFormat):
             tensors[f"{layer.name}.bias"] = layer.bias
         return tensors
 
+    def rules(self, model_type: str) -> ModelRules:
+        return packed_rules(model_type)
+
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        plan = self.stored_plan(plan)
         names = plan.quantized_layers()
         if not names:
             return None
@@ -183,7 +191,8 @@ class AutoRoundFormat(OutputFormat):
             "quant_method": "auto-round",
             "packing_format": self.packing(default),
         }
-        extra = {name: entry for name in plan.layers if (entry := self._extra(plan, name, default)) is not None}
+        dense = plan.dense_in_blocks()
+        extra = {name: entry for name in (*plan.layers, *dense) if (entry := self._extra(plan, name, default, dense))}
         if extra:
             config["extra_config"] = extra
         return config
@@ -195,13 +204,17 @@ class AutoRoundFormat(OutputFormat):
             return config
         return config | {"group_size": whole_group_size(default)}
 
-    def _extra(self, plan: ExportPlan, name: str, default: QuantizationScheme) -> dict[str, Any] | None:
-        """The `extra_config` entry of one layer, None when it follows from the rest of the config."""
-        scheme, inside = plan.layers[name], plan.in_block(name)
+    def _extra(
+        self, plan: ExportPlan, name: str, default: QuantizationScheme, dense: Container[str]
+    ) -> dict[str, Any]:  # fmt: skip
+        """The `extra_config` entry of one layer, empty when it follows from the rest of the config."""
+        if name in dense:
+            return {"bits": 16}
+        scheme = plan.layers[name]
         if not scheme.quantizes_weights:
-            return {"bits": 16} if inside else None
+            return {}
         entry, usual = _values(scheme), {"act_bits": 16, **_values(default)}
-        if inside:
+        if plan.in_block(name):
             if not scheme.quantizes_activations:
                 entry["act_bits"] = 16
             entry = {key: value for key, value in entry.items() if value != usual.get(key)}
@@ -209,7 +222,8 @@ class AutoRoundFormat(OutputFormat):
             entry = {key: scheme[key] for key in scheme.get_attributes()} | entry
         if self.packing(scheme) != self.packing(default):
             entry["packing_format"] = self.packing(scheme)
-        return entry or None
+        # vLLM takes an entry without bits for a dense layer.
+        return {"bits": scheme.bits, **entry} if entry else {}
 
 
 def _values(scheme: QuantizationScheme) -> dict[str, Any]:

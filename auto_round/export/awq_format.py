@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from auto_round.export.auto_round_format import AutoRoundAwqFormat, default_scheme, stored_group_size
 from auto_round.export.formats import register_format
-from auto_round.export.gptq_format import group_reason
+from auto_round.export.gptq_format import dynamic_rules, group_reason
 from auto_round.export.plan import ExportPlan
 from auto_round.schemes import QuantizationScheme
 
@@ -23,6 +23,7 @@ from auto_round.schemes import QuantizationScheme
 class AutoAwqFormat(AutoRoundAwqFormat):
     """Symmetric and asymmetric; zero points are stored as they are, 8 for every group of a symmetric layer."""
 
+    holds_cache_scales: ClassVar[bool] = False
     full_groups: ClassVar[bool] = True
     support_schemes: ClassVar[tuple[str, ...]] = ("W4A16", "BF16")
 
@@ -30,6 +31,7 @@ class AutoAwqFormat(AutoRoundAwqFormat):
         return super().check_layer(scheme, in_features, out_features) or group_reason(scheme, in_features)
 
     def check_plan(self, plan: ExportPlan) -> str | None:
+        plan = self.stored_plan(plan)
         packed = plan.quantized_layers()
         sizes = sorted({stored_group_size(plan.layers[name]) for name in packed})
         if len(sizes) > 1:
@@ -44,12 +46,13 @@ class AutoAwqFormat(AutoRoundAwqFormat):
         return None
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        plan = self.stored_plan(plan)
         names = plan.quantized_layers()
         if not names:
             return None
         default = default_scheme(plan)
         symmetric = all(plan.layers[name].sym for name in names)
-        return {
+        config: dict[str, Any] = {
             "bits": default.bits,
             "data_type": default.data_type,
             "group_size": stored_group_size(default),
@@ -63,10 +66,18 @@ class AutoAwqFormat(AutoRoundAwqFormat):
             "version": "gemm",
             "zero_point": not symmetric,
         }
+        # GPTQModel's own loader knows dense layers from here only, and computes nonsense without.
+        if rules := dynamic_rules(plan, default):
+            config["dynamic"] = rules
+        return config
 
 
 def _dense(plan: ExportPlan) -> list[str]:
-    return [name for name, scheme in plan.layers.items() if not scheme.quantizes_weights]
+    """Dense linear layers, and routers where naming them hits nothing else."""
+    dense = [name for name, scheme in plan.layers.items() if not scheme.quantizes_weights]
+    packed = plan.quantized_layers()
+    routers = (name for name in plan.dense_in_blocks() if name not in plan.layers)
+    return dense + [name for name in routers if not any(_matches(name, other) for other in packed)]
 
 
 def _matches(entry: str, name: str) -> bool:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from auto_round.export.cache_scales import kv_cache_scheme
 from auto_round.export.compressed_tensors_families import compressed_tensors_rules
 from auto_round.export.compressed_tensors_float import float_format, float_inputs, float_weights
 from auto_round.export.float_layouts import is_float
@@ -102,7 +103,7 @@ def compressed_config(plan: ExportPlan) -> dict[str, Any] | None:
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "global_compression_ratio": None,
         "ignore": name_patterns(map(stored, dense), everything),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": kv_cache_scheme(plan.settings),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }

@@ -6,6 +6,7 @@ with random numbers. Read off Transformers 5.23 (`conversion_mapping`); vLLM use
 
 from __future__ import annotations
 
+from auto_round.export.expert_names import EXPERT_NAMES
 from auto_round.export.model_rules import PLAIN, ModelRules
 
 # `experts.0.gate_proj` and so on, as the modules here are called.
@@ -15,18 +16,11 @@ _BY_MODULE = (
     "longcat_flash", "mellum", "mimo_v2_flash", "olmoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
     "qwen3_omni_moe_text", "solar_open",
 )  # fmt: skip
-_W123 = (
-    (r"(\.experts\.\d+)\.gate_proj\.", r"\1.w1."), (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
-    (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
-)  # fmt: skip
-_SPARSE = (r"\.mlp\.", ".block_sparse_moe.")
 _NO_NAMES = "its family's checkpoints hold all experts of a block in one tensor, and readers know no other names"
 
 FAMILIES: dict[str, ModelRules] = {
     **dict.fromkeys(_BY_MODULE, PLAIN),
-    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), ModelRules(renames=(_SPARSE, *_W123))),
-    "phimoe": ModelRules(renames=(_SPARSE, (r"_moe\.router\.", "_moe.gate."), *_W123)),
-    "lfm2_moe": ModelRules(renames=_W123),
+    **{model_type: ModelRules(renames=renames) for model_type, renames in EXPERT_NAMES.items()},
 }
 # Experts of any other family stay dense, and are written as that family's own checkpoints have them.
 _OTHERS = ModelRules(dense=((r"\.experts\.\d+\.", _NO_NAMES),))

@@ -37,6 +37,11 @@ class OutputFormat(ABC):
     scale_dtype: ClassVar[torch.dtype | None] = torch.float16
     # Whether who opens the files quantizes activations too, where the scheme does.
     holds_activations: ClassVar[bool] = True
+    # Whether the files can hold static scales of keys, values and queries; whether those of all three must be of one
+    # granularity; and what follows the number of heads in the shape of scales per head.
+    holds_cache_scales: ClassVar[bool] = False
+    one_cache_granularity: ClassVar[bool] = False
+    cache_scale_tail: ClassVar[tuple[int, ...]] = ()
     # Whether it takes layers that are no torch.nn.Linear, such as Transformers' Conv1D.
     takes_conv1d: ClassVar[bool] = True
     # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
@@ -102,6 +107,11 @@ class OutputFormat(ABC):
     def rules(self, model_type: str) -> ModelRules:
         """What is special about models of this type (`model_type` of their config) in this format."""
         return PLAIN
+
+    def stored_plan(self, plan: ExportPlan) -> ExportPlan:
+        """`plan` in the names of the file's tensors, by which engines look layers up."""
+        rules = self.rules(plan.model_type)
+        return plan.under_names(rules.module_name) if rules.moves_tensors else plan
 
     def read_inputs(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[float | None, int | None]:
         """The layer's (act_scale, act_zero_point) from the same tensors, where the format stores them."""

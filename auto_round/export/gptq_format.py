@@ -51,6 +51,7 @@ def group_reason(scheme: QuantizationScheme, in_features: int) -> str | None:
 class AutoGptqFormat(AutoRoundGptqFormat):
     """GPTQ v1: 2, 3, 4 and 8 bits, zero points stored less one, groups in order (`desc_act: false`)."""
 
+    holds_cache_scales: ClassVar[bool] = False
     full_groups: ClassVar[bool] = True
     config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json", "quantize_config.json")
 
@@ -71,6 +72,7 @@ class AutoGptqFormat(AutoRoundGptqFormat):
         return {**tensors, f"{layer.name}.g_idx": order}
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        plan = self.stored_plan(plan)
         names = plan.quantized_layers()
         if not names:
             return None
@@ -107,11 +109,8 @@ def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Ru
 
     Numbers in names (of blocks, of experts) become one rule where all layers of that name agree.
     """
-    rules: dict[str, Rule | None] = {
-        name: (_values(scheme) if scheme.quantizes_weights else None)
-        for name, scheme in plan.layers.items()
-        if plan.in_block(name) or scheme.quantizes_weights
-    }
+    rules: dict[str, Rule | None] = {name: _values(plan.layers[name]) for name in plan.quantized_layers()}
+    rules.update(dict.fromkeys(plan.dense_in_blocks()))
     rules |= _joined(rules)
     usual = _values(default)
     written: dict[str, Rule] = {}

@@ -24,7 +24,7 @@ from auto_round.export.compressed_tensors_families import compressed_tensors_rul
 from auto_round.export.compressed_tensors_float import float_layer_problem, float_scheme_problem
 from auto_round.export.float_layouts import COMPRESSED_TENSORS, is_float
 from auto_round.export.formats import Grid, OutputFormat, TensorSpecs, register_format
-from auto_round.export.model_rules import ModelRules
+from auto_round.export.model_rules import PLAIN, ModelRules
 from auto_round.export.packing.compressed_tensors import (
     pack_rows,
     packed_words,
@@ -46,6 +46,10 @@ class CompressedTensorsFormat(OutputFormat):
 
     loads_here: ClassVar[bool] = False
     takes_conv1d: ClassVar[bool] = False
+    # One `kv_cache_scheme` describes them, and the library's own tensors are [heads, 1, 1].
+    holds_cache_scales: ClassVar[bool] = True
+    one_cache_granularity: ClassVar[bool] = True
+    cache_scale_tail: ClassVar[tuple[int, ...]] = (1, 1)
     support_schemes: ClassVar[tuple[str, ...]] = (
         "W4A16", "W2A16", "W3A16", "W5A16", "W6A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "INT8",
         "INT8_W8A8", "INT4", "MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "NVFP4", "FPW8A16", "FP8_STATIC",
@@ -199,3 +203,7 @@ class AutoRoundLlmCompressorFormat(AutoRoundFormat):
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         return self.tensors.pack(layer, model_dtype=model_dtype)
+
+    def rules(self, model_type: str) -> ModelRules:
+        """Names as the modules have them: Transformers would join experts whose int8 tensor is called w1.weight."""
+        return PLAIN

@@ -19,7 +19,7 @@ from auto_round.errors import ModelError
 from auto_round.export.auto_round_format import AutoRoundFormat
 from auto_round.export.formats import Grid, OutputFormat, TensorSpecs, register_format
 from auto_round.export.mlx_families import mlx_rules
-from auto_round.export.model_rules import ModelRules
+from auto_round.export.model_rules import PLAIN, ModelRules
 from auto_round.export.packing.mlx import (
     MLX_BITS,
     bias_storage_dtype,
@@ -45,6 +45,7 @@ _SCHEMES = ("W2A16", "W2A16G64", "W2A16G32", "W3A16", "W4A16", "W5A16", "W6A16",
 class _MlxTensors(OutputFormat):
     """What both formats share: which layers fit, and their tensors."""
 
+    holds_cache_scales: ClassVar[bool] = False
     support_schemes: ClassVar[tuple[str, ...]] = _SCHEMES
     fused_by: ClassVar[tuple[str, ...]] = ()
 
@@ -162,10 +163,14 @@ class AutoRoundMlxFormat(_MlxTensors, AutoRoundFormat):
     def packing(self, scheme: QuantizationScheme) -> str:
         return MLX_PACKING
 
+    def rules(self, model_type: str) -> ModelRules:
+        """Names as the modules have them: Transformers would join experts whose packed tensor is called w1.weight."""
+        return PLAIN
+
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         return AutoRoundFormat.config(self, plan)
 
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
         values = with_legacy_rope(super().model_config(values, plan))
-        quantization = mlx_quantization(plan, ModelRules())
+        quantization = mlx_quantization(plan, PLAIN)
         return values if quantization is None else values | {"quantization": quantization}

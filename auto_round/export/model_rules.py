@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+Renames = tuple[tuple[str, str], ...]
 _EXPERT = re.compile(r"^(?P<front>.*\.)experts\.(?P<index>\d+)\.(?P<leaf>.+)$")
 
 
@@ -18,6 +19,8 @@ class ModelRules:
         note: what the user should know, or None.
         dense: (regular expression, reason): layers that must stay in full precision.
         renames: (regular expression, replacement), applied in order to every tensor's name.
+        beside_packed: the same, instead of `renames`, for dense experts of a block in which others are packed;
+            None makes no difference between them.
         experts: the module in which tensors of all experts of a block are stacked along a new first dimension; "" keeps
             one tensor an expert.
         config: (key, other key): what config.json gets under `key`, unless it has it: the value of `other key`.
@@ -26,7 +29,8 @@ class ModelRules:
     refused: str | None = None
     note: str | None = None
     dense: tuple[tuple[str, str], ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
+    renames: Renames = ()
+    beside_packed: Renames | None = None
     experts: str = ""
     config: tuple[tuple[str, str], ...] = ()
 
@@ -43,9 +47,7 @@ class ModelRules:
         """(name in the file, index along the first dimension where experts are stacked, else None)."""
         expert = _EXPERT.match(tensor) if self.experts else None
         name = f"{expert['front']}{self.experts}.{expert['leaf']}" if expert else tensor
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        return name, int(expert["index"]) if expert else None
+        return renamed(name, self.renames), int(expert["index"]) if expert else None
 
     def with_config(self, values: dict[str, Any]) -> dict[str, Any]:
         """A copy of config.json's values with the keys of `config` added."""
@@ -55,6 +57,13 @@ class ModelRules:
     def module_name(self, layer: str) -> str:
         """The name of a linear layer's module as the file's tensors have it."""
         return self.stored_as(f"{layer}.weight")[0].removesuffix(".weight")
+
+
+def renamed(name: str, renames: Renames) -> str:
+    """`name` after all `renames`, in order."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 PLAIN = ModelRules()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,8 @@ DEFAULT_SETTINGS: Mapping[str, Any] = MappingProxyType(
         "iters": 200, "batch_size": 8, "nsamples": 128, "seqlen": 2048, "lr": None, "minmax_lr": None,
         "gradient_accumulate_steps": 1, "enable_quanted_input": True, "enable_minmax_tuning": True,
         "enable_norm_bias_tuning": False, "low_gpu_mem_usage": False, "amp": True, "scale_dtype": "float16",
-        "dataset": None,
+        "dataset": None, "static_kv_dtype": None, "static_kv_granularity": "tensor", "static_attention_dtype": None,
+        "static_attention_granularity": "tensor",
     }
 )  # fmt: skip
 
@@ -47,8 +48,22 @@ class ExportPlan:
     embeddings: tuple[str, ...] = ()
     other_matrices: tuple[str, ...] = ()
 
+    def under_names(self, stored: Callable[[str], str]) -> ExportPlan:
+        """The same plan with every layer under the name that `stored` gives it, for what is written into the files."""
+        return replace(
+            self,
+            layers={stored(name): scheme for name, scheme in self.layers.items()},
+            embeddings=tuple(map(stored, self.embeddings)),
+            other_matrices=tuple(map(stored, self.other_matrices)),
+        )
+
     def quantized_layers(self) -> list[str]:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]
+
+    def dense_in_blocks(self) -> list[str]:
+        """What a reader might take for quantized inside the blocks, and is not: dense layers, routers."""
+        dense = [name for name, scheme in self.layers.items() if not scheme.quantizes_weights]
+        return [name for name in dict.fromkeys((*dense, *self.other_matrices)) if self.in_block(name)]
 
     def in_block(self, name: str) -> bool:
         """Whether the module `name` lies in one of the blocks."""

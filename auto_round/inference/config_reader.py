@@ -8,7 +8,7 @@ so the vocabulary is told by the keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -100,22 +100,24 @@ class CheckpointConfig:
     only_suffixes: tuple[str, ...]
     lm_head: bool
 
-    def layer(self, name: str, in_block: bool) -> LayerFormat | None:
+    def layer(self, name: str, in_block: bool, names: Sequence[str] = ()) -> LayerFormat | None:
         """The format of the linear layer `name`, or None when it is in full precision.
 
         Args:
             in_block: whether it lies in a quantized block. Outside blocks a layer is quantized only when it is named.
+            names: under which the config may speak of it; default: `name` alone.
         """
-        entry = self._entry(name, in_block)
+        names = tuple(names) or (name,)
+        entry = next((found for n in names if (found := self._entry(n, in_block)) is not None), None)
         if entry is not None:
             return _override(self.default, entry, name)
         if not in_block:
-            return self._dynamic(name) if self.lm_head and name.rpartition(".")[2] == "lm_head" else None
-        if any(f".{key}." in f".{name}." for key in self.excluded):
+            return self._dynamic(names) if self.lm_head and name.rpartition(".")[2] == "lm_head" else None
+        if any(f".{key}." in f".{n}." for key in self.excluded for n in names):
             return None
-        if self.only_suffixes and not any(f".{name}".endswith(f".{s}") for s in self.only_suffixes):
+        if self.only_suffixes and not any(f".{n}".endswith(f".{s}") for s in self.only_suffixes for n in names):
             return None
-        return self._dynamic(name)
+        return self._dynamic(names)
 
     def _entry(self, name: str, in_block: bool) -> Mapping[str, Any] | None:
         if name in self.extra:
@@ -130,11 +132,12 @@ class CheckpointConfig:
                     return entry
         return None
 
-    def _dynamic(self, name: str) -> LayerFormat | None:
+    def _dynamic(self, names: Sequence[str]) -> LayerFormat | None:
         """GPTQModel's `dynamic`: `-:regex` leaves a layer alone, `+:regex` or `regex` overrides the default."""
         for rule, entry in self.dynamic.items():
-            if re.match(rule.removeprefix("+:").removeprefix("-:"), name):
-                return None if rule.startswith("-:") or entry is False else _override(self.default, entry or {}, name)
+            if any(re.match(rule.removeprefix("+:").removeprefix("-:"), name) for name in names):
+                dense = rule.startswith("-:") or entry is False
+                return None if dense else _override(self.default, entry or {}, names[0])
         return self.default
 
 
@@ -324,13 +327,17 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def resolve_layers(
-    config: CheckpointConfig, names: Iterable[str], fallback_blocks: Iterable[str] = ()
+    config: CheckpointConfig,
+    names: Iterable[str],
+    fallback_blocks: Iterable[str] = (),
+    config_names: Callable[[str], Sequence[str]] | None = None,
 ) -> dict[str, LayerFormat]:
     """The format of every quantized layer among `names`.
 
     Args:
         names: names of all linear layers of the model, in order.
         fallback_blocks: names of the model's blocks, used when the config names none, or none that exists.
+        config_names: the names under which the config may speak of a layer; default: its own.
 
     Raises:
         ModelError: the config quantizes none of these layers.
@@ -341,7 +348,8 @@ def resolve_layers(
         everywhere = config.everywhere and not config.block_prefixes
         inside = names if everywhere else [n for n in names if _under(n, tuple(fallback_blocks))]
     within = set(inside)
-    found = {n: fmt for n in names if (fmt := config.layer(n, n in within)) is not None}
+    said = config_names or (lambda name: (name,))
+    found = {n: fmt for n in names if (fmt := config.layer(n, n in within, said(n))) is not None}
     if not found:
         raise ModelError(
             "the quantization_config names no layer of this model as quantized "

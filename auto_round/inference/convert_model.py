@@ -7,7 +7,7 @@ buffers are named as in the files. Afterwards `post_init` checks that all of the
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -17,13 +17,15 @@ from auto_round.inference.backend import choose_backend, device_kind
 from auto_round.inference.build_layer import PACKED_LEAVES, TENSORS, build_layer, layout_problem, layout_shapes
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.float_linear import FloatLinear
+from auto_round.inference.kv_scales import accept_cache_scales
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.inference.restate import restate_config
+from auto_round.inference.stored_names import StoredNames, checkpoint_tensors, read_names
 from auto_round.logger import logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
-from auto_round.modeling.experts import is_fused_experts, unfuse_experts
-from auto_round.modeling.tensor_files import StoredTensor, TensorFiles
+from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
+from auto_round.modeling.tensor_files import StoredTensor
 
 
 def infer_target_device(device_map: object = None) -> str:
@@ -50,9 +52,11 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     if stored_config is None:
         raise ConfigError(f"{type(model).__name__} has no config.quantization_config; load a quantized checkpoint")
     config = read_config(stored_config)
-    files = _checkpoint_tensors(model)
-    _split_experts(model, config, files)
-    layers = _stored_layers(_wanted_layers(model, config), linear_names(model), files)
+    stored = read_names(model, checkpoint_tensors(model))
+    files = stored.tensors
+    _split_experts(model, config, stored)
+    layers = _stored_layers(_wanted_layers(model, config, stored), linear_names(model), files)
+    _check_dense_experts(model, layers, stored)
     used: Counter[str] = Counter()
     for name, fmt in layers.items():
         choice = choose_backend(fmt, target_device, config.backend)
@@ -61,6 +65,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         _replace(model, name, fmt, config, files, choice.backend.name)
         used[choice.backend.name] += 1
     _untie(model, layers)
+    accept_cache_scales(model, stored_config, files)
     if config.g_idx:
         # Files of GPTQ hold g_idx even where it only repeats the group size; it is read only where a layer has it.
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
@@ -85,7 +90,7 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
             module.g_idx = module.plain_order(tensor.device)
         if module.is_loaded:
             module.prepare(name)
-    restate_config(model)
+    restate_config(model, lambda: read_names(model, checkpoint_tensors(model)))
 
 
 def _marks_are_complete(model: nn.Module) -> bool:
@@ -102,7 +107,7 @@ def _missing(tensor_name: str) -> str:
     )
 
 
-def _wanted_layers(model: nn.Module, config: CheckpointConfig) -> dict[str, LayerFormat]:
+def _wanted_layers(model: nn.Module, config: CheckpointConfig, stored: StoredNames) -> dict[str, LayerFormat]:
     names = linear_names(model)
     named = config.block_prefixes and any(n.startswith(f"{p}.") for n in names for p in config.block_prefixes)
     blocks = () if named else find_blocks(model)
@@ -114,7 +119,7 @@ def _wanted_layers(model: nn.Module, config: CheckpointConfig) -> dict[str, Laye
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         names = [n for n in names if model.get_submodule(n) is not head]
-    return resolve_layers(config, names, blocks)
+    return resolve_layers(config, names, blocks, stored.config_names)
 
 
 def _stored_layers(
@@ -170,20 +175,45 @@ def _replace(
     setattr(model.get_submodule(parent), leaf, new)
 
 
-def _split_experts(model: nn.Module, config: CheckpointConfig, files: dict[str, StoredTensor] | None) -> None:
-    """Give fused experts one linear layer each, in the modules where the checkpoint quantizes them."""
-    fused = [name for name, module in model.named_modules() if is_fused_experts(module)]
-    for name in fused:
-        if _experts_are_packed(name, config, files):
+def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNames) -> None:
+    """Give fused experts one linear layer each, named as in the files, in the modules where the checkpoint quantizes
+    them."""
+    for name, module in list(model.named_modules()):
+        fused = is_fused_experts(module)
+        if not (fused or isinstance(module, LinearExperts)):
+            continue
+        if not _experts_are_packed(name, config, stored):
+            continue
+        if fused:
             unfuse_experts(model.get_submodule(name.rpartition(".")[0]))
+        experts = model.get_submodule(name)
+        if isinstance(experts, LinearExperts):
+            for index in range(experts.num_experts):
+                experts.call_leaves(index, stored.expert_leaves(f"{name}.{index}"))
 
 
-def _experts_are_packed(name: str, config: CheckpointConfig, files: dict[str, StoredTensor] | None) -> bool:
-    if files is not None and any(key.startswith(f"{name}.") for key in files):
-        return any(key.startswith(f"{name}.") and key.endswith(PACKED_LEAVES) for key in files)
-    first = f"{name}.0.down_proj"
+def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames) -> bool:
+    inside = [key for key in stored.tensors or () if key.startswith(f"{name}.")]
+    if inside:
+        return any(key.endswith(PACKED_LEAVES) for key in inside)
+    first = f"{name}.0.{stored.expert_leaves(f'{name}.0').down}"
     in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
-    return config.layer(first, in_block) is not None
+    return config.layer(first, in_block, stored.config_names(first)) is not None
+
+
+def _check_dense_experts(model: nn.Module, layers: Mapping[str, LayerFormat], stored: StoredNames) -> None:
+    """Raise ModelError when Transformers would not give a dense expert beside packed ones its weight."""
+    for prefix, module in model.named_modules():
+        if not isinstance(module, LinearExperts):
+            continue
+        usual = {f"{prefix}.{layer}": f"{prefix}.{name}" for layer, name in module.usual_names().items()}
+        lost = next((n for n in usual if n not in layers and f"{n}.weight" in stored.joined), None)
+        if lost is not None and any(n in layers for n in usual):
+            raise ModelError(
+                f"the checkpoint holds {stored.layers[lost]} dense next to packed experts of the same block, and "
+                f"Transformers joins dense experts of that name; call the layer "
+                f"{usual[lost]} in the file and its config, or quantize all experts of a block"
+            )
 
 
 def _untie(model: Any, layers: dict[str, LayerFormat]) -> None:
@@ -194,39 +224,3 @@ def _untie(model: Any, layers: dict[str, LayerFormat]) -> None:
     for name in [n for n in tied if n.removesuffix(".weight") in layers]:
         del tied[name]
         model.config.tie_word_embeddings = False
-
-
-def _checkpoint_tensors(model: Any) -> dict[str, StoredTensor] | None:
-    """Names, shapes and dtypes of the checkpoint's tensors, or None where its files cannot be found.
-
-    Transformers does not hand its list of files on, so they are looked up again: a local folder, or the Hub's cache at
-    the commit that was resolved. They only serve to check the config and to pick dtypes.
-    """
-    config = model.config
-    where = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
-    if not where:
-        return None
-    folder: Path | None = Path(where)
-    if not Path(where).is_dir():
-        folder = _cached_folder(str(where), getattr(config, "_commit_hash", None))
-    if folder is None:
-        return None
-    try:
-        return TensorFiles.open(folder).tensors
-    except ModelError as error:
-        logger.debug("checkpoint not inspected: %s", error)
-        return None
-
-
-def _cached_folder(repo: str, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    for file in ("model.safetensors", "model.safetensors.index.json"):
-        try:
-            found = try_to_load_from_cache(repo, file, revision=revision)
-        except HFValidationError:
-            return None
-        if isinstance(found, str):
-            return Path(found).parent
-    return None

@@ -6,21 +6,26 @@ Transformers saves such a config with quant_method "auto-round", and readers of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from auto_round.inference.config_reader import FOREIGN_KEYS, LayerFormat, is_foreign, packing_format_of, read_config
 from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.stored_names import StoredNames
 from auto_round.modeling.blocks import find_blocks, linear_names
 
 _DROPPED = (*FOREIGN_KEYS, "damp_percent", "lm_head", "quant_block_list", "to_quant_block_names", "true_sequential")
 
 
-def restate_config(model: nn.Module) -> None:
+def restate_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
     """Rewrite `model.config.quantization_config` in place when it is an object that speaks GPTQ's or AWQ's language.
 
     A plain mapping is left alone: it belongs to somebody who has not passed it through Transformers.
+
+    Args:
+        names: reads what the files call the layers; Transformers saves them under those names again.
     """
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored is None or isinstance(stored, dict) or not is_foreign(stored):
@@ -41,7 +46,8 @@ def restate_config(model: nn.Module) -> None:
     stored.data_type, stored.packing_format = "int", packing_format_of(default)
     stored.block_name_to_quantize = ",".join(dict.fromkeys(block.rpartition(".")[0] for block in blocks))
     if extra:
-        stored.extra_config = extra
+        called = names().layers
+        stored.extra_config = {called.get(name, name): entry for name, entry in extra.items()}
 
 
 def _entry(fmt: LayerFormat) -> dict[str, Any]:

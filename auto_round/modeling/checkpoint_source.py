@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from auto_round.errors import ModelError, UnsupportedError
+from auto_round.errors import ModelError
 from auto_round.modeling.build import build_on_meta, config_dtype, dominant_dtype, kept_in_float32, load_config
 from auto_round.modeling.checkpoint_map import Origin, plan_tensors
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.finite import check_finite
+from auto_round.modeling.quantized_inputs import check_readable, dense_view, drop_quantization, quantization_of
 from auto_round.modeling.source import (
     Device,
     ModelSource,
@@ -43,13 +44,14 @@ class CheckpointSource(ModelSource):
         dtype: floating-point dtype of the parameters; default: the configuration's, else the one most weights have.
         trust_remote_code: allow the checkpoint's own Python code to run.
         prepare: called with the meta model right after it is built and its experts are linear, to swap in quantized
-            modules. With it a quantized checkpoint is accepted; persistent buffers that it leaves on meta (qweight,
-            qzeros, scales, ...) are read in the checkpoint's own dtype.
+            modules. With it any quantized checkpoint is accepted as it is; persistent buffers that it leaves on meta
+            (qweight, qzeros, scales, ...) are read in the checkpoint's own dtype. Without it, FP8 and MXFP4 checkpoints
+            are read as the dense ones they stand for, tensor by tensor.
         name_or_path: what the user gave, for messages.
 
     Raises:
         ModelError: not a causal language model, or files missing or damaged (the message names file and tensor).
-        UnsupportedError: the checkpoint is quantized and `prepare` is not given.
+        UnsupportedError: the checkpoint is quantized in a way that is not read, and `prepare` is not given.
     """
 
     lazy = True
@@ -68,12 +70,16 @@ class CheckpointSource(ModelSource):
         self._trusted = trust_remote_code
         asked = resolve_dtype(dtype)
         self.config = load_config(self.folder, trust_remote_code=trust_remote_code)
-        if getattr(self.config, "quantization_config", None) is not None and prepare is None:
-            raise UnsupportedError(
-                f"{self.name_or_path} is quantized already (config.json has a quantization_config); "
-                "checkpoints in bfloat16, float16 or float32 are read: give the original model"
-            )
+        declared = quantization_of(self.config)
+        if prepare is None:
+            check_readable(declared, self.name_or_path)
         self.files = TensorFiles.open(self.folder)
+        dense = None
+        if prepare is None:
+            dense = dense_view(self.files, declared, asked or config_dtype(self.config))
+            drop_quantization(self.config)
+        self.files = self.files if dense is None else dense
+        self.stored_as = "" if dense is None else dense.description
         self.dtype = asked or config_dtype(self.config) or dominant_dtype(self.files)
         self.model = build_on_meta(self.config, self.dtype, trust_remote_code)
         fused_names = dict(self.model.state_dict())
@@ -233,6 +239,23 @@ class CheckpointSource(ModelSource):
             if not info.lazy and name in self._plans:
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._buffers[leaf] = self._fetch(name, {}, check=True)
+
+
+def load_dequantized(
+    folder: str | os.PathLike[str], dtype: torch.dtype, device: Device, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """The whole model of a checkpoint on a device: the dense weights that quantization starts from, cast to `dtype`.
+
+    Raises what `CheckpointSource` raises.
+    """
+    source = CheckpointSource(folder, trust_remote_code=trust_remote_code)
+    for name in [*source.blocks, *source.outside_modules()]:
+        source.load(name, device)
+    for parameter in source.model.parameters():
+        if parameter.dtype == source.dtype:
+            parameter.data = parameter.data.to(dtype)
+    source.model.config.dtype = dtype
+    return source.model.to(device).eval()
 
 
 def _place(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:

@@ -8,12 +8,24 @@ Quantizers, formats and runtimes know linear layers, so such a module is replace
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from auto_round.modeling.blocks import is_linear, weight_2d
+
+
+class ExpertLeaves(NamedTuple):
+    """What the matrices of one expert are called."""
+
+    gate: str
+    up: str
+    down: str
+
+
+USUAL_LEAVES = ExpertLeaves("gate_proj", "up_proj", "down_proj")
+W123_LEAVES = ExpertLeaves("w1", "w3", "w2")
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class LinearExperts(nn.Module):
         self.has_gate = bool(getattr(fused, "has_gate", True))
         self.has_bias = bool(getattr(fused, "has_bias", False))
         self.num_experts = int(down.shape[0])
+        self.leaves = [USUAL_LEAVES] * self.num_experts
         first, second = int(down.shape[1]), int(down.shape[2])
         self.hidden_dim, self.intermediate_dim = (second, first) if self.transposed else (first, second)
         for index in range(self.num_experts):
@@ -110,6 +123,24 @@ class LinearExperts(nn.Module):
             del fused._parameters[name]
         self.__dict__["_shell"] = fused
 
+    def call_leaves(self, index: int, leaves: ExpertLeaves) -> None:
+        """Give the linear layers of an expert the names that a checkpoint has for them."""
+        expert = self.get_submodule(str(index))
+        layers = [expert._modules.pop(old, None) for old in self.leaves[index]]
+        for name, layer in zip(leaves, layers, strict=True):
+            if layer is not None:
+                expert.add_module(name, layer)
+        self.leaves[index] = leaves
+
+    def usual_names(self) -> dict[str, str]:
+        """By the name under this module of every linear layer, the name that it has in a module just made."""
+        return {
+            f"{index}.{leaf}": f"{index}.{usual}"
+            for index, leaves in enumerate(self.leaves)
+            for leaf, usual in zip(leaves, USUAL_LEAVES, strict=True)
+            if self.has_gate or usual != USUAL_LEAVES.gate
+        }
+
     def _take(self, fused: nn.Module) -> None:
         """Fill the linear layers with views of the fused parameters."""
         for name, piece in self.pieces().items():
@@ -120,15 +151,16 @@ class LinearExperts(nn.Module):
 
     def pieces(self) -> dict[str, ExpertPiece]:
         """For every parameter name under this module, where it lies in the fused parameters."""
-        layers = [("up_proj", "up_proj", "all"), ("down_proj", "down_proj", "all")]
-        if self.has_gate:
-            layers = [("gate_proj", "gate_up_proj", "gate"), ("up_proj", "gate_up_proj", "up"), layers[1]]
-        leaves = [("weight", ""), ("bias", "_bias")] if self.has_bias else [("weight", "")]
+        places = (("gate_up_proj", "gate"), ("gate_up_proj", "up"), ("down_proj", "all"))
+        if not self.has_gate:
+            places = (("", ""), ("up_proj", "all"), ("down_proj", "all"))
+        suffixes = [("weight", ""), ("bias", "_bias")] if self.has_bias else [("weight", "")]
         return {
             f"{index}.{layer}.{leaf}": ExpertPiece(param + suffix, index, part, self.transposed, self.interleaved)
-            for index in range(self.num_experts)
-            for layer, param, part in layers
-            for leaf, suffix in leaves
+            for index, leaves in enumerate(self.leaves)
+            for layer, (param, part) in zip(leaves, places, strict=True)
+            for leaf, suffix in suffixes
+            if param
         }
 
     def fused_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -173,10 +205,11 @@ class LinearExperts(nn.Module):
         return (joined * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
 
     def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        expert = getattr(self, str(index))
-        up = expert.up_proj(hidden)
-        inner = self._combine(expert.gate_proj(hidden), up) if self.has_gate else self._shell.act_fn(up)
-        return expert.down_proj(inner)
+        gate, up, down = self.leaves[index]
+        expert = self.get_submodule(str(index))
+        above = getattr(expert, up)(hidden)
+        inner = self._combine(getattr(expert, gate)(hidden), above) if self.has_gate else self._shell.act_fn(above)
+        return getattr(expert, down)(inner)
 
     def _combine(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Gate and up [rows, I] combined as the family of the fused module does it."""
@@ -209,6 +242,16 @@ def unfuse_experts(model: nn.Module) -> list[str]:
         owner = model.get_submodule(parent)
         setattr(owner, leaf, LinearExperts(getattr(owner, leaf)))
     return names
+
+
+def usual_expert_names(model: nn.Module) -> dict[str, str]:
+    """By its name in `model`, what a layer of an expert is called where checkpoints do not say otherwise."""
+    return {
+        f"{prefix}.{name}": f"{prefix}.{usual}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, LinearExperts)
+        for name, usual in module.usual_names().items()
+    }
 
 
 def router_names(model: nn.Module) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from auto_round.errors import ModelError
+from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.finite import check_finite
 from auto_round.modeling.source import Device, ModelSource, direct_tensors, find_model_blocks, state_names
@@ -16,7 +16,9 @@ from auto_round.modeling.source import Device, ModelSource, direct_tensors, find
 class LiveSource(ModelSource):
     """Wraps a model whose weights are all in memory. It is put in eval mode and its fused experts become linears.
 
-    Raises ModelError when it is no language model with decoder blocks, or some of its weights are offloaded (meta).
+    Raises:
+        ModelError: it is no language model with decoder blocks, or some of its weights are offloaded (meta).
+        UnsupportedError: its weights are quantized.
     """
 
     lazy = False
@@ -33,6 +35,7 @@ class LiveSource(ModelSource):
             raise ModelError(
                 f"parameter {offloaded!r} of the model is on the meta device (offloaded); give the model's path instead"
             )
+        _refuse_quantized(model)
         self.model = model.eval()
         self.config = config
         self.name_or_path = str(getattr(config, "_name_or_path", "") or type(model).__name__)
@@ -91,6 +94,16 @@ class LiveSource(ModelSource):
             first.setdefault(id(self._tensor(name)), name)
         pairs = ((name, first[id(self._tensor(name))]) for name in self._names)
         return {name: canonical for name, canonical in pairs if name != canonical}
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    """Raise UnsupportedError when weights are codes, which mean nothing without the module that runs them."""
+    for name, tensor in model.named_parameters():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise UnsupportedError(
+                f"parameter {name!r} of the model is {tensor.dtype}: the model is quantized already. Give its path: "
+                "FP8 and MXFP4 checkpoints are read block by block and dequantized; or load it dequantized"
+            )
 
 
 def _move(module: nn.Module, leaf: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -30,6 +30,7 @@ class ModelSource(ABC):
         name_or_path: as given by the user, for messages and the model card.
         blocks: names of the decoder blocks in order, such as "model.layers.0".
         dtype: the dtype of its floating-point weights.
+        stored_as: how a checkpoint that is quantized already holds its weights, in words; "" for a dense one.
         lazy: weights are read when loaded and dropped when released (a checkpoint), instead of living in the model.
     """
 
@@ -39,6 +40,7 @@ class ModelSource(ABC):
     blocks: tuple[str, ...]
     dtype: torch.dtype
     lazy: bool
+    stored_as: str = ""
 
     @abstractmethod
     def load(self, name: str, device: Device | None = None) -> nn.Module:
@@ -171,7 +173,7 @@ def open_source(
 
     Raises:
         ModelError: not found, not a causal language model, pickle weights, damaged files.
-        UnsupportedError: the checkpoint is quantized already.
+        UnsupportedError: the checkpoint is quantized already, in a way that is not read.
         ConfigError: a bad dtype or platform.
     """
     if isinstance(model, nn.Module):

@@ -138,6 +138,14 @@ def _buffer(size: int) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
+def empty_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor whose memory goes back to the system when it dies, however large it is."""
+    count = 1
+    for size in shape:
+        count *= size
+    return _buffer(count * dtype.itemsize).view(dtype).view(shape)
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors that one safetensors file declares. Raises ModelError naming the file, and the tensor at fault."""
     try:

@@ -23,7 +23,7 @@ RANKS: dict[str, int] = {
     "envs": 1,
     "logger": 2,
     "schemes": 2,
-    "data_type": 3, "layer_config": 3, "recipes": 3,
+    "layer_config": 3, "data_type": 3, "recipes": 3,
     "quantized_layer": 4,
     "algorithms": 5, "export": 5, "modeling": 5, "report": 5,
     "calibration": 6, "inference": 6,

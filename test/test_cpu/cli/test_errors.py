@@ -54,7 +54,7 @@ def test_mistakes(job: Any, capsys: pytest.CaptureFixture[str], words: list[str]
         ["--options", "mxfp4,mxfp8"], ["--model_free"], ["--duo-scaling", "both"], ["--n_grid", "20"],
         ["--rotation_type", "hadamard"], ["--tasks", "mmlu"], ["--tasks"], ["--super_bits", "8"],
         ["--eval", "--eval_backend", "vllm"], ["--eval_backend=vllm"], ["--vllm_args=a=1"], ["--svdquant-rank", "32"],
-        ["--static_kv_dtype", "fp8"], ["--nblocks", "2"], ["--mllm"], ["--super_bits", "6"],
+        ["--nblocks", "2"], ["--mllm"], ["--super_bits", "6"],
     ],
 )  # fmt: skip
 def test_later_features_are_refused_at_once(job: Any, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:

@@ -54,6 +54,14 @@ EVERY_FLAG: list[tuple[str, dict[str, Any]]] = [
     ("--disable_low_cpu_mem_usage", {"low_cpu_mem_usage": False}),
     ("--adam", {"enable_adam": True}),
     ("--enable-adam", {"enable_adam": True}),
+    (
+        "--static_kv_dtype fp8 --static_kv_granularity head",
+        {"static_kv_dtype": "fp8", "static_kv_granularity": "head"},
+    ),
+    (
+        "--static_attention_dtype float8_e4m3fn --static-attention-granularity tensor",
+        {"static_attention_dtype": "float8_e4m3fn", "static_attention_granularity": "tensor"},
+    ),
     ("--disable_opt_rtn", {"disable_opt_rtn": True}),
     ("--enable_opt_rtn", {"disable_opt_rtn": False}),
     ("--ignore_layers mlp,lm_head", {"ignore_layers": "mlp,lm_head"}),
@@ -112,7 +120,14 @@ CHANGED: dict[str, Any] = {
     "gradient_accumulate_steps": 2, "enable_adam": True, "enable_minmax_tuning": False, "enable_quanted_input": False,
     "not_use_best_mse": True, "disable_opt_rtn": True, "enable_torch_compile": True, "amp": False,
     "low_gpu_mem_usage": True, "low_cpu_mem_usage": False, "enable_deterministic_algorithms": True, "verify": False,
+    "static_kv_dtype": "fp8", "static_kv_granularity": "head", "static_attention_dtype": "fp8",
+    "static_attention_granularity": "head",
 }  # fmt: skip
+# What has no effect, and is refused, without another keyword.
+NEEDED: dict[str, dict[str, Any]] = {
+    "static_kv_granularity": {"static_kv_dtype": "fp8"},
+    "static_attention_granularity": {"static_attention_dtype": "fp8"},
+}
 
 
 def test_every_flag_has_a_use() -> None:
@@ -129,7 +144,8 @@ def test_every_value_changes_the_job(name: str, tiny_folder: Any) -> None:
 
     folder = tiny_folder("llama")
     plain, changed = (
-        AutoRound(folder, tokenizer=object(), device_map="cpu", **given) for given in ({}, {name: CHANGED[name]})
+        AutoRound(folder, tokenizer=object(), device_map="cpu", **NEEDED.get(name, {}), **given)
+        for given in ({}, {name: CHANGED[name]})
     )
     opened = [(type(job._source), job._source.dtype) for job in (plain, changed)]
     assert plain.settings != changed.settings or opened[0] != opened[1]

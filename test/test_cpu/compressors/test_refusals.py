@@ -157,7 +157,7 @@ def test_unknown_arguments_bring_the_nearest(name: str, hint: str, make: Callabl
     "name, value",
     [
         ("model_free", True), ("enable_alg_ext", True), ("enable_norm_bias_tuning", True), ("nblocks", 2),
-        ("rotation_config", "default"), ("static_kv_dtype", "fp8"), ("processor", object()), ("algorithm", "awq"),
+        ("rotation_config", "default"), ("processor", object()), ("algorithm", "awq"),
         ("alg_configs", "awq"),
     ],
 )  # fmt: skip
@@ -167,7 +167,7 @@ def test_what_later_versions_do_is_refused_not_ignored(name: str, value: Any, ma
 
 
 def test_their_neutral_values_pass(make: Callable[..., Any]) -> None:
-    make("llama", model_free=False, enable_alg_ext=False, nblocks=1, static_kv_dtype=None, disable_model_free=True)
+    make("llama", model_free=False, enable_alg_ext=False, nblocks=1, disable_model_free=True)
 
 
 @pytest.mark.parametrize(

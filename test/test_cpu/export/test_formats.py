@@ -192,7 +192,8 @@ def test_layers_that_differ_are_listed_by_exact_name() -> None:
     extra = config["extra_config"]
     assert list(extra) == ["m.layers.0.b", "m.layers.1.a", "m.layers.1.b", "lm_head"]
     assert extra["m.layers.0.b"] == {"bits": 8, "group_size": 32} and extra["m.layers.1.a"] == {"bits": 16}
-    assert extra["m.layers.1.b"] == {"sym": False, "packing_format": "auto_round:auto_awq"}
+    # bits always, because vLLM takes an entry without them for a dense layer
+    assert extra["m.layers.1.b"] == {"bits": 4, "sym": False, "packing_format": "auto_round:auto_awq"}
     assert extra["lm_head"] == {**Scheme(group_size=64, act_bits=16).to_dict()}
     json.dumps(config)
 
@@ -213,3 +214,17 @@ def test_block_prefixes() -> None:
     plan = ExportPlan(Scheme(), {}, ("a.layers.0", "a.layers.1", "b.blocks.0"))
     assert plan.block_prefix() == "a.layers,b.blocks"
     assert plan.in_block("a.layers.1.x") and not plan.in_block("a.layers.10.x")
+
+
+def test_routers_are_named_dense_where_readers_look() -> None:
+    """A router is a linear layer to some readers: with no entry of its own they would take it for quantized."""
+    names = [f"m.layers.{i}.{leaf}" for i in range(2) for leaf in ("attn.q_proj", "mlp.experts.0.gate_proj")]
+    routers = ("m.layers.0.mlp.gate", "m.layers.1.mlp.gate", "m.proj_in")
+    plan = ExportPlan(
+        Scheme(), dict.fromkeys(names, Scheme()), ("m.layers.0", "m.layers.1"), other_matrices=routers
+    )  # fmt: skip
+    configs = {name: get_format(name).config(plan) or {} for name in ("auto_round", "auto_gptq", "auto_awq")}
+    assert configs["auto_round"]["extra_config"] == {name: {"bits": 16} for name in routers[:2]}
+    assert configs["auto_awq"]["modules_to_not_convert"] == list(routers[:2])
+    for name in ("auto_gptq", "auto_awq"):  # GPTQModel reads both from here
+        assert configs[name]["dynamic"] == {r"-:^m\.layers\.\d+\.mlp\.gate$": {}}

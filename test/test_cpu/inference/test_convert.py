@@ -269,7 +269,7 @@ def test_a_missing_tensor_is_named_when_the_files_were_not_seen(
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scales"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr("auto_round.inference.convert_model._checkpoint_tensors", lambda model: None)
+    monkeypatch.setattr("auto_round.inference.convert_model.checkpoint_tensors", lambda model: None)
     with pytest.raises(ModelError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.scales"):
         open_model(folder)
 
@@ -278,7 +278,7 @@ def test_loading_without_seeing_the_files(
     llama: Callable[..., Any], write_checkpoint: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = write_checkpoint(llama(), Scheme(group_size=32), {"lm_head": Scheme(bits=8, group_size=32)})
-    monkeypatch.setattr("auto_round.inference.convert_model._checkpoint_tensors", lambda model: None)
+    monkeypatch.setattr("auto_round.inference.convert_model.checkpoint_tensors", lambda model: None)
     check(written)
 
 

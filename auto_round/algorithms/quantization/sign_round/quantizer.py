@@ -16,7 +16,7 @@ from auto_round.algorithms.quantization.sign_round.float_bank import FloatBank
 from auto_round.algorithms.quantization.sign_round.function_linear import FunctionTuningLinear
 from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
 from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, stack_tasks
-from auto_round.algorithms.quantization.sign_round.samples import shuffled_batches, split_samples
+from auto_round.algorithms.quantization.sign_round.samples import samples_at_once, shuffled_batches, split_samples
 from auto_round.errors import NumericsError
 
 Learnables = LayerBank | FunctionTuningLinear
@@ -97,19 +97,20 @@ class SignRoundQuantizer:
         rates = [config.learning_rates(layer.scheme.bits) for layer in layers]
         check_every = max(1, config.iters // _CHECKS)
         weights = token_weights(task)
-        start = best = self._loss(task, held_out, weights)
+        at_once = self._at_once(task, layers)
+        start = best = self._loss(task, held_out, weights, at_once)
         best_state: list[tuple[torch.Tensor, ...]] | None = None
         for step in range(config.iters):
             samples = next(batches)
-            for at in range(0, len(samples), config.batch_size):
-                self._backward(task, samples[at : at + config.batch_size], len(samples), weights)
+            for at in range(0, len(samples), at_once):
+                self._backward(task, samples[at : at + at_once], len(samples), weights)
             decay = 1.0 - step / config.iters
             for layer, (lr, scale_lr) in zip(layers, rates, strict=True):
                 layer.step(lr * decay, scale_lr * decay)
             done = step + 1
             # The state changes less and less, so the second half is looked at; the last state always is.
             if done == config.iters or (done % check_every == 0 and done > config.iters // 2):
-                loss = self._loss(task, held_out, weights)
+                loss = self._loss(task, held_out, weights, at_once)
                 if loss < best or config.not_use_best_mse:
                     best, best_state = loss, [layer.snapshot() for layer in layers]
         if best_state is None:
@@ -117,6 +118,14 @@ class SignRoundQuantizer:
         for layer, state in zip(layers, best_state, strict=True):
             layer.restore(state)
         return start, best
+
+    def _at_once(self, task: BlockTask, layers: Sequence[Learnables]) -> int:
+        """Samples in one pass. The others' functions run in every pass, so they get as few passes as can be."""
+        assert task.inputs is not None
+        batch = self.config.batch_size
+        if not all(isinstance(layer, IntegerBank) for layer in layers):
+            return batch
+        return samples_at_once(batch, int(task.inputs.shape[1]), len(task.layers), task.layers[0].weight.device)
 
     def _backward(self, task: BlockTask, samples: Sequence[int], total: int, weights: torch.Tensor | None) -> None:
         """Gradients of the weighted mean squared error of these samples, by their share of the step."""
@@ -132,7 +141,7 @@ class SignRoundQuantizer:
         output.backward(difference.mul_(2.0 / count))
 
     @torch.no_grad()
-    def _loss(self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None) -> float:
+    def _loss(self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, at_once: int) -> float:
         """Weighted mean squared error. Summed along fixed dimensions in float64, so that the number of threads does not
         change it.
 
@@ -141,8 +150,8 @@ class SignRoundQuantizer:
         """
         assert task.inputs is not None and task.targets is not None
         total, count = 0.0, 0.0
-        for at in range(0, len(samples), self.config.batch_size):
-            part = list(samples[at : at + self.config.batch_size])
+        for at in range(0, len(samples), at_once):
+            part = list(samples[at : at + at_once])
             output = task.run(task.inputs[part].to(task.compute_dtype), part).float()
             errors = output.sub_(task.targets[part]).square_().sum(-1, dtype=torch.float64)
             if weights is None:
