@@ -89,6 +89,19 @@ VARIABLES: tuple[EnvVar, ...] = (
         "CPU threads of the command line's process. Unset: PyTorch decides. "
         "From Python, call `torch.set_num_threads` yourself: a library does not change it.",
     ),
+    EnvVar(
+        "AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE",
+        "bool",
+        True,
+        "NVFP4: layers that runtimes join (q, k and v; gate and up) get one global scale for their weights and one for "
+        "their inputs, as those runtimes expect. Off: each layer its own.",
+    ),
+    EnvVar(
+        "AR_ENABLE_UNIFY_MOE_INPUT_SCALE",
+        "bool",
+        False,
+        "Input scales that calibration fixes (static FP8, global of NVFP4) are one for all routed experts of a block.",
+    ),
 )
 
 _BY_NAME = {v.name: v for v in VARIABLES}

@@ -14,7 +14,15 @@ from auto_round.errors import ConfigError, nearest
 
 GroupSize = int | tuple[int, int]
 
-_DTYPE_ALIASES = {"mxfp": "mx_fp", "nvfp": "nv_fp", "mxint": "mx_int", "nvfp4": "nv_fp", "fp8": "fp"}
+# Other spellings of a data type: its name here, and the bits that the spelling says (None: none).
+_DTYPE_ALIASES: dict[str, tuple[str, int | None]] = {
+    "mxfp": ("mx_fp", None), "mxfp_rceil": ("mx_fp_rceil", None), "mxint": ("mx_int", None), "nvfp": ("nv_fp", None),
+    **{f"{mx}{bits}{rule}": (f"mx_fp{rule}", bits)
+       for mx in ("mx_fp", "mxfp") for bits in (4, 8) for rule in ("", "_rceil")},
+    "mx_int4": ("mx_int", 4), "mxint4": ("mx_int", 4), "nv_fp4": ("nv_fp", 4), "nvfp4": ("nv_fp", 4),
+    "nvfp4_with_static_gs": ("nv_fp4_with_static_gs", 4), "fp8": ("fp", 8), "fp8_e4m3": ("fp", 8),
+    "fp8_e5m2": ("fp8_e5m2", 8), "mx_fp8e5m2": ("mx_fp8e5m2", 8), "mxfp8e5m2": ("mx_fp8e5m2", 8),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,16 @@ class ActivationScheme:
     data_type: str
     dynamic: bool
 
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether the scales lie under one that is fixed by the calibration data (NVFP4)."""
+        return self.data_type.endswith("_with_static_gs")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything of it is fixed by the calibration data."""
+        return self.has_global_scale or not self.dynamic
+
 
 @dataclass(frozen=True)
 class QuantizationScheme:
@@ -44,7 +62,8 @@ class QuantizationScheme:
         group_size: weights that share a scale, along the input dimension: >0 per group, -1 per output channel,
             0 per tensor, a pair (rows, columns) for two-dimensional blocks.
         sym: symmetric around zero (no stored zero point of its own) or asymmetric.
-        data_type: registered name of the weight data type, see `auto_round.data_type`.
+        data_type: registered name of the weight data type, see `auto_round.data_type`. A spelling that says its bits
+            (`mxfp8`) sets them.
         act_bits, act_group_size, act_sym, act_data_type, act_dynamic: the same for activations; None takes the
             default (16 bits, and otherwise the weights' values, dynamic).
         super_bits, super_group_size: double quantization of the scales (GGUF K-quants).
@@ -67,8 +86,9 @@ class QuantizationScheme:
     def __post_init__(self) -> None:
         if isinstance(self.group_size, list):
             object.__setattr__(self, "group_size", tuple(self.group_size))
-        dtype = str(self.data_type).lower()
-        object.__setattr__(self, "data_type", _DTYPE_ALIASES.get(dtype, dtype))
+        self._settle("data_type", "bits")
+        if self.act_data_type is not None:
+            self._settle("act_data_type", "act_bits")
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits < 1:
             raise ConfigError(
                 f"bits={self.bits!r} is not a positive whole number; use 2 to 8, or 16 to leave a layer as it is"
@@ -81,6 +101,15 @@ class QuantizationScheme:
             raise ConfigError(
                 f"group_size={size!r} is not allowed; use a positive number, -1 (per channel) or 0 (per tensor)"
             )
+
+    def _settle(self, dtype_field: str, bits_field: str) -> None:
+        """One spelling for a data type, and the bits that its name says; 16 bits and above stay."""
+        given = str(getattr(self, dtype_field)).lower()
+        name, width = _DTYPE_ALIASES.get(given, (given, None))
+        object.__setattr__(self, dtype_field, name)
+        bits = getattr(self, bits_field)
+        if width is not None and isinstance(bits, int) and bits < 16:
+            object.__setattr__(self, bits_field, width)
 
     @property
     def quantizes_weights(self) -> bool:

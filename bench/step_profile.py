@@ -20,8 +20,9 @@ from vs_peer import machine
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import start_grid
-from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank, stack_tasks
-from auto_round.algorithms.quantization.sign_round.integer_linear import IntegerTuningLinear
+from auto_round.algorithms.quantization.sign_round.bank_linear import BankLinear
+from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
+from auto_round.algorithms.quantization.sign_round.layer_bank import stack_tasks
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.schemes import QuantizationScheme
 
@@ -64,7 +65,7 @@ def build(a: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tu
         grids = [start_grid(task, True, torch.float16) for task in stacked]
         bank = IntegerBank(stacked, grids, dtype, torch.float16, compile_step=a.compile)
         for index, task in enumerate(stacked):
-            setattr(places[task.name], task.name, IntegerTuningLinear(bank, index))
+            setattr(places[task.name], task.name, BankLinear(bank, index))
         banks.append(bank)
     return block, banks, tables
 

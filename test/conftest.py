@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("no-clock", deadline=None)  # machines are slow at times
+hypothesis.settings.load_profile("no-clock")
 
 _COMMON: dict[str, Any] = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -202,7 +202,7 @@ def run(bench: Bench, program: Program, python: Path, cells: list[tuple[str, str
     np.save(ids_file, bench.ids)
     rows: list[dict[str, Any]] = []
     for fmt, scheme in cells:
-        dtype = program.dtype(fmt)
+        dtype = program.dtype(fmt, scheme)
         try:
             folder = bench.checkpoint(scheme, fmt)
         except AutoRoundError as error:
@@ -263,7 +263,7 @@ def main() -> int:
         cells = [
             (fmt, scheme) for fmt in formats for scheme in schemes
             if (scheme in program.opens.get(fmt, ()) or (a.all and (scheme, fmt) in writable))
-            and SCHEMES[scheme].get("dtype", program.dtype(fmt)) == program.dtype(fmt)
+            and SCHEMES[scheme].get("dtype", program.dtype(fmt, scheme)) == program.dtype(fmt, scheme)
         ]  # fmt: skip
         rows = run(bench, program, python, cells)
         failed += [f"{name}: {text}" for text in failures(rows, program.opens)]

@@ -25,6 +25,7 @@ class Program:
         home: folder and environment, where two programs share them.
         judge: the script's name.
         weights_only: it leaves activations as they are where the file quantizes them.
+        scheme_dtypes: scheme -> dtype in which both sides compute, before `dtypes`.
     """
 
     name: str
@@ -38,9 +39,10 @@ class Program:
     home: str = ""
     judge: str = "judge.py"
     weights_only: bool = False
+    scheme_dtypes: dict[str, str] = field(default_factory=dict)
 
-    def dtype(self, fmt: str) -> str:
-        return self.dtypes.get(fmt, self.dtypes.get("", "float32"))
+    def dtype(self, fmt: str, scheme: str) -> str:
+        return self.scheme_dtypes.get(scheme) or self.dtypes.get(fmt, self.dtypes.get("", "float32"))
 
     @property
     def folder(self) -> Path:
@@ -83,6 +85,37 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "W4A16, mlp groups of 32": {"scheme": "W4A16", "layer_config": {"mlp": {"group_size": 32}}},
     "W4A16, layer 1 dense": {"scheme": "W4A16", "ignore_layers": "layers.1."},
     "W4A16, head quantized": {"scheme": "W4A16", "quant_lm_head": True},
+    "MXFP4": {"scheme": "MXFP4"},
+    "MXFP4_RCEIL": {"scheme": "MXFP4_RCEIL"},
+    "MXFP8": {"scheme": "MXFP8"},
+    "MXFP8_RCEIL": {"scheme": "MXFP8_RCEIL"},
+    "NVFP4": {"scheme": "NVFP4", "nsamples": 8, "seqlen": 64},
+    "NVFP4, weights alone": {"scheme": "NVFP4", "act_bits": 16},
+    "FPW8A16": {"scheme": "FPW8A16"},
+    "FP8_STATIC": {"scheme": "FP8_STATIC", "nsamples": 8, "seqlen": 64},
+    "FP8_BLOCK": {"scheme": "FP8_BLOCK"},
+    "FP8 a channel, inputs a token": {
+        "scheme": "FP8_STATIC",
+        "act_dynamic": True,
+        "act_group_size": -1,
+    },
+    "MXFP4, weights alone": {"scheme": "MXFP4", "act_bits": 16},
+    "MXFP8, weights alone": {"scheme": "MXFP8", "act_bits": 16},
+    "FP8 a channel, weights alone": {"scheme": "FP8_STATIC", "act_bits": 16},
+    "FP8_BLOCK, weights alone": {"scheme": "FP8_BLOCK", "act_bits": 16},
+    "MXFP4, mlp MXFP8": {"scheme": "MXFP4", "layer_config": {"mlp": {"bits": 8, "act_bits": 8}}},
+    "MXFP4, weights alone, mlp MXFP8, layer 1 dense": {
+        "scheme": "MXFP4",
+        "act_bits": 16,
+        "layer_config": {"mlp": {"bits": 8}},
+        "ignore_layers": "layers.1.",
+    },
+    "MXFP8_RCEIL, mlp FP8_BLOCK": {
+        "scheme": "MXFP8_RCEIL",
+        "layer_config": {
+            "mlp": {"data_type": "fp", "group_size": [128, 128], "act_group_size": 128, "act_data_type": "fp"}
+        },
+    },
     **{f"Mixtral {name}": {"model": "tiny-mixtral", **options} for name, options in _MIXTURES.items()},
     **{f"Qwen3-MoE {name}": {"model": "tiny-qwen3-moe", **options} for name, options in _MIXTURES.items()},
     # float16 alone moves its logits by a tenth here, and by 2% where zero points are asymmetric
@@ -112,9 +145,26 @@ _MLX = (
     "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", *_MIXED_BITS, *_SMOLLM2, "SmolLM2 W4A16G64 asym",
 )  # fmt: skip
 
+# Small float types whose inputs, if quantized, compressed-tensors rounds as the scheme says, and those that it rounds
+# by rules of its own: it takes the scale of MX inputs up from 1.75 times a power of two on, and computes that of NVFP4
+# inputs in their own dtype. Of these the weights are compared.
+_FLOATS = (
+    "MXFP8_RCEIL", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "FP8 a channel, inputs a token", "MXFP4, weights alone",
+    "MXFP8, weights alone", "NVFP4, weights alone",
+)  # fmt: skip
+_OWN_RULES = ("MXFP4", "MXFP4_RCEIL", "MXFP8", "NVFP4")
+_MIXED_TYPES = ("MXFP4, weights alone, mlp MXFP8, layer 1 dense", "MXFP8_RCEIL, mlp FP8_BLOCK")
+# The library turns these scales into bfloat16, whatever dtype it is asked for.
+_BFLOAT16 = dict.fromkeys(
+    (*_OWN_RULES, *_MIXED_TYPES, *(name for name in _FLOATS if name.startswith(("MX", "NV")))), "bfloat16"
+)
+
 # The same weights without quantized activations.
 WEIGHTS_OF = {
-    "INT8": "W8A16 per channel", "INT8 static": "W8A16 per channel", "INT8 asym": "W8A16 per channel asym",
+    "MXFP4": "MXFP4, weights alone", "MXFP4_RCEIL": "MXFP4, weights alone", "MXFP8": "MXFP8, weights alone",
+    "MXFP8_RCEIL": "MXFP8, weights alone", "NVFP4": "NVFP4, weights alone",
+    **dict.fromkeys(("FP8_STATIC", "FP8 a channel, inputs a token"), "FP8 a channel, weights alone"),
+    "FP8_BLOCK": "FP8_BLOCK, weights alone", "INT8": "W8A16 per channel", "INT8 static": "W8A16 per channel", "INT8 asym": "W8A16 per channel asym",
     "INT4": "W4A16 per channel",
 }  # fmt: skip
 
@@ -192,9 +242,10 @@ PROGRAMS: dict[str, Program] = {
                 "llm_compressor": (
                     "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W5A16", "W6A16", "W8A16",
                     "INT8", "INT8 static", "INT8 asym", "INT4", *_MIXED_BITS, *_SYMMETRIC_EXPERTS, *_SMOLLM2,
-                    "SmolLM2 INT8",
+                    "SmolLM2 INT8", *_FLOATS, *_MIXED_TYPES,
                 ),
             },
+            scheme_dtypes=_BFLOAT16,
         ),
         Program(
             "compressed_tensors-dequantize", "the same with CompressedTensorsConfig(dequantize=True)",
@@ -203,10 +254,15 @@ PROGRAMS: dict[str, Program] = {
                     "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
                     "W4A16 per channel", "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "INT8",
                     "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized",
-                    *_SYMMETRIC_EXPERTS, *_SMOLLM2, "SmolLM2 W4A16G64 asym", "SmolLM2 INT8",
+                    *_SYMMETRIC_EXPERTS, *_SMOLLM2, "SmolLM2 W4A16G64 asym", "SmolLM2 INT8", *_FLOATS, *_OWN_RULES,
                 ),
             },
-            home="compressed_tensors", judge="judge_dequantize.py", weights_only=True,
+            home="compressed_tensors", judge="judge_dequantize.py", weights_only=True, scheme_dtypes=_BFLOAT16,
+        ),
+        Program(
+            "transformers", "Transformers 5.23.0 by itself, which on a CPU leaves activations as they are",
+            opens={"fp8": ("FP8_BLOCK",)}, dtypes={"": "bfloat16"}, home="compressed_tensors", judge="judge_plain.py",
+            weights_only=True,
         ),
     )
 }  # fmt: skip

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from auto_round.data_type.activation import ActivationQuantizer
-from auto_round.export.auto_round_format import ACTIVATION_KEYS, AutoRoundFormat
+from auto_round.export.float_layouts import is_float
 from auto_round.export.formats import get_format
-from auto_round.inference.config_reader import LayerFormat, read_config
-from auto_round.inference.int8_linear import Int8Linear
+from auto_round.export.plan import ExportPlan
+from auto_round.inference.build_layer import build_layer
+from auto_round.inference.config_reader import read_config
 from auto_round.inference.packed_linear import PackedLinear
-from auto_round.inference.qlinear import QuantLinear
 from auto_round.modeling.blocks import set_weight_2d
 from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.source import ModelSource
@@ -51,36 +51,28 @@ def _put(model: torch.nn.Module, layer: QuantizedLayer) -> None:
     set_weight_2d(old, layer.dequantize())
     activation = layer.scheme.activations
     if activation is not None:
-        quantizer = ActivationQuantizer(activation, layer.act_scale, layer.act_zero_point)
+        quantizer = ActivationQuantizer(activation, layer.act_scale, layer.act_zero_point, layer.act_global_scale)
         old.register_forward_pre_hook(quantizer.hook)
 
 
 def _packed(layer: QuantizedLayer, model_dtype: torch.dtype) -> PackedLinear | None:
     """The layer as the loader's module, or None when its type or shape has no packing."""
     scheme = layer.scheme
-    fmt = get_format("auto_round:llm_compressor" if scheme.quantizes_activations else "auto_round")
+    whole = scheme.quantizes_activations and not is_float(scheme)
+    fmt = get_format("auto_round:llm_compressor" if whole else "auto_round")
     if (
         layer.codes is None
         or fmt.check_scheme(scheme)
         or fmt.check_layer(scheme, layer.in_features, layer.out_features)
     ):
         return None
-    stored = scheme.group_size if isinstance(scheme.group_size, int) and scheme.group_size > 0 else -1
-    assert isinstance(fmt, AutoRoundFormat)
-    inputs = {key: scheme[key] for key in ACTIVATION_KEYS if scheme.quantizes_activations}
-    described: LayerFormat = read_config(
-        {
-            "bits": scheme.bits, "group_size": stored, "sym": scheme.sym, "data_type": "int",
-            "quant_method": "auto-round", "packing_format": fmt.packing(scheme), **inputs,
-        }
-    ).default  # fmt: skip
+    described = read_config(fmt.config(ExportPlan(scheme, {layer.name: scheme}, ()))).default
+    tensors = {key.rpartition(".")[2]: value for key, value in fmt.pack(layer, model_dtype=model_dtype).items()}
     dtype = layer.bias.dtype if layer.bias is not None else torch.float32
-    module_type: type[QuantLinear] | type[Int8Linear] = Int8Linear if described.layout == "int8" else QuantLinear
-    module = module_type(
-        layer.in_features, layer.out_features, described, bias=layer.bias is not None, dtype=dtype,
-        scale_dtype=torch.float16,
-    )  # fmt: skip
-    for name, tensor in fmt.pack(layer, model_dtype=model_dtype).items():
-        getattr(module, name.rpartition(".")[2]).copy_(tensor)
+    shape = torch.empty((), dtype=dtype).expand(layer.out_features, layer.in_features)
+    stored = {leaf: tensor.dtype for leaf, tensor in tensors.items()}
+    module = build_layer(described, shape, layer.bias is not None, stored, False, "")
+    for leaf, tensor in tensors.items():
+        module.get_buffer(leaf).copy_(tensor)
     module.prepare(layer.name)
     return module

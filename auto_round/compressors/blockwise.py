@@ -13,9 +13,10 @@ from auto_round.calibration.cache_extremes import cache_extremes
 from auto_round.calibration.extremes import InputExtremes, input_extremes
 from auto_round.calibration.inputs import CapturedInputs
 from auto_round.calibration.statistics import input_second_moments
-from auto_round.compressors.activations import activation_of, is_static
+from auto_round.compressors.activations import activation_of, is_calibrated, join_extremes
 from auto_round.compressors.block_dtype import in_dtype
 from auto_round.compressors.cache import CachePlan
+from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.sinks import Sink
 from auto_round.compressors.streams import Stream, check_activations
@@ -129,12 +130,12 @@ def _quantize_block(
     if full is not None:
         inputs = full.hidden
         wanted = list(inner.values()) if walk.quantizer.needs_importance else []
-        static = [inner[task.name] for task in tasks if is_static(task.scheme)]
+        fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
         cache = walk.cache
         attentions = cache.attentions(block) if cache is not None else []
         with (
             input_second_moments(block, wanted) as moments,
-            input_extremes(block, static) as extremes,
+            input_extremes(block, fixed) as extremes,
             cache_extremes(attentions, cache is not None and cache.queries) as cached,
         ):
             targets = full.after(index, block, walk.device, walk.dtype, (moments, extremes, cached))
@@ -146,6 +147,8 @@ def _quantize_block(
         for layer in tasks:
             layer.importance = moments.get(inner[layer.name])
         full.hidden = targets
+        join_extremes(extremes, fixed)
+    share_global_scales(tasks)
     for layer in tasks:
         layer.activation = activation_of(layer.scheme, inner[layer.name], extremes, model_dtype)
     if not tasks:

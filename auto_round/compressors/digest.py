@@ -31,14 +31,28 @@ def codes_digest(
     return digest.hexdigest()
 
 
+def element_digest(layer: QuantizedLayer) -> str:
+    """Of a layer of a small float type: codes, scales in float32, and the scales above them and of its inputs."""
+    assert layer.codes is not None and layer.scale is not None
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(str(layer.element).encode())
+    digest.update(bytes_of(layer.codes))
+    digest.update(bytes_of(layer.scale.float()))
+    for scalar in (layer.global_scale, layer.act_scale, layer.act_global_scale):
+        digest.update(repr(None if scalar is None else float(scalar)).encode())
+    return digest.hexdigest()
+
+
 def dense_digest(weight: torch.Tensor) -> str:
     """Of a dense weight in its own dtype."""
     return hashlib.blake2b(bytes_of(weight), digest_size=16).hexdigest()
 
 
 def layer_digest(layer: QuantizedLayer, dense: bool, dtype: torch.dtype) -> str:
-    """What a reader must find: codes, scales and zero points, or with `dense` the weight dequantized to `dtype`."""
+    """What a reader must find: codes and all scales and zero points, or with `dense` the weight in `dtype`."""
     if dense or layer.codes is None or layer.scale is None or layer.zero_point is None:
         return dense_digest(layer.dequantize(dtype))
+    if layer.element is not None:
+        return element_digest(layer)
     act_scale = None if layer.act_scale is None else float(layer.act_scale)
     return codes_digest(layer.codes, layer.scale, layer.zero_point, (act_scale, layer.act_zero_point))

@@ -43,7 +43,7 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat)
     if any(not name.startswith(tuple(f"{b}." for b in job.blocks)) for name in job.quantized()):
         values["tie_word_embeddings"] = False
     plan = job.export_plan()
-    quantization = fmt.config(plan)
+    quantization = fmt.file_config(plan)
     if quantization is not None:
         for name in fmt.config_files:
             write_json(folder, name, quantization)

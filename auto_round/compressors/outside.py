@@ -11,7 +11,7 @@ from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
 from auto_round.calibration.extremes import InputExtremes
 from auto_round.calibration.statistics import SecondMoments
-from auto_round.compressors.activations import activation_of, is_static
+from auto_round.compressors.activations import activation_of, is_calibrated
 from auto_round.compressors.blockwise import Walk, install, layer_task
 from auto_round.compressors.head import head_inputs, quantize_head
 from auto_round.compressors.job import Job
@@ -38,7 +38,7 @@ def quantize_outside(
         started = time.monotonic()
         tuned = steps > 0 and walk.last_inputs is not None and source.model.get_submodule(name) is head
         inputs = head_inputs(source, walk, name) if tuned else None
-        watched = is_static(plan.scheme) or (optimized and inputs is None)
+        watched = is_calibrated(plan.scheme) or (optimized and inputs is None)
         importance, extremes = _observed(source, walk, name) if watched else (None, InputExtremes())
         source.load(name, walk.device)
         task = layer_task(source, plan)

@@ -17,6 +17,7 @@ from auto_round.compressors.mixed import mixed_defaults
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
+from auto_round.data_type.float_family import float_family
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.export.cache_scales import require_cache
 from auto_round.export.formats import (
@@ -56,12 +57,16 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
     if scheme.rotation_config is not None:
         raise UnsupportedError(f"{what}: rotation_config is not available in this version; leave it out")
     get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+    if float_family(scheme.data_type, scheme.bits) is not None and not scheme.sym:
+        raise ConfigError(f"{what}: sym=False; data type {scheme.data_type!r} is symmetric only")
     if scheme.data_type == "int" and not 2 <= scheme.bits <= 8:
         raise ConfigError(f"{what}: bits={scheme.bits}; integers of 2 to 8 bits are available")
     activations = scheme.activations
     if activations is None:
         return
     activation_function(activations)
+    if float_family(activations.data_type, activations.bits) is not None and not activations.sym:
+        raise ConfigError(f"{what}: act_sym=False; data type {activations.data_type!r} is symmetric only")
     if activations.data_type == "int" and not 2 <= activations.bits <= 8:
         raise ConfigError(f"{what}: act_bits={activations.bits}; integers of 2 to 8 bits are available")
     if not isinstance(activations.group_size, int):

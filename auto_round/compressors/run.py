@@ -28,7 +28,7 @@ from auto_round.compressors.planning import compute_dtype, expert_joiner, make_j
 from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
-from auto_round.compressors.verify import Expected, ReadLayer, verify_folder
+from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.errors import UnsupportedError
 from auto_round.export.disk import check_disk, ensure_output_folder
 from auto_round.export.formats import OutputFormat, get_format
@@ -241,13 +241,14 @@ class Run:
         logger.info("saved %s", folder)
 
 
-def _reader(job: Job, fmt: OutputFormat, targets: Mapping[str, FusedTarget]) -> Callable[[str, TensorFiles], ReadLayer]:
-    def read(name: str, files: TensorFiles) -> ReadLayer:
+def _reader(
+    job: Job, fmt: OutputFormat, targets: Mapping[str, FusedTarget]
+) -> Callable[[str, TensorFiles], QuantizedLayer]:
+    def read(name: str, files: TensorFiles) -> QuantizedLayer:
         plan = job.layers[name]
         specs = fmt.tensor_specs(name, plan.scheme, plan.in_features, plan.out_features)
         tensors = read_pieces(files, specs, targets)
-        grid = fmt.read_back(name, plan.scheme, tensors, plan.in_features, plan.out_features)
-        return grid, fmt.read_inputs(name, tensors)
+        return fmt.read_layer(name, plan.scheme, tensors, plan.in_features, plan.out_features)
 
     return read
 

@@ -66,16 +66,16 @@ class Settings:
 
     @property
     def needs_data(self) -> bool:
-        """Tuning, the weighted search and static scales look at activations; plain rounding does not."""
+        """Tuning, the weighted search and fixed scales look at activations; plain rounding does not."""
         searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized
-        return self.tunes or searches or self._static or self.cache is not None
+        return self.tunes or searches or self._calibrated or self.cache is not None
 
     @property
-    def _static(self) -> bool:
-        """Whether the default scheme or an entry of the layer configuration asks for static activations."""
+    def _calibrated(self) -> bool:
+        """Whether the default scheme or an entry of the layer configuration asks for fixed scales of inputs."""
         entries = [scheme_from_entry(name, entry, self.scheme) for name, entry in self.layer_config.items()]
         found = [scheme.activations for scheme in (self.scheme, *entries)]
-        return any(activations is not None and not activations.dynamic for activations in found)
+        return any(activations is not None and activations.calibrated for activations in found)
 
     @property
     def algorithm_name(self) -> str:

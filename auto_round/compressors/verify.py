@@ -11,11 +11,10 @@ import torch
 
 from auto_round.calibration.inputs import capture_inputs
 from auto_round.compressors.block_dtype import in_dtype
-from auto_round.compressors.digest import codes_digest, dense_digest
+from auto_round.compressors.digest import dense_digest, layer_digest
 from auto_round.compressors.outside import mean_loss
 from auto_round.compressors.streams import Stream
 from auto_round.errors import ConfigError, ModelError, NumericsError, UnsupportedError, VerifyError
-from auto_round.export.formats import Grid
 from auto_round.inference.convert_model import convert_hf_model
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.modeling.blocks import weight_2d
@@ -23,8 +22,7 @@ from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.experts import usual_expert_names
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.tensor_files import TensorFiles
-
-ReadLayer = tuple[Grid, tuple[float | None, int | None]]
+from auto_round.quantized_layer import QuantizedLayer
 
 # Losses are compared in the dtype of the run. The arithmetic is the same, but not always in the same order.
 _TOLERANCE = {torch.float32: 1e-3}
@@ -42,8 +40,8 @@ class Expected:
         samples: the probe, one sample; None when no forward pass is to be compared.
         loss: mean next-token loss of the tuned model in memory on it.
         device, dtype: of the matrix products.
-        read_back: takes a layer's codes, scales and zero points, and those of its inputs, out of the files, for formats
-            that are opened by other programs only; None opens the folder as Transformers would.
+        read_back: takes a layer out of the files, for formats that are opened by other programs only; None opens the
+            folder as Transformers would.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -54,7 +52,7 @@ class Expected:
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool = False
-    read_back: Callable[[str, TensorFiles], ReadLayer] | None = None
+    read_back: Callable[[str, TensorFiles], QuantizedLayer] | None = None
 
 
 def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
@@ -91,8 +89,7 @@ def _verify(folder: Path, expected: Expected) -> dict[str, Any]:
 def _read_back(folder: Path, files: TensorFiles, expected: Expected) -> None:
     assert expected.read_back is not None
     for layer, digest in expected.digests.items():
-        grid, inputs = expected.read_back(layer, files)
-        if codes_digest(*grid, inputs) != digest:
+        if layer_digest(expected.read_back(layer, files), False, torch.float32) != digest:
             raise _not_tuned(folder, layer)
 
 
@@ -187,10 +184,7 @@ def _walk(folder: Path, source: CheckpointSource, expected: Expected, modules: M
 
 def _compare_layer(folder: Path, name: str, module: torch.nn.Module, wanted: str) -> None:
     if isinstance(module, PackedLinear):
-        codes, scale, zero = module.unpack()
-        step = module.activation
-        inputs = (float(step.scale), step.zero_point) if step is not None and step.scale is not None else (None, None)
-        found = codes_digest(codes, scale, zero, inputs)
+        found = layer_digest(module.layer(name), False, torch.float32)
     else:
         found = dense_digest(weight_2d(module))
     if found != wanted:

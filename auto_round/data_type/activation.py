@@ -50,18 +50,21 @@ class ActivationQuantizer:
         scheme: what the inputs become.
         scale: float32 scalar, for static activations.
         zero_point: code of 0.0 in the signed range, for static asymmetric ones.
+        global_scale: float32 scalar fixed by the calibration data, under which scales are computed from each input
+            (NVFP4).
     """
 
     scheme: ActivationScheme
     scale: torch.Tensor | None = None
     zero_point: int | None = None
+    global_scale: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., in] fake-quantized, in its shape and dtype; gradients pass straight through."""
         if x.numel() == 0:  # an expert that no token reached
             return x
         scheme = self.scheme
-        static: dict[str, Any] = {}
+        static: dict[str, Any] = {} if self.global_scale is None else {"global_scale": self.global_scale}
         if not scheme.dynamic:
             static = {"scale": self.scale, "zero_point": self.zero_point}
         function = activation_function(scheme)

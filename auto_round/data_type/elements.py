@@ -7,8 +7,13 @@
 | e4m3 | 8 | `torch.float8_e4m3fn`: largest 448, no Inf | OCP OFP8 v1.0, 5.1 |
 | e5m2 | 8 | `torch.float8_e5m2`: largest 57344 | OCP OFP8 v1.0, 5.2 |
 
-A value beyond the largest becomes the largest (saturation); a value halfway between two goes to the one whose last bit
-is zero (round half to even). NaN has no code in the 4-bit elements.
+A value beyond the largest becomes the largest (saturation), Inf too; a value halfway between two goes to the one whose
+last bit is zero (round half to even). The sign of zero is kept. NaN stays NaN in the 8-bit elements and has no code in
+the 4-bit ones.
+
+All four are one thing: numbers whose steps are `2**(e - mantissa)` between 2**e and 2**(e+1), and below
+2**lowest those of `e = lowest`. Adding and taking away `2**(e + 23 - mantissa)` in float32 rounds to such a step, since
+that is where float32's own last bit lies then.
 """
 
 from __future__ import annotations
@@ -16,6 +21,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from auto_round.data_type.tiles import as_tiles, from_tiles, tile_rows, tile_shape
+
+_CHUNK = 1 << 17  # codes in flight: what is made of them on the way stays in the cache
+_EXPONENT = 0x7F800000  # bits of a float32 that hold its exponent
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,8 @@ class Element:
         bits: 4 or 8.
         maximum: the largest finite value.
         exponent: of the largest value, floor(log2(maximum)); what OCP MX calls emax.
+        mantissa: bits of the mantissa.
+        lowest: exponent of the smallest normal value; below it steps are equal.
         dtype: PyTorch's own type for it, None when there is none.
     """
 
@@ -33,38 +45,66 @@ class Element:
     bits: int
     maximum: float
     exponent: int
+    mantissa: int
+    lowest: int
     dtype: torch.dtype | None = None
+
+    @property
+    def saturation(self) -> float:
+        """Values from here on are cut, not rounded: half a step above the largest."""
+        return self.maximum + 2.0 ** (self.exponent - self.mantissa - 1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 values of uint8 codes, in their shape."""
-        if self.dtype is not None:
-            return codes.view(self.dtype).float()
-        return _TABLES[self.name].to(codes.device)[codes.int()]
+        # Moved to the top of a float16's exponent and mantissa, a code without its sign is the value times a power of
+        # two, subnormals too; and float16 becomes float32 at the speed of a copy.
+        sign = 1 << (self.bits - 1)
+        wide = codes.to(torch.int16)
+        size = (wide & (sign - 1)).bitwise_left_shift_(10 - self.mantissa)
+        bits = size.bitwise_or_(wide.bitwise_and_(sign).bitwise_left_shift_(16 - self.bits))
+        values = bits.view(torch.float16).float().mul_(2.0 ** (14 + self.lowest))
+        if self.name == "e4m3":  # what would be 480 is its one NaN
+            nan = (codes & 0x7F) == 0x7F
+            if nan.device.type != "cpu" or bool(nan.any()):
+                values = values.masked_fill_(nan, torch.nan)
+        return values
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """The nearest code of each float32 value, uint8, in their shape."""
         if self.dtype is not None:
             return values.clamp(-self.maximum, self.maximum).to(self.dtype).view(torch.uint8)
-        size = values.abs()
-        if self.name == "int4":
-            index = (size * 4).clamp_(max=7).round_()
-        else:
-            # a step of 0.5 below 2, of 1 below 4, of 2 above; the index of a value is its code without the sign
-            low = (size * 2).clamp_(max=4).round_()
-            middle = size.clamp(2, 4).round_().sub_(2)
-            high = (size * 0.5).clamp_(2, 3).round_().sub_(2)
-            index = low.add_(middle).add_(high)
-        return index.to(torch.uint8) | torch.signbit(values).to(torch.uint8).mul_(8)
+        size = values.abs().clamp_(max=self.maximum)
+        power = self._power(size)
+        lift = 23 - self.mantissa
+        # The low bits of the sum count the steps from zero; less the sum's own exponent, they are the code of a value
+        # that lies below twice the smallest normal. Each doubling adds 2**mantissa codes to that.
+        steps = size.add_(power, alpha=2.0**lift).view(torch.int32)
+        above = power.view(torch.int32)
+        steps.sub_(above).add_(above >> lift).sub_((lift << 23) + ((self.lowest + 127) << self.mantissa))
+        sign = (values.view(torch.int32) >> (32 - self.bits)).bitwise_and_(1 << (self.bits - 1))
+        return steps.bitwise_or_(sign).to(torch.uint8)
 
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """float32: the value of the nearest code of each; NaN stays NaN. The same as `decode(encode(values))`."""
+        size = values.abs().clamp_(max=self.maximum)
+        lift = self._power(size).mul_(2.0 ** (23 - self.mantissa))
+        return size.add_(lift).sub_(lift).copysign_(values)
 
-_HALF = {"e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "int4": tuple(i / 4 for i in range(8))}
-_TABLES = {name: torch.tensor([*half, *(-v for v in half)]) for name, half in _HALF.items()}
+    def step(self, values: torch.Tensor) -> torch.Tensor:
+        """float32: how far apart the element's values lie at each of `values`."""
+        return self._power(values.abs().clamp_(max=self.maximum)).mul_(2.0**-self.mantissa)
+
+    def _power(self, size: torch.Tensor) -> torch.Tensor:
+        """2**e of each magnitude, or of the smallest normal value; NaN gets that of Inf, so that it stays NaN."""
+        return (size.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.lowest)
+
 
 ELEMENTS: dict[str, Element] = {
     element.name: element
     for element in (
-        Element("e2m1", 4, 6.0, 2), Element("int4", 4, 1.75, 0), Element("e4m3", 8, 448.0, 8, torch.float8_e4m3fn),
-        Element("e5m2", 8, 57344.0, 15, torch.float8_e5m2),
+        Element("e2m1", 4, 6.0, 2, 1, 0), Element("int4", 4, 1.75, 0, 2, 0),
+        Element("e4m3", 8, 448.0, 8, 3, -6, torch.float8_e4m3fn),
+        Element("e5m2", 8, 57344.0, 15, 2, -14, torch.float8_e5m2),
     )
 }  # fmt: skip
 
@@ -101,4 +141,13 @@ def dequantize_elements(
     if global_scale is not None:
         factors = factors / global_scale.float().reshape(())
     shape = (int(codes.shape[0]), int(codes.shape[1]))
-    return element.decode(codes).mul_(spread_scale(factors, shape, group_size))
+    r, _, c, _ = tile_shape(shape, group_size)
+    if factors.shape != (r, c):
+        return element.decode(codes).mul_(spread_scale(factors, shape, group_size))
+    tiles, factors = as_tiles(codes, group_size), factors.view(r, 1, c, 1)
+    if codes.device.type != "cpu":
+        return from_tiles(element.decode(tiles).mul_(factors), shape)
+    values = torch.empty(tiles.shape)
+    for rows, inner in tile_rows(tiles, _CHUNK):
+        torch.mul(element.decode(tiles[rows, inner]), factors[rows], out=values[rows, inner])
+    return from_tiles(values, shape)

@@ -1,10 +1,12 @@
-"""The `auto_round` format, integer weights: `quant_method: "auto-round"` with GPTQ, AWQ or plain packing.
+"""The `auto_round` format: `quant_method: "auto-round"`, with GPTQ, AWQ or plain packing of integers.
 
-| layer | packing_format | zero points in the file |
+| integers | packing_format | zero points in the file |
 |---|---|---|
 | symmetric | auto_round:auto_gptq | 2**(bits-1) - 1 |
 | asymmetric, 4 bits | auto_round:auto_awq | as they are |
 | asymmetric, 2, 3 or 8 bits | auto_round | as they are, GPTQ layout |
+
+Small float types are laid out by `float_layouts` and described by `auto_round_float`.
 
 The packing is a function of the layer's own scheme, so tensors and config cannot disagree: a layer whose packing is not
 the default's says so in `extra_config`.
@@ -19,7 +21,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from auto_round.export.auto_round_float import FP8, accepted_group_size, float_packing, float_values, whole_group_size
 from auto_round.export.expert_names import packed_rules
+from auto_round.export.float_layouts import AUTO_ROUND, float_problem, is_float, short_group
 from auto_round.export.formats import OutputFormat, TensorSpecs, register_format
 from auto_round.export.model_rules import ModelRules
 from auto_round.export.packing.awq import pack_awq
@@ -39,13 +43,15 @@ ACTIVATION_KEYS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "ac
 
 def packing_of(scheme: QuantizationScheme) -> str:
     """The `packing_format` in which a layer of `scheme` is written."""
+    if is_float(scheme):
+        return float_packing(scheme)
     if scheme.sym:
         return GPTQ_PACKING
     return AWQ_PACKING if scheme.bits == 4 else PLAIN_PACKING
 
 
 def stored_group_size(scheme: QuantizationScheme) -> int:
-    """`group_size` as written: per tensor (0) becomes per channel (-1), with the scale repeated."""
+    """`group_size` of integers as written: per tensor (0) becomes per channel (-1), with the scale repeated."""
     assert isinstance(scheme.group_size, int)
     return scheme.group_size if scheme.group_size > 0 else -1
 
@@ -84,11 +90,13 @@ class AutoRoundFormat(OutputFormat):
     """Picks the packing of each layer by its scheme."""
 
     holds_cache_scales: ClassVar[bool] = True
-    # Fields that `extra_config` gives where a layer differs from the default.
-    layer_keys: ClassVar[tuple[str, ...]] = ("bits", "group_size", "sym", "data_type")
     support_schemes: ClassVar[tuple[str, ...]] = (
-        "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "BF16",
+        "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "MXFP4", "MXFP4_RCEIL", "MXFP8",
+        "MXFP8_RCEIL", "MXINT4", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "BF16",
     )  # fmt: skip
+
+    # Whether it takes small float types.
+    takes_floats: ClassVar[bool] = True
 
     def packing(self, scheme: QuantizationScheme) -> str:
         return packing_of(scheme)
@@ -96,8 +104,10 @@ class AutoRoundFormat(OutputFormat):
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
         if not scheme.quantizes_weights:
             return None
+        if is_float(scheme):
+            return float_problem(scheme) if self.takes_floats else "it holds integers only"
         if scheme.data_type != "int":
-            return f"data type {scheme.data_type!r} is not written by this version, only int"
+            return f"data type {scheme.data_type!r} has no layout here"
         if scheme.quantizes_activations:
             return "activations are quantized, and the integer layouts hold weights only"
         if scheme.super_bits is not None:
@@ -109,6 +119,8 @@ class AutoRoundFormat(OutputFormat):
         return None
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        if is_float(scheme):
+            return short_group(scheme, in_features)
         for what, size in (("in_features", in_features), ("out_features", out_features)):
             if size % SIZE_MULTIPLE:
                 return f"{what}={size} is not a multiple of {SIZE_MULTIPLE}"
@@ -118,6 +130,8 @@ class AutoRoundFormat(OutputFormat):
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
         bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
     ) -> TensorSpecs:  # fmt: skip
+        if is_float(scheme):
+            return AUTO_ROUND.file_specs(name, scheme, in_features, out_features, bias_dtype, model_dtype)
         groups = group_count(in_features, stored_group_size(scheme))
         out_words = words_needed(out_features, scheme.bits)
         if self.packing(scheme) == AWQ_PACKING:
@@ -134,6 +148,8 @@ class AutoRoundFormat(OutputFormat):
         return specs
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        if layer.element is not None:
+            return AUTO_ROUND.file_tensors(layer, model_dtype)
         assert layer.codes is not None and layer.scale is not None and layer.zero_point is not None
         scheme = layer.scheme
         groups = group_count(layer.in_features, stored_group_size(scheme))
@@ -166,11 +182,9 @@ class AutoRoundFormat(OutputFormat):
             return None
         default = default_scheme(plan)
         config: dict[str, Any] = {
-            "bits": default.bits,
-            "data_type": default.data_type,
-            "group_size": stored_group_size(default),
-            "sym": default.sym,
-            **{key: self._value(default, key) for key in ACTIVATION_KEYS if default.quantizes_activations},
+            **_values(default),
+            "group_size": accepted_group_size(default) if is_float(default) else stored_group_size(default),
+            **float_values(default),
             **plan.recorded_settings(),
             "autoround_version": plan.version,
             "block_name_to_quantize": plan.block_prefix(),
@@ -183,6 +197,13 @@ class AutoRoundFormat(OutputFormat):
             config["extra_config"] = extra
         return config
 
+    def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        """With the group size of blocks as it is, which vLLM's loader asks for and Transformers' refuses."""
+        config = self.config(plan)
+        if config is None or not is_float(default := default_scheme(plan)):
+            return config
+        return config | {"group_size": whole_group_size(default)}
+
     def _extra(
         self, plan: ExportPlan, name: str, default: QuantizationScheme, dense: Container[str]
     ) -> dict[str, Any]:  # fmt: skip
@@ -192,31 +213,36 @@ class AutoRoundFormat(OutputFormat):
         scheme = plan.layers[name]
         if not scheme.quantizes_weights:
             return {}
-        entry: dict[str, Any]
-        if not plan.in_block(name):
-            entry = {key: scheme[key] for key in scheme.get_attributes()}
-            entry["group_size"] = stored_group_size(scheme)
+        entry, usual = _values(scheme), {"act_bits": 16, **_values(default)}
+        if plan.in_block(name):
+            if not scheme.quantizes_activations:
+                entry["act_bits"] = 16
+            entry = {key: value for key, value in entry.items() if value != usual.get(key)}
         else:
-            values = {key: self._value(scheme, key) for key in self.layer_keys}
-            entry = {key: value for key, value in values.items() if value != self._value(default, key)}
+            entry = {key: scheme[key] for key in scheme.get_attributes()} | entry
         if self.packing(scheme) != self.packing(default):
             entry["packing_format"] = self.packing(scheme)
         # vLLM takes an entry without bits for a dense layer.
         return {"bits": scheme.bits, **entry} if entry else {}
 
-    @staticmethod
-    def _value(scheme: QuantizationScheme, key: str) -> Any:
-        if key == "group_size":
-            return stored_group_size(scheme)
-        if key in ACTIVATION_KEYS and scheme.activations is not None:
-            return getattr(scheme.activations, key.removeprefix("act_"))
-        return scheme[key]
+
+def _values(scheme: QuantizationScheme) -> dict[str, Any]:
+    """What a config says of one scheme, with the defaults of its activations filled in."""
+    found = {
+        "bits": scheme.bits, "data_type": scheme.data_type, "sym": scheme.sym,
+        "group_size": whole_group_size(scheme) if is_float(scheme) else stored_group_size(scheme),
+    }  # fmt: skip
+    activations = scheme.activations
+    if activations is not None:
+        found |= {key: getattr(activations, key.removeprefix("act_")) for key in ACTIVATION_KEYS}
+    return found
 
 
 @register_format("auto_round:auto_gptq")
 class AutoRoundGptqFormat(AutoRoundFormat):
     """Always GPTQ v1 packing: zero points are stored less one."""
 
+    takes_floats: ClassVar[bool] = False
     support_schemes: ClassVar[tuple[str, ...]] = (
         "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "BF16",
     )  # fmt: skip
@@ -237,6 +263,7 @@ class AutoRoundGptqModelFormat(AutoRoundGptqFormat):
 class AutoRoundAwqFormat(AutoRoundFormat):
     """Always AWQ packing, 4 bits only."""
 
+    takes_floats: ClassVar[bool] = False
     support_schemes: ClassVar[tuple[str, ...]] = ("W4A16", "BF16")
 
     def packing(self, scheme: QuantizationScheme) -> str:
@@ -246,4 +273,19 @@ class AutoRoundAwqFormat(AutoRoundFormat):
         reason = super().check_scheme(scheme)
         if reason is None and scheme.quantizes_weights and scheme.bits != 4:
             return f"the AWQ layout holds 4-bit weights, not {scheme.bits}-bit ones"
+        return reason
+
+
+@register_format("auto_round:fp8")
+class AutoRoundFp8Format(AutoRoundFormat):
+    """FP8 in two-dimensional blocks, and nothing else."""
+
+    support_schemes: ClassVar[tuple[str, ...]] = ("FP8_BLOCK",)
+
+    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
+        if scheme.quantizes_weights and not (is_float(scheme) and isinstance(scheme.group_size, tuple)):
+            return "it holds FP8 weights in two-dimensional blocks only"
+        reason = super().check_scheme(scheme)
+        if reason is None and scheme.quantizes_weights and self.packing(scheme) != FP8:
+            return "its activations are quantized dynamically"
         return reason

@@ -15,6 +15,8 @@ from typing import Any
 
 from auto_round.export.cache_scales import kv_cache_scheme
 from auto_round.export.compressed_tensors_families import compressed_tensors_rules
+from auto_round.export.compressed_tensors_float import float_format, float_inputs, float_weights
+from auto_round.export.float_layouts import is_float
 from auto_round.export.plan import ExportPlan
 from auto_round.schemes import QuantizationScheme
 
@@ -23,11 +25,15 @@ PACKED, PLAIN, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
 def format_of(scheme: QuantizationScheme) -> str:
     """The library's name of a layer's layout: packed words for weights alone, int8 next to quantized activations."""
+    if is_float(scheme):
+        return float_format(scheme)
     return PLAIN if scheme.quantizes_activations else PACKED
 
 
 def weight_arguments(scheme: QuantizationScheme) -> dict[str, Any]:
-    """The group's `weights`. Per-tensor scales are written per channel, repeated."""
+    """The group's `weights`. Per-tensor scales of integers are written per channel, repeated."""
+    if is_float(scheme):
+        return float_weights(scheme)
     assert isinstance(scheme.group_size, int)
     grouped = scheme.group_size > 0
     return {
@@ -45,6 +51,8 @@ def input_arguments(scheme: QuantizationScheme) -> dict[str, Any] | None:
     activations = scheme.activations
     if activations is None:
         return None
+    if is_float(scheme):
+        return float_inputs(scheme)
     size = activations.group_size
     assert isinstance(size, int)
     grouped = activations.dynamic and size > 0

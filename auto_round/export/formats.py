@@ -29,7 +29,7 @@ class OutputFormat(ABC):
     # Set by `register_format`.
     name: ClassVar[str] = ""
     # Whether the loader of `auto_round.inference` opens the files. What it opens is checked after saving by opening it;
-    # the tensors of other formats are taken apart by `read_back`.
+    # the tensors of other formats are taken apart by `read_layer`.
     loads_here: ClassVar[bool] = True
     # Runtimes that read the files and join layers (q, k and v; gate and up; experts) into one matrix.
     fused_by: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang")
@@ -90,9 +90,19 @@ class OutputFormat(ABC):
     ) -> Grid:  # fmt: skip
         """What `pack` was given, from what it returned: (codes uint8 [out, in], scale [out, groups], zero point).
 
-        Needed where `loads_here` is False.
+        What `read_layer` is made of for integers, unless a format overrides that.
         """
         raise TypeError(f"format {self.name!r} has no read_back, and auto_round's own loader does not open it")
+
+    def read_layer(
+        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
+        out_features: int,
+    ) -> QuantizedLayer:  # fmt: skip
+        """The whole layer that `pack` was given, from what it returned. Needed where `loads_here` is False."""
+        grid = self.read_back(name, scheme, tensors, in_features, out_features)
+        act_scale, act_zero_point = self.read_inputs(name, tensors)
+        scale = None if act_scale is None else torch.tensor(act_scale, dtype=torch.float32)
+        return QuantizedLayer(name, scheme, *grid, act_scale=scale, act_zero_point=act_zero_point)
 
     def rules(self, model_type: str) -> ModelRules:
         """What is special about models of this type (`model_type` of their config) in this format."""
@@ -111,6 +121,10 @@ class OutputFormat(ABC):
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """`quantization_config` for config.json, or None when the checkpoint is an ordinary dense one."""
 
+    def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        """What the `config_files` hold: `config`, unless their readers need another form of it."""
+        return self.config(plan)
+
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
         """config.json, from the model's own `values`."""
         quantization = self.config(plan)
@@ -123,6 +137,7 @@ _BUILT_IN = (
     "auto_round.export.gptq_format",
     "auto_round.export.awq_format",
     "auto_round.export.llm_compressor_format",
+    "auto_round.export.fp8_format",
     "auto_round.export.mlx_format",
     "auto_round.export.fake_format",
 )

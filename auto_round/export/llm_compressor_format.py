@@ -1,4 +1,6 @@
-"""The `llm_compressor` format for integers: checkpoints of the compressed-tensors library.
+"""The `llm_compressor` format: checkpoints of the compressed-tensors library.
+
+Small float types are described in `compressed_tensors_float` and laid out by `float_layouts`; integers here:
 
 | scheme | layout | tensors of a layer |
 |---|---|---|
@@ -16,9 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from auto_round.export.auto_round_format import ACTIVATION_KEYS, AutoRoundFormat, stored_group_size
+from auto_round.export.auto_round_format import AutoRoundFormat, stored_group_size
 from auto_round.export.compressed_tensors_config import PACKED, compressed_config, format_of
 from auto_round.export.compressed_tensors_families import compressed_tensors_rules
+from auto_round.export.compressed_tensors_float import float_layer_problem, float_scheme_problem
+from auto_round.export.float_layouts import COMPRESSED_TENSORS, is_float
 from auto_round.export.formats import Grid, OutputFormat, TensorSpecs, register_format
 from auto_round.export.model_rules import PLAIN, ModelRules
 from auto_round.export.packing.compressed_tensors import (
@@ -48,12 +52,15 @@ class CompressedTensorsFormat(OutputFormat):
     cache_scale_tail: ClassVar[tuple[int, ...]] = (1, 1)
     support_schemes: ClassVar[tuple[str, ...]] = (
         "W4A16", "W2A16", "W3A16", "W5A16", "W6A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "INT8",
-        "INT8_W8A8", "INT4", "BF16",
+        "INT8_W8A8", "INT4", "MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "NVFP4", "FPW8A16", "FP8_STATIC",
+        "FP8_BLOCK", "BF16",
     )  # fmt: skip
 
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
         if not scheme.quantizes_weights:
             return None
+        if is_float(scheme):
+            return float_scheme_problem(scheme)
         if scheme.data_type != "int":
             return f"data type {scheme.data_type!r} is not written by this version, only int"
         activations = scheme.activations
@@ -68,6 +75,8 @@ class CompressedTensorsFormat(OutputFormat):
         return None
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        if is_float(scheme):
+            return float_layer_problem(scheme, in_features)
         sizes = [("group size", scheme.group_size)]
         if scheme.activations is not None and scheme.activations.dynamic:
             sizes.append(("activation group size", scheme.activations.group_size))
@@ -80,6 +89,8 @@ class CompressedTensorsFormat(OutputFormat):
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
         bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
     ) -> TensorSpecs:  # fmt: skip
+        if is_float(scheme):
+            return COMPRESSED_TENSORS.file_specs(name, scheme, in_features, out_features, bias_dtype, model_dtype)
         groups = group_count(in_features, stored_group_size(scheme))
         specs: TensorSpecs = {}
         if format_of(scheme) == PACKED:
@@ -102,6 +113,8 @@ class CompressedTensorsFormat(OutputFormat):
         return specs
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        if layer.element is not None:
+            return COMPRESSED_TENSORS.file_tensors(layer, model_dtype)
         assert layer.codes is not None and layer.scale is not None and layer.zero_point is not None
         scheme, out = layer.scheme, layer.out_features
         groups = group_count(layer.in_features, stored_group_size(scheme))
@@ -143,6 +156,15 @@ class CompressedTensorsFormat(OutputFormat):
             zero = middle if zeros is None else stored_codes(zeros, scheme.bits)
         return codes, scale, zero
 
+    def read_layer(
+        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
+        out_features: int,
+    ) -> QuantizedLayer:  # fmt: skip
+        if not is_float(scheme):
+            return super().read_layer(name, scheme, tensors, in_features, out_features)
+        found = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
+        return COMPRESSED_TENSORS.read(name, scheme, found, in_features, out_features)
+
     def rules(self, model_type: str) -> ModelRules:
         return compressed_tensors_rules(model_type)
 
@@ -158,8 +180,10 @@ class CompressedTensorsFormat(OutputFormat):
 class AutoRoundLlmCompressorFormat(AutoRoundFormat):
     """The same tensors with an `auto-round` config: Transformers opens them with this package alone."""
 
-    support_schemes: ClassVar[tuple[str, ...]] = ("INT8", "INT8_W8A8")
-    layer_keys: ClassVar[tuple[str, ...]] = (*AutoRoundFormat.layer_keys, *ACTIVATION_KEYS)
+    support_schemes: ClassVar[tuple[str, ...]] = (
+        "INT8", "INT8_W8A8", "MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "NVFP4", "FPW8A16", "FP8_STATIC",
+        "FP8_BLOCK",
+    )  # fmt: skip
     takes_conv1d: ClassVar[bool] = False
     tensors: ClassVar[CompressedTensorsFormat] = CompressedTensorsFormat()
 

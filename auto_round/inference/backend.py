@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
 from auto_round.inference.config_reader import INT8_BITS, LayerFormat
 
+SCALED_MM = "auto_round:scaled_mm"
 _HALF = ("bfloat16", "float16")
 _ALL = ("float32", "float16", "bfloat16")
 _GPTQ = ("gptq", "gptq_zp+-1")
@@ -21,8 +22,9 @@ class Backend:
 
     Attributes:
         name: as a user writes it in `AutoRoundConfig(backend=...)`.
-        devices, bits, dtypes, packings: what it can run; packings are gptq, gptq_zp+-1, awq, mlx and int8.
+        devices, bits, dtypes, packings: what it can run; packings are those of `LayerFormat.packing`.
         priority: the highest that can run a layer is chosen.
+        capability: compute capability that a CUDA device must have at least.
         requirements: packages it needs.
         built: whether this version holds it.
         group: the name by which it can be asked for together with its siblings.
@@ -37,6 +39,7 @@ class Backend:
     requirements: tuple[str, ...] = ()
     built: bool = False
     group: str = ""
+    capability: tuple[int, int] | None = None
 
     def refuses(self, fmt: LayerFormat, device: str) -> str | None:
         """None when it can run a layer of this format on this device, or the reason why not."""
@@ -48,6 +51,8 @@ class Backend:
             return f"runs {', '.join(map(str, self.bits))} bits, not {fmt.bits}"
         if fmt.packing not in self.packings:
             return f"reads packing {', '.join(self.packings)}, not {fmt.packing}"
+        if self.capability is not None and not _has_capability(self.capability):
+            return f"needs a device of compute capability {'.'.join(map(str, self.capability))}"
         return None
 
 
@@ -61,6 +66,18 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("auto_round:torch_awq", _TORCH_DEVICES, (4,), _ALL, 0, ("awq",), built=True, group="torch"),
     Backend("auto_round:torch_int8", _TORCH_DEVICES, INT8_BITS, _ALL, 0, ("int8",), built=True, group="torch"),
     Backend("auto_round:torch_mlx", _TORCH_DEVICES, (2, 3, 4, 5, 6, 8), _ALL, 0, ("mlx",), built=True, group="torch"),
+    *(
+        Backend(f"auto_round:torch_{name}", _TORCH_DEVICES, (bits,), _ALL, 0, packings, built=True, group="torch")
+        for name, bits, packings in (
+            ("mxfp4", 4, ("mxfp4",)),
+            ("mxint4", 4, ("mxint4",)),
+            ("nvfp4", 4, ("nvfp4",)),
+            ("mxfp8", 8, ("mxfp8",)),
+            ("fp8", 8, ("fp8", "fp8_block")),
+            ("fp8_static", 8, ("fp8_static",)),
+        )
+    ),
+    Backend(SCALED_MM, ("cuda",), (8,), _ALL, 4, ("fp8_static",), built=True, capability=(8, 9)),
     Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK),
     Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK, group="ark"),
     Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL),
@@ -152,9 +169,17 @@ def list_backends() -> list[BackendRow]:
     ]
 
 
+def _has_capability(wanted: tuple[int, int]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= wanted
+
+
 def _usable(backend: Backend, here: tuple[str, ...]) -> tuple[bool, str]:
     if not backend.built:
         return False, "not part of this version"
+    if backend.capability is not None and not _has_capability(backend.capability):
+        return False, f"no device of compute capability {'.'.join(map(str, backend.capability))} is here"
     found = [device for device in backend.devices if device in here]
     return (True, f"on {', '.join(found)}") if found else (False, f"none of {', '.join(backend.devices)} is here")
 

@@ -1,4 +1,5 @@
-"""What a checkpoint's `quantization_config` says about each layer: AutoRound's own, GPTQ's and AWQ's vocabulary.
+"""What a checkpoint's `quantization_config` says about each layer: AutoRound's own, GPTQ's and AWQ's vocabulary, and
+that of FP8 in blocks. Layers of small float types are read by `float_config`.
 
 GPTQ and AWQ configs arrive through Transformers' `AutoRoundConfig`, which renames their method and keeps their keys;
 so the vocabulary is told by the keys.
@@ -13,6 +14,15 @@ from typing import Any
 
 from auto_round.data_type.activation import activation_function
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
+from auto_round.export.float_layouts import AUTO_ROUND, Naming
+from auto_round.inference.float_config import (
+    described,
+    float_scheme,
+    layout_name,
+    naming_of,
+    native_fp8,
+    says_float,
+)
 from auto_round.schemes import ActivationScheme, QuantizationScheme
 
 INT_BITS = (2, 3, 4, 8)
@@ -43,11 +53,13 @@ class LayerFormat:
 
     Attributes:
         bits: 2, 3, 4 or 8; in the MLX layout 5 and 6 too.
-        group_size: along the input dimension; -1 is one group per output channel.
+        group_size: along the input dimension; -1 is one group per output channel, or what `scheme` says.
         sym: whether the zero point is the same for all groups.
-        layout: "gptq", "awq", "mlx" or "int8".
+        layout: "gptq", "awq", "mlx" or "int8"; of small float types such as "mxfp4", see `layout_name`.
         zero_offset: what was subtracted from the stored zero points, modulo 2**bits.
         activation: how the layer's inputs are quantized; None leaves them as they are.
+        scheme: of a layer of a small float type, else None.
+        naming: how such a layer's tensors are called.
     """
 
     bits: int
@@ -56,10 +68,12 @@ class LayerFormat:
     layout: str
     zero_offset: int
     activation: ActivationScheme | None = None
+    scheme: QuantizationScheme | None = None
+    naming: Naming = AUTO_ROUND
 
     @property
     def packing(self) -> str:
-        """The guide's name: gptq, gptq_zp+-1, awq, mlx or int8."""
+        """The guide's name: gptq, gptq_zp+-1, awq, mlx or int8; of small float types the layout's."""
         return f"{self.layout}_zp+-1" if self.zero_offset else self.layout
 
 
@@ -134,20 +148,24 @@ def read_config(config: Any) -> CheckpointConfig:
         UnsupportedError: a data type, packing, rotation or activation scheme that this version cannot run.
         ConfigError: malformed values.
     """
-    values = _plain(config)
+    values = native_fp8(_plain(config))
     packing = _packing_name(values)
-    layout, offset = _packing(packing)
+    is_fp8 = str(values.get("quant_method")).rpartition(".")[2].lower() == "fp8"
+    layout, offset = ("float", 0) if says_float(values) else _packing(packing)
     if layout == "gptq" and values.get("checkpoint_format") == "gptq_v2":
         offset = 0
     awq_keys = [key for key in ("modules_to_not_convert", "version", "zero_point") if key in values]
     is_awq = layout == "awq" and bool(awq_keys)
     sym = not values["zero_point"] if "zero_point" in awq_keys and is_awq else values.get("sym", True)
-    default = LayerFormat(
-        _whole(values, "bits", 4), _group_size(values.get("group_size", 128), "the checkpoint"),
-        bool(sym), layout, offset, _activation(values, layout, "the checkpoint"),
-    )  # fmt: skip
-    _check_values(values, "the checkpoint")
-    _check_bits(default.bits, layout, "the checkpoint")
+    if says_float(values):
+        default = _float_format(values, "the checkpoint")
+    else:
+        default = LayerFormat(
+            _whole(values, "bits", 4), _group_size(values.get("group_size", 128), "the checkpoint"),
+            bool(sym), layout, offset, _activation(values, layout, "the checkpoint"),
+        )  # fmt: skip
+        _check_values(values, "the checkpoint")
+        _check_bits(default.bits, layout, "the checkpoint")
     for key in ("rotation_config", "spinquant_config"):
         if values.get(key):
             raise UnsupportedError(
@@ -155,11 +173,11 @@ def read_config(config: Any) -> CheckpointConfig:
                 "quantize the model without a rotation"
             )
     prefixes = next((found for key in _BLOCK_KEYS if (found := _names(values.get(key)))), ())
-    excluded = _names(values.get("modules_to_not_convert")) if is_awq else ()
+    excluded = _names(values.get("modules_to_not_convert")) if is_awq or is_fp8 else ()
     return CheckpointConfig(
         default=default,
         block_prefixes=prefixes,
-        everywhere=is_awq,
+        everywhere=is_awq or is_fp8,
         g_idx=layout == "gptq" and ("desc_act" in values or packing.endswith("gptqmodel")),
         backend=str(values.get("backend") or "auto"),
         extra=_mapping(values, "extra_config"),
@@ -174,6 +192,8 @@ def is_foreign(config: Any) -> bool:
     """Whether a `quantization_config` is written in the words of GPTQ or AWQ."""
     values = _plain(config)
     method = str(values.get("quant_method") or "").rpartition(".")[2].lower()
+    if method == "fp8":
+        return False
     return method in ("gptq", "awq") or any(values.get(key) is not None for key in FOREIGN_KEYS)
 
 
@@ -210,6 +230,11 @@ def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> Laye
     bits = _whole(values, "bits", default.bits)
     if bits >= 16:
         return None
+    inherited = {} if default.scheme is None else described(default.scheme, default.naming)
+    if says_float(inherited | values):
+        return _float_format(inherited | values, f"layer {name}")
+    if default.scheme is not None:
+        default = _INTEGERS
     _check_values(values, f"layer {name}")
     layout, offset = default.layout, default.zero_offset
     if "packing_format" in values:
@@ -220,6 +245,18 @@ def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> Laye
         group_size=_group_size(values.get("group_size", default.group_size), f"layer {name}"),
         activation=_activation({**_activation_values(default.activation), **values}, layout, f"layer {name}"),
     )  # fmt: skip
+
+
+def _float_format(values: Mapping[str, Any], where: str) -> LayerFormat:
+    scheme = float_scheme(values, where)
+    size = scheme.group_size if isinstance(scheme.group_size, int) else scheme.group_size[1]
+    return LayerFormat(
+        scheme.bits, size or -1, scheme.sym, layout_name(scheme), 0, scheme.activations, scheme, naming_of(values)
+    )
+
+
+# What an entry about integers starts from when the default is a float type.
+_INTEGERS = LayerFormat(4, 128, True, "gptq", 1)
 
 
 def _check_bits(bits: int, layout: str, where: str) -> None:

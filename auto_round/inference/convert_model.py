@@ -10,18 +10,16 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.export.packing.mlx import bias_storage_dtype
 from auto_round.inference.backend import choose_backend, device_kind
+from auto_round.inference.build_layer import PACKED_LEAVES, TENSORS, build_layer, layout_problem, layout_shapes
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
-from auto_round.inference.int8_linear import Int8Linear, int8_shapes
+from auto_round.inference.float_linear import FloatLinear
 from auto_round.inference.kv_scales import accept_cache_scales
-from auto_round.inference.mlx_linear import MlxLinear, mlx_packable, mlx_shapes
 from auto_round.inference.packed_linear import PackedLinear
-from auto_round.inference.qlinear import QuantLinear, expected_shapes, packable
+from auto_round.inference.qlinear import QuantLinear
 from auto_round.inference.restate import restate_config
 from auto_round.inference.stored_names import StoredNames, checkpoint_tensors, read_names
 from auto_round.logger import logger
@@ -64,7 +62,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         choice = choose_backend(fmt, target_device, config.backend)
         for reason in choice.passed_over if not used else ():
             logger.debug("backend passed over: %s", reason)
-        _replace(model, name, fmt, config, files)
+        _replace(model, name, fmt, config, files, choice.backend.name)
         used[choice.backend.name] += 1
     _untie(model, layers)
     accept_cache_scales(model, stored_config, files)
@@ -141,8 +139,8 @@ def _stored_layers(
 
 def _is_packed(name: str, files: dict[str, StoredTensor]) -> bool:
     """Whether the files hold the layer packed: GPTQ's and AWQ's layouts have a `qweight`, MLX's a `weight` of words
-    and int8 ones a `weight_scale`."""
-    if f"{name}.weight_scale" in files:
+    and the others a `weight_scale` or `weight_scale_inv`."""
+    if f"{name}.weight_scale" in files or f"{name}.weight_scale_inv" in files:
         return True
     if f"{name}.qweight" in files:
         return f"{name}.weight" not in files
@@ -150,18 +148,17 @@ def _is_packed(name: str, files: dict[str, StoredTensor]) -> bool:
 
 
 def _replace(
-    model: nn.Module, name: str, fmt: LayerFormat, config: CheckpointConfig, files: dict[str, StoredTensor] | None
-) -> None:
+    model: nn.Module, name: str, fmt: LayerFormat, config: CheckpointConfig, files: dict[str, StoredTensor] | None,
+    backend: str,
+) -> None:  # fmt: skip
     old = model.get_submodule(name)
     weight = weight_2d(old)
     out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
-    mlx, int8 = fmt.layout == "mlx", fmt.layout == "int8"
-    reason = None if int8 else mlx_packable(in_features, fmt) if mlx else packable(in_features, out_features, fmt)
+    reason = layout_problem(fmt, in_features, out_features)
     if reason is not None:
         raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
-    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in _TENSORS if f"{name}.{t}" in files}
-    shapes = (int8_shapes if int8 else mlx_shapes if mlx else expected_shapes)(in_features, out_features, fmt)
-    for tensor_name, shape in shapes.items():
+    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in TENSORS if f"{name}.{t}" in files}
+    for tensor_name, shape in layout_shapes(fmt, in_features, out_features).items():
         if stored and tensor_name not in stored:
             raise ModelError(_missing(f"{name}.{tensor_name}"))
         if stored and stored[tensor_name].shape != shape:
@@ -169,35 +166,13 @@ def _replace(
                 f"tensor {name}.{tensor_name} has shape {list(stored[tensor_name].shape)}, but its "
                 f"quantization_config ({fmt.bits} bits, group size {fmt.group_size}) asks for {list(shape)}"
             )
-    has_bias = getattr(old, "bias", None) is not None
-    scale_dtype = next((stored[t].dtype for t in ("scales", "weight_scale") if t in stored), torch.float16)
-    new: PackedLinear
-    if int8:
-        inputs = stored["input_scale"].dtype if "input_scale" in stored else None
-        new = Int8Linear(
-            in_features, out_features, fmt, bias=has_bias, dtype=weight.dtype, scale_dtype=scale_dtype,
-            input_scale_dtype=inputs, device=weight.device,
-        )  # fmt: skip
-    elif mlx:
-        new = MlxLinear(
-            in_features, out_features, fmt, bias=has_bias, dtype=weight.dtype, scale_dtype=scale_dtype,
-            biases_dtype=stored["biases"].dtype if stored else bias_storage_dtype(fmt.sym, scale_dtype),
-            device=weight.device,
-        )  # fmt: skip
-    else:
-        new = QuantLinear(
-            in_features, out_features, fmt, bias=has_bias, g_idx="g_idx" in stored if stored else config.g_idx,
-            dtype=weight.dtype, scale_dtype=scale_dtype, device=weight.device,
-        )  # fmt: skip
+    dtypes = {leaf: tensor.dtype for leaf, tensor in stored.items()}
+    new = build_layer(fmt, weight, getattr(old, "bias", None) is not None, dtypes, config.g_idx, backend)
+    if isinstance(new, FloatLinear):
+        new.check_dtypes(name, dtypes)
     new.train(old.training)
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
-
-
-_TENSORS = (
-    "qweight", "qzeros", "scales", "g_idx", "bias", "weight", "biases", "weight_scale", "weight_zero_point",
-    "input_scale", "input_zero_point",
-)  # fmt: skip
 
 
 def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNames) -> None:
@@ -220,7 +195,7 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNam
 def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames) -> bool:
     inside = [key for key in stored.tensors or () if key.startswith(f"{name}.")]
     if inside:
-        return any(key.endswith((".qweight", ".scales", ".weight_scale")) for key in inside)
+        return any(key.endswith(PACKED_LEAVES) for key in inside)
     first = f"{name}.0.{stored.expert_leaves(f'{name}.0').down}"
     in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
     return config.layer(first, in_block, stored.config_names(first)) is not None

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
-from torch import nn
 
 from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.errors import ModelError
 from auto_round.export.packing.compressed_tensors import stored_codes
-from auto_round.inference.compute import compute_dtype_for
 from auto_round.inference.config_reader import LayerFormat
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.quantized_layer import dequantize_codes, group_count
@@ -24,8 +20,8 @@ class Int8Linear(PackedLinear):
     inputs, `bias` [out] in the model's dtype. Scales keep the file's dtype when the module is cast.
     """
 
-    words: ClassVar[str] = "weight"
-    kept: ClassVar[tuple[str, ...]] = ("weight_scale", "input_scale")
+    words: str = "weight"
+    kept: tuple[str, ...] = ("weight_scale", "input_scale")
     weight: torch.Tensor
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor | None
@@ -85,13 +81,8 @@ class Int8Linear(PackedLinear):
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:
         return self.dequantize(dtype).T
 
-    # As an ordinary linear layer computes it, to the last bit: rounding inputs to codes magnifies any difference.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        step = self.activation
-        x = x if step is None else step(x)
-        compute = compute_dtype_for(x.device, x.dtype)
-        bias = None if self.bias is None else self.bias.to(compute)
-        return nn.functional.linear(x.to(compute), self.dequantize(compute), bias).to(x.dtype)
+        return self.linear(x)
 
 
 def int8_shapes(in_features: int, out_features: int, fmt: LayerFormat) -> dict[str, tuple[int, ...]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 
 from auto_round.errors import ModelError
@@ -22,8 +20,8 @@ class MlxLinear(PackedLinear):
     in the model's dtype.
     """
 
-    words: ClassVar[str] = "weight"
-    kept: ClassVar[tuple[str, ...]] = ("scales", "biases")
+    words: str = "weight"
+    kept: tuple[str, ...] = ("scales", "biases")
     weight: torch.Tensor
     scales: torch.Tensor
     biases: torch.Tensor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,6 +11,8 @@ from torch import nn
 from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.inference.config_reader import LayerFormat
+from auto_round.quantized_layer import QuantizedLayer
+from auto_round.schemes import QuantizationScheme
 
 
 class PackedLinear(nn.Module):
@@ -23,8 +24,8 @@ class PackedLinear(nn.Module):
             would damage every weight.
     """
 
-    words: ClassVar[str]
-    kept: ClassVar[tuple[str, ...]]
+    words: str
+    kept: tuple[str, ...]
     in_features: int
     out_features: int
     format: LayerFormat
@@ -40,6 +41,16 @@ class PackedLinear(nn.Module):
     @abstractmethod
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The exact (codes uint8 [out, in], scales [out, groups] as stored, zero points uint8 [out, groups])."""
+
+    def layer(self, name: str) -> QuantizedLayer:
+        """What the buffers hold, as it was before it was packed; without the bias."""
+        codes, scale, zero = self.unpack()
+        step = self.activation
+        return QuantizedLayer(
+            name, QuantizationScheme(bits=self.bits, group_size=self.format.group_size, sym=self.format.sym), codes,
+            scale, zero, act_scale=None if step is None else step.scale,
+            act_zero_point=None if step is None else step.zero_point,
+        )  # fmt: skip
 
     @abstractmethod
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -64,6 +75,15 @@ class PackedLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(compute)
         return y.to(x.dtype)
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer on inputs that are quantized first: as an ordinary linear layer computes it, to the last bit,
+        because rounding inputs to codes magnifies any difference."""
+        step = self.activation
+        x = x if step is None else step(x)
+        compute = compute_dtype_for(x.device, x.dtype)
+        bias = None if self.bias is None else self.bias.to(compute)
+        return nn.functional.linear(x.to(compute), self.dequantize(compute), bias).to(x.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         before = {name: tensor for name in self.kept if (tensor := getattr(self, name)) is not None}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import lcm
-from typing import ClassVar
 
 import torch
 
@@ -30,8 +29,8 @@ class QuantLinear(PackedLinear):
         UnsupportedError: the shape does not fill whole words.
     """
 
-    words: ClassVar[str] = "qweight"
-    kept: ClassVar[tuple[str, ...]] = ("scales",)
+    words: str = "qweight"
+    kept: tuple[str, ...] = ("scales",)
     qweight: torch.Tensor
     qzeros: torch.Tensor
     scales: torch.Tensor

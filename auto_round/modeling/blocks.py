@@ -112,7 +112,7 @@ def _collect(module: nn.Module, name: str, found: list[tuple[int, int, str]]) ->
         _collect(child, f"{name}.{child_name}" if name else child_name, found)
 
 
-_SCALES = ("scales", "weight_scale")  # what packed linear layers call theirs
+_SCALES = ("scales", "weight_scale", "weight_scale_inv")  # what packed linear layers call theirs
 
 
 def _multiplies(block: nn.Module) -> bool:

@@ -23,15 +23,16 @@ FUSED_SUFFIXES: tuple[frozenset[str], ...] = (
 _EXPERT = re.compile(r"^(?P<parent>.*\bexperts)\.\d+\.(?P<leaf>[^.]+)$")
 
 
-def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+def fused_groups(names: Iterable[str], across_experts: bool = True) -> list[tuple[str, ...]]:
     """Groups of two or more of the linear layers `names` that runtimes fuse, each in the order given.
 
     The layers of one group have the same parent, such as `model.layers.0.self_attn.{q,k,v}_proj`. All gate and up
-    projections of the experts of one block are one group, their down projections another.
+    projections of the experts of one block are one group, their down projections another; with `across_experts=False`
+    each expert is by itself.
     """
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
-        expert = _EXPERT.match(name)
+        expert = _EXPERT.match(name) if across_experts else None
         parent, leaf = (expert["parent"] + ".*", expert["leaf"]) if expert else _split(name)
         for suffixes in FUSED_SUFFIXES:
             if leaf in suffixes:

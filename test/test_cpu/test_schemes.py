@@ -112,6 +112,10 @@ def test_what_is_no_scheme_is_refused(value: Any) -> None:
 
 def test_spellings_of_data_types() -> None:
     assert QuantizationScheme(data_type="MXFP").data_type == "mx_fp"
+    both = QuantizationScheme(data_type="mxfp8", act_bits=4, act_data_type="MXFP8_rceil")
+    assert (both.data_type, both.bits, both.act_data_type, both.act_bits) == ("mx_fp", 8, "mx_fp_rceil", 8)
+    assert QuantizationScheme(16, data_type="nvfp4", act_bits=16, act_data_type="fp8").bits == 16
+    assert QuantizationScheme(data_type="nvfp4").to_dict()["data_type"] == "nv_fp"
     assert QuantizationScheme(group_size=[128, 64]).group_size == (128, 64)  # type: ignore[arg-type]
 
 

@@ -26,6 +26,8 @@ class LayerTask:
         bias: [out] in the model's own dtype, or None.
         transposed: the module stores [in, out].
         activation: how the layer's inputs are quantized, or None.
+        global_scale: float32 scalar that layers which runtimes join share (NVFP4); None: the layer's own, if its type
+            has one.
     """
 
     name: str
@@ -36,6 +38,7 @@ class LayerTask:
     bias: torch.Tensor | None = None
     transposed: bool = False
     activation: ActivationQuantizer | None = None
+    global_scale: torch.Tensor | None = None
 
 
 RunBlock = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]

@@ -8,6 +8,7 @@ import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.data_type import get_quant_func
+from auto_round.data_type.float_family import FloatFamily, encode, float_family
 from auto_round.data_type.int import IntGrid, to_codes
 from auto_round.data_type.utils import reshape_pad_tensor_by_group_size
 from auto_round.errors import NumericsError
@@ -20,6 +21,11 @@ _ROWS = 1 << 17  # weights rounded at a time: stays in cache, and no float32 cop
 def is_integer(scheme: QuantizationScheme) -> bool:
     """True for the built-in integer type with one-dimensional groups, whose codes are stored."""
     return scheme.data_type == "int" and isinstance(scheme.group_size, int)
+
+
+def small_float(scheme: QuantizationScheme) -> FloatFamily | None:
+    """The built-in small float type of a scheme, whose codes are stored, or None."""
+    return float_family(scheme.data_type, scheme.bits)
 
 
 def as_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -82,11 +88,39 @@ def integer_layer(task: LayerTask, grid: IntGrid, v: torch.Tensor | None, scale_
     )  # fmt: skip
 
 
+def float_layer(
+    task: LayerTask, family: FloatFamily, scale: torch.Tensor | None = None, v: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> QuantizedLayer:  # fmt: skip
+    """Codes of a weight in small floats.
+
+    Args:
+        task: the layer; `task.weight` is [out, in].
+        scale: stored scales, one a tile, in any shape; None takes the type's rule.
+        v: rounding offsets [R, M, C, N] (see `data_type.tiles`) in units of the element's step, or None.
+        global_scale: under which `scale` was chosen; None takes the task's, or the weight's own.
+
+    Raises:
+        NumericsError: a scale is not finite.
+    """
+    given = task.global_scale if global_scale is None else global_scale
+    found = encode(task.weight, family, task.scheme.group_size, scale=scale, v=v, global_scale=given)
+    if not bool(torch.isfinite(found.scale).all()):
+        raise NumericsError(f"layer {task.name}: NaN or Inf in the weights or their scales; check the layer's weights")
+    bias = None if task.bias is None else task.bias.cpu()
+    return QuantizedLayer(
+        task.name, task.scheme, found.codes.cpu(), found.scale.cpu(), 0, bias=bias, transposed=task.transposed,
+        element=family.element.name,
+        global_scale=None if found.global_scale is None else found.global_scale.cpu(), **_inputs(task),
+    )  # fmt: skip
+
+
 def _inputs(task: LayerTask) -> dict[str, Any]:
     """What is stored of the quantization of a layer's inputs."""
     if task.activation is None:
         return {}
-    return {"act_scale": task.activation.scale, "act_zero_point": task.activation.zero_point}
+    step = task.activation
+    return {"act_scale": step.scale, "act_zero_point": step.zero_point, "act_global_scale": step.global_scale}
 
 
 def function_layer(task: LayerTask, scale_dtype: torch.dtype, **learned: torch.Tensor) -> QuantizedLayer:

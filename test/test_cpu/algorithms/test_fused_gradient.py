@@ -9,8 +9,9 @@ import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import start_grid
-from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank, stack_tasks
-from auto_round.algorithms.quantization.sign_round.integer_linear import IntegerTuningLinear
+from auto_round.algorithms.quantization.sign_round.bank_linear import BankLinear
+from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
+from auto_round.algorithms.quantization.sign_round.layer_bank import stack_tasks
 from auto_round.schemes import QuantizationScheme
 
 
@@ -36,7 +37,7 @@ def layer_of(weight: torch.Tensor, bias: torch.Tensor | None, scheme: Quantizati
     task = LayerTask("layer", module, weight, scheme, bias=bias)
     grid = start_grid(task, False, torch.float32)
     bank = IntegerBank([task], [grid], torch.float32, torch.float32, **kw)
-    return bank, IntegerTuningLinear(bank, 0)
+    return bank, BankLinear(bank, 0)
 
 
 def reference(bank: Any, linear: Any, x: torch.Tensor, target: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
@@ -121,7 +122,7 @@ def test_layers_in_one_bank_move_as_each_alone(kw: Any) -> None:
     x, target = torch.randn(9, 13), torch.randn(9, 6)
     for step in range(3):
         for index in range(2):  # no token reaches the third
-            for layer in (IntegerTuningLinear(together, index), IntegerTuningLinear(alone[index], 0)):
+            for layer in (BankLinear(together, index), BankLinear(alone[index], 0)):
                 (layer(x) - target[:, : weights[index].shape[0]]).square().sum().backward()
         for bank in (together, *alone):
             bank.step(0.1 / (step + 1), 0.05)
@@ -161,7 +162,7 @@ def test_what_is_tuned_is_what_is_written() -> None:
         module = torch.nn.Linear(columns, 6)
         task = LayerTask("layer", module, module.weight.detach(), QuantizationScheme(4, size, sym))
         bank = IntegerBank([task], [start_grid(task, True, torch.float16)], torch.float32, torch.float16)
-        layer = IntegerTuningLinear(bank, 0)
+        layer = BankLinear(bank, 0)
         for _ in range(5):
             (layer(torch.randn(9, columns)) - torch.randn(9, 6)).square().mean().backward()
             bank.step(0.1, 0.1)

@@ -26,7 +26,9 @@ def test_schemes(capsys: pytest.CaptureFixture[str]) -> None:
     assert {line.split()[0] for line in lines if not line.startswith(" ")} >= set(PRESET_SCHEMES)
     w4 = next(line for line in lines if line.startswith("W4A16 "))
     assert "int4 g128 sym" in w4 and "auto_round" in w4
-    assert "not yet: data type nv_fp" in next(line for line in lines if line.startswith("NVFP4 "))
+    assert "not yet: data type int_asym_dq" in next(line for line in lines if line.startswith("GGUF:Q4_K_M "))
+    for preset in ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXINT4", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK"):
+        assert "not yet" not in next(line for line in lines if line.startswith(f"{preset} "))
     assert "auto_round:llm_compressor, fake" in next(line for line in lines if line.startswith("INT8 "))
 
 

@@ -29,6 +29,7 @@ SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().paren
 BUILT = sorted([
     "auto_round", "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:mlx", "fake",
     "auto_gptq", "gptqmodel", "auto_awq", "mlx", "llm_compressor", "auto_round:llm_compressor",
+    "auto_round:fp8", "fp8",
 ])  # fmt: skip
 
 
@@ -71,7 +72,8 @@ def test_the_guides_table() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "reason"), [
-    (PRESET_SCHEMES["MXFP4"], "data type 'mx_fp'"), (PRESET_SCHEMES["INT8"], "activations"), (Scheme(bits=7), "7 bits"),
+    (Scheme(6, 32, data_type="mx_fp"), "data type 'mx_fp'"), (PRESET_SCHEMES["INT8"], "activations"),
+    (Scheme(bits=7), "7 bits"),
     (Scheme(group_size=(128, 128)), "block"), (PRESET_SCHEMES["GGUF:Q4_K_M"], "data type"),
     (Scheme(super_bits=6, super_group_size=8), "doubly"),
 ])  # fmt: skip

@@ -302,7 +302,7 @@ def test_packed_tensors_that_the_config_calls_dense(
     ("change", "error", "text"),
     [
         ({"packing_format": "auto_round:fp8"}, UnsupportedError, "auto_round:fp8"),
-        ({"data_type": "mx_fp"}, UnsupportedError, "mx_fp"),
+        ({"data_type": "mx_fp", "bits": 6}, UnsupportedError, "mx_fp"),
         ({"act_bits": 8}, UnsupportedError, "activations to 8 bits"),
         ({"rotation_config": {"block_size": 32}}, UnsupportedError, "rotation_config"),
         ({"backend": "marlin"}, UnsupportedError, "gptqmodel"),

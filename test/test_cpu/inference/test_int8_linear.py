@@ -80,5 +80,5 @@ def test_configs() -> None:
     a, c = layers["a"], layers["c"]
     assert a and a.activation and not a.activation.dynamic and a.activation.bits == 8
     assert c and c.bits == 4 and c.activation == config.default.activation
-    with pytest.raises(UnsupportedError, match="activations of data type 'mx_fp'"):
-        read_config(CONFIG | {"act_data_type": "mx_fp"})
+    with pytest.raises(UnsupportedError, match="activations of data type 'mx_fq'"):
+        read_config(CONFIG | {"act_data_type": "mx_fq"})

@@ -20,3 +20,9 @@ def test_experts_of_a_block_are_one_tensor_per_side() -> None:
 
 def test_layers_of_different_blocks_do_not_meet() -> None:
     assert fused_groups(["l.0.q_proj", "l.1.k_proj", "fc1", "fc2"]) == []
+
+
+def test_each_expert_by_itself() -> None:
+    experts = [f"mlp.experts.{i}.{leaf}" for i in range(2) for leaf in ("gate_proj", "up_proj", "down_proj")]
+    assert fused_groups(experts, across_experts=False) == [tuple(experts[:2]), tuple(experts[3:5])]
+    assert len(fused_groups(experts)) == 2

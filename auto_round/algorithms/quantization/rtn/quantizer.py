@@ -7,13 +7,17 @@ import torch
 from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
 from auto_round.algorithms.quantization.layer_codes import (
     as_groups,
+    float_layer,
     function_layer,
     importance_groups,
     integer_layer,
     is_integer,
+    small_float,
 )
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.rtn.float_search import search_scales
 from auto_round.algorithms.quantization.rtn.search import search_grid
+from auto_round.data_type.float_family import FloatFamily, encode
 from auto_round.data_type.int import IntGrid, integer_grid
 from auto_round.quantized_layer import QuantizedLayer
 
@@ -29,8 +33,21 @@ def start_grid(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> In
     return search_grid(groups, scheme.bits, scheme.sym, importance, scale_dtype)
 
 
+def start_scales(task: LayerTask, family: FloatFamily, optimized: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(stored scales, global scale) of a layer of small floats before any tuning: searched, or by the type's rule."""
+    given = family.global_scale(task.weight, task.global_scale)
+    importance = task.importance if optimized else None
+    if optimized:
+        return search_scales(task.weight, family, task.scheme.group_size, importance, given), given
+    return encode(task.weight, family, task.scheme.group_size, global_scale=given).scale, given
+
+
 def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantizedLayer:
     """One layer rounded to nearest."""
+    family = small_float(task.scheme)
+    if family is not None:
+        scale, given = start_scales(task, family, optimized)
+        return float_layer(task, family, scale, global_scale=given)
     if not is_integer(task.scheme):
         return function_layer(task, scale_dtype)
     return integer_layer(task, start_grid(task, optimized, scale_dtype), None, scale_dtype)

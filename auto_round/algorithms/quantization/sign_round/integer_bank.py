@@ -1,14 +1,7 @@
-"""The learnables of a block's integer layers, stacked by rows, so that one pass updates many layers.
-
-Rows of a weight know nothing of each other, so layers with the same input width and scheme (q, k, v, gate and up; all
-experts of a mixture) are one tall matrix here. A step is then a few passes over that matrix, however many layers it
-holds. There is no autograd graph over weights: the backward pass gives dL/dW, one matrix product, and `fake_quant`
-turns it into steps of the learnables.
-"""
+"""Integer layers under tuning: offsets, scale factors, and the quantized weights that follow from them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +14,7 @@ from auto_round.algorithms.quantization.sign_round.fake_quant import (
     quantized_values,
     straight_through_gradients,
 )
+from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, State, slices_of
 from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.data_type.int import IntGrid, default_scale_threshold, round_to_stored
 from auto_round.quantized_layer import QuantizedLayer
@@ -30,7 +24,7 @@ _GPU_CHUNK = 1 << 24
 _FACTOR_RANGE = (0.5, 1.5)
 
 
-class IntegerBank:
+class IntegerBank(LayerBank):
     """Offsets and scale factors of some layers, and the quantized weights that follow from them.
 
     Args:
@@ -50,13 +44,13 @@ class IntegerBank:
         compile_step: bool = False,
     ) -> None:  # fmt: skip
         self._values, self._gradients = compiled() if compile_step else (quantized_values, straight_through_gradients)
-        self.tasks, self.bits, self.scheme = list(tasks), grids[0].bits, tasks[0].scheme
-        self.tune_scale, self.scale_dtype, self.compute_dtype = tune_scale, scale_dtype, compute_dtype
+        rows = slices_of([task.weight.shape[0] for task in tasks])
+        columns = tasks[0].weight.shape[1]
+        super().__init__(tasks, compute_dtype, [part.start for part in rows], (rows[-1].stop, columns))
+        self.bits, self.tune_scale, self.scale_dtype = grids[0].bits, tune_scale, scale_dtype
         assert isinstance(self.scheme.group_size, int)
-        device, columns = tasks[0].weight.device, tasks[0].weight.shape[1]
         pieces = [as_groups(task.weight.to(compute_dtype), self.scheme.group_size) for task in tasks]
-        self.slices = _slices([piece.shape[0] for piece in pieces])
-        self._weight_slices = _slices([task.weight.shape[0] for task in tasks])
+        self.slices = slices_of([piece.shape[0] for piece in pieces])
         self.groups = torch.cat(pieces)
         del pieces
         self.start_scale = torch.cat([grid.scale for grid in grids])
@@ -65,28 +59,11 @@ class IntegerBank:
         self.zero: torch.Tensor | float = zeros[0] if isinstance(zeros[0], float) else torch.cat(zeros)  # type: ignore[arg-type]
         self.v = torch.zeros_like(self.groups, dtype=torch.float32)
         self.factor = torch.ones_like(self.scale)
-        rows = self._weight_slices[-1].stop
-        self.quantized = torch.empty(rows, columns, dtype=compute_dtype, device=device)
-        self.gradient = torch.empty(rows, columns, dtype=compute_dtype, device=device)
-        self._touched: set[int] = set()
         self.padded = self.groups.numel() != self.quantized.numel()
         self.rules = [make_rule(adam, momentum) for _ in range(2)]
         self.fuse_update = isinstance(self.rules[0], SignStep)  # no state: it can move a piece at a time
-        self._chunk = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+        self._chunk = _CPU_CHUNK if self.quantized.device.type == "cpu" else _GPU_CHUNK
         self.refresh()
-
-    def weight(self, index: int) -> torch.Tensor:
-        """The quantized weight [out, in] of a layer; a view that `refresh` keeps current."""
-        return self.quantized[self._weight_slices[index]]
-
-    def add_weight_gradient(self, index: int, grad: torch.Tensor, x: torch.Tensor) -> None:
-        """Add grad.T @ x, [out, in], to the gradient of this step."""
-        rows = self.gradient[self._weight_slices[index]]
-        if index in self._touched:
-            rows.addmm_(grad.t(), x)
-        else:
-            torch.mm(grad.t(), x, out=rows)
-            self._touched.add(index)
 
     def _rows(self) -> list[slice]:
         count = self.groups.shape[0]
@@ -101,7 +78,6 @@ class IntegerBank:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the quantized weights from the learnables."""
         columns = self.quantized.shape[1]
         for rows in self._rows():
             low, high = self._limits(rows)
@@ -113,14 +89,8 @@ class IntegerBank:
 
     @torch.no_grad()
     def step(self, lr: float, scale_lr: float) -> None:
-        """One update of offsets and factors from the gradient gathered since the last one, then `refresh`. Layers that
-        gathered none (experts that no token reached) have a gradient of zero."""
-        if not self._touched:
+        if not self._take_gradient():
             return
-        for index, rows in enumerate(self._weight_slices):
-            if index not in self._touched:
-                self.gradient[rows].zero_()
-        self._touched.clear()
         assert isinstance(self.scheme.group_size, int)
         grad = as_groups(self.gradient, self.scheme.group_size) if self.padded else self.gradient
         grad = grad.view_as(self.groups)
@@ -144,21 +114,19 @@ class IntegerBank:
             self.scale = round_to_stored(self.start_scale * self.factor, self.scale_dtype, threshold)
         self.refresh()
 
-    def initial(self) -> tuple[torch.Tensor, ...]:
-        """The state before the first step."""
+    def initial(self) -> State:
         return torch.zeros_like(self.v), torch.ones_like(self.factor), self.start_scale
 
-    def snapshot(self) -> tuple[torch.Tensor, ...]:
+    def snapshot(self) -> State:
         return self.v.clone(), self.factor.clone(), self.scale.clone()
 
     @torch.no_grad()
-    def restore(self, state: tuple[torch.Tensor, ...]) -> None:
+    def restore(self, state: State) -> None:
         self.v, self.factor, self.scale = state
         self.refresh()
 
     @torch.no_grad()
     def finish(self) -> list[QuantizedLayer]:
-        """The codes of the present state, decided once from the weights in their own dtype."""
         layers = []
         for task, rows in zip(self.tasks, self.slices, strict=True):
             zero = self.zero[rows] if isinstance(self.zero, torch.Tensor) else self.zero
@@ -166,20 +134,3 @@ class IntegerBank:
                 integer_layer(task, IntGrid(self.scale[rows], zero, self.bits), self.v[rows], self.scale_dtype)
             )
         return layers
-
-
-def stack_tasks(tasks: Sequence[LayerTask]) -> list[list[LayerTask]]:
-    """The layers that can share a bank, in the order of their first."""
-    groups: dict[Any, list[LayerTask]] = defaultdict(list)
-    for index, task in enumerate(tasks):
-        alone = index if task.scheme.group_size == 0 else None
-        groups[task.scheme, task.weight.shape[1], task.weight.device, alone].append(task)
-    return list(groups.values())
-
-
-def _slices(counts: Sequence[int]) -> list[slice]:
-    slices, start = [], 0
-    for count in counts:
-        slices.append(slice(start, start + count))
-        start += count
-    return slices

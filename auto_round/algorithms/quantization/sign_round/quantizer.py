@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 
-from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask
-from auto_round.algorithms.quantization.layer_codes import is_integer
-from auto_round.algorithms.quantization.rtn.quantizer import start_grid
+from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.layer_codes import is_integer, small_float
+from auto_round.algorithms.quantization.rtn.quantizer import start_grid, start_scales
+from auto_round.algorithms.quantization.sign_round.bank_linear import BankLinear
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.quantization.sign_round.float_bank import FloatBank
 from auto_round.algorithms.quantization.sign_round.function_linear import FunctionTuningLinear
-from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank, stack_tasks
-from auto_round.algorithms.quantization.sign_round.integer_linear import IntegerTuningLinear
+from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
+from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, stack_tasks
 from auto_round.algorithms.quantization.sign_round.samples import samples_at_once, shuffled_batches, split_samples
 from auto_round.errors import NumericsError
 
-Learnables = IntegerBank | FunctionTuningLinear
+Learnables = LayerBank | FunctionTuningLinear
 _CHECKS = 8  # times the held-out loss is taken during tuning, besides the start
 
 
@@ -60,24 +62,32 @@ class SignRoundQuantizer:
         config = self.config
         options: dict[str, Any] = {
             "compute_dtype": task.compute_dtype,
-            "scale_dtype": self.scale_dtype,
             "tune_scale": config.enable_minmax_tuning,
             "adam": config.enable_adam,
             "momentum": config.momentum,
         }
         learnables: list[Learnables] = []
         stand_ins: dict[str, torch.nn.Module] = {}
-        for tasks in stack_tasks([layer for layer in task.layers if is_integer(layer.scheme)]):
-            grids = [start_grid(layer, self.optimized_start, self.scale_dtype) for layer in tasks]
-            bank = IntegerBank(tasks, grids, compile_step=self.compile_step, **options)
+        banked = [layer for layer in task.layers if is_integer(layer.scheme) or small_float(layer.scheme) is not None]
+        for tasks in stack_tasks(banked):
+            bank = self._bank(tasks, options)
             learnables.append(bank)
-            stand_ins |= {layer.name: IntegerTuningLinear(bank, index) for index, layer in enumerate(tasks)}
+            stand_ins |= {layer.name: BankLinear(bank, index) for index, layer in enumerate(tasks)}
         for layer in task.layers:
             if layer.name not in stand_ins:
-                one = FunctionTuningLinear(layer, **options)
+                one = FunctionTuningLinear(layer, scale_dtype=self.scale_dtype, **options)
                 learnables.append(one)
                 stand_ins[layer.name] = one
         return learnables, stand_ins
+
+    def _bank(self, tasks: Sequence[LayerTask], options: dict[str, Any]) -> LayerBank:
+        """The learnables of layers of one integer or small float scheme, at their start."""
+        family = small_float(tasks[0].scheme)
+        if family is not None:
+            starts = [start_scales(layer, family, self.optimized_start) for layer in tasks]
+            return FloatBank(tasks, family, starts, compile_step=self.compile_step, **options)
+        grids = [start_grid(layer, self.optimized_start, self.scale_dtype) for layer in tasks]
+        return IntegerBank(tasks, grids, scale_dtype=self.scale_dtype, compile_step=self.compile_step, **options)
 
     def _tune(self, task: BlockTask, layers: Sequence[Learnables]) -> tuple[float, float]:
         config = self.config

@@ -1,4 +1,4 @@
-"""A linear layer whose integer rounding is being tuned. Its weight and learnables live in an `IntegerBank`."""
+"""A linear layer whose rounding is being tuned. Its weight and learnables live in a bank."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
+from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank
 
 
 class _FusedLinear(torch.autograd.Function):
     """`x @ W.T + bias` whose backward hands dL/dW to the bank instead of to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: IntegerTuningLinear) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: BankLinear) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
         return torch.nn.functional.linear(x, layer.quantized, layer.bias)
@@ -29,12 +29,12 @@ class _FusedLinear(torch.autograd.Function):
         return grad_x, None, None
 
 
-class IntegerTuningLinear(torch.nn.Module):
+class BankLinear(torch.nn.Module):
     """Stands in for the linear `bank.tasks[index]` while its block is tuned."""
 
     anchor: torch.Tensor
 
-    def __init__(self, bank: IntegerBank, index: int) -> None:
+    def __init__(self, bank: LayerBank, index: int) -> None:
         super().__init__()
         task = bank.tasks[index]
         self.bank, self.index = bank, index

@@ -1,0 +1,113 @@
+"""The learnables of a block's layers, stacked by rows, so that one pass updates many layers.
+
+Rows of a weight know nothing of each other, so layers with the same input width and scheme (q, k, v, gate and up; all
+experts of a mixture) are one tall matrix here. A step is then a few passes over that matrix, however many layers it
+holds. There is no autograd graph over weights: the backward pass gives dL/dW, one matrix product, and a bank turns it
+into steps of its learnables.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.quantized_layer import QuantizedLayer
+
+State = tuple[torch.Tensor, ...]
+
+
+class LayerBank(ABC):
+    """Weights of some layers, quantized by learnables, and the gradient of a step.
+
+    Attributes:
+        tasks: the layers; `task.weight` is [out, in].
+        scheme: of all of them.
+        quantized: the quantized weights on top of each other, in `compute_dtype`; padded where a subclass wants it.
+        gradient: dL/dW, shaped alike.
+    """
+
+    def __init__(
+        self, tasks: Sequence[LayerTask], compute_dtype: torch.dtype, starts: Sequence[int], shape: tuple[int, int]
+    ) -> None:
+        """`starts`: the first row of each layer in matrices of `shape`."""
+        self.tasks, self.scheme, self.compute_dtype = list(tasks), tasks[0].scheme, compute_dtype
+        device = tasks[0].weight.device
+        self.quantized = torch.zeros(shape, dtype=compute_dtype, device=device)
+        self.gradient = torch.zeros(shape, dtype=compute_dtype, device=device)
+        self._places = [
+            (slice(start, start + task.weight.shape[0]), slice(0, task.weight.shape[1]))
+            for start, task in zip(starts, self.tasks, strict=True)
+        ]
+        self._touched: set[int] = set()
+
+    def weight(self, index: int) -> torch.Tensor:
+        """The quantized weight [out, in] of a layer; a view that `refresh` keeps current."""
+        return self.quantized[self._places[index]]
+
+    def add_weight_gradient(self, index: int, grad: torch.Tensor, x: torch.Tensor) -> None:
+        """Add grad.T @ x, [out, in], to the gradient of this step."""
+        rows = self.gradient[self._places[index]]
+        if index in self._touched:
+            rows.addmm_(grad.t(), x)
+        else:
+            torch.mm(grad.t(), x, out=rows)
+            self._touched.add(index)
+
+    def _take_gradient(self) -> bool:
+        """Whether any layer has gathered a gradient since the last call; those that did not (experts that no token
+        reached) have one of zero."""
+        if not self._touched:
+            return False
+        for index, place in enumerate(self._places):
+            if index not in self._touched:
+                self.gradient[place].zero_()
+        self._touched.clear()
+        return True
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Make the quantized weights from the learnables."""
+
+    @abstractmethod
+    def step(self, lr: float, scale_lr: float) -> None:
+        """One update of offsets and factors from the gradient gathered since the last one, then `refresh`."""
+
+    @abstractmethod
+    def initial(self) -> State:
+        """The state before the first step."""
+
+    @abstractmethod
+    def snapshot(self) -> State:
+        """A copy of the present state."""
+
+    @abstractmethod
+    def restore(self, state: State) -> None:
+        """Back to a state."""
+
+    @abstractmethod
+    def finish(self) -> list[QuantizedLayer]:
+        """The codes of the present state, decided once from the weights in their own dtype."""
+
+
+def stack_tasks(tasks: Sequence[LayerTask]) -> list[list[LayerTask]]:
+    """The layers that can share a bank, in the order of their first: of one scheme, width and device. Layers with one
+    scale for the whole tensor are each alone."""
+    groups: dict[Any, list[LayerTask]] = defaultdict(list)
+    for index, task in enumerate(tasks):
+        alone = index if task.scheme.group_size == 0 else None
+        groups[task.scheme, task.weight.shape[1], task.weight.device, alone].append(task)
+    return list(groups.values())
+
+
+def slices_of(counts: Sequence[int]) -> list[slice]:
+    """Consecutive slices of these lengths."""
+    slices, start = [], 0
+    for count in counts:
+        slices.append(slice(start, start + count))
+        start += count
+    return slices

@@ -1,0 +1,105 @@
+"""What a `quantization_config` says about layers of the small float types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from auto_round.data_type.activation import activation_function
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.export.float_layouts import (
+    AUTO_ROUND,
+    COMPRESSED_TENSORS,
+    Naming,
+    family_of,
+    float_problem,
+    layout_name,
+)
+from auto_round.schemes import GroupSize, QuantizationScheme
+
+_ACTIVATIONS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
+_COMPRESSED_TENSORS_PACKING = "auto_round:llm_compressor"
+
+
+def says_float(values: Mapping[str, Any]) -> bool:
+    """Whether the config's default, or one layer's entry, is of a small float type."""
+    return family_of(str(values.get("data_type") or "int")) is not None
+
+
+def native_fp8(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of `quant_method` "fp8" in AutoRound's words; any other as it is.
+
+    Raises UnsupportedError for FP8 models without two-dimensional blocks.
+    """
+    if str(values.get("quant_method") or "").rpartition(".")[2].lower() != "fp8":
+        return dict(values)
+    block = values.get("weight_block_size")
+    if block is None or str(values.get("activation_scheme") or "dynamic").lower() != "dynamic":
+        raise UnsupportedError(
+            "the checkpoint is FP8 without two-dimensional blocks, or with static activations; Transformers opens it "
+            "by itself"
+        )
+    usual = {
+        "bits": 8, "data_type": "fp", "sym": True, "act_bits": 8, "act_data_type": "fp", "act_sym": True,
+        "act_dynamic": True, "act_group_size": block[1],
+    }  # fmt: skip
+    return usual | {key: value for key, value in values.items() if value is not None}
+
+
+def float_scheme(values: Mapping[str, Any], where: str) -> QuantizationScheme:
+    """The scheme of a layer.
+
+    Raises:
+        UnsupportedError: no such layout, or activations that this version cannot quantize.
+        ConfigError: malformed values.
+    """
+    data_type = str(values["data_type"])
+    if family_of(data_type) == "fp" and values.get("fmt") == "e5m2":
+        data_type = "fp8_e5m2"
+    bits = values.get("bits", 4)
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise ConfigError(f"quantization_config has bits={bits!r}, which is not a whole number")
+    acts = {key: values.get(key) for key in _ACTIVATIONS}
+    if isinstance(acts["act_group_size"], list):
+        acts["act_group_size"] = tuple(acts["act_group_size"])
+    scheme = QuantizationScheme(
+        bits=bits, group_size=_group_size(values, where), sym=bool(values.get("sym", True)), data_type=data_type, **acts
+    )
+    problem = float_problem(scheme)
+    if problem is not None:
+        raise UnsupportedError(f"{where}: {problem}")
+    if scheme.activations is not None:
+        activation_function(scheme.activations)
+    return scheme
+
+
+def naming_of(values: Mapping[str, Any]) -> Naming:
+    """How the tensors of FP8 layers are called under a config's `packing_format`."""
+    return COMPRESSED_TENSORS if values.get("packing_format") == _COMPRESSED_TENSORS_PACKING else AUTO_ROUND
+
+
+def described(scheme: QuantizationScheme, naming: Naming) -> dict[str, Any]:
+    """The values that `float_scheme` and `naming_of` read, for entries that change some of them."""
+    size = scheme.group_size
+    packing = {"packing_format": _COMPRESSED_TENSORS_PACKING} if naming is COMPRESSED_TENSORS else {}
+    return {
+        "bits": scheme.bits, "sym": scheme.sym, "data_type": scheme.data_type, **packing,
+        "group_size": list(size) if isinstance(size, tuple) else size, **{key: scheme[key] for key in _ACTIVATIONS},
+    }  # fmt: skip
+
+
+def _group_size(values: Mapping[str, Any], where: str) -> GroupSize:
+    """The group size as it is. Blocks and whole tensors are told beside it where Transformers checks it."""
+    if values.get("weight_strategy") == "tensor":
+        return 0
+    size = values.get("weight_block_size") or values.get("group_size", 32)
+    if isinstance(size, (list, tuple)):
+        if len(size) != 2 or not all(type(part) is int and part > 0 for part in size):
+            raise ConfigError(f"{where} has blocks of {size!r}; two positive whole numbers are needed")
+        return (size[0], size[1])
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ConfigError(f"{where} has group_size={size!r}, which is not a whole number")
+    return size
+
+
+__all__ = ["described", "float_scheme", "layout_name", "naming_of", "native_fp8", "says_float"]
