@@ -123,7 +123,7 @@ class SignRoundQuantizer:
         """Samples in one pass. The others' functions run in every pass, so they get as few passes as can be."""
         assert task.inputs is not None
         batch = self.config.batch_size
-        if not all(isinstance(layer, IntegerBank) for layer in layers):
+        if not all(isinstance(layer, LayerBank) for layer in layers):
             return batch
         return samples_at_once(batch, int(task.inputs.shape[1]), len(task.layers), task.layers[0].weight.device)
 
