@@ -110,14 +110,16 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "layer_config": {"mlp": {"bits": 8}},
         "ignore_layers": "layers.1.",
     },
-    "MXFP8_RCEIL, mlp FP8_BLOCK": {
+    "MXFP8_RCEIL, mlp FPW8A16": {
         "scheme": "MXFP8_RCEIL",
-        "layer_config": {
-            "mlp": {"data_type": "fp", "group_size": [128, 128], "act_group_size": 128, "act_data_type": "fp"}
-        },
+        "layer_config": {"mlp": {"data_type": "fp", "group_size": 0, "act_bits": 16}},
     },
     **{f"Mixtral {name}": {"model": "tiny-mixtral", **options} for name, options in _MIXTURES.items()},
     **{f"Qwen3-MoE {name}": {"model": "tiny-qwen3-moe", **options} for name, options in _MIXTURES.items()},
+    "Mixtral FP8_BLOCK": {"model": "tiny-mixtral", "scheme": "FP8_BLOCK"},
+    "Mixtral FP8_BLOCK, weights alone": {"model": "tiny-mixtral", "scheme": "FP8_BLOCK", "act_bits": 16},
+    "Qwen3-MoE FP8_BLOCK": {"model": "tiny-qwen3-moe", "scheme": "FP8_BLOCK"},
+    "Qwen3-MoE FP8_BLOCK, weights alone": {"model": "tiny-qwen3-moe", "scheme": "FP8_BLOCK", "act_bits": 16},
     # float16 alone moves its logits by a tenth here, and by 2% where zero points are asymmetric
     "SmolLM2 W2A16G64": {"model": "smollm2", "dtype": "float32", "scheme": "W2A16G64"},
     "SmolLM2 W4A16G64 asym": {
@@ -153,7 +155,7 @@ _FLOATS = (
     "MXFP8, weights alone", "NVFP4, weights alone",
 )  # fmt: skip
 _OWN_RULES = ("MXFP4", "MXFP4_RCEIL", "MXFP8", "NVFP4")
-_MIXED_TYPES = ("MXFP4, weights alone, mlp MXFP8, layer 1 dense", "MXFP8_RCEIL, mlp FP8_BLOCK")
+_MIXED_TYPES = ("MXFP4, weights alone, mlp MXFP8, layer 1 dense", "MXFP8_RCEIL, mlp FPW8A16")
 # The library turns these scales into bfloat16, whatever dtype it is asked for.
 _BFLOAT16 = dict.fromkeys(
     (*_OWN_RULES, *_MIXED_TYPES, *(name for name in _FLOATS if name.startswith(("MX", "NV")))), "bfloat16"
@@ -164,7 +166,9 @@ WEIGHTS_OF = {
     "MXFP4": "MXFP4, weights alone", "MXFP4_RCEIL": "MXFP4, weights alone", "MXFP8": "MXFP8, weights alone",
     "MXFP8_RCEIL": "MXFP8, weights alone", "NVFP4": "NVFP4, weights alone",
     **dict.fromkeys(("FP8_STATIC", "FP8 a channel, inputs a token"), "FP8 a channel, weights alone"),
-    "FP8_BLOCK": "FP8_BLOCK, weights alone", "INT8": "W8A16 per channel", "INT8 static": "W8A16 per channel", "INT8 asym": "W8A16 per channel asym",
+    "FP8_BLOCK": "FP8_BLOCK, weights alone",
+    **{f"{family} FP8_BLOCK": f"{family} FP8_BLOCK, weights alone" for family in ("Mixtral", "Qwen3-MoE")},
+    "INT8": "W8A16 per channel", "INT8 static": "W8A16 per channel", "INT8 asym": "W8A16 per channel asym",
     "INT4": "W4A16 per channel",
 }  # fmt: skip
 
@@ -261,7 +265,8 @@ PROGRAMS: dict[str, Program] = {
         ),
         Program(
             "transformers", "Transformers 5.23.0 by itself, which on a CPU leaves activations as they are",
-            opens={"fp8": ("FP8_BLOCK",)}, dtypes={"": "bfloat16"}, home="compressed_tensors", judge="judge_plain.py",
+            opens={"fp8": ("FP8_BLOCK", "Mixtral FP8_BLOCK", "Qwen3-MoE FP8_BLOCK")}, dtypes={"": "bfloat16"},
+            home="compressed_tensors", judge="judge_plain.py",
             weights_only=True,
         ),
     )

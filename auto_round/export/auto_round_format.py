@@ -175,6 +175,21 @@ class AutoRoundFormat(OutputFormat):
     def rules(self, model_type: str) -> ModelRules:
         return packed_rules(model_type)
 
+    def check_plan(self, plan: ExportPlan) -> str | None:
+        if not self.rules(plan.model_type).renames:
+            return None
+        for name in plan.quantized_layers():
+            if ".experts." in name and "weight" in self._leaves(plan.layers[name]):
+                return (
+                    f"Transformers joins the experts of {plan.model_type} where their tensors are called weight, as those "
+                    f"of {name} would be"
+                )
+        return None
+
+    def _leaves(self, scheme: QuantizationScheme) -> set[str]:
+        """The last parts of the names of a layer's tensors."""
+        return {name.rpartition(".")[2] for name in self.tensor_specs("", scheme, 1024, 1024)}
+
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         plan = self.stored_plan(plan)
         names = plan.quantized_layers()
