@@ -55,6 +55,15 @@ def child(python: str, script: str, job: dict) -> dict:
     return json.loads(line.removeprefix("RESULT "))
 
 
+def _public(value: object) -> object:
+    """Without the names of folders on this machine."""
+    return (
+        {k: v for k, v in value.items() if k not in ("folder", "model", "reference")}
+        if isinstance(value, dict)
+        else value
+    )
+
+
 def checkpoint(folder: str) -> str:
     return str(next(Path(folder).rglob("config.json")).parent)
 
@@ -132,7 +141,8 @@ def main() -> None:
             if a.out:
                 hidden = ("out", "peer_python", "model", "text", "eval_text")
                 settings = {k: v for k, v in vars(a).items() if k not in hidden}
-                record = {"machine": machine(), "model": Path(a.model).name, "settings": settings, "results": results}
+                found = [{key: _public(value) for key, value in row.items()} for row in results]
+                record = {"machine": machine(), "model": Path(a.model).name, "settings": settings, "results": found}
                 Path(a.out).write_text(json.dumps(record, indent=2) + "\n")
 
 

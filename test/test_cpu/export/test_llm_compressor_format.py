@@ -228,6 +228,6 @@ def test_the_auto_round_config() -> None:
         "act_bits": 8, "act_group_size": -1, "act_sym": True, "act_data_type": "int", "act_dynamic": True
     }  # fmt: skip
     assert found["extra_config"][names()[0]] == {"bits": 16}
-    assert found["extra_config"][names()[1]] == {"act_dynamic": False}
+    assert found["extra_config"][names()[1]] == {"bits": 8, "act_dynamic": False}
     assert "weights only" not in str(get_format("auto_round:llm_compressor").check_scheme(INT8))
     assert get_format("auto_round:llm_compressor").check_scheme(Scheme()) is not None
