@@ -3,8 +3,8 @@
     python bench/codecs.py [--out 4096 --in_features 4096 --repeat 7] [--save bench/results/codecs.json]
 
 Speed is in GB of float32 input per second of one thread's own CPU time, the best of `--repeat`: what slows a run down
-beyond that is other work on the machine. `wanted` is what we hold ourselves to. Memory is the largest that PyTorch held at once meanwhile,
-over the weight itself, in bytes a weight; it includes the codes.
+beyond that is other work on the machine. `wanted` is what we hold ourselves to. Memory is the largest that PyTorch held
+at once meanwhile, over the weight itself, in bytes a weight; it includes the codes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class SignRoundConfig:
         momentum: of the signed steps; 0 is plain signSGD.
         batch_size: samples in one forward pass.
         gradient_accumulate_steps: forward passes in one step.
-        enable_minmax_tuning: tune the scale factors too.
+        enable_minmax_tuning: tune the scale factors too; those of small floats only with a `minmax_lr`.
         enable_quanted_input: tune on what the quantized blocks before give, not on the full-precision input.
         not_use_best_mse: keep the last state instead of the best one.
         enable_adam: AdamW instead of the sign.

@@ -85,6 +85,9 @@ class SignRoundQuantizer:
         family = small_float(tasks[0].scheme)
         if family is not None:
             starts = [start_scales(layer, family, self.optimized_start) for layer in tasks]
+            # Few scales can be stored, and each jump undoes what offsets have learned (docs/tuning.md).
+            moves = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
+            options = options | {"tune_scale": moves}
             return FloatBank(tasks, family, starts, compile_step=self.compile_step, **options)
         grids = [start_grid(layer, self.optimized_start, self.scale_dtype) for layer in tasks]
         return IntegerBank(tasks, grids, scale_dtype=self.scale_dtype, compile_step=self.compile_step, **options)
