@@ -152,7 +152,7 @@ class Bench:
             scheme = WEIGHTS_OF.get(scheme, scheme)
         alike = [fmt] if get_format(fmt).loads_here else [f"auto_round:{fmt}", "auto_round", "auto_round:mlx"]
         opened = next((name for name in alike if (scheme, name) in self.writable), "fake")
-        if weights_only and dtype == "bfloat16":
+        if dtype == "bfloat16" and (weights_only or SCHEMES[scheme].get("act_bits") == 16):
             opened = "fake"
         key = (scheme, opened, dtype)
         if key not in self.logits:

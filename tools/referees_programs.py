@@ -110,9 +110,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "layer_config": {"mlp": {"bits": 8}},
         "ignore_layers": "layers.1.",
     },
-    "MXFP8_RCEIL, mlp FPW8A16": {
-        "scheme": "MXFP8_RCEIL",
-        "layer_config": {"mlp": {"data_type": "fp", "group_size": 0, "act_bits": 16}},
+    "FP8_STATIC, mlp FP8_BLOCK": {
+        "scheme": "FP8_STATIC",
+        "nsamples": 8,
+        "seqlen": 64,
+        "layer_config": {"mlp": {"group_size": [128, 128], "act_group_size": 128, "act_dynamic": True}},
     },
     **{f"Mixtral {name}": {"model": "tiny-mixtral", **options} for name, options in _MIXTURES.items()},
     **{f"Qwen3-MoE {name}": {"model": "tiny-qwen3-moe", **options} for name, options in _MIXTURES.items()},
@@ -155,10 +157,10 @@ _FLOATS = (
     "MXFP8, weights alone", "NVFP4, weights alone",
 )  # fmt: skip
 _OWN_RULES = ("MXFP4", "MXFP4_RCEIL", "MXFP8", "NVFP4")
-_MIXED_TYPES = ("MXFP4, weights alone, mlp MXFP8, layer 1 dense", "MXFP8_RCEIL, mlp FPW8A16")
+_MIXED_TYPES = ("MXFP4, weights alone, mlp MXFP8, layer 1 dense", "FP8_STATIC, mlp FP8_BLOCK")
 # The library turns these scales into bfloat16, whatever dtype it is asked for.
 _BFLOAT16 = dict.fromkeys(
-    (*_OWN_RULES, *_MIXED_TYPES, *(name for name in _FLOATS if name.startswith(("MX", "NV")))), "bfloat16"
+    (name for name in (*_OWN_RULES, *_MIXED_TYPES, *_FLOATS) if name.startswith(("MX", "NV"))), "bfloat16"
 )
 
 # The same weights without quantized activations.

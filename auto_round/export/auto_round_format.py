@@ -181,8 +181,8 @@ class AutoRoundFormat(OutputFormat):
         for name in plan.quantized_layers():
             if ".experts." in name and "weight" in self._leaves(plan.layers[name]):
                 return (
-                    f"Transformers joins the experts of {plan.model_type} where their tensors are called weight, as those "
-                    f"of {name} would be"
+                    f"Transformers joins the experts of {plan.model_type} where their tensors are called weight, as "
+                    f"those of {name} would be"
                 )
         return None
 

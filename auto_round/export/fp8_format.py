@@ -49,11 +49,11 @@ class Fp8Format(OutputFormat):
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         assert isinstance(scheme.group_size, tuple)
-        for what, size, block in (
-            ("out_features", out_features, scheme.group_size[0]), ("in_features", in_features, scheme.group_size[1]),
-        ):  # fmt: skip
-            if size % block:
-                return f"{what}={size} is not a multiple of the block's {block}, which Transformers asks for"
+        rows, columns = scheme.group_size
+        if in_features % columns:
+            return f"in_features={in_features} is not a multiple of the block's {columns}, which its readers ask for"
+        if out_features % rows and out_features > rows:
+            return f"out_features={out_features} is not a multiple of the block's {rows}, which Transformers asks for"
         return None
 
     def check_plan(self, plan: ExportPlan) -> str | None:

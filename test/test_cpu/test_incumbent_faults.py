@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,46 @@ def test_17_four_asymmetric_bits_open_on_a_cpu(packable_folder: Any, tmp_path: P
     model = reopened(tmp_path / "out")
     assert model.config.quantization_config.packing_format == "auto_round:auto_awq"
     assert bool(torch.isfinite(logits(model)).all())
+
+
+@pytest.mark.parametrize("scheme", ["FP8_STATIC", "FPW8A16", "MXFP4", "NVFP4"])
+def test_4_what_stays_dense_is_ignored_by_name(scheme: str, packable_folder: Any, tmp_path: Path) -> None:
+    """`ignore` was empty though lm_head was dense: its scales were made up by the reader, and the logits NaN."""
+    ids = [torch.arange(3, 27), torch.arange(40, 64)]
+    ar = AutoRound(packable_folder("llama"), scheme=scheme, iters=0, dataset=ids, nsamples=2, seqlen=24, layer_config={
+        "model.layers.0.mlp.down_proj": {"bits": 16, "act_bits": 16}
+    })  # fmt: skip
+    ar.quantize_and_save(tmp_path / "out", format="llm_compressor")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert set(config["ignore"]) == {"lm_head", "model.layers.0.mlp.down_proj"}
+
+
+@pytest.mark.parametrize(("scheme", "fmt"), [
+    ("FP8_BLOCK", "auto_round"), ("FP8_BLOCK", "auto_round:fp8"), ("FP8_BLOCK", "auto_round:llm_compressor"),
+    ("FPW8A16", "auto_round"), ("FPW8A16", "auto_round:llm_compressor"),
+])  # fmt: skip
+def test_16_fp8_in_blocks_and_per_tensor_opens(scheme: str, fmt: str, packable_folder: Any, tmp_path: Path) -> None:
+    """Transformers' config class refused a group_size of [128, 128] and of 0."""
+    kwargs: dict[str, Any] = dict(scheme=scheme, iters=0, disable_opt_rtn=True)
+    dense, _ = AutoRound(packable_folder("llama"), **kwargs).quantize()
+    AutoRound(packable_folder("llama"), **kwargs).quantize_and_save(tmp_path / "out", format=fmt)
+    packed = logits(reopened(tmp_path / "out"))
+    assert torch.allclose(packed, logits(dense), atol=1e-5)
+    assert not torch.allclose(packed, logits(reopened(Path(packable_folder("llama")))), atol=1e-3)
+
+
+def test_16_format_fp8_opens_without_this_package(packable_folder: Any, tmp_path: Path) -> None:
+    """It was written under a packing that nobody knows."""
+    kwargs: dict[str, Any] = dict(scheme="FP8_BLOCK", iters=0, disable_opt_rtn=True, group_size=(32, 32))
+    kwargs |= {"act_group_size": 32}
+    AutoRound(packable_folder("llama"), **kwargs).quantize_and_save(tmp_path / "out", format="fp8,fake")
+    config = json.loads((tmp_path / "out" / "fp8" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "fp8" and config["weight_block_size"] == [32, 32]
+    from transformers import AutoModelForCausalLM
+
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "fp8", dtype=torch.bfloat16)
+    fake = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "fake", dtype=torch.bfloat16)
+    weights = {name: tensor for name, tensor in fake.state_dict().items() if name.endswith("proj.weight")}
+    assert len(weights) > 10
+    for name, tensor in native.state_dict().items():
+        assert name not in weights or torch.equal(tensor.bfloat16(), weights[name]), name

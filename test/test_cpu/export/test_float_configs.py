@@ -130,6 +130,7 @@ def test_what_compressed_tensors_cannot_say(scheme: QuantizationScheme, reason: 
     ("llm_compressor", "FP8_STATIC", (33, 7), True), ("auto_round", "FP8_BLOCK", (192, 200), True),
     ("auto_round", "NVFP4", (24, 8), False), ("auto_round", "FPW8A16", (33, 7), True),
     ("fp8", "FP8_BLOCK", (256, 192), False), ("fp8", "FP8_BLOCK", (256, 384), True),
+    ("fp8", "FP8_BLOCK", (192, 384), False), ("fp8", "FP8_BLOCK", (256, 64), True),
 ])  # fmt: skip
 def test_which_layers_fit(fmt: str, preset: str, shape: tuple[int, int], fits: bool) -> None:
     assert (get_format(fmt).check_layer(PRESET_SCHEMES[preset], *shape) is None) is fits
