@@ -183,11 +183,12 @@ def test_4_what_stays_dense_is_ignored_by_name(scheme: str, packable_folder: Any
 def test_16_fp8_in_blocks_and_per_tensor_opens(scheme: str, fmt: str, packable_folder: Any, tmp_path: Path) -> None:
     """Transformers' config class refused a group_size of [128, 128] and of 0."""
     kwargs: dict[str, Any] = dict(scheme=scheme, iters=0, disable_opt_rtn=True)
-    dense, _ = AutoRound(packable_folder("llama"), **kwargs).quantize()
-    AutoRound(packable_folder("llama"), **kwargs).quantize_and_save(tmp_path / "out", format=fmt)
+    folder = packable_folder("llama", hidden_size=128, intermediate_size=256)  # whole groups of inputs
+    dense, _ = AutoRound(folder, **kwargs).quantize()
+    AutoRound(folder, **kwargs).quantize_and_save(tmp_path / "out", format=fmt)
     packed = logits(reopened(tmp_path / "out"))
     assert torch.allclose(packed, logits(dense), atol=1e-5)
-    assert not torch.allclose(packed, logits(reopened(Path(packable_folder("llama")))), atol=1e-3)
+    assert not torch.allclose(packed, logits(reopened(Path(folder))), atol=1e-3)
 
 
 def test_16_format_fp8_opens_without_this_package(packable_folder: Any, tmp_path: Path) -> None:
