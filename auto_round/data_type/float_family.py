@@ -107,18 +107,21 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, factor: torch.Tensor, element: Element) -> torch.Tensor:
         ratio = x / factor
         values = element.nearest(ratio)
-        ctx.save_for_backward(ratio, values, factor)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(ratio, values, factor)
+        elif ctx.needs_input_grad[0]:
+            ctx.save_for_backward(ratio.abs_() < element.saturation)
         ctx.element = element
-        return values * factor
+        return values.mul_(factor) if not ctx.needs_input_grad[1] else values * factor
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         (grad,) = grad_outputs
+        if not ctx.needs_input_grad[1]:
+            return grad * ctx.saved_tensors[0], None, None
         ratio, values, factor = ctx.saved_tensors
         inside = ratio.abs() < ctx.element.saturation
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None
         slope = (values - ratio * inside).mul_(grad)
         return grad_x, slope.sum_to_size(factor.shape), None
 

@@ -119,6 +119,32 @@ def test_3_masks_that_are_boolean_stay_so_and_calibration_stays_causal(
     assert not torch.allclose(hidden[0, 7:], hidden[1, 7:], atol=1e-3)
 
 
+@pytest.mark.parametrize("scheme", ["FP8_STATIC", "INT8"])
+def test_10_static_scales_of_inputs_do_not_follow_the_input(
+    scheme: str, packable_model: Any, token_ids: list[torch.Tensor]
+) -> None:
+    """The fixed scale was handed over under a name that no function takes, so inputs got scales of their own."""
+    kwargs: dict[str, Any] = dict(iters=0, disable_opt_rtn=True, act_dynamic=False, dataset=token_ids, seqlen=24)
+    model, _ = AutoRound(packable_model("llama"), scheme=scheme, **kwargs).quantize()
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    x = torch.randn(3, layer.in_features)
+    with torch.no_grad():
+        # Whatever is far above the calibrated range is cut to its end; with scales of their own it would grow.
+        assert torch.equal(layer(x.sign() * 1e4), layer(x.sign() * 1e6))
+        assert not torch.equal(layer(x), layer(x * 2))
+
+
+def test_18_a_mantissa_that_rounds_up_carries_into_the_exponent() -> None:
+    """1.97 became 1.875 where 2 is nearer."""
+    from auto_round.data_type.elements import ELEMENTS
+
+    for element in ELEMENTS.values():
+        powers = 2.0 ** torch.arange(element.lowest, element.exponent + 1)
+        below = powers * (1 - 2.0 ** -(element.mantissa + 3))  # nearer to the power than to the value beneath it
+        assert torch.equal(element.nearest(below), powers)
+        assert torch.equal(element.decode(element.encode(below)), powers)
+
+
 @pytest.mark.parametrize(
     "spelling, dtype",
     [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("float32", torch.float32)],
