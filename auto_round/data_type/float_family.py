@@ -191,13 +191,19 @@ FLOAT_FAMILIES: dict[str, Mapping[int, FloatFamily]] = {}
 def register_float(
     names: Sequence[str], families: Mapping[int, FloatFamily], usual_group_size: GroupSize = 32
 ) -> QuantFunc:
-    """Register a data type function for families of small floats, chosen by bits.
+    """Register a data type function for families of small floats, chosen by bits, as the type of weights.
 
     Args:
         names: of the data type.
         families: by bits.
         usual_group_size: what the function takes when none is given.
     """
+    FLOAT_FAMILIES.update(dict.fromkeys(names, families))
+    return register_dtype(names)(float_function(names[0], families, usual_group_size))
+
+
+def float_function(name: str, families: Mapping[int, FloatFamily], usual_group_size: GroupSize) -> QuantFunc:
+    """The function of `register_float`, registered nowhere."""
     only = next(iter(families)) if len(families) == 1 else None
 
     def quant_tensor_float(
@@ -207,13 +213,12 @@ def register_float(
         global_scale: torch.Tensor | None = None, **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
         return quantize_float(
-            tensor, pick(families, names[0], bits or only), group_size, v, min_scale, max_scale, global_scale
+            tensor, pick(families, name, bits or only), group_size, v, min_scale, max_scale, global_scale
         )
 
     quant_tensor_float.__doc__ = quantize_float.__doc__
-    quant_tensor_float.__qualname__ = f"quant_tensor_float[{names[0]}]"
-    FLOAT_FAMILIES.update(dict.fromkeys(names, families))
-    return register_dtype(names)(quant_tensor_float)
+    quant_tensor_float.__qualname__ = f"quant_tensor_float[{name}]"
+    return quant_tensor_float
 
 
 def pick(families: Mapping[int, FloatFamily], name: str, bits: int | None) -> FloatFamily:

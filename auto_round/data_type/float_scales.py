@@ -18,6 +18,7 @@ GLOBAL_TOP = 448.0 * 6.0  # largest block scale times largest element
 _MANTISSA = 0x7FFFFF
 _ROOT_OF_TWO = 0x3504F3  # mantissa bits of sqrt(2)
 _SMALLEST_BLOCK = 2.0**-9  # smallest positive e4m3
+_BLOCK_OF_ZEROS = 2.0**-3  # under it, whatever has a scale that rounds to zero is less than half the smallest element
 _SMALLEST_PLAIN = 2.0**-100  # of a tile of zeros; far from where 448 / scale or 448 * scale leaves float32
 
 
@@ -88,14 +89,21 @@ class BlockScale:
     """Positive e4m3 scales, under a float32 scale of the whole tensor by which they are too large (NVFP4).
 
     A scale that would round to zero is the smallest there is.
+
+    Attributes:
+        of_inputs: such a group of inputs becomes zeros instead: its scale is one under which all of it rounds to zero.
     """
 
     element: Element
+    of_inputs: bool = False
 
     def scale(self, largest: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
         assert global_scale is not None
-        share = torch.where(largest.isfinite(), largest, torch.nan) * (1 / self.element.maximum)
-        return self.store(share * global_scale)
+        share = torch.where(largest.isfinite(), largest, torch.nan) * (1 / self.element.maximum) * global_scale
+        if self.of_inputs:
+            scale = ELEMENTS["e4m3"].nearest(share)
+            return torch.where(scale == 0, _BLOCK_OF_ZEROS, scale)
+        return self.store(share)
 
     def store(self, scale: torch.Tensor) -> torch.Tensor:
         return ELEMENTS["e4m3"].nearest(scale).clamp_(min=_SMALLEST_BLOCK)

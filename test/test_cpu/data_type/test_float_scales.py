@@ -78,6 +78,9 @@ def test_block_scales_by_hand() -> None:
     assert one(rule, top / 2, g) == 224.0
     assert one(rule, top / 448 * 17, g) == 16.0  # halfway between 16 and 18: the even code
     assert one(rule, top / 448 * 2.0**-11, g) == 2.0**-9 and one(rule, 0.0, g) == 2.0**-9  # never zero
+    inputs = BlockScale(ELEMENTS["e2m1"], of_inputs=True)
+    assert one(inputs, top, g) == 448.0 and one(inputs, top / 448 * 2.0**-9, g) == 2.0**-9
+    assert one(inputs, top / 448 * 2.0**-11, g) == 2.0**-3 and one(inputs, 0.0, g) == 2.0**-3  # all of it becomes zero
 
 
 @given(st.floats(2.0**-9, 448.0, width=32))
@@ -118,5 +121,6 @@ def test_what_is_not_finite_has_no_scale(largest: float) -> None:
     for rule in (PowerOfTwo(ELEMENTS["e2m1"]), PowerOfTwo(ELEMENTS["e4m3"], True), PlainScale(ELEMENTS["e4m3"])):
         assert np.isnan(one(rule, largest))
     assert np.isnan(one(BlockScale(ELEMENTS["e2m1"]), largest, 3.0))
+    assert np.isnan(one(BlockScale(ELEMENTS["e2m1"], of_inputs=True), largest, 3.0))
     everything = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # other NaNs
     assert bool(PowerOfTwo(ELEMENTS["e4m3"], True).scale(everything).isnan().all())
