@@ -9,6 +9,12 @@ Tried are the cells (scheme, format, program) that `PROGRAMS` in referees_progra
 we write; what an earlier run recorded of the others stays. A program that refuses a file is recorded with its reason;
 the exit status is 1 when a program differs from us by more than the limit, or refuses what is listed.
 
+A program that quantizes inputs by rules of its own (`own_inputs`) is compared with `inputs.py` of its folder instead:
+
+    inputs.py FOLDER IDS.npy OUT.npy DTYPE DENSE
+
+runs in the same environment on DENSE, our weights of FOLDER dequantized, and computes what the program should.
+
 To add a program: a folder `test/referees/NAME` with `requirements.txt` and `judge.py`, and a row in `PROGRAMS`.
 
     judge.py FOLDER IDS.npy OUT.npy DTYPE
@@ -168,10 +174,17 @@ class Bench:
         return self.logits[key]
 
 
-def judge(program: Program, python: Path, folder: Path, ids: Path, out: Path, dtype: str) -> tuple[dict | None, str]:
-    """(versions, "") when the program opened the folder, else (None, the reason)."""
+def judge(
+    program: Program, python: Path, folder: Path, ids: Path, out: Path, dtype: str, script: str = "", *more: str
+) -> tuple[dict | None, str]:
+    """(versions, "") when the program opened the folder, else (None, the reason).
+
+    Args:
+        script: another than its judge, with `more` arguments.
+    """
     out.unlink(missing_ok=True)
-    command = [str(python), str(program.folder / program.judge), str(folder), str(ids), str(out), dtype]
+    script = str(program.folder / (script or program.judge))
+    command = [str(python), script, str(folder), str(ids), str(out), dtype, *more]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | program.environment
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
@@ -217,12 +230,25 @@ def run(bench: Bench, program: Program, python: Path, cells: list[tuple[str, str
             row["reason"] = reason.replace(str(bench.work), "")
         else:
             ours = bench.reference(scheme, fmt, dtype, program.weights_only)
+            if scheme in program.own_inputs:
+                row["to_ours"] = float(f"{difference(np.load(out), ours):.2e}")
+                ours = by_own_rules(bench, program, python, scheme, folder, dtype)
             row["difference"] = float(f"{difference(np.load(out), ours):.2e}")
             row["effect"] = float(f"{difference(bench.dense(scheme, dtype), ours):.2e}")
             row["versions"] = versions
         rows.append(row)
         print(json.dumps({"program": program.name, **row}), flush=True)
     return rows
+
+
+def by_own_rules(bench: Bench, program: Program, python: Path, scheme: str, folder: Path, dtype: str) -> np.ndarray:
+    """Logits of our weights with inputs quantized by the program's own rules."""
+    out = bench.work / f"{program.name}-inputs.npy"
+    dense = bench.checkpoint(WEIGHTS_OF.get(scheme, scheme), "fake", "float32")
+    done, reason = judge(program, python, folder, bench.work / "ids.npy", out, dtype, "inputs.py", str(dense))
+    if done is None:
+        raise SystemExit(f"{program.folder / 'inputs.py'}: {reason}")
+    return np.load(out)
 
 
 def failures(rows: list[dict[str, Any]], opens: dict[str, tuple[str, ...]]) -> list[str]:

@@ -26,6 +26,8 @@ class Program:
         judge: the script's name.
         weights_only: it leaves activations as they are where the file quantizes them.
         scheme_dtypes: scheme -> dtype in which both sides compute, before `dtypes`.
+        own_inputs: schemes whose inputs it quantizes by rules of its own. Of these it is compared with our weights
+            under those rules, as `inputs.py` in its folder, a second implementation of them, computes.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Program:
     judge: str = "judge.py"
     weights_only: bool = False
     scheme_dtypes: dict[str, str] = field(default_factory=dict)
+    own_inputs: tuple[str, ...] = ()
 
     def dtype(self, fmt: str, scheme: str) -> str:
         return self.scheme_dtypes.get(scheme) or self.dtypes.get(fmt, self.dtypes.get("", "float32"))
@@ -151,12 +154,12 @@ _MLX = (
 
 # Small float types whose inputs, if quantized, compressed-tensors rounds as the scheme says, and those that it rounds
 # by rules of its own: it takes the scale of MX inputs up from 1.75 times a power of two on, and computes that of NVFP4
-# inputs in their own dtype. Of these the weights are compared.
+# inputs in their own dtype.
 _FLOATS = (
     "MXFP8_RCEIL", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "FP8 a channel, inputs a token", "MXFP4, weights alone",
     "MXFP8, weights alone", "NVFP4, weights alone",
 )  # fmt: skip
-_OWN_RULES = ("MXFP4", "MXFP4_RCEIL", "MXFP8", "NVFP4")
+_OWN_RULES = ("MXFP4", "MXFP4_RCEIL", "MXFP8", "NVFP4", "MXFP4, mlp MXFP8")
 _MIXED_TYPES = ("MXFP4, weights alone, mlp MXFP8, layer 1 dense", "FP8_STATIC, mlp FP8_BLOCK")
 # The library turns these scales into bfloat16, whatever dtype it is asked for.
 _BFLOAT16 = dict.fromkeys(
@@ -248,10 +251,10 @@ PROGRAMS: dict[str, Program] = {
                 "llm_compressor": (
                     "W2A16", "W2A16G32", "W2A16G64", "W3A16", "W4A16", "W4A16 per channel", "W5A16", "W6A16", "W8A16",
                     "INT8", "INT8 static", "INT8 asym", "INT4", *_MIXED_BITS, *_SYMMETRIC_EXPERTS, *_SMOLLM2,
-                    "SmolLM2 INT8", *_FLOATS, *_MIXED_TYPES,
+                    "SmolLM2 INT8", *_FLOATS, *_MIXED_TYPES, *_OWN_RULES,
                 ),
             },
-            scheme_dtypes=_BFLOAT16,
+            scheme_dtypes=_BFLOAT16, own_inputs=_OWN_RULES,
         ),
         Program(
             "compressed_tensors-dequantize", "the same with CompressedTensorsConfig(dequantize=True)",
@@ -260,7 +263,7 @@ PROGRAMS: dict[str, Program] = {
                     "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym",
                     "W4A16 per channel", "W5A16", "W5A16 asym", "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", "INT8",
                     "INT8 static", "INT8 asym", "INT4", "W4A16, layer 1 dense", "W4A16, head quantized",
-                    *_SYMMETRIC_EXPERTS, *_SMOLLM2, "SmolLM2 W4A16G64 asym", "SmolLM2 INT8", *_FLOATS, *_OWN_RULES,
+                    *_SYMMETRIC_EXPERTS, *_SMOLLM2, "SmolLM2 W4A16G64 asym", "SmolLM2 INT8", *_FLOATS, *_OWN_RULES[:4],
                 ),
             },
             home="compressed_tensors", judge="judge_dequantize.py", weights_only=True, scheme_dtypes=_BFLOAT16,

@@ -15,6 +15,8 @@ the same dtype. The model is a tiny random Llama where the row names no other. D
 
 A number is the largest relative difference of any position: the norm of the difference of the logits over the
 vocabulary, divided by the norm of ours. In brackets the same for what quantization itself does to the model, for scale.
+A star: the program quantizes the inputs by rules of its own, described in [formats.md](formats.md), and is compared
+with our weights under these rules, as a second implementation of them computes; the last section has both differences.
 "no" means that the program refuses or fails; the reasons are listed below. "-" was not tried. `gptqmodel` writes the
 files of `auto_gptq`, and `auto_round:gptqmodel` those of `auto_round:auto_gptq`. Our own loader opens every cell of
 `auto_round` and its packings, `auto_gptq` and `auto_awq` in Transformers, and each run checks that; it is not listed as
@@ -71,6 +73,13 @@ def markdown(results: Mapping[str, dict[str, Any]], schemes: Mapping[str, Any], 
     if reasons:
         lines += ["", "## Why not", ""]
         lines += [f"- {p}: {', '.join(where)}: `{reason}`" for (p, reason), where in reasons.items()]
+    own = [key for key, values in cells.items() if "to_ours" in values]
+    if own:
+        lines += ["", "## Inputs by a program's own rules", ""]
+        lines += ["| program | format | scheme | from its own rules | from our loader |", "|---|---|---|---|---|"]
+        for key in own:
+            values = cells[key]
+            lines.append(f"| {' | '.join(key)} | {values['difference']:.1e} | {values['to_ours']:.1e} |")
     return "\n".join(lines) + "\n"
 
 
@@ -86,7 +95,8 @@ def _cell(cell: dict[str, Any] | None) -> str:
         return "-"
     if not cell["opened"]:
         return "no"
-    return f"{cell['difference']:.1e} ({cell['effect']:.1e})"
+    star = " \\*" if "to_ours" in cell else ""
+    return f"{cell['difference']:.1e} ({cell['effect']:.1e}){star}"
 
 
 def writable_cells(schemes: Mapping[str, Mapping[str, Any]]) -> set[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 Runs in the referee's environment, on what `tools/referees.py --programs compressed_tensors` left in .referees/work:
 
-    .referees/compressed_tensors/bin/python -m pytest test/referees/compressed_tensors
+    .referees/compressed_tensors/bin/python -m pytest --noconftest test/referees/compressed_tensors
 """
 
 from __future__ import annotations
