@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from auto_round.data_type.elements import ELEMENTS, dequantize_elements
+from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.schemes import QuantizationScheme
 
 
@@ -28,7 +29,7 @@ class QuantizedLayer:
             `element`: float32 values that the scheme's scale type holds exactly; [1, 1] per tensor, [out/M, in/N] for
             blocks.
         zero_point: uint8 [out, groups], or one int for all groups (symmetric: 2**(bits-1)).
-        weight: dense dequantized [out, in], only when `codes` is None.
+        weight: dense dequantized [out, in], only when there are no codes.
         bias: [out] in the model's dtype, or None.
         transposed: the module stores its weight as [in, out] (Transformers' Conv1D).
         act_scale: float32 scalar, the scale of the layer's inputs where it is fixed (static activations), a value that
@@ -37,6 +38,7 @@ class QuantizedLayer:
         element: name in `data_type.elements.ELEMENTS`, for the small float types.
         global_scale: float32 scalar by which the scales are too large (NVFP4), or None.
         act_global_scale: the same of the inputs.
+        blocks: everything of a layer in a ggml type; `codes`, `scale` and `zero_point` are None then.
 
     With `element` the dequantized weight is that of `dequantize_elements`; else it is `scale * (codes - zero_point)`,
     in float32, group by group along the input dimension.
@@ -55,6 +57,7 @@ class QuantizedLayer:
     element: str | None = None
     global_scale: torch.Tensor | None = None
     act_global_scale: torch.Tensor | None = None
+    blocks: GgmlBlocks | None = None
 
     @property
     def out_features(self) -> int:
@@ -66,11 +69,15 @@ class QuantizedLayer:
 
     def _dense_shape(self) -> torch.Size:
         source = self.codes if self.codes is not None else self.weight
+        if self.blocks is not None:
+            source = self.blocks.codes
         assert source is not None
         return source.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[out, in], computed in float32 and then cast to `dtype`."""
+        if self.blocks is not None:
+            return self.blocks.dequantize().to(dtype)
         if self.codes is None:
             assert self.weight is not None
             return self.weight.to(dtype)

@@ -43,7 +43,8 @@ def _raw(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -232,7 +233,7 @@ class ShardWriter:
         for path in self.folder.iterdir():
             if pattern.fullmatch(path.name) and path.name not in names:
                 path.unlink()
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         return [self.folder / name for name in names]
 
     def abort(self) -> None:

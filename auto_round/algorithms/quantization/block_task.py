@@ -28,6 +28,7 @@ class LayerTask:
         activation: how the layer's inputs are quantized, or None.
         global_scale: float32 scalar that layers which runtimes join share (NVFP4); None: the layer's own, if its type
             has one.
+        ggml: name of the ggml type that stores the layer (`Q4_K`), or None for the other formats.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerTask:
     transposed: bool = False
     activation: ActivationQuantizer | None = None
     global_scale: torch.Tensor | None = None
+    ggml: str | None = None
 
 
 RunBlock = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]

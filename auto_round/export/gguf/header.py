@@ -1,0 +1,152 @@
+"""A strict reader of the front of a GGUF file that may come from anywhere: key values and tensor infos.
+
+It reads no further than the file goes and makes nothing larger than the file, whatever the numbers in it say. What the
+fields are is in ggml's `docs/gguf.md`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from auto_round.data_type.gguf.types import GGML_TYPES
+from auto_round.errors import DataError
+
+MAGIC = b"GGUF"
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_TYPE_NAMES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
+    13: "Q5_K", 14: "Q6_K", 30: "BF16",
+}  # fmt: skip
+_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MOST_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: shape in torch's order, type, first byte in the file, number of bytes."""
+
+    shape: tuple[int, ...]
+    kind: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Key values (lists for arrays) and tensor infos by name, in the file's order."""
+
+    values: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+def read_header(path: str | os.PathLike[str]) -> GgufHeader:
+    """What a GGUF file of version 2 or 3 says before its tensors' bytes.
+
+    Raises DataError, which names the file and what is wrong, when it cannot be read, is no such file, ends too early,
+    names something twice, or places a tensor outside of itself or in a type unknown here.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            return _Reader(file, path).header()
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror})") from error
+
+
+class _Reader:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.size = os.fstat(file.fileno()).st_size
+        self.left = self.size
+
+    def header(self) -> GgufHeader:
+        if self.bytes(4) != MAGIC:
+            raise self.error("it does not begin with 'GGUF'")
+        version = self.scalar("I")
+        if version not in (2, 3):
+            raise self.error(f"its version is {version}; 2 and 3 are known")
+        tensor_count, value_count = self.scalar("Q"), self.scalar("Q")
+        values: dict[str, Any] = {}
+        for _ in range(value_count):  # each takes some bytes, so a false count ends with the file
+            key = self.text()
+            if key in values:
+                raise self.error(f"key {key!r} is there twice")
+            values[key] = self.value(self.scalar("I"))
+        infos = [self.info() for _ in range(self.countable(tensor_count, 8 + 4 + 4 + 8))]
+        align = values.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1 or align & (align - 1):
+            raise self.error(f"general.alignment is {align!r}")
+        data = -(-(self.size - self.left) // align) * align
+        tensors: dict[str, TensorInfo] = {}
+        for name, shape, kind, offset in infos:
+            nbytes = self.tensor_bytes(name, shape, kind)
+            if name in tensors:
+                raise self.error(f"tensor {name!r} is there twice")
+            if offset % align or data + offset + nbytes > self.size:
+                raise self.error(f"tensor {name!r} lies outside the file")
+            tensors[name] = TensorInfo(shape, kind, data + offset, nbytes)
+        return GgufHeader(values, tensors)
+
+    def error(self, problem: str) -> DataError:
+        return DataError(f"{self.path} is no sound GGUF file: {problem}")
+
+    def bytes(self, count: int) -> bytes:
+        if count > self.left:
+            raise self.error("it ends too early")
+        self.left -= count
+        return self.file.read(count)
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
+
+    def countable(self, count: int, least: int) -> int:
+        """`count`, if that many things of at least `least` bytes can follow."""
+        if count * least > self.left:
+            raise self.error("it ends too early")
+        return count
+
+    def text(self) -> str:
+        raw = self.bytes(self.scalar("Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error("a text is no UTF-8") from error
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise self.error(f"a value has the unknown type {kind}")
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner in _SCALARS:
+            size = struct.calcsize("<" + _SCALARS[inner])
+            raw = self.bytes(self.countable(count, size) * size)
+            return list(struct.unpack(f"<{count}{_SCALARS[inner]}", raw))
+        if inner == _STRING:
+            return [self.text() for _ in range(self.countable(count, 8))]
+        raise self.error(f"an array has items of the unknown type {inner}")
+
+    def info(self) -> tuple[str, tuple[int, ...], str, int]:
+        name, dimensions = self.text(), self.scalar("I")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise self.error(f"tensor {name!r} has {dimensions} dimensions")
+        shape = tuple(self.scalar("Q") for _ in range(dimensions))[::-1]
+        kind, offset = self.scalar("I"), self.scalar("Q")
+        if kind not in _TYPE_NAMES:
+            raise self.error(f"tensor {name!r} has type {kind}, which is unknown here")
+        return name, shape, _TYPE_NAMES[kind], offset
+
+    def tensor_bytes(self, name: str, shape: tuple[int, ...], kind: str) -> int:
+        if kind in _FLOAT_BYTES:
+            return math.prod(shape) * _FLOAT_BYTES[kind]
+        if shape[-1] % GGML_TYPES[kind].block:
+            raise self.error(f"rows of tensor {name!r} do not divide into blocks")
+        return math.prod(shape[:-1]) * GGML_TYPES[kind].row_bytes(shape[-1])
