@@ -41,9 +41,12 @@ class EnvVar:
         """The values this variable takes, as words."""
         if self.kind == "choice":
             return ", ".join(self.choices)
-        return {"path": "a folder", "text": "any text", "bool": "1/0, true/false, yes/no, on/off", "int": "a whole number of 1 or more"}[
-            self.kind
-        ]
+        return {
+            "path": "a folder",
+            "text": "any text",
+            "bool": "1/0, true/false, yes/no, on/off",
+            "int": "a whole number of 1 or more",
+        }[self.kind]
 
     def parse(self, text: str) -> Any:
         """The typed value of `text`. Raises ConfigError when it is not one of the allowed values."""

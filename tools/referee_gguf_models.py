@@ -26,6 +26,7 @@ _LATENT: dict[str, Any] = dict(
 )  # fmt: skip
 _LOCAL_3 = ["sliding_attention", "sliding_attention", "full_attention"]
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_MSCALE = {"mscale": 0.707, "mscale_all_dim": 0.707}
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
@@ -35,7 +36,7 @@ _LONG = {
     "short_factor": [1.0 + i / 50 for i in range(24)], "long_factor": [1.0 + i / 4 for i in range(24)],
 }  # fmt: skip
 
-# name -> (model type, values of its configuration, tokenizer: "bytes" or "pieces")
+# name -> (model type, values of its configuration, tokenizer: see `tokenizer`)
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama2": ("llama", _DECODER | dict(num_key_value_heads=4), "pieces"),
     "llama3": ("llama", _DECODER | dict(rope_parameters=_LLAMA3, head_dim=48), "bytes"),
@@ -57,7 +58,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": (
         "gemma2",
         _DECODER | dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=8, tie_word_embeddings=True),
-        "pieces",
+        "bare pieces",
     ),
     "gemma3": (
         "gemma3_text",
@@ -66,10 +67,15 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
             num_hidden_layers=6, head_dim=32, query_pre_attn_scalar=32, sliding_window=8, tie_word_embeddings=True,
             layer_types=["sliding_attention"] * 5 + ["full_attention"],
         ),
-        "pieces",
+        "bare pieces",
     ),
-    "phi3": ("phi3", _DECODER | dict(original_max_position_embeddings=512, sliding_window=None), "pieces"),
-    "phi3-long": ("phi3", _DECODER | dict(original_max_position_embeddings=128, rope_parameters=_LONG), "pieces"),
+    "phi3": ("phi3", _DECODER | dict(original_max_position_embeddings=512, sliding_window=None), "phi pieces"),
+    # llama.cpp takes the long factors for contexts beyond the original one, and its contexts have at least 256 tokens.
+    "phi3-long": (
+        "phi3",
+        _DECODER | dict(max_position_embeddings=1024, original_max_position_embeddings=256, rope_parameters=_LONG),
+        "phi pieces",
+    ),
     "olmo2": ("olmo2", _DECODER, "bytes"),
     "olmo3": ("olmo3", _DECODER | dict(num_hidden_layers=3, layer_types=_LOCAL_3, sliding_window=8), "bytes"),
     "gpt2": (
@@ -80,8 +86,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon-7b": (
         "falcon",
         dict(
-            vocab_size=ROWS, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=1, multi_query=True,
-            alibi=False, new_decoder_architecture=False, parallel_attn=True, bias=False, bos_token_id=1, eos_token_id=2,
+            vocab_size=ROWS, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=1,
+            multi_query=True, alibi=False, new_decoder_architecture=False, parallel_attn=True, bias=False,
+            bos_token_id=1, eos_token_id=2,
         ),
         "bytes",
     ),
@@ -110,8 +117,16 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         _DECODER | dict(num_local_experts=4, shared_intermediate_size=96, attention_multiplier=0.125),
         "bytes",
     ),
-    "deepseek-v2": ("deepseek_v2", _DECODER | _LATENT | dict(rope_parameters=_YARN), "bytes"),
-    "deepseek-v2-lite": ("deepseek_v2", _DECODER | _LATENT | dict(q_lora_rank=None, num_hidden_layers=27), "bytes"),
+    "deepseek-v2": (
+        "deepseek_v2",
+        _DECODER | _LATENT | dict(scoring_func="softmax", rope_parameters=_YARN | _MSCALE),
+        "bytes",
+    ),
+    "deepseek-v2-lite": (
+        "deepseek_v2",
+        _DECODER | _LATENT | dict(scoring_func="softmax", q_lora_rank=None, num_hidden_layers=27),
+        "bytes",
+    ),
     "deepseek-v3": (
         "deepseek_v3",
         _DECODER
@@ -153,7 +168,8 @@ def build(name: str) -> torch.nn.Module:
 def tokenizer(kind: str) -> Any:
     """A tokenizer with a few merges: "bytes" is byte-level BPE, "pieces" SentencePiece BPE with bytes.
 
-    Ids 0, 1 and 2 are special; one token was added by hand, and some rows of the embedding have no token.
+    "bare pieces" puts no space in front of a text; "phi pieces" has what llama.cpp looks for in Phi-3's.
+    Ids 0, 1 and 2 are special; tokens were added by hand, and some rows of the embedding have no token.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -176,20 +192,27 @@ def tokenizer(kind: str) -> Any:
                 merges.append(pair)
                 vocab.append("".join(pair))
     backend = Tokenizer(
-        models.BPE({token: i for i, token in enumerate(vocab)}, merges, byte_fallback=kind == "pieces", fuse_unk=kind == "pieces")
+        models.BPE(
+            {token: i for i, token in enumerate(vocab)}, merges, byte_fallback=kind != "bytes", fuse_unk=kind != "bytes"
+        )
     )
     if kind == "bytes":
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
     else:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁")] * (kind != "bare pieces") + [normalizers.Replace(" ", "▁")]
+        )
         backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    backend.add_tokens([AddedToken("<|im_end|>", normalized=False), AddedToken("custom word", normalized=False)])
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in [*special, "<|endoftext|>"]])
+    looks = [] if kind == "phi pieces" else [AddedToken("<|im_end|>", normalized=False)]
+    backend.add_tokens([*looks, AddedToken("custom word", normalized=False)])
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<|endoftext|>"
+    )
     made.chat_template = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
     return made
 
@@ -217,7 +240,7 @@ def save_tokenizer(kind: str, folder: Path) -> None:
     added = made.backend_tokenizer.get_added_tokens_decoder()
     config["added_tokens_decoder"] = {str(i): {"content": t.content, "special": t.special} for i, t in added.items()}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
-    if kind == "pieces":
+    if kind != "bytes":
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(made))
 
 

@@ -36,7 +36,7 @@ _FUSED = re.compile(
     r"(experts\.(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?|(?P<way>input|output)_linear\.weight)"
 )
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
-# Always float32, because llama.cpp computes with them that way: besides norms, biases and everything with one dimension.
+# Float32 in every file, as llama.cpp computes with them so; norms, biases and all that has one dimension are too.
 _FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight", "token_types.weight")
 
 
@@ -95,7 +95,9 @@ class Conversion:
             return []
         expert = _EXPERT.fullmatch(name)
         if expert:
-            return [Placement(f"blk.{expert['block']}.ffn_{_PARTS[expert['part']]}_exps.weight", slot=int(expert["index"]))]
+            return [
+                Placement(f"blk.{expert['block']}.ffn_{_PARTS[expert['part']]}_exps.weight", slot=int(expert["index"]))
+            ]
         fused = _FUSED.fullmatch(name)
         if fused and len(self.sources.get(name, (0, 0, 0))) == 3:
             return self._fused_experts(fused)

@@ -1,4 +1,4 @@
-"""What converting a family of models takes, as data: its keys, its special tensors, and what llama.cpp assumes of it."""
+"""What converting a family of models takes, as data: its keys, its special tensors, and what llama.cpp assumes."""
 
 from __future__ import annotations
 

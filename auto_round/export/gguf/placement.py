@@ -12,8 +12,8 @@ import torch
 class Placement:
     """One place that a source tensor, or some of its rows, goes to.
 
-    The steps are, in this order: `edit`, `rows`, then `slot` or `at_row`. Without `edit` a weight can be quantized as it
-    is and its packed rows placed; with `edit` other numbers are quantized than the source holds.
+    The steps are, in this order: `edit`, `rows`, then `slot` or `at_row`. Without `edit` a weight can be quantized as
+    it is and its packed rows placed; with `edit` other numbers are quantized than the source holds.
 
     Attributes:
         tensor: name in the file, such as "blk.0.attn_q.weight".

@@ -19,14 +19,10 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 QWEN2 = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
-QWEN35 = (
-    _WORDS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN35 = _WORDS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}" + _CASED_TAIL
-)
+TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}" + _CASED_TAIL
 GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_WORDS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_WORDS}?"
     r"|\p{N}{1,3}" + _CASED_TAIL
@@ -77,6 +73,9 @@ KNOWN_WHOLE: dict[Steps, tuple[str, str]] = {
     (LLAMA3,): ("llama-bpe", "llama-bpe"),
     (TEKKEN,): ("tekken", "tekken"),
 }
+
+# Names whose regular expressions in llama.cpp take combining marks for no part of a word.
+WITHOUT_MARKS = ("tekken", "gpt-4o")
 
 
 def _flat(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
@@ -131,7 +130,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any], removes_spaces: bool) -> st
     Raises:
         UnsupportedError: none of llama.cpp's does the same. AR_GGUF_PRE_TOKENIZER names one by hand.
     """
-    chosen = ""
+    chosen = envs.get("AR_GGUF_PRE_TOKENIZER")
     if chosen:
         return str(chosen)
     steps = split_steps(tokenizer.get("pre_tokenizer"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from auto_round.errors import UnsupportedError
 from auto_round.export.gguf.key_values import KeyValue, key_value
-from auto_round.export.gguf.pre_tokenizer import pre_tokenizer_name
+from auto_round.export.gguf.pre_tokenizer import WITHOUT_MARKS, pre_tokenizer_name
 from auto_round.export.gguf.settings import settings_of
 from auto_round.export.gguf.vocab_tokens import (
     TokenList,
@@ -35,6 +35,11 @@ _IDS = {
     "mask": "mask_token_id",
 }
 _SPACE = "▁"
+_SPACES = (
+    "llama.cpp puts a space in front of every text and after every special token, as SentencePiece does; this "
+    "tokenizer not where one is already, or not after special tokens"
+)
+_MARKS = "llama.cpp splits words at combining marks (Indic scripts, Thai, ...), and this tokenizer does not"
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Vocabulary:
         flags: (key, value): whether tokens or a space are added to a text.
         templates: chat templates by name; "default" is the model's own.
         notes: where llama.cpp tokenizes otherwise than Transformers, in words for the user.
+        leading_spaces_differ: one of these notes: spaces at the start of a text and after special tokens.
     """
 
     model: str
@@ -60,6 +66,7 @@ class Vocabulary:
     flags: tuple[tuple[str, bool], ...]
     templates: Mapping[str, str]
     notes: tuple[str, ...]
+    leading_spaces_differ: bool = False
 
     def metadata(self) -> list[KeyValue]:
         """The keys tokenizer.*, with their types."""
@@ -110,20 +117,32 @@ def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | 
     notes = [f"llama.cpp does not apply the tokenizer's normalization {kind}" for kind in _lost(values["normalizer"])]
     flags = _added_around(tokenizer, notes)
     merges: tuple[str, ...] = ()
+    spaces_differ = False
     if model.get("byte_fallback"):
         name, pre = "llama", "default"
-        prefix = _space_prefix(values, notes)
+        prefix = _space_prefix(values)
         flags.append(("add_space_prefix", prefix))
+        spaces_differ = prefix and (values["pre_tokenizer"] or {}).get("type") == "Metaspace"
+        notes += [_SPACES] if spaces_differ else []
         path = Path(folder) / "tokenizer.model" if folder is not None else None
         has_file = path is not None and path.is_file()
         tokens = sentencepiece_tokens(path, added, rows) if has_file and path else merged_tokens(model, added, rows)
     else:
         name, pre = "gpt2", pre_tokenizer_name(values, bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)))
+        notes += [_MARKS] if pre in WITHOUT_MARKS else []
         tokens = byte_level_tokens(model["vocab"], added, rows)
         merges = tuple(merge_lines(model["merges"]))
     require_unique(tokens)
     return Vocabulary(
-        name, pre, tokens, merges, _special_ids(tokenizer, config, rows), tuple(flags), _templates(tokenizer), tuple(notes)
+        name,
+        pre,
+        tokens,
+        merges,
+        _special_ids(tokenizer, config, rows),
+        tuple(flags),
+        _templates(tokenizer),
+        tuple(notes),
+        spaces_differ,
     )
 
 
@@ -170,18 +189,17 @@ def _lost(normalizer: Mapping[str, Any] | None) -> list[str]:
     return [step["type"] for step in _steps(normalizer) if not _is_space(step)]
 
 
-def _space_prefix(values: Mapping[str, Any], notes: list[str]) -> bool:
+def _space_prefix(values: Mapping[str, Any]) -> bool:
     """Whether a space is put in front of a text. Raises UnsupportedError when text is split before it is merged."""
     prefix = any(step["type"] == "Prepend" for step in _steps(values["normalizer"]))
     splits = values["pre_tokenizer"]
     kind = splits["type"] if splits else None
     if kind == "Metaspace" and not splits.get("split", True):
-        scheme = splits.get("prepend_scheme", "always")
-        prefix = prefix or scheme != "never"
-        if scheme == "first":
-            notes.append("llama.cpp also puts a space after special tokens inside a text, Transformers does not")
+        prefix = prefix or splits.get("prepend_scheme", "always") != "never"
     elif not (kind is None or (kind == "Split" and splits["pattern"] == {"String": " "})):
-        raise UnsupportedError(f"llama.cpp merges SentencePiece tokens across whole texts, and this tokenizer splits them: {kind}")
+        raise UnsupportedError(
+            f"llama.cpp merges SentencePiece tokens across whole texts, and this tokenizer splits them: {kind}"
+        )
     return prefix
 
 

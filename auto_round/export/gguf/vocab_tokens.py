@@ -66,7 +66,7 @@ def sentencepiece_tokens(path: Path, added: Mapping[int, Any], rows: int) -> Tok
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise UnsupportedError("this tokenizer.model needs the package sentencepiece: pip install sentencepiece") from error
+        raise UnsupportedError("tokenizer.model needs the package sentencepiece: pip install sentencepiece") from error
     model = SentencePieceProcessor()
     model.LoadFromFile(str(path))
     tokens = unused_tokens(rows)
@@ -126,7 +126,9 @@ def require_unique(tokens: TokenList) -> None:
     seen: dict[str, int] = {}
     for index, text in enumerate(tokens.texts):
         if text in seen:
-            raise ModelError(f"tokens {seen[text]} and {index} are both {text!r}; llama.cpp cannot open such a vocabulary")
+            raise ModelError(
+                f"tokens {seen[text]} and {index} are both {text!r}; llama.cpp cannot open such a vocabulary"
+            )
         seen[text] = index
 
 
@@ -138,8 +140,8 @@ def backend_values(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedError(
-            f"a tokenizer of class {type(tokenizer).__name__} cannot be written as GGUF; it needs a tokenizer.json or a "
-            "SentencePiece model that Transformers loads as a fast tokenizer"
+            f"a tokenizer of class {type(tokenizer).__name__} cannot be written as GGUF; it needs a tokenizer.json or "
+            "a SentencePiece model that Transformers loads as a fast tokenizer"
         )
     values: dict[str, Any] = json.loads(backend.to_str())
     return values

@@ -99,6 +99,10 @@ _ASSUMES = (
         lambda s: s.get("rope_interleave", default=True), "llama.cpp rotates neighbouring dimensions of its queries"
     ),
     Assumption(
+        lambda s: s.rope["rope_type"] != "yarn" or s.rope.get("mscale") == s.rope.get("mscale_all_dim", 0) != 0,
+        "llama.cpp expects the same mscale and mscale_all_dim in its rotary settings",
+    ),
+    Assumption(
         lambda s: (s.get("q_lora_rank") is not None) == _expects_query_rank(s),
         "llama.cpp tells from the number of layers whether queries have a low rank, and takes this model for another",
     ),

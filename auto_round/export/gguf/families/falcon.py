@@ -8,7 +8,6 @@ import torch
 
 from auto_round.export.gguf.families.shared import (
     BLOCKS,
-    CONTEXT,
     EMBEDDING,
     HEADS,
     NORM_EPSILON,
@@ -47,7 +46,8 @@ def _base(s: Settings) -> float | None:
 FALCON = Family(
     "falcon", ("falcon", "RefinedWeb", "RefinedWebModel"),
     (
-        BLOCKS, Key("context_length", "uint32", lambda s: s.get(*CONTEXT.source, default=2048)), EMBEDDING, HEADS,
+        BLOCKS, EMBEDDING, HEADS,
+        Key("context_length", "uint32", lambda s: s.get("max_position_embeddings", default=2048)),
         Key("attention.head_count_kv", "uint32", _kv_heads), NORM_EPSILON,
         Key("feed_forward_length", "uint32", lambda s: s.get("ffn_hidden_size", default=4 * s.hidden)),
         Key("tensor_data_layout", "string", lambda s: "jploski"),  # names the order of rows above
@@ -58,7 +58,7 @@ FALCON = Family(
         activation("gelu"), rope_types("default"), without("alibi", "bias"),
         Assumption(
             lambda s: s.get("new_decoder_architecture") or s.get("parallel_attn", default=True),
-            "llama.cpp runs attention and feed-forward layers of Falcon side by side, and this model one after the other",
+            "llama.cpp runs attention and feed-forward layers side by side, and this model one after the other",
         ),
     ),
 )  # fmt: skip

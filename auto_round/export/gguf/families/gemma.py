@@ -13,6 +13,7 @@ from auto_round.export.gguf.families.shared import (
     RMS_EPSILON,
     ROPE_BASE,
     ROPE_SCALING,
+    SLIDING_ROPE_BASE,
     SLIDING_WINDOW,
     WHOLE_ROTATION,
     activation,
@@ -57,7 +58,9 @@ def _attention_scale(largest: int) -> Assumption:
     return Assumption(holds, "llama.cpp knows no query_pre_attn_scalar but the usual one of this architecture")
 
 
-_TIED = Assumption(lambda s: s.tied, "llama.cpp gives Gemma's embedding to its head, and this model has a head of its own")
+_TIED = Assumption(
+    lambda s: s.tied, "llama.cpp gives Gemma's embedding to its head, and this model has a head of its own"
+)
 _SHARED = (activation("gelu_pytorch_tanh"), WHOLE_ROTATION, _TIED, without("use_bidirectional_attention"))
 
 GEMMA2 = Family(
@@ -70,7 +73,7 @@ GEMMA2 = Family(
 GEMMA3 = Family(
     "gemma3", ("gemma3_text",),
     (
-        *_KEYS, *ROPE_SCALING, ROPE_BASE, Key("rope.freq_base_swa", "float32", lambda s: s.sliding_theta),
+        *_KEYS, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE,
         _SOFTCAPS[1], window_pattern(6),
     ),
     _RULES,

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms, biases everywhere. (Its weights are stored as [in, out]: see `Conversion.place`.)"""
+"""GPT-2: learned positions, layer norms, biases. (Its weights are stored as [in, out]: see `Conversion.place`.)"""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ def llama3_factors(s: Settings) -> dict[str, torch.Tensor]:
     if rope["rope_type"] != "llama3":
         return {}
     dims = s.head_dim
-    frequencies = 1.0 / (float(rope.get("rope_theta", 10000.0)) ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims))
+    frequencies = 1.0 / (
+        float(rope.get("rope_theta", 10000.0)) ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    )
     factor, original = float(rope.get("factor", 8.0)), float(rope.get("original_max_position_embeddings", 8192))
     low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
     turns = original / (2 * math.pi / frequencies)

@@ -50,6 +50,7 @@ HEAD_DIM = (
 RMS_EPSILON = Key("attention.layer_norm_rms_epsilon", "float32", "rms_norm_eps")
 NORM_EPSILON = Key("attention.layer_norm_epsilon", "float32", ("layer_norm_eps", "layer_norm_epsilon"))
 ROPE_BASE = Key("rope.freq_base", "float32", _rope("rope_theta"))
+SLIDING_ROPE_BASE = Key("rope.freq_base_swa", "float32", lambda s: s.sliding_theta)
 ROPE_SCALING = (
     Key("rope.scaling.type", "string", rope_type),
     Key("rope.scaling.factor", "float32", _rope("factor", "linear", "yarn")),
@@ -73,14 +74,15 @@ ROPE_DIMENSIONS = Key("rope.dimension_count", "uint32", lambda s: s.head_dim)
 
 # What a decoder with RMS norms and rotary embeddings says about itself.
 DECODER = (
-    BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, *ROPE_SCALING, ROPE_BASE, RMS_EPSILON, *EXPERTS, *HEAD_DIM,
+    BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE,
+    RMS_EPSILON, *EXPERTS, *HEAD_DIM,
 )  # fmt: skip
 
 
 def rotary_rows(rows: int, heads: int) -> torch.Tensor:
     """int64 [rows]: rows of a query or key projection, of which each head's two halves are interleaved.
 
-    Transformers rotates dimension i of a head together with i + half, llama.cpp's first kind of rotation 2i with 2i + 1.
+    Transformers rotates dimension i of a head together with i + half; llama.cpp, in some architectures, 2i with 2i + 1.
     """
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 

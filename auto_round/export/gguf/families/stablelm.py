@@ -41,6 +41,11 @@ STABLELM = Family(
         Key("use_parallel_residual", "bool", lambda s: s.get("use_parallel_residual", default=True)),
         Key("rope.freq_base", "float32", _base),
     ),
-    (Rule(r"model\.layers\.(?P<block>\d+)\.self_attn\.(?P<part>[qk])_layernorm\.norms\.(?P<head>\d+)\.weight", _head_norm),),
+    (
+        Rule(
+            r"model\.layers\.(?P<block>\d+)\.self_attn\.(?P<part>[qk])_layernorm\.norms\.(?P<head>\d+)\.weight",
+            _head_norm,
+        ),
+    ),
     assumes=(SILU, rope_types("default")),
 )  # fmt: skip
