@@ -17,7 +17,8 @@ import torch
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.export.gguf.families import family_of, supported_families
 from auto_round.export.gguf.family import Family
-from auto_round.export.gguf.key_values import KeyValue, gguf_package, key_value
+from auto_round.export.gguf.key_values import KeyValue, key_value
+from auto_round.export.gguf.package import gguf_package
 from auto_round.export.gguf.placement import Placement
 from auto_round.export.gguf.settings import Settings, settings_of
 

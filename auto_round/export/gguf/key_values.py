@@ -1,20 +1,11 @@
-"""Key values of a GGUF file, and the `gguf` package, which knows the format's names."""
+"""Key values of a GGUF file, with their types."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from auto_round.errors import UnsupportedError
-
-
-def gguf_package() -> Any:
-    """The `gguf` package. Raises UnsupportedError with what to install when it is not there."""
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise UnsupportedError('GGUF files need the package gguf: pip install "auto-round[gguf]"') from error
+from auto_round.export.gguf.package import gguf_package
 
 
 class KeyValue(NamedTuple):

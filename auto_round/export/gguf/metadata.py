@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_round.export.gguf.key_values import KeyValue, gguf_package
+from auto_round.export.gguf.key_values import KeyValue
+from auto_round.export.gguf.package import gguf_package
 
 _EXPERTS = "_exps."
 
