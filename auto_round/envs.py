@@ -25,7 +25,7 @@ class EnvVar:
 
     Attributes:
         name: as the shell knows it.
-        kind: "choice" (any case), "path" (kept exactly as written), "bool" or "int" (positive).
+        kind: "choice" (any case), "path" (kept exactly as written), "text", "bool" or "int" (positive).
         default: what `envs.NAME` gives when the variable is unset or empty.
         doc: what it does, one or two sentences.
         choices: allowed values of a "choice", in upper case.
@@ -41,15 +41,20 @@ class EnvVar:
         """The values this variable takes, as words."""
         if self.kind == "choice":
             return ", ".join(self.choices)
-        return {"path": "a folder", "bool": "1/0, true/false, yes/no, on/off", "int": "a whole number of 1 or more"}[
-            self.kind
-        ]
+        return {
+            "path": "a folder",
+            "text": "any text",
+            "bool": "1/0, true/false, yes/no, on/off",
+            "int": "a whole number of 1 or more",
+        }[self.kind]
 
     def parse(self, text: str) -> Any:
         """The typed value of `text`. Raises ConfigError when it is not one of the allowed values."""
         word = text.strip()
         if self.kind == "path":
             return text
+        if self.kind == "text":
+            return word
         if self.kind == "choice" and word.upper() in self.choices:
             return word.upper()
         if self.kind == "bool" and word.lower() in _TRUE + _FALSE:
@@ -101,6 +106,13 @@ VARIABLES: tuple[EnvVar, ...] = (
         "bool",
         False,
         "Input scales that calibration fixes (static FP8, global of NVFP4) are one for all routed experts of a block.",
+    ),
+    EnvVar(
+        "AR_GGUF_PRE_TOKENIZER",
+        "text",
+        None,
+        "GGUF: llama.cpp's name for the way the tokenizer splits text (`tokenizer.ggml.pre`), such as `qwen2`. "
+        "Unset: found from the tokenizer itself.",
     ),
 )
 

@@ -1,0 +1,108 @@
+"""Open a GGUF file by llama.cpp, through llama-cpp-python, and write its logits or its token ids.
+
+judge.py FOLDER IDS.npy OUT.npy DTYPE
+judge.py --many CELLS.json        [[file, IDS.npy, OUT.npy], ...]: logits of several files
+judge.py --tokens FILE TEXTS.json OUT.json        ids of every text, special tokens recognised and added
+
+FOLDER holds one .gguf file. llama.cpp decides itself in which precision it computes; DTYPE is not used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+
+def open_model(file: str, vocab_only: bool = False) -> Any:
+    """The model, memory-mapped. Exits with the file's name when llama.cpp refuses it."""
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def keep(level: int, text: bytes, data: Any) -> None:
+        lines.append(text.decode("utf-8", "replace"))
+
+    open_model.keep = keep  # type: ignore[attr-defined]  # llama.cpp calls it later too
+    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    options = llama_cpp.llama_model_default_params()
+    options.vocab_only = vocab_only
+    model = llama_cpp.llama_model_load_from_file(file.encode(), options)
+    if not model:
+        reasons = [line.strip() for line in lines if "error" in line.lower()] or lines[-3:]
+        raise SystemExit(f"llama.cpp does not open {file}: {' '.join(reasons)[:500]}")
+    return model
+
+
+def logits(file: str, ids: np.ndarray) -> np.ndarray:
+    """float32 [samples, positions, vocabulary] for int64 ids [samples, tokens]."""
+    model = open_model(file)
+    samples, tokens = ids.shape
+    rows = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    options = llama_cpp.llama_context_default_params()
+    options.n_ctx = options.n_batch = options.n_ubatch = max(tokens, 64)
+    options.type_k = options.type_v = 0  # a cache in float32
+    options.flash_attn_type = 0
+    context = llama_cpp.llama_init_from_model(model, options)
+    if not context:
+        raise SystemExit(f"llama.cpp makes no context for {file}")
+    out = np.empty((samples, tokens, rows), np.float32)
+    for number, sample in enumerate(ids):
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        batch = llama_cpp.llama_batch_init(tokens, 0, 1)
+        batch.n_tokens = tokens
+        for position, token in enumerate(sample.tolist()):
+            batch.token[position], batch.pos[position] = token, position
+            batch.n_seq_id[position], batch.seq_id[position][0], batch.logits[position] = 1, 0, True
+        if llama_cpp.llama_decode(context, batch):
+            raise SystemExit(f"llama.cpp cannot run {file}")
+        found = llama_cpp.llama_get_logits(context)
+        out[number] = np.ctypeslib.as_array(found, (tokens, rows))
+        llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+    return out
+
+
+def token_ids(file: str, texts: list[str]) -> list[list[int]]:
+    """Ids of each text, as a prompt is tokenized."""
+    vocab = llama_cpp.llama_model_get_vocab(open_model(file, vocab_only=True))
+    found = []
+    for text in texts:
+        data = text.encode("utf-8")
+        room = (llama_cpp.llama_token * (len(data) + 16))()
+        count = llama_cpp.llama_tokenize(vocab, data, len(data), room, len(room), True, True)
+        if count < 0:
+            raise SystemExit(f"llama.cpp cannot tokenize {text!r}")
+        found.append(list(room[:count]))
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == "--tokens":
+        file, texts, out = arguments[1:]
+        Path(out).write_text(json.dumps(token_ids(file, json.loads(Path(texts).read_text()))))
+    elif arguments[0] == "--many":
+        for file, ids, out in json.loads(Path(arguments[1]).read_text()):
+            try:
+                np.save(out, logits(file, np.load(ids)))
+            except SystemExit as error:
+                Path(out).with_suffix(".error").write_text(str(error))
+    else:
+        folder, ids, out, _ = arguments
+        (file,) = Path(folder).glob("*.gguf")
+        np.save(out, logits(str(file), np.load(ids)))
+    try:
+        print(json.dumps({"llama-cpp-python": version("llama-cpp-python")}))
+    except PackageNotFoundError:  # run from its source tree
+        print(json.dumps({"llama-cpp-python": llama_cpp.__version__}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
