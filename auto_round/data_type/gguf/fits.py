@@ -170,7 +170,7 @@ def _descend_once(
 ) -> torch.Tensor:
     """One round of `_descend`; float32 [columns], 1 where a code moved.
 
-    Truth values are kept as float32: on a CPU PyTorch is several times slower with bools beside floats.
+    Truth values are float32, made in place: on a CPU PyTorch is several times slower with bools beside floats.
     """
     sumlx, suml2 = sums.unbind(0)
     slx, sl2, new, with_it, left, right, moved = torch.zeros(7, sumlx.shape[0], device=x.device).unbind(0)
@@ -187,7 +187,8 @@ def _descend_once(
         sl2.add_(torch.mul(w, new, out=left).mul_(new))
         torch.mul(with_it, with_it, out=left).mul_(suml2)
         torch.mul(sumlx, sumlx, out=right).mul_(sl2)
-        moves = torch.minimum(slx, sl2, out=slx).gt_(0).mul_(left.gt_(right)).mul_(torch.ne(new, code, out=right))
+        moves = torch.minimum(slx, sl2, out=slx).gt_(0).mul_(left.gt_(right))
+        moves.mul_(torch.sub(new, code, out=right).ne_(0))
         for now, then in ((sumlx, with_it), (suml2, sl2), (code, new)):
             now.lerp_(then, moves)  # exact: it is one or the other
         torch.maximum(moved, moves, out=moved)
