@@ -25,7 +25,7 @@ from auto_round.data_type.gguf.effort import EFFORTS, Effort
 from auto_round.data_type.gguf.group_fit import fit_steps, fit_steps_and_minima
 from auto_round.data_type.gguf.piece import Piece
 from auto_round.data_type.gguf.stored import Stored
-from auto_round.data_type.gguf.super_block import choose_factor, refit_factors, scale_limits, to_half
+from auto_round.data_type.gguf.super_block import choose_factor, over_groups, refit_factors, scale_limits, to_half
 from auto_round.data_type.gguf.types import GGML_TYPES, GgmlType
 
 _CHUNK = 1 << 18  # weights searched at a time: the few buffers of one chunk stay in cache
@@ -91,7 +91,7 @@ def _shares(importance: torch.Tensor | None, columns: int, device: torch.device)
     if importance is None:
         return ones
     given = importance.to(device, torch.float32)
-    mean = given.mean()
+    mean = given.double().mean().float()
     if not torch.isfinite(mean) or mean <= 0:
         return ones
     return given / mean + 1e-4
@@ -110,7 +110,8 @@ def _search(piece: Piece) -> Stored:
             error = piece.error(*trial.grid())
             better = error < least
             found, least = found.where(better, trial), torch.where(better, error, least)
-    return found
+    # Weights too small for float16 factors, or a group whose importance lies on a few of them.
+    return found.where(piece.sum_hxx < least, found.nothing())
 
 
 def _refit(piece: Piece, found: Stored, least: torch.Tensor) -> tuple[Stored, torch.Tensor]:
@@ -118,7 +119,7 @@ def _refit(piece: Piece, found: Stored, least: torch.Tensor) -> tuple[Stored, to
     d, dmin = refit_factors(piece, found.d, found.scales, found.dmin, found.mins)
     trial = replace(found, d=d, dmin=dmin)
     error = piece.error(*trial.grid())
-    better = error.sum(0, keepdim=True) < least.sum(0, keepdim=True)
+    better = over_groups(error.clone()) < over_groups(least.clone())
     return found.where(better, trial), torch.where(better, error, least)
 
 

@@ -53,6 +53,13 @@ class Stored:
             dmin=to_half(self.dmin + self.d * (move[1] - move[0] / 2)),
         )
 
+    def nothing(self) -> Stored:
+        """All weights zero: by the groups' integers, or without sub-blocks by the factors."""
+        empty = lambda t: None if t is None else torch.zeros_like(t)  # noqa: E731
+        if self.kind.is_k:
+            return replace(self, scales=torch.zeros_like(self.scales), mins=empty(self.mins))
+        return replace(self, d=torch.zeros_like(self.d), dmin=empty(self.dmin))
+
     def where(self, better: torch.Tensor, other: Stored) -> Stored:
         """`other` where `better` ([g, B] or [1, B]) says so. Factors are taken from it only with [1, B]."""
         pick = lambda new, old: new if new is old else torch.where(better, new, old)  # noqa: E731

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from auto_round.data_type.gguf.piece import Piece
+from auto_round.data_type.gguf.piece import Piece, fold
 from auto_round.data_type.gguf.types import GgmlType
 
 _TINY = 1e-30
@@ -23,6 +23,11 @@ def scale_limits(kind: GgmlType) -> tuple[int, int]:
     if kind.signed_scales:
         return -(1 << (kind.scale_bits - 1)), (1 << (kind.scale_bits - 1)) - 1
     return 0, (1 << kind.scale_bits) - 1
+
+
+def over_groups(values: torch.Tensor) -> torch.Tensor:
+    """[g, B] summed to [1, B]; `values` is overwritten."""
+    return fold(values).unsqueeze(0)
 
 
 def choose_factor(
@@ -47,10 +52,10 @@ def choose_factor(
         for _ in range(2):
             whole = _integers(values, d, low, high)
             part = weights * whole
-            d = (part * values).sum(0, keepdim=True) / (part * whole).sum(0, keepdim=True).clamp(min=_TINY)
+            d = over_groups(part * values) / over_groups(part * whole).clamp(min=_TINY)
         d = to_half(d)
         whole = _integers(values, d, low, high)
-        error = (weights * (values - d * whole).square_()).sum(0, keepdim=True)
+        error = over_groups(weights * (values - d * whole).square_())
         if found is None:
             found = error, d, whole
         else:
@@ -75,15 +80,15 @@ def refit_factors(
     """
     if dmin is None or mins is None:
         sums = piece.sums(d * scales)
-        u, a = (scales * sums.qx).sum(0, keepdim=True), (scales * scales * sums.qq).sum(0, keepdim=True)
+        u, a = over_groups(scales * sums.qx), over_groups(scales * scales * sums.qq)
         return to_half(torch.where(a > _TINY, u / a.clamp(min=_TINY), d)), None
     sign = piece.kind.min_sign
     sums = piece.sums(d * scales, dmin * mins * sign)
     # the normal equations of sum h (d k q + e m - x)^2, with e = sign * dmin
-    a = (scales * scales * sums.qq).sum(0, keepdim=True)
-    b = (scales * mins * sums.q).sum(0, keepdim=True)
-    c = (mins * mins * piece.sum_h).sum(0, keepdim=True)
-    u, v = (scales * sums.qx).sum(0, keepdim=True), (mins * piece.sum_hx).sum(0, keepdim=True)
+    a = over_groups(scales * scales * sums.qq)
+    b = over_groups(scales * mins * sums.q)
+    c = over_groups(mins * mins * piece.sum_h)
+    u, v = over_groups(scales * sums.qx), over_groups(mins * piece.sum_hx)
     spread = a * c - b * b
     over = spread.clamp(min=_TINY).reciprocal_()
     new_d, new_dmin = (u * c - b * v) * over, (a * v - b * u) * over * sign

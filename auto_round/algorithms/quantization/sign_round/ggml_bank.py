@@ -4,8 +4,8 @@ A group has the step s = d k and the minimum m = e l: the float16 factors d and 
 block times its own integers k and l. W = s q + m with q = clamp(round((w - m)/s + v), low, high). With G = dL/dW and
 r = (w - m)/s the straight-through gradients are, where q is not cut off,
     dL/dv = G s            dL/ds = sum over the group of G (q - r)            dL/dm = 0
-and where it is dL/dv = 0, dL/ds = sum of G q and dL/dm = sum of G (AutoRound, arXiv 2309.05516, section 3; the mask as in
-LSQ, arXiv 1902.08153, equation 3). The integers stay where the search found them; d and e may be tuned, as
+and where it is dL/dv = 0, dL/ds = sum of G q and dL/dm = sum of G (AutoRound, arXiv 2309.05516, section 3; the mask
+as in LSQ, arXiv 1902.08153, equation 3). The integers stay where the search found them; d and e may be tuned, as
 `start * factor` rounded to float16, and their gradients are sums over the groups of the block.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -23,6 +23,7 @@ from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, 
 from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.rounding import assign_codes, code_limits, inverse_of
+from auto_round.data_type.gguf.types import GgmlType
 from auto_round.quantized_layer import QuantizedLayer
 
 _CPU_CHUNK = 1 << 16  # weights handled at a time: the buffers of one chunk stay in cache
@@ -92,7 +93,7 @@ class GgmlBank(LayerBank):
         self._limits = code_limits(self.kind)
         self.groups = torch.cat([task.weight.to(compute_dtype) for task in tasks])
         self.groups = self.groups.view(shape[0], -1, self.kind.group)
-        self.start = _stacked(blocks)
+        self.start = _stored(self.kind, blocks, torch.cat)
         self.v = torch.zeros_like(self.groups, dtype=torch.float32)
         self.factors = [torch.ones_like(part, dtype=torch.float32) for part in self._start_factors()]
         self.rules = [make_rule(adam, momentum) for _ in range(1 + len(self.factors))]
@@ -179,14 +180,19 @@ class GgmlBank(LayerBank):
     def finish(self) -> list[QuantizedLayer]:
         layers = []
         for task, rows in zip(self.tasks, self.slices, strict=True):
-            parts = {name: getattr(self.blocks, name) for name in ("d", "scales", "dmin", "mins")}
-            own = replace(self.blocks, **{name: None if t is None else t[rows] for name, t in parts.items()})
+            own = _stored(self.kind, [self.blocks], partial(_cut, rows=rows))
             layers.append(ggml_layer(task, assign_codes(task.weight, own, self.v[rows])))
         return layers
 
 
-def _stacked(blocks: Sequence[GgmlBlocks]) -> GgmlBlocks:
-    """Matrices of one type on top of each other; their codes are not needed."""
-    cat = lambda parts: None if parts[0] is None else torch.cat(parts)  # noqa: E731
-    numbers = {name: cat([getattr(part, name) for part in blocks]) for name in ("d", "scales", "dmin", "mins")}
-    return GgmlBlocks(blocks[0].kind, torch.empty(0, dtype=torch.uint8), **numbers)
+def _stored(kind: GgmlType, blocks: Sequence[GgmlBlocks], make: Callable[[list[Tensor]], Tensor]) -> GgmlBlocks:
+    """Blocks without codes, each of their tensors made from that tensor of all of `blocks`."""
+    own = lambda parts: None if parts[0] is None else make(parts)  # noqa: E731
+    return GgmlBlocks(
+        kind, torch.empty(0, dtype=torch.uint8), make([b.d for b in blocks]), own([b.scales for b in blocks]),
+        own([b.dmin for b in blocks]), own([b.mins for b in blocks]),
+    )  # fmt: skip
+
+
+def _cut(parts: list[Tensor], rows: slice) -> Tensor:
+    return parts[0][rows]
