@@ -10,7 +10,7 @@ from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.types import GgmlType
 
 _ROWS = 1 << 17  # weights rounded at a time: stays in cache, and no float32 copy of a whole layer is made
-_NEVER = 1e30
+_HUGE = 1e30
 
 
 def code_limits(kind: GgmlType) -> tuple[float, float]:
@@ -19,9 +19,14 @@ def code_limits(kind: GgmlType) -> tuple[float, float]:
     return float(low), float(kind.codes - 1 - kind.zero)
 
 
+def divisor_of(step: torch.Tensor) -> torch.Tensor:
+    """The step, to divide by: that of zero is a huge one, so that all codes of its group are zero."""
+    return torch.where(step == 0, _HUGE, step)
+
+
 def inverse_of(step: torch.Tensor) -> torch.Tensor:
-    """1 / step, and almost zero for a step of zero: all codes of that group are then zero."""
-    return torch.where(step == 0, _NEVER, step).reciprocal_()
+    """1 / step, and almost zero for a step of zero."""
+    return divisor_of(step).reciprocal_()
 
 
 def round_codes(

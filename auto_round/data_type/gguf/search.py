@@ -87,13 +87,10 @@ def _pieces(out: int, count: int, blocks: int) -> Iterator[tuple[slice, slice]]:
 def _shares(importance: torch.Tensor | None, columns: int, device: torch.device) -> torch.Tensor:
     """float32 [in] of mean one. A channel that was never active in the calibration data still gets a small share, so
     that its weights are not rounded at random."""
-    ones = torch.ones(columns, device=device)
-    if importance is None:
-        return ones
-    given = importance.to(device, torch.float32)
+    given = torch.ones(columns, device=device) if importance is None else importance.to(device, torch.float32)
     mean = given.double().mean().float()
     if not torch.isfinite(mean) or mean <= 0:
-        return ones
+        given = mean = torch.ones(columns, device=device)
     return given / mean + 1e-4
 
 

@@ -83,15 +83,16 @@ class SignRoundQuantizer:
 
     def _bank(self, tasks: Sequence[LayerTask], options: dict[str, Any]) -> LayerBank:
         """The learnables of layers of one ggml type, integer or small float scheme, at their start."""
+        # A moved scale undoes what offsets have learned, where few can be stored or a block's factor moves 256 weights
+        # (docs/tuning.md, docs/gguf.md). So such scales stay, unless a rate for them is given.
+        moves = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
         kind = ggml_kind(tasks[0])
         if kind is not None:
             blocks = [start_blocks(layer, kind, self.optimized_start) for layer in tasks]
-            return GgmlBank(tasks, blocks, compile_step=self.compile_step, **options)
+            return GgmlBank(tasks, blocks, compile_step=self.compile_step, **options | {"tune_scale": moves})
         family = small_float(tasks[0].scheme)
         if family is not None:
             starts = [start_scales(layer, family, self.optimized_start) for layer in tasks]
-            # Few scales can be stored, and each jump undoes what offsets have learned (docs/tuning.md).
-            moves = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
             options = options | {"tune_scale": moves}
             return FloatBank(tasks, family, starts, compile_step=self.compile_step, **options)
         grids = [start_grid(layer, self.optimized_start, self.scale_dtype) for layer in tasks]
