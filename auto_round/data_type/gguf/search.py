@@ -3,8 +3,8 @@
 What is minimised is `sum h (w - W)^2` over all weights, W being what a reader computes from the stored numbers and h
 the second moment of the weight's input channel. In three parts:
 
-1. each group's own best step and minimum, as if they could be any numbers (`group_fit.py`);
-2. the block's factors, and with them integers (`super_block.py`);
+1. each group's own best step and minimum, as if they could be any numbers (`search_fits.py`);
+2. the block's factors, and with them integers (`search_factors.py`);
 3. with those factors, other integers close by: a group's pair of integers is changed where the *stored* values give a
    smaller error, codes being rounded anew for each trial. Then the factors are fitted to the integers and codes, and
    the neighbours are tried once more.
@@ -21,11 +21,11 @@ from dataclasses import replace
 import torch
 
 from auto_round.data_type.gguf.blocks import GgmlBlocks
-from auto_round.data_type.gguf.effort import EFFORTS, Effort
-from auto_round.data_type.gguf.group_fit import fit_steps, fit_steps_and_minima
-from auto_round.data_type.gguf.piece import Piece
-from auto_round.data_type.gguf.stored import Stored
-from auto_round.data_type.gguf.super_block import choose_factor, over_groups, refit_factors, scale_limits, to_half
+from auto_round.data_type.gguf.search_effort import EFFORTS, Effort
+from auto_round.data_type.gguf.search_factors import choose_factor, over_groups, refit_factors, scale_limits, to_half
+from auto_round.data_type.gguf.search_fits import fit_steps, fit_steps_and_minima
+from auto_round.data_type.gguf.search_piece import Piece
+from auto_round.data_type.gguf.search_stored import Stored
 from auto_round.data_type.gguf.types import GGML_TYPES, GgmlType
 
 _CHUNK = 1 << 18  # weights searched at a time: the few buffers of one chunk stay in cache

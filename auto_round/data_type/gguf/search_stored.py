@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from auto_round.data_type.gguf.blocks import GgmlBlocks
-from auto_round.data_type.gguf.super_block import scale_limits, to_half
+from auto_round.data_type.gguf.search_factors import scale_limits, to_half
 from auto_round.data_type.gguf.types import GgmlType
 
 

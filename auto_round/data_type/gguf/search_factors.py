@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from auto_round.data_type.gguf.piece import Piece, fold
+from auto_round.data_type.gguf.search_piece import Piece, fold
 from auto_round.data_type.gguf.types import GgmlType
 
 _TINY = 1e-30
-_HALF_MAX = 65504.0
 
 
 def to_half(value: torch.Tensor) -> torch.Tensor:
-    """float32 values that float16 holds, never Inf."""
-    return value.clamp(-_HALF_MAX, _HALF_MAX).half().float()
+    """float32 values that float16 holds; Inf where they are beyond it, which callers refuse in the end."""
+    return value.half().float()
 
 
 def scale_limits(kind: GgmlType) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from auto_round.data_type.gguf.piece import Piece, Sums
+from auto_round.data_type.gguf.search_piece import Piece, Sums
 
 _TINY = 1e-30
 
