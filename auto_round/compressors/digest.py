@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.quantized_layer import QuantizedLayer
 
 
@@ -43,6 +44,16 @@ def element_digest(layer: QuantizedLayer) -> str:
     return digest.hexdigest()
 
 
+def blocks_digest(blocks: GgmlBlocks) -> str:
+    """Of a layer in a ggml type: everything that is stored."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(blocks.kind.name.encode())
+    for part in (blocks.codes, blocks.d, blocks.scales, blocks.dmin, blocks.mins):
+        if part is not None:
+            digest.update(bytes_of(part))
+    return digest.hexdigest()
+
+
 def dense_digest(weight: torch.Tensor) -> str:
     """Of a dense weight in its own dtype."""
     return hashlib.blake2b(bytes_of(weight), digest_size=16).hexdigest()
@@ -50,6 +61,8 @@ def dense_digest(weight: torch.Tensor) -> str:
 
 def layer_digest(layer: QuantizedLayer, dense: bool, dtype: torch.dtype) -> str:
     """What a reader must find: codes and all scales and zero points, or with `dense` the weight in `dtype`."""
+    if layer.blocks is not None and not dense:
+        return blocks_digest(layer.blocks)
     if dense or layer.codes is None or layer.scale is None or layer.zero_point is None:
         return dense_digest(layer.dequantize(dtype))
     if layer.element is not None:

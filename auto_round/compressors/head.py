@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
-from auto_round.algorithms.quantization.coordinate_descent import round_by_descent
-from auto_round.algorithms.quantization.layer_codes import is_integer
+from auto_round.algorithms.quantization.coordinate_descent import round_blocks_by_descent, round_by_descent
+from auto_round.algorithms.quantization.layer_codes import ggml_kind, is_integer
 from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
 from auto_round.algorithms.quantization.sign_round.samples import split_samples
 from auto_round.compressors.blockwise import Walk
@@ -76,11 +77,25 @@ def quantize_head(
     task.importance = inputs.square.diagonal().contiguous()
     nearest = round_to_nearest(task, optimized, scale_dtype)
     plain = head_divergence(task, nearest, inputs)
-    if not is_integer(task.scheme):
-        return nearest, plain, plain
-    tuned = round_by_descent(task, inputs.square, scale_dtype)
-    divergence = head_divergence(task, tuned, inputs)
-    return (tuned, plain, divergence) if divergence < plain else (nearest, plain, plain)
+    kept, least = nearest, plain
+    for other in _others(task, inputs.square, optimized, scale_dtype):
+        divergence = head_divergence(task, other, inputs)
+        if divergence < least:
+            kept, least = other, divergence
+    return kept, plain, least
+
+
+def _others(
+    task: LayerTask, square: torch.Tensor, optimized: bool, scale_dtype: torch.dtype
+) -> Iterator[QuantizedLayer]:
+    """Other ways to round the head, one at a time: they are large."""
+    kind = ggml_kind(task)
+    if kind is not None:
+        yield round_blocks_by_descent(task, kind, square)
+        if optimized:
+            yield round_to_nearest(task, False, scale_dtype)
+    elif is_integer(task.scheme):
+        yield round_by_descent(task, square, scale_dtype)
 
 
 @torch.no_grad()

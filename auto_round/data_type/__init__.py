@@ -1,6 +1,7 @@
 """Data types: pure functions from a tensor to what it becomes after quantization. Importing registers them."""
 
 import auto_round.data_type.fp8
+import auto_round.data_type.gguf.functions
 import auto_round.data_type.int
 import auto_round.data_type.int_activation
 import auto_round.data_type.mxfp

@@ -11,11 +11,15 @@ the tokens at hand halves while the KL divergence on other text grows (docs/adr/
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
-from auto_round.algorithms.quantization.layer_codes import as_groups, integer_layer
-from auto_round.algorithms.quantization.rtn.quantizer import start_grid
+from auto_round.algorithms.quantization.layer_codes import as_groups, ggml_layer, integer_layer
+from auto_round.algorithms.quantization.rtn.quantizer import start_blocks, start_grid
+from auto_round.data_type.gguf.rounding import code_limits, divisor_of
+from auto_round.data_type.gguf.types import GgmlType
 from auto_round.data_type.int import IntGrid
 from auto_round.quantized_layer import QuantizedLayer
 
@@ -37,12 +41,9 @@ def round_by_descent(task: LayerTask, square: torch.Tensor, scale_dtype: torch.d
     assert isinstance(task.scheme.group_size, int)
     offsets = torch.empty_like(as_groups(task.weight, task.scheme.group_size), dtype=torch.float32)
     out, columns = task.weight.shape
-    damped = square.clone()
-    damped.diagonal().add_(_DAMPING * square.diagonal().mean() + 1e-12)
-    step = max(1, _CHUNK.get(task.weight.device.type, _CHUNK["other"]) // columns)
+    damped = _damped(square)
     low, high = _limits(grid)
-    for start in range(0, out, step):
-        rows = slice(start, start + step)
+    for rows in _rows(task):
         weight = task.weight[rows].float()
         scale, bottom, top = (_spread(value, rows, task, columns) for value in (grid.scale, low, high))
         codes = descend(weight, scale, bottom, top, damped)
@@ -52,6 +53,39 @@ def round_by_descent(task: LayerTask, square: torch.Tensor, scale_dtype: torch.d
         else:
             offsets[rows] = as_groups(codes - weight / scale, task.scheme.group_size)
     return integer_layer(task, grid, offsets, scale_dtype)
+
+
+def round_blocks_by_descent(task: LayerTask, kind: GgmlType, square: torch.Tensor) -> QuantizedLayer:
+    """Codes of a layer in a ggml type, on the steps and minima that the search finds.
+
+    Args:
+        square: A, the sum of z z' over the tokens, float32 [in, in].
+    """
+    blocks = start_blocks(task, kind, True)
+    codes = torch.empty_like(blocks.codes)
+    steps, minima = divisor_of(blocks.step()), blocks.minimum()
+    damped = _damped(square)
+    low, high = code_limits(kind)
+    for rows in _rows(task):
+        weight = task.weight[rows].float()
+        if minima is not None:
+            weight = weight - minima[rows].repeat_interleave(kind.group, dim=1)
+        scale = steps[rows].repeat_interleave(kind.group, dim=1)
+        found = descend(weight, scale, torch.full_like(scale, low), torch.full_like(scale, high), damped)
+        codes[rows] = found.add_(kind.zero).to(torch.uint8)
+    return ggml_layer(task, replace(blocks, codes=codes))
+
+
+def _damped(square: torch.Tensor) -> torch.Tensor:
+    damped = square.clone()
+    damped.diagonal().add_(_DAMPING * square.diagonal().mean() + 1e-12)
+    return damped
+
+
+def _rows(task: LayerTask) -> list[slice]:
+    out, columns = task.weight.shape
+    step = max(1, _CHUNK.get(task.weight.device.type, _CHUNK["other"]) // columns)
+    return [slice(start, start + step) for start in range(0, out, step)]
 
 
 def _limits(grid: IntGrid) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,8 @@ import torch
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.float_family import FloatFamily, encode, float_family
+from auto_round.data_type.gguf.blocks import GgmlBlocks
+from auto_round.data_type.gguf.types import GGML_TYPES, GgmlType, ggml_type_of
 from auto_round.data_type.int import IntGrid, to_codes
 from auto_round.data_type.utils import reshape_pad_tensor_by_group_size
 from auto_round.errors import NumericsError
@@ -26,6 +28,17 @@ def is_integer(scheme: QuantizationScheme) -> bool:
 def small_float(scheme: QuantizationScheme) -> FloatFamily | None:
     """The built-in small float type of a scheme, whose codes are stored, or None."""
     return float_family(scheme.data_type, scheme.bits)
+
+
+def ggml_kind(task: LayerTask) -> GgmlType | None:
+    """The ggml type that stores a layer: the one it is planned for, or for formats without types of their own the one
+    its scheme describes, where its width fills blocks. None: another kind of layer."""
+    if task.ggml is not None:
+        return GGML_TYPES[task.ggml]
+    if task.scheme.data_type == "int":
+        return None
+    kind = ggml_type_of(task.scheme)
+    return kind if kind is not None and task.weight.shape[1] % kind.block == 0 else None
 
 
 def as_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -112,6 +125,22 @@ def float_layer(
         task.name, task.scheme, found.codes.cpu(), found.scale.cpu(), 0, bias=bias, transposed=task.transposed,
         element=family.element.name,
         global_scale=None if found.global_scale is None else found.global_scale.cpu(), **_inputs(task),
+    )  # fmt: skip
+
+
+def ggml_layer(task: LayerTask, blocks: GgmlBlocks) -> QuantizedLayer:
+    """A layer in blocks of a ggml type.
+
+    Raises:
+        NumericsError: a factor is not finite.
+    """
+    factors = (blocks.d,) if blocks.dmin is None else (blocks.d, blocks.dmin)
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise NumericsError(f"layer {task.name}: NaN or Inf in the weights or their scales; check the layer's weights")
+    bias = None if task.bias is None else task.bias.cpu()
+    return QuantizedLayer(
+        task.name, task.scheme, None, None, None, blocks=blocks.to("cpu"), bias=bias, transposed=task.transposed,
+        **_inputs(task),
     )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
 from auto_round.compressors import head
 from auto_round.compressors.head import HeadInputs, head_divergence, quantize_head
+from auto_round.data_type.gguf.types import ggml_scheme
 from auto_round.schemes import QuantizationScheme
 
 
@@ -36,8 +38,6 @@ def test_divergence_is_that_of_the_predictions() -> None:
 
 
 def test_what_brings_predictions_no_closer_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
-
     task, inputs = made()
     worse = round_to_nearest(task, False, torch.float16)
     monkeypatch.setattr(head, "round_by_descent", lambda *_: worse)
@@ -62,3 +62,20 @@ def test_the_head_is_tuned_and_recorded(
 def test_without_tuning_it_is_rounded_and_not_listed(make: Callable[..., Any], tmp_path: Path, read_json: Any) -> None:
     make("llama", iters=0, quant_lm_head=True).quantize_and_save(tmp_path / "out")
     assert all(b["name"] != "lm_head" for b in read_json(tmp_path / "out", "report.json")["blocks"])
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "Q4_K", "Q8_0", "Q4_1"])
+def test_a_head_in_a_ggml_type(name: str) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Linear(256, 60)
+    weight = module.weight.detach() * 8
+    weight[3, :64] = 0  # steps of zero
+    task = LayerTask("lm_head", module, weight, ggml_scheme(name), bias=module.bias.data, ggml=name)
+    z = torch.randn(600, 24) @ torch.randn(24, 256) / 5 + 0.2 * torch.randn(600, 256)
+    inputs = HeadInputs(z[:500].t() @ z[:500], z[500:], z[500:] + 0.01 * torch.randn(100, 256))
+    layer, before, after = quantize_head(task, inputs, torch.float16, True)
+    assert layer.blocks is not None and layer.blocks.kind.name == name
+    assert head_divergence(task, layer, inputs) == after < before
+    searched = round_to_nearest(task, True, torch.float16).blocks
+    assert searched is not None and torch.equal(searched.d, layer.blocks.d)  # descent moves codes alone
+    assert bool(torch.isfinite(layer.dequantize()).all())

@@ -9,6 +9,8 @@ from auto_round.algorithms.quantization.layer_codes import (
     as_groups,
     float_layer,
     function_layer,
+    ggml_kind,
+    ggml_layer,
     importance_groups,
     integer_layer,
     is_integer,
@@ -18,6 +20,9 @@ from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.rtn.float_search import search_scales
 from auto_round.algorithms.quantization.rtn.search import search_grid
 from auto_round.data_type.float_family import FloatFamily, encode
+from auto_round.data_type.gguf.blocks import GgmlBlocks
+from auto_round.data_type.gguf.search import search_blocks
+from auto_round.data_type.gguf.types import GgmlType
 from auto_round.data_type.int import IntGrid, integer_grid
 from auto_round.quantized_layer import QuantizedLayer
 
@@ -42,8 +47,20 @@ def start_scales(task: LayerTask, family: FloatFamily, optimized: bool) -> tuple
     return encode(task.weight, family, task.scheme.group_size, global_scale=given).scale, given
 
 
+def start_blocks(task: LayerTask, kind: GgmlType, optimized: bool) -> GgmlBlocks:
+    """The blocks of a layer in a ggml type before any tuning: searched, or as ggml rounds without importance."""
+    if optimized:
+        return search_blocks(task.weight, kind.name, task.importance)
+    from auto_round.data_type.gguf.plain import plain_blocks
+
+    return plain_blocks(task.weight, kind.name)
+
+
 def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantizedLayer:
     """One layer rounded to nearest."""
+    kind = ggml_kind(task)
+    if kind is not None:
+        return ggml_layer(task, start_blocks(task, kind, optimized))
     family = small_float(task.scheme)
     if family is not None:
         scale, given = start_scales(task, family, optimized)

@@ -95,12 +95,12 @@ class LayerBank(ABC):
 
 
 def stack_tasks(tasks: Sequence[LayerTask]) -> list[list[LayerTask]]:
-    """The layers that can share a bank, in the order of their first: of one scheme, width and device. Layers with one
-    scale for the whole tensor are each alone."""
+    """The layers that can share a bank, in the order of their first: of one scheme, stored type, width and device.
+    Layers with one scale for the whole tensor are each alone."""
     groups: dict[Any, list[LayerTask]] = defaultdict(list)
     for index, task in enumerate(tasks):
         alone = index if task.scheme.group_size == 0 else None
-        groups[task.scheme, task.weight.shape[1], task.weight.device, alone].append(task)
+        groups[task.scheme, task.ggml, task.weight.shape[1], task.weight.device, alone].append(task)
     return list(groups.values())
 
 

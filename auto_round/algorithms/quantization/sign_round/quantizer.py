@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
-from auto_round.algorithms.quantization.layer_codes import is_integer, small_float
-from auto_round.algorithms.quantization.rtn.quantizer import start_grid, start_scales
+from auto_round.algorithms.quantization.layer_codes import ggml_kind, is_integer, small_float
+from auto_round.algorithms.quantization.rtn.quantizer import start_blocks, start_grid, start_scales
 from auto_round.algorithms.quantization.sign_round.bank_linear import BankLinear
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.float_bank import FloatBank
 from auto_round.algorithms.quantization.sign_round.function_linear import FunctionTuningLinear
+from auto_round.algorithms.quantization.sign_round.ggml_bank import GgmlBank
 from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
 from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, stack_tasks
 from auto_round.algorithms.quantization.sign_round.samples import samples_at_once, shuffled_batches, split_samples
@@ -68,7 +69,7 @@ class SignRoundQuantizer:
         }
         learnables: list[Learnables] = []
         stand_ins: dict[str, torch.nn.Module] = {}
-        banked = [layer for layer in task.layers if is_integer(layer.scheme) or small_float(layer.scheme) is not None]
+        banked = [layer for layer in task.layers if _has_bank(layer)]
         for tasks in stack_tasks(banked):
             bank = self._bank(tasks, options)
             learnables.append(bank)
@@ -81,12 +82,17 @@ class SignRoundQuantizer:
         return learnables, stand_ins
 
     def _bank(self, tasks: Sequence[LayerTask], options: dict[str, Any]) -> LayerBank:
-        """The learnables of layers of one integer or small float scheme, at their start."""
+        """The learnables of layers of one ggml type, integer or small float scheme, at their start."""
+        # A moved scale undoes what offsets have learned, where few can be stored or a block's factor moves 256 weights
+        # (docs/tuning.md, docs/gguf.md). So such scales stay, unless a rate for them is given.
+        moves = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
+        kind = ggml_kind(tasks[0])
+        if kind is not None:
+            blocks = [start_blocks(layer, kind, self.optimized_start) for layer in tasks]
+            return GgmlBank(tasks, blocks, compile_step=self.compile_step, **options | {"tune_scale": moves})
         family = small_float(tasks[0].scheme)
         if family is not None:
             starts = [start_scales(layer, family, self.optimized_start) for layer in tasks]
-            # Few scales can be stored, and each jump undoes what offsets have learned (docs/tuning.md).
-            moves = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
             options = options | {"tune_scale": moves}
             return FloatBank(tasks, family, starts, compile_step=self.compile_step, **options)
         grids = [start_grid(layer, self.optimized_start, self.scale_dtype) for layer in tasks]
@@ -170,6 +176,11 @@ class SignRoundQuantizer:
                 f"block {task.name}: the loss is {loss}; the block overflows in {task.compute_dtype} on this data"
             )
         return loss
+
+
+def _has_bank(layer: LayerTask) -> bool:
+    """Whether codes of the layer are stored; other data types are tuned through their function."""
+    return ggml_kind(layer) is not None or is_integer(layer.scheme) or small_float(layer.scheme) is not None
 
 
 def token_weights(task: BlockTask) -> torch.Tensor | None:

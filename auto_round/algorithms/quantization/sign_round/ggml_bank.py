@@ -1,0 +1,198 @@
+"""Layers in ggml types under tuning: offsets, factors on what blocks store, and the quantized weights that follow.
+
+A group has the step s = d k and the minimum m = e l: the float16 factors d and e (e = -dmin in the K types) of its
+block times its own integers k and l. W = s q + m with q = clamp(round((w - m)/s + v), low, high). With G = dL/dW and
+r = (w - m)/s the straight-through gradients are, where q is not cut off,
+    dL/dv = G s            dL/ds = sum over the group of G (q - r)            dL/dm = 0
+and where it is dL/dv = 0, dL/ds = sum of G q and dL/dm = sum of G (AutoRound, arXiv 2309.05516, section 3; the mask
+as in LSQ, arXiv 1902.08153, equation 3). The integers stay where the search found them; d and e may be tuned, as
+`start * factor` rounded to float16, and their gradients are sums over the groups of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.algorithms.quantization.layer_codes import ggml_layer
+from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, State, slices_of
+from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
+from auto_round.data_type.gguf.blocks import GgmlBlocks
+from auto_round.data_type.gguf.rounding import assign_codes, code_limits, inverse_of
+from auto_round.data_type.gguf.types import GgmlType
+from auto_round.quantized_layer import QuantizedLayer
+
+_CPU_CHUNK = 1 << 16  # weights handled at a time: the buffers of one chunk stay in cache
+_GPU_CHUNK = 1 << 24
+_FACTOR_RANGE = (0.5, 1.5)
+
+Tensor = torch.Tensor
+Values = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
+Gradients = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def ggml_values(
+    groups: Tensor, step: Tensor, inverse: Tensor, minimum: Tensor, v: Tensor, low: float, high: float
+) -> Tensor:
+    """W, float32 [rows, groups, n].
+
+    Args:
+        groups: the weight, [rows, groups, n].
+        step, inverse, minimum: s, 1/s (nearly zero for a step of zero) and m, [rows, groups, 1].
+        v: offsets in units of one code, like `groups`.
+        low, high: limits of the code less its zero.
+    """
+    codes = ((groups.float() - minimum) * inverse + v).round().clamp(low, high)
+    return codes * step + minimum
+
+
+def ggml_gradients(
+    groups: Tensor, step: Tensor, inverse: Tensor, minimum: Tensor, v: Tensor, low: float, high: float, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dL/dv like `groups`, dL/ds and dL/dm [rows, groups, 1]) for `grad` = dL/dW, float32 like `groups`."""
+    ratio = (groups.float() - minimum) * inverse
+    raw = (ratio + v).round()
+    codes = raw.clamp(low, high)
+    inside = (raw == codes).to(grad.dtype)
+    within = inside * grad
+    by_step = (codes * grad - ratio * within).sum(-1, keepdim=True)
+    return within * step, by_step, (grad - within).sum(-1, keepdim=True)
+
+
+@lru_cache(maxsize=1)
+def compiled_ggml() -> tuple[Values, Gradients]:
+    """Both functions compiled by PyTorch into one pass over the weights each, for any shape."""
+    return torch.compile(ggml_values, dynamic=True), torch.compile(ggml_gradients, dynamic=True)
+
+
+class GgmlBank(LayerBank):
+    """Offsets and factors of some layers, and the quantized weights that follow from them.
+
+    Args:
+        tasks: layers with equal in_features and ggml type; `task.weight` is [out, in].
+        blocks: where tuning starts, one a layer; on the weights' device.
+        compute_dtype: dtype of the matrix products.
+        tune_scale: tune d and dmin as well.
+        adam, momentum: how learnables move.
+        compile_step: compile the elementwise passes.
+    """
+
+    def __init__(
+        self, tasks: Sequence[LayerTask], blocks: Sequence[GgmlBlocks], compute_dtype: torch.dtype,
+        tune_scale: bool = True, adam: bool = False, momentum: float = 0.0, compile_step: bool = False,
+    ) -> None:  # fmt: skip
+        self._values, self._gradients = compiled_ggml() if compile_step else (ggml_values, ggml_gradients)
+        self.slices = slices_of([task.weight.shape[0] for task in tasks])
+        shape = self.slices[-1].stop, tasks[0].weight.shape[1]
+        super().__init__(tasks, compute_dtype, [part.start for part in self.slices], shape)
+        self.tune_scale, self.kind = tune_scale, blocks[0].kind
+        self._limits = code_limits(self.kind)
+        self.groups = torch.cat([task.weight.to(compute_dtype) for task in tasks])
+        self.groups = self.groups.view(shape[0], -1, self.kind.group)
+        self.start = _stored(self.kind, blocks, torch.cat)
+        self.v = torch.zeros_like(self.groups, dtype=torch.float32)
+        self.factors = [torch.ones_like(part, dtype=torch.float32) for part in self._start_factors()]
+        self.rules = [make_rule(adam, momentum) for _ in range(1 + len(self.factors))]
+        self.fuse_update = isinstance(self.rules[0], SignStep)  # no state: it can move a piece at a time
+        self._chunk = _CPU_CHUNK if self.groups.device.type == "cpu" else _GPU_CHUNK
+        self._apply_factors()
+        self.refresh()
+
+    def _start_factors(self) -> list[Tensor]:
+        """d and, where there is one, dmin: float32 [rows, blocks]."""
+        return [part.float() for part in (self.start.d, self.start.dmin) if part is not None]
+
+    def _apply_factors(self) -> None:
+        """The stored numbers under the present factors."""
+        found = [(s * f).half() for s, f in zip(self._start_factors(), self.factors, strict=True)]
+        self.blocks = replace(self.start, d=found[0], dmin=found[1] if len(found) > 1 else None)
+        self.steps = self.blocks.step().unsqueeze(-1)
+        self.inverses = inverse_of(self.steps)
+        minimum = self.blocks.minimum()
+        self.minima = torch.zeros_like(self.steps) if minimum is None else minimum.unsqueeze(-1)
+
+    def _rows(self) -> list[slice]:
+        count = self.groups.shape[0]
+        step = max(1, self._chunk // (self.groups.shape[1] * self.groups.shape[2]))
+        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+    def _grid(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, float]:
+        return (
+            self.groups[rows], self.steps[rows], self.inverses[rows], self.minima[rows], self.v[rows], *self._limits
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        for rows in self._rows():
+            values = self._values(*self._grid(rows))
+            self.quantized[rows].copy_(values.view(values.shape[0], -1))
+
+    @torch.no_grad()
+    def step(self, lr: float, scale_lr: float) -> None:
+        if not self._take_gradient():
+            return
+        grad = self.gradient.view_as(self.groups)
+        slopes = [torch.empty_like(self.steps) for _ in range(2)]
+        whole = None if self.fuse_update else torch.empty_like(self.v)
+        for rows in self._rows():
+            part, slopes[0][rows], slopes[1][rows] = self._gradients(*self._grid(rows), grad[rows].float())
+            if whole is None:
+                self.rules[0].apply(self.v[rows], part, lr)
+            else:
+                whole[rows] = part
+        if whole is not None:
+            self.rules[0].apply(self.v, whole, lr)
+        if self.tune_scale:
+            self._move_factors(slopes, scale_lr)
+        self.refresh()
+
+    def _move_factors(self, slopes: list[Tensor], lr: float) -> None:
+        """One update of the factors, from the gradients of the groups' steps and minima."""
+        kind = self.kind
+        integers = (self.start.scales, self.start.mins)
+        for index, start in enumerate(self._start_factors()):
+            slope = slopes[index].squeeze(-1)
+            whole = integers[index]
+            if whole is not None:
+                slope = (slope * whole).view(*start.shape, -1).sum(-1)
+            sign = kind.min_sign if index else 1
+            self.rules[1 + index].apply(self.factors[index], slope * start * sign, lr)
+            self.factors[index].clamp_(*_FACTOR_RANGE)
+        self._apply_factors()
+
+    def initial(self) -> State:
+        return torch.zeros_like(self.v), *(torch.ones_like(factor) for factor in self.factors)
+
+    def snapshot(self) -> State:
+        return self.v.clone(), *(factor.clone() for factor in self.factors)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        self.v, *self.factors = state
+        self._apply_factors()
+        self.refresh()
+
+    @torch.no_grad()
+    def finish(self) -> list[QuantizedLayer]:
+        layers = []
+        for task, rows in zip(self.tasks, self.slices, strict=True):
+            own = _stored(self.kind, [self.blocks], partial(_cut, rows=rows))
+            layers.append(ggml_layer(task, assign_codes(task.weight, own, self.v[rows])))
+        return layers
+
+
+def _stored(kind: GgmlType, blocks: Sequence[GgmlBlocks], make: Callable[[list[Tensor]], Tensor]) -> GgmlBlocks:
+    """Blocks without codes, each of their tensors made from that tensor of all of `blocks`."""
+    own = lambda parts: None if parts[0] is None else make(parts)  # noqa: E731
+    return GgmlBlocks(
+        kind, torch.empty(0, dtype=torch.uint8), make([b.d for b in blocks]), own([b.scales for b in blocks]),
+        own([b.dmin for b in blocks]), own([b.mins for b in blocks]),
+    )  # fmt: skip
+
+
+def _cut(parts: list[Tensor], rows: slice) -> Tensor:
+    return parts[0][rows]
