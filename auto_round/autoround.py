@@ -13,11 +13,12 @@ import torch
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
 from auto_round.compressors.device import resolve_device
+from auto_round.compressors.format_runs import default_format, folder_name, split_runs
 from auto_round.compressors.run import Finished, Run
 from auto_round.compressors.settings import Settings, check_whole, names_tuple, parse_scale_dtype
 from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
 from auto_round.export.cache_scales import parse_cache_scheme
-from auto_round.export.formats import parse_formats
+from auto_round.export.formats import OutputFormat, parse_formats
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.source import ModelSource, open_source
@@ -36,6 +37,7 @@ _OTHER_DEFAULTS: dict[str, Any] = {
     "enable_deterministic_algorithms": False, "trust_remote_code": False, "model_dtype": None, "verify": True,
     "device": None, "adam": None, "enable_opt_rtn": None, "bs": None, "algorithm": None, "static_kv_dtype": None,
     "static_kv_granularity": "tensor", "static_attention_dtype": None, "static_attention_granularity": "tensor",
+    "imatrix": None, "save_imatrix": None,
 }  # fmt: skip
 _CACHE_OPTIONS = (
     "static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity",
@@ -134,6 +136,8 @@ class AutoRound:
             platform=platform,
             trust_remote_code=bool(options["trust_remote_code"]),
             verify=bool(options["verify"]),
+            imatrix=None if options["imatrix"] is None else os.fspath(options["imatrix"]),
+            save_imatrix=None if options["save_imatrix"] is None else os.fspath(options["save_imatrix"]),
             **cache,
         )
         self._source = _open(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
@@ -150,9 +154,20 @@ class AutoRound:
     def scheme(self) -> QuantizationScheme:
         return self.settings.scheme
 
-    def plan(self, format: str | Sequence[str] = "auto_round", output_dir: str | None = None) -> Job:
-        """What would be done: layers, bytes on disk, memory, steps. `.render()` gives it as text."""
-        return self._run().plan(parse_formats(format), output_dir)
+    def plan(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> Job:
+        """What would be done: layers, bytes on disk, memory, steps. `.render()` gives it as text.
+
+        Raises ConfigError for formats that need several runs; `plans` gives them all.
+        """
+        jobs = self.plans(format, output_dir)
+        if len(jobs) > 1:
+            raise ConfigError(f"{format!r} takes {len(jobs)} runs; use plans() for a list, or name fewer formats")
+        return jobs[0]
+
+    def plans(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> list[Job]:
+        """`plan` of every run: each GGUF format is one of its own, and the other formats are one together."""
+        runs = split_runs(self.settings, self._formats(format))
+        return [Run(self._source, settings, self.tokenizer).plan(formats, output_dir) for settings, formats in runs]
 
     def quantize(self) -> tuple[torch.nn.Module, dict[str, dict[str, Any]]]:
         """Quantize without saving.
@@ -170,14 +185,14 @@ class AutoRound:
         return model, {name: scheme.to_dict() for name, scheme in schemes.items()}
 
     def save_quantized(
-        self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] = "auto_round", *,
+        self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None, *,
         overwrite: bool = False, max_shard_size: int | str = "5GB",
     ) -> torch.nn.Module:  # fmt: skip
         """Write the model that `quantize()` made, once for each format. Returns the model.
 
         Raises ConfigError when `quantize()` was not called, OutputError when the folder cannot be used.
         """
-        formats = parse_formats(format)
+        formats = self._formats(format)
         if self._result is None:
             raise ConfigError("save_quantized: nothing is quantized yet; call quantize() first, or quantize_and_save()")
         model, layers, finished = self._result
@@ -185,14 +200,14 @@ class AutoRound:
         return model
 
     def quantize_and_save(
-        self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] = "auto_round", *,
+        self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None, *,
         overwrite: bool = False, max_shard_size: int | str = "5GB",
     ) -> tuple[torch.nn.Module | None, str | list[str]]:  # fmt: skip
         """Quantize and write as blocks finish.
 
         Args:
             output_dir: a new or empty folder. Several formats get a subfolder each.
-            format: one name or several, separated by commas.
+            format: one name or several, separated by commas; None is auto_round, or the file type of a GGUF scheme.
             overwrite: allow a folder that holds files.
             max_shard_size: largest weight file.
 
@@ -200,21 +215,42 @@ class AutoRound:
             (model, folder or list of folders). The model is None when it was given by path: it was never whole in
             memory; open the folder with Transformers.
         """
-        formats = parse_formats(format)
-        run = self._run()
+        formats = self._formats(format)
         if self._result is not None:
             _, layers, finished = self._result
-            folders = run.save(os.fspath(output_dir), formats, overwrite, max_shard_size, layers, finished)
+            folders = self._run().save(os.fspath(output_dir), formats, overwrite, max_shard_size, layers, finished)
         else:
             if self._spent:
                 raise ConfigError(
                     "the model object holds quantized weights since the first quantize_and_save(); to save it more "
                     "than once call quantize() and then save_quantized(), or name several formats at once"
                 )
-            folders = run.to_folders(os.fspath(output_dir), formats, overwrite, max_shard_size)
+            folders = self._write(os.fspath(output_dir), formats, overwrite, max_shard_size)
             self._spent = not self._source.lazy
         names = [str(folder) for folder in folders]
         return (None if self._source.lazy else self.model), (names[0] if len(names) == 1 else names)
+
+    def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
+        return parse_formats(default_format(self.settings) if given is None else given)
+
+    def _write(self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str) -> list[Path]:
+        """Every run of these formats, planned before the first begins."""
+        runs = [(Run(self._source, s, self.tokenizer), group) for s, group in split_runs(self.settings, formats)]
+        if len(runs) == 1:
+            return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard)
+        if not self._source.lazy:
+            raise ConfigError(
+                f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
+                "place, once; give the model by path, or one of the formats"
+            )
+        for run, group in runs:
+            run.plan(group, output_dir)
+        found: dict[str, Path] = {}
+        for run, group in runs:
+            folder = output_dir if len(group) > 1 else str(Path(output_dir) / folder_name(group[0]))
+            paths = run.to_folders(folder, group, overwrite, shard)
+            found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
+        return [found[fmt.name] for fmt in formats]
 
     def _run(self) -> Run:
         return Run(self._source, self.settings, self.tokenizer)

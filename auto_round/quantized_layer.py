@@ -67,6 +67,11 @@ class QuantizedLayer:
     def in_features(self) -> int:
         return int(self._dense_shape()[1])
 
+    @property
+    def kind(self) -> str | None:
+        """Name of the ggml type that stores it, `Q4_K`, or None for the others."""
+        return None if self.blocks is None else self.blocks.kind.name
+
     def _dense_shape(self) -> torch.Size:
         source = self.codes if self.codes is not None else self.weight
         if self.blocks is not None:

@@ -248,7 +248,7 @@ _GGUF: dict[str, tuple[int, int, bool, str, int | None, int | None]] = {
     "Q8_0": (8, 32, True, "int", None, None),
     "Q4_1": (4, 32, False, "int_asym_float_zp", None, None),
     "Q5_1": (5, 32, False, "int_asym_float_zp", None, None),
-    **{f"Q2_K{s}": (2, 16, False, "int_asym_dq", 4, 16) for s in ("_S", "_MIXED")},
+    **{f"Q2_K{s}": (2, 16, False, "int_asym_dq", 4, 16) for s in ("", "_S", "_MIXED")},
     **{f"Q3_K{s}": (3, 16, True, "int_sym_dq", 6, 16) for s in ("_S", "_M", "_L")},
     **{f"Q4_K{s}": (4, 32, False, "int_asym_dq", 6, 8) for s in ("_S", "_M")},
     **{f"Q5_K{s}": (5, 32, False, "int_asym_dq", 6, 8) for s in ("_S", "_M")},

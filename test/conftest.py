@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,28 @@ def byte_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Callable[..., str]:
+    """`gguf_folder(family, **config changes)`: a model of widths that K types take, whose tokenizer splits words as
+    GPT-2's does, which llama.cpp knows."""
+    from tokenizers import pre_tokenizers
+
+    made: dict[str, str] = {}
+
+    def folder(family: str, **changes: Any) -> str:
+        key = family + repr(sorted(changes.items()))
+        if key not in made:
+            made[key] = str(tmp_path_factory.mktemp(family))
+            wide = dict(hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+            build_tiny(family, **{**PACKABLE[family], **wide, **changes}).save_pretrained(made[key])
+            tokenizer = copy.deepcopy(byte_tokenizer)
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.save_pretrained(made[key])
+        return made[key]
+
+    return folder
 
 
 @pytest.fixture(scope="session")

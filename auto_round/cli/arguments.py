@@ -84,6 +84,8 @@ SCHEME_GROUP = Group(
         Flag("bits", "bits per weight, instead of the scheme's", "int"),
         Flag("group_size", "weights per scale, -1 per channel, 0 per tensor, or ROWS,COLUMNS", "size"),
         _switch("sym", "symmetric around zero", off=("asym",)),
+        Flag("super_bits", "bits of the scales themselves, for GGUF's K types", "int"),
+        Flag("super_group_size", "scales that share one of their own, for GGUF's K types", "int"),
         Flag("data_type", "weight data type, instead of the scheme's", aliases=("dtype",)),
         Flag("act_bits", "bits of the activations, instead of the scheme's; 16 leaves them alone", "int"),
         Flag("act_group_size", "activations per scale: -1 a token's, 0 all, or that many of a token", "int"),
@@ -115,6 +117,14 @@ CACHE_GROUP = Group(
         Flag("static_kv_granularity", "one scale per tensor (default) or per head", choices=_GRANULARITIES),
         Flag("static_attention_dtype", "save q_scale too, for attention in this type", choices=_FP8),
         Flag("static_attention_granularity", "the same for q_scale", choices=_GRANULARITIES),
+    ),
+)
+
+GGUF_GROUP = Group(
+    "GGUF files",
+    (
+        Flag("imatrix", "weigh inputs by an importance file of llama.cpp's instead of calibration data"),
+        Flag("save_imatrix", "write what calibration saw as such a file"),
     ),
 )
 
@@ -225,7 +235,8 @@ EVAL_AFTER_GROUP = Group(
 )
 
 QUANTIZE_GROUPS = (
-    MODEL_GROUP, SCHEME_GROUP, CACHE_GROUP, DATA_GROUP, TUNING_GROUP, RUN_GROUP, OUTPUT_GROUP, EVAL_AFTER_GROUP,
+    MODEL_GROUP, SCHEME_GROUP, CACHE_GROUP, GGUF_GROUP, DATA_GROUP, TUNING_GROUP, RUN_GROUP, OUTPUT_GROUP,
+    EVAL_AFTER_GROUP,
 )  # fmt: skip
 
 _EVAL_FLAGS = {f.dest: f for f in EVAL_AFTER_GROUP.flags}

@@ -55,11 +55,6 @@ FEATURES: tuple[Later, ...] = (
         _TUNED,
     ),
     _later(
-        "double-quantized scales (GGUF K-quants)",
-        "super_bits super_group_size",
-        "use an integer scheme with the auto_round format",
-    ),
-    _later(
         "this tuning variant",
         "enable_alg_ext enable_lfq enable_norm_bias_tuning nblocks dynamic_max_gap lr_scheduler",
         "tuned rounding block by block, without these options",

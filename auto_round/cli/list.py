@@ -50,9 +50,10 @@ def _scheme_formats(scheme: QuantizationScheme) -> str:
     """Formats that take the scheme, or what is missing for it."""
     from auto_round.data_type import get_quant_func
     from auto_round.data_type.activation import activation_function
+    from auto_round.data_type.gguf.types import ggml_type_of
     from auto_round.export.formats import formats_for_scheme
 
-    if scheme.quantizes_weights:
+    if scheme.quantizes_weights and ggml_type_of(scheme) is None:
         try:
             get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
         except UnsupportedError:

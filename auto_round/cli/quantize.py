@@ -43,7 +43,6 @@ _NEUTRAL = (
 )
 
 DEFAULT_OUTPUT_DIR = "./tmp_autoround"
-DEFAULT_FORMAT = "auto_round"
 
 
 def run_verb(argv: Sequence[str], recipe_name: str = "default", overview: str = "") -> int:
@@ -76,13 +75,13 @@ def quantize(given: dict[str, Any], recipe: Recipe) -> int:
     """Run the job that the given values describe."""
     kwargs = facade_arguments(given, recipe)
     output_dir = given.get("output_dir", DEFAULT_OUTPUT_DIR)
-    formats = given.get("format", DEFAULT_FORMAT)
+    formats = given.get("format")
 
     from auto_round.autoround import AutoRound
 
     job = AutoRound(**kwargs)
     if given.get("dry_run"):
-        print(job.plan(format=formats, output_dir=output_dir).render())
+        print("\n\n".join(plan.render() for plan in job.plans(format=formats, output_dir=output_dir)))
         return 0
     writing = {k: given[k] for k in ("max_shard_size", "overwrite") if k in given}
     result = job.quantize_and_save(output_dir, format=formats, **writing)

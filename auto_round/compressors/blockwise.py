@@ -42,6 +42,9 @@ class Walk:
         batch: samples in one forward pass.
         quantized_input: tune on the output of the quantized blocks before.
         cache: which attention modules get static scales; None for none.
+        importance: by layer, in place of what the calibration data would say; None without.
+        gather: the sums below are wanted even if the algorithm does not need them.
+        sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
         records: filled in, one a block.
         unreached: quantized layers that no calibration token reached (experts).
         cache_scales: filled in: those scales by tensor name, scalars or [heads].
@@ -62,6 +65,10 @@ class Walk:
     batch: int = 8
     quantized_input: bool = True
     cache: CachePlan | None = None
+    importance: Mapping[str, torch.Tensor] | None = None
+    gather: bool = False
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     records: list[BlockRecord] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
     cache_scales: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -129,7 +136,8 @@ def _quantize_block(
     extremes = InputExtremes()
     if full is not None:
         inputs = full.hidden
-        wanted = list(inner.values()) if walk.quantizer.needs_importance else []
+        weighs = walk.quantizer.needs_importance and walk.importance is None
+        wanted = list(inner.values()) if weighs or walk.gather else []
         fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
         cache = walk.cache
         attentions = cache.attentions(block) if cache is not None else []
@@ -146,8 +154,14 @@ def _quantize_block(
         walk.unreached += [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
         for layer in tasks:
             layer.importance = moments.get(inner[layer.name])
+        walk.sums |= {f"{name}.{layer}": total.cpu() for layer, total in moments.items()}
+        walk.tokens |= {f"{name}.{layer}": count for layer, count in moments.tokens.items()}
         full.hidden = targets
         join_extremes(extremes, fixed)
+    if walk.importance is not None:
+        for layer in tasks:
+            given = walk.importance.get(layer.name)
+            layer.importance = None if given is None else given.to(layer.weight.device)
     share_global_scales(tasks)
     for layer in tasks:
         layer.activation = activation_of(layer.scheme, inner[layer.name], extremes, model_dtype)
@@ -173,7 +187,7 @@ def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
     bias = getattr(module, "bias", None)
     return LayerTask(
         plan.name, module, weight_2d(module).detach(), plan.scheme,
-        bias=None if bias is None else bias.detach(), transposed=plan.transposed,
+        bias=None if bias is None else bias.detach(), transposed=plan.transposed, ggml=plan.ggml,
     )  # fmt: skip
 
 

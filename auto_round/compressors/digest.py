@@ -44,6 +44,11 @@ def element_digest(layer: QuantizedLayer) -> str:
     return digest.hexdigest()
 
 
+def bytes_digest(data: torch.Tensor) -> str:
+    """Of the raw bytes of a tensor."""
+    return hashlib.blake2b(bytes_of(data), digest_size=16).hexdigest()
+
+
 def blocks_digest(blocks: GgmlBlocks) -> str:
     """Of a layer in a ggml type: everything that is stored."""
     digest = hashlib.blake2b(digest_size=16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,10 +14,14 @@ from auto_round.export.plan import ExportPlan
 from auto_round.report.memory import format_bytes
 from auto_round.schemes import QuantizationScheme
 
+if TYPE_CHECKING:
+    from auto_round.export.gguf.plan import GgufPlan
+
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One linear layer: its shape, and the scheme it gets (16 bits when `reason` says why it stays as it is)."""
+    """One linear layer: its shape, and the scheme it gets (16 bits when `reason` says why it stays as it is). `ggml`:
+    the type that stores it in a GGUF file."""
 
     name: str
     scheme: QuantizationScheme
@@ -26,6 +30,7 @@ class LayerPlan:
     bias_dtype: torch.dtype | None
     transposed: bool
     reason: str | None = None
+    ggml: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Job:
         other_matrices: names of modules outside `layers` whose weight is a matrix, embeddings left out.
         stored_as: how the source's weights are stored where it is quantized already, in words; "" otherwise.
         cache: static scales of keys, values and queries that are made besides.
+        gguf: the file that is written, for a GGUF format.
     """
 
     model: str
@@ -69,6 +75,7 @@ class Job:
     other_matrices: tuple[str, ...] = ()
     stored_as: str = ""
     cache: CachePlan | None = None
+    gguf: GgufPlan | None = None
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}

@@ -50,7 +50,7 @@ def quantize_outside(
             layer, before, after = quantize_head(task, inputs, scale_dtype, optimized)
             walk.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
         else:
-            task.importance = importance if optimized else None
+            task.importance = importance if optimized else (walk.importance or {}).get(name)
             layer = round_to_nearest(task, task.importance is not None, scale_dtype)
         if not source.lazy:
             _untie(source, task)
@@ -116,7 +116,7 @@ def probe_loss(source: ModelSource, walk: Walk, layers: Sequence[QuantizedLayer]
     if walk.probe is None or walk.probe_hidden is None:
         return None
     hidden = walk.probe_hidden.to(walk.device)
-    head = next((layer for layer in layers if layer.codes is not None), None)
+    head = next((layer for layer in layers if layer.codes is not None or layer.blocks is not None), None)
     if head is None:
         logits = walk.probe.finish(source, hidden, [0])
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,6 +12,15 @@ from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.compressors.cache import CachePlan, plan_cache
 from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, fused_targets, stored_targets
+from auto_round.compressors.gguf_job import (
+    file_plan,
+    gguf_format,
+    is_rearranged,
+    own_schemes,
+    settle_bits,
+    settle_types,
+    with_types,
+)
 from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.mixed import mixed_defaults
@@ -18,6 +28,7 @@ from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
 from auto_round.data_type.float_family import float_family
+from auto_round.data_type.gguf.types import ggml_type_of
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.export.cache_scales import require_cache
 from auto_round.export.formats import (
@@ -52,11 +63,10 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
     """Raise UnsupportedError when this version has no way to quantize to `scheme`."""
     if not scheme.quantizes_weights:
         return
-    if scheme.super_bits is not None:
-        raise UnsupportedError(f"{what}: GGUF K-quants are not available in this version; use W2A16 to W8A16")
     if scheme.rotation_config is not None:
         raise UnsupportedError(f"{what}: rotation_config is not available in this version; leave it out")
-    get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+    if ggml_type_of(scheme) is None:
+        get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
     if float_family(scheme.data_type, scheme.bits) is not None and not scheme.sym:
         raise ConfigError(f"{what}: sym=False; data type {scheme.data_type!r} is symmetric only")
     if scheme.data_type == "int" and not 2 <= scheme.bits <= 8:
@@ -80,11 +90,12 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
 
 def make_job(
     settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None,
-    fit: bool = True,
+    fit: bool = True, tokenizer: Any = None,
 ) -> Job:  # fmt: skip
     """Resolve everything.
 
     Args:
+        tokenizer: of the model, for files that hold it (GGUF).
         fit: shrink groups that a format cannot hold; False when the layers are quantized already.
 
     Raises:
@@ -110,10 +121,20 @@ def make_job(
     head = _head_name(source)
     outside = [name for name in everything if name not in inside_set and name == head]
     own_defaults = mixed_defaults(settings.mixed, settings.scheme, [*inside, *outside], source.config)
+    gguf_output = gguf_format(formats)
+    gguf = None if gguf_output is None else file_plan(gguf_output, source, tokenizer, settings.needs_data)
+    option = "imatrix" if settings.imatrix is not None else "save_imatrix"
+    if gguf is None and (settings.imatrix is not None or settings.save_imatrix is not None):
+        raise ConfigError(f"{option} goes with a GGUF format, whose tensors importance files name; give such a format")
+    if gguf is not None:
+        own_defaults = own_schemes(gguf, source, everything, settings.scheme)
     schemes = resolve_layers(
-        inside, settings.scheme, settings.layer_config, settings.ignore_layers, outside, settings.quant_lm_head,
-        own_defaults,
+        inside, settings.scheme, settings.layer_config, settings.ignore_layers, outside,
+        settings.quant_lm_head or gguf is not None, own_defaults,
     )  # fmt: skip
+    if gguf is not None:
+        schemes, fallbacks = settle_bits(schemes, own_defaults, _widths(source, schemes))
+        notes += [*gguf.notes, *fallbacks]
     if settings.mixed is not None and not any(map(is_routed_expert, inside)):
         notes.append(
             f"{settings.scheme_name} gives routed experts {settings.scheme.bits} bits, and this model has none: every "
@@ -137,7 +158,13 @@ def make_job(
             else:
                 check_data_type(scheme, f"layer {name}")
                 plan = _for_formats(plan, formats, model_type)
+                rearranged = None if gguf is None else is_rearranged(gguf, source, name)
+                plan = plan if rearranged is None else _kept(plan, rearranged)
         layers[name] = plan
+    if gguf is not None or settings.scheme.super_bits is not None:
+        layers = with_types(layers)
+    if gguf is not None:
+        gguf = settle_types(gguf, source, layers)
     refused = [p for p in layers.values() if p.reason not in (None, _ROUTER) and p.scheme.bits >= 16]
     for plan in refused[:5]:
         notes.append(f"{plan.name} stays in full precision: {plan.reason}")
@@ -155,9 +182,13 @@ def make_job(
     scheme = instead.get(settings.scheme, settings.scheme)
     job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
-        settings.scheme_name, scheme, steps, {f.name: planned_bytes(f, layers, source, cache) for f in formats},
+        settings.scheme_name, scheme, steps,
+        {
+            f.name: gguf.nbytes() if gguf and f is gguf_output else planned_bytes(f, layers, source, cache)
+            for f in formats
+        },
         ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
-        _embeddings(source), _other_matrices(source, layers), source.stored_as, cache,
+        _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan())

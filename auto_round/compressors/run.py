@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, walk_blocks
 from auto_round.compressors.dense_experts import FusedTarget, read_pieces
 from auto_round.compressors.finish import write_config, write_records, write_side_files
+from auto_round.compressors.format_runs import folder_name
+from auto_round.compressors.gguf_job import gguf_format
+from auto_round.compressors.importance_files import given_importance, save_importance
 from auto_round.compressors.job import Job
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
 from auto_round.compressors.planning import compute_dtype, expert_joiner, make_job, planned_tensors
@@ -37,6 +40,9 @@ from auto_round.modeling.source import ModelSource
 from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.progress import Progress, make_progress
+
+if TYPE_CHECKING:
+    from auto_round.compressors.gguf_sink import GgufSink
 
 
 @dataclass
@@ -59,13 +65,14 @@ class Run:
 
     def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True) -> Job:
         """The job, without doing it. `fit`: see `make_job`."""
-        return make_job(self.settings, self.source, formats, output_dir, fit)
+        return make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer)
 
     def memory_plan(self) -> Job:
         """The job of a model that is kept in memory. Layers that no packing takes stay as they are, so that it can be
         saved in any format later; a scheme that no packing takes at all leaves that to format fake."""
+        name = self.settings.scheme_name.lower()
         try:
-            return self.plan([get_format("auto_round")])
+            return self.plan([get_format(name if name.startswith("gguf:") else "auto_round")])
         except UnsupportedError:
             return self.plan([])
 
@@ -90,7 +97,11 @@ class Run:
             self._complete(job, sink, finished)
         return folders
 
-    def _sink(self, job: Job, fmt: OutputFormat, folder: Path, shard: int | str) -> FolderSink:
+    def _sink(self, job: Job, fmt: OutputFormat, folder: Path, shard: int | str) -> FolderSink | GgufSink:
+        if job.gguf is not None and fmt is gguf_format([fmt]):
+            from auto_round.compressors.gguf_sink import make_sink
+
+            return make_sink(job, fmt, folder, self.source, self.settings)
         experts = expert_joiner(fmt, dict(job.layers), self.source)
         return FolderSink(fmt, folder, self.source.dtype, shard, experts)
 
@@ -108,7 +119,11 @@ class Run:
         return folders
 
     def _emit_saved(
-        self, job: Job, sink: FolderSink, layers: Mapping[str, QuantizedLayer], scales: Mapping[str, torch.Tensor]
+        self,
+        job: Job,
+        sink: FolderSink | GgufSink,
+        layers: Mapping[str, QuantizedLayer],
+        scales: Mapping[str, torch.Tensor],
     ) -> None:
         tied = self.source.tied()
         for block in self.source.blocks:
@@ -135,8 +150,7 @@ class Run:
         root = ensure_output_folder(output_dir, overwrite)
         if len(formats) == 1:
             return job, [root]
-        names = [f.name.replace(":", "-").replace("_", "-") for f in formats]
-        return job, [ensure_output_folder(root / name, overwrite) for name in names]
+        return job, [ensure_output_folder(root / folder_name(fmt), overwrite) for fmt in formats]
 
     def _quantizer(self) -> BlockQuantizer:
         settings = self.settings
@@ -155,6 +169,7 @@ class Run:
         store = settings.device if on_device else torch.device("cpu")
         progress = make_progress(f"{settings.algorithm_name} {job.scheme_name}")
         try:
+            importance = None if settings.imatrix is None else given_importance(settings.imatrix, job, source)
             progress.message("reading calibration data" if settings.needs_data else "capturing the probe")
             data = self._data()
             calibration = self._capture(data.samples, store) if data is not None else None
@@ -165,6 +180,7 @@ class Run:
             walk = Walk(
                 self._quantizer(), sinks, settings.device, compute_dtype(settings, source), settings.seed, calibration,
                 probe, store, batch, getattr(settings.algorithm, "enable_quanted_input", True), job.cache,
+                importance, settings.save_imatrix is not None,
             )  # fmt: skip
             with _deterministic(settings.deterministic):
                 walk_blocks(job, source, walk, progress)
@@ -172,6 +188,8 @@ class Run:
                 loss = probe_loss(source, walk, outside)
                 if not source.lazy:
                     attach(source.model, walk.activations)
+            if settings.save_imatrix is not None:
+                save_importance(settings.save_imatrix, job, source, walk.sums, walk.tokens, settings.seqlen)
             if walk.unreached:
                 logger.warning(
                     "no calibration token reached %d expert layers, such as %s: they are rounded by their weights "
@@ -214,8 +232,11 @@ class Run:
     def _capture(self, samples: list[dict[str, torch.Tensor]], store: torch.device) -> CapturedInputs:
         return capture_inputs(self.source, samples, self.settings.device, store)
 
-    def _complete(self, job: Job, sink: FolderSink, finished: Finished) -> None:
+    def _complete(self, job: Job, sink: FolderSink | GgufSink, finished: Finished) -> None:
         """The files beside the weights, and the check."""
+        if not isinstance(sink, FolderSink):
+            self._complete_file(job, sink, finished)
+            return
         folder, fmt, source, settings = sink.folder, sink.format, self.source, self.settings
         write_side_files(folder, source, self.tokenizer, settings.trust_remote_code)
         write_config(folder, source, job, fmt)
@@ -234,11 +255,29 @@ class Run:
             logger.info(
                 "verified %s: %d tensors, %d layers%s", folder, len(expected.tensors), len(expected.digests), loss
             )
-        write_records(
-            folder, job, settings, fmt, finished.walk.records, finished.seconds, sink.writer.sha256, verified,
-            finished.data, finished.walk.unreached,
-        )  # fmt: skip
+        self._record(job, sink, finished, verified)
         logger.info("saved %s", folder)
+
+    def _complete_file(self, job: Job, sink: GgufSink, finished: Finished) -> None:
+        """The same for one GGUF file, which holds its tokenizer itself."""
+        verified = None
+        if self.settings.verify:
+            from auto_round.compressors.gguf_verify import verify_file
+
+            started = time.monotonic()
+            verified = verify_file(sink, job, self.source)
+            finished.seconds["verify"] = time.monotonic() - started
+            logger.info("verified %s: %d tensors, %d layers", sink.path, verified["tensors"], verified["layers"])
+        self._record(job, sink, finished, verified)
+        logger.info("saved %s", sink.path)
+
+    def _record(
+        self, job: Job, sink: FolderSink | GgufSink, finished: Finished, verified: Mapping[str, Any] | None
+    ) -> None:
+        write_records(
+            sink.folder, job, self.settings, sink.format, finished.walk.records, finished.seconds, sink.digests(),
+            verified, finished.data, finished.walk.unreached,
+        )  # fmt: skip
 
 
 def _reader(
@@ -261,6 +300,12 @@ def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
             f"{', '.join(job.formats)} cannot hold {len(refused)} of the quantized layers, such as {refused[0]}: "
             f"{job.layers[refused[0]].reason}; use quantize_and_save, which leaves them in full precision, or format "
             "fake"
+        )
+    other = [name for name, layer in done.items() if layer.blocks is not None and job.layers[name].ggml != layer.kind]
+    if other:
+        raise UnsupportedError(
+            f"{', '.join(job.formats)} stores {other[0]} as {job.layers[other[0]].ggml}, and it is quantized as "
+            f"{done[other[0]].kind}; use quantize_and_save, or the format of the scheme that was used"
         )
     left = {name: memory.layers[name] for name in job.quantized() if name not in done}
     return replace(job, layers={**job.layers, **left})

@@ -51,6 +51,8 @@ class Settings:
     static_kv_granularity: str = "tensor"
     static_attention_dtype: str | None = None
     static_attention_granularity: str = "tensor"
+    imatrix: str | None = None
+    save_imatrix: str | None = None
 
     @property
     def cache(self) -> CacheScheme | None:
@@ -67,8 +69,9 @@ class Settings:
     @property
     def needs_data(self) -> bool:
         """Tuning, the weighted search and fixed scales look at activations; plain rounding does not."""
-        searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized
-        return self.tunes or searches or self._calibrated or self.cache is not None
+        searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized and self.imatrix is None
+        saves = self.save_imatrix is not None
+        return self.tunes or searches or saves or self._calibrated or self.cache is not None
 
     @property
     def _calibrated(self) -> bool:

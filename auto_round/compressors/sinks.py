@@ -81,6 +81,10 @@ class FolderSink:
         for name, scale in made.items():
             self._add_dense(name, stored_scale(self.format, scale))
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the files by name, when they are finished."""
+        return self.writer.sha256
+
     def _add_dense(self, name: str, tensor: torch.Tensor) -> None:
         written = self._add(name, tensor)
         if written is not None:

@@ -55,6 +55,10 @@ class OutputFormat(ABC):
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
         """None when the format can hold `scheme`, or the reason why not. 16 bits are always held."""
 
+    def offered_for(self, scheme: QuantizationScheme) -> bool:
+        """Whether to name this format to someone who wants all of a model in `scheme`."""
+        return self.check_scheme(scheme) is None
+
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         """None when a layer of this shape can be packed, or the reason why not (it then stays in full precision)."""
         return None
@@ -139,6 +143,7 @@ _BUILT_IN = (
     "auto_round.export.llm_compressor_format",
     "auto_round.export.fp8_format",
     "auto_round.export.mlx_format",
+    "auto_round.export.gguf.format",
     "auto_round.export.fake_format",
 )
 _Format = TypeVar("_Format", bound=type[OutputFormat])
@@ -175,7 +180,7 @@ def get_format(name: str) -> OutputFormat:
     key = name.strip().lower()
     if key in FORMATS:
         return FORMATS[key]
-    if key in GUIDE_MATRIX or key.split(":")[0] == "gguf":
+    if key in GUIDE_MATRIX:
         raise UnsupportedError(f"format {name!r} is not available in this version; available: {', '.join(known)}")
     raise ConfigError(f"unknown format {name!r}{nearest(key, [*known, *GUIDE_MATRIX])} Available: {', '.join(known)}")
 
@@ -197,7 +202,7 @@ def parse_formats(text: str | Sequence[str]) -> list[OutputFormat]:
 
 def formats_for_scheme(scheme: QuantizationScheme) -> list[str]:
     """Names of the available formats that can hold `scheme`."""
-    return [name for name in available_formats() if FORMATS[name].check_scheme(scheme) is None]
+    return [name for name in available_formats() if FORMATS[name].offered_for(scheme)]
 
 
 def require_scheme(fmt: OutputFormat, scheme: QuantizationScheme, what: str = "the scheme") -> None:
@@ -218,7 +223,7 @@ def require_plan(fmt: OutputFormat, plan: ExportPlan) -> None:
         takers = [
             name
             for name in available_formats()
-            if all(FORMATS[name].check_scheme(s) is None for s in schemes) and FORMATS[name].check_plan(plan) is None
+            if all(FORMATS[name].offered_for(s) for s in schemes) and FORMATS[name].check_plan(plan) is None
         ]
         raise UnsupportedError(
             f"format {fmt.name!r} cannot hold this recipe: {reason}; formats that can: {', '.join(takers)}"

@@ -232,7 +232,7 @@ def tensor_types(
             count = values if role == "v" else facts.n_layer
             view = _Tensor(tensor, role, int(shape[-1]), index, count, arch, facts, importance)
             meant = wanted.get(tensor) or _by_rule(kind, view)
-        types[tensor] = _fitting(meant, int(shape[-1])) if shape else meant
+        types[tensor] = fitting_type(meant, int(shape[-1])) if shape else meant
         if types[tensor] != meant:
             fallbacks[tensor] = meant
     return TensorTypes({tensor: types[tensor] for tensor, _ in tensors}, fallbacks)
@@ -296,7 +296,7 @@ def _is_70b(tensor: _Tensor) -> bool:
     return tensor.arch != "llama" or tensor.facts.n_head != tensor.facts.n_head_kv
 
 
-def _fitting(kind: str, columns: int) -> str:
+def fitting_type(kind: str, columns: int) -> str:
     """`kind`, or what llama.cpp takes instead when `columns` do not divide into its blocks."""
     if kind in FLOATS or columns % GGML_TYPES[kind].block == 0:
         return kind

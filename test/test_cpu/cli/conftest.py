@@ -25,9 +25,9 @@ class Recorder:
         self.kwargs = kwargs
         return self
 
-    def plan(self, **kwargs: Any) -> Any:
+    def plans(self, **kwargs: Any) -> Any:
         self.planned = kwargs
-        return types.SimpleNamespace(render=lambda: "the plan")
+        return [types.SimpleNamespace(render=lambda: "the plan")]
 
     def quantize_and_save(self, output_dir: str, **kwargs: Any) -> tuple[object, list[str]]:
         self.saved = {"output_dir": output_dir, **kwargs}

@@ -26,7 +26,7 @@ def test_plain_call(job: Any) -> None:
 def test_ways_to_name_the_model(job: Any, words: list[str]) -> None:
     assert main.run(words) == 0
     assert job.kwargs["model"] == "org/m"
-    assert job.saved == {"output_dir": "./tmp_autoround", "format": "auto_round"}
+    assert job.saved == {"output_dir": "./tmp_autoround", "format": None}
 
 
 EVERY_FLAG: list[tuple[str, dict[str, Any]]] = [
@@ -120,6 +120,7 @@ CHANGED: dict[str, Any] = {
     "gradient_accumulate_steps": 2, "enable_adam": True, "enable_minmax_tuning": False, "enable_quanted_input": False,
     "not_use_best_mse": True, "disable_opt_rtn": True, "enable_torch_compile": True, "amp": False,
     "low_gpu_mem_usage": True, "low_cpu_mem_usage": False, "enable_deterministic_algorithms": True, "verify": False,
+    "super_bits": 6, "super_group_size": 8, "imatrix": "a.gguf", "save_imatrix": "b.gguf",
     "static_kv_dtype": "fp8", "static_kv_granularity": "head", "static_attention_dtype": "fp8",
     "static_attention_granularity": "head",
 }  # fmt: skip

@@ -1,0 +1,129 @@
+"""What a GGUF file asks of a job: the type of every layer, by the file type's rules and the user's exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from auto_round.compressors.job import LayerPlan
+from auto_round.data_type.gguf.types import ggml_type_of
+from auto_round.errors import ConfigError
+from auto_round.export.formats import OutputFormat
+from auto_round.modeling.blocks import is_conv1d
+from auto_round.modeling.source import ModelSource
+from auto_round.schemes import QuantizationScheme
+
+if TYPE_CHECKING:
+    from auto_round.export.gguf.plan import GgufPlan
+
+_NO_BYTES = "its tensor is rearranged in the file: quantized when it is written"
+_DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def gguf_format(formats: Sequence[OutputFormat]) -> Any | None:
+    """The GGUF format among them (a `GgufFormat`), or None. A run has at most one: another is a run of its own."""
+    return next((fmt for fmt in formats if fmt.name.startswith("gguf:")), None)
+
+
+def file_plan(fmt: Any, source: ModelSource, tokenizer: Any, with_importance: bool) -> GgufPlan:
+    """The file, by the rules of its type alone.
+
+    Raises:
+        UnsupportedError: a family, tensor or tokenizer that the conversion does not know.
+    """
+    from auto_round.export.gguf.conversion import conversion_for
+    from auto_round.export.gguf.plan import described_by, plan_file
+
+    tied = source.tied()
+    shapes = {name: tuple(source.tensor_meta(name)[0]) for name in source.tensor_names() if name not in tied}
+    for name, module in source.model.named_modules():
+        if is_conv1d(module):
+            shapes[f"{name}.weight"] = shapes[f"{name}.weight"][::-1]
+    plan = plan_file(fmt.file_type, conversion_for(source.config, shapes), with_importance, tied)
+    folder = getattr(source, "folder", None)
+    return described_by(plan, tokenizer, source.config, folder, source.name_or_path)
+
+
+def weight_name(source: ModelSource, layer: str) -> str:
+    """The stored tensor of a layer's weight: that of the embedding, for a head that shares it."""
+    name = f"{layer}.weight"
+    return source.tied().get(name, name)
+
+
+def own_schemes(
+    plan: GgufPlan, source: ModelSource, layers: Iterable[str], default: QuantizationScheme
+) -> dict[str, QuantizationScheme]:
+    """The scheme of every layer by the file type's rules."""
+    from auto_round.export.gguf.format import scheme_of_type
+
+    found = {}
+    for layer in layers:
+        kind = plan.type_of(weight_name(source, layer))
+        found[layer] = scheme_of_type(kind or "F16", default)
+    return found
+
+
+def settle_bits(
+    schemes: Mapping[str, QuantizationScheme], own: Mapping[str, QuantizationScheme], widths: Mapping[str, int]
+) -> tuple[dict[str, QuantizationScheme], list[str]]:
+    """Exceptions that say `bits` alone as the GGUF type of that many bits, and types that do not divide a layer's rows
+    (`widths`) as the ones llama.cpp takes then. Also notes on the latter, for the user.
+
+    Raises:
+        ConfigError: bits that no type has.
+    """
+    from auto_round.export.gguf.file_types import fitting_type
+    from auto_round.export.gguf.format import TYPE_OF_BITS, scheme_of_type
+
+    result, notes = dict(schemes), []
+    for name, scheme in schemes.items():
+        kind = ggml_type_of(scheme) if scheme.quantizes_weights else None
+        if kind is not None:
+            fitting = fitting_type(kind.name, widths[name])
+            if fitting != kind.name:
+                result[name] = scheme_of_type(fitting, scheme)
+                notes.append(f"{name} is {fitting} instead of {kind.name}: rows of {widths[name]} do not divide")
+        if kind is not None or not scheme.quantizes_weights:
+            continue
+        base = own.get(name, scheme)
+        if scheme == base.with_overrides({"bits": scheme.bits}):
+            if scheme.bits not in TYPE_OF_BITS:
+                known = ", ".join(map(str, TYPE_OF_BITS))
+                raise ConfigError(f"layer {name}: no GGUF type has {scheme.bits} bits; use one of {known}")
+            result[name] = scheme_of_type(fitting_type(TYPE_OF_BITS[scheme.bits], widths[name]), scheme)
+    return result, notes
+
+
+def with_types(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """The plans with the ggml type that stores each layer."""
+    kinds = {name: ggml_type_of(p.scheme) if p.scheme.quantizes_weights else None for name, p in layers.items()}
+    return {name: replace(p, ggml=None if (k := kinds[name]) is None else k.name) for name, p in layers.items()}
+
+
+def is_rearranged(plan: GgufPlan, source: ModelSource, layer: str) -> str | None:
+    """Why a layer cannot be stored row by row as it is tuned, or None."""
+    places = plan.places[weight_name(source, layer)]
+    return _NO_BYTES if any(place.edit is not None for place in places) else None
+
+
+def settle_types(plan: GgufPlan, source: ModelSource, layers: Mapping[str, LayerPlan]) -> GgufPlan:
+    """The file with the layers' types in it: dense ones in the source's own dtype.
+
+    Raises:
+        ConfigError: two parts of one tensor are to have different types.
+    """
+    wanted: dict[str, str] = {}
+    for name, layer in layers.items():
+        stored = weight_name(source, name)
+        if not plan.places[stored] or layer.reason == _NO_BYTES:
+            continue
+        kind = layer.ggml
+        if kind is None:  # what the rules leave dense stays so; what the user does, keeps its dtype
+            ruled = plan.type_of(stored)
+            own = _DENSE.get(source.tensor_meta(stored)[1], "F32")
+            kind = ruled if ruled is not None and ruled in _DENSE.values() else own
+        wanted[stored] = kind
+    return plan.with_types(wanted)

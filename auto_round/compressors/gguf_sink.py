@@ -1,0 +1,127 @@
+"""Where finished layers go when the output is one GGUF file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.compressors.digest import bytes_digest, layer_digest
+from auto_round.compressors.gguf_job import weight_name
+from auto_round.compressors.job import Job
+from auto_round.compressors.settings import Settings
+from auto_round.data_type.gguf.packing import pack_blocks
+from auto_round.data_type.gguf.plain import plain_blocks
+from auto_round.data_type.gguf.search import search_blocks
+from auto_round.data_type.gguf.types import GGML_TYPES
+from auto_round.export.formats import OutputFormat
+from auto_round.export.gguf.key_values import KeyValue
+from auto_round.export.gguf.placement import Placement
+from auto_round.export.gguf.plan import GgufPlan
+from auto_round.export.gguf.writer import GgufFile, Typed
+from auto_round.export.shard_writer import file_sha256
+from auto_round.modeling.source import ModelSource
+from auto_round.quantized_layer import QuantizedLayer
+
+_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class GgufSink:
+    """Packs layers and writes them with the other tensors into one file, in any order.
+
+    Attributes:
+        expected: by layer, what a reader of the file must find (`digest.layer_digest`).
+        dense: (name, place, rows, digest) of everything else.
+    """
+
+    def __init__(
+        self, fmt: OutputFormat, folder: Path, file_name: str, plan: GgufPlan, source: ModelSource, optimized: bool,
+        transposed: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        """`optimized`: the scales of what is no layer (embeddings) are searched. `transposed`: source tensors that
+        store [in, out]."""
+        self.format, self.folder, self.plan, self.path = fmt, folder, plan, folder / file_name
+        self._optimized, self._source, self._transposed = optimized, source, transposed
+        self._written: set[str] = set()
+        self.writer = GgufFile(self.path, plan.conversion.arch, stored_values(plan.metadata), plan.tensors())
+        self.expected: dict[str, str] = {}
+        self.dense: list[tuple[str, Placement, int, str]] = []
+        for name, tensor in plan.conversion.extras().items():
+            self._put(name, tensor, Placement(name))
+
+    def layer(self, layer: QuantizedLayer) -> None:
+        name = weight_name(self._source, layer.name)
+        places = self.plan.places[name]
+        assert layer.blocks is not None and places
+        self._written.add(name)
+        self.expected[layer.name] = layer_digest(layer, False, torch.float32)
+        data = pack_blocks(layer.blocks)
+        for place in places:
+            self._write(place, data)
+        if layer.bias is not None:
+            self._add(f"{layer.name}.bias", layer.bias)
+
+    def tensors(self, names: Iterable[str], source: ModelSource) -> None:
+        for name in names:
+            if name not in self._written:
+                self._add(name, source.read(name))
+
+    def scales(self, made: Mapping[str, torch.Tensor]) -> None:
+        assert not made  # refused when the job was made
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the file by name, when it is finished."""
+        return {self.path.name: file_sha256(self.path)}
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        self._written.add(name)
+        if name in self._transposed:
+            tensor = tensor.t()
+        for place in self.plan.places[name]:
+            self._put(name, tensor, place)
+
+    def _put(self, name: str, tensor: torch.Tensor, place: Placement) -> None:
+        """One tensor in the precision of its place."""
+        if place.edit is not None:
+            tensor = place.edit(tensor)
+        kind = self.plan.types[place.tensor]
+        if kind in GGML_TYPES:
+            rows = tensor.reshape(-1, tensor.shape[-1])
+            round_to = search_blocks if self._optimized else plain_blocks
+            packed = pack_blocks(round_to(rows, kind))
+            data = packed.view(*tensor.shape[:-1], packed.shape[-1])
+        else:
+            data = tensor.to(_DENSE[kind]).contiguous()
+        written = self._write(place, data)
+        self.dense.append((name, place, written.shape[0], bytes_digest(written)))
+
+    def _write(self, place: Placement, data: torch.Tensor) -> torch.Tensor:
+        picked = data if place.rows is None else data[place.rows]
+        self.writer.write(place.tensor, picked, first_row=place.at_row, slot=place.slot)
+        return picked
+
+
+def stored_values(metadata: Iterable[KeyValue]) -> dict[str, Any]:
+    """Key values as the writer takes them; the architecture is an argument of its own there."""
+    return {
+        pair.key: Typed(pair.value, (pair.item_kind or pair.kind).name)
+        for pair in metadata
+        if pair.key != "general.architecture"
+    }
+
+
+def make_sink(job: Job, fmt: OutputFormat, folder: Path, source: ModelSource, settings: Settings) -> GgufSink:
+    """The sink of a job's GGUF file."""
+    assert job.gguf is not None
+    transposed = frozenset(f"{name}.weight" for name, plan in job.layers.items() if plan.transposed)
+    name = f"{base_name(job.model)}-{job.gguf.size_label}-{job.gguf.file_type.upper()}.gguf"
+    return GgufSink(fmt, folder, name, job.gguf, source, settings.optimized_start, transposed)
+
+
+def base_name(model: str) -> str:
+    """The model's own name, from a folder or hub id, fit for a file name."""
+    last = Path(model.rstrip("/\\")).name or "model"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
