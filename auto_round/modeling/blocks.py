@@ -11,7 +11,7 @@ from auto_round.errors import ModelError, UnsupportedError
 
 
 class TransposedLinear(nn.Module):
-    """What a layer that stores [in, out] looks like where no model class is at hand; it holds tensors and cannot run."""
+    """The place of a layer that stores [in, out] where no model class is at hand. It cannot run."""
 
     def __init__(self, rows: int, columns: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()

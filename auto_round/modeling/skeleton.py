@@ -16,7 +16,7 @@ from torch import nn
 
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.blocks import TransposedLinear
-from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.experts import USUAL_LEAVES, LinearExperts
 from auto_round.modeling.family_facts import FamilyFacts
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -80,7 +80,7 @@ def build_skeleton(shapes: Shapes, config: Any, facts: FamilyFacts, dtype: torch
         owners.setdefault(owner, {})[leaf] = shapes[name]
     for owner, leaves in owners.items():
         if owner:
-            _attach(root, owner, _module(owner, leaves, facts, dtype))
+            _attach(root, owner, _module(owner, leaves, facts, dtype, _is_router(owner, owners, facts)))
         else:
             _hold(root, leaves, dtype)
     for name, leaves in owners.items():
@@ -97,12 +97,13 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def _module(
-    owner: str, leaves: Mapping[str, tuple[tuple[int, ...], torch.dtype]], facts: FamilyFacts, dtype: torch.dtype
-) -> nn.Module:
+    owner: str, leaves: Mapping[str, tuple[tuple[int, ...], torch.dtype]], facts: FamilyFacts, dtype: torch.dtype,
+    router: bool,
+) -> nn.Module:  # fmt: skip
     segment = owner.rpartition(".")[2]
     weight = leaves.get("weight")
     others = set(leaves) - {"weight", "bias"}
-    if weight is not None and len(weight[0]) == 2 and not others and weight[1].is_floating_point:
+    if weight is not None and len(weight[0]) == 2 and not others and weight[1].is_floating_point and not router:
         rows, columns = weight[0]
         bias = "bias" in leaves
         if segment in EMBEDDINGS and not bias:
@@ -115,6 +116,14 @@ def _module(
     if segment == "experts" and _is_fused(leaves):
         _declare_layout(holder, leaves, facts)
     return holder
+
+
+def _is_router(owner: str, owners: Mapping[str, Any], facts: FamilyFacts) -> bool:
+    """Families with fused experts choose them in a module of its own kind; others are found by `router_names`."""
+    parent, _, segment = owner.rpartition(".")
+    if not facts.fused_experts or segment not in ("gate", "router"):
+        return False
+    return f"{parent}.experts" in owners or f"{parent}.experts.0.down_proj" in owners
 
 
 def _hold(
@@ -179,7 +188,7 @@ def _find_head(root: Skeleton, owners: Mapping[str, Any], config: Any) -> None:
     if heads:
         root.head_name = heads[0]
     elif embedding is not None:
-        rows, columns = root.get_submodule(embedding).weight.shape  # type: ignore[union-attr, misc]
+        rows, columns = root.get_submodule(embedding).weight.shape  # type: ignore[misc]
         dtype = root.get_submodule(embedding).weight.dtype
         assert isinstance(dtype, torch.dtype)
         _attach(root, HEADS[0], nn.Linear(int(columns), int(rows), bias=False, device="meta", dtype=dtype))
@@ -278,7 +287,7 @@ def _as_fused(experts: nn.ModuleList, facts: FamilyFacts, dtype: torch.dtype) ->
     """The fused parameters that these experts would be, None where they are not all alike."""
     shapes = [{n: tuple(p.shape) for n, p in e.named_parameters()} for e in experts]
     first = shapes[0]
-    if any(one != first for one in shapes) or set(first) != {f"{n}.weight" for n in ("gate_proj", "up_proj", "down_proj")}:
+    if any(one != first for one in shapes) or set(first) != {f"{n}.weight" for n in USUAL_LEAVES}:
         return None
     (inner, hidden), count = first["gate_proj.weight"], len(shapes)
     if first["up_proj.weight"] != (inner, hidden) or first["down_proj.weight"] != (hidden, inner):

@@ -6,11 +6,11 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from auto_round.errors import ModelError, UnsupportedError
+from auto_round.modeling.blocks import TransposedLinear
 from auto_round.modeling.build import config_dtype, dominant_dtype
 from auto_round.modeling.checkpoint_map import Origin, TensorPlan
 from auto_round.modeling.checkpoint_source import CheckpointSource
@@ -88,7 +88,7 @@ class SkeletonSource(CheckpointSource):
             if isinstance(module, (torch.nn.Linear, LinearExperts)) or not f"{owner}.".startswith(inside):
                 continue
             for leaf, tensor in module._parameters.items():
-                if tensor is not None and tensor.dim() >= 2 and type(module).__name__ not in ("TransposedLinear",):
+                if tensor is not None and tensor.dim() >= 2 and not isinstance(module, TransposedLinear):
                     left[f"{owner}.{leaf}"] = _why_left(owner, leaf, tensor)
         return left
 
@@ -96,6 +96,8 @@ class SkeletonSource(CheckpointSource):
 def _why_left(owner: str, leaf: str, tensor: torch.Tensor) -> str:
     if isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 3 and owner.rpartition(".")[2] == "experts":
         return "experts in a 3-D layout that is not known for this family"
+    if leaf == "weight" and owner.rpartition(".")[2] in ("gate", "router") and tensor.dim() == 2:
+        return "it chooses experts"
     if leaf == "weight" and tensor.dim() > 2:
         return "a convolution"
     return "no weight of a linear layer"
@@ -153,6 +155,3 @@ def shards_of(files: TensorFiles) -> dict[Path, list[str]]:
     for name, tensor in stored.tensors.items():
         found[tensor.file].append(name)
     return {file: found[file] for file in sorted(found)}
-
-
-__all__ = ["Any", "SkeletonSource", "shards_of"]

@@ -98,6 +98,9 @@ def _read_back(folder: Path, files: TensorFiles, rounder: Rounder, plan: LayerPl
     if fmt.name == "fake":
         (weight,) = (name for name in specs if name.endswith(".weight"))
         tensor = read_pieces(files, [weight], rounder.work.targets)[weight]
+        target = rounder.work.targets.get(weight)
+        if target is not None and target.piece is not None:
+            tensor = target.piece.cut(tensor)
         return dense_digest(tensor.t() if plan.transposed else tensor)
     tensors = read_pieces(files, specs, rounder.work.targets)
     if not fmt.loads_here:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from auto_round.compressors.settings import Settings
 from auto_round.errors import OutputError
 from auto_round.export.disk import check_disk, ensure_output_folder
 from auto_round.export.formats import OutputFormat
-from auto_round.export.shard_writer import parse_size, write_json, write_text
+from auto_round.export.shard_writer import parse_size, write_text
 from auto_round.logger import logger
 from auto_round.modeling.skeleton_source import SkeletonSource
 from auto_round.report.memory import format_bytes, format_seconds
@@ -124,7 +124,7 @@ class ModelFree:
                 everything = range(len(layout.shards))
                 wait_until(
                     lambda: all(_sums(journal, i).is_file() for i in everything),
-                    lambda: (raise_failures(journal.folder), _sizes(journal.folder)), "the other processes",
+                    lambda: _alive(journal.folder), "the other processes",
                 )  # fmt: skip
                 seconds = {"quantization": quantized - started}
                 self._complete(job, fmt, folder, layout, rounder, journal, seconds)
@@ -168,7 +168,7 @@ class ModelFree:
             run.close(whole)
             progress.finish()
         if units:
-            size = sum(rounder.work.units and layout.shards[i].size for i in done)
+            size = sum(layout.shards[i].size for i in done)
             seconds = time.monotonic() - started
             logger.info("%d tensors in %s, %s written", len(units), format_seconds(seconds), format_bytes(size))
 
@@ -238,8 +238,6 @@ def _matches(journal: Journal, manifest: Mapping[str, Any]) -> bool:
 
 
 def _plain(manifest: Mapping[str, Any]) -> Any:
-    import json
-
     return json.loads(json.dumps(manifest))
 
 
@@ -264,10 +262,12 @@ def _sizes(folder: Path) -> int:
         return -1
 
 
+def _alive(folder: Path) -> int:
+    raise_failures(folder)
+    return _sizes(folder)
+
+
 def _finished_bytes(folder: Path) -> int:
     """Bytes that an unfinished run has on the disk already."""
     here = [*folder.glob("model*.safetensors"), *(folder / FOLDER).glob("*.partial")]
     return sum(path.stat().st_size for path in here)
-
-
-__all__ = ["ModelFree", "os", "replace", "write_json"]

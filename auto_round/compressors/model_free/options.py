@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from auto_round.compressors.settings import Settings
+from auto_round.compressors.settings import Settings, check_whole
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.export.shard_writer import parse_size
 from auto_round.layer_config import scheme_from_entry
@@ -40,8 +40,8 @@ def model_free_options(
 
     Raises ConfigError for a bad value.
     """
-    if parallelism is not None and (isinstance(parallelism, bool) or not isinstance(parallelism, int) or parallelism < 1):
-        raise ConfigError(f"parallelism={parallelism!r}: give a whole number of at least 1")
+    if parallelism is not None:
+        check_whole("parallelism", parallelism, 1)
     rank, world = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
     if not 0 <= rank < max(1, world):
         raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world}")
@@ -102,4 +102,4 @@ def check_model(model: Any) -> str:
     """The folder or hub id. Raises ConfigError for a model object."""
     if isinstance(model, (str, os.PathLike)):
         return os.fspath(model)
-    raise ConfigError("model_free=True reads a folder or a hub id, tensor by tensor; a model object is quantized without")
+    raise ConfigError("model_free=True reads the files of a folder or hub id; give its name, not a model object")

@@ -23,7 +23,9 @@ class Gate:
     def enter(self, size: int) -> None:
         """Wait for room."""
         with self._free:
-            self._free.wait_for(lambda: not self._inside or self._used + size <= self.most and self._inside < self.count)
+            self._free.wait_for(
+                lambda: not self._inside or self._used + size <= self.most and self._inside < self.count
+            )
             self._used += size
             self._inside += 1
 

@@ -51,8 +51,10 @@ class Rounder:
         """
         if unit.layers:
             yield from self._rounded(unit)
-        elif len(unit.copies) == 1 and unit.copies[0] not in self.work.targets and plain_copy(
-            self.source, unit.copies[0]
+        elif (
+            len(unit.copies) == 1
+            and unit.copies[0] not in self.work.targets
+            and plain_copy(self.source, unit.copies[0])
         ):
             yield from self._streamed(unit.copies[0], unit.outputs[0])
         else:
@@ -67,11 +69,21 @@ class Rounder:
             yield self.fmt.restate(round_to_nearest(task, False, self.scale_dtype))
 
     def _rounded(self, unit: Unit) -> Iterator[Piece]:
+        rows: dict[tuple[str, int], torch.Tensor] = {}
         for layer in self.layers(unit):
             packed = self.fmt.pack(layer, model_dtype=self.source.dtype)
             del layer
             for name in list(packed):
-                yield self._placed(name, packed.pop(name))
+                target = self.work.targets.get(name)
+                if target is None or target.piece is None or target.piece.part == "all":
+                    yield self._placed(name, packed.pop(name))
+                    continue
+                part = packed.pop(name)
+                place = target.name, target.piece.expert
+                row = rows.setdefault(place, torch.empty(target.shape[1:], dtype=part.dtype))
+                target.piece.paste(row, part)
+        for (output, expert), row in rows.items():
+            yield Piece(output, expert * row.nbytes, row)
 
     def _task(self, plan: LayerPlan) -> LayerTask:
         weight = self._checked(f"{plan.name}.weight")

@@ -124,4 +124,3 @@ def read_crc(path: Path, offset: int, size: int) -> int:
             crc = zlib.crc32(part, crc)
             size -= len(part)
     return crc
-

@@ -117,4 +117,3 @@ class ShardRun:
             for state in self._open.values():
                 if state.file is not None:
                     state.file.close()
-

@@ -67,7 +67,7 @@ def plan_work(job: Job, source: SkeletonSource, fmt: OutputFormat) -> Work:
     final = lambda name: targets[name].name if name in targets else name
     quantized = job.quantized()
     units: list[Unit] = []
-    for group in _layer_groups(quantized):
+    for group in _layer_groups(quantized, fmt, source.dtype, targets):
         outputs: dict[str, None] = {}
         reads: list[str] = []
         for layer in group:
@@ -82,7 +82,8 @@ def plan_work(job: Job, source: SkeletonSource, fmt: OutputFormat) -> Work:
             copies[final(name)].append(name)
     for output, names in copies.items():
         size = sum(_bytes(source.tensor_meta(n)) for n in names[:2])
-        units.append(Unit(names[0], (), tuple(names), (output,), _files(source, names), _copy_memory(source, names, size)))
+        memory = _copy_memory(source, names, size)
+        units.append(Unit(names[0], (), tuple(names), (output,), _files(source, names), memory))
     order = {name: i for i, name in enumerate(source.tensor_names())}
     place = lambda unit: min(order.get(n, 0) for n in (*unit.copies, *(f"{layer}.weight" for layer in unit.layers)))
     return Work(tuple(sorted(units, key=place)), tensors, targets)
@@ -96,15 +97,26 @@ def layer_outputs(fmt: OutputFormat, plan: LayerPlan, dtype: torch.dtype) -> Ten
     )  # fmt: skip
 
 
-def _layer_groups(quantized: Mapping[str, LayerPlan]) -> list[tuple[str, ...]]:
-    """Layers one by one, but those together that runtimes join under one global scale."""
+def _layer_groups(
+    quantized: Mapping[str, LayerPlan], fmt: OutputFormat, dtype: torch.dtype, targets: Mapping[str, FusedTarget]
+) -> list[tuple[str, ...]]:
+    """Layers one by one, but those together that runtimes join under one global scale, and those that share one row of
+    a stacked tensor (gate and up of an expert that is written dense)."""
     shared = []
     for name, plan in quantized.items():
         family = small_float(plan.scheme)
         if family is not None and family.has_global_scale:
             shared.append(name)
     groups = fused_groups(shared, across_experts=False) if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE else []
-    joined = {name: group for group in groups for name in group}
+    rows: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name, plan in quantized.items() if targets else ():
+        for output in layer_outputs(fmt, plan, dtype):
+            target = targets.get(output)
+            if target is not None and target.piece is not None and target.piece.part != "all":
+                rows[target.name, target.piece.expert].append(name)
+    joined = {
+        name: group for group in (*(tuple(dict.fromkeys(row)) for row in rows.values()), *groups) for name in group
+    }
     return list(dict.fromkeys(joined.get(name, (name,)) for name in quantized))
 
 
