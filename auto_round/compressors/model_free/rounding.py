@@ -65,8 +65,11 @@ class Rounder:
         tasks = [self._task(self.job.layers[name]) for name in unit.layers]
         share_global_scales(tasks)
         while tasks:
-            task = tasks.pop(0)
-            yield self.fmt.restate(round_to_nearest(task, False, self.scale_dtype))
+            yield self.round(tasks.pop(0))
+
+    def round(self, task: LayerTask) -> QuantizedLayer:
+        """One layer, as the format's readers take it."""
+        return self.fmt.restate(round_to_nearest(task, False, self.scale_dtype))
 
     def _rounded(self, unit: Unit) -> Iterator[Piece]:
         rows: dict[tuple[str, int], torch.Tensor] = {}
