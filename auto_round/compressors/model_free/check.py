@@ -63,33 +63,29 @@ def file_digest(path: Path, shard: Shard, marks: Sequence[Mark], compare: bool) 
     return digest.hexdigest()
 
 
-def check_layers(folder: Path, rounder: Rounder, units: Sequence[Unit]) -> int:
-    """Read one layer of each kind (scheme, bias, transposed) back as a runtime would, and compare it with the layer
-    rounded again. Returns how many were compared.
-
-    Raises:
-        VerifyError: they differ.
-    """
+def sample_layers(job: Job, units: Sequence[Unit]) -> frozenset[str]:
+    """One unit's layers of each kind (scheme, bias, transposed), the smallest."""
     kinds: dict[object, Unit] = {}
-    layers = rounder.job.layers
     for unit in units:
         for name in unit.layers:
-            plan = layers[name]
+            plan = job.layers[name]
             kind = (plan.scheme, plan.bias_dtype is not None, plan.transposed, len(unit.layers))
             if kind not in kinds or unit.memory < kinds[kind].memory:
                 kinds[kind] = unit
-    chosen = list(dict.fromkeys(kinds.values()))
+    return frozenset(name for unit in kinds.values() for name in unit.layers)
+
+
+def check_layers(folder: Path, rounder: Rounder, digests: Mapping[str, str]) -> int:
+    """Read the sampled layers back as a runtime would, and compare them with what was rounded. Returns how many.
+
+    Raises:
+        VerifyError: one differs, or was not noted.
+    """
     files = TensorFiles.open(folder)
-    count = 0
-    for unit in chosen:
-        for layer in rounder.layers(unit):
-            found = _read_back(folder, files, rounder, layers[layer.name])
-            if found != layer_digest(layer, rounder.fmt.name == "fake", rounder.source.dtype):
-                raise VerifyError(
-                    f"{folder}: layer {layer.name} does not hold what was rounded; do not use it, and report this"
-                )
-            count += 1
-    return count
+    for name in sorted(rounder.samples):
+        if _read_back(folder, files, rounder, rounder.job.layers[name]) != digests.get(name):
+            raise VerifyError(f"{folder}: layer {name} does not hold what was rounded; do not use it, and report this")
+    return len(rounder.samples)
 
 
 def _read_back(folder: Path, files: TensorFiles, rounder: Rounder, plan: LayerPlan) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.compressors.finish import write_config, write_records, write_side_files
-from auto_round.compressors.model_free.check import check_layers, file_digest
+from auto_round.compressors.model_free.check import check_layers, file_digest, sample_layers
+from auto_round.compressors.model_free.fetch import Fetcher
 from auto_round.compressors.model_free.inputs import Inputs, open_inputs
 from auto_round.compressors.model_free.journal import FOLDER, Journal, differences, manifest_of
 from auto_round.compressors.model_free.layout import Layout, index_text, plan_layout
@@ -46,6 +47,7 @@ class ModelFree:
     Args:
         model: folder or hub id.
         dtype: of the dense weights; None is the checkpoint's own.
+        fetcher: brings the files of `model`; None: a folder, or the hub's client.
 
     Raises:
         UnsupportedError: the settings ask for something that needs a model or data.
@@ -55,7 +57,7 @@ class ModelFree:
     settings: Settings
     options: ModelFreeOptions
     dtype: Any = None
-    fetcher: Any = None
+    fetcher: Fetcher | None = None
     _opened: tuple[Inputs, SkeletonSource] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class ModelFree:
 
     def _open(self) -> tuple[Inputs, SkeletonSource]:
         if self._opened is None:
-            inputs = open_inputs(self.model, self.settings, self.fetcher)
+            inputs = open_inputs(self.model, self.settings, self.options.rank, self.fetcher)
             source = SkeletonSource(inputs.folder, dtype=self.dtype, name_or_path=self.model, files=inputs.files)
             if source.stored_as:
                 logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
@@ -99,6 +101,8 @@ class ModelFree:
         for fmt, folder in zip(formats, folders, strict=True):
             one = self.plan([fmt], output_dir) if len(formats) > 1 else job
             self._write(one, fmt, folder, overwrite, parse_size(shard))
+        self._open()[0].close()
+        self._opened = None
         return folders
 
     def _write(self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int) -> None:
@@ -114,7 +118,8 @@ class ModelFree:
         else:
             wait_until(lambda: _matches(journal, manifest), lambda: None, "process 0 to begin", 600)
         clear_failures(journal.folder, rank)
-        rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device)
+        samples = sample_layers(job, work.units) if self.settings.verify else frozenset()
+        rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device, samples)
         try:
             own = my_shards(layout, rank, world)
             self._quantize(job, work, layout, rounder, journal, own, inputs)
@@ -199,7 +204,8 @@ class ModelFree:
             write_text(folder, "model.safetensors.index.json", index_text(layout, rounder.work.tensors))
         verified = None
         if self.settings.verify:
-            read_back = check_layers(folder, rounder, rounder.work.units)
+            noted = {k: v for i in range(len(layout.shards)) for k, v in journal.digests(i).items()}
+            read_back = check_layers(folder, rounder, noted)
             verified = {
                 "passed": True, "tensors": len(rounder.work.tensors), "layers": read_back, "loss_in_memory": None,
                 "loss_reopened": None,

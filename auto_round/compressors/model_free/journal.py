@@ -63,9 +63,10 @@ class Journal:
     def _lines(self, index: int) -> Path:
         return self.folder / f"{index + 1:05d}.jsonl"
 
-    def add(self, index: int, done: Mapping[int, Iterable[Mark]]) -> None:
-        """Units of an output file are on the disk, with what each wrote."""
-        line = json.dumps({str(unit): list(marks) for unit, marks in done.items()}, separators=(",", ":")) + "\n"
+    def add(self, index: int, done: Mapping[int, Iterable[Mark]], digests: Mapping[str, str]) -> None:
+        """Units of an output file are on the disk, with what each wrote, and digests of layers among them."""
+        values = {"units": {str(unit): list(marks) for unit, marks in done.items()}, "digests": digests}
+        line = json.dumps(values, separators=(",", ":")) + "\n"
         try:
             with open(self._lines(index), "ab") as file:
                 file.write(line.encode())
@@ -76,22 +77,25 @@ class Journal:
 
     def done(self, index: int) -> dict[int, list[Mark]]:
         """Units of an output file that are on the disk. A line that was cut short ends the reading."""
-        file = self._lines(index)
         found: dict[int, list[Mark]] = {}
+        for line in self._read(index):
+            found |= {int(unit): [tuple(mark) for mark in marks] for unit, marks in line["units"].items()}
+        return found
+
+    def digests(self, index: int) -> dict[str, str]:
+        """Digests of layers in an output file."""
+        return {name: digest for line in self._read(index) for name, digest in line["digests"].items()}
+
+    def _read(self, index: int) -> list[dict[str, Any]]:
+        file = self._lines(index)
         if not file.is_file():
-            return found
+            return []
         data = file.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                break
-            found |= {int(unit): [tuple(mark) for mark in marks] for unit, marks in values.items()}
         if len(whole) != len(data):
             with open(file, "r+b") as handle:
                 handle.truncate(len(whole))
-        return found
+        return [json.loads(line) for line in whole.splitlines()]
 
     def forget(self, index: int) -> None:
         """Output file `index` is made from the start."""

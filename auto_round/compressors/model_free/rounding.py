@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
 from auto_round.compressors.dense_experts import FusedTarget
+from auto_round.compressors.digest import layer_digest
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.model_free.units import Unit, Work, plain_copy
@@ -33,7 +34,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rounder:
-    """What every unit of a run has in common."""
+    """What every unit of a run has in common.
+
+    Attributes:
+        samples: layers of which a digest is taken, to compare them with what is read back.
+        digests: filled in, by layer.
+    """
 
     job: Job
     source: SkeletonSource
@@ -41,6 +47,8 @@ class Rounder:
     work: Work
     scale_dtype: torch.dtype
     device: torch.device
+    samples: frozenset[str] = frozenset()
+    digests: dict[str, str] = field(default_factory=dict)
 
     def pieces(self, unit: Unit) -> Iterator[Piece]:
         """Everything that a unit writes.
@@ -74,6 +82,8 @@ class Rounder:
     def _rounded(self, unit: Unit) -> Iterator[Piece]:
         rows: dict[tuple[str, int], torch.Tensor] = {}
         for layer in self.layers(unit):
+            if layer.name in self.samples:
+                self.digests[layer.name] = layer_digest(layer, self.fmt.name == "fake", self.source.dtype)
             packed = self.fmt.pack(layer, model_dtype=self.source.dtype)
             del layer
             for name in list(packed):

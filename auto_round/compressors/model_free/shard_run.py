@@ -101,7 +101,8 @@ class ShardRun:
         file = self._open[index].file
         assert file is not None
         file.sync()
-        self.journal.add(index, pending)
+        layers = [name for unit in pending for name in self.units[unit].layers]
+        self.journal.add(index, pending, {n: self.rounder.digests[n] for n in layers if n in self.rounder.digests})
         if whole:
             file.finish()
             self._finished(index)
