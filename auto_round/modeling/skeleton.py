@@ -7,7 +7,7 @@ answers what planning asks of a model (which layers are linear, what chooses exp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -268,11 +268,17 @@ def _has_matrices(module: nn.Module) -> bool:
     return all(any(p.dim() >= 2 for p in child.parameters()) for child in module.children())
 
 
-def experts_listed_apart(root: nn.Module, facts: FamilyFacts, dtype: torch.dtype) -> list[str]:
+def experts_listed_apart(
+    root: nn.Module, blocks: Sequence[str], facts: FamilyFacts, dtype: torch.dtype
+) -> list[str]:  # fmt: skip
     """Replace lists of experts that the modules of the family hold fused, in place, by `LinearExperts`, whose tensors
-    have the same names. Returns their names."""
+    have the same names. Returns their names. What is in no decoder block keeps the names of the files: only programs
+    that know those read it."""
     made = []
+    inside = tuple(f"{block}." for block in blocks)
     for name, experts in list(root.named_modules()):
+        if not name.startswith(inside):
+            continue
         if not facts.fused_experts or name.rpartition(".")[2] != "experts" or not isinstance(experts, nn.ModuleList):
             continue
         fused = _as_fused(experts, facts, dtype)

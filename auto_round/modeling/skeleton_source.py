@@ -61,8 +61,8 @@ class SkeletonSource(CheckpointSource):
         shapes = {name: (self.files.tensors[key].shape, self.files.tensors[key].dtype) for name, key in names.items()}
         self.model, _ = build_skeleton(shapes, self.config, self.facts, self.dtype)
         unfuse_experts(self.model)
-        experts_listed_apart(self.model, self.facts, self.dtype)
         self.blocks = skeleton_blocks(self.model, self.name_or_path)
+        experts_listed_apart(self.model, self.blocks, self.facts, self.dtype)
         self._names = state_names(self.model)
         self._plans = _tensor_plans(self.model, names, self._names)
         self._tied = self._find_tied()

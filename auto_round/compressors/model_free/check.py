@@ -63,12 +63,14 @@ def file_digest(path: Path, shard: Shard, marks: Sequence[Mark], compare: bool) 
     return digest.hexdigest()
 
 
-def sample_layers(job: Job, units: Sequence[Unit]) -> frozenset[str]:
-    """One unit's layers of each kind (scheme, bias, transposed), the smallest."""
+def sample_layers(rounder: Rounder) -> frozenset[str]:
+    """One unit's layers of each kind (scheme, bias, transposed), the smallest; none that is rounded in slices."""
     kinds: dict[object, Unit] = {}
-    for unit in units:
+    for unit in rounder.work.units:
         for name in unit.layers:
-            plan = job.layers[name]
+            plan = rounder.job.layers[name]
+            if rounder.step(plan) is not None:
+                continue
             kind = (plan.scheme, plan.bias_dtype is not None, plan.transposed, len(unit.layers))
             if kind not in kinds or unit.memory < kinds[kind].memory:
                 kinds[kind] = unit

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,9 @@ class ModelFree:
         else:
             wait_until(lambda: _matches(journal, manifest), lambda: None, "process 0 to begin", 600)
         clear_failures(journal.folder, rank)
-        samples = sample_layers(job, work.units) if self.settings.verify else frozenset()
-        rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device, samples)
+        rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device)
+        if self.settings.verify:
+            rounder = replace(rounder, samples=sample_layers(rounder))
         try:
             own = my_shards(layout, rank, world)
             self._quantize(job, work, layout, rounder, journal, own, inputs)

@@ -13,6 +13,7 @@ from auto_round.compressors.dense_experts import FusedTarget
 from auto_round.compressors.digest import layer_digest
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.model_free.slices import empty_packed, row_ranges, row_step, slice_axes
 from auto_round.compressors.model_free.units import Unit, Work, plain_copy
 from auto_round.errors import ModelError
 from auto_round.export.formats import OutputFormat
@@ -57,7 +58,9 @@ class Rounder:
             ModelError: a file cannot be read to its end.
             NumericsError: NaN or Inf in a weight, named.
         """
-        if unit.layers:
+        if len(unit.layers) == 1 and self.step(self.job.layers[unit.layers[0]]) is not None:
+            yield from self._sliced(self.job.layers[unit.layers[0]])
+        elif unit.layers:
             yield from self._rounded(unit)
         elif (
             len(unit.copies) == 1
@@ -97,6 +100,39 @@ class Rounder:
                 target.piece.paste(row, part)
         for (output, expert), row in rows.items():
             yield Piece(output, expert * row.nbytes, row)
+
+    def step(self, plan: LayerPlan) -> int | None:
+        """Rows that are rounded at a time, None for all of them."""
+        if not plain_copy(self.source, f"{plan.name}.weight"):
+            return None
+        return row_step(plan, self.fmt, self.source.dtype)
+
+    def _sliced(self, plan: LayerPlan) -> Iterator[Piece]:
+        """A large layer, some rows at a time; only what is packed of it is ever whole."""
+        source, step = self.source, self.step(plan)
+        assert step is not None
+        axes = slice_axes(plan, self.fmt, source.dtype, step)
+        assert axes is not None
+        whole = empty_packed(plan, self.fmt, source.dtype)
+        name = f"{plan.name}.weight"
+        key = source._plans[source.tied().get(name, name)].origin.keys[0][0]
+        files = getattr(source.files, "stored", source.files)
+        bias = self._checked(f"{plan.name}.bias") if plan.bias_dtype is not None else None
+        module = source.model.get_submodule(plan.name)
+        row = plan.in_features * source.dtype.itemsize
+        at = dict.fromkeys(axes, 0)
+        for start, end in row_ranges(plan.out_features, step):
+            part = files.read_bytes(key, start * row, (end - start) * row).view(source.tensor_meta(name)[1])
+            weight = part.view(end - start, plan.in_features)
+            check_finite(name, weight)
+            own = None if bias is None else bias[start:end]
+            task = LayerTask(plan.name, module, weight.to(self.device), plan.scheme, bias=own)
+            for tensor, values in self.fmt.pack(self.round(task), model_dtype=source.dtype).items():
+                size = values.shape[axes[tensor]]
+                whole[tensor].narrow(axes[tensor], at[tensor], size).copy_(values)
+                at[tensor] += size
+        for tensor in list(whole):
+            yield self._placed(tensor, whole.pop(tensor))
 
     def _task(self, plan: LayerPlan) -> LayerTask:
         weight = self._checked(f"{plan.name}.weight")

@@ -107,11 +107,12 @@ class ShardRun:
             file.finish()
             self._finished(index)
 
-    def close(self, wait: bool) -> None:
-        """Wait for the last syncs, raising their errors, or give up (`wait` False); then close all files."""
-        self._syncer.shutdown(wait=True, cancel_futures=not wait)
+    def close(self, well: bool) -> None:
+        """Wait for the last syncs, then close all files. Their errors are raised if all went `well` until now; else
+        another error is on its way."""
+        self._syncer.shutdown(wait=True)
         try:
-            if wait:
+            if well:
                 for future in self._syncs:
                     future.result()
         finally:

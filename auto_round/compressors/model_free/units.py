@@ -13,6 +13,7 @@ from auto_round import envs
 from auto_round.algorithms.quantization.layer_codes import small_float
 from auto_round.compressors.dense_experts import FusedTarget
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.model_free.slices import row_step
 from auto_round.compressors.planning import expert_joiner, separate_tensors
 from auto_round.errors import ModelError
 from auto_round.export.formats import OutputFormat, TensorSpecs
@@ -136,6 +137,10 @@ def _bytes(meta: tuple[tuple[int, ...], torch.dtype]) -> int:
 def _layer_memory(plan: LayerPlan, source: SkeletonSource, fmt: OutputFormat) -> int:
     """The weight, as stored too where it is dequantized or cast, its codes and what is packed of them."""
     weights = plan.out_features * plan.in_features
+    step = row_step(plan, fmt, source.dtype) if plain_copy(source, f"{plan.name}.weight") else None
+    if step is not None:
+        rounded = step * plan.in_features * (source.dtype.itemsize + 2)
+        return rounded + sum(_bytes(spec) for spec in layer_outputs(fmt, plan, source.dtype).values()) + _SMALL
     packed = sum(_bytes(spec) for spec in layer_outputs(fmt, plan, source.dtype).values())
     stored = sum(_stored_bytes(source, key) for key in source.inputs(f"{plan.name}.weight"))
     same = stored == weights * source.dtype.itemsize

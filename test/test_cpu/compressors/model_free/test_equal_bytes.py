@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 Copy = Callable[..., tuple[Path, Path]]
 G32: dict[str, Any] = {"scheme": "W4A16", "group_size": 32}
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture
@@ -105,6 +110,46 @@ def test_fp8_mixture(equal: Callable[..., Path], quantized_copy: Copy, packable_
     equal(quantized_copy(packable_folder("qwen3-moe"), "fp8-block", (32, 32))[0], **G32)
 
 
+def test_further_layers_and_a_bias_in_float32(
+    free: Callable[..., Path], quantized_copy: Copy, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    """DeepSeek's files hold a layer for multi-token prediction, which no model class reads, and a correction bias whose
+    precision decides between experts."""
+    import transformers
+
+    from auto_round import AutoRound
+
+    config = transformers.DeepseekV3Config(
+        vocab_size=288, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+        first_k_dense_replace=1, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=24,
+        v_head_dim=16, n_group=2, topk_group=1, max_position_embeddings=64,
+    )  # fmt: skip
+    folder = tmp_path / "deepseek"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    tensors = read_tensors(folder)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors[bias] = torch.tensor([14.001, 14.002, 14.003, 14.004])
+    tensors |= {k.replace("layers.1.", "layers.2."): v.clone() for k, v in tensors.items() if ".layers.1." in k}
+    tensors["model.layers.2.eh_proj.weight"] = torch.randn(64, 128).bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    AutoRound(str(folder), iters=0, disable_opt_rtn=True, device_map="cpu", **G32).quantize_and_save(
+        tmp_path / "regular"
+    )
+    regular, made = read_tensors(tmp_path / "regular"), read_tensors(free(folder, **G32))
+    assert all(torch.equal(regular[name].view(torch.uint8), made[name].view(torch.uint8)) for name in regular)
+    assert regular[bias].dtype == torch.float32 and torch.equal(regular[bias], tensors[bias])
+    further = set(made) - set(regular)
+    assert further == {name for name in tensors if ".layers.2." in name}
+    assert all(torch.equal(made[name], tensors[name]) for name in further)
+    report = json.loads((tmp_path / "free" / "report.json").read_text())
+    (reason,) = {r["reason"] for r in report["layers"] if r["name"] == "model.layers.2.eh_proj"}
+    assert reason == "it belongs to multi-token prediction"
+    assert report["job"]["left"]["model.layers.1.mlp.gate.weight"] == "it chooses experts"
+
+
 def test_dtypes(equal: Callable[..., Path], packable_folder: Callable[..., str]) -> None:
     equal(packable_folder("llama"), model_dtype="bfloat16", **G32)
 
@@ -116,6 +161,30 @@ def test_logits_are_those_of_the_dequantized_model(
         packed = free(packable_folder(family), f"{family}-packed", **G32)
         dense = free(packable_folder(family), f"{family}-dense", format="fake", **G32)
         assert torch.allclose(logits(packed), logits(dense), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        G32, {"scheme": "W4A16", "group_size": 32, "sym": False}, {"scheme": "W3A16", "group_size": 32},
+        {"scheme": "MXFP4"}, {"scheme": "FP8_BLOCK", "group_size": (32, 32)}, {"scheme": "W8A16", "group_size": -1},
+        {"scheme": "W4A16", "group_size": 32, "format": "llm_compressor"},
+        {"scheme": "W4A16", "group_size": 32, "format": "mlx"},
+    ],
+    ids=lambda kwargs: "-".join(str(v) for v in kwargs.values()),
+)  # fmt: skip
+def test_large_layers_in_slices(
+    kwargs: dict[str, Any], equal: Callable[..., Path], packable_folder: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Rows are rounded a few at a time where a layer is large; here every layer is."""
+    from auto_round.compressors.model_free import slices
+
+    monkeypatch.setattr(slices, "LARGE", 1000)
+    monkeypatch.setattr(slices, "SLICE", 64 * 32)
+    made = equal(packable_folder("opt"), **kwargs)
+    sliced = kwargs.get("format") != "llm_compressor"  # weight_shape is not a row's
+    assert (json.loads((made / "report.json").read_text())["verify"]["layers"] == 0) is sliced
 
 
 def test_any_number_of_workers_gives_the_same_files(
