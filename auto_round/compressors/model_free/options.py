@@ -17,6 +17,9 @@ _MOST_WORKERS = 8
 _WITHOUT = "leave model_free out (--disable_model_free) for the regular flow"
 
 
+_GGUF = f"GGUF types are not written from tensors alone; {_WITHOUT}"
+
+
 @dataclass(frozen=True)
 class ModelFreeOptions:
     """How the work is spread.
@@ -70,6 +73,8 @@ def check_settings(settings: Settings) -> None:
         schemes[f"of layer {name}"] = scheme_from_entry(name, entry, settings.scheme)
     for name, scheme in schemes.items():
         reason = refusal(scheme)
+        if name.upper().startswith("GGUF"):
+            reason = _GGUF
         if reason is not None:
             raise UnsupportedError(f"model-free mode cannot make scheme {name} ({scheme.describe()}): {reason}")
     if settings.cache is not None:
@@ -86,7 +91,7 @@ def refusal(scheme: QuantizationScheme) -> str | None:
     if not scheme.quantizes_weights:
         return None
     if scheme.super_bits is not None:
-        return f"GGUF types are not written from tensors alone; {_WITHOUT} and use --format gguf"
+        return _GGUF
     activations = scheme.activations
     if activations is not None and activations.calibrated:
         return (
