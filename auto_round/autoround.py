@@ -14,6 +14,7 @@ from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
 from auto_round.compressors.device import resolve_device
 from auto_round.compressors.format_runs import default_format, folder_name, split_runs
+from auto_round.compressors.model_free.entry import open_model_free, rounding_only
 from auto_round.compressors.run import Finished, Run
 from auto_round.compressors.settings import Settings, check_whole, names_tuple, parse_scale_dtype
 from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
@@ -38,12 +39,13 @@ _OTHER_DEFAULTS: dict[str, Any] = {
     "device": None, "adam": None, "enable_opt_rtn": None, "bs": None, "algorithm": None, "static_kv_dtype": None,
     "static_kv_granularity": "tensor", "static_attention_dtype": None, "static_attention_granularity": "tensor",
     "imatrix": None, "save_imatrix": None,
+    "model_free": False, "parallelism": None, "max_memory": None,
 }  # fmt: skip
 _CACHE_OPTIONS = (
     "static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity",
 )  # fmt: skip
 _NOT_YET = {
-    "rotation_config": "rotation", "model_free": "model-free mode", "avg_bits": "AutoScheme",
+    "rotation_config": "rotation", "avg_bits": "AutoScheme",
     "processor": "multimodal models", "image_processor": "multimodal models", "enable_alg_ext": "SignRound v2",
     "enable_norm_bias_tuning": "norm tuning", "nblocks": "tuning several blocks as one",
 }  # fmt: skip
@@ -76,7 +78,8 @@ class AutoRound:
             `disable_opt_rtn`), and `ignore_layers`, `quant_lm_head`, `scale_dtype`, `to_quant_block_names`, `amp`,
             `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`; and for static FP8 scales
             of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
-            `static_attention_dtype`, `static_attention_granularity`.
+            `static_attention_dtype`, `static_attention_granularity`. `model_free=True` rounds to nearest tensor by
+            tensor, without a model (docs/model-free.md), with `parallelism` and `max_memory`.
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.
@@ -106,6 +109,8 @@ class AutoRound:
     ) -> None:
         ensure_logging()
         options = _checked_options(kwargs)
+        if options["model_free"]:
+            iters = rounding_only(alg_configs, iters, options)
         steps = gradient_accumulate_steps if gradient_accumulate_steps is not None else 1
         algorithm, optimized = _algorithm(alg_configs, iters, options["bs"] or batch_size, steps, options)
         resolved = _resolve_scheme(scheme, options)
@@ -140,14 +145,19 @@ class AutoRound:
             save_imatrix=None if options["save_imatrix"] is None else os.fspath(options["save_imatrix"]),
             **cache,
         )
-        self._source = _open(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
-        self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
         self._spent = False  # a model object is quantized in place, once
         self._result: tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished] | None = None
+        self._free = open_model_free(model, self.settings, options)
+        if self._free is not None:
+            self.tokenizer = tokenizer
+            return
+        self._source = _open(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
+        self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
 
     @property
     def model(self) -> torch.nn.Module:
         """The model. One given by path holds no weights until `quantize()` has put it together."""
+        self._needs_model("model")
         return self._source.model if self._result is None else self._result[0]
 
     @property
@@ -166,6 +176,8 @@ class AutoRound:
 
     def plans(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> list[Job]:
         """`plan` of every run: each GGUF format is one of its own, and the other formats are one together."""
+        if self._free is not None:
+            return [self._free.plan(self._formats(format), output_dir)]
         runs = split_runs(self.settings, self._formats(format))
         return [Run(self._source, settings, self.tokenizer).plan(formats, output_dir) for settings, formats in runs]
 
@@ -176,6 +188,7 @@ class AutoRound:
             (model, layer configuration): the model runs; a model object given by the user holds dequantized weights in
             place, a model given by path holds packed layers. The configuration gives every linear layer's scheme.
         """
+        self._needs_model("quantize")
         if self._result is None:
             self._result = self._run().to_memory()
         model, layers, _ = self._result
@@ -216,6 +229,9 @@ class AutoRound:
             memory; open the folder with Transformers.
         """
         formats = self._formats(format)
+        if self._free is not None:
+            written = [str(f) for f in self._free.to_folders(os.fspath(output_dir), formats, overwrite, max_shard_size)]
+            return None, (written[0] if len(written) == 1 else written)
         if self._result is not None:
             _, layers, finished = self._result
             folders = self._run().save(os.fspath(output_dir), formats, overwrite, max_shard_size, layers, finished)
@@ -251,6 +267,13 @@ class AutoRound:
             paths = run.to_folders(folder, group, overwrite, shard)
             found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
         return [found[fmt.name] for fmt in formats]
+
+    def _needs_model(self, what: str) -> None:
+        if self._free is not None:
+            raise UnsupportedError(
+                f"{what}: model-free mode has no model in memory; quantize_and_save() writes the files, and "
+                "Transformers opens them"
+            )
 
     def _run(self) -> Run:
         return Run(self._source, self.settings, self.tokenizer)
@@ -298,7 +321,8 @@ def _checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             if value is not None and value is not False and not one_block:
                 raise UnsupportedError(f"{name}={value!r}: {_NOT_YET[name]} is not available in this version")
         elif name == "disable_model_free":
-            continue  # nothing is taken to model-free mode by itself in this version
+            if value and kwargs.get("model_free"):
+                raise ConfigError("model_free and disable_model_free contradict each other; give one")
         elif name not in defaults:
             named = [p for p in inspect.signature(AutoRound.__init__).parameters if p not in ("self", "kwargs")]
             known = [*defaults, *named]

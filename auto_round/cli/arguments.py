@@ -189,7 +189,19 @@ RUN_GROUP = Group(
             "only deterministic GPU kernels",
             off=("disable_deterministic_algorithms",),
         ),
-        _switch("disable_model_free", "accepted for old scripts; has nothing to switch off", hidden=True),
+    ),
+)
+
+MODEL_FREE_GROUP = Group(
+    "model-free mode",
+    (
+        _switch(
+            "model_free",
+            "round tensor by tensor, without a model; rounding only takes it by itself where it can",
+            off=("disable_model_free",),
+        ),
+        Flag("parallelism", "tensors that are worked on at a time (default: one for each core, 8 at most)", "int"),
+        Flag("max_memory", 'what they may hold together, such as "4GB" (the default)'),
     ),
 )
 
@@ -235,7 +247,8 @@ EVAL_AFTER_GROUP = Group(
 )
 
 QUANTIZE_GROUPS = (
-    MODEL_GROUP, SCHEME_GROUP, CACHE_GROUP, GGUF_GROUP, DATA_GROUP, TUNING_GROUP, RUN_GROUP, OUTPUT_GROUP,
+    MODEL_GROUP, SCHEME_GROUP, CACHE_GROUP, GGUF_GROUP, DATA_GROUP, TUNING_GROUP, RUN_GROUP, MODEL_FREE_GROUP,
+    OUTPUT_GROUP,
     EVAL_AFTER_GROUP,
 )  # fmt: skip
 

@@ -37,11 +37,6 @@ FEATURES: tuple[Later, ...] = (
         _TUNED,
     ),
     _later(
-        "model-free mode",
-        "model_free",
-        "--iters 0 --disable_opt_rtn reads the model block by block and gives the same integers",
-    ),
-    _later(
         "rotation",
         "rotation_config rotation_type rotation_hadamard_type rotation_backend rotation_block_size "
         "fuse_online_to_weight allow_online_rotation spinquant",

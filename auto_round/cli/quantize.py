@@ -27,7 +27,7 @@ _EVAL_AFTER = (
     "eval_output",
     "eval_backend",
 )
-_OWN = (*_OUTPUT, *_EVAL_AFTER, "dry_run", "algorithm", "disable_model_free")
+_OWN = (*_OUTPUT, *_EVAL_AFTER, "dry_run", "algorithm")
 
 # Flags that do not by themselves ask for quantization, so that `auto-round MODEL --eval` only evaluates.
 _NEUTRAL = (
@@ -108,13 +108,30 @@ def facade_arguments(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
                     f"--algorithm rtn does no tuning, but --iters {chosen['iters']} was given; leave one out"
                 )
             chosen["iters"] = 0
-    filled = fill(recipe, chosen)
+    filled = _with_model_free(recipe, chosen, given.get("format"))
     if "device_map" in filled:
         filled["device_map"] = device_value(filled["device_map"])
     if "layer_config" in filled:
         from auto_round.layer_config import parse_layer_config
 
         filled["layer_config"] = parse_layer_config(filled["layer_config"])
+    return filled
+
+
+def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | None) -> dict[str, Any]:
+    """The recipe's values filled in, and model-free mode where it is asked for, or where rounding is all there is to
+    do. Raises ConfigError when the recipe contradicts it."""
+    if chosen.get("model_free"):
+        if recipe.name not in ("default", "rtn"):
+            raise ConfigError(
+                f"--model_free only rounds to nearest, and {recipe.command} does more; use auto-round-rtn, or leave "
+                "--model_free out"
+            )
+        return fill(get_recipe("rtn"), chosen)
+    filled = fill(recipe, chosen)
+    rounds = filled.pop("model_free", None) is None and filled.get("iters") == 0 and filled.get("disable_opt_rtn")
+    if rounds and "gguf:" not in (formats or "").lower():
+        filled["model_free"] = "auto"
     return filled
 
 

@@ -14,6 +14,7 @@ from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import write_json, write_text
+from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
 from auto_round.report.model_card import ModelCard, write_model_card
@@ -37,8 +38,7 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat)
     for key in ("_name_or_path", "_attn_implementation_autoset"):
         values.pop(key, None)
     values["dtype"] = str(source.dtype).removeprefix("torch.")
-    values.setdefault("architectures", [type(source.model).__name__])
-    if values["architectures"] is None:
+    if values.get("architectures") is None and not isinstance(source.model, Skeleton):
         values["architectures"] = [type(source.model).__name__]
     if any(not name.startswith(tuple(f"{b}." for b in job.blocks)) for name in job.quantized()):
         values["tie_word_embeddings"] = False

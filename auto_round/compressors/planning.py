@@ -302,7 +302,7 @@ def planned_tensors(
     fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every tensor that a format will write, tied aliases left out and dense experts fused."""
-    specs = _separate_tensors(fmt, layers, source)
+    specs = separate_tensors(fmt, layers, source)
     for name, target in _targets(fmt, specs, source).items():
         specs[target.name] = (target.shape, specs.pop(name)[1])
     return specs if cache is None else specs | cache.specs(fmt)
@@ -310,7 +310,7 @@ def planned_tensors(
 
 def expert_joiner(fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource) -> ExpertJoiner:
     """What fuses the experts that a format leaves dense, and stacks or renames what the format wants so."""
-    return ExpertJoiner(_targets(fmt, _separate_tensors(fmt, layers, source), source))
+    return ExpertJoiner(_targets(fmt, separate_tensors(fmt, layers, source), source))
 
 
 def _targets(fmt: OutputFormat, specs: TensorSpecs, source: ModelSource) -> dict[str, FusedTarget]:
@@ -322,7 +322,7 @@ def _targets(fmt: OutputFormat, specs: TensorSpecs, source: ModelSource) -> dict
     return fused_targets(source.model, dense)
 
 
-def _separate_tensors(
+def separate_tensors(
     fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The same before experts are fused."""

@@ -10,10 +10,20 @@ from torch import nn
 from auto_round.errors import ModelError, UnsupportedError
 
 
+class TransposedLinear(nn.Module):
+    """The place of a layer that stores [in, out] where no model class is at hand. It cannot run."""
+
+    def __init__(self, rows: int, columns: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device="meta"), requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(columns, dtype=dtype, device="meta"), requires_grad=False)
+
+
 def _conv1d() -> tuple[type[nn.Module], ...]:
-    """Transformers' Conv1D (GPT-2), a linear layer that stores [in, out]; empty before Transformers is imported."""
+    """Linear layers that store [in, out]: Transformers' Conv1D (GPT-2) once Transformers is imported, and ours."""
     module = sys.modules.get("transformers.pytorch_utils")
-    return (module.Conv1D,) if module is not None else ()
+    return (TransposedLinear,) if module is None else (TransposedLinear, module.Conv1D)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -228,7 +228,7 @@ class CheckpointSource(ModelSource):
                     )
                 if tensor.is_meta and (leaf in module._buffers or not stored.dtype.is_floating_point):
                     dtype = stored.dtype
-            if leaf in module._parameters and dtype.is_floating_point and full_precision(name):
+            if dtype.is_floating_point and full_precision(name):
                 dtype = torch.float32
             found[name] = _Tensor(tuple(tensor.shape), dtype, tensor.is_meta)
         return found

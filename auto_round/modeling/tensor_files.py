@@ -101,6 +101,12 @@ class TensorFiles:
         self._fill(stored.file, key, start, raw.numpy().data)
         return raw.view(stored.dtype).view(shape)
 
+    def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
+        """uint8 [size]: stored bytes of the tensor `key` from its byte `start` on."""
+        raw = _buffer(size)
+        self._fill(self.tensors[key].file, key, self.tensors[key].start + start, raw.numpy().data)
+        return raw
+
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same bytes, compared in pieces so that neither is held whole."""
         a, b = self.tensors[first], self.tensors[second]

@@ -22,7 +22,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.
 IDS = [p.relative_to(ROOT).as_posix() for p in PAGES]
 
 # Flags of other programs that the pages mention.
-FOREIGN = {"no-deps", "version", "help", "render", "hf_overrides"}
+FOREIGN = {"no-deps", "version", "help", "render", "hf_overrides", "nnodes", "nproc_per_node"}
 
 
 def blocks(text: str, language: str) -> list[str]:

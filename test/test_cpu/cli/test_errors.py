@@ -51,7 +51,7 @@ def test_mistakes(job: Any, capsys: pytest.CaptureFixture[str], words: list[str]
     "words",
     [
         ["--algorithm", "awq"], ["--algorithm", "awq,auto_round"], ["--avg_bits", "6"], ["--target-bits=6"],
-        ["--options", "mxfp4,mxfp8"], ["--model_free"], ["--duo-scaling", "both"], ["--n_grid", "20"],
+        ["--options", "mxfp4,mxfp8"], ["--duo-scaling", "both"], ["--n_grid", "20"],
         ["--rotation_type", "hadamard"], ["--tasks", "mmlu"], ["--tasks"],
         ["--eval", "--eval_backend", "vllm"], ["--eval_backend=vllm"], ["--vllm_args=a=1"], ["--svdquant-rank", "32"],
         ["--nblocks", "2"], ["--mllm"],

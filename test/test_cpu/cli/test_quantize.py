@@ -122,12 +122,14 @@ CHANGED: dict[str, Any] = {
     "low_gpu_mem_usage": True, "low_cpu_mem_usage": False, "enable_deterministic_algorithms": True, "verify": False,
     "super_bits": 6, "super_group_size": 8, "imatrix": "a.gguf", "save_imatrix": "b.gguf",
     "static_kv_dtype": "fp8", "static_kv_granularity": "head", "static_attention_dtype": "fp8",
-    "static_attention_granularity": "head",
+    "static_attention_granularity": "head", "model_free": True, "parallelism": 3, "max_memory": "1GB",
 }  # fmt: skip
 # What has no effect, and is refused, without another keyword.
 NEEDED: dict[str, dict[str, Any]] = {
     "static_kv_granularity": {"static_kv_dtype": "fp8"},
     "static_attention_granularity": {"static_attention_dtype": "fp8"},
+    "parallelism": {"model_free": True},
+    "max_memory": {"model_free": True},
 }
 
 
@@ -148,8 +150,13 @@ def test_every_value_changes_the_job(name: str, tiny_folder: Any) -> None:
         AutoRound(folder, tokenizer=object(), device_map="cpu", **NEEDED.get(name, {}), **given)
         for given in ({}, {name: CHANGED[name]})
     )
-    opened = [(type(job._source), job._source.dtype) for job in (plain, changed)]
-    assert plain.settings != changed.settings or opened[0] != opened[1]
+    free = [job._free is not None and job._free.options for job in (plain, changed)]
+    assert (
+        plain.settings != changed.settings
+        or free[0] != free[1]
+        or plain._source.dtype != changed._source.dtype
+        or (type(plain._source) is not type(changed._source))
+    )
 
 
 def test_the_device_is_used(tiny_folder: Any) -> None:
@@ -166,7 +173,7 @@ def test_the_device_is_used(tiny_folder: Any) -> None:
         (main.run_best, {**DEFAULT, "iters": 1000, "nsamples": 512}),
         (main.run_light, {**DEFAULT, "iters": 50, "lr": 5e-3}),
         (main.run_opt_rtn, {**DEFAULT, "iters": 0}),
-        (main.run_rtn, {**DEFAULT, "iters": 0, "nsamples": 0, "disable_opt_rtn": True}),
+        (main.run_rtn, {**DEFAULT, "iters": 0, "nsamples": 0, "disable_opt_rtn": True, "model_free": "auto"}),
     ],
 )
 def test_recipes(job: Any, run: Any, want: dict[str, Any]) -> None:
@@ -174,6 +181,26 @@ def test_recipes(job: Any, run: Any, want: dict[str, Any]) -> None:
     assert job.kwargs == {"model": "org/m", **want}
     assert run(["org/m", "--seqlen", "64", "--bs", "2"]) == 0
     assert job.kwargs == {"model": "org/m", **want, "seqlen": 64, "batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        (["--model_free"], True), (["--iters", "0", "--disable_opt_rtn"], "auto"),
+        (["--iters", "0", "--disable_opt_rtn", "--disable_model_free"], None), (["--iters", "0"], None),
+    ],
+)  # fmt: skip
+def test_who_gets_model_free_mode(job: Any, words: list[str], want: Any) -> None:
+    assert main.run(["org/m", *words]) == 0
+    assert job.kwargs.get("model_free") == want
+    if want is True:
+        assert (job.kwargs["iters"], job.kwargs["disable_opt_rtn"]) == (0, True)
+
+
+@pytest.mark.parametrize("run", [main.run_best, main.run_opt_rtn, main.run_light])
+def test_recipes_that_do_more_refuse_it(job: Any, run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["org/m", "--model_free"]) == 2
+    assert "--model_free only rounds to nearest" in capsys.readouterr().err
 
 
 def test_recipe_without_tuning_refuses_steps(job: Any, capsys: pytest.CaptureFixture[str]) -> None:

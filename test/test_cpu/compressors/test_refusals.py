@@ -147,7 +147,7 @@ def test_unknown_arguments_bring_the_nearest(name: str, hint: str, make: Callabl
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("model_free", True), ("enable_alg_ext", True), ("enable_norm_bias_tuning", True), ("nblocks", 2),
+        ("enable_alg_ext", True), ("enable_norm_bias_tuning", True), ("nblocks", 2),
         ("rotation_config", "default"), ("processor", object()), ("algorithm", "awq"),
         ("alg_configs", "awq"),
     ],

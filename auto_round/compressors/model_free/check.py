@@ -1,0 +1,127 @@
+"""Hold finished files against what was computed, without a model: bytes, coverage, and a few layers read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from auto_round.compressors.dense_experts import read_pieces
+from auto_round.compressors.digest import dense_digest, layer_digest
+from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.model_free.layout import Shard
+from auto_round.compressors.model_free.rounding import Rounder
+from auto_round.compressors.model_free.shard_file import Mark
+from auto_round.compressors.model_free.units import Unit, layer_outputs
+from auto_round.errors import VerifyError
+from auto_round.inference.build_layer import build_layer
+from auto_round.inference.config_reader import read_config
+from auto_round.modeling.tensor_files import TensorFiles
+from auto_round.quantized_layer import QuantizedLayer
+
+_AT_ONCE = 4 << 20
+
+
+def file_digest(path: Path, shard: Shard, marks: Sequence[Mark], compare: bool) -> str:
+    """SHA-256 of a finished file.
+
+    Args:
+        marks: everything that was written to it.
+        compare: also check that those bytes are what is there, and that they are all there is.
+
+    Raises:
+        VerifyError: a byte differs, or part of a tensor was never written.
+    """
+    places = sorted((shard.offsets[name] + start, size, crc, name) for name, start, size, crc in marks if size)
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        front = file.read(len(shard.header))
+        digest.update(front)
+        at = len(front)
+        if compare and front != shard.header:
+            raise VerifyError(f"{path}: its header is not what was planned; do not use it, and report this")
+        for start, size, crc, name in places:
+            if compare and start != at:
+                raise VerifyError(f"{path}: bytes {at} to {start}, before tensor {name}, were never written")
+            found = 0
+            while size:
+                part = file.read(min(size, _AT_ONCE))
+                if not part:
+                    raise VerifyError(f"{path} ends inside tensor {name}")
+                digest.update(part)
+                found = zlib.crc32(part, found) if compare else 0
+                size -= len(part)
+                at += len(part)
+            if compare and found != crc:
+                raise VerifyError(f"{path}: tensor {name} is not what was written; do not use it, and report this")
+    if compare and at != shard.size:
+        raise VerifyError(f"{path}: its last {shard.size - at} bytes were never written")
+    return digest.hexdigest()
+
+
+def sample_layers(rounder: Rounder) -> frozenset[str]:
+    """One unit's layers of each kind (scheme, bias, transposed), the smallest; none that is rounded in slices."""
+    kinds: dict[object, Unit] = {}
+    for unit in rounder.work.units:
+        for name in unit.layers:
+            plan = rounder.job.layers[name]
+            if rounder.step(plan) is not None:
+                continue
+            kind = (plan.scheme, plan.bias_dtype is not None, plan.transposed, len(unit.layers))
+            if kind not in kinds or unit.memory < kinds[kind].memory:
+                kinds[kind] = unit
+    return frozenset(name for unit in kinds.values() for name in unit.layers)
+
+
+def check_layers(folder: Path, rounder: Rounder, digests: Mapping[str, str]) -> int:
+    """Read the sampled layers back as a runtime would, and compare them with what was rounded. Returns how many.
+
+    Raises:
+        VerifyError: one differs, or was not noted.
+    """
+    files = TensorFiles.open(folder)
+    for name in sorted(rounder.samples):
+        if _read_back(folder, files, rounder, rounder.job.layers[name]) != digests.get(name):
+            raise VerifyError(f"{folder}: layer {name} does not hold what was rounded; do not use it, and report this")
+    return len(rounder.samples)
+
+
+def _read_back(folder: Path, files: TensorFiles, rounder: Rounder, plan: LayerPlan) -> str:
+    fmt, dtype = rounder.fmt, rounder.source.dtype
+    specs = layer_outputs(fmt, plan, dtype)
+    if fmt.name == "fake":
+        (weight,) = (name for name in specs if name.endswith(".weight"))
+        tensor = read_pieces(files, [weight], rounder.work.targets)[weight]
+        target = rounder.work.targets.get(weight)
+        if target is not None and target.piece is not None:
+            tensor = target.piece.cut(tensor)
+        return dense_digest(tensor.t() if plan.transposed else tensor)
+    tensors = read_pieces(files, specs, rounder.work.targets)
+    if not fmt.loads_here:
+        layer = fmt.read_layer(plan.name, plan.scheme, tensors, plan.in_features, plan.out_features)
+        return layer_digest(layer, False, torch.float32)
+    return layer_digest(_opened(folder, rounder.job, fmt.rules(rounder.job.model_type).module_name(plan.name), plan,
+                                tensors), False, torch.float32)  # fmt: skip
+
+
+def _opened(
+    folder: Path, job: Job, stored_name: str, plan: LayerPlan, tensors: Mapping[str, torch.Tensor]
+) -> QuantizedLayer:
+    """The layer as our loader's module, made from what config.json says of it."""
+    config = read_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"])
+    in_block = any(plan.name.startswith(f"{block}.") for block in job.blocks)
+    described = config.layer(stored_name, in_block)
+    if described is None:
+        raise VerifyError(f"{folder}: config.json says that {stored_name} is dense, and it is not; report this")
+    by_leaf = {name.removeprefix(f"{plan.name}."): tensor for name, tensor in tensors.items()}
+    shape = torch.empty((), dtype=plan.bias_dtype or torch.float32).expand(plan.out_features, plan.in_features)
+    dtypes = {leaf: tensor.dtype for leaf, tensor in by_leaf.items()}
+    module = build_layer(described, shape, plan.bias_dtype is not None, dtypes, False, "")
+    for leaf, tensor in by_leaf.items():
+        module.get_buffer(leaf).copy_(tensor)
+    module.prepare(plan.name)
+    return module.layer(plan.name)

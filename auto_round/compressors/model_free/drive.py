@@ -1,0 +1,280 @@
+"""Model-free runs from settings to folders."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from auto_round.compressors.finish import write_config, write_records, write_side_files
+from auto_round.compressors.model_free.check import check_layers, file_digest, sample_layers
+from auto_round.compressors.model_free.fetch import Fetcher
+from auto_round.compressors.model_free.inputs import Inputs, open_inputs
+from auto_round.compressors.model_free.journal import FOLDER, Journal, differences, manifest_of
+from auto_round.compressors.model_free.layout import Layout, index_text, plan_layout
+from auto_round.compressors.model_free.options import ModelFreeOptions, check_settings
+from auto_round.compressors.model_free.pipeline import run_units
+from auto_round.compressors.model_free.plan import ModelFreeJob, model_free_job
+from auto_round.compressors.model_free.rounding import Rounder
+from auto_round.compressors.model_free.shard_run import ShardRun
+from auto_round.compressors.model_free.shared_run import (
+    clear_failures,
+    my_shards,
+    raise_failures,
+    say_failure,
+    wait_until,
+)
+from auto_round.compressors.model_free.units import Unit, Work, plan_work
+from auto_round.compressors.settings import Settings
+from auto_round.errors import OutputError
+from auto_round.export.disk import check_disk, ensure_output_folder
+from auto_round.export.formats import OutputFormat
+from auto_round.export.shard_writer import parse_size, write_text
+from auto_round.logger import logger
+from auto_round.modeling.skeleton_source import SkeletonSource
+from auto_round.report.memory import format_bytes, format_seconds
+from auto_round.report.progress import make_progress
+
+
+@dataclass
+class ModelFree:
+    """A model-free run of some settings.
+
+    Args:
+        model: folder or hub id.
+        dtype: of the dense weights; None is the checkpoint's own.
+        fetcher: brings the files of `model`; None: a folder, or the hub's client.
+
+    Raises:
+        UnsupportedError: the settings ask for something that needs a model or data.
+    """
+
+    model: str
+    settings: Settings
+    options: ModelFreeOptions
+    dtype: Any = None
+    fetcher: Fetcher | None = None
+    _opened: tuple[Inputs, SkeletonSource] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_settings(self.settings)
+
+    def source(self) -> SkeletonSource:
+        """The checkpoint, opened: configuration and headers are read."""
+        return self._open()[1]
+
+    def _open(self) -> tuple[Inputs, SkeletonSource]:
+        if self._opened is None:
+            inputs = open_inputs(self.model, self.settings, self.options.rank, self.fetcher)
+            source = SkeletonSource(inputs.folder, dtype=self.dtype, name_or_path=self.model, files=inputs.files)
+            if source.stored_as:
+                logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
+            self._opened = inputs, source
+        return self._opened
+
+    def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None) -> ModelFreeJob:
+        """The job, without doing it."""
+        inputs, source = self._open()
+        return model_free_job(self.settings, source, formats, self.options, output_dir, inputs.notes)
+
+    def to_folders(
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str
+    ) -> list[Path]:
+        """Quantize and write, one format after the other. Returns the folders, one a format.
+
+        Raises:
+            OutputError: the folder holds something else, or an unfinished run that differs.
+        """
+        job = self.plan(formats, output_dir)
+        for note in job.notes:
+            logger.warning("%s", note)
+        root = Path(output_dir).expanduser()
+        folders = [root]
+        if len(formats) > 1:
+            folders = [root / f.name.replace(":", "-").replace("_", "-") for f in formats]
+        needed = sum(job.bytes_on_disk.values()) - sum(_finished_bytes(folder) for folder in folders)
+        check_disk(output_dir, max(0, int(needed * 1.02)) + (1 << 20))
+        for fmt, folder in zip(formats, folders, strict=True):
+            one = self.plan([fmt], output_dir) if len(formats) > 1 else job
+            self._write(one, fmt, folder, overwrite, parse_size(shard))
+        self._open()[0].close()
+        self._opened = None
+        return folders
+
+    def _write(self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int) -> None:
+        inputs, source = self._open()
+        rank, world = self.options.rank, self.options.world
+        started = time.monotonic()
+        work = plan_work(job, source, fmt)
+        layout = plan_layout(work.units, work.tensors, inputs.shards, shard_size)
+        manifest = manifest_of(_decisive(job, self.settings), inputs.identity(), layout)
+        journal = Journal(folder)
+        if rank == 0:
+            _begin(journal, manifest, overwrite)
+        else:
+            wait_until(lambda: _matches(journal, manifest), lambda: None, "process 0 to begin", 600)
+        clear_failures(journal.folder, rank)
+        rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device)
+        if self.settings.verify:
+            rounder = replace(rounder, samples=sample_layers(rounder))
+        try:
+            own = my_shards(layout, rank, world)
+            self._quantize(job, work, layout, rounder, journal, own, inputs)
+            quantized = time.monotonic()
+            self._check_files(layout, journal, own)
+            if rank == 0:
+                everything = range(len(layout.shards))
+                wait_until(
+                    lambda: all(_sums(journal, i).is_file() for i in everything),
+                    lambda: _alive(journal.folder), "the other processes",
+                )  # fmt: skip
+                seconds = {"quantization": quantized - started}
+                self._complete(job, fmt, folder, layout, rounder, journal, seconds)
+                journal.close()
+                logger.info("saved %s", folder)
+            else:
+                wait_until(lambda: not journal.folder.exists(), lambda: _sizes(journal.folder), "process 0 to end")
+        except BaseException as error:
+            if world > 1:
+                say_failure(journal.folder, rank, error)
+            raise
+
+    def _quantize(
+        self, job: ModelFreeJob, work: Work, layout: Layout, rounder: Rounder, journal: Journal, own: Sequence[int],
+        inputs: Inputs,
+    ) -> None:  # fmt: skip
+        started = time.monotonic()
+        progress = make_progress(f"model-free {job.scheme_name}")
+        done: list[int] = []
+
+        def finished(index: int) -> None:
+            done.append(index)
+            progress.block(layout.shards[index].name)
+
+        run = ShardRun(layout, work.units, rounder, journal, own, finished)
+        progress.start(len({index for index, _ in run.todo}))
+        jobs = {id(unit): place for place in run.todo for unit in (work.units[place[1]],)}
+        units = [work.units[number] for _, number in run.todo]
+        plan = inputs.schedule(units)
+
+        def do(unit: Unit) -> None:
+            run.do(*jobs[id(unit)])
+            plan.done(unit)
+
+        whole = False
+        try:
+            with plan:
+                run_units(units, do, self.options.workers, self.options.memory, plan.before)
+            whole = True
+        finally:
+            run.close(whole)
+            progress.finish()
+        if units:
+            size = sum(layout.shards[i].size for i in done)
+            seconds = time.monotonic() - started
+            logger.info("%d tensors in %s, %s written", len(units), format_seconds(seconds), format_bytes(size))
+
+    def _check_files(self, layout: Layout, journal: Journal, own: Sequence[int]) -> None:
+        """Digests of this process's files, each compared with what was written."""
+
+        def one(index: int) -> None:
+            if _sums(journal, index).is_file():
+                return
+            marks = [mark for unit in journal.done(index).values() for mark in unit]
+            shard = layout.shards[index]
+            digest = file_digest(journal.output / shard.name, shard, marks, self.settings.verify)
+            write_text(journal.folder, _sums(journal, index).name, digest)
+
+        with ThreadPoolExecutor(self.options.workers) as pool:
+            list(pool.map(one, own))
+
+    def _complete(
+        self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, layout: Layout, rounder: Rounder, journal: Journal,
+        seconds: dict[str, float],
+    ) -> None:  # fmt: skip
+        """Everything beside the weights, and the check."""
+        _, source = self._open()
+        started = time.monotonic()
+        write_side_files(folder, source, None, self.settings.trust_remote_code)
+        write_config(folder, source, job, fmt)
+        if len(layout.shards) > 1:
+            write_text(folder, "model.safetensors.index.json", index_text(layout, rounder.work.tensors))
+        verified = None
+        if self.settings.verify:
+            noted = {k: v for i in range(len(layout.shards)) for k, v in journal.digests(i).items()}
+            read_back = check_layers(folder, rounder, noted)
+            verified = {
+                "passed": True, "tensors": len(rounder.work.tensors), "layers": read_back, "loss_in_memory": None,
+                "loss_reopened": None,
+            }  # fmt: skip
+            seconds["verify"] = time.monotonic() - started
+        sums = {shard.name: _sums(journal, i).read_text(encoding="utf-8") for i, shard in enumerate(layout.shards)}
+        write_records(folder, job, self.settings, fmt, (), seconds, sums, verified, None)
+
+
+def _begin(journal: Journal, manifest: Mapping[str, Any], overwrite: bool) -> None:
+    """Go on with the run that the folder holds, or start one.
+
+    Raises OutputError when the folder holds another run, or other files.
+    """
+    before = journal.manifest()
+    if before == _plain(manifest):
+        logger.info("going on with the unfinished run in %s", journal.output)
+        return
+    if before is not None and not overwrite:
+        found = "; ".join(differences(before, _plain(manifest))[:3])
+        raise OutputError(
+            f"output folder {journal.output} holds an unfinished run that differs ({found}); finish that one with its "
+            "own settings, choose another folder, or ask to overwrite"
+        )
+    ensure_output_folder(journal.output, overwrite or _only_ours(journal.output))
+    journal.begin(manifest)
+
+
+def _only_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing but the remains of a run that had not begun."""
+    return folder.is_dir() and all(path.name.startswith(FOLDER) for path in folder.iterdir())
+
+
+def _matches(journal: Journal, manifest: Mapping[str, Any]) -> bool:
+    return journal.manifest() == _plain(manifest)
+
+
+def _plain(manifest: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(manifest))
+
+
+def _decisive(job: ModelFreeJob, settings: Settings) -> dict[str, Any]:
+    """What of a job decides the bytes of the result."""
+    values = job.to_dict()
+    left_out = ("bytes_on_disk", "compute", "model")
+    return {k: v for k, v in values.items() if k not in left_out} | {
+        "dtype": str(job.settings.get("scale_dtype")), "device": settings.device.type,
+    }  # fmt: skip
+
+
+def _sums(journal: Journal, index: int) -> Path:
+    return journal.folder / f"{index + 1:05d}.sha256"
+
+
+def _sizes(folder: Path) -> int:
+    """Changes as long as some process writes its journal or its files."""
+    try:
+        return sum(path.stat().st_size + path.stat().st_mtime_ns for path in folder.iterdir())
+    except OSError:
+        return -1
+
+
+def _alive(folder: Path) -> int:
+    raise_failures(folder)
+    return _sizes(folder)
+
+
+def _finished_bytes(folder: Path) -> int:
+    """Bytes that an unfinished run has on the disk already."""
+    here = [*folder.glob("model*.safetensors"), *(folder / FOLDER).glob("*.partial")]
+    return sum(path.stat().st_size for path in here)

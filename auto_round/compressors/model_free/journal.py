@@ -1,0 +1,144 @@
+"""What is done already, kept beside the output so that a run that was killed can be gone on with.
+
+    .model_free/manifest.json     what the run is: settings, plan, input files
+    .model_free/00001.partial     an unfinished output file
+    .model_free/00001.jsonl       units of it whose bytes are on the disk, one line each time they were synced
+
+A line is written after the bytes that it speaks of were synced, and a line without its end counts as not written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from auto_round._version import __version__
+from auto_round.compressors.model_free.layout import Layout
+from auto_round.compressors.model_free.shard_file import Mark, sync_folder
+from auto_round.errors import OutputError
+from auto_round.export.shard_writer import write_json
+
+FOLDER = ".model_free"
+_MANIFEST = "manifest.json"
+
+
+class Journal:
+    """The journal of one output folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output, self.folder = folder, folder / FOLDER
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the folder's unfinished run is, None where there is none. Raises OutputError when it cannot be read."""
+        file = self.folder / _MANIFEST
+        if not file.is_file():
+            return None
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{file} cannot be read ({error}); remove {self.folder} to start anew") from error
+        return values if isinstance(values, dict) else {}
+
+    def begin(self, manifest: Mapping[str, Any]) -> None:
+        """Start anew: what an earlier run left here is removed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.output.glob("model*.safetensors*"):
+            path.unlink()
+        try:
+            self.folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be made ({error.strerror})") from error
+        write_json(self.folder, _MANIFEST, manifest)
+        sync_folder(self.folder)
+
+    def partial(self, index: int) -> Path:
+        """Where output file `index` is written."""
+        return self.folder / f"{index + 1:05d}.partial"
+
+    def _lines(self, index: int) -> Path:
+        return self.folder / f"{index + 1:05d}.jsonl"
+
+    def add(self, index: int, done: Mapping[int, Iterable[Mark]], digests: Mapping[str, str]) -> None:
+        """Units of an output file are on the disk, with what each wrote, and digests of layers among them."""
+        values = {"units": {str(unit): list(marks) for unit, marks in done.items()}, "digests": digests}
+        line = json.dumps(values, separators=(",", ":")) + "\n"
+        try:
+            with open(self._lines(index), "ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot write {self._lines(index)} ({error.strerror}); free some space") from error
+
+    def done(self, index: int) -> dict[int, list[Mark]]:
+        """Units of an output file that are on the disk. A line that was cut short ends the reading."""
+        found: dict[int, list[Mark]] = {}
+        for line in self._read(index):
+            found |= {int(unit): [tuple(mark) for mark in marks] for unit, marks in line["units"].items()}
+        return found
+
+    def digests(self, index: int) -> dict[str, str]:
+        """Digests of layers in an output file."""
+        return {name: digest for line in self._read(index) for name, digest in line["digests"].items()}
+
+    def _read(self, index: int) -> list[dict[str, Any]]:
+        file = self._lines(index)
+        if not file.is_file():
+            return []
+        data = file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) != len(data):
+            with open(file, "r+b") as handle:
+                handle.truncate(len(whole))
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def forget(self, index: int) -> None:
+        """Output file `index` is made from the start."""
+        self._lines(index).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """The run is over: nothing of the journal is left."""
+        (self.folder / _MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def manifest_of(job: Mapping[str, Any], inputs: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """What has to be the same for a run to be gone on with.
+
+    Args:
+        job: everything that decides the result, as plain values.
+        inputs: by file name, what identifies an input file.
+    """
+    digest = hashlib.sha256()
+    for shard in layout.shards:
+        digest.update(shard.name.encode() + shard.header)
+    return {"version": __version__, "job": job, "inputs": inputs, "layout": digest.hexdigest()}
+
+
+def input_identity(file: Path) -> list[Any]:
+    """Size, time of the last change and digest of the header of a local file: cheap, and any other file differs."""
+    stat = file.stat()
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        head = handle.read(min(length, stat.st_size))
+    return [stat.st_size, stat.st_mtime_ns, hashlib.sha256(head).hexdigest()]
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Which values of two manifests differ, as words."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = []
+        for key in sorted({*one, *other}):
+            found += differences(one.get(key), other.get(key), f"{where}.{key}" if where else str(key))
+        return found
+    return [] if one == other else [f"{where}: {_short(one)} then, {_short(other)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

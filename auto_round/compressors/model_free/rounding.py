@@ -1,0 +1,187 @@
+"""One unit of work: read what it needs, round or copy it, and hand out bytes with their places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
+from auto_round.compressors.dense_experts import FusedTarget
+from auto_round.compressors.digest import layer_digest
+from auto_round.compressors.global_scales import share_global_scales
+from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.model_free.slices import empty_packed, row_ranges, row_step, slice_axes
+from auto_round.compressors.model_free.units import Unit, Work, plain_copy
+from auto_round.errors import ModelError
+from auto_round.export.formats import OutputFormat
+from auto_round.modeling.finite import check_finite
+from auto_round.modeling.skeleton_source import SkeletonSource
+from auto_round.quantized_layer import QuantizedLayer
+
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes for the file: `data` goes to tensor `name`, `offset` bytes after its start."""
+
+    name: str
+    offset: int
+    data: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """What every unit of a run has in common.
+
+    Attributes:
+        samples: layers of which a digest is taken, to compare them with what is read back.
+        digests: filled in, by layer.
+    """
+
+    job: Job
+    source: SkeletonSource
+    fmt: OutputFormat
+    work: Work
+    scale_dtype: torch.dtype
+    device: torch.device
+    samples: frozenset[str] = frozenset()
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def pieces(self, unit: Unit) -> Iterator[Piece]:
+        """Everything that a unit writes.
+
+        Raises:
+            ModelError: a file cannot be read to its end.
+            NumericsError: NaN or Inf in a weight, named.
+        """
+        if len(unit.layers) == 1 and self.step(self.job.layers[unit.layers[0]]) is not None:
+            yield from self._sliced(self.job.layers[unit.layers[0]])
+        elif unit.layers:
+            yield from self._rounded(unit)
+        elif (
+            len(unit.copies) == 1
+            and unit.copies[0] not in self.work.targets
+            and plain_copy(self.source, unit.copies[0])
+        ):
+            yield from self._streamed(unit.copies[0], unit.outputs[0])
+        else:
+            yield from self._joined(unit)
+
+    def layers(self, unit: Unit) -> Iterator[QuantizedLayer]:
+        """The layers of a unit, rounded."""
+        tasks = [self._task(self.job.layers[name]) for name in unit.layers]
+        share_global_scales(tasks)
+        while tasks:
+            yield self.round(tasks.pop(0))
+
+    def round(self, task: LayerTask) -> QuantizedLayer:
+        """One layer, as the format's readers take it."""
+        return self.fmt.restate(round_to_nearest(task, False, self.scale_dtype))
+
+    def _rounded(self, unit: Unit) -> Iterator[Piece]:
+        rows: dict[tuple[str, int], torch.Tensor] = {}
+        for layer in self.layers(unit):
+            if layer.name in self.samples:
+                self.digests[layer.name] = layer_digest(layer, self.fmt.name == "fake", self.source.dtype)
+            packed = self.fmt.pack(layer, model_dtype=self.source.dtype)
+            del layer
+            for name in list(packed):
+                target = self.work.targets.get(name)
+                if target is None or target.piece is None or target.piece.part == "all":
+                    yield self._placed(name, packed.pop(name))
+                    continue
+                part = packed.pop(name)
+                place = target.name, target.piece.expert
+                row = rows.setdefault(place, torch.empty(target.shape[1:], dtype=part.dtype))
+                target.piece.paste(row, part)
+        for (output, expert), row in rows.items():
+            yield Piece(output, expert * row.nbytes, row)
+
+    def step(self, plan: LayerPlan) -> int | None:
+        """Rows that are rounded at a time, None for all of them."""
+        if not plain_copy(self.source, f"{plan.name}.weight"):
+            return None
+        return row_step(plan, self.fmt, self.source.dtype)
+
+    def _sliced(self, plan: LayerPlan) -> Iterator[Piece]:
+        """A large layer, some rows at a time; only what is packed of it is ever whole."""
+        source, step = self.source, self.step(plan)
+        assert step is not None
+        axes = slice_axes(plan, self.fmt, source.dtype, step)
+        assert axes is not None
+        whole = empty_packed(plan, self.fmt, source.dtype)
+        name = f"{plan.name}.weight"
+        key = source._plans[source.tied().get(name, name)].origin.keys[0][0]
+        files = getattr(source.files, "stored", source.files)
+        bias = self._checked(f"{plan.name}.bias") if plan.bias_dtype is not None else None
+        module = source.model.get_submodule(plan.name)
+        row = plan.in_features * source.dtype.itemsize
+        at = dict.fromkeys(axes, 0)
+        for start, end in row_ranges(plan.out_features, step):
+            part = files.read_bytes(key, start * row, (end - start) * row).view(source.tensor_meta(name)[1])
+            weight = part.view(end - start, plan.in_features)
+            check_finite(name, weight)
+            own = None if bias is None else bias[start:end]
+            task = LayerTask(plan.name, module, weight.to(self.device), plan.scheme, bias=own)
+            for tensor, values in self.fmt.pack(self.round(task), model_dtype=source.dtype).items():
+                size = values.shape[axes[tensor]]
+                whole[tensor].narrow(axes[tensor], at[tensor], size).copy_(values)
+                at[tensor] += size
+        for tensor in list(whole):
+            yield self._placed(tensor, whole.pop(tensor))
+
+    def _task(self, plan: LayerPlan) -> LayerTask:
+        weight = self._checked(f"{plan.name}.weight")
+        weight = (weight.t() if plan.transposed else weight).to(self.device)
+        bias = self._checked(f"{plan.name}.bias") if plan.bias_dtype is not None else None
+        module = self.source.model.get_submodule(plan.name)
+        return LayerTask(plan.name, module, weight, plan.scheme, bias=bias, transposed=plan.transposed)
+
+    def _checked(self, name: str) -> torch.Tensor:
+        tensor = self.source.read(name)
+        check_finite(name, tensor)
+        return tensor
+
+    def _placed(self, name: str, tensor: torch.Tensor) -> Piece:
+        """A whole tensor, or one expert of a stacked one."""
+        target = self.work.targets.get(name)
+        wanted = self.work.tensors[name if target is None else target.name]
+        if target is None or target.piece is None:
+            if tuple(tensor.shape) != tuple(wanted[0]) or tensor.dtype != wanted[1]:
+                raise ModelError(f"tensor {name!r} became {tensor.dtype} {list(tensor.shape)}, planned was {wanted}")
+            return Piece(name if target is None else target.name, 0, tensor)
+        row = torch.empty(target.shape[1:], dtype=tensor.dtype)
+        target.piece.paste(row, tensor)
+        return Piece(target.name, target.piece.expert * row.nbytes, row)
+
+    def _joined(self, unit: Unit) -> Iterator[Piece]:
+        """A dense tensor that is cast, dequantized or made of the experts' own, expert by expert."""
+        rows: dict[int, list[tuple[str, FusedTarget]]] = {}
+        for name in unit.copies:
+            target = self.work.targets.get(name)
+            if target is None or target.piece is None:
+                yield self._placed(name, self._checked(name))
+            else:
+                rows.setdefault(target.piece.expert, []).append((name, target))
+        for expert, parts in rows.items():
+            row = torch.empty(parts[0][1].shape[1:], dtype=self.work.tensors[unit.outputs[0]][1])
+            for name, target in parts:
+                assert target.piece is not None
+                target.piece.paste(row, self._checked(name))
+            yield Piece(unit.outputs[0], expert * row.nbytes, row)
+
+    def _streamed(self, name: str, output: str) -> Iterator[Piece]:
+        """A tensor as it lies in the file, a few megabytes at a time."""
+        source = self.source
+        key = source._plans[source.tied().get(name, name)].origin.keys[0][0]
+        files = getattr(source.files, "stored", source.files)
+        stored = files.tensors[key]
+        step = _CHUNK // stored.dtype.itemsize * stored.dtype.itemsize
+        for start in range(0, stored.end - stored.start, step):
+            part = files.read_bytes(key, start, min(step, stored.end - stored.start - start))
+            check_finite(name, part.view(stored.dtype))
+            yield Piece(output, start, part)

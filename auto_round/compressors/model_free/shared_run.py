@@ -1,0 +1,64 @@
+"""Several processes on one folder: who does which file, and how they wait for each other. No network is used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from auto_round.compressors.model_free.layout import Layout
+from auto_round.errors import AutoRoundError, OutputError
+from auto_round.export.shard_writer import write_text
+
+_POLL_S = 0.05
+_LONGEST_S = 3600.0
+
+
+def my_shards(layout: Layout, rank: int, world: int) -> list[int]:
+    """Output files of one process: the largest first to whoever has least, then in order."""
+    loads = [0] * world
+    mine: list[int] = []
+    for index in sorted(range(len(layout.shards)), key=lambda i: (-layout.shards[i].size, i)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += layout.shards[index].size
+        if lightest == rank:
+            mine.append(index)
+    return sorted(mine)
+
+
+def wait_until(done: Callable[[], bool], alive: Callable[[], object], what: str, longest: float = _LONGEST_S) -> None:
+    """Wait for other processes.
+
+    Args:
+        done: whether the wait is over.
+        alive: a value that changes as long as they work; without a change for `longest` seconds they count as lost.
+
+    Raises:
+        OutputError: they are lost.
+    """
+    last, since = alive(), time.monotonic()
+    while not done():
+        time.sleep(_POLL_S)
+        now = alive()
+        if now != last:
+            last, since = now, time.monotonic()
+        elif time.monotonic() - since > longest:
+            raise OutputError(f"nothing happened for {longest:.0f} s while waiting for {what}; run the command again")
+
+
+def say_failure(folder: Path, rank: int, error: BaseException) -> None:
+    """Tell the other processes that this one gave up."""
+    if folder.is_dir():
+        write_text(folder, f"failed-{rank:05d}", f"{type(error).__name__}: {error}\n")
+
+
+def raise_failures(folder: Path, but: Collection[int] = ()) -> None:
+    """Raise AutoRoundError when another process has given up."""
+    for file in sorted(folder.glob("failed-*")):
+        if int(file.name[7:]) not in but:
+            raise AutoRoundError(f"process {int(file.name[7:])} gave up: {file.read_text(encoding='utf-8').strip()}")
+
+
+def clear_failures(folder: Path, rank: int) -> None:
+    """Forget that this process gave up in an earlier run."""
+    (folder / f"failed-{rank:05d}").unlink(missing_ok=True)
