@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -176,54 +177,59 @@ def arithmetic_seconds(folder: Path, scheme: str, sample: int = 6) -> float:
 
 
 OURS = """
-import sys, json, resource, time
+import sys, json, time
 start = time.monotonic()
 from auto_round import AutoRound
 from auto_round.report.memory import peak_rss_bytes
 model, out, scheme, workers = sys.argv[1:]
 AutoRound(model, scheme=scheme, model_free=True, parallelism=int(workers), device_map="cpu").quantize_and_save(out)
-used = resource.getrusage(resource.RUSAGE_SELF)
-cpu = used.ru_utime + used.ru_stime
-print("RESULT " + json.dumps({"wall": time.monotonic() - start, "rss": peak_rss_bytes(), "cpu": cpu}))
+print("RESULT " + json.dumps({"wall": time.monotonic() - start, "rss": peak_rss_bytes()}))
 """
 PEER = """
-import sys, json, os, resource, time
+import sys, json, os, time
 if __name__ == "__main__":
     start = time.monotonic()
     model, out, scheme, workers = sys.argv[1:]
     os.environ["AR_MODEL_FREE_SHARD_PARALLELISM"] = workers
     from auto_round import AutoRound
     AutoRound(model=model, scheme=scheme, model_free=True, device_map="cpu").quantize_and_save(out)
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu = sum(one.ru_utime + one.ru_stime for one in used)
-    print("RESULT " + json.dumps({"wall": time.monotonic() - start, "cpu": cpu}))
+    print("RESULT " + json.dumps({"wall": time.monotonic() - start}))
 """
 
 
-def tree_rss(pid: int) -> int:
-    """Resident memory of a process and its children, pages that they share counted once each."""
+def observe(pid: int, seconds: dict[int, float]) -> int:
+    """Resident memory of a process and its children now; `seconds` gets the processor time of each."""
     import psutil
 
+    total = 0
     try:
         root = psutil.Process(pid)
-        return sum(p.memory_info().rss for p in (root, *root.children(recursive=True)))
+        for process in (root, *root.children(recursive=True)):
+            times = process.cpu_times()
+            seconds[process.pid] = times.user + times.system
+            total += process.memory_info().rss
     except psutil.Error:
-        return 0
+        pass
+    return total
 
 
 def timed(python: str, program: Path, words: list[str], cwd: Path) -> dict[str, Any]:
-    """Run one process; its own figures, and the most memory that it and its children held at once."""
+    """Run one process; its own figures, the most memory that it and its children held at once, and the processor time
+    of all of them."""
     log = program.with_suffix(".log")
+    # Each side imports what is installed for it, or lies in its working folder.
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(cwd)}
+    seconds: dict[int, float] = {}
+    most = 0
     with open(log, "w") as output:
-        process = subprocess.Popen([python, str(program), *words], stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
-        most = 0
+        process = subprocess.Popen([python, program, *words], stdout=output, stderr=subprocess.STDOUT, cwd=cwd, env=env)
         while process.poll() is None:
-            most = max(most, tree_rss(process.pid))
-            time.sleep(0.05)
+            most = max(most, observe(process.pid, seconds))
+            time.sleep(0.2)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("RESULT ")]
     if not lines:
         return {"failed": log.read_text(errors="replace")[-2000:]}
-    return json.loads(lines[-1][7:]) | {"tree_rss": most}
+    return json.loads(lines[-1][7:]) | {"tree_rss": most, "cpu": sum(seconds.values())}
 
 
 def main() -> None:

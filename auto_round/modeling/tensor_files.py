@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -58,11 +58,15 @@ class StoredTensor:
 
 
 class TensorFiles:
-    """All tensors of one checkpoint folder. Headers are checked when it is opened; data is read on demand."""
+    """All tensors of one checkpoint folder. Headers are checked when it is opened; data is read on demand.
+
+    `allocate` gives the uint8 memory that a tensor is read into; who sets it says how long that stays valid.
+    """
 
     def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
         self.folder = folder
         self.tensors = tensors
+        self.allocate: Callable[[int], torch.Tensor] = _buffer
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> TensorFiles:
@@ -97,13 +101,13 @@ class TensorFiles:
             size = (end - start) // shape[0]
             start, shape = start + row * size, shape[1:]
             end = start + size
-        raw = _buffer(end - start)
+        raw = self.allocate(end - start)
         self._fill(stored.file, key, start, raw.numpy().data)
         return raw.view(stored.dtype).view(shape)
 
     def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
         """uint8 [size]: stored bytes of the tensor `key` from its byte `start` on."""
-        raw = _buffer(size)
+        raw = self.allocate(size)
         self._fill(self.tensors[key].file, key, self.tensors[key].start + start, raw.numpy().data)
         return raw
 

@@ -24,6 +24,7 @@ from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
 
 _AT_ONCE = 4 << 20
+_LARGEST_SAMPLE = 1 << 26  # weights
 
 
 def file_digest(path: Path, shard: Shard, marks: Sequence[Mark], compare: bool) -> str:
@@ -64,12 +65,13 @@ def file_digest(path: Path, shard: Shard, marks: Sequence[Mark], compare: bool) 
 
 
 def sample_layers(rounder: Rounder) -> frozenset[str]:
-    """One unit's layers of each kind (scheme, bias, transposed), the smallest; none that is rounded in slices."""
+    """One unit's layers of each kind (scheme, bias, transposed), the smallest. They are rounded whole, so none that is
+    very large."""
     kinds: dict[object, Unit] = {}
     for unit in rounder.work.units:
         for name in unit.layers:
             plan = rounder.job.layers[name]
-            if rounder.step(plan) is not None:
+            if plan.out_features * plan.in_features > _LARGEST_SAMPLE:
                 continue
             kind = (plan.scheme, plan.bias_dtype is not None, plan.transposed, len(unit.layers))
             if kind not in kinds or unit.memory < kinds[kind].memory:

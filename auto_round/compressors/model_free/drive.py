@@ -121,6 +121,7 @@ class ModelFree:
         rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device)
         if self.settings.verify:
             rounder = replace(rounder, samples=sample_layers(rounder))
+        rounder.use_arena()
         try:
             own = my_shards(layout, rank, world)
             self._quantize(job, work, layout, rounder, journal, own, inputs)

@@ -13,6 +13,7 @@ from auto_round.compressors.dense_experts import FusedTarget
 from auto_round.compressors.digest import layer_digest
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.model_free.arena import Arena
 from auto_round.compressors.model_free.slices import empty_packed, row_ranges, row_step, slice_axes
 from auto_round.compressors.model_free.units import Unit, Work, plain_copy
 from auto_round.errors import ModelError
@@ -40,6 +41,7 @@ class Rounder:
     Attributes:
         samples: layers of which a digest is taken, to compare them with what is read back.
         digests: filled in, by layer.
+        arena: what tensors are read into.
     """
 
     job: Job
@@ -50,6 +52,7 @@ class Rounder:
     device: torch.device
     samples: frozenset[str] = frozenset()
     digests: dict[str, str] = field(default_factory=dict)
+    arena: Arena = field(default_factory=Arena)
 
     def pieces(self, unit: Unit) -> Iterator[Piece]:
         """Everything that a unit writes.
@@ -58,6 +61,7 @@ class Rounder:
             ModelError: a file cannot be read to its end.
             NumericsError: NaN or Inf in a weight, named.
         """
+        self.arena.reset()
         if len(unit.layers) == 1 and self.step(self.job.layers[unit.layers[0]]) is not None:
             yield from self._sliced(self.job.layers[unit.layers[0]])
         elif unit.layers:
@@ -103,7 +107,7 @@ class Rounder:
 
     def step(self, plan: LayerPlan) -> int | None:
         """Rows that are rounded at a time, None for all of them."""
-        if not plain_copy(self.source, f"{plan.name}.weight"):
+        if plan.name in self.samples or not plain_copy(self.source, f"{plan.name}.weight"):
             return None
         return row_step(plan, self.fmt, self.source.dtype)
 
@@ -122,6 +126,7 @@ class Rounder:
         row = plan.in_features * source.dtype.itemsize
         at = dict.fromkeys(axes, 0)
         for start, end in row_ranges(plan.out_features, step):
+            self.arena.reset()
             part = files.read_bytes(key, start * row, (end - start) * row).view(source.tensor_meta(name)[1])
             weight = part.view(end - start, plan.in_features)
             check_finite(name, weight)
@@ -158,6 +163,10 @@ class Rounder:
         target.piece.paste(row, tensor)
         return Piece(target.name, target.piece.expert * row.nbytes, row)
 
+    def use_arena(self) -> None:
+        """From now on tensors are read into memory that is valid for one unit only."""
+        getattr(self.source.files, "stored", self.source.files).allocate = self.arena.take
+
     def _joined(self, unit: Unit) -> Iterator[Piece]:
         """A dense tensor that is cast, dequantized or made of the experts' own, expert by expert."""
         rows: dict[int, list[tuple[str, FusedTarget]]] = {}
@@ -168,6 +177,7 @@ class Rounder:
             else:
                 rows.setdefault(target.piece.expert, []).append((name, target))
         for expert, parts in rows.items():
+            self.arena.reset()
             row = torch.empty(parts[0][1].shape[1:], dtype=self.work.tensors[unit.outputs[0]][1])
             for name, target in parts:
                 assert target.piece is not None
@@ -182,6 +192,7 @@ class Rounder:
         stored = files.tensors[key]
         step = _CHUNK // stored.dtype.itemsize * stored.dtype.itemsize
         for start in range(0, stored.end - stored.start, step):
+            self.arena.reset()
             part = files.read_bytes(key, start, min(step, stored.end - stored.start - start))
             check_finite(name, part.view(stored.dtype))
             yield Piece(output, start, part)

@@ -12,9 +12,9 @@ from auto_round.compressors.job import LayerPlan
 from auto_round.export.formats import OutputFormat
 from auto_round.schemes import QuantizationScheme
 
-LARGE = 1 << 26
+LARGE = 1 << 23
 """Weights from which on a layer is sliced."""
-SLICE = 1 << 24
+SLICE = 1 << 22
 """Weights of one slice, about."""
 _ROWS = 32  # what all packings along the rows fill whole words with
 

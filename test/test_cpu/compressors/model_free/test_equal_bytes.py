@@ -182,9 +182,7 @@ def test_large_layers_in_slices(
 
     monkeypatch.setattr(slices, "LARGE", 1000)
     monkeypatch.setattr(slices, "SLICE", 64 * 32)
-    made = equal(packable_folder("opt"), **kwargs)
-    sliced = kwargs.get("format") != "llm_compressor"  # weight_shape is not a row's
-    assert (json.loads((made / "report.json").read_text())["verify"]["layers"] == 0) is sliced
+    equal(packable_folder("opt"), **kwargs)
 
 
 def test_any_number_of_workers_gives_the_same_files(

@@ -90,11 +90,11 @@ def test_one_shard_at_a_time(
 
 def test_damage_on_the_way_is_fetched_again(hub_run: Callable[..., Any]) -> None:
     def spoil(name: str, attempt: int, file: Path) -> None:
-        if "00002" in name and attempt == 1:
+        if "model-00002" in name and attempt == 1:
             data = bytearray(file.read_bytes())
             data[-5] ^= 1
             file.write_bytes(bytes(data))
-        if "00003" in name and attempt <= 2:
+        if "model-00003" in name and attempt <= 2:
             raise OSError("connection lost")
 
     hub, _ = hub_run(spoil)
@@ -104,7 +104,7 @@ def test_damage_on_the_way_is_fetched_again(hub_run: Callable[..., Any]) -> None
 
 def test_what_stays_damaged_is_named(hub_run: Callable[..., Any]) -> None:
     def spoil(name: str, attempt: int, file: Path) -> None:
-        if "00003" in name:
+        if "model-00003" in name:
             file.write_bytes(file.read_bytes()[:-1])
 
     with pytest.raises(ModelError, match="model-00003-of-00004.safetensors could not be fetched .* bytes instead of"):
@@ -115,14 +115,14 @@ def test_a_broken_run_goes_on(hub_run: Callable[..., Any], free: Callable[..., P
     broken = [True]
 
     def spoil(name: str, attempt: int, file: Path) -> None:
-        if broken[0] and "00004" in name:
+        if broken[0] and "model-00004" in name:
             raise OSError("the network is gone")
 
     with pytest.raises(ModelError, match="the network is gone"):
         hub_run(spoil)
     broken[0] = False
     hub, folder = hub_run(spoil)
-    assert not any("00001" in name for name in hub.fetched), "what is done is not fetched again"
+    assert not any("model-00001" in name for name in hub.fetched), (hub.fetched, "what is done is not fetched again")
     for file in free(folder, **G32).glob("model*"):
         assert (tmp_path / "hub" / file.name).read_bytes() == file.read_bytes()
 
