@@ -151,12 +151,12 @@ def weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(values * np.float32(0.2) + np.float32(0.5))
 
 
-def build(name: str) -> torch.nn.Module:
-    """The model `name` in float32, in eval mode."""
+def build(name: str, changes: dict[str, Any] | None = None) -> torch.nn.Module:
+    """The model `name` in float32, in eval mode; `changes` to the values of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, values, _ = MODELS[name]
-    config = AutoConfig.for_model(kind, **values)
+    config = AutoConfig.for_model(kind, **values | (changes or {}))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
@@ -217,11 +217,12 @@ def tokenizer(kind: str) -> Any:
     return made
 
 
-def save(name: str, root: Path) -> Path:
-    """The model with its tokenizer in a folder under `root`, made once."""
+def save(name: str, root: Path, changes: dict[str, Any] | None = None, embedding: float = 1.0) -> Path:
+    """The model with its tokenizer in a folder under `root`, made once. `embedding`: a factor for its embedding."""
     folder = root / name
     if not (folder / "model.safetensors").is_file():
-        model = build(name)
+        model = build(name, changes)
+        model.get_input_embeddings().weight.data.mul_(embedding)
         model.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         # Keys that checkpoints on the hub have and Transformers 5 does not write.

@@ -247,7 +247,7 @@ class Run:
                 planned_tensors(fmt, dict(job.layers), source, job.cache), sink.expected, sink.dense, finished.probe,
                 finished.loss if fmt.holds_activations or not finished.walk.activations else None,
                 settings.device, finished.walk.dtype, settings.trust_remote_code,
-                None if fmt.loads_here else _reader(job, fmt, sink.experts.targets),
+                None if fmt.loads_here else _reader(job, fmt, sink.experts.targets), fmt.rounds_weights,
             )  # fmt: skip
             verified = verify_folder(folder, expected)
             finished.seconds["verify"] = time.monotonic() - started

@@ -42,6 +42,8 @@ class Expected:
         device, dtype: of the matrix products.
         read_back: takes a layer out of the files, for formats that are opened by other programs only; None opens the
             folder as Transformers would.
+        rounds_weights: the files hold what was tuned in the model's own dtype, so that the loss is of other weights
+            when this is a half one.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -53,6 +55,7 @@ class Expected:
     dtype: torch.dtype
     trust_remote_code: bool = False
     read_back: Callable[[str, TensorFiles], QuantizedLayer] | None = None
+    rounds_weights: bool = False
 
 
 def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
@@ -102,7 +105,8 @@ def _reopen(folder: Path, expected: Expected) -> float | None:
     _compare_sets("quantized layers", folder, set(names), set(expected.digests))
     loss = _walk(folder, source, expected, names)
     if loss is not None and expected.loss is not None:
-        allowed = _TOLERANCE.get(expected.dtype, _TOLERANCE_HALF) * (1 + abs(expected.loss))
+        coarsest = source.dtype if expected.rounds_weights else expected.dtype
+        allowed = _TOLERANCE.get(coarsest, _TOLERANCE_HALF) * (1 + abs(expected.loss))
         if not abs(loss - expected.loss) <= allowed:
             raise VerifyError(
                 f"{folder}: the saved model's loss on the probe is {loss:.5f}, the tuned model's was "

@@ -17,6 +17,7 @@ class FakeFormat(OutputFormat):
     """Takes every scheme. Quantization of activations is not stored: the file holds weights alone."""
 
     scale_dtype: ClassVar[torch.dtype | None] = None
+    rounds_weights: ClassVar[bool] = True
     holds_activations: ClassVar[bool] = False
     support_schemes: ClassVar[tuple[str, ...]] = tuple(PRESET_SCHEMES)
     fused_by: ClassVar[tuple[str, ...]] = ()  # dense weights join whatever they were rounded to

@@ -35,6 +35,8 @@ class OutputFormat(ABC):
     fused_by: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang")
     # Dtype of the scales in the file; None where none are stored.
     scale_dtype: ClassVar[torch.dtype | None] = torch.float16
+    # Whether dense weights are stored in the model's own dtype, which can be coarser than the numbers that were tuned.
+    rounds_weights: ClassVar[bool] = False
     # Whether who opens the files quantizes activations too, where the scheme does.
     holds_activations: ClassVar[bool] = True
     # Whether the files can hold static scales of keys, values and queries; whether those of all three must be of one

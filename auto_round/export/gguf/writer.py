@@ -124,8 +124,8 @@ class GgufFile:
             data: [n, columns] (a vector: [columns]) of the tensor's own dtype, or uint8 [n, row bytes] for blocks.
                 Without a slot it may span slots, as [slots, n, ...] for all of the rows.
             first_row: where in the tensor the first row of `data` belongs.
-            slot: index of the first dimension of a stacked tensor; None when the tensor is not stacked, or `data` is
-                all of it.
+            slot: index of the first dimension of a stacked tensor, also of vectors stacked in a matrix; None when the
+                tensor is not stacked, or `data` is all of it.
             rows: int64 [n], where each row of `data` belongs instead.
 
         Raises:
@@ -138,6 +138,8 @@ class GgufFile:
         if place is None:
             raise OutputError(f"{self.path} has no tensor {name!r}")
         raw = self._raw(place, data)
+        if slot is not None and data.dim() == 1 and len(place.shape) == 2:
+            slot, first_row = None, slot
         targets = self._targets(place, raw.shape[0], first_row, slot, rows)
         there = place.there.view(-1)
         if isinstance(targets, slice):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +50,8 @@ def logits(file: str, ids: np.ndarray) -> np.ndarray:
     options.n_ctx = options.n_batch = options.n_ubatch = max(tokens, 64)
     options.type_k = options.type_v = 0  # a cache in float32
     options.flash_attn_type = 0
+    # Its threads wait for each other by spinning, so more of them than cores are very slow.
+    options.n_threads = options.n_threads_batch = len(os.sched_getaffinity(0))
     context = llama_cpp.llama_init_from_model(model, options)
     if not context:
         raise SystemExit(f"llama.cpp makes no context for {file}")

@@ -182,6 +182,33 @@ def test_another_loss_is_found(saved: Any) -> None:
         verify_folder(folder, dataclasses.replace(expected, loss=expected.loss + 0.1))
 
 
+def test_dense_weights_rounded_to_a_half_dtype_have_another_loss(
+    packable_folder: Callable[..., str], token_ids: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Format fake stores what was tuned in the model's dtype; that is not an error of the files."""
+    import dataclasses
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from auto_round import AutoRound
+
+    source = packable_folder("llama")
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "half")
+    seen: dict[str, Expected] = {}
+
+    def further(folder: Path, expected: Expected) -> dict[str, Any]:
+        seen[folder.name] = expected
+        return verify_folder(folder, dataclasses.replace(expected, loss=expected.loss + 0.01))
+
+    monkeypatch.setattr(run_module, "verify_folder", further)
+    ar = AutoRound(str(tmp_path / "half"), group_size=32, iters=0, dataset=token_ids, seqlen=24)
+    ar.quantize_and_save(tmp_path / "out" / "fake", "fake")
+    assert seen["fake"].rounds_weights and seen["fake"].dtype == torch.float32
+    with pytest.raises(VerifyError, match="loss on the probe"):
+        ar.quantize_and_save(tmp_path / "out" / "packed", "auto_round")
+
+
 def test_a_run_whose_writing_goes_wrong_fails(make: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
     from auto_round.export.auto_round_format import AutoRoundFormat
 

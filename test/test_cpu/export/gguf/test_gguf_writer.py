@@ -133,6 +133,17 @@ def test_pieces_in_any_order_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
+def test_vectors_stacked_in_a_matrix(tmp_path: Path) -> None:
+    """As StableLM 2 12B has a norm for every head: the slot is the row."""
+    norms = torch.arange(12.0).view(3, 4)
+    with GgufFile(tmp_path / "m.gguf", "stablelm", METADATA, [("blk.0.attn_q_norm.weight", (3, 4), "F32")]) as file:
+        with pytest.raises(OutputError, match="outside tensor"):
+            file.write("blk.0.attn_q_norm.weight", norms[0], slot=3)
+        for head in (2, 0, 1):
+            file.write("blk.0.attn_q_norm.weight", norms[head], slot=head)
+    assert torch.equal(GgufTensors(tmp_path / "m.gguf").weight("blk.0.attn_q_norm.weight"), norms)
+
+
 def test_a_missing_piece_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="1 rows of tensor 'norm.weight' were not written"):
         with GgufFile(tmp_path / "m.gguf", "llama", METADATA, TENSORS) as file:

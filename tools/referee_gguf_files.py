@@ -1,0 +1,321 @@
+"""Compare what llama.cpp computes from our GGUF files with Transformers on the weights that the files hold.
+
+    python tools/referee_gguf_files.py --judge PYTHON [--cells llama2:q4_k_m,FOLDER:q8_0] [--text FILE] [--work FOLDER]
+
+PYTHON has llama-cpp-python. Without `--cells`: a tiny model of every family in three file types, and Llama in all of
+them. For each cell the file is written (plain rounding), all its tensors are dequantized by the `gguf` package and put
+into the model, and Transformers computes in float32. Three figures are relative differences of the logits, each row
+centred, over the whole batch:
+
+* file: llama.cpp on the file. It rounds the inputs of every quantized matrix to 8 bits, which Transformers does not.
+* float32: llama.cpp on a file of the same numbers in float32. Shows that names, order and numbers are right.
+* inputs: what changes in Transformers when it rounds the inputs as llama.cpp does, without llama.cpp: how large the
+  first figure should be. All but those of DeepSeek's `kv_b_proj`, which llama.cpp splits and multiplies elsewhere.
+
+`quantization` is what the rounding of weights changes. Results go to bench/results/gguf_files.json, cell by cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from referee_gguf_models import MODELS, save
+from referees import difference
+from torch.overrides import TorchFunctionMode
+
+from auto_round import AutoRound
+from auto_round.compressors.gguf_sink import stored_values
+from auto_round.data_type.gguf.types import GGML_TYPES
+from auto_round.errors import AutoRoundError
+from auto_round.export.gguf.conversion import Conversion, conversion_for
+from auto_round.export.gguf.file_types import FILE_TYPES
+from auto_round.export.gguf.plan import GgufPlan
+from auto_round.export.gguf.read import GgufTensors
+from auto_round.export.gguf.writer import GgufFile
+from auto_round.modeling.blocks import is_conv1d
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "gguf_files.json"
+LIMIT, FLOAT32_LIMIT = 2e-2, 1e-3
+_JUDGE = ROOT / "test" / "referees" / "llama_cpp" / "judge.py"
+FAMILY_TYPES = ("q4_k_m", "q2_k_s", "q8_0")
+# The embedding of the tiny models has values near one, as the residual stream of trained models is larger than what one
+# block adds; otherwise two random blocks make everything, and every error twice as large.
+_EMBEDDING = 10.0
+# Widths that 256 divides, so that K types are used where the family allows it.
+_WIDE = {"intermediate_size": 512}
+_EXPERTS = {"moe_intermediate_size": 256}
+_LATENT = _WIDE | _EXPERTS | dict(kv_lora_rank=256, q_lora_rank=256, qk_nope_head_dim=64, v_head_dim=64)
+CHANGES: dict[str, dict[str, Any]] = {
+    "llama3": _WIDE | {"head_dim": 64},
+    "qwen2-moe": _WIDE | _EXPERTS | {"shared_expert_intermediate_size": 256},
+    "qwen3": _WIDE | {"head_dim": 64},
+    "qwen3-moe": _WIDE | _EXPERTS,
+    "gemma3": _WIDE | {"head_dim": 64, "query_pre_attn_scalar": 64},
+    "gpt2": {}, "falcon-7b": {}, "falcon-40b": {},
+    "granite-moe-shared": _WIDE | {"shared_intermediate_size": 256},
+    "deepseek-v2": _LATENT, "deepseek-v2-lite": _LATENT | {"q_lora_rank": None}, "deepseek-v3": _LATENT,
+}  # fmt: skip
+
+
+def all_cells() -> list[tuple[str, str]]:
+    """Of tiny models: every family in three file types, Llama in every one."""
+    families = [(name, kind) for name in MODELS for kind in FAMILY_TYPES]
+    return families + [("llama3", kind) for kind in FILE_TYPES if kind not in FAMILY_TYPES]
+
+
+class Cell:
+    """One file, the same numbers in float32, and the model that holds them.
+
+    Attributes:
+        plan: of the file.
+        file, float32: the two files.
+        model: Transformers' model with the file's weights, in float32.
+        kinds: by parameter of the model, its type in the file.
+        notes: what is wrong with the file, in words.
+    """
+
+    def __init__(self, folder: Path, file_type: str, work: Path) -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        ar = AutoRound(str(folder), iters=0, disable_opt_rtn=True)
+        formats = f"gguf:{file_type},fake"
+        job = ar.plan(formats)
+        assert job.gguf is not None
+        self.plan: GgufPlan = job.gguf
+        _, (file_folder, self.fake) = ar.quantize_and_save(work, format=formats)
+        (self.file,) = Path(file_folder).glob("*.gguf")
+        self.float32 = work / "float32.gguf"
+        self.model = load(self.fake)
+        self.notes: list[str] = []
+        self.kinds = self._take_weights(folder, {n for n, layer in job.layers.items() if layer.ggml is not None})
+
+    def _take_weights(self, folder: Path, walked: set[str]) -> dict[str, str]:
+        """Put the file's numbers into the model, and write them in float32. `walked`: layers whose dense weights are
+        in the fake model already, and must be the same."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder)
+        own = AutoConfig.from_pretrained(self.fake).dtype  # of the fake model's folder
+        tensors = GgufTensors(self.file)
+        state = self.model.state_dict(keep_vars=True)
+        conv1d = {f"{name}.weight" for name, module in self.model.named_modules() if is_conv1d(module)}
+        given = {name: tensor.t() if name in conv1d else tensor for name, tensor in state.items()}
+        head = given.pop("lm_head.weight") if config.tie_word_embeddings else None
+        conversion = conversion_for(config, {name: tuple(tensor.shape) for name, tensor in given.items()})
+        weights = {name: tensors.weight(name) for name in tensors}
+        kinds: dict[str, str] = {}
+        with torch.no_grad():
+            if head is not None:  # stored as the embedding
+                self._compare("lm_head", head, weights["token_embd.weight"].to(own).float())
+                head.copy_(weights["token_embd.weight"])
+                kinds["lm_head.weight"] = self.plan.types["token_embd.weight"]
+            for name, tensor in given.items():
+                layer = name.removesuffix(".weight")
+                for place in conversion.place(name):
+                    kind = self.plan.types[place.tensor]
+                    stored = at_place(weights[place.tensor], place)
+                    if kind == "F32":
+                        self._compare(name, place.cut(tensor), stored)
+                        continue
+                    if layer in walked and kind in GGML_TYPES:
+                        self._compare(name, place.cut(tensor), stored.to(own).float())
+                    if place.edit is None or tensor.ndim == 3:
+                        kinds[name] = kind
+                    index = place.cut(torch.arange(tensor.numel()).view(tensor.shape))
+                    changed = tensor.detach().clone(memory_format=torch.contiguous_format)
+                    changed.view(-1)[index.reshape(-1)] = stored.reshape(-1)
+                    tensor.copy_(changed)
+                    self._compare(name, place.cut(tensor), stored)
+        self._write_float32(conversion, weights)
+        return kinds
+
+    def _compare(self, name: str, ours: torch.Tensor, stored: torch.Tensor) -> None:
+        if not torch.equal(ours.detach().float().reshape(-1), stored.reshape(-1)):
+            self.notes.append(f"{name}: the dense model and the file differ")
+
+    def _write_float32(self, conversion: Conversion, weights: dict[str, torch.Tensor]) -> None:
+        infos = [(name, shape, "F32") for name, shape in self.plan.shapes.items()]
+        with GgufFile(self.float32, conversion.arch, stored_values(self.plan.metadata), infos) as file:
+            for name, weight in weights.items():
+                file.write(name, weight)
+            file.finish()
+
+    def logits(self, ids: np.ndarray, rounded: bool = False) -> np.ndarray:
+        """float32 [samples, positions, vocabulary]; `rounded`: with inputs in 8 bits as llama.cpp has them."""
+        if not rounded:
+            return logits_of(self.model, ids)
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        with RoundedInputs({named[name].untyped_storage().data_ptr(): kind for name, kind in self.kinds.items()}):
+            return logits_of(self.model, ids)
+
+
+class RoundedInputs(TorchFunctionMode):
+    """Rounds what is multiplied with the weights of a model, also with single experts of a stacked one.
+
+    `kinds`: types of weights by the address of their storage.
+    """
+
+    def __init__(self, kinds: Mapping[int, str]) -> None:
+        super().__init__()
+        self._kinds = kinds
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        at = {torch.nn.functional.linear: 0, torch.addmm: 1}.get(func)
+        if at is not None:
+            kind = self._kinds.get(args[at + 1].untyped_storage().data_ptr(), "F32")
+            args = (*args[:at], rounded_input(args[at], kind), *args[at + 1 :])
+        return func(*args, **(kwargs or {}))
+
+
+def at_place(weight: torch.Tensor, place: Any) -> torch.Tensor:
+    """The part of a tensor of the file that a placement put there."""
+    if place.slot is not None:
+        return weight[place.slot]
+    rows = None if place.rows is None else len(place.rows)
+    return weight[place.at_row :] if rows is None else weight[place.at_row : place.at_row + rows]
+
+
+def load(folder: str | Path) -> torch.nn.Module:
+    """The model in a folder, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def logits_of(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """float32 [samples, positions, vocabulary]"""
+    with torch.no_grad():
+        found: np.ndarray = model(torch.from_numpy(ids)).logits.float().numpy()
+    return found
+
+
+def rounded_input(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Activations [..., n] as ggml's vec_dot takes them: 8 bits for 256 values (K types, float32 step) or for 32 (the
+    other types, float16 step); float16 for float16 weights."""
+    if kind == "F16":
+        return x.half().float()
+    if kind not in GGML_TYPES:
+        return x
+    block = GGML_TYPES[kind].block
+    blocks = x.reshape(-1, block)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    if block == 256:  # the largest becomes -127
+        step = -largest / 127
+        codes = torch.where(step == 0, 0, torch.round(blocks / step)).clamp(max=127)
+    else:
+        step = largest.abs() / 127
+        codes = torch.where(step == 0, 0, torch.round(blocks / step))
+        step = step.half().float()
+    return (codes * step).reshape(x.shape)
+
+
+def relative(theirs: np.ndarray, ours: np.ndarray) -> float:
+    """Norm of the difference over that of `ours`, every position centred over the vocabulary."""
+    a, b = (x - x.mean(-1, keepdims=True) for x in (theirs.astype(np.float64), ours.astype(np.float64)))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def both(theirs: np.ndarray, ours: np.ndarray) -> list[float]:
+    """[over the whole batch, of the worst position]"""
+    theirs = theirs[..., : ours.shape[-1]]
+    return [float(f"{value:.3g}") for value in (relative(theirs, ours), difference(theirs, ours))]
+
+
+def token_ids(folder: Path, text: Path | None, samples: int = 2, tokens: int = 48) -> np.ndarray:
+    """int64 [samples, tokens]: of the text, or random ones for tiny models."""
+    if text is None:
+        return np.random.default_rng(0).integers(3, 300, (samples, tokens))
+    from transformers import AutoTokenizer
+
+    with text.open(encoding="utf-8") as file:
+        start = file.read(samples * tokens * 20)
+    found = AutoTokenizer.from_pretrained(folder)(start).input_ids[: samples * tokens]
+    return np.array(found, np.int64).reshape(samples, tokens)
+
+
+def judge(command: str, work: Path, files: dict[str, Path]) -> dict[str, np.ndarray | str]:
+    """llama.cpp's logits for `ids.npy` in `work`, by the name of the file, or why there are none."""
+    asked = [[str(path), str(work / "ids.npy"), str(work / f"{name}.npy")] for name, path in files.items()]
+    (work / "cells.json").write_text(json.dumps(asked))
+    subprocess.run([*command.split(), str(_JUDGE), "--many", str(work / "cells.json")], check=True, capture_output=True)
+    errors = {name: work / f"{name}.error" for name in files}
+    return {n: e.read_text() if e.is_file() else np.load(work / f"{n}.npy") for n, e in errors.items()}
+
+
+def run_cell(name: str, file_type: str, folder: Path, text: Path | None, work: Path, command: str) -> dict[str, Any]:
+    """The figures of one cell."""
+    ids = token_ids(folder, text, tokens=48 if text is None else 24)
+    cell = Cell(folder, file_type, work)
+    np.save(work / "ids.npy", ids)
+    found = judge(command, work, {"file": cell.file, "float32": cell.float32})
+    result: dict[str, Any] = {"model": name, "file_type": file_type, "types": sorted(set(cell.plan.types.values()))}
+    for key, theirs in found.items():
+        result[key] = theirs if isinstance(theirs, str) else both(theirs, cell.logits(ids))
+    result["inputs"] = both(cell.logits(ids, rounded=True), cell.logits(ids))
+    result["quantization"] = both(cell.logits(ids), logits_of(load(folder), ids))
+    if cell.notes:
+        result["wrong"] = cell.notes
+    shutil.rmtree(work)
+    return result
+
+
+def is_good(cell: dict[str, Any]) -> bool:
+    """Whether the file holds what it should and llama.cpp's logits are within the limits."""
+    return "wrong" not in cell and all(
+        isinstance(cell[key], list) and cell[key][0] <= limit
+        for key, limit in (("file", LIMIT), ("float32", FLOAT32_LIMIT))
+    )
+
+
+def record(cell: dict[str, Any]) -> None:
+    """Put a cell into the results, in place of an older one."""
+    kept = json.loads(RESULTS.read_text())["cells"] if RESULTS.is_file() else []
+    key = (cell["model"], cell["file_type"])
+    kept = [old for old in kept if (old["model"], old["file_type"]) != key] + [cell]
+    kept.sort(key=lambda c: (c["model"], c["file_type"]))
+    lines = ",\n".join(" " + json.dumps(c) for c in kept)
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(f'{{"limit": {LIMIT}, "cells": [\n{lines}\n]}}\n')
+    partial.replace(RESULTS)
+
+
+def main() -> int:
+    """Run the cells; 1 when one is not good."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--judge", required=True, help="Python with llama-cpp-python")
+    parser.add_argument("--cells", help="MODEL:TYPE,...; a model is a name of referee_gguf_models.py or a folder")
+    parser.add_argument("--text", type=Path, help="for models in folders; needed with them")
+    parser.add_argument("--work", type=Path, default=ROOT / ".referees" / "gguf_files")
+    options = parser.parse_args()
+    cells = [tuple(c.rsplit(":", 1)) for c in options.cells.split(",")] if options.cells else all_cells()
+    good = True
+    for model, file_type in cells:
+        tiny = model in MODELS
+        folder = save(model, options.work / "models", CHANGES.get(model, _WIDE), _EMBEDDING) if tiny else Path(model)
+        text = None if tiny else options.text
+        try:
+            found = run_cell(folder.name, file_type, folder, text, options.work / "cell", options.judge)
+        except (AutoRoundError, subprocess.CalledProcessError) as error:
+            found = {"model": folder.name, "file_type": file_type, "file": f"{type(error).__name__}: {error}"}
+            found["float32"] = found["file"]
+        record(found)
+        good &= is_good(found)
+        print("" if is_good(found) else "NOT", json.dumps(found), flush=True)
+    return int(not good)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
