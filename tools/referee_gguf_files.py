@@ -1,6 +1,7 @@
 """Compare what llama.cpp computes from our GGUF files with Transformers on the weights that the files hold.
 
     python tools/referee_gguf_files.py --judge PYTHON [--cells llama2:q4_k_m,FOLDER:q8_0] [--text FILE] [--work FOLDER]
+    python tools/referee_gguf_files.py        a table of the results so far
 
 PYTHON has llama-cpp-python. Without `--cells`: a tiny model of every family in three file types, and Llama in all of
 them. For each cell the file is written (plain rounding), all its tensors are dequantized by the `gguf` package and put
@@ -292,24 +293,40 @@ def record(cell: dict[str, Any]) -> None:
     partial.replace(RESULTS)
 
 
+def table(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown with the figures of cells that have them."""
+    lines = ["| model | file type | file | inputs | worst position: file | inputs | float32 | quantization |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for c in cells:
+        (f, far), (i, i_far) = c["file"], c["inputs"]
+        shown = (f"{v:.4f}" for v in (f, i, far, i_far))
+        kind, rest = f"`{c['file_type']}`", (f"{c['float32'][0]:.0e}", f"{c['quantization'][0]:.2g}")
+        lines.append("| " + " | ".join((c["model"], kind, *shown, *rest)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Run the cells; 1 when one is not good."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--judge", required=True, help="Python with llama-cpp-python")
+    parser.add_argument("--judge", help="Python with llama-cpp-python; without it the results so far are shown")
     parser.add_argument("--cells", help="MODEL:TYPE,...; a model is a name of referee_gguf_models.py or a folder")
     parser.add_argument("--text", type=Path, help="for models in folders; needed with them")
     parser.add_argument("--work", type=Path, default=ROOT / ".referees" / "gguf_files")
     options = parser.parse_args()
+    if options.judge is None:
+        print(table([c for c in json.loads(RESULTS.read_text())["cells"] if isinstance(c["file"], list)]))
+        return 0
     cells = [tuple(c.rsplit(":", 1)) for c in options.cells.split(",")] if options.cells else all_cells()
     good = True
     for model, file_type in cells:
         tiny = model in MODELS
+        name = model if tiny else f"{Path(model).name}/"
         folder = save(model, options.work / "models", CHANGES.get(model, _WIDE), _EMBEDDING) if tiny else Path(model)
         text = None if tiny else options.text
         try:
-            found = run_cell(folder.name, file_type, folder, text, options.work / "cell", options.judge)
+            found = run_cell(name, file_type, folder, text, options.work / "cell", options.judge)
         except (AutoRoundError, subprocess.CalledProcessError) as error:
-            found = {"model": folder.name, "file_type": file_type, "file": f"{type(error).__name__}: {error}"}
+            found = {"model": name, "file_type": file_type, "file": f"{type(error).__name__}: {error}"}
             found["float32"] = found["file"]
         record(found)
         good &= is_good(found)
