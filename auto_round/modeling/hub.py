@@ -47,6 +47,11 @@ def model_folder(
     return _from_modelscope(given, patterns) if where == "model_scope" else _from_hub(given, patterns, folder)
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text could name a repository, and is nothing on this disk."""
+    return _REPO_ID.match(text) is not None and not Path(text).expanduser().exists()
+
+
 def _from_hub(repo: str, patterns: list[str], folder: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from auto_round.compressors.model_free.rounding import Rounder
 from auto_round.compressors.model_free.shard_run import ShardRun
 from auto_round.compressors.model_free.shared_run import (
     clear_failures,
+    failures,
     my_shards,
     raise_failures,
     say_failure,
@@ -118,6 +119,7 @@ class ModelFree:
         else:
             wait_until(lambda: _matches(journal, manifest), lambda: None, "process 0 to begin", 600)
         clear_failures(journal.folder, rank)
+        earlier = failures(journal.folder)
         rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device)
         if self.settings.verify:
             rounder = replace(rounder, samples=sample_layers(rounder))
@@ -131,14 +133,16 @@ class ModelFree:
                 everything = range(len(layout.shards))
                 wait_until(
                     lambda: all(_sums(journal, i).is_file() for i in everything),
-                    lambda: _alive(journal.folder), "the other processes",
+                    lambda: _alive(journal.folder, earlier), "the other processes",
                 )  # fmt: skip
                 seconds = {"quantization": quantized - started}
                 self._complete(job, fmt, folder, layout, rounder, journal, seconds)
                 journal.close()
                 logger.info("saved %s", folder)
             else:
-                wait_until(lambda: not journal.folder.exists(), lambda: _sizes(journal.folder), "process 0 to end")
+                wait_until(
+                    lambda: not journal.folder.exists(), lambda: _alive(journal.folder, earlier), "process 0 to end"
+                )
         except BaseException as error:
             if world > 1:
                 say_failure(journal.folder, rank, error)
@@ -270,8 +274,8 @@ def _sizes(folder: Path) -> int:
         return -1
 
 
-def _alive(folder: Path) -> int:
-    raise_failures(folder)
+def _alive(folder: Path, earlier: Collection[tuple[Path, int]]) -> int:
+    raise_failures(folder, earlier)
     return _sizes(folder)
 
 

@@ -20,7 +20,7 @@ from auto_round.compressors.model_free.journal import input_identity
 from auto_round.compressors.model_free.units import Unit
 from auto_round.compressors.settings import Settings
 from auto_round.errors import ModelError
-from auto_round.modeling.hub import model_folder
+from auto_round.modeling.hub import is_hub_id, model_folder
 from auto_round.modeling.skeleton_source import shards_of
 from auto_round.modeling.tensor_files import TensorFiles
 
@@ -198,9 +198,7 @@ def open_inputs(model: str, settings: Settings, rank: int = 0, fetcher: Fetcher 
 
     Raises ModelError when they are not there or damaged.
     """
-    local = fetcher is None and (
-        Path(model).expanduser().exists() or settings.platform != "hf" or envs.AR_USE_MODELSCOPE
-    )
+    local = fetcher is None and (not is_hub_id(model) or settings.platform != "hf" or envs.AR_USE_MODELSCOPE)
     cached = None if local or fetcher is not None else _cached(model)
     if local or cached is not None:
         trusted = settings.trust_remote_code

@@ -52,11 +52,15 @@ def say_failure(folder: Path, rank: int, error: BaseException) -> None:
         write_text(folder, f"failed-{rank:05d}", f"{type(error).__name__}: {error}\n")
 
 
-def raise_failures(folder: Path, but: Collection[int] = ()) -> None:
-    """Raise AutoRoundError when another process has given up."""
-    for file in sorted(folder.glob("failed-*")):
-        if int(file.name[7:]) not in but:
-            raise AutoRoundError(f"process {int(file.name[7:])} gave up: {file.read_text(encoding='utf-8').strip()}")
+def failures(folder: Path) -> frozenset[tuple[Path, int]]:
+    """Files that say that a process gave up, with the time of each. A run starts by noting those of earlier runs."""
+    return frozenset((file, file.stat().st_mtime_ns) for file in folder.glob("failed-*"))
+
+
+def raise_failures(folder: Path, known: Collection[tuple[Path, int]] = ()) -> None:
+    """Raise AutoRoundError when another process has given up, and that is not `known`."""
+    for file, _ in sorted(failures(folder) - set(known)):
+        raise AutoRoundError(f"process {int(file.name[7:])} gave up: {file.read_text(encoding='utf-8').strip()}")
 
 
 def clear_failures(folder: Path, rank: int) -> None:

@@ -92,6 +92,11 @@ def test_what_it_cannot_read_goes_the_regular_way(
         AutoRound(tiny_folder("olmo-hybrid"), model_free=True)
 
 
+def test_a_folder_that_is_not_there(folder: str) -> None:
+    with pytest.raises(ModelError, match="no model folder .*did you mean"):
+        AutoRound(f"{folder}x", model_free=True)
+
+
 def test_encoder_decoders_and_folders_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"is_encoder_decoder": true, "model_type": "t5"}')
     with pytest.raises(ModelError, match="holds no weights"):
