@@ -138,9 +138,10 @@ class GgufFile:
         if place is None:
             raise OutputError(f"{self.path} has no tensor {name!r}")
         raw = self._raw(place, data)
-        if slot is not None and data.dim() == 1 and len(place.shape) == 2:
-            slot, first_row = None, slot
-        targets = self._targets(place, raw.shape[0], first_row, slot, rows)
+        if slot is not None and data.dim() == 1 and len(place.shape) == 2:  # vectors that are stacked lie as rows
+            targets = self._targets(place, raw.shape[0], slot, None, rows)
+        else:
+            targets = self._targets(place, raw.shape[0], first_row, slot, rows)
         there = place.there.view(-1)
         if isinstance(targets, slice):
             taken = bool(there[targets].any())
