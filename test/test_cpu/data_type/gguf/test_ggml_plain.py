@@ -46,7 +46,7 @@ def weights(seed: int, out: int, columns: int, tail: float, scale: float) -> tor
 def test_bytes_are_those_of_ggml(
     name: str, seed: int, out: int, blocks: int, tail: float, scale: float, dtype: torch.dtype
 ) -> None:
-    w = weights(seed, out, blocks * 256, tail, scale).to(dtype)
+    w = weights(seed, out, blocks * 256, tail, scale).clamp(-3e4, 3e4).to(dtype)  # float16 has no larger
     # A compiler may contract a product and a sum, and then one candidate in some thousands wins where another did.
     assert same_blocks(w, name) >= (0.9 if name in K_NAMES else 1.0)
 
