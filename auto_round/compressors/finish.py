@@ -74,7 +74,7 @@ def layer_records(job: Job, fmt: OutputFormat, unreached: Sequence[str] = ()) ->
     for name, plan in job.layers.items():
         bits = stored_bits(plan, fmt) if plan.scheme.quantizes_weights else None
         reason = "no calibration token reached it: rounded by its weights alone" if name in without else plan.reason
-        records.append(LayerRecord(name, plan.scheme.describe(), bits, reason))
+        records.append(LayerRecord(name, plan.described, bits, reason))
     return tuple(records)
 
 
@@ -109,7 +109,7 @@ def write_records(
 ) -> None:  # fmt: skip
     """README.md and report.json."""
     sizes = {name: (folder / name).stat().st_size for name in files}
-    exceptions = {n: p.scheme.describe() for n, p in job.layers.items() if p.scheme != job.scheme}
+    exceptions = {n: p.described for n, p in job.layers.items() if p.scheme != job.scheme}
     shown = {k: v for k, v in job.settings.items() if v is not None and k != "dataset"}
     if job.stored_as:
         shown = {"weights of the source": job.stored_as, **shown}

@@ -32,6 +32,11 @@ class LayerPlan:
     reason: str | None = None
     ggml: str | None = None
 
+    @property
+    def described(self) -> str:
+        """What it becomes, in a short phrase: the ggml type, or the scheme."""
+        return self.ggml if self.ggml is not None else self.scheme.describe()
+
 
 @dataclass(frozen=True)
 class Job:
@@ -97,7 +102,7 @@ class Job:
             "formats": list(self.formats),
             "settings": dict(self.settings),
             "blocks": len(self.blocks),
-            "layers": {n: p.scheme.describe() + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
+            "layers": {n: p.described + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
             "steps": self.steps,
             "bytes_on_disk": dict(self.bytes_on_disk),
             "compute": self.compute,
@@ -124,13 +129,13 @@ class Job:
         if self.peak_vram:
             rows.append(("GPU memory", f"about {format_bytes(self.peak_vram)}"))
         lines = [f"{name:<18} {text}" for name, text in rows]
-        groups = Counter(p.scheme.describe() + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
+        groups = Counter(p.described + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
         lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]
         different = [p for p in self.layers.values() if p.scheme != self.scheme]
         shown = different[:40]
         if shown:
             lines += ["", "layers that differ from the default:"]
-            lines += [f"  {p.name}: {p.scheme.describe()}{f' ({p.reason})' if p.reason else ''}" for p in shown]
+            lines += [f"  {p.name}: {p.described}{f' ({p.reason})' if p.reason else ''}" for p in shown]
             if len(different) > len(shown):
                 lines.append(f"  and {len(different) - len(shown)} more")
         lines += [f"note: {note}" for note in self.notes]
