@@ -21,12 +21,14 @@ if __name__ == "__main__":  # the peer starts worker processes that import this 
 
     from auto_round import AutoRound
 
+    sizes = {} if job["group_size"] is None else {"group_size": job["group_size"]}
     texts = json.load(open(job["texts"], encoding="utf-8"))
     options = {} if job["peer_amp"] else {"amp": False}
     quantizer = AutoRound(
-        job["model"], AutoTokenizer.from_pretrained(job["model"]), scheme=job["scheme"], group_size=job["group_size"],
-        dataset=texts, nsamples=job["nsamples"], seqlen=job["seqlen"], iters=job["iters"], batch_size=8, seed=42,
-        disable_opt_rtn=job["disable_opt_rtn"], device_map=job["device"], **options,
+        job["model"], AutoTokenizer.from_pretrained(job["model"]), scheme=job["scheme"],
+        dataset=texts, nsamples=job["nsamples"], seqlen=job["seqlen"], iters=job["iters"],
+        batch_size=job["batch_size"], seed=42,
+        disable_opt_rtn=job["disable_opt_rtn"], device_map=job["device"], **sizes, **options,
     )  # fmt: skip
     _, folder = quantizer.quantize_and_save(job["out"], format="auto_round")
     vram = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

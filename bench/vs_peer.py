@@ -65,7 +65,17 @@ def _public(value: object) -> object:
 
 
 def checkpoint(folder: str) -> str:
-    return str(next(Path(folder).rglob("config.json")).parent)
+    """Where the model lies. Transformers refuses the group sizes that 0.16.1 writes for two types, a list and zero;
+    what they mean is said in other keys there, so they are replaced to open the files at all."""
+    config = next(Path(folder).rglob("config.json"))
+    values = json.loads(config.read_text(encoding="utf-8"))
+    found = values["quantization_config"]
+    if isinstance(found["group_size"], list):
+        found["group_size"] = found["group_size"][1]
+    elif found["group_size"] == 0:
+        found |= {"group_size": -1, "weight_strategy": "tensor", "packing_format": "auto_round:fp8"}
+    config.write_text(json.dumps(values), encoding="utf-8")
+    return str(config.parent)
 
 
 def main() -> None:
@@ -75,9 +85,10 @@ def main() -> None:
     p.add_argument("--text", required=True)
     p.add_argument("--eval_text", nargs="+", required=True)
     p.add_argument("--runs", nargs="+", default=["rtn:W4A16", "opt:W4A16", "20:W4A16", "20:W2A16"])
-    p.add_argument("--group_size", type=int, default=64)
+    p.add_argument("--group_size", type=int, help="64 in the integer types' figures; default: the scheme's own")
     p.add_argument("--nsamples", type=int, default=16)
     p.add_argument("--seqlen", type=int, default=256)
+    p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--windows", type=int, default=16, help="evaluation windows of 512 tokens from each text")
     p.add_argument("--device", default="cpu")
     p.add_argument("--peer_no_amp", action="store_true", help="float32 for the peer: its bf16 is emulated on this CPU")
@@ -108,7 +119,8 @@ def main() -> None:
                 out = os.path.join(work, f"{who}-{steps}-{scheme}")
                 job = {
                     "model": os.path.abspath(a.model), "scheme": scheme, "group_size": a.group_size, "texts": texts,
-                    "nsamples": a.nsamples, "seqlen": a.seqlen, "iters": 0 if steps in ("rtn", "opt") else int(steps),
+                    "nsamples": a.nsamples, "seqlen": a.seqlen, "batch_size": a.batch_size,
+                    "iters": 0 if steps in ("rtn", "opt") else int(steps),
                     "disable_opt_rtn": steps == "rtn", "out": out, "device": a.device, "work": work,
                     "verify": not a.no_verify, "peer_amp": not a.peer_no_amp,
                 }  # fmt: skip
