@@ -24,6 +24,7 @@ from auto_round.modeling.hub import is_hub_id, model_folder
 from auto_round.modeling.skeleton_source import shards_of
 from auto_round.modeling.tensor_files import TensorFiles
 
+_AHEAD = 2
 _INDEX = "model.safetensors.index.json"
 
 
@@ -151,8 +152,8 @@ class HubInputs(Inputs):
 
 
 class _Fetching(Schedule):
-    """Fetches the next file while units of the one before are worked on; two are here at most, or as many as one unit
-    reads."""
+    """Fetches the next file while units of the one before are worked on; two are here at most, or as many as the units
+    read that are in work."""
 
     def __init__(self, inputs: HubInputs, units: Sequence[Unit]) -> None:
         self._inputs, self._units = inputs, units
@@ -167,7 +168,9 @@ class _Fetching(Schedule):
         for file in files:
             self._start(file)
         last = max((self._order.index(file) for file in files), default=-1)
-        if last + 1 < len(self._order):
+        with self._lock:
+            here = sum(self._left[file] > 0 for file in self._coming)
+        if last + 1 < len(self._order) and here < _AHEAD:
             self._start(self._order[last + 1])
         for file in files:
             self._coming[file].result()

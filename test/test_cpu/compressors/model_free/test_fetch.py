@@ -68,7 +68,7 @@ def hub_run(
         shutil.rmtree(tmp_path / "small", ignore_errors=True)
         hub = FakeHub(folder, tmp_path / "small", spoil)
         settings = AutoRound(str(folder), model_free=True, device_map="cpu", **G32).settings
-        job = ModelFree("org/model", settings, model_free_options(2), fetcher=hub)
+        job = ModelFree("org/model", settings, model_free_options(1), fetcher=hub)
         job.to_folders(str(tmp_path / "hub"), parse_formats("auto_round"), False, "5GB")
         return hub, folder
 
