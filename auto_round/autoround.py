@@ -19,6 +19,7 @@ from auto_round.compressors.run import Finished, Run
 from auto_round.compressors.settings import Settings, check_whole, names_tuple, parse_scale_dtype
 from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
 from auto_round.export.cache_scales import parse_cache_scheme
+from auto_round.export.disk import ensure_output_folder
 from auto_round.export.formats import OutputFormat, parse_formats
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger
@@ -78,7 +79,8 @@ class AutoRound:
             `disable_opt_rtn`), and `ignore_layers`, `quant_lm_head`, `scale_dtype`, `to_quant_block_names`, `amp`,
             `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`; and for static FP8 scales
             of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
-            `static_attention_dtype`, `static_attention_granularity`. `model_free=True` rounds to nearest tensor by
+            `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (an importance file of
+            llama.cpp's to use) and `save_imatrix` (where to write one). `model_free=True` rounds to nearest tensor by
             tensor, without a model (docs/model-free.md), with `parallelism` and `max_memory`.
 
     Raises:
@@ -259,6 +261,7 @@ class AutoRound:
                 f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
                 "place, once; give the model by path, or one of the formats"
             )
+        ensure_output_folder(output_dir, overwrite)  # an empty one has no subfolder that a later run could stumble over
         for run, group in runs:
             run.plan(group, output_dir)
         found: dict[str, Path] = {}

@@ -22,7 +22,6 @@ from auto_round.export.gguf.key_values import KeyValue
 from auto_round.export.gguf.placement import Placement
 from auto_round.export.gguf.plan import GgufPlan
 from auto_round.export.gguf.writer import GgufFile, Typed
-from auto_round.export.shard_writer import file_sha256
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 
@@ -60,7 +59,7 @@ class GgufSink:
         self.expected[layer.name] = layer_digest(layer, False, torch.float32)
         data = pack_blocks(layer.blocks)
         for place in places:
-            self._write(place, data)
+            self._write(place, data if place.rows is None else data[place.rows])
         if layer.bias is not None:
             self._add(f"{layer.name}.bias", layer.bias)
 
@@ -74,7 +73,7 @@ class GgufSink:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the file by name, when it is finished."""
-        return {self.path.name: file_sha256(self.path)}
+        return {self.path.name: self.writer.sha256}
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         self._written.add(name)
@@ -84,9 +83,8 @@ class GgufSink:
             self._put(name, tensor, place)
 
     def _put(self, name: str, tensor: torch.Tensor, place: Placement) -> None:
-        """One tensor in the precision of its place."""
-        if place.edit is not None:
-            tensor = place.edit(tensor)
+        """The part of a tensor that has this place, in the precision of the place."""
+        tensor = place.cut(tensor)
         kind = self.plan.types[place.tensor]
         if kind in GGML_TYPES:
             rows = tensor.reshape(-1, tensor.shape[-1])
@@ -95,13 +93,11 @@ class GgufSink:
             data = packed.view(*tensor.shape[:-1], packed.shape[-1])
         else:
             data = tensor.to(_DENSE[kind]).contiguous()
-        written = self._write(place, data)
-        self.dense.append((name, place, written.shape[0], bytes_digest(written)))
+        self._write(place, data)
+        self.dense.append((name, place, data.shape[0], bytes_digest(data)))
 
-    def _write(self, place: Placement, data: torch.Tensor) -> torch.Tensor:
-        picked = data if place.rows is None else data[place.rows]
-        self.writer.write(place.tensor, picked, first_row=place.at_row, slot=place.slot)
-        return picked
+    def _write(self, place: Placement, data: torch.Tensor) -> None:
+        self.writer.write(place.tensor, data, first_row=place.at_row, slot=place.slot)
 
 
 def stored_values(metadata: Iterable[KeyValue]) -> dict[str, Any]:

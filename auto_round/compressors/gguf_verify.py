@@ -67,7 +67,5 @@ def _check_infos(plan: GgufPlan, file: GgufTensors) -> None:
 
 def _stored(file: GgufTensors, place: Placement, rows: int) -> torch.Tensor:
     """The rows that a placement put into the file."""
-    stored = file.stored(place.tensor)
-    if place.slot is not None:
-        stored = stored[place.slot]
+    stored = file.stored(place.tensor, place.slot)
     return stored[place.at_row : place.at_row + rows]

@@ -188,10 +188,9 @@ def _find_head(root: Skeleton, owners: Mapping[str, Any], config: Any) -> None:
     if heads:
         root.head_name = heads[0]
     elif embedding is not None:
-        rows, columns = root.get_submodule(embedding).weight.shape  # type: ignore[misc]
-        dtype = root.get_submodule(embedding).weight.dtype
-        assert isinstance(dtype, torch.dtype)
-        _attach(root, HEADS[0], nn.Linear(int(columns), int(rows), bias=False, device="meta", dtype=dtype))
+        weight = root.get_parameter(f"{embedding}.weight")
+        rows, columns = weight.shape
+        _attach(root, HEADS[0], nn.Linear(columns, rows, bias=False, device="meta", dtype=weight.dtype))
         root.head_name = HEADS[0]
     if root.head_name is not None and embedding is not None:
         text = config.get_text_config()

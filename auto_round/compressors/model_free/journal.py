@@ -19,9 +19,9 @@ from typing import Any
 
 from auto_round._version import __version__
 from auto_round.compressors.model_free.layout import Layout
-from auto_round.compressors.model_free.shard_file import Mark, sync_folder
+from auto_round.compressors.model_free.shard_file import Mark
 from auto_round.errors import OutputError
-from auto_round.export.shard_writer import write_json
+from auto_round.export.shard_writer import sync_folder, write_json
 
 FOLDER = ".model_free"
 _MANIFEST = "manifest.json"

@@ -10,6 +10,7 @@ from auto_round.compressors.digest import bytes_of
 from auto_round.compressors.model_free.layout import Shard
 from auto_round.compressors.model_free.rounding import Piece
 from auto_round.errors import OutputError
+from auto_round.export.shard_writer import sync_folder
 
 Mark = tuple[str, int, int, int]
 """(tensor, offset in it, bytes, CRC-32 of them): what was written."""
@@ -100,16 +101,6 @@ def _reserve(handle: int, size: int) -> None:
 
 
 _NOT_SUPPORTED = (22, 38, 95)  # EINVAL, ENOSYS, EOPNOTSUPP: file systems without reservation
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read_crc(path: Path, offset: int, size: int) -> int:

@@ -140,11 +140,3 @@ def facts_of(conversion: Conversion) -> ModelFacts:
     return ModelFacts(
         values["block_count"], heads, values.get("attention.head_count_kv", heads), values.get("expert_count", 0)
     )
-
-
-def described(plan: GgufPlan) -> dict[str, Any]:
-    """Plain values for the report: how many tensors there are of each type."""
-    counts: dict[str, int] = {}
-    for kind in plan.types.values():
-        counts[kind] = counts.get(kind, 0) + 1
-    return {"file_type": plan.file_type, "architecture": plan.conversion.arch, "tensors": counts}

@@ -50,13 +50,18 @@ class GgufTensors:
         """The shape in weights, in torch's order."""
         return self._of(name).shape
 
-    def stored(self, name: str) -> torch.Tensor:
-        """A copy of what is in the file: uint8 [..., row bytes] for blocks, else the tensor in its own dtype."""
+    def stored(self, name: str, slot: int | None = None) -> torch.Tensor:
+        """A copy of what is in the file: uint8 [..., row bytes] for blocks, else the tensor in its own dtype. `slot`:
+        only this part of its first dimension."""
         info = self._of(name)
-        raw = torch.from_numpy(np.array(self._bytes[info.start : info.start + info.nbytes]))
+        start, nbytes, shape = info.start, info.nbytes, info.shape
+        if slot is not None:
+            nbytes //= shape[0]
+            start, shape = start + slot * nbytes, shape[1:]
+        raw = torch.from_numpy(np.array(self._bytes[start : start + nbytes]))
         if info.kind in _FLOATS:
-            return raw.view(_FLOATS[info.kind]).reshape(info.shape)
-        return raw.reshape(*info.shape[:-1], GGML_TYPES[info.kind].row_bytes(info.shape[-1]))
+            return raw.view(_FLOATS[info.kind]).reshape(shape)
+        return raw.reshape(*shape[:-1], GGML_TYPES[info.kind].row_bytes(shape[-1]))
 
     def weight(self, name: str) -> torch.Tensor:
         """float32 in the tensor's shape. Raises UnsupportedError without the `gguf` package, if it holds blocks."""

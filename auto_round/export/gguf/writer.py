@@ -78,6 +78,7 @@ class GgufFile:
         tensors: Sequence[tuple[str, Sequence[int], str]],
     ) -> None:
         self.path = Path(path)
+        self.sha256 = ""  # of the finished file
         if not self.path.parent.is_dir():
             raise OutputError(f"output folder {self.path.parent} does not exist; make it first")
         path_inside(self.path.parent, self.path.name)
@@ -178,13 +179,13 @@ class GgufFile:
         try:
             os.fsync(self._file.fileno())
             self._file.close()
-            digest = file_sha256(self._partial)
+            self.sha256 = file_sha256(self._partial)
             os.replace(self._partial, self.path)
             sync_folder(self.path.parent)
         except OSError as error:
             raise OutputError(f"cannot write {self.path} ({error.strerror}); free some space") from error
         self._done = True
-        return digest
+        return self.sha256
 
     def abort(self) -> None:
         """Remove what was begun and not finished."""
