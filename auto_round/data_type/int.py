@@ -94,6 +94,24 @@ def to_codes(groups: torch.Tensor, grid: IntGrid, v: torch.Tensor | float = 0.0)
     return codes.round_().add_(grid.zero).clamp_(0, 2**grid.bits - 1)
 
 
+def stored_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """float32 codes 0 .. 2**bits-1 as uint8. By way of a signed type: PyTorch has vector instructions for that."""
+    return codes.to(torch.int8).view(torch.uint8) if bits < 8 else codes.to(torch.int16).to(torch.uint8)
+
+
+def round_groups(groups: torch.Tensor, bits: int, sym: bool, **kwargs: Any) -> tuple[IntGrid, torch.Tensor]:
+    """`integer_grid(groups, ...)` and the codes on it, uint8 in the shape of `groups`, in one go.
+
+    Extremes are found in float32, which PyTorch is six times faster at than in bfloat16; they are the same numbers.
+    """
+    work = groups.to(torch.float32, copy=True)
+    low = work.amin(-1, keepdim=True).clamp_(max=0).to(groups.dtype)
+    high = work.amax(-1, keepdim=True).clamp_(min=0).to(groups.dtype)
+    grid = integer_grid(groups, bits, sym, tensor_min=low, tensor_max=high, **kwargs)
+    codes = work.div_(grid.scale).round_().add_(grid.zero).clamp_(0, 2**bits - 1)
+    return grid, stored_codes(codes, bits)
+
+
 def from_codes(codes: torch.Tensor, grid: IntGrid) -> torch.Tensor:
     """`scale * (codes - zero)`."""
     return (codes - grid.zero) * grid.scale

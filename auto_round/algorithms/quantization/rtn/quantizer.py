@@ -14,6 +14,7 @@ from auto_round.algorithms.quantization.layer_codes import (
     importance_groups,
     integer_layer,
     is_integer,
+    rounded_layer,
     small_float,
 )
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
@@ -67,6 +68,8 @@ def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype)
         return float_layer(task, family, scale, global_scale=given)
     if not is_integer(task.scheme):
         return function_layer(task, scale_dtype)
+    if not optimized:
+        return rounded_layer(task, scale_dtype)
     return integer_layer(task, start_grid(task, optimized, scale_dtype), None, scale_dtype)
 
 
