@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.compressors.finish import write_config, write_records, write_side_files
-from auto_round.compressors.model_free.check import check_layers, file_digest, sample_layers
+from auto_round.compressors.model_free.check import check_layers, sample_layers
 from auto_round.compressors.model_free.fetch import Fetcher
+from auto_round.compressors.model_free.file_check import file_digest
 from auto_round.compressors.model_free.inputs import Inputs, open_inputs
 from auto_round.compressors.model_free.journal import FOLDER, Journal, differences, manifest_of
 from auto_round.compressors.model_free.layout import Layout, index_text, plan_layout
@@ -156,11 +157,12 @@ class ModelFree:
         progress = make_progress(f"model-free {job.scheme_name}")
         done: list[int] = []
 
-        def finished(index: int) -> None:
+        def finished(index: int, digest: str) -> None:
+            write_text(journal.folder, _sums(journal, index).name, digest)
             done.append(index)
             progress.block(layout.shards[index].name)
 
-        run = ShardRun(layout, work.units, rounder, journal, own, finished)
+        run = ShardRun(layout, work.units, rounder, journal, own, finished, compare=self.settings.verify)
         progress.start(len({index for index, _ in run.todo}))
         jobs = {id(unit): place for place in run.todo for unit in (work.units[place[1]],)}
         units = [work.units[number] for _, number in run.todo]
@@ -184,7 +186,7 @@ class ModelFree:
             logger.info("%d tensors in %s, %s written", len(units), format_seconds(seconds), format_bytes(size))
 
     def _check_files(self, layout: Layout, journal: Journal, own: Sequence[int]) -> None:
-        """Digests of this process's files, each compared with what was written."""
+        """Digests of files of this process that an earlier run finished, and was killed before it noted them."""
 
         def one(index: int) -> None:
             if _sums(journal, index).is_file():

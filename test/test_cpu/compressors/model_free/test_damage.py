@@ -226,19 +226,22 @@ def test_a_changed_input_is_not_gone_on_with(
 
 
 def test_a_flipped_bit_in_the_output_is_seen(
-    free: Callable[..., Path], split: Path, monkeypatch: pytest.MonkeyPatch
+    free: Callable[..., Path], split: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from auto_round.compressors.model_free import shard_run
     from auto_round.errors import VerifyError
 
-    real = shard_run.ShardFile.finish
+    real = shard_run.ShardFile.sync
 
-    def finish(self: Any) -> None:
+    def sync(self: Any) -> None:
         real(self)
-        data = bytearray(self.final.read_bytes())
-        data[-3] ^= 4
-        self.final.write_bytes(bytes(data))
+        with open(self.partial, "r+b") as file:
+            file.seek(-3, 2)
+            byte = file.read(1)[0]
+            file.seek(-3, 2)
+            file.write(bytes([byte ^ 4]))
 
-    monkeypatch.setattr(shard_run.ShardFile, "finish", finish)
+    monkeypatch.setattr(shard_run.ShardFile, "sync", sync)
     with pytest.raises(VerifyError, match="tensor .* is not what was written"):
         free(split, **G32)
+    assert not list((tmp_path / "free").glob("*.safetensors"))
