@@ -158,8 +158,9 @@ def whole(folder: Path) -> bool:
     return True
 
 
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_at_any_write(
-    free: Callable[..., Path], split: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    free: Callable[..., Path], split: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: int
 ) -> None:
     """Every write in turn; afterwards the same command goes on to the same bytes."""
     wanted = free(split, "wanted", **G32)
@@ -179,7 +180,7 @@ def test_a_disk_that_is_full_at_any_write(
     free(split, "counted", **G32)
     count = calls[0]
     assert count > 20
-    for moment in range(1, count + 1, 5):
+    for moment in range(1, count + 1, step):
         calls[0], at[0] = 0, moment
         name = f"full-{moment}"
         with pytest.raises(OutputError, match="cannot (write|be written)|cannot be made") as caught:
