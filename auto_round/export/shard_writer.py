@@ -44,11 +44,13 @@ def _raw(tensor: torch.Tensor) -> memoryview:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+    """Bring the names in a folder to the disk, where the system can. Raises OutputError when the disk does not."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            raise OutputError(f"names in {folder} cannot be written ({error.strerror}); free some space") from error
         finally:
             os.close(handle)
 

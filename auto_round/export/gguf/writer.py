@@ -183,7 +183,7 @@ class GgufFile:
             os.replace(self._partial, self.path)
             sync_folder(self.path.parent)
         except OSError as error:
-            raise OutputError(f"cannot write {self.path} ({error.strerror}); free some space") from error
+            raise OutputError(f"cannot write {self.path} ({error.strerror or error}); free some space") from error
         self._done = True
         return self.sha256
 
