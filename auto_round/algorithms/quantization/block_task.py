@@ -23,6 +23,8 @@ class LayerTask:
         weight: [out, in] (a Conv1D's weight is transposed already), in the model's own dtype.
         scheme: what it becomes.
         importance: float32 [in], the second moment of each input channel over the calibration tokens, or None.
+        products: of those channels, the second moments of all pairs in a band of them: float32 [n, n] for each band, in
+            order; or None.
         bias: [out] in the model's own dtype, or None.
         transposed: the module stores [in, out].
         activation: how the layer's inputs are quantized, or None.
@@ -36,6 +38,7 @@ class LayerTask:
     weight: torch.Tensor
     scheme: QuantizationScheme
     importance: torch.Tensor | None = None
+    products: Sequence[torch.Tensor] | None = None
     bias: torch.Tensor | None = None
     transposed: bool = False
     activation: ActivationQuantizer | None = None
@@ -89,6 +92,10 @@ class BlockQuantizer(Protocol):
     name: str
     needs_importance: bool
     needs_targets: bool
+
+    def needs_products(self, layer: LayerTask) -> bool:
+        """Whether `products` of a layer are wanted, where importance is gathered."""
+        ...
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Decide codes, scales and zero points of every layer of the block."""
