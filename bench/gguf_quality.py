@@ -10,7 +10,8 @@ opened by `llama-perplexity`, whose mean KL divergence to the 16-bit file is on 
 standard error is over chunks of text, ours and llama.cpp's on the same ones. Time is of whole processes.
 
 `--keep` takes llama.cpp's rows, and rows of ours that are not asked for, from `--out` as they stand there: for the same
-model, texts and machine.
+model, texts and machine. `--prepared` takes the 16-bit file, its logits and the importance from the folder of a run
+that was stopped.
 
 The logits of the 16-bit file take vocabulary x context bytes for each chunk, on disk.
 """
@@ -93,20 +94,20 @@ class Bench:
     def prepare(self) -> None:
         a, root = self.args, self.bin.parents[1]
         converter = Path(a.converter) if a.converter else root / "convert_hf_to_gguf.py"
-        self.base = self.work / "base.gguf"
+        ready = Path(a.prepared) if a.prepared else None
+        self.base, self.imatrix = (ready or self.work) / "base.gguf", (ready or self.work) / "imatrix.gguf"
+        self.logits = [(ready or self.work) / f"logits-{i}.dat" for i in range(len(a.eval_text))]
+        if ready is not None:
+            return
         flags = [str(Path(a.model).resolve()), "--outtype", a.base, "--outfile", str(self.base)]
         path = {"PYTHONPATH": str(converter.parent / "gguf-py")}
         _, cost = run([sys.executable, str(converter), *flags], "the converter", path)
         self.note("base", self.base, cost)
-        self.logits = []
-        for i, text in enumerate(a.eval_text):
-            logits = self.work / f"logits-{i}.dat"
+        for text, logits in zip(a.eval_text, self.logits, strict=True):
             self.llama(
                 "llama-perplexity", "-m", self.base, "-f", text, "-c", a.ctx, "--chunks", a.eval_chunks,
                 "--kl-divergence-base", logits,
             )  # fmt: skip
-            self.logits.append(logits)
-        self.imatrix = self.work / "imatrix.gguf"
         _, cost = self.llama(
             "llama-imatrix", "-m", self.base, "-f", a.calib_text, "-o", self.imatrix, "-c", a.ctx,
             "--chunks", a.calib_chunks, "--no-ppl",
@@ -225,6 +226,7 @@ def main() -> None:
     p.add_argument("--eval_chunks", type=int, default=16, help="of each text")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--work", help="folder for the large files in between; default: a temporary one")
+    p.add_argument("--prepared", help="folder that a stopped run left in --work")
     p.add_argument("--out")
     p.add_argument("--keep", action="store_true", help="add to what --out holds")
     args = p.parse_args()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from auto_round.algorithms.quantization.layer_codes import is_integer
-from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.calibration.products import products_bytes
 from auto_round.compressors.cache import CachePlan, plan_cache
@@ -360,9 +359,8 @@ def planned_bytes(
 
 
 def _products(settings: Settings, source: ModelSource, layers: dict[str, LayerPlan]) -> int:
-    """Bytes of the products of input channels that the search of ggml types gathers for a block."""
-    algorithm = settings.algorithm
-    if not (isinstance(algorithm, RTNConfig) and algorithm.optimized and settings.imatrix is None):
+    """Bytes of the products of input channels that codes of ggml types are found with, in a block."""
+    if settings.imatrix is not None or not (settings.optimized_start and settings.needs_data):
         return 0
     wide = {n: p.in_features for n, p in layers.items() if p.ggml is not None}
     return max(

@@ -58,7 +58,10 @@ def start_scales(task: LayerTask, family: FloatFamily, optimized: bool) -> tuple
 def start_blocks(task: LayerTask, kind: GgmlType, optimized: bool) -> GgmlBlocks:
     """The blocks of a layer in a ggml type before any tuning: searched, or as ggml rounds without importance."""
     if optimized:
-        return search_blocks(task.weight, kind.name, task.importance)
+        found = search_blocks(task.weight, kind.name, task.importance)
+        if task.products is None:
+            return found
+        return descend_blocks(task.weight, found, task.products, _DAMPING, _PASSES)
     from auto_round.data_type.gguf.plain import plain_blocks
 
     return plain_blocks(task.weight, kind.name)
@@ -68,10 +71,7 @@ def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype)
     """One layer rounded to nearest."""
     kind = ggml_kind(task)
     if kind is not None:
-        blocks = start_blocks(task, kind, optimized)
-        if optimized and task.products is not None:
-            blocks = descend_blocks(task.weight, blocks, task.products, _DAMPING, _PASSES)
-        return ggml_layer(task, blocks)
+        return ggml_layer(task, start_blocks(task, kind, optimized))
     family = small_float(task.scheme)
     if family is not None:
         scale, given = start_scales(task, family, optimized)

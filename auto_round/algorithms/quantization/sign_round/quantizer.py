@@ -43,7 +43,7 @@ class SignRoundQuantizer:
         self.needs_importance = optimized_start
 
     def needs_products(self, layer: LayerTask) -> bool:
-        return False
+        return self.optimized_start and ggml_kind(layer) is not None
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         learnables, stand_ins = self._learnables(task)
