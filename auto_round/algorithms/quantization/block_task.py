@@ -23,14 +23,14 @@ class LayerTask:
         weight: [out, in] (a Conv1D's weight is transposed already), in the model's own dtype.
         scheme: what it becomes.
         importance: float32 [in], the second moment of each input channel over the calibration tokens, or None.
-        products: of those channels, the second moments of all pairs in a band of them: float32 [n, n] for each band, in
-            order; or None.
         bias: [out] in the model's own dtype, or None.
         transposed: the module stores [in, out].
         activation: how the layer's inputs are quantized, or None.
         global_scale: float32 scalar that layers which runtimes join share (NVFP4); None: the layer's own, if its type
             has one.
         ggml: name of the ggml type that stores the layer (`Q4_K`), or None for the other formats.
+        products: sums of x x' over the layer's inputs x: float32 [n, n] for each band of input channels, in order; or
+            None.
     """
 
     name: str
@@ -38,12 +38,12 @@ class LayerTask:
     weight: torch.Tensor
     scheme: QuantizationScheme
     importance: torch.Tensor | None = None
-    products: Sequence[torch.Tensor] | None = None
     bias: torch.Tensor | None = None
     transposed: bool = False
     activation: ActivationQuantizer | None = None
     global_scale: torch.Tensor | None = None
     ggml: str | None = None
+    products: Sequence[torch.Tensor] | None = None
 
 
 RunBlock = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]

@@ -35,7 +35,7 @@ def output_error(blocks: GgmlBlocks, w: torch.Tensor, x: torch.Tensor) -> float:
 
 def layer(name: str, products: list[torch.Tensor] | None) -> LayerTask:
     module, x = torch.nn.Linear(WIDTH, OUT, bias=False), tokens(600, 0)
-    return LayerTask("a", module, weight(), ggml_scheme(name), x.square().sum(0), products, ggml=name)
+    return LayerTask("a", module, weight(), ggml_scheme(name), x.square().sum(0), products=products, ggml=name)
 
 
 @pytest.mark.parametrize("name", sorted(GGML_TYPES))
