@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.rounding import code_limits, divisor_of
 
+Limit = float | torch.Tensor
 _COLUMNS = 64  # columns between two updates of the whole gradient
 _CHUNK = {"cpu": 1 << 22, "other": 1 << 26}  # weights rounded at a time
 
@@ -60,38 +62,47 @@ def descend_blocks(
             if minima is not None:
                 part = part - minima[rows, groups].repeat_interleave(kind.group, dim=1)
             scale = steps[rows, groups].repeat_interleave(kind.group, dim=1)
-            found = descend(part, scale, torch.full_like(scale, low), torch.full_like(scale, high), matrix, passes)
+            found = descend(part, scale, low, high, matrix, passes)
             codes[rows, band] = found.add_(kind.zero).to(torch.uint8)
     return replace(blocks, codes=codes)
 
 
 @torch.no_grad()
 def descend(
-    weight: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square: torch.Tensor, passes: int
+    weight: torch.Tensor, scale: torch.Tensor, low: Limit, high: Limit, square: torch.Tensor, passes: int
 ) -> torch.Tensor:
     """Codes less the zero point, from rounding to nearest on; tr(D A D') only falls.
 
     Args:
-        weight, scale, low, high: [rows, in]; limits of the codes less the zero point.
+        weight, scale: [rows, in].
+        low, high: limits of the codes less the zero point, [rows, in] or the same for all.
         square: A, symmetric and positive definite, [in, in].
         passes: visits of every code.
     """
-    codes = torch.maximum(torch.minimum((weight / scale).round(), high), low)
+    codes = (weight / scale).round_().clamp_(low, high)  # type: ignore[arg-type]
     gradient = (codes * scale - weight) @ square  # half of the real one
     diagonal = square.diagonal().unsqueeze(1)
     for _ in range(passes):
         for start in range(0, codes.shape[1], _COLUMNS):
             block = slice(start, min(start + _COLUMNS, codes.shape[1]))
-            inner = square[block, block]
             # Columns as rows: they are read one at a time.
-            local, unit, best, least, most = (t[:, block].t().contiguous() for t in (gradient, scale, codes, low, high))
-            divisor, moved = diagonal[block] * unit, torch.empty_like(local)
-            for index in range(local.shape[0]):
-                value = (best[index] - local[index] / divisor[index]).round_()
-                value = torch.maximum(torch.minimum(value, most[index]), least[index])
-                moved[index] = (value - best[index]) * unit[index]
-                best[index] = value
-                local.addr_(inner[index], moved[index])
-            codes[:, block] = best.t()
+            local, unit, before = (_turned(t, block) for t in (gradient, scale, codes))
+            least, most = _turned_limit(low, block), _turned_limit(high, block)
+            divisor, after, moved = diagonal[block] * unit, torch.empty_like(before), torch.empty_like(before)
+            columns = zip(before, after, local, divisor, unit, moved, square[block, block], least, most, strict=True)
+            for index, (old, new, slope, curve, step, move, others, bottom, top) in enumerate(columns, 1):
+                torch.addcdiv(old, slope, curve, value=-1, out=new).round_().clamp_(bottom, top)
+                torch.sub(new, old, out=move).mul_(step)
+                local[index:].addr_(others[index:], move)
+            codes[:, block] = after.t()
             gradient.addmm_(moved.t(), square[block])
     return codes
+
+
+def _turned(values: torch.Tensor, block: slice) -> torch.Tensor:
+    return values[:, block].t().contiguous()
+
+
+def _turned_limit(limit: Limit, block: slice) -> Sequence[Any]:
+    """A limit for each column of the block."""
+    return [limit] * (block.stop - block.start) if isinstance(limit, float) else list(_turned(limit, block))
