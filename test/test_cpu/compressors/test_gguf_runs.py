@@ -282,3 +282,25 @@ def test_codes_follow_the_outputs(
     error = lambda found: float((x @ (found - w).t()).norm())  # noqa: E731
     nearest = search_blocks(w, "Q3_K", x.square().sum(0)).dequantize()
     assert error(weights(files[0])["blk.1.ffn_down.weight"]) < 0.9 * error(nearest)
+
+
+@pytest.mark.parametrize("family, iters", [("qwen3-moe", 0), ("qwen3-moe", 2), ("gpt2", 0)])
+def test_codes_follow_the_outputs_of_experts_too(
+    family: str, iters: int, gguf_folder: Callable[..., str], token_ids: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """Few tokens reach an expert, and none some; they are stored as the others are."""
+    changes: dict[str, dict[str, Any]] = {
+        "qwen3-moe": {"moe_intermediate_size": 256, "head_dim": 64, "norm_topk_prob": True},
+        "gpt2": {"n_embd": 256, "n_head": 4},
+    }
+    folder = gguf_folder(family, **changes[family])
+    found = []
+    for name, options in (("searched", {"iters": iters}), ("plain", {"disable_opt_rtn": True})):
+        quantizer(folder, token_ids, **options).quantize_and_save(tmp_path / name, format="gguf:q2_k_s")
+        found.append(logits_of_file(only(tmp_path / name), token_ids[0].view(1, -1), folder))
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(token_ids[0].view(1, -1))
+    errors = [float((logits - expected.logits).norm()) for logits in found]
+    assert errors[0] < errors[1]
