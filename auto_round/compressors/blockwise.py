@@ -12,6 +12,7 @@ from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockR
 from auto_round.calibration.cache_extremes import cache_extremes
 from auto_round.calibration.extremes import InputExtremes, input_extremes
 from auto_round.calibration.inputs import CapturedInputs
+from auto_round.calibration.products import input_products
 from auto_round.calibration.statistics import input_second_moments
 from auto_round.compressors.activations import activation_of, is_calibrated, join_extremes
 from auto_round.compressors.block_dtype import in_dtype
@@ -138,15 +139,17 @@ def _quantize_block(
         inputs = full.hidden
         weighs = walk.quantizer.needs_importance and walk.importance is None
         wanted = list(inner.values()) if weighs or walk.gather else []
+        paired = [inner[task.name] for task in tasks if weighs and walk.quantizer.needs_products(task)]
         fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
         cache = walk.cache
         attentions = cache.attentions(block) if cache is not None else []
         with (
             input_second_moments(block, wanted) as moments,
+            input_products(block, paired) as products,
             input_extremes(block, fixed) as extremes,
             cache_extremes(attentions, cache is not None and cache.queries) as cached,
         ):
-            targets = full.after(index, block, walk.device, walk.dtype, (moments, extremes, cached))
+            targets = full.after(index, block, walk.device, walk.dtype, (moments, products, extremes, cached))
         check_activations(name, targets)
         if cache is not None:
             walk.cache_scales |= cache.scales(name, cached)
@@ -154,6 +157,7 @@ def _quantize_block(
         walk.unreached += [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
         for layer in tasks:
             layer.importance = moments.get(inner[layer.name])
+            layer.products = products.of(inner[layer.name])
         walk.sums |= {f"{name}.{layer}": total.cpu() for layer, total in moments.items()}
         walk.tokens |= {f"{name}.{layer}": count for layer, count in moments.tokens.items()}
         full.hidden = targets

@@ -10,6 +10,7 @@ import torch
 
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.calibration.products import products_bytes
 from auto_round.compressors.cache import CachePlan, plan_cache
 from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, fused_targets, stored_targets
 from auto_round.compressors.gguf_job import (
@@ -357,6 +358,17 @@ def planned_bytes(
     return total
 
 
+def _products(settings: Settings, source: ModelSource, layers: dict[str, LayerPlan]) -> int:
+    """Bytes of the products of input channels that codes of ggml types are found with, in a block."""
+    if settings.imatrix is not None or not (settings.optimized_start and settings.needs_data):
+        return 0
+    wide = {n: p.in_features for n, p in layers.items() if p.ggml is not None}
+    return max(
+        (products_bytes([w for n, w in wide.items() if n.startswith(f"{block}.")]) for block in source.blocks),
+        default=0,
+    )
+
+
 def _memory(
     settings: Settings, source: ModelSource, layers: dict[str, LayerPlan], compute: torch.dtype
 ) -> tuple[int, int]:
@@ -373,7 +385,7 @@ def _memory(
     per_weight = source.dtype.itemsize + size
     if settings.tunes:
         per_weight += 4 + 2 * size + 4  # offsets, quantized weight, gradient, best state
-    work = block * per_weight
+    work = block * per_weight + _products(settings, source, layers)
     streams = 3 if settings.tunes else 1
     activations = settings.nsamples * settings.seqlen * width * size * streams if settings.needs_data else 0
     if settings.device.type == "cpu":

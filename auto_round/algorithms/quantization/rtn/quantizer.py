@@ -1,10 +1,15 @@
-"""Round to nearest: plain, or on scales found by the importance-weighted search."""
+"""Round to nearest: plain, or on scales found by the importance-weighted search.
+
+Layers in ggml types get better codes than the nearest ones where calibration gathered the products of their input
+channels: on the steps that the search finds, by coordinate descent on the error of the outputs (docs/adr/0011).
+"""
 
 from __future__ import annotations
 
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.column_descent import descend_blocks
 from auto_round.algorithms.quantization.layer_codes import (
     as_groups,
     float_layer,
@@ -26,6 +31,9 @@ from auto_round.data_type.gguf.search import search_blocks
 from auto_round.data_type.gguf.types import GgmlType
 from auto_round.data_type.int import IntGrid, integer_grid
 from auto_round.quantized_layer import QuantizedLayer
+
+_DAMPING = 0.3  # of the products' mean diagonal
+_PASSES = 2
 
 
 def start_grid(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> IntGrid:
@@ -51,7 +59,10 @@ def start_scales(task: LayerTask, family: FloatFamily, optimized: bool) -> tuple
 def start_blocks(task: LayerTask, kind: GgmlType, optimized: bool) -> GgmlBlocks:
     """The blocks of a layer in a ggml type before any tuning: searched, or as ggml rounds without importance."""
     if optimized:
-        return search_blocks(task.weight, kind.name, task.importance)
+        found = search_blocks(task.weight, kind.name, task.importance)
+        if task.products is None:
+            return found
+        return descend_blocks(task.weight, found, task.products, _DAMPING, _PASSES)
     from auto_round.data_type.gguf.plain import plain_blocks
 
     return plain_blocks(task.weight, kind.name)
@@ -83,6 +94,9 @@ class RTNQuantizer:
         self.scale_dtype = scale_dtype
         self.needs_importance = config.optimized
         self.name = "opt-RTN" if config.optimized else "RTN"
+
+    def needs_products(self, layer: LayerTask) -> bool:
+        return self.config.optimized and ggml_kind(layer) is not None
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         return BlockResult([round_to_nearest(layer, self.config.optimized, self.scale_dtype) for layer in task.layers])
