@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig
 from auto_round.compressors.device import resolve_device
 from auto_round.compressors.format_runs import default_format, folder_name, split_runs
 from auto_round.compressors.model_free.entry import open_model_free, rounding_only
+from auto_round.compressors.resume.run_journal import remove_journal
 from auto_round.compressors.run import Finished, Run
 from auto_round.compressors.settings import Settings, check_whole, names_tuple, parse_scale_dtype
 from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
 from auto_round.export.cache_scales import parse_cache_scheme
-from auto_round.export.disk import ensure_output_folder
+from auto_round.export.disk import PARTIAL, ensure_output_folder
 from auto_round.export.formats import OutputFormat, parse_formats
+from auto_round.export.staging import Staging
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.source import ModelSource, open_source
@@ -216,7 +219,7 @@ class AutoRound:
 
     def quantize_and_save(
         self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None, *,
-        overwrite: bool = False, max_shard_size: int | str = "5GB",
+        overwrite: bool = False, max_shard_size: int | str = "5GB", resume: bool = True,
     ) -> tuple[torch.nn.Module | None, str | list[str]]:  # fmt: skip
         """Quantize and write as blocks finish.
 
@@ -225,6 +228,12 @@ class AutoRound:
             format: one name or several, separated by commas; None is auto_round, or the file type of a GGUF scheme.
             overwrite: allow a folder that holds files.
             max_shard_size: largest weight file.
+            resume: keep a journal in AR_WORK_SPACE, and go on with the same run if it was interrupted (docs/resume.md).
+                False: start anew, without a journal. A model object is never gone on with.
+
+        Raises:
+            ConfigError: the interrupted run had other settings, data or weights; the message names them.
+            Stopped: by Ctrl-C; the text says where.
 
         Returns:
             (model, folder or list of folders). The model is None when it was given by path: it was never whole in
@@ -232,7 +241,9 @@ class AutoRound:
         """
         formats = self._formats(format)
         if self._free is not None:
-            written = [str(f) for f in self._free.to_folders(os.fspath(output_dir), formats, overwrite, max_shard_size)]
+            written = [
+                str(f) for f in self._free.to_folders(os.fspath(output_dir), formats, overwrite, max_shard_size, resume)
+            ]
             return None, (written[0] if len(written) == 1 else written)
         if self._result is not None:
             _, layers, finished = self._result
@@ -243,7 +254,7 @@ class AutoRound:
                     "the model object holds quantized weights since the first quantize_and_save(); to save it more "
                     "than once call quantize() and then save_quantized(), or name several formats at once"
                 )
-            folders = self._write(os.fspath(output_dir), formats, overwrite, max_shard_size)
+            folders = self._write(os.fspath(output_dir), formats, overwrite, max_shard_size, resume)
             self._spent = not self._source.lazy
         names = [str(folder) for folder in folders]
         return (None if self._source.lazy else self.model), (names[0] if len(names) == 1 else names)
@@ -251,24 +262,31 @@ class AutoRound:
     def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
         return parse_formats(default_format(self.settings) if given is None else given)
 
-    def _write(self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str) -> list[Path]:
+    def _write(
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool
+    ) -> list[Path]:
         """Every run of these formats, planned before the first begins."""
         runs = [(Run(self._source, s, self.tokenizer), group) for s, group in split_runs(self.settings, formats)]
         if len(runs) == 1:
-            return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard)
+            return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard, resume)
         if not self._source.lazy:
             raise ConfigError(
                 f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
                 "place, once; give the model by path, or one of the formats"
             )
-        ensure_output_folder(output_dir, overwrite)  # an empty one has no subfolder that a later run could stumble over
-        for run, group in runs:
-            run.plan(group, output_dir)
+        siblings = [folder_name(fmt) for fmt in formats]
+        # an empty one has no subfolder that a later run could stumble over
+        root = ensure_output_folder(output_dir, overwrite, {PARTIAL, *siblings})
+        places = [root if len(group) > 1 else root / folder_name(group[0]) for _, group in runs]
         found: dict[str, Path] = {}
-        for run, group in runs:
-            folder = output_dir if len(group) > 1 else str(Path(output_dir) / folder_name(group[0]))
-            paths = run.to_folders(folder, group, overwrite, shard)
-            found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
+        with nullcontext() if root in places else Staging(root):
+            for (run, group), folder in zip(runs, places, strict=True):
+                run.admit(str(folder), group, overwrite, shard, resume, siblings)
+            for (run, group), folder in zip(runs, places, strict=True):
+                paths = run.to_folders(str(folder), group, overwrite, shard, resume, siblings)
+                found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
+            for folder in places:
+                remove_journal(folder)
         return [found[fmt.name] for fmt in formats]
 
     def _needs_model(self, what: str) -> None:

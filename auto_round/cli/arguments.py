@@ -216,6 +216,9 @@ OUTPUT_GROUP = Group(
         Flag("output_dir", "folder to write to (default ./tmp_autoround)"),
         Flag("max_shard_size", 'largest file, such as "5GB"'),
         _switch("overwrite", "replace what the output folder holds"),
+        _switch(
+            "resume", "keep a journal, and go on with the same command if it was stopped (default)", off=("no_resume",)
+        ),
         _switch("verify", "re-open what was saved and check it (default)", off=("no_verify", "disable_verify")),
         _switch("dry_run", "print the plan and stop"),
     ),

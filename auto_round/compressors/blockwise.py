@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,8 @@ from auto_round.compressors.block_dtype import in_dtype
 from auto_round.compressors.cache import CachePlan
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.resume.fingerprint import module_checksum
+from auto_round.compressors.resume.unit_state import Unit
 from auto_round.compressors.sinks import Sink
 from auto_round.compressors.streams import Stream, check_activations
 from auto_round.data_type.activation import ActivationQuantizer, quantized_inputs
@@ -26,6 +29,9 @@ from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.progress import Progress
 from auto_round.report.run_report import BlockRecord
+
+if TYPE_CHECKING:
+    from auto_round.compressors.resume.run_journal import RunJournal
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Walk:
         cache: which attention modules get static scales; None for none.
         importance: by layer, in place of what the calibration data would say; None without.
         gather: the sums below are wanted even if the algorithm does not need them.
+        journal: what is finished already, and where to note what will be; None for a run that is not gone on with.
         sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
         records: filled in, one a block.
         unreached: quantized layers that no calibration token reached (experts).
@@ -67,6 +74,7 @@ class Walk:
     cache: CachePlan | None = None
     importance: Mapping[str, torch.Tensor] | None = None
     gather: bool = False
+    journal: RunJournal | None = None
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     records: list[BlockRecord] = field(default_factory=list)
@@ -89,10 +97,17 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
     if not walk.quantized_input:
         quantized = None
     probe = _stream(walk, walk.probe)
-    progress.start(len(source.blocks))
-    for index, name in enumerate(source.blocks):
+    finished = min(walk.journal.finished, len(source.blocks)) if walk.journal is not None else 0
+    progress.start(len(source.blocks), finished)
+    for index, name in enumerate(source.blocks[:finished]):
+        _emit(job, source, name, take_unit(walk, index), walk.sinks)
+    streams = {"full": full, "quantized": quantized, "probe": probe}
+    if finished:
+        _restore(walk, streams, len(source.blocks))
+    for index, name in list(enumerate(source.blocks))[finished:]:
         started = time.monotonic()
         block = source.load(name, walk.device)
+        weights = module_checksum(block) if walk.journal is not None else 0
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
         tasks = [layer_task(source, plan) for plan in planned]
         with in_dtype(block, source.dtype, walk.dtype):
@@ -110,14 +125,53 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         if not source.lazy:
             for task in tasks:
                 install(task, by_name[task.name])
-        scales = {key: scale for key, scale in walk.cache_scales.items() if key.startswith(f"{name}.")}
-        _emit(job, source, name, result, scales, walk.sinks)
-        source.release(name)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
         walk.records.append(record)
+        unit = _unit(name, result.layers, walk)
+        if walk.journal is not None:
+            hidden = {kind: stream.hidden for kind, stream in streams.items() if stream is not None}
+            walk.journal.add(name, unit, weights, hidden)
+        _emit(job, source, name, unit, walk.sinks)
+        source.release(name)
         progress.block(name, result.loss_before, result.loss_after)
     walk.probe_hidden = probe.hidden if probe is not None else None
     walk.last_inputs, walk.last_full = quantized or full, full
+
+
+def take_unit(walk: Walk, index: int) -> Unit:
+    """A finished unit out of the journal, with all that it added to the walk."""
+    assert walk.journal is not None
+    unit = walk.journal.unit(index, walk.device)
+    walk.activations |= unit.activations
+    walk.records += unit.records
+    walk.cache_scales |= unit.scales
+    walk.sums |= unit.sums
+    walk.tokens |= unit.tokens
+    walk.unreached += unit.unreached
+    return unit
+
+
+def _restore(walk: Walk, streams: Mapping[str, Stream | None], blocks: int) -> None:
+    """The streams after the last finished unit; behind the blocks only the probe is needed."""
+    assert walk.journal is not None
+    for kind, stream in streams.items():
+        if stream is not None and (kind == "probe" or walk.journal.finished <= blocks):
+            stream.hidden = walk.journal.stream(kind).to(walk.store_device)
+
+
+def _unit(name: str, layers: list[QuantizedLayer], walk: Walk) -> Unit:
+    """What the block of this name, the last that was done, added to the walk."""
+    inside = f"{name}."
+    sums = {key: value for key, value in walk.sums.items() if key.startswith(inside)} if walk.gather else {}
+    return Unit(
+        layers,
+        {layer.name: walk.activations[layer.name] for layer in layers if layer.name in walk.activations},
+        walk.records[-1:],
+        {key: scale for key, scale in walk.cache_scales.items() if key.startswith(inside)},
+        sums,
+        {key: walk.tokens[key] for key in sums},
+        [layer for layer in walk.unreached if layer.startswith(inside)],
+    )
 
 
 def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:
@@ -196,16 +250,13 @@ def install(task: LayerTask, layer: QuantizedLayer) -> None:
     set_weight_2d(task.module, layer.dequantize(torch.float32).to(weight_2d(task.module).device))
 
 
-def _emit(
-    job: Job, source: ModelSource, block: str, result: BlockResult, scales: Mapping[str, torch.Tensor],
-    sinks: Sequence[Sink],
-) -> None:  # fmt: skip
+def _emit(job: Job, source: ModelSource, block: str, unit: Unit, sinks: Sequence[Sink]) -> None:
     names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
-    replaced = {f"{layer.name}.{leaf}" for layer in result.layers for leaf in ("weight", "bias")}
+    replaced = {f"{layer.name}.{leaf}" for layer in unit.layers for leaf in ("weight", "bias")}
     tied = source.tied()
     rest = [n for n in names if n not in replaced and n not in tied]
     for sink in sinks:
-        for layer in result.layers:
+        for layer in unit.layers:
             sink.layer(layer)
         sink.tensors(rest, source)
-        sink.scales(scales)
+        sink.scales(unit.scales)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from auto_round import envs
 from auto_round.compressors.cache import CachePlan
 from auto_round.export.plan import ExportPlan
 from auto_round.report.memory import format_bytes
@@ -59,6 +60,7 @@ class Job:
         stored_as: how the source's weights are stored where it is quantized already, in words; "" otherwise.
         cache: static scales of keys, values and queries that are made besides.
         gguf: the file that is written, for a GGUF format.
+        journal_bytes: most that the journal takes of the work space, where one is kept.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Job:
     stored_as: str = ""
     cache: CachePlan | None = None
     gguf: GgufPlan | None = None
+    journal_bytes: int = 0
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
@@ -123,6 +126,8 @@ class Job:
             ("steps", f"{self.steps} in all" if self.steps else "none (rounding only)"),
         ]
         rows += [(f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()]
+        if self.journal_bytes:
+            rows.append(("journal", f"up to {format_bytes(self.journal_bytes)} in {envs.work_space()}, to go on from"))
         if self.output_dir:
             rows.append(("output", self.output_dir))
         rows.append(("memory", f"about {format_bytes(self.peak_ram)} besides the libraries"))

@@ -24,6 +24,7 @@ from auto_round.compressors.gguf_job import (
 from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.mixed import mixed_defaults
+from auto_round.compressors.resume.size import journal_bytes
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
@@ -189,6 +190,7 @@ def make_job(
         },
         ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
         _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
+        journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if source.lazy and output_dir else 0,
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan())
@@ -357,6 +359,11 @@ def planned_bytes(
     return total
 
 
+def _hidden_size(source: ModelSource) -> int:
+    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
+    return int(getattr(config, "hidden_size", 0) or 0)
+
+
 def _memory(
     settings: Settings, source: ModelSource, layers: dict[str, LayerPlan], compute: torch.dtype
 ) -> tuple[int, int]:
@@ -367,7 +374,7 @@ def _memory(
     ]
     block = max(weights, default=0)
     config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
-    width = int(getattr(config, "hidden_size", 0) or 0)
+    width = _hidden_size(source)
     embedding = int(getattr(config, "vocab_size", 0) or 0) * width * source.dtype.itemsize
     size = compute.itemsize
     per_weight = source.dtype.itemsize + size

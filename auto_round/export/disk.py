@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from auto_round.errors import OutputError
 
+PARTIAL = ".partial"
+"""Folder inside an output folder, with what is not finished."""
+
 _GB = 1e9
 
 
-def ensure_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+def ensure_output_folder(
+    path: str | os.PathLike[str], overwrite: bool = False, ours: Collection[str] = (PARTIAL,)
+) -> Path:
     """Make the folder and return it.
 
-    Raises OutputError when it is a file, cannot be made or written, or holds something and `overwrite` is False.
+    Args:
+        ours: names that an interrupted run may have left there.
+
+    Raises OutputError when it is a file, cannot be made or written, or holds something else and `overwrite` is False.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output path {folder} is a file; give a folder that is new or empty")
-    if folder.is_dir() and not overwrite and any(folder.iterdir()):
+    if folder.is_dir() and not overwrite and any(entry.name not in ours for entry in folder.iterdir()):
         raise OutputError(f"output folder {folder} is not empty; choose another, empty it, or ask to overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,8 @@ from typing import Any
 from auto_round import envs
 from auto_round.compressors.model_free.fetch import Fetcher, HubFetcher, RemoteFile, fetch_checked, write_stand_in
 from auto_round.compressors.model_free.integrity import check_inputs
-from auto_round.compressors.model_free.journal import input_identity
 from auto_round.compressors.model_free.units import Unit
+from auto_round.compressors.resume.fingerprint import input_identity
 from auto_round.compressors.settings import Settings
 from auto_round.errors import ModelError
 from auto_round.modeling.hub import is_hub_id, model_folder
