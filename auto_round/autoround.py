@@ -285,8 +285,8 @@ class AutoRound:
             for (run, group), folder in zip(runs, places, strict=True):
                 paths = run.to_folders(str(folder), group, overwrite, shard, resume, siblings)
                 found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
-            for folder in places:
-                remove_journal(folder)
+        for folder in places:
+            remove_journal(folder)
         return [found[fmt.name] for fmt in formats]
 
     def _needs_model(self, what: str) -> None:

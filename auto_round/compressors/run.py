@@ -118,9 +118,7 @@ class Run:
             base = stack.enter_context(Staging(root))
             journal = self._admit(job, root, formats, overwrite, shard, resume, siblings)
             folders = self._folders(root, formats)
-            stages = [base, *(stack.enter_context(Staging(folder)) for folder in folders if folder != root)][
-                -len(folders) :
-            ]
+            stages = [base if f == root else stack.enter_context(Staging(f)) for f in folders]
             if journal is None:
                 Journal(journal_folder(root)).remove()
             else:
@@ -129,8 +127,8 @@ class Run:
             if left:
                 with keeping(journal, len(job.blocks), self._walked):
                     self._make(job, left, shard, journal)
-            if journal is not None:
-                journal.finish(keep=bool(siblings))
+        if journal is not None:  # when nothing of a run is left but complete folders
+            journal.finish(keep=bool(siblings))
         return folders
 
     def _walked(self) -> int | None:

@@ -23,6 +23,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     file = folder / "config.json"
     if not file.is_file():
+        if (folder / ".partial").is_dir():
+            raise ModelError(
+                f"{folder} holds a quantization that is not finished; give the command that began it once more, which "
+                "goes on with it"
+            )
         raise ModelError(f"{folder} has no config.json; give the folder of a Transformers model")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))

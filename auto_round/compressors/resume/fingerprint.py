@@ -24,7 +24,7 @@ from auto_round.modeling.source import ModelSource, direct_tensors
 # Of the settings, what does not decide the result, or is said in another way below.
 _LEFT_OUT = (
     "algorithm", "dataset", "device", "imatrix", "layer_config", "ignore_layers", "to_quant_block_names", "mixed",
-    "low_gpu_mem_usage", "platform", "trust_remote_code",
+    "low_gpu_mem_usage", "platform", "trust_remote_code", "verify",
 )  # fmt: skip
 _VARIABLES = ("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "AR_GGUF_PRE_TOKENIZER")
 

@@ -118,22 +118,26 @@ class Journal:
         for kind, hidden in streams.items():
             file = f"{kind}-{number + 1:04d}.safetensors"
             fresh[kind] = [file, write_tensors(self.folder / file, {"hidden": hidden})]
-        self.units.append({**unit, "weights": weights})
-        old, self.streams = self.streams, fresh
-        self._commit()
+        old = self.streams
+        self._commit([*self.units, {**unit, "weights": weights}], fresh, self.done)
         self._drop(old)
 
     def complete(self, fmt: str, files: Mapping[str, str]) -> None:
         """All files of a format are on the disk in its folder's `.partial` and were checked."""
-        self.done[fmt] = dict(files)
-        self._commit()
+        self._commit(self.units, self.streams, {**self.done, fmt: dict(files)})
 
     def reduce(self) -> None:
         """The run is over: only what it was and which folders it made is kept."""
-        units, streams = self.units, self.streams
-        self.units, self.streams = [], {}
-        self._commit()
-        self._drop({unit["name"]: [unit["file"]] for unit in units} | streams)
+        files = {unit["name"]: [unit["file"]] for unit in self.units} | self.streams
+        self._commit([], {}, self.done)
+        self._drop(files)
+
+    def tidy(self) -> None:
+        """Remove files that a run was writing when it was killed, or was about to remove."""
+        counted = {_RUN, _MANIFEST} | {unit["file"] for unit in self.units} | {n for n, _ in self.streams.values()}
+        for path in self.folder.iterdir():
+            if path.name not in counted:
+                path.unlink()
 
     def remove(self) -> None:
         """Leave nothing, and no empty folders."""
@@ -146,9 +150,13 @@ class Journal:
                 break
         self._reset()
 
-    def _commit(self) -> None:
+    def _commit(
+        self, units: list[dict[str, Any]], streams: dict[str, list[Any]], done: dict[str, dict[str, str]]
+    ) -> None:
+        """What counts from now on, on the disk first."""
         sync_folder(self.folder)
-        self._write(_MANIFEST, {"units": self.units, "streams": self.streams, "done": self.done})
+        self._write(_MANIFEST, {"units": units, "streams": streams, "done": done})
+        self.units, self.streams, self.done = units, streams, done
 
     def _drop(self, files: Mapping[str, list[Any]]) -> None:
         for name, *_ in files.values():

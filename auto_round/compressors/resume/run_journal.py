@@ -86,7 +86,10 @@ class RunJournal:
         values = plain(late)
         if not self.journal.is_empty:
             try:
-                found = differences(self.journal.run.get("late"), values)
+                before = dict(self.journal.run["late"])
+                if values["probe"] is None:  # it was to check the files with, which is not wanted any more
+                    before["probe"] = None
+                found = differences(before, values)
                 if self.journal.run["weights"] != self._files:
                     found += self._other_weights(source)
                 self._refuse(found)
@@ -96,6 +99,7 @@ class RunJournal:
                 self._anew(error)
         if self.journal.is_empty:
             self.journal.begin({"settings": self._fixed, "weights": self._files, "late": values})
+        self.journal.tidy()
         self._begun = True
         self.finished = len(self.journal.units)
         self._background = Background("journal")
