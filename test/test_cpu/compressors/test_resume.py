@@ -171,7 +171,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "nsamples": {"nsamples": 6}, "layers.model.layers.1.mlp.up_proj": {"layer_config": {"1.mlp.up_proj": {"bits": 8}}},
     "formats": {"formats": "auto_gptq"}, "amp": {"amp": False},
     "enable_quanted_input": {"enable_quanted_input": False}, "model_dtype": {"model_dtype": "bf16"},
-    "calibration data": {"dataset": [torch.full((24,), n + 4) for n in range(8)]},
+    "calibration data": {"dataset": [torch.arange(n + 4, n + 28) for n in range(8)]},
     "algorithm": {"enable_adam": True}, "quant_lm_head": {"quant_lm_head": True},
     "max_shard_size": {"save": {"max_shard_size": "50KB"}},
 }  # fmt: skip
