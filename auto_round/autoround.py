@@ -18,7 +18,7 @@ from auto_round.compressors.format_runs import default_format, folder_name, spli
 from auto_round.compressors.model_free.entry import open_model_free, rounding_only
 from auto_round.compressors.resume.run_journal import remove_journal
 from auto_round.compressors.run import Finished, Run
-from auto_round.compressors.settings import Settings, check_whole, names_tuple, parse_scale_dtype
+from auto_round.compressors.settings import Settings, check_on_nan, check_whole, names_tuple, parse_scale_dtype
 from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
 from auto_round.export.cache_scales import parse_cache_scheme
 from auto_round.export.disk import PARTIAL, ensure_output_folder
@@ -42,7 +42,7 @@ _OTHER_DEFAULTS: dict[str, Any] = {
     "enable_deterministic_algorithms": False, "trust_remote_code": False, "model_dtype": None, "verify": True,
     "device": None, "adam": None, "enable_opt_rtn": None, "bs": None, "algorithm": None, "static_kv_dtype": None,
     "static_kv_granularity": "tensor", "static_attention_dtype": None, "static_attention_granularity": "tensor",
-    "imatrix": None, "save_imatrix": None,
+    "imatrix": None, "save_imatrix": None, "on_nan": "fail", "allow_pickle": False,
     "model_free": False, "parallelism": None, "max_memory": None,
 }  # fmt: skip
 _CACHE_OPTIONS = (
@@ -83,8 +83,10 @@ class AutoRound:
             `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`; and for static FP8 scales
             of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
             `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (an importance file of
-            llama.cpp's to use) and `save_imatrix` (where to write one). `model_free=True` rounds to nearest tensor by
-            tensor, without a model (docs/model-free.md), with `parallelism` and `max_memory`.
+            llama.cpp's to use) and `save_imatrix` (where to write one); `on_nan` ("fail", "rtn", "keep"), what is done
+            about layers whose numbers are not finite (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin.
+            `model_free=True` rounds to nearest tensor by tensor, without a model (docs/model-free.md), with
+            `parallelism` and `max_memory`.
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.
@@ -148,6 +150,8 @@ class AutoRound:
             verify=bool(options["verify"]),
             imatrix=None if options["imatrix"] is None else os.fspath(options["imatrix"]),
             save_imatrix=None if options["save_imatrix"] is None else os.fspath(options["save_imatrix"]),
+            on_nan=check_on_nan(options["on_nan"]),
+            allow_pickle=bool(options["allow_pickle"]),
             **cache,
         )
         self._spent = False  # a model object is quantized in place, once
@@ -196,8 +200,9 @@ class AutoRound:
         self._needs_model("quantize")
         if self._result is None:
             self._result = self._run().to_memory()
-        model, layers, _ = self._result
+        model, layers, finished = self._result
         job = self._run().memory_plan() if not self._source.lazy else None
+        job = None if job is None else job.with_kept(finished.walk.numbers.kept)
         names = list(job.layers) if job is not None else list(layers)
         schemes = {n: (job.layers[n].scheme if job is not None else layers[n].scheme) for n in names}
         return model, {name: scheme.to_dict() for name, scheme in schemes.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +37,11 @@ class LayerPlan:
     def described(self) -> str:
         """What it becomes, in a short phrase: the ggml type, or the scheme."""
         return self.ggml if self.ggml is not None else self.scheme.describe()
+
+    def kept(self, reason: str) -> LayerPlan:
+        """The same layer left in full precision."""
+        full = self.scheme.with_overrides({"bits": 16, "act_bits": 16})
+        return replace(self, scheme=full, reason=reason, ggml=None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,10 @@ class Job:
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
+
+    def with_kept(self, kept: Mapping[str, str]) -> Job:
+        """The same job with some layers left in full precision after all, by name, with the reasons."""
+        return replace(self, layers={n: p.kept(kept[n]) if n in kept else p for n, p in self.layers.items()})
 
     def export_plan(self) -> ExportPlan:
         schemes = {name: plan.scheme for name, plan in self.layers.items()}

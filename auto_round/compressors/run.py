@@ -20,12 +20,20 @@ from auto_round.calibration.inputs import CapturedInputs, capture_inputs
 from auto_round.compressors.activations import attach
 from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, take_unit, walk_blocks
-from auto_round.compressors.dense_experts import FusedTarget, read_pieces
+from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, read_pieces
 from auto_round.compressors.finish import write_config, write_records, write_side_files
 from auto_round.compressors.format_runs import folder_name
 from auto_round.compressors.gguf_job import gguf_format
 from auto_round.compressors.importance_files import given_importance, save_importance
 from auto_round.compressors.job import Job
+from auto_round.compressors.non_finite import (
+    FallBack,
+    Numbers,
+    check_dense_places,
+    damaged_layers,
+    damaged_tensors,
+    needs_all_blocks,
+)
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
 from auto_round.compressors.planning import compute_dtype, expert_joiner, make_job, planned_tensors
 from auto_round.compressors.probe import probe_samples
@@ -44,7 +52,7 @@ from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.errors import OutputError, UnsupportedError, VerifyError
 from auto_round.export.disk import PARTIAL, check_disk, ensure_output_folder
-from auto_round.export.formats import OutputFormat, get_format
+from auto_round.export.formats import OutputFormat, get_format, require_plan
 from auto_round.export.staging import Staging
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
@@ -74,10 +82,29 @@ class Run:
     def __init__(self, source: ModelSource, settings: Settings, tokenizer: Any) -> None:
         self.source, self.settings, self.tokenizer = source, settings, tokenizer
         self._walking: Walk | None = None
+        self._looked = False
+        self._damaged: dict[str, str] = {}
+        self._kept: dict[str, str] = {}
 
     def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True) -> Job:
         """The job, without doing it. `fit`: see `make_job`."""
-        return make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer)
+        job = make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer)
+        if not self._damaged:
+            return job
+        self._kept = damaged_layers(job, self._damaged, self.source)
+        job = make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer, self._kept)
+        check_dense_places(job, self._damaged)
+        return job
+
+    def _look_for_damage(self) -> None:
+        """Where layers with NaN or Inf are to stay, find them before anything is planned."""
+        if self.settings.on_nan != "keep" or self._looked:
+            return
+        self._looked = True
+        self.source.checks_finite = False
+        self._damaged = damaged_tensors(self.source)
+        for name, bad in self._damaged.items():
+            logger.warning("tensor %s holds %s: it stays as it is", name, bad)
 
     def memory_plan(self) -> Job:
         """The job of a model that is kept in memory. Layers that no packing takes stay as they are, so that it can be
@@ -90,6 +117,7 @@ class Run:
 
     def to_memory(self) -> tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished]:
         """Quantize and keep the layers: (model, layers by name, records)."""
+        self._look_for_damage()
         job = self.memory_plan()
         sink = MemorySink()
         finished = self._walk(job, [sink])
@@ -111,6 +139,7 @@ class Run:
             OutputError: the folder cannot be used, or another run works on it.
             Stopped: by Ctrl-C.
         """
+        self._look_for_damage()
         job = self.plan(formats, output_dir)
         check_disk(output_dir, _output_bytes(job))
         root = ensure_output_folder(output_dir, overwrite=True)
@@ -149,6 +178,7 @@ class Run:
             finished = self._walk(job, sinks, journal)
             if journal is not None:
                 journal.wait()
+        job = job.with_kept(finished.walk.numbers.kept)
         for sink, (_, stage) in zip(sinks, left, strict=True):
             self._deliver(job, sink, stage, finished, journal)
 
@@ -172,6 +202,7 @@ class Run:
         siblings: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Everything of `to_folders` that can be refused before work begins."""
+        self._look_for_damage()
         job = self.plan(formats, output_dir)
         check_disk(output_dir, _output_bytes(job))
         self._admit(job, Path(output_dir).expanduser(), formats, overwrite, shard, resume, siblings)
@@ -212,14 +243,22 @@ class Run:
 
             return make_sink(job, fmt, folder, self.source, self.settings)
         experts = expert_joiner(fmt, dict(job.layers), self.source)
-        return FolderSink(fmt, folder, self.source.dtype, shard, experts)
+
+        def rejoin(names: Sequence[str], reason: str) -> ExpertJoiner:
+            kept = job.with_kept(dict.fromkeys(names, reason))
+            require_plan(fmt, kept.export_plan())
+            return expert_joiner(fmt, dict(kept.layers), self.source)
+
+        return FolderSink(fmt, folder, self.source.dtype, shard, experts, rejoin)
 
     def save(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
         layers: Mapping[str, QuantizedLayer], finished: Finished,
     ) -> list[Path]:  # fmt: skip
         """Write layers that are in memory already."""
+        self.source.checks_finite = self.settings.on_nan != "keep"
         job = _as_done(self.plan(formats, output_dir, fit=False), self.memory_plan(), layers)
+        job = job.with_kept(finished.walk.numbers.kept)
         check_disk(output_dir, _output_bytes(job))
         root = ensure_output_folder(output_dir, overwrite, {PARTIAL, *map(folder_name, formats)})
         folders = self._folders(root, formats)
@@ -285,6 +324,7 @@ class Run:
                 self._quantizer(), sinks, settings.device, compute_dtype(settings, source), settings.seed, calibration,
                 probe, store, batch, getattr(settings.algorithm, "enable_quanted_input", True), job.cache,
                 importance, settings.save_imatrix is not None, journal,
+                FallBack(settings.scale_dtype, source.dtype, needs_all_blocks(settings)), self._numbers(),
             )  # fmt: skip
             self._walking = walk
             with _deterministic(settings.deterministic):
@@ -301,12 +341,18 @@ class Run:
                     "alone and listed in report.json; more samples (nsamples, seqlen) reach more of them",
                     len(walk.unreached), walk.unreached[0],
                 )  # fmt: skip
+            walk.numbers.say_clamped()
         finally:
             progress.finish()
         done = time.monotonic()
         seconds = {"calibration": captured - started, "quantization": done - captured}
         described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
         return Finished(walk, outside, loss, probe_ids, described, seconds)
+
+    def _numbers(self) -> Numbers:
+        """The policy, with what is known before the walk."""
+        incidents = [f"tensor {name} holds {bad}" for name, bad in self._damaged.items()]
+        return Numbers(self.settings.on_nan, dict(self._kept), incidents=incidents)
 
     def _finish_outside(self, job: Job, walk: Walk, sinks: Sequence[Sink], progress: Progress) -> list[QuantizedLayer]:
         progress.message("what is outside the blocks")
@@ -316,12 +362,12 @@ class Run:
             optimized = self.settings.needs_data and self.settings.optimized_start
             algorithm = self.settings.algorithm
             steps = algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
-            outside = quantize_outside(job, self.source, walk, optimized, self.settings.scale_dtype, steps)
+            outside = quantize_outside(job, self.source, walk, optimized, self.settings.scale_dtype, steps, sinks)
             if walk.journal is not None and outside:
                 inputs = {
                     name: walk.activations[name] for name in (v.name for v in outside) if name in walk.activations
                 }
-                unit = Unit(outside, inputs, walk.records[len(job.blocks) :])
+                unit = Unit(outside, inputs, walk.records[len(job.blocks) :], numbers=walk.numbers.state())
                 hidden = {} if walk.probe_hidden is None else {"probe": walk.probe_hidden}
                 walk.journal.add("outside", unit, outside_checksum(self.source), hidden)
         emit_outside(job, self.source, outside, sinks)
@@ -363,6 +409,7 @@ class Run:
                 finished.loss if fmt.holds_activations or not finished.walk.activations else None,
                 settings.device, finished.walk.dtype, settings.trust_remote_code,
                 None if fmt.loads_here else _reader(job, fmt, sink.experts.targets), fmt.rounds_weights,
+                source.checks_finite,
             )  # fmt: skip
             verified = verify_folder(folder, expected)
             finished.seconds["verify"] = time.monotonic() - started
@@ -393,7 +440,7 @@ class Run:
     ) -> None:
         write_records(
             sink.folder, job, self.settings, sink.format, finished.walk.records, finished.seconds, sink.digests(),
-            verified, finished.data, finished.walk.unreached,
+            verified, finished.data, finished.walk.unreached, finished.walk.numbers,
         )  # fmt: skip
 
 

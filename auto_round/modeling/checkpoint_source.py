@@ -95,9 +95,11 @@ class CheckpointSource(ModelSource):
 
     def reopen(self) -> CheckpointSource:
         """A second source of the same files with an empty model of its own."""
-        return CheckpointSource(
+        source = CheckpointSource(
             self.folder, dtype=self.dtype, trust_remote_code=self._trusted, name_or_path=self.name_or_path
         )
+        source.checks_finite = self.checks_finite
+        return source
 
     def load(self, name: str, device: Device | None = None) -> nn.Module:
         where = torch.device(device or "cpu")
@@ -169,7 +171,7 @@ class CheckpointSource(ModelSource):
             raise ModelError(
                 f"tensor {name!r} has shape {list(tensor.shape)} in {self.folder}; the model needs {list(info.shape)}"
             )
-        if check:
+        if check and self.checks_finite:
             check_finite(name, tensor)
         return tensor
 

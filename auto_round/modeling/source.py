@@ -32,6 +32,7 @@ class ModelSource(ABC):
         dtype: the dtype of its floating-point weights.
         stored_as: how a checkpoint that is quantized already holds its weights, in words; "" for a dense one.
         lazy: weights are read when loaded and dropped when released (a checkpoint), instead of living in the model.
+        checks_finite: `load` refuses NaN and Inf. Off once they have been looked for and are to be kept.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class ModelSource(ABC):
     dtype: torch.dtype
     lazy: bool
     stored_as: str = ""
+    checks_finite: bool = True
 
     @abstractmethod
     def load(self, name: str, device: Device | None = None) -> nn.Module:
@@ -55,7 +57,7 @@ class ModelSource(ABC):
 
         Raises:
             ModelError: no such module, or its files cannot be read.
-            NumericsError: a weight holds NaN or Inf; the message names it.
+            NumericsError: a weight holds NaN or Inf, and `checks_finite`; the message names it.
         """
 
     @abstractmethod

@@ -34,6 +34,7 @@ class Unit:
         sums, tokens: by layer, the sums of squares of its inputs, and over how many tokens; empty unless they are
             saved at the end.
         unreached: layers that no calibration token reached.
+        numbers: what had come of NaN and Inf by then, as `Numbers.state` has it.
     """
 
     layers: list[QuantizedLayer] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Unit:
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def unit_state(unit: Unit) -> tuple[Tensors, dict[str, Any]]:
@@ -62,7 +64,7 @@ def unit_state(unit: Unit) -> tuple[Tensors, dict[str, Any]]:
     tensors, widths = packed(tensors)
     facts = {
         "layers": layers, "activations": activations, "records": [asdict(record) for record in unit.records],
-        "tokens": dict(unit.tokens), "unreached": unit.unreached, "widths": widths,
+        "tokens": dict(unit.tokens), "unreached": unit.unreached, "widths": widths, "numbers": dict(unit.numbers),
     }  # fmt: skip
     return tensors, facts
 
@@ -82,5 +84,6 @@ def unit_from_state(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any
     }
     records = [BlockRecord(**record) for record in facts["records"]]
     return Unit(
-        layers, activations, records, under("scale."), under("sum."), dict(facts["tokens"]), list(facts["unreached"])
-    )
+        layers, activations, records, under("scale."), under("sum."), dict(facts["tokens"]), list(facts["unreached"]),
+        facts.get("numbers", {}),
+    )  # fmt: skip
