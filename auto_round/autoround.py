@@ -324,7 +324,12 @@ class AutoRound:
 
 
 def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
-    source = open_source(model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform)
+    source = open_source(
+        model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform,
+        allow_pickle=settings.allow_pickle,
+    )  # fmt: skip
+    for note in getattr(source, "notes", ()):
+        logger.warning("%s", note)
     if source.stored_as:
         logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
     if low_cpu_mem_usage or not source.lazy or source.stored_as:

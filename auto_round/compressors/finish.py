@@ -15,6 +15,7 @@ from auto_round.compressors.non_finite import Numbers
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import write_json, write_text
+from auto_round.modeling.links import inside
 from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
@@ -60,7 +61,7 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
             names += [path.name for path in Path(origin).glob("*.py")]
         for name in names:
             if (Path(origin) / name).is_file():
-                shutil.copyfile(Path(origin) / name, folder / name)
+                shutil.copyfile(inside(Path(origin), Path(origin) / name), folder / name)
     if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
         tokenizer.save_pretrained(folder)
     generation = getattr(source.model, "generation_config", None)

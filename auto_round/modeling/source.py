@@ -163,6 +163,7 @@ def open_source(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
     platform: str | None = None,
+    allow_pickle: bool = False,
 ) -> ModelSource:
     """The source for a folder, a hub id or a model object.
 
@@ -172,6 +173,7 @@ def open_source(
             A model object keeps its own.
         trust_remote_code: allow the checkpoint's own Python code to run.
         platform: "hf" or "model_scope", where a hub id is looked up; default: as AR_USE_MODELSCOPE says.
+        allow_pickle: read `pytorch_model.bin` where there is no safetensors.
 
     Raises:
         ModelError: not found, not a causal language model, pickle weights, damaged files.
@@ -185,5 +187,8 @@ def open_source(
     from auto_round.modeling.checkpoint_source import CheckpointSource
     from auto_round.modeling.hub import model_folder
 
-    folder = model_folder(model, trust_remote_code=trust_remote_code, platform=platform)
-    return CheckpointSource(folder, dtype=dtype, trust_remote_code=trust_remote_code, name_or_path=os.fspath(model))
+    folder = model_folder(model, trust_remote_code=trust_remote_code, platform=platform, allow_pickle=allow_pickle)
+    return CheckpointSource(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, name_or_path=os.fspath(model),
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
