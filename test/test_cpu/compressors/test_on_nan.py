@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from auto_round import AutoRound
-from auto_round.errors import ConfigError, NumericsError, UnsupportedError
+from auto_round.errors import AutoRoundError, ConfigError, NumericsError, UnsupportedError
 
 Q1 = "model.layers.1.self_attn.q_proj"
 QKV1 = [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
@@ -245,3 +245,27 @@ def test_what_is_refused(packable_folder: Any) -> None:
         AutoRound(packable_folder("llama"), on_nan="skip")
     with pytest.raises(UnsupportedError, match="model-free mode plans every byte"):
         AutoRound(packable_folder("llama"), on_nan="keep", model_free=True)
+
+
+@pytest.mark.parametrize("policy", ["rtn", "keep"])
+def test_an_interrupted_run_remembers_what_was_not_finite(
+    edited: Any, token_ids: Any, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from auto_round.compressors import blockwise
+
+    folder = edited(overflow_in_block_0)
+    whole = quantize(folder, tmp_path / "whole", token_ids, on_nan=policy)
+    real = blockwise._quantize_block
+
+    def stopping(index: int, *args: Any) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return real(index, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "_quantize_block", stopping)
+        with pytest.raises((KeyboardInterrupt, AutoRoundError)):
+            quantize(folder, tmp_path / "out", token_ids, on_nan=policy)
+    report = quantize(folder, tmp_path / "out", token_ids, on_nan=policy)
+    for key in ("numerics", "layers", "files"):
+        assert report[key] == whole[key], key
