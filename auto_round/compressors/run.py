@@ -51,7 +51,7 @@ from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.errors import OutputError, UnsupportedError, VerifyError
-from auto_round.export.disk import PARTIAL, check_disk, ensure_output_folder
+from auto_round.export.disk import PARTIAL, check_disk, ensure_output_folder, writing
 from auto_round.export.formats import OutputFormat, get_format, require_plan
 from auto_round.export.staging import Staging
 from auto_round.logger import logger
@@ -143,7 +143,7 @@ class Run:
         job = self.plan(formats, output_dir)
         check_disk(output_dir, _output_bytes(job))
         root = ensure_output_folder(output_dir, overwrite=True)
-        with ExitStack() as stack:
+        with writing(root, _output_bytes(job)), ExitStack() as stack:
             base = stack.enter_context(Staging(root))
             journal = self._admit(job, root, formats, overwrite, shard, resume, siblings)
             folders = self._folders(root, formats)
@@ -264,7 +264,7 @@ class Run:
         folders = self._folders(root, formats)
         for fmt, folder in zip(formats, folders, strict=True):
             ensure_output_folder(folder, overwrite)
-            with Staging(folder) as stage:
+            with writing(folder, _output_bytes(job)), Staging(folder) as stage:
                 stage.clear()
                 sink = self._sink(job, fmt, stage.path, shard)
                 with sink.writer:

@@ -35,7 +35,7 @@ from auto_round.compressors.model_free.units import Unit, Work, plan_work
 from auto_round.compressors.resume.fingerprint import differences
 from auto_round.compressors.settings import Settings
 from auto_round.errors import OutputError, Stopped
-from auto_round.export.disk import check_disk, ensure_output_folder
+from auto_round.export.disk import check_disk, ensure_output_folder, writing
 from auto_round.export.folder_lock import FolderLock
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import parse_size, write_text
@@ -111,7 +111,7 @@ class ModelFree:
             # Processes that share the work share the folder: the first holds it for all of them.
             lock = FolderLock(folder / f"{FOLDER}.lock", folder) if self.options.rank == 0 else nullcontext()
             try:
-                with lock:
+                with writing(folder, sum(job.bytes_on_disk.values())), lock:
                     self._write(one, fmt, folder, overwrite, parse_size(shard), resume)
             except KeyboardInterrupt as stop:
                 text = f"stopped while {folder} was written; the same command goes on from there"
