@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from auto_round import envs
 from auto_round._version import __version__
-from auto_round.errors import AutoRoundError, OutputError
+from auto_round.errors import AutoRoundError, OutputError, Stopped
 from auto_round.logger import logger, setup_logging
 
 _OVERVIEW = """
@@ -24,7 +26,8 @@ recipes, which fill only what you leave unset:
   auto-round, auto-round-best, auto-round-light, auto-round-opt-rtn, auto-round-rtn (see auto-round list recipe)
 
 Underscores and dashes in flag names are equal. A message is one line, and the exit code says what kind it is:
-2 arguments, 3 model, 4 data, 5 device, 6 output, 7 not possible, 8 numbers, 9 verification, 1 anything else."""
+2 arguments, 3 model, 4 data, 5 device, 6 output, 7 not possible, 8 numbers, 9 verification, 1 anything else,
+130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -91,20 +94,42 @@ def _guard(argv: Sequence[str] | None, start: Callable[[list[str]], int]) -> int
             return 0
         setup_logging()
         _prepare_process()
-        return start(args)
+        with _terminable():
+            return start(args)
     except AutoRoundError as err:
         _say(str(err))
         _debug_traceback()
         return err.exit_code
+    except Stopped as stop:
+        _say(str(stop))
+        return stop.exit_code
     except KeyboardInterrupt:
         _say("stopped by the user")
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader (head, less) has gone; point stdout elsewhere so that the final flush does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as err:
         return _unexpected(err)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """While this is open, SIGTERM stops as Ctrl-C does: what is finished is kept, and one line says where."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped("stopped by a signal", number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare_process() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,14 +20,22 @@ from auto_round.compressors.block_dtype import in_dtype
 from auto_round.compressors.cache import CachePlan
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.non_finite import FallBack, Numbers
+from auto_round.compressors.resume.fingerprint import module_checksum
+from auto_round.compressors.resume.unit_state import Unit
+from auto_round.compressors.scale_limits import clamped_scales
 from auto_round.compressors.sinks import Sink
-from auto_round.compressors.streams import Stream, check_activations
+from auto_round.compressors.streams import Stream, check_activations, first_non_finite
 from auto_round.data_type.activation import ActivationQuantizer, quantized_inputs
+from auto_round.errors import NumericsError
 from auto_round.modeling.blocks import set_weight_2d, weight_2d
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.progress import Progress
 from auto_round.report.run_report import BlockRecord
+
+if TYPE_CHECKING:
+    from auto_round.compressors.resume.run_journal import RunJournal
 
 
 @dataclass
@@ -45,6 +54,9 @@ class Walk:
         cache: which attention modules get static scales; None for none.
         importance: by layer, in place of what the calibration data would say; None without.
         gather: the sums below are wanted even if the algorithm does not need them.
+        journal: what is finished already, and where to note what will be; None for a run that is not gone on with.
+        fall: what plain rounding has to know, where calibration is not finite.
+        numbers: what is done about NaN and Inf; filled in: what came of it.
         sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
         records: filled in, one a block.
         unreached: quantized layers that no calibration token reached (experts).
@@ -68,6 +80,9 @@ class Walk:
     cache: CachePlan | None = None
     importance: Mapping[str, torch.Tensor] | None = None
     gather: bool = False
+    journal: RunJournal | None = None
+    fall: FallBack = FallBack(torch.float16, torch.float32)
+    numbers: Numbers = field(default_factory=Numbers)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     records: list[BlockRecord] = field(default_factory=list)
@@ -83,23 +98,44 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
     """Quantize every block in order.
 
     Raises:
-        NumericsError: NaN or Inf in weights, activations, scales or loss, with the place.
+        NumericsError: NaN or Inf in weights, activations, scales or loss, with the place, where `walk.numbers` is to
+            fail of it or cannot do otherwise.
     """
+    numbers = walk.numbers
     full = _stream(walk, walk.calibration)
     quantized = _stream(walk, walk.calibration) if full is not None and walk.quantizer.needs_targets else None
     if not walk.quantized_input:
         quantized = None
     probe = _stream(walk, walk.probe)
-    progress.start(len(source.blocks))
-    for index, name in enumerate(source.blocks):
+    finished = min(walk.journal.finished, len(source.blocks)) if walk.journal is not None else 0
+    progress.start(len(source.blocks), finished)
+    for index, name in enumerate(source.blocks[:finished]):
+        _emit(job, source, name, take_unit(walk, index), walk.sinks)
+    streams = {"full": full, "quantized": quantized, "probe": probe}
+    if finished:
+        _restore(walk, streams, len(source.blocks))
+        full = full if numbers.lost is None else None
+        quantized = quantized if numbers.lost is None and not numbers.diverged else None
+    for index, name in list(enumerate(source.blocks))[finished:]:
         started = time.monotonic()
         block = source.load(name, walk.device)
+        weights = module_checksum(block) if walk.journal is not None else 0
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
         tasks = [layer_task(source, plan) for plan in planned]
         with in_dtype(block, source.dtype, walk.dtype):
-            result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype)
+            try:
+                result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype)
+            except NumericsError as error:
+                result = numbers.fall_back(name, tasks, error, walk.sinks, walk.fall)
+                if full is not None and first_non_finite(full.hidden) is not None:
+                    numbers.lost = name
             by_name = {layer.name: layer for layer in result.layers}
             for task in tasks:
+                if task.name not in by_name:
+                    _put_back(task)
+            tasks = [task for task in tasks if task.name in by_name]
+            for task in tasks:
+                numbers.count(task, clamped_scales(task, by_name[task.name]))
                 install(task, by_name[task.name])
             steps = {task.module: task.activation for task in tasks if task.activation is not None}
             walk.activations |= {task.name: task.activation for task in tasks if task.activation is not None}
@@ -108,17 +144,86 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
                     quantized.hidden = quantized.after(index, block, walk.device, walk.dtype)
                 if probe is not None:
                     probe.hidden = probe.after(index, block, walk.device, walk.dtype)
+        if numbers.lost is not None:
+            full = quantized = None
+        quantized = _still_finite(name, quantized, numbers)
         if not source.lazy:
             for task in tasks:
                 install(task, by_name[task.name])
-        scales = {key: scale for key, scale in walk.cache_scales.items() if key.startswith(f"{name}.")}
-        _emit(job, source, name, result, scales, walk.sinks)
-        source.release(name)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
         walk.records.append(record)
+        unit = _unit(name, result.layers, walk)
+        if walk.journal is not None:
+            hidden = {kind: stream.hidden for kind, stream in streams.items() if stream is not None}
+            walk.journal.add(name, unit, weights, hidden)
+        _emit(job, source, name, unit, walk.sinks)
+        source.release(name)
         progress.block(name, result.loss_before, result.loss_after)
     walk.probe_hidden = probe.hidden if probe is not None else None
     walk.last_inputs, walk.last_full = quantized or full, full
+
+
+def take_unit(walk: Walk, index: int) -> Unit:
+    """A finished unit out of the journal, with all that it added to the walk."""
+    assert walk.journal is not None
+    unit = walk.journal.unit(index, walk.device)
+    walk.numbers.go_on(unit.numbers, walk.sinks)
+    walk.activations |= unit.activations
+    walk.records += unit.records
+    walk.cache_scales |= unit.scales
+    walk.sums |= unit.sums
+    walk.tokens |= unit.tokens
+    walk.unreached += unit.unreached
+    return unit
+
+
+def _restore(walk: Walk, streams: Mapping[str, Stream | None], blocks: int) -> None:
+    """The streams after the last finished unit; behind the blocks only the probe is needed."""
+    assert walk.journal is not None
+    for kind, stream in streams.items():
+        if stream is not None and (kind == "probe" or walk.journal.finished <= blocks):
+            stream.hidden = walk.journal.stream(kind).to(walk.store_device)
+
+
+def _unit(name: str, layers: list[QuantizedLayer], walk: Walk) -> Unit:
+    """What the block of this name, the last that was done, added to the walk."""
+    inside = f"{name}."
+    sums = {key: value for key, value in walk.sums.items() if key.startswith(inside)} if walk.gather else {}
+    return Unit(
+        layers,
+        {layer.name: walk.activations[layer.name] for layer in layers if layer.name in walk.activations},
+        walk.records[-1:],
+        {key: scale for key, scale in walk.cache_scales.items() if key.startswith(inside)},
+        sums,
+        {key: walk.tokens[key] for key in sums},
+        [layer for layer in walk.unreached if layer.startswith(inside)],
+        walk.numbers.state(),
+    )
+
+
+def _still_finite(name: str, quantized: Stream | None, numbers: Numbers) -> Stream | None:
+    """The stream through the quantized blocks as long as it is finite: None goes on from full-precision inputs.
+
+    Raises NumericsError where the policy is to fail.
+    """
+    sample = None if quantized is None else first_non_finite(quantized.hidden)
+    if sample is None:
+        return quantized
+    said = f"the blocks quantized up to {name} give NaN or Inf on calibration sample {sample}"
+    if numbers.policy == "fail":
+        raise NumericsError(f"{said}, though not in full precision; use --disable_amp, more bits, or on_nan=rtn")
+    numbers.note(f"{said}: the blocks after it are tuned on full-precision inputs")
+    numbers.diverged = True
+    return None
+
+
+def _put_back(task: LayerTask) -> None:
+    """The original weight of a layer that stays, where it was dropped before tuning."""
+    own = task.module.weight
+    assert isinstance(own, torch.nn.Parameter)
+    if own.numel() == 0:
+        made = task.weight.to(own.dtype)
+        task.module.weight = torch.nn.Parameter(made.t() if task.transposed else made, requires_grad=False)
 
 
 def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:
@@ -132,6 +237,9 @@ def _quantize_block(
     full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype,
 ) -> BlockResult:  # fmt: skip
     """Run the block in full precision where the algorithm wants it, then decide its layers."""
+    if full is None and walk.numbers.lost is not None:
+        reason = f"no finite calibration data since block {walk.numbers.lost}"
+        return walk.numbers.without_data(name, tasks, reason, walk.sinks, walk.fall)
     inputs = targets = None
     inner = {task.name: task.name.removeprefix(f"{name}.") for task in tasks}
     extremes = InputExtremes()
@@ -150,6 +258,7 @@ def _quantize_block(
             cache_extremes(attentions, cache is not None and cache.queries) as cached,
         ):
             targets = full.after(index, block, walk.device, walk.dtype, (moments, products, extremes, cached))
+        full.hidden = targets
         check_activations(name, targets)
         if cache is not None:
             walk.cache_scales |= cache.scales(name, cached)
@@ -160,7 +269,6 @@ def _quantize_block(
             layer.products = products.of(inner[layer.name])
         walk.sums |= {f"{name}.{layer}": total.cpu() for layer, total in moments.items()}
         walk.tokens |= {f"{name}.{layer}": count for layer, count in moments.tokens.items()}
-        full.hidden = targets
         join_extremes(extremes, fixed)
     if walk.importance is not None:
         for layer in tasks:
@@ -200,16 +308,13 @@ def install(task: LayerTask, layer: QuantizedLayer) -> None:
     set_weight_2d(task.module, layer.dequantize(torch.float32).to(weight_2d(task.module).device))
 
 
-def _emit(
-    job: Job, source: ModelSource, block: str, result: BlockResult, scales: Mapping[str, torch.Tensor],
-    sinks: Sequence[Sink],
-) -> None:  # fmt: skip
+def _emit(job: Job, source: ModelSource, block: str, unit: Unit, sinks: Sequence[Sink]) -> None:
     names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
-    replaced = {f"{layer.name}.{leaf}" for layer in result.layers for leaf in ("weight", "bias")}
+    replaced = {f"{layer.name}.{leaf}" for layer in unit.layers for leaf in ("weight", "bias")}
     tied = source.tied()
     rest = [n for n in names if n not in replaced and n not in tied]
     for sink in sinks:
-        for layer in result.layers:
+        for layer in unit.layers:
             sink.layer(layer)
         sink.tensors(rest, source)
-        sink.scales(scales)
+        sink.scales(unit.scales)

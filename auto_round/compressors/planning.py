@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from auto_round.compressors.gguf_job import (
 from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.mixed import mixed_defaults
+from auto_round.compressors.resume.size import journal_bytes
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
@@ -91,13 +91,14 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
 
 def make_job(
     settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None,
-    fit: bool = True, tokenizer: Any = None,
+    fit: bool = True, tokenizer: Any = None, kept: Mapping[str, str] | None = None,
 ) -> Job:  # fmt: skip
     """Resolve everything.
 
     Args:
         tokenizer: of the model, for files that hold it (GGUF).
         fit: shrink groups that a format cannot hold; False when the layers are quantized already.
+        kept: layers that stay in full precision whatever their scheme, with the reasons.
 
     Raises:
         ConfigError: a layer pattern matches nothing, or an entry is no scheme.
@@ -155,14 +156,16 @@ def make_job(
         plan = _layer_plan(source, name, scheme)
         if scheme.quantizes_weights:
             if name in routers:
-                plan = _kept(plan, _ROUTER)
+                plan = plan.kept(_ROUTER)
+            elif kept is not None and name in kept:
+                plan = plan.kept(kept[name])
             elif name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
-                plan = _kept(plan, "its block is not in to_quant_block_names")
+                plan = plan.kept("its block is not in to_quant_block_names")
             else:
                 check_data_type(scheme, f"layer {name}")
                 plan = _for_formats(plan, formats, model_type)
                 rearranged = None if gguf is None else is_rearranged(gguf, source, name)
-                plan = plan if rearranged is None else _kept(plan, rearranged)
+                plan = plan if rearranged is None else plan.kept(rearranged)
         layers[name] = plan
     if gguf is not None or settings.scheme.super_bits is not None:
         layers = with_types(layers)
@@ -192,6 +195,7 @@ def make_job(
         },
         ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
         _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
+        journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if source.lazy and output_dir else 0,
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan())
@@ -239,11 +243,6 @@ def _other_matrices(source: ModelSource, layers: Mapping[str, LayerPlan]) -> tup
     )
 
 
-def _kept(plan: LayerPlan, reason: str) -> LayerPlan:
-    full = plan.scheme.with_overrides({"bits": 16, "act_bits": 16})
-    return replace(plan, scheme=full, reason=reason)
-
-
 def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str) -> LayerPlan:
     for fmt in formats:
         require_scheme(fmt, plan.scheme, f"layer {plan.name}")
@@ -252,7 +251,7 @@ def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: s
         if plan.transposed and not fmt.takes_conv1d:
             reason = "it stores its weight transposed (Conv1D), and the layout is for ordinary linear layers"
         if reason is not None:
-            return _kept(plan, f"format {fmt.name}: {reason}")
+            return plan.kept(f"format {fmt.name}: {reason}")
     return plan
 
 
@@ -371,6 +370,11 @@ def _products(settings: Settings, source: ModelSource, layers: dict[str, LayerPl
     )
 
 
+def _hidden_size(source: ModelSource) -> int:
+    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
+    return int(getattr(config, "hidden_size", 0) or 0)
+
+
 def _memory(
     settings: Settings, source: ModelSource, layers: dict[str, LayerPlan], compute: torch.dtype
 ) -> tuple[int, int]:
@@ -381,7 +385,7 @@ def _memory(
     ]
     block = max(weights, default=0)
     config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
-    width = int(getattr(config, "hidden_size", 0) or 0)
+    width = _hidden_size(source)
     embedding = int(getattr(config, "vocab_size", 0) or 0) * width * source.dtype.itemsize
     size = compute.itemsize
     per_weight = source.dtype.itemsize + size

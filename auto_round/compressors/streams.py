@@ -10,6 +10,7 @@ import torch
 
 from auto_round.calibration.inputs import CapturedInputs
 from auto_round.errors import NumericsError
+from auto_round.modeling.finite import is_finite
 
 
 class Observer(Protocol):
@@ -58,11 +59,19 @@ class Stream:
         return lambda hidden, samples: self.captured.run(index, block, hidden, samples)
 
 
+def first_non_finite(hidden: torch.Tensor) -> int | None:
+    """The first sample of hidden states [N, T, H] that holds NaN or Inf, or None."""
+    for sample in range(hidden.shape[0]):
+        if not is_finite(hidden[sample]):
+            return sample
+    return None
+
+
 def check_activations(name: str, hidden: torch.Tensor) -> None:
     """Raise NumericsError when a block's full-precision output holds NaN or Inf."""
-    for sample in range(hidden.shape[0]):
-        if not bool(torch.isfinite(hidden[sample].sum(-1, dtype=torch.float32)).all()):
-            raise NumericsError(
-                f"block {name} gives NaN or Inf in full precision on calibration sample {sample}; "
-                "check the model and the data, or set model_dtype to float32"
-            )
+    sample = first_non_finite(hidden)
+    if sample is not None:
+        raise NumericsError(
+            f"block {name} gives NaN or Inf in full precision on calibration sample {sample}; "
+            "check the model and the data, set model_dtype to float32, or go on with on_nan=rtn or keep"
+        )

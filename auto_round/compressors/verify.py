@@ -44,6 +44,7 @@ class Expected:
             folder as Transformers would.
         rounds_weights: the files hold what was tuned in the model's own dtype, so that the loss is of other weights
             when this is a half one.
+        finite: no tensor may hold NaN or Inf; False where the source's own were kept.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -56,6 +57,7 @@ class Expected:
     trust_remote_code: bool = False
     read_back: Callable[[str, TensorFiles], QuantizedLayer] | None = None
     rounds_weights: bool = False
+    finite: bool = True
 
 
 def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
@@ -101,6 +103,7 @@ def _reopen(folder: Path, expected: Expected) -> float | None:
     source = CheckpointSource(
         folder, prepare=_swap_quantized if quantized else None, trust_remote_code=expected.trust_remote_code
     )
+    source.checks_finite = expected.finite
     names = _quantized_modules(source.model) if quantized else {name: name for name in expected.digests}
     _compare_sets("quantized layers", folder, set(names), set(expected.digests))
     loss = _walk(folder, source, expected, names)

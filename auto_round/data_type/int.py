@@ -34,8 +34,8 @@ def default_scale_threshold(scale_dtype: torch.dtype) -> float:
 
 def round_to_stored(scale: torch.Tensor, scale_dtype: torch.dtype, threshold: float) -> torch.Tensor:
     """float32 scales as `scale_dtype` stores them: |scale| at least `threshold`, sign kept, no overflow to Inf."""
-    if scale_dtype == torch.float16:
-        scale = scale.clamp(-FP16_MAX, FP16_MAX)
+    largest = torch.finfo(scale_dtype).max
+    scale = scale.clamp(-largest, largest)
     rounded = scale + (scale.to(scale_dtype).float() - scale).detach()
     floor = torch.tensor(threshold, dtype=scale_dtype).float()  # the threshold itself must be a stored value
     low = torch.where(rounded < 0, -floor, floor).to(rounded)

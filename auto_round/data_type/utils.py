@@ -75,6 +75,15 @@ def revert_tensor_by_pad(
     return tensor.reshape(rows, -1)[:, :orig_out_features].reshape(orig_shape)
 
 
+def within_float16(weight: torch.Tensor) -> torch.Tensor:
+    """A weight with what is beyond float16 cut to its largest value; itself where nothing is."""
+    largest = torch.finfo(torch.float16).max
+    if weight.dtype == torch.float16 or not weight.numel():
+        return weight
+    low, high = torch.aminmax(weight)
+    return weight.clamp(-largest, largest) if max(-float(low), float(high)) > largest else weight
+
+
 def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc:
     """The function registered for a data type.
 

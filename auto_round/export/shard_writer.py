@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -99,13 +100,19 @@ class _Shard:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise OutputError(f"cannot write {self.path} ({error.strerror}); free some space") from error
-        finally:
+            raise self._failed(error) from error
+        try:
             self._file.close()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot write {self.path} ({error.strerror}); free some space")
 
     def discard(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # closing writes what is left in its buffer, on a disk that may be full
+                self._file.close()
         self.path.unlink(missing_ok=True)
 
     @staticmethod
@@ -150,7 +157,7 @@ class _Shard:
             try:
                 self._file.write(_raw(tensor))
             except OSError as error:
-                raise OutputError(f"cannot write {self.path} ({error.strerror}); free some space") from error
+                raise self._failed(error) from error
 
 
 class ShardWriter:
@@ -216,7 +223,6 @@ class ShardWriter:
         if not self._shards:
             raise OutputError("no tensor was written; there is no checkpoint to finish")
         self._shards[-1].close()
-        self._finished = True
         count = len(self._shards)
         index_path = self.folder / f"{self._stem}.safetensors.index.json"
         index_path.unlink(missing_ok=True)
@@ -236,6 +242,7 @@ class ShardWriter:
             if pattern.fullmatch(path.name) and path.name not in names:
                 path.unlink()
         sync_folder(self.folder)
+        self._finished = True
         return [self.folder / name for name in names]
 
     def abort(self) -> None:
@@ -243,6 +250,8 @@ class ShardWriter:
         if not self._finished:
             for shard in self._shards:
                 shard.discard()
+            for name in self.sha256:  # the end was reached, but not all of it
+                (self.folder / name).unlink(missing_ok=True)
             self._finished = True
 
     def __enter__(self) -> ShardWriter:
@@ -254,7 +263,11 @@ class ShardWriter:
         if kind is not None:
             self.abort()
         elif not self._finished:
-            self.finish()
+            try:
+                self.finish()
+            except BaseException:
+                self.abort()
+                raise
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -68,6 +68,7 @@ class RunReport:
         sizes: bytes by file name.
         verify: result of the check after saving; None when it was switched off.
         quality: result of an evaluation, when there was one.
+        numerics: what was done about NaN, Inf and scales too large for their dtype; None where nothing was asked.
         versions: of this package, Python and the libraries that took part.
     """
 
@@ -83,6 +84,7 @@ class RunReport:
     sizes: Mapping[str, int] = field(default_factory=dict)
     verify: Mapping[str, Any] | None = None
     quality: Mapping[str, Any] | None = None
+    numerics: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:

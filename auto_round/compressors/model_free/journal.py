@@ -118,27 +118,3 @@ def manifest_of(job: Mapping[str, Any], inputs: Mapping[str, Any], layout: Layou
     for shard in layout.shards:
         digest.update(shard.name.encode() + shard.header)
     return {"version": __version__, "job": job, "inputs": inputs, "layout": digest.hexdigest()}
-
-
-def input_identity(file: Path) -> list[Any]:
-    """Size, time of the last change and digest of the header of a local file: cheap, and any other file differs."""
-    stat = file.stat()
-    with open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        head = handle.read(min(length, stat.st_size))
-    return [stat.st_size, stat.st_mtime_ns, hashlib.sha256(head).hexdigest()]
-
-
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Which values of two manifests differ, as words."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = []
-        for key in sorted({*one, *other}):
-            found += differences(one.get(key), other.get(key), f"{where}.{key}" if where else str(key))
-        return found
-    return [] if one == other else [f"{where}: {_short(one)} then, {_short(other)} now"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

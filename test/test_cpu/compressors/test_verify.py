@@ -98,7 +98,8 @@ def saved(
     found: dict[str, tuple[Path, Expected]] = {}
 
     def record(folder: Path, expected: Expected) -> dict[str, Any]:
-        found[key if folder.name == "auto-round" else "fake"] = (folder, expected)
+        place = folder.parent  # it is checked before it is shown
+        found[key if place.name == "auto-round" else "fake"] = (place, expected)
         return verify_folder(folder, expected)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -30,6 +30,7 @@ from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.search import search_blocks
 from auto_round.data_type.gguf.types import GgmlType
 from auto_round.data_type.int import IntGrid, integer_grid
+from auto_round.data_type.utils import within_float16
 from auto_round.quantized_layer import QuantizedLayer
 
 _DAMPING = 0.3  # of the products' mean diagonal
@@ -57,15 +58,17 @@ def start_scales(task: LayerTask, family: FloatFamily, optimized: bool) -> tuple
 
 
 def start_blocks(task: LayerTask, kind: GgmlType, optimized: bool) -> GgmlBlocks:
-    """The blocks of a layer in a ggml type before any tuning: searched, or as ggml rounds without importance."""
-    if optimized:
-        found = search_blocks(task.weight, kind.name, task.importance)
-        if task.products is None:
-            return found
-        return descend_blocks(task.weight, found, task.products, _DAMPING, _PASSES)
+    """The blocks of a layer in a ggml type before any tuning: searched, or as ggml rounds without importance.
+
+    Their factors are float16: weights beyond it are cut to its largest value first.
+    """
     from auto_round.data_type.gguf.plain import plain_blocks
 
-    return plain_blocks(task.weight, kind.name)
+    weight = within_float16(task.weight)
+    if not optimized:
+        return plain_blocks(weight, kind.name)
+    found = search_blocks(weight, kind.name, task.importance)
+    return found if task.products is None else descend_blocks(weight, found, task.products, _DAMPING, _PASSES)
 
 
 def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantizedLayer:
