@@ -282,15 +282,15 @@ class AutoRound:
                 "place, once; give the model by path, or one of the formats"
             )
         siblings = [folder_name(fmt) for fmt in formats]
-        # an empty one has no subfolder that a later run could stumble over
-        root = ensure_output_folder(output_dir, overwrite, {PARTIAL, *siblings})
+        root = Path(output_dir).expanduser()
         places = [root if len(group) > 1 else root / folder_name(group[0]) for _, group in runs]
+        jobs = [run.checked_plan(group, str(folder)) for (run, group), folder in zip(runs, places, strict=True)]
+        # an empty one has no subfolder that a later run could stumble over
+        ensure_output_folder(root, overwrite, {PARTIAL, *siblings})
         found: dict[str, Path] = {}
         with nullcontext() if root in places else Staging(root):
-            jobs = [
-                run.admit(str(folder), group, overwrite, shard, resume, siblings)
-                for (run, group), folder in zip(runs, places, strict=True)
-            ]
+            for (run, group), folder, job in zip(runs, places, jobs, strict=True):
+                run.admit(job, str(folder), group, overwrite, shard, resume, siblings)
             for (run, group), folder, job in zip(runs, places, jobs, strict=True):
                 paths = run.to_folders(str(folder), group, overwrite, shard, resume, siblings, job)
                 found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}

@@ -216,14 +216,12 @@ class Run:
         logger.info("saved %s", stage.folder)
 
     def admit(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool,
-        siblings: Sequence[str] = (),
-    ) -> Job:  # fmt: skip
-        """The plan, when everything that `to_folders` can refuse before work begins has been looked at."""
-        job = self.checked_plan(formats, output_dir)
+        self, job: Job, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
+        resume: bool, siblings: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Everything of `to_folders` that can be refused before work begins."""
         check_disk(output_dir, _output_bytes(job))
         self._admit(job, Path(output_dir).expanduser(), formats, overwrite, shard, resume, siblings)
-        return job
 
     def _admit(
         self, job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool,
