@@ -140,8 +140,13 @@ class Journal:
                 path.unlink()
 
     def remove(self) -> None:
-        """Leave nothing, and no empty folders."""
-        (self.folder / _MANIFEST).unlink(missing_ok=True)
+        """Leave nothing, and no empty folders. Raises OutputError when it cannot be removed."""
+        try:
+            (self.folder / _MANIFEST).unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise OutputError(f"the journal {self.folder} cannot be removed ({error.strerror})") from error
         shutil.rmtree(self.folder, ignore_errors=True)
         for parent in (self.folder.parent, self.folder.parent.parent):
             try:
@@ -175,7 +180,7 @@ class Journal:
             if f"{zlib.crc32(text.encode()):08x}" != crc:
                 raise ValueError("its bytes are not those that were written")
             value = json.loads(text)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise damaged(path, str(error)) from error
