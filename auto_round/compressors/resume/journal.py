@@ -175,9 +175,8 @@ class Journal:
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
         try:
-            crc, _, text = path.read_text(encoding="utf-8").partition("\n")
-            text = text.removesuffix("\n")
-            if f"{zlib.crc32(text.encode()):08x}" != crc:
+            head, _, text = path.read_bytes().partition(b"\n")
+            if not text.endswith(b"\n") or f"{zlib.crc32(text[:-1]):08x}".encode() != head:
                 raise ValueError("its bytes are not those that were written")
             value = json.loads(text)
         except (FileNotFoundError, NotADirectoryError):
