@@ -48,13 +48,19 @@ class Staging:
 
     def seal(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
         """Bring everything to the disk and return SHA-256 by file name, in subfolders too. `known`: digests that need
-        not be computed again."""
+        not be computed again.
+
+        Raises OutputError when the disk is full.
+        """
         found = {}
-        for path in sorted(p for entry in self._entries() for p in [entry, *entry.rglob("*")] if p.is_file()):
-            name = path.relative_to(self.path).as_posix()
-            found[name] = (known or {}).get(name) or file_sha256(path)
-            _sync(path)
-        sync_folder(self.path)
+        try:
+            for path in sorted(p for entry in self._entries() for p in [entry, *entry.rglob("*")] if p.is_file()):
+                name = path.relative_to(self.path).as_posix()
+                found[name] = (known or {}).get(name) or file_sha256(path)
+                _sync(path)
+            sync_folder(self.path)
+        except OSError as error:
+            raise OutputError(f"cannot bring {self.path} to the disk ({error.strerror}); free some space") from error
         return found
 
     def publish(self, files: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from auto_round.compressors.model_free.check import check_layers, sample_layers
 from auto_round.compressors.model_free.fetch import Fetcher
 from auto_round.compressors.model_free.file_check import file_digest
 from auto_round.compressors.model_free.inputs import Inputs, open_inputs
-from auto_round.compressors.model_free.journal import FOLDER, Journal, manifest_of
+from auto_round.compressors.model_free.journal import FOLDER, LOCK, Journal, manifest_of
 from auto_round.compressors.model_free.layout import Layout, index_text, plan_layout
 from auto_round.compressors.model_free.options import ModelFreeOptions, check_settings
 from auto_round.compressors.model_free.pipeline import run_units
@@ -110,13 +110,16 @@ class ModelFree:
         for fmt, folder in zip(formats, folders, strict=True):
             one = self.plan([fmt], output_dir) if len(formats) > 1 else job
             # Processes that share the work share the folder: the first holds it for all of them.
-            lock = FolderLock(folder / f"{FOLDER}.lock", folder) if self.options.rank == 0 else nullcontext()
+            lock = FolderLock(folder / FOLDER / LOCK, folder) if self.options.rank == 0 else nullcontext()
             try:
                 with writing(folder, sum(job.bytes_on_disk.values())), lock:
                     self._write(one, fmt, folder, overwrite, parse_size(shard), resume)
             except KeyboardInterrupt as stop:
                 text = f"stopped while {folder} was written; the same command goes on from there"
                 raise Stopped(text, getattr(stop, "number", signal.SIGINT)) from stop
+            finally:
+                with suppress(OSError):  # nothing but the lock was in it
+                    (folder / FOLDER).rmdir()
         self._open()[0].close()
         self._opened = None
         return folders

@@ -41,6 +41,7 @@ def late_facts(
 
 
 def going_on(finished: int, blocks: int) -> str:
+    """Where a run goes on, in words."""
     if finished < blocks:
         return f"going on with the interrupted run: {finished} of {blocks} blocks are done"
     return "going on with the interrupted run: all blocks are done"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from auto_round import envs
-from auto_round.compressors.resume.tensor_file import damaged, read_tensors, write_tensors
+from auto_round.compressors.resume.tensor_file import check_file, damaged, read_tensors, unwritable, write_tensors
 from auto_round.errors import OutputError
 from auto_round.export.shard_writer import sync_folder, write_text
 
@@ -33,7 +34,7 @@ _RUN, _MANIFEST = "run.json", "manifest.json"
 
 def journal_folder(output: Path) -> Path:
     """Where the journal of runs into this folder is."""
-    path = str(output.expanduser().absolute())
+    path = os.path.abspath(output.expanduser())
     return envs.work_space() / _ROOM / f"{output.name or 'out'}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
 
 
@@ -73,7 +74,7 @@ class Journal:
         """Read every file and compare its checksum. Raises OutputError naming the first that is damaged."""
         files = [*((unit["file"], unit["mark"]) for unit in self.units), *self.streams.values()]
         for name, mark in files:
-            read_tensors(self.folder / name, mark)
+            check_file(self.folder / name, mark)
 
     def nbytes(self) -> int:
         """Bytes that the files take."""
@@ -140,8 +141,13 @@ class Journal:
                 path.unlink()
 
     def remove(self) -> None:
-        """Leave nothing, and no empty folders."""
-        (self.folder / _MANIFEST).unlink(missing_ok=True)
+        """Leave nothing, and no empty folders. Raises OutputError when it cannot be removed."""
+        try:
+            (self.folder / _MANIFEST).unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise OutputError(f"the journal {self.folder} cannot be removed ({error.strerror})") from error
         shutil.rmtree(self.folder, ignore_errors=True)
         for parent in (self.folder.parent, self.folder.parent.parent):
             try:
@@ -154,7 +160,7 @@ class Journal:
         self, units: list[dict[str, Any]], streams: dict[str, list[Any]], done: dict[str, dict[str, str]]
     ) -> None:
         """What counts from now on, on the disk first."""
-        sync_folder(self.folder)
+        self._sync()
         self._write(_MANIFEST, {"units": units, "streams": streams, "done": done})
         self.units, self.streams, self.done = units, streams, done
 
@@ -165,17 +171,22 @@ class Journal:
     def _write(self, name: str, value: Any) -> None:
         text = json.dumps(value)
         write_text(self.folder, name, f"{zlib.crc32(text.encode()):08x}\n{text}\n")
-        sync_folder(self.folder)
+        self._sync()
+
+    def _sync(self) -> None:
+        try:
+            sync_folder(self.folder)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
         try:
-            crc, _, text = path.read_text(encoding="utf-8").partition("\n")
-            text = text.removesuffix("\n")
-            if f"{zlib.crc32(text.encode()):08x}" != crc:
+            head, _, text = path.read_bytes().partition(b"\n")
+            if not text.endswith(b"\n") or f"{zlib.crc32(text[:-1]):08x}".encode() != head:
                 raise ValueError("its bytes are not those that were written")
             value = json.loads(text)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise damaged(path, str(error)) from error

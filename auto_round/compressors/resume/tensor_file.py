@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Any = 
         with open(partial, "wb") as file:
             file.write(head)
             for name in order:
-                raw = raw_bytes(tensors[name])
-                for start in range(0, len(raw), _AT_ONCE):
-                    piece = raw[start : start + _AT_ONCE]
+                for part in tensors[name].detach().contiguous().reshape(-1).split(_AT_ONCE):
+                    piece = raw_bytes(part)  # not more than that of what lies on an accelerator
                     file.write(piece)
                     crc = zlib.crc32(piece, crc)
             file.flush()
@@ -56,10 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Any = 
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write the journal file {path} ({error.strerror}); free some space, set AR_WORK_SPACE to another "
-            "disk, or do without a journal (--no_resume)"
-        ) from error
+        raise unwritable(path, error) from error
     return [len(head) + at, crc]
 
 
@@ -68,27 +64,9 @@ def read_tensors(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor], 
 
     Raises OutputError when it is not what was written.
     """
-    size, crc = mark
-    try:
-        if path.stat().st_size != size:
-            raise damaged(path, f"it has {path.stat().st_size} bytes, not {size}")
-        data = empty_pages((size,), torch.uint8)
-        view, done, found = data.numpy().data, 0, 0
-        with open(path, "rb", buffering=0) as file:
-            while done < size:
-                count = file.readinto(view[done : done + _AT_ONCE])
-                if not count:
-                    raise damaged(path, "it ends early")
-                found = zlib.crc32(view[done : done + count], found)
-                done += count
-    except FileNotFoundError as error:
-        raise damaged(path, "it is missing") from error
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise damaged(path, f"it cannot be read: {error.strerror}") from error
-    if found != crc:
-        raise damaged(path, "its bytes are not those that were written")
+    data = empty_pages((mark[0],), torch.uint8)
+    view = data.numpy().data
+    _read(path, mark, lambda at, size: view[at : at + size])
     length = int.from_bytes(bytes(view[:8]), "little")
     header = json.loads(bytes(view[8 : 8 + length]))
     facts = json.loads(header.pop("__metadata__")["facts"])
@@ -99,9 +77,48 @@ def read_tensors(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor], 
     return tensors, facts
 
 
+def check_file(path: Path, mark: list[int]) -> None:
+    """Raise OutputError when a file is not what was written. Little of it is in memory at a time."""
+    room = memoryview(bytearray(min(mark[0], _AT_ONCE)))
+    _read(path, mark, lambda _, size: room[:size])
+
+
+def _read(path: Path, mark: list[int], room: Callable[[int, int], memoryview]) -> None:
+    """Read a file piece by piece into `room(offset, size)`, and compare size and CRC-32."""
+    size, crc = mark
+    try:
+        if path.stat().st_size != size:
+            raise damaged(path, f"it has {path.stat().st_size} bytes, not {size}")
+        done = found = 0
+        with open(path, "rb", buffering=0) as file:
+            while done < size:
+                piece = room(done, min(_AT_ONCE, size - done))
+                count = file.readinto(piece)
+                if not count:
+                    raise damaged(path, "it ends early")
+                found = zlib.crc32(piece[:count], found)
+                done += count
+    except FileNotFoundError as error:
+        raise damaged(path, "it is missing") from error
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise damaged(path, f"it cannot be read: {error.strerror}") from error
+    if found != crc:
+        raise damaged(path, "its bytes are not those that were written")
+
+
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, from the CPU, without a copy where they lie there in a row."""
     return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """What to say when a part of the journal cannot be written."""
+    return OutputError(
+        f"cannot write the journal file {path} ({error.strerror}); free some space, set AR_WORK_SPACE to another disk, "
+        "or do without a journal (--no_resume)"
+    )
 
 
 def damaged(path: Path, why: str) -> OutputError:
