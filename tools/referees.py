@@ -4,6 +4,7 @@
     python tools/referees.py --programs gptqmodel --schemes W4A16,W8A16 --formats auto_gptq
     python tools/referees.py --model FOLDER        the same on a real model (nothing is recorded)
     python tools/referees.py --render              docs/compatibility.md from the recorded results, nothing else
+    python tools/referees.py --programs compressed_tensors --twins      also what test/referees/*/test_*.py compare to
 
 Tried are the cells (scheme, format, program) that `PROGRAMS` in referees_programs.py lists, with --all every one that
 we write; what an earlier run recorded of the others stays. A program that refuses a file is recorded with its reason;
@@ -127,6 +128,7 @@ class Bench:
         work: of the checkpoints and logits.
         writable: the (scheme, format) pairs that can be made.
         only: a model to use for every scheme.
+        twins: also write the weights of every cell dequantized, as format `fake` in float32.
     """
 
     root: Path
@@ -134,6 +136,7 @@ class Bench:
     ids: np.ndarray
     writable: set[tuple[str, str]] = field(default_factory=set)
     only: Path | None = None
+    twins: bool = False
     logits: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
 
     def model(self, scheme: str) -> Path:
@@ -221,6 +224,8 @@ def run(bench: Bench, program: Program, python: Path, cells: list[tuple[str, str
         dtype = program.dtype(fmt, scheme)
         try:
             folder = bench.checkpoint(scheme, fmt)
+            if bench.twins:
+                bench.checkpoint(scheme, "fake", "float32")
         except AutoRoundError as error:
             print(f"{fmt}: {scheme}: not written ({error})", flush=True)
             continue
@@ -267,6 +272,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="also cells that the program does not claim")
     parser.add_argument("--model", type=Path, help="a model folder for all schemes; results are only printed")
     parser.add_argument("--root", type=Path, default=ROOT / ".referees", help="environments and checkpoints")
+    parser.add_argument("--twins", action="store_true", help="also write the weights of each cell dequantized")
     parser.add_argument("--render", action="store_true", help="write docs/compatibility.md and stop")
     a = parser.parse_args()
     if a.render:
@@ -283,7 +289,7 @@ def main() -> int:
     work = a.root / "work" / (a.model.name if a.model else "tiny")
     work.mkdir(parents=True, exist_ok=True)
     writable = referees_report.writable_cells(SCHEMES)
-    bench = Bench(a.root, work, np.random.default_rng(5).integers(0, 250, (2, 48)), writable, a.model)
+    bench = Bench(a.root, work, np.random.default_rng(5).integers(0, 250, (2, 48)), writable, a.model, a.twins)
     failed: list[str] = []
     for name in names:
         program = PROGRAMS[name]
