@@ -181,7 +181,9 @@ class AutoRound:
         if self._free is not None:
             return [self._free.plan(self._formats(format), output_dir)]
         runs = split_runs(self.settings, self._formats(format))
-        return [Run(self._source, settings, self.tokenizer).plan(formats, output_dir) for settings, formats in runs]
+        return [
+            Run(self._source, settings, self.tokenizer).checked_plan(formats, output_dir) for settings, formats in runs
+        ]
 
     def quantize(self) -> tuple[torch.nn.Module, dict[str, dict[str, Any]]]:
         """Quantize without saving.
@@ -252,7 +254,7 @@ class AutoRound:
         return parse_formats(default_format(self.settings) if given is None else given)
 
     def _write(self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str) -> list[Path]:
-        """Every run of these formats, planned before the first begins."""
+        """Every run of these formats, each planned once, before the first begins."""
         runs = [(Run(self._source, s, self.tokenizer), group) for s, group in split_runs(self.settings, formats)]
         if len(runs) == 1:
             return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard)
@@ -261,13 +263,14 @@ class AutoRound:
                 f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
                 "place, once; give the model by path, or one of the formats"
             )
-        ensure_output_folder(output_dir, overwrite)  # an empty one has no subfolder that a later run could stumble over
-        for run, group in runs:
-            run.plan(group, output_dir)
-        found: dict[str, Path] = {}
+        jobs = []
         for run, group in runs:
             folder = output_dir if len(group) > 1 else str(Path(output_dir) / folder_name(group[0]))
-            paths = run.to_folders(folder, group, overwrite, shard)
+            jobs.append((folder, run.checked_plan(group, folder)))
+        ensure_output_folder(output_dir, overwrite)  # an empty one has no subfolder that a later run could stumble over
+        found: dict[str, Path] = {}
+        for (run, group), (folder, job) in zip(runs, jobs, strict=True):
+            paths = run.to_folders(folder, group, overwrite, shard, job)
             found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
         return [found[fmt.name] for fmt in formats]
 

@@ -122,10 +122,12 @@ def make_job(
     outside = [name for name in everything if name not in inside_set and name == head]
     own_defaults = mixed_defaults(settings.mixed, settings.scheme, [*inside, *outside], source.config)
     gguf_output = gguf_format(formats)
-    gguf = None if gguf_output is None else file_plan(gguf_output, source, tokenizer, settings.needs_data)
+    gguf = None if gguf_output is None else file_plan(gguf_output, source, tokenizer, settings.weighs)
     option = "imatrix" if settings.imatrix is not None else "save_imatrix"
     if gguf is None and (settings.imatrix is not None or settings.save_imatrix is not None):
         raise ConfigError(f"{option} goes with a GGUF format, whose tensors importance files name; give such a format")
+    if settings.imatrix is not None and not settings.optimized_start:
+        raise ConfigError("imatrix weighs the search of scales, and disable_opt_rtn leaves that out; give one of them")
     if gguf is not None:
         own_defaults = own_schemes(gguf, source, everything, settings.scheme)
     schemes = resolve_layers(

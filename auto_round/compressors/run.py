@@ -24,7 +24,7 @@ from auto_round.compressors.dense_experts import FusedTarget, read_pieces
 from auto_round.compressors.finish import write_config, write_records, write_side_files
 from auto_round.compressors.format_runs import folder_name
 from auto_round.compressors.gguf_job import gguf_format
-from auto_round.compressors.importance_files import given_importance, save_importance
+from auto_round.compressors.importance_files import given_importance, save_importance, say_what_is_missing
 from auto_round.compressors.job import Job
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
 from auto_round.compressors.planning import compute_dtype, expert_joiner, make_job, planned_tensors
@@ -33,7 +33,7 @@ from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.errors import UnsupportedError
-from auto_round.export.disk import check_disk, ensure_output_folder
+from auto_round.export.disk import check_disk, check_file, ensure_output_folder
 from auto_round.export.formats import OutputFormat, get_format
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
@@ -67,6 +67,23 @@ class Run:
         """The job, without doing it. `fit`: see `make_job`."""
         return make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer)
 
+    def checked_plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None) -> Job:
+        """The same, with the files of importance that it will read and write looked at.
+
+        Raises:
+            DataError: the file to read is not there, damaged, or of another model.
+            OutputError: the file to write cannot be made.
+        """
+        return self._checked(self.plan(formats, output_dir))
+
+    def _checked(self, job: Job) -> Job:
+        settings = self.settings
+        if settings.imatrix is not None:
+            given_importance(settings.imatrix, job, self.source)
+        if settings.save_imatrix is not None:
+            check_file(settings.save_imatrix)
+        return job
+
     def memory_plan(self) -> Job:
         """The job of a model that is kept in memory. Layers that no packing takes stay as they are, so that it can be
         saved in any format later; a scheme that no packing takes at all leaves that to format fake."""
@@ -78,16 +95,19 @@ class Run:
 
     def to_memory(self) -> tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished]:
         """Quantize and keep the layers: (model, layers by name, records)."""
-        job = self.memory_plan()
+        job = self._checked(self.memory_plan())
         sink = MemorySink()
         finished = self._walk(job, [sink])
         return assemble_model(self.source, sink.layers), sink.layers, finished
 
     def to_folders(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str
-    ) -> list[Path]:
-        """Quantize, writing every format as blocks finish. Returns the folders, one a format."""
-        job, folders = self._prepare(output_dir, formats, overwrite)
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
+        job: Job | None = None,
+    ) -> list[Path]:  # fmt: skip
+        """Quantize, writing every format as blocks finish. Returns the folders, one a format. `job`: the plan, where it
+        is made already."""
+        job = self.checked_plan(formats, output_dir) if job is None else job
+        folders = self._folders(job, output_dir, formats, overwrite)
         sinks = [self._sink(job, f, folder, shard) for f, folder in zip(formats, folders, strict=True)]
         with ExitStack() as stack:
             for sink in sinks:
@@ -110,7 +130,8 @@ class Run:
         layers: Mapping[str, QuantizedLayer], finished: Finished,
     ) -> list[Path]:  # fmt: skip
         """Write layers that are in memory already."""
-        job, folders = self._prepare(output_dir, formats, overwrite, layers)
+        job = _as_done(self.plan(formats, output_dir, fit=False), self.memory_plan(), layers)
+        folders = self._folders(job, output_dir, formats, overwrite)
         for fmt, folder in zip(formats, folders, strict=True):
             sink = self._sink(job, fmt, folder, shard)
             with sink.writer:
@@ -137,20 +158,14 @@ class Run:
         blocks = tuple(f"{b}." for b in self.source.blocks)
         emit_outside(job, self.source, [v for k, v in layers.items() if not k.startswith(blocks)], [sink])
 
-    def _prepare(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool,
-        done: Mapping[str, QuantizedLayer] | None = None,
-    ) -> tuple[Job, list[Path]]:  # fmt: skip
-        """Everything that can be refused before work begins. `done`: the layers that are quantized already."""
-        job = self.plan(formats, output_dir, fit=done is None)
-        if done is not None:
-            job = _as_done(job, self.memory_plan(), done)
+    def _folders(self, job: Job, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool) -> list[Path]:
+        """The folders of the formats, made. Raises OutputError when one cannot be used, or the disk is too small."""
         needed = sum(job.bytes_on_disk.values())
         check_disk(output_dir, int(needed * 1.02) + (1 << 20))
         root = ensure_output_folder(output_dir, overwrite)
         if len(formats) == 1:
-            return job, [root]
-        return job, [ensure_output_folder(root / folder_name(fmt), overwrite) for fmt in formats]
+            return [root]
+        return [ensure_output_folder(root / folder_name(fmt), overwrite) for fmt in formats]
 
     def _quantizer(self) -> BlockQuantizer:
         settings = self.settings
@@ -169,7 +184,10 @@ class Run:
         store = settings.device if on_device else torch.device("cpu")
         progress = make_progress(f"{settings.algorithm_name} {job.scheme_name}")
         try:
-            importance = None if settings.imatrix is None else given_importance(settings.imatrix, job, source)
+            importance = None
+            if settings.imatrix is not None:
+                importance = given_importance(settings.imatrix, job, source)
+                say_what_is_missing(settings.imatrix, job, importance)
             progress.message("reading calibration data" if settings.needs_data else "capturing the probe")
             data = self._data()
             calibration = self._capture(data.samples, store) if data is not None else None

@@ -74,6 +74,11 @@ class Settings:
         return self.tunes or searches or saves or self._calibrated or self.cache is not None
 
     @property
+    def weighs(self) -> bool:
+        """Whether rounding looks at how large the inputs are, by calibration data or an importance file."""
+        return self.tunes or self.optimized_start
+
+    @property
     def _calibrated(self) -> bool:
         """Whether the default scheme or an entry of the layer configuration asks for fixed scales of inputs."""
         entries = [scheme_from_entry(name, entry, self.scheme) for name, entry in self.layer_config.items()]

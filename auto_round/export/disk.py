@@ -30,6 +30,20 @@ def ensure_output_folder(path: str | os.PathLike[str], overwrite: bool = False) 
     return folder
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError when no file can be written at `path`: its folder is not there or cannot be written."""
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; give the name of a file in it")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target} cannot be written: folder {target.parent} does not exist; make it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{target} cannot be written: folder {target.parent} is not writable; choose another or change its "
+            "permissions"
+        )
+
+
 def free_bytes(path: str | os.PathLike[str]) -> int:
     """Free bytes on the disk of `path`, which need not exist yet."""
     folder = Path(path).expanduser().absolute()

@@ -118,6 +118,22 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.error("a text is no UTF-8") from error
 
+    def texts(self, count: int) -> list[str]:
+        """`count` texts, of which a vocabulary has hundreds of thousands: `text`, with fewer steps for each."""
+        read, length_of, left, found = self.file.read, struct.Struct("<Q").unpack, self.left, []
+        try:
+            for _ in range(count):
+                left -= 8
+                length = length_of(read(8))[0] if left >= 0 else 0
+                left -= length
+                if left < 0:
+                    raise self.error("it ends too early")
+                found.append(read(length).decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise self.error("a text is no UTF-8") from error
+        self.left = left
+        return found
+
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
@@ -131,7 +147,7 @@ class _Reader:
             raw = self.bytes(self.countable(count, size) * size)
             return list(struct.unpack(f"<{count}{_SCALARS[inner]}", raw))
         if inner == _STRING:
-            return [self.text() for _ in range(self.countable(count, 8))]
+            return self.texts(self.countable(count, 8))
         raise self.error(f"an array has items of the unknown type {inner}")
 
     def info(self) -> tuple[str, tuple[int, ...], str, int]:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from auto_round import AutoRound
-from auto_round.calibration.imatrix_file import read_imatrix
-from auto_round.errors import ConfigError, DataError, ModelError, UnsupportedError, VerifyError
+from auto_round.calibration.imatrix_file import read_imatrix, write_imatrix
+from auto_round.errors import ConfigError, DataError, ModelError, OutputError, UnsupportedError, VerifyError
 from auto_round.export.matrix import GUIDE_MATRIX
 
 FILE_TYPES = sorted(name.partition(":")[2] for name in GUIDE_MATRIX if name.startswith("gguf:"))
@@ -185,9 +185,46 @@ def test_importance_files(gguf_folder: Callable[..., str], token_ids: list[torch
             assert float((first[name] - second[name]).norm() / first[name].norm()) < 1e-2, name
     with pytest.raises(ConfigError, match="imatrix goes with a GGUF format"):
         AutoRound(folder, iters=0, imatrix=saved).plan("auto_round")
-    with pytest.raises(DataError, match="made for another"):
-        other = AutoRound(gguf_folder("llama", intermediate_size=512), iters=0, imatrix=saved)
-        other.quantize_and_save(tmp_path / "three", format="gguf:q4_k_s")
+    with pytest.raises(ConfigError, match="disable_opt_rtn leaves that out"):
+        AutoRound(folder, iters=0, imatrix=saved, disable_opt_rtn=True).plan("gguf:q4_0")
+
+
+def test_importance_files_are_looked_at_first(
+    gguf_folder: Callable[..., str], token_ids: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """One that is damaged, of another model or cannot be written stops the plan; no folder is made."""
+    folder, saved, out = gguf_folder("llama"), tmp_path / "imatrix.gguf", tmp_path / "out"
+    write_imatrix(saved, {"blk.0.ffn_down.weight": torch.ones(256)}, {"blk.0.ffn_down.weight": 8}, chunk_size=8)
+    larger = gguf_folder("llama", intermediate_size=512)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(saved.read_bytes()[:-40])
+    for model, path in ((larger, saved), (folder, damaged), (folder, tmp_path / "absent.gguf")):
+        for formats in ("gguf:q4_k_s", "gguf:q4_k_s,gguf:q8_0"):
+            quantizing = AutoRound(model, iters=0, imatrix=path, dataset="no such data")
+            with pytest.raises(DataError, match=r"made for another|sound|cannot read"):
+                quantizing.quantize_and_save(out, format=formats)
+            with pytest.raises(DataError):
+                quantizing.plans(formats)
+    with pytest.raises(DataError):
+        AutoRound(folder, iters=0, scheme="GGUF:Q4_K_S", imatrix=damaged, dataset="no such data").quantize()
+    for path, said in ((tmp_path / "absent" / "i.gguf", "does not exist; make it"), (tmp_path, "is a folder")):
+        with pytest.raises(OutputError, match=said):
+            quantizer(folder, token_ids, save_imatrix=path).quantize_and_save(out, format="gguf:q4_k_s")
+    assert not out.exists()
+
+
+def test_importance_decides_types(gguf_folder: Callable[..., str], tmp_path: Path) -> None:
+    """ffn_down of the first eighth is Q4_1 in a q4_0 file whose rounding is weighed, by whatever says the weights."""
+    folder, saved = gguf_folder("llama", num_hidden_layers=8), tmp_path / "imatrix.gguf"
+    write_imatrix(saved, {"blk.0.ffn_down.weight": torch.ones(256)}, {"blk.0.ffn_down.weight": 8}, chunk_size=8)
+    options: list[tuple[dict[str, Any], str]] = [
+        ({}, "Q4_1"), ({"imatrix": saved}, "Q4_1"), ({"disable_opt_rtn": True}, "Q4_0"),
+        ({"disable_opt_rtn": True, "save_imatrix": tmp_path / "out.gguf"}, "Q4_0"),
+    ]  # fmt: skip
+    for given, kind in options:
+        plan = AutoRound(folder, iters=0, **given).plan("gguf:q4_0").gguf
+        assert plan is not None
+        assert [plan.types[f"blk.{i}.ffn_down.weight"] for i in (0, 1)] == [kind, "Q4_0"]
 
 
 def test_refused_before_any_work(
