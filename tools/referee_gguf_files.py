@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from referee_gguf_models import MODELS, save
-from referees import difference
+from referee_gguf_models import MODELS, save_wide
+from referees_compare import difference
 from torch.overrides import TorchFunctionMode
 
 from auto_round import AutoRound
@@ -51,23 +51,6 @@ LIMIT = 2e-2
 _AS_INPUTS = 1.25
 _JUDGE = ROOT / "test" / "referees" / "llama_cpp" / "judge.py"
 FAMILY_TYPES = ("q4_k_m", "q2_k_s", "q8_0")
-# The embedding of the tiny models has values near one, as the residual stream of trained models is larger than what one
-# block adds; otherwise two random blocks make everything, and every error twice as large.
-_EMBEDDING = 10.0
-# Widths that 256 divides, so that K types are used where the family allows it.
-_WIDE = {"intermediate_size": 512}
-_EXPERTS = {"moe_intermediate_size": 256}
-_LATENT = _WIDE | _EXPERTS | dict(kv_lora_rank=256, q_lora_rank=256, qk_nope_head_dim=64, v_head_dim=64)
-CHANGES: dict[str, dict[str, Any]] = {
-    "llama3": _WIDE | {"head_dim": 64},
-    "qwen2-moe": _WIDE | _EXPERTS | {"shared_expert_intermediate_size": 256},
-    "qwen3": _WIDE | {"head_dim": 64},
-    "qwen3-moe": _WIDE | _EXPERTS,
-    "gemma3": _WIDE | {"head_dim": 64, "query_pre_attn_scalar": 64},
-    "gpt2": {}, "falcon-7b": {}, "falcon-40b": {},
-    "granite-moe-shared": _WIDE | {"shared_intermediate_size": 256},
-    "deepseek-v2": _LATENT, "deepseek-v2-lite": _LATENT | {"q_lora_rank": None}, "deepseek-v3": _LATENT,
-}  # fmt: skip
 
 
 def all_cells() -> list[tuple[str, str]]:
@@ -320,7 +303,7 @@ def main() -> int:
     for model, file_type in cells:
         tiny = model in MODELS
         name = model if tiny else f"{Path(model).name}/"
-        folder = save(model, options.work / "models", CHANGES.get(model, _WIDE), _EMBEDDING) if tiny else Path(model)
+        folder = save_wide(model, options.work / "models") if tiny else Path(model)
         text = None if tiny else options.text
         try:
             found = run_cell(name, file_type, folder, text, options.work / "cell", options.judge)

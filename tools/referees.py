@@ -42,6 +42,7 @@ from typing import Any
 
 import numpy as np
 import referees_report
+from referees_compare import difference
 from referees_models import MODELS, get_model
 from referees_programs import PROGRAMS, ROOT, SCHEMES, WEIGHTS_OF, Program
 
@@ -75,7 +76,7 @@ def prepare(program: Program, root: Path) -> Path:
     constraint.write_text(TORCH + "\n")
     install = [*pip, "-c", str(constraint), *program.pip_args]
     if not program.without:
-        subprocess.run([*install, "-r", str(requirements)], check=True)
+        subprocess.run([*install, "-r", str(requirements)], check=True, env={**os.environ, **program.build})
     else:
         subprocess.run([*install, "--no-deps", "-r", str(requirements)], check=True)
         names = [line.split("==")[0].strip() for line in requirements.read_text().splitlines() if line.strip()]
@@ -90,7 +91,7 @@ def quantize(model: Path, scheme: str, fmt: str, folder: Path, dtype: str | None
     """Plain rounding: what is judged is the file, and every format must be given the same integers."""
     from auto_round import AutoRound
 
-    options = {key: value for key, value in SCHEMES[scheme].items() if key not in ("model", "dtype")}
+    options = {key: value for key, value in SCHEMES[scheme].items() if key not in ("model", "dtype", "formats")}
     options |= {"model_dtype": dtype} if dtype else {}
     AutoRound(str(model), iters=0, disable_opt_rtn=True, **options).quantize_and_save(folder, format=fmt)
 
@@ -105,18 +106,6 @@ def our_logits(folder: Path, ids: np.ndarray, dtype: str) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.float().numpy()
-
-
-def difference(theirs: np.ndarray, ours: np.ndarray) -> float:
-    """The largest relative difference of any position: the norm over the vocabulary, both sides centred.
-
-    Centring makes logits and log-probabilities comparable: they differ by a constant for each position.
-    """
-    ours = ours[:, : theirs.shape[1]].astype(np.float64)
-    theirs = theirs.astype(np.float64)
-    ours = ours - ours.mean(-1, keepdims=True)
-    theirs = theirs - theirs.mean(-1, keepdims=True)
-    return float((np.linalg.norm(theirs - ours, axis=-1) / np.linalg.norm(ours, axis=-1)).max())
 
 
 @dataclass
@@ -138,11 +127,26 @@ class Bench:
     only: Path | None = None
     twins: bool = False
     logits: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+    files: dict[tuple[str, str], tuple[Path, np.ndarray]] = field(default_factory=dict)
 
     def model(self, scheme: str) -> Path:
         return self.only or get_model(SCHEMES[scheme].get("model", next(iter(MODELS))), self.root)
 
+    def gguf_file(self, scheme: str, fmt: str) -> tuple[Path, np.ndarray]:
+        """The folder of a GGUF file, and logits of the model that holds its numbers."""
+        from referee_gguf_files import Cell
+
+        if (scheme, fmt) not in self.files:
+            folder = self.work / f"{scheme}-{fmt}".replace(" ", "_").replace(":", "-")
+            made = Cell(self.model(scheme), fmt.partition(":")[2], folder)
+            if made.notes:
+                raise SystemExit(f"{made.file}: {'; '.join(made.notes)}")
+            self.files[scheme, fmt] = made.file.parent, made.logits(self.ids)
+        return self.files[scheme, fmt]
+
     def checkpoint(self, scheme: str, fmt: str, dtype: str | None = None) -> Path:
+        if fmt.startswith("gguf:"):
+            return self.gguf_file(scheme, fmt)[0]
         folder = self.work / f"{scheme}-{fmt}{'-' + dtype if dtype else ''}".replace(" ", "_").replace(":", "-")
         if not (folder / "report.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -152,11 +156,14 @@ class Bench:
     def reference(self, scheme: str, fmt: str, dtype: str, weights_only: bool = False) -> np.ndarray:
         """Our logits in `dtype`: of the file itself where our loader opens it; else of a file that it opens and that
         was made from the same integers; else of format `fake` in float32, which holds the dequantized weights exactly.
+        Of a GGUF file, of the model with all of its tensors, dequantized by the `gguf` package.
         Weights alone in bfloat16 are always of the latter: our loader does not round them to that, dense ones are.
 
         Args:
             weights_only: leave activations in full precision.
         """
+        if fmt.startswith("gguf:"):
+            return self.gguf_file(scheme, fmt)[1]
         if weights_only:
             scheme = WEIGHTS_OF.get(scheme, scheme)
         alike = [fmt] if get_format(fmt).loads_here else [f"auto_round:{fmt}", "auto_round", "auto_round:mlx"]
