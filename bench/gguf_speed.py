@@ -12,7 +12,7 @@ Every run goes from the folder of a Hugging Face model to a file:
 Time is of whole processes: wall, and processor seconds of all their threads. What importing takes is measured beside
 it, in processes of their own that do nothing else, and is a part of each time of the Python programs; without it a
 second ratio is given. Ours reads each file back and checks it, which the others do not. Of `--repeat` runs the fastest
-counts. The peer's environment needs the package `gguf` (`pip install gguf==0.19.0`).
+counts. The peer's environment needs two more packages (`pip install gguf==0.19.0 sentencepiece`).
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def main() -> None:
     p.add_argument("--model", required=True, help="a folder")
     p.add_argument("--llama_bin", required=True, help="folder of llama-quantize and llama-imatrix")
     p.add_argument("--converter", help="convert_hf_to_gguf.py; default: two folders above --llama_bin")
-    p.add_argument("--peer_python", help="python of a venv with auto-round==0.16.1 and gguf; without it, no peer")
+    p.add_argument("--peer_python", help="python of a venv with auto-round==0.16.1, gguf and sentencepiece")
     p.add_argument("--text", required=True, help="for calibration")
     p.add_argument("--nsamples", type=int, default=32)
     p.add_argument("--seqlen", type=int, default=512)
