@@ -10,6 +10,8 @@ Tried are the cells (scheme, format, program) that `PROGRAMS` in referees_progra
 we write; what an earlier run recorded of the others stays. A program that refuses a file is recorded with its reason;
 the exit status is 1 when a program differs from us by more than the limit, or refuses what is listed.
 
+llama.cpp is built from its source package: that takes a C++ compiler and some minutes.
+
 A program that quantizes inputs by rules of its own (`own_inputs`) is compared with `inputs.py` of its folder instead:
 
     inputs.py FOLDER IDS.npy OUT.npy DTYPE DENSE
