@@ -32,7 +32,13 @@ _SIDE_FILES = (
 
 
 def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat) -> None:
-    """config.json with the format's quantization_config, and the same beside it in the format's `config_files`."""
+    """Write what `config_values` gives."""
+    for name, values in config_values(source, job, fmt).items():
+        write_json(folder, name, values)
+
+
+def config_values(source: ModelSource, job: Job, fmt: OutputFormat) -> dict[str, Any]:
+    """By file name: config.json with the format's quantization_config, and the same alone in its `config_files`."""
     config = copy.deepcopy(source.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -46,10 +52,8 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat)
         values["tie_word_embeddings"] = False
     plan = job.export_plan()
     quantization = fmt.file_config(plan)
-    if quantization is not None:
-        for name in fmt.config_files:
-            write_json(folder, name, quantization)
-    write_json(folder, "config.json", fmt.model_config(values, plan))
+    found: dict[str, Any] = {} if quantization is None else dict.fromkeys(fmt.config_files, quantization)
+    return {**found, "config.json": fmt.model_config(values, plan)}
 
 
 def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> None:
