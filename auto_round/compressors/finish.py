@@ -14,12 +14,14 @@ from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.non_finite import Numbers
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
-from auto_round.export.shard_writer import write_json, write_text
+from auto_round.export.shard_writer import file_sha256, write_json, write_text
+from auto_round.export.staging import LOCK
 from auto_round.modeling.links import inside
 from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
 from auto_round.report.model_card import ModelCard, write_model_card
+from auto_round.report.run_report import FILE_NAME as REPORT
 from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, write_report
 
 # Copied byte for byte from a source folder. Weights, READMEs and Python code are not.
@@ -130,10 +132,13 @@ def write_records(
         settings=shown, data=data, exceptions=exceptions, files=files,
     )  # fmt: skip
     write_model_card(folder, card)
+    others = {*files, LOCK, REPORT, "README.md"}  # the last two are written again when the model is evaluated
+    small = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in others)
     report = RunReport(
         model=job.model, format=fmt.name, job=job.to_dict() | {"data": data},
         layers=layer_records(job, fmt, unreached, numbers),
         blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=peak_vram_bytes(),
-        files=files, sizes=sizes, verify=verify, numerics=None if numbers is None else numbers.to_dict(),
+        files=files, small_files={path.name: file_sha256(path) for path in small if not path.name.startswith(".")},
+        sizes=sizes, verify=verify, numerics=None if numbers is None else numbers.to_dict(),
     )  # fmt: skip
     write_report(folder, report)
