@@ -19,6 +19,7 @@ _OVERVIEW = """
 verbs:
   auto-round [quantize] MODEL ...   quantize a model (the default)
   auto-round eval MODEL ...         measure perplexity, KL divergence and agreement; also auto-round-eval
+  auto-round verify FOLDER          are the files still those that were saved?
   auto-round list WHAT              format, scheme, dataset, backend, env or recipe
   auto-round VERB --help            flags of a verb
 
@@ -74,6 +75,10 @@ def _dispatch(args: list[str], recipe: str) -> int:
         from auto_round.cli.list import run_verb as run_list
 
         return run_list(args[1:])
+    if args and args[0] == "verify":
+        from auto_round.cli.verify import run_verb as run_verify
+
+        return run_verify(args[1:])
     if args and args[0] == "eval":
         from auto_round.cli.eval import run_verb as run_evaluation
 
@@ -156,23 +161,25 @@ def _debug_traceback() -> bool:
 
 def _unexpected(err: Exception) -> int:
     """Report a failure nobody planned for: one line, with the traceback on the screen (DEBUG) or in a file."""
-    summary = f"{type(err).__name__}: {err}"
+    summary = f"{type(err).__name__}: {err}".rstrip(": ")
+    debug = _debug_traceback()
+    where = "" if debug else f"; {_kept_traceback()}"
     if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
         _say(
             f"out of memory ({summary}); lower --batch_size (and raise --gradient_accumulate_steps), --seqlen or "
-            "--nsamples, or add --low_gpu_mem_usage"
+            f"--nsamples, or add --low_gpu_mem_usage{where}"
         )
-        _debug_traceback()
         return 1
-    if _debug_traceback():
-        _say(f"unexpected error: {summary}")
-        return 1
-    try:
-        where = f"the traceback is in {_write_traceback()}"
-    except OSError:
-        where = "set AR_LOG_LEVEL=DEBUG to see the traceback"
-    _say(f"unexpected error: {summary}; {where}")
+    _say(f"unexpected error: {summary}{where}")
     return 1
+
+
+def _kept_traceback() -> str:
+    """Write the traceback down, and say where."""
+    try:
+        return f"the traceback is in {_write_traceback()}"
+    except (OSError, AutoRoundError):  # a full disk, or a work space that cannot be written
+        return "set AR_LOG_LEVEL=DEBUG to see the traceback"
 
 
 def _write_traceback() -> str:

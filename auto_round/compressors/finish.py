@@ -14,12 +14,14 @@ from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.non_finite import Numbers
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
-from auto_round.export.shard_writer import write_json, write_text
+from auto_round.export.shard_writer import file_sha256, write_json, write_text
+from auto_round.export.staging import LOCK
 from auto_round.modeling.links import inside
 from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
 from auto_round.report.model_card import ModelCard, write_model_card
+from auto_round.report.run_report import FILE_NAME as REPORT
 from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, write_report
 
 # Copied byte for byte from a source folder. Weights, READMEs and Python code are not.
@@ -32,7 +34,13 @@ _SIDE_FILES = (
 
 
 def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat) -> None:
-    """config.json with the format's quantization_config, and the same beside it in the format's `config_files`."""
+    """Write what `config_values` gives."""
+    for name, values in config_values(source, job, fmt).items():
+        write_json(folder, name, values)
+
+
+def config_values(source: ModelSource, job: Job, fmt: OutputFormat) -> dict[str, Any]:
+    """By file name: config.json with the format's quantization_config, and the same alone in its `config_files`."""
     config = copy.deepcopy(source.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -46,10 +54,8 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat)
         values["tie_word_embeddings"] = False
     plan = job.export_plan()
     quantization = fmt.file_config(plan)
-    if quantization is not None:
-        for name in fmt.config_files:
-            write_json(folder, name, quantization)
-    write_json(folder, "config.json", fmt.model_config(values, plan))
+    found: dict[str, Any] = {} if quantization is None else dict.fromkeys(fmt.config_files, quantization)
+    return {**found, "config.json": fmt.model_config(values, plan)}
 
 
 def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> None:
@@ -126,10 +132,13 @@ def write_records(
         settings=shown, data=data, exceptions=exceptions, files=files,
     )  # fmt: skip
     write_model_card(folder, card)
+    others = {*files, LOCK, REPORT, "README.md"}  # the last two are written again when the model is evaluated
+    small = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in others)
     report = RunReport(
         model=job.model, format=fmt.name, job=job.to_dict() | {"data": data},
         layers=layer_records(job, fmt, unreached, numbers),
         blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=peak_vram_bytes(),
-        files=files, sizes=sizes, verify=verify, numerics=None if numbers is None else numbers.to_dict(),
+        files=files, small_files={path.name: file_sha256(path) for path in small if not path.name.startswith(".")},
+        sizes=sizes, verify=verify, numerics=None if numbers is None else numbers.to_dict(),
     )  # fmt: skip
     write_report(folder, report)

@@ -21,7 +21,7 @@ from auto_round.compressors.activations import attach
 from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, take_unit, walk_blocks
 from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, read_pieces
-from auto_round.compressors.finish import write_config, write_records, write_side_files
+from auto_round.compressors.finish import config_values, write_config, write_records, write_side_files
 from auto_round.compressors.format_runs import folder_name
 from auto_round.compressors.gguf_job import gguf_format
 from auto_round.compressors.importance_files import given_importance, save_importance, say_what_is_missing
@@ -428,7 +428,7 @@ class Run:
                 finished.loss if fmt.holds_activations or not finished.walk.activations else None,
                 settings.device, finished.walk.dtype, settings.trust_remote_code,
                 None if fmt.loads_here else _reader(job, fmt, sink.experts.targets), fmt.rounds_weights,
-                source.checks_finite,
+                source.checks_finite, config_values(source, job, fmt),
             )  # fmt: skip
             verified = verify_folder(folder, expected)
             finished.seconds["verify"] = time.monotonic() - started

@@ -127,7 +127,8 @@ def _quant_dequant(
         shape4 = groups.shape
         groups = groups.reshape(shape4[0], shape4[1], -1)
     grid = integer_grid(
-        groups, bits, sym, min_scale=_per_group(min_scale), max_scale=_per_group(max_scale), scale_dtype=scale_dtype,
+        groups, bits, sym, min_scale=_per_group(min_scale, groups), max_scale=_per_group(max_scale, groups),
+        scale_dtype=scale_dtype,
         threshold=q_scale_thresh, tensor_min=kwargs.get("tensor_min"), tensor_max=kwargs.get("tensor_max"),
     )  # fmt: skip
     shifted = groups
@@ -147,11 +148,11 @@ def _quant_dequant(
     return qdq, scale, zero
 
 
-def _per_group(factor: torch.Tensor | float) -> torch.Tensor | float:
-    """A factor with one value a group, as a column that broadcasts over the group."""
+def _per_group(factor: torch.Tensor | float, groups: torch.Tensor) -> torch.Tensor | float:
+    """A factor with one value a group, shaped so that it broadcasts over the group's weights."""
     if not isinstance(factor, torch.Tensor) or factor.dim() == 0:
         return factor
-    return factor.reshape(-1, 1)
+    return factor.reshape(-1, 1) if factor.numel() == 1 else factor.reshape(*groups.shape[:-1], 1)
 
 
 @register_dtype("int_sym")

@@ -81,7 +81,11 @@ def within_float16(weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == torch.float16 or not weight.numel():
         return weight
     low, high = torch.aminmax(weight)
-    return weight.clamp(-largest, largest) if max(-float(low), float(high)) > largest else weight
+    if max(-float(low), float(high)) <= largest:
+        return weight
+    if weight.dtype == torch.bfloat16:
+        largest = 65280.0  # the largest bfloat16 that float16 holds
+    return weight.clamp(-largest, largest)
 
 
 def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc:

@@ -19,7 +19,7 @@ from auto_round.export.disk import PARTIAL, path_inside
 from auto_round.export.folder_lock import FolderLock
 from auto_round.export.shard_writer import file_sha256, sync_folder
 
-_LOCK = "lock"
+LOCK = "lock"
 _OPENS = "config.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -37,7 +37,7 @@ class Staging:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / PARTIAL
-        self._lock = FolderLock(self.path / _LOCK, folder)
+        self._lock = FolderLock(self.path / LOCK, folder)
         self.keep = False
         """What was written stays when this is closed, for a look at it."""
 
@@ -108,7 +108,7 @@ class Staging:
                 pass
 
     def _entries(self) -> list[Path]:
-        return [path for path in self.path.iterdir() if path.name != _LOCK] if self.path.is_dir() else []
+        return [path for path in self.path.iterdir() if path.name != LOCK] if self.path.is_dir() else []
 
     def __enter__(self) -> Staging:
         return self

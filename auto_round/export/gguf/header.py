@@ -84,13 +84,20 @@ class _Reader:
             raise self.error(f"general.alignment is {align!r}")
         data = -(-(self.size - self.left) // align) * align
         tensors: dict[str, TensorInfo] = {}
+        expected = end = 0
         for name, shape, kind, offset in infos:
             nbytes = self.tensor_bytes(name, shape, kind)
             if name in tensors:
                 raise self.error(f"tensor {name!r} is there twice")
-            if offset % align or data + offset + nbytes > self.size:
+            if offset != expected:  # as ggml's reader has it: one after the other, without holes
+                raise self.error(f"tensor {name!r} is at byte {offset} of the data instead of {expected}")
+            end = data + offset + nbytes
+            if end > self.size:
                 raise self.error(f"tensor {name!r} lies outside the file")
+            expected += -(-nbytes // align) * align
             tensors[name] = TensorInfo(shape, kind, data + offset, nbytes)
+        if tensors and self.size > max(end, data + expected):
+            raise self.error(f"{self.size - data - expected} bytes follow its last tensor")
         return GgufHeader(values, tensors)
 
     def error(self, problem: str) -> DataError:
