@@ -31,6 +31,7 @@ from auto_round.modeling.raw_config import read_config as read_raw_config
 from auto_round.modeling.tensor_files import TensorFiles
 
 Record = Callable[..., None]
+pytestmark = pytest.mark.timeout(5400)
 
 
 @pytest.fixture
