@@ -135,10 +135,11 @@ def test_gguf(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
                 file.write(name, torch.randint(0, 255, (4, 144), generator=generator).to(torch.uint8))
 
     def read() -> Any:
-        found = gguf_tensors(path)
-        if set(found) != set(shapes):  # what the check after saving compares with the plan
-            raise VerifyError("another name")
-        return found
+        file = GgufTensors(path)
+        stored = {name: (file.shape(name), file.kind(name)) for name in file}
+        if stored != {name: (shape, kind) for name, shape, kind in infos}:  # as the check after saving does
+            raise VerifyError("not as planned")
+        return gguf_tensors(path)
 
     parts = both(path, lambda data: read_gguf_header(path).tensors["token_embd.weight"].start, read, counts)
     report(record, "GGUF", *parts)
