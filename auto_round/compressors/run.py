@@ -160,10 +160,12 @@ class Run:
         """
         job = self.checked_plan(formats, output_dir) if job is None else job
         check_disk(output_dir, _output_bytes(job))
+        removed = not Path(output_dir).expanduser().exists()
         root = ensure_output_folder(output_dir, overwrite=True)
         with writing(root, _output_bytes(job)), ExitStack() as stack:
             base = stack.enter_context(Staging(root))
-            journal = self._admit(job, root, formats, overwrite, shard, resume, siblings)
+            journal = self._journal(job, root, overwrite or removed, shard) if resume else None
+            self._check_folders(job, root, formats, overwrite, journal, siblings)
             folders = self._folders(root, formats)
             stages = [base if f == root else stack.enter_context(Staging(f)) for f in folders]
             if journal is None:
@@ -221,24 +223,32 @@ class Run:
     ) -> None:  # fmt: skip
         """Everything of `to_folders` that can be refused before work begins."""
         check_disk(output_dir, _output_bytes(job))
-        self._admit(job, Path(output_dir).expanduser(), formats, overwrite, shard, resume, siblings)
+        root = Path(output_dir).expanduser()
+        journal = self._journal(job, root, overwrite or not root.exists(), shard) if resume else None
+        self._check_folders(job, root, formats, overwrite, journal, siblings)
 
-    def _admit(
-        self, job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool,
+    def _journal(self, job: Job, root: Path, replace: bool, shard: int | str) -> RunJournal | None:
+        """The journal where one is kept. `replace`: one of another run, or a damaged one, is removed: the user said so,
+        or has removed the output folder."""
+        if not self.source.lazy:
+            return None
+        journal = RunJournal(root, replace)
+        journal.admit(fingerprint(job, self.settings, self.source, shard), weight_files(self.source))
+        return journal
+
+    def _check_folders(
+        self, job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: RunJournal | None,
         siblings: Sequence[str],
-    ) -> RunJournal | None:  # fmt: skip
-        """The journal, where one is kept, when the run may begin or go on."""
-        journal = RunJournal(root, overwrite) if self.source.lazy and resume else None
-        before = Journal(journal_folder(root))
+    ) -> None:  # fmt: skip
+        """Raise OutputError when the folders hold something else, or the journal finds no room."""
         if journal is not None:
-            journal.admit(fingerprint(job, self.settings, self.source, shard), weight_files(self.source))
             before = journal.journal
-        else:
-            with suppress(OutputError):
-                before.load()
-        if journal is not None:
             left = max(0, job.journal_bytes - before.nbytes())
             check_journal_disk(before.folder, root, left, _output_bytes(job))
+        else:
+            before = Journal(journal_folder(root))
+            with suppress(OutputError):
+                before.load()
         folders = self._folders(root, formats)
         beside = {PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
         for fmt, folder in zip(formats, folders, strict=True):
@@ -247,7 +257,6 @@ class Run:
                 ours = set()  # complete: not to be replaced without a word
             ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(beside if folder == root else ())})
         ensure_output_folder(root, overwrite or len(formats) == 1, beside)
-        return journal
 
     @staticmethod
     def _folders(root: Path, formats: Sequence[OutputFormat]) -> list[Path]:

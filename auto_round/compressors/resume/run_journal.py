@@ -29,14 +29,14 @@ class RunJournal:
 
     Args:
         output: the run's output folder.
-        overwrite: start anew where the journal is damaged, or of another run.
+        replace: start anew where the journal is damaged, or of another run.
 
     Attributes:
         finished: units that were finished when this run began, and need not be done again.
     """
 
-    def __init__(self, output: Path, overwrite: bool) -> None:
-        self.output, self.overwrite = output, overwrite
+    def __init__(self, output: Path, replace: bool) -> None:
+        self.output, self.replace = output, replace
         self.journal = Journal(journal_folder(output))
         self._fixed: dict[str, Any] = {}
         self._files: dict[str, list[Any]] = {}
@@ -70,7 +70,7 @@ class RunJournal:
             self._refuse(found)
             self.journal.check()
         except (ConfigError, OutputError) as error:
-            if not self.overwrite:
+            if not self.replace:
                 raise
             self._anew(error)
 
@@ -94,7 +94,7 @@ class RunJournal:
                     found += self._other_weights(source)
                 self._refuse(found)
             except ConfigError as error:
-                if not self.overwrite:
+                if not self.replace:
                     raise
                 self._anew(error)
         if self.journal.is_empty:

@@ -210,6 +210,12 @@ def test_starting_anew(
     assert not space.exists()
 
 
+def test_who_removed_the_folder_starts_anew(interrupted: dict[str, Any], run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "out").rmdir()
+    changed = {**interrupted, "seed": 7}
+    assert tree(run("out", **changed)) == tree(run("whole", **changed))
+
+
 def test_a_copied_model_goes_on_and_a_changed_one_does_not(
     run: Runner, stop_at: Any, packable_folder: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -267,6 +273,7 @@ def test_a_damaged_journal_is_never_used(how: str, run: Runner, stop_at: Any, tm
             run("out", **TUNED)
             assert tree(tmp_path / "out") == whole
             shutil.rmtree(tmp_path / "out")
+            (tmp_path / "out").mkdir()
         else:
             with pytest.raises(OutputError, match=rf"journal of the interrupted run is damaged: .*{name}.*--overwrite"):
                 run("out", **TUNED)
