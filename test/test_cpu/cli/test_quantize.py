@@ -123,6 +123,7 @@ CHANGED: dict[str, Any] = {
     "super_bits": 6, "super_group_size": 8, "imatrix": "a.gguf", "save_imatrix": "b.gguf",
     "static_kv_dtype": "fp8", "static_kv_granularity": "head", "static_attention_dtype": "fp8",
     "static_attention_granularity": "head", "model_free": True, "parallelism": 3, "max_memory": "1GB",
+    "on_nan": "keep", "allow_pickle": True,
 }  # fmt: skip
 # What has no effect, and is refused, without another keyword.
 NEEDED: dict[str, dict[str, Any]] = {
