@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +25,7 @@ from auto_round.modeling.links import inside
 _MAX_HEADER = 100_000_000  # the limit that the safetensors library sets itself
 _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
 _COMPARE_AT_ONCE = 1 << 24
+_READ_AHEAD = 256 << 20
 _OWN_PAGES = 1 << 18
 
 DTYPES: dict[str, torch.dtype] = {
@@ -116,6 +118,16 @@ class TensorFiles:
         raw = self.allocate(size)
         self._fill(self.tensors[key].file, key, self.tensors[key].start + start, raw.numpy().data)
         return raw
+
+    def will_need(self, key: str, start: int = 0, size: int | None = None) -> None:
+        """Let the system read the tensor `key` while other things are done, where it can: `size` bytes from its byte
+        `start` on, at most 256 MB of them."""
+        stored = self.tensors[key]
+        left = max(0, stored.end - stored.start - start)
+        wanted = min(left, _READ_AHEAD, left if size is None else size)
+        if wanted and hasattr(os, "posix_fadvise"):
+            with suppress(OSError), open(stored.file, "rb", buffering=0) as handle:
+                os.posix_fadvise(handle.fileno(), stored.start + start, wanted, os.POSIX_FADV_WILLNEED)
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same bytes, compared in pieces so that neither is held whole."""

@@ -191,10 +191,16 @@ class ModelFree:
             run.do(*jobs[id(unit)])
             plan.done(unit)
 
+        asked: set[str] = set()
+
+        def before(position: int) -> None:
+            plan.before(position)
+            rounder.read_ahead(units[position], asked)
+
         whole = False
         try:
             with plan:
-                run_units(units, do, self.options.workers, self.options.memory, plan.before)
+                run_units(units, do, self.options.workers, self.options.memory, before)
             whole = True
         finally:
             run.close(whole)

@@ -81,6 +81,9 @@ class FetchedFiles(TensorFiles):
         self.notes = files.notes
         self.here: set[Path] = set()
 
+    def will_need(self, key: str, start: int = 0, size: int | None = None) -> None:
+        """Nothing: files come whole."""
+
     def _fill(self, file: Path, key: str, start: int, view: memoryview) -> None:
         if file not in self.here:
             raise ModelError(f"tensor {key!r} was asked for while {file.name} is not here; report this")

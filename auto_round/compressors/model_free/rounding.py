@@ -75,6 +75,16 @@ class Rounder:
         else:
             yield from self._joined(unit)
 
+    def read_ahead(self, unit: Unit, asked: set[str]) -> None:
+        """Have the weights of a unit on their way that were not `asked` for before: a worker that waits for a disk
+        does not round."""
+        files = getattr(self.source.files, "stored", self.source.files)
+        for name in (*(f"{layer}.weight" for layer in unit.layers), *unit.copies):
+            for key in self.source.checkpoint_names(name):
+                if key not in asked and key in files:
+                    asked.add(key)
+                    files.will_need(key)
+
     def layers(self, unit: Unit) -> Iterator[QuantizedLayer]:
         """The layers of a unit, rounded."""
         tasks = [self._task(self.job.layers[name]) for name in unit.layers]
@@ -194,5 +204,6 @@ class Rounder:
         for start in range(0, stored.end - stored.start, step):
             self.arena.reset()
             part = files.read_bytes(key, start, min(step, stored.end - stored.start - start))
+            files.will_need(key, start + step, 4 * step)
             check_finite(name, part.view(stored.dtype))
             yield Piece(output, start, part)
