@@ -60,8 +60,9 @@ class Staging:
                 _sync(path)
             sync_folder(self.path)
         except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"cannot bring {self.path} to the disk ({reason}); free some space") from error
+            raise OutputError(
+                f"cannot bring {self.path} to the disk ({error.strerror or error}); free some space"
+            ) from error
         return found
 
     def publish(self, files: Iterable[str]) -> None:
@@ -88,8 +89,9 @@ class Staging:
                 self._move(name)
             sync_folder(self.folder)
         except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"cannot give the files in {self.path} their names ({reason})") from error
+            raise OutputError(
+                f"cannot give the files in {self.path} their names ({error.strerror or error})"
+            ) from error
 
     def _move(self, name: str) -> None:
         if not (self.path / name).exists():  # moved already

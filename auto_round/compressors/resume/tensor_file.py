@@ -116,8 +116,8 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 def unwritable(path: Path, error: OSError) -> OutputError:
     """What to say when a part of the journal cannot be written."""
     return OutputError(
-        f"cannot write the journal file {path} ({error.strerror or error}); free some space, set AR_WORK_SPACE "
-        "to another disk, or do without a journal (--no_resume)"
+        f"cannot write the journal file {path} ({error.strerror or error}); free some space, set AR_WORK_SPACE to "
+        "another disk, or do without a journal (--no_resume)"
     )
 
 
