@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -38,7 +39,6 @@ class Walk:
         device, dtype: of the matrix products.
         calibration: the samples; None for plain rounding.
         probe: a few tokens that go through the quantized blocks, to check the saved model with; None without a check.
-        store_device: where the streams are kept.
         batch: samples in one forward pass.
         quantized_input: tune on the output of the quantized blocks before.
         cache: which attention modules get static scales; None for none.
@@ -61,7 +61,6 @@ class Walk:
     seed: int
     calibration: CapturedInputs | None = None
     probe: CapturedInputs | None = None
-    store_device: torch.device = torch.device("cpu")
     batch: int = 8
     quantized_input: bool = True
     cache: CachePlan | None = None
@@ -85,9 +84,8 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         NumericsError: NaN or Inf in weights, activations, scales or loss, with the place.
     """
     full = _stream(walk, walk.calibration)
-    quantized = _stream(walk, walk.calibration) if full is not None and walk.quantizer.needs_targets else None
-    if not walk.quantized_input:
-        quantized = None
+    second = full is not None and walk.quantizer.needs_targets and walk.quantized_input
+    quantized = full.clone() if full is not None and second else None
     probe = _stream(walk, walk.probe)
     progress.start(len(source.blocks))
     for index, name in enumerate(source.blocks):
@@ -97,25 +95,23 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         tasks = [layer_task(source, plan) for plan in planned]
         with in_dtype(block, source.dtype, walk.dtype):
             result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype)
-            by_name = {layer.name: layer for layer in result.layers}
-            for task in tasks:
-                install(task, by_name[task.name])
+            _install_all(tasks, result)
             steps = {task.module: task.activation for task in tasks if task.activation is not None}
             walk.activations |= {task.name: task.activation for task in tasks if task.activation is not None}
             with quantized_inputs(steps):
                 if quantized is not None:
-                    quantized.hidden = quantized.after(index, block, walk.device, walk.dtype)
+                    quantized.after(index, block, walk.device, walk.dtype, in_place=True)
                 if probe is not None:
-                    probe.hidden = probe.after(index, block, walk.device, walk.dtype)
+                    probe.after(index, block, walk.device, walk.dtype, in_place=True)
         if not source.lazy:
-            for task in tasks:
-                install(task, by_name[task.name])
+            _install_all(tasks, result)
         scales = {key: scale for key, scale in walk.cache_scales.items() if key.startswith(f"{name}.")}
         _emit(job, source, name, result, scales, walk.sinks)
         source.release(name)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
         walk.records.append(record)
         progress.block(name, result.loss_before, result.loss_after)
+        del block, tasks, steps, result  # or this block's weights would be in memory together with the next one's
     walk.probe_hidden = probe.hidden if probe is not None else None
     walk.last_inputs, walk.last_full = quantized or full, full
 
@@ -123,7 +119,7 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
 def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:
     if captured is None:
         return None
-    return Stream(captured, captured.hidden.to(walk.store_device), walk.batch)
+    return Stream.of(captured, walk.batch, walk.device, walk.dtype)
 
 
 def _quantize_block(
@@ -146,7 +142,9 @@ def _quantize_block(
             input_extremes(block, fixed) as extremes,
             cache_extremes(attentions, cache is not None and cache.queries) as cached,
         ):
-            targets = full.after(index, block, walk.device, walk.dtype, (moments, extremes, cached))
+            # What the block was fed is needed again only where it is tuned on that.
+            in_place = quantized is not None or not walk.quantizer.needs_targets
+            targets = full.after(index, block, walk.device, walk.dtype, (moments, extremes, cached), in_place)
         check_activations(name, targets)
         if cache is not None:
             walk.cache_scales |= cache.scales(name, cached)
@@ -156,7 +154,7 @@ def _quantize_block(
             layer.importance = moments.get(inner[layer.name])
         walk.sums |= {f"{name}.{layer}": total.cpu() for layer, total in moments.items()}
         walk.tokens |= {f"{name}.{layer}": count for layer, count in moments.tokens.items()}
-        full.hidden = targets
+        full.move_on(targets)
         join_extremes(extremes, fixed)
     if walk.importance is not None:
         for layer in tasks:
@@ -169,12 +167,35 @@ def _quantize_block(
         return BlockResult()
     run = full.runner(index, block) if full is not None else _no_data
     task = BlockTask(name, block, tasks, run, walk.dtype, walk.seed + index)
+    _drop_copies(tasks)
     if full is not None and walk.quantizer.needs_targets:
-        task.inputs = inputs if quantized is None else quantized.hidden
-        task.targets = targets
+        _give_samples(task, full, quantized, inputs, targets)
         mask = full.captured.loss_mask
         task.loss_mask = None if bool(mask.all()) else mask
+    del inputs, targets  # the task has them, and may move them
     return walk.quantizer.quantize_block(task)
+
+
+def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any, targets: Any) -> None:
+    """Hand over what the block is tuned on, and the way to get it off the device."""
+    task.inputs, task.targets = inputs if quantized is None else quantized.hidden, targets
+
+    def offload() -> bool:
+        moved = full.offload()
+        if moved:
+            task.targets = full.hidden
+            task.inputs = quantized.hidden if quantized is not None else task.inputs.cpu()
+        return moved
+
+    task.offload = offload
+
+
+def _drop_copies(tasks: Sequence[LayerTask]) -> None:
+    """Free the weights that were cast to run the block in full precision: quantizers start from the source's own."""
+    for task in tasks:
+        weight = weight_2d(task.module)
+        if weight.dtype != task.weight.dtype:
+            task.module.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
 def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
@@ -191,9 +212,22 @@ def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
     )  # fmt: skip
 
 
+def _install_all(tasks: Sequence[LayerTask], result: BlockResult) -> None:
+    by_name = {layer.name: layer for layer in result.layers}
+    for task in tasks:
+        install(task, by_name[task.name])
+
+
 def install(task: LayerTask, layer: QuantizedLayer) -> None:
     """Put the dequantized weight in place of the original."""
-    set_weight_2d(task.module, layer.dequantize(torch.float32).to(weight_2d(task.module).device))
+    weight = layer.dequantize(torch.float32).to(task.weight.device)
+    own = task.module.weight
+    assert isinstance(own, torch.nn.Parameter)
+    if own.numel() == 0:  # dropped before tuning
+        made = weight.to(own.dtype)
+        task.module.weight = torch.nn.Parameter(made.t() if task.transposed else made, requires_grad=False)
+    else:
+        set_weight_2d(task.module, weight)
 
 
 def _emit(

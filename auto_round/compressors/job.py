@@ -81,6 +81,7 @@ class Job:
     stored_as: str = ""
     cache: CachePlan | None = None
     gguf: GgufPlan | None = None
+    spilled: int = 0
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}

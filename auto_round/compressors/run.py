@@ -17,6 +17,7 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 from auto_round.calib_dataset import CalibrationData, prepare_calibration
 from auto_round.calibration.inputs import CapturedInputs, capture_inputs
+from auto_round.calibration.spill import Spill
 from auto_round.compressors.activations import attach
 from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, walk_blocks
@@ -32,6 +33,7 @@ from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.verify import Expected, verify_folder
+from auto_round.envs import work_space
 from auto_round.errors import UnsupportedError
 from auto_round.export.disk import check_disk, ensure_output_folder
 from auto_round.export.formats import OutputFormat, get_format
@@ -168,18 +170,20 @@ class Run:
         on_device = settings.device.type != "cpu" and not settings.low_gpu_mem_usage
         store = settings.device if on_device else torch.device("cpu")
         progress = make_progress(f"{settings.algorithm_name} {job.scheme_name}")
+        stack = ExitStack()
         try:
+            spill = stack.enter_context(Spill(work_space())) if job.spilled else None
             importance = None if settings.imatrix is None else given_importance(settings.imatrix, job, source)
             progress.message("reading calibration data" if settings.needs_data else "capturing the probe")
             data = self._data()
-            calibration = self._capture(data.samples, store) if data is not None else None
+            calibration = self._capture(data.samples, store, spill) if data is not None else None
             probe_ids = self._probe() if settings.verify else None
             probe = self._capture(probe_ids, store) if probe_ids is not None else None
             captured = time.monotonic()
             batch = settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8
             walk = Walk(
                 self._quantizer(), sinks, settings.device, compute_dtype(settings, source), settings.seed, calibration,
-                probe, store, batch, getattr(settings.algorithm, "enable_quanted_input", True), job.cache,
+                probe, batch, getattr(settings.algorithm, "enable_quanted_input", True), job.cache,
                 importance, settings.save_imatrix is not None,
             )  # fmt: skip
             with _deterministic(settings.deterministic):
@@ -196,8 +200,10 @@ class Run:
                     "alone and listed in report.json; more samples (nsamples, seqlen) reach more of them",
                     len(walk.unreached), walk.unreached[0],
                 )  # fmt: skip
+            walk.calibration = walk.last_inputs = walk.last_full = None  # saving and checking have no use for them
         finally:
             progress.finish()
+            stack.close()
         done = time.monotonic()
         seconds = {"calibration": captured - started, "quantization": done - captured}
         described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
@@ -229,8 +235,11 @@ class Run:
         most = getattr(_text_config(self.source.config), "max_position_embeddings", None)
         return probe_samples(self.tokenizer, _vocab_size(self.source) or 2, most)
 
-    def _capture(self, samples: list[dict[str, torch.Tensor]], store: torch.device) -> CapturedInputs:
-        return capture_inputs(self.source, samples, self.settings.device, store)
+    def _capture(
+        self, samples: list[dict[str, torch.Tensor]], store: torch.device, spill: Spill | None = None
+    ) -> CapturedInputs:
+        dtype = compute_dtype(self.settings, self.source)
+        return capture_inputs(self.source, samples, self.settings.device, store, dtype, spill)
 
     def _complete(self, job: Job, sink: FolderSink | GgufSink, finished: Finished) -> None:
         """The files beside the weights, and the check."""

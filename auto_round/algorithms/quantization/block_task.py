@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -43,6 +43,17 @@ class LayerTask:
     ggml: str | None = None
 
 
+class Samples(Protocol):
+    """Hidden states [N, T, H] of N samples; a tensor is one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """Those of the samples with these indices."""
+        ...
+
+
 RunBlock = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 
@@ -55,9 +66,10 @@ class BlockTask:
         block: the module; it may be changed during tuning and is put back afterwards.
         layers: the linears to quantize.
         run: calls the block on `hidden` [B, T, H] of the given samples with the arguments recorded for them.
-        inputs: [N, T, H] what the block gets during tuning.
+        inputs: [N, T, H] what the block gets during tuning; in memory, or read from a file as it is indexed.
         targets: [N, T, H] what it should give; None when there is no calibration data.
         loss_mask: bool [N, T], True where a position counts.
+        offload: moves `inputs` and `targets` off the device; False when they are not there.
         compute_dtype: dtype of the block's parameters and of `run`.
         seed: of the order of samples.
     """
@@ -68,9 +80,10 @@ class BlockTask:
     run: RunBlock
     compute_dtype: torch.dtype
     seed: int
-    inputs: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
+    inputs: Samples | None = None
+    targets: Samples | None = None
     loss_mask: torch.Tensor | None = None
+    offload: Callable[[], bool] = lambda: False
 
 
 @dataclass
