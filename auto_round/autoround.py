@@ -12,6 +12,7 @@ import torch
 
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
+from auto_round.compressors.budget import parse_budget
 from auto_round.compressors.device import resolve_device
 from auto_round.compressors.format_runs import default_format, folder_name, split_runs
 from auto_round.compressors.model_free.entry import open_model_free, rounding_only
@@ -80,8 +81,9 @@ class AutoRound:
             `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`; and for static FP8 scales
             of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
             `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (an importance file of
-            llama.cpp's to use) and `save_imatrix` (where to write one). `model_free=True` rounds to nearest tensor by
-            tensor, without a model (docs/model-free.md), with `parallelism` and `max_memory`.
+            llama.cpp's to use) and `save_imatrix` (where to write one). `max_memory` bounds what a run holds
+            (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB". `model_free=True` rounds to nearest tensor by tensor, without a model
+            (docs/model-free.md), with `parallelism`.
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.
@@ -145,6 +147,7 @@ class AutoRound:
             verify=bool(options["verify"]),
             imatrix=None if options["imatrix"] is None else os.fspath(options["imatrix"]),
             save_imatrix=None if options["save_imatrix"] is None else os.fspath(options["save_imatrix"]),
+            max_memory=parse_budget(options["max_memory"], device),
             **cache,
         )
         self._spent = False  # a model object is quantized in place, once

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 
@@ -111,6 +111,10 @@ class SpilledTensor:
         made = torch.empty(self.shape, dtype=self.dtype)
         self._file.read(self.start, _bytes_of(made))
         return made
+
+    def to(self, *args: Any) -> torch.Tensor:
+        """All of it as a tensor, on a device and in a dtype as for `torch.Tensor.to`."""
+        return self.read().to(*args)
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> torch.Tensor:
         if isinstance(index, int):

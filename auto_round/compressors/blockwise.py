@@ -13,6 +13,7 @@ from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockR
 from auto_round.calibration.cache_extremes import cache_extremes
 from auto_round.calibration.extremes import InputExtremes, input_extremes
 from auto_round.calibration.inputs import CapturedInputs
+from auto_round.calibration.spill import SpilledTensor
 from auto_round.calibration.statistics import input_second_moments
 from auto_round.compressors.activations import activation_of, is_calibrated, join_extremes
 from auto_round.compressors.block_dtype import in_dtype
@@ -25,6 +26,7 @@ from auto_round.data_type.activation import ActivationQuantizer, quantized_input
 from auto_round.modeling.blocks import set_weight_2d, weight_2d
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
+from auto_round.report.memory import return_freed
 from auto_round.report.progress import Progress
 from auto_round.report.run_report import BlockRecord
 
@@ -72,7 +74,7 @@ class Walk:
     unreached: list[str] = field(default_factory=list)
     cache_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
-    probe_hidden: torch.Tensor | None = None
+    probe_hidden: torch.Tensor | SpilledTensor | None = None
     last_inputs: Stream | None = None
     last_full: Stream | None = None
 
@@ -112,6 +114,7 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         walk.records.append(record)
         progress.block(name, result.loss_before, result.loss_after)
         del block, tasks, steps, result  # or this block's weights would be in memory together with the next one's
+        return_freed()
     walk.probe_hidden = probe.hidden if probe is not None else None
     walk.last_inputs, walk.last_full = quantized or full, full
 
@@ -168,6 +171,7 @@ def _quantize_block(
     run = full.runner(index, block) if full is not None else _no_data
     task = BlockTask(name, block, tasks, run, walk.dtype, walk.seed + index)
     _drop_copies(tasks)
+    return_freed()
     if full is not None and walk.quantizer.needs_targets:
         _give_samples(task, full, quantized, inputs, targets)
         mask = full.captured.loss_mask
@@ -180,14 +184,14 @@ def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, input
     """Hand over what the block is tuned on, and the way to get it off the device."""
     task.inputs, task.targets = inputs if quantized is None else quantized.hidden, targets
 
-    def offload() -> bool:
+    def offload(task: BlockTask) -> bool:
         moved = full.offload()
         if moved:
             task.targets = full.hidden
-            task.inputs = quantized.hidden if quantized is not None else task.inputs.cpu()
+            task.inputs = quantized.hidden if quantized is not None else inputs.cpu()
         return moved
 
-    task.offload = offload
+    task.offload = offload  # it does not hold the task, which would keep the block's weights in memory
 
 
 def _drop_copies(tasks: Sequence[LayerTask]) -> None:

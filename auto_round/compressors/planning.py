@@ -23,7 +23,9 @@ from auto_round.compressors.gguf_job import (
 )
 from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.memory_plan import Facts
 from auto_round.compressors.mixed import mixed_defaults
+from auto_round.compressors.place import place_activations
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
@@ -90,16 +92,17 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
 
 def make_job(
     settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None,
-    fit: bool = True, tokenizer: Any = None,
+    fit: bool = True, tokenizer: Any = None, kept: bool = False,
 ) -> Job:  # fmt: skip
     """Resolve everything.
 
     Args:
         tokenizer: of the model, for files that hold it (GGUF).
         fit: shrink groups that a format cannot hold; False when the layers are quantized already.
+        kept: the quantized layers stay in memory, whatever is written.
 
     Raises:
-        ConfigError: a layer pattern matches nothing, or an entry is no scheme.
+        ConfigError: a layer pattern matches nothing, an entry is no scheme, or `max_memory` is too little.
         UnsupportedError: a data type that is not there, or a format that cannot hold a scheme.
     """
     check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
@@ -178,7 +181,7 @@ def make_job(
     compute = compute_dtype(settings, source)
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
-    ram, vram = _memory(settings, source, layers, compute)
+    memory = place_activations(Facts(settings, source, layers, compute, kept), tuple(formats))
     scheme = instead.get(settings.scheme, settings.scheme)
     job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
@@ -187,8 +190,9 @@ def make_job(
             f.name: gguf.nbytes() if gguf and f is gguf_output else planned_bytes(f, layers, source, cache)
             for f in formats
         },
-        ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
-        _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
+        memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
+        model_type,
+        _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf, memory,
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan())
@@ -355,32 +359,6 @@ def planned_bytes(
             count *= size
         total += count * dtype.itemsize
     return total
-
-
-def _memory(
-    settings: Settings, source: ModelSource, layers: dict[str, LayerPlan], compute: torch.dtype
-) -> tuple[int, int]:
-    """(host, device) estimates: one block with what tuning keeps of it, the activations, the embedding."""
-    weights = [
-        sum(p.out_features * p.in_features for n, p in layers.items() if n.startswith(f"{block}."))
-        for block in source.blocks
-    ]
-    block = max(weights, default=0)
-    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
-    width = int(getattr(config, "hidden_size", 0) or 0)
-    embedding = int(getattr(config, "vocab_size", 0) or 0) * width * source.dtype.itemsize
-    size = compute.itemsize
-    per_weight = source.dtype.itemsize + size
-    if settings.tunes:
-        per_weight += 4 + 2 * size + 4  # offsets, quantized weight, gradient, best state
-    work = block * per_weight
-    streams = 3 if settings.tunes else 1
-    activations = settings.nsamples * settings.seqlen * width * size * streams if settings.needs_data else 0
-    if settings.device.type == "cpu":
-        return work + activations + embedding, 0
-    if settings.low_gpu_mem_usage:
-        return activations + embedding, work + activations // max(1, settings.nsamples) * 16
-    return embedding + block * source.dtype.itemsize, work + activations
 
 
 __all__ = [

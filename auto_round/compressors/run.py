@@ -28,6 +28,7 @@ from auto_round.compressors.gguf_job import gguf_format
 from auto_round.compressors.importance_files import given_importance, save_importance
 from auto_round.compressors.job import Job
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
+from auto_round.compressors.place import check_work_space
 from auto_round.compressors.planning import compute_dtype, expert_joiner, make_job, planned_tensors
 from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.settings import Settings
@@ -41,6 +42,7 @@ from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
 from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
+from auto_round.report.memory import return_freed
 from auto_round.report.progress import Progress, make_progress
 
 if TYPE_CHECKING:
@@ -65,18 +67,20 @@ class Run:
     def __init__(self, source: ModelSource, settings: Settings, tokenizer: Any) -> None:
         self.source, self.settings, self.tokenizer = source, settings, tokenizer
 
-    def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True) -> Job:
-        """The job, without doing it. `fit`: see `make_job`."""
-        return make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer)
+    def plan(
+        self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True, kept: bool = False
+    ) -> Job:
+        """The job, without doing it. `fit`, `kept`: see `make_job`."""
+        return make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer, kept)
 
     def memory_plan(self) -> Job:
         """The job of a model that is kept in memory. Layers that no packing takes stay as they are, so that it can be
         saved in any format later; a scheme that no packing takes at all leaves that to format fake."""
         name = self.settings.scheme_name.lower()
         try:
-            return self.plan([get_format(name if name.startswith("gguf:") else "auto_round")])
+            return self.plan([get_format(name if name.startswith("gguf:") else "auto_round")], kept=True)
         except UnsupportedError:
-            return self.plan([])
+            return self.plan([], kept=True)
 
     def to_memory(self) -> tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished]:
         """Quantize and keep the layers: (model, layers by name, records)."""
@@ -149,6 +153,8 @@ class Run:
             job = _as_done(job, self.memory_plan(), done)
         needed = sum(job.bytes_on_disk.values())
         check_disk(output_dir, int(needed * 1.02) + (1 << 20))
+        if job.memory_plan is not None and job.memory_plan.spilled:
+            check_work_space(job.memory_plan.spilled)
         root = ensure_output_folder(output_dir, overwrite)
         if len(formats) == 1:
             return job, [root]
@@ -167,12 +173,12 @@ class Run:
         started = time.monotonic()
         for note in job.notes:
             logger.warning("%s", note)
-        on_device = settings.device.type != "cpu" and not settings.low_gpu_mem_usage
-        store = settings.device if on_device else torch.device("cpu")
+        kept_in = "ram" if job.memory_plan is None else job.memory_plan.streams
+        store = settings.device if kept_in == "device" else torch.device("cpu")
         progress = make_progress(f"{settings.algorithm_name} {job.scheme_name}")
         stack = ExitStack()
         try:
-            spill = stack.enter_context(Spill(work_space())) if job.spilled else None
+            spill = stack.enter_context(Spill(work_space())) if kept_in == "file" else None
             importance = None if settings.imatrix is None else given_importance(settings.imatrix, job, source)
             progress.message("reading calibration data" if settings.needs_data else "capturing the probe")
             data = self._data()
@@ -201,6 +207,7 @@ class Run:
                     len(walk.unreached), walk.unreached[0],
                 )  # fmt: skip
             walk.calibration = walk.last_inputs = walk.last_full = None  # saving and checking have no use for them
+            return_freed()
         finally:
             progress.finish()
             stack.close()

@@ -10,6 +10,7 @@ import torch
 
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.compressors.budget import MemoryBudget
 from auto_round.errors import ConfigError
 from auto_round.export.cache_scales import CacheScheme, parse_cache_scheme
 from auto_round.layer_config import scheme_from_entry
@@ -53,6 +54,7 @@ class Settings:
     static_attention_granularity: str = "tensor"
     imatrix: str | None = None
     save_imatrix: str | None = None
+    max_memory: MemoryBudget | None = None
 
     @property
     def cache(self) -> CacheScheme | None:

@@ -27,6 +27,11 @@ class Observer(Protocol):
     every_token: bool
 
 
+def samples_in_pass(batch: int, tokens: int, device: torch.device) -> int:
+    """Samples of `tokens` each in one forward pass."""
+    return batch if device.type != "cpu" else max(1, min(batch, _TOKENS // max(1, tokens)))
+
+
 @dataclass
 class Stream:
     """Hidden states [N, T, H] of all samples before some block, in memory or in a file, and how blocks are called on
@@ -43,9 +48,7 @@ class Stream:
         """The stream before the first block, in `dtype`. The captured hidden states are its own from now on."""
         if isinstance(captured.hidden, torch.Tensor):
             captured.hidden = captured.hidden.to(dtype)
-        tokens = int(captured.hidden.shape[1])
-        at_once = batch if device.type != "cpu" else max(1, min(batch, _TOKENS // max(1, tokens)))
-        return cls(captured, captured.hidden, at_once)
+        return cls(captured, captured.hidden, samples_in_pass(batch, int(captured.hidden.shape[1]), device))
 
     def clone(self) -> Stream:
         """A second stream that starts with the same hidden states; memory that one of them needs, both give."""

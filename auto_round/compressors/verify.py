@@ -23,6 +23,7 @@ from auto_round.modeling.experts import usual_expert_names
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
+from auto_round.report.memory import return_freed
 
 # Losses are compared in the dtype of the run. The arithmetic is the same, but not always in the same order.
 _TOLERANCE = {torch.float32: 1e-3}
@@ -168,6 +169,7 @@ def _walk(folder: Path, source: CheckpointSource, expected: Expected, modules: M
             with in_dtype(block, source.dtype, expected.dtype):
                 stream.hidden = stream.after(index, block, expected.device, expected.dtype)
         source.release(name)
+        return_freed()
     outside = [layer for layer in expected.digests if layer not in inside]
     for layer in outside:
         source.load(layer, expected.device)

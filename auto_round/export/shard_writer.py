@@ -31,11 +31,11 @@ _DTYPE_NAMES: dict[torch.dtype, str] = {
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, name: str = "max_shard_size") -> int:
     """Bytes of `5000000`, `"500MB"` or `"2GiB"`. Raises ConfigError for anything else or below one byte."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
-        raise ConfigError(f"max_shard_size={size!r} is not a size; give bytes, or a text such as '500MB' or '5GB'")
+        raise ConfigError(f"{name}={size!r} is not a size; give bytes, or a text such as '500MB' or '5GB'")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -69,7 +69,7 @@ class BlockTask:
         inputs: [N, T, H] what the block gets during tuning; in memory, or read from a file as it is indexed.
         targets: [N, T, H] what it should give; None when there is no calibration data.
         loss_mask: bool [N, T], True where a position counts.
-        offload: moves `inputs` and `targets` off the device; False when they are not there.
+        offload: given the task, moves `inputs` and `targets` off the device; False when they are not there.
         compute_dtype: dtype of the block's parameters and of `run`.
         seed: of the order of samples.
     """
@@ -83,7 +83,7 @@ class BlockTask:
     inputs: Samples | None = None
     targets: Samples | None = None
     loss_mask: torch.Tensor | None = None
-    offload: Callable[[], bool] = lambda: False
+    offload: Callable[[BlockTask], bool] = lambda _task: False
 
 
 @dataclass

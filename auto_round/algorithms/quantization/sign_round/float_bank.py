@@ -144,8 +144,12 @@ class FloatBank(LayerBank):
             self.scale = self.family.rule.store(self.start_scale * self.factor)
         self.refresh()
 
-    def initial(self) -> State:
-        return torch.zeros_like(self.v), torch.ones_like(self.factor), self.start_scale
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.v.zero_()
+        self.factor.fill_(1.0)
+        self.scale = self.start_scale
+        self.refresh()
 
     def snapshot(self, into: State | None = None) -> State:
         return copied((self.v, self.factor, self.scale), into)

@@ -90,9 +90,13 @@ class FunctionTuningLinear(torch.nn.Module):
             factor.clamp_(0.0, 1.0)
         self.fresh = False
 
-    def initial(self) -> tuple[torch.Tensor, ...]:
-        """The state before the first step."""
-        return torch.zeros_like(self.u), *(torch.ones_like(factor) for factor in self.factors)
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Back to the state before the first step."""
+        self.u.zero_()
+        for factor in self.factors:
+            factor.fill_(1.0)
+        self.fresh = False
 
     def snapshot(self, into: State | None = None) -> State:
         return copied(tuple(value.detach() for value in (self.u, *self.factors)), into)

@@ -171,8 +171,13 @@ class GgmlBank(LayerBank):
             self.factors[index].clamp_(*_FACTOR_RANGE)
         self._apply_factors()
 
-    def initial(self) -> State:
-        return torch.zeros_like(self.v), *(torch.ones_like(factor) for factor in self.factors)
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.v.zero_()
+        for factor in self.factors:
+            factor.fill_(1.0)
+        self._apply_factors()
+        self.refresh()
 
     def snapshot(self, into: State | None = None) -> State:
         return copied((self.v, *self.factors), into)

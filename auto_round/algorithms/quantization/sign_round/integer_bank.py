@@ -121,8 +121,12 @@ class IntegerBank(LayerBank):
             self.scale = round_to_stored(self.start_scale * self.factor, self.scale_dtype, threshold)
         self.refresh()
 
-    def initial(self) -> State:
-        return torch.zeros_like(self.v), torch.ones_like(self.factor), self.start_scale
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.v.zero_()
+        self.factor.fill_(1.0)
+        self.scale = self.start_scale
+        self.refresh()
 
     def snapshot(self, into: State | None = None) -> State:
         return copied((self.v, self.factor, self.scale), into)

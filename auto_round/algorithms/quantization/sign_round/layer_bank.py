@@ -82,8 +82,8 @@ class LayerBank(ABC):
         """One update of offsets and factors from the gradient gathered since the last one, then `refresh`."""
 
     @abstractmethod
-    def initial(self) -> State:
-        """The state before the first step."""
+    def restart(self) -> None:
+        """Back to the state before the first step."""
 
     @abstractmethod
     def snapshot(self, into: State | None = None) -> State:

@@ -42,7 +42,7 @@ class Passes:
                 if self.at_once > 1:
                     self.at_once //= 2
                     logger.info("%s is full: %d samples at once from here on", device, self.at_once)
-                elif self.task.offload():
+                elif self.task.offload(self.task):
                     logger.info("%s is full: the inputs of the blocks move to the CPU", device)
                 else:
                     raise out_of_memory(f"tuning {self.task.name} on one sample", device) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from auto_round.algorithms.quantization.sign_round.ggml_bank import GgmlBank
 from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
 from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, stack_tasks
 from auto_round.algorithms.quantization.sign_round.passes import Learnables, Passes
-from auto_round.algorithms.quantization.sign_round.samples import samples_at_once, shuffled_batches, split_samples
+from auto_round.algorithms.quantization.sign_round.samples import (
+    is_checked,
+    samples_at_once,
+    shuffled_batches,
+    split_samples,
+)
 from auto_round.errors import NumericsError
-
-_CHECKS = 8  # times the held-out loss is taken during tuning, besides the start
 
 
 class SignRoundQuantizer:
@@ -104,29 +108,32 @@ class SignRoundQuantizer:
         tuned_on, held_out = split_samples(task.inputs.shape[0], task.seed)
         batches = shuffled_batches(tuned_on, config.batch_size * config.gradient_accumulate_steps, task.seed + 1)
         rates = [config.learning_rates(layer.scheme.bits) for layer in layers]
-        check_every = max(1, config.iters // _CHECKS)
         weights = token_weights(task)
         passes = Passes(task, layers, self._at_once(task, layers))
         start = best = passes.run(lambda at_once: self._loss(task, held_out, weights, at_once))
         best_state: list[tuple[torch.Tensor, ...]] | None = None
         for step in range(config.iters):
             samples = next(batches)
-            passes.run(lambda at_once, samples=samples: self._gradients(task, samples, weights, at_once))
+            passes.run(partial(self._gradients, task, samples, weights))
             decay = 1.0 - step / config.iters
             for layer, (lr, scale_lr) in zip(layers, rates, strict=True):
                 layer.step(lr * decay, scale_lr * decay)
             done = step + 1
-            # The state changes less and less, so the second half is looked at; the last state always is.
-            if done == config.iters or (done % check_every == 0 and done > config.iters // 2):
+            if is_checked(done, config.iters):
                 loss = passes.run(lambda at_once: self._loss(task, held_out, weights, at_once))
                 if loss < best or config.not_use_best_mse:
                     best = loss
                     if done == config.iters:
                         return start, best  # the present state is the one to keep
-                    kept = best_state or [None] * len(layers)
-                    best_state = [layer.snapshot(old) for layer, old in zip(layers, kept, strict=True)]
+                    best_state = [
+                        layer.snapshot(None if best_state is None else best_state[index])
+                        for index, layer in enumerate(layers)
+                    ]
         for index, layer in enumerate(layers):
-            layer.restore(layer.initial() if best_state is None else best_state[index])
+            if best_state is None:
+                layer.restart()
+            else:
+                layer.restore(best_state[index])
         return start, best
 
     def _at_once(self, task: BlockTask, layers: Sequence[Learnables]) -> int:
