@@ -82,8 +82,8 @@ class AutoRound:
             of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
             `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (an importance file of
             llama.cpp's to use) and `save_imatrix` (where to write one). `max_memory` bounds what a run holds
-            (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB". `model_free=True` rounds to nearest tensor by tensor, without a model
-            (docs/model-free.md), with `parallelism`.
+            (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB". `model_free=True` rounds to nearest
+            tensor by tensor, without a model (docs/model-free.md), with `parallelism`.
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from auto_round.export.formats import (
     require_plan,
     require_scheme,
 )
+from auto_round.export.shard_writer import entry_bytes
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.layer_config import resolve_layers
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
@@ -352,19 +354,20 @@ def planned_bytes(
     fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
 ) -> int:
     """Bytes of all tensors that a format will write."""
-    total = 0
-    for shape, dtype in planned_tensors(fmt, layers, source, cache).values():
-        count = 1
-        for size in shape:
-            count *= size
-        total += count * dtype.itemsize
-    return total
+    specs = planned_tensors(fmt, layers, source, cache)
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+
+
+def header_bytes(specs: TensorSpecs) -> int:
+    """Bytes that safetensors headers need for these tensors."""
+    return sum(entry_bytes(name, len(shape)) for name, (shape, _) in specs.items())
 
 
 __all__ = [
     "check_data_type",
     "compute_dtype",
     "expert_joiner",
+    "header_bytes",
     "is_integer",
     "make_job",
     "planned_bytes",

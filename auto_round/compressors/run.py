@@ -29,7 +29,7 @@ from auto_round.compressors.importance_files import given_importance, save_impor
 from auto_round.compressors.job import Job
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
 from auto_round.compressors.place import check_work_space
-from auto_round.compressors.planning import compute_dtype, expert_joiner, make_job, planned_tensors
+from auto_round.compressors.planning import compute_dtype, expert_joiner, header_bytes, make_job, planned_tensors
 from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
@@ -109,7 +109,8 @@ class Run:
 
             return make_sink(job, fmt, folder, self.source, self.settings)
         experts = expert_joiner(fmt, dict(job.layers), self.source)
-        return FolderSink(fmt, folder, self.source.dtype, shard, experts)
+        specs = planned_tensors(fmt, dict(job.layers), self.source, job.cache)
+        return FolderSink(fmt, folder, self.source.dtype, shard, experts, header_bytes(specs))
 
     def save(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
