@@ -1,9 +1,9 @@
 """A checkpoint twice as large as the memory it is tuned in, and the peer on the same one.
 
     python bench/bounded_memory.py --work DIR [--gb 3] [--limit 1.5] [--peer_python VENV/bin/python]
-        [--save bench/results/bounded_memory.json]
+        [--only ours|peer] [--keep] [--save bench/results/bounded_memory.json]
 
-Needs two and a half times `--gb` of disk in `--work`. The checkpoint has Llama's shape (hidden size 2048, 32000 words)
+With `--keep` the checkpoint stays, and is used again; `--only` adds one side to what is saved already. Needs two and a half times `--gb` of disk in `--work`. The checkpoint has Llama's shape (hidden size 2048, 32000 words)
 with random weights. Ours runs under a hard limit of the system on private writable memory (RLIMIT_DATA: heap and
 anonymous maps, touched or not; `--limit` GB), the peer without one: it would end at once. Both take two steps a block
 on the same few short samples and save in the same format; ours checks what it saved. Reported are the peaks of resident
@@ -101,19 +101,25 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=32)
     parser.add_argument("--peer_python")
+    parser.add_argument("--only", choices=["ours", "peer"])
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--save", type=Path)
     given = parser.parse_args()
     work = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     model = work / "model"
-    shutil.rmtree(model, ignore_errors=True)
-    size = make_checkpoint(model, "bounded", int(given.gb * 1e9))
+    if not (given.keep and model.exists()):
+        shutil.rmtree(model, ignore_errors=True)
+        make_checkpoint(model, "bounded", int(given.gb * 1e9))
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     job = {"model": str(model), "out": str(work / "out"), "nsamples": given.nsamples, "seqlen": given.seqlen,
            "limit": int(given.limit * 1e9)}  # fmt: skip
-    result: dict[str, Any] = {"machine": machine(), "input_bytes": size}
+    saved = given.save is not None and given.only is not None and given.save.exists()
+    result: dict[str, Any] = json.loads(given.save.read_text()) if saved else {}
+    result |= {"machine": machine(), "input_bytes": size}
     result |= {key: job[key] for key in ("nsamples", "seqlen", "limit")}
     for who, python, program in (("ours", sys.executable, OURS), ("peer", given.peer_python, PEER)):
-        if python is not None:
+        if python is not None and given.only in (None, who):
             result[who] = run(python, program, job, work, who)
             print(who, json.dumps(result[who]), flush=True)
     if "rss" in result.get("ours", {}) and "rss" in result.get("peer", {}):
@@ -121,7 +127,8 @@ def main() -> None:
         print(f"peak resident memory: {result['ratio']:.2f} of the peer's")
     if given.save:
         given.save.write_text(json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(model)
+    if not given.keep:
+        shutil.rmtree(model)
     shutil.rmtree(work / "out", ignore_errors=True)
 
 
