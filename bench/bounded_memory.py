@@ -3,11 +3,12 @@
     python bench/bounded_memory.py --work DIR [--gb 3] [--limit 1.5] [--peer_python VENV/bin/python]
         [--only ours|peer] [--keep] [--save bench/results/bounded_memory.json]
 
-With `--keep` the checkpoint stays, and is used again; `--only` adds one side to what is saved already. Needs two and a half times `--gb` of disk in `--work`. The checkpoint has Llama's shape (hidden size 2048, 32000 words)
+Needs two and a half times `--gb` of disk in `--work`. The checkpoint has Llama's shape (hidden size 2048, 32000 words)
 with random weights. Ours runs under a hard limit of the system on private writable memory (RLIMIT_DATA: heap and
 anonymous maps, touched or not; `--limit` GB), the peer without one: it would end at once. Both take two steps a block
 on the same few short samples and save in the same format; ours checks what it saved. Reported are the peaks of resident
-memory, the whole process included. Linux only.
+memory, the whole process included. With `--keep` the checkpoint stays, and is used again; `--only` adds one side to
+what is saved already. Linux only.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ if __name__ == "__main__":
     samples = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
     data = torch.utils.data.DataLoader(samples, batch_size=1)
     tuner = AutoRound(model, tokenizer, scheme="W4A16", iters=2, dataset=data, nsamples=len(ids),
-                      seqlen=given["seqlen"], batch_size=len(ids), device_map="cpu", amp=False)
+                      seqlen=given["seqlen"], batch_size=len(ids), device_map="cpu")
     tuner.quantize_and_save(given["out"], format="auto_round")
     print("RESULT " + json.dumps({"wall": time.monotonic() - start, "rss": peak()}))
 """

@@ -18,6 +18,7 @@ from auto_round.calibration.recording import Call, LeafStore, batch_dims, flatte
 from auto_round.calibration.spill import Spill, SpilledTensor
 from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.finite import is_finite
+from auto_round.modeling.one_expert import OneExpert
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.source import Device, ModelSource
 from auto_round.modeling.tensor_files import empty_pages
@@ -164,6 +165,7 @@ def capture_inputs(
     store_device: Device = "cpu",
     dtype: torch.dtype | None = None,
     spill: Spill | None = None,
+    one_expert: bool = False,
 ) -> CapturedInputs:
     """Run everything before the blocks on each sample, and record what each block is called with.
 
@@ -178,6 +180,7 @@ def capture_inputs(
         store_device: where hidden states and arguments are kept.
         dtype: in which hidden states are kept; None: the model's.
         spill: a file to keep them in instead, and large arguments.
+        one_expert: experts of the block that is loaded are read one at a time.
 
     Raises:
         DataError: no samples, or of different lengths.
@@ -186,7 +189,7 @@ def capture_inputs(
         NumericsError: NaN or Inf before the first block.
     """
     inputs = _checked(samples)
-    recorder = _Recorder(source, torch.device(store_device), len(inputs), dtype, spill)
+    recorder = _Recorder(source, torch.device(store_device), len(inputs), dtype, spill, one_expert)
     where = torch.device(device) if device is not None else _home(source)
     with torch.no_grad(), outside_loaded(source, device), _replaced_forwards(source, recorder.replacement):
         for index, sample in enumerate(inputs):
@@ -203,11 +206,11 @@ class _Recorder:
 
     def __init__(
         self, source: ModelSource, store_device: torch.device, count: int, dtype: torch.dtype | None,
-        spill: Spill | None,
+        spill: Spill | None, one_expert: bool = False,
     ) -> None:  # fmt: skip
         self.source, self.count, self.store_device = source, count, store_device
         self.store = LeafStore(store_device, spill)
-        self.spill, self.dtype = spill, dtype
+        self.spill, self.dtype, self.one_expert = spill, dtype, one_expert
         self.model_dtype: torch.dtype | None = None
         self.hidden: torch.Tensor | SpilledTensor | None = None
         self.calls: list[list[Call]] = [[] for _ in source.blocks]
@@ -289,9 +292,15 @@ class _Recorder:
         self, index: int, block: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any, hidden: torch.Tensor
     ) -> None:
         name = self.source.blocks[index]
-        self.source.load(name, hidden.device)
+        experts = OneExpert(self.source, name, hidden.device) if self.one_expert else None
         try:
-            output = original(*args, **kwargs)
+            if experts is None:
+                self.source.load(name, hidden.device)
+                output = original(*args, **kwargs)
+            else:
+                experts.load_others()
+                with experts.running():
+                    output = original(*args, **kwargs)
         finally:
             self.source.release(name)
         first = (

@@ -21,9 +21,11 @@ from auto_round.compressors.cache import CachePlan
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.sinks import Sink
+from auto_round.compressors.streamed_experts import LaterExperts, StreamedLayers, experts_run, one_expert
 from auto_round.compressors.streams import Stream, check_activations
 from auto_round.data_type.activation import ActivationQuantizer, quantized_inputs
 from auto_round.modeling.blocks import set_weight_2d, weight_2d
+from auto_round.modeling.one_expert import OneExpert
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.memory import return_freed
@@ -92,15 +94,16 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
     progress.start(len(source.blocks))
     for index, name in enumerate(source.blocks):
         started = time.monotonic()
-        block = source.load(name, walk.device)
+        experts = one_expert(job, source, name, walk.device, walk.dtype)
+        block = source.load(name, walk.device) if experts is None else experts.load_others()
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
         tasks = [layer_task(source, plan) for plan in planned]
         with in_dtype(block, source.dtype, walk.dtype):
-            result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype)
+            result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype, experts)
             _install_all(tasks, result)
             steps = {task.module: task.activation for task in tasks if task.activation is not None}
             walk.activations |= {task.name: task.activation for task in tasks if task.activation is not None}
-            with quantized_inputs(steps):
+            with quantized_inputs(steps), experts_run(experts, result):
                 if quantized is not None:
                     quantized.after(index, block, walk.device, walk.dtype, in_place=True)
                 if probe is not None:
@@ -127,7 +130,7 @@ def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:
 
 def _quantize_block(
     index: int, name: str, block: torch.nn.Module, tasks: list[LayerTask], walk: Walk,
-    full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype,
+    full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype, experts: OneExpert | None,
 ) -> BlockResult:  # fmt: skip
     """Run the block in full precision where the algorithm wants it, then decide its layers."""
     inputs = targets = None
@@ -141,6 +144,7 @@ def _quantize_block(
         cache = walk.cache
         attentions = cache.attentions(block) if cache is not None else []
         with (
+            experts_run(experts),
             input_second_moments(block, wanted) as moments,
             input_extremes(block, fixed) as extremes,
             cache_extremes(attentions, cache is not None and cache.queries) as cached,
@@ -162,8 +166,8 @@ def _quantize_block(
     if walk.importance is not None:
         for layer in tasks:
             given = walk.importance.get(layer.name)
-            layer.importance = None if given is None else given.to(layer.weight.device)
-    share_global_scales(tasks)
+            layer.importance = None if given is None else given.to(walk.device)
+    share_global_scales([layer for layer in tasks if not layer.weight.is_meta])
     for layer in tasks:
         layer.activation = activation_of(layer.scheme, inner[layer.name], extremes, model_dtype)
     if not tasks:
@@ -177,7 +181,8 @@ def _quantize_block(
         mask = full.captured.loss_mask
         task.loss_mask = None if bool(mask.all()) else mask
     del inputs, targets  # the task has them, and may move them
-    return walk.quantizer.quantize_block(task)
+    quantizer = walk.quantizer if experts is None else LaterExperts(walk.quantizer, experts)
+    return quantizer.quantize_block(task)
 
 
 def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any, targets: Any) -> None:
@@ -217,9 +222,11 @@ def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
 
 
 def _install_all(tasks: Sequence[LayerTask], result: BlockResult) -> None:
-    by_name = {layer.name: layer for layer in result.layers}
+    layers = result.layers.held.values() if isinstance(result.layers, StreamedLayers) else result.layers
+    by_name = {layer.name: layer for layer in layers}
     for task in tasks:
-        install(task, by_name[task.name])
+        if not task.weight.is_meta:  # an expert that is not in memory
+            install(task, by_name[task.name])
 
 
 def install(task: LayerTask, layer: QuantizedLayer) -> None:
@@ -239,7 +246,7 @@ def _emit(
     sinks: Sequence[Sink],
 ) -> None:  # fmt: skip
     names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
-    replaced = {f"{layer.name}.{leaf}" for layer in result.layers for leaf in ("weight", "bias")}
+    replaced = {f"{layer}.{leaf}" for layer in job.quantized() for leaf in ("weight", "bias")}
     tied = source.tied()
     rest = [n for n in names if n not in replaced and n not in tied]
     for sink in sinks:

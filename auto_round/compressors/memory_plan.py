@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -22,6 +22,7 @@ from auto_round.compressors.settings import Settings
 from auto_round.compressors.streams import samples_in_pass
 from auto_round.data_type.gguf.types import GGML_TYPES
 from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.one_expert import expert_of
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import rss_bytes
 
@@ -42,6 +43,7 @@ class MemoryPlan:
         phases: peak RAM by phase.
         activations: one stream of hidden states.
         streams: where they are kept: "ram", "device" or "file".
+        streams_experts: whether the experts of a block are read one at a time.
     """
 
     ram: int
@@ -50,6 +52,7 @@ class MemoryPlan:
     phases: Mapping[str, int] = field(default_factory=dict)
     activations: int = 0
     streams: str = "ram"
+    streams_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,31 +92,30 @@ class Facts:
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Peaks of one block beside the hidden states: while it is read and run, tuned, and run again."""
+    """One block as it is read, and its peaks beside the hidden states: while it is run, quantized, and run again."""
 
+    read: int
     full: int
     tuned: int
     after: int
 
-    @property
-    def most(self) -> int:
-        return max(self.full, self.tuned, self.after)
 
-
-def plan_memory(facts: Facts, streams: str) -> MemoryPlan:
-    """The peaks with the hidden states kept in "ram", on the "device" or in a "file"."""
+def plan_memory(facts: Facts, streams: str, streams_experts: bool = False) -> MemoryPlan:
+    """The peaks with the hidden states kept in "ram", on the "device" or in a "file", and the experts of a block all in
+    memory or one at a time."""
     settings, source = facts.settings, facts.source
     on_device = settings.device.type != "cpu"
     one = settings.nsamples * settings.seqlen * facts.width * facts.compute.itemsize if facts.streams else 0
     held = one * facts.streams
-    sizes = [block_bytes(facts, block) for block in source.blocks]
-    blocks = BlockBytes(*(max((getattr(s, n) for s in sizes), default=0) for n in ("full", "tuned", "after")))
+    count = streamed_block_bytes if streams_experts else block_bytes
+    sizes = [count(facts, block) for block in source.blocks]
+    full, tuned, after = (max((getattr(s, n) for s in sizes), default=0) for n in ("full", "tuned", "after"))
     matrices = outside_bytes(facts)
     phases = {
-        "capture": matrices.embedding + max((tensor_bytes(source, b) for b in source.blocks), default=0),
-        "block, full precision": blocks.full,
-        "block, quantized": blocks.tuned,
-        "block, afterwards": blocks.after,
+        "capture": matrices.embedding + max((size.read for size in sizes), default=0),
+        "block, full precision": full,
+        "block, quantized": tuned,
+        "block, afterwards": after,
         "outside the blocks": matrices.outside,
     }
     codes = sum(p.out_features * p.in_features for p in quantized(facts.layers)) if facts.kept else 0
@@ -127,7 +129,8 @@ def plan_memory(facts: Facts, streams: str) -> MemoryPlan:
         vram = max(phases.values()) + held * (streams == "device") + _DEVICE_BUFFERS
     libraries = rss_bytes() + _LATER
     ram = {name: libraries + size for name, size in ram.items()}
-    return MemoryPlan(max(ram.values()), vram, held if streams == "file" else 0, ram, one, streams)
+    spilled = held if streams == "file" else 0
+    return MemoryPlan(max(ram.values()), vram, spilled, ram, one, streams, streams_experts)
 
 
 def quantized(layers: Mapping[str, LayerPlan]) -> list[LayerPlan]:
@@ -161,7 +164,25 @@ def block_bytes(facts: Facts, block: str) -> BlockBytes:
         tuned = codes + 9 * largest  # rounding goes in pieces; codes of the layer at hand are joined, its grid found
     full = own + cast + forward if facts.settings.needs_data else own + (cast if runs else 0)
     after = own + codes + (cast + forward + 4 * largest if runs else 8 * largest)
-    return BlockBytes(full, own + cast - dropped + tuned, after)
+    return BlockBytes(own, full, own + cast - dropped + tuned, after)
+
+
+def streamed_block_bytes(facts: Facts, block: str) -> BlockBytes:
+    """One block that is only rounded, with one expert at a time in memory."""
+    experts = {expert for name in facts.layers if name.startswith(f"{block}.") and (expert := expert_of(name))}
+    if not experts:
+        return block_bytes(facts, block)
+    sizes = {expert: tensor_bytes(facts.source, expert) for expert in experts}
+    whole = block_bytes(facts, block)
+    others = {n: p for n, p in facts.layers.items() if expert_of(n) is None}
+    rest = block_bytes(replace(facts, layers=others), block)
+    # An expert as it is read and as it is multiplied with, or with its codes.
+    one = int(max(sizes.values()) * (1 + max(1.0, facts.compute.itemsize / facts.source.dtype.itemsize)))
+    taken = sum(sizes.values())
+    cast = taken // facts.source.dtype.itemsize * facts.compute.itemsize if facts.compute != facts.source.dtype else 0
+    forward = forward_bytes(facts, list(facts.layers.values()), 1) - forward_bytes(facts, list(others.values()), 1)
+    fewer = lambda size: size - taken - cast + one + max(0, forward)  # noqa: E731
+    return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
 
 
 def tuning_bytes(facts: Facts, chosen: Sequence[LayerPlan]) -> tuple[int, int]:

@@ -45,7 +45,6 @@ def quantize_outside(
         task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
         if task.activation is not None:
             walk.activations[name] = task.activation
-        task.weight = task.weight.clone()  # a tied head shares it with the embedding, which stays as it is
         if inputs is not None:
             layer, before, after = quantize_head(task, inputs, scale_dtype, optimized)
             walk.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))

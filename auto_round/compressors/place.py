@@ -10,11 +10,13 @@ from auto_round.envs import work_space
 from auto_round.errors import ConfigError, OutputError
 from auto_round.export.disk import free_bytes
 from auto_round.export.formats import OutputFormat
+from auto_round.modeling.one_expert import expert_of
 from auto_round.report.memory import format_bytes
 
 
 def place_activations(facts: Facts, formats: tuple[OutputFormat, ...] = ()) -> MemoryPlan:
-    """The fastest place that keeps the budget: on the device, in RAM, in a file.
+    """The fastest way that keeps the budget: on the device, in RAM, in a file; and where experts are only rounded, one
+    expert of a block at a time.
 
     Raises ConfigError when none does: what was given, what is needed, and what lowers that.
     """
@@ -24,7 +26,10 @@ def place_activations(facts: Facts, formats: tuple[OutputFormat, ...] = ()) -> M
     budget = settings.max_memory
     if budget is None:
         return plan_memory(facts, places[0])
-    plans = [plan_memory(facts, place) for place in places]
+    ways = [(place, False) for place in places]
+    if facts.source.lazy and not settings.tunes and any(map(expert_of, facts.layers)):
+        ways += [(place, True) for place in places]
+    plans = [plan_memory(facts, *way) for way in ways]
     for plan in plans:
         if _keeps(plan, budget):
             return plan
@@ -65,7 +70,7 @@ def _advice(settings: Settings) -> str:
         ways.append(f"batch_size=1 with gradient_accumulate_steps={total}")
     if settings.device.type != "cpu" and not settings.low_gpu_mem_usage:
         ways.append("low_gpu_mem_usage=True")
-    ways.append("iters=0, which does not tune")
+    ways.append("iters=0, which does not tune (and takes one expert at a time)")
     return f"Give that much, or {', '.join(ways)}; activations are in a file already, so nsamples does not matter"
 
 

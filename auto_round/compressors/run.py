@@ -33,6 +33,7 @@ from auto_round.compressors.planning import compute_dtype, expert_joiner, header
 from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
+from auto_round.compressors.streamed_experts import streams_experts
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.envs import work_space
 from auto_round.errors import UnsupportedError
@@ -183,9 +184,9 @@ class Run:
             importance = None if settings.imatrix is None else given_importance(settings.imatrix, job, source)
             progress.message("reading calibration data" if settings.needs_data else "capturing the probe")
             data = self._data()
-            calibration = self._capture(data.samples, store, spill) if data is not None else None
+            calibration = self._capture(data.samples, store, job, spill) if data is not None else None
             probe_ids = self._probe() if settings.verify else None
-            probe = self._capture(probe_ids, store) if probe_ids is not None else None
+            probe = self._capture(probe_ids, store, job) if probe_ids is not None else None
             captured = time.monotonic()
             batch = settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8
             walk = Walk(
@@ -244,10 +245,10 @@ class Run:
         return probe_samples(self.tokenizer, _vocab_size(self.source) or 2, most)
 
     def _capture(
-        self, samples: list[dict[str, torch.Tensor]], store: torch.device, spill: Spill | None = None
+        self, samples: list[dict[str, torch.Tensor]], store: torch.device, job: Job, spill: Spill | None = None
     ) -> CapturedInputs:
         dtype = compute_dtype(self.settings, self.source)
-        return capture_inputs(self.source, samples, self.settings.device, store, dtype, spill)
+        return capture_inputs(self.source, samples, self.settings.device, store, dtype, spill, streams_experts(job))
 
     def _complete(self, job: Job, sink: FolderSink | GgufSink, finished: Finished) -> None:
         """The files beside the weights, and the check."""
@@ -265,6 +266,7 @@ class Run:
                 finished.loss if fmt.holds_activations or not finished.walk.activations else None,
                 settings.device, finished.walk.dtype, settings.trust_remote_code,
                 None if fmt.loads_here else _reader(job, fmt, sink.experts.targets), fmt.rounds_weights,
+                streams_experts(job),
             )  # fmt: skip
             verified = verify_folder(folder, expected)
             finished.seconds["verify"] = time.monotonic() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from auto_round.inference.packed_linear import PackedLinear
 from auto_round.modeling.blocks import weight_2d
 from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.experts import usual_expert_names
+from auto_round.modeling.one_expert import OneExpert, expert_of
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
@@ -45,6 +47,7 @@ class Expected:
             folder as Transformers would.
         rounds_weights: the files hold what was tuned in the model's own dtype, so that the loss is of other weights
             when this is a half one.
+        one_expert: experts are read one at a time.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -57,6 +60,7 @@ class Expected:
     trust_remote_code: bool = False
     read_back: Callable[[str, TensorFiles], QuantizedLayer] | None = None
     rounds_weights: bool = False
+    one_expert: bool = False
 
 
 def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
@@ -157,16 +161,23 @@ def _walk(folder: Path, source: CheckpointSource, expected: Expected, modules: M
     """
     captured = None
     if expected.samples is not None and expected.loss is not None:
-        captured = capture_inputs(source, expected.samples, expected.device)
+        captured = capture_inputs(source, expected.samples, expected.device, one_expert=expected.one_expert)
     stream = None if captured is None else Stream(captured, captured.hidden, 1)
     inside: set[str] = set()
     for index, name in enumerate(source.blocks):
-        block = source.load(name, expected.device)
+        experts = OneExpert(source, name, expected.device, expected.dtype) if expected.one_expert else None
+        block = source.load(name, expected.device) if experts is None else experts.load_others()
         for layer in [n for n in expected.digests if n.startswith(f"{name}.")]:
+            expert = None if experts is None else expert_of(modules[layer])
+            if expert is not None:
+                source.load(modules[layer], expected.device)
             _compare_layer(folder, layer, source.model.get_submodule(modules[layer]), expected.digests[layer])
+            if expert is not None:
+                source.release(modules[layer])
             inside.add(layer)
         if stream is not None:
-            with in_dtype(block, source.dtype, expected.dtype):
+            running = nullcontext() if experts is None else experts.running()
+            with in_dtype(block, source.dtype, expected.dtype), running:
                 stream.hidden = stream.after(index, block, expected.device, expected.dtype)
         source.release(name)
         return_freed()

@@ -90,7 +90,7 @@ class BlockTask:
 class BlockResult:
     """The layers' codes, and the block's loss before and after on the held-out samples (None without tuning)."""
 
-    layers: list[QuantizedLayer] = field(default_factory=list)
+    layers: Sequence[QuantizedLayer] = field(default_factory=list)
     loss_before: float | None = None
     loss_after: float | None = None
     steps: int = 0
