@@ -134,6 +134,7 @@ def plan_memory(facts: Facts, streams: str, streams_experts: bool = False) -> Me
 
 
 def quantized(layers: Mapping[str, LayerPlan]) -> list[LayerPlan]:
+    """The layers that do not stay as they are."""
     return [plan for plan in layers.values() if plan.scheme.quantizes_weights]
 
 
@@ -274,6 +275,7 @@ class OutsideBytes:
 
 
 def outside_bytes(facts: Facts) -> OutsideBytes:
+    """What is in no block."""
     source, settings = facts.source, facts.settings
     blocks = tuple(f"{block}." for block in source.blocks)
     tied = source.tied()
