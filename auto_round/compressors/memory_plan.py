@@ -210,7 +210,8 @@ def tuning_bytes(facts: Facts, chosen: Sequence[LayerPlan]) -> tuple[int, int]:
         # Stacked weights, in the model's dtype where products are float32.
         stacked = 0 if shared else model.itemsize if compute == torch.float32 else compute.itemsize
         offsets = 4
-        best = 4 if copies_best(algorithm.iters) else 0
+        integers = first.ggml is None and is_integer(first.scheme)
+        best = (1 if integers else 4) if copies_best(algorithm.iters) else 0  # codes, or offsets
         state = {"adam": 12, "momentum": 12, "sign": 0}[_rule(algorithm)]
         scales = 4 * 8 / size  # stored, where they started, factors, slopes, and copies of the best
         plain = stacked + 2 * compute.itemsize + offsets + scales  # quantized weights and gradients in `compute`

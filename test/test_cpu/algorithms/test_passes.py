@@ -101,3 +101,28 @@ def test_a_sample_that_never_fits_is_a_device_error() -> None:
     with pytest.raises(DeviceError, match="low_gpu_mem_usage.*batch_size"):
         SignRoundQuantizer(SignRoundConfig(iters=2)).quantize_block(make_task(block, parse_scheme("W4A16")))
     assert isinstance(block.first, nn.Linear)  # put back
+
+
+@pytest.mark.parametrize("scheme", ["W2A16", "W4A16", "W8A16", "MXFP4", "GGUF:Q4_K_S"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_snapshot_brings_the_same_weights_back(scheme: str, sym: bool) -> None:
+    parsed = parse_scheme(scheme)
+    if parsed.data_type == "int" and parsed.super_bits is None:
+        parsed = parsed.with_overrides({"sym": sym})
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
+    task = LayerTask("layer", nn.Linear(256, 8), weight, parsed)
+    bank = SignRoundQuantizer(SignRoundConfig(minmax_lr=0.01))._bank([task], {"compute_dtype": torch.float32})
+    generator = torch.Generator().manual_seed(4)
+    states = []
+    for _ in range(3):
+        bank.add_weight_gradient(0, torch.randn(5, 8, generator=generator), torch.randn(5, 256, generator=generator))
+        bank.step(0.3, 0.05)
+        states.append(bank.quantized.clone())
+    best = bank.snapshot(bank.snapshot())
+    wanted = bank.finish()[0].dequantize()
+    bank.add_weight_gradient(0, torch.randn(5, 8, generator=generator), torch.randn(5, 256, generator=generator))
+    bank.step(0.3, 0.05)
+    assert not torch.equal(bank.quantized, states[-1])
+    bank.restore(best)
+    assert torch.equal(bank.quantized, states[-1])
+    assert torch.equal(bank.finish()[0].dequantize(), wanted)

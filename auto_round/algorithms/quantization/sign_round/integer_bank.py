@@ -128,12 +128,22 @@ class IntegerBank(LayerBank):
         self.scale = self.start_scale
         self.refresh()
 
+    @torch.no_grad()
     def snapshot(self, into: State | None = None) -> State:
-        return copied((self.v, self.factor, self.scale), into)
+        """The codes, a byte each, with factors and scales: offsets matter by what they round to only."""
+        made = torch.empty(self.groups.shape, dtype=torch.uint8, device=self.v.device) if into is None else into[0]
+        for rows in self._rows():
+            low, high = self._limits(rows)
+            codes = (self.groups[rows].float() / self.scale[rows]).add_(self.v[rows]).round_()
+            made[rows] = torch.clamp(codes, low, high).sub_(low).to(torch.uint8)
+        return made, *copied((self.factor, self.scale), None if into is None else into[1:])
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
-        self.v, self.factor, self.scale = state
+        codes, self.factor, self.scale = state
+        for rows in self._rows():
+            low, _ = self._limits(rows)
+            self.v[rows] = (codes[rows].float() + low).sub_(self.groups[rows].float() / self.scale[rows])
         self.refresh()
 
     @torch.no_grad()
