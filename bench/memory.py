@@ -29,8 +29,8 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {  # configuration, bytes
     "wide": (_LLAMA | dict(hidden_size=2048, intermediate_size=5632, vocab_size=8192), 150_000_000),
     "words": (_LLAMA | dict(hidden_size=768, intermediate_size=2048, vocab_size=65536), 225_000_000),
 }
-TUNED = {"iters": 4, "lr": 0.001}
-SHORT, LONG = {"nsamples": 4, "seqlen": 128}, {"nsamples": 48, "seqlen": 1024}
+TUNED = {"iters": 3, "lr": 0.001}
+SHORT, LONG = {"nsamples": 4, "seqlen": 128}, {"nsamples": 24, "seqlen": 1024}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # model, format, keywords
     "W4A16 tuned": ("wide", "auto_round", {"scheme": "W4A16", **TUNED, **SHORT}),
     "W4A16 tuned, long samples": ("small", "auto_round", {"scheme": "W4A16", **TUNED, **LONG}),

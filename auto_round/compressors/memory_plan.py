@@ -159,8 +159,8 @@ def block_bytes(facts: Facts, block: str) -> BlockBytes:
     forward = forward_bytes(facts, plans, samples_in_pass(facts.batch, facts.tokens, facts.settings.device))
     runs = facts.settings.needs_data or facts.settings.verify
     if facts.settings.tunes:
-        tuned, finished = tuning_bytes(facts, chosen)
-        tuned = max(tuned + backward_bytes(facts, plans), finished + codes)
+        learned = tuning_bytes(facts, chosen)
+        tuned = max(learned.held + max(learned.step, backward_bytes(facts, plans)), learned.finished + codes)
     else:
         tuned = codes + 9 * largest  # rounding goes in pieces; codes of the layer at hand are joined, its grid found
     full = own + cast + forward if facts.settings.needs_data else own + (cast if runs else 0)
@@ -186,20 +186,33 @@ def streamed_block_bytes(facts: Facts, block: str) -> BlockBytes:
     return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
 
 
-def tuning_bytes(facts: Facts, chosen: Sequence[LayerPlan]) -> tuple[int, int]:
-    """What the learnables of a block hold: (during the steps, when codes are taken)."""
+@dataclass(frozen=True)
+class TuningBytes:
+    """What the learnables of a block hold, what a step of one bank takes for a moment, and what is left of it all when
+    codes are taken."""
+
+    held: int
+    step: int
+    finished: int
+
+
+def tuning_bytes(facts: Facts, chosen: Sequence[LayerPlan]) -> TuningBytes:
+    """Of the layers of a block that are tuned."""
     algorithm, compute, model = facts.settings.algorithm, facts.compute, facts.source.dtype
     assert isinstance(algorithm, SignRoundConfig)
     banks: dict[object, list[LayerPlan]] = defaultdict(list)
     for index, plan in enumerate(chosen):
         alone = index if plan.scheme.group_size == 0 else None
         banks[plan.scheme, plan.ggml, plan.in_features, alone].append(plan)
-    during = finished = 0.0
+    # Of the rule that moves offsets: running means, and for a moment the whole gradient and what is made of it.
+    state, moment = {"adam": (8, 8), "momentum": (4, 8), "sign": (0, 0)}[_rule(algorithm)]
+    held = step = finished = 0.0
     for members in banks.values():
         first = members[0]
         count = sum(p.out_features * p.in_features for p in members)
-        if first.ggml is None and not is_integer(first.scheme) and small_float(first.scheme) is None:
-            during, finished = during + _FUNCTION_BYTES * count, finished + _FUNCTION_BYTES * count
+        integers = first.ggml is None and is_integer(first.scheme)
+        if first.ggml is None and not integers and small_float(first.scheme) is None:
+            held, finished = held + _FUNCTION_BYTES * count, finished + _FUNCTION_BYTES * count
             continue
         group = first.scheme.group_size
         size = group if isinstance(group, int) and group > 0 else first.in_features
@@ -209,15 +222,15 @@ def tuning_bytes(facts: Facts, chosen: Sequence[LayerPlan]) -> tuple[int, int]:
         shared = len(members) == 1 and width == first.in_features and (compute in (torch.float32, model))
         # Stacked weights, in the model's dtype where products are float32.
         stacked = 0 if shared else model.itemsize if compute == torch.float32 else compute.itemsize
-        offsets = 4
-        integers = first.ggml is None and is_integer(first.scheme)
-        best = (1 if integers else 4) if copies_best(algorithm.iters) else 0  # codes, or offsets
-        state = {"adam": 12, "momentum": 12, "sign": 0}[_rule(algorithm)]
-        scales = 4 * 8 / size  # stored, where they started, factors, slopes, and copies of the best
-        plain = stacked + 2 * compute.itemsize + offsets + scales  # quantized weights and gradients in `compute`
-        during += count * (plain + best + state)
+        scales = (
+            4 * (3 if first.scheme.sym and first.ggml is None else 4) / size
+        )  # start, present, factors, zero points
+        plain = stacked + 2 * compute.itemsize + 4 + scales  # quantized weights, gradient and offsets
+        best = ((1 if integers else 4) + 8 / size) if copies_best(algorithm.iters) else 0  # codes, or offsets
+        held += count * (plain + best + state)
+        step = max(step, count * (moment + 12 / size))
         finished += count * (plain + state)
-    return int(during), int(finished)
+    return TuningBytes(int(held), int(step), int(finished))
 
 
 def _rule(algorithm: SignRoundConfig) -> str:
