@@ -4,6 +4,7 @@ VENV   ?= .venv
 DEMO_ARGS ?=
 REFEREE_ARGS ?=
 PYTEST_ARGS ?=
+FAULTS ?= full
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 PIP_INSTALL := $(PIP) install --no-input --no-warn-script-location -c requirements/torch.txt
 SOURCES := auto_round test tools examples $(wildcard bench)
 
-.PHONY: help demo test test-slow test-cuda lint format bench referees wheel clean
+.PHONY: help demo test test-slow test-cuda faults lint format bench referees wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo "make test       all fast tests on the CPU             (PYTEST_ARGS='-k schemes' chooses some)"
 	@echo "make test-slow  tests with real models and long runs"
 	@echo "make test-cuda  tests that need a CUDA GPU"
+	@echo "make faults     kill runs, damage files, and print what became of it (FAULTS=short: a few of each)"
 	@echo "make lint       ruff and mypy;  make format rewrites what ruff can"
 	@echo "make bench      how to measure against auto-round 0.16.1 (takes an hour: prints the commands)"
 	@echo "make referees   let other programs open what we write (REFEREE_ARGS='--programs gptqmodel' chooses some)"
@@ -62,6 +64,9 @@ test-slow: $(VENV)/.test
 
 test-cuda: $(VENV)/.test
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) test/test_cuda
+
+faults: $(VENV)/.test
+	@AR_TEST_FAULTS=$(FAULTS) $(BIN)/python -m pytest -q -m faults $(PYTEST_ARGS) test/faults
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check $(SOURCES)

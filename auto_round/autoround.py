@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,14 @@ from auto_round.compressors.budget import parse_budget
 from auto_round.compressors.device import resolve_device
 from auto_round.compressors.format_runs import default_format, folder_name, split_runs
 from auto_round.compressors.model_free.entry import open_model_free, rounding_only
+from auto_round.compressors.resume.run_journal import remove_journal
 from auto_round.compressors.run import Finished, Run
-from auto_round.compressors.settings import Settings, check_whole, names_tuple, parse_scale_dtype
+from auto_round.compressors.settings import Settings, check_on_nan, check_whole, names_tuple, parse_scale_dtype
 from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
 from auto_round.export.cache_scales import parse_cache_scheme
-from auto_round.export.disk import ensure_output_folder
+from auto_round.export.disk import PARTIAL, ensure_output_folder
 from auto_round.export.formats import OutputFormat, parse_formats
+from auto_round.export.staging import Staging
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.source import ModelSource, open_source
@@ -40,7 +43,7 @@ _OTHER_DEFAULTS: dict[str, Any] = {
     "enable_deterministic_algorithms": False, "trust_remote_code": False, "model_dtype": None, "verify": True,
     "device": None, "adam": None, "enable_opt_rtn": None, "bs": None, "algorithm": None, "static_kv_dtype": None,
     "static_kv_granularity": "tensor", "static_attention_dtype": None, "static_attention_granularity": "tensor",
-    "imatrix": None, "save_imatrix": None,
+    "imatrix": None, "save_imatrix": None, "on_nan": "fail", "allow_pickle": False,
     "model_free": False, "parallelism": None, "max_memory": None,
 }  # fmt: skip
 _CACHE_OPTIONS = (
@@ -81,9 +84,11 @@ class AutoRound:
             `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`; and for static FP8 scales
             of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
             `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (an importance file of
-            llama.cpp's to use) and `save_imatrix` (where to write one). `max_memory` bounds what a run holds
-            (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB". `model_free=True` rounds to nearest
-            tensor by tensor, without a model (docs/model-free.md), with `parallelism`.
+            llama.cpp's to use) and `save_imatrix` (where to write one); `on_nan` ("fail", "rtn", "keep"), what is done
+            about layers whose numbers are not finite (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin;
+            `max_memory`, which bounds what a run holds (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB".
+            `model_free=True` rounds to nearest tensor by tensor, without a model (docs/model-free.md), with
+            `parallelism`.
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.
@@ -147,6 +152,8 @@ class AutoRound:
             verify=bool(options["verify"]),
             imatrix=None if options["imatrix"] is None else os.fspath(options["imatrix"]),
             save_imatrix=None if options["save_imatrix"] is None else os.fspath(options["save_imatrix"]),
+            on_nan=check_on_nan(options["on_nan"]),
+            allow_pickle=bool(options["allow_pickle"]),
             max_memory=parse_budget(options["max_memory"], device),
             **cache,
         )
@@ -184,7 +191,9 @@ class AutoRound:
         if self._free is not None:
             return [self._free.plan(self._formats(format), output_dir)]
         runs = split_runs(self.settings, self._formats(format))
-        return [Run(self._source, settings, self.tokenizer).plan(formats, output_dir) for settings, formats in runs]
+        return [
+            Run(self._source, settings, self.tokenizer).checked_plan(formats, output_dir) for settings, formats in runs
+        ]
 
     def quantize(self) -> tuple[torch.nn.Module, dict[str, dict[str, Any]]]:
         """Quantize without saving.
@@ -196,8 +205,9 @@ class AutoRound:
         self._needs_model("quantize")
         if self._result is None:
             self._result = self._run().to_memory()
-        model, layers, _ = self._result
+        model, layers, finished = self._result
         job = self._run().memory_plan() if not self._source.lazy else None
+        job = None if job is None else job.with_kept(finished.walk.numbers.kept)
         names = list(job.layers) if job is not None else list(layers)
         schemes = {n: (job.layers[n].scheme if job is not None else layers[n].scheme) for n in names}
         return model, {name: scheme.to_dict() for name, scheme in schemes.items()}
@@ -219,7 +229,7 @@ class AutoRound:
 
     def quantize_and_save(
         self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None, *,
-        overwrite: bool = False, max_shard_size: int | str = "5GB",
+        overwrite: bool = False, max_shard_size: int | str = "5GB", resume: bool = True,
     ) -> tuple[torch.nn.Module | None, str | list[str]]:  # fmt: skip
         """Quantize and write as blocks finish.
 
@@ -228,6 +238,12 @@ class AutoRound:
             format: one name or several, separated by commas; None is auto_round, or the file type of a GGUF scheme.
             overwrite: allow a folder that holds files.
             max_shard_size: largest weight file.
+            resume: keep a journal in AR_WORK_SPACE, and go on with the same run if it was interrupted (docs/resume.md).
+                False: start anew, without a journal. A model object is never gone on with.
+
+        Raises:
+            ConfigError: the interrupted run had other settings, data or weights; the message names them.
+            Stopped: by Ctrl-C; the text says where.
 
         Returns:
             (model, folder or list of folders). The model is None when it was given by path: it was never whole in
@@ -235,7 +251,9 @@ class AutoRound:
         """
         formats = self._formats(format)
         if self._free is not None:
-            written = [str(f) for f in self._free.to_folders(os.fspath(output_dir), formats, overwrite, max_shard_size)]
+            written = [
+                str(f) for f in self._free.to_folders(os.fspath(output_dir), formats, overwrite, max_shard_size, resume)
+            ]
             return None, (written[0] if len(written) == 1 else written)
         if self._result is not None:
             _, layers, finished = self._result
@@ -246,7 +264,7 @@ class AutoRound:
                     "the model object holds quantized weights since the first quantize_and_save(); to save it more "
                     "than once call quantize() and then save_quantized(), or name several formats at once"
                 )
-            folders = self._write(os.fspath(output_dir), formats, overwrite, max_shard_size)
+            folders = self._write(os.fspath(output_dir), formats, overwrite, max_shard_size, resume)
             self._spent = not self._source.lazy
         names = [str(folder) for folder in folders]
         return (None if self._source.lazy else self.model), (names[0] if len(names) == 1 else names)
@@ -254,24 +272,33 @@ class AutoRound:
     def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
         return parse_formats(default_format(self.settings) if given is None else given)
 
-    def _write(self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str) -> list[Path]:
-        """Every run of these formats, planned before the first begins."""
+    def _write(
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool
+    ) -> list[Path]:
+        """Every run of these formats, each planned once, before the first begins."""
         runs = [(Run(self._source, s, self.tokenizer), group) for s, group in split_runs(self.settings, formats)]
         if len(runs) == 1:
-            return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard)
+            return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard, resume)
         if not self._source.lazy:
             raise ConfigError(
                 f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
                 "place, once; give the model by path, or one of the formats"
             )
-        ensure_output_folder(output_dir, overwrite)  # an empty one has no subfolder that a later run could stumble over
-        for run, group in runs:
-            run.plan(group, output_dir)
+        siblings = [folder_name(fmt) for fmt in formats]
+        root = Path(output_dir).expanduser()
+        places = [root if len(group) > 1 else root / folder_name(group[0]) for _, group in runs]
+        jobs = [run.checked_plan(group, str(folder)) for (run, group), folder in zip(runs, places, strict=True)]
+        # an empty one has no subfolder that a later run could stumble over
+        ensure_output_folder(root, overwrite, {PARTIAL, *siblings})
         found: dict[str, Path] = {}
-        for run, group in runs:
-            folder = output_dir if len(group) > 1 else str(Path(output_dir) / folder_name(group[0]))
-            paths = run.to_folders(folder, group, overwrite, shard)
-            found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
+        with nullcontext() if root in places else Staging(root):
+            for (run, group), folder, job in zip(runs, places, jobs, strict=True):
+                run.admit(job, str(folder), group, overwrite, shard, resume, siblings)
+            for (run, group), folder, job in zip(runs, places, jobs, strict=True):
+                paths = run.to_folders(str(folder), group, overwrite, shard, resume, siblings, job)
+                found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
+        for folder in places:
+            remove_journal(folder)
         return [found[fmt.name] for fmt in formats]
 
     def _needs_model(self, what: str) -> None:
@@ -304,7 +331,12 @@ class AutoRound:
 
 
 def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
-    source = open_source(model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform)
+    source = open_source(
+        model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform,
+        allow_pickle=settings.allow_pickle,
+    )  # fmt: skip
+    for note in getattr(source, "notes", ()):
+        logger.warning("%s", note)
     if source.stored_as:
         logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
     if low_cpu_mem_usage or not source.lazy or source.stored_as:

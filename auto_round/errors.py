@@ -64,6 +64,20 @@ class VerifyError(AutoRoundError):
     exit_code = 9
 
 
+class Stopped(KeyboardInterrupt):
+    """The run was stopped by a signal (Ctrl-C, or SIGTERM on the command line). Its text says where, and whether the
+    same command goes on from there."""
+
+    def __init__(self, text: str = "stopped", number: int = 2) -> None:
+        super().__init__(text)
+        self.number = number
+        """Of the signal: 2 is SIGINT, 15 SIGTERM."""
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A clause `; did you mean 'a', 'b'?` with the names closest to `name`, or an empty string."""
     lowered = {k.lower(): k for k in known}

@@ -31,6 +31,8 @@ def parse_layer_config(text: str) -> dict[str, Any]:
                 text = file.read().strip()
         except OSError as error:
             raise ConfigError(f"--layer_config: cannot read {text!r}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--layer_config: {text!r} is no text in UTF-8 ({error.reason})") from error
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError):

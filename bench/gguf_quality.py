@@ -9,6 +9,10 @@ as a user calls it: `rtn` rounds only, `opt` searches (`--iters 0`), a number tu
 opened by `llama-perplexity`, whose mean KL divergence to the 16-bit file is on the same held-out tokens. A ratio's
 standard error is over chunks of text, ours and llama.cpp's on the same ones. Time is of whole processes.
 
+`--keep` takes llama.cpp's rows, and rows of ours that are not asked for, from `--out` as they stand there: for the same
+model, texts and machine. `--prepared` takes the 16-bit file, its logits and the importance from the folder of a run
+that was stopped.
+
 The logits of the 16-bit file take vocabulary x context bytes for each chunk, on disk.
 """
 
@@ -80,6 +84,8 @@ class Bench:
         self.bin = Path(args.llama_bin).resolve()
         self.environment = {"LD_LIBRARY_PATH": str(self.bin)}
         self.results: dict = {"model": Path(args.model).name, "machine": machine(), "files": []}
+        if args.keep:
+            self.results = json.loads(Path(args.out).read_text(encoding="utf-8"))
 
     def llama(self, tool: str, *flags: object, threads: bool = True) -> tuple[str, dict[str, float]]:
         extra = ["-t", str(self.args.threads)] if threads else []
@@ -88,20 +94,20 @@ class Bench:
     def prepare(self) -> None:
         a, root = self.args, self.bin.parents[1]
         converter = Path(a.converter) if a.converter else root / "convert_hf_to_gguf.py"
-        self.base = self.work / "base.gguf"
+        ready = Path(a.prepared) if a.prepared else None
+        self.base, self.imatrix = (ready or self.work) / "base.gguf", (ready or self.work) / "imatrix.gguf"
+        self.logits = [(ready or self.work) / f"logits-{i}.dat" for i in range(len(a.eval_text))]
+        if ready is not None:
+            return
         flags = [str(Path(a.model).resolve()), "--outtype", a.base, "--outfile", str(self.base)]
         path = {"PYTHONPATH": str(converter.parent / "gguf-py")}
         _, cost = run([sys.executable, str(converter), *flags], "the converter", path)
         self.note("base", self.base, cost)
-        self.logits = []
-        for i, text in enumerate(a.eval_text):
-            logits = self.work / f"logits-{i}.dat"
+        for text, logits in zip(a.eval_text, self.logits, strict=True):
             self.llama(
                 "llama-perplexity", "-m", self.base, "-f", text, "-c", a.ctx, "--chunks", a.eval_chunks,
                 "--kl-divergence-base", logits,
             )  # fmt: skip
-            self.logits.append(logits)
-        self.imatrix = self.work / "imatrix.gguf"
         _, cost = self.llama(
             "llama-imatrix", "-m", self.base, "-f", a.calib_text, "-o", self.imatrix, "-c", a.ctx,
             "--chunks", a.calib_chunks, "--no-ppl",
@@ -158,6 +164,10 @@ class Bench:
         return files[0], cost
 
     def row(self, kind: str, how: str, make: object) -> dict | None:
+        files = self.results["files"]
+        kept = [row for row in files if (row["type"], row["how"]) == (kind, how)]
+        if kept and how.startswith("llama.cpp"):
+            return kept[0]
         try:
             file, cost = make()  # type: ignore[operator]
             row = {"type": kind, "how": how, "bytes": file.stat().st_size, **cost, **self.judge(file)}
@@ -167,7 +177,7 @@ class Bench:
             return None
         file.unlink()
         shutil.rmtree(self.work / "ours", ignore_errors=True)
-        self.results["files"].append(row)
+        files[:] = [row for row in files if row not in kept] + [row]
         print(
             f"{kind} {how}: KL {row['kl']:.5f} ± {row['error']:.5f}, same top {row['same_top']:.3f}, "
             f"{row['bytes'] / 1e6:.2f} MB, {row['wall']:.1f} s ({row['cpu']:.1f} s of processor)",
@@ -182,7 +192,7 @@ class Bench:
             if kind != "q2_k_mixed":  # which llama.cpp does not have
                 theirs = {
                     how: self.row(kind, f"llama.cpp {how}", lambda k=kind, w=how: self.by_llama(k, w == "imatrix"))
-                    for how in ("plain", "imatrix")
+                    for how in self.args.theirs
                 }
             for how in self.args.ours:
                 row = self.row(kind, f"ours {how}", lambda k=kind, h=how: self.by_us(k, h))
@@ -207,6 +217,7 @@ def main() -> None:
     p.add_argument("--calib_text", required=True)
     p.add_argument("--eval_text", nargs="+", required=True)
     p.add_argument("--types", nargs="+", default=["q4_k_m", "q2_k_s"])
+    p.add_argument("--theirs", nargs="*", default=["plain", "imatrix"], choices=["plain", "imatrix"])
     p.add_argument("--ours", nargs="*", default=["rtn", "opt"], help="rtn, opt, or a number of tuning steps")
     p.add_argument("--ours_flags", default="", help="more flags for auto-round, as one text")
     p.add_argument("--base", default="f16", choices=["f32", "f16", "bf16"], help="type of the file to compare with")
@@ -215,7 +226,9 @@ def main() -> None:
     p.add_argument("--eval_chunks", type=int, default=16, help="of each text")
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--work", help="folder for the large files in between; default: a temporary one")
+    p.add_argument("--prepared", help="folder that a stopped run left in --work")
     p.add_argument("--out")
+    p.add_argument("--keep", action="store_true", help="add to what --out holds")
     args = p.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         Bench(args, Path(work)).all()

@@ -20,5 +20,5 @@ quantizer = AutoRound(
     batch_size=job["batch_size"], disable_opt_rtn=job["disable_opt_rtn"], seed=42,
     device_map=job["device"], verify=job["verify"], **sizes,
 )  # fmt: skip
-quantizer.quantize_and_save(job["out"], format="auto_round")
+quantizer.quantize_and_save(job["out"], format=job.get("format", "auto_round"))
 print("RESULT " + json.dumps({"wall": time.monotonic() - start, "rss": peak_rss_bytes(), "vram": peak_vram_bytes()}))

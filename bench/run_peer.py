@@ -30,6 +30,6 @@ if __name__ == "__main__":  # the peer starts worker processes that import this 
         batch_size=job["batch_size"], seed=42,
         disable_opt_rtn=job["disable_opt_rtn"], device_map=job["device"], **sizes, **options,
     )  # fmt: skip
-    _, folder = quantizer.quantize_and_save(job["out"], format="auto_round")
+    _, folder = quantizer.quantize_and_save(job["out"], format=job.get("format", "auto_round"))
     vram = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     print("RESULT " + json.dumps({"wall": time.monotonic() - start, "rss": peak_rss(), "vram": vram, "folder": folder}))

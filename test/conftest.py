@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ import torch
 
 hypothesis.settings.register_profile("no-clock", deadline=None)  # machines are slow at times
 hypothesis.settings.load_profile("no-clock")
+
+# Journals and tracebacks of the tests do not land where pytest is run. A fixture would come too late for others of a
+# wider scope that run jobs.
+os.environ.setdefault("AR_WORK_SPACE", tempfile.mkdtemp(prefix="auto-round-tests-"))
 
 _COMMON: dict[str, Any] = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -142,7 +142,7 @@ def judge_all(cells: list[tuple[str, Path, Path]], judge: str, work: Path) -> di
 
     `cells`: (name, folder, file). A text instead of a number is why llama.cpp did not open the file.
     """
-    from referees import difference
+    from referees_compare import difference
     from transformers import AutoModelForCausalLM
 
     ids = np.random.default_rng(0).integers(3, 300, (2, 48))

@@ -139,6 +139,24 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }  # fmt: skip
 
+# The embedding of the tiny models has values near one, as the residual stream of trained models is larger than what one
+# block adds; otherwise two random blocks make everything, and every error twice as large.
+_EMBEDDING = 10.0
+# Widths that 256 divides, so that K types are used where the family allows it.
+_WIDE = {"intermediate_size": 512}
+_EXPERTS = {"moe_intermediate_size": 256}
+_LATENT = _WIDE | _EXPERTS | dict(kv_lora_rank=256, q_lora_rank=256, qk_nope_head_dim=64, v_head_dim=64)
+_CHANGES: dict[str, dict[str, Any]] = {
+    "llama3": _WIDE | {"head_dim": 64},
+    "qwen2-moe": _WIDE | _EXPERTS | {"shared_expert_intermediate_size": 256},
+    "qwen3": _WIDE | {"head_dim": 64},
+    "qwen3-moe": _WIDE | _EXPERTS,
+    "gemma3": _WIDE | {"head_dim": 64, "query_pre_attn_scalar": 64},
+    "gpt2": {}, "falcon-7b": {}, "falcon-40b": {},
+    "granite-moe-shared": _WIDE | {"shared_intermediate_size": 256},
+    "deepseek-v2": _LATENT, "deepseek-v2-lite": _LATENT | {"q_lora_rank": None}, "deepseek-v3": _LATENT,
+}  # fmt: skip
+
 _TEXT = ("the quick brown fox jumps over the lazy dog and then there were 42 others, weren't there? " * 3).split()
 
 
@@ -230,6 +248,11 @@ def save(name: str, root: Path, changes: dict[str, Any] | None = None, embedding
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         save_tokenizer(MODELS[name][2], folder)
     return folder
+
+
+def save_wide(name: str, root: Path) -> Path:
+    """The model with widths that suit K types, in a folder under `root`, made once."""
+    return save(name, root, _CHANGES.get(name, _WIDE), _EMBEDDING)
 
 
 def save_tokenizer(kind: str, folder: Path) -> None:

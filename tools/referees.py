@@ -4,10 +4,13 @@
     python tools/referees.py --programs gptqmodel --schemes W4A16,W8A16 --formats auto_gptq
     python tools/referees.py --model FOLDER        the same on a real model (nothing is recorded)
     python tools/referees.py --render              docs/compatibility.md from the recorded results, nothing else
+    python tools/referees.py --programs compressed_tensors --twins      also what test/referees/*/test_*.py compare to
 
 Tried are the cells (scheme, format, program) that `PROGRAMS` in referees_programs.py lists, with --all every one that
 we write; what an earlier run recorded of the others stays. A program that refuses a file is recorded with its reason;
 the exit status is 1 when a program differs from us by more than the limit, or refuses what is listed.
+
+llama.cpp is built from its source package: that takes a C++ compiler and some minutes.
 
 A program that quantizes inputs by rules of its own (`own_inputs`) is compared with `inputs.py` of its folder instead:
 
@@ -41,6 +44,7 @@ from typing import Any
 
 import numpy as np
 import referees_report
+from referees_compare import difference
 from referees_models import MODELS, get_model
 from referees_programs import PROGRAMS, ROOT, SCHEMES, WEIGHTS_OF, Program
 
@@ -74,7 +78,7 @@ def prepare(program: Program, root: Path) -> Path:
     constraint.write_text(TORCH + "\n")
     install = [*pip, "-c", str(constraint), *program.pip_args]
     if not program.without:
-        subprocess.run([*install, "-r", str(requirements)], check=True)
+        subprocess.run([*install, "-r", str(requirements)], check=True, env={**os.environ, **program.build})
     else:
         subprocess.run([*install, "--no-deps", "-r", str(requirements)], check=True)
         names = [line.split("==")[0].strip() for line in requirements.read_text().splitlines() if line.strip()]
@@ -89,7 +93,7 @@ def quantize(model: Path, scheme: str, fmt: str, folder: Path, dtype: str | None
     """Plain rounding: what is judged is the file, and every format must be given the same integers."""
     from auto_round import AutoRound
 
-    options = {key: value for key, value in SCHEMES[scheme].items() if key not in ("model", "dtype")}
+    options = {key: value for key, value in SCHEMES[scheme].items() if key not in ("model", "dtype", "formats")}
     options |= {"model_dtype": dtype} if dtype else {}
     AutoRound(str(model), iters=0, disable_opt_rtn=True, **options).quantize_and_save(folder, format=fmt)
 
@@ -106,18 +110,6 @@ def our_logits(folder: Path, ids: np.ndarray, dtype: str) -> np.ndarray:
         return model(torch.from_numpy(ids)).logits.float().numpy()
 
 
-def difference(theirs: np.ndarray, ours: np.ndarray) -> float:
-    """The largest relative difference of any position: the norm over the vocabulary, both sides centred.
-
-    Centring makes logits and log-probabilities comparable: they differ by a constant for each position.
-    """
-    ours = ours[:, : theirs.shape[1]].astype(np.float64)
-    theirs = theirs.astype(np.float64)
-    ours = ours - ours.mean(-1, keepdims=True)
-    theirs = theirs - theirs.mean(-1, keepdims=True)
-    return float((np.linalg.norm(theirs - ours, axis=-1) / np.linalg.norm(ours, axis=-1)).max())
-
-
 @dataclass
 class Bench:
     """Folders and what has been computed so far.
@@ -127,6 +119,7 @@ class Bench:
         work: of the checkpoints and logits.
         writable: the (scheme, format) pairs that can be made.
         only: a model to use for every scheme.
+        twins: also write the weights of every cell dequantized, as format `fake` in float32.
     """
 
     root: Path
@@ -134,12 +127,28 @@ class Bench:
     ids: np.ndarray
     writable: set[tuple[str, str]] = field(default_factory=set)
     only: Path | None = None
+    twins: bool = False
     logits: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+    files: dict[tuple[str, str], tuple[Path, np.ndarray]] = field(default_factory=dict)
 
     def model(self, scheme: str) -> Path:
         return self.only or get_model(SCHEMES[scheme].get("model", next(iter(MODELS))), self.root)
 
+    def gguf_file(self, scheme: str, fmt: str) -> tuple[Path, np.ndarray]:
+        """The folder of a GGUF file, and logits of the model that holds its numbers."""
+        from referee_gguf_files import Cell
+
+        if (scheme, fmt) not in self.files:
+            folder = self.work / f"{scheme}-{fmt}".replace(" ", "_").replace(":", "-")
+            made = Cell(self.model(scheme), fmt.partition(":")[2], folder)
+            if made.notes:
+                raise SystemExit(f"{made.file}: {'; '.join(made.notes)}")
+            self.files[scheme, fmt] = made.file.parent, made.logits(self.ids)
+        return self.files[scheme, fmt]
+
     def checkpoint(self, scheme: str, fmt: str, dtype: str | None = None) -> Path:
+        if fmt.startswith("gguf:"):
+            return self.gguf_file(scheme, fmt)[0]
         folder = self.work / f"{scheme}-{fmt}{'-' + dtype if dtype else ''}".replace(" ", "_").replace(":", "-")
         if not (folder / "report.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -149,11 +158,14 @@ class Bench:
     def reference(self, scheme: str, fmt: str, dtype: str, weights_only: bool = False) -> np.ndarray:
         """Our logits in `dtype`: of the file itself where our loader opens it; else of a file that it opens and that
         was made from the same integers; else of format `fake` in float32, which holds the dequantized weights exactly.
+        Of a GGUF file, of the model with all of its tensors, dequantized by the `gguf` package.
         Weights alone in bfloat16 are always of the latter: our loader does not round them to that, dense ones are.
 
         Args:
             weights_only: leave activations in full precision.
         """
+        if fmt.startswith("gguf:"):
+            return self.gguf_file(scheme, fmt)[1]
         if weights_only:
             scheme = WEIGHTS_OF.get(scheme, scheme)
         alike = [fmt] if get_format(fmt).loads_here else [f"auto_round:{fmt}", "auto_round", "auto_round:mlx"]
@@ -221,6 +233,8 @@ def run(bench: Bench, program: Program, python: Path, cells: list[tuple[str, str
         dtype = program.dtype(fmt, scheme)
         try:
             folder = bench.checkpoint(scheme, fmt)
+            if bench.twins:
+                bench.checkpoint(scheme, "fake", "float32")
         except AutoRoundError as error:
             print(f"{fmt}: {scheme}: not written ({error})", flush=True)
             continue
@@ -267,6 +281,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="also cells that the program does not claim")
     parser.add_argument("--model", type=Path, help="a model folder for all schemes; results are only printed")
     parser.add_argument("--root", type=Path, default=ROOT / ".referees", help="environments and checkpoints")
+    parser.add_argument("--twins", action="store_true", help="also write the weights of each cell dequantized")
     parser.add_argument("--render", action="store_true", help="write docs/compatibility.md and stop")
     a = parser.parse_args()
     if a.render:
@@ -283,7 +298,7 @@ def main() -> int:
     work = a.root / "work" / (a.model.name if a.model else "tiny")
     work.mkdir(parents=True, exist_ok=True)
     writable = referees_report.writable_cells(SCHEMES)
-    bench = Bench(a.root, work, np.random.default_rng(5).integers(0, 250, (2, 48)), writable, a.model)
+    bench = Bench(a.root, work, np.random.default_rng(5).integers(0, 250, (2, 48)), writable, a.model, a.twins)
     failed: list[str] = []
     for name in names:
         program = PROGRAMS[name]

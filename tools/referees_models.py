@@ -72,9 +72,22 @@ def _smollm2(_folder: Path) -> Path:
     return folder
 
 
+def _gguf(folder: Path) -> Path:
+    """One of `referee_gguf_models.MODELS`, by the folder's name."""
+    from referee_gguf_models import save_wide
+
+    return save_wide(folder.name, folder.parent)
+
+
+# Families that llama.cpp opens, as referee_gguf_models.py calls them.
+GGUF_FAMILIES = (
+    "llama2", "llama3", "smollm2", "mixtral", "qwen2-moe", "qwen3", "gemma3", "phi3", "gpt2", "falcon-7b",
+    "granite-moe-shared", "deepseek-v2",
+)  # fmt: skip
 # The first is what schemes without a model of their own are tried on.
 MODELS: dict[str, Callable[[Path], Path]] = {
     "tiny-llama": _llama, "tiny-mixtral": _mixtral, "tiny-qwen3-moe": _qwen3_moe, "smollm2": _smollm2,
+    **{f"gguf/{name}": _gguf for name in GGUF_FAMILIES},
 }  # fmt: skip
 
 

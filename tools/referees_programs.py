@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from referees_models import GGUF_FAMILIES
+
+from auto_round.export.gguf.file_types import FILE_TYPES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,6 +25,7 @@ class Program:
         without: packages that its requirements' own dependencies name and that are left out.
         pip_args: more arguments of `pip install`.
         environment: variables for the judge.
+        build: variables for pip.
         torch: whether it needs PyTorch, which is then installed first.
         home: folder and environment, where two programs share them.
         judge: the script's name.
@@ -37,6 +42,7 @@ class Program:
     without: tuple[str, ...] = ()
     pip_args: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    build: dict[str, str] = field(default_factory=dict)
     torch: bool = True
     home: str = ""
     judge: str = "judge.py"
@@ -60,8 +66,10 @@ _MIXTURES: dict[str, dict[str, Any]] = {
     "W8A16": {"scheme": "W8A16"},
     "INT8": {"scheme": "INT8"},
 }
+# File types in which every family is tried; Llama 3 is in all of them.
+_GGUF_TYPES = ("q4_k_m", "q2_k_s", "q8_0")
 # By name: arguments of AutoRound, and besides: as "model" which of referees_models.MODELS, the first one unless given;
-# as "dtype" the only one in which the row is judged.
+# as "dtype" the only one in which the row is judged; as "formats" the only ones that it is for.
 SCHEMES: dict[str, dict[str, Any]] = {
     "W2A16": {"scheme": "W2A16"},
     "W2A16 asym": {"scheme": "W2A16", "sym": False},
@@ -137,6 +145,15 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "SmolLM2 W4A16G64": {"model": "smollm2", "scheme": "W4A16", "group_size": 64},
     "SmolLM2 W8A16G64": {"model": "smollm2", "scheme": "W8A16", "group_size": 64},
     "SmolLM2 INT8": {"model": "smollm2", "scheme": "INT8"},
+    # what a GGUF file's tensors have for types is the format's choice
+    **{
+        f"tiny {name}": {
+            "model": f"gguf/{name}",
+            "scheme": "GGUF:Q4_K_M",
+            "formats": tuple(f"gguf:{kind}" for kind in (FILE_TYPES if name == "llama3" else _GGUF_TYPES)),
+        }
+        for name in GGUF_FAMILIES
+    },
 }
 
 # What programs have in common, for the table below.
@@ -151,6 +168,11 @@ _MLX = (
     "W2A16", "W2A16 asym", "W2A16G32", "W2A16G64", "W3A16", "W3A16 asym", "W4A16", "W4A16 asym", "W5A16", "W5A16 asym",
     "W6A16", "W6A16 asym", "W8A16", "W8A16 asym", *_MIXED_BITS, *_SMOLLM2, "SmolLM2 W4A16G64 asym",
 )  # fmt: skip
+
+_GGUF = {
+    f"gguf:{kind}": tuple(name for name, options in SCHEMES.items() if f"gguf:{kind}" in options.get("formats", ()))
+    for kind in FILE_TYPES
+}
 
 # Small float types whose inputs, if quantized, compressed-tensors rounds as the scheme says, and those that it rounds
 # by rules of its own: it takes the scale of MX inputs up from 1.75 times a power of two on, and computes that of NVFP4
@@ -273,6 +295,12 @@ PROGRAMS: dict[str, Program] = {
             opens={"fp8": ("FP8_BLOCK", "Mixtral FP8_BLOCK", "Qwen3-MoE FP8_BLOCK")}, dtypes={"": "bfloat16"},
             home="compressed_tensors", judge="judge_plain.py",
             weights_only=True,
+        ),
+        Program(
+            "llama_cpp",
+            "llama.cpp through llama-cpp-python 0.3.36, on files that its own llama_model_quantize dequantized",
+            opens=_GGUF, torch=False, judge="judge_float32.py",
+            build={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF"},
         ),
     )
 }  # fmt: skip

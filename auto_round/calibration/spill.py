@@ -103,6 +103,9 @@ class SpilledTensor:
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
     def dim(self) -> int:
         return len(self.shape)
 

@@ -64,6 +64,9 @@ DEVICE = Flag(
 TRUST = _switch(
     "trust_remote_code", "allow the model's own Python files to run (default: no)", off=("disable_trust_remote_code",)
 )
+PICKLE = _switch(
+    "allow_pickle", "read pytorch_model.bin where there is no safetensors (default: no)", off=("disable_allow_pickle",)
+)
 SEED = Flag("seed", "seed of every random choice (default 42)", "int")
 PLATFORM = Flag("platform", "where models named by id come from (default hf)", choices=("hf", "model_scope"))
 
@@ -74,6 +77,7 @@ MODEL_GROUP = Group(
         Flag("model_dtype", "dtype to read the model in; default: the one it was saved in", choices=DTYPES),
         PLATFORM,
         TRUST,
+        PICKLE,
     ),
 )
 
@@ -183,6 +187,12 @@ RUN_GROUP = Group(
             "keep calibration activations in RAM, not on the GPU",
             off=("disable_low_gpu_mem_usage",),
         ),
+        Flag(
+            "on_nan",
+            "a layer whose weights, calibration or tuning hold NaN or Inf: fail (default), rtn (rounded plainly), keep "
+            "(left as it is)",
+            choices=("fail", "rtn", "keep"),
+        ),
         Flag("max_memory", 'what may be held: "4GB" of RAM, or "cpu=4GB,0=10GB"; activations go to files where needed'),
         _switch("low_cpu_mem_usage", "one block in RAM at a time (default)", off=("disable_low_cpu_mem_usage",)),
         _switch(
@@ -216,6 +226,9 @@ OUTPUT_GROUP = Group(
         Flag("output_dir", "folder to write to (default ./tmp_autoround)"),
         Flag("max_shard_size", 'largest file, such as "5GB"'),
         _switch("overwrite", "replace what the output folder holds"),
+        _switch(
+            "resume", "keep a journal, and go on with the same command if it was stopped (default)", off=("no_resume",)
+        ),
         _switch("verify", "re-open what was saved and check it (default)", off=("no_verify", "disable_verify")),
         _switch("dry_run", "print the plan and stop"),
     ),

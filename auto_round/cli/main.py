@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from auto_round import envs
 from auto_round._version import __version__
-from auto_round.errors import AutoRoundError, OutputError
+from auto_round.errors import AutoRoundError, OutputError, Stopped
 from auto_round.logger import logger, setup_logging
 
 _OVERVIEW = """
 verbs:
   auto-round [quantize] MODEL ...   quantize a model (the default)
   auto-round eval MODEL ...         measure perplexity, KL divergence and agreement; also auto-round-eval
+  auto-round verify FOLDER          are the files still those that were saved?
   auto-round list WHAT              format, scheme, dataset, backend, env or recipe
   auto-round VERB --help            flags of a verb
 
@@ -24,7 +27,8 @@ recipes, which fill only what you leave unset:
   auto-round, auto-round-best, auto-round-light, auto-round-opt-rtn, auto-round-rtn (see auto-round list recipe)
 
 Underscores and dashes in flag names are equal. A message is one line, and the exit code says what kind it is:
-2 arguments, 3 model, 4 data, 5 device, 6 output, 7 not possible, 8 numbers, 9 verification, 1 anything else."""
+2 arguments, 3 model, 4 data, 5 device, 6 output, 7 not possible, 8 numbers, 9 verification, 1 anything else,
+130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +75,10 @@ def _dispatch(args: list[str], recipe: str) -> int:
         from auto_round.cli.list import run_verb as run_list
 
         return run_list(args[1:])
+    if args and args[0] == "verify":
+        from auto_round.cli.verify import run_verb as run_verify
+
+        return run_verify(args[1:])
     if args and args[0] == "eval":
         from auto_round.cli.eval import run_verb as run_evaluation
 
@@ -91,20 +99,42 @@ def _guard(argv: Sequence[str] | None, start: Callable[[list[str]], int]) -> int
             return 0
         setup_logging()
         _prepare_process()
-        return start(args)
+        with _terminable():
+            return start(args)
     except AutoRoundError as err:
         _say(str(err))
         _debug_traceback()
         return err.exit_code
+    except Stopped as stop:
+        _say(str(stop))
+        return stop.exit_code
     except KeyboardInterrupt:
         _say("stopped by the user")
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader (head, less) has gone; point stdout elsewhere so that the final flush does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as err:
         return _unexpected(err)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """While this is open, SIGTERM stops as Ctrl-C does: what is finished is kept, and one line says where."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped("stopped by a signal", number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare_process() -> None:
@@ -131,23 +161,25 @@ def _debug_traceback() -> bool:
 
 def _unexpected(err: Exception) -> int:
     """Report a failure nobody planned for: one line, with the traceback on the screen (DEBUG) or in a file."""
-    summary = f"{type(err).__name__}: {err}"
+    summary = f"{type(err).__name__}: {err}".rstrip(": ")
+    debug = _debug_traceback()
+    where = "" if debug else f"; {_kept_traceback()}"
     if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
         _say(
             f"out of memory ({summary}); lower --batch_size (and raise --gradient_accumulate_steps), --seqlen or "
-            "--nsamples, or add --low_gpu_mem_usage"
+            f"--nsamples, or add --low_gpu_mem_usage{where}"
         )
-        _debug_traceback()
         return 1
-    if _debug_traceback():
-        _say(f"unexpected error: {summary}")
-        return 1
-    try:
-        where = f"the traceback is in {_write_traceback()}"
-    except OSError:
-        where = "set AR_LOG_LEVEL=DEBUG to see the traceback"
-    _say(f"unexpected error: {summary}; {where}")
+    _say(f"unexpected error: {summary}{where}")
     return 1
+
+
+def _kept_traceback() -> str:
+    """Write the traceback down, and say where."""
+    try:
+        return f"the traceback is in {_write_traceback()}"
+    except (OSError, AutoRoundError):  # a full disk, or a work space that cannot be written
+        return "set AR_LOG_LEVEL=DEBUG to see the traceback"
 
 
 def _write_traceback() -> str:

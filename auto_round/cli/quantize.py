@@ -14,7 +14,7 @@ from auto_round.errors import ConfigError
 from auto_round.recipes import Recipe, fill, get_recipe
 
 # What the verb itself uses; everything else that was given is a keyword of AutoRound.
-_OUTPUT = ("format", "output_dir", "max_shard_size", "overwrite")
+_OUTPUT = ("format", "output_dir", "max_shard_size", "overwrite", "resume")
 _EVAL_AFTER = (
     "eval",
     "reference",
@@ -83,7 +83,7 @@ def quantize(given: dict[str, Any], recipe: Recipe) -> int:
     if given.get("dry_run"):
         print("\n\n".join(plan.render() for plan in job.plans(format=formats, output_dir=output_dir)))
         return 0
-    writing = {k: given[k] for k in ("max_shard_size", "overwrite") if k in given}
+    writing = {k: given[k] for k in ("max_shard_size", "overwrite", "resume") if k in given}
     result = job.quantize_and_save(output_dir, format=formats, **writing)
     if not given.get("eval"):
         return 0

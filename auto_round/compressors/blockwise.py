@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockR
 from auto_round.calibration.cache_extremes import cache_extremes
 from auto_round.calibration.extremes import InputExtremes, input_extremes
 from auto_round.calibration.inputs import CapturedInputs
+from auto_round.calibration.products import input_products
 from auto_round.calibration.spill import SpilledTensor
 from auto_round.calibration.statistics import input_second_moments
 from auto_round.compressors.activations import activation_of, is_calibrated, join_extremes
@@ -20,10 +21,15 @@ from auto_round.compressors.block_dtype import in_dtype
 from auto_round.compressors.cache import CachePlan
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.non_finite import FallBack, Numbers
+from auto_round.compressors.resume.fingerprint import module_checksum
+from auto_round.compressors.resume.unit_state import Unit
+from auto_round.compressors.scale_limits import clamped_scales
 from auto_round.compressors.sinks import Sink
-from auto_round.compressors.streamed_experts import LaterExperts, StreamedLayers, experts_run, one_expert
-from auto_round.compressors.streams import Stream, check_activations
+from auto_round.compressors.streamed_experts import LaterExperts, StreamedLayers, experts_run, layer_names, one_expert
+from auto_round.compressors.streams import Stream, check_activations, first_non_finite
 from auto_round.data_type.activation import ActivationQuantizer, quantized_inputs
+from auto_round.errors import NumericsError
 from auto_round.modeling.blocks import set_weight_2d, weight_2d
 from auto_round.modeling.one_expert import OneExpert
 from auto_round.modeling.source import ModelSource
@@ -31,6 +37,9 @@ from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.memory import return_freed
 from auto_round.report.progress import Progress
 from auto_round.report.run_report import BlockRecord
+
+if TYPE_CHECKING:
+    from auto_round.compressors.resume.run_journal import RunJournal
 
 
 @dataclass
@@ -48,6 +57,9 @@ class Walk:
         cache: which attention modules get static scales; None for none.
         importance: by layer, in place of what the calibration data would say; None without.
         gather: the sums below are wanted even if the algorithm does not need them.
+        journal: what is finished already, and where to note what will be; None for a run that is not gone on with.
+        fall: what plain rounding has to know, where calibration is not finite.
+        numbers: what is done about NaN and Inf; filled in: what came of it.
         sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
         records: filled in, one a block.
         unreached: quantized layers that no calibration token reached (experts).
@@ -70,6 +82,9 @@ class Walk:
     cache: CachePlan | None = None
     importance: Mapping[str, torch.Tensor] | None = None
     gather: bool = False
+    journal: RunJournal | None = None
+    fall: FallBack = FallBack(torch.float16, torch.float32)
+    numbers: Numbers = field(default_factory=Numbers)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     records: list[BlockRecord] = field(default_factory=list)
@@ -85,22 +100,42 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
     """Quantize every block in order.
 
     Raises:
-        NumericsError: NaN or Inf in weights, activations, scales or loss, with the place.
+        NumericsError: NaN or Inf in weights, activations, scales or loss, with the place, where `walk.numbers` is to
+            fail of it or cannot do otherwise.
     """
+    numbers = walk.numbers
     full = _stream(walk, walk.calibration)
     second = full is not None and walk.quantizer.needs_targets and walk.quantized_input
     quantized = full.clone() if full is not None and second else None
     probe = _stream(walk, walk.probe)
-    progress.start(len(source.blocks))
-    for index, name in enumerate(source.blocks):
+    finished = min(walk.journal.finished, len(source.blocks)) if walk.journal is not None else 0
+    progress.start(len(source.blocks), finished)
+    for index, name in enumerate(source.blocks[:finished]):
+        _emit(job, source, name, take_unit(walk, index), walk.sinks)
+    streams = {"full": full, "quantized": quantized, "probe": probe}
+    if finished:
+        _restore(walk, streams, len(source.blocks))
+        full = full if numbers.lost is None else None
+        quantized = quantized if numbers.lost is None and not numbers.diverged else None
+    for index, name in list(enumerate(source.blocks))[finished:]:
         started = time.monotonic()
         experts = one_expert(job, source, name, walk.device, walk.dtype)
         block = source.load(name, walk.device) if experts is None else experts.load_others()
+        weights = module_checksum(block) if walk.journal is not None else 0
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
         tasks = [layer_task(source, plan) for plan in planned]
+        if walk.journal is not None:
+            walk.journal.wait()  # it writes the hidden states, which are changed in place from here on
         with in_dtype(block, source.dtype, walk.dtype):
-            result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype, experts)
-            _install_all(tasks, result)
+            try:
+                result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype, experts)
+            except NumericsError as error:
+                if experts is not None:
+                    raise
+                result = numbers.fall_back(name, tasks, error, walk.sinks, walk.fall)
+                if full is not None and first_non_finite(full.hidden) is not None:
+                    numbers.lost = name
+            tasks = _install_all(tasks, result, numbers)
             steps = {task.module: task.activation for task in tasks if task.activation is not None}
             walk.activations |= {task.name: task.activation for task in tasks if task.activation is not None}
             with quantized_inputs(steps), experts_run(experts, result):
@@ -108,18 +143,90 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
                     quantized.after(index, block, walk.device, walk.dtype, in_place=True)
                 if probe is not None:
                     probe.after(index, block, walk.device, walk.dtype, in_place=True)
+        if numbers.lost is not None:
+            full = quantized = None
+        quantized = _still_finite(name, quantized, numbers)
         if not source.lazy:
-            _install_all(tasks, result)
-        scales = {key: scale for key, scale in walk.cache_scales.items() if key.startswith(f"{name}.")}
-        _emit(job, source, name, result, scales, walk.sinks)
-        source.release(name)
+            _install_all(tasks, result, numbers)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
         walk.records.append(record)
+        unit = _unit(name, result.layers, walk)
+        if walk.journal is not None:
+            hidden = {kind: stream.hidden for kind, stream in streams.items() if stream is not None}
+            walk.journal.add(name, unit, weights, hidden)
+        _emit(job, source, name, unit, walk.sinks)
+        source.release(name)
         progress.block(name, result.loss_before, result.loss_after)
-        del block, tasks, steps, result  # or this block's weights would be in memory together with the next one's
+        del block, tasks, steps, result, unit  # or this block's weights would be in memory together with the next one's
         return_freed()
     walk.probe_hidden = probe.hidden if probe is not None else None
     walk.last_inputs, walk.last_full = quantized or full, full
+
+
+def take_unit(walk: Walk, index: int) -> Unit:
+    """A finished unit out of the journal, with all that it added to the walk."""
+    assert walk.journal is not None
+    unit = walk.journal.unit(index, walk.device)
+    walk.numbers.go_on(unit.numbers, walk.sinks)
+    walk.activations |= unit.activations
+    walk.records += unit.records
+    walk.cache_scales |= unit.scales
+    walk.sums |= unit.sums
+    walk.tokens |= unit.tokens
+    walk.unreached += unit.unreached
+    return unit
+
+
+def _restore(walk: Walk, streams: Mapping[str, Stream | None], blocks: int) -> None:
+    """The streams after the last finished unit; behind the blocks only the probe is needed."""
+    assert walk.journal is not None
+    for kind, stream in streams.items():
+        if stream is not None and (kind == "probe" or walk.journal.finished <= blocks):
+            if isinstance(stream.hidden, SpilledTensor):
+                walk.journal.stream_into(kind, stream.hidden)
+            else:
+                stream.hidden = walk.journal.stream(kind).to(stream.hidden.device)
+
+
+def _unit(name: str, layers: Sequence[QuantizedLayer], walk: Walk) -> Unit:
+    """What the block of this name, the last that was done, added to the walk."""
+    inside = f"{name}."
+    sums = {key: value for key, value in walk.sums.items() if key.startswith(inside)} if walk.gather else {}
+    return Unit(
+        layers,
+        {layer: step for layer, step in walk.activations.items() if layer.startswith(inside)},
+        walk.records[-1:],
+        {key: scale for key, scale in walk.cache_scales.items() if key.startswith(inside)},
+        sums,
+        {key: walk.tokens[key] for key in sums},
+        [layer for layer in walk.unreached if layer.startswith(inside)],
+        walk.numbers.state(),
+    )
+
+
+def _still_finite(name: str, quantized: Stream | None, numbers: Numbers) -> Stream | None:
+    """The stream through the quantized blocks as long as it is finite: None goes on from full-precision inputs.
+
+    Raises NumericsError where the policy is to fail.
+    """
+    sample = None if quantized is None else first_non_finite(quantized.hidden)
+    if sample is None:
+        return quantized
+    said = f"the blocks quantized up to {name} give NaN or Inf on calibration sample {sample}"
+    if numbers.policy == "fail":
+        raise NumericsError(f"{said}, though not in full precision; use --disable_amp, more bits, or on_nan=rtn")
+    numbers.note(f"{said}: the blocks after it are tuned on full-precision inputs")
+    numbers.diverged = True
+    return None
+
+
+def _put_back(task: LayerTask) -> None:
+    """The original weight of a layer that stays, where it was dropped before tuning."""
+    own = task.module.weight
+    assert isinstance(own, torch.nn.Parameter)
+    if own.numel() == 0:
+        made = task.weight.to(own.dtype)
+        task.module.weight = torch.nn.Parameter(made.t() if task.transposed else made, requires_grad=False)
 
 
 def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:
@@ -133,6 +240,9 @@ def _quantize_block(
     full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype, experts: OneExpert | None,
 ) -> BlockResult:  # fmt: skip
     """Run the block in full precision where the algorithm wants it, then decide its layers."""
+    if full is None and walk.numbers.lost is not None:
+        reason = f"no finite calibration data since block {walk.numbers.lost}"
+        return walk.numbers.without_data(name, tasks, reason, walk.sinks, walk.fall)
     inputs = targets = None
     inner = {task.name: task.name.removeprefix(f"{name}.") for task in tasks}
     extremes = InputExtremes()
@@ -140,18 +250,21 @@ def _quantize_block(
         inputs = full.hidden
         weighs = walk.quantizer.needs_importance and walk.importance is None
         wanted = list(inner.values()) if weighs or walk.gather else []
+        paired = [inner[task.name] for task in tasks if weighs and walk.quantizer.needs_products(task)]
         fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
         cache = walk.cache
         attentions = cache.attentions(block) if cache is not None else []
         with (
             experts_run(experts),
             input_second_moments(block, wanted) as moments,
+            input_products(block, paired) as products,
             input_extremes(block, fixed) as extremes,
             cache_extremes(attentions, cache is not None and cache.queries) as cached,
         ):
             # What the block was fed is needed again only where it is tuned on that.
             in_place = quantized is not None or not walk.quantizer.needs_targets
-            targets = full.after(index, block, walk.device, walk.dtype, (moments, extremes, cached), in_place)
+            targets = full.after(index, block, walk.device, walk.dtype, (moments, products, extremes, cached), in_place)
+        full.move_on(targets)
         check_activations(name, targets)
         if cache is not None:
             walk.cache_scales |= cache.scales(name, cached)
@@ -159,9 +272,9 @@ def _quantize_block(
         walk.unreached += [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
         for layer in tasks:
             layer.importance = moments.get(inner[layer.name])
+            layer.products = products.of(inner[layer.name])
         walk.sums |= {f"{name}.{layer}": total.cpu() for layer, total in moments.items()}
         walk.tokens |= {f"{name}.{layer}": count for layer, count in moments.tokens.items()}
-        full.move_on(targets)
         join_extremes(extremes, fixed)
     if walk.importance is not None:
         for layer in tasks:
@@ -221,12 +334,17 @@ def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
     )  # fmt: skip
 
 
-def _install_all(tasks: Sequence[LayerTask], result: BlockResult) -> None:
+def _install_all(tasks: Sequence[LayerTask], result: BlockResult, numbers: Numbers) -> list[LayerTask]:
+    """Put dequantized weights in place, and those of layers that stay back. Returns the tasks that were done."""
     layers = result.layers.held.values() if isinstance(result.layers, StreamedLayers) else result.layers
     by_name = {layer.name: layer for layer in layers}
     for task in tasks:
-        if not task.weight.is_meta:  # an expert that is not in memory
+        if task.name in by_name:
+            numbers.count(task, clamped_scales(task, by_name[task.name]))
             install(task, by_name[task.name])
+        elif not task.weight.is_meta:  # of an expert that is not in memory
+            _put_back(task)
+    return [task for task in tasks if task.name in by_name or task.weight.is_meta]
 
 
 def install(task: LayerTask, layer: QuantizedLayer) -> None:
@@ -241,16 +359,13 @@ def install(task: LayerTask, layer: QuantizedLayer) -> None:
         set_weight_2d(task.module, weight)
 
 
-def _emit(
-    job: Job, source: ModelSource, block: str, result: BlockResult, scales: Mapping[str, torch.Tensor],
-    sinks: Sequence[Sink],
-) -> None:  # fmt: skip
+def _emit(job: Job, source: ModelSource, block: str, unit: Unit, sinks: Sequence[Sink]) -> None:
     names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
-    replaced = {f"{layer}.{leaf}" for layer in job.quantized() for leaf in ("weight", "bias")}
+    replaced = {f"{layer}.{leaf}" for layer in layer_names(unit.layers) for leaf in ("weight", "bias")}
     tied = source.tied()
     rest = [n for n in names if n not in replaced and n not in tied]
     for sink in sinks:
-        for layer in result.layers:
+        for layer in unit.layers:
             sink.layer(layer)
         sink.tensors(rest, source)
-        sink.scales(scales)
+        sink.scales(unit.scales)

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.non_finite import Numbers
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
-from auto_round.export.shard_writer import write_json, write_text
+from auto_round.export.shard_writer import file_sha256, write_json, write_text
+from auto_round.export.staging import LOCK
+from auto_round.modeling.links import inside
 from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
 from auto_round.report.model_card import ModelCard, write_model_card
+from auto_round.report.run_report import FILE_NAME as REPORT
 from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, write_report
 
 # Copied byte for byte from a source folder. Weights, READMEs and Python code are not.
@@ -30,7 +34,13 @@ _SIDE_FILES = (
 
 
 def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat) -> None:
-    """config.json with the format's quantization_config, and the same beside it in the format's `config_files`."""
+    """Write what `config_values` gives."""
+    for name, values in config_values(source, job, fmt).items():
+        write_json(folder, name, values)
+
+
+def config_values(source: ModelSource, job: Job, fmt: OutputFormat) -> dict[str, Any]:
+    """By file name: config.json with the format's quantization_config, and the same alone in its `config_files`."""
     config = copy.deepcopy(source.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -44,10 +54,8 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat)
         values["tie_word_embeddings"] = False
     plan = job.export_plan()
     quantization = fmt.file_config(plan)
-    if quantization is not None:
-        for name in fmt.config_files:
-            write_json(folder, name, quantization)
-    write_json(folder, "config.json", fmt.model_config(values, plan))
+    found: dict[str, Any] = {} if quantization is None else dict.fromkeys(fmt.config_files, quantization)
+    return {**found, "config.json": fmt.model_config(values, plan)}
 
 
 def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> None:
@@ -59,7 +67,7 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
             names += [path.name for path in Path(origin).glob("*.py")]
         for name in names:
             if (Path(origin) / name).is_file():
-                shutil.copyfile(Path(origin) / name, folder / name)
+                shutil.copyfile(inside(Path(origin), Path(origin) / name), folder / name)
     if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
         tokenizer.save_pretrained(folder)
     generation = getattr(source.model, "generation_config", None)
@@ -67,13 +75,18 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
         write_text(folder, "generation_config.json", generation.to_json_string())
 
 
-def layer_records(job: Job, fmt: OutputFormat, unreached: Sequence[str] = ()) -> tuple[LayerRecord, ...]:
+def layer_records(
+    job: Job, fmt: OutputFormat, unreached: Sequence[str] = (), numbers: Numbers | None = None
+) -> tuple[LayerRecord, ...]:
     """Every linear layer of the job, for the report. `unreached`: layers that no calibration token reached."""
+    plain = {} if numbers is None else numbers.plain
     records = []
     without = set(unreached)
     for name, plan in job.layers.items():
         bits = stored_bits(plan, fmt) if plan.scheme.quantizes_weights else None
         reason = "no calibration token reached it: rounded by its weights alone" if name in without else plan.reason
+        if name in plain:
+            reason = f"rounded by its weights alone: {plain[name]}"
         records.append(LayerRecord(name, plan.described, bits, reason))
     return tuple(records)
 
@@ -105,7 +118,7 @@ def bits_per_weight(job: Job, fmt: OutputFormat) -> float | None:
 def write_records(
     folder: Path, job: Job, settings: Settings, fmt: OutputFormat, blocks: Sequence[BlockRecord],
     seconds: Mapping[str, float], files: Mapping[str, str], verify: Mapping[str, Any] | None, data: str | None,
-    unreached: Sequence[str] = (),
+    unreached: Sequence[str] = (), numbers: Numbers | None = None,
 ) -> None:  # fmt: skip
     """README.md and report.json."""
     sizes = {name: (folder / name).stat().st_size for name in files}
@@ -119,9 +132,13 @@ def write_records(
         settings=shown, data=data, exceptions=exceptions, files=files,
     )  # fmt: skip
     write_model_card(folder, card)
+    others = {*files, LOCK, REPORT, "README.md"}  # the last two are written again when the model is evaluated
+    small = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in others)
     report = RunReport(
-        model=job.model, format=fmt.name, job=job.to_dict() | {"data": data}, layers=layer_records(job, fmt, unreached),
+        model=job.model, format=fmt.name, job=job.to_dict() | {"data": data},
+        layers=layer_records(job, fmt, unreached, numbers),
         blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=peak_vram_bytes(),
-        files=files, sizes=sizes, verify=verify,
+        files=files, small_files={path.name: file_sha256(path) for path in small if not path.name.startswith(".")},
+        sizes=sizes, verify=verify, numerics=None if numbers is None else numbers.to_dict(),
     )  # fmt: skip
     write_report(folder, report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from auto_round.data_type.gguf.packing import pack_blocks
 from auto_round.data_type.gguf.plain import plain_blocks
 from auto_round.data_type.gguf.search import search_blocks
 from auto_round.data_type.gguf.types import GGML_TYPES
+from auto_round.data_type.utils import within_float16
+from auto_round.errors import NumericsError
 from auto_round.export.formats import OutputFormat
 from auto_round.export.gguf.key_values import KeyValue
 from auto_round.export.gguf.placement import Placement
 from auto_round.export.gguf.plan import GgufPlan
 from auto_round.export.gguf.writer import GgufFile, Typed
+from auto_round.logger import logger
+from auto_round.modeling.finite import check_finite
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 
@@ -66,7 +70,16 @@ class GgufSink:
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
         for name in names:
             if name not in self._written:
-                self._add(name, source.read(name))
+                tensor = source.read(name)
+                if source.checks_finite:
+                    check_finite(name, tensor)
+                self._add(name, tensor)
+
+    def keep(self, names: Sequence[str], reason: str) -> None:
+        raise NumericsError(
+            f"{reason}; on_nan=keep: a GGUF file says the type of every tensor before the first one is written, so "
+            f"layers such as {names[0]} cannot stay now: name them in ignore_layers, or use on_nan=rtn"
+        )
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         assert not made  # refused when the job was made
@@ -86,6 +99,11 @@ class GgufSink:
         """The part of a tensor that has this place, in the precision of the place."""
         tensor = place.cut(tensor)
         kind = self.plan.types[place.tensor]
+        if kind not in ("F32", "BF16"):  # F16 itself, or the factors of blocks
+            held = within_float16(tensor)
+            if held is not tensor:
+                logger.warning("tensor %s holds weights beyond float16, which %s cuts to its largest value", name, kind)
+            tensor = held
         if kind in GGML_TYPES:
             rows = tensor.reshape(-1, tensor.shape[-1])
             round_to = search_blocks if self._optimized else plain_blocks

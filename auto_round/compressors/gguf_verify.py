@@ -29,6 +29,7 @@ def verify_file(sink: GgufSink, job: Job, source: ModelSource) -> dict[str, Any]
         VerifyError: something is not as planned or not as it was tuned.
     """
     plan, file = sink.plan, GgufTensors(sink.path)
+    _check_values(plan, file)
     _check_infos(plan, file)
     for name, digest in sink.expected.items():
         layer = job.layers[name]
@@ -51,6 +52,24 @@ def verify_file(sink: GgufSink, job: Job, source: ModelSource) -> dict[str, Any]
                 f"{sink.path}: tensor {place.tensor} is not what was made of {name}; do not use this file"
             )
     return {"passed": True, "tensors": len(plan.shapes), "layers": len(sink.expected), "loss_reopened": None}
+
+
+def _check_values(plan: GgufPlan, file: GgufTensors) -> None:
+    """What the file says of the model and its tokenizer."""
+    for pair in plan.metadata:
+        kind = (pair.item_kind or pair.kind).name
+        items = list(pair.value) if isinstance(pair.value, (list, tuple)) else [pair.value]
+        found = file.value(pair.key)
+        stored = found if isinstance(found, list) else [found]
+        if [_as_stored(item, kind) for item in items] != stored:
+            raise VerifyError(f"{file.path}: key {pair.key!r} is not as planned; do not use this file")
+
+
+def _as_stored(value: Any, kind: str) -> Any:
+    """A value as a reader of the file gets it."""
+    if kind == "FLOAT32":
+        return float(torch.tensor(value, dtype=torch.float32))
+    return value.decode("utf-8") if isinstance(value, bytes) else value
 
 
 def _check_infos(plan: GgufPlan, file: GgufTensors) -> None:

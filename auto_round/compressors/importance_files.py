@@ -32,12 +32,16 @@ def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torc
                 found[layer] = values if place.slot is None else values[place.slot]
     if not found:
         raise DataError(f"{path} has no importance for any layer of this model; it was made for another one")
+    return found
+
+
+def say_what_is_missing(path: str, job: Job, found: Mapping[str, torch.Tensor]) -> None:
+    """Log how many of the job's layers a file has no importance for."""
     missing = [name for name in job.quantized() if name not in found]
     if missing:
         logger.info(
             "%s says nothing of %d layers, such as %s: all of their inputs weigh alike", path, len(missing), missing[0]
         )
-    return found
 
 
 def save_importance(

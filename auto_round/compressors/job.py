@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from auto_round import envs
 from auto_round.compressors.cache import CachePlan
 from auto_round.export.plan import ExportPlan
 from auto_round.report.memory import format_bytes
@@ -38,6 +39,11 @@ class LayerPlan:
         """What it becomes, in a short phrase: the ggml type, or the scheme."""
         return self.ggml if self.ggml is not None else self.scheme.describe()
 
+    def kept(self, reason: str) -> LayerPlan:
+        """The same layer left in full precision."""
+        full = self.scheme.with_overrides({"bits": 16, "act_bits": 16})
+        return replace(self, scheme=full, reason=reason, ggml=None)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -60,6 +66,7 @@ class Job:
         stored_as: how the source's weights are stored where it is quantized already, in words; "" otherwise.
         cache: static scales of keys, values and queries that are made besides.
         gguf: the file that is written, for a GGUF format.
+        journal_bytes: most that the journal takes of the work space, where one is kept.
         memory_plan: where the activations are kept, and what every phase holds.
     """
 
@@ -83,10 +90,15 @@ class Job:
     stored_as: str = ""
     cache: CachePlan | None = None
     gguf: GgufPlan | None = None
+    journal_bytes: int = 0
     memory_plan: MemoryPlan | None = None
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
+
+    def with_kept(self, kept: Mapping[str, str]) -> Job:
+        """The same job with some layers left in full precision after all, by name, with the reasons."""
+        return replace(self, layers={n: p.kept(kept[n]) if n in kept else p for n, p in self.layers.items()})
 
     def export_plan(self) -> ExportPlan:
         schemes = {name: plan.scheme for name, plan in self.layers.items()}
@@ -130,6 +142,10 @@ class Job:
             ("steps", f"{self.steps} in all" if self.steps else "none (rounding only)"),
         ]
         rows += [(f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()]
+        if self.journal_bytes:
+            rows.append(
+                ("journal", f"up to {format_bytes(self.journal_bytes)} in {envs.work_space()} (none with --no_resume)")
+            )
         if self.output_dir:
             rows.append(("output", self.output_dir))
         rows.append(("memory", f"about {format_bytes(self.peak_ram)}{self._largest_phase()}"))

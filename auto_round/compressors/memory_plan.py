@@ -17,6 +17,7 @@ import torch
 from auto_round.algorithms.quantization.layer_codes import is_integer, small_float
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.samples import copies_best, samples_at_once
+from auto_round.calibration.products import products_bytes
 from auto_round.compressors.job import LayerPlan
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.streams import samples_in_pass
@@ -163,7 +164,9 @@ def block_bytes(facts: Facts, block: str) -> BlockBytes:
         tuned = max(learned.held + max(learned.step, backward_bytes(facts, plans)), learned.finished + codes)
     else:
         tuned = codes + 9 * largest  # rounding goes in pieces; codes of the layer at hand are joined, its grid found
-    full = own + cast + forward if facts.settings.needs_data else own + (cast if runs else 0)
+    paired = _pairs(facts, chosen)
+    tuned += paired
+    full = own + cast + forward + paired if facts.settings.needs_data else own + (cast if runs else 0)
     after = own + codes + (cast + forward + 4 * largest if runs else 8 * largest)
     return BlockBytes(own, full, own + cast - dropped + tuned, after)
 
@@ -184,6 +187,14 @@ def streamed_block_bytes(facts: Facts, block: str) -> BlockBytes:
     forward = forward_bytes(facts, list(facts.layers.values()), 1) - forward_bytes(facts, list(others.values()), 1)
     fewer = lambda size: size - taken - cast + one + max(0, forward)  # noqa: E731
     return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
+
+
+def _pairs(facts: Facts, chosen: Sequence[LayerPlan]) -> int:
+    """Sums over pairs of input channels, which codes of ggml types are found with."""
+    settings = facts.settings
+    if settings.imatrix is not None or not (settings.optimized_start and settings.needs_data):
+        return 0
+    return products_bytes([plan.in_features for plan in chosen if plan.ggml is not None])
 
 
 @dataclass(frozen=True)
@@ -227,6 +238,8 @@ def tuning_bytes(facts: Facts, chosen: Sequence[LayerPlan]) -> TuningBytes:
         )  # start, present, factors, zero points
         plain = stacked + 2 * compute.itemsize + 4 + scales  # quantized weights, gradient and offsets
         best = ((1 if integers else 4) + 8 / size) if copies_best(algorithm.iters) else 0  # codes, or offsets
+        if first.ggml is not None and _pairs(facts, members):
+            plain += 4  # the offsets that the pairs start it with
         held += count * (plain + best + state)
         step = max(step, count * (moment + 12 / size))
         finished += count * (plain + state)
@@ -269,13 +282,14 @@ def forward_bytes(facts: Facts, plans: Sequence[LayerPlan], samples: int) -> int
 
 
 def backward_bytes(facts: Facts, plans: Sequence[LayerPlan]) -> int:
-    """Of one pass with gradients: inputs and outputs of the layers, and eight tensors of norms and residuals."""
+    """Of one pass with gradients: inputs and outputs of the layers, sixteen tensors of norms, residuals, rotations and
+    repeated heads, and the gradients that are under way, of the widest layer four."""
     algorithm = facts.settings.algorithm
     assert isinstance(algorithm, SignRoundConfig)
     layers = len([p for p in plans if p.scheme.quantizes_weights])
     samples = samples_at_once(algorithm.batch_size, facts.tokens, layers, facts.settings.device)
-    total, _ = _features(facts, plans)
-    values = samples * facts.tokens * (total + 8 * facts.width)
+    total, widest = _features(facts, plans)
+    values = samples * facts.tokens * (total + 16 * facts.width + 4 * widest)
     return int(values * facts.compute.itemsize) + 4 * samples * _attention_bytes(facts)
 
 

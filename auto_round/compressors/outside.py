@@ -15,6 +15,7 @@ from auto_round.compressors.activations import activation_of, is_calibrated
 from auto_round.compressors.blockwise import Walk, install, layer_task
 from auto_round.compressors.head import head_inputs, quantize_head
 from auto_round.compressors.job import Job
+from auto_round.compressors.scale_limits import clamped_scales
 from auto_round.compressors.sinks import Sink
 from auto_round.errors import NumericsError
 from auto_round.eval.loss import token_nll
@@ -25,11 +26,17 @@ from auto_round.report.run_report import BlockRecord
 
 
 def quantize_outside(
-    job: Job, source: ModelSource, walk: Walk, optimized: bool, scale_dtype: torch.dtype, steps: int = 0
-) -> list[QuantizedLayer]:
+    job: Job, source: ModelSource, walk: Walk, optimized: bool, scale_dtype: torch.dtype, steps: int = 0,
+    sinks: Sequence[Sink] = (),
+) -> list[QuantizedLayer]:  # fmt: skip
     """Quantize the layers that are in no block, by the inputs that the quantized blocks give them: the head tuned when
     the blocks were (`steps` of them), others on searched scales, and plainly without calibration data. Their dense
-    weights are put in place until the model's tail is released."""
+    weights are put in place until the model's tail is released. A layer that `walk.numbers` keeps is left out, which
+    the `sinks` are told.
+
+    Raises:
+        NumericsError: NaN or Inf in a weight, and in the inputs of a layer where `walk.numbers` is to fail of it.
+    """
     results = []
     head = _head(source.model)
     for name, plan in job.quantized().items():
@@ -37,20 +44,33 @@ def quantize_outside(
             continue
         started = time.monotonic()
         tuned = steps > 0 and walk.last_inputs is not None and source.model.get_submodule(name) is head
-        inputs = head_inputs(source, walk, name) if tuned else None
-        watched = is_calibrated(plan.scheme) or (optimized and inputs is None)
-        importance, extremes = _observed(source, walk, name) if watched else (None, InputExtremes())
+        fault: NumericsError | None = None
+        inputs, importance, extremes = None, None, InputExtremes()
+        try:
+            inputs = head_inputs(source, walk, name) if tuned else None
+            if is_calibrated(plan.scheme) or (optimized and inputs is None):
+                importance, extremes = _observed(source, walk, name)
+        except NumericsError as error:
+            fault = error
         source.load(name, walk.device)
         task = layer_task(source, plan)
-        task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
+        if fault is not None:
+            found = walk.numbers.fall_back(name, [task], fault, sinks, walk.fall).layers
+            if not found:
+                source.release(name)
+                continue
+            layer = found[0]
+        else:
+            task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
+            if inputs is not None:
+                layer, before, after = quantize_head(task, inputs, scale_dtype, optimized)
+                walk.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
+            else:
+                task.importance = importance if optimized else (walk.importance or {}).get(name)
+                layer = round_to_nearest(task, task.importance is not None, scale_dtype)
         if task.activation is not None:
             walk.activations[name] = task.activation
-        if inputs is not None:
-            layer, before, after = quantize_head(task, inputs, scale_dtype, optimized)
-            walk.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
-        else:
-            task.importance = importance if optimized else (walk.importance or {}).get(name)
-            layer = round_to_nearest(task, task.importance is not None, scale_dtype)
+        walk.numbers.count(task, clamped_scales(task, layer))
         if not source.lazy:
             _untie(source, task)
             install(task, layer)
@@ -111,7 +131,21 @@ def emit_outside(job: Job, source: ModelSource, layers: Sequence[QuantizedLayer]
 
 @torch.no_grad()
 def probe_loss(source: ModelSource, walk: Walk, layers: Sequence[QuantizedLayer]) -> float | None:
-    """Mean next-token loss, in nats, of the probe after the quantized blocks and head. None without a probe."""
+    """Mean next-token loss, in nats, of the probe after the quantized blocks and head. None without a probe, and where
+    it is NaN in a run that goes on from that.
+
+    Raises NumericsError when it is NaN, where the policy is to fail.
+    """
+    try:
+        return _probe_loss(source, walk, layers)
+    except NumericsError:
+        if walk.numbers.policy == "fail":
+            raise
+        walk.numbers.note("the quantized model gives NaN on the probe: no loss is compared after saving")
+        return None
+
+
+def _probe_loss(source: ModelSource, walk: Walk, layers: Sequence[QuantizedLayer]) -> float | None:
     if walk.probe is None or walk.probe_hidden is None:
         return None
     hidden = walk.probe_hidden.to(walk.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -27,6 +26,7 @@ from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.memory_plan import Facts
 from auto_round.compressors.mixed import mixed_defaults
 from auto_round.compressors.place import place_activations
+from auto_round.compressors.resume.size import journal_bytes
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
@@ -94,14 +94,15 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
 
 def make_job(
     settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None,
-    fit: bool = True, tokenizer: Any = None, kept: bool = False,
+    fit: bool = True, tokenizer: Any = None, kept: Mapping[str, str] | None = None, in_memory: bool = False,
 ) -> Job:  # fmt: skip
     """Resolve everything.
 
     Args:
         tokenizer: of the model, for files that hold it (GGUF).
         fit: shrink groups that a format cannot hold; False when the layers are quantized already.
-        kept: the quantized layers stay in memory, whatever is written.
+        kept: layers that stay in full precision whatever their scheme, with the reasons.
+        in_memory: the quantized layers stay in memory, whatever is written.
 
     Raises:
         ConfigError: a layer pattern matches nothing, an entry is no scheme, or `max_memory` is too little.
@@ -127,10 +128,12 @@ def make_job(
     outside = [name for name in everything if name not in inside_set and name == head]
     own_defaults = mixed_defaults(settings.mixed, settings.scheme, [*inside, *outside], source.config)
     gguf_output = gguf_format(formats)
-    gguf = None if gguf_output is None else file_plan(gguf_output, source, tokenizer, settings.needs_data)
+    gguf = None if gguf_output is None else file_plan(gguf_output, source, tokenizer, settings.weighs)
     option = "imatrix" if settings.imatrix is not None else "save_imatrix"
     if gguf is None and (settings.imatrix is not None or settings.save_imatrix is not None):
         raise ConfigError(f"{option} goes with a GGUF format, whose tensors importance files name; give such a format")
+    if settings.imatrix is not None and not settings.optimized_start:
+        raise ConfigError("imatrix weighs the search of scales, and disable_opt_rtn leaves that out; give one of them")
     if gguf is not None:
         own_defaults = own_schemes(gguf, source, everything, settings.scheme)
     schemes = resolve_layers(
@@ -157,14 +160,16 @@ def make_job(
         plan = _layer_plan(source, name, scheme)
         if scheme.quantizes_weights:
             if name in routers:
-                plan = _kept(plan, _ROUTER)
+                plan = plan.kept(_ROUTER)
+            elif kept is not None and name in kept:
+                plan = plan.kept(kept[name])
             elif name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
-                plan = _kept(plan, "its block is not in to_quant_block_names")
+                plan = plan.kept("its block is not in to_quant_block_names")
             else:
                 check_data_type(scheme, f"layer {name}")
                 plan = _for_formats(plan, formats, model_type)
                 rearranged = None if gguf is None else is_rearranged(gguf, source, name)
-                plan = plan if rearranged is None else _kept(plan, rearranged)
+                plan = plan if rearranged is None else plan.kept(rearranged)
         layers[name] = plan
     if gguf is not None or settings.scheme.super_bits is not None:
         layers = with_types(layers)
@@ -183,7 +188,8 @@ def make_job(
     compute = compute_dtype(settings, source)
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
-    memory = place_activations(Facts(settings, source, layers, compute, kept), tuple(formats))
+    memory = place_activations(Facts(settings, source, layers, compute, in_memory), tuple(formats))
+    journaled = source.lazy and output_dir is not None and not memory.streams_experts
     scheme = instead.get(settings.scheme, settings.scheme)
     job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
@@ -193,8 +199,8 @@ def make_job(
             for f in formats
         },
         memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
-        model_type,
-        _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf, memory,
+        model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
+        journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if journaled else 0, memory,
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan())
@@ -242,11 +248,6 @@ def _other_matrices(source: ModelSource, layers: Mapping[str, LayerPlan]) -> tup
     )
 
 
-def _kept(plan: LayerPlan, reason: str) -> LayerPlan:
-    full = plan.scheme.with_overrides({"bits": 16, "act_bits": 16})
-    return replace(plan, scheme=full, reason=reason)
-
-
 def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str) -> LayerPlan:
     for fmt in formats:
         require_scheme(fmt, plan.scheme, f"layer {plan.name}")
@@ -255,7 +256,7 @@ def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: s
         if plan.transposed and not fmt.takes_conv1d:
             reason = "it stores its weight transposed (Conv1D), and the layout is for ordinary linear layers"
         if reason is not None:
-            return _kept(plan, f"format {fmt.name}: {reason}")
+            return plan.kept(f"format {fmt.name}: {reason}")
     return plan
 
 
@@ -361,6 +362,11 @@ def planned_bytes(
 def header_bytes(specs: TensorSpecs) -> int:
     """Bytes that safetensors headers need for these tensors."""
     return sum(entry_bytes(name, len(shape)) for name, (shape, _) in specs.items())
+
+
+def _hidden_size(source: ModelSource) -> int:
+    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
+    return int(getattr(config, "hidden_size", 0) or 0)
 
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,25 +20,44 @@ from auto_round.calibration.inputs import CapturedInputs, capture_inputs
 from auto_round.calibration.spill import Spill
 from auto_round.compressors.activations import attach
 from auto_round.compressors.assemble import assemble_model
-from auto_round.compressors.blockwise import Walk, walk_blocks
-from auto_round.compressors.dense_experts import FusedTarget, read_pieces
-from auto_round.compressors.finish import write_config, write_records, write_side_files
+from auto_round.compressors.blockwise import Walk, take_unit, walk_blocks
+from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, read_pieces
+from auto_round.compressors.finish import config_values, write_config, write_records, write_side_files
 from auto_round.compressors.format_runs import folder_name
 from auto_round.compressors.gguf_job import gguf_format
-from auto_round.compressors.importance_files import given_importance, save_importance
+from auto_round.compressors.importance_files import given_importance, save_importance, say_what_is_missing
 from auto_round.compressors.job import Job
+from auto_round.compressors.non_finite import (
+    FallBack,
+    Numbers,
+    check_dense_places,
+    damaged_layers,
+    damaged_tensors,
+    needs_all_blocks,
+)
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
 from auto_round.compressors.place import check_work_space
 from auto_round.compressors.planning import compute_dtype, expert_joiner, header_bytes, make_job, planned_tensors
 from auto_round.compressors.probe import probe_samples
+from auto_round.compressors.resume.fingerprint import (
+    fingerprint,
+    outside_checksum,
+    weight_files,
+)
+from auto_round.compressors.resume.going_on import going_on, is_done, keeping, late_facts
+from auto_round.compressors.resume.journal import Journal, journal_folder
+from auto_round.compressors.resume.run_journal import RunJournal
+from auto_round.compressors.resume.size import check_journal_disk
+from auto_round.compressors.resume.unit_state import Unit
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.streamed_experts import streams_experts
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.envs import work_space
-from auto_round.errors import UnsupportedError
-from auto_round.export.disk import check_disk, ensure_output_folder
-from auto_round.export.formats import OutputFormat, get_format
+from auto_round.errors import OutputError, UnsupportedError, VerifyError
+from auto_round.export.disk import PARTIAL, check_disk, check_file, ensure_output_folder, writing
+from auto_round.export.formats import OutputFormat, get_format, require_plan
+from auto_round.export.staging import Staging
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
 from auto_round.modeling.tensor_files import TensorFiles
@@ -67,42 +86,182 @@ class Run:
 
     def __init__(self, source: ModelSource, settings: Settings, tokenizer: Any) -> None:
         self.source, self.settings, self.tokenizer = source, settings, tokenizer
+        self._walking: Walk | None = None
+        self._looked = False
+        self._damaged: dict[str, str] = {}
+        self._kept: dict[str, str] = {}
 
     def plan(
-        self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True, kept: bool = False
+        self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True, in_memory: bool = False
     ) -> Job:
-        """The job, without doing it. `fit`, `kept`: see `make_job`."""
-        return make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer, kept)
+        """The job, without doing it. `fit`, `in_memory`: see `make_job`."""
+        given = (self.settings, self.source, formats, output_dir, fit, self.tokenizer)
+        job = make_job(*given, in_memory=in_memory)
+        if not self._damaged:
+            return job
+        self._kept = damaged_layers(job, self._damaged, self.source)
+        job = make_job(*given, self._kept, in_memory)
+        check_dense_places(job, self._damaged)
+        return job
+
+    def _look_for_damage(self) -> None:
+        """Where layers with NaN or Inf are to stay, find them before anything is planned."""
+        if self.settings.on_nan != "keep" or self._looked:
+            return
+        self._looked = True
+        self.source.checks_finite = False
+        self._damaged = damaged_tensors(self.source)
+        for name, bad in self._damaged.items():
+            logger.warning("tensor %s holds %s: it stays as it is", name, bad)
+
+    def checked_plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None) -> Job:
+        """The same, with the files of importance that it will read and write looked at.
+
+        Raises:
+            DataError: the file to read is not there, damaged, or of another model.
+            OutputError: the file to write cannot be made.
+        """
+        self._look_for_damage()
+        return self._checked(self.plan(formats, output_dir))
+
+    def _checked(self, job: Job) -> Job:
+        settings = self.settings
+        if settings.imatrix is not None:
+            given_importance(settings.imatrix, job, self.source)
+        if settings.save_imatrix is not None:
+            check_file(settings.save_imatrix)
+        return job
 
     def memory_plan(self) -> Job:
         """The job of a model that is kept in memory. Layers that no packing takes stay as they are, so that it can be
         saved in any format later; a scheme that no packing takes at all leaves that to format fake."""
         name = self.settings.scheme_name.lower()
         try:
-            return self.plan([get_format(name if name.startswith("gguf:") else "auto_round")], kept=True)
+            return self.plan([get_format(name if name.startswith("gguf:") else "auto_round")], in_memory=True)
         except UnsupportedError:
-            return self.plan([], kept=True)
+            return self.plan([], in_memory=True)
 
     def to_memory(self) -> tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished]:
         """Quantize and keep the layers: (model, layers by name, records)."""
-        job = self.memory_plan()
+        self._look_for_damage()
+        job = self._checked(self.memory_plan())
         sink = MemorySink()
         finished = self._walk(job, [sink])
         return assemble_model(self.source, sink.layers), sink.layers, finished
 
     def to_folders(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str
-    ) -> list[Path]:
-        """Quantize, writing every format as blocks finish. Returns the folders, one a format."""
-        job, folders = self._prepare(output_dir, formats, overwrite)
-        sinks = [self._sink(job, f, folder, shard) for f, folder in zip(formats, folders, strict=True)]
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool = True,
+        siblings: Sequence[str] = (), job: Job | None = None,
+    ) -> list[Path]:  # fmt: skip
+        """Quantize, writing every format as blocks finish. Returns the folders, one a format.
+
+        Args:
+            resume: keep a journal, and go on with the run that was interrupted there.
+            siblings: subfolders of other runs that are part of the same command; the journal of what this one made is
+                kept until `remove_journal`.
+            job: the plan, where it was made and checked already.
+
+        Raises:
+            ConfigError: the interrupted run was another one.
+            OutputError: the folder cannot be used, or another run works on it.
+            Stopped: by Ctrl-C.
+        """
+        job = self.checked_plan(formats, output_dir) if job is None else job
+        check_disk(output_dir, _output_bytes(job))
+        if job.memory_plan is not None and job.memory_plan.spilled:
+            check_work_space(job.memory_plan.spilled)
+        root = ensure_output_folder(output_dir, overwrite=True)
+        with writing(root, _output_bytes(job)), ExitStack() as stack:
+            base = stack.enter_context(Staging(root))
+            journal = self._admit(job, root, formats, overwrite, shard, resume, siblings)
+            folders = self._folders(root, formats)
+            stages = [base if f == root else stack.enter_context(Staging(f)) for f in folders]
+            if journal is None:
+                Journal(journal_folder(root)).remove()
+            else:
+                stack.callback(journal.close)
+            left = [(f, stage) for f, stage in zip(formats, stages, strict=True) if not is_done(f, stage, journal)]
+            if left:
+                with keeping(journal, len(job.blocks), self._walked):
+                    self._make(job, left, shard, journal)
+        if journal is not None:  # when nothing of a run is left but complete folders
+            journal.finish(keep=bool(siblings))
+        return folders
+
+    def _walked(self) -> int | None:
+        """Blocks that are done, None before the walk."""
+        return None if self._walking is None else len(self._walking.records)
+
+    def _make(
+        self, job: Job, left: Sequence[tuple[OutputFormat, Staging]], shard: int | str, journal: RunJournal | None
+    ) -> None:
+        """Everything from the calibration data to the folders that are not complete yet."""
+        self._walking = None
+        for _, stage in left:
+            stage.clear()
+        sinks = [self._sink(job, fmt, stage.path, shard) for fmt, stage in left]
         with ExitStack() as stack:
             for sink in sinks:
                 stack.enter_context(sink.writer)
-            finished = self._walk(job, sinks)
-        for sink in sinks:
+            finished = self._walk(job, sinks, journal)
+            if journal is not None:
+                journal.wait()
+        job = job.with_kept(finished.walk.numbers.kept)
+        for sink, (_, stage) in zip(sinks, left, strict=True):
+            self._deliver(job, sink, stage, finished, journal)
+
+    def _deliver(
+        self, job: Job, sink: FolderSink | GgufSink, stage: Staging, finished: Finished, journal: RunJournal | None
+    ) -> None:
+        """Complete one folder, check it, and only then show it."""
+        try:
             self._complete(job, sink, finished)
-        return folders
+        except VerifyError:
+            stage.keep = True
+            raise
+        files = stage.seal(sink.digests())
+        if journal is not None:
+            journal.complete(sink.format.name, files)
+        stage.publish(files)
+        logger.info("saved %s", stage.folder)
+
+    def admit(
+        self, job: Job, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
+        resume: bool, siblings: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Everything of `to_folders` that can be refused before work begins."""
+        check_disk(output_dir, _output_bytes(job))
+        self._admit(job, Path(output_dir).expanduser(), formats, overwrite, shard, resume, siblings)
+
+    def _admit(
+        self, job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool,
+        siblings: Sequence[str],
+    ) -> RunJournal | None:  # fmt: skip
+        """The journal, where one is kept, when the run may begin or go on."""
+        journal = RunJournal(root, overwrite) if self.source.lazy and resume and not streams_experts(job) else None
+        before = Journal(journal_folder(root))
+        if journal is not None:
+            journal.admit(fingerprint(job, self.settings, self.source, shard), weight_files(self.source))
+            before = journal.journal
+        else:
+            with suppress(OutputError):
+                before.load()
+        if journal is not None:
+            left = max(0, job.journal_bytes - before.nbytes())
+            check_journal_disk(before.folder, root, left, _output_bytes(job))
+        folders = self._folders(root, formats)
+        beside = {PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
+        for fmt, folder in zip(formats, folders, strict=True):
+            ours = {name.split("/")[0] for name in before.done.get(fmt.name, ())}
+            if journal is None and not (folder / PARTIAL).is_dir():
+                ours = set()  # complete: not to be replaced without a word
+            ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(beside if folder == root else ())})
+        ensure_output_folder(root, overwrite or len(formats) == 1, beside)
+        return journal
+
+    @staticmethod
+    def _folders(root: Path, formats: Sequence[OutputFormat]) -> list[Path]:
+        return [root] if len(formats) == 1 else [root / folder_name(fmt) for fmt in formats]
 
     def _sink(self, job: Job, fmt: OutputFormat, folder: Path, shard: int | str) -> FolderSink | GgufSink:
         if job.gguf is not None and fmt is gguf_format([fmt]):
@@ -111,19 +270,33 @@ class Run:
             return make_sink(job, fmt, folder, self.source, self.settings)
         experts = expert_joiner(fmt, dict(job.layers), self.source)
         specs = planned_tensors(fmt, dict(job.layers), self.source, job.cache)
-        return FolderSink(fmt, folder, self.source.dtype, shard, experts, header_bytes(specs))
+
+        def rejoin(names: Sequence[str], reason: str) -> ExpertJoiner:
+            kept = job.with_kept(dict.fromkeys(names, reason))
+            require_plan(fmt, kept.export_plan())
+            return expert_joiner(fmt, dict(kept.layers), self.source)
+
+        return FolderSink(fmt, folder, self.source.dtype, shard, experts, rejoin, header_bytes(specs))
 
     def save(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
         layers: Mapping[str, QuantizedLayer], finished: Finished,
     ) -> list[Path]:  # fmt: skip
         """Write layers that are in memory already."""
-        job, folders = self._prepare(output_dir, formats, overwrite, layers)
+        self.source.checks_finite = self.settings.on_nan != "keep"
+        job = _as_done(self.plan(formats, output_dir, fit=False), self.memory_plan(), layers)
+        job = job.with_kept(finished.walk.numbers.kept)
+        check_disk(output_dir, _output_bytes(job))
+        root = ensure_output_folder(output_dir, overwrite, {PARTIAL, *map(folder_name, formats)})
+        folders = self._folders(root, formats)
         for fmt, folder in zip(formats, folders, strict=True):
-            sink = self._sink(job, fmt, folder, shard)
-            with sink.writer:
-                self._emit_saved(job, sink, layers, finished.walk.cache_scales)
-            self._complete(job, sink, finished)
+            ensure_output_folder(folder, overwrite)
+            with writing(folder, _output_bytes(job)), Staging(folder) as stage:
+                stage.clear()
+                sink = self._sink(job, fmt, stage.path, shard)
+                with sink.writer:
+                    self._emit_saved(job, sink, layers, finished.walk.cache_scales)
+                self._deliver(job, sink, stage, finished, None)
         return folders
 
     def _emit_saved(
@@ -145,23 +318,6 @@ class Run:
         blocks = tuple(f"{b}." for b in self.source.blocks)
         emit_outside(job, self.source, [v for k, v in layers.items() if not k.startswith(blocks)], [sink])
 
-    def _prepare(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool,
-        done: Mapping[str, QuantizedLayer] | None = None,
-    ) -> tuple[Job, list[Path]]:  # fmt: skip
-        """Everything that can be refused before work begins. `done`: the layers that are quantized already."""
-        job = self.plan(formats, output_dir, fit=done is None)
-        if done is not None:
-            job = _as_done(job, self.memory_plan(), done)
-        needed = sum(job.bytes_on_disk.values())
-        check_disk(output_dir, int(needed * 1.02) + (1 << 20))
-        if job.memory_plan is not None and job.memory_plan.spilled:
-            check_work_space(job.memory_plan.spilled)
-        root = ensure_output_folder(output_dir, overwrite)
-        if len(formats) == 1:
-            return job, [root]
-        return job, [ensure_output_folder(root / folder_name(fmt), overwrite) for fmt in formats]
-
     def _quantizer(self) -> BlockQuantizer:
         settings = self.settings
         if isinstance(settings.algorithm, SignRoundConfig):
@@ -170,7 +326,7 @@ class Run:
             )
         return RTNQuantizer(settings.algorithm, settings.scale_dtype)
 
-    def _walk(self, job: Job, sinks: Sequence[Sink]) -> Finished:
+    def _walk(self, job: Job, sinks: Sequence[Sink], journal: RunJournal | None = None) -> Finished:
         settings, source = self.settings, self.source
         started = time.monotonic()
         for note in job.notes:
@@ -181,19 +337,28 @@ class Run:
         stack = ExitStack()
         try:
             spill = stack.enter_context(Spill(work_space())) if kept_in == "file" else None
-            importance = None if settings.imatrix is None else given_importance(settings.imatrix, job, source)
+            importance = None
+            if settings.imatrix is not None:
+                importance = given_importance(settings.imatrix, job, source)
+                say_what_is_missing(settings.imatrix, job, importance)
             progress.message("reading calibration data" if settings.needs_data else "capturing the probe")
             data = self._data()
             calibration = self._capture(data.samples, store, job, spill) if data is not None else None
             probe_ids = self._probe() if settings.verify else None
             probe = self._capture(probe_ids, store, job) if probe_ids is not None else None
+            if journal is not None:
+                journal.settle(late_facts(data, probe_ids, calibration), source)
+                if journal.finished:
+                    logger.info("%s", going_on(journal.finished, len(job.blocks)))
             captured = time.monotonic()
             batch = settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8
             walk = Walk(
                 self._quantizer(), sinks, settings.device, compute_dtype(settings, source), settings.seed, calibration,
                 probe, batch, getattr(settings.algorithm, "enable_quanted_input", True), job.cache,
-                importance, settings.save_imatrix is not None,
+                importance, settings.save_imatrix is not None, journal,
+                FallBack(settings.scale_dtype, source.dtype, needs_all_blocks(settings)), self._numbers(),
             )  # fmt: skip
+            self._walking = walk
             with _deterministic(settings.deterministic):
                 walk_blocks(job, source, walk, progress)
                 outside = self._finish_outside(job, walk, sinks, progress)
@@ -208,6 +373,9 @@ class Run:
                     "alone and listed in report.json; more samples (nsamples, seqlen) reach more of them",
                     len(walk.unreached), walk.unreached[0],
                 )  # fmt: skip
+            walk.numbers.say_clamped()
+            if journal is not None:
+                journal.wait()  # it writes hidden states, which are given up here
             walk.calibration = walk.last_inputs = walk.last_full = None  # saving and checking have no use for them
             return_freed()
         finally:
@@ -218,12 +386,27 @@ class Run:
         described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
         return Finished(walk, outside, loss, probe_ids, described, seconds)
 
+    def _numbers(self) -> Numbers:
+        """The policy, with what is known before the walk."""
+        incidents = [f"tensor {name} holds {bad}" for name, bad in self._damaged.items()]
+        return Numbers(self.settings.on_nan, dict(self._kept), incidents=incidents)
+
     def _finish_outside(self, job: Job, walk: Walk, sinks: Sequence[Sink], progress: Progress) -> list[QuantizedLayer]:
         progress.message("what is outside the blocks")
-        optimized = self.settings.needs_data and self.settings.optimized_start
-        algorithm = self.settings.algorithm
-        steps = algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
-        outside = quantize_outside(job, self.source, walk, optimized, self.settings.scale_dtype, steps)
+        if walk.journal is not None and walk.journal.finished > len(job.blocks):
+            outside = list(take_unit(walk, len(job.blocks)).layers)
+        else:
+            optimized = self.settings.needs_data and self.settings.optimized_start
+            algorithm = self.settings.algorithm
+            steps = algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
+            outside = quantize_outside(job, self.source, walk, optimized, self.settings.scale_dtype, steps, sinks)
+            if walk.journal is not None and outside:
+                inputs = {
+                    name: walk.activations[name] for name in (v.name for v in outside) if name in walk.activations
+                }
+                unit = Unit(outside, inputs, walk.records[len(job.blocks) :], numbers=walk.numbers.state())
+                hidden = {} if walk.probe_hidden is None else {"probe": walk.probe_hidden}
+                walk.journal.add("outside", unit, outside_checksum(self.source), hidden)
         emit_outside(job, self.source, outside, sinks)
         return outside
 
@@ -266,16 +449,19 @@ class Run:
                 finished.loss if fmt.holds_activations or not finished.walk.activations else None,
                 settings.device, finished.walk.dtype, settings.trust_remote_code,
                 None if fmt.loads_here else _reader(job, fmt, sink.experts.targets), fmt.rounds_weights,
-                streams_experts(job),
+                source.checks_finite, config_values(source, job, fmt), streams_experts(job),
             )  # fmt: skip
             verified = verify_folder(folder, expected)
             finished.seconds["verify"] = time.monotonic() - started
             loss = "" if verified["loss_reopened"] is None else f", probe loss {verified['loss_reopened']:.4f}"
             logger.info(
-                "verified %s: %d tensors, %d layers%s", folder, len(expected.tensors), len(expected.digests), loss
+                "verified %s: %d tensors, %d layers%s",
+                folder.parent,
+                len(expected.tensors),
+                len(expected.digests),
+                loss,
             )
         self._record(job, sink, finished, verified)
-        logger.info("saved %s", folder)
 
     def _complete_file(self, job: Job, sink: GgufSink, finished: Finished) -> None:
         """The same for one GGUF file, which holds its tokenizer itself."""
@@ -286,17 +472,21 @@ class Run:
             started = time.monotonic()
             verified = verify_file(sink, job, self.source)
             finished.seconds["verify"] = time.monotonic() - started
-            logger.info("verified %s: %d tensors, %d layers", sink.path, verified["tensors"], verified["layers"])
+            logger.info("verified %s: %d tensors, %d layers", sink.path.name, verified["tensors"], verified["layers"])
         self._record(job, sink, finished, verified)
-        logger.info("saved %s", sink.path)
 
     def _record(
         self, job: Job, sink: FolderSink | GgufSink, finished: Finished, verified: Mapping[str, Any] | None
     ) -> None:
         write_records(
             sink.folder, job, self.settings, sink.format, finished.walk.records, finished.seconds, sink.digests(),
-            verified, finished.data, finished.walk.unreached,
+            verified, finished.data, finished.walk.unreached, finished.walk.numbers,
         )  # fmt: skip
+
+
+def _output_bytes(job: Job) -> int:
+    """What the output folder takes, with the small files."""
+    return int(sum(job.bytes_on_disk.values()) * 1.02) + (1 << 20)
 
 
 def _reader(

@@ -11,11 +11,12 @@ import torch
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.compressors.budget import MemoryBudget
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, nearest
 from auto_round.export.cache_scales import CacheScheme, parse_cache_scheme
 from auto_round.layer_config import scheme_from_entry
 from auto_round.schemes import MixedPreset, QuantizationScheme
 
+ON_NAN = ("fail", "rtn", "keep")
 _SCALE_DTYPES = {
     "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
     "fp32": torch.float32, "float32": torch.float32,
@@ -54,6 +55,8 @@ class Settings:
     static_attention_granularity: str = "tensor"
     imatrix: str | None = None
     save_imatrix: str | None = None
+    on_nan: str = "fail"
+    allow_pickle: bool = False
     max_memory: MemoryBudget | None = None
 
     @property
@@ -74,6 +77,11 @@ class Settings:
         searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized and self.imatrix is None
         saves = self.save_imatrix is not None
         return self.tunes or searches or saves or self._calibrated or self.cache is not None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether rounding looks at how large the inputs are, by calibration data or an importance file."""
+        return self.tunes or self.optimized_start
 
     @property
     def _calibrated(self) -> bool:
@@ -109,7 +117,16 @@ class Settings:
             if getattr(self, f"static_{what}_dtype") is not None:
                 values[f"static_{what}_dtype"] = "fp8"
                 values[f"static_{what}_granularity"] = getattr(self, f"static_{what}_granularity")
+        if self.on_nan != "fail":
+            values["on_nan"] = self.on_nan
         return values
+
+
+def check_on_nan(value: Any) -> str:
+    """What is done about NaN and Inf: "fail", "rtn" or "keep". Raises ConfigError."""
+    if value not in ON_NAN:
+        raise ConfigError(f"on_nan={value!r} is not allowed; use {', '.join(ON_NAN)}{nearest(str(value), ON_NAN)}")
+    return str(value)
 
 
 def check_whole(name: str, value: Any, low: int) -> int:

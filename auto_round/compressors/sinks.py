@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from auto_round.compressors.dense_experts import ExpertJoiner
 from auto_round.compressors.digest import dense_digest, layer_digest
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import ShardWriter
+from auto_round.modeling.finite import check_finite
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 
@@ -28,6 +29,10 @@ class Sink(Protocol):
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         """Static scales of attention, by tensor name: scalars or [heads]."""
+
+    def keep(self, names: Sequence[str], reason: str) -> None:
+        """These layers will come as they are, though they were planned to be quantized. Raises NumericsError or
+        UnsupportedError when that cannot be any more."""
 
 
 class MemorySink:
@@ -45,6 +50,9 @@ class MemorySink:
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         """Nothing to keep: the walk has them."""
 
+    def keep(self, names: Sequence[str], reason: str) -> None:
+        """Nothing to do: a layer that does not come stays in the source."""
+
 
 class FolderSink:
     """Packs layers by one format and writes them with the other tensors into a folder.
@@ -57,10 +65,11 @@ class FolderSink:
 
     def __init__(
         self, fmt: OutputFormat, folder: Path, model_dtype: torch.dtype, max_shard_size: int | str,
-        experts: ExpertJoiner | None = None, header: int | None = None,
+        experts: ExpertJoiner | None = None, rejoin: Callable[[Sequence[str], str], ExpertJoiner] | None = None,
+        header: int | None = None,
     ) -> None:  # fmt: skip
-        """`header`: see `ShardWriter`."""
-        self.format, self.folder, self.model_dtype = fmt, folder, model_dtype
+        """`rejoin`: the experts' joiner when more layers stay dense. `header`: see `ShardWriter`."""
+        self.format, self.folder, self.model_dtype, self._rejoin = fmt, folder, model_dtype, rejoin
         self.experts = experts or ExpertJoiner({})
         self.writer = ShardWriter(folder, max_shard_size, header=header)
         self.expected: dict[str, str] = {}
@@ -76,7 +85,14 @@ class FolderSink:
 
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
         for name in names:
-            self._add_dense(name, source.read(name))
+            tensor = source.read(name)
+            if source.checks_finite:
+                check_finite(name, tensor)
+            self._add_dense(name, tensor)
+
+    def keep(self, names: Sequence[str], reason: str) -> None:
+        if self._rejoin is not None:
+            self.experts.targets |= self._rejoin(names, reason).targets
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         for name, scale in made.items():

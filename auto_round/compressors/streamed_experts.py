@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockResult, BlockTask
+from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockResult, BlockTask, LayerTask
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job
 from auto_round.modeling.blocks import weight_2d
@@ -44,6 +44,11 @@ def experts_run(experts: OneExpert | None, result: BlockResult | None = None) ->
         yield
 
 
+def layer_names(layers: Sequence[QuantizedLayer]) -> list[str]:
+    """Their names, without making those that are made when they are reached."""
+    return layers.names if isinstance(layers, StreamedLayers) else [layer.name for layer in layers]
+
+
 class LaterExperts:
     """A quantizer of single layers that leaves experts, which are not in memory, for when they are asked for."""
 
@@ -51,6 +56,9 @@ class LaterExperts:
         self.name, self.needs_importance = inner.name, inner.needs_importance
         self.needs_targets = inner.needs_targets
         self._inner, self._experts = inner, experts
+
+    def needs_products(self, layer: LayerTask) -> bool:
+        return self._inner.needs_products(layer)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         others = [layer for layer in task.layers if not layer.weight.is_meta]
@@ -80,6 +88,10 @@ class StreamedLayers(Sequence[QuantizedLayer]):
             return [self[place] for place in range(len(self))[index]]
         name = self._task.layers[index].name
         return self.held[name] if name in self.held else self._of(expert_of(name) or "")[name]
+
+    @property
+    def names(self) -> list[str]:
+        return [task.name for task in self._task.layers]
 
     def dense(self, expert: str) -> dict[str, torch.Tensor]:
         """Dequantized weights of one expert, float32 [out, in], by layer name."""

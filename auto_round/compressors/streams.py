@@ -13,10 +13,12 @@ from auto_round.algorithms.quantization.device_memory import free_cached, out_of
 from auto_round.calibration.inputs import CapturedInputs
 from auto_round.calibration.spill import SpilledTensor
 from auto_round.errors import NumericsError
+from auto_round.modeling.finite import is_finite
 from auto_round.modeling.tensor_files import empty_pages
 
 # Tokens in one forward pass on a CPU: more take the same time each, and memory.
 _TOKENS = 1024
+_COPIED = 1 << 26
 
 
 class Observer(Protocol):
@@ -78,7 +80,8 @@ class Stream:
         while start < count:
             rows = slice(start, min(start + self.batch, count))
             samples = list(range(rows.start, rows.stop))
-            before = [_state(observer) for observer in observers]
+            # Large sums are not copied for every batch: if the first one fits, so do the others.
+            before = [_state(o) for o in observers] if start == 0 or _gathered(observers) < _COPIED else None
             for observer in observers:
                 mask = masks[observer.every_token]
                 observer.mask = None if mask is None else mask[rows]
@@ -86,6 +89,8 @@ class Stream:
                 part = self.hidden[rows].to(device, dtype)
                 result[rows] = self.captured.run(index, block, part, samples).to(result.device, dtype)
             except torch.OutOfMemoryError as error:
+                if before is None:
+                    raise out_of_memory("running a block", device) from error
                 for observer, state in zip(observers, before, strict=True):
                     _restore(observer, state)
                 if self.batch > 1:
@@ -144,6 +149,23 @@ def _state(observer: Observer) -> tuple[dict[str, Any], dict[Any, Any]]:
     return copy.deepcopy((vars(observer), own))
 
 
+def _gathered(observers: Sequence[Observer]) -> int:
+    """Bytes of what observers hold, a rough count."""
+    values: list[Any] = [*observers]
+    total = 0
+    while values:
+        value = values.pop()
+        if isinstance(value, torch.Tensor):
+            total += value.nbytes
+        elif isinstance(value, dict):
+            values += [*value.values(), *getattr(value, "__dict__", {}).values()]
+        elif isinstance(value, list | tuple):
+            values += value
+        elif hasattr(value, "__dict__"):
+            values += vars(value).values()
+    return total
+
+
 def _restore(observer: Observer, state: tuple[dict[str, Any], dict[Any, Any]]) -> None:
     vars(observer).clear()
     vars(observer).update(state[0])
@@ -152,11 +174,19 @@ def _restore(observer: Observer, state: tuple[dict[str, Any], dict[Any, Any]]) -
         observer.update(state[1])
 
 
+def first_non_finite(hidden: torch.Tensor | SpilledTensor) -> int | None:
+    """The first sample of hidden states [N, T, H] that holds NaN or Inf, or None."""
+    for sample in range(hidden.shape[0]):
+        if not is_finite(hidden[sample]):
+            return sample
+    return None
+
+
 def check_activations(name: str, hidden: torch.Tensor | SpilledTensor) -> None:
     """Raise NumericsError when a block's full-precision output holds NaN or Inf."""
-    for sample in range(hidden.shape[0]):
-        if not bool(torch.isfinite(hidden[sample].sum(-1, dtype=torch.float32)).all()):
-            raise NumericsError(
-                f"block {name} gives NaN or Inf in full precision on calibration sample {sample}; "
-                "check the model and the data, or set model_dtype to float32"
-            )
+    sample = first_non_finite(hidden)
+    if sample is not None:
+        raise NumericsError(
+            f"block {name} gives NaN or Inf in full precision on calibration sample {sample}; "
+            "check the model and the data, set model_dtype to float32, or go on with on_nan=rtn or keep"
+        )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from auto_round.inference.packed_linear import PackedLinear
 from auto_round.modeling.blocks import weight_2d
 from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.experts import usual_expert_names
+from auto_round.modeling.json_text import read_object
 from auto_round.modeling.one_expert import OneExpert, expert_of
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.tensor_files import TensorFiles
@@ -47,6 +49,8 @@ class Expected:
             folder as Transformers would.
         rounds_weights: the files hold what was tuned in the model's own dtype, so that the loss is of other weights
             when this is a half one.
+        configs: by file name, what the configuration files say.
+        finite: no tensor may hold NaN or Inf; False where the source's own were kept.
         one_expert: experts are read one at a time.
     """
 
@@ -60,6 +64,8 @@ class Expected:
     trust_remote_code: bool = False
     read_back: Callable[[str, TensorFiles], QuantizedLayer] | None = None
     rounds_weights: bool = False
+    finite: bool = True
+    configs: Mapping[str, Any] = field(default_factory=dict)
     one_expert: bool = False
 
 
@@ -79,6 +85,7 @@ def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
 
 
 def _verify(folder: Path, expected: Expected) -> dict[str, Any]:
+    _check_configs(folder, expected.configs)
     files = _check_tensors(folder, expected)
     loss = None
     if expected.read_back is None:
@@ -106,6 +113,7 @@ def _reopen(folder: Path, expected: Expected) -> float | None:
     source = CheckpointSource(
         folder, prepare=_swap_quantized if quantized else None, trust_remote_code=expected.trust_remote_code
     )
+    source.checks_finite = expected.finite
     names = _quantized_modules(source.model) if quantized else {name: name for name in expected.digests}
     _compare_sets("quantized layers", folder, set(names), set(expected.digests))
     loss = _walk(folder, source, expected, names)
@@ -128,6 +136,23 @@ def _quantized_modules(model: torch.nn.Module) -> dict[str, str]:
     """Names of packed layers by the names that they had in the run: experts are called as the files call them."""
     usual = usual_expert_names(model)
     return {usual.get(name, name): name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _check_configs(folder: Path, configs: Mapping[str, Any]) -> None:
+    """A reader goes by these: one word in them that is not as planned gives other weights, or none."""
+    for name, planned in configs.items():
+        stored, wanted = read_object(folder / name), json.loads(json.dumps(planned))
+        wrong = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
+        if wrong:
+            raise VerifyError(
+                f"{folder / name}: {wrong[0]} is {_short(stored.get(wrong[0]))}, planned was "
+                f"{_short(wanted.get(wrong[0]))}; do not use these files"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_tensors(folder: Path, expected: Expected) -> TensorFiles:

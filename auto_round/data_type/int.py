@@ -34,8 +34,8 @@ def default_scale_threshold(scale_dtype: torch.dtype) -> float:
 
 def round_to_stored(scale: torch.Tensor, scale_dtype: torch.dtype, threshold: float) -> torch.Tensor:
     """float32 scales as `scale_dtype` stores them: |scale| at least `threshold`, sign kept, no overflow to Inf."""
-    if scale_dtype == torch.float16:
-        scale = scale.clamp(-FP16_MAX, FP16_MAX)
+    largest = torch.finfo(scale_dtype).max
+    scale = scale.clamp(-largest, largest)
     rounded = scale + (scale.to(scale_dtype).float() - scale).detach()
     floor = torch.tensor(threshold, dtype=scale_dtype).float()  # the threshold itself must be a stored value
     low = torch.where(rounded < 0, -floor, floor).to(rounded)
@@ -94,6 +94,24 @@ def to_codes(groups: torch.Tensor, grid: IntGrid, v: torch.Tensor | float = 0.0)
     return codes.round_().add_(grid.zero).clamp_(0, 2**grid.bits - 1)
 
 
+def stored_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """float32 codes 0 .. 2**bits-1 as uint8. By way of a signed type: PyTorch has vector instructions for that."""
+    return codes.to(torch.int8).view(torch.uint8) if bits < 8 else codes.to(torch.int16).to(torch.uint8)
+
+
+def round_groups(groups: torch.Tensor, bits: int, sym: bool, **kwargs: Any) -> tuple[IntGrid, torch.Tensor]:
+    """`integer_grid(groups, ...)` and the codes on it, uint8 in the shape of `groups`, in one go.
+
+    Extremes are found in float32, which PyTorch is six times faster at than in bfloat16; they are the same numbers.
+    """
+    work = groups.to(torch.float32, copy=True)
+    low = work.amin(-1, keepdim=True).clamp_(max=0).to(groups.dtype)
+    high = work.amax(-1, keepdim=True).clamp_(min=0).to(groups.dtype)
+    grid = integer_grid(groups, bits, sym, tensor_min=low, tensor_max=high, **kwargs)
+    codes = work.div_(grid.scale).round_().add_(grid.zero).clamp_(0, 2**bits - 1)
+    return grid, stored_codes(codes, bits)
+
+
 def from_codes(codes: torch.Tensor, grid: IntGrid) -> torch.Tensor:
     """`scale * (codes - zero)`."""
     return (codes - grid.zero) * grid.scale
@@ -109,7 +127,8 @@ def _quant_dequant(
         shape4 = groups.shape
         groups = groups.reshape(shape4[0], shape4[1], -1)
     grid = integer_grid(
-        groups, bits, sym, min_scale=_per_group(min_scale), max_scale=_per_group(max_scale), scale_dtype=scale_dtype,
+        groups, bits, sym, min_scale=_per_group(min_scale, groups), max_scale=_per_group(max_scale, groups),
+        scale_dtype=scale_dtype,
         threshold=q_scale_thresh, tensor_min=kwargs.get("tensor_min"), tensor_max=kwargs.get("tensor_max"),
     )  # fmt: skip
     shifted = groups
@@ -129,11 +148,11 @@ def _quant_dequant(
     return qdq, scale, zero
 
 
-def _per_group(factor: torch.Tensor | float) -> torch.Tensor | float:
-    """A factor with one value a group, as a column that broadcasts over the group."""
+def _per_group(factor: torch.Tensor | float, groups: torch.Tensor) -> torch.Tensor | float:
+    """A factor with one value a group, shaped so that it broadcasts over the group's weights."""
     if not isinstance(factor, torch.Tensor) or factor.dim() == 0:
         return factor
-    return factor.reshape(-1, 1)
+    return factor.reshape(-1, 1) if factor.numel() == 1 else factor.reshape(*groups.shape[:-1], 1)
 
 
 @register_dtype("int_sym")

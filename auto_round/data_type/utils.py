@@ -75,6 +75,19 @@ def revert_tensor_by_pad(
     return tensor.reshape(rows, -1)[:, :orig_out_features].reshape(orig_shape)
 
 
+def within_float16(weight: torch.Tensor) -> torch.Tensor:
+    """A weight with what is beyond float16 cut to its largest value; itself where nothing is."""
+    largest = torch.finfo(torch.float16).max
+    if weight.dtype == torch.float16 or not weight.numel():
+        return weight
+    low, high = torch.aminmax(weight)
+    if max(-float(low), float(high)) <= largest:
+        return weight
+    if weight.dtype == torch.bfloat16:
+        largest = 65280.0  # the largest bfloat16 that float16 holds
+    return weight.clamp(-largest, largest)
+
+
 def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc:
     """The function registered for a data type.
 

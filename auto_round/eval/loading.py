@@ -10,6 +10,7 @@ import torch
 
 from auto_round.errors import ConfigError, ModelError
 from auto_round.inference.compute import compute_dtype_for
+from auto_round.modeling.build import load_config
 from auto_round.modeling.checkpoint_source import load_dequantized
 from auto_round.modeling.hub import model_folder
 from auto_round.modeling.quantized_inputs import is_readable, quantization_of
@@ -63,12 +64,12 @@ def load_model(
     """
     if isinstance(source, torch.nn.Module):
         return source
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     name = str(source)
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = load_config(folder, trust_remote_code=trust_remote_code)
         saved = getattr(config.get_text_config(), "dtype", None) or torch.float32
         wanted = dtype or compute_dtype_for(device, saved)
         if dequantized and is_readable(quantization_of(config)):

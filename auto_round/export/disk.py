@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from auto_round.errors import OutputError
+from auto_round.errors import AutoRoundError, OutputError
+
+PARTIAL = ".partial"
+"""Folder inside an output folder, with what is not finished."""
 
 _GB = 1e9
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def ensure_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+def ensure_output_folder(
+    path: str | os.PathLike[str], overwrite: bool = False, ours: Collection[str] = (PARTIAL,)
+) -> Path:
     """Make the folder and return it.
 
-    Raises OutputError when it is a file, cannot be made or written, or holds something and `overwrite` is False.
+    Args:
+        ours: names that an interrupted run may have left there.
+
+    Raises OutputError when it is a file, cannot be made or written, or holds something else and `overwrite` is False.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output path {folder} is a file; give a folder that is new or empty")
-    if folder.is_dir() and not overwrite and any(folder.iterdir()):
+    if folder.is_dir() and not overwrite and any(entry.name not in ours for entry in folder.iterdir()):
         raise OutputError(f"output folder {folder} is not empty; choose another, empty it, or ask to overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,6 +40,20 @@ def ensure_output_folder(path: str | os.PathLike[str], overwrite: bool = False) 
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"output folder {folder} is not writable; choose another or change its permissions")
     return folder
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError when no file can be written at `path`: its folder is not there or cannot be written."""
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; give the name of a file in it")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target} cannot be written: folder {target.parent} does not exist; make it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{target} cannot be written: folder {target.parent} is not writable; choose another or change its "
+            "permissions"
+        )
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:
@@ -46,6 +72,37 @@ def check_disk(path: str | os.PathLike[str], bytes_needed: int) -> None:
             f"output folder {path} needs {bytes_needed / _GB:.2f} GB but its disk has {free / _GB:.2f} GB free; "
             "free some space or choose a folder on another disk"
         )
+
+
+@contextmanager
+def writing(folder: str | os.PathLike[str], needed: int) -> Iterator[None]:
+    """Whatever the system refuses while this is open, as an OutputError that names the file, and for a full disk says
+    how much is free and how much is needed.
+
+    Args:
+        folder: of the output.
+        needed: bytes that the output takes.
+    """
+    try:
+        yield
+    except AutoRoundError as error:
+        cause = error.__cause__
+        if isinstance(error, OutputError) and isinstance(cause, OSError) and cause.errno in _FULL:
+            raise OutputError(f"{error}; {_room(folder, needed)}") from cause
+        raise
+    except OSError as error:
+        room = f"; {_room(folder, needed)}" if error.errno in _FULL else ""
+        raise OutputError(
+            f"cannot write {error.filename or folder} ({error.strerror or type(error).__name__}){room}"
+        ) from error
+
+
+def _room(folder: str | os.PathLike[str], needed: int) -> str:
+    free = free_bytes(folder)
+    return (
+        f"the disk of {folder} has {free / _GB:.2f} GB free, and the output takes {needed / _GB:.2f} GB: free some "
+        "space and give the same command again, or choose a folder on another disk"
+    )
 
 
 def path_inside(folder: str | os.PathLike[str], name: str) -> Path:

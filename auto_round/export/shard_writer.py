@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -44,11 +45,13 @@ def _raw(tensor: torch.Tensor) -> memoryview:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+    """Bring the names in a folder to the disk, where the system can. Raises OutputError when the disk does not."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            raise OutputError(f"names in {folder} cannot be written ({error.strerror}); free some space") from error
         finally:
             os.close(handle)
 
@@ -102,13 +105,19 @@ class _Shard:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise OutputError(f"cannot write {self.path} ({error.strerror}); free some space") from error
-        finally:
+            raise self._failed(error) from error
+        try:
             self._file.close()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot write {self.path} ({error.strerror}); free some space")
 
     def discard(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # closing writes what is left in its buffer, on a disk that may be full
+                self._file.close()
         self.path.unlink(missing_ok=True)
 
     @staticmethod
@@ -152,7 +161,7 @@ class _Shard:
             try:
                 self._file.write(_raw(tensor))
             except OSError as error:
-                raise OutputError(f"cannot write {self.path} ({error.strerror}); free some space") from error
+                raise self._failed(error) from error
 
 
 class ShardWriter:
@@ -223,7 +232,6 @@ class ShardWriter:
         if not self._shards:
             raise OutputError("no tensor was written; there is no checkpoint to finish")
         self._shards[-1].close()
-        self._finished = True
         count = len(self._shards)
         index_path = self.folder / f"{self._stem}.safetensors.index.json"
         index_path.unlink(missing_ok=True)
@@ -243,6 +251,7 @@ class ShardWriter:
             if pattern.fullmatch(path.name) and path.name not in names:
                 path.unlink()
         sync_folder(self.folder)
+        self._finished = True
         return [self.folder / name for name in names]
 
     def abort(self) -> None:
@@ -250,6 +259,8 @@ class ShardWriter:
         if not self._finished:
             for shard in self._shards:
                 shard.discard()
+            for name in self.sha256:  # the end was reached, but not all of it
+                (self.folder / name).unlink(missing_ok=True)
             self._finished = True
 
     def __enter__(self) -> ShardWriter:
@@ -261,7 +272,11 @@ class ShardWriter:
         if kind is not None:
             self.abort()
         elif not self._finished:
-            self.finish()
+            try:
+                self.finish()
+            except BaseException:
+                self.abort()
+                raise
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -8,12 +8,13 @@ so the vocabulary is told by the keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from auto_round.data_type.activation import activation_function
-from auto_round.errors import ConfigError, ModelError, UnsupportedError
+from auto_round.errors import AutoRoundError, ConfigError, ModelError, UnsupportedError
 from auto_round.export.float_layouts import AUTO_ROUND, Naming
 from auto_round.inference.float_config import (
     described,
@@ -135,7 +136,7 @@ class CheckpointConfig:
     def _dynamic(self, names: Sequence[str]) -> LayerFormat | None:
         """GPTQModel's `dynamic`: `-:regex` leaves a layer alone, `+:regex` or `regex` overrides the default."""
         for rule, entry in self.dynamic.items():
-            if any(re.match(rule.removeprefix("+:").removeprefix("-:"), name) for name in names):
+            if any(re.match(_bare(rule), name) for name in names):
                 dense = rule.startswith("-:") or entry is False
                 return None if dense else _override(self.default, entry or {}, names[0])
         return self.default
@@ -148,6 +149,33 @@ def read_config(config: Any) -> CheckpointConfig:
         UnsupportedError: a data type, packing, rotation or activation scheme that this version cannot run.
         ConfigError: malformed values.
     """
+    with _malformed():
+        found = _read_config(config)
+        for pattern in (*filter(_META.search, found.extra), *(_bare(rule) for rule in found.dynamic)):
+            re.compile(pattern)
+        for name, entry in (*found.extra.items(), *found.dynamic.items()):
+            if not isinstance(entry, Mapping) and entry not in (None, False):
+                raise ConfigError(f"quantization_config says {entry!r} of {name!r}, where an object belongs")
+    return found
+
+
+@contextmanager
+def _malformed() -> Iterator[None]:
+    """What odd values of a configuration lead to, as a ConfigError."""
+    try:
+        yield
+    except AutoRoundError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError, re.error) as error:
+        raise ConfigError(f"the quantization_config is malformed ({error!r}); check config.json") from error
+
+
+def _bare(rule: str) -> str:
+    """The regular expression of a rule of GPTQModel's `dynamic`."""
+    return rule.removeprefix("+:").removeprefix("-:")
+
+
+def _read_config(config: Any) -> CheckpointConfig:
     values = native_fp8(_plain(config))
     packing = _packing_name(values)
     is_fp8 = str(values.get("quant_method")).rpartition(".")[2].lower() == "fp8"
@@ -349,7 +377,8 @@ def resolve_layers(
         inside = names if everywhere else [n for n in names if _under(n, tuple(fallback_blocks))]
     within = set(inside)
     said = config_names or (lambda name: (name,))
-    found = {n: fmt for n in names if (fmt := config.layer(n, n in within, said(n))) is not None}
+    with _malformed():
+        found = {n: fmt for n in names if (fmt := config.layer(n, n in within, said(n))) is not None}
     if not found:
         raise ModelError(
             "the quantization_config names no layer of this model as quantized "

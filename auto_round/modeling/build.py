@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,9 @@ import torch
 from torch import nn
 
 from auto_round.errors import ModelError
+from auto_round.modeling.config_checks import check_code
+from auto_round.modeling.json_text import read_object
+from auto_round.modeling.links import inside
 from auto_round.modeling.tensor_files import TensorFiles
 
 _OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
@@ -23,11 +25,20 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     file = folder / "config.json"
     if not file.is_file():
+        if (folder / ".partial").is_dir():
+            raise ModelError(
+                f"{folder} holds a quantization that is not finished; give the command that began it once more, which "
+                "goes on with it"
+            )
         raise ModelError(f"{folder} has no config.json; give the folder of a Transformers model")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_object(inside(folder, file))
+        if not trust_remote_code:
+            check_code(raw, file)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # Transformers raises whatever the values lead to: attribute, type, validation errors
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{folder} brings Python code of its own, which is not run unless you trust it: "
@@ -44,7 +55,10 @@ def _check_causal(config: Any, folder: Path, remote: bool) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     kind, reason = type(config), ""
-    other = next((a for a in getattr(config, "architectures", None) or () if _OTHER_TASKS.search(a)), None)
+    named = getattr(config, "architectures", None) or ()
+    if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
+        raise ModelError(f"config.json of {folder} has architectures={named!r}, not a list of names; fetch it again")
+    other = next((name for name in named if _OTHER_TASKS.search(name)), None)
     if getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder model"
     elif other is not None:
@@ -69,7 +83,7 @@ def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> n
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a model's constructor raises whatever odd values lead to
         raise ModelError(
             f"cannot build a model from {type(config).__name__}: {type(error).__name__}: {error}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from torch import nn
 from auto_round.errors import ModelError
 from auto_round.modeling.build import build_on_meta, config_dtype, dominant_dtype, kept_in_float32, load_config
 from auto_round.modeling.checkpoint_map import Origin, plan_tensors
+from auto_round.modeling.config_checks import check_sizes
 from auto_round.modeling.experts import unfuse_experts
+from auto_round.modeling.family_facts import UNREAD_EVERYWHERE
 from auto_round.modeling.finite import check_finite
+from auto_round.modeling.pickle_files import PickleFiles, has_pickles
 from auto_round.modeling.quantized_inputs import check_readable, dense_view, drop_quantization, quantization_of
 from auto_round.modeling.source import (
     Device,
@@ -48,6 +52,10 @@ class CheckpointSource(ModelSource):
             (qweight, qzeros, scales, ...) are read in the checkpoint's own dtype. Without it, FP8 and MXFP4 checkpoints
             are read as the dense ones they stand for, tensor by tensor.
         name_or_path: what the user gave, for messages.
+        allow_pickle: read `pytorch_model.bin` where there is no safetensors.
+
+    Attributes:
+        notes: for the user, on tensors that nothing reads.
 
     Raises:
         ModelError: not a causal language model, or files missing or damaged (the message names file and tensor).
@@ -64,6 +72,7 @@ class CheckpointSource(ModelSource):
         trust_remote_code: bool = False,
         prepare: Callable[[nn.Module], None] | None = None,
         name_or_path: str | None = None,
+        allow_pickle: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.name_or_path = name_or_path or str(folder)
@@ -73,7 +82,9 @@ class CheckpointSource(ModelSource):
         declared = quantization_of(self.config)
         if prepare is None:
             check_readable(declared, self.name_or_path)
-        self.files = TensorFiles.open(self.folder)
+        self._pickles = allow_pickle and has_pickles(self.folder) and not any(self.folder.glob("*.safetensors"))
+        self.files = PickleFiles.open_pickles(self.folder) if self._pickles else TensorFiles.open(self.folder)
+        check_sizes(self.folder / "config.json", self.config, len(self.files.tensors))
         dense = None
         if prepare is None:
             dense = dense_view(self.files, declared, asked or config_dtype(self.config))
@@ -92,12 +103,16 @@ class CheckpointSource(ModelSource):
         self._tied = self._find_tied()
         self._tensors = self._check_tensors()
         self._fill_buffers()
+        self.notes = (*self.files.notes, *self._unread())
 
     def reopen(self) -> CheckpointSource:
         """A second source of the same files with an empty model of its own."""
-        return CheckpointSource(
-            self.folder, dtype=self.dtype, trust_remote_code=self._trusted, name_or_path=self.name_or_path
-        )
+        source = CheckpointSource(
+            self.folder, dtype=self.dtype, trust_remote_code=self._trusted, name_or_path=self.name_or_path,
+            allow_pickle=self._pickles,
+        )  # fmt: skip
+        source.checks_finite = self.checks_finite
+        return source
 
     def load(self, name: str, device: Device | None = None) -> nn.Module:
         where = torch.device(device or "cpu")
@@ -173,7 +188,7 @@ class CheckpointSource(ModelSource):
             raise ModelError(
                 f"tensor {name!r} has shape {list(tensor.shape)} in {self.folder}; the model needs {list(info.shape)}"
             )
-        if check:
+        if check and self.checks_finite:
             check_finite(name, tensor)
         return tensor
 
@@ -186,6 +201,17 @@ class CheckpointSource(ModelSource):
             if tensor is not None and tensor.device == device:
                 return tensor
         return None
+
+    def _unread(self) -> list[str]:
+        """Words on tensors of the files that no part of the model takes: another version of the model, or damage."""
+        used = {key for plan in self._plans.values() for key, _ in plan.origin.keys}
+        expected = [UNREAD_EVERYWHERE.pattern, *(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+        search = re.compile("|".join(f"(?:{pattern})" for pattern in expected)).search
+        unread = [key for key in self.files if key not in used and not search(key)]
+        if not unread:
+            return []
+        shown = ", ".join(unread[:3])
+        return [f"{self.folder} holds {len(unread)} tensors that {type(self.model).__name__} does not have: {shown}"]
 
     def _find_tied(self) -> dict[str, str]:
         """Ties that the model declares and the checkpoint agrees with.

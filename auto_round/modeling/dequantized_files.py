@@ -54,6 +54,7 @@ class DequantizedFiles(TensorFiles):
         away = {*hidden, *(w.codes for w in weights.values()), *(w.scale for w in weights.values())}
         dense = {name: self._logical(files, weight, dtype) for name, weight in weights.items()}
         super().__init__(files.folder, {k: v for k, v in files.tensors.items() if k not in away} | dense)
+        self.notes = files.notes
         self.stored, self.weights, self.dtype, self.description = files, dict(weights), dtype, description
 
     def read(self, key: str, row: int | None = None) -> torch.Tensor:

@@ -25,16 +25,23 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise NumericsError that names `name` and counts the bad elements, when `tensor` holds NaN or Inf."""
+def count_non_finite(tensor: torch.Tensor) -> str | None:
+    """How many elements are bad, in words such as "2 NaN and 0 Inf among 64 values of torch.float32"; None for none."""
     if is_finite(tensor):
-        return
+        return None
     nan = infinite = 0
     for part in tensor.detach().reshape(-1).split(_CHUNK):
         values = part.to(torch.float32) if part.element_size() == 1 else part
         nan += int(torch.isnan(values).sum())
         infinite += int(torch.isinf(values).sum())
-    raise NumericsError(
-        f"tensor {name!r} holds {nan} NaN and {infinite} Inf among {tensor.numel()} values of {tensor.dtype}; "
-        "the weights are damaged: fetch the model again or use another checkpoint"
-    )
+    return f"{nan} NaN and {infinite} Inf among {tensor.numel()} values of {tensor.dtype}"
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise NumericsError that names `name` and counts the bad elements, when `tensor` holds NaN or Inf."""
+    bad = count_non_finite(tensor)
+    if bad is not None:
+        raise NumericsError(
+            f"tensor {name!r} holds {bad}; the weights are damaged: fetch the model again or use another checkpoint, "
+            "or leave the layer as it is with on_nan=keep (--on_nan keep)"
+        )

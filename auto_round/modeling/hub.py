@@ -17,14 +17,16 @@ _TIMEOUT_S = 10.0
 
 
 def model_folder(
-    model: str | os.PathLike[str], *, trust_remote_code: bool = False, platform: str | None = None
-) -> Path:
+    model: str | os.PathLike[str], *, trust_remote_code: bool = False, platform: str | None = None,
+    allow_pickle: bool = False,
+) -> Path:  # fmt: skip
     """The local folder of a model given as folder or hub id. Only json, safetensors and tokenizer files are fetched.
 
     Args:
         model: a folder, or an id such as "org/name".
         trust_remote_code: fetch the repository's Python files too.
         platform: "hf" or "model_scope"; default: as the variable AR_USE_MODELSCOPE says, else "hf".
+        allow_pickle: fetch `pytorch_model*.bin` where the repository has no safetensors.
 
     Raises:
         ModelError: no such folder, or the hub cannot be reached or does not know the id.
@@ -44,7 +46,11 @@ def model_folder(
     if isinstance(model, os.PathLike) or not _REPO_ID.match(given):
         raise ModelError(f"no model folder {given!r}{_similar(folder)}")
     patterns = [*_FILES, *(_CODE if trust_remote_code else ())]
-    return _from_modelscope(given, patterns) if where == "model_scope" else _from_hub(given, patterns, folder)
+    fetch = _from_modelscope if where == "model_scope" else _from_hub
+    found = fetch(given, patterns, folder)
+    if allow_pickle and not any(found.glob("*.safetensors")):
+        found = fetch(given, [*patterns, "pytorch_model*.bin"], folder)
+    return found
 
 
 def is_hub_id(text: str) -> bool:
@@ -67,7 +73,7 @@ def _from_hub(repo: str, patterns: list[str], folder: Path) -> Path:
         ) from error
 
 
-def _from_modelscope(repo: str, patterns: list[str]) -> Path:
+def _from_modelscope(repo: str, patterns: list[str], folder: Path) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:

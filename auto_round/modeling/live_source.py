@@ -51,7 +51,7 @@ class LiveSource(ModelSource):
         for owner, module in self._owners(name):
             for leaf, tensor in direct_tensors(module, persistent=False):
                 full = f"{owner}.{leaf}" if owner else leaf
-                if full not in self._checked:
+                if self.checks_finite and full not in self._checked:
                     check_finite(full, tensor)
                     self._checked.add(full)
                 if device is not None and tensor.device != torch.device(device):

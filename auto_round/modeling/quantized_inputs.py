@@ -12,7 +12,6 @@ The tensors decide what is dequantized; the configuration only says what has to 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,8 @@ import torch
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.dequantize import is_float8
 from auto_round.modeling.dequantized_files import DequantizedFiles, StoredWeight
+from auto_round.modeling.json_text import read_object
+from auto_round.modeling.links import inside
 from auto_round.modeling.tensor_files import TensorFiles
 
 READABLE = (
@@ -40,13 +41,19 @@ _BESIDE = (
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
-    """The quantization that a model's configuration declares, for the whole or for its text part; None for none."""
+    """The quantization that a model's configuration declares, for the whole or for its text part; None for none.
+
+    Raises ModelError when it is no object.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for part in (config, text):
         for key in _CONFIG_KEYS:
             values = getattr(part, key, None)
-            if values is not None:
-                return dict(values) if isinstance(values, Mapping) else dict(values.to_dict())
+            if values is None:
+                continue
+            if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
+                raise ModelError(f"config.json has {key}={values!r}, which is no object; fetch it again")
+            return dict(values) if isinstance(values, Mapping) else dict(values.to_dict())
     return None
 
 
@@ -63,7 +70,13 @@ def check_readable(declared: Mapping[str, Any] | None, name: str) -> None:
     """Raise UnsupportedError when checkpoints with this `quantization_config` are not read; `name` is the model's."""
     if declared is None:
         return
-    reason = _refusal(declared)
+    try:
+        reason = _refusal(declared)
+        _block(declared)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ModelError(
+            f"the quantization_config of {name} is malformed ({error!r}); fetch config.json again"
+        ) from error
     if reason is not None:
         raise UnsupportedError(
             f"{name} is quantized already ({reason}), and is not read: give the original model. Quantized checkpoints "
@@ -174,11 +187,7 @@ def _modelopt_file(files: TensorFiles) -> dict[str, Any] | None:
     file = files.folder / "hf_quant_config.json"
     if not file.is_file():
         return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); fetch it again") from error
-    return {"quant_method": "modelopt", **(values if isinstance(values, dict) else {})}
+    return {"quant_method": "modelopt", **read_object(inside(files.folder, file))}
 
 
 def _scale_of(key: str, files: TensorFiles) -> str | None:

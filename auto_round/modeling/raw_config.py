@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.errors import ModelError
+from auto_round.modeling.json_text import read_object
+from auto_round.modeling.links import inside
 
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
@@ -53,10 +55,4 @@ def read_config(folder: Path) -> RawConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder} has no config.json; give the folder of a model with config.json and safetensors")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be used: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} cannot be used: it is no JSON object")
-    return RawConfig(values)
+    return RawConfig(read_object(inside(folder, file)))

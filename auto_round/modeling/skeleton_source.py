@@ -14,6 +14,7 @@ from auto_round.modeling.blocks import TransposedLinear
 from auto_round.modeling.build import config_dtype, dominant_dtype
 from auto_round.modeling.checkpoint_map import Origin, TensorPlan
 from auto_round.modeling.checkpoint_source import CheckpointSource
+from auto_round.modeling.config_checks import check_sizes
 from auto_round.modeling.experts import LinearExperts, unfuse_experts
 from auto_round.modeling.family_facts import UNREAD_EVERYWHERE, FamilyFacts, family_facts
 from auto_round.modeling.quantized_inputs import check_readable, dense_view, drop_quantization, quantization_of
@@ -52,6 +53,7 @@ class SkeletonSource(CheckpointSource):
         declared = quantization_of(self.config)
         check_readable(declared, self.name_or_path)
         stored = TensorFiles.open(self.folder) if files is None else files
+        check_sizes(self.folder / "config.json", self.config, len(stored.tensors))
         dense = dense_view(stored, declared, asked or config_dtype(self.config))
         drop_quantization(self.config)
         self.files = stored if dense is None else dense

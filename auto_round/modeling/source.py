@@ -32,6 +32,7 @@ class ModelSource(ABC):
         dtype: the dtype of its floating-point weights.
         stored_as: how a checkpoint that is quantized already holds its weights, in words; "" for a dense one.
         lazy: weights are read when loaded and dropped when released (a checkpoint), instead of living in the model.
+        checks_finite: `load` refuses NaN and Inf. Off once they have been looked for and are to be kept.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class ModelSource(ABC):
     dtype: torch.dtype
     lazy: bool
     stored_as: str = ""
+    checks_finite: bool = True
 
     @abstractmethod
     def load(self, name: str, device: Device | None = None) -> nn.Module:
@@ -55,7 +57,7 @@ class ModelSource(ABC):
 
         Raises:
             ModelError: no such module, or its files cannot be read.
-            NumericsError: a weight holds NaN or Inf; the message names it.
+            NumericsError: a weight holds NaN or Inf, and `checks_finite`; the message names it.
         """
 
     @abstractmethod
@@ -161,6 +163,7 @@ def open_source(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
     platform: str | None = None,
+    allow_pickle: bool = False,
 ) -> ModelSource:
     """The source for a folder, a hub id or a model object.
 
@@ -170,6 +173,7 @@ def open_source(
             A model object keeps its own.
         trust_remote_code: allow the checkpoint's own Python code to run.
         platform: "hf" or "model_scope", where a hub id is looked up; default: as AR_USE_MODELSCOPE says.
+        allow_pickle: read `pytorch_model.bin` where there is no safetensors.
 
     Raises:
         ModelError: not found, not a causal language model, pickle weights, damaged files.
@@ -183,5 +187,8 @@ def open_source(
     from auto_round.modeling.checkpoint_source import CheckpointSource
     from auto_round.modeling.hub import model_folder
 
-    folder = model_folder(model, trust_remote_code=trust_remote_code, platform=platform)
-    return CheckpointSource(folder, dtype=dtype, trust_remote_code=trust_remote_code, name_or_path=os.fspath(model))
+    folder = model_folder(model, trust_remote_code=trust_remote_code, platform=platform, allow_pickle=allow_pickle)
+    return CheckpointSource(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, name_or_path=os.fspath(model),
+        allow_pickle=allow_pickle,
+    )  # fmt: skip

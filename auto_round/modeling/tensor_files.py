@@ -7,7 +7,6 @@ bytes little-endian header length, a JSON header, then the data).
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import struct
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 
 from auto_round.errors import ModelError
+from auto_round.modeling.json_text import parse_object, read_object
+from auto_round.modeling.links import inside
 
 _MAX_HEADER = 100_000_000  # the limit that the safetensors library sets itself
 _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
@@ -66,6 +67,7 @@ class TensorFiles:
     def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
         self.folder = folder
         self.tensors = tensors
+        self.notes: tuple[str, ...] = ()  # for the user
         self.allocate: Callable[[int], torch.Tensor] = _buffer
 
     @classmethod
@@ -73,16 +75,20 @@ class TensorFiles:
         """Read the headers of `model.safetensors` or of the shards that `model.safetensors.index.json` lists.
 
         Raises:
-            ModelError: no safetensors file, a damaged one, or an index that does not agree with its shards.
+            ModelError: no safetensors file, a damaged one, an index that does not agree with its shards, a tensor in
+                two shards, or a link that leaves the folder.
         """
         path = Path(folder)
         single = path / "model.safetensors"
         if single.is_file():
-            return cls(path, read_header(single))
+            return cls(path, read_header(inside(path, single)))
         index = path / "model.safetensors.index.json"
         if not index.is_file():
             raise ModelError(_no_weights(path))
-        return cls(path, _read_index(path, index))
+        tensors, notes = _read_index(path, index)
+        files = cls(path, tensors)
+        files.notes = tuple(notes)
+        return files
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
@@ -166,24 +172,35 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise ModelError(
                     f"{file} is not a safetensors file (or was cut short): it has {size} bytes and no valid header"
                 )
-            header = json.loads(handle.read(length))
+            header = parse_object(handle.read(length), f"the header of {file}")
     except OSError as error:
         raise ModelError(f"cannot read {file}: {error}") from error
-    except ValueError as error:
-        raise ModelError(f"the header of {file} is not JSON ({error}); fetch the file again") from error
-    if not isinstance(header, dict):
-        raise ModelError(f"the header of {file} is not a JSON object; fetch the file again")
     data = 8 + length
-    return {key: _stored(file, key, info, data, size) for key, info in header.items() if key != "__metadata__"}
+    found = {key: _stored(file, key, info, data, size) for key, info in header.items() if key != "__metadata__"}
+    _check_ranges(file, found, data, size)
+    return found
+
+
+def _check_ranges(file: Path, header: dict[str, StoredTensor], data: int, size: int) -> None:
+    """The bytes of the tensors follow each other without gap or overlap from the header to the end, as the format
+    demands: a shifted offset shows, though each tensor alone would fit."""
+    at = data
+    for name, stored in sorted(header.items(), key=lambda item: (item[1].start, item[1].end)):
+        if stored.start != at:
+            what = "overlaps the one before it" if stored.start < at else "leaves a gap before it"
+            raise ModelError(f"{file}: tensor {name!r} {what} (byte {stored.start}); fetch the file again")
+        at = stored.end
+    if at != size:
+        raise ModelError(f"{file} has {size - at} bytes after its last tensor; fetch the file again")
 
 
 def _stored(file: Path, key: str, info: Any, data: int, size: int) -> StoredTensor:
     try:
-        name, shape = info["dtype"], tuple(int(n) for n in info["shape"])
-        first, last = (int(n) for n in info["data_offsets"])
+        name, shape = info["dtype"], tuple(_whole(n) for n in info["shape"])
+        first, last = (_whole(n) for n in info["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{file}: the header entry of tensor {key!r} is malformed ({error!r})") from error
-    dtype = DTYPES.get(name)
+    dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise ModelError(f"{file}: tensor {key!r} has dtype {name!r}; known ones: {', '.join(sorted(DTYPES))}")
     count = 1
@@ -198,19 +215,44 @@ def _stored(file: Path, key: str, info: Any, data: int, size: int) -> StoredTens
     return StoredTensor(file, dtype, shape, data + first, data + last)
 
 
-def _read_index(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        entries = [(str(key), str(value)) for key, value in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} has no readable weight_map ({error!r}); fetch the file again") from error
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """File name by tensor name, out of an index. Raises ModelError when it is none."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise ModelError(f"{index} has no weight_map of file names; fetch the file again")
+    if not weight_map:
+        raise ModelError(f"the weight_map of {index} is empty; fetch the file again")
+    return weight_map
+
+
+def _read_index(folder: Path, index: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """All tensors, and words on those that shards hold beside what the index names."""
+    weight_map = read_weight_map(inside(folder, index))
     headers: dict[str, dict[str, StoredTensor]] = {}
-    for key, value in entries:
+    for key, value in weight_map.items():
         if value not in headers:
-            headers[value] = read_header(_shard_path(folder, index, key, value))
+            headers[value] = read_header(inside(folder, _shard_path(folder, index, key, value)))
         if key not in headers[value]:
             raise ModelError(f"tensor {key!r} is missing from {folder / value}, where {index.name} says it is")
-    return {key: headers[value][key] for key, value in entries}
+    notes = []
+    owner: dict[str, str] = {}
+    for value, header in headers.items():
+        for name in header:
+            if owner.setdefault(name, value) != value:
+                raise ModelError(
+                    f"tensor {name!r} is in {folder / owner[name]} and in {folder / value} too; one of the files is a "
+                    "copy of another: fetch the model again"
+                )
+        extra = [name for name in header if name not in weight_map]
+        if extra:
+            notes.append(f"{value} holds {len(extra)} tensors that the index does not name, such as {extra[0]}")
+    return {key: headers[value][key] for key, value in weight_map.items()}, notes
 
 
 def _shard_path(folder: Path, index: Path, key: str, value: str) -> Path:
@@ -233,9 +275,10 @@ def _no_weights(folder: Path) -> str:
     pickles = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
         return (
-            f"{folder} holds weights as pickle ({pickles[0]}), which can run code when opened; only safetensors is "
-            "read. Convert it once, where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder)"
+            f"{folder} holds weights as pickle ({pickles[0]}), which can run code when opened, and not as safetensors. "
+            "Convert it once, where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder); or read its tensors alone with "
+            "allow_pickle=True (--allow_pickle)"
         )
     loose = [n for n in found if n.endswith(".safetensors")]
     if loose:

@@ -18,8 +18,8 @@ from auto_round.report.memory import format_seconds, peak_memory_text
 class Progress(Protocol):
     """What a driver tells about its work."""
 
-    def start(self, total_blocks: int) -> None:
-        """Work on `total_blocks` blocks begins."""
+    def start(self, total_blocks: int, done: int = 0) -> None:
+        """Work on `total_blocks` blocks begins, of which `done` were finished earlier."""
 
     def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
         """The block `name` is done; losses are None when nothing was measured."""
@@ -38,16 +38,18 @@ class _Base:
         self.title = title
         self.total = 0
         self.done = 0
+        self._earlier = 0
         self._start = time.monotonic()
 
-    def start(self, total_blocks: int) -> None:
-        self.total, self.done, self._start = total_blocks, 0, time.monotonic()
+    def start(self, total_blocks: int, done: int = 0) -> None:
+        self.total, self.done, self._earlier, self._start = total_blocks, done, done, time.monotonic()
 
     def seconds_left(self) -> float | None:
         """Estimate from the mean time of the blocks so far; None before the first."""
-        if not self.done:
+        measured = self.done - self._earlier
+        if not measured:
             return None
-        return (time.monotonic() - self._start) / self.done * max(0, self.total - self.done)
+        return (time.monotonic() - self._start) / measured * max(0, self.total - self.done)
 
     def __enter__(self) -> Any:
         return self
@@ -111,12 +113,12 @@ class BarProgress(_Base):
         self._task: Any = None
         self._loss = ""
 
-    def start(self, total_blocks: int) -> None:
-        super().start(total_blocks)
+    def start(self, total_blocks: int, done: int = 0) -> None:
+        super().start(total_blocks, done)
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._loss = ""
-        self._task = self._bar.add_task(self.title, total=total_blocks, facts=self._facts())
+        self._task = self._bar.add_task(self.title, total=total_blocks, completed=done, facts=self._facts())
         self._bar.start()
 
     def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:

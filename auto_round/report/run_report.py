@@ -65,9 +65,11 @@ class RunReport:
         seconds: wall seconds per phase, such as {"calibration": 3.1, "quantization": 60.2, "total": 70.0}.
         peak_rss_bytes, peak_vram_bytes: memory peaks of the process.
         files: sha256 by file name.
+        small_files: the same of the files beside the weights.
         sizes: bytes by file name.
         verify: result of the check after saving; None when it was switched off.
         quality: result of an evaluation, when there was one.
+        numerics: what was done about NaN, Inf and scales too large for their dtype; None where nothing was asked.
         versions: of this package, Python and the libraries that took part.
     """
 
@@ -80,9 +82,11 @@ class RunReport:
     peak_rss_bytes: int | None = None
     peak_vram_bytes: int | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    small_files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     verify: Mapping[str, Any] | None = None
     quality: Mapping[str, Any] | None = None
+    numerics: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:

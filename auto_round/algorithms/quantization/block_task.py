@@ -29,6 +29,8 @@ class LayerTask:
         global_scale: float32 scalar that layers which runtimes join share (NVFP4); None: the layer's own, if its type
             has one.
         ggml: name of the ggml type that stores the layer (`Q4_K`), or None for the other formats.
+        products: sums of x x' over the layer's inputs x: float32 [n, n] for each band of input channels, in order; or
+            None.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LayerTask:
     activation: ActivationQuantizer | None = None
     global_scale: torch.Tensor | None = None
     ggml: str | None = None
+    products: Sequence[torch.Tensor] | None = None
 
 
 class Samples(Protocol):
@@ -102,6 +105,10 @@ class BlockQuantizer(Protocol):
     name: str
     needs_importance: bool
     needs_targets: bool
+
+    def needs_products(self, layer: LayerTask) -> bool:
+        """Whether `products` of a layer are wanted, where importance is gathered."""
+        ...
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Decide codes, scales and zero points of every layer of the block."""

@@ -2,8 +2,7 @@
 
 With D = Wq - W and inputs z, the summed squared error of the outputs is tr(D A D') with A = sum z z'. So all tokens
 cost one [in, in] matrix, however many they are and however large the vocabulary, and the rows of W are independent.
-Columns are visited in turn, and each code moves to the best value while the others stay (cyclic coordinate descent; for
-quantization: CDQuant, arXiv 2406.17542).
+`column_descent.py` lowers it, code by code.
 
 A is damped by its own mean diagonal. That is much more than the usual hundredth, and it matters: undamped, the error on
 the tokens at hand halves while the KL divergence on other text grows (docs/adr/0008).
@@ -11,22 +10,18 @@ the tokens at hand halves while the KL divergence on other text grows (docs/adr/
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.algorithms.quantization.column_descent import damped, descend, descend_blocks, row_slices
 from auto_round.algorithms.quantization.layer_codes import as_groups, ggml_layer, integer_layer
 from auto_round.algorithms.quantization.rtn.quantizer import start_blocks, start_grid
-from auto_round.data_type.gguf.rounding import code_limits, divisor_of
 from auto_round.data_type.gguf.types import GgmlType
 from auto_round.data_type.int import IntGrid
 from auto_round.quantized_layer import QuantizedLayer
 
 _PASSES = 4
 _DAMPING = 1.0
-_CHUNK = {"cpu": 1 << 22, "other": 1 << 26}  # weights rounded at a time
-_COLUMNS = 64  # columns between two updates of the whole gradient
 
 
 def round_by_descent(task: LayerTask, square: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
@@ -41,12 +36,12 @@ def round_by_descent(task: LayerTask, square: torch.Tensor, scale_dtype: torch.d
     assert isinstance(task.scheme.group_size, int)
     offsets = torch.empty_like(as_groups(task.weight, task.scheme.group_size), dtype=torch.float32)
     out, columns = task.weight.shape
-    damped = _damped(square)
+    matrix = damped(square, _DAMPING)
     low, high = _limits(grid)
-    for rows in _rows(task):
+    for rows in row_slices(task.weight):
         weight = task.weight[rows].float()
         scale, bottom, top = (_spread(value, rows, task, columns) for value in (grid.scale, low, high))
-        codes = descend(weight, scale, bottom, top, damped)
+        codes = descend(weight, scale, bottom, top, matrix, _PASSES)
         # Codes are decided in one place only, from offsets.
         if task.scheme.group_size == 0:
             offsets.view(out, columns)[rows] = codes - weight / scale
@@ -62,30 +57,7 @@ def round_blocks_by_descent(task: LayerTask, kind: GgmlType, square: torch.Tenso
         square: A, the sum of z z' over the tokens, float32 [in, in].
     """
     blocks = start_blocks(task, kind, True)
-    codes = torch.empty_like(blocks.codes)
-    steps, minima = divisor_of(blocks.step()), blocks.minimum()
-    damped = _damped(square)
-    low, high = code_limits(kind)
-    for rows in _rows(task):
-        weight = task.weight[rows].float()
-        if minima is not None:
-            weight = weight - minima[rows].repeat_interleave(kind.group, dim=1)
-        scale = steps[rows].repeat_interleave(kind.group, dim=1)
-        found = descend(weight, scale, torch.full_like(scale, low), torch.full_like(scale, high), damped)
-        codes[rows] = found.add_(kind.zero).to(torch.uint8)
-    return ggml_layer(task, replace(blocks, codes=codes))
-
-
-def _damped(square: torch.Tensor) -> torch.Tensor:
-    damped = square.clone()
-    damped.diagonal().add_(_DAMPING * square.diagonal().mean() + 1e-12)
-    return damped
-
-
-def _rows(task: LayerTask) -> list[slice]:
-    out, columns = task.weight.shape
-    step = max(1, _CHUNK.get(task.weight.device.type, _CHUNK["other"]) // columns)
-    return [slice(start, start + step) for start in range(0, out, step)]
+    return ggml_layer(task, descend_blocks(task.weight, blocks, [square], _DAMPING, _PASSES))
 
 
 def _limits(grid: IntGrid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,34 +73,3 @@ def _spread(value: torch.Tensor, rows: slice, task: LayerTask, columns: int) -> 
         part = value if value.shape[0] == 1 else value[rows]
         return part.reshape(-1, 1).expand(task.weight[rows].shape)
     return value[rows].squeeze(-1).repeat_interleave(size, dim=1)[:, :columns]
-
-
-@torch.no_grad()
-def descend(
-    weight: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square: torch.Tensor
-) -> torch.Tensor:
-    """Codes less the zero point, from rounding to nearest on; tr(D A D') only falls.
-
-    Args:
-        weight, scale, low, high: [rows, in]; limits of the codes less the zero point.
-        square: A, symmetric and positive definite, [in, in].
-    """
-    codes = torch.maximum(torch.minimum((weight / scale).round(), high), low)
-    gradient = (codes * scale - weight) @ square  # half of the real one
-    diagonal = square.diagonal()
-    for _ in range(_PASSES):
-        for start in range(0, codes.shape[1], _COLUMNS):
-            block = slice(start, min(start + _COLUMNS, codes.shape[1]))
-            inner = square[block, block]
-            local = gradient[:, block].t().contiguous()
-            moved = torch.zeros_like(local)
-            for index in range(local.shape[0]):
-                column = start + index
-                unit = scale[:, column]
-                best = codes[:, column] - local[index] / (diagonal[column] * unit)
-                best = torch.maximum(torch.minimum(best.round_(), high[:, column]), low[:, column])
-                moved[index] = (best - codes[:, column]) * unit
-                codes[:, column] = best
-                local.addr_(inner[index], moved[index])
-            gradient.addmm_(moved.t(), square[block])
-    return codes

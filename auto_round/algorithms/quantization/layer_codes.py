@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from auto_round.data_type import get_quant_func
 from auto_round.data_type.float_family import FloatFamily, encode, float_family
 from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.types import GGML_TYPES, GgmlType, ggml_type_of
-from auto_round.data_type.int import IntGrid, to_codes
+from auto_round.data_type.int import IntGrid, round_groups, stored_codes, to_codes
 from auto_round.data_type.utils import reshape_pad_tensor_by_group_size
 from auto_round.errors import NumericsError
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme
 
-_ROWS = 1 << 17  # weights rounded at a time: stays in cache, and no float32 copy of a whole layer is made
+# Weights rounded at a time: few enough for a shared cache, and no float32 copy of a whole layer is made; many enough
+# that calling PyTorch costs little.
+_ROWS = 1 << 20
+_GPU_ROWS = 1 << 26
 
 
 def is_integer(scheme: QuantizationScheme) -> bool:
@@ -70,34 +74,72 @@ def integer_layer(task: LayerTask, grid: IntGrid, v: torch.Tensor | None, scale_
     Raises:
         NumericsError: a scale is not finite.
     """
-    weight, scheme = task.weight, task.scheme
+    scheme = task.scheme
     assert isinstance(scheme.group_size, int)
-    out, columns = weight.shape
-    if not bool(torch.isfinite(grid.scale).all()):
-        raise NumericsError(f"layer {task.name}: a scale is NaN or Inf; check the layer's weights and calibration data")
-    groups = as_groups(weight, scheme.group_size)
-    step = max(1, _ROWS // max(1, groups.shape[1] * groups.shape[2]))
-    parts = []
-    for start in range(0, groups.shape[0], step):
-        rows = slice(start, start + step)
+    _check_scales(task, grid)
+    groups = as_groups(task.weight, scheme.group_size)
+    codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
+    for rows in _pieces(groups):
         zero = grid.zero[rows] if isinstance(grid.zero, torch.Tensor) else grid.zero
         part = IntGrid(grid.scale[rows], zero, grid.bits)
         offsets = 0.0 if v is None else v[rows]
-        parts.append(to_codes(groups[rows], part, offsets).to(torch.uint8))
-    codes = torch.cat(parts)
-    codes = codes.view(out, -1)[:, :columns] if scheme.group_size != 0 else codes.view(out, columns)
+        codes[rows] = stored_codes(to_codes(groups[rows], part, offsets), grid.bits)
+    return _with_codes(task, grid, codes, scale_dtype)
+
+
+def rounded_layer(task: LayerTask, scale_dtype: torch.dtype) -> QuantizedLayer:
+    """A weight rounded to nearest on the grid from its groups' extremes: what `integer_layer` gives for that grid, in
+    half the passes over the weight.
+
+    Raises:
+        NumericsError: a scale is not finite.
+    """
+    scheme = task.scheme
+    assert isinstance(scheme.group_size, int)
+    groups = as_groups(task.weight, scheme.group_size)
+    codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
+    grids = []
+    for rows in _pieces(groups):
+        grid, codes[rows] = round_groups(groups[rows], scheme.bits, scheme.sym, scale_dtype=scale_dtype)
+        grids.append(grid)
+    zero = grids[0].zero
+    if isinstance(zero, torch.Tensor):
+        zero = torch.cat([grid.zero for grid in grids if isinstance(grid.zero, torch.Tensor)])
+    whole = IntGrid(torch.cat([grid.scale for grid in grids]), zero, scheme.bits)
+    _check_scales(task, whole)
+    return _with_codes(task, whole, codes, scale_dtype)
+
+
+def _pieces(groups: torch.Tensor) -> Iterator[slice]:
+    """Rows of [out, groups, group_size] that are rounded together."""
+    most = _ROWS if groups.device.type == "cpu" else _GPU_ROWS
+    step = max(1, most // max(1, groups.shape[1] * groups.shape[2]))
+    for start in range(0, groups.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _check_scales(task: LayerTask, grid: IntGrid) -> None:
+    if not bool(torch.isfinite(grid.scale).all()):
+        raise NumericsError(f"layer {task.name}: a scale is NaN or Inf; check the layer's weights and calibration data")
+
+
+def _with_codes(task: LayerTask, grid: IntGrid, codes: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
+    """The record of an integer layer from codes in the shape of its groups."""
+    out, columns = task.weight.shape
+    per_tensor = task.scheme.group_size == 0
+    codes = codes.view(out, columns) if per_tensor else codes.view(out, -1)[:, :columns]
     scale = grid.scale.squeeze(-1).to(scale_dtype)
     zero_point: torch.Tensor | int = int(grid.zero) if not isinstance(grid.zero, torch.Tensor) else 0
     if isinstance(grid.zero, torch.Tensor):
         zero_point = grid.zero.squeeze(-1).to(torch.uint8)
-    if scheme.group_size == 0:  # one scale for all: every row gets it
+    if per_tensor:  # one scale for all: every row gets it
         scale = scale.expand(out, 1)
         zero_point = zero_point.expand(out, 1) if isinstance(zero_point, torch.Tensor) else zero_point
     to_host = lambda t: t.contiguous().cpu() if isinstance(t, torch.Tensor) else t
     bias = None if task.bias is None else task.bias.cpu()
     return QuantizedLayer(
-        task.name, scheme, to_host(codes), to_host(scale), to_host(zero_point), bias=bias, transposed=task.transposed,
-        **_inputs(task),
+        task.name, task.scheme, to_host(codes), to_host(scale), to_host(zero_point), bias=bias,
+        transposed=task.transposed, **_inputs(task),
     )  # fmt: skip
 
 

@@ -1,11 +1,9 @@
-"""Hold finished files against what was computed, without a model: bytes, coverage, and a few layers read back."""
+"""Hold finished files against what was computed, without a model: a few layers read back."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,9 +11,7 @@ import torch
 from auto_round.compressors.dense_experts import read_pieces
 from auto_round.compressors.digest import dense_digest, layer_digest
 from auto_round.compressors.job import Job, LayerPlan
-from auto_round.compressors.model_free.layout import Shard
 from auto_round.compressors.model_free.rounding import Rounder
-from auto_round.compressors.model_free.shard_file import Mark
 from auto_round.compressors.model_free.units import Unit, layer_outputs
 from auto_round.errors import VerifyError
 from auto_round.inference.build_layer import build_layer
@@ -23,45 +19,7 @@ from auto_round.inference.config_reader import read_config
 from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
 
-_AT_ONCE = 4 << 20
 _LARGEST_SAMPLE = 1 << 26  # weights
-
-
-def file_digest(path: Path, shard: Shard, marks: Sequence[Mark], compare: bool) -> str:
-    """SHA-256 of a finished file.
-
-    Args:
-        marks: everything that was written to it.
-        compare: also check that those bytes are what is there, and that they are all there is.
-
-    Raises:
-        VerifyError: a byte differs, or part of a tensor was never written.
-    """
-    places = sorted((shard.offsets[name] + start, size, crc, name) for name, start, size, crc in marks if size)
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        front = file.read(len(shard.header))
-        digest.update(front)
-        at = len(front)
-        if compare and front != shard.header:
-            raise VerifyError(f"{path}: its header is not what was planned; do not use it, and report this")
-        for start, size, crc, name in places:
-            if compare and start != at:
-                raise VerifyError(f"{path}: bytes {at} to {start}, before tensor {name}, were never written")
-            found = 0
-            while size:
-                part = file.read(min(size, _AT_ONCE))
-                if not part:
-                    raise VerifyError(f"{path} ends inside tensor {name}")
-                digest.update(part)
-                found = zlib.crc32(part, found) if compare else 0
-                size -= len(part)
-                at += len(part)
-            if compare and found != crc:
-                raise VerifyError(f"{path}: tensor {name} is not what was written; do not use it, and report this")
-    if compare and at != shard.size:
-        raise VerifyError(f"{path}: its last {shard.size - at} bytes were never written")
-    return digest.hexdigest()
 
 
 def sample_layers(rounder: Rounder) -> frozenset[str]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from auto_round.compressors.finish import write_config, write_records, write_side_files
-from auto_round.compressors.model_free.check import check_layers, file_digest, sample_layers
+from auto_round.compressors.model_free.check import check_layers, sample_layers
 from auto_round.compressors.model_free.fetch import Fetcher
+from auto_round.compressors.model_free.file_check import file_digest
 from auto_round.compressors.model_free.inputs import Inputs, open_inputs
-from auto_round.compressors.model_free.journal import FOLDER, Journal, differences, manifest_of
+from auto_round.compressors.model_free.journal import FOLDER, LOCK, Journal, manifest_of
 from auto_round.compressors.model_free.layout import Layout, index_text, plan_layout
 from auto_round.compressors.model_free.options import ModelFreeOptions, check_settings
 from auto_round.compressors.model_free.pipeline import run_units
@@ -30,9 +33,11 @@ from auto_round.compressors.model_free.shared_run import (
     wait_until,
 )
 from auto_round.compressors.model_free.units import Unit, Work, plan_work
+from auto_round.compressors.resume.fingerprint import differences
 from auto_round.compressors.settings import Settings
-from auto_round.errors import OutputError
-from auto_round.export.disk import check_disk, ensure_output_folder
+from auto_round.errors import OutputError, Stopped
+from auto_round.export.disk import check_disk, ensure_output_folder, writing
+from auto_round.export.folder_lock import FolderLock
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import parse_size, write_text
 from auto_round.logger import logger
@@ -83,12 +88,15 @@ class ModelFree:
         return model_free_job(self.settings, source, formats, self.options, output_dir, inputs.notes)
 
     def to_folders(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool = True
     ) -> list[Path]:
         """Quantize and write, one format after the other. Returns the folders, one a format.
 
+        `resume`: go on with the unfinished run that a folder holds; else start anew.
+
         Raises:
-            OutputError: the folder holds something else, or an unfinished run that differs.
+            OutputError: the folder holds something else, an unfinished run that differs, or another run works on it.
+            Stopped: by Ctrl-C.
         """
         job = self.plan(formats, output_dir)
         for note in job.notes:
@@ -101,12 +109,24 @@ class ModelFree:
         check_disk(output_dir, max(0, int(needed * 1.02)) + (1 << 20))
         for fmt, folder in zip(formats, folders, strict=True):
             one = self.plan([fmt], output_dir) if len(formats) > 1 else job
-            self._write(one, fmt, folder, overwrite, parse_size(shard))
+            # Processes that share the work share the folder: the first holds it for all of them.
+            lock = FolderLock(folder / FOLDER / LOCK, folder) if self.options.rank == 0 else nullcontext()
+            try:
+                with writing(folder, sum(job.bytes_on_disk.values())), lock:
+                    self._write(one, fmt, folder, overwrite, parse_size(shard), resume)
+            except KeyboardInterrupt as stop:
+                text = f"stopped while {folder} was written; the same command goes on from there"
+                raise Stopped(text, getattr(stop, "number", signal.SIGINT)) from stop
+            finally:
+                with suppress(OSError):  # nothing but the lock was in it
+                    (folder / FOLDER).rmdir()
         self._open()[0].close()
         self._opened = None
         return folders
 
-    def _write(self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int) -> None:
+    def _write(
+        self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int, resume: bool
+    ) -> None:
         inputs, source = self._open()
         rank, world = self.options.rank, self.options.world
         started = time.monotonic()
@@ -115,7 +135,7 @@ class ModelFree:
         manifest = manifest_of(_decisive(job, self.settings), inputs.identity(), layout)
         journal = Journal(folder)
         if rank == 0:
-            _begin(journal, manifest, overwrite)
+            _begin(journal, manifest, overwrite, resume)
         else:
             wait_until(lambda: _matches(journal, manifest), lambda: None, "process 0 to begin", 600)
         clear_failures(journal.folder, rank)
@@ -156,11 +176,12 @@ class ModelFree:
         progress = make_progress(f"model-free {job.scheme_name}")
         done: list[int] = []
 
-        def finished(index: int) -> None:
+        def finished(index: int, digest: str) -> None:
+            write_text(journal.folder, _sums(journal, index).name, digest)
             done.append(index)
             progress.block(layout.shards[index].name)
 
-        run = ShardRun(layout, work.units, rounder, journal, own, finished)
+        run = ShardRun(layout, work.units, rounder, journal, own, finished, compare=self.settings.verify)
         progress.start(len({index for index, _ in run.todo}))
         jobs = {id(unit): place for place in run.todo for unit in (work.units[place[1]],)}
         units = [work.units[number] for _, number in run.todo]
@@ -184,7 +205,7 @@ class ModelFree:
             logger.info("%d tensors in %s, %s written", len(units), format_seconds(seconds), format_bytes(size))
 
     def _check_files(self, layout: Layout, journal: Journal, own: Sequence[int]) -> None:
-        """Digests of this process's files, each compared with what was written."""
+        """Digests of files of this process that an earlier run finished, and was killed before it noted them."""
 
         def one(index: int) -> None:
             if _sums(journal, index).is_file():
@@ -221,12 +242,15 @@ class ModelFree:
         write_records(folder, job, self.settings, fmt, (), seconds, sums, verified, None)
 
 
-def _begin(journal: Journal, manifest: Mapping[str, Any], overwrite: bool) -> None:
-    """Go on with the run that the folder holds, or start one.
+def _begin(journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
+    """Go on with the run that the folder holds (`resume`), or start one.
 
     Raises OutputError when the folder holds another run, or other files.
     """
     before = journal.manifest()
+    if before is not None and not resume:
+        journal.begin(manifest)
+        return
     if before == _plain(manifest):
         logger.info("going on with the unfinished run in %s", journal.output)
         return
@@ -234,7 +258,8 @@ def _begin(journal: Journal, manifest: Mapping[str, Any], overwrite: bool) -> No
         found = "; ".join(differences(before, _plain(manifest))[:3])
         raise OutputError(
             f"output folder {journal.output} holds an unfinished run that differs ({found}); finish that one with its "
-            "own settings, choose another folder, or ask to overwrite"
+            "own settings, choose another folder, or start anew with --overwrite or --no_resume (overwrite=True or "
+            "resume=False)"
         )
     ensure_output_folder(journal.output, overwrite or _only_ours(journal.output))
     journal.begin(manifest)

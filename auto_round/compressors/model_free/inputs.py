@@ -15,9 +15,8 @@ from typing import Any
 
 from auto_round import envs
 from auto_round.compressors.model_free.fetch import Fetcher, HubFetcher, RemoteFile, fetch_checked, write_stand_in
-from auto_round.compressors.model_free.integrity import check_inputs
-from auto_round.compressors.model_free.journal import input_identity
 from auto_round.compressors.model_free.units import Unit
+from auto_round.compressors.resume.fingerprint import input_identity
 from auto_round.compressors.settings import Settings
 from auto_round.errors import ModelError
 from auto_round.modeling.hub import is_hub_id, model_folder
@@ -58,7 +57,7 @@ class Inputs:
 
     def __init__(self, folder: Path, files: TensorFiles) -> None:
         self.folder, self.files = folder, files
-        self.notes = check_inputs(self.files)
+        self.notes = list(files.notes)
         self.shards = list(shards_of(self.files))
 
     def identity(self) -> dict[str, Any]:
@@ -79,6 +78,7 @@ class FetchedFiles(TensorFiles):
 
     def __init__(self, files: TensorFiles) -> None:
         super().__init__(files.folder, files.tensors)
+        self.notes = files.notes
         self.here: set[Path] = set()
 
     def _fill(self, file: Path, key: str, start: int, view: memoryview) -> None:

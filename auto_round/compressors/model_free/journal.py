@@ -2,6 +2,7 @@
 
     .model_free/manifest.json     what the run is: settings, plan, input files
     .model_free/00001.partial     an unfinished output file
+    .model_free/lock              held by the process that works on the folder
     .model_free/00001.jsonl       units of it whose bytes are on the disk, one line each time they were synced
 
 A line is written after the bytes that it speaks of were synced, and a line without its end counts as not written.
@@ -24,6 +25,7 @@ from auto_round.errors import OutputError
 from auto_round.export.shard_writer import sync_folder, write_json
 
 FOLDER = ".model_free"
+LOCK = "lock"
 _MANIFEST = "manifest.json"
 
 
@@ -46,11 +48,13 @@ class Journal:
 
     def begin(self, manifest: Mapping[str, Any]) -> None:
         """Start anew: what an earlier run left here is removed."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.name != LOCK:
+                path.unlink()
         for path in self.output.glob("model*.safetensors*"):
             path.unlink()
         try:
-            self.folder.mkdir()
+            self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be made ({error.strerror})") from error
         write_json(self.folder, _MANIFEST, manifest)
@@ -118,27 +122,3 @@ def manifest_of(job: Mapping[str, Any], inputs: Mapping[str, Any], layout: Layou
     for shard in layout.shards:
         digest.update(shard.name.encode() + shard.header)
     return {"version": __version__, "job": job, "inputs": inputs, "layout": digest.hexdigest()}
-
-
-def input_identity(file: Path) -> list[Any]:
-    """Size, time of the last change and digest of the header of a local file: cheap, and any other file differs."""
-    stat = file.stat()
-    with open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        head = handle.read(min(length, stat.st_size))
-    return [stat.st_size, stat.st_mtime_ns, hashlib.sha256(head).hexdigest()]
-
-
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Which values of two manifests differ, as words."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = []
-        for key in sorted({*one, *other}):
-            found += differences(one.get(key), other.get(key), f"{where}.{key}" if where else str(key))
-        return found
-    return [] if one == other else [f"{where}: {_short(one)} then, {_short(other)} now"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -77,6 +77,11 @@ def check_settings(settings: Settings) -> None:
             reason = _GGUF
         if reason is not None:
             raise UnsupportedError(f"model-free mode cannot make scheme {name} ({scheme.describe()}): {reason}")
+    if settings.on_nan == "keep":
+        raise UnsupportedError(
+            "model-free mode plans every byte before it reads a weight, so on_nan=keep cannot keep what holds NaN; "
+            f"name the layers in ignore_layers, or {_WITHOUT}"
+        )
     if settings.cache is not None:
         raise UnsupportedError(
             "model-free mode cannot make static scales of the key-value cache or of attention, which come from "

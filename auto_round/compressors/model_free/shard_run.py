@@ -6,22 +6,24 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from auto_round.compressors.model_free.file_check import FileCheck
 from auto_round.compressors.model_free.journal import Journal
 from auto_round.compressors.model_free.layout import Layout
 from auto_round.compressors.model_free.rounding import Rounder
 from auto_round.compressors.model_free.shard_file import Mark, ShardFile
 from auto_round.compressors.model_free.units import Unit
 
-SYNC_BYTES = 256 << 20
+SYNC_BYTES = 128 << 20
 """Written bytes after which they are brought to the disk and journaled."""
 
 
 class _Open:
-    """One output file in work."""
+    """One output file in work. `marks`: what an earlier run wrote to it."""
 
-    def __init__(self, missing: set[int]) -> None:
-        self.missing = missing
+    def __init__(self, missing: set[int], marks: Sequence[Mark]) -> None:
+        self.missing, self.marks = missing, marks
         self.file: ShardFile | None = None
+        self.check: FileCheck | None = None
         self.pending: dict[int, list[Mark]] = {}
         self.pending_bytes = 0
 
@@ -31,15 +33,16 @@ class ShardRun:
 
     Args:
         chosen: output files of this process.
-        finished: called with the index of each file that is whole under its final name.
+        finished: called with the index of each file that is whole under its final name, and its SHA-256.
+        compare: read back what is written and compare it.
     """
 
     def __init__(
         self, layout: Layout, units: Sequence[Unit], rounder: Rounder, journal: Journal, chosen: Sequence[int],
-        finished: Callable[[int], None], sync_bytes: int | None = None,
+        finished: Callable[[int, str], None], sync_bytes: int | None = None, compare: bool = True,
     ) -> None:  # fmt: skip
         self.layout, self.units, self.rounder, self.journal = layout, units, rounder, journal
-        self._finished = finished
+        self._finished, self._compare = finished, compare
         self._sync_bytes = SYNC_BYTES if sync_bytes is None else sync_bytes
         self._lock = threading.Lock()
         self._open: dict[int, _Open] = {}
@@ -60,7 +63,7 @@ class ShardRun:
         if not partial.is_file() or partial.stat().st_size != shard.size:
             self.journal.forget(index)
             done, missing = {}, list(shard.units)
-        state = _Open(set(missing))
+        state = _Open(set(missing), [mark for unit in done.values() for mark in unit])
         self._open[index] = state
         if not missing:  # killed between the last line of the journal and the final name
             self._file(index, keep=True).finish()
@@ -98,14 +101,21 @@ class ShardRun:
 
     def _sync(self, index: int, pending: Mapping[int, Sequence[Mark]], whole: bool) -> None:
         """In one thread, so in order: bytes to the disk, then the journal, then the final name."""
-        file = self._open[index].file
+        state = self._open[index]
+        file = state.file
         assert file is not None
         file.sync()
         layers = [name for unit in pending for name in self.units[unit].layers]
         self.journal.add(index, pending, {n: self.rounder.digests[n] for n in layers if n in self.rounder.digests})
+        if state.check is None:
+            state.check = FileCheck(file.partial, file.shard, self._compare)
+            state.check.advance(state.marks)
+        state.check.advance([mark for unit in pending.values() for mark in unit])
         if whole:
+            digest = state.check.digest()
+            state.check.close()
             file.finish()
-            self._finished(index)
+            self._finished(index, digest)
 
     def close(self, well: bool) -> None:
         """Wait for the last syncs, then close all files. Their errors are raised if all went `well` until now; else
@@ -119,3 +129,5 @@ class ShardRun:
             for state in self._open.values():
                 if state.file is not None:
                     state.file.close()
+                if state.check is not None:
+                    state.check.close()

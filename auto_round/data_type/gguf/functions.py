@@ -9,8 +9,9 @@ import torch
 from auto_round.data_type.gguf.rounding import code_limits, divisor_of
 from auto_round.data_type.gguf.search import search_blocks
 from auto_round.data_type.gguf.types import GGML_TYPES, GgmlType
+from auto_round.data_type.int import FP16_MAX
 from auto_round.data_type.register import register_dtype
-from auto_round.data_type.utils import round_ste
+from auto_round.data_type.utils import round_ste, within_float16
 from auto_round.errors import ConfigError
 from auto_round.schemes import GroupSize
 
@@ -51,7 +52,7 @@ def _quant_dequant(
     missing = -columns % kind.block
     pad = lambda t: torch.nn.functional.pad(t, (0, missing))  # noqa: E731
     shares = torch.ones(columns, device=flat.device) if importance is None else importance.reshape(-1)
-    blocks = search_blocks(pad(flat.detach()), kind.name, pad(shares))
+    blocks = search_blocks(pad(within_float16(flat.detach())), kind.name, pad(shares))
     groups = (flat.shape[0], -1, kind.group)
     weight = pad(flat.float()).view(groups)
     factors = blocks.d.float() * _per_block(max_scale, blocks.d, kind)
@@ -82,7 +83,8 @@ def _per_block(factor: Factor, d: torch.Tensor, kind: GgmlType) -> Factor:
 
 def _stored(factors: torch.Tensor, integers: torch.Tensor | None, kind: GgmlType) -> torch.Tensor:
     """[out, groups]: factors rounded to float16, straight through, times the groups' integers."""
-    rounded = factors + (factors.half().float() - factors).detach()
+    half = factors.clamp(-FP16_MAX, FP16_MAX).half().float()
+    rounded = factors + (half - factors).detach()
     if integers is None:
         return rounded
     return rounded.repeat_interleave(kind.block // kind.group, dim=1) * integers.float()

@@ -86,7 +86,10 @@ def ggml_scheme(name: str) -> QuantizationScheme:
     return QuantizationScheme(kind.bits, kind.group, not kind.has_min, dtype, 16)
 
 
+_SCHEMES = tuple((ggml_scheme(name), kind) for name, kind in GGML_TYPES.items())
+
+
 def ggml_type_of(scheme: QuantizationScheme) -> GgmlType | None:
     """The type that stores exactly what `scheme` says, or None. Plain `int` of the right shape counts."""
     plain = scheme.with_overrides({"act_bits": 16})
-    return next((kind for name, kind in GGML_TYPES.items() if ggml_scheme(name) == plain), None)
+    return next((kind for own, kind in _SCHEMES if own == plain), None)

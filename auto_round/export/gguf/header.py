@@ -84,13 +84,20 @@ class _Reader:
             raise self.error(f"general.alignment is {align!r}")
         data = -(-(self.size - self.left) // align) * align
         tensors: dict[str, TensorInfo] = {}
+        expected = end = 0
         for name, shape, kind, offset in infos:
             nbytes = self.tensor_bytes(name, shape, kind)
             if name in tensors:
                 raise self.error(f"tensor {name!r} is there twice")
-            if offset % align or data + offset + nbytes > self.size:
+            if offset != expected:  # as ggml's reader has it: one after the other, without holes
+                raise self.error(f"tensor {name!r} is at byte {offset} of the data instead of {expected}")
+            end = data + offset + nbytes
+            if end > self.size:
                 raise self.error(f"tensor {name!r} lies outside the file")
+            expected += -(-nbytes // align) * align
             tensors[name] = TensorInfo(shape, kind, data + offset, nbytes)
+        if tensors and self.size > max(end, data + expected):
+            raise self.error(f"{self.size - data - expected} bytes follow its last tensor")
         return GgufHeader(values, tensors)
 
     def error(self, problem: str) -> DataError:
@@ -118,6 +125,22 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self.error("a text is no UTF-8") from error
 
+    def texts(self, count: int) -> list[str]:
+        """`count` texts, of which a vocabulary has hundreds of thousands: `text`, with fewer steps for each."""
+        read, length_of, left, found = self.file.read, struct.Struct("<Q").unpack, self.left, []
+        try:
+            for _ in range(count):
+                left -= 8
+                length = length_of(read(8))[0] if left >= 0 else 0
+                left -= length
+                if left < 0:
+                    raise self.error("it ends too early")
+                found.append(read(length).decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise self.error("a text is no UTF-8") from error
+        self.left = left
+        return found
+
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
@@ -131,7 +154,7 @@ class _Reader:
             raw = self.bytes(self.countable(count, size) * size)
             return list(struct.unpack(f"<{count}{_SCALARS[inner]}", raw))
         if inner == _STRING:
-            return [self.text() for _ in range(self.countable(count, 8))]
+            return self.texts(self.countable(count, 8))
         raise self.error(f"an array has items of the unknown type {inner}")
 
     def info(self) -> tuple[str, tuple[int, ...], str, int]:

@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -183,7 +184,7 @@ class GgufFile:
             os.replace(self._partial, self.path)
             sync_folder(self.path.parent)
         except OSError as error:
-            raise OutputError(f"cannot write {self.path} ({error.strerror}); free some space") from error
+            raise OutputError(f"cannot write {self.path} ({error.strerror or error}); free some space") from error
         self._done = True
         return self.sha256
 
@@ -191,7 +192,8 @@ class GgufFile:
         """Remove what was begun and not finished."""
         if not self._done:
             if self._file is not None:
-                self._file.close()
+                with suppress(OSError):
+                    self._file.close()
             self._partial.unlink(missing_ok=True)
             self._done = True
 

@@ -13,8 +13,8 @@ import torch
 from auto_round.errors import UnsupportedError
 
 WORD_BITS = 32
-# Codes packed at once: few enough that they and their temporaries stay in a core's cache.
-_PIECE = 1 << 17
+# Codes packed at once: few enough that they and their temporaries stay in a shared cache.
+_PIECE = 1 << 20
 
 
 def period(bits: int) -> tuple[int, int]:
@@ -61,22 +61,23 @@ def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
 def pack_rows(rows: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 [m, n] to int32 [m, n*bits/32], each row a dense stream of its own.
 
-    Eight codes are one 64-bit number with a code in each byte. Three times, neighbours move together: pairs, fours,
-    eights; then the lowest `bits` bytes are the stream (memory is little-endian wherever PyTorch runs).
+    With 4 and 2 bits two neighbours become one byte, once or twice. Else eight codes are one 64-bit number with a code
+    in each byte; three times, neighbours move together: pairs, fours, eights; then the lowest `bits` bytes are the
+    stream (memory is little-endian wherever PyTorch runs).
     """
     count, words = rows.shape[0], words_needed(rows.shape[1], bits)
     flat = rows.contiguous().view(-1)
     if flat.storage_offset() % 8:  # a view into the middle of something
         flat = flat.clone()
-    if bits == 8:
+    if bits in (2, 4, 8):
+        while bits < 8:
+            pairs = flat.view(torch.int16)
+            flat = (pairs >> (8 - bits)).bitwise_or_(pairs).to(torch.int8)
+            bits *= 2
         return flat.view(torch.int32).view(count, words)
     packed = flat.view(torch.int64)
     for field in (8, 16, 32):
         packed = _join(packed, field, bits * field // 8)
-    if bits == 4:
-        return packed.to(torch.int32).view(count, words)
-    if bits == 2:
-        return packed.to(torch.int16).view(torch.int32).view(count, words)
     stream = packed.view(torch.uint8).view(-1, 8)[:, :bits].contiguous()
     return stream.view(-1).view(torch.int32).view(count, words)
 

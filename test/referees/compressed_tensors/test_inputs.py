@@ -1,7 +1,9 @@
 """`inputs.py` beside against the library itself: values to the last bit, and the logits of our checkpoints.
 
-Runs in the referee's environment, on what `tools/referees.py --programs compressed_tensors` left in .referees/work:
+Runs in the referee's environment, on checkpoints that the first command writes (below .referees, or below --root, which
+then is AR_REFEREES for the second one):
 
+    python tools/referees.py --programs compressed_tensors --twins
     .referees/compressed_tensors/bin/python -m pytest --noconftest test/referees/compressed_tensors
 """
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from inputs import logits, quantize  # noqa: E402
 
 WORK = Path(os.environ.get("AR_REFEREES", Path(__file__).resolve().parents[3] / ".referees")) / "work" / "tiny"
+HOW = "not there; `python tools/referees.py --programs compressed_tensors --twins` writes it"
 MX = {"type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": True}
 TYPES = {
     "MXFP4": {**MX, "num_bits": 4, "scale_dtype": "torch.uint8"},
@@ -60,8 +63,8 @@ def test_values(name: str, dtype: torch.dtype) -> None:
 ])  # fmt: skip
 def test_logits(scheme: str, weights: str) -> None:
     folder, dense = WORK / f"{scheme}-llm_compressor", WORK / f"{weights},_weights_alone-fake-float32"
-    if not (folder.is_dir() and dense.is_dir()):
-        pytest.skip("the checkpoints are not there")
+    missing = [str(path) for path in (folder, dense) if not path.is_dir()]
+    assert not missing, f"{', '.join(missing)}: {HOW}"
     ids = torch.randint(0, 250, (2, 48), generator=torch.Generator().manual_seed(2))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     with torch.no_grad():

@@ -1,7 +1,9 @@
 """Dequantized weights of our checkpoints, as compressed-tensors computes them, against ours: equal to the last bit.
 
-Runs in the referee's environment, on what `tools/referees.py --programs compressed_tensors` left in .referees/work:
+Runs in the referee's environment, on checkpoints that the first command writes (below .referees, or below --root, which
+then is AR_REFEREES for the second one):
 
+    python tools/referees.py --programs compressed_tensors --twins
     .referees/compressed_tensors/bin/python -m pytest --noconftest test/referees/compressed_tensors
 """
 
@@ -17,13 +19,17 @@ from transformers import AutoModelForCausalLM
 
 WORK = Path(os.environ.get("AR_REFEREES", Path(__file__).resolve().parents[3] / ".referees")) / "work" / "tiny"
 FOLDERS = sorted(WORK.glob("*-llm_compressor"))
+HOW = "not there; `python tools/referees.py --programs compressed_tensors --twins` writes it"
+
+
+def test_there_are_checkpoints() -> None:
+    assert FOLDERS, f"{WORK}/*-llm_compressor: {HOW}"
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=[f.name for f in FOLDERS])
 def test_the_weights_are_ours(folder: Path) -> None:
     dense = WORK / folder.name.replace("-llm_compressor", "-fake-float32")
-    if not dense.is_dir():
-        pytest.skip("the same integers as format fake are not there")
+    assert dense.is_dir(), f"{dense}: {HOW}"
     with safe_open(folder / "model.safetensors", "pt") as file:
         zeros = [file.get_tensor(k).dtype for k in file.keys() if k.endswith("weight_zero_point")]
     if torch.int32 in zeros:

@@ -1,10 +1,13 @@
 """Open a GGUF file by llama.cpp, through llama-cpp-python, and write its logits or its token ids.
 
-judge.py FOLDER IDS.npy OUT.npy DTYPE
-judge.py --many CELLS.json        [[file, IDS.npy, OUT.npy], ...]: logits of several files
+judge.py FOLDER IDS.npy OUT.npy DTYPE [float32]
+judge.py --many CELLS.json        [[file, IDS.npy, OUT.npy], [file, IDS.npy, OUT.npy, "float32"], ...]: of several files
 judge.py --tokens FILE TEXTS.json OUT.json        ids of every text, special tokens recognised and added
 
-FOLDER holds one .gguf file. llama.cpp decides itself in which precision it computes; DTYPE is not used.
+FOLDER holds one .gguf file. llama.cpp decides itself in which precision it computes; DTYPE is not used. With "float32"
+it first dequantizes the file by its own quantizer, as `llama-quantize --allow-requantize FILE OUT F32` does, and runs
+the result: the same bytes read by the same program, without the rounding of inputs to 8 bits that its products with
+quantized matrices begin with.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import ctypes
 import json
 import os
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,8 +45,13 @@ def open_model(file: str, vocab_only: bool = False) -> Any:
     return model
 
 
-def logits(file: str, ids: np.ndarray) -> np.ndarray:
-    """float32 [samples, positions, vocabulary] for int64 ids [samples, tokens]."""
+def logits(file: str, ids: np.ndarray, how: str = "") -> np.ndarray:
+    """float32 [samples, positions, vocabulary] for int64 ids [samples, tokens]; `how`: "float32" as above."""
+    if how == "float32":
+        with tempfile.TemporaryDirectory(dir=Path(file).parent) as work:
+            dense = str(Path(work) / "float32.gguf")
+            write_float32(file, dense)
+            return logits(dense, ids)
     model = open_model(file)
     samples, tokens = ids.shape
     rows = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
@@ -73,6 +82,17 @@ def logits(file: str, ids: np.ndarray) -> np.ndarray:
     return out
 
 
+def write_float32(file: str, out: str) -> None:
+    """All of a file's tensors in float32, by llama.cpp's quantizer."""
+    llama_cpp.llama_backend_init()
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+    options.nthread = len(os.sched_getaffinity(0))
+    options.max_buf_size = 1 << 27  # bytes at a time
+    if llama_cpp.llama_model_quantize(file.encode(), out.encode(), ctypes.byref(options)):
+        raise SystemExit(f"llama.cpp does not dequantize {file}")
+
+
 def token_ids(file: str, texts: list[str]) -> list[list[int]]:
     """Ids of each text, as a prompt is tokenized."""
     vocab = llama_cpp.llama_model_get_vocab(open_model(file, vocab_only=True))
@@ -92,15 +112,15 @@ def main(arguments: list[str]) -> None:
         file, texts, out = arguments[1:]
         Path(out).write_text(json.dumps(token_ids(file, json.loads(Path(texts).read_text()))))
     elif arguments[0] == "--many":
-        for file, ids, out in json.loads(Path(arguments[1]).read_text()):
+        for file, ids, out, *how in json.loads(Path(arguments[1]).read_text()):
             try:
-                np.save(out, logits(file, np.load(ids)))
+                np.save(out, logits(file, np.load(ids), *how))
             except SystemExit as error:
                 Path(out).with_suffix(".error").write_text(str(error))
     else:
-        folder, ids, out, _ = arguments
+        folder, ids, out, _, *how = arguments
         (file,) = Path(folder).glob("*.gguf")
-        np.save(out, logits(str(file), np.load(ids)))
+        np.save(out, logits(str(file), np.load(ids), *how))
     try:
         print(json.dumps({"llama-cpp-python": version("llama-cpp-python")}))
     except PackageNotFoundError:  # run from its source tree

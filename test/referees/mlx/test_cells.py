@@ -22,6 +22,10 @@ CELLS = sorted(path.name for path in PLACE.iterdir() if (path / "logits.npy").ex
 LIMIT = 1e-2
 
 
+def test_there_are_cells() -> None:
+    assert CELLS, f"no cells in {PLACE.resolve()}: make_cells.py writes them, and MLX_CELLS names their folder"
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_cell(name: str) -> None:
     folder = PLACE / name

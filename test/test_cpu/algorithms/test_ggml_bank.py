@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,3 +188,23 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     task.weight[2, 3] = float("nan")
     with pytest.raises(NumericsError, match="l0"):
         round_to_nearest(task, True, torch.float16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tuning_starts_at_the_codes_it_is_given(name: str) -> None:
+    """Whatever they are; where they are the nearest ones, all offsets are zero."""
+    (task,) = tasks_of(name, [9])
+    nearest = start_blocks(task, GGML_TYPES[name], True)
+    assert not bool(GgmlBank([task], [nearest], torch.float32).v.any())
+    generator = torch.Generator().manual_seed(4)
+    least = 1 if name == "Q8_0" else 0  # -128 is not used
+    codes = torch.randint(least, nearest.kind.codes, nearest.codes.shape, generator=generator).to(torch.uint8)
+    given = replace(nearest, codes=codes)
+    bank = GgmlBank([task], [given], torch.float32)
+    assert torch.allclose(bank.quantized.float(), given.dequantize(), atol=1e-6)
+    bank.v.zero_()
+    bank.restore(bank.initial())
+    (layer,) = bank.finish()
+    assert layer.blocks is not None
+    moved = nearest.step().repeat_interleave(nearest.kind.group, dim=1) != 0
+    assert torch.equal(layer.blocks.codes[moved], codes[moved])

@@ -87,3 +87,18 @@ def test_captured_inputs_in_a_file_are_the_same(
             for samples_run in ([0, 1, 2, 3], [1, 3], [2]):
                 hidden = held.hidden[samples_run]
                 assert torch.equal(kept.run(0, block, hidden, samples_run), held.run(0, block, hidden, samples_run))
+
+
+def test_the_journal_takes_and_gives_it_row_by_row(tmp_path: Path) -> None:
+    from auto_round.compressors.resume.fingerprint import tensors_checksum
+    from auto_round.compressors.resume.tensor_file import read_rows, read_tensors, write_tensors
+
+    values = torch.randn(5, 3, 4)
+    with Spill(tmp_path / "work") as file:
+        kept, room = file.put(values), file.empty(values.shape, values.dtype)
+        path = tmp_path / "stream.safetensors"
+        mark = write_tensors(path, {"hidden": kept})
+        assert mark == write_tensors(tmp_path / "other.safetensors", {"hidden": values})
+        read_rows(path, mark, "hidden", room)
+        assert torch.equal(room.read(), values) and torch.equal(read_tensors(path, mark)[0]["hidden"], values)
+        assert tensors_checksum([kept]) == tensors_checksum([values])

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from auto_round import AutoRound
-from auto_round.calibration.imatrix_file import read_imatrix
-from auto_round.errors import ConfigError, DataError, ModelError, UnsupportedError, VerifyError
+from auto_round.calibration.imatrix_file import read_imatrix, write_imatrix
+from auto_round.data_type.gguf.search import search_blocks
+from auto_round.errors import ConfigError, DataError, ModelError, OutputError, UnsupportedError, VerifyError
 from auto_round.export.matrix import GUIDE_MATRIX
 
 FILE_TYPES = sorted(name.partition(":")[2] for name in GUIDE_MATRIX if name.startswith("gguf:"))
@@ -171,7 +172,8 @@ def test_stacked_experts(gguf_folder: Callable[..., str], token_ids: list[torch.
 
 
 def test_importance_files(gguf_folder: Callable[..., str], token_ids: list[torch.Tensor], tmp_path: Path) -> None:
-    """What calibration saw, saved and given back, makes the same file without calibration data."""
+    """What calibration saw, saved and given back, makes a file without calibration data: on the same steps, but each
+    code by itself, as the file has the importance of single channels only."""
     folder, saved = gguf_folder("llama"), tmp_path / "imatrix.gguf"
     quantizer(folder, token_ids, save_imatrix=saved).quantize_and_save(tmp_path / "one", format="gguf:q4_k_s")
     file = read_imatrix(saved)
@@ -180,14 +182,56 @@ def test_importance_files(gguf_folder: Callable[..., str], token_ids: list[torch
     assert not again.settings.needs_data
     again.quantize_and_save(tmp_path / "two", format="gguf:q4_k_s")
     first, second = weights(only(tmp_path / "one")), weights(only(tmp_path / "two"))
-    for name in first:  # the file has means and the run sums, which differ in the last bits
-        if name != "output.weight":  # not in the file: its inputs are what the quantized blocks give
-            assert float((first[name] - second[name]).norm() / first[name].norm()) < 1e-2, name
+    dense = load_file(Path(folder) / "model.safetensors")
+    for part, gguf_part in (("self_attn.o_proj", "attn_output"), ("mlp.down_proj", "ffn_down")):
+        name, w = f"blk.1.{gguf_part}.weight", dense[f"model.layers.1.{part}.weight"]
+        searched = search_blocks(w, types(only(tmp_path / "two"))[name][:4], file.importance[name]).dequantize()
+        assert float((second[name] - searched).norm() / searched.norm()) < 1e-2, name
+        # the sum over tokens is smaller with the correlations of the channels, that of single channels without
+        h = file.importance[name]
+        assert float(((first[name] - w).square() * h).sum()) > float(((second[name] - w).square() * h).sum())
     with pytest.raises(ConfigError, match="imatrix goes with a GGUF format"):
         AutoRound(folder, iters=0, imatrix=saved).plan("auto_round")
-    with pytest.raises(DataError, match="made for another"):
-        other = AutoRound(gguf_folder("llama", intermediate_size=512), iters=0, imatrix=saved)
-        other.quantize_and_save(tmp_path / "three", format="gguf:q4_k_s")
+    with pytest.raises(ConfigError, match="disable_opt_rtn leaves that out"):
+        AutoRound(folder, iters=0, imatrix=saved, disable_opt_rtn=True).plan("gguf:q4_0")
+
+
+def test_importance_files_are_looked_at_first(
+    gguf_folder: Callable[..., str], token_ids: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """One that is damaged, of another model or cannot be written stops the plan; no folder is made."""
+    folder, saved, out = gguf_folder("llama"), tmp_path / "imatrix.gguf", tmp_path / "out"
+    write_imatrix(saved, {"blk.0.ffn_down.weight": torch.ones(256)}, {"blk.0.ffn_down.weight": 8}, chunk_size=8)
+    larger = gguf_folder("llama", intermediate_size=512)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(saved.read_bytes()[:-40])
+    for model, path in ((larger, saved), (folder, damaged), (folder, tmp_path / "absent.gguf")):
+        for formats in ("gguf:q4_k_s", "gguf:q4_k_s,gguf:q8_0"):
+            quantizing = AutoRound(model, iters=0, imatrix=path, dataset="no such data")
+            with pytest.raises(DataError, match=r"made for another|sound|cannot read"):
+                quantizing.quantize_and_save(out, format=formats)
+            with pytest.raises(DataError):
+                quantizing.plans(formats)
+    with pytest.raises(DataError):
+        AutoRound(folder, iters=0, scheme="GGUF:Q4_K_S", imatrix=damaged, dataset="no such data").quantize()
+    for path, said in ((tmp_path / "absent" / "i.gguf", "does not exist; make it"), (tmp_path, "is a folder")):
+        with pytest.raises(OutputError, match=said):
+            quantizer(folder, token_ids, save_imatrix=path).quantize_and_save(out, format="gguf:q4_k_s")
+    assert not out.exists()
+
+
+def test_importance_decides_types(gguf_folder: Callable[..., str], tmp_path: Path) -> None:
+    """ffn_down of the first eighth is Q4_1 in a q4_0 file whose rounding is weighed, by whatever says the weights."""
+    folder, saved = gguf_folder("llama", num_hidden_layers=8), tmp_path / "imatrix.gguf"
+    write_imatrix(saved, {"blk.0.ffn_down.weight": torch.ones(256)}, {"blk.0.ffn_down.weight": 8}, chunk_size=8)
+    options: list[tuple[dict[str, Any], str]] = [
+        ({}, "Q4_1"), ({"imatrix": saved}, "Q4_1"), ({"disable_opt_rtn": True}, "Q4_0"),
+        ({"disable_opt_rtn": True, "save_imatrix": tmp_path / "out.gguf"}, "Q4_0"),
+    ]  # fmt: skip
+    for given, kind in options:
+        plan = AutoRound(folder, iters=0, **given).plan("gguf:q4_0").gguf
+        assert plan is not None
+        assert [plan.types[f"blk.{i}.ffn_down.weight"] for i in (0, 1)] == [kind, "Q4_0"]
 
 
 def test_refused_before_any_work(
@@ -246,3 +290,54 @@ def test_a_model_object(gguf_folder: Callable[..., str], token_ids: list[torch.T
     assert torch.equal(
         found, load_file(tmp_path / "out" / "fake" / "model.safetensors")["model.layers.1.mlp.gate_proj.weight"]
     )
+
+
+def test_codes_follow_the_outputs(
+    gguf_folder: Callable[..., str], token_ids: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """Of the layers' outputs on the calibration tokens, more is kept than when each code is the nearest; whatever the
+    number of threads."""
+    from transformers import AutoModelForCausalLM
+
+    folder = gguf_folder("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    name, inputs = "model.layers.1.mlp.down_proj", []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for ids in token_ids[:4]:
+            model(ids[:24].view(1, -1))
+    x, w = torch.cat(inputs), model.get_submodule(name).weight.detach()
+    threads, files = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            quantizer(folder, token_ids).quantize_and_save(tmp_path / str(count), format="gguf:q3_k_s")
+            files.append(only(tmp_path / str(count)))
+    finally:
+        torch.set_num_threads(threads)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    error = lambda found: float((x @ (found - w).t()).norm())  # noqa: E731
+    nearest = search_blocks(w, "Q3_K", x.square().sum(0)).dequantize()
+    assert error(weights(files[0])["blk.1.ffn_down.weight"]) < 0.9 * error(nearest)
+
+
+@pytest.mark.parametrize("family, iters", [("qwen3-moe", 0), ("qwen3-moe", 2), ("gpt2", 0)])
+def test_codes_follow_the_outputs_of_experts_too(
+    family: str, iters: int, gguf_folder: Callable[..., str], token_ids: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """Few tokens reach an expert, and none some; they are stored as the others are."""
+    changes: dict[str, dict[str, Any]] = {
+        "qwen3-moe": {"moe_intermediate_size": 256, "head_dim": 64, "norm_topk_prob": True},
+        "gpt2": {"n_embd": 256, "n_head": 4},
+    }
+    folder = gguf_folder(family, **changes[family])
+    found = []
+    for name, options in (("searched", {"iters": iters}), ("plain", {"disable_opt_rtn": True})):
+        quantizer(folder, token_ids, **options).quantize_and_save(tmp_path / name, format="gguf:q2_k_s")
+        found.append(logits_of_file(only(tmp_path / name), token_ids[0].view(1, -1), folder))
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(token_ids[0].view(1, -1))
+    errors = [float((logits - expected.logits).norm()) for logits in found]
+    assert errors[0] < errors[1]

@@ -75,7 +75,7 @@ def test_activations_in_a_file_change_no_byte(
     finally:
         torch.set_num_threads(threads)
     assert weights_hash(tmp_path / "plain") == weights_hash(tmp_path / "bounded")
-    assert list((tmp_path / "space").iterdir()) == []
+    assert not list((tmp_path / "space").glob("*"))
 
 
 @pytest.mark.parametrize("kwargs", [TUNED, TUNED | {"iters": 0}, {"iters": 0, "disable_opt_rtn": True}], ids=repr)

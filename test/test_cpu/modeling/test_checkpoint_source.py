@@ -355,7 +355,7 @@ class TestRefused:
             open_source(tmp_path / "empty")
         folder = copy(tiny_folder("llama"), tmp_path / "broken")
         (folder / "config.json").write_text("{")
-        with pytest.raises(ModelError, match="config.json cannot be used"):
+        with pytest.raises(ModelError, match="config.json is not JSON"):
             open_source(folder)
         (folder / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
         with pytest.raises(ModelError, match="config.json cannot be used.*no-such-type"):

@@ -1,10 +1,15 @@
-"""Round to nearest: plain, or on scales found by the importance-weighted search."""
+"""Round to nearest: plain, or on scales found by the importance-weighted search.
+
+Layers in ggml types get better codes than the nearest ones where calibration gathered the products of their input
+channels: on the steps that the search finds, by coordinate descent on the error of the outputs (docs/adr/0011).
+"""
 
 from __future__ import annotations
 
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.column_descent import descend_blocks
 from auto_round.algorithms.quantization.layer_codes import (
     as_groups,
     float_layer,
@@ -14,6 +19,7 @@ from auto_round.algorithms.quantization.layer_codes import (
     importance_groups,
     integer_layer,
     is_integer,
+    rounded_layer,
     small_float,
 )
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
@@ -24,7 +30,11 @@ from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.search import search_blocks
 from auto_round.data_type.gguf.types import GgmlType
 from auto_round.data_type.int import IntGrid, integer_grid
+from auto_round.data_type.utils import within_float16
 from auto_round.quantized_layer import QuantizedLayer
+
+_DAMPING = 0.3  # of the products' mean diagonal
+_PASSES = 2
 
 
 def start_grid(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> IntGrid:
@@ -48,12 +58,17 @@ def start_scales(task: LayerTask, family: FloatFamily, optimized: bool) -> tuple
 
 
 def start_blocks(task: LayerTask, kind: GgmlType, optimized: bool) -> GgmlBlocks:
-    """The blocks of a layer in a ggml type before any tuning: searched, or as ggml rounds without importance."""
-    if optimized:
-        return search_blocks(task.weight, kind.name, task.importance)
+    """The blocks of a layer in a ggml type before any tuning: searched, or as ggml rounds without importance.
+
+    Their factors are float16: weights beyond it are cut to its largest value first.
+    """
     from auto_round.data_type.gguf.plain import plain_blocks
 
-    return plain_blocks(task.weight, kind.name)
+    weight = within_float16(task.weight)
+    if not optimized:
+        return plain_blocks(weight, kind.name)
+    found = search_blocks(weight, kind.name, task.importance)
+    return found if task.products is None else descend_blocks(weight, found, task.products, _DAMPING, _PASSES)
 
 
 def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantizedLayer:
@@ -67,6 +82,8 @@ def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype)
         return float_layer(task, family, scale, global_scale=given)
     if not is_integer(task.scheme):
         return function_layer(task, scale_dtype)
+    if not optimized:
+        return rounded_layer(task, scale_dtype)
     return integer_layer(task, start_grid(task, optimized, scale_dtype), None, scale_dtype)
 
 
@@ -80,6 +97,9 @@ class RTNQuantizer:
         self.scale_dtype = scale_dtype
         self.needs_importance = config.optimized
         self.name = "opt-RTN" if config.optimized else "RTN"
+
+    def needs_products(self, layer: LayerTask) -> bool:
+        return self.config.optimized and ggml_kind(layer) is not None
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         return BlockResult([round_to_nearest(layer, self.config.optimized, self.scale_dtype) for layer in task.layers])

@@ -36,6 +36,7 @@ from auto_round.quantized_layer import QuantizedLayer
 _CPU_CHUNK = 1 << 16  # weights handled at a time: the buffers of one chunk stay in cache
 _GPU_CHUNK = 1 << 24
 _FACTOR_RANGE = (0.5, 1.5)
+_INSIDE = 0.1  # of a step: how far inside a code that is not the nearest one tuning starts
 
 Tensor = torch.Tensor
 Values = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
@@ -81,7 +82,8 @@ class GgmlBank(LayerBank):
 
     Args:
         tasks: layers with equal in_features and ggml type; `task.weight` is [out, in].
-        blocks: where tuning starts, one a layer; on the weights' device.
+        blocks: where tuning starts, one a layer; on the weights' device. Offsets start at zero where a code is the
+            nearest one, else just far enough to give the code.
         compute_dtype: dtype of the matrix products.
         tune_scale: tune d and dmin as well.
         adam, momentum: how learnables move.
@@ -107,7 +109,19 @@ class GgmlBank(LayerBank):
         self.fuse_update = isinstance(self.rules[0], SignStep)  # no state: it can move a piece at a time
         self._chunk = _CPU_CHUNK if self.groups.device.type == "cpu" else _GPU_CHUNK
         self._apply_factors()
+        self._start_offsets(torch.cat([part.codes for part in blocks]))
         self.refresh()
+
+    def _start_offsets(self, codes: Tensor) -> None:
+        """Offsets that lead to the codes [rows, in]."""
+        low, high = self._limits
+        for rows in self._rows():
+            ratio = (self.groups[rows].float() - self.minima[rows]) * self.inverses[rows]
+            wanted = codes[rows].view(ratio.shape).float() - self.kind.zero
+            edge = 0.5 - _INSIDE
+            offset = torch.maximum(torch.minimum(ratio, wanted + edge), wanted - edge) - ratio
+            self.v[rows] = torch.where(ratio.round().clamp(low, high) == wanted, 0.0, offset)
+        self._start_v = self.v.clone() if bool(self.v.any()) else None
 
     def _start_factors(self) -> list[Tensor]:
         """d and, where there is one, dmin: float32 [rows, blocks]."""
@@ -173,7 +187,10 @@ class GgmlBank(LayerBank):
 
     @torch.no_grad()
     def restart(self) -> None:
-        self.v.zero_()
+        if self._start_v is None:
+            self.v.zero_()
+        else:
+            self.v.copy_(self._start_v)
         for factor in self.factors:
             factor.fill_(1.0)
         self._apply_factors()

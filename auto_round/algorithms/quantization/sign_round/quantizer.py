@@ -46,6 +46,9 @@ class SignRoundQuantizer:
         self.optimized_start = optimized_start
         self.needs_importance = optimized_start
 
+    def needs_products(self, layer: LayerTask) -> bool:
+        return self.optimized_start and ggml_kind(layer) is not None
+
     def quantize_block(self, task: BlockTask) -> BlockResult:
         learnables, stand_ins = self._learnables(task)
         parents = [_swap(task.block, layer.module, stand_ins[layer.name]) for layer in task.layers]

@@ -1,0 +1,69 @@
+"""The verb `verify`: are the files of a folder still those that were saved?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from auto_round.errors import ConfigError, OutputError, VerifyError
+
+_USAGE = """usage: auto-round verify FOLDER ...
+
+Compares every file that the folder's report.json lists with the SHA-256 that it had when it was saved and checked.
+Exit code 0: all are the same; 9: some differ or are missing, and each is named."""
+
+
+def run_verb(argv: Sequence[str]) -> int:
+    """Check folders. Returns the exit code.
+
+    Raises:
+        ConfigError: no folder, or a flag.
+        OutputError: a folder without a readable report.
+        VerifyError: files that differ or are missing.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(_USAGE)
+        return 0
+    flags = [word for word in argv if word.startswith("-")]
+    if flags or not argv:
+        given = f"unknown flag {flags[0]!r}" if flags else "no folder was given"
+        raise ConfigError(f"{given}; use auto-round verify FOLDER, with the folder of a quantized model")
+    wrong = [line for folder in argv for line in check(Path(folder).expanduser())]
+    if wrong:
+        raise VerifyError(f"{len(wrong)} files are not as they were saved: {'; '.join(wrong)}")
+    return 0
+
+
+def check(folder: Path) -> list[str]:
+    """The files of a folder that differ or are missing, with the reason; says how many are the same."""
+    from auto_round.export.shard_writer import file_sha256
+
+    noted = _noted(folder)
+    wrong = []
+    for name, digest in noted.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{path} is missing")
+        elif file_sha256(path) != digest:
+            wrong.append(f"{path} differs")
+    print(f"{folder}: {len(noted) - len(wrong)} of {len(noted)} files are as they were saved")
+    return wrong
+
+
+def _noted(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name, out of the report."""
+    file = folder / "report.json"
+    try:
+        report: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{file} cannot be read ({error}); give the folder that auto-round wrote") from error
+    parts = [report.get(key) for key in ("files", "small_files")] if isinstance(report, dict) else []
+    found = {name: digest for part in parts if isinstance(part, dict) for name, digest in part.items()}
+    if not found or not all(isinstance(v, str) for v in found.values()):
+        raise OutputError(f"{file} lists no files with their SHA-256; give the folder that auto-round wrote")
+    outside = next((name for name in found if Path(name).is_absolute() or ".." in Path(name).parts), None)
+    if outside is not None:
+        raise OutputError(f"{file} names {outside!r}, which is not in its folder")
+    return found

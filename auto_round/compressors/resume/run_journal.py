@@ -1,0 +1,211 @@
+"""The journal as a run uses it: may it be gone on with, what is finished, and what has just been finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.calibration.spill import SpilledTensor
+from auto_round.compressors.resume.background import Background
+from auto_round.compressors.resume.fingerprint import (
+    differences,
+    listed,
+    module_checksum,
+    outside_checksum,
+    plain,
+)
+from auto_round.compressors.resume.journal import Journal, journal_folder
+from auto_round.compressors.resume.unit_state import Unit, unit_from_state, unit_state
+from auto_round.errors import ConfigError, OutputError
+from auto_round.logger import logger
+from auto_round.modeling.source import ModelSource
+
+
+class RunJournal:
+    """The journal of a run into one output folder.
+
+    Args:
+        output: the run's output folder.
+        overwrite: start anew where the journal is damaged, or of another run.
+
+    Attributes:
+        finished: units that were finished when this run began, and need not be done again.
+    """
+
+    def __init__(self, output: Path, overwrite: bool) -> None:
+        self.output, self.overwrite = output, overwrite
+        self.journal = Journal(journal_folder(output))
+        self._fixed: dict[str, Any] = {}
+        self._files: dict[str, list[Any]] = {}
+        self._background: Background | None = None
+        self._begun = False
+        self.finished = 0
+
+    @property
+    def done(self) -> Mapping[str, Mapping[str, str]]:
+        """SHA-256 by file name of each format's folder that is complete and checked."""
+        return self.journal.done
+
+    def admit(self, fixed: Mapping[str, Any], files: Mapping[str, list[Any]]) -> None:
+        """Read what is there and compare it with this run; nothing is written yet.
+
+        Args:
+            fixed: `fingerprint`.
+            files: `weight_files`.
+
+        Raises:
+            ConfigError: the interrupted run was another one.
+            OutputError: its journal is damaged.
+        """
+        self._fixed, self._files = dict(fixed), plain(files)
+        try:
+            self.journal.load()
+            if self.journal.is_empty:
+                return
+            before = self.journal.run
+            found = differences(before.get("settings"), self._fixed) + _other_files(before.get("weights"), self._files)
+            self._refuse(found)
+            self.journal.check()
+        except (ConfigError, OutputError) as error:
+            if not self.overwrite:
+                raise
+            self._anew(error)
+
+    def settle(self, late: Mapping[str, Any], source: ModelSource) -> None:
+        """What is known only when the data has been read: begin, or make sure that the interrupted run was this one.
+
+        Where a weight file is not the same file, the weights that were used until now are compared with it.
+
+        Raises:
+            ConfigError: the data or the weights were others.
+            OutputError: the journal cannot be written.
+        """
+        values = plain(late)
+        if not self.journal.is_empty:
+            try:
+                before = dict(self.journal.run["late"])
+                if values["probe"] is None:  # it was to check the files with, which is not wanted any more
+                    before["probe"] = None
+                found = differences(before, values)
+                if self.journal.run["weights"] != self._files:
+                    found += self._other_weights(source)
+                self._refuse(found)
+            except ConfigError as error:
+                if not self.overwrite:
+                    raise
+                self._anew(error)
+        if self.journal.is_empty:
+            self.journal.begin({"settings": self._fixed, "weights": self._files, "late": values})
+        self.journal.tidy()
+        self._begun = True
+        self.finished = len(self.journal.units)
+        self._background = Background("journal")
+
+    def unit(self, index: int, device: torch.device) -> Unit:
+        """A finished unit. Raises OutputError when its file is damaged."""
+        return unit_from_state(*self.journal.unit(index), device)
+
+    def stream(self, kind: str) -> torch.Tensor:
+        """Hidden states after the last finished unit: "full", "quantized" or "probe"."""
+        return self.journal.stream(kind)
+
+    def stream_into(self, kind: str, room: SpilledTensor) -> None:
+        """The same into a file."""
+        self.journal.stream_into(kind, room)
+
+    def add(self, name: str, unit: Unit, weights: int, streams: Mapping[str, torch.Tensor | SpilledTensor]) -> None:
+        """A unit is finished. It is written beside what comes next; none of this may be changed in place before `wait`.
+
+        Args:
+            weights: checksum of the weights that it was made from.
+            streams: hidden states after it, by kind.
+
+        Raises OutputError when the unit before could not be written.
+        """
+        assert self._background is not None
+
+        def write() -> None:
+            self.journal.add(name, *unit_state(unit), weights, streams)
+
+        self._background.submit(write)
+
+    def wait(self) -> None:
+        """Until all is on the disk. Raises OutputError when it cannot be written."""
+        if self._background is not None:
+            self._background.wait()
+
+    def complete(self, name: str, files: Mapping[str, str]) -> None:
+        """A format's folder is whole and checked, and about to be shown."""
+        self.journal.complete(name, files)
+
+    def kept(self) -> int:
+        """Finished units, once what is under way is on the disk or has failed."""
+        with suppress(OutputError):
+            self.wait()
+        return len(self.journal.units)
+
+    def finish(self, keep: bool) -> None:
+        """The run is over. `keep`: it is one of several, and is to be recognised when they are gone on with."""
+        if keep:
+            self.journal.reduce()
+        else:
+            self.journal.remove()
+
+    def close(self) -> None:
+        """Stop writing. A journal in which nothing is finished is removed."""
+        if self._background is not None:
+            self._background.close()
+            self._background = None
+        if self._begun and self.journal.is_empty:
+            self.journal.remove()
+
+    def _refuse(self, found: list[str]) -> None:
+        if found:
+            raise ConfigError(
+                f"output folder {self.output} holds an interrupted run that differs: {listed(found)}; give the same "
+                "settings to go on with it, choose another folder, or start anew with --overwrite or --no_resume "
+                "(overwrite=True or resume=False)"
+            )
+
+    def _anew(self, error: Exception) -> None:
+        logger.warning("starting anew: %s", error)
+        self.journal.remove()
+
+    def _other_weights(self, source: ModelSource) -> list[str]:
+        """Finished blocks whose weights are not those that were read then."""
+        logger.info("the model's files are not the same files: comparing the weights of the finished blocks")
+        found = []
+        for unit, name in zip(self.journal.units, source.blocks, strict=False):
+            module = source.load(name, "cpu")
+            if module_checksum(module) != unit["weights"]:
+                found.append(f"weights of {name}: other values than then")
+            source.release(name)
+        if len(self.journal.units) > len(source.blocks) and self.journal.units[-1]["weights"] != outside_checksum(
+            source
+        ):
+            found.append("weights outside the blocks: other values than then")
+        return found
+
+
+def remove_journal(output: Path) -> None:
+    """Forget what an interrupted run into this folder left in the work space."""
+    Journal(journal_folder(output)).remove()
+
+
+def _other_files(before: Any, now: Mapping[str, list[Any]]) -> list[str]:
+    """Weight files that cannot hold the same weights: another size or header. Their times may differ."""
+    before = before if isinstance(before, dict) else {}
+    found = []
+    for name in sorted({*before, *now}):
+        one, other = before.get(name), now.get(name)
+        if one is None or other is None:
+            found.append(f"weight file {name}: {'not there' if one is None else 'there'} then")
+        elif one[0] != other[0]:
+            found.append(f"weight file {name}: {one[0]} bytes then, {other[0]} now")
+        elif one[2] != other[2]:
+            found.append(f"weight file {name}: another header then")
+    return found

@@ -1,0 +1,83 @@
+"""One run at a time on an output folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from auto_round.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, so two runs on one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+
+class FolderLock:
+    """A lock that the system frees when its process dies, however it dies.
+
+    Args:
+        path: the lock's file; its folder must exist. It holds the owner's process id and host while it is locked.
+        what: the folder that is locked, for the message.
+
+    Raises:
+        OutputError: another process, or another run in this one, holds it; the message names it.
+    """
+
+    def __init__(self, path: Path, what: Path) -> None:
+        self.path, self._file = path, -1
+        while self._file < 0:
+            self._file = self._take(what)
+
+    def _take(self, what: Path) -> int:
+        """A locked file, or -1 when its owner removed it in the meantime."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the owner has just removed the folder
+            return -1
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path} ({error.strerror}); choose another folder") from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
+                os.close(file)
+                raise OutputError(
+                    f"output folder {what} is being written by {owner}; wait for it, stop it, or choose another folder"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        try:
+            same = os.fstat(file).st_ino == os.stat(self.path).st_ino
+        except FileNotFoundError:
+            same = False
+        if not same:
+            os.close(file)
+            return -1
+        with suppress(OSError):  # the lock holds without these words, which a full disk does not take
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return file
+
+    def release(self) -> None:
+        """Remove the file and free the lock. Calling it again does nothing."""
+        if self._file >= 0:
+            if os.name == "posix":
+                self.path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+            if os.name != "posix":  # an open file cannot be removed there
+                self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,149 @@
+"""An output folder that shows its files only when all of them are there and were checked.
+
+Everything is written into `.partial` inside the folder. When it is whole, its list of files is kept by whoever asked
+(`seal`), and the files are moved into the folder (`publish`), the one that makes a loader open it last. So a folder is
+empty, or holds nothing but `.partial`, or is complete; and one that is overwritten stays complete until then.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from auto_round.errors import OutputError
+from auto_round.export.disk import PARTIAL, path_inside
+from auto_round.export.folder_lock import FolderLock
+from auto_round.export.shard_writer import file_sha256, sync_folder
+
+LOCK = "lock"
+_OPENS = "config.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+class Staging:
+    """The `.partial` folder of one output folder, locked while this is open.
+
+    Attributes:
+        folder: where the files shall be.
+        path: where they are written.
+
+    Raises:
+        OutputError: another run works on the folder, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / PARTIAL
+        self._lock = FolderLock(self.path / LOCK, folder)
+        self.keep = False
+        """What was written stays when this is closed, for a look at it."""
+
+    def clear(self) -> None:
+        """Remove what an earlier run left."""
+        for entry in self._entries():
+            _remove(entry)
+
+    def seal(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Bring everything to the disk and return SHA-256 by file name, in subfolders too. `known`: digests that need
+        not be computed again.
+
+        Raises OutputError when the disk is full.
+        """
+        found = {}
+        try:
+            for path in sorted(p for entry in self._entries() for p in [entry, *entry.rglob("*")] if p.is_file()):
+                name = path.relative_to(self.path).as_posix()
+                found[name] = (known or {}).get(name) or file_sha256(path)
+                _sync(path)
+            sync_folder(self.path)
+        except OSError as error:
+            raise OutputError(f"cannot bring {self.path} to the disk ({error.strerror}); free some space") from error
+        return found
+
+    def publish(self, files: Iterable[str]) -> None:
+        """Move the files of a sealed folder to where they belong. It may be called again after it was cut short.
+
+        Raises OutputError when one cannot be moved.
+        """
+        tops = dict.fromkeys(name.split("/")[0] for name in files)
+        first = [name for name in tops if name != _OPENS and not name.endswith(".gguf")]
+        try:
+            for name in first:
+                path_inside(self.folder, name)
+            if (self.path / _OPENS).exists():  # from here on no loader opens what is overwritten
+                (self.folder / _OPENS).unlink(missing_ok=True)
+                sync_folder(self.folder)
+            for name in first:
+                self._move(name)
+            if _OPENS in tops:
+                for path in list(self.folder.iterdir()):
+                    if _WEIGHTS.fullmatch(path.name) and path.name not in tops:
+                        path.unlink()
+            sync_folder(self.folder)
+            for name in tops:
+                self._move(name)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise OutputError(f"cannot give the files in {self.path} their names ({error.strerror})") from error
+
+    def _move(self, name: str) -> None:
+        if not (self.path / name).exists():  # moved already
+            return
+        if (self.path / name).is_dir():
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        os.replace(self.path / name, self.folder / name)
+
+    def close(self) -> None:
+        """Remove what was not published, unless `keep`, and unlock the folder."""
+        if not self.keep:
+            self.clear()
+        self._lock.release()
+        if not self.keep and self.path.is_dir() and not any(self.path.iterdir()):
+            try:
+                self.path.rmdir()
+            except OSError:  # another run has come in the meantime
+                pass
+
+    def _entries(self) -> list[Path]:
+        return [path for path in self.path.iterdir() if path.name != LOCK] if self.path.is_dir() else []
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def is_published(folder: Path, files: Mapping[str, str]) -> bool:
+    """Whether a folder holds these files (SHA-256 by name), and nothing is left to be moved."""
+    here = all((folder / name).is_file() for name in files)
+    return here and all(file_sha256(folder / name) == digest for name, digest in files.items())
+
+
+def can_publish(folder: Path, files: Mapping[str, str]) -> bool:
+    """Whether each of these files (SHA-256 by name) is in a folder or still in its `.partial`."""
+    for name, digest in files.items():
+        at = next((p for p in (folder / PARTIAL / name, folder / name) if p.is_file()), None)
+        if at is None or file_sha256(at) != digest:
+            return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot remove {path} ({error.strerror}), which an earlier run left") from error
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb" if os.name == "posix" else "r+b") as file:
+        os.fsync(file.fileno())

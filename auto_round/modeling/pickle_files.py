@@ -1,0 +1,93 @@
+"""Weights in `pytorch_model.bin`, for those who ask for it: PyTorch's reader with `weights_only`, tensor by tensor.
+
+A pickle is a program; `weights_only` runs none of it but what makes tensors. It is still read only when asked for,
+because that reader is large and its faults would be ours. Files are mapped, so that no more is in memory than is used.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from auto_round.errors import ModelError
+from auto_round.modeling.links import inside
+from auto_round.modeling.tensor_files import StoredTensor, TensorFiles, read_weight_map
+
+SINGLE = "pytorch_model.bin"
+INDEX = f"{SINGLE}.index.json"
+
+
+class PickleFiles(TensorFiles):
+    """The tensors of `pytorch_model.bin`, or of the parts that its index names."""
+
+    def __init__(self, folder: Path, held: dict[str, torch.Tensor], where: dict[str, Path]) -> None:
+        stored = {n: StoredTensor(where[n], t.dtype, tuple(t.shape), 0, t.nbytes) for n, t in held.items()}
+        super().__init__(folder, stored)
+        self._held = held
+
+    @classmethod
+    def open_pickles(cls, folder: Path) -> PickleFiles:
+        """Map the files of a folder.
+
+        Raises ModelError when there are none, or they hold anything but tensors by name.
+        """
+        single, index = folder / SINGLE, folder / INDEX
+        if single.is_file():
+            held = _load(inside(folder, single))
+            return cls(folder, held, dict.fromkeys(held, single))
+        weight_map = read_weight_map(inside(folder, index))
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, name in weight_map.items():
+            if name not in parts:
+                if PurePosixPath(name.replace("\\", "/")).name != name or not name.endswith(".bin"):
+                    raise ModelError(f"{index} sends tensor {key!r} to {name!r}; only .bin files beside it are allowed")
+                if not (folder / name).is_file():
+                    raise ModelError(f"{folder / name} is missing; {index.name} needs it. Fetch the model again")
+                parts[name] = _load(inside(folder, folder / name))
+            if key not in parts[name]:
+                raise ModelError(f"tensor {key!r} is missing from {folder / name}, where {index.name} says it is")
+        held = {key: parts[name][key] for key, name in weight_map.items()}
+        return cls(folder, held, {key: folder / name for key, name in weight_map.items()})
+
+    def read(self, key: str, row: int | None = None) -> torch.Tensor:
+        tensor = self._held[key] if row is None else self._held[key][row]
+        return tensor.contiguous().clone()
+
+    def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
+        flat = self._held[key].contiguous().reshape(-1).view(torch.uint8)
+        return flat[start : start + size].clone()
+
+    def equal(self, first: str, second: str) -> bool:
+        a, b = self._held[first], self._held[second]
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def has_pickles(folder: Path) -> bool:
+    """Whether a folder holds weights as pickles under the usual names."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        found = _torch_load(file)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{file} cannot be read as tensors alone: {lines[0]}; convert it to safetensors where you trust it"
+        ) from error
+    if not isinstance(found, dict) or not found:
+        raise ModelError(f"{file} holds a {type(found).__name__}, not tensors by name")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.is_sparse or value.is_meta:
+            raise ModelError(f"{file}: {name!r} is no plain tensor but a {type(value).__name__}")
+    return {name: value.detach() for name, value in found.items()}
+
+
+def _torch_load(file: Path) -> Any:
+    """Mapped, where the file is of the form that can be (a zip archive, as PyTorch writes since 1.6)."""
+    with open(file, "rb") as handle:
+        mapped = handle.read(4) == b"PK\x03\x04"
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)

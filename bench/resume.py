@@ -1,0 +1,112 @@
+"""What the journal costs: the same tuning run with and without it, in turns, and how long going on takes.
+
+    python bench/resume.py --model .demo/smollm2 [--iters 200 --nsamples 64 --seqlen 512 --blocks 4 --pairs 5]
+
+A pair is one run with the journal and one without, the order changing from pair to pair. Compared is the wall time from
+the first block to the last (`seconds.quantization` of report.json) and of the whole call. The last lines tell the bytes
+of the journal, and the time that a run takes that was stopped after its last block: nothing is tuned again there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from vs_peer import machine
+
+from auto_round import AutoRound
+from auto_round.compressors.resume.run_journal import RunJournal
+
+
+def shortened(model: str, blocks: int, folder: Path) -> str:
+    """The model with its first blocks alone, so that a pair takes minutes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    whole.model.layers = whole.model.layers[:blocks]
+    whole.config.num_hidden_layers = blocks
+    if getattr(whole.config, "layer_types", None):
+        whole.config.layer_types = whole.config.layer_types[:blocks]
+    whole.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return str(folder)
+
+
+def run(a: argparse.Namespace, model: str, out: Path, resume: bool) -> dict[str, float]:
+    started = time.perf_counter()
+    AutoRound(
+        model, scheme=a.scheme, iters=a.iters, nsamples=a.nsamples, seqlen=a.seqlen, dataset=a.dataset,
+        device_map=a.device, low_gpu_mem_usage=a.low_gpu_mem_usage,
+    ).quantize_and_save(out, a.format, resume=resume)  # fmt: skip
+    total = time.perf_counter() - started
+    seconds = json.loads((out / "report.json").read_text())["seconds"]
+    return {"quantization": seconds["quantization"], "total": total}
+
+
+def stopped_after_the_blocks(a: argparse.Namespace, model: str, out: Path) -> int:
+    """Leave a run whose blocks are all done. Bytes of its journal then."""
+    size = 0
+    real = RunJournal.complete
+
+    def complete(self: RunJournal, *_: Any) -> None:
+        nonlocal size
+        size = sum(path.stat().st_size for path in self.journal.folder.iterdir())
+        raise KeyboardInterrupt
+
+    RunJournal.complete = complete  # type: ignore[method-assign]
+    try:
+        run(a, model, out, True)
+    except KeyboardInterrupt:
+        return size
+    finally:
+        RunJournal.complete = real  # type: ignore[method-assign]
+    raise SystemExit("the run was not stopped")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--blocks", type=int, default=4, help="blocks that are kept; 0: all")
+    parser.add_argument("--scheme", default="W4A16")
+    parser.add_argument("--format", default="auto_round")
+    parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--dataset", default="builtin")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--low_gpu_mem_usage", action="store_true")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="write the result to this JSON file")
+    a = parser.parse_args()
+    found: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
+    with tempfile.TemporaryDirectory(prefix="journal-") as work:
+        os.environ["AR_WORK_SPACE"] = str(Path(work) / "space")
+        model = shortened(a.model, a.blocks, Path(work) / "model") if a.blocks else a.model
+        for pair in range(a.pairs):
+            for kind in ("with", "without")[:: 1 if pair % 2 else -1]:
+                out = Path(work) / f"{kind}-{pair}"
+                found[kind].append(run(a, model, out, kind == "with"))
+                print(f"pair {pair + 1}, {kind} journal: {found[kind][-1]['quantization']:.2f} s", flush=True)
+        size = stopped_after_the_blocks(a, model, Path(work) / "stopped")
+        going_on = run(a, model, Path(work) / "stopped", True)["total"]
+        weights = sum(p.stat().st_size for p in (Path(work) / "stopped").glob("*.safetensors"))
+    result: dict[str, Any] = {"machine": machine(), "settings": {k: str(v) for k, v in vars(a).items()}, "runs": found}
+    for what in ("quantization", "total"):
+        ratios = [w[what] / o[what] for w, o in zip(found["with"], found["without"], strict=True)]
+        result[f"{what}_overhead"] = statistics.median(ratios) - 1
+        spread = ", ".join(f"{r - 1:+.1%}" for r in sorted(ratios))
+        print(f"{what}: journal costs {result[f'{what}_overhead']:+.1%} (median of {len(ratios)} pairs: {spread})")
+    result |= {"journal_bytes": size, "weights_bytes": weights, "going_on_seconds": going_on}
+    print(f"journal {size / 1e6:.1f} MB with the weights' {weights / 1e6:.1f} MB; going on at the end {going_on:.1f} s")
+    if a.output:
+        a.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

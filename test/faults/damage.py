@@ -1,0 +1,92 @@
+"""Truncations and single bit flips of a file, and what a reader makes of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from auto_round.errors import AutoRoundError
+
+_SLOW_S = 20.0
+_ROOM_BYTES = 1 << 30
+
+
+def truncations(data: bytes, head: int, count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
+    """`count` cuts: half of them within the first `head` bytes, empty files and the last byte among them."""
+    drawn = random.Random(seed)
+    sizes = {0, 1, 7, 8, len(data) - 1, head}
+    while len(sizes) < count:
+        sizes.add(drawn.randrange(head) if len(sizes) % 2 else drawn.randrange(len(data)))
+    for size in sorted(sizes)[:count]:
+        yield f"cut to {size}", data[:size]
+
+
+def flips(data: bytes, head: int, count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
+    """`count` different single bits of the first `head` bytes turned over."""
+    places = random.Random(seed).sample(range(head * 8), min(count, head * 8))
+    for place in places:
+        changed = bytearray(data)
+        changed[place // 8] ^= 1 << place % 8
+        yield f"bit {place % 8} of byte {place // 8}", bytes(changed)
+
+
+@dataclass
+class Outcome:
+    """Counts, and what went wrong, in words."""
+
+    injected: int = 0
+    detected: int = 0
+    same: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+def judge(
+    damage: Iterator[tuple[str, bytes]], file: Path, read: Callable[[], Any], right: Any,
+    confirm: Callable[[Any], None] | None = None,
+) -> Outcome:  # fmt: skip
+    """Put each damaged content into the file and read it.
+
+    Args:
+        read: the reader; its result is compared with `right`.
+        confirm: what the product does next with another result than `right` (opening the model, say), which must
+            refuse it with a typed error.
+    """
+    outcome = Outcome()
+    for what, content in damage:
+        file.write_bytes(content)
+        outcome.injected += 1
+        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            found = read()
+            if found != right and confirm is not None:
+                confirm(found)
+            if found == right:
+                outcome.same += 1
+            else:
+                outcome.wrong.append(f"{what}: read as something else without a word")
+        except AutoRoundError as error:
+            outcome.detected += 1
+            if not str(error).strip():
+                outcome.wrong.append(f"{what}: an error without words")
+        except Exception as error:
+            outcome.wrong.append(f"{what}: {type(error).__name__}: {error}")
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        if time.monotonic() - started > _SLOW_S or grown > _ROOM_BYTES:
+            outcome.wrong.append(f"{what}: took {time.monotonic() - started:.0f} s and {grown} bytes")
+    return outcome
+
+
+def safetensors_head(data: bytes) -> int:
+    """Bytes before the tensors'."""
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def json_object(text: bytes) -> dict[str, Any]:
+    return dict(json.loads(text))

@@ -1,0 +1,47 @@
+"""The table of `make faults`: what was injected, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Row:
+    """Counts of one kind of fault.
+
+    Attributes:
+        injected: faults that were planted.
+        detected: refused or reported with an error that names the place.
+        recovered: the run ended, or went on, with the result that it has without the fault.
+        silent: a wrong result without a word. Must be 0.
+    """
+
+    injected: int = 0
+    detected: int = 0
+    recovered: int = 0
+    silent: int = 0
+
+
+ROWS: dict[str, Row] = {}
+
+
+def record(row: str, injected: int, detected: int, recovered: int, silent: int) -> None:
+    """Add counts to the row of that name. Every fault is detected, recovered, both, or silent."""
+    entry = ROWS.setdefault(row, Row())
+    entry.injected += injected
+    entry.detected += detected
+    entry.recovered += recovered
+    entry.silent += silent
+
+
+def render() -> list[str]:
+    """The table as lines, with a last one for the sums."""
+    total = Row()
+    for row in ROWS.values():
+        for field in vars(total):
+            setattr(total, field, getattr(total, field) + getattr(row, field))
+    width = max((len(name) for name in ROWS), default=0) + 2
+    lines = [f"{'fault':<{width}}{'injected':>9}{'detected':>9}{'recovered':>10}{'silent':>7}"]
+    for name, row in [*ROWS.items(), ("all", total)]:
+        lines.append(f"{name:<{width}}{row.injected:>9}{row.detected:>9}{row.recovered:>10}{row.silent:>7}")
+    return lines
