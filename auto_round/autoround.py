@@ -13,6 +13,7 @@ import torch
 
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
+from auto_round.compressors.budget import parse_budget
 from auto_round.compressors.device import resolve_device
 from auto_round.compressors.format_runs import default_format, folder_name, split_runs
 from auto_round.compressors.model_free.entry import open_model_free, rounding_only
@@ -84,9 +85,10 @@ class AutoRound:
             of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
             `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (an importance file of
             llama.cpp's to use) and `save_imatrix` (where to write one); `on_nan` ("fail", "rtn", "keep"), what is done
-            about layers whose numbers are not finite (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin.
+            about layers whose numbers are not finite (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin;
+            `max_memory`, which bounds what a run holds (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB".
             `model_free=True` rounds to nearest tensor by tensor, without a model (docs/model-free.md), with
-            `parallelism` and `max_memory`.
+            `parallelism`.
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.
@@ -152,6 +154,7 @@ class AutoRound:
             save_imatrix=None if options["save_imatrix"] is None else os.fspath(options["save_imatrix"]),
             on_nan=check_on_nan(options["on_nan"]),
             allow_pickle=bool(options["allow_pickle"]),
+            max_memory=parse_budget(options["max_memory"], device),
             **cache,
         )
         self._spent = False  # a model object is quantized in place, once

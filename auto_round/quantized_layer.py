@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -78,6 +79,19 @@ class QuantizedLayer:
             source = self.blocks.codes
         assert source is not None
         return source.shape
+
+    def rows(self, wanted: slice) -> QuantizedLayer:
+        """Some of the outputs as a layer of their own; scales must not span rows, other than all of them."""
+        count = self.out_features
+
+        def part(t: Any) -> Any:
+            return t[wanted] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == count else t
+
+        blocks = None if self.blocks is None else self.blocks.rows(wanted)
+        return replace(
+            self, codes=part(self.codes), scale=part(self.scale), zero_point=part(self.zero_point),
+            weight=part(self.weight), blocks=blocks, bias=part(self.bias),
+        )  # fmt: skip
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[out, in], computed in float32 and then cast to `dtype`."""

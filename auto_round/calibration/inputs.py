@@ -15,12 +15,16 @@ import torch
 from torch import nn
 
 from auto_round.calibration.recording import Call, LeafStore, batch_dims, flatten, join, unflatten
+from auto_round.calibration.spill import Spill, SpilledTensor
 from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.finite import is_finite
+from auto_round.modeling.one_expert import OneExpert
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.source import Device, ModelSource
+from auto_round.modeling.tensor_files import empty_pages
 
 _NOT_FOR_THE_MODEL = ("labels",)
+_CACHED = 1 << 22  # larger arguments are moved anew for every call
 # A block returns its hidden states alone, or first in a tuple: then the other entries, as seen once.
 _OutputKind = tuple[Any, ...] | None
 
@@ -38,12 +42,14 @@ class CapturedInputs:
     """The calibration samples as seen by the blocks.
 
     Attributes:
-        hidden: [N, T, H], inputs of block 0 in the model's dtype.
+        hidden: [N, T, H], inputs of block 0, in the model's dtype unless another was asked for.
         loss_mask: bool [N, T]; False where a position is padded or its label is -100.
+        dtype: the model's.
     """
 
-    hidden: torch.Tensor
+    hidden: torch.Tensor | SpilledTensor
     loss_mask: torch.Tensor
+    dtype: torch.dtype
     _inputs: list[dict[str, torch.Tensor]]
     _calls: list[list[Call]]
     _dims: dict[Hashable, tuple[int | None, ...]]
@@ -87,7 +93,7 @@ class CapturedInputs:
         not loaded are loaded for this call; open `outside_loaded(source, device)` around many calls.
         """
         model, device = source.model, hidden.device
-        given = hidden.to(self.hidden.dtype)
+        given = hidden.to(self.dtype)
         last = len(source.blocks) - 1
 
         def replacement(index: int, block: nn.Module, _original: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +119,7 @@ class CapturedInputs:
     def arguments(self, block_index: int, sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments recorded for one block and sample, without the hidden states."""
         call = self._calls[block_index][sample]
-        args, kwargs, _ = unflatten(call.spec, call.consts, call.leaves)
+        args, kwargs, _ = unflatten(call.spec, call.consts, [_in_memory(leaf) for leaf in call.leaves])
         return args, kwargs
 
     def _group_key(self, block_index: int, call: Call) -> Hashable:
@@ -123,15 +129,27 @@ class CapturedInputs:
     def _run_group(self, block_index: int, block: nn.Module, hidden: torch.Tensor, calls: list[Call]) -> torch.Tensor:
         first = calls[0]
         dims = self._dims[block_index, first.structure]
-        leaves = [join([self._moved(call.leaves[i], hidden) for call in calls], dim) for i, dim in enumerate(dims)]
+        read: dict[int, torch.Tensor] = {}
+        leaves = [
+            join([self._moved(call.leaves[i], hidden, read) for call in calls], dim) for i, dim in enumerate(dims)
+        ]
         args, kwargs, key = unflatten(first.spec, first.consts, leaves)
         output = block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
         return output if isinstance(output, torch.Tensor) else output[0]
 
-    def _moved(self, leaf: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        dtype = hidden.dtype if leaf.dtype == self.hidden.dtype else leaf.dtype
+    def _moved(
+        self, leaf: torch.Tensor | SpilledTensor, hidden: torch.Tensor, read: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """An argument where and as the block wants it. `read`: what this call has taken out of a file already."""
+        dtype = hidden.dtype if leaf.dtype == self.dtype else leaf.dtype
+        if isinstance(leaf, SpilledTensor):
+            if id(leaf) not in read:
+                read[id(leaf)] = leaf.read().to(hidden.device, dtype)
+            return read[id(leaf)]
         if leaf.device == hidden.device and leaf.dtype == dtype:
             return leaf
+        if leaf.nbytes > _CACHED:
+            return leaf.to(hidden.device, dtype)
         key = (id(leaf), hidden.device, dtype)
         if key not in self._on_device:
             if len(self._on_device) > 256:  # per-sample masks of a large set are not kept twice
@@ -145,6 +163,9 @@ def capture_inputs(
     samples: list[dict[str, torch.Tensor]],
     device: Device | None = None,
     store_device: Device = "cpu",
+    dtype: torch.dtype | None = None,
+    spill: Spill | None = None,
+    one_expert: bool = False,
 ) -> CapturedInputs:
     """Run everything before the blocks on each sample, and record what each block is called with.
 
@@ -157,6 +178,9 @@ def capture_inputs(
             All of one length.
         device: where to run; None: CPU for a checkpoint, where it is for a live model.
         store_device: where hidden states and arguments are kept.
+        dtype: in which hidden states are kept; None: the model's.
+        spill: a file to keep them in instead, and large arguments.
+        one_expert: experts of the block that is loaded are read one at a time.
 
     Raises:
         DataError: no samples, or of different lengths.
@@ -165,23 +189,30 @@ def capture_inputs(
         NumericsError: NaN or Inf before the first block.
     """
     inputs = _checked(samples)
-    recorder = _Recorder(source, torch.device(store_device), len(inputs))
+    recorder = _Recorder(source, torch.device(store_device), len(inputs), dtype, spill, one_expert)
     where = torch.device(device) if device is not None else _home(source)
     with torch.no_grad(), outside_loaded(source, device), _replaced_forwards(source, recorder.replacement):
         for index, sample in enumerate(inputs):
             recorder.record(index, sample, where)
-    assert recorder.hidden is not None
+    assert recorder.hidden is not None and recorder.model_dtype is not None
     masks = [_loss_mask(sample, inputs[i]["input_ids"].shape[-1]) for i, sample in enumerate(samples)]
-    return CapturedInputs(recorder.hidden, torch.stack(masks), inputs, recorder.calls, recorder.dims, recorder.kinds)
+    return CapturedInputs(
+        recorder.hidden, torch.stack(masks), recorder.model_dtype, inputs, recorder.calls, recorder.dims, recorder.kinds
+    )
 
 
 class _Recorder:
     """Stands in for the blocks' forwards while the samples pass."""
 
-    def __init__(self, source: ModelSource, store_device: torch.device, count: int) -> None:
+    def __init__(
+        self, source: ModelSource, store_device: torch.device, count: int, dtype: torch.dtype | None,
+        spill: Spill | None, one_expert: bool = False,
+    ) -> None:  # fmt: skip
         self.source, self.count, self.store_device = source, count, store_device
-        self.store = LeafStore(store_device)
-        self.hidden: torch.Tensor | None = None
+        self.store = LeafStore(store_device, spill)
+        self.spill, self.dtype, self.one_expert = spill, dtype, one_expert
+        self.model_dtype: torch.dtype | None = None
+        self.hidden: torch.Tensor | SpilledTensor | None = None
         self.calls: list[list[Call]] = [[] for _ in source.blocks]
         self.dims: dict[Hashable, tuple[int | None, ...]] = {}
         self.kinds: dict[type[nn.Module], _OutputKind] = {}
@@ -238,13 +269,20 @@ class _Recorder:
                 f"NaN or Inf in the input of {self.source.blocks[0]} for calibration sample {self._sample}"
             )
         if self.hidden is None:
-            self.hidden = torch.empty(self.count, *hidden.shape[1:], dtype=hidden.dtype, device=self.store_device)
+            self.model_dtype = hidden.dtype
+            shape, dtype = (self.count, *hidden.shape[1:]), self.dtype or hidden.dtype
+            if self.spill is not None:
+                self.hidden = self.spill.empty(shape, dtype)
+            elif self.store_device.type == "cpu":
+                self.hidden = empty_pages(shape, dtype)
+            else:
+                self.hidden = torch.empty(shape, dtype=dtype, device=self.store_device)
         self.hidden[self._sample] = hidden[0]
 
     def _check_stream(self, index: int, hidden: torch.Tensor) -> None:
         """Blocks hand their input on unchanged here, so that each must get what block 0 got."""
         assert self.hidden is not None
-        if self._sample == 0 and not torch.equal(hidden[0].to(self.store_device), self.hidden[0]):
+        if self._sample == 0 and not torch.equal(hidden[0].to(self.hidden.device, self.hidden.dtype), self.hidden[0]):
             raise UnsupportedError(
                 f"{type(self.source.model).__name__} changes the hidden states between its blocks, before "
                 f"{self.source.blocks[index]!r}; only models whose blocks follow each other directly can be walked"
@@ -254,9 +292,15 @@ class _Recorder:
         self, index: int, block: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any, hidden: torch.Tensor
     ) -> None:
         name = self.source.blocks[index]
-        self.source.load(name, hidden.device)
+        experts = OneExpert(self.source, name, hidden.device) if self.one_expert else None
         try:
-            output = original(*args, **kwargs)
+            if experts is None:
+                self.source.load(name, hidden.device)
+                output = original(*args, **kwargs)
+            else:
+                experts.load_others()
+                with experts.running():
+                    output = original(*args, **kwargs)
         finally:
             self.source.release(name)
         first = (
@@ -267,6 +311,10 @@ class _Recorder:
                 f"block {name!r} ({type(block).__name__}) does not return hidden states of the shape it is given"
             )
         self.kinds[type(block)] = None if isinstance(output, torch.Tensor) else tuple(output[1:])
+
+
+def _in_memory(leaf: torch.Tensor | SpilledTensor) -> torch.Tensor:
+    return leaf.read() if isinstance(leaf, SpilledTensor) else leaf
 
 
 def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, Any], str | None]:

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from auto_round.calibration.spill import Spill, SpilledTensor
+
+_SPILLED = 1 << 16  # smaller tensors stay in memory
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -22,7 +26,7 @@ class Call:
 
     spec: Hashable
     consts: tuple[Any, ...]
-    leaves: tuple[torch.Tensor, ...]
+    leaves: tuple[torch.Tensor | SpilledTensor, ...]
 
     @property
     def structure(self) -> Hashable:
@@ -70,14 +74,15 @@ def unflatten(spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor]) 
 
 
 class LeafStore:
-    """Tensors by content: the same rotary table of all blocks and samples is held once."""
+    """Tensors by content: the same rotary table of all blocks and samples is held once. With `spill`, large ones lie in
+    that file."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._by_content: dict[Hashable, torch.Tensor] = {}
-        self._by_object: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, device: torch.device, spill: Spill | None = None) -> None:
+        self.device, self.spill = device, spill
+        self._by_content: dict[Hashable, torch.Tensor | SpilledTensor] = {}
+        self._by_object: dict[int, tuple[torch.Tensor, torch.Tensor | SpilledTensor]] = {}
 
-    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+    def put(self, tensor: torch.Tensor) -> torch.Tensor | SpilledTensor:
         """A copy of `tensor` on the store's device, the same object for equal contents. The dtype is kept."""
         seen = self._by_object.get(id(tensor))
         if seen is not None:
@@ -85,7 +90,9 @@ class LeafStore:
         flat = tensor.detach().to("cpu").contiguous()
         digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
         key = (digest, tuple(flat.shape), flat.dtype)
-        if key not in self._by_content:
+        if key not in self._by_content and self.spill is not None and flat.nbytes >= _SPILLED:
+            self._by_content[key] = self.spill.put(flat)
+        elif key not in self._by_content:
             kept = flat.to(self.device)
             self._by_content[key] = kept.clone() if kept.data_ptr() == tensor.data_ptr() else kept
         self._by_object[id(tensor)] = (tensor, self._by_content[key])  # the reference keeps the id from being reused
@@ -96,7 +103,9 @@ class LeafStore:
         self._by_object.clear()
 
 
-def batch_dims(single: Sequence[torch.Tensor], double: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
+def batch_dims(
+    single: Sequence[torch.Tensor | SpilledTensor], double: Sequence[torch.Tensor]
+) -> tuple[int | None, ...]:
     """For each tensor, the dimension that doubles with the batch; None for one that does not depend on the batch."""
     dims: list[int | None] = []
     for one, two in zip(single, double, strict=True):

@@ -40,6 +40,8 @@ class SecondMoments(dict[str, torch.Tensor]):
         total = self.get(name)
         if total is None:
             total = self[name] = torch.zeros(rows.shape[-1], dtype=torch.float32, device=rows.device)
+        elif total.device != rows.device:  # the layer's weight was nowhere when watching began
+            total = self[name] = total.to(rows.device)
         for part in rows.split(_ROWS):
             total += (
                 part.to(torch.float32).square_().sum(dim=0) if part.dtype != torch.float32 else part.square().sum(dim=0)

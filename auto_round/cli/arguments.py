@@ -193,6 +193,7 @@ RUN_GROUP = Group(
             "(left as it is)",
             choices=("fail", "rtn", "keep"),
         ),
+        Flag("max_memory", 'what may be held: "4GB" of RAM, or "cpu=4GB,0=10GB"; activations go to files where needed'),
         _switch("low_cpu_mem_usage", "one block in RAM at a time (default)", off=("disable_low_cpu_mem_usage",)),
         _switch(
             "enable_deterministic_algorithms",
@@ -211,7 +212,6 @@ MODEL_FREE_GROUP = Group(
             off=("disable_model_free",),
         ),
         Flag("parallelism", "tensors that are worked on at a time (default: one for each core, 8 at most)", "int"),
-        Flag("max_memory", 'what they may hold together, such as "4GB" (the default)'),
     ),
 )
 

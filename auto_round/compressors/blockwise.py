@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from auto_round.calibration.cache_extremes import cache_extremes
 from auto_round.calibration.extremes import InputExtremes, input_extremes
 from auto_round.calibration.inputs import CapturedInputs
 from auto_round.calibration.products import input_products
+from auto_round.calibration.spill import SpilledTensor
 from auto_round.calibration.statistics import input_second_moments
 from auto_round.compressors.activations import activation_of, is_calibrated, join_extremes
 from auto_round.compressors.block_dtype import in_dtype
@@ -25,12 +26,15 @@ from auto_round.compressors.resume.fingerprint import module_checksum
 from auto_round.compressors.resume.unit_state import Unit
 from auto_round.compressors.scale_limits import clamped_scales
 from auto_round.compressors.sinks import Sink
+from auto_round.compressors.streamed_experts import LaterExperts, StreamedLayers, experts_run, layer_names, one_expert
 from auto_round.compressors.streams import Stream, check_activations, first_non_finite
 from auto_round.data_type.activation import ActivationQuantizer, quantized_inputs
 from auto_round.errors import NumericsError
 from auto_round.modeling.blocks import set_weight_2d, weight_2d
+from auto_round.modeling.one_expert import OneExpert
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
+from auto_round.report.memory import return_freed
 from auto_round.report.progress import Progress
 from auto_round.report.run_report import BlockRecord
 
@@ -48,7 +52,6 @@ class Walk:
         device, dtype: of the matrix products.
         calibration: the samples; None for plain rounding.
         probe: a few tokens that go through the quantized blocks, to check the saved model with; None without a check.
-        store_device: where the streams are kept.
         batch: samples in one forward pass.
         quantized_input: tune on the output of the quantized blocks before.
         cache: which attention modules get static scales; None for none.
@@ -74,7 +77,6 @@ class Walk:
     seed: int
     calibration: CapturedInputs | None = None
     probe: CapturedInputs | None = None
-    store_device: torch.device = torch.device("cpu")
     batch: int = 8
     quantized_input: bool = True
     cache: CachePlan | None = None
@@ -89,7 +91,7 @@ class Walk:
     unreached: list[str] = field(default_factory=list)
     cache_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
-    probe_hidden: torch.Tensor | None = None
+    probe_hidden: torch.Tensor | SpilledTensor | None = None
     last_inputs: Stream | None = None
     last_full: Stream | None = None
 
@@ -103,9 +105,8 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
     """
     numbers = walk.numbers
     full = _stream(walk, walk.calibration)
-    quantized = _stream(walk, walk.calibration) if full is not None and walk.quantizer.needs_targets else None
-    if not walk.quantized_input:
-        quantized = None
+    second = full is not None and walk.quantizer.needs_targets and walk.quantized_input
+    quantized = full.clone() if full is not None and second else None
     probe = _stream(walk, walk.probe)
     finished = min(walk.journal.finished, len(source.blocks)) if walk.journal is not None else 0
     progress.start(len(source.blocks), finished)
@@ -118,38 +119,35 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         quantized = quantized if numbers.lost is None and not numbers.diverged else None
     for index, name in list(enumerate(source.blocks))[finished:]:
         started = time.monotonic()
-        block = source.load(name, walk.device)
+        experts = one_expert(job, source, name, walk.device, walk.dtype)
+        block = source.load(name, walk.device) if experts is None else experts.load_others()
         weights = module_checksum(block) if walk.journal is not None else 0
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
         tasks = [layer_task(source, plan) for plan in planned]
+        if walk.journal is not None:
+            walk.journal.wait()  # it writes the hidden states, which are changed in place from here on
         with in_dtype(block, source.dtype, walk.dtype):
             try:
-                result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype)
+                result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype, experts)
             except NumericsError as error:
+                if experts is not None:
+                    raise
                 result = numbers.fall_back(name, tasks, error, walk.sinks, walk.fall)
                 if full is not None and first_non_finite(full.hidden) is not None:
                     numbers.lost = name
-            by_name = {layer.name: layer for layer in result.layers}
-            for task in tasks:
-                if task.name not in by_name:
-                    _put_back(task)
-            tasks = [task for task in tasks if task.name in by_name]
-            for task in tasks:
-                numbers.count(task, clamped_scales(task, by_name[task.name]))
-                install(task, by_name[task.name])
+            tasks = _install_all(tasks, result, numbers)
             steps = {task.module: task.activation for task in tasks if task.activation is not None}
             walk.activations |= {task.name: task.activation for task in tasks if task.activation is not None}
-            with quantized_inputs(steps):
+            with quantized_inputs(steps), experts_run(experts, result):
                 if quantized is not None:
-                    quantized.hidden = quantized.after(index, block, walk.device, walk.dtype)
+                    quantized.after(index, block, walk.device, walk.dtype, in_place=True)
                 if probe is not None:
-                    probe.hidden = probe.after(index, block, walk.device, walk.dtype)
+                    probe.after(index, block, walk.device, walk.dtype, in_place=True)
         if numbers.lost is not None:
             full = quantized = None
         quantized = _still_finite(name, quantized, numbers)
         if not source.lazy:
-            for task in tasks:
-                install(task, by_name[task.name])
+            _install_all(tasks, result, numbers)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
         walk.records.append(record)
         unit = _unit(name, result.layers, walk)
@@ -159,6 +157,8 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         _emit(job, source, name, unit, walk.sinks)
         source.release(name)
         progress.block(name, result.loss_before, result.loss_after)
+        del block, tasks, steps, result, unit  # or this block's weights would be in memory together with the next one's
+        return_freed()
     walk.probe_hidden = probe.hidden if probe is not None else None
     walk.last_inputs, walk.last_full = quantized or full, full
 
@@ -182,16 +182,19 @@ def _restore(walk: Walk, streams: Mapping[str, Stream | None], blocks: int) -> N
     assert walk.journal is not None
     for kind, stream in streams.items():
         if stream is not None and (kind == "probe" or walk.journal.finished <= blocks):
-            stream.hidden = walk.journal.stream(kind).to(walk.store_device)
+            if isinstance(stream.hidden, SpilledTensor):
+                walk.journal.stream_into(kind, stream.hidden)
+            else:
+                stream.hidden = walk.journal.stream(kind).to(stream.hidden.device)
 
 
-def _unit(name: str, layers: list[QuantizedLayer], walk: Walk) -> Unit:
+def _unit(name: str, layers: Sequence[QuantizedLayer], walk: Walk) -> Unit:
     """What the block of this name, the last that was done, added to the walk."""
     inside = f"{name}."
     sums = {key: value for key, value in walk.sums.items() if key.startswith(inside)} if walk.gather else {}
     return Unit(
         layers,
-        {layer.name: walk.activations[layer.name] for layer in layers if layer.name in walk.activations},
+        {layer: step for layer, step in walk.activations.items() if layer.startswith(inside)},
         walk.records[-1:],
         {key: scale for key, scale in walk.cache_scales.items() if key.startswith(inside)},
         sums,
@@ -229,12 +232,12 @@ def _put_back(task: LayerTask) -> None:
 def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:
     if captured is None:
         return None
-    return Stream(captured, captured.hidden.to(walk.store_device), walk.batch)
+    return Stream.of(captured, walk.batch, walk.device, walk.dtype)
 
 
 def _quantize_block(
     index: int, name: str, block: torch.nn.Module, tasks: list[LayerTask], walk: Walk,
-    full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype,
+    full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype, experts: OneExpert | None,
 ) -> BlockResult:  # fmt: skip
     """Run the block in full precision where the algorithm wants it, then decide its layers."""
     if full is None and walk.numbers.lost is not None:
@@ -252,13 +255,16 @@ def _quantize_block(
         cache = walk.cache
         attentions = cache.attentions(block) if cache is not None else []
         with (
+            experts_run(experts),
             input_second_moments(block, wanted) as moments,
             input_products(block, paired) as products,
             input_extremes(block, fixed) as extremes,
             cache_extremes(attentions, cache is not None and cache.queries) as cached,
         ):
-            targets = full.after(index, block, walk.device, walk.dtype, (moments, products, extremes, cached))
-        full.hidden = targets
+            # What the block was fed is needed again only where it is tuned on that.
+            in_place = quantized is not None or not walk.quantizer.needs_targets
+            targets = full.after(index, block, walk.device, walk.dtype, (moments, products, extremes, cached), in_place)
+        full.move_on(targets)
         check_activations(name, targets)
         if cache is not None:
             walk.cache_scales |= cache.scales(name, cached)
@@ -273,20 +279,45 @@ def _quantize_block(
     if walk.importance is not None:
         for layer in tasks:
             given = walk.importance.get(layer.name)
-            layer.importance = None if given is None else given.to(layer.weight.device)
-    share_global_scales(tasks)
+            layer.importance = None if given is None else given.to(walk.device)
+    share_global_scales([layer for layer in tasks if not layer.weight.is_meta])
     for layer in tasks:
         layer.activation = activation_of(layer.scheme, inner[layer.name], extremes, model_dtype)
     if not tasks:
         return BlockResult()
     run = full.runner(index, block) if full is not None else _no_data
     task = BlockTask(name, block, tasks, run, walk.dtype, walk.seed + index)
+    _drop_copies(tasks)
+    return_freed()
     if full is not None and walk.quantizer.needs_targets:
-        task.inputs = inputs if quantized is None else quantized.hidden
-        task.targets = targets
+        _give_samples(task, full, quantized, inputs, targets)
         mask = full.captured.loss_mask
         task.loss_mask = None if bool(mask.all()) else mask
-    return walk.quantizer.quantize_block(task)
+    del inputs, targets  # the task has them, and may move them
+    quantizer = walk.quantizer if experts is None else LaterExperts(walk.quantizer, experts)
+    return quantizer.quantize_block(task)
+
+
+def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any, targets: Any) -> None:
+    """Hand over what the block is tuned on, and the way to get it off the device."""
+    task.inputs, task.targets = inputs if quantized is None else quantized.hidden, targets
+
+    def offload(task: BlockTask) -> bool:
+        moved = full.offload()
+        if moved:
+            task.targets = full.hidden
+            task.inputs = quantized.hidden if quantized is not None else inputs.cpu()
+        return moved
+
+    task.offload = offload  # it does not hold the task, which would keep the block's weights in memory
+
+
+def _drop_copies(tasks: Sequence[LayerTask]) -> None:
+    """Free the weights that were cast to run the block in full precision: quantizers start from the source's own."""
+    for task in tasks:
+        weight = weight_2d(task.module)
+        if weight.dtype != task.weight.dtype:
+            task.module.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
 def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
@@ -303,14 +334,34 @@ def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
     )  # fmt: skip
 
 
+def _install_all(tasks: Sequence[LayerTask], result: BlockResult, numbers: Numbers) -> list[LayerTask]:
+    """Put dequantized weights in place, and those of layers that stay back. Returns the tasks that were done."""
+    layers = result.layers.held.values() if isinstance(result.layers, StreamedLayers) else result.layers
+    by_name = {layer.name: layer for layer in layers}
+    for task in tasks:
+        if task.name in by_name:
+            numbers.count(task, clamped_scales(task, by_name[task.name]))
+            install(task, by_name[task.name])
+        elif not task.weight.is_meta:  # of an expert that is not in memory
+            _put_back(task)
+    return [task for task in tasks if task.name in by_name or task.weight.is_meta]
+
+
 def install(task: LayerTask, layer: QuantizedLayer) -> None:
     """Put the dequantized weight in place of the original."""
-    set_weight_2d(task.module, layer.dequantize(torch.float32).to(weight_2d(task.module).device))
+    weight = layer.dequantize(torch.float32).to(task.weight.device)
+    own = task.module.weight
+    assert isinstance(own, torch.nn.Parameter)
+    if own.numel() == 0:  # dropped before tuning
+        made = weight.to(own.dtype)
+        task.module.weight = torch.nn.Parameter(made.t() if task.transposed else made, requires_grad=False)
+    else:
+        set_weight_2d(task.module, weight)
 
 
 def _emit(job: Job, source: ModelSource, block: str, unit: Unit, sinks: Sequence[Sink]) -> None:
     names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
-    replaced = {f"{layer.name}.{leaf}" for layer in unit.layers for leaf in ("weight", "bias")}
+    replaced = {f"{layer}.{leaf}" for layer in layer_names(unit.layers) for leaf in ("weight", "bias")}
     tied = source.tied()
     rest = [n for n in names if n not in replaced and n not in tied]
     for sink in sinks:

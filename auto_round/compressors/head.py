@@ -21,6 +21,7 @@ from auto_round.quantized_layer import QuantizedLayer
 _TOKENS = 2048
 _JUDGES = 256  # held-out tokens whose predictions are compared
 _ROWS = 32
+_WEIGHTS = 1 << 24  # of the head in float32 at a time
 
 
 @dataclass
@@ -101,14 +102,26 @@ def _others(
 @torch.no_grad()
 def head_divergence(task: LayerTask, layer: QuantizedLayer, inputs: HeadInputs) -> float:
     """Mean KL(full || quantized) over the held-out tokens, nats."""
-    weight = task.weight.float()
-    rounded = layer.dequantize().to(weight.device)
-    bias = None if task.bias is None else task.bias.float()
+    fed = inputs.quantized if task.activation is None else task.activation(inputs.quantized)
+    full, found = _logits(task, None, inputs.full), _logits(task, layer, fed)
     total = 0.0
-    for z, x in zip(inputs.quantized.split(_ROWS), inputs.full.split(_ROWS), strict=True):
-        full = torch.nn.functional.linear(x, weight, bias).log_softmax(-1)
-        fed = z if task.activation is None else task.activation(z)
-        found = torch.nn.functional.linear(fed, rounded, bias).log_softmax(-1)
-        rows = (full.exp() * (full - found)).sum(-1, dtype=torch.float64)
+    for x, z in zip(full.split(_ROWS), found.split(_ROWS), strict=True):
+        wanted = x.log_softmax(-1)
+        rows = (wanted.exp() * (wanted - z.log_softmax(-1))).sum(-1, dtype=torch.float64)
         total += sum(rows.tolist())
     return total / max(1, inputs.full.shape[0])
+
+
+def _logits(task: LayerTask, layer: QuantizedLayer | None, inputs: torch.Tensor) -> torch.Tensor:
+    """float32 [tokens, vocabulary], of the dense weight or of a quantized one. A part of the vocabulary at a time: a
+    whole head in float32 may be the largest tensor of a run."""
+    out, columns = task.weight.shape
+    logits = torch.empty(inputs.shape[0], out, device=inputs.device)
+    whole = layer is not None and isinstance(layer.scheme.group_size, tuple)
+    step = out if whole else max(1, _WEIGHTS // columns)
+    for start in range(0, out, step):
+        rows = slice(start, min(start + step, out))
+        part = layer if layer is None or whole else layer.rows(rows)
+        dense = task.weight[rows].float() if part is None else part.dequantize().to(inputs.device)
+        logits[:, rows] = inputs @ dense.t()
+    return logits if task.bias is None else logits.add_(task.bias.float())

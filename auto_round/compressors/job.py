@@ -16,6 +16,7 @@ from auto_round.report.memory import format_bytes
 from auto_round.schemes import QuantizationScheme
 
 if TYPE_CHECKING:
+    from auto_round.compressors.memory_plan import MemoryPlan
     from auto_round.export.gguf.plan import GgufPlan
 
 
@@ -57,7 +58,7 @@ class Job:
         scheme_name, scheme: the default scheme.
         steps: tuning steps over all blocks.
         bytes_on_disk: of the weights, by format.
-        peak_ram, peak_vram: estimates in bytes of what the run itself holds, without the libraries' own memory.
+        peak_ram, peak_vram: estimates in bytes, libraries included, of what the run holds at most.
         compute: device and dtype of the matrix products.
         model_type: of the model's config.
         embeddings: module names of the embeddings.
@@ -66,6 +67,7 @@ class Job:
         cache: static scales of keys, values and queries that are made besides.
         gguf: the file that is written, for a GGUF format.
         journal_bytes: most that the journal takes of the work space, where one is kept.
+        memory_plan: where the activations are kept, and what every phase holds.
     """
 
     model: str
@@ -89,6 +91,7 @@ class Job:
     cache: CachePlan | None = None
     gguf: GgufPlan | None = None
     journal_bytes: int = 0
+    memory_plan: MemoryPlan | None = None
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
@@ -120,6 +123,10 @@ class Job:
             "compute": self.compute,
         }
 
+    def _largest_phase(self) -> str:
+        phases = {} if self.memory_plan is None else self.memory_plan.phases
+        return f", libraries included; most of it in: {max(phases, key=lambda n: phases[n])}" if phases else ""
+
     def render(self) -> str:
         """The plan as text, for `--dry_run`."""
         weights = sum(p.out_features * p.in_features for p in self.quantized().values())
@@ -140,9 +147,14 @@ class Job:
             rows.append(("journal", f"up to {size} in {envs.work_space()} (none with --no_resume)"))
         if self.output_dir:
             rows.append(("output", self.output_dir))
-        rows.append(("memory", f"about {format_bytes(self.peak_ram)} besides the libraries"))
+        rows.append(("memory", f"about {format_bytes(self.peak_ram)}{self._largest_phase()}"))
         if self.peak_vram:
             rows.append(("GPU memory", f"about {format_bytes(self.peak_vram)}"))
+        if self.memory_plan is not None and self.memory_plan.spilled:
+            spilled = format_bytes(self.memory_plan.spilled)
+            rows.append(("disk, meanwhile", f"{spilled} of activations in AR_WORK_SPACE"))
+        if self.memory_plan is not None and self.memory_plan.streams_experts:
+            rows.append(("experts", "read one at a time, and again for every format"))
         lines = [f"{name:<18} {text}" for name, text in rows]
         groups = Counter(p.described + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
         lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]

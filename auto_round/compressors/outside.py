@@ -54,7 +54,6 @@ def quantize_outside(
             fault = error
         source.load(name, walk.device)
         task = layer_task(source, plan)
-        task.weight = task.weight.clone()  # a tied head shares it with the embedding, which stays as it is
         if fault is not None:
             found = walk.numbers.fall_back(name, [task], fault, sinks, walk.fall).layers
             if not found:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
-from auto_round.calibration.products import products_bytes
 from auto_round.compressors.cache import CachePlan, plan_cache
 from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, fused_targets, stored_targets
 from auto_round.compressors.gguf_job import (
@@ -23,7 +23,9 @@ from auto_round.compressors.gguf_job import (
 )
 from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.memory_plan import Facts
 from auto_round.compressors.mixed import mixed_defaults
+from auto_round.compressors.place import place_activations
 from auto_round.compressors.resume.size import journal_bytes
 from auto_round.compressors.settings import Settings
 from auto_round.data_type import get_quant_func
@@ -40,6 +42,7 @@ from auto_round.export.formats import (
     require_plan,
     require_scheme,
 )
+from auto_round.export.shard_writer import entry_bytes
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.layer_config import resolve_layers
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
@@ -91,7 +94,7 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
 
 def make_job(
     settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None,
-    fit: bool = True, tokenizer: Any = None, kept: Mapping[str, str] | None = None,
+    fit: bool = True, tokenizer: Any = None, kept: Mapping[str, str] | None = None, in_memory: bool = False,
 ) -> Job:  # fmt: skip
     """Resolve everything.
 
@@ -99,9 +102,10 @@ def make_job(
         tokenizer: of the model, for files that hold it (GGUF).
         fit: shrink groups that a format cannot hold; False when the layers are quantized already.
         kept: layers that stay in full precision whatever their scheme, with the reasons.
+        in_memory: the quantized layers stay in memory, whatever is written.
 
     Raises:
-        ConfigError: a layer pattern matches nothing, or an entry is no scheme.
+        ConfigError: a layer pattern matches nothing, an entry is no scheme, or `max_memory` is too little.
         UnsupportedError: a data type that is not there, or a format that cannot hold a scheme.
     """
     check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
@@ -184,7 +188,8 @@ def make_job(
     compute = compute_dtype(settings, source)
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
-    ram, vram = _memory(settings, source, layers, compute)
+    memory = place_activations(Facts(settings, source, layers, compute, in_memory), tuple(formats))
+    journaled = source.lazy and output_dir is not None and not memory.streams_experts
     scheme = instead.get(settings.scheme, settings.scheme)
     job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
@@ -193,9 +198,9 @@ def make_job(
             f.name: gguf.nbytes() if gguf and f is gguf_output else planned_bytes(f, layers, source, cache)
             for f in formats
         },
-        ram, vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes), model_type,
-        _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
-        journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if source.lazy and output_dir else 0,
+        memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
+        model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
+        journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if journaled else 0, memory,
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan())
@@ -350,24 +355,13 @@ def planned_bytes(
     fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
 ) -> int:
     """Bytes of all tensors that a format will write."""
-    total = 0
-    for shape, dtype in planned_tensors(fmt, layers, source, cache).values():
-        count = 1
-        for size in shape:
-            count *= size
-        total += count * dtype.itemsize
-    return total
+    specs = planned_tensors(fmt, layers, source, cache)
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
 
 
-def _products(settings: Settings, source: ModelSource, layers: dict[str, LayerPlan]) -> int:
-    """Bytes of the products of input channels that codes of ggml types are found with, in a block."""
-    if settings.imatrix is not None or not (settings.optimized_start and settings.needs_data):
-        return 0
-    wide = {n: p.in_features for n, p in layers.items() if p.ggml is not None}
-    return max(
-        (products_bytes([w for n, w in wide.items() if n.startswith(f"{block}.")]) for block in source.blocks),
-        default=0,
-    )
+def header_bytes(specs: TensorSpecs) -> int:
+    """Bytes that safetensors headers need for these tensors."""
+    return sum(entry_bytes(name, len(shape)) for name, (shape, _) in specs.items())
 
 
 def _hidden_size(source: ModelSource) -> int:
@@ -375,36 +369,11 @@ def _hidden_size(source: ModelSource) -> int:
     return int(getattr(config, "hidden_size", 0) or 0)
 
 
-def _memory(
-    settings: Settings, source: ModelSource, layers: dict[str, LayerPlan], compute: torch.dtype
-) -> tuple[int, int]:
-    """(host, device) estimates: one block with what tuning keeps of it, the activations, the embedding."""
-    weights = [
-        sum(p.out_features * p.in_features for n, p in layers.items() if n.startswith(f"{block}."))
-        for block in source.blocks
-    ]
-    block = max(weights, default=0)
-    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
-    width = _hidden_size(source)
-    embedding = int(getattr(config, "vocab_size", 0) or 0) * width * source.dtype.itemsize
-    size = compute.itemsize
-    per_weight = source.dtype.itemsize + size
-    if settings.tunes:
-        per_weight += 4 + 2 * size + 4  # offsets, quantized weight, gradient, best state
-    work = block * per_weight + _products(settings, source, layers)
-    streams = 3 if settings.tunes else 1
-    activations = settings.nsamples * settings.seqlen * width * size * streams if settings.needs_data else 0
-    if settings.device.type == "cpu":
-        return work + activations + embedding, 0
-    if settings.low_gpu_mem_usage:
-        return activations + embedding, work + activations // max(1, settings.nsamples) * 16
-    return embedding + block * source.dtype.itemsize, work + activations
-
-
 __all__ = [
     "check_data_type",
     "compute_dtype",
     "expert_joiner",
+    "header_bytes",
     "is_integer",
     "make_job",
     "planned_bytes",

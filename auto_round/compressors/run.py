@@ -17,6 +17,7 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 from auto_round.calib_dataset import CalibrationData, prepare_calibration
 from auto_round.calibration.inputs import CapturedInputs, capture_inputs
+from auto_round.calibration.spill import Spill
 from auto_round.compressors.activations import attach
 from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, take_unit, walk_blocks
@@ -35,7 +36,8 @@ from auto_round.compressors.non_finite import (
     needs_all_blocks,
 )
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
-from auto_round.compressors.planning import compute_dtype, expert_joiner, make_job, planned_tensors
+from auto_round.compressors.place import check_work_space
+from auto_round.compressors.planning import compute_dtype, expert_joiner, header_bytes, make_job, planned_tensors
 from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.resume.fingerprint import (
     fingerprint,
@@ -49,7 +51,9 @@ from auto_round.compressors.resume.size import check_journal_disk
 from auto_round.compressors.resume.unit_state import Unit
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
+from auto_round.compressors.streamed_experts import streams_experts
 from auto_round.compressors.verify import Expected, verify_folder
+from auto_round.envs import work_space
 from auto_round.errors import OutputError, UnsupportedError, VerifyError
 from auto_round.export.disk import PARTIAL, check_disk, check_file, ensure_output_folder, writing
 from auto_round.export.formats import OutputFormat, get_format, require_plan
@@ -58,6 +62,7 @@ from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
 from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
+from auto_round.report.memory import return_freed
 from auto_round.report.progress import Progress, make_progress
 
 if TYPE_CHECKING:
@@ -86,13 +91,16 @@ class Run:
         self._damaged: dict[str, str] = {}
         self._kept: dict[str, str] = {}
 
-    def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True) -> Job:
-        """The job, without doing it. `fit`: see `make_job`."""
-        job = make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer)
+    def plan(
+        self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True, in_memory: bool = False
+    ) -> Job:
+        """The job, without doing it. `fit`, `in_memory`: see `make_job`."""
+        given = (self.settings, self.source, formats, output_dir, fit, self.tokenizer)
+        job = make_job(*given, in_memory=in_memory)
         if not self._damaged:
             return job
         self._kept = damaged_layers(job, self._damaged, self.source)
-        job = make_job(self.settings, self.source, formats, output_dir, fit, self.tokenizer, self._kept)
+        job = make_job(*given, self._kept, in_memory)
         check_dense_places(job, self._damaged)
         return job
 
@@ -129,9 +137,9 @@ class Run:
         saved in any format later; a scheme that no packing takes at all leaves that to format fake."""
         name = self.settings.scheme_name.lower()
         try:
-            return self.plan([get_format(name if name.startswith("gguf:") else "auto_round")])
+            return self.plan([get_format(name if name.startswith("gguf:") else "auto_round")], in_memory=True)
         except UnsupportedError:
-            return self.plan([])
+            return self.plan([], in_memory=True)
 
     def to_memory(self) -> tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished]:
         """Quantize and keep the layers: (model, layers by name, records)."""
@@ -161,6 +169,8 @@ class Run:
         job = self.checked_plan(formats, output_dir) if job is None else job
         check_disk(output_dir, _output_bytes(job))
         removed = not Path(output_dir).expanduser().exists()
+        if job.memory_plan is not None and job.memory_plan.spilled:
+            check_work_space(job.memory_plan.spilled)
         root = ensure_output_folder(output_dir, overwrite=True)
         with writing(root, _output_bytes(job)), ExitStack() as stack:
             base = stack.enter_context(Staging(root))
@@ -230,7 +240,7 @@ class Run:
     def _journal(self, job: Job, root: Path, replace: bool, shard: int | str) -> RunJournal | None:
         """The journal where one is kept. `replace`: one of another run, or a damaged one, is removed: the user said so,
         or has removed the output folder."""
-        if not self.source.lazy:
+        if not self.source.lazy or streams_experts(job):
             return None
         journal = RunJournal(root, replace)
         journal.admit(fingerprint(job, self.settings, self.source, shard), weight_files(self.source))
@@ -268,13 +278,14 @@ class Run:
 
             return make_sink(job, fmt, folder, self.source, self.settings)
         experts = expert_joiner(fmt, dict(job.layers), self.source)
+        specs = planned_tensors(fmt, dict(job.layers), self.source, job.cache)
 
         def rejoin(names: Sequence[str], reason: str) -> ExpertJoiner:
             kept = job.with_kept(dict.fromkeys(names, reason))
             require_plan(fmt, kept.export_plan())
             return expert_joiner(fmt, dict(kept.layers), self.source)
 
-        return FolderSink(fmt, folder, self.source.dtype, shard, experts, rejoin)
+        return FolderSink(fmt, folder, self.source.dtype, shard, experts, rejoin, header_bytes(specs))
 
     def save(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
@@ -329,19 +340,21 @@ class Run:
         started = time.monotonic()
         for note in job.notes:
             logger.warning("%s", note)
-        on_device = settings.device.type != "cpu" and not settings.low_gpu_mem_usage
-        store = settings.device if on_device else torch.device("cpu")
+        kept_in = "ram" if job.memory_plan is None else job.memory_plan.streams
+        store = settings.device if kept_in == "device" else torch.device("cpu")
         progress = make_progress(f"{settings.algorithm_name} {job.scheme_name}")
+        stack = ExitStack()
         try:
+            spill = stack.enter_context(Spill(work_space())) if kept_in == "file" else None
             importance = None
             if settings.imatrix is not None:
                 importance = given_importance(settings.imatrix, job, source)
                 say_what_is_missing(settings.imatrix, job, importance)
             progress.message("reading calibration data" if settings.needs_data else "capturing the probe")
             data = self._data()
-            calibration = self._capture(data.samples, store) if data is not None else None
+            calibration = self._capture(data.samples, store, job, spill) if data is not None else None
             probe_ids = self._probe() if settings.verify else None
-            probe = self._capture(probe_ids, store) if probe_ids is not None else None
+            probe = self._capture(probe_ids, store, job) if probe_ids is not None else None
             if journal is not None:
                 journal.settle(late_facts(data, probe_ids, calibration), source)
                 if journal.finished:
@@ -350,7 +363,7 @@ class Run:
             batch = settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8
             walk = Walk(
                 self._quantizer(), sinks, settings.device, compute_dtype(settings, source), settings.seed, calibration,
-                probe, store, batch, getattr(settings.algorithm, "enable_quanted_input", True), job.cache,
+                probe, batch, getattr(settings.algorithm, "enable_quanted_input", True), job.cache,
                 importance, settings.save_imatrix is not None, journal,
                 FallBack(settings.scale_dtype, source.dtype, needs_all_blocks(settings)), self._numbers(),
             )  # fmt: skip
@@ -370,8 +383,13 @@ class Run:
                     len(walk.unreached), walk.unreached[0],
                 )  # fmt: skip
             walk.numbers.say_clamped()
+            if journal is not None:
+                journal.wait()  # it writes hidden states, which are given up here
+            walk.calibration = walk.last_inputs = walk.last_full = None  # saving and checking have no use for them
+            return_freed()
         finally:
             progress.finish()
+            stack.close()
         done = time.monotonic()
         seconds = {"calibration": captured - started, "quantization": done - captured}
         described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
@@ -385,7 +403,7 @@ class Run:
     def _finish_outside(self, job: Job, walk: Walk, sinks: Sequence[Sink], progress: Progress) -> list[QuantizedLayer]:
         progress.message("what is outside the blocks")
         if walk.journal is not None and walk.journal.finished > len(job.blocks):
-            outside = take_unit(walk, len(job.blocks)).layers
+            outside = list(take_unit(walk, len(job.blocks)).layers)
         else:
             optimized = self.settings.needs_data and self.settings.optimized_start
             algorithm = self.settings.algorithm
@@ -418,8 +436,11 @@ class Run:
         most = getattr(_text_config(self.source.config), "max_position_embeddings", None)
         return probe_samples(self.tokenizer, _vocab_size(self.source) or 2, most)
 
-    def _capture(self, samples: list[dict[str, torch.Tensor]], store: torch.device) -> CapturedInputs:
-        return capture_inputs(self.source, samples, self.settings.device, store)
+    def _capture(
+        self, samples: list[dict[str, torch.Tensor]], store: torch.device, job: Job, spill: Spill | None = None
+    ) -> CapturedInputs:
+        dtype = compute_dtype(self.settings, self.source)
+        return capture_inputs(self.source, samples, self.settings.device, store, dtype, spill, streams_experts(job))
 
     def _complete(self, job: Job, sink: FolderSink | GgufSink, finished: Finished) -> None:
         """The files beside the weights, and the check."""
@@ -437,7 +458,7 @@ class Run:
                 finished.loss if fmt.holds_activations or not finished.walk.activations else None,
                 settings.device, finished.walk.dtype, settings.trust_remote_code,
                 None if fmt.loads_here else _reader(job, fmt, sink.experts.targets), fmt.rounds_weights,
-                source.checks_finite, config_values(source, job, fmt),
+                source.checks_finite, config_values(source, job, fmt), streams_experts(job),
             )  # fmt: skip
             verified = verify_folder(folder, expected)
             finished.seconds["verify"] = time.monotonic() - started

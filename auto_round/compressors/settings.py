@@ -10,6 +10,7 @@ import torch
 
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.compressors.budget import MemoryBudget
 from auto_round.errors import ConfigError, nearest
 from auto_round.export.cache_scales import CacheScheme, parse_cache_scheme
 from auto_round.layer_config import scheme_from_entry
@@ -56,6 +57,7 @@ class Settings:
     save_imatrix: str | None = None
     on_nan: str = "fail"
     allow_pickle: bool = False
+    max_memory: MemoryBudget | None = None
 
     @property
     def cache(self) -> CacheScheme | None:

@@ -66,11 +66,12 @@ class FolderSink:
     def __init__(
         self, fmt: OutputFormat, folder: Path, model_dtype: torch.dtype, max_shard_size: int | str,
         experts: ExpertJoiner | None = None, rejoin: Callable[[Sequence[str], str], ExpertJoiner] | None = None,
+        header: int | None = None,
     ) -> None:  # fmt: skip
-        """`rejoin`: the experts' joiner when more layers stay dense."""
+        """`rejoin`: the experts' joiner when more layers stay dense. `header`: see `ShardWriter`."""
         self.format, self.folder, self.model_dtype, self._rejoin = fmt, folder, model_dtype, rejoin
         self.experts = experts or ExpertJoiner({})
-        self.writer = ShardWriter(folder, max_shard_size)
+        self.writer = ShardWriter(folder, max_shard_size, header=header)
         self.expected: dict[str, str] = {}
         self.dense: dict[str, str] = {}
         self.written: list[str] = []

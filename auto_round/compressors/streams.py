@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
+from auto_round.algorithms.quantization.device_memory import free_cached, out_of_memory
 from auto_round.calibration.inputs import CapturedInputs
+from auto_round.calibration.spill import SpilledTensor
 from auto_round.errors import NumericsError
 from auto_round.modeling.finite import is_finite
+from auto_round.modeling.tensor_files import empty_pages
+
+# Tokens in one forward pass on a CPU: more take the same time each, and memory.
+_TOKENS = 1024
+_COPIED = 1 << 26
 
 
 class Observer(Protocol):
@@ -21,33 +29,105 @@ class Observer(Protocol):
     every_token: bool
 
 
+def samples_in_pass(batch: int, tokens: int, device: torch.device) -> int:
+    """Samples of `tokens` each in one forward pass."""
+    return batch if device.type != "cpu" else max(1, min(batch, _TOKENS // max(1, tokens)))
+
+
 @dataclass
 class Stream:
-    """Hidden states [N, T, H] of all samples before some block, and how blocks are called on them."""
+    """Hidden states [N, T, H] of all samples before some block, in memory or in a file, and how blocks are called on
+    them, `batch` samples at a time."""
 
     captured: CapturedInputs
-    hidden: torch.Tensor
+    hidden: torch.Tensor | SpilledTensor
     batch: int
+    others: list[Stream] = field(default_factory=list)
+    spare: torch.Tensor | SpilledTensor | None = None
+
+    @classmethod
+    def of(cls, captured: CapturedInputs, batch: int, device: torch.device, dtype: torch.dtype) -> Stream:
+        """The stream before the first block, in `dtype`. The captured hidden states are its own from now on."""
+        if isinstance(captured.hidden, torch.Tensor):
+            captured.hidden = captured.hidden.to(dtype)
+        return cls(captured, captured.hidden, samples_in_pass(batch, int(captured.hidden.shape[1]), device))
+
+    def clone(self) -> Stream:
+        """A second stream that starts with the same hidden states; memory that one of them needs, both give."""
+        made = Stream(self.captured, self.hidden.clone(), self.batch, [self])
+        self.others.append(made)
+        return made
 
     @torch.no_grad()
     def after(
         self, index: int, block: torch.nn.Module, device: torch.device, dtype: torch.dtype,
-        observers: Sequence[Observer] = (),
-    ) -> torch.Tensor:  # fmt: skip
-        """What the block makes of the hidden states, kept where they are kept and in `dtype`.
+        observers: Sequence[Observer] = (), in_place: bool = False,
+    ) -> torch.Tensor | SpilledTensor:  # fmt: skip
+        """What the block makes of the hidden states, in `dtype`.
 
-        `observers`, open on this block, are told which positions count in the loss.
+        Where memory on the device does not suffice, the batch is halved from there on.
+
+        Args:
+            observers: open on this block; they are told which positions count in the loss.
+            in_place: the hidden states are overwritten, which must have that dtype.
+
+        Raises:
+            DeviceError: one sample alone does not fit.
         """
         masks = {kind: None if bool(m.all()) else m for kind, m in self._masks(observers).items()}
-        result = torch.empty(self.hidden.shape, dtype=dtype, device=self.hidden.device)
-        for start in range(0, self.hidden.shape[0], self.batch):
-            samples = list(range(start, min(start + self.batch, self.hidden.shape[0])))
+        result = self.hidden if in_place else self._room(dtype)
+        start, count = 0, self.hidden.shape[0]
+        while start < count:
+            rows = slice(start, min(start + self.batch, count))
+            samples = list(range(rows.start, rows.stop))
+            # Large sums are not copied for every batch: if the first one fits, so do the others.
+            before = [_state(o) for o in observers] if start == 0 or _gathered(observers) < _COPIED else None
             for observer in observers:
                 mask = masks[observer.every_token]
-                observer.mask = None if mask is None else mask[start : start + self.batch]
-            part = self.hidden[start : start + self.batch].to(device, dtype)
-            result[start : start + self.batch] = self.captured.run(index, block, part, samples)
+                observer.mask = None if mask is None else mask[rows]
+            try:
+                part = self.hidden[rows].to(device, dtype)
+                result[rows] = self.captured.run(index, block, part, samples).to(result.device, dtype)
+            except torch.OutOfMemoryError as error:
+                if before is None:
+                    raise out_of_memory("running a block", device) from error
+                for observer, state in zip(observers, before, strict=True):
+                    _restore(observer, state)
+                if self.batch > 1:
+                    self.batch = self.batch // 2
+                else:
+                    if not self.offload():
+                        raise out_of_memory("running a block on one sample", device) from error
+                    result = self.hidden if in_place else _on_cpu(result)
+                free_cached(device)
+                continue
+            start = rows.stop
         return result
+
+    def move_on(self, hidden: torch.Tensor | SpilledTensor) -> None:
+        """Go on with what `after` gave. Room of before is used for the next result."""
+        if hidden is not self.hidden:
+            self.spare = self.hidden
+        self.hidden = hidden
+
+    def _room(self, dtype: torch.dtype) -> torch.Tensor | SpilledTensor:
+        """Uninitialised, shaped like the hidden states and kept where they are kept."""
+        hidden, spare = self.hidden, self.spare
+        self.spare = None
+        if spare is not None and (spare.dtype, spare.device) == (dtype, hidden.device):
+            return spare
+        if isinstance(hidden, SpilledTensor):
+            return hidden.room(dtype)
+        if hidden.device.type == "cpu":
+            return empty_pages(tuple(hidden.shape), dtype)
+        return torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+
+    def offload(self) -> bool:
+        """Move the hidden states of all streams off the device. False when none is there."""
+        streams = [s for s in (self, *self.others) if s.hidden.device.type != "cpu"]
+        for stream in streams:
+            stream.hidden, stream.spare = _on_cpu(stream.hidden), None
+        return bool(streams)
 
     def _masks(self, observers: Sequence[Observer]) -> dict[bool, torch.Tensor]:
         """The positions that count, by `every_token`, for the kinds of observers that are there."""
@@ -59,7 +139,42 @@ class Stream:
         return lambda hidden, samples: self.captured.run(index, block, hidden, samples)
 
 
-def first_non_finite(hidden: torch.Tensor) -> int | None:
+def _on_cpu(hidden: torch.Tensor | SpilledTensor) -> torch.Tensor | SpilledTensor:
+    return hidden if isinstance(hidden, SpilledTensor) else hidden.cpu()
+
+
+def _state(observer: Observer) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """What an observer has gathered, to go back to when a batch has to be run again."""
+    own = dict(observer) if isinstance(observer, dict) else {}
+    return copy.deepcopy((vars(observer), own))
+
+
+def _gathered(observers: Sequence[Observer]) -> int:
+    """Bytes of what observers hold, a rough count."""
+    values: list[Any] = [*observers]
+    total = 0
+    while values:
+        value = values.pop()
+        if isinstance(value, torch.Tensor):
+            total += value.nbytes
+        elif isinstance(value, dict):
+            values += [*value.values(), *getattr(value, "__dict__", {}).values()]
+        elif isinstance(value, list | tuple):
+            values += value
+        elif hasattr(value, "__dict__"):
+            values += vars(value).values()
+    return total
+
+
+def _restore(observer: Observer, state: tuple[dict[str, Any], dict[Any, Any]]) -> None:
+    vars(observer).clear()
+    vars(observer).update(state[0])
+    if isinstance(observer, dict):
+        observer.clear()
+        observer.update(state[1])
+
+
+def first_non_finite(hidden: torch.Tensor | SpilledTensor) -> int | None:
     """The first sample of hidden states [N, T, H] that holds NaN or Inf, or None."""
     for sample in range(hidden.shape[0]):
         if not is_finite(hidden[sample]):
@@ -67,7 +182,7 @@ def first_non_finite(hidden: torch.Tensor) -> int | None:
     return None
 
 
-def check_activations(name: str, hidden: torch.Tensor) -> None:
+def check_activations(name: str, hidden: torch.Tensor | SpilledTensor) -> None:
     """Raise NumericsError when a block's full-precision output holds NaN or Inf."""
     sample = first_non_finite(hidden)
     if sample is not None:

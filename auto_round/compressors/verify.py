@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from auto_round.modeling.blocks import weight_2d
 from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.experts import usual_expert_names
 from auto_round.modeling.json_text import read_object
+from auto_round.modeling.one_expert import OneExpert, expert_of
 from auto_round.modeling.outside import outside_loaded
 from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
+from auto_round.report.memory import return_freed
 
 # Losses are compared in the dtype of the run. The arithmetic is the same, but not always in the same order.
 _TOLERANCE = {torch.float32: 1e-3}
@@ -48,6 +51,7 @@ class Expected:
             when this is a half one.
         configs: by file name, what the configuration files say.
         finite: no tensor may hold NaN or Inf; False where the source's own were kept.
+        one_expert: experts are read one at a time.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -62,6 +66,7 @@ class Expected:
     rounds_weights: bool = False
     finite: bool = True
     configs: Mapping[str, Any] = field(default_factory=dict)
+    one_expert: bool = False
 
 
 def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
@@ -181,18 +186,26 @@ def _walk(folder: Path, source: CheckpointSource, expected: Expected, modules: M
     """
     captured = None
     if expected.samples is not None and expected.loss is not None:
-        captured = capture_inputs(source, expected.samples, expected.device)
+        captured = capture_inputs(source, expected.samples, expected.device, one_expert=expected.one_expert)
     stream = None if captured is None else Stream(captured, captured.hidden, 1)
     inside: set[str] = set()
     for index, name in enumerate(source.blocks):
-        block = source.load(name, expected.device)
+        experts = OneExpert(source, name, expected.device, expected.dtype) if expected.one_expert else None
+        block = source.load(name, expected.device) if experts is None else experts.load_others()
         for layer in [n for n in expected.digests if n.startswith(f"{name}.")]:
+            expert = None if experts is None else expert_of(modules[layer])
+            if expert is not None:
+                source.load(modules[layer], expected.device)
             _compare_layer(folder, layer, source.model.get_submodule(modules[layer]), expected.digests[layer])
+            if expert is not None:
+                source.release(modules[layer])
             inside.add(layer)
         if stream is not None:
-            with in_dtype(block, source.dtype, expected.dtype):
+            running = nullcontext() if experts is None else experts.running()
+            with in_dtype(block, source.dtype, expected.dtype), running:
                 stream.hidden = stream.after(index, block, expected.device, expected.dtype)
         source.release(name)
+        return_freed()
     outside = [layer for layer in expected.digests if layer not in inside]
     for layer in outside:
         source.load(layer, expected.device)

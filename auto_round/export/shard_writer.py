@@ -32,11 +32,11 @@ _DTYPE_NAMES: dict[torch.dtype, str] = {
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, name: str = "max_shard_size") -> int:
     """Bytes of `5000000`, `"500MB"` or `"2GiB"`. Raises ConfigError for anything else or below one byte."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
-        raise ConfigError(f"max_shard_size={size!r} is not a size; give bytes, or a text such as '500MB' or '5GB'")
+        raise ConfigError(f"{name}={size!r} is not a size; give bytes, or a text such as '500MB' or '5GB'")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -54,6 +54,11 @@ def sync_folder(folder: Path) -> None:
             raise OutputError(f"names in {folder} cannot be written ({error.strerror}); free some space") from error
         finally:
             os.close(handle)
+
+
+def entry_bytes(name: str, dimensions: int) -> int:
+    """No less than a tensor's entry in the header takes: offsets have up to 20 digits, a dimension too."""
+    return len(json.dumps(name)) + 90 + 21 * dimensions
 
 
 class _Shard:
@@ -117,8 +122,7 @@ class _Shard:
 
     @staticmethod
     def _entry_bytes(name: str, tensor: torch.Tensor) -> int:
-        """No less than the entry's JSON takes: offsets have up to 20 digits, a dimension too."""
-        return len(json.dumps(name)) + 90 + 21 * tensor.dim()
+        return entry_bytes(name, tensor.dim())
 
     def _open(self, room: int | None) -> None:
         """Start the file with `room` bytes for the header, or as many as the tensors held so far need."""
@@ -170,11 +174,14 @@ class ShardWriter:
         folder: an existing folder.
         max_shard_size: bytes, or a text such as "5GB". A larger single tensor gets a shard of its own.
         stem: start of the file names.
+        header: bytes that the entries of all tensors take (`entry_bytes`), where they are known; else as many are kept
+            free as a large shard may need.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], max_shard_size: int | str = DEFAULT_SHARD_SIZE, stem: str = "model"
-    ) -> None:
+        self, folder: str | os.PathLike[str], max_shard_size: int | str = DEFAULT_SHARD_SIZE, stem: str = "model",
+        header: int | None = None,
+    ) -> None:  # fmt: skip
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise OutputError(f"output folder {self.folder} does not exist; make it first")
@@ -183,6 +190,8 @@ class ShardWriter:
         if path_inside(self.folder, f"{stem}.safetensors").parent != self.folder.resolve():
             raise OutputError(f"file name {stem!r} is not a plain name; give one without folders")
         self._header_room = min(max(self.max_shard_size // 1024, 64 << 10), 4 << 20)
+        if header is not None:
+            self._header_room = min(self._header_room, header + 64)
         self._shards: list[_Shard] = []
         self._shard_of: dict[str, int] = {}
         self._finished = False

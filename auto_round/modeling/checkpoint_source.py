@@ -169,8 +169,12 @@ class CheckpointSource(ModelSource):
         origin, piece = plan.origin, plan.piece
         if origin.converter is None and piece is None:
             tensor = self.files.read(origin.keys[0][0]).to(info.dtype)
-        elif origin.converter is None and piece is not None and not check:
-            tensor = piece.cut(self.files.read(origin.keys[0][0], row=piece.expert)).to(info.dtype)
+        elif origin.converter is None and piece is not None:
+            # One expert at a time, never all of a stacked tensor; gate and up may be halves of one row.
+            row = str(piece.expert)
+            if row not in shared.get(origin, {}):
+                shared[origin] = {row: self.files.read(origin.keys[0][0], row=piece.expert)}
+            tensor = piece.cut(shared[origin][row]).to(info.dtype)
         else:
             if origin not in shared:
                 shared[origin] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -46,6 +46,17 @@ class LayerTask:
     products: Sequence[torch.Tensor] | None = None
 
 
+class Samples(Protocol):
+    """Hidden states [N, T, H] of N samples; a tensor is one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """Those of the samples with these indices."""
+        ...
+
+
 RunBlock = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 
@@ -58,9 +69,10 @@ class BlockTask:
         block: the module; it may be changed during tuning and is put back afterwards.
         layers: the linears to quantize.
         run: calls the block on `hidden` [B, T, H] of the given samples with the arguments recorded for them.
-        inputs: [N, T, H] what the block gets during tuning.
+        inputs: [N, T, H] what the block gets during tuning; in memory, or read from a file as it is indexed.
         targets: [N, T, H] what it should give; None when there is no calibration data.
         loss_mask: bool [N, T], True where a position counts.
+        offload: given the task, moves `inputs` and `targets` off the device; False when they are not there.
         compute_dtype: dtype of the block's parameters and of `run`.
         seed: of the order of samples.
     """
@@ -71,16 +83,17 @@ class BlockTask:
     run: RunBlock
     compute_dtype: torch.dtype
     seed: int
-    inputs: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
+    inputs: Samples | None = None
+    targets: Samples | None = None
     loss_mask: torch.Tensor | None = None
+    offload: Callable[[BlockTask], bool] = lambda _task: False
 
 
 @dataclass
 class BlockResult:
     """The layers' codes, and the block's loss before and after on the held-out samples (None without tuning)."""
 
-    layers: list[QuantizedLayer] = field(default_factory=list)
+    layers: Sequence[QuantizedLayer] = field(default_factory=list)
     loss_before: float | None = None
     loss_after: float | None = None
     steps: int = 0

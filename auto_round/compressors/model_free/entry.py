@@ -13,7 +13,7 @@ from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.logger import logger
 
 AUTO = "auto"
-_OWN = ("parallelism", "max_memory")
+_OWN = ("parallelism",)
 
 
 def rounding_only(alg_configs: Any, iters: int | None, options: dict[str, Any]) -> int | None:
@@ -60,7 +60,8 @@ def open_model_free(model: Any, settings: Settings, options: Mapping[str, Any]) 
             raise UnsupportedError(
                 "model-free mode rounds to nearest, and importance files weigh a search; leave one out"
             )
-        own = model_free_options(options["parallelism"], options["max_memory"])
+        budget = settings.max_memory
+        own = model_free_options(options["parallelism"], None if budget is None else budget.ram)
         free = ModelFree(check_model(model), settings, own, options["model_dtype"])
         free.source()
     except (UnsupportedError, ModelError) as error:

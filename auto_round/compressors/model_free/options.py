@@ -49,7 +49,7 @@ def model_free_options(
     if not 0 <= rank < max(1, world):
         raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world}")
     workers = parallelism or max(1, min(_MOST_WORKERS, _cores() // max(1, _number(environ, "LOCAL_WORLD_SIZE", 1))))
-    memory = parse_size(max_memory) if max_memory is not None else ModelFreeOptions.memory
+    memory = parse_size(max_memory, "max_memory") if max_memory is not None else ModelFreeOptions.memory
     return ModelFreeOptions(workers, memory, rank, max(1, world))
 
 

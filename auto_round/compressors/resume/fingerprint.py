@@ -16,6 +16,7 @@ from torch import nn
 
 from auto_round import envs
 from auto_round._version import __version__
+from auto_round.calibration.spill import SpilledTensor
 from auto_round.compressors.job import Job
 from auto_round.compressors.resume.tensor_file import raw_bytes
 from auto_round.compressors.settings import Settings
@@ -24,7 +25,7 @@ from auto_round.modeling.source import ModelSource, direct_tensors
 # Of the settings, what does not decide the result, or is said in another way below.
 _LEFT_OUT = (
     "algorithm", "dataset", "device", "imatrix", "layer_config", "ignore_layers", "to_quant_block_names", "mixed",
-    "low_gpu_mem_usage", "platform", "trust_remote_code", "verify",
+    "low_gpu_mem_usage", "max_memory", "platform", "trust_remote_code", "verify",
 )  # fmt: skip
 _VARIABLES = ("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "AR_GGUF_PRE_TOKENIZER")
 
@@ -82,11 +83,15 @@ def samples_digest(samples: Iterable[Mapping[str, torch.Tensor]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def tensors_checksum(tensors: Iterable[torch.Tensor]) -> int:
-    """CRC-32 of tensors one after the other, a sample or row at a time where they are not on the CPU."""
+def tensors_checksum(tensors: Iterable[torch.Tensor | SpilledTensor]) -> int:
+    """CRC-32 of tensors one after the other, a sample or row at a time where they are not in memory."""
     crc = 0
     for tensor in tensors:
-        parts = [tensor] if tensor.device.type == "cpu" or tensor.dim() < 3 else tensor.unbind(0)
+        parts: Iterable[torch.Tensor]
+        if isinstance(tensor, SpilledTensor):
+            parts = (tensor[row] for row in range(tensor.shape[0]))
+        else:
+            parts = [tensor] if tensor.device.type == "cpu" or tensor.dim() < 3 else tensor.unbind(0)
         for part in parts:
             crc = zlib.crc32(raw_bytes(part), crc)
     return crc

@@ -24,7 +24,15 @@ from typing import Any
 import torch
 
 from auto_round import envs
-from auto_round.compressors.resume.tensor_file import check_file, damaged, read_tensors, unwritable, write_tensors
+from auto_round.calibration.spill import SpilledTensor
+from auto_round.compressors.resume.tensor_file import (
+    check_file,
+    damaged,
+    read_rows,
+    read_tensors,
+    unwritable,
+    write_tensors,
+)
 from auto_round.errors import OutputError
 from auto_round.export.shard_writer import sync_folder, write_text
 
@@ -104,9 +112,16 @@ class Journal:
         name, mark = self.streams[kind]
         return read_tensors(self.folder / name, mark)[0]["hidden"]
 
+    def stream_into(self, kind: str, room: SpilledTensor) -> None:
+        """The same into a file, row by row."""
+        if kind not in self.streams:
+            raise damaged(self.folder / _MANIFEST, f"it names no {kind} stream")
+        name, mark = self.streams[kind]
+        read_rows(self.folder / name, mark, "hidden", room)
+
     def add(
         self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any, weights: int,
-        streams: Mapping[str, torch.Tensor],
+        streams: Mapping[str, torch.Tensor | SpilledTensor],
     ) -> None:  # fmt: skip
         """A unit is finished: write it, with the streams after it.
 

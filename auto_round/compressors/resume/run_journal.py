@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from auto_round.calibration.spill import SpilledTensor
 from auto_round.compressors.resume.background import Background
 from auto_round.compressors.resume.fingerprint import (
     differences,
@@ -112,8 +113,12 @@ class RunJournal:
         """Hidden states after the last finished unit: "full", "quantized" or "probe"."""
         return self.journal.stream(kind)
 
-    def add(self, name: str, unit: Unit, weights: int, streams: Mapping[str, torch.Tensor]) -> None:
-        """A unit is finished. It is written beside what comes next; none of this may be changed in place.
+    def stream_into(self, kind: str, room: SpilledTensor) -> None:
+        """The same into a file."""
+        self.journal.stream_into(kind, room)
+
+    def add(self, name: str, unit: Unit, weights: int, streams: Mapping[str, torch.Tensor | SpilledTensor]) -> None:
+        """A unit is finished. It is written beside what comes next; none of this may be changed in place before `wait`.
 
         Args:
             weights: checksum of the weights that it was made from.

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from auto_round.calibration.spill import SpilledTensor
 from auto_round.errors import OutputError
 from auto_round.modeling.tensor_files import DTYPES, empty_pages
 
@@ -22,7 +23,7 @@ _ALIGN = 8
 _AT_ONCE = 16 << 20
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Any = None) -> list[int]:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | SpilledTensor], facts: Any = None) -> list[int]:
     """Write a file under a temporary name, bring it to the disk and give it its name. Returns its size and CRC-32.
 
     Raises OutputError when the disk is full or cannot be written.
@@ -46,7 +47,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Any = 
         with open(partial, "wb") as file:
             file.write(head)
             for name in order:
-                for part in tensors[name].detach().contiguous().reshape(-1).split(_AT_ONCE):
+                for part in _parts(tensors[name]):
                     piece = raw_bytes(part)  # not more than that of what lies on an accelerator
                     file.write(piece)
                     crc = zlib.crc32(piece, crc)
@@ -57,6 +58,27 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Any = 
         partial.unlink(missing_ok=True)
         raise unwritable(path, error) from error
     return [len(head) + at, crc]
+
+
+def _parts(tensor: torch.Tensor | SpilledTensor) -> Iterator[torch.Tensor]:
+    """A tensor piece by piece, so that little of it is in memory twice, or at all."""
+    if isinstance(tensor, SpilledTensor):
+        yield from (tensor[row] for row in range(tensor.shape[0]))
+    else:
+        yield from tensor.detach().contiguous().reshape(-1).split(_AT_ONCE)
+
+
+def read_rows(path: Path, mark: list[int], name: str, into: SpilledTensor) -> None:
+    """The tensor `name` of a file, row by row. Raises OutputError when it is not what was written."""
+    check_file(path, mark)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+        file.seek(start)
+        for row in range(into.shape[0]):
+            data = bytearray(into.nbytes // into.shape[0])
+            file.readinto(data)
+            into[row] = torch.frombuffer(data, dtype=into.dtype).view(into.shape[1:])
 
 
 def read_tensors(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor], Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Unit:
         numbers: what had come of NaN and Inf by then, as `Numbers.state` has it.
     """
 
-    layers: list[QuantizedLayer] = field(default_factory=list)
+    layers: Sequence[QuantizedLayer] = field(default_factory=list)
     activations: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
     records: list[BlockRecord] = field(default_factory=list)
     scales: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -55,6 +55,13 @@ class GgmlBlocks:
             values.add_(minimum.unsqueeze(-1))
         return values.view(out, columns)
 
+    def rows(self, wanted: slice) -> GgmlBlocks:
+        """Some of the rows."""
+        part = lambda t: None if t is None else t[wanted]  # noqa: E731
+        return GgmlBlocks(
+            self.kind, self.codes[wanted], self.d[wanted], part(self.scales), part(self.dmin), part(self.mins)
+        )
+
     def to(self, device: torch.device | str) -> GgmlBlocks:
         """The same on another device."""
         move = lambda t: None if t is None else t.to(device)  # noqa: E731

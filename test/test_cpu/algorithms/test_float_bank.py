@@ -119,7 +119,7 @@ def test_what_is_tuned_is_what_is_stored(kind: tuple[str, int, Any], adam: bool)
         assert layer.scale is not None
         stored = bank.family.rule.store(layer.scale)
         assert torch.equal(stored, layer.scale)
-    bank.restore(bank.initial())
+    bank.restart()
     for index, layer in enumerate(bank.finish()):
         assert torch.equal(layer.dequantize(), untuned[index])
 

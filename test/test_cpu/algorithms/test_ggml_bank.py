@@ -122,7 +122,7 @@ def test_what_is_tuned_is_what_is_stored(name: str, adam: bool) -> None:
         assert layer.blocks is not None and layer.codes is None
         assert torch.equal(layer.dequantize(), bank.weight(index))
         assert not torch.equal(bank.weight(index), untuned[index])
-    bank.restore(bank.initial())
+    bank.restart()
     for index, layer in enumerate(bank.finish()):
         assert torch.equal(layer.dequantize(), untuned[index])
 

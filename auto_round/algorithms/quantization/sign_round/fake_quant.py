@@ -34,19 +34,19 @@ def quantized_values(
     """W, float32 [rows, groups, group_size].
 
     Args:
-        groups: the weight, [rows, groups, group_size].
+        groups: the weight, [rows, groups, group_size], in any dtype; counted with in float32.
         scale: s, [rows, groups, 1].
         v: offsets in units of one code, like `groups`.
         low, high: limits of the code less the zero point; numbers or [rows, groups, 1].
     """
-    return _clamp((groups / scale + v).round(), low, high) * scale
+    return _clamp((groups.float() / scale + v).round(), low, high) * scale
 
 
 def straight_through_gradients(
     groups: torch.Tensor, scale: torch.Tensor, v: torch.Tensor, low: Limit, high: Limit, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dL/dv like `groups`, (dL/df) / s0 [rows, groups, 1]) for `grad` = dL/dW, like `groups`."""
-    ratio = groups / scale
+    ratio = groups.float() / scale
     raw = (ratio + v).round()
     codes = _clamp(raw, low, high)
     inside = (raw == codes).to(grad.dtype)

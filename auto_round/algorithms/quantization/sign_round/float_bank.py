@@ -18,7 +18,14 @@ import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.layer_codes import float_layer
-from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, State, slices_of
+from auto_round.algorithms.quantization.sign_round.layer_bank import (
+    LayerBank,
+    State,
+    copied,
+    joined,
+    slices_of,
+    stacked_weights,
+)
 from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.data_type.elements import Element
 from auto_round.data_type.float_family import FloatFamily, factor_of, shifted
@@ -86,7 +93,7 @@ class FloatBank(LayerBank):
         height = self.slices[-1].stop * m
         super().__init__(tasks, compute_dtype, [part.start * m for part in self.slices], (height, c * n))
         self._globals = [given for _, given in starts]
-        self.tiles = torch.cat([as_tiles(task.weight.to(compute_dtype), size) for task in tasks])
+        self.tiles = joined([as_tiles(weight, size) for weight in stacked_weights(tasks, compute_dtype)])
         self.start_scale = torch.cat([scale.reshape(-1, 1, c, 1) for scale, _ in starts]).to(self.tiles.device)
         self.scale = self.start_scale
         self.v = torch.zeros_like(self.tiles, dtype=torch.float32)
@@ -137,11 +144,15 @@ class FloatBank(LayerBank):
             self.scale = self.family.rule.store(self.start_scale * self.factor)
         self.refresh()
 
-    def initial(self) -> State:
-        return torch.zeros_like(self.v), torch.ones_like(self.factor), self.start_scale
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.v.zero_()
+        self.factor.fill_(1.0)
+        self.scale = self.start_scale
+        self.refresh()
 
-    def snapshot(self) -> State:
-        return self.v.clone(), self.factor.clone(), self.scale.clone()
+    def snapshot(self, into: State | None = None) -> State:
+        return copied((self.v, self.factor, self.scale), into)
 
     @torch.no_grad()
     def restore(self, state: State) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.layer_codes import function_layer
+from auto_round.algorithms.quantization.sign_round.layer_bank import State, copied
 from auto_round.algorithms.quantization.sign_round.step_rules import make_rule
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.utils import reshape_pad_tensor_by_group_size
@@ -89,12 +90,21 @@ class FunctionTuningLinear(torch.nn.Module):
             factor.clamp_(0.0, 1.0)
         self.fresh = False
 
-    def initial(self) -> tuple[torch.Tensor, ...]:
-        """The state before the first step."""
-        return torch.zeros_like(self.u), *(torch.ones_like(factor) for factor in self.factors)
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Back to the state before the first step."""
+        self.u.zero_()
+        for factor in self.factors:
+            factor.fill_(1.0)
+        self.fresh = False
 
-    def snapshot(self) -> tuple[torch.Tensor, ...]:
-        return tuple(value.detach().clone() for value in (self.u, *self.factors))
+    def snapshot(self, into: State | None = None) -> State:
+        return copied(tuple(value.detach() for value in (self.u, *self.factors)), into)
+
+    def drop_gradient(self) -> None:
+        """Forget what was gathered since the last step."""
+        for value in (self.u, *self.factors):
+            value.grad = None
 
     @torch.no_grad()
     def restore(self, state: tuple[torch.Tensor, ...]) -> None:

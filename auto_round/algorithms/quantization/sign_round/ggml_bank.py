@@ -19,7 +19,14 @@ import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.layer_codes import ggml_layer
-from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, State, slices_of
+from auto_round.algorithms.quantization.sign_round.layer_bank import (
+    LayerBank,
+    State,
+    copied,
+    joined,
+    slices_of,
+    stacked_weights,
+)
 from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.rounding import assign_codes, code_limits, inverse_of
@@ -93,7 +100,7 @@ class GgmlBank(LayerBank):
         super().__init__(tasks, compute_dtype, [part.start for part in self.slices], shape)
         self.tune_scale, self.kind = tune_scale, blocks[0].kind
         self._limits = code_limits(self.kind)
-        self.groups = torch.cat([task.weight.to(compute_dtype) for task in tasks])
+        self.groups = joined(stacked_weights(tasks, compute_dtype))
         self.groups = self.groups.view(shape[0], -1, self.kind.group)
         self.start = _stored(self.kind, blocks, torch.cat)
         self.v = torch.zeros_like(self.groups, dtype=torch.float32)
@@ -178,12 +185,19 @@ class GgmlBank(LayerBank):
             self.factors[index].clamp_(*_FACTOR_RANGE)
         self._apply_factors()
 
-    def initial(self) -> State:
-        start = torch.zeros_like(self.v) if self._start_v is None else self._start_v.clone()
-        return start, *(torch.ones_like(factor) for factor in self.factors)
+    @torch.no_grad()
+    def restart(self) -> None:
+        if self._start_v is None:
+            self.v.zero_()
+        else:
+            self.v.copy_(self._start_v)
+        for factor in self.factors:
+            factor.fill_(1.0)
+        self._apply_factors()
+        self.refresh()
 
-    def snapshot(self) -> State:
-        return self.v.clone(), *(factor.clone() for factor in self.factors)
+    def snapshot(self, into: State | None = None) -> State:
+        return copied((self.v, *self.factors), into)
 
     @torch.no_grad()
     def restore(self, state: State) -> None:

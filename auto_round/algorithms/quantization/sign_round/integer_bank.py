@@ -14,7 +14,14 @@ from auto_round.algorithms.quantization.sign_round.fake_quant import (
     quantized_values,
     straight_through_gradients,
 )
-from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, State, slices_of
+from auto_round.algorithms.quantization.sign_round.layer_bank import (
+    LayerBank,
+    State,
+    copied,
+    joined,
+    slices_of,
+    stacked_weights,
+)
 from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.data_type.int import IntGrid, default_scale_threshold, round_to_stored
 from auto_round.quantized_layer import QuantizedLayer
@@ -49,9 +56,9 @@ class IntegerBank(LayerBank):
         super().__init__(tasks, compute_dtype, [part.start for part in rows], (rows[-1].stop, columns))
         self.bits, self.tune_scale, self.scale_dtype = grids[0].bits, tune_scale, scale_dtype
         assert isinstance(self.scheme.group_size, int)
-        pieces = [as_groups(task.weight.to(compute_dtype), self.scheme.group_size) for task in tasks]
+        pieces = [as_groups(weight, self.scheme.group_size) for weight in stacked_weights(tasks, compute_dtype)]
         self.slices = slices_of([piece.shape[0] for piece in pieces])
-        self.groups = torch.cat(pieces)
+        self.groups = joined(pieces)
         del pieces
         self.start_scale = torch.cat([grid.scale for grid in grids])
         self.scale = self.start_scale
@@ -114,15 +121,29 @@ class IntegerBank(LayerBank):
             self.scale = round_to_stored(self.start_scale * self.factor, self.scale_dtype, threshold)
         self.refresh()
 
-    def initial(self) -> State:
-        return torch.zeros_like(self.v), torch.ones_like(self.factor), self.start_scale
+    @torch.no_grad()
+    def restart(self) -> None:
+        self.v.zero_()
+        self.factor.fill_(1.0)
+        self.scale = self.start_scale
+        self.refresh()
 
-    def snapshot(self) -> State:
-        return self.v.clone(), self.factor.clone(), self.scale.clone()
+    @torch.no_grad()
+    def snapshot(self, into: State | None = None) -> State:
+        """The codes, a byte each, with factors and scales: offsets matter by what they round to only."""
+        made = torch.empty(self.groups.shape, dtype=torch.uint8, device=self.v.device) if into is None else into[0]
+        for rows in self._rows():
+            low, high = self._limits(rows)
+            codes = (self.groups[rows].float() / self.scale[rows]).add_(self.v[rows]).round_()
+            made[rows] = torch.clamp(codes, low, high).sub_(low).to(torch.uint8)
+        return made, *copied((self.factor, self.scale), None if into is None else into[1:])
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
-        self.v, self.factor, self.scale = state
+        codes, self.factor, self.scale = state
+        for rows in self._rows():
+            low, _ = self._limits(rows)
+            self.v[rows] = (codes[rows].float() + low).sub_(self.groups[rows].float() / self.scale[rows])
         self.refresh()
 
     @torch.no_grad()

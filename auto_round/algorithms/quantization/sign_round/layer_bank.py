@@ -69,6 +69,10 @@ class LayerBank(ABC):
         self._touched.clear()
         return True
 
+    def drop_gradient(self) -> None:
+        """Forget what was gathered since the last step."""
+        self._touched.clear()
+
     @abstractmethod
     def refresh(self) -> None:
         """Make the quantized weights from the learnables."""
@@ -78,12 +82,12 @@ class LayerBank(ABC):
         """One update of offsets and factors from the gradient gathered since the last one, then `refresh`."""
 
     @abstractmethod
-    def initial(self) -> State:
-        """The state before the first step."""
+    def restart(self) -> None:
+        """Back to the state before the first step."""
 
     @abstractmethod
-    def snapshot(self) -> State:
-        """A copy of the present state."""
+    def snapshot(self, into: State | None = None) -> State:
+        """A copy of the present state, in the tensors of an earlier copy where one is given."""
 
     @abstractmethod
     def restore(self, state: State) -> None:
@@ -102,6 +106,27 @@ def stack_tasks(tasks: Sequence[LayerTask]) -> list[list[LayerTask]]:
         alone = index if task.scheme.group_size == 0 else None
         groups[task.scheme, task.ggml, task.weight.shape[1], task.weight.device, alone].append(task)
     return list(groups.values())
+
+
+def copied(state: State, into: State | None) -> State:
+    """Copies of tensors; in place of `into` where that is given."""
+    if into is None:
+        return tuple(part.clone() for part in state)
+    for part, old in zip(state, into, strict=True):
+        old.copy_(part)
+    return into
+
+
+def stacked_weights(tasks: Sequence[LayerTask], compute_dtype: torch.dtype) -> list[torch.Tensor]:
+    """The weights [out, in] that learnables are applied to: as products see them, in `compute_dtype`, but in their own
+    dtype where that is shorter and float32 holds it exactly."""
+    own = compute_dtype == torch.float32
+    return [task.weight.contiguous() if own else task.weight.to(compute_dtype) for task in tasks]
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The parts on top of each other; a single one as it is, without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def slices_of(counts: Sequence[int]) -> list[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from auto_round.algorithms.quantization.sign_round.function_linear import Functi
 from auto_round.algorithms.quantization.sign_round.ggml_bank import GgmlBank
 from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
 from auto_round.algorithms.quantization.sign_round.layer_bank import LayerBank, stack_tasks
-from auto_round.algorithms.quantization.sign_round.samples import samples_at_once, shuffled_batches, split_samples
+from auto_round.algorithms.quantization.sign_round.passes import Learnables, Passes
+from auto_round.algorithms.quantization.sign_round.samples import (
+    is_checked,
+    samples_at_once,
+    shuffled_batches,
+    split_samples,
+)
 from auto_round.errors import NumericsError
-
-Learnables = LayerBank | FunctionTuningLinear
-_CHECKS = 8  # times the held-out loss is taken during tuning, besides the start
 
 
 class SignRoundQuantizer:
@@ -107,28 +111,32 @@ class SignRoundQuantizer:
         tuned_on, held_out = split_samples(task.inputs.shape[0], task.seed)
         batches = shuffled_batches(tuned_on, config.batch_size * config.gradient_accumulate_steps, task.seed + 1)
         rates = [config.learning_rates(layer.scheme.bits) for layer in layers]
-        check_every = max(1, config.iters // _CHECKS)
         weights = token_weights(task)
-        at_once = self._at_once(task, layers)
-        start = best = self._loss(task, held_out, weights, at_once)
+        passes = Passes(task, layers, self._at_once(task, layers))
+        start = best = passes.run(lambda at_once: self._loss(task, held_out, weights, at_once))
         best_state: list[tuple[torch.Tensor, ...]] | None = None
         for step in range(config.iters):
             samples = next(batches)
-            for at in range(0, len(samples), at_once):
-                self._backward(task, samples[at : at + at_once], len(samples), weights)
+            passes.run(partial(self._gradients, task, samples, weights))
             decay = 1.0 - step / config.iters
             for layer, (lr, scale_lr) in zip(layers, rates, strict=True):
                 layer.step(lr * decay, scale_lr * decay)
             done = step + 1
-            # The state changes less and less, so the second half is looked at; the last state always is.
-            if done == config.iters or (done % check_every == 0 and done > config.iters // 2):
-                loss = self._loss(task, held_out, weights, at_once)
+            if is_checked(done, config.iters):
+                loss = passes.run(lambda at_once: self._loss(task, held_out, weights, at_once))
                 if loss < best or config.not_use_best_mse:
-                    best, best_state = loss, [layer.snapshot() for layer in layers]
-        if best_state is None:
-            best_state = [layer.initial() for layer in layers]
-        for layer, state in zip(layers, best_state, strict=True):
-            layer.restore(state)
+                    best = loss
+                    if done == config.iters:
+                        return start, best  # the present state is the one to keep
+                    best_state = [
+                        layer.snapshot(None if best_state is None else best_state[index])
+                        for index, layer in enumerate(layers)
+                    ]
+        for index, layer in enumerate(layers):
+            if best_state is None:
+                layer.restart()
+            else:
+                layer.restore(best_state[index])
         return start, best
 
     def _at_once(self, task: BlockTask, layers: Sequence[Learnables]) -> int:
@@ -139,14 +147,19 @@ class SignRoundQuantizer:
             return batch
         return samples_at_once(batch, int(task.inputs.shape[1]), len(task.layers), task.layers[0].weight.device)
 
+    def _gradients(self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, at_once: int) -> None:
+        """The gradients of one step, over passes of `at_once` samples."""
+        for at in range(0, len(samples), at_once):
+            self._backward(task, samples[at : at + at_once], len(samples), weights)
+
     def _backward(self, task: BlockTask, samples: Sequence[int], total: int, weights: torch.Tensor | None) -> None:
         """Gradients of the weighted mean squared error of these samples, by their share of the step."""
         assert task.inputs is not None and task.targets is not None
-        hidden = task.inputs[samples].to(task.compute_dtype)
+        hidden = task.inputs[samples].to(_device(task), task.compute_dtype)
         with torch.enable_grad():
             output = task.run(hidden, samples)
         with torch.no_grad():
-            difference = output - task.targets[samples].to(output.dtype)
+            difference = output - task.targets[samples].to(output)
             count = difference.numel() / difference.shape[0] * total
             if weights is not None:
                 difference.mul_(weights[samples].to(difference).unsqueeze(-1))
@@ -164,8 +177,8 @@ class SignRoundQuantizer:
         total, count = 0.0, 0.0
         for at in range(0, len(samples), at_once):
             part = list(samples[at : at + at_once])
-            output = task.run(task.inputs[part].to(task.compute_dtype), part).float()
-            errors = output.sub_(task.targets[part]).square_().sum(-1, dtype=torch.float64)
+            output = task.run(task.inputs[part].to(_device(task), task.compute_dtype), part).float()
+            errors = output.sub_(task.targets[part].to(output.device)).square_().sum(-1, dtype=torch.float64)
             if weights is None:
                 count += output.numel()
             else:
@@ -179,6 +192,11 @@ class SignRoundQuantizer:
                 f"block {task.name}: the loss is {loss}; the block overflows in {task.compute_dtype} on this data"
             )
         return loss
+
+
+def _device(task: BlockTask) -> torch.device:
+    """Where the block is; its samples may be elsewhere."""
+    return task.layers[0].weight.device
 
 
 def _has_bank(layer: LayerTask) -> bool:

@@ -36,6 +36,20 @@ def samples_at_once(batch: int, tokens: int, layers: int, device: torch.device) 
     return max(1, min(batch, _TOKENS_PER_LAYER * layers // max(1, tokens)))
 
 
+_CHECKS = 8  # times the held-out loss is taken during tuning, besides the start
+
+
+def is_checked(done: int, iters: int) -> bool:
+    """Whether the held-out loss is taken after `done` steps: in the second half, because the state changes less and
+    less, and always at the end."""
+    return done == iters or (done % max(1, iters // _CHECKS) == 0 and done > iters // 2)
+
+
+def copies_best(iters: int) -> bool:
+    """Whether a state before the last may have to be kept."""
+    return any(is_checked(done, iters) for done in range(1, iters))
+
+
 def shuffled_batches(samples: list[int], batch: int, seed: int) -> Iterator[list[int]]:
     """Endless batches: every sample once a round, in an order drawn anew for each round."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,327 @@
+"""What a run will hold in memory, phase by phase, counted from shapes alone.
+
+Every term is something that the code keeps; the comments say what. What is left over, code and small buffers of the
+libraries, is measured at the moment of planning (`rss_bytes`), plus a constant for what they load later.
+docs/memory.md has the table of predicted against measured peaks (bench/memory.py).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+
+from auto_round.algorithms.quantization.layer_codes import is_integer, small_float
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.quantization.sign_round.samples import copies_best, samples_at_once
+from auto_round.calibration.products import products_bytes
+from auto_round.compressors.job import LayerPlan
+from auto_round.compressors.settings import Settings
+from auto_round.compressors.streams import samples_in_pass
+from auto_round.data_type.gguf.types import GGML_TYPES
+from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.one_expert import expert_of
+from auto_round.modeling.source import ModelSource
+from auto_round.report.memory import rss_bytes
+
+_LATER = 30_000_000  # libraries load more code when the first block runs, and start threads
+_DEVICE_BUFFERS = 400_000_000  # elementwise passes on a device work on pieces of 16 M weights
+_PROBE_TOKENS = 64
+_FUNCTION_BYTES = 40  # a weight tuned through a registered function, with its autograd graph
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes.
+
+    Attributes:
+        ram: peak resident memory, libraries included.
+        vram: peak memory of tensors on the device.
+        spilled: activations in files.
+        phases: peak RAM by phase.
+        activations: one stream of hidden states.
+        streams: where they are kept: "ram", "device" or "file".
+        streams_experts: whether the experts of a block are read one at a time.
+    """
+
+    ram: int
+    vram: int
+    spilled: int
+    phases: Mapping[str, int] = field(default_factory=dict)
+    activations: int = 0
+    streams: str = "ram"
+    streams_experts: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the counting needs to know of a model and a run."""
+
+    settings: Settings
+    source: ModelSource
+    layers: Mapping[str, LayerPlan]
+    compute: torch.dtype
+    kept: bool = False
+
+    @property
+    def config(self) -> object:
+        config = self.source.config
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
+    def width(self) -> int:
+        return int(getattr(self.config, "hidden_size", 0) or 0)
+
+    @property
+    def tokens(self) -> int:
+        """Of one sample."""
+        return self.settings.seqlen if self.settings.needs_data else min(_PROBE_TOKENS, self.settings.seqlen)
+
+    @property
+    def streams(self) -> int:
+        """Copies of the hidden states of all samples: what blocks give in full precision and what they are fed."""
+        return 2 if self.settings.tunes else int(self.settings.needs_data)
+
+    @property
+    def batch(self) -> int:
+        algorithm = self.settings.algorithm
+        return algorithm.batch_size if isinstance(algorithm, SignRoundConfig) else 8
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """One block as it is read, and its peaks beside the hidden states: while it is run, quantized, and run again."""
+
+    read: int
+    full: int
+    tuned: int
+    after: int
+
+
+def plan_memory(facts: Facts, streams: str, streams_experts: bool = False) -> MemoryPlan:
+    """The peaks with the hidden states kept in "ram", on the "device" or in a "file", and the experts of a block all in
+    memory or one at a time."""
+    settings, source = facts.settings, facts.source
+    on_device = settings.device.type != "cpu"
+    one = settings.nsamples * settings.seqlen * facts.width * facts.compute.itemsize if facts.streams else 0
+    held = one * facts.streams
+    count = streamed_block_bytes if streams_experts else block_bytes
+    sizes = [count(facts, block) for block in source.blocks]
+    full, tuned, after = (max((getattr(s, n) for s in sizes), default=0) for n in ("full", "tuned", "after"))
+    matrices = outside_bytes(facts)
+    phases = {
+        "capture": matrices.embedding + max((size.read for size in sizes), default=0),
+        "block, full precision": full,
+        "block, quantized": tuned,
+        "block, afterwards": after,
+        "outside the blocks": matrices.outside,
+    }
+    codes = sum(p.out_features * p.in_features for p in quantized(facts.layers)) if facts.kept else 0
+    if not on_device:
+        ram = {name: size + codes + held * (streams == "ram") for name, size in phases.items()}
+        ram["saving"] = matrices.saving + codes
+        vram = 0
+    else:
+        staged = max((source.dtype.itemsize * p.out_features * p.in_features for p in facts.layers.values()), default=0)
+        ram = {"block": staged + codes + held * (streams == "ram"), "saving": matrices.saving + codes}
+        vram = max(phases.values()) + held * (streams == "device") + _DEVICE_BUFFERS
+    libraries = rss_bytes() + _LATER
+    ram = {name: libraries + size for name, size in ram.items()}
+    spilled = held if streams == "file" else 0
+    return MemoryPlan(max(ram.values()), vram, spilled, ram, one, streams, streams_experts)
+
+
+def quantized(layers: Mapping[str, LayerPlan]) -> list[LayerPlan]:
+    """The layers that do not stay as they are."""
+    return [plan for plan in layers.values() if plan.scheme.quantizes_weights]
+
+
+def tensor_bytes(source: ModelSource, prefix: str) -> int:
+    """Of all tensors under a module, as they are loaded."""
+    found = (source.tensor_meta(n) for n in source.tensor_names() if n.startswith(f"{prefix}."))
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in found)
+
+
+def block_bytes(facts: Facts, block: str) -> BlockBytes:
+    """One block."""
+    source, compute = facts.source, facts.compute
+    plans = [p for n, p in facts.layers.items() if n.startswith(f"{block}.")]
+    chosen = [p for p in plans if p.scheme.quantizes_weights]
+    weights = sum(p.out_features * p.in_features for p in chosen)
+    own = tensor_bytes(source, block)
+    # Copies that products are made with, where the model's dtype is another.
+    cast = 0 if compute == source.dtype else own // source.dtype.itemsize * compute.itemsize
+    dropped = weights * compute.itemsize if cast else 0
+    largest = max((p.out_features * p.in_features for p in chosen), default=0)
+    codes = int(weights * 1.06)
+    forward = forward_bytes(facts, plans, samples_in_pass(facts.batch, facts.tokens, facts.settings.device))
+    runs = facts.settings.needs_data or facts.settings.verify
+    if facts.settings.tunes:
+        learned = tuning_bytes(facts, chosen)
+        tuned = max(learned.held + max(learned.step, backward_bytes(facts, plans)), learned.finished + codes)
+    else:
+        tuned = codes + 9 * largest  # rounding goes in pieces; codes of the layer at hand are joined, its grid found
+    paired = _pairs(facts, chosen)
+    tuned += paired
+    full = own + cast + forward + paired if facts.settings.needs_data else own + (cast if runs else 0)
+    after = own + codes + (cast + forward + 4 * largest if runs else 8 * largest)
+    return BlockBytes(own, full, own + cast - dropped + tuned, after)
+
+
+def streamed_block_bytes(facts: Facts, block: str) -> BlockBytes:
+    """One block that is only rounded, with one expert at a time in memory."""
+    experts = {expert for name in facts.layers if name.startswith(f"{block}.") and (expert := expert_of(name))}
+    if not experts:
+        return block_bytes(facts, block)
+    sizes = {expert: tensor_bytes(facts.source, expert) for expert in experts}
+    whole = block_bytes(facts, block)
+    others = {n: p for n, p in facts.layers.items() if expert_of(n) is None}
+    rest = block_bytes(replace(facts, layers=others), block)
+    # An expert as it is read and as it is multiplied with, or with its codes.
+    one = int(max(sizes.values()) * (1 + max(1.0, facts.compute.itemsize / facts.source.dtype.itemsize)))
+    taken = sum(sizes.values())
+    cast = taken // facts.source.dtype.itemsize * facts.compute.itemsize if facts.compute != facts.source.dtype else 0
+    forward = forward_bytes(facts, list(facts.layers.values()), 1) - forward_bytes(facts, list(others.values()), 1)
+    fewer = lambda size: size - taken - cast + one + max(0, forward)  # noqa: E731
+    return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
+
+
+def _pairs(facts: Facts, chosen: Sequence[LayerPlan]) -> int:
+    """Sums over pairs of input channels, which codes of ggml types are found with."""
+    settings = facts.settings
+    if settings.imatrix is not None or not (settings.optimized_start and settings.needs_data):
+        return 0
+    return products_bytes([plan.in_features for plan in chosen if plan.ggml is not None])
+
+
+@dataclass(frozen=True)
+class TuningBytes:
+    """What the learnables of a block hold, what a step of one bank takes for a moment, and what is left of it all when
+    codes are taken."""
+
+    held: int
+    step: int
+    finished: int
+
+
+def tuning_bytes(facts: Facts, chosen: Sequence[LayerPlan]) -> TuningBytes:
+    """Of the layers of a block that are tuned."""
+    algorithm, compute, model = facts.settings.algorithm, facts.compute, facts.source.dtype
+    assert isinstance(algorithm, SignRoundConfig)
+    banks: dict[object, list[LayerPlan]] = defaultdict(list)
+    for index, plan in enumerate(chosen):
+        alone = index if plan.scheme.group_size == 0 else None
+        banks[plan.scheme, plan.ggml, plan.in_features, alone].append(plan)
+    # Of the rule that moves offsets: running means, and for a moment the whole gradient and what is made of it.
+    state, moment = {"adam": (8, 8), "momentum": (4, 8), "sign": (0, 0)}[_rule(algorithm)]
+    held = step = finished = 0.0
+    for members in banks.values():
+        first = members[0]
+        count = sum(p.out_features * p.in_features for p in members)
+        integers = first.ggml is None and is_integer(first.scheme)
+        if first.ggml is None and not integers and small_float(first.scheme) is None:
+            held, finished = held + _FUNCTION_BYTES * count, finished + _FUNCTION_BYTES * count
+            continue
+        group = first.scheme.group_size
+        size = group if isinstance(group, int) and group > 0 else first.in_features
+        size = GGML_TYPES[first.ggml].group if first.ggml is not None else size
+        width = -(-first.in_features // size) * size
+        count = count // first.in_features * width
+        shared = len(members) == 1 and width == first.in_features and (compute in (torch.float32, model))
+        # Stacked weights, in the model's dtype where products are float32.
+        stacked = 0 if shared else model.itemsize if compute == torch.float32 else compute.itemsize
+        scales = (
+            4 * (3 if first.scheme.sym and first.ggml is None else 4) / size
+        )  # start, present, factors, zero points
+        plain = stacked + 2 * compute.itemsize + 4 + scales  # quantized weights, gradient and offsets
+        best = ((1 if integers else 4) + 8 / size) if copies_best(algorithm.iters) else 0  # codes, or offsets
+        if first.ggml is not None and _pairs(facts, members):
+            plain += 4  # the offsets that the pairs start it with
+        held += count * (plain + best + state)
+        step = max(step, count * (moment + 12 / size))
+        finished += count * (plain + state)
+    return TuningBytes(int(held), int(step), int(finished))
+
+
+def _rule(algorithm: SignRoundConfig) -> str:
+    return "adam" if algorithm.enable_adam else "momentum" if algorithm.momentum > 0 else "sign"
+
+
+def _features(facts: Facts, plans: Sequence[LayerPlan]) -> tuple[float, float]:
+    """(inputs and outputs of all linear layers that a token meets, widest output)."""
+    experts = [m.num_experts for m in facts.source.model.modules() if isinstance(m, LinearExperts)]
+    chosen = next((int(v) for k in _TOP_K if (v := getattr(facts.config, k, None))), 1)
+    share = min(1.0, chosen / max(experts)) if experts else 1.0
+    total = widest = 0.0
+    for plan in plans:
+        part = share if ".experts." in plan.name else 1.0
+        total += part * (plan.in_features + plan.out_features)
+        widest = max(widest, (chosen if part < 1 else 1) * max(plan.in_features, plan.out_features))
+    return total, widest
+
+
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
+
+
+def _attention_bytes(facts: Facts) -> int:
+    """The scores of one sample, where they are formed: a fused kernel does not."""
+    if getattr(facts.config, "_attn_implementation", None) != "eager":
+        return 0
+    heads = int(getattr(facts.config, "num_attention_heads", 1) or 1)
+    return heads * facts.tokens**2 * facts.compute.itemsize
+
+
+def forward_bytes(facts: Facts, plans: Sequence[LayerPlan], samples: int) -> int:
+    """Of one pass without gradients: the MLP holds four tensors of its width, the layer some of the model's."""
+    _, widest = _features(facts, plans)
+    values = samples * facts.tokens * (4 * widest + 4 * facts.width)
+    return int(values * facts.compute.itemsize) + 3 * samples * _attention_bytes(facts)
+
+
+def backward_bytes(facts: Facts, plans: Sequence[LayerPlan]) -> int:
+    """Of one pass with gradients: inputs and outputs of the layers, sixteen tensors of norms, residuals, rotations and
+    repeated heads, and the gradients that are under way, of the widest layer four."""
+    algorithm = facts.settings.algorithm
+    assert isinstance(algorithm, SignRoundConfig)
+    layers = len([p for p in plans if p.scheme.quantizes_weights])
+    samples = samples_at_once(algorithm.batch_size, facts.tokens, layers, facts.settings.device)
+    total, widest = _features(facts, plans)
+    values = samples * facts.tokens * (total + 16 * facts.width + 4 * widest)
+    return int(values * facts.compute.itemsize) + 4 * samples * _attention_bytes(facts)
+
+
+@dataclass(frozen=True)
+class OutsideBytes:
+    """The embedding, the peak of what is done outside the blocks, and of saving and checking."""
+
+    embedding: int
+    outside: int
+    saving: int
+
+
+def outside_bytes(facts: Facts) -> OutsideBytes:
+    """What is in no block."""
+    source, settings = facts.source, facts.settings
+    blocks = tuple(f"{block}." for block in source.blocks)
+    tied = source.tied()
+    metas = {n: source.tensor_meta(n) for n in source.tensor_names() if not n.startswith(blocks) and n not in tied}
+    sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in metas.items()}
+    embedding = max((size for name, size in sizes.items() if "embed" in name or "wte" in name), default=0)
+    embedding = embedding or max(sizes.values(), default=0)
+    everything = sum(sizes.values())
+    vocabulary = int(getattr(facts.config, "vocab_size", 0) or 0)
+    logits = _PROBE_TOKENS * vocabulary * (source.dtype.itemsize + 4) if settings.verify else 0
+    outside = max(sizes.values(), default=0) * 2  # read, and as it is written
+    for plan in quantized(facts.layers):
+        if f"{plan.name}." in blocks or f"{plan.name}.".startswith(blocks):
+            continue
+        count = plan.out_features * plan.in_features
+        # The weight, codes of two candidates, and the offsets that one of them is rounded with.
+        work = 8 if settings.tunes else 3 + source.dtype.itemsize
+        outside = max(outside, count * work + 4 * plan.in_features**2)
+        logits += count * 5 if settings.verify else 0  # codes, and the weight that the check multiplies with
+    probe = everything + logits if settings.verify else 0
+    return OutsideBytes(embedding, max(outside, probe), max(probe, outside))
