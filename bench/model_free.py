@@ -12,6 +12,7 @@ resident memory (with all its children, sampled, for the peer), and its share of
     limit = input bytes / (seconds of `cp` of the output's bytes + reading the input + the arithmetic alone)
 
 where the arithmetic is rounding and packing of a sample of the checkpoint's tensors in memory, divided by the workers.
+`share_of_copy` is the same with `cp` of the input's bytes in place of the first two: what it takes to only copy the model.
 """
 
 from __future__ import annotations
@@ -253,6 +254,7 @@ def main() -> None:
         shutil.rmtree(model, ignore_errors=True)
         size = make_checkpoint(model, shape, int(given.gb * 1e9))
         arithmetic = arithmetic_seconds(model, given.scheme)
+        copying = copy_seconds(model, given.work / "copy")
         for workers in given.parallelism:
             for who, python in (("ours", sys.executable), ("peer", given.peer_python)):
                 if python is None:
@@ -263,15 +265,13 @@ def main() -> None:
                 row = timed(python, programs[who], [str(model), str(out), given.scheme, str(workers)], cwd)
                 row |= {"who": who, "shape": shape, "parallelism": workers, "input_bytes": size}
                 if "wall" in row:
-                    limit = (
-                        reading
-                        + copy_seconds(out, given.work / "copy")
-                        + arithmetic / min(workers, torch.get_num_threads())
-                    )
+                    rounding = arithmetic / min(workers, torch.get_num_threads())
+                    limit = reading + copy_seconds(out, given.work / "copy") + rounding
                     speed = size / 1e9
                     row |= {"gb_per_s": speed / row["wall"], "gb_per_cpu_s": speed / row["cpu"]}
                     row |= {"limit_gb_per_s": speed / limit, "share_of_limit": limit / row["wall"]}
-                    row |= {"read_s": reading, "arithmetic_s": arithmetic}
+                    row |= {"read_s": reading, "arithmetic_s": arithmetic, "copy_s": copying}
+                    row |= {"share_of_copy": (copying + rounding) / row["wall"]}
                 print(json.dumps(row), flush=True)
                 result["runs"].append(row)
         shutil.rmtree(model)
