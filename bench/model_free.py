@@ -12,7 +12,7 @@ resident memory (with all its children, sampled, for the peer), and its share of
     limit = input bytes / (seconds of `cp` of the output's bytes + reading the input + the arithmetic alone)
 
 where the arithmetic is rounding and packing of a sample of the checkpoint's tensors in memory, divided by the workers.
-`share_of_copy` is the same with `cp` of the input's bytes in place of the first two: what it takes to only copy the model.
+`share_of_copy` is the same with `cp` of the input's bytes in place of the first two: what only copying the model takes.
 """
 
 from __future__ import annotations
