@@ -203,7 +203,7 @@ def test_tuning_starts_at_the_codes_it_is_given(name: str) -> None:
     bank = GgmlBank([task], [given], torch.float32)
     assert torch.allclose(bank.quantized.float(), given.dequantize(), atol=1e-6)
     bank.v.zero_()
-    bank.restore(bank.initial())
+    bank.restart()
     (layer,) = bank.finish()
     assert layer.blocks is not None
     moved = nearest.step().repeat_interleave(nearest.kind.group, dim=1) != 0
