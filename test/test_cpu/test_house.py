@@ -20,7 +20,7 @@ MOST_LINES = 600
 # A room may import rooms of a lower rank, and itself. Rooms of one rank do not know each other.
 RANKS: dict[str, int] = {
     "_version": 0, "errors": 0,
-    "envs": 1,
+    "envs": 1, "threads": 1,
     "logger": 2,
     "schemes": 2,
     "layer_config": 3, "data_type": 3, "recipes": 3,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-
-import torch
 
 from auto_round.compressors.model_free.units import Unit
+from auto_round.threads import shared_threads
 
 
 class Gate:
@@ -62,7 +60,7 @@ def run_units(
             gate.leave(unit.memory)
 
     running: list[Future[None]] = []
-    with _threads_shared(workers), ThreadPoolExecutor(workers, "model-free") as pool:
+    with shared_threads(workers), ThreadPoolExecutor(workers, "model-free") as pool:
         try:
             for position, unit in enumerate(units):
                 gate.enter(unit.memory)
@@ -77,14 +75,3 @@ def run_units(
             raise
     if failed:
         raise failed[0]
-
-
-@contextmanager
-def _threads_shared(workers: int) -> Iterator[None]:
-    """PyTorch's threads divided among the workers, and the caller's number again afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // workers))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

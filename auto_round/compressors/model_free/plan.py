@@ -58,10 +58,11 @@ def model_free_job(
 
     Raises what `make_job` raises.
     """
-    job = make_job(settings, source, formats, output_dir)
+    # The limit is one on the tensors in work here (ModelFreeOptions), and there are no activations.
+    job = make_job(replace(settings, max_memory=None), source, formats, output_dir)
     layers = {name: _with_reason(plan, source) for name, plan in job.layers.items()}
     values = {f.name: getattr(job, f.name) for f in fields(Job)}
-    values |= {"layers": layers, "notes": (*job.notes, *notes)}
+    values |= {"layers": layers, "notes": (*job.notes, *notes), "journal_bytes": 0, "memory_plan": None}
     made = ModelFreeJob(**values, left=source.left_in_blocks(), workers=options.workers, memory=options.memory)
     largest = max((u.memory for fmt in formats for u in plan_work(made, source, fmt).units), default=0)
     return replace(made, peak_ram=max(largest, min(options.memory, options.workers * largest)), peak_vram=0)

@@ -67,11 +67,15 @@ def test_learnables_hold_what_is_counted(
     plans = [p for n, p in job.quantized().items() if n.startswith(block)]
     module = run.source.load(block)
     tasks = [layer_task(run.source, plan) for plan in plans]
-    own = storage_bytes([task.weight for task in tasks])
+    for task in tasks:
+        if task.ggml is not None:  # as calibration gives them
+            inputs = torch.randn(64, task.weight.shape[1], generator=torch.Generator().manual_seed(0))
+            task.products = [inputs.T @ inputs]
+    own = storage_bytes([[task.weight, task.products] for task in tasks])
     quantizer = run._quantizer()
     assert isinstance(quantizer, SignRoundQuantizer)
-    task = BlockTask(block, module, tasks, lambda hidden, _samples: hidden, torch.float32, 0)
-    learnables, _ = quantizer._learnables(task)
+    whole = BlockTask(block, module, tasks, lambda hidden, _samples: hidden, torch.float32, 0)
+    learnables, _ = quantizer._learnables(whole)
     for bank in learnables:
         for index in range(len(bank.tasks)):  # type: ignore[union-attr]
             rows, columns = bank.tasks[index].weight.shape  # type: ignore[union-attr]

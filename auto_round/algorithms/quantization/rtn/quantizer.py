@@ -6,6 +6,8 @@ channels: on the steps that the search finds, by coordinate descent on the error
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
@@ -32,6 +34,7 @@ from auto_round.data_type.gguf.types import GgmlType
 from auto_round.data_type.int import IntGrid, integer_grid
 from auto_round.data_type.utils import within_float16
 from auto_round.quantized_layer import QuantizedLayer
+from auto_round.threads import side_by_side
 
 _DAMPING = 0.3  # of the products' mean diagonal
 _PASSES = 2
@@ -102,4 +105,6 @@ class RTNQuantizer:
         return self.config.optimized and ggml_kind(layer) is not None
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
-        return BlockResult([round_to_nearest(layer, self.config.optimized, self.scale_dtype) for layer in task.layers])
+        rounded = partial(round_to_nearest, optimized=self.config.optimized, scale_dtype=self.scale_dtype)
+        device = task.layers[0].weight.device if task.layers else torch.device("cpu")
+        return BlockResult(side_by_side(rounded, task.layers, device))

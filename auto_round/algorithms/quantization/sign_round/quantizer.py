@@ -26,6 +26,7 @@ from auto_round.algorithms.quantization.sign_round.samples import (
     split_samples,
 )
 from auto_round.errors import NumericsError
+from auto_round.threads import side_by_side
 
 
 class SignRoundQuantizer:
@@ -93,16 +94,20 @@ class SignRoundQuantizer:
         # A moved scale undoes what offsets have learned, where few can be stored or a block's factor moves 256 weights
         # (docs/tuning.md, docs/gguf.md). So such scales stay, unless a rate for them is given.
         moves = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
+        device = tasks[0].weight.device
         kind = ggml_kind(tasks[0])
         if kind is not None:
-            blocks = [start_blocks(layer, kind, self.optimized_start) for layer in tasks]
+            chosen = partial(start_blocks, kind=kind, optimized=self.optimized_start)
+            blocks = side_by_side(chosen, tasks, device)
             return GgmlBank(tasks, blocks, compile_step=self.compile_step, **options | {"tune_scale": moves})
         family = small_float(tasks[0].scheme)
         if family is not None:
-            starts = [start_scales(layer, family, self.optimized_start) for layer in tasks]
+            searched = partial(start_scales, family=family, optimized=self.optimized_start)
+            starts = side_by_side(searched, tasks, device)
             options = options | {"tune_scale": moves}
             return FloatBank(tasks, family, starts, compile_step=self.compile_step, **options)
-        grids = [start_grid(layer, self.optimized_start, self.scale_dtype) for layer in tasks]
+        start = partial(start_grid, optimized=self.optimized_start, scale_dtype=self.scale_dtype)
+        grids = side_by_side(start, tasks, device)
         return IntegerBank(tasks, grids, scale_dtype=self.scale_dtype, compile_step=self.compile_step, **options)
 
     def _tune(self, task: BlockTask, layers: Sequence[Learnables]) -> tuple[float, float]:
