@@ -52,6 +52,7 @@ calls = []
 
 @pytest.fixture
 def your_dtype(tmp_path: Path) -> Iterator[Any]:
+    importlib.import_module("auto_round.export.fake_format")  # lists the schemes there are when it is first imported
     path = tmp_path / "your_dtype.py"
     path.write_text(FILE)
     spec = importlib.util.spec_from_file_location("your_dtype", path)
