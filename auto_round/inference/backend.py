@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
 from auto_round.inference.config_reader import INT8_BITS, LayerFormat
+from auto_round.inference.kernels.kernel import LayerSpec, kernel_class
 
 SCALED_MM = "auto_round:scaled_mm"
 _HALF = ("bfloat16", "float16")
@@ -28,6 +29,7 @@ class Backend:
         requirements: packages it needs.
         built: whether this version holds it.
         group: the name by which it can be asked for together with its siblings.
+        kernel: "module:Class" of the kernel that runs the layer; empty for a module that does it itself.
     """
 
     name: str
@@ -40,9 +42,11 @@ class Backend:
     built: bool = False
     group: str = ""
     capability: tuple[int, int] | None = None
+    kernel: str = ""
 
-    def refuses(self, fmt: LayerFormat, device: str) -> str | None:
-        """None when it can run a layer of this format on this device, or the reason why not."""
+    def refuses(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
+        """None when it can run a layer of this format on this device, or the reason why not. `spec`: its sizes, where
+        they are known."""
         if not self.built:
             return "not part of this version"
         if device not in self.devices:
@@ -53,6 +57,8 @@ class Backend:
             return f"reads packing {', '.join(self.packings)}, not {fmt.packing}"
         if self.capability is not None and not _has_capability(self.capability):
             return f"needs a device of compute capability {'.'.join(map(str, self.capability))}"
+        if self.kernel and spec is not None:
+            return kernel_class(self.kernel).refuses(spec)
         return None
 
 
@@ -123,10 +129,11 @@ def backend_names() -> list[str]:
     return list(dict.fromkeys([AUTO, *(b.group for b in BACKENDS if b.group), *(b.name for b in BACKENDS)]))
 
 
-def choose_backend(fmt: LayerFormat, device: str, requested: str = AUTO) -> Choice:
+def choose_backend(fmt: LayerFormat, device: str, requested: str = AUTO, spec: LayerSpec | None = None) -> Choice:
     """The backend for a layer stored as `fmt` that will run on `device` ("cpu", "cuda", ...).
 
     Args:
+        spec: the layer's sizes; without them only what holds for every size is known.
         requested: "auto", a row's name or a group's name ("torch" means whichever PyTorch row reads the packing).
 
     Raises:
@@ -150,7 +157,7 @@ def choose_backend(fmt: LayerFormat, device: str, requested: str = AUTO) -> Choi
     rows = [b for b in BACKENDS if b in rows or b.group in groups]
     passed: list[str] = []
     for backend in sorted(rows, key=lambda b: -b.priority):
-        reason = backend.refuses(fmt, device)
+        reason = backend.refuses(fmt, device, spec)
         if reason is None:
             return Choice(backend, tuple(passed))
         passed.append(f"{backend.name}: {reason}")

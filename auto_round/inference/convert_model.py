@@ -10,13 +10,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.inference.backend import choose_backend, device_kind
+from auto_round.inference.backend import Backend, choose_backend, device_kind
 from auto_round.inference.build_layer import PACKED_LEAVES, TENSORS, build_layer, layout_problem, layout_shapes
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.float_linear import FloatLinear
+from auto_round.inference.kernels.kernel import LayerSpec, kernel_class
 from auto_round.inference.kv_scales import accept_cache_scales
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear
@@ -59,10 +61,11 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     _check_dense_experts(model, layers, stored)
     used: Counter[str] = Counter()
     for name, fmt in layers.items():
-        choice = choose_backend(fmt, target_device, config.backend)
+        spec = _spec(weight_2d(model.get_submodule(name)), fmt, target_device)
+        choice = choose_backend(fmt, target_device, config.backend, spec)
         for reason in choice.passed_over if not used else ():
             logger.debug("backend passed over: %s", reason)
-        _replace(model, name, fmt, config, files, choice.backend.name)
+        _replace(model, name, fmt, config, files, choice.backend)
         used[choice.backend.name] += 1
     _untie(model, layers)
     accept_cache_scales(model, stored_config, files)
@@ -90,7 +93,16 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
             module.g_idx = module.plain_order(tensor.device)
         if module.is_loaded:
             module.prepare(name)
+            if isinstance(module, QuantLinear) and module.kernel_path:
+                module.use_kernel(kernel_class(module.kernel_path))
     restate_config(model, lambda: read_names(model, checkpoint_tensors(model)))
+
+
+def _spec(weight: torch.Tensor, fmt: LayerFormat, device: str) -> LayerSpec:
+    out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
+    group_size = fmt.group_size if 0 < fmt.group_size < in_features else in_features
+    kind = device.split(":")[0]
+    return LayerSpec(fmt.bits, group_size, fmt.sym, in_features, out_features, weight.dtype, kind)
 
 
 def _marks_are_complete(model: nn.Module) -> bool:
@@ -149,7 +161,7 @@ def _is_packed(name: str, files: dict[str, StoredTensor]) -> bool:
 
 def _replace(
     model: nn.Module, name: str, fmt: LayerFormat, config: CheckpointConfig, files: dict[str, StoredTensor] | None,
-    backend: str,
+    backend: Backend,
 ) -> None:  # fmt: skip
     old = model.get_submodule(name)
     weight = weight_2d(old)
@@ -167,7 +179,9 @@ def _replace(
                 f"quantization_config ({fmt.bits} bits, group size {fmt.group_size}) asks for {list(shape)}"
             )
     dtypes = {leaf: tensor.dtype for leaf, tensor in stored.items()}
-    new = build_layer(fmt, weight, getattr(old, "bias", None) is not None, dtypes, config.g_idx, backend)
+    new = build_layer(fmt, weight, getattr(old, "bias", None) is not None, dtypes, config.g_idx, backend.name)
+    if isinstance(new, QuantLinear):
+        new.kernel_path = backend.kernel
     if isinstance(new, FloatLinear):
         new.check_dtypes(name, dtypes)
     new.train(old.training)

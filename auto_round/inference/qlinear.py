@@ -1,18 +1,22 @@
-"""A linear layer that keeps its weight packed and dequantizes it for each call, in plain PyTorch on any device."""
+"""A linear layer that keeps its weight packed: dequantized for each call in plain PyTorch on any device, or run by a
+kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import lcm
+from typing import Any
 
 import torch
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.export.packing.awq import unpack_awq, unpack_awq_rows
+from auto_round.export.packing.awq import pack_awq, unpack_awq, unpack_awq_rows
 from auto_round.export.packing.bits import packs_evenly, period, unpack_words, words_needed
-from auto_round.export.packing.gptq import unpack_gptq, unpack_gptq_zeros
+from auto_round.export.packing.gptq import pack_gptq, unpack_gptq, unpack_gptq_zeros
 from auto_round.inference.config_reader import LayerFormat
+from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
 from auto_round.inference.packed_linear import PackedLinear
+from auto_round.logger import warn_once
 
 # Weights dequantized at once: bounds the temporary copies, which take about 9 bytes for each.
 _CHUNK = 1 << 22
@@ -25,13 +29,16 @@ class QuantLinear(PackedLinear):
     dtype, `bias` [out] in the model's dtype, and `g_idx` int32 [in] where the file has one. `scales` keeps its dtype
     when the module is cast: rounding float16 scales to bfloat16 would damage every weight.
 
+    With a kernel (`use_kernel`) the codes lie in the kernel's layout only, and `qweight` is None; what is saved is
+    always the checkpoint's layout.
+
     Raises:
         UnsupportedError: the shape does not fill whole words.
     """
 
     words: str = "qweight"
     kept: tuple[str, ...] = ("scales",)
-    qweight: torch.Tensor
+    qweight: torch.Tensor | None
     qzeros: torch.Tensor
     scales: torch.Tensor
     g_idx: torch.Tensor | None
@@ -53,6 +60,11 @@ class QuantLinear(PackedLinear):
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         self.register_buffer("g_idx", self.plain_order(device) if g_idx else None)
         self._in_order = not g_idx
+        #: "module:Class" of the kernel that the loader chose for it.
+        self.kernel_path = ""
+        # Not a submodule: its buffers are no part of the checkpoint, and it moves by being built anew.
+        self._kernel: list[LinearKernel] = []
+        self._order: torch.Tensor | None = None
 
     def plain_order(self, device: torch.device | str | None = None) -> torch.Tensor:
         """int32 [in]: the group of each input column when groups follow each other."""
@@ -70,13 +82,94 @@ class QuantLinear(PackedLinear):
         if not self._in_order and not bool(((self.g_idx >= 0) & (self.g_idx < self.groups)).all()):
             raise ModelError(f"{name or 'layer'}: g_idx points outside the {self.groups} groups; fetch the files again")
 
+    @property
+    def kernel(self) -> LinearKernel | None:
+        """What runs the layer, None for plain PyTorch."""
+        return self._kernel[0] if self._kernel else None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the codes are here; offloaded layers are on meta until they run."""
+        return self.qweight is None or not self.qweight.is_meta
+
+    def spec(self) -> LayerSpec:
+        """The layer as a kernel is asked about it."""
+        return LayerSpec(
+            self.bits, self.group_size, self.format.sym, self.in_features, self.out_features, self.dtype,
+            self.scales.device.type,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def use_kernel(self, kind: type[LinearKernel]) -> None:
+        """Hand the codes over to a kernel, once they are loaded and `prepare` has been called. A kernel never sees
+        `g_idx`: columns are sorted by group, and inputs with them."""
+        codes, scales, zeros = self.unpack()
+        if self.g_idx is not None and not self._in_order:
+            self._order = torch.argsort(self.g_idx, stable=True)
+            codes = codes[:, self._order].contiguous()
+        self._kernel = [kind(IntegerWeight(codes, scales, zeros, self.spec())).train(self.training)]
+        self.qweight = None
+
+    @torch.no_grad()
+    def drop_kernel(self) -> None:
+        """Back to the checkpoint's layout and plain PyTorch."""
+        if self._kernel:
+            self.qweight, self._kernel, self._order = self._packed_codes(), [], None
+
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The exact (codes uint8 [out, in], scales [out, groups] as stored, zero points uint8 [out, groups])."""
+        return self._codes(), self.scales.T.contiguous(), self._zero_rows().T.contiguous()
+
+    def _codes(self) -> torch.Tensor:
+        """uint8 [out, in], in the order of the inputs."""
+        if self._kernel:
+            codes = self._kernel[0].codes()
+            if self._order is None:
+                return codes
+            there = torch.empty_like(codes)
+            there[:, self._order] = codes
+            return there
+        assert self.qweight is not None
         if self.format.layout == "awq":
-            codes, zeros = unpack_awq(self.qweight, self.qzeros)
-        else:
-            codes, zeros = unpack_gptq(self.qweight, self.qzeros, self.bits, self.format.zero_offset)
-        return codes, self.scales.T.contiguous(), zeros
+            return unpack_awq(self.qweight, self.qzeros)[0]
+        return unpack_gptq(self.qweight, self.qzeros, self.bits, self.format.zero_offset)[0]
+
+    def _packed_codes(self) -> torch.Tensor:
+        """`qweight` as the checkpoint has it."""
+        if self.qweight is not None:
+            return self.qweight
+        codes, zeros = self._codes(), self._zero_rows().T.contiguous()
+        if self.format.layout == "awq":
+            return pack_awq(codes, zeros)[0]
+        return pack_gptq(codes, zeros, self.bits, self.format.zero_offset)[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Kernels have no derivative; the dense product has.
+        if not self._kernel or (x.requires_grad and torch.is_grad_enabled()):
+            return super().forward(x)
+        y = self._kernel[0](x if self._order is None else x.index_select(-1, self._order))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        if self._kernel:
+            there = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).device
+            if there != self.scales.device:
+                warn_once(
+                    "the model was moved from %s to %s after loading, so its layers run in plain PyTorch now; load it "
+                    "with device_map=%r for the kernels of that device", self.scales.device, there, str(there),
+                )  # fmt: skip
+                self.drop_kernel()
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._kernel:
+            destination[f"{prefix}qweight"] = self._packed_codes()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.drop_kernel()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -89,12 +182,13 @@ class QuantLinear(PackedLinear):
     @torch.no_grad()
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:
         """W transposed, [in, out], filled piece by piece."""
-        dense = torch.empty(self.in_features, self.out_features, dtype=dtype, device=self.qweight.device)
+        dense = torch.empty(self.in_features, self.out_features, dtype=dtype, device=self.scales.device)
+        codes = self._codes() if self._kernel else None
         zeros, scales = self._zero_rows().float(), self.scales.float()
         for start, stop in self._pieces():
             target = dense[start:stop]
             values = target if dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-            values.copy_(self._code_rows(start, stop))
+            values.copy_(self._code_rows(start, stop) if codes is None else codes[:, start:stop].T)
             if self.groups == 1:
                 values.sub_(zeros[0]).mul_(scales[0])
             elif self._in_order and start % self.group_size == 0 and (stop - start) % self.group_size == 0:
@@ -121,6 +215,7 @@ class QuantLinear(PackedLinear):
 
     def _code_rows(self, start: int, stop: int) -> torch.Tensor:
         """uint8 [stop - start, out]."""
+        assert self.qweight is not None
         if self.format.layout == "awq":
             return unpack_awq_rows(self.qweight[start:stop])
         values, words = period(self.bits)

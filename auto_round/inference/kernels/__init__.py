@@ -1,0 +1,1 @@
+"""Faster ways to multiply with packed integer weights than dequantizing them for each call."""
