@@ -24,23 +24,25 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
+# What llama.cpp says. It calls `note` for as long as the process lives, so neither may be a local.
+said: list[str] = []
+
+
+@llama_cpp.llama_log_callback
+def note(level: int, text: bytes, data: Any) -> None:
+    said.append(text.decode("utf-8", "replace"))
+
 
 def open_model(file: str, vocab_only: bool = False) -> Any:
     """The model, memory-mapped. Exits with the file's name when llama.cpp refuses it."""
-    lines: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def keep(level: int, text: bytes, data: Any) -> None:
-        lines.append(text.decode("utf-8", "replace"))
-
-    open_model.keep = keep  # type: ignore[attr-defined]  # llama.cpp calls it later too
-    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+    said.clear()
+    llama_cpp.llama_log_set(note, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     options = llama_cpp.llama_model_default_params()
     options.vocab_only = vocab_only
     model = llama_cpp.llama_model_load_from_file(file.encode(), options)
     if not model:
-        reasons = [line.strip() for line in lines if "error" in line.lower()] or lines[-3:]
+        reasons = [line.strip() for line in said if "error" in line.lower()] or said[-3:]
         raise SystemExit(f"llama.cpp does not open {file}: {' '.join(reasons)[:500]}")
     return model
 
