@@ -84,7 +84,7 @@ class Bench:
         self.bin = Path(args.llama_bin).resolve()
         self.environment = {"LD_LIBRARY_PATH": str(self.bin)}
         self.results: dict = {"model": Path(args.model).name, "machine": machine(), "files": []}
-        if args.keep:
+        if args.keep and Path(args.out).exists():
             self.results = json.loads(Path(args.out).read_text(encoding="utf-8"))
 
     def llama(self, tool: str, *flags: object, threads: bool = True) -> tuple[str, dict[str, float]]:
