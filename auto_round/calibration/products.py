@@ -21,7 +21,7 @@ _BANDS = (4096, 2048, 1024, 512, 256)
 _MOST = 1 << 28  # numbers in all matrices of a block: 1 GiB
 _ROWS = 1024  # tokens in one product
 _TILE = 256
-_EVERY = 4  # of many tokens, one in four is as good as all
+_EVERY = 4  # of many tokens, one in four is as good as all; as many as there are channels at least
 
 
 def band_width(widths: Sequence[int]) -> int:
@@ -46,8 +46,9 @@ class InputProducts:
 
     every_token = False
 
-    def __init__(self, band: int = _BANDS[0]) -> None:
-        self.band = band
+    def __init__(self, band: int = _BANDS[0], passes: int = 1) -> None:
+        """`passes`: how often a layer will be fed, each time about as much."""
+        self.band, self.passes = band, passes
         self.mask: torch.Tensor | None = None
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._leaders: dict[str, str] = {}
@@ -71,7 +72,7 @@ class InputProducts:
             rows = rows[self.mask.to(rows.device)]
         rows = rows.reshape(-1, rows.shape[-1])
         width = rows.shape[1]
-        rows = rows[:: min(_EVERY, max(1, 2 * rows.shape[0] // width))]
+        rows = rows[:: min(_EVERY, max(1, self.passes * rows.shape[0] // width))]
         if name not in self._sums:
             sizes = [min(self.band, width - start) for start in range(0, width, self.band)]
             self._sums[name] = [torch.zeros(size, size, device=rows.device) for size in sizes]
@@ -104,13 +105,14 @@ def _add_upper(total: torch.Tensor, columns: torch.Tensor) -> None:
 
 
 @contextmanager
-def input_products(block: nn.Module, names: Iterable[str]) -> Iterator[InputProducts]:
-    """Gather the products of the inputs of the linear layers `names` (relative to `block`) that run meanwhile.
+def input_products(block: nn.Module, names: Iterable[str], passes: int = 1) -> Iterator[InputProducts]:
+    """Gather the products of the inputs of the linear layers `names` (relative to `block`), which will run `passes`
+    times meanwhile.
 
     They are ready when it ends. Hooks are removed then, also after an error.
     """
     modules = {name: block.get_submodule(name) for name in names}
-    products = InputProducts(band_width([in_features(module) for module in modules.values()]))
+    products = InputProducts(band_width([in_features(module) for module in modules.values()]), passes)
 
     def hook(name: str) -> Callable[..., None]:
         return lambda _module, args: products.add(name, args[0])

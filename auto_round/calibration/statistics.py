@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -30,23 +31,33 @@ class SecondMoments(dict[str, torch.Tensor]):
         super().__init__()
         self.mask: torch.Tensor | None = None
         self.tokens: dict[str, int] = {}
+        self._last: Callable[[], torch.Tensor | None] = lambda: None  # the inputs of before, as long as they live
+        self._found: tuple[list[torch.Tensor], int] = [], 0
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
         """Add x**2 of all counted rows of `inputs` [..., in]."""
-        rows = inputs.detach()
+        total = self.get(name)
+        if total is None:
+            total = self[name] = torch.zeros(inputs.shape[-1], dtype=torch.float32, device=inputs.device)
+        elif total.device != inputs.device:  # the layer's weight was nowhere when watching began
+            total = self[name] = total.to(inputs.device)
+        if self._last() is not inputs:  # layers that are fed the same follow each other
+            self._found = self._squares(inputs.detach())
+            self._last = weakref.ref(inputs)
+        for part in self._found[0]:
+            total += part
+        self.tokens[name] = self.tokens.get(name, 0) + self._found[1]
+
+    def _squares(self, rows: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+        """Sums of x**2 over pieces of the counted rows, and their number."""
         if self.mask is not None and rows.shape[:-1] == self.mask.shape:
             rows = rows[self.mask.to(rows.device)]
         rows = rows.reshape(-1, rows.shape[-1])
-        total = self.get(name)
-        if total is None:
-            total = self[name] = torch.zeros(rows.shape[-1], dtype=torch.float32, device=rows.device)
-        elif total.device != rows.device:  # the layer's weight was nowhere when watching began
-            total = self[name] = total.to(rows.device)
-        for part in rows.split(_ROWS):
-            total += (
-                part.to(torch.float32).square_().sum(dim=0) if part.dtype != torch.float32 else part.square().sum(dim=0)
-            )
-        self.tokens[name] = self.tokens.get(name, 0) + rows.shape[0]
+        found = [
+            part.to(torch.float32).square_().sum(dim=0) if part.dtype != torch.float32 else part.square().sum(dim=0)
+            for part in rows.split(_ROWS)
+        ]
+        return found, rows.shape[0]
 
     def check(self) -> None:
         """Raise NumericsError naming the first layer whose inputs held NaN or Inf."""

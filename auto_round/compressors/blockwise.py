@@ -257,7 +257,7 @@ def _quantize_block(
         with (
             experts_run(experts),
             input_second_moments(block, wanted) as moments,
-            input_products(block, paired) as products,
+            input_products(block, paired, -(-full.hidden.shape[0] // full.batch)) as products,
             input_extremes(block, fixed) as extremes,
             cache_extremes(attentions, cache is not None and cache.queries) as cached,
         ):

@@ -106,8 +106,8 @@ class GgufSink:
             tensor = held
         if kind in GGML_TYPES:
             rows = tensor.reshape(-1, tensor.shape[-1])
-            round_to = search_blocks if self._optimized else plain_blocks
-            packed = pack_blocks(round_to(rows, kind))
+            # What is looked up and not multiplied: a thorough search would take most of a small model's time.
+            packed = pack_blocks(search_blocks(rows, kind, quick=True) if self._optimized else plain_blocks(rows, kind))
             data = packed.view(*tensor.shape[:-1], packed.shape[-1])
         else:
             data = tensor.to(_DENSE[kind]).contiguous()

@@ -10,6 +10,7 @@ import torch
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
 from auto_round.calibration.extremes import InputExtremes
+from auto_round.calibration.products import InputProducts
 from auto_round.calibration.statistics import SecondMoments
 from auto_round.compressors.activations import activation_of, is_calibrated
 from auto_round.compressors.blockwise import Walk, install, layer_task
@@ -45,11 +46,12 @@ def quantize_outside(
         started = time.monotonic()
         tuned = steps > 0 and walk.last_inputs is not None and source.model.get_submodule(name) is head
         fault: NumericsError | None = None
-        inputs, importance, extremes = None, None, InputExtremes()
+        inputs, importance, extremes, products = None, None, InputExtremes(), None
         try:
             inputs = head_inputs(source, walk, name) if tuned else None
             if is_calibrated(plan.scheme) or (optimized and inputs is None):
-                importance, extremes = _observed(source, walk, name)
+                paired = optimized and inputs is None and plan.ggml is not None
+                importance, extremes, products = _observed(source, walk, name, paired)
         except NumericsError as error:
             fault = error
         source.load(name, walk.device)
@@ -67,6 +69,7 @@ def quantize_outside(
                 walk.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
             else:
                 task.importance = importance if optimized else (walk.importance or {}).get(name)
+                task.products = products
                 layer = round_to_nearest(task, task.importance is not None, scale_dtype)
         if task.activation is not None:
             walk.activations[name] = task.activation
@@ -93,23 +96,28 @@ def _untie(source: ModelSource, task: LayerTask) -> None:
         source.config.tie_word_embeddings = False
 
 
-def _observed(source: ModelSource, walk: Walk, name: str) -> tuple[torch.Tensor | None, InputExtremes]:
-    """The second moments and extremes of what the layer is fed."""
+def _observed(
+    source: ModelSource, walk: Walk, name: str, paired: bool
+) -> tuple[torch.Tensor | None, InputExtremes, list[torch.Tensor] | None]:
+    """The second moments and extremes of what the layer is fed, and if `paired` the products of its channels."""
     stream = walk.last_inputs
     extremes = InputExtremes()
     if stream is None:
-        return None, extremes
-    moments = SecondMoments()
+        return None, extremes, None
+    moments, products = SecondMoments(), InputProducts(passes=stream.hidden.shape[0])
     mask = stream.captured.loss_mask
     with torch.no_grad(), outside_loaded(source, walk.device):
         for sample in range(stream.hidden.shape[0]):
             hidden = stream.hidden[sample : sample + 1].to(walk.device)
-            moments.mask = extremes.mask = mask[sample : sample + 1]
+            moments.mask = extremes.mask = products.mask = mask[sample : sample + 1]
             fed = stream.captured.finish(source, hidden, [sample], stop_at=name)
             moments.add(name, fed)
             extremes.add(name, fed)
+            if paired:
+                products.add(name, fed)
     moments.check()
-    return moments[name], extremes
+    products.close()
+    return moments[name], extremes, products.of(name)
 
 
 def emit_outside(job: Job, source: ModelSource, layers: Sequence[QuantizedLayer], sinks: Sequence[Sink]) -> None:

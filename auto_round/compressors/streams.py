@@ -80,8 +80,10 @@ class Stream:
         while start < count:
             rows = slice(start, min(start + self.batch, count))
             samples = list(range(rows.start, rows.stop))
-            # Large sums are not copied for every batch: if the first one fits, so do the others.
-            before = [_state(o) for o in observers] if start == 0 or _gathered(observers) < _COPIED else None
+            # Large sums are not copied for every batch: if the first one fits, so do the others. Memory of a CPU does
+            # not run out that way.
+            copied = device.type != "cpu" and (start == 0 or _gathered(observers) < _COPIED)
+            before = [_state(o) for o in observers] if copied else None
             for observer in observers:
                 mask = masks[observer.every_token]
                 observer.mask = None if mask is None else mask[rows]

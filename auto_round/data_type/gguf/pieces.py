@@ -35,14 +35,21 @@ def block_slices(blocks: int, block: int, device: torch.device, times: int = 1) 
         yield slice(start, min(start + step, blocks))
 
 
-def block_pieces(weight: torch.Tensor, kind: GgmlType, times: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(where, float32 [some, block]) of all blocks of a weight [out, in] of any float type, row after row. The pieces
-    share their memory, and may be overwritten."""
-    flat, buffer = weight.detach().reshape(-1, kind.block), None
-    for where in block_slices(flat.shape[0], kind.block, flat.device, times):
-        some = flat[where]
+def block_pieces(blocks: torch.Tensor, part: slice, times: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(where, float32 [some, block]) of some of the blocks [all, block] of any float type, one after the other. The
+    pieces share their memory, and may be overwritten."""
+    buffer = None
+    for inside in block_slices(part.stop - part.start, blocks.shape[1], blocks.device, times):
+        where = slice(part.start + inside.start, part.start + inside.stop)
+        some = blocks[where]
         buffer = torch.empty_like(some, dtype=torch.float32) if buffer is None else buffer
         yield where, buffer[: some.shape[0]].copy_(some)
+
+
+def even_parts(count: int, parts: int) -> list[slice]:
+    """As many slices of about the same length, fewer where that would be none."""
+    cuts = [count * index // parts for index in range(parts + 1)]
+    return [slice(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
 
 
 def group_columns(piece: torch.Tensor, group: int) -> torch.Tensor:

@@ -11,10 +11,11 @@ import torch
 
 from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.columns import over, peak
-from auto_round.data_type.gguf.pieces import block_pieces
+from auto_round.data_type.gguf.pieces import block_pieces, even_parts
 from auto_round.data_type.gguf.plain_k import put_plain_k
 from auto_round.data_type.gguf.store import BlockStore
 from auto_round.data_type.gguf.types import GGML_TYPES, GgmlType
+from auto_round.threads import side_by_side
 
 # The largest float32 below one half. Added to a value whose fraction is just less than half it does not reach the next
 # integer, as one half itself may by rounding.
@@ -38,9 +39,14 @@ def plain_blocks(weight: torch.Tensor, name: str) -> GgmlBlocks:
     assert columns % kind.block == 0
     store = BlockStore((out, columns), kind, weight.device)
     put = put_plain_k if kind.is_k else _put_with_minimum if kind.has_min else _put_symmetric
-    # The descent of Q3_K goes through many small steps, most of them with a few of the groups.
-    for where, piece in block_pieces(weight, kind, times=2 if name == "Q3_K" else 1):
-        put(store, where, piece, kind)
+    flat = weight.detach().reshape(-1, kind.block)
+
+    def put_all(part: slice) -> None:
+        # The descent of Q3_K goes through many small steps, most of them with a few of the groups.
+        for where, piece in block_pieces(flat, part, times=2 if name == "Q3_K" else 1):
+            put(store, where, piece, kind)
+
+    side_by_side(put_all, even_parts(flat.shape[0], torch.get_num_threads()), weight.device)
     return store.blocks()
 
 

@@ -45,23 +45,23 @@ def choose_factor(
     """
     top, bottom = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
     base = top / high if low == 0 else torch.where(top > -bottom, top, bottom) / low
-    found: tuple[torch.Tensor, ...] | None = None
-    for width in widths:
-        d = base * width
-        for _ in range(2):
-            whole = _integers(values, d, low, high)
-            part = weights * whole
-            d = over_groups(part * values) / over_groups(part * whole).clamp(min=_TINY)
-        d = to_half(d)
-        whole = _integers(values, d, low, high)
-        error = over_groups(weights * (values - d * whole).square_())
-        if found is None:
-            found = error, d, whole
-        else:
-            better = error < found[0]
-            found = tuple(torch.where(better, n, o) for n, o in zip((error, d, whole), found, strict=True))
-    assert found is not None
-    return found[1], found[2]
+    # All candidates at once, [g, candidates, B]: there are many steps, and few numbers in one.
+    d = torch.stack([base * width for width in widths], dim=1)
+    v, a = values.unsqueeze(1), weights.unsqueeze(1)
+    for _ in range(2):
+        whole = _integers(v, d, low, high)
+        part = a * whole
+        d = over_groups(part * v) / over_groups(part.mul_(whole)).clamp(min=_TINY)
+    d = to_half(d)
+    whole = _integers(v, d, low, high)
+    errors = over_groups((v - d * whole).square_().mul_(a))
+    least, found, integers = errors[:, 0], d[:, 0], whole[:, 0]
+    for index in range(1, len(widths)):
+        better = errors[:, index] < least
+        least = torch.where(better, errors[:, index], least)
+        found = torch.where(better, d[:, index], found)
+        integers = torch.where(better, whole[:, index], integers)
+    return found, integers
 
 
 def _integers(values: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.Tensor:

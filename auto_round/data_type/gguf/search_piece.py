@@ -35,7 +35,7 @@ class Piece:
 
     Args:
         x: weights, float32 [n, g, B]: n weights in a group, g groups in a block, B blocks.
-        h: how much each weight counts, like `x`.
+        h: how much each weight counts, like `x`, or [n, g, 1] for all blocks.
         kind: the type. Codes are taken less their zero here: `low` to `high`.
     """
 
@@ -44,7 +44,7 @@ class Piece:
         self.low, self.high = code_limits(kind)
         self.hx = h * x
         self._t, self._q = torch.empty_like(x), torch.empty_like(x)
-        self.sum_h, self.sum_hx = (fold(self._t.copy_(part)).clone() for part in (h, self.hx))
+        self.sum_h, self.sum_hx = (fold(self._t.copy_(part)).clone() for part in (h.expand_as(x), self.hx))
         self.sum_hxx = fold(torch.mul(self.hx, x, out=self._t)).clone()
 
     def _round(self, step: torch.Tensor, minimum: torch.Tensor | None) -> torch.Tensor:

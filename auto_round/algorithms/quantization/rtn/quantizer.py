@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
-from auto_round.algorithms.quantization.column_descent import descend_blocks
+from auto_round.algorithms.quantization.column_feedback import Shared, feedback, feedback_blocks, shared_feedback
 from auto_round.algorithms.quantization.layer_codes import (
     as_groups,
     float_layer,
@@ -36,8 +36,7 @@ from auto_round.data_type.utils import within_float16
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.threads import side_by_side
 
-_DAMPING = 0.3  # of the products' mean diagonal
-_PASSES = 2
+DAMPING = 0.3  # of the products' mean diagonal
 
 
 def start_grid(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> IntGrid:
@@ -60,25 +59,30 @@ def start_scales(task: LayerTask, family: FloatFamily, optimized: bool) -> tuple
     return encode(task.weight, family, task.scheme.group_size, global_scale=given).scale, given
 
 
-def start_blocks(task: LayerTask, kind: GgmlType, optimized: bool) -> GgmlBlocks:
+def start_blocks(task: LayerTask, kind: GgmlType, optimized: bool, shared: Shared | None = None) -> GgmlBlocks:
     """The blocks of a layer in a ggml type before any tuning: searched, or as ggml rounds without importance.
 
-    Their factors are float16: weights beyond it are cut to its largest value first.
+    Their factors are float16: weights beyond it are cut to its largest value first. `shared`: of `shared_feedback`.
     """
     from auto_round.data_type.gguf.plain import plain_blocks
 
     weight = within_float16(task.weight)
     if not optimized:
         return plain_blocks(weight, kind.name)
-    found = search_blocks(weight, kind.name, task.importance)
-    return found if task.products is None else descend_blocks(weight, found, task.products, _DAMPING, _PASSES)
+    if task.products is None:
+        return search_blocks(weight, kind.name, task.importance)
+    steps = search_blocks(weight, kind.name, task.importance, quick=True)
+    known = [(shared or {}).get(id(square)) or feedback(square, DAMPING) for square in task.products]
+    return feedback_blocks(weight, steps, known)
 
 
-def round_to_nearest(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantizedLayer:
-    """One layer rounded to nearest."""
+def round_to_nearest(
+    task: LayerTask, optimized: bool, scale_dtype: torch.dtype, shared: Shared | None = None
+) -> QuantizedLayer:
+    """One layer rounded to nearest. `shared`: of `shared_feedback`."""
     kind = ggml_kind(task)
     if kind is not None:
-        return ggml_layer(task, start_blocks(task, kind, optimized))
+        return ggml_layer(task, start_blocks(task, kind, optimized, shared))
     family = small_float(task.scheme)
     if family is not None:
         scale, given = start_scales(task, family, optimized)
@@ -105,6 +109,9 @@ class RTNQuantizer:
         return self.config.optimized and ggml_kind(layer) is not None
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
-        rounded = partial(round_to_nearest, optimized=self.config.optimized, scale_dtype=self.scale_dtype)
         device = task.layers[0].weight.device if task.layers else torch.device("cpu")
+        shared = shared_feedback(task.layers, DAMPING, device)
+        rounded = partial(
+            round_to_nearest, optimized=self.config.optimized, scale_dtype=self.scale_dtype, shared=shared
+        )
         return BlockResult(side_by_side(rounded, task.layers, device))

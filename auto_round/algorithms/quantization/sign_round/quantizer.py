@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.column_feedback import shared_feedback
 from auto_round.algorithms.quantization.layer_codes import ggml_kind, is_integer, small_float
-from auto_round.algorithms.quantization.rtn.quantizer import start_blocks, start_grid, start_scales
+from auto_round.algorithms.quantization.rtn.quantizer import DAMPING, start_blocks, start_grid, start_scales
 from auto_round.algorithms.quantization.sign_round.bank_linear import BankLinear
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.float_bank import FloatBank
@@ -97,7 +98,8 @@ class SignRoundQuantizer:
         device = tasks[0].weight.device
         kind = ggml_kind(tasks[0])
         if kind is not None:
-            chosen = partial(start_blocks, kind=kind, optimized=self.optimized_start)
+            shared = shared_feedback(tasks, DAMPING, device)
+            chosen = partial(start_blocks, kind=kind, optimized=self.optimized_start, shared=shared)
             blocks = side_by_side(chosen, tasks, device)
             return GgmlBank(tasks, blocks, compile_step=self.compile_step, **options | {"tune_scale": moves})
         family = small_float(tasks[0].scheme)

@@ -1,0 +1,135 @@
+"""Codes on given steps, column after column, each making up for the errors of those before it.
+
+With D = W - w and inputs x, the summed squared error of the outputs is tr(D A D') with A = sum x x'. Written as
+A = M' diag(c) M with ones on M's diagonal and nothing above it, a row's error is
+
+    sum over columns i of  c_i (D_i + sum over j < i of M_ij D_j)^2
+
+so in order, the best code for column i is the nearest one to its weight less `sum M_ij D_j` (GPTQ, arXiv 2210.17323;
+in this form LDLQ of QuIP, arXiv 2307.13304). One visit of every code does more than several of coordinate descent,
+since errors go where later columns can still take them (docs/adr/0015). Columns with large inputs come first: their
+errors cost most, and most columns are left to make up for them. Rows are independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.algorithms.quantization.column_descent import damped, row_slices
+from auto_round.data_type.gguf.blocks import GgmlBlocks
+from auto_round.data_type.gguf.rounding import code_limits, divisor_of
+from auto_round.threads import shared_threads, side_by_side
+
+Shared = Mapping[int, "Feedback"]
+
+_COLUMNS = 64  # columns between two products with all that came before
+_FEW = 8  # columns between two products within those
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """What the columns of one band take over from each other.
+
+    Attributes:
+        order: int64 [n], the columns in the order in which they are rounded.
+        matrix: M in that order, float32 [n, n]; what is on and above its diagonal is not used.
+    """
+
+    order: torch.Tensor
+    matrix: torch.Tensor
+
+
+def feedback(square: torch.Tensor, damping: float) -> Feedback:
+    """The feedback that minimises the error for A.
+
+    Args:
+        square: A, symmetric, float32 [n, n].
+        damping: in parts of its mean diagonal, more than zero.
+    """
+    order = square.diagonal().argsort(descending=True, stable=True)
+    turned = order.flip(0)
+    matrix = damped(square, damping)[turned][:, turned]
+    with shared_threads(torch.get_num_threads()):  # how it adds up may depend on the number of threads
+        # Of the matrix turned around, A = L L'; turned back, the factor is an upper triangle, and M' its shape.
+        upper = torch.linalg.cholesky(matrix).flip(0, 1)
+    return Feedback(order, upper.div_(upper.diagonal().clone()).t().contiguous())
+
+
+def shared_feedback(tasks: Sequence[LayerTask], damping: float, device: torch.device) -> Shared:
+    """The feedback of layers, by the identity of their products: layers that are fed the same share one."""
+    squares = {id(square): square for task in tasks for square in task.products or ()}
+    found = side_by_side(partial(feedback, damping=damping), list(squares.values()), device)
+    return dict(zip(squares, found, strict=True))
+
+
+def feedback_blocks(weight: torch.Tensor, blocks: GgmlBlocks, bands: Sequence[Feedback]) -> GgmlBlocks:
+    """The blocks with codes by feedback, on the steps and minima that they have.
+
+    Args:
+        weight: [out, in], any float dtype.
+        blocks: stored numbers of it; their codes do not matter.
+        bands: the feedback within each band of input channels, in order.
+    """
+    kind = blocks.kind
+    codes = torch.empty_like(blocks.codes)
+    steps, minima = divisor_of(blocks.step()), blocks.minimum()
+    at = 0
+    for found in bands:
+        band = slice(at, at + found.matrix.shape[0])
+        at = band.stop
+        groups = slice(band.start // kind.group, band.stop // kind.group)
+        back, group_of = found.order.argsort(), found.order // kind.group
+
+        def one(
+            rows: slice, found: Feedback = found, band: slice = band, groups: slice = groups,
+            back: torch.Tensor = back, group_of: torch.Tensor = group_of,
+        ) -> None:  # fmt: skip
+            columns = weight[rows, band].float().t().contiguous().index_select(0, found.order)
+            if minima is not None:
+                columns -= minima[rows, groups].t().contiguous().index_select(0, group_of)
+            step = steps[rows, groups].t().contiguous()
+            rounded = round_in_order(columns, step, group_of.tolist(), found.matrix, code_limits(kind))
+            whole = rounded.add_(kind.zero).to(torch.uint8).index_select(0, back)
+            codes[rows, band] = whole.t()
+
+        side_by_side(one, row_slices(weight), weight.device)
+    return replace(blocks, codes=codes)
+
+
+@torch.no_grad()
+def round_in_order(
+    columns: torch.Tensor, steps: torch.Tensor, group_of: Sequence[int], matrix: torch.Tensor,
+    limits: tuple[float, float],
+) -> torch.Tensor:  # fmt: skip
+    """Codes less the zero, float32 [in, rows], one input column after the other.
+
+    Args:
+        columns: the weights less their minima, float32 [in, rows], contiguous; overwritten with -D.
+        steps: float32 [groups, rows], none zero.
+        group_of: for each column the row of `steps` that is its own.
+        matrix: M, float32 [in, in].
+        limits: of the codes less the zero.
+    """
+    codes = torch.empty_like(columns)
+    step, inverse = steps.unbind(0), steps.reciprocal().unbind(0)
+    wrong, code = columns.unbind(0), codes.unbind(0)
+    for start in range(0, len(group_of), _COLUMNS):
+        stop = min(start + _COLUMNS, len(group_of))
+        torch.addmm(columns[start:stop], matrix[start:stop, :start], columns[:start], out=codes[start:stop])
+        for first in range(start, stop, _FEW):
+            last = min(first + _FEW, stop)
+            if first > start:
+                codes[first:last].addmm_(matrix[first:last, start:first], columns[start:first])
+            shares = matrix[first:last, first:last].unbind(0)
+            for i in range(first, last):
+                q, group, before = code[i], group_of[i], i - first
+                if before:
+                    q.addmv_(columns[first:i].t(), shares[before][:before])
+                q.mul_(inverse[group]).round_().clamp_(*limits)
+                wrong[i].addcmul_(q, step[group], value=-1)
+    return codes
