@@ -13,9 +13,11 @@ errors cost most, and most columns are left to make up for them. Rows are indepe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from typing import cast
 
 import torch
 
@@ -79,6 +81,7 @@ def feedback_blocks(weight: torch.Tensor, blocks: GgmlBlocks, bands: Sequence[Fe
     codes = torch.empty_like(blocks.codes)
     steps, minima = divisor_of(blocks.step()), blocks.minimum()
     at = 0
+    _scripted()  # once, before threads want it
     for found in bands:
         band = slice(at, at + found.matrix.shape[0])
         at = band.stop
@@ -103,9 +106,8 @@ def feedback_blocks(weight: torch.Tensor, blocks: GgmlBlocks, bands: Sequence[Fe
 
 @torch.no_grad()
 def round_in_order(
-    columns: torch.Tensor, steps: torch.Tensor, group_of: Sequence[int], matrix: torch.Tensor,
-    limits: tuple[float, float],
-) -> torch.Tensor:  # fmt: skip
+    columns: torch.Tensor, steps: torch.Tensor, group_of: list[int], matrix: torch.Tensor, limits: tuple[float, float]
+) -> torch.Tensor:
     """Codes less the zero, float32 [in, rows], one input column after the other.
 
     Args:
@@ -115,21 +117,40 @@ def round_in_order(
         matrix: M, float32 [in, in].
         limits: of the codes less the zero.
     """
-    codes = torch.empty_like(columns)
-    step, inverse = steps.unbind(0), steps.reciprocal().unbind(0)
-    wrong, code = columns.unbind(0), codes.unbind(0)
+    codes, inverse = torch.empty_like(columns), steps.reciprocal()
+    round_some = _scripted() if columns.device.type == "cpu" else _round_some
     for start in range(0, len(group_of), _COLUMNS):
         stop = min(start + _COLUMNS, len(group_of))
         torch.addmm(columns[start:stop], matrix[start:stop, :start], columns[:start], out=codes[start:stop])
-        for first in range(start, stop, _FEW):
-            last = min(first + _FEW, stop)
-            if first > start:
-                codes[first:last].addmm_(matrix[first:last, start:first], columns[start:first])
-            shares = matrix[first:last, first:last].unbind(0)
-            for i in range(first, last):
-                q, group, before = code[i], group_of[i], i - first
-                if before:
-                    q.addmv_(columns[first:i].t(), shares[before][:before])
-                q.mul_(inverse[group]).round_().clamp_(*limits)
-                wrong[i].addcmul_(q, step[group], value=-1)
+        round_some(codes, columns, matrix, steps, inverse, group_of, start, stop, _FEW, limits[0], limits[1])
     return codes
+
+
+def _round_some(
+    codes: torch.Tensor, wrong: torch.Tensor, matrix: torch.Tensor, steps: torch.Tensor, inverse: torch.Tensor,
+    group_of: list[int], start: int, stop: int, few: int, low: float, high: float,
+) -> None:  # fmt: skip
+    """Columns `start` to `stop`, whose codes hold the weights with the shares of all columns before `start`."""
+    for first in range(start, stop, few):
+        last = min(first + few, stop)
+        if first > start:
+            codes[first:last].addmm_(matrix[first:last, start:first], wrong[start:first])
+        for i in range(first, last):
+            code, group = codes[i], group_of[i]
+            if i > first:
+                code.addmv_(wrong[first:i].t(), matrix[i, first:i])
+            code.mul_(inverse[group]).round_().clamp_(low, high)
+            wrong[i].addcmul_(code, steps[group], value=-1.0)
+
+
+@lru_cache(maxsize=1)
+def _scripted() -> Callable[..., None]:
+    """`_round_some` without Python between its operations, of which each takes a few microseconds: layers that are
+    rounded side by side would wait for each other's turn to run Python most of the time. The same operations as such.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is to be replaced by compilers, which need one to be installed
+            return cast("Callable[..., None]", torch.jit.script(_round_some))
+    except (RuntimeError, AttributeError, OSError):  # this Python or PyTorch has it no more
+        return _round_some
