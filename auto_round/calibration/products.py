@@ -94,7 +94,7 @@ class InputProducts:
         """Finish the sums; nothing can be added afterwards."""
         self._last = None
         for total in (total for bands in self._sums.values() for total in bands):
-            total.copy_(total.triu() + total.triu(1).t())
+            _mirror(total)
 
 
 def _add_upper(total: torch.Tensor, columns: torch.Tensor) -> None:
@@ -102,6 +102,14 @@ def _add_upper(total: torch.Tensor, columns: torch.Tensor) -> None:
     for start in range(0, total.shape[0], _TILE):
         stop = min(start + _TILE, total.shape[0])
         total[:stop, start:stop].addmm_(columns[:, :stop].t(), columns[:, start:stop])
+
+
+def _mirror(total: torch.Tensor) -> None:
+    """Copy the upper triangle to the lower one, tile by tile."""
+    for start in range(0, total.shape[0], _TILE):
+        rows = slice(start, start + _TILE)
+        total[rows, :start] = total[:start, rows].t()
+        total[rows, rows] = total[rows, rows].triu() + total[rows, rows].triu(1).t()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from auto_round.modeling.blocks import set_weight_2d, weight_2d
 from auto_round.modeling.one_expert import OneExpert
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
-from auto_round.report.memory import return_freed
+from auto_round.report.memory import FreedMemory
 from auto_round.report.progress import Progress
 from auto_round.report.run_report import BlockRecord
 
@@ -68,6 +68,7 @@ class Walk:
         probe_hidden: the probe after the last block.
         last_inputs: the calibration stream after the last block, which the layers outside the blocks are fed.
         last_full: the same without quantization; the same object when there is one stream.
+        freed: what blocks leave behind.
     """
 
     quantizer: BlockQuantizer
@@ -94,6 +95,7 @@ class Walk:
     probe_hidden: torch.Tensor | SpilledTensor | None = None
     last_inputs: Stream | None = None
     last_full: Stream | None = None
+    freed: FreedMemory = field(default_factory=FreedMemory)
 
 
 def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -> None:
@@ -158,7 +160,7 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         source.release(name)
         progress.block(name, result.loss_before, result.loss_after)
         del block, tasks, steps, result, unit  # or this block's weights would be in memory together with the next one's
-        return_freed()
+        walk.freed.give_back()
     walk.probe_hidden = probe.hidden if probe is not None else None
     walk.last_inputs, walk.last_full = quantized or full, full
 
@@ -288,7 +290,7 @@ def _quantize_block(
     run = full.runner(index, block) if full is not None else _no_data
     task = BlockTask(name, block, tasks, run, walk.dtype, walk.seed + index)
     _drop_copies(tasks)
-    return_freed()
+    walk.freed.give_back()
     if full is not None and walk.quantizer.needs_targets:
         _give_samples(task, full, quantized, inputs, targets)
         mask = full.captured.loss_mask

@@ -7,6 +7,8 @@ import sys
 from functools import lru_cache
 from typing import Any
 
+_GATHERED = 128 << 20
+
 
 def peak_rss_bytes() -> int:
     """Largest resident set of this process since it started, in bytes."""
@@ -45,6 +47,20 @@ def return_freed() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+class FreedMemory:
+    """Memory of freed tensors, given back when much of it has gathered: what is used again soon is cheaper kept, as
+    the system clears every page that it hands out."""
+
+    def __init__(self) -> None:
+        self._held = rss_bytes()
+
+    def give_back(self) -> None:
+        """`return_freed`, where the process has grown by `_GATHERED` since the last time."""
+        if rss_bytes() - self._held > _GATHERED:
+            return_freed()
+            self._held = rss_bytes()
 
 
 @lru_cache(maxsize=1)

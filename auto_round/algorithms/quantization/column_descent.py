@@ -23,9 +23,13 @@ _CHUNK = {"cpu": 1 << 22, "other": 1 << 26}  # weights rounded at a time
 
 def damped(square: torch.Tensor, damping: float) -> torch.Tensor:
     """A with `damping` times its mean diagonal added to the diagonal."""
-    result = square.clone()
-    result.diagonal().add_(damping * square.diagonal().mean() + 1e-12)
-    return result
+    return damp(square.clone(), damping)
+
+
+def damp(square: torch.Tensor, damping: float) -> torch.Tensor:
+    """The same in place."""
+    square.diagonal().add_(damping * square.diagonal().mean() + 1e-12)
+    return square
 
 
 def row_slices(weight: torch.Tensor) -> list[slice]:

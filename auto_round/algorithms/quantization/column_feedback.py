@@ -22,7 +22,7 @@ from typing import cast
 import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
-from auto_round.algorithms.quantization.column_descent import damped, row_slices
+from auto_round.algorithms.quantization.column_descent import damp, row_slices
 from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.rounding import code_limits, divisor_of
 from auto_round.threads import shared_threads, side_by_side
@@ -55,11 +55,12 @@ def feedback(square: torch.Tensor, damping: float) -> Feedback:
     """
     order = square.diagonal().argsort(descending=True, stable=True)
     turned = order.flip(0)
-    matrix = damped(square, damping)[turned][:, turned]
+    matrix = square.index_select(0, turned).index_select(1, turned)
+    damp(matrix, damping)
     with shared_threads(torch.get_num_threads()):  # how it adds up may depend on the number of threads
-        # Of the matrix turned around, A = L L'; turned back, the factor is an upper triangle, and M' its shape.
-        upper = torch.linalg.cholesky(matrix).flip(0, 1)
-    return Feedback(order, upper.div_(upper.diagonal().clone()).t().contiguous())
+        # Of the matrix turned around, A = L L'; turned back, L is an upper triangle, and L' with ones on its diagonal M.
+        found = torch.linalg.cholesky(matrix).t().flip(0, 1)
+    return Feedback(order, found.div_(found.diagonal().unsqueeze(1).clone()))
 
 
 def shared_feedback(tasks: Sequence[LayerTask], damping: float, device: torch.device) -> Shared:
