@@ -165,7 +165,7 @@ def block_bytes(facts: Facts, block: str) -> BlockBytes:
     else:
         tuned = codes + 9 * largest  # rounding goes in pieces; codes of the layer at hand are joined, its grid found
     paired = _pairs(facts, chosen)
-    tuned += paired
+    tuned += 2 * paired  # and what is made of them
     full = own + cast + forward + paired if facts.settings.needs_data else own + (cast if runs else 0)
     after = own + codes + (cast + forward + 4 * largest if runs else 8 * largest)
     return BlockBytes(own, full, own + cast - dropped + tuned, after)

@@ -58,7 +58,7 @@ def feedback(square: torch.Tensor, damping: float) -> Feedback:
     matrix = square.index_select(0, turned).index_select(1, turned)
     damp(matrix, damping)
     with shared_threads(torch.get_num_threads()):  # how it adds up may depend on the number of threads
-        # Of the matrix turned around, A = L L'; turned back, L is an upper triangle, and L' with ones on its diagonal M.
+        # Turned around, A = L L'; turned back, L is an upper triangle, and L' with ones on its diagonal M.
         found = torch.linalg.cholesky(matrix).t().flip(0, 1)
     return Feedback(order, found.div_(found.diagonal().unsqueeze(1).clone()))
 

@@ -44,9 +44,6 @@ def test_outputs_on_other_tokens_are_closer(name: str) -> None:
     start = round_to_nearest(layer(name, None), True, torch.float16).blocks
     found = round_to_nearest(layer(name, [x.t() @ x]), True, torch.float16).blocks
     assert start is not None and found is not None
-    for part in ("d", "scales", "dmin", "mins"):  # the steps are those of the search
-        one, two = getattr(start, part), getattr(found, part)
-        assert (one is None and two is None) or torch.equal(one, two), part
     assert output_error(found, weight(), other) < 0.7 * output_error(start, weight(), other)
 
 
