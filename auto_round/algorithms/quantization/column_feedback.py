@@ -7,7 +7,7 @@ A = M' diag(c) M with ones on M's diagonal and nothing above it, a row's error i
 
 so in order, the best code for column i is the nearest one to its weight less `sum M_ij D_j` (GPTQ, arXiv 2210.17323;
 in this form LDLQ of QuIP, arXiv 2307.13304). One visit of every code does more than several of coordinate descent,
-since errors go where later columns can still take them (docs/adr/0015). Columns with large inputs come first: their
+since errors go where later columns can still take them (docs/adr/0011). Columns with large inputs come first: their
 errors cost most, and most columns are left to make up for them. Rows are independent.
 """
 

@@ -36,7 +36,7 @@ _WIDTHS = (1.1, 1.05, 1.0, 0.97, 0.94, 0.9)  # of the range of integers, for a f
 
 @torch.no_grad()
 def search_blocks(
-    weight: torch.Tensor, name: str, importance: torch.Tensor | None = None, quick: bool = False
+    weight: torch.Tensor, name: str, importance: torch.Tensor | None = None, quick: bool = False, codes: bool = True
 ) -> GgmlBlocks:
     """The blocks of a matrix with the least importance-weighted squared error that the search finds.
 
@@ -46,6 +46,7 @@ def search_blocks(
         importance: [in], >= 0: the second moment of each input channel; None weighs all alike.
         quick: a fifth of the time: few grids for each group, and no neighbours. Enough for steps whose codes are found
             by their outputs.
+        codes: whether they are wanted; else any are in the result.
 
     Returns:
         GgmlBlocks on the weight's device. Weights that are NaN or Inf give factors that are not finite or arbitrary
@@ -58,7 +59,7 @@ def search_blocks(
     blocks = _empty(kind, out, columns, weight.device)
     tiles = weight.view(out, count, per, kind.group)
     shares = _shares(importance, columns, weight.device).view(count, per, kind.group)
-    codes = blocks.codes.view(tiles.shape)
+    placed = blocks.codes.view(tiles.shape)
     chunk = _CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
 
     def search(place: tuple[slice, slice]) -> None:
@@ -71,7 +72,9 @@ def search_blocks(
         h = h.squeeze(-1) if shape[1] == 1 else h.expand(-1, -1, -1, shape[0]).reshape(x.shape)
         piece = Piece(x, h, kind)
         found = _search(piece, effort)
-        codes[rows, cols] = piece.codes(*found.grid()).view(kind.group, per, shape[1], shape[0]).permute(3, 2, 1, 0)
+        if codes:
+            nearest = piece.codes(*found.grid()).view(kind.group, per, shape[1], shape[0])
+            placed[rows, cols] = nearest.permute(3, 2, 1, 0)
         found.store(blocks, rows, cols)
 
     side_by_side(search, list(_pieces(out, count, max(1, chunk // kind.block))), weight.device)

@@ -71,7 +71,7 @@ def start_blocks(task: LayerTask, kind: GgmlType, optimized: bool, shared: Share
         return plain_blocks(weight, kind.name)
     if task.products is None:
         return search_blocks(weight, kind.name, task.importance)
-    steps = search_blocks(weight, kind.name, task.importance, quick=True)
+    steps = search_blocks(weight, kind.name, task.importance, quick=True, codes=False)
     known = [(shared or {}).get(id(square)) or feedback(square, DAMPING) for square in task.products]
     return feedback_blocks(weight, steps, known)
 
