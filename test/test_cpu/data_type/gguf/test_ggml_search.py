@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from auto_round.data_type.gguf import search
 from auto_round.data_type.gguf.blocks import GgmlBlocks
+from auto_round.data_type.gguf.plain import plain_blocks
 from auto_round.data_type.gguf.rounding import assign_codes
 from auto_round.data_type.gguf.search import search_blocks
 from auto_round.data_type.gguf.types import GGML_TYPES
@@ -155,3 +156,29 @@ def test_useless_importance_counts_as_none(bad: float) -> None:
     weight, _ = made(3, 256, 5)
     found = search_blocks(weight, "Q4_K", torch.full((256,), bad))
     assert torch.equal(found.dequantize(), search_blocks(weight, "Q4_K").dequantize())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quick_search_is_not_much_worse(name: str) -> None:
+    weight, importance = made(48, 768, 6, 0.3)
+    whole, quick = search_blocks(weight, name, importance), search_blocks(weight, name, importance, quick=True)
+    check_storable(quick)
+    least = error(weight, whole.dequantize(), importance)
+    assert error(weight, quick.dequantize(), importance) < 1.2 * least
+    steps = search_blocks(weight, name, importance, quick=True, codes=False)
+    assert torch.equal(assign_codes(weight, steps).dequantize(), quick.dequantize())
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q4_0"])
+def test_threads_do_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, importance = made(70, 768, 9)
+    monkeypatch.setattr(search, "_CHUNK", 256 * 16)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found += [(search_blocks(weight, name, importance), plain_blocks(weight, name))]
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.codes, other.codes) and torch.equal(one.dequantize(), other.dequantize())
