@@ -80,9 +80,8 @@ class Stream:
         while start < count:
             rows = slice(start, min(start + self.batch, count))
             samples = list(range(rows.start, rows.stop))
-            # Large sums are not copied for every batch: if the first one fits, so do the others. Memory of a CPU does
-            # not run out that way.
-            copied = device.type != "cpu" and (start == 0 or _gathered(observers) < _COPIED)
+            # Large sums are not copied for every batch: if the first one fits, so do the others, surely on a CPU.
+            copied = start == 0 or (device.type != "cpu" and _gathered(observers) < _COPIED)
             before = [_state(o) for o in observers] if copied else None
             for observer in observers:
                 mask = masks[observer.every_token]
