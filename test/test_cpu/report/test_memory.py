@@ -33,3 +33,18 @@ def test_peak_is_a_peak_in_bytes() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     assert peak_rss_bytes() >= rss_bytes() * 0.5
     assert peak_memory_text().startswith("RAM ")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs malloc_trim")
+def test_freed_memory_goes_back_when_much_has_gathered() -> None:
+    code = (
+        "import torch\n"
+        "from auto_round.report.memory import FreedMemory, rss_bytes as r\n"
+        "start = torch.ones(1); freed = FreedMemory()\n"
+        "def hold(megabytes):\n"
+        "    parts = [torch.ones(1 << 14) for _ in range(16 * megabytes)]\n"  # below what malloc maps for itself
+        "    return parts[-1]\n"  # what lies before it stays with the process
+        "last = hold(60); small = r(); freed.give_back(); assert r() > small - 5_000_000\n"
+        "other = hold(300); much = r(); freed.give_back(); assert r() < much - 200_000_000, (r(), much)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
