@@ -29,6 +29,11 @@ def cells(plain: str, wide: str) -> dict[str, dict[str, Any]]:
             "model": plain, "formats": "llm_compressor",
             "kwargs": {"iters": 2, "scheme": "FP8_STATIC", "static_kv_dtype": "fp8"},
         },
+        "ways to run": {
+            "model": plain, "formats": "auto_round", "kwargs": G32,
+            "ways": [{}, {"file": True}, {"low_gpu_mem_usage": True}, {"threads": 2}, {"threads": 2, "file": True}],
+        },
+        "model-free": {"model": plain, "formats": "auto_round", "kwargs": {"group_size": 32, "model_free": True}},
     }  # fmt: skip
 
 
