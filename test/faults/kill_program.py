@@ -1,7 +1,7 @@
 """A program of the tests: forks tuning runs that are killed at chosen moments, and runs that go on. Not a test itself.
 
 Argument: a JSON object with `work` (a folder), `cells` ({name: {"model", "formats", "kwargs", "ways"}}), `kills` (how
-many of each cell), and `seed`. `ways` are other settings that give the same bytes, one is drawn for each run: "threads",
+many of each cell), and `seed`. `ways`: other settings that give the same bytes, one is drawn for each run: "threads",
 "file" (activations in a file, by a limit on memory that asks for it), or flags. Prints one JSON line: by cell the
 kills, their phases, and what went wrong.
 

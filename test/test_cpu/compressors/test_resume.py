@@ -16,6 +16,7 @@ from auto_round import AutoRound
 from auto_round.compressors import blockwise
 from auto_round.compressors import run as run_module
 from auto_round.errors import ConfigError, ModelError, OutputError, Stopped
+from auto_round.export import staging
 
 TUNED: dict[str, Any] = {"iters": 2, "bits": 2, "lr": 0.02}
 GGUF: dict[str, Any] = {"iters": 0, "group_size": None}
@@ -130,8 +131,8 @@ PHASES = {
     "side files": (run_module, "write_side_files", 1), "config": (run_module, "write_config", 2),
     "verify": (run_module, "verify_folder", 1), "second verify": (run_module, "verify_folder", 2),
     "records": (run_module, "write_records", 1), "seal": (run_module.Staging, "seal", 2),
-    "publish": (run_module.Staging, "publish", 2), "move": (run_module.Staging, "_move", 3),
-    "last move": (run_module.Staging, "_move", 21), "journal": (run_module.RunJournal, "finish", 1),
+    "publish": (run_module.Staging, "publish", 2), "move": (staging, "_move", 3),
+    "last move": (staging, "_move", 21), "journal": (run_module.RunJournal, "finish", 1),
 }  # fmt: skip
 
 
@@ -291,7 +292,7 @@ def test_an_error_keeps_the_blocks_too(run: Runner, stop_at: Any, tmp_path: Path
 
 
 def test_an_unfinished_folder_does_not_open(run: Runner, stop_at: Any, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), stop_at(run_module.Staging, "_move", 2):
+    with pytest.raises(KeyboardInterrupt), stop_at(staging, "_move", 2):
         run("out", **TUNED)
     (tmp_path / "out" / ".partial").mkdir(exist_ok=True)  # as a kill leaves it
     with pytest.raises(ModelError, match="not finished; give the command that began it once more"):
