@@ -83,7 +83,7 @@ def mlx_biases(
     if not bool(torch.isfinite(biases).all()):
         raise NumericsError(
             f"{layer}: the MLX layout stores scale times zero point, here beyond {dtype}: weights above 65504 in "
-            "magnitude; leave the layer in full precision with ignore_layers, or use sym=False, whose biases are float32"
+            "magnitude; leave the layer in full precision with ignore_layers, or use sym=False (float32 biases)"
         )
     return biases
 
