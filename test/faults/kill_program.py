@@ -27,6 +27,7 @@ from typing import Any
 
 WATCHED = ("fsync", "replace", "unlink", "mkdir", "rmdir", "open", "ftruncate", "pwrite", "posix_fallocate")
 REFUSED = 6  # exit code of OutputError
+HIDDEN = {".partial", ".model_free"}  # what is not finished
 
 
 class Moment:
@@ -129,11 +130,11 @@ def forked(work: Callable[[], None], kill_after: float | None = None) -> int:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """All files but the report, which tells times, and what is not finished."""
+    """All files but the report, which tells times, and what is hidden."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != "report.json" and ".partial" not in path.parts
+        if path.is_file() and path.name != "report.json" and not HIDDEN & set(path.relative_to(folder).parts)
     }
 
 
@@ -203,7 +204,7 @@ class Killer:
     def _check_shown(self) -> None:
         """What opens must be whole."""
         for config in [*self.out.rglob("config.json"), *self.out.rglob("*.gguf")]:
-            if ".partial" not in config.parts:
+            if not HIDDEN & set(config.parts):
                 shown = {k: v for k, v in tree(config.parent).items() if "/" not in k}
                 prefix = "" if config.parent == self.out else f"{config.parent.name}/"
                 whole = {k for k in self.wanted if k.startswith(prefix) and "/" not in k.removeprefix(prefix)}
@@ -219,7 +220,7 @@ class Killer:
             self.problems.append(f"going on left with {status}")
         if tree(self.out) != self.wanted:
             self.problems.append(f"other files after {status}")
-        if list(self.out.rglob(".partial")):
+        if any(list(self.out.rglob(name)) for name in HIDDEN):
             self.problems.append("something unfinished is left")
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.rmtree(self.space, ignore_errors=True)
