@@ -76,6 +76,17 @@ print("RESULT " + json.dumps({
 """
 
 
+def save_tokenizer(folder: Path) -> None:
+    """One id a byte, words split as GPT-2's are: a GGUF file holds a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocab, "<eos>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
 def run(name: str, work: Path) -> dict[str, Any]:
     model, fmt, keywords = CASES[name]
     out = work / "out"
@@ -107,6 +118,7 @@ def main() -> None:
         SHAPES[model], size = MODELS[model]
         shutil.rmtree(work / model, ignore_errors=True)
         make_checkpoint(work / model, model, size)
+        save_tokenizer(work / model)
     rows = []
     for name in given.only:
         rows.append(row := run(name, work))
@@ -119,7 +131,10 @@ def main() -> None:
             flush=True,
         )
     if given.save:
-        given.save.write_text(json.dumps({"machine": machine(), "runs": rows}, indent=2) + "\n")
+        before = json.loads(given.save.read_text())["runs"] if given.save.exists() else []
+        found = {row["name"]: row for row in [*before, *rows]}  # with --only, others stay
+        result = {"machine": machine(), "runs": [found[name] for name in CASES if name in found]}
+        given.save.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

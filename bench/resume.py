@@ -3,8 +3,13 @@
     python bench/resume.py --model .demo/smollm2 [--iters 200 --nsamples 64 --seqlen 512 --blocks 4 --pairs 5]
 
 A pair is one run with the journal and one without, the order changing from pair to pair. Compared is the wall time from
-the first block to the last (`seconds.quantization` of report.json) and of the whole call. The last lines tell the bytes
-of the journal, and the time that a run takes that was stopped after its last block: nothing is tuned again there.
+the first block to the last (`seconds.quantization` of report.json), that of the whole call, and the processor time of
+the process with all its threads, which other work on the machine disturbs least. Besides, the journal's own share is
+measured inside the runs that have one: what the main thread spends in it (waiting included), and what its thread
+computes, each as a part of the whole call.
+
+The last lines tell the bytes of the journal, and the time that a run takes that was stopped after its last block:
+nothing is tuned again there.
 """
 
 from __future__ import annotations
@@ -14,14 +19,22 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vs_peer import machine
 
 from auto_round import AutoRound
+from auto_round.compressors import blockwise
+from auto_round.compressors.resume.journal import Journal
 from auto_round.compressors.resume.run_journal import RunJournal
+
+MAIN = ("admit", "settle", "keep", "add", "until_written", "wait", "complete", "finish", "close")
+BESIDE = ("write_unit", "write_stream", "commit")
 
 
 def shortened(model: str, blocks: int, folder: Path) -> str:
@@ -38,15 +51,52 @@ def shortened(model: str, blocks: int, folder: Path) -> str:
     return str(folder)
 
 
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Seconds that the main thread is in the journal, and processor seconds of the journal's thread."""
+    spent = {"journal, main thread": 0.0, "journal, its thread": 0.0}
+    patched: list[tuple[Any, str, Any]] = []
+    inside = [0]
+
+    def patch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+        patched.append((owner, name, real))
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            main = threading.current_thread() is threading.main_thread()
+            clock = time.perf_counter if main else time.thread_time
+            outermost = not main or inside[0] == 0
+            inside[0] += main
+            started = clock()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                inside[0] -= main
+                if outermost:
+                    spent["journal, main thread" if main else "journal, its thread"] += clock() - started
+
+        setattr(owner, name, timed)
+
+    for owner, names in ((RunJournal, MAIN), (Journal, BESIDE), (blockwise, ("module_checksum",))):
+        for name in names:
+            patch(owner, name)
+    try:
+        yield spent
+    finally:
+        for owner, name, real in patched:
+            setattr(owner, name, real)
+
+
 def run(a: argparse.Namespace, model: str, out: Path, resume: bool) -> dict[str, float]:
-    started = time.perf_counter()
-    AutoRound(
-        model, scheme=a.scheme, iters=a.iters, nsamples=a.nsamples, seqlen=a.seqlen, dataset=a.dataset,
-        device_map=a.device, low_gpu_mem_usage=a.low_gpu_mem_usage,
-    ).quantize_and_save(out, a.format, resume=resume)  # fmt: skip
-    total = time.perf_counter() - started
+    with watched() as spent:
+        started, computed = time.perf_counter(), time.process_time()
+        AutoRound(
+            model, scheme=a.scheme, iters=a.iters, nsamples=a.nsamples, seqlen=a.seqlen, dataset=a.dataset,
+            device_map=a.device, low_gpu_mem_usage=a.low_gpu_mem_usage,
+        ).quantize_and_save(out, a.format, resume=resume)  # fmt: skip
+        total, processor = time.perf_counter() - started, time.process_time() - computed
     seconds = json.loads((out / "report.json").read_text())["seconds"]
-    return {"quantization": seconds["quantization"], "total": total}
+    return {"quantization": seconds["quantization"], "total": total, "processor": processor, **spent}
 
 
 def stopped_after_the_blocks(a: argparse.Namespace, model: str, out: Path) -> int:
@@ -92,16 +142,20 @@ def main() -> None:
             for kind in ("with", "without")[:: 1 if pair % 2 else -1]:
                 out = Path(work) / f"{kind}-{pair}"
                 found[kind].append(run(a, model, out, kind == "with"))
-                print(f"pair {pair + 1}, {kind} journal: {found[kind][-1]['quantization']:.2f} s", flush=True)
+                said = ", ".join(f"{what} {value:.2f} s" for what, value in found[kind][-1].items())
+                print(f"pair {pair + 1}, {kind} journal: {said}", flush=True)
         size = stopped_after_the_blocks(a, model, Path(work) / "stopped")
         going_on = run(a, model, Path(work) / "stopped", True)["total"]
         weights = sum(p.stat().st_size for p in (Path(work) / "stopped").glob("*.safetensors"))
     result: dict[str, Any] = {"machine": machine(), "settings": {k: str(v) for k, v in vars(a).items()}, "runs": found}
-    for what in ("quantization", "total"):
+    for what in ("quantization", "total", "processor"):
         ratios = [w[what] / o[what] for w, o in zip(found["with"], found["without"], strict=True)]
         result[f"{what}_overhead"] = statistics.median(ratios) - 1
         spread = ", ".join(f"{r - 1:+.1%}" for r in sorted(ratios))
         print(f"{what}: journal costs {result[f'{what}_overhead']:+.1%} (median of {len(ratios)} pairs: {spread})")
+    for what in ("journal, main thread", "journal, its thread"):
+        result[what] = statistics.median(w[what] / w["total"] for w in found["with"])
+        print(f"{what}: {result[what]:.2%} of the call")
     result |= {"journal_bytes": size, "weights_bytes": weights, "going_on_seconds": going_on}
     print(f"journal {size / 1e6:.1f} MB with the weights' {weights / 1e6:.1f} MB; going on at the end {going_on:.1f} s")
     if a.output:

@@ -115,6 +115,9 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
     for index, name in enumerate(source.blocks[:finished]):
         _emit(job, source, name, take_unit(walk, index), walk.sinks)
     streams = {"full": full, "quantized": quantized, "probe": probe}
+    for stream in streams.values():
+        if stream is not None:
+            stream.before_offload = lambda: _until_written(walk, *streams)
     if finished:
         _restore(walk, streams, len(source.blocks))
         full = full if numbers.lost is None else None
@@ -126,8 +129,8 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         weights = module_checksum(block) if walk.journal is not None else 0
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
         tasks = [layer_task(source, plan) for plan in planned]
-        if walk.journal is not None:
-            walk.journal.wait()  # it writes the hidden states, which are changed in place from here on
+        # It writes hidden states, and those are changed in place: these from here on, the others behind the tuning.
+        _until_written(walk, "unit", "full")
         with in_dtype(block, source.dtype, walk.dtype):
             try:
                 result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype, experts)
@@ -140,6 +143,7 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
             tasks = _install_all(tasks, result, numbers)
             steps = {task.module: task.activation for task in tasks if task.activation is not None}
             walk.activations |= {task.name: task.activation for task in tasks if task.activation is not None}
+            _until_written(walk, "quantized", "probe")
             with quantized_inputs(steps), experts_run(experts, result):
                 if quantized is not None:
                     quantized.after(index, block, walk.device, walk.dtype, in_place=True)
@@ -163,6 +167,11 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         walk.freed.give_back()
     walk.probe_hidden = probe.hidden if probe is not None else None
     walk.last_inputs, walk.last_full = quantized or full, full
+
+
+def _until_written(walk: Walk, *kinds: str) -> None:
+    if walk.journal is not None:
+        walk.journal.until_written(*kinds)
 
 
 def take_unit(walk: Walk, index: int) -> Unit:
@@ -268,6 +277,8 @@ def _quantize_block(
             targets = full.after(index, block, walk.device, walk.dtype, (moments, products, extremes, cached), in_place)
         full.move_on(targets)
         check_activations(name, targets)
+        if walk.journal is not None:
+            walk.journal.keep("full", targets)
         if cache is not None:
             walk.cache_scales |= cache.scales(name, cached)
         moments.check()

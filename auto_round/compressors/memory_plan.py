@@ -157,7 +157,9 @@ def block_bytes(facts: Facts, block: str) -> BlockBytes:
     dropped = weights * compute.itemsize if cast else 0
     largest = max((p.out_features * p.in_features for p in chosen), default=0)
     codes = int(weights * 1.06)
-    forward = forward_bytes(facts, plans, samples_in_pass(facts.batch, facts.tokens, facts.settings.device))
+    samples = facts.settings.nsamples if facts.settings.needs_data else 1  # one: the check's
+    at_once = min(samples, samples_in_pass(facts.batch, facts.tokens, facts.settings.device))
+    forward = forward_bytes(facts, plans, at_once)
     runs = facts.settings.needs_data or facts.settings.verify
     if facts.settings.tunes:
         learned = tuning_bytes(facts, chosen)
@@ -167,7 +169,8 @@ def block_bytes(facts: Facts, block: str) -> BlockBytes:
     paired = _pairs(facts, chosen)
     tuned += 2 * paired  # and what is made of them
     full = own + cast + forward + paired if facts.settings.needs_data else own + (cast if runs else 0)
-    after = own + codes + (cast + forward + 4 * largest if runs else 8 * largest)
+    # A layer of the result is made in float32, one after the other, and then the block is run.
+    after = own + codes + (cast + max(forward, 4 * largest) if runs else 8 * largest)
     return BlockBytes(own, full, own + cast - dropped + tuned, after)
 
 

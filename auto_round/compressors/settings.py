@@ -111,7 +111,7 @@ class Settings:
         if self.needs_data:
             values |= {"nsamples": self.nsamples, "seqlen": self.seqlen}
             values["dataset"] = self.dataset if isinstance(self.dataset, str) else None
-        values |= {"amp": self.amp, "low_gpu_mem_usage": self.low_gpu_mem_usage}
+        values["amp"] = self.amp
         values["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
         for what in ("kv", "attention"):
             if getattr(self, f"static_{what}_dtype") is not None:

@@ -37,13 +37,15 @@ def samples_in_pass(batch: int, tokens: int, device: torch.device) -> int:
 @dataclass
 class Stream:
     """Hidden states [N, T, H] of all samples before some block, in memory or in a file, and how blocks are called on
-    them, `batch` samples at a time."""
+    them, `batch` samples at a time. `before_offload` is called before they leave the device: whoever else holds them
+    there has to let go."""
 
     captured: CapturedInputs
     hidden: torch.Tensor | SpilledTensor
     batch: int
     others: list[Stream] = field(default_factory=list)
     spare: torch.Tensor | SpilledTensor | None = None
+    before_offload: Callable[[], None] = lambda: None
 
     @classmethod
     def of(cls, captured: CapturedInputs, batch: int, device: torch.device, dtype: torch.dtype) -> Stream:
@@ -126,6 +128,8 @@ class Stream:
     def offload(self) -> bool:
         """Move the hidden states of all streams off the device. False when none is there."""
         streams = [s for s in (self, *self.others) if s.hidden.device.type != "cpu"]
+        if streams:
+            self.before_offload()
         for stream in streams:
             stream.hidden, stream.spare = _on_cpu(stream.hidden), None
         return bool(streams)

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from auto_round.errors import OutputError
 
-try:
+if sys.platform == "win32":
+    import msvcrt
+
+    _PLACE = 1 << 20  # a byte behind the words, which others can still read
+
+    def _lock(file: int) -> None:
+        """Raises BlockingIOError when another process holds it."""
+        os.lseek(file, _PLACE, os.SEEK_SET)
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+        finally:
+            os.lseek(file, 0, os.SEEK_SET)
+else:
     import fcntl
-except ImportError:  # Windows: no lock, so two runs on one folder are not noticed there
-    fcntl = None  # type: ignore[assignment]
+
+    def _lock(file: int) -> None:
+        """Raises BlockingIOError when another process holds it."""
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class FolderLock:
@@ -41,17 +58,16 @@ class FolderLock:
             return -1
         except OSError as error:
             raise OutputError(f"cannot write {self.path} ({error.strerror}); choose another folder") from error
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
-                os.close(file)
-                raise OutputError(
-                    f"output folder {what} is being written by {owner}; wait for it, stop it, or choose another folder"
-                ) from error
-            except OSError:  # a file system without locks
-                pass
+        try:
+            _lock(file)
+        except BlockingIOError as error:
+            owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise OutputError(
+                f"output folder {what} is being written by {owner}; wait for it, stop it, or choose another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
         try:
             same = os.fstat(file).st_ino == os.stat(self.path).st_ino
         except FileNotFoundError:
@@ -71,8 +87,9 @@ class FolderLock:
                 self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
-            if os.name != "posix":  # an open file cannot be removed there
-                self.path.unlink(missing_ok=True)
+            if os.name != "posix":  # an open file cannot be removed there, nor one that the next run has taken by now
+                with suppress(OSError):
+                    self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> FolderLock:
         return self

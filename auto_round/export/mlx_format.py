@@ -93,7 +93,7 @@ class _MlxTensors(OutputFormat):
         tensors = {
             f"{layer.name}.weight": pack_mlx(layer.codes, layer.scheme.bits),
             f"{layer.name}.scales": scales,
-            f"{layer.name}.biases": mlx_biases(scales, layer.zero_point, dtype),
+            f"{layer.name}.biases": mlx_biases(scales, layer.zero_point, dtype, layer.name),
         }
         if layer.bias is not None:
             tensors[f"{layer.name}.bias"] = layer.bias
@@ -105,7 +105,7 @@ class _MlxTensors(OutputFormat):
     ) -> Grid:  # fmt: skip
         scales, biases = tensors[f"{name}.scales"], tensors[f"{name}.biases"]
         zeros = mlx_zero_points(scales, biases)
-        if not torch.equal(biases, mlx_biases(scales, zeros, biases.dtype)):
+        if not torch.equal(biases, mlx_biases(scales, zeros, biases.dtype, name)):
             raise ModelError(f"layer {name}: its biases are not its scales times whole zero points")
         return unpack_mlx(tensors[f"{name}.weight"], scheme.bits), scales, zeros
 

@@ -16,7 +16,7 @@ DEFAULT_SETTINGS: Mapping[str, Any] = MappingProxyType(
     {
         "iters": 200, "batch_size": 8, "nsamples": 128, "seqlen": 2048, "lr": None, "minmax_lr": None,
         "gradient_accumulate_steps": 1, "enable_quanted_input": True, "enable_minmax_tuning": True,
-        "enable_norm_bias_tuning": False, "low_gpu_mem_usage": False, "amp": True, "scale_dtype": "float16",
+        "enable_norm_bias_tuning": False, "amp": True, "scale_dtype": "float16",
         "dataset": None, "static_kv_dtype": None, "static_kv_granularity": "tensor", "static_attention_dtype": None,
         "static_attention_granularity": "tensor",
     }

@@ -20,7 +20,7 @@ from auto_round.export.folder_lock import FolderLock
 from auto_round.export.shard_writer import file_sha256, sync_folder
 
 LOCK = "lock"
-_OPENS = "config.json"
+OPENS = "config.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -43,7 +43,7 @@ class Staging:
 
     def clear(self) -> None:
         """Remove what an earlier run left."""
-        for entry in self._entries():
+        for entry in _entries(self.path):
             _remove(entry)
 
     def seal(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -52,53 +52,14 @@ class Staging:
 
         Raises OutputError when the disk is full.
         """
-        found = {}
-        try:
-            for path in sorted(p for entry in self._entries() for p in [entry, *entry.rglob("*")] if p.is_file()):
-                name = path.relative_to(self.path).as_posix()
-                found[name] = (known or {}).get(name) or file_sha256(path)
-                _sync(path)
-            sync_folder(self.path)
-        except OSError as error:
-            raise OutputError(
-                f"cannot bring {self.path} to the disk ({error.strerror or error}); free some space"
-            ) from error
-        return found
+        return seal(self.path, known)
 
     def publish(self, files: Iterable[str]) -> None:
         """Move the files of a sealed folder to where they belong. It may be called again after it was cut short.
 
         Raises OutputError when one cannot be moved.
         """
-        tops = dict.fromkeys(name.split("/")[0] for name in files)
-        first = [name for name in tops if name != _OPENS and not name.endswith(".gguf")]
-        try:
-            for name in first:
-                path_inside(self.folder, name)
-            if (self.path / _OPENS).exists():  # from here on no loader opens what is overwritten
-                (self.folder / _OPENS).unlink(missing_ok=True)
-                sync_folder(self.folder)
-            for name in first:
-                self._move(name)
-            if _OPENS in tops:
-                for path in list(self.folder.iterdir()):
-                    if _WEIGHTS.fullmatch(path.name) and path.name not in tops:
-                        path.unlink()
-            sync_folder(self.folder)
-            for name in tops:
-                self._move(name)
-            sync_folder(self.folder)
-        except OSError as error:
-            raise OutputError(
-                f"cannot give the files in {self.path} their names ({error.strerror or error})"
-            ) from error
-
-    def _move(self, name: str) -> None:
-        if not (self.path / name).exists():  # moved already
-            return
-        if (self.path / name).is_dir():
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        os.replace(self.path / name, self.folder / name)
+        show(self.path, self.folder, files)
 
     def close(self) -> None:
         """Remove what was not published, unless `keep`, and unlock the folder."""
@@ -111,9 +72,6 @@ class Staging:
             except OSError:  # another run has come in the meantime
                 pass
 
-    def _entries(self) -> list[Path]:
-        return [path for path in self.path.iterdir() if path.name != LOCK] if self.path.is_dir() else []
-
     def __enter__(self) -> Staging:
         return self
 
@@ -121,6 +79,64 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def seal(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Bring all files of a folder to the disk and return SHA-256 by file name, in subfolders too. `known`: digests that
+    need not be computed again.
+
+    Raises OutputError when the disk is full.
+    """
+    found = {}
+    try:
+        for path in sorted(p for entry in _entries(folder) for p in [entry, *entry.rglob("*")] if p.is_file()):
+            name = path.relative_to(folder).as_posix()
+            found[name] = (known or {}).get(name) or file_sha256(path)
+            _sync(path)
+        sync_folder(folder)
+    except OSError as error:
+        raise OutputError(f"cannot bring {folder} to the disk ({error.strerror or error}); free some space") from error
+    return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
+
+
+def show(path: Path, folder: Path, files: Iterable[str]) -> None:
+    """Move `files` from `path` to `folder`, on the same disk, config.json or a .gguf file last; weights of other names
+    that lay there go. It may be called again after it was cut short.
+
+    Raises OutputError when one cannot be moved.
+    """
+    tops = dict.fromkeys(name.split("/")[0] for name in files)
+    first = [name for name in tops if name != OPENS and not name.endswith(".gguf")]
+    try:
+        for name in first:
+            path_inside(folder, name)
+        if (path / OPENS).exists():  # from here on no loader opens what is overwritten
+            (folder / OPENS).unlink(missing_ok=True)
+            sync_folder(folder)
+        for name in first:
+            _move(path, folder, name)
+        if OPENS in tops:
+            for found in list(folder.iterdir()):
+                if _WEIGHTS.fullmatch(found.name) and found.name not in tops:
+                    found.unlink()
+        sync_folder(folder)
+        for name in tops:
+            _move(path, folder, name)
+        sync_folder(folder)
+    except OSError as error:
+        raise OutputError(f"cannot give the files in {path} their names ({error.strerror or error})") from error
+
+
+def _move(path: Path, folder: Path, name: str) -> None:
+    if not (path / name).exists():  # moved already
+        return
+    if (path / name).is_dir():
+        shutil.rmtree(folder / name, ignore_errors=True)
+    os.replace(path / name, folder / name)
 
 
 def is_published(folder: Path, files: Mapping[str, str]) -> bool:

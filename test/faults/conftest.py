@@ -39,6 +39,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("faults")
         for line in table.render():
             terminalreporter.write_line(line)
+        file = os.environ.get("AR_TEST_FAULTS_TABLE")
+        if file:
+            table.save(Path(file))
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,7 +1,9 @@
 """A program of the tests: forks tuning runs that are killed at chosen moments, and runs that go on. Not a test itself.
 
-Argument: a JSON object with `work` (a folder), `cells` ({name: {"model", "formats", "kwargs"}}), `kills` (how many of
-each cell), and `seed`. Prints one JSON line: by cell the kills, their phases, and what went wrong.
+Argument: a JSON object with `work` (a folder), `cells` ({name: {"model", "formats", "kwargs", "ways"}}), `kills` (how
+many of each cell), and `seed`. `ways`: other settings that give the same bytes, one is drawn for each run: "threads",
+"file" (activations in a file, by a limit on memory that asks for it), or flags. Prints one JSON line: by cell the
+kills, their phases, and what went wrong.
 
 Half of the kills come at a random call of what changes the disk, before it, after it or in the middle of a write; the
 other half at a random time.
@@ -23,8 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WATCHED = ("fsync", "replace", "unlink", "mkdir", "rmdir", "open", "ftruncate")
+WATCHED = ("fsync", "replace", "unlink", "mkdir", "rmdir", "open", "ftruncate", "pwrite", "posix_fallocate")
 REFUSED = 6  # exit code of OutputError
+HIDDEN = {".partial", ".model_free"}  # what is not finished
 
 
 class Moment:
@@ -91,12 +94,23 @@ def watch(moment: Moment) -> None:
     builtins.open = opened  # type: ignore[assignment]
 
 
-def run(cell: dict[str, Any], out: Path) -> None:
+def run(cell: dict[str, Any], out: Path, way: dict[str, Any] | None = None) -> None:
     from auto_round import AutoRound
 
     ids = [[(7 * i + 3 * j) % 240 + 3 for j in range(16)] for i in range(8)]
-    given = {"dataset": ids, "nsamples": 8, "seqlen": 16, "batch_size": 4, "device_map": "cpu", **cell["kwargs"]}
-    AutoRound(cell["model"], **given).quantize_and_save(out, cell["formats"])
+    data = {} if "model_free" in cell["kwargs"] else {"dataset": ids, "nsamples": 8, "seqlen": 16, "batch_size": 4}
+    given, way = {**data, "device_map": "cpu", **cell["kwargs"]}, dict(way or {})
+    if "threads" in way:
+        import torch
+
+        torch.set_num_threads(way.pop("threads"))
+    if way.pop("file", False):
+        from auto_round.compressors import memory_plan
+
+        memory_plan.rss_bytes = lambda: 100_000_000  # not what this process happens to hold
+        way["max_memory"] = AutoRound(cell["model"], **given).plan().peak_ram - 1
+        assert AutoRound(cell["model"], **given, **way).plan().memory_plan.streams == "file"
+    AutoRound(cell["model"], **given, **way).quantize_and_save(out, cell["formats"])
 
 
 def forked(work: Callable[[], None], kill_after: float | None = None) -> int:
@@ -116,11 +130,11 @@ def forked(work: Callable[[], None], kill_after: float | None = None) -> int:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """All files but the report, which tells times, and what is not finished."""
+    """All files but the report, which tells times, and what is hidden."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != "report.json" and ".partial" not in path.parts
+        if path.is_file() and path.name != "report.json" and not HIDDEN & set(path.relative_to(folder).parts)
     }
 
 
@@ -162,18 +176,22 @@ class Killer:
         self.seconds, self.calls = time.monotonic() - started, int(counted.read_text())
         self.wanted = tree(work / name)
 
+    def _way(self) -> dict[str, Any] | None:
+        ways = self.cell.get("ways")
+        return self.choose.choice(ways) if ways else None
+
     def kill(self) -> bool:
         """One run that is killed. Whether it was."""
-        at = None
+        at, way = None, self._way()
         if self.choose.random() < 0.5:
             at = self.choose.uniform(0, self.seconds)
-            status = forked(lambda: run(self.cell, self.out), at)
+            status = forked(lambda: run(self.cell, self.out, way), at)
         else:
             moment = Moment(self.choose.randint(1, self.calls), self.choose.randint(0, 2))
 
             def work() -> None:
                 watch(moment)
-                run(self.cell, self.out)
+                run(self.cell, self.out, way)
 
             status = forked(work)
         if status not in (0, REFUSED, -signal.SIGKILL):
@@ -186,20 +204,23 @@ class Killer:
     def _check_shown(self) -> None:
         """What opens must be whole."""
         for config in [*self.out.rglob("config.json"), *self.out.rglob("*.gguf")]:
-            if ".partial" not in config.parts:
+            if not HIDDEN & set(config.parts):
                 shown = {k: v for k, v in tree(config.parent).items() if "/" not in k}
                 prefix = "" if config.parent == self.out else f"{config.parent.name}/"
-                if any(self.wanted.get(prefix + name) != data for name, data in shown.items()):
+                whole = {k for k in self.wanted if k.startswith(prefix) and "/" not in k.removeprefix(prefix)}
+                less = config.suffix == ".json" and len(shown) < len(whole)
+                if less or any(self.wanted.get(prefix + name) != data for name, data in shown.items()):
                     self.problems.append(f"{config} is shown and not what was wanted")
 
     def end(self) -> None:
         """Let the run end, and compare."""
-        status = forked(lambda: run(self.cell, self.out))
+        way = self._way()
+        status = forked(lambda: run(self.cell, self.out, way))
         if status not in (0, REFUSED):
             self.problems.append(f"going on left with {status}")
         if tree(self.out) != self.wanted:
             self.problems.append(f"other files after {status}")
-        if list(self.out.rglob(".partial")):
+        if any(list(self.out.rglob(name)) for name in HIDDEN):
             self.problems.append("something unfinished is left")
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.rmtree(self.space, ignore_errors=True)
@@ -214,7 +235,8 @@ def main() -> None:
     os.environ["AR_WORK_SPACE"] = str(work / "first-space")
     for number, cell in enumerate(given["cells"].values()):
         # Everything is imported before the forks; without a step of tuning, since autograd does not survive one.
-        run({**cell, "kwargs": {**cell["kwargs"], "iters": 0, "disable_opt_rtn": True}}, work / f"first-{number}")
+        plain = {} if "model_free" in cell["kwargs"] else {"iters": 0, "disable_opt_rtn": True}
+        run({**cell, "kwargs": {**cell["kwargs"], **plain}}, work / f"first-{number}")
     found = {}
     for number, (name, cell) in enumerate(given["cells"].items()):
         killer = Killer(name, cell, work, given["seed"] + number)

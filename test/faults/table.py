@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass
@@ -45,3 +49,26 @@ def render() -> list[str]:
     for name, row in [*ROWS.items(), ("all", total)]:
         lines.append(f"{name:<{width}}{row.injected:>9}{row.detected:>9}{row.recovered:>10}{row.silent:>7}")
     return lines
+
+
+def save(file: Path) -> None:
+    """The rows as JSON, beside those of other tests that the file has already: a full run may be done in parts."""
+    before = json.loads(file.read_text())["rows"] if file.exists() else {}
+    rows = before | {name: list(vars(row).values()) for name, row in ROWS.items()}
+    said = {
+        "machine": _machine(),
+        "columns": list(vars(Row())),
+        "all": [sum(c) for c in zip(*rows.values(), strict=True)],
+    }
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(rows.items()))
+    file.write_text(json.dumps(said, indent=1)[:-2] + f',\n "rows": {{\n{lines}\n }}\n}}\n')
+
+
+def _machine() -> str:
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, Python {platform.python_version()}, torch {torch.__version__}"

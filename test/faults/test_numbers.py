@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from auto_round import AutoRound
@@ -29,6 +30,27 @@ OVERFLOWS: dict[str, tuple[str, float]] = {
     "the head's inputs": ("model.norm.weight", 3e38),
 }
 
+# Numbers that are finite and hard to divide by. Where one is beyond a scale's dtype it is cut, and counted.
+PLANTED: dict[str, Callable[[torch.Tensor], Any]] = {
+    "zeros": lambda w: w.zero_(),
+    "one value": lambda w: w.fill_(0.37),
+    "smallest": lambda w: w.fill_(1e-45),
+    "largest": lambda w: w.fill_(3e38),
+    "one large": lambda w: w.view(-1)[:32].fill_(1e7),
+}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W4A16": {}, "W2A16 asymmetric": {"bits": 2, "sym": False}, "MXFP4": {"scheme": "MXFP4", "group_size": None},
+    "NVFP4": {"scheme": "NVFP4", "group_size": None}, "FP8": {"scheme": "FP8_STATIC", "group_size": None},
+    "MXFP8": {"scheme": "MXFP8", "group_size": None},
+}  # fmt: skip
+# Where else what is not finite is met: settings, and what the error, or the report, must name.
+SITES: dict[str, tuple[dict[str, Any], str]] = {
+    "scales of activations": ({"scheme": "FP8_STATIC", "group_size": None, "iters": 0}, "model.layers"),
+    "scales of activations, tuned": ({"scheme": "FP8_STATIC", "group_size": None}, "model.layers"),
+    "scales of the cache": ({"static_kv_dtype": "fp8", "iters": 0}, "model.layers"),
+    "opt-RTN's importance": ({"iters": 0}, "model.layers"),
+}
+
 
 @pytest.fixture
 def quantize(
@@ -38,21 +60,24 @@ def quantize(
     monkeypatch.setenv("AR_WORK_SPACE", str(tmp_path / "space"))
     number = [0]
 
-    def run(name: str, value: float, **options: Any) -> dict[str, Any]:
+    def run(name: str, value: Any, **options: Any) -> dict[str, Any]:
         number[0] += 1
         model, out = tmp_path / f"model-{number[0]}", tmp_path / f"out-{number[0]}"
         shutil.copytree(packable_folder("qwen2", tie_word_embeddings=False), model)
         tensors = {key: tensor.clone() for key, tensor in load_file(model / "model.safetensors").items()}
         if value in (NAN, INF) or value != value:
             tensors[name].view(-1)[1] = value
+        elif value in PLANTED:
+            PLANTED[value](tensors[name])
         elif value == 1e25:
             tensors[name] *= value
         else:
             tensors[name].view(-1)[::2] = value
         save_file(tensors, model / "model.safetensors", {"format": "pt"})
-        given = {"iters": 1, "group_size": 32, "seqlen": 24, "nsamples": 8, "batch_size": 4} | options
+        data = {"dataset": token_ids, "iters": 1, "seqlen": 24, "nsamples": 8, "batch_size": 4}
+        given = {"group_size": 32} | ({} if options.get("model_free") else data) | options
         try:
-            AutoRound(str(model), dataset=token_ids, **given).quantize_and_save(out)
+            AutoRound(str(model), **given).quantize_and_save(out)
         except NumericsError:
             assert not list(out.glob("*.safetensors")) and not (out / "config.json").exists()
             raise
@@ -104,3 +129,54 @@ def test_calibration(policy: str, quantize: Callable[..., Any], record: Callable
         record(f"overflow in calibration and tuning, {policy}", 1, 1, recovered, 0)
     record(f"overflow in calibration and tuning, {policy}", 0, 0, 0, len(silent))
     assert not silent
+
+
+@pytest.mark.timeout(3600)
+def test_hard_groups(quantize: Callable[..., Any], record: Callable[..., None], full: bool) -> None:
+    """Finite weights give finite scales, whatever they are: verify reads them back, and the model's loss is finite."""
+    silent: list[str] = []
+    for what in PLANTED if full else ("zeros", "one large"):
+        for scheme, options in SCHEMES.items() if full else [*SCHEMES.items()][:2]:
+            detected = recovered = 0
+            try:
+                report = quantize(f"{Q}.weight", what, **{"iters": 0, "disable_opt_rtn": True} | options)
+                recovered, clamped = 1, report["numerics"]["clamped_scales"]
+                detected = Q in clamped
+                if what == "one large" and scheme == "W4A16" and clamped != {Q: 1}:
+                    silent.append(f"{what} {scheme}: {clamped}")
+            except NumericsError as error:  # the model itself overflows
+                detected = 1
+                if what != "largest" or not str(error).strip():
+                    silent.append(f"{what} {scheme}: {error}")
+            record("groups of zeros, of one value, tiny and huge", 1, detected, recovered, 0)
+    record("groups of zeros, of one value, tiny and huge", 0, 0, 0, len(silent))
+    assert not silent, "\n".join(silent)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("policy", ["fail", "rtn", "keep"])
+def test_other_sites(policy: str, quantize: Callable[..., Any], record: Callable[..., None], full: bool) -> None:
+    silent: list[str] = []
+    for site, (options, word) in SITES.items() if full else [*SITES.items()][:1]:
+        recovered = 0
+        try:
+            numerics = quantize("model.layers.0.mlp.down_proj.weight", 3e38, on_nan=policy, **options)["numerics"]
+            if policy == "fail" or not any(word in line for line in numerics["incidents"]):
+                silent.append(f"{site}: {numerics}")
+            recovered = 1
+        except NumericsError as error:
+            if word not in str(error):
+                silent.append(f"{site}: {error}")
+        record(f"overflow in other sites, {policy}", 1, 1, recovered, 0)
+    record(f"overflow in other sites, {policy}", 0, 0, 0, len(silent))
+    assert not silent, "\n".join(silent)
+
+
+def test_model_free(quantize: Callable[..., Any], record: Callable[..., None]) -> None:
+    detected = 0
+    for name in WEIGHTS[:5]:
+        for value in (NAN, INF):
+            with pytest.raises(NumericsError, match=name):
+                quantize(name, value, model_free=True)
+            detected += 1
+    record("NaN and Inf in weights, model-free", detected, detected, 0, 0)

@@ -156,7 +156,7 @@ class ModelFree:
                     lambda: _alive(journal.folder, earlier), "the other processes",
                 )  # fmt: skip
                 seconds = {"quantization": quantized - started}
-                self._complete(job, fmt, folder, layout, rounder, journal, seconds)
+                journal.publish(self._complete(job, fmt, layout, rounder, journal, seconds))
                 journal.close()
                 logger.info("saved %s", folder)
             else:
@@ -218,18 +218,19 @@ class ModelFree:
                 return
             marks = [mark for unit in journal.done(index).values() for mark in unit]
             shard = layout.shards[index]
-            digest = file_digest(journal.output / shard.name, shard, marks, self.settings.verify)
+            digest = file_digest(journal.whole / shard.name, shard, marks, self.settings.verify)
             write_text(journal.folder, _sums(journal, index).name, digest)
 
         with ThreadPoolExecutor(self.options.workers) as pool:
             list(pool.map(one, own))
 
     def _complete(
-        self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, layout: Layout, rounder: Rounder, journal: Journal,
+        self, job: ModelFreeJob, fmt: OutputFormat, layout: Layout, rounder: Rounder, journal: Journal,
         seconds: dict[str, float],
-    ) -> None:  # fmt: skip
-        """Everything beside the weights, and the check."""
+    ) -> dict[str, str]:  # fmt: skip
+        """Everything beside the weights, and the check. Returns SHA-256 of the weight files by name."""
         _, source = self._open()
+        folder = journal.whole
         started = time.monotonic()
         write_side_files(folder, source, None, self.settings.trust_remote_code)
         write_config(folder, source, job, fmt)
@@ -246,6 +247,7 @@ class ModelFree:
             seconds["verify"] = time.monotonic() - started
         sums = {shard.name: _sums(journal, i).read_text(encoding="utf-8") for i, shard in enumerate(layout.shards)}
         write_records(folder, job, self.settings, fmt, (), seconds, sums, verified, None)
+        return sums
 
 
 def _begin(journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
@@ -259,6 +261,7 @@ def _begin(journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resum
         return
     if before == _plain(manifest):
         logger.info("going on with the unfinished run in %s", journal.output)
+        journal.go_on()
         return
     if before is not None and not overwrite:
         found = "; ".join(differences(before, _plain(manifest))[:3])
@@ -267,6 +270,8 @@ def _begin(journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resum
             "own settings, choose another folder, or start anew with --overwrite or --no_resume (overwrite=True or "
             "resume=False)"
         )
+    if before is None:
+        journal.clear()  # a run that was over, but for this
     ensure_output_folder(journal.output, overwrite or _only_ours(journal.output))
     journal.begin(manifest)
 
@@ -312,5 +317,5 @@ def _alive(folder: Path, earlier: Collection[tuple[Path, int]]) -> int:
 
 def _finished_bytes(folder: Path) -> int:
     """Bytes that an unfinished run has on the disk already."""
-    here = [*folder.glob("model*.safetensors"), *(folder / FOLDER).glob("*.partial")]
+    here = [*(folder / FOLDER / "whole").glob("*.safetensors"), *(folder / FOLDER).glob("*.partial")]
     return sum(path.stat().st_size for path in here)

@@ -4,6 +4,8 @@
     .model_free/00001.partial     an unfinished output file
     .model_free/lock              held by the process that works on the folder
     .model_free/00001.jsonl       units of it whose bytes are on the disk, one line each time they were synced
+    .model_free/whole/            finished files under their own names, until all are there and were checked
+    .model_free/checked.json      the names of all files: they are being moved into the output folder
 
 A line is written after the bytes that it speaks of were synced, and a line without its end counts as not written.
 """
@@ -22,11 +24,14 @@ from auto_round._version import __version__
 from auto_round.compressors.model_free.layout import Layout
 from auto_round.compressors.model_free.shard_file import Mark
 from auto_round.errors import OutputError
+from auto_round.export.disk import path_inside
 from auto_round.export.shard_writer import sync_folder, write_json
+from auto_round.export.staging import OPENS, seal, show
 
 FOLDER = ".model_free"
 LOCK = "lock"
 _MANIFEST = "manifest.json"
+_CHECKED = "checked.json"
 
 
 class Journal:
@@ -34,6 +39,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.output, self.folder = folder, folder / FOLDER
+        self.whole = self.folder / "whole"
 
     def manifest(self) -> dict[str, Any] | None:
         """What the folder's unfinished run is, None where there is none. Raises OutputError when it cannot be read."""
@@ -46,19 +52,46 @@ class Journal:
             raise OutputError(f"{file} cannot be read ({error}); remove {self.folder} to start anew") from error
         return values if isinstance(values, dict) else {}
 
-    def begin(self, manifest: Mapping[str, Any]) -> None:
-        """Start anew: what an earlier run left here is removed."""
+    def clear(self) -> None:
+        """Remove what an earlier run left here, but the lock."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name != LOCK:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
                 path.unlink()
-        for path in self.output.glob("model*.safetensors*"):
-            path.unlink()
+
+    def begin(self, manifest: Mapping[str, Any]) -> None:
+        """Start anew."""
+        (self.folder / _MANIFEST).unlink(missing_ok=True)
+        self.clear()
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.whole.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{self.folder} cannot be made ({error.strerror})") from error
+            raise OutputError(f"{self.whole} cannot be made ({error.strerror})") from error
         write_json(self.folder, _MANIFEST, manifest)
         sync_folder(self.folder)
+
+    def go_on(self) -> None:
+        """Have all finished files in `whole` again, where a run was stopped while it moved them out."""
+        self.whole.mkdir(parents=True, exist_ok=True)
+        file = self.folder / _CHECKED
+        if not file.is_file():
+            return
+        names: list[str] = json.loads(file.read_text(encoding="utf-8"))
+        for name in sorted(names, key=lambda name: name != OPENS):  # so that nothing opens what is not whole
+            shown = path_inside(self.output, name)
+            if shown.exists() and not (self.whole / name).exists():
+                os.replace(shown, self.whole / name)
+        sync_folder(self.output)
+        file.unlink()
+
+    def publish(self, known: Mapping[str, str]) -> None:
+        """All files are in `whole` and were checked: bring them to the disk and show them. `known`: SHA-256 of those
+        that are on the disk already."""
+        files = seal(self.whole, known)
+        write_json(self.folder, _CHECKED, sorted({name.split("/")[0] for name in files}))
+        sync_folder(self.folder)
+        show(self.whole, self.output, files)
 
     def partial(self, index: int) -> Path:
         """Where output file `index` is written."""

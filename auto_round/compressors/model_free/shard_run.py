@@ -56,7 +56,7 @@ class ShardRun:
         """What is left of one output file, by the journal and by what lies on the disk."""
         shard = self.layout.shards[index]
         done = self.journal.done(index)
-        final, partial = self.journal.output / shard.name, self.journal.partial(index)
+        final, partial = self.journal.whole / shard.name, self.journal.partial(index)
         missing = [unit for unit in shard.units if unit not in done]
         if not missing and final.is_file() and final.stat().st_size == shard.size:
             return
@@ -76,7 +76,7 @@ class ShardRun:
         state = self._open[index]
         if state.file is None:
             shard = self.layout.shards[index]
-            final = self.journal.output / shard.name
+            final = self.journal.whole / shard.name
             state.file = ShardFile(shard, self.journal.partial(index), final, keep)
         return state.file
 

@@ -127,15 +127,24 @@ class Journal:
 
         Raises OutputError when the disk is full.
         """
-        number = len(self.units)
-        file = f"unit-{number:04d}.safetensors"
-        unit = {"name": name, "file": file, "mark": write_tensors(self.folder / file, tensors, facts)}
-        fresh: dict[str, list[Any]] = {}
-        for kind, hidden in streams.items():
-            file = f"{kind}-{number + 1:04d}.safetensors"
-            fresh[kind] = [file, write_tensors(self.folder / file, {"hidden": hidden})]
+        unit = self.write_unit(name, tensors, facts, weights)
+        self.commit(unit, {kind: self.write_stream(kind, hidden) for kind, hidden in streams.items()})
+
+    def write_unit(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any, weights: int) -> dict[str, Any]:
+        """The next unit's file, which does not count before `commit` is given what this returns."""
+        file = f"unit-{len(self.units):04d}.safetensors"
+        mark = write_tensors(self.folder / file, tensors, facts)
+        return {"name": name, "file": file, "mark": mark, "weights": weights}
+
+    def write_stream(self, kind: str, hidden: torch.Tensor | SpilledTensor) -> list[Any]:
+        """The same for a stream after that unit."""
+        file = f"{kind}-{len(self.units) + 1:04d}.safetensors"
+        return [file, write_tensors(self.folder / file, {"hidden": hidden})]
+
+    def commit(self, unit: dict[str, Any], streams: dict[str, list[Any]]) -> None:
+        """From now on the unit counts, with all streams after it. Those before it are removed."""
         old = self.streams
-        self._commit([*self.units, {**unit, "weights": weights}], fresh, self.done)
+        self._commit([*self.units, unit], streams, self.done)
         self._drop(old)
 
     def complete(self, fmt: str, files: Mapping[str, str]) -> None:

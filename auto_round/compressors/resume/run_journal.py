@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ class RunJournal:
         self._fixed: dict[str, Any] = {}
         self._files: dict[str, list[Any]] = {}
         self._background: Background | None = None
+        self._tasks: dict[str, Future[None]] = {}
+        self._written: dict[str, list[Any]] = {}
+        self._kept: set[str] = set()
         self._begun = False
         self.finished = 0
 
@@ -117,21 +121,52 @@ class RunJournal:
         """The same into a file."""
         self.journal.stream_into(kind, room)
 
-    def add(self, name: str, unit: Unit, weights: int, streams: Mapping[str, torch.Tensor | SpilledTensor]) -> None:
-        """A unit is finished. It is written beside what comes next; none of this may be changed in place before `wait`.
-
-        Args:
-            weights: checksum of the weights that it was made from.
-            streams: hidden states after it, by kind.
-
-        Raises OutputError when the unit before could not be written.
-        """
+    def keep(self, kind: str, hidden: torch.Tensor | SpilledTensor) -> None:
+        """Begin to write a stream as it is after the unit that is in work. Its values must not change before
+        `until_written(kind)`."""
         assert self._background is not None
 
         def write() -> None:
-            self.journal.add(name, *unit_state(unit), weights, streams)
+            self._written[kind] = self.journal.write_stream(kind, hidden)
 
-        self._background.submit(write)
+        self._tasks[kind] = self._background.submit(write)
+        self._kept.add(kind)
+
+    def add(self, name: str, unit: Unit, weights: int, streams: Mapping[str, torch.Tensor | SpilledTensor]) -> None:
+        """A unit is finished. It is written beside what comes next, and counts when all of it is on the disk.
+
+        Args:
+            weights: checksum of the weights that it was made from.
+            streams: hidden states after it by kind, with those that `keep` was given. They must not change before
+                `until_written`.
+
+        Raises OutputError when something could not be written.
+        """
+        assert self._background is not None
+        left, made = [unit], []  # the unit is given up as soon as it is written
+
+        def write() -> None:
+            made.append(self.journal.write_unit(name, *unit_state(left.pop()), weights))
+
+        kinds = tuple(streams)
+
+        def commit() -> None:
+            written, self._written = self._written, {}
+            self.journal.commit(made[0], {kind: written[kind] for kind in kinds})
+
+        self._tasks["unit"] = self._background.submit(write)
+        for kind in kinds:
+            if kind not in self._kept:
+                self.keep(kind, streams[kind])
+        self._kept.clear()
+        self._background.submit(commit)
+
+    def until_written(self, *kinds: str) -> None:
+        """Until these streams, or "unit", the last unit, are not read any more. Raises OutputError when something
+        could not be written."""
+        if self._background is not None:
+            for task in [self._tasks.pop(kind) for kind in kinds if kind in self._tasks]:
+                self._background.wait(task)
 
     def wait(self) -> None:
         """Until all is on the disk. Raises OutputError when it cannot be written."""

@@ -12,7 +12,7 @@ from auto_round.data_type.gguf.types import GGML_TYPES
 from auto_round.errors import ConfigError, ModelError
 from auto_round.export.gguf.conversion import Conversion
 from auto_round.export.gguf.file_types import FILE_TYPES, ModelFacts, tensor_types
-from auto_round.export.gguf.key_values import KeyValue
+from auto_round.export.gguf.key_values import KeyValue, stored_bytes
 from auto_round.export.gguf.metadata import general_metadata, size_label
 from auto_round.export.gguf.placement import Placement
 from auto_round.export.gguf.vocab import vocabulary_for
@@ -65,8 +65,12 @@ class GgufPlan:
         return replace(self, types={**self.types, **{name: kind for name, (kind, _) in found.items()}})
 
     def nbytes(self) -> int:
-        """Bytes of all tensors, padding between them left out."""
-        return sum(tensor_bytes(self.types[name], shape) for name, shape in self.shapes.items())
+        """Bytes of the file: tensors, which begin at multiples of 32, and the header with all its words."""
+        tensors = sum(-(-tensor_bytes(self.types[n], shape) // 32) * 32 for n, shape in self.shapes.items())
+        infos = sum(8 + len(n.encode()) + 4 + 8 * len(shape) + 4 + 8 for n, shape in self.shapes.items())
+        arch = 8 + len("general.architecture") + 4 + 8 + len(self.conversion.arch)
+        header = 24 + arch + sum(map(stored_bytes, self.metadata)) + infos
+        return tensors + -(-header // 32) * 32
 
     @property
     def size_label(self) -> str:

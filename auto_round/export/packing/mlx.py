@@ -74,14 +74,16 @@ def bias_storage_dtype(sym: bool, scale_dtype: torch.dtype) -> torch.dtype:
     return scale_dtype if sym else torch.float32
 
 
-def mlx_biases(scale: torch.Tensor, zero_point: torch.Tensor | int, dtype: torch.dtype) -> torch.Tensor:
-    """-scale * zero point, [out, groups]. Raises NumericsError when `dtype` cannot hold one."""
+def mlx_biases(
+    scale: torch.Tensor, zero_point: torch.Tensor | int, dtype: torch.dtype, layer: str = "a layer"
+) -> torch.Tensor:
+    """-scale * zero point, [out, groups]. Raises NumericsError, which names the layer, when `dtype` cannot hold one."""
     zero = zero_point.float() if isinstance(zero_point, torch.Tensor) else float(zero_point)
     biases = (0.0 - scale.float() * zero).to(dtype)
     if not bool(torch.isfinite(biases).all()):
         raise NumericsError(
-            f"a bias of the MLX layout is beyond {dtype}: weights above 65504 in magnitude; leave the layer in full "
-            "precision with ignore_layers"
+            f"{layer}: the MLX layout stores scale times zero point, here beyond {dtype}: weights above 65504 in "
+            "magnitude; leave the layer in full precision with ignore_layers, or use sym=False (float32 biases)"
         )
     return biases
 

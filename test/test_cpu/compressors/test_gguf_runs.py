@@ -341,3 +341,12 @@ def test_codes_follow_the_outputs_of_experts_too(
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(token_ids[0].view(1, -1))
     errors = [float((logits - expected.logits).norm()) for logits in found]
     assert errors[0] < errors[1]
+
+
+def test_the_planned_size_is_that_of_the_file(gguf_folder: Callable[..., str], tmp_path: Path) -> None:
+    """With its header, most of which are the tokenizer's words in so small a model."""
+    ar = AutoRound(gguf_folder("llama"), iters=0, disable_opt_rtn=True)
+    planned = ar.plan("gguf:q4_0").bytes_on_disk["gguf:q4_0"]
+    ar.quantize_and_save(tmp_path / "out", "gguf:q4_0")
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    assert abs(file.stat().st_size - planned) <= 64

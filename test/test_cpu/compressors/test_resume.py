@@ -16,6 +16,7 @@ from auto_round import AutoRound
 from auto_round.compressors import blockwise
 from auto_round.compressors import run as run_module
 from auto_round.errors import ConfigError, ModelError, OutputError, Stopped
+from auto_round.export import staging
 
 TUNED: dict[str, Any] = {"iters": 2, "bits": 2, "lr": 0.02}
 GGUF: dict[str, Any] = {"iters": 0, "group_size": None}
@@ -123,6 +124,31 @@ def test_stopped_in_the_last_block(cell: str, run: Runner, stop_at: Any, tmp_pat
     assert not space.exists()
 
 
+@pytest.mark.parametrize("kwargs", [TUNED, {"iters": 0, "sym": False}], ids=["tuned", "opt-RTN"])
+@pytest.mark.parametrize("ways", [("file", "file"), ("file", "ram"), ("ram", "file"), ("ram", "threads")], ids=" ".join)
+def test_stopped_in_one_way_and_gone_on_with_in_another(
+    ways: tuple[str, str], kwargs: dict[str, Any], run: Runner, stop_at: Any, packable_folder: Callable[..., str],
+    token_ids: list[torch.Tensor], tmp_path: Path, space: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Activations in memory or, where memory is limited, in a file; other threads; a flag that decides no byte."""
+    monkeypatch.setattr("auto_round.compressors.memory_plan.rss_bytes", lambda: 100_000_000)
+    given = {"group_size": 32, "dataset": token_ids, "nsamples": 8, "seqlen": 24, "batch_size": 4, **kwargs}
+    limit = AutoRound(packable_folder("llama"), **given).plan().peak_ram - 1
+    threads = torch.get_num_threads()
+    options = {"ram": {}, "file": {"max_memory": limit}, "threads": {"low_gpu_mem_usage": True}}
+    assert AutoRound(packable_folder("llama"), **given, max_memory=limit).plan().memory_plan.streams == "file"
+    whole = run("whole", **kwargs)
+    try:
+        with pytest.raises(Stopped, match="stopped in block 2 of 2"), stop_at(blockwise, "_quantize_block", 2):
+            run("out", **kwargs, **options[ways[0]])
+        torch.set_num_threads(2 if "threads" in ways else threads)
+        run("out", **kwargs, **options[ways[1]])
+    finally:
+        torch.set_num_threads(threads)
+    assert tree(tmp_path / "out") == tree(whole)
+    assert not space.exists()
+
+
 PHASES = {
     "data": (run_module, "prepare_calibration", 1), "capture": (run_module, "capture_inputs", 1),
     "first block": (blockwise, "_quantize_block", 1), "outside": (run_module, "quantize_outside", 1),
@@ -130,8 +156,8 @@ PHASES = {
     "side files": (run_module, "write_side_files", 1), "config": (run_module, "write_config", 2),
     "verify": (run_module, "verify_folder", 1), "second verify": (run_module, "verify_folder", 2),
     "records": (run_module, "write_records", 1), "seal": (run_module.Staging, "seal", 2),
-    "publish": (run_module.Staging, "publish", 2), "move": (run_module.Staging, "_move", 3),
-    "last move": (run_module.Staging, "_move", 21), "journal": (run_module.RunJournal, "finish", 1),
+    "publish": (run_module.Staging, "publish", 2), "move": (staging, "_move", 3),
+    "last move": (staging, "_move", 21), "journal": (run_module.RunJournal, "finish", 1),
 }  # fmt: skip
 
 
@@ -291,7 +317,7 @@ def test_an_error_keeps_the_blocks_too(run: Runner, stop_at: Any, tmp_path: Path
 
 
 def test_an_unfinished_folder_does_not_open(run: Runner, stop_at: Any, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), stop_at(run_module.Staging, "_move", 2):
+    with pytest.raises(KeyboardInterrupt), stop_at(staging, "_move", 2):
         run("out", **TUNED)
     (tmp_path / "out" / ".partial").mkdir(exist_ok=True)  # as a kill leaves it
     with pytest.raises(ModelError, match="not finished; give the command that began it once more"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from auto_round.compressors.resume.background import Background
 from auto_round.compressors.resume.fingerprint import differences, listed
 from auto_round.compressors.resume.journal import Journal, journal_folder
 from auto_round.compressors.resume.layer_state import packed, unpacked
+from auto_round.compressors.resume.run_journal import RunJournal
 from auto_round.compressors.resume.size import journal_bytes
 from auto_round.compressors.resume.tensor_file import read_tensors, write_tensors
 from auto_round.compressors.resume.unit_state import Unit, unit_from_state, unit_state
@@ -157,12 +159,16 @@ def test_an_unwritable_work_space(tmp_path: Path) -> None:
         Journal(tmp_path / "file" / "resume" / "x").begin({})
 
 
-def test_background_is_one_task_behind_and_raises_once() -> None:
+def test_background_does_tasks_in_order_and_none_after_one_that_failed() -> None:
     done: list[int] = []
+    held = threading.Event()
     background = Background("test")
-    for number in range(5):
-        background.submit(lambda number=number: done.append(number))
-        assert len(done) >= number
+    background.submit(held.wait)
+    first, *_ = [background.submit(lambda number=number: done.append(number)) for number in range(5)]
+    assert done == []  # nobody waits for the task before
+    held.set()
+    background.wait(first)
+    assert done[0] == 0
     background.wait()
     assert done == [0, 1, 2, 3, 4]
 
@@ -170,11 +176,43 @@ def test_background_is_one_task_behind_and_raises_once() -> None:
         raise OutputError("disk full")
 
     background.submit(fail)
+    background.submit(lambda: done.append(9))
     with pytest.raises(OutputError, match="disk full"):
-        background.submit(lambda: done.append(9))
+        background.wait()
     background.wait()
     background.close()
     assert 9 not in done
+
+
+def test_a_stream_may_change_when_it_is_written_and_a_unit_counts_when_all_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The full-precision stream is written beside the unit that it comes after, the other one after it."""
+    monkeypatch.setenv("AR_WORK_SPACE", str(tmp_path / "space"))
+    journal = RunJournal(tmp_path / "out", False)
+    journal.admit({"seed": 1}, {})
+    journal.settle({"probe": None}, None)  # type: ignore[arg-type]
+    full, quantized = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    for index in range(3):
+        journal.until_written("unit", "full")
+        full += 1
+        journal.keep("full", full)
+        journal.until_written("quantized")
+        quantized += 2
+        journal.add(f"block {index}", Unit(), index, {"full": full, "quantized": quantized})
+    journal.wait()
+    again = Journal(journal.journal.folder)
+    again.load()
+    again.check()
+    assert [unit["name"] for unit in again.units] == ["block 0", "block 1", "block 2"]
+    assert torch.equal(again.stream("full"), full) and torch.equal(again.stream("quantized"), quantized)
+    full += 1
+    journal.keep("full", full)  # of a block that is not finished
+    journal.close()
+    again.load()
+    assert torch.equal(again.stream("full"), full - 1)
+    again.tidy()
+    assert len(list(again.folder.iterdir())) == 7
 
 
 def test_differences_are_named() -> None:
@@ -188,7 +226,6 @@ def test_differences_are_named() -> None:
 def test_the_size_that_is_planned(tmp_path: Path, packable_folder: Any, token_ids: Any) -> None:
     """No less than what the journal takes, and not much more."""
     from auto_round import AutoRound
-    from auto_round.compressors.resume.run_journal import RunJournal
 
     sizes: list[int] = []
     real = RunJournal.finish

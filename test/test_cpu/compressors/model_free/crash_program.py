@@ -62,7 +62,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != "report.json" and path.parent.name != ".model_free"
+        if path.is_file() and path.name != "report.json" and ".model_free" not in path.parts
     }
 
 

@@ -183,7 +183,7 @@ def test_a_disk_that_is_full_at_any_write(
     for moment in range(1, count + 1, step):
         calls[0], at[0] = 0, moment
         name = f"full-{moment}"
-        with pytest.raises(OutputError, match="cannot (write|be written)|cannot be made") as caught:
+        with pytest.raises(OutputError, match="cannot (write|be written|bring)|cannot be made") as caught:
             free(split, name, **G32)
         assert str(tmp_path / name) in str(caught.value)
         assert whole(tmp_path / name) and not (tmp_path / name / "report.json").exists()
