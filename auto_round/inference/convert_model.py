@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.inference.backend import Backend, choose_backend, device_kind
+from auto_round.inference.availability import device_kind
+from auto_round.inference.backend import choose_backend
+from auto_round.inference.backend_table import Backend
 from auto_round.inference.build_layer import PACKED_LEAVES, TENSORS, build_layer, layout_problem, layout_shapes
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.float_linear import FloatLinear
