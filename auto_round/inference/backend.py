@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from auto_round.errors import ConfigError, UnsupportedError, nearest
-from auto_round.inference.availability import device_lack, devices_here
+from auto_round.inference.availability import device_lack, devices_here, install_command
 from auto_round.inference.backend_table import BACKENDS, Backend
 from auto_round.inference.config_reader import LayerFormat
 from auto_round.inference.kernels.kernel import LayerSpec
@@ -90,11 +90,11 @@ def choose_backend(fmt: LayerFormat, device: str, requested: str = AUTO, spec: L
         passed.append(f"{backend.name}: {reason}")
         if backend.drivable and backend.lack() is not None and backend.misfit(fmt, device, spec) is None:
             missing.append(backend)
-    what = "no backend" if AUTO in requested.lower() else f"backend {requested!r} cannot run these layers: nothing"
-    raise UnsupportedError(
-        f"{what} runs {fmt.bits}-bit weights of packing {fmt.packing} on {device!r} ({'; '.join(passed)}); "
-        "choose another device, backend='auto', or quantize with another format"
-    )
+    stored = f"{fmt.bits}-bit weights of packing {fmt.packing} on {device!r} ({'; '.join(passed)})"
+    if AUTO in requested.lower():
+        raise UnsupportedError(f"no backend runs {stored}; choose another device or quantize with another format")
+    install = f"{install_command(missing[0].requirements)}, or " if missing else ""
+    raise UnsupportedError(f"backend {requested!r} does not run {stored}; {install}use backend='auto'")
 
 
 def list_backends() -> list[BackendRow]:
