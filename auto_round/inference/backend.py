@@ -65,7 +65,7 @@ def requested_rows(requested: str) -> tuple[Backend, ...]:
             )
     rows = [b for b in BACKENDS if b.name in wanted or b.group in wanted or (AUTO in wanted and not b.by_name)]
     groups = {b.group for b in rows if b.drivable and b.group}
-    chosen = [b for b in BACKENDS if b in rows or (b.group in groups and not b.by_name)]
+    chosen = [b for b in BACKENDS if b in rows or (b.drivable and b.group in groups)]
     return tuple(sorted(chosen, key=lambda b: -b.priority))
 
 

@@ -9,7 +9,7 @@ from auto_round.inference.config_reader import INT8_BITS, MLX_BITS, LayerFormat
 from auto_round.inference.kernels.kernel import LayerSpec, kernel_class
 
 SCALED_MM = "auto_round:scaled_mm"
-_FP16, _HALF, _ALL = ("float16",), ("bfloat16", "float16"), ("float32", "float16", "bfloat16")
+_FP16, _BF16, _HALF, _ALL = ("float16",), ("bfloat16",), ("bfloat16", "float16"), ("float32", "float16", "bfloat16")
 _V1, _GPTQ = ("gptq_zp+-1",), ("gptq", "gptq_zp+-1")
 
 
@@ -95,28 +95,97 @@ _BITS = (2, 3, 4, 8)
 _ARK = ("auto-round-lib", "torch>=2.8.0")
 _GPTQMODEL = ("gptqmodel>=7.0.0",)
 _OLD = ("auto-gptq", "transformers<5.0.0")
+_ADAPTERS = "auto_round.inference.kernels.gptqmodel_linear"
 
 
 def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backend:
     return Backend(f"auto_round:{name}", _TORCH_DEVICES, bits, _ALL, 0, packings, group="torch", plain=True)
 
 
+# GPTQModel's kernels in plain PyTorch run by name only: on a CPU of two cores one row of inputs took it 86 ms where
+# `torch` took 9 (2048 x 2048, bfloat16), and 512 rows 27 s against 37 ms. Its `aten` rows are fast (0.5 ms), but not
+# worth an import of 20 s, since PyTorch's operation that they call is there without it.
 BACKENDS: tuple[Backend, ...] = (
     Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, _GPTQ, _ARK, group="ark"),
     Backend("ark:awq", ("cpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark"),
     Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, _GPTQ, _ARK, group="ark"),
     Backend("ark:xpu_awq", ("xpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark"),
-    Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL),
-    Backend("gptqmodel:exllamav2", ("cuda",), (4,), _HALF, 5, _GPTQ, _GPTQMODEL, group="exllamav2"),
+    Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL, kernel=f"{_ADAPTERS}:Marlin"),
+    Backend(
+        "gptqmodel:exllamav2",
+        ("cuda",),
+        (4,),
+        _HALF,
+        5,
+        _GPTQ,
+        _GPTQMODEL,
+        group="exllamav2",
+        kernel=f"{_ADAPTERS}:ExllamaV2",
+    ),
     Backend("gptq:exllamav2", ("cuda",), (4,), _FP16, 3, _V1, _OLD, group="exllamav2", instead="gptqmodel:exllamav2"),
     Backend("gptq:cuda", ("cuda",), _BITS, _FP16, 1, _V1, _OLD, instead="triton or torch"),
     Backend("triton", ("xpu", "cuda"), (2, 4, 8), _HALF, 2, _GPTQ, ("triton",)),
     Backend("awq", ("cuda",), (4,), _FP16, 5, ("awq",), ("auto-awq", "transformers<4.57.0"), instead="gptqmodel:awq"),
-    Backend("gptqmodel:awq_exllamav2", ("cuda",), (4,), _HALF, 6, ("awq",), _GPTQMODEL, group="gptqmodel:awq"),
-    Backend("gptqmodel:awq_marlin", ("cuda",), (4, 8), _FP16, 5, ("awq",), _GPTQMODEL),
-    Backend("gptqmodel:awq_gemm", ("cuda",), (4,), _FP16, 3, ("awq",), _GPTQMODEL),
-    Backend("gptqmodel:awq_torch", ("cuda", "cpu"), (4,), _FP16, 2, ("awq",), _GPTQMODEL),
-    Backend("hpu", ("hpu",), (4,), ("bfloat16",), 0, _GPTQ),
+    Backend(
+        "gptqmodel:awq_exllamav2",
+        ("cuda",),
+        (4,),
+        _HALF,
+        6,
+        ("awq",),
+        _GPTQMODEL,
+        group="gptqmodel:awq",
+        kernel=f"{_ADAPTERS}:AwqExllamaV2",
+    ),
+    Backend("gptqmodel:awq_marlin", ("cuda",), (4, 8), _FP16, 5, ("awq",), _GPTQMODEL, kernel=f"{_ADAPTERS}:AwqMarlin"),
+    Backend("gptqmodel:awq_gemm", ("cuda",), (4,), _FP16, 3, ("awq",), _GPTQMODEL, kernel=f"{_ADAPTERS}:AwqGemm"),
+    Backend(
+        "gptqmodel:awq_torch",
+        ("cuda", "cpu"),
+        (4,),
+        _FP16,
+        2,
+        ("awq",),
+        _GPTQMODEL,
+        kernel=f"{_ADAPTERS}:AwqTorch",
+        by_name=True,
+    ),
+    Backend(
+        "gptqmodel:torch",
+        ("cuda", "cpu"),
+        _BITS,
+        _HALF,
+        0,
+        _GPTQ,
+        _GPTQMODEL,
+        kernel=f"{_ADAPTERS}:Torch",
+        by_name=True,
+    ),
+    Backend(
+        "gptqmodel:torch_aten",
+        ("cpu",),
+        (4,),
+        _BF16,
+        0,
+        _GPTQ,
+        _GPTQMODEL,
+        group="gptqmodel:aten",
+        kernel=f"{_ADAPTERS}:TorchAten",
+        by_name=True,
+    ),
+    Backend(
+        "gptqmodel:awq_torch_aten",
+        ("cpu",),
+        (4,),
+        _BF16,
+        0,
+        ("awq",),
+        _GPTQMODEL,
+        group="gptqmodel:aten",
+        kernel=f"{_ADAPTERS}:AwqTorchAten",
+        by_name=True,
+    ),
+    Backend("hpu", ("hpu",), (4,), _BF16, 0, _GPTQ, kernel="auto_round.inference.kernels.hpu_linear:HpuLinear"),
     Backend(SCALED_MM, ("cuda",), (8,), _ALL, 4, ("fp8_static",), capability=(8, 9), plain=True),
     _torch("torch_zp", _BITS, _V1),
     _torch("torch", _BITS, ("gptq",)),
