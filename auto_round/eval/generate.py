@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.inference.packed_linear import PackedLinear
+from auto_round.inference.packed_linear import PLAIN, PackedLinear
+from auto_round.inference.qlinear import QuantLinear
 from auto_round.report.memory import peak_memory_text
 
 
@@ -100,7 +101,9 @@ def backends_of(model: torch.nn.Module) -> dict[str, int]:
     """How many linear layers each backend runs, the most first; layers in full precision are "dense"."""
     found: Counter[str] = Counter()
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, QuantLinear) and module.kernel_path and module.kernel is None:
+            found[PLAIN] += 1  # moved away from the kernel's device, or offloaded
+        elif isinstance(module, PackedLinear):
             found[module.backend] += 1
         elif isinstance(module, torch.nn.Linear):
             found["dense"] += 1

@@ -57,16 +57,22 @@ def requested_rows(requested: str) -> tuple[Backend, ...]:
     Raises:
         ConfigError: there is no such backend.
     """
-    wanted = [word.strip().lower() for word in requested.split(",") if word.strip()] or [AUTO]
+    wanted = _words(requested)
     for word in wanted:
         if word not in backend_names():
+            short = dict.fromkeys([AUTO, *(b.group or b.name for b in BACKENDS)])
             raise ConfigError(
-                f"unknown backend {word!r}{nearest(word, backend_names())} Known: {', '.join(backend_names())}"
+                f"unknown backend {word!r}{nearest(word, backend_names())} Known: {', '.join(short)}; auto-round list "
+                "backend tells more"
             )
     rows = [b for b in BACKENDS if b.name in wanted or b.group in wanted or (AUTO in wanted and not b.by_name)]
     groups = {b.group for b in rows if b.drivable and b.group}
     chosen = [b for b in BACKENDS if b in rows or (b.drivable and b.group in groups)]
     return tuple(sorted(chosen, key=lambda b: -b.priority))
+
+
+def _words(requested: str) -> list[str]:
+    return [word.strip().lower() for word in requested.split(",") if word.strip()] or [AUTO]
 
 
 def choose_backend(fmt: LayerFormat, device: str, requested: str = AUTO, spec: LayerSpec | None = None) -> Choice:
@@ -91,7 +97,7 @@ def choose_backend(fmt: LayerFormat, device: str, requested: str = AUTO, spec: L
         if backend.drivable and backend.lack() is not None and backend.misfit(fmt, device, spec) is None:
             missing.append(backend)
     stored = f"{fmt.bits}-bit weights of packing {fmt.packing} on {device!r} ({'; '.join(passed)})"
-    if AUTO in requested.lower():
+    if AUTO in _words(requested):
         raise UnsupportedError(f"no backend runs {stored}; choose another device or quantize with another format")
     install = f"{install_command(missing[0].requirements)}, or " if missing else ""
     raise UnsupportedError(f"backend {requested!r} does not run {stored}; {install}use backend='auto'")

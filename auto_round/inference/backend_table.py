@@ -61,7 +61,7 @@ class Backend:
         if fmt.packing not in self.packings:
             return f"reads packing {', '.join(self.packings)}, not {fmt.packing}"
         dtype = None if spec is None else str(spec.dtype).removeprefix("torch.")
-        if dtype is not None and dtype not in self.dtypes:
+        if dtype is not None and dtype not in self.dtypes and not self.plain:  # plain PyTorch takes any
             return f"computes in {', '.join(self.dtypes)}, not {dtype}"
         return None
 

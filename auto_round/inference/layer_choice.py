@@ -49,6 +49,8 @@ def choose_backends(layers: Layers, device: str, requested: str = AUTO) -> dict[
             if kind not in found:
                 found[kind] = _automatic(name, *kind, device)
         chosen[name] = found[kind]
+    for reason in next(iter(chosen.values())).passed_over if chosen else ():
+        logger.debug("backend passed over: %s", reason)
     if left:
         _say_what_is_left(left, chosen, requested)
     _hint(chosen, device)

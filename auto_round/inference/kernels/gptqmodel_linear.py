@@ -40,6 +40,7 @@ class GptqmodelLinear(LinearKernel):
             in the CPU's memory for saving: bits / 8 bytes a weight there, none on the device.
         runtime: module, and prefix of its `_available` and `_error`, that tell whether the kernel can be compiled.
         model_scales: whether it wants scales in the model's dtype.
+        unit: outputs must be a multiple of it, where `validate` does not say so.
     """
 
     backend: str
@@ -48,6 +49,7 @@ class GptqmodelLinear(LinearKernel):
     in_place: bool = False
     runtime: tuple[str, str] = ("", "")
     model_scales: bool = False
+    unit: int = 1
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
@@ -79,6 +81,8 @@ class GptqmodelLinear(LinearKernel):
     def refuses(cls, spec: LayerSpec) -> str | None:
         if spec.in_features % spec.group_size:
             return f"needs groups of one size: {spec.in_features} inputs are no multiple of {spec.group_size}"
+        if spec.out_features % cls.unit:
+            return f"needs outputs in multiples of {cls.unit}, not {spec.out_features}"
         error: object = None
         try:
             cls._kind(spec)
@@ -137,7 +141,7 @@ class Torch(GptqmodelLinear):
 class TorchAten(GptqmodelLinear):
     """PyTorch's product for CPUs with 4-bit weights."""
 
-    backend = "gptq_torch_aten"
+    backend, unit = "gptq_torch_aten", 16
 
 
 class Marlin(GptqmodelLinear):
@@ -162,7 +166,7 @@ class AwqTorch(GptqmodelLinear):
 class AwqTorchAten(GptqmodelLinear):
     """PyTorch's product for CPUs with 4-bit weights."""
 
-    backend, method, layout = "awq_torch_aten", "awq", "gemm"
+    backend, method, layout, unit = "awq_torch_aten", "awq", "gemm", 16
 
 
 class AwqGemm(GptqmodelLinear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ from auto_round.cli import main
 def folders(packable_folder: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The same small model dense, in our format, GPTQ's and AWQ's."""
     made = {"dense": packable_folder("llama")}
-    for name, fmt in (("ours", "auto_round"), ("gptq", "auto_gptq"), ("awq", "auto_awq")):
+    for name, fmt in (("ours", "auto_round"), ("gptq", "auto_gptq"), ("awq", "auto_awq"), ("meta", "auto_gptq")):
         made[name] = str(tmp_path_factory.mktemp(name) / "out")
         ar = AutoRound(made["dense"], scheme="W4A16", group_size=32, iters=0, disable_opt_rtn=True)
         ar.quantize_and_save(made[name], format=fmt)
+    # As GPTQModel writes it: it tells how it quantized.
+    file = Path(made["meta"]) / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["meta"] = {"quantizer": ["gptqmodel:7.6.0"], "damp_percent": 0.05}
+    file.write_text(json.dumps(config))
     return made
 
 
@@ -29,7 +35,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return code, said.out, said.err
 
 
-@pytest.mark.parametrize("kind", ["dense", "ours", "gptq", "awq"])
+@pytest.mark.parametrize("kind", ["dense", "ours", "gptq", "awq", "meta"])
 def test_any_folder(kind: str, folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["generate", folders[kind], "--prompt", "hello", "--max_new_tokens", "5", "--device", "cpu"]
     code, out, err = run(capsys, *words)

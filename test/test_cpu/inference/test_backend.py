@@ -29,7 +29,7 @@ def spec(dtype: torch.dtype = torch.float16, device: str = "cuda", **sizes: int)
     )
 
 
-ROW = Backend("x", ("cuda",), (4, 8), ("float16",), 9, ("gptq",), ("no-such-package>=2.0",), plain=True)
+ROW = Backend("x", ("cuda",), (4, 8), ("float16",), 9, ("gptq",), ("no-such-package>=2.0",), kernel="not.asked:X")
 
 
 @pytest.mark.parametrize(("fmt", "device", "dtype", "reason"), [
@@ -79,6 +79,8 @@ def test_a_list_of_backends_means_any_of_them() -> None:
 def test_a_device_that_no_backend_runs_on() -> None:
     with pytest.raises(UnsupportedError, match=r"on 'npu' .*auto_round:torch: runs on cpu, cuda, xpu, not npu"):
         choose_backend(V1, "npu")
+    with pytest.raises(UnsupportedError, match="backend 'auto_round:torch' does not run 4-bit .*use backend='auto'"):
+        choose_backend(V1, "npu", "auto_round:torch")
     with pytest.raises(UnsupportedError, match="8 bits, not 5"):
         choose_backend(LayerFormat(5, 128, True, "gptq", 1), "cpu")
 
