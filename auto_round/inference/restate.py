@@ -20,8 +20,8 @@ _DROPPED = (*FOREIGN_KEYS, "damp_percent", "lm_head", "quant_block_list", "to_qu
 
 
 def restate_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
-    """Rewrite `model.config.quantization_config` in place when it is an object that speaks GPTQ's or AWQ's language. None
-    keeps the backend that was asked for: a saved model may be opened where there are others.
+    """Rewrite `model.config.quantization_config` in place when it is an object that speaks GPTQ's or AWQ's language.
+    None keeps the backend that was asked for: a saved model may be opened where there are others.
 
     A plain mapping is left alone: it belongs to somebody who has not passed it through Transformers.
 
