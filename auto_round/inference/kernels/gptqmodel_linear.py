@@ -26,13 +26,12 @@ from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, Linear
 # Scratch memory of ExLlamaV2 on a device, shared by its layers. It lives as long as one of them.
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
 _SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class GptqmodelLinear(LinearKernel):
     """x -> x W^T by a module of GPTQModel.
 
-    Its kernels compute in half precision: scales of another dtype are rounded to the model's, and inputs are cast.
+    Its kernels compute in half precision: scales that are not float16 are rounded to the model's dtype, as inputs are.
 
     Attributes:
         backend, method, layout: GPTQModel's names of the kernel, of the method and of the checkpoint's format.
@@ -59,7 +58,8 @@ class GptqmodelLinear(LinearKernel):
         pack = pack_awq if self.method == "awq" else _pack_gptq
         qweight, qzeros = pack(weight.codes, weight.zeros, spec.bits)
         self._kept = None if self.in_place else pack_words(weight.codes.T, spec.bits).cpu()
-        dtype = spec.dtype if self.model_scales or weight.scales.dtype not in _HALF else weight.scales.dtype
+        # float16 scales stay as they are, also under a bfloat16 model: it would round them.
+        dtype = torch.float16 if weight.scales.dtype == torch.float16 and not self.model_scales else spec.dtype
         try:
             kind, size = self._kind(spec)
             module = kind(
