@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 
 hypothesis.settings.register_profile("no-clock", deadline=None)  # machines are slow at times
 hypothesis.settings.load_profile("no-clock")
+
+sys.path.append(str(Path(__file__).parent))  # helpers that several folders share
 
 # Journals and tracebacks of the tests do not land where pytest is run. A fixture would come too late for others of a
 # wider scope that run jobs.

@@ -236,6 +236,8 @@ OUTPUT_GROUP = Group(
 
 _EVAL_DTYPE_HELP = "dtype to evaluate in; default: the model's, or float32 on a CPU that is slow in it"
 
+BACKEND = Flag("backend", "what runs quantized layers; see auto-round list backend (default: the best that can)")
+
 EVAL_AFTER_GROUP = Group(
     "evaluation",
     (
@@ -251,6 +253,7 @@ EVAL_AFTER_GROUP = Group(
         Flag("eval_bs", "windows per forward pass (default 1)", "int"),
         Flag("max_windows", "windows at most (default 64)", "int"),
         Flag("eval_model_dtype", _EVAL_DTYPE_HELP, choices=DTYPES),
+        BACKEND,
         _switch(
             "add_bos_token", "start every window with BOS; default: if the tokenizer does", off=("no_add_bos_token",)
         ),
@@ -283,12 +286,37 @@ EVAL_GROUPS = (
         (
             DEVICE,
             Flag("eval_model_dtype", _EVAL_DTYPE_HELP, aliases=("model_dtype",), choices=DTYPES),
+            BACKEND,
             _EVAL_FLAGS["eval_output"],
             _EVAL_FLAGS["eval_backend"],
             _switch("eval", "the verb's old spelling", hidden=True),
         ),
     ),
 )
+
+GENERATE_GROUPS = (
+    Group("model", (MODEL, PLATFORM, TRUST)),
+    Group(
+        "text",
+        (
+            Flag("prompt", "what to go on from"),
+            Flag("max_new_tokens", "tokens to generate at most (default 64)", "int"),
+            _switch("chat", "put the prompt into the model's chat template (default: if it has one)", off=("no_chat",)),
+            _switch("do_sample", "draw tokens at random (default: always the likeliest)"),
+            Flag("temperature", "of the random draw, above 0 (default: the model's); implies --do_sample", "float"),
+            SEED,
+        ),
+    ),
+    Group(
+        "how it runs",
+        (
+            DEVICE,
+            Flag("model_dtype", _EVAL_DTYPE_HELP.replace("evaluate", "compute"), aliases=("eval_model_dtype",),
+                 choices=DTYPES),
+            BACKEND,
+        ),
+    ),
+)  # fmt: skip
 
 
 def spellings(groups: tuple[Group, ...]) -> dict[str, Flag]:

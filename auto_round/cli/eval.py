@@ -51,6 +51,7 @@ def evaluate_given(given: Mapping[str, Any], record_in: Path | None = None) -> i
         dtype=parse_dtype(given["eval_model_dtype"]) if "eval_model_dtype" in given else None,
         add_bos=given.get("add_bos_token"),
         trust_remote_code=given.get("trust_remote_code", False),
+        backend=given.get("backend"),
     )
     print_result(result)
     if record_in is not None:

@@ -77,12 +77,15 @@ def backends() -> str:
     """What can run quantized layers here, or why not."""
     from auto_round.inference.backend import list_backends
 
+    short = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
     rows = [
-        (r.name, "/".join(r.devices), ",".join(map(str, r.bits)), ", ".join(r.packing), str(r.priority),
-         "yes, " + r.reason if r.usable else r.reason)
+        (r.name, "/".join(r.devices), ",".join(map(str, r.bits)), "/".join(short[d] for d in r.dtypes),
+         str(r.priority), "\n".join(r.packing), "\n".join(r.requirements) or "-",
+         ("yes, " if r.usable else "no: ") + r.reason)
         for r in list_backends()
     ]  # fmt: skip
-    return text_table(("backend", "devices", "bits", "packing", "priority", "usable here"), rows, width=140)
+    head = ("backend", "devices", "bits", "dtypes", "priority", "packing", "requirements", "usable here")
+    return text_table(head, rows, width=150)
 
 
 def environment() -> str:

@@ -19,6 +19,7 @@ _OVERVIEW = """
 verbs:
   auto-round [quantize] MODEL ...   quantize a model (the default)
   auto-round eval MODEL ...         measure perplexity, KL divergence and agreement; also auto-round-eval
+  auto-round generate MODEL ...     continue a prompt, for a first look
   auto-round verify FOLDER          are the files still those that were saved?
   auto-round list WHAT              format, scheme, dataset, backend, env or recipe
   auto-round VERB --help            flags of a verb
@@ -83,6 +84,10 @@ def _dispatch(args: list[str], recipe: str) -> int:
         from auto_round.cli.eval import run_verb as run_evaluation
 
         return run_evaluation(args[1:])
+    if args and args[0] == "generate":
+        from auto_round.cli.generate import run_verb as run_generate
+
+        return run_generate(args[1:])
     if args and args[0] == "quantize":
         args = args[1:]
     from auto_round.cli.quantize import run_verb as run_quantize

@@ -26,6 +26,7 @@ _EVAL_AFTER = (
     "add_bos_token",
     "eval_output",
     "eval_backend",
+    "backend",
 )
 _OWN = (*_OUTPUT, *_EVAL_AFTER, "dry_run", "algorithm")
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 110) -> str:
-    """Columns aligned with two spaces between; the last column wraps so that a line stays within `width`."""
-    sizes = [max(len(str(r[i])) for r in (head, *rows)) for i in range(len(head) - 1)]
-    left = sum(sizes) + 2 * len(sizes)
+    """Columns aligned with two spaces between. A cell may have several lines; the last column wraps so that a line
+    stays within `width`."""
+    cells = [[str(cell).split("\n") for cell in row] for row in (head, *rows)]
+    sizes = [max(len(line) for row in cells for line in row[i]) for i in range(len(head) - 1)]
+    room = max(20, width - sum(sizes) - 2 * len(sizes))
     lines: list[str] = []
-    for row in (head, *rows):
-        start = "".join(f"{str(cell):<{size + 2}}" for cell, size in zip(row[:-1], sizes, strict=True))
-        wrapped = textwrap.wrap(str(row[-1]), max(20, width - left)) or [""]
-        lines.append((start + wrapped[0]).rstrip())
-        lines.extend(" " * left + w for w in wrapped[1:])
+    for *left, last in cells:
+        wrapped = textwrap.wrap(" ".join(last), room)
+        for parts in zip_longest(*left, wrapped, fillvalue=""):
+            start = "".join(f"{cell:<{size + 2}}" for cell, size in zip(parts[:-1], sizes, strict=True))
+            lines.append((start + parts[-1]).rstrip())
     return "\n".join(lines)

@@ -52,6 +52,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     add_bos: bool | None = None,
     trust_remote_code: bool = False,
+    backend: str | None = None,
 ) -> EvalResult:
     """Perplexity of a model on text and, with a reference, mean KL(reference || model) and top-1 agreement.
 
@@ -70,6 +71,7 @@ def evaluate(
             instructions for it computes in float32.
         add_bos: start each window with BOS; None does as the tokenizer does.
         trust_remote_code: allow a checkpoint's own Python files to run.
+        backend: what runs the quantized layers of a model given by path; None is the best that can.
 
     Raises:
         ConfigError: contradicting or useless settings.
@@ -96,7 +98,7 @@ def evaluate(
         raise ConfigError(f"reference_logits has {len(reference_logits)} windows, the text gives {len(windows)}")
 
     load = functools.partial(load_model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    model = load(model_or_path)
+    model = load(model_or_path, backend=backend)
     other = load(reference, dequantized=True) if reference is not None else None
     start = time.perf_counter()
     sums = _Sums()

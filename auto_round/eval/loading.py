@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from os import PathLike
 from typing import Any
 
 import torch
 
-from auto_round.errors import ConfigError, ModelError
+from auto_round.errors import AutoRoundError, ConfigError, ModelError
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.modeling.build import load_config
 from auto_round.modeling.checkpoint_source import load_dequantized
@@ -54,13 +55,21 @@ def load_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     dequantized: bool = False,
+    backend: str | None = None,
 ) -> torch.nn.Module:
     """A causal language model in evaluation mode; a model object is returned as it is.
 
     With `dequantized`, a checkpoint in FP8 or MXFP4 gets the dense weights that it stands for and full-precision
-    activations: what quantization starts from. Without, it runs as Transformers runs it.
+    activations: what quantization starts from. Without, it runs as Transformers runs it, and ours, GPTQ's and AWQ's
+    with the back ends of this package.
 
-    Raises ModelError when the checkpoint does not open.
+    Args:
+        device: one device, or "auto": spread over all that are here.
+        backend: what runs the quantized layers; None is the best that can.
+
+    Raises:
+        ConfigError: `backend` is unknown, or the model has no layers that it could run.
+        ModelError: the checkpoint does not open.
     """
     if isinstance(source, torch.nn.Module):
         return source
@@ -71,29 +80,43 @@ def load_model(
     try:
         config = load_config(folder, trust_remote_code=trust_remote_code)
         saved = getattr(config.get_text_config(), "dtype", None) or torch.float32
-        wanted = dtype or compute_dtype_for(device, saved)
+        wanted = dtype or compute_dtype_for("cpu" if device == "auto" else device, saved)
         if dequantized and is_readable(quantization_of(config)):
             return load_dequantized(folder, wanted, device, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, device_map={"": str(device)}, trust_remote_code=trust_remote_code,
-            **_ours(getattr(config, "quantization_config", None)),
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as err:
+        ours = _ours(config, name, backend)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=wanted, device_map=device if device == "auto" else {"": str(device)},
+                trust_remote_code=trust_remote_code, **ours,
+            )  # fmt: skip
+    except AutoRoundError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError, json.JSONDecodeError) as err:
         raise ModelError(f"{name!r} cannot be opened as a causal language model: {_first_line(err)}") from err
     return model.eval()
 
 
-def _ours(quantization: Any) -> dict[str, Any]:
-    """What makes Transformers open a GPTQ or AWQ checkpoint with our layers: without it, it asks for other packages.
+def _ours(config: Any, name: str, backend: str | None) -> dict[str, Any]:
+    """What makes Transformers open a GPTQ or AWQ checkpoint with our layers, where it would ask for other packages, and
+    with the back end that is asked for.
 
-    It refuses to do so for files with `meta`, which GPTQModel writes; those are left to that package.
+    It refuses configs of GPTQ with `meta`, where GPTQModel tells how it quantized; nothing in there is needed to run.
     """
+    quantization = getattr(config, "quantization_config", None)
     values = quantization if isinstance(quantization, dict) else {}
-    if values.get("quant_method") not in ("gptq", "awq") or "meta" in values:
+    method = str(values.get("quant_method", ""))
+    foreign = method in ("gptq", "awq")
+    if backend is not None and not (foreign or "auto-round" in method or "auto_round" in method):
+        what = f"in the format of {method!r}, which Transformers runs" if method else "not quantized"
+        raise ConfigError(f"backend {backend!r} has nothing to run: {name!r} is {what}; leave the backend out")
+    if not foreign and backend is None:
         return {}
+    if method == "gptq" and "meta" in values:
+        config.quantization_config = {key: value for key, value in values.items() if key != "meta"}
     from transformers import AutoRoundConfig
 
-    return {"quantization_config": AutoRoundConfig()}
+    return {"quantization_config": AutoRoundConfig(**({} if backend is None else {"backend": backend}))}
 
 
 def _first_line(err: Exception) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from auto_round.export.float_layouts import short_group
 from auto_round.export.packing.mlx import bias_storage_dtype
-from auto_round.inference.backend import SCALED_MM
+from auto_round.inference.backend_table import SCALED_MM
 from auto_round.inference.config_reader import LayerFormat
 from auto_round.inference.float_linear import FloatLinear, ScaledMmLinear
 from auto_round.inference.int8_linear import Int8Linear, int8_shapes

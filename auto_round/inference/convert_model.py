@@ -14,17 +14,19 @@ import torch
 from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.inference.backend import Backend, choose_backend, device_kind
+from auto_round.inference.availability import device_kind
+from auto_round.inference.backend_table import Backend
 from auto_round.inference.build_layer import PACKED_LEAVES, TENSORS, build_layer, layout_problem, layout_shapes
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.float_linear import FloatLinear
-from auto_round.inference.kernels.kernel import LayerSpec, kernel_class
+from auto_round.inference.kernels.kernel import LayerSpec
 from auto_round.inference.kv_scales import accept_cache_scales
+from auto_round.inference.layer_choice import choose_backends
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.inference.restate import restate_config
 from auto_round.inference.stored_names import StoredNames, checkpoint_tensors, read_names
-from auto_round.logger import logger
+from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
 from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
 from auto_round.modeling.tensor_files import StoredTensor
@@ -50,6 +52,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         ModelError: config and files contradict each other.
         UnsupportedError: a data type, packing or backend that this version cannot run.
     """
+    ensure_logging()
     stored_config = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored_config is None:
         raise ConfigError(f"{type(model).__name__} has no config.quantization_config; load a quantized checkpoint")
@@ -59,14 +62,12 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     _split_experts(model, config, stored)
     layers = _stored_layers(_wanted_layers(model, config, stored), linear_names(model), files)
     _check_dense_experts(model, layers, stored)
-    used: Counter[str] = Counter()
+    kind = target_device.split(":")[0]
+    specs = {name: (fmt, _spec(weight_2d(model.get_submodule(name)), fmt, kind)) for name, fmt in layers.items()}
+    choices = choose_backends(specs, kind, config.backend)
     for name, fmt in layers.items():
-        spec = _spec(weight_2d(model.get_submodule(name)), fmt, target_device)
-        choice = choose_backend(fmt, target_device, config.backend, spec)
-        for reason in choice.passed_over if not used else ():
-            logger.debug("backend passed over: %s", reason)
-        _replace(model, name, fmt, config, files, choice.backend)
-        used[choice.backend.name] += 1
+        _replace(model, name, fmt, config, files, choices[name].backend, kind)
+    used = Counter(choice.backend.name for choice in choices.values())
     _untie(model, layers)
     accept_cache_scales(model, stored_config, files)
     if config.g_idx:
@@ -93,16 +94,15 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
             module.g_idx = module.plain_order(tensor.device)
         if module.is_loaded:
             module.prepare(name)
-            if isinstance(module, QuantLinear) and module.kernel_path:
-                module.use_kernel(kernel_class(module.kernel_path))
+            if isinstance(module, QuantLinear):
+                module.start_kernel(name)
     restate_config(model, lambda: read_names(model, checkpoint_tensors(model)))
 
 
 def _spec(weight: torch.Tensor, fmt: LayerFormat, device: str) -> LayerSpec:
     out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
     group_size = fmt.group_size if 0 < fmt.group_size < in_features else in_features
-    kind = device.split(":")[0]
-    return LayerSpec(fmt.bits, group_size, fmt.sym, in_features, out_features, weight.dtype, kind)
+    return LayerSpec(fmt.bits, group_size, fmt.sym, in_features, out_features, weight.dtype, device)
 
 
 def _marks_are_complete(model: nn.Module) -> bool:
@@ -161,7 +161,7 @@ def _is_packed(name: str, files: dict[str, StoredTensor]) -> bool:
 
 def _replace(
     model: nn.Module, name: str, fmt: LayerFormat, config: CheckpointConfig, files: dict[str, StoredTensor] | None,
-    backend: Backend,
+    backend: Backend, device: str,
 ) -> None:  # fmt: skip
     old = model.get_submodule(name)
     weight = weight_2d(old)
@@ -180,8 +180,9 @@ def _replace(
             )
     dtypes = {leaf: tensor.dtype for leaf, tensor in stored.items()}
     new = build_layer(fmt, weight, getattr(old, "bias", None) is not None, dtypes, config.g_idx, backend.name)
+    new.backend = backend.name
     if isinstance(new, QuantLinear):
-        new.kernel_path = backend.kernel
+        new.kernel_path, new.made_for = backend.kernel, device
     if isinstance(new, FloatLinear):
         new.check_dtypes(name, dtypes)
     new.train(old.training)

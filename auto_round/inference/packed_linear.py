@@ -14,6 +14,9 @@ from auto_round.inference.config_reader import LayerFormat
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme
 
+PLAIN = "torch"
+"""Backends in plain PyTorch, by the name of their group."""
+
 
 class PackedLinear(nn.Module):
     """y = x W^T + bias, with W [out, in] packed in buffers that are named and shaped as in the checkpoint.
@@ -22,6 +25,7 @@ class PackedLinear(nn.Module):
         words: name of the buffer that holds the codes.
         kept: names of buffers that keep the file's dtype when the module is cast: rounding float16 scales to bfloat16
             would damage every weight.
+        backend: name of the table's row that runs it.
     """
 
     words: str
@@ -32,6 +36,7 @@ class PackedLinear(nn.Module):
     bits: int
     dtype: torch.dtype
     bias: torch.Tensor | None
+    backend: str = PLAIN
 
     @property
     def activation(self) -> ActivationQuantizer | None:

@@ -14,8 +14,8 @@ from auto_round.export.packing.awq import pack_awq, unpack_awq, unpack_awq_rows
 from auto_round.export.packing.bits import packs_evenly, period, unpack_words, words_needed
 from auto_round.export.packing.gptq import pack_gptq, unpack_gptq, unpack_gptq_zeros
 from auto_round.inference.config_reader import LayerFormat
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
-from auto_round.inference.packed_linear import PackedLinear
+from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel, kernel_class
+from auto_round.inference.packed_linear import PLAIN, PackedLinear
 from auto_round.logger import warn_once
 
 # Weights dequantized at once: bounds the temporary copies, which take about 9 bytes for each.
@@ -60,8 +60,9 @@ class QuantLinear(PackedLinear):
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         self.register_buffer("g_idx", self.plain_order(device) if g_idx else None)
         self._in_order = not g_idx
-        #: "module:Class" of the kernel that the loader chose for it.
-        self.kernel_path = ""
+        #: "module:Class" of the kernel that the loader chose for it, and the kind of device that it was chosen for.
+        self.kernel_path, self.made_for = "", ""
+        self._loaded = False
         # Not a submodule: its buffers are no part of the checkpoint, and it moves by being built anew.
         self._kernel: list[LinearKernel] = []
         self._order: torch.Tensor | None = None
@@ -99,16 +100,31 @@ class QuantLinear(PackedLinear):
             self.scales.device.type,
         )  # fmt: skip
 
+    def start_kernel(self, name: str = "") -> None:
+        """Once the layer is loaded: build the kernel that was chosen for it, if there is one and the layer is on the
+        device that it is for. From now on it is built anew when the layer comes back to that device."""
+        self._loaded = True
+        if not self.kernel_path or self._kernel or self.scales.device.type != self.made_for:
+            return
+        try:
+            self.use_kernel(kernel_class(self.kernel_path))
+        except UnsupportedError as error:
+            reason = f"with {self.backend}: {error}"
+            warn_once("layers such as %s run in plain PyTorch, not %s", name or "one", reason, key=reason)
+            self.kernel_path, self.backend = "", PLAIN
+
     @torch.no_grad()
     def use_kernel(self, kind: type[LinearKernel]) -> None:
         """Hand the codes over to a kernel, once they are loaded and `prepare` has been called. A kernel never sees
-        `g_idx`: columns are sorted by group, and inputs with them."""
+        `g_idx`: columns are sorted by group, and inputs with them. UnsupportedError when the kernel finds, with the
+        values before it, that it cannot run the layer; nothing has changed then."""
         codes, scales, zeros = self.unpack()
+        order = None
         if self.g_idx is not None and not self._in_order:
-            self._order = torch.argsort(self.g_idx, stable=True)
-            codes = codes[:, self._order].contiguous()
+            order = torch.argsort(self.g_idx, stable=True)
+            codes = codes[:, order].contiguous()
         self._kernel = [kind(IntegerWeight(codes, scales, zeros, self.spec())).train(self.training)]
-        self.qweight = None
+        self._order, self.qweight = order, None
 
     @torch.no_grad()
     def drop_kernel(self) -> None:
@@ -151,15 +167,19 @@ class QuantLinear(PackedLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        if self._kernel:
-            there = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).device
-            if there != self.scales.device:
+        here = self.scales.device
+        there = fn(torch.empty(0, dtype=self.dtype, device=here)).device
+        if there != here:
+            if self.made_for and there.type not in (self.made_for, "meta"):
                 warn_once(
-                    "the model was moved from %s to %s after loading, so its layers run in plain PyTorch now; load it "
-                    "with device_map=%r for the kernels of that device", self.scales.device, there, str(there),
+                    "the model was loaded for %s and moved to %s, where its quantized layers run in plain PyTorch; "
+                    "please avoid moving a quantized model: load it with device_map=%r", self.made_for, there.type,
+                    there.type, key=f"moved from {self.made_for} to {there.type}",
                 )  # fmt: skip
-                self.drop_kernel()
+            self.drop_kernel()
         super()._apply(fn, recurse)
+        if there != here and self._loaded and self.is_loaded:
+            self.start_kernel()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

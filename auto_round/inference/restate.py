@@ -21,6 +21,7 @@ _DROPPED = (*FOREIGN_KEYS, "damp_percent", "lm_head", "quant_block_list", "to_qu
 
 def restate_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
     """Rewrite `model.config.quantization_config` in place when it is an object that speaks GPTQ's or AWQ's language.
+    None keeps the backend that was asked for: a saved model may be opened where there are others.
 
     A plain mapping is left alone: it belongs to somebody who has not passed it through Transformers.
 
@@ -28,7 +29,11 @@ def restate_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
         names: reads what the files call the layers; Transformers saves them under those names again.
     """
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
-    if stored is None or isinstance(stored, dict) or not is_foreign(stored):
+    if stored is None or isinstance(stored, dict):
+        return
+    if getattr(stored, "backend", None):
+        stored.backend = "auto"
+    if not is_foreign(stored):
         return
     default = read_config(stored).default
     blocks = find_blocks(model)

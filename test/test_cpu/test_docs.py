@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from auto_round import errors, schemes
-from auto_round.cli.arguments import EVAL_GROUPS, QUANTIZE_GROUPS, spellings
+from auto_round.cli.arguments import EVAL_GROUPS, GENERATE_GROUPS, QUANTIZE_GROUPS, spellings
 from auto_round.cli.later import refused_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +42,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_flags_exist(page: Path) -> None:
-    known = {*spellings(QUANTIZE_GROUPS), *spellings(EVAL_GROUPS), *refused_names(), *FOREIGN}
+    groups = (*QUANTIZE_GROUPS, *EVAL_GROUPS, *GENERATE_GROUPS)
+    known = {*spellings(groups), *refused_names(), *FOREIGN}
     text = page.read_text(encoding="utf-8")
     named = {f.replace("-", "_") for f in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)} - FOREIGN
     assert named - {k.replace("-", "_") for k in known} == set()
@@ -49,6 +53,12 @@ def test_flags_exist(page: Path) -> None:
 def test_python_is_python(page: Path) -> None:
     for code in blocks(page.read_text(encoding="utf-8"), "python"):
         ast.parse(code)
+
+
+def test_the_table_of_backends_is_made_from_the_rows() -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "make_backend_docs.py"), "--check"]
+    done = subprocess.run(tool, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_exit_codes_are_the_classes_own() -> None:

@@ -39,7 +39,11 @@ def test_datasets(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "list", "backends")
-    assert "auto_round:torch" in text and "not part of this version" in text
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 150
+    (torch_row,) = [line.split() for line in lines if line.startswith("auto_round:torch ")]
+    assert torch_row[1:6] == ["cpu/cuda/xpu", "2,3,4,8", "FP32/FP16/BF16", "0", "gptq"] and "yes," in torch_row
+    assert "use gptqmodel:exllamav2" in " ".join(text.split())
 
 
 def test_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

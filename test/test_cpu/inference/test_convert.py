@@ -305,7 +305,7 @@ def test_packed_tensors_that_the_config_calls_dense(
         ({"data_type": "mx_fp", "bits": 6}, UnsupportedError, "mx_fp"),
         ({"act_bits": 8}, UnsupportedError, "activations to 8 bits"),
         ({"rotation_config": {"block_size": 32}}, UnsupportedError, "rotation_config"),
-        ({"backend": "marlin"}, UnsupportedError, "gptqmodel"),
+        ({"backend": "marlin"}, UnsupportedError, "runs on cuda, not cpu.*use backend='auto'"),
         ({"backend": "torhc"}, ConfigError, "did you mean 'torch'"),
         ({"extra_config": [1]}, ConfigError, "extra_config"),
     ],

@@ -13,7 +13,8 @@ from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.export.formats import get_format
 from auto_round.export.plan import ExportPlan
-from auto_round.inference.backend import SCALED_MM, choose_backend, list_backends
+from auto_round.inference.backend import choose_backend, list_backends
+from auto_round.inference.backend_table import SCALED_MM
 from auto_round.inference.build_layer import build_layer, layout_shapes
 from auto_round.inference.config_reader import read_config
 from auto_round.inference.float_linear import FloatLinear, ScaledMmLinear

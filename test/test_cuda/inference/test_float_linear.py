@@ -10,7 +10,8 @@ from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
 from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.export.formats import get_format
 from auto_round.export.plan import ExportPlan
-from auto_round.inference.backend import SCALED_MM, choose_backend
+from auto_round.inference.backend import choose_backend
+from auto_round.inference.backend_table import SCALED_MM
 from auto_round.inference.build_layer import build_layer
 from auto_round.inference.config_reader import read_config
 from auto_round.inference.float_linear import FloatLinear, ScaledMmLinear

@@ -1,0 +1,52 @@
+"""The verb `generate`: a model continues a prompt, for a first look."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from auto_round.cli.arguments import GENERATE_GROUPS
+from auto_round.cli.eval import local_folder
+from auto_round.cli.parser import build, parse
+from auto_round.errors import ConfigError
+
+USAGE = 'auto-round generate MODEL --prompt "..." [--backend NAME] [flags]'
+
+
+def run_verb(argv: Sequence[str]) -> int:
+    """Print the continuation as it comes, then one line about it on stderr. Returns the exit code."""
+    parser = build("auto-round generate", USAGE, "Continue a prompt with any model, quantized or not.", GENERATE_GROUPS)
+    if not argv or "-h" in argv or "--help" in argv:
+        print(parser.format_help())
+        return 0 if argv else ConfigError.exit_code
+    given = parse(parser, GENERATE_GROUPS, argv)
+    for name in ("model", "prompt"):
+        if not given.get(name):
+            raise ConfigError(f"no {name} was given; use {USAGE}")
+    if "temperature" in given:
+        given["do_sample"] = True
+
+    from auto_round.compressors.device import resolve_device
+    from auto_round.eval.generate import generate
+    from auto_round.eval.loading import load_model, load_tokenizer, parse_dtype
+
+    device = given.get("device_map")
+    trust = given.get("trust_remote_code", False)
+    folder = local_folder(given["model"], given)
+    tokenizer = load_tokenizer(folder, trust)
+    model = load_model(
+        folder,
+        device="auto" if device == "auto" else resolve_device(device),
+        dtype=parse_dtype(given["model_dtype"]) if "model_dtype" in given else None,
+        trust_remote_code=trust,
+        backend=given.get("backend"),
+    )
+    settings = {k: given[k] for k in ("max_new_tokens", "do_sample", "temperature", "chat", "seed") if k in given}
+    result = generate(model, tokenizer, given["prompt"], on_text=_show, **settings)
+    _show("\n")
+    print(result.describe(), file=sys.stderr)
+    return 0
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)

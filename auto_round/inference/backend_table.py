@@ -1,0 +1,201 @@
+"""The user guide's table of backends as data: one row for each way of running packed layers, and what it can run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from auto_round.inference.availability import device_lack, requirement_lack
+from auto_round.inference.config_reader import INT8_BITS, MLX_BITS, LayerFormat
+from auto_round.inference.kernels.kernel import LayerSpec, kernel_class
+
+SCALED_MM = "auto_round:scaled_mm"
+_FP16, _BF16, _HALF, _ALL = ("float16",), ("bfloat16",), ("bfloat16", "float16"), ("float32", "float16", "bfloat16")
+_V1, _GPTQ = ("gptq_zp+-1",), ("gptq", "gptq_zp+-1")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    Attributes:
+        name: as a user writes it in `AutoRoundConfig(backend=...)`.
+        devices, bits, dtypes, packings: what it can run. Dtypes are the model's, in which inputs arrive; packings are
+            those of `LayerFormat.packing`.
+        priority: the highest that can run a layer is chosen.
+        requirements: what must be installed beside this package, as pip writes it; see `availability`.
+        group: the name by which it can be asked for together with its siblings.
+        capability: compute capability that a CUDA device must have at least.
+        kernel: "module:Class" of the kernel that runs the layer.
+        plain: the module that holds the layer runs it, without a kernel.
+        instead: for a row whose package does not work next to this one: the row that does the same job.
+        gain: what it usually brings, as measured; for the hint to install it.
+        by_name: it is never chosen unless it is asked for.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    bits: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    priority: int
+    packings: tuple[str, ...]
+    requirements: tuple[str, ...] = ()
+    group: str = ""
+    capability: tuple[int, int] | None = None
+    kernel: str = ""
+    plain: bool = False
+    instead: str = ""
+    gain: str = ""
+    by_name: bool = False
+
+    @property
+    def drivable(self) -> bool:
+        """Whether it can run anywhere next to this package."""
+        return self.plain or bool(self.kernel)
+
+    def misfit(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
+        """None when such a layer is one for this row, whatever is installed, or the reason why not."""
+        if device not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not {device}"
+        if fmt.bits not in self.bits:
+            return f"runs {', '.join(map(str, self.bits))} bits, not {fmt.bits}"
+        if fmt.packing not in self.packings:
+            return f"reads packing {', '.join(self.packings)}, not {fmt.packing}"
+        dtype = None if spec is None else str(spec.dtype).removeprefix("torch.")
+        if dtype is not None and dtype not in self.dtypes and not self.plain:  # plain PyTorch takes any
+            return f"computes in {', '.join(self.dtypes)}, not {dtype}"
+        return None
+
+    def lack(self) -> str | None:
+        """None when all that it needs is installed, or what is missing."""
+        if self.instead:
+            package = self.requirements[0]
+            return f"{package} does not work with Transformers 5, which this package needs; use {self.instead}"
+        if not self.drivable:
+            return "not part of this version"
+        return next((lack for r in self.requirements if (lack := requirement_lack(r)) is not None), None)
+
+    def refuses(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
+        """None when it can run a layer of this format on this device, or the reason why not.
+
+        Asked in this order: device, bits, packing, dtype, what is installed, the device's capability, the kernel.
+        `spec`: the layer's sizes, where they are known.
+        """
+        reason = self.misfit(fmt, device, spec) or self.lack()
+        if reason is not None:
+            return reason
+        if self.capability is not None and (lack := device_lack(self.capability)) is not None:
+            return lack
+        if self.kernel and spec is not None:
+            return kernel_class(self.kernel).refuses(spec)
+        return None
+
+
+_TORCH_DEVICES = ("cpu", "cuda", "xpu")
+_BITS = (2, 3, 4, 8)
+_ARK = ("auto-round-lib", "torch>=2.8.0")
+_GPTQMODEL = ("gptqmodel>=7.0.0",)
+_OLD = ("auto-gptq", "transformers<5.0.0")
+_ADAPTERS = "auto_round.inference.kernels.gptqmodel_linear"
+
+
+def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backend:
+    return Backend(f"auto_round:{name}", _TORCH_DEVICES, bits, _ALL, 0, packings, group="torch", plain=True)
+
+
+# GPTQModel's kernels in plain PyTorch run by name only: on a CPU of two cores one row of inputs took it 86 ms where
+# `torch` took 9 (2048 x 2048, bfloat16), and 512 rows 27 s against 37 ms. Its `aten` rows are fast (0.5 ms), but not
+# worth an import of 20 s, since PyTorch's operation that they call is there without it.
+BACKENDS: tuple[Backend, ...] = (
+    Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, _GPTQ, _ARK, group="ark"),
+    Backend("ark:awq", ("cpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark"),
+    Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, _GPTQ, _ARK, group="ark"),
+    Backend("ark:xpu_awq", ("xpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark"),
+    Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL, kernel=f"{_ADAPTERS}:Marlin"),
+    Backend(
+        "gptqmodel:exllamav2",
+        ("cuda",),
+        (4,),
+        _HALF,
+        5,
+        _GPTQ,
+        _GPTQMODEL,
+        group="exllamav2",
+        kernel=f"{_ADAPTERS}:ExllamaV2",
+    ),
+    Backend("gptq:exllamav2", ("cuda",), (4,), _FP16, 3, _V1, _OLD, group="exllamav2", instead="gptqmodel:exllamav2"),
+    Backend("gptq:cuda", ("cuda",), _BITS, _FP16, 1, _V1, _OLD, instead="triton or torch"),
+    Backend("triton", ("xpu", "cuda"), (2, 4, 8), _HALF, 2, _GPTQ, ("triton",)),
+    Backend("awq", ("cuda",), (4,), _FP16, 5, ("awq",), ("auto-awq", "transformers<4.57.0"), instead="gptqmodel:awq"),
+    Backend(
+        "gptqmodel:awq_exllamav2",
+        ("cuda",),
+        (4,),
+        _HALF,
+        6,
+        ("awq",),
+        _GPTQMODEL,
+        group="gptqmodel:awq",
+        kernel=f"{_ADAPTERS}:AwqExllamaV2",
+    ),
+    Backend("gptqmodel:awq_marlin", ("cuda",), (4, 8), _FP16, 5, ("awq",), _GPTQMODEL, kernel=f"{_ADAPTERS}:AwqMarlin"),
+    Backend("gptqmodel:awq_gemm", ("cuda",), (4,), _FP16, 3, ("awq",), _GPTQMODEL, kernel=f"{_ADAPTERS}:AwqGemm"),
+    Backend(
+        "gptqmodel:awq_torch",
+        ("cuda", "cpu"),
+        (4,),
+        _FP16,
+        2,
+        ("awq",),
+        _GPTQMODEL,
+        kernel=f"{_ADAPTERS}:AwqTorch",
+        by_name=True,
+    ),
+    Backend(
+        "gptqmodel:torch",
+        ("cuda", "cpu"),
+        _BITS,
+        _HALF,
+        0,
+        _GPTQ,
+        _GPTQMODEL,
+        kernel=f"{_ADAPTERS}:Torch",
+        by_name=True,
+    ),
+    Backend(
+        "gptqmodel:torch_aten",
+        ("cpu",),
+        (4,),
+        _BF16,
+        0,
+        _GPTQ,
+        _GPTQMODEL,
+        group="gptqmodel:aten",
+        kernel=f"{_ADAPTERS}:TorchAten",
+        by_name=True,
+    ),
+    Backend(
+        "gptqmodel:awq_torch_aten",
+        ("cpu",),
+        (4,),
+        _BF16,
+        0,
+        ("awq",),
+        _GPTQMODEL,
+        group="gptqmodel:aten",
+        kernel=f"{_ADAPTERS}:AwqTorchAten",
+        by_name=True,
+    ),
+    Backend("hpu", ("hpu",), (4,), _BF16, 0, _GPTQ, kernel="auto_round.inference.kernels.hpu_linear:HpuLinear"),
+    Backend(SCALED_MM, ("cuda",), (8,), _ALL, 4, ("fp8_static",), capability=(8, 9), plain=True),
+    _torch("torch_zp", _BITS, _V1),
+    _torch("torch", _BITS, ("gptq",)),
+    _torch("torch_awq", (4,), ("awq",)),
+    _torch("torch_int8", INT8_BITS, ("int8",)),
+    _torch("torch_mlx", MLX_BITS, ("mlx",)),
+    _torch("torch_mxfp4", (4,), ("mxfp4",)),
+    _torch("torch_mxint4", (4,), ("mxint4",)),
+    _torch("torch_nvfp4", (4,), ("nvfp4",)),
+    _torch("torch_mxfp8", (8,), ("mxfp8",)),
+    _torch("torch_fp8", (8,), ("fp8", "fp8_block")),
+    _torch("torch_fp8_static", (8,), ("fp8_static",)),
+)

@@ -1,0 +1,231 @@
+"""Layers run by GPTQModel's modules: its kernels get the codes in the layout that they read, through the calls that
+package offers to others.
+
+Importing GPTQModel takes seconds, sets variables of the process and prints a banner, so it happens only when one of
+these kernels is asked about a layer. Its CUDA kernels are compiled when they are first used, with nvcc.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import weakref
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.errors import UnsupportedError
+from auto_round.export.packing.awq import pack_awq, unpack_awq_rows
+from auto_round.export.packing.bits import pack_words, unpack_words
+from auto_round.export.packing.gptq import pack_gptq
+from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
+
+# Scratch memory of ExLlamaV2 on a device, shared by its layers. It lives as long as one of them.
+_scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
+_SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
+
+
+class GptqmodelLinear(LinearKernel):
+    """x -> x W^T by a module of GPTQModel.
+
+    Its kernels compute in half precision: scales that are not float16 are rounded to the model's dtype, as inputs are.
+
+    Attributes:
+        backend, method, layout: GPTQModel's names of the kernel, of the method and of the checkpoint's format.
+        in_place: whether the module keeps the codes in the layout in which it got them. Otherwise a packed copy stays
+            in the CPU's memory for saving: bits / 8 bytes a weight there, none on the device.
+        runtime: module, and prefix of its `_available` and `_error`, that tell whether the kernel can be compiled.
+        model_scales: whether it wants scales in the model's dtype.
+        unit: outputs must be a multiple of it, where `validate` does not say so.
+    """
+
+    backend: str
+    method: str = "gptq"
+    layout: str = "gptq_v2"
+    in_place: bool = False
+    runtime: tuple[str, str] = ("", "")
+    model_scales: bool = False
+    unit: int = 1
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__(weight)
+        spec, device = weight.spec, weight.codes.device
+        if spec.sym and bool((weight.zeros != 1 << (spec.bits - 1)).any()):
+            raise UnsupportedError("its config says symmetric, but its zero points are not all in the middle")
+        pack = pack_awq if self.method == "awq" else _pack_gptq
+        qweight, qzeros = pack(weight.codes, weight.zeros, spec.bits)
+        self._kept = None if self.in_place else pack_words(weight.codes.T, spec.bits).cpu()
+        # float16 scales stay as they are, also under a bfloat16 model: it would round them.
+        dtype = torch.float16 if weight.scales.dtype == torch.float16 and not self.model_scales else spec.dtype
+        try:
+            kind, size = self._kind(spec)
+            module = kind(
+                bits=spec.bits, group_size=size, sym=spec.sym, desc_act=False, bias=False,
+                in_features=spec.in_features, out_features=spec.out_features, pack_dtype=torch.int32,
+                register_buffers=True, dtype=spec.dtype,
+            )  # fmt: skip
+            order = torch.arange(spec.in_features, dtype=torch.int32, device=device) // spec.group_size
+            scales = weight.scales.T.to(dtype).contiguous()
+            for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", order)):
+                _put(module, name, tensor)
+            self._scratch = _initialise(module, device)
+        except (ImportError, NotImplementedError, ValueError, RuntimeError) as error:
+            raise UnsupportedError(f"GPTQModel says: {_first_line(error)}") from error
+        # In a list, not a submodule: it refuses training mode, which means nothing to it.
+        self._module = [module.eval()]
+
+    @classmethod
+    def refuses(cls, spec: LayerSpec) -> str | None:
+        if spec.in_features % spec.group_size:
+            return f"needs groups of one size: {spec.in_features} inputs are no multiple of {spec.group_size}"
+        if spec.out_features % cls.unit:
+            return f"needs outputs in multiples of {cls.unit}, not {spec.out_features}"
+        error: object = None
+        try:
+            cls._kind(spec)
+        except (ImportError, NotImplementedError, ValueError, RuntimeError) as raised:
+            error = raised
+        if error is None and cls.runtime[0]:
+            module, name = import_module(cls.runtime[0]), cls.runtime[1]
+            if not getattr(module, f"{name}_available")(spec.dtype):
+                error = getattr(module, f"{name}_error")(spec.dtype)
+        return None if error is None else f"GPTQModel says: {_first_line(error)}"
+
+    @classmethod
+    def _kind(cls, spec: LayerSpec) -> tuple[Any, int]:
+        """GPTQModel's class, and the group size in its words, where -1 may be one group for all inputs. Raises
+        GPTQModel's errors when the kernel is not for this machine or not for such layers."""
+        whole = spec.group_size == spec.in_features
+        refused: Exception | None = None
+        for size in (-1, spec.group_size) if whole else (spec.group_size,):
+            try:
+                kind = _select(cls.backend, cls.method, cls.layout, spec.bits, size, spec.sym, spec.dtype, spec.device)
+            except (ImportError, NotImplementedError, ValueError, RuntimeError) as error:
+                refused = refused or error
+                continue
+            ok, reason = kind.validate(
+                bits=spec.bits, group_size=size, desc_act=False, sym=spec.sym, in_features=spec.in_features,
+                out_features=spec.out_features, pack_dtype=torch.int32, dtype=spec.dtype,
+            )  # fmt: skip
+            if ok:
+                return kind, size
+            refused = refused or reason
+        raise refused or ValueError("refused")
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:-1], self.spec.out_features)
+        if not x.numel():
+            return x.new_empty(shape)
+        rows = x.reshape(-1, self.spec.in_features).to(self.spec.dtype).contiguous()
+        return self._module[0](rows).to(x.dtype).reshape(shape)
+
+    def codes(self) -> torch.Tensor:
+        module = self._module[0]
+        if self._kept is not None:
+            return unpack_words(self._kept, self.spec.bits).T.contiguous().to(module.scales.device)
+        if self.method == "awq":
+            return unpack_awq_rows(module.qweight).T.contiguous()
+        return unpack_words(module.qweight, self.spec.bits).T.contiguous()
+
+
+class Torch(GptqmodelLinear):
+    """Dequantizes, then multiplies: any device."""
+
+    backend, in_place = "torch", True
+
+
+class TorchAten(GptqmodelLinear):
+    """PyTorch's product for CPUs with 4-bit weights."""
+
+    backend, unit = "gptq_torch_aten", 16
+
+
+class Marlin(GptqmodelLinear):
+    """Fused product for CUDA, symmetric 4 and 8 bits."""
+
+    backend, layout, model_scales = "marlin", "gptq", True
+    runtime = ("gptqmodel.utils.marlin", "marlin_runtime")
+
+
+class ExllamaV2(GptqmodelLinear):
+    """Fused product for CUDA, 4 bits."""
+
+    backend = "exllama_v2"
+
+
+class AwqTorch(GptqmodelLinear):
+    """Dequantizes, then multiplies: any device."""
+
+    backend, method, layout, in_place = "torch", "awq", "gemm", True
+
+
+class AwqTorchAten(GptqmodelLinear):
+    """PyTorch's product for CPUs with 4-bit weights."""
+
+    backend, method, layout, unit = "awq_torch_aten", "awq", "gemm", 16
+
+
+class AwqGemm(GptqmodelLinear):
+    """Fused product for CUDA."""
+
+    backend, method, layout, in_place = "gemm", "awq", "gemm", True
+
+
+class AwqMarlin(GptqmodelLinear):
+    """Fused product for CUDA."""
+
+    backend, method, layout, model_scales = "marlin", "awq", "gemm", True
+    runtime = ("gptqmodel.utils.marlin", "marlin_runtime")
+
+
+class AwqExllamaV2(GptqmodelLinear):
+    """Fused product for CUDA."""
+
+    backend, method, layout = "exllama_v2", "awq", "gemm"
+
+
+def _pack_gptq(codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # All of these kernels want zero points as they are ("v2") but Marlin, which has none.
+    return pack_gptq(codes, zeros, bits, 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _select(
+    backend: str, method: str, layout: str, bits: int, group_size: int, sym: bool, dtype: torch.dtype, device: str
+) -> Any:
+    """GPTQModel's choice. It logs each one, so it is asked once for all layers of a kind."""
+    return import_module("gptqmodel.utils.importer").hf_select_quant_linear_v2(
+        bits=bits, group_size=group_size, desc_act=False, sym=sym, format=layout, quant_method=method, dtype=dtype,
+        pack=False, device_map={"": device}, backend=backend,
+    )  # fmt: skip
+
+
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Replace a buffer or parameter; what the module does not have is left out."""
+    if name in module._parameters:
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    elif name in module._buffers:
+        setattr(module, name, tensor)
+
+
+def _initialise(module: Any, device: torch.device) -> Any:
+    """Let the module arrange its tensors. Returns memory that it needs while it lives, if any."""
+    if "scratch_space" not in inspect.signature(module.post_init).parameters:
+        module.post_init()
+        return None
+    size = module.temp_dq_size()
+    scratch = _scratch.get(device)
+    if scratch is None or scratch.scratch_bytes < size + _SCRATCH_SPARE:
+        scratch = import_module("gptqmodel.utils.exllamav2").ScratchSpace(size + _SCRATCH_SPARE, device)
+        _scratch[device] = scratch
+    module.post_init(scratch_space=scratch)
+    return scratch
+
+
+def _first_line(error: object) -> str:
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", str(error)).strip()
+    return (text.splitlines() or [type(error).__name__])[0]

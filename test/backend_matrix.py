@@ -1,0 +1,131 @@
+"""Every backend that runs packed integer layers, against the formula in float64.
+
+A row of the table that is usable on this machine is in here by itself: bits x group size x symmetry x dtype x rows of
+inputs x shapes, as far as the row takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from auto_round.export.packing.awq import pack_awq
+from auto_round.export.packing.gptq import pack_gptq
+from auto_round.inference.availability import devices_here
+from auto_round.inference.backend import usable
+from auto_round.inference.backend_table import BACKENDS, Backend
+from auto_round.inference.config_reader import LayerFormat
+from auto_round.inference.kernels.kernel import LayerSpec
+from auto_round.inference.qlinear import QuantLinear, packable
+
+LAYOUTS = {"gptq": ("gptq", 0), "gptq_zp+-1": ("gptq", 1), "awq": ("awq", 0)}
+ROWS_OF_INPUTS = (1, 7, 512)
+# Inputs, outputs: multiples of everything; a short last group; few and no powers of two.
+SHAPES = ((256, 128), (288, 96), (96, 40))
+GROUP_SIZES = (32, 128, -1)
+# Twice the rounding step of a half precision: one for the weights or inputs, one for the result. Kernels for float32
+# may round inputs to 16 bits of fixed point.
+BOUNDS = {torch.float32: 1e-4, torch.float16: 2 * 2.0**-11, torch.bfloat16: 2 * 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer."""
+
+    fmt: LayerFormat
+    inputs: int
+    outputs: int
+    dtype: torch.dtype
+    scale_dtype: torch.dtype = torch.float16
+    act_order: bool = False
+
+
+def rows_here(device: str) -> list[Backend]:
+    """Rows for packed integers that can be used on `device`."""
+    return [
+        row for row in BACKENDS
+        if device in row.devices and set(row.packings) & set(LAYOUTS) and usable(row, devices_here())[0]
+    ]  # fmt: skip
+
+
+def cases(row: Backend, dtype: torch.dtype) -> Iterator[Case]:
+    """The layers that the row's columns promise."""
+    for packing in row.packings:
+        layout, offset = LAYOUTS[packing]
+        for bits in row.bits:
+            for inputs, outputs in SHAPES:
+                whole = (inputs, outputs) == SHAPES[0]
+                for size in GROUP_SIZES:
+                    for sym in (True, False) if whole else (False,):
+                        fmt = LayerFormat(bits, size, sym, layout, offset)
+                        if packable(inputs, outputs, fmt) is None:
+                            yield Case(fmt, inputs, outputs, dtype)
+            if layout == "gptq":
+                fmt = LayerFormat(bits, 32, False, layout, offset)
+                yield Case(fmt, 256, 128, dtype, act_order=True)
+                yield Case(fmt, 256, 128, dtype, torch.float32)
+                yield Case(replace(fmt, sym=True), 256, 128, dtype, torch.bfloat16)
+
+
+def build(case: Case, device: str) -> tuple[QuantLinear, torch.Tensor]:
+    """The layer with random values, and its weight [out, in] in float64 on the CPU."""
+    fmt, gen = case.fmt, torch.Generator().manual_seed(case.inputs + case.fmt.bits)
+    module = QuantLinear(
+        case.inputs, case.outputs, fmt, bias=True, g_idx=case.act_order, dtype=case.dtype,
+        scale_dtype=case.scale_dtype,
+    )  # fmt: skip
+    top, groups = 1 << fmt.bits, module.groups
+    codes = torch.randint(0, top, (case.outputs, case.inputs), generator=gen, dtype=torch.uint8)
+    zeros = torch.randint(0, top, (case.outputs, groups), generator=gen, dtype=torch.uint8)
+    if fmt.sym:
+        zeros.fill_(top // 2)
+    scales = ((torch.rand(case.outputs, groups, generator=gen) + 0.1) / top).to(case.scale_dtype)
+    order = torch.arange(case.inputs) // module.group_size
+    if case.act_order:
+        order = order[torch.randperm(case.inputs, generator=gen)]
+        module.g_idx = order.int()
+    pack = pack_awq(codes, zeros) if fmt.layout == "awq" else pack_gptq(codes, zeros, fmt.bits, fmt.zero_offset)
+    module.qweight, module.qzeros = pack
+    module.scales = scales.T.contiguous()
+    assert module.bias is not None
+    module.bias.copy_(torch.randn(case.outputs, generator=gen))
+    weight = scales.double()[:, order] * (codes.double() - zeros.double()[:, order])
+    module.to(device).prepare()
+    return module.eval(), weight
+
+
+def spec_of(module: QuantLinear, device: str) -> LayerSpec:
+    """The layer as the chooser describes it."""
+    return replace(module.spec(), device=device)
+
+
+@torch.no_grad()
+def check(row: Backend, case: Case, device: str) -> bool:
+    """Run the case. False when the row's kernel refuses it."""
+    module, weight = build(case, device)
+    if row.refuses(case.fmt, device, spec_of(module, device)) is not None:
+        return False
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module.kernel_path, module.made_for, module.backend = row.kernel, device, row.name
+    module.start_kernel()
+    assert (module.kernel is not None) is bool(row.kernel) and module.backend == row.name, case
+    assert module.bias is not None
+    bias, gen = module.bias.double().cpu(), torch.Generator().manual_seed(1)
+    for count in ROWS_OF_INPUTS if case.fmt.group_size == 32 else ROWS_OF_INPUTS[:2]:
+        x = torch.randn(count, case.inputs, generator=gen).to(case.dtype)
+        want = x.double() @ weight.T + bias
+        y = module(x.to(device))
+        assert y.dtype == case.dtype and y.shape == want.shape
+        error = float((y.double().cpu() - want).norm() / want.norm())
+        assert error < BOUNDS[case.dtype], (row.name, case, count, error)
+    wide = torch.randn(2, case.inputs, 3, generator=gen).to(case.dtype).to(device)
+    strided = wide.transpose(1, 2)
+    assert not strided.is_contiguous()
+    want = strided.double().cpu() @ weight.T + bias
+    assert float((module(strided).double().cpu() - want).norm() / want.norm()) < BOUNDS[case.dtype], (row.name, case)
+    assert module(strided[:, :0]).shape == (2, 0, case.outputs)
+    after = module.state_dict()
+    assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before), (row.name, case)
+    return True
