@@ -84,6 +84,16 @@ BACKENDS: tuple[Backend, ...] = (
         )
     ),
     Backend(SCALED_MM, ("cuda",), (8,), _ALL, 4, ("fp8_static",), built=True, capability=(8, 9)),
+    Backend(
+        "auto_round:cpu",
+        ("cpu",),
+        _BITS,
+        _ALL,
+        7,
+        (*_GPTQ, "awq"),
+        built=True,
+        kernel="auto_round.inference.kernels.cpu:CpuKernel",
+    ),
     Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK),
     Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK, group="ark"),
     Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL),
