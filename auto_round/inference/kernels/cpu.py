@@ -117,7 +117,7 @@ class CpuKernel(LinearKernel):
 
 def chunk_starts(in_features: int, group_size: int) -> torch.Tensor:
     """int32 [chunks + 1]: where chunks begin, of at most `CHUNK` columns of one group, and `in_features` at the end."""
-    found = []
+    found: list[int] = []
     for start in range(0, in_features, group_size):
         found += range(start, min(start + group_size, in_features), CHUNK)
     return torch.tensor([*found, in_features], dtype=torch.int32)
