@@ -1,8 +1,10 @@
 /* y = x W^T for weights of 2, 4 and 8 bits on CPUs, with integer products.  See docs/cpu-kernels.md.
 
    Inputs.  Each chunk of at most 128 columns of a row of x, all within one group of the weights, becomes 16-bit
-   integers: x = unit * q with unit = max|x| / 32767.  The error of an input is at most 2^-16 of the largest input of its
-   chunk.  A row with a chunk that has no such unit (NaN, Inf, or nothing but very small numbers) is computed in float32.
+   integers.  Half precisions: x = unit * q with unit = max|x| / 32767; the error of an input is at most 2^-16 of the
+   largest input of its chunk.  float32 becomes two rows ("terms"): x = unit * (q + 2^-15 q'), where unit is a power of
+   two, so that what is left for the second row is exact; the error is at most 2^-30 of the largest input.  A row with a
+   chunk that has no such unit (NaN, Inf, or nothing but very small numbers) is computed in float32.
 
    Sums.  With |q| <= 32767, codes below 2^8 and at most 2^7 columns, every partial sum of a chunk is at most
    255 * 32767 * 128 = 1069547520 < 2^31 in size.  The same holds for codes that stay shifted inside their byte (a code of
@@ -39,7 +41,7 @@
 #define QUARTERS 4
 #define ROWS (QUARTERS * LANES)
 #define CHUNK 128      /* columns that share a unit, at most */
-#define PIECE 120      /* rows of x for which a block of weights is unpacked once; a multiple of STRIP */
+#define PIECE 120      /* rows of x for which a block of weights is unpacked once; a multiple of STRIP and of terms */
 #define STRIP 6        /* rows of x whose sums are in registers at once */
 #define MAGIC 0x41520000
 #define INLINE static inline __attribute__((always_inline))
@@ -309,13 +311,13 @@ struct job {
     const int64_t *first_row;    /* [experts + 1] */
     const uint8_t *x;
     uint8_t *y;
-    int64_t experts, rows, x_stride, next, pieces;
-    int dtype, item_size;
+    int64_t experts, rows, x_stride, next, pieces; /* rows: with their terms */
+    int dtype, item_size, terms;
     const struct head *head;
     int16_t *q;      /* for each chunk [rows, padded columns] */
     float *units;    /* [chunks, rows] */
     int32_t *sums;   /* [chunks, rows]: of q */
-    uint8_t *plain;  /* [rows]: 1 where a row is computed in float32 */
+    uint8_t *plain;  /* [rows / terms]: 1 where a row is computed in float32 */
     int failed;
 };
 
@@ -327,7 +329,6 @@ static void quantize_row(struct job *job, int64_t row) {
     int64_t before = 0;
     for (int c = 0; c < h->chunks; c++) {
         int count = starts[c + 1] - starts[c], wide = padded(h->bits, count);
-        int16_t *to = job->q + before * job->rows + row * wide;
         before += wide;
         row_to_float(from, job->dtype, starts[c], count, values);
         uint32_t most = 0; /* sizes compare as integers, and NaN is larger than Inf */
@@ -337,23 +338,33 @@ static void quantize_row(struct job *job, int64_t row) {
         }
         float largest = from_bits(most);
         if (most >= 0x7f800000 || (most && largest < 0x1p-80f)) job->plain[row] = 1, largest = 0, most = 0;
-        float inverse = most ? 32767.0f / largest : 0.0f;
-        int32_t sum = 0;
-        for (int i = 0; i < count; i++) { /* adding 1.5 * 2^23 rounds to nearest and leaves the integer in the low bits */
-            float scaled = most ? values[i] * inverse : 0.0f;
-            int32_t q = (int32_t)(to_bits(scaled + 12582912.0f) - 0x4b400000u);
-            to[i] = (int16_t)q;
-            sum += q;
+        if (!most) memset(values, 0, sizeof values);
+        float unit = largest / 32767.0f;
+        if (job->terms == 2) unit = from_bits((to_bits(unit) + 0x7fffff) & 0x7f800000); /* the next power of two */
+        for (int term = 0; term < job->terms; term++) {
+            int64_t at = row * job->terms + term;
+            int16_t *to = job->q + (before - wide) * job->rows + at * wide;
+            float inverse = !most ? 0.0f : job->terms == 2 ? 1.0f / unit : 32767.0f / largest;
+            int32_t sum = 0;
+            for (int i = 0; i < count; i++) { /* adding 1.5 * 2^23 rounds to nearest; the integer is in the low bits */
+                int32_t q = (int32_t)(to_bits(values[i] * inverse + 12582912.0f) - 0x4b400000u);
+                to[i] = (int16_t)q;
+                sum += q;
+            }
+            for (int i = count; i < wide; i++) to[i] = 0;
+            job->units[c * job->rows + at] = unit;
+            job->sums[c * job->rows + at] = sum;
+            if (job->terms == 2 && !term) {
+                for (int i = 0; i < count; i++) values[i] -= unit * (float)to[i];
+                unit *= 0x1p-15f;
+            }
         }
-        for (int i = count; i < wide; i++) to[i] = 0;
-        job->units[c * job->rows + row] = largest / 32767.0f;
-        job->sums[c * job->rows + row] = sum;
     }
 }
 
 static void quantize_rows(void *arg) {
     struct job *job = arg;
-    for (int64_t row; (row = take(&job->next)) < job->rows;) quantize_row(job, row);
+    for (int64_t row; (row = take(&job->next)) < job->rows / job->terms;) quantize_row(job, row);
 }
 
 /* ---- one or two rows: codes go from the packed form straight into the products ---- */
@@ -570,25 +581,29 @@ static void multiply(void *arg) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
         return;
     }
+    const int terms = job->terms;
     int64_t expert = 0, before = 0; /* items before the expert; items are taken in rising order */
     for (int64_t item; (item = take(&job->next)) < job->pieces * blocks;) {
         int64_t count, pieces;
         for (;; expert++) {
-            count = job->first_row[expert + 1] - job->first_row[expert];
+            count = (job->first_row[expert + 1] - job->first_row[expert]) * terms;
             pieces = (count + PIECE - 1) / PIECE;
             if (item < before + pieces * blocks) break;
             before += pieces * blocks;
         }
         int64_t block = (item - before) / pieces, piece = (item - before) % pieces;
-        int64_t row = job->first_row[expert] + piece * PIECE;
+        int64_t row = job->first_row[expert] * terms + piece * PIECE;
         int rows = count - piece * PIECE < PIECE ? (int)(count - piece * PIECE) : PIECE;
         const struct head *h = (const struct head *)job->packs[expert];
         const uint8_t *record = job->packs[expert] + h->first + block * h->block_bytes;
         kernels[h->bits == 8 ? 2 : h->bits / 4][rows > 2 ? 2 : rows - 1](job, h, record, row, rows, tile);
         int width = h->out - block * ROWS < ROWS ? (int)(h->out - block * ROWS) : ROWS;
-        for (int r = 0; r < rows; r++) {
-            if (job->plain[row + r]) float_row(job, h, record, row + r, tile + r * ROWS);
-            row_from_float(tile + r * ROWS, job->dtype, block * ROWS, width, job->y + (row + r) * h->out * job->item_size);
+        for (int r = 0; r < rows; r += terms) {
+            int64_t at = (row + r) / terms;
+            float *sums = tile + r * ROWS;
+            if (job->plain[at]) float_row(job, h, record, at, sums);
+            else if (terms == 2) for (int i = 0; i < ROWS; i++) sums[i] += sums[ROWS + i];
+            row_from_float(sums, job->dtype, block * ROWS, width, job->y + at * h->out * job->item_size);
         }
     }
     free(tile);
@@ -602,12 +617,14 @@ EXPORT int linear(const uint8_t *const *packs, const int64_t *first_row, int64_t
         const struct head *other = (const struct head *)packs[e];
         if (other->magic != MAGIC + LANES || other->in != h->in || other->out != h->out || other->bits != h->bits || other->chunks != h->chunks) return 2;
     }
-    struct job job = {packs, first_row, x, y, experts, first_row[experts], x_stride, 0, 0, dtype, dtype == FLOAT32 ? 4 : 2, h, 0, 0, 0, 0, 0};
+    const int terms = dtype == FLOAT32 ? 2 : 1;
+    struct job job = {packs, first_row, x, y, experts, first_row[experts] * terms, x_stride, 0, 0, dtype,
+                      dtype == FLOAT32 ? 4 : 2, terms, h, 0, 0, 0, 0, 0};
     if (!job.rows) return 0;
     const int32_t *starts = starts_of(h);
     int64_t wide = 0;
     for (int c = 0; c < h->chunks; c++) wide += padded(h->bits, starts[c + 1] - starts[c]);
-    for (int64_t e = 0; e < experts; e++) job.pieces += (first_row[e + 1] - first_row[e] + PIECE - 1) / PIECE;
+    for (int64_t e = 0; e < experts; e++) job.pieces += ((first_row[e + 1] - first_row[e]) * terms + PIECE - 1) / PIECE;
     int64_t groups = job.rows * h->chunks;
     uint8_t *scratch = malloc((size_t)(groups * 8 + wide * job.rows * 2 + job.rows));
     if (!scratch) return 1;
