@@ -65,6 +65,7 @@ class Backend:
 _TORCH_DEVICES = ("cpu", "cuda", "xpu")
 _BITS = (2, 3, 4, 8)
 _GPTQMODEL, _ARK, _OLD = ("gptqmodel",), ("auto-round-lib", "torch>=2.8.0"), ("auto-gptq", "transformers<5.0.0")
+_ARK_KERNEL = "auto_round.inference.kernels.ark:ArkKernel"
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("auto_round:torch_zp", _TORCH_DEVICES, _BITS, _ALL, 0, ("gptq_zp+-1",), built=True, group="torch"),
@@ -94,8 +95,28 @@ BACKENDS: tuple[Backend, ...] = (
         built=True,
         kernel="auto_round.inference.kernels.cpu:CpuKernel",
     ),
-    Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK),
-    Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK, group="ark"),
+    Backend(
+        "auto_round:cpu_int4",
+        ("cpu",),
+        (2, 3, 4),
+        ("bfloat16",),
+        1,
+        (*_GPTQ, "awq"),
+        built=True,
+        kernel="auto_round.inference.kernels.torch_packed:CpuInt4",
+    ),
+    Backend(
+        "auto_round:cpu_int8",
+        ("cpu",),
+        (8,),
+        ("bfloat16",),
+        1,
+        _GPTQ,
+        built=True,
+        kernel="auto_round.inference.kernels.torch_packed:CpuInt8",
+    ),
+    Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK, built=True, kernel=_ARK_KERNEL),
+    Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, (*_GPTQ, "awq"), _ARK, built=True, group="ark", kernel=_ARK_KERNEL),
     Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL),
     Backend("gptqmodel:exllamav2", ("cuda",), (4,), _HALF, 5, _GPTQ, _GPTQMODEL, group="exllamav2"),
     Backend("gptq:exllamav2", ("cuda",), (4,), ("float16",), 3, ("gptq_zp+-1",), _OLD, group="exllamav2"),
