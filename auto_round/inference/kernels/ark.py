@@ -77,7 +77,6 @@ class ArkKernel(LinearKernel):
     def codes(self) -> torch.Tensor:
         out, width, *rest = self.kind
         dense = _package().unpack_weight(self.blob, torch.float32, out, width, *rest)
-        dense = dense.T if dense.shape[0] == width else dense
         scales, zeros = self._spread(self.scales.float()), self._spread(self.zeros)
         unscaled = scales == 0
         codes = (dense / scales.masked_fill(unscaled, 1)).round().to(torch.int16) + zeros

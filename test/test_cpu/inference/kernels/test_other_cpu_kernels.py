@@ -74,7 +74,7 @@ def test_what_pytorchs_kernels_do_not_run() -> None:
 
 
 @needs_ark
-@pytest.mark.parametrize("out, width, size", [(40, 128, 64), (33, 96, 32), (24, 72, 72), (40, 96, 24)])
+@pytest.mark.parametrize("out, width, size", [(64, 64, 32), (40, 128, 64), (33, 96, 32), (24, 72, 72), (40, 96, 24)])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_ark(bits: int, sym: bool, out: int, width: int, size: int) -> None:
