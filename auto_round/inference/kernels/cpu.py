@@ -72,13 +72,13 @@ class CpuKernel(LinearKernel):
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
-        lib, spec = _loaded(), weight.spec
+        (lib, has_half), spec = _loaded(), weight.spec
         starts = chunk_starts(spec.in_features, spec.group_size)
         group = (starts[:-1] // spec.group_size).long()
         scales, zeros = weight.scales[:, group].float().contiguous(), weight.zeros[:, group].contiguous()
         zero = int(zeros[0, 0])
         zero = zero if bool((zeros == zero).all()) else -1
-        half = int(bool(lib.has_half()) and torch.equal(scales.half().float(), scales))
+        half = int(has_half and torch.equal(scales.half().float(), scales))
         sizes = (_BITS[spec.bits], spec.out_features, spec.in_features, len(starts) - 1, starts.data_ptr(), zero, half)
         packed = torch.empty(lib.packed_size(*sizes), dtype=torch.uint8)
         codes = weight.codes.contiguous()
@@ -99,11 +99,12 @@ class CpuKernel(LinearKernel):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return torch.ops.auto_round.cpu_linear([self.packed], x, [], self.spec.out_features)
-        return multiply([self.packed], x, [], self.spec.out_features)
+        # Not through the operator: its dispatch costs as much as a small layer. `_buffers`: so does `__getattr__`.
+        return multiply((self._buffers["packed"],), x, (), self.spec.out_features)  # type: ignore[arg-type]
 
     def codes(self) -> torch.Tensor:
         codes = torch.empty(self.spec.out_features, self.spec.in_features, dtype=torch.uint8)
-        _loaded().unpack(self.packed.data_ptr(), codes.data_ptr(), torch.get_num_threads())
+        _loaded()[0].unpack(self.packed.data_ptr(), codes.data_ptr(), torch.get_num_threads())
         return codes
 
     @classmethod
@@ -126,15 +127,15 @@ def chunk_starts(in_features: int, group_size: int) -> torch.Tensor:
 def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[int], out: int) -> torch.Tensor:
     """x [..., in] times the one weight in `packed`; with `counts`, rows of x [rows, in] sorted by weight. Returns
     [..., out] in the dtype of `x`."""
-    lib = _loaded()
+    lib, half = _loaded()
     dtype = _DTYPES.get(x.dtype)
-    if dtype is None or (dtype == 2 and not lib.has_half()):
+    if dtype is None or (dtype == 2 and not half):
         return multiply(packed, x.float(), counts, out).to(x.dtype)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if flat.stride(1) != 1 and flat.shape[1] > 1:
         flat = flat.contiguous()
     rows = flat.shape[0]
-    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
+    y = x.new_empty((*x.shape[:-1], out))
     rest = (flat.data_ptr(), flat.stride(0), y.data_ptr(), dtype, torch.get_num_threads())
     if counts:
         firsts = [0]
@@ -150,10 +151,12 @@ def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[i
     return y
 
 
-def _loaded() -> ctypes.CDLL:
+@functools.lru_cache(maxsize=1)
+def _loaded() -> tuple[ctypes.CDLL, bool]:
+    """The library, and whether it converts float16."""
     found = library()
     assert not isinstance(found, str), found
-    return found
+    return found, bool(found.has_half())
 
 
 @torch.library.custom_op(
