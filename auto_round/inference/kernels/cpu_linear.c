@@ -75,7 +75,9 @@ INLINE vfloat all_float(float s) { return s - (vfloat){0}; }
 INLINE vshort all_pairs(const int16_t *pair) { return (vshort)all_int(*(const pair_u *)pair); }
 
 /* Keeps a value in a register: without it GCC reads it again from memory for each use, and reading is the bottleneck. */
-#if defined(__AVX2__)
+#if defined(__AVX512BW__)
+#define KEEP(v) __asm__("" : "+v"(v))
+#elif defined(__AVX2__)
 #define KEEP(v) __asm__("" : "+x"(v))
 #else
 #define KEEP(v) (void)0
