@@ -44,6 +44,9 @@
 #define PIECE 120      /* rows of x for which a block of weights is unpacked once; a multiple of STRIP and of terms */
 #define STRIP 6        /* rows of x whose sums are in registers at once */
 #define MAGIC 0x41520000
+/* Weights come from memory one after the other; asking for them earlier than the processor does by itself is worth a
+   third at one row. Past the end nothing happens. */
+#define AHEAD(p) __builtin_prefetch((p) + 4096)
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 
@@ -377,6 +380,7 @@ INLINE void direct(int bits, int rows, const uint8_t *codes, int wide, const int
     if (bits == 8) {
         for (int p = 0; p < wide / 2; p++, codes += 2 * size) {
             vushort v = load_u16(codes), w = load_u16(codes + size);
+            AHEAD(codes);
             for (int r = 0; r < rows; r++) {
                 vshort x = all_pairs(q + r * wide + 2 * p);
                 s[r][0] = madd(s[r][0], (vshort)(v & 255), x);
@@ -388,6 +392,7 @@ INLINE void direct(int bits, int rows, const uint8_t *codes, int wide, const int
     } else if (bits == 4) {
         for (int p = 0; p < wide / 2; p++, codes += size) {
             vushort v = load_u16(codes), w;
+            AHEAD(codes);
             KEEP(v);
             w = v >> 8;
             for (int r = 0; r < rows; r++) {
@@ -402,6 +407,7 @@ INLINE void direct(int bits, int rows, const uint8_t *codes, int wide, const int
     } else {
         for (int p = 0; p < wide / 4; p++, codes += size) {
             vushort v = load_u16(codes), w;
+            AHEAD(codes);
             KEEP(v);
             w = v >> 8;
             for (int r = 0; r < rows; r++) {
@@ -466,9 +472,11 @@ INLINE void unpack_chunk(const struct head *h, int bits, const uint8_t *record, 
         vushort v0, v1, v2, v3;
         if (bits == 8) {
             vushort a = load_u16(codes + 2 * size * p), b = load_u16(codes + 2 * size * p + size);
+            AHEAD(codes + 2 * size * p);
             v0 = a & 255, v1 = a >> 8, v2 = b & 255, v3 = b >> 8;
         } else if (bits == 4) {
             vushort a = load_u16(codes + size * p);
+            AHEAD(codes + size * p);
             v0 = a & 15, v1 = a >> 4 & 15, v2 = a >> 8 & 15, v3 = a >> 12;
         } else {
             vushort a = load_u16(codes + size * (p / 2)) >> (p % 2 * 8);
