@@ -95,7 +95,10 @@ _BITS = (2, 3, 4, 8)
 _ARK = ("auto-round-lib", "torch>=2.8.0")
 _GPTQMODEL = ("gptqmodel>=7.0.0",)
 _OLD = ("auto-gptq", "transformers<5.0.0")
-_ADAPTERS = "auto_round.inference.kernels.gptqmodel_linear"
+_KERNELS = "auto_round.inference.kernels"
+_ARK_KERNEL = f"{_KERNELS}.ark:ArkKernel"
+_ADAPTERS = f"{_KERNELS}.gptqmodel_linear"
+_ALL_INT = (*_GPTQ, "awq")
 
 
 def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backend:
@@ -106,10 +109,13 @@ def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backe
 # `torch` took 9 (2048 x 2048, bfloat16), and 512 rows 27 s against 37 ms. Its `aten` rows are fast (0.5 ms), but not
 # worth an import of 20 s, since PyTorch's operation that they call is there without it.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, _GPTQ, _ARK, group="ark"),
-    Backend("ark:awq", ("cpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark"),
-    Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, _GPTQ, _ARK, group="ark"),
-    Backend("ark:xpu_awq", ("xpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark"),
+    Backend("auto_round:cpu", ("cpu",), _BITS, _ALL, 7, _ALL_INT, kernel=f"{_KERNELS}.cpu:CpuKernel"),
+    Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=f"{_KERNELS}.torch_packed:CpuInt4"),
+    Backend("auto_round:cpu_int8", ("cpu",), (8,), _BF16, 1, _GPTQ, kernel=f"{_KERNELS}.torch_packed:CpuInt8"),
+    Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL),
+    Backend("ark:awq", ("cpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark", kernel=_ARK_KERNEL),
+    Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL),
+    Backend("ark:xpu_awq", ("xpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark", kernel=_ARK_KERNEL),
     Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL, kernel=f"{_ADAPTERS}:Marlin"),
     Backend(
         "gptqmodel:exllamav2",
@@ -124,7 +130,10 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend("gptq:exllamav2", ("cuda",), (4,), _FP16, 3, _V1, _OLD, group="exllamav2", instead="gptqmodel:exllamav2"),
     Backend("gptq:cuda", ("cuda",), _BITS, _FP16, 1, _V1, _OLD, instead="triton or torch"),
-    Backend("triton", ("xpu", "cuda"), (2, 4, 8), _HALF, 2, _GPTQ, ("triton",)),
+    Backend(
+        "triton", ("xpu", "cuda"), (2, 3, 4, 8), _ALL, 2, _ALL_INT, ("triton",),
+        kernel=f"{_KERNELS}.triton_linear:TritonLinear",
+    ),  # fmt: skip
     Backend("awq", ("cuda",), (4,), _FP16, 5, ("awq",), ("auto-awq", "transformers<4.57.0"), instead="gptqmodel:awq"),
     Backend(
         "gptqmodel:awq_exllamav2",
@@ -185,7 +194,7 @@ BACKENDS: tuple[Backend, ...] = (
         kernel=f"{_ADAPTERS}:AwqTorchAten",
         by_name=True,
     ),
-    Backend("hpu", ("hpu",), (4,), _BF16, 0, _GPTQ, kernel="auto_round.inference.kernels.hpu_linear:HpuLinear"),
+    Backend("hpu", ("hpu",), (4,), _BF16, 0, _GPTQ, kernel=f"{_KERNELS}.hpu_linear:HpuLinear"),
     Backend(SCALED_MM, ("cuda",), (8,), _ALL, 4, ("fp8_static",), capability=(8, 9), plain=True),
     _torch("torch_zp", _BITS, _V1),
     _torch("torch", _BITS, ("gptq",)),

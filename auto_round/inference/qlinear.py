@@ -163,7 +163,8 @@ class QuantLinear(PackedLinear):
         # Kernels have no derivative; the dense product has.
         if not self._kernel or (x.requires_grad and torch.is_grad_enabled()):
             return super().forward(x)
-        y = self._kernel[0](x if self._order is None else x.index_select(-1, self._order))
+        # Not called as a module: nobody else holds it, so it has no hooks, and a small layer's product is as short.
+        y = self._kernel[0].forward(x if self._order is None else x.index_select(-1, self._order))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:

@@ -1,0 +1,171 @@
+"""Packed integer weights on CPUs: our own C code, with integer products. How it works: docs/cpu-kernels.md."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from auto_round.inference.kernels.compiled import load
+from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
+
+SOURCE = Path(__file__).with_name("cpu_linear.c")
+# Columns that share a scale of the inputs, at most: `CHUNK` in the source, where the bound on sums depends on it.
+CHUNK = 128
+_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_P, _I, _Q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "packed_size": (_Q, [_I, _Q, _Q, _I, _P, _I, _I]),
+    "pack": (None, [_P, _I, _Q, _Q, _I, _P, _I, _I, _P, _P, _P, _I]),
+    "unpack": (None, [_P, _P, _I]),
+    "linear": (_I, [_P, _P, _Q, _P, _Q, _P, _I, _I]),
+    "linear_one": (_I, [_P, _Q, _P, _Q, _P, _I, _I]),
+    "use_threads_of": (None, [_P]),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | str:
+    """The compiled code, or the reason why it is not here."""
+    found = load(SOURCE)
+    if isinstance(found, str):
+        return found
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    found.use_threads_of(_torch_threads())
+    return found
+
+
+def _torch_threads() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch has loaded; GNU's and LLVM's both have it. A second
+    runtime would start threads of its own, which wait for work by spinning, as PyTorch's do: each would take the cores
+    from the other."""
+    handles: list[str | None] = [None]
+    lib = Path(torch.__file__).parent
+    for folder in (lib / "lib", lib.with_name("torch.libs")):
+        handles += sorted(str(path) for path in folder.glob("lib*omp*"))
+    for handle in handles:
+        try:
+            # Only what is loaded already.
+            mode = ctypes.DEFAULT_MODE if handle is None else os.RTLD_NOLOAD | os.RTLD_NOW
+            return ctypes.cast(ctypes.CDLL(handle, mode=mode).GOMP_parallel, _P).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+class CpuKernel(LinearKernel):
+    """Weights of 2, 3 (held as 4), 4 and 8 bits, any group size, symmetric or not.
+
+    Inputs are rounded to 16-bit integers for each group of columns, at most 128: their error is at most 2**-16 of the
+    largest of the group. Scales are exact, codes and zero points are, and so are the sums of a group. Results depend
+    neither on the number of threads nor on how many rows are computed together.
+    """
+
+    packed: torch.Tensor
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__(weight)
+        (lib, has_half), spec = _loaded(), weight.spec
+        starts = chunk_starts(spec.in_features, spec.group_size)
+        group = (starts[:-1] // spec.group_size).long()
+        scales, zeros = weight.scales[:, group].float().contiguous(), weight.zeros[:, group].contiguous()
+        zero = int(zeros[0, 0])
+        zero = zero if bool((zeros == zero).all()) else -1
+        half = int(has_half and torch.equal(scales.half().float(), scales))
+        sizes = (_BITS[spec.bits], spec.out_features, spec.in_features, len(starts) - 1, starts.data_ptr(), zero, half)
+        packed = torch.empty(lib.packed_size(*sizes), dtype=torch.uint8)
+        codes = weight.codes.contiguous()
+        lib.pack(
+            packed.data_ptr(), *sizes, codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads()
+        )
+        self.register_buffer("packed", packed, persistent=False)
+
+    @classmethod
+    def refuses(cls, spec: LayerSpec) -> str | None:
+        if spec.device != "cpu":
+            return f"runs on cpu, not {spec.device}"
+        if spec.bits not in _BITS:
+            return f"runs {', '.join(map(str, _BITS))} bits, not {spec.bits}"
+        found = library()
+        return found if isinstance(found, str) else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.auto_round.cpu_linear([self.packed], x, [], self.spec.out_features)
+        # Not through the operator: its dispatch costs as much as a small layer. `_buffers`: so does `__getattr__`.
+        return multiply((self._buffers["packed"],), x, (), self.spec.out_features)  # type: ignore[arg-type]
+
+    def codes(self) -> torch.Tensor:
+        codes = torch.empty(self.spec.out_features, self.spec.in_features, dtype=torch.uint8)
+        _loaded()[0].unpack(self.packed.data_ptr(), codes.data_ptr(), torch.get_num_threads())
+        return codes
+
+    @classmethod
+    def grouped(cls, kernels: Sequence[LinearKernel], x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        packed = [kernel.get_buffer("packed") for kernel in kernels]
+        out = kernels[0].spec.out_features
+        if torch.compiler.is_compiling():
+            return torch.ops.auto_round.cpu_linear(packed, x, list(counts), out)
+        return multiply(packed, x, counts, out)
+
+
+def chunk_starts(in_features: int, group_size: int) -> torch.Tensor:
+    """int32 [chunks + 1]: where chunks begin, of at most `CHUNK` columns of one group, and `in_features` at the end."""
+    found: list[int] = []
+    for start in range(0, in_features, group_size):
+        found += range(start, min(start + group_size, in_features), CHUNK)
+    return torch.tensor([*found, in_features], dtype=torch.int32)
+
+
+def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[int], out: int) -> torch.Tensor:
+    """x [..., in] times the one weight in `packed`; with `counts`, rows of x [rows, in] sorted by weight. Returns
+    [..., out] in the dtype of `x`."""
+    lib, half = _loaded()
+    dtype = _DTYPES.get(x.dtype)
+    if dtype is None or (dtype == 2 and not half):
+        return multiply(packed, x.float(), counts, out).to(x.dtype)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if flat.stride(1) != 1 and flat.shape[1] > 1:
+        flat = flat.contiguous()
+    rows = flat.shape[0]
+    y = x.new_empty((*x.shape[:-1], out))
+    rest = (flat.data_ptr(), flat.stride(0), y.data_ptr(), dtype, torch.get_num_threads())
+    if counts:
+        firsts = [0]
+        for count in counts:
+            firsts.append(firsts[-1] + count)
+        assert firsts[-1] == rows and len(counts) == len(packed)
+        pointers = (_P * len(packed))(*(p.data_ptr() for p in packed))
+        failed = lib.linear(pointers, (_Q * len(firsts))(*firsts), len(packed), *rest)
+    else:
+        failed = lib.linear_one(packed[0].data_ptr(), rows, *rest)
+    if failed:
+        raise MemoryError("no memory to multiply with packed weights")
+    return y
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded() -> tuple[ctypes.CDLL, bool]:
+    """The library, and whether it converts float16."""
+    found = library()
+    assert not isinstance(found, str), found
+    return found, bool(found.has_half())
+
+
+@torch.library.custom_op(
+    "auto_round::cpu_linear", mutates_args=(), schema="(Tensor[] packed, Tensor x, int[] counts, int out) -> Tensor"
+)
+def _cpu_linear(packed: list[torch.Tensor], x: torch.Tensor, counts: list[int], out: int) -> torch.Tensor:
+    return multiply(packed, x, counts, out)
+
+
+@_cpu_linear.register_fake
+def _(packed: list[torch.Tensor], x: torch.Tensor, counts: list[int], out: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out))
