@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,26 @@ class LinearKernel(nn.Module):
     @abstractmethod
     def codes(self) -> torch.Tensor:
         """The exact uint8 [out, in] that it was built from."""
+
+    @classmethod
+    def grouped(cls, kernels: Sequence[LinearKernel], x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Experts of one mixture, each on its own rows; no bias.
+
+        Args:
+            kernels: one for each expert, all of this class and of the same sizes.
+            x: [rows, in], sorted by expert.
+            counts: how many of the rows belong to each expert; they add up to `rows`.
+
+        Returns:
+            [rows, out] in the dtype of `x`. Kernels that can do it in one call override this loop.
+        """
+        y = x.new_empty(x.shape[0], kernels[0].spec.out_features)
+        start = 0
+        for kernel, count in zip(kernels, counts, strict=True):
+            if count:
+                y[start : start + count] = kernel(x[start : start + count])
+            start += count
+        return y
 
 
 def kernel_class(path: str) -> type[LinearKernel]:
