@@ -115,7 +115,7 @@ def _units(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     if device.type == "xpu":
         return int(getattr(torch.xpu.get_device_properties(device), "gpu_subslice_count", 32))
-    return 4
+    return 2
 
 
 def interpreting() -> bool:
