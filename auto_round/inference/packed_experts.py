@@ -96,6 +96,8 @@ def _projection(experts: LinearExperts, usual: str) -> Projection | None:
     ]
     layers = [m for m in modules if isinstance(m, QuantLinear) and m.in_order]
     kernels = [kernel for layer in layers if (kernel := layer.kernel) is not None]
-    if len(kernels) < len(modules) or len({(type(k), k.spec, m.bias is None) for k, m in zip(kernels, layers)}) != 1:
+    if len(kernels) < len(modules) or len({(type(kernel), kernel.spec) for kernel in kernels}) != 1:
+        return None
+    if len({layer.bias is None for layer in layers}) != 1:
         return None
     return Projection(layers, kernels)

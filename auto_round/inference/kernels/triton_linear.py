@@ -1,7 +1,7 @@
 """Packed integer weights on a GPU, through Triton programs.
 
-**Layout.** A word (int32) holds 32 / bits codes of one output; words of one row lie side by side over the outputs, as in
-GPTQ's `qweight`: a warp reads whole lines, 16 bytes a lane, and products are summed inside a lane. Unlike GPTQ, the
+**Layout.** A word (int32) holds 32 / bits codes of one output; words of one row lie side by side over the outputs, as
+in GPTQ's `qweight`: a warp reads whole lines, 16 bytes a lane, and products are summed inside a lane. Unlike GPTQ, the
 codes of a word are `width` inputs apart (16 or 32): codes number j of `width` words that follow each other are `width`
 inputs that follow each other. So inputs are read in runs, all codes at one place of the words share a scale (groups are
 multiples of 16), and codes become floats for a whole tile at once without moving between lanes.
@@ -84,7 +84,9 @@ class TritonExperts:
     def __init__(self, kernels: Sequence[TritonLinear]) -> None:
         self.form = kernels[0].form
         self.packed = Packed(
-            _joined(kernels, "words"), _joined(kernels, "scales"), _joined(kernels, "zeros") if self._own_zeros else None
+            _joined(kernels, "words"),
+            _joined(kernels, "scales"),
+            _joined(kernels, "zeros") if self._own_zeros else None,
         )
 
     @property

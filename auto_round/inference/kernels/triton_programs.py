@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (what stands below @triton.jit is Triton's language, which looks like Python)
 """The Triton programs for packed integer weights. Imported only where Triton is installed.
 
 **How a code becomes a float.** A code that stands at bit `at` of a word, with `at + bits <= 23`, is put under the
@@ -58,8 +60,8 @@ def _expert_of(row, offsets, EXPERTS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def matvec(
-    x, words, scales, zeros, out, offsets, exponent, down, rows, columns, row_stride, x_stride, in_features, blocks, blocks_each,
-    word_stride, scale_stride,
+    x, words, scales, zeros, out, offsets, exponent, down, rows, columns, row_stride, x_stride, in_features, blocks,
+    blocks_each, word_stride, scale_stride,
     BITS: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
     ZERO: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
@@ -204,8 +206,8 @@ def matmul(
             words, scales, zeros, turn, row_stride, column, known, exponent, down, BITS, PER, WIDTH, GROUP, ZERO
         )
         # The same k, put so that the compiler sees that 16 of them follow each other.
-        index = tl.arange(0, PER * 16)
-        k = turn // (WIDTH // 16) * (PER * WIDTH) + turn % (WIDTH // 16) * 16 + index // 16 * WIDTH + index % 16
+        each = tl.arange(0, PER * 16)
+        k = turn // (WIDTH // 16) * (PER * WIDTH) + turn % (WIDTH // 16) * 16 + each // 16 * WIDTH + each % 16
         mask = live[:, None]
         if MASKED:
             mask = mask & (k < in_features)[None, :]

@@ -1,4 +1,4 @@
-"""Experts run together by their kernels: the loop's numbers, the same files, and back to the loop when a layer changes."""
+"""Experts run together by their kernels: the loop's numbers, the same files, the loop again when a layer changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Loop(LinearKernel):
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
         size = weight.spec.group_size
-        wide = [t.float().repeat_interleave(size, 1)[:, : weight.spec.in_features] for t in (weight.scales, weight.zeros)]
+        wide = [
+            t.float().repeat_interleave(size, 1)[:, : weight.spec.in_features] for t in (weight.scales, weight.zeros)
+        ]
         self.own = weight.codes.clone()
         self.dense = wide[0] * (weight.codes.float() - wide[1])
         self.calls = 0
