@@ -72,6 +72,8 @@ class VectorPlan(NamedTuple):
 
 
 class TilePlan(NamedTuple):
+    """rows, columns: of a tile; warps that share it; stages: blocks that are fetched ahead."""
+
     rows: int
     columns: int
     warps: int
