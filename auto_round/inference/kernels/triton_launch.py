@@ -99,7 +99,8 @@ def tile_plans(rows: int, bits: int, dtype: torch.dtype) -> list[TilePlan]:
     wide = 64 if bits == 2 else 128
     if rows <= 32:
         height = 16 if rows <= 16 else 32
-        return [TilePlan(height, 64, 4, 4), TilePlan(height, 64, 4, 3), TilePlan(height, 32, 4, 4)]
+        plans = [TilePlan(height, 64, 4, 4), TilePlan(height, 64, 4, 3), TilePlan(height, 32, 4, 4)]
+        return plans[2:] if bits == 2 and height == 32 else plans  # 2 bits, 32 x 64: the registers do not hold it
     if rows <= 64:
         return [TilePlan(64, wide, 8, 3), TilePlan(64, 64, 4, 3), TilePlan(64, wide, 4, 2)]
     return [TilePlan(128, wide, 8, 3), TilePlan(128, wide, 8, 2), TilePlan(128, 64, 4, 3)]
@@ -130,10 +131,10 @@ _TUNED: dict[tuple[Any, ...], TilePlan] = {}
 
 def tuned(key: tuple[Any, ...], plans: Sequence[TilePlan], run: Callable[[TilePlan], object], timer: Any) -> TilePlan:
     """The plan of `plans` that `timer(call)` finds fastest; remembered by `key`. A plan that the device has no room for
-    is left out. Without a timer the first."""
-    if timer is None or len(plans) == 1:
-        return plans[0]
+    is left out. Without a timer the first, unless it was timed before."""
     if key not in _TUNED:
+        if timer is None or len(plans) == 1:
+            return plans[0]
         times: list[tuple[float, int]] = []
         for index, plan in enumerate(plans):
             with contextlib.suppress(RuntimeError, _out_of_resources()):
@@ -149,8 +150,8 @@ def _out_of_resources() -> type[BaseException]:
 
 
 def _timer(device: torch.device) -> Any:
-    """None where nothing may be timed: in the interpreter, while a graph is captured, while the caller traces."""
-    if device.type != "cuda" or interpreting() or torch.cuda.is_current_stream_capturing():
+    """None where nothing may be timed: in the interpreter, and while a graph is captured."""
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
     from triton.testing import do_bench
 
@@ -164,6 +165,11 @@ def _on(device: torch.device) -> Any:
 
 def _options(device: torch.device, warps: int, stages: int = 3) -> dict[str, int]:
     return {} if device.type == "cpu" else {"num_warps": warps, "num_stages": stages}
+
+
+def _registers(device: torch.device) -> dict[str, int]:
+    """A limit that lets two programs of 8 warps share a multiprocessor of NVIDIA's."""
+    return {"maxnreg": 128} if device.type == "cuda" and torch.version.hip is None else {}
 
 
 def _down(bits: int) -> int:
@@ -216,7 +222,7 @@ def run_vector(x: torch.Tensor, packed: Packed, form: Form, offsets: torch.Tenso
             BITS=form.bits, PER=form.per, WIDTH=form.width, GROUP=form.group, SLICES=form.slices, ZERO=form.zero,
             MASKED=masked, ROWS=1 if experts or rows == 1 else 2, WARPS=plan.warps, LANES=128 // plan.columns,
             COLUMNS=plan.columns, KIND=kind, EXPERTS=experts, PADDED=_power_of_two(experts + 1),
-            **_options(x.device, plan.warps), **({"maxnreg": 128} if x.device.type == "cuda" else {}),
+            **_options(x.device, plan.warps), **_registers(x.device),
         )  # fmt: skip
     return _sum_parts(out, x.dtype)
 

@@ -199,6 +199,8 @@ def matmul(
         zeros += expert * scale_stride
     row = first_row + tl.arange(0, ROWS)
     live = row < end
+    if EXPERTS > 0:  # rows of all tokens together may be many
+        row = row.to(tl.int64)
     known = column < row_stride
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for turn in range(first * (WIDTH // 16), last * (WIDTH // 16)):
