@@ -81,13 +81,15 @@ class TilePlan(NamedTuple):
 
 
 def vector_plan(blocks: int, padded: int, units: int) -> VectorPlan:
-    """32 columns a program are whole lines of 128 bytes; 16 where there would be fewer programs than `units`. The
-    blocks are shared by the warps of a program, which costs no second launch, before programs share them."""
-    columns = 32 if padded // 32 >= units else 16
-    parts = max(1, min(-(-units // (padded // columns)), blocks // 4, 16))
+    """32 columns a program are whole lines of 128 bytes; 16 where there would be far fewer programs than `units`. The
+    blocks are shared by the warps of a program, which costs no second launch, before programs share them. A unit holds
+    16 warps of such programs: as many a program as let all programs run at once."""
+    columns = 32 if padded // 32 * 4 >= units * 3 else 16
+    parts = max(1, min(units // (padded // columns), blocks // 4, 16))
     each = -(-blocks // parts)
-    warps = 16 if each >= 16 and padded // columns * parts <= 2 * units else 8
-    while warps > max(each, 1):
+    programs = padded // columns * parts
+    warps = next((w for w in (16, 8) if programs * w <= units * 16), 4)
+    while warps > each:
         warps //= 2
     return VectorPlan(columns, warps, parts)
 
@@ -103,7 +105,8 @@ def tile_plans(rows: int, bits: int, dtype: torch.dtype) -> list[TilePlan]:
         return plans[2:] if bits == 2 and height == 32 else plans  # 2 bits, 32 x 64: the registers do not hold it
     if rows <= 64:
         return [TilePlan(64, wide, 8, 3), TilePlan(64, 64, 4, 3), TilePlan(64, wide, 4, 2)]
-    return [TilePlan(128, wide, 8, 3), TilePlan(128, wide, 8, 2), TilePlan(128, 64, 4, 3)]
+    plans = [TilePlan(128, wide, 8, 3), TilePlan(128, wide, 8, 2), TilePlan(128, 64, 4, 3)]
+    return plans[1:2] if bits == 2 else plans  # 2 bits: 256 inputs a tile, and shared memory for two
 
 
 def parts_for(tiles: int, blocks: int, units: int) -> int:
