@@ -22,6 +22,7 @@ from auto_round.inference.float_linear import FloatLinear
 from auto_round.inference.kernels.kernel import LayerSpec
 from auto_round.inference.kv_scales import accept_cache_scales
 from auto_round.inference.layer_choice import choose_backends
+from auto_round.inference.packed_experts import run_experts_together
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.inference.restate import restate_config
@@ -96,6 +97,7 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
             module.prepare(name)
             if isinstance(module, QuantLinear):
                 module.start_kernel(name)
+    run_experts_together(model)
     restate_config(model, lambda: read_names(model, checkpoint_tensors(model)))
 
 

@@ -89,6 +89,11 @@ class QuantLinear(PackedLinear):
         return self._kernel[0] if self._kernel else None
 
     @property
+    def in_order(self) -> bool:
+        """Whether the kernel takes the inputs as they come."""
+        return self._order is None
+
+    @property
     def is_loaded(self) -> bool:
         """Whether the codes are here; offloaded layers are on meta until they run."""
         return self.qweight is None or not self.qweight.is_meta

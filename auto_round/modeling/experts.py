@@ -8,7 +8,7 @@ Quantizers, formats and runtimes know linear layers, so such a module is replace
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -85,13 +85,27 @@ class ExpertMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=bias, **factory)
 
 
+class ExpertsTogether(Protocol):
+    """Runs the layers of all experts in one go."""
+
+    def holds(self) -> bool:
+        """Whether it still does what the layers would."""
+
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """x [rows, H] sorted by `chosen`, int64 [rows] -> [rows, H]; zeros where `chosen` is no expert."""
+
+
 class LinearExperts(nn.Module):
     """Experts as linear layers, with the call and the numbers of the fused module that it replaces.
 
     The fused module's class decides how gate and up are combined; its empty shell is kept for that.
+
+    Attributes:
+        together: what runs all experts instead of their layers, one after the other, where no gradient is wanted.
     """
 
     _shell: Any
+    together: ExpertsTogether | None = None
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
@@ -187,29 +201,50 @@ class LinearExperts(nn.Module):
         """
         tokens, slots = top_k_index.shape
         chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        counts = torch.bincount(chosen.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()
         rows = order // slots
+        if self._runs_together(hidden_states):
+            assert self.together is not None
+            results = self.together(hidden_states[rows], chosen)
+        else:
+            outputs = self._one_by_one(hidden_states, chosen, rows)
+            if not outputs:
+                return torch.zeros_like(hidden_states)
+            results = torch.cat(outputs)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        joined = results[back].view(tokens, slots, -1)
+        return (joined * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+    def _runs_together(self, hidden: torch.Tensor) -> bool:
+        if self.together is None or hidden.numel() == 0 or (hidden.requires_grad and torch.is_grad_enabled()):
+            return False
+        if not torch.compiler.is_compiling() and not self.together.holds():
+            self.together = None
+        return self.together is not None
+
+    def _one_by_one(self, hidden: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+        """[rows, H] in the order of `chosen` [rows], in pieces; `rows`: which token each is. Nothing if no expert is
+        chosen."""
+        counts = torch.bincount(chosen.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()
         outputs: list[torch.Tensor] = []
         start = 0
         for index, count in enumerate(counts[: self.num_experts]):
             if count:
-                outputs.append(self._run(index, hidden_states[rows[start : start + count]]))
+                outputs.append(self._run(index, hidden[rows[start : start + count]]))
                 start += count
-        if not outputs:
-            return torch.zeros_like(hidden_states)
-        if start < tokens * slots:
-            outputs.append(outputs[0].new_zeros(tokens * slots - start, outputs[0].shape[-1]))
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        joined = torch.cat(outputs)[back].view(tokens, slots, -1)
-        return (joined * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+        if outputs and start < len(rows):
+            outputs.append(outputs[0].new_zeros(len(rows) - start, outputs[0].shape[-1]))
+        return outputs
 
     def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         gate, up, down = self.leaves[index]
         expert = self.get_submodule(str(index))
         above = getattr(expert, up)(hidden)
-        inner = self._combine(getattr(expert, gate)(hidden), above) if self.has_gate else self._shell.act_fn(above)
-        return getattr(expert, down)(inner)
+        return getattr(expert, down)(self.combine(getattr(expert, gate)(hidden) if self.has_gate else None, above))
+
+    def combine(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        """What the down projection gets, [rows, I], from gate (None where the family has none) and up."""
+        return self._shell.act_fn(up) if gate is None else self._combine(gate, up)
 
     def _combine(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Gate and up [rows, I] combined as the family of the fused module does it."""

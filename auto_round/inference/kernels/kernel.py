@@ -6,6 +6,7 @@ import importlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -48,6 +49,18 @@ class IntegerWeight:
     scales: torch.Tensor
     zeros: torch.Tensor
     spec: LayerSpec
+
+
+class JoinedKernels(Protocol):
+    """The kernels of a mixture's experts in one launch, with nothing that the host would have to wait for."""
+
+    def __call__(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] sorted by expert -> [rows, out]; no bias.
+
+        Args:
+            offsets: int32 [experts + 2] on the device: where the rows of each expert start, where those of no expert
+                do, which become zeros, and the number of rows.
+        """
 
 
 class LinearKernel(nn.Module):
@@ -94,6 +107,11 @@ class LinearKernel(nn.Module):
                 y[start : start + count] = kernel(x[start : start + count])
             start += count
         return y
+
+    @classmethod
+    def join(cls, kernels: Sequence[LinearKernel]) -> JoinedKernels | None:
+        """One object that runs experts by offsets on the device; None where only `grouped` does."""
+        return None
 
 
 def kernel_class(path: str) -> type[LinearKernel]:

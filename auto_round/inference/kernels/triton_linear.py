@@ -1,0 +1,177 @@
+"""Packed integer weights on a GPU, through Triton programs.
+
+**Layout.** A word (int32) holds 32 / bits codes of one output; words of one row lie side by side over the outputs, as
+in GPTQ's `qweight`: a warp reads whole lines, 16 bytes a lane, and products are summed inside a lane. Unlike GPTQ, the
+codes of a word are `width` inputs apart (16 or 32): codes number j of `width` words that follow each other are `width`
+inputs that follow each other. So inputs are read in runs, all codes at one place of the words share a scale (groups are
+multiples of 16), and codes become floats for a whole tile at once without moving between lanes.
+
+**Which program.** One or two rows: vector products, bound by reading the weights (see `triton_programs.matvec`). Up to
+511 rows: tiles that dequantize in registers and multiply in the matrix units. More rows: the weight is written out once
+in the inputs' dtype and multiplied by the vendor's library, which is faster than to dequantize for every tile of rows
+again. Few columns: programs share the inputs, and a second pass adds their sums in a fixed order.
+
+3-bit codes are kept in fields of 4 bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+from auto_round.inference.kernels.kernel import IntegerWeight, JoinedKernels, LayerSpec, LinearKernel
+from auto_round.inference.kernels.triton_launch import Form, Packed, interpreting, triton_experts, triton_linear
+
+_FIELD = {2: 2, 3: 4, 4: 4, 8: 8}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TritonLinear(LinearKernel):
+    """y = x W^T on cuda and xpu; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
+
+    Buffers: `words` int32 [rows of words, padded out], `scales` [groups, padded out] in the file's dtype, and `zeros`
+    uint8 like it, None where all zero points are alike.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__(weight)
+        spec = weight.spec
+        self.form = form_of(weight)
+        self.register_buffer("words", pack_words(weight.codes, self.form), persistent=False)
+        self.register_buffer("scales", _rows(weight.scales, self.form), persistent=False)
+        zeros = _rows(weight.zeros, self.form) if self.form.zero < 0 else None
+        self.register_buffer("zeros", zeros, persistent=False)
+        self.out_features = spec.out_features
+
+    @classmethod
+    def refuses(cls, spec: LayerSpec) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "needs triton, which is not installed"
+        if spec.bits not in _FIELD:
+            return f"runs {', '.join(map(str, _FIELD))} bits, not {spec.bits}"
+        if spec.group_size != spec.in_features and spec.group_size % 16:
+            return f"needs groups of a multiple of 16 or whole rows, not {spec.group_size}"
+        if spec.in_features % 2:
+            return f"needs an even number of inputs, not {spec.in_features}"
+        if spec.dtype not in _DTYPES:
+            return f"runs float32, float16 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
+        return _device_problem(spec.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, dtype = _plain(x)
+        y = triton_linear(rows, self.words, self.scales, self.zeros, *self.form)
+        return y.view(*x.shape[:-1], self.out_features).to(dtype)
+
+    def codes(self) -> torch.Tensor:
+        return unpack_words(self.words, self.form)
+
+    @classmethod
+    def join(cls, kernels: Sequence[LinearKernel]) -> JoinedKernels | None:
+        own = [kernel for kernel in kernels if isinstance(kernel, TritonLinear)]
+        return TritonExperts(own) if own and len({kernel.form for kernel in own}) == 1 else None
+
+
+class TritonExperts:
+    """The kernels of a mixture's experts in one launch. Their tensors become views of joined ones, so that nothing is
+    held twice."""
+
+    def __init__(self, kernels: Sequence[TritonLinear]) -> None:
+        self.form = kernels[0].form
+        self.packed = Packed(
+            _joined(kernels, "words"),
+            _joined(kernels, "scales"),
+            _joined(kernels, "zeros") if self._own_zeros else None,
+        )
+
+    @property
+    def _own_zeros(self) -> bool:
+        return self.form.zero < 0
+
+    def __call__(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] sorted by expert; offsets int32 [experts + 2], on the device: see `triton_experts`."""
+        rows, dtype = _plain(x)
+        return triton_experts(rows, *self.packed, offsets, *self.form).to(dtype)
+
+
+def _joined(kernels: Sequence[TritonLinear], name: str) -> torch.Tensor:
+    first = kernels[0].get_buffer(name)
+    whole = first.new_empty(len(kernels), *first.shape)
+    for one, kernel in zip(whole, kernels, strict=True):
+        one.copy_(kernel.get_buffer(name))
+        setattr(kernel, name, one)
+    return whole
+
+
+def _plain(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+    """`x` as [rows, in] in a dtype that programs take, rows at an even distance; and its own dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.dtype not in _DTYPES:
+        rows = rows.float()
+    if rows.stride(1) != 1 or rows.stride(0) % 2:
+        rows = rows.contiguous()
+    return rows, x.dtype
+
+
+def _device_problem(device: str) -> str | None:
+    if device == "cpu":
+        return None if interpreting() else "runs on cuda and xpu (on a CPU only with TRITON_INTERPRET=1, for tests)"
+    module = getattr(torch, device, None)
+    if device not in ("cuda", "xpu") or module is None:
+        return f"runs on cuda and xpu, not {device}"
+    if not module.is_available():
+        return f"no {device} device is here"
+    if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later"
+    return None
+
+
+def form_of(weight: IntegerWeight) -> Form:
+    """Blocks of 32 rows of words where the groups allow it and the last block would not be much padding, else of 16."""
+    spec = weight.spec
+    bits = _FIELD[spec.bits]
+    group = 0 if spec.group_size >= spec.in_features else spec.group_size
+    block = 32 // bits * 32
+    waste = -spec.in_features % block
+    width = 32 if group % 32 == 0 and waste * 20 <= spec.in_features else 16
+    first = int(weight.zeros.flatten()[0])
+    alike = bool((weight.zeros == first).all())
+    return Form(bits, width, group, first if alike else -1, spec.in_features, spec.out_features)
+
+
+def _padded(out_features: int) -> int:
+    return -(-out_features // 32) * 32
+
+
+def pack_words(codes: torch.Tensor, form: Form) -> torch.Tensor:
+    """uint8 [out, in] to int32 [blocks * width, padded out]. Word r of a block holds at place j the code of the block's
+    input j * width + r; what is added at the end is zero."""
+    whole = codes.new_zeros(form.blocks * form.block, _padded(form.out_features))
+    whole[: form.in_features, : form.out_features] = codes.T
+    places = whole.view(form.blocks, form.per, form.width, -1)
+    words = torch.zeros(form.blocks, form.width, whole.shape[1], dtype=torch.int32, device=codes.device)
+    for place in range(form.per):
+        words |= places[:, place].to(torch.int32) << (place * form.bits)
+    return words.view(-1, whole.shape[1])
+
+
+def unpack_words(words: torch.Tensor, form: Form) -> torch.Tensor:
+    """The inverse of `pack_words`."""
+    blocks = words.view(form.blocks, form.width, -1)
+    mask = (1 << form.bits) - 1
+    places = [((blocks >> (place * form.bits)) & mask).to(torch.uint8) for place in range(form.per)]
+    whole = torch.stack(places, dim=1).view(form.blocks * form.block, -1)
+    return whole[: form.in_features, : form.out_features].T.contiguous()
+
+
+def _rows(values: torch.Tensor, form: Form) -> torch.Tensor:
+    """[out, groups] to [groups of whole blocks, padded out], with zeros."""
+    groups = -(-form.blocks * form.block // form.group) if form.group else 1
+    whole = values.new_zeros(groups, _padded(form.out_features))
+    whole[: values.shape[1], : form.out_features] = values.T
+    return whole
