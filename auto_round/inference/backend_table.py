@@ -131,7 +131,13 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("gptq:exllamav2", ("cuda",), (4,), _FP16, 3, _V1, _OLD, group="exllamav2", instead="gptqmodel:exllamav2"),
     Backend("gptq:cuda", ("cuda",), _BITS, _FP16, 1, _V1, _OLD, instead="triton or torch"),
     Backend(
-        "triton", ("xpu", "cuda"), (2, 3, 4, 8), _ALL, 2, _ALL_INT, ("triton",),
+        "triton",
+        ("xpu", "cuda"),
+        (2, 3, 4, 8),
+        _ALL,
+        2,
+        _ALL_INT,
+        ("triton",),
         kernel=f"{_KERNELS}.triton_linear:TritonLinear",
     ),  # fmt: skip
     Backend("awq", ("cuda",), (4,), _FP16, 5, ("awq",), ("auto-awq", "transformers<4.57.0"), instead="gptqmodel:awq"),
