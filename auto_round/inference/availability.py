@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import shutil
 
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
 from auto_round.errors import DeviceError
+from auto_round.inference.kernels.compiled import find_compiler
 
 # Module by which a package is found when it is on the path without having been installed.
 _MODULES = {"auto-round-lib": "auto_round_kernel", "gptqmodel": "gptqmodel", "triton": "triton", "torch": "torch"}
-# A requirement that is a program and not a package: any of these on the search path.
-PROGRAMS = {"C compiler": ("cc", "gcc", "clang")}
+# A requirement that is a program and not a package, and what finds it.
+PROGRAMS = {"C compiler": find_compiler}
 # How PyTorch's builds for a device call the package, where it is not the name itself.
 _OTHER_NAMES = {"triton": ("pytorch-triton", "triton-xpu", "pytorch-triton-xpu", "triton-windows")}
 
@@ -26,8 +26,7 @@ def requirement_lack(requirement: str) -> str | None:
         requirement: of a package as pip writes it, such as "torch>=2.8.0", or a key of `PROGRAMS`.
     """
     if requirement in PROGRAMS:
-        found = any(shutil.which(name) for name in PROGRAMS[requirement])
-        return None if found else f"needs a {requirement} ({', '.join(PROGRAMS[requirement])})"
+        return None if PROGRAMS[requirement]() is not None else f"needs a {requirement}, and none was found"
     wanted = Requirement(requirement)
     version = installed_version(wanted.name)
     if version is None:

@@ -109,7 +109,9 @@ def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backe
 # `torch` took 9 (2048 x 2048, bfloat16), and 512 rows 27 s against 37 ms. Its `aten` rows are fast (0.5 ms), but not
 # worth an import of 20 s, since PyTorch's operation that they call is there without it.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("auto_round:cpu", ("cpu",), _BITS, _ALL, 7, _ALL_INT, kernel=f"{_KERNELS}.cpu:CpuKernel"),
+    Backend(
+        "auto_round:cpu", ("cpu",), _BITS, _ALL, 7, _ALL_INT, ("C compiler",), kernel=f"{_KERNELS}.cpu:CpuKernel"
+    ),  # fmt: skip
     Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=f"{_KERNELS}.torch_packed:CpuInt4"),
     Backend("auto_round:cpu_int8", ("cpu",), (8,), _BF16, 1, _GPTQ, kernel=f"{_KERNELS}.torch_packed:CpuInt8"),
     Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL),

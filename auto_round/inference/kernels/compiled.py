@@ -41,7 +41,7 @@ def find_compiler() -> list[str] | None:
 
 @functools.lru_cache(maxsize=8)
 def load(source: Path) -> ctypes.CDLL | str:
-    """The library made of `source`, or the reason why there is none. Compiles for about two seconds when it is new.
+    """The library made of `source`, or the reason why there is none. Compiles for a few seconds when it is new.
 
     One result for a process: a compiler that is installed later is found by the next one.
     """
