@@ -96,6 +96,8 @@ _ARK = ("auto-round-lib", "torch>=2.8.0")
 _GPTQMODEL = ("gptqmodel>=7.0.0",)
 _OLD = ("auto-gptq", "transformers<5.0.0")
 _KERNELS = "auto_round.inference.kernels"
+# `auto-round generate` of SmolLM2-135M at 4 bits on one core; tokens/s: torch 2.1, ark 17.6, auto_round:cpu 22.0.
+_ARK_GAIN = "about eight times as many tokens a second as plain PyTorch"
 _ARK_KERNEL = f"{_KERNELS}.ark:ArkKernel"
 _ADAPTERS = f"{_KERNELS}.gptqmodel_linear"
 _ALL_INT = (*_GPTQ, "awq")
@@ -110,12 +112,20 @@ def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backe
 # worth an import of 20 s, since PyTorch's operation that they call is there without it.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
-        "auto_round:cpu", ("cpu",), _BITS, _ALL, 7, _ALL_INT, ("C compiler",), kernel=f"{_KERNELS}.cpu:CpuKernel"
+        "auto_round:cpu",
+        ("cpu",),
+        _BITS,
+        _ALL,
+        7,
+        _ALL_INT,
+        ("C compiler",),
+        kernel=f"{_KERNELS}.cpu:CpuKernel",
+        gain="about ten times as many tokens a second as plain PyTorch",
     ),  # fmt: skip
     Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=f"{_KERNELS}.torch_packed:CpuInt4"),
     Backend("auto_round:cpu_int8", ("cpu",), (8,), _BF16, 1, _GPTQ, kernel=f"{_KERNELS}.torch_packed:CpuInt8"),
-    Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL),
-    Backend("ark:awq", ("cpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark", kernel=_ARK_KERNEL),
+    Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL, gain=_ARK_GAIN),
+    Backend("ark:awq", ("cpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark", kernel=_ARK_KERNEL, gain=_ARK_GAIN),
     Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL),
     Backend("ark:xpu_awq", ("xpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark", kernel=_ARK_KERNEL),
     Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL, kernel=f"{_ADAPTERS}:Marlin"),
