@@ -104,6 +104,11 @@ CELLS = {
 }  # fmt: skip
 
 
+def left_in(space: Path) -> list[str]:
+    """What a finished run has left in its work space, but for compiled kernels, which later processes use again."""
+    return sorted(path.name for path in space.glob("*") if path.name != "kernels")
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_stopped_in_the_last_block(cell: str, run: Runner, stop_at: Any, tmp_path: Path, space: Path) -> None:
     family, formats, kwargs = CELLS[cell]
@@ -121,7 +126,7 @@ def test_stopped_in_the_last_block(cell: str, run: Runner, stop_at: Any, tmp_pat
     assert loaded == ([1] if cell != "two-files-and-a-folder" else [1, 0, 1])
     assert tree(tmp_path / "out") == tree(whole)
     assert results(tmp_path / "out") == results(whole)
-    assert not space.exists()
+    assert not left_in(space)
 
 
 @pytest.mark.parametrize("kwargs", [TUNED, {"iters": 0, "sym": False}], ids=["tuned", "opt-RTN"])
@@ -146,7 +151,7 @@ def test_stopped_in_one_way_and_gone_on_with_in_another(
     finally:
         torch.set_num_threads(threads)
     assert tree(tmp_path / "out") == tree(whole)
-    assert not space.exists()
+    assert not left_in(space)
 
 
 PHASES = {
@@ -188,7 +193,7 @@ def test_stopped_in_every_phase(
         }
     run("out", formats="auto_round,fake", **kwargs)
     assert (tree(tmp_path / "out"), results(tmp_path / "out")) == head_whole
-    assert not space.exists()
+    assert not left_in(space)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -233,7 +238,7 @@ def test_starting_anew(
 ) -> None:
     changed = {**interrupted, "seed": 7}
     assert tree(run("out", save=save, **changed)) == tree(run("whole", **changed))
-    assert not space.exists()
+    assert not left_in(space)
 
 
 def test_who_removed_the_folder_starts_anew(interrupted: dict[str, Any], run: Runner, tmp_path: Path) -> None:
@@ -341,7 +346,7 @@ def test_a_model_object_keeps_no_journal(
     with pytest.raises(Stopped, match="in block 2 of 2; the same command starts anew"):
         with stop_at(blockwise, "_quantize_block", 2):
             run("out", model=packable_model("llama"), **TUNED)
-    assert not space.exists()
+    assert not left_in(space)
 
 
 def test_saved_importance_is_that_of_all_blocks(run: Runner, stop_at: Any, tmp_path: Path) -> None:
