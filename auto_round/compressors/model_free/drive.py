@@ -98,13 +98,14 @@ class ModelFree:
             OutputError: the folder holds something else, an unfinished run that differs, or another run works on it.
             Stopped: by Ctrl-C.
         """
-        job = self.plan(formats, output_dir)
-        for note in job.notes:
-            logger.warning("%s", note)
         root = Path(output_dir).expanduser()
         folders = [root]
         if len(formats) > 1:
             folders = [root / f.name.replace(":", "-").replace("_", "-") for f in formats]
+        earlier = {folder: failures(folder / FOLDER) for folder in folders}
+        job = self.plan(formats, output_dir)
+        for note in job.notes:
+            logger.warning("%s", note)
         needed = sum(job.bytes_on_disk.values()) - sum(_finished_bytes(folder) for folder in folders)
         check_disk(output_dir, max(0, int(needed * 1.02)) + (1 << 20))
         for fmt, folder in zip(formats, folders, strict=True):
@@ -113,10 +114,14 @@ class ModelFree:
             lock = FolderLock(folder / FOLDER / LOCK, folder) if self.options.rank == 0 else nullcontext()
             try:
                 with writing(folder, sum(job.bytes_on_disk.values())), lock:
-                    self._write(one, fmt, folder, overwrite, parse_size(shard), resume)
+                    self._write(one, fmt, folder, overwrite, parse_size(shard), resume, earlier[folder])
             except KeyboardInterrupt as stop:
+                self._say(folder, stop)
                 text = f"stopped while {folder} was written; the same command goes on from there"
                 raise Stopped(text, getattr(stop, "number", signal.SIGINT)) from stop
+            except BaseException as error:
+                self._say(folder, error)
+                raise
             finally:
                 with suppress(OSError):  # nothing but the lock was in it
                     (folder / FOLDER).rmdir()
@@ -124,9 +129,16 @@ class ModelFree:
         self._opened = None
         return folders
 
+    def _say(self, folder: Path, error: BaseException) -> None:
+        """Let the other processes end too, whatever they wait for."""
+        if self.options.world > 1:
+            say_failure(folder / FOLDER, self.options.rank, error)
+
     def _write(
-        self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int, resume: bool
-    ) -> None:
+        self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int, resume: bool,
+        earlier: Collection[tuple[Path, int]],
+    ) -> None:  # fmt: skip
+        """One format. `earlier`: failures that were there before this run."""
         inputs, source = self._open()
         rank, world = self.options.rank, self.options.world
         started = time.monotonic()
@@ -134,39 +146,34 @@ class ModelFree:
         layout = plan_layout(work.units, work.tensors, inputs.shards, shard_size)
         manifest = manifest_of(_decisive(job, self.settings), inputs.identity(), layout)
         journal = Journal(folder)
+        clear_failures(journal.folder, rank)
         if rank == 0:
             _begin(journal, manifest, overwrite, resume)
         else:
-            wait_until(lambda: _matches(journal, manifest), lambda: None, "process 0 to begin", 600)
-        clear_failures(journal.folder, rank)
-        earlier = failures(journal.folder)
+            wait_until(
+                lambda: _matches(journal, manifest), lambda: raise_failures(journal.folder, earlier),
+                "process 0 to begin", 600,
+            )  # fmt: skip
         rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device)
         if self.settings.verify:
             rounder = replace(rounder, samples=sample_layers(rounder))
         rounder.use_arena()
-        try:
-            own = my_shards(layout, rank, world)
-            self._quantize(job, work, layout, rounder, journal, own, inputs)
-            quantized = time.monotonic()
-            self._check_files(layout, journal, own)
-            if rank == 0:
-                everything = range(len(layout.shards))
-                wait_until(
-                    lambda: all(_sums(journal, i).is_file() for i in everything),
-                    lambda: _alive(journal.folder, earlier), "the other processes",
-                )  # fmt: skip
-                seconds = {"quantization": quantized - started}
-                journal.publish(self._complete(job, fmt, layout, rounder, journal, seconds))
-                journal.close()
-                logger.info("saved %s", folder)
-            else:
-                wait_until(
-                    lambda: not journal.folder.exists(), lambda: _alive(journal.folder, earlier), "process 0 to end"
-                )
-        except BaseException as error:
-            if world > 1:
-                say_failure(journal.folder, rank, error)
-            raise
+        own = my_shards(layout, rank, world)
+        self._quantize(job, work, layout, rounder, journal, own, inputs)
+        quantized = time.monotonic()
+        self._check_files(layout, journal, own)
+        if rank == 0:
+            everything = range(len(layout.shards))
+            wait_until(
+                lambda: all(_sums(journal, i).is_file() for i in everything),
+                lambda: _alive(journal.folder, earlier), "the other processes",
+            )  # fmt: skip
+            seconds = {"quantization": quantized - started}
+            journal.publish(self._complete(job, fmt, layout, rounder, journal, seconds))
+            journal.close()
+            logger.info("saved %s", folder)
+        else:
+            wait_until(lambda: not journal.folder.exists(), lambda: _alive(journal.folder, earlier), "process 0 to end")
 
     def _quantize(
         self, job: ModelFreeJob, work: Work, layout: Layout, rounder: Rounder, journal: Journal, own: Sequence[int],
@@ -316,6 +323,9 @@ def _alive(folder: Path, earlier: Collection[tuple[Path, int]]) -> int:
 
 
 def _finished_bytes(folder: Path) -> int:
-    """Bytes that an unfinished run has on the disk already."""
-    here = [*(folder / FOLDER / "whole").glob("*.safetensors"), *(folder / FOLDER).glob("*.partial")]
-    return sum(path.stat().st_size for path in here)
+    """Bytes that an unfinished run has on the disk already. Another process may be moving these files just now."""
+    size = 0
+    for path in (*(folder / FOLDER).glob("*.partial"), *(folder / FOLDER / "whole").glob("*.safetensors")):
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size

@@ -3,6 +3,7 @@
     .model_free/manifest.json     what the run is: settings, plan, input files
     .model_free/00001.partial     an unfinished output file
     .model_free/lock              held by the process that works on the folder
+    .model_free/failed-00003      why process 3 gave up
     .model_free/00001.jsonl       units of it whose bytes are on the disk, one line each time they were synced
     .model_free/whole/            finished files under their own names, until all are there and were checked
     .model_free/checked.json      the names of all files: they are being moved into the output folder
@@ -30,6 +31,7 @@ from auto_round.export.staging import OPENS, seal, show
 
 FOLDER = ".model_free"
 LOCK = "lock"
+FAILED = "failed-"
 _MANIFEST = "manifest.json"
 _CHECKED = "checked.json"
 
@@ -53,11 +55,11 @@ class Journal:
         return values if isinstance(values, dict) else {}
 
     def clear(self) -> None:
-        """Remove what an earlier run left here, but the lock."""
+        """Remove what an earlier run left here, but the lock, and what other processes say: that may be of this run."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name != LOCK:
+            elif path.name != LOCK and not path.name.startswith(FAILED):
                 path.unlink()
 
     def begin(self, manifest: Mapping[str, Any]) -> None:

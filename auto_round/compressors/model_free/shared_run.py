@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
+from auto_round.compressors.model_free.journal import FAILED
 from auto_round.compressors.model_free.layout import Layout
 from auto_round.errors import AutoRoundError, OutputError
 from auto_round.export.shard_writer import write_text
@@ -47,22 +49,28 @@ def wait_until(done: Callable[[], bool], alive: Callable[[], object], what: str,
 
 
 def say_failure(folder: Path, rank: int, error: BaseException) -> None:
-    """Tell the other processes that this one gave up."""
-    if folder.is_dir():
-        write_text(folder, f"failed-{rank:05d}", f"{type(error).__name__}: {error}\n")
+    """Tell the other processes that this one gave up, before process 0 made the folder too."""
+    with suppress(OSError, OutputError):  # a disk that takes no file is what the error is about already
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder, f"{FAILED}{rank:05d}", f"{type(error).__name__}: {error}\n")
 
 
 def failures(folder: Path) -> frozenset[tuple[Path, int]]:
     """Files that say that a process gave up, with the time of each. A run starts by noting those of earlier runs."""
-    return frozenset((file, file.stat().st_mtime_ns) for file in folder.glob("failed-*"))
+    found = set()
+    for file in folder.glob(f"{FAILED}*"):
+        with suppress(FileNotFoundError):  # its process has begun again
+            found.add((file, file.stat().st_mtime_ns))
+    return frozenset(found)
 
 
 def raise_failures(folder: Path, known: Collection[tuple[Path, int]] = ()) -> None:
     """Raise AutoRoundError when another process has given up, and that is not `known`."""
     for file, _ in sorted(failures(folder) - set(known)):
-        raise AutoRoundError(f"process {int(file.name[7:])} gave up: {file.read_text(encoding='utf-8').strip()}")
+        why = file.read_text(encoding="utf-8").strip()
+        raise AutoRoundError(f"process {int(file.name[len(FAILED) :])} gave up: {why}")
 
 
 def clear_failures(folder: Path, rank: int) -> None:
     """Forget that this process gave up in an earlier run."""
-    (folder / f"failed-{rank:05d}").unlink(missing_ok=True)
+    (folder / f"{FAILED}{rank:05d}").unlink(missing_ok=True)

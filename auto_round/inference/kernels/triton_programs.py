@@ -80,9 +80,8 @@ def matvec(
     live = row < rows
     if EXPERTS > 0:
         row = row + tl.program_id(2)
-        live = row < rows
         expert = _expert_of(tl.program_id(2), offsets, EXPERTS, PADDED)
-        live = live & (expert < EXPERTS)
+        live = row < tl.where(expert < EXPERTS, rows, 0)
         expert = tl.minimum(expert, EXPERTS - 1).to(tl.int64)
         words += expert * word_stride
         scales += expert * scale_stride

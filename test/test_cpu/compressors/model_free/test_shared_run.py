@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from auto_round import AutoRound
+from auto_round.compressors.model_free.drive import _finished_bytes
+from auto_round.compressors.model_free.journal import FOLDER
 from auto_round.compressors.model_free.layout import Layout, Shard
 from auto_round.compressors.model_free.shared_run import (
     clear_failures,
@@ -47,3 +52,31 @@ def test_waiting_ends() -> None:
     wait_until(lambda: True, lambda: 0, "nothing")
     with pytest.raises(OutputError, match="nothing happened for 0 s while waiting for the others"):
         wait_until(lambda: False, lambda: 0, "the others", longest=0.01)
+
+
+def test_a_process_that_cannot_begin_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, packable_folder: Callable[..., str], tmp_path: Path
+) -> None:
+    """They waited ten minutes for it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "note.txt").write_text("not ours")
+    runs = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        runs.append(AutoRound(packable_folder("llama"), "W4A16", model_free=True, device_map="cpu"))
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(runs[1].quantize_and_save, out)
+        with pytest.raises(OutputError, match="is not empty"):
+            runs[0].quantize_and_save(out)
+        with pytest.raises(AutoRoundError, match="process 0 gave up: OutputError: output folder .* is not empty"):
+            second.result(60)
+
+
+def test_another_process_may_move_a_file_while_its_size_is_asked(tmp_path: Path) -> None:
+    journal = tmp_path / FOLDER
+    journal.mkdir()
+    (journal / "00001.partial").write_bytes(bytes(70))
+    (journal / "00002.partial").symlink_to("moved")
+    assert _finished_bytes(tmp_path) == 70
