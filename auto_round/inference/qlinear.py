@@ -170,7 +170,8 @@ class QuantLinear(PackedLinear):
             return super().forward(x)
         # Not called as a module: nobody else holds it, so it has no hooks, and a small layer's product is as short.
         y = self._kernel[0].forward(x if self._order is None else x.index_select(-1, self._order))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self._buffers["bias"]  # not by `__getattr__`, which takes as long as a small sum
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         here = self.scales.device

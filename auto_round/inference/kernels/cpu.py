@@ -131,12 +131,15 @@ def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[i
     dtype = _DTYPES.get(x.dtype)
     if dtype is None or (dtype == 2 and not half):
         return multiply(packed, x.float(), counts, out).to(x.dtype)
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if flat.stride(1) != 1 and flat.shape[1] > 1:
-        flat = flat.contiguous()
-    rows = flat.shape[0]
-    y = x.new_empty((*x.shape[:-1], out))
-    rest = (flat.data_ptr(), flat.stride(0), y.data_ptr(), dtype, torch.get_num_threads())
+    # Called for every layer of every token: what is usual costs no call that is not needed.
+    inputs = x.shape[-1]
+    rows, flat, stride = x.numel() // inputs, x, inputs
+    if not x.is_contiguous():
+        flat = x.reshape(-1, inputs)
+        flat = flat if flat.stride(1) == 1 or inputs == 1 else flat.contiguous()
+        stride = flat.stride(0)
+    y = x.new_empty(*x.shape[:-1], out)
+    rest = (flat.data_ptr(), stride, y.data_ptr(), dtype, torch.get_num_threads())
     if counts:
         firsts = [0]
         for count in counts:

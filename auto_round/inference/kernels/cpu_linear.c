@@ -226,8 +226,8 @@ INLINE void move_codes(int bits, int in, uint8_t *packed, int r, uint8_t *row, i
     }
 }
 
-static void pack_blocks(void *arg) {
-    struct pack_job *job = arg;
+/* Blocks into the packed form (in = 1), or their codes out of it. */
+INLINE void move_blocks(struct pack_job *job, int in) {
     const struct head *h = job->head;
     const int32_t *starts = starts_of(h);
     for (int64_t block; (block = take(&job->next)) * ROWS < h->out;) {
@@ -237,43 +237,27 @@ static void pack_blocks(void *arg) {
             int columns = starts[c + 1] - starts[c];
             int64_t bytes = head_of_record(h) + code_bytes(h, columns);
             uint8_t *codes = record + head_of_record(h), *zeros = record + ROWS * (h->half_scales ? 2 : 4);
-            memset(record, 0, (size_t)bytes);
+            if (in) memset(record, 0, (size_t)bytes);
             for (int r = 0; r < rows; r++) {
                 int64_t row = block * ROWS + r;
-                float scale = job->scales[row * h->chunks + c];
-                if (h->half_scales) ((uint16_t *)record)[r] = to_half(scale);
-                else memcpy(record + 4 * r, &scale, 4);
-                if (h->zeros_differ) zeros[r] = job->zeros[row * h->chunks + c];
+                if (in) {
+                    float scale = job->scales[row * h->chunks + c];
+                    if (h->half_scales) ((uint16_t *)record)[r] = to_half(scale);
+                    else memcpy(record + 4 * r, &scale, 4);
+                    if (h->zeros_differ) zeros[r] = job->zeros[row * h->chunks + c];
+                }
                 uint8_t *row_codes = job->codes + row * h->in + starts[c];
-                if (h->bits == 8) move_codes(8, 1, codes, r, row_codes, columns);
-                else if (h->bits == 4) move_codes(4, 1, codes, r, row_codes, columns);
-                else move_codes(2, 1, codes, r, row_codes, columns);
+                if (h->bits == 8) move_codes(8, in, codes, r, row_codes, columns);
+                else if (h->bits == 4) move_codes(4, in, codes, r, row_codes, columns);
+                else move_codes(2, in, codes, r, row_codes, columns);
             }
             record += bytes;
         }
     }
 }
 
-static void unpack_blocks(void *arg) {
-    struct pack_job *job = arg;
-    const struct head *h = job->head;
-    const int32_t *starts = starts_of(h);
-    for (int64_t block; (block = take(&job->next)) * ROWS < h->out;) {
-        uint8_t *record = job->packed + h->first + block * h->block_bytes;
-        int rows = h->out - block * ROWS < ROWS ? (int)(h->out - block * ROWS) : ROWS;
-        for (int c = 0; c < h->chunks; c++) {
-            int columns = starts[c + 1] - starts[c];
-            uint8_t *codes = record + head_of_record(h);
-            for (int r = 0; r < rows; r++) {
-                uint8_t *row_codes = job->codes + (block * ROWS + r) * h->in + starts[c];
-                if (h->bits == 8) move_codes(8, 0, codes, r, row_codes, columns);
-                else if (h->bits == 4) move_codes(4, 0, codes, r, row_codes, columns);
-                else move_codes(2, 0, codes, r, row_codes, columns);
-            }
-            record = codes + code_bytes(h, columns);
-        }
-    }
-}
+static void pack_blocks(void *job) { move_blocks(job, 1); }
+static void unpack_blocks(void *job) { move_blocks(job, 0); }
 
 /* Bytes of the packed form; fills the head. `zero`: the zero point of all groups, or -1 where they differ. */
 static int64_t plan(struct head *h, int bits, int64_t out, int64_t in, int chunks, const int32_t *starts, int zero, int half) {
@@ -324,6 +308,8 @@ struct job {
     int32_t *sums;   /* [chunks, rows]: of q */
     uint8_t *plain;  /* [rows / terms]: 1 where a row is computed in float32 */
     int failed;
+    int64_t *taken;  /* [ranges, 8]: how many items of each range were taken, each number in a cache line of its own */
+    int64_t ranges, threads; /* threads: that have begun */
 };
 
 static void quantize_row(struct job *job, int64_t row) {
@@ -582,6 +568,36 @@ static void float_row(const struct job *job, const struct head *h, const uint8_t
 
 /* ---- the walk: an item is a block of outputs for a piece of one expert's rows ---- */
 
+/* Each thread has a range of items that follow each other, and helps in the others' when it is through: blocks that
+   lie side by side come from memory a fifth faster than every second one. */
+
+struct cursor { int64_t expert, before; }; /* before: items of the experts before; items of a range rise */
+
+static void one_item(const struct job *job, int64_t item, int64_t blocks, struct cursor *at, float *tile) {
+    const int terms = job->terms;
+    int64_t count, pieces;
+    for (;; at->expert++) {
+        count = (job->first_row[at->expert + 1] - job->first_row[at->expert]) * terms;
+        pieces = (count + PIECE - 1) / PIECE;
+        if (item < at->before + pieces * blocks) break;
+        at->before += pieces * blocks;
+    }
+    int64_t block = (item - at->before) / pieces, piece = (item - at->before) % pieces;
+    int64_t row = job->first_row[at->expert] * terms + piece * PIECE;
+    int rows = count - piece * PIECE < PIECE ? (int)(count - piece * PIECE) : PIECE;
+    const struct head *h = (const struct head *)job->packs[at->expert];
+    const uint8_t *record = job->packs[at->expert] + h->first + block * h->block_bytes;
+    kernels[h->bits == 8 ? 2 : h->bits / 4][rows > 2 ? 2 : rows - 1](job, h, record, row, rows, tile);
+    int width = h->out - block * ROWS < ROWS ? (int)(h->out - block * ROWS) : ROWS;
+    for (int r = 0; r < rows; r += terms) {
+        int64_t of_x = (row + r) / terms;
+        float *sums = tile + r * ROWS;
+        if (job->plain[of_x]) float_row(job, h, record, of_x, sums);
+        else if (terms == 2) for (int i = 0; i < ROWS; i++) sums[i] += sums[ROWS + i];
+        row_from_float(sums, job->dtype, block * ROWS, width, job->y + of_x * h->out * job->item_size);
+    }
+}
+
 static void multiply(void *arg) {
     struct job *job = arg;
     const struct head *shape = job->head;
@@ -591,30 +607,12 @@ static void multiply(void *arg) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
         return;
     }
-    const int terms = job->terms;
-    int64_t expert = 0, before = 0; /* items before the expert; items are taken in rising order */
-    for (int64_t item; (item = take(&job->next)) < job->pieces * blocks;) {
-        int64_t count, pieces;
-        for (;; expert++) {
-            count = (job->first_row[expert + 1] - job->first_row[expert]) * terms;
-            pieces = (count + PIECE - 1) / PIECE;
-            if (item < before + pieces * blocks) break;
-            before += pieces * blocks;
-        }
-        int64_t block = (item - before) / pieces, piece = (item - before) % pieces;
-        int64_t row = job->first_row[expert] * terms + piece * PIECE;
-        int rows = count - piece * PIECE < PIECE ? (int)(count - piece * PIECE) : PIECE;
-        const struct head *h = (const struct head *)job->packs[expert];
-        const uint8_t *record = job->packs[expert] + h->first + block * h->block_bytes;
-        kernels[h->bits == 8 ? 2 : h->bits / 4][rows > 2 ? 2 : rows - 1](job, h, record, row, rows, tile);
-        int width = h->out - block * ROWS < ROWS ? (int)(h->out - block * ROWS) : ROWS;
-        for (int r = 0; r < rows; r += terms) {
-            int64_t at = (row + r) / terms;
-            float *sums = tile + r * ROWS;
-            if (job->plain[at]) float_row(job, h, record, at, sums);
-            else if (terms == 2) for (int i = 0; i < ROWS; i++) sums[i] += sums[ROWS + i];
-            row_from_float(sums, job->dtype, block * ROWS, width, job->y + at * h->out * job->item_size);
-        }
+    const int64_t items = job->pieces * blocks, home = take(&job->threads);
+    for (int64_t i = 0; i < job->ranges; i++) {
+        const int64_t range = (home + i) % job->ranges, end = items * (range + 1) / job->ranges;
+        struct cursor at = {0, 0};
+        for (int64_t item; (item = items * range / job->ranges + take(job->taken + 8 * range)) < end;)
+            one_item(job, item, blocks, &at, tile);
     }
     free(tile);
 }
@@ -629,21 +627,24 @@ EXPORT int linear(const uint8_t *const *packs, const int64_t *first_row, int64_t
     }
     const int terms = dtype == FLOAT32 ? 2 : 1;
     struct job job = {packs, first_row, x, y, experts, first_row[experts] * terms, x_stride, 0, 0, dtype,
-                      dtype == FLOAT32 ? 4 : 2, terms, h, 0, 0, 0, 0, 0};
+                      dtype == FLOAT32 ? 4 : 2, terms, h, 0, 0, 0, 0, 0, 0, 0, 0};
     if (!job.rows) return 0;
     const int32_t *starts = starts_of(h);
     int64_t wide = 0;
     for (int c = 0; c < h->chunks; c++) wide += padded(h->bits, starts[c + 1] - starts[c]);
     for (int64_t e = 0; e < experts; e++) job.pieces += ((first_row[e + 1] - first_row[e]) * terms + PIECE - 1) / PIECE;
     int64_t groups = job.rows * h->chunks;
-    uint8_t *scratch = malloc((size_t)(groups * 8 + wide * job.rows * 2 + job.rows));
+    threads = job.rows * h->in * h->out > 1 << 16 && threads > 1 ? threads : 1;
+    job.ranges = threads;
+    uint8_t *scratch = malloc((size_t)(threads * 64 + groups * 8 + wide * job.rows * 2 + job.rows));
     if (!scratch) return 1;
-    job.units = (float *)scratch, job.sums = (int32_t *)(scratch + groups * 4), job.q = (int16_t *)(scratch + groups * 8);
-    job.plain = scratch + groups * 8 + wide * job.rows * 2;
+    job.taken = (int64_t *)scratch;
+    job.units = (float *)(scratch + threads * 64), job.sums = (int32_t *)(job.units + groups), job.q = (int16_t *)(job.sums + groups);
+    job.plain = (uint8_t *)(job.q + wide * job.rows);
+    memset(job.taken, 0, (size_t)threads * 64);
     memset(job.plain, 0, (size_t)job.rows);
     parallel(quantize_rows, &job, job.rows * h->in > 1 << 16 ? threads : 1);
-    job.next = 0;
-    parallel(multiply, &job, job.rows * h->in * h->out > 1 << 16 ? threads : 1);
+    parallel(multiply, &job, threads);
     free(scratch);
     return job.failed;
 }
