@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auto_round.cli.arguments import EVAL_GROUPS
-from auto_round.cli.parser import build, parse
+from auto_round.cli.parser import build, run_parsed
 from auto_round.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ USAGE = "auto-round eval MODEL [--reference MODEL] [--eval_text FILE] [flags]"
 def run_verb(argv: Sequence[str]) -> int:
     """Evaluate a model. Returns the exit code."""
     parser = build("auto-round eval", USAGE, "Measure perplexity, KL divergence and top-1 agreement.", EVAL_GROUPS)
-    if not argv or "-h" in argv or "--help" in argv:
-        print(parser.format_help())
-        return 0 if argv else ConfigError.exit_code
-    given = parse(parser, EVAL_GROUPS, argv)
+    return run_parsed(parser, EVAL_GROUPS, argv, _run)
+
+
+def _run(given: dict[str, Any]) -> int:
     if "model" not in given:
         raise ConfigError(f"no model was given; use {USAGE}")
     return evaluate_given(given)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from auto_round.cli.arguments import GENERATE_GROUPS
 from auto_round.cli.eval import local_folder
-from auto_round.cli.parser import build, parse
+from auto_round.cli.parser import build, run_parsed
 from auto_round.errors import ConfigError
 
 USAGE = 'auto-round generate MODEL --prompt "..." [--backend NAME] [flags]'
@@ -16,10 +17,10 @@ USAGE = 'auto-round generate MODEL --prompt "..." [--backend NAME] [flags]'
 def run_verb(argv: Sequence[str]) -> int:
     """Print the continuation as it comes, then one line about it on stderr. Returns the exit code."""
     parser = build("auto-round generate", USAGE, "Continue a prompt with any model, quantized or not.", GENERATE_GROUPS)
-    if not argv or "-h" in argv or "--help" in argv:
-        print(parser.format_help())
-        return 0 if argv else ConfigError.exit_code
-    given = parse(parser, GENERATE_GROUPS, argv)
+    return run_parsed(parser, GENERATE_GROUPS, argv, _run)
+
+
+def _run(given: dict[str, Any]) -> int:
     for name in ("model", "prompt"):
         if not given.get(name):
             raise ConfigError(f"no {name} was given; use {USAGE}")

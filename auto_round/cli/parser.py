@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from auto_round.cli.arguments import Flag, Group, spellings
@@ -93,6 +93,20 @@ def normalize(argv: Sequence[str]) -> list[str]:
             token = f"--{name.replace('-', '_').lower()}{sep}{value}"
         out.append(token)
     return out
+
+
+def run_parsed(
+    parser: argparse.ArgumentParser,
+    groups: tuple[Group, ...],
+    argv: Sequence[str],
+    run: Callable[[dict[str, Any]], int],
+) -> int:
+    """Print the help when it is asked for or nothing is given, else `run` with the given values; see `parse`. Returns
+    the exit code."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(parser.format_help())
+        return 0 if argv else ConfigError.exit_code
+    return run(parse(parser, groups, argv))
 
 
 def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from auto_round.cli.arguments import DEVICE, MODEL, PLATFORM, QUANTIZE_GROUPS, SEED, TRUST
 from auto_round.cli.later import algorithm_iters
-from auto_round.cli.parser import build, parse
+from auto_round.cli.parser import build, run_parsed
 from auto_round.errors import ConfigError
 from auto_round.recipes import Recipe, fill, get_recipe
 
@@ -53,10 +53,10 @@ def run_verb(argv: Sequence[str], recipe_name: str = "default", overview: str = 
     parser = build(
         recipe.command, usage, f"Quantize a language model. Recipe: {recipe.summary}.", QUANTIZE_GROUPS, overview
     )
-    if not argv or "-h" in argv or "--help" in argv:
-        print(parser.format_help())
-        return 0 if argv else ConfigError.exit_code
-    given = parse(parser, QUANTIZE_GROUPS, argv)
+    return run_parsed(parser, QUANTIZE_GROUPS, argv, lambda given: _run(given, recipe))
+
+
+def _run(given: dict[str, Any], recipe: Recipe) -> int:
     if "model" not in given:
         raise ConfigError(f"no model was given; use {recipe.command} MODEL, a folder or a hub id")
     if given.get("eval") and not any(name not in _NEUTRAL for name in given):

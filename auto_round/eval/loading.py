@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from os import PathLike
 from typing import Any
@@ -20,6 +19,9 @@ _DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
     "fp32": torch.float32, "float32": torch.float32,
 }  # fmt: skip
+# What Transformers raises for files that are missing or damaged, settings that it does not know, a package that a
+# format asks for, and a kind of model or quantization that it does not load.
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, NotImplementedError)
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -92,7 +94,7 @@ def load_model(
             )  # fmt: skip
     except AutoRoundError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError, json.JSONDecodeError) as err:
+    except _UNREADABLE as err:
         raise ModelError(f"{name!r} cannot be opened as a causal language model: {_first_line(err)}") from err
     return model.eval()
 

@@ -27,6 +27,10 @@ from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, Linear
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
 _SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
 
+# How GPTQModel says that a kernel is not for this machine or layer: a module that cannot be imported, a value that it
+# does not take, a NotImplementedError, which is a RuntimeError, or an extension that cannot be compiled.
+_REFUSALS = (ImportError, ValueError, RuntimeError)
+
 
 class GptqmodelLinear(LinearKernel):
     """x -> x W^T by a module of GPTQModel.
@@ -72,7 +76,7 @@ class GptqmodelLinear(LinearKernel):
             for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", order)):
                 _put(module, name, tensor)
             self._scratch = _initialise(module, device)
-        except (ImportError, NotImplementedError, ValueError, RuntimeError) as error:
+        except _REFUSALS as error:
             raise UnsupportedError(f"GPTQModel says: {_first_line(error)}") from error
         # In a list, not a submodule: it refuses training mode, which means nothing to it.
         self._module = [module.eval()]
@@ -86,7 +90,7 @@ class GptqmodelLinear(LinearKernel):
         error: object = None
         try:
             cls._kind(spec)
-        except (ImportError, NotImplementedError, ValueError, RuntimeError) as raised:
+        except _REFUSALS as raised:
             error = raised
         if error is None and cls.runtime[0]:
             module, name = import_module(cls.runtime[0]), cls.runtime[1]
@@ -103,7 +107,7 @@ class GptqmodelLinear(LinearKernel):
         for size in (-1, spec.group_size) if whole else (spec.group_size,):
             try:
                 kind = _select(cls.backend, cls.method, cls.layout, spec.bits, size, spec.sym, spec.dtype, spec.device)
-            except (ImportError, NotImplementedError, ValueError, RuntimeError) as error:
+            except _REFUSALS as error:
                 refused = refused or error
                 continue
             ok, reason = kind.validate(
