@@ -18,11 +18,6 @@ def round_ste(x: torch.Tensor) -> torch.Tensor:
     return (x.round() - x).detach() + x
 
 
-def clamp_ste(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """Clamp; the gradient is one inside [low, high] and zero outside."""
-    return x.clamp(low, high)
-
-
 def reshape_pad_tensor_by_group_size(
     tensor: torch.Tensor, group_size: GroupSize, value: float = 0.0
 ) -> tuple[torch.Tensor, int]:

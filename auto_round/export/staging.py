@@ -139,12 +139,6 @@ def _move(path: Path, folder: Path, name: str) -> None:
     os.replace(path / name, folder / name)
 
 
-def is_published(folder: Path, files: Mapping[str, str]) -> bool:
-    """Whether a folder holds these files (SHA-256 by name), and nothing is left to be moved."""
-    here = all((folder / name).is_file() for name in files)
-    return here and all(file_sha256(folder / name) == digest for name, digest in files.items())
-
-
 def can_publish(folder: Path, files: Mapping[str, str]) -> bool:
     """Whether each of these files (SHA-256 by name) is in a folder or still in its `.partial`."""
     for name, digest in files.items():

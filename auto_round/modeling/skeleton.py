@@ -29,7 +29,6 @@ EMBEDDINGS = frozenset(
 )  # fmt: skip
 HEADS = ("lm_head", "embed_out", "output", "head", "unembed", "output_projection")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_FUSED_LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class Skeleton(nn.Module):

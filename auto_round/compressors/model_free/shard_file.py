@@ -101,17 +101,3 @@ def _reserve(handle: int, size: int) -> None:
 
 
 _NOT_SUPPORTED = (22, 38, 95)  # EINVAL, ENOSYS, EOPNOTSUPP: file systems without reservation
-
-
-def read_crc(path: Path, offset: int, size: int) -> int:
-    """CRC-32 of a range of a file. Raises OutputError when the file ends before."""
-    crc = 0
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        while size:
-            part = file.read(min(size, 1 << 22))
-            if not part:
-                raise OutputError(f"{path} ends before byte {offset + size}")
-            crc = zlib.crc32(part, crc)
-            size -= len(part)
-    return crc

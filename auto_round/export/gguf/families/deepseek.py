@@ -39,11 +39,6 @@ def _taken_apart(s: Settings, found: re.Match[str]) -> list[Placement]:
     ]
 
 
-def _beyond(s: Settings, found: re.Match[str]) -> list[Placement]:
-    """Blocks for predicting several tokens follow the model's own; llama.cpp does not run them."""
-    return []
-
-
 def _sum(*names: str) -> Callable[[Settings], int]:
     return lambda s: sum(int(s.need(name)) for name in names)
 

@@ -97,11 +97,6 @@ def rotary(q: str = "attn_q", k: str = "attn_k") -> tuple[Rule, ...]:
     return (Rule(r"model\.layers\.(?P<block>\d+)\.self_attn\.(?P<part>[qk])_proj\.(?P<leaf>weight|bias)", place),)
 
 
-def shifted_norms(s: Settings, found: re.Match[str]) -> list[Placement]:
-    """Placement for norms whose stored weight is the distance from one; `found` has the name in the file."""
-    return [Placement(found.string, edit=add_one)]
-
-
 def add_one(weight: torch.Tensor) -> torch.Tensor:
     """Norm weights [n] as factors, from their distance to one. Float32, so that nothing is rounded."""
     return weight.float() + 1
