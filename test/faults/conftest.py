@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import table  # noqa: E402
+from extent import FULL  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,7 +32,7 @@ def record() -> Callable[[str, int, int, int, int], None]:
 @pytest.fixture(scope="session")
 def full() -> bool:
     """Whether all faults are injected (`make faults`) or a few of each (AR_TEST_FAULTS=short, the default)."""
-    return os.environ.get("AR_TEST_FAULTS", "short") == "full"
+    return FULL
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

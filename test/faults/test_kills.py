@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extent import FULL
 
 PROGRAM = Path(__file__).with_name("kill_program.py")
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,14 +40,10 @@ PHASES = {"before the journal", "0 units done", "1 units done", "2 units done", 
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("name", CELLS)
-def test_kills(
-    name: str, full: bool, record: Callable[..., None], packable_folder: Any, gguf_folder: Any, tmp_path: Path
-) -> None:
-    if not full and name != "tuned":
-        pytest.skip("in the full run")
+@pytest.mark.parametrize("name", CELLS if FULL else ["tuned"])
+def test_kills(name: str, record: Callable[..., None], packable_folder: Any, gguf_folder: Any, tmp_path: Path) -> None:
     cell = CELLS[name] | {"model": (gguf_folder if "gguf" in name else packable_folder)("llama")}
-    given = {"work": str(tmp_path), "cells": {name: cell}, "kills": KILLS if full else 6, "seed": 1}
+    given = {"work": str(tmp_path), "cells": {name: cell}, "kills": KILLS if FULL else 6, "seed": 1}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AR_LOG_LEVEL": "CRITICAL"}
     done = subprocess.run(
         [sys.executable, str(PROGRAM), json.dumps(given)], capture_output=True, text=True, check=False, env=environment
@@ -57,7 +54,7 @@ def test_kills(
     silent = sum("files" in p or "shown" in p for p in found["problems"])
     record(f"kill -9: {name}", found["kills"], 0, found["kills"] - len(found["problems"]), silent)
     assert not found["problems"], (found["phases"], found["problems"][:5], done.stderr[-3000:])
-    if full:
+    if FULL:
         assert found["kills"] >= KILLS and (name == "model-free" or len(PHASES & set(found["phases"])) >= 3)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from extent import FULL
 from safetensors.torch import load_file, save_file
 
 from auto_round import AutoRound
@@ -37,6 +38,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlx": ("mlx", {"sym": True}),
     "fake": ("fake", {"sym": True}),
 }
+IN_SHORT = ("auto_round", "auto_awq", "mlx")
 
 
 def layer(tensors: Tensors, name: str) -> dict[str, torch.Tensor]:
@@ -153,13 +155,11 @@ def plant_in_config(folder: Path, names: tuple[str, ...]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", FORMATS if FULL else IN_SHORT)
 def test_folders(
     kind: str, packable_folder: Callable[..., str], token_ids: Any, tmp_path: Path, record: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch, full: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if not full and kind not in ("auto_round", "auto_awq", "mlx"):
-        pytest.skip("in the full run")
     format, options = FORMATS[kind]
     whole, seen = tmp_path / "whole", []
 
