@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 
 from auto_round.export.packing.awq import pack_awq
@@ -47,6 +49,14 @@ def rows_here(device: str) -> list[Backend]:
     return [
         row for row in BACKENDS
         if device in row.devices and set(row.packings) & set(LAYOUTS) and usable(row, devices_here())[0]
+    ]  # fmt: skip
+
+
+def rows_and_dtypes(device: str) -> list[Any]:
+    """For parametrizing (row, dtype): those rows, with each dtype that they compute in."""
+    return [
+        pytest.param(row, dtype, id=f"{row.name}-{dtype}")
+        for row in rows_here(device) for dtype in BOUNDS if str(dtype).removeprefix("torch.") in row.dtypes
     ]  # fmt: skip
 
 
@@ -129,3 +139,9 @@ def check(row: Backend, case: Case, device: str) -> bool:
     after = module.state_dict()
     assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before), (row.name, case)
     return True
+
+
+def check_row(row: Backend, dtype: torch.dtype, device: str) -> None:
+    """Run all cases of the row, some of which its kernel may refuse."""
+    ran = [check(row, case, device) for case in cases(row, dtype)]
+    assert any(ran), "the row refuses every layer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from auto_round.compressors.resume.unit_state import Unit, unit_from_state, unit
 from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.data_type.gguf.plain import plain_blocks
 from auto_round.errors import OutputError
+from auto_round.modeling.source import open_source
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.run_report import BlockRecord
 from auto_round.schemes import QuantizationScheme, parse_scheme
@@ -185,13 +187,13 @@ def test_background_does_tasks_in_order_and_none_after_one_that_failed() -> None
 
 
 def test_a_stream_may_change_when_it_is_written_and_a_unit_counts_when_all_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The full-precision stream is written beside the unit that it comes after, the other one after it."""
     monkeypatch.setenv("AR_WORK_SPACE", str(tmp_path / "space"))
     journal = RunJournal(tmp_path / "out", False)
     journal.admit({"seed": 1}, {})
-    journal.settle({"probe": None}, None)  # type: ignore[arg-type]
+    journal.settle({"probe": None}, open_source(tiny_folder("llama")))
     full, quantized = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
     for index in range(3):
         journal.until_written("unit", "full")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_matrix import cases, check, rows_here
+from backend_matrix import check_row, rows_and_dtypes
+
+from auto_round.inference.backend_table import Backend
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("row", rows_here("cpu"), ids=lambda row: row.name)
-def test_matrix(row: object, dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
-    if name not in row.dtypes:  # type: ignore[attr-defined]
-        pytest.skip(f"the row does not compute in {name}")
-    ran = [check(row, case, "cpu") for case in cases(row, dtype)]  # type: ignore[arg-type]
-    assert any(ran)
+@pytest.mark.parametrize(("row", "dtype"), rows_and_dtypes("cpu"))
+def test_matrix(row: Backend, dtype: torch.dtype) -> None:
+    check_row(row, dtype, "cpu")

@@ -6,8 +6,9 @@ import importlib.util
 
 import pytest
 import torch
+from integer_weights import dense, error, random_weight
 
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec
+from auto_round.inference.kernels.kernel import IntegerWeight
 from auto_round.inference.kernels.triton_linear import TritonLinear
 
 pytestmark = [
@@ -18,24 +19,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
 def weight(bits: int, out: int, inputs: int, group: int, sym: bool, dtype: torch.dtype, seed: int = 0) -> IntegerWeight:
-    gen = torch.Generator().manual_seed(seed)
-    size = group if 0 < group < inputs else inputs
-    shape = (out, -(-inputs // size))
-    codes = torch.randint(0, 1 << bits, (out, inputs), generator=gen, dtype=torch.uint8)
-    zeros = torch.randint(0, 1 << bits, shape, generator=gen, dtype=torch.uint8)
-    zeros = torch.full_like(zeros, 1 << (bits - 1)) if sym else zeros
-    scales = (torch.rand(shape, generator=gen) + 0.1).half()
-    spec = LayerSpec(bits, size, sym, inputs, out, dtype, "cuda")
-    return IntegerWeight(codes.cuda(), scales.cuda(), zeros.cuda(), spec)
-
-
-def dense(given: IntegerWeight) -> torch.Tensor:
-    owner = torch.arange(given.spec.in_features, device="cuda") // given.spec.group_size
-    return given.scales.double()[:, owner] * (given.codes.double() - given.zeros.double()[:, owner])
-
-
-def error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+    return random_weight(bits, out, inputs, group, sym, dtype, seed, device="cuda")
 
 
 def kernel_of(given: IntegerWeight) -> TritonLinear:

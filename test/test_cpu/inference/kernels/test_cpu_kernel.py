@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_weights import dense, random_weight
 
 from auto_round.inference.kernels.cpu import CHUNK, CpuKernel, chunk_starts
 from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
@@ -18,26 +20,7 @@ from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, Linear
 # Error of one input, in parts of the largest of its chunk: half a step of 1 / 32767, or of 2**-15 of a power of two.
 STEP = {torch.float32: 2.0**-30, torch.float16: 0.5 / 32767, torch.bfloat16: 0.5 / 32767}
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-
-
-def weight(
-    bits: int, out: int, width: int, group_size: int, sym: bool, dtype: torch.dtype = torch.float32, seed: int = 0,
-    scale_dtype: torch.dtype = torch.float16,
-) -> IntegerWeight:  # fmt: skip
-    gen = torch.Generator().manual_seed(seed)
-    size = group_size if 0 < group_size < width else width
-    groups = -(-width // size)
-    codes = torch.randint(0, 1 << bits, (out, width), generator=gen, dtype=torch.uint8)
-    zeros = torch.randint(0, 1 << bits, (out, groups), generator=gen, dtype=torch.uint8)
-    zeros = torch.full_like(zeros, 1 << (bits - 1)) if sym else zeros
-    scales = (torch.rand(out, groups, generator=gen) * 0.1 + 1e-3).to(scale_dtype)
-    return IntegerWeight(codes, scales, zeros, LayerSpec(bits, size, sym, width, out, dtype, "cpu"))
-
-
-def dense(w: IntegerWeight) -> torch.Tensor:
-    """float64 [out, in]."""
-    spread = lambda t: t.double().repeat_interleave(w.spec.group_size, 1)[:, : w.spec.in_features]
-    return (w.codes.double() - spread(w.zeros)) * spread(w.scales)
+weight = partial(random_weight, scales=(1e-3, 0.1))
 
 
 def bound(w: IntegerWeight, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from integer_weights import dense, random_weight
 
 from auto_round.inference.kernels import ark
 from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
@@ -18,17 +19,7 @@ needs_ark = pytest.mark.skipif(importlib.util.find_spec("auto_round_kernel") is 
 
 
 def weight(bits: int, out: int, width: int, size: int, sym: bool, dtype: torch.dtype = BF16) -> IntegerWeight:
-    gen = torch.Generator().manual_seed(bits + out)
-    codes = torch.randint(0, 1 << bits, (out, width), generator=gen, dtype=torch.uint8)
-    zeros = torch.randint(0, 1 << bits, (out, width // size), generator=gen, dtype=torch.uint8)
-    zeros = torch.full_like(zeros, 1 << (bits - 1)) if sym else zeros
-    scales = (torch.rand(out, width // size, generator=gen) * 0.1 + 1e-3).half()
-    return IntegerWeight(codes, scales, zeros, LayerSpec(bits, size, sym, width, out, dtype, "cpu"))
-
-
-def dense(w: IntegerWeight) -> torch.Tensor:
-    spread = lambda t: t.double().repeat_interleave(w.spec.group_size, 1)
-    return (w.codes.double() - spread(w.zeros)) * spread(w.scales)
+    return random_weight(bits, out, width, size, sym, dtype, seed=bits + out, scales=(1e-3, 0.1))
 
 
 def check(kind: type[LinearKernel], w: IntegerWeight, dtype: torch.dtype, most: float) -> None:

@@ -4,41 +4,21 @@ TRITON_INTERPRET=1, which must be set before Triton is imported."""
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
+from integer_weights import dense, error, random_weight
 
 from auto_round.export.packing.gptq import pack_gptq
 from auto_round.inference.config_reader import LayerFormat
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec
+from auto_round.inference.kernels.kernel import IntegerWeight
 from auto_round.inference.kernels.triton_launch import Packed, run_dense, run_tiles, run_vector, triton_experts
-from auto_round.inference.kernels.triton_linear import TritonLinear
+from auto_round.inference.kernels.triton_linear import TritonExperts, TritonLinear
 from auto_round.inference.qlinear import QuantLinear
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # Relative to the norm of the result. The interpreter cuts bfloat16 off where a GPU rounds.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-
-
-def weight(bits: int, out: int, inputs: int, group: int, sym: bool, seed: int = 0) -> IntegerWeight:
-    gen = torch.Generator().manual_seed(seed)
-    size = group if 0 < group < inputs else inputs
-    shape = (out, -(-inputs // size))
-    codes = torch.randint(0, 1 << bits, (out, inputs), generator=gen, dtype=torch.uint8)
-    zeros = torch.randint(0, 1 << bits, shape, generator=gen, dtype=torch.uint8)
-    zeros = torch.full_like(zeros, 1 << (bits - 1)) if sym else zeros
-    scales = (torch.rand(shape, generator=gen) + 0.1).half()
-    return IntegerWeight(codes, scales, zeros, LayerSpec(bits, size, sym, inputs, out, torch.float32, "cpu"))
-
-
-def dense(given: IntegerWeight) -> torch.Tensor:
-    owner = torch.arange(given.spec.in_features) // given.spec.group_size
-    return given.scales.double()[:, owner] * (given.codes.double() - given.zeros.double()[:, owner])
-
-
-def error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
 
 
 def check(given: IntegerWeight, dtype: torch.dtype, rows: int) -> None:
@@ -62,7 +42,7 @@ CASES = [
 
 @pytest.mark.parametrize(("bits", "group", "sym", "dtype", "rows"), CASES)
 def test_tiles(bits: int, group: int, sym: bool, dtype: torch.dtype, rows: int) -> None:
-    check(weight(bits, *SHAPES[group], group, sym), dtype, rows)
+    check(random_weight(bits, *SHAPES[group], group, sym), dtype, rows)
 
 
 @pytest.mark.parametrize(
@@ -77,21 +57,21 @@ def test_tiles(bits: int, group: int, sym: bool, dtype: torch.dtype, rows: int) 
     ],
 )  # fmt: skip
 def test_vectors(bits: int, group: int, sym: bool, dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> None:
-    check(weight(bits, *shape, group, sym), dtype, rows)
+    check(random_weight(bits, *shape, group, sym), dtype, rows)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_many_rows_write_the_weight_out(dtype: torch.dtype) -> None:
-    check(weight(4, 40, 256, 64, False), dtype, 512)
+    check(random_weight(4, 40, 256, 64, False), dtype, 512)
 
 
 def test_columns_in_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("auto_round.inference.kernels.triton_launch.DENSE_NUMEL", 256 * 32)
-    check(weight(8, 77, 256, 64, False), torch.float32, 64)
+    check(random_weight(8, 77, 256, 64, False), torch.float32, 64)
 
 
 def test_every_way_gives_the_same_product() -> None:
-    given = weight(4, 33, 512, 128, False)
+    given = random_weight(4, 33, 512, 128, False)
     kernel, x = TritonLinear(given), torch.randn(2, 512)
     packed, exact = Packed(kernel.words, kernel.scales, kernel.zeros), x.double() @ dense(given).T
     ways = [run_vector(x, packed, kernel.form, None, 0), run_tiles(x, packed, kernel.form, None, 0)]
@@ -100,7 +80,7 @@ def test_every_way_gives_the_same_product() -> None:
 
 
 def test_equal_calls_give_equal_bits_and_rows_do_not_mix() -> None:
-    kernel = TritonLinear(weight(4, 48, 256, 64, True))
+    kernel = TritonLinear(random_weight(4, 48, 256, 64, True))
     x = torch.randn(5, 256)
     y = kernel(x)
     assert torch.equal(kernel(x), y) and torch.equal(kernel(x[:3]), y[:3])
@@ -109,7 +89,7 @@ def test_equal_calls_give_equal_bits_and_rows_do_not_mix() -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_stays_in_its_row(rows: int, value: float) -> None:
-    kernel = TritonLinear(weight(8, 20, 64, 32, True))
+    kernel = TritonLinear(random_weight(8, 20, 64, 32, True))
     x = torch.randn(rows, 64)
     x[0, 3] = value
     y = kernel(x)
@@ -117,7 +97,7 @@ def test_what_is_not_a_number_stays_in_its_row(rows: int, value: float) -> None:
 
 
 def test_inputs_of_any_form() -> None:
-    given = weight(8, 20, 64, 32, False)
+    given = random_weight(8, 20, 64, 32, False)
     kernel, exact = TritonLinear(given), dense(given).T
     whole = torch.randn(64, 6)
     assert error(kernel(whole.T), whole.T.double() @ exact) < 1e-6
@@ -132,7 +112,7 @@ def test_inputs_of_any_form() -> None:
 @pytest.mark.parametrize(("experts", "rows"), [(5, 3), (5, 41), (3, 8), (12, 3)])
 def test_experts(experts: int, rows: int, dtype: torch.dtype) -> None:
     """Some experts have no row, and some rows no expert."""
-    given = [weight(8, 33, 96, 32, False, seed) for seed in range(experts)]
+    given = [random_weight(8, 33, 96, 32, False, seed=seed) for seed in range(experts)]
     kernels = [TritonLinear(one) for one in given]
     joined = TritonLinear.join(kernels)
     assert joined is not None and all(torch.equal(k.codes(), w.codes) for k, w in zip(kernels, given, strict=True))
@@ -148,21 +128,22 @@ def test_experts(experts: int, rows: int, dtype: torch.dtype) -> None:
 
 
 def test_experts_of_unlike_layouts_are_not_joined() -> None:
-    assert TritonLinear.join([TritonLinear(weight(4, 16, 64, 32, sym)) for sym in (True, False)]) is None
+    assert TritonLinear.join([TritonLinear(random_weight(4, 16, 64, 32, sym)) for sym in (True, False)]) is None
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_compiles_without_a_break(rows: int) -> None:
-    kernel = TritonLinear(weight(8, 20, 64, 32, True))
+    kernel = TritonLinear(random_weight(8, 20, 64, 32, True))
     x = torch.randn(rows, 64)
     compiled = torch.compile(lambda x: kernel(x) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), kernel(x) * 2)
 
 
 def test_the_operators_are_described_rightly() -> None:
-    kernels = [TritonLinear(weight(8, 20, 64, 32, False, seed)) for seed in range(2)]
+    kernels = [TritonLinear(random_weight(8, 20, 64, 32, False, seed=seed)) for seed in range(2)]
     joined = TritonLinear.join(kernels)
-    args: tuple[Any, ...] = (*joined.packed, torch.tensor([0, 2, 3, 3], dtype=torch.int32), *joined.form)  # type: ignore
+    assert isinstance(joined, TritonExperts)
+    args = (*joined.packed, torch.tensor([0, 2, 3, 3], dtype=torch.int32), *joined.form)
     torch.library.opcheck(triton_experts, (torch.randn(3, 64), *args))
     one = kernels[0]
     torch.library.opcheck(
@@ -175,7 +156,7 @@ def test_in_a_packed_layer(g_idx: bool) -> None:
     gen = torch.Generator().manual_seed(3)
     fmt = LayerFormat(4, 16, False, "gptq", 1)
     layers = []
-    given = weight(4, 32, 64, 16, False)
+    given = random_weight(4, 32, 64, 16, False)
     for _ in range(2):
         layer = QuantLinear(64, 32, fmt, bias=True, g_idx=g_idx)
         layer.qweight, layer.qzeros = pack_gptq(given.codes, given.zeros, 4, 1)
