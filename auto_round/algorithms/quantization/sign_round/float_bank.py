@@ -11,7 +11,7 @@ through too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -19,22 +19,19 @@ import torch
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.layer_codes import float_layer
 from auto_round.algorithms.quantization.sign_round.layer_bank import (
+    FACTOR_RANGE,
     LayerBank,
+    Place,
     State,
     copied,
     joined,
     slices_of,
     stacked_weights,
 )
-from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.data_type.elements import Element
 from auto_round.data_type.float_family import FloatFamily, factor_of, shifted
 from auto_round.data_type.tiles import as_tiles, tile_rows, tile_shape, tile_sum
 from auto_round.quantized_layer import QuantizedLayer
-
-_CPU_CHUNK = 1 << 16  # weights handled at a time: the buffers of one chunk stay in cache
-_GPU_CHUNK = 1 << 24
-_FACTOR_RANGE = (0.5, 1.5)
 
 Values = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Element], torch.Tensor]
 Gradients = Callable[
@@ -98,9 +95,7 @@ class FloatBank(LayerBank):
         self.scale = self.start_scale
         self.v = torch.zeros_like(self.tiles, dtype=torch.float32)
         self.factor = torch.ones_like(self.scale)
-        self.rules = [make_rule(adam, momentum) for _ in range(2)]
-        self.fuse_update = isinstance(self.rules[0], SignStep)  # no state: it can move a piece at a time
-        self._chunk = _CPU_CHUNK if self.tiles.device.type == "cpu" else _GPU_CHUNK
+        self._make_rules(2, adam, momentum)
         self.refresh()
 
     def _factors(self, scale: torch.Tensor) -> torch.Tensor:
@@ -125,22 +120,18 @@ class FloatBank(LayerBank):
         factors = self._factors(self.scale)
         grad = self.gradient.view(self.tiles.shape)
         slopes = torch.zeros_like(self.factor)
-        whole = None if self.fuse_update else torch.empty_like(self.v)
-        for rows, inner in tile_rows(self.tiles, self._chunk):
-            v = self.v[rows, inner]
-            part, slope = self._gradients(
-                self.tiles[rows, inner], factors[rows], v, self.family.element, grad[rows, inner].float()
-            )
-            slopes[rows] += slope
-            if whole is None:
-                self.rules[0].apply(v, part, lr)
-            else:
-                whole[rows, inner] = part
-        if whole is not None:
-            self.rules[0].apply(self.v, whole, lr)
+
+        def gradients() -> Iterator[tuple[Place, torch.Tensor]]:
+            for rows, inner in tile_rows(self.tiles, self._chunk):
+                tiles, v, own = (part[rows, inner] for part in (self.tiles, self.v, grad))
+                part, slope = self._gradients(tiles, factors[rows], v, self.family.element, own.float())
+                slopes[rows] += slope
+                yield (rows, inner), part
+
+        self._move_offsets(gradients(), lr)
         if self.tune_scale:
             self.rules[1].apply(self.factor, slopes.mul_(self._factors(self.start_scale)), scale_lr)
-            self.factor.clamp_(*_FACTOR_RANGE)
+            self.factor.clamp_(*FACTOR_RANGE)
             self.scale = self.family.rule.store(self.start_scale * self.factor)
         self.refresh()
 

@@ -11,7 +11,7 @@ as in LSQ, arXiv 1902.08153, equation 3). The integers stay where the search fou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -20,22 +20,20 @@ import torch
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.layer_codes import ggml_layer
 from auto_round.algorithms.quantization.sign_round.layer_bank import (
+    FACTOR_RANGE,
     LayerBank,
+    Place,
     State,
     copied,
     joined,
     slices_of,
     stacked_weights,
 )
-from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.rounding import assign_codes, code_limits, inverse_of
 from auto_round.data_type.gguf.types import GgmlType
 from auto_round.quantized_layer import QuantizedLayer
 
-_CPU_CHUNK = 1 << 16  # weights handled at a time: the buffers of one chunk stay in cache
-_GPU_CHUNK = 1 << 24
-_FACTOR_RANGE = (0.5, 1.5)
 _INSIDE = 0.1  # of a step: how far inside a code that is not the nearest one tuning starts
 
 Tensor = torch.Tensor
@@ -105,9 +103,7 @@ class GgmlBank(LayerBank):
         self.start = _stored(self.kind, blocks, torch.cat)
         self.v = torch.zeros_like(self.groups, dtype=torch.float32)
         self.factors = [torch.ones_like(part, dtype=torch.float32) for part in self._start_factors()]
-        self.rules = [make_rule(adam, momentum) for _ in range(1 + len(self.factors))]
-        self.fuse_update = isinstance(self.rules[0], SignStep)  # no state: it can move a piece at a time
-        self._chunk = _CPU_CHUNK if self.groups.device.type == "cpu" else _GPU_CHUNK
+        self._make_rules(1 + len(self.factors), adam, momentum)
         self._apply_factors()
         self._start_offsets(torch.cat([part.codes for part in blocks]))
         self.refresh()
@@ -115,7 +111,7 @@ class GgmlBank(LayerBank):
     def _start_offsets(self, codes: Tensor) -> None:
         """Offsets that lead to the codes [rows, in]."""
         low, high = self._limits
-        for rows in self._rows():
+        for rows in self._pieces(self.groups):
             ratio = (self.groups[rows].float() - self.minima[rows]) * self.inverses[rows]
             wanted = codes[rows].view(ratio.shape).float() - self.kind.zero
             edge = 0.5 - _INSIDE
@@ -136,11 +132,6 @@ class GgmlBank(LayerBank):
         minimum = self.blocks.minimum()
         self.minima = torch.zeros_like(self.steps) if minimum is None else minimum.unsqueeze(-1)
 
-    def _rows(self) -> list[slice]:
-        count = self.groups.shape[0]
-        step = max(1, self._chunk // (self.groups.shape[1] * self.groups.shape[2]))
-        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
-
     def _grid(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, float]:
         return (
             self.groups[rows], self.steps[rows], self.inverses[rows], self.minima[rows], self.v[rows], *self._limits
@@ -148,7 +139,7 @@ class GgmlBank(LayerBank):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        for rows in self._rows():
+        for rows in self._pieces(self.groups):
             values = self._values(*self._grid(rows))
             self.quantized[rows].copy_(values.view(values.shape[0], -1))
 
@@ -158,15 +149,13 @@ class GgmlBank(LayerBank):
             return
         grad = self.gradient.view_as(self.groups)
         slopes = [torch.empty_like(self.steps) for _ in range(2)]
-        whole = None if self.fuse_update else torch.empty_like(self.v)
-        for rows in self._rows():
-            part, slopes[0][rows], slopes[1][rows] = self._gradients(*self._grid(rows), grad[rows].float())
-            if whole is None:
-                self.rules[0].apply(self.v[rows], part, lr)
-            else:
-                whole[rows] = part
-        if whole is not None:
-            self.rules[0].apply(self.v, whole, lr)
+
+        def gradients() -> Iterator[tuple[Place, Tensor]]:
+            for rows in self._pieces(self.groups):
+                part, slopes[0][rows], slopes[1][rows] = self._gradients(*self._grid(rows), grad[rows].float())
+                yield rows, part
+
+        self._move_offsets(gradients(), lr)
         if self.tune_scale:
             self._move_factors(slopes, scale_lr)
         self.refresh()
@@ -182,7 +171,7 @@ class GgmlBank(LayerBank):
                 slope = (slope * whole).view(*start.shape, -1).sum(-1)
             sign = kind.min_sign if index else 1
             self.rules[1 + index].apply(self.factors[index], slope * start * sign, lr)
-            self.factors[index].clamp_(*_FACTOR_RANGE)
+            self.factors[index].clamp_(*FACTOR_RANGE)
         self._apply_factors()
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,17 @@ from auto_round.algorithms.quantization.sign_round.fake_quant import (
     straight_through_gradients,
 )
 from auto_round.algorithms.quantization.sign_round.layer_bank import (
+    FACTOR_RANGE,
     LayerBank,
+    Place,
     State,
     copied,
     joined,
     slices_of,
     stacked_weights,
 )
-from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.data_type.int import IntGrid, default_scale_threshold, round_to_stored
 from auto_round.quantized_layer import QuantizedLayer
-
-_CPU_CHUNK = 1 << 16  # weights handled at a time: the buffers of one chunk stay in cache
-_GPU_CHUNK = 1 << 24
-_FACTOR_RANGE = (0.5, 1.5)
 
 
 class IntegerBank(LayerBank):
@@ -67,15 +64,8 @@ class IntegerBank(LayerBank):
         self.v = torch.zeros_like(self.groups, dtype=torch.float32)
         self.factor = torch.ones_like(self.scale)
         self.padded = self.groups.numel() != self.quantized.numel()
-        self.rules = [make_rule(adam, momentum) for _ in range(2)]
-        self.fuse_update = isinstance(self.rules[0], SignStep)  # no state: it can move a piece at a time
-        self._chunk = _CPU_CHUNK if self.quantized.device.type == "cpu" else _GPU_CHUNK
+        self._make_rules(2, adam, momentum)
         self.refresh()
-
-    def _rows(self) -> list[slice]:
-        count = self.groups.shape[0]
-        step = max(1, self._chunk // max(1, self.groups.shape[1] * self.groups.shape[2]))
-        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
     def _limits(self, rows: slice) -> tuple[Any, Any]:
         top = 2**self.bits - 1
@@ -86,7 +76,7 @@ class IntegerBank(LayerBank):
     @torch.no_grad()
     def refresh(self) -> None:
         columns = self.quantized.shape[1]
-        for rows in self._rows():
+        for rows in self._pieces(self.groups):
             low, high = self._limits(rows)
             values = self._values(self.groups[rows], self.scale[rows], self.v[rows], low, high)
             if self.scheme.group_size == 0:
@@ -102,21 +92,19 @@ class IntegerBank(LayerBank):
         grad = as_groups(self.gradient, self.scheme.group_size) if self.padded else self.gradient
         grad = grad.view_as(self.groups)
         slopes = torch.empty_like(self.factor)
-        whole = None if self.fuse_update else torch.empty_like(self.v)
-        for rows in self._rows():
-            low, high = self._limits(rows)
-            part, slopes[rows] = self._gradients(
-                self.groups[rows], self.scale[rows], self.v[rows], low, high, grad[rows].float()
-            )
-            if whole is None:
-                self.rules[0].apply(self.v[rows], part, lr)
-            else:
-                whole[rows] = part
-        if whole is not None:
-            self.rules[0].apply(self.v, whole, lr)
+
+        def gradients() -> Iterator[tuple[Place, torch.Tensor]]:
+            for rows in self._pieces(self.groups):
+                low, high = self._limits(rows)
+                part, slopes[rows] = self._gradients(
+                    self.groups[rows], self.scale[rows], self.v[rows], low, high, grad[rows].float()
+                )
+                yield rows, part
+
+        self._move_offsets(gradients(), lr)
         if self.tune_scale:
             self.rules[1].apply(self.factor, slopes.mul_(self.start_scale), scale_lr)
-            self.factor.clamp_(*_FACTOR_RANGE)
+            self.factor.clamp_(*FACTOR_RANGE)
             threshold = default_scale_threshold(self.scale_dtype)
             self.scale = round_to_stored(self.start_scale * self.factor, self.scale_dtype, threshold)
         self.refresh()
@@ -132,7 +120,7 @@ class IntegerBank(LayerBank):
     def snapshot(self, into: State | None = None) -> State:
         """The codes, a byte each, with factors and scales: offsets matter by what they round to only."""
         made = torch.empty(self.groups.shape, dtype=torch.uint8, device=self.v.device) if into is None else into[0]
-        for rows in self._rows():
+        for rows in self._pieces(self.groups):
             low, high = self._limits(rows)
             codes = (self.groups[rows].float() / self.scale[rows]).add_(self.v[rows]).round_()
             made[rows] = torch.clamp(codes, low, high).sub_(low).to(torch.uint8)
@@ -141,7 +129,7 @@ class IntegerBank(LayerBank):
     @torch.no_grad()
     def restore(self, state: State) -> None:
         codes, self.factor, self.scale = state
-        for rows in self._rows():
+        for rows in self._pieces(self.groups):
             low, _ = self._limits(rows)
             self.v[rows] = (codes[rows].float() + low).sub_(self.groups[rows].float() / self.scale[rows])
         self.refresh()

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
+from auto_round.algorithms.quantization.sign_round.step_rules import SignStep, make_rule
 from auto_round.quantized_layer import QuantizedLayer
 
 State = tuple[torch.Tensor, ...]
+Place = slice | tuple[slice, slice]
+
+FACTOR_RANGE = (0.5, 1.5)
+_CPU_CHUNK = 1 << 16  # weights handled at a time: the buffers of one chunk stay in cache
+_GPU_CHUNK = 1 << 24
 
 
 class LayerBank(ABC):
@@ -29,7 +35,12 @@ class LayerBank(ABC):
         scheme: of all of them.
         quantized: the quantized weights on top of each other, in `compute_dtype`; padded where a subclass wants it.
         gradient: dL/dW, shaped alike.
+        v: the offsets, float32.
+        rules: how offsets and factors move.
+        fuse_update: the offsets' rule keeps no state, so that it can move a piece of them at a time.
     """
+
+    v: torch.Tensor
 
     def __init__(
         self, tasks: Sequence[LayerTask], compute_dtype: torch.dtype, starts: Sequence[int], shape: tuple[int, int]
@@ -44,6 +55,28 @@ class LayerBank(ABC):
             for start, task in zip(starts, self.tasks, strict=True)
         ]
         self._touched: set[int] = set()
+        self._chunk = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+
+    def _make_rules(self, count: int, adam: bool, momentum: float) -> None:
+        """One for the offsets, the others for factors."""
+        self.rules = [make_rule(adam, momentum) for _ in range(count)]
+        self.fuse_update = isinstance(self.rules[0], SignStep)
+
+    def _pieces(self, groups: torch.Tensor) -> list[slice]:
+        """The rows of [rows, groups, n] that are handled at a time."""
+        count, step = groups.shape[0], max(1, self._chunk // max(1, groups.shape[1] * groups.shape[2]))
+        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+    def _move_offsets(self, gradients: Iterable[tuple[Place, torch.Tensor]], lr: float) -> None:
+        """One update of the offsets from (where, dL/dv there). They move there before the next piece is asked for."""
+        if self.fuse_update:
+            for where, part in gradients:
+                self.rules[0].apply(self.v[where], part, lr)
+            return
+        whole = torch.empty_like(self.v)
+        for where, part in gradients:
+            whole[where] = part
+        self.rules[0].apply(self.v, whole, lr)
 
     def weight(self, index: int) -> torch.Tensor:
         """The quantized weight [out, in] of a layer; a view that `refresh` keeps current."""
