@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from model_free import SHAPES, make_checkpoint
+from programs import result_in, variables
 from vs_peer import machine
 
 SHAPES["bounded"] = dict(
@@ -84,14 +84,14 @@ def run(python: str, program: str, job: dict[str, Any], work: Path, who: str) ->
     script, log = work / f"{who}.py", work / f"{who}.log"
     script.write_text(program)
     own = str(Path(__file__).resolve().parents[1])
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"AR_WORK_SPACE": str(work / "space")}
+    env = variables(own=False, AR_WORK_SPACE=str(work / "space"))
     env |= {"PYTHONPATH": own} if who == "ours" else {}
     shutil.rmtree(job["out"], ignore_errors=True)
     with open(log, "w") as output:
         subprocess.run([python, script, json.dumps(job)], stdout=output, stderr=subprocess.STDOUT, cwd=work, env=env)
     text = log.read_text(errors="replace")
-    line = next((x for x in text.splitlines() if x.startswith("RESULT ")), None)
-    return {"failed": text[-3000:]} if line is None else json.loads(line[7:])
+    found = result_in(text)
+    return {"failed": text[-3000:]} if found is None else found
 
 
 def main() -> None:

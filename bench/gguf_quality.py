@@ -23,28 +23,16 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
+from programs import Cost, Failed, run, variables
 from vs_peer import machine
-
-
-def run(command: list[str], what: str, environment: dict[str, str] | None = None) -> tuple[str, dict[str, float]]:
-    """Output and cost of a program; leaves when it fails."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise RuntimeError(f"{what} failed ({done.returncode}):\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done.stdout + done.stderr, {"wall": time.monotonic() - start, "cpu": cpu}
 
 
 def chunk_means(output: str) -> list[float]:
@@ -87,9 +75,9 @@ class Bench:
         if args.keep and Path(args.out).exists():
             self.results = json.loads(Path(args.out).read_text(encoding="utf-8"))
 
-    def llama(self, tool: str, *flags: object, threads: bool = True) -> tuple[str, dict[str, float]]:
+    def llama(self, tool: str, *flags: object, threads: bool = True) -> tuple[str, Cost]:
         extra = ["-t", str(self.args.threads)] if threads else []
-        return run([str(self.bin / tool), *map(str, flags), *extra], tool, self.environment)
+        return run([str(self.bin / tool), *map(str, flags), *extra], tool, variables(**self.environment))
 
     def prepare(self) -> None:
         a, root = self.args, self.bin.parents[1]
@@ -101,7 +89,7 @@ class Bench:
             return
         flags = [str(Path(a.model).resolve()), "--outtype", a.base, "--outfile", str(self.base)]
         path = {"PYTHONPATH": str(converter.parent / "gguf-py")}
-        _, cost = run([sys.executable, str(converter), *flags], "the converter", path)
+        _, cost = run([sys.executable, str(converter), *flags], "the converter", variables(**path))
         self.note("base", self.base, cost)
         for text, logits in zip(a.eval_text, self.logits, strict=True):
             self.llama(
@@ -115,7 +103,7 @@ class Bench:
         self.results["imatrix"] = cost
         print(f"imatrix: {cost['wall']:.1f} s", flush=True)
 
-    def note(self, what: str, file: Path, cost: dict[str, float]) -> None:
+    def note(self, what: str, file: Path, cost: Cost) -> None:
         self.results[what] = {"bytes": file.stat().st_size, **cost}
         print(f"{what}: {file.stat().st_size / 1e6:.2f} MB, {cost['wall']:.1f} s", flush=True)
 
@@ -128,20 +116,20 @@ class Bench:
             mean = re.search(r"Mean +KLD: +(-?[\d.]+) ± +([\d.]+)", output)
             top = re.search(r"Same top p: +([\d.]+)", output)
             if mean is None or top is None:
-                raise RuntimeError(f"llama-perplexity printed no mean KL:\n{output[-2000:]}")
+                raise Failed(f"llama-perplexity printed no mean KL:\n{output[-2000:]}")
             chunks = chunk_means(output)
             judged.append(
                 {"kl": float(mean[1]), "error": float(mean[2]), "same_top": float(top[1]) / 100, "chunks": chunks}
             )
         return pooled(judged)
 
-    def by_llama(self, kind: str, importance: bool) -> tuple[Path, dict[str, float]]:
+    def by_llama(self, kind: str, importance: bool) -> tuple[Path, Cost]:
         out = self.work / "theirs.gguf"
         extra = ["--imatrix", self.imatrix] if importance else []
         _, cost = self.llama("llama-quantize", *extra, self.base, out, kind.upper(), self.args.threads, threads=False)
         return out, cost
 
-    def by_us(self, kind: str, how: str) -> tuple[Path, dict[str, float]]:
+    def by_us(self, kind: str, how: str) -> tuple[Path, Cost]:
         out = self.work / "ours"
         a = self.args
         steps = ["--iters", "0" if how in ("rtn", "opt") else how, *(["--disable_opt_rtn"] if how == "rtn" else [])]
@@ -160,18 +148,18 @@ class Bench:
         _, cost = run(command, "auto-round")
         files = sorted(out.rglob("*.gguf"))
         if len(files) != 1:
-            raise RuntimeError(f"auto-round left {len(files)} .gguf files in its folder, not one")
+            raise Failed(f"auto-round left {len(files)} .gguf files in its folder, not one")
         return files[0], cost
 
-    def row(self, kind: str, how: str, make: object) -> dict | None:
+    def row(self, kind: str, how: str, make: Callable[[], tuple[Path, Cost]]) -> dict | None:
         files = self.results["files"]
         kept = [row for row in files if (row["type"], row["how"]) == (kind, how)]
         if kept and how.startswith("llama.cpp"):
             return kept[0]
         try:
-            file, cost = make()  # type: ignore[operator]
+            file, cost = make()
             row = {"type": kind, "how": how, "bytes": file.stat().st_size, **cost, **self.judge(file)}
-        except RuntimeError as error:
+        except Failed as error:
             refused = "requires an i" in str(error)
             print(f"{kind} {how}: {'refused without an importance matrix' if refused else error}", flush=True)
             return None

@@ -20,18 +20,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from programs import Cost, Failed, run, variables
 from vs_peer import HERE, machine, pick_texts
 
-Cost = dict[str, float]
 # What each side has loaded when it has made a file.
 _IMPORTS = {
     "ours": "import torch, gguf, transformers, auto_round.autoround\nfrom transformers import AutoModelForCausalLM",
@@ -78,14 +75,8 @@ class Bench:
 
     def run(self, what: str, command: list[str], own: bool = False, **environment: str) -> Cost:
         """Cost of a program, and a line about it. `own`: it may import this repository."""
-        kept = {k: v for k, v in os.environ.items() if own or k != "PYTHONPATH"}  # the peer has our package's name
-        kept |= {"OMP_NUM_THREADS": str(self.args.threads), "TOKENIZERS_PARALLELISM": "false", **environment}
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, cwd=self.work, env=kept)
-        wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-        if done.returncode:
-            sys.exit(f"{what} failed ({done.returncode}):\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-        cost = {"wall": wall, "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+        given = {"OMP_NUM_THREADS": str(self.args.threads), "TOKENIZERS_PARALLELISM": "false", **environment}
+        _, cost = run(command, what, variables(own, **given), self.work)
         print(f"{what}: {cost['wall']:.1f} s, {cost['cpu']:.1f} s of processor", flush=True)
         return cost
 
@@ -125,7 +116,7 @@ class Bench:
         cost["bytes"] = sum(path.stat().st_size for path in out.rglob("*.gguf"))
         shutil.rmtree(out)
         if not cost["bytes"]:
-            sys.exit(f"{what}: no .gguf file was left in its folder")
+            raise Failed(f"{what}: no .gguf file was left in its folder")
         return cost
 
     def convert(self) -> Cost:

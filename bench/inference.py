@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from programs import failed, run, run_script, variables
 from vs_peer import HERE, machine
 
 _RANDOM = {
@@ -72,9 +73,7 @@ def once(target: Path, make: Any) -> Path:
 
 def quantize(source: Path, flags: tuple[str, ...], out: Path) -> None:
     command = [sys.executable, "-m", "auto_round", str(source), "--iters", "0", "--disable_opt_rtn", *flags]
-    done = subprocess.run([*command, "--output_dir", str(out)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    run([*command, "--output_dir", str(out)], " ".join(command))
 
 
 def opened(folder: Path) -> str:
@@ -84,15 +83,8 @@ def opened(folder: Path) -> str:
 def transformers_run(python: str, folder: str, a: argparse.Namespace, own: bool, slow_prefill: bool = False) -> dict:
     job = {"folder": folder, "threads": a.threads, "tokens": a.tokens, "prompt": a.prompt, "repeat": a.repeat,
            "slow_prefill": slow_prefill}  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if own or k != "PYTHONPATH"}  # both are called auto_round
-    done = subprocess.run(
-        [python, str(HERE / "run_decode.py"), json.dumps(job)], capture_output=True, text=True, check=False,
-        env=environment, cwd=a.work,
-    )  # fmt: skip
-    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-    if line is None:
-        sys.exit(f"{python} on {folder} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
-    return json.loads(line.removeprefix("RESULT "))
+    command = [python, str(HERE / "run_decode.py"), json.dumps(job)]
+    return run_script(command, f"{python} on {folder}", variables(own), a.work)
 
 
 def llama_run(file: Path, a: argparse.Namespace) -> dict[str, Any]:
@@ -106,13 +98,13 @@ def llama_run(file: Path, a: argparse.Namespace) -> dict[str, Any]:
             ]  # fmt: skip
             began = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                env={**os.environ, "LD_LIBRARY_PATH": a.llama_bin},
+                env=variables(LD_LIBRARY_PATH=a.llama_bin),
             )  # fmt: skip
             assert began.stderr is not None
             text = began.stderr.read().decode(errors="replace")
             _, code, used = os.wait4(began.pid, 0)
             if code:
-                sys.exit(f"{' '.join(command[:3])} failed:\n{text[-2000:]}")
+                raise failed(" ".join(command[:3]), os.waitstatus_to_exitcode(code), "", text)
             speed = re.findall(r"(prompt eval|eval) time =\s*[\d.]+ ms /\s*(\d+) .*?([\d.]+) tokens per second", text)
             for what, tokens, rate in speed:
                 if what == "eval" and count > 1:
@@ -197,9 +189,9 @@ def main() -> None:
         if a.prepare:
             continue
         rows = results[which] = {"group_size": made.group_size}
-        for name, run in runs(made, a):
+        for name, measure in runs(made, a):
             began = time.monotonic()
-            row = rows[name] = run()
+            row = rows[name] = measure()
             print(
                 f"{which} {name}: decode {row['decode']:.2f} tokens/s, prefill {row['prefill']:.1f} tokens/s, peak "
                 f"{row['peak'] / 1e6:.0f} MB ({time.monotonic() - began:.0f} s) {row.get('layers', '')}", flush=True,

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from model_free import SHAPES, make_checkpoint
+from programs import Failed, run_script, variables
 from vs_peer import machine
 
 _LLAMA = dict(
@@ -92,12 +91,12 @@ def run(name: str, work: Path) -> dict[str, Any]:
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     job = {"model": str(work / model), "format": fmt, "keywords": keywords, "out": str(out)}
-    env = os.environ | {"AR_WORK_SPACE": str(work / "space"), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(job)], capture_output=True, text=True, env=env)
-    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-    if line is None:
-        return {"name": name, "failed": (done.stdout + done.stderr)[-3000:]}
-    row = {"name": name, "model": model, "format": fmt, "keywords": keywords, **json.loads(line[7:])}
+    env = variables(AR_WORK_SPACE=str(work / "space"), PYTHONPATH=str(Path(__file__).resolve().parents[1]))
+    try:
+        found = run_script([sys.executable, "-c", CHILD, json.dumps(job)], name, env)
+    except Failed as error:
+        return {"name": name, "failed": str(error)}
+    row = {"name": name, "model": model, "format": fmt, "keywords": keywords, **found}
     files = sum(f.stat().st_size for f in out.rglob("*") if f.suffix in (".safetensors", ".gguf"))
     shutil.rmtree(out)
     return row | {

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from programs import variables
 from vs_peer import machine
 
 SHARD = 2_000_000_000
@@ -219,7 +219,7 @@ def timed(python: str, program: Path, words: list[str], cwd: Path) -> dict[str, 
     of all of them."""
     log = program.with_suffix(".log")
     # Each side imports what is installed for it, or lies in its working folder.
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(cwd)}
+    env = variables(PYTHONPATH=str(cwd))
     seconds: dict[int, float] = {}
     most = 0
     with open(log, "w") as output:

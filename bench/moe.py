@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from programs import run, variables
 from vs_peer import machine
 
 HERE = Path(__file__).parent
@@ -122,16 +120,10 @@ def peer(path: Path, a: argparse.Namespace, out: Path) -> float:
         "        device_map='cpu')\n"
         "    ar.quantize_and_save(sys.argv[2], format='auto_round')\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     script = out.parent / f"peer-{out.name}.py"
     script.write_text(code)
-    start = time.monotonic()
-    done = subprocess.run(
-        [a.peer_python, str(script), str(path), str(out)], capture_output=True, text=True, env=environment
-    )
-    if done.returncode:
-        sys.exit(f"the peer failed:\n{done.stderr[-3000:]}")
-    return time.monotonic() - start
+    _, cost = run([a.peer_python, str(script), str(path), str(out)], "the peer", variables(own=False))
+    return cost["wall"]
 
 
 def main() -> None:

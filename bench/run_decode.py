@@ -24,22 +24,22 @@ def status(key: str) -> int:
 
 
 @torch.inference_mode()
-def decode(model: object, ids: torch.Tensor, count: int) -> float:
+def decode(model: torch.nn.Module, ids: torch.Tensor, count: int) -> float:
     """Seconds a token, of `count` after the prompt; each token goes through the model alone."""
-    out = model(ids, use_cache=True)  # type: ignore[operator]
+    out = model(ids, use_cache=True)
     times = []
     for _ in range(count):
         began = time.perf_counter()
         token = out.logits[:, -1].argmax(-1, keepdim=True)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)  # type: ignore[operator]
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
         times.append(time.perf_counter() - began)
     return sum(times) / len(times)
 
 
 @torch.inference_mode()
-def prefill(model: object, ids: torch.Tensor) -> float:
+def prefill(model: torch.nn.Module, ids: torch.Tensor) -> float:
     began = time.perf_counter()
-    model(ids, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
+    model(ids, use_cache=True, logits_to_keep=1)
     return time.perf_counter() - began
 
 

@@ -16,10 +16,11 @@ import os
 import platform
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from programs import run_script, variables
 
 HERE = Path(__file__).parent
 
@@ -46,13 +47,7 @@ def pick_texts(path: str, count: int, tokens: int, seed: int = 0) -> list[str]:
 def child(python: str, script: str, job: dict) -> dict:
     # scripts are run by path, so their own folder is on sys.path, and the repository is not
     command = [python, str(HERE / script), json.dumps(job)]
-    own = script == "run_ours.py"
-    environment = {k: v for k, v in os.environ.items() if own or k != "PYTHONPATH"}  # both are called auto_round
-    done = subprocess.run(command, capture_output=True, text=True, cwd=job["work"], env=environment)
-    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-    if line is None:
-        sys.exit(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(line.removeprefix("RESULT "))
+    return run_script(command, script, variables(script == "run_ours.py"), job["work"])
 
 
 def _public(value: object) -> object:
