@@ -13,13 +13,13 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
 
 from auto_round.errors import ConfigError, OutputError
 from auto_round.export.disk import path_inside
+from auto_round.export.whole_output import WholeOutput
 
 DEFAULT_SHARD_SIZE = 1_000_000_000
 _SMALL = 8 << 20
@@ -164,7 +164,7 @@ class _Shard:
                 raise self._failed(error) from error
 
 
-class ShardWriter:
+class ShardWriter(WholeOutput):
     """Writes `model.safetensors`, or `model-00001-of-0000N.safetensors` and their index, into one folder.
 
     Use as a context manager: leaving it normally finishes, leaving it by an exception removes what was begun. The same
@@ -194,7 +194,6 @@ class ShardWriter:
             self._header_room = min(self._header_room, header + 64)
         self._shards: list[_Shard] = []
         self._shard_of: dict[str, int] = {}
-        self._finished = False
         self.total_size = 0
         self.sha256: dict[str, str] = {}
         """Digest of each finished shard by file name."""
@@ -262,21 +261,6 @@ class ShardWriter:
             for name in self.sha256:  # the end was reached, but not all of it
                 (self.folder / name).unlink(missing_ok=True)
             self._finished = True
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self.abort()
-        elif not self._finished:
-            try:
-                self.finish()
-            except BaseException:
-                self.abort()
-                raise
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

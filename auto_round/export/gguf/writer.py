@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from auto_round.errors import ConfigError, OutputError
 from auto_round.export.disk import path_inside
 from auto_round.export.gguf.package import gguf_package
 from auto_round.export.shard_writer import file_sha256, sync_folder
+from auto_round.export.whole_output import WholeOutput
 
 ALIGNMENT = 32
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,7 +52,7 @@ class _Place:
         self.there = torch.zeros(self.slots, self.rows, dtype=torch.bool)
 
 
-class GgufFile:
+class GgufFile(WholeOutput):
     """Writes one `.gguf` under a temporary name; it gets its own when every byte was written exactly once.
 
     Use as a context manager: leaving it normally finishes, leaving it by an exception removes what was begun. The same
@@ -86,7 +86,6 @@ class GgufFile:
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         self._places = _layout(tensors)
         self._file: FileIO | None = None
-        self._done = False
         writer = _header_writer(self._partial, arch, metadata, self._places)
         try:
             writer.write_header_to_file()
@@ -134,7 +133,7 @@ class GgufFile:
             OutputError: a tensor the file does not have, a row that was written already or does not exist, the wrong
                 dtype or width, a file that is finished, or a full disk.
         """
-        if self._done or self._file is None:
+        if self._finished or self._file is None:
             raise OutputError(f"tensor {name!r} came after {self.path} was finished")
         place = self._places.get(name)
         if place is None:
@@ -171,7 +170,7 @@ class GgufFile:
 
         Raises OutputError when rows are missing, or the file cannot be brought to the disk.
         """
-        if self._done or self._file is None:
+        if self._finished or self._file is None:
             raise OutputError(f"{self.path} was finished already")
         for place in self._places.values():
             missing = place.there.numel() - int(place.there.sum())
@@ -185,32 +184,17 @@ class GgufFile:
             sync_folder(self.path.parent)
         except OSError as error:
             raise OutputError(f"cannot write {self.path} ({error.strerror or error}); free some space") from error
-        self._done = True
+        self._finished = True
         return self.sha256
 
     def abort(self) -> None:
         """Remove what was begun and not finished."""
-        if not self._done:
+        if not self._finished:
             if self._file is not None:
                 with suppress(OSError):
                     self._file.close()
             self._partial.unlink(missing_ok=True)
-            self._done = True
-
-    def __enter__(self) -> GgufFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self.abort()
-        elif not self._done:
-            try:
-                self.finish()
-            except BaseException:
-                self.abort()
-                raise
+            self._finished = True
 
     def _raw(self, place: _Place, data: torch.Tensor) -> torch.Tensor:
         """uint8 [n, row bytes] of a piece, checked."""
