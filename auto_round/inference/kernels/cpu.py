@@ -100,7 +100,9 @@ class CpuKernel(LinearKernel):
         if torch.compiler.is_compiling():
             return torch.ops.auto_round.cpu_linear([self.packed], x, [], self.spec.out_features)
         # Not through the operator: its dispatch costs as much as a small layer. `_buffers`: so does `__getattr__`.
-        return multiply((self._buffers["packed"],), x, (), self.spec.out_features)  # type: ignore[arg-type]
+        packed = self._buffers["packed"]
+        assert packed is not None
+        return multiply((packed,), x, (), self.spec.out_features)
 
     def codes(self) -> torch.Tensor:
         codes = torch.empty(self.spec.out_features, self.spec.in_features, dtype=torch.uint8)
