@@ -7,11 +7,10 @@ import re
 import sys
 from pathlib import Path
 
-from auto_round.inference.backend_table import BACKENDS
+from auto_round.inference.backend_table import BACKENDS, DTYPE_LABELS
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "inference.md"
 START, END = "<!-- backends: start -->", "<!-- backends: end -->"
-SHORT = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 
 
 def render() -> str:
@@ -25,7 +24,7 @@ def render() -> str:
         needs = ", ".join(b.requirements) or "-"
         if b.instead:
             needs += f"; not with Transformers 5: use {b.instead}"
-        cells = ("/".join(b.devices), ",".join(map(str, b.bits)), "/".join(SHORT[d] for d in b.dtypes))
+        cells = ("/".join(b.devices), ",".join(map(str, b.bits)), "/".join(DTYPE_LABELS[d] for d in b.dtypes))
         lines.append("| " + " | ".join((names, *cells, priority, "/".join(b.packings), needs)) + " |")
     return "\n".join(lines)
 

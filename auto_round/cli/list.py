@@ -76,10 +76,10 @@ def datasets() -> str:
 def backends() -> str:
     """What can run quantized layers here, or why not."""
     from auto_round.inference.backend import list_backends
+    from auto_round.inference.backend_table import DTYPE_LABELS
 
-    short = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
     rows = [
-        (r.name, "/".join(r.devices), ",".join(map(str, r.bits)), "/".join(short[d] for d in r.dtypes),
+        (r.name, "/".join(r.devices), ",".join(map(str, r.bits)), "/".join(DTYPE_LABELS[d] for d in r.dtypes),
          str(r.priority), "\n".join(r.packing), "\n".join(r.requirements) or "-",
          ("yes, " if r.usable else "no: ") + r.reason)
         for r in list_backends()

@@ -8,6 +8,7 @@ from auto_round.inference.availability import device_lack, requirement_lack
 from auto_round.inference.config_reader import INT8_BITS, MLX_BITS, LayerFormat
 from auto_round.inference.kernels.kernel import LayerSpec, kernel_class
 
+DTYPE_LABELS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 SCALED_MM = "auto_round:scaled_mm"
 _FP16, _BF16, _HALF, _ALL = ("float16",), ("bfloat16",), ("bfloat16", "float16"), ("float32", "float16", "bfloat16")
 _V1, _GPTQ = ("gptq_zp+-1",), ("gptq", "gptq_zp+-1")

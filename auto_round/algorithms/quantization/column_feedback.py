@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import cast
 
 import torch
@@ -25,6 +25,7 @@ from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.column_descent import damp, row_slices
 from auto_round.data_type.gguf.blocks import GgmlBlocks
 from auto_round.data_type.gguf.rounding import code_limits, divisor_of
+from auto_round.data_type.gguf.types import GgmlType
 from auto_round.threads import shared_threads, side_by_side
 
 Shared = Mapping[int, "Feedback"]
@@ -44,6 +45,11 @@ class Feedback:
 
     order: torch.Tensor
     matrix: torch.Tensor
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """int64 [n]: where each column lies in that order."""
+        return self.order.argsort()
 
 
 def feedback(square: torch.Tensor, damping: float) -> Feedback:
@@ -78,31 +84,32 @@ def feedback_blocks(weight: torch.Tensor, blocks: GgmlBlocks, bands: Sequence[Fe
         blocks: stored numbers of it; their codes do not matter.
         bands: the feedback within each band of input channels, in order.
     """
-    kind = blocks.kind
     codes = torch.empty_like(blocks.codes)
     steps, minima = divisor_of(blocks.step()), blocks.minimum()
-    at = 0
     _scripted()  # once, before threads want it
-    for found in bands:
-        band = slice(at, at + found.matrix.shape[0])
-        at = band.stop
-        groups = slice(band.start // kind.group, band.stop // kind.group)
-        back, group_of = found.order.argsort(), found.order // kind.group
-
-        def one(
-            rows: slice, found: Feedback = found, band: slice = band, groups: slice = groups,
-            back: torch.Tensor = back, group_of: torch.Tensor = group_of,
-        ) -> None:  # fmt: skip
-            columns = weight[rows, band].float().t().contiguous().index_select(0, found.order)
-            if minima is not None:
-                columns -= minima[rows, groups].t().contiguous().index_select(0, group_of)
-            step = steps[rows, groups].t().contiguous()
-            rounded = round_in_order(columns, step, group_of.tolist(), found.matrix, code_limits(kind))
-            whole = rounded.add_(kind.zero).to(torch.uint8).index_select(0, back)
-            codes[rows, band] = whole.t()
-
-        side_by_side(one, row_slices(weight), weight.device)
+    start = 0
+    for one in bands:
+        band = slice(start, start + one.matrix.shape[0])
+        groups = slice(band.start // blocks.kind.group, band.stop // blocks.kind.group)
+        own = None if minima is None else minima[:, groups]
+        put = partial(_put_codes, codes[:, band], weight[:, band], steps[:, groups], own, one, blocks.kind)
+        side_by_side(put, row_slices(weight), weight.device)
+        start = band.stop
     return replace(blocks, codes=codes)
+
+
+def _put_codes(
+    codes: torch.Tensor, weight: torch.Tensor, steps: torch.Tensor, minima: torch.Tensor | None, known: Feedback,
+    kind: GgmlType, rows: slice,
+) -> None:  # fmt: skip
+    """The codes of some rows within a band: `codes` and `weight` [out, n], `steps` and `minima` [out, groups]."""
+    group_of = known.order // kind.group
+    columns = weight[rows].float().t().contiguous().index_select(0, known.order)
+    if minima is not None:
+        columns -= minima[rows].t().contiguous().index_select(0, group_of)
+    step = steps[rows].t().contiguous()
+    rounded = round_in_order(columns, step, group_of.tolist(), known.matrix, code_limits(kind))
+    codes[rows] = rounded.add_(kind.zero).to(torch.uint8).index_select(0, known.places).t()
 
 
 @torch.no_grad()

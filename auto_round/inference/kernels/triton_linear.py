@@ -41,13 +41,11 @@ class TritonLinear(LinearKernel):
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
-        spec = weight.spec
         self.form = form_of(weight)
         self.register_buffer("words", pack_words(weight.codes, self.form), persistent=False)
         self.register_buffer("scales", _rows(weight.scales, self.form), persistent=False)
         zeros = _rows(weight.zeros, self.form) if self.form.zero < 0 else None
         self.register_buffer("zeros", zeros, persistent=False)
-        self.out_features = spec.out_features
 
     @classmethod
     def refuses(cls, spec: LayerSpec) -> str | None:
@@ -66,7 +64,7 @@ class TritonLinear(LinearKernel):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, dtype = _plain(x)
         y = triton_linear(rows, self.words, self.scales, self.zeros, *self.form)
-        return y.view(*x.shape[:-1], self.out_features).to(dtype)
+        return y.view(*x.shape[:-1], self.spec.out_features).to(dtype)
 
     def codes(self) -> torch.Tensor:
         return unpack_words(self.words, self.form)
@@ -86,12 +84,8 @@ class TritonExperts:
         self.packed = Packed(
             _joined(kernels, "words"),
             _joined(kernels, "scales"),
-            _joined(kernels, "zeros") if self._own_zeros else None,
+            _joined(kernels, "zeros") if self.form.zero < 0 else None,
         )
-
-    @property
-    def _own_zeros(self) -> bool:
-        return self.form.zero < 0
 
     def __call__(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """x [rows, in] sorted by expert; offsets int32 [experts + 2], on the device: see `triton_experts`."""
