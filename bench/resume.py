@@ -147,7 +147,11 @@ def main() -> None:
         size = stopped_after_the_blocks(a, model, Path(work) / "stopped")
         going_on = run(a, model, Path(work) / "stopped", True)["total"]
         weights = sum(p.stat().st_size for p in (Path(work) / "stopped").glob("*.safetensors"))
-    result: dict[str, Any] = {"machine": machine(), "settings": {k: Path(str(v)).name for k, v in vars(a).items()}, "runs": found}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "settings": {k: Path(str(v)).name for k, v in vars(a).items()},
+        "runs": found,
+    }
     for what in ("quantization", "total", "processor"):
         ratios = [w[what] / o[what] for w, o in zip(found["with"], found["without"], strict=True)]
         result[f"{what}_overhead"] = statistics.median(ratios) - 1
