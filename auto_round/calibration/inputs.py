@@ -45,6 +45,7 @@ class CapturedInputs:
         hidden: [N, T, H], inputs of block 0, in the model's dtype unless another was asked for.
         loss_mask: bool [N, T]; False where a position is padded or its label is -100.
         dtype: the model's.
+        running: the samples that the block is being called on.
     """
 
     hidden: torch.Tensor | SpilledTensor
@@ -55,6 +56,7 @@ class CapturedInputs:
     _dims: dict[Hashable, tuple[int | None, ...]]
     _kinds: dict[type[nn.Module], _OutputKind]
     _on_device: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    running: Sequence[int] = ()
 
     @property
     def present(self) -> torch.Tensor:
@@ -76,9 +78,11 @@ class CapturedInputs:
         for place, sample in enumerate(samples):
             groups.setdefault(self._group_key(block_index, calls[sample]), []).append(place)
         if len(groups) == 1:
+            self.running = samples
             return self._run_group(block_index, block, hidden, [calls[s] for s in samples])
         outputs, places = [], []
         for group in groups.values():
+            self.running = [samples[place] for place in group]
             outputs.append(self._run_group(block_index, block, hidden[group], [calls[samples[p]] for p in group]))
             places.extend(group)
         back = torch.tensor(places, device=hidden.device).argsort()

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 import torch
 
@@ -29,16 +29,17 @@ class Spill:
     Raises OutputError when the folder cannot be used or its disk is full.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], what: str = "activations") -> None:
+        """`what` lies in it, for its name and messages."""
+        self.folder, self.what = Path(folder), what
         self.size = 0
         self._lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = tempfile.TemporaryFile(dir=self.folder, prefix="activations-", buffering=0)
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=self.folder, prefix=f"{what}-", buffering=0)
         except OSError as error:
             raise OutputError(
-                f"activations cannot be kept in {self.folder} ({error.strerror}); set AR_WORK_SPACE to a folder that "
+                f"{what} cannot be kept in {self.folder} ({error.strerror}); set AR_WORK_SPACE to a folder that "
                 "can be written, or give a larger max_memory"
             ) from error
 
@@ -63,7 +64,7 @@ class Spill:
                     done += self._file.write(data[done : done + _AT_ONCE])
         except OSError as error:
             raise OutputError(
-                f"activations cannot be written to {self.folder} ({error.strerror}): {self.size / 1e9:.2f} GB are "
+                f"{self.what} cannot be written to {self.folder} ({error.strerror}): {self.size / 1e9:.2f} GB are "
                 "needed there; free some space, set AR_WORK_SPACE to a folder on another disk, or lower nsamples or "
                 "seqlen"
             ) from error
@@ -75,8 +76,12 @@ class Spill:
             while done < len(into):
                 count = self._file.readinto(into[done : done + _AT_ONCE])  # type: ignore[attr-defined]
                 if not count:
-                    raise OutputError(f"the file of activations in {self.folder} ended early; run again")
+                    raise OutputError(f"the file of {self.what} in {self.folder} ended early; run again")
                 done += count
+
+    def clear(self) -> None:
+        """Forget every tensor: their places are given anew."""
+        self.size = 0
 
     def close(self) -> None:
         """Give the space on the disk back. Tensors that lie here cannot be read any more."""
@@ -91,12 +96,22 @@ class Spill:
         self.close()
 
 
+class Places(Protocol):
+    """A file in which tensors have places."""
+
+    def read(self, start: int, into: memoryview) -> None: ...
+
+    def write(self, start: int, data: memoryview) -> None: ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> SpilledTensor: ...
+
+
 class SpilledTensor:
     """A tensor whose values lie in a file. Indexing its first dimension reads, or writes, that part."""
 
     device = torch.device("cpu")
 
-    def __init__(self, file: Spill, start: int, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(self, file: Places, start: int, shape: torch.Size, dtype: torch.dtype) -> None:
         self._file, self.start, self.shape, self.dtype = file, start, shape, dtype
 
     @property
@@ -137,9 +152,9 @@ class SpilledTensor:
         for place, row, count in _runs(rows):
             self._file.write(self.start + row * size, view[place * size : (place + count) * size])
 
-    def room(self, dtype: torch.dtype) -> SpilledTensor:
-        """As much room in the same file, in `dtype`."""
-        return self._file.empty(self.shape, dtype)
+    def room(self, dtype: torch.dtype, shape: Sequence[int] | None = None) -> SpilledTensor:
+        """Room in the same file, in `dtype`; as much as this takes, or for another shape."""
+        return self._file.empty(self.shape if shape is None else shape, dtype)
 
     def clone(self) -> SpilledTensor:
         """A second copy in the same file."""

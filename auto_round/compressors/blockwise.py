@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 from auto_round.calibration.cache_extremes import cache_extremes
 from auto_round.calibration.extremes import InputExtremes, input_extremes
 from auto_round.calibration.inputs import CapturedInputs
@@ -20,17 +23,20 @@ from auto_round.compressors.activations import activation_of, is_calibrated, joi
 from auto_round.compressors.block_dtype import in_dtype
 from auto_round.compressors.cache import CachePlan
 from auto_round.compressors.global_scales import share_global_scales
+from auto_round.compressors.install import drop_copies, install, put_back
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.layers_by_expert import LayersByExpert, StoredLayers
 from auto_round.compressors.non_finite import FallBack, Numbers
-from auto_round.compressors.resume.fingerprint import module_checksum
+from auto_round.compressors.resume.fingerprint import block_checksum
 from auto_round.compressors.resume.unit_state import Unit
 from auto_round.compressors.scale_limits import clamped_scales
 from auto_round.compressors.sinks import Sink
-from auto_round.compressors.streamed_experts import LaterExperts, StreamedLayers, experts_run, layer_names, one_expert
+from auto_round.compressors.streamed_experts import LaterExperts, experts_run, layer_names, one_expert
 from auto_round.compressors.streams import Stream, check_activations, first_non_finite
+from auto_round.compressors.tuned_experts import ExpertByExpert, ExpertRooms
 from auto_round.data_type.activation import ActivationQuantizer, quantized_inputs
 from auto_round.errors import NumericsError
-from auto_round.modeling.blocks import set_weight_2d, weight_2d
+from auto_round.modeling.blocks import weight_2d
 from auto_round.modeling.one_expert import OneExpert
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
@@ -60,6 +66,7 @@ class Walk:
         journal: what is finished already, and where to note what will be; None for a run that is not gone on with.
         fall: what plain rounding has to know, where calibration is not finite.
         numbers: what is done about NaN and Inf; filled in: what came of it.
+        rooms: of blocks whose experts are tuned one at a time; None where they are not.
         sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
         records: filled in, one a block.
         unreached: quantized layers that no calibration token reached (experts).
@@ -86,6 +93,7 @@ class Walk:
     journal: RunJournal | None = None
     fall: FallBack = FallBack(torch.float16, torch.float32)
     numbers: Numbers = field(default_factory=Numbers)
+    rooms: ExpertRooms | None = None
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     records: list[BlockRecord] = field(default_factory=list)
@@ -126,11 +134,13 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         started = time.monotonic()
         experts = one_expert(job, source, name, walk.device, walk.dtype)
         block = source.load(name, walk.device) if experts is None else experts.load_others()
-        weights = module_checksum(block) if walk.journal is not None else 0
+        weights = block_checksum(source, name) if walk.journal is not None else 0
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
         tasks = [layer_task(source, plan) for plan in planned]
         # It writes hidden states, and those are changed in place: these from here on, the others behind the tuning.
         _until_written(walk, "unit", "full")
+        if walk.rooms is not None:
+            walk.rooms.codes.clear()
         with in_dtype(block, source.dtype, walk.dtype):
             try:
                 result = _quantize_block(index, name, block, tasks, walk, full, quantized, source.dtype, experts)
@@ -177,7 +187,7 @@ def _until_written(walk: Walk, *kinds: str) -> None:
 def take_unit(walk: Walk, index: int) -> Unit:
     """A finished unit out of the journal, with all that it added to the walk."""
     assert walk.journal is not None
-    unit = walk.journal.unit(index, walk.device)
+    unit = walk.journal.unit(index, walk.device, in_file=walk.rooms is not None)
     walk.numbers.go_on(unit.numbers, walk.sinks)
     walk.activations |= unit.activations
     walk.records += unit.records
@@ -231,15 +241,6 @@ def _still_finite(name: str, quantized: Stream | None, numbers: Numbers) -> Stre
     return None
 
 
-def _put_back(task: LayerTask) -> None:
-    """The original weight of a layer that stays, where it was dropped before tuning."""
-    own = task.module.weight
-    assert isinstance(own, torch.nn.Parameter)
-    if own.numel() == 0:
-        made = task.weight.to(own.dtype)
-        task.module.weight = torch.nn.Parameter(made.t() if task.transposed else made, requires_grad=False)
-
-
 def _stream(walk: Walk, captured: CapturedInputs | None) -> Stream | None:
     if captured is None:
         return None
@@ -257,16 +258,22 @@ def _quantize_block(
     inputs = targets = None
     inner = {task.name: task.name.removeprefix(f"{name}.") for task in tasks}
     extremes = InputExtremes()
+    quantizer = walk.quantizer
     if full is not None:
         inputs = full.hidden
         weighs = walk.quantizer.needs_importance and walk.importance is None
         wanted = list(inner.values()) if weighs or walk.gather else []
-        paired = [inner[task.name] for task in tasks if weighs and walk.quantizer.needs_products(task)]
+        recording: AbstractContextManager[None] = nullcontext()
+        if experts is not None and walk.rooms is not None:
+            quantizer = _by_expert(walk, experts, full, weighs)
+            recording = quantizer.recording()
+        paired = [inner[task.name] for task in tasks if weighs and quantizer.needs_products(task)]
         fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
         cache = walk.cache
         attentions = cache.attentions(block) if cache is not None else []
         with (
             experts_run(experts),
+            recording,
             input_second_moments(block, wanted) as moments,
             input_products(block, paired, -(-full.hidden.shape[0] // full.batch)) as products,
             input_extremes(block, fixed) as extremes,
@@ -300,15 +307,25 @@ def _quantize_block(
         return BlockResult()
     run = full.runner(index, block) if full is not None else _no_data
     task = BlockTask(name, block, tasks, run, walk.dtype, walk.seed + index)
-    _drop_copies(tasks)
+    drop_copies(tasks)
     walk.freed.give_back()
     if full is not None and walk.quantizer.needs_targets:
         _give_samples(task, full, quantized, inputs, targets)
         mask = full.captured.loss_mask
         task.loss_mask = None if bool(mask.all()) else mask
     del inputs, targets  # the task has them, and may move them
-    quantizer = walk.quantizer if experts is None else LaterExperts(walk.quantizer, experts)
+    if experts is not None and walk.rooms is None:
+        quantizer = LaterExperts(quantizer, experts)
     return quantizer.quantize_block(task)
+
+
+def _by_expert(walk: Walk, experts: OneExpert, full: Stream, weighs: bool) -> ExpertByExpert:
+    """How a block is tuned whose experts are read one at a time."""
+    assert walk.rooms is not None and isinstance(walk.quantizer, SignRoundQuantizer)
+    return ExpertByExpert(
+        walk.quantizer, walk.rooms, experts, full.captured, full.hidden, full.batch, weighs,
+        partial(_count, walk.numbers), walk.freed.give_back,
+    )  # fmt: skip
 
 
 def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any, targets: Any) -> None:
@@ -323,14 +340,6 @@ def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, input
         return moved
 
     task.offload = offload  # it does not hold the task, which would keep the block's weights in memory
-
-
-def _drop_copies(tasks: Sequence[LayerTask]) -> None:
-    """Free the weights that were cast to run the block in full precision: quantizers start from the source's own."""
-    for task in tasks:
-        weight = weight_2d(task.module)
-        if weight.dtype != task.weight.dtype:
-            task.module.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
 def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
@@ -349,27 +358,21 @@ def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
 
 def _install_all(tasks: Sequence[LayerTask], result: BlockResult, numbers: Numbers) -> list[LayerTask]:
     """Put dequantized weights in place, and those of layers that stay back. Returns the tasks that were done."""
-    layers = result.layers.held.values() if isinstance(result.layers, StreamedLayers) else result.layers
+    if isinstance(result.layers, StoredLayers):  # done when the experts were
+        return list(tasks)
+    layers = result.layers.held.values() if isinstance(result.layers, LayersByExpert) else result.layers
     by_name = {layer.name: layer for layer in layers}
     for task in tasks:
         if task.name in by_name:
-            numbers.count(task, clamped_scales(task, by_name[task.name]))
+            _count(numbers, task, by_name[task.name])
             install(task, by_name[task.name])
         elif not task.weight.is_meta:  # of an expert that is not in memory
-            _put_back(task)
+            put_back(task)
     return [task for task in tasks if task.name in by_name or task.weight.is_meta]
 
 
-def install(task: LayerTask, layer: QuantizedLayer) -> None:
-    """Put the dequantized weight in place of the original."""
-    weight = layer.dequantize(torch.float32).to(task.weight.device)
-    own = task.module.weight
-    assert isinstance(own, torch.nn.Parameter)
-    if own.numel() == 0:  # dropped before tuning
-        made = weight.to(own.dtype)
-        task.module.weight = torch.nn.Parameter(made.t() if task.transposed else made, requires_grad=False)
-    else:
-        set_weight_2d(task.module, weight)
+def _count(numbers: Numbers, task: LayerTask, layer: QuantizedLayer) -> None:
+    numbers.count(task, clamped_scales(task, layer))
 
 
 def _emit(job: Job, source: ModelSource, block: str, unit: Unit, sinks: Sequence[Sink]) -> None:

@@ -153,8 +153,11 @@ class Job:
         if self.memory_plan is not None and self.memory_plan.spilled:
             spilled = format_bytes(self.memory_plan.spilled)
             rows.append(("disk, meanwhile", f"{spilled} of activations in AR_WORK_SPACE"))
+        if self.memory_plan is not None and self.memory_plan.codes:
+            rows.append(("and", f"{format_bytes(self.memory_plan.codes)} of codes of one block's experts"))
         if self.memory_plan is not None and self.memory_plan.streams_experts:
-            rows.append(("experts", "read one at a time, and again for every format"))
+            alone = "tuned one at a time, after the other layers of their block"
+            rows.append(("experts", alone if self.steps else "read one at a time, and again for every format"))
         lines = [f"{name:<18} {text}" for name, text in rows]
         groups = Counter(p.described + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
         lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]

@@ -17,8 +17,10 @@ import torch
 from auto_round.algorithms.quantization.layer_codes import is_integer, small_float
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.samples import copies_best, samples_at_once
+from auto_round.calibration.expert_rows import experts_inside, most_tokens
 from auto_round.calibration.products import products_bytes
 from auto_round.compressors.job import LayerPlan
+from auto_round.compressors.resume.size import stored_bytes
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.streams import samples_in_pass
 from auto_round.data_type.gguf.types import GGML_TYPES
@@ -45,6 +47,7 @@ class MemoryPlan:
         activations: one stream of hidden states.
         streams: where they are kept: "ram", "device" or "file".
         streams_experts: whether the experts of a block are read one at a time.
+        codes: of one block's experts, in a file, where they are tuned one at a time.
     """
 
     ram: int
@@ -54,6 +57,7 @@ class MemoryPlan:
     activations: int = 0
     streams: str = "ram"
     streams_experts: bool = False
+    codes: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,10 @@ def plan_memory(facts: Facts, streams: str, streams_experts: bool = False) -> Me
     on_device = settings.device.type != "cpu"
     one = settings.nsamples * settings.seqlen * facts.width * facts.compute.itemsize if facts.streams else 0
     held = one * facts.streams
-    count = streamed_block_bytes if streams_experts else block_bytes
+    count, alone = block_bytes, streams_experts and settings.tunes
+    if streams_experts:
+        count = tuned_alone_bytes if alone else streamed_block_bytes
+        held += max((rows_bytes(facts, block).rooms for block in source.blocks), default=0) if alone else 0
     sizes = [count(facts, block) for block in source.blocks]
     full, tuned, after = (max((getattr(s, n) for s in sizes), default=0) for n in ("full", "tuned", "after"))
     matrices = outside_bytes(facts)
@@ -131,7 +138,8 @@ def plan_memory(facts: Facts, streams: str, streams_experts: bool = False) -> Me
     libraries = rss_bytes() + _LATER
     ram = {name: libraries + size for name, size in ram.items()}
     spilled = held if streams == "file" else 0
-    return MemoryPlan(max(ram.values()), vram, spilled, ram, one, streams, streams_experts)
+    stored = max((expert_codes_bytes(facts, block) for block in source.blocks), default=0) if alone else 0
+    return MemoryPlan(max(ram.values()), vram, spilled, ram, one, streams, streams_experts, stored)
 
 
 def quantized(layers: Mapping[str, LayerPlan]) -> list[LayerPlan]:
@@ -190,6 +198,95 @@ def streamed_block_bytes(facts: Facts, block: str) -> BlockBytes:
     forward = forward_bytes(facts, list(facts.layers.values()), 1) - forward_bytes(facts, list(others.values()), 1)
     fewer = lambda size: size - taken - cast + one + max(0, forward)  # noqa: E731
     return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
+
+
+@dataclass(frozen=True)
+class RowsBytes:
+    """What experts that are tuned one at a time are tuned on.
+
+    Attributes:
+        rooms: what they are fed, and what one of them should give.
+        routing, sorting: which tokens each gets, and while that is sorted.
+        rows: tokens of an expert in one piece, at most.
+    """
+
+    rooms: int = 0
+    routing: int = 0
+    sorting: int = 0
+    rows: int = 0
+
+
+def rows_bytes(facts: Facts, block: str) -> RowsBytes:
+    """Of one block; nothing where it has no experts."""
+    module = next(iter(experts_inside(facts.source.model.get_submodule(block)).values()), None)
+    if module is None:
+        return RowsBytes()
+    tokens, chosen = facts.settings.nsamples * facts.settings.seqlen, min(_chosen(facts), module.num_experts)
+    most = most_tokens(tokens, chosen, module.num_experts)
+    rooms = (tokens + most) * module.hidden_dim * facts.compute.itemsize
+    # Sorted: int32 rows and float32 weights. While that is done: experts and weights as recorded, keys and places.
+    return RowsBytes(rooms, 8 * tokens * chosen, 36 * tokens * chosen, -(-most // facts.settings.nsamples))
+
+
+def expert_codes_bytes(facts: Facts, block: str) -> int:
+    """Codes and scales of the experts of a block, as they lie in a file."""
+    inside = quantized({n: p for n, p in facts.layers.items() if n.startswith(f"{block}.") and expert_of(n)})
+    return sum(stored_bytes(plan) for plan in inside)
+
+
+def tuned_alone_bytes(facts: Facts, block: str) -> BlockBytes:
+    """One block whose experts are tuned one at a time, after its other layers."""
+    source, compute, settings = facts.source, facts.compute, facts.settings
+    plans = {name: plan for name, plan in facts.layers.items() if name.startswith(f"{block}.")}
+    experts: dict[str, list[LayerPlan]] = defaultdict(list)
+    for name, plan in plans.items():
+        if (expert := expert_of(name)) is not None:
+            experts[expert].append(plan)
+    if not experts:
+        return block_bytes(facts, block)
+    sizes = {expert: tensor_bytes(source, expert) for expert in experts}
+    taken, largest = sum(sizes.values()), max(sizes, key=lambda expert: sizes[expert])
+    as_cast = lambda size: 0 if compute == source.dtype else size // source.dtype.itemsize * compute.itemsize  # noqa: E731
+    others = {name: plan for name, plan in plans.items() if expert_of(name) is None}
+    rest = block_bytes(replace(facts, layers=others), block)
+    around = tensor_bytes(source, block) - taken
+    around += as_cast(around)
+    one, own = sizes[largest], experts[largest]
+    # As it is read, tensor by tensor, and as it is multiplied with.
+    read = one + max(one, as_cast(one))
+    at_once = min(settings.nsamples, samples_in_pass(facts.batch, facts.tokens, settings.device))
+    forward = forward_bytes(facts, list(plans.values()), at_once)
+    full = around + read + forward + _pairs(facts, [p for p in others.values() if p.scheme.quantizes_weights])
+    chosen = [plan for plan in own if plan.scheme.quantizes_weights]
+    weights = sum(plan.out_features * plan.in_features for plan in chosen)
+    codes = int(1.06 * sum(p.out_features * p.in_features for p in others.values() if p.scheme.quantizes_weights))
+    fed = rows_bytes(facts, block)
+    learned = tuning_bytes(facts, chosen)
+    steps = max(learned.held + max(learned.step, _rows_backward(facts, own, fed.rows)), learned.finished + weights)
+    target = as_cast(one) + _rows_forward(facts, own, fed.rows)
+    alone = one + max(target, steps) + 2 * _pairs(facts, chosen)
+    each = around + codes + fed.routing + max(alone, fed.sorting - fed.routing + forward)
+    # Codes of an expert, its weights in float32, and as they were read.
+    after = around + codes + one + 5 * weights + forward
+    return BlockBytes(around + read, full, max(rest.tuned - taken - as_cast(taken), each), after)
+
+
+def _rows_forward(facts: Facts, plans: Sequence[LayerPlan], rows: int) -> int:
+    """Of one expert on pieces of its tokens, without gradients."""
+    pieces = samples_in_pass(facts.batch, rows, facts.settings.device)
+    widest = max(max(plan.in_features, plan.out_features) for plan in plans)
+    return pieces * rows * (4 * widest + 4 * facts.width) * facts.compute.itemsize
+
+
+def _rows_backward(facts: Facts, plans: Sequence[LayerPlan], rows: int) -> int:
+    """The same with gradients: inputs and outputs of the layers, and what is under way."""
+    algorithm = facts.settings.algorithm
+    assert isinstance(algorithm, SignRoundConfig)
+    layers = len([plan for plan in plans if plan.scheme.quantizes_weights])
+    pieces = samples_at_once(algorithm.batch_size, rows, max(1, layers), facts.settings.device)
+    total = sum(plan.in_features + plan.out_features for plan in plans)
+    widest = max(max(plan.in_features, plan.out_features) for plan in plans)
+    return pieces * rows * (total + 4 * facts.width + 4 * widest) * facts.compute.itemsize
 
 
 def _pairs(facts: Facts, chosen: Sequence[LayerPlan]) -> int:
@@ -256,7 +353,7 @@ def _rule(algorithm: SignRoundConfig) -> str:
 def _features(facts: Facts, plans: Sequence[LayerPlan]) -> tuple[float, float]:
     """(inputs and outputs of all linear layers that a token meets, widest output)."""
     experts = [m.num_experts for m in facts.source.model.modules() if isinstance(m, LinearExperts)]
-    chosen = next((int(v) for k in _TOP_K if (v := getattr(facts.config, k, None))), 1)
+    chosen = _chosen(facts)
     share = min(1.0, chosen / max(experts)) if experts else 1.0
     total = widest = 0.0
     for plan in plans:
@@ -264,6 +361,11 @@ def _features(facts: Facts, plans: Sequence[LayerPlan]) -> tuple[float, float]:
         total += part * (plan.in_features + plan.out_features)
         widest = max(widest, (chosen if part < 1 else 1) * max(plan.in_features, plan.out_features))
     return total, widest
+
+
+def _chosen(facts: Facts) -> int:
+    """Experts that a token goes to."""
+    return next((int(v) for k in _TOP_K if (v := getattr(facts.config, k, None))), 1)
 
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")

@@ -13,8 +13,9 @@ from auto_round.calibration.extremes import InputExtremes
 from auto_round.calibration.products import InputProducts
 from auto_round.calibration.statistics import SecondMoments
 from auto_round.compressors.activations import activation_of, is_calibrated
-from auto_round.compressors.blockwise import Walk, install, layer_task
+from auto_round.compressors.blockwise import Walk, layer_task
 from auto_round.compressors.head import head_inputs, quantize_head
+from auto_round.compressors.install import install
 from auto_round.compressors.job import Job
 from auto_round.compressors.scale_limits import clamped_scales
 from auto_round.compressors.sinks import Sink

@@ -95,6 +95,7 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
 def make_job(
     settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None,
     fit: bool = True, tokenizer: Any = None, kept: Mapping[str, str] | None = None, in_memory: bool = False,
+    tuned_alone: bool | None = None,
 ) -> Job:  # fmt: skip
     """Resolve everything.
 
@@ -103,6 +104,8 @@ def make_job(
         fit: shrink groups that a format cannot hold; False when the layers are quantized already.
         kept: layers that stay in full precision whatever their scheme, with the reasons.
         in_memory: the quantized layers stay in memory, whatever is written.
+        tuned_alone: an interrupted run tunes experts one at a time (True) or with their block (False), and is to be
+            gone on with if that fits; None: there is none.
 
     Raises:
         ConfigError: a layer pattern matches nothing, an entry is no scheme, or `max_memory` is too little.
@@ -188,8 +191,8 @@ def make_job(
     compute = compute_dtype(settings, source)
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
-    memory = place_activations(Facts(settings, source, layers, compute, in_memory), tuple(formats))
-    journaled = source.lazy and output_dir is not None and not memory.streams_experts
+    memory = place_activations(Facts(settings, source, layers, compute, in_memory), tuple(formats), tuned_alone)
+    journaled = source.lazy and output_dir is not None and (settings.tunes or not memory.streams_experts)
     scheme = instead.get(settings.scheme, settings.scheme)
     job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockQuantizer
+from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
@@ -46,12 +47,13 @@ from auto_round.compressors.resume.fingerprint import (
 )
 from auto_round.compressors.resume.going_on import going_on, is_done, keeping, late_facts
 from auto_round.compressors.resume.journal import Journal, journal_folder
-from auto_round.compressors.resume.run_journal import RunJournal
+from auto_round.compressors.resume.run_journal import RunJournal, tuned_alone_before
 from auto_round.compressors.resume.size import check_journal_disk
 from auto_round.compressors.resume.unit_state import Unit
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.streamed_experts import streams_experts
+from auto_round.compressors.tuned_experts import ExpertRooms
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.envs import work_space
 from auto_round.errors import OutputError, UnsupportedError, VerifyError
@@ -96,11 +98,12 @@ class Run:
     ) -> Job:
         """The job, without doing it. `fit`, `in_memory`: see `make_job`."""
         given = (self.settings, self.source, formats, output_dir, fit, self.tokenizer)
-        job = make_job(*given, in_memory=in_memory)
+        before = None if output_dir is None else tuned_alone_before(Path(output_dir))
+        job = make_job(*given, in_memory=in_memory, tuned_alone=before)
         if not self._damaged:
             return job
         self._kept = damaged_layers(job, self._damaged, self.source)
-        job = make_job(*given, self._kept, in_memory)
+        job = make_job(*given, self._kept, in_memory, before)
         check_dense_places(job, self._damaged)
         return job
 
@@ -169,8 +172,8 @@ class Run:
         job = self.checked_plan(formats, output_dir) if job is None else job
         check_disk(output_dir, _output_bytes(job))
         removed = not Path(output_dir).expanduser().exists()
-        if job.memory_plan is not None and job.memory_plan.spilled:
-            check_work_space(job.memory_plan.spilled)
+        if job.memory_plan is not None:
+            check_work_space(job.memory_plan)
         root = ensure_output_folder(output_dir, overwrite=True)
         with writing(root, _output_bytes(job)), ExitStack() as stack:
             base = stack.enter_context(Staging(root))
@@ -240,7 +243,7 @@ class Run:
     def _journal(self, job: Job, root: Path, replace: bool, shard: int | str) -> RunJournal | None:
         """The journal where one is kept. `replace`: one of another run, or a damaged one, is removed: the user said so,
         or has removed the output folder."""
-        if not self.source.lazy or streams_experts(job):
+        if not self.source.lazy or (streams_experts(job) and not self.settings.tunes):
             return None
         journal = RunJournal(root, replace)
         journal.admit(fingerprint(job, self.settings, self.source, shard), weight_files(self.source))
@@ -366,6 +369,7 @@ class Run:
                 probe, batch, getattr(settings.algorithm, "enable_quanted_input", True), job.cache,
                 importance, settings.save_imatrix is not None, journal,
                 FallBack(settings.scale_dtype, source.dtype, needs_all_blocks(settings)), self._numbers(),
+                stack.enter_context(self._expert_rooms()) if settings.tunes and streams_experts(job) else None,
             )  # fmt: skip
             self._walking = walk
             with _deterministic(settings.deterministic):
@@ -387,6 +391,10 @@ class Run:
                 journal.wait()  # it writes hidden states, which are given up here
             walk.calibration = walk.last_inputs = walk.last_full = None  # saving and checking have no use for them
             return_freed()
+        except BaseException:
+            if journal is not None:
+                journal.kept()  # it may still be writing what lies in the files that are closed now
+            raise
         finally:
             progress.finish()
             stack.close()
@@ -394,6 +402,13 @@ class Run:
         seconds = {"calibration": captured - started, "quantization": done - captured}
         described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
         return Finished(walk, outside, loss, probe_ids, described, seconds)
+
+    @contextmanager
+    def _expert_rooms(self) -> Iterator[ExpertRooms]:
+        """What tuning experts one at a time needs for all blocks; its file is gone afterwards."""
+        plain = RTNConfig(disable_opt_rtn=not self.settings.optimized_start)
+        with Spill(work_space(), "codes") as codes:
+            yield ExpertRooms(codes, RTNQuantizer(plain, self.settings.scale_dtype))
 
     def _numbers(self) -> Numbers:
         """The policy, with what is known before the walk."""

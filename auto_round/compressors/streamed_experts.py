@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from auto_round.algorithms.quantization.block_task import BlockQuantizer, BlockResult, BlockTask, LayerTask
 from auto_round.compressors.global_scales import share_global_scales
+from auto_round.compressors.install import loaded
 from auto_round.compressors.job import Job
-from auto_round.modeling.blocks import weight_2d
+from auto_round.compressors.layers_by_expert import LayersByExpert
 from auto_round.modeling.one_expert import OneExpert, expert_of
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
@@ -28,8 +28,10 @@ def streams_experts(job: Job) -> bool:
 
 
 def one_expert(job: Job, source: ModelSource, block: str, device: torch.device, dtype: torch.dtype) -> OneExpert | None:
-    """How the experts of a block are read, or None when they are in memory with the block."""
-    return OneExpert(source, block, device, dtype) if streams_experts(job) else None
+    """How the experts of a block are read; None when they are in memory with the block, and where it has none."""
+    if not streams_experts(job) or not any(expert_of(name) for name in job.layers if name.startswith(f"{block}.")):
+        return None
+    return OneExpert(source, block, device, dtype)
 
 
 @contextmanager
@@ -39,14 +41,14 @@ def experts_run(experts: OneExpert | None, result: BlockResult | None = None) ->
         yield
         return
     layers = None if result is None else result.layers
-    made = layers.dense if isinstance(layers, StreamedLayers) else None
+    made = layers.dense if isinstance(layers, LayersByExpert) else None
     with experts.running(made):
         yield
 
 
 def layer_names(layers: Sequence[QuantizedLayer]) -> list[str]:
     """Their names, without making those that are made when they are reached."""
-    return layers.names if isinstance(layers, StreamedLayers) else [layer.name for layer in layers]
+    return layers.names if isinstance(layers, LayersByExpert) else [layer.name for layer in layers]
 
 
 class LaterExperts:
@@ -67,52 +69,20 @@ class LaterExperts:
         return BlockResult(StreamedLayers(self._experts, task, held, self._inner))
 
 
-class StreamedLayers(Sequence[QuantizedLayer]):
-    """The layers of a block in order; those of an expert are made as they are reached, and held until the next one's.
-
-    Attributes:
-        held: the layers of no expert, by name.
-    """
+class StreamedLayers(LayersByExpert):
+    """Those of an expert are rounded as they are reached."""
 
     def __init__(
         self, experts: OneExpert, task: BlockTask, held: Mapping[str, QuantizedLayer], quantizer: BlockQuantizer
     ) -> None:
-        self._experts, self._task, self.held, self._quantizer = experts, task, held, quantizer
-        self._last: tuple[str, dict[str, QuantizedLayer]] = ("", {})
+        super().__init__([layer.name for layer in task.layers], held)
+        self._experts, self._task, self._quantizer = experts, task, quantizer
 
-    def __len__(self) -> int:
-        return len(self._task.layers)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[place] for place in range(len(self))[index]]
-        name = self._task.layers[index].name
-        return self.held[name] if name in self.held else self._of(expert_of(name) or "")[name]
-
-    @property
-    def names(self) -> list[str]:
-        return [task.name for task in self._task.layers]
-
-    def dense(self, expert: str) -> dict[str, torch.Tensor]:
-        """Dequantized weights of one expert, float32 [out, in], by layer name."""
-        return {name: layer.dequantize(torch.float32) for name, layer in self._of(expert).items()}
-
-    def _of(self, expert: str) -> Mapping[str, QuantizedLayer]:
-        if self._last[0] != expert:
-            self._last = ("", {})
-            self._last = expert, self._round(expert)
-        return self._last[1]
-
-    def _round(self, expert: str) -> dict[str, QuantizedLayer]:
+    def _make(self, expert: str) -> dict[str, QuantizedLayer]:
         source = self._experts.source
         source.load(expert, self._experts.device)
         try:
-            own = []
-            for task in self._task.layers:
-                if expert_of(task.name) == expert:
-                    bias = getattr(task.module, "bias", None)
-                    weight = weight_2d(task.module).detach()
-                    own.append(replace(task, weight=weight, bias=None if bias is None else bias.detach()))
+            own = [loaded(task) for task in self._task.layers if expert_of(task.name) == expert]
             share_global_scales(own)
             made = self._quantizer.quantize_block(replace(self._task, layers=own))
         finally:

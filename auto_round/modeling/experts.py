@@ -230,13 +230,14 @@ class LinearExperts(nn.Module):
         start = 0
         for index, count in enumerate(counts[: self.num_experts]):
             if count:
-                outputs.append(self._run(index, hidden[rows[start : start + count]]))
+                outputs.append(self.run_expert(index, hidden[rows[start : start + count]]))
                 start += count
         if outputs and start < len(rows):
             outputs.append(outputs[0].new_zeros(len(rows) - start, outputs[0].shape[-1]))
         return outputs
 
-    def _run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def run_expert(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What one expert makes of its tokens, [rows, H] from [rows, H], without the routing's weights."""
         gate, up, down = self.leaves[index]
         expert = self.get_submodule(str(index))
         above = getattr(expert, up)(hidden)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from auto_round import envs
 from auto_round._version import __version__
@@ -20,6 +19,7 @@ from auto_round.calibration.spill import SpilledTensor
 from auto_round.compressors.job import Job
 from auto_round.compressors.resume.tensor_file import raw_bytes
 from auto_round.compressors.settings import Settings
+from auto_round.modeling.one_expert import expert_of
 from auto_round.modeling.source import ModelSource, direct_tensors
 
 # Of the settings, what does not decide the result, or is said in another way below.
@@ -27,6 +27,7 @@ _LEFT_OUT = (
     "algorithm", "dataset", "device", "imatrix", "layer_config", "ignore_layers", "to_quant_block_names", "mixed",
     "low_gpu_mem_usage", "max_memory", "platform", "trust_remote_code", "verify",
 )  # fmt: skip
+TUNED_ALONE, TUNED_TOGETHER = "tuned one at a time", "tuned with their block"
 _VARIABLES = ("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "AR_GGUF_PRE_TOKENIZER")
 
 
@@ -46,6 +47,9 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
     }
     values["formats"] = list(job.formats)
     values["max_shard_size"] = str(shard)
+    if settings.tunes and any(map(expert_of, job.layers)):
+        alone = job.memory_plan is not None and job.memory_plan.streams_experts
+        values["experts"] = TUNED_ALONE if alone else TUNED_TOGETHER
     values["model_dtype"] = str(source.dtype).removeprefix("torch.")
     values["compute"] = job.compute if settings.device.type == "cpu" else f"{job.compute} {_accelerator(settings)}"
     values["config.json"] = _file_digest(Path(getattr(source, "folder", "")) / "config.json")
@@ -97,9 +101,14 @@ def tensors_checksum(tensors: Iterable[torch.Tensor | SpilledTensor]) -> int:
     return crc
 
 
-def module_checksum(module: nn.Module) -> int:
-    """CRC-32 of the parameters and persistent buffers of a loaded module."""
-    return tensors_checksum(t for child in module.modules() for _, t in direct_tensors(child))
+def block_checksum(source: ModelSource, name: str) -> int:
+    """CRC-32 of the parameters and persistent buffers of a module; those that are not loaded are read, one at a
+    time."""
+    return tensors_checksum(
+        source.read(".".join(part for part in (name, inner, leaf) if part)) if tensor.is_meta else tensor
+        for inner, child in source.model.get_submodule(name).named_modules()
+        for leaf, tensor in direct_tensors(child)
+    )
 
 
 def outside_checksum(source: ModelSource) -> int:

@@ -30,6 +30,7 @@ from auto_round.compressors.resume.tensor_file import (
     damaged,
     read_rows,
     read_tensors,
+    tensors_in_file,
     unwritable,
     write_tensors,
 )
@@ -101,9 +102,14 @@ class Journal:
         self.run = dict(run)
         self._write(_RUN, self.run)
 
-    def unit(self, index: int) -> tuple[dict[str, torch.Tensor], Any]:
-        """Tensors and facts of a finished unit. Raises OutputError when its file is damaged."""
-        return read_tensors(self.folder / self.units[index]["file"], self.units[index]["mark"])
+    def unit(self, index: int, in_file: bool = False) -> tuple[dict[str, torch.Tensor | SpilledTensor], Any]:
+        """Tensors and facts of a finished unit; if `in_file`, tensors to be read from there. Raises OutputError when
+        its file is damaged."""
+        path, mark = self.folder / self.units[index]["file"], self.units[index]["mark"]
+        if in_file:
+            return tensors_in_file(path, mark)
+        tensors, facts = read_tensors(path, mark)
+        return dict(tensors), facts
 
     def stream(self, kind: str) -> torch.Tensor:
         """Hidden states [N, T, H] after the last unit. Raises OutputError when their file is damaged."""
@@ -130,7 +136,9 @@ class Journal:
         unit = self.write_unit(name, tensors, facts, weights)
         self.commit(unit, {kind: self.write_stream(kind, hidden) for kind, hidden in streams.items()})
 
-    def write_unit(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Any, weights: int) -> dict[str, Any]:
+    def write_unit(
+        self, name: str, tensors: Mapping[str, torch.Tensor | SpilledTensor], facts: Any, weights: int
+    ) -> dict[str, Any]:
         """The next unit's file, which does not count before `commit` is given what this returns."""
         file = f"unit-{len(self.units):04d}.safetensors"
         mark = write_tensors(self.folder / file, tensors, facts)

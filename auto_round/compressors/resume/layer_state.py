@@ -41,8 +41,7 @@ def layer_state(layer: QuantizedLayer) -> tuple[Tensors, dict[str, Any]]:
 
 def layer_from_state(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], device: Any) -> QuantizedLayer:
     """The layer. What lay on an accelerator goes to `device`."""
-    values = {key: value for key, value in facts.items() if key != "on_device"}
-    scheme: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("scheme").items()}
+    values = {key: value for key, value in facts.items() if key not in ("on_device", "scheme")}
     moved = set(facts.get("on_device", ()))
     placed = {name: tensor.to(device) if name in moved else tensor for name, tensor in tensors.items()}
     kind = values.pop("blocks", None)
@@ -50,7 +49,7 @@ def layer_from_state(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, An
         inner = {name.removeprefix("blocks."): t for name, t in placed.items() if name.startswith("blocks.")}
         values["blocks"] = GgmlBlocks(GGML_TYPES[kind], **inner)
     values |= {name: tensor for name, tensor in placed.items() if not name.startswith("blocks.")}
-    return QuantizedLayer(scheme=QuantizationScheme(**scheme), **values)
+    return QuantizedLayer(scheme=scheme_of(facts), **values)
 
 
 def activation_state(quantizer: ActivationQuantizer) -> tuple[Tensors, dict[str, Any]]:
@@ -61,12 +60,17 @@ def activation_state(quantizer: ActivationQuantizer) -> tuple[Tensors, dict[str,
 
 
 def activation_from_state(
-    layer: QuantizedLayer, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+    scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
 ) -> ActivationQuantizer:
-    """The step of the layer's inputs."""
-    scheme = layer.scheme.activations
-    assert scheme is not None
-    return ActivationQuantizer(scheme, **{**facts, **tensors})
+    """The step of a layer's inputs."""
+    assert scheme.activations is not None
+    return ActivationQuantizer(scheme.activations, **{**facts, **tensors})
+
+
+def scheme_of(facts: Mapping[str, Any]) -> QuantizationScheme:
+    """The scheme among a layer's facts."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["scheme"].items()}
+    return QuantizationScheme(**values)
 
 
 def packed(tensors: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[str, list[Any]]]:

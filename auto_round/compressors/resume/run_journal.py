@@ -13,9 +13,10 @@ import torch
 from auto_round.calibration.spill import SpilledTensor
 from auto_round.compressors.resume.background import Background
 from auto_round.compressors.resume.fingerprint import (
+    TUNED_ALONE,
+    block_checksum,
     differences,
     listed,
-    module_checksum,
     outside_checksum,
     plain,
 )
@@ -109,9 +110,10 @@ class RunJournal:
         self.finished = len(self.journal.units)
         self._background = Background("journal")
 
-    def unit(self, index: int, device: torch.device) -> Unit:
-        """A finished unit. Raises OutputError when its file is damaged."""
-        return unit_from_state(*self.journal.unit(index), device)
+    def unit(self, index: int, device: torch.device, in_file: bool = False) -> Unit:
+        """A finished unit; its layers are read as they are reached if `in_file`. Raises OutputError when its file is
+        damaged."""
+        return unit_from_state(*self.journal.unit(index, in_file), device)
 
     def stream(self, kind: str) -> torch.Tensor:
         """Hidden states after the last finished unit: "full", "quantized" or "probe"."""
@@ -215,15 +217,23 @@ class RunJournal:
         logger.info("the model's files are not the same files: comparing the weights of the finished blocks")
         found = []
         for unit, name in zip(self.journal.units, source.blocks, strict=False):
-            module = source.load(name, "cpu")
-            if module_checksum(module) != unit["weights"]:
+            if block_checksum(source, name) != unit["weights"]:
                 found.append(f"weights of {name}: other values than then")
-            source.release(name)
         if len(self.journal.units) > len(source.blocks) and self.journal.units[-1]["weights"] != outside_checksum(
             source
         ):
             found.append("weights outside the blocks: other values than then")
         return found
+
+
+def tuned_alone_before(output: Path) -> bool | None:
+    """Whether the interrupted run into this folder tunes experts one at a time; None where there is no such run, or it
+    has no experts to tune."""
+    journal = Journal(journal_folder(output))
+    with suppress(OutputError):
+        journal.load()
+    found = None if journal.is_empty else journal.run.get("settings", {}).get("experts")
+    return None if found is None else bool(found == TUNED_ALONE)
 
 
 def remove_journal(output: Path) -> None:

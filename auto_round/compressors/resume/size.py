@@ -25,7 +25,7 @@ def journal_bytes(layers: Mapping[str, LayerPlan], settings: Settings, width: in
         width: of the hidden states.
         itemsize: bytes of one of their values.
     """
-    codes = sum(_layer_bytes(plan) for plan in layers.values() if plan.scheme.quantizes_weights)
+    codes = sum(stored_bytes(plan) for plan in layers.values() if plan.scheme.quantizes_weights)
     if not settings.needs_data:
         return codes
     algorithm = settings.algorithm
@@ -33,7 +33,8 @@ def journal_bytes(layers: Mapping[str, LayerPlan], settings: Settings, width: in
     return codes + 2 * streams * settings.nsamples * settings.seqlen * width * itemsize
 
 
-def _layer_bytes(plan: LayerPlan) -> int:
+def stored_bytes(plan: LayerPlan) -> int:
+    """Bytes of one layer's codes, packed, and of its scales."""
     weights = plan.out_features * plan.in_features
     if plan.ggml is not None:
         kind = GGML_TYPES[plan.ggml]

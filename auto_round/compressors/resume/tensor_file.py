@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from auto_round.modeling.tensor_files import DTYPES, empty_pages
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGN = 8
 _AT_ONCE = 16 << 20
+_PIECE = 1 << 20
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | SpilledTensor], facts: Any = None) -> list[int]:
@@ -63,7 +64,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | SpilledTensor
 def _parts(tensor: torch.Tensor | SpilledTensor) -> Iterator[torch.Tensor]:
     """A tensor piece by piece, so that little of it is in memory twice, or at all."""
     if isinstance(tensor, SpilledTensor):
-        yield from (tensor[row] for row in range(tensor.shape[0]))
+        rows = max(1, _PIECE * tensor.shape[0] // max(1, tensor.nbytes))
+        yield from (tensor[at : at + rows] for at in range(0, tensor.shape[0], rows))
     else:
         yield from tensor.detach().contiguous().reshape(-1).split(_AT_ONCE)
 
@@ -97,6 +99,49 @@ def read_tensors(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor], 
         first, last = (8 + length + offset for offset in entry["data_offsets"])
         tensors[name] = data[first:last].view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors, facts
+
+
+class _Written:
+    """A file that is only read, at explicit places."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, start: int, into: memoryview) -> None:
+        done = 0
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(start)
+                while done < len(into):
+                    count = file.readinto(into[done : done + _AT_ONCE])
+                    if not count:
+                        raise damaged(self.path, "it ends early")
+                    done += count
+        except FileNotFoundError as error:
+            raise damaged(self.path, "it is missing") from error
+
+    def write(self, start: int, data: memoryview) -> None:
+        raise OSError(f"{self.path} is only read")
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> SpilledTensor:
+        raise OSError(f"{self.path} is only read")
+
+
+def tensors_in_file(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor | SpilledTensor], Any]:
+    """What `read_tensors` gives, but tensors are read from the file when they are asked for.
+
+    Raises OutputError when it is not what was written.
+    """
+    check_file(path, mark)
+    with open(path, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+    facts = json.loads(header.pop("__metadata__")["facts"])
+    written = _Written(path)
+    return {
+        name: SpilledTensor(written, 8 + length + e["data_offsets"][0], torch.Size(e["shape"]), DTYPES[e["dtype"]])
+        for name, e in header.items()
+    }, facts
 
 
 def check_file(path: Path, mark: list[int]) -> None:

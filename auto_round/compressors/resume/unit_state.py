@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from auto_round.calibration.spill import SpilledTensor
+from auto_round.compressors.layers_by_expert import StoredLayer, StoredLayers, stored_forms
 from auto_round.compressors.resume.layer_state import (
     Tensors,
     activation_from_state,
     activation_state,
-    layer_from_state,
-    layer_state,
     packed,
     unpacked,
 )
@@ -47,40 +47,53 @@ class Unit:
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
-def unit_state(unit: Unit) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors and facts of a unit, codes packed."""
+def unit_state(unit: Unit) -> tuple[dict[str, torch.Tensor | SpilledTensor], dict[str, Any]]:
+    """Tensors and facts of a unit, codes packed. What is in a file is not read."""
     tensors: Tensors = {}
     layers, activations = [], {}
-    for number, layer in enumerate(unit.layers):
-        own, facts = layer_state(layer)
-        layers.append(facts)
-        tensors |= {f"layer.{number}.{name}": tensor for name, tensor in own.items()}
-        if layer.name in unit.activations:
-            own, facts = activation_state(unit.activations[layer.name])
-            activations[layer.name] = facts
-            tensors |= {f"input.{number}.{name}": tensor for name, tensor in own.items()}
+    stored: dict[str, torch.Tensor | SpilledTensor] = {}
+    widths: dict[str, Any] = {}
+    for number, layer in enumerate(stored_forms(unit.layers)):
+        layers.append(dict(layer.facts))
+        stored |= {f"layer.{number}.{name}": tensor for name, tensor in layer.tensors.items()}
+        widths |= {f"layer.{number}.{name}": width for name, width in layer.widths.items()}
+        name = layer.facts["name"]
+        if name in unit.activations:
+            own, facts = activation_state(unit.activations[name])
+            activations[name] = facts
+            tensors |= {f"input.{number}.{leaf}": tensor for leaf, tensor in own.items()}
     tensors |= {f"scale.{name}": tensor for name, tensor in unit.scales.items()}
     tensors |= {f"sum.{name}": tensor for name, tensor in unit.sums.items()}
-    tensors, widths = packed(tensors)
+    rest, more = packed(tensors)
     facts = {
         "layers": layers, "activations": activations, "records": [asdict(record) for record in unit.records],
-        "tokens": dict(unit.tokens), "unreached": unit.unreached, "widths": widths, "numbers": dict(unit.numbers),
+        "tokens": dict(unit.tokens), "unreached": unit.unreached, "widths": widths | more,
+        "numbers": dict(unit.numbers),
     }  # fmt: skip
-    return tensors, facts
+    return stored | rest, facts
 
 
-def unit_from_state(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], device: Any) -> Unit:
-    """The unit. Tensors that lay on an accelerator go to `device`."""
-    tensors = unpacked(tensors, facts["widths"])
+def unit_from_state(given: Mapping[str, torch.Tensor | SpilledTensor], facts: Mapping[str, Any], device: Any) -> Unit:
+    """The unit. Tensors that lay on an accelerator go to `device`. Layers in a file are read as they are reached."""
+    rest = {n: t.read() if isinstance(t, SpilledTensor) else t for n, t in given.items() if not n.startswith("layer.")}
+    tensors = unpacked(rest, facts["widths"])
 
     def under(prefix: str) -> Tensors:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    layers = [layer_from_state(under(f"layer.{n}."), own, device) for n, own in enumerate(facts["layers"])]
+    stored: dict[str, StoredLayer] = {}
+    for number, own in enumerate(facts["layers"]):
+        prefix = f"layer.{number}."
+        parts = {n.removeprefix(prefix): t for n, t in given.items() if n.startswith(prefix)}
+        widths = {n.removeprefix(prefix): w for n, w in facts["widths"].items() if n.startswith(prefix)}
+        stored[own["name"]] = StoredLayer(parts, widths, own)
+    in_file = any(isinstance(tensor, SpilledTensor) for tensor in given.values())
+    layers: Sequence[QuantizedLayer] = [] if in_file else [layer.layer(device) for layer in stored.values()]
+    layers = StoredLayers(list(stored), {}, stored, device) if in_file else layers
     activations = {
-        layer.name: activation_from_state(layer, under(f"input.{n}."), facts["activations"][layer.name])
-        for n, layer in enumerate(layers)
-        if layer.name in facts["activations"]
+        name: activation_from_state(stored[name].scheme, under(f"input.{n}."), facts["activations"][name])
+        for n, name in enumerate(stored)
+        if name in facts["activations"]
     }
     records = [BlockRecord(**record) for record in facts["records"]]
     return Unit(

@@ -1,0 +1,223 @@
+"""What passes through the experts of a block, recorded: what they give together, or what each of them is fed.
+
+Both lie in one matrix with a row for every token of every sample, in memory, on the device or in a file, as the hidden
+states do. What experts give is needed until the layers around them are tuned, what they are fed only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from auto_round.calibration.spill import SpilledTensor
+from auto_round.errors import UnsupportedError
+from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.tensor_files import empty_pages
+
+Rows = torch.Tensor | SpilledTensor
+_SHARE = 4
+
+
+def experts_inside(block: nn.Module) -> dict[str, LinearExperts]:
+    """The modules under `block` that run experts, by name."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, LinearExperts)}
+
+
+def most_tokens(tokens: int, chosen: int, experts: int) -> int:
+    """Tokens that one expert is tuned on at most, of `tokens` that go to `chosen` of `experts` each: four times what
+    the average expert gets, so that the room for them is known beforehand."""
+    return min(tokens, -(-_SHARE * tokens * chosen // experts))
+
+
+def room_like(hidden: Rows, shape: tuple[int, int], dtype: torch.dtype) -> Rows:
+    """An uninitialised matrix that is kept where `hidden` is."""
+    if isinstance(hidden, SpilledTensor):
+        return hidden.room(dtype, shape)
+    if hidden.device.type == "cpu":
+        return empty_pages(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=hidden.device)
+
+
+class TokenRows:
+    """A matrix with a row for every token of every sample.
+
+    Args:
+        rows: gives the matrix [N * T, H], which may move meanwhile.
+        tokens: T.
+        running: gives the samples that the block is being called on, in the order of its batch.
+    """
+
+    def __init__(self, rows: Callable[[], Rows], tokens: int, running: Callable[[], Sequence[int]]) -> None:
+        self.rows, self.tokens, self._running = rows, tokens, running
+
+    def write(self, values: torch.Tensor, into: Rows | None = None) -> None:
+        """The rows [B * T, ...] of the batch that runs; `into`: another matrix of as many rows."""
+        into = self.rows() if into is None else into
+        samples = self._running()
+        if values.shape[0] != len(samples) * self.tokens:
+            raise UnsupportedError(
+                f"the experts of this model are called on {values.shape[0]} rows for {len(samples)} samples of "
+                f"{self.tokens} tokens; they cannot be tuned one at a time: give more max_memory, or iters=0"
+            )
+        for place, sample in enumerate(samples):
+            into[self._of(sample)] = values[self._of(place)].to(into.device, into.dtype)
+
+    def read(self) -> torch.Tensor:
+        """The rows of the batch that runs."""
+        return torch.cat([self.rows()[self._of(sample)] for sample in self._running()])
+
+    def _of(self, sample: int) -> slice:
+        return slice(sample * self.tokens, (sample + 1) * self.tokens)
+
+
+@contextmanager
+def outputs_recorded(experts: LinearExperts, record: TokenRows) -> Iterator[None]:
+    """While this is open, what the experts give goes to `record`."""
+
+    def after(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
+        record.write(output)
+
+    handle = experts.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class RecordedExperts(nn.Module):
+    """Gives what was recorded, whatever it is fed; called as `LinearExperts` is."""
+
+    def __init__(self, record: TokenRows) -> None:
+        super().__init__()
+        self.record = record
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return self.record.read().to(hidden_states.device, hidden_states.dtype)
+
+
+class FedExperts(nn.Module):
+    """Records what it is fed, and gives zeros; called as `LinearExperts` is.
+
+    Attributes:
+        index: int32 [N * T, K], the experts of each token; None before the first call.
+        weights: float32 [N * T, K], and by how much each counts.
+    """
+
+    def __init__(self, record: TokenRows) -> None:
+        super().__init__()
+        self.record = record
+        self.index: torch.Tensor | None = None
+        self.weights: torch.Tensor | None = None
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        if self.index is None or self.weights is None:
+            shape = (int(self.record.rows().shape[0]), int(top_k_index.shape[1]))
+            self.index, self.weights = torch.empty(shape, dtype=torch.int32), torch.empty(shape)
+        self.record.write(hidden_states)
+        self.record.write(top_k_index, self.index)
+        self.record.write(top_k_weights, self.weights)
+        return torch.zeros_like(hidden_states)
+
+
+@contextmanager
+def in_place_of(block: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    """While this is open, `module` is called where the block has its part of that name."""
+    owner, _, leaf = name.rpartition(".")
+    parent = block.get_submodule(owner)
+    before = getattr(parent, leaf)
+    setattr(parent, leaf, module)
+    try:
+        yield
+    finally:
+        setattr(parent, leaf, before)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The tokens of every expert: `tokens` int32 rows and `weights` float32, expert after expert, and where each of
+    them begins and ends."""
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    bounds: Sequence[int]
+
+    @classmethod
+    def of(cls, index: torch.Tensor, weights: torch.Tensor, counted: torch.Tensor | None, experts: int) -> Routing:
+        """Sorted by expert.
+
+        Args:
+            index: int [rows, K]; `experts` or above is none.
+            weights: [rows, K].
+            counted: bool [rows], which rows count; None: all.
+        """
+        chosen = index.clamp(max=experts)
+        if counted is not None:
+            chosen = chosen.masked_fill(~counted[:, None], experts)
+        chosen, order = torch.sort(chosen.reshape(-1), stable=True)
+        counts = torch.bincount(chosen, minlength=experts + 1)[:experts].tolist()
+        bounds = [0]
+        for count in counts:
+            bounds.append(bounds[-1] + count)
+        order = order[: bounds[-1]]
+        tokens = order.div(index.shape[1], rounding_mode="floor").to(torch.int32)
+        return cls(tokens, weights.reshape(-1)[order], bounds)
+
+    def count(self, number: int) -> int:
+        """Tokens of one expert."""
+        return self.bounds[number + 1] - self.bounds[number]
+
+    def expert(self, number: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows int64 [n], weights float32 [n]) of one expert in rising order: all, or `most` that are spread
+        evenly."""
+        part = slice(self.bounds[number], self.bounds[number + 1])
+        tokens, weights = self.tokens[part].long(), self.weights[part]
+        if tokens.numel() > most:
+            kept = torch.arange(most) * tokens.numel() // most
+            tokens, weights = tokens[kept], weights[kept]
+        return tokens, weights
+
+
+def rows_of(matrix: Rows, places: torch.Tensor) -> torch.Tensor:
+    """The rows int64 [n] of a matrix, where it is, or in memory from a file."""
+    return matrix[places.tolist()] if isinstance(matrix, SpilledTensor) else matrix[places.to(matrix.device)]
+
+
+class GatheredRows:
+    """Some rows of a matrix as samples [M, R, H] of R rows each; the last one is filled up with zeros.
+
+    Args:
+        matrix: where they are; read as they are asked for.
+        rows: int64 [n], which, in order.
+        each: R.
+    """
+
+    def __init__(self, matrix: Rows, rows: torch.Tensor, each: int) -> None:
+        self.matrix, self.rows, self.each = matrix, rows, each
+        self.shape = torch.Size((-(-rows.numel() // each), each, matrix.shape[1]))
+
+    @property
+    def present(self) -> torch.Tensor | None:
+        """bool [M, R]: False where a row is filled up; None where none is."""
+        count = self.rows.numel()
+        if count == self.shape[0] * self.each:
+            return None
+        return (torch.arange(self.shape[0] * self.each) < count).view(self.shape[:2])
+
+    def __getitem__(self, index: Sequence[int]) -> torch.Tensor:
+        wanted = torch.tensor(index)[:, None] * self.each + torch.arange(self.each)
+        inside = (wanted < self.rows.numel()).reshape(-1)
+        places = self.rows[wanted.reshape(-1)[inside]]
+        found = rows_of(self.matrix, places)
+        if not bool(inside.all()):
+            whole = found.new_zeros(inside.numel(), found.shape[1])
+            whole[inside.to(found.device)] = found
+            found = whole
+        return found.view(len(index), self.each, -1)
