@@ -287,7 +287,7 @@ class AutoRound:
         siblings = [folder_name(fmt) for fmt in formats]
         root = Path(output_dir).expanduser()
         places = [root if len(group) > 1 else root / folder_name(group[0]) for _, group in runs]
-        jobs = [run.checked_plan(group, str(folder)) for (run, group), folder in zip(runs, places, strict=True)]
+        jobs = [run.checked_plan(group, str(place), resume) for (run, group), place in zip(runs, places, strict=True)]
         # an empty one has no subfolder that a later run could stumble over
         ensure_output_folder(root, overwrite, {PARTIAL, *siblings})
         found: dict[str, Path] = {}

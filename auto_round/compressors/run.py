@@ -94,16 +94,20 @@ class Run:
         self._kept: dict[str, str] = {}
 
     def plan(
-        self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True, in_memory: bool = False
-    ) -> Job:
-        """The job, without doing it. `fit`, `in_memory`: see `make_job`."""
+        self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True, in_memory: bool = False,
+        resume: bool = True,
+    ) -> Job:  # fmt: skip
+        """The job, without doing it. `fit`, `in_memory`: see `make_job`. `resume`: an interrupted run may be gone on
+        with, so what decides the result is chosen as it was then, where that is possible."""
         given = (self.settings, self.source, formats, output_dir, fit, self.tokenizer)
-        before = None if output_dir is None else tuned_alone_before(Path(output_dir))
-        job = make_job(*given, in_memory=in_memory, tuned_alone=before)
+        before = tuned_alone_before(Path(output_dir)) if resume and output_dir is not None else None
+        job = make_job(*given, in_memory=in_memory, tuned_alone=None if before is None else before.alone)
+        if before is not None and before.differs(fingerprint(job, self.settings, self.source, "")):
+            job = make_job(*given, in_memory=in_memory)  # another run, to be refused or replaced
         if not self._damaged:
             return job
         self._kept = damaged_layers(job, self._damaged, self.source)
-        job = make_job(*given, self._kept, in_memory, before)
+        job = make_job(*given, self._kept, in_memory)
         check_dense_places(job, self._damaged)
         return job
 
@@ -117,7 +121,7 @@ class Run:
         for name, bad in self._damaged.items():
             logger.warning("tensor %s holds %s: it stays as it is", name, bad)
 
-    def checked_plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None) -> Job:
+    def checked_plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None, resume: bool = True) -> Job:
         """The same, with the files of importance that it will read and write looked at.
 
         Raises:
@@ -125,7 +129,7 @@ class Run:
             OutputError: the file to write cannot be made.
         """
         self._look_for_damage()
-        return self._checked(self.plan(formats, output_dir))
+        return self._checked(self.plan(formats, output_dir, resume=resume))
 
     def _checked(self, job: Job) -> Job:
         settings = self.settings
@@ -169,7 +173,7 @@ class Run:
             OutputError: the folder cannot be used, or another run works on it.
             Stopped: by Ctrl-C.
         """
-        job = self.checked_plan(formats, output_dir) if job is None else job
+        job = self.checked_plan(formats, output_dir, resume) if job is None else job
         check_disk(output_dir, _output_bytes(job))
         removed = not Path(output_dir).expanduser().exists()
         if job.memory_plan is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from auto_round.compressors.resume.unit_state import Unit, unit_from_state, unit
 from auto_round.errors import ConfigError, OutputError
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
+
+_SIZE = "max_shard_size"
 
 
 class RunJournal:
@@ -226,14 +229,27 @@ class RunJournal:
         return found
 
 
-def tuned_alone_before(output: Path) -> bool | None:
-    """Whether the interrupted run into this folder tunes experts one at a time; None where there is no such run, or it
-    has no experts to tune."""
+@dataclass(frozen=True)
+class HowExpertsWere:
+    """How an interrupted run has gone about experts: `alone`, one at a time, or with their block. `settings`: its
+    fingerprint."""
+
+    alone: bool
+    settings: Mapping[str, Any]
+
+    def differs(self, fixed: Mapping[str, Any]) -> bool:
+        """Whether a run of this fingerprint is another one; the size of files, which is not known yet, left out."""
+        return differences({**self.settings, _SIZE: ""}, {**plain(fixed), _SIZE: ""}) != []
+
+
+def tuned_alone_before(output: Path) -> HowExpertsWere | None:
+    """Of the interrupted run into this folder; None where there is none, or it has no experts to tune."""
     journal = Journal(journal_folder(output))
     with suppress(OutputError):
         journal.load()
-    found = None if journal.is_empty else journal.run.get("settings", {}).get("experts")
-    return None if found is None else bool(found == TUNED_ALONE)
+    settings = {} if journal.is_empty else journal.run.get("settings", {})
+    found = settings.get("experts")
+    return None if found is None else HowExpertsWere(found == TUNED_ALONE, settings)
 
 
 def remove_journal(output: Path) -> None:
