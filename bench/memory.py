@@ -27,7 +27,12 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {  # configuration, bytes
     "small": (_LLAMA | dict(hidden_size=768, intermediate_size=2048, vocab_size=8192), 52_000_000),
     "wide": (_LLAMA | dict(hidden_size=2048, intermediate_size=5632, vocab_size=8192), 150_000_000),
     "words": (_LLAMA | dict(hidden_size=768, intermediate_size=2048, vocab_size=65536), 225_000_000),
-}
+    "moe": (
+        SHAPES["moe"] | dict(
+            hidden_size=768, moe_intermediate_size=512, num_attention_heads=12, num_key_value_heads=4, head_dim=64,
+            num_experts=32, num_experts_per_tok=4, vocab_size=8192),
+        180_000_000),
+}  # fmt: skip
 TUNED = {"iters": 3, "lr": 0.001}
 SHORT, LONG = {"nsamples": 4, "seqlen": 128}, {"nsamples": 24, "seqlen": 1024}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # model, format, keywords
@@ -47,6 +52,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # model, format, keywords
     "W4A16 RTN, many words": ("words", "auto_round", {"scheme": "W4A16", "iters": 0, "disable_opt_rtn": True}),
     "W4A16 tuned, head too": (
         "words", "auto_round", {"scheme": "W4A16", **TUNED, **SHORT, "quant_lm_head": True}),
+    "W4A16 tuned, mixture": ("moe", "auto_round", {"scheme": "W4A16", **TUNED, **SHORT}),
+    "W4A16 tuned, mixture, experts alone": (
+        "moe", "auto_round", {"scheme": "W4A16", **TUNED, **SHORT, "max_memory": 1}),
+    "W4A16 tuned, mixture, experts alone, long samples": (
+        "moe", "auto_round", {"scheme": "W4A16", **TUNED, **LONG, "max_memory": 1}),
+    "W4A16 tuned, mixture, experts alone, long samples, spilled": (
+        "moe", "auto_round", {"scheme": "W4A16", **TUNED, **LONG, "max_memory": 2}),
 }  # fmt: skip
 
 CHILD = """
@@ -59,19 +71,19 @@ from auto_round.report.memory import peak_rss_bytes
 keywords = dict(given["keywords"])
 count, length = keywords.get("nsamples", 1), keywords.get("seqlen", 128)
 ids = [torch.randint(3, 8000, (length,), generator=torch.Generator().manual_seed(i)) for i in range(count)]
-spilled = keywords.pop("max_memory", None) is not None
+lowered = keywords.pop("max_memory", -1) + 1
 def make(**more):
     return AutoRound(given["model"], dataset=ids, device_map="cpu", batch_size=4, **keywords, **more)
 tuner = make()
 job = tuner.plan(given["format"])
-if spilled:  # a byte less than what it takes in memory
+for _ in range(lowered):  # a byte less than what it takes: the next way that takes less memory
     tuner = make(max_memory=job.peak_ram - 1)
     job = tuner.plan(given["format"])
 tuner.quantize_and_save(given["out"], given["format"])
 print("RESULT " + json.dumps({
     "predicted": job.peak_ram, "measured": peak_rss_bytes(), "streams": job.memory_plan.streams,
-    "spilled": job.memory_plan.spilled, "phases": dict(job.memory_plan.phases),
-    "predicted_files": sum(job.bytes_on_disk.values())}))
+    "spilled": job.memory_plan.spilled, "alone": job.memory_plan.streams_experts,
+    "phases": dict(job.memory_plan.phases), "predicted_files": sum(job.bytes_on_disk.values())}))
 """
 
 
