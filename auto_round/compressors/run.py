@@ -64,11 +64,14 @@ from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
 from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
-from auto_round.report.memory import return_freed
+from auto_round.report.memory import FreedMemory, return_freed
 from auto_round.report.progress import Progress, make_progress
 
 if TYPE_CHECKING:
     from auto_round.compressors.gguf_sink import GgufSink
+
+
+_LITTLE = 16 << 20  # bytes of freed memory that are worth giving back where experts are read one at a time
 
 
 @dataclass
@@ -375,6 +378,8 @@ class Run:
                 FallBack(settings.scale_dtype, source.dtype, needs_all_blocks(settings)), self._numbers(),
                 stack.enter_context(self._expert_rooms()) if settings.tunes and streams_experts(job) else None,
             )  # fmt: skip
+            if streams_experts(job):
+                walk.freed = FreedMemory(_LITTLE)
             self._walking = walk
             with _deterministic(settings.deterministic):
                 walk_blocks(job, source, walk, progress)

@@ -51,14 +51,18 @@ def return_freed() -> None:
 
 class FreedMemory:
     """Memory of freed tensors, given back when much of it has gathered: what is used again soon is cheaper kept, as
-    the system clears every page that it hands out."""
+    the system clears every page that it hands out.
 
-    def __init__(self) -> None:
-        self._held = rss_bytes()
+    Args:
+        gathered: how many bytes are much.
+    """
+
+    def __init__(self, gathered: int = _GATHERED) -> None:
+        self._gathered, self._held = gathered, rss_bytes()
 
     def give_back(self) -> None:
-        """`return_freed`, where the process has grown by `_GATHERED` since the last time."""
-        if rss_bytes() - self._held > _GATHERED:
+        """`return_freed`, where the process has grown by as much since the last time."""
+        if rss_bytes() - self._held > self._gathered:
             return_freed()
             self._held = rss_bytes()
 

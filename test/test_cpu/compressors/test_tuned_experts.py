@@ -19,6 +19,7 @@ from auto_round.compressors.tuned_experts import ExpertByExpert
 from auto_round.errors import ConfigError, Stopped
 from auto_round.export.shard_writer import parse_size
 from auto_round.modeling.checkpoint_source import CheckpointSource
+from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.one_expert import expert_of
 
 IDS = [torch.randint(3, 250, (24,), generator=torch.Generator().manual_seed(i)) for i in range(32)]
@@ -180,6 +181,36 @@ def test_each_expert_is_what_tuning_its_own_mlp_gives(folder: str, alone: Make) 
             assert torch.equal(layer.codes, layers[layer.name].codes), layer.name
             assert torch.equal(layer.scale, layers[layer.name].scale), layer.name
     assert tuned > EXPERTS // 2
+
+
+def test_a_full_device_means_smaller_passes_and_the_same_codes(
+    folder: str, alone: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out whenever an expert is run on more than two pieces: what it should give stays the same."""
+    plain, tight = alone(folder), alone(folder)
+    plain.quantize()
+    real = LinearExperts.run_expert
+    tried: list[int] = []
+
+    def full(self: LinearExperts, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[0] > 12 and not torch.is_grad_enabled() and hidden.shape[0] not in tried:
+            tried.append(hidden.shape[0])
+            raise torch.OutOfMemoryError
+        return real(self, index, hidden)
+
+    tune = ExpertByExpert._tune
+
+    def under_pressure(self: Any, *args: Any) -> Any:
+        tried.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LinearExperts, "run_expert", full)
+            return tune(self, *args)
+
+    monkeypatch.setattr(ExpertByExpert, "_tune", under_pressure)
+    tight.quantize()
+    assert tried
+    one, other = plain._result[1], tight._result[1]
+    assert all(torch.equal(one[name].codes, other[name].codes) for name in one)
 
 
 def test_few_tokens_leave_an_expert_at_its_start(folder: str, make: Make, alone: Make) -> None:
