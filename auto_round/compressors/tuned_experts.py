@@ -179,6 +179,7 @@ class ExpertByExpert:
         return self._rooms.fed
 
     def _offload(self, streams: Callable[[BlockTask], bool], task: BlockTask) -> bool:
+        """Move the rows and the hidden states off the device."""
         moved = self._rooms.offload()
         return streams(task) or moved
 
@@ -225,8 +226,10 @@ class ExpertByExpert:
             assert rooms.fed is not None and rooms.targets is not None
             task.inputs, task.targets = GatheredRows(rooms.fed, tokens, each), GatheredRows(rooms.targets, places, each)
 
+        everything = task.offload
+
         def offload(task: BlockTask) -> bool:
-            moved = self._rooms.offload()
+            moved = everything(task)
             place(task)
             return moved
 

@@ -1,9 +1,9 @@
 """A program of the tests: forks tuning runs that are killed at chosen moments, and runs that go on. Not a test itself.
 
-Argument: a JSON object with `work` (a folder), `cells` ({name: {"model", "formats", "kwargs", "ways"}}), `kills` (how
-many of each cell), and `seed`. `ways`: other settings that give the same bytes, one is drawn for each run: "threads",
-"file" (activations in a file, by a limit on memory that asks for it), or flags. Prints one JSON line: by cell the
-kills, their phases, and what went wrong.
+Argument: a JSON object with `work` (a folder), `cells` ({name: {"model", "formats", "kwargs", "ways", "alone"}}),
+`kills` (how many of each cell), and `seed`. `ways`: other settings that give the same bytes, one is drawn for each run:
+"threads", "file" (activations in a file, by a limit on memory that asks for it), or flags. `alone`: memory is so little
+that experts are tuned one at a time. Prints one JSON line: by cell the kills, their phases, and what went wrong.
 
 Half of the kills come at a random call of what changes the disk, before it, after it or in the middle of a write; the
 other half at a random time.
@@ -104,12 +104,16 @@ def run(cell: dict[str, Any], out: Path, way: dict[str, Any] | None = None) -> N
         import torch
 
         torch.set_num_threads(way.pop("threads"))
-    if way.pop("file", False):
+    in_file = way.pop("file", False)
+    if in_file or cell.get("alone"):
         from auto_round.compressors import memory_plan
 
         memory_plan.rss_bytes = lambda: 100_000_000  # not what this process happens to hold
-        way["max_memory"] = AutoRound(cell["model"], **given).plan().peak_ram - 1
-        assert AutoRound(cell["model"], **given, **way).plan().memory_plan.streams == "file"
+        wanted = bool(cell.get("alone")) and given.get("iters") != 0, in_file
+        plan = AutoRound(cell["model"], **given).plan().memory_plan
+        while (plan.streams_experts, plan.streams == "file") < wanted:
+            way["max_memory"] = plan.ram - 1
+            plan = AutoRound(cell["model"], **given, **way).plan().memory_plan
     AutoRound(cell["model"], **given, **way).quantize_and_save(out, cell["formats"])
 
 

@@ -33,6 +33,9 @@ CELLS: dict[str, dict[str, Any]] = {
         "formats": "auto_round", "kwargs": G32,
         "ways": [{}, {"file": True}, {"low_gpu_mem_usage": True}, {"threads": 2}, {"threads": 2, "file": True}],
     },
+    "experts alone": {
+        "family": "qwen3-moe", "formats": "auto_round,fake", "kwargs": G32, "alone": True, "ways": [{}, {"file": True}],
+    },
     "model-free": {"formats": "auto_round", "kwargs": {"group_size": 32, "model_free": True}},
 }  # fmt: skip
 KILLS = 42  # of each
@@ -42,7 +45,8 @@ PHASES = {"before the journal", "0 units done", "1 units done", "2 units done", 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", CELLS if FULL else ["tuned"])
 def test_kills(name: str, record: Callable[..., None], packable_folder: Any, gguf_folder: Any, tmp_path: Path) -> None:
-    cell = CELLS[name] | {"model": (gguf_folder if "gguf" in name else packable_folder)("llama")}
+    folder = gguf_folder if "gguf" in name else packable_folder
+    cell = CELLS[name] | {"model": folder(CELLS[name].get("family", "llama"))}
     given = {"work": str(tmp_path), "cells": {name: cell}, "kills": KILLS if FULL else 6, "seed": 1}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AR_LOG_LEVEL": "CRITICAL"}
     done = subprocess.run(
