@@ -1,6 +1,6 @@
 """Tuning experts one at a time against rounding and against tuning whole blocks, on a mixture that is trained here.
 
-    python bench/mixture_quality.py --train calib.txt --test eval_wiki.txt --work DIR [--save FILE]
+    python bench/mixture_quality.py calib.txt eval_wiki.txt DIR [--save FILE]
 
 A Qwen3-MoE of bytes is trained for a few minutes on one text. Each way quantizes it to W2A16 and W3A16, and the saved
 model is compared with the trained one on another text: Kullback-Leibler divergence and nats a byte.
@@ -83,7 +83,7 @@ def measure(folder: Path, test: torch.Tensor, against: list[torch.Tensor] | None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("train", "test", "work"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+        parser.add_argument(name, type=Path)
     for name, value in (("training_steps", 800), ("steps", 100), ("samples", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
