@@ -321,7 +321,9 @@ def test_what_was_tuned_with_its_block_stays_so(
     make(folder, **given).quantize_and_save(out)
 
 
-def test_what_cannot_be_tuned_so_is_refused(folder: str, make: Make, alone: Make, tmp_path: Path) -> None:
+def test_what_cannot_be_tuned_so_is_refused(
+    folder: str, make: Make, alone: Make, packable_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limit = alone(folder).plan().peak_ram
     with pytest.raises(ConfigError, match="cannot be tuned one at a time: on_nan=rtn wants them together"):
         make(folder, **TUNED, on_nan="rtn", max_memory=limit).quantize_and_save(tmp_path / "out")
@@ -330,3 +332,8 @@ def test_what_cannot_be_tuned_so_is_refused(folder: str, make: Make, alone: Make
     needed = re.search(r"and ([\d.]+GB) is needed", str(refused.value))
     assert needed is not None and make(folder, **TUNED, max_memory=needed[1]).plan().peak_ram <= parse_size(needed[1])
     assert not (tmp_path / "out").exists() and not (tmp_path / "space").exists()
+    with pytest.raises(ConfigError, match="one at a time: the model is in memory already"):
+        make(packable_model("qwen3-moe"), **TUNED, max_memory=120_000_000).plan()
+    monkeypatch.setattr("auto_round.compressors.place.experts_inside", lambda _block: {})
+    with pytest.raises(ConfigError, match=r"runs the experts of model\.layers\.0 in a way of its own"):
+        make(folder, **TUNED, max_memory=limit).plan()
