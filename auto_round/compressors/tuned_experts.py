@@ -186,14 +186,18 @@ class ExpertByExpert:
     @torch.no_grad()
     def _feed(self, task: BlockTask) -> FedExperts:
         """Run the block up to its experts."""
-        assert task.inputs is not None
-        fed = FedExperts(self._record())
+        fed, device = FedExperts(self._record()), self._experts.device
         steps = {layer.module: layer.activation for layer in task.layers if layer.activation is not None}
         with quantized_inputs(steps), in_place_of(task.block, self._inside, fed):
-            for at in range(0, self._samples, self._batch):
-                samples = list(range(at, min(at + self._batch, self._samples)))
-                task.run(task.inputs[samples].to(self._experts.device, task.compute_dtype), samples)
+            Passes(task, (), self._batch, device).run(partial(self._run_all, task))
         return fed
+
+    def _run_all(self, task: BlockTask, at_once: int) -> None:
+        """Call the block on all samples."""
+        assert task.inputs is not None
+        for at in range(0, self._samples, at_once):
+            samples = list(range(at, min(at + at_once, self._samples)))
+            task.run(task.inputs[samples].to(self._experts.device, task.compute_dtype), samples)
 
     def _quantize(self, number: int, task: BlockTask, tokens: torch.Tensor, weights: torch.Tensor) -> BlockResult:
         """One expert. `tokens`: int64 [n], its rows of what the experts are fed; `weights`: float32 [n]."""

@@ -24,15 +24,19 @@ class Passes:
     from its start: what it had gathered is dropped.
     """
 
-    def __init__(self, task: BlockTask, layers: Sequence[Learnables], at_once: int) -> None:
+    def __init__(
+        self, task: BlockTask, layers: Sequence[Learnables], at_once: int, device: torch.device | None = None
+    ) -> None:
+        """`device`: where the block runs; None: where its layers are."""
         self.task, self.layers, self.at_once = task, layers, at_once
+        self.device = task.layers[0].weight.device if device is None else device
 
     def run(self, step: Callable[[int], T]) -> T:
         """`step(at_once)`; again with half as many samples at once, then with the block's inputs off the device.
 
         Raises DeviceError when one sample alone does not fit even so.
         """
-        device = self.task.layers[0].weight.device
+        device = self.device
         while True:
             try:
                 return step(self.at_once)
