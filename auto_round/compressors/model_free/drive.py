@@ -25,11 +25,13 @@ from auto_round.compressors.model_free.plan import ModelFreeJob, model_free_job
 from auto_round.compressors.model_free.rounding import Rounder
 from auto_round.compressors.model_free.shard_run import ShardRun
 from auto_round.compressors.model_free.shared_run import (
+    all_ready,
     clear_failures,
     failures,
     my_shards,
     raise_failures,
     say_failure,
+    say_ready,
     wait_until,
 )
 from auto_round.compressors.model_free.units import Unit, Work, plan_work
@@ -165,7 +167,7 @@ class ModelFree:
         if rank == 0:
             everything = range(len(layout.shards))
             wait_until(
-                lambda: all(_sums(journal, i).is_file() for i in everything),
+                lambda: all_ready(journal, world) and all(_sums(journal, i).is_file() for i in everything),
                 lambda: _alive(journal.folder, earlier), "the other processes",
             )  # fmt: skip
             seconds = {"quantization": quantized - started}
@@ -173,7 +175,12 @@ class ModelFree:
             journal.close()
             logger.info("saved %s", folder)
         else:
-            wait_until(lambda: not journal.folder.exists(), lambda: _alive(journal.folder, earlier), "process 0 to end")
+
+            def alive() -> int:
+                say_ready(journal, rank)
+                return _alive(journal.folder, earlier)
+
+            wait_until(lambda: not journal.is_open, alive, "process 0 to end")
 
     def _quantize(
         self, job: ModelFreeJob, work: Work, layout: Layout, rounder: Rounder, journal: Journal, own: Sequence[int],

@@ -4,6 +4,7 @@
     .model_free/00001.partial     an unfinished output file
     .model_free/lock              held by the process that works on the folder
     .model_free/failed-00003      why process 3 gave up
+    .model_free/ready-00003       process 3 has done its part
     .model_free/00001.jsonl       units of it whose bytes are on the disk, one line each time they were synced
     .model_free/whole/            finished files under their own names, until all are there and were checked
     .model_free/checked.json      the names of all files: they are being moved into the output folder
@@ -32,6 +33,7 @@ from auto_round.export.staging import OPENS, seal, show
 FOLDER = ".model_free"
 LOCK = "lock"
 FAILED = "failed-"
+READY = "ready-"
 _MANIFEST = "manifest.json"
 _CHECKED = "checked.json"
 
@@ -53,6 +55,11 @@ class Journal:
         except (OSError, ValueError) as error:
             raise OutputError(f"{file} cannot be read ({error}); remove {self.folder} to start anew") from error
         return values if isinstance(values, dict) else {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a run is there that is not over."""
+        return (self.folder / _MANIFEST).is_file()
 
     def clear(self) -> None:
         """Remove what an earlier run left here, but the lock, and what other processes say: that may be of this run."""
@@ -76,6 +83,8 @@ class Journal:
     def go_on(self) -> None:
         """Have all finished files in `whole` again, where a run was stopped while it moved them out."""
         self.whole.mkdir(parents=True, exist_ok=True)
+        for said in self.folder.glob(f"{READY}*"):
+            said.unlink(missing_ok=True)  # of processes that are no more; others say it again
         file = self.folder / _CHECKED
         if not file.is_file():
             return

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
-from auto_round.compressors.model_free.journal import FAILED
+from auto_round.compressors.model_free.journal import FAILED, READY, Journal
 from auto_round.compressors.model_free.layout import Layout
 from auto_round.errors import AutoRoundError, OutputError
 from auto_round.export.shard_writer import write_text
@@ -58,9 +59,11 @@ def say_failure(folder: Path, rank: int, error: BaseException) -> None:
 def failures(folder: Path) -> frozenset[tuple[Path, int]]:
     """Files that say that a process gave up, with the time of each. A run starts by noting those of earlier runs."""
     found = set()
-    for file in folder.glob(f"{FAILED}*"):
-        with suppress(FileNotFoundError):  # its process has begun again
-            found.add((file, file.stat().st_mtime_ns))
+    with suppress(FileNotFoundError):  # the run is over, or has not begun
+        for name in os.listdir(folder):
+            if name.startswith(FAILED):
+                with suppress(FileNotFoundError):  # its process has begun again
+                    found.add((folder / name, (folder / name).stat().st_mtime_ns))
     return frozenset(found)
 
 
@@ -74,3 +77,19 @@ def raise_failures(folder: Path, known: Collection[tuple[Path, int]] = ()) -> No
 def clear_failures(folder: Path, rank: int) -> None:
     """Forget that this process gave up in an earlier run."""
     (folder / f"{FAILED}{rank:05d}").unlink(missing_ok=True)
+
+
+def say_ready(journal: Journal, rank: int) -> None:
+    """Tell process 0, once, that this one has done its part. Until all have, the journal stays: a slow process would
+    find neither its files nor what the run is any more.
+
+    Looked at in this order: when the journal is removed, its manifest is gone before this file is.
+    """
+    file = journal.folder / f"{READY}{rank:05d}"
+    if not file.is_file() and journal.is_open:
+        write_text(journal.folder, file.name, "")
+
+
+def all_ready(journal: Journal, world: int) -> bool:
+    """Whether all other processes than 0 have done their part."""
+    return all((journal.folder / f"{READY}{rank:05d}").is_file() for rank in range(1, world))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from auto_round import AutoRound
-from auto_round.compressors.model_free.drive import _finished_bytes
-from auto_round.compressors.model_free.journal import FOLDER
+from auto_round.compressors.model_free import drive
+from auto_round.compressors.model_free.journal import FOLDER, READY
 from auto_round.compressors.model_free.layout import Layout, Shard
 from auto_round.compressors.model_free.shared_run import (
     clear_failures,
@@ -54,24 +56,63 @@ def test_waiting_ends() -> None:
         wait_until(lambda: False, lambda: 0, "the others", longest=0.01)
 
 
-def test_a_process_that_cannot_begin_ends_the_others(
-    monkeypatch: pytest.MonkeyPatch, packable_folder: Callable[..., str], tmp_path: Path
-) -> None:
+@pytest.fixture
+def processes(
+    monkeypatch: pytest.MonkeyPatch, packable_folder: Callable[..., str]
+) -> Callable[[], tuple[AutoRound, AutoRound]]:
+    """`processes()`: a run as two processes see it."""
+
+    def make() -> tuple[AutoRound, AutoRound]:
+        runs = []
+        for rank in range(2):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            runs.append(AutoRound(packable_folder("llama"), "W4A16", model_free=True, device_map="cpu"))
+        return runs[0], runs[1]
+
+    return make
+
+
+def test_a_process_that_cannot_begin_ends_the_others(processes: Callable[..., Any], tmp_path: Path) -> None:
     """They waited ten minutes for it."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "note.txt").write_text("not ours")
-    runs = []
-    for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        runs.append(AutoRound(packable_folder("llama"), "W4A16", model_free=True, device_map="cpu"))
+    first, second = processes()
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(runs[1].quantize_and_save, out)
+        other = pool.submit(second.quantize_and_save, out)
         with pytest.raises(OutputError, match="is not empty"):
-            runs[0].quantize_and_save(out)
+            first.quantize_and_save(out)
         with pytest.raises(AutoRoundError, match="process 0 gave up: OutputError: output folder .* is not empty"):
-            second.result(60)
+            other.result(60)
+
+
+def test_a_slow_process_finds_the_run_that_it_is_part_of(
+    processes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All files are made, and only the end is missing: process 0 alone could bring it about, and be gone."""
+    out = tmp_path / "out"
+
+    def broken(*_: Any) -> None:
+        raise OutputError("the disk has gone")
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(drive, "check_layers", broken)
+        first, second = processes()
+        other = pool.submit(second.quantize_and_save, out)
+        with pytest.raises(OutputError, match="the disk has gone"):
+            first.quantize_and_save(out)
+        with pytest.raises(AutoRoundError, match="process 0 gave up: OutputError: the disk has gone"):
+            other.result(60)
+    assert (out / FOLDER / f"{READY}00001").is_file() and list((out / FOLDER).glob("*.sha256"))
+    first, second = processes()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(first.quantize_and_save, out)
+        time.sleep(2)
+        assert not other.done() and not (out / "config.json").exists()
+        second.quantize_and_save(out)
+        other.result(60)
+    assert (out / "report.json").is_file() and not (out / FOLDER).exists()
 
 
 def test_another_process_may_move_a_file_while_its_size_is_asked(tmp_path: Path) -> None:
@@ -79,4 +120,4 @@ def test_another_process_may_move_a_file_while_its_size_is_asked(tmp_path: Path)
     journal.mkdir()
     (journal / "00001.partial").write_bytes(bytes(70))
     (journal / "00002.partial").symlink_to("moved")
-    assert _finished_bytes(tmp_path) == 70
+    assert drive._finished_bytes(tmp_path) == 70
