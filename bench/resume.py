@@ -77,7 +77,7 @@ def watched() -> Iterator[dict[str, float]]:
 
         setattr(owner, name, timed)
 
-    for owner, names in ((RunJournal, MAIN), (Journal, BESIDE), (blockwise, ("module_checksum",))):
+    for owner, names in ((RunJournal, MAIN), (Journal, BESIDE), (blockwise, ("block_checksum",))):
         for name in names:
             patch(owner, name)
     try:
