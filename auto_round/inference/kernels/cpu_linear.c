@@ -569,7 +569,7 @@ static void float_row(const struct job *job, const struct head *h, const uint8_t
 /* ---- the walk: an item is a block of outputs for a piece of one expert's rows ---- */
 
 /* Each thread has a range of items that follow each other, and helps in the others' when it is through: blocks that
-   lie side by side come from memory a fifth faster than every second one. */
+   lie side by side come from memory faster than every second one. */
 
 struct cursor { int64_t expert, before; }; /* before: items of the experts before; items of a range rise */
 

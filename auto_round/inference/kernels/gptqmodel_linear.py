@@ -27,8 +27,8 @@ from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, Linear
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
 _SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
 
-# How GPTQModel says that a kernel is not for this machine or layer: a module that cannot be imported, a value that it
-# does not take, a NotImplementedError, which is a RuntimeError, or an extension that cannot be compiled.
+# How GPTQModel says that a kernel is not for this machine or layer: ImportError for a missing module, ValueError for
+# what it does not take, RuntimeError for an extension that does not compile and, as NotImplementedError, the rest.
 _REFUSALS = (ImportError, ValueError, RuntimeError)
 
 

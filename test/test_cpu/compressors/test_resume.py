@@ -60,34 +60,6 @@ def results(folder: Path) -> list[Any]:
     return [(r["layers"], b, r["files"], r["verify"]) for r, b in zip(reports, blocks, strict=True)]
 
 
-@pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`with stop_at(module, name, call=1, error=KeyboardInterrupt):` raise at that call of a function."""
-
-    def patched(owner: Any, name: str, call: int = 1, error: type[BaseException] = KeyboardInterrupt) -> Any:
-        context = pytest.MonkeyPatch.context()
-        real = getattr(owner, name)
-        count = [0]
-
-        def stopping(*args: Any, **kwargs: Any) -> Any:
-            count[0] += 1
-            if count[0] == call:
-                raise error("a planted stop")
-            return real(*args, **kwargs)
-
-        class Patched:
-            def __enter__(self) -> None:
-                context.__enter__().setattr(owner, name, stopping)
-
-            def __exit__(self, *exc: Any) -> None:
-                context.__exit__(*exc)
-                assert count[0] >= call, "the place was never reached"
-
-        return Patched()
-
-    return patched
-
-
 CELLS = {
     "tuned-two-formats": ("llama", "auto_round,auto_gptq", TUNED),
     "opt-rtn-asym": ("llama", "auto_round", {"iters": 0, "sym": False}),

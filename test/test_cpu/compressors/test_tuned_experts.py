@@ -256,32 +256,13 @@ def test_kinds(
     assert report["verify"] and all(b["loss_after"] <= b["loss_before"] for b in report["blocks"])
 
 
-def stopping(owner: Any, name: str, call: int) -> Any:
-    """While this is open, a function raises KeyboardInterrupt at its `call`."""
-    context, real, count = pytest.MonkeyPatch.context(), getattr(owner, name), [0]
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        count[0] += 1
-        if count[0] == call:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    class Stopping:
-        def __enter__(self) -> None:
-            context.__enter__().setattr(owner, name, stop)
-
-        def __exit__(self, *exc: Any) -> None:
-            context.__exit__(*exc)
-
-    return Stopping()
-
-
 def test_stopped_in_an_expert_it_goes_on_as_it_was(
-    folder: str, make: Make, alone: Make, weights_hash: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folder: str, make: Make, alone: Make, stop_at: Any, weights_hash: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     alone(folder, **QUICK).quantize_and_save(tmp_path / "whole")
     with pytest.raises(Stopped, match="block 2 of 2; the same command goes on from there"):
-        with stopping(ExpertByExpert, "_quantize", EXPERTS + 5):
+        with stop_at(ExpertByExpert, "_quantize", EXPERTS + 5):
             alone(folder, **QUICK).quantize_and_save(tmp_path / "out")
     # What was taken before is taken again, though the block would fit now: less is in memory, or there is no limit.
     limited = alone(folder, **QUICK)
@@ -305,13 +286,13 @@ def test_stopped_in_an_expert_it_goes_on_as_it_was(
 
 
 def test_what_was_tuned_with_its_block_stays_so(
-    folder: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, make: Make, stop_at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A start that finds a little more in memory goes on; one that finds much more is refused, with the reason."""
     needed = make(folder, **QUICK).plan().peak_ram
     given = {**QUICK, "max_memory": needed}
     out = tmp_path / "out"
-    with pytest.raises(Stopped), stopping(SignRoundQuantizer, "quantize_block", 2):
+    with pytest.raises(Stopped), stop_at(SignRoundQuantizer, "quantize_block", 2):
         make(folder, **given).quantize_and_save(out)
     monkeypatch.setattr("auto_round.compressors.memory_plan.rss_bytes", lambda: 101_000_000)
     assert make(folder, **given).plan().memory_plan.streams_experts
