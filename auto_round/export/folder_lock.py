@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +26,44 @@ if sys.platform == "win32":
             raise BlockingIOError from error
         finally:
             os.lseek(file, 0, os.SEEK_SET)
+
+    def _is_locked(file: int) -> bool:
+        os.lseek(file, _PLACE, os.SEEK_SET)
+        try:
+            os.read(file, 1)  # a locked byte cannot be read
+        except PermissionError:
+            return True
+        return False
 else:
     import fcntl
 
     def _lock(file: int) -> None:
         """Raises BlockingIOError when another process holds it."""
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _is_locked(file: int) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not see each other
+        except BlockingIOError:
+            return True
+        return False
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live process holds the lock at `path`. True on file systems without locks, which cannot tell.
+
+    A FolderLock that is taken in the same moment may find it held; `patience` is for that.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return _is_locked(file)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
 
 
 class FolderLock:
@@ -39,15 +72,22 @@ class FolderLock:
     Args:
         path: the lock's file; its folder must exist. It holds the owner's process id and host while it is locked.
         what: the folder that is locked, for the message.
+        patience: for how many seconds to try again while another holds it.
 
     Raises:
         OutputError: another process, or another run in this one, holds it; the message names it.
     """
 
-    def __init__(self, path: Path, what: Path) -> None:
+    def __init__(self, path: Path, what: Path, patience: float = 0) -> None:
         self.path, self._file = path, -1
+        until = time.monotonic() + patience
         while self._file < 0:
-            self._file = self._take(what)
+            try:
+                self._file = self._take(what)
+            except OutputError as error:
+                if not isinstance(error.__cause__, BlockingIOError) or time.monotonic() >= until:
+                    raise
+                time.sleep(0.01)
 
     def _take(self, what: Path) -> int:
         """A locked file, or -1 when its owner removed it in the meantime."""

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from auto_round.compressors.model_free.check import check_layers, sample_layers
 from auto_round.compressors.model_free.fetch import Fetcher
 from auto_round.compressors.model_free.file_check import file_digest
 from auto_round.compressors.model_free.inputs import Inputs, open_inputs
-from auto_round.compressors.model_free.journal import FOLDER, LOCK, Journal, manifest_of
+from auto_round.compressors.model_free.journal import BEGUN, FOLDER, LOCK, Journal, manifest_of
 from auto_round.compressors.model_free.layout import Layout, index_text, plan_layout
 from auto_round.compressors.model_free.options import ModelFreeOptions, check_settings
 from auto_round.compressors.model_free.pipeline import run_units
@@ -39,7 +39,7 @@ from auto_round.compressors.resume.fingerprint import differences
 from auto_round.compressors.settings import Settings
 from auto_round.errors import OutputError, Stopped
 from auto_round.export.disk import check_disk, ensure_output_folder, writing
-from auto_round.export.folder_lock import FolderLock
+from auto_round.export.folder_lock import FolderLock, is_held
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import parse_size, write_text
 from auto_round.logger import logger
@@ -149,38 +149,48 @@ class ModelFree:
         manifest = manifest_of(_decisive(job, self.settings), inputs.identity(), layout)
         journal = Journal(folder)
         clear_failures(journal.folder, rank)
-        if rank == 0:
+        with self._started(journal, manifest, overwrite, resume, earlier):
+            rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device)
+            if self.settings.verify:
+                rounder = replace(rounder, samples=sample_layers(rounder))
+            rounder.use_arena()
+            own = my_shards(layout, rank, world)
+            self._quantize(job, work, layout, rounder, journal, own, inputs)
+            quantized = time.monotonic()
+            self._check_files(layout, journal, own)
+            if rank == 0:
+                everything = range(len(layout.shards))
+                wait_until(
+                    lambda: all_ready(journal, world) and all(_sums(journal, i).is_file() for i in everything),
+                    lambda: _alive(journal.folder, earlier), "the other processes",
+                )  # fmt: skip
+                seconds = {"quantization": quantized - started}
+                journal.publish(self._complete(job, fmt, layout, rounder, journal, seconds))
+                journal.close()
+                logger.info("saved %s", folder)
+            else:
+
+                def alive() -> int:
+                    say_ready(journal, rank)
+                    return _alive(journal.folder, earlier)
+
+                wait_until(lambda: not journal.is_open, alive, "process 0 to end")
+
+    def _started(
+        self, journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resume: bool,
+        earlier: Collection[tuple[Path, int]],
+    ) -> AbstractContextManager[object]:  # fmt: skip
+        """Begin, or wait until process 0 has. While it works it holds a lock that says so: a journal alone may be of a
+        run that was killed, and that process 0 is about to throw away."""
+        begun = journal.folder / BEGUN
+        if self.options.rank == 0:
             _begin(journal, manifest, overwrite, resume)
-        else:
-            wait_until(
-                lambda: _matches(journal, manifest), lambda: raise_failures(journal.folder, earlier),
-                "process 0 to begin", 600,
-            )  # fmt: skip
-        rounder = Rounder(job, source, fmt, work, self.settings.scale_dtype, self.settings.device)
-        if self.settings.verify:
-            rounder = replace(rounder, samples=sample_layers(rounder))
-        rounder.use_arena()
-        own = my_shards(layout, rank, world)
-        self._quantize(job, work, layout, rounder, journal, own, inputs)
-        quantized = time.monotonic()
-        self._check_files(layout, journal, own)
-        if rank == 0:
-            everything = range(len(layout.shards))
-            wait_until(
-                lambda: all_ready(journal, world) and all(_sums(journal, i).is_file() for i in everything),
-                lambda: _alive(journal.folder, earlier), "the other processes",
-            )  # fmt: skip
-            seconds = {"quantization": quantized - started}
-            journal.publish(self._complete(job, fmt, layout, rounder, journal, seconds))
-            journal.close()
-            logger.info("saved %s", folder)
-        else:
-
-            def alive() -> int:
-                say_ready(journal, rank)
-                return _alive(journal.folder, earlier)
-
-            wait_until(lambda: not journal.is_open, alive, "process 0 to end")
+            return FolderLock(begun, journal.output, patience=10) if self.options.world > 1 else nullcontext()
+        wait_until(
+            lambda: is_held(begun) and _matches(journal, manifest), lambda: raise_failures(journal.folder, earlier),
+            "process 0 to begin", 600,
+        )  # fmt: skip
+        return nullcontext()
 
     def _quantize(
         self, job: ModelFreeJob, work: Work, layout: Layout, rounder: Rounder, journal: Journal, own: Sequence[int],

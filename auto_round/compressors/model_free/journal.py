@@ -3,6 +3,7 @@
     .model_free/manifest.json     what the run is: settings, plan, input files
     .model_free/00001.partial     an unfinished output file
     .model_free/lock              held by the process that works on the folder
+    .model_free/begun             held by process 0 of several from when the rest is this run's
     .model_free/failed-00003      why process 3 gave up
     .model_free/ready-00003       process 3 has done its part
     .model_free/00001.jsonl       units of it whose bytes are on the disk, one line each time they were synced
@@ -32,6 +33,7 @@ from auto_round.export.staging import OPENS, seal, show
 
 FOLDER = ".model_free"
 LOCK = "lock"
+BEGUN = "begun"
 FAILED = "failed-"
 READY = "ready-"
 _MANIFEST = "manifest.json"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from auto_round.errors import OutputError
 from auto_round.export.disk import ensure_output_folder
-from auto_round.export.folder_lock import FolderLock
+from auto_round.export.folder_lock import FolderLock, is_held
 from auto_round.export.shard_writer import file_sha256
 from auto_round.export.staging import Staging, can_publish
 
@@ -109,6 +110,36 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
             Staging(tmp_path)
     with Staging(tmp_path):
         pass
+
+
+def test_whether_a_lock_is_held(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    assert not is_held(file)
+    file.touch()  # of a process that was killed
+    assert not is_held(file)
+    with FolderLock(file, tmp_path):
+        assert is_held(file) and is_held(file)
+        started = time.monotonic()
+        with pytest.raises(OutputError, match="is being written by"):
+            FolderLock(file, tmp_path, patience=0.1)
+        assert time.monotonic() - started >= 0.1
+    assert not is_held(file)
+
+
+def test_a_lock_waits_for_those_who_ask(tmp_path: Path) -> None:
+    """Asking takes a shared lock for a moment."""
+    fcntl = pytest.importorskip("fcntl")
+    file = tmp_path / "lock"
+    file.touch()
+    with open(file) as asking, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        assert not is_held(file)
+        taken = pool.submit(FolderLock, file, tmp_path, patience=60)
+        time.sleep(0.1)
+        assert not taken.done()
+        fcntl.flock(asking, fcntl.LOCK_UN)
+        with taken.result():
+            assert is_held(file)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process of its own that can be killed")

@@ -115,6 +115,38 @@ def test_a_slow_process_finds_the_run_that_it_is_part_of(
     assert (out / "report.json").is_file() and not (out / FOLDER).exists()
 
 
+@pytest.mark.timeout(120)
+def test_nobody_works_on_what_process_0_is_about_to_throw_away(
+    processes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With resume=False a quick process found the journal of a killed run, which says the same, and took it for this
+    run's."""
+    out, several = tmp_path / "out", {"max_shard_size": 60_000}
+
+    def killed(*_: Any) -> None:
+        raise OutputError("killed")
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(drive, "check_layers", killed)
+        first, second = processes()
+        other = pool.submit(second.quantize_and_save, out, **several)
+        with pytest.raises(OutputError, match="killed"):
+            first.quantize_and_save(out, **several)
+        with pytest.raises(AutoRoundError, match="process 0 gave up"):
+            other.result(60)
+    assert len(list((out / FOLDER).glob("*.sha256"))) > 2
+    ready = out / FOLDER / f"{READY}00001"
+    ready.unlink()
+    first, second = processes()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(second.quantize_and_save, out, resume=False, **several)
+        time.sleep(2)
+        early = ready.exists()  # it had nothing to do
+        first.quantize_and_save(out, resume=False, **several)
+        other.result(60)
+    assert not early and (out / "report.json").is_file() and not (out / FOLDER).exists()
+
+
 def test_another_process_may_move_a_file_while_its_size_is_asked(tmp_path: Path) -> None:
     journal = tmp_path / FOLDER
     journal.mkdir()
