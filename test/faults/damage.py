@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickletools
 import random
 import resource
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,13 @@ def truncations(data: bytes, head: int, count: int, seed: int = 0) -> Iterator[t
         yield f"cut to {size}", data[:size]
 
 
-def flips(data: bytes, head: int, count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """`count` different single bits of the first `head` bytes turned over."""
-    places = random.Random(seed).sample(range(head * 8), min(count, head * 8))
-    for place in places:
+def flips(data: bytes, where: Sequence[int], count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
+    """`count` different single bits of the bytes at `where` turned over."""
+    for place in random.Random(seed).sample(range(len(where) * 8), min(count, len(where) * 8)):
+        byte, bit = where[place // 8], place % 8
         changed = bytearray(data)
-        changed[place // 8] ^= 1 << place % 8
-        yield f"bit {place % 8} of byte {place // 8}", bytes(changed)
+        changed[byte] ^= 1 << bit
+        yield f"bit {bit} of byte {byte}", bytes(changed)
 
 
 @dataclass
@@ -86,6 +89,24 @@ def judge(
 def safetensors_head(data: bytes) -> int:
     """Bytes before the tensors'."""
     return 8 + int.from_bytes(data[:8], "little")
+
+
+def around_tensors(file: Path) -> list[int]:
+    """Places of the bytes of a pickle that are no tensor's: those of an archive's other records and of its lists."""
+    data = file.read_bytes()
+    if not zipfile.is_zipfile(file):
+        stream = io.BytesIO(data)
+        for _ in range(5):  # a mark, a version, this machine's sizes, the tensors by name, the names of their data
+            list(pickletools.genops(stream))
+        return list(range(stream.tell()))
+    places = set(range(len(data)))
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if "/data/" in record.filename:
+                with archive.open(record) as opened:
+                    start = opened._orig_compress_start  # type: ignore[attr-defined]
+                places.difference_update(range(start, start + record.file_size))
+    return sorted(places)
 
 
 def json_object(text: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import Outcome, flips, judge, safetensors_head, truncations
+from damage import Outcome, around_tensors, flips, judge, safetensors_head, truncations
 from safetensors.torch import save_file
 
 from auto_round import AutoRound
@@ -28,6 +28,7 @@ from auto_round.inference.packed_linear import PackedLinear
 from auto_round.layer_config import parse_layer_config
 from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.json_text import read_object
+from auto_round.modeling.pickle_files import PickleFiles
 from auto_round.modeling.raw_config import read_config as read_raw_config
 from auto_round.modeling.tensor_files import TensorFiles
 
@@ -54,7 +55,7 @@ def both(
 ) -> tuple[Outcome, Outcome]:  # fmt: skip
     data, right = file.read_bytes(), read()
     cut = judge(truncations(data, head(data), counts[0]), file, read, right, confirm)
-    flipped = judge(flips(data, head(data), counts[1]), file, read, right, confirm)
+    flipped = judge(flips(data, range(head(data)), counts[1]), file, read, right, confirm)
     file.write_bytes(data)
     assert read() == right
     return cut, flipped
@@ -70,12 +71,12 @@ def model(packable_folder: Callable[..., str], tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def opens_as_before(folder: Path) -> Callable[[Any], None]:
+def opens_as_before(folder: Path, **options: Any) -> Callable[[Any], None]:
     """Opening the model must refuse it, or say what it does not know, or give the same tensors."""
-    right = _state(CheckpointSource(folder))
+    right = _state(CheckpointSource(folder, **options))
 
     def confirm(_: Any) -> None:
-        source = CheckpointSource(folder)
+        source = CheckpointSource(folder, **options)
         if source.notes:
             raise VerifyError("; ".join(source.notes))  # the run says so
         if _state(source) == right:
@@ -244,14 +245,20 @@ def test_layer_configuration(tmp_path: Path, record: Record, counts: tuple[int, 
     report(record, "layer_config", *both(file, len, lambda: parse_layer_config(str(file)), counts, accepted))
 
 
-def test_pickles(model: Path, record: Record, counts: tuple[int, int]) -> None:
-    """Cuts only: what a bit does inside a zip archive is PyTorch's to tell."""
-    from auto_round.modeling.pickle_files import PickleFiles
-
+@pytest.mark.parametrize("form", ["pickle", "old pickle"])
+def test_pickles(form: str, model: Path, record: Record, counts: tuple[int, int]) -> None:
+    """Archives have a checksum for each record; the form before PyTorch 1.6 has none."""
     files = TensorFiles.open(model)
-    torch.save({name: files.read(name) for name in files}, model / "pytorch_model.bin")
+    tensors = {name: files.read(name) for name in files}
     file = model / "pytorch_model.bin"
-    data = file.read_bytes()
-    read = lambda: contents(PickleFiles.open_pickles(model))  # noqa: E731
-    right = read()
-    report(record, "pickles", judge(truncations(data, 4000, counts[0]), file, read, right))
+    torch.save(tensors, file, _use_new_zipfile_serialization=form == "pickle")
+    (model / "model.safetensors").unlink()
+
+    def read() -> Any:
+        return contents(PickleFiles.open_pickles(model))
+
+    data, right, places = file.read_bytes(), read(), around_tensors(file)
+    confirm = opens_as_before(model, allow_pickle=True)
+    cut = judge(truncations(data, 4000, counts[0]), file, read, right, confirm)
+    flipped = judge(flips(data, places, counts[1]), file, read, right, confirm)
+    report(record, form, cut, flipped)

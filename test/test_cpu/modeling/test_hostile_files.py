@@ -18,6 +18,7 @@ from auto_round.errors import ConfigError, ModelError
 from auto_round.modeling.build import load_config
 from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.json_text import parse_object
+from auto_round.modeling.pickle_files import PickleFiles
 from auto_round.modeling.raw_config import read_config
 from auto_round.modeling.source import open_source
 from auto_round.modeling.tensor_files import TensorFiles
@@ -261,11 +262,35 @@ def test_pickles_that_do_harm_or_are_none(tmp_path: Path, tiny_folder: Callable[
         file.write_bytes(content)
         with pytest.raises(ModelError, match="pytorch_model.bin"):
             open_source(folder, allow_pickle=True)
+    torch.save({"model.norm.weight": torch.ones(1).expand(64)}, file)
+    with pytest.raises(ModelError, match="'model.norm.weight' lie on top of each other"):
+        open_source(folder, allow_pickle=True)
     index = {"weight_map": {"a": "../pytorch_model.bin"}}
     file.unlink()
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="only .bin files beside it"):
         open_source(folder, allow_pickle=True)
+
+
+def test_a_pickle_whose_bits_changed(tmp_path: Path, tiny_folder: Callable[..., Path]) -> None:
+    """Archives hold a checksum of each record, which PyTorch does not look at, unless they were written without."""
+    folder = as_pickle(tiny_folder("llama"), tmp_path / "m")
+    file = folder / "pytorch_model.bin"
+    whole, weight = (
+        bytearray(file.read_bytes()),
+        load_file(tiny_folder("llama") / "model.safetensors")["lm_head.weight"],
+    )
+    whole[whole.index(weight.numpy().tobytes()) + 1] ^= 4
+    file.write_bytes(whole)
+    with pytest.raises(ModelError, match=r"pytorch_model.bin.*record .*data/\d+ is damaged"):
+        open_source(folder, allow_pickle=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"lm_head.weight": weight.t()[::2]}, file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    found = PickleFiles.open_pickles(folder)
+    assert torch.equal(found.read("lm_head.weight"), weight.t()[::2])
 
 
 def test_the_quantization_config_of_a_checkpoint() -> None:
