@@ -100,12 +100,14 @@ def _guard(argv: Sequence[str] | None, start: Callable[[list[str]], int]) -> int
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if args == ["--version"]:
-            print(f"auto-round {__version__}")
+            print(f"auto-round {__version__}", flush=True)
             return 0
         setup_logging()
         _prepare_process()
         with _terminable():
-            return start(args)
+            code = start(args)
+        sys.stdout.flush()  # now, where a reader that has gone is no error
+        return code
     except AutoRoundError as err:
         _say(str(err))
         _debug_traceback()
