@@ -1,4 +1,4 @@
-"""Compiles a C file of this folder for the machine it runs on, once, and loads it.
+"""Compiles C files of this folder for the machine they run on, once, and loads them.
 
 What was compiled is kept for later processes in a folder that only the user can write to, under a name made of hashes:
 of everything that decides what the compiler makes, and of the file itself, so that a damaged one is compiled anew.
@@ -40,32 +40,34 @@ def find_compiler() -> list[str] | None:
 
 
 @functools.lru_cache(maxsize=8)
-def load(source: Path) -> ctypes.CDLL | str:
-    """The library made of `source`, or the reason why there is none. Compiles for a few seconds when it is new.
+def load(*sources: Path) -> ctypes.CDLL | str:
+    """The library made of `sources`, headers among them, or the reason why there is none. Compiles for a few seconds
+    when it is new.
 
     One result for a process: a compiler that is installed later is found by the next one.
     """
     compiler = find_compiler()
     if compiler is None:
         return NO_COMPILER
-    key = _key(source, compiler)
+    key = _key(sources, compiler)
     folder = _private_folder()
     try:
         if folder is None:
             with tempfile.TemporaryDirectory(prefix="auto_round_") as there:
-                built = _compile(source, compiler, Path(there), key)
+                built = _compile(sources, compiler, Path(there), key)
                 return built if isinstance(built, str) else ctypes.CDLL(str(built))
-        built = _find(folder, source.stem, key) or _compile(source, compiler, folder, key)
+        built = _find(folder, sources[0].stem, key) or _compile(sources, compiler, folder, key)
         return built if isinstance(built, str) else ctypes.CDLL(str(built))
     except OSError as error:
         return f"what the C compiler {compiler[0]} made cannot be loaded: {error}"
 
 
-def _key(source: Path, compiler: list[str]) -> str:
-    """Changes with the source, the flags, the compiler and the processor."""
+def _key(sources: tuple[Path, ...], compiler: list[str]) -> str:
+    """Changes with the sources, the flags, the compiler and the processor."""
     there = os.stat(os.path.realpath(compiler[0]))
     parts = [*compiler, *_FLAGS, str(there.st_size), str(there.st_mtime_ns), platform.machine(), _processor()]
-    return hashlib.sha256("\0".join(parts).encode() + source.read_bytes()).hexdigest()[:20]
+    text = b"\0".join(source.read_bytes() for source in sources)
+    return hashlib.sha256("\0".join(parts).encode() + text).hexdigest()[:20]
 
 
 def _processor() -> str:
@@ -108,24 +110,25 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
 
 
-def _compile(source: Path, compiler: list[str], folder: Path, key: str) -> Path | str:
+def _compile(sources: tuple[Path, ...], compiler: list[str], folder: Path, key: str) -> Path | str:
     """The finished library in `folder`, or why it could not be made."""
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
-    handle, name = tempfile.mkstemp(prefix=f"{source.stem}-", suffix=".part", dir=folder)
+    handle, name = tempfile.mkstemp(prefix=f"{sources[0].stem}-", suffix=".part", dir=folder)
     os.close(handle)
     made = Path(name)
+    files = [str(source) for source in sources if source.suffix != ".h"]
     problem = ""
     try:
         for flags in ((native, *_FLAGS), _FLAGS):
             try:
                 done = subprocess.run(
-                    [*compiler, *flags, "-o", name, str(source)], capture_output=True, text=True, timeout=_SECONDS,
+                    [*compiler, *flags, "-o", name, *files], capture_output=True, text=True, timeout=_SECONDS,
                     check=False, stdin=subprocess.DEVNULL,
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
                 return f"the C compiler {compiler[0]} did not finish in {_SECONDS} s"
             if done.returncode == 0:
-                final = folder / f"{source.stem}-{key}-{_digest(made)}.so"
+                final = folder / f"{sources[0].stem}-{key}-{_digest(made)}.so"
                 made.replace(final)
                 return final
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()

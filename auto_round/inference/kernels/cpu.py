@@ -13,7 +13,7 @@ import torch
 from auto_round.inference.kernels.compiled import load
 from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
 
-SOURCE = Path(__file__).with_name("cpu_linear.c")
+SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}") for name in ("linear.c", "dense.c", "common.h"))
 # Columns that share a scale of the inputs, at most: `CHUNK` in the source, where the bound on sums depends on it.
 CHUNK = 128
 _BITS = {2: 2, 3: 4, 4: 4, 8: 8}
@@ -25,6 +25,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "unpack": (None, [_P, _P, _I]),
     "linear": (_I, [_P, _P, _Q, _P, _Q, _P, _I, _I]),
     "linear_one": (_I, [_P, _Q, _P, _Q, _P, _I, _I]),
+    "dense": (_I, [_P, _Q, _Q, _Q, _P, _Q, _P, _I, _I]),
     "use_threads_of": (None, [_P]),
 }
 
@@ -32,7 +33,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | str:
     """The compiled code, or the reason why it is not here."""
-    found = load(SOURCE)
+    found = load(*SOURCES)
     if isinstance(found, str):
         return found
     for name, (result, arguments) in _SIGNATURES.items():
@@ -72,7 +73,7 @@ class CpuKernel(LinearKernel):
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
-        (lib, has_half), spec = _loaded(), weight.spec
+        (lib, has_half), spec = loaded(), weight.spec
         starts = chunk_starts(spec.in_features, spec.group_size)
         group = (starts[:-1] // spec.group_size).long()
         scales, zeros = weight.scales[:, group].float().contiguous(), weight.zeros[:, group].contiguous()
@@ -106,7 +107,7 @@ class CpuKernel(LinearKernel):
 
     def codes(self) -> torch.Tensor:
         codes = torch.empty(self.spec.out_features, self.spec.in_features, dtype=torch.uint8)
-        _loaded()[0].unpack(self.packed.data_ptr(), codes.data_ptr(), torch.get_num_threads())
+        loaded()[0].unpack(self.packed.data_ptr(), codes.data_ptr(), torch.get_num_threads())
         return codes
 
     @classmethod
@@ -129,7 +130,7 @@ def chunk_starts(in_features: int, group_size: int) -> torch.Tensor:
 def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[int], out: int) -> torch.Tensor:
     """x [..., in] times the one weight in `packed`; with `counts`, rows of x [rows, in] sorted by weight. Returns
     [..., out] in the dtype of `x`."""
-    lib, half = _loaded()
+    lib, half = loaded()
     dtype = _DTYPES.get(x.dtype)
     if dtype is None or (dtype == 2 and not half):
         return multiply(packed, x.float(), counts, out).to(x.dtype)
@@ -157,7 +158,7 @@ def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[i
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded() -> tuple[ctypes.CDLL, bool]:
+def loaded() -> tuple[ctypes.CDLL, bool]:
     """The library, and whether it converts float16."""
     found = library()
     assert not isinstance(found, str), found

@@ -21,23 +21,8 @@
      2 bits: quarter j at bit 2 j for columns 4 p + b, and at bit 8 + 2 j for columns 4 p + 2 + b.
    Columns are padded with x = 0 to whole pairs (2 bits: fours), outputs with scale 0 to whole blocks. */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "cpu_common.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
-
-#if defined(__AVX512BW__)
-#define LANES 16
-#elif defined(__AVX2__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
 #define QUARTERS 4
 #define ROWS (QUARTERS * LANES)
 #define CHUNK 128      /* columns that share a unit, at most */
@@ -47,19 +32,12 @@
 /* Weights come from memory one after the other; asking for them earlier than the processor does by itself is worth a
    third at one row. Past the end nothing happens. */
 #define AHEAD(p) __builtin_prefetch((p) + 4096)
-#define INLINE static inline __attribute__((always_inline))
-#define EXPORT __attribute__((visibility("default")))
 
-typedef int32_t vint __attribute__((vector_size(4 * LANES)));
-typedef float vfloat __attribute__((vector_size(4 * LANES)));
-typedef int16_t vshort __attribute__((vector_size(4 * LANES)));
-typedef uint16_t vushort __attribute__((vector_size(4 * LANES)));
-/* the same, anywhere in memory */
-typedef float ufloat __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t ushort_u __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
-typedef int32_t pair_u __attribute__((aligned(2), may_alias));
+gomp_parallel run_parallel;
 
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+EXPORT void use_threads_of(gomp_parallel found) { run_parallel = found; }
+EXPORT int lanes(void) { return LANES; }
+EXPORT int has_half(void) { return HALF; }
 
 struct head {
     int32_t magic, bits, in, out, chunks, zero, zeros_differ, half_scales;
@@ -69,13 +47,6 @@ struct head {
 
 INLINE const int32_t *starts_of(const struct head *h) { return (const int32_t *)(h + 1); }
 INLINE int padded(int bits, int columns) { return bits == 2 ? (columns + 3) & ~3 : (columns + 1) & ~1; }
-
-/* ---- vectors ---- */
-
-INLINE vushort load_u16(const void *p) { return *(const ushort_u *)p; }
-INLINE vint all_int(int32_t s) { return s - (vint){0}; }
-INLINE vfloat all_float(float s) { return s - (vfloat){0}; }
-INLINE vshort all_pairs(const int16_t *pair) { return (vshort)all_int(*(const pair_u *)pair); }
 
 /* Keeps a value in a register: without it GCC reads it again from memory for each use, and reading is the bottleneck. */
 #if defined(__AVX512BW__)
@@ -105,25 +76,6 @@ INLINE vint madd(vint sum, vshort a, vshort b) {
 #endif
 }
 
-/* ---- floating point formats ---- */
-
-INLINE float from_bits(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
-INLINE uint32_t to_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
-
-#if defined(__F16C__)
-#define HALF 1
-INLINE float from_half(uint16_t h) { return _cvtsh_ss(h); }
-INLINE uint16_t to_half(float f) { return _cvtss_sh(f, 0); }
-#elif defined(__aarch64__)
-#define HALF 1
-INLINE float from_half(uint16_t h) { __fp16 f; memcpy(&f, &h, 2); return (float)f; }
-INLINE uint16_t to_half(float f) { __fp16 g = (__fp16)f; uint16_t h; memcpy(&h, &g, 2); return h; }
-#else
-#define HALF 0
-INLINE float from_half(uint16_t h) { (void)h; return 0; }
-INLINE uint16_t to_half(float f) { (void)f; return 0; }
-#endif
-
 INLINE vfloat load_scales(const uint8_t *p, int half, int quarter) {
     vfloat v;
     if (!half) {
@@ -140,49 +92,6 @@ INLINE vfloat load_scales(const uint8_t *p, int half, int quarter) {
     return v;
 #endif
 }
-
-static void row_to_float(const void *row, int dtype, int first, int count, float *to) {
-    if (dtype == FLOAT32) {
-        memcpy(to, (const float *)row + first, 4 * (size_t)count);
-    } else {
-        const uint16_t *from = (const uint16_t *)row + first;
-        if (dtype == BFLOAT16) for (int i = 0; i < count; i++) to[i] = from_bits((uint32_t)from[i] << 16);
-        else for (int i = 0; i < count; i++) to[i] = from_half(from[i]);
-    }
-}
-
-static void row_from_float(const float *from, int dtype, int64_t first, int count, void *row) {
-    if (dtype == FLOAT32) {
-        memcpy((float *)row + first, from, 4 * (size_t)count);
-        return;
-    }
-    uint16_t *to = (uint16_t *)row + first;
-    if (dtype == BFLOAT16) {
-        for (int i = 0; i < count; i++) { /* to nearest, ties to even; NaN stays NaN */
-            uint32_t bits = to_bits(from[i]), quiet = (bits >> 16) | 0x40;
-            uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-            to[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet : nearest);
-        }
-    } else {
-        for (int i = 0; i < count; i++) to[i] = to_half(from[i]);
-    }
-}
-
-/* ---- threads: those of PyTorch's OpenMP runtime; others beside them would fight with its spinning ones ---- */
-
-typedef void (*gomp_parallel)(void (*)(void *), void *, unsigned, unsigned);
-static gomp_parallel run_parallel; /* given once by the loader; without it there is one thread */
-
-EXPORT void use_threads_of(gomp_parallel found) { run_parallel = found; }
-EXPORT int lanes(void) { return LANES; }
-EXPORT int has_half(void) { return HALF; }
-
-static void parallel(void (*work)(void *), void *job, int threads) {
-    if (threads > 1 && run_parallel) run_parallel(work, job, (unsigned)threads, 0);
-    else work(job);
-}
-
-INLINE int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
 /* ---- packing ---- */
 
@@ -300,7 +209,7 @@ struct job {
     const int64_t *first_row;    /* [experts + 1] */
     const uint8_t *x;
     uint8_t *y;
-    int64_t experts, rows, x_stride, next, pieces; /* rows: with their terms */
+    int64_t experts, rows, x_stride, next; /* rows: with their terms */
     int dtype, item_size, terms;
     const struct head *head;
     int16_t *q;      /* for each chunk [rows, padded columns] */
@@ -308,8 +217,7 @@ struct job {
     int32_t *sums;   /* [chunks, rows]: of q */
     uint8_t *plain;  /* [rows / terms]: 1 where a row is computed in float32 */
     int failed;
-    int64_t *taken;  /* [ranges, 8]: how many items of each range were taken, each number in a cache line of its own */
-    int64_t ranges, threads; /* threads: that have begun */
+    struct share share; /* of the walk */
 };
 
 static void quantize_row(struct job *job, int64_t row) {
@@ -568,14 +476,12 @@ static void float_row(const struct job *job, const struct head *h, const uint8_t
 
 /* ---- the walk: an item is a block of outputs for a piece of one expert's rows ---- */
 
-/* Each thread has a range of items that follow each other, and helps in the others' when it is through: blocks that
-   lie side by side come from memory faster than every second one. */
-
-struct cursor { int64_t expert, before; }; /* before: items of the experts before; items of a range rise */
+struct cursor { int64_t expert, before; }; /* before: items of the experts before */
 
 static void one_item(const struct job *job, int64_t item, int64_t blocks, struct cursor *at, float *tile) {
     const int terms = job->terms;
     int64_t count, pieces;
+    if (item < at->before) *at = (struct cursor){0, 0}; /* another range */
     for (;; at->expert++) {
         count = (job->first_row[at->expert + 1] - job->first_row[at->expert]) * terms;
         pieces = (count + PIECE - 1) / PIECE;
@@ -607,13 +513,9 @@ static void multiply(void *arg) {
         __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
         return;
     }
-    const int64_t items = job->pieces * blocks, home = take(&job->threads);
-    for (int64_t i = 0; i < job->ranges; i++) {
-        const int64_t range = (home + i) % job->ranges, end = items * (range + 1) / job->ranges;
-        struct cursor at = {0, 0};
-        for (int64_t item; (item = items * range / job->ranges + take(job->taken + 8 * range)) < end;)
-            one_item(job, item, blocks, &at, tile);
-    }
+    struct turn turn = begin_turn(&job->share);
+    struct cursor at = {0, 0};
+    for (int64_t item; (item = next_item(&job->share, &turn)) >= 0;) one_item(job, item, blocks, &at, tile);
     free(tile);
 }
 
@@ -626,22 +528,21 @@ EXPORT int linear(const uint8_t *const *packs, const int64_t *first_row, int64_t
         if (other->magic != MAGIC + LANES || other->in != h->in || other->out != h->out || other->bits != h->bits || other->chunks != h->chunks) return 2;
     }
     const int terms = dtype == FLOAT32 ? 2 : 1;
-    struct job job = {packs, first_row, x, y, experts, first_row[experts] * terms, x_stride, 0, 0, dtype,
-                      dtype == FLOAT32 ? 4 : 2, terms, h, 0, 0, 0, 0, 0, 0, 0, 0};
+    struct job job = {packs, first_row, x, y, experts, first_row[experts] * terms, x_stride, 0, dtype,
+                      dtype == FLOAT32 ? 4 : 2, terms, h, 0, 0, 0, 0, 0, {0}};
     if (!job.rows) return 0;
     const int32_t *starts = starts_of(h);
-    int64_t wide = 0;
+    int64_t wide = 0, pieces = 0;
     for (int c = 0; c < h->chunks; c++) wide += padded(h->bits, starts[c + 1] - starts[c]);
-    for (int64_t e = 0; e < experts; e++) job.pieces += ((first_row[e + 1] - first_row[e]) * terms + PIECE - 1) / PIECE;
+    for (int64_t e = 0; e < experts; e++) pieces += ((first_row[e + 1] - first_row[e]) * terms + PIECE - 1) / PIECE;
     int64_t groups = job.rows * h->chunks;
     threads = job.rows * h->in * h->out > 1 << 16 && threads > 1 ? threads : 1;
-    job.ranges = threads;
     uint8_t *scratch = malloc((size_t)(threads * 64 + groups * 8 + wide * job.rows * 2 + job.rows));
     if (!scratch) return 1;
-    job.taken = (int64_t *)scratch;
+    job.share = (struct share){pieces * ((h->out + ROWS - 1) / ROWS), threads, 0, (int64_t *)scratch};
     job.units = (float *)(scratch + threads * 64), job.sums = (int32_t *)(job.units + groups), job.q = (int16_t *)(job.sums + groups);
     job.plain = (uint8_t *)(job.q + wide * job.rows);
-    memset(job.taken, 0, (size_t)threads * 64);
+    memset(scratch, 0, (size_t)threads * 64);
     memset(job.plain, 0, (size_t)job.rows);
     parallel(quantize_rows, &job, job.rows * h->in > 1 << 16 ? threads : 1);
     parallel(multiply, &job, threads);

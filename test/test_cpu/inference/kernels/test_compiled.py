@@ -52,16 +52,35 @@ def test_compiled_once_and_again_when_the_source_changes(source: Path, tmp_path:
     assert answer(source) == 43 and len(kept(tmp_path)) == 2
 
 
+def test_several_files(source: Path, tmp_path: Path) -> None:
+    header, other = tmp_path / "common.h", tmp_path / "other.c"
+    header.write_text("extern int number; static inline int twice(int n) { return 2 * n; }\n")
+    other.write_text("int number = 21;\n")
+    source.write_text('#include "common.h"\n' + SOURCE.replace("%d", "twice(number)"), encoding="utf-8")
+
+    def found() -> int:
+        compiled.load.cache_clear()
+        library = compiled.load(source, other, header)
+        assert isinstance(library, ctypes.CDLL), library
+        return int(library.shown())
+
+    assert found() == 42 and found() == 42 and len(kept(tmp_path)) == 1
+    header.write_text(header.read_text().replace("2 * n", "3 * n"))
+    assert found() == 63 and len(kept(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
 def test_a_damaged_file_is_compiled_again(source: Path, tmp_path: Path, damage: str) -> None:
-    found = compiled._compile(source, compiled.find_compiler() or [], tmp_path, compiled._key(source, ["/bin/sh"]))
+    found = compiled._compile(
+        (source,), compiled.find_compiler() or [], tmp_path, compiled._key((source,), ["/bin/sh"])
+    )
     assert isinstance(found, Path)
     whole = found.read_bytes()
     compiler = compiled.find_compiler()
     assert compiler is not None
     folder = tmp_path / "work" / "kernels"
     folder.mkdir(parents=True, mode=0o700)
-    wrong = folder / f"small-{compiled._key(source, compiler)}-{found.stem.rpartition('-')[2]}.so"
+    wrong = folder / f"small-{compiled._key((source,), compiler)}-{found.stem.rpartition('-')[2]}.so"
     wrong.write_bytes(
         {"cut": whole[: len(whole) // 2], "changed": whole[:-9] + b"x" + whole[-8:], "empty": b""}[damage]
     )
