@@ -13,12 +13,12 @@ from auto_round.inference.kernels.cpu import loaded
 ROWS = 48
 # Weights widened at once.
 _PIECE = 1 << 22
-_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
 
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether this CPU emulates products in `dtype`, and our code can do better."""
-    return dtype in _DTYPES and not cpu_multiplies(dtype) and (dtype != torch.float16 or loaded()[1])
+    return dtype in HALVES and not cpu_multiplies(dtype) and (dtype != torch.float16 or loaded()[1])
 
 
 def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     flat = flat if flat.stride(1) == 1 or inputs == 1 else flat.contiguous()
     y = x.new_empty(*x.shape[:-1], out)
     failed = loaded()[0].dense(
-        weight.data_ptr(), out, inputs, rows, flat.data_ptr(), flat.stride(0), y.data_ptr(), _DTYPES[x.dtype],
+        weight.data_ptr(), out, inputs, rows, flat.data_ptr(), flat.stride(0), y.data_ptr(), HALVES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     if failed:

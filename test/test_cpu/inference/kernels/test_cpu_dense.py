@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -92,8 +93,10 @@ def test_a_layer(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain.bfloat16()
     with torch.no_grad():
         assert float((layer(x).double() - want).abs().max()) < 2.0**-7 * float(want.abs().max())
-        compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), layer(x))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x), layer(x))
         assert torch.equal(layer.float()(x.float()), plain.float()(x.float()))
     layer.bfloat16()
     layer(x.requires_grad_()).sum().backward()
