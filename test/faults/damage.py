@@ -86,6 +86,15 @@ def judge(
     return outcome
 
 
+def report(record: Callable[..., None], reader: str, found: dict[str, list[Outcome]]) -> None:
+    """Give the outcomes of each kind of damage to `record`, and raise AssertionError for what went wrong."""
+    for kind, parts in found.items():
+        counts = [sum(getattr(part, what) for part in parts) for what in ("injected", "detected", "same")]
+        record(f"{reader}: {kind}", *counts, sum(len(part.wrong) for part in parts))
+    wrong = [line for parts in found.values() for part in parts for line in part.wrong]
+    assert not wrong, "\n".join(wrong[:20])
+
+
 def safetensors_head(data: bytes) -> int:
     """Bytes before the tensors'."""
     return 8 + int.from_bytes(data[:8], "little")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import Outcome, around_tensors, flips, judge, safetensors_head, truncations
+from damage import Outcome, around_tensors, flips, judge, report, safetensors_head, truncations
 from safetensors.torch import save_file
 
 from auto_round import AutoRound
@@ -42,23 +42,16 @@ def counts(full: bool) -> tuple[int, int]:
     return (64, 1000) if full else (10, 60)
 
 
-def report(record: Record, reader: str, *parts: Outcome) -> None:
-    for kind, part in zip(("cut", "bit turned over"), parts, strict=False):
-        record(f"{reader}: {kind}", part.injected, part.detected, part.same, len(part.wrong))
-    wrong = [line for part in parts for line in part.wrong]
-    assert not wrong, "\n".join(wrong[:20])
-
-
 def both(
     file: Path, head: Callable[[bytes], int], read: Callable[[], Any], counts: tuple[int, int],
     confirm: Callable[[Any], None] | None = None,
-) -> tuple[Outcome, Outcome]:  # fmt: skip
+) -> dict[str, list[Outcome]]:  # fmt: skip
     data, right = file.read_bytes(), read()
     cut = judge(truncations(data, head(data), counts[0]), file, read, right, confirm)
     flipped = judge(flips(data, range(head(data)), counts[1]), file, read, right, confirm)
     file.write_bytes(data)
     assert read() == right
-    return cut, flipped
+    return {"cut": [cut], "bit turned over": [flipped]}
 
 
 def contents(files: TensorFiles) -> dict[str, str]:
@@ -92,7 +85,7 @@ def _state(source: CheckpointSource) -> dict[str, str]:
 def test_safetensors(model: Path, record: Record, counts: tuple[int, int]) -> None:
     file = model / "model.safetensors"
     parts = both(file, safetensors_head, lambda: contents(TensorFiles.open(model)), counts, opens_as_before(model))
-    report(record, "safetensors", *parts)
+    report(record, "safetensors", parts)
 
 
 def test_shards(model: Path, record: Record, counts: tuple[int, int]) -> None:
@@ -115,8 +108,8 @@ def test_shards(model: Path, record: Record, counts: tuple[int, int]) -> None:
         return contents(inputs.files)
 
     confirm = opens_as_before(model)
-    report(record, "shards", *both(next(iter(sorted(model.glob("*1-of*")))), safetensors_head, read, counts, confirm))
-    report(record, "index", *both(index, len, read, counts, confirm))
+    report(record, "shards", both(next(iter(sorted(model.glob("*1-of*")))), safetensors_head, read, counts, confirm))
+    report(record, "index", both(index, len, read, counts, confirm))
 
 
 def gguf_tensors(path: Path) -> dict[str, str]:
@@ -144,7 +137,7 @@ def test_gguf(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
         return gguf_tensors(path)
 
     parts = both(path, lambda data: read_gguf_header(path).tensors["token_embd.weight"].start, read, counts)
-    report(record, "GGUF", *parts)
+    report(record, "GGUF", parts)
 
 
 def test_imatrix(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
@@ -159,7 +152,7 @@ def test_imatrix(tmp_path: Path, record: Record, counts: tuple[int, int]) -> Non
         return {name: dense_digest(value) for name, value in found.importance.items()}
 
     start = min(info.start for info in read_gguf_header(path).tensors.values())
-    report(record, "importance file", *both(path, lambda data: start, read, counts))
+    report(record, "importance file", both(path, lambda data: start, read, counts))
 
 
 def test_imatrix_of_old(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
@@ -178,7 +171,7 @@ def test_imatrix_of_old(tmp_path: Path, record: Record, counts: tuple[int, int])
     def read() -> Any:
         return {name: dense_digest(value) for name, value in read_imatrix(path).importance.items()}
 
-    report(record, "old importance file", *both(path, len, read, counts, accepted))
+    report(record, "old importance file", both(path, len, read, counts, accepted))
 
 
 def test_model_configuration(model: Path, record: Record, counts: tuple[int, int]) -> None:
@@ -194,7 +187,7 @@ def test_model_configuration(model: Path, record: Record, counts: tuple[int, int
         raise VerifyError("a valid configuration of the same shapes")
 
     parts = both(file, len, lambda: read_raw_config(model).values(), counts, usable)
-    report(record, "config.json", *parts)
+    report(record, "config.json", parts)
 
 
 def test_quantization_config(
@@ -229,7 +222,7 @@ def test_quantization_config(
             # Such groups fill rows of 64 and 96 as groups of 32 do: the digest in report.json tells them apart.
             raise VerifyError("auto-round verify names config.json")
 
-    report(record, "quantization_config", *both(file, len, lambda: read_config(read_object(file)), counts, confirm))
+    report(record, "quantization_config", both(file, len, lambda: read_config(read_object(file)), counts, confirm))
 
 
 def test_layer_configuration(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
@@ -242,7 +235,7 @@ def test_layer_configuration(tmp_path: Path, record: Record, counts: tuple[int, 
             raise TypeError(found)
         raise VerifyError("another configuration")
 
-    report(record, "layer_config", *both(file, len, lambda: parse_layer_config(str(file)), counts, accepted))
+    report(record, "layer_config", both(file, len, lambda: parse_layer_config(str(file)), counts, accepted))
 
 
 @pytest.mark.parametrize("form", ["pickle", "old pickle"])
@@ -261,4 +254,4 @@ def test_pickles(form: str, model: Path, record: Record, counts: tuple[int, int]
     confirm = opens_as_before(model, allow_pickle=True)
     cut = judge(truncations(data, 4000, counts[0]), file, read, right, confirm)
     flipped = judge(flips(data, places, counts[1]), file, read, right, confirm)
-    report(record, form, cut, flipped)
+    report(record, form, {"cut": [cut], "bit turned over": [flipped]})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import Outcome, flips, judge, report, truncations
 from safetensors.torch import load_file, save_file
 
 from auto_round import AutoRound
@@ -107,23 +108,20 @@ def test_damaged_journal(
 ) -> None:
     """A flipped bit, or an end that is missing, anywhere in any of its files."""
     (journal,) = (tmp_path / "space" / "resume").iterdir()
-    choose = random.Random(2)
-    counts = {"bit flips": [0, 0], "truncations": [0, 0]}
-    for path in sorted(journal.iterdir()):
-        sound = path.read_bytes()
-        for _ in range(64 if full else 3):
-            for kind, count in counts.items():
-                data = bytearray(sound)
-                if kind == "bit flips":
-                    data[choose.randrange(len(data))] ^= 1 << choose.randrange(8)
-                else:
-                    del data[choose.randrange(len(data)) :]
-                path.write_bytes(data)
-                count[0] += 1
-                with pytest.raises(OutputError, match=f"damaged: .*{path.name}"):
+    paths = sorted(journal.iterdir())
+    found: dict[str, list[Outcome]] = {"cut": [], "bit turned over": []}
+    for path in paths:
+        data = path.read_bytes()
+        cuts = truncations(data, len(data), 64 if full else 3)
+        flipped = flips(data, range(len(data)), -(-1000 // len(paths)) if full else 3)
+        for kind, damage in zip(found, (cuts, flipped), strict=True):
+
+            def read(path: Path = path) -> Any:
+                with pytest.raises(OutputError, match=f"damaged: .*{path.name}") as caught:
                     quantize("out")
-                count[1] += 1
-        path.write_bytes(sound)
-    for kind, (injected, detected) in counts.items():
-        record(f"journal: {kind}", injected, detected, 0, injected - detected)
+                raise caught.value
+
+            found[kind].append(judge(damage, path, read, None))
+        path.write_bytes(data)
+    report(record, "journal", found)
     assert quantize("out") == wanted

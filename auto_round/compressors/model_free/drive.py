@@ -155,13 +155,14 @@ class ModelFree:
                 rounder = replace(rounder, samples=sample_layers(rounder))
             rounder.use_arena()
             own = my_shards(layout, rank, world)
+            before = {index for index in own if journal.has_digest(index)}
             self._quantize(job, work, layout, rounder, journal, own, inputs)
             quantized = time.monotonic()
-            self._check_files(layout, journal, own)
+            self._check_files(layout, journal, own, before)
             if rank == 0:
                 everything = range(len(layout.shards))
                 wait_until(
-                    lambda: all_ready(journal, world) and all(_sums(journal, i).is_file() for i in everything),
+                    lambda: all_ready(journal, world) and all(map(journal.has_digest, everything)),
                     lambda: _alive(journal.folder, earlier), "the other processes",
                 )  # fmt: skip
                 seconds = {"quantization": quantized - started}
@@ -201,7 +202,7 @@ class ModelFree:
         done: list[int] = []
 
         def finished(index: int, digest: str) -> None:
-            write_text(journal.folder, _sums(journal, index).name, digest)
+            journal.note_digest(index, digest)
             done.append(index)
             progress.block(layout.shards[index].name)
 
@@ -234,16 +235,20 @@ class ModelFree:
             seconds = time.monotonic() - started
             logger.info("%d tensors in %s, %s written", len(units), format_seconds(seconds), format_bytes(size))
 
-    def _check_files(self, layout: Layout, journal: Journal, own: Sequence[int]) -> None:
-        """Digests of files of this process that an earlier run finished, and was killed before it noted them."""
+    def _check_files(self, layout: Layout, journal: Journal, own: Sequence[int], before: Collection[int]) -> None:
+        """Digests of files of this process that an earlier run finished: compared with those that it noted (`before`),
+        or noted now, where it was killed before it did."""
 
         def one(index: int) -> None:
-            if _sums(journal, index).is_file():
+            shard, noted = layout.shards[index], journal.has_digest(index)
+            if noted and index not in before:
                 return
-            marks = [mark for unit in journal.done(index).values() for mark in unit]
-            shard = layout.shards[index]
-            digest = file_digest(journal.whole / shard.name, shard, marks, self.settings.verify)
-            write_text(journal.folder, _sums(journal, index).name, digest)
+            marks = [] if noted else [mark for unit in journal.done(index).values() for mark in unit]
+            digest = file_digest(journal.whole / shard.name, shard, marks, self.settings.verify and not noted)
+            if noted:
+                journal.check_finished(index, shard.name, digest)
+            else:
+                journal.note_digest(index, digest)
 
         with ThreadPoolExecutor(self.options.workers) as pool:
             list(pool.map(one, own))
@@ -269,7 +274,7 @@ class ModelFree:
                 "loss_reopened": None,
             }  # fmt: skip
             seconds["verify"] = time.monotonic() - started
-        sums = {shard.name: _sums(journal, i).read_text(encoding="utf-8") for i, shard in enumerate(layout.shards)}
+        sums = {shard.name: journal.digest(i) or "" for i, shard in enumerate(layout.shards)}
         write_records(folder, job, self.settings, fmt, (), seconds, sums, verified, None)
         return sums
 
@@ -279,10 +284,10 @@ def _begin(journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resum
 
     Raises OutputError when the folder holds another run, or other files.
     """
-    before = journal.manifest()
-    if before is not None and not resume:
+    if journal.is_open and not resume:
         journal.begin(manifest)
         return
+    before = journal.manifest()
     if before == _plain(manifest):
         logger.info("going on with the unfinished run in %s", journal.output)
         journal.go_on()
@@ -320,10 +325,6 @@ def _decisive(job: ModelFreeJob, settings: Settings) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in left_out} | {
         "dtype": str(job.settings.get("scale_dtype")), "device": settings.device.type,
     }  # fmt: skip
-
-
-def _sums(journal: Journal, index: int) -> Path:
-    return journal.folder / f"{index + 1:05d}.sha256"
 
 
 def _sizes(folder: Path) -> int:

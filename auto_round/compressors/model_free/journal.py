@@ -7,10 +7,12 @@
     .model_free/failed-00003      why process 3 gave up
     .model_free/ready-00003       process 3 has done its part
     .model_free/00001.jsonl       units of it whose bytes are on the disk, one line each time they were synced
+    .model_free/00001.sha256      digest of a finished one
     .model_free/whole/            finished files under their own names, until all are there and were checked
     .model_free/checked.json      the names of all files: they are being moved into the output folder
 
-A line is written after the bytes that it speaks of were synced, and a line without its end counts as not written.
+A line is written after the bytes that it speaks of were synced; a last line that is not whole counts as not written.
+All of them hold checksums; what is damaged is named, and nothing is made of it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,10 @@ from typing import Any
 from auto_round._version import __version__
 from auto_round.compressors.model_free.layout import Layout
 from auto_round.compressors.model_free.shard_file import Mark
+from auto_round.compressors.resume.checked_text import add_checksum, take_checksum
 from auto_round.errors import OutputError
 from auto_round.export.disk import path_inside
-from auto_round.export.shard_writer import sync_folder, write_json
+from auto_round.export.shard_writer import sync_folder, write_text
 from auto_round.export.staging import OPENS, seal, show
 
 FOLDER = ".model_free"
@@ -49,14 +53,8 @@ class Journal:
 
     def manifest(self) -> dict[str, Any] | None:
         """What the folder's unfinished run is, None where there is none. Raises OutputError when it cannot be read."""
-        file = self.folder / _MANIFEST
-        if not file.is_file():
-            return None
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{file} cannot be read ({error}); remove {self.folder} to start anew") from error
-        return values if isinstance(values, dict) else {}
+        values = self._checked(_MANIFEST)
+        return values if values is None or isinstance(values, dict) else {}
 
     @property
     def is_open(self) -> bool:
@@ -79,7 +77,7 @@ class Journal:
             self.whole.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.whole} cannot be made ({error.strerror})") from error
-        write_json(self.folder, _MANIFEST, manifest)
+        write_text(self.folder, _MANIFEST, add_checksum(json.dumps(manifest)))
         sync_folder(self.folder)
 
     def go_on(self) -> None:
@@ -87,22 +85,21 @@ class Journal:
         self.whole.mkdir(parents=True, exist_ok=True)
         for said in self.folder.glob(f"{READY}*"):
             said.unlink(missing_ok=True)  # of processes that are no more; others say it again
-        file = self.folder / _CHECKED
-        if not file.is_file():
+        names: list[str] | None = self._checked(_CHECKED)
+        if names is None:
             return
-        names: list[str] = json.loads(file.read_text(encoding="utf-8"))
         for name in sorted(names, key=lambda name: name != OPENS):  # so that nothing opens what is not whole
             shown = path_inside(self.output, name)
             if shown.exists() and not (self.whole / name).exists():
                 os.replace(shown, self.whole / name)
         sync_folder(self.output)
-        file.unlink()
+        (self.folder / _CHECKED).unlink()
 
     def publish(self, known: Mapping[str, str]) -> None:
         """All files are in `whole` and were checked: bring them to the disk and show them. `known`: SHA-256 of those
         that are on the disk already."""
         files = seal(self.whole, known)
-        write_json(self.folder, _CHECKED, sorted({name.split("/")[0] for name in files}))
+        write_text(self.folder, _CHECKED, add_checksum(json.dumps(sorted({name.split("/")[0] for name in files}))))
         sync_folder(self.folder)
         show(self.whole, self.output, files)
 
@@ -116,7 +113,8 @@ class Journal:
     def add(self, index: int, done: Mapping[int, Iterable[Mark]], digests: Mapping[str, str]) -> None:
         """Units of an output file are on the disk, with what each wrote, and digests of layers among them."""
         values = {"units": {str(unit): list(marks) for unit, marks in done.items()}, "digests": digests}
-        line = json.dumps(values, separators=(",", ":")) + "\n"
+        text = json.dumps(values, separators=(",", ":"))
+        line = f"{zlib.crc32(text.encode()):08x} {text}\n"
         try:
             with open(self._lines(index), "ab") as file:
                 file.write(line.encode())
@@ -141,11 +139,55 @@ class Journal:
         if not file.is_file():
             return []
         data = file.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) != len(data):
+        lines, whole, found = data.splitlines(keepends=True), 0, []
+        for number, line in enumerate(lines):
+            mark, _, text = line.partition(b" ")
+            if not line.endswith(b"\n") or f"{zlib.crc32(text[:-1]):08x}".encode() != mark:
+                if number + 1 < len(lines):
+                    raise self._damaged(file, f"line {number + 1} is not what was written")
+                break  # a line that was being written
+            found.append(json.loads(text))
+            whole += len(line)
+        if whole != len(data):
             with open(file, "r+b") as handle:
-                handle.truncate(len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+                handle.truncate(whole)
+        return found
+
+    def note_digest(self, index: int, digest: str) -> None:
+        """Output file `index` is finished, and this is its SHA-256."""
+        write_text(self.folder, self._digest_file(index), add_checksum(json.dumps(digest)))
+
+    def has_digest(self, index: int) -> bool:
+        """Whether output file `index` is finished, and its SHA-256 known."""
+        return (self.folder / self._digest_file(index)).is_file()
+
+    def digest(self, index: int) -> str | None:
+        """SHA-256 of output file `index`, None while it is not finished."""
+        return self._checked(self._digest_file(index))
+
+    def check_finished(self, index: int, name: str, digest: str) -> None:
+        """Raises OutputError when `digest`, of what is on the disk, is not what was noted."""
+        if digest != self.digest(index):
+            raise self._damaged(self.whole / name, "its bytes are not those that were written")
+
+    @staticmethod
+    def _digest_file(index: int) -> str:
+        return f"{index + 1:05d}.sha256"
+
+    def _checked(self, name: str) -> Any:
+        """The value in a file, None when there is no file."""
+        file = self.folder / name
+        try:
+            return json.loads(take_checksum(file.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise self._damaged(file, str(error)) from error
+
+    def _damaged(self, file: Path, why: str) -> OutputError:
+        return OutputError(
+            f"{file} is damaged: {why}. Start anew with --no_resume (resume=False), or remove {self.folder}"
+        )
 
     def forget(self, index: int) -> None:
         """Output file `index` is made from the start."""

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 
 from auto_round import envs
 from auto_round.calibration.spill import SpilledTensor
+from auto_round.compressors.resume.checked_text import add_checksum, take_checksum
 from auto_round.compressors.resume.tensor_file import (
     check_file,
     damaged,
@@ -201,8 +201,7 @@ class Journal:
             (self.folder / name).unlink(missing_ok=True)
 
     def _write(self, name: str, value: Any) -> None:
-        text = json.dumps(value)
-        write_text(self.folder, name, f"{zlib.crc32(text.encode()):08x}\n{text}\n")
+        write_text(self.folder, name, add_checksum(json.dumps(value)))
         self._sync()
 
     def _sync(self) -> None:
@@ -214,10 +213,7 @@ class Journal:
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
         try:
-            head, _, text = path.read_bytes().partition(b"\n")
-            if not text.endswith(b"\n") or f"{zlib.crc32(text[:-1]):08x}".encode() != head:
-                raise ValueError("its bytes are not those that were written")
-            value = json.loads(text)
+            value = json.loads(take_checksum(path.read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:

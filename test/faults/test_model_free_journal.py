@@ -1,0 +1,78 @@
+"""A damaged journal of a model-free run that was stopped: named, or of no matter for the result."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from damage import Outcome, flips, judge, report, truncations
+
+from auto_round import AutoRound
+from auto_round.compressors.model_free import journal, shard_run
+from auto_round.compressors.model_free.journal import FOLDER
+from auto_round.errors import Stopped
+
+pytestmark = pytest.mark.timeout(3600)
+Quantize = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def quantize(packable_folder: Callable[..., str]) -> Quantize:
+    """Quantize into a folder; its files but the report."""
+
+    def run(out: Path) -> dict[str, bytes]:
+        job = AutoRound(packable_folder("llama"), "W4A16", model_free=True, device_map="cpu", group_size=32)
+        job.quantize_and_save(out, max_shard_size=60_000)
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "report.json"}
+
+    return run
+
+
+def stop_at(owner: Any, name: str, call: int, patch: pytest.MonkeyPatch) -> None:
+    real, count = getattr(owner, name), [0]
+
+    def stopping(*args: Any) -> Any:
+        count[0] += 1
+        if count[0] == call:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    patch.setattr(owner, name, stopping)
+
+
+PLACES = {"half way": (shard_run.ShardRun, "do", 12), "before its files are shown": (journal, "show", 1)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_damaged_journal(
+    place: str, quantize: Quantize, full: bool, tmp_path: Path, record: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    wanted = quantize(tmp_path / "whole")
+    monkeypatch.setattr(shard_run, "SYNC_BYTES", 2_000)
+    stopped, out = tmp_path / "stopped", tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(*PLACES[place], patch)
+        quantize(stopped)
+    names = sorted(path.relative_to(stopped) for path in (stopped / FOLDER).rglob("*") if path.is_file())
+    assert len(names) > 5 and any(name.suffix in (".partial", ".jsonl") for name in names)
+
+    found: dict[str, list[Outcome]] = {"cut": [], "bit turned over": []}
+    for name in names:
+        data = (stopped / name).read_bytes()
+        cuts = truncations(data, len(data), 64 if full else 2) if data else iter(())
+        flipped = flips(data, range(len(data)), -(-1000 // len(names)) if full else 2)
+        for kind, damage in zip(found, (cuts, flipped), strict=True):
+
+            def read(name: Path = name) -> Any:
+                content = (tmp_path / "damaged").read_bytes()
+                shutil.rmtree(out, ignore_errors=True)
+                shutil.copytree(stopped, out)
+                (out / name).write_bytes(content)
+                return quantize(out)
+
+            found[kind].append(judge(damage, tmp_path / "damaged", read, wanted))
+    report(record, f"model-free journal, {place}", found)
