@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from threading import Lock
 from typing import cast
 
 import torch
@@ -32,6 +33,7 @@ Shared = Mapping[int, "Feedback"]
 
 _COLUMNS = 64  # columns between two products with all that came before
 _FEW = 8  # columns between two products within those
+_SCRIPTING = Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,6 @@ def feedback_blocks(weight: torch.Tensor, blocks: GgmlBlocks, bands: Sequence[Fe
     """
     codes = torch.empty_like(blocks.codes)
     steps, minima = divisor_of(blocks.step()), blocks.minimum()
-    _scripted()  # once, before threads want it
     start = 0
     for one in bands:
         band = slice(start, start + one.matrix.shape[0])
@@ -126,7 +127,10 @@ def round_in_order(
         limits: of the codes less the zero.
     """
     codes, inverse = torch.empty_like(columns), steps.reciprocal()
-    round_some = _scripted() if columns.device.type == "cpu" else _round_some
+    round_some = _round_some
+    if columns.device.type == "cpu":
+        with _SCRIPTING:  # two threads that parse Python at once can make it fail
+            round_some = _scripted()
     for start in range(0, len(group_of), _COLUMNS):
         stop = min(start + _COLUMNS, len(group_of))
         torch.addmm(columns[start:stop], matrix[start:stop, :start], columns[:start], out=codes[start:stop])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 
@@ -124,3 +128,24 @@ def test_a_group_of_zeros_stays() -> None:
     w[3] = 0
     found = feedback_blocks(w, search_blocks(w, "Q4_K"), [feedback(x.t() @ x, 0.3)]).dequantize()
     assert bool((found[3] == 0).all()) and bool(torch.isfinite(found).all())
+
+
+def test_it_is_scripted_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are rounded side by side, and Python cannot parse in two threads ("AST constructor recursion depth")."""
+    calls: list[int] = []
+
+    def slow(function: Any) -> Any:
+        calls.append(1)
+        time.sleep(0.1)
+        return function
+
+    monkeypatch.setattr(torch.jit, "script", slow)
+    column_feedback._scripted.cache_clear()
+    w, x = torch.randn(4, 256), torch.randn(300, 256)
+    given, start = [feedback(x.t() @ x, 0.3)], search_blocks(w, "Q4_K")
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: feedback_blocks(w, start, given).dequantize(), range(4)))
+    finally:
+        column_feedback._scripted.cache_clear()
+    assert len(calls) == 1 and all(torch.equal(one, found[0]) for one in found)
