@@ -21,10 +21,11 @@ _ROOM_BYTES = 1 << 30
 
 
 def truncations(data: bytes, head: int, count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """`count` cuts: half of them within the first `head` bytes, empty files and the last byte among them."""
+    """`count` cuts: half of them within the first `head` bytes, empty files and the last byte among them. As many as
+    there are where a file is shorter."""
     drawn = random.Random(seed)
-    sizes = {0, 1, 7, 8, len(data) - 1, head}
-    while len(sizes) < count:
+    sizes = {size for size in (0, 1, 7, 8, len(data) - 1, head) if 0 <= size < len(data)}
+    while len(sizes) < min(count, len(data)):
         sizes.add(drawn.randrange(head) if len(sizes) % 2 else drawn.randrange(len(data)))
     for size in sorted(sizes)[:count]:
         yield f"cut to {size}", data[:size]
