@@ -14,11 +14,12 @@ import torch
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
 from auto_round.compressors.budget import parse_budget
+from auto_round.compressors.deliver import Finished
 from auto_round.compressors.device import resolve_device
 from auto_round.compressors.format_runs import default_format, folder_name, split_runs
 from auto_round.compressors.model_free.entry import open_model_free, rounding_only
 from auto_round.compressors.resume.run_journal import remove_journal
-from auto_round.compressors.run import Finished, Run
+from auto_round.compressors.run import Run
 from auto_round.compressors.settings import Settings, check_on_nan, check_whole, names_tuple, parse_scale_dtype
 from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
 from auto_round.export.cache_scales import parse_cache_scheme

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ from auto_round.calibration.spill import Spill
 from auto_round.compressors.activations import attach
 from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, take_unit, walk_blocks
-from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, read_pieces
-from auto_round.compressors.finish import config_values, write_config, write_records, write_side_files
+from auto_round.compressors.deliver import Delivery, Finished, deliver
+from auto_round.compressors.dense_experts import ExpertJoiner
 from auto_round.compressors.format_runs import folder_name
 from auto_round.compressors.gguf_job import gguf_format
 from auto_round.compressors.importance_files import given_importance, save_importance, say_what_is_missing
@@ -54,15 +54,13 @@ from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.streamed_experts import streams_experts
 from auto_round.compressors.tuned_experts import ExpertRooms
-from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.envs import work_space
-from auto_round.errors import OutputError, UnsupportedError, VerifyError
+from auto_round.errors import OutputError, UnsupportedError
 from auto_round.export.disk import PARTIAL, check_disk, check_file, ensure_output_folder, writing
 from auto_round.export.formats import OutputFormat, get_format, require_plan
 from auto_round.export.staging import Staging
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
-from auto_round.modeling.tensor_files import TensorFiles
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.memory import FreedMemory, return_freed
 from auto_round.report.progress import Progress, make_progress
@@ -72,18 +70,6 @@ if TYPE_CHECKING:
 
 
 _LITTLE = 16 << 20  # bytes of freed memory that are worth giving back where experts are read one at a time
-
-
-@dataclass
-class Finished:
-    """What a walk left behind: layers kept in memory (if any), the records, and the probe's loss."""
-
-    walk: Walk
-    outside: list[QuantizedLayer]
-    loss: float | None
-    probe: list[dict[str, torch.Tensor]] | None
-    data: str | None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Run:
@@ -219,23 +205,9 @@ class Run:
             if journal is not None:
                 journal.wait()
         job = job.with_kept(finished.walk.numbers.kept)
+        made = Delivery(self.source, self.settings, self.tokenizer, job, finished)
         for sink, (_, stage) in zip(sinks, left, strict=True):
-            self._deliver(job, sink, stage, finished, journal)
-
-    def _deliver(
-        self, job: Job, sink: FolderSink | GgufSink, stage: Staging, finished: Finished, journal: RunJournal | None
-    ) -> None:
-        """Complete one folder, check it, and only then show it."""
-        try:
-            self._complete(job, sink, finished)
-        except VerifyError:
-            stage.keep = True
-            raise
-        files = stage.seal(sink.digests())
-        if journal is not None:
-            journal.complete(sink.format.name, files)
-        stage.publish(files)
-        logger.info("saved %s", stage.folder)
+            deliver(made, sink, stage, journal)
 
     def admit(
         self, job: Job, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
@@ -308,6 +280,7 @@ class Run:
         check_disk(output_dir, _output_bytes(job))
         root = ensure_output_folder(output_dir, overwrite, {PARTIAL, *map(folder_name, formats)})
         folders = self._folders(root, formats)
+        made = Delivery(self.source, self.settings, self.tokenizer, job, finished)
         for fmt, folder in zip(formats, folders, strict=True):
             ensure_output_folder(folder, overwrite)
             with writing(folder, _output_bytes(job)), Staging(folder) as stage:
@@ -315,7 +288,7 @@ class Run:
                 sink = self._sink(job, fmt, stage.path, shard)
                 with sink.writer:
                     self._emit_saved(job, sink, layers, finished.walk.cache_scales)
-                self._deliver(job, sink, stage, finished, None)
+                deliver(made, sink, stage, None)
         return folders
 
     def _emit_saved(
@@ -466,72 +439,10 @@ class Run:
         dtype = compute_dtype(self.settings, self.source)
         return capture_inputs(self.source, samples, self.settings.device, store, dtype, spill, streams_experts(job))
 
-    def _complete(self, job: Job, sink: FolderSink | GgufSink, finished: Finished) -> None:
-        """The files beside the weights, and the check."""
-        if not isinstance(sink, FolderSink):
-            self._complete_file(job, sink, finished)
-            return
-        folder, fmt, source, settings = sink.folder, sink.format, self.source, self.settings
-        write_side_files(folder, source, self.tokenizer, settings.trust_remote_code)
-        write_config(folder, source, job, fmt)
-        verified = None
-        if settings.verify:
-            started = time.monotonic()
-            expected = Expected(
-                planned_tensors(fmt, dict(job.layers), source, job.cache), sink.expected, sink.dense, finished.probe,
-                finished.loss if fmt.holds_activations or not finished.walk.activations else None,
-                settings.device, finished.walk.dtype, settings.trust_remote_code,
-                None if fmt.loads_here else _reader(job, fmt, sink.experts.targets), fmt.rounds_weights,
-                source.checks_finite, config_values(source, job, fmt), streams_experts(job),
-            )  # fmt: skip
-            verified = verify_folder(folder, expected)
-            finished.seconds["verify"] = time.monotonic() - started
-            loss = "" if verified["loss_reopened"] is None else f", probe loss {verified['loss_reopened']:.4f}"
-            logger.info(
-                "verified %s: %d tensors, %d layers%s",
-                folder.parent,
-                len(expected.tensors),
-                len(expected.digests),
-                loss,
-            )
-        self._record(job, sink, finished, verified)
-
-    def _complete_file(self, job: Job, sink: GgufSink, finished: Finished) -> None:
-        """The same for one GGUF file, which holds its tokenizer itself."""
-        verified = None
-        if self.settings.verify:
-            from auto_round.compressors.gguf_verify import verify_file
-
-            started = time.monotonic()
-            verified = verify_file(sink, job, self.source)
-            finished.seconds["verify"] = time.monotonic() - started
-            logger.info("verified %s: %d tensors, %d layers", sink.path.name, verified["tensors"], verified["layers"])
-        self._record(job, sink, finished, verified)
-
-    def _record(
-        self, job: Job, sink: FolderSink | GgufSink, finished: Finished, verified: Mapping[str, Any] | None
-    ) -> None:
-        write_records(
-            sink.folder, job, self.settings, sink.format, finished.walk.records, finished.seconds, sink.digests(),
-            verified, finished.data, finished.walk.unreached, finished.walk.numbers,
-        )  # fmt: skip
-
 
 def _output_bytes(job: Job) -> int:
     """What the output folder takes, with the small files."""
     return int(sum(job.bytes_on_disk.values()) * 1.02) + (1 << 20)
-
-
-def _reader(
-    job: Job, fmt: OutputFormat, targets: Mapping[str, FusedTarget]
-) -> Callable[[str, TensorFiles], QuantizedLayer]:
-    def read(name: str, files: TensorFiles) -> QuantizedLayer:
-        plan = job.layers[name]
-        specs = fmt.tensor_specs(name, plan.scheme, plan.in_features, plan.out_features)
-        tensors = read_pieces(files, specs, targets)
-        return fmt.read_layer(name, plan.scheme, tensors, plan.in_features, plan.out_features)
-
-    return read
 
 
 def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:

@@ -14,8 +14,8 @@ from extent import FULL
 from safetensors.torch import load_file, save_file
 
 from auto_round import AutoRound
+from auto_round.compressors import deliver as deliver_module
 from auto_round.compressors import gguf_verify, verify
-from auto_round.compressors import run as run_module
 from auto_round.errors import VerifyError
 from auto_round.export.gguf.read import GgufTensors
 
@@ -168,7 +168,7 @@ def test_folders(
         seen.append(expected)
         return verify.verify_folder(folder, expected)
 
-    monkeypatch.setattr(run_module, "verify_folder", keep)
+    monkeypatch.setattr(deliver_module, "verify_folder", keep)
     values = {"group_size": 32, "iters": 0, "disable_opt_rtn": True} | options
     AutoRound(packable_folder("llama"), dataset=token_ids, seqlen=24, nsamples=8, **values).quantize_and_save(
         tmp_path / "out", format

@@ -14,6 +14,7 @@ import torch
 
 from auto_round import AutoRound
 from auto_round.compressors import blockwise
+from auto_round.compressors import deliver as deliver_module
 from auto_round.compressors import run as run_module
 from auto_round.errors import ConfigError, ModelError, OutputError, Stopped
 from auto_round.export import staging
@@ -130,9 +131,9 @@ PHASES = {
     "data": (run_module, "prepare_calibration", 1), "capture": (run_module, "capture_inputs", 1),
     "first block": (blockwise, "_quantize_block", 1), "outside": (run_module, "quantize_outside", 1),
     "after the head": (run_module, "probe_loss", 1), "names": (run_module.FolderSink, "digests", 1),
-    "side files": (run_module, "write_side_files", 1), "config": (run_module, "write_config", 2),
-    "verify": (run_module, "verify_folder", 1), "second verify": (run_module, "verify_folder", 2),
-    "records": (run_module, "write_records", 1), "seal": (run_module.Staging, "seal", 2),
+    "side files": (deliver_module, "write_side_files", 1), "config": (deliver_module, "write_config", 2),
+    "verify": (deliver_module, "verify_folder", 1), "second verify": (deliver_module, "verify_folder", 2),
+    "records": (deliver_module, "write_records", 1), "seal": (run_module.Staging, "seal", 2),
     "publish": (run_module.Staging, "publish", 2), "move": (staging, "_move", 3),
     "last move": (staging, "_move", 21), "journal": (run_module.RunJournal, "finish", 1),
 }  # fmt: skip
@@ -305,7 +306,7 @@ def test_what_is_overwritten_stays_until_the_new_is_checked(run: Runner, stop_at
     old = tree(run("out", **TUNED))
     with pytest.raises(OutputError, match="not empty"):
         run("out", **TUNED, seed=7)
-    with pytest.raises(KeyboardInterrupt), stop_at(run_module, "verify_folder"):
+    with pytest.raises(KeyboardInterrupt), stop_at(deliver_module, "verify_folder"):
         run("out", **TUNED, seed=7, save={"overwrite": True, "max_shard_size": "50KB"})
     assert tree(tmp_path / "out") == old
     run("out", **TUNED, seed=7, save={"overwrite": True, "max_shard_size": "50KB"})

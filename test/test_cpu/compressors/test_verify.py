@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.compressors import run as run_module
+from auto_round.compressors import deliver as deliver_module
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.errors import VerifyError
 
@@ -103,7 +103,7 @@ def saved(
         return verify_folder(folder, expected)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "verify_folder", record)
+        patch.setattr(deliver_module, "verify_folder", record)
         for key, sym in (("asym", False), ("sym", True)):
             ar = AutoRound(packable_folder("llama"), group_size=32, sym=sym, iters=0, dataset=token_ids, seqlen=24)
             ar.quantize_and_save(tmp_path_factory.mktemp(key) / "out", "auto_round,fake")
@@ -202,7 +202,7 @@ def test_dense_weights_rounded_to_a_half_dtype_have_another_loss(
         seen[folder.parent.name] = expected
         return verify_folder(folder, dataclasses.replace(expected, loss=expected.loss + 0.01))
 
-    monkeypatch.setattr(run_module, "verify_folder", further)
+    monkeypatch.setattr(deliver_module, "verify_folder", further)
     ar = AutoRound(str(tmp_path / "half"), group_size=32, iters=0, dataset=token_ids, seqlen=24)
     ar.quantize_and_save(tmp_path / "out" / "fake", "fake")
     assert seen["fake"].rounds_weights and seen["fake"].dtype == torch.float32
