@@ -228,7 +228,10 @@ def test_quantization_config(
 def test_layer_configuration(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
     """What a user wrote: another valid text means something else, and only an error without words is a fault."""
     file = tmp_path / "layers.json"
-    file.write_text('{"k_proj": {"bits": 8, "group_size": 32}, "lm_head": "W4A16", "q.*proj": {"sym": false}}')
+    file.write_text(
+        '{"k_proj": {"bits": 8, "group_size": 32}, "lm_head": "W4A16", "q.*proj": {"sym": false}, '
+        '"model.layers.1.mlp.down_proj": {"bits": 2, "group_size": 64, "data_type": "int"}}'
+    )
 
     def accepted(found: Any) -> None:
         if not isinstance(found, dict):
