@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from auto_round.errors import ModelError
 from auto_round.modeling.config_checks import check_code
@@ -75,14 +77,37 @@ def _check_causal(config: Any, folder: Path, remote: bool) -> None:
         )
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty` gives tensors on meta, unless a device is named.
+
+    Weights begin so, and are put on meta as they become parameters. Without this each is allocated first, and though it
+    is never touched its place in the heap is lost to others: two gigabytes of addresses for a model of three.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
 def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """The model with parameters on meta and real buffers, in eval mode."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    try:
+    def build() -> nn.Module:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    model = None
+    with suppress(Exception), _EmptyOnMeta():
+        model = build()
+    try:
+        if model is None or any(buffer.is_meta for buffer in model.buffers()):
+            model = build()  # something else than a weight began as `torch.empty`, and was used
     except Exception as error:  # a model's constructor raises whatever odd values lead to
         raise ModelError(
             f"cannot build a model from {type(config).__name__}: {type(error).__name__}: {error}"
