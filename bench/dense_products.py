@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     if not is_slow(torch.bfloat16):
         print("this CPU multiplies bfloat16: PyTorch's product is used")
+    one = torch.ones(1, 1).bfloat16()
+    dense_product(one, one)  # compiles it, where that was not done yet
     found = []
     for out, width in SIZES:
         weight = torch.randn(out, width).bfloat16()
@@ -48,8 +51,8 @@ def main() -> None:
             x = torch.randn(rows, width).bfloat16()
             theirs, ours = [], []
             for _ in range(a.repeat if rows < 100 else 3):
-                theirs.append(seconds(lambda x=x, weight=weight: linear(x, weight)))  # type: ignore[misc]
-                ours.append(seconds(lambda x=x, weight=weight: dense_product(weight, x)))  # type: ignore[misc]
+                theirs.append(seconds(partial(linear, x, weight)))
+                ours.append(seconds(partial(dense_product, weight, x)))
             row = {
                 "out": out, "in": width, "rows": rows, "torch_ms": statistics.median(theirs) * 1e3,
                 "ours_ms": statistics.median(ours) * 1e3,

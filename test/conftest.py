@@ -6,7 +6,8 @@ import copy
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,27 @@ def golden_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("golden checkpoints are not here; set AR_TEST_SHARED")
     return folder
+
+
+@pytest.fixture
+def stop_at() -> Callable[..., AbstractContextManager[None]]:
+    """`with stop_at(module, name, call=1, error=KeyboardInterrupt):` raise at that call of a function."""
+
+    @contextmanager
+    def patched(owner: Any, name: str, call: int = 1, error: type[BaseException] = KeyboardInterrupt) -> Iterator[None]:
+        real, count = getattr(owner, name), [0]
+
+        def stopping(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if count[0] == call:
+                raise error("a planted stop")
+            return real(*args, **kwargs)
+
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(owner, name, stopping)
+                yield
+        finally:
+            assert count[0] >= call, "the place was never reached"
+
+    return patched

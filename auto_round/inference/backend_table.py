@@ -10,7 +10,7 @@ from auto_round.inference.kernels.kernel import LayerSpec, kernel_class
 
 DTYPE_LABELS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 SCALED_MM = "auto_round:scaled_mm"
-CPU = "auto_round:cpu"
+OWN_CPU = "auto_round:cpu"
 _FP16, _BF16, _HALF, _ALL = ("float16",), ("bfloat16",), ("bfloat16", "float16"), ("float32", "float16", "bfloat16")
 _V1, _GPTQ = ("gptq_zp+-1",), ("gptq", "gptq_zp+-1")
 
@@ -114,7 +114,7 @@ def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backe
 # `torch` took 9 (2048 x 2048, bfloat16), and 512 rows 27 s against 37 ms. Its `aten` rows are fast (0.5 ms), but not
 # worth an import of 20 s, since PyTorch's operation that they call is there without it.
 BACKENDS: tuple[Backend, ...] = (
-    Backend(CPU, ("cpu",), _BITS, _ALL, 7, _ALL_INT, ("C compiler",),
+    Backend(OWN_CPU, ("cpu",), _BITS, _ALL, 7, _ALL_INT, ("C compiler",),
             kernel=f"{_KERNELS}.cpu:CpuKernel", gain=_CPU_GAIN),
     Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=f"{_KERNELS}.torch_packed:CpuInt4"),
     Backend("auto_round:cpu_int8", ("cpu",), (8,), _BF16, 1, _GPTQ, kernel=f"{_KERNELS}.torch_packed:CpuInt8"),

@@ -15,7 +15,7 @@ from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
 from auto_round.inference.availability import device_kind
-from auto_round.inference.backend_table import CPU, Backend
+from auto_round.inference.backend_table import OWN_CPU, Backend
 from auto_round.inference.build_layer import PACKED_LEAVES, TENSORS, build_layer, layout_problem, layout_shapes
 from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.float_linear import FloatLinear
@@ -69,7 +69,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     for name, fmt in layers.items():
         _replace(model, name, fmt, config, files, choices[name].backend, kind)
     used = Counter(choice.backend.name for choice in choices.values())
-    if CPU in used:
+    if OWN_CPU in used:
         from auto_round.inference.dense_linear import use_dense_linear  # its C code is not needed elsewhere
 
         use_dense_linear(model)

@@ -31,18 +31,6 @@ def quantize(packable_folder: Callable[..., str]) -> Quantize:
     return run
 
 
-def stop_at(owner: Any, name: str, call: int, patch: pytest.MonkeyPatch) -> None:
-    real, count = getattr(owner, name), [0]
-
-    def stopping(*args: Any) -> Any:
-        count[0] += 1
-        if count[0] == call:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    patch.setattr(owner, name, stopping)
-
-
 PLACES = {"half way": (shard_run.ShardRun, "do", 12), "before its files are shown": (journal, "show", 1)}
 # One file of each kind; what lies beside weights (configuration, tokenizer) is written again in any case.
 KINDS = {
@@ -53,14 +41,13 @@ KINDS = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_damaged_journal(
-    place: str, quantize: Quantize, full: bool, tmp_path: Path, record: Callable[..., None],
+    place: str, quantize: Quantize, stop_at: Any, full: bool, tmp_path: Path, record: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     wanted = quantize(tmp_path / "whole")
     monkeypatch.setattr(shard_run, "SYNC_BYTES", 2_000)
     stopped, out = tmp_path / "stopped", tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(*PLACES[place], patch)
+    with pytest.raises(Stopped), stop_at(*PLACES[place]):
         quantize(stopped)
     files = sorted(path.relative_to(stopped) for path in (stopped / FOLDER).rglob("*") if path.is_file())
     names = [next(name for name in files if name.match(kind)) for kind in KINDS[place]]

@@ -17,7 +17,7 @@ SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}") for name in ("linear.c",
 # Columns that share a scale of the inputs, at most: `CHUNK` in the source, where the bound on sums depends on it.
 CHUNK = 128
 _BITS = {2: 2, 3: 4, 4: 4, 8: 8}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _P, _I, _Q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "packed_size": (_Q, [_I, _Q, _Q, _I, _P, _I, _I]),
@@ -131,7 +131,7 @@ def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[i
     """x [..., in] times the one weight in `packed`; with `counts`, rows of x [rows, in] sorted by weight. Returns
     [..., out] in the dtype of `x`."""
     lib, half = loaded()
-    dtype = _DTYPES.get(x.dtype)
+    dtype = DTYPES.get(x.dtype)
     if dtype is None or (dtype == 2 and not half):
         return multiply(packed, x.float(), counts, out).to(x.dtype)
     # Called for every layer of every token: what is usual costs no call that is not needed.

@@ -1,7 +1,7 @@
 /* y = x W^T for weights of half precision and few rows of x.  See docs/cpu-kernels.md.
 
-   PyTorch's product reads memory at half its speed on processors without instructions for bfloat16, and a model's head,
-   which is mostly left in it, is a large part of a token.  Products and sums are in float32: in each of WIDTH lanes column
+   PyTorch's product is slow on processors without instructions for bfloat16 (bench/dense_products.py), and a model's
+   head, which is mostly left in it, is a large part of a token.  Products and sums are in float32: in each of WIDTH lanes column
    after column, then lane after lane, then the last columns.  An output is summed by one thread: results depend neither
    on the number of threads nor on how many rows x has. */
 

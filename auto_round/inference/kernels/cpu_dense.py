@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from auto_round.inference.compute import cpu_multiplies
-from auto_round.inference.kernels.cpu import loaded
+from auto_round.inference.kernels.cpu import DTYPES, loaded
 
 # Rows for which our own product is faster than widening the weights to float32 for PyTorch's.
 ROWS = 48
 # Weights widened at once.
 _PIECE = 1 << 22
-HALVES = {torch.bfloat16: 1, torch.float16: 2}
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def is_slow(dtype: torch.dtype) -> bool:
@@ -34,7 +34,7 @@ def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     flat = flat if flat.stride(1) == 1 or inputs == 1 else flat.contiguous()
     y = x.new_empty(*x.shape[:-1], out)
     failed = loaded()[0].dense(
-        weight.data_ptr(), out, inputs, rows, flat.data_ptr(), flat.stride(0), y.data_ptr(), HALVES[x.dtype],
+        weight.data_ptr(), out, inputs, rows, flat.data_ptr(), flat.stride(0), y.data_ptr(), DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     if failed:

@@ -27,8 +27,8 @@ from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, Linear
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
 _SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
 
-# How GPTQModel says that a kernel is not for this machine or layer: ImportError for a missing module, ValueError for
-# what it does not take, RuntimeError for an extension that does not compile and, as NotImplementedError, the rest.
+# How GPTQModel says that a kernel is not for this machine or layer: a module is missing (ImportError), a value is not
+# taken (ValueError), an extension does not compile (RuntimeError; NotImplementedError, which it raises too, is one).
 _REFUSALS = (ImportError, ValueError, RuntimeError)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,27 +58,3 @@ def weights_hash() -> Callable[[Any], str]:
 @pytest.fixture
 def read_json() -> Callable[..., dict[str, Any]]:
     return lambda *parts: json.loads(Path(*parts).read_text())
-
-
-@pytest.fixture
-def stop_at() -> Callable[..., AbstractContextManager[None]]:
-    """`with stop_at(module, name, call=1, error=KeyboardInterrupt):` raise at that call of a function."""
-
-    @contextmanager
-    def patched(owner: Any, name: str, call: int = 1, error: type[BaseException] = KeyboardInterrupt) -> Iterator[None]:
-        real, count = getattr(owner, name), [0]
-
-        def stopping(*args: Any, **kwargs: Any) -> Any:
-            count[0] += 1
-            if count[0] == call:
-                raise error("a planted stop")
-            return real(*args, **kwargs)
-
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(owner, name, stopping)
-                yield
-        finally:
-            assert count[0] >= call, "the place was never reached"
-
-    return patched

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from auto_round.compressors.model_free import drive
+from auto_round.errors import OutputError
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -72,3 +76,19 @@ def free(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture
+def check_fails() -> Callable[[str], AbstractContextManager[None]]:
+    """`with check_fails(message):` all files are made, and the check ends the run with that OutputError."""
+
+    @contextmanager
+    def failing(message: str) -> Iterator[None]:
+        def fail(*_: Any) -> None:
+            raise OutputError(message)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(drive, "check_layers", fail)
+            yield
+
+    return failing

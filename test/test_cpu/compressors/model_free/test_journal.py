@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from auto_round import AutoRound
-from auto_round.compressors.model_free import drive
 from auto_round.compressors.model_free.journal import FOLDER, Journal
 from auto_round.compressors.resume.checked_text import add_checksum, take_checksum
 from auto_round.errors import OutputError
@@ -56,19 +56,15 @@ def test_digests(journal: Journal) -> None:
 
 
 def test_a_damaged_manifest_is_named_and_can_be_thrown_away(
-    packable_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    packable_folder: Callable[..., str], check_fails: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-
-    def broken(*_: object) -> None:
-        raise OutputError("the disk has gone")
 
     def quantize(resume: bool = True) -> None:
         job = AutoRound(packable_folder("llama"), "W4A16", model_free=True, device_map="cpu")
         job.quantize_and_save(out, resume=resume)
 
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match="the disk has gone"):
-        patch.setattr(drive, "check_layers", broken)
+    with check_fails("the disk has gone"), pytest.raises(OutputError, match="the disk has gone"):
         quantize()
     file = out / FOLDER / "manifest.json"
     file.write_text(file.read_text().replace('"job"', '"jab"'))

@@ -88,16 +88,12 @@ def test_a_process_that_cannot_begin_ends_the_others(processes: Callable[..., An
 
 
 def test_a_slow_process_finds_the_run_that_it_is_part_of(
-    processes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    processes: Callable[..., Any], check_fails: Any, tmp_path: Path
 ) -> None:
     """All files are made, and only the end is missing: process 0 alone could bring it about, and be gone."""
     out = tmp_path / "out"
 
-    def broken(*_: Any) -> None:
-        raise OutputError("the disk has gone")
-
-    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        patch.setattr(drive, "check_layers", broken)
+    with check_fails("the disk has gone"), ThreadPoolExecutor(1) as pool:
         first, second = processes()
         other = pool.submit(second.quantize_and_save, out)
         with pytest.raises(OutputError, match="the disk has gone"):
@@ -117,17 +113,13 @@ def test_a_slow_process_finds_the_run_that_it_is_part_of(
 
 @pytest.mark.timeout(120)
 def test_nobody_works_on_what_process_0_is_about_to_throw_away(
-    processes: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    processes: Callable[..., Any], check_fails: Any, tmp_path: Path
 ) -> None:
     """With resume=False a quick process found the journal of a killed run, which says the same, and took it for this
     run's."""
     out, several = tmp_path / "out", {"max_shard_size": 60_000}
 
-    def killed(*_: Any) -> None:
-        raise OutputError("killed")
-
-    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
-        patch.setattr(drive, "check_layers", killed)
+    with check_fails("killed"), ThreadPoolExecutor(1) as pool:
         first, second = processes()
         other = pool.submit(second.quantize_and_save, out, **several)
         with pytest.raises(OutputError, match="killed"):
