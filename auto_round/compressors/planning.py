@@ -11,7 +11,7 @@ import torch
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.compressors.cache import CachePlan, plan_cache
-from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, fused_targets, stored_targets
+from auto_round.compressors.file_layout import plan_files
 from auto_round.compressors.gguf_job import (
     file_plan,
     gguf_format,
@@ -52,6 +52,8 @@ from auto_round.modeling.source import ModelSource
 from auto_round.schemes import QuantizationScheme
 
 _ROUTER = "it chooses experts"
+_MTP = "it belongs to multi-token prediction"
+_NO_NAMES = "its family's checkpoints hold all experts of a block in one tensor, and readers know no other names"
 
 
 def compute_dtype(settings: Settings, source: ModelSource) -> torch.dtype:
@@ -170,7 +172,7 @@ def make_job(
                 plan = plan.kept("its block is not in to_quant_block_names")
             else:
                 check_data_type(scheme, f"layer {name}")
-                plan = _for_formats(plan, formats, model_type)
+                plan = _for_formats(plan, formats, model_type, source)
                 rearranged = None if gguf is None else is_rearranged(gguf, source, name)
                 plan = plan if rearranged is None else plan.kept(rearranged)
         layers[name] = plan
@@ -204,9 +206,10 @@ def make_job(
         memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
         model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
         journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if journaled else 0, memory,
+        **_stored_names(source, layers),
     )  # fmt: skip
     for fmt in formats:
-        require_plan(fmt, job.export_plan())
+        require_plan(fmt, job.export_plan(fmt))
     return job
 
 
@@ -235,7 +238,7 @@ def _layer_plan(source: ModelSource, name: str, scheme: QuantizationScheme) -> L
     module = source.model.get_submodule(name)
     out, columns = weight_2d(module).shape
     bias = getattr(module, "bias", None)
-    bias_dtype = source.tensor_meta(f"{name}.bias")[1] if bias is not None else None
+    bias_dtype = source.kept_meta(f"{name}.bias")[1] if bias is not None else None
     return LayerPlan(name, scheme, int(out), int(columns), bias_dtype, is_conv1d(module))
 
 
@@ -251,11 +254,41 @@ def _other_matrices(source: ModelSource, layers: Mapping[str, LayerPlan]) -> tup
     )
 
 
-def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str) -> LayerPlan:
+def _is_cut(source: ModelSource, layer: str) -> bool:
+    """Whether the checkpoint stores the experts of a block stacked, and this is one of them."""
+    plan = source.tensor_plan(f"{layer}.weight")
+    return plan is not None and plan.key is None
+
+
+def _stored_names(source: ModelSource, layers: Mapping[str, LayerPlan]) -> dict[str, Any]:
+    """What the checkpoint calls modules and blocks, and the matrices in it that no module reads: fields of `Job`."""
+    naming = source.checkpoint_naming()
+    modules = (*layers, *_embeddings(source), *_other_matrices(source, layers))
+    stored = {name: called for name in modules if (called := naming.module(name)) != name}
+    blocks = tuple(dict.fromkeys(called for block in source.blocks for called in naming.block(block)))
+    plans = (source.own_plan(name) for name in source.tied())
+    aliases = {key for plan in plans if plan is not None for key in plan.origin.stored}
+    spare = {key: _why_spare(key, blocks) for key in source.spare() if key not in aliases}
+    return {"stored_names": stored, "stored_blocks": blocks, "spare": spare}
+
+
+def _why_spare(key: str, blocks: Sequence[str]) -> str:
+    """Why no module reads a checkpoint tensor, as far as its name tells."""
+    stem = f"{blocks[0].rpartition('.')[0]}." if blocks else "."
+    index = key.removeprefix(stem).partition(".")[0] if key.startswith(stem) else ""
+    further = index.isdigit() and f"{stem}{index}" not in blocks
+    return _MTP if further or any(part.startswith("mtp") for part in key.split(".")) else "no module reads it"
+
+
+def _for_formats(
+    plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str, source: ModelSource
+) -> LayerPlan:  # fmt: skip
     for fmt in formats:
         require_scheme(fmt, plan.scheme, f"layer {plan.name}")
         reason = fmt.rules(model_type).stays_dense(plan.name)
         reason = reason or fmt.check_layer(plan.scheme, plan.in_features, plan.out_features)
+        if fmt.experts_by_name and is_routed_expert(plan.name) and _is_cut(source, plan.name):
+            reason = _NO_NAMES
         if plan.transposed and not fmt.takes_conv1d:
             reason = "it stores its weight transposed (Conv1D), and the layout is for ordinary linear layers"
         if reason is not None:
@@ -308,57 +341,16 @@ def _activation_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputForm
     ]
 
 
-def planned_tensors(
-    fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of every tensor that a format will write, tied aliases left out and dense experts fused."""
-    specs = separate_tensors(fmt, layers, source)
-    for name, target in _targets(fmt, specs, source).items():
-        specs[target.name] = (target.shape, specs.pop(name)[1])
+def with_cache_scales(specs: TensorSpecs, fmt: OutputFormat, cache: CachePlan | None) -> TensorSpecs:
+    """The tensors of a format's files, with those of the key-value cache's static scales."""
     return specs if cache is None else specs | cache.specs(fmt)
-
-
-def expert_joiner(fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource) -> ExpertJoiner:
-    """What fuses the experts that a format leaves dense, and stacks or renames what the format wants so."""
-    return ExpertJoiner(_targets(fmt, separate_tensors(fmt, layers, source), source))
-
-
-def _targets(fmt: OutputFormat, specs: TensorSpecs, source: ModelSource) -> dict[str, FusedTarget]:
-    rules = fmt.rules(str(getattr(source.config, "model_type", "")))
-    if rules.moves_tensors:
-        return stored_targets(specs, rules)
-    # A packed layer's codes may have the name of its weight.
-    dense = {name for name, (_, dtype) in specs.items() if dtype.is_floating_point and dtype.itemsize > 1}
-    return fused_targets(source.model, dense)
-
-
-def separate_tensors(
-    fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The same before experts are fused."""
-    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    replaced: set[str] = set()
-    for name, plan in layers.items():
-        if plan.scheme.quantizes_weights:
-            specs |= fmt.tensor_specs(
-                name, plan.scheme, plan.in_features, plan.out_features, bias_dtype=plan.bias_dtype,
-                model_dtype=source.dtype, transposed=plan.transposed,
-            )  # fmt: skip
-            replaced |= {f"{name}.weight", f"{name}.bias"}
-    tied = source.tied()
-    for tensor in source.tensor_names():
-        if tensor not in replaced and tensor not in tied:
-            specs[tensor] = source.tensor_meta(tensor)
-        elif tensor in tied and tied[tensor] in replaced and tensor not in replaced:
-            specs[tensor] = source.tensor_meta(tensor)  # the canonical name was quantized: the alias holds the original
-    return specs
 
 
 def planned_bytes(
     fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
 ) -> int:
     """Bytes of all tensors that a format will write."""
-    specs = planned_tensors(fmt, layers, source, cache)
+    specs = with_cache_scales(plan_files(fmt, layers, source).tensors, fmt, cache)
     return sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
 
 
@@ -375,10 +367,9 @@ def _hidden_size(source: ModelSource) -> int:
 __all__ = [
     "check_data_type",
     "compute_dtype",
-    "expert_joiner",
     "header_bytes",
     "is_integer",
     "make_job",
     "planned_bytes",
-    "planned_tensors",
+    "with_cache_scales",
 ]

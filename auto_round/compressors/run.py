@@ -23,7 +23,7 @@ from auto_round.compressors.activations import attach
 from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, take_unit, walk_blocks
 from auto_round.compressors.deliver import Delivery, Finished, deliver
-from auto_round.compressors.dense_experts import ExpertJoiner
+from auto_round.compressors.file_layout import FileLayout, plan_files
 from auto_round.compressors.format_runs import folder_name
 from auto_round.compressors.gguf_job import gguf_format
 from auto_round.compressors.importance_files import given_importance, save_importance, say_what_is_missing
@@ -38,7 +38,7 @@ from auto_round.compressors.non_finite import (
 )
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
 from auto_round.compressors.place import check_work_space
-from auto_round.compressors.planning import compute_dtype, expert_joiner, header_bytes, make_job, planned_tensors
+from auto_round.compressors.planning import compute_dtype, header_bytes, make_job, with_cache_scales
 from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.resume.fingerprint import (
     fingerprint,
@@ -259,15 +259,17 @@ class Run:
             from auto_round.compressors.gguf_sink import make_sink
 
             return make_sink(job, fmt, folder, self.source, self.settings)
-        experts = expert_joiner(fmt, dict(job.layers), self.source)
-        specs = planned_tensors(fmt, dict(job.layers), self.source, job.cache)
+        layout = plan_files(fmt, job.layers, self.source)
+        kept: dict[str, str] = {}
 
-        def rejoin(names: Sequence[str], reason: str) -> ExpertJoiner:
-            kept = job.with_kept(dict.fromkeys(names, reason))
-            require_plan(fmt, kept.export_plan())
-            return expert_joiner(fmt, dict(kept.layers), self.source)
+        def replan(names: Sequence[str], reason: str) -> FileLayout:
+            kept.update(dict.fromkeys(names, reason))
+            after = job.with_kept(kept)
+            require_plan(fmt, after.export_plan(fmt))
+            return plan_files(fmt, after.layers, self.source)
 
-        return FolderSink(fmt, folder, self.source.dtype, shard, experts, rejoin, header_bytes(specs))
+        specs = with_cache_scales(layout.tensors, fmt, job.cache)
+        return FolderSink(fmt, folder, self.source, shard, layout, replan, header_bytes(specs))
 
     def save(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,

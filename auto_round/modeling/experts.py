@@ -8,24 +8,13 @@ Quantizers, formats and runtimes know linear layers, so such a module is replace
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from auto_round.modeling.blocks import is_linear, weight_2d
-
-
-class ExpertLeaves(NamedTuple):
-    """What the matrices of one expert are called."""
-
-    gate: str
-    up: str
-    down: str
-
-
-USUAL_LEAVES = ExpertLeaves("gate_proj", "up_proj", "down_proj")
-W123_LEAVES = ExpertLeaves("w1", "w3", "w2")
+from auto_round.modeling.conversions import USUAL_LEAVES, ExpertLeaves
 
 
 @dataclass(frozen=True)
