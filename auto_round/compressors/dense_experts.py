@@ -20,7 +20,8 @@ import torch
 from auto_round.errors import UnsupportedError
 from auto_round.export.formats import TensorSpecs
 from auto_round.export.model_rules import ModelRules, renamed
-from auto_round.modeling.experts import ExpertPiece, LinearExperts
+from auto_round.modeling.expert_layouts import ExpertPiece
+from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.tensor_files import TensorFiles
 
 _EXPERT_WEIGHT = re.compile(r"^(.*\bexperts)\.\d+\.[^.]+\.weight$")
@@ -129,7 +130,7 @@ class ExpertJoiner:
         whole, missing = self._open.pop(target.name, (None, target.parts))
         if whole is None:
             whole = torch.empty(target.shape, dtype=tensor.dtype)
-        target.piece.paste(whole[target.piece.expert], tensor)
+        target.piece.paste(target.piece.slot(whole), tensor)
         if missing == 1:
             return target.name, whole
         self._open[target.name] = (whole, missing - 1)

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from auto_round.errors import ModelError
-from auto_round.modeling.experts import ExpertPiece, LinearExperts
+from auto_round.modeling.expert_layouts import ExpertPiece
+from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.tensor_files import TensorFiles
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.blocks import TransposedLinear
-from auto_round.modeling.experts import USUAL_LEAVES, LinearExperts
+from auto_round.modeling.experts import USUAL_LEAVES, linear_experts
 from auto_round.modeling.family_facts import FamilyFacts
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -282,7 +282,7 @@ def experts_listed_apart(
         fused = _as_fused(experts, facts, dtype)
         if fused is not None:
             parent, _, leaf = name.rpartition(".")
-            root.get_submodule(parent)._modules[leaf] = LinearExperts(fused)
+            root.get_submodule(parent)._modules[leaf] = linear_experts(fused)
             made.append(name)
     return made
 
