@@ -68,6 +68,8 @@ class Job:
         gguf: the file that is written, for a GGUF format.
         journal_bytes: most that the journal takes of the work space, where one is kept.
         memory_plan: where the activations are kept, and what every phase holds.
+        left: by tensor name, weights of two and more dimensions in the blocks that are in no linear layer, and why each
+            stays dense.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Job:
     gguf: GgufPlan | None = None
     journal_bytes: int = 0
     memory_plan: MemoryPlan | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
@@ -118,6 +121,7 @@ class Job:
             "settings": dict(self.settings),
             "blocks": len(self.blocks),
             "layers": {n: p.described + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
+            "left": dict(self.left),
             "steps": self.steps,
             "bytes_on_disk": dict(self.bytes_on_disk),
             "compute": self.compute,
@@ -161,6 +165,8 @@ class Job:
         lines = [f"{name:<18} {text}" for name, text in rows]
         groups = Counter(p.described + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
         lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]
+        others = Counter(self.left.values())
+        lines += [f"  {count:>5}  other weights in the blocks, dense: {text}" for text, count in others.most_common()]
         different = [p for p in self.layers.values() if p.scheme != self.scheme]
         shown = different[:40]
         if shown:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from auto_round.modeling.blocks import is_linear, weight_2d
 from auto_round.modeling.expert_layouts import (
     ExpertPiece,
     expert_count,
@@ -134,14 +133,14 @@ class LinearExperts(nn.Module):
         layout = self.layout
         joined = layout.gate == layout.up
         places = (
-            (layout.gate, "gate" if joined else "all", layout.transposed, self.intermediate_dim),
-            (layout.up, "up" if joined else "all", layout.transposed, self.intermediate_dim),
-            (layout.down, "all", layout.down_transposed, self.hidden_dim),
+            (layout.gate, "gate" if joined else "all", layout.transposed),
+            (layout.up, "up" if joined else "all", layout.transposed),
+            (layout.down, "all", layout.down_transposed),
         )
         suffixes = [("weight", ""), ("bias", layout.bias)] if layout.bias else [("weight", "")]
         found: dict[str, ExpertPiece] = {}
         for index in range(self.num_experts):
-            for layer, (param, part, transposed, out) in zip(self._layer_names(index), places, strict=True):
+            for layer, (param, part, transposed) in zip(self._layer_names(index), places, strict=True):
                 for leaf, suffix in suffixes:
                     if param:
                         rows = self._stored[param][0] // self.num_experts if layout.flat else 0
@@ -339,23 +338,3 @@ def usual_expert_names(model: nn.Module) -> dict[str, str]:
         if isinstance(module, LinearExperts)
         for name, usual in module.usual_names().items()
     }
-
-
-def router_names(model: nn.Module) -> set[str]:
-    """Names of the linear layers that choose experts or weigh shared ones.
-
-    They lie right beside an `experts` module, or in a `router` or `gate` there, and have one output an expert or a
-    single one. They are tiny, and an error in them sends tokens to other experts.
-    """
-    found: set[str] = set()
-    for name, module in model.named_modules():
-        experts = getattr(module, "experts", None)
-        if not isinstance(experts, (LinearExperts, nn.ModuleList)):
-            continue
-        widths = (1, sum(1 for _ in experts.children()))
-        for leaf, layer in module.named_modules():
-            first, _, rest = leaf.partition(".")
-            beside = not rest or first in ("router", "gate")
-            if beside and is_linear(layer) and weight_2d(layer).shape[0] in widths:
-                found.add(f"{name}.{leaf}" if name else leaf)
-    return found

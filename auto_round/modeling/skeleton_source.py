@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.blocks import TransposedLinear
 from auto_round.modeling.build import config_dtype, dominant_dtype
 from auto_round.modeling.checkpoint_map import Origin, TensorPlan
 from auto_round.modeling.checkpoint_source import CheckpointSource
@@ -81,28 +80,6 @@ class SkeletonSource(CheckpointSource):
             stored = weights.get(key)
             found += [key] if stored is None else [stored.codes, stored.scale]
         return tuple(found)
-
-    def left_in_blocks(self) -> dict[str, str]:
-        """Tensors of two and more dimensions inside the blocks that belong to no linear layer, and why they stay."""
-        left = {}
-        inside = tuple(f"{block}." for block in self.blocks)
-        for owner, module in self.model.named_modules():
-            if isinstance(module, (torch.nn.Linear, LinearExperts)) or not f"{owner}.".startswith(inside):
-                continue
-            for leaf, tensor in module._parameters.items():
-                if tensor is not None and tensor.dim() >= 2 and not isinstance(module, TransposedLinear):
-                    left[f"{owner}.{leaf}"] = _why_left(owner, leaf, tensor)
-        return left
-
-
-def _why_left(owner: str, leaf: str, tensor: torch.Tensor) -> str:
-    if isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 3 and owner.rpartition(".")[2] == "experts":
-        return "experts in a 3-D layout that is not known for this family"
-    if leaf == "weight" and owner.rpartition(".")[2] in ("gate", "router") and tensor.dim() == 2:
-        return "it chooses experts"
-    if leaf == "weight" and tensor.dim() > 2:
-        return "a convolution"
-    return "no weight of a linear layer"
 
 
 def _facts(config: RawConfig, name: str) -> FamilyFacts:

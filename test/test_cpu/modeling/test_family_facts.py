@@ -12,10 +12,11 @@ import torch
 
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.export.expert_names import EXPERT_NAMES
+from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import linear_names
 from auto_round.modeling.checkpoint_source import CheckpointSource
-from auto_round.modeling.experts import router_names
 from auto_round.modeling.family_facts import FAMILIES, family_facts
+from auto_round.modeling.routers import router_names
 from auto_round.modeling.skeleton_source import SkeletonSource
 
 STACKS = {"MergeModulelist", "Concatenate"}
@@ -153,4 +154,4 @@ def test_names_with_head_or_output_inside_are_ordinary_layers(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of", "num_hidden_layers": 2}))
     source = SkeletonSource(tmp_path)
     assert len(linear_names(source.model)) == 9 and router_names(source.model) == set()
-    assert source.left_in_blocks() == {}
+    assert block_weights(source.model, source.blocks).dense == ()
