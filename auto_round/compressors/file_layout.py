@@ -21,7 +21,8 @@ from auto_round.export.formats import OutputFormat, TensorSpecs
 from auto_round.export.model_rules import ModelRules
 from auto_round.modeling.checkpoint_map import TensorPlan
 from auto_round.modeling.conversions import Origin, conversions_of, run_converter
-from auto_round.modeling.experts import ExpertPiece, LinearExperts
+from auto_round.modeling.expert_layouts import ExpertPiece
+from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.source import ModelSource
 
 
@@ -40,6 +41,12 @@ class FusedTarget:
     shape: tuple[int, ...]
     parts: int
     piece: ExpertPiece | None
+
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """Shape of one expert's place in it."""
+        rows = 0 if self.piece is None else self.piece.rows
+        return (rows, *self.shape[1:]) if rows else self.shape[1:]
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ class Job:
         stored_names: what the checkpoint calls a module, where that differs from its name in the model.
         stored_blocks: what it calls the blocks.
         spare: its tensors that no module reads, and why; they are copied.
+        left: by tensor name, weights of two and more dimensions in the blocks that are in no linear layer, and why each
+            stays dense.
     """
 
     model: str
@@ -99,6 +101,7 @@ class Job:
     stored_names: Mapping[str, str] = field(default_factory=dict)
     stored_blocks: tuple[str, ...] = ()
     spare: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
@@ -139,6 +142,7 @@ class Job:
             "blocks": len(self.blocks),
             "layers": {n: p.described + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
             **({"copied": dict(self.spare)} if self.spare else {}),
+            "left": dict(self.left),
             "steps": self.steps,
             "bytes_on_disk": dict(self.bytes_on_disk),
             "compute": self.compute,
@@ -182,6 +186,8 @@ class Job:
         lines = [f"{name:<18} {text}" for name, text in rows]
         groups = Counter(p.described + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
         lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]
+        others = Counter(self.left.values())
+        lines += [f"  {count:>5}  other weights in the blocks, dense: {text}" for text, count in others.most_common()]
         different = [p for p in self.layers.values() if p.scheme != self.scheme]
         shown = different[:40]
         if shown:

@@ -23,6 +23,7 @@ from auto_round.compressors.gguf_job import (
 )
 from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.kept_dense import dense_by_default
 from auto_round.compressors.memory_plan import Facts
 from auto_round.compressors.mixed import mixed_defaults
 from auto_round.compressors.place import place_activations
@@ -45,15 +46,16 @@ from auto_round.export.formats import (
 from auto_round.export.shard_writer import entry_bytes
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.layer_config import resolve_layers
+from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
-from auto_round.modeling.experts import router_names
 from auto_round.modeling.fused import fused_groups, is_routed_expert
+from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource
 from auto_round.schemes import QuantizationScheme
 
-_ROUTER = "it chooses experts"
 _MTP = "it belongs to multi-token prediction"
 _NO_NAMES = "its family's checkpoints hold all experts of a block in one tensor, and readers know no other names"
+_ASKED = "layer_config, ignore_layers or the scheme ask for full precision"
 
 
 def compute_dtype(settings: Settings, source: ModelSource) -> torch.dtype:
@@ -126,6 +128,10 @@ def make_job(
     model_type = str(getattr(source.config, "model_type", ""))
     notes = _model_notes(formats, model_type)
     blocks = _chosen_blocks(settings, source)
+    weights = block_weights(source.model, source.blocks)
+    advice = "leave model_free out (--disable_model_free), " if isinstance(source.model, Skeleton) else ""
+    if (warning := weights.check(source.name_or_path, advice)) is not None:
+        notes.append(warning)
     inside = [f"{block}.{name}" for block in source.blocks for name in linear_names(source.model.get_submodule(block))]
     everything = linear_names(source.model)
     inside_set = set(inside)
@@ -159,13 +165,16 @@ def make_job(
     instead, group_notes = fit_groups(schemes, _widths(source, schemes), formats) if fit else ({}, [])
     schemes = {name: instead.get(scheme, scheme) for name, scheme in schemes.items()}
     notes += group_notes
-    routers = router_names(source.model)
+    default = dense_by_default(source.model, model_type, everything, formats, settings.layer_config)
+    notes += default.notes()
     layers: dict[str, LayerPlan] = {}
     for name, scheme in schemes.items():
         plan = _layer_plan(source, name, scheme)
-        if scheme.quantizes_weights:
-            if name in routers:
-                plan = plan.kept(_ROUTER)
+        if not scheme.quantizes_weights:
+            plan = plan.kept(default.reasons.get(name, _ASKED)) if name in inside_set else plan
+        else:
+            if name in default.reasons:
+                plan = plan.kept(default.reasons[name])
             elif kept is not None and name in kept:
                 plan = plan.kept(kept[name])
             elif name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
@@ -180,7 +189,8 @@ def make_job(
         layers = with_types(layers)
     if gguf is not None:
         gguf = settle_types(gguf, source, layers)
-    refused = [p for p in layers.values() if p.reason not in (None, _ROUTER) and p.scheme.bits >= 16]
+    usual = {None, _ASKED, *default.reasons.values()}
+    refused = [p for p in layers.values() if p.reason not in usual and p.scheme.bits >= 16]
     for plan in refused[:5]:
         notes.append(f"{plan.name} stays in full precision: {plan.reason}")
     if len(refused) > 5:
@@ -206,7 +216,7 @@ def make_job(
         memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
         model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
         journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if journaled else 0, memory,
-        **_stored_names(source, layers),
+        left={weight.name: weight.reason for weight in weights.dense}, **_stored_names(source, layers),
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan(fmt))

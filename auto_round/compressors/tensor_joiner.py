@@ -16,9 +16,12 @@ def read_pieces(files: TensorFiles, names: Collection[str], layout: FileLayout) 
     found = {}
     for name in names:
         target = layout.targets.get(name)
-        row = None if target is None or target.piece is None else target.piece.expert
+        piece = None if target is None else target.piece
         (stored,) = layout.stored_names(name)
-        found[name] = files.read(stored, row)
+        if piece is not None and piece.rows:  # experts below each other in one matrix
+            found[name] = piece.slot(files.read(stored))
+        else:
+            found[name] = files.read(stored, None if piece is None else piece.expert)
     return found
 
 
@@ -53,7 +56,7 @@ class TensorJoiner:
             spec = self.layout.tensors.get(target.name)
             whole = torch.empty(target.shape, dtype=tensor.dtype if spec is None else spec[1])
         assert target.piece is not None
-        target.piece.paste(whole[target.piece.expert], tensor)
+        target.piece.paste(target.piece.slot(whole), tensor)
         if missing == 1:
             return whole
         self._open[target.name] = (whole, missing - 1)

@@ -15,7 +15,8 @@ from torch import nn
 
 from auto_round.errors import ModelError
 from auto_round.modeling.conversions import Conversions, Origin, conversions_of, run_converter, saving_conversions
-from auto_round.modeling.experts import ExpertPiece, LinearExperts
+from auto_round.modeling.expert_layouts import ExpertPiece
+from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.tensor_files import TensorFiles
 
 

@@ -219,7 +219,7 @@ class CheckpointSource(ModelSource):
         origin, piece = plan.origin, plan.piece
         if origin.converter is None and piece is None:
             tensor = self.files.read(origin.keys[0][0]).to(info.dtype)
-        elif origin.converter is None and piece is not None:
+        elif origin.converter is None and piece is not None and not piece.rows:
             # One expert at a time, never all of a stacked tensor; gate and up may be halves of one row.
             row = str(piece.expert)
             if row not in shared.get(origin, {}):
@@ -232,7 +232,7 @@ class CheckpointSource(ModelSource):
             whole = shared[origin].get(plan.name)
             if whole is None:
                 raise ModelError(f"the conversion of {origin.keys[0][0]!r} does not give {plan.name!r}")
-            tensor = whole if piece is None else piece.cut(whole[piece.expert])
+            tensor = whole if piece is None else piece.cut(piece.slot(whole))
         if tuple(tensor.shape) != info.shape:
             raise ModelError(
                 f"tensor {name!r} has shape {list(tensor.shape)} in {self.folder}; the model needs {list(info.shape)}"

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.blocks import TransposedLinear
 from auto_round.modeling.build import config_dtype, dominant_dtype
 from auto_round.modeling.checkpoint_map import TensorPlan
 from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.config_checks import check_sizes
 from auto_round.modeling.conversions import Origin
-from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.quantized_inputs import check_readable, dense_view, drop_quantization, quantization_of
 from auto_round.modeling.raw_config import RawConfig, read_config
 from auto_round.modeling.skeleton import Skeleton, build_skeleton, skeleton_blocks
@@ -131,29 +129,6 @@ class SkeletonSource(CheckpointSource):
 
     def reopen(self) -> CheckpointSource:
         return SkeletonSource(self.folder, dtype=self._asked, name_or_path=self.name_or_path)
-
-
-def left_in_blocks(source: CheckpointSource) -> dict[str, str]:
-    """Tensors of two and more dimensions inside the blocks that belong to no linear layer, and why they stay."""
-    left = {}
-    inside = tuple(f"{block}." for block in source.blocks)
-    for owner, module in source.model.named_modules():
-        if isinstance(module, (torch.nn.Linear, LinearExperts)) or not f"{owner}.".startswith(inside):
-            continue
-        for leaf, tensor in module._parameters.items():
-            if tensor is not None and tensor.dim() >= 2 and not isinstance(module, TransposedLinear):
-                left[f"{owner}.{leaf}"] = _why_left(owner, leaf, tensor)
-    return left
-
-
-def _why_left(owner: str, leaf: str, tensor: torch.Tensor) -> str:
-    if isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 3 and owner.rpartition(".")[2] == "experts":
-        return "experts in a 3-D layout that is not known for this family"
-    if leaf == "weight" and owner.rpartition(".")[2] in ("gate", "router") and tensor.dim() == 2:
-        return "it chooses experts"
-    if leaf == "weight" and tensor.dim() > 2:
-        return "a convolution"
-    return "no weight of a linear layer"
 
 
 def shards_of(files: TensorFiles) -> dict[Path, list[str]]:

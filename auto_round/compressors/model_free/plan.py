@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from auto_round.compressors.job import Job, LayerPlan
@@ -13,7 +13,6 @@ from auto_round.compressors.planning import make_job
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
 from auto_round.modeling.checkpoint_source import CheckpointSource
-from auto_round.modeling.skeleton_source import left_in_blocks
 from auto_round.report.memory import format_bytes
 
 _TOWERS = ("vision", "visual", "vision_tower", "vision_model", "audio_tower", "audio_model", "image_newline",
@@ -26,26 +25,20 @@ class ModelFreeJob(Job):
     """A job that needs no model.
 
     Attributes:
-        left: matrices that are no linear layers, and why each stays as it is.
         workers, memory: see `ModelFreeOptions`.
     """
 
-    left: Mapping[str, str] = field(default_factory=dict)
     workers: int = 1
     memory: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"model_free": True, "left": dict(self.left)}
+        return super().to_dict() | {"model_free": True}
 
     def render(self) -> str:
         text = super().render()
         head, _, rest = text.partition("\nmemory ")
         how = f"{'model-free':<18} {self.workers} tensors at a time, at most {format_bytes(self.memory)} together"
         lines = [f"{head}\n{how}\nmemory {rest}"] if rest else [text, how]
-        counts: dict[str, int] = {}
-        for reason in self.left.values():
-            counts[reason] = counts.get(reason, 0) + 1
-        lines += [f"  {count:>5}  tensors left as they are: {reason}" for reason, count in counts.items()]
         return "\n".join(lines)
 
 
@@ -62,7 +55,7 @@ def model_free_job(
     layers = {name: _with_reason(plan, source) for name, plan in job.layers.items()}
     values = {f.name: getattr(job, f.name) for f in fields(Job)}
     values |= {"layers": layers, "notes": (*job.notes, *notes), "journal_bytes": 0, "memory_plan": None}
-    made = ModelFreeJob(**values, left=left_in_blocks(source), workers=options.workers, memory=options.memory)
+    made = ModelFreeJob(**values, workers=options.workers, memory=options.memory)
     largest = max((u.memory for fmt in formats for u in plan_work(made, source, fmt).units), default=0)
     return replace(made, peak_ram=max(largest, min(options.memory, options.workers * largest)), peak_vram=0)
 

@@ -135,7 +135,7 @@ class Rounder:
                     continue
                 part = packed.pop(name)
                 place = target.name, target.piece.expert
-                row = rows.setdefault(place, torch.empty(target.shape[1:], dtype=part.dtype))
+                row = rows.setdefault(place, torch.empty(target.slot_shape, dtype=part.dtype))
                 target.piece.paste(row, part)
         for (output, expert), row in rows.items():
             yield Piece(output, expert * row.nbytes, row)
@@ -192,7 +192,7 @@ class Rounder:
             if tuple(tensor.shape) != tuple(wanted[0]) or tensor.dtype != wanted[1]:
                 raise ModelError(f"tensor {name!r} became {tensor.dtype} {list(tensor.shape)}, planned was {wanted}")
             return Piece(name if target is None else target.name, 0, tensor)
-        row = torch.empty(target.shape[1:], dtype=tensor.dtype)
+        row = torch.empty(target.slot_shape, dtype=tensor.dtype)
         target.piece.paste(row, tensor)
         return Piece(target.name, target.piece.expert * row.nbytes, row)
 
@@ -213,7 +213,7 @@ class Rounder:
                 rows.setdefault(target.piece.expert, []).append((name, target))
         for expert, parts in rows.items():
             self.arena.reset()
-            row = torch.empty(parts[0][1].shape[1:], dtype=self.work.tensors[unit.outputs[0]][1])
+            row = torch.empty(parts[0][1].slot_shape, dtype=self.work.tensors[unit.outputs[0]][1])
             for name, target in parts:
                 assert target.piece is not None
                 target.piece.paste(row, self._checked(name))

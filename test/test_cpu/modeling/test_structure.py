@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from auto_round.errors import ModelError, UnsupportedError
+from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import linear_names
 from auto_round.modeling.checkpoint_source import CheckpointSource
-from auto_round.modeling.experts import router_names
-from auto_round.modeling.skeleton_source import SkeletonSource, left_in_blocks, open_structure
+from auto_round.modeling.routers import router_names
+from auto_round.modeling.skeleton_source import SkeletonSource, open_structure
 
 FAMILY_NAMES = (
     "llama", "llama-tied", "qwen2", "qwen3", "opt", "gpt2", "gemma3", "phi", "mistral", "falcon-alibi", "falcon-rotary",
@@ -82,4 +83,4 @@ def test_names_with_head_or_output_inside_are_ordinary_layers(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of", "num_hidden_layers": 2}))
     source = open_structure(tmp_path)
     assert len(linear_names(source.model)) == 9 and router_names(source.model) == set()
-    assert left_in_blocks(source) == {}
+    assert block_weights(source.model, source.blocks).dense == ()
