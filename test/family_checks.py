@@ -1,4 +1,4 @@
-"""What is checked of each tiny family: quantized in every way, named as in the source, opened again, the same logits."""
+"""What is checked of each tiny family: quantized in every way, named as in the source, opened again, same logits."""
 
 from __future__ import annotations
 

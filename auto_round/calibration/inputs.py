@@ -19,7 +19,7 @@ from auto_round.calibration.spill import Spill, SpilledTensor
 from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.finite import is_finite
 from auto_round.modeling.one_expert import OneExpert
-from auto_round.modeling.outside import outside_loaded
+from auto_round.modeling.outside import check_real, outside_loaded
 from auto_round.modeling.source import Device, ModelSource
 from auto_round.modeling.tensor_files import empty_pages
 
@@ -241,6 +241,7 @@ class _Recorder:
 
     def replacement(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            check_real((args, kwargs), self.source.blocks[index], self.source)
             hidden, rest, key = _take_hidden(args, kwargs)
             spec, consts, leaves = flatten((*rest, key))
             if self._probing:
