@@ -60,6 +60,7 @@ from auto_round.export.disk import PARTIAL, check_disk, check_file, ensure_outpu
 from auto_round.export.formats import OutputFormat, get_format, require_plan
 from auto_round.export.staging import Staging
 from auto_round.logger import logger
+from auto_round.modeling.config_values import largest, smallest
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.memory import FreedMemory, return_freed
@@ -419,10 +420,9 @@ class Run:
     def _data(self) -> CalibrationData | None:
         if not self.settings.needs_data:
             return None
-        config = _text_config(self.source.config)
         data = prepare_calibration(
             self.settings.dataset, self.tokenizer, seqlen=self.settings.seqlen, nsamples=self.settings.nsamples,
-            seed=self.settings.seed, model_max_length=getattr(config, "max_position_embeddings", None),
+            seed=self.settings.seed, model_max_length=smallest(self.source.config, "max_position_embeddings"),
             vocab_size=_vocab_size(self.source), platform=self.settings.platform,
         )  # fmt: skip
         shown = ", ".join(f"{name} ({count})" for name, count in data.sources)
@@ -430,7 +430,7 @@ class Run:
         return data
 
     def _probe(self) -> list[dict[str, torch.Tensor]]:
-        most = getattr(_text_config(self.source.config), "max_position_embeddings", None)
+        most = smallest(self.source.config, "max_position_embeddings")
         return probe_samples(self.tokenizer, _vocab_size(self.source) or 2, most)
 
     def _capture(
@@ -464,13 +464,8 @@ def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
     return replace(job, layers={**job.layers, **left})
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _vocab_size(source: ModelSource) -> int | None:
-    size = getattr(_text_config(source.config), "vocab_size", None)
-    return int(size) if size else None
+    return largest(source.config, "vocab_size") or None
 
 
 @contextmanager
