@@ -58,7 +58,8 @@ def check_sizes(file: Path, config: Any, tensors: int) -> None:
     for key, most in {**_LARGEST, **dict.fromkeys(LAYER_COUNTS, tensors)}.items():
         value = read_value(text, key)
         each = value if isinstance(value, (list, tuple)) else [value]  # some families give a size for each layer
-        if any(not _is_size(number, most) for number in each if number is not None):
+        unlimited = -1 if key == "max_position_embeddings" else None  # XLNet's way to say that there is no limit
+        if any(not _is_size(number, most) for number in each if number is not None and number != unlimited):
             allowed = f"the {tensors} tensors of the files allow" if key in LAYER_COUNTS else "a model can have"
             raise ModelError(f"{file} says {key}={value!r}, and at most {most} are what {allowed}; fetch it again")
 
