@@ -336,6 +336,7 @@ def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -
         model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform,
         allow_pickle=settings.allow_pickle,
     )  # fmt: skip
+    source.bounded = settings.max_memory is not None
     for note in getattr(source, "notes", ()):
         logger.warning("%s", note)
     if source.stored_as:

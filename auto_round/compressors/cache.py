@@ -13,6 +13,7 @@ from auto_round.errors import UnsupportedError
 from auto_round.export.cache_scales import FP8_MAXIMUM, CacheScheme, scale_shape
 from auto_round.export.formats import OutputFormat, TensorSpecs
 from auto_round.modeling.attention import Attention, find_attention, head_counts
+from auto_round.modeling.config_values import text_config
 from auto_round.modeling.source import ModelSource
 
 
@@ -77,7 +78,7 @@ def plan_cache(source: ModelSource, scheme: CacheScheme | None) -> CachePlan | N
     keeps keys and values."""
     if scheme is None:
         return None
-    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
+    config = text_config(source.config)
     heads = {
         f"{block}.{attention.name}": head_counts(attention, config)
         for block in source.blocks

@@ -91,7 +91,7 @@ def _complete_folder(made: Delivery, sink: FolderSink) -> Mapping[str, Any] | No
         finished.loss if fmt.holds_activations or not finished.walk.activations else None,
         settings.device, finished.walk.dtype, settings.trust_remote_code,
         None if fmt.loads_here else _reader(job, fmt, sink.layout), fmt.rounds_weights,
-        source.checks_finite, config_values(source, job, fmt), streams_experts(job),
+        source.checks_finite, config_values(source, job, fmt), streams_experts(job), source.bounded,
     )  # fmt: skip
     verified = verify_folder(folder, expected)
     finished.seconds["verify"] = time.monotonic() - started

@@ -48,6 +48,7 @@ from auto_round.inference.compute import compute_dtype_for
 from auto_round.layer_config import resolve_layers
 from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
+from auto_round.modeling.config_values import largest
 from auto_round.modeling.fused import fused_groups, is_routed_expert
 from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource
@@ -370,8 +371,7 @@ def header_bytes(specs: TensorSpecs) -> int:
 
 
 def _hidden_size(source: ModelSource) -> int:
-    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
-    return int(getattr(config, "hidden_size", 0) or 0)
+    return largest(source.config, "hidden_size")
 
 
 __all__ = [

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from auto_round.errors import UnsupportedError
+from auto_round.modeling.config_values import integers, layer_value, read_value
 
 # What the argument is called that takes the key-value cache.
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -53,18 +54,19 @@ def head_counts(attention: Attention, config: Any) -> tuple[int, int]:
     """
     own = getattr(attention.module, "config", None)
     sources = [attention.module, *([own] if own is not None else []), config]
-    if any(isinstance(getattr(source, name, None), int) for source in sources for name in _LATENT):
+    if any(integers(read_value(source, name)) for source in sources for name in _LATENT):
         raise UnsupportedError(
             f"{type(attention.module).__name__} caches compressed latents instead of keys and values, for which there "
             "are no static scales: leave static_kv_dtype and static_attention_dtype out"
         )
-    heads = _first(sources, _HEADS)
+    layer = getattr(attention.module, "layer_idx", None)
+    heads = _first(sources, _HEADS, layer)
     if heads is None:
         raise UnsupportedError(
             f"{type(attention.module).__name__} does not tell how many heads it has, so static scales cannot be "
             "planned: leave static_kv_dtype and static_attention_dtype out"
         )
-    return heads, _first(sources, _KEY_VALUE_HEADS) or heads
+    return heads, _first(sources, _KEY_VALUE_HEADS, layer) or heads
 
 
 def with_argument(
@@ -90,10 +92,10 @@ def _cache_argument_of(forward: Callable[..., Any]) -> str | None:
     return next((name for name in _CACHES if name in parameters), None)
 
 
-def _first(sources: list[Any], names: tuple[str, ...]) -> int | None:
+def _first(sources: list[Any], names: tuple[str, ...], layer: int | None) -> int | None:
     for source in sources:
         for name in names:
-            value = getattr(source, name, None)
+            value = layer_value(source, name, layer)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None

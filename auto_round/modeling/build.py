@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from auto_round.errors import ModelError
 from auto_round.modeling.config_checks import check_code
+from auto_round.modeling.config_values import read_value, text_config
 from auto_round.modeling.json_text import read_object
 from auto_round.modeling.links import inside
 from auto_round.modeling.tensor_files import TensorFiles
@@ -125,8 +126,8 @@ def build_on_meta(
 
 def config_dtype(config: Any) -> torch.dtype | None:
     """The floating dtype (16 bits or more) that a configuration names, or None."""
-    for part in (config, config.get_text_config()):
-        found = getattr(part, "dtype", None)
+    for part in (config, text_config(config)):
+        found = read_value(part, "dtype")
         if isinstance(found, str):
             found = getattr(torch, found.removeprefix("torch."), None)
         if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:

@@ -125,7 +125,7 @@ class CheckpointSource(ModelSource):
             self.folder, dtype=self._asked, trust_remote_code=self._trusted, name_or_path=self.name_or_path,
             allow_pickle=self._pickles, kind=self.kind,
         )  # fmt: skip
-        source.checks_finite = self.checks_finite
+        source.checks_finite, source.bounded = self.checks_finite, self.bounded
         return source
 
     def load(self, name: str, device: Device | None = None) -> nn.Module:

@@ -37,6 +37,7 @@ class ModelSource(ABC):
         stored_as: how a checkpoint that is quantized already holds its weights, in words; "" for a dense one.
         lazy: weights are read when loaded and dropped when released (a checkpoint), instead of living in the model.
         checks_finite: `load` refuses NaN and Inf. Off once they have been looked for and are to be kept.
+        bounded: a limit of memory was given (`max_memory`), so that nothing is loaded before it is needed.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class ModelSource(ABC):
     lazy: bool
     stored_as: str = ""
     checks_finite: bool = True
+    bounded: bool = False
     _naming: CheckpointNames | None = None
 
     @abstractmethod
