@@ -64,6 +64,12 @@ class VerifyError(AutoRoundError):
     exit_code = 9
 
 
+class LibraryError(AutoRoundError):
+    """A library does not do what this version of the package expects of it: our fault, not the model's."""
+
+    exit_code = 10
+
+
 class Stopped(KeyboardInterrupt):
     """The run was stopped by a signal (Ctrl-C, or SIGTERM on the command line). Its text says where, and whether the
     same command goes on from there."""
