@@ -87,6 +87,8 @@ class QuantizationScheme:
         if isinstance(self.group_size, list):
             object.__setattr__(self, "group_size", tuple(self.group_size))
         self._settle("data_type", "bits")
+        if str(self.act_data_type).lower() == "float" and not self.quantizes_activations:
+            object.__setattr__(self, "act_data_type", None)  # "as they are", in the incumbent's words
         if self.act_data_type is not None:
             self._settle("act_data_type", "act_bits")
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits < 1:

@@ -57,6 +57,11 @@ def run_rtn(argv: Sequence[str] | None = None) -> int:
     return _guard(argv, lambda args: _dispatch(args, "rtn"))
 
 
+def run_mllm(argv: Sequence[str] | None = None) -> int:
+    """`auto-round-mllm`, the older name of `auto-round`."""
+    return run(argv)
+
+
 def run_eval(argv: Sequence[str] | None = None) -> int:
     """`auto-round-eval`, the same as `auto-round eval`."""
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from auto_round import errors, schemes
 from auto_round.cli.arguments import EVAL_GROUPS, GENERATE_GROUPS, QUANTIZE_GROUPS, spellings
-from auto_round.cli.later import refused_names
+from auto_round.later import refused_names
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])

@@ -20,8 +20,8 @@ MOST_LINES = 600
 # A room may import rooms of a lower rank, and itself. Rooms of one rank do not know each other.
 RANKS: dict[str, int] = {
     "_version": 0, "errors": 0,
-    "envs": 1, "threads": 1,
-    "logger": 2,
+    "envs": 1, "later": 1, "threads": 1,
+    "auto_scheme": 2, "logger": 2,
     "schemes": 2,
     "layer_config": 3, "data_type": 3, "recipes": 3,
     "quantized_layer": 4,
