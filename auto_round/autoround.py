@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from auto_round import envs
 from auto_round.compressors.budget import parse_budget
 from auto_round.compressors.deliver import Finished
 from auto_round.compressors.device import resolve_device
@@ -36,7 +37,7 @@ from auto_round.export.disk import PARTIAL, ensure_output_folder
 from auto_round.export.formats import OutputFormat, parse_formats
 from auto_round.export.staging import Staging
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
-from auto_round.logger import ensure_logging, logger
+from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme, mixed_preset
@@ -115,6 +116,8 @@ class AutoRound(SettingsView):
         **kwargs: Any,
     ) -> None:
         ensure_logging()
+        for sentence in envs.without_effect():
+            warn_once("%s", sentence)
         options = checked_options(kwargs, inspect.signature(AutoRound.__init__).parameters)
         algorithm_given = given_algorithm(alg_configs, options)
         if options["model_free"]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from auto_round import envs
 from auto_round._version import __version__
 from auto_round.errors import AutoRoundError, OutputError, Stopped
-from auto_round.logger import logger, setup_logging
+from auto_round.logger import logger, setup_logging, warn_once
 
 _OVERVIEW = """
 verbs:
@@ -155,6 +155,8 @@ def _prepare_process() -> None:
     if threads is not None:
         # Read by OpenMP and MKL when PyTorch is first imported, which no module of the command line has done yet.
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    for sentence in envs.without_effect():
+        warn_once("%s", sentence)
     for name in envs.unknown():
         logger.warning("%s is set but means nothing in this version; see auto-round list env", name)
 

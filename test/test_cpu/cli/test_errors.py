@@ -134,6 +134,9 @@ def test_wrong_log_level(job: Any, capsys: pytest.CaptureFixture[str], monkeypat
 def test_variables_without_meaning_are_said(
     job: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AR_DISK_STREAM_MODEL", "1")
+    monkeypatch.setenv("AR_DISK_STREM_MODEL", "1")
+    monkeypatch.setenv("AR_ENABLE_COMPILE_PACKING", "1")
     assert main.run(["m"]) == 0
-    assert "AR_DISK_STREAM_MODEL is set but means nothing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "AR_DISK_STREM_MODEL is set but means nothing" in said
+    assert "AR_ENABLE_COMPILE_PACKING is set and has no effect: packing is vectorised" in said

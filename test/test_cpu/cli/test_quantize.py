@@ -118,7 +118,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(job: Any, capsys: pytest.Cap
 # For each keyword of AutoRound that a flag sets: a value other than its default.
 CHANGED: dict[str, Any] = {
     "model_dtype": "bf16", "platform": "model_scope", "trust_remote_code": True, "scheme": "W8A16", "bits": 2,
-    "group_size": 32, "sym": False, "data_type": "other", "scale_dtype": "fp32",
+    "group_size": 32, "sym": False, "data_type": "mx_int", "scale_dtype": "fp32",
     "act_bits": 8, "act_group_size": 0, "act_sym": False, "act_data_type": "int", "act_dynamic": False,
     "layer_config": {"k_proj": {"bits": 8}}, "ignore_layers": "mlp", "quant_lm_head": True,
     "to_quant_block_names": "model.layers.0", "dataset": "mbpp",
