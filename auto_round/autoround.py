@@ -36,6 +36,7 @@ from auto_round.export.cache_scales import parse_cache_scheme
 from auto_round.export.disk import PARTIAL, ensure_output_folder
 from auto_round.export.formats import OutputFormat, parse_formats
 from auto_round.export.staging import Staging
+from auto_round.later import DIFFUSION
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
@@ -348,7 +349,18 @@ class AutoRound(SettingsView):
             return None
 
 
+def _refuse_pipeline(model: Any) -> None:
+    """Raise UnsupportedError for a diffusion pipeline: an object of diffusers, or a folder of one."""
+    if isinstance(model, (str, os.PathLike)):
+        folder = Path(model).expanduser()
+        if (folder / "model_index.json").is_file() and not (folder / "config.json").exists():
+            raise UnsupportedError(DIFFUSION.sentence(f"{os.fspath(model)} holds a diffusion pipeline"))
+    elif type(model).__module__.partition(".")[0] == "diffusers":
+        raise UnsupportedError(DIFFUSION.sentence(f"a model of class {type(model).__name__}"))
+
+
 def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
+    _refuse_pipeline(model)
     source = open_source(
         model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform,
         allow_pickle=settings.allow_pickle,

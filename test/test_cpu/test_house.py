@@ -26,11 +26,11 @@ RANKS: dict[str, int] = {
     "layer_config": 3, "data_type": 3, "recipes": 3,
     "quantized_layer": 4,
     "algorithms": 5, "export": 5, "modeling": 5, "report": 5,
-    "calibration": 6, "inference": 6,
+    "calibration": 6, "formats": 6, "inference": 6,
     "calib_dataset": 7, "eval": 7,
     "compressors": 8,
-    "autoround": 9,
-    "cli": 10,
+    "autoround": 9, "utils": 9,
+    "aliases": 10, "cli": 10,
     "__main__": 11,
 }  # fmt: skip
 
