@@ -99,7 +99,7 @@ def is_pure_text_model(model: torch.nn.Module) -> bool:
     return True
 
 
-def get_major_device(device_map: Any) -> str:
+def get_major_device(device_map: Any = None) -> str:
     """The device that is meant first by a `device_map`: "cuda:0" of "0,1".
 
     Raises DeviceError for a device that is not there.
