@@ -79,10 +79,10 @@ TUNING_VARIANT = _feature(
     "enable_lfq enable_norm_bias_tuning nblocks dynamic_max_gap lr_scheduler optimizer",
 )
 MULTIMODAL = _feature(
-    "multimodal models", _TEXT, "quant_nontext_module extra_data_dir template processor image_processor"
+    "quantizing multimodal models", _TEXT, "quant_nontext_module extra_data_dir template processor image_processor"
 )
 DIFFUSION = _feature(
-    "diffusion models",
+    "quantizing diffusion models",
     _TEXT,
     "prompt_file prompt metrics metric image_save_dir guidance_scale num_inference_steps generator_seed "
     "pipeline_call_kwargs",

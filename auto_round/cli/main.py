@@ -21,7 +21,7 @@ verbs:
   auto-round eval MODEL ...         measure perplexity, KL divergence and agreement; also auto-round-eval
   auto-round generate MODEL ...     continue a prompt, for a first look
   auto-round verify FOLDER          are the files still those that were saved?
-  auto-round list WHAT              format, scheme, dataset, backend, env or recipe
+  auto-round list WHAT              format, scheme, algorithm, dataset, backend, env or recipe
   auto-round VERB --help            flags of a verb
 
 recipes, which fill only what you leave unset:

@@ -10,6 +10,7 @@ from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
 from auto_round.compressors.settings import check_whole
 from auto_round.data_type.float_family import float_family
+from auto_round.data_type.gguf.types import ggml_type_of
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.later import feature_of, refuse_algorithm, refuse_keyword
 from auto_round.logger import logger
@@ -173,10 +174,18 @@ def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationSchem
         if not all(part.lstrip("-").isdigit() for part in parts):
             raise ConfigError(f"group_size={overrides['group_size']!r}: give a whole number, or two as ROWS,COLUMNS")
         overrides["group_size"] = int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
-    settled, fields = symmetric_where_only(base.with_overrides(overrides))
+    changed = base.with_overrides(overrides)
+    if _is_gguf(scheme) and changed != base and ggml_type_of(changed) is None:
+        logger.warning("%s not used: scheme %s has types of its own", ", ".join(overrides), scheme)
+        changed = base
+    settled, fields = symmetric_where_only(changed)
     for field in fields:
         logger.warning("%s=False is not used: %s", field, no_zero_point(settled, field))
     return settled
+
+
+def _is_gguf(scheme: Any) -> bool:
+    return isinstance(scheme, str) and normalize_preset_name(scheme).startswith("GGUF:")
 
 
 def symmetric_where_only(scheme: QuantizationScheme) -> tuple[QuantizationScheme, list[str]]:

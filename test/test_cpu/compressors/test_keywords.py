@@ -106,3 +106,9 @@ def test_types_with_a_zero_point_may_be_asymmetric(caplog: pytest.LogCaptureFixt
     weights_only = QuantizationScheme(bits=4, sym=False, act_bits=8, act_data_type="fp")
     settled, changed = symmetric_where_only(weights_only)
     assert changed == ["act_sym"] and not settled.sym and settled.activations.sym  # type: ignore[union-attr]
+
+
+def test_a_gguf_scheme_keeps_its_types(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="auto_round"):
+        found = resolve_scheme("gguf:q2_k_s", checked_options({"data_type": "fp", "group_size": 64}))
+    assert found == PRESET_SCHEMES["GGUF:Q2_K_S"] and "group_size, data_type not used" in caplog.text
