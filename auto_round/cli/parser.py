@@ -12,7 +12,7 @@ from auto_round.later import asks_for_nothing, feature_of, refuse_flag, refuse_f
 from auto_round.logger import logger
 
 # Flags of older scripts that nothing depends on: whether a value follows, and why they have no effect.
-_NO_EFFECT: dict[str, tuple[bool, str]] = {
+IDLE_FLAGS: dict[str, tuple[bool, str]] = {
     "mllm": (False, "the kind of a model is found from its files"),
     "seed": (True, "nothing is drawn at random here"),
 }
@@ -155,8 +155,8 @@ def without_idle_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[st
             continue
         follows = rest[0] if rest and not rest[0].startswith("--") else None
         given = value if sep else follows
-        if name in _NO_EFFECT:
-            takes_value, reason = _NO_EFFECT[name]
+        if name in IDLE_FLAGS:
+            takes_value, reason = IDLE_FLAGS[name]
             logger.warning("--%s has no effect: %s", name, reason)
             if takes_value and not sep and follows is not None:
                 rest.pop(0)

@@ -8,6 +8,7 @@ import pytest
 from auto_round import errors
 from auto_round.cli import main
 from auto_round.cli.arguments import EVAL_GROUPS, QUANTIZE_GROUPS, spellings
+from auto_round.cli.parser import IDLE_FLAGS
 from auto_round.later import refused_names
 
 
@@ -174,7 +175,7 @@ add_bos_token vllm_args
 
 @pytest.mark.parametrize(("names", "groups"), [(INCUMBENT, QUANTIZE_GROUPS), (EVALUATION, EVAL_GROUPS)])
 def test_every_flag_of_the_incumbent_is_known(names: list[str], groups: Any) -> None:
-    known = {*spellings(groups), *refused_names(), "mllm", "seed"}
+    known = {*spellings(groups), *refused_names(), *IDLE_FLAGS}
     assert [name for name in names if name not in known and name.removeprefix("no_") not in known] == []
 
 
