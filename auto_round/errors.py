@@ -46,10 +46,14 @@ class OutputError(AutoRoundError, OSError):
     exit_code = 6
 
 
-class UnsupportedError(AutoRoundError, NotImplementedError):
+class UnsupportedError(AutoRoundError, ValueError, NotImplementedError):
     """A combination that cannot work here, such as a scheme that a format does not take."""
 
     exit_code = 7
+
+
+class MissingFeatureError(UnsupportedError, ImportError):
+    """A class was imported whose feature this version does not have."""
 
 
 class NumericsError(AutoRoundError, ArithmeticError):

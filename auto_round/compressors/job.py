@@ -169,7 +169,7 @@ class Job:
         rows += [(f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()]
         if self.journal_bytes:
             size = format_bytes(self.journal_bytes)
-            rows.append(("journal", f"up to {size} in {envs.work_space()} (none with --no_resume)"))
+            rows.append(("journal", f"up to {size} in {envs.resume_folder()} (none with --no_resume)"))
         if self.output_dir:
             rows.append(("output", self.output_dir))
         rows.append(("memory", f"about {format_bytes(self.peak_ram)}{self._largest_phase()}"))

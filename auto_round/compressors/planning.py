@@ -10,8 +10,10 @@ import torch
 
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.calibration.grammar import parse_dataset_string
 from auto_round.compressors.cache import CachePlan, plan_cache
 from auto_round.compressors.file_layout import plan_files
+from auto_round.compressors.format_runs import split_runs
 from auto_round.compressors.gguf_job import (
     file_plan,
     gguf_format,
@@ -19,21 +21,24 @@ from auto_round.compressors.gguf_job import (
     own_schemes,
     settle_bits,
     settle_types,
+    with_embedding_types,
     with_types,
 )
 from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.kept_dense import dense_by_default
+from auto_round.compressors.keywords import symmetric_where_only
+from auto_round.compressors.layer_names import chosen_blocks, named_schemes
 from auto_round.compressors.memory_plan import Facts
 from auto_round.compressors.mixed import mixed_defaults
 from auto_round.compressors.place import place_activations
 from auto_round.compressors.resume.size import journal_bytes
-from auto_round.compressors.settings import Settings
+from auto_round.compressors.settings import Settings, parse_scale_dtype
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
 from auto_round.data_type.float_family import float_family
 from auto_round.data_type.gguf.types import ggml_type_of
-from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.export.cache_scales import require_cache
 from auto_round.export.formats import (
     OutputFormat,
@@ -45,7 +50,7 @@ from auto_round.export.formats import (
 )
 from auto_round.export.shard_writer import entry_bytes
 from auto_round.inference.compute import compute_dtype_for
-from auto_round.layer_config import resolve_layers
+from auto_round.layer_config import scheme_from_entry
 from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
 from auto_round.modeling.config_values import largest
@@ -97,6 +102,28 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
         )
 
 
+def check_before_opening(settings: Settings, formats: Sequence[OutputFormat] | None) -> None:
+    """Everything about settings and formats that needs no model.
+
+    Raises:
+        ConfigError: an entry of the layer configuration is no scheme, or the dataset string cannot be read.
+        UnsupportedError: a data type that is not there, or a format that cannot hold the scheme.
+    """
+    check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
+    for name, entry in settings.layer_config.items():
+        own = entry.get("scale_dtype") if isinstance(entry, Mapping) else None
+        if own is not None and parse_scale_dtype(own) is not settings.scale_dtype:
+            raise UnsupportedError(f"layer_config[{name!r}]: scale_dtype is one for the whole model; leave it out here")
+        scheme, _ = symmetric_where_only(scheme_from_entry(name, entry, settings.scheme))
+        if ggml_type_of(settings.scheme) is None:  # else its bits alone mean a type
+            check_data_type(scheme, f"layer_config[{name!r}]")
+    if isinstance(settings.dataset, str):
+        parse_dataset_string(settings.dataset)
+    for own_settings, group in split_runs(settings, formats or (), quiet=True):
+        for fmt in group:
+            require_scheme(fmt, own_settings.scheme, f"scheme {own_settings.scheme_name}")
+
+
 def make_job(
     settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None,
     fit: bool = True, tokenizer: Any = None, kept: Mapping[str, str] | None = None, in_memory: bool = False,
@@ -128,7 +155,7 @@ def make_job(
     cache = plan_cache(source, settings.cache)
     model_type = str(getattr(source.config, "model_type", ""))
     notes = _model_notes(formats, model_type)
-    blocks = _chosen_blocks(settings, source)
+    blocks = chosen_blocks(settings, source.blocks)
     weights = block_weights(source.model, source.blocks)
     advice = "leave model_free out (--disable_model_free), " if isinstance(source.model, Skeleton) else ""
     if (warning := weights.check(source.name_or_path, advice)) is not None:
@@ -146,12 +173,16 @@ def make_job(
         raise ConfigError(f"{option} goes with a GGUF format, whose tensors importance files name; give such a format")
     if settings.imatrix is not None and not settings.optimized_start:
         raise ConfigError("imatrix weighs the search of scales, and disable_opt_rtn leaves that out; give one of them")
+    embedded: set[str] = set()
     if gguf is not None:
+        gguf, embedded = with_embedding_types(gguf, source, settings.layer_config, everything, settings.scheme)
         own_defaults = own_schemes(gguf, source, everything, settings.scheme)
-    schemes = resolve_layers(
-        inside, settings.scheme, settings.layer_config, settings.ignore_layers, outside,
-        settings.quant_lm_head or gguf is not None, own_defaults,
+    schemes, unused = named_schemes(
+        settings, inside, outside, (name for name, _ in source.model.named_modules()), own_defaults,
+        {name: entry for name, entry in settings.layer_config.items() if name not in embedded},
+        settings.quant_lm_head or gguf is not None,
     )  # fmt: skip
+    notes += unused
     if gguf is not None:
         schemes, fallbacks = settle_bits(schemes, own_defaults, _widths(source, schemes))
         notes += [*gguf.notes, *fallbacks]
@@ -222,17 +253,6 @@ def make_job(
     for fmt in formats:
         require_plan(fmt, job.export_plan(fmt))
     return job
-
-
-def _chosen_blocks(settings: Settings, source: ModelSource) -> tuple[str, ...]:
-    wanted = settings.to_quant_block_names
-    if not wanted:
-        return source.blocks
-    chosen = [b for b in source.blocks if any(b == w or b.startswith(f"{w}.") for w in wanted)]
-    for w in wanted:
-        if not any(b == w or b.startswith(f"{w}.") for b in source.blocks):
-            raise ConfigError(f"to_quant_block_names: {w!r} is no block of this model{nearest(w, source.blocks)}")
-    return tuple(chosen)
 
 
 def _head_name(source: ModelSource) -> str | None:

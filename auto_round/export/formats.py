@@ -186,6 +186,10 @@ def get_format(name: str) -> OutputFormat:
         return FORMATS[key]
     if key in GUIDE_MATRIX:
         raise UnsupportedError(f"format {name!r} is not available in this version; available: {', '.join(known)}")
+    if key.partition(":")[0] == "gguf":
+        types = [n for n in known if n.startswith("gguf:")]
+        hint = "" if "*" in key else nearest(key, types)
+        raise ConfigError(f"unknown format {name!r}{hint or ';'} The GGUF types are {', '.join(types)}")
     raise ConfigError(f"unknown format {name!r}{nearest(key, [*known, *GUIDE_MATRIX])} Available: {', '.join(known)}")
 
 

@@ -75,7 +75,7 @@ def unrecognised_attention(blocks: Iterable[nn.Module]) -> list[str]:
         for module in block.modules()
         if _ATTENTION.search(type(module).__name__)
         and not _STATE.search(type(module).__name__)
-        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(type(module), _TABLE))
+        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(kind, _TABLE))
     }
     return [kind.__name__ for kind in kinds]
 
@@ -113,7 +113,7 @@ def with_argument(
 
 
 def _cache_argument(module: nn.Module) -> str | None:
-    return _cache_argument_of(type(module))
+    return _cache_argument_of(_class_of(module))
 
 
 @lru_cache(maxsize=1024)
@@ -139,10 +139,15 @@ def _cache_argument_of(kind: Any) -> str | None:
     return found[0] if found else None
 
 
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
+
+
 def _shown(module: nn.Module) -> frozenset[str]:
+    kind = _class_of(module)
     shared = getattr(module, "is_kv_shared_layer", False) or getattr(module, "kv_shared_layer_index", None) is not None
-    keys_values = {"k", "v"} if _mentions(type(module), _UPDATE) and not shared else set()
-    return frozenset(keys_values | ({"q"} if _mentions(type(module), _TABLE) else set()))
+    keys_values = {"k", "v"} if _mentions(kind, _UPDATE) and not shared else set()
+    return frozenset(keys_values | ({"q"} if _mentions(kind, _TABLE) else set()))
 
 
 def _is_cache(annotation: Any, function: Callable[..., Any]) -> bool:
