@@ -75,7 +75,7 @@ def unrecognised_attention(blocks: Iterable[nn.Module]) -> list[str]:
         for module in block.modules()
         if _ATTENTION.search(type(module).__name__)
         and not _STATE.search(type(module).__name__)
-        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(kind, _TABLE))
+        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(_class_of(module), _TABLE))
     }
     return [kind.__name__ for kind in kinds]
 
