@@ -52,7 +52,7 @@ def config_values(source: ModelSource, job: Job, fmt: OutputFormat) -> dict[str,
         values["architectures"] = [type(source.model).__name__]
     if any(not name.startswith(tuple(f"{b}." for b in job.blocks)) for name in job.quantized()):
         values["tie_word_embeddings"] = False
-    plan = job.export_plan()
+    plan = job.export_plan(fmt)
     quantization = fmt.file_config(plan)
     found: dict[str, Any] = {} if quantization is None else dict.fromkeys(fmt.config_files, quantization)
     return {**found, "config.json": fmt.model_config(values, plan)}

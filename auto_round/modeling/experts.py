@@ -8,11 +8,12 @@ Quantizers, formats and runtimes know linear layers, so such a module is replace
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from auto_round.modeling.conversions import USUAL_LEAVES, ExpertLeaves
 from auto_round.modeling.expert_layouts import (
     ExpertPiece,
     expert_count,
@@ -20,18 +21,6 @@ from auto_round.modeling.expert_layouts import (
     expert_sizes,
     fused_params,
 )
-
-
-class ExpertLeaves(NamedTuple):
-    """What the matrices of one expert are called."""
-
-    gate: str
-    up: str
-    down: str
-
-
-USUAL_LEAVES = ExpertLeaves("gate_proj", "up_proj", "down_proj")
-W123_LEAVES = ExpertLeaves("w1", "w3", "w2")
 
 
 class ExpertMLP(nn.Module):

@@ -12,13 +12,11 @@ from auto_round.compressors.model_free.units import plan_work
 from auto_round.compressors.planning import make_job
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
-from auto_round.modeling.skeleton import layer_count
-from auto_round.modeling.skeleton_source import SkeletonSource
+from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.report.memory import format_bytes
 
 _TOWERS = ("vision", "visual", "vision_tower", "vision_model", "audio_tower", "audio_model", "image_newline",
            "multi_modal_projector", "mm_projector", "embed_vision", "embed_audio")  # fmt: skip
-_MTP = "it belongs to multi-token prediction"
 _TOWER = "it reads images or sound"
 
 
@@ -45,7 +43,7 @@ class ModelFreeJob(Job):
 
 
 def model_free_job(
-    settings: Settings, source: SkeletonSource, formats: Sequence[OutputFormat], options: ModelFreeOptions,
+    settings: Settings, source: CheckpointSource, formats: Sequence[OutputFormat], options: ModelFreeOptions,
     output_dir: str | None = None, notes: Sequence[str] = (),
 ) -> ModelFreeJob:  # fmt: skip
     """The job of `planning.make_job`, with the reasons why layers outside the blocks stay dense, and its real memory.
@@ -62,18 +60,10 @@ def model_free_job(
     return replace(made, peak_ram=max(largest, min(options.memory, options.workers * largest)), peak_vram=0)
 
 
-def _with_reason(plan: LayerPlan, source: SkeletonSource) -> LayerPlan:
+def _with_reason(plan: LayerPlan, source: CheckpointSource) -> LayerPlan:
     if plan.scheme.quantizes_weights or plan.reason is not None:
         return plan
     parts = plan.name.split(".")
     if any(part in _TOWERS for part in parts):
         return replace(plan, reason=_TOWER)
-    if plan.name.startswith(tuple(f"{block}." for block in source.blocks)):
-        return plan
-    stem = source.blocks[0].rpartition(".")[0]
-    count = layer_count(source.config)
-    after = plan.name.removeprefix(f"{stem}.").partition(".")[0]
-    further = plan.name.startswith(f"{stem}.") and after.isdigit() and count is not None and int(after) >= count
-    if further or "mtp" in parts or "mtp_layers" in parts:
-        return replace(plan, reason=_MTP)
     return plan
