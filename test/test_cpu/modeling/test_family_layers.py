@@ -154,7 +154,8 @@ def test_experts_of_models_that_are_no_causal_language_models(family: str, cls: 
         pytest.skip(f"{family} is not in this version of Transformers")
     made = SimpleNamespace(
         hidden_size=32, moe_hidden_size=32, moe_intermediate_size=24, intermediate_size=24, num_local_experts=4,
-        num_experts_per_tok=2, hidden_act="silu", post_norm_eps=1e-6, swiglu_alpha=1.7, swiglu_limit=2.0, _experts_implementation="eager",
+        num_experts_per_tok=2, hidden_act="silu", post_norm_eps=1e-6, swiglu_alpha=1.7, swiglu_limit=2.0,
+        _experts_implementation="eager",
     )  # fmt: skip
     holder = nn.ModuleDict({"experts": getattr(modules, cls)(made)})
     generator = torch.Generator().manual_seed(3)
