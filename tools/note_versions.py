@@ -15,8 +15,8 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "versions.md"
 PACKAGES = (
-    "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy", "datasets", "pyarrow",
-    "ml_dtypes", "gguf", "sentencepiece", "protobuf", "triton", "lm_eval", "pytest",
+    "torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "tokenizers", "numpy", "datasets",
+    "pyarrow", "ml_dtypes", "gguf", "sentencepiece", "protobuf", "triton", "lm_eval", "pytest",
 )  # fmt: skip
 
 

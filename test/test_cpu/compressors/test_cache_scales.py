@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -23,6 +24,12 @@ def uneven(token_ids: list[torch.Tensor]) -> list[torch.Tensor]:
     return [*token_ids[:7], torch.full((24,), 7)]
 
 
+def cache_name(model: Any) -> str:
+    """What a whole model calls its cache; that changes with Transformers' version."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name, parameter in parameters.items() if "Cache" in str(parameter.annotation))
+
+
 def true_scales(model: Any, samples: list[torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(k, v) [heads] by attention name: the maximum over all samples of what Transformers' cache holds, / 448."""
     from transformers import DynamicCache
@@ -31,7 +38,7 @@ def true_scales(model: Any, samples: list[torch.Tensor]) -> dict[str, tuple[torc
     for ids in samples:
         cache = DynamicCache()
         with torch.no_grad():
-            model(ids[None], past_key_values=cache, use_cache=True)
+            model(ids[None], **{cache_name(model): cache}, use_cache=True)
         for index, layer in enumerate(cache.layers):
             pair = layer.keys.abs().amax((0, 2, 3)) / 448, layer.values.abs().amax((0, 2, 3)) / 448
             name = f"model.layers.{index}.self_attn"

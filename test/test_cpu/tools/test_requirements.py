@@ -43,7 +43,9 @@ def pins(python: str) -> dict[str, str]:
             if line.marker is None or line.marker.evaluate(where):
                 (pin,) = line.specifier
                 name = canonicalize_name(line.name)
-                assert pin.operator == "==" and found.setdefault(name, pin.version) == pin.version, f"{path.name}: {line}"
+                assert pin.operator == "==" and found.setdefault(name, pin.version) == pin.version, (
+                    f"{path.name}: {line}"
+                )
     return found
 
 
@@ -73,7 +75,7 @@ def test_every_requirement_has_a_pin_inside_its_range(python: str, project: dict
 def test_the_file_is_of_no_machine() -> None:
     text = (REQUIREMENTS / "constraints.txt").read_text(encoding="utf-8")
     head = text[: text.index("\n", text.rindex("# "))]
-    assert re.search(r"Made on \d{4}-\d\d-\d\d by `make lock` .* Python 3\.10, ", head)
+    assert re.search(r"Made on \d{4}-\d\d-\d\d by `make lock` .* for Python 3\.10, ", head)
     body = "\n".join(str(line) for line in lines(REQUIREMENTS / "constraints.txt"))
     assert not re.search(r"[+/\\@]|file:|cuda|nvidia", body)
 
