@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import ConfigError, LibraryError, UnsupportedError
 
 Make = Callable[..., Any]
 
@@ -255,3 +255,15 @@ def test_attention_that_cannot_be_watched_is_refused(make: Make, tmp_path: Path)
     assert len(saved(tmp_path / "kv")) == 4
     with pytest.raises(UnsupportedError, match="does not use Transformers' table of attention functions"):
         make("falcon-alibi", iters=0, nsamples=2, static_attention_dtype="fp8").quantize_and_save(tmp_path / "q")
+
+
+def test_attention_whose_cache_nothing_recognises_is_an_error_of_ours(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a renaming that is not known here: not "this model has no attention", and before any work."""
+    from auto_round.compressors import cache
+
+    monkeypatch.setattr(cache, "find_attention", lambda _block: [])
+    with pytest.raises(LibraryError, match="LlamaForCausalLM has attention .LlamaAttention.*transformers 5"):
+        make("llama", iters=0, nsamples=2, static_kv_dtype="fp8").quantize_and_save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
