@@ -101,9 +101,9 @@ test-latest:
 	@$(if $(PYTEST_ARGS)$(filter-out test/test_cpu,$(TESTS)),true,$(LATEST)/bin/python tools/note_versions.py newest)
 
 $(OLDEST)/.done: tools/floors.py pyproject.toml
-	@python=$$(command -v $(OLDEST_PYTHON) || { command -v $(PYTHON); \
-		echo "no $(OLDEST_PYTHON) here, taking $(PYTHON) (OLDEST_PYTHON= names another)" >&2; }) && \
-		echo "making $(OLDEST) with the oldest versions, for $$python" && $$python -m venv --clear $(OLDEST)
+	@python=$(OLDEST_PYTHON); $$python -c '' 2>/dev/null || { python=$(PYTHON); \
+		echo "$(OLDEST_PYTHON) does not run here, taking $(PYTHON) (OLDEST_PYTHON= names another)"; }; \
+		echo "making $(OLDEST) with the oldest versions, for $$python"; $$python -m venv --clear $(OLDEST)
 	@$(OLDEST)/bin/python tools/floors.py data gguf modelscope demo test > $(OLDEST)/floors.txt
 	@$(OLDEST)/bin/python -m pip -qq --disable-pip-version-check install --no-input -r $(OLDEST)/floors.txt
 	@$(OLDEST)/bin/python -m pip -qq --disable-pip-version-check install --no-input --no-deps -e .

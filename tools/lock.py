@@ -34,7 +34,7 @@ SETTINGS = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT", "PIP_BUIL
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("pythons", nargs="+", help="interpreters to resolve for, such as python3.11")
-    pythons = [found for name in parser.parse_args().pythons if (found := shutil.which(name))]
+    pythons = [name for name in parser.parse_args().pythons if runs(name)]
     if not pythons:
         sys.exit("none of these interpreters is here; name them with LOCK_PYTHONS=")
     versions = {}
@@ -44,6 +44,11 @@ def main() -> None:
         versions[minor] = pins
     OUT.write_text(text(versions, datetime.date.today()), encoding="utf-8")
     print(f"wrote {OUT.relative_to(ROOT)}")
+
+
+def runs(python: str) -> bool:
+    """Whether this interpreter is here; a name on the path may be one that only says that it is not."""
+    return bool(shutil.which(python)) and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
 
 
 def resolve(python: str) -> tuple[str, dict[str, str]]:
