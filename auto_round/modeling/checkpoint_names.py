@@ -73,7 +73,7 @@ class CheckpointNames:
         return next(fitting, name)
 
     def _candidates(self, layer: str) -> tuple[str, str]:
-        """The checkpoint's name of a layer, and the checkpoint's name of what holds it with the layer's own last part."""
+        """The checkpoint's name of a layer, and that of what holds it with the layer's own last part."""
         parent, _, last = layer.rpartition(".")
         return self.module(layer), f"{self.module(parent)}.{last}"
 
