@@ -35,6 +35,7 @@ from auto_round.compressors.resume.size import journal_bytes
 from auto_round.compressors.settings import Settings, parse_scale_dtype
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
+from auto_round.data_type.float_family import float_family
 from auto_round.data_type.gguf.types import ggml_type_of
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.export.cache_scales import require_cache
@@ -86,6 +87,7 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
     if activations is None:
         return
     activation_function(activations)
+    float_family(activations.data_type, activations.bits)  # raises for a width that the type has not
     if activations.data_type == "int" and not 2 <= activations.bits <= 8:
         raise ConfigError(f"{what}: act_bits={activations.bits}; integers of 2 to 8 bits are available")
     if not isinstance(activations.group_size, int):
