@@ -164,8 +164,8 @@ def test_11_a_wrong_one_is_an_error(spelling: Any, packable_folder: Any) -> None
 def test_12_nblocks_is_not_ignored(packable_folder: Any) -> None:
     with pytest.raises(UnsupportedError, match="nblocks=2.*not available"):
         AutoRound(packable_folder("llama"), nblocks=2)
-    with pytest.raises(TypeError):
-        SignRoundConfig(nblocks=2)  # type: ignore[call-arg]
+    with pytest.raises(UnsupportedError):
+        SignRoundConfig(nblocks=2)
     AutoRound(packable_folder("llama"), nblocks=1)
 
 

@@ -153,10 +153,9 @@ def test_formats_that_hold_weights_only(fmt: str, int8: Callable[..., Any]) -> N
 
 @pytest.mark.parametrize(("options", "error", "message"), [
     ({"act_bits": 1}, ConfigError, "act_bits=1"), ({"act_bits": 9}, ConfigError, "act_bits=9"),
-    ({"act_group_size": 32, "act_dynamic": False}, ConfigError, "a static scale is one for the whole layer"),
+    ({"act_group_size": 32, "act_dynamic": False}, UnsupportedError, "a static scale is one for the whole layer"),
     ({"act_data_type": "mx_fq"}, UnsupportedError, "activations of data type 'mx_fq'"),
     ({"act_data_type": "fp", "act_bits": 4}, UnsupportedError, "'fp' with 4 bits is not available"),
-    ({"act_data_type": "mx_fp", "act_sym": False}, ConfigError, "act_sym=False; data type 'mx_fp' is symmetric"),
     ({"act_group_size": (1, 8)}, ConfigError, "is a block"),
 ])  # fmt: skip
 def test_what_is_refused(
