@@ -29,6 +29,7 @@ from auto_round.modeling.source import (
     state_names,
 )
 from auto_round.modeling.tensor_files import TensorFiles
+from auto_round.modeling.towers import check_towers
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class CheckpointSource(ModelSource):
         self._pickles = allow_pickle and has_pickles(self.folder) and not any(self.folder.glob("*.safetensors"))
         self.files = PickleFiles.open_pickles(self.folder) if self._pickles else TensorFiles.open(self.folder)
         check_sizes(self.folder / "config.json", self.config, len(self.files.tensors))
+        if not self._own_class():
+            check_towers(self.config, self.files.tensors, self.name_or_path)
         dense = None
         if prepare is None:
             dense = dense_view(self.files, declared, asked or config_dtype(self.config))
@@ -104,6 +107,11 @@ class CheckpointSource(ModelSource):
         self._tensors = self._check_tensors()
         self._fill_buffers()
         self.notes = (*self.files.notes, *self._unread())
+
+    def _own_class(self) -> bool:
+        """Whether the model's class is Python code of the folder."""
+        own = getattr(self.config, "auto_map", None)
+        return self._trusted and isinstance(own, dict) and "AutoModelForCausalLM" in own
 
     def reopen(self) -> CheckpointSource:
         """A second source of the same files with an empty model of its own."""
