@@ -18,7 +18,7 @@ from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import file_sha256, write_json, write_text
 from auto_round.export.staging import LOCK
-from auto_round.modeling.config_values import causal_class, source_values, untied, with_both_ropes, with_dtype
+from auto_round.modeling.config_json import causal_class, source_values, untied, with_both_ropes, with_dtype
 from auto_round.modeling.side_files import copy_side_files
 from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource

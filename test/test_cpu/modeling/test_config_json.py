@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from auto_round.modeling.config_values import source_values, untied, with_both_ropes, with_dtype
+from auto_round.modeling.config_json import source_values, untied, with_both_ropes, with_dtype
 
 _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
