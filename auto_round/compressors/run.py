@@ -62,7 +62,9 @@ from auto_round.export.disk import PARTIAL, check_disk, check_file, ensure_outpu
 from auto_round.export.formats import OutputFormat, get_format, require_plan
 from auto_round.export.staging import Staging
 from auto_round.logger import logger
+from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.config_values import largest, smallest
+from auto_round.modeling.side_files import side_files
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.memory import FreedMemory, return_freed
@@ -167,6 +169,8 @@ class Run:
         """
         job = self.checked_plan(formats, output_dir, resume) if job is None else job
         check_disk(output_dir, _output_bytes(job))
+        if isinstance(self.source, CheckpointSource):
+            side_files(self.source.folder, self.settings.trust_remote_code)  # a link that leads away is found now
         removed = not Path(output_dir).expanduser().exists()
         if job.memory_plan is not None:
             check_work_space(job.memory_plan)
