@@ -1,10 +1,10 @@
 """Documents to token samples of one length.
 
 Without `concat` a document becomes at most one sample: cut at `seqlen` tokens when longer and dropped when shorter. A
-text is also dropped when one token repeated to the end makes up more than half of it. With `concat` the documents are joined and the
-stream is cut every `seqlen` tokens. Texts get the special tokens the tokenizer adds; in joined text the tokens that it
-puts in front (such as BOS) also start every sample, since models that were trained with one are not themselves without
-it. Ids given by the user are used as they are.
+text is also dropped when one token repeated to the end makes up more than half of it. With `concat` the documents are
+joined and the stream is cut every `seqlen` tokens. Texts get the special tokens the tokenizer adds; in joined text the
+tokens that it puts in front (such as BOS) also start every sample, since models that were trained with one are not
+themselves without it. Ids given by the user are used as they are.
 """
 
 from __future__ import annotations
