@@ -47,7 +47,7 @@ from auto_round.compressors.resume.fingerprint import (
 )
 from auto_round.compressors.resume.going_on import going_on, is_done, keeping, late_facts
 from auto_round.compressors.resume.journal import Journal, journal_folder
-from auto_round.compressors.resume.run_journal import RunJournal, tuned_alone_before
+from auto_round.compressors.resume.run_journal import RunJournal, remove_journal, tuned_alone_before
 from auto_round.compressors.resume.same_command import is_made, recipe
 from auto_round.compressors.resume.unit_state import Unit
 from auto_round.compressors.settings import Settings
@@ -173,6 +173,8 @@ class Run:
         places = format_folders(Path(output_dir).expanduser(), formats)
         if not overwrite and is_made(places, made, self.settings):
             logger.info("%s holds the result of this command already; --overwrite makes it anew", output_dir)
+            if not siblings:
+                remove_journal(Path(output_dir).expanduser())
             return places
         check_disk(output_dir, output_bytes(job))
         removed = not Path(output_dir).expanduser().exists()
