@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -34,10 +35,12 @@ def open_saved(folder: str, trust_remote_code: bool = False) -> torch.nn.Module:
 
     Raises ModelError when Transformers cannot open it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoRoundConfig
 
     files = sorted(path.name for path in Path(folder).glob("*.gguf"))
     options: dict[str, Any] = {"gguf_file": files[0]} if files else {"dtype": "auto"}
+    if not files and _quant_method(folder) in ("gptq", "awq"):
+        options["quantization_config"] = AutoRoundConfig()  # our own layers run them, without another package
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
@@ -47,6 +50,15 @@ def open_saved(folder: str, trust_remote_code: bool = False) -> torch.nn.Module:
         ) from error
     assert isinstance(model, torch.nn.Module)
     return model.eval()
+
+
+def _quant_method(folder: str) -> str | None:
+    """What the config.json in a folder says about its weights."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return str(config["quantization_config"]["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class SavedModel(torch.nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -115,6 +116,9 @@ class ModelFree:
         made = None if self.options.world > 1 else self._recipe(job, shard)
         if not overwrite and is_made(folders, made, self.settings):
             logger.info("%s holds the result of this command already; --overwrite makes it anew", root)
+            for folder in folders:
+                if not is_held(folder / FOLDER / LOCK):  # of a run that was killed when all was done
+                    shutil.rmtree(folder / FOLDER, ignore_errors=True)
             return folders
         for note in job.notes:
             logger.warning("%s", note)

@@ -159,9 +159,7 @@ def test_model_free_results_too(write: Callable[..., Path], caplog: pytest.LogCa
     "name", ["notes.txt", "sub/notes.txt", "model-00001-of-00001.safetensors", ".hidden", "fake/mine.txt"]
 )
 @pytest.mark.parametrize("free", [False, True], ids=["regular", "model-free"])
-def test_what_somebody_else_put_there_is_kept(
-    name: str, free: bool, write: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_what_is_somebody_elses_is_kept(name: str, free: bool, write: Callable[..., Path], tmp_path: Path) -> None:
     more: dict[str, Any] = {"model_free": True, "iters": None, "disable_opt_rtn": None} if free else {}
     made = write("out", "auto_gptq,fake")
     (made / name).parent.mkdir(exist_ok=True)
@@ -204,7 +202,7 @@ def test_the_model_itself_is_never_written_over(
 def test_a_swap_that_is_cut_short_anywhere(
     old: str, free: bool, wide_write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """At any moment the folder holds the whole old result, or the whole new one, or what the same command completes."""
+    """At any moment the folder holds the whole old result, the whole new one, or what the same command completes."""
     more: dict[str, Any] = {"model_free": True, "iters": None, "disable_opt_rtn": None} if free else {}
     wanted, moment = tree(wide_write("wanted", **more)), 0
     before = tree(wide_write("old", old))
