@@ -1,6 +1,7 @@
 """AutoRound: post-training quantization of large language models to 2-8 bits.
 
-Names are imported when they are first used, so that `import auto_round` costs nothing and touches no device.
+Names are imported when they are first used, so that `import auto_round` costs nothing and touches no device. Importing
+a class of a feature that this version does not have says what works instead.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from auto_round._version import __version__
 
 if TYPE_CHECKING:
     from auto_round.algorithms.quantization.rtn.config import OptimizedRTNConfig, RTNConfig
-    from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
+    from auto_round.algorithms.quantization.sign_round.config import (
+        AdamRoundConfig,
+        SignRoundConfig,
+        SignRoundV2Config,
+    )
+    from auto_round.aliases import AutoRoundAdam, AutoRoundDiffusion, AutoRoundLLM, AutoRoundMLLM
     from auto_round.autoround import AutoRound
     from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
@@ -24,16 +30,26 @@ _EXPORTS = {
     "OptimizedRTNConfig": "auto_round.algorithms.quantization.rtn.config",
     "SignRoundConfig": "auto_round.algorithms.quantization.sign_round.config",
     "AdamRoundConfig": "auto_round.algorithms.quantization.sign_round.config",
+    "SignRoundV2Config": "auto_round.algorithms.quantization.sign_round.config",
+    "AutoRoundLLM": "auto_round.aliases",
+    "AutoRoundAdam": "auto_round.aliases",
+    "AutoRoundMLLM": "auto_round.aliases",
+    "AutoRoundDiffusion": "auto_round.aliases",
 }
 
 __all__ = [
     "AdamRoundConfig",
     "AutoRound",
+    "AutoRoundAdam",
+    "AutoRoundDiffusion",
+    "AutoRoundLLM",
+    "AutoRoundMLLM",
     "OptimizedRTNConfig",
     "PRESET_SCHEMES",
     "QuantizationScheme",
     "RTNConfig",
     "SignRoundConfig",
+    "SignRoundV2Config",
     "__version__",
 ]
 
@@ -41,6 +57,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
+    from auto_round.later import refuse_class
+
+    refuse_class(name)
     raise AttributeError(f"module 'auto_round' has no attribute {name!r}")
 
 

@@ -5,54 +5,48 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from auto_round.algorithms.quantization.rtn.config import RTNConfig
-from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
+from auto_round import envs
 from auto_round.compressors.budget import parse_budget
 from auto_round.compressors.device import resolve_device
 from auto_round.compressors.format_runs import default_format, split_runs
+from auto_round.compressors.keywords import (
+    checked_options,
+    choose_algorithm,
+    given_algorithm,
+    needs_samples,
+    resolve_scheme,
+    scheme_label,
+)
 from auto_round.compressors.model_free.entry import open_model_free, rounding_only
+from auto_round.compressors.planning import check_before_opening
 from auto_round.compressors.run import Run
 from auto_round.compressors.saving import Saving
 from auto_round.compressors.settings import Settings, check_on_nan, check_whole, names_tuple, parse_scale_dtype
-from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
+from auto_round.compressors.settings_view import SettingsView
+from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.export.cache_scales import parse_cache_scheme
 from auto_round.export.formats import OutputFormat, parse_formats
+from auto_round.later import DIFFUSION
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
-from auto_round.logger import ensure_logging, logger
+from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
-from auto_round.schemes import SCHEME_KEYS, QuantizationScheme, mixed_preset, normalize_preset_name, parse_scheme
+from auto_round.schemes import QuantizationScheme, mixed_preset
 
 if TYPE_CHECKING:
     from auto_round.compressors.job import Job
 
-_ALGORITHM_DEFAULTS: dict[str, Any] = {
-    "lr": None, "minmax_lr": None, "momentum": 0.0, "enable_minmax_tuning": True, "enable_quanted_input": True,
-    "not_use_best_mse": False, "enable_adam": False, "disable_opt_rtn": None,
-}  # fmt: skip
-_OTHER_DEFAULTS: dict[str, Any] = {
-    "ignore_layers": "", "quant_lm_head": False, "scale_dtype": "fp16", "to_quant_block_names": None, "amp": True,
-    "enable_deterministic_algorithms": False, "trust_remote_code": False, "model_dtype": None, "verify": True,
-    "device": None, "adam": None, "enable_opt_rtn": None, "bs": None, "algorithm": None, "static_kv_dtype": None,
-    "static_kv_granularity": "tensor", "static_attention_dtype": None, "static_attention_granularity": "tensor",
-    "imatrix": None, "save_imatrix": None, "on_nan": "fail", "allow_pickle": False,
-    "model_free": False, "parallelism": None, "max_memory": None,
-}  # fmt: skip
 _CACHE_OPTIONS = (
     "static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity",
 )  # fmt: skip
-_NOT_YET = {
-    "rotation_config": "rotation", "avg_bits": "AutoScheme",
-    "processor": "multimodal models", "image_processor": "multimodal models", "enable_alg_ext": "SignRound v2",
-    "enable_norm_bias_tuning": "norm tuning", "nblocks": "tuning several blocks as one",
-}  # fmt: skip
 
 
-class AutoRound(Saving):
+class AutoRound(Saving, SettingsView):
     """Quantizes a causal language model.
 
     Args:
@@ -73,7 +67,8 @@ class AutoRound(Saving):
         seed: of sample choice and order. The same seed gives the same files.
         low_cpu_mem_usage: read a model given by path block by block; False loads it whole (a checkpoint in FP8 or MXFP4
             is read block by block all the same).
-        alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round".
+        alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round". The
+            scheme's fields may be given with it.
         **kwargs: fields of the scheme (`bits`, `group_size`, `sym`, `data_type`, ...), of the algorithm (`lr`,
             `minmax_lr`, `momentum`, `enable_adam`, `enable_minmax_tuning`, `enable_quanted_input`, `not_use_best_mse`,
             `disable_opt_rtn`), and `ignore_layers`, `quant_lm_head`, `scale_dtype`, `to_quant_block_names`, `amp`,
@@ -84,7 +79,11 @@ class AutoRound(Saving):
             about layers whose numbers are not finite (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin;
             `max_memory`, which bounds what a run holds (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB".
             `model_free=True` rounds to nearest tensor by tensor, without a model (docs/model-free.md), with
-            `parallelism`.
+            `parallelism`. `format` is what `quantize_and_save`, `save_quantized` and `plan` take when they name none.
+            `strict=True` makes an error of a layer name that means nothing (a warning; an error in `plan`).
+
+    The settings, with every default filled in, can be read as attributes: `ar.bits`, `ar.layer_config`, `ar.iters`
+    (docs/python-api.md).
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.
@@ -113,19 +112,23 @@ class AutoRound(Saving):
         **kwargs: Any,
     ) -> None:
         ensure_logging()
-        options = _checked_options(kwargs)
+        for sentence in envs.without_effect():
+            warn_once("%s", sentence)
+        options = checked_options(kwargs, inspect.signature(AutoRound.__init__).parameters)
+        algorithm_given = given_algorithm(alg_configs, options)
         if options["model_free"]:
-            iters = rounding_only(alg_configs, iters, options)
+            iters = rounding_only(algorithm_given, iters, options)
         steps = gradient_accumulate_steps if gradient_accumulate_steps is not None else 1
-        algorithm, optimized = _algorithm(alg_configs, iters, options["bs"] or batch_size, steps, options)
-        resolved = _resolve_scheme(scheme, options)
+        algorithm, optimized = choose_algorithm(algorithm_given, iters, options["bs"] or batch_size, steps, options)
+        resolved = resolve_scheme(scheme, options)
+        self._named_formats = None if options["format"] is None else parse_formats(options["format"])
         device = resolve_device(device_map if options["device"] is None else options["device"])
         config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
         cache = {name: options[name] for name in _CACHE_OPTIONS}
         wants_cache = parse_cache_scheme(*cache.values()) is not None
         self.settings = Settings(
             scheme=resolved,
-            scheme_name=_scheme_name(scheme, resolved),
+            scheme_name=scheme_label(scheme, resolved),
             algorithm=algorithm,
             mixed=mixed_preset(scheme),
             optimized_start=optimized,
@@ -134,7 +137,7 @@ class AutoRound(Saving):
             quant_lm_head=bool(options["quant_lm_head"]),
             to_quant_block_names=names_tuple(options["to_quant_block_names"]),
             dataset=dataset,
-            nsamples=check_whole("nsamples", nsamples, int(_tunes_or_searches(algorithm) or wants_cache)),
+            nsamples=check_whole("nsamples", nsamples, int(needs_samples(algorithm) or wants_cache)),
             seqlen=check_whole("seqlen", seqlen, 2),
             seed=check_whole("seed", seed, 0),
             device=device,
@@ -151,8 +154,13 @@ class AutoRound(Saving):
             on_nan=check_on_nan(options["on_nan"]),
             allow_pickle=bool(options["allow_pickle"]),
             max_memory=parse_budget(options["max_memory"], device),
+            strict=options["strict"],
             **cache,
         )
+        check_before_opening(self.settings, self._named_formats)
+        self._batch_size, self._accumulate = options["bs"] or batch_size, steps
+        self._low_cpu_mem_usage = bool(low_cpu_mem_usage)
+        self._layers_seen = None
         Saving.__init__(self)
         self._free = open_model_free(model, self.settings, options)
         if self._free is not None:
@@ -161,12 +169,10 @@ class AutoRound(Saving):
         self._source = _open(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
         self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
 
-    @property
-    def scheme(self) -> QuantizationScheme:
-        return self.settings.scheme
-
     def plan(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> Job:
         """What would be done: layers, bytes on disk, memory, steps. `.render()` gives it as text.
+
+        A name in `layer_config` or `ignore_layers` that means nothing is an error, unless `strict=False` was given.
 
         Raises ConfigError for formats that need several runs; `plans` gives them all.
         """
@@ -177,15 +183,27 @@ class AutoRound(Saving):
 
     def plans(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> list[Job]:
         """`plan` of every run: each GGUF format is one of its own, and the other formats are one together."""
+        strict = replace(self.settings, strict=self.settings.strict is not False)
         if self._free is not None:
-            return [self._free.plan(self._formats(format), output_dir)]
-        runs = split_runs(self.settings, self._formats(format))
+            return [replace(self._free, settings=strict).plan(self._formats(format), output_dir)]
+        runs = split_runs(strict, self._formats(format))
         return [
             Run(self._source, settings, self.tokenizer).checked_plan(formats, output_dir) for settings, formats in runs
         ]
 
     def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
-        return parse_formats(default_format(self.settings) if given is None else given)
+        if given is not None or self._named_formats is None:
+            self._named_formats = parse_formats(default_format(self.settings) if given is None else given)
+        return list(self._named_formats)
+
+    def _planned(self) -> Job:
+        formats = self._named_formats
+        if self._free is not None:
+            return self._free.plan(formats if formats is not None else parse_formats(default_format(self.settings)))
+        if formats is None:
+            return self._run().memory_plan()
+        settings, group = split_runs(self.settings, formats, quiet=True)[0]
+        return Run(self._source, settings, self.tokenizer).plan(group)
 
     def _load_tokenizer(self) -> Any:
         folder = getattr(self._source, "folder", None)
@@ -206,11 +224,23 @@ class AutoRound(Saving):
             return None
 
 
+def _refuse_pipeline(model: Any) -> None:
+    """Raise UnsupportedError for a diffusion pipeline: an object of diffusers, or a folder of one."""
+    if isinstance(model, (str, os.PathLike)):
+        folder = Path(model).expanduser()
+        if (folder / "model_index.json").is_file() and not (folder / "config.json").exists():
+            raise UnsupportedError(DIFFUSION.sentence(f"{os.fspath(model)} holds a diffusion pipeline"))
+    elif type(model).__module__.partition(".")[0] == "diffusers":
+        raise UnsupportedError(DIFFUSION.sentence(f"a model of class {type(model).__name__}"))
+
+
 def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
+    _refuse_pipeline(model)
     source = open_source(
         model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform,
         allow_pickle=settings.allow_pickle,
     )  # fmt: skip
+    source.bounded = settings.max_memory is not None
     for note in getattr(source, "notes", ()):
         logger.warning("%s", note)
     if source.stored_as:
@@ -224,100 +254,3 @@ def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -
         folder, dtype=source.dtype, trust_remote_code=settings.trust_remote_code
     )
     return open_source(loaded)
-
-
-def _checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All keyword options with their defaults. Raises ConfigError for an unknown one."""
-    defaults = {**_ALGORITHM_DEFAULTS, **_OTHER_DEFAULTS, **dict.fromkeys(SCHEME_KEYS)}
-    for name, value in kwargs.items():
-        if name in _NOT_YET:
-            one_block = name == "nblocks" and value == 1
-            if value is not None and value is not False and not one_block:
-                raise UnsupportedError(f"{name}={value!r}: {_NOT_YET[name]} is not available in this version")
-        elif name == "disable_model_free":
-            if value and kwargs.get("model_free"):
-                raise ConfigError("model_free and disable_model_free contradict each other; give one")
-        elif name not in defaults:
-            named = [p for p in inspect.signature(AutoRound.__init__).parameters if p not in ("self", "kwargs")]
-            known = [*defaults, *named]
-            raise ConfigError(f"AutoRound has no argument {name!r}{nearest(name, known)}")
-    options = {**defaults, **{k: v for k, v in kwargs.items() if k in defaults}}
-    if options["adam"] is not None:
-        options["enable_adam"] = bool(options["adam"])
-    if options["enable_opt_rtn"]:
-        if options["disable_opt_rtn"]:
-            raise ConfigError("enable_opt_rtn and disable_opt_rtn contradict each other; give one")
-        options["disable_opt_rtn"] = False
-    return options
-
-
-def _algorithm(
-    alg_configs: Any, iters: int | None, batch_size: int, accumulate: int, options: Mapping[str, Any]
-) -> tuple[RTNConfig | SignRoundConfig, bool]:
-    """The algorithm's settings, and whether scales are searched."""
-    optimized = not options["disable_opt_rtn"]
-    if isinstance(alg_configs, (list, tuple)) and len(alg_configs) == 1:
-        alg_configs = alg_configs[0]
-    if options["algorithm"] is not None:
-        if alg_configs is not None:
-            raise ConfigError("algorithm and alg_configs mean the same; give one")
-        alg_configs = options["algorithm"]
-    if isinstance(alg_configs, (RTNConfig, SignRoundConfig)):
-        _check_not_twice(alg_configs, iters, batch_size, accumulate, options)
-        return alg_configs, alg_configs.optimized if isinstance(alg_configs, RTNConfig) else optimized
-    if isinstance(alg_configs, str):
-        name = alg_configs.lower().replace("-", "_")
-        if name == "rtn":
-            iters = 0
-        elif name not in ("auto_round", "autoround", "sign_round", "signround"):
-            raise UnsupportedError(f"algorithm {alg_configs!r} is not available in this version; use auto_round or rtn")
-    elif alg_configs is not None:
-        raise UnsupportedError(f"alg_configs={alg_configs!r}: give one RTNConfig or SignRoundConfig")
-    steps = 200 if iters is None else check_whole("iters", iters, 0)
-    if steps == 0:
-        return RTNConfig(disable_opt_rtn=options["disable_opt_rtn"]), optimized
-    kind = AdamRoundConfig if options["enable_adam"] else SignRoundConfig
-    names = ("lr", "minmax_lr", "momentum", "enable_minmax_tuning", "enable_quanted_input", "not_use_best_mse")
-    values = {name: options[name] for name in names}
-    return kind(iters=steps, batch_size=batch_size, gradient_accumulate_steps=accumulate, **values), optimized
-
-
-def _check_not_twice(
-    config: RTNConfig | SignRoundConfig, iters: int | None, batch_size: int, accumulate: int, options: Mapping[str, Any]
-) -> None:
-    """Raise ConfigError for a single setting that says something else than `config` does."""
-    given = {k: v for k, v in options.items() if k in _ALGORITHM_DEFAULTS and v != _ALGORITHM_DEFAULTS[k]}
-    given |= {"iters": iters} if iters is not None else {}
-    given |= {"batch_size": batch_size} if batch_size != 8 else {}
-    given |= {"gradient_accumulate_steps": accumulate} if accumulate != 1 else {}
-    if isinstance(config, SignRoundConfig):
-        given.pop("disable_opt_rtn", None)  # where the scales start from is no field of it
-    own = {"iters": 0, **vars(config)}
-    for name, value in given.items():
-        if own.get(name) != value and (name in own or isinstance(config, SignRoundConfig)):
-            raise ConfigError(
-                f"{name}={value!r} contradicts alg_configs={config!r}; say it in {type(config).__name__} alone"
-            )
-
-
-def _tunes_or_searches(algorithm: RTNConfig | SignRoundConfig) -> bool:
-    return isinstance(algorithm, SignRoundConfig) or algorithm.optimized
-
-
-def _resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationScheme:
-    base = parse_scheme(scheme)
-    overrides = {key: options[key] for key in SCHEME_KEYS if options[key] is not None}
-    if isinstance(overrides.get("group_size"), str):
-        parts = [int(p) for p in str(overrides["group_size"]).split(",")]
-        overrides["group_size"] = parts[0] if len(parts) == 1 else tuple(parts)
-    return base.with_overrides(overrides)
-
-
-def _scheme_name(scheme: Any, resolved: QuantizationScheme) -> str:
-    if isinstance(scheme, str) and (parse_scheme(scheme) == resolved or mixed_preset(scheme) is not None):
-        return normalize_preset_name(scheme)
-    if resolved.data_type == "int" and not resolved.quantizes_activations:
-        size = resolved.group_size
-        group = f"G{size}" if isinstance(size, int) and size > 0 else ""
-        return f"W{resolved.bits}A16{group}{'' if resolved.sym else ' asymmetric'}"
-    return resolved.describe()

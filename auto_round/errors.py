@@ -46,10 +46,14 @@ class OutputError(AutoRoundError, OSError):
     exit_code = 6
 
 
-class UnsupportedError(AutoRoundError, NotImplementedError):
+class UnsupportedError(AutoRoundError, ValueError, NotImplementedError):
     """A combination that cannot work here, such as a scheme that a format does not take."""
 
     exit_code = 7
+
+
+class MissingFeatureError(UnsupportedError, ImportError):
+    """A class was imported whose feature this version does not have."""
 
 
 class NumericsError(AutoRoundError, ArithmeticError):
@@ -62,6 +66,12 @@ class VerifyError(AutoRoundError):
     """The saved files do not hold what was computed."""
 
     exit_code = 9
+
+
+class LibraryError(AutoRoundError):
+    """A library does not do what this version of the package expects of it: our fault, not the model's."""
+
+    exit_code = 10
 
 
 class Stopped(KeyboardInterrupt):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from auto_round.errors import ConfigError, nearest
-from auto_round.schemes import QuantizationScheme, is_preset_scheme, preset_name_to_scheme
+from auto_round.schemes import QuantizationScheme, is_preset_scheme, parse_scheme, preset_name_to_scheme
 
 LayerConfig = Mapping[str, Any]
 _DEEPEST = 20
+# What `AutoRound.layer_config` tells beside the scheme, so that it can be given back.
+_TOLD = ("in_blocks", "fixed_by_user", "mostly", "scale_dtype")
+_ACTIVATION_DETAILS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
 _REGEX_CHARS = re.compile(r"[\\^$*+?\[\](){}|]")
 
 
@@ -20,6 +24,7 @@ def parse_layer_config(text: str) -> dict[str, Any]:
 
     JSON, or the same without quotes: `{k_proj:{bits:8},v_proj:{bits:8,group_size:32},lm_head:W4A16}`. Regular
     expressions may be keys; a key that holds `:`, `,` or braces needs quotes. A path to a `.json` file is read.
+    Whole numbers in quotes are numbers.
 
     Raises:
         ConfigError: the text is not such a mapping; the message shows the place.
@@ -39,7 +44,14 @@ def parse_layer_config(text: str) -> dict[str, Any]:
         value = _RelaxedReader(text).read()
     if not isinstance(value, dict):
         raise ConfigError(f"--layer_config {text!r} is not a mapping; write {{layer:{{bits:8}},other:W8A16}}")
-    return value
+    return {name: _with_numbers(entry) for name, entry in value.items()}
+
+
+def _with_numbers(entry: Any) -> Any:
+    """The entry with the numbers that stood in quotes (`{"bits": "8"}`)."""
+    if not isinstance(entry, dict):
+        return entry
+    return {k: int(v) if isinstance(v, str) and re.fullmatch(r"-?\d{1,9}", v) else v for k, v in entry.items()}
 
 
 class _RelaxedReader:
@@ -181,7 +193,13 @@ def matching_layers(pattern: str, layers: Sequence[str]) -> list[str]:
 
 
 def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> QuantizationScheme:
-    """One value of a layer configuration as a scheme: a preset name, a scheme, or fields that change `default`."""
+    """One value of a layer configuration as a scheme: a preset name, a scheme, or fields that change `default`.
+
+    The field `scheme` names what the other fields change instead: `{"scheme": "W8A16", "group_size": 32}`.
+
+    Raises:
+        ConfigError: an unknown preset or field, or a value that is not allowed.
+    """
     if isinstance(entry, QuantizationScheme):
         return entry
     if isinstance(entry, str):
@@ -193,10 +211,16 @@ def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> Qua
     if isinstance(entry, int) and not isinstance(entry, bool):
         return default.with_overrides({"bits": entry})
     if isinstance(entry, Mapping):
+        fields = {key: value for key, value in entry.items() if key not in (*_TOLD, "scheme")}
         try:
-            return default.with_overrides(entry)
+            base = default if entry.get("scheme") is None else parse_scheme(entry["scheme"])
+            scheme = base.with_overrides(fields)
         except ConfigError as error:
             raise ConfigError(f"layer_config[{name!r}]: {error}") from error
+        if not scheme.quantizes_activations and not default.quantizes_activations:
+            # How activations would be quantized makes no difference where they are not.
+            return replace(scheme, **{key: getattr(default, key) for key in _ACTIVATION_DETAILS})
+        return scheme
     raise ConfigError(
         f"layer_config[{name!r}]={entry!r}: give a preset name, a dict such as {{'bits': 8}}, or a QuantizationScheme"
     )
@@ -218,6 +242,8 @@ def resolve_layers(
     outside_blocks: Iterable[str] = (),
     quant_lm_head: bool = False,
     own_defaults: Mapping[str, QuantizationScheme] | None = None,
+    other_modules: Sequence[str] = (),
+    unmatched: Callable[[str], None] | None = None,
 ) -> dict[str, QuantizationScheme]:
     """The scheme of every layer.
 
@@ -230,10 +256,14 @@ def resolve_layers(
         outside_blocks: names of the linear layers outside blocks, such as `lm_head`: full precision unless named.
         quant_lm_head: give the layers outside blocks the default scheme too.
         own_defaults: by layer, what takes the place of `default` for it.
+        other_modules: names of modules that are never quantized. An entry of 16 bits may name them.
+        unmatched: takes the message about a name or pattern that means nothing; None raises it.
 
     Raises:
-        ConfigError: a pattern matches no layer (with the nearest names), or an entry is no scheme.
+        ConfigError: a pattern matches no layer (with the nearest names) and `unmatched` is None, or an entry is no
+            scheme.
     """
+    tell = _refuse if unmatched is None else unmatched
     inside, outside = list(layers), list(outside_blocks)
     full = default.with_overrides({"bits": 16, "act_bits": 16})
     known = inside + outside
@@ -243,7 +273,12 @@ def resolve_layers(
     for pattern, entry in (layer_config or {}).items():
         names = matching_layers(pattern, known)
         if not names:
-            raise ConfigError(_no_match("layer_config", pattern, known))
+            scheme = scheme_from_entry(pattern, entry, default)
+            others = matching_layers(pattern, other_modules)
+            if not others:
+                tell(_no_match("layer_config", pattern, known))
+            elif scheme.quantizes_weights:
+                tell(f"layer_config: {pattern!r} names {others[0]}, which is not quantized here: it stays as it is")
         for name in names:
             scheme = scheme_from_entry(pattern, entry, defaults[name])
             if pattern == name:
@@ -253,16 +288,21 @@ def resolve_layers(
     schemes.update(exact)
     for pattern in parse_ignore_layers(ignore_layers):
         names = matching_layers(pattern, known)
-        if not names:
-            raise ConfigError(_no_match("ignore_layers", pattern, known))
+        if not names and not matching_layers(pattern, other_modules):
+            tell(_no_match("ignore_layers", pattern, known))
         for name in names:
             schemes[name] = full
     return schemes
 
 
+def _refuse(message: str) -> None:
+    raise ConfigError(message)
+
+
 def _no_match(argument: str, pattern: str, known: Sequence[str]) -> str:
     segments = sorted({part for name in known for part in name.split(".") if not part.isdigit()})
-    hint = nearest(pattern, known) or nearest(pattern.strip(".*"), segments)
+    kinds = {re.sub(r"\d+", "0", name): name for name in reversed(known)}  # one layer of each kind
+    hint = nearest(pattern, kinds.values()) or nearest(pattern.strip(".*"), segments) or "."
     return (
         f"{argument}: {pattern!r} matches no layer of this model{hint} Its layers are named like {', '.join(segments)}"
     )

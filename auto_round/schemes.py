@@ -87,6 +87,8 @@ class QuantizationScheme:
         if isinstance(self.group_size, list):
             object.__setattr__(self, "group_size", tuple(self.group_size))
         self._settle("data_type", "bits")
+        if str(self.act_data_type).lower() == "float" and not self.quantizes_activations:
+            object.__setattr__(self, "act_data_type", None)  # "as they are", in the incumbent's words
         if self.act_data_type is not None:
             self._settle("act_data_type", "act_bits")
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits < 1:
@@ -110,6 +112,19 @@ class QuantizationScheme:
         bits = getattr(self, bits_field)
         if width is not None and isinstance(bits, int) and bits < 16:
             object.__setattr__(self, bits_field, width)
+
+    def _compared(self) -> tuple[Any, ...]:
+        """All fields; those of activations only where activations are quantized."""
+        values = self.to_dict()
+        if not self.quantizes_activations:
+            values |= {key: None for key in values if key.startswith("act_")}
+        return tuple(values.values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QuantizationScheme) and self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        return hash(self._compared())
 
     @property
     def quantizes_weights(self) -> bool:
@@ -160,6 +175,18 @@ class QuantizationScheme:
 
     def get(self, key: str, default: Any = None) -> Any:
         return getattr(self, key) if key in self.get_attributes() else default
+
+    def values(self) -> list[Any]:
+        return [getattr(self, k) for k in self.get_attributes()]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.get_attributes()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.get_attributes())
+
+    def __len__(self) -> int:
+        return len(self.get_attributes())
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.get_attributes():
@@ -276,6 +303,9 @@ def is_preset_scheme(name: str) -> bool:
 def preset_name_to_scheme(name: str) -> QuantizationScheme:
     """The preset called `name`, in any case. Raises ConfigError with the nearest names."""
     key = normalize_preset_name(name)
+    if key not in PRESET_SCHEMES and key.startswith("GGUF") and "*" in key:
+        types = ", ".join(preset for preset in PRESET_SCHEMES if preset.startswith("GGUF:"))
+        raise ConfigError(f"unknown scheme {name!r}; the GGUF types are {types}")
     if key not in PRESET_SCHEMES:
         raise ConfigError(
             f"unknown scheme {name!r}{nearest(key, PRESET_SCHEMES)} Known schemes: {', '.join(sorted(PRESET_SCHEMES))}"

@@ -8,7 +8,7 @@ attention function, through Transformers' own table of such functions.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from auto_round.errors import NumericsError, UnsupportedError
 from auto_round.modeling.attention import Attention, with_argument
+from auto_round.modeling.libraries import library_error
 
 _OBSERVED = "auto_round_observed_queries"
 
@@ -27,13 +28,15 @@ class CacheExtremes(dict[str, torch.Tensor]):
     Attributes:
         mask: bool [B, T] for the next run of the block: which positions exist; None counts all.
         every_token: padding is left out, but not positions that merely have no loss: they are in the cache too.
+        promised: names that must be seen when their block runs, as the code of the attention says.
     """
 
     every_token = True
 
-    def __init__(self) -> None:
+    def __init__(self, promised: Iterable[str] = ()) -> None:
         super().__init__()
         self.mask: torch.Tensor | None = None
+        self.promised = frozenset(promised)
 
     def add(self, name: str, states: Any) -> None:
         """Take in states [B, heads, T, head width]. Raises UnsupportedError for anything else."""
@@ -56,9 +59,17 @@ class CacheExtremes(dict[str, torch.Tensor]):
         """float32 [heads].
 
         Raises:
-            UnsupportedError: nothing was seen, or another number of heads than the model's configuration promises.
+            LibraryError: nothing was seen of an attention that hands on what was looked for.
+            UnsupportedError: the attention hands nothing on, or another number of heads than the model's configuration
+                promises.
             NumericsError: NaN or Inf was seen.
         """
+        if name not in self and name in self.promised:
+            raise library_error(
+                f"{name}: the attention was watched while it ran, and nothing was seen of what it hands to its "
+                "key-value cache or attention function",
+                "leave static_kv_dtype and static_attention_dtype out",
+            )
         if name not in self:
             raise UnsupportedError(
                 f"{name}: this attention hands nothing to a key-value cache, or does not use Transformers' table of "
@@ -82,9 +93,9 @@ class _Recorder:
     def __init__(self, name: str, extremes: CacheExtremes) -> None:
         self._name, self._extremes = name, extremes
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values are the first two arguments, whatever they are called."""
+        key_states, value_states = (*args, *kwargs.values())[:2]
         self._extremes.add(f"{self._name}.k", key_states)
         self._extremes.add(f"{self._name}.v", value_states)
         return key_states, value_states
@@ -108,7 +119,8 @@ def cache_extremes(attentions: Sequence[Attention], queries: bool = False) -> It
     Everything is put back at the end, also after an error: hooks, the names of attention functions in configurations,
     and Transformers' table of them.
     """
-    extremes = CacheExtremes()
+    leaves = "kvq" if queries else "kv"
+    extremes = CacheExtremes(f"{a.name}.{leaf}" for a in attentions for leaf in leaves if leaf in a.shows)
     with ExitStack() as stack:
         for attention in attentions:
             hook = _cache_hook(attention, extremes)

@@ -15,16 +15,16 @@ from torch import nn
 
 from auto_round.calibration.spill import SpilledTensor
 from auto_round.errors import UnsupportedError
-from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.experts import RoutedExperts
 from auto_round.modeling.tensor_files import empty_pages
 
 Rows = torch.Tensor | SpilledTensor
 _SHARE = 4
 
 
-def experts_inside(block: nn.Module) -> dict[str, LinearExperts]:
+def experts_inside(block: nn.Module) -> dict[str, RoutedExperts]:
     """The modules under `block` that run experts, by name."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, LinearExperts)}
+    return {name: module for name, module in block.named_modules() if isinstance(module, RoutedExperts)}
 
 
 def most_tokens(tokens: int, chosen: int, experts: int) -> int:
@@ -75,7 +75,7 @@ class TokenRows:
 
 
 @contextmanager
-def outputs_recorded(experts: LinearExperts, record: TokenRows) -> Iterator[None]:
+def outputs_recorded(experts: RoutedExperts, record: TokenRows) -> Iterator[None]:
     """While this is open, what the experts give goes to `record`."""
 
     def after(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
@@ -89,7 +89,7 @@ def outputs_recorded(experts: LinearExperts, record: TokenRows) -> Iterator[None
 
 
 class RecordedExperts(nn.Module):
-    """Gives what was recorded, whatever it is fed; called as `LinearExperts` is."""
+    """Gives what was recorded, whatever it is fed; called as `RoutedExperts` is."""
 
     def __init__(self, record: TokenRows) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class RecordedExperts(nn.Module):
 
 
 class FedExperts(nn.Module):
-    """Records what it is fed, and gives zeros; called as `LinearExperts` is.
+    """Records what it is fed, and gives zeros; called as `RoutedExperts` is.
 
     Attributes:
         index: int32 [N * T, K], the experts of each token; None before the first call.

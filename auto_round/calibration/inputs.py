@@ -14,19 +14,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from auto_round.calibration.recording import Call, LeafStore, batch_dims, flatten, join, unflatten
+from auto_round.calibration.links import FLOW, Links, SharedState, Slot, filled_call, made_by
+from auto_round.calibration.recording import (
+    Call,
+    LeafStore,
+    batch_dims,
+    fillable,
+    flatten,
+    in_memory,
+    join,
+    take_hidden,
+    unflatten,
+)
+from auto_round.calibration.rehearsal import Rehearsal
 from auto_round.calibration.spill import Spill, SpilledTensor
 from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.finite import is_finite
 from auto_round.modeling.one_expert import OneExpert
-from auto_round.modeling.outside import outside_loaded
+from auto_round.modeling.outside import check_real, outside_loaded
 from auto_round.modeling.source import Device, ModelSource
 from auto_round.modeling.tensor_files import empty_pages
 
 _NOT_FOR_THE_MODEL = ("labels",)
 _CACHED = 1 << 22  # larger arguments are moved anew for every call
-# A block returns its hidden states alone, or first in a tuple: then the other entries, as seen once.
+# A block returns its hidden states alone, or first in a tuple: then what stands for the other entries.
 _OutputKind = tuple[Any, ...] | None
+_LINKED = torch.empty(0)  # the place of an argument that an earlier block makes
+
+
+class _MoreThanHidden(Exception):
+    """Blocks hand on something else than hidden states [batch, tokens, width]: it has to be learned what."""
 
 
 class _Stop(Exception):
@@ -42,9 +59,11 @@ class CapturedInputs:
     """The calibration samples as seen by the blocks.
 
     Attributes:
-        hidden: [N, T, H], inputs of block 0, in the model's dtype unless another was asked for.
+        hidden: [N, T, H], inputs of block 0, in the model's dtype unless another was asked for. Streams that the model
+            keeps side by side lie behind each other in the last dimension.
         loss_mask: bool [N, T]; False where a position is padded or its label is -100.
         dtype: the model's.
+        links: what blocks hand on, and how.
         running: the samples that the block is being called on.
     """
 
@@ -55,6 +74,7 @@ class CapturedInputs:
     _calls: list[list[Call]]
     _dims: dict[Hashable, tuple[int | None, ...]]
     _kinds: dict[type[nn.Module], _OutputKind]
+    links: Links = Links()
     _on_device: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
     running: Sequence[int] = ()
 
@@ -64,8 +84,14 @@ class CapturedInputs:
         length = self.loss_mask.shape[1]
         return torch.stack([_present(sample, length) for sample in self._inputs])
 
-    def run(self, block_index: int, block: nn.Module, hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+    def run(
+        self, block_index: int, block: nn.Module, hidden: torch.Tensor, samples: Sequence[int],
+        state: SharedState | None = None, keep: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         """The block's output [B, T, H] for `hidden` [B, T, H] of the samples with these indices; gradients flow.
+
+        `state` holds what earlier blocks made for this one, where they do; with `keep`, what this block makes for later
+        ones is put there.
 
         Arguments go to the device of `hidden`. Floating-point ones recorded in the model's dtype follow the dtype of
         `hidden`; nothing else is cast. Samples whose arguments cannot share a batch (one has no mask, another has)
@@ -79,11 +105,12 @@ class CapturedInputs:
             groups.setdefault(self._group_key(block_index, calls[sample]), []).append(place)
         if len(groups) == 1:
             self.running = samples
-            return self._run_group(block_index, block, hidden, [calls[s] for s in samples])
+            return self._run_group(block_index, block, hidden, [calls[s] for s in samples], state, keep)
         outputs, places = [], []
         for group in groups.values():
             self.running = [samples[place] for place in group]
-            outputs.append(self._run_group(block_index, block, hidden[group], [calls[samples[p]] for p in group]))
+            own = [calls[samples[p]] for p in group]
+            outputs.append(self._run_group(block_index, block, hidden[group], own, state, keep))
             places.extend(group)
         back = torch.tensor(places, device=hidden.device).argsort()
         return torch.cat(outputs)[back]
@@ -97,12 +124,12 @@ class CapturedInputs:
         not loaded are loaded for this call; open `outside_loaded(source, device)` around many calls.
         """
         model, device = source.model, hidden.device
-        given = hidden.to(self.dtype)
+        given = self.links.layout.hidden(hidden.to(self.dtype))
         last = len(source.blocks) - 1
 
         def replacement(index: int, block: nn.Module, _original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                own, _, _ = _take_hidden(args, kwargs)
+                own, _, _ = take_hidden(args, kwargs)
                 return _as_output(self._kinds[type(block)], given if index == last else own)
 
             return forward
@@ -123,23 +150,38 @@ class CapturedInputs:
     def arguments(self, block_index: int, sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments recorded for one block and sample, without the hidden states."""
         call = self._calls[block_index][sample]
-        args, kwargs, _ = unflatten(call.spec, call.consts, [_in_memory(leaf) for leaf in call.leaves])
+        args, kwargs, _ = unflatten(call.spec, call.consts, [in_memory(leaf) for leaf in call.leaves])
         return args, kwargs
 
     def _group_key(self, block_index: int, call: Call) -> Hashable:
         dims = self._dims[block_index, call.structure]
         return call.structure, tuple(id(t) for t, d in zip(call.leaves, dims, strict=True) if d is None)
 
-    def _run_group(self, block_index: int, block: nn.Module, hidden: torch.Tensor, calls: list[Call]) -> torch.Tensor:
+    def _run_group(
+        self, block_index: int, block: nn.Module, hidden: torch.Tensor, calls: list[Call], state: SharedState | None,
+        keep: bool,
+    ) -> torch.Tensor:  # fmt: skip
         first = calls[0]
         dims = self._dims[block_index, first.structure]
         read: dict[int, torch.Tensor] = {}
         leaves = [
             join([self._moved(call.leaves[i], hidden, read) for call in calls], dim) for i, dim in enumerate(dims)
         ]
-        args, kwargs, key = unflatten(first.spec, first.consts, leaves)
-        output = block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
-        return output if isinstance(output, torch.Tensor) else output[0]
+        links, samples = self.links.block(block_index), list(self.running)
+
+        def take(slot: Slot) -> torch.Tensor:
+            if state is None:
+                raise UnsupportedError(f"block {block_index} needs what an earlier block makes, and nothing holds it")
+            return state.take(slot, samples, hidden)
+
+        (args, kwargs, key), objects = filled_call(links, first.spec, first.consts, leaves, take)
+        given = self.links.layout.hidden(hidden.clone() if self.links.changes_hidden else hidden)
+        output = block(given, *args, **kwargs) if key is None else block(*args, **{key: given}, **kwargs)
+        for slot in links.writes if keep else ():
+            made = made_by(slot, output, objects)
+            if made is not None and state is not None:
+                state.put(slot, samples, made, str(block_index))
+        return self.links.layout.rows(output if isinstance(output, torch.Tensor) else output[0])
 
     def _moved(
         self, leaf: torch.Tensor | SpilledTensor, hidden: torch.Tensor, read: dict[int, torch.Tensor]
@@ -170,6 +212,8 @@ def capture_inputs(
     dtype: torch.dtype | None = None,
     spill: Spill | None = None,
     one_expert: bool = False,
+    links: Links | None = None,
+    rehearse: bool = False,
 ) -> CapturedInputs:
     """Run everything before the blocks on each sample, and record what each block is called with.
 
@@ -185,41 +229,81 @@ def capture_inputs(
         dtype: in which hidden states are kept; None: the model's.
         spill: a file to keep them in instead, and large arguments.
         one_expert: experts of the block that is loaded are read one at a time.
+        links: what blocks hand on, where another capture of the same model has learned it.
+        rehearse: learn it by running the first sample through all blocks, and refuse a model whose blocks cannot be run
+            one at a time. It is done in any case where blocks hand on more than hidden states [batch, tokens, width].
 
     Raises:
         DataError: no samples, or of different lengths.
         ModelError: the model does not call its blocks as a decoder does.
-        UnsupportedError: it changes the hidden states between two blocks.
+        UnsupportedError: it changes the hidden states between two blocks, or a block depends on something that is not
+            among its arguments.
         NumericsError: NaN or Inf before the first block.
     """
     inputs = _checked(samples)
-    recorder = _Recorder(source, torch.device(store_device), len(inputs), dtype, spill, one_expert)
     where = torch.device(device) if device is not None else _home(source)
-    with torch.no_grad(), outside_loaded(source, device), _replaced_forwards(source, recorder.replacement):
-        for index, sample in enumerate(inputs):
-            recorder.record(index, sample, where)
+    store = LeafStore(torch.device(store_device), spill)
+    rehearsal: Rehearsal | None = None
+    with torch.no_grad(), outside_loaded(source, device):
+        if rehearse and links is None:
+            rehearsal = _rehearsed(source, inputs[0], where, store, one_expert)
+        try:
+            recorder = _recorded(source, inputs, where, store, dtype, spill, one_expert, links, rehearsal)
+        except _MoreThanHidden:
+            rehearsal = _rehearsed(source, inputs[0], where, store, one_expert)
+            recorder = _recorded(source, inputs, where, store, dtype, spill, one_expert, links, rehearsal)
+    if rehearsal is not None:
+        rehearsal.compare_recording([calls[0] for calls in recorder.calls])
     assert recorder.hidden is not None and recorder.model_dtype is not None
     masks = [_loss_mask(sample, inputs[i]["input_ids"].shape[-1]) for i, sample in enumerate(samples)]
     return CapturedInputs(
-        recorder.hidden, torch.stack(masks), recorder.model_dtype, inputs, recorder.calls, recorder.dims, recorder.kinds
-    )
+        recorder.hidden, torch.stack(masks), recorder.model_dtype, inputs, recorder.calls, recorder.dims,
+        recorder.kinds, recorder.links or Links(),
+    )  # fmt: skip
+
+
+def _rehearsed(
+    source: ModelSource, sample: dict[str, torch.Tensor], device: torch.device, store: LeafStore, one_expert: bool
+) -> Rehearsal:
+    """One sample through all blocks. Raises ModelError or UnsupportedError when they cannot be run one at a time."""
+    rehearsal = Rehearsal(source, store, sample["input_ids"].numel(), one_expert)
+    with _replaced_forwards(source, rehearsal.replacement):
+        _forward(source.model, _batch([sample], device))
+    if len(rehearsal.blocks) != len(source.blocks):
+        raise ModelError(
+            f"{type(source.model).__name__} never called its block {source.blocks[len(rehearsal.blocks)]!r}; {FLOW}"
+        )
+    store.end_of_sample()
+    return rehearsal
+
+
+def _recorded(
+    source: ModelSource, inputs: list[dict[str, torch.Tensor]], device: torch.device, store: LeafStore,
+    dtype: torch.dtype | None, spill: Spill | None, one_expert: bool, links: Links | None, rehearsal: Rehearsal | None,
+) -> _Recorder:  # fmt: skip
+    known = links if rehearsal is None else rehearsal.links()
+    recorder = _Recorder(source, store, len(inputs), dtype, spill, one_expert, known)
+    with _replaced_forwards(source, recorder.replacement):
+        for index, sample in enumerate(inputs):
+            recorder.record(index, sample, device)
+    return recorder
 
 
 class _Recorder:
     """Stands in for the blocks' forwards while the samples pass."""
 
     def __init__(
-        self, source: ModelSource, store_device: torch.device, count: int, dtype: torch.dtype | None,
-        spill: Spill | None, one_expert: bool = False,
+        self, source: ModelSource, store: LeafStore, count: int, dtype: torch.dtype | None, spill: Spill | None,
+        one_expert: bool, links: Links | None,
     ) -> None:  # fmt: skip
-        self.source, self.count, self.store_device = source, count, store_device
-        self.store = LeafStore(store_device, spill)
+        self.source, self.count, self.store, self.store_device = source, count, store, store.device
+        self.links, self.layout = links, (links or Links()).layout
         self.spill, self.dtype, self.one_expert = spill, dtype, one_expert
         self.model_dtype: torch.dtype | None = None
         self.hidden: torch.Tensor | SpilledTensor | None = None
         self.calls: list[list[Call]] = [[] for _ in source.blocks]
         self.dims: dict[Hashable, tuple[int | None, ...]] = {}
-        self.kinds: dict[type[nn.Module], _OutputKind] = {}
+        self.kinds: dict[type[nn.Module], _OutputKind] = dict((links or Links()).kinds)
         self._sample = 0
         self._probing = False
 
@@ -241,15 +325,20 @@ class _Recorder:
 
     def replacement(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest, key = _take_hidden(args, kwargs)
-            spec, consts, leaves = flatten((*rest, key))
+            check_real((args, kwargs), self.source.blocks[index], self.source)
+            hidden, rest, key = take_hidden(args, kwargs)
+            own = (self.links or Links()).block(index)
+            spec, consts, leaves = flatten((*rest, key), own.held)
+            if self.links is None and (not _is_plain(hidden) or _hands_on((*rest, key))):
+                raise _MoreThanHidden
+            leaves = [_LINKED if place in own.leaves else leaf for place, leaf in enumerate(leaves)]
             if self._probing:
                 single = self.calls[index][self._sample]
                 self.dims[index, single.structure] = batch_dims(single.leaves, leaves)
             else:
                 if index == 0:
-                    self._keep(hidden)
-                self._check_stream(index, hidden)
+                    self._keep(self.layout.rows(hidden))
+                self._check_stream(index, self.layout.rows(hidden))
                 if len(self.calls[index]) != self._sample:
                     raise ModelError(
                         f"block {self.source.blocks[index]!r} was not called exactly once; it cannot be tuned alone"
@@ -264,10 +353,6 @@ class _Recorder:
         return forward
 
     def _keep(self, hidden: torch.Tensor) -> None:
-        if hidden.dim() != 3 or hidden.shape[0] != 1:
-            raise ModelError(
-                f"{self.source.blocks[0]} is fed a tensor of shape {list(hidden.shape)}, not [batch, tokens, width]"
-            )
         if not is_finite(hidden):
             raise NumericsError(
                 f"NaN or Inf in the input of {self.source.blocks[0]} for calibration sample {self._sample}"
@@ -314,21 +399,20 @@ class _Recorder:
             raise ModelError(
                 f"block {name!r} ({type(block).__name__}) does not return hidden states of the shape it is given"
             )
-        self.kinds[type(block)] = None if isinstance(output, torch.Tensor) else tuple(output[1:])
+        rest = () if isinstance(output, torch.Tensor) else tuple(output[1:])
+        if self.links is None and flatten(rest)[2]:
+            raise _MoreThanHidden
+        self.kinds[type(block)] = None if isinstance(output, torch.Tensor) else rest
 
 
-def _in_memory(leaf: torch.Tensor | SpilledTensor) -> torch.Tensor:
-    return leaf.read() if isinstance(leaf, SpilledTensor) else leaf
+def _is_plain(hidden: torch.Tensor) -> bool:
+    """Whether the hidden states are [batch, tokens, width]; a batch is one sample, or the same one twice."""
+    return hidden.dim() == 3 and hidden.shape[0] <= 2
 
 
-def _take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, Any], str | None]:
-    """The hidden states, the other (args, kwargs), and the keyword under which they came; None when positional."""
-    if args and isinstance(args[0], torch.Tensor):
-        return args[0], (args[1:], kwargs), None
-    key = "hidden_states"
-    if isinstance(kwargs.get(key), torch.Tensor):
-        return kwargs[key], (args, {k: v for k, v in kwargs.items() if k != key}), key
-    raise ModelError(f"a decoder block is called without hidden states (arguments: {', '.join(kwargs) or 'none'})")
+def _hands_on(arguments: Any) -> bool:
+    """Whether a block is given an object that it could fill for a later one."""
+    return any(not isinstance(item, (dict, list)) for item in fillable(arguments).values())
 
 
 def _as_output(kind: _OutputKind, hidden: torch.Tensor) -> Any:

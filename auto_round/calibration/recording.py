@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from auto_round.calibration.spill import Spill, SpilledTensor
+from auto_round.errors import ModelError
 
+Path = tuple[Any, ...]
 _SPILLED = 1 << 16  # smaller tensors stay in memory
 
 
@@ -34,29 +36,84 @@ class Call:
         return self.spec, tuple(map(_const_key, self.consts)), tuple((tuple(t.shape), t.dtype) for t in self.leaves)
 
 
-def flatten(value: Any) -> tuple[Hashable, list[Any], list[torch.Tensor]]:
-    """Structure, constants and tensors of nested dicts, lists and tuples. Key-value caches become None."""
+UNSHARED = -1  # a mapping that no block fills
+
+
+@dataclass(frozen=True)
+class Held:
+    """The place of an object that blocks fill: which one of the model's it is, and its class.
+
+    Attributes:
+        number: counts such objects; blocks that are handed the same one have the same number.
+        kind: its class.
+    """
+
+    number: int
+    kind: type
+
+    def make(self, entries: Mapping[Any, Any]) -> Any:
+        """A new object of the class with these entries."""
+        if issubclass(self.kind, MutableMapping):
+            mapping = self.kind()
+            mapping.update(entries)
+            return mapping
+        if issubclass(self.kind, list):
+            return self.kind(entries[key] for key in sorted(entries))
+        made: Any = object.__new__(self.kind)
+        made.__dict__.update(entries)
+        return made
+
+
+def entries_of(container: Any) -> dict[Any, Any]:
+    """What an object that blocks may fill holds now: entries, members by index, or attributes."""
+    if isinstance(container, Mapping):
+        return dict(container.items())
+    if isinstance(container, list):
+        return dict(enumerate(container))
+    return dict(vars(container))
+
+
+def flatten(
+    value: Any, held: Mapping[Path, Held] | None = None, filled: Callable[[int], Collection[Any]] = lambda _: ()
+) -> tuple[Hashable, list[Any], list[torch.Tensor]]:
+    """Structure, constants and tensors of nested dicts, lists and tuples. Key-value caches become None.
+
+    Args:
+        value: to take apart.
+        held: objects inside that blocks fill, by their path.
+        filled: given such an object's number, the entries that blocks have put there, which are left out.
+    """
     consts: list[Any] = []
     leaves: list[torch.Tensor] = []
 
-    def walk(item: Any) -> Hashable:
+    def walk(item: Any, path: Path) -> Hashable:
         if isinstance(item, torch.Tensor):
             leaves.append(item)
             return "tensor"
+        if held is not None and path in held:
+            own = {k: v for k, v in entries_of(item).items() if k not in filled(held[path].number)}
+            return ("held", held[path], tuple((key, walk(entry, (*path, key))) for key, entry in own.items()))
         if isinstance(item, dict) and type(item) is dict:
-            return ("dict", tuple((key, walk(entry)) for key, entry in item.items()))
+            return ("dict", tuple((key, walk(entry, (*path, key))) for key, entry in item.items()))
+        if isinstance(item, MutableMapping):
+            entries = tuple((key, walk(entry, (*path, key))) for key, entry in item.items())
+            return ("held", Held(UNSHARED, type(item)), entries)
         if isinstance(item, (list, tuple)):
-            return (type(item), tuple(walk(entry) for entry in item))
+            return (type(item), tuple(walk(entry, (*path, index)) for index, entry in enumerate(item)))
         # A cache would grow every time that the block runs again.
         consts.append(None if hasattr(item, "get_seq_length") else item)
         return "const"
 
-    spec = walk(value)
+    spec = walk(value, ())
     return spec, consts, leaves
 
 
-def unflatten(spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor]) -> Any:
-    """The nested value that `flatten` took apart, with other tensors."""
+def unflatten(
+    spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor],
+    fill: Callable[[Held, dict[Any, Any]], Any] = lambda held, entries: held.make(entries),
+) -> Any:  # fmt: skip
+    """The nested value that `flatten` took apart, with other tensors. `fill` makes the objects that blocks fill, of
+    the entries that they had before."""
     rest_consts, rest_leaves = iter(consts), iter(leaves)
 
     def build(node: Any) -> Any:
@@ -64,6 +121,8 @@ def unflatten(spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor]) 
             return next(rest_leaves)
         if node == "const":
             return next(rest_consts)
+        if node[0] == "held":
+            return fill(node[1], {key: build(entry) for key, entry in node[2]})
         kind, entries = node
         if kind == "dict":
             return {key: build(entry) for key, entry in entries}
@@ -71,6 +130,40 @@ def unflatten(spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor]) 
         return kind(*items) if hasattr(kind, "_fields") else kind(items)
 
     return build(spec)
+
+
+def fillable(value: Any) -> dict[Path, Any]:
+    """The objects in nested arguments that a block could change, by their path."""
+    found: dict[Path, Any] = {}
+
+    def walk(item: Any, path: Path) -> None:
+        if item is None or isinstance(item, (torch.Tensor, str, bytes, int, float, type, torch.dtype, torch.device)):
+            return
+        if isinstance(item, (MutableMapping, list)):
+            found[path] = item
+        if isinstance(item, (Mapping, list, tuple)):
+            for key, entry in entries_of(item).items() if not isinstance(item, tuple) else enumerate(item):
+                walk(entry, (*path, key))
+        elif not callable(item) and not hasattr(item, "get_seq_length") and hasattr(item, "__dict__"):
+            found[path] = item
+
+    for index, part in enumerate(value):
+        walk(part, (index,))
+    return {path: item for path, item in found.items() if len(path) > 1}
+
+
+def in_memory(leaf: torch.Tensor | SpilledTensor) -> torch.Tensor:
+    return leaf.read() if isinstance(leaf, SpilledTensor) else leaf
+
+
+def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, Any], str | None]:
+    """The hidden states, the other (args, kwargs), and the keyword under which they came; None when positional."""
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0], (args[1:], kwargs), None
+    key = "hidden_states"
+    if isinstance(kwargs.get(key), torch.Tensor):
+        return kwargs[key], (args, {k: v for k, v in kwargs.items() if k != key}), key
+    raise ModelError(f"a decoder block is called without hidden states (arguments: {', '.join(kwargs) or 'none'})")
 
 
 class LeafStore:

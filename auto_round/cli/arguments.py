@@ -84,8 +84,8 @@ MODEL_GROUP = Group(
 SCHEME_GROUP = Group(
     "what the weights become",
     (
-        Flag("scheme", 'named scheme, see "auto-round list scheme" (default W4A16)'),
-        Flag("bits", "bits per weight, instead of the scheme's", "int"),
+        Flag("scheme", 'named scheme, see "auto-round list scheme" (default W4A16)', aliases=("schemes",)),
+        Flag("bits", "bits per weight, instead of the scheme's", "int", aliases=("bit",)),
         Flag("group_size", "weights per scale, -1 per channel, 0 per tensor, or ROWS,COLUMNS", "size"),
         _switch("sym", "symmetric around zero", off=("asym",)),
         Flag("super_bits", "bits of the scales themselves, for GGUF's K types", "int"),
@@ -149,14 +149,16 @@ TUNING_GROUP = Group(
     "tuning",
     (
         Flag(
-            "algorithm", "auto_round (tuned rounding) or rtn (same as --iters 0)", aliases=("algorithms", "alg", "algs")
+            "algorithm",
+            "auto_round (tuned rounding) or rtn (same as --iters 0)",
+            aliases=("algorithms", "alg", "algs", "alg_config", "alg_configs"),
         ),
         Flag("iters", "tuning steps per block, 0 for none (default 200)", "int", aliases=("iter",)),
         Flag("lr", "step size of rounding; default: from the number of steps", "float"),
         Flag("minmax_lr", "step size of scales; default: lr", "float"),
         Flag("momentum", "momentum of the sign updates (default 0)", "float"),
         Flag("gradient_accumulate_steps", "batches per step (default 1)", "int"),
-        _switch("enable_adam", "AdamW instead of sign gradient descent", "adam"),
+        _switch("enable_adam", "AdamW instead of sign gradient descent", "adam", off=("no_enable_adam",)),
         _switch(
             "enable_minmax_tuning",
             "tune the scales too (default)",
@@ -231,6 +233,11 @@ OUTPUT_GROUP = Group(
         ),
         _switch("verify", "re-open what was saved and check it (default)", off=("no_verify", "disable_verify")),
         _switch("dry_run", "print the plan and stop"),
+        _switch(
+            "strict",
+            "a layer name or pattern that matches nothing is an error (default with --dry_run), not a warning",
+            off=("no_strict",),
+        ),
     ),
 )
 

@@ -11,7 +11,8 @@ from auto_round.errors import ConfigError, UnsupportedError, nearest
 if TYPE_CHECKING:
     from auto_round.schemes import QuantizationScheme
 
-USAGE = "usage: auto-round list {format,scheme,dataset,backend,env,recipe}"
+USAGE = "usage: auto-round list {format,scheme,algorithm,dataset,backend,env,recipe}"
+_SHORT = {"alg": "algorithm"}
 
 
 def run_verb(argv: Sequence[str]) -> int:
@@ -24,6 +25,7 @@ def run_verb(argv: Sequence[str]) -> int:
         raise ConfigError(f"list takes one word, got {' '.join(words)!r}; {USAGE}")
     name = words[0].lower().strip("-")
     key = name[:-1] if name.endswith("s") else name
+    key = _SHORT.get(key, key)
     if key not in TABLES:
         raise ConfigError(f"nothing called {words[0]!r} to list{nearest(key, TABLES)} {USAGE}")
     print(TABLES[key]())
@@ -101,6 +103,18 @@ def environment() -> str:
     return text_table(("variable", "value (default)", "meaning"), rows)
 
 
+def algorithms() -> str:
+    """Algorithms, their other names, and what works instead of those that are missing."""
+    from auto_round.later import ALGORITHMS
+
+    rows = [
+        ("auto_round", "yes", "rounding tuned block by block; also sign_round, signround, autoround"),
+        ("rtn", "yes", "round to nearest, by a weighted search of scales unless --disable_opt_rtn"),
+    ]
+    rows += [(name, "not yet", f"{feature.what}; {feature.instead}") for name, feature in ALGORITHMS.items()]
+    return text_table(("algorithm", "here", "what"), rows)
+
+
 def recipes() -> str:
     """Recipes and their settings."""
     from auto_round.recipes import RECIPES
@@ -125,4 +139,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "backend": backends,
     "env": environment,
     "recipe": recipes,
+    "algorithm": algorithms,
 }

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from auto_round import envs
 from auto_round._version import __version__
 from auto_round.errors import AutoRoundError, OutputError, Stopped
-from auto_round.logger import logger, setup_logging
+from auto_round.logger import logger, setup_logging, warn_once
 
 _OVERVIEW = """
 verbs:
@@ -21,7 +21,7 @@ verbs:
   auto-round eval MODEL ...         measure perplexity, KL divergence and agreement; also auto-round-eval
   auto-round generate MODEL ...     continue a prompt, for a first look
   auto-round verify FOLDER          are the files still those that were saved?
-  auto-round list WHAT              format, scheme, dataset, backend, env or recipe
+  auto-round list WHAT              format, scheme, algorithm, dataset, backend, env or recipe
   auto-round VERB --help            flags of a verb
 
 recipes, which fill only what you leave unset:
@@ -55,6 +55,11 @@ def run_opt_rtn(argv: Sequence[str] | None = None) -> int:
 def run_rtn(argv: Sequence[str] | None = None) -> int:
     """`auto-round-rtn`: plain rounding to nearest."""
     return _guard(argv, lambda args: _dispatch(args, "rtn"))
+
+
+def run_mllm(argv: Sequence[str] | None = None) -> int:
+    """`auto-round-mllm`, the older name of `auto-round`."""
+    return run(argv)
 
 
 def run_eval(argv: Sequence[str] | None = None) -> int:
@@ -150,6 +155,8 @@ def _prepare_process() -> None:
     if threads is not None:
         # Read by OpenMP and MKL when PyTorch is first imported, which no module of the command line has done yet.
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    for sentence in envs.without_effect():
+        warn_once("%s", sentence)
     for name in envs.unknown():
         logger.warning("%s is set but means nothing in this version; see auto-round list env", name)
 

@@ -7,8 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from auto_round.cli.arguments import Flag, Group, spellings
-from auto_round.cli.later import refuse, refuse_value
 from auto_round.errors import ConfigError, nearest
+from auto_round.later import asks_for_nothing, feature_of, refuse_flag, refuse_flag_value
+from auto_round.logger import logger
+
+# Flags of older scripts that nothing depends on: whether a value follows, and why they have no effect.
+IDLE_FLAGS: dict[str, tuple[bool, str]] = {
+    "mllm": (False, "the kind of a model is found from its files"),
+    "seed": (True, "nothing is drawn at random here"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,8 +122,8 @@ def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequ
     Raises UnsupportedError for a flag of a later version, ConfigError for an unknown or malformed one, for two
     models, and for contradictions.
     """
-    tokens = normalize(argv)
     known = spellings(groups)
+    tokens = without_idle_flags(normalize(argv), known)
     check_known(tokens, known)
     values = {k: v for k, v in vars(parser.parse_intermixed_args(tokens)).items() if v is not None}
     models = values.pop("positional", [])
@@ -133,6 +140,43 @@ def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequ
     return values
 
 
+def without_idle_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]:
+    """The arguments without flags that change nothing: those of missing features that say a default of the incumbent's
+    (`--nblocks 1`, `--no_enable_lfq`), and those that have no effect, about which a warning is logged."""
+    out: list[str] = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        name, sep, value = token[2:].partition("=") if token.startswith("--") else ("", "", "")
+        if token == "--":
+            return [*out, token, *rest]
+        if not name or name in known:
+            out.append(token)
+            continue
+        follows = rest[0] if rest and not rest[0].startswith("--") else None
+        given = value if sep else follows
+        if name in IDLE_FLAGS:
+            takes_value, reason = IDLE_FLAGS[name]
+            logger.warning("--%s has no effect: %s", name, reason)
+            if takes_value and not sep and follows is not None:
+                rest.pop(0)
+        elif name.startswith("no_") and feature_of(name[3:]) is not None:
+            continue
+        elif feature_of(name) is not None and given is not None and asks_for_nothing(name, _number_or_text(given)):
+            if not sep:
+                rest.pop(0)
+        else:
+            out.append(token)
+    return out
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def check_known(tokens: Sequence[str], known: dict[str, Flag]) -> None:
     """Refuse unknown flags with the nearest name, and flags and values of later versions, before parsing."""
     for i, token in enumerate(tokens):
@@ -144,13 +188,13 @@ def check_known(tokens: Sequence[str], known: dict[str, Flag]) -> None:
         if name in ("help", "version") and token.startswith("--"):
             continue
         if name not in known:
-            refuse(name)
+            refuse_flag(name)
         if name not in known or not token.startswith("--"):
             flag = token.partition("=")[0]
             raise ConfigError(
                 f"unknown flag {flag!r}{nearest(flag, [f'--{k}' for k in known])} See --help for all flags"
             )
-        refuse_value(name, value if sep else (tokens[i + 1] if i + 1 < len(tokens) else ""))
+        refuse_flag_value(name, value if sep else (tokens[i + 1] if i + 1 < len(tokens) else ""))
 
 
 def _is_number(token: str) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from auto_round.cli.arguments import DEVICE, MODEL, PLATFORM, QUANTIZE_GROUPS, SEED, TRUST
-from auto_round.cli.later import algorithm_iters
 from auto_round.cli.parser import build, run_parsed
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, OutputError, nearest
+from auto_round.later import refuse_algorithm
 from auto_round.recipes import Recipe, fill, get_recipe
+
+TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
 
 # What the verb itself uses; everything else that was given is a keyword of AutoRound.
 _OUTPUT = ("format", "output_dir", "max_shard_size", "overwrite", "resume")
@@ -76,7 +79,10 @@ def quantize(given: dict[str, Any], recipe: Recipe) -> int:
     """Run the job that the given values describe."""
     kwargs = facade_arguments(given, recipe)
     output_dir = given.get("output_dir", DEFAULT_OUTPUT_DIR)
+    check_output_path(output_dir)
     formats = given.get("format")
+    if formats is not None:
+        kwargs["format"] = formats  # so that it is checked before the model is opened
 
     from auto_round.autoround import AutoRound
 
@@ -93,6 +99,33 @@ def quantize(given: dict[str, Any], recipe: Recipe) -> int:
     folder = last_folder(result)
     after = {**given, "model": str(folder), "reference": given.get("reference", given["model"])}
     return evaluate_given(after, record_in=folder)
+
+
+def check_output_path(path: str) -> None:
+    """Raise OutputError when nothing can be written at `path`, before a model is opened."""
+    target = Path(path).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"output path {path} is a file; give a folder that is new or empty")
+    parent = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not parent.is_dir():
+        raise OutputError(f"output folder {path} cannot be made: {parent} is a file; choose another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"output folder {path} cannot be made: {parent} is not writable; choose another")
+
+
+def algorithm_iters(value: str) -> int | None:
+    """What `--algorithm` means for `iters`: 0 for rtn, None for tuned rounding.
+
+    Raises UnsupportedError for an algorithm of a later version, ConfigError for an unknown one.
+    """
+    names = [part.strip().lower().replace("-", "_") for part in value.split(",") if part.strip()]
+    for name in names:
+        refuse_algorithm(f"--algorithm {value}", name)
+    known = ("rtn", *TUNED_NAMES)
+    if len(names) != 1 or names[0] not in known:
+        hint = (nearest(names[0], known) if names else "") or ";"
+        raise ConfigError(f"--algorithm {value!r} is not known{hint} Use one of auto_round (tuned rounding) and rtn")
+    return 0 if names[0] == "rtn" else None
 
 
 def facade_arguments(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -168,8 +168,8 @@ def walk_blocks(job: Job, source: ModelSource, walk: Walk, progress: Progress) -
         walk.records.append(record)
         unit = _unit(name, result.layers, walk)
         if walk.journal is not None:
-            hidden = {kind: stream.hidden for kind, stream in streams.items() if stream is not None}
-            walk.journal.add(name, unit, weights, hidden)
+            hidden = [s.kept(kind, index + 1) for kind, s in streams.items() if s is not None]
+            walk.journal.add(name, unit, weights, {kind: kept for one in hidden for kind, kept in one.items()})
         _emit(job, source, name, unit, walk.sinks)
         source.release(name)
         progress.block(name, result.loss_before, result.loss_after)
@@ -207,6 +207,7 @@ def _restore(walk: Walk, streams: Mapping[str, Stream | None], blocks: int) -> N
                 walk.journal.stream_into(kind, stream.hidden)
             else:
                 stream.hidden = walk.journal.stream(kind).to(stream.hidden.device)
+            stream.go_on(kind, walk.journal.finished, walk.journal.stream)
 
 
 def _unit(name: str, layers: Sequence[QuantizedLayer], walk: Walk) -> Unit:
@@ -305,7 +306,7 @@ def _quantize_block(
         layer.activation = activation_of(layer.scheme, inner[layer.name], extremes, model_dtype)
     if not tasks:
         return BlockResult()
-    run = full.runner(index, block) if full is not None else _no_data
+    run = (quantized or full).runner(index, block) if full is not None else _no_data
     task = BlockTask(name, block, tasks, run, walk.dtype, walk.seed + index)
     drop_copies(tasks)
     walk.freed.give_back()

@@ -12,7 +12,9 @@ from auto_round.calibration.cache_extremes import CacheExtremes
 from auto_round.errors import UnsupportedError
 from auto_round.export.cache_scales import FP8_MAXIMUM, CacheScheme, scale_shape
 from auto_round.export.formats import OutputFormat, TensorSpecs
-from auto_round.modeling.attention import Attention, find_attention, head_counts
+from auto_round.modeling.attention import Attention, find_attention, head_counts, unrecognised_attention
+from auto_round.modeling.config_values import text_config
+from auto_round.modeling.libraries import library_error
 from auto_round.modeling.source import ModelSource
 
 
@@ -51,6 +53,7 @@ class CachePlan:
 
         Raises:
             UnsupportedError: an attention showed nothing, or not the heads that it is said to have.
+            LibraryError: it showed nothing though its code says that it does.
             NumericsError: it showed NaN or Inf.
         """
         made: dict[str, torch.Tensor] = {}
@@ -73,16 +76,27 @@ def stored_scale(fmt: OutputFormat, scale: torch.Tensor) -> torch.Tensor:
 
 
 def plan_cache(source: ModelSource, scheme: CacheScheme | None) -> CachePlan | None:
-    """The plan for a model, None when no scales are asked for. Raises UnsupportedError when it has no attention that
-    keeps keys and values."""
+    """The plan for a model, None when no scales are asked for.
+
+    Raises:
+        UnsupportedError: it has no attention that keeps keys and values.
+        LibraryError: it has attention, of which none takes a cache in a way that is known here.
+    """
     if scheme is None:
         return None
-    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
+    config = text_config(source.config)
     heads = {
         f"{block}.{attention.name}": head_counts(attention, config)
         for block in source.blocks
         for attention in find_attention(source.model.get_submodule(block))
     }
+    blocks = [source.model.get_submodule(block) for block in source.blocks]
+    if not heads and (unknown := unrecognised_attention(blocks)):
+        raise library_error(
+            f"{type(source.model).__name__} has attention ({', '.join(unknown)}), but no argument of it was "
+            "recognised as its key-value cache",
+            "leave static_kv_dtype and static_attention_dtype out",
+        )
     if not heads:
         raise UnsupportedError(
             f"{type(source.model).__name__} has no attention with a key-value cache: leave static_kv_dtype and "

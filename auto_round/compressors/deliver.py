@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round.compressors.blockwise import Walk
-from auto_round.compressors.dense_experts import FusedTarget, read_pieces
+from auto_round.compressors.file_layout import FileLayout
 from auto_round.compressors.finish import config_values, write_config, write_records, write_side_files
 from auto_round.compressors.job import Job
-from auto_round.compressors.planning import planned_tensors
+from auto_round.compressors.planning import with_cache_scales
 from auto_round.compressors.resume.run_journal import RunJournal
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink
 from auto_round.compressors.streamed_experts import streams_experts
+from auto_round.compressors.tensor_joiner import read_pieces
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.errors import VerifyError
 from auto_round.export.formats import OutputFormat
@@ -90,11 +91,11 @@ def _complete_folder(made: Delivery, sink: FolderSink) -> Mapping[str, Any] | No
         return None
     started = time.monotonic()
     expected = Expected(
-        planned_tensors(fmt, dict(job.layers), source, job.cache), sink.expected, sink.dense, finished.probe,
+        with_cache_scales(sink.layout.tensors, fmt, job.cache), sink.expected, sink.dense, finished.probe,
         finished.loss if fmt.holds_activations or not finished.walk.activations else None,
         settings.device, finished.walk.dtype, settings.trust_remote_code,
-        None if fmt.loads_here else _reader(job, fmt, sink.experts.targets), fmt.rounds_weights,
-        source.checks_finite, config_values(source, job, fmt), streams_experts(job),
+        None if fmt.loads_here else _reader(job, fmt, sink.layout), fmt.rounds_weights,
+        source.checks_finite, config_values(source, job, fmt), streams_experts(job), source.bounded,
     )  # fmt: skip
     verified = verify_folder(folder, expected)
     finished.seconds["verify"] = time.monotonic() - started
@@ -117,13 +118,11 @@ def _complete_file(made: Delivery, sink: GgufSink) -> Mapping[str, Any] | None:
     return verified
 
 
-def _reader(
-    job: Job, fmt: OutputFormat, targets: Mapping[str, FusedTarget]
-) -> Callable[[str, TensorFiles], QuantizedLayer]:
+def _reader(job: Job, fmt: OutputFormat, layout: FileLayout) -> Callable[[str, TensorFiles], QuantizedLayer]:
     def read(name: str, files: TensorFiles) -> QuantizedLayer:
         plan = job.layers[name]
         specs = fmt.tensor_specs(name, plan.scheme, plan.in_features, plan.out_features)
-        tensors = read_pieces(files, specs, targets)
+        tensors = read_pieces(files, specs, layout)
         return fmt.read_layer(name, plan.scheme, tensors, plan.in_features, plan.out_features)
 
     return read

@@ -52,7 +52,7 @@ def config_values(source: ModelSource, job: Job, fmt: OutputFormat) -> dict[str,
         values["architectures"] = [type(source.model).__name__]
     if any(not name.startswith(tuple(f"{b}." for b in job.blocks)) for name in job.quantized()):
         values["tie_word_embeddings"] = False
-    plan = job.export_plan()
+    plan = job.export_plan(fmt)
     quantization = fmt.file_config(plan)
     found: dict[str, Any] = {} if quantization is None else dict.fromkeys(fmt.config_files, quantization)
     return {**found, "config.json": fmt.model_config(values, plan)}
@@ -78,7 +78,10 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
 def layer_records(
     job: Job, fmt: OutputFormat, unreached: Sequence[str] = (), numbers: Numbers | None = None
 ) -> tuple[LayerRecord, ...]:
-    """Every linear layer of the job, for the report. `unreached`: layers that no calibration token reached."""
+    """Every linear layer of the job and every other matrix in its blocks, for the report.
+
+    `unreached`: layers that no calibration token reached.
+    """
     plain = {} if numbers is None else numbers.plain
     records = []
     without = set(unreached)
@@ -88,6 +91,8 @@ def layer_records(
         if name in plain:
             reason = f"rounded by its weights alone: {plain[name]}"
         records.append(LayerRecord(name, plan.described, bits, reason))
+    full = job.scheme.with_overrides({"bits": 16, "act_bits": 16}).describe()
+    records += [LayerRecord(name.removesuffix(".weight"), full, None, reason) for name, reason in job.left.items()]
     return tuple(records)
 
 

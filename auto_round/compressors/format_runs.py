@@ -23,16 +23,19 @@ def default_format(settings: Settings) -> str:
     return name if name.startswith(GGUF) else "auto_round"
 
 
-def split_runs(settings: Settings, formats: Sequence[OutputFormat]) -> list[tuple[Settings, list[OutputFormat]]]:
+def split_runs(
+    settings: Settings, formats: Sequence[OutputFormat], quiet: bool = False
+) -> list[tuple[Settings, list[OutputFormat]]]:
     """(settings, formats) of each run, one with several formats first.
 
-    A GGUF format brings its scheme. Format `fake` beside GGUF formats alone is the fake of the first of them.
+    A GGUF format brings its scheme, which is said unless `quiet`. Format `fake` beside GGUF formats alone is the fake
+    of the first of them.
     """
     files = [fmt for fmt in formats if gguf_format([fmt])]
     others = [fmt for fmt in formats if fmt not in files]
     if not files:
         return [(settings, others)]
-    runs = [(for_file(settings, fmt), [fmt]) for fmt in files]
+    runs = [(for_file(settings, fmt, quiet), [fmt]) for fmt in files]
     if [fmt.name for fmt in others] == ["fake"]:
         runs[0][1].append(others[0])
     elif others:
@@ -40,10 +43,10 @@ def split_runs(settings: Settings, formats: Sequence[OutputFormat]) -> list[tupl
     return runs
 
 
-def for_file(settings: Settings, fmt: Any) -> Settings:
+def for_file(settings: Settings, fmt: Any, quiet: bool = False) -> Settings:
     """The settings with the scheme of a GGUF format."""
     name = f"GGUF:{fmt.preset}"
-    if settings.scheme_name not in (name, _DEFAULT_SCHEME):
+    if not quiet and settings.scheme_name not in (name, _DEFAULT_SCHEME):
         logger.warning("format %s has types of its own: scheme %s is not used for it", fmt.name, settings.scheme_name)
     return replace(settings, scheme=fmt.scheme, scheme_name=normalize_preset_name(name), mixed=None)
 

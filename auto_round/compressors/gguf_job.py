@@ -12,6 +12,7 @@ from auto_round.compressors.job import LayerPlan
 from auto_round.data_type.gguf.types import ggml_type_of
 from auto_round.errors import ConfigError
 from auto_round.export.formats import OutputFormat
+from auto_round.layer_config import LayerConfig, matching_layers, scheme_from_entry
 from auto_round.modeling.blocks import is_conv1d
 from auto_round.modeling.source import ModelSource
 from auto_round.schemes import QuantizationScheme
@@ -95,6 +96,41 @@ def settle_bits(
                 raise ConfigError(f"layer {name}: no GGUF type has {scheme.bits} bits; use one of {known}")
             result[name] = scheme_of_type(fitting_type(TYPE_OF_BITS[scheme.bits], widths[name]), scheme)
     return result, notes
+
+
+def with_embedding_types(
+    plan: GgufPlan, source: ModelSource, layer_config: LayerConfig, layers: Sequence[str], default: QuantizationScheme
+) -> tuple[GgufPlan, set[str]]:
+    """The file with the types that a layer configuration gives to embeddings, and the names in it that mean them.
+
+    `bits` alone decide, or a scheme that is one of ggml's types. A name that also means one of `layers`, the linear
+    ones, is theirs.
+
+    Raises:
+        ConfigError: bits that no type has.
+    """
+    from auto_round.export.gguf.file_types import fitting_type
+    from auto_round.export.gguf.format import TYPE_OF_BITS
+
+    embeddings = [name for name, module in source.model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    wanted: dict[str, str] = {}
+    meant: set[str] = set()
+    for pattern, entry in layer_config.items():
+        found = [] if matching_layers(pattern, layers) else matching_layers(pattern, embeddings)
+        for name in found:
+            meant.add(pattern)
+            stored = weight_name(source, name)
+            scheme = scheme_from_entry(pattern, entry, default)
+            kind = ggml_type_of(scheme)
+            shape, dtype = source.tensor_meta(stored)
+            if not scheme.quantizes_weights:
+                wanted[stored] = _DENSE.get(dtype, "F32")
+            elif kind is None and scheme.bits not in TYPE_OF_BITS:
+                known = ", ".join(map(str, TYPE_OF_BITS))
+                raise ConfigError(f"layer {name}: no GGUF type has {scheme.bits} bits; use one of {known}")
+            else:
+                wanted[stored] = fitting_type(TYPE_OF_BITS[scheme.bits] if kind is None else kind.name, shape[-1])
+    return plan.with_types({name: kind for name, kind in wanted.items() if plan.places[name]}), meant
 
 
 def with_types(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:

@@ -75,6 +75,9 @@ class GgufSink:
                     check_finite(name, tensor)
                 self._add(name, tensor)
 
+    def spare(self) -> None:
+        """Nothing: a GGUF file holds what its architecture reads."""
+
     def keep(self, names: Sequence[str], reason: str) -> None:
         raise NumericsError(
             f"{reason}; on_nan=keep: a GGUF file says the type of every tensor before the first one is written, so "

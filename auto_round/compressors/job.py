@@ -17,6 +17,7 @@ from auto_round.schemes import QuantizationScheme
 
 if TYPE_CHECKING:
     from auto_round.compressors.memory_plan import MemoryPlan
+    from auto_round.export.formats import OutputFormat
     from auto_round.export.gguf.plan import GgufPlan
 
 
@@ -68,6 +69,11 @@ class Job:
         gguf: the file that is written, for a GGUF format.
         journal_bytes: most that the journal takes of the work space, where one is kept.
         memory_plan: where the activations are kept, and what every phase holds.
+        stored_names: what the checkpoint calls a module, where that differs from its name in the model.
+        stored_blocks: what it calls the blocks.
+        spare: its tensors that no module reads, and why; they are copied.
+        left: by tensor name, weights of two and more dimensions in the blocks that are in no linear layer, and why each
+            stays dense.
     """
 
     model: str
@@ -92,6 +98,10 @@ class Job:
     gguf: GgufPlan | None = None
     journal_bytes: int = 0
     memory_plan: MemoryPlan | None = None
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    stored_blocks: tuple[str, ...] = ()
+    spare: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
@@ -100,12 +110,25 @@ class Job:
         """The same job with some layers left in full precision after all, by name, with the reasons."""
         return replace(self, layers={n: p.kept(kept[n]) if n in kept else p for n, p in self.layers.items()})
 
-    def export_plan(self) -> ExportPlan:
-        schemes = {name: plan.scheme for name, plan in self.layers.items()}
+    def export_plan(self, fmt: OutputFormat) -> ExportPlan:
+        """What a format is told, in the names of its files: the checkpoint's, or the modules' where it has its own."""
+        if not fmt.checkpoint_names:
+            schemes = {name: plan.scheme for name, plan in self.layers.items()}
+            return ExportPlan(
+                self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type,
+                embeddings=self.embeddings, other_matrices=self.other_matrices,
+            )  # fmt: skip
+        stored = lambda name: self.stored_names.get(name, name)
         return ExportPlan(
-            self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type, embeddings=self.embeddings,
-            other_matrices=self.other_matrices,
+            self.scheme, {stored(name): plan.scheme for name, plan in self.layers.items()},
+            self.stored_blocks or self.blocks, self.settings, model_type=self.model_type,
+            embeddings=tuple(map(stored, self.embeddings)),
+            other_matrices=tuple(map(stored, self.other_matrices)), spare=self._spare_modules(),
         )  # fmt: skip
+
+    def _spare_modules(self) -> tuple[str, ...]:
+        """Modules that a reader could take for quantized, though no module of this model has their tensors."""
+        return tuple(name.removesuffix(".weight") for name in self.spare if name.endswith(".weight"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for report.json."""
@@ -118,6 +141,8 @@ class Job:
             "settings": dict(self.settings),
             "blocks": len(self.blocks),
             "layers": {n: p.described + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
+            **({"copied": dict(self.spare)} if self.spare else {}),
+            "left": dict(self.left),
             "steps": self.steps,
             "bytes_on_disk": dict(self.bytes_on_disk),
             "compute": self.compute,
@@ -144,7 +169,7 @@ class Job:
         rows += [(f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()]
         if self.journal_bytes:
             size = format_bytes(self.journal_bytes)
-            rows.append(("journal", f"up to {size} in {envs.work_space()} (none with --no_resume)"))
+            rows.append(("journal", f"up to {size} in {envs.resume_folder()} (none with --no_resume)"))
         if self.output_dir:
             rows.append(("output", self.output_dir))
         rows.append(("memory", f"about {format_bytes(self.peak_ram)}{self._largest_phase()}"))
@@ -161,6 +186,8 @@ class Job:
         lines = [f"{name:<18} {text}" for name, text in rows]
         groups = Counter(p.described + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
         lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]
+        others = Counter(self.left.values())
+        lines += [f"  {count:>5}  other weights in the blocks, dense: {text}" for text, count in others.most_common()]
         different = [p for p in self.layers.values() if p.scheme != self.scheme]
         shown = different[:40]
         if shown:

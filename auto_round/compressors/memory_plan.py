@@ -24,6 +24,7 @@ from auto_round.compressors.resume.size import stored_bytes
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.streams import samples_in_pass
 from auto_round.data_type.gguf.types import GGML_TYPES
+from auto_round.modeling.config_values import largest, read_value, text_config
 from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.one_expert import expert_of
 from auto_round.modeling.source import ModelSource
@@ -72,12 +73,11 @@ class Facts:
 
     @property
     def config(self) -> object:
-        config = self.source.config
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
+        return text_config(self.source.config)
 
     @property
     def width(self) -> int:
-        return int(getattr(self.config, "hidden_size", 0) or 0)
+        return largest(self.config, "hidden_size")
 
     @property
     def tokens(self) -> int:
@@ -365,7 +365,7 @@ def _features(facts: Facts, plans: Sequence[LayerPlan]) -> tuple[float, float]:
 
 def _chosen(facts: Facts) -> int:
     """Experts that a token goes to."""
-    return next((int(v) for k in _TOP_K if (v := getattr(facts.config, k, None))), 1)
+    return largest(facts.config, *_TOP_K, default=1)
 
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
@@ -373,9 +373,9 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
 
 def _attention_bytes(facts: Facts) -> int:
     """The scores of one sample, where they are formed: a fused kernel does not."""
-    if getattr(facts.config, "_attn_implementation", None) != "eager":
+    if read_value(facts.config, "_attn_implementation") != "eager":
         return 0
-    heads = int(getattr(facts.config, "num_attention_heads", 1) or 1)
+    heads = largest(facts.config, "num_attention_heads", default=1)
     return heads * facts.tokens**2 * facts.compute.itemsize
 
 
@@ -417,7 +417,7 @@ def outside_bytes(facts: Facts) -> OutsideBytes:
     embedding = max((size for name, size in sizes.items() if "embed" in name or "wte" in name), default=0)
     embedding = embedding or max(sizes.values(), default=0)
     everything = sum(sizes.values())
-    vocabulary = int(getattr(facts.config, "vocab_size", 0) or 0)
+    vocabulary = largest(facts.config, "vocab_size")
     logits = _PROBE_TOKENS * vocabulary * (source.dtype.itemsize + 4) if settings.verify else 0
     outside = max(sizes.values(), default=0) * 2  # read, and as it is written
     for plan in quantized(facts.layers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from auto_round.modeling.config_values import read_value
 from auto_round.modeling.fused import is_routed_expert
 from auto_round.schemes import MixedPreset, QuantizationScheme
 
@@ -24,6 +25,6 @@ def mixed_defaults(
     """
     if mixed is None:
         return {}
-    multimodal = any(getattr(config, tower, None) is not None for tower in _TOWERS)
+    multimodal = any(read_value(config, tower) is not None for tower in _TOWERS)
     other = scheme.with_overrides({"bits": mixed.multimodal_other_bits if multimodal else mixed.other_bits})
     return {name: other for name in names if not is_routed_expert(name)}

@@ -136,6 +136,7 @@ def emit_outside(job: Job, source: ModelSource, layers: Sequence[QuantizedLayer]
         for layer in layers:
             sink.layer(layer)
         sink.tensors(rest, source)
+        sink.spare()
 
 
 @torch.no_grad()

@@ -10,8 +10,10 @@ import torch
 
 from auto_round.algorithms.quantization.layer_codes import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.calibration.grammar import parse_dataset_string
 from auto_round.compressors.cache import CachePlan, plan_cache
-from auto_round.compressors.dense_experts import ExpertJoiner, FusedTarget, fused_targets, stored_targets
+from auto_round.compressors.file_layout import plan_files
+from auto_round.compressors.format_runs import split_runs
 from auto_round.compressors.gguf_job import (
     file_plan,
     gguf_format,
@@ -19,20 +21,24 @@ from auto_round.compressors.gguf_job import (
     own_schemes,
     settle_bits,
     settle_types,
+    with_embedding_types,
     with_types,
 )
 from auto_round.compressors.groups import fit_groups
 from auto_round.compressors.job import Job, LayerPlan
+from auto_round.compressors.kept_dense import dense_by_default
+from auto_round.compressors.keywords import symmetric_where_only
+from auto_round.compressors.layer_names import chosen_blocks, named_schemes
 from auto_round.compressors.memory_plan import Facts
 from auto_round.compressors.mixed import mixed_defaults
 from auto_round.compressors.place import place_activations
 from auto_round.compressors.resume.size import journal_bytes
-from auto_round.compressors.settings import Settings
+from auto_round.compressors.settings import Settings, parse_scale_dtype
 from auto_round.data_type import get_quant_func
 from auto_round.data_type.activation import activation_function
 from auto_round.data_type.float_family import float_family
 from auto_round.data_type.gguf.types import ggml_type_of
-from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.export.cache_scales import require_cache
 from auto_round.export.formats import (
     OutputFormat,
@@ -44,14 +50,18 @@ from auto_round.export.formats import (
 )
 from auto_round.export.shard_writer import entry_bytes
 from auto_round.inference.compute import compute_dtype_for
-from auto_round.layer_config import resolve_layers
+from auto_round.layer_config import scheme_from_entry
+from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
-from auto_round.modeling.experts import router_names
+from auto_round.modeling.config_values import largest
 from auto_round.modeling.fused import fused_groups, is_routed_expert
+from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource
 from auto_round.schemes import QuantizationScheme
 
-_ROUTER = "it chooses experts"
+_MTP = "it belongs to multi-token prediction"
+_NO_NAMES = "its family's checkpoints hold all experts of a block in one tensor, and readers know no other names"
+_ASKED = "layer_config, ignore_layers or the scheme ask for full precision"
 
 
 def compute_dtype(settings: Settings, source: ModelSource) -> torch.dtype:
@@ -92,6 +102,28 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
         )
 
 
+def check_before_opening(settings: Settings, formats: Sequence[OutputFormat] | None) -> None:
+    """Everything about settings and formats that needs no model.
+
+    Raises:
+        ConfigError: an entry of the layer configuration is no scheme, or the dataset string cannot be read.
+        UnsupportedError: a data type that is not there, or a format that cannot hold the scheme.
+    """
+    check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
+    for name, entry in settings.layer_config.items():
+        own = entry.get("scale_dtype") if isinstance(entry, Mapping) else None
+        if own is not None and parse_scale_dtype(own) is not settings.scale_dtype:
+            raise UnsupportedError(f"layer_config[{name!r}]: scale_dtype is one for the whole model; leave it out here")
+        scheme, _ = symmetric_where_only(scheme_from_entry(name, entry, settings.scheme))
+        if ggml_type_of(settings.scheme) is None:  # else its bits alone mean a type
+            check_data_type(scheme, f"layer_config[{name!r}]")
+    if isinstance(settings.dataset, str):
+        parse_dataset_string(settings.dataset)
+    for own_settings, group in split_runs(settings, formats or (), quiet=True):
+        for fmt in group:
+            require_scheme(fmt, own_settings.scheme, f"scheme {own_settings.scheme_name}")
+
+
 def make_job(
     settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], output_dir: str | None = None,
     fit: bool = True, tokenizer: Any = None, kept: Mapping[str, str] | None = None, in_memory: bool = False,
@@ -123,7 +155,11 @@ def make_job(
     cache = plan_cache(source, settings.cache)
     model_type = str(getattr(source.config, "model_type", ""))
     notes = _model_notes(formats, model_type)
-    blocks = _chosen_blocks(settings, source)
+    blocks = chosen_blocks(settings, source.blocks)
+    weights = block_weights(source.model, source.blocks)
+    advice = "leave model_free out (--disable_model_free), " if isinstance(source.model, Skeleton) else ""
+    if (warning := weights.check(source.name_or_path, advice)) is not None:
+        notes.append(warning)
     inside = [f"{block}.{name}" for block in source.blocks for name in linear_names(source.model.get_submodule(block))]
     everything = linear_names(source.model)
     inside_set = set(inside)
@@ -137,12 +173,16 @@ def make_job(
         raise ConfigError(f"{option} goes with a GGUF format, whose tensors importance files name; give such a format")
     if settings.imatrix is not None and not settings.optimized_start:
         raise ConfigError("imatrix weighs the search of scales, and disable_opt_rtn leaves that out; give one of them")
+    embedded: set[str] = set()
     if gguf is not None:
+        gguf, embedded = with_embedding_types(gguf, source, settings.layer_config, everything, settings.scheme)
         own_defaults = own_schemes(gguf, source, everything, settings.scheme)
-    schemes = resolve_layers(
-        inside, settings.scheme, settings.layer_config, settings.ignore_layers, outside,
-        settings.quant_lm_head or gguf is not None, own_defaults,
+    schemes, unused = named_schemes(
+        settings, inside, outside, (name for name, _ in source.model.named_modules()), own_defaults,
+        {name: entry for name, entry in settings.layer_config.items() if name not in embedded},
+        settings.quant_lm_head or gguf is not None,
     )  # fmt: skip
+    notes += unused
     if gguf is not None:
         schemes, fallbacks = settle_bits(schemes, own_defaults, _widths(source, schemes))
         notes += [*gguf.notes, *fallbacks]
@@ -157,20 +197,23 @@ def make_job(
     instead, group_notes = fit_groups(schemes, _widths(source, schemes), formats) if fit else ({}, [])
     schemes = {name: instead.get(scheme, scheme) for name, scheme in schemes.items()}
     notes += group_notes
-    routers = router_names(source.model)
+    default = dense_by_default(source.model, model_type, everything, formats, settings.layer_config)
+    notes += default.notes()
     layers: dict[str, LayerPlan] = {}
     for name, scheme in schemes.items():
         plan = _layer_plan(source, name, scheme)
-        if scheme.quantizes_weights:
-            if name in routers:
-                plan = plan.kept(_ROUTER)
+        if not scheme.quantizes_weights:
+            plan = plan.kept(default.reasons.get(name, _ASKED)) if name in inside_set else plan
+        else:
+            if name in default.reasons:
+                plan = plan.kept(default.reasons[name])
             elif kept is not None and name in kept:
                 plan = plan.kept(kept[name])
             elif name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
                 plan = plan.kept("its block is not in to_quant_block_names")
             else:
                 check_data_type(scheme, f"layer {name}")
-                plan = _for_formats(plan, formats, model_type)
+                plan = _for_formats(plan, formats, model_type, source)
                 rearranged = None if gguf is None else is_rearranged(gguf, source, name)
                 plan = plan if rearranged is None else plan.kept(rearranged)
         layers[name] = plan
@@ -178,7 +221,8 @@ def make_job(
         layers = with_types(layers)
     if gguf is not None:
         gguf = settle_types(gguf, source, layers)
-    refused = [p for p in layers.values() if p.reason not in (None, _ROUTER) and p.scheme.bits >= 16]
+    usual = {None, _ASKED, *default.reasons.values()}
+    refused = [p for p in layers.values() if p.reason not in usual and p.scheme.bits >= 16]
     for plan in refused[:5]:
         notes.append(f"{plan.name} stays in full precision: {plan.reason}")
     if len(refused) > 5:
@@ -204,21 +248,11 @@ def make_job(
         memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
         model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
         journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if journaled else 0, memory,
+        left={weight.name: weight.reason for weight in weights.dense}, **_stored_names(source, layers),
     )  # fmt: skip
     for fmt in formats:
-        require_plan(fmt, job.export_plan())
+        require_plan(fmt, job.export_plan(fmt))
     return job
-
-
-def _chosen_blocks(settings: Settings, source: ModelSource) -> tuple[str, ...]:
-    wanted = settings.to_quant_block_names
-    if not wanted:
-        return source.blocks
-    chosen = [b for b in source.blocks if any(b == w or b.startswith(f"{w}.") for w in wanted)]
-    for w in wanted:
-        if not any(b == w or b.startswith(f"{w}.") for b in source.blocks):
-            raise ConfigError(f"to_quant_block_names: {w!r} is no block of this model{nearest(w, source.blocks)}")
-    return tuple(chosen)
 
 
 def _head_name(source: ModelSource) -> str | None:
@@ -235,7 +269,7 @@ def _layer_plan(source: ModelSource, name: str, scheme: QuantizationScheme) -> L
     module = source.model.get_submodule(name)
     out, columns = weight_2d(module).shape
     bias = getattr(module, "bias", None)
-    bias_dtype = source.tensor_meta(f"{name}.bias")[1] if bias is not None else None
+    bias_dtype = source.kept_meta(f"{name}.bias")[1] if bias is not None else None
     return LayerPlan(name, scheme, int(out), int(columns), bias_dtype, is_conv1d(module))
 
 
@@ -251,11 +285,41 @@ def _other_matrices(source: ModelSource, layers: Mapping[str, LayerPlan]) -> tup
     )
 
 
-def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str) -> LayerPlan:
+def _is_cut(source: ModelSource, layer: str) -> bool:
+    """Whether the checkpoint stores the experts of a block stacked, and this is one of them."""
+    plan = source.tensor_plan(f"{layer}.weight")
+    return plan is not None and plan.key is None
+
+
+def _stored_names(source: ModelSource, layers: Mapping[str, LayerPlan]) -> dict[str, Any]:
+    """What the checkpoint calls modules and blocks, and the matrices in it that no module reads: fields of `Job`."""
+    naming = source.checkpoint_naming()
+    modules = (*layers, *_embeddings(source), *_other_matrices(source, layers))
+    stored = {name: called for name in modules if (called := naming.module(name)) != name}
+    blocks = tuple(dict.fromkeys(called for block in source.blocks for called in naming.block(block)))
+    plans = (source.own_plan(name) for name in source.tied())
+    aliases = {key for plan in plans if plan is not None for key in plan.origin.stored}
+    spare = {key: _why_spare(key, blocks) for key in source.spare() if key not in aliases}
+    return {"stored_names": stored, "stored_blocks": blocks, "spare": spare}
+
+
+def _why_spare(key: str, blocks: Sequence[str]) -> str:
+    """Why no module reads a checkpoint tensor, as far as its name tells."""
+    stem = f"{blocks[0].rpartition('.')[0]}." if blocks else "."
+    index = key.removeprefix(stem).partition(".")[0] if key.startswith(stem) else ""
+    further = index.isdigit() and f"{stem}{index}" not in blocks
+    return _MTP if further or any(part.startswith("mtp") for part in key.split(".")) else "no module reads it"
+
+
+def _for_formats(
+    plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str, source: ModelSource
+) -> LayerPlan:  # fmt: skip
     for fmt in formats:
         require_scheme(fmt, plan.scheme, f"layer {plan.name}")
         reason = fmt.rules(model_type).stays_dense(plan.name)
         reason = reason or fmt.check_layer(plan.scheme, plan.in_features, plan.out_features)
+        if fmt.experts_by_name and is_routed_expert(plan.name) and _is_cut(source, plan.name):
+            reason = _NO_NAMES
         if plan.transposed and not fmt.takes_conv1d:
             reason = "it stores its weight transposed (Conv1D), and the layout is for ordinary linear layers"
         if reason is not None:
@@ -308,57 +372,16 @@ def _activation_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputForm
     ]
 
 
-def planned_tensors(
-    fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of every tensor that a format will write, tied aliases left out and dense experts fused."""
-    specs = separate_tensors(fmt, layers, source)
-    for name, target in _targets(fmt, specs, source).items():
-        specs[target.name] = (target.shape, specs.pop(name)[1])
+def with_cache_scales(specs: TensorSpecs, fmt: OutputFormat, cache: CachePlan | None) -> TensorSpecs:
+    """The tensors of a format's files, with those of the key-value cache's static scales."""
     return specs if cache is None else specs | cache.specs(fmt)
-
-
-def expert_joiner(fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource) -> ExpertJoiner:
-    """What fuses the experts that a format leaves dense, and stacks or renames what the format wants so."""
-    return ExpertJoiner(_targets(fmt, separate_tensors(fmt, layers, source), source))
-
-
-def _targets(fmt: OutputFormat, specs: TensorSpecs, source: ModelSource) -> dict[str, FusedTarget]:
-    rules = fmt.rules(str(getattr(source.config, "model_type", "")))
-    if rules.moves_tensors:
-        return stored_targets(specs, rules)
-    # A packed layer's codes may have the name of its weight.
-    dense = {name for name, (_, dtype) in specs.items() if dtype.is_floating_point and dtype.itemsize > 1}
-    return fused_targets(source.model, dense)
-
-
-def separate_tensors(
-    fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The same before experts are fused."""
-    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    replaced: set[str] = set()
-    for name, plan in layers.items():
-        if plan.scheme.quantizes_weights:
-            specs |= fmt.tensor_specs(
-                name, plan.scheme, plan.in_features, plan.out_features, bias_dtype=plan.bias_dtype,
-                model_dtype=source.dtype, transposed=plan.transposed,
-            )  # fmt: skip
-            replaced |= {f"{name}.weight", f"{name}.bias"}
-    tied = source.tied()
-    for tensor in source.tensor_names():
-        if tensor not in replaced and tensor not in tied:
-            specs[tensor] = source.tensor_meta(tensor)
-        elif tensor in tied and tied[tensor] in replaced and tensor not in replaced:
-            specs[tensor] = source.tensor_meta(tensor)  # the canonical name was quantized: the alias holds the original
-    return specs
 
 
 def planned_bytes(
     fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
 ) -> int:
     """Bytes of all tensors that a format will write."""
-    specs = planned_tensors(fmt, layers, source, cache)
+    specs = with_cache_scales(plan_files(fmt, layers, source).tensors, fmt, cache)
     return sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
 
 
@@ -368,17 +391,15 @@ def header_bytes(specs: TensorSpecs) -> int:
 
 
 def _hidden_size(source: ModelSource) -> int:
-    config = source.config.get_text_config() if hasattr(source.config, "get_text_config") else source.config
-    return int(getattr(config, "hidden_size", 0) or 0)
+    return largest(source.config, "hidden_size")
 
 
 __all__ = [
     "check_data_type",
     "compute_dtype",
-    "expert_joiner",
     "header_bytes",
     "is_integer",
     "make_job",
     "planned_bytes",
-    "planned_tensors",
+    "with_cache_scales",
 ]

@@ -18,12 +18,14 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 from auto_round.calib_dataset import CalibrationData, prepare_calibration
 from auto_round.calibration.inputs import CapturedInputs, capture_inputs
+from auto_round.calibration.links import Links
 from auto_round.calibration.spill import Spill
 from auto_round.compressors.activations import attach
 from auto_round.compressors.assemble import assemble_model
 from auto_round.compressors.blockwise import Walk, take_unit, walk_blocks
 from auto_round.compressors.deliver import Delivery, Finished, deliver
-from auto_round.compressors.dense_experts import ExpertJoiner
+from auto_round.compressors.deterministic import deterministic_algorithms
+from auto_round.compressors.file_layout import FileLayout, plan_files
 from auto_round.compressors.gguf_job import gguf_format
 from auto_round.compressors.importance_files import given_importance, save_importance, say_what_is_missing
 from auto_round.compressors.job import Job
@@ -38,7 +40,7 @@ from auto_round.compressors.non_finite import (
 from auto_round.compressors.output_folders import check_folders, format_folders, output_bytes, stale_files
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
 from auto_round.compressors.place import check_work_space
-from auto_round.compressors.planning import compute_dtype, expert_joiner, header_bytes, make_job, planned_tensors
+from auto_round.compressors.planning import compute_dtype, header_bytes, make_job, with_cache_scales
 from auto_round.compressors.probe import probe_samples
 from auto_round.compressors.resume.fingerprint import (
     fingerprint,
@@ -55,12 +57,13 @@ from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.streamed_experts import streams_experts
 from auto_round.compressors.tuned_experts import ExpertRooms
 from auto_round.envs import work_space
-from auto_round.errors import UnsupportedError
+from auto_round.errors import ModelError, UnsupportedError
 from auto_round.export.disk import check_disk, check_file, ensure_output_folder, writing
 from auto_round.export.earlier_output import refuse_source, remove_files
 from auto_round.export.formats import OutputFormat, get_format, require_plan
 from auto_round.export.staging import Staging
 from auto_round.logger import logger
+from auto_round.modeling.config_values import largest, smallest
 from auto_round.modeling.source import ModelSource
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.report.memory import FreedMemory, return_freed
@@ -259,15 +262,17 @@ class Run:
             from auto_round.compressors.gguf_sink import make_sink
 
             return make_sink(job, fmt, folder, self.source, self.settings)
-        experts = expert_joiner(fmt, dict(job.layers), self.source)
-        specs = planned_tensors(fmt, dict(job.layers), self.source, job.cache)
+        layout = plan_files(fmt, job.layers, self.source)
+        kept: dict[str, str] = {}
 
-        def rejoin(names: Sequence[str], reason: str) -> ExpertJoiner:
-            kept = job.with_kept(dict.fromkeys(names, reason))
-            require_plan(fmt, kept.export_plan())
-            return expert_joiner(fmt, dict(kept.layers), self.source)
+        def replan(names: Sequence[str], reason: str) -> FileLayout:
+            kept.update(dict.fromkeys(names, reason))
+            after = job.with_kept(kept)
+            require_plan(fmt, after.export_plan(fmt))
+            return plan_files(fmt, after.layers, self.source)
 
-        return FolderSink(fmt, folder, self.source.dtype, shard, experts, rejoin, header_bytes(specs))
+        specs = with_cache_scales(layout.tensors, fmt, job.cache)
+        return FolderSink(fmt, folder, self.source, shard, layout, replan, header_bytes(specs))
 
     def save(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
@@ -337,11 +342,15 @@ class Run:
             if settings.imatrix is not None:
                 importance = given_importance(settings.imatrix, job, source)
                 say_what_is_missing(settings.imatrix, job, importance)
-            progress.message("reading calibration data" if settings.needs_data else "capturing the probe")
+            progress.message("capturing the probe")
+            probe_ids, probe = self._capture_probe(job, store, journal)
+            links = None if probe is None else probe.links
+            if settings.needs_data:
+                progress.message("reading calibration data")
             data = self._data()
-            calibration = self._capture(data.samples, store, job, spill) if data is not None else None
-            probe_ids = self._probe() if settings.verify else None
-            probe = self._capture(probe_ids, store, job) if probe_ids is not None else None
+            calibration = self._capture(data.samples, store, job, spill, links) if data is not None else None
+            if not settings.verify:
+                probe_ids = probe = None
             if journal is not None:
                 journal.settle(late_facts(data, probe_ids, calibration), source)
                 if journal.finished:
@@ -358,7 +367,7 @@ class Run:
             if streams_experts(job):
                 walk.freed = FreedMemory(_LITTLE)
             self._walking = walk
-            with _deterministic(settings.deterministic):
+            with deterministic_algorithms(settings.deterministic):
                 walk_blocks(job, source, walk, progress)
                 outside = self._finish_outside(job, walk, sinks, progress)
                 loss = probe_loss(source, walk, outside)
@@ -423,10 +432,9 @@ class Run:
     def _data(self) -> CalibrationData | None:
         if not self.settings.needs_data:
             return None
-        config = _text_config(self.source.config)
         data = prepare_calibration(
             self.settings.dataset, self.tokenizer, seqlen=self.settings.seqlen, nsamples=self.settings.nsamples,
-            seed=self.settings.seed, model_max_length=getattr(config, "max_position_embeddings", None),
+            seed=self.settings.seed, model_max_length=smallest(self.source.config, "max_position_embeddings"),
             vocab_size=_vocab_size(self.source), platform=self.settings.platform,
         )  # fmt: skip
         shown = ", ".join(f"{name} ({count})" for name, count in data.sources)
@@ -434,14 +442,39 @@ class Run:
         return data
 
     def _probe(self) -> list[dict[str, torch.Tensor]]:
-        most = getattr(_text_config(self.source.config), "max_position_embeddings", None)
+        most = smallest(self.source.config, "max_position_embeddings")
         return probe_samples(self.tokenizer, _vocab_size(self.source) or 2, most)
 
+    def _capture_probe(
+        self, job: Job, store: torch.device, journal: RunJournal | None
+    ) -> tuple[list[dict[str, torch.Tensor]] | None, CapturedInputs | None]:
+        """The probe's ids and inputs of the first block, where a check or calibration wants them. Before calibration
+        it is found out whether the blocks can be run one at a time; a run that only rounds goes on without a probe
+        where they cannot.
+
+        Raises:
+            ModelError, UnsupportedError: they cannot, and the run needs it.
+        """
+        if not (self.settings.verify or self.settings.needs_data):
+            return None, None
+        rehearse = self.settings.needs_data and not (journal is not None and journal.journal.units)
+        ids = self._probe()
+        try:
+            return ids, self._capture(ids, store, job, rehearse=rehearse)
+        except (ModelError, UnsupportedError) as error:
+            if self.settings.needs_data:
+                raise
+            logger.warning("the saved model is checked without a forward pass: %s", error)
+            return None, None
+
     def _capture(
-        self, samples: list[dict[str, torch.Tensor]], store: torch.device, job: Job, spill: Spill | None = None
-    ) -> CapturedInputs:
+        self, samples: list[dict[str, torch.Tensor]], store: torch.device, job: Job, spill: Spill | None = None,
+        links: Links | None = None, rehearse: bool = False,
+    ) -> CapturedInputs:  # fmt: skip
         dtype = compute_dtype(self.settings, self.source)
-        return capture_inputs(self.source, samples, self.settings.device, store, dtype, spill, streams_experts(job))
+        return capture_inputs(
+            self.source, samples, self.settings.device, store, dtype, spill, streams_experts(job), links, rehearse
+        )
 
 
 def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
@@ -463,24 +496,5 @@ def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
     return replace(job, layers={**job.layers, **left})
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _vocab_size(source: ModelSource) -> int | None:
-    size = getattr(_text_config(source.config), "vocab_size", None)
-    return int(size) if size else None
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """PyTorch's deterministic algorithms for as long as this is open, and the caller's choice again afterwards."""
-    if not wanted:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    return largest(source.config, "vocab_size") or None

@@ -58,6 +58,7 @@ class Settings:
     on_nan: str = "fail"
     allow_pickle: bool = False
     max_memory: MemoryBudget | None = None
+    strict: bool | None = None
 
     @property
     def cache(self) -> CacheScheme | None:

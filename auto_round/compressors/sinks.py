@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from auto_round.compressors.cache import stored_scale
-from auto_round.compressors.dense_experts import ExpertJoiner
 from auto_round.compressors.digest import dense_digest, layer_digest
+from auto_round.compressors.file_layout import FileLayout
+from auto_round.compressors.tensor_joiner import TensorJoiner
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import ShardWriter
 from auto_round.modeling.finite import check_finite
@@ -26,6 +28,9 @@ class Sink(Protocol):
 
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
         """Tensors that stay as they are, by their state-dict names."""
+
+    def spare(self) -> None:
+        """The checkpoint's tensors that no module reads."""
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         """Static scales of attention, by tensor name: scalars or [heads]."""
@@ -47,6 +52,9 @@ class MemorySink:
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
         """Nothing to keep: the source still has them."""
 
+    def spare(self) -> None:
+        """Nothing to keep: the source still has them."""
+
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         """Nothing to keep: the walk has them."""
 
@@ -58,41 +66,54 @@ class FolderSink:
     """Packs layers by one format and writes them with the other tensors into a folder.
 
     Attributes:
+        layout: of the files.
         expected: by layer, what a reader of the file must find (`digest.layer_digest`).
-        dense: by tensor that is part of no quantized layer, the digest of its bytes.
+        dense: by stored tensor that is part of no quantized layer, the digest of its bytes.
         written: names of all tensors, in order.
     """
 
     def __init__(
-        self, fmt: OutputFormat, folder: Path, model_dtype: torch.dtype, max_shard_size: int | str,
-        experts: ExpertJoiner | None = None, rejoin: Callable[[Sequence[str], str], ExpertJoiner] | None = None,
-        header: int | None = None,
+        self, fmt: OutputFormat, folder: Path, source: ModelSource, max_shard_size: int | str, layout: FileLayout,
+        replan: Callable[[Sequence[str], str], FileLayout] | None = None, header: int | None = None,
     ) -> None:  # fmt: skip
-        """`rejoin`: the experts' joiner when more layers stay dense. `header`: see `ShardWriter`."""
-        self.format, self.folder, self.model_dtype, self._rejoin = fmt, folder, model_dtype, rejoin
-        self.experts = experts or ExpertJoiner({})
+        """`replan`: the layout when more layers stay dense. `header`: see `ShardWriter`."""
+        self.format, self.folder, self.source, self._replan = fmt, folder, source, replan
+        self._joiner = TensorJoiner(layout, source.model)
         self.writer = ShardWriter(folder, max_shard_size, header=header)
         self.expected: dict[str, str] = {}
         self.dense: dict[str, str] = {}
         self.written: list[str] = []
+        self._copied: set[str] = set()
+
+    @property
+    def layout(self) -> FileLayout:
+        return self._joiner.layout
 
     def layer(self, layer: QuantizedLayer) -> None:
         layer = self.format.restate(layer)
-        dense = self.format.name == "fake"
-        self.expected[layer.name] = layer_digest(layer, dense, self.model_dtype)
-        for name, tensor in self.format.pack(layer, model_dtype=self.model_dtype).items():
+        dtype = self.source.dtype
+        self.expected[layer.name] = layer_digest(layer, self.format.rounds_weights, dtype)
+        for name, tensor in self.format.pack(replace(layer, bias=None), model_dtype=dtype).items():
             self._add(name, tensor)
+        if layer.bias is not None:
+            self.tensors([f"{layer.name}.bias"], self.source)
 
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
         for name in names:
-            tensor = source.read(name)
+            if name in self.layout.copies:
+                self._copy(self.layout.copies[name])
+                continue
+            tensor = source.read_kept(name)
             if source.checks_finite:
                 check_finite(name, tensor)
             self._add_dense(name, tensor)
 
+    def spare(self) -> None:
+        self._copy(self.layout.spare)
+
     def keep(self, names: Sequence[str], reason: str) -> None:
-        if self._rejoin is not None:
-            self.experts.targets |= self._rejoin(names, reason).targets
+        if self._replan is not None:
+            self._joiner.layout = self._replan(names, reason)
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         for name, scale in made.items():
@@ -102,14 +123,26 @@ class FolderSink:
         """SHA-256 of the files by name, when they are finished."""
         return self.writer.sha256
 
-    def _add_dense(self, name: str, tensor: torch.Tensor) -> None:
-        written = self._add(name, tensor)
-        if written is not None:
-            self.dense[written[0]] = dense_digest(written[1])
+    def _copy(self, keys: Iterable[str]) -> None:
+        """Write tensors of the checkpoint as they are stored there, each once."""
+        for key in keys:
+            if key in self._copied:
+                continue
+            self._copied.add(key)
+            tensor = self.source.read_stored(key)
+            if self.source.checks_finite:
+                check_finite(key, tensor)
+            self.writer.add(key, tensor)
+            self.written.append(key)
+            self.dense[key] = dense_digest(tensor)
 
-    def _add(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        whole = self.experts.add(name, tensor)
-        if whole is not None:
-            self.writer.add(*whole)
-            self.written.append(whole[0])
-        return whole
+    def _add_dense(self, name: str, tensor: torch.Tensor) -> None:
+        for stored, whole in self._add(name, tensor):
+            self.dense[stored] = dense_digest(whole)
+
+    def _add(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        made = list(self._joiner.add(name, tensor))
+        for stored, whole in made:
+            self.writer.add(stored, whole)
+            self.written.append(stored)
+        return made

@@ -11,6 +11,7 @@ import torch
 
 from auto_round.algorithms.quantization.device_memory import free_cached, out_of_memory
 from auto_round.calibration.inputs import CapturedInputs
+from auto_round.calibration.links import SharedState
 from auto_round.calibration.spill import SpilledTensor
 from auto_round.errors import NumericsError
 from auto_round.modeling.finite import is_finite
@@ -47,6 +48,9 @@ class Stream:
     spare: torch.Tensor | SpilledTensor | None = None
     before_offload: Callable[[], None] = lambda: None
 
+    def __post_init__(self) -> None:
+        self.state = SharedState(self.hidden)
+
     @classmethod
     def of(cls, captured: CapturedInputs, batch: int, device: torch.device, dtype: torch.dtype) -> Stream:
         """The stream before the first block, in `dtype`. The captured hidden states are its own from now on."""
@@ -76,6 +80,7 @@ class Stream:
         Raises:
             DeviceError: one sample alone does not fit.
         """
+        self.state.forget(self.captured.links.alive(index))
         masks = {kind: None if bool(m.all()) else m for kind, m in self._masks(observers).items()}
         result = self.hidden if in_place else self._room(dtype)
         start, count = 0, self.hidden.shape[0]
@@ -90,7 +95,7 @@ class Stream:
                 observer.mask = None if mask is None else mask[rows]
             try:
                 part = self.hidden[rows].to(device, dtype)
-                result[rows] = self.captured.run(index, block, part, samples).to(result.device, dtype)
+                result[rows] = self.captured.run(index, block, part, samples, self.state, True).to(result.device, dtype)
             except torch.OutOfMemoryError as error:
                 if before is None:
                     raise out_of_memory("running a block", device) from error
@@ -132,6 +137,7 @@ class Stream:
             self.before_offload()
         for stream in streams:
             stream.hidden, stream.spare = _on_cpu(stream.hidden), None
+            stream.state.offload()
         return bool(streams)
 
     def _masks(self, observers: Sequence[Observer]) -> dict[bool, torch.Tensor]:
@@ -141,7 +147,18 @@ class Stream:
 
     def runner(self, index: int, block: torch.nn.Module) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
         """A function that calls the block on some samples; gradients flow."""
-        return lambda hidden, samples: self.captured.run(index, block, hidden, samples)
+        return lambda hidden, samples: self.captured.run(index, block, hidden, samples, self.state)
+
+    def kept(self, kind: str, index: int) -> dict[str, torch.Tensor | SpilledTensor]:
+        """What is needed to go on before the block of this index, by name: the hidden states as `kind`, and what
+        earlier blocks made for later ones."""
+        slots = self.captured.links.alive(index)
+        return {kind: self.hidden} | {f"{kind}-{n}": self.state.values[slot] for n, slot in enumerate(slots)}
+
+    def go_on(self, kind: str, index: int, read: Callable[[str], torch.Tensor]) -> None:
+        """Take that back, the hidden states left out."""
+        for number, slot in enumerate(self.captured.links.alive(index)):
+            self.state.restore(slot, read(f"{kind}-{number}"))
 
 
 def _on_cpu(hidden: torch.Tensor | SpilledTensor) -> torch.Tensor | SpilledTensor:

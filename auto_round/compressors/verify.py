@@ -52,6 +52,7 @@ class Expected:
         configs: by file name, what the configuration files say.
         finite: no tensor may hold NaN or Inf; False where the source's own were kept.
         one_expert: experts are read one at a time.
+        bounded: memory is, by max_memory.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -67,6 +68,7 @@ class Expected:
     finite: bool = True
     configs: Mapping[str, Any] = field(default_factory=dict)
     one_expert: bool = False
+    bounded: bool = False
 
 
 def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def _reopen(folder: Path, expected: Expected) -> float | None:
     source = CheckpointSource(
         folder, prepare=_swap_quantized if quantized else None, trust_remote_code=expected.trust_remote_code
     )
-    source.checks_finite = expected.finite
+    source.checks_finite, source.bounded = expected.finite, expected.bounded
     names = _quantized_modules(source.model) if quantized else {name: name for name in expected.digests}
     _compare_sets("quantized layers", folder, set(names), set(expected.digests))
     loss = _walk(folder, source, expected, names)

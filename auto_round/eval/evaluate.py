@@ -19,6 +19,7 @@ from auto_round.eval.loss import token_kl, token_nll, top1_agreement
 from auto_round.eval.result import EvalResult, perplexity, weighted_mean
 from auto_round.eval.windows import make_windows, read_text
 from auto_round.logger import logger
+from auto_round.modeling.config_values import largest
 
 ModelLike = str | PathLike[str] | torch.nn.Module
 
@@ -163,8 +164,8 @@ def _means(per_token: torch.Tensor) -> list[float]:
 
 
 def _logits(model: torch.nn.Module, ids: torch.Tensor, what: str, first: int) -> torch.Tensor:
-    vocab = getattr(getattr(model, "config", None), "vocab_size", None)
-    if isinstance(vocab, int) and int(ids.max()) >= vocab:
+    vocab = largest(getattr(model, "config", None), "vocab_size")
+    if vocab and int(ids.max()) >= vocab:
         raise ModelError(
             f"the tokenizer gives token {int(ids.max())}, the {what} has a vocabulary of {vocab}; "
             "they do not belong together"

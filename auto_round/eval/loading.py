@@ -12,6 +12,7 @@ from auto_round.errors import AutoRoundError, ConfigError, ModelError
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.modeling.build import load_config
 from auto_round.modeling.checkpoint_source import load_dequantized
+from auto_round.modeling.config_values import read_value, text_config
 from auto_round.modeling.hub import model_folder
 from auto_round.modeling.quantized_inputs import is_readable, quantization_of
 
@@ -81,7 +82,7 @@ def load_model(
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     try:
         config = load_config(folder, trust_remote_code=trust_remote_code)
-        saved = getattr(config.get_text_config(), "dtype", None) or torch.float32
+        saved = read_value(text_config(config), "dtype") or torch.float32
         wanted = dtype or compute_dtype_for("cpu" if device == "auto" else device, saved)
         if dequantized and is_readable(quantization_of(config)):
             return load_dequantized(folder, wanted, device, trust_remote_code=trust_remote_code)

@@ -22,10 +22,8 @@ from typing import Any, ClassVar
 import torch
 
 from auto_round.export.auto_round_float import FP8, accepted_group_size, float_packing, float_values, whole_group_size
-from auto_round.export.expert_names import packed_rules
 from auto_round.export.float_layouts import AUTO_ROUND, float_problem, is_float, short_group
 from auto_round.export.formats import OutputFormat, TensorSpecs, register_format
-from auto_round.export.model_rules import ModelRules
 from auto_round.export.packing.awq import pack_awq
 from auto_round.export.packing.bits import words_needed
 from auto_round.export.packing.gptq import pack_gptq
@@ -90,6 +88,7 @@ class AutoRoundFormat(OutputFormat):
     """Picks the packing of each layer by its scheme."""
 
     holds_cache_scales: ClassVar[bool] = True
+    refuses_joined: ClassVar[bool] = True
     support_schemes: ClassVar[tuple[str, ...]] = (
         "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "MXFP4", "MXFP4_RCEIL", "MXFP8",
         "MXFP8_RCEIL", "MXINT4", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "BF16",
@@ -172,26 +171,7 @@ class AutoRoundFormat(OutputFormat):
             tensors[f"{layer.name}.bias"] = layer.bias
         return tensors
 
-    def rules(self, model_type: str) -> ModelRules:
-        return packed_rules(model_type)
-
-    def check_plan(self, plan: ExportPlan) -> str | None:
-        if not self.rules(plan.model_type).renames:
-            return None
-        for name in plan.quantized_layers():
-            if ".experts." in name and "weight" in self._leaves(plan.layers[name]):
-                return (
-                    f"Transformers joins the experts of {plan.model_type} where their tensors are called weight, as "
-                    f"those of {name} would be"
-                )
-        return None
-
-    def _leaves(self, scheme: QuantizationScheme) -> set[str]:
-        """The last parts of the names of a layer's tensors."""
-        return {name.rpartition(".")[2] for name in self.tensor_specs("", scheme, 1024, 1024)}
-
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        plan = self.stored_plan(plan)
         names = plan.quantized_layers()
         if not names:
             return None

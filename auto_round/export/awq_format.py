@@ -31,7 +31,6 @@ class AutoAwqFormat(AutoRoundAwqFormat):
         return super().check_layer(scheme, in_features, out_features) or group_reason(scheme, in_features)
 
     def check_plan(self, plan: ExportPlan) -> str | None:
-        plan = self.stored_plan(plan)
         packed = plan.quantized_layers()
         sizes = sorted({stored_group_size(plan.layers[name]) for name in packed})
         if len(sizes) > 1:
@@ -46,7 +45,6 @@ class AutoAwqFormat(AutoRoundAwqFormat):
         return None
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        plan = self.stored_plan(plan)
         names = plan.quantized_layers()
         if not names:
             return None

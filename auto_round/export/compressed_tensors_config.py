@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from auto_round.export.cache_scales import kv_cache_scheme
-from auto_round.export.compressed_tensors_families import compressed_tensors_rules
 from auto_round.export.compressed_tensors_float import float_format, float_inputs, float_weights
 from auto_round.export.float_layouts import is_float
 from auto_round.export.plan import ExportPlan
@@ -84,10 +83,9 @@ def compressed_config(plan: ExportPlan) -> dict[str, Any] | None:
         arguments[key] = group
         groups[key].append(name)
     dense = [name for name in plan.layers if name not in set(names)] + [
-        name for name in plan.other_matrices if name not in plan.layers
+        name for name in (*plan.other_matrices, *plan.spare) if name not in plan.layers
     ]
-    stored = compressed_tensors_rules(plan.model_type).module_name
-    everything = [stored(name) for name in (*plan.layers, *dense)]
+    everything = [*plan.layers, *dense]
     single = len(groups) == 1
     # The most common group comes first.
     order = sorted(groups, key=lambda key: -len(groups[key]))
@@ -96,13 +94,13 @@ def compressed_config(plan: ExportPlan) -> dict[str, Any] | None:
         "config_groups": {
             f"group_{i}": {
                 **arguments[key],
-                "targets": ["Linear"] if single else name_patterns(map(stored, groups[key]), everything),
+                "targets": ["Linear"] if single else name_patterns(groups[key], everything),
             }
             for i, key in enumerate(order)
         },
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "global_compression_ratio": None,
-        "ignore": name_patterns(map(stored, dense), everything),
+        "ignore": name_patterns(dense, everything),
         "kv_cache_scheme": kv_cache_scheme(plan.settings),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",

@@ -50,6 +50,13 @@ class OutputFormat(ABC):
     support_schemes: ClassVar[tuple[str, ...]]
     # Whether groups must fill the rows. Runs then use a smaller group size where needed.
     full_groups: ClassVar[bool] = False
+    # Whether files keep the names of the source's checkpoint, as every reader of such files expects. Formats of
+    # programs that have names of their own say them by `rules`.
+    checkpoint_names: ClassVar[bool] = True
+    # Whether a layer is refused whose tensors Transformers would join with others as it reads them under those names.
+    refuses_joined: ClassVar[bool] = False
+    # Whether experts that the checkpoint stores stacked stay dense: readers find single experts by its names only.
+    experts_by_name: ClassVar[bool] = False
     # Files beside config.json that repeat the quantization_config.
     config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json",)
 
@@ -113,11 +120,6 @@ class OutputFormat(ABC):
     def rules(self, model_type: str) -> ModelRules:
         """What is special about models of this type (`model_type` of their config) in this format."""
         return PLAIN
-
-    def stored_plan(self, plan: ExportPlan) -> ExportPlan:
-        """`plan` in the names of the file's tensors, by which engines look layers up."""
-        rules = self.rules(plan.model_type)
-        return plan.under_names(rules.module_name) if rules.moves_tensors else plan
 
     def read_inputs(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[float | None, int | None]:
         """The layer's (act_scale, act_zero_point) from the same tensors, where the format stores them."""
@@ -184,6 +186,10 @@ def get_format(name: str) -> OutputFormat:
         return FORMATS[key]
     if key in GUIDE_MATRIX:
         raise UnsupportedError(f"format {name!r} is not available in this version; available: {', '.join(known)}")
+    if key.partition(":")[0] == "gguf":
+        types = [n for n in known if n.startswith("gguf:")]
+        hint = "" if "*" in key else nearest(key, types)
+        raise ConfigError(f"unknown format {name!r}{hint or ';'} The GGUF types are {', '.join(types)}")
     raise ConfigError(f"unknown format {name!r}{nearest(key, [*known, *GUIDE_MATRIX])} Available: {', '.join(known)}")
 
 

@@ -13,10 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from auto_round.export.auto_round_format import AutoRoundFormat, default_scheme
-from auto_round.export.compressed_tensors_families import compressed_tensors_rules
 from auto_round.export.float_layouts import AUTO_ROUND, element_of, family_of
 from auto_round.export.formats import OutputFormat, TensorSpecs, register_format
-from auto_round.export.model_rules import ModelRules
 from auto_round.export.plan import ExportPlan
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme
@@ -29,6 +27,7 @@ class Fp8Format(OutputFormat):
     """One block size for all layers; activations are quantized dynamically, in groups as wide as a block."""
 
     loads_here: ClassVar[bool] = False
+    experts_by_name: ClassVar[bool] = True  # as readers of compressed-tensors do
     takes_conv1d: ClassVar[bool] = False
     scale_dtype: ClassVar[torch.dtype | None] = None
     support_schemes: ClassVar[tuple[str, ...]] = ("FP8_BLOCK", "BF16")
@@ -82,9 +81,6 @@ class Fp8Format(OutputFormat):
         found = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
         return AUTO_ROUND.read(name, scheme, found, in_features, out_features)
 
-    def rules(self, model_type: str) -> ModelRules:
-        return compressed_tensors_rules(model_type)  # its readers know experts by the same names
-
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """What Transformers and vLLM read, beside AutoRound's own words for how it was made."""
         own = AutoRoundFormat().config(plan)
@@ -102,12 +98,11 @@ class Fp8Format(OutputFormat):
     def _dense(self, plan: ExportPlan) -> list[str]:
         """Modules that a reader must leave alone, as the file's tensors name them."""
         names = [name for name, scheme in plan.layers.items() if not scheme.quantizes_weights]
-        names += [name for name in plan.other_matrices if name not in plan.layers]
+        names += [name for name in (*plan.other_matrices, *plan.spare) if name not in plan.layers]
         dense = set(names)
         # Transformers holds all experts of a block in one module.
         names += [experts for experts, members in _experts(plan).items() if dense.issuperset(members)]
-        stored = self.rules(plan.model_type).module_name
-        return list(dict.fromkeys(stored(name) for name in names))
+        return list(dict.fromkeys(names))
 
 
 def _experts(plan: ExportPlan) -> dict[str, list[str]]:

@@ -72,7 +72,6 @@ class AutoGptqFormat(AutoRoundGptqFormat):
         return {**tensors, f"{layer.name}.g_idx": order}
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        plan = self.stored_plan(plan)
         names = plan.quantized_layers()
         if not names:
             return None

@@ -20,11 +20,9 @@ import torch
 
 from auto_round.export.auto_round_format import AutoRoundFormat, stored_group_size
 from auto_round.export.compressed_tensors_config import PACKED, compressed_config, format_of
-from auto_round.export.compressed_tensors_families import compressed_tensors_rules
 from auto_round.export.compressed_tensors_float import float_layer_problem, float_scheme_problem
 from auto_round.export.float_layouts import COMPRESSED_TENSORS, is_float
 from auto_round.export.formats import Grid, OutputFormat, TensorSpecs, register_format
-from auto_round.export.model_rules import PLAIN, ModelRules
 from auto_round.export.packing.compressed_tensors import (
     pack_rows,
     packed_words,
@@ -45,6 +43,7 @@ class CompressedTensorsFormat(OutputFormat):
     """Opens in Transformers with compressed-tensors installed, and in vLLM."""
 
     loads_here: ClassVar[bool] = False
+    experts_by_name: ClassVar[bool] = True
     takes_conv1d: ClassVar[bool] = False
     # One `kv_cache_scheme` describes them, and the library's own tensors are [heads, 1, 1].
     holds_cache_scales: ClassVar[bool] = True
@@ -165,9 +164,6 @@ class CompressedTensorsFormat(OutputFormat):
         found = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
         return COMPRESSED_TENSORS.read(name, scheme, found, in_features, out_features)
 
-    def rules(self, model_type: str) -> ModelRules:
-        return compressed_tensors_rules(model_type)
-
     def read_inputs(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[float | None, int | None]:
         scale, zero = (tensors.get(f"{name}.{leaf}") for leaf in ("input_scale", "input_zero_point"))
         return None if scale is None else float(scale), None if zero is None else int(zero)
@@ -185,6 +181,8 @@ class AutoRoundLlmCompressorFormat(AutoRoundFormat):
         "FP8_BLOCK",
     )  # fmt: skip
     takes_conv1d: ClassVar[bool] = False
+    # Experts whose int8 tensor would be called w1.weight have the modules' names.
+    refuses_joined: ClassVar[bool] = False
     tensors: ClassVar[CompressedTensorsFormat] = CompressedTensorsFormat()
 
     def packing(self, scheme: QuantizationScheme) -> str:
@@ -203,7 +201,3 @@ class AutoRoundLlmCompressorFormat(AutoRoundFormat):
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         return self.tensors.pack(layer, model_dtype=model_dtype)
-
-    def rules(self, model_type: str) -> ModelRules:
-        """Names as the modules have them: Transformers would join experts whose int8 tensor is called w1.weight."""
-        return PLAIN

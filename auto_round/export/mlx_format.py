@@ -137,6 +137,7 @@ class MlxFormat(_MlxTensors):
     """A folder that mlx-lm opens: its names, stacked experts, and the rotary settings where it looks for them."""
 
     loads_here: ClassVar[bool] = False
+    checkpoint_names: ClassVar[bool] = False
     config_files: ClassVar[tuple[str, ...]] = ()
 
     def rules(self, model_type: str) -> ModelRules:
@@ -163,9 +164,8 @@ class AutoRoundMlxFormat(_MlxTensors, AutoRoundFormat):
     def packing(self, scheme: QuantizationScheme) -> str:
         return MLX_PACKING
 
-    def rules(self, model_type: str) -> ModelRules:
-        """Names as the modules have them: Transformers would join experts whose packed tensor is called w1.weight."""
-        return PLAIN
+    # Experts whose packed tensor would be called w1.weight have the modules' names.
+    refuses_joined: ClassVar[bool] = False
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         return AutoRoundFormat.config(self, plan)

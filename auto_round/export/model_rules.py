@@ -19,8 +19,6 @@ class ModelRules:
         note: what the user should know, or None.
         dense: (regular expression, reason): layers that must stay in full precision.
         renames: (regular expression, replacement), applied in order to every tensor's name.
-        beside_packed: the same, instead of `renames`, for dense experts of a block in which others are packed;
-            None makes no difference between them.
         experts: the module in which tensors of all experts of a block are stacked along a new first dimension; "" keeps
             one tensor an expert.
         config: (key, other key): what config.json gets under `key`, unless it has it: the value of `other key`.
@@ -30,7 +28,6 @@ class ModelRules:
     note: str | None = None
     dense: tuple[tuple[str, str], ...] = ()
     renames: Renames = ()
-    beside_packed: Renames | None = None
     experts: str = ""
     config: tuple[tuple[str, str], ...] = ()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -47,23 +47,17 @@ class ExportPlan:
     model_type: str = ""
     embeddings: tuple[str, ...] = ()
     other_matrices: tuple[str, ...] = ()
-
-    def under_names(self, stored: Callable[[str], str]) -> ExportPlan:
-        """The same plan with every layer under the name that `stored` gives it, for what is written into the files."""
-        return replace(
-            self,
-            layers={stored(name): scheme for name, scheme in self.layers.items()},
-            embeddings=tuple(map(stored, self.embeddings)),
-            other_matrices=tuple(map(stored, self.other_matrices)),
-        )
+    spare: tuple[str, ...] = ()
 
     def quantized_layers(self) -> list[str]:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]
 
     def dense_in_blocks(self) -> list[str]:
-        """What a reader might take for quantized inside the blocks, and is not: dense layers, routers."""
+        """What a reader might take for quantized and is not: dense layers and routers inside the blocks, and modules
+        that this model does not have but the files do."""
         dense = [name for name, scheme in self.layers.items() if not scheme.quantizes_weights]
-        return [name for name in dict.fromkeys((*dense, *self.other_matrices)) if self.in_block(name)]
+        inside = [name for name in dict.fromkeys((*dense, *self.other_matrices)) if self.in_block(name)]
+        return [*inside, *self.spare]
 
     def in_block(self, name: str) -> bool:
         """Whether the module `name` lies in one of the blocks."""

@@ -371,12 +371,12 @@ def resolve_layers(
         ModelError: the config quantizes none of these layers.
     """
     names = list(names)
-    inside = [n for n in names if _under(n, config.block_prefixes)]
+    said = config_names or (lambda name: (name,))
+    inside = [n for n in names if any(_under(called, config.block_prefixes) for called in said(n))]
     if not inside:
         everywhere = config.everywhere and not config.block_prefixes
         inside = names if everywhere else [n for n in names if _under(n, tuple(fallback_blocks))]
     within = set(inside)
-    said = config_names or (lambda name: (name,))
     with _malformed():
         found = {n: fmt for n in names if (fmt := config.layer(n, n in within, said(n))) is not None}
     if not found:

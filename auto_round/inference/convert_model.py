@@ -127,7 +127,8 @@ def _missing(tensor_name: str) -> str:
 
 def _wanted_layers(model: nn.Module, config: CheckpointConfig, stored: StoredNames) -> dict[str, LayerFormat]:
     names = linear_names(model)
-    named = config.block_prefixes and any(n.startswith(f"{p}.") for n in names for p in config.block_prefixes)
+    prefixes = tuple(f"{prefix}." for prefix in config.block_prefixes)
+    named = prefixes and any(called.startswith(prefixes) for n in names for called in stored.config_names(n))
     blocks = () if named else find_blocks(model)
     if config.block_prefixes and not named:
         logger.warning(

@@ -9,7 +9,7 @@ from torch import nn
 
 from auto_round.inference.kernels.kernel import LinearKernel
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.experts import RoutedExperts
 
 
 class Projection:
@@ -37,9 +37,9 @@ class Projection:
 
 
 class PackedExperts:
-    """What `LinearExperts` calls instead of its layers, as long as they are as they were when this was made."""
+    """What `RoutedExperts` calls instead of its layers, as long as they are as they were when this was made."""
 
-    def __init__(self, experts: LinearExperts, projections: dict[str, Projection]) -> None:
+    def __init__(self, experts: RoutedExperts, projections: dict[str, Projection]) -> None:
         self.experts, self.projections = experts, projections
         self._on_device = all(p.joined is not None for p in projections.values())
         self._layers = [
@@ -73,13 +73,13 @@ class PackedExperts:
 
 
 def run_experts_together(model: nn.Module) -> int:
-    """Give every `LinearExperts` under `model` whose layers allow it one call for all; returns how many those are.
+    """Give every `RoutedExperts` under `model` whose layers allow it one call for all; returns how many those are.
 
     All experts of a projection must have a kernel of one class and equal sizes, and take their inputs in order.
     """
     found = 0
     for experts in model.modules():
-        if not isinstance(experts, LinearExperts):
+        if not isinstance(experts, RoutedExperts):
             continue
         projections = {usual: _projection(experts, usual) for usual in ("gate", "up", "down")[not experts.has_gate :]}
         whole = {usual: projection for usual, projection in projections.items() if projection is not None}
@@ -89,7 +89,7 @@ def run_experts_together(model: nn.Module) -> int:
     return found
 
 
-def _projection(experts: LinearExperts, usual: str) -> Projection | None:
+def _projection(experts: RoutedExperts, usual: str) -> Projection | None:
     modules = [
         getattr(experts.get_submodule(str(index)), getattr(leaves, usual))
         for index, leaves in enumerate(experts.leaves)

@@ -16,9 +16,8 @@ from typing import Any
 from torch import nn
 
 from auto_round.errors import ModelError
-from auto_round.export.expert_names import EXPERT_NAMES, packed_rules
 from auto_round.logger import logger
-from auto_round.modeling.experts import USUAL_LEAVES, W123_LEAVES, ExpertLeaves
+from auto_round.modeling.conversions import USUAL_LEAVES, Conversions, ExpertLeaves, conversions_of
 from auto_round.modeling.tensor_files import StoredTensor, TensorFiles
 
 _EXPERT = re.compile(r"^(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
@@ -30,33 +29,33 @@ class StoredNames:
 
     Attributes:
         tensors: by the name in the model; None where the files cannot be found.
+        mapping: Transformers' conversions of the model.
         layers: what the files call a module, by its name in the model, where that differs.
         joined: names in the model of dense tensors that Transformers makes one of, whatever module waits for them.
-        model_type: of the model's config.
     """
 
     tensors: dict[str, StoredTensor] | None
-    model_type: str = ""
+    mapping: Conversions = Conversions()
     layers: Mapping[str, str] = field(default_factory=dict)
     joined: frozenset[str] = frozenset()
 
     def config_names(self, layer: str) -> tuple[str, ...]:
         """The names under which a quantization_config may speak of the module `layer`, the likeliest first."""
         names = [self.layers[layer]] if layer in self.layers else []
-        family = packed_rules(self.model_type)
         expert = _EXPERT.match(layer)
         if expert is None:
-            names.append(family.module_name(layer))
+            names.append(self._inverse.renamed(f"{layer}.weight").removesuffix(".weight"))
         elif self._in_family_words(expert["experts"]):
-            usual = dict(zip(W123_LEAVES, USUAL_LEAVES, strict=True)).get(expert["leaf"], expert["leaf"])
-            names.append(family.module_name(f"{expert['experts']}.{expert['index']}.{usual}"))
+            own = dict(zip(USUAL_LEAVES, self._family_leaves, strict=True)).get(expert["leaf"], expert["leaf"])
+            container = self.layers.get(expert["experts"]) or self._inverse.renamed(expert["experts"])
+            names.append(f"{container}.{expert['index']}.{own}")
         return tuple(dict.fromkeys((*names, layer)))
 
     def expert_leaves(self, expert: str) -> ExpertLeaves:
         """How the files call the matrices of the module `expert`, such as `model.layers.0.mlp.experts.0`."""
         if self.tensors is None:
-            return W123_LEAVES if self.model_type in EXPERT_NAMES else USUAL_LEAVES
-        pairs = zip(W123_LEAVES, USUAL_LEAVES, strict=True)
+            return self._family_leaves
+        pairs = zip(self._family_leaves, USUAL_LEAVES, strict=True)
         return ExpertLeaves(*(own if f"{expert}.{own}" in self.owners else usual for own, usual in pairs))
 
     @cached_property
@@ -65,9 +64,18 @@ class StoredNames:
         return {name.rpartition(".")[0] for name in self.tensors or ()}
 
     @cached_property
+    def _family_leaves(self) -> ExpertLeaves:
+        return self.mapping.expert_leaves() or USUAL_LEAVES
+
+    @cached_property
+    def _inverse(self) -> Conversions:
+        return self.mapping.inverse()
+
+    @cached_property
     def _family_experts(self) -> set[str]:
+        own = set(self._family_leaves) - set(USUAL_LEAVES)
         matches = map(_EXPERT.match, self.owners)
-        return {match["experts"] for match in matches if match is not None and match["leaf"] in W123_LEAVES}
+        return {match["experts"] for match in matches if match is not None and match["leaf"] in own}
 
     def _in_family_words(self, experts: str) -> bool:
         return self.tensors is None or experts in self._family_experts
@@ -75,30 +83,41 @@ class StoredNames:
 
 def read_names(model: nn.Module, files: Mapping[str, StoredTensor] | None) -> StoredNames:
     """`files`, the tensors of a checkpoint by their names there, for `model`, whose experts may be fused or not."""
-    model_type = str(getattr(getattr(model, "config", None), "model_type", "") or "")
     if files is None:
-        return StoredNames(None, model_type)
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+        return StoredNames(None, conversions_of(model, legacy=False))
+    from transformers.core_model_loading import dot_natural_key
 
-    whole: Any = model
-    mapping = get_model_conversion_mapping(whole)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    mapping = conversions_of(model)
     modules = {name for name, _ in model.named_modules()}
     tensors: dict[str, StoredTensor] = {}
     layers: dict[str, str] = {}
     joined: set[str] = set()
     for key in sorted(files, key=dot_natural_key):
-        name, _ = rename_source_key(key, renamings, [])
+        name = _placed(mapping.renamed(key), mapping.prefix, modules)
         if name != key and _has_place(key, modules) and not _has_place(name, modules):
             name = key  # as Transformers does
         tensors.setdefault(name, files[key])
         if name != key:
-            layers.setdefault(name.rpartition(".")[0], key.rpartition(".")[0])
-            if rename_source_key(name, [], converters)[1] is not None:
+            _note_layer(layers, name.rpartition(".")[0], key.rpartition(".")[0])
+            if mapping.converter_of(name) is not None:
                 joined.add(name)
-    return StoredNames(tensors, model_type, layers, frozenset(joined))
+    return StoredNames(tensors, conversions_of(model, legacy=False), layers, frozenset(joined))
+
+
+def _placed(name: str, prefix: str | None, modules: set[str]) -> str:
+    """`name` with the base model's prefix, or without it, where only that leads to a module."""
+    if prefix is None or _has_place(name, modules):
+        return name
+    other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+    return other if _has_place(other, modules) else name
+
+
+def _note_layer(layers: dict[str, str], module: str, stored: str) -> None:
+    """Note what the files call a module, and the experts that it is one of."""
+    layers.setdefault(module, stored)
+    inside, there = _EXPERT.match(module), _EXPERT.match(stored)
+    if inside is not None and there is not None:
+        layers.setdefault(inside["experts"], there["experts"])
 
 
 def _has_place(tensor: str, modules: set[str]) -> bool:

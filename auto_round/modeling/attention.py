@@ -1,19 +1,33 @@
-"""The attention of decoder blocks: which modules hand keys and values to a cache, found from structure alone."""
+"""The attention of decoder blocks: which modules hand keys and values to a cache, found from structure alone.
+
+The argument that takes the cache is recognised by its type and by what the code does with it, so that a new name for
+it (Transformers 5.24 says `cache` where older ones say `past_key_values`) changes nothing.
+"""
 
 from __future__ import annotations
 
+import dis
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from types import CodeType
+from typing import Any, get_args
 
 from torch import nn
 
 from auto_round.errors import UnsupportedError
+from auto_round.modeling.config_values import integers, layer_value, read_value
 
-# What the argument is called that takes the key-value cache.
+# Names under which attention takes its cache even where neither a type nor the code tells (models with own code).
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
+# The method of a cache that takes keys and values and gives all of them back.
+_UPDATE = "update"
+_TABLE = "ALL_ATTENTION_FUNCTIONS"
+_ATTENTION = re.compile(r"attention|attn", re.I)
+# Classes with such a name keep a state instead of keys and values.
+_STATE = re.compile(r"linear|lightning|delta|rwkv|mamba|retention", re.I)
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 # Attention over compressed latents: what is cached there is neither keys nor values.
@@ -28,11 +42,14 @@ class Attention:
         name: relative to the module that was searched.
         module: the attention itself.
         cache: name of the argument that takes the cache.
+        shows: which of "k", "v" and "q" its code hands to the cache and to Transformers' table of attention functions,
+            so that whoever watches must see them. A layer that uses the keys and values of another hands on none.
     """
 
     name: str
     module: nn.Module
     cache: str
+    shows: frozenset[str] = frozenset()
 
 
 def find_attention(root: nn.Module) -> list[Attention]:
@@ -42,8 +59,25 @@ def find_attention(root: nn.Module) -> list[Attention]:
     for name, module in root.named_modules():
         cache = _cache_argument(module)
         if cache and name and not any(_cache_argument(m) for m in module.modules() if m is not module):
-            found.append(Attention(name, module, cache))
+            found.append(Attention(name, module, cache, _shown(module)))
     return found
+
+
+def unrecognised_attention(blocks: Iterable[nn.Module]) -> list[str]:
+    """Classes of modules in these blocks that are attention by their name and have a place in a cache (the index of
+    their layer) or call Transformers' table of attention functions.
+
+    For a model in which `find_attention` finds nothing: these take their cache in a way that is not known here.
+    """
+    kinds = {
+        type(module): None
+        for block in blocks
+        for module in block.modules()
+        if _ATTENTION.search(type(module).__name__)
+        and not _STATE.search(type(module).__name__)
+        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(_class_of(module), _TABLE))
+    }
+    return [kind.__name__ for kind in kinds]
 
 
 def head_counts(attention: Attention, config: Any) -> tuple[int, int]:
@@ -53,18 +87,19 @@ def head_counts(attention: Attention, config: Any) -> tuple[int, int]:
     """
     own = getattr(attention.module, "config", None)
     sources = [attention.module, *([own] if own is not None else []), config]
-    if any(isinstance(getattr(source, name, None), int) for source in sources for name in _LATENT):
+    if any(integers(read_value(source, name)) for source in sources for name in _LATENT):
         raise UnsupportedError(
             f"{type(attention.module).__name__} caches compressed latents instead of keys and values, for which there "
             "are no static scales: leave static_kv_dtype and static_attention_dtype out"
         )
-    heads = _first(sources, _HEADS)
+    layer = getattr(attention.module, "layer_idx", None)
+    heads = _first(sources, _HEADS, layer)
     if heads is None:
         raise UnsupportedError(
             f"{type(attention.module).__name__} does not tell how many heads it has, so static scales cannot be "
             "planned: leave static_kv_dtype and static_attention_dtype out"
         )
-    return heads, _first(sources, _KEY_VALUE_HEADS) or heads
+    return heads, _first(sources, _KEY_VALUE_HEADS, layer) or heads
 
 
 def with_argument(
@@ -78,22 +113,91 @@ def with_argument(
 
 
 def _cache_argument(module: nn.Module) -> str | None:
-    return _cache_argument_of(type(module).forward)
+    return _cache_argument_of(_class_of(module))
 
 
 @lru_cache(maxsize=1024)
-def _cache_argument_of(forward: Callable[..., Any]) -> str | None:
+def _cache_argument_of(kind: Any) -> str | None:
+    """The argument of `kind.forward` that takes a key-value cache, or None.
+
+    It is one on which `update(keys, values, ...)` is called, or in a class that calls `update` on something else, one
+    whose type or name tells that it is a cache.
+    Blocks and models take a cache only to hand it on, and linear attention keeps its state by other methods.
+    """
     try:
-        parameters = inspect.signature(forward).parameters
+        parameters = inspect.signature(kind.forward).parameters
     except (TypeError, ValueError):  # forwards written in C have no signature
         return None
-    return next((name for name in _CACHES if name in parameters), None)
+    single = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [name for name, p in parameters.items() if name != "self" and p.kind in single]
+    updated = _read_of(kind.forward, _UPDATE)
+    found = [name for name in names if name in _CACHES]
+    found += [name for name in names if name in updated]
+    if _mentions(kind, _UPDATE):
+        found += [name for name in names if _is_cache(parameters[name].annotation, kind.forward)]
+        found += [name for name in names if "cache" in name.split("_") or "past" in name.split("_")]
+    return found[0] if found else None
 
 
-def _first(sources: list[Any], names: tuple[str, ...]) -> int | None:
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
+
+
+def _shown(module: nn.Module) -> frozenset[str]:
+    kind = _class_of(module)
+    shared = getattr(module, "is_kv_shared_layer", False) or getattr(module, "kv_shared_layer_index", None) is not None
+    keys_values = {"k", "v"} if _mentions(kind, _UPDATE) and not shared else set()
+    return frozenset(keys_values | ({"q"} if _mentions(kind, _TABLE) else set()))
+
+
+def _is_cache(annotation: Any, function: Callable[..., Any]) -> bool:
+    """Whether a type is, contains or names a class of caches."""
+    if isinstance(annotation, str):
+        known = getattr(inspect.unwrap(function), "__globals__", {})
+        words = re.findall(r"\w+", annotation)
+        return any(word.endswith("Cache") or _is_cache(known.get(word), function) for word in words)
+    if isinstance(annotation, type):
+        return any(base.__name__.endswith("Cache") for base in annotation.__mro__)
+    return any(_is_cache(part, function) for part in get_args(annotation))
+
+
+@lru_cache(maxsize=4096)
+def _mentions(kind: Any, word: str) -> bool:
+    """Whether the forward of a class, or a method of the class that it calls, reads an attribute or global `word`."""
+    names = set(_names(kind.forward))
+    for name in list(names):
+        method = inspect.getattr_static(kind, name, None)
+        if callable(method) and not hasattr(nn.Module, name):
+            names |= set(_names(method))
+    return word in names
+
+
+def _names(function: Any) -> Iterator[str]:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    waiting = [code] if isinstance(code, CodeType) else []
+    while waiting:
+        code = waiting.pop()
+        yield from code.co_names
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+def _read_of(function: Any, attribute: str) -> set[str]:
+    """Local names of a function of which it reads this attribute."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if not isinstance(code, CodeType):
+        return set()
+    found: set[str] = set()
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("EXTENDED_ARG", "CACHE", "NOP")]
+    for before, step in zip(steps, steps[1:], strict=False):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == attribute and "LOAD_" in before.opname:
+            found.add(str(before.argval[-1] if isinstance(before.argval, tuple) else before.argval))
+    return found
+
+
+def _first(sources: list[Any], names: tuple[str, ...], layer: int | None) -> int | None:
     for source in sources:
         for name in names:
-            value = getattr(source, name, None)
+            value = layer_value(source, name, layer)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import torch
@@ -32,11 +33,41 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` multiplies by a two-dimensional weight: nn.Linear or Transformers' Conv1D."""
+    """Whether `module` only multiplies its input by a 2-D weight and adds a bias: nn.Linear or Transformers' Conv1D.
+
+    A subclass of nn.Linear with a forward of its own (a router, a block-diagonal product) counts if its outputs are
+    those of nn.Linear.
+    """
     if not isinstance(module, (nn.Linear, *_conv1d())):
         return False
     weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 2
+    if not (isinstance(weight, torch.Tensor) and weight.dim() == 2):
+        return False
+    return not (isinstance(module, nn.Linear) and has_own_forward(module)) or _computes_linear(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether `module` is of a subclass of nn.Linear that overrides `forward`."""
+    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether the forward of `module` gives what nn.Linear would: tried on a copy with a tiny weight."""
+    columns, rows = 6, 4
+    tiny = copy.copy(module)
+    tiny.__dict__ = dict(module.__dict__)
+    values = torch.linspace(-1, 1, rows * columns).sin().view(rows, columns)
+    bias = None if module.bias is None else nn.Parameter(torch.linspace(-1, 1, rows))
+    tiny._parameters = {**module._parameters, "weight": nn.Parameter(values), "bias": bias}
+    tiny.in_features, tiny.out_features = columns, rows
+    x = torch.linspace(-2, 2, 5 * columns).cos().view(1, 5, columns)
+    try:
+        y = type(module).forward(tiny, x)
+    except Exception:  # code of another's class, on sizes that it was not made for
+        return False
+    wanted = nn.functional.linear(x, values, bias)
+    return isinstance(y, torch.Tensor) and y.shape == wanted.shape and torch.allclose(y, wanted, atol=1e-5)
 
 
 def linear_names(module: nn.Module) -> list[str]:

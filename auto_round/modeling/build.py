@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from auto_round.errors import ModelError
 from auto_round.modeling.config_checks import check_code
+from auto_round.modeling.config_values import read_value, text_config
 from auto_round.modeling.json_text import read_object
 from auto_round.modeling.links import inside
 from auto_round.modeling.tensor_files import TensorFiles
@@ -21,8 +22,11 @@ from auto_round.modeling.tensor_files import TensorFiles
 _OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
 
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The Transformers configuration of a folder. Raises ModelError when there is none for a causal language model."""
+def load_config(folder: Path, *, trust_remote_code: bool = False, causal: bool = True) -> Any:
+    """The Transformers configuration of a folder.
+
+    Raises ModelError when there is none, or with `causal` when it is not one of a causal language model.
+    """
     from transformers import AutoConfig
 
     file = folder / "config.json"
@@ -49,7 +53,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{file} cannot be used: {lines[0]}") from error
     remote = isinstance(raw.get("auto_map"), dict) and "AutoModelForCausalLM" in raw["auto_map"]
-    _check_causal(config, folder, remote and trust_remote_code)
+    if causal:
+        _check_causal(config, folder, remote and trust_remote_code)
     return config
 
 
@@ -93,13 +98,17 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    """The model with parameters on meta and real buffers, in eval mode."""
+def build_on_meta(
+    config: Any, dtype: torch.dtype, trust_remote_code: bool, kind: type[Any] | None = None
+) -> nn.Module:  # fmt: skip
+    """The model with parameters on meta and real buffers, in eval mode. `kind`: its class, where it is known."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     def build() -> nn.Module:
         with init_empty_weights(include_buffers=False):
+            if kind is not None:
+                return kind._from_config(config, dtype=dtype)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
     model = None
@@ -117,8 +126,8 @@ def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> n
 
 def config_dtype(config: Any) -> torch.dtype | None:
     """The floating dtype (16 bits or more) that a configuration names, or None."""
-    for part in (config, config.get_text_config()):
-        found = getattr(part, "dtype", None)
+    for part in (config, text_config(config)):
+        found = read_value(part, "dtype")
         if isinstance(found, str):
             found = getattr(torch, found.removeprefix("torch."), None)
         if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:

@@ -1,52 +1,23 @@
 """Which checkpoint tensors every tensor of a model is made of.
 
-Checkpoints differ from the modules that read them: a base model's prefix is missing or extra, names were changed,
-experts are stored one by one or fused. Transformers publishes these differences as conversion mappings; this file
-applies them to names once, when a checkpoint is opened, and to data tensor by tensor, when it is read.
+Transformers' conversion mapping (`modeling.conversions`) is applied to names once, when a checkpoint is opened, and to
+data tensor by tensor, when it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from auto_round.errors import ModelError
-from auto_round.modeling.experts import ExpertPiece, LinearExperts
+from auto_round.modeling.conversions import Conversions, Origin, conversions_of, run_converter, saving_conversions
+from auto_round.modeling.expert_layouts import ExpertPiece
+from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.tensor_files import TensorFiles
-
-
-@dataclass(eq=False)
-class Origin:
-    """Checkpoint tensors that are read together and give one or more model tensors.
-
-    Attributes:
-        keys: (checkpoint name, source pattern) in the order in which a converter wants them.
-        name: the first model tensor they give.
-        converter: Transformers' WeightConverter, or None when the tensor is used as stored.
-    """
-
-    name: str
-    keys: list[tuple[str, str]] = field(default_factory=list)
-    converter: Any = None
-
-    def read(self, files: TensorFiles, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Model tensors by name, in the checkpoint's dtype. Raises ModelError when a conversion fails."""
-        if self.converter is None:
-            return {self.name: files.read(self.keys[0][0])}
-        converter = deepcopy(self.converter)
-        for key, pattern in self.keys:
-            converter.add_tensor(self.name, key, pattern, files.read(key))
-        try:
-            made = converter.convert(self.name, model=model, config=getattr(model, "config", None))
-        except Exception as error:  # third-party operations raise whatever they like on odd shapes
-            names = ", ".join(key for key, _ in self.keys[:3])
-            raise ModelError(f"cannot build tensor {self.name!r} from {names} of {files.folder}: {error}") from error
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
 @dataclass(frozen=True)
@@ -57,21 +28,78 @@ class TensorPlan:
     name: str
     piece: ExpertPiece | None = None
 
+    @property
+    def key(self) -> str | None:
+        """The checkpoint tensor that is this model tensor as it is stored; None where it is made or cut."""
+        plain = self.origin.converter is None and self.piece is None
+        return self.origin.keys[0][0] if plain else None
+
+
+def read_origin(origin: Origin, files: TensorFiles, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Model tensors by name, in the checkpoint's dtype. Raises ModelError when a conversion fails."""
+    if origin.converter is None:
+        return {origin.name: files.read(origin.keys[0][0])}
+    tensors = ((key, pattern, files.read(key)) for key, pattern in origin.keys)
+    try:
+        return run_converter(deepcopy(origin.converter), origin.name, tensors, model)
+    except ModelError:
+        raise
+    except Exception as error:  # third-party operations raise whatever they like on odd shapes
+        names = ", ".join(origin.stored[:3])
+        raise ModelError(f"cannot build tensor {origin.name!r} from {names} of {files.folder}: {error}") from error
+
+
+def plan_saved(
+    model: nn.Module, names: Collection[str], fused_names: Mapping[str, torch.Tensor]
+) -> dict[str, TensorPlan]:
+    """A plan for each tensor of a model object, as the checkpoint would be read that Transformers saves of it.
+
+    Args:
+        model: with its experts unfused.
+        names: its state-dict names.
+        fused_names: its state dict before experts were unfused, on meta.
+    """
+    plans = plan_tensors(_saved_names(model, fused_names), model, names, fused_names)
+    return {name: plans.get(name) or TensorPlan(Origin(name, [(name, name)], targets=[name]), name) for name in names}
+
+
+def _saved_names(model: nn.Module, fused_names: Mapping[str, torch.Tensor]) -> dict[str, None]:
+    """Names of the tensors that `save_pretrained` would write."""
+    from transformers.core_model_loading import dot_natural_key
+
+    inverse = saving_conversions(model)
+    found: dict[str, None] = {}
+    together: dict[str, tuple[object, list[tuple[str, str, torch.Tensor]]]] = {}
+    for name in sorted(fused_names, key=dot_natural_key):
+        converter = inverse.converter_of(name)
+        if converter is None:
+            found[inverse.renamed(name)] = None
+            continue
+        first, pattern = converter.rename_source_key(name)
+        together.setdefault(first, (converter, []))[1].append((name, str(pattern), fused_names[name]))
+    for first, (converter, parts) in together.items():
+        try:
+            made = run_converter(deepcopy(converter), first, parts, model)
+        except Exception:  # third-party operations without an inverse: saved as the modules have them
+            made = {name: tensor for name, _, tensor in parts}
+        found |= dict.fromkeys(map(inverse.renamed, made))
+    return found
+
 
 def plan_tensors(
-    files: TensorFiles, model: nn.Module, names: Iterable[str], fused_names: Mapping[str, torch.Tensor]
+    files: Collection[str], model: nn.Module, names: Iterable[str], fused_names: Mapping[str, torch.Tensor]
 ) -> dict[str, TensorPlan]:
     """A plan for each of `names` that the checkpoint holds, directly or through a conversion.
 
     Args:
-        files: the opened checkpoint.
+        files: names of the checkpoint's tensors.
         model: the model, with its experts unfused.
         names: its state-dict names.
         fused_names: its state dict before experts were unfused, which is what conversion mappings speak of.
     """
     wanted = dict.fromkeys(names)
-    plans = {n: TensorPlan(Origin(n, [(n, n)]), n) for n in wanted if n in files}
-    origins = _renamed(files, model, wanted, fused_names)
+    plans = {n: TensorPlan(Origin(n, [(n, n)], targets=[n]), n) for n in wanted if n in files}
+    origins = _converted(files, conversions_of(model), wanted, fused_names)
     for name in wanted:
         if name not in plans and name in origins:
             plans[name] = TensorPlan(origins[name], name)
@@ -84,34 +112,26 @@ def plan_tensors(
     return plans
 
 
-def _renamed(
-    files: TensorFiles, model: nn.Module, wanted: Mapping[str, Any], fused_names: Mapping[str, torch.Tensor]
+def _converted(
+    files: Iterable[str], mapping: Conversions, wanted: Mapping[str, object], fused_names: Mapping[str, torch.Tensor]
 ) -> dict[str, Origin]:
     """Origins of all tensors whose checkpoint name differs, by the name that Transformers' mapping gives them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import dot_natural_key
 
     known = {**fused_names, **dict.fromkeys(wanted, torch.empty(0))}
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = getattr(model, "base_model_prefix", "") or None
     origins: dict[str, Origin] = {}
     for key in sorted(files, key=dot_natural_key):
         if key in wanted:
             continue
-        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
-        if name not in known:
-            plain, _ = rename_source_key(key, [], [], prefix, known)
-            if plain in known:
-                name, pattern = plain, None
-        origin = origins.setdefault(name, Origin(name))
+        name, pattern = mapping.loaded(key, known)
+        origin = origins.setdefault(name, Origin(name, targets=[name]))
         origin.keys.append((key, pattern or key))
-        if pattern is not None:
-            origin.converter = by_pattern[pattern]
-            for target in origin.converter.target_patterns[1:]:
-                origins[name.replace(origin.converter.target_patterns[0], target)] = origin
+        if pattern is not None and origin.converter is None:
+            origin.converter = mapping.by_pattern(pattern)
+            first, *others = origin.converter.target_patterns
+            for target in others:
+                origins[name.replace(first, target)] = origin
+                origin.targets.append(name.replace(first, target))
     return origins
 
 
@@ -123,7 +143,7 @@ def _expert_plan(origin: Origin, fused: str, name: str, piece: ExpertPiece) -> T
     which = lists[1] if piece.part == "up" else lists[0]
     if piece.part == "all" and len(lists) != 1 or piece.part != "all" and len(lists) != 2 or piece.expert >= len(which):
         return TensorPlan(origin, fused, piece)
-    return TensorPlan(Origin(name, [(which[piece.expert],) * 2]), name)
+    return TensorPlan(Origin(name, [(which[piece.expert],) * 2], targets=[name]), name)
 
 
 def _stacked_lists(origin: Origin) -> list[list[str]] | None:

@@ -7,16 +7,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from auto_round.errors import ModelError
 from auto_round.modeling.build import build_on_meta, config_dtype, dominant_dtype, kept_in_float32, load_config
-from auto_round.modeling.checkpoint_map import Origin, plan_tensors
+from auto_round.modeling.checkpoint_map import TensorPlan, plan_tensors, read_origin
 from auto_round.modeling.config_checks import check_sizes
+from auto_round.modeling.conversions import Origin
 from auto_round.modeling.experts import unfuse_experts
-from auto_round.modeling.family_facts import UNREAD_EVERYWHERE
 from auto_round.modeling.finite import check_finite
 from auto_round.modeling.pickle_files import PickleFiles, has_pickles
 from auto_round.modeling.quantized_inputs import check_readable, dense_view, drop_quantization, quantization_of
@@ -28,7 +29,11 @@ from auto_round.modeling.source import (
     resolve_dtype,
     state_names,
 )
-from auto_round.modeling.tensor_files import TensorFiles
+from auto_round.modeling.tensor_files import StoredTensor, TensorFiles
+
+# Buffers of old files that modules compute: rotary frequencies, and causal masks [1, 1, n, n] with their filler.
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$")
+_MASK = re.compile(r"\.(attn|attention|crossattention)\.bias$")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class CheckpointSource(ModelSource):
             are read as the dense ones they stand for, tensor by tensor.
         name_or_path: what the user gave, for messages.
         allow_pickle: read `pytorch_model.bin` where there is no safetensors.
+        files: the opened weights, where they lie elsewhere.
+        kind: the model's class; default: the causal language model of the configuration. Nothing is asked of its task.
 
     Attributes:
         notes: for the user, on tensors that nothing reads.
@@ -63,6 +70,7 @@ class CheckpointSource(ModelSource):
     """
 
     lazy = True
+    _float32_keys: set[str] | None = None
 
     def __init__(
         self,
@@ -73,17 +81,22 @@ class CheckpointSource(ModelSource):
         prepare: Callable[[nn.Module], None] | None = None,
         name_or_path: str | None = None,
         allow_pickle: bool = False,
+        files: TensorFiles | None = None,
+        kind: type[Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.name_or_path = name_or_path or str(folder)
         self._trusted = trust_remote_code
-        asked = resolve_dtype(dtype)
-        self.config = load_config(self.folder, trust_remote_code=trust_remote_code)
+        asked = self._asked = resolve_dtype(dtype)
+        self.kind = kind
+        self.config = load_config(self.folder, trust_remote_code=trust_remote_code, causal=kind is None)
         declared = quantization_of(self.config)
         if prepare is None:
             check_readable(declared, self.name_or_path)
         self._pickles = allow_pickle and has_pickles(self.folder) and not any(self.folder.glob("*.safetensors"))
-        self.files = PickleFiles.open_pickles(self.folder) if self._pickles else TensorFiles.open(self.folder)
+        if files is None:
+            files = PickleFiles.open_pickles(self.folder) if self._pickles else TensorFiles.open(self.folder)
+        self.files = files
         check_sizes(self.folder / "config.json", self.config, len(self.files.tensors))
         dense = None
         if prepare is None:
@@ -92,26 +105,27 @@ class CheckpointSource(ModelSource):
         self.files = self.files if dense is None else dense
         self.stored_as = "" if dense is None else dense.description
         self.dtype = asked or config_dtype(self.config) or dominant_dtype(self.files)
-        self.model = build_on_meta(self.config, self.dtype, trust_remote_code)
+        self.model = build_on_meta(self.config, self.dtype, trust_remote_code, kind)
         fused_names = dict(self.model.state_dict())
         unfuse_experts(self.model)
         if prepare is not None:
             prepare(self.model)
         self.blocks = find_model_blocks(self.model)
         self._names = state_names(self.model)
-        self._plans = plan_tensors(self.files, self.model, self._names, fused_names)
+        self._plans = plan_tensors(self.files.tensors, self.model, self._names, fused_names)
         self._tied = self._find_tied()
         self._tensors = self._check_tensors()
         self._fill_buffers()
-        self.notes = (*self.files.notes, *self._unread())
+        self._spare = self._find_spare()
+        self.notes = (*self.files.notes, *self._spare_notes())
 
     def reopen(self) -> CheckpointSource:
         """A second source of the same files with an empty model of its own."""
         source = CheckpointSource(
-            self.folder, dtype=self.dtype, trust_remote_code=self._trusted, name_or_path=self.name_or_path,
-            allow_pickle=self._pickles,
+            self.folder, dtype=self._asked, trust_remote_code=self._trusted, name_or_path=self.name_or_path,
+            allow_pickle=self._pickles, kind=self.kind,
         )  # fmt: skip
-        source.checks_finite = self.checks_finite
+        source.checks_finite, source.bounded = self.checks_finite, self.bounded
         return source
 
     def load(self, name: str, device: Device | None = None) -> nn.Module:
@@ -157,8 +171,44 @@ class CheckpointSource(ModelSource):
         return list(self._names)
 
     def checkpoint_names(self, tensor_name: str) -> tuple[str, ...]:
-        plan = self._plans.get(self._tied.get(tensor_name, tensor_name))
-        return tuple(key for key, _ in plan.origin.keys) if plan else (tensor_name,)
+        plan = self.tensor_plan(tensor_name)
+        return plan.origin.stored if plan else (tensor_name,)
+
+    def inputs(self, tensor_name: str) -> tuple[str, ...]:
+        """Names in the files of everything that has to be read for a model tensor, scales included."""
+        return tuple(found for key in self.checkpoint_names(tensor_name) for found in self.stored_inputs(key))
+
+    def stored_inputs(self, key: str) -> tuple[str, ...]:
+        """Names in the files of what has to be read for a checkpoint tensor: itself, or its codes and scale."""
+        weight = getattr(self.files, "weights", {}).get(key)
+        return (key,) if weight is None else (weight.codes, weight.scale)
+
+    def tensor_plan(self, tensor_name: str) -> TensorPlan | None:
+        return self._plans.get(self._tied.get(tensor_name, tensor_name))
+
+    def own_plan(self, tensor_name: str) -> TensorPlan | None:
+        return self._plans.get(tensor_name)
+
+    def spare(self) -> tuple[str, ...]:
+        return self._spare
+
+    def stored_meta(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        stored = self.files.tensors[key]
+        cast = self._asked is not None and stored.dtype.is_floating_point and stored.dtype.itemsize >= 2
+        if cast and key not in self._spare and self._keeps_float32(key):
+            return stored.shape, torch.float32
+        return stored.shape, self._asked if cast and self._asked is not None else stored.dtype
+
+    def read_stored(self, key: str) -> torch.Tensor:
+        return self.files.read(key).to(self.stored_meta(key)[1])
+
+    def _keeps_float32(self, key: str) -> bool:
+        """Whether the model wants a stored tensor in float32 whatever its own dtype is."""
+        if self._float32_keys is None:
+            names = (n for n, info in self._tensors.items() if info.dtype == torch.float32)
+            found = {k for name in names if name in self._plans for k in self._plans[name].origin.stored}
+            self._float32_keys = found if self.dtype != torch.float32 else set()
+        return key in self._float32_keys
 
     def _fetch(self, name: str, shared: dict[Origin, dict[str, torch.Tensor]], *, check: bool) -> torch.Tensor:
         """The tensor `name` on the CPU, as it shall be loaded. `shared` keeps what several tensors are cut from."""
@@ -169,7 +219,7 @@ class CheckpointSource(ModelSource):
         origin, piece = plan.origin, plan.piece
         if origin.converter is None and piece is None:
             tensor = self.files.read(origin.keys[0][0]).to(info.dtype)
-        elif origin.converter is None and piece is not None:
+        elif origin.converter is None and piece is not None and not piece.rows:
             # One expert at a time, never all of a stacked tensor; gate and up may be halves of one row.
             row = str(piece.expert)
             if row not in shared.get(origin, {}):
@@ -177,13 +227,12 @@ class CheckpointSource(ModelSource):
             tensor = piece.cut(shared[origin][row]).to(info.dtype)
         else:
             if origin not in shared:
-                shared[origin] = {
-                    key: value.to(info.dtype) for key, value in origin.read(self.files, self.model).items()
-                }
+                made = read_origin(origin, self.files, self.model)
+                shared[origin] = {key: value.to(info.dtype) for key, value in made.items()}
             whole = shared[origin].get(plan.name)
             if whole is None:
                 raise ModelError(f"the conversion of {origin.keys[0][0]!r} does not give {plan.name!r}")
-            tensor = whole if piece is None else piece.cut(whole[piece.expert])
+            tensor = whole if piece is None else piece.cut(piece.slot(whole))
         if tuple(tensor.shape) != info.shape:
             raise ModelError(
                 f"tensor {name!r} has shape {list(tensor.shape)} in {self.folder}; the model needs {list(info.shape)}"
@@ -202,16 +251,26 @@ class CheckpointSource(ModelSource):
                 return tensor
         return None
 
-    def _unread(self) -> list[str]:
-        """Words on tensors of the files that no part of the model takes: another version of the model, or damage."""
-        used = {key for plan in self._plans.values() for key, _ in plan.origin.keys}
-        expected = [UNREAD_EVERYWHERE.pattern, *(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-        search = re.compile("|".join(f"(?:{pattern})" for pattern in expected)).search
-        unread = [key for key in self.files if key not in used and not search(key)]
+    def _find_spare(self) -> tuple[str, ...]:
+        aliases = set(self._tied)
+        used = {key for name, plan in self._plans.items() if name not in aliases for key in plan.origin.stored}
+        return tuple(
+            key for key, stored in self.files.tensors.items() if key not in used and not _is_computed(key, stored)
+        )
+
+    def _spare_notes(self) -> list[str]:
+        """One line on tensors of the files that no part of the model takes: multi-token prediction, another version of
+        the model, or damage."""
+        plans = (self._plans.get(name) for name in self._tied)
+        aliases = {key for plan in plans if plan is not None for key in plan.origin.stored}
+        unread = [key for key in self._spare if key not in aliases]
         if not unread:
             return []
         shown = ", ".join(unread[:3])
-        return [f"{self.folder} holds {len(unread)} tensors that {type(self.model).__name__} does not have: {shown}"]
+        return [
+            f"{self.folder} holds {len(unread)} tensors that {type(self.model).__name__} does not have: {shown}; they "
+            "are copied unquantized into formats that keep the checkpoint's names"
+        ]
 
     def _find_tied(self) -> dict[str, str]:
         """Ties that the model declares and the checkpoint agrees with.
@@ -269,6 +328,10 @@ class CheckpointSource(ModelSource):
             if not info.lazy and name in self._plans:
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._buffers[leaf] = self._fetch(name, {}, check=True)
+
+
+def _is_computed(key: str, stored: StoredTensor) -> bool:
+    return bool(_COMPUTED.search(key)) or (len(stored.shape) == 4 and bool(_MASK.search(key)))
 
 
 def load_dequantized(

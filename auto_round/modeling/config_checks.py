@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.errors import ModelError
+from auto_round.modeling.config_values import LAYER_COUNTS, read_value, text_config
 
 # Transformers takes a hub id in place of a name here, and fetches and runs the kernel of that repository.
 _IMPLEMENTATIONS = (
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
     "_experts_implementation", "_experts_implementation_internal", "use_kernels", "kernel_config",
 )  # fmt: skip
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LARGEST = {
     "hidden_size": 1 << 20, "n_embd": 1 << 20, "d_model": 1 << 20, "intermediate_size": 1 << 24, "ffn_dim": 1 << 24,
     "vocab_size": 1 << 24, "num_attention_heads": 1 << 16, "n_head": 1 << 16, "num_key_value_heads": 1 << 16,
@@ -54,11 +54,15 @@ def check_sizes(file: Path, config: Any, tensors: int) -> None:
         config: as an object; its text part is looked at.
         tensors: in the checkpoint, of which every layer has some.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for key, most in {**_LARGEST, **dict.fromkeys(_LAYERS, tensors)}.items():
-        value = getattr(text, key, None)
-        if value is None or isinstance(value, (list, tuple)):  # some families give a size for each layer
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-            allowed = f"the {tensors} tensors of the files allow" if key in _LAYERS else "a model can have"
+    text = text_config(config)
+    for key, most in {**_LARGEST, **dict.fromkeys(LAYER_COUNTS, tensors)}.items():
+        value = read_value(text, key)
+        each = value if isinstance(value, (list, tuple)) else [value]  # some families give a size for each layer
+        unlimited = -1 if key == "max_position_embeddings" else None  # XLNet's way to say that there is no limit
+        if any(not _is_size(number, most) for number in each if number is not None and number != unlimited):
+            allowed = f"the {tensors} tensors of the files allow" if key in LAYER_COUNTS else "a model can have"
             raise ModelError(f"{file} says {key}={value!r}, and at most {most} are what {allowed}; fetch it again")
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most

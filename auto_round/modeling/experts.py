@@ -7,71 +7,20 @@ Quantizers, formats and runtimes know linear layers, so such a module is replace
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from auto_round.modeling.blocks import is_linear, weight_2d
-
-
-class ExpertLeaves(NamedTuple):
-    """What the matrices of one expert are called."""
-
-    gate: str
-    up: str
-    down: str
-
-
-USUAL_LEAVES = ExpertLeaves("gate_proj", "up_proj", "down_proj")
-W123_LEAVES = ExpertLeaves("w1", "w3", "w2")
-
-
-@dataclass(frozen=True)
-class ExpertPiece:
-    """Where a tensor of one expert lies inside a fused 3-D parameter (2-D for biases).
-
-    Attributes:
-        param: name of the fused parameter in its module, such as `gate_up_proj`.
-        expert: index in its first dimension.
-        part: "gate" or "up" half of `gate_up_proj`, or "all".
-        transposed: the fused weight is [in, out] per expert.
-        interleaved: gate and up alternate instead of following each other.
-    """
-
-    param: str
-    expert: int
-    part: str
-    transposed: bool
-    interleaved: bool
-
-    def cut(self, one: torch.Tensor) -> torch.Tensor:
-        """The piece [out, in] or [out] of this expert's fused tensor `one`; a view where the layout allows."""
-        weight = one.dim() == 2
-        if self.part != "all":
-            axis = 1 if weight and self.transposed else 0
-            if self.interleaved:
-                index = [slice(None)] * axis + [slice(int(self.part == "up"), None, 2)]
-                one = one[tuple(index)]
-            else:
-                one = one.chunk(2, dim=axis)[int(self.part == "up")]
-        if weight and self.transposed:
-            one = one.t()
-        return one.contiguous()
-
-    def paste(self, one: torch.Tensor, part: torch.Tensor) -> None:
-        """The inverse of `cut`: write `part` [out, in] or [out] into this expert's fused tensor `one`, in place."""
-        if part.dim() == 2 and self.transposed:
-            part = part.t()
-        if self.part != "all":
-            axis = 1 if one.dim() == 2 and self.transposed else 0
-            if self.interleaved:
-                index = [slice(None)] * axis + [slice(int(self.part == "up"), None, 2)]
-                one = one[tuple(index)]
-            else:
-                one = one.chunk(2, dim=axis)[int(self.part == "up")]
-        one.copy_(part)
+from auto_round.modeling.conversions import USUAL_LEAVES, ExpertLeaves
+from auto_round.modeling.expert_layouts import (
+    ExpertPiece,
+    expert_count,
+    expert_layout,
+    expert_sizes,
+    fused_params,
+)
 
 
 class ExpertMLP(nn.Module):
@@ -96,45 +45,50 @@ class ExpertsTogether(Protocol):
 
 
 class LinearExperts(nn.Module):
-    """Experts as linear layers, with the call and the numbers of the fused module that it replaces.
+    """Experts as linear layers, children "0", "1", ..., in place of a module that holds them in fused parameters.
 
-    The fused module's class decides how gate and up are combined; its empty shell is kept for that.
+    Subclasses have the call and the numbers of the module that they replace. Its class decides how gate and up are
+    combined, so it is kept, without its parameters.
 
     Attributes:
-        together: what runs all experts instead of their layers, one after the other, where no gradient is wanted.
+        layout: how the replaced module stored its experts.
+        leaves: what the layers of each expert are called.
     """
 
     _shell: Any
-    together: ExpertsTogether | None = None
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        down = fused.down_proj
-        assert isinstance(down, torch.Tensor)
-        self.transposed = bool(getattr(fused, "is_transposed", False))
-        self.interleaved = not getattr(fused, "is_concatenated", True)
-        self.has_gate = bool(getattr(fused, "has_gate", True))
-        self.has_bias = bool(getattr(fused, "has_bias", False))
-        self.num_experts = int(down.shape[0])
+        layout = expert_layout(fused)
+        assert layout is not None
+        params = fused_params(fused)
+        self.layout, self.num_experts = layout, expert_count(fused, layout)
+        self.transposed, self.interleaved = layout.transposed, layout.interleaved
+        self.has_gate, self.has_bias = bool(layout.gate), bool(layout.bias)
         self.leaves = [USUAL_LEAVES] * self.num_experts
-        first, second = int(down.shape[1]), int(down.shape[2])
-        self.hidden_dim, self.intermediate_dim = (second, first) if self.transposed else (first, second)
+        self.hidden_dim, self.intermediate_dim = expert_sizes(fused, layout)
+        self._stored = {name: tuple(p.shape) for name, p in params.items()}
+        down = params[layout.down]
         for index in range(self.num_experts):
-            expert = ExpertMLP(
-                self.hidden_dim,
-                self.intermediate_dim,
-                gate=self.has_gate,
-                bias=self.has_bias,
-                device="meta",
-                dtype=down.dtype,
-            )
-            self.add_module(str(index), expert)
+            self.add_module(str(index), self._expert(device="meta", dtype=down.dtype))
         if not down.is_meta:
-            self._take(fused)
+            self._take(params)
         self.train(fused.training)
-        # The shell must not be a child: it has no tensors left, and its name would show in the module tree.
-        for name in list(fused._parameters):
-            del fused._parameters[name]
+        self._empty(fused)
+
+    def _expert(self, **factory: Any) -> nn.Module:
+        return ExpertMLP(
+            self.hidden_dim, self.intermediate_dim, gate=self.has_gate, bias=self.has_bias, **factory
+        )  # fmt: skip
+
+    def _empty(self, fused: nn.Module) -> None:
+        """Keep `fused` without its experts. It must not be a child: its name would show in the module tree."""
+        for name in self._stored:
+            owner, _, leaf = name.rpartition(".")
+            del fused.get_submodule(owner)._parameters[leaf]
+        for name, child in fused.named_children():
+            if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
+                self.add_module(name, child)  # a norm, say: its tensors keep their names
         self.__dict__["_shell"] = fused
 
     def call_leaves(self, index: int, leaves: ExpertLeaves) -> None:
@@ -155,65 +109,116 @@ class LinearExperts(nn.Module):
             if self.has_gate or usual != USUAL_LEAVES.gate
         }
 
-    def _take(self, fused: nn.Module) -> None:
+    def _take(self, params: Mapping[str, nn.Parameter]) -> None:
         """Fill the linear layers with views of the fused parameters."""
         for name, piece in self.pieces().items():
-            whole = getattr(fused, piece.param)
+            whole = params[piece.param]
             owner, _, leaf = name.rpartition(".")
-            part = nn.Parameter(piece.cut(whole.detach()[piece.expert]), requires_grad=whole.requires_grad)
+            part = nn.Parameter(piece.cut(piece.slot(whole.detach())), requires_grad=whole.requires_grad)
             self.get_submodule(owner)._parameters[leaf] = part
 
     def pieces(self) -> dict[str, ExpertPiece]:
         """For every parameter name under this module, where it lies in the fused parameters."""
-        places = (("gate_up_proj", "gate"), ("gate_up_proj", "up"), ("down_proj", "all"))
-        if not self.has_gate:
-            places = (("", ""), ("up_proj", "all"), ("down_proj", "all"))
-        suffixes = [("weight", ""), ("bias", "_bias")] if self.has_bias else [("weight", "")]
-        return {
-            f"{index}.{layer}.{leaf}": ExpertPiece(param + suffix, index, part, self.transposed, self.interleaved)
-            for index, leaves in enumerate(self.leaves)
-            for layer, (param, part) in zip(leaves, places, strict=True)
-            for leaf, suffix in suffixes
-            if param
-        }
+        layout = self.layout
+        joined = layout.gate == layout.up
+        places = (
+            (layout.gate, "gate" if joined else "all", layout.transposed),
+            (layout.up, "up" if joined else "all", layout.transposed),
+            (layout.down, "all", layout.down_transposed),
+        )
+        suffixes = [("weight", ""), ("bias", layout.bias)] if layout.bias else [("weight", "")]
+        found: dict[str, ExpertPiece] = {}
+        for index in range(self.num_experts):
+            for layer, (param, part, transposed) in zip(self._layer_names(index), places, strict=True):
+                for leaf, suffix in suffixes:
+                    if param:
+                        rows = self._stored[param][0] // self.num_experts if layout.flat else 0
+                        place = ExpertPiece(param + suffix, index, part, transposed, layout.interleaved, rows)
+                        found[f"{layer}.{leaf}"] = place
+        return found
+
+    def _layer_names(self, index: int) -> tuple[str, str, str]:
+        """Names under this module of gate, up and down of an expert."""
+        gate, up, down = self.leaves[index]
+        return f"{index}.{gate}", f"{index}.{up}", f"{index}.{down}"
 
     def fused_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the fused parameters that this module replaced, by name."""
-        inner = self.intermediate_dim * (2 if self.has_gate else 1)
-        first = "gate_up_proj" if self.has_gate else "up_proj"
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, out, columns in (
-            (first, inner, self.hidden_dim),
-            ("down_proj", self.hidden_dim, self.intermediate_dim),
-        ):
-            shapes[name] = (self.num_experts, *((columns, out) if self.transposed else (out, columns)))
-            if self.has_bias:
-                shapes[f"{name}_bias"] = (self.num_experts, out)
-        return shapes
+        return dict(self._stored)
+
+    def run_expert(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What one expert makes of its tokens, [rows, H] from [rows, H], without the routing's weights."""
+        gate, up, down = self.leaves[index]
+        expert = self.get_submodule(str(index))
+        above = getattr(expert, up)(hidden)
+        inner = self.combine(getattr(expert, gate)(hidden) if self.has_gate else None, above)
+        return self.finish(getattr(expert, down)(inner))
+
+    def combine(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        """What the down projection gets, [rows, I], from gate (None where the family has none) and up."""
+        return self._act(up) if gate is None else self._combine(gate, up)
+
+    def finish(self, results: torch.Tensor) -> torch.Tensor:
+        """What an expert gives, [rows, H], from the output of its down projection."""
+        if not getattr(self._shell, "has_post_expert_norm", False):
+            return results
+        normed: torch.Tensor = self._shell.post_expert_norm(results)
+        return normed
+
+    def _act(self, x: torch.Tensor) -> torch.Tensor:
+        found: Any = self._shell
+        for part in self.layout.act.split("."):
+            found = getattr(found, part)
+        made: torch.Tensor = found(x)
+        return made
+
+    def _combine(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Gate and up [rows, I] combined as the family of the fused module does it."""
+        own = getattr(self._shell, "_apply_gate", None)
+        if own is None or own.__name__ == "_default_apply_gate":
+            return self._act(gate) * up
+        return own(torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1))
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+
+
+class RoutedExperts(LinearExperts):
+    """Experts that are called with the tokens, the experts chosen for each and their weights.
+
+    Attributes:
+        together: what runs all experts instead of their layers, one after the other, where no gradient is wanted.
+    """
+
+    together: ExpertsTogether | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[tokens, H] from hidden_states [tokens, H], top_k_index int64 [tokens, K] and top_k_weights [tokens, K].
 
-        Only experts with tokens run. An index of `num_experts` or above means "none" and adds nothing. The K results of
-        a token are summed at once, in a fixed order, so that the outcome does not depend on the order of the experts.
+        Only experts with tokens run. An index of `num_experts` or above means "none" and adds nothing (the token itself
+        where the layout says so). The K results of a token are summed at once, in a fixed order, so that the outcome
+        does not depend on the order of the experts.
         """
+        shape, hidden_states = hidden_states.shape, hidden_states.reshape(-1, hidden_states.shape[-1])
         tokens, slots = top_k_index.shape
         chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
         rows = order // slots
         if self._runs_together(hidden_states):
             assert self.together is not None
-            results = self.together(hidden_states[rows], chosen)
+            results = self.finish(self.together(hidden_states[rows], chosen))
         else:
             outputs = self._one_by_one(hidden_states, chosen, rows)
             if not outputs:
-                return torch.zeros_like(hidden_states)
+                return torch.zeros_like(hidden_states).view(shape)
             results = torch.cat(outputs)
+        if self.layout.identity:
+            results = torch.where((chosen >= self.num_experts)[:, None], hidden_states[rows].to(results.dtype), results)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         joined = results[back].view(tokens, slots, -1)
-        return (joined * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+        return (joined * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype).view(shape)
 
     def _runs_together(self, hidden: torch.Tensor) -> bool:
         if self.together is None or hidden.numel() == 0 or (hidden.requires_grad and torch.is_grad_enabled()):
@@ -232,38 +237,72 @@ class LinearExperts(nn.Module):
             if count:
                 outputs.append(self.run_expert(index, hidden[rows[start : start + count]]))
                 start += count
-        if outputs and start < len(rows):
-            outputs.append(outputs[0].new_zeros(len(rows) - start, outputs[0].shape[-1]))
+        if start < len(rows) and (outputs or self.layout.identity):
+            outputs.append((outputs[0] if outputs else hidden).new_zeros(len(rows) - start, hidden.shape[-1]))
         return outputs
 
-    def run_expert(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What one expert makes of its tokens, [rows, H] from [rows, H], without the routing's weights."""
-        gate, up, down = self.leaves[index]
-        expert = self.get_submodule(str(index))
-        above = getattr(expert, up)(hidden)
-        return getattr(expert, down)(self.combine(getattr(expert, gate)(hidden) if self.has_gate else None, above))
 
-    def combine(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-        """What the down projection gets, [rows, I], from gate (None where the family has none) and up."""
-        return self._shell.act_fn(up) if gate is None else self._combine(gate, up)
+class EveryTokenExperts(LinearExperts):
+    """Experts that are called with the hidden states of every expert below each other (Llama 4)."""
 
-    def _combine(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Gate and up [rows, I] combined as the family of the fused module does it."""
-        own = getattr(self._shell, "_apply_gate", None)
-        if own is None or own.__name__ == "_default_apply_gate":
-            return self._shell.act_fn(gate) * up
-        return own(torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1))
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[experts * tokens, H] from the same."""
+        parts = hidden_states.reshape(self.num_experts, -1, self.hidden_dim)
+        return torch.cat([self.run_expert(index, part) for index, part in enumerate(parts)])
 
-    def extra_repr(self) -> str:
-        return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+
+class SharedExperts(LinearExperts):
+    """Experts that all see every token, each with a factor for its inner activations (Inkling)."""
+
+    def forward(self, hidden_states: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
+        """[..., H] from hidden_states [..., H] and gammas, one factor per token and expert."""
+        gammas = gammas.reshape(*hidden_states.shape[:-1], self.num_experts)
+        total: torch.Tensor | None = None
+        for index, (gate, up, down) in enumerate(self.leaves):
+            expert = self.get_submodule(str(index))
+            inner = self.combine(getattr(expert, gate)(hidden_states), getattr(expert, up)(hidden_states))
+            part = getattr(expert, down)(inner * gammas[..., index, None]).float()
+            total = part if total is None else total + part
+        assert total is not None
+        return total.to(hidden_states.dtype)
+
+
+class ExpertProjection(LinearExperts):
+    """One linear layer per expert, called with tokens in the order of experts (JetMoE)."""
+
+    def _expert(self, **factory: Any) -> nn.Module:
+        return nn.Linear(self.intermediate_dim, self.hidden_dim, bias=self.has_bias, **factory)
+
+    def _layer_names(self, index: int) -> tuple[str, str, str]:
+        return "", "", str(index)
+
+    def call_leaves(self, index: int, leaves: ExpertLeaves) -> None:
+        """Its layers have no other name than their number."""
+
+    def usual_names(self) -> dict[str, str]:
+        return {str(index): str(index) for index in range(self.num_experts)}
+
+    def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
+        """[rows, out] from inputs [rows, in]; `expert_size`: how many rows each expert has."""
+        parts = inputs.split(expert_size, dim=0)
+        return torch.cat([self.get_submodule(str(index))(part) for index, part in enumerate(parts)])
+
+
+_CALLS: dict[str, type[LinearExperts]] = {
+    "routed": RoutedExperts, "every": EveryTokenExperts, "shared": SharedExperts, "sorted": ExpertProjection,
+}  # fmt: skip
+
+
+def linear_experts(fused: nn.Module) -> LinearExperts:
+    """The linear layers of the fused experts module `fused`, whose parameters they take over."""
+    layout = expert_layout(fused)
+    assert layout is not None
+    return _CALLS[layout.call](fused)
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether `module` is a 3-D experts module whose layout Transformers declares and `LinearExperts` can take over."""
-    if not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False):
-        return False
-    names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
-    return all(isinstance(p := module._parameters.get(name), torch.Tensor) and p.dim() == 3 for name in names)
+    """Whether `module` holds experts in fused parameters whose layout is known, so that they can be linear layers."""
+    return not isinstance(module, LinearExperts) and expert_layout(module) is not None
 
 
 def unfuse_experts(model: nn.Module) -> list[str]:
@@ -276,7 +315,7 @@ def unfuse_experts(model: nn.Module) -> list[str]:
     for name in names:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, leaf, LinearExperts(getattr(owner, leaf)))
+        setattr(owner, leaf, linear_experts(getattr(owner, leaf)))
     return names
 
 
@@ -288,34 +327,3 @@ def usual_expert_names(model: nn.Module) -> dict[str, str]:
         if isinstance(module, LinearExperts)
         for name, usual in module.usual_names().items()
     }
-
-
-def router_names(model: nn.Module) -> set[str]:
-    """Names of the linear layers that choose experts or weigh shared ones.
-
-    They lie right beside an `experts` module, or in a `router` or `gate` there, and have one output an expert or a
-    single one. They are tiny, and an error in them sends tokens to other experts.
-    """
-    found: set[str] = set()
-    for name, module in model.named_modules():
-        experts = getattr(module, "experts", None)
-        if not isinstance(experts, (LinearExperts, nn.ModuleList)):
-            continue
-        widths = (1, sum(1 for _ in experts.children()))
-        for leaf, layer in module.named_modules():
-            first, _, rest = leaf.partition(".")
-            beside = not rest or first in ("router", "gate")
-            if beside and is_linear(layer) and weight_2d(layer).shape[0] in widths:
-                found.add(f"{name}.{leaf}" if name else leaf)
-    return found
-
-
-def other_fused_experts(model: nn.Module) -> list[str]:
-    """Names of modules with 3-D expert weights that stay as they are, because their layout is not known."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if "expert" in name.rpartition(".")[2].lower()
-        and any(p.dim() == 3 for p in module.parameters(recurse=False))
-        and not is_fused_experts(module)
-    ]

@@ -17,7 +17,7 @@ FUSED_SUFFIXES: tuple[frozenset[str], ...] = (
     frozenset({"gate_proj", "up_proj"}),
     frozenset({"w1", "w3"}),
     frozenset({"in_proj_qkv", "in_proj_z"}),
-    frozenset({"in_proj_qkvz", "in_proj_ba"}),
+    frozenset({"in_proj_a", "in_proj_b"}),
     frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
 )
 _EXPERT = re.compile(r"^(?P<parent>.*\bexperts)\.\d+\.(?P<leaf>[^.]+)$")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from auto_round.errors import ModelError, UnsupportedError
+from auto_round.modeling.checkpoint_map import TensorPlan, plan_saved
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.finite import check_finite
 from auto_round.modeling.source import Device, ModelSource, direct_tensors, find_model_blocks, state_names
@@ -39,8 +40,10 @@ class LiveSource(ModelSource):
         self.model = model.eval()
         self.config = config
         self.name_or_path = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+        fused_names = {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()}
         unfuse_experts(model)
         self._names = state_names(model)
+        self._plans = plan_saved(model, self._names, fused_names)
         self._tied = self._find_tied()
         first = next((p.dtype for p in model.get_submodule(self.blocks[0]).parameters() if p.is_floating_point()), None)
         self.dtype = first or torch.get_default_dtype()
@@ -68,6 +71,9 @@ class LiveSource(ModelSource):
 
     def read(self, tensor_name: str) -> torch.Tensor:
         return self._tensor(tensor_name).detach().cpu()
+
+    def tensor_plan(self, tensor_name: str) -> TensorPlan | None:
+        return self._plans.get(self._tied.get(tensor_name, tensor_name))
 
     def tied(self) -> dict[str, str]:
         return dict(self._tied)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from auto_round.errors import ModelError, UnsupportedError
+from auto_round.modeling.config_values import read_value, text_config
 from auto_round.modeling.dequantize import is_float8
 from auto_round.modeling.dequantized_files import DequantizedFiles, StoredWeight
 from auto_round.modeling.json_text import read_object
@@ -45,10 +46,10 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
 
     Raises ModelError when it is no object.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     for part in (config, text):
         for key in _CONFIG_KEYS:
-            values = getattr(part, key, None)
+            values = read_value(part, key)
             if values is None:
                 continue
             if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
@@ -59,7 +60,7 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
 
 def drop_quantization(config: Any) -> None:
     """Take the declaration away, in place: the model that is built from the configuration is a dense one."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     for part in (config, text):
         for key in _CONFIG_KEYS:
             if hasattr(part, key):

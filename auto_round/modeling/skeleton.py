@@ -7,7 +7,7 @@ answers what planning asks of a model (which layers are linear, what chooses exp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +15,6 @@ import torch
 from torch import nn
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.blocks import TransposedLinear
-from auto_round.modeling.experts import USUAL_LEAVES, LinearExperts
-from auto_round.modeling.family_facts import FamilyFacts
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -36,13 +33,11 @@ class Skeleton(nn.Module):
 
     generation_config = None
 
-    def __init__(self, config: Any, facts: FamilyFacts) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.head_name: str | None = None
         self.all_tied_weights_keys: dict[str, str] = {}
-        self._keep_in_fp32_modules_strict = [facts.float32] if facts.float32 else []
-        self._keep_in_fp32_modules = [facts.float32_in_float16] if facts.float32_in_float16 else []
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The head, as Transformers' models say it."""
@@ -60,26 +55,25 @@ def layer_count(config: Any) -> int | None:
     return next((int(n) for n in found if isinstance(n, int) and n > 0), None)
 
 
-def build_skeleton(shapes: Shapes, config: Any, facts: FamilyFacts, dtype: torch.dtype) -> tuple[Skeleton, Shapes]:
+def build_skeleton(shapes: Shapes, config: Any, dtype: torch.dtype) -> tuple[Skeleton, Shapes]:
     """The tree of a checkpoint.
 
     Args:
         shapes: shape and dtype of every tensor by its module name, dense.
         config: the configuration (`modeling.raw_config`).
-        facts: of the family.
         dtype: of the parameters.
 
     Returns:
         (the tree on meta, names that it has before experts are split).
     """
-    root = Skeleton(config, facts)
+    root = Skeleton(config)
     owners: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
     for name in sorted(shapes, key=natural_key):
         owner, _, leaf = name.rpartition(".")
         owners.setdefault(owner, {})[leaf] = shapes[name]
     for owner, leaves in owners.items():
         if owner:
-            _attach(root, owner, _module(owner, leaves, facts, dtype, _is_router(owner, owners, facts)))
+            _attach(root, owner, _module(owner, leaves, dtype))
         else:
             _hold(root, leaves, dtype)
     for name, leaves in owners.items():
@@ -96,33 +90,20 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def _module(
-    owner: str, leaves: Mapping[str, tuple[tuple[int, ...], torch.dtype]], facts: FamilyFacts, dtype: torch.dtype,
-    router: bool,
+    owner: str, leaves: Mapping[str, tuple[tuple[int, ...], torch.dtype]], dtype: torch.dtype
 ) -> nn.Module:  # fmt: skip
     segment = owner.rpartition(".")[2]
     weight = leaves.get("weight")
     others = set(leaves) - {"weight", "bias"}
-    if weight is not None and len(weight[0]) == 2 and not others and weight[1].is_floating_point and not router:
+    if weight is not None and len(weight[0]) == 2 and not others and weight[1].is_floating_point:
         rows, columns = weight[0]
         bias = "bias" in leaves
         if segment in EMBEDDINGS and not bias:
             return nn.Embedding(rows, columns, device="meta", dtype=dtype)
-        if segment in facts.conv1d:
-            return TransposedLinear(rows, columns, bias, dtype)
         return nn.Linear(columns, rows, bias=bias, device="meta", dtype=dtype)
     holder = Holder()
     _hold(holder, leaves, dtype)
-    if segment == "experts" and _is_fused(leaves):
-        _declare_layout(holder, leaves, facts)
     return holder
-
-
-def _is_router(owner: str, owners: Mapping[str, Any], facts: FamilyFacts) -> bool:
-    """Families with fused experts choose them in a module of its own kind; others are found by `router_names`."""
-    parent, _, segment = owner.rpartition(".")
-    if not facts.fused_experts or segment not in ("gate", "router"):
-        return False
-    return f"{parent}.experts" in owners or f"{parent}.experts.0.down_proj" in owners
 
 
 def _hold(
@@ -154,29 +135,6 @@ def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
 
 def _is_list(root: nn.Module, name: str) -> bool:
     return isinstance(root.get_submodule(name), nn.ModuleList)
-
-
-def _is_fused(leaves: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bool:
-    first = "gate_up_proj" if "gate_up_proj" in leaves else "up_proj"
-    return all(name in leaves and len(leaves[name][0]) == 3 for name in (first, "down_proj"))
-
-
-def _declare_layout(
-    holder: nn.Module, leaves: Mapping[str, tuple[tuple[int, ...], torch.dtype]], facts: FamilyFacts
-) -> None:
-    """Say how the 3-D experts lie where that is known: by the family, else by shapes that allow one reading only.
-
-    Whether gate and up alternate cannot be seen in shapes: where the family is unknown nothing is said, and the
-    experts stay as they are.
-    """
-    if not facts.fused_experts:
-        return
-    values = {
-        "is_transposed": facts.transposed, "is_concatenated": not facts.interleaved,
-        "has_gate": "gate_up_proj" in leaves, "has_bias": "down_proj_bias" in leaves,
-    }  # fmt: skip
-    for key, value in values.items():
-        setattr(holder, key, value)
 
 
 def _find_head(root: Skeleton, owners: Mapping[str, Any], config: Any) -> None:
@@ -264,40 +222,3 @@ def _lists(module: nn.Module, name: str, found: list[SimpleNamespace]) -> None:
 
 def _has_matrices(module: nn.Module) -> bool:
     return all(any(p.dim() >= 2 for p in child.parameters()) for child in module.children())
-
-
-def experts_listed_apart(
-    root: nn.Module, blocks: Sequence[str], facts: FamilyFacts, dtype: torch.dtype
-) -> list[str]:  # fmt: skip
-    """Replace lists of experts that the modules of the family hold fused, in place, by `LinearExperts`, whose tensors
-    have the same names. Returns their names. What is in no decoder block keeps the names of the files: only programs
-    that know those read it."""
-    made = []
-    inside = tuple(f"{block}." for block in blocks)
-    for name, experts in list(root.named_modules()):
-        if not name.startswith(inside):
-            continue
-        if not facts.fused_experts or name.rpartition(".")[2] != "experts" or not isinstance(experts, nn.ModuleList):
-            continue
-        fused = _as_fused(experts, facts, dtype)
-        if fused is not None:
-            parent, _, leaf = name.rpartition(".")
-            root.get_submodule(parent)._modules[leaf] = LinearExperts(fused)
-            made.append(name)
-    return made
-
-
-def _as_fused(experts: nn.ModuleList, facts: FamilyFacts, dtype: torch.dtype) -> nn.Module | None:
-    """The fused parameters that these experts would be, None where they are not all alike."""
-    shapes = [{n: tuple(p.shape) for n, p in e.named_parameters()} for e in experts]
-    first = shapes[0]
-    if any(one != first for one in shapes) or set(first) != {f"{n}.weight" for n in USUAL_LEAVES}:
-        return None
-    (inner, hidden), count = first["gate_proj.weight"], len(shapes)
-    if first["up_proj.weight"] != (inner, hidden) or first["down_proj.weight"] != (hidden, inner):
-        return None
-    holder = Holder()
-    leaves = {"gate_up_proj": ((count, 2 * inner, hidden), dtype), "down_proj": ((count, hidden, inner), dtype)}
-    _hold(holder, leaves, dtype)
-    _declare_layout(holder, leaves, facts)
-    return holder

@@ -1,41 +1,100 @@
-"""A checkpoint as a source of tensors without its model class: config.json and safetensors headers are enough."""
+"""A checkpoint as a source of tensors that never runs: its structure from its class in Transformers, else from names.
+
+Where Transformers has a class for the checkpoint, that class on meta says which modules there are, how the files name
+and join them, how experts lie and what stays in float32. A checkpoint of a family that Transformers does not know is
+understood from the names and shapes of its tensors, which are those of its modules then; experts stacked in one tensor
+stay dense, because nothing says how they lie.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.blocks import TransposedLinear
 from auto_round.modeling.build import config_dtype, dominant_dtype
-from auto_round.modeling.checkpoint_map import Origin, TensorPlan
+from auto_round.modeling.checkpoint_map import TensorPlan
 from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.config_checks import check_sizes
-from auto_round.modeling.experts import LinearExperts, unfuse_experts
-from auto_round.modeling.family_facts import UNREAD_EVERYWHERE, FamilyFacts, family_facts
+from auto_round.modeling.conversions import Origin
 from auto_round.modeling.quantized_inputs import check_readable, dense_view, drop_quantization, quantization_of
 from auto_round.modeling.raw_config import RawConfig, read_config
-from auto_round.modeling.skeleton import Skeleton, build_skeleton, experts_listed_apart, skeleton_blocks
+from auto_round.modeling.skeleton import Skeleton, build_skeleton, skeleton_blocks
 from auto_round.modeling.source import resolve_dtype, state_names
 from auto_round.modeling.tensor_files import TensorFiles
 
 
-class SkeletonSource(CheckpointSource):
-    """A checkpoint understood from names, shapes and configuration. Its `model` is a tree that cannot run.
+def open_structure(
+    folder: Path, *, dtype: torch.dtype | str | None = None, name_or_path: str | None = None,
+    files: TensorFiles | None = None,
+) -> CheckpointSource:  # fmt: skip
+    """A checkpoint whose tensors are read and whose model is not run; no code of its own is.
 
     Args:
         folder: holds config.json; the weights too, unless `files` is given.
-        dtype: as for `CheckpointSource`.
+        dtype: floating-point dtype of the parameters; default: the configuration's, else the one most weights have.
         name_or_path: what the user gave, for messages.
         files: the opened weights, where they lie elsewhere.
 
     Raises:
         ModelError: files are missing or damaged, or hold no decoder.
-        UnsupportedError: the family's files cannot be read by their names, or are quantized in a way that is not read.
+        UnsupportedError: the files are quantized in a way that is not read.
+    """
+    raw = read_config(folder)
+    name = name_or_path or str(folder)
+    if getattr(raw, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model; only decoder-only language models can be quantized")
+    kind = _class_of(raw)
+    if kind is not None:
+        return CheckpointSource(folder, dtype=dtype, name_or_path=name, files=files, kind=kind)
+    _refuse_conversions(raw, name)
+    return SkeletonSource(folder, dtype=dtype, name_or_path=name, files=files)
+
+
+def _class_of(config: RawConfig) -> type[Any] | None:
+    """Transformers' class for a checkpoint: the one that config.json names, else the causal language model of its type.
+    None for a type that Transformers does not know."""
+    import transformers
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_type = str(getattr(config, "model_type", ""))
+    if model_type not in CONFIG_MAPPING:
+        return None
+    for name in _architectures(config):
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type])
+    return found if isinstance(found, type) else None
+
+
+def _architectures(config: RawConfig) -> list[str]:
+    named = getattr(config, "architectures", None)
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+
+
+def _refuse_conversions(config: RawConfig, name: str) -> None:
+    """Raise UnsupportedError for a family whose files have other names than its modules, and no class says how those
+    are arranged: its tensors must not be taken for modules."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    model_type = str(getattr(config, "model_type", ""))
+    known = next((n for n in (model_type, *_architectures(config)) if get_checkpoint_conversion_mapping(n)), None)
+    if known is not None:
+        raise UnsupportedError(
+            f"{name}: Transformers converts the files of {known!r} as it reads them, and has no class of that name to "
+            "say what they become; install the Transformers that has it, or leave model_free out (--disable_model_free)"
+        )
+
+
+class SkeletonSource(CheckpointSource):
+    """A checkpoint understood from names, shapes and configuration. Its `model` is a tree that cannot run.
+
+    Arguments and errors are those of `open_structure`.
     """
 
     model: Skeleton
@@ -47,9 +106,8 @@ class SkeletonSource(CheckpointSource):
         self.folder = Path(folder)
         self.name_or_path = name_or_path or str(folder)
         self._trusted = False
-        asked = resolve_dtype(dtype)
+        asked = self._asked = resolve_dtype(dtype)
         self.config: RawConfig = read_config(self.folder)
-        self.facts = _facts(self.config, self.name_or_path)
         declared = quantization_of(self.config)
         check_readable(declared, self.name_or_path)
         stored = TensorFiles.open(self.folder) if files is None else files
@@ -59,95 +117,18 @@ class SkeletonSource(CheckpointSource):
         self.files = stored if dense is None else dense
         self.stored_as = "" if dense is None else dense.description
         self.dtype = asked or config_dtype(self.config) or dominant_dtype(self.files)
-        names = _module_names(self.files, self.facts)
-        shapes = {name: (self.files.tensors[key].shape, self.files.tensors[key].dtype) for name, key in names.items()}
-        self.model, _ = build_skeleton(shapes, self.config, self.facts, self.dtype)
-        unfuse_experts(self.model)
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self.files.tensors.items()}
+        self.model, _ = build_skeleton(shapes, self.config, self.dtype)
         self.blocks = skeleton_blocks(self.model, self.name_or_path)
-        experts_listed_apart(self.model, self.blocks, self.facts, self.dtype)
         self._names = state_names(self.model)
-        self._plans = _tensor_plans(self.model, names, self._names)
+        held = [name for name in self._names if name in self.files]
+        self._plans = {name: TensorPlan(Origin(name, [(name, name)], targets=[name]), name) for name in held}
         self._tied = self._find_tied()
         self._tensors = self._check_tensors()
+        self._spare = self._find_spare()
 
     def reopen(self) -> CheckpointSource:
-        return SkeletonSource(self.folder, dtype=self.dtype, name_or_path=self.name_or_path)
-
-    def inputs(self, tensor_name: str) -> tuple[str, ...]:
-        """Names in the files of everything that has to be read for a tensor, scales included."""
-        found: list[str] = []
-        weights = getattr(self.files, "weights", {})
-        for key in self.checkpoint_names(tensor_name):
-            stored = weights.get(key)
-            found += [key] if stored is None else [stored.codes, stored.scale]
-        return tuple(found)
-
-    def left_in_blocks(self) -> dict[str, str]:
-        """Tensors of two and more dimensions inside the blocks that belong to no linear layer, and why they stay."""
-        left = {}
-        inside = tuple(f"{block}." for block in self.blocks)
-        for owner, module in self.model.named_modules():
-            if isinstance(module, (torch.nn.Linear, LinearExperts)) or not f"{owner}.".startswith(inside):
-                continue
-            for leaf, tensor in module._parameters.items():
-                if tensor is not None and tensor.dim() >= 2 and not isinstance(module, TransposedLinear):
-                    left[f"{owner}.{leaf}"] = _why_left(owner, leaf, tensor)
-        return left
-
-
-def _why_left(owner: str, leaf: str, tensor: torch.Tensor) -> str:
-    if isinstance(tensor, torch.nn.Parameter) and tensor.dim() == 3 and owner.rpartition(".")[2] == "experts":
-        return "experts in a 3-D layout that is not known for this family"
-    if leaf == "weight" and owner.rpartition(".")[2] in ("gate", "router") and tensor.dim() == 2:
-        return "it chooses experts"
-    if leaf == "weight" and tensor.dim() > 2:
-        return "a convolution"
-    return "no weight of a linear layer"
-
-
-def _facts(config: RawConfig, name: str) -> FamilyFacts:
-    model_type = str(getattr(config, "model_type", ""))
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model; only decoder-only language models can be quantized")
-    facts = family_facts(model_type)
-    if facts.refused:
-        raise UnsupportedError(
-            f"model-free mode cannot read models of type {model_type!r}: {facts.refused}; leave model_free out "
-            "(--disable_model_free), the regular flow reads them with their class"
-        )
-    return facts
-
-
-def _module_names(files: TensorFiles, facts: FamilyFacts) -> dict[str, str]:
-    """Name in the files by module name. Raises ModelError when two tensors would get one name."""
-    keys = [k for k in files if not UNREAD_EVERYWHERE.search(k) and not (facts.unread and re.search(facts.unread, k))]
-    lacks = bool(facts.prefix) and not any(facts.module_name(key).startswith(f"{facts.prefix}.") for key in keys)
-    names: dict[str, str] = {}
-    for key in keys:
-        name = facts.module_name(key)
-        if lacks and name != "lm_head.weight":
-            name = f"{facts.prefix}.{name}"
-        if name in names:
-            raise ModelError(f"{files.folder}: {names[name]!r} and {key!r} are both the tensor {name!r}")
-        names[name] = key
-    return names
-
-
-def _tensor_plans(model: Skeleton, keys: dict[str, str], wanted: list[str]) -> dict[str, TensorPlan]:
-    origins: dict[str, Origin] = {}
-    plans: dict[str, TensorPlan] = {}
-    for name in wanted:
-        if name in keys:
-            plans[name] = TensorPlan(Origin(name, [(keys[name], keys[name])]), name)
-    for prefix, experts in model.named_modules():
-        if not isinstance(experts, LinearExperts):
-            continue
-        for leaf, piece in experts.pieces().items():
-            name, fused = f"{prefix}.{leaf}", f"{prefix}.{piece.param}"
-            if name not in plans and fused in keys:
-                origin = origins.setdefault(fused, Origin(fused, [(keys[fused], keys[fused])]))
-                plans[name] = TensorPlan(origin, fused, piece)
-    return plans
+        return SkeletonSource(self.folder, dtype=self._asked, name_or_path=self.name_or_path)
 
 
 def shards_of(files: TensorFiles) -> dict[Path, list[str]]:

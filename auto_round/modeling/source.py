@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
 from auto_round.modeling.blocks import find_blocks
+
+if TYPE_CHECKING:
+    from auto_round.modeling.checkpoint_map import TensorPlan
+    from auto_round.modeling.checkpoint_names import CheckpointNames
 
 Device = torch.device | str
 _SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -33,6 +37,7 @@ class ModelSource(ABC):
         stored_as: how a checkpoint that is quantized already holds its weights, in words; "" for a dense one.
         lazy: weights are read when loaded and dropped when released (a checkpoint), instead of living in the model.
         checks_finite: `load` refuses NaN and Inf. Off once they have been looked for and are to be kept.
+        bounded: a limit of memory was given (`max_memory`), so that nothing is loaded before it is needed.
     """
 
     model: nn.Module
@@ -43,6 +48,8 @@ class ModelSource(ABC):
     lazy: bool
     stored_as: str = ""
     checks_finite: bool = True
+    bounded: bool = False
+    _naming: CheckpointNames | None = None
 
     @abstractmethod
     def load(self, name: str, device: Device | None = None) -> nn.Module:
@@ -82,6 +89,47 @@ class ModelSource(ABC):
     @abstractmethod
     def tensor_names(self) -> list[str]:
         """Persistent state-dict names of the whole model in order, tied aliases included."""
+
+    @abstractmethod
+    def tensor_plan(self, tensor_name: str) -> TensorPlan | None:
+        """Which checkpoint tensors a model tensor is made of, and how; None for one that no checkpoint holds."""
+
+    def spare(self) -> tuple[str, ...]:
+        """Checkpoint names of the tensors that no module reads (multi-token prediction layers), and of tied copies."""
+        return ()
+
+    def stored_meta(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype that `read_stored` gives. Raises ModelError where there is no checkpoint."""
+        raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
+
+    def read_stored(self, key: str) -> torch.Tensor:
+        """A checkpoint tensor by its own name, on the CPU, in its stored dtype unless another one was asked for."""
+        raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
+
+    def own_plan(self, tensor_name: str) -> TensorPlan | None:
+        """`tensor_plan` of a tensor's own copy in the checkpoint; None where it is only there as what it is tied to."""
+        return None if tensor_name in self.tied() else self.tensor_plan(tensor_name)
+
+    def kept_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape, and the dtype in which a tensor is written that is not quantized: that of the checkpoint."""
+        plan = self.tensor_plan(tensor_name)
+        shape, dtype = self.tensor_meta(tensor_name)
+        return (shape, dtype) if not self.lazy or plan is None or plan.key is None else self.stored_meta(plan.key)
+
+    def read_kept(self, tensor_name: str) -> torch.Tensor:
+        """A tensor as `kept_meta` says."""
+        plan = self.tensor_plan(tensor_name)
+        if not self.lazy or plan is None or plan.key is None:
+            return self.read(tensor_name)
+        return self.read_stored(plan.key)
+
+    def checkpoint_naming(self) -> CheckpointNames:
+        """What the checkpoint calls the modules."""
+        if self._naming is None:
+            from auto_round.modeling.checkpoint_names import CheckpointNames
+
+            self._naming = CheckpointNames(self)
+        return self._naming
 
     def checkpoint_names(self, tensor_name: str) -> tuple[str, ...]:
         """The checkpoint's own names of the tensors that `tensor_name` is made of; itself where nothing differs."""

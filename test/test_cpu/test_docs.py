@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from auto_round import errors, schemes
 from auto_round.cli.arguments import EVAL_GROUPS, GENERATE_GROUPS, QUANTIZE_GROUPS, spellings
-from auto_round.cli.later import refused_names
+from auto_round.cli.parser import IDLE_FLAGS
+from auto_round.later import refused_names
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -43,7 +44,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_flags_exist(page: Path) -> None:
     groups = (*QUANTIZE_GROUPS, *EVAL_GROUPS, *GENERATE_GROUPS)
-    known = {*spellings(groups), *refused_names(), *FOREIGN}
+    refused = {spelling for name in refused_names() for spelling in (name, f"no_{name}")}
+    known = {*spellings(groups), *refused, *IDLE_FLAGS, *FOREIGN}
     text = page.read_text(encoding="utf-8")
     named = {f.replace("-", "_") for f in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)} - FOREIGN
     assert named - {k.replace("-", "_") for k in known} == set()

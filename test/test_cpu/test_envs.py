@@ -76,9 +76,9 @@ def test_unknown_names_suggest_the_nearest() -> None:
 
 
 def test_unknown_lists_foreign_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AR_ACT_SCALE", "1.0")
+    monkeypatch.setenv("AR_ACT_SCLE", "1.0")
     monkeypatch.setenv("AR_TEST_SHARED", "/x")
-    assert "AR_ACT_SCALE" in envs.unknown()
+    assert "AR_ACT_SCLE" in envs.unknown()
     assert "AR_TEST_SHARED" not in envs.unknown()
     assert "AR_LOG_LEVEL" not in envs.unknown()
 
@@ -147,3 +147,49 @@ def test_import_sets_up_nothing() -> None:
         "assert [type(h).__name__ for h in l.logger.handlers] == ['NullHandler']; assert l.logger.level == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(REPO)})
+
+
+INCUMBENT = """
+AR_LOG_LEVEL AR_ENABLE_COMPILE_PACKING AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE AR_USE_MODELSCOPE AR_WORK_SPACE
+AR_DISABLE_OFFLOAD AR_DISABLE_DATASET_SUBPROCESS AR_ACT_SCALE AR_ENABLE_ACT_MINMAX_TUNING AR_SEARCH_SCALE_RATIO
+AR_DYNAMO_CACHE_SIZE_LIMIT AR_MODEL_FREE_SHARD_PARALLELISM AR_AUTO_SCHEME_NSAMPLES AR_AUTO_SCHEME_BATCH_SIZE
+AR_AUTO_SCHEME_SEQLEN AR_AUTO_SCHEME_CACHE AR_ENABLE_AUTO_SCHEME_PARALLEL AR_NVFP4_E5M3_CACHE_HP_WEIGHT
+AR_DISK_STREAM_MODEL AR_RESUME_DIR AR_ENABLE_UNIFY_MOE_INPUT_SCALE AR_OMP_NUM_THREADS AR_DISABLE_COPY_MTP_WEIGHTS
+AR_CALIB_STREAM_DEVICE AR_FUSE_ONLINE_ROTATION AUTO_ROUND_CACHE AUTO_ROUND_GGUF_AUTO_UPDATE LLAMA_CPP_ROOT
+AR_FORCE_MOE_ROUTING_ALL_EXPERTS AR_MLLM_DATASET_CACHE_SIZE
+""".split()
+
+
+@pytest.mark.parametrize("name", INCUMBENT)
+def test_every_variable_of_the_incumbent_is_known(name: str) -> None:
+    getattr(envs, name)
+    assert not envs.is_set(name)
+    assert name in (REPO / "docs" / "environments.md").read_text()
+
+
+def test_variables_without_effect_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert envs.without_effect() == []
+    envs.set_config(AR_ENABLE_COMPILE_PACKING=True, AR_ACT_SCALE=0.9, AR_WORK_SPACE="w", AR_MLLM_DATASET_CACHE_SIZE=0)
+    assert (envs.AR_ENABLE_COMPILE_PACKING, envs.AR_ACT_SCALE, envs.AR_MLLM_DATASET_CACHE_SIZE) == (True, 0.9, 0)
+    first, second, third = envs.without_effect()
+    assert first.startswith("AR_ACT_SCALE is set and has no effect: ") and second.startswith("AR_ENABLE_COMPILE")
+    assert third.startswith("AR_MLLM")
+    with pytest.raises(ConfigError, match="a number of 0 or more"):
+        envs.set_config(AR_ACT_SCALE="wide")
+
+
+def test_journals_have_a_folder_of_their_own_where_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from auto_round.compressors.resume.journal import journal_folder
+
+    monkeypatch.setenv("AR_WORK_SPACE", "w")
+    assert journal_folder(Path("out")).parts[0] == "w"
+    monkeypatch.setenv("AR_RESUME_DIR", "/Resume")
+    assert journal_folder(Path("out")).parts[:2] == ("/", "Resume")
+
+
+def test_parallelism_of_model_free_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    from auto_round.compressors.model_free.options import model_free_options
+
+    monkeypatch.setenv("AR_MODEL_FREE_SHARD_PARALLELISM", "5")
+    assert model_free_options(environ={}).workers == 5
+    assert model_free_options(2, environ={}).workers == 2

@@ -20,17 +20,17 @@ MOST_LINES = 600
 # A room may import rooms of a lower rank, and itself. Rooms of one rank do not know each other.
 RANKS: dict[str, int] = {
     "_version": 0, "errors": 0,
-    "envs": 1, "threads": 1,
-    "logger": 2,
+    "envs": 1, "later": 1, "threads": 1,
+    "auto_scheme": 2, "logger": 2,
     "schemes": 2,
     "layer_config": 3, "data_type": 3, "recipes": 3,
     "quantized_layer": 4,
     "algorithms": 5, "export": 5, "modeling": 5, "report": 5,
-    "calibration": 6, "inference": 6,
+    "calibration": 6, "formats": 6, "inference": 6,
     "calib_dataset": 7, "eval": 7,
     "compressors": 8,
-    "autoround": 9,
-    "cli": 10,
+    "autoround": 9, "utils": 9,
+    "aliases": 10, "cli": 10,
     "__main__": 11,
 }  # fmt: skip
 

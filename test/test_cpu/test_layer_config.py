@@ -30,7 +30,7 @@ W4 = PRESET_SCHEMES["W4A16"]
             "{a:{group_size:[128,64]},b:{group_size:(1,32)}}",
             {"a": {"group_size": [128, 64]}, "b": {"group_size": [1, 32]}},
         ),
-        ("{a:{bits:'8'}}", {"a": {"bits": "8"}}),
+        ("{a:{bits:'8'}}", {"a": {"bits": 8}}),
         ("{a:{sym:true,bits:none}}", {"a": {"sym": True, "bits": None}}),
         ("{}", {}),
     ],

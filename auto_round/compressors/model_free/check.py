@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from auto_round.compressors.dense_experts import read_pieces
 from auto_round.compressors.digest import dense_digest, layer_digest
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.model_free.rounding import Rounder
 from auto_round.compressors.model_free.units import Unit, layer_outputs
+from auto_round.compressors.tensor_joiner import read_pieces
 from auto_round.errors import VerifyError
 from auto_round.inference.build_layer import build_layer
 from auto_round.inference.config_reader import read_config
@@ -26,7 +26,10 @@ def sample_layers(rounder: Rounder) -> frozenset[str]:
     """One unit's layers of each kind (scheme, bias, transposed), the smallest. They are rounded whole, so none that is
     very large."""
     kinds: dict[object, Unit] = {}
+    converted = {name for reversal in rounder.work.layout.reversals.values() for name in reversal.stored}
     for unit in rounder.work.units:
+        if not converted.isdisjoint(unit.outputs):  # of which single layers cannot be read back
+            continue
         for name in unit.layers:
             plan = rounder.job.layers[name]
             if plan.out_features * plan.in_features > _LARGEST_SAMPLE:
@@ -51,21 +54,21 @@ def check_layers(folder: Path, rounder: Rounder, digests: Mapping[str, str]) -> 
 
 
 def _read_back(folder: Path, files: TensorFiles, rounder: Rounder, plan: LayerPlan) -> str:
-    fmt, dtype = rounder.fmt, rounder.source.dtype
+    fmt, dtype, layout = rounder.fmt, rounder.source.dtype, rounder.work.layout
     specs = layer_outputs(fmt, plan, dtype)
     if fmt.name == "fake":
         (weight,) = (name for name in specs if name.endswith(".weight"))
-        tensor = read_pieces(files, [weight], rounder.work.targets)[weight]
-        target = rounder.work.targets.get(weight)
+        tensor = read_pieces(files, [weight], layout)[weight]
+        target = layout.targets.get(weight)
         if target is not None and target.piece is not None:
             tensor = target.piece.cut(tensor)
         return dense_digest(tensor.t() if plan.transposed else tensor)
-    tensors = read_pieces(files, specs, rounder.work.targets)
+    tensors = read_pieces(files, specs, layout)
     if not fmt.loads_here:
         layer = fmt.read_layer(plan.name, plan.scheme, tensors, plan.in_features, plan.out_features)
         return layer_digest(layer, False, torch.float32)
-    return layer_digest(_opened(folder, rounder.job, fmt.rules(rounder.job.model_type).module_name(plan.name), plan,
-                                tensors), False, torch.float32)  # fmt: skip
+    stored_name = rounder.job.stored_names.get(plan.name, plan.name)
+    return layer_digest(_opened(folder, rounder.job, stored_name, plan, tensors), False, torch.float32)
 
 
 def _opened(

@@ -48,7 +48,8 @@ from auto_round.export.folder_lock import FolderLock, is_held
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import parse_size, write_text
 from auto_round.logger import logger
-from auto_round.modeling.skeleton_source import SkeletonSource
+from auto_round.modeling.checkpoint_source import CheckpointSource
+from auto_round.modeling.skeleton_source import open_structure
 from auto_round.report.memory import format_bytes, format_seconds
 from auto_round.report.progress import make_progress
 
@@ -71,19 +72,19 @@ class ModelFree:
     options: ModelFreeOptions
     dtype: Any = None
     fetcher: Fetcher | None = None
-    _opened: tuple[Inputs, SkeletonSource] | None = field(default=None, repr=False)
+    _opened: tuple[Inputs, CheckpointSource] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_settings(self.settings)
 
-    def source(self) -> SkeletonSource:
+    def source(self) -> CheckpointSource:
         """The checkpoint, opened: configuration and headers are read."""
         return self._open()[1]
 
-    def _open(self) -> tuple[Inputs, SkeletonSource]:
+    def _open(self) -> tuple[Inputs, CheckpointSource]:
         if self._opened is None:
             inputs = open_inputs(self.model, self.settings, self.options.rank, self.fetcher)
-            source = SkeletonSource(inputs.folder, dtype=self.dtype, name_or_path=self.model, files=inputs.files)
+            source = open_structure(inputs.folder, dtype=self.dtype, name_or_path=self.model, files=inputs.files)
             if source.stored_as:
                 logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
             self._opened = inputs, source

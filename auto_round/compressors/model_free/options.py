@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from auto_round import envs
 from auto_round.compressors.settings import Settings, check_whole
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.export.shard_writer import parse_size
@@ -48,6 +49,7 @@ def model_free_options(
     rank, world = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
     if not 0 <= rank < max(1, world):
         raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world}")
+    parallelism = parallelism or envs.get("AR_MODEL_FREE_SHARD_PARALLELISM")
     workers = parallelism or max(1, min(_MOST_WORKERS, _cores() // max(1, _number(environ, "LOCAL_WORLD_SIZE", 1))))
     memory = parse_size(max_memory, "max_memory") if max_memory is not None else ModelFreeOptions.memory
     return ModelFreeOptions(workers, memory, rank, max(1, world))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from auto_round.compressors.job import Job, LayerPlan
@@ -12,13 +12,11 @@ from auto_round.compressors.model_free.units import plan_work
 from auto_round.compressors.planning import make_job
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
-from auto_round.modeling.skeleton import layer_count
-from auto_round.modeling.skeleton_source import SkeletonSource
+from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.report.memory import format_bytes
 
 _TOWERS = ("vision", "visual", "vision_tower", "vision_model", "audio_tower", "audio_model", "image_newline",
            "multi_modal_projector", "mm_projector", "embed_vision", "embed_audio")  # fmt: skip
-_MTP = "it belongs to multi-token prediction"
 _TOWER = "it reads images or sound"
 
 
@@ -27,31 +25,25 @@ class ModelFreeJob(Job):
     """A job that needs no model.
 
     Attributes:
-        left: matrices that are no linear layers, and why each stays as it is.
         workers, memory: see `ModelFreeOptions`.
     """
 
-    left: Mapping[str, str] = field(default_factory=dict)
     workers: int = 1
     memory: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"model_free": True, "left": dict(self.left)}
+        return super().to_dict() | {"model_free": True}
 
     def render(self) -> str:
         text = super().render()
         head, _, rest = text.partition("\nmemory ")
         how = f"{'model-free':<18} {self.workers} tensors at a time, at most {format_bytes(self.memory)} together"
         lines = [f"{head}\n{how}\nmemory {rest}"] if rest else [text, how]
-        counts: dict[str, int] = {}
-        for reason in self.left.values():
-            counts[reason] = counts.get(reason, 0) + 1
-        lines += [f"  {count:>5}  tensors left as they are: {reason}" for reason, count in counts.items()]
         return "\n".join(lines)
 
 
 def model_free_job(
-    settings: Settings, source: SkeletonSource, formats: Sequence[OutputFormat], options: ModelFreeOptions,
+    settings: Settings, source: CheckpointSource, formats: Sequence[OutputFormat], options: ModelFreeOptions,
     output_dir: str | None = None, notes: Sequence[str] = (),
 ) -> ModelFreeJob:  # fmt: skip
     """The job of `planning.make_job`, with the reasons why layers outside the blocks stay dense, and its real memory.
@@ -63,23 +55,15 @@ def model_free_job(
     layers = {name: _with_reason(plan, source) for name, plan in job.layers.items()}
     values = {f.name: getattr(job, f.name) for f in fields(Job)}
     values |= {"layers": layers, "notes": (*job.notes, *notes), "journal_bytes": 0, "memory_plan": None}
-    made = ModelFreeJob(**values, left=source.left_in_blocks(), workers=options.workers, memory=options.memory)
+    made = ModelFreeJob(**values, workers=options.workers, memory=options.memory)
     largest = max((u.memory for fmt in formats for u in plan_work(made, source, fmt).units), default=0)
     return replace(made, peak_ram=max(largest, min(options.memory, options.workers * largest)), peak_vram=0)
 
 
-def _with_reason(plan: LayerPlan, source: SkeletonSource) -> LayerPlan:
+def _with_reason(plan: LayerPlan, source: CheckpointSource) -> LayerPlan:
     if plan.scheme.quantizes_weights or plan.reason is not None:
         return plan
     parts = plan.name.split(".")
     if any(part in _TOWERS for part in parts):
         return replace(plan, reason=_TOWER)
-    if plan.name.startswith(tuple(f"{block}." for block in source.blocks)):
-        return plan
-    stem = source.blocks[0].rpartition(".")[0]
-    count = layer_count(source.config)
-    after = plan.name.removeprefix(f"{stem}.").partition(".")[0]
-    further = plan.name.startswith(f"{stem}.") and after.isdigit() and count is not None and int(after) >= count
-    if further or "mtp" in parts or "mtp_layers" in parts:
-        return replace(plan, reason=_MTP)
     return plan

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
 from auto_round.algorithms.quantization.block_task import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
-from auto_round.compressors.dense_experts import FusedTarget
 from auto_round.compressors.digest import layer_digest
+from auto_round.compressors.file_layout import FusedTarget
 from auto_round.compressors.global_scales import share_global_scales
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.model_free.arena import Arena
 from auto_round.compressors.model_free.slices import empty_packed, row_ranges, row_step, slice_axes
-from auto_round.compressors.model_free.units import Unit, Work, plain_copy
+from auto_round.compressors.model_free.units import Unit, Work, is_stored, plain_copy
+from auto_round.compressors.tensor_joiner import TensorJoiner
 from auto_round.errors import ModelError
 from auto_round.export.formats import OutputFormat
+from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.finite import check_finite
-from auto_round.modeling.skeleton_source import SkeletonSource
 from auto_round.quantized_layer import QuantizedLayer
 
 _CHUNK = 16 << 20
@@ -45,7 +47,7 @@ class Rounder:
     """
 
     job: Job
-    source: SkeletonSource
+    source: CheckpointSource
     fmt: OutputFormat
     work: Work
     scale_dtype: torch.dtype
@@ -64,26 +66,49 @@ class Rounder:
         self.arena.reset()
         if len(unit.layers) == 1 and self.step(self.job.layers[unit.layers[0]]) is not None:
             yield from self._sliced(self.job.layers[unit.layers[0]])
+        elif any(output in self._made_by_conversion for output in unit.outputs):
+            yield from self._reversed(unit)
         elif unit.layers:
             yield from self._rounded(unit)
-        elif (
-            len(unit.copies) == 1
-            and unit.copies[0] not in self.work.targets
-            and plain_copy(self.source, unit.copies[0])
-        ):
-            yield from self._streamed(unit.copies[0], unit.outputs[0])
-        else:
+        elif unit.key is None:
             yield from self._joined(unit)
+        elif is_stored(self.source, unit.key):
+            yield from self._streamed(unit.key)
+        else:
+            tensor = self.source.read_stored(unit.key)
+            check_finite(unit.key, tensor)
+            yield Piece(unit.key, 0, tensor)
 
     def read_ahead(self, unit: Unit, asked: set[str]) -> None:
         """Have the weights of a unit on their way that were not `asked` for before: a worker that waits for a disk
         does not round."""
         files = getattr(self.source.files, "stored", self.source.files)
-        for name in (*(f"{layer}.weight" for layer in unit.layers), *unit.copies):
-            for key in self.source.checkpoint_names(name):
-                if key not in asked and key in files:
-                    asked.add(key)
-                    files.will_need(key)
+        names = (*(f"{layer}.weight" for layer in unit.layers), *unit.copies)
+        keys = [key for name in names for key in self.source.checkpoint_names(name)]
+        for key in keys if unit.key is None else [unit.key]:
+            if key not in asked and key in files:
+                asked.add(key)
+                files.will_need(key)
+
+    @cached_property
+    def _made_by_conversion(self) -> frozenset[str]:
+        return frozenset(name for reversal in self.work.layout.reversals.values() for name in reversal.stored)
+
+    def _reversed(self, unit: Unit) -> Iterator[Piece]:
+        """Tensors that Transformers' conversion makes of dense ones, whole."""
+        joiner = TensorJoiner(self.work.layout, self.source.model)
+        members = {name for r in self.work.layout.reversals.values() if set(r.stored) <= {*unit.outputs}
+                   for name in r.needed}  # fmt: skip
+        dense: list[tuple[str, torch.Tensor]] = []
+        for layer in self.layers(unit):
+            dense += self.fmt.pack(replace(layer, bias=None), model_dtype=self.source.dtype).items()
+        done = {name for name, _ in dense}
+        for name in members:
+            if name not in done and name in self.source.tensor_names():
+                dense.append((name, self._checked(name)))
+        for name, tensor in dense:
+            for stored, made in joiner.add(name, tensor):
+                yield Piece(stored, 0, made)
 
     def layers(self, unit: Unit) -> Iterator[QuantizedLayer]:
         """The layers of a unit, rounded."""
@@ -101,7 +126,7 @@ class Rounder:
         for layer in self.layers(unit):
             if layer.name in self.samples:
                 self.digests[layer.name] = layer_digest(layer, self.fmt.name == "fake", self.source.dtype)
-            packed = self.fmt.pack(layer, model_dtype=self.source.dtype)
+            packed = self.fmt.pack(replace(layer, bias=None), model_dtype=self.source.dtype)
             del layer
             for name in list(packed):
                 target = self.work.targets.get(name)
@@ -110,7 +135,7 @@ class Rounder:
                     continue
                 part = packed.pop(name)
                 place = target.name, target.piece.expert
-                row = rows.setdefault(place, torch.empty(target.shape[1:], dtype=part.dtype))
+                row = rows.setdefault(place, torch.empty(target.slot_shape, dtype=part.dtype))
                 target.piece.paste(row, part)
         for (output, expert), row in rows.items():
             yield Piece(output, expert * row.nbytes, row)
@@ -124,14 +149,14 @@ class Rounder:
     def _sliced(self, plan: LayerPlan) -> Iterator[Piece]:
         """A large layer, some rows at a time; only what is packed of it is ever whole."""
         source, step = self.source, self.step(plan)
+        plan = replace(plan, bias_dtype=None)  # copied by a unit of its own
         assert step is not None
         axes = slice_axes(plan, self.fmt, source.dtype, step)
         assert axes is not None
         whole = empty_packed(plan, self.fmt, source.dtype)
         name = f"{plan.name}.weight"
-        key = source._plans[source.tied().get(name, name)].origin.keys[0][0]
+        (key,) = source.checkpoint_names(name)
         files = getattr(source.files, "stored", source.files)
-        bias = self._checked(f"{plan.name}.bias") if plan.bias_dtype is not None else None
         module = source.model.get_submodule(plan.name)
         row = plan.in_features * source.dtype.itemsize
         at = dict.fromkeys(axes, 0)
@@ -140,8 +165,7 @@ class Rounder:
             part = files.read_bytes(key, start * row, (end - start) * row).view(source.tensor_meta(name)[1])
             weight = part.view(end - start, plan.in_features)
             check_finite(name, weight)
-            own = None if bias is None else bias[start:end]
-            task = LayerTask(plan.name, module, weight.to(self.device), plan.scheme, bias=own)
+            task = LayerTask(plan.name, module, weight.to(self.device), plan.scheme)
             for tensor, values in self.fmt.pack(self.round(task), model_dtype=source.dtype).items():
                 size = values.shape[axes[tensor]]
                 whole[tensor].narrow(axes[tensor], at[tensor], size).copy_(values)
@@ -152,9 +176,8 @@ class Rounder:
     def _task(self, plan: LayerPlan) -> LayerTask:
         weight = self._checked(f"{plan.name}.weight")
         weight = (weight.t() if plan.transposed else weight).to(self.device)
-        bias = self._checked(f"{plan.name}.bias") if plan.bias_dtype is not None else None
         module = self.source.model.get_submodule(plan.name)
-        return LayerTask(plan.name, module, weight, plan.scheme, bias=bias, transposed=plan.transposed)
+        return LayerTask(plan.name, module, weight, plan.scheme, transposed=plan.transposed)
 
     def _checked(self, name: str) -> torch.Tensor:
         tensor = self.source.read(name)
@@ -169,7 +192,7 @@ class Rounder:
             if tuple(tensor.shape) != tuple(wanted[0]) or tensor.dtype != wanted[1]:
                 raise ModelError(f"tensor {name!r} became {tensor.dtype} {list(tensor.shape)}, planned was {wanted}")
             return Piece(name if target is None else target.name, 0, tensor)
-        row = torch.empty(target.shape[1:], dtype=tensor.dtype)
+        row = torch.empty(target.slot_shape, dtype=tensor.dtype)
         target.piece.paste(row, tensor)
         return Piece(target.name, target.piece.expert * row.nbytes, row)
 
@@ -183,27 +206,27 @@ class Rounder:
         for name in unit.copies:
             target = self.work.targets.get(name)
             if target is None or target.piece is None:
-                yield self._placed(name, self._checked(name))
+                tensor = self.source.read_kept(name)
+                check_finite(name, tensor)
+                yield self._placed(name, tensor)
             else:
                 rows.setdefault(target.piece.expert, []).append((name, target))
         for expert, parts in rows.items():
             self.arena.reset()
-            row = torch.empty(parts[0][1].shape[1:], dtype=self.work.tensors[unit.outputs[0]][1])
+            row = torch.empty(parts[0][1].slot_shape, dtype=self.work.tensors[unit.outputs[0]][1])
             for name, target in parts:
                 assert target.piece is not None
                 target.piece.paste(row, self._checked(name))
             yield Piece(unit.outputs[0], expert * row.nbytes, row)
 
-    def _streamed(self, name: str, output: str) -> Iterator[Piece]:
+    def _streamed(self, key: str) -> Iterator[Piece]:
         """A tensor as it lies in the file, a few megabytes at a time."""
-        source = self.source
-        key = source._plans[source.tied().get(name, name)].origin.keys[0][0]
-        files = getattr(source.files, "stored", source.files)
+        files = getattr(self.source.files, "stored", self.source.files)
         stored = files.tensors[key]
         step = _CHUNK // stored.dtype.itemsize * stored.dtype.itemsize
         for start in range(0, stored.end - stored.start, step):
             self.arena.reset()
             part = files.read_bytes(key, start, min(step, stored.end - stored.start - start))
             files.will_need(key, start + step, 4 * step)
-            check_finite(name, part.view(stored.dtype))
-            yield Piece(output, start, part)
+            check_finite(key, part.view(stored.dtype))
+            yield Piece(key, start, part)

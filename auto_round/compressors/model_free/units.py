@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,13 @@ import torch
 
 from auto_round import envs
 from auto_round.algorithms.quantization.layer_codes import small_float
-from auto_round.compressors.dense_experts import FusedTarget
+from auto_round.compressors.file_layout import FileLayout, FusedTarget, plan_files, separate_tensors
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.model_free.slices import row_step
-from auto_round.compressors.planning import expert_joiner, separate_tensors
 from auto_round.errors import ModelError
 from auto_round.export.formats import OutputFormat, TensorSpecs
+from auto_round.modeling.checkpoint_source import CheckpointSource
 from auto_round.modeling.fused import fused_groups
-from auto_round.modeling.skeleton_source import SkeletonSource
 
 _SMALL = 4 << 20
 _COPY = 32 << 20
@@ -30,11 +29,13 @@ class Unit:
 
     Attributes:
         name: of the layer or tensor (the first, where there are several).
-        layers: layers to round, together because they share a scale; empty for a copy.
-        copies: tensors that are copied, by their names in the model; several where they are parts of one in the file.
+        layers: layers to round, together because they share a scale or a tensor of the file; empty for a copy.
+        copies: dense tensors that are written otherwise than they are stored, by their names in the model; several
+            where they are parts of one in the file.
         outputs: names in the file of what it writes to.
         files: which files have to be there.
         memory: bytes that it holds at most, about.
+        key: the checkpoint tensor that is copied, or None.
     """
 
     name: str
@@ -43,51 +44,77 @@ class Unit:
     outputs: tuple[str, ...]
     files: tuple[Path, ...]
     memory: int
+    key: str | None = None
 
 
 @dataclass(frozen=True)
 class Work:
-    """All units in order, with the shapes and dtypes of the file's tensors and how parts find their place in them."""
+    """All units in order, and how the files are laid out."""
 
     units: tuple[Unit, ...]
-    tensors: TensorSpecs
-    targets: Mapping[str, FusedTarget]
+    layout: FileLayout
+
+    @property
+    def tensors(self) -> TensorSpecs:
+        """Shapes and dtypes of the files' tensors."""
+        return self.layout.tensors
+
+    @property
+    def targets(self) -> Mapping[str, FusedTarget]:
+        """How parts find their place in them."""
+        return self.layout.targets
 
 
-def plan_work(job: Job, source: SkeletonSource, fmt: OutputFormat) -> Work:
+def plan_work(job: Job, source: CheckpointSource, fmt: OutputFormat) -> Work:
     """The units of a job, in the model's order."""
-    separate = separate_tensors(fmt, dict(job.layers), source)
-    targets = expert_joiner(fmt, dict(job.layers), source).targets
-    tensors: TensorSpecs = {}
-    for name, (shape, dtype) in separate.items():
-        target = targets.get(name)
-        if target is None:
-            tensors[name] = (shape, dtype)
-        else:
-            tensors[target.name] = (target.shape, dtype)
-    final = lambda name: targets[name].name if name in targets else name
+    layout = plan_files(fmt, job.layers, source)
     quantized = job.quantized()
-    units: list[Unit] = []
-    for group in _layer_groups(quantized, fmt, source.dtype, targets):
-        outputs: dict[str, None] = {}
-        reads: list[str] = []
-        for layer in group:
-            outputs |= dict.fromkeys(map(final, layer_outputs(fmt, quantized[layer], source.dtype)))
-            reads += [f"{layer}.weight"] + ([f"{layer}.bias"] if quantized[layer].bias_dtype is not None else [])
-        memory = sum(_layer_memory(quantized[layer], source, fmt) for layer in group)
-        units.append(Unit(group[0], group, (), tuple(outputs), _files(source, reads), memory))
+    units = _rounded_units(quantized, layout, source, fmt)
     made = {name for layer in quantized for name in layer_outputs(fmt, quantized[layer], source.dtype)}
-    copies: dict[str, list[str]] = defaultdict(list)
-    for name in separate:
-        if name not in made:
-            copies[final(name)].append(name)
-    for output, names in copies.items():
-        size = sum(_bytes(source.tensor_meta(n)) for n in names[:2])
-        memory = _copy_memory(source, names, size)
-        units.append(Unit(names[0], (), tuple(names), (output,), _files(source, names), memory))
+    copies: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name in separate_tensors(fmt, job.layers, source):
+        bias = name.removesuffix(".bias") in quantized
+        if name not in layout.copies and (name not in made or bias):
+            copies[layout.stored_names(name)].append(name)
+    done = {output for unit in units for output in unit.outputs}
+    for outputs, names in copies.items():
+        if done.isdisjoint(outputs):  # else a unit that rounds its siblings writes it
+            size = sum(_bytes(source.tensor_meta(n)) for n in names[:2])
+            units.append(Unit(names[0], (), tuple(names), outputs, _files(source, names), 2 * size + _SMALL))
     order = {name: i for i, name in enumerate(source.tensor_names())}
-    place = lambda unit: min(order.get(n, 0) for n in (*unit.copies, *(f"{layer}.weight" for layer in unit.layers)))
-    return Work(tuple(sorted(units, key=place)), tensors, targets)
+    at = lambda unit: min(order.get(n, 0) for n in (*unit.copies, *(f"{layer}.weight" for layer in unit.layers)))
+    placed = [(at(unit), unit) for unit in units]
+    first: dict[str, int] = {}
+    for name, keys in layout.copies.items():
+        for key in keys:
+            first.setdefault(key, order.get(name, 0))
+    first |= dict.fromkeys(layout.spare, len(order))
+    placed += [(place, _copy_unit(key, source)) for key, place in first.items()]
+    return Work(tuple(unit for _, unit in sorted(placed, key=lambda pair: pair[0])), layout)
+
+
+def _rounded_units(
+    quantized: Mapping[str, LayerPlan], layout: FileLayout, source: CheckpointSource, fmt: OutputFormat
+) -> list[Unit]:
+    units = []
+    for group in _layer_groups(quantized, fmt, source.dtype, layout):
+        outputs: dict[str, None] = {}
+        for layer in group:
+            for name in layer_outputs(fmt, quantized[layer], source.dtype):
+                if not name.endswith(".bias") or name.removesuffix(".bias") != layer:
+                    outputs |= dict.fromkeys(layout.stored_names(name))
+        memory = sum(_layer_memory(quantized[layer], source, fmt) for layer in group)
+        reads = [f"{layer}.weight" for layer in group]
+        units.append(Unit(group[0], group, (), tuple(outputs), _files(source, reads), memory))
+    return units
+
+
+def _copy_unit(key: str, source: CheckpointSource) -> Unit:
+    shape, dtype = source.stored_meta(key)
+    memory = _COPY if is_stored(source, key) else 2 * _bytes((shape, dtype)) + _SMALL
+    stored = getattr(source.files, "stored", source.files)
+    files = tuple(sorted({stored.tensors[name].file for name in source.stored_inputs(key)}))
+    return Unit(key, (), (), (key,), files, memory, key)
 
 
 def layer_outputs(fmt: OutputFormat, plan: LayerPlan, dtype: torch.dtype) -> TensorSpecs:
@@ -99,10 +126,10 @@ def layer_outputs(fmt: OutputFormat, plan: LayerPlan, dtype: torch.dtype) -> Ten
 
 
 def _layer_groups(
-    quantized: Mapping[str, LayerPlan], fmt: OutputFormat, dtype: torch.dtype, targets: Mapping[str, FusedTarget]
+    quantized: Mapping[str, LayerPlan], fmt: OutputFormat, dtype: torch.dtype, layout: FileLayout
 ) -> list[tuple[str, ...]]:
-    """Layers one by one, but those together that runtimes join under one global scale, and those that share one row of
-    a stacked tensor (gate and up of an expert that is written dense)."""
+    """Layers one by one, but those together that runtimes join under one global scale, those that share one row of a
+    stacked tensor (gate and up of an expert that is written dense), and those of which a conversion makes tensors."""
     shared = []
     for name, plan in quantized.items():
         family = small_float(plan.scheme)
@@ -110,10 +137,13 @@ def _layer_groups(
             shared.append(name)
     groups = fused_groups(shared, across_experts=False) if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE else []
     rows: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for name, plan in quantized.items() if targets else ():
+    for name, plan in quantized.items() if layout.targets or layout.reversals else ():
         for output in layer_outputs(fmt, plan, dtype):
-            target = targets.get(output)
-            if target is not None and target.piece is not None and target.piece.part != "all":
+            target = layout.targets.get(output)
+            reversal = layout.reversals.get(output if target is None else target.name)
+            if reversal is not None:
+                rows[reversal.origin.name, -1].append(name)
+            elif target is not None and target.piece is not None and target.piece.part != "all":
                 rows[target.name, target.piece.expert].append(name)
     joined = {
         name: group for group in (*(tuple(dict.fromkeys(row)) for row in rows.values()), *groups) for name in group
@@ -121,7 +151,7 @@ def _layer_groups(
     return list(dict.fromkeys(joined.get(name, (name,)) for name in quantized))
 
 
-def _files(source: SkeletonSource, names: Iterable[str]) -> tuple[Path, ...]:
+def _files(source: CheckpointSource, names: Iterable[str]) -> tuple[Path, ...]:
     stored = getattr(source.files, "stored", source.files)
     found = {stored.tensors[key].file for name in names for key in source.inputs(name)}
     return tuple(sorted(found))
@@ -134,7 +164,7 @@ def _bytes(meta: tuple[tuple[int, ...], torch.dtype]) -> int:
     return count
 
 
-def _layer_memory(plan: LayerPlan, source: SkeletonSource, fmt: OutputFormat) -> int:
+def _layer_memory(plan: LayerPlan, source: CheckpointSource, fmt: OutputFormat) -> int:
     """The weight, as stored too where it is dequantized or cast, its codes and what is packed of them."""
     weights = plan.out_features * plan.in_features
     step = row_step(plan, fmt, source.dtype) if plain_copy(source, f"{plan.name}.weight") else None
@@ -147,20 +177,23 @@ def _layer_memory(plan: LayerPlan, source: SkeletonSource, fmt: OutputFormat) ->
     return weights * (source.dtype.itemsize + 1) + (0 if same else min(stored, 2 * weights)) + packed + _SMALL
 
 
-def _stored_bytes(source: SkeletonSource, key: str) -> int:
+def _stored_bytes(source: CheckpointSource, key: str) -> int:
     stored = getattr(source.files, "stored", source.files).tensors[key]
     return int(stored.end - stored.start)
 
 
-def _copy_memory(source: SkeletonSource, names: Sequence[str], size: int) -> int:
-    return _COPY if len(names) == 1 and plain_copy(source, names[0]) else 2 * size + _SMALL
-
-
-def plain_copy(source: SkeletonSource, name: str) -> bool:
-    """Whether a tensor's bytes are those of the file."""
-    plan = source._plans.get(source.tied().get(name, name))
+def plain_copy(source: CheckpointSource, name: str) -> bool:
+    """Whether a model tensor's bytes are those of the file."""
+    plan = source.tensor_plan(name)
     if plan is None:
         raise ModelError(f"tensor {name!r} is missing from the files in {source.folder}")
-    key = plan.origin.keys[0][0]
-    weights = getattr(source.files, "weights", {})
-    return plan.piece is None and key not in weights and source.files.tensors[key].dtype == source.tensor_meta(name)[1]
+    if plan.key is None or source.files.tensors[plan.key].dtype != source.tensor_meta(name)[1]:
+        return False
+    return plan.key not in getattr(source.files, "weights", {})
+
+
+def is_stored(source: CheckpointSource, key: str) -> bool:
+    """Whether a checkpoint tensor is written byte for byte: not dequantized, and in the dtype that it has."""
+    if key in getattr(source.files, "weights", {}):
+        return False
+    return source.files.tensors[key].dtype == source.stored_meta(key)[1]

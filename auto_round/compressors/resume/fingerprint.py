@@ -25,7 +25,7 @@ from auto_round.modeling.source import ModelSource, direct_tensors
 # Of the settings, what does not decide the result, or is said in another way below.
 _LEFT_OUT = (
     "algorithm", "dataset", "device", "imatrix", "layer_config", "ignore_layers", "to_quant_block_names", "mixed",
-    "low_gpu_mem_usage", "max_memory", "platform", "trust_remote_code", "verify",
+    "low_gpu_mem_usage", "max_memory", "platform", "strict", "trust_remote_code", "verify",
 )  # fmt: skip
 TUNED_ALONE, TUNED_TOGETHER = "tuned one at a time", "tuned with their block"
 _VARIABLES = ("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "AR_GGUF_PRE_TOKENIZER")
@@ -38,7 +38,7 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
     """
     own = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _LEFT_OUT}
     scheme = own.pop("scheme").to_dict()
-    values = {**own, **scheme, **vars(settings.algorithm)}
+    values = {**own, **vars(settings.algorithm), **scheme}
     values["algorithm"] = type(settings.algorithm).__name__
     values["imatrix"] = None if settings.imatrix is None else _file_digest(Path(settings.imatrix))
     values["layers"] = {

@@ -44,7 +44,7 @@ _RUN, _MANIFEST = "run.json", "manifest.json"
 def journal_folder(output: Path) -> Path:
     """Where the journal of runs into this folder is."""
     path = os.path.abspath(output.expanduser())
-    return envs.work_space() / _ROOM / f"{output.name or 'out'}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+    return envs.resume_folder() / _ROOM / f"{output.name or 'out'}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
 
 
 class Journal:

@@ -22,6 +22,7 @@ class GgufFormat(OutputFormat):
     """A GGUF file of one file type. Which tensor gets which type is decided by `GgufPlan`, not by the scheme alone."""
 
     loads_here: ClassVar[bool] = False
+    checkpoint_names: ClassVar[bool] = False
     fused_by: ClassVar[tuple[str, ...]] = ()
     scale_dtype: ClassVar[torch.dtype | None] = None  # a part of the types
     holds_activations: ClassVar[bool] = False

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from auto_round.errors import ModelError
+from auto_round.errors import ModelError, UnsupportedError
+from auto_round.modeling.config_values import integers
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -38,28 +39,38 @@ class Settings:
 
     @property
     def blocks(self) -> int:
-        return int(self.need("num_hidden_layers", "n_layer", "n_layers"))
+        return self._number(self.need("num_hidden_layers", "n_layer", "n_layers"))
 
     @property
     def hidden(self) -> int:
-        return int(self.need("hidden_size", "n_embd"))
+        return self._number(self.need("hidden_size", "n_embd"))
 
     @property
     def heads(self) -> int:
-        return int(self.need("num_attention_heads", "n_head"))
+        return self._number(self.need("num_attention_heads", "n_head"))
 
     @property
     def kv_heads(self) -> int:
-        return int(self.get("num_key_value_heads", default=self.heads))
+        return self._number(self.get("num_key_value_heads", default=self.heads))
 
     @property
     def head_dim(self) -> int:
-        return int(self.get("head_dim", default=self.hidden // self.heads))
+        return self._number(self.get("head_dim", default=self.hidden // self.heads))
 
     @property
     def experts(self) -> int:
         """Number of routed experts; 0 in a dense model."""
-        return int(self.get("num_local_experts", "num_experts", "n_routed_experts", default=0))
+        return self._number(self.get("num_local_experts", "num_experts", "n_routed_experts", default=0))
+
+    def _number(self, value: Any) -> int:
+        """A size that all layers share. Raises UnsupportedError where it varies by layer."""
+        found = set(integers(value))
+        if len(found) != 1:
+            raise UnsupportedError(
+                f"config.json of model type {self.model_type!r} gives a size by layer ({value!r}), which no GGUF file "
+                "is written with; use --format auto_round"
+            )
+        return found.pop()
 
     @property
     def tied(self) -> bool:

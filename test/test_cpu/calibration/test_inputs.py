@@ -203,13 +203,16 @@ def test_loss_mask_leaves_out_padding_and_ignored_labels(tiny_folder: Callable[.
     assert captured.loss_mask[1].all()
 
 
-def test_only_what_lies_before_the_blocks_is_loaded(tiny_folder: Callable[..., Path], monkeypatch: Any) -> None:
+@pytest.mark.parametrize("bounded", [False, True])
+def test_what_is_loaded_for_a_pass(bounded: bool, tiny_folder: Callable[..., Path], monkeypatch: Any) -> None:
     source = open_source(tiny_folder("llama"))
+    source.bounded = bounded
     asked: list[str] = []
     load = source.load
     monkeypatch.setattr(source, "load", lambda name, device=None: (asked.append(name), load(name, device))[1])
     captured = capture_inputs(source, make_samples(3))
-    assert asked == ["model.embed_tokens", "model.layers.0"]
+    head = [] if bounded else ["lm_head"]
+    assert asked == ["model.embed_tokens", "model.norm", *head, "model.layers.0"]
     asked.clear()
     with outside_loaded(source):
         for i in range(3):

@@ -17,11 +17,13 @@ class Recorder:
         self.kwargs: dict[str, Any] = {}
         self.saved: dict[str, Any] = {}
         self.planned: dict[str, Any] = {}
+        self.named: Any = None
         self.fails: BaseException | None = None
 
     def __call__(self, **kwargs: Any) -> Recorder:
         if self.fails is not None:
             raise self.fails
+        self.named = kwargs.pop("format", None)
         self.kwargs = kwargs
         return self
 

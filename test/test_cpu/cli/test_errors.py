@@ -8,7 +8,8 @@ import pytest
 from auto_round import errors
 from auto_round.cli import main
 from auto_round.cli.arguments import EVAL_GROUPS, QUANTIZE_GROUPS, spellings
-from auto_round.cli.later import refused_names
+from auto_round.cli.parser import IDLE_FLAGS
+from auto_round.later import refused_names
 
 
 def line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -39,6 +40,8 @@ def line(capsys: pytest.CaptureFixture[str]) -> str:
         (["list", "colours"], "nothing called 'colours'"),
         (["list", "env", "scheme"], "one word"),
         (["eval", "--eval_bs", "1"], "no model was given"),
+        (["m", "--algorithm", "autoroud"], "did you mean 'autoround', 'auto_round'"),
+        (["m", "--algorithm", "rtn,auto_round"], "Use one of"),
     ],
 )
 def test_mistakes(job: Any, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
@@ -54,7 +57,8 @@ def test_mistakes(job: Any, capsys: pytest.CaptureFixture[str], words: list[str]
         ["--options", "mxfp4,mxfp8"], ["--duo-scaling", "both"], ["--n_grid", "20"],
         ["--rotation_type", "hadamard"], ["--tasks", "mmlu"], ["--tasks"],
         ["--eval", "--eval_backend", "vllm"], ["--eval_backend=vllm"], ["--vllm_args=a=1"], ["--svdquant-rank", "32"],
-        ["--nblocks", "2"], ["--mllm"],
+        ["--nblocks", "2"], ["--quant_nontext_module"], ["--num_hidden_layers", "2"], ["--option", "mxfp4"],
+        ["--alg_config", "svdquant,rtn"], ["--enable_alg_ext"], ["--algorithm", "spinquant"],
     ],
 )  # fmt: skip
 def test_later_features_are_refused_at_once(job: Any, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
@@ -85,7 +89,8 @@ def test_exit_codes(job: Any, capsys: pytest.CaptureFixture[str], kind: type[err
 
 
 def test_exit_codes_tell_kinds_apart() -> None:
-    assert len({c.exit_code for c in KINDS}) == len(KINDS)
+    kinds = [c for c in KINDS if errors.AutoRoundError in (c, *c.__bases__)]
+    assert len({c.exit_code for c in kinds}) == len(kinds) > 8
 
 
 def test_interrupt(job: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +135,82 @@ def test_wrong_log_level(job: Any, capsys: pytest.CaptureFixture[str], monkeypat
 def test_variables_without_meaning_are_said(
     job: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AR_DISK_STREAM_MODEL", "1")
+    monkeypatch.setenv("AR_DISK_STREM_MODEL", "1")
+    monkeypatch.setenv("AR_ENABLE_COMPILE_PACKING", "1")
     assert main.run(["m"]) == 0
-    assert "AR_DISK_STREAM_MODEL is set but means nothing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "AR_DISK_STREM_MODEL is set but means nothing" in said
+    assert "AR_ENABLE_COMPILE_PACKING is set and has no effect: packing is vectorised" in said
+
+
+# Every flag of the incumbent's command line (0.14 to 0.16).
+INCUMBENT = """
+model_name model model_name_or_path model_dtype platform batch_size train_bs bs seqlen seq_len nsamples nsample
+device_map device devices dataset seed format formats algorithm algorithms alg algs output_dir avg_bits target_bits
+options low_gpu_mem_usage low_cpu_mem_usage disable_low_cpu_mem_usage enable_torch_compile disable_torch_compile
+disable_trust_remote_code layer_config shared_layers static_kv_dtype static_kv_granularity static_attention_dtype
+static_attention_granularity tasks task eval_bs limit num_fewshot eval_gen_kwargs fewshot_as_multiturn
+eval_task_by_task eval_backend vllm_args eval_model_dtype add_bos_token ignore_scale_zp_bits disable_amp
+disable_deterministic_algorithms enable_deterministic_algorithms model_free disable_model_free mllm
+quant_nontext_module extra_data_dir template prompt_file prompt metrics metric image_save_dir guidance_scale
+num_inference_steps generator_seed scheme bits group_size asym data_type dtype act_bits act_group_size act_asym
+act_data_type act_dtype disable_act_dynamic super_bits super_group_size scale_dtype ignore_layers fp_layers
+quant_lm_head no_quant_lm_head to_quant_block_names awq_duo_scaling awq_n_grid awq_seqlen awq_smooth_batch_size
+awq_apply_clip awq_clip_as_init disable_opt_rtn enable_opt_rtn iters iter lr minmax_lr momentum nblocks
+enable_minmax_tuning no_enable_minmax_tuning disable_minmax_tuning enable_norm_bias_tuning
+no_enable_norm_bias_tuning gradient_accumulate_steps enable_alg_ext no_enable_alg_ext not_use_best_mse
+no_not_use_best_mse enable_quanted_input no_enable_quanted_input disable_quanted_input enable_adam no_enable_adam
+enable_lfq no_enable_lfq rotation_type rotation_hadamard_type rotation_backend rotation_block_size
+fuse_online_to_weight allow_online_rotation svdquant_rank enable_svdquant_smooth svdquant_smooth_num_grids
+svdquant_smooth_max_calibration_calls svdquant_residual_iters enable_svdquant_residual_early_stop
+svdquant_low_rank_dtype svdquant_target_modules svdquant_exclude_modules svdquant_model_adapter eval bit option
+schemes alg_config alg_configs num_hidden_layers adam duo_scaling n_grid
+""".split()
+EVALUATION = """
+model_name model model_name_or_path mllm device_map device devices tasks task disable_trust_remote_code seed eval_bs
+bs batch_size eval_task_by_task eval_model_dtype limit num_fewshot eval_gen_kwargs fewshot_as_multiturn eval_backend
+add_bos_token vllm_args
+""".split()
+
+
+@pytest.mark.parametrize(("names", "groups"), [(INCUMBENT, QUANTIZE_GROUPS), (EVALUATION, EVAL_GROUPS)])
+def test_every_flag_of_the_incumbent_is_known(names: list[str], groups: Any) -> None:
+    known = {*spellings(groups), *refused_names(), *IDLE_FLAGS}
+    assert [name for name in names if name not in known and name.removeprefix("no_") not in known] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--format", "auto_rond"], "did you mean 'auto_round'"),
+        (["--format", "gguf:q*_1"], "gguf:q4_1, "),
+        (["--scheme", "W4A17"], "unknown scheme 'W4A17'"),
+        (["--scheme", "gguf:q*_k_s"], "GGUF:Q4_K_S"),
+        (["--device", "cdua:0"], "cdua:0"),
+        (["--layer_config", "{k_proj:{bit:8}}"], "did you mean 'bits'"),
+        (["--dataset", "mbpp:nume=3"], "nume"),
+        (["--group_size", "-7"], "group_size=-7"),
+        (["--format", "auto_awq", "--bits", "2"], "format 'auto_awq' cannot hold"),
+    ],
+)
+def test_typing_errors_are_found_before_the_model(
+    capsys: pytest.CaptureFixture[str], words: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network was asked"))
+    assert main.run(["some-org/no-such-model", *words]) in (2, 5, 7)
+    assert says in line(capsys)
+
+
+def test_an_output_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/below"):
+        words = ["some-org/no-such-model", "--output_dir", str(tmp_path / place)]
+        assert main.run(words) == errors.OutputError.exit_code
+        assert "is a file" in line(capsys)
+
+
+def test_flags_without_effect_are_named(job: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["m", "--mllm"]) == 0
+    assert "--mllm has no effect: the kind of a model is found from its files" in capsys.readouterr().err

@@ -71,3 +71,9 @@ def test_table_wraps_its_last_column() -> None:
     lines = text.splitlines()
     assert lines[0] == "a   b" and lines[1].startswith("xx  one two") and lines[2].startswith("    ")
     assert " ".join(line[4:].strip() for line in lines[1:]) == "one two three four five six seven"
+
+
+@pytest.mark.parametrize("word", ["alg", "algs", "algorithm", "algorithms"])
+def test_algorithms(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "list", word)
+    assert "auto_round" in text and "awq" in text and "AWQ smoothing" in text

@@ -82,6 +82,12 @@ EVERY_FLAG: list[tuple[str, dict[str, Any]]] = [
     ("--no_verify", {"verify": False}),
     ("--algorithm auto_round", {}),
     ("--alg rtn", {"iters": 0}),
+    ("--alg_configs rtn", {"iters": 0}),
+    ("--alg-config auto-round", {}),
+    ("--bit 8 --schemes w2a16", {"bits": 8, "scheme": "w2a16"}),
+    ("--no-enable_adam", {"enable_adam": False}),
+    ("--strict", {"strict": True}),
+    ("--nblocks 1 --no-enable_lfq --no-enable_alg_ext --guidance_scale 7.5 --rotation_backend=auto --mllm", {}),
     ("--disable_model_free", {}),
 ]
 
@@ -100,7 +106,7 @@ def test_layer_config_of_the_guide(job: Any) -> None:
 def test_output_flags(job: Any) -> None:
     assert main.run(["org/m", "--formats", "auto_round,fake", "--overwrite", "--max_shard_size", "2GB"]) == 0
     want = {"output_dir": "./tmp_autoround", "format": "auto_round,fake", "overwrite": True, "max_shard_size": "2GB"}
-    assert job.saved == want
+    assert job.saved == want and job.named == "auto_round,fake"
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(job: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +118,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(job: Any, capsys: pytest.Cap
 # For each keyword of AutoRound that a flag sets: a value other than its default.
 CHANGED: dict[str, Any] = {
     "model_dtype": "bf16", "platform": "model_scope", "trust_remote_code": True, "scheme": "W8A16", "bits": 2,
-    "group_size": 32, "sym": False, "data_type": "other", "scale_dtype": "fp32",
+    "group_size": 32, "sym": False, "data_type": "mx_int", "scale_dtype": "fp32",
     "act_bits": 8, "act_group_size": 0, "act_sym": False, "act_data_type": "int", "act_dynamic": False,
     "layer_config": {"k_proj": {"bits": 8}}, "ignore_layers": "mlp", "quant_lm_head": True,
     "to_quant_block_names": "model.layers.0", "dataset": "mbpp",
@@ -123,7 +129,7 @@ CHANGED: dict[str, Any] = {
     "super_bits": 6, "super_group_size": 8, "imatrix": "a.gguf", "save_imatrix": "b.gguf",
     "static_kv_dtype": "fp8", "static_kv_granularity": "head", "static_attention_dtype": "fp8",
     "static_attention_granularity": "head", "model_free": True, "parallelism": 3, "max_memory": "1GB",
-    "on_nan": "keep", "allow_pickle": True,
+    "on_nan": "keep", "allow_pickle": True, "strict": True,
 }  # fmt: skip
 # What has no effect, and is refused, without another keyword.
 NEEDED: dict[str, dict[str, Any]] = {

@@ -46,7 +46,9 @@ def test_every_format_of_the_guide_is_built() -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("auto_rond", "did you mean 'auto_round'"),
-    ("gguf:q9_z", "unknown format 'gguf:q9_z'"), ("", "no format given"), (" , ", "no format given"),
+    ("gguf:q*_1", "types are gguf:q2_k, .*gguf:q4_1"), ("gguf", "types are gguf:q2_k, "),
+    ("gguf:q4km", "did you mean 'gguf:q4_k_m'"), ("gguf:q9_z", "unknown format 'gguf:q9_z'"),
+    ("", "no format given"), (" , ", "no format given"),
     ("fake,auto_round,fake", "'fake' is given twice"),
 ])  # fmt: skip
 def test_names_that_are_wrong(text: str, message: str) -> None:

@@ -142,7 +142,7 @@ def test_rotary_settings_where_older_readers_look(given: dict[str, Any], added: 
 
 
 def test_stacks_need_one_scheme(packable_model: Callable[..., Any]) -> None:
-    from auto_round.compressors.dense_experts import stored_targets
+    from auto_round.compressors.file_layout import stacked_targets as stored_targets
 
     rules, fmt = mlx_rules("qwen3_moe"), get_format("mlx")
     specs: dict[str, Any] = {}

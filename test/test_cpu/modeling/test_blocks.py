@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from auto_round.errors import ModelError
+from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import (
     find_blocks,
     in_features,
@@ -81,3 +82,33 @@ def test_linear_layers_and_their_orientation(tiny_model: Callable[..., Any]) -> 
     assert conv.weight[1, 0] == 1 and conv.weight[0, 1] == 32
     linear = nn.Linear(3, 5)
     assert weight_2d(linear) is linear.weight and out_features(linear) == 5
+
+
+def test_subclasses_of_linear_are_known_by_their_outputs() -> None:
+    class Same(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input @ self.weight.T + self.bias
+
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    class Choosing(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).topk(2)[1]
+
+    class Grouped(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(input, self.weight.view(self.groups, -1, input.shape[-1]).transpose(1, 2))
+
+    class Inherited(nn.Linear):
+        pass
+
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = nn.ModuleDict({c.__name__: c(8, 4) for c in (Same, Scaled, Choosing, Grouped, Inherited)})
+        assert linear_names(model) == ["Same", "Inherited"]
+    weights = block_weights(nn.ModuleDict({"block": model}), ("block",))
+    assert {w.name for w in weights.dense} == {f"block.{n}.weight" for n in ("Scaled", "Choosing", "Grouped")}
+    assert all("forward of its own" in w.reason and w.unknown for w in weights.dense)
+    assert weights.share_unknown == 0.6

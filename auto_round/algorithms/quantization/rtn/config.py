@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from auto_round.algorithms.quantization.scheme_fields import SchemeFields
+from auto_round.errors import ConfigError
 
-@dataclass(frozen=True, kw_only=True)
-class RTNConfig:
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RTNConfig(SchemeFields):
     """Round to nearest. `disable_opt_rtn=True` takes each group's plain minimum and maximum, without calibration data;
-    otherwise scales come from the importance-weighted search of `search.py`."""
+    otherwise scales come from the importance-weighted search of `search.py`. `enable_opt_rtn=True` says the latter
+    explicitly. The scheme's fields may be given too."""
 
     disable_opt_rtn: bool | None = None
+    enable_opt_rtn: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.enable_opt_rtn and self.disable_opt_rtn:
+            raise ConfigError("enable_opt_rtn and disable_opt_rtn contradict each other; give one")
+        if self.enable_opt_rtn is not None:
+            object.__setattr__(self, "disable_opt_rtn", not self.enable_opt_rtn)
+            object.__setattr__(self, "enable_opt_rtn", None)
 
     @property
     def optimized(self) -> bool:
         return not self.disable_opt_rtn
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class OptimizedRTNConfig(RTNConfig):
     """Round to nearest with searched scales, said explicitly."""
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from auto_round.errors import ConfigError
+from auto_round.algorithms.quantization.scheme_fields import SchemeFields
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.later import SIGN_ROUND_V2, refuse_keyword
 
 _FULL_RUN = 200
+_REFUSED = (
+    "lr_scheduler", "nblocks", "enable_norm_bias_tuning", "enable_alg_ext", "dynamic_max_gap", "optimizer",
+    "enable_lfq",
+)  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class SignRoundConfig:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SignRoundConfig(SchemeFields):
     """Rounding tuned by signed gradient descent, block by block.
 
     Attributes:
-        iters: steps for each block.
+        iters: steps for each block; with 0, `AutoRound` rounds to nearest instead.
         lr: step size of the rounding offsets, in units of one code; None takes `default_rate`. It falls linearly to
             zero.
         minmax_lr: step size of the scale factors; None takes `lr`.
@@ -25,6 +32,10 @@ class SignRoundConfig:
         enable_quanted_input: tune on what the quantized blocks before give, not on the full-precision input.
         not_use_best_mse: keep the last state instead of the best one.
         enable_adam: AdamW instead of the sign.
+        lr_scheduler, nblocks, enable_norm_bias_tuning, enable_alg_ext, dynamic_max_gap, optimizer, enable_lfq: of
+            features that this version does not have; anything but the default is refused.
+
+    The scheme's fields (`bits`, `group_size`, `sym`, ...) may be given too.
     """
 
     iters: int = 200
@@ -37,12 +48,21 @@ class SignRoundConfig:
     enable_quanted_input: bool = True
     not_use_best_mse: bool = False
     enable_adam: bool = False
+    lr_scheduler: Any = None
+    nblocks: int = 1
+    enable_norm_bias_tuning: bool = False
+    enable_alg_ext: bool = False
+    dynamic_max_gap: int = -1
+    optimizer: Any = None
+    enable_lfq: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("iters", "batch_size", "gradient_accumulate_steps"):
+        for name, low in (("iters", 0), ("batch_size", 1), ("gradient_accumulate_steps", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}={value!r}: give a whole number of at least 1 (iters=0 means RTN)")
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"{name}={value!r}: give a whole number of at least {low}")
+        for name in _REFUSED:
+            refuse_keyword(name, getattr(self, name))
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < float(value) < 10:
@@ -72,8 +92,17 @@ def default_rate(iters: int, bits: int) -> float:
     return (2.0 if iters >= 1000 and bits <= 3 else 1.0) / iters
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdamRoundConfig(SignRoundConfig):
     """SignRound's learnables tuned by AdamW."""
 
     enable_adam: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SignRoundV2Config(SignRoundConfig):
+    """The name exists so that scripts that mention it can be imported; this version has no SignRound v2, and making
+    one raises UnsupportedError."""
+
+    def __post_init__(self) -> None:
+        raise UnsupportedError(SIGN_ROUND_V2.sentence("SignRoundV2Config"))

@@ -141,12 +141,14 @@ def test_further_layers_and_a_bias_in_float32(
     regular, made = read_tensors(tmp_path / "regular"), read_tensors(free(folder, **G32))
     assert all(torch.equal(regular[name].view(torch.uint8), made[name].view(torch.uint8)) for name in regular)
     assert regular[bias].dtype == torch.float32 and torch.equal(regular[bias], tensors[bias])
-    further = set(made) - set(regular)
-    assert further == {name for name in tensors if ".layers.2." in name}
-    assert all(torch.equal(made[name], tensors[name]) for name in further)
-    report = json.loads((tmp_path / "free" / "report.json").read_text())
-    (reason,) = {r["reason"] for r in report["layers"] if r["name"] == "model.layers.2.eh_proj"}
-    assert reason == "it belongs to multi-token prediction"
+    assert set(made) == set(regular)
+    further = {name for name in tensors if ".layers.2." in name}
+    assert further and all(torch.equal(made[name], tensors[name]) for name in further)
+    for name in ("regular", "free"):
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert report["job"]["copied"] == dict.fromkeys(further, "it belongs to multi-token prediction")
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["quantization_config"]["extra_config"]["model.layers.2.eh_proj"]["bits"] == 16
     assert report["job"]["left"]["model.layers.1.mlp.gate.weight"] == "it chooses experts"
 
 

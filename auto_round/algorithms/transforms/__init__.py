@@ -1,0 +1,1 @@
+"""Transformations of weights that run before quantization. This version has none."""

@@ -1,0 +1,121 @@
+"""What a model's own checkpoint calls its modules, also those that the checkpoint does not hold as they are.
+
+Serving engines look tensors, and the entries of a quantization_config, up by the names of the family's checkpoints. The
+names of a source are the inverse of how it was read, taken from the tensors that were; a packed tensor of a layer whose
+weight came from `block_sparse_moe.experts.0.w1.weight` is `block_sparse_moe.experts.0.w1.qweight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from auto_round.modeling.conversions import USUAL_LEAVES, Conversions, conversions_of
+from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.source import ModelSource
+
+_NUMBERED = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
+
+
+class CheckpointNames:
+    """Names of modules and tensors in the checkpoint of a source, by their names in its model."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._own: dict[str, str] = {}
+        self._containers: dict[str, str] = {}
+        for tensor in source.tensor_names():
+            plan = source.tensor_plan(tensor)
+            key = None if plan is None else plan.key
+            owner, _, leaf = tensor.rpartition(".")
+            if key is not None and key.rpartition(".")[2] == leaf:
+                self._own.setdefault(owner, key.rpartition(".")[0])
+        for module, stored in self._own.items():
+            self._add_containers(module, stored)
+        self._experts = {n: m for n, m in source.model.named_modules() if isinstance(m, LinearExperts)}
+        self._source = source
+        self._mapping: Conversions | None = None
+
+    def _add_containers(self, module: str, stored: str) -> None:
+        """Note how the modules around `module` are called, as far as both names end alike."""
+        while True:
+            module, _, leaf = module.rpartition(".")
+            stored, _, stored_leaf = stored.rpartition(".")
+            if leaf != stored_leaf or not module or not stored:
+                return
+            if self._containers.setdefault(module, stored) != stored:
+                return
+
+    def module(self, name: str) -> str:
+        """The checkpoint's name of a module; of one that it has no tensors of, as its neighbours are called."""
+        if name in self._own:
+            return self._own[name]
+        parent, rest = name, ""
+        while parent:
+            if parent in self._containers:
+                return self._containers[parent] + rest
+            parent, _, leaf = parent.rpartition(".")
+            rest = f".{leaf}{rest}"
+        return name
+
+    def packed_layer(self, name: str, leaves: Iterable[str], *, loads_here: bool) -> str:
+        """The name under which the packed tensors of a linear layer are stored.
+
+        Args:
+            name: of the layer in the model.
+            leaves: of its tensors: "qweight", "scales", ...
+            loads_here: Transformers opens the files with this package's loader. It must find the tensors again: where
+                it would rename or join them otherwise, they keep the name that the modules have.
+        """
+        stored = self.module(name)
+        if not loads_here or all(self._loads(f"{stored}.{leaf}", f"{name}.{leaf}") for leaf in leaves):
+            return stored
+        return name
+
+    def joined(self, name: str, leaves: Iterable[str]) -> bool:
+        """Whether Transformers would join a packed layer's tensors with others under the checkpoint's name of it."""
+        stored = self.module(name)
+        mapping = self._conversions()
+        return stored != name and any(mapping.converter_of(mapping.renamed(f"{stored}.{leaf}")) for leaf in leaves)
+
+    def loose(self, tensor: str) -> str:
+        """The name of a dense tensor whose siblings are packed: Transformers must not join it with them."""
+        owner, _, leaf = tensor.rpartition(".")
+        parent, _, last = owner.rpartition(".")
+        for candidate in (f"{self.module(owner)}.{leaf}", f"{self.module(parent)}.{last}.{leaf}"):
+            if self._loads(candidate, tensor):
+                return candidate
+        return tensor
+
+    def block(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's names of a decoder block: several where its layers lie in more than one item of a list."""
+        inside = [stored for module, stored in self._own.items() if module.startswith(f"{name}.") or module == name]
+        whole = self._containers.get(name)
+        if whole is not None and all(f"{stored}.".startswith(f"{whole}.") for stored in inside):
+            return (whole,)
+        found = dict.fromkeys(match[0] for stored in inside if (match := _NUMBERED.match(stored)))
+        return tuple(found) or (self.module(name),)
+
+    def _loads(self, key: str, tensor: str) -> bool:
+        """Whether Transformers gives a stored tensor to the model's tensor of that name (an expert's may have the names
+        that the checkpoint has for its matrices)."""
+        wanted = {tensor, self._own_leaf(key, tensor)}
+        if key in wanted:
+            return True
+        mapping = self._conversions()
+        renamed = mapping.renamed(key)
+        if mapping.converter_of(renamed) is not None:
+            return False
+        prefix = f"{mapping.prefix}." if mapping.prefix else ""
+        return bool(wanted & {renamed, prefix + renamed, renamed.removeprefix(prefix)})
+
+    def _own_leaf(self, key: str, tensor: str) -> str:
+        layer, _, leaf = tensor.rpartition(".")
+        expert, _, matrix = layer.rpartition(".")
+        if matrix not in USUAL_LEAVES or expert.rpartition(".")[0] not in self._experts:
+            return tensor
+        return f"{expert}.{key.split('.')[-2]}.{leaf}"
+
+    def _conversions(self) -> Conversions:
+        if self._mapping is None:
+            self._mapping = conversions_of(self._source.model)
+        return self._mapping

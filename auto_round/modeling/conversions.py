@@ -1,0 +1,195 @@
+"""Transformers' conversion mapping of a model, applied to names in both directions.
+
+A checkpoint and the modules that read it may call the same tensor differently, split or join matrices, and store the
+experts of a block one by one or stacked. Transformers publishes these differences per model class and type
+(`transformers.conversion_mapping`), and applies them whenever it loads. Nothing about a family is repeated here: the
+mapping is asked for at run time, so that it is the one of the Transformers that will load the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+_EXPERT_LEAF = re.compile(r"\.experts\.\*\.(?P<leaf>\w+)\.weight$")
+
+
+class ExpertLeaves(NamedTuple):
+    """What the matrices of one expert are called."""
+
+    gate: str
+    up: str
+    down: str
+
+
+USUAL_LEAVES = ExpertLeaves("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """The conversion mapping of one model. Build it with `conversions_of` or `conversions_for_type`.
+
+    Attributes:
+        renamings, converters: Transformers' `WeightRenaming` and `WeightConverter` entries, in order. Some keep state
+            while they rename, so every pass over a file takes fresh ones.
+        prefix: the base model's attribute name (`model`, `transformer`), which files saved without a head lack.
+    """
+
+    renamings: tuple[Any, ...] = ()
+    converters: tuple[Any, ...] = ()
+    prefix: str | None = None
+
+    def loaded(self, key: str, known: Mapping[str, Any]) -> tuple[str, str | None]:
+        """The model's name of the checkpoint tensor `key`, and the pattern of the converter that takes it, if any.
+
+        Args:
+            known: names of the model's tensors; the prefix of the base model is added or dropped to meet one of them,
+                and a conversion that leads to no known name is not applied, as Transformers does it.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        renamings, converters = list(self.renamings), list(self.converters)
+        name, pattern = rename_source_key(key, renamings, converters, self.prefix, known)
+        if name not in known:
+            plain, _ = rename_source_key(key, [], [], self.prefix, known)
+            if plain in known:
+                return plain, None
+        return name, pattern
+
+    def renamed(self, key: str) -> str:
+        """`key` after the renamings alone: where a tensor goes that no converter takes."""
+        for renaming in self.renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key
+
+    def converter_of(self, name: str) -> Any:
+        """The converter that takes a tensor of this name (after the renamings), or None."""
+        for converter in self.converters:
+            if converter.rename_source_key(name)[1] is not None:
+                return converter
+        return None
+
+    def by_pattern(self, pattern: str) -> Any:
+        """The converter that `pattern`, as `loaded` returned it, belongs to."""
+        return next(converter for converter in self.converters if pattern in converter.source_patterns)
+
+    def expert_leaves(self) -> ExpertLeaves | None:
+        """How checkpoints call the matrices of experts that they store one by one; None where they do not.
+
+        A family without a gate gets its usual name for it, which no tensor has.
+        """
+        found: dict[str, str] = {}
+        for converter in self.converters:
+            leaves = [match["leaf"] for p in converter.source_patterns if (match := _EXPERT_LEAF.search(p))]
+            target = re.split(r"[.\\]", converter.target_patterns[0])[-1]
+            if len(leaves) == 2 and target == "gate_up_proj":
+                found["gate"], found["up"] = leaves
+            elif len(leaves) == 1 and target in ("up_proj", "down_proj"):
+                found[target.removesuffix("_proj")] = leaves[0]
+        if not {"up", "down"} <= set(found):
+            return None
+        return ExpertLeaves(found.get("gate", USUAL_LEAVES.gate), found["up"], found["down"])
+
+    def inverse(self) -> Conversions:
+        """The mapping from the model's names to the checkpoint's: converters first, then renamings, last to first.
+
+        A conversion that Transformers cannot undo is left out.
+        """
+        renamings: list[Any] = []
+        converters: list[Any] = []
+        for entry in reversed((*self.renamings, *self.converters)):
+            try:
+                reverse = entry.reverse_transform()
+            except (AttributeError, NotImplementedError, ValueError):
+                continue
+            (converters if hasattr(reverse, "operations") else renamings).append(reverse)
+        return Conversions(tuple(renamings), tuple(converters), self.prefix)
+
+
+def conversions_of(model: nn.Module, *, legacy: bool = True) -> Conversions:
+    """The mapping that Transformers applies when it loads this model; nothing for a model of other origin.
+
+    Args:
+        model: its class, configuration and submodels decide.
+        legacy: with the names of very old checkpoints (`LayerNorm.gamma`), which are read and never written.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return Conversions()
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    entries = get_model_conversion_mapping(model, add_legacy=legacy)
+    return _sorted(entries, getattr(model, "base_model_prefix", "") or None)
+
+
+def saving_conversions(model: nn.Module) -> Conversions:
+    """The inverse mapping by which Transformers would save this model: that of how it was loaded, where it says so.
+
+    A model made from a configuration has no prefix of a base model to give back.
+    """
+    loaded = getattr(model, "_weight_conversions", None)
+    if loaded is not None:
+        return _sorted(loaded, None).inverse()
+    fresh = conversions_of(model, legacy=False)
+    return Conversions(
+        tuple(entry for entry in fresh.renamings if type(entry).__name__ != "PrefixChange"), fresh.converters
+    ).inverse()
+
+
+def conversions_for_type(model_type: str) -> Conversions:
+    """The mapping of a `model_type` as far as it is known without a model."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return _sorted(get_checkpoint_conversion_mapping(model_type) or [], None)
+
+
+def _sorted(entries: Iterable[Any], prefix: str | None) -> Conversions:
+    listed = list(entries)
+    converters = tuple(entry for entry in listed if hasattr(entry, "operations"))
+    return Conversions(tuple(entry for entry in listed if not hasattr(entry, "operations")), converters, prefix)
+
+
+@dataclass(eq=False)
+class Origin:
+    """Checkpoint tensors that are read together and give one or more model tensors.
+
+    Attributes:
+        name: the first model tensor they give.
+        keys: (checkpoint name, source pattern) in the order in which a converter wants them.
+        converter: Transformers' WeightConverter, or None when the tensor is used as stored.
+        targets: names of all model tensors they give, experts stacked as the family's modules hold them.
+    """
+
+    name: str
+    keys: list[tuple[str, str]] = field(default_factory=list)
+    converter: Any = None
+    targets: list[str] = field(default_factory=list)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The checkpoint names."""
+        return tuple(key for key, _ in self.keys)
+
+
+def run_converter(
+    converter: Any, name: str, tensors: Iterable[tuple[str, str, torch.Tensor]], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Tensors by name that a converter makes.
+
+    Args:
+        converter: a WeightConverter that has taken no tensor yet.
+        name: the first tensor that it gives.
+        tensors: (name, source pattern, tensor) of what it takes, in order.
+
+    Raises whatever a third-party operation raises on odd shapes.
+    """
+    for key, pattern, tensor in tensors:
+        converter.add_tensor(name, key, pattern, tensor)
+    made = converter.convert(name, model=model, config=getattr(model, "config", None))
+    return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}

@@ -1,0 +1,113 @@
+"""Modules of a model by their dotted names, its blocks and its device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from auto_round.compressors.device import resolve_device
+from auto_round.compressors.settings import names_tuple
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.later import MULTIMODAL
+from auto_round.modeling.source import find_model_blocks
+
+_NOT_TEXT = ("vision", "image", "img")
+
+
+def get_module(module: torch.nn.Module, key: str) -> torch.nn.Module | None:
+    """The submodule called `key`; None where there is none."""
+    try:
+        return module.get_submodule(key)
+    except AttributeError:
+        return None
+
+
+def set_module(model: torch.nn.Module, key: str, new_module: torch.nn.Module) -> None:
+    """Put `new_module` at `key`. Nothing happens where its parent does not exist."""
+    parent = get_module(model, key.rpartition(".")[0])
+    if parent is not None:
+        setattr(parent, key.rpartition(".")[2], new_module)
+
+
+def get_attr(module: Any, key: str) -> Any:
+    """The attribute at a dotted name, such as a parameter `layers.0.weight`; None where there is none."""
+    for name in key.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def set_attr(model: Any, key: str, new_attr: Any) -> None:
+    """Set the attribute at a dotted name. Nothing happens where its parent does not exist."""
+    parent, _, name = key.rpartition(".")
+    owner = get_attr(model, parent) if parent else model
+    if owner is not None:
+        setattr(owner, name, new_attr)
+
+
+def get_block_names(model: torch.nn.Module, quant_vision: bool = False) -> list[list[str]]:
+    """Names of the decoder blocks in the order in which they run, as one list inside a list.
+
+    Raises:
+        UnsupportedError: `quant_vision`, or a model that runs its blocks in turns.
+        ModelError: the model has no blocks.
+    """
+    if quant_vision:
+        raise UnsupportedError(MULTIMODAL.sentence("quant_vision=True"))
+    return [list(find_model_blocks(model))]
+
+
+def find_matching_blocks(
+    model: torch.nn.Module, all_blocks: Sequence[Sequence[str]], to_quant_block_names: str | Sequence[Any] | None
+) -> Sequence[Sequence[str]]:
+    """The blocks of `all_blocks` that a comma-separated string of names or regular expressions finds. A list of names
+    is returned as it is, and None means all.
+
+    Raises ConfigError when nothing is found.
+    """
+    if not to_quant_block_names:
+        return all_blocks
+    if not isinstance(to_quant_block_names, str):
+        return to_quant_block_names
+    patterns = names_tuple(to_quant_block_names)
+    found = [[block for pattern in patterns for block in blocks if re.search(pattern, block)] for blocks in all_blocks]
+    if not any(found):
+        raise ConfigError(
+            f"to_quant_block_names={to_quant_block_names!r} matches none of the blocks; give None for all of them"
+        )
+    return [blocks for blocks in found if blocks]
+
+
+def get_lm_head_name(model: torch.nn.Module) -> str | None:
+    """The name of the output head; None where a model has none."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return None if head is None else next((name for name, m in model.named_modules() if m is head), None)
+
+
+def is_pure_text_model(model: torch.nn.Module) -> bool:
+    """Whether the model reads nothing but token ids."""
+    if hasattr(getattr(model, "config", None), "vision_config"):
+        return False
+    for module in model.modules():
+        if getattr(type(module), "main_input_name", "input_ids") != "input_ids":
+            return False
+        if any(word in str(type(module)).lower() for word in _NOT_TEXT):
+            return False
+    return True
+
+
+def get_major_device(device_map: Any = None) -> str:
+    """The device that is meant first by a `device_map`: "cuda:0" of "0,1".
+
+    Raises DeviceError for a device that is not there.
+    """
+    if isinstance(device_map, Mapping):
+        device_map = next(iter(device_map.values()), None)
+    if isinstance(device_map, (list, tuple)):
+        device_map = device_map[0] if device_map else None
+    if isinstance(device_map, str):
+        device_map = device_map.split(",")[0].strip()
+    return str(resolve_device(device_map))
