@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,8 @@ import torch
 
 from auto_round import envs
 from auto_round.compressors.budget import parse_budget
-from auto_round.compressors.deliver import Finished
 from auto_round.compressors.device import resolve_device
-from auto_round.compressors.format_runs import default_format, folder_name, split_runs
+from auto_round.compressors.format_runs import default_format, split_runs
 from auto_round.compressors.keywords import (
     checked_options,
     choose_algorithm,
@@ -27,20 +25,17 @@ from auto_round.compressors.keywords import (
 )
 from auto_round.compressors.model_free.entry import open_model_free, rounding_only
 from auto_round.compressors.planning import check_before_opening
-from auto_round.compressors.resume.run_journal import remove_journal
 from auto_round.compressors.run import Run
+from auto_round.compressors.saving import Saving
 from auto_round.compressors.settings import Settings, check_on_nan, check_whole, names_tuple, parse_scale_dtype
 from auto_round.compressors.settings_view import SettingsView
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.export.cache_scales import parse_cache_scheme
-from auto_round.export.disk import PARTIAL, ensure_output_folder
 from auto_round.export.formats import OutputFormat, parse_formats
-from auto_round.export.staging import Staging
 from auto_round.later import DIFFUSION
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
-from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme, mixed_preset
 
 if TYPE_CHECKING:
@@ -51,7 +46,7 @@ _CACHE_OPTIONS = (
 )  # fmt: skip
 
 
-class AutoRound(SettingsView):
+class AutoRound(Saving, SettingsView):
     """Quantizes a causal language model.
 
     Args:
@@ -166,20 +161,13 @@ class AutoRound(SettingsView):
         self._batch_size, self._accumulate = options["bs"] or batch_size, steps
         self._low_cpu_mem_usage = bool(low_cpu_mem_usage)
         self._layers_seen = None
-        self._spent = False  # a model object is quantized in place, once
-        self._result: tuple[torch.nn.Module, dict[str, QuantizedLayer], Finished] | None = None
+        Saving.__init__(self)
         self._free = open_model_free(model, self.settings, options)
         if self._free is not None:
             self.tokenizer = tokenizer
             return
         self._source = _open(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
         self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The model. One given by path holds no weights until `quantize()` has put it together."""
-        self._needs_model("model")
-        return self._source.model if self._result is None else self._result[0]
 
     def plan(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> Job:
         """What would be done: layers, bytes on disk, memory, steps. `.render()` gives it as text.
@@ -203,80 +191,6 @@ class AutoRound(SettingsView):
             Run(self._source, settings, self.tokenizer).checked_plan(formats, output_dir) for settings, formats in runs
         ]
 
-    def quantize(self) -> tuple[torch.nn.Module, dict[str, dict[str, Any]]]:
-        """Quantize without saving.
-
-        Returns:
-            (model, layer configuration): the model runs; a model object given by the user holds dequantized weights in
-            place, a model given by path holds packed layers. The configuration gives every linear layer's scheme.
-        """
-        self._needs_model("quantize")
-        if self._result is None:
-            self._result = self._run().to_memory()
-        model, layers, finished = self._result
-        job = self._run().memory_plan() if not self._source.lazy else None
-        job = None if job is None else job.with_kept(finished.walk.numbers.kept)
-        names = list(job.layers) if job is not None else list(layers)
-        schemes = {n: (job.layers[n].scheme if job is not None else layers[n].scheme) for n in names}
-        return model, {name: scheme.to_dict() for name, scheme in schemes.items()}
-
-    def save_quantized(
-        self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None, *,
-        overwrite: bool = False, max_shard_size: int | str = "5GB",
-    ) -> torch.nn.Module:  # fmt: skip
-        """Write the model that `quantize()` made, once for each format. Returns the model.
-
-        Raises ConfigError when `quantize()` was not called, OutputError when the folder cannot be used.
-        """
-        formats = self._formats(format)
-        if self._result is None:
-            raise ConfigError("save_quantized: nothing is quantized yet; call quantize() first, or quantize_and_save()")
-        model, layers, finished = self._result
-        self._run().save(os.fspath(output_dir), formats, overwrite, max_shard_size, layers, finished)
-        return model
-
-    def quantize_and_save(
-        self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None, *,
-        overwrite: bool = False, max_shard_size: int | str = "5GB", resume: bool = True,
-    ) -> tuple[torch.nn.Module | None, str | list[str]]:  # fmt: skip
-        """Quantize and write as blocks finish.
-
-        Args:
-            output_dir: a new or empty folder. Several formats get a subfolder each.
-            format: one name or several, separated by commas; None is auto_round, or the file type of a GGUF scheme.
-            overwrite: allow a folder that holds files.
-            max_shard_size: largest weight file.
-            resume: keep a journal in AR_WORK_SPACE, and go on with the same run if it was interrupted (docs/resume.md).
-                False: start anew, without a journal. A model object is never gone on with.
-
-        Raises:
-            ConfigError: the interrupted run had other settings, data or weights; the message names them.
-            Stopped: by Ctrl-C; the text says where.
-
-        Returns:
-            (model, folder or list of folders). The model is None when it was given by path: it was never whole in
-            memory; open the folder with Transformers.
-        """
-        formats = self._formats(format)
-        if self._free is not None:
-            written = [
-                str(f) for f in self._free.to_folders(os.fspath(output_dir), formats, overwrite, max_shard_size, resume)
-            ]
-            return None, (written[0] if len(written) == 1 else written)
-        if self._result is not None:
-            _, layers, finished = self._result
-            folders = self._run().save(os.fspath(output_dir), formats, overwrite, max_shard_size, layers, finished)
-        else:
-            if self._spent:
-                raise ConfigError(
-                    "the model object holds quantized weights since the first quantize_and_save(); to save it more "
-                    "than once call quantize() and then save_quantized(), or name several formats at once"
-                )
-            folders = self._write(os.fspath(output_dir), formats, overwrite, max_shard_size, resume)
-            self._spent = not self._source.lazy
-        names = [str(folder) for folder in folders]
-        return (None if self._source.lazy else self.model), (names[0] if len(names) == 1 else names)
-
     def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
         if given is not None or self._named_formats is None:
             self._named_formats = parse_formats(default_format(self.settings) if given is None else given)
@@ -290,45 +204,6 @@ class AutoRound(SettingsView):
             return self._run().memory_plan()
         settings, group = split_runs(self.settings, formats, quiet=True)[0]
         return Run(self._source, settings, self.tokenizer).plan(group)
-
-    def _write(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool
-    ) -> list[Path]:
-        """Every run of these formats, each planned once, before the first begins."""
-        runs = [(Run(self._source, s, self.tokenizer), group) for s, group in split_runs(self.settings, formats)]
-        if len(runs) == 1:
-            return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard, resume)
-        if not self._source.lazy:
-            raise ConfigError(
-                f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
-                "place, once; give the model by path, or one of the formats"
-            )
-        siblings = [folder_name(fmt) for fmt in formats]
-        root = Path(output_dir).expanduser()
-        places = [root if len(group) > 1 else root / folder_name(group[0]) for _, group in runs]
-        jobs = [run.checked_plan(group, str(place), resume) for (run, group), place in zip(runs, places, strict=True)]
-        # an empty one has no subfolder that a later run could stumble over
-        ensure_output_folder(root, overwrite, {PARTIAL, *siblings})
-        found: dict[str, Path] = {}
-        with nullcontext() if root in places else Staging(root):
-            for (run, group), folder, job in zip(runs, places, jobs, strict=True):
-                run.admit(job, str(folder), group, overwrite, shard, resume, siblings)
-            for (run, group), folder, job in zip(runs, places, jobs, strict=True):
-                paths = run.to_folders(str(folder), group, overwrite, shard, resume, siblings, job)
-                found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
-        for folder in places:
-            remove_journal(folder)
-        return [found[fmt.name] for fmt in formats]
-
-    def _needs_model(self, what: str) -> None:
-        if self._free is not None:
-            raise UnsupportedError(
-                f"{what}: model-free mode has no model in memory; quantize_and_save() writes the files, and "
-                "Transformers opens them"
-            )
-
-    def _run(self) -> Run:
-        return Run(self._source, self.settings, self.tokenizer)
 
     def _load_tokenizer(self) -> Any:
         folder = getattr(self._source, "folder", None)

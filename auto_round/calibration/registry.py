@@ -57,6 +57,7 @@ class DatasetEntry:
         return self.function(**{k: v for k, v in arguments.items() if k in self.takes})
 
 
+BY_PROGRAM = "registered by this program"
 DATASETS: dict[str, DatasetEntry] = {}
 """Registered datasets by name."""
 
@@ -65,7 +66,7 @@ def register_dataset(
     names: str | Iterable[str],
     *,
     description: str = "",
-    where: str = "registered by this program",
+    where: str = BY_PROGRAM,
     concat: bool = False,
 ) -> Callable[[_F], _F]:
     """Decorator that makes a function the reader of one or several dataset names; see the module's text.

@@ -1,10 +1,10 @@
 """Documents to token samples of one length.
 
-Without `concat` a document becomes at most one sample: cut at `seqlen` tokens when longer, dropped when shorter, and
-dropped when one token repeated to the end makes up more than half of it. With `concat` the documents are joined and the
-stream is cut every `seqlen` tokens. Texts get the special tokens the tokenizer adds; in joined text the tokens that it
-puts in front (such as BOS) also start every sample, since models that were trained with one are not themselves without
-it. Ids given by the user are used as they are.
+Without `concat` a document becomes at most one sample: cut at `seqlen` tokens when longer and dropped when shorter. A
+text is also dropped when one token repeated to the end makes up more than half of it. With `concat` the documents are
+joined and the stream is cut every `seqlen` tokens. Texts get the special tokens the tokenizer adds; in joined text the
+tokens that it puts in front (such as BOS) also start every sample, since models that were trained with one are not
+themselves without it. Ids given by the user are used as they are.
 """
 
 from __future__ import annotations
@@ -213,14 +213,15 @@ def _fit(document: TokenDocument, tally: Tally) -> Sample | None:
         tally.short += 1
         return None
     real = [i for i in range(length) if document.mask is None or document.mask[i]]
-    if not real:
+    if not real:  # a mask that leaves nothing to learn from
         tally.repeats += 1
         return None
     start = min(real[0], length - tally.seqlen)  # padding in front goes first when the sample is too long
     window = slice(start, start + tally.seqlen)
     ids = document.ids[window]
     mask = document.mask[window] if document.mask is not None else [1] * len(ids)
-    if _mostly_one_token([t for t, m in zip(ids, mask, strict=True) if m]):
+    is_text = document.mask is None  # ids that somebody gives have one by now
+    if is_text and _mostly_one_token(ids):
         tally.repeats += 1
         return None
     return _sample(ids, mask, document.labels[window] if document.labels is not None else None)
@@ -289,6 +290,8 @@ def _without_padding_marks(document: TokenDocument, tokenizer: Any) -> TokenDocu
         for order in (range(length), range(length - 1, -1, -1)):
             for i in itertools.takewhile(lambda i: document.ids[i] == pad, order):
                 mask[i] = 0
+        if not any(mask):  # nothing but this token: the user means it
+            mask = [1] * length
     return TokenDocument(document.ids, mask, document.labels)
 
 

@@ -22,6 +22,7 @@ from auto_round.calibration.documents import (
 from auto_round.errors import ConfigError, DataError
 
 _TOKEN_KEYS = ("input_ids", "attention_mask", "labels")
+IGNORED = -100
 
 
 def documents_of(data: Any, seed: int) -> Iterator[Document]:
@@ -75,8 +76,9 @@ def expand(item: Any, where: str) -> Iterator[Document]:
         yield document_from_row(item, where)
     elif isinstance(item, (list, tuple)):
         parts = [_to_tensor(part) for part in item]
-        if _is_ids_and_mask(parts):
-            yield from _from_columns(dict(zip(_TOKEN_KEYS, parts, strict=False)), where)
+        keys = _columns_of(parts)
+        if keys:
+            yield from _from_columns(dict(zip(keys, parts, strict=True)), where)
             return
         for part in parts:
             yield from expand(part, where)
@@ -124,11 +126,19 @@ def _text_columns(item: Mapping[str, Any]) -> dict[str, list[str]]:
     return {k: list(v) for k, v in texts.items()}
 
 
-def _is_ids_and_mask(parts: list[Any]) -> bool:
-    """Whether a tuple of tensors is (ids, mask) or (ids, mask, labels), as a TensorDataset gives them."""
+def _columns_of(parts: list[Any]) -> tuple[str, ...]:
+    """What the tensors of a tuple are, where they are columns, as a TensorDataset gives them: (ids, mask), (ids,
+    labels) or (ids, mask, labels). Empty where each is a sample, or several, of its own."""
     if len(parts) not in (2, 3) or not all(isinstance(p, torch.Tensor) and p.dim() == 2 for p in parts):
-        return False
-    return len({p.shape for p in parts}) == 1 and bool(((parts[1] == 0) | (parts[1] == 1)).all())
+        return ()
+    if len({p.shape for p in parts}) > 1:
+        return ()
+    ids, second = parts[:2]
+    if bool(((second == 0) | (second == 1)).all()) and not torch.equal(ids, second):
+        return _TOKEN_KEYS[: len(parts)]
+    if len(parts) == 2 and bool(((second == ids) | (second == IGNORED)).all()) and bool((second == IGNORED).any()):
+        return ("input_ids", "labels")
+    return ()
 
 
 def _is_conversation(item: Any) -> bool:

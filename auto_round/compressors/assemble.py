@@ -44,7 +44,7 @@ def _put(model: torch.nn.Module, layer: QuantizedLayer) -> None:
     old = parent.get_submodule(attribute)
     weight = getattr(old, "weight", None)
     assert isinstance(weight, torch.Tensor)
-    packed = _packed(layer, weight.dtype)
+    packed = packed_layer(layer, weight.dtype)
     if packed is not None:
         setattr(parent, attribute, packed)
         return
@@ -56,8 +56,8 @@ def _put(model: torch.nn.Module, layer: QuantizedLayer) -> None:
         old.register_forward_pre_hook(quantizer.hook)
 
 
-def _packed(layer: QuantizedLayer, model_dtype: torch.dtype) -> PackedLinear | None:
-    """The layer as the loader's module, or None when its type or shape has no packing."""
+def packed_layer(layer: QuantizedLayer, model_dtype: torch.dtype) -> PackedLinear | None:
+    """A layer as the module that the loader makes of it, or None when its type or shape has no packing."""
     scheme = layer.scheme
     whole = scheme.quantizes_activations and not is_float(scheme)
     fmt = PackedInt8Format() if whole else get_format("auto_round")

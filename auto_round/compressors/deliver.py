@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +54,13 @@ class Delivery:
     tokenizer: Any
     job: Job
     finished: Finished
+    made_from: Mapping[str, str] | None = None
 
 
-def deliver(made: Delivery, sink: FolderSink | GgufSink, stage: Staging, journal: RunJournal | None) -> None:
-    """Complete one folder, check it, and only then show it.
+def deliver(
+    made: Delivery, sink: FolderSink | GgufSink, stage: Staging, journal: RunJournal | None, stale: Iterable[str] = ()
+) -> None:
+    """Complete one folder, check it, and only then show it, in the place of the `stale` files of an earlier run.
 
     Raises VerifyError when it is not what was meant; what was written is kept for a look.
     """
@@ -67,6 +70,7 @@ def deliver(made: Delivery, sink: FolderSink | GgufSink, stage: Staging, journal
         write_records(
             sink.folder, made.job, made.settings, sink.format, finished.walk.records, finished.seconds, sink.digests(),
             verified, finished.data, finished.walk.unreached, finished.walk.numbers,
+            made.made_from,
         )  # fmt: skip
     except VerifyError:
         stage.keep = True
@@ -74,7 +78,7 @@ def deliver(made: Delivery, sink: FolderSink | GgufSink, stage: Staging, journal
     files = stage.seal(sink.digests())
     if journal is not None:
         journal.complete(sink.format.name, files)
-    stage.publish(files)
+    stage.publish(files, stale)
     logger.info("saved %s", stage.folder)
 
 

@@ -118,7 +118,7 @@ def bits_per_weight(job: Job, fmt: OutputFormat) -> float | None:
 def write_records(
     folder: Path, job: Job, settings: Settings, fmt: OutputFormat, blocks: Sequence[BlockRecord],
     seconds: Mapping[str, float], files: Mapping[str, str], verify: Mapping[str, Any] | None, data: str | None,
-    unreached: Sequence[str] = (), numbers: Numbers | None = None,
+    unreached: Sequence[str] = (), numbers: Numbers | None = None, made_from: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
     """README.md and report.json. Neither holds a path of this machine."""
     given = settings.dataset if isinstance(settings.dataset, str) else ""
@@ -145,5 +145,6 @@ def write_records(
         blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=peak_vram_bytes(),
         files=files, small_files={name: file_sha256(path) for name, path in small.items()},
         sizes=sizes, verify=clean(verify), numerics=None if numbers is None else clean(plain(numbers.to_dict())),
+        made_from=made_from,
     )  # fmt: skip
     write_report(folder, report)

@@ -8,6 +8,7 @@ from typing import Any
 
 from auto_round.compressors.gguf_job import gguf_format
 from auto_round.compressors.settings import Settings
+from auto_round.export.earlier_output import subfolder_name
 from auto_round.export.formats import OutputFormat
 from auto_round.logger import logger
 from auto_round.schemes import normalize_preset_name
@@ -52,4 +53,4 @@ def for_file(settings: Settings, fmt: Any, quiet: bool = False) -> Settings:
 
 def folder_name(fmt: OutputFormat) -> str:
     """The subfolder of a format, where there are several."""
-    return fmt.name.replace(":", "-").replace("_", "-")
+    return subfolder_name(fmt.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from auto_round.compressors.blockwise import Walk, take_unit, walk_blocks
 from auto_round.compressors.deliver import Delivery, Finished, deliver
 from auto_round.compressors.deterministic import deterministic_algorithms
 from auto_round.compressors.file_layout import FileLayout, plan_files
-from auto_round.compressors.format_runs import folder_name
 from auto_round.compressors.gguf_job import gguf_format
 from auto_round.compressors.importance_files import given_importance, save_importance, say_what_is_missing
 from auto_round.compressors.job import Job
@@ -38,6 +37,7 @@ from auto_round.compressors.non_finite import (
     damaged_tensors,
     needs_all_blocks,
 )
+from auto_round.compressors.output_folders import check_folders, format_folders, output_bytes, stale_files
 from auto_round.compressors.outside import emit_outside, probe_loss, quantize_outside
 from auto_round.compressors.place import check_work_space
 from auto_round.compressors.planning import compute_dtype, header_bytes, make_job, with_cache_scales
@@ -49,16 +49,17 @@ from auto_round.compressors.resume.fingerprint import (
 )
 from auto_round.compressors.resume.going_on import going_on, is_done, keeping, late_facts
 from auto_round.compressors.resume.journal import Journal, journal_folder
-from auto_round.compressors.resume.run_journal import RunJournal, tuned_alone_before
-from auto_round.compressors.resume.size import check_journal_disk
+from auto_round.compressors.resume.run_journal import RunJournal, remove_journal, tuned_alone_before
+from auto_round.compressors.resume.same_command import is_made, recipe
 from auto_round.compressors.resume.unit_state import Unit
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.streamed_experts import streams_experts
 from auto_round.compressors.tuned_experts import ExpertRooms
 from auto_round.envs import work_space
-from auto_round.errors import ModelError, OutputError, UnsupportedError
-from auto_round.export.disk import PARTIAL, check_disk, check_file, ensure_output_folder, writing
+from auto_round.errors import ModelError, UnsupportedError
+from auto_round.export.disk import check_disk, check_file, ensure_output_folder, writing
+from auto_round.export.earlier_output import refuse_source, remove_files
 from auto_round.export.formats import OutputFormat, get_format, require_plan
 from auto_round.export.staging import Staging
 from auto_round.logger import logger
@@ -78,10 +79,10 @@ _LITTLE = 16 << 20  # bytes of freed memory that are worth giving back where exp
 
 
 class Run:
-    """A source with settings. `tokenizer` may be None when no text has to be read."""
+    """A source with settings. `tokenizer` may be None when no text has to be read. `keep` is given the layers, too."""
 
-    def __init__(self, source: ModelSource, settings: Settings, tokenizer: Any) -> None:
-        self.source, self.settings, self.tokenizer = source, settings, tokenizer
+    def __init__(self, source: ModelSource, settings: Settings, tokenizer: Any, keep: MemorySink | None = None) -> None:
+        self.source, self.settings, self.tokenizer, self.keep = source, settings, tokenizer, keep
         self._walking: Walk | None = None
         self._looked = False
         self._damaged: dict[str, str] = {}
@@ -120,10 +121,15 @@ class Run:
 
         Raises:
             DataError: the file to read is not there, damaged, or of another model.
-            OutputError: the file to write cannot be made.
+            OutputError: the file to write cannot be made, or the output folder is the model's.
         """
+        if output_dir is not None:
+            self._refuse_source(output_dir)
         self._look_for_damage()
         return self._checked(self.plan(formats, output_dir, resume=resume))
+
+    def _refuse_source(self, output_dir: str) -> None:
+        refuse_source(Path(output_dir), getattr(self.source, "folder", None) or self.source.name_or_path)
 
     def _checked(self, job: Job) -> Job:
         settings = self.settings
@@ -168,27 +174,41 @@ class Run:
             Stopped: by Ctrl-C.
         """
         job = self.checked_plan(formats, output_dir, resume) if job is None else job
-        check_disk(output_dir, _output_bytes(job))
+        made = recipe(job, self.settings, self.source, shard, self.tokenizer)
+        places = format_folders(Path(output_dir).expanduser(), formats)
+        if not overwrite and is_made(places, made, self.settings):
+            logger.info("%s holds the result of this command already; --overwrite makes it anew", output_dir)
+            if not siblings:
+                remove_journal(Path(output_dir).expanduser())
+            return places
+        check_disk(output_dir, output_bytes(job))
         if isinstance(self.source, CheckpointSource):
             side_files(self.source.folder, self.settings.trust_remote_code)  # a link that leads away is found now
         removed = not Path(output_dir).expanduser().exists()
         if job.memory_plan is not None:
             check_work_space(job.memory_plan)
         root = ensure_output_folder(output_dir, overwrite=True)
-        with writing(root, _output_bytes(job)), ExitStack() as stack:
+        with writing(root, output_bytes(job)), ExitStack() as stack:
             base = stack.enter_context(Staging(root))
             journal = self._journal(job, root, overwrite or removed, shard) if resume else None
-            self._check_folders(job, root, formats, overwrite, journal, siblings)
-            folders = self._folders(root, formats)
+            check_folders(job, root, formats, overwrite, journal, siblings)
+            folders = format_folders(root, formats)
             stages = [base if f == root else stack.enter_context(Staging(f)) for f in folders]
             if journal is None:
                 Journal(journal_folder(root)).remove()
             else:
                 stack.callback(journal.close)
-            left = [(f, stage) for f, stage in zip(formats, stages, strict=True) if not is_done(f, stage, journal)]
+            stale = stale_files(root, folders, siblings)
+            left = [
+                (f, stage)
+                for f, stage in zip(formats, stages, strict=True)
+                if not is_done(f, stage, journal, stale[stage.folder])
+            ]
             if left:
                 with keeping(journal, len(job.blocks), self._walked):
-                    self._make(job, left, shard, journal)
+                    self._make(job, left, shard, journal, made, stale)
+            if root not in folders and not siblings:  # what was there before several formats got folders of their own
+                remove_files(root, stale[root])
         if journal is not None:  # when nothing of a run is left but complete folders
             journal.finish(keep=bool(siblings))
         return folders
@@ -198,8 +218,9 @@ class Run:
         return None if self._walking is None else len(self._walking.records)
 
     def _make(
-        self, job: Job, left: Sequence[tuple[OutputFormat, Staging]], shard: int | str, journal: RunJournal | None
-    ) -> None:
+        self, job: Job, left: Sequence[tuple[OutputFormat, Staging]], shard: int | str, journal: RunJournal | None,
+        made_from: Mapping[str, str] | None, stale: Mapping[Path, Sequence[str]],
+    ) -> None:  # fmt: skip
         """Everything from the calibration data to the folders that are not complete yet."""
         self._walking = None
         for _, stage in left:
@@ -208,23 +229,28 @@ class Run:
         with ExitStack() as stack:
             for sink in sinks:
                 stack.enter_context(sink.writer)
-            finished = self._walk(job, sinks, journal)
+            finished = self._walk(job, [*sinks, *([] if self.keep is None else [self.keep])], journal)
             if journal is not None:
                 journal.wait()
         job = job.with_kept(finished.walk.numbers.kept)
-        made = Delivery(self.source, self.settings, self.tokenizer, job, finished)
+        made = Delivery(self.source, self.settings, self.tokenizer, job, finished, made_from)
         for sink, (_, stage) in zip(sinks, left, strict=True):
-            deliver(made, sink, stage, journal)
+            deliver(made, sink, stage, journal, stale[stage.folder])
 
     def admit(
         self, job: Job, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
         resume: bool, siblings: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Everything of `to_folders` that can be refused before work begins."""
-        check_disk(output_dir, _output_bytes(job))
+        if not overwrite and is_made(
+            format_folders(Path(output_dir).expanduser(), formats),
+            recipe(job, self.settings, self.source, shard, self.tokenizer), self.settings,
+        ):  # fmt: skip
+            return
+        check_disk(output_dir, output_bytes(job))
         root = Path(output_dir).expanduser()
         journal = self._journal(job, root, overwrite or not root.exists(), shard) if resume else None
-        self._check_folders(job, root, formats, overwrite, journal, siblings)
+        check_folders(job, root, formats, overwrite, journal, siblings)
 
     def _journal(self, job: Job, root: Path, replace: bool, shard: int | str) -> RunJournal | None:
         """The journal where one is kept. `replace`: one of another run, or a damaged one, is removed: the user said so,
@@ -234,32 +260,6 @@ class Run:
         journal = RunJournal(root, replace)
         journal.admit(fingerprint(job, self.settings, self.source, shard), weight_files(self.source))
         return journal
-
-    def _check_folders(
-        self, job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: RunJournal | None,
-        siblings: Sequence[str],
-    ) -> None:  # fmt: skip
-        """Raise OutputError when the folders hold something else, or the journal finds no room."""
-        if journal is not None:
-            before = journal.journal
-            left = max(0, job.journal_bytes - before.nbytes())
-            check_journal_disk(before.folder, root, left, _output_bytes(job))
-        else:
-            before = Journal(journal_folder(root))
-            with suppress(OutputError):
-                before.load()
-        folders = self._folders(root, formats)
-        beside = {PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
-        for fmt, folder in zip(formats, folders, strict=True):
-            ours = {name.split("/")[0] for name in before.done.get(fmt.name, ())}
-            if journal is None and not (folder / PARTIAL).is_dir():
-                ours = set()  # complete: not to be replaced without a word
-            ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(beside if folder == root else ())})
-        ensure_output_folder(root, overwrite or len(formats) == 1, beside)
-
-    @staticmethod
-    def _folders(root: Path, formats: Sequence[OutputFormat]) -> list[Path]:
-        return [root] if len(formats) == 1 else [root / folder_name(fmt) for fmt in formats]
 
     def _sink(self, job: Job, fmt: OutputFormat, folder: Path, shard: int | str) -> FolderSink | GgufSink:
         if job.gguf is not None and fmt is gguf_format([fmt]):
@@ -286,18 +286,22 @@ class Run:
         self.source.checks_finite = self.settings.on_nan != "keep"
         job = _as_done(self.plan(formats, output_dir, fit=False), self.memory_plan(), layers)
         job = job.with_kept(finished.walk.numbers.kept)
-        check_disk(output_dir, _output_bytes(job))
-        root = ensure_output_folder(output_dir, overwrite, {PARTIAL, *map(folder_name, formats)})
-        folders = self._folders(root, formats)
+        check_disk(output_dir, output_bytes(job))
+        self._refuse_source(output_dir)
+        root = ensure_output_folder(output_dir, overwrite)
+        folders = format_folders(root, formats)
+        stale = stale_files(root, folders)
         made = Delivery(self.source, self.settings, self.tokenizer, job, finished)
         for fmt, folder in zip(formats, folders, strict=True):
             ensure_output_folder(folder, overwrite)
-            with writing(folder, _output_bytes(job)), Staging(folder) as stage:
+            with writing(folder, output_bytes(job)), Staging(folder) as stage:
                 stage.clear()
                 sink = self._sink(job, fmt, stage.path, shard)
                 with sink.writer:
                     self._emit_saved(job, sink, layers, finished.walk.cache_scales)
-                deliver(made, sink, stage, None)
+                deliver(made, sink, stage, None, stale[folder])
+        if root not in folders:
+            remove_files(root, stale[root])
         return folders
 
     def _emit_saved(
@@ -475,11 +479,6 @@ class Run:
         return capture_inputs(
             self.source, samples, self.settings.device, store, dtype, spill, streams_experts(job), links, rehearse
         )
-
-
-def _output_bytes(job: Job) -> int:
-    """What the output folder takes, with the small files."""
-    return int(sum(job.bytes_on_disk.values()) * 1.02) + (1 << 20)
 
 
 def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:

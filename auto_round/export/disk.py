@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from auto_round.errors import AutoRoundError, OutputError
-
-PARTIAL = ".partial"
-"""Folder inside an output folder, with what is not finished."""
+from auto_round.export.earlier_output import PARTIAL as PARTIAL
+from auto_round.export.earlier_output import look
 
 _GB = 1e9
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -26,13 +25,21 @@ def ensure_output_folder(
     Args:
         ours: names that an interrupted run may have left there.
 
+    A folder that holds nothing but the result of an earlier run is taken, too: it is replaced.
+
     Raises OutputError when it is a file, cannot be made or written, or holds something else and `overwrite` is False.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output path {folder} is a file; give a folder that is new or empty")
     if folder.is_dir() and not overwrite and any(entry.name not in ours for entry in folder.iterdir()):
-        raise OutputError(f"output folder {folder} is not empty; choose another, empty it, or ask to overwrite")
+        foreign = look(folder, {PARTIAL, *ours}).foreign
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            raise OutputError(
+                f"output folder {folder} is not empty: no earlier run wrote {', '.join(foreign[:3])}{more} as it is "
+                "now; choose another folder, move that away, or ask to overwrite (--overwrite, overwrite=True)"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,21 +3,27 @@
 Everything is written into `.partial` inside the folder. When it is whole, its list of files is kept by whoever asked
 (`seal`), and the files are moved into the folder (`publish`), the one that makes a loader open it last. So a folder is
 empty, or holds nothing but `.partial`, or is complete; and one that is overwritten stays complete until then.
+
+While files are moved, `.partial/swap.json` says which are new and which are an earlier run's: a swap that was cut short
+is finished by whoever opens the folder's staging next.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from auto_round.errors import OutputError
 from auto_round.export.disk import PARTIAL, path_inside
+from auto_round.export.earlier_output import SWAP, remove_files
 from auto_round.export.folder_lock import FolderLock
-from auto_round.export.shard_writer import file_sha256, sync_folder
+from auto_round.export.shard_writer import file_sha256, sync_folder, write_text
 
 LOCK = "lock"
 OPENS = "config.json"
@@ -40,6 +46,7 @@ class Staging:
         self._lock = FolderLock(self.path / LOCK, folder)
         self.keep = False
         """What was written stays when this is closed, for a look at it."""
+        self._finish_swap()
 
     def clear(self) -> None:
         """Remove what an earlier run left."""
@@ -54,12 +61,31 @@ class Staging:
         """
         return seal(self.path, known)
 
-    def publish(self, files: Iterable[str]) -> None:
+    def publish(self, files: Iterable[str], stale: Iterable[str] = ()) -> None:
         """Move the files of a sealed folder to where they belong. It may be called again after it was cut short.
+
+        Args:
+            stale: files of an earlier run in the folder, which make room for them.
 
         Raises OutputError when one cannot be moved.
         """
-        show(self.path, self.folder, files)
+        new = list(files)
+        old = sorted({*stale} - {*new})
+        write_text(self.path, SWAP, json.dumps({"files": new, "stale": old}))
+        sync_folder(self.path)
+        self.keep = True  # what is written is needed, however this ends
+        self._swap(new, old)
+
+    def _swap(self, files: Iterable[str], stale: Iterable[str]) -> None:
+        show(self.path, self.folder, files, stale)
+        (self.path / SWAP).unlink(missing_ok=True)
+        self.keep = False
+
+    def _finish_swap(self) -> None:
+        """Do the rest of a swap that was cut short."""
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # one that was not written whole did nothing
+            swap = json.loads((self.path / SWAP).read_text(encoding="utf-8"))
+            self._swap([str(name) for name in swap["files"]], [str(name) for name in swap["stale"]])
 
     def close(self) -> None:
         """Remove what was not published, unless `keep`, and unlock the folder."""
@@ -103,18 +129,18 @@ def _entries(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
 
 
-def show(path: Path, folder: Path, files: Iterable[str]) -> None:
-    """Move `files` from `path` to `folder`, on the same disk, config.json or a .gguf file last; weights of other names
-    that lay there go. It may be called again after it was cut short.
+def show(path: Path, folder: Path, files: Iterable[str], stale: Iterable[str] = ()) -> None:
+    """Move `files` from `path` to `folder`, on the same disk, config.json or a .gguf file last; the `stale` files of an
+    earlier run, and weights of other names, go before that. It may be called again after it was cut short.
 
     Raises OutputError when one cannot be moved.
     """
     tops = dict.fromkeys(name.split("/")[0] for name in files)
     first = [name for name in tops if name != OPENS and not name.endswith(".gguf")]
     try:
-        for name in first:
+        for name in (*first, *(old := list(stale))):
             path_inside(folder, name)
-        if (path / OPENS).exists():  # from here on no loader opens what is overwritten
+        if (path / OPENS).exists() or OPENS in old:  # from here on no loader opens what is overwritten
             (folder / OPENS).unlink(missing_ok=True)
             sync_folder(folder)
         for name in first:
@@ -123,6 +149,7 @@ def show(path: Path, folder: Path, files: Iterable[str]) -> None:
             for found in list(folder.iterdir()):
                 if _WEIGHTS.fullmatch(found.name) and found.name not in tops:
                     found.unlink()
+        remove_files(folder, old)
         sync_folder(folder)
         for name in tops:
             _move(path, folder, name)

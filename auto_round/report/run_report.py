@@ -69,6 +69,8 @@ class RunReport:
         sizes: bytes by file name.
         verify: result of the check after saving; None when it was switched off.
         quality: result of an evaluation, when there was one.
+        made_from: digests of the settings, the weights and the data, by which the same command recognises its result;
+            None where one of them cannot be known beforehand.
         numerics: what was done about NaN, Inf and scales too large for their dtype; None where nothing was asked.
         versions: of this package, Python and the libraries that took part.
     """
@@ -87,6 +89,7 @@ class RunReport:
     verify: Mapping[str, Any] | None = None
     quality: Mapping[str, Any] | None = None
     numerics: Mapping[str, Any] | None = None
+    made_from: Mapping[str, str] | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from auto_round._version import __version__
 from auto_round.compressors.finish import write_config, write_records, write_side_files
 from auto_round.compressors.model_free.check import check_layers, sample_layers
 from auto_round.compressors.model_free.fetch import Fetcher
@@ -35,11 +37,14 @@ from auto_round.compressors.model_free.shared_run import (
     wait_until,
 )
 from auto_round.compressors.model_free.units import Unit, Work, plan_work
+from auto_round.compressors.output_folders import stale_files
 from auto_round.compressors.resume.fingerprint import differences
+from auto_round.compressors.resume.same_command import digests_of, is_made
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.tokenizer_check import check_tokenizer
 from auto_round.errors import OutputError, Stopped
-from auto_round.export.disk import check_disk, ensure_output_folder, writing
+from auto_round.export.disk import PARTIAL, check_disk, ensure_output_folder, writing
+from auto_round.export.earlier_output import refuse_source, remove_files
 from auto_round.export.folder_lock import FolderLock, is_held
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import parse_size, write_text
@@ -90,6 +95,8 @@ class ModelFree:
     def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None) -> ModelFreeJob:
         """The job, without doing it."""
         inputs, source = self._open()
+        if output_dir is not None:
+            refuse_source(Path(output_dir), inputs.folder)
         return model_free_job(self.settings, source, formats, self.options, output_dir, inputs.notes)
 
     def to_folders(
@@ -110,8 +117,16 @@ class ModelFree:
         earlier = {folder: failures(folder / FOLDER) for folder in folders}
         job = self.plan(formats, output_dir)
         side_files(self.source().folder, self.settings.trust_remote_code)  # a link that leads away is found now
+        made = None if self.options.world > 1 else self._recipe(job, shard)
+        if not overwrite and is_made(folders, made, self.settings):
+            logger.info("%s holds the result of this command already; --overwrite makes it anew", root)
+            for folder in folders:
+                if not is_held(folder / FOLDER / LOCK):  # of a run that was killed when all was done
+                    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+            return folders
         for note in job.notes:
             logger.warning("%s", note)
+        stale = stale_files(root, folders)
         needed = sum(job.bytes_on_disk.values()) - sum(_finished_bytes(folder) for folder in folders)
         check_disk(output_dir, max(0, int(needed * 1.02)) + (1 << 20))
         for fmt, folder in zip(formats, folders, strict=True):
@@ -120,7 +135,7 @@ class ModelFree:
             lock = FolderLock(folder / FOLDER / LOCK, folder) if self.options.rank == 0 else nullcontext()
             try:
                 with writing(folder, sum(job.bytes_on_disk.values())), lock:
-                    self._write(one, fmt, folder, overwrite, parse_size(shard), resume, earlier[folder])
+                    self._write(one, fmt, folder, overwrite, parse_size(shard), resume, earlier[folder], made)
             except KeyboardInterrupt as stop:
                 self._say(folder, stop)
                 text = f"stopped while {folder} was written; the same command goes on from there"
@@ -131,9 +146,19 @@ class ModelFree:
             finally:
                 with suppress(OSError):  # nothing but the lock was in it
                     (folder / FOLDER).rmdir()
+        if root not in folders and self.options.rank == 0:
+            remove_files(root, stale[root])
         self._open()[0].close()
         self._opened = None
         return folders
+
+    def _recipe(self, job: ModelFreeJob, shard: int | str) -> Mapping[str, str]:
+        """What the same command would make the result from."""
+        settings = {
+            **_decisive(job, self.settings), "formats": job.formats, "max_shard_size": parse_size(shard),
+            "version": __version__,
+        }  # fmt: skip
+        return digests_of(settings, self._open()[0].identity(), "none")
 
     def _say(self, folder: Path, error: BaseException) -> None:
         """Let the other processes end too, whatever they wait for."""
@@ -142,7 +167,7 @@ class ModelFree:
 
     def _write(
         self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int, resume: bool,
-        earlier: Collection[tuple[Path, int]],
+        earlier: Collection[tuple[Path, int]], made: Mapping[str, str] | None,
     ) -> None:  # fmt: skip
         """One format. `earlier`: failures that were there before this run."""
         inputs, source = self._open()
@@ -170,7 +195,7 @@ class ModelFree:
                     lambda: _alive(journal.folder, earlier), "the other processes",
                 )  # fmt: skip
                 seconds = {"quantization": quantized - started}
-                journal.publish(self._complete(job, fmt, layout, rounder, journal, seconds))
+                journal.publish(self._complete(job, fmt, layout, rounder, journal, seconds, made))
                 journal.close()
                 logger.info("saved %s", folder)
             else:
@@ -259,7 +284,7 @@ class ModelFree:
 
     def _complete(
         self, job: ModelFreeJob, fmt: OutputFormat, layout: Layout, rounder: Rounder, journal: Journal,
-        seconds: dict[str, float],
+        seconds: dict[str, float], made: Mapping[str, str] | None,
     ) -> dict[str, str]:  # fmt: skip
         """Everything beside the weights, and the check. Returns SHA-256 of the weight files by name."""
         _, source = self._open()
@@ -280,7 +305,7 @@ class ModelFree:
             }  # fmt: skip
             seconds["verify"] = time.monotonic() - started
         sums = {shard.name: journal.digest(i) or "" for i, shard in enumerate(layout.shards)}
-        write_records(folder, job, self.settings, fmt, (), seconds, sums, verified, None)
+        write_records(folder, job, self.settings, fmt, (), seconds, sums, verified, None, made_from=made)
         return sums
 
 
@@ -306,7 +331,7 @@ def _begin(journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resum
         )
     if before is None:
         journal.clear()  # a run that was over, but for this
-    ensure_output_folder(journal.output, overwrite or _only_ours(journal.output))
+    ensure_output_folder(journal.output, overwrite or _only_ours(journal.output), {PARTIAL, FOLDER})
     journal.begin(manifest)
 
 

@@ -10,6 +10,7 @@
     .model_free/00001.sha256      digest of a finished one
     .model_free/whole/            finished files under their own names, until all are there and were checked
     .model_free/checked.json      the names of all files: they are being moved into the output folder
+    .model_free/stale.json        files of an earlier run in the output folder, which make room for them
 
 A line is written after the bytes that it speaks of were synced; a last line that is not whole counts as not written.
 All of them hold checksums; what is damaged is named, and nothing is made of it.
@@ -31,7 +32,8 @@ from auto_round.compressors.model_free.layout import Layout
 from auto_round.compressors.model_free.shard_file import Mark
 from auto_round.compressors.resume.checked_text import add_checksum, take_checksum
 from auto_round.errors import OutputError
-from auto_round.export.disk import path_inside
+from auto_round.export.disk import PARTIAL, path_inside
+from auto_round.export.earlier_output import look
 from auto_round.export.shard_writer import sync_folder, write_text
 from auto_round.export.staging import OPENS, seal, show
 
@@ -42,6 +44,7 @@ FAILED = "failed-"
 READY = "ready-"
 _MANIFEST = "manifest.json"
 _CHECKED = "checked.json"
+_STALE = "stale.json"
 
 
 class Journal:
@@ -99,9 +102,11 @@ class Journal:
         """All files are in `whole` and were checked: bring them to the disk and show them. `known`: SHA-256 of those
         that are on the disk already."""
         files = seal(self.whole, known)
+        stale = sorted({*look(self.output, (PARTIAL, FOLDER)).files, *(self._checked(_STALE) or ())} - {*files})
+        write_text(self.folder, _STALE, add_checksum(json.dumps(stale)))
         write_text(self.folder, _CHECKED, add_checksum(json.dumps(sorted({name.split("/")[0] for name in files}))))
         sync_folder(self.folder)
-        show(self.whole, self.output, files)
+        show(self.whole, self.output, files, stale)
 
     def partial(self, index: int) -> Path:
         """Where output file `index` is written."""

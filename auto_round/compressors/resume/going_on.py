@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,13 @@ from auto_round.export.staging import Staging, can_publish
 from auto_round.logger import logger
 
 
-def is_done(fmt: OutputFormat, stage: Staging, journal: RunJournal | None) -> bool:
-    """Whether a folder was complete and checked before the run was interrupted; if so it is shown."""
+def is_done(fmt: OutputFormat, stage: Staging, journal: RunJournal | None, stale: Iterable[str] = ()) -> bool:
+    """Whether a folder was complete and checked before the run was interrupted; if so it is shown, in the place of the
+    `stale` files of an earlier run."""
     files = None if journal is None else journal.done.get(fmt.name)
     if files is None or not can_publish(stage.folder, files):
         return False
-    stage.publish(files)
+    stage.publish(files, stale)
     logger.info("%s is complete already", stage.folder)
     return True
 

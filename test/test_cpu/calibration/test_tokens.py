@@ -197,8 +197,58 @@ def test_padding_of_the_tokenizer_is_masked(tokenizer: Any) -> None:
     ids = [pad] * 3 + [1, 2, 3, pad, 4, 5, 6, 7] + [pad] * 5
     sample = load([ids], tokenizer, seqlen=16, nsamples=1)[0]
     assert sample["attention_mask"].tolist() == [0] * 3 + [1] * 8 + [0] * 5
+    meant = load([[pad] * 16], tokenizer, seqlen=16, nsamples=1)[0]  # nothing else in it: it is what the user gives
+    assert meant["attention_mask"].tolist() == [1] * 16
     with pytest.raises(DataError, match="dropped as padding"):
-        load([[pad] * 16], tokenizer)
+        load([{"input_ids": [1] * 16, "attention_mask": [0] * 16}], tokenizer)
+
+
+class OneToken:
+    """A loader of batches of a single token, as quick checks give one."""
+
+    batch_size = 1
+
+    def __iter__(self) -> Any:
+        for _ in range(2):
+            yield torch.ones([1, 10], dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        OneToken(),
+        [[7] * 10, [7] * 30],
+        [torch.full((30,), 7), torch.full((1, 10), 7)],
+        [{"input_ids": [7] * 10, "attention_mask": [1] * 10}] * 2,
+        DataLoader(TensorDataset(torch.full((2, 12), 7)), batch_size=1),
+        (x for x in [[3, 7, 7, 7, 7, 7, 7, 7, 7, 7], [7] * 10]),
+        ([[7] * 10], [[7] * 10]),
+    ],
+    ids=lambda d: type(d).__name__,
+)
+def test_ids_are_used_as_they_are(data: Any, tokenizer: Any) -> None:
+    """One token many times is padding in a text, not in ids that somebody made."""
+    samples = load(data, tokenizer, seqlen=10, nsamples=2)
+    assert len(samples) == 2
+    assert all(s["input_ids"].shape == (10,) and s["attention_mask"].all() for s in samples)
+    assert all(s["input_ids"][1:].unique().numel() == 1 for s in samples)
+
+
+def test_only_the_shorter_ones_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "auto_round"):
+        samples = load([[7] * 9, [5] * 10, list(range(40)), [1] * 3], None, seqlen=10, nsamples=4)
+    assert [s["input_ids"].tolist() for s in samples] == [[5] * 10, list(range(10))]
+    assert "2 dropped as shorter than seqlen=10" in caplog.text
+    assert len(load([[5] * 10] * 9, None, seqlen=10, nsamples=4)) == 4
+
+
+def test_labels_beside_ids_in_a_loader() -> None:
+    labels = torch.tensor(IDS)
+    labels[:, :4] = -100
+    loader = DataLoader(TensorDataset(torch.tensor(IDS), labels), batch_size=2)
+    samples = load(loader, None, seqlen=20, nsamples=9)
+    assert [s["input_ids"].tolist() for s in samples] == IDS
+    assert torch.equal(torch.stack([s["labels"] for s in samples]), labels)
 
 
 def test_masked_positions_are_left_out_when_joined(tmp_path: Any) -> None:

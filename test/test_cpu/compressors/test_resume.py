@@ -304,8 +304,10 @@ def test_an_unfinished_folder_does_not_open(run: Runner, stop_at: Any, tmp_path:
 
 def test_what_is_overwritten_stays_until_the_new_is_checked(run: Runner, stop_at: Any, tmp_path: Path) -> None:
     old = tree(run("out", **TUNED))
-    with pytest.raises(OutputError, match="not empty"):
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    with pytest.raises(OutputError, match="not empty: no earlier run wrote mine.txt"):
         run("out", **TUNED, seed=7)
+    (tmp_path / "out" / "mine.txt").unlink()
     with pytest.raises(KeyboardInterrupt), stop_at(deliver_module, "verify_folder"):
         run("out", **TUNED, seed=7, save={"overwrite": True, "max_shard_size": "50KB"})
     assert tree(tmp_path / "out") == old
