@@ -154,6 +154,7 @@ def fillable(value: Any) -> dict[Path, Any]:
 
 
 def in_memory(leaf: torch.Tensor | SpilledTensor) -> torch.Tensor:
+    """The tensor, read where it lies in a file."""
     return leaf.read() if isinstance(leaf, SpilledTensor) else leaf
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.config_values import integers
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -64,13 +63,13 @@ class Settings:
 
     def _number(self, value: Any) -> int:
         """A size that all layers share. Raises UnsupportedError where it varies by layer."""
-        found = set(integers(value))
+        found = {value} if not isinstance(value, (list, tuple)) else set(value)
         if len(found) != 1:
             raise UnsupportedError(
                 f"config.json of model type {self.model_type!r} gives a size by layer ({value!r}), which no GGUF file "
                 "is written with; use --format auto_round"
             )
-        return found.pop()
+        return int(found.pop())
 
     @property
     def tied(self) -> bool:
