@@ -7,12 +7,26 @@ PYTEST_ARGS ?=
 FAULTS ?= full
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+CONSTRAINTS := requirements/constraints.txt
+# In the environment, so that they hold for what builds the project too: old pips read the first for that, new ones the
+# second.
+LOCKED := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS)
+PIP := $(LOCKED) $(BIN)/python -m pip -qq --disable-pip-version-check
 # Without a terminal there is nobody to answer a question, and warnings about local package folders help nobody.
 PIP_INSTALL := $(PIP) install --no-input --no-warn-script-location -c requirements/torch.txt
+
+# Environments beside the usual one: with the newest of everything, and with the oldest that pyproject.toml allows.
+LATEST        ?= .venv-latest
+OLDEST        ?= .venv-oldest
+OLDEST_PYTHON ?= python3.10
+LOCK_PYTHONS  ?= python3.10 python3.11 python3.12 python3.13
+# LATEST_TORCH=1 takes the newest PyTorch too, which on Linux is a CUDA build of several GB.
+LATEST_TORCH  ?=
+# Where test-latest and test-oldest look for tests, and what they run them with.
+TESTS         ?= test/test_cpu
 SOURCES := auto_round test tools examples $(wildcard bench)
 
-.PHONY: help demo test test-slow test-cuda faults lint format bench referees wheel clean
+.PHONY: help demo test test-slow test-cuda test-latest test-oldest lock faults lint format bench referees wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +34,9 @@ help:
 	@echo "make test       all fast tests on the CPU             (PYTEST_ARGS='-k schemes' chooses some)"
 	@echo "make test-slow  tests with real models and long runs"
 	@echo "make test-cuda  tests that need a CUDA GPU"
+	@echo "make test-latest  the fast tests with the newest libraries (LATEST_TORCH=1: the newest PyTorch too, several GB)"
+	@echo "make test-oldest  the fast tests with the oldest versions that pyproject.toml allows, on Python 3.10 (several GB)"
+	@echo "make lock       pin the newest versions in requirements/constraints.txt, which all other targets install"
 	@echo "make faults     kill runs, damage files, and print what became of it (FAULTS=short: a few of each)"
 	@echo "make lint       ruff and mypy;  make format rewrites what ruff can"
 	@echo "make bench      how to measure against auto-round 0.16.1 (takes an hour: prints the commands)"
@@ -28,7 +45,7 @@ help:
 	@echo "make clean      remove the environment, the demo's files and caches"
 
 # Each stamp is newer than all that was installed for it.
-$(VENV)/.torch: requirements/torch.txt
+$(VENV)/.torch: requirements/torch.txt $(CONSTRAINTS)
 	@echo "making $(VENV) and installing PyTorch (once)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d; set PYTHON=" % v[:2])'
 	@$(PYTHON) -m venv $(VENV)
@@ -68,6 +85,37 @@ test-cuda: $(VENV)/.test
 faults: $(VENV)/.test
 	@AR_TEST_FAULTS=$(FAULTS) $(BIN)/python -m pytest -q -m faults $(PYTEST_ARGS) test/faults
 
+$(LATEST)/.done: requirements/torch.txt pyproject.toml
+	@echo "making $(LATEST) with the newest of everything"
+	@$(PYTHON) -m venv --clear $(LATEST)
+	@$(LATEST)/bin/python -m pip -qq install --no-input --upgrade $(if $(LATEST_TORCH),torch,-r requirements/torch.txt)
+	@$(LATEST)/bin/python -m pip -qq install --no-input --upgrade --upgrade-strategy eager \
+		$(if $(LATEST_TORCH),,-c requirements/torch.txt) -e '.[demo,test]' lm-eval
+	@touch $@
+
+# Made anew each time it is a day old, or it would not be the newest.
+test-latest:
+	@find $(LATEST)/.done -mtime +0 -delete 2>/dev/null || true
+	@$(MAKE) --no-print-directory $(LATEST)/.done
+	@$(LATEST)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+	@$(if $(PYTEST_ARGS)$(filter-out test/test_cpu,$(TESTS)),true,$(LATEST)/bin/python tools/note_versions.py newest)
+
+$(OLDEST)/.done: tools/floors.py pyproject.toml
+	@python=$(OLDEST_PYTHON); $$python -c '' 2>/dev/null || { python=$(PYTHON); \
+		echo "$(OLDEST_PYTHON) does not run here, taking $(PYTHON) (OLDEST_PYTHON= names another)"; }; \
+		echo "making $(OLDEST) with the oldest versions, for $$python"; $$python -m venv --clear $(OLDEST)
+	@$(OLDEST)/bin/python tools/floors.py data gguf modelscope demo test > $(OLDEST)/floors.txt
+	@$(OLDEST)/bin/python -m pip -qq --disable-pip-version-check install --no-input -r $(OLDEST)/floors.txt
+	@$(OLDEST)/bin/python -m pip -qq --disable-pip-version-check install --no-input --no-deps -e .
+	@touch $@
+
+test-oldest: $(OLDEST)/.done
+	@$(OLDEST)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+	@$(if $(PYTEST_ARGS)$(filter-out test/test_cpu,$(TESTS)),true,$(OLDEST)/bin/python tools/note_versions.py oldest)
+
+lock:
+	@$(PYTHON) tools/lock.py $(LOCK_PYTHONS)
+
 lint: $(VENV)/.lint
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
@@ -91,4 +139,4 @@ wheel: $(VENV)/.torch
 	@$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) .demo .referees build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) $(OLDEST) .demo .referees build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from auto_round import envs
 from auto_round.errors import ConfigError, OutputError, nearest
@@ -23,7 +23,14 @@ logger.addHandler(logging.NullHandler())
 _seen: set[str] = set()
 
 
-class _StderrHandler(logging.StreamHandler[TextIO]):
+# Python 3.10 cannot write the type of the stream when this runs.
+if TYPE_CHECKING:
+    _Handler = logging.StreamHandler[TextIO]
+else:
+    _Handler = logging.StreamHandler
+
+
+class _StderrHandler(_Handler):
     """Writes to whatever sys.stderr is now, so that a progress bar that redirects it is not torn apart."""
 
     def __init__(self) -> None:

@@ -27,11 +27,12 @@ def status(key: str) -> int:
 def decode(model: torch.nn.Module, ids: torch.Tensor, count: int) -> float:
     """Seconds a token, of `count` after the prompt; each token goes through the model alone."""
     out = model(ids, use_cache=True)
+    name = next(name for name in ("cache", "past_key_values") if name in out)  # Transformers 5.24 says the first
     times = []
     for _ in range(count):
         began = time.perf_counter()
         token = out.logits[:, -1].argmax(-1, keepdim=True)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, **{name: out[name]}, use_cache=True)
         times.append(time.perf_counter() - began)
     return sum(times) / len(times)
 

@@ -56,7 +56,7 @@ def wrong_names(source: Path, out: Path) -> list[str]:
     for name, tensor in before.items():
         if name in after:
             same = after[name].dtype == tensor.dtype and after[name].shape == tensor.shape
-            if not same or after[name].view(torch.uint8).ne(tensor.view(torch.uint8)).any():
+            if not same or bytes_of(after[name]) != bytes_of(tensor):
                 faults.append(f"{name} differs")
         elif not _is_quantized(name, stems):
             faults.append(f"{name} is missing")
@@ -66,6 +66,10 @@ def wrong_names(source: Path, out: Path) -> list[str]:
         if name not in before and not (leaf in PACKED and (stem in known or _of_fused(stem, before))):
             faults.append(f"{name} is not in the source")
     return faults
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _is_quantized(name: str, stems: set[str]) -> bool:

@@ -1,7 +1,7 @@
-"""Resolve everything that `make demo`, `make test` and `make lint` install, and pin it in requirements/constraints.txt.
+"""Pin everything that `make demo`, `make test` and `make lint` install in requirements/constraints.txt.
 
-Each Python that is given gets a fresh environment in which pip resolves the project with its extras, PyTorch as pinned in
-requirements/torch.txt, from its index alone (no settings or package folders of this machine). Nothing is installed:
+Each Python that is given gets a fresh environment in which pip resolves the project with its extras, PyTorch as pinned
+in requirements/torch.txt, from its index alone (no settings or package folders of this machine). Nothing is installed:
 pip reads the packages' metadata. A package that gets one version on all Pythons has one line, one that does not has a
 line for each, chosen by a marker.
 
@@ -34,7 +34,7 @@ SETTINGS = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT", "PIP_BUIL
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("pythons", nargs="+", help="interpreters to resolve for, such as python3.11")
-    pythons = [found for name in parser.parse_args().pythons if (found := shutil.which(name))]
+    pythons = [name for name in parser.parse_args().pythons if runs(name)]
     if not pythons:
         sys.exit("none of these interpreters is here; name them with LOCK_PYTHONS=")
     versions = {}
@@ -44,6 +44,11 @@ def main() -> None:
         versions[minor] = pins
     OUT.write_text(text(versions, datetime.date.today()), encoding="utf-8")
     print(f"wrote {OUT.relative_to(ROOT)}")
+
+
+def runs(python: str) -> bool:
+    """Whether this interpreter is here; a name on the path may be one that only says that it is not."""
+    return bool(shutil.which(python)) and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
 
 
 def resolve(python: str) -> tuple[str, dict[str, str]]:
@@ -76,9 +81,9 @@ def text(versions: Mapping[str, Mapping[str, str]], date: datetime.date) -> str:
     """The file for pins by Python version ("3.10" to {name: version})."""
     pythons = sorted(versions, key=lambda minor: [int(part) for part in minor.split(".")])
     lines = [
-        "# The exact version of everything that `make demo`, `make test` and `make lint` install besides PyTorch, which",
-        "# requirements/torch.txt pins. Only a constraint: a package that nobody asks for is not installed.",
-        f"# Made on {date.isoformat()} by `make lock` (tools/lock.py) with pip, for Python {', '.join(pythons)}, on Linux.",
+        "# The exact version of everything that `make demo`, `make test`, `make lint` install, but for PyTorch, whose",
+        "# version is in requirements/torch.txt. Only a constraint: a package that nobody asks for is not installed.",
+        f"# Made on {date.isoformat()} by `make lock` (tools/lock.py), pip on Linux, for Python {', '.join(pythons)}.",
         "# Do not edit: change pyproject.toml and make it again.",
     ]
     for name in sorted({name for pins in versions.values() for name in pins}):

@@ -20,9 +20,11 @@ from auto_round.calibration.recording import (
     LeafStore,
     batch_dims,
     fillable,
+    first_of,
     flatten,
     in_memory,
     join,
+    rest_of,
     take_hidden,
     unflatten,
 )
@@ -181,7 +183,7 @@ class CapturedInputs:
             made = made_by(slot, output, objects)
             if made is not None and state is not None:
                 state.put(slot, samples, made, str(block_index))
-        return self.links.layout.rows(output if isinstance(output, torch.Tensor) else output[0])
+        return self.links.layout.rows(first_of(output))
 
     def _moved(
         self, leaf: torch.Tensor | SpilledTensor, hidden: torch.Tensor, read: dict[int, torch.Tensor]
@@ -392,17 +394,14 @@ class _Recorder:
                     output = original(*args, **kwargs)
         finally:
             self.source.release(name)
-        first = (
-            output if isinstance(output, torch.Tensor) else output[0] if isinstance(output, tuple) and output else None
-        )
+        first, rest = first_of(output), rest_of(output)
         if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
             raise ModelError(
                 f"block {name!r} ({type(block).__name__}) does not return hidden states of the shape it is given"
             )
-        rest = () if isinstance(output, torch.Tensor) else tuple(output[1:])
         if self.links is None and flatten(rest)[2]:
             raise _MoreThanHidden
-        self.kinds[type(block)] = None if isinstance(output, torch.Tensor) else rest
+        self.kinds[type(block)] = rest
 
 
 def _is_plain(hidden: torch.Tensor) -> bool:

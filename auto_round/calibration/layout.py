@@ -26,6 +26,8 @@ class HiddenLayout:
     @classmethod
     def of(cls, hidden: torch.Tensor, tokens: int) -> HiddenLayout | None:
         """The layout of one sample's hidden states; None when no dimension is the batch, or none the tokens."""
+        if hidden.dim() == 3 and hidden.shape[0] == 1:
+            return cls(rest=(int(hidden.shape[2]),))  # also where a prompt of the model's own lies before the tokens
         batch = batch_dim(hidden)
         others = [d for d in range(hidden.dim()) if d != batch]
         place = next((d for d in others if hidden.shape[d] == tokens), None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from auto_round.calibration.layout import HiddenLayout
-from auto_round.calibration.recording import UNSHARED, Held, Path, entries_of, flatten, unflatten
+from auto_round.calibration.recording import UNSHARED, Held, Path, entries_of, first_of, flatten, rest_of, unflatten
 from auto_round.calibration.spill import SpilledTensor
 from auto_round.errors import UnsupportedError
 
@@ -168,9 +168,9 @@ def made_by(slot: Slot, output: Any, objects: Mapping[int, Any]) -> torch.Tensor
     """The tensor that a block left in a slot; None where it did not."""
     kind, *place = slot.place
     if kind == "hidden":
-        return output if isinstance(output, torch.Tensor) else output[0]
+        return first_of(output)
     if kind == "output":
-        leaves = flatten(tuple(output[1:]))[2] if isinstance(output, tuple) else []
+        leaves = flatten(rest_of(output))[2]
     else:
         number, key, *place = place
         entries = entries_of(objects[number]) if number in objects else {}

@@ -59,7 +59,8 @@ class Held:
             return mapping
         if issubclass(self.kind, list):
             return self.kind(entries[key] for key in sorted(entries))
-        made: Any = object.__new__(self.kind)
+        kind: Any = self.kind
+        made = kind.__new__(kind)
         made.__dict__.update(entries)
         return made
 
@@ -164,6 +165,16 @@ def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Te
     if isinstance(kwargs.get(key), torch.Tensor):
         return kwargs[key], (args, {k: v for k, v in kwargs.items() if k != key}), key
     raise ModelError(f"a decoder block is called without hidden states (arguments: {', '.join(kwargs) or 'none'})")
+
+
+def first_of(output: Any) -> Any:
+    """The hidden states in what a block returns, alone or first in a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def rest_of(output: Any) -> tuple[Any, ...] | None:
+    """What a block returns beside them; None where it returns them alone."""
+    return tuple(output[1:]) if isinstance(output, (tuple, list)) else None
 
 
 class LeafStore:

@@ -24,8 +24,10 @@ from auto_round.calibration.recording import (
     Path,
     entries_of,
     fillable,
+    first_of,
     flatten,
     in_memory,
+    rest_of,
     take_hidden,
 )
 from auto_round.calibration.side_effects import Attributes
@@ -99,7 +101,7 @@ class Rehearsal:
             self._compare(index, first, replayed)
             self.calls.append(call)
             self.blocks.append(links)
-            self.kinds.setdefault(type(block), None if isinstance(output, torch.Tensor) else poisoned(output[1:]))
+            self.kinds.setdefault(type(block), poisoned(rest_of(output)))
             self._output = first
             return output
 
@@ -133,7 +135,7 @@ class Rehearsal:
             )
 
     def _first_output(self, index: int, block: nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
-        first = output[0] if isinstance(output, tuple) and output else output
+        first = first_of(output)
         if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
             raise ModelError(
                 f"block {self.source.blocks[index]!r} ({type(block).__name__}) does not return hidden states of the "
@@ -166,9 +168,8 @@ class Rehearsal:
         return Call(spec, tuple(consts), kept), BlockLinks(linked, held, given, tuple(writes))
 
     def _outputs(self, index: int, output: Any) -> list[Slot]:
-        first = output if isinstance(output, torch.Tensor) else output[0]
-        found = [self._slot(index, first, ("hidden",))]
-        rest = [] if isinstance(output, torch.Tensor) else flatten(tuple(output[1:]))[2]
+        found = [self._slot(index, first_of(output), ("hidden",))]
+        rest = flatten(rest_of(output))[2]
         return [s for s in (*found, *(self._slot(index, t, ("output", i)) for i, t in enumerate(rest))) if s]
 
     def _entry(self, index: int, held: Held, key: Any, entry: Any) -> list[Slot]:
@@ -207,7 +208,7 @@ class Rehearsal:
             raise
         except Exception as error:  # what a block does without what it misses is its own
             raise self._refusal(index, f"cannot be run alone ({type(error).__name__}: {error})") from error
-        return output if isinstance(output, torch.Tensor) else output[0]
+        return first_of(output)
 
     def _compare(self, index: int, real: torch.Tensor, replayed: torch.Tensor | None) -> None:
         if replayed is None or replayed.shape != real.shape:
@@ -242,7 +243,7 @@ class Rehearsal:
             self.source.release(name)
 
 
-def poisoned(rest: Any) -> tuple[Any, ...]:
+def poisoned(rest: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     """What stands for a block's further outputs where the block is not run: NaN and zeros, so that nothing is mistaken
     for a value."""
 
@@ -254,7 +255,7 @@ def poisoned(rest: Any) -> tuple[Any, ...]:
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
 
-    return tuple(stand_in(entry) for entry in rest)
+    return None if rest is None else tuple(stand_in(entry) for entry in rest)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

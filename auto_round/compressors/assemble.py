@@ -9,6 +9,7 @@ import torch
 from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.export.float_layouts import is_float
 from auto_round.export.formats import get_format
+from auto_round.export.llm_compressor_format import PackedInt8Format
 from auto_round.export.plan import ExportPlan
 from auto_round.inference.build_layer import build_layer
 from auto_round.inference.config_reader import read_config
@@ -59,7 +60,7 @@ def packed_layer(layer: QuantizedLayer, model_dtype: torch.dtype) -> PackedLinea
     """A layer as the module that the loader makes of it, or None when its type or shape has no packing."""
     scheme = layer.scheme
     whole = scheme.quantizes_activations and not is_float(scheme)
-    fmt = get_format("auto_round:llm_compressor" if whole else "auto_round")
+    fmt = PackedInt8Format() if whole else get_format("auto_round")
     if (
         layer.codes is None
         or fmt.check_scheme(scheme)

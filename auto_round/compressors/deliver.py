@@ -19,6 +19,7 @@ from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink
 from auto_round.compressors.streamed_experts import streams_experts
 from auto_round.compressors.tensor_joiner import read_pieces
+from auto_round.compressors.tokenizer_check import check_tokenizer
 from auto_round.compressors.verify import Expected, verify_folder
 from auto_round.errors import VerifyError
 from auto_round.export.formats import OutputFormat
@@ -86,7 +87,7 @@ def _complete_folder(made: Delivery, sink: FolderSink) -> Mapping[str, Any] | No
     folder, fmt, source, settings = sink.folder, sink.format, made.source, made.settings
     job, finished = made.job, made.finished
     write_side_files(folder, source, made.tokenizer, settings.trust_remote_code)
-    write_config(folder, source, job, fmt)
+    write_config(folder, source, job, fmt, settings.trust_remote_code)
     if not settings.verify:
         return None
     started = time.monotonic()
@@ -94,10 +95,12 @@ def _complete_folder(made: Delivery, sink: FolderSink) -> Mapping[str, Any] | No
         with_cache_scales(sink.layout.tensors, fmt, job.cache), sink.expected, sink.dense, finished.probe,
         finished.loss if fmt.holds_activations or not finished.walk.activations else None,
         settings.device, finished.walk.dtype, settings.trust_remote_code,
-        None if fmt.loads_here else _reader(job, fmt, sink.layout), fmt.rounds_weights,
-        source.checks_finite, config_values(source, job, fmt), streams_experts(job), source.bounded,
+        None if fmt.loads_here else _reader(job, fmt, sink.layout), fmt.rounds_weights, source.checks_finite,
+        config_values(source, job, fmt, settings.trust_remote_code), streams_experts(job), source.bounded,
     )  # fmt: skip
     verified = verify_folder(folder, expected)
+    origin = getattr(source, "folder", None)
+    verified["tokenizer"] = check_tokenizer(folder, origin, made.tokenizer, settings.trust_remote_code)
     finished.seconds["verify"] = time.monotonic() - started
     loss = "" if verified["loss_reopened"] is None else f", probe loss {verified['loss_reopened']:.4f}"
     tensors, layers = len(expected.tensors), len(expected.digests)

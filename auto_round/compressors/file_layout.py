@@ -137,6 +137,7 @@ class _Planner:
         self.names = source.checkpoint_naming()
         self.canonical = set(source.tied().values())
         self.quantized = {name for name, plan in layers.items() if plan.scheme.quantizes_weights}
+        self.split: set[str] = set()
         self.tensors: TensorSpecs = {}
         self.targets: dict[str, FusedTarget] = {}
         self.reversals: dict[str, Reversal] = {}
@@ -158,6 +159,7 @@ class _Planner:
             stored = self._packed_name(owner, leaves)
             for leaf in leaves:
                 self._rename(f"{owner}.{leaf}", f"{stored}.{leaf}")
+        self.split = {found for owner in packed if (found := self.names.experts_of(owner)) is not None}
         members = self._members()
         for origin, plans in dense.items():
             self._dense(origin, plans, members[origin])
@@ -193,6 +195,11 @@ class _Planner:
 
     def _dense(self, origin: Origin, plans: Mapping[str, TensorPlan], members: set[str]) -> None:
         """Lay out dense tensors that come from one origin, some of them made anew perhaps."""
+        loose = {n for n in plans if self._joined_with_packed(n, origin)}
+        if loose:
+            for name in plans:
+                self._rename(name, self.names.loose(name))
+            return
         made = {n for n in plans if n.endswith(".weight") and n.rpartition(".")[0] in self.quantized}
         if not made and self.source.lazy and members <= plans.keys():
             self.copies |= dict.fromkeys(plans, origin.stored)
@@ -206,6 +213,12 @@ class _Planner:
                 self._rename(name, self.names.loose(name))
         if whole and any(plan.key is None for plan in plans.values()):
             self._join(origin, plans)
+
+    def _joined_with_packed(self, name: str, origin: Origin) -> bool:
+        """Whether Transformers would join a dense expert's tensor, under the checkpoint's name, with those of experts
+        that are packed."""
+        split = self.fmt.loads_here and self.names.experts_of(name) in self.split
+        return split and not self.names.loads(origin.stored[0], name)
 
     def _join(self, origin: Origin, plans: Mapping[str, TensorPlan]) -> None:
         """Stack experts again, and undo a conversion."""
@@ -237,7 +250,7 @@ class _Planner:
             if plan.piece is None:
                 shapes[name] = self.specs[name][0]
                 continue
-            experts = self.source.model.get_submodule(plan.name.rpartition(".")[0])
+            experts = self.source.model.get_submodule(plan.name.removesuffix(f".{plan.piece.param}"))
             assert isinstance(experts, LinearExperts)
             shapes[plan.name] = experts.fused_shapes()[plan.piece.param]
             pieces[name] = (plan.name, plan.piece)

@@ -2,56 +2,56 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import shutil
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from auto_round import envs
 from auto_round.compressors.job import Job, LayerPlan
 from auto_round.compressors.non_finite import Numbers
 from auto_round.compressors.settings import Settings
 from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import file_sha256, write_json, write_text
 from auto_round.export.staging import LOCK
-from auto_round.modeling.links import inside
+from auto_round.modeling.config_json import causal_class, source_values, untied, with_both_ropes, with_dtype
+from auto_round.modeling.side_files import copy_side_files
 from auto_round.modeling.skeleton import Skeleton
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
-from auto_round.report.model_card import ModelCard, write_model_card
+from auto_round.report.model_card import ModelCard, shown_name, write_model_card
+from auto_round.report.paths import without_paths
 from auto_round.report.run_report import FILE_NAME as REPORT
-from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, write_report
-
-# Copied byte for byte from a source folder. Weights, READMEs and Python code are not.
-_SIDE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
-    "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
-)  # fmt: skip
+from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, plain, write_report
 
 
-def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat) -> None:
-    """Write what `config_values` gives."""
-    for name, values in config_values(source, job, fmt).items():
-        write_json(folder, name, values)
+def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat, trusted: bool) -> None:
+    """Write what `config_values` gives; config.json in the source's own order."""
+    for name, values in config_values(source, job, fmt, trusted).items():
+        if name == "config.json":
+            write_text(folder, name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        else:
+            write_json(folder, name, values)
 
 
-def config_values(source: ModelSource, job: Job, fmt: OutputFormat) -> dict[str, Any]:
-    """By file name: config.json with the format's quantization_config, and the same alone in its `config_files`."""
-    config = copy.deepcopy(source.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    values = json.loads(config.to_json_string(use_diff=False))
-    for key in ("_name_or_path", "_attn_implementation_autoset"):
-        values.pop(key, None)
-    values["dtype"] = str(source.dtype).removeprefix("torch.")
-    if values.get("architectures") is None and not isinstance(source.model, Skeleton):
-        values["architectures"] = [type(source.model).__name__]
+def config_values(source: ModelSource, job: Job, fmt: OutputFormat, trusted: bool) -> dict[str, Any]:
+    """By file name: config.json with the format's quantization_config, and the same alone in its `config_files`.
+
+    config.json is the source's own with what the run changed, whichever flow it was. `trusted`: its Python files come
+    along.
+    """
+    values = source_values(source.config, getattr(source, "folder", None), trusted)
+    values = with_both_ropes(with_dtype(values, str(source.dtype).removeprefix("torch.")))
+    if values.get("architectures") is None:
+        own = None if isinstance(source.model, Skeleton) else type(source.model).__name__
+        name = own or causal_class(values)
+        values |= {} if name is None else {"architectures": [name]}
     if any(not name.startswith(tuple(f"{b}." for b in job.blocks)) for name in job.quantized()):
-        values["tie_word_embeddings"] = False
+        values = untied(values)
     plan = job.export_plan(fmt)
     quantization = fmt.file_config(plan)
     found: dict[str, Any] = {} if quantization is None else dict.fromkeys(fmt.config_files, quantization)
@@ -59,15 +59,10 @@ def config_values(source: ModelSource, job: Job, fmt: OutputFormat) -> dict[str,
 
 
 def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> None:
-    """Tokenizer and generation settings: copied from the source folder, else saved from the objects."""
+    """Everything beside the weights: copied from the source folder, else saved from the objects."""
     origin = getattr(source, "folder", None)
     if origin is not None:
-        names = list(_SIDE_FILES)
-        if trust_remote_code:
-            names += [path.name for path in Path(origin).glob("*.py")]
-        for name in names:
-            if (Path(origin) / name).is_file():
-                shutil.copyfile(inside(Path(origin), Path(origin) / name), folder / name)
+        copy_side_files(Path(origin), folder, trust_remote_code)
     if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
         tokenizer.save_pretrained(folder)
     generation = getattr(source.model, "generation_config", None)
@@ -125,26 +120,31 @@ def write_records(
     seconds: Mapping[str, float], files: Mapping[str, str], verify: Mapping[str, Any] | None, data: str | None,
     unreached: Sequence[str] = (), numbers: Numbers | None = None, made_from: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """README.md and report.json."""
+    """README.md and report.json. Neither holds a path of this machine."""
+    given = settings.dataset if isinstance(settings.dataset, str) else ""
+    known = [job.model, job.output_dir or "", str(folder), str(envs.work_space()), *re.split("[,:=]", given)]
+    clean = partial(without_paths, known=[path for path in known if path])
+    model, data = shown_name(job.model), clean(data)
     sizes = {name: (folder / name).stat().st_size for name in files}
     exceptions = {n: p.described for n, p in job.layers.items() if p.scheme != job.scheme}
     shown = {k: v for k, v in job.settings.items() if v is not None and k != "dataset"}
     if job.stored_as:
         shown = {"weights of the source": job.stored_as, **shown}
     card = ModelCard(
-        base_model=job.model, scheme=f"{job.scheme_name} ({job.scheme.describe()})", format=fmt.name,
+        base_model=model, scheme=f"{job.scheme_name} ({job.scheme.describe()})", format=fmt.name,
         bits_per_weight=bits_per_weight(job, fmt) if fmt.name != "fake" else None, size_bytes=sum(sizes.values()),
-        settings=shown, data=data, exceptions=exceptions, files=files,
+        settings=clean(plain(shown)), data=data, exceptions=exceptions, files=files,
     )  # fmt: skip
     write_model_card(folder, card)
     others = {*files, LOCK, REPORT, "README.md"}  # the last two are written again when the model is evaluated
-    small = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in others)
+    small = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    small = {name: path for name, path in small.items() if name not in others and not name.startswith(".")}
     report = RunReport(
-        model=job.model, format=fmt.name, job=job.to_dict() | {"data": data},
-        layers=layer_records(job, fmt, unreached, numbers),
+        model=model, format=fmt.name, job=clean(plain(job.to_dict())) | {"model": model, "data": data},
+        layers=tuple(replace(r, reason=clean(r.reason)) for r in layer_records(job, fmt, unreached, numbers)),
         blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=peak_vram_bytes(),
-        files=files, small_files={path.name: file_sha256(path) for path in small if not path.name.startswith(".")},
-        sizes=sizes, verify=verify, numerics=None if numbers is None else numbers.to_dict(),
+        files=files, small_files={name: file_sha256(path) for name, path in small.items()},
+        sizes=sizes, verify=clean(verify), numerics=None if numbers is None else clean(plain(numbers.to_dict())),
         made_from=made_from,
     )  # fmt: skip
     write_report(folder, report)

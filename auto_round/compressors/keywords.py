@@ -178,6 +178,9 @@ def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationSchem
     if _is_gguf(scheme) and changed != base and ggml_type_of(changed) is None:
         logger.warning("%s not used: scheme %s has types of its own", ", ".join(overrides), scheme)
         changed = base
+    details = [name for name in overrides if name.startswith("act_") and name != "act_bits"]
+    if details and not changed.quantizes_activations:
+        logger.warning("%s has no effect: activations stay as they are without act_bits", ", ".join(details))
     settled, fields = symmetric_where_only(changed)
     for field in fields:
         logger.warning("%s=False is not used: %s", field, no_zero_point(settled, field))

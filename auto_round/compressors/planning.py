@@ -81,22 +81,24 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
         raise UnsupportedError(f"{what}: rotation_config is not available in this version; leave it out")
     if ggml_type_of(scheme) is None:
         get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
-    if float_family(scheme.data_type, scheme.bits) is not None and not scheme.sym:
-        raise ConfigError(f"{what}: sym=False; data type {scheme.data_type!r} is symmetric only")
+    if scheme.data_type == "int" and isinstance(scheme.group_size, tuple):
+        raise ConfigError(
+            f"{what}: group_size={scheme.group_size}: blocks of rows and columns are for data type fp (scheme "
+            "FP8_BLOCK); give integers one number"
+        )
     if scheme.data_type == "int" and not 2 <= scheme.bits <= 8:
         raise ConfigError(f"{what}: bits={scheme.bits}; integers of 2 to 8 bits are available")
     activations = scheme.activations
     if activations is None:
         return
     activation_function(activations)
-    if float_family(activations.data_type, activations.bits) is not None and not activations.sym:
-        raise ConfigError(f"{what}: act_sym=False; data type {activations.data_type!r} is symmetric only")
+    float_family(activations.data_type, activations.bits)  # raises for a width that the type has not
     if activations.data_type == "int" and not 2 <= activations.bits <= 8:
         raise ConfigError(f"{what}: act_bits={activations.bits}; integers of 2 to 8 bits are available")
     if not isinstance(activations.group_size, int):
         raise ConfigError(f"{what}: act_group_size={activations.group_size} is a block; use -1, 0 or a positive number")
     if not activations.dynamic and activations.group_size > 0:
-        raise ConfigError(
+        raise UnsupportedError(
             f"{what}: act_group_size={activations.group_size} with act_dynamic=False: a static scale is one for the "
             "whole layer; use act_group_size 0 or -1"
         )

@@ -14,6 +14,7 @@ from auto_round.compressors.budget import MemoryBudget
 from auto_round.errors import ConfigError, nearest
 from auto_round.export.cache_scales import CacheScheme, parse_cache_scheme
 from auto_round.layer_config import scheme_from_entry
+from auto_round.report.paths import shown_dataset
 from auto_round.schemes import MixedPreset, QuantizationScheme
 
 ON_NAN = ("fail", "rtn", "keep")
@@ -111,7 +112,7 @@ class Settings:
             values |= {"iters": 0, "enable_quanted_input": False}
         if self.needs_data:
             values |= {"nsamples": self.nsamples, "seqlen": self.seqlen}
-            values["dataset"] = self.dataset if isinstance(self.dataset, str) else None
+            values["dataset"] = shown_dataset(self.dataset) if isinstance(self.dataset, str) else None
         values["amp"] = self.amp
         values["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
         for what in ("kv", "attention"):

@@ -204,7 +204,8 @@ class AutoRoundFormat(OutputFormat):
     ) -> dict[str, Any]:  # fmt: skip
         """The `extra_config` entry of one layer, empty when it follows from the rest of the config."""
         if name in dense:
-            return {"bits": 16}
+            # Without `act_bits` auto-round takes the activations from the default, and has no kernel for such a layer.
+            return {"bits": 16, "act_bits": 16} if default.quantizes_activations else {"bits": 16}
         scheme = plan.layers[name]
         if not scheme.quantizes_weights:
             return {}

@@ -173,13 +173,22 @@ class CompressedTensorsFormat(OutputFormat):
 
 
 @register_format("auto_round:llm_compressor")
-class AutoRoundLlmCompressorFormat(AutoRoundFormat):
-    """The same tensors with an `auto-round` config: Transformers opens them with this package alone."""
+class AutoRoundLlmCompressorFormat(CompressedTensorsFormat):
+    """The same files under the name in the guide's examples: plain compressed-tensors, as auto-round writes."""
 
     support_schemes: ClassVar[tuple[str, ...]] = (
         "INT8", "INT8_W8A8", "MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "NVFP4", "FPW8A16", "FP8_STATIC",
         "FP8_BLOCK",
     )  # fmt: skip
+
+
+class PackedInt8Format(AutoRoundFormat):
+    """The tensors of compressed-tensors with an `auto-round` config, which this package's own loader opens.
+
+    Earlier versions wrote it as `auto_round:llm_compressor`. It is not registered: the model that `quantize()` returns
+    describes its int8 layers by it.
+    """
+
     takes_conv1d: ClassVar[bool] = False
     # Experts whose int8 tensor would be called w1.weight have the modules' names.
     refuses_joined: ClassVar[bool] = False
@@ -189,8 +198,6 @@ class AutoRoundLlmCompressorFormat(AutoRoundFormat):
         return "auto_round:llm_compressor"
 
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
-        if scheme.quantizes_weights and scheme.data_type == "int" and not scheme.quantizes_activations:
-            return "it holds integers whose activations are quantized too"
         return self.tensors.check_scheme(scheme)
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:

@@ -31,4 +31,8 @@ def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
     if kind != "default":
         rest = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
         added["rope_scaling"] = rest | {"type": kind}
-    return {**values, **{key: value for key, value in added.items() if values.get(key) is None}}
+    made = {**values, **{key: value for key, value in added.items() if values.get(key) is None}}
+    scaling = made.get("rope_scaling")
+    if isinstance(scaling, dict) and "rope_type" in scaling:
+        made["rope_scaling"] = {**scaling, "type": scaling.get("type", scaling["rope_type"])}
+    return made

@@ -6,6 +6,7 @@ buffers are named as in the files. Afterwards `post_init` checks that all of the
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -212,6 +213,15 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNam
         if isinstance(experts, LinearExperts):
             for index in range(experts.num_experts):
                 experts.call_leaves(index, stored.expert_leaves(f"{name}.{index}"))
+            if experts.layout.identity:
+                _ignore_unused_rows(model, name, experts)
+
+
+def _ignore_unused_rows(model: nn.Module, name: str, experts: LinearExperts) -> None:
+    """Let Transformers not warn of rows of experts that only pass their input on, which some checkpoints hold."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    names = [rf"^{re.escape(f'{name}.{weight}')}$" for weight in experts.layout.weights]
+    model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *names}  # type: ignore[assignment]
 
 
 def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
@@ -75,7 +75,7 @@ def unrecognised_attention(blocks: Iterable[nn.Module]) -> list[str]:
         for module in block.modules()
         if _ATTENTION.search(type(module).__name__)
         and not _STATE.search(type(module).__name__)
-        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(_class_of(module), _TABLE))
+        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(_kind(module), _TABLE))
     }
     return [kind.__name__ for kind in kinds]
 
@@ -113,7 +113,7 @@ def with_argument(
 
 
 def _cache_argument(module: nn.Module) -> str | None:
-    return _cache_argument_of(_class_of(module))
+    return _cache_argument_of(_kind(module))
 
 
 @lru_cache(maxsize=1024)
@@ -139,15 +139,15 @@ def _cache_argument_of(kind: Any) -> str | None:
     return found[0] if found else None
 
 
-def _class_of(module: nn.Module) -> Any:
-    return type(module)
-
-
 def _shown(module: nn.Module) -> frozenset[str]:
-    kind = _class_of(module)
     shared = getattr(module, "is_kv_shared_layer", False) or getattr(module, "kv_shared_layer_index", None) is not None
-    keys_values = {"k", "v"} if _mentions(kind, _UPDATE) and not shared else set()
-    return frozenset(keys_values | ({"q"} if _mentions(kind, _TABLE) else set()))
+    keys_values = {"k", "v"} if _mentions(_kind(module), _UPDATE) and not shared else set()
+    return frozenset(keys_values | ({"q"} if _mentions(_kind(module), _TABLE) else set()))
+
+
+def _kind(module: nn.Module) -> Any:
+    """Its class, as a key of a cache."""
+    return type(module)
 
 
 def _is_cache(annotation: Any, function: Callable[..., Any]) -> bool:
@@ -164,33 +164,41 @@ def _is_cache(annotation: Any, function: Callable[..., Any]) -> bool:
 @lru_cache(maxsize=4096)
 def _mentions(kind: Any, word: str) -> bool:
     """Whether the forward of a class, or a method of the class that it calls, reads an attribute or global `word`."""
-    names = set(_names(kind.forward))
+    names = {name for _, name in _reads(kind.forward)}
     for name in list(names):
         method = inspect.getattr_static(kind, name, None)
         if callable(method) and not hasattr(nn.Module, name):
-            names |= set(_names(method))
+            names |= {inner for _, inner in _reads(method)}
     return word in names
-
-
-def _names(function: Any) -> Iterator[str]:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    waiting = [code] if isinstance(code, CodeType) else []
-    while waiting:
-        code = waiting.pop()
-        yield from code.co_names
-        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 
 
 def _read_of(function: Any, attribute: str) -> set[str]:
     """Local names of a function of which it reads this attribute."""
+    return {owner for owner, name in _reads(function) if name == attribute}
+
+
+@lru_cache(maxsize=4096)
+def _reads(function: Any) -> list[tuple[str, str]]:
+    """(local name or "", attribute or global) for all that a function and those inside it read, in their order.
+
+    What is read of the dictionary of further keyword arguments is left out: its `update` is no cache's.
+    """
     code = getattr(inspect.unwrap(function), "__code__", None)
-    if not isinstance(code, CodeType):
-        return set()
-    found: set[str] = set()
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("EXTENDED_ARG", "CACHE", "NOP")]
-    for before, step in zip(steps, steps[1:], strict=False):
-        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == attribute and "LOAD_" in before.opname:
-            found.add(str(before.argval[-1] if isinstance(before.argval, tuple) else before.argval))
+    waiting = [code] if isinstance(code, CodeType) else []
+    found: list[tuple[str, str]] = []
+    while waiting:
+        code = waiting.pop()
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+        further = code.co_varnames[count] if code.co_flags & inspect.CO_VARKEYWORDS else None
+        owner = ""
+        for step in dis.get_instructions(code):
+            if step.opname in ("EXTENDED_ARG", "CACHE", "NOP"):
+                continue
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL") and (owner != further or not owner):
+                found.append((owner if step.opname != "LOAD_GLOBAL" else "", str(step.argval)))
+            local = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+            owner = str(step.argval[-1] if isinstance(step.argval, tuple) else step.argval) if local else ""
     return found
 
 

@@ -102,8 +102,8 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Names of the decoder blocks of a causal language model, in the order in which they run.
 
     The blocks are the ModuleList, not itself inside such a list, whose every member holds matrix multiplications and
-    which has the most parameters. Where Transformers says what the decoder is, only that is searched, so that the
-    towers of a multimodal model are not taken for it.
+    which has the most parameters. Where Transformers says what the decoder is, only that is searched, and encoders of
+    images and sound, which have a configuration of their own, are left out.
 
     Raises:
         ModelError: there is no such list.
@@ -111,7 +111,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """
     for root in _roots(model):
         found: list[tuple[int, int, str]] = []
-        _collect(root, _name_of(model, root), found)
+        _collect(root, _name_of(model, root), found, _tower_configs(model))
         if found:
             _, _, name = max(found)
             kinds = _kinds(model.get_submodule(name))
@@ -143,14 +143,31 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next((name for name, module in model.named_modules() if module is wanted), "")
 
 
-def _collect(module: nn.Module, name: str, found: list[tuple[int, int, str]]) -> None:
-    """Append (parameters, length, name) for the outermost lists of layers under `module`."""
+_TOWERS = ("vision", "visual", "image", "audio", "speech")
+
+
+def _tower_configs(model: nn.Module) -> tuple[type, ...]:
+    """Classes of the configurations that describe encoders of images and sound."""
+    try:
+        values = vars(model.config)
+    except (AttributeError, TypeError):
+        return ()
+    own = type(model.config)
+    parts = [v for name, v in values.items() if name.endswith("_config") and any(word in name for word in _TOWERS)]
+    return tuple({type(part) for part in parts if hasattr(part, "to_dict")} - {own})
+
+
+def _collect(module: nn.Module, name: str, found: list[tuple[int, int, str]], towers: tuple[type, ...]) -> None:
+    """Append (parameters, length, name) for the outermost lists of layers under `module`, models with a configuration
+    of `towers` left out."""
+    if isinstance(getattr(module, "config", None), towers):
+        return
     if isinstance(module, nn.ModuleList) and len(module) and all(_multiplies(child) for child in module):
         size = sum(p.numel() for p in module.parameters()) + sum(b.numel() for b in module.buffers())
         found.append((size, len(module), name))
         return
     for child_name, child in module.named_children():
-        _collect(child, f"{name}.{child_name}" if name else child_name, found)
+        _collect(child, f"{name}.{child_name}" if name else child_name, found, towers)
 
 
 _SCALES = ("scales", "weight_scale", "weight_scale_inv")  # what packed linear layers call theirs

@@ -18,6 +18,7 @@ from auto_round.modeling.config_values import read_value, text_config
 from auto_round.modeling.json_text import read_object
 from auto_round.modeling.links import inside
 from auto_round.modeling.tensor_files import TensorFiles
+from auto_round.modeling.towers import MODEL_FREE, reads_more_than_text
 
 _OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
@@ -76,6 +77,8 @@ def _check_causal(config: Any, folder: Path, remote: bool) -> None:
         reason = f"AutoModelForCausalLM knows no model for its {kind.__name__}"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
         reason = f"its {kind.__name__} describes an encoder (is_decoder is false)"
+    if reason and reads_more_than_text(config):
+        raise ModelError(f"{folder} reads more than text, and is not tuned: {reason}; {MODEL_FREE}")
     if reason:
         raise ModelError(
             f"{folder} is not a causal language model: {reason}; only decoder-only language models can be quantized"

@@ -64,12 +64,18 @@ class CheckpointNames:
             name: of the layer in the model.
             leaves: of its tensors: "qweight", "scales", ...
             loads_here: Transformers opens the files with this package's loader. It must find the tensors again: where
-                it would rename or join them otherwise, they keep the name that the modules have.
+                it would rename or join them otherwise, an expert's matrices keep the names that the modules have.
         """
-        stored = self.module(name)
-        if not loads_here or all(self._loads(f"{stored}.{leaf}", f"{name}.{leaf}") for leaf in leaves):
-            return stored
-        return name
+        candidates = self._candidates(name)
+        if not loads_here:
+            return candidates[0]
+        fitting = (c for c in candidates if all(self.loads(f"{c}.{leaf}", f"{name}.{leaf}") for leaf in leaves))
+        return next(fitting, name)
+
+    def _candidates(self, layer: str) -> tuple[str, str]:
+        """The checkpoint's name of a layer, and that of what holds it with the layer's own last part."""
+        parent, _, last = layer.rpartition(".")
+        return self.module(layer), f"{self.module(parent)}.{last}"
 
     def joined(self, name: str, leaves: Iterable[str]) -> bool:
         """Whether Transformers would join a packed layer's tensors with others under the checkpoint's name of it."""
@@ -80,11 +86,8 @@ class CheckpointNames:
     def loose(self, tensor: str) -> str:
         """The name of a dense tensor whose siblings are packed: Transformers must not join it with them."""
         owner, _, leaf = tensor.rpartition(".")
-        parent, _, last = owner.rpartition(".")
-        for candidate in (f"{self.module(owner)}.{leaf}", f"{self.module(parent)}.{last}.{leaf}"):
-            if self._loads(candidate, tensor):
-                return candidate
-        return tensor
+        candidates = (f"{candidate}.{leaf}" for candidate in self._candidates(owner))
+        return next((name for name in candidates if self.loads(name, tensor)), tensor)
 
     def block(self, name: str) -> tuple[str, ...]:
         """The checkpoint's names of a decoder block: several where its layers lie in more than one item of a list."""
@@ -95,7 +98,7 @@ class CheckpointNames:
         found = dict.fromkeys(match[0] for stored in inside if (match := _NUMBERED.match(stored)))
         return tuple(found) or (self.module(name),)
 
-    def _loads(self, key: str, tensor: str) -> bool:
+    def loads(self, key: str, tensor: str) -> bool:
         """Whether Transformers gives a stored tensor to the model's tensor of that name (an expert's may have the names
         that the checkpoint has for its matrices)."""
         wanted = {tensor, self._own_leaf(key, tensor)}
@@ -107,6 +110,15 @@ class CheckpointNames:
             return False
         prefix = f"{mapping.prefix}." if mapping.prefix else ""
         return bool(wanted & {renamed, prefix + renamed, renamed.removeprefix(prefix)})
+
+    def experts_of(self, name: str) -> str | None:
+        """The module of experts that a tensor or layer of one expert lies in; None for others."""
+        parent = name
+        while parent:
+            parent = parent.rpartition(".")[0]
+            if parent in self._experts:
+                return parent
+        return None
 
     def _own_leaf(self, key: str, tensor: str) -> str:
         layer, _, leaf = tensor.rpartition(".")

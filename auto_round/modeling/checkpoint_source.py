@@ -30,6 +30,7 @@ from auto_round.modeling.source import (
     state_names,
 )
 from auto_round.modeling.tensor_files import StoredTensor, TensorFiles
+from auto_round.modeling.towers import check_towers
 
 # Buffers of old files that modules compute: rotary frequencies, and causal masks [1, 1, n, n] with their filler.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$")
@@ -98,6 +99,8 @@ class CheckpointSource(ModelSource):
             files = PickleFiles.open_pickles(self.folder) if self._pickles else TensorFiles.open(self.folder)
         self.files = files
         check_sizes(self.folder / "config.json", self.config, len(self.files.tensors))
+        if kind is None and not self._own_class():
+            check_towers(self.config, self.files.tensors, self.name_or_path)
         dense = None
         if prepare is None:
             dense = dense_view(self.files, declared, asked or config_dtype(self.config))
@@ -118,6 +121,11 @@ class CheckpointSource(ModelSource):
         self._fill_buffers()
         self._spare = self._find_spare()
         self.notes = (*self.files.notes, *self._spare_notes())
+
+    def _own_class(self) -> bool:
+        """Whether the model's class is Python code of the folder."""
+        own = getattr(self.config, "auto_map", None)
+        return self._trusted and isinstance(own, dict) and "AutoModelForCausalLM" in own
 
     def reopen(self) -> CheckpointSource:
         """A second source of the same files with an empty model of its own."""

@@ -174,9 +174,12 @@ def fused_shapes(layout: ExpertLayout, experts: int, hidden: int, inner: int) ->
 
 
 def _fits(module: nn.Module, layout: ExpertLayout) -> bool:
-    """Whether the parameters of `module` are those of the layout, with sizes that agree, and no others."""
+    """Whether the parameters of `module` are those of the layout, with sizes that agree, and no others.
+
+    A further parameter, or a buffer that checkpoints hold (a scale per expert, say), is part of what it computes.
+    """
     params = fused_params(module)
-    if set(params) != layout.params:
+    if set(params) != layout.params or set(module._buffers) - module._non_persistent_buffers_set:
         return False
     weights = [params[name] for name in layout.weights]
     if any(p.dim() != (2 if layout.flat else 3) for p in weights):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from auto_round import envs
 from auto_round.errors import ConfigError, ModelError, nearest
+from auto_round.modeling.side_files import NOT_FETCHED
 
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab")
+# What every model needs; ModelScope's client is asked for no more.
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "LICENSE*", "NOTICE*")
 _CODE = ("*.py",)
 _REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
 _PLATFORMS = ("hf", "model_scope")
@@ -20,7 +22,8 @@ def model_folder(
     model: str | os.PathLike[str], *, trust_remote_code: bool = False, platform: str | None = None,
     allow_pickle: bool = False,
 ) -> Path:  # fmt: skip
-    """The local folder of a model given as folder or hub id. Only json, safetensors and tokenizer files are fetched.
+    """The local folder of a model given as folder or hub id. Of a hub everything is fetched but weights in other
+    formats than safetensors, other models in subfolders, and code.
 
     Args:
         model: a folder, or an id such as "org/name".
@@ -63,7 +66,11 @@ def _from_hub(repo: str, patterns: list[str], folder: Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, etag_timeout=_TIMEOUT_S))
+        everything = [*patterns, "*"]
+        ignored = [p for p in (*NOT_FETCHED, *_CODE) if p not in patterns and not _are_pickles(p, patterns)]
+        return Path(
+            snapshot_download(repo, allow_patterns=everything, ignore_patterns=ignored, etag_timeout=_TIMEOUT_S)
+        )
     except LocalEntryNotFoundError as error:
         reason = "the hub cannot be reached and the model is not in the local cache"
         raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and {reason}: {_first_line(error)}") from error
@@ -71,6 +78,11 @@ def _from_hub(repo: str, patterns: list[str], folder: Path) -> Path:
         raise ModelError(
             f"no folder {repo!r} here{_similar(folder)}, and the hub refuses it: {_first_line(error)}"
         ) from error
+
+
+def _are_pickles(ignored: str, patterns: list[str]) -> bool:
+    """Whether a pattern would leave out what is asked for by name."""
+    return ignored == "*.bin" and any(pattern.endswith(".bin") for pattern in patterns)
 
 
 def _from_modelscope(repo: str, patterns: list[str], folder: Path) -> Path:

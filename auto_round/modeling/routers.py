@@ -74,10 +74,9 @@ def _expert_counts(module: nn.Module) -> Iterator[int]:
             if child.layout.call in ("routed", "every", "sorted"):
                 yield child.num_experts
         elif "expert" in leaf.lower() and "shared" not in leaf.lower():
-            if isinstance(child, nn.ModuleList):
-                yield len(child)
-            elif stacked := [p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3]:
-                yield int(stacked[0])
+            listed = sum(name.isdigit() for name, _ in child.named_children())
+            stacked = [int(p.shape[0]) for p in child.parameters(recurse=False) if p.dim() == 3]
+            yield from [listed] if listed else stacked[:1]
 
 
 def _inside(name: str, roots: set[str]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from auto_round.errors import OutputError
 from auto_round.report import model_card, run_report
 from auto_round.report.model_card import shown_name
+from auto_round.report.paths import without_paths
 
 _HEADING, _NEXT = "## Quality\n", "## How to run\n"
 
@@ -36,11 +37,13 @@ def add_quality(
         except ValueError as error:
             raise OutputError(f"{report} is not JSON ({error}); the measurement is not recorded") from error
         quality = {k: shown_name(v) if k in ("model", "reference") and v else v for k, v in values.items()}
-        record["quality"] = run_report.plain(quality)
+        record["quality"] = without_paths(run_report.plain(quality), (str(root),))
         run_report.write_text(report, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     card = root / model_card.FILE_NAME
     if card.is_file():
-        run_report.write_text(card, with_quality(card.read_text(encoding="utf-8"), rows, note))
+        run_report.write_text(
+            card, with_quality(card.read_text(encoding="utf-8"), rows, without_paths(note, (str(root),)))
+        )
 
 
 def with_quality(card: str, rows: Sequence[tuple[str, str]], note: str) -> str:

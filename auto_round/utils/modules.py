@@ -10,11 +10,10 @@ import torch
 
 from auto_round.compressors.device import resolve_device
 from auto_round.compressors.settings import names_tuple
-from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.later import MULTIMODAL
-from auto_round.modeling.source import find_model_blocks
+from auto_round.errors import ConfigError
 
 _NOT_TEXT = ("vision", "image", "img")
+_TOWERS = ("vision", "visual", "image", "img", "audio", "speech")
 
 
 def get_module(module: torch.nn.Module, key: str) -> torch.nn.Module | None:
@@ -48,15 +47,24 @@ def set_attr(model: Any, key: str, new_attr: Any) -> None:
 
 
 def get_block_names(model: torch.nn.Module, quant_vision: bool = False) -> list[list[str]]:
-    """Names of the decoder blocks in the order in which they run, as one list inside a list.
+    """Names of the members of every outermost list of layers (ModuleList), one list for each.
 
-    Raises:
-        UnsupportedError: `quant_vision`, or a model that runs its blocks in turns.
-        ModelError: the model has no blocks.
+    Of a model that reads more than text, those of its other towers are left out, unless `quant_vision`.
     """
-    if quant_vision:
-        raise UnsupportedError(MULTIMODAL.sentence("quant_vision=True"))
-    return [list(find_model_blocks(model))]
+    found: list[list[str]] = []
+    _outermost_lists(model, "", found)
+    if quant_vision or is_pure_text_model(model):
+        return found
+    return [names for names in found if not any(word in names[0].lower() for word in _TOWERS)]
+
+
+def _outermost_lists(module: torch.nn.Module, name: str, found: list[list[str]]) -> None:
+    if isinstance(module, torch.nn.ModuleList):
+        members = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        found += [members] if members else []
+        return
+    for child, inner in module.named_children():
+        _outermost_lists(inner, f"{name}.{child}" if name else child, found)
 
 
 def find_matching_blocks(

@@ -164,8 +164,8 @@ def test_11_a_wrong_one_is_an_error(spelling: Any, packable_folder: Any) -> None
 def test_12_nblocks_is_not_ignored(packable_folder: Any) -> None:
     with pytest.raises(UnsupportedError, match="nblocks=2.*not available"):
         AutoRound(packable_folder("llama"), nblocks=2)
-    with pytest.raises(TypeError):
-        SignRoundConfig(nblocks=2)  # type: ignore[call-arg]
+    with pytest.raises(UnsupportedError):
+        SignRoundConfig(nblocks=2)
     AutoRound(packable_folder("llama"), nblocks=1)
 
 
@@ -203,8 +203,7 @@ def test_4_what_stays_dense_is_ignored_by_name(scheme: str, packable_folder: Any
 
 
 @pytest.mark.parametrize(("scheme", "fmt"), [
-    ("FP8_BLOCK", "auto_round"), ("FP8_BLOCK", "auto_round:fp8"), ("FP8_BLOCK", "auto_round:llm_compressor"),
-    ("FPW8A16", "auto_round"), ("FPW8A16", "auto_round:llm_compressor"),
+    ("FP8_BLOCK", "auto_round"), ("FP8_BLOCK", "auto_round:fp8"), ("FPW8A16", "auto_round"),
 ])  # fmt: skip
 def test_16_fp8_in_blocks_and_per_tensor_opens(scheme: str, fmt: str, packable_folder: Any, tmp_path: Path) -> None:
     """Transformers' config class refused a group_size of [128, 128] and of 0."""

@@ -41,6 +41,7 @@ from auto_round.compressors.output_folders import stale_files
 from auto_round.compressors.resume.fingerprint import differences
 from auto_round.compressors.resume.same_command import digests_of, is_made
 from auto_round.compressors.settings import Settings
+from auto_round.compressors.tokenizer_check import check_tokenizer
 from auto_round.errors import OutputError, Stopped
 from auto_round.export.disk import PARTIAL, check_disk, ensure_output_folder, writing
 from auto_round.export.earlier_output import refuse_source, remove_files
@@ -49,6 +50,7 @@ from auto_round.export.formats import OutputFormat
 from auto_round.export.shard_writer import parse_size, write_text
 from auto_round.logger import logger
 from auto_round.modeling.checkpoint_source import CheckpointSource
+from auto_round.modeling.side_files import side_files
 from auto_round.modeling.skeleton_source import open_structure
 from auto_round.report.memory import format_bytes, format_seconds
 from auto_round.report.progress import make_progress
@@ -114,6 +116,7 @@ class ModelFree:
             folders = [root / f.name.replace(":", "-").replace("_", "-") for f in formats]
         earlier = {folder: failures(folder / FOLDER) for folder in folders}
         job = self.plan(formats, output_dir)
+        side_files(self.source().folder, self.settings.trust_remote_code)  # a link that leads away is found now
         made = None if self.options.world > 1 else self._recipe(job, shard)
         if not overwrite and is_made(folders, made, self.settings):
             logger.info("%s holds the result of this command already; --overwrite makes it anew", root)
@@ -288,7 +291,7 @@ class ModelFree:
         folder = journal.whole
         started = time.monotonic()
         write_side_files(folder, source, None, self.settings.trust_remote_code)
-        write_config(folder, source, job, fmt)
+        write_config(folder, source, job, fmt, self.settings.trust_remote_code)
         if len(layout.shards) > 1:
             write_text(folder, "model.safetensors.index.json", index_text(layout, rounder.work.tensors))
         verified = None
@@ -298,6 +301,7 @@ class ModelFree:
             verified = {
                 "passed": True, "tensors": len(rounder.work.tensors), "layers": read_back, "loss_in_memory": None,
                 "loss_reopened": None,
+                "tokenizer": check_tokenizer(folder, source.folder, None, self.settings.trust_remote_code),
             }  # fmt: skip
             seconds["verify"] = time.monotonic() - started
         sums = {shard.name: journal.digest(i) or "" for i, shard in enumerate(layout.shards)}

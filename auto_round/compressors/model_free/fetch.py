@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from auto_round.errors import ModelError
 from auto_round.logger import logger
+from auto_round.modeling.side_files import NOT_FETCHED
 
 _TRIES = 5
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab")
 _CODE = ("*.py",)
 
 
@@ -50,8 +50,8 @@ class HubFetcher:
     def small_files(self, trust_remote_code: bool) -> Path:
         from huggingface_hub import snapshot_download
 
-        patterns = [*_SMALL_FILES, *(_CODE if trust_remote_code else ())]
-        return Path(self._guarded(lambda: snapshot_download(self.repo, allow_patterns=patterns), "its small files"))
+        ignored = [*NOT_FETCHED, "*.safetensors", *(() if trust_remote_code else _CODE)]
+        return Path(self._guarded(lambda: snapshot_download(self.repo, ignore_patterns=ignored), "its small files"))
 
     def weight_files(self) -> dict[str, RemoteFile]:
         from huggingface_hub import HfApi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from auto_round.calibration.cache_extremes import CacheExtremes, cache_extremes
 from auto_round.calibration.inputs import capture_inputs
 from auto_round.compressors.streams import Stream
-from auto_round.errors import NumericsError, UnsupportedError
+from auto_round.errors import LibraryError, NumericsError, UnsupportedError
 from auto_round.modeling.attention import find_attention
 from auto_round.modeling.source import open_source
 
@@ -60,7 +61,7 @@ def of_cache(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Te
     for sample in ids:
         cache = DynamicCache(config=model.config) if "Next" in type(model).__name__ else DynamicCache()
         with torch.no_grad():
-            model(sample[None], past_key_values=cache, use_cache=True)
+            model(sample[None], **{cache_name(model): cache}, use_cache=True)
         for index in range(layers):
             keys = getattr(cache.layers[index], "keys", None)
             if keys is None:
@@ -69,6 +70,12 @@ def of_cache(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Te
             old = largest[index]
             largest[index] = pair if old is None else tuple(map(torch.maximum, pair, old))
     return largest
+
+
+def cache_name(model: Any) -> str:
+    """What a whole model calls its cache; that changes with Transformers' version."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name, parameter in parameters.items() if "Cache" in str(parameter.annotation))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,3 +263,34 @@ def test_values_that_cannot_be_used() -> None:
     seen.add("a.k", torch.full((1, 2, 3, 4), torch.inf))
     with pytest.raises(NumericsError, match="NaN or Inf in the states of attention 'a.k'"):
         seen.of("a.k", 2)
+
+
+class Renamed(torch.nn.Module):
+    """An attention whose code hands keys and values to its cache, but not in this call."""
+
+    def forward(self, hidden: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        if hidden.sum() > 1e9:
+            cache.update(hidden, hidden, 0)
+        return hidden
+
+
+def test_an_attention_that_showed_nothing_is_an_error_of_ours() -> None:
+    """Its code says that it hands keys and values to a cache, so that a lack cannot be the model's."""
+    block = torch.nn.Sequential(Renamed())
+    with cache_extremes(find_attention(block)) as seen:
+        block(torch.ones(1, 2, 3))
+    with pytest.raises(LibraryError, match=rf"0.k: .*nothing was seen.*torch {torch.__version__.split('+')[0]}"):
+        seen.of("0.k", 2)
+    with pytest.raises(UnsupportedError, match="does not use Transformers' table"):
+        seen.of("0.q", 2)
+
+
+def test_keys_and_values_are_seen_whatever_the_arguments_are_called() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor, cache: Any = None) -> Any:
+            return cache.update(new_keys=hidden, new_values=2 * hidden, layer=0)[1]
+
+    block = torch.nn.Sequential(Attention())
+    with cache_extremes(find_attention(block)) as seen:
+        assert torch.equal(block(torch.ones(1, 2, 3, 4)), 2 * torch.ones(1, 2, 3, 4))
+    assert {name: states.tolist() for name, states in seen.items()} == {"0.k": [1.0, 1.0], "0.v": [2.0, 2.0]}

@@ -131,8 +131,12 @@ CHANGED: dict[str, Any] = {
     "static_attention_granularity": "head", "model_free": True, "parallelism": 3, "max_memory": "1GB",
     "on_nan": "keep", "allow_pickle": True, "strict": True,
 }  # fmt: skip
-# What has no effect, and is refused, without another keyword.
+# What has no effect without another keyword, and is refused or warned about.
 NEEDED: dict[str, dict[str, Any]] = {
+    "act_group_size": {"act_bits": 8},
+    "act_sym": {"act_bits": 8},
+    "act_data_type": {"act_bits": 8},
+    "act_dynamic": {"act_bits": 8, "act_group_size": -1},
     "static_kv_granularity": {"static_kv_dtype": "fp8"},
     "static_attention_granularity": {"static_attention_dtype": "fp8"},
     "parallelism": {"model_free": True},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import ConfigError, LibraryError, UnsupportedError
 
 Make = Callable[..., Any]
 
@@ -23,6 +24,12 @@ def uneven(token_ids: list[torch.Tensor]) -> list[torch.Tensor]:
     return [*token_ids[:7], torch.full((24,), 7)]
 
 
+def cache_name(model: Any) -> str:
+    """What a whole model calls its cache; that changes with Transformers' version."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name, parameter in parameters.items() if "Cache" in str(parameter.annotation))
+
+
 def true_scales(model: Any, samples: list[torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(k, v) [heads] by attention name: the maximum over all samples of what Transformers' cache holds, / 448."""
     from transformers import DynamicCache
@@ -31,7 +38,7 @@ def true_scales(model: Any, samples: list[torch.Tensor]) -> dict[str, tuple[torc
     for ids in samples:
         cache = DynamicCache()
         with torch.no_grad():
-            model(ids[None], past_key_values=cache, use_cache=True)
+            model(ids[None], **{cache_name(model): cache}, use_cache=True)
         for index, layer in enumerate(cache.layers):
             pair = layer.keys.abs().amax((0, 2, 3)) / 448, layer.values.abs().amax((0, 2, 3)) / 448
             name = f"model.layers.{index}.self_attn"
@@ -248,3 +255,15 @@ def test_attention_that_cannot_be_watched_is_refused(make: Make, tmp_path: Path)
     assert len(saved(tmp_path / "kv")) == 4
     with pytest.raises(UnsupportedError, match="does not use Transformers' table of attention functions"):
         make("falcon-alibi", iters=0, nsamples=2, static_attention_dtype="fp8").quantize_and_save(tmp_path / "q")
+
+
+def test_attention_whose_cache_nothing_recognises_is_an_error_of_ours(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a renaming that is not known here: not "this model has no attention", and before any work."""
+    from auto_round.compressors import cache
+
+    monkeypatch.setattr(cache, "find_attention", lambda _block: [])
+    with pytest.raises(LibraryError, match="LlamaForCausalLM has attention .LlamaAttention.*transformers 5"):
+        make("llama", iters=0, nsamples=2, static_kv_dtype="fp8").quantize_and_save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

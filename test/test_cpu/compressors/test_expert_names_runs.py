@@ -113,11 +113,12 @@ def test_dense_experts_are_found_and_saved_again(
 
 
 @pytest.mark.parametrize(("fmt", "options"), [
-    ("auto_round:llm_compressor", {"scheme": "INT8", "group_size": None}), ("auto_round:mlx", {}),
+    ("earlier:int8", {"scheme": "INT8", "group_size": None}), ("auto_round:mlx", {}),
 ])  # fmt: skip
 def test_packed_tensors_called_weight_keep_the_modules_names(
-    fmt: str, options: dict[str, Any], make: Callable[..., Any], opened: Callable[[Path], torch.Tensor], tmp_path: Path
-) -> None:
+    fmt: str, options: dict[str, Any], make: Callable[..., Any], opened: Callable[[Path], torch.Tensor],
+    earlier_int8: str, tmp_path: Path,
+) -> None:  # fmt: skip
     make("mixtral", iters=0, **options).quantize_and_save(tmp_path / "out", format=fmt)
     assert "model.layers.0.mlp.experts.3.down_proj.weight" in TensorFiles.open(tmp_path / "out")
     assert bool(opened(tmp_path / "out").isfinite().all())

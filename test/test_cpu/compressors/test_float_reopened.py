@@ -10,14 +10,14 @@ import pytest
 import torch
 
 PRESETS = ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL", "MXINT4", "NVFP4", "FP8_STATIC", "FP8_BLOCK")
-COMPRESSED = "auto_round:llm_compressor"
+COMPRESSED = "earlier:int8"
 CELLS = [*((name, "auto_round") for name in PRESETS), *((n, COMPRESSED) for n in ("NVFP4", "FP8_STATIC", "INT8"))]
 
 
 @pytest.mark.parametrize(("scheme", "fmt"), CELLS)
 def test_logits(
     scheme: str, fmt: str, make: Callable[..., Any], logits: Callable[[Any], torch.Tensor],
-    packable_folder: Callable[..., str], tmp_path: Path,
+    packable_folder: Callable[..., str], earlier_int8: str, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Nothing is left to chance: inputs that differ in the last bit fall on other codes, and a percent of that is seen
     in the logits."""

@@ -11,7 +11,7 @@ import torch
 
 from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.data_type.float_family import encode, float_family
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import UnsupportedError
 from auto_round.modeling.tensor_files import TensorFiles
 
 PRESETS = (
@@ -217,7 +217,6 @@ def test_types_by_name(name: str, make: Callable[..., Any], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({"sym": False}, ConfigError, "sym=False; data type 'mx_fp' is symmetric only"),
     ({"bits": 6}, UnsupportedError, "'mx_fp' with 6 bits"),
     ({"act_dynamic": False, "act_group_size": -1}, UnsupportedError, "'mx_fp' has no static activations"),
     ({"act_data_type": "nv_fp", "act_bits": 8}, UnsupportedError, "'nv_fp' with 8 bits"),

@@ -112,3 +112,12 @@ def test_a_gguf_scheme_keeps_its_types(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level("WARNING", logger="auto_round"):
         found = resolve_scheme("gguf:q2_k_s", checked_options({"data_type": "fp", "group_size": 64}))
     assert found == PRESET_SCHEMES["GGUF:Q2_K_S"] and "group_size, data_type not used" in caplog.text
+
+
+def test_details_of_activations_that_are_not_quantized(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="auto_round"):
+        assert resolve_scheme("W4A16", checked_options({"act_sym": False})) == PRESET_SCHEMES["W4A16"]
+        assert "act_sym has no effect: activations stay as they are without act_bits" in caplog.text
+        caplog.clear()
+        resolve_scheme("W4A16", checked_options({"act_sym": False, "act_bits": 8}))
+        assert caplog.text == ""

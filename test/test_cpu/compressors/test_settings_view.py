@@ -133,3 +133,23 @@ def test_settings_of_a_config(packable_folder: Callable[..., str]) -> None:
     ar = AutoRound(packable_folder("llama"), alg_configs=SignRoundConfig(iters=3, bits=2, group_size=32), batch_size=4)
     assert (ar.iters, ar.bits, ar.group_size, ar.batch_size) == (3, 2, 32, 4)
     assert ar.alg_configs == SignRoundConfig(iters=3, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "error"),
+    [
+        ({"bits": 8, "group_size": (128, 128), "data_type": "int"}, ConfigError),
+        (
+            {"bits": 8, "group_size": (128, 128), "data_type": "fp", "act_bits": 8, "act_group_size": 128,
+             "act_dynamic": False},
+            UnsupportedError,
+        ),
+        (
+            {"bits": 8, "group_size": (128, 128), "data_type": "fp", "act_bits": 8, "act_group_size": (128, 128)},
+            ConfigError,
+        ),
+    ],
+)  # fmt: skip
+def test_schemes_that_cannot_be(scheme: dict[str, Any], error: type[ValueError]) -> None:
+    with pytest.raises(error):
+        AutoRound("/no/such/model", scheme=scheme)

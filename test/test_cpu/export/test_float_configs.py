@@ -196,8 +196,8 @@ def test_vllm_takes_blocks() -> None:
 
 
 @pytest.mark.parametrize("preset", ["MXFP4", "MXFP8"])
-@pytest.mark.parametrize("fmt", ["auto_round", "auto_round:llm_compressor"])
-def test_vllm_takes_mx(preset: str, fmt: str) -> None:
+@pytest.mark.parametrize("fmt", ["auto_round", "earlier:int8"])
+def test_vllm_takes_mx(preset: str, fmt: str, earlier_int8: str) -> None:
     found = config(fmt, all_of(preset))
     bits = PRESET_SCHEMES[preset].bits
     wanted = {
@@ -275,3 +275,12 @@ def test_experts_that_transformers_would_join() -> None:
     four = plan(dict.fromkeys(experts, PRESET_SCHEMES["MXFP4"]), model_type="mixtral")
     assert get_format("auto_round").check_plan(four) is None
     assert get_format("auto_round").check_plan(plan(experts, model_type="qwen3_moe")) is None
+
+
+@pytest.mark.parametrize("preset", AUTO_ROUND_PRESETS)
+def test_a_dense_layer_says_that_its_inputs_are_dense(preset: str) -> None:
+    """auto-round 0.16.1 fills what an entry does not say from the default, and has no kernel for 16 and 4 bits."""
+    layers = all_of(preset, down_proj=FULL)
+    entry = config("auto_round", layers)["extra_config"]["model.layers.0.mlp.down_proj"]
+    quantized = PRESET_SCHEMES[preset].quantizes_activations
+    assert entry == ({"bits": 16, "act_bits": 16} if quantized else {"bits": 16})

@@ -15,6 +15,7 @@ from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
 from auto_round.data_type.activation import ActivationQuantizer
 from auto_round.export.compressed_tensors_config import name_patterns
 from auto_round.export.formats import get_format
+from auto_round.export.llm_compressor_format import PackedInt8Format
 from auto_round.export.plan import ExportPlan
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
@@ -222,12 +223,11 @@ def test_the_auto_round_config() -> None:
     layers = {n: INT8 for n in names()} | {"lm_head": FULL}
     layers[names()[0]] = FULL
     layers[names()[1]] = INT8.with_overrides({"act_dynamic": False})
-    found = get_format("auto_round:llm_compressor").config(ExportPlan(INT8, layers, ("model.layers.0",)))
+    found = PackedInt8Format().config(ExportPlan(INT8, layers, ("model.layers.0",)))
     assert found is not None and found["packing_format"] == "auto_round:llm_compressor"
     assert {k: v for k, v in found.items() if k.startswith("act_")} == {
         "act_bits": 8, "act_group_size": -1, "act_sym": True, "act_data_type": "int", "act_dynamic": True
     }  # fmt: skip
-    assert found["extra_config"][names()[0]] == {"bits": 16}
+    assert found["extra_config"][names()[0]] == {"bits": 16, "act_bits": 16}
     assert found["extra_config"][names()[1]] == {"bits": 8, "act_dynamic": False}
     assert "weights only" not in str(get_format("auto_round:llm_compressor").check_scheme(INT8))
-    assert get_format("auto_round:llm_compressor").check_scheme(Scheme()) is not None

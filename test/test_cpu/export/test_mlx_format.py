@@ -44,9 +44,14 @@ def test_other_schemes(name: str) -> None:
 
 
 def test_a_refusal_names_the_formats_that_would_do() -> None:
-    with pytest.raises(UnsupportedError, match="7-bit.*formats that can: fake, llm_compressor$"):
+    with pytest.raises(
+        UnsupportedError, match="7-bit.*formats that can: auto_round:llm_compressor, fake, llm_compressor$"
+    ):
         require_scheme(get_format("mlx"), Scheme(bits=7))
-    with pytest.raises(UnsupportedError, match="formats that can: auto_round:mlx, fake, llm_compressor, mlx$"):
+    with pytest.raises(
+        UnsupportedError,
+        match="formats that can: auto_round:llm_compressor, auto_round:mlx, fake, llm_compressor, mlx$",
+    ):
         require_scheme(get_format("auto_round"), Scheme(bits=5))
 
 

@@ -61,12 +61,12 @@ def filled(
     return module, layer
 
 
-@pytest.mark.parametrize("fmt", ["auto_round", "auto_round:llm_compressor"])
+@pytest.mark.parametrize("fmt", ["auto_round", "earlier:int8"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_numbers(preset: str, fmt: str) -> None:
+def test_numbers(preset: str, fmt: str, earlier_int8: str) -> None:
     scheme = PRESET_SCHEMES[preset]
     if get_format(fmt).check_scheme(scheme) is not None:
-        assert (preset, fmt) == ("MXINT4", "auto_round:llm_compressor")
+        assert (preset, fmt) == ("MXINT4", earlier_int8)
         return
     module, layer = filled(scheme, fmt)
     weight = layer.dequantize()

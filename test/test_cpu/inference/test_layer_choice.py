@@ -161,10 +161,10 @@ def test_a_loaded_model_saves_what_it_was_loaded_from(
 
 
 def test_a_model_with_quantized_activations_saves_what_it_was_loaded_from(
-    packable_model: Callable[..., Any], write_checkpoint: Callable[..., Any], tmp_path: Path
+    packable_model: Callable[..., Any], write_checkpoint: Callable[..., Any], earlier_int8: str, tmp_path: Path
 ) -> None:
     scheme = Scheme(bits=8, group_size=-1, act_bits=8, act_dynamic=True)
-    written = write_checkpoint(packable_model("llama"), scheme, None, "auto_round:llm_compressor")
+    written = write_checkpoint(packable_model("llama"), scheme, None, earlier_int8)
     model = load(written.folder, "torch")
     with torch.no_grad():
         first = model(IDS).logits

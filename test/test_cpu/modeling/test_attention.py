@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.errors import UnsupportedError
-from auto_round.modeling.attention import find_attention, head_counts, with_argument
+from auto_round.errors import LibraryError, UnsupportedError
+from auto_round.modeling.attention import find_attention, head_counts, unrecognised_attention, with_argument
+from auto_round.modeling.libraries import library_error
 
 # family: (names in a block, query heads, key-value heads)
 WANTED = {
@@ -74,3 +75,105 @@ def test_an_argument_is_replaced_however_it_is_passed(args: Any, kwargs: dict[st
     first, cache, last, more = module(*new_args, **new_kwargs)
     assert (first, cache, last) == (1, "new", kwargs.get("last", 0))
     assert more == {k: v for k, v in kwargs.items() if k == "more"}
+
+
+class KeyValueCache:
+    def update(self, keys: torch.Tensor, values: torch.Tensor, _layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys, values
+
+
+class ByUse(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor, memory: Any = None) -> torch.Tensor:
+        keys, _ = (hidden, hidden) if memory is None else memory.update(hidden, hidden, 0)
+        return keys
+
+
+class ByType(torch.nn.Module):
+    """The cache goes through another name before it is used."""
+
+    def forward(self, hidden: torch.Tensor, *, memory: KeyValueCache | None = None, **_more: Any) -> torch.Tensor:
+        current = memory
+        return hidden if current is None else current.update(hidden, hidden, 0)[0]
+
+
+class ByWrittenType(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor, memory: "typing.Optional[KeyValueCache]" = None) -> Any:  # type: ignore[name-defined]  # noqa: F821,UP037
+        return self._keep(hidden, memory)
+
+    def _keep(self, hidden: torch.Tensor, kept: Any) -> torch.Tensor:
+        return hidden if kept is None else kept.update(hidden, hidden, 0)[0]
+
+
+class ByName(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor, layer_cache=None):  # type: ignore[no-untyped-def]
+        current = layer_cache or KeyValueCache()
+        return current.update(hidden, hidden, 0)[0]
+
+
+class State(torch.nn.Module):
+    """Linear attention: it takes the same cache and keeps a state in it."""
+
+    def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None, **kwargs: Any) -> torch.Tensor:
+        kwargs.update(more=1)
+        return hidden if cache is None else cache.update_conv_state(hidden, 0)  # type: ignore[attr-defined]
+
+
+class Block(torch.nn.Module):
+    """Hands the cache on."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+        return self.inner(hidden, cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument"), [(ByUse, "memory"), (ByType, "memory"), (ByWrittenType, "memory"), (ByName, "layer_cache")]
+)
+def test_a_cache_is_recognised_under_any_name(kind: type[torch.nn.Module], argument: str) -> None:
+    (attention,) = find_attention(torch.nn.Sequential(Block(kind())))
+    assert (attention.name, attention.cache) == ("0.inner", argument)
+    assert attention.shows >= {"k", "v"}
+
+
+def test_what_only_keeps_a_state_or_hands_the_cache_on_is_no_attention() -> None:
+    assert find_attention(torch.nn.Sequential(Block(State()), Block(torch.nn.Identity()))) == []
+
+
+def test_layers_that_share_keys_and_values_of_others_promise_none() -> None:
+    layer = ByUse()
+    layer.is_kv_shared_layer = True  # type: ignore[assignment]
+    (attention,) = find_attention(torch.nn.Sequential(layer))
+    assert attention.shows == frozenset()
+
+
+class NewAttention(torch.nn.Module):
+    layer_idx = 3
+
+    def forward(self, hidden: torch.Tensor, store: Any = None) -> torch.Tensor:
+        return hidden if store is None else store.append_states(hidden, hidden)
+
+
+class LinearAttention(NewAttention):
+    pass
+
+
+def test_attention_that_nothing_recognises_has_a_name() -> None:
+    block = torch.nn.Sequential(NewAttention(), LinearAttention(), torch.nn.Linear(2, 2))
+    assert find_attention(block) == []
+    assert unrecognised_attention([block]) == ["NewAttention"]
+    assert unrecognised_attention([torch.nn.Sequential(State())]) == []
+
+
+def test_an_error_of_ours_names_the_versions() -> None:
+    import platform
+
+    import transformers
+
+    error = library_error("nothing was seen", "leave it out")
+    assert isinstance(error, LibraryError) and error.exit_code == 10
+    for part in ("not of the model", f"torch {torch.__version__}", f"transformers {transformers.__version__}",
+                 f"Python {platform.python_version()}", "auto-round 1", "report it", "leave it out"):  # fmt: skip
+        assert part in str(error)

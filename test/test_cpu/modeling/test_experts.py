@@ -130,6 +130,21 @@ def test_unknown_layouts_are_left_alone() -> None:
     assert not is_fused_experts(model["experts"]) and unfuse_experts(model) == []
 
 
+def test_experts_with_a_tensor_that_no_layout_explains_stay_whole(tiny_model: Model) -> None:
+    for kind in ("parameter", "buffer", "matrix below"):
+        experts = tiny_model("qwen3-moe").model.layers[0].mlp.experts
+        if kind == "parameter":
+            experts.per_expert_scale = torch.nn.Parameter(torch.ones(5))
+        elif kind == "buffer":
+            experts.register_buffer("per_expert_scale", torch.ones(5))
+        else:
+            experts.latent = torch.nn.Linear(32, 32)
+        names = set(experts.state_dict())
+        holder = torch.nn.ModuleDict({"experts": experts})
+        assert not is_fused_experts(experts) and unfuse_experts(holder) == [], kind
+        assert set(holder["experts"].state_dict()) == names
+
+
 def test_bfloat16_output_keeps_its_dtype(tiny_model: Model) -> None:
     fused, linear = pair(tiny_model, "qwen3-moe")
     hidden, index, weights = route(linear.num_experts)

@@ -56,6 +56,19 @@ def test_a_layer_with_one_output_an_expert_beside_a_mixture() -> None:
     assert router_names(mixture(switch=nn.Linear(8, 4), mixer=nn.Linear(8, 5))) == {"mlp.switch"}
 
 
+def test_experts_that_are_no_plain_list() -> None:
+    """Numbered modules beside a bias of all, and 3-D parameters in a layout that is not known."""
+    numbered, stacked = nn.Module(), nn.Module()
+    numbered.bias = nn.Parameter(torch.zeros(4))
+    for index in range(4):
+        numbered.add_module(str(index), nn.Linear(8, 6))
+    stacked.kernel = nn.Parameter(torch.zeros(4, 8, 6))
+    for experts in (numbered, stacked):
+        model = mixture(gate=nn.Linear(8, 4), choice=nn.Linear(8, 4))
+        model.mlp.experts = experts
+        assert router_names(model) == {"mlp.gate", "mlp.choice"}
+
+
 def test_a_routers_mlp_as_a_whole() -> None:
     assert router_names(mixture(gate=Mlp())) == {"mlp.gate.fc1", "mlp.gate.out"}
     assert router_names(mixture(choice=SomeMoEGate())) == {"mlp.choice.fc1", "mlp.choice.out"}

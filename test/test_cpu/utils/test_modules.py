@@ -42,8 +42,7 @@ def test_attributes_by_name(model: torch.nn.Module) -> None:
 def test_blocks(model: torch.nn.Module) -> None:
     blocks = utils.get_block_names(model)
     assert blocks == [["model.layers.0", "model.layers.1"]]
-    with pytest.raises(UnsupportedError, match="multimodal models"):
-        utils.get_block_names(model, quant_vision=True)
+    assert utils.get_block_names(model, quant_vision=True) == blocks
     assert utils.find_matching_blocks(model, blocks, None) is blocks
     assert utils.find_matching_blocks(model, blocks, r"layers\.1") == [["model.layers.1"]]
     assert utils.find_matching_blocks(model, blocks, "model.layers.0, model.layers.1") == blocks
@@ -53,7 +52,10 @@ def test_blocks(model: torch.nn.Module) -> None:
     assert utils.get_lm_head_name(model) == "lm_head"
     assert utils.is_pure_text_model(model)
     model.vision_tower = type("VisionTower", (torch.nn.Module,), {})()
+    model.vision_tower.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     assert not utils.is_pure_text_model(model)
+    assert utils.get_block_names(model) == blocks
+    assert utils.get_block_names(model, quant_vision=True) == [*blocks, ["vision_tower.blocks.0"]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without an accelerator takes the CPU")
