@@ -221,7 +221,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.failed:
-        row = {"id": report.nodeid, "outcome": "failed", "when": "collect", "seconds": 0.0,
-               "reason": " ".join(str(report.longrepr).split())[-600:], "absent": sorted(_met), "replaced": []}  # fmt: skip
+        reason = " ".join(str(report.longrepr).split())[-600:]
+        row = {
+            "id": report.nodeid, "outcome": "failed", "when": "collect", "seconds": 0.0, "reason": reason,
+            "absent": sorted(_met), "replaced": [],
+        }  # fmt: skip
         with open(_RECORD, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

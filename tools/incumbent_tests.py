@@ -146,12 +146,8 @@ def write_table(rows: dict[str, dict[str, object]], lists: Lists, target: Path) 
         shown = group if reason is None else f"({group})"
         lines.append(f"| {test} | {shown} | {note.replace('|', '/')} |")
     head = ", ".join(f"{n} {group}" for group, n in counts.most_common())
-    target.write_text(
-        f"# Public-API tests of the incumbent\n\n{head}\n\n| test | outcome | |\n|---|---|---|\n"
-        + "\n".join(lines)
-        + "\n",
-        encoding="utf-8",
-    )
+    table = "\n".join(["| test | outcome | |", "|---|---|---|", *lines])
+    target.write_text(f"# Public-API tests of the incumbent\n\n{head}\n\n{table}\n", encoding="utf-8")
     return counts
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +51,7 @@ from auto_round.compressors.resume.journal import Journal, journal_folder
 from auto_round.compressors.resume.run_journal import RunJournal, remove_journal, tuned_alone_before
 from auto_round.compressors.resume.same_command import is_made, recipe
 from auto_round.compressors.resume.unit_state import Unit
+from auto_round.compressors.saved_layers import as_done
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import FolderSink, MemorySink, Sink
 from auto_round.compressors.streamed_experts import streams_experts
@@ -284,7 +284,7 @@ class Run:
     ) -> list[Path]:  # fmt: skip
         """Write layers that are in memory already."""
         self.source.checks_finite = self.settings.on_nan != "keep"
-        job = _as_done(self.plan(formats, output_dir, fit=False), self.memory_plan(), layers)
+        job = as_done(self.plan(formats, output_dir, fit=False), self.memory_plan(), layers)
         job = job.with_kept(finished.walk.numbers.kept)
         check_disk(output_dir, output_bytes(job))
         self._refuse_source(output_dir)
@@ -479,25 +479,6 @@ class Run:
         return capture_inputs(
             self.source, samples, self.settings.device, store, dtype, spill, streams_experts(job), links, rehearse
         )
-
-
-def _as_done(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
-    """`job` for layers that are quantized already. Raises UnsupportedError when its formats cannot hold one of them."""
-    refused = sorted(set(done) - set(job.quantized()))
-    if refused:
-        raise UnsupportedError(
-            f"{', '.join(job.formats)} cannot hold {len(refused)} of the quantized layers, such as {refused[0]}: "
-            f"{job.layers[refused[0]].reason}; use quantize_and_save, which leaves them in full precision, or format "
-            "fake"
-        )
-    other = [name for name, layer in done.items() if layer.blocks is not None and job.layers[name].ggml != layer.kind]
-    if other:
-        raise UnsupportedError(
-            f"{', '.join(job.formats)} stores {other[0]} as {job.layers[other[0]].ggml}, and it is quantized as "
-            f"{done[other[0]].kind}; use quantize_and_save, or the format of the scheme that was used"
-        )
-    left = {name: memory.layers[name] for name in job.quantized() if name not in done}
-    return replace(job, layers={**job.layers, **left})
 
 
 def _vocab_size(source: ModelSource) -> int | None:
