@@ -81,6 +81,7 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
         raise UnsupportedError(f"{what}: rotation_config is not available in this version; leave it out")
     if ggml_type_of(scheme) is None:
         get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+        float_family(scheme.data_type, scheme.bits)  # raises for a width that the type has not
     if scheme.data_type == "int" and isinstance(scheme.group_size, tuple):
         raise ConfigError(
             f"{what}: group_size={scheme.group_size}: blocks of rows and columns are for data type fp (scheme "
