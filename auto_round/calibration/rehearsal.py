@@ -107,6 +107,14 @@ class Rehearsal:
 
         return forward
 
+    def finish(self) -> None:
+        """Raise ModelError when not all blocks were called."""
+        if len(self.blocks) != len(self.source.blocks):
+            raise ModelError(
+                f"{type(self.source.model).__name__} never called its block {self.source.blocks[len(self.blocks)]!r}; "
+                f"{FLOW}"
+            )
+
     def compare_recording(self, calls: list[Call]) -> None:
         """Raise UnsupportedError when what a pass without the blocks recorded for the same sample is not what the
         model gave them: an argument depends on what earlier blocks computed."""
