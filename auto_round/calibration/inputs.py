@@ -406,7 +406,7 @@ class _Recorder:
             raise ModelError(
                 f"block {name!r} ({type(block).__name__}) does not return hidden states of the shape it is given"
             )
-        if self.links is None and flatten(rest)[2]:
+        if self.links is None and (flatten(rest)[2] or hasattr(type(output), "_fields")):
             raise _MoreThanHidden
         self.kinds[type(block)] = rest
 

@@ -144,6 +144,8 @@ class Rehearsal:
 
     def _first_output(self, index: int, block: nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
         first = first_of(output)
+        if hasattr(type(output), "_fields"):  # its fields are asked for by name, and nothing else can stand for it
+            raise self._refusal(index, f"returns a {type(output).__name__} of several values")
         if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
             raise ModelError(
                 f"block {self.source.blocks[index]!r} ({type(block).__name__}) does not return hidden states of the "

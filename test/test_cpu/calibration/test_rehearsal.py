@@ -21,7 +21,7 @@ REFUSED = {
     "blt": "several stacks of the same blocks",
     "dory": "runs its blocks in a cycle",
     "hrm_text": "several stacks of the same blocks",
-    "reformer": "",
+    "reformer": "returns a ",
 }
 
 
