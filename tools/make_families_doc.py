@@ -65,7 +65,7 @@ def page(rows: dict[str, dict[str, Any] | None]) -> str:
         "(`test/families.py`), W4A16 with groups of 32. Made by `tools/make_families_doc.py` with "
         f"Transformers {transformers.__version__} and PyTorch {torch.__version__}, {dates[-1] if dates else 'never'}.",
         "",
-        "- **tuned**: two steps on four samples; **RTN**: `--iters 0 --disable_opt_rtn`; **model-free**: `--model_free`.",
+        "- **tuned**: two steps on four samples; **RTN**: `--iters 0 --disable_opt_rtn`.",
         "- **names**: every tensor that is not quantized is in all outputs under its own name, with the same bytes.",
         "- **reopened**: through `AutoModelForCausalLM`, nothing missing or left over.",
         "- **logits**: largest difference between the reopened model and the one in memory with dequantized weights.",

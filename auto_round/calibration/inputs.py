@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from auto_round.calibration.links import FLOW, Links, SharedState, Slot, filled_call, made_by
+from auto_round.calibration.links import Links, SharedState, Slot, filled_call, made_by
 from auto_round.calibration.recording import (
     Call,
     LeafStore,
@@ -269,12 +269,19 @@ def _rehearsed(
 ) -> Rehearsal:
     """One sample through all blocks. Raises ModelError or UnsupportedError when they cannot be run one at a time."""
     rehearsal = Rehearsal(source, store, sample["input_ids"].numel(), one_expert)
-    with _replaced_forwards(source, rehearsal.replacement):
-        _forward(source.model, _batch([sample], device))
-    if len(rehearsal.blocks) != len(source.blocks):
-        raise ModelError(
-            f"{type(source.model).__name__} never called its block {source.blocks[len(rehearsal.blocks)]!r}; {FLOW}"
-        )
+    get = getattr(source.model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    # Behind the blocks it is only to be seen that none is called again; the head need not be read for that.
+    stop = None if head is None else head.register_forward_pre_hook(_stop_with_input, prepend=True)
+    try:
+        with _replaced_forwards(source, rehearsal.replacement):
+            _forward(source.model, _batch([sample], device))
+    except _Stop:
+        pass
+    finally:
+        if stop is not None:
+            stop.remove()
+    rehearsal.finish()
     store.end_of_sample()
     return rehearsal
 
@@ -399,7 +406,7 @@ class _Recorder:
             raise ModelError(
                 f"block {name!r} ({type(block).__name__}) does not return hidden states of the shape it is given"
             )
-        if self.links is None and flatten(rest)[2]:
+        if self.links is None and (flatten(rest)[2] or hasattr(type(output), "_fields")):
             raise _MoreThanHidden
         self.kinds[type(block)] = rest
 

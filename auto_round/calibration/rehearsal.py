@@ -107,6 +107,14 @@ class Rehearsal:
 
         return forward
 
+    def finish(self) -> None:
+        """Raise ModelError when not all blocks were called."""
+        if len(self.blocks) != len(self.source.blocks):
+            raise ModelError(
+                f"{type(self.source.model).__name__} never called its block {self.source.blocks[len(self.blocks)]!r}; "
+                f"{FLOW}"
+            )
+
     def compare_recording(self, calls: list[Call]) -> None:
         """Raise UnsupportedError when what a pass without the blocks recorded for the same sample is not what the
         model gave them: an argument depends on what earlier blocks computed."""
@@ -136,6 +144,8 @@ class Rehearsal:
 
     def _first_output(self, index: int, block: nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
         first = first_of(output)
+        if hasattr(type(output), "_fields"):  # its fields are asked for by name, and nothing else can stand for it
+            raise self._refusal(index, f"returns a {type(output).__name__} of several values")
         if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
             raise ModelError(
                 f"block {self.source.blocks[index]!r} ({type(block).__name__}) does not return hidden states of the "

@@ -33,6 +33,7 @@ from auto_round.report.memory import rss_bytes
 _LATER = 30_000_000  # libraries load more code when the first block runs, and start threads
 _DEVICE_BUFFERS = 400_000_000  # elementwise passes on a device work on pieces of 16 M weights
 _PROBE_TOKENS = 64
+_SIDE_BY_SIDE = ("hc_mult", "altup_num_inputs")
 _FUNCTION_BYTES = 40  # a weight tuned through a registered function, with its autograd graph
 
 
@@ -77,7 +78,8 @@ class Facts:
 
     @property
     def width(self) -> int:
-        return largest(self.config, "hidden_size")
+        """Of the hidden states, all streams together that the model keeps side by side."""
+        return largest(self.config, "hidden_size") * largest(self.config, *_SIDE_BY_SIDE, default=1)
 
     @property
     def tokens(self) -> int:

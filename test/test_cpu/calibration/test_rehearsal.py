@@ -21,8 +21,7 @@ REFUSED = {
     "blt": "several stacks of the same blocks",
     "dory": "runs its blocks in a cycle",
     "hrm_text": "several stacks of the same blocks",
-    "mllama": "never called its block",
-    "reformer": "",
+    "reformer": "returns a ",
 }
 
 
