@@ -220,6 +220,7 @@ def make_job(
                 rearranged = None if gguf is None else is_rearranged(gguf, source, name)
                 plan = plan if rearranged is None else plan.kept(rearranged)
         layers[name] = plan
+    layers = _partners_alike(layers, formats)
     if gguf is not None or settings.scheme.super_bits is not None:
         layers = with_types(layers)
     if gguf is not None:
@@ -345,6 +346,21 @@ def _model_notes(formats: Sequence[OutputFormat], model_type: str) -> list[str]:
 
 def _embeddings(source: ModelSource) -> tuple[str, ...]:
     return tuple(name for name, m in source.model.named_modules() if isinstance(m, torch.nn.Embedding))
+
+
+def _partners_alike(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> dict[str, LayerPlan]:
+    """Layers that engines join stay dense together where a format cannot pack one: an engine packs all or none."""
+    if not any(fmt.fused_by for fmt in formats):
+        return layers
+    made = dict(layers)
+    for group in fused_groups(list(layers)):
+        odd = next((layers[n] for n in group if (layers[n].reason or "").startswith("format ")), None)
+        if odd is None:
+            continue
+        for name in group:
+            if made[name].scheme.quantizes_weights:
+                made[name] = made[name].kept(f"{odd.name}, with which engines join it, stays dense: {odd.reason}")
+    return made
 
 
 def _fused_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 from auto_round.export.auto_round_format import AutoRoundAwqFormat, default_scheme, stored_group_size
 from auto_round.export.formats import register_format
-from auto_round.export.gptq_format import dynamic_rules, group_reason
+from auto_round.export.gptq_format import dynamic_rules
 from auto_round.export.plan import ExportPlan
+from auto_round.export.size_rules import AWQ
 from auto_round.schemes import QuantizationScheme
 
 
@@ -28,7 +29,7 @@ class AutoAwqFormat(AutoRoundAwqFormat):
     support_schemes: ClassVar[tuple[str, ...]] = ("W4A16", "BF16")
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        return super().check_layer(scheme, in_features, out_features) or group_reason(scheme, in_features)
+        return AWQ.problem(in_features, out_features, stored_group_size(scheme))
 
     def check_plan(self, plan: ExportPlan) -> str | None:
         packed = plan.quantized_layers()

@@ -27,6 +27,7 @@ import torch
 from auto_round.export.auto_round_format import AutoRoundGptqFormat, default_scheme, stored_group_size
 from auto_round.export.formats import TensorSpecs, register_format
 from auto_round.export.plan import ExportPlan
+from auto_round.export.size_rules import GPTQ
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import QuantizationScheme
 
@@ -39,14 +40,6 @@ _JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
 _EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.[^.]+$")
 
 
-def group_reason(scheme: QuantizationScheme, in_features: int) -> str | None:
-    """None when groups fill a row. The kernels that read GPTQ and AWQ files have no short last group."""
-    size = scheme.group_size
-    if isinstance(size, int) and size > 0 and in_features % size:
-        return f"in_features={in_features} is not a multiple of group_size {size}; choose one that divides it"
-    return None
-
-
 @register_format("auto_gptq")
 class AutoGptqFormat(AutoRoundGptqFormat):
     """GPTQ v1: 2, 3, 4 and 8 bits, zero points stored less one, groups in order (`desc_act: false`)."""
@@ -56,7 +49,7 @@ class AutoGptqFormat(AutoRoundGptqFormat):
     config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json", "quantize_config.json")
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        return super().check_layer(scheme, in_features, out_features) or group_reason(scheme, in_features)
+        return GPTQ.problem(in_features, out_features, stored_group_size(scheme))
 
     def tensor_specs(
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
