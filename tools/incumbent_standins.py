@@ -2,7 +2,7 @@
 """Small models with random weights under the names of the hub models that the incumbent's tests load.
 
 Each has the architecture of the model it stands for and a tokenizer trained on the spot. Their widths are multiples of
-256, so that every scheme and file type of the tests takes them.
+256, so that every scheme and file type of the tests takes them; tests name those of OPT, which has its real ones.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ STANDINS: dict[str, tuple[str, dict[str, Any]]] = {
     "facebook/opt-125m": (
         "OPTConfig",
         _IDS | dict(
-            hidden_size=256, ffn_dim=512, num_hidden_layers=12, num_attention_heads=4, max_position_embeddings=2048,
-            word_embed_proj_dim=256, dropout=0.0,
+            hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=2048,
+            word_embed_proj_dim=768, dropout=0.0,
         ),
     ),
     "Qwen/Qwen3-0.6B": ("Qwen3Config", _LLAMA | dict(num_hidden_layers=4, head_dim=64, tie_word_embeddings=True)),
