@@ -22,6 +22,8 @@ sys.path.append(str(Path(__file__).parent))  # helpers that several folders shar
 
 # Journals and tracebacks of the tests do not land where pytest is run. A fixture would come too late for others of a
 # wider scope that run jobs.
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a work space of its own
+    os.environ["AR_WORK_SPACE"] = tempfile.mkdtemp(prefix="auto-round-tests-")
 os.environ.setdefault("AR_WORK_SPACE", tempfile.mkdtemp(prefix="auto-round-tests-"))
 
 _COMMON: dict[str, Any] = dict(
