@@ -24,7 +24,7 @@ class CheckpointNames:
         self._own: dict[str, str] = {}
         self._containers: dict[str, str] = {}
         for tensor in source.tensor_names():
-            plan = source.tensor_plan(tensor)
+            plan = source.own_plan(tensor)  # a block used twice has its own name at each place
             key = None if plan is None else plan.key
             owner, _, leaf = tensor.rpartition(".")
             if key is not None and key.rpartition(".")[2] == leaf:
