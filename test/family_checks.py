@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import Family, sample_ids
+from families import WITH_IMAGES, Family, sample_ids
 
 from auto_round import AutoRound
 from auto_round.compressors.file_layout import plan_files
@@ -42,6 +42,11 @@ class Quantized:
     cut: bool
     rest: frozenset[str]
     again: frozenset[str]
+
+    @classmethod
+    def of(cls, made: AutoRound) -> Quantized:
+        """Of a job of format auto_round."""
+        return cls.by(made.plan("auto_round"), source_of(made))
 
     @classmethod
     def by(cls, job: Job, source: ModelSource) -> Quantized:
@@ -80,6 +85,11 @@ def rounder(source: str | Path) -> AutoRound:
     return AutoRound(str(source), **options(iters=0, disable_opt_rtn=True))
 
 
+def source_of(made: AutoRound) -> ModelSource:
+    """What a run reads."""
+    return made._source if made._free is None else made._free.source()
+
+
 def quantize(source: str | Path, out: Path, **more: Any) -> Path:
     """A run of the whole job; the output folder."""
     AutoRound(str(source), **options(**more)).quantize_and_save(out, format="auto_round")
@@ -100,18 +110,18 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def wrong_plans(made: AutoRound, before: Specs) -> list[str]:
+def wrong_plans(made: AutoRound, before: Specs, formats: Iterable[str] = PLANNED) -> list[str]:
     """What is not as in the source in the files that each format would have."""
     faults = []
-    for name in PLANNED:
+    for name in formats:
         try:
             job = made.plan(name)
         except AutoRoundError as error:
             if not re.search("cannot hold this model|no layer is left to quantize", str(error)):
                 faults.append(f"{name}: {_line(error)}")
             continue
-        layout = plan_files(get_format(name), job.layers, made._source)
-        found = wrong_specs(before, layout.tensors, Quantized.by(job, made._source), made_anew=name == "fake")
+        layout = plan_files(get_format(name), job.layers, source_of(made))
+        found = wrong_specs(before, layout.tensors, Quantized.by(job, source_of(made)), made_anew=name == "fake")
         faults += [f"{name}: {fault}" for fault in found]
     return faults
 
@@ -130,9 +140,9 @@ def wrong_specs(before: Specs, after: Specs, quantized: Quantized, *, made_anew:
         if name in after:
             if after[name][0] != shape or after[name][1] != dtype and not anew:
                 faults.append(f"{name} is {after[name]} for {(shape, dtype)}")
-        elif made_anew or not anew or name in quantized.whole and name.rpartition(".")[0] not in packed:
+        elif made_anew or not anew or name in quantized.whole and packed.isdisjoint((name, name.rpartition(".")[0])):
             faults.append(f"{name} is missing")
-    known = {name.rpartition(".")[0] for name in before}
+    known = {name.rpartition(".")[0] for name in before} | before.keys()
     for name in after:
         stem, _, leaf = name.rpartition(".")
         of_packed = stem in packed and (leaf in PACKED or leaf == "bias")
@@ -143,10 +153,9 @@ def wrong_specs(before: Specs, after: Specs, quantized: Quantized, *, made_anew:
     return faults
 
 
-def wrong_names(source: Path, out: Path, made: AutoRound) -> list[str]:
-    """What is not as in the source in files of format auto_round that `made`, or a run like it, wrote."""
+def wrong_names(source: Path, out: Path, quantized: Quantized) -> list[str]:
+    """What is not as in the source in files of format auto_round that a job wrote."""
     before, after = read_folder(source), read_folder(out)
-    quantized = Quantized.by(made.plan("auto_round"), made._source)
     faults = wrong_specs(specs_of(before), specs_of(after), quantized)
     same = (n for n, tensor in after.items() if n in before and before[n].shape == tensor.shape)
     return faults + [f"{n} differs" for n in same if bytes_of(after[n]) != bytes_of(before[n])]
@@ -164,9 +173,12 @@ def logits(model: Any) -> torch.Tensor:
 
 def reopen(folder: Path) -> Any:
     """The model of a folder through Transformers. Raises ValueError where weights were missing or left over."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    images = any(config.architectures == [cls] for _, cls, _ in WITH_IMAGES.values())
+    auto = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     lost = {key: sorted(info[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if lost:
         raise ValueError(f"reopening: {lost}")
@@ -176,6 +188,16 @@ def reopen(folder: Path) -> Any:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
+
+# What is refused, in which columns, and in which words.
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "blt": (("tuned", "RTN", "model-free"), "several stacks of the same blocks"),
+    "dory": (("tuned",), "in a cycle"),
+    "hrm_text": (("tuned", "RTN", "model-free"), "several stacks of the same blocks"),
+    "llava": (("tuned", "RTN"), "model-free"),
+    "mistral3": (("tuned", "RTN"), "model-free"),
+    "qwen3_5:images": (("tuned", "RTN"), "model-free"),
+}
 
 COLUMNS = ("tuned", "RTN", "model-free", "names", "reopened", "logits")
 
@@ -207,8 +229,10 @@ def check_family(family: Family, work: Path) -> dict[str, str]:
         return found
 
     def names() -> str | None:
-        rounding = rounder(source)
-        faults = {name: wrong_names(source, folder, rounding) for name, folder in made.items()}
+        free_run = AutoRound(str(source), **options(iters=0, model_free=True)) if rounded is None else None
+        rounding = rounder(source) if free_run is None else free_run
+        quantized = Quantized.of(rounding)
+        faults = {name: wrong_names(source, folder, quantized) for name, folder in made.items()}
         faults["planned"] = wrong_plans(rounding, specs_of(read_folder(source)))
         said = [f"{name}: {len(f)} ({'; '.join(f[:2])})" for name, f in faults.items() if f]
         return f"fails: {', '.join(said)}" if said else None
@@ -247,4 +271,4 @@ def _compare(family: Family, models: Mapping[str, Any]) -> str:
 
 def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    return (lines[0] if lines else type(error).__name__)[:400]
