@@ -148,6 +148,7 @@ def wrong_specs(before: Specs, after: Specs, quantized: Quantized, *, made_anew:
         of_packed = stem in packed and (leaf in PACKED or leaf == "bias")
         named = stem in known or quantized.cut or stem in quantized.again
         expected = not made_anew and (of_packed and named or name in quantized.rest)
+        expected = expected or made_anew and leaf == "weight" and stem in quantized.again
         if name not in before and not expected:
             faults.append(f"{name} is not in the source")
     return faults
