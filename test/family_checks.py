@@ -117,7 +117,7 @@ def wrong_plans(made: AutoRound, before: Specs, formats: Iterable[str] = PLANNED
         try:
             job = made.plan(name)
         except AutoRoundError as error:
-            if not re.search("cannot hold this model|no layer is left to quantize", str(error)):
+            if not re.search("cannot hold this (model|recipe)|no layer is left to quantize", str(error)):
                 faults.append(f"{name}: {_line(error)}")
             continue
         layout = plan_files(get_format(name), job.layers, source_of(made))
@@ -143,15 +143,28 @@ def wrong_specs(before: Specs, after: Specs, quantized: Quantized, *, made_anew:
         elif made_anew or not anew or name in quantized.whole and packed.isdisjoint((name, name.rpartition(".")[0])):
             faults.append(f"{name} is missing")
     known = {name.rpartition(".")[0] for name in before} | before.keys()
+    holders = {holder for name in before for holder in _holders(name)}
     for name in after:
         stem, _, leaf = name.rpartition(".")
         of_packed = stem in packed and (leaf in PACKED or leaf == "bias")
-        named = stem in known or quantized.cut or stem in quantized.again
+        named = stem in known or stem in quantized.again or quantized.cut and _holder(stem) in holders
         expected = not made_anew and (of_packed and named or name in quantized.rest)
         expected = expected or made_anew and leaf == "weight" and stem in quantized.again
         if name not in before and not expected:
             faults.append(f"{name} is not in the source")
     return faults
+
+
+def _holders(name: str) -> list[str]:
+    """All modules around a tensor."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _holder(layer: str) -> str:
+    """The module that a layer lies in, of an expert the module of all experts."""
+    parent, _, number = layer.rpartition(".")[0].rpartition(".")
+    return parent if number.isdigit() else f"{parent}.{number}"
 
 
 def wrong_names(source: Path, out: Path, quantized: Quantized) -> list[str]:
