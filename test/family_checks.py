@@ -211,6 +211,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "llava": (("tuned", "RTN"), "model-free"),
     "mistral3": (("tuned", "RTN"), "model-free"),
     "qwen3_5:images": (("tuned", "RTN"), "model-free"),
+    "xlnet": (("tuned", "RTN", "model-free"), "no rule recognises them"),
 }
 
 COLUMNS = ("tuned", "RTN", "model-free", "names", "reopened", "logits")
