@@ -211,6 +211,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "llava": (("tuned", "RTN"), "model-free"),
     "mistral3": (("tuned", "RTN"), "model-free"),
     "qwen3_5:images": (("tuned", "RTN"), "model-free"),
+    "reformer": (("tuned",), "returns a ReformerOutput of several values"),
     "xlnet": (("tuned", "RTN", "model-free"), "no rule recognises them"),
 }
 
