@@ -162,9 +162,9 @@ def _holders(name: str) -> list[str]:
 
 
 def _holder(layer: str) -> str:
-    """The module that a layer lies in, of an expert the module of all experts."""
+    """The module that a layer lies in, of an expert what holds all experts."""
     parent, _, number = layer.rpartition(".")[0].rpartition(".")
-    return parent if number.isdigit() else f"{parent}.{number}"
+    return parent.rpartition(".")[0] if number.isdigit() else f"{parent}.{number}"
 
 
 def wrong_names(source: Path, out: Path, quantized: Quantized) -> list[str]:
