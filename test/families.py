@@ -227,9 +227,20 @@ HUB_PREFIXES: dict[str, tuple[str, str]] = {
 }
 
 
+# Models that read images beside text, of classes outside the causal-LM mapping: {name: (model type, class, changes)}.
+WITH_IMAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llava": ("llava", "LlavaForConditionalGeneration", {}),
+    "mistral3": ("mistral3", "Mistral3ForConditionalGeneration", {}),
+    "qwen3_5:images": (
+        "qwen3_5", "Qwen3_5ForConditionalGeneration",
+        dict(vision_config=dict(depth=2, num_position_embeddings=64, out_hidden_size=HIDDEN)),
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Family:
-    """One entry of the causal-LM mapping. `reason`: why no model of it is made, or None."""
+    """One entry of the causal-LM mapping, or of WITH_IMAGES. `reason`: why no model of it is made, or None."""
 
     name: str
     cls: str
@@ -246,7 +257,10 @@ class Family:
         config = self.config(**changes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            if self.name in WITH_IMAGES:
+                model = getattr(transformers, self.cls)(config)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             perturb(model)
         model.config.dtype = dtype
         return model.to(dtype).eval()
@@ -273,7 +287,7 @@ def known_families() -> dict[str, Family]:
     for name, (kind, _) in VARIANTS.items():
         if kind in mapping:
             found[name] = Family(name, mapping[kind], _reason(kind))
-    return found
+    return found | {name: Family(name, cls) for name, (_, cls, _) in WITH_IMAGES.items()}
 
 
 def buildable() -> list[str]:
@@ -323,6 +337,8 @@ def tiny_config(name: str, **changes: Any) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind, variant = VARIANTS.get(name, (name, {}))
+    if name in WITH_IMAGES:
+        kind, _, variant = WITH_IMAGES[name]
     cls = CONFIG_MAPPING[kind]
     override = OVERRIDES.get(kind, {})
     values = tiny_values(cls())

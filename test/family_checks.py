@@ -2,33 +2,73 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import Family, sample_ids
+from families import WITH_IMAGES, Family, sample_ids
 
-PACKED = ("qweight", "qzeros", "scales", "g_idx")
+from auto_round import AutoRound
+from auto_round.compressors.file_layout import plan_files
+from auto_round.compressors.job import Job
+from auto_round.errors import AutoRoundError
+from auto_round.export.formats import get_format
+from auto_round.modeling.source import ModelSource
+
+PACKED = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+PLANNED = ("auto_round", "llm_compressor", "auto_gptq", "auto_awq", "fake")
 OK = "yes"
 
+Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-@dataclass
-class Tensors:
-    """The tensors of a folder, by name, as shape, dtype and bytes."""
 
-    found: dict[str, torch.Tensor]
+@dataclass(frozen=True)
+class Quantized:
+    """What a job takes from the source's files.
+
+    Attributes:
+        read: names of the tensors that quantized layers are read from.
+        whole: of these, what is itself the weight of a layer.
+        cut: a quantized layer is cut or made from what the source joins, and has no name of its own there.
+        rest: names of dense tensors that the source joins with quantized ones.
+        again: modules that share the weights of others, which the source stores once.
+    """
+
+    read: frozenset[str]
+    whole: frozenset[str]
+    cut: bool
+    rest: frozenset[str]
+    again: frozenset[str]
 
     @classmethod
-    def of(cls, folder: Path) -> Tensors:
-        from safetensors.torch import load_file
+    def of(cls, made: AutoRound) -> Quantized:
+        """Of a job of format auto_round."""
+        return cls.by(made.plan("auto_round"), source_of(made))
 
-        found: dict[str, torch.Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            found |= load_file(file)
-        return cls(found)
+    @classmethod
+    def by(cls, job: Job, source: ModelSource) -> Quantized:
+        read: set[str] = set()
+        whole: set[str] = set()
+        cut = False
+        for layer in job.quantized():
+            for leaf in ("weight", "bias"):
+                plan = source.tensor_plan(f"{layer}.{leaf}")
+                if plan is not None and (leaf == "weight" or plan.key is None):
+                    read |= set(plan.origin.stored)
+                    whole |= {plan.key} if plan.key is not None else set()
+                    cut = cut or plan.key is None
+        naming = source.checkpoint_naming()
+        rest = {
+            name
+            for tensor in source.tensor_names()
+            if (plan := source.own_plan(tensor)) is not None and plan.key is None and read & set(plan.origin.stored)
+            for name in (tensor, naming.loose(tensor))
+        }
+        again = frozenset(naming.module(alias.rpartition(".")[0]) for alias in source.tied())
+        return cls(frozenset(read), frozenset(whole), cut, frozenset(rest), again)
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -40,54 +80,103 @@ def options(**more: Any) -> dict[str, Any]:
     return given | more
 
 
+def rounder(source: str | Path) -> AutoRound:
+    """A run that only rounds."""
+    return AutoRound(str(source), **options(iters=0, disable_opt_rtn=True))
+
+
+def source_of(made: AutoRound) -> ModelSource:
+    """What a run reads."""
+    return made._source if made._free is None else made._free.source()
+
+
 def quantize(source: str | Path, out: Path, **more: Any) -> Path:
     """A run of the whole job; the output folder."""
-    from auto_round import AutoRound
-
     AutoRound(str(source), **options(**more)).quantize_and_save(out, format="auto_round")
     return out
 
 
-def wrong_names(source: Path, out: Path) -> list[str]:
-    """What is not as in the source: plain tensors that are not there or differ, and names that the source has not."""
-    before, after = Tensors.of(source).found, Tensors.of(out).found
-    stems = {name.rpartition(".")[0] for name in after if name.endswith(".qweight")}
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> Specs:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder by name."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def wrong_plans(made: AutoRound, before: Specs, formats: Iterable[str] = PLANNED) -> list[str]:
+    """What is not as in the source in the files that each format would have."""
     faults = []
-    for name, tensor in before.items():
+    for name in formats:
+        try:
+            job = made.plan(name)
+        except AutoRoundError as error:
+            if not re.search("cannot hold this (model|recipe)|no layer is left to quantize", str(error)):
+                faults.append(f"{name}: {_line(error)}")
+            continue
+        layout = plan_files(get_format(name), job.layers, source_of(made))
+        found = wrong_specs(before, layout.tensors, Quantized.by(job, source_of(made)), made_anew=name == "fake")
+        faults += [f"{name}: {fault}" for fault in found]
+    return faults
+
+
+def wrong_specs(before: Specs, after: Specs, quantized: Quantized, *, made_anew: bool = False) -> list[str]:
+    """What is not as in the source: plain tensors that are not there or have another shape or dtype, and names that the
+    source has not.
+
+    Args:
+        made_anew: quantized weights are written dense, where they lay in the source.
+    """
+    faults = []
+    packed = {name.rpartition(".")[0] for name in after if name.rpartition(".")[2] in PACKED}
+    for name, (shape, dtype) in before.items():
+        anew = name in quantized.read
         if name in after:
-            same = after[name].dtype == tensor.dtype and after[name].shape == tensor.shape
-            if not same or bytes_of(after[name]) != bytes_of(tensor):
-                faults.append(f"{name} differs")
-        elif not _is_quantized(name, stems):
+            if after[name][0] != shape or after[name][1] != dtype and not anew:
+                faults.append(f"{name} is {after[name]} for {(shape, dtype)}")
+        elif made_anew or not anew or name in quantized.whole and packed.isdisjoint((name, name.rpartition(".")[0])):
             faults.append(f"{name} is missing")
-    known = {name.rpartition(".")[0] for name in before}
+    known = {name.rpartition(".")[0] for name in before} | before.keys()
+    holders = {holder for name in before for holder in _holders(name)}
     for name in after:
         stem, _, leaf = name.rpartition(".")
-        if name not in before and not (leaf in PACKED and (stem in known or _of_fused(stem, before))):
+        of_packed = stem in packed and (leaf in PACKED or leaf == "bias")
+        named = stem in known or stem in quantized.again or quantized.cut and _holder(stem) in holders
+        expected = not made_anew and (of_packed and named or name in quantized.rest)
+        expected = expected or made_anew and leaf == "weight" and stem in quantized.again
+        if name not in before and not expected:
             faults.append(f"{name} is not in the source")
     return faults
 
 
+def _holders(name: str) -> list[str]:
+    """All modules around a tensor."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _holder(layer: str) -> str:
+    """The module that a layer lies in, of an expert what holds all experts."""
+    parent, _, number = layer.rpartition(".")[0].rpartition(".")
+    return parent.rpartition(".")[0] if number.isdigit() else f"{parent}.{number}"
+
+
+def wrong_names(source: Path, out: Path, quantized: Quantized) -> list[str]:
+    """What is not as in the source in files of format auto_round that a job wrote."""
+    before, after = read_folder(source), read_folder(out)
+    faults = wrong_specs(specs_of(before), specs_of(after), quantized)
+    same = (n for n, tensor in after.items() if n in before and before[n].shape == tensor.shape)
+    return faults + [f"{n} differs" for n in same if bytes_of(after[n]) != bytes_of(before[n])]
+
+
 def bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _is_quantized(name: str, stems: set[str]) -> bool:
-    """Whether a tensor of the source is held packed: by its own name, or as experts of a fused tensor."""
-    stem, _, leaf = name.rpartition(".")
-    if leaf == "weight" and stem in stems:
-        return True
-    return any(found.startswith(f"{stem}.") and found[len(stem) + 1 :].split(".")[0].isdigit() for found in stems)
-
-
-def _of_fused(stem: str, before: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a packed layer is one expert of a tensor that the source holds fused."""
-    parts = stem.split(".")
-    places = [i for i, part in enumerate(parts) if part.isdigit()]
-    if not places:
-        return False
-    experts = ".".join(parts[: places[-1]]) + "."
-    return any(name.startswith(experts) and tensor.dim() == 3 for name, tensor in before.items())
 
 
 @torch.no_grad()
@@ -98,9 +187,12 @@ def logits(model: Any) -> torch.Tensor:
 
 def reopen(folder: Path) -> Any:
     """The model of a folder through Transformers. Raises ValueError where weights were missing or left over."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    images = any(config.architectures == [cls] for _, cls, _ in WITH_IMAGES.values())
+    auto = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     lost = {key: sorted(info[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if lost:
         raise ValueError(f"reopening: {lost}")
@@ -111,18 +203,23 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def packed_layers(folder: Path) -> int:
-    return sum(name.endswith(".qweight") for name in Tensors.of(folder).found)
+# What is refused, in which columns, and in which words.
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "blt": (("tuned", "RTN", "model-free"), "several stacks of the same blocks"),
+    "dory": (("tuned",), "in a cycle"),
+    "hrm_text": (("tuned", "RTN", "model-free"), "several stacks of the same blocks"),
+    "llava": (("tuned", "RTN"), "model-free"),
+    "mistral3": (("tuned", "RTN"), "model-free"),
+    "qwen3_5:images": (("tuned", "RTN"), "model-free"),
+    "reformer": (("tuned",), "returns a ReformerOutput of several values"),
+    "xlnet": (("tuned", "RTN", "model-free"), "no rule recognises them"),
+}
 
-
-COLUMNS = ("plan", "tuned", "RTN", "model-free", "names", "reopened", "logits")
+COLUMNS = ("tuned", "RTN", "model-free", "names", "reopened", "logits")
 
 
 def check_family(family: Family, work: Path) -> dict[str, str]:
     """{column: "yes", "refused: why" or "fails: why"}; "-" where an earlier column is why it was not tried."""
-    from auto_round import AutoRound
-    from auto_round.errors import AutoRoundError
-
     found = dict.fromkeys(COLUMNS, "-")
     source = family.save(work / "source")
 
@@ -139,7 +236,6 @@ def check_family(family: Family, work: Path) -> dict[str, str]:
         found[name] = OK if not isinstance(value, str) else value
         return value
 
-    column("plan", lambda: AutoRound(str(source), **options()).plan().render() and None)
     tuned = column("tuned", lambda: quantize(source, work / "tuned"))
     rounded = column("RTN", lambda: quantize(source, work / "rtn", iters=0, disable_opt_rtn=True))
     free = column("model-free", lambda: quantize(source, work / "free", iters=0, model_free=True))
@@ -149,7 +245,11 @@ def check_family(family: Family, work: Path) -> dict[str, str]:
         return found
 
     def names() -> str | None:
-        faults = {name: wrong_names(source, folder) for name, folder in made.items()}
+        free_run = AutoRound(str(source), **options(iters=0, model_free=True)) if rounded is None else None
+        rounding = rounder(source) if free_run is None else free_run
+        quantized = Quantized.of(rounding)
+        faults = {name: wrong_names(source, folder, quantized) for name, folder in made.items()}
+        faults["planned"] = wrong_plans(rounding, specs_of(read_folder(source)))
         said = [f"{name}: {len(f)} ({'; '.join(f[:2])})" for name, f in faults.items() if f]
         return f"fails: {', '.join(said)}" if said else None
 
@@ -171,8 +271,6 @@ def check_family(family: Family, work: Path) -> dict[str, str]:
 
 
 def _compare(family: Family, models: Mapping[str, Any]) -> str:
-    from auto_round import AutoRound
-
     original = logits(family.build())
     given = {name: logits(model) for name, model in models.items()}
     for name, values in given.items():
@@ -189,8 +287,4 @@ def _compare(family: Family, models: Mapping[str, Any]) -> str:
 
 def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
-
-
-def read_results(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return (lines[0] if lines else type(error).__name__)[:400]

@@ -61,13 +61,16 @@ def page(rows: dict[str, dict[str, Any] | None]) -> str:
     lines = [
         "# Families",
         "",
-        "Every model type of Transformers' causal-LM mapping, tried on a tiny model with random weights "
-        "(`test/families.py`), W4A16 with groups of 32. Made by `tools/make_families_doc.py` with "
-        f"Transformers {transformers.__version__} and PyTorch {torch.__version__}, {dates[-1] if dates else 'never'}.",
+        "Every model type of Transformers' causal-LM mapping, and a few models that read images too, each tried on a "
+        "tiny model with random weights (`test/families.py`), W4A16 with groups of 32. Made by "
+        f"`tools/make_families_doc.py` with Transformers {transformers.__version__} and PyTorch {torch.__version__}, "
+        f"{dates[-1] if dates else 'never'}.",
         "",
         "- **tuned**: two steps on four samples; **RTN**: `--iters 0 --disable_opt_rtn`.",
-        "- **names**: every tensor that is not quantized is in all outputs under its own name, with the same bytes.",
-        "- **reopened**: through `AutoModelForCausalLM`, nothing missing or left over.",
+        "- **names**: every tensor that is not quantized is in all outputs under its own name, with the same bytes. "
+        "So it is planned for llm_compressor, auto_gptq, auto_awq and fake too, where they can hold the family; "
+        "fake has every tensor of the source, experts as the source has them.",
+        "- **reopened**: through Transformers' auto class, nothing missing or left over.",
         "- **logits**: largest difference between the reopened model and the one in memory with dequantized weights.",
         "",
         f"| family | {' | '.join(COLUMNS)} |",

@@ -45,7 +45,7 @@ def load_tokenizer(source: str | PathLike[str] | torch.nn.Module, trust_remote_c
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as err:
+    except Exception as err:  # families' tokenizers raise whatever they like
         raise ModelError(
             f"no tokenizer could be opened in {name!r}: {_first_line(err)}; give one as tokenizer="
         ) from err

@@ -24,11 +24,15 @@ class CheckpointNames:
         self._own: dict[str, str] = {}
         self._containers: dict[str, str] = {}
         for tensor in source.tensor_names():
-            plan = source.tensor_plan(tensor)
+            plan = source.own_plan(tensor)  # a block used twice has its own name at each place
             key = None if plan is None else plan.key
             owner, _, leaf = tensor.rpartition(".")
-            if key is not None and key.rpartition(".")[2] == leaf:
+            if key is None:
+                continue
+            if key.rpartition(".")[2] == leaf:
                 self._own.setdefault(owner, key.rpartition(".")[0])
+            elif leaf == "weight" and key.rpartition(".")[2] == owner.rpartition(".")[2]:
+                self._own.setdefault(owner, key)  # a matrix stored as the parameter of what is a module here
         for module, stored in self._own.items():
             self._add_containers(module, stored)
         self._experts = {n: m for n, m in source.model.named_modules() if isinstance(m, LinearExperts)}

@@ -1,37 +1,32 @@
-"""Every family of Transformers: quantized in a short run, named as in the source, opened again, near the model."""
+"""Every family of Transformers: quantized in a short run, named as in the source, opened again, near the model.
+
+What docs/families.md tells of each family is the slow test here; the fast one tunes for one step.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from families import buildable, known_families
-from family_checks import logits, options, quantize, relative, reopen, wrong_names
+from family_checks import (
+    OK,
+    REFUSED,
+    Quantized,
+    check_family,
+    logits,
+    options,
+    read_folder,
+    relative,
+    reopen,
+    specs_of,
+    wrong_names,
+    wrong_plans,
+)
 
 from auto_round import AutoRound
 from auto_round.errors import ModelError, UnsupportedError
-
-# What tuning refuses, and in which words.
-REFUSED: dict[str, str] = {
-    "blt": "several stacks of the same blocks",
-    "dory": "in a cycle",
-    "hrm_text": "several stacks of the same blocks",
-}
-ROUNDED = [name for name in buildable() if name not in ("blt", "hrm_text")]
-
-
-@pytest.fixture(scope="session")
-def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = known_families()[name].save(tmp_path_factory.mktemp(name.replace(":", "-")))
-        return made[name]
-
-    return folder
 
 
 def test_every_family_is_built_or_has_a_reason() -> None:
@@ -41,46 +36,36 @@ def test_every_family_is_built_or_has_a_reason() -> None:
 
 
 @pytest.mark.parametrize("name", buildable())
-def test_planning_works(name: str, family_folder: Any) -> None:
-    if name in ("blt", "hrm_text"):
-        with pytest.raises(UnsupportedError, match=REFUSED[name]):
-            AutoRound(str(family_folder(name)), **options())
-        return
-    job = AutoRound(str(family_folder(name)), **options()).plan()
-    assert job.quantized() and job.render()
-
-
-@pytest.mark.parametrize("name", buildable())
-def test_a_tuned_family(name: str, family_folder: Any, tmp_path: Path) -> None:
-    source = family_folder(name)
-    if name in REFUSED:
-        with pytest.raises((ModelError, UnsupportedError), match=REFUSED[name]):
-            quantize(source, tmp_path / "out")
-        return
-    out = quantize(source, tmp_path / "out")
-    assert wrong_names(source, out) == []
-    found = logits(reopen(out))
+def test_a_family(name: str, tmp_path: Path) -> None:
+    family = known_families()[name]
+    model = family.build()
+    model.save_pretrained(tmp_path / "source")
+    columns, words = REFUSED.get(name, ((), ""))
+    one_step = options(iters=1, nsamples=2)
+    if "tuned" in columns:
+        with pytest.raises((ModelError, UnsupportedError), match=words):
+            AutoRound(str(tmp_path / "source"), **one_step).quantize_and_save(tmp_path / "refused")
+        one_step |= {"iters": 0, "disable_opt_rtn": True}
+        if "model-free" in columns:
+            return
+        if "RTN" in columns:
+            one_step = options(iters=0, model_free=True)
+    made = AutoRound(str(tmp_path / "source"), **one_step)
+    assert wrong_plans(made, specs_of(read_folder(tmp_path / "source")), ["fake"]) == []
+    quantized = Quantized.of(made)
+    made.quantize_and_save(tmp_path / "out", format="auto_round")
+    assert wrong_names(tmp_path / "source", tmp_path / "out", quantized) == []
+    found = logits(reopen(tmp_path / "out"))
     assert torch.isfinite(found).all()
-    assert relative(found, logits(known_families()[name].build())) < 0.9
+    assert relative(found, logits(model)) < 0.9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ROUNDED)
-def test_a_rounded_family(name: str, family_folder: Any, tmp_path: Path) -> None:
-    rounding = options(iters=0, disable_opt_rtn=True)
-    out = quantize(family_folder(name), tmp_path / "out", iters=0, disable_opt_rtn=True)
-    assert wrong_names(family_folder(name), out) == []
-    live, _ = AutoRound(known_families()[name].build(), **rounding).quantize()
-    assert torch.allclose(logits(reopen(out)), logits(live), atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ROUNDED)
-def test_a_family_without_a_model(name: str, family_folder: Any, tmp_path: Path) -> None:
-    try:
-        out = quantize(family_folder(name), tmp_path / "out", iters=0, model_free=True)
-    except UnsupportedError as error:
-        assert "model-free mode cannot read" in str(error)
-        return
-    assert wrong_names(family_folder(name), out) == []
-    assert torch.isfinite(logits(reopen(out))).all()
+@pytest.mark.parametrize("name", buildable())
+def test_a_family_in_every_way(name: str, tmp_path: Path) -> None:
+    columns, words = REFUSED.get(name, ((), ""))
+    for column, said in check_family(known_families()[name], tmp_path).items():
+        if column in columns:
+            assert said.startswith("refused: ") and words in said
+        elif "model-free" not in columns:
+            assert said == OK or column == "logits" and float(said) < 1e-3, f"{column}: {said}"
