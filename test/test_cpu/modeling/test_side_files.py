@@ -56,6 +56,17 @@ def test_an_output_inside_the_model_is_not_copied_into_itself(folder: Path) -> N
     assert not (target / "mine").exists() and (target / "LICENSE").is_file()
 
 
+def test_outputs_of_ours_are_left(folder: Path) -> None:
+    for name, text in (
+        ("made/report.json", '{"schema_version": 1, "format": "gguf:q4_0"}'), ("made/q.gguf", ""), ("made/card", ""),
+        ("begun/.partial/x", ""), ("begun/vocab.json", ""), ("other/report.json", '{"format": 1}'),
+        ("odd/report.json", "{"),
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    assert names(folder) == sorted([*TAKEN, "other/report.json", "odd/report.json"])
+
+
 def test_links(folder: Path, tmp_path: Path) -> None:
     (folder / "again").symlink_to(folder)
     (folder / "more").symlink_to(folder / "assets")
