@@ -116,7 +116,7 @@ class Job:
             schemes = {name: plan.scheme for name, plan in self.layers.items()}
             return ExportPlan(
                 self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type,
-                embeddings=self.embeddings, other_matrices=self.other_matrices,
+                embeddings=self.embeddings, other_matrices=self.other_matrices, spare=self._spare_modules(),
             )  # fmt: skip
         stored = lambda name: self.stored_names.get(name, name)
         return ExportPlan(

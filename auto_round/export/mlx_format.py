@@ -104,6 +104,9 @@ class _MlxTensors(OutputFormat):
         return unpack_mlx(tensors[f"{name}.weight"], scheme.bits), scales, zeros
 
 
+_PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
+
+
 def _size(scheme: QuantizationScheme) -> int:
     assert isinstance(scheme.group_size, int)
     return scheme.group_size
@@ -126,6 +129,14 @@ def mlx_quantization(plan: ExportPlan, rules: ModelRules) -> dict[str, Any] | No
     return result
 
 
+def without_prediction_layers(values: dict[str, Any]) -> dict[str, Any]:
+    """config.json's values without the layers for multi-token prediction, which these files do not hold: mlx-lm has no
+    modules for them, and refuses tensors that it does not know."""
+    cut = {key: 0 for key in _PREDICTION_LAYERS if values.get(key)}
+    parts = {k: without_prediction_layers(v) for k, v in values.items() if k == "text_config" and isinstance(v, dict)}
+    return {**values, **parts, **cut}
+
+
 @register_format("mlx")
 class MlxFormat(_MlxTensors):
     """A folder that mlx-lm opens: its names, stacked experts, and the rotary settings where it looks for them."""
@@ -143,6 +154,8 @@ class MlxFormat(_MlxTensors):
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
         quantization = self.config(plan)
         values = self.rules(plan.model_type).with_config(with_legacy_rope(values))
+        if plan.spare:
+            values = without_prediction_layers(values)
         if quantization is None:
             return values
         return values | {"quantization": quantization, "quantization_config": quantization}

@@ -183,3 +183,20 @@ def test_a_model_object_is_saved_under_its_checkpoints_names(tmp_path: Path, byt
             packed
         )
         assert set(load_file(tmp_path / kind / "fake" / "model.safetensors")) == set(before)
+
+
+def test_mlx_files_promise_no_layers_that_they_lack(tiny_folder: Any, tmp_path: Path) -> None:
+    """mlx-lm refuses tensors of layers for multi-token prediction, so config.json counts none."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in tiny_folder("llama").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    values = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (source / "config.json").write_text(json.dumps(values))
+    before = load_file(source / "model.safetensors") | {"model.layers.3.eh_proj.weight": torch.randn(32, 64)}
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    after = quantize(source, tmp_path / "mlx", "mlx")
+    assert not any(".layers.3." in name for name in after)
+    assert json.loads((tmp_path / "mlx" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    quantize(source, tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["num_nextn_predict_layers"] == 1
