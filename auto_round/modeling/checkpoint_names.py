@@ -23,8 +23,10 @@ class CheckpointNames:
     def __init__(self, source: ModelSource) -> None:
         self._own: dict[str, str] = {}
         self._containers: dict[str, str] = {}
+        tied = source.tied()
         for tensor in source.tensor_names():
-            plan = source.tensor_plan(tensor)
+            # A tied output head is not called as the embeddings are: readers look it up by its own name.
+            plan = source.own_plan(tensor) if tensor in tied else source.tensor_plan(tensor)
             key = None if plan is None else plan.key
             owner, _, leaf = tensor.rpartition(".")
             if key is not None and key.rpartition(".")[2] == leaf:

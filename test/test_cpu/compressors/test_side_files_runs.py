@@ -97,7 +97,7 @@ def test_an_output_inside_the_models_folder(
     monkeypatch.chdir(folder)
     expected = {p.name for p in saved(make, folder, tmp_path / "out", model_free).iterdir()}
     for name in ("tmp_autoround", "deep/other", "tmp_autoround"):  # the last is replaced or found to be there already
-        made = saved(make, Path("."), Path(name), model_free)
+        made = saved(make, folder, Path(name), model_free)
         assert {p.name for p in made.iterdir()} == expected
         assert not (made / "tmp_autoround").exists() and not (made / "deep").exists()
 

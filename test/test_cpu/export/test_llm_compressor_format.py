@@ -193,26 +193,16 @@ def test_patterns_mean_no_other_layer() -> None:
     assert name_patterns(["lm_head"], everything) == ["lm_head"]
 
 
-@pytest.mark.parametrize(("model_type", "name"), [
-    ("mixtral", "model.layers.0.block_sparse_moe.experts.3.w1"),
-    ("qwen3_moe", "model.layers.0.mlp.experts.3.gate_proj"), ("llama", "model.layers.0.mlp.experts.3.gate_proj"),
-])  # fmt: skip
-def test_experts_have_the_names_of_their_family(model_type: str, name: str) -> None:
-    rules = get_format("llm_compressor").rules(model_type)
-    assert rules.stored_as("model.layers.0.mlp.experts.3.gate_proj.weight_packed") == (f"{name}.weight_packed", None)
-    assert rules.stored_as("model.layers.0.self_attn.q_proj.weight")[0] == "model.layers.0.self_attn.q_proj.weight"
-    assert (rules.stays_dense("model.layers.0.mlp.experts.3.gate_proj") is None) is (model_type != "llama")
-    assert rules.stays_dense("model.layers.0.mlp.gate_proj") is None
-
-
-def test_configs_use_the_names_in_the_file() -> None:
-    layers = {f"model.layers.{i}.mlp.experts.{e}.up_proj": Scheme() for i in range(2) for e in range(2)}
+def test_configs_use_the_names_of_the_plan() -> None:
+    """The job gives a plan in the checkpoint's names; no rule of the format's own renames a family's experts."""
+    moe = "model.layers.{}.block_sparse_moe"
+    layers = {f"{moe.format(i)}.experts.{e}.w3": Scheme() for i in range(2) for e in range(2)}
     layers |= {f"model.layers.{i}.self_attn.q_proj": Scheme(bits=8) for i in range(2)} | {"lm_head": FULL}
-    routers = ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
-    found = config(layers, model_type="mixtral", other_matrices=routers)
+    found = config(layers, model_type="mixtral", other_matrices=tuple(f"{moe.format(i)}.gate" for i in range(2)))
     assert found["ignore"] == ["lm_head", r"re:.*model\.layers\.\d+\.block_sparse_moe\.gate$"]
     targets = [group["targets"] for group in found["config_groups"].values()]
     assert targets[0] == [r"re:.*model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w3$"]
+    assert not get_format("llm_compressor").rules("mixtral").moves_tensors
 
 
 def test_nothing_quantized_has_no_config() -> None:

@@ -15,8 +15,8 @@ from auto_round.schemes import QuantizationScheme
     ("auto_awq", 32, 64, 48, "out_features=48 is not a multiple of 32"), ("auto_awq", -1, 256, 96, None),
     ("auto_gptq", 128, 256, 192, None), ("auto_gptq", 128, 192, 128, "in_features=192"),
     ("gptqmodel", 32, 64, 48, "out_features=48"), ("mlx", 64, 128, 8, None), ("mlx", 64, 96, 8, "in_features=96"),
-    ("mlx", 32, 96, 12, None),
-    ("auto_awq", 48, 96, 96, "group_size 48 is not a multiple of 32"), ("mlx", 16, 96, 8, "group_size 16 is not one of"),
+    ("mlx", 32, 96, 12, None), ("auto_awq", 48, 96, 96, "group_size 48 is not a multiple of 32"),
+    ("mlx", 16, 96, 8, "group_size 16 is not one of"),
     ("llm_compressor", 128, 192, 7, "in_features=192"),
     ("llm_compressor", 64, 192, 7, None),
 ])  # fmt: skip

@@ -81,3 +81,19 @@ def test_links(folder: Path, tmp_path: Path) -> None:
     (folder / "assets" / "key.txt").symlink_to(tmp_path / "secret" / "key")
     with pytest.raises(ModelError, match="key.txt is a link to"):
         names(folder)
+
+
+def test_the_hubs_cache_is_links_to_blobs(tmp_path: Path) -> None:
+    """Every file of a snapshot is one, in folders too; they are copied as files."""
+    root = tmp_path / "models--org--name"
+    snapshot = root / "snapshots" / "0123"
+    for name in ("LICENSE", "additional_chat_templates/tool.jinja"):
+        blob = root / "blobs" / name.rpartition("/")[2]
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_text(name)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    copy_side_files(snapshot, tmp_path / "out", trusted=False)
+    for name in ("LICENSE", "additional_chat_templates/tool.jinja"):
+        copied = tmp_path / "out" / name
+        assert copied.read_text() == name and not copied.is_symlink()

@@ -49,6 +49,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         text_config=_TEXT | dict(model_type="llama"), image_token_index=5,
         vision_config=_SMALL | dict(model_type="clip_vision_model", projection_dim=32),
     )),
+    "gemma3": ("Gemma3Config", "Gemma3ForConditionalGeneration", dict(
+        text_config=_TEXT | dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"]),
+        vision_config=_SMALL, mm_tokens_per_image=4, image_token_index=95, boi_token_index=94, eoi_token_index=93,
+    )),
 }  # fmt: skip
 
 
@@ -93,6 +97,30 @@ def test_model_free_mode_keeps_every_tensor(name: str, vision_folder: Callable[[
         one["architectures"] == other["architectures"]
         and one["vision_config"].items() <= other["vision_config"].items()
     )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_free_files_open_with_their_own_class(
+    name: str, vision_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Through our loader in Transformers, tower and all: logits of text are those of the rounded weights."""
+    from transformers import AutoModelForImageTextToText, AutoRoundConfig
+
+    folder = vision_folder(name)
+    for fmt in ("auto_round", "fake"):
+        ar = AutoRound(str(folder), scheme="W4A16", group_size=32, model_free=True, device_map="cpu")
+        ar.quantize_and_save(tmp_path / fmt, format=fmt)
+    options: dict[str, Any] = {"dtype": torch.float32}
+    packed = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "auto_round", quantization_config=AutoRoundConfig(), **options
+    )
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "fake", **options)
+    assert type(packed).__name__ == type(plain).__name__ == MODELS[name][1]
+    ids = torch.arange(6, 22)[None]
+    with torch.no_grad():
+        one, other = (model.eval()(input_ids=ids).logits for model in (packed, plain))
+    assert torch.isfinite(one).all() and float((one - other).norm() / other.norm()) < 2e-2
+    assert any(type(module).__module__.startswith("auto_round") for module in packed.modules())
 
 
 @pytest.mark.parametrize("named", [["Qwen3_5ForCausalLM"], ["Qwen3_5ForConditionalGeneration"], None])
