@@ -89,7 +89,7 @@ def test_the_hubs_cache_is_links_to_blobs(tmp_path: Path) -> None:
     snapshot = root / "snapshots" / "0123"
     for name in ("LICENSE", "additional_chat_templates/tool.jinja"):
         blob = root / "blobs" / name.rpartition("/")[2]
-        blob.parent.mkdir(exist_ok=True)
+        blob.parent.mkdir(parents=True, exist_ok=True)
         blob.write_text(name)
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).symlink_to(blob)
