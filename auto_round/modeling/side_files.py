@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from auto_round import envs
 from auto_round.modeling.links import inside
 
 # Weights, and what training left beside them: anything that unpickles.
@@ -30,6 +31,7 @@ _QUANTIZATION = (
 _WRITTEN = ("config.json", "readme.md", "report.json")
 _MODELS = ("original", "onnx", "metal", "openvino", "coreml", "gguf", "ggml", "__pycache__")
 _UNFINISHED, _REPORT = ".partial", "report.json"  # what marks an output folder, see `export.earlier_output`
+_WORK_SPACE = "ar_work_space"  # where runs keep their journals unless AR_WORK_SPACE says otherwise
 _CONFIGS = ("config.json", "adapter_config.json", "params.json", "model_index.json")
 
 # The same for the clients of hubs, whose patterns match whole paths.
@@ -50,7 +52,8 @@ def side_files(folder: Path, trusted: bool, without: Collection[Path] = ()) -> l
     Raises ModelError when one is a link that leads out of the folder.
     """
     root = folder.resolve()
-    return sorted(_found(folder, folder, trusted, {path.resolve() for path in without}, (root,)))
+    left = {path.expanduser().resolve() for path in (*without, envs.resume_folder(), envs.work_space())}
+    return sorted(_found(folder, folder, trusted, left, (root,)))
 
 
 def copy_side_files(folder: Path, target: Path, trusted: bool) -> list[Path]:
@@ -80,7 +83,7 @@ def _found(
 
 def _is_wanted(name: str, top: bool, trusted: bool) -> bool:
     lower = name.lower()
-    if lower.endswith(_WEIGHTS) or _INDEX.search(lower) or lower in _MODELS:
+    if lower.endswith(_WEIGHTS) or _INDEX.search(lower) or lower in _MODELS or lower == _WORK_SPACE:
         return False
     if lower.endswith(_CODE) and not (trusted and lower.endswith(".py")):
         return False

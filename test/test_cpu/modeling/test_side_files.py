@@ -56,11 +56,12 @@ def test_an_output_inside_the_model_is_not_copied_into_itself(folder: Path) -> N
     assert not (target / "mine").exists() and (target / "LICENSE").is_file()
 
 
-def test_outputs_of_ours_are_left(folder: Path) -> None:
+def test_outputs_of_ours_are_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AR_WORK_SPACE", str(folder / "work"))
     for name, text in (
         ("made/report.json", '{"schema_version": 1, "format": "gguf:q4_0"}'), ("made/q.gguf", ""), ("made/card", ""),
         ("begun/.partial/x", ""), ("begun/vocab.json", ""), ("other/report.json", '{"format": 1}'),
-        ("odd/report.json", "{"),
+        ("odd/report.json", "{"), ("work/resume/run.json", ""), ("ar_work_space/resume/run.json", ""),
     ):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
