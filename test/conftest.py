@@ -22,6 +22,8 @@ sys.path.append(str(Path(__file__).parent))  # helpers that several folders shar
 
 # Journals and tracebacks of the tests do not land where pytest is run. A fixture would come too late for others of a
 # wider scope that run jobs.
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a work space of its own
+    os.environ["AR_WORK_SPACE"] = tempfile.mkdtemp(prefix="auto-round-tests-")
 os.environ.setdefault("AR_WORK_SPACE", tempfile.mkdtemp(prefix="auto-round-tests-"))
 
 _COMMON: dict[str, Any] = dict(
@@ -141,6 +143,8 @@ def build_tiny(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     import transformers
 
     name, values = FAMILIES[family]
+    if not hasattr(transformers, name):
+        pytest.skip(f"Transformers {transformers.__version__} has no {name}")
     config = getattr(transformers, name)(**(values | changes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -23,6 +23,7 @@ from auto_round.inference.float_linear import FloatLinear
 from auto_round.inference.kernels.kernel import LayerSpec
 from auto_round.inference.kv_scales import accept_cache_scales
 from auto_round.inference.layer_choice import choose_backends
+from auto_round.inference.left_out import leave_out
 from auto_round.inference.packed_experts import run_experts_together
 from auto_round.inference.packed_linear import PackedLinear
 from auto_round.inference.qlinear import QuantLinear
@@ -78,8 +79,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     accept_cache_scales(model, stored_config, files)
     if config.g_idx:
         # Files of GPTQ hold g_idx even where it only repeats the group size; it is read only where a layer has it.
-        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {r"\.g_idx$"}  # type: ignore[assignment]
+        leave_out(model, [r"\.g_idx$"])
     logger.info("%d quantized layers run with %s", len(layers), ", ".join(f"{b} ({n})" for b, n in used.items()))
     return model, list(used)
 

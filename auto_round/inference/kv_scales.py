@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_round.inference.left_out import leave_out
 from auto_round.modeling.attention import find_attention
 from auto_round.modeling.tensor_files import StoredTensor
 
@@ -37,8 +38,5 @@ def accept_cache_scales(model: nn.Module, config: Any, files: Mapping[str, Store
                 found += 1
     values = config if isinstance(config, Mapping) else vars(config)
     if files is None and any(values.get(f"static_{what}_dtype") for what in ("kv", "attention")):
-        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {  # type: ignore[assignment]
-            rf"\.{leaf}$" for leaf in LEAVES
-        }
+        leave_out(model, [rf"\.{leaf}$" for leaf in LEAVES])
     return found

@@ -77,8 +77,8 @@ def test_batches_use_every_sample_equally_and_repeat_with_the_seed() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"iters": 0}, {"iters": 1.5}, {"batch_size": 0}, {"lr": 0.0}, {"lr": -1.0}, {"minmax_lr": 99.0}, {"momentum": 1.0},
-     {"gradient_accumulate_steps": True}],
+    [{"iters": -1}, {"iters": 1.5}, {"batch_size": 0}, {"lr": 0.0}, {"lr": -1.0}, {"minmax_lr": 99.0},
+     {"momentum": 1.0}, {"gradient_accumulate_steps": True}],
 )  # fmt: skip
 def test_wrong_settings(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):

@@ -59,14 +59,18 @@ def of_cache(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Te
     layers = model.config.num_hidden_layers
     largest: list[Any] = [None] * layers
     for sample in ids:
-        cache = DynamicCache(config=model.config) if "Next" in type(model).__name__ else DynamicCache()
+        # The model's own has other layers than these only for linear attention; for sliding windows it forgets.
+        given = {} if "Next" in type(model).__name__ else {cache_name(model): DynamicCache()}
         with torch.no_grad():
-            model(sample[None], **{cache_name(model): cache}, use_cache=True)
+            cache = model(sample[None], **given, use_cache=True)[cache_name(model)]
         for index in range(layers):
-            keys = getattr(cache.layers[index], "keys", None)
+            if hasattr(cache, "key_cache"):  # a class of its own, as Qwen3-Next has in older Transformers
+                keys, values = cache.key_cache[index], cache.value_cache[index]
+            else:
+                keys, values = (getattr(cache.layers[index], kind, None) for kind in ("keys", "values"))
             if keys is None:
                 continue
-            pair = keys.abs().amax((0, 2, 3)), cache.layers[index].values.abs().amax((0, 2, 3))
+            pair = keys.abs().amax((0, 2, 3)), values.abs().amax((0, 2, 3))
             old = largest[index]
             largest[index] = pair if old is None else tuple(map(torch.maximum, pair, old))
     return largest

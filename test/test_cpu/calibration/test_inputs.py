@@ -97,8 +97,9 @@ def test_equal_arguments_are_held_once(tiny_folder: Callable[..., Path]) -> None
     captured = capture_inputs(open_source(tiny_folder("gemma3")), make_samples(6, "ones"))
     tensors = {id(leaf) for calls in captured._calls for call in calls for leaf in call.leaves}
     uses = sum(len(call.leaves) for calls in captured._calls for call in calls)
-    assert uses == 6 * (3 * 4 + 3), "three local layers with a mask, a full one without"
-    assert len(tensors) == 6
+    positions = uses - 6 * (3 * 4 + 3)  # three local layers with a mask, a full one without
+    assert positions in (0, 6 * 4), "older Transformers hand each block the positions in the cache too"
+    assert len(tensors) == 6 + bool(positions)
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "falcon-alibi", "mixtral"])

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from auto_round import AutoRound
+from auto_round.errors import UnsupportedError
+from auto_round.export.formats import get_format
 
 RTN: dict[str, Any] = dict(scheme="W4A16", group_size=32, iters=0, disable_opt_rtn=True, device_map="cpu")
 SIZES: dict[str, Any] = dict(
@@ -200,3 +202,29 @@ def test_mlx_files_promise_no_layers_that_they_lack(tiny_folder: Any, tmp_path: 
     assert json.loads((tmp_path / "mlx" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     quantize(source, tmp_path / "plain")
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+def test_experts_in_configurations_of_compressed_tensors(packable_folder: Any, tmp_path: Path) -> None:
+    """Mixtral's own words in every list; experts that a checkpoint stacks stay dense: no reader would find them."""
+    options = RTN | {"layer_config": {"self_attn": {"bits": 8}}}
+    ar = AutoRound(packable_folder("mixtral"), **options)
+    fmt = get_format("llm_compressor")
+    config = fmt.config(ar.plan("llm_compressor").export_plan(fmt))
+    assert config is not None
+    assert r"re:.*model\.layers\.\d+\.block_sparse_moe\.gate$" in config["ignore"] and "lm_head" in config["ignore"]
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+    assert r"re:.*model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w3$" in targets
+    stacked = AutoRound(packable_folder("gpt-oss"), **RTN).plan("llm_compressor")
+    experts = [layer for name, layer in stacked.layers.items() if ".experts." in name]
+    assert experts and all("hold all experts of a block in one tensor" in str(layer.reason) for layer in experts)
+
+
+def test_experts_that_transformers_would_join_are_refused(packable_folder: Any) -> None:
+    """Mixtral's are called w1, w2 and w3 in files, and Transformers joins every `experts.*.w1.weight`."""
+    options = {"iters": 0, "disable_opt_rtn": True, "device_map": "cpu"}
+    ar = AutoRound(packable_folder("mixtral"), scheme="MXFP8", **options)
+    with pytest.raises(UnsupportedError, match="joins the experts of mixtral"):
+        ar.plan("auto_round")
+    assert ar.plan("llm_compressor").quantized()
+    assert AutoRound(packable_folder("mixtral"), scheme="MXFP4", **options).plan("auto_round").quantized()
+    assert AutoRound(packable_folder("qwen3-moe"), scheme="MXFP8", **options).plan("auto_round").quantized()

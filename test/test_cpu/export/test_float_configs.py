@@ -266,17 +266,6 @@ def test_integer_layouts_refuse_floats(preset: str) -> None:
         assert get_format(name).check_scheme(PRESET_SCHEMES[preset]) is not None
 
 
-def test_experts_that_transformers_would_join() -> None:
-    """Mixtral's are called w1, w2 and w3 in files, and Transformers joins every `experts.*.w1.weight`."""
-    experts = {f"model.layers.0.mlp.experts.{e}.up_proj": PRESET_SCHEMES["MXFP8"] for e in range(2)}
-    made = plan(experts, model_type="mixtral")
-    assert "joins the experts of mixtral" in str(get_format("auto_round").check_plan(made))
-    assert get_format("auto_round:llm_compressor").check_plan(made) is None
-    four = plan(dict.fromkeys(experts, PRESET_SCHEMES["MXFP4"]), model_type="mixtral")
-    assert get_format("auto_round").check_plan(four) is None
-    assert get_format("auto_round").check_plan(plan(experts, model_type="qwen3_moe")) is None
-
-
 @pytest.mark.parametrize("preset", AUTO_ROUND_PRESETS)
 def test_a_dense_layer_says_that_its_inputs_are_dense(preset: str) -> None:
     """auto-round 0.16.1 fills what an entry does not say from the default, and has no kernel for 16 and 4 bits."""

@@ -31,6 +31,19 @@ EXPECTED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "gguf_fa
 MOE = ("mixtral", "qwen2-moe", "qwen3-moe", "granite-moe", "deepseek-v3")
 
 
+# Older Transformers build other models from the same settings and seed (or cannot build them), so that what was written
+# down for these does not hold there.
+NEWER = ("granite-moe", "granite-moe-shared", "olmo3", "phi3-long")
+
+
+def newer_only(name: str) -> None:
+    import transformers
+    from packaging.version import Version
+
+    if name in NEWER and Version(transformers.__version__) < Version("5.21"):
+        pytest.skip(f"Transformers {transformers.__version__} builds another {name}")
+
+
 @pytest.fixture(scope="module")
 def referee() -> Any:
     """(tools/referee_gguf.py, tools/referee_gguf_models.py)"""
@@ -50,6 +63,7 @@ def converted(model: torch.nn.Module, assemble: Any) -> tuple[Conversion, dict[s
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_a_family_is_converted_as_llama_cpp_does(name: str, referee: Any) -> None:
+    newer_only(name)
     tool, models = referee
     model = models.build(name)
     unfuse_experts(model)
@@ -65,6 +79,7 @@ def test_a_family_is_converted_as_llama_cpp_does(name: str, referee: Any) -> Non
 
 @pytest.mark.parametrize("name", MOE)
 def test_fused_experts_are_the_same_experts(name: str, referee: Any) -> None:
+    newer_only(name)
     tool, models = referee
     _, tensors = converted(models.build(name), tool.assemble)
     assert {n: tool.digest(a) for n, a in tensors.items()} == EXPECTED[name]["tensors"]

@@ -130,7 +130,10 @@ def test_the_product_of_the_hardware(group_size: int) -> None:
     module, _ = filled(scheme, backend=SCALED_MM)
     assert isinstance(module, ScaledMmLinear)
     x = torch.randn(3, 7, IN, generator=torch.Generator().manual_seed(5)) * 3
-    plain, fast = module.linear(x), module.multiply(x)
+    try:
+        plain, fast = module.linear(x), module.multiply(x)
+    except NotImplementedError:  # PyTorch 2.6
+        pytest.skip(f"PyTorch {torch.__version__} has no CPU form of it")
     assert fast.shape == (3, 7, OUT) and fast.dtype == x.dtype
     assert float((fast - plain).norm() / plain.norm()) < 1e-5
     assert torch.equal(module(x), plain)  # no hardware here: the path in plain PyTorch

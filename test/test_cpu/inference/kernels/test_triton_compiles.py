@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 from typing import Any
@@ -33,6 +34,9 @@ def compiled(name: str, half: str, constants: dict[str, Any], warps: int) -> str
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    if "constexprs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip(f"the compiler of Triton {triton.__version__} is called in another way")
 
     from auto_round.inference.kernels import triton_programs
 
