@@ -20,12 +20,15 @@ with our weights under these rules, as a second implementation of them computes;
 The tiny models of the GGUF rows are those of `tools/referee_gguf_models.py`; what llama.cpp computes from the files as
 they are, with inputs rounded to 8 bits, is in [gguf.md](gguf.md#what-llamacpp-makes-of-the-files).
 "no" means that the program refuses or fails; the reasons are listed below. "-" was not tried. `gptqmodel` writes the
-files of `auto_gptq`, and `auto_round:gptqmodel` those of `auto_round:auto_gptq`. Our own loader opens every cell of
+files of `auto_gptq`, and `auto_round:gptqmodel` those of `auto_round:auto_gptq`. `auto_round:llm_compressor` writes the
+files of `llm_compressor`, byte for byte, and its cells are those of that format. Our own loader opens every cell of
 `auto_round` and its packings, `auto_gptq` and `auto_awq` in Transformers, and each run checks that; it is not listed as
 a program.
 """
 # Other names of formats that are listed.
 _ALIASES = ("gptqmodel", "auto_round:gptqmodel")
+# Formats that write the files of another, whose cells they have.
+SAME_FILES = {"auto_round:llm_compressor": "llm_compressor"}
 
 
 def _store(root: Path, program: str) -> Path:
@@ -61,14 +64,15 @@ def markdown(results: Mapping[str, dict[str, Any]], schemes: Mapping[str, Any], 
         lines.append(f"| {program} ({results[program]['about']}) | {versions} | {dtypes} |")
     reasons: dict[tuple[str, str], list[str]] = {}
     for fmt in formats:
-        here = [p for p in programs if any(cell[:2] == (p, fmt) for cell in cells)]
+        files = SAME_FILES.get(fmt, fmt)
+        here = [p for p in programs if any(cell[:2] == (p, files) for cell in cells)]
         lines += ["", f"## {fmt}", "", f"| scheme | {' | '.join([*here, ''])} |", "|---|" + "---|" * (len(here) + 1)]
         for scheme in schemes:
             if (scheme, fmt) not in writable:
                 continue
-            row = [cells.get((p, fmt, scheme)) for p in here]
+            row = [cells.get((p, files, scheme)) for p in here]
             for program, cell in zip(here, row, strict=True):
-                if cell is not None and not cell["opened"]:
+                if cell is not None and not cell["opened"] and files == fmt:
                     reasons.setdefault((program, cell["reason"]), []).append(f"{fmt} {scheme}")
             mark = "" if any(c and c["opened"] for c in row) else _nobody(fmt)
             lines.append(f"| {scheme} | {' | '.join([*map(_cell, row), mark])} |")

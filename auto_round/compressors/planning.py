@@ -39,6 +39,7 @@ from auto_round.data_type.activation import activation_function
 from auto_round.data_type.float_family import float_family
 from auto_round.data_type.gguf.types import ggml_type_of
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.export.auto_round_format import stored_group_size
 from auto_round.export.cache_scales import require_cache
 from auto_round.export.formats import (
     OutputFormat,
@@ -49,6 +50,7 @@ from auto_round.export.formats import (
     require_scheme,
 )
 from auto_round.export.shard_writer import entry_bytes
+from auto_round.export.size_rules import slower
 from auto_round.inference.compute import compute_dtype_for
 from auto_round.layer_config import scheme_from_entry
 from auto_round.modeling.block_weights import block_weights
@@ -235,7 +237,7 @@ def make_job(
         raise ConfigError(
             "no layer is left to quantize; " + (notes[0] if notes else "check scheme, ignore_layers and layer_config")
         )
-    notes += _fused_notes(layers, formats) + _activation_notes(layers, formats)
+    notes += _fused_notes(layers, formats) + _activation_notes(layers, formats) + _slower_notes(layers, formats)
     compute = compute_dtype(settings, source)
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
@@ -378,6 +380,16 @@ def _fused_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) 
                 f"({', '.join(sorted(described))}); those runtimes will refuse the files of {', '.join(readers)}"
             )
     return notes[:3]
+
+
+def _slower_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
+    """Fast kernels that the quantized layers are too narrow for: one line each."""
+    sizes = [
+        (name, plan.in_features, plan.out_features, stored_group_size(plan.scheme))
+        for name, plan in layers.items()
+        if plan.scheme.quantizes_weights and isinstance(plan.scheme.group_size, int)
+    ]
+    return slower([fmt.name for fmt in formats], sizes)
 
 
 def _activation_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:

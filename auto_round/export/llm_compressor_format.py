@@ -31,6 +31,7 @@ from auto_round.export.packing.compressed_tensors import (
     unpack_rows,
 )
 from auto_round.export.plan import ExportPlan
+from auto_round.export.size_rules import COMPRESSED_TENSORS as RULE
 from auto_round.quantized_layer import QuantizedLayer, group_count
 from auto_round.schemes import QuantizationScheme
 
@@ -76,13 +77,13 @@ class CompressedTensorsFormat(OutputFormat):
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         if is_float(scheme):
             return float_layer_problem(scheme, in_features)
-        sizes = [("group size", scheme.group_size)]
-        if scheme.activations is not None and scheme.activations.dynamic:
-            sizes.append(("activation group size", scheme.activations.group_size))
-        for what, size in sizes:
-            if isinstance(size, int) and size > 0 and in_features % size:
-                return f"in_features={in_features} is not a multiple of the {what} {size}, which its readers ask for"
-        return None
+        problem = RULE.problem(in_features, out_features, stored_group_size(scheme))
+        activations = scheme.activations
+        if problem is None and activations is not None and activations.dynamic:
+            size = activations.group_size
+            problem = RULE.problem(in_features, out_features, size) if isinstance(size, int) else None
+            problem = problem and f"activations: {problem}"
+        return problem
 
     def tensor_specs(
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,

@@ -31,14 +31,12 @@ from auto_round.export.packing.mlx import (
 )
 from auto_round.export.plan import ExportPlan
 from auto_round.export.rope import with_legacy_rope
+from auto_round.export.size_rules import MLX
 from auto_round.quantized_layer import QuantizedLayer, group_count
 from auto_round.schemes import QuantizationScheme
 
 MLX_PACKING = "mlx"
-GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPE = torch.float16
-# Rows that MLX's kernels for one token take at a time.
-_ROWS = 8
 _SCHEMES = ("W2A16", "W2A16G64", "W2A16G32", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16", "W4A16_MIXED", "BF16")
 
 
@@ -60,17 +58,13 @@ class _MlxTensors(OutputFormat):
             return "doubly quantized scales need a gguf format"
         if scheme.bits not in MLX_BITS:
             return f"MLX has no {scheme.bits}-bit weights, only {', '.join(map(str, MLX_BITS))} bits"
-        if scheme.group_size not in GROUP_SIZES:
-            allowed = ", ".join(map(str, GROUP_SIZES))
+        if scheme.group_size not in MLX.groups:
+            allowed = ", ".join(map(str, MLX.groups))
             return f"MLX has no group size {scheme.group_size}, only {allowed}; set group_size"
         return None
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        if scheme.quantizes_weights and in_features % _size(scheme):
-            return f"in_features={in_features} is not a multiple of the group size {scheme.group_size}"
-        if out_features % _ROWS:
-            return f"out_features={out_features} is not a multiple of {_ROWS}"
-        return None
+        return MLX.problem(in_features, out_features, _size(scheme)) if scheme.quantizes_weights else None
 
     def tensor_specs(
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,

@@ -1,20 +1,27 @@
 """Widths that the kernels which read a format ask for, as data.
 
-Only what makes a file unusable keeps a layer dense. What costs a fast kernel alone is in `FASTER`, and no layer is kept
-dense for it: vLLM then takes another kernel of the same format.
+Only what makes a file unusable keeps a layer dense: `GPTQ`, `AWQ`, `MLX` and `COMPRESSED_TENSORS`. What costs a fast
+kernel alone is in `FASTER`: the plan says so once, and the layer is quantized. With where each is asked:
 
 | rule | where it is asked |
 |---|---|
 | AWQ: inputs of whole groups, outputs of whole words of 8 | AutoAWQ `awq/modules/linear/gemm.py`, vLLM `awq.py` |
-| AWQ: outputs a multiple of the group size, groups of 32 at least | vLLM and AutoAWQ `gemm_kernels.cu`, `awq_gemm` |
-| GPTQ: inputs of whole groups, both widths multiples of 32 | GPTQModel `nn_modules/qlinear`, vLLM `gptq.py` |
-| Marlin: outputs a multiple of 64, inputs of 128 | vLLM `marlin_utils.py`, GPTQ_MARLIN_MIN_THREAD_N and _K |
+| AWQ: groups a multiple of 32 that divide the outputs | `awq_gemm` in vLLM `csrc/quantization/awq/gemm_kernels.cu` |
+| GPTQ: inputs of whole groups, outputs of whole words | vLLM `quantization/gptq.py`, `create_weights` |
+| GPTQ and AWQ: both widths multiples of 32 | this package's packing: 32 values of 3 bits fill whole words |
 | compressed-tensors: inputs of whole groups | compressed-tensors `quantization/lifecycle/forward.py` |
-| MLX: inputs of whole groups of 32, 64 or 128, outputs multiples of 8 | MLX `mlx/ops.cpp`, `quantized.metal` |
+| MLX: inputs of whole groups of 32, 64 or 128; 2 to 6 and 8 bits | MLX `mlx/ops.cpp`, `quantize` |
+| faster, Marlin: outputs a multiple of 64, inputs of 128, groups of 32, 64, 128 or rows | vLLM `marlin_utils.py` |
+| asked where there is no Marlin: AWQ's outputs a multiple of 64 | the same `awq_gemm`, cta_N |
+
+GPTQModel's Torch kernels take any width (`SUPPORTS_OUT_FEATURES_DIVISIBLE_BY = [1]`). vLLM pads what Marlin finds
+misaligned since 2026 (`allow_tile_padding`) and takes `awq_gemm` only where there is no Marlin, which is why 64 outputs
+keep no AWQ layer dense. MLX's Metal kernels take any outputs; multiples of 8 are faster (`qmv` in `quantized.cpp`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -24,12 +31,16 @@ class SizeRule:
 
     Attributes:
         inputs, outputs: the widths are multiples of these.
+        groups: the group sizes that it takes, where it takes some only; one group a row is always taken.
+        group_multiple: the group size is a multiple of this.
         whole_groups: the group size divides the inputs.
         outputs_by_group: it divides the outputs too.
     """
 
     inputs: int = 1
     outputs: int = 1
+    groups: tuple[int, ...] = ()
+    group_multiple: int = 1
     whole_groups: bool = True
     outputs_by_group: bool = False
 
@@ -43,6 +54,10 @@ class SizeRule:
                 return f"{what}={size} is not a multiple of {multiple}"
         if group_size <= 0:
             return None
+        if self.groups and group_size not in self.groups:
+            return f"group_size {group_size} is not one of {', '.join(map(str, self.groups))}"
+        if group_size % self.group_multiple:
+            return f"group_size {group_size} is not a multiple of {self.group_multiple}"
         if self.whole_groups and in_features % group_size:
             return f"in_features={in_features} is not a multiple of group_size {group_size}; choose one that divides it"
         if self.outputs_by_group and out_features % group_size:
@@ -54,5 +69,33 @@ class SizeRule:
 
 
 GPTQ = SizeRule(32, 32)
-AWQ = SizeRule(32, 32, outputs_by_group=True)
-FASTER: dict[str, SizeRule] = {"Marlin": SizeRule(128, 64)}
+AWQ = SizeRule(32, 32, group_multiple=32, outputs_by_group=True)
+MLX = SizeRule(groups=(32, 64, 128))
+COMPRESSED_TENSORS = SizeRule()
+_MARLIN = SizeRule(128, 64, groups=(32, 64, 128))
+# By format: the fast kernel, who has it, and its rule.
+FASTER: dict[str, tuple[str, SizeRule]] = {
+    "auto_gptq": ("vLLM's Marlin kernels", _MARLIN),
+    "gptqmodel": ("vLLM's Marlin kernels", _MARLIN),
+    "auto_awq": ("vLLM's Marlin kernels", _MARLIN),
+}
+
+
+def slower(formats: Iterable[str], layers: Iterable[tuple[str, int, int, int]]) -> list[str]:
+    """One line for each fast kernel that does not take some of the layers as they are.
+
+    Args:
+        formats: names.
+        layers: (name, inputs, outputs, group size) of the quantized ones.
+    """
+    found: dict[str, str] = {}
+    known = list(layers)
+    for kernel, rule in (FASTER[fmt] for fmt in formats if fmt in FASTER):
+        lost = [(name, why) for name, *sizes in known if (why := rule.problem(*sizes)) is not None]
+        if lost:
+            name, why = lost[0]
+            found[kernel] = (
+                f"{len(lost)} of {len(known)} quantized layers, such as {name} ({why}), are not for {kernel} as they "
+                "are: the runtime pads them or takes a slower kernel"
+            )
+    return list(found.values())

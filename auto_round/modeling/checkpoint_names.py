@@ -24,7 +24,8 @@ class CheckpointNames:
         self._own: dict[str, str] = {}
         self._containers: dict[str, str] = {}
         for tensor in source.tensor_names():
-            plan = source.own_plan(tensor)  # a block used twice has its own name at each place
+            # A block used twice, or a tied output head, has its own name at each place: readers look it up by that.
+            plan = source.own_plan(tensor)
             key = None if plan is None else plan.key
             owner, _, leaf = tensor.rpartition(".")
             if key is None:

@@ -13,6 +13,9 @@ without a word. So both are written:
 | rope_parameters.sliding_attention.rope_theta | rope_local_base_freq (Gemma 3), local_rope_theta |
 | dtype | torch_dtype |
 
+Phi-3 and its kin read `rope_scaling` before `rope_parameters` in both; theirs has the fields that Transformers 4 asks
+for.
+
 Which of the older names a family has is asked of its class in Transformers: names that it takes for older spellings are
 written, names that it would keep as attributes are not.
 """
@@ -90,7 +93,10 @@ def with_both_ropes(values: Mapping[str, Any]) -> Values:
             text = not path or path[0] in _TEXT_PARTS
             if isinstance(found, dict) and found and (text or any(key in part for key in _OLD)):
                 part[_NEW] = json.loads(json.dumps(found))
-        for key, value in _older(part.get(_NEW)).items():
+        older = _older(part.get(_NEW))
+        if _SCALING in older and str(part.get("model_type", "")).startswith("phi"):
+            older[_SCALING] = _phi_scaling(older[_SCALING], part)
+        for key, value in older.items():
             if part.get(key) is None and (before is None or _reads(made, path, key, value, before)):
                 part[key] = value
     if before is not None and not _same(before, _parsed(made)):
@@ -165,6 +171,17 @@ def _older(parameters: Any) -> Values:
     if set(rest) - {"rope_type", "type"} or rest.get("rope_type", "default") != "default":
         found[_SCALING] = rest
     return found
+
+
+def _phi_scaling(scaling: Values, part: Values) -> Values:
+    """Phi's `rope_scaling`, whose classes in Transformers 4 count its fields: `type` (never `rope_type`) and the two
+    factors; Phi-3.5-MoE's the two scales and the original length besides, which the others have on the top level."""
+    kind = scaling.get("rope_type", scaling.get("type"))
+    made = {"type": kind} | {key: value for key, value in scaling.items() if key not in ("rope_type", "type")}
+    length = "original_max_position_embeddings"
+    if not {"short_mscale", "long_mscale"} & set(made) and part.get(length) == made.get(length):
+        made.pop(length, None)
+    return made
 
 
 def _reads(values: Values, path: tuple[str, ...], key: str, value: Any, before: Any) -> bool:

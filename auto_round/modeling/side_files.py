@@ -2,16 +2,19 @@
 
 Everything is, whatever it is called, but: weights and their indexes, what an earlier quantization left, what training
 left, hidden files, config.json and the model card (written anew), Python code of a model that is not trusted, and
-folders that are models of their own.
+folders that are models of their own or that a run of this package wrote or writes: people run it from within the
+model's folder.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from auto_round import envs
 from auto_round.modeling.links import inside
 
 # Weights, and what training left beside them: anything that unpickles.
@@ -27,6 +30,8 @@ _QUANTIZATION = (
 )  # fmt: skip
 _WRITTEN = ("config.json", "readme.md", "report.json")
 _MODELS = ("original", "onnx", "metal", "openvino", "coreml", "gguf", "ggml", "__pycache__")
+_UNFINISHED, _REPORT = ".partial", "report.json"  # what marks an output folder, see `export.earlier_output`
+_WORK_SPACE = "ar_work_space"  # where runs keep their journals unless AR_WORK_SPACE says otherwise
 _CONFIGS = ("config.json", "adapter_config.json", "params.json", "model_index.json")
 
 # The same for the clients of hubs, whose patterns match whole paths.
@@ -47,7 +52,8 @@ def side_files(folder: Path, trusted: bool, without: Collection[Path] = ()) -> l
     Raises ModelError when one is a link that leads out of the folder.
     """
     root = folder.resolve()
-    return sorted(_found(folder, folder, trusted, {path.resolve() for path in without}, (root,)))
+    left = {path.expanduser().resolve() for path in (*without, envs.resume_folder(), envs.work_space())}
+    return sorted(_found(folder, folder, trusted, left, (root,)))
 
 
 def copy_side_files(folder: Path, target: Path, trusted: bool) -> list[Path]:
@@ -71,13 +77,13 @@ def _found(
         if path.is_file():
             yield path.relative_to(root)
         elif path.is_dir():
-            if real not in above and real not in without and not _is_model(path):
+            if real not in above and real not in without and not _is_model(path) and not _is_output(path):
                 yield from _found(root, path, trusted, without, (*above, real))
 
 
 def _is_wanted(name: str, top: bool, trusted: bool) -> bool:
     lower = name.lower()
-    if lower.endswith(_WEIGHTS) or _INDEX.search(lower) or lower in _MODELS:
+    if lower.endswith(_WEIGHTS) or _INDEX.search(lower) or lower in _MODELS or lower == _WORK_SPACE:
         return False
     if lower.endswith(_CODE) and not (trusted and lower.endswith(".py")):
         return False
@@ -88,3 +94,14 @@ def _is_model(folder: Path) -> bool:
     """Whether a folder holds weights with a configuration of their own."""
     names = [path.name.lower() for path in folder.iterdir()]
     return any(name in _CONFIGS for name in names) and any(name.endswith(_WEIGHTS) for name in names)
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a run of this package wrote or began to write a folder. Those of GGUF files have no config.json."""
+    if (folder / _UNFINISHED).is_dir():
+        return True
+    try:
+        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and {"schema_version", "format"} <= set(report)

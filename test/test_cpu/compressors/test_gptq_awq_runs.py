@@ -69,9 +69,10 @@ def test_a_packed_head(
     ({"scheme": "W2A16"}, "4-bit"),
 ])  # fmt: skip
 def test_what_awq_cannot_say_is_refused_before_work(
-    make: Callable[..., Any], tmp_path: Path, options: dict[str, Any], reason: str
+    make: Callable[..., Any], packable_folder: Callable[..., str], tmp_path: Path, options: dict[str, Any], reason: str
 ) -> None:
-    ar = make("llama", iters=0, **options)
+    wide = packable_folder("llama", intermediate_size=128)  # groups of 64 divide all outputs of the MLP
+    ar = make(wide, iters=0, **options)
     with pytest.raises(UnsupportedError, match=f"{reason}.*formats that can: auto_gptq"):
         ar.quantize_and_save(tmp_path / "out", format="auto_awq")
     assert not (tmp_path / "out").exists()

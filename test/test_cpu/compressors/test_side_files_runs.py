@@ -90,6 +90,20 @@ def test_a_model_object_writes_both_spellings_too(
 
 
 @FLOWS
+def test_an_output_inside_the_models_folder(
+    model_free: bool, make: Callable[..., Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """People run it where the model lies: what runs wrote there, and what this one writes, is no part of the model."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("AR_WORK_SPACE", raising=False)  # journals then lie in the model's folder too
+    expected = {p.name for p in saved(make, folder, tmp_path / "out", model_free).iterdir()}
+    for name in ("tmp_autoround", "deep/other", "tmp_autoround"):  # the last is replaced or found to be there already
+        made = saved(make, folder, Path(name), model_free)
+        assert {p.name for p in made.iterdir()} == expected
+        assert not (made / "tmp_autoround").exists() and not (made / "deep").exists()
+
+
+@FLOWS
 @pytest.mark.parametrize("spoiled", ["vocabulary", "template", "broken"])
 def test_a_tokenizer_that_says_something_else(
     spoiled: str, model_free: bool, make: Callable[..., Any], folder: Path, tmp_path: Path,

@@ -18,3 +18,11 @@ def test_what_engines_join_stays_dense_together(make: Callable[..., Any], packab
     assert make(folder, scheme="W4A16", group_size=64, iters=0).plan("auto_awq").quantized().keys() >= {
         "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
     }  # fmt: skip
+
+
+def test_a_lost_fast_kernel_is_one_note(make: Callable[..., Any], packable_folder: Callable[..., str]) -> None:
+    """Widths of 64 inputs are not for Marlin: the layers are quantized all the same."""
+    job = make(packable_folder("llama"), scheme="W4A16", group_size=32, iters=0).plan("auto_gptq,auto_awq")
+    assert len([note for note in job.notes if "Marlin" in note]) == 1 and len(job.quantized()) == 14
+    wide = packable_folder("llama", hidden_size=128, intermediate_size=256)
+    assert not any("Marlin" in note for note in make(wide, scheme="W4A16", group_size=32, iters=0).plan("mlx").notes)

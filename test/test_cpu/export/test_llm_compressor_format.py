@@ -87,11 +87,11 @@ def test_schemes_that_are_refused(scheme: QuantizationScheme, reason: str) -> No
 
 def test_layers_whose_groups_do_not_fit() -> None:
     fmt = get_format("llm_compressor")
-    assert "not a multiple of the group size 128" in str(fmt.check_layer(Scheme(), 192, 64))
+    assert "not a multiple of group_size 128" in str(fmt.check_layer(Scheme(), 192, 64))
     assert fmt.check_layer(Scheme(group_size=-1), 193, 7) is None
     assert fmt.check_layer(Scheme(group_size=64), 192, 7) is None
     both = INT8.with_overrides({"act_group_size": 128})
-    assert "activation group size 128" in str(fmt.check_layer(both, 192, 64))
+    assert "activations: in_features=192 is not a multiple of group_size 128" in str(fmt.check_layer(both, 192, 64))
 
 
 def plan(layers: dict[str, QuantizationScheme], **more: Any) -> ExportPlan:
@@ -191,6 +191,18 @@ def test_patterns_mean_no_other_layer() -> None:
     assert [n for n in everything if re.match(patterns[0][3:], n)] == wanted
     assert name_patterns(wanted[1:], everything) == wanted[1:]
     assert name_patterns(["lm_head"], everything) == ["lm_head"]
+
+
+def test_configs_use_the_names_of_the_plan() -> None:
+    """The job gives a plan in the checkpoint's names; no rule of the format's own renames a family's experts."""
+    moe = "model.layers.{}.block_sparse_moe"
+    layers = {f"{moe.format(i)}.experts.{e}.w3": Scheme() for i in range(2) for e in range(2)}
+    layers |= {f"model.layers.{i}.self_attn.q_proj": Scheme(bits=8) for i in range(2)} | {"lm_head": FULL}
+    found = config(layers, model_type="mixtral", other_matrices=tuple(f"{moe.format(i)}.gate" for i in range(2)))
+    assert found["ignore"] == ["lm_head", r"re:.*model\.layers\.\d+\.block_sparse_moe\.gate$"]
+    targets = [group["targets"] for group in found["config_groups"].values()]
+    assert targets[0] == [r"re:.*model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w3$"]
+    assert not get_format("llm_compressor").rules("mixtral").moves_tensors
 
 
 def test_nothing_quantized_has_no_config() -> None:

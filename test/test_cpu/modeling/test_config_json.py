@@ -17,6 +17,12 @@ _LLAMA3 = {
 }  # fmt: skip
 _FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 _PHI3 = {"hidden_size": 64, "num_attention_heads": 4, "original_max_position_embeddings": 64}
+_PARTLY = {
+    "rope_type": "longrope", "rope_theta": 2e4, "partial_rotary_factor": 0.75, "short_factor": [1.0] * 6,
+    "long_factor": [2.0] * 6,
+}  # fmt: skip
+_MOE = {"short_mscale": 1.2, "long_mscale": 1.3, "original_max_position_embeddings": 64}
+_MIXTURE = {"rope_type": "longrope", "rope_theta": 1e4, **_FACTORS, **_MOE}
 
 # Families as Transformers 5 saves them: class, its arguments, and what Transformers 4 looks for.
 SAVED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -32,7 +38,20 @@ SAVED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", {}, {"rope_theta": 150000.0, "rope_scaling.rope_type": "yarn"}),
     "phi3": (
         "Phi3Config", _PHI3 | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **_FACTORS}},
-        {"rope_theta": 1e4, "rope_scaling.rope_type": "longrope", "rope_scaling.long_factor": [2.0] * 8},
+        # Transformers 4 refuses any other fields than these three.
+        {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", **_FACTORS}, "original_max_position_embeddings": 64},
+    ),
+    "phi3 in part": (
+        "Phi3Config", _PHI3 | {"rope_parameters": _PARTLY},
+        {
+            "rope_theta": 2e4, "partial_rotary_factor": 0.75,
+            "rope_scaling": {k: v for k, v in _PARTLY.items() if k.endswith("_factor") and k[0] != "p"}
+            | {"type": "longrope"},
+        },
+    ),
+    "phimoe": (
+        "PhimoeConfig", {"hidden_size": 64, "num_attention_heads": 4, "rope_parameters": _MIXTURE},
+        {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", **_FACTORS, **_MOE}},
     ),
     "gpt_neox": (
         "GPTNeoXConfig", {"rotary_pct": 0.5, "rotary_emb_base": 20000},
@@ -103,9 +122,16 @@ def opened(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(values))
-    return {
-        k: v for k, v in AutoConfig.from_pretrained(folder).to_dict().items() if k not in ("_name_or_path", "dtype")
-    }
+    found = AutoConfig.from_pretrained(folder).to_dict()
+    rope = found.get("rope_parameters") or {}
+    # Phi keeps the older words beside the same values.
+    if rope.get("type") == rope.get("rope_type"):
+        rope.pop("type", None)
+    if found["model_type"].startswith("phi") and found.get("partial_rotary_factor") == rope.get(
+        "partial_rotary_factor"
+    ):
+        found.pop("partial_rotary_factor", None)
+    return {k: v for k, v in found.items() if k not in ("_name_or_path", "dtype")}
 
 
 @pytest.mark.parametrize("name", SAVED)

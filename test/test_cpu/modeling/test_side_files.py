@@ -56,6 +56,18 @@ def test_an_output_inside_the_model_is_not_copied_into_itself(folder: Path) -> N
     assert not (target / "mine").exists() and (target / "LICENSE").is_file()
 
 
+def test_outputs_of_ours_are_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AR_WORK_SPACE", str(folder / "work"))
+    for name, text in (
+        ("made/report.json", '{"schema_version": 1, "format": "gguf:q4_0"}'), ("made/q.gguf", ""), ("made/card", ""),
+        ("begun/.partial/x", ""), ("begun/vocab.json", ""), ("other/report.json", '{"format": 1}'),
+        ("odd/report.json", "{"), ("work/resume/run.json", ""), ("ar_work_space/resume/run.json", ""),
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    assert names(folder) == sorted([*TAKEN, "other/report.json", "odd/report.json"])
+
+
 def test_links(folder: Path, tmp_path: Path) -> None:
     (folder / "again").symlink_to(folder)
     (folder / "more").symlink_to(folder / "assets")
@@ -70,3 +82,19 @@ def test_links(folder: Path, tmp_path: Path) -> None:
     (folder / "assets" / "key.txt").symlink_to(tmp_path / "secret" / "key")
     with pytest.raises(ModelError, match="key.txt is a link to"):
         names(folder)
+
+
+def test_the_hubs_cache_is_links_to_blobs(tmp_path: Path) -> None:
+    """Every file of a snapshot is one, in folders too; they are copied as files."""
+    root = tmp_path / "models--org--name"
+    snapshot = root / "snapshots" / "0123"
+    for name in ("LICENSE", "additional_chat_templates/tool.jinja"):
+        blob = root / "blobs" / name.rpartition("/")[2]
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_text(name)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    copy_side_files(snapshot, tmp_path / "out", trusted=False)
+    for name in ("LICENSE", "additional_chat_templates/tool.jinja"):
+        copied = tmp_path / "out" / name
+        assert copied.read_text() == name and not copied.is_symlink()

@@ -28,9 +28,7 @@ class FakeHub:
         self.fetched: list[str] = []
         self.staged: list[int] = []
         small.mkdir()
-        for file in folder.iterdir():
-            if file.suffix != ".safetensors":
-                shutil.copyfile(file, small / file.name)
+        shutil.copytree(folder, small, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
 
     def small_files(self, trust_remote_code: bool) -> Path:
         return self.small
@@ -63,8 +61,11 @@ def hub_run(
     monkeypatch.setenv("AR_WORK_SPACE", str(tmp_path / "space"))
     monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
 
-    def start(spoil: Any = None, family: str = "llama") -> tuple[FakeHub, Path]:
+    def start(spoil: Any = None, family: str = "llama", more: tuple[str, ...] = ()) -> tuple[FakeHub, Path]:
         folder = resharded(packable_folder(family), 4)
+        for name in more:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(name)
         shutil.rmtree(tmp_path / "small", ignore_errors=True)
         hub = FakeHub(folder, tmp_path / "small", spoil)
         settings = AutoRound(str(folder), model_free=True, device_map="cpu", **G32).settings
@@ -86,6 +87,35 @@ def test_one_shard_at_a_time(
     for file in local.glob("model*"):
         assert (tmp_path / "hub" / file.name).read_bytes() == file.read_bytes()
     same_tensors(local, tmp_path / "hub")
+
+
+_BESIDE = ("LICENSE", "additional_chat_templates/tool.jinja", "assets/deep/sign.png", "extra.tiktoken", "weird name")
+
+
+def test_files_beside_the_weights_come_along(hub_run: Callable[..., Any], tmp_path: Path) -> None:
+    hub_run(more=_BESIDE)
+    assert all((tmp_path / "hub" / name).read_text() == name for name in _BESIDE)
+
+
+def test_which_small_files_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All but weights, other models in folders, and without trust code."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, Any] = {}
+
+    def download(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    files = [
+        *_BESIDE, "config.json", "model.safetensors.index.json", "spiece.model", "chat_template.jinja", "run.py",
+        "model.safetensors", "pytorch_model.bin", "original/tokenizer.model", "onnx/model.onnx", "q4.gguf",
+    ]  # fmt: skip
+    for trusted, wanted in ((False, files[:9]), (True, files[:10])):
+        assert fetch.HubFetcher("org/model").small_files(trusted) == tmp_path
+        patterns = {k: asked.get(k) for k in ("allow_patterns", "ignore_patterns")}
+        assert list(filter_repo_objects(files, **patterns)) == wanted
 
 
 def test_damage_on_the_way_is_fetched_again(hub_run: Callable[..., Any]) -> None:
