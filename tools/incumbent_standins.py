@@ -37,7 +37,7 @@ STANDINS: dict[str, tuple[str, dict[str, Any]]] = {
     "facebook/opt-125m": (
         "OPTConfig",
         _IDS | dict(
-            hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=2048,
+            hidden_size=768, ffn_dim=3072, num_hidden_layers=6, num_attention_heads=12, max_position_embeddings=2048,
             word_embed_proj_dim=768, dropout=0.0,
         ),
     ),

@@ -23,9 +23,10 @@ class CheckpointNames:
     def __init__(self, source: ModelSource) -> None:
         self._own: dict[str, str] = {}
         self._containers: dict[str, str] = {}
+        tied = {name for pair in source.tied().items() for name in pair}
         for tensor in source.tensor_names():
-            plan = source.tensor_plan(tensor)
-            key = None if plan is None else plan.key
+            plan = source.own_plan(tensor)  # a tied head that is stored as the embedding is not called like it
+            key = None if plan is None or (tensor in tied and plan.origin.name != tensor) else plan.key
             owner, _, leaf = tensor.rpartition(".")
             if key is not None and key.rpartition(".")[2] == leaf:
                 self._own.setdefault(owner, key.rpartition(".")[0])
