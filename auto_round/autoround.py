@@ -30,7 +30,7 @@ from auto_round.compressors.saving import Saving
 from auto_round.compressors.settings import Settings, check_on_nan, check_whole, names_tuple, parse_scale_dtype
 from auto_round.compressors.settings_view import SettingsView
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
-from auto_round.export.cache_scales import parse_cache_scheme
+from auto_round.export.cache_scales import parse_cache_scheme, without_sixteen_bits
 from auto_round.export.formats import OutputFormat, parse_formats
 from auto_round.later import DIFFUSION
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
@@ -124,7 +124,7 @@ class AutoRound(Saving, SettingsView):
         self._named_formats = None if options["format"] is None else parse_formats(options["format"])
         device = resolve_device(device_map if options["device"] is None else options["device"])
         config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
-        cache = {name: options[name] for name in _CACHE_OPTIONS}
+        cache = {name: without_sixteen_bits(options[name]) for name in _CACHE_OPTIONS}
         wants_cache = parse_cache_scheme(*cache.values()) is not None
         self.settings = Settings(
             scheme=resolved,

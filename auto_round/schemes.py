@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from auto_round.errors import ConfigError, nearest
+from auto_round.later import refuse_scheme
 
 GroupSize = int | tuple[int, int]
 
@@ -301,8 +302,12 @@ def is_preset_scheme(name: str) -> bool:
 
 
 def preset_name_to_scheme(name: str) -> QuantizationScheme:
-    """The preset called `name`, in any case. Raises ConfigError with the nearest names."""
+    """The preset called `name`, in any case.
+
+    Raises ConfigError with the nearest names, and UnsupportedError for a preset that comes later.
+    """
     key = normalize_preset_name(name)
+    refuse_scheme(f"scheme {name!r}", key)
     if key not in PRESET_SCHEMES and key.startswith("GGUF") and "*" in key:
         types = ", ".join(preset for preset in PRESET_SCHEMES if preset.startswith("GGUF:"))
         raise ConfigError(f"unknown scheme {name!r}; the GGUF types are {types}")

@@ -24,7 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from incumbent_standins import make_standins
+from incumbent_standins import WIDTH, choose_opt, make_standins
 
 HERE = Path(__file__).resolve().parent
 LISTS = HERE / "incumbent_tests.txt"
@@ -176,6 +176,7 @@ def main() -> None:
     record.touch()
     for name in args.files or lists.files:
         print(f"{name} ...", flush=True)
+        choose_opt(work / "models", WIDTH in (root / "test" / "unit" / "test_cpu" / name).read_text(encoding="utf-8"))
         run_file(python, root, name, record, args.timeout, args.only)
         rows = read_rows(record)
         here = Counter(group_of(row) for test, row in rows.items() if test.startswith(name))

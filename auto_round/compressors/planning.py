@@ -50,7 +50,7 @@ from auto_round.export.formats import (
 )
 from auto_round.export.shard_writer import entry_bytes
 from auto_round.inference.compute import compute_dtype_for
-from auto_round.layer_config import scheme_from_entry
+from auto_round.layer_config import pattern_regex, scheme_from_entry
 from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
 from auto_round.modeling.config_values import largest
@@ -253,6 +253,7 @@ def make_job(
         model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
         journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if journaled else 0, memory,
         left={weight.name: weight.reason for weight in weights.dense}, **_stored_names(source, layers),
+        patterns=tuple(dict.fromkeys(pattern_regex(key) for key in settings.layer_config if key not in layers)),
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan(fmt))
