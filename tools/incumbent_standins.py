@@ -38,7 +38,9 @@ _OPT: dict[str, Any] = _IDS | dict(num_hidden_layers=6, max_position_embeddings=
 
 STANDINS: dict[str, tuple[str, dict[str, Any]]] = {
     OPT: ("OPTConfig", _OPT | dict(hidden_size=256, ffn_dim=1024, num_attention_heads=4, word_embed_proj_dim=256)),
-    WIDE_OPT: ("OPTConfig", _OPT | dict(hidden_size=768, ffn_dim=3072, num_attention_heads=12, word_embed_proj_dim=768)),
+    WIDE_OPT: (
+        "OPTConfig", _OPT | dict(hidden_size=768, ffn_dim=3072, num_attention_heads=12, word_embed_proj_dim=768)
+    ),
     "Qwen/Qwen3-0.6B": ("Qwen3Config", _LLAMA | dict(num_hidden_layers=4, head_dim=64, tie_word_embeddings=True)),
     "Qwen/Qwen2.5-0.5B-Instruct": ("Qwen2Config", _LLAMA | dict(num_hidden_layers=24, tie_word_embeddings=True)),
     "MBZUAI/LaMini-GPT-124M": (
