@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class Saving(ABC):
     @abstractmethod
     def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
         """The formats that were asked for, or the one of a run that names none."""
+
+    @abstractmethod
+    def _fields_later(self) -> Callable[[], Mapping[str, Mapping[str, Any]]]:
+        """What gives the fields of every layer's scheme, for the formats that are named now."""
 
     @property
     def model(self) -> torch.nn.Module:
@@ -196,7 +200,7 @@ class Saving(ABC):
         """The model in one of these folders, not opened yet; with `keep`, `model` gives the same from now on."""
         pairs = list(zip(folders, formats, strict=True))
         opens = [folder for folder, fmt in pairs if fmt.name != "mlx" and gguf_format([fmt]) is None]
-        model = SavedModel(str((opens or folders)[-1]), self.settings.trust_remote_code)
+        model = SavedModel(str((opens or folders)[-1]), self.settings.trust_remote_code, self._fields_later())
         if keep:
             self._saved = model
         return model
