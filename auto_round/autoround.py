@@ -203,6 +203,9 @@ class AutoRound(Saving, SettingsView):
         formats = self._named_formats
         return lambda: job_fields(self._planned_for(formats), self.settings)
 
+    def _fields_now(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._layer_config()
+
     def _planned_for(self, formats: Sequence[OutputFormat] | None) -> Job:
         if self._free is not None:
             return self._free.plan(formats if formats is not None else parse_formats(default_format(self.settings)))

@@ -53,7 +53,7 @@ class Lists:
 
 
 def read_lists(path: Path = LISTS) -> Lists:
-    """Lines are `run FILE`, or `skip|internal|later FILE-OR-TEST  reason`; a test is `FILE::NAME`, `*` ends a prefix."""
+    """Lines are `run FILE`, or `skip|internal|later FILE-OR-TEST reason`; a test is `FILE::NAME`, `*` ends a prefix."""
     files: list[str] = []
     reasons: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -174,10 +174,10 @@ def write_table(rows: Mapping[str, Mapping[str, Any]], lists: Lists, target: Pat
         "# The incumbent's public-API tests, run against this package", "",
         f"**{counts['passed']} of {public} pass** ({counts['passed'] / max(public, 1):.1%}), by "
         "`python tools/incumbent_tests.py`.", "",
-        f"Beside these, {counts[INTERNAL]} use names that only the incumbent has, {counts[LATER]} ask for features that "
-        f"come later, and {counts['skipped'] + counts['skip']} are left out. Hub models are replaced by small ones with "
-        f"random weights; where {replaced} of the tests that pass measure an accuracy, the model must open and give "
-        "finite logits instead. Files that are not run at all: tools/incumbent_tests.txt.", "",
+        f"Beside these, {counts[INTERNAL]} use names that only the incumbent has, {counts[LATER]} ask for features "
+        f"that come later, and {counts['skipped'] + counts['skip']} are left out. Hub models are replaced by small "
+        f"ones with random weights; where {replaced} of the tests that pass measure an accuracy, the model must open and "
+        "give finite logits instead. Files that are not run at all: tools/incumbent_tests.txt.", "",
         "| file | " + " | ".join(GROUPS[:4]) + " | left out |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     by_file: dict[str, Counter[str]] = {}

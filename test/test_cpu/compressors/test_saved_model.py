@@ -185,3 +185,16 @@ def test_layers_tell_their_scheme(packable_folder: Any, token_ids: list[torch.Te
         assert attention.o_proj.group_size == 32 and attention.o_proj.act_bits == 16
         assert not hasattr(pickle.loads(pickle.dumps(model)).model.layers[0].self_attn.k_proj, "sym")
     assert ar.model.model.layers[0].self_attn.q_proj.sym
+
+
+@pytest.mark.parametrize("step", ["at once", "twice"])
+def test_layers_of_an_object_tell_their_scheme(step: str, of_object: Any, tmp_path: Path) -> None:
+    ar, model = of_object(layer_config={"k_proj": {"bits": 16}})
+    if step == "twice":
+        ar.quantize()
+        ar.save_quantized(tmp_path / "out", "auto_round")
+    else:
+        ar.quantize_and_save(tmp_path / "out", "auto_round")
+    attention = model.model.layers[0].self_attn
+    assert attention.k_proj.bits == 16 and attention.q_proj.bits == 4 and packed(model)
+    assert ar.layer_config["model.layers.0.self_attn.k_proj"]["bits"] == 16
