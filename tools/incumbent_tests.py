@@ -176,8 +176,8 @@ def write_table(rows: Mapping[str, Mapping[str, Any]], lists: Lists, target: Pat
         "`python tools/incumbent_tests.py`.", "",
         f"Beside these, {counts[INTERNAL]} use names that only the incumbent has, {counts[LATER]} ask for features "
         f"that come later, and {counts['skipped'] + counts['skip']} are left out. Hub models are replaced by small "
-        f"ones with random weights; where {replaced} of the tests that pass measure an accuracy, the model must open and "
-        "give finite logits instead. Files that are not run at all: tools/incumbent_tests.txt.", "",
+        f"ones with random weights; where {replaced} of the tests that pass measure an accuracy, the model must open "
+        "and give finite logits instead. Files that are not run at all: tools/incumbent_tests.txt.", "",
         "| file | " + " | ".join(GROUPS[:4]) + " | left out |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     by_file: dict[str, Counter[str]] = {}

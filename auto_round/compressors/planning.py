@@ -21,6 +21,7 @@ from auto_round.compressors.gguf_job import (
     own_schemes,
     settle_bits,
     settle_types,
+    shared_with_head,
     with_embedding_types,
     with_types,
 )
@@ -224,7 +225,9 @@ def make_job(
     if gguf is not None or settings.scheme.super_bits is not None:
         layers = with_types(layers)
     if gguf is not None:
-        gguf = settle_types(gguf, source, layers)
+        asked, gguf = gguf, settle_types(gguf, source, layers)
+        if embedded:
+            notes += shared_with_head(asked, gguf, source, _embeddings(source))
     usual = {None, _ASKED, *default.reasons.values()}
     refused = [p for p in layers.values() if p.reason not in usual and p.scheme.bits >= 16]
     for plan in refused[:5]:

@@ -86,6 +86,13 @@ def test_a_gguf_files_embeddings_are_told(gguf_folder: Callable[..., str]) -> No
     assert "model.embed_tokens" not in AutoRound(gguf_folder("llama"), iters=0, device_map="cpu").layer_config
 
 
+def test_a_head_and_an_embedding_that_are_one_tensor(gguf_folder: Callable[..., str]) -> None:
+    config = {"model.embed_tokens": {"bits": 8}, "lm_head": {"bits": 6}}
+    ar = AutoRound(gguf_folder("llama-tied"), format="gguf:q4_k_m", layer_config=config, iters=0, device_map="cpu")
+    assert ar.layer_config["model.embed_tokens"]["mostly"] == ar.layer_config["lm_head"]["mostly"] == "gguf:q6_k"
+    assert any("model.embed_tokens is Q6_K, not Q8_0: the head shares its tensor" in n for n in ar.plan().notes)
+
+
 def test_a_format_of_its_own_scheme(gguf_folder: Callable[..., str]) -> None:
     ar = AutoRound(gguf_folder("llama"), scheme="W2A16", format="gguf:q4_k_m", iters=0, device_map="cpu")
     assert ar.bits == 4 and ar.formats == ["gguf:q4_k_m"] and ar.super_bits == 6
