@@ -286,6 +286,13 @@ for _name, (_b, _g, _s, _d, _sb, _sg) in _GGUF.items():
     PRESET_SCHEMES[f"GGUF:{_name}"] = QuantizationScheme(_b, _g, _s, _d, 16, super_bits=_sb, super_group_size=_sg)
 
 
+def __getattr__(name: str) -> QuantizationScheme:
+    """The presets as names of this module: `schemes.MXFP8`."""
+    if name in PRESET_SCHEMES:
+        return PRESET_SCHEMES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def normalize_preset_name(name: str) -> str:
     """Upper case, dashes as underscores: `w4a16` and `W4A16` are one preset."""
     return re.sub(r"[-\s]", "_", name.strip().strip("'\"")).upper()
