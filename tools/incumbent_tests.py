@@ -44,8 +44,8 @@ class Lists:
 
     Attributes:
         files: below unit/test_cpu.
-        reasons: (group, reason) by file, test or prefix: group "internal" or "later" for a test that ran, "skip" for
-            what is left out whatever its outcome.
+        reasons: (group, reason) by file, test or prefix: group "internal", "later" or "failed" for a test that ran and
+            does not pass, "skip" for what is left out whatever its outcome.
     """
 
     files: tuple[str, ...]
@@ -53,7 +53,7 @@ class Lists:
 
 
 def read_lists(path: Path = LISTS) -> Lists:
-    """Lines are `run FILE`, or `skip|internal|later FILE-OR-TEST reason`; a test is `FILE::NAME`, `*` ends a prefix."""
+    """Lines are `run FILE`, or `skip|failed|internal|later TEST-OR-FILE reason`; a test is `FILE::NAME`, `*` ends a prefix."""
     files: list[str] = []
     reasons: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -62,7 +62,7 @@ def read_lists(path: Path = LISTS) -> Lists:
             continue
         if words[0] == "run" and len(words) == 2:
             files.append(words[1])
-        elif words[0] in ("skip", INTERNAL, LATER) and len(words) == 3:
+        elif words[0] in ("skip", "failed", INTERNAL, LATER) and len(words) == 3:
             reasons[words[1]] = words[0], words[2]
         else:
             raise SystemExit(f"{path.name}:{number}: expected 'run FILE' or 'skip TEST reason', got {line!r}")
