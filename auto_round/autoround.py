@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,9 @@ from auto_round.compressors.planning import check_before_opening
 from auto_round.compressors.run import Run
 from auto_round.compressors.saving import Saving
 from auto_round.compressors.settings import Settings, check_on_nan, check_whole, names_tuple, parse_scale_dtype
-from auto_round.compressors.settings_view import SettingsView
+from auto_round.compressors.settings_view import SettingsView, job_fields
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
-from auto_round.export.cache_scales import parse_cache_scheme
+from auto_round.export.cache_scales import parse_cache_scheme, without_sixteen_bits
 from auto_round.export.formats import OutputFormat, parse_formats
 from auto_round.later import DIFFUSION
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
@@ -124,7 +124,7 @@ class AutoRound(Saving, SettingsView):
         self._named_formats = None if options["format"] is None else parse_formats(options["format"])
         device = resolve_device(device_map if options["device"] is None else options["device"])
         config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
-        cache = {name: options[name] for name in _CACHE_OPTIONS}
+        cache = {name: without_sixteen_bits(options[name]) for name in _CACHE_OPTIONS}
         wants_cache = parse_cache_scheme(*cache.values()) is not None
         self.settings = Settings(
             scheme=resolved,
@@ -197,7 +197,16 @@ class AutoRound(Saving, SettingsView):
         return list(self._named_formats)
 
     def _planned(self) -> Job:
+        return self._planned_for(self._named_formats)
+
+    def _fields_later(self) -> Callable[[], Mapping[str, Mapping[str, Any]]]:
         formats = self._named_formats
+        return lambda: job_fields(self._planned_for(formats), self.settings)
+
+    def _fields_now(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._layer_config()
+
+    def _planned_for(self, formats: Sequence[OutputFormat] | None) -> Job:
         if self._free is not None:
             return self._free.plan(formats if formats is not None else parse_formats(default_format(self.settings)))
         if formats is None:

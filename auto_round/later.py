@@ -120,6 +120,13 @@ ALGORITHMS: Mapping[str, Feature] = {
     "sign_round_v2": SIGN_ROUND_V2,
 }  # fmt: skip
 
+_FLOAT_SCHEME = "the small float schemes of this version are MXFP4, MXFP8 and NVFP4"
+# Presets that exist elsewhere and not here.
+SCHEMES: Mapping[str, Feature] = {
+    "MXFP6": _feature("MXFP6 (6-bit floats with a shared scale)", _FLOAT_SCHEME),
+    "NVFP4_E5M3": _feature("NVFP4 with scales in E5M3", _FLOAT_SCHEME),
+}
+
 _BY_NAME: Mapping[str, Feature] = {name: feature for feature in FEATURES for name in feature.names}
 _BY_CLASS: Mapping[str, Feature] = {name: feature for feature in FEATURES for name in feature.classes}
 
@@ -162,6 +169,13 @@ def refuse_flag_value(name: str, value: str) -> None:
 def refuse_algorithm(spelling: str, name: str) -> None:
     """Raise UnsupportedError when `name` is an algorithm of the guide that is missing here."""
     feature = ALGORITHMS.get(name.strip().lower().replace("-", "_"))
+    if feature is not None:
+        raise UnsupportedError(feature.sentence(spelling))
+
+
+def refuse_scheme(spelling: str, name: str) -> None:
+    """Raise UnsupportedError when `name`, in capitals, is a preset that is missing here."""
+    feature = SCHEMES.get(name)
     if feature is not None:
         raise UnsupportedError(feature.sentence(spelling))
 

@@ -192,6 +192,14 @@ def matching_layers(pattern: str, layers: Sequence[str]) -> list[str]:
     return [name for name in layers if compiled.search(name)]
 
 
+def pattern_regex(pattern: str) -> str:
+    """A pattern of a layer configuration as a regular expression that is searched for in a layer's name, such as
+    `.*k_proj.*`. It may mean more than the pattern: a digit at its end runs on."""
+    if _REGEX_CHARS.search(pattern):
+        return "." + pattern if pattern.startswith("*") else pattern
+    return f".*{re.escape(pattern)}.*"
+
+
 def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> QuantizationScheme:
     """One value of a layer configuration as a scheme: a preset name, a scheme, or fields that change `default`.
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from auto_round.errors import ConfigError, nearest
+from auto_round.later import refuse_scheme
 
 GroupSize = int | tuple[int, int]
 
@@ -285,6 +286,13 @@ for _name, (_b, _g, _s, _d, _sb, _sg) in _GGUF.items():
     PRESET_SCHEMES[f"GGUF:{_name}"] = QuantizationScheme(_b, _g, _s, _d, 16, super_bits=_sb, super_group_size=_sg)
 
 
+def __getattr__(name: str) -> QuantizationScheme:
+    """The presets as names of this module: `schemes.MXFP8`."""
+    if name in PRESET_SCHEMES:
+        return PRESET_SCHEMES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def normalize_preset_name(name: str) -> str:
     """Upper case, dashes as underscores: `w4a16` and `W4A16` are one preset."""
     return re.sub(r"[-\s]", "_", name.strip().strip("'\"")).upper()
@@ -301,8 +309,12 @@ def is_preset_scheme(name: str) -> bool:
 
 
 def preset_name_to_scheme(name: str) -> QuantizationScheme:
-    """The preset called `name`, in any case. Raises ConfigError with the nearest names."""
+    """The preset called `name`, in any case.
+
+    Raises ConfigError with the nearest names, and UnsupportedError for a preset that comes later.
+    """
     key = normalize_preset_name(name)
+    refuse_scheme(f"scheme {name!r}", key)
     if key not in PRESET_SCHEMES and key.startswith("GGUF") and "*" in key:
         types = ", ".join(preset for preset in PRESET_SCHEMES if preset.startswith("GGUF:"))
         raise ConfigError(f"unknown scheme {name!r}; the GGUF types are {types}")

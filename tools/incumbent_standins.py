@@ -2,7 +2,7 @@
 """Small models with random weights under the names of the hub models that the incumbent's tests load.
 
 Each has the architecture of the model it stands for and a tokenizer trained on the spot. Their widths are multiples of
-256, so that every scheme and file type of the tests takes them; tests name those of OPT, which has its real ones.
+256, so that every scheme and file type of the tests takes them. OPT is there twice, for the tests that name its width.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _VISION: dict[str, Any] = dict(
     depth=3, embed_dim=256, hidden_size=256, num_heads=4, mlp_ratio=2, patch_size=14, in_channels=3
 )
 
+OPT, WIDE_OPT, WIDTH = "facebook/opt-125m-small", "facebook/opt-125m-wide", "768"
+_OPT: dict[str, Any] = _IDS | dict(num_hidden_layers=6, max_position_embeddings=2048, dropout=0.0)
+
 STANDINS: dict[str, tuple[str, dict[str, Any]]] = {
-    "facebook/opt-125m": (
-        "OPTConfig",
-        _IDS | dict(
-            hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=2048,
-            word_embed_proj_dim=768, dropout=0.0,
-        ),
+    OPT: ("OPTConfig", _OPT | dict(hidden_size=256, ffn_dim=1024, num_attention_heads=4, word_embed_proj_dim=256)),
+    WIDE_OPT: (
+        "OPTConfig", _OPT | dict(hidden_size=768, ffn_dim=3072, num_attention_heads=12, word_embed_proj_dim=768)
     ),
     "Qwen/Qwen3-0.6B": ("Qwen3Config", _LLAMA | dict(num_hidden_layers=4, head_dim=64, tie_word_embeddings=True)),
     "Qwen/Qwen2.5-0.5B-Instruct": ("Qwen2Config", _LLAMA | dict(num_hidden_layers=24, tie_word_embeddings=True)),
@@ -127,3 +127,10 @@ def make_standins(folder: Path) -> dict[str, Path]:
         tokenizer.save_pretrained(target)
         (target / "standin.json").write_text(json.dumps({"name": name, "config": config_class}))
     return made
+
+
+def choose_opt(folder: Path, wide: bool) -> None:
+    """Let OPT's hub name mean the small stand-in, or the one of its real width."""
+    link = folder / "facebook" / "opt-125m"
+    link.unlink(missing_ok=True)
+    link.symlink_to((WIDE_OPT if wide else OPT).rpartition("/")[2])

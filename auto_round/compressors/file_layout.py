@@ -135,7 +135,7 @@ class _Planner:
     ) -> None:
         self.fmt, self.source, self.specs = fmt, source, specs
         self.names = source.checkpoint_naming()
-        self.canonical = set(source.tied().values())
+        self.tied = {name for pair in source.tied().items() for name in pair}
         self.quantized = {name for name, plan in layers.items() if plan.scheme.quantizes_weights}
         self.split: set[str] = set()
         self.tensors: TensorSpecs = {}
@@ -168,11 +168,13 @@ class _Planner:
         return FileLayout(self.tensors, self.targets, self.reversals, self.copies, spare)
 
     def _plan_of(self, name: str) -> TensorPlan | None:
-        """The checkpoint's own copy of a tensor; None where that is of a tied head that is quantized, or not there."""
+        """The checkpoint's own copy of a tensor; None where it has none, or where only one of two tied tensors is there
+        and one of them is quantized: they part, and each has its own name."""
         plan = self.source.own_plan(name)
-        if plan is None or name not in self.canonical or plan.origin.name == name:
+        if plan is None or name not in self.tied or plan.origin.name == name:
             return plan
-        return None if plan.origin.name.rpartition(".")[0] in self.quantized else plan
+        owners = {tensor.rpartition(".")[0] for tensor in (name, plan.origin.name)}
+        return None if owners & self.quantized else plan
 
     def _packed_name(self, layer: str, leaves: list[str]) -> str:
         if self.fmt.refuses_joined and self.names.joined(layer, leaves):

@@ -163,3 +163,14 @@ def settle_types(plan: GgufPlan, source: ModelSource, layers: Mapping[str, Layer
             kind = ruled if ruled is not None and ruled in _DENSE.values() else own
         wanted[stored] = kind
     return plan.with_types(wanted)
+
+
+def shared_with_head(asked: GgufPlan, settled: GgufPlan, source: ModelSource, embeddings: Sequence[str]) -> list[str]:
+    """What to tell the user of embeddings whose tensor got the type of the head that shares it."""
+    stored = {name: weight_name(source, name) for name in embeddings}
+    return [
+        f"{name} is {settled.type_of(tensor)}, not {asked.type_of(tensor)}: the head shares its tensor, and "
+        "layer_config gives the head that type"
+        for name, tensor in stored.items()
+        if asked.type_of(tensor) != settled.type_of(tensor)
+    ]

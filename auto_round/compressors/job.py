@@ -74,6 +74,7 @@ class Job:
         spare: its tensors that no module reads, and why; they are copied.
         left: by tensor name, weights of two and more dimensions in the blocks that are in no linear layer, and why each
             stays dense.
+        patterns: regular expressions of the layer configuration, in order.
     """
 
     model: str
@@ -102,6 +103,7 @@ class Job:
     stored_blocks: tuple[str, ...] = ()
     spare: Mapping[str, str] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+    patterns: tuple[str, ...] = ()
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
@@ -123,7 +125,7 @@ class Job:
             self.scheme, {stored(name): plan.scheme for name, plan in self.layers.items()},
             self.stored_blocks or self.blocks, self.settings, model_type=self.model_type,
             embeddings=tuple(map(stored, self.embeddings)),
-            other_matrices=tuple(map(stored, self.other_matrices)), spare=self._spare_modules(),
+            other_matrices=tuple(map(stored, self.other_matrices)), spare=self._spare_modules(), patterns=self.patterns,
         )  # fmt: skip
 
     def _spare_modules(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from auto_round.compressors.gguf_job import (
     own_schemes,
     settle_bits,
     settle_types,
+    shared_with_head,
     with_embedding_types,
     with_types,
 )
@@ -52,7 +53,7 @@ from auto_round.export.formats import (
 from auto_round.export.shard_writer import entry_bytes
 from auto_round.export.size_rules import slower
 from auto_round.inference.compute import compute_dtype_for
-from auto_round.layer_config import scheme_from_entry
+from auto_round.layer_config import pattern_regex, scheme_from_entry
 from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
 from auto_round.modeling.config_values import largest
@@ -226,7 +227,9 @@ def make_job(
     if gguf is not None or settings.scheme.super_bits is not None:
         layers = with_types(layers)
     if gguf is not None:
-        gguf = settle_types(gguf, source, layers)
+        asked, gguf = gguf, settle_types(gguf, source, layers)
+        if embedded:
+            notes += shared_with_head(asked, gguf, source, _embeddings(source))
     usual = {None, _ASKED, *default.reasons.values()}
     refused = [p for p in layers.values() if p.reason not in usual and p.scheme.bits >= 16]
     for plan in refused[:5]:
@@ -255,6 +258,7 @@ def make_job(
         model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
         journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if journaled else 0, memory,
         left={weight.name: weight.reason for weight in weights.dense}, **_stored_names(source, layers),
+        patterns=tuple(dict.fromkeys(pattern_regex(key) for key in settings.layer_config if key not in layers)),
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan(fmt))

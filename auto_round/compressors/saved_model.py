@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 
-from auto_round.errors import ConfigError, ModelError, nearest
+from auto_round.errors import AutoRoundError, ConfigError, ModelError, nearest
 
+_TOLD = ("bits", "group_size", "sym", "data_type", "act_bits")
 _OPTIONS = (
     "output_dir", "format", "inplace", "return_folders", "safe_serialization", "overwrite", "max_shard_size", "resume",
 )  # fmt: skip
@@ -61,6 +63,18 @@ def _quant_method(folder: str) -> str | None:
         return None
 
 
+def describe_layers(model: torch.nn.Module, fields: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give each layer the attributes that tell its scheme (`bits`, `group_size`, ...), unless it has its own.
+
+    `fields`: by layer, as in `AutoRound.layer_config`. Layers that the model does not have as modules are left out.
+    """
+    modules = dict(model.named_modules())
+    for name in fields.keys() & modules.keys():
+        for attribute in _TOLD:
+            if not hasattr(modules[name], attribute):
+                setattr(modules[name], attribute, fields[name][attribute])
+
+
 class SavedModel(torch.nn.Module):
     """The model in a folder, which turns into the opened model when anything of it is asked for.
 
@@ -70,11 +84,16 @@ class SavedModel(torch.nn.Module):
     Args:
         folder: what a run wrote.
         trust_remote_code: run the code that comes with the model.
+        layer_fields: gives the scheme of every layer, which the layers of the opened model then tell.
     """
 
-    def __init__(self, folder: str, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: str, trust_remote_code: bool = False,
+        layer_fields: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
+    ) -> None:  # fmt: skip
         # No call of the base class: every attribute belongs to the model that is not open yet.
-        object.__setattr__(self, "__dict__", {"_saved": (folder, trust_remote_code), "_opening": Lock()})
+        values = {"_saved": (folder, trust_remote_code), "_fields": layer_fields, "_opening": Lock()}
+        object.__setattr__(self, "__dict__", values)
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith(("_repr_", "_ipython_")) or (name.startswith("__") and name not in _OPENING):
@@ -101,7 +120,9 @@ class SavedModel(torch.nn.Module):
         return SavedModel, object.__getattribute__(self, "__dict__")["_saved"]
 
     def __deepcopy__(self, memo: Any) -> SavedModel:
-        return SavedModel(*object.__getattribute__(self, "__dict__")["_saved"])
+        values = object.__getattribute__(self, "__dict__")
+        folder, trusted = values["_saved"]
+        return SavedModel(folder, trusted, values["_fields"])
 
 
 _OPENING = ("__call__", "__getitem__", "__len__", "__iter__")
@@ -116,5 +137,8 @@ def _open(proxy: SavedModel) -> None:
         if type(proxy) is not SavedModel:  # another thread was faster
             return
         model = open_saved(*values["_saved"])
+        if values["_fields"] is not None:
+            with suppress(AutoRoundError):  # the source is gone: the model is as good without
+                describe_layers(model, values["_fields"]())
         object.__setattr__(proxy, "__dict__", model.__dict__)
         object.__setattr__(proxy, "__class__", type(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from auto_round.compressors.output_folders import stale_files
 from auto_round.compressors.packed_object import PackedLayers
 from auto_round.compressors.resume.run_journal import remove_journal
 from auto_round.compressors.run import Run
-from auto_round.compressors.saved_model import SavedModel, check_save_options
+from auto_round.compressors.saved_model import SavedModel, check_save_options, describe_layers
 from auto_round.compressors.settings import Settings
 from auto_round.compressors.sinks import MemorySink
 from auto_round.errors import ConfigError, UnsupportedError
@@ -54,6 +54,14 @@ class Saving(ABC):
     @abstractmethod
     def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
         """The formats that were asked for, or the one of a run that names none."""
+
+    @abstractmethod
+    def _fields_later(self) -> Callable[[], Mapping[str, Mapping[str, Any]]]:
+        """What gives the fields of every layer's scheme, for the formats that are named now."""
+
+    @abstractmethod
+    def _fields_now(self) -> Mapping[str, Mapping[str, Any]]:
+        """The fields of every layer's scheme, for the formats that are named now."""
 
     @property
     def model(self) -> torch.nn.Module:
@@ -157,13 +165,15 @@ class Saving(ABC):
         assert self._result is not None
         model, layers, finished = self._result
         self._packed.take_out()
+        fields = None if self._source.lazy else self._fields_now()
         written = self._run().save(output_dir, formats, overwrite, shard, layers, finished)
-        if self._source.lazy:
+        if fields is None:
             return model, written
         if not inplace:
             return self._opened_later(written, formats, keep=False), written
         if _packs(formats):
             self._packed.put_in(model, layers)
+        describe_layers(model, fields)
         return model, written
 
     def _write_object(
@@ -177,10 +187,12 @@ class Saving(ABC):
             )
         if inplace:
             keep = MemorySink() if _packs(formats) else None
+            fields = self._fields_now()
             written = self._write(output_dir, formats, overwrite, shard, False, keep)
             self._spent = True
             if keep is not None:
                 self._packed.put_in(self._source.model, keep.layers)
+            describe_layers(self._source.model, fields)
             return self.model, _one_or_all(written)
         own = self._source
         self._source = open_source(copy.deepcopy(own.model), trust_remote_code=self.settings.trust_remote_code)
@@ -196,7 +208,7 @@ class Saving(ABC):
         """The model in one of these folders, not opened yet; with `keep`, `model` gives the same from now on."""
         pairs = list(zip(folders, formats, strict=True))
         opens = [folder for folder, fmt in pairs if fmt.name != "mlx" and gguf_format([fmt]) is None]
-        model = SavedModel(str((opens or folders)[-1]), self.settings.trust_remote_code)
+        model = SavedModel(str((opens or folders)[-1]), self.settings.trust_remote_code, self._fields_later())
         if keep:
             self._saved = model
         return model

@@ -49,16 +49,14 @@ class SettingsView:
     @property
     def layer_config(self) -> dict[str, dict[str, Any]]:
         """The resolved scheme of every linear layer by name: the scheme's fields with every default filled in,
-        `in_blocks`, and for GGUF the type of the tensor (`mostly`). 16 bits: it stays as it is."""
+        `in_blocks`, and for GGUF the type of the tensor (`mostly`). 16 bits: it stays as it is. A GGUF file quantizes
+        embeddings, too, which are there with their types."""
         return {name: dict(fields) for name, fields in self._layer_config().items()}
 
     def _layer_config(self) -> dict[str, dict[str, Any]]:
         formats = None if self._named_formats is None else tuple(fmt.name for fmt in self._named_formats)
         if self._layers_seen is None or self._layers_seen[0] != formats:
-            job = self._planned()
-            blocks = tuple(f"{block}." for block in job.blocks)
-            found = {name: layer_fields(plan, blocks, self.settings) for name, plan in job.layers.items()}
-            self._layers_seen = formats, found
+            self._layers_seen = formats, job_fields(self._planned(), self.settings)
         return self._layers_seen[1]
 
     @property
@@ -296,6 +294,23 @@ def resolved_fields(scheme: QuantizationScheme) -> dict[str, Any]:
         "act_data_type": scheme.data_type if scheme.quantizes_activations else "float",
     }  # fmt: skip
     return fields | {name: value for name, value in own.items() if fields[name] is None}
+
+
+def job_fields(job: Job, settings: Settings) -> dict[str, dict[str, Any]]:
+    """`AutoRound.layer_config` of a job."""
+    blocks = tuple(f"{block}." for block in job.blocks)
+    found = {name: layer_fields(plan, blocks, settings) for name, plan in job.layers.items()}
+    if job.gguf is None:
+        return found
+    from auto_round.export.gguf.format import scheme_of_type
+
+    for name in job.embeddings:
+        kind = job.gguf.type_of(f"{name}.weight") if f"{name}.weight" in job.gguf.places else None
+        if kind is not None:
+            scheme = scheme_of_type(kind, job.scheme)
+            found[name] = resolved_fields(scheme) | {"scale_dtype": settings.scale_dtype, "in_blocks": False}
+            found[name] |= {"mostly": f"gguf:{kind.lower()}"} if scheme.quantizes_weights else {}
+    return found
 
 
 def layer_fields(plan: LayerPlan, blocks: tuple[str, ...], settings: Settings) -> dict[str, Any]:

@@ -14,8 +14,9 @@ the default's says so in `extra_config`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -189,8 +190,19 @@ class AutoRoundFormat(OutputFormat):
         dense = plan.dense_in_blocks()
         extra = {name: entry for name in (*plan.layers, *dense) if (entry := self._extra(plan, name, default, dense))}
         if extra:
-            config["extra_config"] = extra
+            config["extra_config"] = {**self._patterns(plan, extra), **extra}
         return config
+
+    def _patterns(self, plan: ExportPlan, extra: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Entries of the user's patterns, for people and scripts that look them up as they were given. Readers take the
+        layers' own entries; a pattern is there only if it says the same of every layer that its expression finds."""
+        found: dict[str, dict[str, Any]] = {}
+        for pattern in plan.patterns:
+            names = [name for name in (*plan.layers, *plan.other_matrices, *plan.spare) if re.search(pattern, name)]
+            entries = [extra.get(name, {}) for name in names]
+            if entries and entries[0] and all(entry == entries[0] for entry in entries):
+                found[pattern] = entries[0]
+        return found
 
     def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """With the group size of blocks as it is, which vLLM's loader asks for and Transformers' refuses."""

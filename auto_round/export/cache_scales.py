@@ -16,6 +16,7 @@ from auto_round.export.formats import FORMATS, OutputFormat, available_formats
 FP8_MAXIMUM = 448.0  # of e4m3, OCP OFP8 v1.0, 5.1
 GRANULARITIES = ("tensor", "head")
 _DTYPES = ("fp8", "float8_e4m3fn")
+_SIXTEEN_BITS = ("float16", "fp16", "bfloat16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,19 @@ def parse_cache_scheme(
     return CacheScheme(kv_granularity if kv else attention_granularity, attention_granularity if attention else None)
 
 
+def without_sixteen_bits(value: Any) -> Any:
+    """None for a type of 16 bits: a cache of that type holds keys and values as they are, and needs no scales."""
+    return None if _type_name(value) in _SIXTEEN_BITS else value
+
+
+def _type_name(value: Any) -> str:
+    return str(value).removeprefix("torch.").lower()
+
+
 def _given(name: str, value: Any) -> bool:
     if value is None:
         return False
-    if str(value).removeprefix("torch.").lower() not in _DTYPES:
+    if _type_name(value) not in _DTYPES:
         raise ConfigError(f"{name}={value!r} is not allowed; use {' or '.join(_DTYPES)}, or leave it out")
     return True
 

@@ -37,6 +37,8 @@ class ExportPlan:
         embeddings: module names of the embeddings, which stay in full precision.
         other_matrices: names of the model's other modules with a matrix for weight (routers, projections outside the
             blocks), which no format may take for quantized.
+        spare: modules that the files have and this model does not.
+        patterns: regular expressions of the layer configuration, in order.
     """
 
     scheme: QuantizationScheme
@@ -48,6 +50,7 @@ class ExportPlan:
     embeddings: tuple[str, ...] = ()
     other_matrices: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
 
     def quantized_layers(self) -> list[str]:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]

@@ -129,7 +129,8 @@ class CheckpointConfig:
                 return entry
         if in_block:
             for key, entry in self.extra.items():
-                if _META.search(key) and re.search(key, name):
+                # A part of a name, such as `k_proj`, means every layer that it is whole segments of.
+                if re.search(key, name) if _META.search(key) else f".{key}." in f".{name}.":
                     return entry
         return None
 

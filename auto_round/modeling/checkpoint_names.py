@@ -23,10 +23,11 @@ class CheckpointNames:
     def __init__(self, source: ModelSource) -> None:
         self._own: dict[str, str] = {}
         self._containers: dict[str, str] = {}
+        tied = {name for pair in source.tied().items() for name in pair}
         for tensor in source.tensor_names():
-            # A block used twice, or a tied output head, has its own name at each place: readers look it up by that.
+            # A block used twice, or a tied head, has its own name at each place: readers look it up by that.
             plan = source.own_plan(tensor)
-            key = None if plan is None else plan.key
+            key = None if plan is None or (tensor in tied and plan.origin.name != tensor) else plan.key
             owner, _, leaf = tensor.rpartition(".")
             if key is None:
                 continue

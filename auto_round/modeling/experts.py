@@ -76,6 +76,12 @@ class LinearExperts(nn.Module):
         self.train(fused.training)
         self._empty(fused)
 
+    def __getitem__(self, index: int) -> nn.Module:
+        """The layers of one expert."""
+        if not 0 <= index < self.num_experts:
+            raise IndexError(f"there are {self.num_experts} experts, and no {index}")
+        return self.get_submodule(str(index))
+
     def _expert(self, **factory: Any) -> nn.Module:
         return ExpertMLP(
             self.hidden_dim, self.intermediate_dim, gate=self.has_gate, bias=self.has_bias, **factory

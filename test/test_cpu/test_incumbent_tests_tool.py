@@ -21,9 +21,9 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> object:
 def test_the_committed_lists_can_be_read(tool: object) -> None:
     lists = tool.read_lists()  # type: ignore[attr-defined]
     assert "core/test_autoround.py" in lists.files and len(set(lists.files)) == len(lists.files)
-    why = tool.why_not_counted  # type: ignore[attr-defined]
-    assert "come" in why(lists, "core/test_autoround.py::TestAutoRound::test_compressor")
-    assert why(lists, "schemes/test_auto_scheme.py::test_x[1]") == "AutoScheme comes later"
+    why = tool.listed_reason  # type: ignore[attr-defined]
+    assert why(lists, "core/test_autoround.py::TestAutoRound::test_compressor")[0] == "later"
+    assert why(lists, "schemes/test_auto_scheme.py::test_x[1]") == ("skip", "AutoScheme comes later")
     assert why(lists, "core/test_autoround.py::TestAutoRound::test_rtn") is None
 
 
@@ -35,15 +35,22 @@ def test_a_line_that_is_neither(tool: object, tmp_path: Path) -> None:
 
 def test_internal_names_and_the_table(tool: object, tmp_path: Path) -> None:
     row = {"outcome": "passed", "absent": [], "reason": "", "replaced": ["accuracy"]}
+    refusal = "auto_round.errors.UnsupportedError: nblocks=2: this variant is not available in this version; use none"
     rows = {
         "a.py::one": row,
         "a.py::two": {**row, "outcome": "failed", "reason": "ValueError: x | y"},
         "a.py::three": {**row, "outcome": "failed", "absent": ["auto_round.wrapper.x"]},
+        "a.py::five": {**row, "outcome": "failed", "reason": refusal},
+        "a.py::six": {**row, "outcome": "failed", "reason": "assert 6 == 9"},
+        "a.py::seven": row,
         "b.py::four": {**row, "outcome": "failed"},
     }
-    lists = tool.Lists(("a.py",), {"b.py": "comes later"})  # type: ignore[attr-defined]
+    reasons = {"b.py": ("skip", "later"), "a.py::six": ("internal", "counts files"), "a.py::seven": ("later", "no")}
+    lists = tool.Lists(("a.py",), reasons)  # type: ignore[attr-defined]
     counts = tool.write_table(rows, lists, tmp_path / "table.md")  # type: ignore[attr-defined]
-    assert counts == {"passed": 1, "failed": 1, "internal": 1, "not counted": 1}
+    assert counts == {"passed": 2, "failed": 1, "internal": 2, "later": 1, "skip": 1}
     text = (tmp_path / "table.md").read_text()
-    assert "| a.py::one | passed | accuracy |" in text and "| a.py::two | failed | ValueError: x / y |" in text
-    assert "| b.py::four | (failed) | comes later |" in text
+    assert "**2 of 3 pass** (66.7%)" in text and "where 2 of the tests" in text
+    assert "| a.py | 2 | 1 | 2 | 1 | 0 |" in text and "| b.py | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| a.py::two | ValueError: x / y |" in text and "| a.py::three | uses auto_round.wrapper.x |" in text
+    assert "| a.py::five | nblocks=2: this variant |" in text and "| a.py::six | counts files |" in text

@@ -12,6 +12,8 @@ import auto_round
 from auto_round import later
 from auto_round.cli import main
 from auto_round.errors import AutoRoundError, MissingFeatureError, UnsupportedError
+from auto_round.layer_config import scheme_from_entry
+from auto_round.schemes import QuantizationScheme
 
 CLASSES = [
     ("auto_round", "AutoScheme"),
@@ -72,6 +74,18 @@ def test_algorithms(algorithm: str, capsys: pytest.CaptureFixture[str]) -> None:
         auto_round.AutoRound("no/model", alg_configs=algorithm)
     assert main.run(["no/model", "--alg_configs", algorithm]) == UnsupportedError.exit_code
     assert later.ALGORITHMS[algorithm.split(",")[0]].what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheme", ["MXFP6", "mxfp6", "NVFP4_E5M3", "nvfp4-e5m3"])
+def test_presets(scheme: str, capsys: pytest.CaptureFixture[str]) -> None:
+    feature = later.SCHEMES[scheme.upper().replace("-", "_")]
+    with pytest.raises(UnsupportedError) as error:
+        auto_round.AutoRound("no/model", scheme=scheme)
+    assert str(error.value) == feature.sentence(f"scheme {scheme!r}")
+    assert main.run(["no/model", "--scheme", scheme]) == UnsupportedError.exit_code
+    assert feature.sentence(f"scheme {scheme!r}") in capsys.readouterr().err
+    with pytest.raises(UnsupportedError, match=feature.what.split(" ")[0]):
+        scheme_from_entry("k_proj", scheme, QuantizationScheme())
 
 
 def test_a_configuration_of_a_missing_algorithm() -> None:

@@ -125,3 +125,12 @@ def test_a_scheme_in_words() -> None:
     assert QuantizationScheme(8, 0).describe() == "int8 per tensor sym"
     assert PRESET_SCHEMES["FP8_BLOCK"].describe() == "fp8 g128x128 sym, fp8 activations"
     assert PRESET_SCHEMES["BF16"].describe() == "full precision"
+
+
+def test_presets_are_names_of_the_module() -> None:
+    from auto_round import schemes
+    from auto_round.schemes import W4A16
+
+    assert W4A16 is schemes.PRESET_SCHEMES["W4A16"] and schemes.MXFP8.bits == 8
+    with pytest.raises(AttributeError, match="no attribute 'W17A16'"):
+        schemes.W17A16  # noqa: B018

@@ -244,6 +244,16 @@ def test_bad_values(kwargs: dict[str, Any], says: str, make: Make) -> None:
         make("llama", **kwargs)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bf16", torch.bfloat16])
+def test_a_cache_of_sixteen_bits_needs_no_scales(dtype: Any, make: Make, tmp_path: Path) -> None:
+    run = make("llama", iters=0, disable_opt_rtn=True, static_kv_dtype=dtype)
+    assert run.static_kv_dtype is None and not run.settings.needs_data
+    run.quantize_and_save(tmp_path / "out", format="auto_round")
+    assert not [n for n in load_file(tmp_path / "out" / "model.safetensors") if n.endswith("k_scale")]
+    with pytest.raises(ConfigError, match="no effect without static_kv_dtype"):
+        make("llama", static_kv_dtype=dtype, static_kv_granularity="head")
+
+
 def test_torch_dtypes_are_taken(make: Make) -> None:
     assert make("llama", static_kv_dtype=torch.float8_e4m3fn).settings.recorded()["static_kv_dtype"] == "fp8"
     assert make("llama", iters=0, disable_opt_rtn=True, static_kv_dtype="fp8").settings.needs_data

@@ -228,3 +228,26 @@ def test_experts_that_transformers_would_join_are_refused(packable_folder: Any) 
     assert ar.plan("llm_compressor").quantized()
     assert AutoRound(packable_folder("mixtral"), scheme="MXFP4", **options).plan("auto_round").quantized()
     assert AutoRound(packable_folder("qwen3-moe"), scheme="MXFP8", **options).plan("auto_round").quantized()
+
+
+@pytest.mark.parametrize("fmt", ["auto_round", "auto_gptq", "llm_compressor", "fake"])
+@pytest.mark.parametrize("only", ["embedding", "head"])
+def test_a_tied_head_that_is_quantized_has_a_name_of_its_own(
+    only: str, fmt: str, packable_folder: Any, tmp_path: Path
+) -> None:
+    """The checkpoint holds one tensor for the head and the embedding, under either's name; the files hold both."""
+    folder = Path(packable_folder("llama-tied"))
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in folder.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    before = load_file(source / "model.safetensors")
+    shared = before.pop("model.embed_tokens.weight")
+    before["model.embed_tokens.weight" if only == "embedding" else "lm_head.weight"] = shared
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    after = quantize(source, tmp_path / "out", fmt, quant_lm_head=True)
+    assert same_bytes(after["model.embed_tokens.weight"], shared)
+    packed = {n for n in after if n.startswith("lm_head.")}
+    assert packed if fmt != "fake" else packed == {"lm_head.weight"}
+    assert not {n for n in after if n.startswith("model.embed_tokens.")} - {"model.embed_tokens.weight"}
+    assert fmt != "fake" or not torch.equal(after["lm_head.weight"], shared)

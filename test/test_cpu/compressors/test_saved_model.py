@@ -172,3 +172,29 @@ def test_a_quantized_object_is_saved_more_than_once(of_object: Any, tmp_path: Pa
     for name in ("one", "two", "three"):
         found = logits(SavedModel(str(tmp_path / name)))
         assert torch.allclose(found, rounded, atol=1e-4), name
+
+
+def test_layers_tell_their_scheme(packable_folder: Any, token_ids: list[torch.Tensor], tmp_path: Path) -> None:
+    """Packed or dense, a layer of the opened model has the attributes that scripts read."""
+    config = {"k_proj": {"bits": 16}, "v_proj": {"bits": 8}}
+    ar = AutoRound(packable_folder("llama"), dataset=token_ids, layer_config=config, **RTN)
+    for fmt in ("auto_round", "fake"):
+        model, _ = ar.quantize_and_save(tmp_path / fmt, fmt)
+        attention = copy.deepcopy(model).model.layers[1].self_attn
+        assert [getattr(attention, f"{n}_proj").bits for n in "qkvo"] == [4, 16, 8, 4]
+        assert attention.o_proj.group_size == 32 and attention.o_proj.act_bits == 16
+        assert not hasattr(pickle.loads(pickle.dumps(model)).model.layers[0].self_attn.k_proj, "sym")
+    assert ar.model.model.layers[0].self_attn.q_proj.sym
+
+
+@pytest.mark.parametrize("step", ["at once", "twice"])
+def test_layers_of_an_object_tell_their_scheme(step: str, of_object: Any, tmp_path: Path) -> None:
+    ar, model = of_object(layer_config={"k_proj": {"bits": 16}})
+    if step == "twice":
+        ar.quantize()
+        ar.save_quantized(tmp_path / "out", "auto_round")
+    else:
+        ar.quantize_and_save(tmp_path / "out", "auto_round")
+    attention = model.model.layers[0].self_attn
+    assert attention.k_proj.bits == 16 and attention.q_proj.bits == 4 and packed(model)
+    assert ar.layer_config["model.layers.0.self_attn.k_proj"]["bits"] == 16

@@ -76,6 +76,23 @@ def test_chosen_blocks(make: Callable[..., Any]) -> None:
     assert make("llama", to_quant_block_names=[["model.layers.1"]]).quant_block_list == [["model.layers.1"]]
 
 
+def test_a_gguf_files_embeddings_are_told(gguf_folder: Callable[..., str]) -> None:
+    config = {"model.embed_tokens": {"bits": 8}}
+    ar = AutoRound(gguf_folder("llama"), format="gguf:q4_k_m", layer_config=config, iters=0, device_map="cpu")
+    embedding = ar.layer_config["model.embed_tokens"]
+    assert embedding["bits"] == 8 and embedding["mostly"] == "gguf:q8_0" and not embedding["in_blocks"]
+    again = AutoRound(gguf_folder("llama"), format="gguf:q4_k_m", layer_config=ar.layer_config, iters=0)
+    assert again.layer_config == ar.layer_config
+    assert "model.embed_tokens" not in AutoRound(gguf_folder("llama"), iters=0, device_map="cpu").layer_config
+
+
+def test_a_head_and_an_embedding_that_are_one_tensor(gguf_folder: Callable[..., str]) -> None:
+    config = {"model.embed_tokens": {"bits": 8}, "lm_head": {"bits": 6}}
+    ar = AutoRound(gguf_folder("llama-tied"), format="gguf:q4_k_m", layer_config=config, iters=0, device_map="cpu")
+    assert ar.layer_config["model.embed_tokens"]["mostly"] == ar.layer_config["lm_head"]["mostly"] == "gguf:q6_k"
+    assert any("model.embed_tokens is Q6_K, not Q8_0: the head shares its tensor" in n for n in ar.plan().notes)
+
+
 def test_a_format_of_its_own_scheme(gguf_folder: Callable[..., str]) -> None:
     ar = AutoRound(gguf_folder("llama"), scheme="W2A16", format="gguf:q4_k_m", iters=0, device_map="cpu")
     assert ar.bits == 4 and ar.formats == ["gguf:q4_k_m"] and ar.super_bits == 6

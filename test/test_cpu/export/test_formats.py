@@ -22,6 +22,8 @@ from auto_round.export.formats import (
 from auto_round.export.gguf.file_types import FILE_TYPES
 from auto_round.export.matrix import GUIDE_MATRIX, formats_taking
 from auto_round.export.plan import ExportPlan
+from auto_round.inference.config_reader import read_config
+from auto_round.layer_config import pattern_regex
 from auto_round.quantized_layer import QuantizedLayer
 from auto_round.schemes import PRESET_SCHEMES
 from auto_round.schemes import QuantizationScheme as Scheme
@@ -198,6 +200,29 @@ def test_layers_that_differ_are_listed_by_exact_name() -> None:
     assert extra["m.layers.1.b"] == {"bits": 4, "sym": False, "packing_format": "auto_round:auto_awq"}
     assert extra["lm_head"] == {**Scheme(group_size=64, act_bits=16).to_dict()}
     json.dumps(config)
+
+
+def test_patterns_of_the_user_stand_beside_the_names() -> None:
+    """Scripts look an exception up as it was given. A pattern is written only where it is true of all it finds."""
+    layers = {
+        "m.layers.0.fc1": Scheme(bits=16), "m.layers.0.k_proj": Scheme(bits=8), "m.layers.1.fc1": Scheme(bits=16),
+        "m.layers.1.k_proj": Scheme(bits=8), "m.layers.0.q_proj": Scheme(), "m.layers.10.q_proj": Scheme(bits=8),
+        "m.layers.1.q_proj": Scheme(bits=8), "m.layers.10.fc1": Scheme(bits=16), "m.layers.10.k_proj": Scheme(),
+        "k_head": Scheme(bits=16),
+    }  # fmt: skip
+    blocks = ("m.layers.0", "m.layers.1", "m.layers.10")
+    given = ("fc1", ".*fc1", "*fc1", "layers.0.k_proj", "k_proj", "layers.1", "k_", "absent")
+    plan = ExportPlan(Scheme(), layers, blocks, patterns=tuple(map(pattern_regex, given)))
+    config = get_format("auto_round").config(plan)
+    assert config is not None
+    extra = config["extra_config"]
+    assert {key: entry for key, entry in extra.items() if key not in layers} == {
+        ".*fc1.*": {"bits": 16}, ".*fc1": {"bits": 16}, r".*layers\.0\.k_proj.*": {"bits": 8},
+    }  # fmt: skip
+    found = read_config(config)
+    for name, scheme in layers.items():
+        layer = found.layer(name, plan.in_block(name))
+        assert (16 if layer is None else layer.bits) == scheme.bits
 
 
 def test_a_default_of_16_bits_writes_a_quantized_one() -> None:

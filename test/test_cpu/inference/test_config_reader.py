@@ -53,6 +53,13 @@ def test_a_plain_name_is_no_pattern() -> None:
     assert "vision.layers.0.q_proj" not in found
 
 
+def test_a_part_of_a_name_means_all_layers_that_it_is_segments_of() -> None:
+    extra = {"k_proj": {"bits": 8}, "layers.1.mlp": {"bits": 2}, "proj": {"bits": 3}, "lm": {"bits": 8}}
+    found = resolve({**AUTO, "extra_config": extra})
+    assert found["model.layers.0.self_attn.k_proj"].bits == 8 and found["model.layers.1.mlp.up"].bits == 2
+    assert found["model.layers.10.mlp.up"].bits == 4 and "lm_head" not in found
+
+
 def test_wrapper_prefixes_may_differ() -> None:
     config = {**AUTO, "block_name_to_quantize": "model.language_model.layers"}
     found = resolve({**config, "extra_config": {"model.language_model.layers.0.mlp.up": {"bits": 16}}})

@@ -152,3 +152,12 @@ def test_bfloat16_output_keeps_its_dtype(tiny_model: Model) -> None:
     out = linear(hidden.bfloat16(), index, weights)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), fused(hidden, index, weights), rtol=0.1, atol=0.02)
+
+
+def test_one_expert_is_reached_by_its_number(tiny_model: Any) -> None:
+    model = tiny_model("mixtral")
+    unfuse_experts(model)
+    experts = next(module for module in model.modules() if isinstance(module, LinearExperts))
+    assert experts[1] is experts.get_submodule("1") and len(list(experts)) == experts.num_experts
+    with pytest.raises(IndexError, match="no 99"):
+        experts[99]
