@@ -53,7 +53,7 @@ class Lists:
 
 
 def read_lists(path: Path = LISTS) -> Lists:
-    """Lines are `run FILE`, or `skip|failed|internal|later TEST-OR-FILE reason`; a test is `FILE::NAME`, `*` ends a prefix."""
+    """Lines are `run FILE`, or `skip|failed|internal|later TEST-OR-FILE reason`; a test: `FILE::NAME` or `...*`."""
     files: list[str] = []
     reasons: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
