@@ -4,6 +4,8 @@ VENV   ?= .venv
 DEMO_ARGS ?=
 REFEREE_ARGS ?=
 PYTEST_ARGS ?=
+# Tests run in a process for each core, up to four, with one thread each; PARALLEL= runs them in one process.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 FAULTS ?= full
 
 BIN := $(VENV)/bin
@@ -74,7 +76,7 @@ demo: .demo/smollm2/.done
 	@$(BIN)/python examples/demo.py --model .demo/smollm2 --work .demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS) test/test_cpu
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS) test/test_cpu
 
 test-slow: $(VENV)/.test
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS) test/test_cpu
@@ -97,7 +99,7 @@ $(LATEST)/.done: requirements/torch.txt pyproject.toml
 test-latest:
 	@find $(LATEST)/.done -mtime +0 -delete 2>/dev/null || true
 	@$(MAKE) --no-print-directory $(LATEST)/.done
-	@$(LATEST)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+	@OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS) $(TESTS)
 	@$(if $(PYTEST_ARGS)$(filter-out test/test_cpu,$(TESTS)),true,$(LATEST)/bin/python tools/note_versions.py newest)
 
 $(OLDEST)/.done: tools/floors.py pyproject.toml
@@ -110,7 +112,7 @@ $(OLDEST)/.done: tools/floors.py pyproject.toml
 	@touch $@
 
 test-oldest: $(OLDEST)/.done
-	@$(OLDEST)/bin/python -m pytest -q $(PYTEST_ARGS) $(TESTS)
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS) $(TESTS)
 	@$(if $(PYTEST_ARGS)$(filter-out test/test_cpu,$(TESTS)),true,$(OLDEST)/bin/python tools/note_versions.py oldest)
 
 lock:
