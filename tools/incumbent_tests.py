@@ -53,7 +53,10 @@ class Lists:
 
 
 def read_lists(path: Path = LISTS) -> Lists:
-    """Lines are `run FILE`, or `skip|failed|internal|later TEST reason`; a test is a file or `FILE::NAME`, `*` ends a prefix."""
+    """Lines are `run FILE`, or `skip|failed|internal|later TEST reason`.
+
+    A test is a file or `FILE::NAME`; a `*` at the end makes it a prefix.
+    """
     files: list[str] = []
     reasons: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
