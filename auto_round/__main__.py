@@ -1,6 +1,8 @@
-"""`python -m auto_round` is `auto-round`."""
+"""`python -m auto_round` is `auto-round`. The other commands are here, too, for scripts that import them."""
 
-from auto_round.cli.main import run
+from auto_round.cli.main import run, run_best, run_eval, run_light, run_mllm, run_opt_rtn, run_rtn
+
+__all__ = ["run", "run_best", "run_eval", "run_light", "run_mllm", "run_opt_rtn", "run_rtn"]
 
 if __name__ == "__main__":
     raise SystemExit(run())

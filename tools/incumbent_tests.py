@@ -53,7 +53,10 @@ class Lists:
 
 
 def read_lists(path: Path = LISTS) -> Lists:
-    """Lines are `run FILE`, or `skip|failed|internal|later TEST-OR-FILE reason`; a test: `FILE::NAME` or `...*`."""
+    """Lines are `run FILE`, or `skip|failed|internal|later TEST reason`.
+
+    A test is a file or `FILE::NAME`; a `*` at the end makes it a prefix.
+    """
     files: list[str] = []
     reasons: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -185,6 +188,8 @@ def write_table(rows: Mapping[str, Mapping[str, Any]], lists: Lists, target: Pat
         by_file.setdefault(test.partition("::")[0], Counter())[group] += 1
     for name, here in by_file.items():
         lines.append(f"| {name} | {' | '.join(str(here[g]) for g in GROUPS[:4])} | {here['skipped'] + here['skip']} |")
+    missing = [name for name in lists.files if name not in by_file]
+    lines += ["", f"Not run for this page: {', '.join(missing)}."] if missing else []
     for group, title in zip(GROUPS[1:], ("Failing", "Internal", "Later", "Skipped", "Left out"), strict=True):
         tests = [(test, reason) for test, (own, reason) in found.items() if own == group]
         if tests:

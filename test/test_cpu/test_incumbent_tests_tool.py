@@ -46,11 +46,12 @@ def test_internal_names_and_the_table(tool: object, tmp_path: Path) -> None:
         "b.py::four": {**row, "outcome": "failed"},
     }
     reasons = {"b.py": ("skip", "later"), "a.py::six": ("internal", "counts files"), "a.py::seven": ("later", "no")}
-    lists = tool.Lists(("a.py",), reasons)  # type: ignore[attr-defined]
+    lists = tool.Lists(("a.py", "c.py"), reasons)  # type: ignore[attr-defined]
     counts = tool.write_table(rows, lists, tmp_path / "table.md")  # type: ignore[attr-defined]
     assert counts == {"passed": 2, "failed": 1, "internal": 2, "later": 1, "skip": 1}
     text = (tmp_path / "table.md").read_text()
     assert "**2 of 3 pass** (66.7%)" in text and "where 2 of the tests" in text
     assert "| a.py | 2 | 1 | 2 | 1 | 0 |" in text and "| b.py | 0 | 0 | 0 | 0 | 1 |" in text
     assert "| a.py::two | ValueError: x / y |" in text and "| a.py::three | uses auto_round.wrapper.x |" in text
+    assert "Not run for this page: c.py." in text
     assert "| a.py::five | nblocks=2: this variant |" in text and "| a.py::six | counts files |" in text

@@ -119,3 +119,10 @@ def test_older_names_are_autoround(tiny_folder: Callable[..., Any], tmp_path: An
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(UnsupportedError, match="diffusion models"):
         auto_round.AutoRoundDiffusion(str(tmp_path))
+
+
+def test_every_command_is_there_for_scripts() -> None:
+    from auto_round import __main__ as module
+
+    for name in ("run", "run_best", "run_eval", "run_light", "run_mllm", "run_opt_rtn", "run_rtn"):
+        assert getattr(module, name) is getattr(main, name)
