@@ -32,14 +32,14 @@ class Quantized:
     Attributes:
         read: names of the tensors that quantized layers are read from.
         whole: of these, what is itself the weight of a layer.
-        cut: a quantized layer is cut or made from what the source joins, and has no name of its own there.
+        cut: quantized layers that are cut or made from what the source joins, and have no names of their own there.
         rest: names of dense tensors that the source joins with quantized ones.
         again: modules that share the weights of others, which the source stores once.
     """
 
     read: frozenset[str]
     whole: frozenset[str]
-    cut: bool
+    cut: frozenset[str]
     rest: frozenset[str]
     again: frozenset[str]
 
@@ -52,14 +52,14 @@ class Quantized:
     def by(cls, job: Job, source: ModelSource) -> Quantized:
         read: set[str] = set()
         whole: set[str] = set()
-        cut = False
+        cut: set[str] = set()
         for layer in job.quantized():
             for leaf in ("weight", "bias"):
                 plan = source.tensor_plan(f"{layer}.{leaf}")
                 if plan is not None and (leaf == "weight" or plan.key is None):
                     read |= set(plan.origin.stored)
                     whole |= {plan.key} if plan.key is not None else set()
-                    cut = cut or plan.key is None
+                    cut |= {layer} if plan.key is None else set()
         naming = source.checkpoint_naming()
         rest = {
             name
@@ -68,7 +68,7 @@ class Quantized:
             for name in (tensor, naming.loose(tensor))
         }
         again = frozenset(naming.module(alias.rpartition(".")[0]) for alias in source.tied())
-        return cls(frozenset(read), frozenset(whole), cut, frozenset(rest), again)
+        return cls(frozenset(read), frozenset(whole), frozenset(cut), frozenset(rest), again)
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -147,7 +147,11 @@ def wrong_specs(before: Specs, after: Specs, quantized: Quantized, *, made_anew:
     for name in after:
         stem, _, leaf = name.rpartition(".")
         of_packed = stem in packed and (leaf in PACKED or leaf == "bias")
-        named = stem in known or stem in quantized.again or quantized.cut and _holder(stem) in holders
+        named = (
+            stem in known
+            or stem in quantized.again
+            or (stem in quantized.cut or bool(quantized.cut) and _holder(stem) in holders)
+        )
         expected = not made_anew and (of_packed and named or name in quantized.rest)
         expected = expected or made_anew and leaf == "weight" and stem in quantized.again
         if name not in before and not expected:

@@ -82,7 +82,7 @@ def test_bits_of_single_experts(
     ours, gptq = (folder_of(tmp_path / "out", fmt) for fmt in ("auto_round", "auto_gptq"))
     extra = quantization_of(ours)["extra_config"]
     bits = {f"{MOE.format(0)}.experts.1.w1": 8} | {f"{MOE.format(1)}.experts.2.w{i}": 2 for i in (1, 2, 3)}
-    assert {name: entry["bits"] for name, entry in extra.items() if "experts" in name} == bits
+    assert {name: entry["bits"] for name, entry in extra.items() if "\\" not in name and "experts" in name} == bits
     rules = quantization_of(gptq)["dynamic"]
     assert {rule["bits"] for name, rule in rules.items() if "w" in name and rule} == {8, 2}
     for folder in (ours, gptq):
@@ -115,10 +115,10 @@ def test_dense_experts_are_found_and_saved_again(
 @pytest.mark.parametrize(("fmt", "options"), [
     ("earlier:int8", {"scheme": "INT8", "group_size": None}), ("auto_round:mlx", {}),
 ])  # fmt: skip
-def test_packed_tensors_called_weight_keep_the_modules_names(
+def test_packed_tensors_called_weight_keep_the_modules_last_names(
     fmt: str, options: dict[str, Any], make: Callable[..., Any], opened: Callable[[Path], torch.Tensor],
     earlier_int8: str, tmp_path: Path,
 ) -> None:  # fmt: skip
     make("mixtral", iters=0, **options).quantize_and_save(tmp_path / "out", format=fmt)
-    assert "model.layers.0.mlp.experts.3.down_proj.weight" in TensorFiles.open(tmp_path / "out")
+    assert "model.layers.0.block_sparse_moe.experts.3.down_proj.weight" in TensorFiles.open(tmp_path / "out")
     assert bool(opened(tmp_path / "out").isfinite().all())

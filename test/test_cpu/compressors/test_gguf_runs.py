@@ -159,10 +159,9 @@ def test_stacked_experts(gguf_folder: Callable[..., str], token_ids: list[torch.
     _, (file_folder, fake_folder) = ar.quantize_and_save(tmp_path / "out", format="gguf:q4_k_m,fake")
     found, dense = weights(only(file_folder)), load_file(Path(fake_folder) / "model.safetensors")
     for block in range(2):
-        prefix = f"model.layers.{block}.mlp"
-        both, down = dense[f"{prefix}.experts.gate_up_proj"], dense[f"{prefix}.experts.down_proj"]
-        gate, up = both.chunk(2, dim=1)
-        for name, wanted in (("gate", gate), ("up", up), ("down", down)):
+        prefix = f"model.layers.{block}.block_sparse_moe"
+        for name, stored in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+            wanted = torch.stack([dense[f"{prefix}.experts.{expert}.{stored}.weight"] for expert in range(4)])
             assert torch.equal(found[f"blk.{block}.ffn_{name}_exps.weight"], wanted), name
         assert torch.equal(found[f"blk.{block}.ffn_gate_inp.weight"], dense[f"{prefix}.gate.weight"])
     with pytest.raises(ConfigError, match="parts of one GGUF tensor, blk.0.ffn_up_exps.weight"):

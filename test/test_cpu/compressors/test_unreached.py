@@ -37,4 +37,5 @@ def test_they_are_listed_and_have_finite_scales(
 
 def test_with_enough_tokens_there_are_none(make: Callable[..., Any], tmp_path: Path, read_json: Any) -> None:
     make("qwen3-moe", iters=1).quantize_and_save(tmp_path / "out")
-    assert all(one["reason"] is None for one in read_json(tmp_path / "out", "report.json")["layers"])
+    reasons = {one["reason"] for one in read_json(tmp_path / "out", "report.json")["layers"] if one["bits"]}
+    assert reasons == {None}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import known_families
 
 from auto_round import AutoRound, RTNConfig, SignRoundConfig
 from auto_round.cli import main
@@ -82,14 +83,22 @@ def test_the_command_line(folder: str, tmp_path: Path, caplog: pytest.LogCapture
     assert "model_free" not in (tmp_path / "regular" / "report.json").read_text()
 
 
-def test_what_it_cannot_read_goes_the_regular_way(
-    tiny_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_it_cannot_do_goes_the_regular_way(folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "auto_round"):
-        job = AutoRound(tiny_folder("olmo-hybrid"), tokenizer=object(), model_free="auto", iters=0)
-    assert job._free is None and "the regular flow is taken: model-free mode cannot read" in caplog.text
-    with pytest.raises(UnsupportedError, match="olmo_hybrid"):
-        AutoRound(tiny_folder("olmo-hybrid"), model_free=True)
+        job = AutoRound(folder, model_free="auto", iters=0, save_imatrix=tmp_path / "imatrix.gguf")
+    assert job._free is None and "the regular flow is taken: model-free mode rounds to nearest" in caplog.text
+    with pytest.raises(UnsupportedError, match="importance files weigh a search"):
+        AutoRound(folder, model_free=True, save_imatrix=tmp_path / "imatrix.gguf")
+
+
+def test_several_stacks_of_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The regular flow cannot walk them either, and says the same."""
+    known_families()["hrm_text"].build().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="several stacks of the same blocks"):
+        AutoRound(str(tmp_path), model_free=True)
+    with caplog.at_level("INFO", "auto_round"), pytest.raises(UnsupportedError, match="several stacks"):
+        AutoRound(str(tmp_path), tokenizer=object(), model_free="auto", iters=0)
+    assert "the regular flow is taken: HrmText" in caplog.text
 
 
 def test_a_folder_that_is_not_there(folder: str) -> None:
