@@ -64,12 +64,13 @@ class Saving(ABC):
         """The fields of every layer's scheme, for the formats that are named now."""
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> torch.nn.Module | None:
         """The model. One given by path holds no weights until `quantize()` has put it together; after
-        `quantize_and_save()` it is the saved one, opened when it is first used."""
+        `quantize_and_save()` it is the saved one, opened when it is first used. None in model-free mode until then."""
         if self._result is None and self._saved is not None:
             return self._saved
-        self._needs_model("model")
+        if self._free is not None:
+            return None
         return self._source.model if self._result is None else self._result[0]
 
     def quantize(self) -> tuple[torch.nn.Module, dict[str, dict[str, Any]]]:
@@ -79,7 +80,7 @@ class Saving(ABC):
             (model, layer configuration): the model runs; a model object given by the user holds dequantized weights in
             place, a model given by path holds packed layers. The configuration gives every linear layer's scheme.
         """
-        self._needs_model("quantize")
+        self._refuse_model_free()
         if self._result is None:
             self._result = self._run().to_memory()
         model, layers, finished = self._result
@@ -193,7 +194,7 @@ class Saving(ABC):
             if keep is not None:
                 self._packed.put_in(self._source.model, keep.layers)
             describe_layers(self._source.model, fields)
-            return self.model, _one_or_all(written)
+            return self._source.model, _one_or_all(written)
         own = self._source
         self._source = open_source(copy.deepcopy(own.model), trust_remote_code=self.settings.trust_remote_code)
         try:
@@ -245,10 +246,10 @@ class Saving(ABC):
             remove_journal(folder)
         return [found[fmt.name] for fmt in formats]
 
-    def _needs_model(self, what: str) -> None:
+    def _refuse_model_free(self) -> None:
         if self._free is not None:
             raise UnsupportedError(
-                f"{what}: model-free mode has no model in memory; quantize_and_save() writes the files, and "
+                "quantize: model-free mode has no model in memory; quantize_and_save() writes the files, and "
                 "Transformers opens them"
             )
 
