@@ -10,6 +10,7 @@ entry a layer are cut to the layers that differ from each other. OVERRIDES holds
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, EXPERT, VOCAB, POSITIONS = 64, 4, 2, 16, 128, 64, 288, 128
 EXPERTS, TOP = 4, 2
@@ -313,6 +315,17 @@ _NOT_MADE = {
 
 
 _NEEDS = {"gemma3n": ("timm", "PIL")}  # packages of the vision tower
+# Families that Transformers itself does not run with older libraries: name, library, the first that is known to do.
+_NEWER = {
+    "cohere_compass_text": ("transformers", "5.24"),  # 5.20 takes another size for its rotary embedding
+    "qwen4_exp": ("torch", "2.13"),  # 2.6 scatters by 64-bit indices only
+    "qwen4_exp_text": ("torch", "2.13"),
+}
+
+
+def older_than(library: str, version: str) -> bool:
+    """Whether an older version of a library is installed."""
+    return Version(importlib.metadata.version(library)).release < Version(version).release
 
 
 def _reason(name: str) -> str | None:
@@ -322,6 +335,8 @@ def _reason(name: str) -> str | None:
         return _NOT_MADE[name]
     if absent := [p for p in _NEEDS.get(name, ()) if importlib.util.find_spec(p) is None]:
         return f"needs {' and '.join(absent)}"
+    if name in _NEWER and older_than(*_NEWER[name]):
+        return "needs {} {}".format(*_NEWER[name])
     if name in _ENCODERS:
         return "an encoder (masked language model)"
     try:

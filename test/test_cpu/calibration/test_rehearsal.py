@@ -177,6 +177,8 @@ def test_arguments_made_of_earlier_outputs_are_refused(tiny_model: Any) -> None:
 def test_blocks_in_a_cycle_are_refused_before_data_is_read(tmp_path: Path) -> None:
     from auto_round import AutoRound
 
+    if "dory" not in known_families():
+        pytest.skip("dory is not in this version of Transformers")
     folder = known_families()["dory"].save(tmp_path / "dory")
     read: list[int] = []
     samples = (read.append(1) or ids for ids in sample_ids(4))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import older_than
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -226,7 +227,8 @@ def test_experts_that_transformers_would_join_are_refused(packable_folder: Any) 
     with pytest.raises(UnsupportedError, match="joins the experts of mixtral"):
         ar.plan("auto_round")
     assert ar.plan("llm_compressor").quantized()
-    assert AutoRound(packable_folder("mixtral"), scheme="MXFP4", **options).plan("auto_round").quantized()
+    if not older_than("transformers", "5.24"):  # 5.20 joins every name that begins like that, weight_packed too
+        assert AutoRound(packable_folder("mixtral"), scheme="MXFP4", **options).plan("auto_round").quantized()
     assert AutoRound(packable_folder("qwen3-moe"), scheme="MXFP8", **options).plan("auto_round").quantized()
 
 

@@ -104,6 +104,9 @@ def test_routers_that_are_no_linear_layers_are_named_so(name: str) -> None:
     unfuse_experts(model)
     weights = block_weights(model, find_blocks(model))
     routers = {generic(w.name) for w in weights.dense if w.reason == ROUTER}
+    routers = routers or {
+        generic(n) for n in router_names(model)
+    }  # of Transformers 5.20: Jamba's is a linear layer there
     assert routers, "a mixture without a router"
     assert all(re.search(r"\.(gate|router)(\.|$)", n) for n in routers)
     assert not any(".experts." in n for n in routers)
