@@ -219,9 +219,7 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNam
 
 def _ignore_unused_rows(model: nn.Module, name: str, experts: LinearExperts) -> None:
     """Let Transformers not warn of rows of experts that only pass their input on, which some checkpoints hold."""
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-    names = [rf"^{re.escape(f'{name}.{weight}')}$" for weight in experts.layout.weights]
-    model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *names}  # type: ignore[assignment]
+    leave_out(model, [rf"^{re.escape(f'{name}.{weight}')}$" for weight in experts.layout.weights])
 
 
 def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames) -> bool:

@@ -93,7 +93,7 @@ def _layer_configs(config: Any) -> list[Any]:
     try:
         layers = config.per_layer_config
         return list(layers.values() if isinstance(layers, Mapping) else layers)
-    except Exception:
+    except Exception:  # computed by the family's own class, on values that may be damaged
         return []
 
 
@@ -102,5 +102,5 @@ def _plain(config: Any, name: str) -> Any:
         return config.get(name)
     try:
         return getattr(config, name, None)
-    except Exception:
+    except Exception:  # as in `read_value`: a layer without the value says so by an error of its own
         return None
