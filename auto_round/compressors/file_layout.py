@@ -8,7 +8,7 @@ their own (MLX) say so by their rules.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -225,9 +225,9 @@ class _Planner:
     def _join(self, origin: Origin, plans: Mapping[str, TensorPlan]) -> None:
         """Stack experts again, and undo a conversion."""
         shapes, pieces = self._fused(plans)
+        parts = Counter(fused for fused, _ in pieces.values())
         for name, (fused, piece) in pieces.items():
-            parts = sum(other == fused for other, _ in pieces.values())
-            self.targets[name] = FusedTarget(fused, shapes[fused], parts, piece)
+            self.targets[name] = FusedTarget(fused, shapes[fused], parts[fused], piece)
         dtype = self.source.dtype
         if origin.converter is None:
             (key,) = origin.stored
@@ -325,9 +325,10 @@ def _fused_targets(model: nn.Module, written: Iterable[str]) -> dict[str, FusedT
         if not all(f"{prefix}.{leaf}" in found for leaf in pieces):
             continue
         shapes = experts.fused_shapes()
+        parts = Counter(piece.param for piece in pieces.values())
         for leaf, piece in pieces.items():
-            parts = sum(other.param == piece.param for other in pieces.values())
-            targets[f"{prefix}.{leaf}"] = FusedTarget(f"{prefix}.{piece.param}", shapes[piece.param], parts, piece)
+            fused, shape = f"{prefix}.{piece.param}", shapes[piece.param]
+            targets[f"{prefix}.{leaf}"] = FusedTarget(fused, shape, parts[piece.param], piece)
     return targets
 
 
