@@ -20,7 +20,8 @@ PIP_INSTALL := $(PIP) install --no-input --no-warn-script-location -c requiremen
 # Environments beside the usual one: with the newest of everything, and with the oldest that pyproject.toml allows.
 LATEST        ?= .venv-latest
 OLDEST        ?= .venv-oldest
-OLDEST_PYTHON ?= python3.10
+# pyenv's python3.10 only runs where it is the chosen version, so the interpreter itself is looked for first.
+OLDEST_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10)),python3.10)
 LOCK_PYTHONS  ?= python3.10 python3.11 python3.12 python3.13
 # LATEST_TORCH=1 takes the newest PyTorch too, which on Linux is a CUDA build of several GB.
 LATEST_TORCH  ?=
