@@ -12,6 +12,15 @@ _GROUPS = (32, 64, 128, 256)
 _ROWS = 512  # of the unit matrix that reads the codes back
 
 
+def _aligned_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`x` as bfloat16 rows [n, width] that start at a multiple of 64 bytes.
+
+    The kernels of PyTorch 2.6 load rows with instructions that fault elsewhere, as in a slice of a larger tensor.
+    """
+    rows = x.reshape(-1, width).to(torch.bfloat16).contiguous()
+    return rows if rows.data_ptr() % 64 == 0 else rows.clone()
+
+
 class CpuInt4(LinearKernel):
     """Weights of 2, 3 and 4 bits through `_weight_int4pack_mm_for_cpu`.
 
@@ -55,7 +64,7 @@ class CpuInt4(LinearKernel):
         return self._multiply(x, self.scales)
 
     def _multiply(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, self.spec.in_features).to(torch.bfloat16).contiguous()
+        flat = _aligned_rows(x, self.spec.in_features)
         if not flat.shape[0]:
             return x.new_empty((*x.shape[:-1], self.spec.out_features))
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self.spec.group_size, scales)
@@ -107,7 +116,7 @@ class CpuInt8(LinearKernel):
         return None if found else "this version of PyTorch has no _weight_int8pack_mm"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, self.spec.in_features).to(torch.bfloat16).contiguous()
+        flat = _aligned_rows(x, self.spec.in_features)
         if not flat.shape[0]:
             return x.new_empty((*x.shape[:-1], self.spec.out_features))
         y = torch.ops.aten._weight_int8pack_mm(flat, self.packed, self.ones).float() * self.scales
