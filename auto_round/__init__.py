@@ -13,13 +13,8 @@ from auto_round._version import __version__
 
 if TYPE_CHECKING:
     from auto_round.algorithms.quantization.rtn.config import OptimizedRTNConfig, RTNConfig
-    from auto_round.algorithms.quantization.sign_round.config import (
-        AdamRoundConfig,
-        SignRoundConfig,
-        SignRoundV2Config,
-    )
-    from auto_round.aliases import AutoRoundAdam, AutoRoundDiffusion, AutoRoundLLM, AutoRoundMLLM
-    from auto_round.autoround import AutoRound
+    from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig, SignRoundV2Config
+    from auto_round.autoround import AutoRound, AutoRoundAdam, AutoRoundDiffusion, AutoRoundLLM, AutoRoundMLLM
     from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
 _EXPORTS = {
@@ -31,10 +26,10 @@ _EXPORTS = {
     "SignRoundConfig": "auto_round.algorithms.quantization.sign_round.config",
     "AdamRoundConfig": "auto_round.algorithms.quantization.sign_round.config",
     "SignRoundV2Config": "auto_round.algorithms.quantization.sign_round.config",
-    "AutoRoundLLM": "auto_round.aliases",
-    "AutoRoundAdam": "auto_round.aliases",
-    "AutoRoundMLLM": "auto_round.aliases",
-    "AutoRoundDiffusion": "auto_round.aliases",
+    "AutoRoundLLM": "auto_round.autoround",
+    "AutoRoundAdam": "auto_round.autoround",
+    "AutoRoundMLLM": "auto_round.autoround",
+    "AutoRoundDiffusion": "auto_round.autoround",
 }
 
 __all__ = [

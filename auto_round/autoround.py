@@ -1,4 +1,4 @@
-"""`AutoRound`: the entry point for Python users."""
+"""`AutoRound`, the entry point for Python users, and its deprecated names (`AutoRoundLLM` and others)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round import envs
-from auto_round.compressors.budget import parse_budget
-from auto_round.compressors.device import resolve_device
-from auto_round.compressors.format_runs import default_format, split_runs
-from auto_round.compressors.keywords import (
+from auto_round.errors import ConfigError, ModelError, UnsupportedError
+from auto_round.formats.base import OutputFormat, parse_formats
+from auto_round.formats.cache_scales import none_if_16_bits, parse_cache_scheme
+from auto_round.later import DIFFUSION
+from auto_round.layer_config import parse_ignore_layers, parse_layer_config
+from auto_round.logger import ensure_logging, logger, warn_once
+from auto_round.modeling.source import ModelSource, open_source
+from auto_round.run.driver import Run
+from auto_round.run.folders import default_format, split_runs
+from auto_round.run.keywords import (
     checked_options,
     choose_algorithm,
     given_algorithm,
@@ -23,23 +29,24 @@ from auto_round.compressors.keywords import (
     resolve_scheme,
     scheme_label,
 )
-from auto_round.compressors.model_free.entry import open_model_free, rounding_only
-from auto_round.compressors.planning import check_before_opening
-from auto_round.compressors.run import Run
-from auto_round.compressors.saving import Saving
-from auto_round.compressors.settings import Settings, check_on_nan, check_whole, names_tuple, parse_scale_dtype
-from auto_round.compressors.settings_view import SettingsView, job_fields
-from auto_round.errors import ConfigError, ModelError, UnsupportedError
-from auto_round.export.cache_scales import parse_cache_scheme, without_sixteen_bits
-from auto_round.export.formats import OutputFormat, parse_formats
-from auto_round.later import DIFFUSION
-from auto_round.layer_config import parse_ignore_layers, parse_layer_config
-from auto_round.logger import ensure_logging, logger, warn_once
-from auto_round.modeling.source import ModelSource, open_source
+from auto_round.run.model_free.driver import check_rtn_only, open_model_free
+from auto_round.run.planner import check_before_opening
+from auto_round.run.saving import Saving
+from auto_round.run.settings import (
+    Settings,
+    check_on_nan,
+    check_whole_number,
+    names_tuple,
+    parse_budget,
+    parse_scale_dtype,
+    resolve_device,
+)
+from auto_round.run.settings_view import SettingsView, job_fields
 from auto_round.schemes import QuantizationScheme, mixed_preset
 
 if TYPE_CHECKING:
-    from auto_round.compressors.job import Job
+    from auto_round.run.plan import Job
+
 
 _CACHE_OPTIONS = (
     "static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity",
@@ -117,14 +124,14 @@ class AutoRound(Saving, SettingsView):
         options = checked_options(kwargs, inspect.signature(AutoRound.__init__).parameters)
         algorithm_given = given_algorithm(alg_configs, options)
         if options["model_free"]:
-            iters = rounding_only(algorithm_given, iters, options)
+            iters = check_rtn_only(algorithm_given, iters, options)
         steps = gradient_accumulate_steps if gradient_accumulate_steps is not None else 1
         algorithm, optimized = choose_algorithm(algorithm_given, iters, options["bs"] or batch_size, steps, options)
         resolved = resolve_scheme(scheme, options)
         self._named_formats = None if options["format"] is None else parse_formats(options["format"])
         device = resolve_device(device_map if options["device"] is None else options["device"])
         config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
-        cache = {name: without_sixteen_bits(options[name]) for name in _CACHE_OPTIONS}
+        cache = {name: none_if_16_bits(options[name]) for name in _CACHE_OPTIONS}
         wants_cache = parse_cache_scheme(*cache.values()) is not None
         self.settings = Settings(
             scheme=resolved,
@@ -137,9 +144,9 @@ class AutoRound(Saving, SettingsView):
             quant_lm_head=bool(options["quant_lm_head"]),
             to_quant_block_names=names_tuple(options["to_quant_block_names"]),
             dataset=dataset,
-            nsamples=check_whole("nsamples", nsamples, int(needs_samples(algorithm) or wants_cache)),
-            seqlen=check_whole("seqlen", seqlen, 2),
-            seed=check_whole("seed", seed, 0),
+            nsamples=check_whole_number("nsamples", nsamples, int(needs_samples(algorithm) or wants_cache)),
+            seqlen=check_whole_number("seqlen", seqlen, 2),
+            seed=check_whole_number("seed", seed, 0),
             device=device,
             amp=bool(options["amp"]),
             low_gpu_mem_usage=bool(low_gpu_mem_usage),
@@ -166,7 +173,7 @@ class AutoRound(Saving, SettingsView):
         if self._free is not None:
             self.tokenizer = tokenizer
             return
-        self._source = _open(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
+        self._source = _open_model(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
         self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
 
     def plan(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> Job:
@@ -199,11 +206,11 @@ class AutoRound(Saving, SettingsView):
     def _planned(self) -> Job:
         return self._planned_for(self._named_formats)
 
-    def _fields_later(self) -> Callable[[], Mapping[str, Mapping[str, Any]]]:
+    def _layer_fields_getter(self) -> Callable[[], Mapping[str, Mapping[str, Any]]]:
         formats = self._named_formats
         return lambda: job_fields(self._planned_for(formats), self.settings)
 
-    def _fields_now(self) -> Mapping[str, Mapping[str, Any]]:
+    def _layer_fields_now(self) -> Mapping[str, Mapping[str, Any]]:
         return self._layer_config()
 
     def _planned_for(self, formats: Sequence[OutputFormat] | None) -> Job:
@@ -233,7 +240,7 @@ class AutoRound(Saving, SettingsView):
             return None
 
 
-def _refuse_pipeline(model: Any) -> None:
+def _refuse_diffusion_pipeline(model: Any) -> None:
     """Raise UnsupportedError for a diffusion pipeline: an object of diffusers, or a folder of one."""
     if isinstance(model, (str, os.PathLike)):
         folder = Path(model).expanduser()
@@ -243,8 +250,8 @@ def _refuse_pipeline(model: Any) -> None:
         raise UnsupportedError(DIFFUSION.sentence(f"a model of class {type(model).__name__}"))
 
 
-def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
-    _refuse_pipeline(model)
+def _open_model(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
+    _refuse_diffusion_pipeline(model)
     source = open_source(
         model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform,
         allow_pickle=settings.allow_pickle,
@@ -263,3 +270,34 @@ def _open(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -
         folder, dtype=source.dtype, trust_remote_code=settings.trust_remote_code
     )
     return open_source(loaded)
+
+
+# Older names of `AutoRound`. Each says so once when it is used; `AutoRound` takes every model that they take.
+
+
+class AutoRoundLLM(AutoRound):
+    """`AutoRound` under an older name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _deprecated(type(self).__name__, "AutoRound")
+        super().__init__(*args, **kwargs)
+
+
+class AutoRoundAdam(AutoRound):
+    """`AutoRound` with `enable_adam=True`, under an older name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _deprecated(type(self).__name__, "AutoRound with enable_adam=True")
+        super().__init__(*args, **{"enable_adam": True, **kwargs})
+
+
+class AutoRoundMLLM(AutoRoundLLM):
+    """`AutoRound` under an older name. Multimodal models are refused, as they are by `AutoRound`."""
+
+
+class AutoRoundDiffusion(AutoRoundLLM):
+    """`AutoRound` under an older name. Diffusion models are refused, as they are by `AutoRound`."""
+
+
+def _deprecated(old: str, new: str) -> None:
+    warn_once("%s is an older name; use %s", old, new)

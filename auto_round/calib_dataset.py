@@ -1,8 +1,7 @@
-"""Calibration data: from a dataset string, or from Python objects, to token samples of one length.
+"""Calibration data: token samples of equal length from a dataset string, texts, token ids or a DataLoader.
 
-`load_calibration` is the entry; `register_dataset` adds a name. The grammar of dataset strings is in
-`auto_round.calibration.grammar`, what is dropped and why in `auto_round.calibration.tokens`, and `docs/datasets.md`
-tells all of it for users.
+`load_calibration` is the entry; `register_dataset` adds a dataset. `docs/datasets.md` describes the dataset
+strings.
 """
 
 from __future__ import annotations
@@ -12,13 +11,16 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from auto_round.calibration.grammar import DatasetSpec, parse_dataset_string
-from auto_round.calibration.hub_sets import DEFAULT_DATASET
-from auto_round.calibration.local_files import READERS
-from auto_round.calibration.mixing import shares
-from auto_round.calibration.registry import DATASETS, register_dataset
-from auto_round.calibration.sources import OpenDataset, Request, open_named, open_object
-from auto_round.calibration.tokens import IGNORED_LABEL, Sample
+from auto_round.calibration.data.hub import DEFAULT_DATASET
+from auto_round.calibration.data.sources import READERS, OpenDataset, SampleRequest, open_named, open_object
+from auto_round.calibration.data.spec import (
+    DATASETS,
+    DatasetSpec,
+    parse_dataset_string,
+    register_dataset,
+    samples_per_dataset,
+)
+from auto_round.calibration.data.tokens import IGNORED_LABEL, Sample
 from auto_round.errors import ConfigError, DataError
 from auto_round.logger import logger
 
@@ -112,7 +114,7 @@ def prepare_calibration(
             "seqlen=%d is more than the model's %d positions; using %d", seqlen, model_max_length, model_max_length
         )
         seqlen = model_max_length
-    request = Request(tokenizer, seqlen, nsamples, seed)
+    request = SampleRequest(tokenizer, seqlen, nsamples, seed)
     if dataset is None or isinstance(dataset, str):
         opened = open_named(dataset, request, platform)
     else:
@@ -141,7 +143,7 @@ def available_datasets() -> list[tuple[str, str, str]]:
 
 def _collect(opened: list[OpenDataset], nsamples: int, seed: int) -> tuple[list[Sample], tuple[tuple[str, int], ...]]:
     """Each dataset's share of the samples; what one lacks is taken from those without `num=`."""
-    wanted = shares([o.spec.num for o in opened], nsamples)
+    wanted = samples_per_dataset([o.spec.num for o in opened], nsamples)
     taken = [list(itertools.islice(o.stream, n)) for o, n in zip(opened, wanted, strict=True)]
     for o, part in zip(opened, taken, strict=True):
         missing = sum(wanted) - sum(map(len, taken))

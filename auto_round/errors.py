@@ -1,7 +1,7 @@
-"""Every error a user can cause or meet, as one closed hierarchy.
+"""The package's exceptions: one closed hierarchy under `AutoRoundError`, each with an exit code.
 
-The message of an error says what was given, what is allowed and what to do. The command line prints it on one line
-and leaves with `exit_code`; Python users catch `AutoRoundError` or one of its children.
+A message says what was given, what is allowed and what to do. The command line prints it on one line and exits
+with `exit_code`; Python users catch `AutoRoundError` or one of its children.
 """
 
 from __future__ import annotations

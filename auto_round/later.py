@@ -1,7 +1,7 @@
-"""Features of the user guide that this version does not have, as one table.
+"""Features of the user guide that this version lacks, as one table with the error message of each.
 
-The command line, the keywords of `AutoRound` and imports all look here, so that a feature is refused with the same
-sentence however it is asked for.
+The command line, the keywords of `AutoRound` and imports look here, so a feature is refused with the same
+message however it is requested.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ FEATURES: tuple[Feature, ...] = (
 )  # fmt: skip
 
 # Values of these names that ask for nothing, beside None and False: what scripts pass that spell out a default.
-_NO_REQUEST: Mapping[str, tuple[Any, ...]] = {
+_DEFAULT_VALUES: Mapping[str, tuple[Any, ...]] = {
     "nblocks": (1,), "dynamic_max_gap": (-1,), "guidance_scale": (7.5,), "num_inference_steps": (50,),
     "metrics": ("clip",), "metric": ("clip",), "image_save_dir": ("./tmp_image_save",), "rotation_backend": ("auto",),
     "pipeline_call_kwargs": ({},),
@@ -141,15 +141,15 @@ def refused_names() -> list[str]:
     return sorted(_BY_NAME)
 
 
-def asks_for_nothing(name: str, value: Any) -> bool:
+def is_default_value(name: str, value: Any) -> bool:
     """Whether `value` of such a keyword leaves the feature off."""
-    return value is None or value is False or value in _NO_REQUEST.get(name, ())
+    return value is None or value is False or value in _DEFAULT_VALUES.get(name, ())
 
 
 def refuse_keyword(name: str, value: Any) -> None:
     """Raise UnsupportedError when the keyword `name` with this value asks for a missing feature."""
     feature = _BY_NAME.get(name)
-    if feature is not None and not asks_for_nothing(name, value):
+    if feature is not None and not is_default_value(name, value):
         raise UnsupportedError(feature.sentence(f"{name}={value!r}"))
 
 

@@ -1,4 +1,4 @@
-"""Which scheme each layer gets: names, partial names and regular expressions resolved against a model's layers."""
+"""Resolve `layer_config` and `ignore_layers`: match names, partial names and regular expressions to schemes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from auto_round.errors import ConfigError, nearest
 from auto_round.schemes import QuantizationScheme, is_preset_scheme, parse_scheme, preset_name_to_scheme
 
 LayerConfig = Mapping[str, Any]
-_DEEPEST = 20
+_MAX_DEPTH = 20
 # What `AutoRound.layer_config` tells beside the scheme, so that it can be given back.
-_TOLD = ("in_blocks", "fixed_by_user", "mostly", "scale_dtype")
+_INFO_KEYS = ("in_blocks", "fixed_by_user", "mostly", "scale_dtype")
 _ACTIVATION_DETAILS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
 _REGEX_CHARS = re.compile(r"[\\^$*+?\[\](){}|]")
 
@@ -88,7 +88,7 @@ class _RelaxedReader:
         if not char or char not in "{[(":
             return _plain(self._string(",}])"))
         self.depth += 1
-        if self.depth > _DEEPEST:
+        if self.depth > _MAX_DEPTH:
             raise self._error("brackets nested too deeply")
         value = self._mapping() if char == "{" else self._list("]" if char == "[" else ")")
         self.depth -= 1
@@ -219,7 +219,7 @@ def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> Qua
     if isinstance(entry, int) and not isinstance(entry, bool):
         return default.with_overrides({"bits": entry})
     if isinstance(entry, Mapping):
-        fields = {key: value for key, value in entry.items() if key not in (*_TOLD, "scheme")}
+        fields = {key: value for key, value in entry.items() if key not in (*_INFO_KEYS, "scheme")}
         try:
             base = default if entry.get("scheme") is None else parse_scheme(entry["scheme"])
             scheme = base.with_overrides(fields)
@@ -271,7 +271,7 @@ def resolve_layers(
         ConfigError: a pattern matches no layer (with the nearest names) and `unmatched` is None, or an entry is no
             scheme.
     """
-    tell = _refuse if unmatched is None else unmatched
+    report = _refuse if unmatched is None else unmatched
     inside, outside = list(layers), list(outside_blocks)
     full = default.with_overrides({"bits": 16, "act_bits": 16})
     known = inside + outside
@@ -284,9 +284,9 @@ def resolve_layers(
             scheme = scheme_from_entry(pattern, entry, default)
             others = matching_layers(pattern, other_modules)
             if not others:
-                tell(_no_match("layer_config", pattern, known))
+                report(_no_match("layer_config", pattern, known))
             elif scheme.quantizes_weights:
-                tell(f"layer_config: {pattern!r} names {others[0]}, which is not quantized here: it stays as it is")
+                report(f"layer_config: {pattern!r} names {others[0]}, which is not quantized here: it stays as it is")
         for name in names:
             scheme = scheme_from_entry(pattern, entry, defaults[name])
             if pattern == name:
@@ -297,7 +297,7 @@ def resolve_layers(
     for pattern in parse_ignore_layers(ignore_layers):
         names = matching_layers(pattern, known)
         if not names and not matching_layers(pattern, other_modules):
-            tell(_no_match("ignore_layers", pattern, known))
+            report(_no_match("ignore_layers", pattern, known))
         for name in names:
             schemes[name] = full
     return schemes

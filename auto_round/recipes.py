@@ -1,4 +1,4 @@
-"""Recipes: named settings that trade time for accuracy. They fill only what the user left unset."""
+"""Recipes: named tuning settings (default, best, light, opt_rtn, rtn) that fill what the user left unset."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[key]
 
 
-def fill(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+def fill_defaults(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` with the recipe's value wherever it has none (or None).
 
     Raises ConfigError when `given` asks a recipe without tuning for tuning steps.

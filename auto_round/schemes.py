@@ -1,6 +1,7 @@
-"""Quantization schemes: what a layer's weights (and activations) become, and the presets that have a name.
+"""Quantization schemes: bits, group size and data type of a layer's weights and activations; the named presets.
 
-A scheme is a frozen value. It knows nothing of tensors, models or files.
+A scheme is a frozen value and holds no tensors. `SchemeFields` is the parent of algorithm settings that carry
+one.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from auto_round.errors import ConfigError, nearest
 from auto_round.later import refuse_scheme
@@ -87,11 +88,11 @@ class QuantizationScheme:
     def __post_init__(self) -> None:
         if isinstance(self.group_size, list):
             object.__setattr__(self, "group_size", tuple(self.group_size))
-        self._settle("data_type", "bits")
+        self._normalize_dtype("data_type", "bits")
         if str(self.act_data_type).lower() == "float" and not self.quantizes_activations:
             object.__setattr__(self, "act_data_type", None)  # "as they are", in the incumbent's words
         if self.act_data_type is not None:
-            self._settle("act_data_type", "act_bits")
+            self._normalize_dtype("act_data_type", "act_bits")
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits < 1:
             raise ConfigError(
                 f"bits={self.bits!r} is not a positive whole number; use 2 to 8, or 16 to leave a layer as it is"
@@ -105,7 +106,7 @@ class QuantizationScheme:
                 f"group_size={size!r} is not allowed; use a positive number, -1 (per channel) or 0 (per tensor)"
             )
 
-    def _settle(self, dtype_field: str, bits_field: str) -> None:
+    def _normalize_dtype(self, dtype_field: str, bits_field: str) -> None:
         """One spelling for a data type, and the bits that its name says; 16 bits and above stay."""
         given = str(getattr(self, dtype_field)).lower()
         name, width = _DTYPE_ALIASES.get(given, (given, None))
@@ -114,7 +115,7 @@ class QuantizationScheme:
         if width is not None and isinstance(bits, int) and bits < 16:
             object.__setattr__(self, bits_field, width)
 
-    def _compared(self) -> tuple[Any, ...]:
+    def _comparison_key(self) -> tuple[Any, ...]:
         """All fields; those of activations only where activations are quantized."""
         values = self.to_dict()
         if not self.quantizes_activations:
@@ -122,10 +123,10 @@ class QuantizationScheme:
         return tuple(values.values())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, QuantizationScheme) and self._compared() == other._compared()
+        return isinstance(other, QuantizationScheme) and self._comparison_key() == other._comparison_key()
 
     def __hash__(self) -> int:
-        return hash(self._compared())
+        return hash(self._comparison_key())
 
     @property
     def quantizes_weights(self) -> bool:
@@ -225,7 +226,9 @@ def _weights(bits: int, group_size: GroupSize = 128, **kw: Any) -> QuantizationS
     return QuantizationScheme(bits=bits, group_size=group_size, act_bits=16, **kw)
 
 
-def _both(bits: int, group_size: int, dtype: str, act_dtype: str | None = None, **kw: Any) -> QuantizationScheme:
+def _weights_and_activations(
+    bits: int, group_size: int, dtype: str, act_dtype: str | None = None, **kw: Any
+) -> QuantizationScheme:
     """Weights and activations alike."""
     return QuantizationScheme(
         bits=bits, group_size=group_size, data_type=dtype, act_bits=bits, act_group_size=group_size, act_sym=True,
@@ -238,18 +241,18 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "W2A16G64": _weights(2, 64),
     "W2A16G32": _weights(2, 32),
     "W4A16_MIXED": _weights(4),
-    "MXFP4": _both(4, 32, "mx_fp"),
-    "MXFP8": _both(8, 32, "mx_fp"),
-    "MXFP4_RCEIL": _both(4, 32, "mx_fp", "mx_fp_rceil"),
-    "MXFP8_RCEIL": _both(8, 32, "mx_fp", "mx_fp_rceil"),
-    "MXINT4": _both(4, 32, "mx_int"),
-    "NVFP4": _both(4, 16, "nv_fp", "nv_fp4_with_static_gs"),
+    "MXFP4": _weights_and_activations(4, 32, "mx_fp"),
+    "MXFP8": _weights_and_activations(8, 32, "mx_fp"),
+    "MXFP4_RCEIL": _weights_and_activations(4, 32, "mx_fp", "mx_fp_rceil"),
+    "MXFP8_RCEIL": _weights_and_activations(8, 32, "mx_fp", "mx_fp_rceil"),
+    "MXINT4": _weights_and_activations(4, 32, "mx_int"),
+    "NVFP4": _weights_and_activations(4, 16, "nv_fp", "nv_fp4_with_static_gs"),
     "FPW8A16": _weights(8, 0, data_type="fp"),
     "FP8_STATIC": QuantizationScheme(8, -1, True, "fp", 8, 0, True, "fp", False),
     "FP8_BLOCK": QuantizationScheme(8, (128, 128), True, "fp", 8, 128, True, "fp", True),
-    "INT8": _both(8, -1, "int"),
-    "INT8_W8A8": _both(8, -1, "int"),
-    "INT4": _both(4, -1, "int"),
+    "INT8": _weights_and_activations(8, -1, "int"),
+    "INT8_W8A8": _weights_and_activations(8, -1, "int"),
+    "INT4": _weights_and_activations(4, -1, "int"),
     "BF16": QuantizationScheme(16, 128, True, "fp", 16),
 }
 
@@ -336,3 +339,39 @@ def parse_scheme(value: str | Mapping[str, Any] | QuantizationScheme) -> Quantiz
     raise ConfigError(
         f"scheme={value!r}: give a preset name, a dict of fields or a QuantizationScheme, not {type(value).__name__}"
     )
+
+
+# Fields of a quantization scheme that an algorithm's settings may carry.
+
+_Config = TypeVar("_Config", bound="SchemeFields")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SchemeFields:
+    """Parent of the algorithms' settings: the scheme may be given with them. None leaves a field to `AutoRound`, which
+    merges the others into its scheme."""
+
+    bits: int | None = None
+    group_size: GroupSize | None = None
+    sym: bool | None = None
+    data_type: str | None = None
+    act_bits: int | None = None
+    act_group_size: GroupSize | None = None
+    act_sym: bool | None = None
+    act_data_type: str | None = None
+    act_dynamic: bool | None = None
+    super_bits: int | None = None
+    super_group_size: int | None = None
+    rotation_config: Any = None
+
+    def scheme_overrides(self) -> dict[str, Any]:
+        """The scheme's fields that are given."""
+        return {key: getattr(self, key) for key in SCHEME_KEYS if getattr(self, key) is not None}
+
+    def without_scheme(self: _Config) -> _Config:
+        """The settings of the algorithm alone."""
+        return replace(self, **dict.fromkeys(SCHEME_KEYS))
+
+    def __repr__(self) -> str:
+        given = [f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]
+        return f"{type(self).__name__}({', '.join(given)})"

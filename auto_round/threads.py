@@ -1,8 +1,8 @@
-"""Independent pieces of work side by side on the CPU's cores.
+"""Run independent work in parallel on CPU cores, each worker with its share of PyTorch's threads.
 
-PyTorch shares the elements of one operation among threads. Where operations are short (a search over small groups,
-codes that are found column by column) that costs more than it wins: two threads take longer than one. Whole layers side
-by side, each on its share of the threads, do not have to wait for each other.
+PyTorch splits one operation among threads. Where operations are short (a search over small groups, codes found
+column by column) that costs more than it saves. Whole layers in parallel, each on its share of the threads,
+need not wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def shared_threads(workers: int) -> Iterator[None]:
+def split_torch_threads(workers: int) -> Iterator[None]:
     """PyTorch's threads divided among the workers, and the caller's number again afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // workers))
@@ -29,7 +29,7 @@ def shared_threads(workers: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
+def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
     """`function` of each item, in order, without gradients; at once as far as PyTorch has threads.
 
     On other devices than the CPU, one after the other. Raises the first item's error, after those that had begun ended.
@@ -42,5 +42,5 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], devi
 
     if workers < 2:
         return [one(item) for item in items]
-    with shared_threads(workers), ThreadPoolExecutor(workers, "layers") as pool:
+    with split_torch_threads(workers), ThreadPoolExecutor(workers, "layers") as pool:
         return list(pool.map(one, items))

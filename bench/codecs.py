@@ -20,8 +20,8 @@ import torch
 from packing import peak_bytes
 from vs_peer import machine
 
-from auto_round.data_type.elements import dequantize_elements
-from auto_round.data_type.float_family import encode, float_family
+from auto_round.codecs.block_float import block_float_spec, encode
+from auto_round.codecs.minifloat import dequantize_minifloat
 
 # name, data type, bits, group size
 TYPES: tuple[tuple[str, str, int, Any], ...] = (
@@ -57,11 +57,11 @@ def main() -> None:
     size = weight.numel() * 4 / 1e9
     rows = []
     for name, data_type, bits, group_size in TYPES:
-        family = float_family(data_type, bits)
+        family = block_float_spec(data_type, bits)
         assert family is not None
         work = partial(encode, weight, family, group_size)
         found = work()
-        back = partial(dequantize_elements, found.codes, family.element, found.scale, group_size, found.global_scale)
+        back = partial(dequantize_minifloat, found.codes, family.element, found.scale, group_size, found.global_scale)
         row = {
             "type": name, "GB_per_second": round(size / best_seconds(work, a.repeat), 2), "wanted": WANTED[bits],
             "decoded_GB_per_second": round(size / best_seconds(back, a.repeat), 2),

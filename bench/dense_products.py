@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import linear
 from vs_peer import machine
 
-from auto_round.inference.kernels.cpu_dense import dense_product, is_slow
+from auto_round.inference.kernels.cpu import dense_product, is_slow
 
 SIZES = ((32000, 2048), (49152, 576))
 

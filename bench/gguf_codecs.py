@@ -29,9 +29,9 @@ import torch
 from packing import peak_bytes
 from vs_peer import machine
 
-from auto_round.data_type.gguf.packing import pack_blocks, unpack_blocks
-from auto_round.data_type.gguf.plain import plain_blocks
-from auto_round.data_type.gguf.types import GGML_TYPES
+from auto_round.codecs.ggml.pack import pack_blocks, unpack_blocks
+from auto_round.codecs.ggml.plain import plain_blocks
+from auto_round.codecs.ggml.types import GGML_TYPES
 
 WANTED = 3.0
 

@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vs_peer import machine
 
-from auto_round.data_type.gguf.search import search_blocks
-from auto_round.data_type.gguf.types import GGML_TYPES
+from auto_round.codecs.ggml.search import search_blocks
+from auto_round.codecs.ggml.types import GGML_TYPES
 
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 WINDOW = 256

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, 
 from vs_peer import machine
 
 from auto_round import AutoRound
-from auto_round.eval.loss import token_kl, token_nll
+from auto_round.eval.measures import token_kl, token_nll
 
 LENGTH = 128
 CONFIG: dict[str, Any] = dict(

@@ -154,16 +154,16 @@ def copy_seconds(folder: Path, target: Path) -> float:
 def arithmetic_seconds(folder: Path, scheme: str, sample: int = 6) -> float:
     """Seconds of rounding and packing alone, for all layers, by a sample of them, on the threads that PyTorch has."""
     from auto_round import AutoRound
-    from auto_round.compressors.model_free.rounding import Rounder
-    from auto_round.compressors.model_free.units import plan_work
-    from auto_round.export.formats import get_format
+    from auto_round.formats.base import get_format
+    from auto_round.run.model_free.unit_processor import UnitProcessor
+    from auto_round.run.model_free.units import plan_work
 
     free = AutoRound(str(folder), scheme=scheme, model_free=True, device_map="cpu")._free
     assert free is not None
     fmt = get_format("auto_round")
     job, source = free.plan([fmt]), free.source()
     work = plan_work(job, source, fmt)
-    rounder = Rounder(job, source, fmt, work, free.settings.scale_dtype, free.settings.device)
+    rounder = UnitProcessor(job, source, fmt, work, free.settings.scale_dtype, free.settings.device)
     layers = [unit for unit in work.units if unit.layers]
     weights = lambda unit: sum(job.layers[n].out_features * job.layers[n].in_features for n in unit.layers)
     seconds = done = 0.0

@@ -79,9 +79,9 @@ def tune(path: Path, a: argparse.Namespace, out: Path) -> float:
 
 def rounding(a: argparse.Namespace) -> float:
     """Seconds for searching, stepping and refreshing the weights that only the mixture has, all blocks and steps."""
-    from auto_round.algorithms.quantization.block_task import LayerTask
-    from auto_round.algorithms.quantization.rtn.quantizer import start_grid
-    from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
+    from auto_round.algorithms.base import LayerTask
+    from auto_round.algorithms.quantization.rtn.quantizer import initial_qparams
+    from auto_round.algorithms.quantization.sign_round.tuners import IntTuner
     from auto_round.schemes import QuantizationScheme
 
     extra = a.experts - a.active
@@ -91,12 +91,12 @@ def rounding(a: argparse.Namespace) -> float:
     for shape in shapes:
         task = LayerTask("extra", torch.nn.Identity(), torch.randn(shape) * 0.02, scheme)
         start = time.monotonic()
-        bank = IntegerBank([task], [start_grid(task, True, torch.float16)], torch.float32, torch.float16)
+        bank = IntTuner([task], [initial_qparams(task, True, torch.float16)], torch.float32, torch.float16)
         total += time.monotonic() - start
         bank.gradient.normal_()
         start = time.monotonic()
         for _ in range(10):
-            bank._touched.add(0)
+            bank._with_gradient.add(0)
             bank.step(1e-3, 1e-3)
         total += (time.monotonic() - start) / 10 * a.steps
         start = time.monotonic()

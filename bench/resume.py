@@ -29,11 +29,11 @@ from typing import Any
 from vs_peer import machine
 
 from auto_round import AutoRound
-from auto_round.compressors import blockwise
-from auto_round.compressors.resume.journal import Journal
-from auto_round.compressors.resume.run_journal import RunJournal
+from auto_round.run import blocks as blockwise
+from auto_round.run.journal import Journal
+from auto_round.run.resume import RunJournal
 
-MAIN = ("admit", "settle", "keep", "add", "until_written", "wait", "complete", "finish", "close")
+MAIN = ("check_compatible", "settle", "keep", "add", "wait_until_written", "wait", "complete", "finish", "close")
 BESIDE = ("write_unit", "write_stream", "commit")
 
 
@@ -145,7 +145,7 @@ def main() -> None:
                 said = ", ".join(f"{what} {value:.2f} s" for what, value in found[kind][-1].items())
                 print(f"pair {pair + 1}, {kind} journal: {said}", flush=True)
         size = stopped_after_the_blocks(a, model, Path(work) / "stopped")
-        going_on = run(a, model, Path(work) / "stopped", True)["total"]
+        resume_message = run(a, model, Path(work) / "stopped", True)["total"]
         weights = sum(p.stat().st_size for p in (Path(work) / "stopped").glob("*.safetensors"))
     result: dict[str, Any] = {
         "machine": machine(),
@@ -160,8 +160,11 @@ def main() -> None:
     for what in ("journal, main thread", "journal, its thread"):
         result[what] = statistics.median(w[what] / w["total"] for w in found["with"])
         print(f"{what}: {result[what]:.2%} of the call")
-    result |= {"journal_bytes": size, "weights_bytes": weights, "going_on_seconds": going_on}
-    print(f"journal {size / 1e6:.1f} MB with the weights' {weights / 1e6:.1f} MB; going on at the end {going_on:.1f} s")
+    result |= {"journal_bytes": size, "weights_bytes": weights, "going_on_seconds": resume_message}
+    print(
+        f"journal {size / 1e6:.1f} MB with the weights' {weights / 1e6:.1f} MB; going on at the end "
+        f"{resume_message:.1f} s"
+    )
     if a.output:
         a.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from vs_peer import machine
 
-from auto_round.algorithms.quantization.block_task import LayerTask
-from auto_round.algorithms.quantization.rtn.quantizer import start_grid
-from auto_round.algorithms.quantization.sign_round.bank_linear import BankLinear
-from auto_round.algorithms.quantization.sign_round.integer_bank import IntegerBank
-from auto_round.algorithms.quantization.sign_round.layer_bank import stack_tasks
-from auto_round.inference.compute import compute_dtype_for
+from auto_round.algorithms.base import LayerTask
+from auto_round.algorithms.quantization.rtn.quantizer import initial_qparams
+from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
+from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
+from auto_round.algorithms.quantization.sign_round.tuners import IntTuner
+from auto_round.inference.linear import compute_dtype_for
 from auto_round.schemes import QuantizationScheme
 
 
@@ -62,10 +62,10 @@ def build(a: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tu
     tasks = [LayerTask(n, getattr(p, n), getattr(p, n).weight.detach(), scheme) for n, p in places.items()]
     banks = []
     for stacked in stack_tasks(tasks):
-        grids = [start_grid(task, True, torch.float16) for task in stacked]
-        bank = IntegerBank(stacked, grids, dtype, torch.float16, compile_step=a.compile)
+        grids = [initial_qparams(task, True, torch.float16) for task in stacked]
+        bank = IntTuner(stacked, grids, dtype, torch.float16, compile_step=a.compile)
         for index, task in enumerate(stacked):
-            setattr(places[task.name], task.name, BankLinear(bank, index))
+            setattr(places[task.name], task.name, TunableLinear(bank, index))
         banks.append(bank)
     return block, banks, tables
 

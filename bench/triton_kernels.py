@@ -30,7 +30,7 @@ PEAK = {"H100": 3.35, "H200": 4.8}  # TB/s, from NVIDIA's data sheets of the SXM
 
 
 def kernel(out: int, inputs: int, bits: int, group: int, sym: bool, device: str, seed: int) -> Any:
-    from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec
+    from auto_round.inference.kernels import IntegerWeight, LayerSpec
     from auto_round.inference.kernels.triton_linear import TritonLinear
 
     gen = torch.Generator(device).manual_seed(seed)
@@ -41,7 +41,7 @@ def kernel(out: int, inputs: int, bits: int, group: int, sym: bool, device: str,
         zeros = torch.randint(0, 1 << bits, shape, generator=gen, dtype=torch.uint8, device=device)
     scales = torch.rand(shape, generator=gen, device=device).half() / 100
     spec = LayerSpec(bits, group, sym, inputs, out, torch.bfloat16, device)
-    reason = TritonLinear.refuses(spec)
+    reason = TritonLinear.unsupported_reason(spec)
     if reason is not None:
         sys.exit(f"cannot run: {reason}")
     return TritonLinear(IntegerWeight(codes, scales, zeros, spec))

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 
 from auto_round import AutoRound
-from auto_round.compressors.device import resolve_device
 from auto_round.eval import EvalResult, evaluate, window_logits
-from auto_round.eval.default_text import held_out_text
-from auto_round.eval.loading import load_model, load_tokenizer
-from auto_round.eval.windows import make_windows, read_text
+from auto_round.eval.evaluate import held_out_text, load_model, load_tokenizer
+from auto_round.eval.measures import make_windows, read_text
+from auto_round.run.settings import resolve_device
 
 EVAL_SEQLEN = 256
 

@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.export.packing.awq import pack_awq
-from auto_round.export.packing.gptq import pack_gptq
-from auto_round.inference.availability import devices_here
 from auto_round.inference.backend import usable
-from auto_round.inference.backend_table import BACKENDS, Backend
-from auto_round.inference.config_reader import LayerFormat
-from auto_round.inference.kernels.kernel import LayerSpec
-from auto_round.inference.qlinear import QuantLinear, packable
+from auto_round.inference.config import LayerFormat
+from auto_round.inference.kernels import LayerSpec
+from auto_round.inference.qlinear import QuantLinear, shape_problem
+from auto_round.inference.table import BACKENDS, Backend, available_devices
+from auto_round.layouts.awq import pack_awq
+from auto_round.layouts.gptq import pack_gptq
 
 LAYOUTS = {"gptq": ("gptq", 0), "gptq_zp+-1": ("gptq", 1), "awq": ("awq", 0)}
 ROWS_OF_INPUTS = (1, 7, 512)
@@ -48,7 +47,7 @@ def rows_here(device: str) -> list[Backend]:
     """Rows for packed integers that can be used on `device`."""
     return [
         row for row in BACKENDS
-        if device in row.devices and set(row.packings) & set(LAYOUTS) and usable(row, devices_here())[0]
+        if device in row.devices and set(row.packings) & set(LAYOUTS) and usable(row, available_devices())[0]
     ]  # fmt: skip
 
 
@@ -70,7 +69,7 @@ def cases(row: Backend, dtype: torch.dtype) -> Iterator[Case]:
                 for size in GROUP_SIZES:
                     for sym in (True, False) if whole else (False,):
                         fmt = LayerFormat(bits, size, sym, layout, offset)
-                        if packable(inputs, outputs, fmt) is None:
+                        if shape_problem(inputs, outputs, fmt) is None:
                             yield Case(fmt, inputs, outputs, dtype)
             if layout == "gptq":
                 fmt = LayerFormat(bits, 32, False, layout, offset)
@@ -115,10 +114,10 @@ def spec_of(module: QuantLinear, device: str) -> LayerSpec:
 def check(row: Backend, case: Case, device: str) -> bool:
     """Run the case. False when the row's kernel refuses it."""
     module, weight = build(case, device)
-    if row.refuses(case.fmt, device, spec_of(module, device)) is not None:
+    if row.unsupported_reason(case.fmt, device, spec_of(module, device)) is not None:
         return False
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    module.kernel_path, module.made_for, module.backend = row.kernel, device, row.name
+    module.kernel_path, module.kernel_device, module.backend = row.kernel, device, row.name
     module.start_kernel()
     assert (module.kernel is not None) is bool(row.kernel) and module.backend == row.name, case
     assert module.bias is not None

@@ -164,8 +164,8 @@ def build_tiny(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
 @pytest.fixture
 def earlier_int8() -> Iterator[str]:
     """Name of a format that our own loader opens: compressed-tensors' tensors under an auto-round config."""
-    from auto_round.export.formats import FORMATS, available_formats, register_format
-    from auto_round.export.llm_compressor_format import PackedInt8Format
+    from auto_round.formats.base import FORMATS, available_formats, register_format
+    from auto_round.formats.config_compressed_tensors import PackedInt8Format
 
     available_formats()
     register_format("earlier:int8")(PackedInt8Format)

@@ -12,11 +12,11 @@ import torch
 from families import WITH_IMAGES, Family, sample_ids
 
 from auto_round import AutoRound
-from auto_round.compressors.file_layout import plan_files
-from auto_round.compressors.job import Job
 from auto_round.errors import AutoRoundError
-from auto_round.export.formats import get_format
+from auto_round.formats.base import get_format
 from auto_round.modeling.source import ModelSource
+from auto_round.run.file_layout import plan_files
+from auto_round.run.plan import Job
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 PLANNED = ("auto_round", "llm_compressor", "auto_gptq", "auto_awq", "fake")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec
+from auto_round.inference.kernels import IntegerWeight, LayerSpec
 
 
 def random_weight(

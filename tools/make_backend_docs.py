@@ -1,4 +1,4 @@
-"""Write the table of docs/inference.md from the rows of auto_round/inference/backend_table.py. `--check` only tells
+"""Write the table of docs/inference.md from the rows of auto_round/inference/table.py. `--check` only tells
 whether it is up to date."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from auto_round.inference.backend_table import BACKENDS, DTYPE_LABELS
+from auto_round.inference.table import BACKENDS, DTYPE_LABELS
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "inference.md"
 START, END = "<!-- backends: start -->", "<!-- backends: end -->"

@@ -24,9 +24,9 @@ import torch
 from referee_gguf_models import MODELS, save
 from safetensors.torch import load_file
 
-from auto_round.export.gguf.conversion import Conversion, conversion_for
-from auto_round.export.gguf.metadata import general_metadata
-from auto_round.export.gguf.vocab import vocabulary_for
+from auto_round.gguf.conversion import Conversion, conversion_for
+from auto_round.gguf.metadata import general_metadata
+from auto_round.gguf.vocab import vocabulary_for
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = ROOT / "test" / "test_cpu" / "export" / "data" / "gguf_families.json"

@@ -98,8 +98,8 @@ def write_vocabulary(tokenizer: Any, folder: Path, out: Path) -> Any:
     """A GGUF file with nothing but a vocabulary; returns the `Vocabulary`."""
     import gguf
 
-    from auto_round.export.gguf.conversion import conversion_for
-    from auto_round.export.gguf.vocab import vocabulary_for
+    from auto_round.gguf.conversion import conversion_for
+    from auto_round.gguf.vocab import vocabulary_for
 
     rows = max(tokenizer.get_vocab().values()) + 1
     vocabulary = vocabulary_for(tokenizer, rows, None, folder)

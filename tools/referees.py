@@ -48,7 +48,7 @@ from referees_compare import difference
 from referees_models import MODELS, get_model
 from referees_programs import PROGRAMS, ROOT, SCHEMES, WEIGHTS_OF, Program
 
-from auto_round.export.formats import get_format
+from auto_round.formats.base import get_format
 
 LIMIT = 1e-2
 TORCH = "torch==2.13.0"
@@ -168,7 +168,7 @@ class Bench:
             return self.gguf_file(scheme, fmt)[1]
         if weights_only:
             scheme = WEIGHTS_OF.get(scheme, scheme)
-        alike = [fmt] if get_format(fmt).loads_here else [f"auto_round:{fmt}", "auto_round", "auto_round:mlx"]
+        alike = [fmt] if get_format(fmt).loadable_here else [f"auto_round:{fmt}", "auto_round", "auto_round:mlx"]
         opened = next((name for name in alike if (scheme, name) in self.writable), "fake")
         if dtype == "bfloat16" and (weights_only or SCHEMES[scheme].get("act_bits") == 16):
             opened = "fake"

@@ -8,7 +8,7 @@ from typing import Any
 
 from referees_models import GGUF_FAMILIES
 
-from auto_round.export.gguf.file_types import FILE_TYPES
+from auto_round.gguf.file_types import FILE_TYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 

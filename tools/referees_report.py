@@ -90,9 +90,9 @@ def markdown(results: Mapping[str, dict[str, Any]], schemes: Mapping[str, Any], 
 
 
 def _nobody(fmt: str) -> str:
-    from auto_round.export.formats import FORMATS
+    from auto_round.formats.base import FORMATS
 
-    ours = fmt in FORMATS and FORMATS[fmt].loads_here
+    ours = fmt in FORMATS and FORMATS[fmt].loadable_here
     return f"**no program here{' but our own loader' if ours else ''} opens it**"
 
 
@@ -107,7 +107,7 @@ def _cell(cell: dict[str, Any] | None) -> str:
 
 def writable_cells(schemes: Mapping[str, Mapping[str, Any]]) -> set[tuple[str, str]]:
     """The (scheme, format) pairs that a format of ours holds, layer exceptions included."""
-    from auto_round.export.formats import FORMATS, available_formats
+    from auto_round.formats.base import FORMATS, available_formats
     from auto_round.schemes import SCHEME_KEYS, parse_scheme
 
     found = set()

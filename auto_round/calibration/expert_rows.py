@@ -1,7 +1,7 @@
-"""What passes through the experts of a block, recorded: what they give together, or what each of them is fed.
+"""Record what a block's MoE experts receive or return, one matrix row per token of every sample.
 
-Both lie in one matrix with a row for every token of every sample, in memory, on the device or in a file, as the hidden
-states do. What experts give is needed until the layers around them are tuned, what they are fed only then.
+The matrix lies in memory, on the device or in a file, like the hidden states. The outputs of the experts are
+needed until the layers around them are tuned, their inputs only after that.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from auto_round.calibration.spill import SpilledTensor
+from auto_round.calibration.disk_store import DiskTensor
 from auto_round.errors import UnsupportedError
 from auto_round.modeling.experts import RoutedExperts
-from auto_round.modeling.tensor_files import empty_pages
+from auto_round.modeling.files.safetensors import empty_mmap
 
-Rows = torch.Tensor | SpilledTensor
-_SHARE = 4
+Rows = torch.Tensor | DiskTensor
+_MAX_LOAD_FACTOR = 4
 
 
-def experts_inside(block: nn.Module) -> dict[str, RoutedExperts]:
+def routed_experts(block: nn.Module) -> dict[str, RoutedExperts]:
     """The modules under `block` that run experts, by name."""
     return {name: module for name, module in block.named_modules() if isinstance(module, RoutedExperts)}
 
 
-def most_tokens(tokens: int, chosen: int, experts: int) -> int:
+def max_tokens_per_expert(tokens: int, chosen: int, experts: int) -> int:
     """Tokens that one expert is tuned on at most, of `tokens` that go to `chosen` of `experts` each: four times what
     the average expert gets, so that the room for them is known beforehand."""
-    return min(tokens, -(-_SHARE * tokens * chosen // experts))
+    return min(tokens, -(-_MAX_LOAD_FACTOR * tokens * chosen // experts))
 
 
-def room_like(hidden: Rows, shape: tuple[int, int], dtype: torch.dtype) -> Rows:
+def empty_like_on(hidden: Rows, shape: tuple[int, int], dtype: torch.dtype) -> Rows:
     """An uninitialised matrix that is kept where `hidden` is."""
-    if isinstance(hidden, SpilledTensor):
-        return hidden.room(dtype, shape)
+    if isinstance(hidden, DiskTensor):
+        return hidden.new_empty(dtype, shape)
     if hidden.device.type == "cpu":
-        return empty_pages(shape, dtype)
+        return empty_mmap(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=hidden.device)
 
 
@@ -75,7 +75,7 @@ class TokenRows:
 
 
 @contextmanager
-def outputs_recorded(experts: RoutedExperts, record: TokenRows) -> Iterator[None]:
+def record_outputs(experts: RoutedExperts, record: TokenRows) -> Iterator[None]:
     """While this is open, what the experts give goes to `record`."""
 
     def after(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
@@ -88,7 +88,7 @@ def outputs_recorded(experts: RoutedExperts, record: TokenRows) -> Iterator[None
         handle.remove()
 
 
-class RecordedExperts(nn.Module):
+class ReplayExperts(nn.Module):
     """Gives what was recorded, whatever it is fed; called as `RoutedExperts` is."""
 
     def __init__(self, record: TokenRows) -> None:
@@ -101,7 +101,7 @@ class RecordedExperts(nn.Module):
         return self.record.read().to(hidden_states.device, hidden_states.dtype)
 
 
-class FedExperts(nn.Module):
+class InputRecordingExperts(nn.Module):
     """Records what it is fed, and gives zeros; called as `RoutedExperts` is.
 
     Attributes:
@@ -128,7 +128,7 @@ class FedExperts(nn.Module):
 
 
 @contextmanager
-def in_place_of(block: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+def replaced_submodule(block: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
     """While this is open, `module` is called where the block has its part of that name."""
     owner, _, leaf = name.rpartition(".")
     parent = block.get_submodule(owner)
@@ -185,9 +185,9 @@ class Routing:
         return tokens, weights
 
 
-def rows_of(matrix: Rows, places: torch.Tensor) -> torch.Tensor:
+def gather_rows(matrix: Rows, places: torch.Tensor) -> torch.Tensor:
     """The rows int64 [n] of a matrix, where it is, or in memory from a file."""
-    return matrix[places.tolist()] if isinstance(matrix, SpilledTensor) else matrix[places.to(matrix.device)]
+    return matrix[places.tolist()] if isinstance(matrix, DiskTensor) else matrix[places.to(matrix.device)]
 
 
 class GatheredRows:
@@ -215,7 +215,7 @@ class GatheredRows:
         wanted = torch.tensor(index)[:, None] * self.each + torch.arange(self.each)
         inside = (wanted < self.rows.numel()).reshape(-1)
         places = self.rows[wanted.reshape(-1)[inside]]
-        found = rows_of(self.matrix, places)
+        found = gather_rows(self.matrix, places)
         if not bool(inside.all()):
             whole = found.new_zeros(inside.numel(), found.shape[1])
             whole[inside.to(found.device)] = found

@@ -1,7 +1,7 @@
-"""Every flag of the command line, as data: names, kind, meaning. Nothing here runs a job or imports torch.
+"""All flags of the command line as data: names, kind and meaning. Nothing here runs a job or imports torch.
 
-`dest` is the keyword of `AutoRound` (or of the verb) that the flag sets, so that a flag cannot be parsed and ignored:
-the verbs hand over what was given, by these names. Underscores and dashes are equal in all names.
+`dest` is the keyword of `AutoRound` (or of the verb) that the flag sets, so that no flag can be parsed and
+ignored: the verbs pass on what was given under these names. Underscores and dashes are equal in all names.
 """
 
 from __future__ import annotations

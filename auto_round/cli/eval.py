@@ -1,18 +1,20 @@
-"""The verb `eval`: measure a model on local text and print what was found."""
+"""The verbs `eval` and `generate`: measure a model on local text, or let it continue a prompt."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auto_round.cli.arguments import EVAL_GROUPS
+from auto_round.cli.arguments import EVAL_GROUPS, GENERATE_GROUPS
 from auto_round.cli.parser import build, run_parsed
 from auto_round.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
-    from auto_round.eval.result import EvalResult
+    from auto_round.eval.measures import EvalResult
+
 
 USAGE = "auto-round eval MODEL [--reference MODEL] [--eval_text FILE] [flags]"
 
@@ -20,25 +22,24 @@ USAGE = "auto-round eval MODEL [--reference MODEL] [--eval_text FILE] [flags]"
 def run_verb(argv: Sequence[str]) -> int:
     """Evaluate a model. Returns the exit code."""
     parser = build("auto-round eval", USAGE, "Measure perplexity, KL divergence and top-1 agreement.", EVAL_GROUPS)
-    return run_parsed(parser, EVAL_GROUPS, argv, _run)
+    return run_parsed(parser, EVAL_GROUPS, argv, _run_eval)
 
 
-def _run(given: dict[str, Any]) -> int:
+def _run_eval(given: dict[str, Any]) -> int:
     if "model" not in given:
         raise ConfigError(f"no model was given; use {USAGE}")
-    return evaluate_given(given)
+    return evaluate_from_flags(given)
 
 
-def evaluate_given(given: Mapping[str, Any], record_in: Path | None = None) -> int:
+def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None) -> int:
     """Evaluate as the given flags say, print a table and write `--eval_output`. Returns the exit code.
 
     `record_in`: folder of a model just saved, whose card and report get the result.
     """
     output = check_output(given.get("eval_output"))
 
-    from auto_round.compressors.device import resolve_device
-    from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate
-    from auto_round.eval.loading import parse_dtype
+    from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate, parse_dtype
+    from auto_round.run.settings import resolve_device
 
     result = evaluate(
         local_folder(given["model"], given),
@@ -55,7 +56,7 @@ def evaluate_given(given: Mapping[str, Any], record_in: Path | None = None) -> i
     )
     print_result(result)
     if record_in is not None:
-        from auto_round.report.quality import add_quality
+        from auto_round.report.model_card import add_quality
 
         add_quality(record_in, result.to_dict(), result.rows(), result.describe())
     if output is not None:
@@ -66,7 +67,7 @@ def evaluate_given(given: Mapping[str, Any], record_in: Path | None = None) -> i
 def local_folder(model: str, given: Mapping[str, Any]) -> str:
     """The folder of a model given as folder or hub id. Raises ModelError when there is none."""
     from auto_round import envs
-    from auto_round.modeling.hub import model_folder
+    from auto_round.modeling.files.folder import model_folder
 
     platform = given.get("platform") or ("model_scope" if envs.AR_USE_MODELSCOPE else "hf")
     return str(model_folder(model, trust_remote_code=given.get("trust_remote_code", False), platform=platform))
@@ -106,3 +107,49 @@ def write_json(path: Path, result: EvalResult) -> None:
     from auto_round.report.run_report import plain, write_text
 
     write_text(path, json.dumps(plain(result.to_dict()), indent=2, allow_nan=False) + "\n")
+
+
+# The verb `generate`: a model continues a prompt, for a first look.
+
+GENERATE_USAGE = 'auto-round generate MODEL --prompt "..." [--backend NAME] [flags]'
+
+
+def run_generate(argv: Sequence[str]) -> int:
+    """Print the continuation as it comes, then one line about it on stderr. Returns the exit code."""
+    parser = build(
+        "auto-round generate", GENERATE_USAGE, "Continue a prompt with any model, quantized or not.", GENERATE_GROUPS
+    )
+    return run_parsed(parser, GENERATE_GROUPS, argv, _run_generate)
+
+
+def _run_generate(given: dict[str, Any]) -> int:
+    for name in ("model", "prompt"):
+        if not given.get(name):
+            raise ConfigError(f"no {name} was given; use {GENERATE_USAGE}")
+    if "temperature" in given:
+        given["do_sample"] = True
+
+    from auto_round.eval.evaluate import load_model, load_tokenizer, parse_dtype
+    from auto_round.eval.generate import generate
+    from auto_round.run.settings import resolve_device
+
+    device = given.get("device_map")
+    trust = given.get("trust_remote_code", False)
+    folder = local_folder(given["model"], given)
+    tokenizer = load_tokenizer(folder, trust)
+    model = load_model(
+        folder,
+        device="auto" if device == "auto" else resolve_device(device),
+        dtype=parse_dtype(given["model_dtype"]) if "model_dtype" in given else None,
+        trust_remote_code=trust,
+        backend=given.get("backend"),
+    )
+    settings = {k: given[k] for k in ("max_new_tokens", "do_sample", "temperature", "chat", "seed") if k in given}
+    result = generate(model, tokenizer, given["prompt"], on_text=_print_text, **settings)
+    _print_text("\n")
+    print(result.describe(), file=sys.stderr)
+    return 0
+
+
+def _print_text(text: str) -> None:
+    print(text, end="", flush=True)

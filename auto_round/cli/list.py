@@ -1,15 +1,34 @@
-"""The verb `list`: what this installation knows."""
+"""The verb `list`: print tables of formats, schemes, algorithms, datasets, backends, variables and recipes."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from auto_round.cli.table import text_table
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 
 if TYPE_CHECKING:
     from auto_round.schemes import QuantizationScheme
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 110) -> str:
+    """Columns aligned with two spaces between. A cell may have several lines; the last column wraps so that a line
+    stays within `width`."""
+    cells = [[str(cell).split("\n") for cell in row] for row in (head, *rows)]
+    sizes = [max(len(line) for row in cells for line in row[i]) for i in range(len(head) - 1)]
+    last_width = max(20, width - sum(sizes) - 2 * len(sizes))
+    lines: list[str] = []
+    for *leading, last in cells:
+        wrapped = textwrap.wrap(" ".join(last), last_width)
+        for parts in zip_longest(*leading, wrapped, fillvalue=""):
+            start = "".join(f"{cell:<{size + 2}}" for cell, size in zip(parts[:-1], sizes, strict=True))
+            lines.append((start + parts[-1]).rstrip())
+    return "\n".join(lines)
+
+
+# The verb `list`: what this installation knows.
 
 USAGE = "usage: auto-round list {format,scheme,algorithm,dataset,backend,env,recipe}"
 _SHORT = {"alg": "algorithm"}
@@ -34,7 +53,7 @@ def run_verb(argv: Sequence[str]) -> int:
 
 def formats() -> str:
     """Formats, whether they can be written here, and the schemes they take."""
-    from auto_round.export.formats import format_table
+    from auto_round.formats.base import format_table
 
     rows = [(name, "yes" if here else "not yet", ", ".join(names)) for name, names, here in format_table()]
     return text_table(("format", "here", "schemes"), rows)
@@ -50,10 +69,10 @@ def schemes() -> str:
 
 def _scheme_formats(scheme: QuantizationScheme) -> str:
     """Formats that take the scheme, or what is missing for it."""
+    from auto_round.codecs.activation import activation_function
+    from auto_round.codecs.ggml.types import ggml_type_of
     from auto_round.data_type import get_quant_func
-    from auto_round.data_type.activation import activation_function
-    from auto_round.data_type.gguf.types import ggml_type_of
-    from auto_round.export.formats import formats_for_scheme
+    from auto_round.formats.base import formats_for_scheme
 
     if scheme.quantizes_weights and ggml_type_of(scheme) is None:
         try:
@@ -78,7 +97,7 @@ def datasets() -> str:
 def backends() -> str:
     """What can run quantized layers here, or why not."""
     from auto_round.inference.backend import list_backends
-    from auto_round.inference.backend_table import DTYPE_LABELS
+    from auto_round.inference.table import DTYPE_LABELS
 
     rows = [
         (r.name, "/".join(r.devices), ",".join(map(str, r.bits)), "/".join(DTYPE_LABELS[d] for d in r.dtypes),

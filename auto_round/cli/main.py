@@ -1,4 +1,4 @@
-"""Entry points of the command line: which verb runs, and how an error becomes one line and an exit code."""
+"""Entry points of the command line: dispatch to a verb, and turn an error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ Underscores and dashes in flag names are equal. A message is one line, and the e
 
 def run(argv: Sequence[str] | None = None) -> int:
     """`auto-round`: the exit code."""
-    return _guard(argv, lambda args: _dispatch(args, "default"))
+    return _run_guarded(argv, lambda args: _dispatch(args, "default"))
 
 
 def run_best(argv: Sequence[str] | None = None) -> int:
     """`auto-round-best`."""
-    return _guard(argv, lambda args: _dispatch(args, "best"))
+    return _run_guarded(argv, lambda args: _dispatch(args, "best"))
 
 
 def run_light(argv: Sequence[str] | None = None) -> int:
     """`auto-round-light`."""
-    return _guard(argv, lambda args: _dispatch(args, "light"))
+    return _run_guarded(argv, lambda args: _dispatch(args, "light"))
 
 
 def run_opt_rtn(argv: Sequence[str] | None = None) -> int:
     """`auto-round-opt-rtn`: tuning off, weighted search on."""
-    return _guard(argv, lambda args: _dispatch(args, "opt_rtn"))
+    return _run_guarded(argv, lambda args: _dispatch(args, "opt_rtn"))
 
 
 def run_rtn(argv: Sequence[str] | None = None) -> int:
     """`auto-round-rtn`: plain rounding to nearest."""
-    return _guard(argv, lambda args: _dispatch(args, "rtn"))
+    return _run_guarded(argv, lambda args: _dispatch(args, "rtn"))
 
 
 def run_mllm(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def run_eval(argv: Sequence[str] | None = None) -> int:
 
         return run_verb(args)
 
-    return _guard(argv, start)
+    return _run_guarded(argv, start)
 
 
 def _dispatch(args: list[str], recipe: str) -> int:
@@ -90,7 +90,7 @@ def _dispatch(args: list[str], recipe: str) -> int:
 
         return run_evaluation(args[1:])
     if args and args[0] == "generate":
-        from auto_round.cli.generate import run_verb as run_generate
+        from auto_round.cli.eval import run_generate
 
         return run_generate(args[1:])
     if args and args[0] == "quantize":
@@ -100,7 +100,7 @@ def _dispatch(args: list[str], recipe: str) -> int:
     return run_quantize(args, recipe, _OVERVIEW)
 
 
-def _guard(argv: Sequence[str] | None, start: Callable[[list[str]], int]) -> int:
+def _run_guarded(argv: Sequence[str] | None, start: Callable[[list[str]], int]) -> int:
     """Run `start`; errors leave one line on stderr and their exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -109,30 +109,30 @@ def _guard(argv: Sequence[str] | None, start: Callable[[list[str]], int]) -> int
             return 0
         setup_logging()
         _prepare_process()
-        with _terminable():
+        with _sigterm_raises():
             code = start(args)
         sys.stdout.flush()  # now, where a reader that has gone is no error
         return code
     except AutoRoundError as err:
-        _say(str(err))
+        _print_error(str(err))
         _debug_traceback()
         return err.exit_code
     except Stopped as stop:
-        _say(str(stop))
+        _print_error(str(stop))
         return stop.exit_code
     except KeyboardInterrupt:
-        _say("stopped by the user")
+        _print_error("stopped by the user")
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader (head, less) has gone; point stdout elsewhere so that the final flush does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as err:
-        return _unexpected(err)
+        return _report_unexpected(err)
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _sigterm_raises() -> Iterator[None]:
     """While this is open, SIGTERM stops as Ctrl-C does: what is finished is kept, and one line says where."""
 
     def stop(number: int, _frame: object) -> None:
@@ -161,7 +161,7 @@ def _prepare_process() -> None:
         logger.warning("%s is set but means nothing in this version; see auto-round list env", name)
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     print(f"auto-round: error: {' '.join(message.split())}", file=sys.stderr)
 
 
@@ -173,22 +173,22 @@ def _debug_traceback() -> bool:
     return True
 
 
-def _unexpected(err: Exception) -> int:
+def _report_unexpected(err: Exception) -> int:
     """Report a failure nobody planned for: one line, with the traceback on the screen (DEBUG) or in a file."""
     summary = f"{type(err).__name__}: {err}".rstrip(": ")
     debug = _debug_traceback()
-    where = "" if debug else f"; {_kept_traceback()}"
+    where = "" if debug else f"; {_describe_saved_traceback()}"
     if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
-        _say(
+        _print_error(
             f"out of memory ({summary}); lower --batch_size (and raise --gradient_accumulate_steps), --seqlen or "
             f"--nsamples, or add --low_gpu_mem_usage{where}"
         )
         return 1
-    _say(f"unexpected error: {summary}{where}")
+    _print_error(f"unexpected error: {summary}{where}")
     return 1
 
 
-def _kept_traceback() -> str:
+def _describe_saved_traceback() -> str:
     """Write the traceback down, and say where."""
     try:
         return f"the traceback is in {_write_traceback()}"

@@ -1,4 +1,4 @@
-"""From an argument vector to a dictionary of given values. Errors are raised, never an exit."""
+"""Parse command-line arguments into a dictionary of the given values. Errors are raised; nothing exits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 
 from auto_round.cli.arguments import Flag, Group, spellings
 from auto_round.errors import ConfigError, nearest
-from auto_round.later import asks_for_nothing, feature_of, refuse_flag, refuse_flag_value
+from auto_round.later import feature_of, is_default_value, refuse_flag, refuse_flag_value
 from auto_round.logger import logger
 
 # Flags of older scripts that nothing depends on: whether a value follows, and why they have no effect.
-IDLE_FLAGS: dict[str, tuple[bool, str]] = {
+NO_OP_FLAGS: dict[str, tuple[bool, str]] = {
     "mllm": (False, "the kind of a model is found from its files"),
     "seed": (True, "nothing is drawn at random here"),
 }
@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-class _Set(argparse.Action):
+class _SwitchAction(argparse.Action):
     """A switch that refuses its opposite."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, const: Any = None, **kw: Any) -> None:
@@ -78,11 +78,15 @@ def _add(section: Any, flag: Flag) -> None:
     help_text = argparse.SUPPRESS if flag.hidden else flag.help.replace("%", "%%")
     names = [f"--{n}" for n in (flag.dest, *flag.aliases)]
     if flag.kind == "switch":
-        section.add_argument(*names, dest=flag.dest, action=_Set, const=flag.on_value, help=help_text)
+        section.add_argument(*names, dest=flag.dest, action=_SwitchAction, const=flag.on_value, help=help_text)
         if flag.off:
             off_help = argparse.SUPPRESS if flag.hidden else f"the opposite of --{flag.dest}"
             section.add_argument(
-                *[f"--{n}" for n in flag.off], dest=flag.dest, action=_Set, const=not flag.on_value, help=off_help
+                *[f"--{n}" for n in flag.off],
+                dest=flag.dest,
+                action=_SwitchAction,
+                const=not flag.on_value,
+                help=off_help,
             )
         return
     section.add_argument(
@@ -123,7 +127,7 @@ def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequ
     models, and for contradictions.
     """
     known = spellings(groups)
-    tokens = without_idle_flags(normalize(argv), known)
+    tokens = drop_no_op_flags(normalize(argv), known)
     check_known(tokens, known)
     values = {k: v for k, v in vars(parser.parse_intermixed_args(tokens)).items() if v is not None}
     models = values.pop("positional", [])
@@ -140,7 +144,7 @@ def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequ
     return values
 
 
-def without_idle_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]:
+def drop_no_op_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]:
     """The arguments without flags that change nothing: those of missing features that say a default of the incumbent's
     (`--nblocks 1`, `--no_enable_lfq`), and those that have no effect, about which a warning is logged."""
     out: list[str] = []
@@ -155,14 +159,14 @@ def without_idle_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[st
             continue
         follows = rest[0] if rest and not rest[0].startswith("--") else None
         given = value if sep else follows
-        if name in IDLE_FLAGS:
-            takes_value, reason = IDLE_FLAGS[name]
+        if name in NO_OP_FLAGS:
+            takes_value, reason = NO_OP_FLAGS[name]
             logger.warning("--%s has no effect: %s", name, reason)
             if takes_value and not sep and follows is not None:
                 rest.pop(0)
         elif name.startswith("no_") and feature_of(name[3:]) is not None:
             continue
-        elif feature_of(name) is not None and given is not None and asks_for_nothing(name, _number_or_text(given)):
+        elif feature_of(name) is not None and given is not None and is_default_value(name, _number_or_text(given)):
             if not sep:
                 rest.pop(0)
         else:

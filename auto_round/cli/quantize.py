@@ -1,4 +1,4 @@
-"""The verb `quantize`: given flags and a recipe become one call of `AutoRound`."""
+"""The verb `quantize`: turn the given flags and a recipe into one call of `AutoRound`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from auto_round.cli.arguments import DEVICE, MODEL, PLATFORM, QUANTIZE_GROUPS, S
 from auto_round.cli.parser import build, run_parsed
 from auto_round.errors import ConfigError, OutputError, nearest
 from auto_round.later import refuse_algorithm
-from auto_round.recipes import Recipe, fill, get_recipe
+from auto_round.recipes import Recipe, fill_defaults, get_recipe
 
 TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
 
 # What the verb itself uses; everything else that was given is a keyword of AutoRound.
 _OUTPUT = ("format", "output_dir", "max_shard_size", "overwrite", "resume")
-_EVAL_AFTER = (
+_EVAL_FLAGS = (
     "eval",
     "reference",
     "eval_text",
@@ -31,11 +31,11 @@ _EVAL_AFTER = (
     "eval_backend",
     "backend",
 )
-_OWN = (*_OUTPUT, *_EVAL_AFTER, "dry_run", "algorithm")
+_VERB_FLAGS = (*_OUTPUT, *_EVAL_FLAGS, "dry_run", "algorithm")
 
 # Flags that do not by themselves ask for quantization, so that `auto-round MODEL --eval` only evaluates.
-_NEUTRAL = (
-    *_EVAL_AFTER,
+_NOT_QUANTIZING = (
+    *_EVAL_FLAGS,
     MODEL.dest,
     DEVICE.dest,
     TRUST.dest,
@@ -62,22 +62,22 @@ def run_verb(argv: Sequence[str], recipe_name: str = "default", overview: str = 
 def _run(given: dict[str, Any], recipe: Recipe) -> int:
     if "model" not in given:
         raise ConfigError(f"no model was given; use {recipe.command} MODEL, a folder or a hub id")
-    if given.get("eval") and not any(name not in _NEUTRAL for name in given):
-        return _only_evaluate(given)
+    if given.get("eval") and not any(name not in _NOT_QUANTIZING for name in given):
+        return _evaluate_only(given)
     check_eval_flags(given)
     return quantize(given, recipe)
 
 
 def check_eval_flags(given: Mapping[str, Any]) -> None:
     """Raise ConfigError when evaluation settings are given and no evaluation is asked for."""
-    extra = [f for f in _EVAL_AFTER if f in given and f not in ("eval", "eval_backend")]
+    extra = [f for f in _EVAL_FLAGS if f in given and f not in ("eval", "eval_backend")]
     if extra and not given.get("eval"):
         raise ConfigError(f"--{extra[0]} has no effect without --eval; add --eval, or leave it out")
 
 
 def quantize(given: dict[str, Any], recipe: Recipe) -> int:
     """Run the job that the given values describe."""
-    kwargs = facade_arguments(given, recipe)
+    kwargs = autoround_kwargs(given, recipe)
     output_dir = given.get("output_dir", DEFAULT_OUTPUT_DIR)
     check_output_path(output_dir)
     formats = given.get("format")
@@ -94,11 +94,11 @@ def quantize(given: dict[str, Any], recipe: Recipe) -> int:
     result = job.quantize_and_save(output_dir, format=formats, **writing)
     if not given.get("eval"):
         return 0
-    from auto_round.cli.eval import evaluate_given
+    from auto_round.cli.eval import evaluate_from_flags
 
     folder = last_folder(result)
     after = {**given, "model": str(folder), "reference": given.get("reference", given["model"])}
-    return evaluate_given(after, record_in=folder)
+    return evaluate_from_flags(after, record_in=folder)
 
 
 def check_output_path(path: str) -> None:
@@ -128,12 +128,12 @@ def algorithm_iters(value: str) -> int | None:
     return 0 if names[0] == "rtn" else None
 
 
-def facade_arguments(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Keywords for `AutoRound`: what was given, then the recipe's values.
 
     Raises ConfigError for contradictions and UnsupportedError for an algorithm that is not here.
     """
-    chosen = {k: v for k, v in given.items() if k not in _OWN}
+    chosen = {k: v for k, v in given.items() if k not in _VERB_FLAGS}
     if "algorithm" in given:
         iters = algorithm_iters(given["algorithm"])
         if iters == 0:
@@ -161,8 +161,8 @@ def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | N
                 f"--model_free only rounds to nearest, and {recipe.command} does more; use auto-round-rtn, or leave "
                 "--model_free out"
             )
-        return fill(get_recipe("rtn"), chosen)
-    filled = fill(recipe, chosen)
+        return fill_defaults(get_recipe("rtn"), chosen)
+    filled = fill_defaults(recipe, chosen)
     rounds = filled.pop("model_free", None) is None and filled.get("iters") == 0 and filled.get("disable_opt_rtn")
     if rounds and "gguf:" not in (formats or "").lower():
         filled["model_free"] = "auto"
@@ -180,13 +180,13 @@ def last_folder(result: Any) -> Path:
     return Path(folders[-1] if isinstance(folders, list | tuple) else folders)
 
 
-def _only_evaluate(given: dict[str, Any]) -> int:
+def _evaluate_only(given: dict[str, Any]) -> int:
     """`auto-round MODEL --eval`: the shared spellings --bs and --seqlen mean the evaluation's."""
-    from auto_round.cli.eval import evaluate_given
+    from auto_round.cli.eval import evaluate_from_flags
 
     renamed = {"batch_size": "eval_bs", "seqlen": "eval_seqlen", "model_dtype": "eval_model_dtype"}
     values = {k: v for k, v in given.items() if k not in renamed}
     for old, new in renamed.items():
         if old in given:
             values.setdefault(new, given[old])
-    return evaluate_given(values)
+    return evaluate_from_flags(values)

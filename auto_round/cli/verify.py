@@ -1,4 +1,4 @@
-"""The verb `verify`: are the files of a folder still those that were saved?"""
+"""The verb `verify`: check that a folder's files still have the SHA-256 recorded in its report.json."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def run_verb(argv: Sequence[str]) -> int:
     if flags or not argv:
         given = f"unknown flag {flags[0]!r}" if flags else "no folder was given"
         raise ConfigError(f"{given}; use auto-round verify FOLDER, with the folder of a quantized model")
-    wrong = [line for folder in argv for line in check(Path(folder).expanduser())]
-    if wrong:
-        raise VerifyError(f"{len(wrong)} files are not as they were saved: {'; '.join(wrong)}")
+    mismatches = [line for folder in argv for line in check(Path(folder).expanduser())]
+    if mismatches:
+        raise VerifyError(f"{len(mismatches)} files are not as they were saved: {'; '.join(mismatches)}")
     return 0
 
 
 def check(folder: Path) -> list[str]:
     """The files of a folder that differ or are missing, with the reason; says how many are the same."""
-    from auto_round.export.shard_writer import file_sha256
+    from auto_round.output.writer import file_sha256
 
-    noted = _noted(folder)
-    wrong = []
-    for name, digest in noted.items():
+    recorded = _recorded_digests(folder)
+    mismatches = []
+    for name, digest in recorded.items():
         path = folder / name
         if not path.is_file():
-            wrong.append(f"{path} is missing")
+            mismatches.append(f"{path} is missing")
         elif file_sha256(path) != digest:
-            wrong.append(f"{path} differs")
-    print(f"{folder}: {len(noted) - len(wrong)} of {len(noted)} files are as they were saved")
-    return wrong
+            mismatches.append(f"{path} differs")
+    print(f"{folder}: {len(recorded) - len(mismatches)} of {len(recorded)} files are as they were saved")
+    return mismatches
 
 
-def _noted(folder: Path) -> dict[str, str]:
+def _recorded_digests(folder: Path) -> dict[str, str]:
     """SHA-256 by file name, out of the report."""
     file = folder / "report.json"
     try:

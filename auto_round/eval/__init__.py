@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from auto_round.eval.evaluate import evaluate, window_logits
-from auto_round.eval.loss import token_kl, token_nll, top1_agreement
-from auto_round.eval.result import Estimate, EvalResult
+from auto_round.eval.measures import Estimate, EvalResult, token_kl, token_nll, top1_agreement
 
 __all__ = ["Estimate", "EvalResult", "evaluate", "token_kl", "token_nll", "top1_agreement", "window_logits"]

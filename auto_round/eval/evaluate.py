@@ -1,10 +1,14 @@
-"""Measure a causal language model on text: perplexity, and divergence from a reference model."""
+"""Measure a causal language model on text: perplexity, and KL divergence and agreement with a reference.
+
+`load_model` and `load_tokenizer` open a checkpoint through Transformers' own loader.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -12,14 +16,25 @@ from typing import Any
 
 import torch
 
-from auto_round.errors import ConfigError, ModelError, NumericsError
-from auto_round.eval.default_text import held_out_text
-from auto_round.eval.loading import load_model, load_tokenizer
-from auto_round.eval.loss import token_kl, token_nll, top1_agreement
-from auto_round.eval.result import EvalResult, perplexity, weighted_mean
-from auto_round.eval.windows import make_windows, read_text
+from auto_round.calibration.data.sources import held_out_documents
+from auto_round.errors import AutoRoundError, ConfigError, ModelError, NumericsError
+from auto_round.eval.measures import (
+    EvalResult,
+    make_windows,
+    perplexity,
+    read_text,
+    token_kl,
+    token_nll,
+    top1_agreement,
+    weighted_mean,
+)
+from auto_round.inference.linear import compute_dtype_for
 from auto_round.logger import logger
-from auto_round.modeling.config_values import largest
+from auto_round.modeling.build import load_config
+from auto_round.modeling.checkpoint import load_dequantized
+from auto_round.modeling.config import largest, read_value, text_config
+from auto_round.modeling.files.dequantized import is_readable, quantization_of
+from auto_round.modeling.files.folder import model_folder
 
 ModelLike = str | PathLike[str] | torch.nn.Module
 
@@ -28,7 +43,7 @@ DEFAULT_WINDOWS = 64
 
 
 @dataclass
-class _Sums:
+class _Totals:
     """Per-window means and token counts."""
 
     nll: list[float] = field(default_factory=list)
@@ -102,7 +117,7 @@ def evaluate(
     model = load(model_or_path, backend=backend)
     other = load(reference, dequantized=True) if reference is not None else None
     start = time.perf_counter()
-    sums = _Sums()
+    sums = _Totals()
     with torch.no_grad(), _eval_mode(model), _eval_mode(other):
         for first in range(0, len(windows), batch_size):
             ids = torch.stack(windows[first : first + batch_size])
@@ -117,8 +132,8 @@ def evaluate(
     nll = weighted_mean(sums.nll, sums.tokens)
     compared = bool(sums.kl)
     return EvalResult(
-        model=_name(model_or_path),
-        reference=_name(reference) if reference is not None else ("cached logits" if compared else None),
+        model=_model_name(model_or_path),
+        reference=_model_name(reference) if reference is not None else ("cached logits" if compared else None),
         text=text_name,
         perplexity=perplexity(nll),
         nll=nll,
@@ -141,7 +156,7 @@ def window_logits(model: torch.nn.Module, windows: Sequence[torch.Tensor]) -> li
         return [_logits(model, w.unsqueeze(0), "reference", i)[0].cpu() for i, w in enumerate(windows)]
 
 
-def _measure(sums: _Sums, logits: torch.Tensor, against: torch.Tensor | None, ids: torch.Tensor) -> None:
+def _measure(sums: _Totals, logits: torch.Tensor, against: torch.Tensor | None, ids: torch.Tensor) -> None:
     """Add a batch: logits [B, T, V] of the model and of the reference, ids [B, T]."""
     predicted = ids.shape[1] - 1
     sums.tokens.extend([float(predicted)] * ids.shape[0])
@@ -197,7 +212,127 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     return next((model if embedding is None else embedding).parameters(), next(model.parameters())).device
 
 
-def _name(model: ModelLike) -> str:
+def _model_name(model: ModelLike) -> str:
     if isinstance(model, torch.nn.Module):
         return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     return str(model)
+
+
+# Open a checkpoint for measuring, through Transformers' own loader.
+
+_DTYPES = {
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
+    "fp32": torch.float32, "float32": torch.float32,
+}  # fmt: skip
+# What Transformers raises for files that are missing or damaged, settings that it does not know, a package that a
+# format asks for, and a kind of model or quantization that it does not load.
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, NotImplementedError)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`. Raises ConfigError with the allowed names."""
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not known; use {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_tokenizer(source: str | PathLike[str] | torch.nn.Module, trust_remote_code: bool = False) -> Any:
+    """The tokenizer saved beside a model. Raises ConfigError for a model object that names no folder, ModelError
+    when there is none."""
+    from transformers import AutoTokenizer
+
+    name = str(source)
+    if isinstance(source, torch.nn.Module):
+        name = str(getattr(getattr(source, "config", None), "_name_or_path", "") or "")
+        if not name:
+            raise ConfigError("the model object does not tell where it came from; give its tokenizer as tokenizer=")
+    folder = model_folder(name, trust_remote_code=trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as err:  # families' tokenizers raise whatever they like
+        raise ModelError(
+            f"no tokenizer could be opened in {name!r}: {_first_line(err)}; give one as tokenizer="
+        ) from err
+
+
+def load_model(
+    source: str | PathLike[str] | torch.nn.Module,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    dequantized: bool = False,
+    backend: str | None = None,
+) -> torch.nn.Module:
+    """A causal language model in evaluation mode; a model object is returned as it is.
+
+    With `dequantized`, a checkpoint in FP8 or MXFP4 gets the dense weights that it stands for and full-precision
+    activations: what quantization starts from. Without, it runs as Transformers runs it, and ours, GPTQ's and AWQ's
+    with the back ends of this package.
+
+    Args:
+        device: one device, or "auto": spread over all that are here.
+        backend: what runs the quantized layers; None is the best that can.
+
+    Raises:
+        ConfigError: `backend` is unknown, or the model has no layers that it could run.
+        ModelError: the checkpoint does not open.
+    """
+    if isinstance(source, torch.nn.Module):
+        return source
+    from transformers import AutoModelForCausalLM
+
+    name = str(source)
+    folder = model_folder(name, trust_remote_code=trust_remote_code)
+    try:
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        saved = read_value(text_config(config), "dtype") or torch.float32
+        wanted = dtype or compute_dtype_for("cpu" if device == "auto" else device, saved)
+        if dequantized and is_readable(quantization_of(config)):
+            return load_dequantized(folder, wanted, device, trust_remote_code=trust_remote_code)
+        ours = _loader_kwargs(config, name, backend)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=wanted, device_map=device if device == "auto" else {"": str(device)},
+                trust_remote_code=trust_remote_code, **ours,
+            )  # fmt: skip
+    except AutoRoundError:
+        raise
+    except _UNREADABLE as err:
+        raise ModelError(f"{name!r} cannot be opened as a causal language model: {_first_line(err)}") from err
+    return model.eval()
+
+
+def _loader_kwargs(config: Any, name: str, backend: str | None) -> dict[str, Any]:
+    """What makes Transformers open a GPTQ or AWQ checkpoint with our layers, where it would ask for other packages, and
+    with the back end that is asked for.
+
+    It refuses configs of GPTQ with `meta`, where GPTQModel tells how it quantized; nothing in there is needed to run.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    values = quantization if isinstance(quantization, dict) else {}
+    method = str(values.get("quant_method", ""))
+    foreign = method in ("gptq", "awq")
+    if backend is not None and not (foreign or "auto-round" in method or "auto_round" in method):
+        what = f"in the format of {method!r}, which Transformers runs" if method else "not quantized"
+        raise ConfigError(f"backend {backend!r} has nothing to run: {name!r} is {what}; leave the backend out")
+    if not foreign and backend is None:
+        return {}
+    if method == "gptq" and "meta" in values:
+        config.quantization_config = {key: value for key, value in values.items() if key != "meta"}
+    from transformers import AutoRoundConfig
+
+    return {"quantization_config": AutoRoundConfig(**({} if backend is None else {"backend": backend}))}
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]
+
+
+# The text that is measured on when none is given: what calibration leaves of the text inside the package.
+
+
+def held_out_text() -> tuple[list[str], str]:
+    """Documents for measuring, and what to call them. Raises DataError when the package's file is missing."""
+    return held_out_documents(), "bundled text that calibration leaves out"

@@ -1,4 +1,4 @@
-"""Evaluation on tasks through lm-eval, under the incumbent's names."""
+"""Evaluate on lm-eval's tasks, under the names that AutoRound's scripts import (`simple_evaluate`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.eval.loading import load_tokenizer
+from auto_round.eval.evaluate import load_tokenizer
 from auto_round.later import MULTIMODAL
 
 

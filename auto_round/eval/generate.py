@@ -1,4 +1,4 @@
-"""Continue a prompt with a causal language model: a first look at a checkpoint, and how fast it runs."""
+"""Continue a prompt with a causal language model, and report the tokens per second and the backends used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.inference.packed_linear import PLAIN, PackedLinear
+from auto_round.inference.linear import TORCH_BACKEND, PackedLinear
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.report.memory import peak_memory_text
+from auto_round.report.memory import format_peak_memory
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Generation:
 
     def describe(self) -> str:
         """One line: speeds, backends, memory."""
-        parts = [f"prefill {_speed(self.prompt_tokens, self.prefill_seconds)}"]
+        parts = [f"prefill {_format_speed(self.prompt_tokens, self.prefill_seconds)}"]
         if self.new_tokens > 1:
-            parts.append(f"decode {_speed(self.new_tokens - 1, self.decode_seconds)}")
+            parts.append(f"decode {_format_speed(self.new_tokens - 1, self.decode_seconds)}")
         layers = ", ".join(f"{name} ({count})" for name, count in self.backends.items())
-        return f"{', '.join(parts)}; layers run with {layers}; peak {peak_memory_text()}"
+        return f"{', '.join(parts)}; layers run with {layers}; peak {format_peak_memory()}"
 
 
 def generate(
@@ -93,16 +93,16 @@ def generate(
     new = out[0, ids.shape[1] :]
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True), prompt_tokens=ids.shape[1], new_tokens=len(new),
-        prefill_seconds=first - start, decode_seconds=last - first, backends=backends_of(model),
+        prefill_seconds=first - start, decode_seconds=last - first, backends=count_backends(model),
     )  # fmt: skip
 
 
-def backends_of(model: torch.nn.Module) -> dict[str, int]:
+def count_backends(model: torch.nn.Module) -> dict[str, int]:
     """How many linear layers each backend runs, the most first; layers in full precision are "dense"."""
     found: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, QuantLinear) and module.kernel_path and module.kernel is None:
-            found[PLAIN] += 1  # moved away from the kernel's device, or offloaded
+            found[TORCH_BACKEND] += 1  # moved away from the kernel's device, or offloaded
         elif isinstance(module, PackedLinear):
             found[module.backend] += 1
         elif isinstance(module, torch.nn.Linear):
@@ -116,8 +116,10 @@ def _encode(tokenizer: Any, prompt: str, chat: bool | None) -> dict[str, torch.T
     if chat and not template:
         raise ConfigError("the tokenizer has no chat template; leave --chat out")
     if template and chat is not False:
-        said = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     return {key: encoded[key].long() for key in ("input_ids", "attention_mask") if key in encoded}
@@ -147,5 +149,5 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
     return Streamer()
 
 
-def _speed(tokens: int, seconds: float) -> str:
+def _format_speed(tokens: int, seconds: float) -> str:
     return f"{tokens} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s)"

@@ -1,7 +1,8 @@
-"""The contract with Transformers: `AutoModelForCausalLM.from_pretrained` calls these functions for our checkpoints.
+"""Replace a Transformers model's quantized layers by packed ones: the hooks that `from_pretrained` calls.
 
-Before the weights are read the model is a skeleton; `convert_hf_model` replaces its quantized layers by modules whose
-buffers are named as in the files. Afterwards `post_init` checks that all of them were filled.
+Before the weights are read, the model is empty; `convert_hf_model` replaces its quantized layers by modules whose
+buffers are named as in the files. Afterwards `post_init` checks that all of them were filled. `build_layer` makes
+the module of each layout.
 """
 
 from __future__ import annotations
@@ -15,24 +16,36 @@ import torch
 from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.inference.availability import device_kind
-from auto_round.inference.backend_table import OWN_CPU, Backend
-from auto_round.inference.build_layer import PACKED_LEAVES, TENSORS, build_layer, layout_problem, layout_shapes
-from auto_round.inference.config_reader import CheckpointConfig, LayerFormat, read_config, resolve_layers
-from auto_round.inference.float_linear import FloatLinear
-from auto_round.inference.kernels.kernel import LayerSpec
-from auto_round.inference.kv_scales import accept_cache_scales
-from auto_round.inference.layer_choice import choose_backends
-from auto_round.inference.left_out import leave_out
-from auto_round.inference.packed_experts import run_experts_together
-from auto_round.inference.packed_linear import PackedLinear
-from auto_round.inference.qlinear import QuantLinear
-from auto_round.inference.restate import restate_config
-from auto_round.inference.stored_names import StoredNames, checkpoint_tensors, read_names
+from auto_round.inference.backend import choose_backends
+from auto_round.inference.config import CheckpointConfig, LayerFormat, read_config, resolve_layers
+from auto_round.inference.experts import enable_grouped_experts
+from auto_round.inference.hf import (
+    StoredNames,
+    checkpoint_tensors,
+    ignore_unexpected_keys,
+    normalize_saved_config,
+    read_names,
+    register_cache_scales,
+)
+from auto_round.inference.kernels import LayerSpec
+from auto_round.inference.linear import (
+    FloatLinear,
+    Int8Linear,
+    MlxLinear,
+    PackedLinear,
+    ScaledMmLinear,
+    int8_shapes,
+    mlx_shape_problem,
+    mlx_shapes,
+)
+from auto_round.inference.qlinear import QuantLinear, expected_shapes, shape_problem
+from auto_round.inference.table import OWN_CPU, SCALED_MM, Backend, device_kind
+from auto_round.layouts.floats import group_size_mismatch
+from auto_round.layouts.mlx import bias_storage_dtype
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
 from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
-from auto_round.modeling.tensor_files import StoredTensor
+from auto_round.modeling.files.safetensors import StoredTensor
 
 
 def infer_target_device(device_map: object = None) -> str:
@@ -72,14 +85,14 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         _replace(model, name, fmt, config, files, choices[name].backend, kind)
     used = Counter(choice.backend.name for choice in choices.values())
     if OWN_CPU in used:
-        from auto_round.inference.dense_linear import use_dense_linear  # its C code is not needed elsewhere
+        from auto_round.inference.kernels.cpu import use_dense_linear  # its C code is not needed elsewhere
 
         use_dense_linear(model)
     _untie(model, layers)
-    accept_cache_scales(model, stored_config, files)
+    register_cache_scales(model, stored_config, files)
     if config.g_idx:
         # Files of GPTQ hold g_idx even where it only repeats the group size; it is read only where a layer has it.
-        leave_out(model, [r"\.g_idx$"])
+        ignore_unexpected_keys(model, [r"\.g_idx$"])
     logger.info("%d quantized layers run with %s", len(layers), ", ".join(f"{b} ({n})" for b, n in used.items()))
     return model, list(used)
 
@@ -97,13 +110,13 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
                 continue
             if tensor_name != "g_idx" or not isinstance(module, QuantLinear):
                 raise ModelError(_missing(f"{name}.{tensor_name}"))
-            module.g_idx = module.plain_order(tensor.device)
+            module.g_idx = module.default_g_idx(tensor.device)
         if module.is_loaded:
             module.prepare(name)
             if isinstance(module, QuantLinear):
                 module.start_kernel(name)
-    run_experts_together(model)
-    restate_config(model, lambda: read_names(model, checkpoint_tensors(model)))
+    enable_grouped_experts(model)
+    normalize_saved_config(model, lambda: read_names(model, checkpoint_tensors(model)))
 
 
 def _spec(weight: torch.Tensor, fmt: LayerFormat, device: str) -> LayerSpec:
@@ -177,7 +190,7 @@ def _replace(
     reason = layout_problem(fmt, in_features, out_features)
     if reason is not None:
         raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
-    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in TENSORS if f"{name}.{t}" in files}
+    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in TENSOR_NAMES if f"{name}.{t}" in files}
     for tensor_name, shape in layout_shapes(fmt, in_features, out_features).items():
         if stored and tensor_name not in stored:
             raise ModelError(_missing(f"{name}.{tensor_name}"))
@@ -190,7 +203,7 @@ def _replace(
     new = build_layer(fmt, weight, getattr(old, "bias", None) is not None, dtypes, config.g_idx, backend.name)
     new.backend = backend.name
     if isinstance(new, QuantLinear):
-        new.kernel_path, new.made_for = backend.kernel, device
+        new.kernel_path, new.kernel_device = backend.kernel, device
     if isinstance(new, FloatLinear):
         new.check_dtypes(name, dtypes)
     new.train(old.training)
@@ -212,20 +225,20 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNam
         experts = model.get_submodule(name)
         if isinstance(experts, LinearExperts):
             for index in range(experts.num_experts):
-                experts.call_leaves(index, stored.expert_leaves(f"{name}.{index}"))
+                experts.rename_layers(index, stored.expert_leaves(f"{name}.{index}"))
             if experts.layout.identity:
                 _ignore_unused_rows(model, name, experts)
 
 
 def _ignore_unused_rows(model: nn.Module, name: str, experts: LinearExperts) -> None:
     """Let Transformers not warn of rows of experts that only pass their input on, which some checkpoints hold."""
-    leave_out(model, [rf"^{re.escape(f'{name}.{weight}')}$" for weight in experts.layout.weights])
+    ignore_unexpected_keys(model, [rf"^{re.escape(f'{name}.{weight}')}$" for weight in experts.layout.weights])
 
 
 def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames) -> bool:
     inside = [key for key in stored.tensors or () if key.startswith(f"{name}.")]
     if inside:
-        return any(key.endswith(PACKED_LEAVES) for key in inside)
+        return any(key.endswith(PACKED_SUFFIXES) for key in inside)
     first = f"{name}.0.{stored.expert_leaves(f'{name}.0').down}"
     in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
     return config.layer(first, in_block, stored.config_names(first)) is not None
@@ -236,8 +249,8 @@ def _check_dense_experts(model: nn.Module, layers: Mapping[str, LayerFormat], st
     for prefix, module in model.named_modules():
         if not isinstance(module, LinearExperts):
             continue
-        usual = {f"{prefix}.{layer}": f"{prefix}.{name}" for layer, name in module.usual_names().items()}
-        lost = next((n for n in usual if n not in layers and f"{n}.weight" in stored.joined), None)
+        usual = {f"{prefix}.{layer}": f"{prefix}.{name}" for layer, name in module.default_names().items()}
+        lost = next((n for n in usual if n not in layers and f"{n}.weight" in stored.fused_names), None)
         if lost is not None and any(n in layers for n in usual):
             raise ModelError(
                 f"the checkpoint holds {stored.layers[lost]} dense next to packed experts of the same block, and "
@@ -254,3 +267,66 @@ def _untie(model: Any, layers: dict[str, LayerFormat]) -> None:
     for name in [n for n in tied if n.removesuffix(".weight") in layers]:
         del tied[name]
         model.config.tie_word_embeddings = False
+
+
+# The module of each layout: what its tensors are called, which shapes it can have, and how it is made.
+
+# Every tensor that any layout has.
+TENSOR_NAMES = (
+    "qweight", "qzeros", "scales", "g_idx", "bias", "weight", "biases", "weight_scale", "weight_zero_point",
+    "input_scale", "input_zero_point", "weight_packed", "weight_scale_inv", "weight_global_scale", "input_global_scale",
+)  # fmt: skip
+# Endings of names that only quantized layers have.
+PACKED_SUFFIXES = (".qweight", ".scales", ".weight_scale", ".weight_scale_inv")
+
+
+def layout_problem(fmt: LayerFormat, in_features: int, out_features: int) -> str | None:
+    """None when a layer of this shape can be stored in `fmt`, or the reason why not."""
+    if fmt.scheme is not None:
+        return group_size_mismatch(fmt.scheme, in_features)
+    if fmt.layout == "int8":
+        return None
+    return mlx_shape_problem(in_features, fmt) if fmt.layout == "mlx" else shape_problem(in_features, out_features, fmt)
+
+
+def layout_shapes(fmt: LayerFormat, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a checkpoint must hold for a layer."""
+    if fmt.scheme is not None:
+        specs = fmt.naming.specs(fmt.scheme, in_features, out_features)
+        return {leaf: shape for leaf, (shape, _) in specs.items()}
+    shapes = {"int8": int8_shapes, "mlx": mlx_shapes}.get(fmt.layout, expected_shapes)
+    return shapes(in_features, out_features, fmt)
+
+
+def build_layer(
+    fmt: LayerFormat, weight: torch.Tensor, bias: bool, stored: Mapping[str, torch.dtype], g_idx: bool, backend: str
+) -> PackedLinear:
+    """An empty module.
+
+    Args:
+        weight: [out, in], for its shape, dtype and device; its values are not read.
+        stored: dtypes of the checkpoint's tensors, empty where they are not known.
+        g_idx: whether the checkpoint may hold one, where its tensors are not known.
+        backend: name of the row that was chosen.
+    """
+    out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
+    dtype, device = weight.dtype, weight.device
+    if fmt.scheme is not None:
+        kind = ScaledMmLinear if backend == SCALED_MM else FloatLinear
+        return kind(in_features, out_features, fmt, bias=bias, dtype=dtype, stored=stored, device=device)
+    scale_dtype = next((stored[t] for t in ("scales", "weight_scale") if t in stored), torch.float16)
+    if fmt.layout == "int8":
+        return Int8Linear(
+            in_features, out_features, fmt, bias=bias, dtype=dtype, scale_dtype=scale_dtype,
+            input_scale_dtype=stored.get("input_scale"), device=device,
+        )  # fmt: skip
+    if fmt.layout == "mlx":
+        biases = stored["biases"] if stored else bias_storage_dtype(fmt.sym, scale_dtype)
+        return MlxLinear(
+            in_features, out_features, fmt, bias=bias, dtype=dtype, scale_dtype=scale_dtype, biases_dtype=biases,
+            device=device,
+        )  # fmt: skip
+    return QuantLinear(
+        in_features, out_features, fmt, bias=bias, g_idx="g_idx" in stored if stored else g_idx, dtype=dtype,
+        scale_dtype=scale_dtype, device=device,
+    )  # fmt: skip

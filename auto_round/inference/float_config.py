@@ -1,19 +1,18 @@
-"""What a `quantization_config` says about layers of the small float types."""
+"""Read what a `quantization_config` says about layers of small float types: FP8, MXFP, MXINT, NVFP4."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from auto_round.data_type.activation import activation_function
+from auto_round.codecs.activation import activation_function
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.export.float_layouts import (
-    AUTO_ROUND,
-    COMPRESSED_TENSORS,
-    Naming,
-    family_of,
+from auto_round.layouts.floats import (
+    AUTO_ROUND_FLOATS,
+    COMPRESSED_TENSORS_FLOATS,
+    FloatLayout,
+    float_family_of,
     float_problem,
-    layout_name,
 )
 from auto_round.schemes import GroupSize, QuantizationScheme
 
@@ -21,12 +20,12 @@ _ACTIVATIONS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_d
 _COMPRESSED_TENSORS_PACKING = "auto_round:llm_compressor"
 
 
-def says_float(values: Mapping[str, Any]) -> bool:
+def is_float_config(values: Mapping[str, Any]) -> bool:
     """Whether the config's default, or one layer's entry, is of a small float type."""
-    return family_of(str(values.get("data_type") or "int")) is not None
+    return float_family_of(str(values.get("data_type") or "int")) is not None
 
 
-def native_fp8(values: Mapping[str, Any]) -> dict[str, Any]:
+def normalize_native_fp8(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config of `quant_method` "fp8" in AutoRound's words; any other as it is.
 
     Raises UnsupportedError for FP8 models without two-dimensional blocks.
@@ -54,7 +53,7 @@ def float_scheme(values: Mapping[str, Any], where: str) -> QuantizationScheme:
         ConfigError: malformed values.
     """
     data_type = str(values["data_type"])
-    if family_of(data_type) == "fp" and values.get("fmt") == "e5m2":
+    if float_family_of(data_type) == "fp" and values.get("fmt") == "e5m2":
         data_type = "fp8_e5m2"
     bits = values.get("bits", 4)
     if isinstance(bits, bool) or not isinstance(bits, int):
@@ -73,15 +72,17 @@ def float_scheme(values: Mapping[str, Any], where: str) -> QuantizationScheme:
     return scheme
 
 
-def naming_of(values: Mapping[str, Any]) -> Naming:
+def naming_of(values: Mapping[str, Any]) -> FloatLayout:
     """How the tensors of FP8 layers are called under a config's `packing_format`."""
-    return COMPRESSED_TENSORS if values.get("packing_format") == _COMPRESSED_TENSORS_PACKING else AUTO_ROUND
+    return (
+        COMPRESSED_TENSORS_FLOATS if values.get("packing_format") == _COMPRESSED_TENSORS_PACKING else AUTO_ROUND_FLOATS
+    )
 
 
-def described(scheme: QuantizationScheme, naming: Naming) -> dict[str, Any]:
+def scheme_values(scheme: QuantizationScheme, naming: FloatLayout) -> dict[str, Any]:
     """The values that `float_scheme` and `naming_of` read, for entries that change some of them."""
     size = scheme.group_size
-    packing = {"packing_format": _COMPRESSED_TENSORS_PACKING} if naming is COMPRESSED_TENSORS else {}
+    packing = {"packing_format": _COMPRESSED_TENSORS_PACKING} if naming is COMPRESSED_TENSORS_FLOATS else {}
     return {
         "bits": scheme.bits, "sym": scheme.sym, "data_type": scheme.data_type, **packing,
         "group_size": list(size) if isinstance(size, tuple) else size, **{key: scheme[key] for key in _ACTIVATIONS},
@@ -100,6 +101,3 @@ def _group_size(values: Mapping[str, Any], where: str) -> GroupSize:
     if isinstance(size, bool) or not isinstance(size, int):
         raise ConfigError(f"{where} has group_size={size!r}, which is not a whole number")
     return size
-
-
-__all__ = ["described", "float_scheme", "layout_name", "naming_of", "native_fp8", "says_float"]

@@ -1,5 +1,8 @@
-"""A linear layer that keeps its weight packed: dequantized for each call in plain PyTorch on any device, or run by a
-kernel."""
+"""QuantLinear: a linear layer with packed integer weights in GPTQ or AWQ layout.
+
+Without a kernel it dequantizes the weight for each call, in plain PyTorch on any device; with one, the kernel
+holds the codes in its own layout and computes the product.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,19 @@ from typing import Any
 import torch
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.export.packing.awq import pack_awq, unpack_awq, unpack_awq_rows
-from auto_round.export.packing.bits import packs_evenly, period, unpack_words, words_needed
-from auto_round.export.packing.gptq import pack_gptq, unpack_gptq, unpack_gptq_zeros
-from auto_round.inference.config_reader import LayerFormat
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel, kernel_class
-from auto_round.inference.packed_linear import PLAIN, PackedLinear
+from auto_round.inference.config import LayerFormat
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, kernel_class
+from auto_round.inference.linear import TORCH_BACKEND, PackedLinear
+from auto_round.layouts.awq import pack_awq, unpack_awq, unpack_awq_rows
+from auto_round.layouts.gptq import (
+    pack_gptq,
+    packs_evenly,
+    period,
+    unpack_gptq,
+    unpack_gptq_zeros,
+    unpack_words,
+    words_needed,
+)
 from auto_round.logger import warn_once
 
 # Weights dequantized at once: bounds the temporary copies, which take about 9 bytes for each.
@@ -37,7 +47,7 @@ class QuantLinear(PackedLinear):
     """
 
     words: str = "qweight"
-    kept: tuple[str, ...] = ("scales",)
+    uncast_buffers: tuple[str, ...] = ("scales",)
     qweight: torch.Tensor | None
     qzeros: torch.Tensor
     scales: torch.Tensor
@@ -58,16 +68,16 @@ class QuantLinear(PackedLinear):
         self.register_buffer("qzeros", torch.zeros(shapes["qzeros"], dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.zeros(shapes["scales"], dtype=scale_dtype, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
-        self.register_buffer("g_idx", self.plain_order(device) if g_idx else None)
+        self.register_buffer("g_idx", self.default_g_idx(device) if g_idx else None)
         self._in_order = not g_idx
         #: "module:Class" of the kernel that the loader chose for it, and the kind of device that it was chosen for.
-        self.kernel_path, self.made_for = "", ""
+        self.kernel_path, self.kernel_device = "", ""
         self._loaded = False
         # Not a submodule: its buffers are no part of the checkpoint, and it moves by being built anew.
         self._kernel: list[LinearKernel] = []
         self._order: torch.Tensor | None = None
 
-    def plain_order(self, device: torch.device | str | None = None) -> torch.Tensor:
+    def default_g_idx(self, device: torch.device | str | None = None) -> torch.Tensor:
         """int32 [in]: the group of each input column when groups follow each other."""
         return torch.arange(self.in_features, dtype=torch.int32, device=device) // self.group_size
 
@@ -79,7 +89,7 @@ class QuantLinear(PackedLinear):
         """
         if self.g_idx is None:
             return
-        self._in_order = torch.equal(self.g_idx, self.plain_order(self.g_idx.device))
+        self._in_order = torch.equal(self.g_idx, self.default_g_idx(self.g_idx.device))
         if not self._in_order and not bool(((self.g_idx >= 0) & (self.g_idx < self.groups)).all()):
             raise ModelError(f"{name or 'layer'}: g_idx points outside the {self.groups} groups; fetch the files again")
 
@@ -109,14 +119,14 @@ class QuantLinear(PackedLinear):
         """Once the layer is loaded: build the kernel that was chosen for it, if there is one and the layer is on the
         device that it is for. From now on it is built anew when the layer comes back to that device."""
         self._loaded = True
-        if not self.kernel_path or self._kernel or self.scales.device.type != self.made_for:
+        if not self.kernel_path or self._kernel or self.scales.device.type != self.kernel_device:
             return
         try:
             self.use_kernel(kernel_class(self.kernel_path))
         except UnsupportedError as error:
             reason = f"with {self.backend}: {error}"
             warn_once("layers such as %s run in plain PyTorch, not %s", name or "one", reason, key=reason)
-            self.kernel_path, self.backend = "", PLAIN
+            self.kernel_path, self.backend = "", TORCH_BACKEND
 
     @torch.no_grad()
     def use_kernel(self, kind: type[LinearKernel]) -> None:
@@ -147,9 +157,9 @@ class QuantLinear(PackedLinear):
             codes = self._kernel[0].codes()
             if self._order is None:
                 return codes
-            there = torch.empty_like(codes)
-            there[:, self._order] = codes
-            return there
+            target = torch.empty_like(codes)
+            target[:, self._order] = codes
+            return target
         assert self.qweight is not None
         if self.format.layout == "awq":
             return unpack_awq(self.qweight, self.qzeros)[0]
@@ -174,18 +184,21 @@ class QuantLinear(PackedLinear):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        here = self.scales.device
-        there = fn(torch.empty(0, dtype=self.dtype, device=here)).device
-        if there != here:
-            if self.made_for and there.type not in (self.made_for, "meta"):
+        source = self.scales.device
+        target = fn(torch.empty(0, dtype=self.dtype, device=source)).device
+        if target != source:
+            if self.kernel_device and target.type not in (self.kernel_device, "meta"):
                 warn_once(
                     "the model was loaded for %s and moved to %s, where its quantized layers run in plain PyTorch; "
-                    "please avoid moving a quantized model: load it with device_map=%r", self.made_for, there.type,
-                    there.type, key=f"moved from {self.made_for} to {there.type}",
-                )  # fmt: skip
+                    "please avoid moving a quantized model: load it with device_map=%r",
+                    self.kernel_device,
+                    target.type,
+                    target.type,
+                    key=f"moved from {self.kernel_device} to {target.type}",
+                )
             self.drop_kernel()
         super()._apply(fn, recurse)
-        if there != here and self._loaded and self.is_loaded:
+        if target != source and self._loaded and self.is_loaded:
             self.start_kernel()
         return self
 
@@ -212,7 +225,7 @@ class QuantLinear(PackedLinear):
         dense = torch.empty(self.in_features, self.out_features, dtype=dtype, device=self.scales.device)
         codes = self._codes() if self._kernel else None
         zeros, scales = self._zero_rows().float(), self.scales.float()
-        for start, stop in self._pieces():
+        for start, stop in self._row_chunks():
             target = dense[start:stop]
             values = target if dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
             values.copy_(self._code_rows(start, stop) if codes is None else codes[:, start:stop].T)
@@ -231,7 +244,7 @@ class QuantLinear(PackedLinear):
                 target.copy_(values)
         return dense
 
-    def _pieces(self) -> Iterator[tuple[int, int]]:
+    def _row_chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of input rows that start on a word and, where that fits, on a group."""
         word = 1 if self.format.layout == "awq" else period(self.bits)[0]
         unit = lcm(word, self.group_size)
@@ -255,7 +268,7 @@ class QuantLinear(PackedLinear):
         return unpack_gptq_zeros(self.qzeros, self.bits, self.format.zero_offset).T
 
 
-def packable(in_features: int, out_features: int, fmt: LayerFormat) -> str | None:
+def shape_problem(in_features: int, out_features: int, fmt: LayerFormat) -> str | None:
     """None when a layer of this shape can be stored in `fmt`, or the reason why not."""
     unit = period(fmt.bits)[0]
     if fmt.layout == "awq":
@@ -270,7 +283,7 @@ def packable(in_features: int, out_features: int, fmt: LayerFormat) -> str | Non
 
 def expected_shapes(in_features: int, out_features: int, fmt: LayerFormat) -> dict[str, tuple[int, ...]]:
     """Shapes of `qweight`, `qzeros` and `scales`. Raises UnsupportedError when the layer does not fill whole words."""
-    reason = packable(in_features, out_features, fmt)
+    reason = shape_problem(in_features, out_features, fmt)
     if reason is not None:
         raise UnsupportedError(f"a layer of {out_features} x {in_features} cannot be packed: {reason}")
     groups = 1 if fmt.group_size <= 0 else -(-in_features // fmt.group_size)

@@ -1,24 +1,58 @@
-"""The attention of decoder blocks: which modules hand keys and values to a cache, found from structure alone.
+"""Find attention modules and the argument that takes their KV cache, from structure alone.
 
-The argument that takes the cache is recognised by its type and by what the code does with it, so that a new name for
-it (Transformers 5.24 says `cache` where older ones say `past_key_values`) changes nothing.
+The cache argument is recognised by its type and by what the code does with it, so that a new name for it
+(Transformers 5.24 says `cache` where older ones say `past_key_values`) changes nothing. `library_error` reports
+an observation that only a change in a library explains.
 """
 
 from __future__ import annotations
 
 import dis
 import inspect
+import platform
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from types import CodeType
 from typing import Any, get_args
 
 from torch import nn
 
-from auto_round.errors import UnsupportedError
-from auto_round.modeling.config_values import integers, layer_value, read_value
+from auto_round._version import __version__
+from auto_round.errors import LibraryError, UnsupportedError
+from auto_round.modeling.config import integers, layer_value, read_value
+
+
+def library_error(found: str, instead: str) -> LibraryError:
+    """The error for an observer that saw nothing, or for anything else that only a change in a library explains.
+
+    It is told apart from what a model lacks: the message says that this package is at fault, and with which versions.
+
+    Args:
+        found: what was expected and what was found instead.
+        instead: what the user can do until a new version of this package knows better.
+    """
+    libraries = ", ".join(f"{name} {_installed(name)}" for name in ("torch", "transformers"))
+    return LibraryError(
+        f"{found}. This is a fault of auto-round with the installed libraries, not of the model: please report it with "
+        f"the model's config.json and these versions: auto-round {__version__}, {libraries}, "
+        f"Python {platform.python_version()}. Until it is mended, {instead}"
+    )
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+# The attention of decoder blocks: which modules hand keys and values to a cache, found from structure alone.
+#
+# The argument that takes the cache is recognised by its type and by what the code does with it, so that a new name for
+# it (Transformers 5.24 says `cache` where older ones say `past_key_values`) changes nothing.
 
 # Names under which attention takes its cache even where neither a type nor the code tells (models with own code).
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -59,7 +93,7 @@ def find_attention(root: nn.Module) -> list[Attention]:
     for name, module in root.named_modules():
         cache = _cache_argument(module)
         if cache and name and not any(_cache_argument(m) for m in module.modules() if m is not module):
-            found.append(Attention(name, module, cache, _shown(module)))
+            found.append(Attention(name, module, cache, _observable(module)))
     return found
 
 
@@ -93,16 +127,16 @@ def head_counts(attention: Attention, config: Any) -> tuple[int, int]:
             "are no static scales: leave static_kv_dtype and static_attention_dtype out"
         )
     layer = getattr(attention.module, "layer_idx", None)
-    heads = _first(sources, _HEADS, layer)
+    heads = _first_size(sources, _HEADS, layer)
     if heads is None:
         raise UnsupportedError(
             f"{type(attention.module).__name__} does not tell how many heads it has, so static scales cannot be "
             "planned: leave static_kv_dtype and static_attention_dtype out"
         )
-    return heads, _first(sources, _KEY_VALUE_HEADS, layer) or heads
+    return heads, _first_size(sources, _KEY_VALUE_HEADS, layer) or heads
 
 
-def with_argument(
+def replace_argument(
     module: nn.Module, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call of `module.forward` with one of them replaced, however it was passed."""
@@ -139,7 +173,7 @@ def _cache_argument_of(kind: Any) -> str | None:
     return found[0] if found else None
 
 
-def _shown(module: nn.Module) -> frozenset[str]:
+def _observable(module: nn.Module) -> frozenset[str]:
     shared = getattr(module, "is_kv_shared_layer", False) or getattr(module, "kv_shared_layer_index", None) is not None
     keys_values = {"k", "v"} if _mentions(_kind(module), _UPDATE) and not shared else set()
     return frozenset(keys_values | ({"q"} if _mentions(_kind(module), _TABLE) else set()))
@@ -202,7 +236,7 @@ def _reads(function: Any) -> list[tuple[str, str]]:
     return found
 
 
-def _first(sources: list[Any], names: tuple[str, ...], layer: int | None) -> int | None:
+def _first_size(sources: list[Any], names: tuple[str, ...], layer: int | None) -> int | None:
     for source in sources:
         for name in names:
             value = layer_value(source, name, layer)

@@ -1,4 +1,4 @@
-"""Which modules of a model are its decoder blocks, and which modules are linear: found from structure alone."""
+"""Find a model's decoder blocks and linear layers from structure alone, without a list of families."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def is_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not (isinstance(weight, torch.Tensor) and weight.dim() == 2):
         return False
-    return not (isinstance(module, nn.Linear) and has_own_forward(module)) or _computes_linear(module)
+    return not (isinstance(module, nn.Linear) and overrides_forward(module)) or _computes_linear(module)
 
 
-def has_own_forward(module: nn.Module) -> bool:
+def overrides_forward(module: nn.Module) -> bool:
     """Whether `module` is of a subclass of nn.Linear that overrides `forward`."""
     return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
 

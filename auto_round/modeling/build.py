@@ -1,9 +1,16 @@
-"""From a folder's config.json to a model on the meta device."""
+"""Load and validate config.json, and build the model on the meta device.
+
+`RawConfig` reads config.json without Transformers. Checks refuse a config.json that runs foreign code, has
+sizes that no model has, or belongs to a vision or audio model whose causal class in Transformers is the text
+part alone (Qwen3.5, Llama 4, Mllama): `AutoModelForCausalLM` drops the tensors of the tower silently.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,13 +19,176 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from auto_round.errors import ModelError
-from auto_round.modeling.config_checks import check_code
-from auto_round.modeling.config_values import read_value, text_config
-from auto_round.modeling.json_text import read_object
-from auto_round.modeling.links import inside
-from auto_round.modeling.tensor_files import TensorFiles
-from auto_round.modeling.towers import MODEL_FREE, reads_more_than_text
+from auto_round.errors import ModelError, UnsupportedError
+from auto_round.modeling.config import LAYER_COUNTS, read_value, text_config
+from auto_round.modeling.files.folder import check_inside, read_object
+from auto_round.modeling.files.safetensors import TensorFiles
+
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+
+class RawConfig:
+    """The values of a config.json as attributes; a mapping inside stays one, but for the text part.
+
+    Args:
+        values: of the file. They are not changed.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(copy.deepcopy(values))
+        for key in _TEXT_PARTS:
+            part = self.__dict__.get(key)
+            if isinstance(part, dict):
+                self.__dict__[key] = RawConfig(part)
+        if "dtype" not in self.__dict__ and "torch_dtype" in self.__dict__:
+            self.__dict__["dtype"] = self.__dict__.pop("torch_dtype")
+
+    def get_text_config(self) -> RawConfig:
+        """The part that describes the language model; itself where there is one part only."""
+        for key in _TEXT_PARTS:
+            part = self.__dict__.get(key)
+            if isinstance(part, RawConfig):
+                return part.get_text_config()
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """As read, but for what was deleted."""
+        return {k: v.values() if isinstance(v, RawConfig) else copy.deepcopy(v) for k, v in self.__dict__.items()}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The same as JSON; `use_diff` is of no consequence, since nothing is known of defaults."""
+        return json.dumps(self.values(), indent=2, sort_keys=True)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"config.json has no {name!r}")
+
+
+def read_config(folder: Path) -> RawConfig:
+    """The config.json of a folder. Raises ModelError when there is none, or it is no JSON object."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder of a model with config.json and safetensors")
+    return RawConfig(read_object(check_inside(folder, file)))
+
+
+# What a config.json from elsewhere may not do: name code to run, or sizes that no model has.
+
+# Transformers takes a hub id in place of a name here, and fetches and runs the kernel of that repository.
+_IMPLEMENTATIONS = (
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+    "_experts_implementation", "_experts_implementation_internal", "use_kernels", "kernel_config",
+)  # fmt: skip
+_MAX_SIZES = {
+    "hidden_size": 1 << 20, "n_embd": 1 << 20, "d_model": 1 << 20, "intermediate_size": 1 << 24, "ffn_dim": 1 << 24,
+    "vocab_size": 1 << 24, "num_attention_heads": 1 << 16, "n_head": 1 << 16, "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16, "num_experts": 1 << 16, "num_local_experts": 1 << 16, "n_routed_experts": 1 << 16,
+    "max_position_embeddings": 1 << 28, "n_positions": 1 << 28,
+}  # fmt: skip
+
+
+def check_code(values: Mapping[str, Any], file: Path) -> None:
+    """Raise ModelError when a configuration makes Transformers run code that is not its own.
+
+    `auto_map`, the model's own Python files, is left to Transformers, which refuses it by itself.
+    """
+    for key in _IMPLEMENTATIONS:
+        value = values.get(key)
+        foreign = value not in (None, False, {}) if key in ("use_kernels", "kernel_config") else _is_repository(value)
+        if foreign:
+            raise ModelError(
+                f"{file} asks with {key}={value!r} for code from a repository, which is not run unless you trust it: "
+                "take the key out, or pass trust_remote_code=True (--trust_remote_code)"
+            )
+    for value in values.values():
+        if isinstance(value, Mapping):
+            check_code(value, file)
+
+
+def _is_repository(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_is_repository(part) for part in value.values())
+    return isinstance(value, str) and ("/" in value or ":" in value)
+
+
+def check_sizes(file: Path, config: Any, tensors: int) -> None:
+    """Raise ModelError for a size in the configuration that no model has, so that nothing of it is built.
+
+    Args:
+        file: of the configuration, for messages.
+        config: as an object; its text part is looked at.
+        tensors: in the checkpoint, of which every layer has some.
+    """
+    text = text_config(config)
+    for key, most in {**_MAX_SIZES, **dict.fromkeys(LAYER_COUNTS, tensors)}.items():
+        value = read_value(text, key)
+        each = value if isinstance(value, (list, tuple)) else [value]  # some families give a size for each layer
+        unlimited = -1 if key == "max_position_embeddings" else None  # XLNet's way to say that there is no limit
+        if any(not _is_size(number, most) for number in each if number is not None and number != unlimited):
+            allowed = f"the {tensors} tensors of the files allow" if key in LAYER_COUNTS else "a model can have"
+            raise ModelError(f"{file} says {key}={value!r}, and at most {most} are what {allowed}; fetch it again")
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+# Models that read images or sound beside text, of which Transformers' causal class is the text part alone.
+#
+# Qwen3.5, Llama 4, Mllama and others: `AutoModelForCausalLM` builds a class without the tower, which drops its tensors
+# without a word, while config.json goes on promising them.
+
+# Modules beside the language model; "vq" are image tokenizers.
+_TOWER = re.compile(
+    r"(?:^|\.)(?:\w*(?:vision|visual|image|video|audio|speech|sound)\w*|vqmodel|vq_model|multi_modal_projector"
+    r"|mm_projector|multimodal_projector)\."
+)
+_PARTS = ("vision_config", "audio_config", "vq_config", "vision_tower_config", "speech_config", "sound_config")
+MODEL_FREE_ADVICE = (
+    "leave tuning out and use model-free mode, which keeps all its tensors and rounds the language layers: "
+    "model_free=True (--model_free)"
+)
+
+
+def tower_tensors(names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's tensors that belong to what reads images or sound."""
+    return [name for name in names if _TOWER.search(name)]
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether a configuration describes a part that reads images or sound."""
+    return any(getattr(config, part, None) is not None for part in _PARTS)
+
+
+def check_towers(config: Any, names: Iterable[str], model: str) -> None:
+    """Refuse a checkpoint whose vision or audio part the causal class of its family would drop.
+
+    A text-only checkpoint of such a family passes.
+
+    Args:
+        names: of the checkpoint's tensors.
+        model: for messages.
+
+    Raises UnsupportedError.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    named = tuple(getattr(config, "architectures", None) or ())
+    if not is_multimodal(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    classes = [kind.__name__ for kind in (found if isinstance(found, (tuple, list)) else (found,))]
+    if any(name in classes for name in named):
+        return
+    lost = tower_tensors(names)
+    if lost:
+        what = f"config.json names {named[0]}" if named else "config.json names no class"
+        raise UnsupportedError(
+            f"{model} reads more than text: {what}, and {classes[0]}, which is tuned, has no place for {len(lost)} of "
+            f"its tensors, such as {lost[0]}; {MODEL_FREE_ADVICE}"
+        )
+
+
+# From a folder's config.json to a model on the meta device.
 
 _OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
@@ -39,7 +209,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, causal: bool =
             )
         raise ModelError(f"{folder} has no config.json; give the folder of a Transformers model")
     try:
-        raw = read_object(inside(folder, file))
+        raw = read_object(check_inside(folder, file))
         if not trust_remote_code:
             check_code(raw, file)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -77,8 +247,8 @@ def _check_causal(config: Any, folder: Path, remote: bool) -> None:
         reason = f"AutoModelForCausalLM knows no model for its {kind.__name__}"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
         reason = f"its {kind.__name__} describes an encoder (is_decoder is false)"
-    if reason and reads_more_than_text(config):
-        raise ModelError(f"{folder} reads more than text, and is not tuned: {reason}; {MODEL_FREE}")
+    if reason and is_multimodal(config):
+        raise ModelError(f"{folder} reads more than text, and is not tuned: {reason}; {MODEL_FREE_ADVICE}")
     if reason:
         raise ModelError(
             f"{folder} is not a causal language model: {reason}; only decoder-only language models can be quantized"
@@ -147,7 +317,7 @@ def dominant_dtype(files: TensorFiles) -> torch.dtype:
     return max(sizes, key=lambda d: sizes[d], default=torch.float32)
 
 
-def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+def float32_filter(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
     """Which parameters the family keeps in float32: one list holds for float16, a stricter one for bfloat16 too."""
     patterns: set[str] = set()
     if dtype in (torch.float16, torch.bfloat16):

@@ -19,7 +19,7 @@ from torch import nn
 _EXPERT_LEAF = re.compile(r"\.experts\.\*\.(?P<leaf>\w+)\.weight$")
 
 
-class ExpertLeaves(NamedTuple):
+class ExpertLayerNames(NamedTuple):
     """What the matrices of one expert are called."""
 
     gate: str
@@ -27,7 +27,7 @@ class ExpertLeaves(NamedTuple):
     down: str
 
 
-USUAL_LEAVES = ExpertLeaves("gate_proj", "up_proj", "down_proj")
+DEFAULT_EXPERT_NAMES = ExpertLayerNames("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Conversions:
         """The converter that `pattern`, as `loaded` returned it, belongs to."""
         return next(converter for converter in self.converters if pattern in converter.source_patterns)
 
-    def expert_leaves(self) -> ExpertLeaves | None:
+    def expert_leaves(self) -> ExpertLayerNames | None:
         """How checkpoints call the matrices of experts that they store one by one; None where they do not.
 
         A family without a gate gets its usual name for it, which no tensor has.
@@ -93,7 +93,7 @@ class Conversions:
                 found[target.removesuffix("_proj")] = leaves[0]
         if not {"up", "down"} <= set(found):
             return None
-        return ExpertLeaves(found.get("gate", USUAL_LEAVES.gate), found["up"], found["down"])
+        return ExpertLayerNames(found.get("gate", DEFAULT_EXPERT_NAMES.gate), found["up"], found["down"])
 
     def inverse(self) -> Conversions:
         """The mapping from the model's names to the checkpoint's: converters first, then renamings, last to first.

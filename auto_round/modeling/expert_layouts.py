@@ -1,7 +1,8 @@
-"""How modules store the experts of a block in fused parameters, and which layout a given module has.
+"""Describe how fused MoE parameters store the experts, and detect the layout of a module.
 
-Most families declare their layout through the attributes that Transformers' `use_experts_implementation` sets. The few
-classes that declare nothing are rows of `UNDECLARED`; a test compares the outputs of each with the module's own.
+Most families declare their layout through the attributes that Transformers' `use_experts_implementation` sets.
+The few classes that declare nothing are rows of `UNDECLARED`; a test compares the outputs of each with the
+module's own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Mixture-of-experts weights as linear layers.
+"""Replace fused mixture-of-experts modules by linear layers with the same outputs.
 
-Transformers 5 stores the experts of a block as 3-D parameters (`gate_up_proj` [E, 2I, H], `down_proj` [E, H, I]).
-Quantizers, formats and runtimes know linear layers, so such a module is replaced by `LinearExperts`, whose children
-"0", "1", ... each hold `gate_proj`, `up_proj` and `down_proj`, and whose numbers and signature are the same.
+Transformers 5 stores the experts of a block as 3-D parameters (`gate_up_proj` [E, 2I, H], `down_proj` [E, H,
+I]). Quantizers, formats and runtimes work on linear layers, so such a module is replaced by `LinearExperts`,
+whose children "0", "1", ... each hold `gate_proj`, `up_proj` and `down_proj`, and whose outputs and signature
+are the same.
 """
 
 from __future__ import annotations
@@ -13,14 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from auto_round.modeling.conversions import USUAL_LEAVES, ExpertLeaves
-from auto_round.modeling.expert_layouts import (
-    ExpertPiece,
-    expert_count,
-    expert_layout,
-    expert_sizes,
-    fused_params,
-)
+from auto_round.modeling.conversions import DEFAULT_EXPERT_NAMES, ExpertLayerNames
+from auto_round.modeling.expert_layouts import ExpertPiece, expert_count, expert_layout, expert_sizes, fused_params
 
 
 class ExpertMLP(nn.Module):
@@ -34,10 +29,10 @@ class ExpertMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=bias, **factory)
 
 
-class ExpertsTogether(Protocol):
+class BatchedExperts(Protocol):
     """Runs the layers of all experts in one go."""
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether it still does what the layers would."""
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -65,7 +60,7 @@ class LinearExperts(nn.Module):
         self.layout, self.num_experts = layout, expert_count(fused, layout)
         self.transposed, self.interleaved = layout.transposed, layout.interleaved
         self.has_gate, self.has_bias = bool(layout.gate), bool(layout.bias)
-        self.leaves = [USUAL_LEAVES] * self.num_experts
+        self.leaves = [DEFAULT_EXPERT_NAMES] * self.num_experts
         self.hidden_dim, self.intermediate_dim = expert_sizes(fused, layout)
         self._stored = {name: tuple(p.shape) for name, p in params.items()}
         down = params[layout.down]
@@ -97,7 +92,7 @@ class LinearExperts(nn.Module):
                 self.add_module(name, child)  # a norm, say: its tensors keep their names
         self.__dict__["_shell"] = fused
 
-    def call_leaves(self, index: int, leaves: ExpertLeaves) -> None:
+    def rename_layers(self, index: int, leaves: ExpertLayerNames) -> None:
         """Give the linear layers of an expert the names that a checkpoint has for them."""
         expert = self.get_submodule(str(index))
         layers = [expert._modules.pop(old, None) for old in self.leaves[index]]
@@ -106,13 +101,13 @@ class LinearExperts(nn.Module):
                 expert.add_module(name, layer)
         self.leaves[index] = leaves
 
-    def usual_names(self) -> dict[str, str]:
+    def default_names(self) -> dict[str, str]:
         """By the name under this module of every linear layer, the name that it has in a module just made."""
         return {
             f"{index}.{leaf}": f"{index}.{usual}"
             for index, leaves in enumerate(self.leaves)
-            for leaf, usual in zip(leaves, USUAL_LEAVES, strict=True)
-            if self.has_gate or usual != USUAL_LEAVES.gate
+            for leaf, usual in zip(leaves, DEFAULT_EXPERT_NAMES, strict=True)
+            if self.has_gate or usual != DEFAULT_EXPERT_NAMES.gate
         }
 
     def _take(self, params: Mapping[str, nn.Parameter]) -> None:
@@ -196,7 +191,7 @@ class RoutedExperts(LinearExperts):
         together: what runs all experts instead of their layers, one after the other, where no gradient is wanted.
     """
 
-    together: ExpertsTogether | None = None
+    together: BatchedExperts | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -229,7 +224,7 @@ class RoutedExperts(LinearExperts):
     def _runs_together(self, hidden: torch.Tensor) -> bool:
         if self.together is None or hidden.numel() == 0 or (hidden.requires_grad and torch.is_grad_enabled()):
             return False
-        if not torch.compiler.is_compiling() and not self.together.holds():
+        if not torch.compiler.is_compiling() and not self.together.is_valid():
             self.together = None
         return self.together is not None
 
@@ -282,10 +277,10 @@ class ExpertProjection(LinearExperts):
     def _layer_names(self, index: int) -> tuple[str, str, str]:
         return "", "", str(index)
 
-    def call_leaves(self, index: int, leaves: ExpertLeaves) -> None:
+    def rename_layers(self, index: int, leaves: ExpertLayerNames) -> None:
         """Its layers have no other name than their number."""
 
-    def usual_names(self) -> dict[str, str]:
+    def default_names(self) -> dict[str, str]:
         return {str(index): str(index) for index in range(self.num_experts)}
 
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
@@ -325,11 +320,11 @@ def unfuse_experts(model: nn.Module) -> list[str]:
     return names
 
 
-def usual_expert_names(model: nn.Module) -> dict[str, str]:
+def default_expert_names(model: nn.Module) -> dict[str, str]:
     """By its name in `model`, what a layer of an expert is called where checkpoints do not say otherwise."""
     return {
         f"{prefix}.{name}": f"{prefix}.{usual}"
         for prefix, module in model.named_modules()
         if isinstance(module, LinearExperts)
-        for name, usual in module.usual_names().items()
+        for name, usual in module.default_names().items()
     }

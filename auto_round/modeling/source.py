@@ -1,7 +1,8 @@
-"""A model as a source of blocks: hands out any module with real weights and takes it back.
+"""Define the model source: a model whose modules are loaded with real weights on demand and released again.
 
 `CheckpointSource` (a folder or hub id) keeps all parameters on the meta device and reads them when asked.
-`LiveSource` wraps a model object of the user's, in place.
+`LiveSource` wraps a model object of the user in place. `check_finite` reports NaN and Inf as soon as a tensor
+is loaded.
 """
 
 from __future__ import annotations
@@ -14,12 +15,58 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from auto_round.errors import ConfigError, ModelError
+from auto_round.errors import ConfigError, ModelError, NumericsError
 from auto_round.modeling.blocks import find_blocks
 
 if TYPE_CHECKING:
-    from auto_round.modeling.checkpoint_map import TensorPlan
-    from auto_round.modeling.checkpoint_names import CheckpointNames
+    from auto_round.modeling.tensor_map import CheckpointNames, TensorPlan
+
+
+_CHUNK = 1 << 22
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """True when a tensor of any shape and dtype holds neither NaN nor Inf. Integers always do.
+
+    One pass over the data: the extremes are infinite or NaN exactly when some element is (`aminmax` hands NaN on), so
+    that no mask of the tensor's size is built.
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return True
+    flat = tensor.detach()
+    if tensor.element_size() == 1:  # 8-bit floats have no reductions of their own
+        parts = flat.reshape(-1).split(_CHUNK)
+        return all(is_finite(part.to(torch.float32)) for part in parts)
+    low, high = torch.aminmax(flat)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def count_non_finite(tensor: torch.Tensor) -> str | None:
+    """How many elements are bad, in words such as "2 NaN and 0 Inf among 64 values of torch.float32"; None for none."""
+    if is_finite(tensor):
+        return None
+    nan = infinite = 0
+    for part in tensor.detach().reshape(-1).split(_CHUNK):
+        values = part.to(torch.float32) if part.element_size() == 1 else part
+        nan += int(torch.isnan(values).sum())
+        infinite += int(torch.isinf(values).sum())
+    return f"{nan} NaN and {infinite} Inf among {tensor.numel()} values of {tensor.dtype}"
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise NumericsError that names `name` and counts the bad elements, when `tensor` holds NaN or Inf."""
+    bad = count_non_finite(tensor)
+    if bad is not None:
+        raise NumericsError(
+            f"tensor {name!r} holds {bad}; the weights are damaged: fetch the model again or use another checkpoint, "
+            "or leave the layer as it is with on_nan=keep (--on_nan keep)"
+        )
+
+
+# A model as a source of blocks: hands out any module with real weights and takes it back.
+#
+# `CheckpointSource` (a folder or hub id) keeps all parameters on the meta device and reads them when asked.
+# `LiveSource` wraps a model object of the user's, in place.
 
 Device = torch.device | str
 _SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -110,14 +157,14 @@ class ModelSource(ABC):
         """`tensor_plan` of a tensor's own copy in the checkpoint; None where it is only there as what it is tied to."""
         return None if tensor_name in self.tied() else self.tensor_plan(tensor_name)
 
-    def kept_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def unquantized_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape, and the dtype in which a tensor is written that is not quantized: that of the checkpoint."""
         plan = self.tensor_plan(tensor_name)
         shape, dtype = self.tensor_meta(tensor_name)
         return (shape, dtype) if not self.lazy or plan is None or plan.key is None else self.stored_meta(plan.key)
 
-    def read_kept(self, tensor_name: str) -> torch.Tensor:
-        """A tensor as `kept_meta` says."""
+    def read_unquantized(self, tensor_name: str) -> torch.Tensor:
+        """A tensor as `unquantized_meta` says."""
         plan = self.tensor_plan(tensor_name)
         if not self.lazy or plan is None or plan.key is None:
             return self.read(tensor_name)
@@ -126,7 +173,7 @@ class ModelSource(ABC):
     def checkpoint_naming(self) -> CheckpointNames:
         """What the checkpoint calls the modules."""
         if self._naming is None:
-            from auto_round.modeling.checkpoint_names import CheckpointNames
+            from auto_round.modeling.tensor_map import CheckpointNames
 
             self._naming = CheckpointNames(self)
         return self._naming
@@ -135,7 +182,7 @@ class ModelSource(ABC):
         """The checkpoint's own names of the tensors that `tensor_name` is made of; itself where nothing differs."""
         return (tensor_name,)
 
-    def outside_modules(self) -> list[str]:
+    def non_block_module_names(self) -> list[str]:
         """Names of the modules with parameters or persistent buffers of their own that are in no block."""
         blocks = tuple(f"{name}." for name in self.blocks)
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.tensor_names())
@@ -229,11 +276,11 @@ def open_source(
         ConfigError: a bad dtype or platform.
     """
     if isinstance(model, nn.Module):
-        from auto_round.modeling.live_source import LiveSource
+        from auto_round.modeling.live import LiveSource
 
         return LiveSource(model)
-    from auto_round.modeling.checkpoint_source import CheckpointSource
-    from auto_round.modeling.hub import model_folder
+    from auto_round.modeling.checkpoint import CheckpointSource
+    from auto_round.modeling.files.folder import model_folder
 
     folder = model_folder(model, trust_remote_code=trust_remote_code, platform=platform, allow_pickle=allow_pickle)
     return CheckpointSource(

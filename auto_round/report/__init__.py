@@ -1,1 +1,1 @@
-"""What is told about a run: progress while it goes on, a report and a model card afterwards."""
+"""Reporting of a run: memory and progress while it runs, report.json and a model card afterwards."""

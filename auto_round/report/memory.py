@@ -1,4 +1,4 @@
-"""Memory of this process: peaks so far, and sizes as words."""
+"""Memory use of this process: peaks of RAM and GPU memory, returning freed memory, sizes as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-_GATHERED = 128 << 20
+_TRIM_THRESHOLD = 128 << 20
 
 
 def peak_rss_bytes() -> int:
@@ -39,7 +39,7 @@ def rss_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def return_freed() -> None:
+def trim_heap() -> None:
     """Give the memory of freed tensors back to the system, where the C library can (glibc).
 
     It keeps what it got for tensors below 32 MB, and the holes between those that live on add up over blocks.
@@ -49,7 +49,7 @@ def return_freed() -> None:
         trim(0)
 
 
-class FreedMemory:
+class HeapTrimmer:
     """Memory of freed tensors, given back when much of it has gathered: what is used again soon is cheaper kept, as
     the system clears every page that it hands out.
 
@@ -57,14 +57,14 @@ class FreedMemory:
         gathered: how many bytes are much.
     """
 
-    def __init__(self, gathered: int = _GATHERED) -> None:
-        self._gathered, self._held = gathered, rss_bytes()
+    def __init__(self, threshold: int = _TRIM_THRESHOLD) -> None:
+        self._threshold, self._rss_at_trim = threshold, rss_bytes()
 
-    def give_back(self) -> None:
-        """`return_freed`, where the process has grown by as much since the last time."""
-        if rss_bytes() - self._held > self._gathered:
-            return_freed()
-            self._held = rss_bytes()
+    def trim_if_grown(self) -> None:
+        """`trim_heap`, where the process has grown by as much since the last time."""
+        if rss_bytes() - self._rss_at_trim > self._threshold:
+            trim_heap()
+            self._rss_at_trim = rss_bytes()
 
 
 @lru_cache(maxsize=1)
@@ -117,7 +117,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
 
 
-def peak_memory_text() -> str:
+def format_peak_memory() -> str:
     """Peak memory so far, as words: "RAM 1.21 GB" and, with a GPU in use, "GPU 3.40 GB"."""
     vram = peak_vram_bytes()
     return f"RAM {format_bytes(peak_rss_bytes())}" + (f", GPU {format_bytes(vram)}" if vram is not None else "")

@@ -1,4 +1,7 @@
-"""The model card: `README.md` of a saved model, with front matter as the Hugging Face hub reads it."""
+"""Write the model card, `README.md` of a saved model, with front matter for the Hugging Face hub.
+
+`add_quality` puts a later evaluation into the card and into report.json of a model that is already saved.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from auto_round.errors import OutputError
+from auto_round.report import run_report
 from auto_round.report.memory import format_bytes
-from auto_round.report.run_report import versions, write_text
+from auto_round.report.run_report import redact_paths, versions, write_text
 
 FILE_NAME = "README.md"
 
@@ -58,14 +63,14 @@ def is_hub_id(name: str) -> bool:
     )
 
 
-def shown_name(base_model: str) -> str:
+def display_name(base_model: str) -> str:
     """A hub id as it is; of a path only the last part, so that a card tells nothing about the machine."""
     return base_model if is_hub_id(base_model) else os.path.basename(os.path.abspath(os.path.expanduser(base_model)))
 
 
 def render_front_matter(card: ModelCard) -> str:
     """YAML between `---` lines. Texts are written as JSON strings, which are valid YAML whatever they hold."""
-    base = shown_name(card.base_model)
+    base = display_name(card.base_model)
     lines = ["---"]
     if is_hub_id(card.base_model):
         lines += [f"base_model: {json.dumps(base, ensure_ascii=False)}", "base_model_relation: quantized"]
@@ -80,18 +85,18 @@ def render_front_matter(card: ModelCard) -> str:
 
 def render_model_card(card: ModelCard) -> str:
     """The whole README.md."""
-    base = shown_name(card.base_model)
+    base = display_name(card.base_model)
     parts = [render_front_matter(card), f"# {base}, {card.scheme}", _summary(card, base)]
     if card.quality:
         parts.append("## Quality\n\n" + _table(("measure", "value"), list(card.quality.items())))
         if card.quality_note:
             parts.append(card.quality_note)
     parts.append("## How to run\n\n" + _usage(card.format))
-    made = [(str(k), _words(v)) for k, v in card.settings.items()]
+    made = [(str(k), _format_setting(v)) for k, v in card.settings.items()]
     made.append(("calibration data", card.data or "none"))
     parts.append("## How it was made\n\n" + _table(("setting", "value"), made))
     if card.exceptions:
-        parts.append("Layers with other settings:\n\n" + _table(("layer", "is"), _shortened(card.exceptions)))
+        parts.append("Layers with other settings:\n\n" + _table(("layer", "is"), _truncated_rows(card.exceptions)))
     parts.append("Versions: " + ", ".join(f"{k} {v}" for k, v in card.versions.items()))
     if card.files:
         parts.append("## Files\n\n" + _table(("file", "sha256"), list(card.files.items())))
@@ -161,12 +166,57 @@ def _cell(text: str) -> str:
     return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
-def _words(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "automatic" if value is None else str(value)
 
 
-def _shortened(rows: Mapping[str, str], most: int = 40) -> list[tuple[str, str]]:
+def _truncated_rows(rows: Mapping[str, str], most: int = 40) -> list[tuple[str, str]]:
     items = list(rows.items())
     return items if len(items) <= most else [*items[:most], (f"and {len(items) - most} more", "see report.json")]
+
+
+# Put a measurement into the model card and the report of a model that is saved already.
+
+_HEADING, _NEXT_HEADING = "## Quality\n", "## How to run\n"
+
+
+def add_quality(
+    folder: str | os.PathLike[str], values: Mapping[str, Any], rows: Sequence[tuple[str, str]], note: str
+) -> None:
+    """Write a measurement into README.md and report.json of `folder`, in place of an earlier one.
+
+    Args:
+        folder: a model written by this package; files that are not there are passed over.
+        values: the measurement as plain values, for report.json. Paths of models are cut to their last part.
+        rows: (measure, value) for the card's table.
+        note: on what it was measured.
+
+    Raises OutputError when a file cannot be written or is not what this package writes.
+    """
+    root = Path(folder)
+    report = root / run_report.FILE_NAME
+    if report.is_file():
+        try:
+            record = json.loads(report.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OutputError(f"{report} is not JSON ({error}); the measurement is not recorded") from error
+        quality = {k: display_name(v) if k in ("model", "reference") and v else v for k, v in values.items()}
+        record["quality"] = redact_paths(run_report.plain(quality), (str(root),))
+        run_report.write_text(report, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    card = root / FILE_NAME
+    if card.is_file():
+        run_report.write_text(
+            card, with_quality(card.read_text(encoding="utf-8"), rows, redact_paths(note, (str(root),)))
+        )
+
+
+def with_quality(card: str, rows: Sequence[tuple[str, str]], note: str) -> str:
+    """The text of a model card with this table as its section on quality."""
+    table = ["| measure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    section = "\n".join([_HEADING, *table, "", note, "", ""])
+    start, end = card.find(_HEADING), card.find(_NEXT_HEADING)
+    if end < 0:
+        return card.rstrip("\n") + "\n\n" + section.rstrip("\n") + "\n"
+    return card[: start if 0 <= start < end else end] + section + card[end:]

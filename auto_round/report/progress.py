@@ -1,7 +1,7 @@
-"""Progress of a run, for people: a bar on a terminal, plain log lines elsewhere.
+"""Show the progress of a run: a bar on a terminal, plain log lines elsewhere.
 
-A driver calls `start`, then `block` after each block, `message` for single facts, and `finish`, or uses the object in
-a `with` statement, which finishes also after an error.
+A driver calls `start`, then `block` after each block, `message` for other information, and `finish`; or it uses
+the object in a `with` statement, which also finishes after an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from auto_round.logger import logger
-from auto_round.report.memory import format_seconds, peak_memory_text
+from auto_round.report.memory import format_peak_memory, format_seconds
 
 
 class Progress(Protocol):
@@ -31,22 +31,22 @@ class Progress(Protocol):
         """The work is over, or was given up. Calling it again does nothing."""
 
 
-class _Base:
+class _ProgressBase:
     """Counting and time left, shared by all kinds."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.total = 0
         self.done = 0
-        self._earlier = 0
+        self._done_before = 0
         self._start = time.monotonic()
 
     def start(self, total_blocks: int, done: int = 0) -> None:
-        self.total, self.done, self._earlier, self._start = total_blocks, done, done, time.monotonic()
+        self.total, self.done, self._done_before, self._start = total_blocks, done, done, time.monotonic()
 
     def seconds_left(self) -> float | None:
         """Estimate from the mean time of the blocks so far; None before the first."""
-        measured = self.done - self._earlier
+        measured = self.done - self._done_before
         if not measured:
             return None
         return (time.monotonic() - self._start) / measured * max(0, self.total - self.done)
@@ -61,7 +61,7 @@ class _Base:
         """Nothing to close."""
 
 
-class NullProgress(_Base):
+class NullProgress(_ProgressBase):
     """Says nothing."""
 
     def __init__(self, title: str = "") -> None:
@@ -74,7 +74,7 @@ class NullProgress(_Base):
         """Dropped."""
 
 
-class LogProgress(_Base):
+class LogProgress(_ProgressBase):
     """One log line per block."""
 
     def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
@@ -82,17 +82,17 @@ class LogProgress(_Base):
         left = self.seconds_left()
         parts = [f"{self.title} {self.done}/{self.total} {name}"]
         if loss_after is not None:
-            parts.append(f"loss {loss_text(loss_before, loss_after)}")
+            parts.append(f"loss {format_loss(loss_before, loss_after)}")
         if left is not None:
             parts.append(f"{format_seconds(left)} left")
-        parts.append(f"peak {peak_memory_text()}")
+        parts.append(f"peak {format_peak_memory()}")
         logger.info(", ".join(parts))
 
     def message(self, text: str) -> None:
         logger.info(text)
 
 
-class BarProgress(_Base):
+class BarProgress(_ProgressBase):
     """A bar that stays on the terminal's last line; log lines scroll above it."""
 
     def __init__(self, title: str, stream: TextIO | None = None) -> None:
@@ -118,15 +118,15 @@ class BarProgress(_Base):
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._loss = ""
-        self._task = self._bar.add_task(self.title, total=total_blocks, completed=done, facts=self._facts())
+        self._task = self._bar.add_task(self.title, total=total_blocks, completed=done, facts=self._status_text())
         self._bar.start()
 
     def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
         self.done += 1
         if loss_after is not None:
-            self._loss = f"loss {loss_text(loss_before, loss_after)}"
+            self._loss = f"loss {format_loss(loss_before, loss_after)}"
         if self._task is not None:
-            self._bar.update(self._task, completed=self.done, facts=self._facts(name))
+            self._bar.update(self._task, completed=self.done, facts=self._status_text(name))
 
     def message(self, text: str) -> None:
         logger.info(text)
@@ -134,15 +134,15 @@ class BarProgress(_Base):
     def finish(self) -> None:
         self._bar.stop()
 
-    def _facts(self, name: str = "") -> str:
+    def _status_text(self, name: str = "") -> str:
         left = self.seconds_left()
         parts = [f"block {self.done}/{self.total}", name, self._loss]
         parts.append("" if left is None else f"{format_seconds(left)} left")
-        parts.append(f"peak {peak_memory_text()}")
+        parts.append(f"peak {format_peak_memory()}")
         return "  ".join(p for p in parts if p)
 
 
-def loss_text(before: float | None, after: float) -> str:
+def format_loss(before: float | None, after: float) -> str:
     """`1.23e-03 → 4.56e-04`, or the second alone."""
     return f"{after:.3g}" if before is None else f"{before:.3g} → {after:.3g}"
 

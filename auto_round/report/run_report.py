@@ -1,4 +1,7 @@
-"""`report.json`: the record of one run, for programs. Plain values only."""
+"""Write `report.json`, the machine-readable record of one run, without paths of this machine.
+
+`redact_paths` and its siblings cut each path to its last part before anything is published.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import json
 import math
 import os
 import platform
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -145,3 +149,65 @@ def write_text(path: Path, text: str) -> Path:
         part.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {err.strerror or err}") from err
     return path
+
+
+# Take the machine out of what is published: of a path only the last part is told.
+
+# From the root, the home or the current folder; not the middle of a word, a hub id or an address.
+_PATH = re.compile(r"(?<![\w/:.~\\-])(?:~|\.{1,2})?(?:/[^\s/,;:'\"`|()\[\]{}<>*?\\]+)+/?")
+
+
+def redact_path(text: str) -> str:
+    """The last part of a path of this machine; anything else as it is."""
+    looks = text.startswith(("/", "~", "./", "../"))
+    if text and (looks or os.path.exists(os.path.expanduser(text))):
+        return os.path.basename(os.path.abspath(os.path.expanduser(text)))
+    return text
+
+
+def redact_dataset(text: str) -> str:
+    """A data set as the user named it, `name:option=value` joined by commas, without the folders of files."""
+    return ",".join(_redact_dataset_entry(piece) for piece in text.split(","))
+
+
+def _redact_dataset_entry(piece: str) -> str:
+    head, colon, options = piece.partition(":")
+    stripped = head.strip()
+    shown = options.split(":") if colon else []
+    parts = [key + equals + redact_path(value) for key, equals, value in (option.partition("=") for option in shown)]
+    return ":".join([head.replace(stripped, redact_path(stripped)) if stripped else head, *parts])
+
+
+def redact_paths(value: Any, known: Iterable[str] = ()) -> Any:
+    """`value` with every path in its texts cut to the last part; keys of mappings too.
+
+    Args:
+        value: of JSON's types.
+        known: paths that may appear, in any spelling, with spaces in them or relative.
+    """
+    spellings: dict[str, str] = {}
+    for path in known:
+        full_path = Path(path).expanduser()
+        if full_path.is_absolute() or full_path.exists():
+            name = os.path.basename(os.path.abspath(full_path))
+            spellings |= {
+                spelling: name
+                for spelling in (path, str(full_path), os.path.abspath(full_path), str(full_path.resolve()))
+            }
+    longest = sorted((s for s in spellings if "/" in s or os.sep in s), key=len, reverse=True)
+
+    def redact_text(text: str) -> str:
+        for spelling in longest:
+            text = text.replace(spelling, spellings[spelling])
+        return _PATH.sub(lambda match: os.path.basename(match[0].rstrip("/")) or match[0], text)
+
+    def redact_value(part: Any) -> Any:
+        if isinstance(part, str):
+            return redact_text(part)
+        if isinstance(part, Mapping):
+            return {redact_text(key) if isinstance(key, str) else key: redact_value(item) for key, item in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [redact_value(item) for item in part]
+        return part
+
+    return redact_value(value)

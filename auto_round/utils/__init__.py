@@ -1,21 +1,182 @@
-"""Helpers that scripts import from `auto_round.utils`: walking a model by name, finding its blocks, loading it.
+"""Helpers that scripts import from `auto_round.utils`: get and set modules by name, find blocks, load a model.
 
-Nothing in this package uses them. They keep the incumbent's names and what it returns.
+Nothing in this package uses them. They keep AutoRound's original names and return values.
 """
 
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from auto_round.errors import ConfigError, ModelError, UnsupportedError
+from auto_round.later import DIFFUSION, MULTIMODAL
 from auto_round.layer_config import parse_layer_config as parse_layer_config_arg
-from auto_round.utils.loading import diffusion_load_model, llm_load_model, mllm_load_model
-from auto_round.utils.modules import (
-    find_matching_blocks,
-    get_attr,
-    get_block_names,
-    get_lm_head_name,
-    get_major_device,
-    get_module,
-    is_pure_text_model,
-    set_attr,
-    set_module,
-)
+from auto_round.modeling.files.folder import model_folder
+from auto_round.modeling.source import resolve_dtype
+from auto_round.run.settings import names_tuple, resolve_device
+
+_NOT_TEXT = ("vision", "image", "img")
+_TOWERS = ("vision", "visual", "image", "img", "audio", "speech")
+
+
+def get_module(module: torch.nn.Module, key: str) -> torch.nn.Module | None:
+    """The submodule called `key`; None where there is none."""
+    try:
+        return module.get_submodule(key)
+    except AttributeError:
+        return None
+
+
+def set_module(model: torch.nn.Module, key: str, new_module: torch.nn.Module) -> None:
+    """Put `new_module` at `key`. Nothing happens where its parent does not exist."""
+    parent = get_module(model, key.rpartition(".")[0])
+    if parent is not None:
+        setattr(parent, key.rpartition(".")[2], new_module)
+
+
+def get_attr(module: Any, key: str) -> Any:
+    """The attribute at a dotted name, such as a parameter `layers.0.weight`; None where there is none."""
+    for name in key.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def set_attr(model: Any, key: str, new_attr: Any) -> None:
+    """Set the attribute at a dotted name. Nothing happens where its parent does not exist."""
+    parent, _, name = key.rpartition(".")
+    owner = get_attr(model, parent) if parent else model
+    if owner is not None:
+        setattr(owner, name, new_attr)
+
+
+def get_block_names(model: torch.nn.Module, quant_vision: bool = False) -> list[list[str]]:
+    """Names of the members of every outermost list of layers (ModuleList), one list for each.
+
+    Of a model that reads more than text, those of its other towers are left out, unless `quant_vision`.
+    """
+    found: list[list[str]] = []
+    _outermost_lists(model, "", found)
+    if quant_vision or is_pure_text_model(model):
+        return found
+    return [names for names in found if not any(word in names[0].lower() for word in _TOWERS)]
+
+
+def _outermost_lists(module: torch.nn.Module, name: str, found: list[list[str]]) -> None:
+    if isinstance(module, torch.nn.ModuleList):
+        members = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        found += [members] if members else []
+        return
+    for child, inner in module.named_children():
+        _outermost_lists(inner, f"{name}.{child}" if name else child, found)
+
+
+def find_matching_blocks(
+    model: torch.nn.Module, all_blocks: Sequence[Sequence[str]], to_quant_block_names: str | Sequence[Any] | None
+) -> Sequence[Sequence[str]]:
+    """The blocks of `all_blocks` that a comma-separated string of names or regular expressions finds. A list of names
+    is returned as it is, and None means all.
+
+    Raises ConfigError when nothing is found.
+    """
+    if not to_quant_block_names:
+        return all_blocks
+    if not isinstance(to_quant_block_names, str):
+        return to_quant_block_names
+    patterns = names_tuple(to_quant_block_names)
+    found = [[block for pattern in patterns for block in blocks if re.search(pattern, block)] for blocks in all_blocks]
+    if not any(found):
+        raise ConfigError(
+            f"to_quant_block_names={to_quant_block_names!r} matches none of the blocks; give None for all of them"
+        )
+    return [blocks for blocks in found if blocks]
+
+
+def get_lm_head_name(model: torch.nn.Module) -> str | None:
+    """The name of the output head; None where a model has none."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return None if head is None else next((name for name, m in model.named_modules() if m is head), None)
+
+
+def is_pure_text_model(model: torch.nn.Module) -> bool:
+    """Whether the model reads nothing but token ids."""
+    if hasattr(getattr(model, "config", None), "vision_config"):
+        return False
+    for module in model.modules():
+        if getattr(type(module), "main_input_name", "input_ids") != "input_ids":
+            return False
+        if any(word in str(type(module)).lower() for word in _NOT_TEXT):
+            return False
+    return True
+
+
+def get_major_device(device_map: Any = None) -> str:
+    """The device that is meant first by a `device_map`: "cuda:0" of "0,1".
+
+    Raises DeviceError for a device that is not there.
+    """
+    if isinstance(device_map, Mapping):
+        device_map = next(iter(device_map.values()), None)
+    if isinstance(device_map, (list, tuple)):
+        device_map = device_map[0] if device_map else None
+    if isinstance(device_map, str):
+        device_map = device_map.split(",")[0].strip()
+    return str(resolve_device(device_map))
+
+
+# Loading a whole model with its tokenizer.
+
+
+def llm_load_model(
+    pretrained_model_name_or_path: str, platform: str = "hf", trust_remote_code: bool = False,
+    model_dtype: str | None = None, device: Any = "cpu", **kwargs: Any,
+) -> tuple[torch.nn.Module, Any]:  # fmt: skip
+    """A causal language model with its tokenizer, whole in memory, in evaluation mode.
+
+    `AutoRound` takes the name itself and reads one block at a time; load a model like this to look at it or change it.
+
+    Args:
+        pretrained_model_name_or_path: a folder or hub id.
+        platform: "hf" or "model_scope".
+        trust_remote_code: run the model's own code. Unlike the incumbent's, off unless asked for.
+        model_dtype: such as "bf16"; None: as the files say.
+        device: where to put it.
+        **kwargs: for `from_pretrained`.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be opened.
+        DeviceError: there is no such device.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = get_major_device(device)
+    folder = model_folder(pretrained_model_name_or_path, trust_remote_code=trust_remote_code, platform=platform)
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or resolve_dtype(model_dtype) or "auto"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{pretrained_model_name_or_path!r} cannot be opened: {first}") from error
+    return model.to(target).eval(), tokenizer
+
+
+def mllm_load_model(*args: Any, **kwargs: Any) -> NoReturn:
+    """Raises UnsupportedError: this version has no multimodal models."""
+    raise UnsupportedError(MULTIMODAL.sentence("mllm_load_model"))
+
+
+def diffusion_load_model(*args: Any, **kwargs: Any) -> NoReturn:
+    """Raises UnsupportedError: this version has no diffusion models."""
+    raise UnsupportedError(DIFFUSION.sentence("diffusion_load_model"))
+
+
+# Helpers that scripts import from `auto_round.utils`: walking a model by name, finding its blocks, loading it.
+#
+# Nothing in this package uses them. They keep the incumbent's names and what it returns.
 
 __all__ = [
     "diffusion_load_model",

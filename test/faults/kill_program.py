@@ -74,7 +74,7 @@ class WatchedFile:
 
 def watch(moment: Moment) -> None:
     """From now on calls that change the disk, and tuning steps, are counted."""
-    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+    from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
 
     for owner, names in ((os, WATCHED), (SignRoundQuantizer, ("_backward",))):
         for name in names:
@@ -106,7 +106,7 @@ def run(cell: dict[str, Any], out: Path, way: dict[str, Any] | None = None) -> N
         torch.set_num_threads(way.pop("threads"))
     in_file = way.pop("file", False)
     if in_file or cell.get("alone"):
-        from auto_round.compressors import memory_plan
+        from auto_round.run import memory as memory_plan
 
         memory_plan.rss_bytes = lambda: 100_000_000  # not what this process happens to hold
         wanted = bool(cell.get("alone")) and given.get("iters") != 0, in_file

@@ -14,23 +14,23 @@ from damage import Outcome, around_tensors, flips, judge, report, safetensors_he
 from safetensors.torch import save_file
 
 from auto_round import AutoRound
-from auto_round.calibration.imatrix_file import read_imatrix, write_imatrix
+from auto_round.calibration.imatrix import read_imatrix, write_imatrix
 from auto_round.cli.verify import check
-from auto_round.compressors.digest import dense_digest, layer_digest
-from auto_round.compressors.model_free.inputs import Inputs
 from auto_round.errors import AutoRoundError, VerifyError
-from auto_round.export.gguf.header import read_header as read_gguf_header
-from auto_round.export.gguf.read import GgufTensors
-from auto_round.export.gguf.writer import GgufFile
-from auto_round.inference.config_reader import read_config
+from auto_round.gguf.reader import GgufTensors
+from auto_round.gguf.reader import read_header as read_gguf_header
+from auto_round.inference.config import read_config
 from auto_round.inference.convert_model import convert_hf_model
-from auto_round.inference.packed_linear import PackedLinear
+from auto_round.inference.linear import PackedLinear
 from auto_round.layer_config import parse_layer_config
-from auto_round.modeling.checkpoint_source import CheckpointSource
-from auto_round.modeling.json_text import read_object
-from auto_round.modeling.pickle_files import PickleFiles
-from auto_round.modeling.raw_config import read_config as read_raw_config
-from auto_round.modeling.tensor_files import TensorFiles
+from auto_round.modeling.build import read_config as read_raw_config
+from auto_round.modeling.checkpoint import CheckpointSource
+from auto_round.modeling.files.folder import read_object
+from auto_round.modeling.files.pickle import PickleFiles
+from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.output.gguf_writer import GgufFile
+from auto_round.output.verify import dense_digest, layer_digest
+from auto_round.run.model_free.inputs import Inputs
 
 Record = Callable[..., None]
 pytestmark = pytest.mark.timeout(5400)

@@ -11,9 +11,10 @@ import pytest
 from damage import Outcome, flips, judge, report, truncations
 
 from auto_round import AutoRound
-from auto_round.compressors.model_free import journal, shard_run
-from auto_round.compressors.model_free.journal import FOLDER
 from auto_round.errors import Stopped
+from auto_round.run.model_free import journal
+from auto_round.run.model_free import workers as shard_run
+from auto_round.run.model_free.journal import FOLDER
 
 pytestmark = pytest.mark.timeout(3600)
 Quantize = Callable[[Path], dict[str, bytes]]

@@ -14,10 +14,11 @@ from extent import FULL
 from safetensors.torch import load_file, save_file
 
 from auto_round import AutoRound
-from auto_round.compressors import deliver as deliver_module
-from auto_round.compressors import gguf_verify, verify
 from auto_round.errors import VerifyError
-from auto_round.export.gguf.read import GgufTensors
+from auto_round.gguf.reader import GgufTensors
+from auto_round.run import finalize as deliver_module
+from auto_round.run import gguf_output as gguf_verify
+from auto_round.run import reopen as verify
 
 Tensors = dict[str, torch.Tensor]
 FIRST, SECOND = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"

@@ -14,8 +14,8 @@ from damage import Outcome, flips, judge, report, truncations
 from safetensors.torch import load_file, save_file
 
 from auto_round import AutoRound
-from auto_round.compressors import blockwise
 from auto_round.errors import ConfigError, OutputError, Stopped
+from auto_round.run import blocks as blockwise
 
 CHANGES: dict[str, dict[str, Any]] = {
     "bits": {"bits": 3}, "group_size": {"group_size": 16}, "sym": {"sym": False}, "iters": {"iters": 3},

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from auto_round import errors, schemes
 from auto_round.cli.arguments import EVAL_GROUPS, GENERATE_GROUPS, QUANTIZE_GROUPS, spellings
-from auto_round.cli.parser import IDLE_FLAGS
+from auto_round.cli.parser import NO_OP_FLAGS
 from auto_round.later import refused_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_flags_exist(page: Path) -> None:
     groups = (*QUANTIZE_GROUPS, *EVAL_GROUPS, *GENERATE_GROUPS)
     refused = {spelling for name in refused_names() for spelling in (name, f"no_{name}")}
-    known = {*spellings(groups), *refused, *IDLE_FLAGS, *FOREIGN}
+    known = {*spellings(groups), *refused, *NO_OP_FLAGS, *FOREIGN}
     text = page.read_text(encoding="utf-8")
     named = {f.replace("-", "_") for f in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)} - FOREIGN
     assert named - {k.replace("-", "_") for k in known} == set()

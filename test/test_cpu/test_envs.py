@@ -179,7 +179,7 @@ def test_variables_without_effect_say_why(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_journals_have_a_folder_of_their_own_where_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from auto_round.compressors.resume.journal import journal_folder
+    from auto_round.run.journal import journal_folder
 
     monkeypatch.setenv("AR_WORK_SPACE", "w")
     assert journal_folder(Path("out")).parts[0] == "w"
@@ -188,7 +188,7 @@ def test_journals_have_a_folder_of_their_own_where_one_is_given(monkeypatch: pyt
 
 
 def test_parallelism_of_model_free_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    from auto_round.compressors.model_free.options import model_free_options
+    from auto_round.run.model_free.plan import model_free_options
 
     monkeypatch.setenv("AR_MODEL_FREE_SHARD_PARALLELISM", "5")
     assert model_free_options(environ={}).workers == 5

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from auto_round import AutoRound, SignRoundConfig
-from auto_round.calibration.inputs import CapturedInputs, capture_inputs
+from auto_round.calibration.capture import CapturedInputs, capture_inputs
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.modeling.source import open_source
 
@@ -136,9 +136,9 @@ def test_10_static_scales_of_inputs_do_not_follow_the_input(
 
 def test_18_a_mantissa_that_rounds_up_carries_into_the_exponent() -> None:
     """1.97 became 1.875 where 2 is nearer."""
-    from auto_round.data_type.elements import ELEMENTS
+    from auto_round.codecs.minifloat import MINIFLOATS
 
-    for element in ELEMENTS.values():
+    for element in MINIFLOATS.values():
         powers = 2.0 ** torch.arange(element.lowest, element.exponent + 1)
         below = powers * (1 - 2.0 ** -(element.mantissa + 3))  # nearer to the power than to the value beneath it
         assert torch.equal(element.nearest(below), powers)

@@ -6,13 +6,7 @@ from typing import Any
 import pytest
 
 from auto_round.errors import ConfigError
-from auto_round.schemes import (
-    PRESET_SCHEMES,
-    QuantizationScheme,
-    is_preset_scheme,
-    parse_scheme,
-    preset_name_to_scheme,
-)
+from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme, is_preset_scheme, parse_scheme, preset_name_to_scheme
 
 # From the guide: bits, group size, symmetric, data type.
 WEIGHT_ONLY = {

@@ -1,7 +1,8 @@
-"""Compiles C files of this folder for the machine they run on, once, and loads them.
+"""Compile the C files of this folder once for this machine, cache the library and load it.
 
-What was compiled is kept for later processes in a folder that only the user can write to, under a name made of hashes:
-of everything that decides what the compiler makes, and of the file itself, so that a damaged one is compiled anew.
+The library is cached for later processes in a folder that only the user can write to. Its file name holds two
+hashes: one of everything that decides what the compiler produces, and one of the file itself, so that a damaged
+library is compiled again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Packed integer weights on CPUs: our own C code, with integer products. How it works: docs/cpu-kernels.md."""
+"""CPU kernels in C: packed integer weights, and dense half-precision weights on CPUs that are slow in them.
+
+`CpuKernel` runs 2- to 8-bit layers with integer products. `DenseLinear` runs the layers that a checkpoint leaves
+in half precision, mostly the head, on CPUs without instructions for it, where PyTorch's own products are several
+times slower. How both work, and what is fast for how many rows: docs/cpu-kernels.md.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
 from auto_round.inference.kernels.compiled import load
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
+from auto_round.inference.linear import cpu_multiplies
 
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}") for name in ("linear.c", "dense.c", "common.h"))
 # Columns that share a scale of the inputs, at most: `CHUNK` in the source, where the bound on sums depends on it.
@@ -89,7 +97,7 @@ class CpuKernel(LinearKernel):
         self.register_buffer("packed", packed, persistent=False)
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         if spec.device != "cpu":
             return f"runs on cpu, not {spec.device}"
         if spec.bits not in _BITS:
@@ -173,5 +181,94 @@ def _cpu_linear(packed: list[torch.Tensor], x: torch.Tensor, counts: list[int], 
 
 
 @_cpu_linear.register_fake
-def _(packed: list[torch.Tensor], x: torch.Tensor, counts: list[int], out: int) -> torch.Tensor:
+def _cpu_linear_fake(packed: list[torch.Tensor], x: torch.Tensor, counts: list[int], out: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out))
+
+
+# Weights left in half precision on CPUs without instructions for it, where PyTorch's own products take several times
+# as long as they must. What is fast for how many rows, and why: docs/cpu-kernels.md.
+
+# Rows for which our own product is faster than widening the weights to float32 for PyTorch's.
+ROWS = 48
+# Weights widened at once.
+_CHUNK_NUMEL = 1 << 22
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether this CPU emulates products in `dtype`, and our code can do better."""
+    return dtype in HALF_DTYPES and not cpu_multiplies(dtype) and (dtype != torch.float16 or loaded()[1])
+
+
+def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x [..., in] times `weight` [out, in] transposed, both of one half precision. Returns [..., out] in it.
+
+    Products and sums are in float32, rounded once; up to `ROWS` rows do not depend on each other, nor on threads.
+    """
+    out, inputs = weight.shape
+    rows = x.numel() // inputs
+    if rows > ROWS:
+        return _in_float32(weight, x)
+    weight, flat = weight.contiguous(), x.reshape(-1, inputs)
+    flat = flat if flat.stride(1) == 1 or inputs == 1 else flat.contiguous()
+    y = x.new_empty(*x.shape[:-1], out)
+    failed = loaded()[0].dense(
+        weight.data_ptr(), out, inputs, rows, flat.data_ptr(), flat.stride(0), y.data_ptr(), DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory to multiply with weights in half precision")
+    return y
+
+
+def _in_float32(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    wide, step = x.float(), max(_CHUNK_NUMEL // weight.shape[1], 1)
+    for start in range(0, weight.shape[0], step):
+        chunk = weight[start : start + step]
+        y[..., start : start + len(chunk)] = F.linear(wide, chunk.float())
+    return y
+
+
+@torch.library.custom_op("auto_round::cpu_dense", mutates_args=(), schema="(Tensor weight, Tensor x) -> Tensor")
+def _cpu_dense(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return dense_product(weight, x)
+
+
+@_cpu_dense.register_fake
+def _cpu_dense_fake(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# Linear layers that a checkpoint leaves in half precision, mostly the head, on CPUs that are slow in it.
+
+
+class DenseLinear(nn.Linear):
+    """An ordinary linear layer, faster where `is_slow`: on a CPU, without gradients, inputs and weight in the same half
+    precision. Anything else, another device after `to()` too, is PyTorch's."""
+
+    _slow: frozenset[torch.dtype] = frozenset()
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> DenseLinear:
+        """With the same parameters."""
+        new = cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
+        new.weight, new.bias = linear.weight, linear.bias
+        new._slow = frozenset(filter(is_slow, HALF_DTYPES))  # now, since `torch.compile` cannot look into it
+        return new.train(linear.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight, self.bias
+        if x.dtype not in self._slow or x.dtype != weight.dtype or not weight.is_cpu or torch.is_grad_enabled():
+            return F.linear(x, weight, bias)
+        product = torch.ops.auto_round.cpu_dense if torch.compiler.is_compiling() else dense_product
+        y: torch.Tensor = product(weight, x)
+        return y if bias is None else y + bias
+
+
+def use_dense_linear(model: nn.Module) -> None:
+    """Let the ordinary linear layers of `model` that are in a slow precision be `DenseLinear`."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and is_slow(module.weight.dtype):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, DenseLinear.of(module))

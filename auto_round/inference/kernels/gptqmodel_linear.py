@@ -1,8 +1,8 @@
-"""Layers run by GPTQModel's modules: its kernels get the codes in the layout that they read, through the calls that
-package offers to others.
+"""Kernels that run packed integer weights with GPTQModel's modules (Marlin, ExLlamaV2, GEMM, torch).
 
-Importing GPTQModel takes seconds, sets variables of the process and prints a banner, so it happens only when one of
-these kernels is asked about a layer. Its CUDA kernels are compiled when they are first used, with nvcc.
+They get the codes in the layout that they read, through the functions that GPTQModel offers to other packages.
+Importing GPTQModel takes seconds, sets environment variables and prints a banner, so it happens only when one of
+these kernels is checked for a layer. Its CUDA kernels are compiled with nvcc when they are first used.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 from torch import nn
 
 from auto_round.errors import UnsupportedError
-from auto_round.export.packing.awq import pack_awq, unpack_awq_rows
-from auto_round.export.packing.bits import pack_words, unpack_words
-from auto_round.export.packing.gptq import pack_gptq
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
+from auto_round.layouts.awq import pack_awq, unpack_awq_rows
+from auto_round.layouts.gptq import pack_gptq, pack_words, unpack_words
 
 # Scratch memory of ExLlamaV2 on a device, shared by its layers. It lives as long as one of them.
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
@@ -29,7 +28,7 @@ _SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
 
 # How GPTQModel says that a kernel is not for this machine or layer: a module is missing (ImportError), a value is not
 # taken (ValueError), an extension does not compile (RuntimeError; NotImplementedError, which it raises too, is one).
-_REFUSALS = (ImportError, ValueError, RuntimeError)
+_UNSUPPORTED_ERRORS = (ImportError, ValueError, RuntimeError)
 
 
 class GptqmodelLinear(LinearKernel):
@@ -61,7 +60,7 @@ class GptqmodelLinear(LinearKernel):
             raise UnsupportedError("its config says symmetric, but its zero points are not all in the middle")
         pack = pack_awq if self.method == "awq" else _pack_gptq
         qweight, qzeros = pack(weight.codes, weight.zeros, spec.bits)
-        self._kept = None if self.in_place else pack_words(weight.codes.T, spec.bits).cpu()
+        self._saved_words = None if self.in_place else pack_words(weight.codes.T, spec.bits).cpu()
         # float16 scales stay as they are, also under a bfloat16 model: it would round them.
         dtype = torch.float16 if weight.scales.dtype == torch.float16 and not self.model_scales else spec.dtype
         try:
@@ -74,15 +73,15 @@ class GptqmodelLinear(LinearKernel):
             order = torch.arange(spec.in_features, dtype=torch.int32, device=device) // spec.group_size
             scales = weight.scales.T.to(dtype).contiguous()
             for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", order)):
-                _put(module, name, tensor)
-            self._scratch = _initialise(module, device)
-        except _REFUSALS as error:
+                _set_tensor(module, name, tensor)
+            self._scratch = _post_init(module, device)
+        except _UNSUPPORTED_ERRORS as error:
             raise UnsupportedError(f"GPTQModel says: {_first_line(error)}") from error
         # In a list, not a submodule: it refuses training mode, which means nothing to it.
         self._module = [module.eval()]
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         if spec.in_features % spec.group_size:
             return f"needs groups of one size: {spec.in_features} inputs are no multiple of {spec.group_size}"
         if spec.out_features % cls.unit:
@@ -90,7 +89,7 @@ class GptqmodelLinear(LinearKernel):
         error: object = None
         try:
             cls._kind(spec)
-        except _REFUSALS as raised:
+        except _UNSUPPORTED_ERRORS as raised:
             error = raised
         if error is None and cls.runtime[0]:
             module, name = import_module(cls.runtime[0]), cls.runtime[1]
@@ -106,8 +105,10 @@ class GptqmodelLinear(LinearKernel):
         refused: Exception | None = None
         for size in (-1, spec.group_size) if whole else (spec.group_size,):
             try:
-                kind = _select(cls.backend, cls.method, cls.layout, spec.bits, size, spec.sym, spec.dtype, spec.device)
-            except _REFUSALS as error:
+                kind = _select_kernel(
+                    cls.backend, cls.method, cls.layout, spec.bits, size, spec.sym, spec.dtype, spec.device
+                )
+            except _UNSUPPORTED_ERRORS as error:
                 refused = refused or error
                 continue
             ok, reason = kind.validate(
@@ -129,8 +130,8 @@ class GptqmodelLinear(LinearKernel):
 
     def codes(self) -> torch.Tensor:
         module = self._module[0]
-        if self._kept is not None:
-            return unpack_words(self._kept, self.spec.bits).T.contiguous().to(module.scales.device)
+        if self._saved_words is not None:
+            return unpack_words(self._saved_words, self.spec.bits).T.contiguous().to(module.scales.device)
         if self.method == "awq":
             return unpack_awq_rows(module.qweight).T.contiguous()
         return unpack_words(module.qweight, self.spec.bits).T.contiguous()
@@ -198,7 +199,7 @@ def _pack_gptq(codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[tor
 
 
 @functools.lru_cache(maxsize=256)
-def _select(
+def _select_kernel(
     backend: str, method: str, layout: str, bits: int, group_size: int, sym: bool, dtype: torch.dtype, device: str
 ) -> Any:
     """GPTQModel's choice. It logs each one, so it is asked once for all layers of a kind."""
@@ -208,7 +209,7 @@ def _select(
     )  # fmt: skip
 
 
-def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Replace a buffer or parameter; what the module does not have is left out."""
     if name in module._parameters:
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
@@ -216,7 +217,7 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         setattr(module, name, tensor)
 
 
-def _initialise(module: Any, device: torch.device) -> Any:
+def _post_init(module: Any, device: torch.device) -> Any:
     """Let the module arrange its tensors. Returns memory that it needs while it lives, if any."""
     if "scratch_space" not in inspect.signature(module.post_init).parameters:
         module.post_init()

@@ -115,7 +115,7 @@ def parts_for(tiles: int, blocks: int, units: int) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _units(device: torch.device) -> int:
+def _parallel_programs(device: torch.device) -> int:
     """Programs that a device runs side by side, at least."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -161,7 +161,7 @@ def _timer(device: torch.device) -> Any:
     return functools.partial(do_bench, warmup=5, rep=20)
 
 
-def _on(device: torch.device) -> Any:
+def _device_guard(device: torch.device) -> Any:
     """Triton launches on the current device, which need not be the tensor's."""
     return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
@@ -175,11 +175,11 @@ def _registers(device: torch.device) -> dict[str, int]:
     return {"maxnreg": 128} if device.type == "cuda" and torch.version.hip is None else {}
 
 
-def _down(bits: int) -> int:
+def _high_code_shift(bits: int) -> int:
     return 23 // bits * bits
 
 
-def _pairs(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def _as_int32_pairs(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """`x` as the vector program reads it: two half-precision numbers as one int32."""
     if x.dtype == torch.float32:
         return x, 0
@@ -210,23 +210,48 @@ def run_vector(x: torch.Tensor, packed: Packed, form: Form, offsets: torch.Tenso
 
     rows = x.shape[0]
     copies = rows if experts else 1
-    plan = vector_plan(form.blocks, packed.padded, max(1, _units(x.device) // copies))
+    plan = vector_plan(form.blocks, packed.padded, max(1, _parallel_programs(x.device) // copies))
     each = -(-form.blocks // plan.parts)
     parts = -(-form.blocks // each)
     masked = form.in_features % form.block != 0 or each % plan.warps != 0 or form.blocks % each != 0
-    held, kind = _pairs(x)
+    held, kind = _as_int32_pairs(x)
     out = x.new_empty((parts, rows, form.out_features), dtype=torch.float32 if parts > 1 else x.dtype)
     grid = (-(-form.out_features // plan.columns), parts, copies)
-    with _on(x.device):
+    with _device_guard(x.device):
         programs.matvec[grid](
-            held, packed.words, packed.scales, packed.scales if packed.zeros is None else packed.zeros, out,
-            packed.words if offsets is None else offsets, EXPONENT, _down(form.bits), rows, form.out_features,
-            packed.padded, held.stride(0), form.in_features, form.blocks, each, *packed.strides(),
-            BITS=form.bits, PER=form.per, WIDTH=form.width, GROUP=form.group, SLICES=form.slices, ZERO=form.zero,
-            MASKED=masked, ROWS=1 if experts or rows == 1 else 2, WARPS=plan.warps, LANES=128 // plan.columns,
-            COLUMNS=plan.columns, KIND=kind, EXPERTS=experts, PADDED=_power_of_two(experts + 1),
-            **_options(x.device, plan.warps), **_registers(x.device),
-        )  # fmt: skip
+            held,
+            packed.words,
+            packed.scales,
+            packed.scales if packed.zeros is None else packed.zeros,
+            out,
+            packed.words if offsets is None else offsets,
+            EXPONENT,
+            _high_code_shift(form.bits),
+            rows,
+            form.out_features,
+            packed.padded,
+            held.stride(0),
+            form.in_features,
+            form.blocks,
+            each,
+            *packed.strides(),
+            BITS=form.bits,
+            PER=form.per,
+            WIDTH=form.width,
+            GROUP=form.group,
+            SLICES=form.slices,
+            ZERO=form.zero,
+            MASKED=masked,
+            ROWS=1 if experts or rows == 1 else 2,
+            WARPS=plan.warps,
+            LANES=128 // plan.columns,
+            COLUMNS=plan.columns,
+            KIND=kind,
+            EXPERTS=experts,
+            PADDED=_power_of_two(experts + 1),
+            **_options(x.device, plan.warps),
+            **_registers(x.device),
+        )
     return _sum_parts(out, x.dtype)
 
 
@@ -234,7 +259,7 @@ def run_tiles(x: torch.Tensor, packed: Packed, form: Form, offsets: torch.Tensor
     """[rows, out] for any number of rows, of one layer or sorted by expert."""
     from auto_round.inference.kernels import triton_programs as programs
 
-    rows, units = x.shape[0], _units(x.device)
+    rows, units = x.shape[0], _parallel_programs(x.device)
     plans = tile_plans(-(-rows // experts) if experts else rows, form.bits, x.dtype)
     height = plans[0].rows
     tiles = rows // height + min(rows, experts + 1) if experts else -(-rows // height)
@@ -246,16 +271,38 @@ def run_tiles(x: torch.Tensor, packed: Packed, form: Form, offsets: torch.Tensor
     def run(plan: TilePlan) -> None:
         grid = (-(-form.out_features // plan.columns) * tiles, parts)
         programs.matmul[grid](
-            x, packed.words, packed.scales, packed.scales if packed.zeros is None else packed.zeros, out,
-            packed.words if offsets is None else offsets, EXPONENT, _down(form.bits), rows, form.out_features,
-            packed.padded, x.stride(0), form.in_features, form.blocks, each, tiles, *packed.strides(),
-            BITS=form.bits, PER=form.per, WIDTH=form.width, GROUP=form.group, ZERO=form.zero,
-            MASKED=form.in_features % form.block != 0, ROWS=plan.rows, COLUMNS=plan.columns,
-            WIDEN=interpreting() and x.dtype == torch.bfloat16, EXPERTS=experts, PADDED=_power_of_two(experts + 1),
+            x,
+            packed.words,
+            packed.scales,
+            packed.scales if packed.zeros is None else packed.zeros,
+            out,
+            packed.words if offsets is None else offsets,
+            EXPONENT,
+            _high_code_shift(form.bits),
+            rows,
+            form.out_features,
+            packed.padded,
+            x.stride(0),
+            form.in_features,
+            form.blocks,
+            each,
+            tiles,
+            *packed.strides(),
+            BITS=form.bits,
+            PER=form.per,
+            WIDTH=form.width,
+            GROUP=form.group,
+            ZERO=form.zero,
+            MASKED=form.in_features % form.block != 0,
+            ROWS=plan.rows,
+            COLUMNS=plan.columns,
+            WIDEN=interpreting() and x.dtype == torch.bfloat16,
+            EXPERTS=experts,
+            PADDED=_power_of_two(experts + 1),
             **_options(x.device, plan.warps, plan.stages),
-        )  # fmt: skip
+        )
 
-    with _on(x.device):
+    with _device_guard(x.device):
         key = (x.device, x.dtype, form, experts, height, tiles, parts)
         run(tuned(key, plans, run, _timer(x.device)))
     return _sum_parts(out, x.dtype)
@@ -279,12 +326,26 @@ def weight_columns(packed: Packed, form: Form, first: int, last: int, dtype: tor
 
     out = torch.empty(form.in_features, last - first, dtype=dtype, device=packed.words.device)
     width = 32 if interpreting() else 128
-    with _on(out.device):
+    with _device_guard(out.device):
         programs.dense[(-(-(last - first) // width), form.blocks * form.width // 16)](
-            packed.words, packed.scales, packed.scales if packed.zeros is None else packed.zeros, out, EXPONENT,
-            _down(form.bits), last - first, packed.padded, first, form.in_features, BITS=form.bits, PER=form.per,
-            WIDTH=form.width, GROUP=form.group, ZERO=form.zero, COLUMNS=width, **_options(out.device, 8),
-        )  # fmt: skip
+            packed.words,
+            packed.scales,
+            packed.scales if packed.zeros is None else packed.zeros,
+            out,
+            EXPONENT,
+            _high_code_shift(form.bits),
+            last - first,
+            packed.padded,
+            first,
+            form.in_features,
+            BITS=form.bits,
+            PER=form.per,
+            WIDTH=form.width,
+            GROUP=form.group,
+            ZERO=form.zero,
+            COLUMNS=width,
+            **_options(out.device, 8),
+        )
     return out
 
 
@@ -295,7 +356,7 @@ def _sum_parts(out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from auto_round.inference.kernels import triton_programs as programs
 
     total = torch.empty(out.shape[1:], dtype=dtype, device=out.device)
-    with _on(out.device):
+    with _device_guard(out.device):
         programs.add_parts[(-(-total.numel() // 1024),)](
             out, total, total.numel(), PARTS=out.shape[0], BLOCK=1024, **_options(out.device, 4)
         )

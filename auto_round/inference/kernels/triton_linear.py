@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
-from auto_round.inference.kernels.kernel import IntegerWeight, JoinedKernels, LayerSpec, LinearKernel
+from auto_round.inference.kernels import IntegerWeight, JoinedKernels, LayerSpec, LinearKernel
 from auto_round.inference.kernels.triton_launch import Form, Packed, interpreting, triton_experts, triton_linear
 
 _FIELD = {2: 2, 3: 4, 4: 4, 8: 8}
@@ -43,12 +43,12 @@ class TritonLinear(LinearKernel):
         super().__init__(weight)
         self.form = form_of(weight)
         self.register_buffer("words", pack_words(weight.codes, self.form), persistent=False)
-        self.register_buffer("scales", _rows(weight.scales, self.form), persistent=False)
-        zeros = _rows(weight.zeros, self.form) if self.form.zero < 0 else None
+        self.register_buffer("scales", _pad_rows(weight.scales, self.form), persistent=False)
+        zeros = _pad_rows(weight.zeros, self.form) if self.form.zero < 0 else None
         self.register_buffer("zeros", zeros, persistent=False)
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "needs triton, which is not installed"
         if spec.bits not in _FIELD:
@@ -62,7 +62,7 @@ class TritonLinear(LinearKernel):
         return _device_problem(spec.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, dtype = _plain(x)
+        rows, dtype = _as_rows(x)
         y = triton_linear(rows, self.words, self.scales, self.zeros, *self.form)
         return y.view(*x.shape[:-1], self.spec.out_features).to(dtype)
 
@@ -82,18 +82,18 @@ class TritonExperts:
     def __init__(self, kernels: Sequence[TritonLinear]) -> None:
         self.form = kernels[0].form
         self.packed = Packed(
-            _joined(kernels, "words"),
-            _joined(kernels, "scales"),
-            _joined(kernels, "zeros") if self.form.zero < 0 else None,
+            _stack_buffers(kernels, "words"),
+            _stack_buffers(kernels, "scales"),
+            _stack_buffers(kernels, "zeros") if self.form.zero < 0 else None,
         )
 
     def __call__(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """x [rows, in] sorted by expert; offsets int32 [experts + 2], on the device: see `triton_experts`."""
-        rows, dtype = _plain(x)
+        rows, dtype = _as_rows(x)
         return triton_experts(rows, *self.packed, offsets, *self.form).to(dtype)
 
 
-def _joined(kernels: Sequence[TritonLinear], name: str) -> torch.Tensor:
+def _stack_buffers(kernels: Sequence[TritonLinear], name: str) -> torch.Tensor:
     first = kernels[0].get_buffer(name)
     whole = first.new_empty(len(kernels), *first.shape)
     for one, kernel in zip(whole, kernels, strict=True):
@@ -102,7 +102,7 @@ def _joined(kernels: Sequence[TritonLinear], name: str) -> torch.Tensor:
     return whole
 
 
-def _plain(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
     """`x` as [rows, in] in a dtype that programs take, rows at an even distance; and its own dtype."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.dtype not in _DTYPES:
@@ -147,10 +147,10 @@ def pack_words(codes: torch.Tensor, form: Form) -> torch.Tensor:
     input j * width + r; what is added at the end is zero."""
     whole = codes.new_zeros(form.blocks * form.block, _padded(form.out_features))
     whole[: form.in_features, : form.out_features] = codes.T
-    places = whole.view(form.blocks, form.per, form.width, -1)
+    fields = whole.view(form.blocks, form.per, form.width, -1)
     words = torch.zeros(form.blocks, form.width, whole.shape[1], dtype=torch.int32, device=codes.device)
-    for place in range(form.per):
-        words |= places[:, place].to(torch.int32) << (place * form.bits)
+    for field in range(form.per):
+        words |= fields[:, field].to(torch.int32) << (field * form.bits)
     return words.view(-1, whole.shape[1])
 
 
@@ -158,12 +158,12 @@ def unpack_words(words: torch.Tensor, form: Form) -> torch.Tensor:
     """The inverse of `pack_words`."""
     blocks = words.view(form.blocks, form.width, -1)
     mask = (1 << form.bits) - 1
-    places = [((blocks >> (place * form.bits)) & mask).to(torch.uint8) for place in range(form.per)]
-    whole = torch.stack(places, dim=1).view(form.blocks * form.block, -1)
+    fields = [((blocks >> (field * form.bits)) & mask).to(torch.uint8) for field in range(form.per)]
+    whole = torch.stack(fields, dim=1).view(form.blocks * form.block, -1)
     return whole[: form.in_features, : form.out_features].T.contiguous()
 
 
-def _rows(values: torch.Tensor, form: Form) -> torch.Tensor:
+def _pad_rows(values: torch.Tensor, form: Form) -> torch.Tensor:
     """[out, groups] to [groups of whole blocks, padded out], with zeros."""
     groups = -(-form.blocks * form.block // form.group) if form.group else 1
     whole = values.new_zeros(groups, _padded(form.out_features))

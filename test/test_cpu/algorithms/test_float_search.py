@@ -9,12 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_round.algorithms.quantization.block_task import LayerTask
-from auto_round.algorithms.quantization.rtn.float_search import search_scales
-from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
-from auto_round.data_type.elements import dequantize_elements
-from auto_round.data_type.float_family import encode, float_family
-from auto_round.data_type.tiles import as_tiles, tile_sum
+from auto_round.algorithms.base import LayerTask
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
+from auto_round.algorithms.quantization.rtn.search import search_scales
+from auto_round.codecs.block_float import block_float_spec, encode
+from auto_round.codecs.minifloat import as_blocks, block_sum, dequantize_minifloat
 from auto_round.errors import NumericsError
 from auto_round.schemes import QuantizationScheme
 
@@ -29,11 +28,11 @@ def errors(
 ) -> torch.Tensor:
     """Weighted squared error by tile, in float64."""
     name, bits, size = kind
-    family = float_family(name, bits)
+    family = block_float_spec(name, bits)
     assert family is not None
     found = encode(weight, family, size, scale=scale)
-    values = dequantize_elements(found.codes, family.element, found.scale, size, found.global_scale)
-    return tile_sum(as_tiles((values - weight).double().square() * h.double(), size)).flatten()
+    values = dequantize_minifloat(found.codes, family.element, found.scale, size, found.global_scale)
+    return block_sum(as_blocks((values - weight).double().square() * h.double(), size)).flatten()
 
 
 @given(
@@ -46,7 +45,7 @@ def test_never_worse_than_the_rule(kind: tuple[str, int, Any], rows: int, column
     weight[::4] = 0
     h = torch.rand(columns, generator=generator).pow(4)
     name, bits, group_size = kind
-    family = float_family(name, bits)
+    family = block_float_spec(name, bits)
     assert family is not None
     scale = search_scales(weight, family, group_size, h, family.global_scale(weight, None))
     plain, searched = errors(weight, kind, None, h), errors(weight, kind, scale, h)
@@ -61,7 +60,7 @@ def test_it_finds_the_best_candidate_and_gains(kind: tuple[str, int, Any]) -> No
     weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(3))
     h = torch.rand(96, generator=torch.Generator().manual_seed(4)) + 0.01
     h = h / h.mean()
-    family = float_family(name, bits)
+    family = block_float_spec(name, bits)
     assert family is not None
     g = family.global_scale(weight, None)
     plain = encode(weight, family, group_size).scale
@@ -76,14 +75,14 @@ def test_channels_that_matter_are_kept() -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
     h = torch.ones(64)
     h[::8] = 1000.0
-    family = float_family("nv_fp", 4)
+    family = block_float_spec("nv_fp", 4)
     assert family is not None
     g = family.global_scale(weight, None)
     error = {}
     for key, importance in (("weighted", h), ("alike", None)):
         scale = search_scales(weight, family, 16, importance, g)
         codes = encode(weight, family, 16, scale=scale, global_scale=g)
-        values = dequantize_elements(codes.codes, family.element, codes.scale, 16, g)
+        values = dequantize_minifloat(codes.codes, family.element, codes.scale, 16, g)
         error[key] = float((values - weight)[:, ::8].square().sum())
     assert error["weighted"] < 0.8 * error["alike"]
 
@@ -95,15 +94,15 @@ def test_a_layer_holds_its_codes(kind: tuple[str, int, Any], optimized: bool) ->
     weight = torch.randn(40, 72, generator=torch.Generator().manual_seed(6)).bfloat16()
     scheme = QuantizationScheme(bits, size, True, name)
     task = LayerTask("layer", torch.nn.Linear(72, 40), weight, scheme, importance=torch.rand(72), bias=torch.randn(40))
-    layer = round_to_nearest(task, optimized, torch.float16)
-    family = float_family(name, bits)
+    layer = quantize_layer(task, optimized, torch.float16)
+    family = block_float_spec(name, bits)
     assert family is not None and layer.codes is not None and layer.scale is not None
     assert layer.element == family.element.name and layer.codes.dtype == torch.uint8 and layer.zero_point == 0
     assert (layer.global_scale is not None) is family.has_global_scale
     m, n = size if isinstance(size, tuple) else (1 if size else 40, size if size > 0 else 72)
     assert layer.scale.dtype == torch.float32 and tuple(layer.scale.shape) == (-(-40 // m), -(-72 // n))
     assert torch.equal(layer.bias, task.bias)  # type: ignore[arg-type]
-    again = dequantize_elements(layer.codes, family.element, layer.scale, size, layer.global_scale)
+    again = dequantize_minifloat(layer.codes, family.element, layer.scale, size, layer.global_scale)
     assert torch.equal(layer.dequantize(), again)
     assert float((again - weight.float()).norm() / weight.float().norm()) < (0.14 if bits == 4 else 0.04)
 
@@ -113,7 +112,7 @@ def test_a_shared_global_scale_is_used() -> None:
     task = LayerTask("layer", torch.nn.Linear(32, 16), weight, QuantizationScheme(4, 16, True, "nv_fp"))
     task.global_scale = torch.tensor(100.0)
     for optimized in (True, False):
-        layer = round_to_nearest(task, optimized, torch.float16)
+        layer = quantize_layer(task, optimized, torch.float16)
         assert layer.global_scale is not None and float(layer.global_scale) == 100.0
         assert float((layer.dequantize() - weight).norm() / weight.norm()) < 0.12
 
@@ -124,4 +123,4 @@ def test_nan_names_the_layer() -> None:
     task = LayerTask("the.layer", torch.nn.Linear(32, 8), weight, QuantizationScheme(4, 32, True, "mx_fp"))
     for optimized in (True, False):
         with pytest.raises(NumericsError, match="the.layer"):
-            round_to_nearest(task, optimized, torch.float16)
+            quantize_layer(task, optimized, torch.float16)

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.algorithms.quantization.block_task import BlockTask, LayerTask
-from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
+from auto_round.algorithms.base import BlockTask, LayerTask
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
-from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
-from auto_round.algorithms.quantization.sign_round.samples import split_samples
+from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer, split_samples
 from auto_round.modeling.blocks import set_weight_2d
 from auto_round.schemes import QuantizationScheme, preset_name_to_scheme
 
@@ -85,7 +84,7 @@ def test_no_block_is_kept_worse_than_its_start(bank: str, wild: dict[str, Any]) 
     for seed in range(2):
         block, task = block_task(*BANKS[bank], seed)
         optimized = bank != "by its function"
-        start = loss_of(block, task, [round_to_nearest(layer, optimized, torch.float16) for layer in task.layers])
+        start = loss_of(block, task, [quantize_layer(layer, optimized, torch.float16) for layer in task.layers])
         result = SignRoundQuantizer(SignRoundConfig(**wild, batch_size=4)).quantize_block(task)
         found = loss_of(block, task, result.layers)
         assert found <= start * (1 + 1e-5), (seed, found, start)

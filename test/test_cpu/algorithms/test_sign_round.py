@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.algorithms.quantization.block_task import BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
-from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
+from auto_round.codecs.registry import reshape_pad_tensor_by_group_size, revert_tensor_by_pad, round_ste
 from auto_round.data_type import QUANT_FUNC_WITH_DTYPE, register_dtype
-from auto_round.data_type.utils import reshape_pad_tensor_by_group_size, revert_tensor_by_pad, round_ste
 from auto_round.errors import NumericsError
 from auto_round.schemes import QuantizationScheme
 

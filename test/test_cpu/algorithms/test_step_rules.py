@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
-from auto_round.algorithms.quantization.sign_round.samples import samples_at_once, shuffled_batches, split_samples
-from auto_round.algorithms.quantization.sign_round.step_rules import AdamStep, MomentumSignStep, SignStep, make_rule
+from auto_round.algorithms.quantization.sign_round.learnable_group import (
+    AdamStep,
+    MomentumSignStep,
+    SignStep,
+    make_rule,
+)
+from auto_round.algorithms.quantization.sign_round.loop import micro_batch_size, shuffled_batches, split_samples
 from auto_round.errors import ConfigError
 
 
@@ -93,24 +98,24 @@ def test_rates() -> None:
 
 def test_samples_at_once() -> None:
     cpu = torch.device("cpu")
-    assert samples_at_once(8, 256, 7, cpu) == 3
-    assert samples_at_once(8, 2048, 7, cpu) == 1  # never less than one
-    assert samples_at_once(8, 256, 100, cpu) == 8  # a mixture of experts: the whole batch, and no more
-    assert samples_at_once(8, 2048, 7, torch.device("cuda")) == 8
+    assert micro_batch_size(8, 256, 7, cpu) == 3
+    assert micro_batch_size(8, 2048, 7, cpu) == 1  # never less than one
+    assert micro_batch_size(8, 256, 100, cpu) == 8  # a mixture of experts: the whole batch, and no more
+    assert micro_batch_size(8, 2048, 7, torch.device("cuda")) == 8
 
 
 def test_passes_of_a_step_add_up() -> None:
     """One sample at a time gives the gradient of the whole batch."""
-    from auto_round.algorithms.quantization.block_task import BlockTask, LayerTask
+    from auto_round.algorithms.base import BlockTask, LayerTask
     from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
-    from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+    from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
     from auto_round.schemes import QuantizationScheme
 
     torch.manual_seed(0)
     block = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.SiLU(), torch.nn.Linear(48, 32))
     scheme = QuantizationScheme(4, 16)
     found = []
-    for at_once in (1, 2, 8):
+    for micro_batch in (1, 2, 8):
         layers = [
             LayerTask(name, block.get_submodule(name), block.get_submodule(name).weight.detach(), scheme)
             for name in ("0", "2")
@@ -120,12 +125,12 @@ def test_passes_of_a_step_add_up() -> None:
         task = BlockTask(
             "block", block, layers, lambda x, _: block(x), torch.float32, 0, inputs, torch.zeros_like(inputs)
         )
-        learnables, stand_ins = quantizer._learnables(task)
+        tunables, replacements = quantizer._tunables(task)
         for layer in layers:
-            block[int(layer.name)] = stand_ins[layer.name]
-        for at in range(0, 8, at_once):
-            quantizer._backward(task, list(range(at, at + at_once)), 8, None)
-        found.append([bank.gradient.clone() for bank in learnables])
+            block[int(layer.name)] = replacements[layer.name]
+        for at in range(0, 8, micro_batch):
+            quantizer._backward(task, list(range(at, at + micro_batch)), 8, None)
+        found.append([bank.gradient.clone() for bank in tunables])
         for layer in layers:
             block[int(layer.name)] = layer.module
     for other in found[1:]:

@@ -20,8 +20,8 @@ from auto_round.calib_dataset import (
     prepare_calibration,
     register_dataset,
 )
-from auto_round.calibration import hub_access
-from auto_round.calibration.builtin import builtin_documents
+from auto_round.calibration.data import hub as hub_access
+from auto_round.calibration.data.sources import builtin_documents
 from auto_round.errors import ConfigError, DataError
 
 SOURCES = Path(__file__).parents[3] / "auto_round" / "calibration" / "data" / "SOURCES.md"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from auto_round.calibration.builtin import builtin_documents
+from auto_round.calibration.data.sources import builtin_documents
 
 ROOT = Path(__file__).parents[3]
 CALIB = Path(os.environ.get("AR_TEST_SHARED", ROOT.parent / "shared")) / "data" / "calib.txt"

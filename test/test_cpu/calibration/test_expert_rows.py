@@ -9,16 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from auto_round.calibration.disk_store import DiskStore
 from auto_round.calibration.expert_rows import (
-    FedExperts,
     GatheredRows,
-    RecordedExperts,
+    InputRecordingExperts,
+    ReplayExperts,
     Routing,
     TokenRows,
-    most_tokens,
-    room_like,
+    empty_like_on,
+    max_tokens_per_expert,
 )
-from auto_round.calibration.spill import Spill
 from auto_round.errors import UnsupportedError
 
 
@@ -51,8 +51,8 @@ def test_routing_is_what_a_search_finds(
 def test_rows_come_in_pieces_filled_up_with_zeros(in_file: bool, count: int, each: int, tmp_path: Path) -> None:
     values = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     rows = torch.randperm(20, generator=torch.Generator().manual_seed(1))[:count].sort().values
-    with Spill(tmp_path) as spill:
-        found = GatheredRows(spill.put(values) if in_file else values, rows, each)
+    with DiskStore(tmp_path) as disk_store:
+        found = GatheredRows(disk_store.put(values) if in_file else values, rows, each)
         pieces = -(-count // each)
         assert found.shape == (pieces, each, 4)
         whole = torch.zeros(pieces * each, 4)
@@ -69,10 +69,10 @@ def test_rows_come_in_pieces_filled_up_with_zeros(in_file: bool, count: int, eac
 def test_what_was_recorded_comes_back_for_the_samples_that_run(tmp_path: Path) -> None:
     running: list[int] = []
     given = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))  # 3 samples of 2 tokens
-    with Spill(tmp_path) as spill:
-        room = room_like(spill.put(torch.zeros(3, 2, 5)), (6, 5), torch.float32)
+    with DiskStore(tmp_path) as disk_store:
+        room = empty_like_on(disk_store.put(torch.zeros(3, 2, 5)), (6, 5), torch.float32)
         record = TokenRows(lambda: room, 2, lambda: running)
-        fed = FedExperts(record)
+        fed = InputRecordingExperts(record)
         for samples in ([2, 0], [1]):
             running[:] = samples
             rows = torch.tensor([2 * s + t for s in samples for t in range(2)])
@@ -82,7 +82,7 @@ def test_what_was_recorded_comes_back_for_the_samples_that_run(tmp_path: Path) -
         assert fed.index.flatten().tolist() == list(range(6))
         assert torch.equal(fed.weights.flatten(), torch.arange(6) / 10)
         running[:] = [1, 2]
-        assert torch.equal(RecordedExperts(record)(torch.zeros(4, 5), rows, rows), given[2:])
+        assert torch.equal(ReplayExperts(record)(torch.zeros(4, 5), rows, rows), given[2:])
         running[:] = [0]
         with pytest.raises(UnsupportedError, match="4 rows for 1 samples of 2 tokens.*iters=0"):
             record.write(given[:4])
@@ -90,4 +90,4 @@ def test_what_was_recorded_comes_back_for_the_samples_that_run(tmp_path: Path) -
 
 @pytest.mark.parametrize(("given", "wanted"), [((1000, 2, 8), 1000), ((1000, 8, 128), 250), ((10, 1, 64), 1)])
 def test_room_for_four_times_the_average(given: tuple[int, int, int], wanted: int) -> None:
-    assert most_tokens(*given) == wanted
+    assert max_tokens_per_expert(*given) == wanted

@@ -53,7 +53,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(
         module,
-        "evaluate_given",
+        "evaluate_from_flags",
         lambda given, record_in=None: calls.append({**given, **({"record_in": record_in} if record_in else {})}) or 0,
     )
     return calls
@@ -62,7 +62,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A work space of its own, and logging as it was before."""
-    monkeypatch.setenv("AR_WORK_SPACE", str(tmp_path / "Work"))
+    monkeypatch.setenv("AR_WORK_SPACE", str(tmp_path / "WorkPlan"))
     monkeypatch.delenv("AR_LOG_LEVEL", raising=False)
     handlers, level = list(logger.handlers), logger.level
     yield

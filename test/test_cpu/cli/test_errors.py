@@ -8,7 +8,7 @@ import pytest
 from auto_round import errors
 from auto_round.cli import main
 from auto_round.cli.arguments import EVAL_GROUPS, QUANTIZE_GROUPS, spellings
-from auto_round.cli.parser import IDLE_FLAGS
+from auto_round.cli.parser import NO_OP_FLAGS
 from auto_round.later import refused_names
 
 
@@ -105,7 +105,7 @@ def test_unexpected_error_keeps_the_traceback_in_a_file(
     job.fails = TypeError("odd thing")
     assert main.run(["m"]) == 1
     text = line(capsys)
-    (log,) = (tmp_path / "Work").iterdir()
+    (log,) = (tmp_path / "WorkPlan").iterdir()
     assert "unexpected error: TypeError: odd thing" in text and str(log) in text
     assert "Traceback" in log.read_text() and "odd thing" in log.read_text()
 
@@ -117,7 +117,7 @@ def test_unexpected_error_on_the_screen_when_debugging(
     job.fails = TypeError("odd thing")
     assert main.run(["m"]) == 1
     assert "Traceback" in capsys.readouterr().err
-    assert not (tmp_path / "Work").exists()
+    assert not (tmp_path / "WorkPlan").exists()
 
 
 def test_out_of_memory_says_what_to_lower(job: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +175,7 @@ add_bos_token vllm_args
 
 @pytest.mark.parametrize(("names", "groups"), [(INCUMBENT, QUANTIZE_GROUPS), (EVALUATION, EVAL_GROUPS)])
 def test_every_flag_of_the_incumbent_is_known(names: list[str], groups: Any) -> None:
-    known = {*spellings(groups), *refused_names(), *IDLE_FLAGS}
+    known = {*spellings(groups), *refused_names(), *NO_OP_FLAGS}
     assert [name for name in names if name not in known and name.removeprefix("no_") not in known] == []
 
 

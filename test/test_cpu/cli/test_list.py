@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from auto_round.cli import main
-from auto_round.cli.table import text_table
+from auto_round.cli.list import text_table
 from auto_round.recipes import RECIPES
 from auto_round.schemes import PRESET_SCHEMES
 

@@ -7,7 +7,7 @@ import pytest
 
 from auto_round.cli import main
 from auto_round.cli.arguments import QUANTIZE_GROUPS
-from auto_round.cli.quantize import _OWN
+from auto_round.cli.quantize import _VERB_FLAGS
 from auto_round.errors import DeviceError
 
 DEFAULT = {"batch_size": 8, "iters": 200, "seqlen": 2048, "nsamples": 128, "disable_opt_rtn": False}
@@ -147,8 +147,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 def test_every_flag_has_a_use() -> None:
     """No flag is parsed and ignored: it is a keyword of AutoRound, or one that the verb uses itself."""
     flags = {f.dest for g in QUANTIZE_GROUPS for f in g.flags}
-    assert flags - set(_OWN) - {"model", "device_map"} == set(CHANGED)
-    assert set(_OWN) <= flags
+    assert flags - set(_VERB_FLAGS) - {"model", "device_map"} == set(CHANGED)
+    assert set(_VERB_FLAGS) <= flags
 
 
 @pytest.mark.parametrize("name", CHANGED)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from auto_round.cli import main
-from auto_round.compressors import blockwise
+from auto_round.run import blocks as blockwise
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ from auto_round.errors import ConfigError, UnsupportedError
 # The steps of the guide, with the "quantization logic here" filled in.
 FILE = """
 import torch
-from auto_round.data_type.register import register_dtype
-from auto_round.data_type.utils import reshape_pad_tensor_by_group_size, revert_tensor_by_pad
+from auto_round.codecs.registry import register_dtype
+from auto_round.codecs.registry import reshape_pad_tensor_by_group_size, revert_tensor_by_pad
 
 
 @register_dtype(["your_dtype", "your_dtype_v2"])
@@ -37,7 +37,7 @@ def quant_tensor_your_dtype(
     zp = 2 ** (bits - 1)
     scale = (tensor.abs().amax(-1, keepdim=True) * max_scale / (zp - 1)).clamp(min=1e-5)
     # 4. Quantize and dequantize (Straight-Through Estimator for gradients)
-    from auto_round.data_type.utils import round_ste
+    from auto_round.codecs.registry import round_ste
 
     tensor_q = (round_ste(tensor / scale) + zp).clamp(0, 2 * zp - 1)
     qdq_tensor = (tensor_q - zp) * scale
@@ -52,7 +52,7 @@ calls = []
 
 @pytest.fixture
 def your_dtype(tmp_path: Path) -> Iterator[Any]:
-    importlib.import_module("auto_round.export.fake_format")  # lists the schemes there are when it is first imported
+    importlib.import_module("auto_round.formats.no_config")  # lists the schemes there are when it is first imported
     path = tmp_path / "your_dtype.py"
     path.write_text(FILE)
     spec = importlib.util.spec_from_file_location("your_dtype", path)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from auto_round.calibration.builtin import builtin, builtin_documents
-from auto_round.eval.default_text import held_out_text
+from auto_round.calibration.data.sources import builtin, builtin_documents
+from auto_round.eval.evaluate import held_out_text
 
 
 def test_what_is_measured_on_was_not_calibrated_on() -> None:

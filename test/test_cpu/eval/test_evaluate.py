@@ -9,7 +9,7 @@ import torch
 
 from auto_round.errors import ConfigError, ModelError, NumericsError
 from auto_round.eval import evaluate, window_logits
-from auto_round.eval.windows import make_windows
+from auto_round.eval.measures import make_windows
 
 
 def naive(model: Any, reference: Any, ids: torch.Tensor) -> tuple[float, float, float]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.eval.generate import Generation, backends_of, generate
-from auto_round.inference.config_reader import LayerFormat
+from auto_round.eval.generate import Generation, count_backends, generate
+from auto_round.inference.config import LayerFormat
 from auto_round.inference.qlinear import QuantLinear
 
 
@@ -68,4 +68,4 @@ def test_the_line_about_it(packable_model: Callable[..., Any]) -> None:
     assert "decode" not in Generation("x", 10, 1, 0.5, 0.0, {}).describe()
     model = packable_model("llama")
     model.lm_head = QuantLinear(64, 288, LayerFormat(4, 32, True, "gptq", 0))
-    assert backends_of(model) == {"dense": 14, "torch": 1}
+    assert count_backends(model) == {"dense": 14, "torch": 1}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from auto_round.errors import ConfigError
-from auto_round.eval.loading import parse_dtype
-from auto_round.inference import compute
-from auto_round.inference.compute import compute_dtype_for
+from auto_round.eval.evaluate import parse_dtype
+from auto_round.inference import linear as compute
+from auto_round.inference.linear import compute_dtype_for
 
 
 @pytest.mark.parametrize("native", [True, False])

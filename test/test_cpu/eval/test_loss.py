@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from auto_round.eval import loss as module
-from auto_round.eval.loss import token_kl, token_nll, top1_agreement
+from auto_round.eval import measures as module
+from auto_round.eval.measures import token_kl, token_nll, top1_agreement
 
 
 def test_nll_by_hand() -> None:

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from auto_round.eval.result import Estimate, EvalResult, perplexity, weighted_mean
+from auto_round.eval.measures import Estimate, EvalResult, perplexity, weighted_mean
 
 
 def test_equal_weights_give_the_usual_standard_error() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from auto_round.errors import ConfigError, DataError
-from auto_round.eval.windows import _pieces, adds_bos, make_windows, read_text
+from auto_round.eval.measures import _chunks, adds_bos, make_windows, read_text
 
 
 def test_consecutive_windows_drop_the_remainder(tokenizer: Any, text: str) -> None:
@@ -59,6 +59,6 @@ def test_read_text_errors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "x" * 300, "line\n" * 100, "a\n" + "b" * 250 + "\n" + "c\n" * 90])
 def test_pieces_lose_nothing(text: str) -> None:
-    pieces = _pieces([text], size=64)
+    pieces = _chunks([text], size=64)
     assert "".join(pieces) == (text + "\n\n" if text else "")
     assert all(len(p) <= 66 for p in pieces)

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.export.formats import get_format
-from auto_round.export.plan import ExportPlan
-from auto_round.export.shard_writer import ShardWriter, write_json
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.formats.base import ExportPlan, get_format
 from auto_round.modeling.blocks import find_blocks, is_conv1d, linear_names, set_weight_2d, weight_2d
-from auto_round.quantized_layer import QuantizedLayer
+from auto_round.output.writer import ShardWriter, write_json
 from auto_round.schemes import QuantizationScheme
 
 SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[4] / "shared")

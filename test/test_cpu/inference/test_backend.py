@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.inference import backend_table
+from auto_round.inference import table as backend_table
 from auto_round.inference.backend import backend_names, choose_backend, list_backends, requested_rows
-from auto_round.inference.backend_table import BACKENDS, Backend
-from auto_round.inference.config_reader import LayerFormat
-from auto_round.inference.kernels.kernel import LayerSpec
+from auto_round.inference.config import LayerFormat
+from auto_round.inference.kernels import LayerSpec
+from auto_round.inference.table import BACKENDS, Backend
 
 V1, PLAIN, AWQ = (LayerFormat(4, 128, True, *kind) for kind in (("gptq", 1), ("gptq", 0), ("awq", 0)))
 
@@ -42,7 +42,7 @@ ROW = Backend("x", ("cuda",), (4, 8), ("float16",), 9, ("gptq",), ("no-such-pack
     (PLAIN, "cuda", torch.float16, "needs no-such-package>=2.0, which is not installed"),
 ])  # fmt: skip
 def test_a_row_says_the_first_reason_against_it(fmt: LayerFormat, device: str, dtype: torch.dtype, reason: str) -> None:
-    assert ROW.refuses(fmt, device, spec(dtype)) == reason
+    assert ROW.unsupported_reason(fmt, device, spec(dtype)) == reason
 
 
 def test_rows_passed_over_say_why_and_what_could_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_rows_passed_over_say_why_and_what_could_be_installed(monkeypatch: pytes
     monkeypatch.setattr(backend, "BACKENDS", (ROW, *BACKENDS))
     choice = choose_backend(PLAIN, "cuda", "x,torch", spec())
     assert choice.backend.name == "auto_round:torch" and choice.missing == (ROW,)
-    assert choice.passed_over[0] == "x: needs no-such-package>=2.0, which is not installed"
+    assert choice.rejected[0] == "x: needs no-such-package>=2.0, which is not installed"
     assert choose_backend(PLAIN, "cpu", "x,torch", spec()).missing == ()
 
 

@@ -10,7 +10,7 @@ import torch
 from backend_matrix import Case, build
 from families import older_than
 
-from auto_round.inference.config_reader import LayerFormat
+from auto_round.inference.config import LayerFormat
 from auto_round.schemes import QuantizationScheme as Scheme
 
 GPTQ, AWQ = LayerFormat(4, 32, False, "gptq", 1), LayerFormat(4, 32, False, "awq", 0)

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from auto_round.errors import ModelError
-from auto_round.eval.loading import load_model
+from auto_round.eval.evaluate import load_model
+from auto_round.inference.hf import StoredNames, read_names
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.inference.stored_names import StoredNames, read_names
-from auto_round.modeling.conversions import USUAL_LEAVES, ExpertLeaves, conversions_for_type
+from auto_round.modeling.conversions import DEFAULT_EXPERT_NAMES, ExpertLayerNames, conversions_for_type
 from auto_round.modeling.experts import unfuse_experts
-from auto_round.modeling.tensor_files import StoredTensor
+from auto_round.modeling.files.safetensors import StoredTensor
 from auto_round.schemes import QuantizationScheme as Scheme
 
 IDS = torch.tensor([[1, 5, 9, 2, 44, 17, 3, 8], [7, 7, 1, 0, 60, 31, 12, 2]])
-W123_LEAVES = ExpertLeaves("w1", "w3", "w2")
+W123_LEAVES = ExpertLayerNames("w1", "w3", "w2")
 LEAVES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 FORMATS = ["auto_round", "auto_gptq", "auto_awq"]
 
@@ -208,6 +208,6 @@ def test_what_is_written_is_what_transformers_finds(family: str) -> None:
 def test_names_without_a_family() -> None:
     names = StoredNames({}, conversions_for_type("llama"))
     assert names.config_names("model.layers.0.mlp.up_proj") == ("model.layers.0.mlp.up_proj",)
-    assert names.expert_leaves("model.layers.0.mlp.experts.0") == USUAL_LEAVES
+    assert names.expert_leaves("model.layers.0.mlp.experts.0") == DEFAULT_EXPERT_NAMES
     unseen = replace(names, tensors=None, mapping=conversions_for_type("mixtral"))
     assert unseen.expert_leaves("model.layers.0.mlp.experts.0") == W123_LEAVES

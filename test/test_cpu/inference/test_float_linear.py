@@ -7,18 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.algorithms.quantization.block_task import LayerTask
-from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
-from auto_round.data_type.activation import ActivationQuantizer
+from auto_round.algorithms.base import LayerTask
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
+from auto_round.codecs.activation import ActivationQuantizer
+from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
-from auto_round.export.formats import get_format
-from auto_round.export.plan import ExportPlan
+from auto_round.formats.base import ExportPlan, get_format
 from auto_round.inference.backend import choose_backend, list_backends
-from auto_round.inference.backend_table import SCALED_MM
-from auto_round.inference.build_layer import build_layer, layout_shapes
-from auto_round.inference.config_reader import read_config
-from auto_round.inference.float_linear import FloatLinear, ScaledMmLinear
-from auto_round.quantized_layer import QuantizedLayer
+from auto_round.inference.config import read_config
+from auto_round.inference.convert_model import build_layer, layout_shapes
+from auto_round.inference.linear import FloatLinear, ScaledMmLinear
+from auto_round.inference.table import SCALED_MM
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
 PRESETS = ["MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "MXINT4", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK"]
@@ -38,7 +37,7 @@ def layer_of(scheme: QuantizationScheme) -> QuantizedLayer:
         )
     bias = torch.randn(OUT, generator=generator).bfloat16()
     task = LayerTask(NAME, torch.nn.Linear(1, 1), weight, scheme, bias=bias, activation=step)
-    return round_to_nearest(task, False, torch.float16)
+    return quantize_layer(task, False, torch.float16)
 
 
 def filled(
@@ -164,7 +163,7 @@ def test_the_hardware_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
         choice = choose_backend(fmt, "cuda")
         assert choice.backend.name == name
-        assert any("compute capability 8.9" in text for text in choice.passed_over) is (name != SCALED_MM)
+        assert any("compute capability 8.9" in text for text in choice.rejected) is (name != SCALED_MM)
 
 
 CONFIG: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": True, "data_type": "mx_fp", "quant_method": "auto-round"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from auto_round.eval.loading import load_model
+from auto_round.eval.evaluate import load_model
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.schemes import QuantizationScheme as Scheme
 
@@ -130,7 +130,7 @@ def test_groups_in_any_order(llama: Callable[..., Any], write_checkpoint: Callab
     written = write_checkpoint(llama(), Scheme(group_size=32), None, "auto_gptq")
     tensors = load_file(written.folder / "model.safetensors")
     expected = logits(open_model(written.folder))
-    from auto_round.export.packing.gptq import pack_gptq, unpack_gptq
+    from auto_round.layouts.gptq import pack_gptq, unpack_gptq
 
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     for i in range(2):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from auto_round.data_type.activation import ActivationQuantizer
+from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.inference.convert_model import convert_hf_model, post_init
-from auto_round.inference.float_linear import FloatLinear
-from auto_round.modeling.checkpoint_source import CheckpointSource
+from auto_round.inference.linear import FloatLinear
+from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.schemes import ActivationScheme
 
 
@@ -26,7 +26,7 @@ def load(folder: Path) -> Any:
 def by_our_loader(folder: Path) -> Any:
     """Through `convert_hf_model` alone, for configs that Transformers' own classes refuse or read themselves."""
     source = CheckpointSource(folder, prepare=lambda model: convert_hf_model(model, "cpu"))
-    for name in [*source.blocks, *source.outside_modules()]:
+    for name in [*source.blocks, *source.non_block_module_names()]:
         source.load(name)
     model = source.model.float()
     post_init(model)

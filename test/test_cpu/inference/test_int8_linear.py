@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.data_type.activation import ActivationQuantizer
+from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.inference.config_reader import read_config
-from auto_round.inference.int8_linear import Int8Linear, int8_shapes
+from auto_round.inference.config import read_config
+from auto_round.inference.linear import Int8Linear, int8_shapes
 
 CONFIG = {
     "bits": 8, "group_size": -1, "sym": True, "data_type": "int", "act_bits": 8, "act_group_size": -1, "act_sym": True,

@@ -14,16 +14,17 @@ import pytest
 import torch
 
 from auto_round.errors import UnsupportedError
-from auto_round.export.packing.bits import unpack_words
-from auto_round.inference import backend, backend_table
-from auto_round.inference.backend_table import BACKENDS, Backend
-from auto_round.inference.config_reader import LayerFormat
+from auto_round.inference import backend
+from auto_round.inference import table as backend_table
+from auto_round.inference.backend import choose_backends
+from auto_round.inference.config import LayerFormat
 from auto_round.inference.convert_model import convert_hf_model
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
-from auto_round.inference.layer_choice import choose_backends
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
 from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.table import BACKENDS, Backend
+from auto_round.layouts.gptq import unpack_words
 from auto_round.modeling.experts import unfuse_experts
-from auto_round.modeling.tensor_files import read_header
+from auto_round.modeling.files.safetensors import read_header
 from auto_round.schemes import QuantizationScheme as Scheme
 
 IDS = torch.tensor([[1, 5, 9, 2, 44, 17, 3, 8], [7, 7, 1, 0, 60, 31, 12, 2]])
@@ -42,7 +43,7 @@ class Float64(LinearKernel):
         self.register_buffer("dense", scales * (weight.codes.double() - zeros), persistent=False)
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         return None if spec.in_features == 64 else f"runs 64 inputs, not {spec.in_features}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -205,11 +206,11 @@ def test_moving_a_loaded_model_warns_and_comes_back(
     assert kernels(model) == 12 and "moved" not in caplog.text
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layer = model.model.layers[0].mlp.up_proj
-    layer.made_for = "xpu"
+    layer.kernel_device = "xpu"
     layer.to("meta").to_empty(device="cpu")
     assert layer.kernel is None and "loaded for xpu and moved to cpu" in caplog.text
     assert "please avoid moving a quantized model: load it with device_map='cpu'" in caplog.text
-    layer.made_for = "cpu"
+    layer.kernel_device = "cpu"
     layer.to("meta").to_empty(device="cpu")
     assert layer.kernel is not None
     model.load_state_dict(state)
@@ -225,7 +226,7 @@ def test_a_kernel_that_finds_values_it_cannot_take(
     assert module.qweight is not None
     module.qweight.fill_(-1)
     assert bool((unpack_words(module.qweight, 8) == 255).all())
-    module.kernel_path, module.made_for, module.backend = "plain64:Float64", "cpu", "double"
+    module.kernel_path, module.kernel_device, module.backend = "plain64:Float64", "cpu", "double"
     module.start_kernel("some.layer")
     assert module.kernel is None and module.qweight is not None and module.backend == "torch"
     assert "layers such as some.layer run in plain PyTorch, not with double: all codes are 255" in caplog.text
@@ -237,4 +238,4 @@ def test_a_model_without_weights_is_converted_for_another_device(llama: Callable
     model, used = convert_hf_model(model.to("meta"), "xpu:0")
     assert used == ["auto_round:torch_zp"]
     layer = model.model.layers[0].mlp.up_proj
-    assert (layer.made_for, layer.backend) == ("xpu", "auto_round:torch_zp")
+    assert (layer.kernel_device, layer.backend) == ("xpu", "auto_round:torch_zp")

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from auto_round.codecs.quantized_layer import dequantize_codes
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.export.packing.awq import pack_awq
-from auto_round.export.packing.gptq import pack_gptq
-from auto_round.inference import compute, qlinear
-from auto_round.inference.config_reader import LayerFormat
+from auto_round.inference import linear as compute
+from auto_round.inference import qlinear
+from auto_round.inference.config import LayerFormat
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.quantized_layer import dequantize_codes
+from auto_round.layouts.awq import pack_awq
+from auto_round.layouts.gptq import pack_gptq
 
 
 def build(
@@ -96,7 +97,7 @@ def test_groups_in_another_order(bits: int) -> None:
     module.prepare()
     plain = module.dequantize()
     order = torch.randperm(96, generator=torch.Generator().manual_seed(5))
-    module.g_idx = module.plain_order()[order]
+    module.g_idx = module.default_g_idx()[order]
     module.prepare()
     codes, scale, zero = module.unpack()
     where = module.g_idx.long()

@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from auto_round.errors import LibraryError, UnsupportedError
-from auto_round.modeling.attention import find_attention, head_counts, unrecognised_attention, with_argument
-from auto_round.modeling.libraries import library_error
+from auto_round.modeling.attention import (
+    find_attention,
+    head_counts,
+    library_error,
+    replace_argument,
+    unrecognised_attention,
+)
 
 # family: (names in a block, query heads, key-value heads)
 WANTED = {
@@ -71,7 +76,7 @@ def test_an_argument_is_replaced_however_it_is_passed(args: Any, kwargs: dict[st
             return first, cache, last, more
 
     module = Module()
-    new_args, new_kwargs = with_argument(module, "cache", "new", args, kwargs)
+    new_args, new_kwargs = replace_argument(module, "cache", "new", args, kwargs)
     first, cache, last, more = module(*new_args, **new_kwargs)
     assert (first, cache, last) == (1, "new", kwargs.get("last", 0))
     assert more == {k: v for k, v in kwargs.items() if k == "more"}

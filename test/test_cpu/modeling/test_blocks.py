@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from auto_round.errors import ModelError
-from auto_round.modeling.block_weights import block_weights
 from auto_round.modeling.blocks import (
     find_blocks,
     in_features,
@@ -19,6 +18,7 @@ from auto_round.modeling.blocks import (
     set_weight_2d,
     weight_2d,
 )
+from auto_round.modeling.layer_rules import block_weights
 
 EXPECTED = {
     "llama": "model.layers",
@@ -111,4 +111,4 @@ def test_subclasses_of_linear_are_known_by_their_outputs() -> None:
     weights = block_weights(nn.ModuleDict({"block": model}), ("block",))
     assert {w.name for w in weights.dense} == {f"block.{n}.weight" for n in ("Scaled", "Choosing", "Grouped")}
     assert all("forward of its own" in w.reason and w.unknown for w in weights.dense)
-    assert weights.share_unknown == 0.6
+    assert weights.unknown_fraction == 0.6

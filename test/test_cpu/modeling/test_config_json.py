@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from auto_round.modeling.config_json import source_values, untied, with_both_ropes, with_dtype
+from auto_round.modeling.config import source_config, untied, with_both_rope_spellings, with_dtype
 
 _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -140,7 +140,7 @@ def test_saved_by_transformers_5(name: str, tmp_path: Path) -> None:
 
     kind, options, wanted = SAVED[name]
     values = json.loads(getattr(transformers, kind)(**copy.deepcopy(options)).to_json_string())
-    made = with_both_ropes(with_dtype(values, "float16"))
+    made = with_both_rope_spellings(with_dtype(values, "float16"))
     assert made["dtype"] == made["torch_dtype"] == "float16"
     assert {path: found_at(made, path) for path in wanted} == wanted
     assert list(values) == [key for key in made if key in values], "in the order of the source"
@@ -150,7 +150,7 @@ def test_saved_by_transformers_5(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OLDER)
 def test_saved_by_transformers_4(name: str, tmp_path: Path) -> None:
     values, wanted = OLDER[name]
-    made = with_both_ropes(with_dtype(values, "float16"))
+    made = with_both_rope_spellings(with_dtype(values, "float16"))
     assert {path: found_at(made, path) for path in wanted} == wanted
     without = {k: v for k, v in values.items() if k not in ("torch_dtype", "text_config")}
     assert {k: made[k] for k in without} == without, "nothing of the source is lost"
@@ -168,12 +168,12 @@ def test_what_is_taken_from_a_folder(tmp_path: Path) -> None:
         "text_config": {"_name_or_path": "/data", "compression_config": {}, "alpha": 2},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    found = source_values(None, tmp_path, trusted=False)
+    found = source_config(None, tmp_path, trusted=False)
     assert list(found.items()) == [
         ("zeta", 1), ("model_type", "llama"), ("auto_map", {"AutoModel": "me/repo--mod.Model"}),
         ("text_config", {"alpha": 2}),
     ]  # fmt: skip
-    assert source_values(None, tmp_path, trusted=True)["auto_map"] == stored["auto_map"]
+    assert source_config(None, tmp_path, trusted=True)["auto_map"] == stored["auto_map"]
 
 
 def test_parts_keep_their_own_dtype() -> None:

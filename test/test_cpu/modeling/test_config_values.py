@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from auto_round.errors import ModelError
-from auto_round.modeling.config_checks import check_sizes
-from auto_round.modeling.config_values import largest, layer_value, read_value, smallest, text_config
+from auto_round.modeling.build import check_sizes
+from auto_round.modeling.config import largest, layer_value, read_value, smallest, text_config
 
 
 class ByLayer:

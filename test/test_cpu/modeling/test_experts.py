@@ -7,11 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.modeling.experts import (
-    LinearExperts,
-    is_fused_experts,
-    unfuse_experts,
-)
+from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
 
 MOE = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "qwen3-next"]
 Model = Callable[..., Any]

@@ -13,10 +13,9 @@ import torch
 from families import Family, known_families, sample_ids
 from torch import nn
 
-from auto_round.modeling.block_weights import ROUTER, block_weights
 from auto_round.modeling.blocks import find_blocks, linear_names
 from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
-from auto_round.modeling.routers import router_names
+from auto_round.modeling.layer_rules import ROUTER, block_weights, router_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # Several stacks of blocks, or none.
@@ -136,9 +135,9 @@ def test_every_weight_of_a_block_is_a_layer_or_has_a_reason(name: str) -> None:
                 assert (f"{block}.{leaf}" in layers) != (f"{block}.{leaf}" in named), leaf
     assert all(weight.reason for weight in weights.dense)
     if name in REFUSED:
-        assert weights.share_unknown > 0.5
+        assert weights.unknown_fraction > 0.5
     else:
-        assert weights.share_unknown <= UNKNOWN.get(name, 0.0)
+        assert weights.unknown_fraction <= UNKNOWN.get(name, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from auto_round.errors import NumericsError
-from auto_round.modeling.finite import check_finite, is_finite
+from auto_round.modeling.source import check_finite, is_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])

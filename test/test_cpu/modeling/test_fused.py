@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from auto_round.modeling.fused import fused_groups
+from auto_round.modeling.layer_rules import fused_groups
 
 
 def test_groups_by_parent_and_suffix() -> None:

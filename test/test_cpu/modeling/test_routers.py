@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from auto_round.modeling.block_weights import ROUTER, block_weights
-from auto_round.modeling.routers import router_modules, router_names
+from auto_round.modeling.layer_rules import ROUTER, block_weights, router_modules, router_names
 
 
 class Router(nn.Module):

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from auto_round import AutoRound
 from auto_round.errors import AutoRoundError, UnsupportedError
-from auto_round.modeling.checkpoint_source import CheckpointSource
-from auto_round.modeling.tensor_files import TensorFiles
-from auto_round.modeling.towers import tower_tensors
+from auto_round.modeling.build import tower_tensors
+from auto_round.modeling.checkpoint import CheckpointSource
+from auto_round.modeling.files.safetensors import TensorFiles
 
 _TEXT: dict[str, Any] = dict(
     vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

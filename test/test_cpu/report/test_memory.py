@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from auto_round.report.memory import format_bytes, format_seconds, peak_memory_text, peak_rss_bytes, rss_bytes
+from auto_round.report.memory import format_bytes, format_peak_memory, format_seconds, peak_rss_bytes, rss_bytes
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_peak_is_a_peak_in_bytes() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert peak_rss_bytes() >= rss_bytes() * 0.5
-    assert peak_memory_text().startswith("RAM ")
+    assert format_peak_memory().startswith("RAM ")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs malloc_trim")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from auto_round.report.model_card import ModelCard, is_hub_id, render_model_card, shown_name, write_model_card
+from auto_round.report.model_card import ModelCard, display_name, is_hub_id, render_model_card, write_model_card
 
 
 def front_matter(text: str) -> dict[str, object]:
@@ -78,7 +78,7 @@ def test_many_exceptions_are_cut() -> None:
 def test_names() -> None:
     assert is_hub_id("org/model-1.5B") and is_hub_id("gpt2")
     assert not is_hub_id("./here") and not is_hub_id("/a/b/c") and not is_hub_id("a/b/c")
-    assert shown_name("/data/models/Llama") == "Llama" and shown_name("org/m") == "org/m"
+    assert display_name("/data/models/Llama") == "Llama" and display_name("org/m") == "org/m"
 
 
 def test_write(tmp_path: Path) -> None:

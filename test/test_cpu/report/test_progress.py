@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from auto_round.report import progress as module
-from auto_round.report.progress import BarProgress, LogProgress, NullProgress, loss_text, make_progress
+from auto_round.report.progress import BarProgress, LogProgress, NullProgress, format_loss, make_progress
 
 
 class Terminal(io.StringIO):
@@ -60,5 +60,5 @@ def test_bar_is_closed_after_an_error_and_twice() -> None:
 
 
 def test_loss_text() -> None:
-    assert loss_text(None, 0.5) == "0.5"
-    assert loss_text(1.5e-7, 2e-9) == "1.5e-07 → 2e-09"
+    assert format_loss(None, 0.5) == "0.5"
+    assert format_loss(1.5e-7, 2e-9) == "1.5e-07 → 2e-09"

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from auto_round.errors import OutputError
-from auto_round.report.model_card import ModelCard, write_model_card
-from auto_round.report.quality import add_quality, with_quality
+from auto_round.report.model_card import ModelCard, add_quality, with_quality, write_model_card
 from auto_round.report.run_report import RunReport, write_report
 
 ROWS = [("perplexity", "21.3 ± 0.4"), ("mean KL divergence (nats)", "0.0123 ± 0.0005")]

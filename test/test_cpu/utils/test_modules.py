@@ -78,7 +78,7 @@ def test_loading(packable_folder: Callable[..., str]) -> None:
 
 
 def test_formats_have_a_short_path() -> None:
-    from auto_round.export import formats as long
+    from auto_round.formats import base as long
 
     assert formats.OutputFormat is long.OutputFormat and formats.get_format("fake").name == "fake"
     assert utils.parse_layer_config_arg("{mtp:{bits:8,data_type:int},mtp.fc:{bits:16}}") == {

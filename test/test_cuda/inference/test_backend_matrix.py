@@ -6,7 +6,7 @@ import pytest
 import torch
 from backend_matrix import check_row, rows_and_dtypes
 
-from auto_round.inference.backend_table import Backend
+from auto_round.inference.table import Backend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

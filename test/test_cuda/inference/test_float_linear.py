@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.algorithms.quantization.block_task import LayerTask
-from auto_round.algorithms.quantization.rtn.quantizer import round_to_nearest
-from auto_round.data_type.activation import ActivationQuantizer
-from auto_round.export.formats import get_format
-from auto_round.export.plan import ExportPlan
+from auto_round.algorithms.base import LayerTask
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
+from auto_round.codecs.activation import ActivationQuantizer
+from auto_round.formats.base import ExportPlan, get_format
 from auto_round.inference.backend import choose_backend
-from auto_round.inference.backend_table import SCALED_MM
-from auto_round.inference.build_layer import build_layer
-from auto_round.inference.config_reader import read_config
-from auto_round.inference.float_linear import FloatLinear, ScaledMmLinear
+from auto_round.inference.config import read_config
+from auto_round.inference.convert_model import build_layer
+from auto_round.inference.linear import FloatLinear, ScaledMmLinear
+from auto_round.inference.table import SCALED_MM
 from auto_round.schemes import PRESET_SCHEMES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -29,7 +28,7 @@ def filled(preset: str, backend: str = "") -> FloatLinear:
         above = torch.tensor(600.0) if "static_gs" in scheme.activations.data_type else None
         step = ActivationQuantizer(scheme.activations, fixed, None, above)
     weight = torch.randn(160, 256, generator=torch.Generator().manual_seed(1))
-    layer = round_to_nearest(
+    layer = quantize_layer(
         LayerTask(NAME, torch.nn.Linear(1, 1), weight, scheme, activation=step), False, torch.float16
     )
     read = read_config(fmt.config(ExportPlan(scheme, {NAME: scheme}, ("model.layers.0",)))).default

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from auto_round import AutoRound
-from auto_round.inference.availability import requirement_lack
 from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.table import unmet_requirement
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 IDS = torch.tensor([[1, 5, 9, 2, 44, 17, 3, 8]])
@@ -44,9 +44,9 @@ def logits(model: Any) -> torch.Tensor:
     ("exllamav2", "gptqmodel>=7.0.0"),
 ])  # fmt: skip
 def test_backends_agree(name: str, package: str, folder: str, tmp_path: Path) -> None:
-    lack = requirement_lack(package)
-    if lack is not None:
-        pytest.skip(lack)
+    missing_requirement = unmet_requirement(package)
+    if missing_requirement is not None:
+        pytest.skip(missing_requirement)
     model, want = load(folder, name), logits(load(folder, "torch", "cpu").float())
     if name not in ("torch", "auto"):
         assert any(isinstance(m, QuantLinear) and m.kernel is not None for m in model.modules())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.export.packing.awq import pack_awq
-from auto_round.export.packing.gptq import pack_gptq
-from auto_round.inference.config_reader import LayerFormat
+from auto_round.inference.config import LayerFormat
 from auto_round.inference.qlinear import QuantLinear
+from auto_round.layouts.awq import pack_awq
+from auto_round.layouts.gptq import pack_gptq
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

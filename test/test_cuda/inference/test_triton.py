@@ -8,7 +8,7 @@ import pytest
 import torch
 from integer_weights import dense, error, random_weight
 
-from auto_round.inference.kernels.kernel import IntegerWeight
+from auto_round.inference.kernels import IntegerWeight
 from auto_round.inference.kernels.triton_linear import TritonLinear
 
 pytestmark = [
@@ -23,7 +23,7 @@ def weight(bits: int, out: int, inputs: int, group: int, sym: bool, dtype: torch
 
 
 def kernel_of(given: IntegerWeight) -> TritonLinear:
-    reason = TritonLinear.refuses(given.spec)
+    reason = TritonLinear.unsupported_reason(given.spec)
     if reason is not None:
         pytest.skip(reason)
     return TritonLinear(given)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.calibration.inputs import capture_inputs
+from auto_round.calibration.capture import capture_inputs
 from auto_round.modeling.source import open_source
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,11 +1,11 @@
-"""Settings of round-to-nearest."""
+"""Settings of round-to-nearest: `RTNConfig` and `OptimizedRTNConfig`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from auto_round.algorithms.quantization.scheme_fields import SchemeFields
 from auto_round.errors import ConfigError
+from auto_round.schemes import SchemeFields
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,16 +1,25 @@
-"""Scale (and zero point) search for integer rounding, weighted by how much each input matters.
+"""Importance-weighted search of scales (and zero points), for integer groups and for minifloat blocks.
 
-For fixed codes q the weighted error `sum h (w - s q)^2` has its minimum at `s = sum(h w q) / sum(h q^2)`, and that
-minimum is `sum(h w^2) - sum(h w q)^2 / sum(h q^2)` (ordinary least squares; Lin et al., "least squares refit" as in
-ggml's quants and HQQ, arXiv 2309.15531). So a candidate scale only has to propose codes: each is judged at its own best
-scale, and ten candidates do what a plain grid needs hundreds for. All in float32, in chunks that stay in cache.
+Integers: for fixed codes q the weighted error `sum h (w - s q)^2` is least at `s = sum(h w q) / sum(h q^2)`,
+where it is `sum(h w^2) - sum(h w q)^2 / sum(h q^2)` (least squares refit, as in ggml's quants and HQQ, arXiv
+2309.15531). So a candidate scale only proposes codes and is judged at its own best scale: ten candidates do
+what a plain grid of scales needs hundreds for.
+
+Minifloats: a scale is one of few values (a power of two, an e4m3, a bfloat16), so the stored neighbours of the
+plain scale are tried, and each block takes the one with the least error. All in float32, in chunks that stay in
+cache.
 """
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 
-from auto_round.data_type.int import IntGrid, default_scale_threshold, integer_grid, round_to_stored
+from auto_round.codecs.block_float import BlockFloatSpec, effective_scale
+from auto_round.codecs.int import QuantParams, default_scale_threshold, integer_qparams, round_to_stored
+from auto_round.codecs.minifloat import MinifloatType, as_blocks, block_absmax, block_chunks, block_shape, block_sum
+from auto_round.schemes import GroupSize
 
 _CHUNK_ELEMENTS = 1 << 17  # float32 values in flight per buffer: a few buffers fit the last-level cache
 _MAX_GPU_CHUNK = 1 << 24
@@ -26,14 +35,14 @@ _FACTORS_MANY_BITS = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01)
 _REFITS = 2
 
 
-def search_grid(
+def search_qparams(
     groups: torch.Tensor,
     bits: int,
     sym: bool,
     importance: torch.Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
     threshold: float | None = None,
-) -> IntGrid:
+) -> QuantParams:
     """The grid of each group with the least importance-weighted squared error among the candidates.
 
     Args:
@@ -45,11 +54,11 @@ def search_grid(
         threshold: smallest |scale|.
 
     Returns:
-        IntGrid with scale [rows, groups, 1] (and zero of that shape when asymmetric). Never worse, in this error, than
-        the plain minimum/maximum grid.
+        QuantParams with scale [rows, groups, 1] (and zero of that shape when asymmetric). Never worse, in this error,
+        than         the plain minimum/maximum grid.
     """
     rows, count, size = groups.shape
-    weights = _usable_importance(importance, groups)
+    weights = _normalized_importance(importance, groups)
     thresh = threshold or default_scale_threshold(scale_dtype)
     limit = _CHUNK_ELEMENTS if groups.device.type == "cpu" else _MAX_GPU_CHUNK
     step = max(1, limit // max(1, count * size))
@@ -61,10 +70,10 @@ def search_grid(
         scales.append(scale)
         zeros.append(zero)
     zero_point = float(2 ** (bits - 1)) if sym else torch.cat(zeros)
-    return IntGrid(torch.cat(scales), zero_point, bits)
+    return QuantParams(torch.cat(scales), zero_point, bits)
 
 
-def _usable_importance(importance: torch.Tensor | None, groups: torch.Tensor) -> torch.Tensor:
+def _normalized_importance(importance: torch.Tensor | None, groups: torch.Tensor) -> torch.Tensor:
     """[1, groups, group_size] float32, mean one, never zero for a whole group: a channel that was never active in the
     calibration data still gets a small weight, so that its weights are not rounded at random."""
     _, count, size = groups.shape
@@ -81,7 +90,7 @@ def _search_symmetric(
     w: torch.Tensor, bits: int, h: torch.Tensor, scale_dtype: torch.dtype, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    base = integer_grid(w, bits, True, scale_dtype=scale_dtype, threshold=threshold).scale
+    base = integer_qparams(w, bits, True, scale_dtype=scale_dtype, threshold=threshold).scale
     hw = w * h
     buffer, square = torch.empty_like(w), torch.empty_like(w)
 
@@ -105,16 +114,16 @@ def _search_symmetric(
             best_scale = torch.where(better, scale, best_scale)
             best_gain = torch.where(better, gain, best_gain)
     stored = _safe_symmetric(best_scale, base, scale_dtype, threshold)
-    kept, kept_error = base, _error(w, h, base, low, high, buffer)
+    best_stored, best_error = base, _error(w, h, base, low, high, buffer)
     for _ in range(_REFITS):  # the fit moves the rounding borders, which moves the fit
         error = _error(w, h, stored, low, high, buffer)
-        better = error < kept_error
-        kept = torch.where(better, stored, kept)
-        kept_error = torch.where(better, error, kept_error)
+        better = error < best_error
+        best_stored = torch.where(better, stored, best_stored)
+        best_error = torch.where(better, error, best_error)
         scale, _ = fit(1.0 / stored)
         stored = _safe_symmetric(scale, base, scale_dtype, threshold)
-    better = _error(w, h, stored, low, high, buffer) < kept_error
-    return torch.where(better, stored, kept), torch.empty(0)
+    better = _error(w, h, stored, low, high, buffer) < best_error
+    return torch.where(better, stored, best_stored), torch.empty(0)
 
 
 def _safe_symmetric(
@@ -136,7 +145,7 @@ def _search_asymmetric(
     w: torch.Tensor, bits: int, h: torch.Tensor, scale_dtype: torch.dtype, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     top = 2**bits - 1
-    base = integer_grid(w, bits, False, scale_dtype=scale_dtype, threshold=threshold)
+    base = integer_qparams(w, bits, False, scale_dtype=scale_dtype, threshold=threshold)
     base_zero = base.zero
     assert isinstance(base_zero, torch.Tensor)
     hw = w * h
@@ -171,15 +180,15 @@ def _search_asymmetric(
             best_zero = torch.where(better, zero, best_zero)
             best_gain = torch.where(better, gain, best_gain)
     stored = _safe_asymmetric(best_scale, base.scale, scale_dtype, threshold)
-    kept, kept_zero, kept_error = base.scale, base_zero, error(base.scale, base_zero)
+    best_stored, best_stored_zero, best_error = base.scale, base_zero, error(base.scale, base_zero)
     for _ in range(_REFITS + 1):
         trial = error(stored, best_zero)
-        better = trial < kept_error
-        kept = torch.where(better, stored, kept)
-        kept_zero = torch.where(better, best_zero, kept_zero)
-        kept_error = torch.where(better, trial, kept_error)
+        better = trial < best_error
+        best_stored = torch.where(better, stored, best_stored)
+        best_stored_zero = torch.where(better, best_zero, best_stored_zero)
+        best_error = torch.where(better, trial, best_error)
         stored = _safe_asymmetric(propose(stored, best_zero)[0], base.scale, scale_dtype, threshold)
-    return kept, kept_zero
+    return best_stored, best_stored_zero
 
 
 def _safe_asymmetric(
@@ -187,3 +196,76 @@ def _safe_asymmetric(
 ) -> torch.Tensor:
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, base)
     return round_to_stored(scale, scale_dtype, threshold)
+
+
+# Scale search for small floats, weighted by how much each input matters.
+#
+# A scale can only be one of few values (a power of two, an e4m3, a bfloat16), so the stored neighbours of the plain
+# scale are tried as they are, and each tile takes the one with the least `sum h (w - W)^2`. In float32, in chunks
+# that stay in cache.
+
+_FLOAT_CHUNK = 1 << 16  # weights tried at a time: the buffers of one chunk stay in cache
+_GPU_CHUNK = 1 << 24
+
+
+@torch.no_grad()
+def search_scales(
+    weight: torch.Tensor, family: BlockFloatSpec, group_size: GroupSize, importance: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The stored scale of each tile with the least importance-weighted squared error among the candidates.
+
+    Args:
+        weight: [out, in], any float dtype; searched in float32.
+        group_size: see `QuantizationScheme`.
+        importance: [in], >= 0: the second moment of each input channel; None weighs all alike.
+        global_scale: float32 scalar, for types that have one.
+
+    Returns:
+        float32 [R, C] (see `data_type.blocks`). Never worse, in this error, than the type's own rule.
+    """
+    blocks = as_blocks(weight, group_size)
+    shares = _block_importance(importance, weight, group_size)
+    chunks = block_chunks(blocks, _FLOAT_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK)
+    found = []
+    for rows, parts in groupby(chunks, key=lambda piece: (piece[0].start, piece[0].stop)):
+        inner = [blocks[slice(*rows), part[1]].float() for part in parts]
+        largest = torch.stack([block_absmax(part) for part in inner]).amax(0)
+        best = family.rule.scale(largest, global_scale)
+        least = _block_error(inner, best, global_scale, shares, family.element)
+        for scale in family.rule.candidates(best.clone()):
+            error = _block_error(inner, scale, global_scale, shares, family.element)
+            better = error < least
+            best = torch.where(better, scale, best)
+            least = torch.where(better, error, least)
+        found.append(best)
+    scales = torch.cat(found)
+    return scales.view(scales.shape[0], scales.shape[2])
+
+
+def _block_error(
+    parts: list[torch.Tensor], scale: torch.Tensor, global_scale: torch.Tensor | None, shares: torch.Tensor,
+    element: MinifloatType,
+) -> torch.Tensor:  # fmt: skip
+    """[R, 1, C, 1]: the weighted squared error of tiles given in pieces of some rows each."""
+    factor = effective_scale(scale, global_scale)
+    total = torch.zeros_like(scale)
+    for part in parts:
+        difference = element.nearest(part / factor).mul_(factor).sub_(part)
+        total += block_sum(difference.mul_(difference).mul_(shares))
+    return total
+
+
+def _block_importance(importance: torch.Tensor | None, weight: torch.Tensor, group_size: GroupSize) -> torch.Tensor:
+    """[1, 1, C, N] float32 of mean one. A channel that was never active in the calibration data still gets a small
+    share, so that its weights are not rounded at random."""
+    _, _, c, n = block_shape((weight.shape[0], weight.shape[1]), group_size)
+    ones = torch.ones(1, 1, c, n, device=weight.device)
+    if importance is None:
+        return ones
+    given = importance.to(weight.device, torch.float32)
+    mean = given.mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        return ones
+    padded = torch.nn.functional.pad(given / mean + 1e-4, (0, c * n - given.shape[0]))
+    return padded.view(1, 1, c, n)

@@ -1,13 +1,13 @@
-"""Settings of SignRound (arXiv 2309.05516)."""
+"""Settings of SignRound: `SignRoundConfig`, `AdamRoundConfig`, and the default learning rates."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from auto_round.algorithms.quantization.scheme_fields import SchemeFields
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.later import SIGN_ROUND_V2, refuse_keyword
+from auto_round.schemes import SchemeFields
 
 _FULL_RUN = 200
 _REFUSED = (

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from auto_round.inference.backend import choose_backend
-from auto_round.inference.config_reader import LayerFormat
-from auto_round.inference.kernels import compiled
+from auto_round.inference.config import LayerFormat
+from auto_round.inference.kernels import LayerSpec, compiled
 from auto_round.inference.kernels.cpu import CpuKernel
 from auto_round.inference.kernels.cpu import library as cpu_library
-from auto_round.inference.kernels.kernel import LayerSpec
 
 SOURCE = '__attribute__((visibility("default"))) int shown(void) { return %d; }\n'
 
@@ -103,10 +102,10 @@ def test_the_kernel_gives_that_reason(source: Path, monkeypatch: pytest.MonkeyPa
     cpu_library.cache_clear()
     spec = LayerSpec(4, 32, True, 64, 64, torch.float32, "cpu")
     try:
-        assert "apt install gcc" in str(CpuKernel.refuses(spec))
+        assert "apt install gcc" in str(CpuKernel.unsupported_reason(spec))
         choice = choose_backend(LayerFormat(4, 32, True, "gptq", 0), "cpu", "auto", spec)
         assert choice.backend.name != "auto_round:cpu"
-        assert any("auto_round:cpu: needs a C compiler" in reason for reason in choice.passed_over)
+        assert any("auto_round:cpu: needs a C compiler" in reason for reason in choice.rejected)
     finally:
         cpu_library.cache_clear()
 

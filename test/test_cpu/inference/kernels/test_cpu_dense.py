@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from auto_round.inference.dense_linear import DenseLinear, use_dense_linear
-from auto_round.inference.kernels import cpu_dense
-from auto_round.inference.kernels.cpu_dense import ROWS, dense_product
+from auto_round.inference.kernels import cpu as cpu_dense
+from auto_round.inference.kernels.cpu import ROWS, DenseLinear, dense_product, use_dense_linear
 from auto_round.schemes import QuantizationScheme as Scheme
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -102,7 +101,7 @@ def test_a_layer(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer(x.requires_grad_()).sum().backward()
     assert x.grad is not None and layer.weight.grad is not None
     called: list[int] = []
-    monkeypatch.setattr("auto_round.inference.dense_linear.dense_product", lambda *_: called.append(1))
+    monkeypatch.setattr("auto_round.inference.kernels.cpu.dense_product", lambda *_: called.append(1))
     layer(x)
     assert not called
 

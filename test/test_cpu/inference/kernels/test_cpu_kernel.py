@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer_weights import dense, random_weight
 
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
 from auto_round.inference.kernels.cpu import CHUNK, CpuKernel, chunk_starts
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec, LinearKernel
 
 # Error of one input, in parts of the largest of its chunk: half a step of 1 / 32767, or of 2**-15 of a power of two.
 STEP = {torch.float32: 2.0**-30, torch.float16: 0.5 / 32767, torch.bfloat16: 0.5 / 32767}
@@ -189,6 +189,6 @@ def test_it_compiles_as_one_graph() -> None:
 
 def test_what_it_does_not_run() -> None:
     spec = LayerSpec(4, 32, True, 64, 64, torch.float32, "cpu")
-    assert CpuKernel.refuses(spec) is None
-    assert "runs on cpu" in str(CpuKernel.refuses(LayerSpec(4, 32, True, 64, 64, torch.float32, "cuda")))
-    assert "not 5" in str(CpuKernel.refuses(LayerSpec(5, 32, True, 64, 64, torch.float32, "cpu")))
+    assert CpuKernel.unsupported_reason(spec) is None
+    assert "runs on cpu" in str(CpuKernel.unsupported_reason(LayerSpec(4, 32, True, 64, 64, torch.float32, "cuda")))
+    assert "not 5" in str(CpuKernel.unsupported_reason(LayerSpec(5, 32, True, 64, 64, torch.float32, "cpu")))

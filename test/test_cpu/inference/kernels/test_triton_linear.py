@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from auto_round.inference.kernels.kernel import IntegerWeight, LayerSpec
+from auto_round.inference.kernels import IntegerWeight, LayerSpec
 from auto_round.inference.kernels.triton_launch import (
     Form,
     TilePlan,
@@ -120,28 +120,28 @@ def test_tuning_takes_the_fastest_once_and_skips_what_fails() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "TRITON_INTERPRET=1" in str(TritonLinear.refuses(SPEC))
-    assert "not mps" in str(TritonLinear.refuses(replace(SPEC, device="mps")))
+    assert "TRITON_INTERPRET=1" in str(TritonLinear.unsupported_reason(SPEC))
+    assert "not mps" in str(TritonLinear.unsupported_reason(replace(SPEC, device="mps")))
     if not torch.cuda.is_available():
-        assert "no cuda device" in str(TritonLinear.refuses(replace(SPEC, device="cuda")))
+        assert "no cuda device" in str(TritonLinear.unsupported_reason(replace(SPEC, device="cuda")))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert TritonLinear.refuses(SPEC) is None
+    assert TritonLinear.unsupported_reason(SPEC) is None
     for change, words in (
         (dict(bits=5), "2, 3, 4, 8 bits"), (dict(group_size=40), "multiple of 16"),
         (dict(dtype=torch.float64), "float64"), (dict(in_features=4095, group_size=4095), "even number"),
     ):  # fmt: skip
-        assert words in str(TritonLinear.refuses(replace(SPEC, **change)))  # type: ignore[arg-type]
+        assert words in str(TritonLinear.unsupported_reason(replace(SPEC, **change)))  # type: ignore[arg-type]
 
 
 def test_without_triton_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert TritonLinear.refuses(SPEC) == "needs triton, which is not installed"
+    assert TritonLinear.unsupported_reason(SPEC) == "needs triton, which is not installed"
 
 
 def test_asking_does_not_import_triton() -> None:
     code = (
         "import sys, auto_round.inference.kernels.triton_linear as t; from test_spec import SPEC\n"
         "t.TritonLinear.refuses(SPEC); assert 'triton' not in sys.modules"
-    ).replace("from test_spec import SPEC", "import torch; from auto_round.inference.kernels.kernel import LayerSpec\n"
+    ).replace("from test_spec import SPEC", "import torch; from auto_round.inference.kernels import LayerSpec\n"
               "SPEC = LayerSpec(4, 128, True, 4096, 4096, torch.bfloat16, 'cuda')")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parents[3])

@@ -9,12 +9,12 @@ import pytest
 import torch
 from integer_weights import dense, error, random_weight
 
-from auto_round.export.packing.gptq import pack_gptq
-from auto_round.inference.config_reader import LayerFormat
-from auto_round.inference.kernels.kernel import IntegerWeight
+from auto_round.inference.config import LayerFormat
+from auto_round.inference.kernels import IntegerWeight
 from auto_round.inference.kernels.triton_launch import Packed, run_dense, run_tiles, run_vector, triton_experts
 from auto_round.inference.kernels.triton_linear import TritonExperts, TritonLinear
 from auto_round.inference.qlinear import QuantLinear
+from auto_round.layouts.gptq import pack_gptq
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # Relative to the norm of the result. The interpreter cuts bfloat16 off where a GPU rounds.
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def check(given: IntegerWeight, dtype: torch.dtype, rows: int) -> None:
-    assert TritonLinear.refuses(given.spec) is None
+    assert TritonLinear.unsupported_reason(given.spec) is None
     kernel = TritonLinear(given)
     assert torch.equal(kernel.codes(), given.codes) and kernel.scales.dtype == torch.float16
     x = torch.randn(rows, given.spec.in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)

@@ -1,0 +1,136 @@
+"""Interface of a quantizer: the block and layers that it gets, the codes that it returns, and memory errors."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from auto_round.codecs.activation import ActivationQuantizer
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.errors import DeviceError
+from auto_round.schemes import QuantizationScheme
+
+
+@dataclass
+class LayerTask:
+    """One linear layer of the block.
+
+    Attributes:
+        name: full module name.
+        module: the linear itself, inside the block.
+        weight: [out, in] (a Conv1D's weight is transposed already), in the model's own dtype.
+        scheme: what it becomes.
+        importance: float32 [in], the second moment of each input channel over the calibration tokens, or None.
+        bias: [out] in the model's own dtype, or None.
+        transposed: the module stores [in, out].
+        activation: how the layer's inputs are quantized, or None.
+        global_scale: float32 scalar that layers which runtimes join share (NVFP4); None: the layer's own, if its type
+            has one.
+        ggml: name of the ggml type that stores the layer (`Q4_K`), or None for the other formats.
+        products: sums of x x' over the layer's inputs x: float32 [n, n] for each band of input channels, in order; or
+            None.
+    """
+
+    name: str
+    module: torch.nn.Module
+    weight: torch.Tensor
+    scheme: QuantizationScheme
+    importance: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    transposed: bool = False
+    activation: ActivationQuantizer | None = None
+    global_scale: torch.Tensor | None = None
+    ggml: str | None = None
+    input_hessians: Sequence[torch.Tensor] | None = None
+
+
+class Samples(Protocol):
+    """Hidden states [N, T, H] of N samples; a tensor is one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor:
+        """Those of the samples with these indices."""
+        ...
+
+
+RunBlock = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+
+
+@dataclass
+class BlockTask:
+    """One block with real weights on its device.
+
+    Attributes:
+        name: full module name.
+        block: the module; it may be changed during tuning and is put back afterwards.
+        layers: the linears to quantize.
+        run: calls the block on `hidden` [B, T, H] of the given samples with the arguments recorded for them.
+        inputs: [N, T, H] what the block gets during tuning; in memory, or read from a file as it is indexed.
+        targets: [N, T, H] what it should give; None when there is no calibration data.
+        loss_mask: bool [N, T], True where a position counts.
+        offload: given the task, moves `inputs` and `targets` off the device; False when they are not there.
+        compute_dtype: dtype of the block's parameters and of `run`.
+        seed: of the order of samples.
+    """
+
+    name: str
+    block: torch.nn.Module
+    layers: list[LayerTask]
+    run: RunBlock
+    compute_dtype: torch.dtype
+    seed: int
+    inputs: Samples | None = None
+    targets: Samples | None = None
+    loss_mask: torch.Tensor | None = None
+    offload: Callable[[BlockTask], bool] = lambda _task: False
+
+
+@dataclass
+class BlockResult:
+    """The layers' codes, and the block's loss before and after on the held-out samples (None without tuning)."""
+
+    layers: Sequence[QuantizedLayer] = field(default_factory=list)
+    loss_before: float | None = None
+    loss_after: float | None = None
+    steps: int = 0
+
+
+class BlockQuantizer(Protocol):
+    """An algorithm that decides the codes of one block at a time."""
+
+    name: str
+    needs_importance: bool
+    needs_targets: bool
+
+    def needs_hessian(self, layer: LayerTask) -> bool:
+        """Whether `input_hessians` of a layer are wanted, where importance is gathered."""
+        ...
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        """Decide codes, scales and zero points of every layer of the block."""
+        ...
+
+
+# What is done when a device has too little memory.
+
+
+def empty_device_cache(device: torch.device) -> None:
+    """Give memory that PyTorch keeps for later back to the device."""
+    gc.collect()
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def out_of_memory_error(doing: str, device: torch.device) -> DeviceError:
+    """The error when nothing more can be split or moved away."""
+    return DeviceError(
+        f"{device} has too little memory for {doing}, with everything else off it; lower seqlen, set "
+        "low_gpu_mem_usage=True (--low_gpu_mem_usage), batch_size=1 with gradient_accumulate_steps for the same "
+        "effective batch, tune on another device (device_map), or leave tuning out (iters=0)"
+    )

@@ -1,0 +1,321 @@
+"""SignRound's tuning loop: samples, micro-batches, loss on held-out samples, and the best state of each block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask, empty_device_cache, out_of_memory_error
+from auto_round.algorithms.encode_layer import ggml_type_for, is_integer, minifloat_spec
+from auto_round.algorithms.gptq import shared_hessian_factors
+from auto_round.algorithms.quantization.rtn.quantizer import DAMPING, initial_blocks, initial_qparams, initial_scales
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.quantization.sign_round.ggml_tuner import GgmlTuner
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
+from auto_round.algorithms.quantization.sign_round.linears import AutogradTunableLinear, TunableLinear
+from auto_round.algorithms.quantization.sign_round.tuners import FloatTuner, IntTuner
+from auto_round.errors import NumericsError
+from auto_round.logger import logger
+from auto_round.threads import parallel_map
+
+
+def split_samples(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """(tuned on, held out). A sixteenth is held out, at least one; with fewer than four samples all serve both ends."""
+    if count < 4:
+        return list(range(count)), list(range(count))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator).tolist()
+    held = max(1, count // 16)
+    return sorted(order[held:]), sorted(order[:held])
+
+
+# With this many tokens the work of a layer still hides what calling it costs, on a CPU.
+_TOKENS_PER_LAYER = 128
+
+
+def micro_batch_size(batch: int, tokens: int, layers: int, device: torch.device) -> int:
+    """Samples in one forward and backward pass; gradients of the passes of a step add up to the same sum.
+
+    On a CPU fewer than the batch: the same time, but less memory, since activations are kept for one pass only. Blocks
+    of many layers, such as mixtures of experts, get more tokens, because every layer's call costs something.
+
+    Args:
+        tokens: of one sample.
+        layers: that are tuned in the block.
+    """
+    if device.type != "cpu":
+        return batch
+    return max(1, min(batch, _TOKENS_PER_LAYER * layers // max(1, tokens)))
+
+
+_EVALUATIONS = 8  # times the held-out loss is taken during tuning, besides the start
+
+
+def is_evaluation_step(done: int, iters: int) -> bool:
+    """Whether the held-out loss is taken after `done` steps: in the second half, because the state changes less and
+    less, and always at the end."""
+    return done == iters or (done % max(1, iters // _EVALUATIONS) == 0 and done > iters // 2)
+
+
+def keeps_best_copy(iters: int) -> bool:
+    """Whether a state before the last may have to be kept."""
+    return any(is_evaluation_step(done, iters) for done in range(1, iters))
+
+
+def shuffled_batches(samples: list[int], batch: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches: every sample once a round, in an order drawn anew for each round."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = min(batch, len(samples))
+    queue: list[int] = []
+    while True:
+        while len(queue) < batch:
+            order = torch.randperm(len(samples), generator=generator).tolist()
+            queue += [samples[i] for i in order]
+        yield sorted(queue[:batch])
+        queue = queue[batch:]
+
+
+# How many samples go through a block at once, and what happens when they do not fit on the device.
+
+Tunable = LearnableGroup | AutogradTunableLinear
+T = TypeVar("T")
+
+
+class MicroBatchRunner:
+    """Runs steps over parts of `micro_batch` samples, fewer once the device has run out of memory.
+
+    A step keeps its samples and its sum of gradients, whatever the size of the parts. A step that failed is begun again
+    from its start: what it had gathered is dropped.
+    """
+
+    def __init__(
+        self, task: BlockTask, layers: Sequence[Tunable], micro_batch: int, device: torch.device | None = None
+    ) -> None:
+        """`device`: where the block runs; None: where its layers are."""
+        self.task, self.layers, self.micro_batch = task, layers, micro_batch
+        self.device = task.layers[0].weight.device if device is None else device
+
+    def run(self, step: Callable[[int], T]) -> T:
+        """`step(micro_batch)`; again with half as many samples at once, then with the block's inputs off the device.
+
+        Raises DeviceError when one sample alone does not fit even so.
+        """
+        device = self.device
+        while True:
+            try:
+                return step(self.micro_batch)
+            except torch.OutOfMemoryError as error:
+                for layer in self.layers:
+                    layer.drop_gradient()
+                if self.micro_batch > 1:
+                    self.micro_batch //= 2
+                    logger.info("%s is full: %d samples at once from here on", device, self.micro_batch)
+                elif self.task.offload(self.task):
+                    logger.info("%s is full: the inputs of the blocks move to the CPU", device)
+                else:
+                    raise out_of_memory_error(f"tuning {self.task.name} on one sample", device) from error
+            empty_device_cache(device)
+
+
+# SignRound: tune the rounding of a block's linears so that the block's output stays what it was.
+
+
+class SignRoundQuantizer:
+    """Signed gradient descent over rounding offsets and scale factors (arXiv 2309.05516, algorithm 1), started from the
+    grid that the importance-weighted search finds. The state kept is the best on samples that were not tuned on, judged
+    on the same ones every time; if none beats the start, the start."""
+
+    name = "SignRound"
+    needs_targets = True
+
+    def __init__(
+        self, config: SignRoundConfig, scale_dtype: torch.dtype = torch.float16, optimized_start: bool = True,
+        compile_step: bool = False,
+    ) -> None:  # fmt: skip
+        self.compile_step = compile_step
+        self.config = config
+        self.scale_dtype = scale_dtype
+        self.optimized_start = optimized_start
+        self.needs_importance = optimized_start
+
+    def needs_hessian(self, layer: LayerTask) -> bool:
+        return self.optimized_start and ggml_type_for(layer) is not None
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        tunables, replacements = self._tunables(task)
+        parents = [_swap(task.block, layer.module, replacements[layer.name]) for layer in task.layers]
+        parameters = [(p, p.requires_grad) for p in task.block.parameters()]
+        for parameter, _ in parameters:
+            parameter.requires_grad_(False)
+        try:
+            before, after = self._tune(task, tunables)
+            results = {layer.name: layer for part in tunables for layer in part.finish()}
+        finally:
+            for layer, (parent, attribute) in zip(task.layers, parents, strict=True):
+                setattr(parent, attribute, layer.module)
+            for parameter, required_grad in parameters:
+                parameter.requires_grad_(required_grad)
+        return BlockResult([results[layer.name] for layer in task.layers], before, after, self.config.iters)
+
+    def _tunables(self, task: BlockTask) -> tuple[list[Tunable], dict[str, torch.nn.Module]]:
+        """What is tuned, and by layer the module that stands in for it."""
+        config = self.config
+        options: dict[str, Any] = {
+            "compute_dtype": task.compute_dtype,
+            "tune_scale": config.enable_minmax_tuning,
+            "adam": config.enable_adam,
+            "momentum": config.momentum,
+        }
+        tunables: list[Tunable] = []
+        replacements: dict[str, torch.nn.Module] = {}
+        grouped = [layer for layer in task.layers if _has_tuner(layer)]
+        for tasks in stack_tasks(grouped):
+            group = self._learnable_group(tasks, options)
+            tunables.append(group)
+            replacements |= {layer.name: TunableLinear(group, index) for index, layer in enumerate(tasks)}
+        for layer in task.layers:
+            if layer.name not in replacements:
+                one = AutogradTunableLinear(layer, scale_dtype=self.scale_dtype, **options)
+                tunables.append(one)
+                replacements[layer.name] = one
+        return tunables, replacements
+
+    def _learnable_group(self, tasks: Sequence[LayerTask], options: dict[str, Any]) -> LearnableGroup:
+        """The learnables of layers of one ggml type, integer or small float scheme, at their start."""
+        # A moved scale undoes what offsets have learned, where few can be stored or a block's factor moves 256 weights
+        # (docs/tuning.md, docs/gguf.md). So such scales stay, unless a rate for them is given.
+        moves = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
+        device = tasks[0].weight.device
+        kind = ggml_type_for(tasks[0])
+        if kind is not None:
+            hessian_factors = shared_hessian_factors(tasks, DAMPING, device)
+            search = partial(initial_blocks, kind=kind, optimized=self.optimized_start, hessian_factors=hessian_factors)
+            blocks = parallel_map(search, tasks, device)
+            return GgmlTuner(tasks, blocks, compile_step=self.compile_step, **options | {"tune_scale": moves})
+        family = minifloat_spec(tasks[0].scheme)
+        if family is not None:
+            searched = partial(initial_scales, family=family, optimized=self.optimized_start)
+            starts = parallel_map(searched, tasks, device)
+            options = options | {"tune_scale": moves}
+            return FloatTuner(tasks, family, starts, compile_step=self.compile_step, **options)
+        start = partial(initial_qparams, optimized=self.optimized_start, scale_dtype=self.scale_dtype)
+        qparams = parallel_map(start, tasks, device)
+        return IntTuner(tasks, qparams, scale_dtype=self.scale_dtype, compile_step=self.compile_step, **options)
+
+    def _tune(self, task: BlockTask, layers: Sequence[Tunable]) -> tuple[float, float]:
+        config = self.config
+        assert task.inputs is not None
+        tuned_on, held_out = split_samples(task.inputs.shape[0], task.seed)
+        batches = shuffled_batches(tuned_on, config.batch_size * config.gradient_accumulate_steps, task.seed + 1)
+        rates = [config.learning_rates(layer.scheme.bits) for layer in layers]
+        weights = token_weights(task)
+        runner = MicroBatchRunner(task, layers, self._at_once(task, layers))
+        start = best = runner.run(lambda micro_batch: self._loss(task, held_out, weights, micro_batch))
+        best_state: list[tuple[torch.Tensor, ...]] | None = None
+        for step in range(config.iters):
+            samples = next(batches)
+            runner.run(partial(self._gradients, task, samples, weights))
+            decay = 1.0 - step / config.iters
+            for layer, (lr, scale_lr) in zip(layers, rates, strict=True):
+                layer.step(lr * decay, scale_lr * decay)
+            done = step + 1
+            if is_evaluation_step(done, config.iters):
+                loss = runner.run(lambda micro_batch: self._loss(task, held_out, weights, micro_batch))
+                if loss < best or config.not_use_best_mse:
+                    best = loss
+                    if done == config.iters:
+                        return start, best  # the present state is the one to keep
+                    best_state = [
+                        layer.snapshot(None if best_state is None else best_state[index])
+                        for index, layer in enumerate(layers)
+                    ]
+        for index, layer in enumerate(layers):
+            if best_state is None:
+                layer.restart()
+            else:
+                layer.restore(best_state[index])
+        return start, best
+
+    def _at_once(self, task: BlockTask, layers: Sequence[Tunable]) -> int:
+        """Samples in one pass. The others' functions run in every pass, so they get as few passes as can be."""
+        assert task.inputs is not None
+        batch = self.config.batch_size
+        if not all(isinstance(layer, LearnableGroup) for layer in layers):
+            return batch
+        return micro_batch_size(batch, int(task.inputs.shape[1]), len(task.layers), task.layers[0].weight.device)
+
+    def _gradients(
+        self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, micro_batch: int
+    ) -> None:
+        """The gradients of one step, over passes of `micro_batch` samples."""
+        for at in range(0, len(samples), micro_batch):
+            self._backward(task, samples[at : at + micro_batch], len(samples), weights)
+
+    def _backward(self, task: BlockTask, samples: Sequence[int], total: int, weights: torch.Tensor | None) -> None:
+        """Gradients of the weighted mean squared error of these samples, by their share of the step."""
+        assert task.inputs is not None and task.targets is not None
+        hidden = task.inputs[samples].to(_device(task), task.compute_dtype)
+        with torch.enable_grad():
+            output = task.run(hidden, samples)
+        with torch.no_grad():
+            difference = output - task.targets[samples].to(output)
+            count = difference.numel() / difference.shape[0] * total
+            if weights is not None:
+                difference.mul_(weights[samples].to(difference).unsqueeze(-1))
+        output.backward(difference.mul_(2.0 / count))
+
+    @torch.no_grad()
+    def _loss(self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, micro_batch: int) -> float:
+        """Weighted mean squared error. Summed along fixed dimensions in float64, so that the number of threads does not
+        change it.
+
+        Raises:
+            NumericsError: the loss is NaN or Inf.
+        """
+        assert task.inputs is not None and task.targets is not None
+        total, count = 0.0, 0.0
+        for at in range(0, len(samples), micro_batch):
+            part = list(samples[at : at + micro_batch])
+            output = task.run(task.inputs[part].to(_device(task), task.compute_dtype), part).float()
+            errors = output.sub_(task.targets[part].to(output.device)).square_().sum(-1, dtype=torch.float64)
+            if weights is None:
+                count += output.numel()
+            else:
+                shares = weights[part].to(errors)
+                errors.mul_(shares)
+                count += sum(shares.sum(-1).tolist()) * output.shape[-1]
+            total += sum(errors.sum(-1).tolist())
+        loss = total / max(count, 1.0)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise NumericsError(
+                f"block {task.name}: the loss is {loss}; the block overflows in {task.compute_dtype} on this data"
+            )
+        return loss
+
+
+def _device(task: BlockTask) -> torch.device:
+    """Where the block is; its samples may be elsewhere."""
+    return task.layers[0].weight.device
+
+
+def _has_tuner(layer: LayerTask) -> bool:
+    """Whether codes of the layer are stored; other data types are tuned through their function."""
+    return ggml_type_for(layer) is not None or is_integer(layer.scheme) or minifloat_spec(layer.scheme) is not None
+
+
+def token_weights(task: BlockTask) -> torch.Tensor | None:
+    """float32 [N, T], one where a position counts and zero where it is masked; None when all count."""
+    return None if task.loss_mask is None else task.loss_mask.float()
+
+
+def _swap(block: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """Put `new` where `old` is inside `block`; returns the parent and attribute, to put it back."""
+    for parent in block.modules():
+        for attribute, child in parent.named_children():
+            if child is old:
+                setattr(parent, attribute, new)
+                return parent, attribute
+    raise LookupError(f"module {old} is not in its block")

@@ -1,0 +1,1 @@
+"""Calibration data: the dataset-string grammar, where documents come from, and how they become token batches."""

@@ -1,0 +1,334 @@
+"""Dataset strings, the registry of named datasets, and how many samples each dataset gives.
+
+A dataset string looks like `./tmp.json,NeelNanda/pile-10k:num=256:split=train+test,mbpp:concat=True`. `,`
+separates datasets, `:` separates the options of one dataset, `+` adds values of one option. Single or double
+quotes switch that meaning off, in names as well as in values; inside quotes a backslash before the quote
+escapes it. A word without `=` is a switch (`concat`, `apply_chat_template`) or else a split, so
+`NeelNanda/pile-10k:train` is short for `NeelNanda/pile-10k:split=train`. The `:` of a Windows drive
+(`C:\\data.json`) and of `://` belongs to the name.
+
+The registry maps names to functions that yield documents:
+
+    from auto_round.calib_dataset import register_dataset
+
+    @register_dataset("my_notes", description="notes of my team")
+    def my_notes(tokenizer, seqlen, dataset_name, split, seed):
+        for path in sorted(Path("notes").glob("*.md")):
+            yield path.read_text()
+
+A function receives those of the arguments below that it names (all of them when it takes `**kwargs`), and
+yields documents: strings, mappings with `text`, `messages` or `input_ids`, or lists of messages. It may yield
+more than is needed; it is read only as far as needed.
+
+tokenizer, seqlen (tokens per sample), dataset_name (the registered name used), split (None, one name, or
+several joined by `+`), seed, apply_chat_template (bool), system_prompt (None or text). A function that names
+`apply_chat_template` renders the template itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from auto_round.errors import ConfigError, nearest
+
+OPTIONS = ("num", "split", "concat", "apply_chat_template", "system_prompt")
+"""Option names a dataset string takes."""
+
+_SWITCHES = ("concat", "apply_chat_template")
+_TRUE = ("true", "1", "yes", "on")
+_FALSE = ("false", "0", "no", "off")
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+_EXAMPLE = "./tmp.json,NeelNanda/pile-10k:num=256:split=train+test,mbpp:concat=True"
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One dataset of a dataset string.
+
+    Attributes:
+        name: registered name, hub id or path of a local file.
+        num: samples wanted from this dataset; None shares what the others leave.
+        splits: split names in the order given; empty takes the dataset's default.
+        concat: join all documents, then cut them into samples; None takes the dataset's default.
+        apply_chat_template: render every document with the tokenizer's chat template.
+        system_prompt: system message of the template; None leaves it to the template.
+    """
+
+    name: str
+    num: int | None = None
+    splits: tuple[str, ...] = ()
+    concat: bool | None = None
+    apply_chat_template: bool = False
+    system_prompt: str | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether nothing but the name was given."""
+        return self == DatasetSpec(self.name)
+
+
+def parse_dataset_string(text: str) -> list[DatasetSpec]:
+    """Datasets named by `text`, in order.
+
+    Raises ConfigError for an empty string or name, a quote that is not closed, an unknown or repeated option, or a
+    value that the option does not take.
+    """
+    return [_parse_one(part, text) for part in _split(text, ",", text)]
+
+
+def _parse_one(part: str, whole: str) -> DatasetSpec:
+    pieces = _split(part, ":", whole)
+    name = _unquote(pieces[0])
+    if not name:
+        raise ConfigError(f"dataset {whole!r} has an empty name; write it like {_EXAMPLE!r}")
+    values: dict[str, str] = {}
+    for piece in pieces[1:]:
+        key, value = _key_and_value(piece, whole)
+        if key in values:
+            raise ConfigError(f"dataset {name!r} gives {key} twice; give it once")
+        values[key] = value
+    spec = DatasetSpec(
+        name=name,
+        num=_parse_count(values["num"], name) if "num" in values else None,
+        splits=_splits(values["split"], name) if "split" in values else (),
+        concat=_parse_bool("concat", values["concat"], name) if "concat" in values else None,
+        apply_chat_template=_parse_bool("apply_chat_template", values.get("apply_chat_template", "false"), name),
+        system_prompt=_unquote(values["system_prompt"]) if "system_prompt" in values else None,
+    )
+    if spec.system_prompt is not None and not spec.apply_chat_template:
+        raise ConfigError(f"dataset {name!r} has a system_prompt but no chat template; add ':apply_chat_template'")
+    return spec
+
+
+def _key_and_value(piece: str, whole: str) -> tuple[str, str]:
+    key, equals, value = piece.partition("=")
+    key = key.strip()
+    if equals and key[:1] not in "'\"":
+        if key not in OPTIONS:
+            raise ConfigError(
+                f"dataset {whole!r} has the unknown option {key!r}{nearest(key, OPTIONS)} Known: {', '.join(OPTIONS)}"
+            )
+        return key, value.strip()
+    word = piece.strip()
+    if not word:
+        raise ConfigError(f"dataset {whole!r} has nothing between two ':'; write options like {_EXAMPLE!r}")
+    if word in _SWITCHES:
+        return word, "true"
+    if word in OPTIONS:
+        raise ConfigError(f"dataset {whole!r} gives {word} without a value; write ':{word}=…'")
+    return "split", word
+
+
+def _splits(value: str, name: str) -> tuple[str, ...]:
+    splits = tuple(_unquote(s) for s in _split(value, "+", value))
+    if not all(splits):
+        raise ConfigError(f"dataset {name!r} has an empty split in {value!r}; write split=train+test")
+    return splits
+
+
+def _parse_count(value: str, name: str) -> int:
+    word = _unquote(value)
+    if not word.isdecimal() or int(word) < 1:
+        raise ConfigError(f"dataset {name!r} has num={value}; num is a whole number of samples, 1 or more")
+    return int(word)
+
+
+def _parse_bool(key: str, value: str, name: str) -> bool:
+    word = _unquote(value).lower()
+    if word not in _TRUE + _FALSE:
+        raise ConfigError(f"dataset {name!r} has {key}={value}; write {key}=True or {key}=False")
+    return word in _TRUE
+
+
+def _split(text: str, separator: str, whole: str) -> list[str]:
+    """Parts of `text` between separators that stand outside quotes."""
+    parts = [""]
+    for char, plain in _mark_separators(text, whole):
+        if plain and char == separator:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
+
+
+def _mark_separators(text: str, whole: str) -> Iterator[tuple[str, bool]]:
+    """Each character with whether it can be a separator. Quotes are passed on, so that parts can be split again."""
+    quote = ""
+    escaped = False
+    start_of_word = True
+    for i, char in enumerate(text):
+        if quote:
+            yield char, False
+            if char == quote and not escaped:
+                quote = ""
+            escaped = char == "\\"
+            continue
+        if char in "'\"" and start_of_word:
+            quote, escaped, start_of_word = char, False, False
+            yield char, False
+            continue
+        inside_name = char == ":" and (text.startswith("://", i) or _is_drive(text, i))
+        yield char, not inside_name
+        start_of_word = char in ",:=+" or (start_of_word and char == " ")
+    if quote:
+        raise ConfigError(
+            f"dataset {whole!r} has a quote {quote} that is not closed; close it, and look at what the shell does"
+        )
+
+
+def _is_drive(text: str, colon: int) -> bool:
+    """Whether the colon belongs to a Windows drive that starts a dataset's name."""
+    before = text[: colon - 1].rstrip() if colon else "x"
+    return bool(_DRIVE.match(text, colon - 1)) and (not before or before[-1] in ",'\"")
+
+
+def _unquote(value: str) -> str:
+    word = value.strip()
+    if len(word) >= 2 and word[0] == word[-1] and word[0] in "'\"":
+        return re.sub(r"\\(['\"])", r"\1", word[1:-1])
+    return word
+
+
+# Names of calibration datasets and the functions that read them.
+#
+# from auto_round.calib_dataset import register_dataset
+#
+# @register_dataset("my_notes", description="notes of my team")
+# def my_notes(tokenizer, seqlen, dataset_name, split, seed):
+# for path in sorted(Path("notes").glob("*.md")):
+# yield path.read_text()
+#
+# A function is called with those of the arguments below that it names (all of them when it takes `**kwargs`), and gives
+# documents: strings, mappings with `text`, `messages` or `input_ids`, or lists of messages. It may give more than is
+# needed, and is read only as far as needed.
+#
+# tokenizer, seqlen (tokens per sample), dataset_name (the registered name used), split (None, one name, or several
+# joined by `+`), seed, apply_chat_template (bool), system_prompt (None or text). A function that names
+# `apply_chat_template` renders the template itself.
+
+DatasetFunction = Callable[..., Iterable[Any]]
+_F = TypeVar("_F", bound=DatasetFunction)
+
+ARGUMENTS = ("tokenizer", "seqlen", "dataset_name", "split", "seed", "apply_chat_template", "system_prompt")
+"""Arguments a dataset function may name."""
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A registered dataset.
+
+    Attributes:
+        name: as written in a dataset string.
+        function: gives the documents, see the module's text.
+        description: a few words for `list dataset`.
+        where: where the data comes from, e.g. "Hugging Face hub".
+        concat: the value of `concat` when the dataset string gives none; True suits sets of short documents.
+        takes: which of `ARGUMENTS` the function names.
+    """
+
+    name: str
+    function: DatasetFunction
+    description: str
+    where: str
+    concat: bool
+    takes: frozenset[str]
+
+    def documents(self, **arguments: Any) -> Iterable[Any]:
+        """Call the function with the arguments it takes."""
+        return self.function(**{k: v for k, v in arguments.items() if k in self.takes})
+
+
+BY_PROGRAM = "registered by this program"
+DATASETS: dict[str, DatasetEntry] = {}
+"""Registered datasets by name."""
+
+
+def register_dataset(
+    names: str | Iterable[str],
+    *,
+    description: str = "",
+    where: str = BY_PROGRAM,
+    concat: bool = False,
+) -> Callable[[_F], _F]:
+    """Decorator that makes a function the reader of one or several dataset names; see the module's text.
+
+    Registering a name again replaces it. Raises ConfigError for an empty name, a name that the dataset string could
+    not hold (`,`, `:`, `+`), or a function that has to be given an argument we do not know.
+    """
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    if not wanted or not all(isinstance(n, str) and n for n in wanted):
+        raise ConfigError(f"register_dataset got the names {names!r}; give a name or a list of names")
+    for name in wanted:
+        if any(c in name for c in ",:+\"'"):
+            raise ConfigError(f"dataset name {name!r} has one of , : + or a quote, which the dataset string uses")
+
+    def register(function: _F) -> _F:
+        takes = _accepted_arguments(function)
+        text = description or (inspect.getdoc(function) or "").split("\n")[0]
+        for name in wanted:
+            DATASETS[name] = DatasetEntry(name, function, text, where, concat, takes)
+        return function
+
+    return register
+
+
+def _accepted_arguments(function: DatasetFunction) -> frozenset[str]:
+    takes: set[str] = set()
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes.update(ARGUMENTS)
+        elif parameter.name in ARGUMENTS and parameter.kind is not parameter.POSITIONAL_ONLY:
+            takes.add(parameter.name)
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
+            raise ConfigError(
+                f"dataset function {function.__name__!r} needs {parameter.name!r}, which is not one of the "
+                f"arguments it can be given: {', '.join(ARGUMENTS)}; rename it or give it a default"
+            )
+    return frozenset(takes)
+
+
+# How many samples each of several datasets gives.
+
+
+def samples_per_dataset(wanted: Sequence[int | None], total: int) -> list[int]:
+    """Samples per dataset, at most `total` in all; `wanted` is `num=` of each, None where it was not given.
+
+    Numbers that fit are kept, and the datasets without one share the rest evenly. Numbers that ask for more than
+    `total` are taken as proportions: first each dataset without a number gets an even part of `total`, then the others
+    share what is left by their numbers. Every dataset gets at least one sample as long as `total` allows it.
+    """
+    open_places = [i for i, n in enumerate(wanted) if n is None]
+    asked = sum(n for n in wanted if n is not None)
+    if asked + len(open_places) <= total:
+        weights = [float(n or 0) for n in wanted]
+        result = [n or 0 for n in wanted]
+        for i, extra in zip(open_places, _even(total - asked, len(open_places)), strict=True):
+            result[i] = extra
+        return result
+    weights = [float(n) if n is not None else 0.0 for n in wanted]
+    even = total / len(wanted)
+    for i in open_places:  # an even part of the total, on the scale of the numbers
+        rest = total - even * len(open_places)
+        weights[i] = even * asked / rest if rest > 0 and asked else 1.0
+    return _proportional(weights, total)
+
+
+def _even(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def _proportional(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to `weights` that sum to `total` (largest remainders), none 0 if that can be."""
+    exact = [w * total / sum(weights) for w in weights]
+    result = [int(e) for e in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (result[i] - exact[i], i))
+    for i in by_remainder[: total - sum(result)]:
+        result[i] += 1
+    while 0 in result and max(result) > 1:
+        result[result.index(max(result))] -= 1
+        result[result.index(0)] += 1
+    return result

@@ -1,0 +1,305 @@
+"""Tokenize documents into calibration samples of `seqlen` tokens.
+
+Without `concat` a document becomes at most one sample: cut at `seqlen` tokens when longer and dropped when
+shorter. A text is also dropped when one token repeated to the end makes up more than half of it. With `concat`
+the documents are joined and the stream is cut every `seqlen` tokens. Texts get the special tokens the tokenizer
+adds; in joined text the tokens that it puts in front (such as BOS) also start every sample, as models trained
+with one need it. Ids given by the user are used unchanged.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from auto_round.calibration.data.documents import Document, Message, TokenDocument, plain_text
+from auto_round.errors import DataError
+
+Sample = dict[str, torch.Tensor]
+"""`input_ids` and `attention_mask`, both int64 [seqlen], and `labels` int64 [seqlen] when the user gave some."""
+
+IGNORED_LABEL = -100
+_BATCH = 64
+# Texts are first cut to this many characters per wanted token, so that a book does not have to be tokenized whole.
+_CHARS_PER_TOKEN = 12
+
+
+@dataclass
+class DocumentStats:
+    """What happened to the documents of one dataset.
+
+    Attributes:
+        name: the dataset.
+        seqlen: tokens per sample.
+        concat: whether documents were joined.
+        named: whether it comes from a dataset string, where `concat=True` can be written.
+        seen: documents read.
+        kept: samples made.
+        short: documents with fewer than `seqlen` tokens.
+        repeats: documents dropped for one token repeated to the end.
+        shortest, longest: tokens of the shortest and longest document; of one far longer than `seqlen` not all may
+            be counted.
+        total: tokens of all documents together.
+    """
+
+    name: str
+    seqlen: int
+    concat: bool = False
+    named: bool = True
+    seen: int = 0
+    kept: int = 0
+    short: int = 0
+    repeats: int = 0
+    shortest: int | None = field(default=None)
+    longest: int = 0
+    total: int = 0
+
+    def count(self, length: int) -> None:
+        """Note one more document of `length` tokens."""
+        self.seen += 1
+        self.total += length
+        self.shortest = length if self.shortest is None else min(self.shortest, length)
+        self.longest = max(self.longest, length)
+
+    def explain(self) -> str:
+        """What was read and dropped, in one sentence."""
+        if not self.seen:
+            return f"{self.name!r}: no document"
+        documents = f"{self.seen} document{'s' if self.seen > 1 else ''}"
+        what = f"{self.name!r}: {documents} of {self.shortest} to {self.longest} tokens"
+        if self.concat:
+            return f"{what}, {self.total} tokens joined, {self.kept} samples of {self.seqlen}"
+        return (
+            f"{what}, {self.kept} kept, {self.short} dropped as shorter than seqlen={self.seqlen}, {self.repeats} "
+            "dropped as padding (one token repeated over more than half of it)"
+        )
+
+    def advice(self) -> str:
+        """What to set so that samples come out."""
+        if not self.seen:
+            return "give it some text"
+        if self.concat:
+            return f"set seqlen<={self.total} or give more text" if self.total else "give it some text"
+        if self.longest < self.seqlen:
+            longest = f"set seqlen<={self.longest} or " if self.longest else ""
+            return longest + ("add ':concat=True' to the dataset" if self.named else "give longer samples")
+        return "give text that is not repeated padding"
+
+
+def render(document: Document, tokenizer: Any, apply_chat_template: bool, system_prompt: str | None) -> Document:
+    """The document as text, through the chat template when asked; token ids stay what they are.
+
+    A plain text becomes one message of the user. `system_prompt` takes the place of a conversation's own system
+    message. Raises DataError when the tokenizer has no template, the template refuses the messages, or the document
+    is token ids.
+    """
+    if not apply_chat_template:
+        return plain_text(document) if isinstance(document, list) else document
+    if isinstance(document, TokenDocument):
+        raise DataError(
+            "apply_chat_template needs text, and this dataset holds token ids; leave apply_chat_template out"
+        )
+    messages: list[Message] = [{"role": "user", "content": document}] if isinstance(document, str) else list(document)
+    if system_prompt is not None:
+        messages = [{"role": "system", "content": system_prompt}, *(m for m in messages if m["role"] != "system")]
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template; leave apply_chat_template out, or give tokenizer.chat_template"
+        )
+    asks = messages[-1]["role"] == "user"
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+    except Exception as error:  # templates raise what they like, mostly jinja2's TemplateError
+        raise DataError(
+            f"the chat template refuses these messages ({error}); leave system_prompt out, or leave the template out"
+        ) from error
+
+
+def samples_of(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    tally: DocumentStats,
+    *,
+    apply_chat_template: bool = False,
+    system_prompt: str | None = None,
+    most_documents: int | None = None,
+) -> Iterator[Sample]:
+    """Samples of `tally.seqlen` tokens, made as they are asked for; `tally` is kept up to date.
+
+    Reads no further than the samples asked for need (in batches of 64 texts), and `most_documents` in all. Raises
+    DataError for ids that are not valid, and for text without a tokenizer.
+    """
+    stream = iter(documents) if most_documents is None else itertools.islice(documents, most_documents)
+    rendered = (render(d, tokenizer, apply_chat_template, system_prompt) for d in stream)
+    encoder = _Encoder(tokenizer, specials=not apply_chat_template)
+    if tally.concat:
+        yield from _concatenated(rendered, encoder, tally)
+        return
+    for document in encoder.encode(rendered, most_tokens=tally.seqlen):
+        sample = _cut_sample(document, tally)
+        if sample is not None:
+            tally.kept += 1
+            yield sample
+
+
+class _Encoder:
+    """Texts to ids, in batches."""
+
+    def __init__(self, tokenizer: Any, specials: bool) -> None:
+        self.tokenizer = tokenizer
+        self.specials = specials
+
+    def edges(self) -> tuple[list[int], list[int]]:
+        """Special tokens that the tokenizer puts before and after a text."""
+        if self.tokenizer is None:
+            return [], []
+        bare = self._ids(["a"], specials=False)[0]
+        full = self._ids(["a"], specials=True)[0]
+        for start in range(len(full) - len(bare) + 1):
+            if bare and full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        return [], []
+
+    def encode(self, documents: Iterable[Document], most_tokens: int | None = None) -> Iterator[TokenDocument]:
+        """Token documents in order. With `most_tokens`, what lies far behind that many tokens may be left out."""
+        stream = iter(documents)
+        while batch := list(itertools.islice(stream, _BATCH)):
+            texts = [d for d in batch if isinstance(d, str)]
+            encoded = iter(self._encode_texts(texts, most_tokens))
+            for document in batch:
+                if isinstance(document, TokenDocument):
+                    yield _checked_ids(document, self.tokenizer)
+                else:
+                    yield TokenDocument(next(encoded))
+
+    def _encode_texts(self, texts: list[str], most_tokens: int | None) -> list[list[int]]:
+        if not texts:
+            return []
+        if self.tokenizer is None:
+            raise DataError("calibration text needs a tokenizer; give tokenizer=…, or give token ids instead of text")
+        if most_tokens is None:
+            return self._ids(texts, self.specials)
+        limit = _CHARS_PER_TOKEN * most_tokens
+        result = self._ids([t[:limit] for t in texts], self.specials)
+        # A text whose cut copy did not give enough tokens (long runs of spaces, say) is tokenized whole.
+        again = [i for i, t in enumerate(texts) if len(t) > limit and len(result[i]) < most_tokens + 16]
+        for i, ids in zip(again, self._ids([texts[i] for i in again], self.specials), strict=True):
+            result[i] = ids
+        return result
+
+    def _ids(self, texts: list[str], specials: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=specials,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _cut_sample(document: TokenDocument, tally: DocumentStats) -> Sample | None:
+    """One sample of `seqlen` tokens, or None when the document is dropped."""
+    length = len(document.ids)
+    tally.count(length)
+    if length < tally.seqlen:
+        tally.short += 1
+        return None
+    real = [i for i in range(length) if document.mask is None or document.mask[i]]
+    if not real:  # a mask that leaves nothing to learn from
+        tally.repeats += 1
+        return None
+    start = min(real[0], length - tally.seqlen)  # padding in front goes first when the sample is too long
+    window = slice(start, start + tally.seqlen)
+    ids = document.ids[window]
+    mask = document.mask[window] if document.mask is not None else [1] * len(ids)
+    is_text = document.mask is None  # ids that somebody gives have one by now
+    if is_text and _mostly_one_token(ids):
+        tally.repeats += 1
+        return None
+    return _sample(ids, mask, document.labels[window] if document.labels is not None else None)
+
+
+def _mostly_one_token(ids: list[int]) -> bool:
+    """Whether one token repeated to the end makes up more than half of `ids` (or there are none)."""
+    run = 0
+    for token in reversed(ids):
+        if token != ids[-1]:
+            break
+        run += 1
+    return run * 2 > len(ids) or not ids
+
+
+def _concatenated(documents: Iterable[Document], encoder: _Encoder, tally: DocumentStats) -> Iterator[Sample]:
+    """Samples cut from all documents in a row; padding is left out."""
+    before, _ = encoder.edges()
+    if len(before) >= tally.seqlen:
+        raise DataError(f"seqlen={tally.seqlen} leaves no room after the {len(before)} special tokens of the tokenizer")
+    ids: list[int] = []
+    labels: list[int] = []
+    has_labels = False
+    own_ids = False
+    for document in encoder.encode(documents):
+        own_ids = own_ids or document.mask is not None
+        has_labels = has_labels or document.labels is not None
+        kept = [i for i in range(len(document.ids)) if document.mask is None or document.mask[i]]
+        tally.count(len(kept))
+        ids.extend(document.ids[i] for i in kept)
+        labels.extend((document.labels or document.ids)[i] for i in kept)
+        position = 0
+        while True:
+            lead = [] if own_ids or ids[position : position + len(before)] == before else before
+            end = position + tally.seqlen - len(lead)
+            if end > len(ids):
+                break
+            chunk = lead + ids[position:end]
+            chunk_labels = [IGNORED_LABEL] * len(lead) + labels[position:end]
+            position = end
+            tally.kept += 1
+            yield _sample(chunk, [1] * len(chunk), chunk_labels if has_labels else None)
+        del ids[:position], labels[:position]
+
+
+def _checked_ids(document: TokenDocument, tokenizer: Any) -> TokenDocument:
+    """Ids checked, with a mask: the one given, or one that leaves out padding tokens at both ends.
+
+    Padding is only looked for when the tokenizer has a padding token that it uses for nothing else.
+    """
+    if any(t < 0 for t in document.ids):
+        raise DataError(
+            f"a sample has the token id {min(document.ids)}; ids are 0 or more (mark padding with attention_mask)"
+        )
+    if document.mask is not None:
+        if any(m not in (0, 1) for m in document.mask):
+            raise DataError(
+                "a sample has an attention_mask with values other than 0 and 1; use 1 for tokens and 0 for padding"
+            )
+        return document
+    length = len(document.ids)
+    mask = [1] * length
+    pad = getattr(tokenizer, "pad_token_id", None)
+    others = {getattr(tokenizer, f"{k}_token_id", None) for k in ("eos", "bos", "unk")}
+    if pad is not None and pad not in others:
+        for order in (range(length), range(length - 1, -1, -1)):
+            for i in itertools.takewhile(lambda i: document.ids[i] == pad, order):
+                mask[i] = 0
+        if not any(mask):  # nothing but this token: the user means it
+            mask = [1] * length
+    return TokenDocument(document.ids, mask, document.labels)
+
+
+def _sample(ids: list[int], mask: list[int], labels: list[int] | None) -> Sample:
+    sample = {
+        "input_ids": torch.tensor(ids, dtype=torch.int64),
+        "attention_mask": torch.tensor(mask, dtype=torch.int64),
+    }
+    if labels is not None:
+        sample["labels"] = torch.tensor(labels, dtype=torch.int64)
+    return sample

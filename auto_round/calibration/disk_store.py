@@ -1,0 +1,182 @@
+"""Store activations in a temporary file instead of memory, with row-wise reads and writes.
+
+The file is read and written at explicit offsets through small buffers, not memory-mapped: mapped pages count as
+the process's own until something else needs memory, which breaks a limit on resident memory (docs/adr/0013).
+The file has no name once it is open, so it disappears with the process.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol, TypeVar
+
+import torch
+
+from auto_round.errors import OutputError
+
+_CHUNK_BYTES = 1 << 26
+T = TypeVar("T", bound="DiskStore")
+
+
+class DiskStore:
+    """One growing file. Tensors get places in it that are theirs until it is closed.
+
+    Raises OutputError when the folder cannot be used or its disk is full.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], what: str = "activations") -> None:
+        """`what` lies in it, for its name and messages."""
+        self.folder, self.what = Path(folder), what
+        self.size = 0
+        self._lock = threading.Lock()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=self.folder, prefix=f"{what}-", buffering=0)
+        except OSError as error:
+            raise OutputError(
+                f"{what} cannot be kept in {self.folder} ({error.strerror}); set AR_WORK_SPACE to a folder that "
+                "can be written, or give a larger max_memory"
+            ) from error
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> DiskTensor:
+        """Room for a tensor; its content is undefined until it is written."""
+        made = DiskTensor(self, self.size, torch.Size(shape), dtype)
+        self.size += made.nbytes
+        return made
+
+    def put(self, tensor: torch.Tensor) -> DiskTensor:
+        """A tensor's values, in its dtype."""
+        made = self.empty(tensor.shape, tensor.dtype)
+        self.write(made.start, _bytes_of(tensor))
+        return made
+
+    def write(self, start: int, data: memoryview) -> None:
+        done = 0
+        try:
+            with self._lock:
+                self._file.seek(start)
+                while done < len(data):
+                    done += self._file.write(data[done : done + _CHUNK_BYTES])
+        except OSError as error:
+            raise OutputError(
+                f"{self.what} cannot be written to {self.folder} ({error.strerror}): {self.size / 1e9:.2f} GB are "
+                "needed there; free some space, set AR_WORK_SPACE to a folder on another disk, or lower nsamples or "
+                "seqlen"
+            ) from error
+
+    def read(self, start: int, into: memoryview) -> None:
+        done = 0
+        with self._lock:
+            self._file.seek(start)
+            while done < len(into):
+                count = self._file.readinto(into[done : done + _CHUNK_BYTES])  # type: ignore[attr-defined]
+                if not count:
+                    raise OutputError(f"the file of {self.what} in {self.folder} ended early; run again")
+                done += count
+
+    def clear(self) -> None:
+        """Forget every tensor: their places are given anew."""
+        self.size = 0
+
+    def close(self) -> None:
+        """Give the space on the disk back. Tensors that lie here cannot be read any more."""
+        self._file.close()
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class TensorStorage(Protocol):
+    """A file in which tensors have places."""
+
+    def read(self, start: int, into: memoryview) -> None: ...
+
+    def write(self, start: int, data: memoryview) -> None: ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> DiskTensor: ...
+
+
+class DiskTensor:
+    """A tensor whose values lie in a file. Indexing its first dimension reads, or writes, that part."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, file: TensorStorage, start: int, shape: torch.Size, dtype: torch.dtype) -> None:
+        self._file, self.start, self.shape, self.dtype = file, start, shape, dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def read(self) -> torch.Tensor:
+        """All of it, in new memory."""
+        made = torch.empty(self.shape, dtype=self.dtype)
+        self._file.read(self.start, _bytes_of(made))
+        return made
+
+    def to(self, *args: Any) -> torch.Tensor:
+        """All of it as a tensor, on a device and in a dtype as for `torch.Tensor.to`."""
+        return self.read().to(*args)
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> torch.Tensor:
+        if isinstance(index, int):
+            return self[[index]][0]
+        rows = list(range(self.shape[0])[index]) if isinstance(index, slice) else list(index)
+        made = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+        view, size = _bytes_of(made), self._row_bytes()
+        for place, row, count in _runs(rows):
+            self._file.read(self.start + row * size, view[place * size : (place + count) * size])
+        return made
+
+    def __setitem__(self, index: int | slice | Sequence[int], value: torch.Tensor) -> None:
+        if isinstance(index, int):
+            index, value = [index], value[None]
+        rows = list(range(self.shape[0])[index]) if isinstance(index, slice) else list(index)
+        view, size = _bytes_of(value.detach().to("cpu", self.dtype)), self._row_bytes()
+        for place, row, count in _runs(rows):
+            self._file.write(self.start + row * size, view[place * size : (place + count) * size])
+
+    def new_empty(self, dtype: torch.dtype, shape: Sequence[int] | None = None) -> DiskTensor:
+        """Room in the same file, in `dtype`; as much as this takes, or for another shape."""
+        return self._file.empty(self.shape if shape is None else shape, dtype)
+
+    def clone(self) -> DiskTensor:
+        """A second copy in the same file."""
+        made = self.new_empty(self.dtype)
+        for row in range(self.shape[0]):
+            made[row] = self[row]
+        return made
+
+    def _row_bytes(self) -> int:
+        return self.nbytes // max(1, self.shape[0])
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(place in `rows`, first row, count) of every run of rows that follow each other."""
+    found: list[tuple[int, int, int]] = []
+    for place, row in enumerate(rows):
+        if found and found[-1][1] + found[-1][2] == row:
+            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + 1)
+        else:
+            found.append((place, row, 1))
+    return found
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

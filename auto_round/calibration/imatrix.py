@@ -1,0 +1,215 @@
+"""Read and write llama.cpp importance matrix (imatrix) files: mean squared inputs per matrix.
+
+Matrices are named as in the GGUF file. There are two formats. The present one is a GGUF file with two float32
+tensors per matrix: `NAME.in_sum2` [experts, in], sums of squares over tokens, and `NAME.counts` [experts, 1],
+the number of tokens; the keys `imatrix.datasets`, `imatrix.chunk_count` and `imatrix.chunk_size` describe the
+data. The legacy one is a plain list of (name, number of calls, mean squares times that number) without a magic
+number. Source: llama.cpp's `tools/imatrix/imatrix.cpp` and `common/imatrix-loader.cpp`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from auto_round.errors import DataError
+from auto_round.gguf.reader import MAGIC, GgufHeader, read_header
+from auto_round.output.gguf_writer import GgufFile, TypedValue
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_LONGEST_NAME = 1024
+
+
+@dataclass(frozen=True)
+class ImatrixFile:
+    """What an importance matrix file holds.
+
+    Attributes:
+        importance: mean of the squares, float32 [in] by name; [experts, in] for stacked experts, with ones for an
+            expert that saw no token. In the older form the experts of a tensor lie in one row, see `of`.
+        tokens: float32 [experts] (or [1]) by name: tokens behind the means; empty in the older form, which has none.
+        chunks: pieces of text behind it, 0 if the file does not say.
+        chunk_size: tokens of a piece, 0 if the file does not say.
+        datasets: names of the texts.
+    """
+
+    importance: dict[str, torch.Tensor]
+    tokens: dict[str, torch.Tensor]
+    chunks: int
+    chunk_size: int
+    datasets: tuple[str, ...]
+
+    def of(self, name: str, shape: Sequence[int]) -> torch.Tensor | None:
+        """Importance for the tensor `name` of `shape` [out, in] or [experts, out, in]: [in] or [experts, in].
+
+        None when the file has none for it. Raises DataError when it was made for another shape.
+        """
+        found = self.importance.get(name)
+        if found is None:
+            return None
+        wanted = (*shape[:-2], shape[-1])
+        if found.numel() != torch.Size(wanted).numel():
+            raise DataError(
+                f"the importance of {name!r} is {list(found.shape)} but the model's tensor needs {list(wanted)}; "
+                "the file was made for another model"
+            )
+        return found.reshape(wanted)
+
+
+def read_imatrix(path: str | os.PathLike[str]) -> ImatrixFile:
+    """Read either form.
+
+    Raises DataError, which says what is wrong, for a file that cannot be read, is cut off or malformed, or holds NaN,
+    Inf or negative numbers.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(MAGIC))
+            file.seek(0)
+            if start != MAGIC:
+                return _LegacyReader(file, path).read()
+    except OSError as error:
+        raise DataError(f"cannot read importance matrix {path} ({error.strerror})") from error
+    return _from_gguf(path, read_header(path))
+
+
+def write_imatrix(
+    path: str | os.PathLike[str],
+    sums: Mapping[str, torch.Tensor],
+    tokens: Mapping[str, int | torch.Tensor],
+    chunk_size: int,
+    datasets: Sequence[str] = (),
+) -> None:
+    """Write the present form, which llama.cpp's `--imatrix` takes.
+
+    Args:
+        path: the file to make or replace.
+        sums: sums of squares by the tensor's name in the GGUF file, [in] or [experts, in], as `SecondMomentObserver`
+            has them.
+        tokens: how many tokens went into each: a number, or one for each expert.
+        chunk_size: tokens of one sample.
+        datasets: names of the texts the samples are from.
+
+    Raises:
+        OutputError: the file cannot be written.
+        DataError: there is nothing to write, or sums that are NaN or Inf.
+    """
+    if not sums:
+        raise DataError(f"no importance was gathered; there is nothing to write to {path}")
+    counts = {name: torch.as_tensor(tokens[name], dtype=torch.float32).reshape(-1, 1) for name in sums}
+    rows = {name: value.detach().to("cpu", torch.float32) for name, value in sums.items()}
+    infos: list[tuple[str, Sequence[int], str]] = []
+    for name in sorted(rows):
+        rows[name] = rows[name].reshape(len(counts[name]), -1)
+        _check(name, rows[name], path)
+        infos += [(name + _SUMS, rows[name].shape, "F32"), (name + _COUNTS, counts[name].shape, "F32")]
+    chunks = -(-int(max(float(count.max()) for count in counts.values())) // chunk_size)
+    metadata = {
+        "general.type": "imatrix",
+        # llama-quantize takes no file without the list, and GGUF has no type for the items of an empty one.
+        "imatrix.datasets": TypedValue(list(datasets) or ["unknown"], "STRING"),
+        "imatrix.chunk_count": chunks,
+        "imatrix.chunk_size": chunk_size,
+    }
+    with GgufFile(path, "imatrix", metadata, infos) as file:
+        for name in sorted(rows):
+            file.write(name + _SUMS, rows[name])
+            file.write(name + _COUNTS, counts[name])
+
+
+def _check(name: str, values: torch.Tensor, path: str | os.PathLike[str]) -> None:
+    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+        raise DataError(f"importance matrix {path}: the values of {name!r} are not all finite and positive")
+
+
+def _from_gguf(path: Path, header: GgufHeader) -> ImatrixFile:
+    def bad(problem: str) -> DataError:
+        return DataError(f"{path} is no importance matrix: {problem}")
+
+    names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
+    if not names:
+        raise bad("no tensor is called NAME.in_sum2")
+    if any(n.endswith(_COUNTS) and n.removesuffix(_COUNTS) + _SUMS not in header.tensors for n in header.tensors):
+        raise bad("it has counts without sums")
+    whole: dict[str, type] = {"imatrix.chunk_count": int, "imatrix.chunk_size": int, "imatrix.datasets": list}
+    for key, kind in whole.items():
+        if not isinstance(header.values.get(key, kind()), kind):
+            raise bad(f"key {key} has the wrong type")
+    importance: dict[str, torch.Tensor] = {}
+    tokens: dict[str, torch.Tensor] = {}
+    for name in names:
+        sums, counts = (header.tensors.get(name + end) for end in (_SUMS, _COUNTS))
+        if sums is None or counts is None or (sums.kind, counts.kind) != ("F32", "F32"):
+            raise bad(f"{name!r} needs float32 sums and counts")
+        if not counts.nbytes or sums.nbytes % counts.nbytes:
+            raise bad(f"the sums and counts of {name!r} do not fit each other")
+        count = _floats(path, counts.start, counts.nbytes)
+        total = _floats(path, sums.start, sums.nbytes).reshape(len(count), -1)
+        _check(name, total, path)
+        _check(name, count, path)
+        unseen = count.round().unsqueeze(1) == 0
+        mean = torch.where(unseen, torch.ones(()), total / count.round().clamp(min=1).unsqueeze(1))
+        importance[name] = mean[0] if len(count) == 1 else mean
+        tokens[name] = count
+    return ImatrixFile(
+        importance, tokens, header.values.get("imatrix.chunk_count", 0), header.values.get("imatrix.chunk_size", 0),
+        tuple(str(item) for item in header.values.get("imatrix.datasets", [])),
+    )  # fmt: skip
+
+
+def _floats(path: Path, start: int, nbytes: int) -> torch.Tensor:
+    return torch.from_numpy(np.fromfile(path, "<f4", nbytes // 4, offset=start).astype(np.float32))
+
+
+class _LegacyReader:
+    """Reads the older form; every length is checked against what is left of the file before anything is made."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.left = os.fstat(file.fileno()).st_size
+
+    def read(self) -> ImatrixFile:
+        entries = self.number()
+        if entries < 1:
+            raise self.error("it says that it has no entries")
+        importance: dict[str, torch.Tensor] = {}
+        for _ in range(entries):
+            name = self.text()
+            calls, count = self.number(), self.number()
+            if count < 1:
+                raise self.error(f"{name!r} has {count} values")
+            values = torch.from_numpy(np.frombuffer(self.bytes(4 * count), "<f4").astype(np.float32))
+            importance[name] = values / calls if calls > 0 else values
+            _check(name, importance[name], self.path)
+        chunks = self.number() if self.left else 0
+        datasets = (self.text(),) if self.left else ()
+        return ImatrixFile(importance, {}, max(chunks, 0), 0, datasets)
+
+    def error(self, problem: str) -> DataError:
+        return DataError(f"{self.path} is no importance matrix of llama.cpp: {problem}")
+
+    def bytes(self, count: int) -> bytes:
+        if count > self.left:
+            raise self.error("it ends too early")
+        self.left -= count
+        return self.file.read(count)
+
+    def number(self) -> int:
+        return int(struct.unpack("<i", self.bytes(4))[0])
+
+    def text(self) -> str:
+        length = self.number()
+        if not 0 <= length <= _LONGEST_NAME:
+            raise self.error(f"a name has {length} bytes")
+        try:
+            return self.bytes(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error("a name is no UTF-8") from error

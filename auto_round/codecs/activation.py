@@ -1,0 +1,104 @@
+"""Activation quantization: find the function of a data type and fake-quantize the inputs of linear layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from auto_round.codecs.registry import ACTIVATION_PREFIX, QUANT_FUNC_WITH_DTYPE, QuantFunc, find_quant_func
+from auto_round.errors import UnsupportedError, nearest
+from auto_round.schemes import ActivationScheme
+
+
+def activation_function(scheme: ActivationScheme) -> QuantFunc:
+    """The registered function that quantizes inputs: `act_` and the data type's name, or the data type's own.
+
+    Raises:
+        UnsupportedError: there is none, or static scales are asked of a function that takes no `scale`.
+    """
+    function = find_quant_func(ACTIVATION_PREFIX + scheme.data_type, scheme.bits, scheme.sym)
+    function = function or find_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+    if function is None:
+        known = sorted(QUANT_FUNC_WITH_DTYPE)
+        raise UnsupportedError(
+            f"activations of data type {scheme.data_type!r} with {scheme.bits} bits are not available in this version"
+            f"{nearest(scheme.data_type, known)} Available: {', '.join(known)}"
+        )
+    if not scheme.dynamic and not _accepts(function, "scale", "tensor_max"):
+        raise UnsupportedError(
+            f"data type {scheme.data_type!r} has no static activations: its function takes no 'scale' and "
+            "'tensor_max'; leave act_dynamic at True"
+        )
+    return function
+
+
+def _accepts(function: QuantFunc, *names: str) -> bool:
+    return set(names) <= set(inspect.signature(function).parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationQuantizer:
+    """The step that a quantized layer takes before its product.
+
+    Attributes:
+        scheme: what the inputs become.
+        scale: float32 scalar, for static activations.
+        zero_point: code of 0.0 in the signed range, for static asymmetric ones.
+        global_scale: float32 scalar fixed by the calibration data, under which scales are computed from each input
+            (NVFP4).
+    """
+
+    scheme: ActivationScheme
+    scale: torch.Tensor | None = None
+    zero_point: int | None = None
+    global_scale: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [..., in] fake-quantized, in its shape and dtype; gradients pass straight through."""
+        if x.numel() == 0:  # an expert that no token reached
+            return x
+        scheme = self.scheme
+        static: dict[str, Any] = {} if self.global_scale is None else {"global_scale": self.global_scale}
+        if not scheme.dynamic:
+            static = {"scale": self.scale, "zero_point": self.zero_point}
+        function = activation_function(scheme)
+        return function(
+            x, bits=scheme.bits, group_size=scheme.group_size, data_type=scheme.data_type, scale_dtype=x.dtype,
+            **static,
+        )[0]  # fmt: skip
+
+    def hook(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """For `register_forward_pre_hook`."""
+        return (self(args[0]), *args[1:])
+
+
+def static_quantizer(
+    scheme: ActivationScheme, low: torch.Tensor, high: torch.Tensor, stored: torch.dtype
+) -> ActivationQuantizer:
+    """The quantizer of inputs that lie between two scalars; its scale is a value that `stored` can hold."""
+    function = activation_function(scheme)
+    # A width of one: the function only has to turn the extremes into a scale.
+    smoke_sample = torch.zeros(1, 1, dtype=torch.float32, device=low.device)
+    _, scale, zero = function(
+        smoke_sample, bits=scheme.bits, group_size=0, data_type=scheme.data_type, scale_dtype=stored,
+        tensor_min=low.float(), tensor_max=high.float(),
+    )  # fmt: skip
+    limits = torch.finfo(stored)
+    rounded = scale.detach().float().reshape(()).clamp(limits.tiny, limits.max).to(stored).float().cpu()
+    return ActivationQuantizer(scheme, rounded, None if scheme.sym else int(zero))
+
+
+@contextmanager
+def quantized_inputs(modules: Mapping[torch.nn.Module, ActivationQuantizer]) -> Iterator[None]:
+    """While this is open, the given modules quantize their inputs."""
+    handles = [module.register_forward_pre_hook(quantizer.hook) for module, quantizer in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

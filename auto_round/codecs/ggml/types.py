@@ -1,0 +1,232 @@
+"""ggml block types as data, the contents of their blocks, and rounding of weights to codes on given steps.
+
+From ggml-common.h, `block_q4_0` to `block_q6_K`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+
+from auto_round.schemes import QuantizationScheme
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """One block type.
+
+    Attributes:
+        name: as ggml calls it, `Q4_K`.
+        bits: of a code.
+        block: weights in a block, which has one d (and one dmin).
+        group: weights that share a step: the block, or a sub-block with integers for its scale (and min).
+        zero: the code whose weight is zero before the minimum is taken off.
+        scale_bits: of those integers, 0 where a block has no sub-blocks.
+        signed_scales: the integers may be negative.
+        has_min: every group has a minimum too.
+        min_sign: what the stored minimum is multiplied by when it is added: -1 where it is taken off (K types).
+        nbytes: of a block.
+    """
+
+    name: str
+    bits: int
+    block: int
+    group: int
+    zero: int
+    scale_bits: int
+    signed_scales: bool
+    has_min: bool
+    min_sign: int
+    nbytes: int
+
+    @property
+    def codes(self) -> int:
+        """Number of codes."""
+        return 1 << self.bits
+
+    @property
+    def is_k(self) -> bool:
+        """Whether it is a K type: 256 weights with double-quantized scales."""
+        return self.block == 256
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.nbytes * 8 / self.block
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row of `columns` weights, which must fill blocks."""
+        assert columns % self.block == 0
+        return columns // self.block * self.nbytes
+
+
+_TYPE_ROWS = (
+    # name   bits block group zero scale_bits signed min  sign bytes
+    ("Q4_0", 4, 32, 32, 8, 0, False, False, 0, 18),
+    ("Q4_1", 4, 32, 32, 0, 0, False, True, 1, 20),
+    ("Q5_0", 5, 32, 32, 16, 0, False, False, 0, 22),
+    ("Q5_1", 5, 32, 32, 0, 0, False, True, 1, 24),
+    ("Q8_0", 8, 32, 32, 128, 0, False, False, 0, 34),
+    ("Q2_K", 2, 256, 16, 0, 4, False, True, -1, 84),
+    ("Q3_K", 3, 256, 16, 4, 6, True, False, 0, 110),
+    ("Q4_K", 4, 256, 32, 0, 6, False, True, -1, 144),
+    ("Q5_K", 5, 256, 32, 0, 6, False, True, -1, 176),
+    ("Q6_K", 6, 256, 16, 32, 8, True, False, 0, 210),
+)
+
+GGML_TYPES: Mapping[str, GgmlType] = MappingProxyType({row[0]: GgmlType(*row) for row in _TYPE_ROWS})
+
+
+def ggml_scheme(name: str) -> QuantizationScheme:
+    """The scheme of one tensor of type `name`, such as `Q4_K`."""
+    kind = GGML_TYPES[name]
+    if kind.is_k:
+        dtype, size = ("int_asym_dq" if kind.has_min else "int_sym_dq"), kind.block // kind.group
+        return QuantizationScheme(
+            kind.bits, kind.group, not kind.has_min, dtype, 16, super_bits=kind.scale_bits, super_group_size=size
+        )
+    dtype = "int_asym_float_zp" if kind.has_min else "int"
+    return QuantizationScheme(kind.bits, kind.group, not kind.has_min, dtype, 16)
+
+
+_SCHEMES = tuple((ggml_scheme(name), kind) for name, kind in GGML_TYPES.items())
+
+
+def ggml_type_of(scheme: QuantizationScheme) -> GgmlType | None:
+    """The type that stores exactly what `scheme` says, or None. Plain `int` of the right shape counts."""
+    plain = scheme.with_overrides({"act_bits": 16})
+    return next((kind for own, kind in _SCHEMES if own == plain), None)
+
+
+# What a tensor of a ggml type holds, taken apart: codes, integer scales and minima, and the float16 factors.
+
+
+@dataclass(frozen=True, eq=False)
+class GgmlBlocks:
+    """A matrix in blocks, as stored.
+
+    Attributes:
+        kind: the type.
+        codes: uint8 [out, in], 0 .. 2**bits - 1.
+        d: float16 [out, in/block], the factor of the scales (of the codes, where a block has no sub-blocks).
+        scales: int8 [out, in/group] for types with sub-blocks: 0 .. 2**scale_bits - 1, or signed; None otherwise.
+        dmin: float16 [out, in/block], the factor of the minima (the minimum itself, without sub-blocks), or None.
+        mins: uint8 [out, in/group], or None.
+    """
+
+    kind: GgmlType
+    codes: torch.Tensor
+    d: torch.Tensor
+    scales: torch.Tensor | None = None
+    dmin: torch.Tensor | None = None
+    mins: torch.Tensor | None = None
+
+    def step(self) -> torch.Tensor:
+        """float32 [out, in/group]: the distance of two codes, the product rounded as readers round it."""
+        d = self.d.float()
+        if self.scales is None:
+            return d
+        return _over_groups(d, self.kind) * self.scales.float()
+
+    def minimum(self) -> torch.Tensor | None:
+        """float32 [out, in/group], added to every weight of the group (negative in K types); None without."""
+        if self.dmin is None:
+            return None
+        dmin = self.dmin.float()
+        if self.mins is not None:
+            dmin = _over_groups(dmin, self.kind) * self.mins.float()
+        return dmin * self.kind.min_sign
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [out, in], bit for bit as ggml computes it: step * (code - zero), then the minimum."""
+        out, columns = self.codes.shape
+        values = self.codes.float().sub_(self.kind.zero).view(out, -1, self.kind.group)
+        values.mul_(self.step().unsqueeze(-1))
+        minimum = self.minimum()
+        if minimum is not None:
+            values.add_(minimum.unsqueeze(-1))
+        return values.view(out, columns)
+
+    def rows(self, wanted: slice) -> GgmlBlocks:
+        """Some of the rows."""
+        part = lambda t: None if t is None else t[wanted]  # noqa: E731
+        return GgmlBlocks(
+            self.kind, self.codes[wanted], self.d[wanted], part(self.scales), part(self.dmin), part(self.mins)
+        )
+
+    def to(self, device: torch.device | str) -> GgmlBlocks:
+        """The same on another device."""
+        move = lambda t: None if t is None else t.to(device)  # noqa: E731
+        return GgmlBlocks(
+            self.kind, self.codes.to(device), self.d.to(device), move(self.scales), move(self.dmin), move(self.mins)
+        )
+
+
+def _over_groups(factor: torch.Tensor, kind: GgmlType) -> torch.Tensor:
+    return factor.repeat_interleave(kind.block // kind.group, dim=1)
+
+
+# From weights to codes on a stored grid: the nearest ones, or those that rounding offsets lead to.
+
+_CHUNK_WEIGHTS = 1 << 17  # weights rounded at a time: stays in cache, and no float32 copy of a whole layer is made
+_HUGE = 1e30
+
+
+def code_limits(kind: GgmlType) -> tuple[float, float]:
+    """Least and largest code less the zero. Of 8 bits -128 is left out: no quantizer of ggml writes it."""
+    low = -kind.zero + (1 if kind.bits == 8 else 0)
+    return float(low), float(kind.codes - 1 - kind.zero)
+
+
+def divisor_of(step: torch.Tensor) -> torch.Tensor:
+    """The step, to divide by: that of zero is a huge one, so that all codes of its group are zero."""
+    return torch.where(step == 0, _HUGE, step)
+
+
+def inverse_of(step: torch.Tensor) -> torch.Tensor:
+    """1 / step, and almost zero for a step of zero."""
+    return divisor_of(step).reciprocal_()
+
+
+def round_codes(
+    groups: torch.Tensor, inverse: torch.Tensor, minimum: torch.Tensor | None, v: torch.Tensor | None,
+    limits: tuple[float, float],
+) -> torch.Tensor:  # fmt: skip
+    """Codes less the zero, float32 like `groups`: `clamp(round((w - minimum) / step + v))`.
+
+    Args:
+        groups: weights, float32.
+        inverse, minimum: of the groups' steps, and their minima; broadcast.
+        v: offsets in units of one code.
+    """
+    codes = groups * inverse if minimum is None else (groups - minimum).mul_(inverse)
+    if v is not None:
+        codes += v
+    return codes.round_().clamp_(*limits)
+
+
+@torch.no_grad()
+def assign_codes(weight: torch.Tensor, blocks: GgmlBlocks, v: torch.Tensor | None = None) -> GgmlBlocks:
+    """The blocks with the codes of a weight on their steps and minima.
+
+    Args:
+        weight: [out, in], any float dtype.
+        blocks: stored numbers; their codes do not matter.
+        v: rounding offsets in units of one code, [out, in] or in groups, or None for the nearest codes.
+    """
+    kind, (out, columns) = blocks.kind, weight.shape
+    groups = weight.view(out, columns // kind.group, kind.group)
+    offsets = None if v is None else v.view_as(groups)
+    inverse, minimum = inverse_of(blocks.step()).unsqueeze(-1), blocks.minimum()
+    codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
+    step = max(1, _CHUNK_WEIGHTS // columns)
+    for start in range(0, out, step):
+        rows = slice(start, start + step)
+        found = round_codes(
+            groups[rows].float(), inverse[rows], None if minimum is None else minimum[rows].unsqueeze(-1),
+            None if offsets is None else offsets[rows], code_limits(kind),
+        )  # fmt: skip
+        codes[rows] = found.add_(kind.zero).to(torch.uint8)
+    return replace(blocks, codes=codes.view(out, columns))

@@ -1,0 +1,240 @@
+"""Minifloats (FP4, FP8, MXINT4): encode and decode values, and split a matrix into blocks that share a scale.
+
+| name | bits | codes | source |
+|---|---|---|---|
+| e2m1 | 4 | sign, 2 bits of exponent (bias 1), 1 of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 | OCP MX v1.0, 5.3.3 |
+| int4 | 4 | sign and magnitude in quarters: 0, 0.25 ... 1.75 | the range of OCP MX v1.0, 5.3.4, for 4 bits |
+| e4m3 | 8 | `torch.float8_e4m3fn`: largest 448, no Inf | OCP OFP8 v1.0, 5.1 |
+| e5m2 | 8 | `torch.float8_e5m2`: largest 57344 | OCP OFP8 v1.0, 5.2 |
+
+A value beyond the largest saturates, Inf too; ties round to even. The sign of zero is kept. NaN stays NaN in
+the 8-bit types and has no code in the 4-bit ones. All four have steps of `2**(e - mantissa)` between 2**e and
+2**(e+1), and below
+2**lowest those of `e = lowest`. Adding and subtracting `2**(e + 23 - mantissa)` in float32 rounds to such a step.
+
+Blocks are a view [R, M, C, N] of a matrix: R*M rows by C*N columns, each block M rows of N columns. Groups
+along the input have M = 1; one scale per row has M = C = 1; one scale per tensor has R = C = 1. A scale is [R,
+1, C, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from auto_round.schemes import GroupSize
+
+
+def block_shape(shape: tuple[int, int], group_size: GroupSize) -> tuple[int, int, int, int]:
+    """(R, M, C, N) of a matrix [rows, columns]; the last tiles may reach beyond it."""
+    rows, columns = shape
+    if isinstance(group_size, tuple):
+        m, n = group_size
+        return -(-rows // m), m, -(-columns // n), n
+    if group_size == 0:
+        return 1, rows, 1, columns
+    if group_size < 0 or columns < group_size:
+        return rows, 1, 1, columns
+    return rows, 1, -(-columns // group_size), group_size
+
+
+def as_blocks(matrix: torch.Tensor, group_size: GroupSize) -> torch.Tensor:
+    """[rows, columns] as [R, M, C, N], with zeros where the last tiles reach beyond; a view where none does."""
+    shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+    r, m, c, n = block_shape(shape, group_size)
+    if shape != (r * m, c * n):
+        matrix = torch.nn.functional.pad(matrix, (0, c * n - shape[1], 0, r * m - shape[0]))
+    return matrix.reshape(r, m, c, n)
+
+
+def from_blocks(blocks: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Undo `as_blocks`: [R, M, C, N] as [rows, columns]."""
+    r, m, c, n = blocks.shape
+    return blocks.reshape(r * m, c * n)[: shape[0], : shape[1]]
+
+
+def block_sum(blocks: torch.Tensor) -> torch.Tensor:
+    """[R, 1, C, 1]: the sum over each tile."""
+    sums = blocks.sum(3, keepdim=True)
+    return sums if blocks.shape[1] == 1 else sums.sum(1, keepdim=True)
+
+
+def tensor_absmax(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 scalar: the largest magnitude of a tensor; NaN when it holds one."""
+    low, high = torch.aminmax(tensor.detach())
+    return torch.maximum(-low, high).float()
+
+
+def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
+    """[R, 1, C, 1], float32: the largest magnitude of each tile; NaN where it holds one."""
+    # Floats without their sign are in the order of their bits, NaN last; and integers are compared faster.
+    bits = blocks.float().contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF)
+    largest = bits.amax(3, keepdim=True)
+    largest = largest if blocks.shape[1] == 1 else largest.amax(1, keepdim=True)
+    return largest.view(torch.float32)
+
+
+def block_min_max(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([R, 1, C, 1], same), float32: the smallest and the largest value of each tile, at most and at least zero."""
+    low, high = blocks.amin(3, keepdim=True).float(), blocks.amax(3, keepdim=True).float()
+    if blocks.shape[1] > 1:
+        low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+    return low.clamp_(max=0), high.clamp_(min=0)
+
+
+def block_chunks(blocks: torch.Tensor, elements: int) -> list[tuple[slice, slice]]:
+    """Slices of the first two dimensions, in order, that hold about `elements` values each. Tiles are cut across their
+    rows only where there is a single tile."""
+    r, m, c, n = blocks.shape
+    if not r == c == 1 or m == 1:
+        step = max(1, elements // max(1, m * c * n))
+        return [(slice(i, min(i + step, r)), slice(0, m)) for i in range(0, r, step)]
+    step = max(1, elements // max(1, c * n))
+    return [(slice(0, 1), slice(i, min(i + step, m))) for i in range(0, m, step)]
+
+
+# Elements of the small float types: which values a code stands for, and the nearest code of a value.
+#
+# | name | bits | codes | source |
+# |---|---|---|---|
+# | e2m1 | 4 | sign, 2 bits of exponent (bias 1), 1 of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 | OCP MX v1.0, 5.3.3 |
+# | int4 | 4 | sign and magnitude in quarters: 0, 0.25 ... 1.75 | the range of OCP MX v1.0, 5.3.4, for 4 bits |
+# | e4m3 | 8 | `torch.float8_e4m3fn`: largest 448, no Inf | OCP OFP8 v1.0, 5.1 |
+# | e5m2 | 8 | `torch.float8_e5m2`: largest 57344 | OCP OFP8 v1.0, 5.2 |
+#
+# A value beyond the largest becomes the largest (saturation), Inf too; a value halfway between two goes to the one
+# whose last bit is zero (round half to even). The sign of zero is kept. NaN stays NaN in the 8-bit elements and has
+# no code in the 4-bit ones.
+#
+# All four are one thing: numbers whose steps are `2**(e - mantissa)` between 2**e and 2**(e+1), and below
+# 2**lowest those of `e = lowest`. Adding and taking away `2**(e + 23 - mantissa)` in float32 rounds to such a step,
+# since that is where float32's own last bit lies then.
+
+_CHUNK = 1 << 17  # codes in flight: what is made of them on the way stays in the cache
+_EXPONENT = 0x7F800000  # bits of a float32 that hold its exponent
+
+
+@dataclass(frozen=True)
+class MinifloatType:
+    """One element type.
+
+    Attributes:
+        bits: 4 or 8.
+        maximum: the largest finite value.
+        exponent: of the largest value, floor(log2(maximum)); what OCP MX calls emax.
+        mantissa: bits of the mantissa.
+        lowest: exponent of the smallest normal value; below it steps are equal.
+        dtype: PyTorch's own type for it, None when there is none.
+    """
+
+    name: str
+    bits: int
+    maximum: float
+    exponent: int
+    mantissa: int
+    lowest: int
+    dtype: torch.dtype | None = None
+
+    @property
+    def saturation(self) -> float:
+        """Values from here on are cut, not rounded: half a step above the largest."""
+        return self.maximum + 2.0 ** (self.exponent - self.mantissa - 1)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 values of uint8 codes, in their shape."""
+        # Moved to the top of a float16's exponent and mantissa, a code without its sign is the value times a power of
+        # two, subnormals too; and float16 becomes float32 at the speed of a copy.
+        sign = 1 << (self.bits - 1)
+        wide = codes.to(torch.int16)
+        size = (wide & (sign - 1)).bitwise_left_shift_(10 - self.mantissa)
+        bits = size.bitwise_or_(wide.bitwise_and_(sign).bitwise_left_shift_(16 - self.bits))
+        values = bits.view(torch.float16).float().mul_(2.0 ** (14 + self.lowest))
+        if self.name == "e4m3":  # what would be 480 is its one NaN
+            nan = (codes & 0x7F) == 0x7F
+            if nan.device.type != "cpu" or bool(nan.any()):
+                values = values.masked_fill_(nan, torch.nan)
+        return values
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """The nearest code of each float32 value, uint8, in their shape."""
+        if self.dtype is not None:
+            return values.clamp(-self.maximum, self.maximum).to(self.dtype).view(torch.uint8)
+        size = values.abs().clamp_(max=self.maximum)
+        power = self._power(size)
+        lift = 23 - self.mantissa
+        # The low bits of the sum count the steps from zero; less the sum's own exponent, they are the code of a value
+        # that lies below twice the smallest normal. Each doubling adds 2**mantissa codes to that.
+        steps = size.add_(power, alpha=2.0**lift).view(torch.int32)
+        above = power.view(torch.int32)
+        steps.sub_(above).add_(above >> lift).sub_((lift << 23) + ((self.lowest + 127) << self.mantissa))
+        sign = (values.view(torch.int32) >> (32 - self.bits)).bitwise_and_(1 << (self.bits - 1))
+        return steps.bitwise_or_(sign).to(torch.uint8)
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """float32: the value of the nearest code of each; NaN stays NaN. The same as `decode(encode(values))`."""
+        size = values.abs().clamp_(max=self.maximum)
+        lift = self._power(size).mul_(2.0 ** (23 - self.mantissa))
+        return size.add_(lift).sub_(lift).copysign_(values)
+
+    def step(self, values: torch.Tensor) -> torch.Tensor:
+        """float32: how far apart the element's values lie at each of `values`."""
+        return self._power(values.abs().clamp_(max=self.maximum)).mul_(2.0**-self.mantissa)
+
+    def _power(self, size: torch.Tensor) -> torch.Tensor:
+        """2**e of each magnitude, or of the smallest normal value; NaN gets that of Inf, so that it stays NaN."""
+        return (size.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.lowest)
+
+
+MINIFLOATS: dict[str, MinifloatType] = {
+    element.name: element
+    for element in (
+        MinifloatType("e2m1", 4, 6.0, 2, 1, 0), MinifloatType("int4", 4, 1.75, 0, 2, 0),
+        MinifloatType("e4m3", 8, 448.0, 8, 3, -6, torch.float8_e4m3fn),
+        MinifloatType("e5m2", 8, 57344.0, 15, 2, -14, torch.float8_e5m2),
+    )
+}  # fmt: skip
+
+
+def expand_scale(scale: torch.Tensor, shape: tuple[int, int], group_size: int | tuple[int, int]) -> torch.Tensor:
+    """A scale for every element of a weight, as a view where one will do.
+
+    Args:
+        scale: [out, groups]; [1, 1] per tensor; [out/M, in/N] for blocks of M rows and N columns.
+        shape: (out, in) of the weight.
+        group_size: as in a scheme.
+    """
+    out, columns = shape
+    if isinstance(group_size, tuple):
+        rows = scale.repeat_interleave(group_size[0], 0)[:out]
+        return rows.repeat_interleave(group_size[1], 1)[:, :columns]
+    if group_size <= 0 or scale.shape[1] == 1:
+        return scale.expand(out, columns) if scale.shape[1] == 1 else scale
+    return scale.repeat_interleave(group_size, 1)[:, :columns]
+
+
+def dequantize_minifloat(
+    codes: torch.Tensor, element: MinifloatType, scale: torch.Tensor, group_size: int | tuple[int, int],
+    global_scale: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """float32 [out, in]: `decode(code) * scale`, or `decode(code) * (scale / global_scale)`, all in float32.
+
+    Args:
+        codes: uint8 [out, in].
+        scale: float32, as `expand_scale` takes it.
+        global_scale: float32 scalar by which the stored scales are too large (NVFP4).
+    """
+    factors = scale.float()
+    if global_scale is not None:
+        factors = factors / global_scale.float().reshape(())
+    shape = (int(codes.shape[0]), int(codes.shape[1]))
+    r, _, c, _ = block_shape(shape, group_size)
+    if factors.shape != (r, c):
+        return element.decode(codes).mul_(expand_scale(factors, shape, group_size))
+    blocks, factors = as_blocks(codes, group_size), factors.view(r, 1, c, 1)
+    if codes.device.type != "cpu":
+        return from_blocks(element.decode(blocks).mul_(factors), shape)
+    values = torch.empty(blocks.shape)
+    for rows, inner in block_chunks(blocks, _CHUNK):
+        torch.mul(element.decode(blocks[rows, inner]), factors[rows], out=values[rows, inner])
+    return from_blocks(values, shape)

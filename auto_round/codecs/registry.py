@@ -1,0 +1,147 @@
+"""Registry of data types, and the helpers that a data type needs: groups, padding, straight-through rounding.
+
+`auto_round.data_type.register` and `auto_round.data_type.utils` are the public import paths of these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.schemes import GroupSize
+
+QuantFunc = Callable[..., tuple[Any, Any, Any]]
+F = TypeVar("F", bound=QuantFunc)
+
+QUANT_FUNC_WITH_DTYPE: dict[str, QuantFunc] = {}
+
+
+def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
+    """Register a quantization function under one name or several.
+
+    The function is called as `fn(tensor, bits, group_size, v, min_scale, max_scale, scale_dtype, q_scale_thresh,
+    imatrix, data_type, **kwargs)` and returns `(qdq, scale, zp)`: `qdq` has the shape and dtype of `tensor`, and
+    gradients reach `v`, `min_scale` and `max_scale`. A name can be registered once.
+    """
+    keys = [names] if isinstance(names, str) else list(names)
+
+    def register(function: F) -> F:
+        for key in keys:
+            known = QUANT_FUNC_WITH_DTYPE.get(key)
+            if known is not None and (known.__module__, known.__qualname__) != (
+                function.__module__,
+                function.__qualname__,
+            ):
+                raise ConfigError(f"data type {key!r} is already registered by {known.__module__}.{known.__qualname__}")
+            QUANT_FUNC_WITH_DTYPE[key] = function
+        return function
+
+    return register
+
+
+# What every data type needs: groups along the input dimension, rounding with a gradient, finding a function.
+
+# A function registered under this and a data type's name quantizes activations of that type; without one, the weights'
+# function does.
+ACTIVATION_PREFIX = "act_"
+
+
+def round_ste(x: torch.Tensor) -> torch.Tensor:
+    """Round half to even; the gradient passes straight through (Bengio et al. 2013, arXiv 1308.3432, section 4)."""
+    return (x.round() - x).detach() + x
+
+
+def reshape_pad_tensor_by_group_size(
+    tensor: torch.Tensor, group_size: GroupSize, value: float = 0.0
+) -> tuple[torch.Tensor, int]:
+    """Cut the last dimension into groups.
+
+    Args:
+        tensor: [..., in]; more than two dimensions are flattened to rows of `in`.
+        group_size: >0 groups of that many, the last one padded with `value`; -1, or a size above `in`: one group a
+            row; 0: the whole tensor is one group; (M, N): blocks of M rows and N columns, both padded.
+        value: what fills the padding.
+
+    Returns:
+        The groups, [groups, group_size] (blocks: [rows/M, columns/N, M, N]), and the number of columns before padding.
+    """
+    columns = int(tensor.shape[-1]) if tensor.dim() else 1
+    if isinstance(group_size, tuple):
+        flat = tensor.reshape(-1, columns)
+        m, n = group_size
+        flat = torch.nn.functional.pad(flat, (0, -columns % n, 0, -flat.shape[0] % m), value=value)
+        return flat.view(flat.shape[0] // m, m, flat.shape[1] // n, n).transpose(1, 2), columns
+    if group_size == 0:
+        return tensor.reshape(1, -1), columns
+    flat = tensor.reshape(-1, columns)
+    if group_size == -1 or columns < group_size:
+        return flat, columns
+    if columns % group_size:
+        flat = torch.nn.functional.pad(flat, (0, -columns % group_size), value=value)
+    return flat.reshape(-1, group_size), columns
+
+
+def revert_tensor_by_pad(
+    tensor: torch.Tensor, orig_out_features: int, orig_shape: torch.Size | tuple[int, ...]
+) -> torch.Tensor:
+    """Undo `reshape_pad_tensor_by_group_size`: drop the padding and give the tensor its shape back.
+
+    `orig_out_features` is the second value that function returned, the columns before padding.
+    """
+    if tensor.dim() == 4:
+        rows = 1
+        for size in orig_shape[:-1]:
+            rows *= int(size)
+        flat = tensor.transpose(1, 2).reshape(tensor.shape[0] * tensor.shape[2], -1)
+        return flat[:rows, :orig_out_features].reshape(orig_shape)
+    numel = 1
+    for size in orig_shape:
+        numel *= int(size)
+    if tensor.numel() == numel:
+        return tensor.reshape(orig_shape)
+    rows = numel // orig_out_features
+    return tensor.reshape(rows, -1)[:, :orig_out_features].reshape(orig_shape)
+
+
+def clamp_to_float16(weight: torch.Tensor) -> torch.Tensor:
+    """A weight with what is beyond float16 cut to its largest value; itself where nothing is."""
+    largest = torch.finfo(torch.float16).max
+    if weight.dtype == torch.float16 or not weight.numel():
+        return weight
+    low, high = torch.aminmax(weight)
+    if max(-float(low), float(high)) <= largest:
+        return weight
+    if weight.dtype == torch.bfloat16:
+        largest = 65280.0  # the largest bfloat16 that float16 holds
+    return weight.clamp(-largest, largest)
+
+
+def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc:
+    """The function registered for a data type.
+
+    Names are tried from the most exact: `int4_sym`, `int_sym`, `int4`, `int`.
+
+    Raises:
+        UnsupportedError: no such data type; the message lists those there are.
+        ConfigError: `data_type` is not a name.
+    """
+    if not isinstance(data_type, str):
+        raise ConfigError(f"data_type={data_type!r} is not a name")
+    found = find_quant_func(data_type, bits, sym)
+    if found is not None:
+        return found
+    known = sorted(name for name in QUANT_FUNC_WITH_DTYPE if not name.startswith(ACTIVATION_PREFIX))
+    raise UnsupportedError(
+        f"data type {data_type!r} with {bits} bits is not available in this version{nearest(data_type, known)} "
+        f"Available: {', '.join(known)}. A new one is added with auto_round.codecs.registry.register_dtype"
+    )
+
+
+def find_quant_func(data_type: str, bits: int, sym: bool) -> QuantFunc | None:
+    """The same, or None when there is none."""
+    suffix = "sym" if sym else "asym"
+    names = (f"{data_type}{bits}_{suffix}", f"{data_type}_{suffix}", f"{data_type}{bits}", data_type)
+    return next((QUANT_FUNC_WITH_DTYPE[name] for name in names if name in QUANT_FUNC_WITH_DTYPE), None)

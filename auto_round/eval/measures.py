@@ -1,0 +1,270 @@
+"""Pure parts of an evaluation: token windows of a text, per-token measures on logits, means with errors.
+
+The measures are negative log-likelihood, KL divergence and top-1 agreement, computed in float32 and summed in
+float64. Logits are read in slices of positions, so that the float32 copies of a large vocabulary stay small
+whatever the window's length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from auto_round.errors import ConfigError, DataError
+
+
+def read_text(path: str | PathLike[str]) -> str:
+    """The text of a UTF-8 file. Raises DataError when it is missing, unreadable, not text or empty."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"evaluation text {str(path)!r} is not a file; give a UTF-8 text file")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise DataError(f"evaluation text {str(path)!r} is not UTF-8 text ({err.reason} at byte {err.start})") from err
+    except OSError as err:
+        raise DataError(f"evaluation text {str(path)!r} cannot be read: {err.strerror}") from err
+    if not text.strip():
+        raise DataError(f"evaluation text {str(path)!r} is empty; give a file with text")
+    return text
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its BOS token in front of a text, as Gemma's and Llama's do."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        return False
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return len(ids) > 0 and int(ids[0]) == int(bos)
+
+
+def make_windows(
+    texts: Sequence[str], tokenizer: Any, *, seqlen: int, max_windows: int | None = None, add_bos: bool | None = None
+) -> tuple[list[torch.Tensor], bool]:
+    """Cut texts into consecutive windows that do not overlap.
+
+    Texts are joined by a blank line, as one stream; a remainder shorter than a window is dropped, except when it is
+    all there is. With BOS every window begins with it and carries `seqlen` - 1 tokens of text.
+
+    Args:
+        add_bos: None asks the tokenizer (see `adds_bos`).
+
+    Returns:
+        int64 [T] windows on the CPU, and whether they begin with BOS.
+
+    Raises:
+        ConfigError: for a length or count that makes no window, or BOS wanted and unknown to the tokenizer.
+        DataError: when there is no text, or fewer than two tokens.
+    """
+    if seqlen < 2:
+        raise ConfigError(f"seqlen={seqlen} is too short to predict anything; use 2 or more")
+    if max_windows is not None and max_windows < 1:
+        raise ConfigError(f"max_windows={max_windows} leaves nothing to measure; use 1 or more, or None for all")
+    bos = adds_bos(tokenizer) if add_bos is None else add_bos
+    bos_id = getattr(tokenizer, "bos_token_id", None)
+    if bos and bos_id is None:
+        raise ConfigError("a BOS token was asked for, but the tokenizer has none; leave out add_bos")
+    stream: list[int] = []
+    body = seqlen - int(bos)
+    wanted = None if max_windows is None else body * max_windows
+    for text in _chunks(texts):
+        stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if wanted is not None and len(stream) >= wanted:
+            break
+    count = len(stream) // body
+    parts = [
+        stream[i * body : (i + 1) * body] for i in range(count if max_windows is None else min(count, max_windows))
+    ]
+    if not parts and len(stream) + int(bos) >= 2:
+        parts = [stream]
+    if not parts:
+        raise DataError(f"the evaluation text has {len(stream)} tokens; at least 2 are needed, better {seqlen} or more")
+    front = [int(bos_id)] if bos and bos_id is not None else []
+    return [torch.tensor([*front, *part], dtype=torch.long) for part in parts], bos
+
+
+def _chunks(texts: Sequence[str], size: int = 1 << 16) -> list[str]:
+    """Texts in pieces of about `size` characters, cut at line ends, so that a large file is not tokenized whole."""
+    chunks: list[str] = []
+    for text in texts:
+        if not text:
+            continue
+        start = 0
+        while start < len(text):
+            end = text.rfind("\n", start + size // 2, start + size) + 1 if len(text) - start > size else 0
+            end = end or min(len(text), start + size)
+            chunks.append(text[start:end])
+            start = end
+        chunks[-1] += "\n\n"
+    return chunks
+
+
+# Per-token measures on logits: negative log-likelihood, KL divergence, top-1 agreement. Pure functions.
+#
+# Everything is computed in float32 and summed in float64. Logits are read in slices of positions, so that the float32
+# copies of a large vocabulary stay small whatever the window's length.
+
+SLICE_ELEMENTS = 1 << 23
+"""Logits per slice: 32 MiB as float32."""
+
+
+def _slices(positions: int, vocab: int) -> list[slice]:
+    step = max(1, SLICE_ELEMENTS // max(1, vocab))
+    return [slice(i, min(i + step, positions)) for i in range(0, positions, step)]
+
+
+def token_nll(logits: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Negative log-likelihood of each next token, in nats.
+
+    Args:
+        logits: [B, T, V] (or [T, V]), any float dtype; position t predicts token t + 1.
+        input_ids: int64 [B, T] (or [T]).
+        mask: bool [B, T] (or [T]); a token whose mask is False is not counted as a target.
+
+    Returns:
+        float32 [B, T - 1] (or [T - 1]), zero where the target is masked.
+    """
+    flat = logits[..., :-1, :].reshape(-1, logits.shape[-1])
+    target = input_ids[..., 1:].reshape(-1)
+    out = torch.empty(flat.shape[0], dtype=torch.float32, device=logits.device)
+    for part in _slices(*flat.shape):
+        out[part] = F.cross_entropy(flat[part].float(), target[part].to(logits.device), reduction="none")
+    out = out.view(input_ids[..., 1:].shape)
+    return out if mask is None else out.masked_fill(~mask[..., 1:].to(out.device), 0.0)
+
+
+def token_kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(reference || other) of each position's next-token distribution, in nats.
+
+    Args:
+        reference, other: logits [..., V], any float dtype, same shape.
+
+    Returns:
+        float32 [...]. A token that the reference gives no probability (logit -inf) adds nothing.
+    """
+    vocab = reference.shape[-1]
+    p, q = reference.reshape(-1, vocab), other.reshape(-1, vocab)
+    out = torch.empty(p.shape[0], dtype=torch.float32, device=reference.device)
+    for part in _slices(*p.shape):
+        log_p = p[part].float().log_softmax(-1)
+        log_q = q[part].to(reference.device).float().log_softmax(-1)
+        prob = log_p.exp()
+        terms = (prob * (log_p - log_q)).masked_fill_(prob == 0, 0.0)
+        out[part] = terms.sum(-1, dtype=torch.float64).float()
+    return out.view(reference.shape[:-1])
+
+
+def top1_agreement(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """bool [...]: both logits [..., V] have their largest value at the same token."""
+    return reference.argmax(-1) == other.argmax(-1).to(reference.device)
+
+
+# What an evaluation found: means with standard errors.
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tokens and its standard error, estimated from the spread between windows (None for one window)."""
+
+    value: float
+    stderr: float | None = None
+
+    def __str__(self) -> str:
+        size = abs(self.value)
+        style = ".2e" if 0 < size < 1e-3 else (".4f" if size < 10 else ".3f")
+        return f"{self.value:{style}}" + ("" if self.stderr is None else f" ± {self.stderr:{style}}")
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate:
+    """Mean of per-window means, weighted by their token counts, and its standard error.
+
+    The error is that of a ratio estimator: sqrt(n / (n - 1) * sum w^2 (x - mean)^2) / sum w, which for equal weights
+    is the usual s / sqrt(n). Tokens of one window depend on each other, so windows are the independent units.
+    """
+    total = math.fsum(weights)
+    mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total
+    n = len(values)
+    if n < 2:
+        return Estimate(mean)
+    spread = math.fsum((w * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
+    return Estimate(mean, math.sqrt(n / (n - 1) * spread) / total)
+
+
+def perplexity(nll: Estimate) -> Estimate:
+    """exp of a mean negative log-likelihood; the error by the delta method."""
+    try:
+        value = math.exp(nll.value)
+    except OverflowError:
+        return Estimate(math.inf)
+    return Estimate(value, None if nll.stderr is None else value * nll.stderr)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Quality of a model on a text.
+
+    Attributes:
+        model, reference, text: what was measured, against what (None: nothing), on what.
+        perplexity: exp of `nll`.
+        nll: mean negative log-likelihood per predicted token, in nats.
+        reference_perplexity: the same of the reference.
+        kl: mean KL(reference || model) per token, in nats.
+        agreement: fraction of positions where both rank the same token first.
+        windows, tokens: how many windows and predicted tokens were measured.
+        seqlen, bos: tokens per window, and whether each began with the BOS token.
+        dtype, device: in which the model was run.
+        seconds: wall time of the forward passes and measures.
+    """
+
+    model: str
+    text: str
+    perplexity: Estimate
+    nll: Estimate
+    windows: int
+    tokens: int
+    seqlen: int
+    bos: bool
+    dtype: str
+    device: str
+    seconds: float
+    reference: str | None = None
+    reference_perplexity: Estimate | None = None
+    kl: Estimate | None = None
+    agreement: Estimate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(measure, value) pairs for a table."""
+        rows = [("perplexity", str(self.perplexity))]
+        if self.reference_perplexity is not None:
+            rows.append(("perplexity of the reference", str(self.reference_perplexity)))
+        if self.kl is not None:
+            rows.append(("mean KL divergence (nats)", str(self.kl)))
+        if self.agreement is not None:
+            rows.append(("top-1 agreement", str(self.agreement)))
+        return rows
+
+    def describe(self) -> str:
+        """On what it was measured, as one line."""
+        bos = ", BOS in front of each" if self.bos else ""
+        return (
+            f"{self.windows} windows of {self.seqlen} tokens of {self.text}{bos}; {self.tokens} predicted tokens; "
+            f"{self.dtype} on {self.device}; ± is one standard error over windows"
+        )
+
+    def render(self) -> str:
+        """A plain text table."""
+        width = max(len(name) for name, _ in self.rows())
+        lines = [self.model if self.reference is None else f"{self.model} against {self.reference}"]
+        lines += [f"  {name:<{width}}  {value}" for name, value in self.rows()]
+        return "\n".join([*lines, f"  {self.describe()}"])

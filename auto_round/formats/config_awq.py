@@ -1,0 +1,83 @@
+"""The `auto_awq` format: `quant_method: "awq"`, version gemm, 4 bits.
+
+An AWQ config knows one group size and a list of layers left alone, `modules_to_not_convert`; every other linear layer
+of the model, outside the blocks too, is taken for packed. Runtimes match that list in different ways: vLLM and SGLang
+by substring, Transformers by regular expression or as a suffix, so full names are written, and a name that some reader
+would find in the name of a packed layer is refused. A packed output head cannot be said: Transformers and AutoAWQ leave
+it out always.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from auto_round.formats.base import ExportPlan, register_format
+from auto_round.formats.config_auto_round import AutoRoundAwqFormat, default_scheme, stored_group_size
+from auto_round.formats.config_gptq import dynamic_rules
+from auto_round.formats.table import AWQ_SIZES
+from auto_round.schemes import QuantizationScheme
+
+
+@register_format("auto_awq")
+class AutoAwqFormat(AutoRoundAwqFormat):
+    """Symmetric and asymmetric; zero points are stored as they are, 8 for every group of a symmetric layer."""
+
+    stores_cache_scales: ClassVar[bool] = False
+    requires_full_groups: ClassVar[bool] = True
+    support_schemes: ClassVar[tuple[str, ...]] = ("W4A16", "BF16")
+
+    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        return AWQ_SIZES.problem(in_features, out_features, stored_group_size(scheme))
+
+    def check_plan(self, plan: ExportPlan) -> str | None:
+        packed = plan.quantized_layers()
+        sizes = sorted({stored_group_size(plan.layers[name]) for name in packed})
+        if len(sizes) > 1:
+            return f"an AWQ checkpoint has one group size, not {' and '.join(map(str, sizes))}"
+        outside = [name for name in packed if not plan.in_block(name)]
+        if outside:
+            return f"readers of AWQ take {outside[0]} for dense, and it is quantized here"
+        for dense in _unquantized_layers(plan):
+            hit = next((name for name in packed if _matches(dense, name)), None)
+            if hit is not None:
+                return f"listing {dense} in modules_to_not_convert would leave out {hit} too, which is quantized"
+        return None
+
+    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        names = plan.quantized_layers()
+        if not names:
+            return None
+        default = default_scheme(plan)
+        symmetric = all(plan.layers[name].sym for name in names)
+        config: dict[str, Any] = {
+            "bits": default.bits,
+            "data_type": default.data_type,
+            "group_size": stored_group_size(default),
+            "sym": symmetric,
+            **plan.recorded_settings(),
+            "autoround_version": plan.version,
+            "modules_to_not_convert": _unquantized_layers(plan),
+            "provider": "auto-round",
+            "quant_method": "awq",
+            "to_quant_block_names": plan.block_prefix(),
+            "version": "gemm",
+            "zero_point": not symmetric,
+        }
+        # GPTQModel's own loader knows dense layers from here only, and computes nonsense without.
+        if rules := dynamic_rules(plan, default):
+            config["dynamic"] = rules
+        return config
+
+
+def _unquantized_layers(plan: ExportPlan) -> list[str]:
+    """Dense linear layers, and routers where naming them hits nothing else."""
+    dense = [name for name, scheme in plan.layers.items() if not scheme.quantizes_weights]
+    packed = plan.quantized_layers()
+    routers = (name for name in plan.dense_in_blocks() if name not in plan.layers)
+    return dense + [name for name in routers if not any(_matches(name, other) for other in packed)]
+
+
+def _matches(entry: str, name: str) -> bool:
+    """Whether any reader takes the layer `name` for named by `entry`."""
+    return entry in name or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None

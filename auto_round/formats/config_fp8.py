@@ -1,0 +1,114 @@
+"""The `fp8` format: FP8 weights in two-dimensional blocks under `quant_method: "fp8"`.
+
+The layout that DeepSeek-V3 made common. Transformers reads it with its own fine-grained FP8 layers (without a GPU that
+has FP8 it dequantizes the weights and leaves activations as they are), vLLM and SGLang with their FP8 loaders; none of
+them needs this package. Both sides find dense layers by name, every other linear layer is FP8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs, register_format
+from auto_round.formats.config_auto_round import AutoRoundFormat, default_scheme
+from auto_round.layouts.floats import AUTO_ROUND_FLOATS, float_family_of, minifloat_name
+from auto_round.schemes import QuantizationScheme
+
+_AUTO_ROUND_ONLY = ("packing_format", "extra_config", "group_size")
+
+
+@register_format("fp8")
+class Fp8Format(OutputFormat):
+    """One block size for all layers; activations are quantized dynamically, in groups as wide as a block."""
+
+    loadable_here: ClassVar[bool] = False
+    experts_by_name: ClassVar[bool] = True  # as readers of compressed-tensors do
+    supports_conv1d: ClassVar[bool] = False
+    scale_dtype: ClassVar[torch.dtype | None] = None
+    support_schemes: ClassVar[tuple[str, ...]] = ("FP8_BLOCK", "BF16")
+
+    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
+        if not scheme.quantizes_weights:
+            return None
+        size, activations = scheme.group_size, scheme.activations
+        if float_family_of(scheme.data_type) != "fp" or minifloat_name(scheme.data_type, scheme.bits) != "e4m3":
+            return f"it holds 8-bit e4m3 weights, not {scheme.bits}-bit {scheme.data_type}"
+        if not isinstance(size, tuple) or not scheme.sym:
+            return "it holds symmetric two-dimensional blocks only, such as group_size (128, 128)"
+        if activations is None:
+            return "its readers quantize activations too; use act_bits 8"
+        if not activations.dynamic or activations.group_size != size[1] or activations.data_type != scheme.data_type:
+            return f"its readers quantize activations dynamically in groups of {size[1]}, with the weights' data type"
+        return None
+
+    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        assert isinstance(scheme.group_size, tuple)
+        rows, columns = scheme.group_size
+        if in_features % columns:
+            return f"in_features={in_features} is not a multiple of the block's {columns}, which its readers ask for"
+        if out_features % rows and out_features > rows:
+            return f"out_features={out_features} is not a multiple of the block's {rows}, which Transformers asks for"
+        return None
+
+    def check_plan(self, plan: ExportPlan) -> str | None:
+        schemes = {plan.layers[name] for name in plan.quantized_layers()}
+        if len(schemes) > 1:
+            return f"it says one scheme for all layers, and this recipe has {len(schemes)}"
+        for experts, names in _experts(plan).items():
+            quantized = [name for name in names if plan.layers[name].quantizes_weights]
+            if quantized and len(quantized) < len(names):
+                return f"readers take all experts of a block alike, and in {experts} only some are quantized"
+        return None
+
+    def tensor_specs(
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
+    ) -> TensorSpecs:  # fmt: skip
+        return AUTO_ROUND_FLOATS.named_specs(name, scheme, in_features, out_features, bias_dtype, model_dtype)
+
+    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        return AUTO_ROUND_FLOATS.named_tensors(layer, model_dtype)
+
+    def unpack_layer(
+        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
+        out_features: int,
+    ) -> QuantizedLayer:  # fmt: skip
+        found = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
+        return AUTO_ROUND_FLOATS.read(name, scheme, found, in_features, out_features)
+
+    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        """What Transformers and vLLM read, beside AutoRound's own words for how it was made."""
+        own = AutoRoundFormat().config(plan)
+        if own is None:
+            return None
+        size = default_scheme(plan).group_size
+        assert isinstance(size, tuple)
+        return {
+            **{key: value for key, value in own.items() if key not in _AUTO_ROUND_ONLY},
+            "group_size": list(size),
+            "quant_method": "fp8",
+            "modules_to_not_convert": self._unquantized_modules(plan),
+        }
+
+    def _unquantized_modules(self, plan: ExportPlan) -> list[str]:
+        """Modules that a reader must leave alone, as the file's tensors name them."""
+        names = [name for name, scheme in plan.layers.items() if not scheme.quantizes_weights]
+        names += [name for name in (*plan.other_matrices, *plan.spare) if name not in plan.layers]
+        dense = set(names)
+        # Transformers holds all experts of a block in one module.
+        names += [experts for experts, members in _experts(plan).items() if dense.issuperset(members)]
+        return list(dict.fromkeys(names))
+
+
+def _experts(plan: ExportPlan) -> dict[str, list[str]]:
+    """Layers of single experts by the module that holds the experts."""
+    found: dict[str, list[str]] = {}
+    for name in plan.layers:
+        front, middle, _ = name.partition(".experts.")
+        if middle:
+            found.setdefault(f"{front}.experts", []).append(name)
+    return found

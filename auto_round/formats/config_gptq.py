@@ -1,0 +1,174 @@
+"""The `auto_gptq` format (`gptqmodel` is its other name): `quant_method: "gptq"`, GPTQ v1 tensors with `g_idx`.
+
+How the readers of these files find out about single layers:
+
+| what | GPTQModel, vLLM, SGLang | Transformers with optimum |
+|---|---|---|
+| other bits, group size, symmetry | `dynamic`, `+:regex` | not at all |
+| a dense layer in a block | `dynamic`, `-:regex` | `modules_in_block_to_quantize` |
+| a packed output head | `lm_head: true` | not at all |
+| dense layers outside blocks | follows from `lm_head` | follows from the blocks |
+
+Serving engines look up q, k and v under the one name of the matrix into which they join them, such as `qkv_proj`, so
+rules that hold for all the members are written for that name too.
+
+The config has no `meta.quantizer`. GPTQModel's own loader opens asymmetric v1 files only when that key names
+gptqmodel >= 0.9.0, which would be untrue, and Transformers' AutoRoundConfig refuses every GPTQ file that has `meta`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.formats.base import ExportPlan, TensorSpecs, register_format
+from auto_round.formats.config_auto_round import AutoRoundGptqFormat, default_scheme, stored_group_size
+from auto_round.formats.table import GPTQ_SIZES
+from auto_round.schemes import QuantizationScheme
+
+Rule = Mapping[str, Any]
+# Leaves that engines join, and the name of the joined layer.
+_JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    (("gate_proj", "up_proj"), "gate_up_proj"),
+)
+_EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.[^.]+$")
+
+
+@register_format("auto_gptq")
+class AutoGptqFormat(AutoRoundGptqFormat):
+    """GPTQ v1: 2, 3, 4 and 8 bits, zero points stored less one, groups in order (`desc_act: false`)."""
+
+    stores_cache_scales: ClassVar[bool] = False
+    requires_full_groups: ClassVar[bool] = True
+    config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json", "quantize_config.json")
+
+    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        return GPTQ_SIZES.problem(in_features, out_features, stored_group_size(scheme))
+
+    def tensor_specs(
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
+    ) -> TensorSpecs:  # fmt: skip
+        specs = super().tensor_specs(name, scheme, in_features, out_features, bias_dtype=bias_dtype)
+        return {**specs, f"{name}.g_idx": ((in_features,), torch.int32)}
+
+    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        tensors = super().pack(layer, model_dtype=model_dtype)
+        size = stored_group_size(layer.scheme)
+        order = torch.arange(layer.in_features, dtype=torch.int32) // (size if size > 0 else layer.in_features)
+        return {**tensors, f"{layer.name}.g_idx": order}
+
+    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        names = plan.quantized_layers()
+        if not names:
+            return None
+        default = default_scheme(plan)
+        config: dict[str, Any] = {
+            **_values(default),
+            "data_type": default.data_type,
+            **plan.recorded_settings(),
+            "autoround_version": plan.version,
+            "block_name_to_quantize": plan.block_prefix(),
+            "checkpoint_format": "gptq",
+            "damp_percent": 0.01,
+            "desc_act": False,
+            "lm_head": any(not plan.in_block(name) for name in names),
+            "provider": "auto-round",
+            "quant_method": "gptq",
+            "true_sequential": False,
+        }
+        rules = dynamic_rules(plan, default)
+        if rules:
+            config["dynamic"] = rules
+        if any(plan.in_block(n) and not s.quantizes_weights for n, s in plan.layers.items()):
+            config["modules_in_block_to_quantize"] = [_quantized_module_names(plan)]
+        return config
+
+
+@register_format("gptqmodel")
+class GptqModelFormat(AutoGptqFormat):
+    """The same under GPTQModel's name."""
+
+
+def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Rule]:
+    """GPTQModel's `dynamic`: regular expressions of layers that differ from the default, `-:` for dense ones.
+
+    Numbers in names (of blocks, of experts) become one rule where all layers of that name agree.
+    """
+    rules: dict[str, Rule | None] = {name: _values(plan.layers[name]) for name in plan.quantized_layers()}
+    rules.update(dict.fromkeys(plan.dense_in_blocks()))
+    rules |= _fused_rules(rules)
+    usual = _values(default)
+    written: dict[str, Rule] = {}
+    done: set[str] = set()
+    for pattern_of in (_any_number, _any_expert, _exact):
+        alike: dict[str, list[str]] = {}
+        for name in rules:
+            alike.setdefault(pattern_of(name), []).append(name)
+        for pattern, names in alike.items():
+            rule = rules[names[0]]
+            if names[0] in done or any(rules[n] != rule for n in names):
+                continue
+            done.update(names)
+            if rule is None:
+                written[f"-:^{pattern}$"] = {}
+            elif rule != usual:
+                written[f"+:^{pattern}$"] = rule
+    return written
+
+
+def _values(scheme: QuantizationScheme) -> dict[str, Any]:
+    return {"bits": scheme.bits, "group_size": stored_group_size(scheme), "sym": scheme.sym}
+
+
+def _fused_rules(rules: Mapping[str, Rule | None]) -> dict[str, Rule | None]:
+    """Rules for joined layers whose members agree."""
+    found: dict[str, Rule | None] = {}
+    for name in rules:
+        parent, _, leaf = name.rpartition(".")
+        for leaves, joined in _JOINED:
+            members = [f"{parent}.{other}" for other in leaves]
+            if leaf == leaves[0] and all(m in rules and rules[m] == rules[name] for m in members):
+                found[f"{parent}.{joined}"] = rules[name]
+    experts: dict[str, list[Rule | None]] = {}
+    for name, rule in rules.items():
+        if match := _EXPERT.match(name):
+            experts.setdefault(match[1], []).append(rule)
+    return found | {parent: own[0] for parent, own in experts.items() if all(rule == own[0] for rule in own)}
+
+
+def _exact(name: str) -> str:
+    return re.escape(name)
+
+
+def _any_number(name: str) -> str:
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+
+
+def _any_expert(name: str) -> str:
+    parts = name.split(".")
+    return r"\.".join(
+        r"\d+" if part.isdigit() and i and parts[i - 1] == "experts" else re.escape(part)
+        for i, part in enumerate(parts)
+    )
+
+
+def _quantized_module_names(plan: ExportPlan) -> list[str]:
+    """The quantized layers: by their names within a block where all blocks agree, else by their full names."""
+    fate: dict[str, set[bool]] = {}
+    for name, scheme in plan.layers.items():
+        if plan.in_block(name):
+            fate.setdefault(_name_in_block(plan, name), set()).add(scheme.quantizes_weights)
+    outside = [name for name in plan.quantized_layers() if not plan.in_block(name)]
+    if all(len(values) == 1 for values in fate.values()):
+        return [name for name, values in fate.items() if True in values] + outside
+    return plan.quantized_layers()
+
+
+def _name_in_block(plan: ExportPlan, name: str) -> str:
+    return next(name[len(block) + 1 :] for block in plan.block_names if name.startswith(f"{block}."))

@@ -1,0 +1,128 @@
+"""Formats without a `quantization_config`: `gguf:*`, one GGUF file, and `fake`, dequantized weights.
+
+A GGUF file of one file type (`gguf:q4_k_m`) is for llama.cpp and programs built on it; `gguf.plan` decides the
+type of each tensor. `fake` writes an ordinary dense checkpoint in the model's own dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from auto_round.codecs.ggml.pack import pack_blocks
+from auto_round.codecs.ggml.types import GGML_TYPES, ggml_scheme, ggml_type_of
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs, register_format
+from auto_round.gguf.file_types import FILE_TYPES
+from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
+
+# Bits alone, in a layer configuration, mean these.
+TYPE_OF_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
+
+
+class GgufFormat(OutputFormat):
+    """A GGUF file of one file type. Which tensor gets which type is decided by `GgufPlan`, not by the scheme alone."""
+
+    loadable_here: ClassVar[bool] = False
+    checkpoint_names: ClassVar[bool] = False
+    fusing_runtimes: ClassVar[tuple[str, ...]] = ()
+    scale_dtype: ClassVar[torch.dtype | None] = None  # a part of the types
+    stores_activation_scheme: ClassVar[bool] = False
+    config_files: ClassVar[tuple[str, ...]] = ()
+    file_type: ClassVar[str] = ""
+
+    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
+        if not scheme.quantizes_weights or ggml_type_of(scheme) is not None:
+            return None
+        return f"no GGUF type stores it; the types are {', '.join(GGML_TYPES)}, such as scheme GGUF:{self.preset}"
+
+    def suggested_for(self, scheme: QuantizationScheme) -> bool:
+        return scheme == self.scheme
+
+    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        kind = ggml_type_of(scheme)
+        if kind is not None and in_features % kind.block:
+            return f"{in_features} inputs do not fill blocks of {kind.block}, as {kind.name} needs them"
+        return None
+
+    def tensor_specs(
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
+    ) -> TensorSpecs:  # fmt: skip
+        kind = ggml_type_of(scheme)
+        assert kind is not None
+        return {f"{name}.weight": ((out_features, kind.row_bytes(in_features)), torch.uint8)}
+
+    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        assert layer.blocks is not None
+        return {f"{layer.name}.weight": pack_blocks(layer.blocks)}
+
+    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        return None
+
+    @property
+    def preset(self) -> str:
+        """`Q4_K_M`"""
+        return self.file_type.upper()
+
+    @property
+    def scheme(self) -> QuantizationScheme:
+        """The scheme of most layers of such a file."""
+        return PRESET_SCHEMES[f"GGUF:{self.preset}"]
+
+
+def scheme_of_type(kind: str, default: QuantizationScheme) -> QuantizationScheme:
+    """The scheme of a tensor of type `kind`: 16 bits for the dense types."""
+    if kind in GGML_TYPES:
+        return ggml_scheme(kind)
+    return default.with_overrides({"bits": 16, "act_bits": 16})
+
+
+def _register(file_type: str) -> None:
+    body = {
+        "file_type": file_type, "support_schemes": (f"GGUF:{file_type.upper()}",),
+        "__doc__": f"A GGUF file of type {file_type.upper()}.",
+    }  # fmt: skip
+    register_format(f"gguf:{file_type}")(type(f"Gguf_{file_type}", (GgufFormat,), body))
+
+
+for _file_type in FILE_TYPES:
+    _register(_file_type)
+
+
+# The `fake` format: dequantized weights in the model's own dtype, an ordinary checkpoint. For research.
+
+
+@register_format("fake")
+class FakeFormat(OutputFormat):
+    """Takes every scheme. Quantization of activations is not stored: the file holds weights alone."""
+
+    scale_dtype: ClassVar[torch.dtype | None] = None
+    casts_to_model_dtype: ClassVar[bool] = True
+    stores_activation_scheme: ClassVar[bool] = False
+    support_schemes: ClassVar[tuple[str, ...]] = tuple(PRESET_SCHEMES)
+    fusing_runtimes: ClassVar[tuple[str, ...]] = ()  # dense weights join whatever they were rounded to
+
+    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
+        return None
+
+    def tensor_specs(
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
+    ) -> TensorSpecs:  # fmt: skip
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        specs: TensorSpecs = {f"{name}.weight": (shape, model_dtype)}
+        if bias_dtype is not None:
+            specs[f"{name}.bias"] = ((out_features,), bias_dtype)
+        return specs
+
+    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        weight = layer.dequantize(model_dtype)
+        tensors = {f"{layer.name}.weight": (weight.T if layer.transposed else weight).contiguous()}
+        if layer.bias is not None:
+            tensors[f"{layer.name}.bias"] = layer.bias
+        return tensors
+
+    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        return None

@@ -1,0 +1,158 @@
+"""Which preset schemes each format takes, and which layer sizes its kernels accept, as data.
+
+Only sizes that make a file unusable leave a layer unquantized: the rules for GPTQ, AWQ, MLX and
+compressed-tensors. A size that only costs a fast kernel is in the table of fast kernels: the layer is quantized,
+and the plan warns once.
+
+| rule | where it is checked |
+|---|---|
+| AWQ: inputs of whole groups, outputs of whole words of 8 | AutoAWQ `awq/modules/linear/gemm.py`, vLLM `awq.py` |
+| AWQ: groups a multiple of 32 that divide the outputs | `awq_gemm`, vLLM `csrc/quantization/awq/gemm_kernels.cu` |
+| GPTQ: inputs of whole groups, outputs of whole words | vLLM `quantization/gptq.py`, `create_weights` |
+| GPTQ and AWQ: both widths multiples of 32 | this package's packing: 32 values of 3 bits fill whole words |
+| compressed-tensors: inputs of whole groups | compressed-tensors `quantization/lifecycle/forward.py` |
+| MLX: inputs of whole groups of 32, 64 or 128; 2 to 6 and 8 bits | MLX `mlx/ops.cpp`, `quantize` |
+| fast, Marlin: outputs x 64, inputs x 128, groups of 32, 64, 128 or rows | vLLM `marlin_utils.py` |
+| only without Marlin: AWQ's outputs a multiple of 64 | the same `awq_gemm`, cta_N |
+
+GPTQModel's Torch kernels take any width (`SUPPORTS_OUT_FEATURES_DIVISIBLE_BY = [1]`). Since 2026 vLLM pads layers
+that Marlin finds misaligned (`allow_tile_padding`) and uses `awq_gemm` only where there is no Marlin, so AWQ
+layers need no multiple of 64 outputs. MLX's Metal kernels take any outputs; multiples of 8 are faster (`qmv`,
+`quantized.cpp`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_INT = ("W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32")
+_MX = ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL")
+_MLX = ("W2A16", "W2A16G64", "W2A16G32", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16", "BF16")
+_GGUF = (
+    "Q4_K_M", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q5_K_S", "Q5_K_M", "Q6_K", "Q4_0", "Q4_1", "Q5_0",
+    "Q5_1", "Q8_0",
+)  # fmt: skip
+ALL_SCHEMES = ("all",)
+
+GUIDE_MATRIX: dict[str, tuple[str, ...]] = {
+    "auto_round": (*_INT, "W4A16_MIXED", *_MX, "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "BF16", "MXINT4"),
+    "auto_round:auto_gptq": (*_INT, "W4A16_MIXED", "BF16"),
+    "auto_round:auto_awq": ("W4A16", "BF16"),
+    "auto_round:gptqmodel": (*_INT, "W4A16_MIXED", "BF16"),
+    "auto_round:llm_compressor": ("NVFP4", "MXFP4", "MXFP8", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "INT8", "INT8_W8A8"),
+    "auto_round:fp8": ("FP8_BLOCK",),
+    "auto_round:mlx": _MLX,
+    "auto_gptq": (*_INT, "W4A16_MIXED", "BF16"),
+    "gptqmodel": (*_INT, "W4A16_MIXED", "BF16"),
+    "auto_awq": ("W4A16", "BF16"),
+    "llm_compressor": ("NVFP4", "MXFP4", "MXFP8", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "INT8", "INT8_W8A8", *_INT),
+    "mlx": _MLX,
+    "fp8": ("FP8_BLOCK",),
+    **{f"gguf:{q.lower()}": (f"GGUF:{q}",) for q in _GGUF},
+    "fake": ALL_SCHEMES,
+}
+
+
+def formats_for_preset(scheme_name: str) -> list[str]:
+    """Formats of the guide's table that take the preset `scheme_name`, in the table's order."""
+    return [name for name, schemes in GUIDE_MATRIX.items() if schemes is ALL_SCHEMES or scheme_name.upper() in schemes]
+
+
+# Widths that the kernels which read a format ask for, as data.
+#
+# Only what makes a file unusable keeps a layer dense: `GPTQ_SIZES`, `AWQ_SIZES`, `MLX_SIZES` and
+# `COMPRESSED_TENSORS_SIZES`. What costs a fast kernel alone is in `FAST_KERNELS`: the plan says so once, and the
+# layer is quantized. With where each is asked:
+#
+# | rule | where it is asked |
+# |---|---|
+# | AWQ: inputs of whole groups, outputs of whole words of 8 | AutoAWQ `awq/modules/linear/gemm.py`, vLLM `awq.py` |
+# | AWQ: groups a multiple of 32 that divide the outputs | `awq_gemm` in vLLM `csrc/quantization/awq/gemm_kernels.cu` |
+# | GPTQ: inputs of whole groups, outputs of whole words | vLLM `quantization/gptq.py`, `create_weights` |
+# | GPTQ and AWQ: both widths multiples of 32 | this package's packing: 32 values of 3 bits fill whole words |
+# | compressed-tensors: inputs of whole groups | compressed-tensors `quantization/lifecycle/forward.py` |
+# | MLX: inputs of whole groups of 32, 64 or 128; 2 to 6 and 8 bits | MLX `mlx/ops.cpp`, `quantize` |
+# | faster, Marlin: outputs a multiple of 64, inputs of 128, groups of 32, 64, 128 or rows | vLLM `marlin_utils.py` |
+# | asked where there is no Marlin: AWQ's outputs a multiple of 64 | the same `awq_gemm`, cta_N |
+#
+# GPTQModel's Torch kernels take any width (`SUPPORTS_OUT_FEATURES_DIVISIBLE_BY = [1]`). vLLM pads what Marlin finds
+# misaligned since 2026 (`allow_tile_padding`) and takes `awq_gemm` only where there is no Marlin, which is why 64
+# outputs keep no AWQ layer dense. MLX's Metal kernels take any outputs; multiples of 8 are faster (`qmv` in
+# `quantized.cpp`).
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """What a kernel asks of a layer.
+
+    Attributes:
+        inputs, outputs: the widths are multiples of these.
+        groups: the group sizes that it takes, where it takes some only; one group a row is always taken.
+        group_multiple: the group size is a multiple of this.
+        whole_groups: the group size divides the inputs.
+        outputs_by_group: it divides the outputs too.
+    """
+
+    inputs: int = 1
+    outputs: int = 1
+    groups: tuple[int, ...] = ()
+    group_multiple: int = 1
+    whole_groups: bool = True
+    outputs_by_group: bool = False
+
+    def problem(self, in_features: int, out_features: int, group_size: int) -> str | None:
+        """Why the kernel does not take such a layer, or None. `group_size`: -1 is one group a row."""
+        for what, size, multiple in (
+            ("in_features", in_features, self.inputs),
+            ("out_features", out_features, self.outputs),
+        ):
+            if size % multiple:
+                return f"{what}={size} is not a multiple of {multiple}"
+        if group_size <= 0:
+            return None
+        if self.groups and group_size not in self.groups:
+            return f"group_size {group_size} is not one of {', '.join(map(str, self.groups))}"
+        if group_size % self.group_multiple:
+            return f"group_size {group_size} is not a multiple of {self.group_multiple}"
+        if self.whole_groups and in_features % group_size:
+            return f"in_features={in_features} is not a multiple of group_size {group_size}; choose one that divides it"
+        if self.outputs_by_group and out_features % group_size:
+            return (
+                f"out_features={out_features} is not a multiple of group_size {group_size}, which AWQ's kernels ask "
+                "for; choose one that divides it"
+            )
+        return None
+
+
+GPTQ_SIZES = SizeRule(32, 32)
+AWQ_SIZES = SizeRule(32, 32, group_multiple=32, outputs_by_group=True)
+MLX_SIZES = SizeRule(groups=(32, 64, 128))
+COMPRESSED_TENSORS_SIZES = SizeRule()
+_MARLIN = SizeRule(128, 64, groups=(32, 64, 128))
+# By format: the fast kernel, who has it, and its rule.
+FAST_KERNELS: dict[str, tuple[str, SizeRule]] = {
+    "auto_gptq": ("vLLM's Marlin kernels", _MARLIN),
+    "gptqmodel": ("vLLM's Marlin kernels", _MARLIN),
+    "auto_awq": ("vLLM's Marlin kernels", _MARLIN),
+}
+
+
+def slow_kernel_notes(formats: Iterable[str], layers: Iterable[tuple[str, int, int, int]]) -> list[str]:
+    """One line for each fast kernel that does not take some of the layers as they are.
+
+    Args:
+        formats: names.
+        layers: (name, inputs, outputs, group size) of the quantized ones.
+    """
+    found: dict[str, str] = {}
+    known = list(layers)
+    for kernel, rule in (FAST_KERNELS[fmt] for fmt in formats if fmt in FAST_KERNELS):
+        lost = [(name, why) for name, *sizes in known if (why := rule.problem(*sizes)) is not None]
+        if lost:
+            name, why = lost[0]
+            found[kernel] = (
+                f"{len(lost)} of {len(known)} quantized layers, such as {name} ({why}), are not for {kernel} as they "
+                "are: the runtime pads them or takes a slower kernel"
+            )
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""GGUF files: tensor names, types, metadata and tokenizer that llama.cpp expects for each model family."""

@@ -1,0 +1,215 @@
+"""Convert one Transformers model to GGUF: tensor names, shapes, row order and the keys of its architecture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from auto_round.errors import ModelError, UnsupportedError
+from auto_round.gguf.families import find_family, supported_families
+from auto_round.gguf.family import Family, HfConfig, Placement, read_hf_config
+from auto_round.gguf.metadata import KeyValue, gguf_package, key_value
+
+__all__ = ["Conversion", "Placement", "conversion_for", "supported_families"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+# Buffers that checkpoints may hold and nobody needs.
+_SKIPPED = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.(masked_)?bias)$")
+_BLOCK = re.compile(r"(?:layers|h)\.(\d+)\.")
+_EXPERT = re.compile(
+    r".*layers\.(?P<block>\d+)\.(mlp|block_sparse_moe)\.experts\.(?P<index>\d+)\."
+    r"(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight"
+)
+_FUSED = re.compile(
+    r".*layers\.(?P<block>\d+)\.(mlp|block_sparse_moe)\."
+    r"(experts\.(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?|(?P<way>input|output)_linear\.weight)"
+)
+_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+# Float32 in every file, as llama.cpp computes with them so; norms, biases and all that has one dimension are too.
+_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight", "token_types.weight")
+
+
+def _first_half(weight: torch.Tensor) -> torch.Tensor:
+    """Gate of a joined gate and up [experts, 2 * inner, hidden]."""
+    return weight[:, : weight.shape[1] // 2]
+
+
+def _second_half(weight: torch.Tensor) -> torch.Tensor:
+    """Up of a joined gate and up [experts, 2 * inner, hidden]."""
+    return weight[:, weight.shape[1] // 2 :]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How one model becomes a GGUF file. Made by `conversion_for`.
+
+    Attributes:
+        family: what is known of its family.
+        settings: of the model.
+        sources: shapes of the source tensors by name, as they will be given (a Conv1D's weight as [out, in]).
+    """
+
+    family: Family
+    settings: HfConfig
+    sources: Shapes = field(default_factory=dict)
+
+    @property
+    def arch(self) -> str:
+        """llama.cpp's name of the architecture."""
+        return self.family.arch
+
+    @property
+    def notes(self) -> list[str]:
+        """What is different in llama.cpp, in words for the user."""
+        return [text for holds, text in self.family.notes if holds(self.settings)]
+
+    @cached_property
+    def _names(self) -> Any:
+        gguf = gguf_package()
+        arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
+        return gguf.get_tensor_name_map(arch, self.settings.blocks)
+
+    def place(self, name: str, transposed: bool = False) -> list[Placement]:
+        """Where the source tensor `name` goes; empty for one that is left out on purpose.
+
+        `transposed`: it is given as [in, out], as a Conv1D module stores its weight.
+
+        Raises UnsupportedError for a tensor that the family does not have.
+        """
+        found = self._place(name)
+        return [placement.of_transposed() for placement in found] if transposed else found
+
+    def _place(self, name: str) -> list[Placement]:
+        if self._is_skipped(name):
+            return []
+        expert = _EXPERT.fullmatch(name)
+        if expert:
+            return [
+                Placement(f"blk.{expert['block']}.ffn_{_PARTS[expert['part']]}_exps.weight", slot=int(expert["index"]))
+            ]
+        fused = _FUSED.fullmatch(name)
+        if fused and len(self.sources.get(name, (0, 0, 0))) == 3:
+            return self._fused_experts(fused)
+        for rule in self.family.rules:
+            found = re.fullmatch(rule.pattern, name)
+            if found:
+                return rule.place(self.settings, found)
+        renamed = name
+        for pattern, replacement in self.family.renames:
+            renamed = re.sub(pattern, replacement, renamed)
+        target = self._names.get_name(renamed, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise UnsupportedError(
+                f"llama.cpp's architecture {self.arch!r} has no place for the tensor {name!r}; "
+                "the model is not what its config.json says, or a variant that cannot be written as GGUF"
+            )
+        return [Placement(target)]
+
+    def _is_skipped(self, name: str) -> bool:
+        if _SKIPPED.search(name) or (self.settings.tied and name in ("lm_head.weight", "output.weight")):
+            return True
+        block = _BLOCK.search(name)
+        # Blocks that predict further tokens follow the model's own, and nothing here runs them.
+        return block is not None and int(block[1]) >= self.settings.blocks
+
+    def _fused_experts(self, found: re.Match[str]) -> list[Placement]:
+        front = f"blk.{found['block']}.ffn_"
+        if found["part"] == "gate_up_proj" or found["way"] == "input":
+            return [
+                Placement(f"{front}gate_exps.weight", edit=_first_half),
+                Placement(f"{front}up_exps.weight", edit=_second_half),
+            ]
+        return [Placement(f"{front}{_PARTS.get(found['part'], 'down')}_exps.weight")]
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes (PyTorch's order) of all tensors in the file, those of `extras` first, then in the sources' order.
+
+        Raises:
+            UnsupportedError: a source has no place.
+            ModelError: parts of a tensor are missing, or have different shapes.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.extras().items()}
+        parts: dict[str, list[tuple[str, Placement, tuple[int, ...]]]] = {}
+        for source, shape in self.sources.items():
+            for placement in self.place(source):
+                parts.setdefault(placement.tensor, []).append((source, placement, placement.shape(tuple(shape))))
+        shapes |= {target: _merged_shape(target, found) for target, found in parts.items()}
+        return shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name` of the file, in PyTorch's order. Raises ModelError for one that is not there."""
+        if name not in self.tensors:
+            raise ModelError(f"no tensor {name!r} in this model's GGUF file")
+        return self.tensors[name]
+
+    def is_float32(self, name: str) -> bool:
+        """Whether the tensor `name` of the file is float32 whatever the file's type (as llama.cpp's converter does)."""
+        if len(self.tensors.get(name, (0, 0))) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
+            return True
+        return re.sub(r"^blk\.\d+\.", "", name) in _FLOAT32
+
+    def extras(self) -> dict[str, torch.Tensor]:
+        """Tensors that no checkpoint holds, float32, by their names in the file."""
+        return self.family.extras(self.settings) if self.family.extras else {}
+
+    def metadata(self) -> list[KeyValue]:
+        """What the file says about the model: all keys of its architecture, such as "llama.block_count"."""
+        made: dict[str, KeyValue] = {}
+        for key in self.family.keys:
+            # A later key replaces an earlier one, also by being absent.
+            name = f"{self.arch}.{key.name}"
+            made.pop(name, None)
+            value = key.value(self.settings)
+            if value is not None:
+                made[name] = key_value(name, value, key.kind)
+        return list(made.values())
+
+
+def _merged_shape(target: str, parts: list[tuple[str, Placement, tuple[int, ...]]]) -> tuple[int, ...]:
+    """Shape of a tensor made of all `parts` (source, placement, shape); ModelError where they do not fill it."""
+    first = parts[0][2]
+    slots = [placement.slot for _, placement, _ in parts]
+    if all(slot is not None for slot in slots):
+        wrong = next((source for source, _, shape in parts if shape != first), None)
+        if wrong is None and sorted(slot for slot in slots if slot is not None) == list(range(len(parts))):
+            return (len(parts), *first)
+    elif len(parts) == 1 and parts[0][1].at_row == 0:
+        return first
+    elif all(slot is None for slot in slots):
+        rows, wrong = 0, None
+        for source, placement, shape in sorted(parts, key=lambda part: part[1].at_row):
+            if placement.at_row != rows or shape[1:] != first[1:]:
+                wrong = source
+                break
+            rows += shape[0]
+        if wrong is None:
+            return (rows, *first[1:])
+    names = ", ".join(source for source, _, _ in parts[:3])
+    raise ModelError(f"the tensors that {target!r} is made of ({names}, ...) are not complete, or not of one shape")
+
+
+def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:
+    """How to write a model as GGUF.
+
+    Args:
+        config: its Transformers configuration, or the values of its config.json.
+        sources: shapes of its tensors by name; needed for the shapes in the file.
+
+    Raises:
+        UnsupportedError: the family is unknown, llama.cpp would not run the model as it is, a tensor has no place, or
+            the package gguf is missing.
+        ModelError: the configuration lacks something, or tensors are missing.
+    """
+    settings = read_hf_config(config)
+    family = find_family(settings)
+    gguf_package()
+    conversion = Conversion(family, settings, dict(sources or {}))
+    if sources:
+        _ = conversion.tensors  # refuses what cannot be written before any work is done
+    return conversion

@@ -1,0 +1,79 @@
+"""Gemma 2 and 3, text only. Their norms store the distance from one, and layers see a window or everything in turns."""
+
+from __future__ import annotations
+
+from auto_round.gguf.families.shared import (
+    BLOCKS,
+    CONTEXT,
+    EMBEDDING,
+    FEED_FORWARD,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    RMS_EPSILON,
+    ROPE_BASE,
+    ROPE_SCALING,
+    SLIDING_ROPE_BASE,
+    SLIDING_WINDOW,
+    WHOLE_ROTATION,
+    activation,
+    add_one,
+    rope_types,
+    window_pattern,
+    without,
+)
+from auto_round.gguf.family import Assumption, Family, HfConfig, Key, Placement, Rule
+
+_KEYS = (BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, RMS_EPSILON, *HEAD_DIM, SLIDING_WINDOW)
+_SOFTCAPS = (
+    Key("attn_logit_softcapping", "float32", "attn_logit_softcapping"),
+    Key("final_logit_softcapping", "float32", "final_logit_softcapping"),
+)
+_NORMS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+_RULES = (
+    Rule(
+        r"model\.layers\.(?P<block>\d+)\.(?P<norm>(self_attn\.)?\w*norm)\.weight",
+        lambda s, m: [Placement(f"blk.{m['block']}.{_NORMS[m['norm']]}.weight", edit=add_one)],
+    ),
+    Rule(r"model\.norm\.weight", lambda s, m: [Placement("output_norm.weight", edit=add_one)]),
+)
+
+
+def _attention_scale(largest: int) -> Assumption:
+    """Scores are divided by the root of the head's width, or of hidden / heads in the model of `largest` layers."""
+
+    def holds(s: HfConfig) -> bool:
+        wanted = s.hidden // s.heads if s.blocks == largest else s.head_dim
+        return s.get("query_pre_attn_scalar", default=wanted) == wanted
+
+    return Assumption(holds, "llama.cpp knows no query_pre_attn_scalar but the usual one of this architecture")
+
+
+_TIED = Assumption(
+    lambda s: s.tied, "llama.cpp gives Gemma's embedding to its head, and this model has a head of its own"
+)
+_SHARED = (activation("gelu_pytorch_tanh"), WHOLE_ROTATION, _TIED, without("use_bidirectional_attention"))
+
+GEMMA2 = Family(
+    "gemma2", ("gemma2",), (*_KEYS, *_SOFTCAPS, window_pattern(2)), _RULES,
+    assumes=(*_SHARED, _attention_scale(46), rope_types("default"), Assumption(
+        lambda s: float(s.rope.get("rope_theta", 10000.0)) == 10000.0,
+        "llama.cpp's base of Gemma 2's rotary embeddings is 10000",
+    )),
+)  # fmt: skip
+GEMMA3 = Family(
+    "gemma3", ("gemma3_text",),
+    (
+        *_KEYS, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE,
+        _SOFTCAPS[1], window_pattern(6),
+    ),
+    _RULES,
+    assumes=(*_SHARED, _attention_scale(62), rope_types("default", "linear"), without("attn_logit_softcapping")),
+)  # fmt: skip

@@ -1,0 +1,314 @@
+"""Which tensor of a GGUF file gets which type: the mixtures that llama.cpp's file types stand for.
+
+The rules are those of llama.cpp's `src/llama-quant.cpp`; `tools/make_gguf_types.py` asks its `llama-quantize` for the
+expectations that the tests compare with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from auto_round.codecs.ggml.types import GGML_TYPES
+from auto_round.errors import ConfigError, nearest
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class FileType:
+    """A mixture.
+
+    Attributes:
+        name: `q4_k_m`.
+        number: what `general.file_type` says.
+        base: the type of every matrix that no rule names.
+    """
+
+    name: str
+    number: int
+    base: str
+
+
+_ROWS = (
+    ("q4_0", 2, "Q4_0"), ("q4_1", 3, "Q4_1"), ("q5_0", 8, "Q5_0"), ("q5_1", 9, "Q5_1"), ("q8_0", 7, "Q8_0"),
+    ("q2_k_s", 21, "Q2_K"), ("q2_k", 10, "Q2_K"), ("q3_k_s", 11, "Q3_K"), ("q3_k_m", 12, "Q3_K"),
+    ("q3_k_l", 13, "Q3_K"), ("q4_k_s", 14, "Q4_K"), ("q4_k_m", 15, "Q4_K"), ("q5_k_s", 16, "Q5_K"),
+    ("q5_k_m", 17, "Q5_K"), ("q6_k", 18, "Q6_K"),
+    ("q2_k_mixed", 10, "Q4_K"),  # not one of llama.cpp's own: its nearest name is Q2_K
+)  # fmt: skip
+FILE_TYPES: Mapping[str, FileType] = MappingProxyType({row[0]: FileType(*row) for row in _ROWS})
+
+_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "q6_k_s": "q6_k"}
+
+# What takes the place of a type whose blocks do not divide a row; float16 where that does not fit either.
+_SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+# Matrices that stay float32, by a part of the name: routers, position tables, small convolutions and projections.
+_NEVER_QUANTIZED = (
+    "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
+    "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "attn_rel_b.weight",
+    *(f"time_mix_{part}.weight" for part in (
+        "first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2", "decay_w1", "decay_w2",
+        "lerp_fused")),
+)  # fmt: skip
+_NEVER_QUANTIZED_NAMES = ("position_embd.weight", "token_types.weight")
+
+# Depth at which llama.cpp takes a model of this kind for its 70B one, whose few value heads get more bits.
+_DEPTH_OF_70B = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """What the rules ask of a model: the numbers of its metadata.
+
+    Attributes:
+        n_layer: blocks, those for multi-token prediction included.
+        n_head, n_head_kv: heads of queries, and of keys and values, in the first block.
+        n_expert: routed experts of a block, 0 in a dense model.
+    """
+
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_expert: int = 0
+
+    @property
+    def grouped(self) -> int:
+        """Query heads that share a key and value head."""
+        return self.n_head // self.n_head_kv if self.n_head_kv else 0
+
+
+class TensorTypes(dict[str, str]):
+    """The type of every tensor by its name.
+
+    Attributes:
+        fallbacks: {tensor: the type it was meant to have}, where its rows do not divide into blocks of that type.
+    """
+
+    def __init__(self, types: Mapping[str, str], fallbacks: Mapping[str, str]) -> None:
+        super().__init__(types)
+        self.fallbacks = dict(fallbacks)
+
+    def notes(self) -> list[str]:
+        """One line for each kind of fallback, for the user."""
+        counts: dict[tuple[str, str], list[str]] = {}
+        for name, meant in self.fallbacks.items():
+            counts.setdefault((meant, self[name]), []).append(name)
+        lines = []
+        for (meant, given), names in counts.items():
+            which, be, whose = (
+                (f"1 tensor ({names[0]})", "is", "its")
+                if len(names) == 1
+                else (f"{len(names)} tensors ({names[0]}, ...)", "are", "their")
+            )
+            block = GGML_TYPES[meant].block
+            lines.append(f"{which} {be} {given} instead of {meant}: {whose} rows are no multiple of {block}")
+        return lines
+
+
+def file_type(name: str) -> FileType:
+    """The file type of a name such as `q4_k_m`, in any case. Raises ConfigError for an unknown one."""
+    key = name.lower()
+    found = FILE_TYPES.get(_ALIASES.get(key, key))
+    if found is None:
+        raise ConfigError(f"unknown GGUF type {name!r}{nearest(name, FILE_TYPES)}; known are {', '.join(FILE_TYPES)}")
+    return found
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """What a rule sees.
+
+    Attributes:
+        role: `v`, `k`, `o`, `down`, `output`, `embedding` or an empty string.
+        index: how many tensors of this role came before; the block, for `down` in a model with experts.
+        count: tensors of the role; blocks, for `down`.
+    """
+
+    name: str
+    role: str
+    columns: int
+    index: int
+    count: int
+    arch: str
+    facts: ModelDimensions
+    importance: bool
+
+    @property
+    def spread(self) -> bool:
+        """In the first or last eighth of the model, or every third in between."""
+        eighth = self.count // 8
+        return self.index < eighth or self.index >= 7 * self.count // 8 or (self.index - eighth) % 3 == 2
+
+    def first(self, part: int) -> bool:
+        """In the first 1/part of the model."""
+        return self.index < self.count // part
+
+
+_Rule = Callable[[_Tensor], str | None]
+_ROLES = (
+    # Any fused tensor that holds the values counts as values: they bear rounding worst.
+    ("attn_qkv.weight", "v"), ("attn_kv_b.weight", "v"), ("attn_v.weight", "v"), ("attn_k.weight", "k"),
+    ("attn_q.weight", ""), ("attn_output.weight", "o"), ("ffn_up", ""), ("ffn_gate", ""), ("ffn_down", "down"),
+)  # fmt: skip
+
+# None: the file's base type.
+_VALUES: dict[str, _Rule] = {
+    "q2_k": lambda t: "Q4_K" if t.facts.grouped >= 4 else "Q3_K",
+    "q2_k_s": lambda t: "Q4_K" if t.facts.grouped >= 4 else None,
+    "q3_k_m": lambda t: "Q5_K" if t.index < 2 else "Q4_K",
+    "q3_k_l": lambda t: "Q5_K",
+    "q4_k_s": lambda t: "Q5_K" if t.index < 4 else None,
+    "q4_k_m": lambda t: "Q6_K" if t.spread else None,
+    "q5_k_m": lambda t: "Q6_K" if t.spread else None,
+}
+_DOWN: dict[str, _Rule] = {
+    # Q4_1 and Q5_1 guard the first blocks, but only an importance makes them safe there.
+    "q4_0": lambda t: "Q4_1" if t.importance and t.first(8) else None,
+    "q5_0": lambda t: "Q5_1" if t.importance and t.first(8) else None,
+    "q2_k": lambda t: "Q3_K",
+    "q2_k_s": lambda t: "Q4_K" if t.first(8) else None,
+    "q3_k_m": lambda t: "Q5_K" if t.first(16) else "Q4_K",
+    "q3_k_l": lambda t: "Q5_K",
+    "q4_k_s": lambda t: "Q5_K" if t.first(8) else None,
+    "q4_k_m": lambda t: "Q6_K" if t.spread else None,
+    "q5_k_m": lambda t: "Q6_K" if t.spread else None,
+}
+_DOWN_FALCON: dict[str, _Rule] = {
+    **_DOWN,
+    "q3_k_m": lambda t: "Q5_K" if t.first(16) else "Q4_K" if t.spread else None,
+    "q3_k_l": lambda t: "Q4_K",
+    "q4_k_s": lambda t: None,
+    "q4_k_m": lambda t: "Q6_K" if t.first(16) else "Q5_K" if t.spread else None,
+}
+_OUT = {"q2_k": "Q3_K", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K"}
+_OUT_FALCON = {"q3_k_l": "Q4_K"}
+_OUT_EIGHT_EXPERTS = dict.fromkeys(("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m"), "Q5_K")
+
+
+def tensor_types(
+    name: str,
+    arch: str,
+    tensors: Sequence[tuple[str, Sequence[int]]],
+    facts: ModelDimensions,
+    importance: bool = False,
+    overrides: Mapping[str, str] | None = None,
+) -> TensorTypes:
+    """The type of each tensor in a file of type `name`.
+
+    Args:
+        name: one of `FILE_TYPES`.
+        arch: llama.cpp's name of the architecture.
+        tensors: (name in the file, shape in torch's order); [experts, out, in] for stacked experts. Without an
+            `output.weight`, the token embedding is the head and gets the head's type.
+        facts: numbers of the model.
+        importance: whether an importance matrix weighs the rounding.
+        overrides: {tensor: type} that come before the rules. The other tensors keep the types the rules give them.
+
+    Raises:
+        ConfigError: the file type, or a tensor or type in `overrides`, is unknown; or a vector or norm is overridden.
+    """
+    kind = file_type(name)
+    wanted = _validated_overrides(overrides or {}, [tensor for tensor, _ in tensors])
+    tied = not any(tensor == "output.weight" for tensor, _ in tensors)
+    values = sum(_role(tensor, tied) == "v" for tensor, _ in tensors)
+    seen = {"v": 0, "down": 0}
+    types: dict[str, str] = {}
+    fallbacks: dict[str, str] = {}
+    for tensor, shape in sorted(tensors, key=lambda item: (_block(item[0], -1), item[0])):
+        if not quantizable(tensor, shape):
+            meant = wanted.get(tensor, "F32")
+            if meant != "F32" and (_rank(shape) < 2 or "_norm." in tensor):
+                raise ConfigError(f"tensor {tensor!r} cannot be {meant}: vectors and norms stay F32")
+        else:
+            role = _role(tensor, tied)
+            index = seen.get(role, 0)
+            seen[role] = index + 1
+            if role == "down" and facts.n_expert > 1:
+                index = _block(tensor, index)
+            count = values if role == "v" else facts.n_layer
+            view = _Tensor(tensor, role, int(shape[-1]), index, count, arch, facts, importance)
+            meant = wanted.get(tensor) or _by_rule(kind, view)
+        types[tensor] = fallback_type(meant, int(shape[-1])) if shape else meant
+        if types[tensor] != meant:
+            fallbacks[tensor] = meant
+    return TensorTypes({tensor: types[tensor] for tensor, _ in tensors}, fallbacks)
+
+
+def quantizable(name: str, shape: Sequence[int]) -> bool:
+    """Whether llama.cpp would quantize the tensor in some file type: a matrix that is no norm, router or table."""
+    if _rank(shape) < 2 or not name.endswith("weight") or name in _NEVER_QUANTIZED_NAMES:
+        return False
+    return not any(part in name for part in _NEVER_QUANTIZED)
+
+
+def _rank(shape: Sequence[int]) -> int:
+    """Dimensions as ggml counts them: leading ones do not."""
+    return next((len(shape) - i for i, size in enumerate(shape) if size != 1), 1)
+
+
+def _block(name: str, otherwise: int) -> int:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else otherwise
+
+
+def _role(name: str, tied: bool) -> str:
+    if name == "output.weight":
+        return "output"
+    if name in ("token_embd.weight", "per_layer_token_embd.weight"):
+        return "output" if tied else "embedding"
+    return next((role for part, role in _ROLES if part in name), "")
+
+
+def _by_rule(kind: FileType, tensor: _Tensor) -> str:
+    if kind.name == "q2_k_mixed":
+        if tensor.role in ("output", "embedding"):
+            return "Q8_0"
+        return "Q2_K" if "_exps." in tensor.name else kind.base
+    return _rule_type(kind, tensor) or kind.base
+
+
+def _rule_type(kind: FileType, tensor: _Tensor) -> str | None:
+    falcon, eight = tensor.arch == "falcon", tensor.facts.n_expert == 8
+    if tensor.role == "output":
+        if falcon or kind.base == "Q8_0" or tensor.columns % GGML_TYPES[kind.base].block:
+            return "Q8_0"
+        return "Q6_K"
+    if tensor.role in ("v", "k") and eight:
+        return "Q8_0"
+    if tensor.role == "v":
+        found = _VALUES[kind.name](tensor) if kind.name in _VALUES else None
+        return "Q5_K" if _is_70b(tensor) and (found or kind.base) in ("Q3_K", "Q4_K") else found
+    if tensor.role == "down":
+        rule = (_DOWN_FALCON if falcon else _DOWN).get(kind.name)
+        return rule(tensor) if rule else None
+    if tensor.role == "o":
+        return (_OUT_FALCON if falcon else _OUT_EIGHT_EXPERTS if eight else _OUT).get(kind.name)
+    return None
+
+
+def _is_70b(tensor: _Tensor) -> bool:
+    if _DEPTH_OF_70B.get(tensor.arch) != tensor.facts.n_layer:
+        return False
+    return tensor.arch != "llama" or tensor.facts.n_head != tensor.facts.n_head_kv
+
+
+def fallback_type(kind: str, columns: int) -> str:
+    """`kind`, or what llama.cpp takes instead when `columns` do not divide into its blocks."""
+    if kind in FLOATS or columns % GGML_TYPES[kind].block == 0:
+        return kind
+    smaller = _SMALLER_BLOCKS.get(kind, kind)
+    return smaller if columns % GGML_TYPES[smaller].block == 0 else "F16"
+
+
+def _validated_overrides(overrides: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    known = (*FLOATS, *GGML_TYPES)
+    for tensor, kind in overrides.items():
+        if tensor not in names:
+            raise ConfigError(f"the model has no tensor {tensor!r}{nearest(tensor, names)}")
+        if kind not in known:
+            raise ConfigError(f"tensor {tensor!r}: unknown type {kind!r}{nearest(kind, known)}; known are {known}")
+    return dict(overrides)

@@ -1,0 +1,124 @@
+"""Key values of a GGUF file with their types, and the `general.*` keys (name, size label, file type)."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from auto_round.errors import UnsupportedError
+
+
+def gguf_package() -> Any:
+    """The `gguf` module. Raises UnsupportedError when it is not installed."""
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise UnsupportedError('GGUF files need their own package: pip install "auto-round[gguf]"') from error
+
+
+# Key values of a GGUF file, with their types.
+
+
+class KeyValue(NamedTuple):
+    """One key value: what `gguf.GGUFWriter.add_key_value` takes.
+
+    Attributes:
+        key: full key, such as "llama.block_count".
+        value: a number, text, bool, or a list of them.
+        kind: a `gguf.GGUFValueType`.
+        item_kind: the type of a list's items; None for anything else.
+    """
+
+    key: str
+    value: Any
+    kind: Any
+    item_kind: Any = None
+
+
+def key_value(key: str, value: Any, kind: str) -> KeyValue:
+    """A key value of the type called `kind`, such as "uint32". A list's `kind` is the type of its items."""
+    types = gguf_package().GGUFValueType
+    own = types[kind.upper()]
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return KeyValue(key, list(value), types.ARRAY, own)
+    return KeyValue(key, value, own)
+
+
+def stored_bytes(pair: KeyValue) -> int:
+    """Bytes that a key value takes in a file's header: lengths are 8 bytes, types 4."""
+    value = pair.value
+    if pair.item_kind is not None:
+        size = 4 + 8 + sum(_item_bytes(item, pair.item_kind.name) for item in value)
+    else:
+        size = _item_bytes(value, pair.kind.name)
+    return 8 + len(pair.key.encode()) + 4 + size
+
+
+def _item_bytes(value: Any, kind: str) -> int:
+    if kind == "STRING":
+        return 8 + len(value if isinstance(value, bytes) else str(value).encode())
+    return 1 if kind == "BOOL" else int("".join(filter(str.isdigit, kind))) // 8
+
+
+# What a GGUF file says about itself and the model's origin: the keys general.*.
+#
+# Name, authors, licence and the like are found by the `gguf` package, from the model card, the configuration and the
+# name of the folder or repository, so that they read as in files made by llama.cpp.
+
+_EXPERTS = "_exps."
+
+
+def size_label(tensors: Mapping[str, tuple[int, ...]]) -> str:
+    """How large the model is, in words such as "135M" or "8x7B", from the shapes of the file's tensors.
+
+    Experts count once: 8x7B has eight experts, and 7B parameters with one of them.
+    """
+    shared = sum(math.prod(shape) for name, shape in tensors.items() if _EXPERTS not in name)
+    routed = [shape for name, shape in tensors.items() if _EXPERTS in name]
+    once = sum(math.prod(shape[1:]) for shape in routed)
+    count = sum(shape[0] for shape in routed) // len(routed) if routed else 0
+    total = shared + sum(math.prod(shape) for shape in routed)
+    label: str = gguf_package().size_label(total, shared, once, count)
+    return label
+
+
+def general_metadata(
+    arch: str, tensors: Mapping[str, tuple[int, ...]], file_type: int, *, folder: str | Path | None = None,
+    name: str = "",
+) -> list[KeyValue]:  # fmt: skip
+    """The keys general.*.
+
+    Args:
+        arch: llama.cpp's name of the architecture.
+        tensors: shapes of all tensors of the file.
+        file_type: a `gguf.LlamaFileType`.
+        folder: of the model, with its README.md, config.json and generation_config.json, if there is one.
+        name: what the user called the model: a folder, or an id such as "org/Model-7B".
+    """
+    gguf = gguf_package()
+    total = sum(math.prod(shape) for shape in tensors.values())
+    path = Path(folder) if folder is not None else None
+    # A downloaded snapshot's folder is called by its hash: then the id is what tells the name.
+    is_id = bool(name) and not Path(name).exists()
+    found = gguf.Metadata.load(None, path, None, total)
+    if is_id:
+        card, values = gguf.Metadata.load_model_card(path), gguf.Metadata.load_hf_parameters(path)
+        sampling = {key: value for key, value in vars(found).items() if key.startswith("sampling_")}
+        named: dict[str, Any] = {**values, "_name_or_path": name}
+        found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, named, path, total)
+        for key, value in sampling.items():
+            setattr(found, key, value)
+    if found.name is None:
+        found.name = path.resolve().name if path is not None else (name or arch)
+    if found.size_label is None and total > 0:
+        found.size_label = size_label(tensors)
+    writer = gguf.GGUFWriter(None, arch)
+    writer.add_type(gguf.GGUFType.MODEL)
+    found.set_gguf_meta_model(writer)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    (recorded,) = writer.kv_data
+    return [KeyValue(key, entry.value, entry.type, entry.sub_type) for key, entry in recorded.items()]

@@ -1,0 +1,145 @@
+"""Plan one GGUF file before writing: name, shape and type of every tensor, and placements of source tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from auto_round.codecs.ggml.types import GGML_TYPES
+from auto_round.errors import ConfigError, ModelError
+from auto_round.gguf.conversion import Conversion
+from auto_round.gguf.family import Placement
+from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, tensor_types
+from auto_round.gguf.metadata import KeyValue, general_metadata, size_label, stored_bytes
+from auto_round.gguf.vocab import vocabulary_for
+
+_EMBEDDING = "token_embd.weight"
+_DENSE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """What one file will hold.
+
+    Attributes:
+        file_type: `q4_k_m`.
+        conversion: the model family's names and rules.
+        places: where every source tensor goes, by its name in the run; none for what is left out.
+        shapes, types: of every tensor of the file, by its name there, in the file's order.
+        metadata: what the file says of the model and its tokenizer.
+        notes: what differs from the file type's rule, and what llama.cpp does otherwise, for the user.
+    """
+
+    file_type: str
+    conversion: Conversion
+    places: Mapping[str, tuple[Placement, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]
+    metadata: tuple[KeyValue, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def type_of(self, source: str) -> str | None:
+        """The type of the tensor that the source tensor goes into, None where it goes nowhere."""
+        places = self.places[source]
+        return self.types[places[0].tensor] if places else None
+
+    def with_types(self, wanted: Mapping[str, str]) -> GgufPlan:
+        """The same with other types for some source tensors.
+
+        Raises:
+            ConfigError: two parts of one tensor (experts are stacked) are to have different types.
+        """
+        found: dict[str, tuple[str, str]] = {}
+        for source, kind in wanted.items():
+            for place in self.places[source]:
+                first = found.setdefault(place.tensor, (kind, source))
+                if first[0] != kind:
+                    raise ConfigError(
+                        f"layers {first[1]} and {source} are parts of one GGUF tensor, {place.tensor}, and cannot be "
+                        f"{first[0]} and {kind}; give both one type in layer_config"
+                    )
+        return replace(self, types={**self.types, **{name: kind for name, (kind, _) in found.items()}})
+
+    def nbytes(self) -> int:
+        """Bytes of the file: tensors, which begin at multiples of 32, and the header with all its words."""
+        tensors = sum(-(-tensor_bytes(self.types[n], shape) // 32) * 32 for n, shape in self.shapes.items())
+        infos = sum(8 + len(n.encode()) + 4 + 8 * len(shape) + 4 + 8 for n, shape in self.shapes.items())
+        arch = 8 + len("general.architecture") + 4 + 8 + len(self.conversion.arch)
+        header = 24 + arch + sum(map(stored_bytes, self.metadata)) + infos
+        return tensors + -(-header // 32) * 32
+
+    @property
+    def size_label(self) -> str:
+        """How large the model is, in a word such as 135M."""
+        return size_label(self.shapes)
+
+    def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """(name, shape, type) of every tensor in the file's order."""
+        return [(name, shape, self.types[name]) for name, shape in self.shapes.items()]
+
+
+def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of a type, GGML's or dense."""
+    if kind in _DENSE_BYTES:
+        return math.prod(shape) * _DENSE_BYTES[kind]
+    return math.prod(shape[:-1]) * GGML_TYPES[kind].row_bytes(shape[-1])
+
+
+def plan_file(file_type: str, conversion: Conversion, with_importance: bool, tied: Iterable[str] = ()) -> GgufPlan:
+    """Place every tensor of the model and choose its type.
+
+    Args:
+        file_type: a key of `file_types.FILE_TYPES`.
+        conversion: of the model, made with the shapes of its tensors.
+        with_importance: calibration data weigh the rounding, on which a few of llama.cpp's choices depend.
+        tied: names that share another tensor's storage and are not stored.
+
+    Raises:
+        UnsupportedError: a tensor that the conversion does not know.
+    """
+    places = {name: tuple(conversion.place(name)) for name in conversion.sources}
+    shapes = conversion.tensors
+    chosen = tensor_types(file_type, conversion.arch, list(shapes.items()), dimensions_of(conversion), with_importance)
+    types = {name: "F32" if conversion.is_float32(name) else chosen[name] for name in shapes}
+    notes = (*conversion.notes, *chosen.notes())
+    return GgufPlan(file_type, conversion, {**places, **dict.fromkeys(tied, ())}, shapes, types, (), notes)
+
+
+def with_file_metadata(
+    plan: GgufPlan, tokenizer: Any, config: Any, folder: str | Path | None = None, name: str = ""
+) -> GgufPlan:
+    """The plan with everything that the file says besides its tensors.
+
+    Args:
+        tokenizer: as Transformers gives it.
+        config: of the model.
+        folder: of the model, where there is one.
+        name: what the user called the model.
+
+    Raises:
+        UnsupportedError: llama.cpp has no such tokenizer.
+        ModelError: there is no tokenizer, or it does not fit the embedding.
+    """
+    if tokenizer is None:
+        raise ModelError(
+            "a GGUF file holds the tokenizer, and this model has none; give tokenizer=..., or add its files"
+        )
+    conversion = plan.conversion
+    rows = plan.shapes[_EMBEDDING][0]
+    vocabulary = vocabulary_for(tokenizer, rows, config, folder)
+    number = FILE_TYPES[plan.file_type].number
+    general = general_metadata(conversion.arch, plan.shapes, number, folder=folder, name=name)
+    metadata = (*general, *conversion.metadata(), *vocabulary.metadata())
+    return replace(plan, metadata=metadata, notes=(*plan.notes, *vocabulary.notes))
+
+
+def dimensions_of(conversion: Conversion) -> ModelDimensions:
+    """What the file type's rules ask of a model."""
+    values = {pair.key.partition(".")[2]: pair.value for pair in conversion.metadata()}
+    heads = values["attention.head_count"]
+    return ModelDimensions(
+        values["block_count"], heads, values.get("attention.head_count_kv", heads), values.get("expert_count", 0)
+    )

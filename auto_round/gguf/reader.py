@@ -1,0 +1,245 @@
+"""Read GGUF files: a strict header parser for untrusted files, and memory-mapped tensors to verify a result."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from auto_round.codecs.ggml.types import GGML_TYPES
+from auto_round.errors import DataError, VerifyError
+from auto_round.gguf.metadata import gguf_package
+
+MAGIC = b"GGUF"
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_TYPE_NAMES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
+    13: "Q5_K", 14: "Q6_K", 30: "BF16",
+}  # fmt: skip
+_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MOST_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: shape in torch's order, type, first byte in the file, number of bytes."""
+
+    shape: tuple[int, ...]
+    kind: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Key values (lists for arrays) and tensor infos by name, in the file's order."""
+
+    values: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+def read_header(path: str | os.PathLike[str]) -> GgufHeader:
+    """What a GGUF file of version 2 or 3 says before its tensors' bytes.
+
+    Raises DataError, which names the file and what is wrong, when it cannot be read, is no such file, ends too early,
+    names something twice, or places a tensor outside of itself or in a type unknown here.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            return _Reader(file, path).header()
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror})") from error
+
+
+class _Reader:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.size = os.fstat(file.fileno()).st_size
+        self.left = self.size
+
+    def header(self) -> GgufHeader:
+        if self.bytes(4) != MAGIC:
+            raise self.error("it does not begin with 'GGUF'")
+        version = self.scalar("I")
+        if version not in (2, 3):
+            raise self.error(f"its version is {version}; 2 and 3 are known")
+        tensor_count, value_count = self.scalar("Q"), self.scalar("Q")
+        values: dict[str, Any] = {}
+        for _ in range(value_count):  # each takes some bytes, so a false count ends with the file
+            key = self.text()
+            if key in values:
+                raise self.error(f"key {key!r} is there twice")
+            values[key] = self.value(self.scalar("I"))
+        infos = [self.info() for _ in range(self.countable(tensor_count, 8 + 4 + 4 + 8))]
+        align = values.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1 or align & (align - 1):
+            raise self.error(f"general.alignment is {align!r}")
+        data = -(-(self.size - self.left) // align) * align
+        tensors: dict[str, TensorInfo] = {}
+        expected = end = 0
+        for name, shape, kind, offset in infos:
+            nbytes = self.tensor_bytes(name, shape, kind)
+            if name in tensors:
+                raise self.error(f"tensor {name!r} is there twice")
+            if offset != expected:  # as ggml's reader has it: one after the other, without holes
+                raise self.error(f"tensor {name!r} is at byte {offset} of the data instead of {expected}")
+            end = data + offset + nbytes
+            if end > self.size:
+                raise self.error(f"tensor {name!r} lies outside the file")
+            expected += -(-nbytes // align) * align
+            tensors[name] = TensorInfo(shape, kind, data + offset, nbytes)
+        if tensors and self.size > max(end, data + expected):
+            raise self.error(f"{self.size - data - expected} bytes follow its last tensor")
+        return GgufHeader(values, tensors)
+
+    def error(self, problem: str) -> DataError:
+        return DataError(f"{self.path} is no sound GGUF file: {problem}")
+
+    def bytes(self, count: int) -> bytes:
+        if count > self.left:
+            raise self.error("it ends too early")
+        self.left -= count
+        return self.file.read(count)
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
+
+    def countable(self, count: int, least: int) -> int:
+        """`count`, if that many things of at least `least` bytes can follow."""
+        if count * least > self.left:
+            raise self.error("it ends too early")
+        return count
+
+    def text(self) -> str:
+        raw = self.bytes(self.scalar("Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error("a text is no UTF-8") from error
+
+    def texts(self, count: int) -> list[str]:
+        """`count` texts, of which a vocabulary has hundreds of thousands: `text`, with fewer steps for each."""
+        read, length_of, left, found = self.file.read, struct.Struct("<Q").unpack, self.left, []
+        try:
+            for _ in range(count):
+                left -= 8
+                length = length_of(read(8))[0] if left >= 0 else 0
+                left -= length
+                if left < 0:
+                    raise self.error("it ends too early")
+                found.append(read(length).decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise self.error("a text is no UTF-8") from error
+        self.left = left
+        return found
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise self.error(f"a value has the unknown type {kind}")
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner in _SCALARS:
+            size = struct.calcsize("<" + _SCALARS[inner])
+            raw = self.bytes(self.countable(count, size) * size)
+            return list(struct.unpack(f"<{count}{_SCALARS[inner]}", raw))
+        if inner == _STRING:
+            return self.texts(self.countable(count, 8))
+        raise self.error(f"an array has items of the unknown type {inner}")
+
+    def info(self) -> tuple[str, tuple[int, ...], str, int]:
+        name, dimensions = self.text(), self.scalar("I")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise self.error(f"tensor {name!r} has {dimensions} dimensions")
+        shape = tuple(self.scalar("Q") for _ in range(dimensions))[::-1]
+        kind, offset = self.scalar("I"), self.scalar("Q")
+        if kind not in _TYPE_NAMES:
+            raise self.error(f"tensor {name!r} has type {kind}, which is unknown here")
+        return name, shape, _TYPE_NAMES[kind], offset
+
+    def tensor_bytes(self, name: str, shape: tuple[int, ...], kind: str) -> int:
+        if kind in _FLOAT_BYTES:
+            return math.prod(shape) * _FLOAT_BYTES[kind]
+        if shape[-1] % GGML_TYPES[kind].block:
+            raise self.error(f"rows of tensor {name!r} do not divide into blocks")
+        return math.prod(shape[:-1]) * GGML_TYPES[kind].row_bytes(shape[-1])
+
+
+# Tensors of a finished GGUF file, for the check after saving.
+#
+# The `gguf` package wrote the header and the strict reader beside this file reads it, so that neither vouches for
+# itself; blocks are dequantized by the package. Its own `GGUFReader` would do, but takes a minute for a vocabulary of
+# 262,144.
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class GgufTensors:
+    """The tensors of one file, mapped into memory: nothing is read before it is asked for.
+
+    Raises VerifyError when the file is not sound.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._header = read_header(self.path)
+        except DataError as error:
+            raise VerifyError(f"{self.path} cannot be read back ({error})") from error
+        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header.tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._header.tensors
+
+    def kind(self, name: str) -> str:
+        """The type of a tensor: `Q4_K`, `F32`."""
+        return self._of(name).kind
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape in weights, in torch's order."""
+        return self._of(name).shape
+
+    def stored(self, name: str, slot: int | None = None) -> torch.Tensor:
+        """A copy of what is in the file: uint8 [..., row bytes] for blocks, else the tensor in its own dtype. `slot`:
+        only this part of its first dimension."""
+        info = self._of(name)
+        start, nbytes, shape = info.start, info.nbytes, info.shape
+        if slot is not None:
+            nbytes //= shape[0]
+            start, shape = start + slot * nbytes, shape[1:]
+        raw = torch.from_numpy(np.array(self._bytes[start : start + nbytes]))
+        if info.kind in _FLOATS:
+            return raw.view(_FLOATS[info.kind]).reshape(shape)
+        return raw.reshape(*shape[:-1], GGML_TYPES[info.kind].row_bytes(shape[-1]))
+
+    def weight(self, name: str) -> torch.Tensor:
+        """float32 in the tensor's shape. Raises UnsupportedError without the `gguf` package, if it holds blocks."""
+        stored = self.stored(name)
+        if stored.dtype != torch.uint8:
+            return stored.float()
+        gguf = gguf_package()
+        values = gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType[self.kind(name)])
+        return torch.from_numpy(values).reshape(self.shape(name))
+
+    def value(self, key: str) -> Any:
+        """The value of a key, a list for an array, or None where there is no such key."""
+        return self._header.values.get(key)
+
+    def _of(self, name: str) -> TensorInfo:
+        if name not in self._header.tensors:
+            raise VerifyError(f"{self.path} does not hold tensor {name!r}")
+        return self._header.tensors[name]

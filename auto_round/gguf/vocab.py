@@ -1,0 +1,346 @@
+"""The tokenizer in a GGUF file: the token list (text, type, score of every id) and the keys `tokenizer.*`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from auto_round.errors import ModelError, UnsupportedError
+from auto_round.gguf.family import read_hf_config
+from auto_round.gguf.metadata import KeyValue, key_value
+from auto_round.gguf.pre_tokenizer import WITHOUT_MARKS, pre_tokenizer_name
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_TOKEN_SPACE = "▁"
+_ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
+
+
+@dataclass
+class TokenList:
+    """Tokens by id. `scores` stays empty for byte-level BPE."""
+
+    texts: list[str]
+    types: list[int]
+    scores: list[float] = field(default_factory=list)
+
+
+def looks_special(text: str) -> bool:
+    """Whether an added token is a control token by its looks, although its tokenizer does not say so."""
+    ends = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        text.startswith(start) and text.endswith(end) for start, end in ends
+    )
+
+
+def unused_tokens(rows: int) -> TokenList:
+    """A list with a placeholder for every row of the embedding."""
+    return TokenList([f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows)
+
+
+def insert_added_tokens(tokens: TokenList, added: Mapping[int, Any]) -> None:
+    """Enter a tokenizer's added tokens, in place. Ids beyond the embedding cannot be used and are left out."""
+    for index, token in added.items():
+        if index >= len(tokens.texts):
+            continue
+        special = token.special or looks_special(token.content)
+        # What is matched in the text before anything else is compared with text that still has its spaces.
+        tokens.texts[index] = token.content if special else token.content.replace(_TOKEN_SPACE, " ")
+        tokens.types[index] = CONTROL if special else USER_DEFINED
+        if tokens.scores:
+            tokens.scores[index] = _ADDED_SCORE
+
+
+def byte_level_tokens(vocab: Mapping[str, int], added: Mapping[int, Any], rows: int) -> TokenList:
+    """Tokens of a byte-level BPE tokenizer. Raises ModelError for a vocabulary larger than the embedding."""
+    tokens = unused_tokens(rows)
+    for text, index in vocab.items():
+        if index not in added:
+            _check_row(index, text, rows)
+            tokens.texts[index], tokens.types[index] = text, NORMAL
+    insert_added_tokens(tokens, added)
+    return tokens
+
+
+def sentencepiece_tokens(path: Path, added: Mapping[int, Any], rows: int) -> TokenList:
+    """Tokens of a SentencePiece model file. Raises UnsupportedError when the package sentencepiece is not there."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise UnsupportedError("tokenizer.model needs the package sentencepiece: pip install sentencepiece") from error
+    model = SentencePieceProcessor()
+    model.LoadFromFile(str(path))
+    tokens = unused_tokens(rows)
+    tokens.scores = [_UNUSED_SCORE] * rows
+    for index in range(min(model.vocab_size(), rows)):
+        tokens.texts[index], tokens.scores[index] = model.IdToPiece(index), model.GetScore(index)
+        tokens.types[index] = NORMAL
+        for kind, holds in (
+            (UNKNOWN, model.IsUnknown), (CONTROL, model.IsControl), (UNUSED, model.IsUnused), (BYTE, model.IsByte),
+        ):  # fmt: skip
+            if holds(index):
+                tokens.types[index] = kind
+                break
+    insert_added_tokens(tokens, added)
+    return tokens
+
+
+def merged_tokens(model: Mapping[str, Any], added: Mapping[int, Any], rows: int) -> TokenList:
+    """Tokens of a SentencePiece BPE model of which only tokenizer.json is left.
+
+    SentencePiece merges the pair whose result has the best score; tokenizer.json lists pairs, best first. So a token's
+    score is minus the rank of the first pair that makes it. Tokens that nothing makes are never the result of a merge,
+    and their score does not count.
+    """
+    scores: dict[str, float] = {}
+    for rank, (left, right) in enumerate(merge_pairs(model["merges"])):
+        scores.setdefault(left + right, -float(rank))
+    tokens = unused_tokens(rows)
+    tokens.scores = [_UNUSED_SCORE] * rows
+    for text, index in model["vocab"].items():
+        if index in added:
+            continue
+        _check_row(index, text, rows)
+        is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        tokens.texts[index], tokens.types[index] = text, BYTE if is_byte else NORMAL
+        tokens.scores[index] = scores.get(text, 0.0 if is_byte else -float(len(scores)))
+    insert_added_tokens(tokens, added)
+    return tokens
+
+
+def merge_pairs(merges: Sequence[Any]) -> list[tuple[str, str]]:
+    """The merges of a tokenizer.json as pairs: old files have "left right" for a pair."""
+    made = []
+    for merge in merges:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        made.append((left, right))
+    return made
+
+
+def merge_lines(merges: Sequence[Any]) -> list[str]:
+    """Merges as GGUF stores them: "left right", spaces inside a part as byte-level BPE writes them."""
+    return [f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}" for left, right in merge_pairs(merges)]
+
+
+def require_unique(tokens: TokenList) -> None:
+    """Raise ModelError when two ids have the same text: llama.cpp stops at such a file."""
+    seen: dict[str, int] = {}
+    for index, text in enumerate(tokens.texts):
+        if text in seen:
+            raise ModelError(
+                f"tokens {seen[text]} and {index} are both {text!r}; llama.cpp cannot open such a vocabulary"
+            )
+        seen[text] = index
+
+
+def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
+    """The values of the tokenizer.json that a Transformers tokenizer stands for.
+
+    Raises UnsupportedError for one that is not made by the package tokenizers.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedError(
+            f"a tokenizer of class {type(tokenizer).__name__} cannot be written as GGUF; it needs a tokenizer.json or "
+            "a SentencePiece model that Transformers loads as a fast tokenizer"
+        )
+    values: dict[str, Any] = json.loads(backend.to_str())
+    return values
+
+
+def _check_row(index: int, text: str, rows: int) -> None:
+    if index >= rows:
+        raise ModelError(f"the tokenizer's token {index} ({text!r}) has no row in the embedding, which has {rows}")
+
+
+# The tokenizer in a GGUF file: the keys tokenizer.*.
+#
+# Two kinds are written: SentencePiece BPE with bytes for unknown characters (llama.cpp's model "llama"), and byte-level
+# BPE (its model "gpt2"). What counts is the tokenizer as Transformers runs it; `tokenizer.model` in the model's folder
+# adds the exact scores.
+
+_IDS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",  # spelt so in the format
+    "pad": "padding_token_id",
+    "mask": "mask_token_id",
+}
+_WORD_MARK = "▁"
+_SPACE_NOTE = (
+    "llama.cpp puts a space in front of every text and after every special token, as SentencePiece does; this "
+    "tokenizer not where one is already, or not after special tokens"
+)
+_MARKS_NOTE = "llama.cpp splits words at combining marks (Indic scripts, Thai, ...), and this tokenizer does not"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, as a GGUF file holds it. Made by `vocabulary_for`.
+
+    Attributes:
+        model: "llama" or "gpt2".
+        pre: llama.cpp's name of its pre-tokenizer.
+        tokens: one for every row of the embedding.
+        merges: of byte-level BPE; empty otherwise.
+        ids: (key, id) of special tokens.
+        flags: (key, value): whether tokens or a space are added to a text.
+        templates: chat templates by name; "default" is the model's own.
+        notes: where llama.cpp tokenizes otherwise than Transformers, in words for the user.
+        leading_spaces_differ: one of these notes: spaces at the start of a text and after special tokens.
+    """
+
+    model: str
+    pre: str
+    tokens: TokenList
+    merges: tuple[str, ...]
+    ids: tuple[tuple[str, int], ...]
+    flags: tuple[tuple[str, bool], ...]
+    templates: Mapping[str, str]
+    notes: tuple[str, ...]
+    leading_spaces_differ: bool = False
+
+    def metadata(self) -> list[KeyValue]:
+        """The keys tokenizer.*, with their types."""
+        front = "tokenizer.ggml."
+        made = [
+            key_value(front + "model", self.model, "string"),
+            key_value(front + "pre", self.pre, "string"),
+            key_value(front + "tokens", self.tokens.texts, "string"),
+        ]
+        if self.tokens.scores:
+            made.append(key_value(front + "scores", self.tokens.scores, "float32"))
+        made.append(key_value(front + "token_type", self.tokens.types, "int32"))
+        if self.merges:
+            made.append(key_value(front + "merges", self.merges, "string"))
+        made += [key_value(front + key, value, "uint32") for key, value in self.ids]
+        made += [key_value(front + key, value, "bool") for key, value in self.flags]
+        others = sorted(name for name in self.templates if name != "default")
+        if others:
+            made.append(key_value("tokenizer.chat_templates", others, "string"))
+        for name in ("default", *others):
+            if name in self.templates:
+                end = "" if name == "default" else f".{name}"
+                made.append(key_value(f"tokenizer.chat_template{end}", self.templates[name], "string"))
+        return made
+
+
+def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | Path | None = None) -> Vocabulary:
+    """A Transformers tokenizer for a GGUF file.
+
+    Args:
+        tokenizer: as `AutoTokenizer.from_pretrained` gives it.
+        rows: of the embedding; ids without a token get a placeholder.
+        config: the model's configuration or its values, for special tokens that the tokenizer does not name.
+        folder: of the model, for its tokenizer.model.
+
+    Raises:
+        UnsupportedError: llama.cpp has no such tokenizer.
+        ModelError: a token has no row, or two have the same text.
+    """
+    values = tokenizer_json(tokenizer)
+    model = values["model"]
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    if model["type"] != "BPE":
+        raise UnsupportedError(
+            f"a tokenizer of type {model['type']} cannot be written as GGUF; those that can: byte-level BPE, "
+            "SentencePiece BPE"
+        )
+    notes = [
+        f"llama.cpp does not apply the tokenizer's normalization {kind}"
+        for kind in _unsupported_normalizations(values["normalizer"])
+    ]
+    flags = _added_bos_eos(tokenizer, notes)
+    merges: tuple[str, ...] = ()
+    spaces_differ = False
+    if model.get("byte_fallback"):
+        name, pre = "llama", "default"
+        prefix = _space_prefix(values)
+        flags.append(("add_space_prefix", prefix))
+        spaces_differ = prefix and (values["pre_tokenizer"] or {}).get("type") == "Metaspace"
+        notes += [_SPACE_NOTE] if spaces_differ else []
+        path = Path(folder) / "tokenizer.model" if folder is not None else None
+        has_file = path is not None and path.is_file()
+        tokens = sentencepiece_tokens(path, added, rows) if has_file and path else merged_tokens(model, added, rows)
+    else:
+        name, pre = "gpt2", pre_tokenizer_name(values, bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)))
+        notes += [_MARKS_NOTE] if pre in WITHOUT_MARKS else []
+        tokens = byte_level_tokens(model["vocab"], added, rows)
+        merges = tuple(merge_lines(model["merges"]))
+    require_unique(tokens)
+    return Vocabulary(
+        name,
+        pre,
+        tokens,
+        merges,
+        _special_ids(tokenizer, config, rows),
+        tuple(flags),
+        _templates(tokenizer),
+        tuple(notes),
+        spaces_differ,
+    )
+
+
+def _special_ids(tokenizer: Any, config: Any, rows: int) -> tuple[tuple[str, int], ...]:
+    settings = read_hf_config(config) if config is not None else None
+    found = []
+    for name, key in _IDS.items():
+        value = getattr(tokenizer, f"{name}_token_id", None)
+        if value is None and settings is not None:
+            value = settings.get(f"{name}_token_id")
+        if isinstance(value, int) and 0 <= value < rows:
+            found.append((key, value))
+    return tuple(found)
+
+
+def _added_bos_eos(tokenizer: Any, notes: list[str]) -> list[tuple[str, bool]]:
+    """Whether a text gets a first or last token: seen from what the tokenizer does with one."""
+    whole = list(tokenizer("a").input_ids)
+    inner = list(tokenizer("a", add_special_tokens=False).input_ids)
+    start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+    before, after = whole[:start], whole[start + len(inner) :]
+    usual = before in ([], [tokenizer.bos_token_id]) and after in ([], [tokenizer.eos_token_id])
+    if not usual:
+        notes.append(f"the tokenizer puts {before} before and {after} after a text, and llama.cpp only one token each")
+    return [("add_bos_token", bool(before)), ("add_eos_token", bool(after))]
+
+
+def _normalizer_steps(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if normalizer is None:
+        return []
+    if normalizer["type"] == "Sequence":
+        return [step for inner in normalizer["normalizers"] for step in _normalizer_steps(inner)]
+    return [normalizer]
+
+
+def _is_space(step: Mapping[str, Any]) -> bool:
+    """Whether a step only writes spaces as SentencePiece does."""
+    if step["type"] == "Prepend":
+        return step["prepend"] == _WORD_MARK
+    return step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _WORD_MARK
+
+
+def _unsupported_normalizations(normalizer: Mapping[str, Any] | None) -> list[str]:
+    return [step["type"] for step in _normalizer_steps(normalizer) if not _is_space(step)]
+
+
+def _space_prefix(values: Mapping[str, Any]) -> bool:
+    """Whether a space is put in front of a text. Raises UnsupportedError when text is split before it is merged."""
+    prefix = any(step["type"] == "Prepend" for step in _normalizer_steps(values["normalizer"]))
+    splits = values["pre_tokenizer"]
+    kind = splits["type"] if splits else None
+    if kind == "Metaspace" and not splits.get("split", True):
+        prefix = prefix or splits.get("prepend_scheme", "always") != "never"
+    elif not (kind is None or (kind == "Split" and splits["pattern"] == {"String": " "})):
+        raise UnsupportedError(
+            f"llama.cpp merges SentencePiece tokens across whole texts, and this tokenizer splits them: {kind}"
+        )
+    return prefix
+
+
+def _templates(tokenizer: Any) -> dict[str, str]:
+    found = getattr(tokenizer, "chat_template", None)
+    return dict(found) if isinstance(found, Mapping) else {"default": found} if isinstance(found, str) else {}

@@ -1,0 +1,278 @@
+"""What Transformers must know to load and save a packed checkpoint: names, unexpected keys, scales, config.
+
+- `read_names` maps the checkpoint's tensor names to module names. Transformers renames what it reads: Mixtral's
+  `block_sparse_moe.experts.0.w1.qweight` goes to `mlp.experts.0.w1.qweight`. A quantization_config uses the names
+  in the files.
+- `ignore_unexpected_keys` lists tensors that a model does not read, so that it opens without a warning.
+- `register_cache_scales` keeps the static scales of an FP8 key-value cache. Transformers has no such cache; the
+  scales are only saved again.
+- `normalize_saved_config` rewrites a GPTQ or AWQ config with AutoRound's keys before the model is saved.
+  Transformers saves it with quant_method "auto-round", and readers of that look only for `packing_format`,
+  `block_name_to_quantize` and `extra_config`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.errors import ModelError
+from auto_round.inference.config import GPTQ_AWQ_KEYS, LayerFormat, is_gptq_or_awq, packing_format_name, read_config
+from auto_round.inference.qlinear import QuantLinear
+from auto_round.logger import logger
+from auto_round.modeling.attention import find_attention
+from auto_round.modeling.blocks import find_blocks, linear_names
+from auto_round.modeling.conversions import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames, conversions_of
+from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles
+
+_EXPERT = re.compile(r"^(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
+
+
+@dataclass(frozen=True)
+class StoredNames:
+    """What the files of a model hold. Build it with `read_names`.
+
+    Attributes:
+        tensors: by the name in the model; None where the files cannot be found.
+        mapping: Transformers' conversions of the model.
+        layers: what the files call a module, by its name in the model, where that differs.
+        joined: names in the model of dense tensors that Transformers makes one of, whatever module waits for them.
+    """
+
+    tensors: dict[str, StoredTensor] | None
+    mapping: Conversions = Conversions()
+    layers: Mapping[str, str] = field(default_factory=dict)
+    fused_names: frozenset[str] = frozenset()
+
+    def config_names(self, layer: str) -> tuple[str, ...]:
+        """The names under which a quantization_config may speak of the module `layer`, the likeliest first."""
+        names = [self.layers[layer]] if layer in self.layers else []
+        expert = _EXPERT.match(layer)
+        if expert is None:
+            names.append(self._inverse.renamed(f"{layer}.weight").removesuffix(".weight"))
+        elif self._uses_family_names(expert["experts"]):
+            own = dict(zip(DEFAULT_EXPERT_NAMES, self._family_leaves, strict=True)).get(expert["leaf"], expert["leaf"])
+            container = self.layers.get(expert["experts"]) or self._inverse.renamed(expert["experts"])
+            names.append(f"{container}.{expert['index']}.{own}")
+        return tuple(dict.fromkeys((*names, layer)))
+
+    def expert_leaves(self, expert: str) -> ExpertLayerNames:
+        """How the files call the matrices of the module `expert`, such as `model.layers.0.mlp.experts.0`."""
+        if self.tensors is None:
+            return self._family_leaves
+        pairs = zip(self._family_leaves, DEFAULT_EXPERT_NAMES, strict=True)
+        return ExpertLayerNames(*(own if f"{expert}.{own}" in self.owners else usual for own, usual in pairs))
+
+    @cached_property
+    def owners(self) -> set[str]:
+        """Names in the model of the modules that the files have tensors for."""
+        return {name.rpartition(".")[0] for name in self.tensors or ()}
+
+    @cached_property
+    def _family_leaves(self) -> ExpertLayerNames:
+        return self.mapping.expert_leaves() or DEFAULT_EXPERT_NAMES
+
+    @cached_property
+    def _inverse(self) -> Conversions:
+        return self.mapping.inverse()
+
+    @cached_property
+    def _family_experts(self) -> set[str]:
+        own = set(self._family_leaves) - set(DEFAULT_EXPERT_NAMES)
+        matches = map(_EXPERT.match, self.owners)
+        return {match["experts"] for match in matches if match is not None and match["leaf"] in own}
+
+    def _uses_family_names(self, experts: str) -> bool:
+        return self.tensors is None or experts in self._family_experts
+
+
+def read_names(model: nn.Module, files: Mapping[str, StoredTensor] | None) -> StoredNames:
+    """`files`, the tensors of a checkpoint by their names there, for `model`, whose experts may be fused or not."""
+    if files is None:
+        return StoredNames(None, conversions_of(model, legacy=False))
+    from transformers.core_model_loading import dot_natural_key
+
+    mapping = conversions_of(model)
+    modules = {name for name, _ in model.named_modules()}
+    tensors: dict[str, StoredTensor] = {}
+    layers: dict[str, str] = {}
+    fused_names: set[str] = set()
+    for key in sorted(files, key=dot_natural_key):
+        name = _fit_prefix(mapping.renamed(key), mapping.prefix, modules)
+        if name != key and _names_module(key, modules) and not _names_module(name, modules):
+            name = key  # as Transformers does
+        tensors.setdefault(name, files[key])
+        if name != key:
+            _record_file_name(layers, name.rpartition(".")[0], key.rpartition(".")[0])
+            if mapping.converter_of(name) is not None:
+                fused_names.add(name)
+    return StoredNames(tensors, conversions_of(model, legacy=False), layers, frozenset(fused_names))
+
+
+def _fit_prefix(name: str, prefix: str | None, modules: set[str]) -> str:
+    """`name` with the base model's prefix, or without it, where only that leads to a module."""
+    if prefix is None or _names_module(name, modules):
+        return name
+    other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+    return other if _names_module(other, modules) else name
+
+
+def _record_file_name(layers: dict[str, str], module: str, stored: str) -> None:
+    """Note what the files call a module, and the experts that it is one of."""
+    layers.setdefault(module, stored)
+    module_match, stored_match = _EXPERT.match(module), _EXPERT.match(stored)
+    if module_match is not None and stored_match is not None:
+        layers.setdefault(module_match["experts"], stored_match["experts"])
+
+
+def _names_module(tensor: str, modules: set[str]) -> bool:
+    expert = _EXPERT.match(tensor)
+    return tensor.rpartition(".")[0] in modules or (expert is not None and expert["experts"] in modules)
+
+
+def checkpoint_tensors(model: Any) -> dict[str, StoredTensor] | None:
+    """Names, shapes and dtypes of the checkpoint's tensors, or None where its files cannot be found.
+
+    Transformers does not hand its list of files on, so they are looked up again: a local folder, or the Hub's cache at
+    the commit that was resolved. They only serve to check the config and to pick dtypes.
+    """
+    config = model.config
+    where = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    if not where:
+        return None
+    folder: Path | None = Path(where)
+    if not Path(where).is_dir():
+        folder = _cached_folder(str(where), getattr(config, "_commit_hash", None))
+    if folder is None:
+        return None
+    try:
+        return TensorFiles.open(folder).tensors
+    except ModelError as error:
+        logger.debug("checkpoint not inspected: %s", error)
+        return None
+
+
+def _cached_folder(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        try:
+            found = try_to_load_from_cache(repo, file, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+# Telling Transformers which tensors of a checkpoint a model does not read, so that it opens without a warning.
+
+_IGNORED_KEYS = "_keys_to_ignore_on_load_unexpected"
+
+
+def ignore_unexpected_keys(model: Any, patterns: Iterable[str]) -> None:
+    """Tensors whose names match one of these regular expressions are passed over when this model is loaded.
+
+    Transformers joins what is set here with more of its own: a list in 5.3 to 5.8, in 5.12 and newer a set, which a
+    model then holds from its start. The other kind would be a TypeError when the model is loaded.
+    """
+    before = getattr(model, _IGNORED_KEYS, None)
+    merged = dict.fromkeys([*(before or ()), *patterns])
+    setattr(model, _IGNORED_KEYS, set(merged) if isinstance(before, (set, frozenset)) else list(merged))
+
+
+# Static scales of keys, values and queries in a checkpoint: read into the model, and kept when it is saved again.
+#
+# They are for runtimes with a key-value cache in FP8. Transformers has no such cache; nothing here uses them.
+
+CACHE_SCALE_NAMES = ("k_scale", "q_scale", "v_scale")
+
+
+def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, StoredTensor] | None) -> int:
+    """Give attention modules a buffer for every scale that the checkpoint holds; returns how many.
+
+    Args:
+        model: the skeleton; buffers are put where its attention's parameters are, usually on meta.
+        config: its `quantization_config`, a mapping or an object.
+        files: the checkpoint's tensors; where they are not known and the config speaks of scales, they are left out
+            when it is read, without a warning.
+    """
+    found = 0
+    for attention in find_attention(model) if files is not None else ():
+        device = next((p.device for p in attention.module.parameters()), torch.device("cpu"))
+        for leaf in CACHE_SCALE_NAMES:
+            stored = (files or {}).get(f"{attention.name}.{leaf}")
+            if stored is not None:
+                empty = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+                attention.module.register_buffer(leaf, empty)
+                found += 1
+    values = config if isinstance(config, Mapping) else vars(config)
+    if files is None and any(values.get(f"static_{what}_dtype") for what in ("kv", "attention")):
+        ignore_unexpected_keys(model, [rf"\.{leaf}$" for leaf in CACHE_SCALE_NAMES])
+    return found
+
+
+# A GPTQ or AWQ config in AutoRound's words, for a model that is saved again.
+#
+# Transformers saves such a config with quant_method "auto-round", and readers of that look for `packing_format`,
+# `block_name_to_quantize` and `extra_config` only.
+
+_DROPPED_KEYS = (
+    *GPTQ_AWQ_KEYS,
+    "damp_percent",
+    "lm_head",
+    "quant_block_list",
+    "to_quant_block_names",
+    "true_sequential",
+)
+
+
+def normalize_saved_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
+    """Rewrite `model.config.quantization_config` in place when it is an object that speaks GPTQ's or AWQ's language.
+    None keeps the backend that was asked for: a saved model may be opened where there are others.
+
+    A plain mapping is left alone: it belongs to somebody who has not passed it through Transformers.
+
+    Args:
+        names: reads what the files call the layers; Transformers saves them under those names again.
+    """
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
+    if stored is None or isinstance(stored, dict):
+        return
+    if getattr(stored, "backend", None):
+        stored.backend = "auto"
+    if not is_gptq_or_awq(stored):
+        return
+    default = read_config(stored).default
+    blocks = find_blocks(model)
+    inside = tuple(f"{block}." for block in blocks)
+    extra: dict[str, dict[str, Any]] = {name: {"bits": 16} for name in linear_names(model) if name.startswith(inside)}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            extra.pop(name, None)
+            if module.format != default or not name.startswith(inside):
+                extra[name] = _layer_entry(module.format)
+    for key in _DROPPED_KEYS:
+        if hasattr(stored, key):
+            delattr(stored, key)
+    stored.bits, stored.group_size, stored.sym = default.bits, default.group_size, default.sym
+    stored.data_type, stored.packing_format = "int", packing_format_name(default)
+    stored.block_name_to_quantize = ",".join(dict.fromkeys(block.rpartition(".")[0] for block in blocks))
+    if extra:
+        file_names = names().layers
+        stored.extra_config = {file_names.get(name, name): entry for name, entry in extra.items()}
+
+
+def _layer_entry(fmt: LayerFormat) -> dict[str, Any]:
+    return {
+        "bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.sym, "data_type": "int",
+        "packing_format": packing_format_name(fmt),
+    }  # fmt: skip

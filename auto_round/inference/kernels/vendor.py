@@ -1,0 +1,322 @@
+"""Kernels from other packages for packed integer weights: PyTorch's own, auto-round-lib (ark), Gaudi's.
+
+- `CpuInt4` and `CpuInt8` call PyTorch's CPU kernels, for machines without a C compiler. They need bfloat16 models:
+  for other dtypes PyTorch has no fast kernel.
+- `ArkKernel` calls auto-round-lib (`import auto_round_kernel`, "ark"), a separate package with compiled kernels.
+  Only its public functions are used, and it is imported when the first layer needs it.
+- `HpuLinear` calls the dequantizing operation of Gaudi's PyTorch bridge.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
+from auto_round.layouts.gptq import pack_words, unpack_words
+
+_GROUP_SIZES = (32, 64, 128, 256)
+_UNIT_ROWS = 512  # of the unit matrix that reads the codes back
+
+
+def _aligned_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`x` as bfloat16 rows [n, width] that start at a multiple of 64 bytes.
+
+    The kernels of PyTorch 2.6 load rows with instructions that fault elsewhere, as in a slice of a larger tensor.
+    """
+    rows = x.reshape(-1, width).to(torch.bfloat16).contiguous()
+    return rows if rows.data_ptr() % 64 == 0 else rows.clone()
+
+
+class CpuInt4(LinearKernel):
+    """Weights of 2, 3 and 4 bits through `_weight_int4pack_mm_for_cpu`.
+
+    That kernel computes scale * (code - 8) + offset with scale and offset in bfloat16: scales of a float16 file change
+    by up to 2**-9 of themselves, and with them each weight. The offset, scale * (8 - zero), is zero for symmetric
+    weights; for 2 and 3 bits always, because code - zero + 8 fits into 4 bits and is stored instead. Codes are exact.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__(weight)
+        size, zeros = weight.spec.group_size, weight.zeros
+        offset = torch.zeros(zeros.shape) if weight.spec.bits < 4 else weight.scales.float() * (8 - zeros.float())
+        scales = torch.stack([weight.scales.float(), offset], -1).transpose(0, 1).contiguous()
+        codes = weight.codes.to(torch.int32)
+        if weight.spec.bits < 4:
+            codes += 8 - zeros.repeat_interleave(size, 1).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scales", scales.to(torch.bfloat16), persistent=False)
+        self.register_buffer("zeros", zeros, persistent=False)
+
+    @classmethod
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
+        if spec.device != "cpu" or spec.bits > 4:
+            return f"runs up to 4 bits on cpu, not {spec.bits} on {spec.device}"
+        if spec.dtype != torch.bfloat16:
+            return f"runs bfloat16 models, not {str(spec.dtype).removeprefix('torch.')}"
+        if spec.group_size not in _GROUP_SIZES or spec.in_features % spec.group_size or spec.out_features % 16:
+            return (
+                f"needs whole groups of {', '.join(map(str, _GROUP_SIZES))} columns and a multiple of 16 outputs, not "
+                f"{spec.group_size} of {spec.in_features} and {spec.out_features}"
+            )
+        found = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+        return None if found else "this version of PyTorch has no _weight_int4pack_mm_for_cpu"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._multiply(x, self.scales)
+
+    def _multiply(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        flat = _aligned_rows(x, self.spec.in_features)
+        if not flat.shape[0]:
+            return x.new_empty((*x.shape[:-1], self.spec.out_features))
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self.spec.group_size, scales)
+        return y.to(x.dtype).view(*x.shape[:-1], self.spec.out_features)
+
+    def codes(self) -> torch.Tensor:
+        """Read back with a unit matrix: small integers are exact in bfloat16."""
+        ones = torch.zeros_like(self.scales)
+        ones[..., 0] = 1
+        chunks = []
+        for start in range(0, self.spec.in_features, _UNIT_ROWS):
+            count = min(_UNIT_ROWS, self.spec.in_features - start)
+            unit = torch.zeros(count, self.spec.in_features, dtype=torch.bfloat16)
+            unit[torch.arange(count), torch.arange(start, start + count)] = 1
+            chunks.append(self._multiply(unit, ones).to(torch.int16))
+        codes = torch.cat(chunks).T + 8
+        if self.spec.bits < 4:
+            codes = codes - 8 + self.zeros.repeat_interleave(self.spec.group_size, 1)
+        return codes.to(torch.uint8).contiguous()
+
+
+class CpuInt8(LinearKernel):
+    """Symmetric weights of 8 bits with one scale a row through `_weight_int8pack_mm`.
+
+    Scales are exact: they are applied to the outputs in float32."""
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    ones: torch.Tensor
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__(weight)
+        self.register_buffer("packed", (weight.codes.to(torch.int16) - 128).to(torch.int8), persistent=False)
+        self.register_buffer("scales", weight.scales[:, 0].float(), persistent=False)
+        ones = torch.ones(weight.spec.out_features, dtype=torch.bfloat16)
+        self.register_buffer("ones", ones, persistent=False)
+
+    @classmethod
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
+        if spec.device != "cpu" or spec.bits != 8:
+            return f"runs 8 bits on cpu, not {spec.bits} on {spec.device}"
+        if spec.dtype != torch.bfloat16:
+            return f"runs bfloat16 models, not {str(spec.dtype).removeprefix('torch.')}"
+        if not spec.sym or spec.group_size < spec.in_features:
+            return "runs symmetric weights with one scale a row"
+        if spec.in_features % 16 or spec.out_features % 16:
+            return f"needs sizes that are multiples of 16, not {spec.in_features} and {spec.out_features}"
+        found = hasattr(torch.ops.aten, "_weight_int8pack_mm")
+        return None if found else "this version of PyTorch has no _weight_int8pack_mm"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = _aligned_rows(x, self.spec.in_features)
+        if not flat.shape[0]:
+            return x.new_empty((*x.shape[:-1], self.spec.out_features))
+        y = torch.ops.aten._weight_int8pack_mm(flat, self.packed, self.ones).float() * self.scales
+        return y.to(x.dtype).view(*x.shape[:-1], self.spec.out_features)
+
+    def codes(self) -> torch.Tensor:
+        return (self.packed.to(torch.int16) + 128).to(torch.uint8)
+
+
+# Packed integer weights through auto-round-lib (`import auto_round_kernel`, "ark"), a package of its own with compiled
+# kernels. Only its public calls are used, and it is imported when the first layer asks for it.
+
+_ARK_BITS = {"cpu": (2, 4, 8), "xpu": (4, 8)}
+_ARK_DTYPES = {2: "int2", 4: "int4", 8: "int8"}
+ARK_INSTALL = "needs auto-round-lib and torch 2.8 or newer: pip install auto-round-lib"
+
+
+@functools.lru_cache(maxsize=1)
+def package() -> ModuleType | str:
+    """The package, or the reason why it is not here."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8):
+        return ARK_INSTALL
+    try:
+        return importlib.import_module("auto_round_kernel")
+    except (ImportError, OSError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "auto_round_kernel"
+        return ARK_INSTALL if missing else f"auto-round-lib cannot be imported: {error}"
+
+
+class ArkKernel(LinearKernel):
+    """Weights of 2, 4 and 8 bits. On CPUs in float32: inputs are widened, nothing is rounded. On Intel GPUs symmetric
+    weights only, with integer products and float16 scales; that part has not been run."""
+
+    blob: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    unscaled: torch.Tensor
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__(weight)
+        spec, middle = weight.spec, 1 << (weight.spec.bits - 1)
+        self.on_cpu = spec.device == "cpu"
+        # (K, N, group size, compute type, weight type, scale type, asymmetric) as the package asks for them
+        asym = not bool((weight.zeros == middle).all())
+        kind = (_compute_type(spec), _ARK_DTYPES[spec.bits], "fp32" if self.on_cpu else "fp16", asym)
+        self.kind = (spec.out_features, spec.in_features, spec.group_size, *kind)
+        dtype = torch.float32 if self.on_cpu else torch.float16
+        codes = (weight.codes.T.to(torch.int16) - middle).to(torch.int8).contiguous()
+        zeros = (weight.zeros.T.to(torch.int16) - middle).to(torch.int8).contiguous() if asym else _empty_int8(codes)
+        scales = weight.scales.T.to(dtype).contiguous()
+        blob = _loaded_package().repack_quantized_weight(codes, scales, zeros, spec.group_size, *kind)
+        # To give the codes back: weights divided by scales, and the codes themselves where a scale is zero.
+        self.register_buffer("blob", blob, persistent=False)
+        self.register_buffer("scales", weight.scales, persistent=False)
+        self.register_buffer("zeros", weight.zeros, persistent=False)
+        self.register_buffer(
+            "unscaled", weight.codes[self._expand_groups(weight.scales == 0)].clone(), persistent=False
+        )
+
+    @classmethod
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
+        if spec.device not in _ARK_BITS:
+            return f"runs on cpu and xpu, not {spec.device}"
+        if spec.bits not in _ARK_BITS[spec.device]:
+            return f"runs {', '.join(map(str, _ARK_BITS[spec.device]))} bits there, not {spec.bits}"
+        if spec.in_features % spec.group_size or spec.group_size % 8:
+            return f"needs groups of a multiple of 8 columns that fill the {spec.in_features}, not {spec.group_size}"
+        if spec.device == "xpu" and not spec.sym:
+            return "runs symmetric weights on xpu"
+        found = package()
+        return found if isinstance(found, str) else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.auto_round.ark_linear(self.blob, x, *self.kind)
+        return ark_multiply(self.blob, x, *self.kind)
+
+    def codes(self) -> torch.Tensor:
+        out, width, *rest = self.kind
+        dense = _loaded_package().unpack_weight(self.blob, torch.float32, out, width, *rest)
+        scales, zeros = self._expand_groups(self.scales.float()), self._expand_groups(self.zeros)
+        unscaled = scales == 0
+        codes = (dense / scales.masked_fill(unscaled, 1)).round().to(torch.int16) + zeros
+        codes = codes.to(torch.uint8)
+        codes[unscaled] = self.unscaled
+        return codes
+
+    def _expand_groups(self, values: torch.Tensor) -> torch.Tensor:
+        """[out, groups] to [out, in]."""
+        return values.repeat_interleave(self.spec.group_size, 1)
+
+
+def _compute_type(spec: LayerSpec) -> str:
+    return "auto" if spec.device == "cpu" else "int8"
+
+
+def _empty_int8(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int8, device=like.device)
+
+
+def _loaded_package() -> ModuleType:
+    found = package()
+    assert not isinstance(found, str), found
+    return found
+
+
+def ark_multiply(
+    blob: torch.Tensor, x: torch.Tensor, out: int, width: int, group_size: int, compute: str, kind: str, scale: str,
+    asym: bool,
+) -> torch.Tensor:  # fmt: skip
+    """x [..., width] times the weight in `blob`: [..., out] in the dtype of `x`."""
+    flat = x.reshape(-1, width).to(torch.float32 if x.device.type == "cpu" else torch.float16).contiguous()
+    none = torch.empty(0, dtype=flat.dtype, device=flat.device)
+    if not flat.shape[0]:
+        return x.new_empty((*x.shape[:-1], out))
+    y = _loaded_package().woqgemm(flat, blob, none, out, width, group_size, compute, kind, scale, asym)
+    return y.to(x.dtype).view(*x.shape[:-1], out)
+
+
+@torch.library.custom_op(
+    "auto_round::ark_linear",
+    mutates_args=(),
+    schema="(Tensor blob, Tensor x, int out, int width, int group_size, str compute, str kind, str scale, bool asym) "
+    "-> Tensor",
+)
+def _ark_linear(
+    blob: torch.Tensor, x: torch.Tensor, out: int, width: int, group_size: int, compute: str, kind: str, scale: str,
+    asym: bool,
+) -> torch.Tensor:  # fmt: skip
+    y = ark_multiply(blob, x, out, width, group_size, compute, kind, scale, asym)
+    return y.clone() if y.data_ptr() == x.data_ptr() else y
+
+
+@_ark_linear.register_fake
+def _(
+    blob: torch.Tensor, x: torch.Tensor, out: int, width: int, group_size: int, compute: str, kind: str, scale: str,
+    asym: bool,
+) -> torch.Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out))
+
+
+# Layers on Gaudi, through the dequantizing operation that its PyTorch bridge adds.
+
+
+class HpuLinear(LinearKernel):
+    """x -> x W^T with `torch.ops.hpu.convert_from_uint4`, which turns packed 4-bit codes, scales and zero points into
+    a dense W transposed, and a dense product.
+
+    Buffers: `words` int32 [in, out/8], nibble i of word w = code of weight [8w + i, row]; `points` int32
+    [groups, out/8], the same for zero points; `steps` bfloat16 [groups, out].
+    """
+
+    words: torch.Tensor
+    points: torch.Tensor
+    steps: torch.Tensor
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        super().__init__(weight)
+        for name, tensor in hpu_operands(weight).items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
+        if spec.out_features % 8:
+            return f"packs outputs by eight; {spec.out_features} is no multiple"
+        if spec.in_features % spec.group_size:
+            return f"needs groups of one size: {spec.in_features} inputs are no multiple of {spec.group_size}"
+        if importlib.util.find_spec("habana_frameworks") is None:
+            return "needs Habana's PyTorch bridge (habana_frameworks), which is not installed"
+        importlib.import_module("habana_frameworks.torch.core")
+        return None if hasattr(torch.ops.hpu, "convert_from_uint4") else "the bridge has no convert_from_uint4"
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dense = torch.ops.hpu.convert_from_uint4(self.words, self.steps, self.points, torch.bfloat16)
+        return torch.matmul(x.to(torch.bfloat16), dense).to(x.dtype)
+
+    def codes(self) -> torch.Tensor:
+        return unpack_words(self.words.T.contiguous(), 4)
+
+
+def hpu_operands(weight: IntegerWeight) -> dict[str, torch.Tensor]:
+    """The operation's operands; see `HpuLinear`."""
+    return {
+        "words": _pack_along_outputs(weight.codes), "points": _pack_along_outputs(weight.zeros),
+        "steps": weight.scales.T.to(torch.bfloat16).contiguous(),
+    }  # fmt: skip
+
+
+def _pack_along_outputs(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, n], below 16, to int32 [n, out/8]."""
+    return pack_words(values, 4).T.contiguous()

@@ -1,0 +1,271 @@
+"""The table of inference backends: one row per way to run packed layers, and what each row requires.
+
+A row says which devices, bit widths, dtypes and packings it supports, which package it needs and which kernel
+class runs the layer. The first part checks what is installed here; it imports nothing but PyTorch to find out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion
+
+from auto_round.errors import DeviceError
+from auto_round.inference.config import INT8_BITS, MLX_BITS, LayerFormat
+from auto_round.inference.kernels import LayerSpec, kernel_class
+from auto_round.inference.kernels.compiled import find_compiler
+
+# Module by which a package is found when it is on the path without having been installed.
+_MODULES = {"auto-round-lib": "auto_round_kernel", "gptqmodel": "gptqmodel", "triton": "triton", "torch": "torch"}
+# A requirement that is a program and not a package, and what finds it.
+PROGRAMS = {"C compiler": find_compiler}
+# How PyTorch's builds for a device call the package, where it is not the name itself.
+_OTHER_NAMES = {"triton": ("pytorch-triton", "triton-xpu", "pytorch-triton-xpu", "triton-windows")}
+
+
+def unmet_requirement(requirement: str) -> str | None:
+    """None when `requirement` is met, or what is missing.
+
+    Args:
+        requirement: of a package as pip writes it, such as "torch>=2.8.0", or a key of `PROGRAMS`.
+    """
+    if requirement in PROGRAMS:
+        return None if PROGRAMS[requirement]() is not None else f"needs a {requirement}, and none was found"
+    wanted = Requirement(requirement)
+    version = installed_version(wanted.name)
+    if version is None:
+        return f"needs {requirement}, which is not installed"
+    try:
+        met = not version or wanted.specifier.contains(version, prereleases=True)
+    except InvalidVersion:
+        met = True  # a version of someone's own
+    return None if met else f"needs {requirement}, and {wanted.name} {version} is installed"
+
+
+def installed_version(package: str) -> str | None:
+    """Version of a package; empty when it is there and has none, None when it is not there."""
+    for name in (package, *_OTHER_NAMES.get(package, ())):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    module = _MODULES.get(package)
+    return "" if module is not None and importlib.util.find_spec(module) is not None else None
+
+
+def install_command(requirements: tuple[str, ...]) -> str:
+    """What to type to get those of `requirements` that are missing; empty when none is."""
+    missing = [r for r in requirements if unmet_requirement(r) is not None]
+    packages = [f"'{r}'" if set("<>=") & set(r) else r for r in missing if r not in PROGRAMS]
+    parts = [f"pip install {' '.join(packages)}"] if packages else []
+    return " and ".join([*parts, *(f"install a {r}" for r in missing if r in PROGRAMS)])
+
+
+def available_devices() -> tuple[str, ...]:
+    """Kinds of device on this machine, "cpu" first."""
+    import torch
+
+    found = ["cpu"]
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            found.append(kind)
+    if importlib.util.find_spec("habana_frameworks") is not None:
+        found.append("hpu")
+    return tuple(found)
+
+
+def unmet_capability(capability: tuple[int, int]) -> str | None:
+    """None when the CUDA device has this compute capability, or what is missing."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= capability:
+        return None
+    return f"needs a device of compute capability {'.'.join(map(str, capability))}"
+
+
+def device_kind(device_map: object) -> str:
+    """The kind of device, such as "cuda", on which layers placed by Transformers' `device_map` will run.
+
+    A map over several devices counts as its first accelerator. Without a map a model is read into the CPU's memory; on
+    a Gaudi machine it is moved from there, as its users do. Raises DeviceError for a value that is no device map.
+    """
+    import torch
+
+    here = available_devices()
+    if device_map is None:
+        return "hpu" if "hpu" in here else "cpu"
+    if isinstance(device_map, dict):
+        kinds = [device_kind(value) for value in device_map.values() if value not in ("disk", "meta")]
+        return next((kind for kind in kinds if kind != "cpu"), "cpu")
+    if isinstance(device_map, torch.device):
+        return device_map.type
+    if isinstance(device_map, bool) or not isinstance(device_map, (int, str)):
+        raise DeviceError(f"device_map={device_map!r} is not a device, a number, 'auto' or a map of modules to devices")
+    if isinstance(device_map, int) or str(device_map).isdigit():
+        return next((kind for kind in here if kind != "cpu"), "cuda")
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return next((kind for kind in here if kind != "cpu"), "cpu")
+    return device_map.split(":")[0]
+
+
+# The user guide's table of backends as data: one row for each way of running packed layers, and what it can run.
+
+DTYPE_LABELS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
+SCALED_MM = "auto_round:scaled_mm"
+OWN_CPU = "auto_round:cpu"
+_FP16, _BF16, _HALF, _ALL = ("float16",), ("bfloat16",), ("bfloat16", "float16"), ("float32", "float16", "bfloat16")
+_V1, _GPTQ = ("gptq_zp+-1",), ("gptq", "gptq_zp+-1")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    Attributes:
+        name: as a user writes it in `AutoRoundConfig(backend=...)`.
+        devices, bits, dtypes, packings: what it can run. Dtypes are the model's, in which inputs arrive; packings are
+            those of `LayerFormat.packing`.
+        priority: the highest that can run a layer is chosen.
+        requirements: what must be installed beside this package, as pip writes it; see `availability`.
+        group: the name by which it can be asked for together with its siblings.
+        capability: compute capability that a CUDA device must have at least.
+        kernel: "module:Class" of the kernel that runs the layer.
+        plain: the module that holds the layer runs it, without a kernel.
+        instead: for a row whose package does not work next to this one: the row that does the same job.
+        gain: what it usually brings, as measured; for the hint to install it.
+        by_name: it is never chosen unless it is asked for.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    bits: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    priority: int
+    packings: tuple[str, ...]
+    requirements: tuple[str, ...] = ()
+    group: str = ""
+    capability: tuple[int, int] | None = None
+    kernel: str = ""
+    plain: bool = False
+    instead: str = ""
+    gain: str = ""
+    by_name: bool = False
+
+    @property
+    def runnable(self) -> bool:
+        """Whether it can run anywhere next to this package."""
+        return self.plain or bool(self.kernel)
+
+    def mismatch(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
+        """None when such a layer is one for this row, whatever is installed, or the reason why not."""
+        if device not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not {device}"
+        if fmt.bits not in self.bits:
+            return f"runs {', '.join(map(str, self.bits))} bits, not {fmt.bits}"
+        if fmt.packing not in self.packings:
+            return f"reads packing {', '.join(self.packings)}, not {fmt.packing}"
+        dtype = None if spec is None else str(spec.dtype).removeprefix("torch.")
+        if dtype is not None and dtype not in self.dtypes and not self.plain:  # plain PyTorch takes any
+            return f"computes in {', '.join(self.dtypes)}, not {dtype}"
+        return None
+
+    def missing_requirement(self) -> str | None:
+        """None when all that it needs is installed, or what is missing."""
+        if self.instead:
+            package = self.requirements[0]
+            return f"{package} does not work with Transformers 5, which this package needs; use {self.instead}"
+        if not self.runnable:
+            return "not part of this version"
+        return next(
+            (
+                missing_requirement
+                for r in self.requirements
+                if (missing_requirement := unmet_requirement(r)) is not None
+            ),
+            None,
+        )
+
+    def unsupported_reason(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
+        """None when it can run a layer of this format on this device, or the reason why not.
+
+        Asked in this order: device, bits, packing, dtype, what is installed, the device's capability, the kernel.
+        `spec`: the layer's sizes, where they are known.
+        """
+        reason = self.mismatch(fmt, device, spec) or self.missing_requirement()
+        if reason is not None:
+            return reason
+        if self.capability is not None and (missing_requirement := unmet_capability(self.capability)) is not None:
+            return missing_requirement
+        if self.kernel and spec is not None:
+            return kernel_class(self.kernel).unsupported_reason(spec)
+        return None
+
+
+_TORCH_DEVICES = ("cpu", "cuda", "xpu")
+_BITS = (2, 3, 4, 8)
+_ARK = ("auto-round-lib", "torch>=2.8.0")
+_GPTQMODEL = ("gptqmodel>=7.0.0",)
+_OLD = ("auto-gptq", "transformers<5.0.0")
+_KERNELS = "auto_round.inference.kernels"
+# `auto-round generate` of SmolLM2-135M at 4 bits on one core; tokens/s: torch 2.1, ark 17.6, auto_round:cpu 22.0.
+_CPU_GAIN = "about ten times as many tokens a second as plain PyTorch"
+_ARK_GAIN = "about eight times as many tokens a second as plain PyTorch"
+_ARK_KERNEL = f"{_KERNELS}.vendor:ArkKernel"
+_ADAPTERS = f"{_KERNELS}.gptqmodel_linear"
+_ALL_INT = (*_GPTQ, "awq")
+
+
+def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backend:
+    return Backend(f"auto_round:{name}", _TORCH_DEVICES, bits, _ALL, 0, packings, group="torch", plain=True)
+
+
+# GPTQModel's kernels in plain PyTorch run by name only: on a CPU of two cores one row of inputs took it 86 ms where
+# `torch` took 9 (2048 x 2048, bfloat16), and 512 rows 27 s against 37 ms. Its `aten` rows are fast (0.5 ms), but not
+# worth an import of 20 s, since PyTorch's operation that they call is there without it.
+BACKENDS: tuple[Backend, ...] = (
+    Backend(OWN_CPU, ("cpu",), _BITS, _ALL, 7, _ALL_INT, ("C compiler",),
+            kernel=f"{_KERNELS}.cpu:CpuKernel", gain=_CPU_GAIN),
+    Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=f"{_KERNELS}.vendor:CpuInt4"),
+    Backend("auto_round:cpu_int8", ("cpu",), (8,), _BF16, 1, _GPTQ, kernel=f"{_KERNELS}.vendor:CpuInt8"),
+    Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL, gain=_ARK_GAIN),
+    Backend("ark:awq", ("cpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark", kernel=_ARK_KERNEL, gain=_ARK_GAIN),
+    Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL),
+    Backend("ark:xpu_awq", ("xpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark", kernel=_ARK_KERNEL),
+    Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL, kernel=f"{_ADAPTERS}:Marlin"),
+    Backend("gptqmodel:exllamav2", ("cuda",), (4,), _HALF, 5, _GPTQ, _GPTQMODEL,
+            group="exllamav2", kernel=f"{_ADAPTERS}:ExllamaV2"),
+    Backend("gptq:exllamav2", ("cuda",), (4,), _FP16, 3, _V1, _OLD, group="exllamav2", instead="gptqmodel:exllamav2"),
+    Backend("gptq:cuda", ("cuda",), _BITS, _FP16, 1, _V1, _OLD, instead="triton or torch"),
+    Backend("triton", ("xpu", "cuda"), _BITS, _ALL, 2, _ALL_INT, ("triton",),
+            kernel=f"{_KERNELS}.triton_linear:TritonLinear"),
+    Backend("awq", ("cuda",), (4,), _FP16, 5, ("awq",), ("auto-awq", "transformers<4.57.0"), instead="gptqmodel:awq"),
+    Backend("gptqmodel:awq_exllamav2", ("cuda",), (4,), _HALF, 6, ("awq",), _GPTQMODEL,
+            group="gptqmodel:awq", kernel=f"{_ADAPTERS}:AwqExllamaV2"),
+    Backend("gptqmodel:awq_marlin", ("cuda",), (4, 8), _FP16, 5, ("awq",), _GPTQMODEL, kernel=f"{_ADAPTERS}:AwqMarlin"),
+    Backend("gptqmodel:awq_gemm", ("cuda",), (4,), _FP16, 3, ("awq",), _GPTQMODEL, kernel=f"{_ADAPTERS}:AwqGemm"),
+    Backend("gptqmodel:awq_torch", ("cuda", "cpu"), (4,), _FP16, 2, ("awq",), _GPTQMODEL,
+            kernel=f"{_ADAPTERS}:AwqTorch", by_name=True),
+    Backend("gptqmodel:torch", ("cuda", "cpu"), _BITS, _HALF, 0, _GPTQ, _GPTQMODEL,
+            kernel=f"{_ADAPTERS}:Torch", by_name=True),
+    Backend("gptqmodel:torch_aten", ("cpu",), (4,), _BF16, 0, _GPTQ, _GPTQMODEL,
+            group="gptqmodel:aten", kernel=f"{_ADAPTERS}:TorchAten", by_name=True),
+    Backend("gptqmodel:awq_torch_aten", ("cpu",), (4,), _BF16, 0, ("awq",), _GPTQMODEL,
+            group="gptqmodel:aten", kernel=f"{_ADAPTERS}:AwqTorchAten", by_name=True),
+    Backend("hpu", ("hpu",), (4,), _BF16, 0, _GPTQ, kernel=f"{_KERNELS}.vendor:HpuLinear"),
+    Backend(SCALED_MM, ("cuda",), (8,), _ALL, 4, ("fp8_static",), capability=(8, 9), plain=True),
+    _torch("torch_zp", _BITS, _V1),
+    _torch("torch", _BITS, ("gptq",)),
+    _torch("torch_awq", (4,), ("awq",)),
+    _torch("torch_int8", INT8_BITS, ("int8",)),
+    _torch("torch_mlx", MLX_BITS, ("mlx",)),
+    _torch("torch_mxfp4", (4,), ("mxfp4",)),
+    _torch("torch_mxint4", (4,), ("mxint4",)),
+    _torch("torch_nvfp4", (4,), ("nvfp4",)),
+    _torch("torch_mxfp8", (8,), ("mxfp8",)),
+    _torch("torch_fp8", (8,), ("fp8", "fp8_block")),
+    _torch("torch_fp8_static", (8,), ("fp8_static",)),
+)  # fmt: skip

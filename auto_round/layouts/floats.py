@@ -1,0 +1,293 @@
+"""The layouts of small float types (MXFP4, MXFP8, NVFP4, FP8, MXINT4): tensors of a layer, pack and unpack.
+
+| data type | bits | codes | scales |
+|---|---|---|---|
+| mx_fp | 4 | `weight_packed` uint8 [out, in/2], e2m1 | `weight_scale` uint8 [out, in/32], E8M0 |
+| mx_int | 4 | `weight_packed` uint8 [out, in/2], sign and magnitude | `weight_scale` uint8 [out, in/32], E8M0 |
+| mx_fp | 8 | `weight` float8 [out, in] | `weight_scale` uint8 [out, in/32], E8M0 |
+| nv_fp | 4 | `weight_packed` uint8 [out, in/2], e2m1 | `weight_scale` e4m3 [out, in/16] |
+| fp | 8 | `weight` float8 [out, in] | bfloat16, see `FloatLayout` |
+
+nv_fp adds `weight_global_scale` float32 [1]. Inputs quantized with a calibrated scale add `input_scale` [1] in
+the model's dtype (fp) or `input_global_scale` float32 [1] (nv_fp).
+
+    two 4-bit codes a byte   the even column in the low nibble, the odd one in the high nibble
+    E8M0 scales              one byte per scale, 2**(byte - 127); 255 is NaN (OCP MX v1.0, 5.4.1)
+    e4m3, e5m2 codes         the bytes of `torch.float8_e4m3fn`, `torch.float8_e5m2`
+
+Packing rounds nothing: a scale that its dtype cannot hold raises an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS
+from auto_round.codecs.minifloat import MINIFLOATS
+from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
+from auto_round.errors import NumericsError
+from auto_round.schemes import QuantizationScheme
+
+_MANTISSA_BITS = 23  # of float32, whose exponent has the bias of E8M0
+_SMALLEST = 1 << 22  # bits of 2**-127, the one scale that float32 holds as a subnormal
+_NAN = 0x7FC00000
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, n] of codes below 16 to uint8 [rows, ceil(n/2)]; the last high nibble of an odd row is zero."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[:, 1::2].bitwise_left_shift(4).bitwise_or_(codes[:, 0::2])
+
+
+def unpack_nibbles(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """The inverse of `pack_nibbles`: uint8 [rows, ceil(columns/2)] to uint8 [rows, columns]."""
+    codes = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=torch.uint8, device=packed.device)
+    codes[:, 0::2] = packed & 15
+    codes[:, 1::2] = packed >> 4
+    return codes[:, :columns]
+
+
+def pack_e8m0(scale: torch.Tensor) -> torch.Tensor:
+    """float32 powers of two from 2**-127 to 2**127 as uint8 bytes, in their shape.
+
+    Raises NumericsError for any other value.
+    """
+    bits = scale.float().contiguous().view(torch.int32)
+    stored = (bits >> _MANTISSA_BITS).to(torch.uint8)  # the exponent's field; that of 2**-127 is zero
+    if not torch.equal(unpack_e8m0(stored).view(torch.int32), bits) or bool((stored == 255).any()):
+        raise NumericsError("a scale is no power of two from 2**-127 to 2**127, and E8M0 bytes hold no other")
+    return stored
+
+
+def unpack_e8m0(stored: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_e8m0`, float32. 255 becomes NaN."""
+    bits = stored.to(torch.int32) << _MANTISSA_BITS
+    bits = torch.where(stored == 0, _SMALLEST, torch.where(stored == 255, _NAN, bits))
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def cast_exactly(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 `values` in `dtype`, in their shape. Raises NumericsError when one of them is none of its values."""
+    stored = values.to(dtype)
+    if not torch.equal(stored.float(), values.float()):
+        raise NumericsError(f"a scale is no value of {dtype}, in which it is stored")
+    return stored
+
+
+def pack_codes(codes: torch.Tensor, element: str) -> torch.Tensor:
+    """Codes uint8 [out, in] of an element type: bytes of two codes each, or a tensor of PyTorch's own float8 dtype."""
+    dtype = MINIFLOATS[element].dtype
+    return pack_nibbles(codes) if dtype is None else codes.contiguous().view(dtype)
+
+
+def unpack_codes(stored: torch.Tensor, element: str, columns: int) -> torch.Tensor:
+    """The inverse of `pack_codes`."""
+    return unpack_nibbles(stored, columns) if MINIFLOATS[element].dtype is None else stored.view(torch.uint8)
+
+
+# How a layer of a small float type lies in a file: which tensors, of which shape and dtype, and back again.
+#
+# | data type | bits | codes | scales |
+# |---|---|---|---|
+# | mx_fp | 4 | `weight_packed` uint8 [out, in/2], e2m1 | `weight_scale` uint8 [out, in/32], E8M0 |
+# | mx_int | 4 | `weight_packed` uint8 [out, in/2], sign and magnitude | `weight_scale` uint8 [out, in/32], E8M0 |
+# | mx_fp | 8 | `weight` float8 [out, in] | `weight_scale` uint8 [out, in/32], E8M0 |
+# | nv_fp | 4 | `weight_packed` uint8 [out, in/2], e2m1 | `weight_scale` e4m3 [out, in/16] |
+# | fp | 8 | `weight` float8 [out, in] | bfloat16, see `FloatLayout` |
+#
+# nv_fp adds `weight_global_scale` float32 [1]. Inputs that are quantized with a scale of the calibration data add
+# `input_scale` [1] in the model's dtype (fp) or `input_global_scale` float32 [1] (nv_fp).
+
+Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+FP8_SCALE = torch.bfloat16
+
+
+def float_family_of(data_type: str) -> str | None:
+    """`mx_fp`, `mx_int`, `nv_fp` or `fp` for names of small float types, else None."""
+    name = data_type.replace("_", "")
+    if name == "fp" or name.startswith("fp8"):
+        return "fp"
+    return next((family for family in ("mx_fp", "mx_int", "nv_fp") if name.startswith(family.replace("_", ""))), None)
+
+
+def minifloat_name(data_type: str, bits: int) -> str | None:
+    """Name of the element type (`data_type.elements.MINIFLOATS`) of weights or inputs, None when there is none."""
+    found = BLOCK_FLOAT_SPECS.get(data_type, {}).get(bits)
+    return None if found is None or float_family_of(data_type) is None else found.element.name
+
+
+def is_float(scheme: QuantizationScheme) -> bool:
+    """Whether the weights are of a small float type, which this module lays out."""
+    return scheme.quantizes_weights and float_family_of(scheme.data_type) is not None
+
+
+def has_input_global_scale(scheme: QuantizationScheme) -> bool:
+    """Whether the scales of the inputs' groups are taken under a scale that the calibration data fixed."""
+    activations = scheme.activations
+    return activations is not None and "static_gs" in activations.data_type
+
+
+def has_input_scale(scheme: QuantizationScheme) -> bool:
+    """Whether the inputs have one scale, fixed by the calibration data."""
+    activations = scheme.activations
+    return activations is not None and not activations.dynamic and not has_input_global_scale(scheme)
+
+
+@dataclass(frozen=True)
+class FloatLayout:
+    """Where readers of FP8 layers differ.
+
+    Attributes:
+        channel_columns: scales a channel are [out, 1] rather than [out].
+        block_scale: name of the scales of two-dimensional blocks.
+        tensor_scale: dtype of the scale [1] of a whole weight.
+    """
+
+    channel_columns: bool
+    block_scale: str
+    tensor_scale: torch.dtype
+
+    def specs(
+        self, scheme: QuantizationScheme, in_features: int, out_features: int,
+        model_dtype: torch.dtype = torch.bfloat16,
+    ) -> Specs:  # fmt: skip
+        """Shape and dtype of every tensor of a layer but its bias, by the last part of its name. The codes come first.
+
+        `model_dtype` is that of the fixed scale of inputs.
+        """
+        element = MINIFLOATS[_required_minifloat(scheme)]
+        specs: Specs = {}
+        if element.dtype is None:
+            specs["weight_packed"] = ((out_features, -(-in_features // 2)), torch.uint8)
+        else:
+            specs["weight"] = ((out_features, in_features), element.dtype)
+        name, shape, dtype = self._scale(scheme, in_features, out_features)
+        specs[name] = (shape, dtype)
+        if float_family_of(scheme.data_type) == "nv_fp":
+            specs["weight_global_scale"] = ((1,), torch.float32)
+        if has_input_global_scale(scheme):
+            specs["input_global_scale"] = ((1,), torch.float32)
+        if has_input_scale(scheme):
+            specs["input_scale"] = ((1,), model_dtype)
+        return specs
+
+    def named_specs(
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.bfloat16,
+    ) -> Specs:  # fmt: skip
+        """`specs` and the bias, by full names for the layer `name`."""
+        specs = self.specs(scheme, in_features, out_features, model_dtype)
+        if bias_dtype is not None:
+            specs["bias"] = ((out_features,), bias_dtype)
+        return {f"{name}.{leaf}": spec for leaf, spec in specs.items()}
+
+    def named_tensors(self, layer: QuantizedLayer, model_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """`pack`, by full names."""
+        return {f"{layer.name}.{leaf}": tensor for leaf, tensor in self.pack(layer, model_dtype).items()}
+
+    def _scale(self, scheme: QuantizationScheme, columns: int, rows: int) -> tuple[str, tuple[int, ...], torch.dtype]:
+        size = scheme.group_size
+        family = float_family_of(scheme.data_type)
+        if isinstance(size, tuple):
+            return self.block_scale, (-(-rows // size[0]), -(-columns // size[1])), FP8_SCALE
+        if family != "fp":
+            dtype = torch.float8_e4m3fn if family == "nv_fp" else torch.uint8
+            return "weight_scale", (rows, group_count(columns, size)), dtype
+        if size == 0:
+            return "weight_scale", (1,), self.tensor_scale
+        if size == -1:
+            return "weight_scale", (rows, 1) if self.channel_columns else (rows,), FP8_SCALE
+        return "weight_scale", (rows, group_count(columns, size)), FP8_SCALE
+
+    def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+        """The layer's tensors, its bias included, by the last part of their names.
+
+        Raises NumericsError when a scale is not a value of the dtype that stores it.
+        """
+        assert layer.codes is not None and layer.scale is not None and layer.element is not None
+        specs = self.specs(layer.scheme, layer.in_features, layer.out_features, model_dtype)
+        name, _, _ = self._scale(layer.scheme, layer.in_features, layer.out_features)
+        numbers = {
+            name: layer.scale, "weight_global_scale": layer.global_scale, "input_scale": layer.act_scale,
+            "input_global_scale": layer.act_global_scale,
+        }  # fmt: skip
+        tensors: dict[str, torch.Tensor] = {}
+        for leaf, (size, kind) in specs.items():
+            if leaf in ("weight", "weight_packed"):
+                tensors[leaf] = pack_codes(layer.codes, layer.element)
+            else:
+                value = numbers[leaf]
+                assert value is not None, f"{layer.name}: {leaf} was not decided"
+                value = value.float().reshape(size)
+                tensors[leaf] = pack_e8m0(value) if kind == torch.uint8 else cast_exactly(value, kind)
+        if layer.bias is not None:
+            tensors["bias"] = layer.bias
+        return tensors
+
+    def read(
+        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
+        out_features: int,
+    ) -> QuantizedLayer:  # fmt: skip
+        """The inverse of `pack`: `tensors` by the last part of their names."""
+        element = _required_minifloat(scheme)
+        leaf, shape, _ = self._scale(scheme, in_features, out_features)
+        stored = tensors[leaf]
+        scale = unpack_e8m0(stored) if stored.dtype == torch.uint8 else stored.float()
+        codes = tensors["weight_packed" if MINIFLOATS[element].dtype is None else "weight"]
+        scalar = lambda key: None if tensors.get(key) is None else tensors[key].detach().float().reshape(())
+        return QuantizedLayer(
+            name, scheme, unpack_codes(codes, element, in_features), scale.reshape(shape[0], -1), 0,
+            bias=tensors.get("bias"), element=element, global_scale=scalar("weight_global_scale"),
+            act_scale=scalar("input_scale"), act_global_scale=scalar("input_global_scale"),
+        )  # fmt: skip
+
+
+AUTO_ROUND_FLOATS = FloatLayout(False, "weight_scale_inv", FP8_SCALE)
+COMPRESSED_TENSORS_FLOATS = FloatLayout(True, "weight_scale", torch.float32)
+
+
+def _required_minifloat(scheme: QuantizationScheme) -> str:
+    found = minifloat_name(scheme.data_type, scheme.bits)
+    assert found is not None, scheme
+    return found
+
+
+def layout_name(scheme: QuantizationScheme) -> str:
+    """A short name of the layout, such as mxfp4, nvfp4, fp8_static or fp8_block."""
+    family = float_family_of(scheme.data_type)
+    if family == "fp":
+        if isinstance(scheme.group_size, tuple):
+            return "fp8_block"
+        return "fp8_static" if has_input_scale(scheme) else "fp8"
+    return f"{str(family).replace('_', '')}{scheme.bits}"
+
+
+def float_problem(scheme: QuantizationScheme) -> str | None:
+    """Why the weights of a float scheme have no layout here at all, or None."""
+    family, size = float_family_of(scheme.data_type), scheme.group_size
+    if minifloat_name(scheme.data_type, scheme.bits) is None:
+        return f"data type {scheme.data_type!r} has no layout with {scheme.bits} bits"
+    if not scheme.sym:
+        return f"data type {scheme.data_type!r} has no zero points, and the scheme is asymmetric"
+    if family != "fp" and not (isinstance(size, int) and size > 0):
+        return f"data type {scheme.data_type!r} has scales for groups along the input, not group_size {size}"
+    activations = scheme.activations
+    if activations is None:
+        return None
+    if minifloat_name(activations.data_type, activations.bits) is None:
+        return f"activations of data type {activations.data_type!r} with {activations.bits} bits have no layout here"
+    if not activations.dynamic and float_family_of(activations.data_type) != "fp":
+        return f"activations of data type {activations.data_type!r} have no static scales"
+    return None
+
+
+def group_size_mismatch(scheme: QuantizationScheme, in_features: int) -> str | None:
+    """Why rows of this width cannot be laid out, or None: scales of 4-bit and MX types are for whole groups."""
+    size = scheme.group_size
+    if float_family_of(scheme.data_type) == "fp" or not isinstance(size, int) or in_features % size == 0:
+        return None
+    return f"in_features={in_features} is not a multiple of the group size {size}"

@@ -1,0 +1,369 @@
+"""Read values from model configurations, and write config.json for Transformers 4 and 5 alike.
+
+Reading: a size may be a number, a list with one entry per layer, or live in per-layer configurations, in which
+case Transformers refuses to read it from the whole model's. All code that needs a size reads it through this
+module.
+
+Writing: Transformers 5 moved the rotary settings into `rope_parameters` and renamed `torch_dtype` to `dtype`;
+it still reads the older keys. A reader built on Transformers 4 knows only those, and silently computes with a
+base of 10000 where they are missing. So both are written:
+
+| Transformers 5 | before |
+|---|---|
+| rope_parameters.rope_theta | rope_theta; rotary_emb_base (GPT-NeoX); global_rope_theta (ModernBERT) |
+| rope_parameters.rope_type and its numbers | rope_scaling, where it says more than "default" |
+| rope_parameters.partial_rotary_factor | partial_rotary_factor; rotary_pct (GPT-NeoX) |
+| rope_parameters.full_attention | the above, where each kind of layer has settings of its own |
+| rope_parameters.sliding_attention.rope_theta | rope_local_base_freq (Gemma 3), local_rope_theta |
+| dtype | torch_dtype |
+
+Phi-3 and related families read `rope_scaling` before `rope_parameters` in both; theirs has the fields that
+Transformers 4 expects. The family's class in Transformers decides which older names are written: names that it
+takes for older spellings are, names that it would store as plain attributes are not.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from auto_round.modeling.files.folder import check_inside, read_object
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that describes the language model; itself where there are no parts."""
+    get = getattr(config, "get_text_config", None)
+    if not callable(get):
+        return config
+    try:
+        return get()
+    except ValueError:  # several parts describe text: an encoder and a decoder
+        return config
+
+
+def read_value(config: Any, name: str, default: Any = None) -> Any:
+    """One value; a list with one entry a layer where it varies by layer; `default` where there is none or it is None.
+
+    Args:
+        config: a Transformers configuration, `RawConfig`, or None.
+        name: of the attribute.
+        default: what to give where nothing is known.
+    """
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # Transformers refuses by an error of its own what only single layers can answer
+        layers = _layer_configs(config)
+        found = [_layer_attribute(layer, name) for layer in layers]
+        value = found if any(entry is not None for entry in found) else None
+    return default if value is None else value
+
+
+def layer_value(config: Any, name: str, layer: int | None, default: Any = None) -> Any:
+    """The value for one layer, where it varies by layer; the first layer's when `layer` is None or beyond the list."""
+    value = read_value(config, name, default)
+    if isinstance(value, (list, tuple)) and value:
+        return value[layer] if layer is not None and 0 <= layer < len(value) else value[0]
+    return value
+
+
+def largest(config: Any, *names: str, default: int = 0) -> int:
+    """The largest size under the first of `names` that has one; over all layers where it varies by layer.
+
+    Args:
+        config: of the whole model or of its text part; the text part is read first.
+        names: spellings of one value, such as "hidden_size", "n_embd".
+        default: where no name has a positive integer.
+    """
+    return max(sizes(config, *names), default=default)
+
+
+def smallest(config: Any, *names: str) -> int | None:
+    """As `largest`, the smallest; None where no name has a positive integer."""
+    return min(sizes(config, *names), default=None)
+
+
+def sizes(config: Any, *names: str) -> list[int]:
+    """Every positive integer under the first of `names` that has one."""
+    text = text_config(config)
+    for part in (text, config) if text is not config else (config,):
+        for name in names:
+            found = [number for number in integers(read_value(part, name)) if number > 0]
+            if found:
+                return found
+    return []
+
+
+def integers(value: Any) -> list[int]:
+    """The integers in a value: itself, or those in a list or mapping of values by layer."""
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, int):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [number for entry in value for number in integers(entry)]
+    return []
+
+
+def _layer_configs(config: Any) -> list[Any]:
+    """The configurations of single layers, where a configuration has them."""
+    try:
+        layers = config.per_layer_config
+        return list(layers.values() if isinstance(layers, Mapping) else layers)
+    except Exception:  # computed by the family's own class, on values that may be damaged
+        return []
+
+
+def _layer_attribute(config: Any, name: str) -> Any:
+    if isinstance(config, Mapping):
+        return config.get(name)
+    try:
+        return getattr(config, name, None)
+    except Exception:  # as in `read_value`: a layer without the value says so by an error of its own
+        return None
+
+
+# The values of config.json for a quantized model: the source's own, spelled for Transformers 4 and 5 alike.
+#
+# Transformers 5 moved the rotary settings into `rope_parameters` and renamed `torch_dtype` to `dtype`; it still reads
+# the older keys. A reader built on Transformers 4 knows only those, and computes with a base of 10000 where they are
+# missing, without a word. So both are written:
+#
+# | Transformers 5 | before |
+# |---|---|
+# | rope_parameters.rope_theta | rope_theta; rotary_emb_base (GPT-NeoX); global_rope_theta (ModernBERT) |
+# | rope_parameters.rope_type and its numbers | rope_scaling, where it says more than "default" |
+# | rope_parameters.partial_rotary_factor | partial_rotary_factor; rotary_pct (GPT-NeoX) |
+# | rope_parameters.full_attention | the above, where each kind of layer has settings of its own |
+# | rope_parameters.sliding_attention.rope_theta | rope_local_base_freq (Gemma 3), local_rope_theta |
+# | dtype | torch_dtype |
+#
+# Phi-3 and its kin read `rope_scaling` before `rope_parameters` in both; theirs has the fields that Transformers 4 asks
+# for.
+#
+# Which of the older names a family has is asked of its class in Transformers: names that it takes for older spellings
+# are written, names that it would keep as attributes are not.
+
+_QUANTIZATION = ("quantization_config", "compression_config")
+# Where the source lay on the machine that made it, and how it was run there.
+_LOCAL = ("_name_or_path", "_attn_implementation_autoset", "_commit_hash")
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+_NEW, _SCALING = "rope_parameters", "rope_scaling"
+_THETA = ("rope_theta", "rotary_emb_base", "global_rope_theta")
+_LOCAL_THETA = ("rope_local_base_freq", "local_rope_theta")
+_PARTIAL = ("partial_rotary_factor", "rotary_pct")
+_OLD = (*_THETA, *_LOCAL_THETA, *_PARTIAL, _SCALING)
+Values = dict[str, Any]
+
+
+def source_config(config: Any, folder: Path | None, trusted: bool) -> Values:
+    """The configuration of a model without what it says of quantization or of the machine.
+
+    Args:
+        config: the model's configuration object; read only where there is no folder.
+        folder: of the checkpoint, whose config.json is taken as it is: unknown keys and the order of all are kept.
+        trusted: the checkpoint's own Python files come along, so that `auto_map` may name them.
+
+    Raises ModelError when the folder's config.json cannot be read.
+    """
+    if folder is None:
+        values: Values = json.loads(config.to_json_string(use_diff=False))
+    else:
+        values = read_object(check_inside(folder, folder / "config.json"))
+    values = _without(values, _LOCAL)
+    for part in (values, *_parts(values)):
+        for key in _QUANTIZATION:
+            part.pop(key, None)
+    if not trusted and _class_of(values) is not None:
+        _drop_own_code(values)
+    return values
+
+
+def with_dtype(values: Mapping[str, Any], dtype: str) -> Values:
+    """A copy that says `dtype` under both names, as every part does that has either. Parts keep a dtype of their own
+    unless the whole is given another one than it had."""
+    made = copy.deepcopy(dict(values))
+    said = made.get("dtype") or made.get("torch_dtype")
+    changed = said is not None and str(said).removeprefix("torch.") != dtype
+    for part in _parts(made):
+        own = part.get("dtype") or part.get("torch_dtype")
+        if own is not None:
+            part["dtype"] = part["torch_dtype"] = dtype if changed else own
+    made["dtype"] = made["torch_dtype"] = dtype
+    return made
+
+
+def with_both_rope_spellings(values: Mapping[str, Any]) -> Values:
+    """A copy with the rotary settings in the words of Transformers 4 and of 5, the nested parts too. What is there is
+    kept. Reading the copy gives the configuration that reading `values` gives."""
+    made = copy.deepcopy(dict(values))
+    before = _parsed(made)
+    for path in [(), *((key,) for key, part in made.items() if _is_part(key, part))]:
+        part, parsed = _at(made, path), _config_at(before, path)
+        if parsed is not None and not isinstance(part.get(_NEW), dict):
+            found = getattr(parsed, _NEW, None)
+            text = not path or path[0] in _TEXT_PARTS
+            if isinstance(found, dict) and found and (text or any(key in part for key in _OLD)):
+                part[_NEW] = json.loads(json.dumps(found))
+        older = _legacy_rope(part.get(_NEW))
+        if _SCALING in older and str(part.get("model_type", "")).startswith("phi"):
+            older[_SCALING] = _phi_scaling(older[_SCALING], part)
+        for key, value in older.items():
+            if part.get(key) is None and (before is None or _accepts_legacy_key(made, path, key, value, before)):
+                part[key] = value
+    if before is not None and not _same(before, _parsed(made)):
+        return copy.deepcopy(dict(values))
+    return made
+
+
+def untied(values: Mapping[str, Any]) -> Values:
+    """A copy that says that the output head has a weight of its own."""
+    made = copy.deepcopy(dict(values))
+    for key in _TEXT_PARTS:
+        if isinstance(made.get(key), dict) and "tie_word_embeddings" in made[key]:
+            made[key]["tie_word_embeddings"] = False
+    made["tie_word_embeddings"] = False
+    return made
+
+
+def causal_class(values: Mapping[str, Any]) -> str | None:
+    """The class that Transformers takes for a causal language model with these values, None when it knows none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(values.get("model_type")))
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def _without(values: Mapping[str, Any], keys: tuple[str, ...]) -> Values:
+    return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in values.items() if k not in keys}
+
+
+def _drop_own_code(values: Values) -> None:
+    """Leave out of `auto_map` what names Python files of the folder; those of a repository stay."""
+    own = values.get("auto_map")
+    if isinstance(own, dict):
+        kept = {key: name for key, name in own.items() if isinstance(name, str) and "--" in name}
+        if kept:
+            values["auto_map"] = kept
+        else:
+            del values["auto_map"]
+
+
+def _is_part(key: str, value: Any) -> bool:
+    return isinstance(value, dict) and key.endswith("_config") and key not in _QUANTIZATION
+
+
+def _parts(values: Values) -> list[Values]:
+    return [part for key, part in values.items() if _is_part(key, part)]
+
+
+def _at(values: Values, path: tuple[str, ...]) -> Values:
+    for key in path:
+        values = values[key]
+    return values
+
+
+def _legacy_rope(parameters: Any) -> Values:
+    """The same settings under every older name that some family has."""
+    if not isinstance(parameters, dict):
+        return {}
+    found: Values = {}
+    if isinstance(parameters.get("full_attention"), dict):
+        local = parameters.get("sliding_attention")
+        if isinstance(local, dict) and local.get("rope_theta") is not None:
+            found |= dict.fromkeys(_LOCAL_THETA, local["rope_theta"])
+        parameters = parameters["full_attention"]
+    if parameters.get("rope_theta") is not None:
+        found |= dict.fromkeys(_THETA, parameters["rope_theta"])
+    if parameters.get("partial_rotary_factor") is not None:
+        found |= dict.fromkeys(_PARTIAL, parameters["partial_rotary_factor"])
+    rest = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if any(isinstance(v, dict) for v in rest.values()):
+        return {}  # settings by kinds of layers that no older version knew
+    if set(rest) - {"rope_type", "type"} or rest.get("rope_type", "default") != "default":
+        found[_SCALING] = rest
+    return found
+
+
+def _phi_scaling(scaling: Values, part: Values) -> Values:
+    """Phi's `rope_scaling`, whose classes in Transformers 4 count its fields: `type` (never `rope_type`) and the two
+    factors; Phi-3.5-MoE's the two scales and the original length besides, which the others have on the top level."""
+    kind = scaling.get("rope_type", scaling.get("type"))
+    made = {"type": kind} | {key: value for key, value in scaling.items() if key not in ("rope_type", "type")}
+    length = "original_max_position_embeddings"
+    if not {"short_mscale", "long_mscale"} & set(made) and part.get(length) == made.get(length):
+        made.pop(length, None)
+    return made
+
+
+def _accepts_legacy_key(values: Values, path: tuple[str, ...], key: str, value: Any, before: Any) -> bool:
+    """Whether the family's class takes `key` for an older spelling, or has it as a setting of its own."""
+    tried = copy.deepcopy(values)
+    _at(tried, path)[key] = value
+    after = _parsed(tried)
+    if after is None or not _same(before, after):
+        return False
+    one, other = (_as_dict(_config_at(config, path)) for config in (before, after))
+    # Phi-3 keeps this one as an attribute, as it was before; one that says nothing may be left out.
+    kept = key == "partial_rotary_factor" and value != 1.0 and str(one.get("model_type")).startswith("phi")
+    return key not in other or key in one or kept
+
+
+def _class_of(values: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    model_type = str(values.get("model_type"))
+    return CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
+
+
+def _parsed(values: Values) -> Any:
+    """What Transformers makes of the values, None when it knows no such family or refuses them."""
+    kind = _class_of(values)
+    if kind is None:
+        return None
+    try:
+        with _quiet():
+            return kind.from_dict(copy.deepcopy(values))
+    except Exception:  # whatever odd values lead to; who opens the model is told
+        return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Trial readings are no news."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _config_at(config: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        config = getattr(config, key, None)
+    return config if hasattr(config, "to_dict") else None
+
+
+def _as_dict(config: Any) -> Values:
+    return {} if config is None else json.loads(json.dumps(config.to_dict(), default=str))
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Whether everything that was read before is read again."""
+    return after is not None and _contains(_as_dict(after), _as_dict(before))
+
+
+def _contains(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(key in found and _contains(found[key], wanted[key]) for key in wanted)
+    return bool(found == wanted)

@@ -1,0 +1,1 @@
+"""Reading checkpoints: safetensors, pickles, quantized inputs, and the folder around them."""

@@ -1,0 +1,297 @@
+"""Read tensors of a local safetensors checkpoint one at a time, with strict header checks.
+
+The files are read with plain reads instead of a memory map: mapped pages count as resident memory for as long
+as a tensor or the file lives, and copying out of a map holds every byte twice. Format: the safetensors
+specification (8 bytes little-endian header length, a JSON header, then the data).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from auto_round.errors import ModelError
+from auto_round.modeling.files.folder import check_inside, parse_object, read_object
+
+_MAX_HEADER = 100_000_000  # the limit that the safetensors library sets itself
+_READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
+_COMPARE_AT_ONCE = 1 << 24
+_READ_AHEAD = 256 << 20
+_OWN_PAGES = 1 << 18
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+if hasattr(torch, "float8_e8m0fnu"):  # newer than the oldest torch supported
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: file, dtype, shape and byte range [start, end) in the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class TensorFiles:
+    """All tensors of one checkpoint folder. Headers are checked when it is opened; data is read on demand.
+
+    `allocate` gives the uint8 memory that a tensor is read into; who sets it says how long that stays valid.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
+        self.folder = folder
+        self.tensors = tensors
+        self.notes: tuple[str, ...] = ()  # for the user
+        self.allocate: Callable[[int], torch.Tensor] = _empty_bytes
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> TensorFiles:
+        """Read the headers of `model.safetensors` or of the shards that `model.safetensors.index.json` lists.
+
+        Raises:
+            ModelError: no safetensors file, a damaged one, an index that does not agree with its shards, a tensor in
+                two shards, or a link that leaves the folder.
+        """
+        path = Path(folder)
+        single = path / "model.safetensors"
+        if single.is_file():
+            return cls(path, read_header(check_inside(path, single)))
+        index = path / "model.safetensors.index.json"
+        if not index.is_file():
+            raise ModelError(_no_weights(path))
+        tensors, notes = _read_index(path, index)
+        files = cls(path, tensors)
+        files.notes = tuple(notes)
+        return files
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def read(self, key: str, row: int | None = None) -> torch.Tensor:
+        """The tensor `key` on the CPU in its stored dtype; with `row`, only that index of its first dimension.
+
+        Raises ModelError when the file can no longer be read to the end.
+        """
+        stored = self.tensors[key]
+        start, end, shape = stored.start, stored.end, stored.shape
+        if row is not None:
+            size = (end - start) // shape[0]
+            start, shape = start + row * size, shape[1:]
+            end = start + size
+        raw = self.allocate(end - start)
+        self._fill(stored.file, key, start, raw.numpy().data)
+        return raw.view(stored.dtype).view(shape)
+
+    def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
+        """uint8 [size]: stored bytes of the tensor `key` from its byte `start` on."""
+        raw = self.allocate(size)
+        self._fill(self.tensors[key].file, key, self.tensors[key].start + start, raw.numpy().data)
+        return raw
+
+    def prefetch(self, key: str, start: int = 0, size: int | None = None) -> None:
+        """Let the system read the tensor `key` while other things are done, where it can: `size` bytes from its byte
+        `start` on, at most 256 MB of them."""
+        stored = self.tensors[key]
+        left = max(0, stored.end - stored.start - start)
+        wanted = min(left, _READ_AHEAD, left if size is None else size)
+        if wanted and hasattr(os, "posix_fadvise"):
+            with suppress(OSError), open(stored.file, "rb", buffering=0) as handle:
+                os.posix_fadvise(handle.fileno(), stored.start + start, wanted, os.POSIX_FADV_WILLNEED)
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same bytes, compared in pieces so that neither is held whole."""
+        a, b = self.tensors[first], self.tensors[second]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        for offset in range(0, a.end - a.start, _COMPARE_AT_ONCE):
+            size = min(_COMPARE_AT_ONCE, a.end - a.start - offset)
+            one, two = bytearray(size), bytearray(size)
+            self._fill(a.file, first, a.start + offset, memoryview(one))
+            self._fill(b.file, second, b.start + offset, memoryview(two))
+            if one != two:
+                return False
+        return True
+
+    def _fill(self, file: Path, key: str, start: int, view: memoryview) -> None:
+        try:
+            with open(file, "rb", buffering=0) as handle:
+                handle.seek(start)
+                done = 0
+                while done < len(view):
+                    count = handle.readinto(view[done : done + _READ_AT_ONCE])
+                    if not count:
+                        raise ModelError(f"{file.name} ended while tensor {key!r} was read; fetch the file again")
+                    done += count
+        except OSError as error:
+            raise ModelError(f"cannot read tensor {key!r} from {file}: {error}") from error
+
+
+def _empty_bytes(size: int) -> torch.Tensor:
+    """Uninitialised uint8 [size]. Large ones are pages of their own, which go back to the system when the tensor dies;
+    malloc would keep those of freed blocks, and the process would look as if it still held them."""
+    if size < _OWN_PAGES or not hasattr(mmap, "MAP_PRIVATE"):  # Windows has no private anonymous maps
+        return torch.empty(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def empty_mmap(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor whose memory goes back to the system when it dies, however large it is."""
+    count = 1
+    for size in shape:
+        count *= size
+    return _empty_bytes(count * dtype.itemsize).view(dtype).view(shape)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors that one safetensors file declares. Raises ModelError naming the file, and the tensor at fault."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            length = struct.unpack("<Q", handle.read(8).ljust(8, b"\0"))[0]
+            if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise ModelError(
+                    f"{file} is not a safetensors file (or was cut short): it has {size} bytes and no valid header"
+                )
+            header = parse_object(handle.read(length), f"the header of {file}")
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error}") from error
+    data = 8 + length
+    found = {key: _stored(file, key, info, data, size) for key, info in header.items() if key != "__metadata__"}
+    _check_ranges(file, found, data, size)
+    return found
+
+
+def _check_ranges(file: Path, header: dict[str, StoredTensor], data: int, size: int) -> None:
+    """The bytes of the tensors follow each other without gap or overlap from the header to the end, as the format
+    demands: a shifted offset shows, though each tensor alone would fit."""
+    at = data
+    for name, stored in sorted(header.items(), key=lambda item: (item[1].start, item[1].end)):
+        if stored.start != at:
+            what = "overlaps the one before it" if stored.start < at else "leaves a gap before it"
+            raise ModelError(f"{file}: tensor {name!r} {what} (byte {stored.start}); fetch the file again")
+        at = stored.end
+    if at != size:
+        raise ModelError(f"{file} has {size - at} bytes after its last tensor; fetch the file again")
+
+
+def _stored(file: Path, key: str, info: Any, data: int, size: int) -> StoredTensor:
+    try:
+        name, shape = info["dtype"], tuple(_check_int(n) for n in info["shape"])
+        first, last = (_check_int(n) for n in info["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: the header entry of tensor {key!r} is malformed ({error!r})") from error
+    dtype = DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise ModelError(f"{file}: tensor {key!r} has dtype {name!r}; known ones: {', '.join(sorted(DTYPES))}")
+    count = 1
+    for n in shape:
+        count *= n
+    if min(shape, default=0) < 0 or first < 0 or last - first != count * dtype.itemsize:
+        raise ModelError(f"{file}: tensor {key!r} of shape {list(shape)} {name} does not fit its {last - first} bytes")
+    if data + last > size:
+        raise ModelError(
+            f"{file} is cut short: tensor {key!r} ends at byte {data + last} of {size}; fetch the file again"
+        )
+    return StoredTensor(file, dtype, shape, data + first, data + last)
+
+
+def _check_int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """File name by tensor name, out of an index. Raises ModelError when it is none."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise ModelError(f"{index} has no weight_map of file names; fetch the file again")
+    if not weight_map:
+        raise ModelError(f"the weight_map of {index} is empty; fetch the file again")
+    return weight_map
+
+
+def _read_index(folder: Path, index: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """All tensors, and words on those that shards hold beside what the index names."""
+    weight_map = read_weight_map(check_inside(folder, index))
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for key, value in weight_map.items():
+        if value not in headers:
+            headers[value] = read_header(check_inside(folder, _shard_path(folder, index, key, value)))
+        if key not in headers[value]:
+            raise ModelError(f"tensor {key!r} is missing from {folder / value}, where {index.name} says it is")
+    notes = []
+    owner: dict[str, str] = {}
+    for value, header in headers.items():
+        for name in header:
+            if owner.setdefault(name, value) != value:
+                raise ModelError(
+                    f"tensor {name!r} is in {folder / owner[name]} and in {folder / value} too; one of the files is a "
+                    "copy of another: fetch the model again"
+                )
+        extra = [name for name in header if name not in weight_map]
+        if extra:
+            notes.append(f"{value} holds {len(extra)} tensors that the index does not name, such as {extra[0]}")
+    return {key: headers[value][key] for key, value in weight_map.items()}, notes
+
+
+def _shard_path(folder: Path, index: Path, key: str, value: str) -> Path:
+    """The shard's path inside `folder`. An index from elsewhere must not make us open files outside it."""
+    parts = PurePosixPath(value.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or ":" in value or not value.endswith(".safetensors"):
+        raise ModelError(
+            f"{index} sends tensor {key!r} to {value!r}; only .safetensors files inside the folder are allowed"
+        )
+    file = folder / parts
+    if not file.is_file():
+        raise ModelError(
+            f"{file} is missing; {index.name} needs it for tensor {key!r} and others. Fetch the model again"
+        )
+    return file
+
+
+def _no_weights(folder: Path) -> str:
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    pickles = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles:
+        return (
+            f"{folder} holds weights as pickle ({pickles[0]}), which can run code when opened, and not as safetensors. "
+            "Convert it once, where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder); or read its tensors alone with "
+            "allow_pickle=True (--allow_pickle)"
+        )
+    loose = [n for n in found if n.endswith(".safetensors")]
+    if loose:
+        return f"{folder} holds {loose[0]} but neither model.safetensors nor its index model.safetensors.index.json"
+    return f"{folder} holds no weights: model.safetensors or model.safetensors.index.json is needed"

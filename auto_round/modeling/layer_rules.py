@@ -1,0 +1,358 @@
+"""Rules on layers: which ones runtimes fuse, which engines leave unquantized, which are MoE routers.
+
+Fused layers: serving engines merge q, k and v, then gate and up, and all experts of a block into single
+tensors. These layers should share one scheme, or the runtime refuses the checkpoint. They are found by name
+suffix, as in the engines.
+
+Engine-unquantized layers: an engine that builds a layer unquantized finds no tensor of its name in a packed
+checkpoint and refuses it, or joins it with a layer of another scheme. Such layers stay unquantized by default
+in the formats that these engines read; an entry of `layer_config` for the layer wins. Rows go by names alone,
+so that runs with and without a model's class agree.
+
+Routers: layers that choose experts or weigh their outputs. An error in them sends tokens to other experts, and
+they are tiny. They are found by names, classes and widths, so that a model and the tree made from its
+checkpoint's names agree.
+
+Block weights: every weight of a decoder block that is no linear layer, with the reason why it stays
+unquantized.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from auto_round.errors import UnsupportedError
+from auto_round.modeling.blocks import is_linear, overrides_forward, weight_2d
+from auto_round.modeling.experts import LinearExperts
+
+FUSED_SUFFIXES: tuple[frozenset[str], ...] = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"query", "key", "value"}),
+    frozenset({"wq", "wk", "wv"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+    frozenset({"in_proj_qkv", "in_proj_z"}),
+    frozenset({"in_proj_a", "in_proj_b"}),
+    frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+)
+_EXPERT_LAYER = re.compile(r"^(?P<parent>.*\bexperts)\.\d+\.(?P<leaf>[^.]+)$")
+
+
+def fused_groups(names: Iterable[str], across_experts: bool = True) -> list[tuple[str, ...]]:
+    """Groups of two or more of the linear layers `names` that runtimes fuse, each in the order given.
+
+    The layers of one group have the same parent, such as `model.layers.0.self_attn.{q,k,v}_proj`. All gate and up
+    projections of the experts of one block are one group, their down projections another; with `across_experts=False`
+    each expert is by itself.
+    """
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in names:
+        expert = _EXPERT_LAYER.match(name) if across_experts else None
+        parent, leaf = (expert["parent"] + ".*", expert["leaf"]) if expert else _split(name)
+        for suffixes in FUSED_SUFFIXES:
+            if leaf in suffixes:
+                groups[parent, min(suffixes)].append(name)
+                break
+        else:
+            if expert:
+                groups[parent, leaf].append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def is_routed_expert(name: str) -> bool:
+    """Whether the linear layer `name` belongs to one of many experts; shared experts run for every token and do not."""
+    return _EXPERT_LAYER.match(name) is not None
+
+
+def _split(name: str) -> tuple[str, str]:
+    parent, _, leaf = name.rpartition(".")
+    return parent, leaf
+
+
+# Linear layers that serving engines build without quantization, by family, with the engine's source.
+#
+# An engine that builds a layer unquantized finds no tensor of its name in a packed checkpoint and refuses it, or joins
+# it with a layer of another scheme. Such layers stay dense by default in the formats that these engines read; an
+# entry of `layer_config` for the layer wins. Rows go by names alone, so that flows with and without a model's class
+# agree.
+
+
+@dataclass(frozen=True)
+class EngineUnquantizedRow:
+    """Layers of some families that an engine keeps dense.
+
+    Attributes:
+        families: regular expression that a whole `model_type` has to match.
+        layers: regular expression that is searched in a layer's name.
+        reason: why, for the user.
+        source: engine, file and class that show it.
+    """
+
+    families: str
+    layers: str
+    reason: str
+    source: str
+
+
+_ONE_PER_HEAD = "it gates linear attention with one output per head, fewer than the tiles of engines' kernels"
+
+ENGINE_UNQUANTIZED: tuple[EngineUnquantizedRow, ...] = (
+    EngineUnquantizedRow(
+        ".*", r"\bindexer\.(\w+\.)?weights_proj$", "it weighs the heads of a sparse-attention indexer",
+        "vLLM model_executor/models/deepseek_v2.py Indexer.wk_weights_proj (quant_config=None); SGLang "
+        "srt/layers/attention/nsa/nsa_indexer.py Indexer.weights_proj and dsv4/indexer.py C4Indexer.weights_proj",
+    ),
+    EngineUnquantizedRow(
+        ".*", r"\bindexer\.wk$", "engines join it with the dense weights_proj of its indexer",
+        "vLLM model_executor/models/deepseek_v2.py Indexer.wk_weights_proj (quant_config=None)",
+    ),
+    EngineUnquantizedRow(
+        "deepseek_v4", r"\bcompressor\.(indexer\.)?(kv_proj|gate_proj|wkv|wgate)$",
+        "it compresses keys and values for sparse attention",
+        "vLLM models/deepseek_v4/compressor.py DeepseekCompressor.fused_wkv_wgate (quant_config=None)",
+    ),
+    EngineUnquantizedRow(
+        "deepseek_v4", r"\.(o_a_proj|wo_a)$", "it multiplies groups of heads by blocks of its weight",
+        "SGLang srt/models/deepseek_v4.py MQALayer.wo_a (quant_config=None unless FP8)",
+    ),
+    EngineUnquantizedRow(
+        ".*", r"\blinear_attn\.in_proj_(a|b|ba)$", _ONE_PER_HEAD,
+        "vLLM model_executor/layers/mamba/gdn/qwen_gdn_linear_attn.py QwenGatedDeltaNetAttention.in_proj_ba (joined; "
+        "no block-wise FP8) and layers/quantization/utils/marlin_utils.py GPTQ_MARLIN_MIN_THREAD_N = 64",
+    ),
+    EngineUnquantizedRow(
+        "olmo_hybrid", r"\blinear_attn\.[ab]_proj$", _ONE_PER_HEAD,
+        "vLLM model_executor/layers/mamba/gdn OlmoHybridGatedDeltaNetAttention.a_proj, b_proj (kept apart for "
+        "precision) and layers/quantization/utils/marlin_utils.py GPTQ_MARLIN_MIN_THREAD_N = 64",
+    ),
+    EngineUnquantizedRow(
+        "kimi_linear|bailing_hybrid", r"\bself_attn\.b_proj$", _ONE_PER_HEAD,
+        "vLLM model_executor/layers/kda.py KimiDeltaAttention.b_proj and "
+        "layers/quantization/utils/marlin_utils.py GPTQ_MARLIN_MIN_THREAD_N = 64",
+    ),
+    EngineUnquantizedRow(
+        ".*", r"\.shared_expert_gate$", "it weighs the shared expert",
+        "vLLM model_executor/models/qwen3_next.py Qwen3NextSparseMoeBlock.shared_expert_gate (quant_config=None)",
+    ),
+    EngineUnquantizedRow(
+        "mamba|falcon_mamba|jamba", r"\.(mixer|mamba)\.(x_proj|dt_proj)$", "it selects the time steps of a state space",
+        "vLLM model_executor/layers/mamba/mamba_mixer.py MambaMixer.x_proj, dt_proj (no quant_config)",
+    ),
+)  # fmt: skip
+
+
+def engine_unquantized(model_type: str, layer: str) -> EngineUnquantizedRow | None:
+    """The row that keeps a layer dense, by the name that the modules of a family or its files have for it."""
+    for row in ENGINE_UNQUANTIZED:
+        if re.fullmatch(row.families, model_type) and re.search(row.layers, layer):
+            return row
+    return None
+
+
+# Which layers of a model choose experts, or weigh their outputs: found by names, classes and widths.
+#
+# An error in them sends tokens to other experts, and they are tiny. Names and shapes are enough, so that a model and
+# the tree made from its checkpoint's names give the same answer; classes find what a family calls otherwise.
+
+_ROUTER_NAME = re.compile(r"(^|_)router(_|$)")  # a segment of a name: `router`, `modality_router`, `router_mlp`
+_ROUTER_CLASS = re.compile(r"Router|TopKGat(e|ing)$|M[oO][eE]Gat(e|ing)$")
+_GATE_CLASS = re.compile(r"Gat(e|ing)(V?\d+)?$")  # a router where it lies beside experts
+_GATE_NAMES = frozenset({"gate", "router", "gating", "wg"})  # names of routers that are only telling beside experts
+# Directly beside experts, these are the projections of an MLP or an attention, however wide they are.
+_MLP = re.compile(
+    r"^(gate_proj|up_proj|down_proj|gate_up_proj|fc\d*|fc_in|fc_out|w\d|dense\w*|[qkvo]_proj|\w*output_linear|"
+    r"\w*input_linear|c_fc|c_proj|per_layer_\w+|in_proj|out_proj)$"
+)
+
+
+def router_names(model: nn.Module) -> set[str]:
+    """Names of the linear layers that choose experts or weigh shared ones, those of a router's MLP included."""
+    modules = dict(model.named_modules())
+    roots = set(_router_roots(modules))
+    found = {name for name, module in modules.items() if is_linear(module) and _is_under_any(name, roots)}
+    return found | set(_by_width(modules))
+
+
+def router_modules(model: nn.Module) -> set[str]:
+    """Names of the modules that are routers as a whole, whatever they hold."""
+    return set(_router_roots(dict(model.named_modules())))
+
+
+def is_moe(module: nn.Module) -> bool:
+    """Whether `module` holds the experts of a mixture directly."""
+    return any(True for _ in _expert_counts(module))
+
+
+def _router_roots(modules: dict[str, nn.Module]) -> Iterator[str]:
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, (LinearExperts, nn.ModuleList)):
+            continue
+        if not name or next(module.parameters(), None) is None:
+            continue
+        kind = type(module).__name__
+        beside = leaf in _GATE_NAMES or _GATE_CLASS.search(kind)
+        if _ROUTER_NAME.search(leaf) or _ROUTER_CLASS.search(kind) or (beside and is_moe(modules[parent])):
+            yield name
+
+
+def _by_width(modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Linear layers right beside experts with one output per expert, or a single one (gates of shared experts)."""
+    for name, module in modules.items():
+        widths = {1, *_expert_counts(module)}
+        if widths == {1}:
+            continue
+        for leaf, layer in module.named_children():
+            if is_linear(layer) and not _MLP.match(leaf) and weight_2d(layer).shape[0] in widths:
+                yield f"{name}.{leaf}" if name else leaf
+
+
+def _expert_counts(module: nn.Module) -> Iterator[int]:
+    """How many experts each mixture directly under `module` has."""
+    for leaf, child in module.named_children():
+        if isinstance(child, LinearExperts):
+            if child.layout.call in ("routed", "every", "sorted"):
+                yield child.num_experts
+        elif "expert" in leaf.lower() and "shared" not in leaf.lower():
+            listed = sum(name.isdigit() for name, _ in child.named_children())
+            stacked = [int(p.shape[0]) for p in child.parameters(recurse=False) if p.dim() == 3]
+            yield from [listed] if listed else stacked[:1]
+
+
+def _is_under_any(name: str, roots: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[: n + 1]) in roots for n in range(len(parts)))
+
+
+# The weights of decoder blocks that are no linear layers, each with the reason why it stays dense.
+
+ROUTER = "it chooses experts"
+CONVOLUTION = "a convolution"
+EMBEDDING = "an embedding table"
+SMALL = "a bias, scale or state of a recurrence, not a matrix that multiplies tokens"
+_UNKNOWN = "no rule says what it computes"
+_LAYOUT = "experts in a layout that is not known"
+_FORWARD = "its class has a forward of its own, which is not that of a linear layer"
+_WARNING, _ERROR = 0.05, 0.5
+_SMALL_PARAM = re.compile(r"(^|_)(bias|scale|norm|A_log|D|dt|sinks?|time_mix\w*|slope|decay)(_|$)|bias$")
+_ROUTER_PARAM = re.compile(r"router|(^|_)gate(_weight)?$|routing")
+
+
+@dataclass(frozen=True)
+class UnquantizedWeight:
+    """A weight of two or more dimensions that no rule quantizes.
+
+    Attributes:
+        name: full name of the parameter.
+        numel: its size.
+        reason: why it stays dense.
+        unknown: for want of a rule, not by one.
+    """
+
+    name: str
+    numel: int
+    reason: str
+    unknown: bool
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """What decoder blocks hold.
+
+    Attributes:
+        total: number of weights in tensors of two and more dimensions.
+        dense: those that are not in a linear layer.
+    """
+
+    total: int
+    dense: tuple[UnquantizedWeight, ...]
+
+    @property
+    def unknown(self) -> tuple[UnquantizedWeight, ...]:
+        """Those that stay dense for want of a rule, the largest first."""
+        return tuple(sorted((w for w in self.dense if w.unknown), key=lambda w: -w.numel))
+
+    @property
+    def unknown_fraction(self) -> float:
+        """How much of all weights that is."""
+        return sum(w.numel for w in self.unknown) / self.total if self.total else 0.0
+
+    def check(self, model: str, advice: str = "") -> str | None:
+        """A warning when much of the blocks stays dense for want of a rule, None where little or nothing does.
+
+        Raises UnsupportedError when it is more than half. `advice`: what else the user can do then.
+        """
+        share, unknown = self.unknown_fraction, self.unknown
+        if share <= _WARNING:
+            return None
+        kinds: dict[str, str] = {}
+        for weight in unknown:
+            kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", weight.name), weight.reason)
+        shown = [f"{name} ({reason})" for name, reason in kinds.items()]
+        names = ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+        if share > _ERROR:
+            raise UnsupportedError(
+                f"{share:.0%} of the weights in the blocks of {model} would stay dense because no rule recognises "
+                f"them: {names}. Quantizing the rest would hardly make the model smaller; {advice}use a version of "
+                "this package that knows the family, or ask for it with the model's name"
+            )
+        return f"{share:.0%} of the weights in the blocks stay dense because no rule recognises them: {names}"
+
+
+def block_weights(model: nn.Module, blocks: Sequence[str]) -> BlockWeights:
+    """The weights of two and more dimensions in `blocks`, and which of them no linear layer holds."""
+    routers = router_modules(model)
+    total = 0
+    dense: dict[str, UnquantizedWeight] = {}
+    seen: set[int] = set()
+    for block in blocks:
+        for owner, module, leaf, parameter in _matrices(model, block):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            if leaf == "weight" and is_linear(module):
+                continue
+            reason, unknown = _reason(model, owner, module, leaf, parameter, routers)
+            name = f"{owner}.{leaf}"
+            dense[name] = UnquantizedWeight(name, parameter.numel(), reason, unknown)
+    return BlockWeights(total, tuple(dense.values()))
+
+
+def _matrices(model: nn.Module, block: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    for name, module in model.get_submodule(block).named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() >= 2 and parameter.is_floating_point():
+                yield (f"{block}.{name}" if name else block), module, leaf, parameter
+
+
+def _reason(
+    model: nn.Module, owner: str, module: nn.Module, leaf: str, parameter: torch.Tensor, routers: set[str]
+) -> tuple[str, bool]:
+    """(why the parameter stays dense, whether that is for want of a rule)."""
+    parts = owner.split(".")
+    if any(".".join(parts[: n + 1]) in routers for n in range(len(parts))):
+        return ROUTER, False
+    if sum(size > 1 for size in parameter.shape) < 2 or _SMALL_PARAM.search(leaf):
+        return SMALL, False
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING, False
+    if leaf == "weight" and parameter.dim() > 2 and _is_convolution(parts[-1], module, parameter):
+        return CONVOLUTION, False
+    if parameter.dim() == 2 and is_moe(module) and _ROUTER_PARAM.search(leaf):
+        return ROUTER, False
+    if leaf == "weight" and overrides_forward(module):
+        return _FORWARD, True
+    if parameter.dim() == 3 and any("expert" in part for part in parts):
+        return _LAYOUT, True
+    return _UNKNOWN, True
+
+
+def _is_convolution(segment: str, module: nn.Module, parameter: torch.Tensor) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) or "conv" in segment or parameter.shape[1] == 1

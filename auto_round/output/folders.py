@@ -1,0 +1,290 @@
+"""Check an output folder before a run: files of an earlier run, foreign files, permissions and free disk space.
+
+A file belongs to an earlier run when a report.json beside it, or in the folder above, lists it and it is
+unchanged: its size is the same, and for small files its digest. Other files are foreign and are never touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from auto_round.errors import AutoRoundError, OutputError
+
+PARTIAL = ".partial"
+"""Folder inside an output folder, with what is not finished."""
+SWAP = "swap.json"
+"""File in it, while finished files are moved into the place of an earlier run's."""
+REPORT = "report.json"
+_EVALUATION_FILES = (REPORT, "README.md")  # an evaluation writes them again
+_MAX_HASHED_BYTES = 64 << 20  # bytes; of larger files only the size is compared
+
+
+@dataclass(frozen=True)
+class FolderContents:
+    """What a folder holds.
+
+    Attributes:
+        files: names of the files that an earlier run of ours wrote and that are there, relative to the folder.
+        foreign: names of what no run of ours wrote, or was changed since.
+        missing: names of files that a report lists and that are not there as they were written.
+    """
+
+    files: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+def subfolder_name(format_name: str) -> str:
+    """The subfolder of a format, where one run writes several."""
+    return format_name.replace(":", "-").replace("_", "-")
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report.json of a folder, None where there is none that a run of ours can have written."""
+    try:
+        values = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(values, dict) or not {"schema_version", "format"} <= set(values):
+        return None
+    return values if all(isinstance(values.get(key), dict) for key in ("files", "sizes", "small_files")) else None
+
+
+def inspect_folder(folder: Path, leftovers: Iterable[str] = (PARTIAL,)) -> FolderContents:
+    """What `folder`, and the subfolders that a run of several formats makes in it, hold. Reads no large file.
+
+    Args:
+        leftovers: names that an unfinished run of ours has, and that are neither ours to replace nor foreign.
+    """
+    if not folder.is_dir():
+        return FolderContents()
+    report = read_report(folder)
+    listed = _reported_files(report)
+    files = {name for name, state in listed.items() if _is_unchanged(folder / name, state)}
+    missing = set(listed) - files
+    files |= {name for name in _files_in_swap(folder) if (folder / name).is_file()}
+    if report is not None:
+        files |= {name for name in _EVALUATION_FILES if (folder / name).is_file()}
+    foreign: list[str] = []
+    skipped = set(leftovers)
+    for entry in sorted(folder.iterdir()):
+        if entry.name in skipped:
+            continue
+        inner = read_report(entry) if entry.is_dir() and not entry.is_symlink() else None
+        if inner is not None and entry.name == subfolder_name(str(inner["format"])):
+            below = inspect_folder(entry, leftovers)
+            files |= {f"{entry.name}/{name}" for name in below.files}
+            foreign += [f"{entry.name}/{name}" for name in below.foreign]
+            continue
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        inside = [path for path in entry.rglob("*") if not path.is_dir()] if is_folder else [entry]
+        if is_folder and all(PARTIAL in path.relative_to(entry).parts for path in inside):
+            continue  # empty, or nothing but what an unfinished run left
+        names = [path.relative_to(folder).as_posix() for path in inside]
+        foreign += [name for name in names if name not in files]
+    return FolderContents(tuple(sorted(files)), tuple(foreign), tuple(sorted(missing)))
+
+
+def _reported_files(report: Mapping[str, Any] | None) -> dict[str, tuple[int | None, str | None]]:
+    """Size (of weights) or digest of every file that a report lists, by name, but of names that lead elsewhere."""
+    if report is None:
+        return {}
+    found: dict[str, tuple[int | None, str | None]] = {}
+    for name, digest in {**report["files"], **report["small_files"]}.items():
+        size = report["sizes"].get(name)
+        if not os.path.isabs(name) and ".." not in Path(name).parts:
+            found[name] = (size if isinstance(size, int) else None, str(digest))
+    return found
+
+
+def _is_unchanged(path: Path, state: tuple[int | None, str | None]) -> bool:
+    size, digest = state
+    try:
+        now = path.stat().st_size
+        if size is not None and now != size:
+            return False
+        return now > _MAX_HASHED_BYTES or hashlib.sha256(path.read_bytes()).hexdigest() == digest
+    except OSError:
+        return False
+
+
+def _files_in_swap(folder: Path) -> set[str]:
+    """Names of old and new files, while they are being swapped."""
+    try:
+        values = json.loads((folder / PARTIAL / SWAP).read_text(encoding="utf-8"))
+        return {str(name) for key in ("files", "stale") for name in values[key]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def recorded_inputs(folder: Path) -> Mapping[str, str] | None:
+    """What the complete result in `folder` was made from, None where the folder holds none.
+
+    It is complete when all files that its report lists are there and nothing of an unfinished run is.
+    """
+    report = read_report(folder)
+    if report is None or (folder / PARTIAL).exists() or inspect_folder(folder).missing:
+        return None
+    made = report.get("recorded_inputs")
+    return made if isinstance(made, dict) else None
+
+
+def is_verified(folder: Path) -> bool:
+    """Whether the result in `folder` was opened again and compared after it was written."""
+    report = read_report(folder)
+    return report is not None and report.get("verify") is not None
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove files of an earlier run and the folders that get empty, what makes a loader open them first and the
+    report, which says whose they are, last. What is gone already is no error.
+
+    Raises OutputError when one cannot be removed.
+    """
+
+    def order(name: str) -> tuple[bool, bool, str]:
+        return name.endswith(REPORT), not name.endswith("config.json"), name
+
+    try:
+        for name in sorted(names, key=order):
+            (folder / name).unlink(missing_ok=True)
+            for parent in (folder / name).parents:
+                if parent == folder:
+                    break
+                with suppress(OSError):  # something else is in it
+                    parent.rmdir()
+    except OSError as error:
+        raise OutputError(f"cannot remove {error.filename}, which an earlier run wrote ({error.strerror})") from error
+
+
+def reject_model_folder(output: Path, source: str | os.PathLike[str] | None) -> None:
+    """Raise OutputError when writing to `output` would write over the model that is read: its folder, a link to it, or
+    a folder above it. `source`: the model's folder; anything else is no folder, and passes."""
+    if source is None or not os.path.isdir(source):
+        return
+    model, target = Path(source).resolve(), output.expanduser().resolve()
+    if target == model:
+        raise OutputError(f"output folder {output} is the model's own folder; choose another, --overwrite or not")
+    if target in model.parents:
+        raise OutputError(
+            f"output folder {output} holds the model's own folder, {source}; choose another, or a folder in it"
+        )
+
+
+# Checks of the output folder, made before any work is done.
+
+_GB = 1e9
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def ensure_output_folder(
+    path: str | os.PathLike[str], overwrite: bool = False, ours: Collection[str] = (PARTIAL,)
+) -> Path:
+    """Make the folder and return it.
+
+    Args:
+        ours: names that an interrupted run may have left there.
+
+    A folder that holds nothing but the result of an earlier run is taken, too: it is replaced.
+
+    Raises OutputError when it is a file, cannot be made or written, or holds something else and `overwrite` is False.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output path {folder} is a file; give a folder that is new or empty")
+    if folder.is_dir() and not overwrite and any(entry.name not in ours for entry in folder.iterdir()):
+        foreign = inspect_folder(folder, {PARTIAL, *ours}).foreign
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            raise OutputError(
+                f"output folder {folder} is not empty: no earlier run wrote {', '.join(foreign[:3])}{more} as it is "
+                "now; choose another folder, move that away, or ask to overwrite (--overwrite, overwrite=True)"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output folder {folder} cannot be made ({error.strerror}); choose another") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"output folder {folder} is not writable; choose another or change its permissions")
+    return folder
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError when no file can be written at `path`: its folder is not there or cannot be written."""
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder; give the name of a file in it")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target} cannot be written: folder {target.parent} does not exist; make it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{target} cannot be written: folder {target.parent} is not writable; choose another or change its "
+            "permissions"
+        )
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Free bytes on the disk of `path`, which need not exist yet."""
+    folder = Path(path).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_disk(path: str | os.PathLike[str], bytes_needed: int) -> None:
+    """Raise OutputError when the disk of `path` has less than `bytes_needed` bytes free."""
+    free = free_bytes(path)
+    if free < bytes_needed:
+        raise OutputError(
+            f"output folder {path} needs {bytes_needed / _GB:.2f} GB but its disk has {free / _GB:.2f} GB free; "
+            "free some space or choose a folder on another disk"
+        )
+
+
+@contextmanager
+def explain_write_errors(folder: str | os.PathLike[str], needed: int) -> Iterator[None]:
+    """Whatever the system refuses while this is open, as an OutputError that names the file, and for a full disk says
+    how much is free and how much is needed.
+
+    Args:
+        folder: of the output.
+        needed: bytes that the output takes.
+    """
+    try:
+        yield
+    except AutoRoundError as error:
+        cause = error.__cause__
+        if isinstance(error, OutputError) and isinstance(cause, OSError) and cause.errno in _FULL:
+            raise OutputError(f"{error}; {_space_message(folder, needed)}") from cause
+        raise
+    except OSError as error:
+        room = f"; {_space_message(folder, needed)}" if error.errno in _FULL else ""
+        raise OutputError(
+            f"cannot write {error.filename or folder} ({error.strerror or type(error).__name__}){room}"
+        ) from error
+
+
+def _space_message(folder: str | os.PathLike[str], needed: int) -> str:
+    free = free_bytes(folder)
+    return (
+        f"the disk of {folder} has {free / _GB:.2f} GB free, and the output takes {needed / _GB:.2f} GB: free some "
+        "space and give the same command again, or choose a folder on another disk"
+    )
+
+
+def path_inside(folder: str | os.PathLike[str], name: str) -> Path:
+    """`folder/name`, or OutputError when that would lie outside the folder."""
+    root = Path(folder).resolve()
+    target = (root / name).resolve()
+    if target == root or root not in target.parents:
+        raise OutputError(f"file name {name!r} leads outside the output folder {root}; give a name inside it")
+    return target

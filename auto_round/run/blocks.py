@@ -1,0 +1,398 @@
+"""Quantize the model block by block: load, run calibration data, quantize, write the results, release."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from auto_round.algorithms.base import BlockQuantizer, BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
+from auto_round.calibration.capture import CapturedInputs
+from auto_round.calibration.disk_store import DiskTensor
+from auto_round.calibration.kv_cache_observer import observe_kv_cache
+from auto_round.calibration.observers import MinMaxObserver, observe_hessians, observe_min_max, observe_second_moments
+from auto_round.codecs.activation import ActivationQuantizer, quantized_inputs
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.errors import NumericsError
+from auto_round.modeling.blocks import weight_2d
+from auto_round.modeling.partial_loading import ExpertStreamer
+from auto_round.modeling.source import ModelSource
+from auto_round.report.memory import HeapTrimmer
+from auto_round.report.progress import Progress
+from auto_round.report.run_report import BlockRecord
+from auto_round.run.block_layers import (
+    activation_of,
+    clamped_scales,
+    free_cast_copies,
+    in_dtype,
+    install_dequantized,
+    is_calibrated,
+    restore_weight,
+    share_global_scales,
+    share_input_ranges,
+)
+from auto_round.run.experts import (
+    ExpertBuffers,
+    LazyExpertQuantizer,
+    PerExpertTuner,
+    expert_streamer,
+    layer_names,
+    streaming_experts,
+)
+from auto_round.run.fingerprint import block_checksum
+from auto_round.run.numerics import NumericsPolicy, RtnFallback
+from auto_round.run.plan import CachePlan, Job, LayerPlan
+from auto_round.run.streams import Stream, check_activations, first_non_finite
+from auto_round.run.unit_state import LayersPerExpert, StoredLayers, Unit
+from auto_round.run.writers import OutputWriter
+
+if TYPE_CHECKING:
+    from auto_round.run.resume import RunJournal
+
+
+@dataclass
+class RunState:
+    """What a walk needs besides the model and the job, and what it leaves.
+
+    Attributes:
+        quantizer: decides the codes.
+        sinks: take the results.
+        device, dtype: of the matrix products.
+        calibration: the samples; None for plain rounding.
+        probe: a few tokens that go through the quantized blocks, to check the saved model with; None without a check.
+        batch: samples in one forward pass.
+        quantized_input: tune on the output of the quantized blocks before.
+        cache: which attention modules get static scales; None for none.
+        importance: by layer, in place of what the calibration data would say; None without.
+        gather: the sums below are wanted even if the algorithm does not need them.
+        journal: what is finished already, and where to note what will be; None for a run that is not gone on with.
+        fall: what plain rounding has to know, where calibration is not finite.
+        numbers: what is done about NaN and Inf; filled in: what came of it.
+        rooms: of blocks whose experts are tuned one at a time; None where they are not.
+        sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
+        records: filled in, one a block.
+        unreached: quantized layers that no calibration token reached (experts).
+        cache_scales: filled in: those scales by tensor name, scalars or [heads].
+        activations: filled in: by layer, how its inputs are quantized.
+        smoke_hidden: the probe after the last block.
+        last_inputs: the calibration stream after the last block, which the layers outside the blocks are fed.
+        last_full: the same without quantization; the same object when there is one stream.
+        freed: what blocks leave behind.
+    """
+
+    quantizer: BlockQuantizer
+    outputs: Sequence[OutputWriter]
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    calibration: CapturedInputs | None = None
+    smoke_sample: CapturedInputs | None = None
+    batch: int = 8
+    quantized_input: bool = True
+    cache: CachePlan | None = None
+    importance: Mapping[str, torch.Tensor] | None = None
+    gather: bool = False
+    journal: RunJournal | None = None
+    rtn_fallback: RtnFallback = RtnFallback(torch.float16, torch.float32)
+    numerics: NumericsPolicy = field(default_factory=NumericsPolicy)
+    buffers: ExpertBuffers | None = None
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    records: list[BlockRecord] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
+    cache_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
+    smoke_hidden: torch.Tensor | DiskTensor | None = None
+    last_inputs: Stream | None = None
+    last_full: Stream | None = None
+    freed: HeapTrimmer = field(default_factory=HeapTrimmer)
+
+
+def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Progress) -> None:
+    """Quantize every block in order.
+
+    Raises:
+        NumericsError: NaN or Inf in weights, activations, scales or loss, with the place, where `state.numerics` is to
+            fail of it or cannot do otherwise.
+    """
+    numerics = state.numerics
+    full = _stream(state, state.calibration)
+    second = full is not None and state.quantizer.needs_targets and state.quantized_input
+    quantized = full.clone() if full is not None and second else None
+    smoke_sample = _stream(state, state.smoke_sample)
+    finished = min(state.journal.finished, len(source.blocks)) if state.journal is not None else 0
+    progress.start(len(source.blocks), finished)
+    for index, name in enumerate(source.blocks[:finished]):
+        _write_unit(job, source, name, restore_unit(state, index), state.outputs)
+    streams = {"full": full, "quantized": quantized, "smoke_sample": smoke_sample}
+    for stream in streams.values():
+        if stream is not None:
+            stream.before_offload = lambda: _wait_until_written(state, *streams)
+    if finished:
+        _restore(state, streams, len(source.blocks))
+        full = full if numerics.lost is None else None
+        quantized = quantized if numerics.lost is None and not numerics.diverged else None
+    for index, name in list(enumerate(source.blocks))[finished:]:
+        started = time.monotonic()
+        experts = expert_streamer(job, source, name, state.device, state.dtype)
+        block = source.load(name, state.device) if experts is None else experts.load_non_experts()
+        weights = block_checksum(source, name) if state.journal is not None else 0
+        planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
+        tasks = [layer_task(source, plan) for plan in planned]
+        # It writes hidden states, and those are changed in place: these from here on, the others behind the tuning.
+        _wait_until_written(state, "unit", "full")
+        if state.buffers is not None:
+            state.buffers.codes.clear()
+        with in_dtype(block, source.dtype, state.dtype):
+            try:
+                result = _quantize_block(index, name, block, tasks, state, full, quantized, source.dtype, experts)
+            except NumericsError as error:
+                if experts is not None:
+                    raise
+                result = numerics.fall_back(name, tasks, error, state.outputs, state.rtn_fallback)
+                if full is not None and first_non_finite(full.hidden) is not None:
+                    numerics.lost = name
+            tasks = _install_all(tasks, result, numerics)
+            steps = {task.module: task.activation for task in tasks if task.activation is not None}
+            state.activations |= {task.name: task.activation for task in tasks if task.activation is not None}
+            _wait_until_written(state, "quantized", "smoke_sample")
+            with quantized_inputs(steps), streaming_experts(experts, result):
+                if quantized is not None:
+                    quantized.after(index, block, state.device, state.dtype, in_place=True)
+                if smoke_sample is not None:
+                    smoke_sample.after(index, block, state.device, state.dtype, in_place=True)
+        if numerics.lost is not None:
+            full = quantized = None
+        quantized = _still_finite(name, quantized, numerics)
+        if not source.lazy:
+            _install_all(tasks, result, numerics)
+        record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
+        state.records.append(record)
+        unit = _unit(name, result.layers, state)
+        if state.journal is not None:
+            hidden = [s.saved(kind, index + 1) for kind, s in streams.items() if s is not None]
+            state.journal.add(name, unit, weights, {kind: saved for one in hidden for kind, saved in one.items()})
+        _write_unit(job, source, name, unit, state.outputs)
+        source.release(name)
+        progress.block(name, result.loss_before, result.loss_after)
+        del block, tasks, steps, result, unit  # or this block's weights would be in memory together with the next one's
+        state.freed.trim_if_grown()
+    state.smoke_hidden = smoke_sample.hidden if smoke_sample is not None else None
+    state.last_inputs, state.last_full = quantized or full, full
+
+
+def _wait_until_written(state: RunState, *kinds: str) -> None:
+    if state.journal is not None:
+        state.journal.wait_until_written(*kinds)
+
+
+def restore_unit(state: RunState, index: int) -> Unit:
+    """A finished unit out of the journal, with all that it added to the walk."""
+    assert state.journal is not None
+    unit = state.journal.unit(index, state.device, in_file=state.buffers is not None)
+    state.numerics.restore_from(unit.numerics, state.outputs)
+    state.activations |= unit.activations
+    state.records += unit.records
+    state.cache_scales |= unit.scales
+    state.sums |= unit.sums
+    state.tokens |= unit.tokens
+    state.unreached += unit.unreached
+    return unit
+
+
+def _restore(state: RunState, streams: Mapping[str, Stream | None], blocks: int) -> None:
+    """The streams after the last finished unit; behind the blocks only the probe is needed."""
+    assert state.journal is not None
+    for kind, stream in streams.items():
+        if stream is not None and (kind == "smoke_sample" or state.journal.finished <= blocks):
+            if isinstance(stream.hidden, DiskTensor):
+                state.journal.stream_into(kind, stream.hidden)
+            else:
+                stream.hidden = state.journal.stream(kind).to(stream.hidden.device)
+            stream.restore_from(kind, state.journal.finished, state.journal.stream)
+
+
+def _unit(name: str, layers: Sequence[QuantizedLayer], state: RunState) -> Unit:
+    """What the block of this name, the last that was done, added to the walk."""
+    inside = f"{name}."
+    sums = {key: value for key, value in state.sums.items() if key.startswith(inside)} if state.gather else {}
+    return Unit(
+        layers,
+        {layer: step for layer, step in state.activations.items() if layer.startswith(inside)},
+        state.records[-1:],
+        {key: scale for key, scale in state.cache_scales.items() if key.startswith(inside)},
+        sums,
+        {key: state.tokens[key] for key in sums},
+        [layer for layer in state.unreached if layer.startswith(inside)],
+        state.numerics.state(),
+    )
+
+
+def _still_finite(name: str, quantized: Stream | None, numerics: NumericsPolicy) -> Stream | None:
+    """The stream through the quantized blocks as long as it is finite: None goes on from full-precision inputs.
+
+    Raises NumericsError where the policy is to fail.
+    """
+    sample = None if quantized is None else first_non_finite(quantized.hidden)
+    if sample is None:
+        return quantized
+    said = f"the blocks quantized up to {name} give NaN or Inf on calibration sample {sample}"
+    if numerics.policy == "fail":
+        raise NumericsError(f"{said}, though not in full precision; use --disable_amp, more bits, or on_nan=rtn")
+    numerics.note(f"{said}: the blocks after it are tuned on full-precision inputs")
+    numerics.diverged = True
+    return None
+
+
+def _stream(state: RunState, captured: CapturedInputs | None) -> Stream | None:
+    if captured is None:
+        return None
+    return Stream.of(captured, state.batch, state.device, state.dtype)
+
+
+def _quantize_block(
+    index: int, name: str, block: torch.nn.Module, tasks: list[LayerTask], state: RunState,
+    full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype, experts: ExpertStreamer | None,
+) -> BlockResult:  # fmt: skip
+    """Run the block in full precision where the algorithm wants it, then decide its layers."""
+    if full is None and state.numerics.lost is not None:
+        reason = f"no finite calibration data since block {state.numerics.lost}"
+        return state.numerics.without_data(name, tasks, reason, state.outputs, state.rtn_fallback)
+    inputs = targets = None
+    inner = {task.name: task.name.removeprefix(f"{name}.") for task in tasks}
+    extremes = MinMaxObserver()
+    quantizer = state.quantizer
+    if full is not None:
+        inputs = full.hidden
+        weighs = state.quantizer.needs_importance and state.importance is None
+        wanted = list(inner.values()) if weighs or state.gather else []
+        recording: AbstractContextManager[None] = nullcontext()
+        if experts is not None and state.buffers is not None:
+            quantizer = _per_expert_tuner(state, experts, full, weighs)
+            recording = quantizer.recording()
+        paired = [inner[task.name] for task in tasks if weighs and quantizer.needs_hessian(task)]
+        fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
+        cache = state.cache
+        attentions = cache.attentions(block) if cache is not None else []
+        with (
+            streaming_experts(experts),
+            recording,
+            observe_second_moments(block, wanted) as moments,
+            observe_hessians(block, paired, -(-full.hidden.shape[0] // full.batch)) as input_hessians,
+            observe_min_max(block, fixed) as extremes,
+            observe_kv_cache(attentions, cache is not None and cache.queries) as cached,
+        ):
+            # What the block was fed is needed again only where it is tuned on that.
+            in_place = quantized is not None or not state.quantizer.needs_targets
+            targets = full.after(
+                index, block, state.device, state.dtype, (moments, input_hessians, extremes, cached), in_place
+            )
+        full.advance_to(targets)
+        check_activations(name, targets)
+        if state.journal is not None:
+            state.journal.keep("full", targets)
+        if cache is not None:
+            state.cache_scales |= cache.scales(name, cached)
+        moments.check()
+        state.unreached += [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
+        for layer in tasks:
+            layer.importance = moments.get(inner[layer.name])
+            layer.input_hessians = input_hessians.of(inner[layer.name])
+        state.sums |= {f"{name}.{layer}": total.cpu() for layer, total in moments.items()}
+        state.tokens |= {f"{name}.{layer}": count for layer, count in moments.tokens.items()}
+        share_input_ranges(extremes, fixed)
+    if state.importance is not None:
+        for layer in tasks:
+            given = state.importance.get(layer.name)
+            layer.importance = None if given is None else given.to(state.device)
+    share_global_scales([layer for layer in tasks if not layer.weight.is_meta])
+    for layer in tasks:
+        layer.activation = activation_of(layer.scheme, inner[layer.name], extremes, model_dtype)
+    if not tasks:
+        return BlockResult()
+    run = (quantized or full).runner(index, block) if full is not None else _no_data
+    task = BlockTask(name, block, tasks, run, state.dtype, state.seed + index)
+    free_cast_copies(tasks)
+    state.freed.trim_if_grown()
+    if full is not None and state.quantizer.needs_targets:
+        _give_samples(task, full, quantized, inputs, targets)
+        mask = full.captured.loss_mask
+        task.loss_mask = None if bool(mask.all()) else mask
+    del inputs, targets  # the task has them, and may move them
+    if experts is not None and state.buffers is None:
+        quantizer = LazyExpertQuantizer(quantizer, experts)
+    return quantizer.quantize_block(task)
+
+
+def _per_expert_tuner(state: RunState, experts: ExpertStreamer, full: Stream, weighs: bool) -> PerExpertTuner:
+    """How a block is tuned whose experts are read one at a time."""
+    assert state.buffers is not None and isinstance(state.quantizer, SignRoundQuantizer)
+    return PerExpertTuner(
+        state.quantizer, state.buffers, experts, full.captured, full.hidden, full.batch, weighs,
+        partial(_count, state.numerics), state.freed.trim_if_grown,
+    )  # fmt: skip
+
+
+def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any, targets: Any) -> None:
+    """Hand over what the block is tuned on, and the way to get it off the device."""
+    task.inputs, task.targets = inputs if quantized is None else quantized.hidden, targets
+
+    def offload(task: BlockTask) -> bool:
+        moved = full.offload()
+        if moved:
+            task.targets = full.hidden
+            task.inputs = quantized.hidden if quantized is not None else inputs.cpu()
+        return moved
+
+    task.offload = offload  # it does not hold the task, which would keep the block's weights in memory
+
+
+def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+    raise LookupError("this quantizer has no calibration data to run")
+
+
+def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
+    """A loaded linear layer as a task. Weight and bias are the source's own tensors, in its dtype."""
+    module = source.model.get_submodule(plan.name)
+    bias = getattr(module, "bias", None)
+    return LayerTask(
+        plan.name, module, weight_2d(module).detach(), plan.scheme,
+        bias=None if bias is None else bias.detach(), transposed=plan.transposed, ggml=plan.ggml,
+    )  # fmt: skip
+
+
+def _install_all(tasks: Sequence[LayerTask], result: BlockResult, numerics: NumericsPolicy) -> list[LayerTask]:
+    """Put dequantized weights in place, and those of layers that stay back. Returns the tasks that were done."""
+    if isinstance(result.layers, StoredLayers):  # done when the experts were
+        return list(tasks)
+    layers = result.layers.held.values() if isinstance(result.layers, LayersPerExpert) else result.layers
+    by_name = {layer.name: layer for layer in layers}
+    for task in tasks:
+        if task.name in by_name:
+            _count(numerics, task, by_name[task.name])
+            install_dequantized(task, by_name[task.name])
+        elif not task.weight.is_meta:  # of an expert that is not in memory
+            restore_weight(task)
+    return [task for task in tasks if task.name in by_name or task.weight.is_meta]
+
+
+def _count(numerics: NumericsPolicy, task: LayerTask, layer: QuantizedLayer) -> None:
+    numerics.count(task, clamped_scales(task, layer))
+
+
+def _write_unit(job: Job, source: ModelSource, block: str, unit: Unit, outputs: Sequence[OutputWriter]) -> None:
+    names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
+    replaced = {f"{layer}.{leaf}" for layer in layer_names(unit.layers) for leaf in ("weight", "bias")}
+    tied = source.tied()
+    rest = [n for n in names if n not in replaced and n not in tied]
+    for output in outputs:
+        for layer in unit.layers:
+            output.layer(layer)
+        output.tensors(rest, source)
+        output.scales(unit.scales)

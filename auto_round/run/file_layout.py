@@ -1,0 +1,427 @@
+"""Map model tensors to the tensors of the output files: names, shapes, stacked experts, reversed conversions."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from auto_round.errors import UnsupportedError
+from auto_round.formats.base import ModelRules, OutputFormat, TensorSpecs
+from auto_round.modeling.conversions import Origin, conversions_of, run_converter
+from auto_round.modeling.expert_layouts import ExpertPiece
+from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.modeling.source import ModelSource
+from auto_round.modeling.tensor_map import TensorPlan
+from auto_round.run.plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class FusedTarget:
+    """Where one tensor goes.
+
+    Attributes:
+        name: of the tensor in the file that it becomes, or is a part of.
+        shape: of that tensor.
+        parts: tensors that it is made of.
+        piece: the place in it; None when the tensor is only written under another name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: int
+    piece: ExpertPiece | None
+
+    @property
+    def slot_shape(self) -> tuple[int, ...]:
+        """Shape of one expert's place in it."""
+        rows = 0 if self.piece is None else self.piece.rows
+        return (rows, *self.shape[1:]) if rows else self.shape[1:]
+
+
+@dataclass(frozen=True)
+class Reversal:
+    """Model tensors from which those of the checkpoint are made again, by the inverse of the conversion that read them.
+
+    Attributes:
+        origin: what the checkpoint holds.
+        needed: names of the whole model tensors, experts stacked.
+        stored: shape by checkpoint name.
+    """
+
+    origin: Origin
+    needed: tuple[str, ...]
+    stored: Mapping[str, tuple[int, ...]]
+
+    def run(self, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors, from the model's."""
+        return reverse_conversion(self.origin, tensors, model)
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """The files of one format.
+
+    Attributes:
+        tensors: shape and dtype of every tensor by its name in the files, static scales of the cache left out.
+        targets: by a tensor's name in the model, where it goes; a tensor without an entry keeps its name.
+        reversals: by a whole model tensor's name, the conversion that it takes part in.
+        copies: by a tensor's name in the model, the checkpoint tensors that are copied in its place.
+        spare: checkpoint tensors that are copied although no module reads them.
+    """
+
+    tensors: TensorSpecs
+    targets: Mapping[str, FusedTarget] = field(default_factory=dict)
+    reversals: Mapping[str, Reversal] = field(default_factory=dict)
+    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    spare: tuple[str, ...] = ()
+
+    def stored_names(self, tensor: str) -> tuple[str, ...]:
+        """Names in the files of what a model tensor becomes or is a part of."""
+        if tensor in self.copies:
+            return self.copies[tensor]
+        target = self.targets.get(tensor)
+        whole = tensor if target is None else target.name
+        reversal = self.reversals.get(whole)
+        return (whole,) if reversal is None else tuple(reversal.stored)
+
+
+def plan_files(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource) -> FileLayout:
+    """The layout of a format's files.
+
+    Raises UnsupportedError when tensors that the format stacks differ in shape or dtype, or the names of a layer's
+    tensors make Transformers join them.
+    """
+    specs = separate_tensors(fmt, layers, source)
+    if not fmt.checkpoint_names:
+        return _own_names(fmt.rules(str(getattr(source.config, "model_type", ""))), specs, source)
+    return _Planner(fmt, layers, source, specs).layout()
+
+
+def separate_tensors(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource) -> TensorSpecs:
+    """Name in the model, shape and dtype of everything that is written, before tensors are renamed or joined."""
+    specs: TensorSpecs = {}
+    replaced: set[str] = set()
+    for name, plan in layers.items():
+        if plan.scheme.quantizes_weights:
+            specs |= fmt.tensor_specs(
+                name, plan.scheme, plan.in_features, plan.out_features, bias_dtype=plan.bias_dtype,
+                model_dtype=source.dtype, transposed=plan.transposed,
+            )  # fmt: skip
+            replaced |= {f"{name}.weight", f"{name}.bias"}
+    tied = source.tied()
+    for tensor in source.tensor_names():
+        # Where the tensor that another is tied to was quantized, the other holds the original.
+        if tensor not in replaced and (tensor not in tied or tied[tensor] in replaced):
+            specs[tensor] = source.unquantized_meta(tensor)
+    return specs
+
+
+class _Planner:
+    """Lays out the files of a format that keeps the checkpoint's names."""
+
+    def __init__(
+        self, fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource, specs: TensorSpecs
+    ) -> None:
+        self.fmt, self.source, self.specs = fmt, source, specs
+        self.names = source.checkpoint_naming()
+        self.tied = {name for pair in source.tied().items() for name in pair}
+        self.quantized = {name for name, plan in layers.items() if plan.scheme.quantizes_weights}
+        self.split: set[str] = set()
+        self.tensors: TensorSpecs = {}
+        self.targets: dict[str, FusedTarget] = {}
+        self.reversals: dict[str, Reversal] = {}
+        self.copies: dict[str, tuple[str, ...]] = {}
+
+    def layout(self) -> FileLayout:
+        dense: dict[Origin, dict[str, TensorPlan]] = {}
+        packed: dict[str, list[str]] = defaultdict(list)
+        for name in self.specs:
+            owner, _, leaf = name.rpartition(".")
+            plan = self._plan_of(name)
+            if (
+                owner in self.quantized
+                and not self.fmt.casts_to_model_dtype
+                and not (leaf == "bias" and _is_stored(plan))
+            ):
+                packed[owner].append(leaf)
+            elif plan is None:  # a buffer that the checkpoint leaves at its initial value
+                self._rename(name, f"{self.names.module(owner)}.{leaf}" if owner else leaf)
+            else:
+                dense.setdefault(plan.origin, {})[name] = plan
+        for owner, leaves in packed.items():
+            stored = self._packed_name(owner, leaves)
+            for leaf in leaves:
+                self._rename(f"{owner}.{leaf}", f"{stored}.{leaf}")
+        self.split = {found for owner in packed if (found := self.names.experts_of(owner)) is not None}
+        members = self._members()
+        for origin, plans in dense.items():
+            self._dense(origin, plans, members[origin])
+        spare = self._spare() if self.source.lazy else ()
+        self.tensors |= {key: self.source.stored_meta(key) for key in spare}
+        return FileLayout(self.tensors, self.targets, self.reversals, self.copies, spare)
+
+    def _plan_of(self, name: str) -> TensorPlan | None:
+        """The checkpoint's own copy of a tensor; None where it has none, or where only one of two tied tensors is there
+        and one of them is quantized: they part, and each has its own name."""
+        plan = self.source.own_plan(name)
+        if plan is None or name not in self.tied or plan.origin.name == name:
+            return plan
+        owners = {tensor.rpartition(".")[0] for tensor in (name, plan.origin.name)}
+        return None if owners & self.quantized else plan
+
+    def _packed_name(self, layer: str, leaves: list[str]) -> str:
+        if self.fmt.rejects_fused_layers and self.names.joined(layer, leaves):
+            raise UnsupportedError(
+                f"format {self.fmt.name!r} cannot hold this model in this scheme: Transformers joins the experts of "
+                f"{self.source.config.model_type} where their tensors are called weight, as those of {layer} would be; "
+                "use format llm_compressor, auto_round:llm_compressor or fake"
+            )
+        return self.names.packed_layer(layer, leaves, loadable_here=self.fmt.loadable_here)
+
+    def _members(self) -> dict[Origin, set[str]]:
+        """Names of all model tensors by what they are read from."""
+        found: dict[Origin, set[str]] = defaultdict(set)
+        tied = self.source.tied()
+        for name in self.source.tensor_names():
+            plan = self.source.tensor_plan(name)
+            if plan is not None and name not in tied:
+                found[plan.origin].add(name)
+        return found
+
+    def _dense(self, origin: Origin, plans: Mapping[str, TensorPlan], members: set[str]) -> None:
+        """Lay out dense tensors that come from one origin, some of them made anew perhaps."""
+        loose = {n for n in plans if self._joined_with_packed(n, origin)}
+        if loose:
+            for name in plans:
+                self._rename(name, self.names.loose(name))
+            return
+        made = {n for n in plans if n.endswith(".weight") and n.rpartition(".")[0] in self.quantized}
+        if not made and self.source.lazy and members <= plans.keys():
+            self.copies |= dict.fromkeys(plans, origin.stored)
+            self.tensors |= {key: self.source.stored_meta(key) for key in origin.stored}
+            return
+        whole = members <= plans.keys()
+        for name, plan in plans.items():
+            if plan.key is not None:
+                self._rename(name, plan.key)
+            elif not whole:
+                self._rename(name, self.names.loose(name))
+        if whole and any(plan.key is None for plan in plans.values()):
+            self._join(origin, plans)
+
+    def _joined_with_packed(self, name: str, origin: Origin) -> bool:
+        """Whether Transformers would join a dense expert's tensor, under the checkpoint's name, with those of experts
+        that are packed."""
+        split = self.fmt.loadable_here and self.names.experts_of(name) in self.split
+        return split and not self.names.loads(origin.stored[0], name)
+
+    def _join(self, origin: Origin, plans: Mapping[str, TensorPlan]) -> None:
+        """Stack experts again, and undo a conversion."""
+        shapes, pieces = self._fused(plans)
+        parts = Counter(fused for fused, _ in pieces.values())
+        for name, (fused, piece) in pieces.items():
+            self.targets[name] = FusedTarget(fused, shapes[fused], parts[fused], piece)
+        dtype = self.source.dtype
+        if origin.converter is None:
+            (key,) = origin.stored
+            for name, target in [(n, self.targets[n]) for n in pieces]:
+                self.targets[name] = FusedTarget(key, target.shape, target.parts, target.piece)
+            self.tensors[key] = (next(iter(shapes.values())), dtype)
+            return
+        stored = _reversed_shapes(origin, shapes, self.source.model)
+        if stored is None:  # a conversion without an inverse: the modules' own names, which Transformers reads too
+            self.tensors |= {name: (shape, dtype) for name, shape in shapes.items()}
+            return
+        self.reversals |= dict.fromkeys(shapes, Reversal(origin, tuple(shapes), stored))
+        self.tensors |= {name: (shape, dtype) for name, shape in stored.items()}
+
+    def _fused(
+        self, plans: Mapping[str, TensorPlan]
+    ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, ExpertPiece]]]:
+        """Shapes of the whole model tensors, and where the experts' tensors among `plans` lie in them."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        pieces: dict[str, tuple[str, ExpertPiece]] = {}
+        for name, plan in plans.items():
+            if plan.piece is None:
+                shapes[name] = self.specs[name][0]
+                continue
+            experts = self.source.model.get_submodule(plan.name.removesuffix(f".{plan.piece.param}"))
+            assert isinstance(experts, LinearExperts)
+            shapes[plan.name] = experts.fused_shapes()[plan.piece.param]
+            pieces[name] = (plan.name, plan.piece)
+        return shapes, pieces
+
+    def _rename(self, name: str, stored: str) -> None:
+        self.tensors[stored] = self.specs[name]
+        if stored != name:
+            self.targets[name] = FusedTarget(stored, self.specs[name][0], 1, None)
+
+    def _spare(self) -> tuple[str, ...]:
+        """Tensors that no module reads; a tied copy only where it was not quantized."""
+        plans = (self.source.own_plan(f"{layer}.weight") for layer in self.quantized)
+        gone = {key for plan in plans if plan is not None for key in plan.origin.stored}
+        return tuple(key for key in self.source.spare() if key not in gone and key not in self.tensors)
+
+
+def _is_stored(plan: TensorPlan | None) -> bool:
+    return plan is not None and plan.key is not None
+
+
+def _reversed_shapes(
+    origin: Origin, shapes: Mapping[str, tuple[int, ...]], model: nn.Module
+) -> dict[str, tuple[int, ...]] | None:
+    """Shapes by checkpoint name of what the inverse conversion makes; None where it does not give the checkpoint's own
+    tensors."""
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        made = reverse_conversion(origin, empty, model)
+    except Exception:  # third-party operations without an inverse, or one that needs data
+        return None
+    return {k: tuple(v.shape) for k, v in made.items()} if set(made) == set(origin.stored) else None
+
+
+def reverse_conversion(
+    origin: Origin, tensors: Mapping[str, torch.Tensor], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors of an origin from the model's, experts stacked; the inverse of `read_origin`."""
+    inverse = origin.converter.reverse_transform()
+    renamed = {name: inverse.rename_source_key(name) for name in tensors}
+    first = next(iter(renamed.values()))[0]
+    parts = [(name, str(renamed[name][1]), tensor) for name, tensor in tensors.items()]
+    made = run_converter(inverse, first, parts, model)
+    names = conversions_of(model, legacy=False).inverse()
+    return {names.renamed(name): tensor for name, tensor in made.items()}
+
+
+def _own_names(rules: ModelRules, specs: TensorSpecs, source: ModelSource) -> FileLayout:
+    """The layout of a format that names tensors by rules of its own."""
+    if rules.renames_tensors:
+        targets = stacked_targets(specs, rules)
+    else:
+        dense = {name for name, (_, dtype) in specs.items() if dtype.is_floating_point and dtype.itemsize > 1}
+        targets = _fused_targets(source.model, dense)
+    tensors: TensorSpecs = {}
+    for name, (shape, dtype) in specs.items():
+        target = targets.get(name)
+        tensors[name if target is None else target.name] = (shape if target is None else target.shape, dtype)
+    return FileLayout(tensors, targets)
+
+
+def _fused_targets(model: nn.Module, written: Iterable[str]) -> dict[str, FusedTarget]:
+    """Targets of the experts' tensors, for every experts module of `model` all of whose tensors are `written` dense."""
+    found = set(written)
+    targets: dict[str, FusedTarget] = {}
+    for prefix, experts in model.named_modules():
+        if not isinstance(experts, LinearExperts):
+            continue
+        pieces = experts.pieces()
+        if not all(f"{prefix}.{leaf}" in found for leaf in pieces):
+            continue
+        shapes = experts.fused_shapes()
+        parts = Counter(piece.param for piece in pieces.values())
+        for leaf, piece in pieces.items():
+            fused, shape = f"{prefix}.{piece.param}", shapes[piece.param]
+            targets[f"{prefix}.{leaf}"] = FusedTarget(fused, shape, parts[piece.param], piece)
+    return targets
+
+
+def stacked_targets(specs: TensorSpecs, rules: ModelRules) -> dict[str, FusedTarget]:
+    """Targets by tensor name of everything that `rules` stack or rename.
+
+    Raises UnsupportedError when tensors that are to be stacked differ in shape or dtype, or some are missing: the
+    experts of a block were given different schemes.
+    """
+    moved: dict[str, FusedTarget] = {}
+    stacks: dict[str, dict[int, str]] = defaultdict(dict)
+    sizes: dict[str, int] = defaultdict(int)
+    for tensor, (shape, _) in specs.items():
+        name, index = rules.stored_as(tensor)
+        if index is not None:
+            stacks[name][index] = tensor
+            module = name.rpartition(".")[0].rpartition(".")[0]
+            sizes[module] = max(sizes[module], index + 1)
+        elif name != tensor:
+            moved[tensor] = FusedTarget(name, shape, 1, None)
+    for name, parts in stacks.items():
+        count = sizes[name.rpartition(".")[0].rpartition(".")[0]]
+        kinds = {specs[tensor] for tensor in parts.values()}
+        if len(parts) != count or len(kinds) != 1:
+            raise UnsupportedError(
+                f"the format stacks the {count} experts of a block in {name}, but they have different schemes; give "
+                "all experts of a block the same bits, group size and symmetry for each projection"
+            )
+        shape = (count, *next(iter(kinds))[0])
+        for index, tensor in parts.items():
+            moved[tensor] = FusedTarget(name, shape, count, ExpertPiece(name, index, "all", False, False))
+    return moved
+
+
+# Tensors that are not written as they come: experts stacked again, conversions undone, names of the files.
+
+
+def read_model_tensors(files: TensorFiles, names: Collection[str], layout: FileLayout) -> dict[str, torch.Tensor]:
+    """Tensors by their names in the model, out of files where some are stacked or renamed."""
+    found = {}
+    for name in names:
+        target = layout.targets.get(name)
+        piece = None if target is None else target.piece
+        (stored,) = layout.stored_names(name)
+        if piece is not None and piece.rows:  # experts below each other in one matrix
+            found[name] = piece.slot(files.read(stored))
+        else:
+            found[name] = files.read(stored, None if piece is None else piece.expert)
+    return found
+
+
+class TensorAssembler:
+    """Collects tensors until what they are written as is whole.
+
+    Args:
+        layout: of the files.
+        model: the model, whose configuration some conversions ask.
+    """
+
+    def __init__(self, layout: FileLayout, model: nn.Module) -> None:
+        self.layout, self._model = layout, model
+        self._open: dict[str, tuple[torch.Tensor, int]] = {}
+        self._whole: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name in the file and tensor of everything that can be written now that `tensor` is there."""
+        target = self.layout.targets.get(name)
+        if target is None:
+            yield from self._finish(name, tensor)
+        elif target.piece is None:
+            yield from self._finish(target.name, tensor)
+        else:
+            whole = self._paste(target, tensor)
+            if whole is not None:
+                yield from self._finish(target.name, whole)
+
+    def _paste(self, target: FusedTarget, tensor: torch.Tensor) -> torch.Tensor | None:
+        whole, missing = self._open.pop(target.name, (None, target.parts))
+        if whole is None:
+            spec = self.layout.tensors.get(target.name)
+            whole = torch.empty(target.shape, dtype=tensor.dtype if spec is None else spec[1])
+        assert target.piece is not None
+        target.piece.paste(target.piece.slot(whole), tensor)
+        if missing == 1:
+            return whole
+        self._open[target.name] = (whole, missing - 1)
+        return None
+
+    def _finish(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        reversal = self.layout.reversals.get(name)
+        if reversal is None:
+            yield name, tensor
+            return
+        self._whole[name] = tensor
+        if all(needed in self._whole for needed in reversal.needed):
+            parts = {needed: self._whole.pop(needed) for needed in reversal.needed}
+            for stored, made in reversal.run(parts, self._model).items():
+                yield stored, made.contiguous()

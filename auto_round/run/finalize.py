@@ -1,0 +1,298 @@
+"""Finish an output folder: config, tokenizer, model card and report; verify it, then publish it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from auto_round import envs
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.errors import VerifyError
+from auto_round.formats.base import OutputFormat
+from auto_round.logger import logger
+from auto_round.modeling.config import causal_class, source_config, untied, with_both_rope_spellings, with_dtype
+from auto_round.modeling.files.folder import copy_side_files
+from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.modeling.meta_model import MetaModel
+from auto_round.modeling.source import ModelSource
+from auto_round.output.staging import LOCK, Staging
+from auto_round.output.verify import check_tokenizer
+from auto_round.output.writer import file_sha256, write_json, write_text
+from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
+from auto_round.report.model_card import ModelCard, display_name, write_model_card
+from auto_round.report.run_report import FILE_NAME as REPORT
+from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, plain, redact_paths, write_report
+from auto_round.run.blocks import RunState
+from auto_round.run.experts import streams_experts
+from auto_round.run.file_layout import FileLayout, read_model_tensors
+from auto_round.run.numerics import NumericsPolicy
+from auto_round.run.plan import Job, LayerPlan
+from auto_round.run.planner import with_cache_scales
+from auto_round.run.reopen import Expected, verify_folder
+from auto_round.run.resume import RunJournal
+from auto_round.run.settings import Settings
+from auto_round.run.writers import FolderWriter
+
+if TYPE_CHECKING:
+    from auto_round.run.gguf_output import GgufFileWriter
+
+
+@dataclass
+class RunResult:
+    """What a walk left behind: layers kept in memory (if any), the records, and the probe's loss."""
+
+    state: RunState
+    non_block: list[QuantizedLayer]
+    loss: float | None
+    smoke_sample: list[dict[str, torch.Tensor]] | None
+    data: str | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputContext:
+    """What the folders of one walk have in common."""
+
+    source: ModelSource
+    settings: Settings
+    tokenizer: Any
+    job: Job
+    finished: RunResult
+    made_from: Mapping[str, str] | None = None
+
+
+def finalize(
+    made: OutputContext,
+    output: FolderWriter | GgufFileWriter,
+    stage: Staging,
+    journal: RunJournal | None,
+    stale: Iterable[str] = (),
+) -> None:
+    """Complete one folder, check it, and only then show it, in the place of the `stale` files of an earlier run.
+
+    Raises VerifyError when it is not what was meant; what was written is kept for a look.
+    """
+    try:
+        verified = _complete_folder(made, output) if isinstance(output, FolderWriter) else _complete_file(made, output)
+        finished = made.finished
+        write_records(
+            output.folder,
+            made.job,
+            made.settings,
+            output.format,
+            finished.state.records,
+            finished.seconds,
+            output.digests(),
+            verified,
+            finished.data,
+            finished.state.unreached,
+            finished.state.numerics,
+            made.made_from,
+        )
+    except VerifyError:
+        stage.keep = True
+        raise
+    files = stage.sync_and_hash(output.digests())
+    if journal is not None:
+        journal.complete(output.format.name, files)
+    stage.publish(files, stale)
+    logger.info("saved %s", stage.folder)
+
+
+def _complete_folder(made: OutputContext, output: FolderWriter) -> Mapping[str, Any] | None:
+    """The files beside the weights, and the check, if it is wanted."""
+    folder, fmt, source, settings = output.folder, output.format, made.source, made.settings
+    job, finished = made.job, made.finished
+    write_side_files(folder, source, made.tokenizer, settings.trust_remote_code)
+    write_config(folder, source, job, fmt, settings.trust_remote_code)
+    if not settings.verify:
+        return None
+    started = time.monotonic()
+    expected = Expected(
+        with_cache_scales(output.layout.tensors, fmt, job.cache), output.expected, output.dense, finished.smoke_sample,
+        finished.loss if fmt.stores_activation_scheme or not finished.state.activations else None,
+        settings.device, finished.state.dtype, settings.trust_remote_code,
+        None if fmt.loadable_here else _reader(job, fmt, output.layout), fmt.casts_to_model_dtype, source.checks_finite,
+        config_values(source, job, fmt, settings.trust_remote_code), streams_experts(job), source.bounded,
+    )  # fmt: skip
+    verified = verify_folder(folder, expected)
+    origin = getattr(source, "folder", None)
+    verified["tokenizer"] = check_tokenizer(folder, origin, made.tokenizer, settings.trust_remote_code)
+    finished.seconds["verify"] = time.monotonic() - started
+    loss = "" if verified["loss_reopened"] is None else f", probe loss {verified['loss_reopened']:.4f}"
+    tensors, layers = len(expected.tensors), len(expected.digests)
+    logger.info("verified %s: %d tensors, %d layers%s", folder.parent, tensors, layers, loss)
+    return verified
+
+
+def _complete_file(made: OutputContext, output: GgufFileWriter) -> Mapping[str, Any] | None:
+    """The check of one GGUF file, which holds its tokenizer itself."""
+    if not made.settings.verify:
+        return None
+    from auto_round.run.gguf_output import verify_file
+
+    started = time.monotonic()
+    verified = verify_file(output, made.job, made.source)
+    made.finished.seconds["verify"] = time.monotonic() - started
+    logger.info("verified %s: %d tensors, %d layers", output.path.name, verified["tensors"], verified["layers"])
+    return verified
+
+
+def _reader(job: Job, fmt: OutputFormat, layout: FileLayout) -> Callable[[str, TensorFiles], QuantizedLayer]:
+    def read(name: str, files: TensorFiles) -> QuantizedLayer:
+        plan = job.layers[name]
+        specs = fmt.tensor_specs(name, plan.scheme, plan.in_features, plan.out_features)
+        tensors = read_model_tensors(files, specs, layout)
+        return fmt.unpack_layer(name, plan.scheme, tensors, plan.in_features, plan.out_features)
+
+    return read
+
+
+# The small files beside the weights: config, tokenizer, generation settings, model card, report.
+
+
+def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat, trusted: bool) -> None:
+    """Write what `config_values` gives; config.json in the source's own order."""
+    for name, values in config_values(source, job, fmt, trusted).items():
+        if name == "config.json":
+            write_text(folder, name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        else:
+            write_json(folder, name, values)
+
+
+def config_values(source: ModelSource, job: Job, fmt: OutputFormat, trusted: bool) -> dict[str, Any]:
+    """By file name: config.json with the format's quantization_config, and the same alone in its `config_files`.
+
+    config.json is the source's own with what the run changed, whichever flow it was. `trusted`: its Python files come
+    along.
+    """
+    values = source_config(source.config, getattr(source, "folder", None), trusted)
+    values = with_both_rope_spellings(with_dtype(values, str(source.dtype).removeprefix("torch.")))
+    if values.get("architectures") is None:
+        own = None if isinstance(source.model, MetaModel) else type(source.model).__name__
+        name = own or causal_class(values)
+        values |= {} if name is None else {"architectures": [name]}
+    if any(not name.startswith(tuple(f"{b}." for b in job.blocks)) for name in job.quantized()):
+        values = untied(values)
+    plan = job.export_plan(fmt)
+    quantization = fmt.file_config(plan)
+    found: dict[str, Any] = {} if quantization is None else dict.fromkeys(fmt.config_files, quantization)
+    return {**found, "config.json": fmt.model_config(values, plan)}
+
+
+def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> None:
+    """Everything beside the weights: copied from the source folder, else saved from the objects."""
+    origin = getattr(source, "folder", None)
+    if origin is not None:
+        copy_side_files(Path(origin), folder, trust_remote_code)
+    if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
+        tokenizer.save_pretrained(folder)
+    generation = getattr(source.model, "generation_config", None)
+    if generation is not None and not (folder / "generation_config.json").exists():
+        write_text(folder, "generation_config.json", generation.to_json_string())
+
+
+def layer_records(
+    job: Job, fmt: OutputFormat, unreached: Sequence[str] = (), numerics_policy: NumericsPolicy | None = None
+) -> tuple[LayerRecord, ...]:
+    """Every linear layer of the job and every other matrix in its blocks, for the report.
+
+    `unreached`: layers that no calibration token reached.
+    """
+    plain = {} if numerics_policy is None else numerics_policy.plain
+    records = []
+    without = set(unreached)
+    for name, plan in job.layers.items():
+        bits = stored_bits(plan, fmt) if plan.scheme.quantizes_weights else None
+        reason = "no calibration token reached it: rounded by its weights alone" if name in without else plan.reason
+        if name in plain:
+            reason = f"rounded by its weights alone: {plain[name]}"
+        records.append(LayerRecord(name, plan.description, bits, reason))
+    full = job.scheme.with_overrides({"bits": 16, "act_bits": 16}).describe()
+    records += [LayerRecord(name.removesuffix(".weight"), full, None, reason) for name, reason in job.skipped.items()]
+    return tuple(records)
+
+
+def stored_bits(plan: LayerPlan, fmt: OutputFormat) -> float:
+    """Bits a weight of a quantized layer takes in the format's files, with its share of scales and zero points.
+
+    Format `fake` stores dense weights; the value is what its grid would take with float16 scales.
+    """
+    scheme = plan.scheme
+    if fmt.name == "fake":
+        size = scheme.group_size if isinstance(scheme.group_size, int) and scheme.group_size > 0 else plan.in_features
+        return float(scheme.bits + (16 + scheme.bits) / size)
+    specs = fmt.tensor_specs(plan.name, scheme, plan.in_features, plan.out_features)
+    stored = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    return stored * 8 / (plan.out_features * plan.in_features)
+
+
+def bits_per_weight(job: Job, fmt: OutputFormat) -> float | None:
+    """Average over the quantized layers, scales and zero points included."""
+    total = count = 0.0
+    for plan in job.quantized().values():
+        weights = plan.out_features * plan.in_features
+        total += weights * stored_bits(plan, fmt)
+        count += weights
+    return total / count if count else None
+
+
+def write_records(
+    folder: Path,
+    job: Job,
+    settings: Settings,
+    fmt: OutputFormat,
+    blocks: Sequence[BlockRecord],
+    seconds: Mapping[str, float],
+    files: Mapping[str, str],
+    verify: Mapping[str, Any] | None,
+    data: str | None,
+    unreached: Sequence[str] = (),
+    numerics_policy: NumericsPolicy | None = None,
+    made_from: Mapping[str, str] | None = None,
+) -> None:
+    """README.md and report.json. Neither holds a path of this machine."""
+    given = settings.dataset if isinstance(settings.dataset, str) else ""
+    known = [job.model, job.output_dir or "", str(folder), str(envs.work_space()), *re.split("[,:=]", given)]
+    clean = partial(redact_paths, known=[path for path in known if path])
+    model, data = display_name(job.model), clean(data)
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    exceptions = {n: p.description for n, p in job.layers.items() if p.scheme != job.scheme}
+    shown = {k: v for k, v in job.settings.items() if v is not None and k != "dataset"}
+    if job.stored_as:
+        shown = {"weights of the source": job.stored_as, **shown}
+    card = ModelCard(
+        base_model=model, scheme=f"{job.scheme_name} ({job.scheme.describe()})", format=fmt.name,
+        bits_per_weight=bits_per_weight(job, fmt) if fmt.name != "fake" else None, size_bytes=sum(sizes.values()),
+        settings=clean(plain(shown)), data=data, exceptions=exceptions, files=files,
+    )  # fmt: skip
+    write_model_card(folder, card)
+    others = {*files, LOCK, REPORT, "README.md"}  # the last two are written again when the model is evaluated
+    small = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    small = {name: path for name, path in small.items() if name not in others and not name.startswith(".")}
+    report = RunReport(
+        model=model,
+        format=fmt.name,
+        job=clean(plain(job.to_dict())) | {"model": model, "data": data},
+        layers=tuple(replace(r, reason=clean(r.reason)) for r in layer_records(job, fmt, unreached, numerics_policy)),
+        blocks=tuple(blocks),
+        seconds=seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_vram_bytes=peak_vram_bytes(),
+        files=files,
+        small_files={name: file_sha256(path) for name, path in small.items()},
+        sizes=sizes,
+        verify=clean(verify),
+        numerics=None if numerics_policy is None else clean(plain(numerics_policy.to_dict())),
+        made_from=made_from,
+    )
+    write_report(folder, report)

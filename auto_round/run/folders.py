@@ -1,0 +1,118 @@
+"""Formats and output folders of a run: split formats into runs, name the folders, check and clean them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from auto_round.errors import OutputError
+from auto_round.formats.base import OutputFormat
+from auto_round.logger import logger
+from auto_round.output.folders import PARTIAL, ensure_output_folder, inspect_folder, subfolder_name
+from auto_round.run.gguf import gguf_format
+from auto_round.run.journal import Journal, journal_folder
+from auto_round.run.plan import Job
+from auto_round.run.resume import RunJournal
+from auto_round.run.settings import Settings
+from auto_round.run.unit_state import check_journal_disk
+from auto_round.schemes import normalize_preset_name
+
+GGUF = "gguf:"
+_DEFAULT_SCHEME = "W4A16"
+
+
+def default_format(settings: Settings) -> str:
+    """The format of a run that names none: the file type of a GGUF scheme, else auto_round."""
+    name = settings.scheme_name.lower()
+    return name if name.startswith(GGUF) else "auto_round"
+
+
+def split_runs(
+    settings: Settings, formats: Sequence[OutputFormat], quiet: bool = False
+) -> list[tuple[Settings, list[OutputFormat]]]:
+    """(settings, formats) of each run, one with several formats first.
+
+    A GGUF format brings its scheme, which is said unless `quiet`. Format `fake` beside GGUF formats alone is the fake
+    of the first of them.
+    """
+    files = [fmt for fmt in formats if gguf_format([fmt])]
+    others = [fmt for fmt in formats if fmt not in files]
+    if not files:
+        return [(settings, others)]
+    runs = [(settings_for_gguf(settings, fmt, quiet), [fmt]) for fmt in files]
+    if [fmt.name for fmt in others] == ["fake"]:
+        runs[0][1].append(others[0])
+    elif others:
+        runs.insert(0, (settings, others))
+    return runs
+
+
+def settings_for_gguf(settings: Settings, fmt: Any, quiet: bool = False) -> Settings:
+    """The settings with the scheme of a GGUF format."""
+    name = f"GGUF:{fmt.preset}"
+    if not quiet and settings.scheme_name not in (name, _DEFAULT_SCHEME):
+        logger.warning("format %s has types of its own: scheme %s is not used for it", fmt.name, settings.scheme_name)
+    return replace(settings, scheme=fmt.scheme, scheme_name=normalize_preset_name(name), mixed=None)
+
+
+def folder_name(fmt: OutputFormat) -> str:
+    """The subfolder of a format, where there are several."""
+    return subfolder_name(fmt.name)
+
+
+# The folders of a run: one for each format, what may lie in them, and what an earlier run left there.
+
+
+def format_folders(root: Path, formats: Sequence[OutputFormat]) -> list[Path]:
+    """Where each format goes: the output folder itself, or, of several, a subfolder each."""
+    return [root] if len(formats) == 1 else [root / folder_name(fmt) for fmt in formats]
+
+
+def output_bytes(job: Job) -> int:
+    """What the output takes, with the small files. What it replaces stays until all of it is there, so nothing is taken
+    off for that."""
+    return int(sum(job.bytes_on_disk.values()) * 1.02) + (1 << 20)
+
+
+def check_folders(
+    job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: RunJournal | None,
+    siblings: Sequence[str],
+) -> None:  # fmt: skip
+    """Raise OutputError when the folders hold something that no run of ours wrote, or the journal finds no room.
+
+    Args:
+        siblings: subfolders of other runs that are part of the same command.
+    """
+    if journal is not None:
+        before = journal.journal
+        left = max(0, job.journal_bytes - before.nbytes())
+        check_journal_disk(before.folder, root, left, output_bytes(job))
+    else:
+        before = Journal(journal_folder(root))
+        with suppress(OutputError):
+            before.load()
+    folders = format_folders(root, formats)
+    beside = {PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
+    for fmt, folder in zip(formats, folders, strict=True):
+        ours = {name.split("/")[0] for name in before.done.get(fmt.name, ())}
+        if journal is None and not (folder / PARTIAL).is_dir():
+            ours = set()  # complete: judged by its report
+        ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(beside if folder == root else ())})
+    ensure_output_folder(root, overwrite or len(formats) == 1, beside)
+
+
+def stale_files(
+    root: Path, folders: Collection[Path], siblings: Collection[str] = ()
+) -> Mapping[Path, tuple[str, ...]]:
+    """What an earlier run wrote into each of these folders, by folder, and into the rest of `root`, under `root`.
+
+    Args:
+        siblings: subfolders of other runs that are part of the same command, which are left alone.
+    """
+    found: dict[Path, tuple[str, ...]] = {folder: inspect_folder(folder).files for folder in folders if folder != root}
+    left_alone = {*siblings, *(folder.name for folder in folders if folder != root)}
+    found[root] = tuple(name for name in inspect_folder(root).files if name.split("/")[0] not in left_alone)
+    return found

@@ -1,0 +1,237 @@
+"""GGUF settings of a run: the ggml type of each layer, and reading and writing importance matrices (imatrix)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from auto_round.calibration.imatrix import read_imatrix, write_imatrix
+from auto_round.codecs.ggml.types import ggml_type_of
+from auto_round.errors import ConfigError, DataError
+from auto_round.formats.base import OutputFormat
+from auto_round.gguf.plan import GgufPlan
+from auto_round.layer_config import LayerConfig, matching_layers, scheme_from_entry
+from auto_round.logger import logger
+from auto_round.modeling.blocks import is_conv1d
+from auto_round.modeling.source import ModelSource
+from auto_round.run.plan import Job, LayerPlan
+from auto_round.schemes import QuantizationScheme
+
+if TYPE_CHECKING:
+    from auto_round.gguf.plan import GgufPlan
+
+
+_NO_BYTES = "its tensor is rearranged in the file: quantized when it is written"
+_DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def gguf_format(formats: Sequence[OutputFormat]) -> Any | None:
+    """The GGUF format among them (a `GgufFormat`), or None. A run has at most one: another is a run of its own."""
+    return next((fmt for fmt in formats if fmt.name.startswith("gguf:")), None)
+
+
+def plan_gguf_file(fmt: Any, source: ModelSource, tokenizer: Any, with_importance: bool) -> GgufPlan:
+    """The file, by the rules of its type alone.
+
+    Raises:
+        UnsupportedError: a family, tensor or tokenizer that the conversion does not know.
+    """
+    from auto_round.gguf.conversion import conversion_for
+    from auto_round.gguf.plan import plan_file, with_file_metadata
+
+    tied = source.tied()
+    shapes = {name: tuple(source.tensor_meta(name)[0]) for name in source.tensor_names() if name not in tied}
+    for name, module in source.model.named_modules():
+        if is_conv1d(module):
+            shapes[f"{name}.weight"] = shapes[f"{name}.weight"][::-1]
+    plan = plan_file(fmt.file_type, conversion_for(source.config, shapes), with_importance, tied)
+    folder = getattr(source, "folder", None)
+    return with_file_metadata(plan, tokenizer, source.config, folder, source.name_or_path)
+
+
+def weight_name(source: ModelSource, layer: str) -> str:
+    """The stored tensor of a layer's weight: that of the embedding, for a head that shares it."""
+    name = f"{layer}.weight"
+    return source.tied().get(name, name)
+
+
+def file_type_schemes(
+    plan: GgufPlan, source: ModelSource, layers: Iterable[str], default: QuantizationScheme
+) -> dict[str, QuantizationScheme]:
+    """The scheme of every layer by the file type's rules."""
+    from auto_round.formats.no_config import scheme_of_type
+
+    found = {}
+    for layer in layers:
+        kind = plan.type_of(weight_name(source, layer))
+        found[layer] = scheme_of_type(kind or "F16", default)
+    return found
+
+
+def resolve_bits(
+    schemes: Mapping[str, QuantizationScheme], own: Mapping[str, QuantizationScheme], widths: Mapping[str, int]
+) -> tuple[dict[str, QuantizationScheme], list[str]]:
+    """Exceptions that say `bits` alone as the GGUF type of that many bits, and types that do not divide a layer's rows
+    (`widths`) as the ones llama.cpp takes then. Also notes on the latter, for the user.
+
+    Raises:
+        ConfigError: bits that no type has.
+    """
+    from auto_round.formats.no_config import TYPE_OF_BITS, scheme_of_type
+    from auto_round.gguf.file_types import fallback_type
+
+    result, notes = dict(schemes), []
+    for name, scheme in schemes.items():
+        kind = ggml_type_of(scheme) if scheme.quantizes_weights else None
+        if kind is not None:
+            fitting = fallback_type(kind.name, widths[name])
+            if fitting != kind.name:
+                result[name] = scheme_of_type(fitting, scheme)
+                notes.append(f"{name} is {fitting} instead of {kind.name}: rows of {widths[name]} do not divide")
+        if kind is not None or not scheme.quantizes_weights:
+            continue
+        base = own.get(name, scheme)
+        if scheme == base.with_overrides({"bits": scheme.bits}):
+            if scheme.bits not in TYPE_OF_BITS:
+                known = ", ".join(map(str, TYPE_OF_BITS))
+                raise ConfigError(f"layer {name}: no GGUF type has {scheme.bits} bits; use one of {known}")
+            result[name] = scheme_of_type(fallback_type(TYPE_OF_BITS[scheme.bits], widths[name]), scheme)
+    return result, notes
+
+
+def with_embedding_types(
+    plan: GgufPlan, source: ModelSource, layer_config: LayerConfig, layers: Sequence[str], default: QuantizationScheme
+) -> tuple[GgufPlan, set[str]]:
+    """The file with the types that a layer configuration gives to embeddings, and the names in it that mean them.
+
+    `bits` alone decide, or a scheme that is one of ggml's types. A name that also means one of `layers`, the linear
+    ones, is theirs.
+
+    Raises:
+        ConfigError: bits that no type has.
+    """
+    from auto_round.formats.no_config import TYPE_OF_BITS
+    from auto_round.gguf.file_types import fallback_type
+
+    embeddings = [name for name, module in source.model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    wanted: dict[str, str] = {}
+    meant: set[str] = set()
+    for pattern, entry in layer_config.items():
+        found = [] if matching_layers(pattern, layers) else matching_layers(pattern, embeddings)
+        for name in found:
+            meant.add(pattern)
+            stored = weight_name(source, name)
+            scheme = scheme_from_entry(pattern, entry, default)
+            kind = ggml_type_of(scheme)
+            shape, dtype = source.tensor_meta(stored)
+            if not scheme.quantizes_weights:
+                wanted[stored] = _DENSE.get(dtype, "F32")
+            elif kind is None and scheme.bits not in TYPE_OF_BITS:
+                known = ", ".join(map(str, TYPE_OF_BITS))
+                raise ConfigError(f"layer {name}: no GGUF type has {scheme.bits} bits; use one of {known}")
+            else:
+                wanted[stored] = fallback_type(TYPE_OF_BITS[scheme.bits] if kind is None else kind.name, shape[-1])
+    return plan.with_types({name: kind for name, kind in wanted.items() if plan.places[name]}), meant
+
+
+def with_types(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """The plans with the ggml type that stores each layer."""
+    kinds = {name: ggml_type_of(p.scheme) if p.scheme.quantizes_weights else None for name, p in layers.items()}
+    return {name: replace(p, ggml=None if (k := kinds[name]) is None else k.name) for name, p in layers.items()}
+
+
+def is_rearranged(plan: GgufPlan, source: ModelSource, layer: str) -> str | None:
+    """Why a layer cannot be stored row by row as it is tuned, or None."""
+    places = plan.places[weight_name(source, layer)]
+    return _NO_BYTES if any(place.edit is not None for place in places) else None
+
+
+def resolve_types(plan: GgufPlan, source: ModelSource, layers: Mapping[str, LayerPlan]) -> GgufPlan:
+    """The file with the layers' types in it: dense ones in the source's own dtype.
+
+    Raises:
+        ConfigError: two parts of one tensor are to have different types.
+    """
+    wanted: dict[str, str] = {}
+    for name, layer in layers.items():
+        stored = weight_name(source, name)
+        if not plan.places[stored] or layer.reason == _NO_BYTES:
+            continue
+        kind = layer.ggml
+        if kind is None:  # what the rules leave dense stays so; what the user does, keeps its dtype
+            ruled = plan.type_of(stored)
+            own = _DENSE.get(source.tensor_meta(stored)[1], "F32")
+            kind = ruled if ruled is not None and ruled in _DENSE.values() else own
+        wanted[stored] = kind
+    return plan.with_types(wanted)
+
+
+def shared_with_head(asked: GgufPlan, settled: GgufPlan, source: ModelSource, embeddings: Sequence[str]) -> list[str]:
+    """What to tell the user of embeddings whose tensor got the type of the head that shares it."""
+    stored = {name: weight_name(source, name) for name in embeddings}
+    return [
+        f"{name} is {settled.type_of(tensor)}, not {asked.type_of(tensor)}: the head shares its tensor, and "
+        "layer_config gives the head that type"
+        for name, tensor in stored.items()
+        if asked.type_of(tensor) != settled.type_of(tensor)
+    ]
+
+
+# llama.cpp's importance files: the second moments of every layer's inputs, by the names of a GGUF file.
+
+
+def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torch.Tensor]:
+    """The importance of the job's layers, float32 [in] by layer name, from a file; without the layers it
+    does not name.
+
+    Raises:
+        DataError: the file is damaged, of another model, or names none of the layers.
+    """
+    plan = _plan(job)
+    file = read_imatrix(path)
+    found: dict[str, torch.Tensor] = {}
+    for layer in job.quantized():
+        for place in plan.places[weight_name(source, layer)]:
+            values = file.of(place.tensor, plan.shapes[place.tensor])
+            if values is not None:
+                found[layer] = values if place.slot is None else values[place.slot]
+    if not found:
+        raise DataError(f"{path} has no importance for any layer of this model; it was made for another one")
+    return found
+
+
+def log_missing_importance(path: str, job: Job, found: Mapping[str, torch.Tensor]) -> None:
+    """Log how many of the job's layers a file has no importance for."""
+    missing = [name for name in job.quantized() if name not in found]
+    if missing:
+        logger.info(
+            "%s says nothing of %d layers, such as %s: all of their inputs weigh alike", path, len(missing), missing[0]
+        )
+
+
+def save_importance(
+    path: str,
+    job: Job,
+    source: ModelSource,
+    sums: Mapping[str, torch.Tensor],
+    tokens: Mapping[str, int],
+    chunk_size: int,
+) -> None:
+    """Write what calibration saw: sums of squares [in] and numbers of tokens by layer name."""
+    plan = _plan(job)
+    stacked: dict[str, dict[int, str]] = {}
+    for layer in sums:
+        for place in plan.places[weight_name(source, layer)]:
+            stacked.setdefault(place.tensor, {})[place.slot or 0] = layer
+    all_sums = {name: torch.stack([sums[layers[i]].cpu() for i in sorted(layers)]) for name, layers in stacked.items()}
+    counts = {name: torch.tensor([tokens[layers[i]] for i in sorted(layers)]) for name, layers in stacked.items()}
+    write_imatrix(path, all_sums, counts, chunk_size)
+    logger.info("saved the importance of %d tensors to %s", len(all_sums), path)
+
+
+def _plan(job: Job) -> GgufPlan:
+    assert job.gguf is not None  # planning refuses the options without
+    return job.gguf

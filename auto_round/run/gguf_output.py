@@ -1,0 +1,220 @@
+"""Write quantized layers into one GGUF file, and verify that file against the plan and the tuned layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.codecs.ggml.pack import pack_blocks, unpack_blocks
+from auto_round.codecs.ggml.plain import plain_blocks
+from auto_round.codecs.ggml.search import search_blocks
+from auto_round.codecs.ggml.types import GGML_TYPES
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.registry import clamp_to_float16
+from auto_round.errors import NumericsError, VerifyError
+from auto_round.formats.base import OutputFormat
+from auto_round.gguf.family import Placement
+from auto_round.gguf.metadata import KeyValue
+from auto_round.gguf.plan import GgufPlan
+from auto_round.gguf.reader import GgufTensors
+from auto_round.logger import logger
+from auto_round.modeling.source import ModelSource, check_finite
+from auto_round.output.gguf_writer import GgufFile, TypedValue
+from auto_round.output.verify import bytes_digest, layer_digest
+from auto_round.run.gguf import weight_name
+from auto_round.run.plan import Job
+from auto_round.run.settings import Settings
+
+_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class GgufFileWriter:
+    """Packs layers and writes them with the other tensors into one file, in any order.
+
+    Attributes:
+        expected: by layer, what a reader of the file must find (`digest.layer_digest`).
+        dense: (name, place, rows, digest) of everything else.
+    """
+
+    def __init__(
+        self, fmt: OutputFormat, folder: Path, file_name: str, plan: GgufPlan, source: ModelSource, optimized: bool,
+        transposed: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        """`optimized`: the scales of what is no layer (embeddings) are searched. `transposed`: source tensors that
+        store [in, out]."""
+        self.format, self.folder, self.plan, self.path = fmt, folder, plan, folder / file_name
+        self._optimized, self._source, self._transposed = optimized, source, transposed
+        self._written: set[str] = set()
+        self.writer = GgufFile(self.path, plan.conversion.arch, stored_values(plan.metadata), plan.tensors())
+        self.expected: dict[str, str] = {}
+        self.dense: list[tuple[str, Placement, int, str]] = []
+        for name, tensor in plan.conversion.extras().items():
+            self._put(name, tensor, Placement(name))
+
+    def layer(self, layer: QuantizedLayer) -> None:
+        name = weight_name(self._source, layer.name)
+        places = self.plan.places[name]
+        assert layer.blocks is not None and places
+        self._written.add(name)
+        self.expected[layer.name] = layer_digest(layer, False, torch.float32)
+        data = pack_blocks(layer.blocks)
+        for place in places:
+            self._write(place, data if place.rows is None else data[place.rows])
+        if layer.bias is not None:
+            self._add(f"{layer.name}.bias", layer.bias)
+
+    def tensors(self, names: Iterable[str], source: ModelSource) -> None:
+        for name in names:
+            if name not in self._written:
+                tensor = source.read(name)
+                if source.checks_finite:
+                    check_finite(name, tensor)
+                self._add(name, tensor)
+
+    def spare(self) -> None:
+        """Nothing: a GGUF file holds what its architecture reads."""
+
+    def leave_unquantized(self, names: Sequence[str], reason: str) -> None:
+        raise NumericsError(
+            f"{reason}; on_nan=keep: a GGUF file says the type of every tensor before the first one is written, so "
+            f"layers such as {names[0]} cannot stay now: name them in ignore_layers, or use on_nan=rtn"
+        )
+
+    def scales(self, made: Mapping[str, torch.Tensor]) -> None:
+        assert not made  # refused when the job was made
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the file by name, when it is finished."""
+        return {self.path.name: self.writer.sha256}
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        self._written.add(name)
+        if name in self._transposed:
+            tensor = tensor.t()
+        for place in self.plan.places[name]:
+            self._put(name, tensor, place)
+
+    def _put(self, name: str, tensor: torch.Tensor, place: Placement) -> None:
+        """The part of a tensor that has this place, in the precision of the place."""
+        tensor = place.cut(tensor)
+        kind = self.plan.types[place.tensor]
+        if kind not in ("F32", "BF16"):  # F16 itself, or the factors of blocks
+            held = clamp_to_float16(tensor)
+            if held is not tensor:
+                logger.warning("tensor %s holds weights beyond float16, which %s cuts to its largest value", name, kind)
+            tensor = held
+        if kind in GGML_TYPES:
+            rows = tensor.reshape(-1, tensor.shape[-1])
+            # What is looked up and not multiplied: a thorough search would take most of a small model's time.
+            packed = pack_blocks(search_blocks(rows, kind, quick=True) if self._optimized else plain_blocks(rows, kind))
+            data = packed.view(*tensor.shape[:-1], packed.shape[-1])
+        else:
+            data = tensor.to(_DENSE[kind]).contiguous()
+        self._write(place, data)
+        self.dense.append((name, place, data.shape[0], bytes_digest(data)))
+
+    def _write(self, place: Placement, data: torch.Tensor) -> None:
+        self.writer.write(place.tensor, data, first_row=place.at_row, slot=place.slot)
+
+
+def stored_values(metadata: Iterable[KeyValue]) -> dict[str, Any]:
+    """Key values as the writer takes them; the architecture is an argument of its own there."""
+    return {
+        pair.key: TypedValue(pair.value, (pair.item_kind or pair.kind).name)
+        for pair in metadata
+        if pair.key != "general.architecture"
+    }
+
+
+def make_gguf_writer(
+    job: Job, fmt: OutputFormat, folder: Path, source: ModelSource, settings: Settings
+) -> GgufFileWriter:
+    """The sink of a job's GGUF file."""
+    assert job.gguf is not None
+    transposed = frozenset(f"{name}.weight" for name, plan in job.layers.items() if plan.transposed)
+    name = f"{base_name(job.model)}-{job.gguf.size_label}-{job.gguf.file_type.upper()}.gguf"
+    return GgufFileWriter(fmt, folder, name, job.gguf, source, settings.optimized_start, transposed)
+
+
+def base_name(model: str) -> str:
+    """The model's own name, from a folder or hub id, fit for a file name."""
+    last = Path(model.rstrip("/\\")).name or "model"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
+
+
+# Read a finished GGUF file with the `gguf` package and hold it against the plan and against what was tuned.
+
+
+def verify_file(output: GgufFileWriter, job: Job, source: ModelSource) -> dict[str, Any]:
+    """Check a saved file: names, shapes and types of all tensors, every layer's numbers, every other tensor's bytes.
+
+    Returns plain values for the report.
+
+    Raises:
+        VerifyError: something is not as planned or not as it was tuned.
+    """
+    plan, file = output.plan, GgufTensors(output.path)
+    _check_values(plan, file)
+    _check_infos(plan, file)
+    for name, digest in output.expected.items():
+        layer = job.layers[name]
+        assert layer.ggml is not None
+        kind = GGML_TYPES[layer.ggml]
+        places = plan.places[weight_name(source, name)]
+        data = torch.empty(layer.out_features, kind.row_bytes(layer.in_features), dtype=torch.uint8)
+        for place in places:
+            order = torch.arange(layer.out_features) if place.rows is None else place.rows
+            data[order] = _stored(file, place, len(order))
+        read = QuantizedLayer(name, layer.scheme, None, None, None, blocks=unpack_blocks(data, kind, layer.in_features))
+        if layer_digest(read, False, torch.float32) != digest:
+            raise VerifyError(
+                f"{output.path}: {places[0].tensor} does not hold what was tuned for layer {name}; do not use "
+                f"this file, "
+                "and report this"
+            )
+    for name, place, rows, digest in output.dense:
+        if bytes_digest(_stored(file, place, rows)) != digest:
+            raise VerifyError(
+                f"{output.path}: tensor {place.tensor} is not what was made of {name}; do not use this file"
+            )
+    return {"passed": True, "tensors": len(plan.shapes), "layers": len(output.expected), "loss_reopened": None}
+
+
+def _check_values(plan: GgufPlan, file: GgufTensors) -> None:
+    """What the file says of the model and its tokenizer."""
+    for pair in plan.metadata:
+        kind = (pair.item_kind or pair.kind).name
+        items = list(pair.value) if isinstance(pair.value, (list, tuple)) else [pair.value]
+        found = file.value(pair.key)
+        stored = found if isinstance(found, list) else [found]
+        if [_as_stored(item, kind) for item in items] != stored:
+            raise VerifyError(f"{file.path}: key {pair.key!r} is not as planned; do not use this file")
+
+
+def _as_stored(value: Any, kind: str) -> Any:
+    """A value as a reader of the file gets it."""
+    if kind == "FLOAT32":
+        return float(torch.tensor(value, dtype=torch.float32))
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
+def _check_infos(plan: GgufPlan, file: GgufTensors) -> None:
+    planned = {name: (shape, plan.types[name]) for name, shape in plan.shapes.items()}
+    stored = {name: (file.shape(name), file.kind(name)) for name in file}
+    if planned != stored:
+        wrong = sorted(n for n in planned.keys() | stored.keys() if planned.get(n) != stored.get(n))
+        first = wrong[0]
+        raise VerifyError(
+            f"{file.path}: {len(wrong)} tensors are not as planned, such as {first}: {stored.get(first)} in the file, "
+            f"{planned.get(first)} in the plan"
+        )
+
+
+def _stored(file: GgufTensors, place: Placement, rows: int) -> torch.Tensor:
+    """The rows that a placement put into the file."""
+    stored = file.stored(place.tensor, place.slot)
+    return stored[place.at_row : place.at_row + rows]

@@ -1,0 +1,324 @@
+"""Quantize the layers outside the blocks (the head), write all non-block tensors, and compute the smoke loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from auto_round.algorithms.base import LayerTask
+from auto_round.algorithms.encode_layer import ggml_type_for, is_integer
+from auto_round.algorithms.head import descend_ggml_layer, descend_integer_layer
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
+from auto_round.algorithms.quantization.sign_round.loop import split_samples
+from auto_round.calibration.data.sources import held_out_documents
+from auto_round.calibration.observers import InputHessian, MinMaxObserver, SecondMomentObserver
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.errors import NumericsError
+from auto_round.eval.measures import token_nll
+from auto_round.logger import logger
+from auto_round.modeling.partial_loading import non_block_loaded
+from auto_round.modeling.source import ModelSource
+from auto_round.report.run_report import BlockRecord
+from auto_round.run.block_layers import activation_of, clamped_scales, install_dequantized, is_calibrated
+from auto_round.run.blocks import RunState, layer_task
+from auto_round.run.plan import Job
+from auto_round.run.writers import OutputWriter
+
+_TOKENS = 2048
+_HELD_OUT_TOKENS = 256  # held-out tokens whose predictions are compared
+_ROWS = 32
+_WEIGHTS = 1 << 24  # of the head in float32 at a time
+
+
+@dataclass
+class HeadInputs:
+    """What reaches the head: `hessian` = sum z z' over the tokens that are tuned on, float32 [in, in], z being inputs
+    in
+    the quantized model; and for held-out tokens [tokens, in] those inputs, and the full-precision model's."""
+
+    hessian: torch.Tensor
+    quantized: torch.Tensor
+    full: torch.Tensor
+
+
+@torch.no_grad()
+def head_inputs(source: ModelSource, state: RunState, name: str) -> HeadInputs:
+    """Send both calibration streams on to the head.
+
+    Raises:
+        NumericsError: NaN or Inf in its inputs.
+    """
+    quantized, full = state.last_inputs, state.last_full
+    assert quantized is not None and full is not None
+    tuned_on, held_out = split_samples(quantized.hidden.shape[0], state.seed)
+    hessian: torch.Tensor | None = None
+    held_out_rows: list[tuple[torch.Tensor, ...]] = []
+    each = max(1, _HELD_OUT_TOKENS // len(held_out))
+    with non_block_loaded(source, state.device):
+        for sample in sorted({*tuned_on, *held_out}):
+            keep = quantized.captured.loss_mask[sample].to(state.device)
+            rows = []
+            for stream in (quantized, full) if sample in held_out else (quantized,):
+                hidden = stream.hidden[sample : sample + 1].to(state.device)
+                rows.append(stream.captured.finish(source, hidden, [sample], stop_at=name)[0][keep].float())
+            if sample in held_out:
+                spread = torch.linspace(0, rows[0].shape[0] - 1, min(each, rows[0].shape[0])).long()
+                held_out_rows.append(tuple(row[spread.to(row.device)] for row in rows))
+            if sample in tuned_on:
+                if hessian is None:
+                    hessian = torch.zeros(rows[0].shape[-1], rows[0].shape[-1], device=rows[0].device)
+                for part in rows[0].split(_TOKENS):
+                    hessian.addmm_(part.t(), part)
+    assert hessian is not None
+    if not bool(torch.isfinite(hessian).all()):
+        raise NumericsError(f"NaN or Inf in the inputs of layer {name!r}")
+    return HeadInputs(hessian, torch.cat([j[0] for j in held_out_rows]), torch.cat([j[1] for j in held_out_rows]))
+
+
+def quantize_head(
+    task: LayerTask, inputs: HeadInputs, scale_dtype: torch.dtype, optimized: bool
+) -> tuple[QuantizedLayer, float, float]:
+    """The head on held-out tokens: (layer, KL divergence of rounding to nearest, and of what is kept), in nats.
+
+    KL judges because squared error does not say what a change of the logits does to the prediction.
+    """
+    task.importance = inputs.hessian.diagonal().contiguous()
+    nearest = quantize_layer(task, optimized, scale_dtype)
+    plain = head_divergence(task, nearest, inputs)
+    kept, least = nearest, plain
+    for other in _candidates(task, inputs.hessian, optimized, scale_dtype):
+        divergence = head_divergence(task, other, inputs)
+        if divergence < least:
+            kept, least = other, divergence
+    return kept, plain, least
+
+
+def _candidates(
+    task: LayerTask, hessian: torch.Tensor, optimized: bool, scale_dtype: torch.dtype
+) -> Iterator[QuantizedLayer]:
+    """Other ways to round the head, one at a time: they are large."""
+    kind = ggml_type_for(task)
+    if kind is not None:
+        yield descend_ggml_layer(task, kind, hessian)
+        if optimized:
+            yield quantize_layer(task, False, scale_dtype)
+    elif is_integer(task.scheme):
+        yield descend_integer_layer(task, hessian, scale_dtype)
+
+
+@torch.no_grad()
+def head_divergence(task: LayerTask, layer: QuantizedLayer, inputs: HeadInputs) -> float:
+    """Mean KL(full || quantized) over the held-out tokens, nats."""
+    fed = inputs.quantized if task.activation is None else task.activation(inputs.quantized)
+    full, found = _logits(task, None, inputs.full), _logits(task, layer, fed)
+    total = 0.0
+    for x, z in zip(full.split(_ROWS), found.split(_ROWS), strict=True):
+        wanted = x.log_softmax(-1)
+        rows = (wanted.exp() * (wanted - z.log_softmax(-1))).sum(-1, dtype=torch.float64)
+        total += sum(rows.tolist())
+    return total / max(1, inputs.full.shape[0])
+
+
+def _logits(task: LayerTask, layer: QuantizedLayer | None, inputs: torch.Tensor) -> torch.Tensor:
+    """float32 [tokens, vocabulary], of the dense weight or of a quantized one. A part of the vocabulary at a time: a
+    whole head in float32 may be the largest tensor of a run."""
+    out, columns = task.weight.shape
+    logits = torch.empty(inputs.shape[0], out, device=inputs.device)
+    whole = layer is not None and isinstance(layer.scheme.group_size, tuple)
+    step = out if whole else max(1, _WEIGHTS // columns)
+    for start in range(0, out, step):
+        rows = slice(start, min(start + step, out))
+        part = layer if layer is None or whole else layer.rows(rows)
+        dense = task.weight[rows].float() if part is None else part.dequantize().to(inputs.device)
+        logits[:, rows] = inputs @ dense.t()
+    return logits if task.bias is None else logits.add_(task.bias.float())
+
+
+# Layers outside the blocks that are quantized too (the head), and all tensors that are not in a block.
+
+
+def quantize_non_block(
+    job: Job, source: ModelSource, state: RunState, optimized: bool, scale_dtype: torch.dtype, steps: int = 0,
+    outputs: Sequence[OutputWriter] = (),
+) -> list[QuantizedLayer]:  # fmt: skip
+    """Quantize the layers that are in no block, by the inputs that the quantized blocks give them: the head tuned when
+    the blocks were (`steps` of them), others on searched scales, and plainly without calibration data. Their dense
+    weights are put in place until the model's tail is released. A layer that `state.numerics` keeps is left out, which
+    the `outputs` are told.
+
+    Raises:
+        NumericsError: NaN or Inf in a weight, and in the inputs of a layer where `state.numerics` is to fail of it.
+    """
+    results = []
+    head = _head(source.model)
+    for name, plan in job.quantized().items():
+        if any(name.startswith(f"{block}.") for block in source.blocks):
+            continue
+        started = time.monotonic()
+        tuned = steps > 0 and state.last_inputs is not None and source.model.get_submodule(name) is head
+        fault: NumericsError | None = None
+        inputs, importance, extremes, input_hessians = None, None, MinMaxObserver(), None
+        try:
+            inputs = head_inputs(source, state, name) if tuned else None
+            if is_calibrated(plan.scheme) or (optimized and inputs is None):
+                paired = optimized and inputs is None and plan.ggml is not None
+                importance, extremes, input_hessians = _observe_inputs(source, state, name, paired)
+        except NumericsError as error:
+            fault = error
+        source.load(name, state.device)
+        task = layer_task(source, plan)
+        if fault is not None:
+            found = state.numerics.fall_back(name, [task], fault, outputs, state.rtn_fallback).layers
+            if not found:
+                source.release(name)
+                continue
+            layer = found[0]
+        else:
+            task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
+            if inputs is not None:
+                layer, before, after = quantize_head(task, inputs, scale_dtype, optimized)
+                state.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
+            else:
+                task.importance = importance if optimized else (state.importance or {}).get(name)
+                task.input_hessians = input_hessians
+                layer = quantize_layer(task, task.importance is not None, scale_dtype)
+        if task.activation is not None:
+            state.activations[name] = task.activation
+        state.numerics.count(task, clamped_scales(task, layer))
+        if not source.lazy:
+            _untie(source, task)
+            install_dequantized(task, layer)
+        source.release(name)
+        results.append(layer)
+    return results
+
+
+def _head(model: torch.nn.Module) -> torch.nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _untie(source: ModelSource, task: LayerTask) -> None:
+    """Give a live model's head a weight of its own before it is changed."""
+    weight = task.module.weight
+    assert isinstance(weight, torch.nn.Parameter)
+    task.module.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    if source.tied():
+        source.config.tie_word_embeddings = False
+
+
+def _observe_inputs(
+    source: ModelSource, state: RunState, name: str, paired: bool
+) -> tuple[torch.Tensor | None, MinMaxObserver, list[torch.Tensor] | None]:
+    """The second moments and extremes of what the layer is fed, and if `paired` the products of its channels."""
+    stream = state.last_inputs
+    extremes = MinMaxObserver()
+    if stream is None:
+        return None, extremes, None
+    moments, input_hessians = SecondMomentObserver(), InputHessian(passes=stream.hidden.shape[0])
+    mask = stream.captured.loss_mask
+    with torch.no_grad(), non_block_loaded(source, state.device):
+        for sample in range(stream.hidden.shape[0]):
+            hidden = stream.hidden[sample : sample + 1].to(state.device)
+            moments.mask = extremes.mask = input_hessians.mask = mask[sample : sample + 1]
+            fed = stream.captured.finish(source, hidden, [sample], stop_at=name)
+            moments.add(name, fed)
+            extremes.add(name, fed)
+            if paired:
+                input_hessians.add(name, fed)
+    moments.check()
+    input_hessians.close()
+    return moments[name], extremes, input_hessians.of(name)
+
+
+def write_non_block(
+    job: Job, source: ModelSource, layers: Sequence[QuantizedLayer], outputs: Sequence[OutputWriter]
+) -> None:
+    """Hand every tensor that is in no block to the sinks: quantized layers, then the rest. A tied alias is left out,
+    unless the tensor it is tied to was quantized."""
+    replaced = {f"{layer.name}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
+    blocks = tuple(f"{block}." for block in source.blocks)
+    tied = source.tied()
+    rest = [
+        name
+        for name in source.tensor_names()
+        if not name.startswith(blocks) and name not in replaced and (name not in tied or tied[name] in replaced)
+    ]
+    for output in outputs:
+        for layer in layers:
+            output.layer(layer)
+        output.tensors(rest, source)
+        output.spare()
+
+
+@torch.no_grad()
+def smoke_loss(source: ModelSource, state: RunState, layers: Sequence[QuantizedLayer]) -> float | None:
+    """Mean next-token loss, in nats, of the probe after the quantized blocks and head. None without a probe, and where
+    it is NaN in a run that goes on from that.
+
+    Raises NumericsError when it is NaN, where the policy is to fail.
+    """
+    try:
+        return _smoke_loss(source, state, layers)
+    except NumericsError:
+        if state.numerics.policy == "fail":
+            raise
+        state.numerics.note("the quantized model gives NaN on the probe: no loss is compared after saving")
+        return None
+
+
+def _smoke_loss(source: ModelSource, state: RunState, layers: Sequence[QuantizedLayer]) -> float | None:
+    if state.smoke_sample is None or state.smoke_hidden is None:
+        return None
+    hidden = state.smoke_hidden.to(state.device)
+    head = next((layer for layer in layers if layer.codes is not None or layer.blocks is not None), None)
+    if head is None:
+        logits = state.smoke_sample.finish(source, hidden, [0])
+    else:
+        with non_block_loaded(source, state.device):
+            before = state.smoke_sample.finish(source, hidden, [0], stop_at=head.name)
+        bias = None if head.bias is None else head.bias.to(before.device, torch.float32)
+        if head.name in state.activations:
+            before = state.activations[head.name](before)
+        logits = torch.nn.functional.linear(before.float(), head.dequantize().to(before.device), bias)
+    ids = state.smoke_sample._inputs[0]["input_ids"].reshape(1, -1).to(logits.device)
+    return mean_loss(logits, ids)
+
+
+def mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Mean over positions of the next-token loss in nats. Raises NumericsError when it is NaN."""
+    loss = float(token_nll(logits.float(), ids).double().mean())
+    if loss != loss:
+        raise NumericsError("the quantized model's logits hold NaN; set --model_dtype float32, or check the weights")
+    return loss
+
+
+# A few tokens that go through the quantized model before and after saving.
+
+_SMOKE_TOKENS = 64
+
+
+def smoke_samples(tokenizer: Any, vocab_size: int, most: int | None) -> list[dict[str, torch.Tensor]]:
+    """One sample of at most 64 tokens: packaged text that calibration never reads, or counted ids without a tokenizer.
+
+    Args:
+        tokenizer: the model's, or None.
+        vocab_size: ids from there on are not used.
+        most: positions the model has, None when it has no limit.
+    """
+    length = min(_SMOKE_TOKENS, most or _SMOKE_TOKENS)
+    ids: list[int] = []
+    if tokenizer is not None:
+        text = held_out_documents()[0][: 16 * length]
+        try:
+            ids = [i for i in tokenizer(text)["input_ids"] if i < vocab_size][:length]
+        except Exception as error:  # a tokenizer without its vocabulary raises whatever it likes
+            logger.warning("the tokenizer cannot read text (%s); the check after saving takes other tokens", error)
+    if len(ids) < 2:  # any ids do: the same ones are compared before and after
+        ids = [(7 * i + 3) % vocab_size for i in range(length)]
+    tensor = torch.tensor(ids, dtype=torch.int64)
+    return [{"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}]

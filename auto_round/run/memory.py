@@ -1,0 +1,433 @@
+"""Estimate peak RAM and device memory of each phase of a run, from shapes alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+
+from auto_round.algorithms.encode_layer import is_integer, minifloat_spec
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.quantization.sign_round.loop import keeps_best_copy, micro_batch_size
+from auto_round.calibration.expert_rows import max_tokens_per_expert, routed_experts
+from auto_round.calibration.observers import hessian_bytes
+from auto_round.codecs.ggml.types import GGML_TYPES
+from auto_round.modeling.config import largest, read_value, text_config
+from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.partial_loading import expert_of
+from auto_round.modeling.source import ModelSource
+from auto_round.report.memory import rss_bytes
+from auto_round.run.plan import LayerPlan
+from auto_round.run.settings import Settings
+from auto_round.run.streams import samples_in_pass
+from auto_round.run.unit_state import stored_bytes
+
+_LATER = 30_000_000  # libraries load more code when the first block runs, and start threads
+_DEVICE_BUFFERS = 400_000_000  # elementwise passes on a device work on pieces of 16 M weights
+_PROBE_TOKENS = 64
+_SIDE_BY_SIDE = ("hc_mult", "altup_num_inputs")
+_FUNCTION_BYTES = 40  # a weight tuned through a registered function, with its autograd graph
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes.
+
+    Attributes:
+        ram: peak resident memory, libraries included.
+        vram: peak memory of tensors on the device.
+        spilled: activations in files.
+        phases: peak RAM by phase.
+        activations: one stream of hidden states.
+        streams: where they are kept: "ram", "device" or "file".
+        streams_experts: whether the experts of a block are read one at a time.
+        codes: of one block's experts, in a file, where they are tuned one at a time.
+    """
+
+    ram: int
+    vram: int
+    spilled: int
+    phases: Mapping[str, int] = field(default_factory=dict)
+    activations: int = 0
+    streams: str = "ram"
+    streams_experts: bool = False
+    codes: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryInputs:
+    """What the counting needs to know of a model and a run."""
+
+    settings: Settings
+    source: ModelSource
+    layers: Mapping[str, LayerPlan]
+    compute: torch.dtype
+    layers_kept_in_memory: bool = False
+
+    @property
+    def config(self) -> object:
+        return text_config(self.source.config)
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states, all streams together that the model keeps side by side."""
+        return largest(self.config, "hidden_size") * largest(self.config, *_SIDE_BY_SIDE, default=1)
+
+    @property
+    def tokens(self) -> int:
+        """Of one sample."""
+        return self.settings.seqlen if self.settings.needs_data else min(_PROBE_TOKENS, self.settings.seqlen)
+
+    @property
+    def streams(self) -> int:
+        """Copies of the hidden states of all samples: what blocks give in full precision and what they are fed."""
+        return 2 if self.settings.tunes else int(self.settings.needs_data)
+
+    @property
+    def batch(self) -> int:
+        algorithm = self.settings.algorithm
+        return algorithm.batch_size if isinstance(algorithm, SignRoundConfig) else 8
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """One block as it is read, and its peaks beside the hidden states: while it is run, quantized, and run again."""
+
+    read: int
+    full: int
+    tuned: int
+    after: int
+
+
+def plan_memory(inputs: MemoryInputs, streams: str, streams_experts: bool = False) -> MemoryPlan:
+    """The peaks with the hidden states kept in "ram", on the "device" or in a "file", and the experts of a block all in
+    memory or one at a time."""
+    settings, source = inputs.settings, inputs.source
+    on_device = settings.device.type != "cpu"
+    one = settings.nsamples * settings.seqlen * inputs.width * inputs.compute.itemsize if inputs.streams else 0
+    held = one * inputs.streams
+    count, alone = block_bytes, streams_experts and settings.tunes
+    if streams_experts:
+        count = per_expert_bytes if alone else streamed_block_bytes
+        held += max((rows_bytes(inputs, block).buffers for block in source.blocks), default=0) if alone else 0
+    sizes = [count(inputs, block) for block in source.blocks]
+    full, tuned, after = (max((getattr(s, n) for s in sizes), default=0) for n in ("full", "tuned", "after"))
+    matrices = non_block_bytes(inputs)
+    phases = {
+        "capture": matrices.embedding + max((size.read for size in sizes), default=0),
+        "block, full precision": full,
+        "block, quantized": tuned,
+        "block, afterwards": after,
+        "outside the blocks": matrices.non_block,
+    }
+    codes = sum(p.out_features * p.in_features for p in quantized(inputs.layers)) if inputs.layers_kept_in_memory else 0
+    if not on_device:
+        ram = {name: size + codes + held * (streams == "ram") for name, size in phases.items()}
+        ram["saving"] = matrices.saving + codes
+        vram = 0
+    else:
+        staged = max(
+            (source.dtype.itemsize * p.out_features * p.in_features for p in inputs.layers.values()), default=0
+        )
+        ram = {"block": staged + codes + held * (streams == "ram"), "saving": matrices.saving + codes}
+        vram = max(phases.values()) + held * (streams == "device") + _DEVICE_BUFFERS
+    libraries = rss_bytes() + _LATER
+    ram = {name: libraries + size for name, size in ram.items()}
+    spilled = held if streams == "file" else 0
+    stored = max((expert_codes_bytes(inputs, block) for block in source.blocks), default=0) if alone else 0
+    return MemoryPlan(max(ram.values()), vram, spilled, ram, one, streams, streams_experts, stored)
+
+
+def quantized(layers: Mapping[str, LayerPlan]) -> list[LayerPlan]:
+    """The layers that do not stay as they are."""
+    return [plan for plan in layers.values() if plan.scheme.quantizes_weights]
+
+
+def tensor_bytes(source: ModelSource, prefix: str) -> int:
+    """Of all tensors under a module, as they are loaded."""
+    found = (source.tensor_meta(n) for n in source.tensor_names() if n.startswith(f"{prefix}."))
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in found)
+
+
+def block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
+    """One block."""
+    source, compute = inputs.source, inputs.compute
+    plans = [p for n, p in inputs.layers.items() if n.startswith(f"{block}.")]
+    chosen = [p for p in plans if p.scheme.quantizes_weights]
+    weights = sum(p.out_features * p.in_features for p in chosen)
+    own = tensor_bytes(source, block)
+    # Copies that products are made with, where the model's dtype is another.
+    cast = 0 if compute == source.dtype else own // source.dtype.itemsize * compute.itemsize
+    dropped = weights * compute.itemsize if cast else 0
+    largest = max((p.out_features * p.in_features for p in chosen), default=0)
+    codes = int(weights * 1.06)
+    samples = inputs.settings.nsamples if inputs.settings.needs_data else 1  # one: the check's
+    micro_batch = min(samples, samples_in_pass(inputs.batch, inputs.tokens, inputs.settings.device))
+    forward = forward_bytes(inputs, plans, micro_batch)
+    runs = inputs.settings.needs_data or inputs.settings.verify
+    if inputs.settings.tunes:
+        learned = tuning_bytes(inputs, chosen)
+        tuned = max(learned.held + max(learned.step, backward_bytes(inputs, plans)), learned.finished + codes)
+    else:
+        tuned = codes + 9 * largest  # rounding goes in pieces; codes of the layer at hand are joined, its grid found
+    paired = _pairs(inputs, chosen)
+    tuned += 2 * paired  # and what is made of them
+    full = own + cast + forward + paired if inputs.settings.needs_data else own + (cast if runs else 0)
+    # A layer of the result is made in float32, one after the other, and then the block is run.
+    after = own + codes + (cast + max(forward, 4 * largest) if runs else 8 * largest)
+    return BlockBytes(own, full, own + cast - dropped + tuned, after)
+
+
+def streamed_block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
+    """One block that is only rounded, with one expert at a time in memory."""
+    experts = {expert for name in inputs.layers if name.startswith(f"{block}.") and (expert := expert_of(name))}
+    if not experts:
+        return block_bytes(inputs, block)
+    sizes = {expert: tensor_bytes(inputs.source, expert) for expert in experts}
+    whole = block_bytes(inputs, block)
+    others = {n: p for n, p in inputs.layers.items() if expert_of(n) is None}
+    rest = block_bytes(replace(inputs, layers=others), block)
+    # An expert as it is read and as it is multiplied with, or with its codes.
+    one = int(max(sizes.values()) * (1 + max(1.0, inputs.compute.itemsize / inputs.source.dtype.itemsize)))
+    taken = sum(sizes.values())
+    cast = (
+        taken // inputs.source.dtype.itemsize * inputs.compute.itemsize if inputs.compute != inputs.source.dtype else 0
+    )
+    forward = forward_bytes(inputs, list(inputs.layers.values()), 1) - forward_bytes(inputs, list(others.values()), 1)
+    fewer = lambda size: size - taken - cast + one + max(0, forward)  # noqa: E731
+    return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
+
+
+@dataclass(frozen=True)
+class RowsBytes:
+    """What experts that are tuned one at a time are tuned on.
+
+    Attributes:
+        rooms: what they are fed, and what one of them should give.
+        routing, sorting: which tokens each gets, and while that is sorted.
+        rows: tokens of an expert in one piece, at most.
+    """
+
+    buffers: int = 0
+    routing: int = 0
+    sorting: int = 0
+    rows: int = 0
+
+
+def rows_bytes(inputs: MemoryInputs, block: str) -> RowsBytes:
+    """Of one block; nothing where it has no experts."""
+    module = next(iter(routed_experts(inputs.source.model.get_submodule(block)).values()), None)
+    if module is None:
+        return RowsBytes()
+    tokens, chosen = inputs.settings.nsamples * inputs.settings.seqlen, min(_chosen(inputs), module.num_experts)
+    most = max_tokens_per_expert(tokens, chosen, module.num_experts)
+    buffers = (tokens + most) * module.hidden_dim * inputs.compute.itemsize
+    # Sorted: int32 rows and float32 weights. While that is done: experts and weights as recorded, keys and places.
+    return RowsBytes(buffers, 8 * tokens * chosen, 36 * tokens * chosen, -(-most // inputs.settings.nsamples))
+
+
+def expert_codes_bytes(inputs: MemoryInputs, block: str) -> int:
+    """Codes and scales of the experts of a block, as they lie in a file."""
+    inside = quantized({n: p for n, p in inputs.layers.items() if n.startswith(f"{block}.") and expert_of(n)})
+    return sum(stored_bytes(plan) for plan in inside)
+
+
+def per_expert_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
+    """One block whose experts are tuned one at a time, after its other layers."""
+    source, compute, settings = inputs.source, inputs.compute, inputs.settings
+    plans = {name: plan for name, plan in inputs.layers.items() if name.startswith(f"{block}.")}
+    experts: dict[str, list[LayerPlan]] = defaultdict(list)
+    for name, plan in plans.items():
+        if (expert := expert_of(name)) is not None:
+            experts[expert].append(plan)
+    if not experts:
+        return block_bytes(inputs, block)
+    sizes = {expert: tensor_bytes(source, expert) for expert in experts}
+    taken, largest = sum(sizes.values()), max(sizes, key=lambda expert: sizes[expert])
+    as_cast = lambda size: 0 if compute == source.dtype else size // source.dtype.itemsize * compute.itemsize  # noqa: E731
+    others = {name: plan for name, plan in plans.items() if expert_of(name) is None}
+    rest = block_bytes(replace(inputs, layers=others), block)
+    around = tensor_bytes(source, block) - taken
+    around += as_cast(around)
+    one, own = sizes[largest], experts[largest]
+    # As it is read, tensor by tensor, and as it is multiplied with.
+    read = one + max(one, as_cast(one))
+    micro_batch = min(settings.nsamples, samples_in_pass(inputs.batch, inputs.tokens, settings.device))
+    forward = forward_bytes(inputs, list(plans.values()), micro_batch)
+    full = around + read + forward + _pairs(inputs, [p for p in others.values() if p.scheme.quantizes_weights])
+    chosen = [plan for plan in own if plan.scheme.quantizes_weights]
+    weights = sum(plan.out_features * plan.in_features for plan in chosen)
+    codes = int(1.06 * sum(p.out_features * p.in_features for p in others.values() if p.scheme.quantizes_weights))
+    fed = rows_bytes(inputs, block)
+    learned = tuning_bytes(inputs, chosen)
+    steps = max(learned.held + max(learned.step, _rows_backward(inputs, own, fed.rows)), learned.finished + weights)
+    target = as_cast(one) + _rows_forward(inputs, own, fed.rows)
+    alone = one + max(target, steps) + 2 * _pairs(inputs, chosen)
+    each = around + codes + fed.routing + max(alone, fed.sorting - fed.routing + forward)
+    # Codes of an expert, its weights in float32, and as they were read.
+    after = around + codes + one + 5 * weights + forward
+    return BlockBytes(around + read, full, max(rest.tuned - taken - as_cast(taken), each), after)
+
+
+def _rows_forward(inputs: MemoryInputs, plans: Sequence[LayerPlan], rows: int) -> int:
+    """Of one expert on pieces of its tokens, without gradients."""
+    pieces = samples_in_pass(inputs.batch, rows, inputs.settings.device)
+    widest = max(max(plan.in_features, plan.out_features) for plan in plans)
+    return pieces * rows * (4 * widest + 4 * inputs.width) * inputs.compute.itemsize
+
+
+def _rows_backward(inputs: MemoryInputs, plans: Sequence[LayerPlan], rows: int) -> int:
+    """The same with gradients: inputs and outputs of the layers, and what is under way."""
+    algorithm = inputs.settings.algorithm
+    assert isinstance(algorithm, SignRoundConfig)
+    layers = len([plan for plan in plans if plan.scheme.quantizes_weights])
+    pieces = micro_batch_size(algorithm.batch_size, rows, max(1, layers), inputs.settings.device)
+    total = sum(plan.in_features + plan.out_features for plan in plans)
+    widest = max(max(plan.in_features, plan.out_features) for plan in plans)
+    return pieces * rows * (total + 4 * inputs.width + 4 * widest) * inputs.compute.itemsize
+
+
+def _pairs(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> int:
+    """Sums over pairs of input channels, which codes of ggml types are found with."""
+    settings = inputs.settings
+    if settings.imatrix is not None or not (settings.optimized_start and settings.needs_data):
+        return 0
+    return hessian_bytes([plan.in_features for plan in chosen if plan.ggml is not None])
+
+
+@dataclass(frozen=True)
+class TuningBytes:
+    """What the learnables of a block hold, what a step of one bank takes for a moment, and what is left of it all when
+    codes are taken."""
+
+    held: int
+    step: int
+    finished: int
+
+
+def tuning_bytes(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> TuningBytes:
+    """Of the layers of a block that are tuned."""
+    algorithm, compute, model = inputs.settings.algorithm, inputs.compute, inputs.source.dtype
+    assert isinstance(algorithm, SignRoundConfig)
+    banks: dict[object, list[LayerPlan]] = defaultdict(list)
+    for index, plan in enumerate(chosen):
+        alone = index if plan.scheme.group_size == 0 else None
+        banks[plan.scheme, plan.ggml, plan.in_features, alone].append(plan)
+    # Of the rule that moves offsets: running means, and for a moment the whole gradient and what is made of it.
+    state, moment = {"adam": (8, 8), "momentum": (4, 8), "sign": (0, 0)}[_rule(algorithm)]
+    held = step = finished = 0.0
+    for members in banks.values():
+        first = members[0]
+        count = sum(p.out_features * p.in_features for p in members)
+        integers = first.ggml is None and is_integer(first.scheme)
+        if first.ggml is None and not integers and minifloat_spec(first.scheme) is None:
+            held, finished = held + _FUNCTION_BYTES * count, finished + _FUNCTION_BYTES * count
+            continue
+        group = first.scheme.group_size
+        size = group if isinstance(group, int) and group > 0 else first.in_features
+        size = GGML_TYPES[first.ggml].group if first.ggml is not None else size
+        width = -(-first.in_features // size) * size
+        count = count // first.in_features * width
+        shared = len(members) == 1 and width == first.in_features and (compute in (torch.float32, model))
+        # Stacked weights, in the model's dtype where products are float32.
+        stacked = 0 if shared else model.itemsize if compute == torch.float32 else compute.itemsize
+        scales = (
+            4 * (3 if first.scheme.sym and first.ggml is None else 4) / size
+        )  # start, present, factors, zero points
+        plain = stacked + 2 * compute.itemsize + 4 + scales  # quantized weights, gradient and offsets
+        best = ((1 if integers else 4) + 8 / size) if keeps_best_copy(algorithm.iters) else 0  # codes, or offsets
+        if first.ggml is not None and _pairs(inputs, members):
+            plain += 4  # the offsets that the pairs start it with
+        held += count * (plain + best + state)
+        step = max(step, count * (moment + 12 / size))
+        finished += count * (plain + state)
+    return TuningBytes(int(held), int(step), int(finished))
+
+
+def _rule(algorithm: SignRoundConfig) -> str:
+    return "adam" if algorithm.enable_adam else "momentum" if algorithm.momentum > 0 else "sign"
+
+
+def _features(inputs: MemoryInputs, plans: Sequence[LayerPlan]) -> tuple[float, float]:
+    """(inputs and outputs of all linear layers that a token meets, widest output)."""
+    experts = [m.num_experts for m in inputs.source.model.modules() if isinstance(m, LinearExperts)]
+    chosen = _chosen(inputs)
+    share = min(1.0, chosen / max(experts)) if experts else 1.0
+    total = widest = 0.0
+    for plan in plans:
+        part = share if ".experts." in plan.name else 1.0
+        total += part * (plan.in_features + plan.out_features)
+        widest = max(widest, (chosen if part < 1 else 1) * max(plan.in_features, plan.out_features))
+    return total, widest
+
+
+def _chosen(inputs: MemoryInputs) -> int:
+    """Experts that a token goes to."""
+    return largest(inputs.config, *_TOP_K, default=1)
+
+
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
+
+
+def _attention_bytes(inputs: MemoryInputs) -> int:
+    """The scores of one sample, where they are formed: a fused kernel does not."""
+    if read_value(inputs.config, "_attn_implementation") != "eager":
+        return 0
+    heads = largest(inputs.config, "num_attention_heads", default=1)
+    return heads * inputs.tokens**2 * inputs.compute.itemsize
+
+
+def forward_bytes(inputs: MemoryInputs, plans: Sequence[LayerPlan], samples: int) -> int:
+    """Of one pass without gradients: the MLP holds four tensors of its width, the layer some of the model's."""
+    _, widest = _features(inputs, plans)
+    values = samples * inputs.tokens * (4 * widest + 4 * inputs.width)
+    return int(values * inputs.compute.itemsize) + 3 * samples * _attention_bytes(inputs)
+
+
+def backward_bytes(inputs: MemoryInputs, plans: Sequence[LayerPlan]) -> int:
+    """Of one pass with gradients: inputs and outputs of the layers, sixteen tensors of norms, residuals, rotations and
+    repeated heads, and the gradients that are under way, of the widest layer four."""
+    algorithm = inputs.settings.algorithm
+    assert isinstance(algorithm, SignRoundConfig)
+    layers = len([p for p in plans if p.scheme.quantizes_weights])
+    samples = micro_batch_size(algorithm.batch_size, inputs.tokens, layers, inputs.settings.device)
+    total, widest = _features(inputs, plans)
+    values = samples * inputs.tokens * (total + 16 * inputs.width + 4 * widest)
+    return int(values * inputs.compute.itemsize) + 4 * samples * _attention_bytes(inputs)
+
+
+@dataclass(frozen=True)
+class NonBlockBytes:
+    """The embedding, the peak of what is done outside the blocks, and of saving and checking."""
+
+    embedding: int
+    non_block: int
+    saving: int
+
+
+def non_block_bytes(inputs: MemoryInputs) -> NonBlockBytes:
+    """What is in no block."""
+    source, settings = inputs.source, inputs.settings
+    blocks = tuple(f"{block}." for block in source.blocks)
+    tied = source.tied()
+    metas = {n: source.tensor_meta(n) for n in source.tensor_names() if not n.startswith(blocks) and n not in tied}
+    sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in metas.items()}
+    embedding = max((size for name, size in sizes.items() if "embed" in name or "wte" in name), default=0)
+    embedding = embedding or max(sizes.values(), default=0)
+    everything = sum(sizes.values())
+    vocabulary = largest(inputs.config, "vocab_size")
+    logits = _PROBE_TOKENS * vocabulary * (source.dtype.itemsize + 4) if settings.verify else 0
+    non_block = max(sizes.values(), default=0) * 2  # read, and as it is written
+    for plan in quantized(inputs.layers):
+        if f"{plan.name}." in blocks or f"{plan.name}.".startswith(blocks):
+            continue
+        count = plan.out_features * plan.in_features
+        # The weight, codes of two candidates, and the offsets that one of them is rounded with.
+        work = 8 if settings.tunes else 3 + source.dtype.itemsize
+        non_block = max(non_block, count * work + 4 * plan.in_features**2)
+        logits += count * 5 if settings.verify else 0  # codes, and the weight that the check multiplies with
+    probe = everything + logits if settings.verify else 0
+    return NonBlockBytes(embedding, max(non_block, probe), max(probe, non_block))

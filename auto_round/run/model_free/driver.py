@@ -1,0 +1,461 @@
+"""Driver of model-free runs: from settings to output folders, including resuming and several processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from auto_round._version import __version__
+from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.errors import ConfigError, ModelError, OutputError, Stopped, UnsupportedError
+from auto_round.formats.base import OutputFormat
+from auto_round.logger import logger
+from auto_round.modeling.checkpoint import CheckpointSource
+from auto_round.modeling.files.folder import side_files
+from auto_round.modeling.meta_model import open_meta_source
+from auto_round.output.folders import (
+    PARTIAL,
+    check_disk,
+    ensure_output_folder,
+    explain_write_errors,
+    reject_model_folder,
+    remove_files,
+)
+from auto_round.output.staging import FolderLock, is_lock_held
+from auto_round.output.verify import check_tokenizer
+from auto_round.output.writer import parse_size, write_text
+from auto_round.report.memory import format_bytes, format_seconds
+from auto_round.report.progress import make_progress
+from auto_round.run.finalize import write_config, write_records, write_side_files
+from auto_round.run.fingerprint import differences, digest_parts, is_up_to_date
+from auto_round.run.folders import stale_files
+from auto_round.run.model_free.inputs import Fetcher, Inputs, open_inputs
+from auto_round.run.model_free.journal import BEGUN, FOLDER, LOCK, Journal, manifest_of
+from auto_round.run.model_free.plan import (
+    ModelFreeJob,
+    ModelFreeOptions,
+    check_model,
+    check_settings,
+    model_free_job,
+    model_free_options,
+)
+from auto_round.run.model_free.shards import Layout, file_digest, index_text, plan_layout
+from auto_round.run.model_free.unit_processor import UnitProcessor, check_layers, sample_layers
+from auto_round.run.model_free.units import Unit, WorkPlan, plan_work
+from auto_round.run.model_free.workers import (
+    ShardRun,
+    all_ready,
+    assigned_shards,
+    clear_failures,
+    failures,
+    mark_ready,
+    raise_failures,
+    run_units,
+    wait_until,
+    write_failure,
+)
+from auto_round.run.settings import Settings
+
+
+@dataclass
+class ModelFree:
+    """A model-free run of some settings.
+
+    Args:
+        model: folder or hub id.
+        dtype: of the dense weights; None is the checkpoint's own.
+        fetcher: brings the files of `model`; None: a folder, or the hub's client.
+
+    Raises:
+        UnsupportedError: the settings ask for something that needs a model or data.
+    """
+
+    model: str
+    settings: Settings
+    options: ModelFreeOptions
+    dtype: Any = None
+    fetcher: Fetcher | None = None
+    _opened: tuple[Inputs, CheckpointSource] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_settings(self.settings)
+
+    def source(self) -> CheckpointSource:
+        """The checkpoint, opened: configuration and headers are read."""
+        return self._open()[1]
+
+    def _open(self) -> tuple[Inputs, CheckpointSource]:
+        if self._opened is None:
+            inputs = open_inputs(self.model, self.settings, self.options.rank, self.fetcher)
+            source = open_meta_source(inputs.folder, dtype=self.dtype, name_or_path=self.model, files=inputs.files)
+            if source.stored_as:
+                logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
+            self._opened = inputs, source
+        return self._opened
+
+    def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None) -> ModelFreeJob:
+        """The job, without doing it."""
+        inputs, source = self._open()
+        if output_dir is not None:
+            reject_model_folder(Path(output_dir), inputs.folder)
+        return model_free_job(self.settings, source, formats, self.options, output_dir, inputs.notes)
+
+    def to_folders(
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool = True
+    ) -> list[Path]:
+        """Quantize and write, one format after the other. Returns the folders, one a format.
+
+        `resume`: go on with the unfinished run that a folder holds; else start anew.
+
+        Raises:
+            OutputError: the folder holds something else, an unfinished run that differs, or another run works on it.
+            Stopped: by Ctrl-C.
+        """
+        root = Path(output_dir).expanduser()
+        folders = [root]
+        if len(formats) > 1:
+            folders = [root / f.name.replace(":", "-").replace("_", "-") for f in formats]
+        earlier = {folder: failures(folder / FOLDER) for folder in folders}
+        job = self.plan(formats, output_dir)
+        side_files(self.source().folder, self.settings.trust_remote_code)  # a link that leads away is found now
+        made = None if self.options.world > 1 else self._run_digests(job, shard)
+        if not overwrite and is_up_to_date(folders, made, self.settings):
+            logger.info("%s holds the result of this command already; --overwrite makes it anew", root)
+            for folder in folders:
+                if not is_lock_held(folder / FOLDER / LOCK):  # of a run that was killed when all was done
+                    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+            return folders
+        for note in job.notes:
+            logger.warning("%s", note)
+        stale = stale_files(root, folders)
+        needed = sum(job.bytes_on_disk.values()) - sum(_finished_bytes(folder) for folder in folders)
+        check_disk(output_dir, max(0, int(needed * 1.02)) + (1 << 20))
+        for fmt, folder in zip(formats, folders, strict=True):
+            one = self.plan([fmt], output_dir) if len(formats) > 1 else job
+            # Processes that share the work share the folder: the first holds it for all of them.
+            lock = FolderLock(folder / FOLDER / LOCK, folder) if self.options.rank == 0 else nullcontext()
+            try:
+                with explain_write_errors(folder, sum(job.bytes_on_disk.values())), lock:
+                    self._write(one, fmt, folder, overwrite, parse_size(shard), resume, earlier[folder], made)
+            except KeyboardInterrupt as stop:
+                self._record_failure(folder, stop)
+                text = f"stopped while {folder} was written; the same command goes on from there"
+                raise Stopped(text, getattr(stop, "number", signal.SIGINT)) from stop
+            except BaseException as error:
+                self._record_failure(folder, error)
+                raise
+            finally:
+                with suppress(OSError):  # nothing but the lock was in it
+                    (folder / FOLDER).rmdir()
+        if root not in folders and self.options.rank == 0:
+            remove_files(root, stale[root])
+        self._open()[0].close()
+        self._opened = None
+        return folders
+
+    def _run_digests(self, job: ModelFreeJob, shard: int | str) -> Mapping[str, str]:
+        """What the same command would make the result from."""
+        settings = {
+            **_result_settings(job, self.settings), "formats": job.formats, "max_shard_size": parse_size(shard),
+            "version": __version__,
+        }  # fmt: skip
+        return digest_parts(settings, self._open()[0].identity(), "none")
+
+    def _record_failure(self, folder: Path, error: BaseException) -> None:
+        """Let the other processes end too, whatever they wait for."""
+        if self.options.world > 1:
+            write_failure(folder / FOLDER, self.options.rank, error)
+
+    def _write(
+        self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int, resume: bool,
+        earlier: Collection[tuple[Path, int]], made: Mapping[str, str] | None,
+    ) -> None:  # fmt: skip
+        """One format. `earlier`: failures that were there before this run."""
+        inputs, source = self._open()
+        rank, world = self.options.rank, self.options.world
+        started = time.monotonic()
+        work = plan_work(job, source, fmt)
+        layout = plan_layout(work.units, work.tensors, inputs.shards, shard_size)
+        manifest = manifest_of(_result_settings(job, self.settings), inputs.identity(), layout)
+        journal = Journal(folder)
+        clear_failures(journal.folder, rank)
+        with self._wait_for_start(journal, manifest, overwrite, resume, earlier):
+            processor = UnitProcessor(job, source, fmt, work, self.settings.scale_dtype, self.settings.device)
+            if self.settings.verify:
+                processor = replace(processor, samples=sample_layers(processor))
+            processor.use_buffer_pool()
+            own = assigned_shards(layout, rank, world)
+            before = {index for index in own if journal.has_digest(index)}
+            self._quantize(job, work, layout, processor, journal, own, inputs)
+            quantized = time.monotonic()
+            self._check_files(layout, journal, own, before)
+            if rank == 0:
+                everything = range(len(layout.shards))
+                wait_until(
+                    lambda: all_ready(journal, world) and all(map(journal.has_digest, everything)),
+                    lambda: _progress_of_others(journal.folder, earlier), "the other processes",
+                )  # fmt: skip
+                seconds = {"quantization": quantized - started}
+                journal.publish(self._complete(job, fmt, layout, processor, journal, seconds, made))
+                journal.close()
+                logger.info("saved %s", folder)
+            else:
+
+                def alive() -> int:
+                    mark_ready(journal, rank)
+                    return _progress_of_others(journal.folder, earlier)
+
+                wait_until(lambda: not journal.is_open, alive, "process 0 to end")
+
+    def _wait_for_start(
+        self, journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resume: bool,
+        earlier: Collection[tuple[Path, int]],
+    ) -> AbstractContextManager[object]:  # fmt: skip
+        """Begin, or wait until process 0 has. While it works it holds a lock that says so: a journal alone may be of a
+        run that was killed, and that process 0 is about to throw away."""
+        begun = journal.folder / BEGUN
+        if self.options.rank == 0:
+            _begin_or_resume(journal, manifest, overwrite, resume)
+            return FolderLock(begun, journal.output, patience=10) if self.options.world > 1 else nullcontext()
+        wait_until(
+            lambda: is_lock_held(begun) and _matches(journal, manifest),
+            lambda: raise_failures(journal.folder, earlier),
+            "process 0 to begin",
+            600,
+        )
+        return nullcontext()
+
+    def _quantize(
+        self,
+        job: ModelFreeJob,
+        work: WorkPlan,
+        layout: Layout,
+        processor: UnitProcessor,
+        journal: Journal,
+        own: Sequence[int],
+        inputs: Inputs,
+    ) -> None:
+        started = time.monotonic()
+        progress = make_progress(f"model-free {job.scheme_name}")
+        done: list[int] = []
+
+        def finished(index: int, digest: str) -> None:
+            journal.note_digest(index, digest)
+            done.append(index)
+            progress.block(layout.shards[index].name)
+
+        run = ShardRun(layout, work.units, processor, journal, own, finished, compare=self.settings.verify)
+        progress.start(len({index for index, _ in run.todo}))
+        jobs = {id(unit): place for place in run.todo for unit in (work.units[place[1]],)}
+        units = [work.units[number] for _, number in run.todo]
+        plan = inputs.schedule(units)
+
+        def do(unit: Unit) -> None:
+            run.do(*jobs[id(unit)])
+            plan.done(unit)
+
+        asked: set[str] = set()
+
+        def before(position: int) -> None:
+            plan.before(position)
+            processor.read_ahead(units[position], asked)
+
+        whole = False
+        try:
+            with plan:
+                run_units(units, do, self.options.workers, self.options.memory, before)
+            whole = True
+        finally:
+            run.close(whole)
+            progress.finish()
+        if units:
+            size = sum(layout.shards[i].size for i in done)
+            seconds = time.monotonic() - started
+            logger.info("%d tensors in %s, %s written", len(units), format_seconds(seconds), format_bytes(size))
+
+    def _check_files(self, layout: Layout, journal: Journal, own: Sequence[int], before: Collection[int]) -> None:
+        """Digests of files of this process that an earlier run finished: compared with those that it noted (`before`),
+        or noted now, where it was killed before it did."""
+
+        def one(index: int) -> None:
+            shard, noted = layout.shards[index], journal.has_digest(index)
+            if noted and index not in before:
+                return
+            chunk_records = [] if noted else [record for unit in journal.done(index).values() for record in unit]
+            digest = file_digest(journal.whole / shard.name, shard, chunk_records, self.settings.verify and not noted)
+            if noted:
+                journal.check_finished(index, shard.name, digest)
+            else:
+                journal.note_digest(index, digest)
+
+        with ThreadPoolExecutor(self.options.workers) as pool:
+            list(pool.map(one, own))
+
+    def _complete(
+        self, job: ModelFreeJob, fmt: OutputFormat, layout: Layout, processor: UnitProcessor, journal: Journal,
+        seconds: dict[str, float], made: Mapping[str, str] | None,
+    ) -> dict[str, str]:  # fmt: skip
+        """Everything beside the weights, and the check. Returns SHA-256 of the weight files by name."""
+        _, source = self._open()
+        folder = journal.whole
+        started = time.monotonic()
+        write_side_files(folder, source, None, self.settings.trust_remote_code)
+        write_config(folder, source, job, fmt, self.settings.trust_remote_code)
+        if len(layout.shards) > 1:
+            write_text(folder, "model.safetensors.index.json", index_text(layout, processor.work.tensors))
+        verified = None
+        if self.settings.verify:
+            noted = {k: v for i in range(len(layout.shards)) for k, v in journal.digests(i).items()}
+            unpack_integers = check_layers(folder, processor, noted)
+            verified = {
+                "passed": True,
+                "tensors": len(processor.work.tensors),
+                "layers": unpack_integers,
+                "loss_in_memory": None,
+                "loss_reopened": None,
+                "tokenizer": check_tokenizer(folder, source.folder, None, self.settings.trust_remote_code),
+            }
+            seconds["verify"] = time.monotonic() - started
+        sums = {shard.name: journal.digest(i) or "" for i, shard in enumerate(layout.shards)}
+        write_records(folder, job, self.settings, fmt, (), seconds, sums, verified, None, made_from=made)
+        return sums
+
+
+def _begin_or_resume(journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
+    """Go on with the run that the folder holds (`resume`), or start one.
+
+    Raises OutputError when the folder holds another run, or other files.
+    """
+    if journal.is_open and not resume:
+        journal.begin(manifest)
+        return
+    before = journal.manifest()
+    if before == _plain(manifest):
+        logger.info("going on with the unfinished run in %s", journal.output)
+        journal.resume_existing()
+        return
+    if before is not None and not overwrite:
+        found = "; ".join(differences(before, _plain(manifest))[:3])
+        raise OutputError(
+            f"output folder {journal.output} holds an unfinished run that differs ({found}); finish that one with its "
+            "own settings, choose another folder, or start anew with --overwrite or --no_resume (overwrite=True or "
+            "resume=False)"
+        )
+    if before is None:
+        journal.clear()  # a run that was over, but for this
+    ensure_output_folder(journal.output, overwrite or _holds_only_our_files(journal.output), {PARTIAL, FOLDER})
+    journal.begin(manifest)
+
+
+def _holds_only_our_files(folder: Path) -> bool:
+    """Whether a folder holds nothing but the remains of a run that had not begun."""
+    return folder.is_dir() and all(path.name.startswith(FOLDER) for path in folder.iterdir())
+
+
+def _matches(journal: Journal, manifest: Mapping[str, Any]) -> bool:
+    return journal.manifest() == _plain(manifest)
+
+
+def _plain(manifest: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(manifest))
+
+
+def _result_settings(job: ModelFreeJob, settings: Settings) -> dict[str, Any]:
+    """What of a job decides the bytes of the result."""
+    values = job.to_dict()
+    left_out = ("bytes_on_disk", "compute", "model")
+    return {k: v for k, v in values.items() if k not in left_out} | {
+        "dtype": str(job.settings.get("scale_dtype")), "device": settings.device.type,
+    }  # fmt: skip
+
+
+def _sizes(folder: Path) -> int:
+    """Changes as long as some process writes its journal or its files."""
+    try:
+        return sum(path.stat().st_size + path.stat().st_mtime_ns for path in folder.iterdir())
+    except OSError:
+        return -1
+
+
+def _progress_of_others(folder: Path, earlier: Collection[tuple[Path, int]]) -> int:
+    raise_failures(folder, earlier)
+    return _sizes(folder)
+
+
+def _finished_bytes(folder: Path) -> int:
+    """Bytes that an unfinished run has on the disk already. Another process may be moving these files just now."""
+    size = 0
+    for path in (*(folder / FOLDER).glob("*.partial"), *(folder / FOLDER / "whole").glob("*.safetensors")):
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
+
+
+# How `AutoRound` enters model-free mode.
+
+AUTO = "auto"
+_OWN = ("parallelism",)
+
+
+def check_rtn_only(alg_configs: Any, iters: int | None, options: dict[str, Any]) -> int | None:
+    """`iters` for a model-free run, 0 where nothing was said; the search for scales is switched off in `options`.
+
+    Raises ConfigError when tuning or the search was asked for.
+    """
+    if options["model_free"] not in (True, AUTO):
+        raise ConfigError(f"model_free={options['model_free']!r} is not allowed; use True or False")
+    if alg_configs is not None or options["algorithm"] is not None:
+        given = alg_configs if alg_configs is not None else options["algorithm"]
+        if not (isinstance(given, str) and given.lower() == "rtn") and not (
+            isinstance(given, RTNConfig) and not given.optimized
+        ):
+            raise ConfigError(f"model_free=True only rounds to nearest, and the algorithm {given!r} does more")
+        if isinstance(given, RTNConfig):
+            return iters
+    if iters:
+        raise ConfigError(f"iters={iters} contradicts model_free=True, which does no tuning; leave one out")
+    if options["disable_opt_rtn"] is False:
+        raise ConfigError(
+            "enable_opt_rtn contradicts model_free=True: the search for scales needs calibration data; leave one out"
+        )
+    options["disable_opt_rtn"] = True
+    return 0
+
+
+def open_model_free(model: Any, settings: Settings, options: Mapping[str, Any]) -> ModelFree | None:
+    """The run, or None when the regular flow does it.
+
+    Raises:
+        ConfigError: options of this mode without it, or a model object.
+        UnsupportedError, ModelError: it was asked for and cannot be; where it was only offered (`AUTO`), that is said
+            and the regular flow goes on.
+    """
+    wanted = options["model_free"]
+    if not wanted:
+        given = [name for name in _OWN if options[name] is not None]
+        if given:
+            raise ConfigError(f"{given[0]} is an option of model-free mode; add model_free=True (--model_free)")
+        return None
+    try:
+        if settings.imatrix is not None or settings.save_imatrix is not None:
+            raise UnsupportedError(
+                "model-free mode rounds to nearest, and importance files weigh a search; leave one out"
+            )
+        budget = settings.max_memory
+        own = model_free_options(options["parallelism"], None if budget is None else budget.ram)
+        free = ModelFree(check_model(model), settings, own, options["model_dtype"])
+        free.source()
+    except (UnsupportedError, ModelError) as error:
+        if wanted is True:
+            raise
+        logger.info("the regular flow is taken: %s", error)
+        return None
+    return free

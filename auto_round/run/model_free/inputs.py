@@ -1,0 +1,351 @@
+"""Input shards of a model-free run: a local folder, or hub files downloaded, verified and deleted one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from auto_round import envs
+from auto_round.errors import ModelError
+from auto_round.logger import logger
+from auto_round.modeling.files.folder import NOT_FETCHED, is_hub_id, model_folder
+from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.modeling.meta_model import shards_of
+from auto_round.run.fingerprint import input_identity
+from auto_round.run.model_free.units import Unit
+from auto_round.run.settings import Settings
+
+_TRIES = 5
+_CODE = ("*.py",)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of the hub: its bytes, and their SHA-256 where the hub says it."""
+
+    size: int
+    sha256: str | None = None
+
+
+class Fetcher(Protocol):
+    """Where weight files come from."""
+
+    def small_files(self, trust_remote_code: bool) -> Path:
+        """A local folder with config.json, the index and the tokenizer."""
+
+    def weight_files(self) -> dict[str, RemoteFile]:
+        """All safetensors files by name."""
+
+    def head(self, name: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file."""
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        """The whole file, in `folder`; a download that was broken off is gone on with."""
+
+
+class HubFetcher:
+    """A repository of the Hugging Face hub, through its client."""
+
+    def __init__(self, repo: str) -> None:
+        self.repo = repo
+
+    def small_files(self, trust_remote_code: bool) -> Path:
+        from huggingface_hub import snapshot_download
+
+        ignored = [*NOT_FETCHED, "*.safetensors", *(() if trust_remote_code else _CODE)]
+        return Path(self._call_hub(lambda: snapshot_download(self.repo, ignore_patterns=ignored), "its small files"))
+
+    def weight_files(self) -> dict[str, RemoteFile]:
+        from huggingface_hub import HfApi
+
+        found = {}
+        for entry in self._call_hub(lambda: list(HfApi().list_repo_tree(self.repo)), "its list of files"):
+            name = str(getattr(entry, "path", ""))
+            if name.endswith(".safetensors"):
+                lfs = getattr(entry, "lfs", None)
+                found[name] = RemoteFile(int(entry.size), None if lfs is None else str(lfs.sha256))
+        return found
+
+    def head(self, name: str, start: int, end: int) -> bytes:
+        from huggingface_hub import HfFileSystem
+
+        return bytes(self._call_hub(lambda: HfFileSystem().cat_file(f"{self.repo}/{name}", start=start, end=end), name))
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.repo, name, local_dir=folder))
+
+    def _call_hub(self, work: Callable[[], Any], what: str) -> Any:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return work()
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the hub does not give {what} of {self.repo!r}: {first}") from error
+
+
+def fetch_checked(
+    fetcher: Fetcher, name: str, wanted: RemoteFile, folder: Path, sleep: Callable[[float], None] = time.sleep
+) -> Path:
+    """Fetch one file and hold it against its size and hash, several times if need be.
+
+    Raises ModelError naming the file after the last try.
+    """
+    reason = ""
+    for attempt in range(_TRIES):
+        if attempt:
+            logger.warning("%s: %s; trying again", name, reason)
+            sleep(2.0**attempt)
+        try:
+            file = fetcher.fetch(name, folder)
+        except OSError as error:  # of which those of the client are kinds
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            continue
+        problem = _problem(file, wanted)
+        if problem is None:
+            return file
+        reason = problem
+        file.unlink(missing_ok=True)
+    raise ModelError(f"{name} could not be fetched in {_TRIES} tries: {reason}")
+
+
+def _problem(file: Path, wanted: RemoteFile) -> str | None:
+    size = file.stat().st_size
+    if size != wanted.size:
+        return f"it came with {size} bytes instead of {wanted.size}"
+    if wanted.sha256 is None:
+        return None
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while part := handle.read(1 << 22):
+            digest.update(part)
+    return None if digest.hexdigest() == wanted.sha256 else "its SHA-256 is not the hub's"
+
+
+def write_placeholder(fetcher: Fetcher, name: str, size: int, folder: Path) -> None:
+    """A file with the header of `name` and room that takes no disk, in place of its data."""
+    length = int.from_bytes(fetcher.head(name, 0, 8), "little")
+    if not 2 <= length <= size - 8:
+        raise ModelError(f"{name} on the hub is no safetensors file")
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as file:
+        file.write(fetcher.head(name, 0, 8 + length))
+        file.truncate(size)
+
+
+# The files of the input: a folder, or shards of a hub that come one after the other and go again.
+
+_AHEAD = 2
+_INDEX = "model.safetensors.index.json"
+
+
+class Schedule:
+    """Keeps the files there that running units read. This one, of a local folder, has nothing to do."""
+
+    def before(self, position: int) -> None:
+        """Called before the unit at `position` starts."""
+
+    def done(self, unit: Unit) -> None:
+        """A unit has ended."""
+
+    def __enter__(self) -> Schedule:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to give back."""
+
+
+class Inputs:
+    """A local folder.
+
+    Attributes:
+        folder: holds config.json and the small files.
+        files: the tensors.
+        shards: the weight files in order.
+        notes: for the user.
+    """
+
+    def __init__(self, folder: Path, files: TensorFiles) -> None:
+        self.folder, self.files = folder, files
+        self.notes = list(files.notes)
+        self.shards = list(shards_of(self.files))
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these files from others, by name."""
+        config = self.folder / "config.json"
+        return {path.name: input_identity(path) for path in self.shards} | {"config.json": config.read_text("utf-8")}
+
+    def schedule(self, units: Sequence[Unit]) -> Schedule:
+        """For the units that will be started in this order."""
+        return Schedule()
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class FetchedFiles(TensorFiles):
+    """Tensors of files of which only the headers may be here. Reading one whose file is away is an error."""
+
+    def __init__(self, files: TensorFiles) -> None:
+        super().__init__(files.folder, files.tensors)
+        self.notes = files.notes
+        self.here: set[Path] = set()
+
+    def prefetch(self, key: str, start: int = 0, size: int | None = None) -> None:
+        """Nothing: files come whole."""
+
+    def _fill(self, file: Path, key: str, start: int, view: memoryview) -> None:
+        if file not in self.here:
+            raise ModelError(f"tensor {key!r} was asked for while {file.name} is not here; report this")
+        super()._fill(file, key, start, view)
+
+
+class HubInputs(Inputs):
+    """A repository whose weight files are fetched when a unit needs them, and removed after the last one that does.
+
+    Args:
+        staging: where they lie meanwhile; what a killed run left there is gone on with.
+    """
+
+    files: FetchedFiles
+
+    def __init__(self, fetcher: Fetcher, staging: Path, trust_remote_code: bool) -> None:
+        folder = fetcher.small_files(trust_remote_code)
+        self.fetcher, self.staging = fetcher, staging
+        remote = fetcher.weight_files()
+        staging.mkdir(parents=True, exist_ok=True)
+        if "model.safetensors" not in remote and (folder / _INDEX).is_file():
+            shutil.copyfile(folder / _INDEX, staging / _INDEX)
+        self.remote: dict[Path, RemoteFile] = {staging / name: file for name, file in remote.items()}
+        for path, file in self.remote.items():
+            if not path.is_file():
+                write_placeholder(fetcher, path.name, file.size, staging)
+        super().__init__(folder, FetchedFiles(TensorFiles.open(staging)))
+
+    def identity(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"config.json": (self.folder / "config.json").read_text("utf-8")}
+        for path in self.shards:
+            file = self.remote[path]
+            found[path.name] = [file.size, file.sha256 or hashlib.sha256(self._header(path)).hexdigest()]
+        return found
+
+    def _header(self, path: Path) -> bytes:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return file.read(length)
+
+    def schedule(self, units: Sequence[Unit]) -> Schedule:
+        return _FetchSchedule(self, units)
+
+    def fetch_file(self, path: Path) -> None:
+        """Fetch one file in place of its stand-in."""
+        header = self._header(path)
+        arriving = self.staging / "arriving"
+        arriving.mkdir(exist_ok=True)
+        file = fetch_checked(self.fetcher, path.name, self.remote[path], arriving)
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if handle.read(length) != header:
+                raise ModelError(f"{path.name} changed on the hub while it was worked on; run the same command again")
+        os.replace(file, path)
+        self.files.here.add(path)
+
+    def remove_file(self, path: Path) -> None:
+        """Give a file's disk back; its header stays."""
+        self.files.here.discard(path)
+        header = self._header(path)
+        part = path.with_name(f"{path.name}.header")
+        with open(part, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(self.remote[path].size)
+        os.replace(part, path)
+
+    def close(self) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+
+class _FetchSchedule(Schedule):
+    """Fetches the next file while units of the one before are worked on; two are here at most, or as many as the units
+    read that are in work."""
+
+    def __init__(self, inputs: HubInputs, units: Sequence[Unit]) -> None:
+        self._inputs, self._units = inputs, units
+        self._left = Counter(file for unit in units for file in unit.files)
+        self._order = list(dict.fromkeys(file for unit in units for file in unit.files))
+        self._lock = threading.Lock()
+        self._coming: dict[Path, Future[None]] = {}
+        self._pool = ThreadPoolExecutor(1, "model-free-fetch")
+
+    def before(self, position: int) -> None:
+        files = self._units[position].files
+        for file in files:
+            self._start(file)
+        last = max((self._order.index(file) for file in files), default=-1)
+        with self._lock:
+            here = sum(self._left[file] > 0 for file in self._coming)
+        if last + 1 < len(self._order) and here < _AHEAD:
+            self._start(self._order[last + 1])
+        for file in files:
+            self._coming[file].result()
+
+    def _start(self, file: Path) -> None:
+        with self._lock:
+            if file not in self._coming:
+                self._coming[file] = self._pool.submit(self._inputs.fetch_file, file)
+
+    def done(self, unit: Unit) -> None:
+        for file in unit.files:
+            with self._lock:
+                self._left[file] -= 1
+                gone = self._left[file] == 0
+            if gone:
+                self._inputs.remove_file(file)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def open_inputs(model: str, settings: Settings, rank: int = 0, fetcher: Fetcher | None = None) -> Inputs:
+    """The inputs of a folder or hub id.
+
+    A hub id whose files are all in the local cache is a folder. ModelScope's ids are downloaded whole.
+
+    Raises ModelError when they are not there or damaged.
+    """
+    local = fetcher is None and (not is_hub_id(model) or settings.platform != "hf" or envs.AR_USE_MODELSCOPE)
+    cached = None if local or fetcher is not None else _cached(model)
+    if local or cached is not None:
+        trusted = settings.trust_remote_code
+        folder = cached or model_folder(model, trust_remote_code=trusted, platform=settings.platform)
+        return Inputs(folder, TensorFiles.open(folder))
+    staging = envs.work_space() / "model_free" / f"{model.strip('/').replace('/', '--')}-{rank}"
+    return HubInputs(fetcher or HubFetcher(model), staging, settings.trust_remote_code)
+
+
+def _cached(repo: str) -> Path | None:
+    """The snapshot of a repository in the local cache, where all its weights are there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True))
+        TensorFiles.open(folder)
+    except (OSError, ValueError, ModelError):
+        return None
+    return folder

@@ -1,0 +1,348 @@
+"""Process one model-free unit: read, round or copy it, yield chunks for the file; verify sampled layers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from auto_round.algorithms.base import LayerTask
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.errors import ModelError, VerifyError
+from auto_round.formats.base import OutputFormat
+from auto_round.inference.config import read_config
+from auto_round.inference.convert_model import build_layer
+from auto_round.modeling.checkpoint import CheckpointSource
+from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.modeling.source import check_finite
+from auto_round.output.verify import dense_digest, layer_digest
+from auto_round.run.block_layers import share_global_scales
+from auto_round.run.file_layout import FusedTarget, TensorAssembler, read_model_tensors
+from auto_round.run.model_free.units import (
+    Unit,
+    WorkPlan,
+    empty_packed,
+    is_stored,
+    layer_outputs,
+    plain_copy,
+    row_ranges,
+    row_step,
+    slice_axes,
+)
+from auto_round.run.plan import Job, LayerPlan
+
+_SMALL = 1 << 16
+_KEPT = 256 << 20
+
+
+class BufferPool(threading.local):
+    """What one worker reads into. Each thread has its own; what was given is valid until the thread's next `reset`."""
+
+    def __init__(self) -> None:
+        self._slots: list[torch.Tensor] = []
+        self._next = 0
+
+    def reset(self) -> None:
+        """A new unit begins: all memory is free again. Very large pieces are given back to the system."""
+        self._next = 0
+        self._slots = [slot for slot in self._slots if slot.numel() <= _KEPT]
+
+    def take(self, size: int) -> torch.Tensor:
+        """uint8 [size], uninitialised."""
+        if size < _SMALL:
+            return torch.empty(size, dtype=torch.uint8)
+        if self._next == len(self._slots):
+            self._slots.append(torch.empty(0, dtype=torch.uint8))
+        if self._slots[self._next].numel() < size:
+            self._slots[self._next] = torch.empty(size, dtype=torch.uint8)
+        self._next += 1
+        return self._slots[self._next - 1][:size]
+
+
+# One unit of work: read what it needs, round or copy it, and hand out bytes with their places.
+
+_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes for the file: `data` goes to tensor `name`, `offset` bytes after its start."""
+
+    name: str
+    offset: int
+    data: torch.Tensor
+
+
+@dataclass(frozen=True)
+class UnitProcessor:
+    """What every unit of a run has in common.
+
+    Attributes:
+        samples: layers of which a digest is taken, to compare them with what is read back.
+        digests: filled in, by layer.
+        arena: what tensors are read into.
+    """
+
+    job: Job
+    source: CheckpointSource
+    fmt: OutputFormat
+    work: WorkPlan
+    scale_dtype: torch.dtype
+    device: torch.device
+    samples: frozenset[str] = frozenset()
+    digests: dict[str, str] = field(default_factory=dict)
+    buffer_pool: BufferPool = field(default_factory=BufferPool)
+
+    def chunks(self, unit: Unit) -> Iterator[Chunk]:
+        """Everything that a unit writes.
+
+        Raises:
+            ModelError: a file cannot be read to its end.
+            NumericsError: NaN or Inf in a weight, named.
+        """
+        self.buffer_pool.reset()
+        if len(unit.layers) == 1 and self.step(self.job.layers[unit.layers[0]]) is not None:
+            yield from self._sliced(self.job.layers[unit.layers[0]])
+        elif any(output in self._made_by_conversion for output in unit.outputs):
+            yield from self._reversed(unit)
+        elif unit.layers:
+            yield from self._rounded(unit)
+        elif unit.key is None:
+            yield from self._joined(unit)
+        elif is_stored(self.source, unit.key):
+            yield from self._streamed(unit.key)
+        else:
+            tensor = self.source.read_stored(unit.key)
+            check_finite(unit.key, tensor)
+            yield Chunk(unit.key, 0, tensor)
+
+    def read_ahead(self, unit: Unit, asked: set[str]) -> None:
+        """Have the weights of a unit on their way that were not `asked` for before: a worker that waits for a disk
+        does not round."""
+        files = getattr(self.source.files, "stored", self.source.files)
+        names = (*(f"{layer}.weight" for layer in unit.layers), *unit.copies)
+        keys = [key for name in names for key in self.source.checkpoint_names(name)]
+        for key in keys if unit.key is None else [unit.key]:
+            if key not in asked and key in files:
+                asked.add(key)
+                files.prefetch(key)
+
+    @cached_property
+    def _made_by_conversion(self) -> frozenset[str]:
+        return frozenset(name for reversal in self.work.layout.reversals.values() for name in reversal.stored)
+
+    def _reversed(self, unit: Unit) -> Iterator[Chunk]:
+        """Tensors that Transformers' conversion makes of dense ones, whole."""
+        joiner = TensorAssembler(self.work.layout, self.source.model)
+        members = {name for r in self.work.layout.reversals.values() if set(r.stored) <= {*unit.outputs}
+                   for name in r.needed}  # fmt: skip
+        dense: list[tuple[str, torch.Tensor]] = []
+        for layer in self.layers(unit):
+            dense += self.fmt.pack(replace(layer, bias=None), model_dtype=self.source.dtype).items()
+        done = {name for name, _ in dense}
+        for name in members:
+            if name not in done and name in self.source.tensor_names():
+                dense.append((name, self._checked(name)))
+        for name, tensor in dense:
+            for stored, made in joiner.add(name, tensor):
+                yield Chunk(stored, 0, made)
+
+    def layers(self, unit: Unit) -> Iterator[QuantizedLayer]:
+        """The layers of a unit, rounded."""
+        tasks = [self._task(self.job.layers[name]) for name in unit.layers]
+        share_global_scales(tasks)
+        while tasks:
+            yield self.round(tasks.pop(0))
+
+    def round(self, task: LayerTask) -> QuantizedLayer:
+        """One layer, as the format's readers take it."""
+        return self.fmt.normalize_for_format(quantize_layer(task, False, self.scale_dtype))
+
+    def _rounded(self, unit: Unit) -> Iterator[Chunk]:
+        rows: dict[tuple[str, int], torch.Tensor] = {}
+        for layer in self.layers(unit):
+            if layer.name in self.samples:
+                self.digests[layer.name] = layer_digest(layer, self.fmt.name == "fake", self.source.dtype)
+            packed = self.fmt.pack(replace(layer, bias=None), model_dtype=self.source.dtype)
+            del layer
+            for name in list(packed):
+                target = self.work.targets.get(name)
+                if target is None or target.piece is None or target.piece.part == "all":
+                    yield self._placed(name, packed.pop(name))
+                    continue
+                part = packed.pop(name)
+                place = target.name, target.piece.expert
+                row = rows.setdefault(place, torch.empty(target.slot_shape, dtype=part.dtype))
+                target.piece.paste(row, part)
+        for (output, expert), row in rows.items():
+            yield Chunk(output, expert * row.nbytes, row)
+
+    def step(self, plan: LayerPlan) -> int | None:
+        """Rows that are rounded at a time, None for all of them."""
+        if plan.name in self.samples or not plain_copy(self.source, f"{plan.name}.weight"):
+            return None
+        return row_step(plan, self.fmt, self.source.dtype)
+
+    def _sliced(self, plan: LayerPlan) -> Iterator[Chunk]:
+        """A large layer, some rows at a time; only what is packed of it is ever whole."""
+        source, step = self.source, self.step(plan)
+        plan = replace(plan, bias_dtype=None)  # copied by a unit of its own
+        assert step is not None
+        axes = slice_axes(plan, self.fmt, source.dtype, step)
+        assert axes is not None
+        whole = empty_packed(plan, self.fmt, source.dtype)
+        name = f"{plan.name}.weight"
+        (key,) = source.checkpoint_names(name)
+        files = getattr(source.files, "stored", source.files)
+        module = source.model.get_submodule(plan.name)
+        row = plan.in_features * source.dtype.itemsize
+        at = dict.fromkeys(axes, 0)
+        for start, end in row_ranges(plan.out_features, step):
+            self.buffer_pool.reset()
+            part = files.read_bytes(key, start * row, (end - start) * row).view(source.tensor_meta(name)[1])
+            weight = part.view(end - start, plan.in_features)
+            check_finite(name, weight)
+            task = LayerTask(plan.name, module, weight.to(self.device), plan.scheme)
+            for tensor, values in self.fmt.pack(self.round(task), model_dtype=source.dtype).items():
+                size = values.shape[axes[tensor]]
+                whole[tensor].narrow(axes[tensor], at[tensor], size).copy_(values)
+                at[tensor] += size
+        for tensor in list(whole):
+            yield self._placed(tensor, whole.pop(tensor))
+
+    def _task(self, plan: LayerPlan) -> LayerTask:
+        weight = self._checked(f"{plan.name}.weight")
+        weight = (weight.t() if plan.transposed else weight).to(self.device)
+        module = self.source.model.get_submodule(plan.name)
+        return LayerTask(plan.name, module, weight, plan.scheme, transposed=plan.transposed)
+
+    def _checked(self, name: str) -> torch.Tensor:
+        tensor = self.source.read(name)
+        check_finite(name, tensor)
+        return tensor
+
+    def _placed(self, name: str, tensor: torch.Tensor) -> Chunk:
+        """A whole tensor, or one expert of a stacked one."""
+        target = self.work.targets.get(name)
+        wanted = self.work.tensors[name if target is None else target.name]
+        if target is None or target.piece is None:
+            if tuple(tensor.shape) != tuple(wanted[0]) or tensor.dtype != wanted[1]:
+                raise ModelError(f"tensor {name!r} became {tensor.dtype} {list(tensor.shape)}, planned was {wanted}")
+            return Chunk(name if target is None else target.name, 0, tensor)
+        row = torch.empty(target.slot_shape, dtype=tensor.dtype)
+        target.piece.paste(row, tensor)
+        return Chunk(target.name, target.piece.expert * row.nbytes, row)
+
+    def use_buffer_pool(self) -> None:
+        """From now on tensors are read into memory that is valid for one unit only."""
+        getattr(self.source.files, "stored", self.source.files).allocate = self.buffer_pool.take
+
+    def _joined(self, unit: Unit) -> Iterator[Chunk]:
+        """A dense tensor that is cast, dequantized or made of the experts' own, expert by expert."""
+        rows: dict[int, list[tuple[str, FusedTarget]]] = {}
+        for name in unit.copies:
+            target = self.work.targets.get(name)
+            if target is None or target.piece is None:
+                tensor = self.source.read_unquantized(name)
+                check_finite(name, tensor)
+                yield self._placed(name, tensor)
+            else:
+                rows.setdefault(target.piece.expert, []).append((name, target))
+        for expert, parts in rows.items():
+            self.buffer_pool.reset()
+            row = torch.empty(parts[0][1].slot_shape, dtype=self.work.tensors[unit.outputs[0]][1])
+            for name, target in parts:
+                assert target.piece is not None
+                target.piece.paste(row, self._checked(name))
+            yield Chunk(unit.outputs[0], expert * row.nbytes, row)
+
+    def _streamed(self, key: str) -> Iterator[Chunk]:
+        """A tensor as it lies in the file, a few megabytes at a time."""
+        files = getattr(self.source.files, "stored", self.source.files)
+        stored = files.tensors[key]
+        step = _CHUNK // stored.dtype.itemsize * stored.dtype.itemsize
+        for start in range(0, stored.end - stored.start, step):
+            self.buffer_pool.reset()
+            part = files.read_bytes(key, start, min(step, stored.end - stored.start - start))
+            files.prefetch(key, start + step, 4 * step)
+            check_finite(key, part.view(stored.dtype))
+            yield Chunk(key, start, part)
+
+
+# Hold finished files against what was computed, without a model: a few layers read back.
+
+_LARGEST_SAMPLE = 1 << 26  # weights
+
+
+def sample_layers(processor: UnitProcessor) -> frozenset[str]:
+    """One unit's layers of each kind (scheme, bias, transposed), the smallest. They are rounded whole, so none that is
+    very large."""
+    kinds: dict[object, Unit] = {}
+    converted = {name for reversal in processor.work.layout.reversals.values() for name in reversal.stored}
+    for unit in processor.work.units:
+        if not converted.isdisjoint(unit.outputs):  # of which single layers cannot be read back
+            continue
+        for name in unit.layers:
+            plan = processor.job.layers[name]
+            if plan.out_features * plan.in_features > _LARGEST_SAMPLE:
+                continue
+            kind = (plan.scheme, plan.bias_dtype is not None, plan.transposed, len(unit.layers))
+            if kind not in kinds or unit.memory < kinds[kind].memory:
+                kinds[kind] = unit
+    return frozenset(name for unit in kinds.values() for name in unit.layers)
+
+
+def check_layers(folder: Path, processor: UnitProcessor, digests: Mapping[str, str]) -> int:
+    """Read the sampled layers back as a runtime would, and compare them with what was rounded. Returns how many.
+
+    Raises:
+        VerifyError: one differs, or was not noted.
+    """
+    files = TensorFiles.open(folder)
+    for name in sorted(processor.samples):
+        if _read_back(folder, files, processor, processor.job.layers[name]) != digests.get(name):
+            raise VerifyError(f"{folder}: layer {name} does not hold what was rounded; do not use it, and report this")
+    return len(processor.samples)
+
+
+def _read_back(folder: Path, files: TensorFiles, processor: UnitProcessor, plan: LayerPlan) -> str:
+    fmt, dtype, layout = processor.fmt, processor.source.dtype, processor.work.layout
+    specs = layer_outputs(fmt, plan, dtype)
+    if fmt.name == "fake":
+        (weight,) = (name for name in specs if name.endswith(".weight"))
+        tensor = read_model_tensors(files, [weight], layout)[weight]
+        target = layout.targets.get(weight)
+        if target is not None and target.piece is not None:
+            tensor = target.piece.cut(tensor)
+        return dense_digest(tensor.t() if plan.transposed else tensor)
+    tensors = read_model_tensors(files, specs, layout)
+    if not fmt.loadable_here:
+        layer = fmt.unpack_layer(plan.name, plan.scheme, tensors, plan.in_features, plan.out_features)
+        return layer_digest(layer, False, torch.float32)
+    stored_name = processor.job.stored_names.get(plan.name, plan.name)
+    return layer_digest(_opened(folder, processor.job, stored_name, plan, tensors), False, torch.float32)
+
+
+def _opened(
+    folder: Path, job: Job, stored_name: str, plan: LayerPlan, tensors: Mapping[str, torch.Tensor]
+) -> QuantizedLayer:
+    """The layer as our loader's module, made from what config.json says of it."""
+    config = read_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"])
+    in_block = any(plan.name.startswith(f"{block}.") for block in job.blocks)
+    described = config.layer(stored_name, in_block)
+    if described is None:
+        raise VerifyError(f"{folder}: config.json says that {stored_name} is dense, and it is not; report this")
+    by_leaf = {name.removeprefix(f"{plan.name}."): tensor for name, tensor in tensors.items()}
+    shape = torch.empty((), dtype=plan.bias_dtype or torch.float32).expand(plan.out_features, plan.in_features)
+    dtypes = {leaf: tensor.dtype for leaf, tensor in by_leaf.items()}
+    module = build_layer(described, shape, plan.bias_dtype is not None, dtypes, False, "")
+    for leaf, tensor in by_leaf.items():
+        module.get_buffer(leaf).copy_(tensor)
+    module.prepare(plan.name)
+    return module.layer(plan.name)

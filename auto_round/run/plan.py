@@ -1,0 +1,322 @@
+"""Job: the resolved plan of a run (scheme of each layer, sizes, notes), including static KV-cache scales."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from auto_round import envs
+from auto_round.calibration.kv_cache_observer import KVCacheObserver
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.errors import UnsupportedError
+from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs
+from auto_round.formats.cache_scales import FP8_MAXIMUM, CacheScheme, scale_shape
+from auto_round.modeling.attention import Attention, find_attention, head_counts, library_error, unrecognised_attention
+from auto_round.modeling.config import text_config
+from auto_round.modeling.source import ModelSource
+from auto_round.report.memory import format_bytes
+from auto_round.schemes import QuantizationScheme
+
+if TYPE_CHECKING:
+    from auto_round.formats.base import OutputFormat
+    from auto_round.gguf.plan import GgufPlan
+    from auto_round.run.memory import MemoryPlan
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Which attention modules get scales.
+
+    Attributes:
+        scheme: which scales.
+        heads: (query heads, key-value heads) by the module's full name.
+    """
+
+    scheme: CacheScheme
+    heads: Mapping[str, tuple[int, int]]
+
+    @property
+    def queries(self) -> bool:
+        return self.scheme.queries is not None
+
+    def attentions(self, block: nn.Module) -> list[Attention]:
+        """What has to be watched while a block runs."""
+        return find_attention(block)
+
+    def specs(self, fmt: OutputFormat) -> TensorSpecs:
+        """Shapes and dtypes of all scales in a format's files, by tensor name."""
+        return {
+            f"{name}.{leaf}": (scale_shape(fmt, self.scheme, leaf, self._count(name, leaf)), torch.float32)
+            for name in self.heads
+            for leaf in self.scheme.leaves
+        }
+
+    def scales(self, block: str, seen: KVCacheObserver) -> dict[str, torch.Tensor]:
+        """The scales of one block: largest value / 448, float32, a scalar or [heads].
+
+        A head whose states are all zero gets 1.
+
+        Raises:
+            UnsupportedError: an attention showed nothing, or not the heads that it is said to have.
+            LibraryError: it showed nothing though its code says that it does.
+            NumericsError: it showed NaN or Inf.
+        """
+        made: dict[str, torch.Tensor] = {}
+        for name in (n for n in self.heads if n.startswith(f"{block}.")):
+            for leaf in self.scheme.leaves:
+                largest = seen.of(f"{name.removeprefix(f'{block}.')}.{leaf[0]}", self._count(name, leaf))
+                if self.scheme.granularity(leaf) == "tensor":
+                    largest = largest.amax()
+                scale = largest.cpu() / FP8_MAXIMUM
+                made[f"{name}.{leaf}"] = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return made
+
+    def _count(self, name: str, leaf: str) -> int:
+        return self.heads[name][0 if leaf == "q_scale" else 1]
+
+
+def stored_scale(fmt: OutputFormat, scale: torch.Tensor) -> torch.Tensor:
+    """A scale as a format's files hold it: [1], or one number a head."""
+    return scale.reshape(1) if scale.dim() == 0 else scale.reshape(-1, *fmt.cache_scale_tail)
+
+
+def plan_cache(source: ModelSource, scheme: CacheScheme | None) -> CachePlan | None:
+    """The plan for a model, None when no scales are asked for.
+
+    Raises:
+        UnsupportedError: it has no attention that keeps keys and values.
+        LibraryError: it has attention, of which none takes a cache in a way that is known here.
+    """
+    if scheme is None:
+        return None
+    config = text_config(source.config)
+    heads = {
+        f"{block}.{attention.name}": head_counts(attention, config)
+        for block in source.blocks
+        for attention in find_attention(source.model.get_submodule(block))
+    }
+    blocks = [source.model.get_submodule(block) for block in source.blocks]
+    if not heads and (unknown := unrecognised_attention(blocks)):
+        raise library_error(
+            f"{type(source.model).__name__} has attention ({', '.join(unknown)}), but no argument of it was "
+            "recognised as its key-value cache",
+            "leave static_kv_dtype and static_attention_dtype out",
+        )
+    if not heads:
+        raise UnsupportedError(
+            f"{type(source.model).__name__} has no attention with a key-value cache: leave static_kv_dtype and "
+            "static_attention_dtype out"
+        )
+    return CachePlan(scheme, heads)
+
+
+# The resolved job: every layer's fate, decided before any work, printable and saved with the model.
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear layer: its shape, and the scheme it gets (16 bits when `reason` says why it stays as it is). `ggml`:
+    the type that stores it in a GGUF file."""
+
+    name: str
+    scheme: QuantizationScheme
+    out_features: int
+    in_features: int
+    bias_dtype: torch.dtype | None
+    transposed: bool
+    reason: str | None = None
+    ggml: str | None = None
+
+    @property
+    def description(self) -> str:
+        """What it becomes, in a short phrase: the ggml type, or the scheme."""
+        return self.ggml if self.ggml is not None else self.scheme.describe()
+
+    def unquantized(self, reason: str) -> LayerPlan:
+        """The same layer left in full precision."""
+        full = self.scheme.with_overrides({"bits": 16, "act_bits": 16})
+        return replace(self, scheme=full, reason=reason, ggml=None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What will be done.
+
+    Attributes:
+        model: name or path of the source.
+        blocks: block names in order.
+        layers: every linear layer of the model, by name.
+        formats: names of the output formats, in order.
+        settings: the settings as plain values.
+        scheme_name, scheme: the default scheme.
+        steps: tuning steps over all blocks.
+        bytes_on_disk: of the weights, by format.
+        peak_ram, peak_vram: estimates in bytes, libraries included, of what the run holds at most.
+        compute: device and dtype of the matrix products.
+        model_type: of the model's config.
+        embeddings: module names of the embeddings.
+        other_matrices: names of modules outside `layers` whose weight is a matrix, embeddings left out.
+        stored_as: how the source's weights are stored where it is quantized already, in words; "" otherwise.
+        cache: static scales of keys, values and queries that are made besides.
+        gguf: the file that is written, for a GGUF format.
+        journal_bytes: most that the journal takes of the work space, where one is kept.
+        memory_plan: where the activations are kept, and what every phase holds.
+        stored_names: what the checkpoint calls a module, where that differs from its name in the model.
+        stored_blocks: what it calls the blocks.
+        spare: its tensors that no module reads, and why; they are copied.
+        left: by tensor name, weights of two and more dimensions in the blocks that are in no linear layer, and why each
+            stays dense.
+        patterns: regular expressions of the layer configuration, in order.
+    """
+
+    model: str
+    blocks: tuple[str, ...]
+    layers: Mapping[str, LayerPlan]
+    formats: tuple[str, ...]
+    settings: Mapping[str, Any]
+    scheme_name: str
+    scheme: QuantizationScheme
+    steps: int
+    bytes_on_disk: Mapping[str, int]
+    peak_ram: int
+    peak_vram: int
+    compute: str
+    output_dir: str | None = None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+    model_type: str = ""
+    embeddings: tuple[str, ...] = ()
+    other_matrices: tuple[str, ...] = ()
+    stored_as: str = ""
+    cache: CachePlan | None = None
+    gguf: GgufPlan | None = None
+    journal_bytes: int = 0
+    memory_plan: MemoryPlan | None = None
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    stored_blocks: tuple[str, ...] = ()
+    spare: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    patterns: tuple[str, ...] = ()
+
+    def quantized(self) -> dict[str, LayerPlan]:
+        return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
+
+    def with_unquantized(self, unquantized: Mapping[str, str]) -> Job:
+        """The same job with some layers left in full precision after all, by name, with the reasons."""
+        return replace(
+            self, layers={n: p.unquantized(unquantized[n]) if n in unquantized else p for n, p in self.layers.items()}
+        )
+
+    def export_plan(self, fmt: OutputFormat) -> ExportPlan:
+        """What a format is told, in the names of its files: the checkpoint's, or the modules' where it has its own."""
+        if not fmt.checkpoint_names:
+            schemes = {name: plan.scheme for name, plan in self.layers.items()}
+            return ExportPlan(
+                self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type,
+                embeddings=self.embeddings, other_matrices=self.other_matrices, spare=self._spare_modules(),
+            )  # fmt: skip
+        stored = lambda name: self.stored_names.get(name, name)
+        return ExportPlan(
+            self.scheme, {stored(name): plan.scheme for name, plan in self.layers.items()},
+            self.stored_blocks or self.blocks, self.settings, model_type=self.model_type,
+            embeddings=tuple(map(stored, self.embeddings)),
+            other_matrices=tuple(map(stored, self.other_matrices)), spare=self._spare_modules(), patterns=self.patterns,
+        )  # fmt: skip
+
+    def _spare_modules(self) -> tuple[str, ...]:
+        """Modules that a reader could take for quantized, though no module of this model has their tensors."""
+        return tuple(name.removesuffix(".weight") for name in self.spare if name.endswith(".weight"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for report.json."""
+        return {
+            "model": self.model,
+            **({"stored_as": self.stored_as} if self.stored_as else {}),
+            "scheme": self.scheme_name,
+            "default": self.scheme.describe(),
+            "formats": list(self.formats),
+            "settings": dict(self.settings),
+            "blocks": len(self.blocks),
+            "layers": {n: p.description + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
+            **({"copied": dict(self.spare)} if self.spare else {}),
+            "skipped": dict(self.skipped),
+            "steps": self.steps,
+            "bytes_on_disk": dict(self.bytes_on_disk),
+            "compute": self.compute,
+        }
+
+    def _largest_phase(self) -> str:
+        phases = {} if self.memory_plan is None else self.memory_plan.phases
+        return f", libraries included; most of it in: {max(phases, key=lambda n: phases[n])}" if phases else ""
+
+    def render(self) -> str:
+        """The plan as text, for `--dry_run`."""
+        weights = sum(p.out_features * p.in_features for p in self.quantized().values())
+        rows = [
+            ("model", self.model),
+            *([("stored as", f"{self.stored_as}; dequantized as it is read")] if self.stored_as else []),
+            ("scheme", f"{self.scheme_name} ({self.scheme.describe()})"),
+            ("blocks", f"{len(self.blocks)} ({self.blocks[0]} .. {self.blocks[-1]})" if self.blocks else "none"),
+            ("layers", f"{len(self.quantized())} quantized of {len(self.layers)}, {weights / 1e6:.1f} M weights"),
+            ("algorithm", ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)),
+            *([("attention", self.cache.scheme.describe())] if self.cache else []),
+            ("compute", self.compute),
+            ("steps", f"{self.steps} in all" if self.steps else "none (rounding only)"),
+        ]
+        rows += [(f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()]
+        if self.journal_bytes:
+            size = format_bytes(self.journal_bytes)
+            rows.append(("journal", f"up to {size} in {envs.resume_folder()} (none with --no_resume)"))
+        if self.output_dir:
+            rows.append(("output", self.output_dir))
+        rows.append(("memory", f"about {format_bytes(self.peak_ram)}{self._largest_phase()}"))
+        if self.peak_vram:
+            rows.append(("GPU memory", f"about {format_bytes(self.peak_vram)}"))
+        if self.memory_plan is not None and self.memory_plan.spilled:
+            spilled = format_bytes(self.memory_plan.spilled)
+            rows.append(("disk, meanwhile", f"{spilled} of activations in AR_WORK_SPACE"))
+        if self.memory_plan is not None and self.memory_plan.codes:
+            rows.append(("and", f"{format_bytes(self.memory_plan.codes)} of codes of one block's experts"))
+        if self.memory_plan is not None and self.memory_plan.streams_experts:
+            alone = "tuned one at a time, after the other layers of their block"
+            rows.append(("experts", alone if self.steps else "read one at a time, and again for every format"))
+        lines = [f"{name:<18} {text}" for name, text in rows]
+        groups = Counter(p.description + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
+        lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]
+        others = Counter(self.skipped.values())
+        lines += [f"  {count:>5}  other weights in the blocks, dense: {text}" for text, count in others.most_common()]
+        different = [p for p in self.layers.values() if p.scheme != self.scheme]
+        shown = different[:40]
+        if shown:
+            lines += ["", "layers that differ from the default:"]
+            lines += [f"  {p.name}: {p.description}{f' ({p.reason})' if p.reason else ''}" for p in shown]
+            if len(different) > len(shown):
+                lines.append(f"  and {len(different) - len(shown)} more")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+# The plan of a folder whose layers are quantized already.
+
+
+def plan_for_quantized(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
+    """`job` for layers that are quantized already. Raises UnsupportedError when its formats cannot hold one of them."""
+    refused = sorted(set(done) - set(job.quantized()))
+    if refused:
+        raise UnsupportedError(
+            f"{', '.join(job.formats)} cannot hold {len(refused)} of the quantized layers, such as {refused[0]}: "
+            f"{job.layers[refused[0]].reason}; use quantize_and_save, which leaves them in full precision, or format "
+            "fake"
+        )
+    other = [name for name, layer in done.items() if layer.blocks is not None and job.layers[name].ggml != layer.kind]
+    if other:
+        raise UnsupportedError(
+            f"{', '.join(job.formats)} stores {other[0]} as {job.layers[other[0]].ggml}, and it is quantized as "
+            f"{done[other[0]].kind}; use quantize_and_save, or the format of the scheme that was used"
+        )
+    left = {name: memory.layers[name] for name in job.quantized() if name not in done}
+    return replace(job, layers={**job.layers, **left})

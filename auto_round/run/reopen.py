@@ -1,0 +1,242 @@
+"""Reopen a written folder and compare its tensors, layers and smoke loss with what was quantized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.calibration.capture import capture_inputs
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.errors import ConfigError, ModelError, NumericsError, UnsupportedError, VerifyError
+from auto_round.inference.convert_model import convert_hf_model
+from auto_round.inference.linear import PackedLinear
+from auto_round.modeling.blocks import weight_2d
+from auto_round.modeling.checkpoint import CheckpointSource
+from auto_round.modeling.experts import default_expert_names
+from auto_round.modeling.files.folder import read_object
+from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.modeling.partial_loading import ExpertStreamer, expert_of, non_block_loaded
+from auto_round.output.verify import dense_digest, layer_digest
+from auto_round.report.memory import trim_heap
+from auto_round.run.block_layers import in_dtype
+from auto_round.run.head import mean_loss
+from auto_round.run.streams import Stream
+
+# Losses are compared in the dtype of the run. The arithmetic is the same, but not always in the same order.
+_TOLERANCE = {torch.float32: 1e-3}
+_TOLERANCE_HALF = 3e-2
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a saved folder must hold.
+
+    Attributes:
+        tensors: shape and dtype of every tensor by name.
+        digests: by quantized layer, `digest.layer_digest`.
+        dense: by other tensor, `digest.dense_digest`.
+        samples: the probe, one sample; None when no forward pass is to be compared.
+        loss: mean next-token loss of the tuned model in memory on it.
+        device, dtype: of the matrix products.
+        unpack_integers: takes a layer out of the files, for formats that are opened by other programs only; None
+        opens the
+            folder as Transformers would.
+        casts_to_model_dtype: the files hold what was tuned in the model's own dtype, so that the loss is of other
+        weights
+            when this is a half one.
+        configs: by file name, what the configuration files say.
+        finite: no tensor may hold NaN or Inf; False where the source's own were kept.
+        stream_experts: experts are read one at a time.
+        bounded: memory is, by max_memory.
+    """
+
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    digests: Mapping[str, str]
+    dense: Mapping[str, str]
+    samples: list[dict[str, torch.Tensor]] | None
+    loss: float | None
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+    unpack_integers: Callable[[str, TensorFiles], QuantizedLayer] | None = None
+    casts_to_model_dtype: bool = False
+    finite: bool = True
+    configs: Mapping[str, Any] = field(default_factory=dict)
+    stream_experts: bool = False
+    bounded: bool = False
+
+
+def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
+    """Check a saved model.
+
+    Returns plain values for the report.
+
+    Raises:
+        VerifyError: the folder cannot be opened; a tensor is missing, unplanned or of another shape or dtype; a layer's
+            integers are not those that were tuned, or another tensor is not as it was; or the model's loss differs.
+    """
+    try:
+        return _verify(folder, expected)
+    except (ModelError, ConfigError, NumericsError, UnsupportedError) as error:
+        raise VerifyError(f"{folder} was written but does not open: {error}") from error
+
+
+def _verify(folder: Path, expected: Expected) -> dict[str, Any]:
+    _check_configs(folder, expected.configs)
+    files = _check_tensors(folder, expected)
+    loss = None
+    if expected.unpack_integers is None:
+        loss = _reopen(folder, expected)
+    else:
+        _read_back(folder, files, expected)
+    return {
+        "passed": True,
+        "tensors": len(expected.tensors),
+        "layers": len(expected.digests),
+        "loss_in_memory": expected.loss,
+        "loss_reopened": loss,
+    }
+
+
+def _read_back(folder: Path, files: TensorFiles, expected: Expected) -> None:
+    assert expected.unpack_integers is not None
+    for layer, digest in expected.digests.items():
+        if layer_digest(expected.unpack_integers(layer, files), False, torch.float32) != digest:
+            raise _mismatch_error(folder, layer)
+
+
+def _reopen(folder: Path, expected: Expected) -> float | None:
+    quantized = (folder / "quantization_config.json").exists()
+    source = CheckpointSource(
+        folder, prepare=_swap_quantized if quantized else None, trust_remote_code=expected.trust_remote_code
+    )
+    source.checks_finite, source.bounded = expected.finite, expected.bounded
+    names = _quantized_modules(source.model) if quantized else {name: name for name in expected.digests}
+    _compare_sets("quantized layers", folder, set(names), set(expected.digests))
+    loss = _check_blocks(folder, source, expected, names)
+    if loss is not None and expected.loss is not None:
+        coarsest = source.dtype if expected.casts_to_model_dtype else expected.dtype
+        allowed = _TOLERANCE.get(coarsest, _TOLERANCE_HALF) * (1 + abs(expected.loss))
+        if not abs(loss - expected.loss) <= allowed:
+            raise VerifyError(
+                f"{folder}: the saved model's loss on the probe is {loss:.5f}, the tuned model's was "
+                f"{expected.loss:.5f}; do not use these files, and report this with report.json"
+            )
+    return loss
+
+
+def _swap_quantized(model: torch.nn.Module) -> None:
+    convert_hf_model(model, "cpu")
+
+
+def _quantized_modules(model: torch.nn.Module) -> dict[str, str]:
+    """Names of packed layers by the names that they had in the run: experts are called as the files call them."""
+    usual = default_expert_names(model)
+    return {usual.get(name, name): name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def _check_configs(folder: Path, configs: Mapping[str, Any]) -> None:
+    """A reader goes by these: one word in them that is not as planned gives other weights, or none."""
+    for name, planned in configs.items():
+        stored, wanted = read_object(folder / name), json.loads(json.dumps(planned))
+        wrong = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
+        if wrong:
+            raise VerifyError(
+                f"{folder / name}: {wrong[0]} is {_short(stored.get(wrong[0]))}, planned was "
+                f"{_short(wanted.get(wrong[0]))}; do not use these files"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _check_tensors(folder: Path, expected: Expected) -> TensorFiles:
+    files = TensorFiles.open(folder)
+    stored = files.tensors
+    _compare_sets("tensors", folder, set(stored), set(expected.tensors))
+    for name, (shape, dtype) in expected.tensors.items():
+        found = stored[name]
+        if tuple(found.shape) != tuple(shape) or found.dtype != dtype:
+            raise VerifyError(
+                f"{folder}: tensor {name} is {found.dtype} {list(found.shape)}, planned was {dtype} {list(shape)}"
+            )
+    for name, digest in expected.dense.items():
+        if dense_digest(files.read(name)) != digest:
+            raise VerifyError(f"{folder}: tensor {name} is not as it was; do not use these files, and report this")
+    return files
+
+
+def _compare_sets(what: str, folder: Path, found: set[str], wanted: set[str]) -> None:
+    for names, words in ((wanted - found, "missing"), (found - wanted, "not planned")):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise VerifyError(f"{folder}: {len(names)} {what} are {words}, such as {shown}")
+
+
+@torch.no_grad()
+def _check_blocks(
+    folder: Path, source: CheckpointSource, expected: Expected, modules: Mapping[str, str]
+) -> float | None:
+    """Load block by block, compare each quantized layer, and send the probe through.
+
+    `modules`: the module's name by that of the layer in the run.
+    """
+    captured = None
+    if expected.samples is not None and expected.loss is not None:
+        captured = capture_inputs(source, expected.samples, expected.device, stream_experts=expected.stream_experts)
+    stream = None if captured is None else Stream(captured, captured.hidden, 1)
+    inside: set[str] = set()
+    for index, name in enumerate(source.blocks):
+        experts = ExpertStreamer(source, name, expected.device, expected.dtype) if expected.stream_experts else None
+        block = source.load(name, expected.device) if experts is None else experts.load_non_experts()
+        for layer in [n for n in expected.digests if n.startswith(f"{name}.")]:
+            expert = None if experts is None else expert_of(modules[layer])
+            if expert is not None:
+                source.load(modules[layer], expected.device)
+            _compare_layer(folder, layer, source.model.get_submodule(modules[layer]), expected.digests[layer])
+            if expert is not None:
+                source.release(modules[layer])
+            inside.add(layer)
+        if stream is not None:
+            running = nullcontext() if experts is None else experts.running()
+            with in_dtype(block, source.dtype, expected.dtype), running:
+                stream.hidden = stream.after(index, block, expected.device, expected.dtype)
+        source.release(name)
+        trim_heap()
+    outside = [layer for layer in expected.digests if layer not in inside]
+    for layer in outside:
+        source.load(layer, expected.device)
+        _compare_layer(folder, layer, source.model.get_submodule(layer), expected.digests[layer])
+        if layer != (outside[-1] if outside else None):
+            source.release(layer)
+    if captured is None or stream is None or expected.samples is None:
+        return None
+    hidden = stream.hidden.to(expected.device)
+    if outside:
+        with non_block_loaded(source, expected.device):
+            before = captured.finish(source, hidden, [0], stop_at=outside[-1])
+        logits = source.model.get_submodule(outside[-1])(before)
+    else:
+        logits = captured.finish(source, hidden, [0])
+    return mean_loss(logits, expected.samples[0]["input_ids"].reshape(1, -1).to(logits.device))
+
+
+def _compare_layer(folder: Path, name: str, module: torch.nn.Module, wanted: str) -> None:
+    if isinstance(module, PackedLinear):
+        found = layer_digest(module.layer(name), False, torch.float32)
+    else:
+        found = dense_digest(weight_2d(module))
+    if found != wanted:
+        raise _mismatch_error(folder, name)
+
+
+def _mismatch_error(folder: Path, name: str) -> VerifyError:
+    return VerifyError(f"{folder}: layer {name} does not hold what was tuned; do not use these files, and report this")

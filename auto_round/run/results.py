@@ -1,0 +1,253 @@
+"""Models returned to the user: assembled in memory, packed in place, or opened lazily from a saved folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from auto_round.codecs.activation import ActivationQuantizer
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.errors import AutoRoundError, ConfigError, ModelError, nearest
+from auto_round.formats.base import ExportPlan, get_format
+from auto_round.formats.config_compressed_tensors import PackedInt8Format
+from auto_round.inference.config import read_config
+from auto_round.inference.convert_model import build_layer
+from auto_round.inference.linear import PackedLinear
+from auto_round.layouts.floats import is_float
+from auto_round.modeling.blocks import set_weight_2d
+from auto_round.modeling.checkpoint import CheckpointSource
+from auto_round.modeling.source import ModelSource
+
+
+def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) -> torch.nn.Module:
+    """A runnable model with the quantized layers.
+
+    A model object of the user's has its dequantized weights in place already. A model given by path is put together on
+    the CPU from packed layers (four bits stay four bits) and its other tensors; the source keeps its empty model, to
+    save from.
+    """
+    if not isinstance(source, CheckpointSource):
+        return source.model
+    source = source.reopen()
+    model = source.model
+    for name in [*source.blocks, *source.non_block_module_names()]:
+        source.load(name)
+        for layer in (v for k, v in layers.items() if k == name or k.startswith(f"{name}.")):
+            _put(model, layer)
+    return model.eval()
+
+
+def _put(model: torch.nn.Module, layer: QuantizedLayer) -> None:
+    parent_name, _, attribute = layer.name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = parent.get_submodule(attribute)
+    weight = getattr(old, "weight", None)
+    assert isinstance(weight, torch.Tensor)
+    packed = packed_layer(layer, weight.dtype)
+    if packed is not None:
+        setattr(parent, attribute, packed)
+        return
+    old.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)  # a tied twin keeps its own
+    set_weight_2d(old, layer.dequantize())
+    activation = layer.scheme.activations
+    if activation is not None:
+        quantizer = ActivationQuantizer(activation, layer.act_scale, layer.act_zero_point, layer.act_global_scale)
+        old.register_forward_pre_hook(quantizer.hook)
+
+
+def packed_layer(layer: QuantizedLayer, model_dtype: torch.dtype) -> PackedLinear | None:
+    """A layer as the module that the loader makes of it, or None when its type or shape has no packing."""
+    scheme = layer.scheme
+    whole = scheme.quantizes_activations and not is_float(scheme)
+    fmt = PackedInt8Format() if whole else get_format("auto_round")
+    if (
+        layer.codes is None
+        or fmt.check_scheme(scheme)
+        or fmt.check_layer(scheme, layer.in_features, layer.out_features)
+    ):
+        return None
+    described = read_config(fmt.config(ExportPlan(scheme, {layer.name: scheme}, ()))).default
+    tensors = {key.rpartition(".")[2]: value for key, value in fmt.pack(layer, model_dtype=model_dtype).items()}
+    dtype = layer.bias.dtype if layer.bias is not None else torch.float32
+    shape = torch.empty((), dtype=dtype).expand(layer.out_features, layer.in_features)
+    stored = {leaf: tensor.dtype for leaf, tensor in tensors.items()}
+    module = build_layer(described, shape, layer.bias is not None, stored, False, "")
+    for leaf, tensor in tensors.items():
+        module.get_buffer(leaf).copy_(tensor)
+    module.prepare(layer.name)
+    return module
+
+
+# Packed layers in the place of a model object's own.
+
+
+class PackedLayers:
+    """The layers of a model object that were replaced by packed ones, so that they can be put back to save again."""
+
+    def __init__(self) -> None:
+        self._own: dict[str, torch.nn.Module] = {}
+        self._model: torch.nn.Module | None = None
+
+    def put_layers_in(self, model: torch.nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
+        """Replace each layer that has a packing by its packed form."""
+        self.take_layers_out()
+        self._model = model
+        for name, layer in layers.items():
+            own = model.get_submodule(name)
+            weight = getattr(own, "weight", None)
+            packed = packed_layer(layer, weight.dtype) if isinstance(weight, torch.Tensor) else None
+            if packed is not None and isinstance(weight, torch.Tensor):
+                _set(model, name, packed.to(weight.device))
+                self._own[name] = own
+
+    def take_layers_out(self) -> None:
+        """Put the model's own layers back."""
+        if self._model is not None:
+            for name, own in self._own.items():
+                _set(self._model, name, own)
+        self._own.clear()
+        self._model = None
+
+
+def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+# A saved model that is opened when it is first used.
+
+_LAYER_ATTRIBUTES = ("bits", "group_size", "sym", "data_type", "act_bits")
+_OPTIONS = (
+    "output_dir", "format", "inplace", "return_folders", "safe_serialization", "overwrite", "max_shard_size", "resume",
+)  # fmt: skip
+
+
+def check_save_options(safe_serialization: bool, unknown: Mapping[str, Any]) -> None:
+    """Raise ConfigError for keywords that saving does not have, and for pickles."""
+    if not safe_serialization:
+        raise ConfigError(
+            "safe_serialization=False is not supported: it writes pickles, which run code when they are opened; leave "
+            "it out, and the weights are written as safetensors"
+        )
+    for name in unknown:
+        raise ConfigError(
+            f"unknown argument {name!r} of saving{nearest(name, _OPTIONS)}; it takes {', '.join(_OPTIONS)}"
+        )
+
+
+def open_saved(folder: str, trust_remote_code: bool = False) -> torch.nn.Module:
+    """Open a folder that a run wrote, with Transformers. A GGUF file is dequantized, as Transformers does it.
+
+    Raises ModelError when Transformers cannot open it.
+    """
+    from transformers import AutoModelForCausalLM, AutoRoundConfig
+
+    files = sorted(path.name for path in Path(folder).glob("*.gguf"))
+    options: dict[str, Any] = {"gguf_file": files[0]} if files else {"dtype": "auto"}
+    if not files and _quant_method(folder) in ("gptq", "awq"):
+        options["quantization_config"] = AutoRoundConfig()  # our own layers run them, without another package
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"the model in {folder} cannot be opened with Transformers ({error}); open it with the engine that its "
+            "format is for"
+        ) from error
+    assert isinstance(model, torch.nn.Module)
+    return model.eval()
+
+
+def _quant_method(folder: str) -> str | None:
+    """What the config.json in a folder says about its weights."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return str(config["quantization_config"]["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def describe_layers(model: torch.nn.Module, fields: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give each layer the attributes that tell its scheme (`bits`, `group_size`, ...), unless it has its own.
+
+    `fields`: by layer, as in `AutoRound.layer_config`. Layers that the model does not have as modules are left out.
+    """
+    modules = dict(model.named_modules())
+    for name in fields.keys() & modules.keys():
+        for attribute in _LAYER_ATTRIBUTES:
+            if not hasattr(modules[name], attribute):
+                setattr(modules[name], attribute, fields[name][attribute])
+
+
+class SavedModel(torch.nn.Module):
+    """The model in a folder, which turns into the opened model when anything of it is asked for.
+
+    Nothing is read before that, so a result that is ignored costs nothing. Printing, pickling and copying do not open
+    it. Once open it is what `from_pretrained` gives: its class, its attributes, its modules.
+
+    Args:
+        folder: what a run wrote.
+        trust_remote_code: run the code that comes with the model.
+        layer_fields: gives the scheme of every layer, which the layers of the opened model then tell.
+    """
+
+    def __init__(
+        self, folder: str, trust_remote_code: bool = False,
+        layer_fields: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
+    ) -> None:  # fmt: skip
+        # No call of the base class: every attribute belongs to the model that is not open yet.
+        values = {"_saved": (folder, trust_remote_code), "_fields": layer_fields, "_opening": Lock()}
+        object.__setattr__(self, "__dict__", values)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith(("_repr_", "_ipython_")) or (name.startswith("__") and name not in _OPENING):
+            return object.__getattribute__(self, name)
+        _open(self)
+        return getattr(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _open(self)
+        setattr(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        _open(self)
+        delattr(self, name)
+
+    def __repr__(self) -> str:
+        return f"SavedModel({object.__getattribute__(self, '__dict__')['_saved'][0]!r}), opened when it is first used"
+
+    def __dir__(self) -> list[str]:
+        _open(self)
+        return dir(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return SavedModel, object.__getattribute__(self, "__dict__")["_saved"]
+
+    def __deepcopy__(self, memo: Any) -> SavedModel:
+        values = object.__getattribute__(self, "__dict__")
+        folder, trusted = values["_saved"]
+        return SavedModel(folder, trusted, values["_fields"])
+
+
+_OPENING = ("__call__", "__getitem__", "__len__", "__iter__")
+
+
+def _open(proxy: SavedModel) -> None:
+    """Turn `proxy` into the opened model. Calling it again does nothing."""
+    values = object.__getattribute__(proxy, "__dict__")
+    if "_saved" not in values:
+        return
+    with values["_opening"]:
+        if type(proxy) is not SavedModel:  # another thread was faster
+            return
+        model = open_saved(*values["_saved"])
+        if values["_fields"] is not None:
+            with suppress(AutoRoundError):  # the source is gone: the model is as good without
+                describe_layers(model, values["_fields"]())
+        object.__setattr__(proxy, "__dict__", model.__dict__)
+        object.__setattr__(proxy, "__class__", type(model))

@@ -1,0 +1,274 @@
+"""Settings of a run: one frozen, checked value from the user's arguments, with the device and memory limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
+from auto_round.formats.cache_scales import CacheScheme, parse_cache_scheme
+from auto_round.layer_config import scheme_from_entry
+from auto_round.output.writer import parse_size
+from auto_round.report.run_report import redact_dataset
+from auto_round.schemes import MixedPreset, QuantizationScheme
+
+
+def resolve_device(value: Any) -> torch.device:
+    """One device.
+
+    Args:
+        value: a number (that accelerator, or the CPU on a machine without any), "auto", "cpu", "cuda", "cuda:1", "xpu",
+            a torch.device, or a map or list that names one device only.
+
+    Raises:
+        DeviceError: no such device here.
+        UnsupportedError: more than one device.
+    """
+    if value is None:
+        value = 0
+    if isinstance(value, dict):
+        value = sorted({str(v) for v in value.values()})
+    if isinstance(value, (list, tuple)):
+        value = ",".join(str(v) for v in value)
+    if isinstance(value, torch.device):
+        value = str(value)
+    text = str(value).strip().lower()
+    if "," in text:
+        parts = {part.strip() for part in text.split(",") if part.strip()}
+        if len(parts) > 1:
+            raise UnsupportedError(
+                f"device_map={value!r} names several devices; this version tunes on one: give one, such as 'cuda:0'. "
+                "A block at a time is on it, so it needs about ten times the memory of one block"
+            )
+        text = parts.pop()
+    kind, count = _accelerator()
+    if text in ("auto", "tp") or text == "0":
+        return torch.device(kind, 0) if count else torch.device("cpu")
+    if text == "cpu":
+        return torch.device("cpu")
+    name = f"{kind}:{text}" if text.isdigit() else text
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"device_map={value!r} is no device; {_available_devices(kind, count)}") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != kind or not count or (device.index or 0) >= count:
+        raise DeviceError(f"device_map={value!r} is not on this machine; {_available_devices(kind, count)}")
+    return torch.device(device.type, device.index or 0)
+
+
+def _accelerator() -> tuple[str, int]:
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.device_count()
+    xpu = getattr(torch, "xpu", None)
+    if xpu is not None and xpu.is_available():
+        return "xpu", int(xpu.device_count())
+    return "cuda", 0
+
+
+def _available_devices(kind: str, count: int) -> str:
+    found = ", ".join(["cpu", *(f"{kind}:{i}" for i in range(count))])
+    return f"devices here: {found}"
+
+
+# `max_memory`: how much a run may hold in RAM and on its device.
+
+_HOST = ("cpu", "ram")
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes at most; None is no limit.
+
+    Attributes:
+        ram: resident memory of the process, libraries included.
+        device: memory of tensors on the device that computes, where that is not the CPU.
+    """
+
+    ram: int | None = None
+    device: int | None = None
+
+
+def parse_budget(value: Any, device: torch.device) -> MemoryBudget | None:
+    """A budget from `4_000_000_000`, "4GB" (RAM), "cpu=4GB,0=10GB" or {"cpu": "4GB", 0: "10GB"}; None for None.
+
+    Raises ConfigError for no size, or a device that the run does not use.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) and "=" in value:
+        pairs = [part.partition("=") for part in value.split(",")]
+        value = {name.strip(): size.strip() for name, _, size in pairs}
+    if not isinstance(value, Mapping):
+        return MemoryBudget(ram=_size(value))
+    found: dict[str, int] = {}
+    own = {str(device), device.type, str(device.index or 0)} if device.type != "cpu" else set()
+    for name, size in value.items():
+        key = str(name).strip().lower()
+        which = "ram" if key in _HOST else "device" if key in own else None
+        if which is None:
+            raise ConfigError(
+                f"max_memory names {name!r}; this run uses {', '.join(sorted({'cpu', str(device)}))}: give such as "
+                f'"cpu=4GB{"" if device.type == "cpu" else f",{device.index or 0}=10GB"}"'
+            )
+        if which in found:
+            raise ConfigError(f"max_memory={value!r} gives {name!r} twice")
+        found[which] = _size(size)
+    return MemoryBudget(**found)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(f"max_memory={value!r} is not a size; give bytes, or a text such as '4GB'")
+    return parse_size(value, "max_memory")
+
+
+# What the user asked for, as one frozen value with every argument checked that needs no model.
+
+ON_NAN = ("fail", "rtn", "keep")
+_SCALE_DTYPES = {
+    "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp32": torch.float32, "float32": torch.float32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run's settings. Names and defaults are those of `AutoRound`."""
+
+    scheme: QuantizationScheme
+    scheme_name: str
+    algorithm: RTNConfig | SignRoundConfig
+    mixed: MixedPreset | None = None
+    optimized_start: bool = True
+    layer_config: Mapping[str, Any] = field(default_factory=dict)
+    ignore_layers: tuple[str, ...] = ()
+    quant_lm_head: bool = False
+    to_quant_block_names: tuple[str, ...] = ()
+    dataset: Any = None
+    nsamples: int = 128
+    seqlen: int = 2048
+    seed: int = 42
+    device: torch.device = torch.device("cpu")
+    amp: bool = True
+    low_gpu_mem_usage: bool = False
+    enable_torch_compile: bool = False
+    deterministic: bool = False
+    scale_dtype: torch.dtype = torch.float16
+    platform: str = "hf"
+    trust_remote_code: bool = False
+    verify: bool = True
+    static_kv_dtype: str | None = None
+    static_kv_granularity: str = "tensor"
+    static_attention_dtype: str | None = None
+    static_attention_granularity: str = "tensor"
+    imatrix: str | None = None
+    save_imatrix: str | None = None
+    on_nan: str = "fail"
+    allow_pickle: bool = False
+    max_memory: MemoryBudget | None = None
+    strict: bool | None = None
+
+    @property
+    def cache(self) -> CacheScheme | None:
+        """The static scales of keys, values and queries that are asked for. Raises ConfigError for a bad value."""
+        return parse_cache_scheme(
+            self.static_kv_dtype, self.static_kv_granularity, self.static_attention_dtype,
+            self.static_attention_granularity,
+        )  # fmt: skip
+
+    @property
+    def tunes(self) -> bool:
+        return isinstance(self.algorithm, SignRoundConfig)
+
+    @property
+    def needs_data(self) -> bool:
+        """Tuning, the weighted search and fixed scales look at activations; plain rounding does not."""
+        searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized and self.imatrix is None
+        saves = self.save_imatrix is not None
+        return self.tunes or searches or saves or self._calibrated or self.cache is not None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether rounding looks at how large the inputs are, by calibration data or an importance file."""
+        return self.tunes or self.optimized_start
+
+    @property
+    def _calibrated(self) -> bool:
+        """Whether the default scheme or an entry of the layer configuration asks for fixed scales of inputs."""
+        entries = [scheme_from_entry(name, entry, self.scheme) for name, entry in self.layer_config.items()]
+        found = [scheme.activations for scheme in (self.scheme, *entries)]
+        return any(activations is not None and activations.calibrated for activations in found)
+
+    @property
+    def algorithm_name(self) -> str:
+        if isinstance(self.algorithm, SignRoundConfig):
+            return "SignRound (AdamW)" if self.algorithm.enable_adam else "SignRound"
+        return "opt-RTN" if self.algorithm.optimized else "RTN"
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings a reader of the file or of the report wants, as plain values."""
+        values: dict[str, Any] = {"algorithm": self.algorithm_name, "seed": self.seed}
+        if isinstance(self.algorithm, SignRoundConfig):
+            a = self.algorithm
+            values |= {
+                "iters": a.iters, "lr": a.lr, "minmax_lr": a.minmax_lr, "batch_size": a.batch_size,
+                "gradient_accumulate_steps": a.gradient_accumulate_steps,
+                "enable_minmax_tuning": a.enable_minmax_tuning, "enable_quanted_input": a.enable_quanted_input,
+            }  # fmt: skip
+        else:
+            values |= {"iters": 0, "enable_quanted_input": False}
+        if self.needs_data:
+            values |= {"nsamples": self.nsamples, "seqlen": self.seqlen}
+            values["dataset"] = redact_dataset(self.dataset) if isinstance(self.dataset, str) else None
+        values["amp"] = self.amp
+        values["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
+        for what in ("kv", "attention"):
+            if getattr(self, f"static_{what}_dtype") is not None:
+                values[f"static_{what}_dtype"] = "fp8"
+                values[f"static_{what}_granularity"] = getattr(self, f"static_{what}_granularity")
+        if self.on_nan != "fail":
+            values["on_nan"] = self.on_nan
+        return values
+
+
+def check_on_nan(value: Any) -> str:
+    """What is done about NaN and Inf: "fail", "rtn" or "keep". Raises ConfigError."""
+    if value not in ON_NAN:
+        raise ConfigError(f"on_nan={value!r} is not allowed; use {', '.join(ON_NAN)}{nearest(str(value), ON_NAN)}")
+    return str(value)
+
+
+def check_whole_number(name: str, value: Any, low: int) -> int:
+    """`value` as a whole number of at least `low`. Raises ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name}={value!r}: give a whole number of at least {low}")
+    return value
+
+
+def parse_scale_dtype(value: str | torch.dtype) -> torch.dtype:
+    """The dtype scales are stored in. Raises ConfigError."""
+    if isinstance(value, torch.dtype) and value in _SCALE_DTYPES.values():
+        return value
+    key = str(value).removeprefix("torch.").lower()
+    if key not in _SCALE_DTYPES:
+        raise ConfigError(f"scale_dtype={value!r} is not allowed; use {', '.join(_SCALE_DTYPES)}")
+    return _SCALE_DTYPES[key]
+
+
+def names_tuple(value: Any) -> tuple[str, ...]:
+    """`"a,b"`, a list (nested as older configurations have it) or None, as a tuple of names."""
+    if not value:
+        return ()
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    result: list[str] = []
+    for item in value:
+        result.extend(names_tuple(item))
+    return tuple(result)

@@ -1,0 +1,320 @@
+"""Read-only attributes of AutoRound: the settings of the run and what was resolved from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.formats.base import OutputFormat
+from auto_round.run.folders import split_runs
+from auto_round.run.layer_schemes import select_blocks
+from auto_round.run.plan import Job, LayerPlan
+from auto_round.run.settings import Settings
+from auto_round.schemes import GroupSize, QuantizationScheme
+
+if TYPE_CHECKING:
+    from auto_round.modeling.source import ModelSource
+    from auto_round.run.model_free.driver import ModelFree
+
+
+class SettingsView:
+    """Parent of `AutoRound`: its attributes, under the names of its arguments.
+
+    `bits` and the other fields of the scheme are those of the format that was named last, because a GGUF format brings
+    a scheme of its own.
+    """
+
+    settings: Settings
+    tokenizer: Any
+    _source: ModelSource
+    _free: ModelFree | None
+    _named_formats: Sequence[OutputFormat] | None
+    _batch_size: int
+    _accumulate: int
+    _low_cpu_mem_usage: bool
+    _layers_seen: tuple[tuple[str, ...] | None, dict[str, dict[str, Any]]] | None
+
+    def _planned(self) -> Job:
+        """The job of what was named last."""
+        raise TypeError("a class of settings makes no plan; AutoRound does")  # pragma: no cover
+
+    def post_init(self) -> None:
+        """Resolve all settings against the model now, and raise what is wrong with them. Calling it is optional."""
+        self._layer_config()
+
+    @property
+    def layer_config(self) -> dict[str, dict[str, Any]]:
+        """The resolved scheme of every linear layer by name: the scheme's fields with every default filled in,
+        `in_blocks`, and for GGUF the type of the tensor (`mostly`). 16 bits: it stays as it is. A GGUF file quantizes
+        embeddings, too, which are there with their types."""
+        return {name: dict(fields) for name, fields in self._layer_config().items()}
+
+    def _layer_config(self) -> dict[str, dict[str, Any]]:
+        formats = None if self._named_formats is None else tuple(fmt.name for fmt in self._named_formats)
+        if self._layers_seen is None or self._layers_seen[0] != formats:
+            self._layers_seen = formats, job_fields(self._planned(), self.settings)
+        return self._layers_seen[1]
+
+    @property
+    def formats(self) -> list[str] | None:
+        """Names of the formats that were named last; None before any was."""
+        return None if self._named_formats is None else [fmt.name for fmt in self._named_formats]
+
+    @property
+    def scheme(self) -> QuantizationScheme:
+        """The scheme of layers that no exception is made for."""
+        if not self._named_formats:
+            return self.settings.scheme
+        return split_runs(self.settings, self._named_formats, quiet=True)[0][0].scheme
+
+    @property
+    def quant_block_list(self) -> list[list[str]]:
+        """Names of the blocks that are quantized, in one list inside a list."""
+        source = self._free.source() if self._free is not None else self._source
+        return [list(select_blocks(self.settings, source.blocks))]
+
+    @property
+    def alg_configs(self) -> RTNConfig | SignRoundConfig:
+        """The settings of the algorithm."""
+        return self.settings.algorithm
+
+    @property
+    def model_free(self) -> bool:
+        """Whether tensors are rounded without a model."""
+        return self._free is not None
+
+    # Of the scheme.
+
+    @property
+    def bits(self) -> int:
+        return self.scheme.bits
+
+    @property
+    def group_size(self) -> GroupSize:
+        return self.scheme.group_size
+
+    @property
+    def sym(self) -> bool:
+        return self.scheme.sym
+
+    @property
+    def data_type(self) -> str:
+        return self.scheme.data_type
+
+    @property
+    def act_bits(self) -> int:
+        return int(resolved_fields(self.scheme)["act_bits"])
+
+    @property
+    def act_group_size(self) -> GroupSize:
+        size: GroupSize = resolved_fields(self.scheme)["act_group_size"]
+        return size
+
+    @property
+    def act_sym(self) -> bool:
+        return bool(resolved_fields(self.scheme)["act_sym"])
+
+    @property
+    def act_data_type(self) -> str:
+        return str(resolved_fields(self.scheme)["act_data_type"])
+
+    @property
+    def act_dynamic(self) -> bool:
+        return bool(resolved_fields(self.scheme)["act_dynamic"])
+
+    @property
+    def super_bits(self) -> int | None:
+        return self.scheme.super_bits
+
+    @property
+    def super_group_size(self) -> int | None:
+        return self.scheme.super_group_size
+
+    # Of the algorithm.
+
+    @property
+    def iters(self) -> int:
+        """Tuning steps for each block; 0 rounds to nearest."""
+        algorithm = self.settings.algorithm
+        return algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
+
+    def _rates(self) -> tuple[float, float] | None:
+        algorithm = self.settings.algorithm
+        return algorithm.learning_rates(self.bits) if isinstance(algorithm, SignRoundConfig) else None
+
+    @property
+    def lr(self) -> float | None:
+        """Step size of rounding for layers of `bits` bits; None without tuning."""
+        rates = self._rates()
+        return None if rates is None else rates[0]
+
+    @property
+    def minmax_lr(self) -> float | None:
+        """Step size of the scale factors; None without tuning."""
+        rates = self._rates()
+        return None if rates is None else rates[1]
+
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer] | None:
+        """AdamW where it tunes; None for signed gradient descent and without tuning."""
+        return torch.optim.AdamW if self.enable_adam else None
+
+    def _tuning(self, name: str, without: Any) -> Any:
+        return getattr(self.settings.algorithm, name, without)
+
+    @property
+    def momentum(self) -> float:
+        return float(self._tuning("momentum", 0.0))
+
+    @property
+    def enable_adam(self) -> bool:
+        return bool(self._tuning("enable_adam", False))
+
+    @property
+    def enable_minmax_tuning(self) -> bool:
+        return bool(self._tuning("enable_minmax_tuning", False))
+
+    @property
+    def enable_quanted_input(self) -> bool:
+        return bool(self._tuning("enable_quanted_input", False))
+
+    @property
+    def not_use_best_mse(self) -> bool:
+        return bool(self._tuning("not_use_best_mse", False))
+
+    @property
+    def disable_opt_rtn(self) -> bool:
+        """Whether scales come from minimum and maximum alone."""
+        return not self.settings.optimized_start
+
+    @property
+    def batch_size(self) -> int:
+        return int(self._tuning("batch_size", self._batch_size))
+
+    @property
+    def gradient_accumulate_steps(self) -> int:
+        return int(self._tuning("gradient_accumulate_steps", self._accumulate))
+
+    # Of the run.
+
+    @property
+    def seqlen(self) -> int:
+        return self.settings.seqlen
+
+    @property
+    def nsamples(self) -> int:
+        return self.settings.nsamples
+
+    @property
+    def dataset(self) -> Any:
+        """As it was given; None for the default set."""
+        return self.settings.dataset
+
+    @property
+    def seed(self) -> int:
+        return self.settings.seed
+
+    @property
+    def amp(self) -> bool:
+        return self.settings.amp
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.settings.scale_dtype
+
+    @property
+    def device(self) -> str:
+        """The device to tune on, such as "cuda:0"."""
+        return str(self.settings.device)
+
+    @property
+    def platform(self) -> str:
+        return self.settings.platform
+
+    @property
+    def low_gpu_mem_usage(self) -> bool:
+        return self.settings.low_gpu_mem_usage
+
+    @property
+    def low_cpu_mem_usage(self) -> bool:
+        return self._low_cpu_mem_usage
+
+    @property
+    def enable_torch_compile(self) -> bool:
+        return self.settings.enable_torch_compile
+
+    @property
+    def enable_deterministic_algorithms(self) -> bool:
+        return self.settings.deterministic
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.settings.trust_remote_code
+
+    @property
+    def ignore_layers(self) -> tuple[str, ...]:
+        return self.settings.ignore_layers
+
+    @property
+    def quant_lm_head(self) -> bool:
+        return self.settings.quant_lm_head
+
+    @property
+    def to_quant_block_names(self) -> tuple[str, ...]:
+        return self.settings.to_quant_block_names
+
+    @property
+    def static_kv_dtype(self) -> str | None:
+        return self.settings.static_kv_dtype
+
+    @property
+    def static_attention_dtype(self) -> str | None:
+        return self.settings.static_attention_dtype
+
+    @property
+    def mllm(self) -> bool:
+        """False: this version quantizes text models."""
+        return False
+
+    @property
+    def diffusion(self) -> bool:
+        """False: this version quantizes text models."""
+        return False
+
+
+def resolved_fields(scheme: QuantizationScheme) -> dict[str, Any]:
+    """The fields of a scheme with the defaults of its activations filled in."""
+    fields = scheme.to_dict()
+    own = {
+        "act_bits": 16, "act_group_size": scheme.group_size, "act_sym": scheme.sym, "act_dynamic": True,
+        "act_data_type": scheme.data_type if scheme.quantizes_activations else "float",
+    }  # fmt: skip
+    return fields | {name: value for name, value in own.items() if fields[name] is None}
+
+
+def job_fields(job: Job, settings: Settings) -> dict[str, dict[str, Any]]:
+    """`AutoRound.layer_config` of a job."""
+    blocks = tuple(f"{block}." for block in job.blocks)
+    found = {name: layer_fields(plan, blocks, settings) for name, plan in job.layers.items()}
+    if job.gguf is None:
+        return found
+    from auto_round.formats.no_config import scheme_of_type
+
+    for name in job.embeddings:
+        kind = job.gguf.type_of(f"{name}.weight") if f"{name}.weight" in job.gguf.places else None
+        if kind is not None:
+            scheme = scheme_of_type(kind, job.scheme)
+            found[name] = resolved_fields(scheme) | {"scale_dtype": settings.scale_dtype, "in_blocks": False}
+            found[name] |= {"mostly": f"gguf:{kind.lower()}"} if scheme.quantizes_weights else {}
+    return found
+
+
+def layer_fields(plan: LayerPlan, blocks: tuple[str, ...], settings: Settings) -> dict[str, Any]:
+    """The entry of one layer in `AutoRound.layer_config`. `blocks`: prefixes of names inside blocks."""
+    fields = resolved_fields(plan.scheme)
+    fields |= {"scale_dtype": settings.scale_dtype, "in_blocks": plan.name.startswith(blocks)}
+    return fields if plan.ggml is None else fields | {"mostly": f"gguf:{plan.ggml.lower()}"}

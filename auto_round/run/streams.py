@@ -1,0 +1,214 @@
+"""Hidden states of all samples between blocks (full precision, quantized, smoke sample), run in batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from auto_round.algorithms.base import empty_device_cache, out_of_memory_error
+from auto_round.calibration.block_links import SharedState
+from auto_round.calibration.capture import CapturedInputs
+from auto_round.calibration.disk_store import DiskTensor
+from auto_round.errors import NumericsError
+from auto_round.modeling.files.safetensors import empty_mmap
+from auto_round.modeling.source import is_finite
+
+# Tokens in one forward pass on a CPU: more take the same time each, and memory.
+_TOKENS = 1024
+_COPIED = 1 << 26
+
+
+class Observer(Protocol):
+    """Watches inputs of layers while a block runs. `mask` tells it which positions count: those with a loss, or with
+    `every_token` all that are not padding."""
+
+    mask: torch.Tensor | None
+    every_token: bool
+
+
+def samples_in_pass(batch: int, tokens: int, device: torch.device) -> int:
+    """Samples of `tokens` each in one forward pass."""
+    return batch if device.type != "cpu" else max(1, min(batch, _TOKENS // max(1, tokens)))
+
+
+@dataclass
+class Stream:
+    """Hidden states [N, T, H] of all samples before some block, in memory or in a file, and how blocks are called on
+    them, `batch` samples at a time. `before_offload` is called before they leave the device: whoever else holds them
+    there has to let go."""
+
+    captured: CapturedInputs
+    hidden: torch.Tensor | DiskTensor
+    batch: int
+    others: list[Stream] = field(default_factory=list)
+    spare: torch.Tensor | DiskTensor | None = None
+    before_offload: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.state = SharedState(self.hidden)
+
+    @classmethod
+    def of(cls, captured: CapturedInputs, batch: int, device: torch.device, dtype: torch.dtype) -> Stream:
+        """The stream before the first block, in `dtype`. The captured hidden states are its own from now on."""
+        if isinstance(captured.hidden, torch.Tensor):
+            captured.hidden = captured.hidden.to(dtype)
+        return cls(captured, captured.hidden, samples_in_pass(batch, int(captured.hidden.shape[1]), device))
+
+    def clone(self) -> Stream:
+        """A second stream that starts with the same hidden states; memory that one of them needs, both give."""
+        made = Stream(self.captured, self.hidden.clone(), self.batch, [self])
+        self.others.append(made)
+        return made
+
+    @torch.no_grad()
+    def after(
+        self, index: int, block: torch.nn.Module, device: torch.device, dtype: torch.dtype,
+        observers: Sequence[Observer] = (), in_place: bool = False,
+    ) -> torch.Tensor | DiskTensor:  # fmt: skip
+        """What the block makes of the hidden states, in `dtype`.
+
+        Where memory on the device does not suffice, the batch is halved from there on.
+
+        Args:
+            observers: open on this block; they are told which positions count in the loss.
+            in_place: the hidden states are overwritten, which must have that dtype.
+
+        Raises:
+            DeviceError: one sample alone does not fit.
+        """
+        self.state.forget(self.captured.links.alive(index))
+        masks = {kind: None if bool(m.all()) else m for kind, m in self._masks(observers).items()}
+        result = self.hidden if in_place else self._buffer(dtype)
+        start, count = 0, self.hidden.shape[0]
+        while start < count:
+            rows = slice(start, min(start + self.batch, count))
+            samples = list(range(rows.start, rows.stop))
+            # Large sums are not copied for every batch: if the first one fits, so do the others, surely on a CPU.
+            copied = start == 0 or (device.type != "cpu" and _observer_bytes(observers) < _COPIED)
+            before = [_snapshot(o) for o in observers] if copied else None
+            for observer in observers:
+                mask = masks[observer.every_token]
+                observer.mask = None if mask is None else mask[rows]
+            try:
+                part = self.hidden[rows].to(device, dtype)
+                result[rows] = self.captured.run(index, block, part, samples, self.state, True).to(result.device, dtype)
+            except torch.OutOfMemoryError as error:
+                if before is None:
+                    raise out_of_memory_error("running a block", device) from error
+                for observer, state in zip(observers, before, strict=True):
+                    _restore(observer, state)
+                if self.batch > 1:
+                    self.batch = self.batch // 2
+                else:
+                    if not self.offload():
+                        raise out_of_memory_error("running a block on one sample", device) from error
+                    result = self.hidden if in_place else _on_cpu(result)
+                empty_device_cache(device)
+                continue
+            start = rows.stop
+        return result
+
+    def advance_to(self, hidden: torch.Tensor | DiskTensor) -> None:
+        """Go on with what `after` gave. Room of before is used for the next result."""
+        if hidden is not self.hidden:
+            self.spare = self.hidden
+        self.hidden = hidden
+
+    def _buffer(self, dtype: torch.dtype) -> torch.Tensor | DiskTensor:
+        """Uninitialised, shaped like the hidden states and kept where they are kept."""
+        hidden, spare = self.hidden, self.spare
+        self.spare = None
+        if spare is not None and (spare.dtype, spare.device) == (dtype, hidden.device):
+            return spare
+        if isinstance(hidden, DiskTensor):
+            return hidden.new_empty(dtype)
+        if hidden.device.type == "cpu":
+            return empty_mmap(tuple(hidden.shape), dtype)
+        return torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+
+    def offload(self) -> bool:
+        """Move the hidden states of all streams off the device. False when none is there."""
+        streams = [s for s in (self, *self.others) if s.hidden.device.type != "cpu"]
+        if streams:
+            self.before_offload()
+        for stream in streams:
+            stream.hidden, stream.spare = _on_cpu(stream.hidden), None
+            stream.state.offload()
+        return bool(streams)
+
+    def _masks(self, observers: Sequence[Observer]) -> dict[bool, torch.Tensor]:
+        """The positions that count, by `every_token`, for the kinds of observers that are there."""
+        captured = self.captured
+        return {o.every_token: captured.present if o.every_token else captured.loss_mask for o in observers}
+
+    def runner(self, index: int, block: torch.nn.Module) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+        """A function that calls the block on some samples; gradients flow."""
+        return lambda hidden, samples: self.captured.run(index, block, hidden, samples, self.state)
+
+    def saved(self, kind: str, index: int) -> dict[str, torch.Tensor | DiskTensor]:
+        """What is needed to go on before the block of this index, by name: the hidden states as `kind`, and what
+        earlier blocks made for later ones."""
+        slots = self.captured.links.alive(index)
+        return {kind: self.hidden} | {f"{kind}-{n}": self.state.values[slot] for n, slot in enumerate(slots)}
+
+    def restore_from(self, kind: str, index: int, read: Callable[[str], torch.Tensor]) -> None:
+        """Take that back, the hidden states left out."""
+        for number, slot in enumerate(self.captured.links.alive(index)):
+            self.state.restore(slot, read(f"{kind}-{number}"))
+
+
+def _on_cpu(hidden: torch.Tensor | DiskTensor) -> torch.Tensor | DiskTensor:
+    return hidden if isinstance(hidden, DiskTensor) else hidden.cpu()
+
+
+def _snapshot(observer: Observer) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """What an observer has gathered, to go back to when a batch has to be run again."""
+    own = dict(observer) if isinstance(observer, dict) else {}
+    return copy.deepcopy((vars(observer), own))
+
+
+def _observer_bytes(observers: Sequence[Observer]) -> int:
+    """Bytes of what observers hold, a rough count."""
+    values: list[Any] = [*observers]
+    total = 0
+    while values:
+        value = values.pop()
+        if isinstance(value, torch.Tensor):
+            total += value.nbytes
+        elif isinstance(value, dict):
+            values += [*value.values(), *getattr(value, "__dict__", {}).values()]
+        elif isinstance(value, list | tuple):
+            values += value
+        elif hasattr(value, "__dict__"):
+            values += vars(value).values()
+    return total
+
+
+def _restore(observer: Observer, state: tuple[dict[str, Any], dict[Any, Any]]) -> None:
+    vars(observer).clear()
+    vars(observer).update(state[0])
+    if isinstance(observer, dict):
+        observer.clear()
+        observer.update(state[1])
+
+
+def first_non_finite(hidden: torch.Tensor | DiskTensor) -> int | None:
+    """The first sample of hidden states [N, T, H] that holds NaN or Inf, or None."""
+    for sample in range(hidden.shape[0]):
+        if not is_finite(hidden[sample]):
+            return sample
+    return None
+
+
+def check_activations(name: str, hidden: torch.Tensor | DiskTensor) -> None:
+    """Raise NumericsError when a block's full-precision output holds NaN or Inf."""
+    sample = first_non_finite(hidden)
+    if sample is not None:
+        raise NumericsError(
+            f"block {name} gives NaN or Inf in full precision on calibration sample {sample}; "
+            "check the model and the data, set model_dtype to float32, or go on with on_nan=rtn or keep"
+        )

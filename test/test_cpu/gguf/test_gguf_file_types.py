@@ -1,0 +1,142 @@
+"""Which tensor gets which type: against what llama-quantize said for the same tensors (`tools/make_gguf_types.py`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from auto_round.codecs.ggml.types import GGML_TYPES
+from auto_round.errors import ConfigError
+from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, file_type, quantizable, tensor_types
+
+EXPECTED: dict[str, Any] = json.loads(Path(__file__).with_name("llama_types.json").read_text(encoding="utf-8"))
+LETTERS: dict[str, str] = EXPECTED.pop("letters")
+
+
+def tensors_of(model: dict[str, Any]) -> list[tuple[str, list[int]]]:
+    found, first = list(model["outside"].items()), 0
+    for count, block in model["blocks"]:
+        for suffix, shape in block.items():
+            found += [(f"blk.{first + i}.{suffix}", shape) for i in range(count)]
+        first += count
+    return found
+
+
+def unpacked(runs: str) -> list[str]:
+    return [LETTERS[letter] for count, letter in re.findall(r"(\d*)([a-z])", runs) for _ in range(int(count or 1))]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_types_are_those_of_llama_quantize(name: str) -> None:
+    model = EXPECTED[name]
+    tensors = tensors_of(model)
+    facts = ModelDimensions(**model["facts"])
+    assert set(model["types"]) >= set(FILE_TYPES) - {"q2_k_mixed"}
+    for kind in set(FILE_TYPES) - {"q2_k_mixed"}:
+        for importance in (False, True):
+            runs = model["types"].get(kind + "+importance" * importance, model["types"][kind])
+            want = dict(zip([tensor for tensor, _ in tensors], unpacked(runs), strict=True))
+            for order in (tensors, tensors[::-1]):
+                found = tensor_types(kind, model["arch"], order, facts, importance)
+                assert found == want, f"{kind}, importance {importance}"
+                assert list(found) == [tensor for tensor, _ in order]
+            for tensor, meant in found.fallbacks.items():
+                assert dict(tensors)[tensor][-1] % GGML_TYPES[meant].block
+
+
+def test_the_expectations_hold_something() -> None:
+    kinds = {kind for model in EXPECTED.values() for runs in model["types"].values() for kind in unpacked(runs)}
+    assert kinds == set(LETTERS.values()) - {"BF16"}
+    assert any("+importance" in key for model in EXPECTED.values() for key in model["types"])
+
+
+def test_numbers_are_those_of_the_package() -> None:
+    for name, kind in FILE_TYPES.items():
+        known = {"q2_k_mixed": "MOSTLY_Q2_K"}.get(name, f"MOSTLY_{name.upper()}")
+        assert kind.name == name and kind.number == gguf.LlamaFileType[known]
+        assert kind.base in GGML_TYPES
+
+
+FACTS = ModelDimensions(2, 4, 2)
+TENSORS = [
+    ("token_embd.weight", (9, 256)), ("output.weight", (9, 256)), ("output_norm.weight", (256,)),
+    *((f"blk.{i}.{name}.weight", (2, 256))
+      for i in range(2) for name in ("attn_q", "attn_v", "ffn_down", "ffn_gate_inp")),
+]  # fmt: skip
+
+
+def test_overrides_win_and_move_nothing_else() -> None:
+    plain = tensor_types("q4_k_m", "llama", TENSORS, FACTS)
+    overrides = {"blk.0.attn_v.weight": "BF16", "blk.1.attn_q.weight": "Q2_K", "output.weight": "Q8_0",
+                 "blk.0.ffn_gate_inp.weight": "Q8_0"}  # fmt: skip
+    assert tensor_types("q4_k_m", "llama", TENSORS, FACTS, overrides=overrides) == {**plain, **overrides}
+
+
+def test_an_override_that_does_not_fit_falls_back() -> None:
+    found = tensor_types("q8_0", "llama", [("blk.0.attn_q.weight", (2, 96))], FACTS, overrides={
+        "blk.0.attn_q.weight": "Q4_K"})  # fmt: skip
+    assert found == {"blk.0.attn_q.weight": "Q5_0"} and found.fallbacks == {"blk.0.attn_q.weight": "Q4_K"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ({"blk.0.attn_w.weight": "Q4_K"}, "no tensor 'blk.0.attn_w.weight'; did you mean"),
+        ({"blk.0.attn_q.weight": "Q4_L"}, "unknown type 'Q4_L'; did you mean"),
+        ({"output_norm.weight": "Q8_0"}, "vectors and norms stay F32"),
+        ({"output_norm.weight": "F16"}, "vectors and norms stay F32"),
+    ],
+)
+def test_overrides_that_cannot_be(overrides: dict[str, str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        tensor_types("q4_k_m", "llama", TENSORS, FACTS, overrides=overrides)
+
+
+def test_names() -> None:
+    assert file_type("Q4_K_M") is FILE_TYPES["q4_k_m"] and file_type("q6_k_s").name == "q6_k"
+    assert {file_type(f"Q{bits}_K").name for bits in (2, 3, 4, 5, 6)} == {"q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"}
+    with pytest.raises(ConfigError, match="unknown GGUF type 'q4_k_x'; did you mean 'q4_k_s'"):
+        file_type("q4_k_x")
+
+
+def test_the_mixture_for_experts() -> None:
+    tensors = [
+        ("token_embd.weight", (9, 256)), ("output.weight", (9, 256)), ("blk.0.attn_v.weight", (2, 256)),
+        ("blk.0.ffn_down_exps.weight", (4, 2, 256)), ("blk.0.ffn_down_shexp.weight", (2, 256)),
+        ("blk.0.ffn_gate_inp.weight", (4, 256)), ("blk.0.attn_norm.weight", (256,)),
+    ]  # fmt: skip
+    found = tensor_types("q2_k_mixed", "qwen3moe", tensors, ModelDimensions(1, 4, 2, 4))
+    assert list(found.values()) == ["Q8_0", "Q8_0", "Q4_K", "Q2_K", "Q4_K", "F32", "F32"]
+
+
+def test_notes_say_what_fell_back() -> None:
+    tensors = [(f"blk.{i}.attn_q.weight", (2, 96)) for i in range(3)] + [("blk.0.ffn_down.weight", (2, 70))]
+    found = tensor_types("q4_k_s", "llama", tensors, ModelDimensions(3, 4, 4))
+    assert found.notes() == [
+        "3 tensors (blk.0.attn_q.weight, ...) are Q5_0 instead of Q4_K: their rows are no multiple of 256",
+        "1 tensor (blk.0.ffn_down.weight) is F16 instead of Q4_K: its rows are no multiple of 256",
+    ]
+    assert tensor_types("q4_k_s", "llama", TENSORS, FACTS).notes() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "can"),
+    [
+        ("blk.0.attn_q.weight", (2, 3), True),
+        ("blk.0.attn_q.weight", (1, 3), False),  # a vector, to ggml
+        ("blk.0.attn_q.weight", (1, 2, 3), True),
+        ("blk.0.attn_q.bias", (2, 3), False),
+        ("blk.0.attn_q_norm.weight", (2, 3), False),
+        ("blk.0.ffn_gate_inp.weight", (2, 3), False),
+        ("blk.0.ssm_conv1d.weight", (2, 3), False),
+        ("position_embd.weight", (2, 3), False),
+        ("token_embd.weight", (2, 3), True),
+    ],
+)
+def test_what_can_be_quantized(name: str, shape: tuple[int, ...], can: bool) -> None:
+    assert quantizable(name, shape) is can

@@ -1,0 +1,94 @@
+"""Hidden states that travel through blocks: in place, in a file, and on a device that is full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from auto_round.calibration.capture import capture_inputs
+from auto_round.calibration.disk_store import DiskStore
+from auto_round.calibration.observers import observe_second_moments
+from auto_round.errors import DeviceError
+from auto_round.modeling.source import ModelSource, open_source
+from auto_round.run.streams import Stream
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def source(tiny_folder: Callable[..., Path]) -> ModelSource:
+    return open_source(tiny_folder("llama"))
+
+
+def stream(source: ModelSource, disk_store: DiskStore | None = None, batch: int = 4) -> Stream:
+    ids = torch.randint(3, 90, (6, 10), generator=torch.Generator().manual_seed(2))
+    captured = capture_inputs(source, [{"input_ids": row} for row in ids], dtype=torch.float32, disk_store=disk_store)
+    return Stream.of(captured, batch, CPU, torch.float32)
+
+
+def test_in_place_and_in_a_file_the_numbers_are_the_same(source: ModelSource, tmp_path: Path) -> None:
+    with DiskStore(tmp_path) as file:
+        plain, fresh, spilled = stream(source), stream(source), stream(source, file)
+        second = spilled.clone()
+        for index, name in enumerate(source.blocks):
+            block = source.load(name)
+            plain.after(index, block, CPU, torch.float32, in_place=True)
+            fresh.advance_to(fresh.after(index, block, CPU, torch.float32))
+            spilled.after(index, block, CPU, torch.float32, in_place=True)
+            second.advance_to(second.after(index, block, CPU, torch.float32))
+            source.release(name)
+            for other in (fresh.hidden, spilled.hidden[0:6], second.hidden[0:6]):
+                assert torch.equal(plain.hidden[0:6], other)  # type: ignore[arg-type]
+        # Two rooms are used in turns, however many blocks there are.
+        assert file.size == 3 * 6 * 10 * 32 * 4
+
+
+@pytest.fixture
+def tight() -> Iterator[Callable[..., list[int]]]:
+    """`tight(block, most)`: a block that refuses more samples at once; returns the sizes it was called with."""
+    handles: list[Any] = []
+
+    def make(block: torch.nn.Module, most: int) -> list[int]:
+        seen: list[int] = []
+
+        def before(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            seen.append(args[0].shape[0])
+            if args[0].shape[0] > most:
+                raise torch.OutOfMemoryError("out of memory")
+
+        # In the MLP, after the attention's observers have added what they saw.
+        handles.append(block.mlp.register_forward_pre_hook(before))  # type: ignore[operator, union-attr]
+        return seen
+
+    yield make
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_full_device_gets_smaller_batches_and_nothing_counts_twice(
+    source: ModelSource, tight: Callable[..., list[int]]
+) -> None:
+    names = ["self_attn.q_proj", "mlp.down_proj"]
+    small, large = stream(source, batch=1), stream(source, batch=4)
+    block = source.load(source.blocks[0])
+    with observe_second_moments(block, names) as wanted:
+        small.after(0, block, CPU, torch.float32, (wanted,), in_place=True)
+    seen = tight(block, 1)
+    with observe_second_moments(block, names) as found:
+        large.after(0, block, CPU, torch.float32, (found,), in_place=True)
+    assert seen == [4, 2] + [1] * 6 and large.batch == 1
+    assert torch.equal(small.hidden, large.hidden)  # type: ignore[arg-type]
+    assert found.tokens == wanted.tokens
+    assert all(torch.equal(found[name], wanted[name]) for name in names)
+
+
+def test_one_sample_that_does_not_fit_is_a_device_error(source: ModelSource, tight: Callable[..., list[int]]) -> None:
+    given = stream(source)
+    block = source.load(source.blocks[0])
+    tight(block, 0)
+    with pytest.raises(DeviceError, match="too little memory"):
+        given.after(0, block, CPU, torch.float32, in_place=True)
