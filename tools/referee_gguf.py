@@ -29,7 +29,7 @@ from auto_round.gguf.metadata import general_metadata
 from auto_round.gguf.vocab import vocabulary_for
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPECTED = ROOT / "test" / "test_cpu" / "export" / "data" / "gguf_families.json"
+EXPECTED = ROOT / "test" / "test_cpu" / "gguf" / "data" / "gguf_families.json"
 LIMIT = 1e-2
 # Keys that we always write, and llama.cpp's converter only when the tokenizer's files say so.
 EXPLICIT = {"tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix"}

@@ -21,7 +21,7 @@ from auto_round.gguf.reader import GgufTensors
 from auto_round.output import gguf_writer as writer_module
 from auto_round.output.gguf_writer import GgufFile, TypedValue
 
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[3]
 METADATA = {
     "general.name": "tiny", "llama.block_count": 2, "llama.rope.freq_base": 10000.0, "llama.odd": True,
     "llama.below": -3, "tokenizer.ggml.tokens": ["a", "bc", "ü"], "tokenizer.ggml.token_type": [1, 2, 3],
