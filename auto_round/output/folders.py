@@ -134,7 +134,7 @@ def recorded_inputs(folder: Path) -> Mapping[str, str] | None:
     report = read_report(folder)
     if report is None or (folder / PARTIAL).exists() or inspect_folder(folder).missing:
         return None
-    made = report.get("recorded_inputs")
+    made = report.get("made_from")
     return made if isinstance(made, dict) else None
 
 

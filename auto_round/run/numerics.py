@@ -115,7 +115,7 @@ class NumericsPolicy:
         if settings.needs_all_blocks is not None:
             raise NumericsError(f"{error}; on_nan={self.policy} does not help here: {settings.needs_all_blocks}")
         reason = str(error)
-        if self.policy == "leave_unquantized" and not self._explained(block):
+        if self.policy == "keep" and not self._explained(block):
             return self._leave_unquantized(block, tasks, reason, outputs)
         self.note(f"block {block} is rounded by its weights alone: {error}")
         return self.without_data(block, tasks, reason, outputs, settings)
@@ -136,7 +136,7 @@ class NumericsPolicy:
         fixed = next((task.name for task in tasks if is_calibrated(task.scheme)), None)
         if fixed is not None:
             missing = f"the scales of the inputs of {fixed} come from calibration data, and there is no finite one"
-            if self.policy == "leave_unquantized":
+            if self.policy == "keep":
                 return self._leave_unquantized(block, tasks, f"{reason}; {missing}", outputs)
             raise NumericsError(
                 f"block {block}: {missing} ({reason}); use dynamic activations, name the block's layers in "

@@ -243,7 +243,7 @@ class Job:
             "blocks": len(self.blocks),
             "layers": {n: p.description + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
             **({"copied": dict(self.spare)} if self.spare else {}),
-            "skipped": dict(self.skipped),
+            "left": dict(self.skipped),
             "steps": self.steps,
             "bytes_on_disk": dict(self.bytes_on_disk),
             "compute": self.compute,
