@@ -171,7 +171,7 @@ def choose_backends(layers: Layers, device: str, requested: str = AUTO) -> dict[
         if kind in unsupported:
             fallbacks[name] = next(
                 (r for b in rows if (r := b.unsupported_reason(kind[0], device, kind[1])) is not None),
-                "unsupported_reason",
+                "refuses",
             )
             if kind not in found:
                 found[kind] = _choose_auto(name, *kind, device)

@@ -142,11 +142,11 @@ def test_what_shares_a_bank() -> None:
 
     four, eight, per_tensor = QuantizationScheme(4, 8), QuantizationScheme(8, 8), QuantizationScheme(4, 0)
     tasks = [
-        task("q", 16, four), task("k", 16, eight), task("down", 32, four), task("rounding_delta", 16, four),
+        task("q", 16, four), task("k", 16, eight), task("down", 32, four), task("v", 16, four),
         task("a", 16, per_tensor), task("b", 16, per_tensor),
     ]  # fmt: skip
     names = [[one.name for one in group] for group in stack_tasks(tasks)]
-    assert names == [["q", "rounding_delta"], ["k"], ["down"], ["a"], ["b"]]
+    assert names == [["q", "v"], ["k"], ["down"], ["a"], ["b"]]
 
 
 def test_a_layer_without_tokens_stays() -> None:

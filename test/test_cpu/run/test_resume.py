@@ -268,7 +268,7 @@ def test_a_damaged_journal_is_never_used(how: str, run: Runner, stop_at: Any, tm
         run("out", **TUNED)
     (journal,) = (space / "resume").iterdir()
     names = sorted(path.name for path in journal.iterdir())
-    assert [n.partition("-")[0] for n in names] == ["full", "manifest.json", "probe", "quantized", "run.json", "unit"]
+    assert [n.partition("-")[0] for n in names] == ["full", "manifest.json", "quantized", "run.json", "smoke_sample", "unit"]
     kept = tmp_path / "kept"
     shutil.copytree(journal, kept)
     for name in names:
