@@ -22,9 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from vs_peer import machine
 
 from auto_round.layouts.awq import pack_awq
+from auto_round.layouts.bit_stream import pack_rows
 from auto_round.layouts.gptq import pack_gptq
 from auto_round.layouts.mlx import pack_mlx
-from auto_round.layouts.packed_int import pack_rows, signed_values
+from auto_round.layouts.packed_int import signed_values
 
 # By layout: its bits, and what packs the codes [out, in] and zero points [out, groups] of a layer.
 PACKERS: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor, torch.Tensor, int], object]]] = {

@@ -1,8 +1,7 @@
 """`OutputFormat`: how a format packs a layer and writes `quantization_config`, and the registry of all formats.
 
-Three parts: `ExportPlan`, what a format knows of the run before any tensor is written; `ModelRules`, how a format
-treats one model type (renamed tensors, stacked experts, layers that must stay unquantized); `OutputFormat` and
-the registry (`register_format`, `get_format`, `parse_formats`).
+`ExportPlan` describes the run before any tensor is written; `ModelRules` says how a format writes one model type
+(renamed tensors, stacked experts, layers that must stay unquantized). A format picks the `Layout` of each layer.
 """
 
 from __future__ import annotations
@@ -21,9 +20,11 @@ from auto_round._version import __version__
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.formats.table import GUIDE_MATRIX
+from auto_round.layouts.base import Layout
+from auto_round.layouts.base import TensorSpecs as TensorSpecs
 from auto_round.schemes import QuantizationScheme
 
-# Settings of a run that are written into the checkpoint when they differ from these values.
+# Settings that are recorded in the checkpoint when they differ from these defaults.
 DEFAULT_SETTINGS: Mapping[str, Any] = MappingProxyType(
     {
         "iters": 200, "batch_size": 8, "nsamples": 128, "seqlen": 2048, "lr": None, "minmax_lr": None,
@@ -37,19 +38,18 @@ DEFAULT_SETTINGS: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """One run's result, without its tensors.
+    """Which layers of a run are quantized and how, without any tensor.
 
     Attributes:
         scheme: the default scheme.
-        layers: the scheme of every linear layer by its full module name, layers left in 16 bits included.
+        layers: the scheme of every linear layer by its full module name, unquantized layers included.
         block_names: module names of the decoder blocks, such as `model.layers.0`.
-        settings: how the run was made (`iters`, `nsamples`, ...); values that are not defaults are recorded.
+        settings: settings of the run (`iters`, `nsamples`, ...); values that differ from the defaults are recorded.
         version: of this package.
         model_type: of the model's config, such as `llama`.
-        embeddings: module names of the embeddings, which stay in full precision.
-        other_matrices: names of the model's other modules with a matrix for weight (routers, projections outside the
-            blocks), which no format may take for quantized.
-        spare: modules that the files have and this model does not.
+        embeddings: module names of the embeddings, which stay unquantized.
+        other_matrices: other modules with a matrix as weight (routers, projections outside the blocks); unquantized.
+        spare: modules that the checkpoint has and the model does not.
         patterns: regular expressions of the layer configuration, in order.
     """
 
@@ -68,22 +68,21 @@ class ExportPlan:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]
 
     def dense_in_blocks(self) -> list[str]:
-        """What a reader might take for quantized and is not: dense layers and routers inside the blocks, and modules
-        that this model does not have but the files do."""
+        """Modules a reader could mistake for quantized: unquantized layers and routers in blocks, spare modules."""
         dense = [name for name, scheme in self.layers.items() if not scheme.quantizes_weights]
         inside = [name for name in dict.fromkeys((*dense, *self.other_matrices)) if self.in_block(name)]
         return [*inside, *self.spare]
 
     def in_block(self, name: str) -> bool:
-        """Whether the module `name` lies in one of the blocks."""
+        """Whether the module `name` is inside a decoder block."""
         return any(name.startswith(f"{block}.") for block in self.block_names)
 
     def block_prefix(self) -> str:
-        """The lists that hold the blocks, such as `model.layers`; several are joined by commas."""
+        """Module lists that hold the blocks, such as `model.layers`, joined by commas."""
         return ",".join(dict.fromkeys(re.sub(r"\.\d+$", "", name) for name in self.block_names))
 
     def recorded_settings(self) -> dict[str, Any]:
-        """Known settings that are set, plain JSON values and not the default."""
+        """Known settings that differ from the defaults and are plain JSON values."""
         return {
             key: self.settings[key]
             for key, default in DEFAULT_SETTINGS.items()
@@ -94,8 +93,6 @@ class ExportPlan:
         }
 
 
-# What a format asks of a family of models: other tensor names, stacked experts, layers that must stay dense.
-
 Renames = tuple[tuple[str, str], ...]
 _EXPERT = re.compile(r"^(?P<front>.*\.)experts\.(?P<index>\d+)\.(?P<leaf>.+)$")
 
@@ -105,13 +102,13 @@ class ModelRules:
     """How a format writes the models of one type.
 
     Attributes:
-        refused: why such models cannot be written at all, or None.
-        note: what the user should know, or None.
-        dense: (regular expression, reason): layers that must stay in full precision.
+        refused: why such models cannot be written, or None.
+        note: shown to the user, or None.
+        dense: (regular expression, reason): layers that must stay unquantized.
         renames: (regular expression, replacement), applied in order to every tensor's name.
-        experts: the module in which tensors of all experts of a block are stacked along a new first dimension; "" keeps
-            one tensor an expert.
-        config: (key, other key): what config.json gets under `key`, unless it has it: the value of `other key`.
+        experts: module under which the tensors of a block's experts are stacked along a new first dimension; "" keeps
+            one tensor per expert.
+        config: (key, other key): config.json gets `key` with the value of `other key`, unless it has `key`.
     """
 
     refused: str | None = None
@@ -123,18 +120,20 @@ class ModelRules:
 
     @property
     def renames_tensors(self) -> bool:
-        """Whether any tensor is written elsewhere than under its own name."""
+        """Whether any tensor is written under another name."""
         return bool(self.renames or self.experts)
 
     def unquantized_reason(self, layer: str) -> str | None:
-        """Why the layer must stay in full precision, or None."""
+        """Why the layer must stay unquantized, or None."""
         return next((reason for pattern, reason in self.dense if re.search(pattern, layer)), None)
 
     def stored_as(self, tensor: str) -> tuple[str, int | None]:
-        """(name in the file, index along the first dimension where experts are stacked, else None)."""
+        """(name in the file, index in the stack of experts or None)."""
         expert = _EXPERT.match(tensor) if self.experts else None
         name = f"{expert['front']}{self.experts}.{expert['leaf']}" if expert else tensor
-        return apply_renames(name, self.renames), int(expert["index"]) if expert else None
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name, int(expert["index"]) if expert else None
 
     def with_config(self, values: dict[str, Any]) -> dict[str, Any]:
         """A copy of config.json's values with the keys of `config` added."""
@@ -142,137 +141,117 @@ class ModelRules:
         return {**values, **added}
 
     def module_name(self, layer: str) -> str:
-        """The name of a linear layer's module as the file's tensors have it."""
+        """The module name of a linear layer in the file."""
         return self.stored_as(f"{layer}.weight")[0].removesuffix(".weight")
-
-
-def apply_renames(name: str, renames: Renames) -> str:
-    """`name` after all `renames`, in order."""
-    for pattern, replacement in renames:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 DEFAULT_RULES = ModelRules()
 
 
-# Output formats: how a quantized layer becomes named tensors, and what `config.json` says about them.
-
-TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
-CodesAndParams = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | int"]
-
-
 class OutputFormat(ABC):
     """One way to write a quantized model. Instances hold no state of a run.
 
-    A layer that `check_layer` refuses stays in full precision; its dense tensors are written by the caller.
+    A layer that `check_layer` refuses stays unquantized; the caller writes its original tensors.
     """
 
     # Set by `register_format`.
     name: ClassVar[str] = ""
-    # Whether the loader of `auto_round.inference` opens the files. What it opens is checked after saving by opening it;
-    # the tensors of other formats are taken apart by `unpack_layer`.
+    # Whether the loader of `auto_round.inference` opens the files; saved files are then verified by opening them.
+    # Layers of other formats are verified with `unpack_layer`.
     loadable_here: ClassVar[bool] = True
-    # Runtimes that read the files and join layers (q, k and v; gate and up; experts) into one matrix.
+    # Runtimes that read the files and fuse layers (q, k and v; gate and up; experts) into one matrix.
     fusing_runtimes: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang")
     # Dtype of the scales in the file; None where none are stored.
     scale_dtype: ClassVar[torch.dtype | None] = torch.float16
-    # Whether dense weights are stored in the model's own dtype, which can be coarser than the numbers that were tuned.
+    # Whether weights are stored in the model's own dtype, which can be coarser than the tuned values.
     casts_to_model_dtype: ClassVar[bool] = False
-    # Whether who opens the files quantizes activations too, where the scheme does.
+    # Whether readers of the files quantize activations too, where the scheme does.
     stores_activation_scheme: ClassVar[bool] = True
-    # Whether the files can hold static scales of keys, values and queries; whether those of all three must be of one
-    # granularity; and what follows the number of heads in the shape of scales per head.
+    # Static scales of keys, values and queries: whether files can hold them, whether all three need one granularity,
+    # and trailing dimensions after the number of heads.
     stores_cache_scales: ClassVar[bool] = False
     single_cache_granularity: ClassVar[bool] = False
     cache_scale_tail: ClassVar[tuple[int, ...]] = ()
-    # Whether it takes layers that are no torch.nn.Linear, such as Transformers' Conv1D.
+    # Whether it stores layers other than torch.nn.Linear, such as Transformers' Conv1D.
     supports_conv1d: ClassVar[bool] = True
     # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
     support_schemes: ClassVar[tuple[str, ...]]
-    # Whether groups must fill the rows. Runs then use a smaller group size where needed.
+    # Whether groups must fill the rows; runs then use a smaller group size where needed.
     requires_full_groups: ClassVar[bool] = False
-    # Whether files keep the names of the source's checkpoint, as every reader of such files expects. Formats of
-    # programs that have names of their own say them by `rules`.
+    # Whether tensors keep the names of the source checkpoint. Otherwise `rules` gives the names.
     checkpoint_names: ClassVar[bool] = True
-    # Whether a layer is refused whose tensors Transformers would join with others as it reads them under those names.
+    # Whether layers are refused whose tensors Transformers would fuse with others while loading these names.
     rejects_fused_layers: ClassVar[bool] = False
-    # Whether experts that the checkpoint stores stacked stay dense: readers find single experts by its names only.
+    # Whether experts that the checkpoint stores stacked stay unquantized, as readers find single experts by name only.
     experts_by_name: ClassVar[bool] = False
     # Files beside config.json that repeat the quantization_config.
     config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json",)
 
     @abstractmethod
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
-        """None when the format can hold `scheme`, or the reason why not. 16 bits are always held."""
+        """Why the format cannot store `scheme`, or None. Unquantized layers are always stored."""
 
     def suggested_for(self, scheme: QuantizationScheme) -> bool:
-        """Whether to name this format to someone who wants all of a model in `scheme`."""
+        """Whether to suggest this format for a model quantized with `scheme` throughout."""
         return self.check_scheme(scheme) is None
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        """None when a layer of this shape can be packed, or the reason why not (it then stays in full precision)."""
+        """Why a layer of this shape cannot be packed and stays unquantized, or None."""
         return None
 
     def check_plan(self, plan: ExportPlan) -> str | None:
-        """None when the format can say what every layer of `plan` is, or the reason why not."""
+        """Why the format's config cannot describe all layers of `plan`, or None."""
         return None
 
     def normalize_for_format(self, layer: QuantizedLayer) -> QuantizedLayer:
-        """A layer of exactly the same weights, in numbers that the format's readers take. `pack` is given this."""
+        """A layer with exactly the same weights, in codes that the format's readers accept; applied before `pack`."""
         return layer
 
-    @abstractmethod
+    def layout(self, scheme: QuantizationScheme) -> Layout:
+        """The layout that stores a layer of `scheme`. Formats without codes override `tensor_specs` and `pack`."""
+        raise NotImplementedError(self.name)
+
     def tensor_specs(
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
         bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
     ) -> TensorSpecs:  # fmt: skip
-        """Shapes and dtypes of what `pack` will return for the layer `name`, without any data.
+        """Shapes and dtypes of the tensors that `pack` returns for the layer `name`.
 
         Args:
             bias_dtype: dtype of the layer's bias, None when it has none.
-            model_dtype: dtype of dense weights.
+            model_dtype: dtype of the model's unquantized tensors.
             transposed: the module stores its weight as [in, out].
         """
+        specs = self.layout(scheme).specs(scheme, in_features, out_features, model_dtype)
+        if bias_dtype is not None:
+            specs["bias"] = ((out_features,), bias_dtype)
+        return {f"{name}.{leaf}": spec for leaf, spec in specs.items()}
 
-    @abstractmethod
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """The layer's tensors by their full names in the checkpoint. `model_dtype`: dtype of dense weights."""
-
-    def unpack_integers(
-        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
-        out_features: int,
-    ) -> CodesAndParams:  # fmt: skip
-        """What `pack` was given, from what it returned: (codes uint8 [out, in], scale [out, groups], zero point).
-
-        What `unpack_layer` is made of for integers, unless a format overrides that.
-        """
-        raise TypeError(f"format {self.name!r} has no read_back, and auto_round's own loader does not open it")
+        """The layer's tensors by their full names in the checkpoint. `model_dtype`: dtype of unquantized tensors."""
+        tensors = self.layout(layer.scheme).pack(layer, model_dtype)
+        if layer.bias is not None:
+            tensors["bias"] = layer.bias
+        return {f"{layer.name}.{leaf}": tensor for leaf, tensor in tensors.items()}
 
     def unpack_layer(
         self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
         out_features: int,
     ) -> QuantizedLayer:  # fmt: skip
-        """The whole layer that `pack` was given, from what it returned. Needed where `loadable_here` is False."""
-        grid = self.unpack_integers(name, scheme, tensors, in_features, out_features)
-        act_scale, act_zero_point = self.unpack_input_scales(name, tensors)
-        scale = None if act_scale is None else torch.tensor(act_scale, dtype=torch.float32)
-        return QuantizedLayer(name, scheme, *grid, act_scale=scale, act_zero_point=act_zero_point)
+        """The inverse of `pack`, without the bias. Needed where `loadable_here` is False."""
+        local = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
+        return self.layout(scheme).unpack(name, scheme, local, in_features, out_features)
 
     def rules(self, model_type: str) -> ModelRules:
-        """What is special about models of this type (`model_type` of their config) in this format."""
+        """How this format writes models of a type (`model_type` of their config)."""
         return DEFAULT_RULES
-
-    def unpack_input_scales(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[float | None, int | None]:
-        """The layer's (act_scale, act_zero_point) from the same tensors, where the format stores them."""
-        return None, None
 
     @abstractmethod
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        """`quantization_config` for config.json, or None when the checkpoint is an ordinary dense one."""
+        """`quantization_config` for config.json, or None when the checkpoint is an ordinary unquantized one."""
 
     def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        """What the `config_files` hold: `config`, unless their readers need another form of it."""
+        """Contents of the `config_files`: `config`, unless their readers need another form."""
         return self.config(plan)
 
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
@@ -295,7 +274,7 @@ _Format = TypeVar("_Format", bound=type[OutputFormat])
 
 
 def register_format(name: str) -> Callable[[_Format], _Format]:
-    """Class decorator: the format can be asked for as `name`. Raises ConfigError when the name is taken."""
+    """Class decorator: register a format as `name`. Raises ConfigError when the name is taken."""
 
     def decorate(cls: _Format) -> _Format:
         if name in FORMATS:
@@ -318,8 +297,8 @@ def get_format(name: str) -> OutputFormat:
     """The format called `name`, in any case.
 
     Raises:
-        UnsupportedError: the guide knows this format, this version cannot write it.
-        ConfigError: no such format.
+        UnsupportedError: the guide lists this format, but this version cannot write it.
+        ConfigError: unknown format.
     """
     known = available_formats()
     key = name.strip().lower()
@@ -335,7 +314,7 @@ def get_format(name: str) -> OutputFormat:
 
 
 def parse_formats(text: str | Sequence[str]) -> list[OutputFormat]:
-    """`"auto_round,fake"`, or a list of names, as formats in that order. Raises ConfigError for none or a repeat."""
+    """Formats from a comma-separated string or a list of names. Raises ConfigError for none or a repeated one."""
     names = [part.strip() for part in (text.split(",") if isinstance(text, str) else text)]
     names = [part for part in names if part]
     if not names:
@@ -350,12 +329,12 @@ def parse_formats(text: str | Sequence[str]) -> list[OutputFormat]:
 
 
 def formats_for_scheme(scheme: QuantizationScheme) -> list[str]:
-    """Names of the available formats that can hold `scheme`."""
+    """Names of the available formats that can store `scheme`."""
     return [name for name in available_formats() if FORMATS[name].suggested_for(scheme)]
 
 
 def require_scheme(fmt: OutputFormat, scheme: QuantizationScheme, what: str = "the scheme") -> None:
-    """Raise UnsupportedError with the reason and the formats that would do when `fmt` cannot hold `scheme`."""
+    """Raise UnsupportedError, with the reason and the formats that can, when `fmt` cannot store `scheme`."""
     reason = fmt.check_scheme(scheme)
     if reason is not None:
         takers = ", ".join(formats_for_scheme(scheme)) or "none in this version"
@@ -365,7 +344,7 @@ def require_scheme(fmt: OutputFormat, scheme: QuantizationScheme, what: str = "t
 
 
 def require_plan(fmt: OutputFormat, plan: ExportPlan) -> None:
-    """Raise UnsupportedError with the reason and the formats that would do when `fmt` cannot describe `plan`."""
+    """Raise UnsupportedError, with the reason and the formats that can, when `fmt` cannot describe `plan`."""
     reason = fmt.check_plan(plan)
     if reason is not None:
         schemes = set(plan.layers.values())
@@ -380,10 +359,7 @@ def require_plan(fmt: OutputFormat, plan: ExportPlan) -> None:
 
 
 def format_table() -> list[tuple[str, tuple[str, ...], bool]]:
-    """Rows for `auto_round list format`: (format, preset schemes, can be written by this version).
-
-    Formats that can be written show what they take here; the others show the guide's table.
-    """
+    """Rows for `auto_round list format`: (format, preset schemes, whether this version can write it)."""
     known = available_formats()
     names = [*GUIDE_MATRIX, *(n for n in known if n not in GUIDE_MATRIX)]
     return [(n, FORMATS[n].support_schemes if n in FORMATS else GUIDE_MATRIX[n], n in FORMATS) for n in names]

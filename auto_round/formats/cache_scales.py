@@ -22,11 +22,11 @@ _SIXTEEN_BITS = ("float16", "fp16", "bfloat16", "bf16")
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """Which scales are made.
+    """Granularity of the static scales.
 
     Attributes:
-        keys_values: "tensor", one k_scale and one v_scale a layer; "head", one for each key-value head.
-        queries: the same of q_scale, for each query head; None for no q_scale.
+        keys_values: "tensor": one k_scale and one v_scale per layer; "head": one per key-value head.
+        queries: the same for q_scale, per query head; None for no q_scale.
     """
 
     keys_values: str
@@ -50,10 +50,10 @@ class CacheScheme:
 def parse_cache_scheme(
     kv_dtype: Any, kv_granularity: Any, attention_dtype: Any, attention_granularity: Any
 ) -> CacheScheme | None:
-    """What `static_kv_dtype` and its companions ask for; None when nothing is.
+    """The scheme that `static_kv_dtype` and the other three options request, or None.
 
-    Attention in FP8 needs keys and values in FP8: `static_attention_dtype` alone gives them scales too, of its own
-    granularity. Raises ConfigError for a value that is not allowed, or a granularity that nothing uses.
+    FP8 attention needs FP8 keys and values: `static_attention_dtype` alone adds their scales, of its own granularity.
+    Raises ConfigError for a value that is not allowed, or a granularity without a dtype.
     """
     kv = _requests_fp8("static_kv_dtype", kv_dtype)
     attention = _requests_fp8("static_attention_dtype", attention_dtype)
@@ -71,7 +71,7 @@ def parse_cache_scheme(
 
 
 def none_if_16_bits(value: Any) -> Any:
-    """None for a type of 16 bits: a cache of that type holds keys and values as they are, and needs no scales."""
+    """None for a 16-bit type, whose cache needs no scales; other values unchanged."""
     return None if _type_name(value) in _SIXTEEN_BITS else value
 
 
@@ -95,7 +95,7 @@ def scale_shape(fmt: OutputFormat, cache: CacheScheme, leaf: str, heads: int) ->
 
 
 def require_cache(formats: Sequence[OutputFormat], cache: CacheScheme | None) -> None:
-    """Raise UnsupportedError, naming the formats that can, when one of `formats` cannot hold the scales."""
+    """Raise UnsupportedError, naming the formats that can, when one of `formats` cannot store the scales."""
     if cache is None:
         return
     for fmt in formats:
@@ -109,14 +109,14 @@ def require_cache(formats: Sequence[OutputFormat], cache: CacheScheme | None) ->
 
 def _unsupported_reason(fmt: OutputFormat, cache: CacheScheme) -> str | None:
     if not fmt.stores_cache_scales:
-        return "its readers know no such scales"
+        return "its readers do not use such scales"
     if fmt.single_cache_granularity and cache.queries not in (None, cache.keys_values):
-        return "its readers take one granularity for all three"
+        return "its readers expect one granularity for all three"
     return None
 
 
 def kv_cache_scheme(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`kv_cache_scheme` of compressed-tensors for a run with these settings, None when it made no scales."""
+    """`kv_cache_scheme` of compressed-tensors for a run with these settings, None without static scales."""
     defaults = {f"static_{what}_granularity": GRANULARITIES[0] for what in ("kv", "attention")}
     names = ("static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity")
     cache = parse_cache_scheme(*(settings.get(name, defaults.get(name)) for name in names))

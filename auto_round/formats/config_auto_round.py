@@ -1,4 +1,4 @@
-"""The `auto_round` formats: `quant_method: "auto-round"`, GPTQ, AWQ, plain or small-float packing per layer.
+"""The `auto_round` formats: `quant_method: "auto-round"`, with a packing chosen per layer.
 
 | layer | packing_format | zero points in the file |
 |---|---|---|
@@ -10,8 +10,8 @@
 | fp with static activations | auto_round:fp8_static | none |
 | fp otherwise | auto_round:fp8 | none |
 
-The packing follows from the layer's own scheme, so tensors and config cannot disagree: a layer whose packing
-differs from the default's is listed in `extra_config`. `layouts.floats` packs the small float types.
+The packing follows from the layer's own scheme, so tensors and config cannot disagree; a layer whose packing differs
+from the default's is listed in `extra_config`.
 
 Transformers 5.23 accepts a config only when `group_size` is -1 or positive, so block and per-tensor scales have
 keys of their own: `weight_block_size` [rows, columns] and `weight_strategy` "tensor". vLLM's loader wants
@@ -29,9 +29,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
-from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs, register_format
-from auto_round.layouts.awq import pack_awq
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.formats.base import ExportPlan, OutputFormat, register_format
+from auto_round.layouts.awq import AWQ
+from auto_round.layouts.base import Layout, stored_group_size
 from auto_round.layouts.floats import (
     AUTO_ROUND_FLOATS,
     float_family_of,
@@ -40,118 +41,71 @@ from auto_round.layouts.floats import (
     is_float,
     minifloat_name,
 )
-from auto_round.layouts.gptq import pack_gptq, words_needed
+from auto_round.layouts.gptq import GPTQ_V1, GPTQ_V2
 from auto_round.schemes import QuantizationScheme
 
-LLM_COMPRESSOR, FP8_STATIC, FP8, PLAIN_FLOAT_PACKING = (
-    "auto_round:llm_compressor", "auto_round:fp8_static", "auto_round:fp8", "auto_round"
-)  # fmt: skip
+GPTQ_PACKING, AWQ_PACKING, PLAIN_PACKING = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round"
+LLM_COMPRESSOR, FP8_STATIC, FP8 = "auto_round:llm_compressor", "auto_round:fp8_static", "auto_round:fp8"
+_LAYOUTS = {GPTQ_PACKING: GPTQ_V1, AWQ_PACKING: AWQ, PLAIN_PACKING: GPTQ_V2}
+INT_BITS = (2, 3, 4, 8)
+# Kernels of every runtime that reads these files work on tiles of 32, and 3-bit words need it.
+SIZE_MULTIPLE = 32
+_ACTIVATION_KEYS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
 
 
-def float_packing(scheme: QuantizationScheme) -> str:
-    """The `packing_format` in which a float layer is written."""
-    family, activations = float_family_of(scheme.data_type), scheme.activations
-    if family == "fp":
-        return FP8_STATIC if activations is not None and not activations.dynamic else FP8
-    return PLAIN_FLOAT_PACKING if family == "mx_int" else LLM_COMPRESSOR
-
-
-def group_size_as_list(scheme: QuantizationScheme) -> int | list[int]:
-    """`group_size` as it is."""
+def _group_size(scheme: QuantizationScheme) -> int | list[int]:
+    """`group_size` as JSON; per-tensor scales of integers are stored per channel."""
+    if not is_float(scheme):
+        return stored_group_size(scheme)
     return list(scheme.group_size) if isinstance(scheme.group_size, tuple) else scheme.group_size
 
 
-def transformers_group_size(scheme: QuantizationScheme) -> int:
-    """`group_size` as Transformers' config class takes it: columns of a block, -1 for a whole tensor."""
-    size = scheme.group_size
-    return size[1] if isinstance(size, tuple) else size or -1
-
-
-def float_values(scheme: QuantizationScheme) -> dict[str, Any]:
-    """Keys beside the usual ones when the default scheme is a float one."""
-    if not is_float(scheme):
-        return {}
-    found: dict[str, Any] = {}
+def _float_values(scheme: QuantizationScheme) -> dict[str, Any]:
+    """Keys of the config for a default scheme of a small float type, in place of an integer's `group_size`."""
+    size, activations = scheme.group_size, scheme.activations
+    # Transformers' config class takes the columns of a block, and -1 for a whole tensor.
+    found: dict[str, Any] = {"group_size": size[1] if isinstance(size, tuple) else size or -1}
     if float_family_of(scheme.data_type) == "fp":
-        activations = scheme.activations
         static = activations is not None and not activations.dynamic
-        found = {"activation_scheme": "static" if static else "dynamic"}
+        found["activation_scheme"] = "static" if static else "dynamic"
         found["fmt"] = minifloat_name(scheme.data_type, scheme.bits)
-    if isinstance(scheme.group_size, tuple):
-        found["weight_block_size"] = list(scheme.group_size)
-    elif scheme.group_size == 0:
+    if isinstance(size, tuple):
+        found["weight_block_size"] = list(size)
+    elif size == 0:
         found["weight_strategy"] = "tensor"
     return found
 
 
-# The `auto_round` format: `quant_method: "auto-round"`, with GPTQ, AWQ or plain packing of integers.
-#
-# | integers | packing_format | zero points in the file |
-# |---|---|---|
-# | symmetric | auto_round:auto_gptq | 2**(bits-1) - 1 |
-# | asymmetric, 4 bits | auto_round:auto_awq | as they are |
-# | asymmetric, 2, 3 or 8 bits | auto_round | as they are, GPTQ layout |
-#
-# Small float types are laid out by `float_layouts` and described by `auto_round_float`.
-#
-# The packing is a function of the layer's own scheme, so tensors and config cannot disagree: a layer whose packing is
-# not the default's says so in `extra_config`.
-
-GPTQ_PACKING, AWQ_PACKING, PLAIN_PACKING = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round"
-INT_BITS = (2, 3, 4, 8)
-# Kernels of every runtime that reads these files work on tiles of 32, and 3-bit words need it.
-SIZE_MULTIPLE = 32
-SCALE_DTYPE = torch.float16
-ACTIVATION_KEYS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
-
-
-def packing_of(scheme: QuantizationScheme) -> str:
-    """The `packing_format` in which a layer of `scheme` is written."""
-    if is_float(scheme):
-        return float_packing(scheme)
-    if scheme.sym:
-        return GPTQ_PACKING
-    return AWQ_PACKING if scheme.bits == 4 else PLAIN_PACKING
-
-
-def stored_group_size(scheme: QuantizationScheme) -> int:
-    """`group_size` of integers as written: per tensor (0) becomes per channel (-1), with the scale repeated."""
-    assert isinstance(scheme.group_size, int)
-    return scheme.group_size if scheme.group_size > 0 else -1
-
-
 def default_scheme(plan: ExportPlan) -> QuantizationScheme:
-    """The scheme to write as the default: the run's own, or the commonest when no layer has that (16 bits, say, which
-    no reader takes as a default)."""
+    """The default scheme to write: the run's own, or the most common one when no quantized layer has that."""
     counts = Counter(plan.layers[name] for name in plan.quantized_layers())
     return plan.scheme if plan.scheme in counts else counts.most_common(1)[0][0]
 
 
 def flip_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
-    """The same weights with no zero point of 0, for files that store zero points less one.
+    """The same weights without zero points of 0, for files that store zero points minus one.
 
-    0 - 1 wraps to 2**bits - 1, and readers that add 1 to a whole word carry into the next zero point, others read
-    2**bits. Turning such a group around costs nothing: with M = 2**bits - 1 and every c, s * (c - 0) is exactly
-    -s * ((M - c) - M).
+    0 - 1 wraps to 2**bits - 1: readers that add 1 to a whole word carry into the next zero point, others read 2**bits.
+    Negating the scale of such a group is exact: with M = 2**bits - 1, s * (c - 0) = -s * ((M - c) - M).
     """
     zero, codes, scale = layer.zero_point, layer.codes, layer.scale
     if not isinstance(zero, torch.Tensor) or codes is None or scale is None or bool(zero.all()):
         return layer
     size = stored_group_size(layer.scheme)
     top = (1 << layer.scheme.bits) - 1
-    turned = zero == 0
-    columns = turned.repeat_interleave(size if size > 0 else layer.in_features, 1)[:, : layer.in_features]
+    flipped = zero == 0
+    columns = flipped.repeat_interleave(size if size > 0 else layer.in_features, 1)[:, : layer.in_features]
     return replace(
         layer,
         codes=torch.where(columns.expand_as(codes), top - codes, codes),
-        scale=torch.where(turned, -scale, scale),
-        zero_point=torch.where(turned, torch.full_like(zero, top), zero),
+        scale=torch.where(flipped, -scale, scale),
+        zero_point=torch.where(flipped, torch.full_like(zero, top), zero),
     )
 
 
 @register_format("auto_round")
 class AutoRoundFormat(OutputFormat):
-    """Picks the packing of each layer by its scheme."""
+    """Chooses the packing of each layer by its scheme."""
 
     stores_cache_scales: ClassVar[bool] = True
     rejects_fused_layers: ClassVar[bool] = True
@@ -160,11 +114,19 @@ class AutoRoundFormat(OutputFormat):
         "MXFP8_RCEIL", "MXINT4", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "BF16",
     )  # fmt: skip
 
-    # Whether it takes small float types.
     supports_floats: ClassVar[bool] = True
 
     def packing(self, scheme: QuantizationScheme) -> str:
-        return packing_of(scheme)
+        """The `packing_format` of a layer of `scheme`."""
+        if not is_float(scheme):
+            return GPTQ_PACKING if scheme.sym else AWQ_PACKING if scheme.bits == 4 else PLAIN_PACKING
+        family, activations = float_family_of(scheme.data_type), scheme.activations
+        if family == "fp":
+            return FP8_STATIC if activations is not None and not activations.dynamic else FP8
+        return PLAIN_PACKING if family == "mx_int" else LLM_COMPRESSOR
+
+    def layout(self, scheme: QuantizationScheme) -> Layout:
+        return AUTO_ROUND_FLOATS if is_float(scheme) else _LAYOUTS[self.packing(scheme)]
 
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
         if not scheme.quantizes_weights:
@@ -191,52 +153,6 @@ class AutoRoundFormat(OutputFormat):
                 return f"{what}={size} is not a multiple of {SIZE_MULTIPLE}"
         return None
 
-    def tensor_specs(
-        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
-        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
-    ) -> TensorSpecs:  # fmt: skip
-        if is_float(scheme):
-            return AUTO_ROUND_FLOATS.named_specs(name, scheme, in_features, out_features, bias_dtype, model_dtype)
-        groups = group_count(in_features, stored_group_size(scheme))
-        out_words = words_needed(out_features, scheme.bits)
-        if self.packing(scheme) == AWQ_PACKING:
-            weight = (in_features, out_words)
-        else:
-            weight = (words_needed(in_features, scheme.bits), out_features)
-        specs: TensorSpecs = {
-            f"{name}.qweight": (weight, torch.int32),
-            f"{name}.qzeros": ((groups, out_words), torch.int32),
-            f"{name}.scales": ((groups, out_features), SCALE_DTYPE),
-        }
-        if bias_dtype is not None:
-            specs[f"{name}.bias"] = ((out_features,), bias_dtype)
-        return specs
-
-    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        if layer.element is not None:
-            return AUTO_ROUND_FLOATS.named_tensors(layer, model_dtype)
-        assert layer.codes is not None and layer.scale is not None and layer.zero_point is not None
-        scheme = layer.scheme
-        groups = group_count(layer.in_features, stored_group_size(scheme))
-        zero = layer.zero_point
-        if isinstance(zero, torch.Tensor):
-            zero = zero.expand(layer.out_features, groups)
-        packing = self.packing(scheme)
-        if packing == AWQ_PACKING:
-            qweight, qzeros = pack_awq(layer.codes, zero, scheme.bits, groups)
-        else:
-            offset = 1 if packing == GPTQ_PACKING else 0
-            qweight, qzeros = pack_gptq(layer.codes, zero, scheme.bits, offset, groups)
-        scales = layer.scale.expand(layer.out_features, groups).to(SCALE_DTYPE)
-        tensors = {
-            f"{layer.name}.qweight": qweight,
-            f"{layer.name}.qzeros": qzeros,
-            f"{layer.name}.scales": scales.T.contiguous(),
-        }
-        if layer.bias is not None:
-            tensors[f"{layer.name}.bias"] = layer.bias
-        return tensors
-
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         names = plan.quantized_layers()
         if not names:
@@ -244,8 +160,7 @@ class AutoRoundFormat(OutputFormat):
         default = default_scheme(plan)
         config: dict[str, Any] = {
             **_values(default),
-            "group_size": transformers_group_size(default) if is_float(default) else stored_group_size(default),
-            **float_values(default),
+            **(_float_values(default) if is_float(default) else {}),
             **plan.recorded_settings(),
             "autoround_version": plan.version,
             "block_name_to_quantize": plan.block_prefix(),
@@ -259,8 +174,8 @@ class AutoRoundFormat(OutputFormat):
         return config
 
     def _patterns(self, plan: ExportPlan, extra: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Entries of the user's patterns, for people and scripts that look them up as they were given. Readers take the
-        layers' own entries; a pattern is there only if it says the same of every layer that its expression finds."""
+        """Entries for the user's patterns, for scripts that look these up. Readers use the layers' entries; a pattern
+        is written only if all layers that it matches have the same entry."""
         found: dict[str, dict[str, Any]] = {}
         for pattern in plan.patterns:
             names = [name for name in (*plan.layers, *plan.other_matrices, *plan.spare) if re.search(pattern, name)]
@@ -270,18 +185,18 @@ class AutoRoundFormat(OutputFormat):
         return found
 
     def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        """With the group size of blocks as it is, which vLLM's loader asks for and Transformers' refuses."""
+        """With both sizes of a block as `group_size`, which vLLM's loader requires and Transformers' config rejects."""
         config = self.config(plan)
         if config is None or not is_float(default := default_scheme(plan)):
             return config
-        return config | {"group_size": group_size_as_list(default)}
+        return config | {"group_size": _group_size(default)}
 
     def _extra(
         self, plan: ExportPlan, name: str, default: QuantizationScheme, dense: Container[str]
     ) -> dict[str, Any]:  # fmt: skip
-        """The `extra_config` entry of one layer, empty when it follows from the rest of the config."""
+        """The `extra_config` entry of one layer, empty when the rest of the config implies it."""
         if name in dense:
-            # Without `act_bits` auto-round takes the activations from the default, and has no kernel for such a layer.
+            # Without `act_bits` auto-round quantizes the activations by default, and has no kernel for such a layer.
             return {"bits": 16, "act_bits": 16} if default.quantizes_activations else {"bits": 16}
         scheme = plan.layers[name]
         if not scheme.quantizes_weights:
@@ -295,25 +210,24 @@ class AutoRoundFormat(OutputFormat):
             entry = {key: scheme[key] for key in scheme.get_attributes()} | entry
         if self.packing(scheme) != self.packing(default):
             entry["packing_format"] = self.packing(scheme)
-        # vLLM takes an entry without bits for a dense layer.
+        # vLLM treats a layer whose entry has no bits as unquantized.
         return {"bits": scheme.bits, **entry} if entry else {}
 
 
 def _values(scheme: QuantizationScheme) -> dict[str, Any]:
-    """What a config says of one scheme, with the defaults of its activations filled in."""
+    """The config's keys for one scheme, with those of its activations."""
     found = {
-        "bits": scheme.bits, "data_type": scheme.data_type, "sym": scheme.sym,
-        "group_size": group_size_as_list(scheme) if is_float(scheme) else stored_group_size(scheme),
+        "bits": scheme.bits, "data_type": scheme.data_type, "sym": scheme.sym, "group_size": _group_size(scheme),
     }  # fmt: skip
     activations = scheme.activations
     if activations is not None:
-        found |= {key: getattr(activations, key.removeprefix("act_")) for key in ACTIVATION_KEYS}
+        found |= {key: getattr(activations, key.removeprefix("act_")) for key in _ACTIVATION_KEYS}
     return found
 
 
 @register_format("auto_round:auto_gptq")
 class AutoRoundGptqFormat(AutoRoundFormat):
-    """Always GPTQ v1 packing: zero points are stored less one."""
+    """Always GPTQ v1 packing: zero points are stored minus one."""
 
     supports_floats: ClassVar[bool] = False
     support_schemes: ClassVar[tuple[str, ...]] = (
@@ -329,7 +243,7 @@ class AutoRoundGptqFormat(AutoRoundFormat):
 
 @register_format("auto_round:gptqmodel")
 class AutoRoundGptqModelFormat(AutoRoundGptqFormat):
-    """The same files under another name, as the guide's table has it."""
+    """The same files under the name that GPTQModel's users know."""
 
 
 @register_format("auto_round:auto_awq")
@@ -351,7 +265,7 @@ class AutoRoundAwqFormat(AutoRoundFormat):
 
 @register_format("auto_round:fp8")
 class AutoRoundFp8Format(AutoRoundFormat):
-    """FP8 in two-dimensional blocks, and nothing else."""
+    """FP8 in two-dimensional blocks only."""
 
     support_schemes: ClassVar[tuple[str, ...]] = ("FP8_BLOCK",)
 

@@ -1,10 +1,9 @@
 """The `auto_awq` format: `quant_method: "awq"`, version gemm, 4 bits.
 
-An AWQ config knows one group size and a list of layers left alone, `modules_to_not_convert`; every other linear layer
-of the model, outside the blocks too, is taken for packed. Runtimes match that list in different ways: vLLM and SGLang
-by substring, Transformers by regular expression or as a suffix, so full names are written, and a name that some reader
-would find in the name of a packed layer is refused. A packed output head cannot be said: Transformers and AutoAWQ leave
-it out always.
+An AWQ config has one group size and a list of unquantized layers, `modules_to_not_convert`; readers take every other
+linear layer of the model for packed. vLLM and SGLang match that list by substring, Transformers by regular expression
+or suffix, so full names are written, and a plan is refused where an entry would also match a packed layer. The config
+cannot describe a packed output head: Transformers and AutoAWQ always leave it unquantized.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ import re
 from typing import Any, ClassVar
 
 from auto_round.formats.base import ExportPlan, register_format
-from auto_round.formats.config_auto_round import AutoRoundAwqFormat, default_scheme, stored_group_size
+from auto_round.formats.config_auto_round import AutoRoundAwqFormat, default_scheme
 from auto_round.formats.config_gptq import dynamic_rules
 from auto_round.formats.table import AWQ_SIZES
+from auto_round.layouts.base import stored_group_size
 from auto_round.schemes import QuantizationScheme
 
 
 @register_format("auto_awq")
 class AutoAwqFormat(AutoRoundAwqFormat):
-    """Symmetric and asymmetric; zero points are stored as they are, 8 for every group of a symmetric layer."""
+    """Symmetric and asymmetric; zero points are stored unchanged, 8 for every group of a symmetric layer."""
 
     stores_cache_scales: ClassVar[bool] = False
     requires_full_groups: ClassVar[bool] = True
-    support_schemes: ClassVar[tuple[str, ...]] = ("W4A16", "BF16")
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         return AWQ_SIZES.problem(in_features, out_features, stored_group_size(scheme))
@@ -37,7 +36,7 @@ class AutoAwqFormat(AutoRoundAwqFormat):
             return f"an AWQ checkpoint has one group size, not {' and '.join(map(str, sizes))}"
         outside = [name for name in packed if not plan.in_block(name)]
         if outside:
-            return f"readers of AWQ take {outside[0]} for dense, and it is quantized here"
+            return f"readers of AWQ treat {outside[0]} as unquantized, and it is quantized here"
         for dense in _unquantized_layers(plan):
             hit = next((name for name in packed if _matches(dense, name)), None)
             if hit is not None:
@@ -64,14 +63,14 @@ class AutoAwqFormat(AutoRoundAwqFormat):
             "version": "gemm",
             "zero_point": not symmetric,
         }
-        # GPTQModel's own loader knows dense layers from here only, and computes nonsense without.
+        # GPTQModel's own loader finds unquantized layers only here, and computes wrong results without it.
         if rules := dynamic_rules(plan, default):
             config["dynamic"] = rules
         return config
 
 
 def _unquantized_layers(plan: ExportPlan) -> list[str]:
-    """Dense linear layers, and routers where naming them hits nothing else."""
+    """Unquantized linear layers, and routers whose names match no packed layer."""
     dense = [name for name, scheme in plan.layers.items() if not scheme.quantizes_weights]
     packed = plan.quantized_layers()
     routers = (name for name in plan.dense_in_blocks() if name not in plan.layers)
@@ -79,5 +78,5 @@ def _unquantized_layers(plan: ExportPlan) -> list[str]:
 
 
 def _matches(entry: str, name: str) -> bool:
-    """Whether any reader takes the layer `name` for named by `entry`."""
+    """Whether any reader would match the layer `name` with `entry`."""
     return entry in name or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None

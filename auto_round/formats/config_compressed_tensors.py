@@ -13,8 +13,8 @@
 
 Asymmetric integer weights add `weight_zero_point`, packed in the first layout and int8 in the second. Static
 activations add `input_scale` (and `input_zero_point` int8 when asymmetric), one value per layer. "local": group
-scales are computed from each input, below a fixed scale of the whole input. The keys are those of the library's
-`QuantizationArgs` (0.20), which rejects any other. `layouts.floats` packs the small float types.
+scales are computed from each input, relative to a fixed global scale. The keys are those of the library's
+`QuantizationArgs` (0.20), which rejects any other.
 
 The config writes one scheme for all layers as the class `Linear` with exceptions in `ignore`, which every runtime
 knows. With several schemes each group names its layers: a runtime that fuses layers (vLLM's q, k and v) would
@@ -26,16 +26,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
-import torch
-
-from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
-from auto_round.formats.base import CodesAndParams, ExportPlan, OutputFormat, TensorSpecs, register_format
+from auto_round.formats.base import ExportPlan, OutputFormat, register_format
 from auto_round.formats.cache_scales import kv_cache_scheme
-from auto_round.formats.config_auto_round import AutoRoundFormat, stored_group_size
+from auto_round.formats.config_auto_round import LLM_COMPRESSOR, AutoRoundFormat
 from auto_round.formats.table import COMPRESSED_TENSORS_SIZES as RULE
+from auto_round.layouts.base import Layout, stored_group_size
 from auto_round.layouts.floats import (
     COMPRESSED_TENSORS_FLOATS,
     float_family_of,
@@ -44,16 +42,17 @@ from auto_round.layouts.floats import (
     has_input_global_scale,
     is_float,
 )
-from auto_round.layouts.packed_int import pack_rows, packed_words, signed_values, stored_codes, unpack_rows
-from auto_round.schemes import ActivationScheme, GroupSize, QuantizationScheme
+from auto_round.layouts.packed_int import PACKED_INT, PLAIN_INT
+from auto_round.schemes import GroupSize, QuantizationScheme
 
-MX_GROUP, NV_GROUP = 32, 16
 _SCALE_DTYPES = {"mx_fp": "torch.uint8", "nv_fp": "torch.float8_e4m3fn"}
-_GROUPS = {"mx_fp": MX_GROUP, "nv_fp": NV_GROUP}
+_GROUPS = {"mx_fp": 32, "nv_fp": 16}
 
 
-def float_format(scheme: QuantizationScheme) -> str:
+def _format_of(scheme: QuantizationScheme) -> str:
     """The library's name of a layer's layout."""
+    if not is_float(scheme):
+        return "int-quantized" if scheme.quantizes_activations else "pack-quantized"
     family = float_family_of(scheme.data_type)
     if family == "mx_fp":
         return "mxfp4-pack-quantized" if scheme.bits == 4 else "mxfp8-quantized"
@@ -62,29 +61,13 @@ def float_format(scheme: QuantizationScheme) -> str:
     return "float-quantized" if scheme.quantizes_activations else "naive-quantized"
 
 
-def float_weights(scheme: QuantizationScheme) -> dict[str, Any]:
-    """The group's `weights`."""
-    return _arguments(scheme.data_type, scheme.bits, scheme.group_size) | {"dynamic": False}
-
-
-def float_inputs(scheme: QuantizationScheme) -> dict[str, Any] | None:
-    """The group's `input_activations`."""
-    activations = scheme.activations
-    if activations is None:
-        return None
-    added: dict[str, Any] = {"dynamic": activations.dynamic}
-    if float_family_of(activations.data_type) == "nv_fp":
-        added = {"dynamic": "local", "observer": "static_minmax"}
-    size = activations.group_size if activations.dynamic else 0
-    found = _arguments(activations.data_type, activations.bits, size) | added
-    if found["strategy"] == "channel":
-        found["strategy"] = "token"
-    return found
-
-
-def _arguments(data_type: str, bits: int, size: GroupSize) -> dict[str, Any]:
+def _arguments(data_type: str, bits: int, size: GroupSize, sym: bool = True) -> dict[str, Any]:
+    """The library's `QuantizationArgs` for weights."""
     family = float_family_of(data_type)
-    found: dict[str, Any] = {"group_size": None, "num_bits": bits, "symmetric": True, "type": "float"}
+    found: dict[str, Any] = {
+        "dynamic": False, "group_size": None, "num_bits": bits, "symmetric": sym,
+        "type": "int" if family is None else "float",
+    }  # fmt: skip
     if isinstance(size, tuple):
         return found | {"strategy": "block", "block_structure": list(size)}
     if family in _SCALE_DTYPES:
@@ -95,18 +78,45 @@ def _arguments(data_type: str, bits: int, size: GroupSize) -> dict[str, Any]:
     return found | {"strategy": "tensor" if size == 0 else "channel"}
 
 
-def float_scheme_problem(scheme: QuantizationScheme) -> str | None:
-    """Why the library cannot say a float scheme, or None."""
-    problem = float_problem(scheme)
-    if problem is not None:
-        return problem
-    problem = _type_problem("weights", scheme.data_type, scheme.group_size)
+def _weight_arguments(scheme: QuantizationScheme) -> dict[str, Any]:
+    """The group's `weights`."""
+    size = scheme.group_size if is_float(scheme) else stored_group_size(scheme)
+    return _arguments(scheme.data_type, scheme.bits, size, scheme.sym)
+
+
+def _input_arguments(scheme: QuantizationScheme) -> dict[str, Any] | None:
+    """The group's `input_activations`."""
     activations = scheme.activations
+    if activations is None:
+        return None
+    size = activations.group_size if activations.dynamic else 0
+    found = _arguments(activations.data_type, activations.bits, size, activations.sym)
+    if found["strategy"] == "channel":
+        found["strategy"] = "token"
+    if float_family_of(activations.data_type) == "nv_fp":
+        return found | {"dynamic": "local", "observer": "static_minmax"}
+    return found | {"dynamic": activations.dynamic}
+
+
+def _float_scheme_problem(scheme: QuantizationScheme) -> str | None:
+    """Why the library cannot describe a float scheme, or None."""
+    parts: list[tuple[str, str, GroupSize]] = [("weights", scheme.data_type, scheme.group_size)]
+    activations = scheme.activations
+    if activations is not None:
+        parts.append(("activations", activations.data_type, activations.group_size))
+    problem = float_problem(scheme)
+    for what, data_type, size in parts:
+        problem = problem or _type_problem(what, data_type, size)
     if problem is not None or activations is None:
         return problem
-    return _type_problem("activations", activations.data_type, activations.group_size) or _inputs_problem(
-        scheme, activations
-    )
+    if not isinstance(activations.group_size, int):
+        return f"activations have scales for groups along the input, not blocks of {activations.group_size}"
+    if float_family_of(activations.data_type) == "nv_fp" and not has_input_global_scale(scheme):
+        return (
+            "its readers need a fixed global scale of the inputs: use act_data_type nv_fp4_with_static_gs, not "
+            f"{activations.data_type}"
+        )
+    return None
 
 
 def _type_problem(what: str, data_type: str, size: GroupSize) -> str | None:
@@ -121,19 +131,8 @@ def _type_problem(what: str, data_type: str, size: GroupSize) -> str | None:
     return None
 
 
-def _inputs_problem(scheme: QuantizationScheme, activations: ActivationScheme) -> str | None:
-    if not isinstance(activations.group_size, int):
-        return f"activations have scales for groups along the input, not blocks of {activations.group_size}"
-    if float_family_of(activations.data_type) == "nv_fp" and not has_input_global_scale(scheme):
-        return (
-            "its readers need a global scale of the inputs that is fixed: use act_data_type nv_fp4_with_static_gs, not "
-            f"{activations.data_type}"
-        )
-    return None
-
-
-def float_layer_problem(scheme: QuantizationScheme, in_features: int) -> str | None:
-    """Why the library's readers do not take a layer of this width, or None. Blocks may be short of rows only."""
+def _float_layer_problem(scheme: QuantizationScheme, in_features: int) -> str | None:
+    """Why the library's readers reject a layer of this width, or None. Blocks need not fill the rows' dimension."""
     reason = group_size_mismatch(scheme, in_features)
     if reason is not None:
         return reason
@@ -143,109 +142,14 @@ def float_layer_problem(scheme: QuantizationScheme, in_features: int) -> str | N
         sizes.append(("activation group size", activations.group_size))
     for what, size in sizes:
         if size > 0 and in_features % size:
-            return f"in_features={in_features} is not a multiple of the {what} {size}, which its readers ask for"
+            return f"in_features={in_features} is not a multiple of the {what} {size}, which its readers require"
     return None
 
 
-# `quantization_config` of compressed-tensors: which layers belong to which group, and which are left alone.
-#
-# One scheme for all layers is written as the class `Linear` with exceptions in `ignore`, as every runtime knows it.
-# With several schemes each group names its layers: a runtime that joins layers (vLLM's q, k and v) would otherwise
-# take the class before the names. Layers whose names differ in numbers only share one regular expression where all of
-# them, in the whole model, belong together.
-
-PACK_QUANTIZED, INT_QUANTIZED, MIXED_PRECISION = "pack-quantized", "int-quantized", "mixed-precision"
-
-
-def format_of(scheme: QuantizationScheme) -> str:
-    """The library's name of a layer's layout: packed words for weights alone, int8 next to quantized activations."""
-    if is_float(scheme):
-        return float_format(scheme)
-    return INT_QUANTIZED if scheme.quantizes_activations else PACK_QUANTIZED
-
-
-def weight_arguments(scheme: QuantizationScheme) -> dict[str, Any]:
-    """The group's `weights`. Per-tensor scales of integers are written per channel, repeated."""
-    if is_float(scheme):
-        return float_weights(scheme)
-    assert isinstance(scheme.group_size, int)
-    grouped = scheme.group_size > 0
-    return {
-        "dynamic": False,
-        "group_size": scheme.group_size if grouped else None,
-        "num_bits": scheme.bits,
-        "strategy": "group" if grouped else "channel",
-        "symmetric": scheme.sym,
-        "type": "int",
-    }
-
-
-def input_arguments(scheme: QuantizationScheme) -> dict[str, Any] | None:
-    """The group's `input_activations`."""
-    activations = scheme.activations
-    if activations is None:
-        return None
-    if is_float(scheme):
-        return float_inputs(scheme)
-    size = activations.group_size
-    assert isinstance(size, int)
-    grouped = activations.dynamic and size > 0
-    strategy = "group" if grouped else "token" if activations.dynamic and size == -1 else "tensor"
-    return {
-        "dynamic": activations.dynamic,
-        "group_size": size if grouped else None,
-        "num_bits": activations.bits,
-        "strategy": strategy,
-        "symmetric": activations.sym,
-        "type": "int",
-    }
-
-
-def compressed_config(plan: ExportPlan) -> dict[str, Any] | None:
-    """The whole `quantization_config`, None when no layer is quantized."""
-    names = plan.quantized_layers()
-    if not names:
-        return None
-    groups: dict[str, list[str]] = defaultdict(list)
-    arguments: dict[str, dict[str, Any]] = {}
-    for name in names:
-        scheme = plan.layers[name]
-        group = {
-            "format": format_of(scheme), "input_activations": input_arguments(scheme), "output_activations": None,
-            "weights": weight_arguments(scheme),
-        }  # fmt: skip
-        key = repr(group)
-        arguments[key] = group
-        groups[key].append(name)
-    dense = [name for name in plan.layers if name not in set(names)] + [
-        name for name in (*plan.other_matrices, *plan.spare) if name not in plan.layers
-    ]
-    everything = [*plan.layers, *dense]
-    single = len(groups) == 1
-    # The most common group comes first.
-    order = sorted(groups, key=lambda key: -len(groups[key]))
-    formats = {arguments[key]["format"] for key in order}
-    return {
-        "config_groups": {
-            f"group_{i}": {
-                **arguments[key],
-                "targets": ["Linear"] if single else name_patterns(groups[key], everything),
-            }
-            for i, key in enumerate(order)
-        },
-        "format": formats.pop() if len(formats) == 1 else MIXED_PRECISION,
-        "global_compression_ratio": None,
-        "ignore": name_patterns(dense, everything),
-        "kv_cache_scheme": kv_cache_scheme(plan.settings),
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-    }
-
-
 def name_patterns(names: Iterable[str], everything: Collection[str]) -> list[str]:
-    """Exact names, and `re:` patterns for those that differ in numbers only and have no other member in `everything`.
+    """Exact names, or one `re:` pattern for names that differ only in numbers, if it matches no others in `everything`.
 
-    A pattern starts with `.*`: wrappers of other programs put words in front of a model's names.
+    A pattern starts with `.*`, because other programs' wrappers prefix a model's names.
     """
     wanted = list(dict.fromkeys(names))
     chosen = set(wanted)
@@ -263,22 +167,6 @@ def name_patterns(names: Iterable[str], everything: Collection[str]) -> list[str
 def _number_pattern(name: str) -> str:
     """A regular expression for the name with any numbers in it."""
     return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
-
-
-# The `llm_compressor` format: checkpoints of the compressed-tensors library.
-#
-# Small float types are described in `compressed_tensors_float` and laid out by `float_layouts`; integers here:
-#
-# | scheme | layout | tensors of a layer |
-# |---|---|---|
-# | weights alone, 2 to 8 bits | pack-quantized | `weight_packed`, `weight_scale`, `weight_shape` |
-# | weights and activations | int-quantized | `weight` int8, `weight_scale` |
-#
-# Asymmetric weights add `weight_zero_point`, packed in the first layout and int8 in the second. Static
-# activations add `input_scale` (and `input_zero_point` int8 when asymmetric), one value a layer.
-
-# The library casts scales to the model's dtype as it reads them; the file holds what the codes were decided with.
-SCALE_DTYPE = torch.float16
 
 
 @register_format("llm_compressor")
@@ -302,12 +190,12 @@ class CompressedTensorsFormat(OutputFormat):
         if not scheme.quantizes_weights:
             return None
         if is_float(scheme):
-            return float_scheme_problem(scheme)
+            return _float_scheme_problem(scheme)
         if scheme.data_type != "int":
             return f"data type {scheme.data_type!r} is not written by this version, only int"
         activations = scheme.activations
         if activations is not None and (activations.data_type != "int" or not isinstance(activations.group_size, int)):
-            return f"activations of data type {activations.data_type!r} next to integer weights have no layout here"
+            return f"activations of data type {activations.data_type!r} with integer weights have no layout here"
         if scheme.super_bits is not None:
             return "doubly quantized scales need a gguf format"
         if not isinstance(scheme.group_size, int):
@@ -318,7 +206,7 @@ class CompressedTensorsFormat(OutputFormat):
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         if is_float(scheme):
-            return float_layer_problem(scheme, in_features)
+            return _float_layer_problem(scheme, in_features)
         problem = RULE.problem(in_features, out_features, stored_group_size(scheme))
         activations = scheme.activations
         if problem is None and activations is not None and activations.dynamic:
@@ -327,94 +215,47 @@ class CompressedTensorsFormat(OutputFormat):
             problem = problem and f"activations: {problem}"
         return problem
 
-    def tensor_specs(
-        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
-        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
-    ) -> TensorSpecs:  # fmt: skip
+    def layout(self, scheme: QuantizationScheme) -> Layout:
         if is_float(scheme):
-            return COMPRESSED_TENSORS_FLOATS.named_specs(
-                name, scheme, in_features, out_features, bias_dtype, model_dtype
-            )
-        groups = group_count(in_features, stored_group_size(scheme))
-        specs: TensorSpecs = {}
-        if format_of(scheme) == PACK_QUANTIZED:
-            specs[f"{name}.weight_packed"] = ((out_features, packed_words(in_features, scheme.bits)), torch.int32)
-            specs[f"{name}.weight_shape"] = ((2,), torch.int64)
-            zeros = ((packed_words(out_features, scheme.bits), groups), torch.int32)
-        else:
-            specs[f"{name}.weight"] = ((out_features, in_features), torch.int8)
-            zeros = ((out_features, groups), torch.int8)
-        specs[f"{name}.weight_scale"] = ((out_features, groups), SCALE_DTYPE)
-        if not scheme.sym:
-            specs[f"{name}.weight_zero_point"] = zeros
-        activations = scheme.activations
-        if activations is not None and not activations.dynamic:
-            specs[f"{name}.input_scale"] = ((1,), model_dtype)
-            if not activations.sym:
-                specs[f"{name}.input_zero_point"] = ((1,), torch.int8)
-        if bias_dtype is not None:
-            specs[f"{name}.bias"] = ((out_features,), bias_dtype)
-        return specs
-
-    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        if layer.element is not None:
-            return COMPRESSED_TENSORS_FLOATS.named_tensors(layer, model_dtype)
-        assert layer.codes is not None and layer.scale is not None and layer.zero_point is not None
-        scheme, out = layer.scheme, layer.out_features
-        groups = group_count(layer.in_features, stored_group_size(scheme))
-        zero = torch.as_tensor(layer.zero_point).to(torch.uint8).expand(out, groups)
-        tensors: dict[str, torch.Tensor] = {}
-        if format_of(scheme) == PACK_QUANTIZED:
-            tensors["weight_packed"] = pack_rows(layer.codes, scheme.bits)
-            tensors["weight_shape"] = torch.tensor([out, layer.in_features], dtype=torch.int64)
-            zeros = pack_rows(zero.T.contiguous(), scheme.bits).T.contiguous()
-        else:
-            tensors["weight"] = signed_values(layer.codes, scheme.bits)
-            zeros = signed_values(zero, scheme.bits)
-        tensors["weight_scale"] = layer.scale.expand(out, groups).to(SCALE_DTYPE).contiguous()
-        if not scheme.sym:
-            tensors["weight_zero_point"] = zeros
-        if layer.act_scale is not None:
-            tensors["input_scale"] = layer.act_scale.reshape(1).to(model_dtype)
-        if layer.act_zero_point is not None:
-            tensors["input_zero_point"] = torch.tensor([layer.act_zero_point], dtype=torch.int8)
-        if layer.bias is not None:
-            tensors["bias"] = layer.bias
-        return {f"{layer.name}.{leaf}": tensor for leaf, tensor in tensors.items()}
-
-    def unpack_integers(
-        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
-        out_features: int,
-    ) -> CodesAndParams:  # fmt: skip
-        """Takes the width from the file's own `weight_shape`, as a reader does."""
-        found = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
-        scale = found["weight_scale"]
-        middle: torch.Tensor | int = 2 ** (scheme.bits - 1)
-        zeros = found.get("weight_zero_point")
-        if "weight_packed" in found:
-            out, columns = found["weight_shape"].tolist()
-            codes = unpack_rows(found["weight_packed"], scheme.bits, columns)
-            zero = middle if zeros is None else unpack_rows(zeros.T, scheme.bits, out).T.contiguous()
-        else:
-            codes = stored_codes(found["weight"], scheme.bits)
-            zero = middle if zeros is None else stored_codes(zeros, scheme.bits)
-        return codes, scale, zero
-
-    def unpack_layer(
-        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
-        out_features: int,
-    ) -> QuantizedLayer:  # fmt: skip
-        if not is_float(scheme):
-            return super().unpack_layer(name, scheme, tensors, in_features, out_features)
-        found = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
-        return COMPRESSED_TENSORS_FLOATS.read(name, scheme, found, in_features, out_features)
-
-    def unpack_input_scales(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[float | None, int | None]:
-        scale, zero = (tensors.get(f"{name}.{leaf}") for leaf in ("input_scale", "input_zero_point"))
-        return None if scale is None else float(scale), None if zero is None else int(zero)
+            return COMPRESSED_TENSORS_FLOATS
+        return PLAIN_INT if scheme.quantizes_activations else PACKED_INT
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        return compressed_config(plan)
+        names = plan.quantized_layers()
+        if not names:
+            return None
+        groups: dict[str, list[str]] = defaultdict(list)
+        arguments: dict[str, dict[str, Any]] = {}
+        for name in names:
+            scheme = plan.layers[name]
+            group = {
+                "format": _format_of(scheme), "input_activations": _input_arguments(scheme),
+                "output_activations": None, "weights": _weight_arguments(scheme),
+            }  # fmt: skip
+            key = repr(group)
+            arguments[key] = group
+            groups[key].append(name)
+        unquantized = [name for name in plan.layers if name not in set(names)] + [
+            name for name in (*plan.other_matrices, *plan.spare) if name not in plan.layers
+        ]
+        everything = [*plan.layers, *unquantized]
+        order = sorted(groups, key=lambda key: -len(groups[key]))  # the most common group first
+        formats = {arguments[key]["format"] for key in order}
+        return {
+            "config_groups": {
+                f"group_{i}": {
+                    **arguments[key],
+                    "targets": ["Linear"] if len(groups) == 1 else name_patterns(groups[key], everything),
+                }
+                for i, key in enumerate(order)
+            },
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "global_compression_ratio": None,
+            "ignore": name_patterns(unquantized, everything),
+            "kv_cache_scheme": kv_cache_scheme(plan.settings),
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        }
 
 
 @register_format("auto_round:llm_compressor")
@@ -430,26 +271,22 @@ class AutoRoundLlmCompressorFormat(CompressedTensorsFormat):
 class PackedInt8Format(AutoRoundFormat):
     """The tensors of compressed-tensors with an `auto-round` config, which this package's own loader opens.
 
-    Earlier versions wrote it as `auto_round:llm_compressor`. It is not registered: the model that `quantize()` returns
-    describes its int8 layers by it.
+    Earlier versions wrote it as `auto_round:llm_compressor`. It is not registered; the model that `quantize()` returns
+    describes its int8 layers with it.
     """
 
     supports_conv1d: ClassVar[bool] = False
-    # Experts whose int8 tensor would be called w1.weight have the modules' names.
-    rejects_fused_layers: ClassVar[bool] = False
-    tensors: ClassVar[CompressedTensorsFormat] = CompressedTensorsFormat()
+    rejects_fused_layers: ClassVar[bool] = False  # experts' int8 tensors have the modules' names
+    _tensors: ClassVar[CompressedTensorsFormat] = CompressedTensorsFormat()
 
     def packing(self, scheme: QuantizationScheme) -> str:
-        return "auto_round:llm_compressor"
+        return LLM_COMPRESSOR
+
+    def layout(self, scheme: QuantizationScheme) -> Layout:
+        return self._tensors.layout(scheme)
 
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
-        return self.tensors.check_scheme(scheme)
+        return self._tensors.check_scheme(scheme)
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        return self.tensors.check_layer(scheme, in_features, out_features)
-
-    def tensor_specs(self, *args: Any, **kwargs: Any) -> TensorSpecs:
-        return self.tensors.tensor_specs(*args, **kwargs)
-
-    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        return self.tensors.pack(layer, model_dtype=model_dtype)
+        return self._tensors.check_layer(scheme, in_features, out_features)

@@ -1,20 +1,19 @@
 """The `fp8` format: FP8 weights in two-dimensional blocks under `quant_method: "fp8"`.
 
-The layout that DeepSeek-V3 made common. Transformers reads it with its own fine-grained FP8 layers (without a GPU that
-has FP8 it dequantizes the weights and leaves activations as they are), vLLM and SGLang with their FP8 loaders; none of
-them needs this package. Both sides find dense layers by name, every other linear layer is FP8.
+The layout of DeepSeek-V3. Transformers reads it with its fine-grained FP8 layers (without an FP8 GPU it dequantizes
+the weights and does not quantize activations), vLLM and SGLang with their FP8 loaders; none of them needs this package.
+Readers find unquantized layers by name; every other linear layer is FP8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs, register_format
+from auto_round.formats.base import ExportPlan, OutputFormat, register_format
 from auto_round.formats.config_auto_round import AutoRoundFormat, default_scheme
+from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import AUTO_ROUND_FLOATS, float_family_of, minifloat_name
 from auto_round.schemes import QuantizationScheme
 
@@ -26,7 +25,7 @@ class Fp8Format(OutputFormat):
     """One block size for all layers; activations are quantized dynamically, in groups as wide as a block."""
 
     loadable_here: ClassVar[bool] = False
-    experts_by_name: ClassVar[bool] = True  # as readers of compressed-tensors do
+    experts_by_name: ClassVar[bool] = True
     supports_conv1d: ClassVar[bool] = False
     scale_dtype: ClassVar[torch.dtype | None] = None
     support_schemes: ClassVar[tuple[str, ...]] = ("FP8_BLOCK", "BF16")
@@ -49,39 +48,26 @@ class Fp8Format(OutputFormat):
         assert isinstance(scheme.group_size, tuple)
         rows, columns = scheme.group_size
         if in_features % columns:
-            return f"in_features={in_features} is not a multiple of the block's {columns}, which its readers ask for"
+            return f"in_features={in_features} is not a multiple of the block's {columns}, which its readers require"
         if out_features % rows and out_features > rows:
-            return f"out_features={out_features} is not a multiple of the block's {rows}, which Transformers asks for"
+            return f"out_features={out_features} is not a multiple of the block's {rows}, which Transformers requires"
         return None
 
     def check_plan(self, plan: ExportPlan) -> str | None:
         schemes = {plan.layers[name] for name in plan.quantized_layers()}
         if len(schemes) > 1:
-            return f"it says one scheme for all layers, and this recipe has {len(schemes)}"
+            return f"it has one scheme for all layers, and this recipe has {len(schemes)}"
         for experts, names in _experts(plan).items():
             quantized = [name for name in names if plan.layers[name].quantizes_weights]
             if quantized and len(quantized) < len(names):
-                return f"readers take all experts of a block alike, and in {experts} only some are quantized"
+                return f"readers expect all experts of a block to be quantized or none, and in {experts} only some are"
         return None
 
-    def tensor_specs(
-        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
-        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
-    ) -> TensorSpecs:  # fmt: skip
-        return AUTO_ROUND_FLOATS.named_specs(name, scheme, in_features, out_features, bias_dtype, model_dtype)
-
-    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        return AUTO_ROUND_FLOATS.named_tensors(layer, model_dtype)
-
-    def unpack_layer(
-        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
-        out_features: int,
-    ) -> QuantizedLayer:  # fmt: skip
-        found = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
-        return AUTO_ROUND_FLOATS.read(name, scheme, found, in_features, out_features)
+    def layout(self, scheme: QuantizationScheme) -> Layout:
+        return AUTO_ROUND_FLOATS
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        """What Transformers and vLLM read, beside AutoRound's own words for how it was made."""
+        """The keys that Transformers and vLLM read, and AutoRound's record of the run's settings."""
         own = AutoRoundFormat().config(plan)
         if own is None:
             return None
@@ -95,17 +81,17 @@ class Fp8Format(OutputFormat):
         }
 
     def _unquantized_modules(self, plan: ExportPlan) -> list[str]:
-        """Modules that a reader must leave alone, as the file's tensors name them."""
+        """Names of modules that readers must not treat as FP8."""
         names = [name for name, scheme in plan.layers.items() if not scheme.quantizes_weights]
         names += [name for name in (*plan.other_matrices, *plan.spare) if name not in plan.layers]
-        dense = set(names)
+        unquantized = set(names)
         # Transformers holds all experts of a block in one module.
-        names += [experts for experts, members in _experts(plan).items() if dense.issuperset(members)]
+        names += [experts for experts, members in _experts(plan).items() if unquantized.issuperset(members)]
         return list(dict.fromkeys(names))
 
 
 def _experts(plan: ExportPlan) -> dict[str, list[str]]:
-    """Layers of single experts by the module that holds the experts."""
+    """Layers of each block's experts, by the module that holds the experts."""
     found: dict[str, list[str]] = {}
     for name in plan.layers:
         front, middle, _ = name.partition(".experts.")

@@ -1,16 +1,16 @@
 """The `auto_gptq` format (`gptqmodel` is its other name): `quant_method: "gptq"`, GPTQ v1 tensors with `g_idx`.
 
-How the readers of these files find out about single layers:
+How readers of these files learn about single layers:
 
 | what | GPTQModel, vLLM, SGLang | Transformers with optimum |
 |---|---|---|
 | other bits, group size, symmetry | `dynamic`, `+:regex` | not at all |
-| a dense layer in a block | `dynamic`, `-:regex` | `modules_in_block_to_quantize` |
+| an unquantized layer in a block | `dynamic`, `-:regex` | `modules_in_block_to_quantize` |
 | a packed output head | `lm_head: true` | not at all |
-| dense layers outside blocks | follows from `lm_head` | follows from the blocks |
+| unquantized layers outside blocks | follows from `lm_head` | follows from the blocks |
 
-Serving engines look up q, k and v under the one name of the matrix into which they join them, such as `qkv_proj`, so
-rules that hold for all the members are written for that name too.
+Serving engines look up q, k and v under the name of the fused matrix, such as `qkv_proj`, so rules that hold for all
+members are written for that name too.
 
 The config has no `meta.quantizer`. GPTQModel's own loader opens asymmetric v1 files only when that key names
 gptqmodel >= 0.9.0, which would be untrue, and Transformers' AutoRoundConfig refuses every GPTQ file that has `meta`.
@@ -25,14 +25,15 @@ from typing import Any, ClassVar
 import torch
 
 from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.formats.base import ExportPlan, TensorSpecs, register_format
-from auto_round.formats.config_auto_round import AutoRoundGptqFormat, default_scheme, stored_group_size
+from auto_round.formats.base import ExportPlan, register_format
+from auto_round.formats.config_auto_round import AutoRoundGptqFormat, default_scheme
 from auto_round.formats.table import GPTQ_SIZES
+from auto_round.layouts.base import TensorSpecs, stored_group_size
 from auto_round.schemes import QuantizationScheme
 
 Rule = Mapping[str, Any]
-# Leaves that engines join, and the name of the joined layer.
-_JOINED: tuple[tuple[tuple[str, ...], str], ...] = (
+# Layers that engines fuse, and the name of the fused layer.
+_FUSED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     (("gate_proj", "up_proj"), "gate_up_proj"),
 )
@@ -41,7 +42,7 @@ _EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.[^.]+$")
 
 @register_format("auto_gptq")
 class AutoGptqFormat(AutoRoundGptqFormat):
-    """GPTQ v1: 2, 3, 4 and 8 bits, zero points stored less one, groups in order (`desc_act: false`)."""
+    """GPTQ v1: 2, 3, 4 and 8 bits, zero points stored minus one, groups in order (`desc_act: false`)."""
 
     stores_cache_scales: ClassVar[bool] = False
     requires_full_groups: ClassVar[bool] = True
@@ -60,8 +61,8 @@ class AutoGptqFormat(AutoRoundGptqFormat):
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         tensors = super().pack(layer, model_dtype=model_dtype)
         size = stored_group_size(layer.scheme)
-        order = torch.arange(layer.in_features, dtype=torch.int32) // (size if size > 0 else layer.in_features)
-        return {**tensors, f"{layer.name}.g_idx": order}
+        g_idx = torch.arange(layer.in_features, dtype=torch.int32) // (size if size > 0 else layer.in_features)
+        return {**tensors, f"{layer.name}.g_idx": g_idx}
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         names = plan.quantized_layers()
@@ -92,13 +93,13 @@ class AutoGptqFormat(AutoRoundGptqFormat):
 
 @register_format("gptqmodel")
 class GptqModelFormat(AutoGptqFormat):
-    """The same under GPTQModel's name."""
+    """The same files under GPTQModel's name."""
 
 
 def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Rule]:
-    """GPTQModel's `dynamic`: regular expressions of layers that differ from the default, `-:` for dense ones.
+    """GPTQModel's `dynamic`: regular expressions of layers that differ from the default, `-:` for unquantized ones.
 
-    Numbers in names (of blocks, of experts) become one rule where all layers of that name agree.
+    Layers whose names differ only in numbers (of blocks, of experts) share one rule where all of them agree.
     """
     rules: dict[str, Rule | None] = {name: _values(plan.layers[name]) for name in plan.quantized_layers()}
     rules.update(dict.fromkeys(plan.dense_in_blocks()))
@@ -106,7 +107,7 @@ def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Ru
     usual = _values(default)
     written: dict[str, Rule] = {}
     done: set[str] = set()
-    for pattern_of in (_any_number, _any_expert, _exact):
+    for pattern_of in (_any_number, _any_expert, re.escape):
         alike: dict[str, list[str]] = {}
         for name in rules:
             alike.setdefault(pattern_of(name), []).append(name)
@@ -127,23 +128,19 @@ def _values(scheme: QuantizationScheme) -> dict[str, Any]:
 
 
 def _fused_rules(rules: Mapping[str, Rule | None]) -> dict[str, Rule | None]:
-    """Rules for joined layers whose members agree."""
+    """Rules for fused layers whose members agree."""
     found: dict[str, Rule | None] = {}
     for name in rules:
         parent, _, leaf = name.rpartition(".")
-        for leaves, joined in _JOINED:
+        for leaves, fused in _FUSED:
             members = [f"{parent}.{other}" for other in leaves]
             if leaf == leaves[0] and all(m in rules and rules[m] == rules[name] for m in members):
-                found[f"{parent}.{joined}"] = rules[name]
+                found[f"{parent}.{fused}"] = rules[name]
     experts: dict[str, list[Rule | None]] = {}
     for name, rule in rules.items():
         if match := _EXPERT.match(name):
             experts.setdefault(match[1], []).append(rule)
     return found | {parent: own[0] for parent, own in experts.items() if all(rule == own[0] for rule in own)}
-
-
-def _exact(name: str) -> str:
-    return re.escape(name)
 
 
 def _any_number(name: str) -> str:
@@ -159,16 +156,14 @@ def _any_expert(name: str) -> str:
 
 
 def _quantized_module_names(plan: ExportPlan) -> list[str]:
-    """The quantized layers: by their names within a block where all blocks agree, else by their full names."""
-    fate: dict[str, set[bool]] = {}
+    """Names of the quantized layers: those within a block where all blocks agree, else full names."""
+    quantized: dict[str, set[bool]] = {}
     for name, scheme in plan.layers.items():
-        if plan.in_block(name):
-            fate.setdefault(_name_in_block(plan, name), set()).add(scheme.quantizes_weights)
+        for block in plan.block_names:
+            if name.startswith(f"{block}."):
+                quantized.setdefault(name.removeprefix(f"{block}."), set()).add(scheme.quantizes_weights)
+                break
+    if any(len(values) > 1 for values in quantized.values()):
+        return plan.quantized_layers()
     outside = [name for name in plan.quantized_layers() if not plan.in_block(name)]
-    if all(len(values) == 1 for values in fate.values()):
-        return [name for name, values in fate.items() if True in values] + outside
-    return plan.quantized_layers()
-
-
-def _name_in_block(plan: ExportPlan, name: str) -> str:
-    return next(name[len(block) + 1 :] for block in plan.block_names if name.startswith(f"{block}."))
+    return [name for name, values in quantized.items() if True in values] + outside

@@ -21,41 +21,21 @@ also reads only the rotary keys that configs had before Transformers 5, which `w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-
-from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
-from auto_round.errors import ModelError
-from auto_round.formats.base import (
-    DEFAULT_RULES,
-    CodesAndParams,
-    ExportPlan,
-    ModelRules,
-    OutputFormat,
-    TensorSpecs,
-    register_format,
-)
+from auto_round.formats.base import DEFAULT_RULES, ExportPlan, ModelRules, OutputFormat, register_format
 from auto_round.formats.config_auto_round import AutoRoundFormat
 from auto_round.formats.table import MLX_SIZES
-from auto_round.layouts.mlx import (
-    MLX_BITS,
-    bias_storage_dtype,
-    mlx_biases,
-    mlx_words,
-    mlx_zero_points,
-    pack_mlx,
-    unpack_mlx,
-)
+from auto_round.layouts.base import Layout, stored_group_size
+from auto_round.layouts.mlx import MLX, MLX_BITS
 from auto_round.schemes import QuantizationScheme
 
 _STACKED = "switch_mlp"
 _SPARSE = (r"\.mlp\.", ".block_sparse_moe.")
 _EXPERT_COUNT = (("num_experts", "num_local_experts"),)
-_KV_B = "mlx-lm takes it apart and rounds it again while it reads it"
+_KV_B = "mlx-lm splits it and rounds it again while it reads it"
 
-# model type -> rules. Those that are not refused are opened by the referee of this format.
+# model type -> rules. The referee of this format opens every type that is not refused.
 MLX_FAMILIES: dict[str, ModelRules] = {
     **dict.fromkeys(
         (
@@ -75,8 +55,8 @@ MLX_FAMILIES: dict[str, ModelRules] = {
     "phimoe": ModelRules(experts=_STACKED, renames=(_SPARSE, (r"_moe\.router\.", "_moe.gate."))),
     "granitemoe": ModelRules(experts=_STACKED, renames=((r"_moe\.router\.", "_moe.router.layer."),)),
     "gpt_oss": ModelRules(experts="experts"),
-    # Here names alone would not do: what is read would be another model.
-    "gpt2": ModelRules(refused="mlx-lm transposes GPT-2's weights while it reads them, which packed ones do not bear"),
+    # mlx-lm would read a different model, whatever the names.
+    "gpt2": ModelRules(refused="mlx-lm transposes GPT-2's weights while it reads them, which breaks packed ones"),
     "qwen3_next": ModelRules(
         refused="mlx-lm shifts the norms of Qwen3-Next only in checkpoints that were never quantized"
     ),
@@ -84,7 +64,7 @@ MLX_FAMILIES: dict[str, ModelRules] = {
 
 
 def mlx_rules(model_type: str) -> ModelRules:
-    """Rules for a model type; one that was never tried there is written as it is, with a note."""
+    """Rules for a model type; an untested type is written under Transformers' names, with a note."""
     if model_type in MLX_FAMILIES:
         return MLX_FAMILIES[model_type]
     known = ", ".join(sorted(t for t, rules in MLX_FAMILIES.items() if rules.refused is None))
@@ -94,18 +74,8 @@ def mlx_rules(model_type: str) -> ModelRules:
     )
 
 
-# Rotary settings as configurations had them before Transformers 5, for runtimes that read only those keys.
-#
-# | Transformers 5 | before |
-# |---|---|
-# | rope_parameters.rope_theta | rope_theta |
-# | rope_parameters.rope_type and its numbers, unless "default" | rope_scaling |
-# | rope_parameters.partial_rotary_factor | partial_rotary_factor |
-# | rope_parameters.full_attention, .sliding_attention (Gemma 3) | the above, and rope_local_base_freq |
-
-
 def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config's values with the older keys beside `rope_parameters`. Keys that are there are kept."""
+    """A copy of a config's values with the pre-Transformers-5 keys beside `rope_parameters`, unless present."""
     parameters = values.get("rope_parameters")
     if not isinstance(parameters, dict):
         return values
@@ -129,21 +99,11 @@ def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-# The formats `mlx`, for mlx-lm, and `auto_round:mlx`, the same tensors for Transformers with this package.
-#
-# | tensor | dtype | holds |
-# |---|---|---|
-# | weight | uint32 [out, in*bits/32] | codes, see `packing.mlx` |
-# | scales | float16 [out, groups] | as tuned |
-# | biases | float16 or float32 [out, groups] | -scales * zero point, exactly: float32 for asymmetric layers |
-
-MLX_PACKING = "mlx"
-SCALE_DTYPE = torch.float16
 _SCHEMES = ("W2A16", "W2A16G64", "W2A16G32", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16", "W4A16_MIXED", "BF16")
 
 
 class _MlxTensors(OutputFormat):
-    """What both formats share: which layers fit, and their tensors."""
+    """Layout and size rules that both formats share."""
 
     stores_cache_scales: ClassVar[bool] = False
     support_schemes: ClassVar[tuple[str, ...]] = _SCHEMES
@@ -166,57 +126,20 @@ class _MlxTensors(OutputFormat):
         return None
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        return MLX_SIZES.problem(in_features, out_features, _size(scheme)) if scheme.quantizes_weights else None
+        if not scheme.quantizes_weights:
+            return None
+        return MLX_SIZES.problem(in_features, out_features, stored_group_size(scheme))
 
-    def tensor_specs(
-        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
-        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
-    ) -> TensorSpecs:  # fmt: skip
-        groups = group_count(in_features, _size(scheme))
-        specs: TensorSpecs = {
-            f"{name}.weight": ((out_features, mlx_words(in_features, scheme.bits)), torch.uint32),
-            f"{name}.scales": ((out_features, groups), SCALE_DTYPE),
-            f"{name}.biases": ((out_features, groups), bias_storage_dtype(scheme.sym, SCALE_DTYPE)),
-        }
-        if bias_dtype is not None:
-            specs[f"{name}.bias"] = ((out_features,), bias_dtype)
-        return specs
-
-    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        assert layer.codes is not None and layer.scale is not None and layer.zero_point is not None
-        scales = layer.scale.to(SCALE_DTYPE).contiguous()
-        dtype = bias_storage_dtype(layer.scheme.sym, SCALE_DTYPE)
-        tensors = {
-            f"{layer.name}.weight": pack_mlx(layer.codes, layer.scheme.bits),
-            f"{layer.name}.scales": scales,
-            f"{layer.name}.biases": mlx_biases(scales, layer.zero_point, dtype, layer.name),
-        }
-        if layer.bias is not None:
-            tensors[f"{layer.name}.bias"] = layer.bias
-        return tensors
-
-    def unpack_integers(
-        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
-        out_features: int,
-    ) -> CodesAndParams:  # fmt: skip
-        scales, biases = tensors[f"{name}.scales"], tensors[f"{name}.biases"]
-        zeros = mlx_zero_points(scales, biases)
-        if not torch.equal(biases, mlx_biases(scales, zeros, biases.dtype, name)):
-            raise ModelError(f"layer {name}: its biases are not its scales times whole zero points")
-        return unpack_mlx(tensors[f"{name}.weight"], scheme.bits), scales, zeros
+    def layout(self, scheme: QuantizationScheme) -> Layout:
+        return MLX
 
 
 _PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 
 
-def _size(scheme: QuantizationScheme) -> int:
-    assert isinstance(scheme.group_size, int)
-    return scheme.group_size
-
-
 def mlx_quantization(plan: ExportPlan, rules: ModelRules) -> dict[str, Any] | None:
-    """The `quantization` object of an MLX config.json: the commonest bits and group size, then every linear layer and
-    embedding by its module's name: its own values, or false where it is dense. None without a quantized layer."""
+    """The `quantization` object of an MLX config.json, None without a quantized layer: the default bits and group size,
+    then those of every linear layer and embedding by module name, or false where it is unquantized."""
     names = plan.quantized_layers()
     if not names:
         return None
@@ -232,8 +155,7 @@ def mlx_quantization(plan: ExportPlan, rules: ModelRules) -> dict[str, Any] | No
 
 
 def drop_prediction_layers(values: dict[str, Any]) -> dict[str, Any]:
-    """config.json's values without the layers for multi-token prediction, which these files do not hold: mlx-lm has no
-    modules for them, and refuses tensors that it does not know."""
+    """config.json's values without multi-token prediction layers, whose tensors mlx-lm would reject as unknown."""
     cut = {key: 0 for key in _PREDICTION_LAYERS if values.get(key)}
     parts = {k: drop_prediction_layers(v) for k, v in values.items() if k == "text_config" and isinstance(v, dict)}
     return {**values, **parts, **cut}
@@ -241,7 +163,7 @@ def drop_prediction_layers(values: dict[str, Any]) -> dict[str, Any]:
 
 @register_format("mlx")
 class MlxFormat(_MlxTensors):
-    """A folder that mlx-lm opens: its names, stacked experts, and the rotary settings where it looks for them."""
+    """A folder that mlx-lm opens: its tensor names, stacked experts and rotary keys."""
 
     loadable_here: ClassVar[bool] = False
     checkpoint_names: ClassVar[bool] = False
@@ -267,14 +189,13 @@ class MlxFormat(_MlxTensors):
 class AutoRoundMlxFormat(_MlxTensors, AutoRoundFormat):
     """MLX tensors under Transformers' names, with AutoRound's `quantization_config`, which this package's loader reads.
 
-    The `quantization` object is there too, so that mlx-lm opens it wherever its names are those of Transformers.
+    The `quantization` object is included, so mlx-lm opens the files of model types whose names it shares.
     """
 
-    def packing(self, scheme: QuantizationScheme) -> str:
-        return MLX_PACKING
+    rejects_fused_layers: ClassVar[bool] = False  # experts' packed tensors have the modules' names
 
-    # Experts whose packed tensor would be called w1.weight have the modules' names.
-    rejects_fused_layers: ClassVar[bool] = False
+    def packing(self, scheme: QuantizationScheme) -> str:
+        return "mlx"
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         return AutoRoundFormat.config(self, plan)

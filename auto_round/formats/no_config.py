@@ -1,7 +1,7 @@
 """Formats without a `quantization_config`: `gguf:*`, one GGUF file, and `fake`, dequantized weights.
 
 A GGUF file of one file type (`gguf:q4_k_m`) is for llama.cpp and programs built on it; `gguf.plan` decides the
-type of each tensor. `fake` writes an ordinary dense checkpoint in the model's own dtype.
+type of each tensor. `fake` writes an ordinary checkpoint in the model's own dtype, for research.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs, regis
 from auto_round.gguf.file_types import FILE_TYPES
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
-# Bits alone, in a layer configuration, mean these.
+# The types that a layer configuration means by bits alone.
 TYPE_OF_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
 
 
 class GgufFormat(OutputFormat):
-    """A GGUF file of one file type. Which tensor gets which type is decided by `GgufPlan`, not by the scheme alone."""
+    """A GGUF file of one file type; `GgufPlan` decides the type of each tensor."""
 
     loadable_here: ClassVar[bool] = False
     checkpoint_names: ClassVar[bool] = False
     fusing_runtimes: ClassVar[tuple[str, ...]] = ()
-    scale_dtype: ClassVar[torch.dtype | None] = None  # a part of the types
+    scale_dtype: ClassVar[torch.dtype | None] = None  # part of the blocks
     stores_activation_scheme: ClassVar[bool] = False
     config_files: ClassVar[tuple[str, ...]] = ()
     file_type: ClassVar[str] = ""
@@ -43,7 +43,7 @@ class GgufFormat(OutputFormat):
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         kind = ggml_type_of(scheme)
         if kind is not None and in_features % kind.block:
-            return f"{in_features} inputs do not fill blocks of {kind.block}, as {kind.name} needs them"
+            return f"{in_features} inputs do not fill blocks of {kind.block}, which {kind.name} needs"
         return None
 
     def tensor_specs(
@@ -63,7 +63,7 @@ class GgufFormat(OutputFormat):
 
     @property
     def preset(self) -> str:
-        """`Q4_K_M`"""
+        """The file type in upper case, such as `Q4_K_M`."""
         return self.file_type.upper()
 
     @property
@@ -73,36 +73,30 @@ class GgufFormat(OutputFormat):
 
 
 def scheme_of_type(kind: str, default: QuantizationScheme) -> QuantizationScheme:
-    """The scheme of a tensor of type `kind`: 16 bits for the dense types."""
+    """The scheme of a tensor of type `kind`; 16 bits for F32, F16 and BF16."""
     if kind in GGML_TYPES:
         return ggml_scheme(kind)
     return default.with_overrides({"bits": 16, "act_bits": 16})
 
 
-def _register(file_type: str) -> None:
-    body = {
-        "file_type": file_type, "support_schemes": (f"GGUF:{file_type.upper()}",),
-        "__doc__": f"A GGUF file of type {file_type.upper()}.",
-    }  # fmt: skip
-    register_format(f"gguf:{file_type}")(type(f"Gguf_{file_type}", (GgufFormat,), body))
-
-
 for _file_type in FILE_TYPES:
-    _register(_file_type)
-
-
-# The `fake` format: dequantized weights in the model's own dtype, an ordinary checkpoint. For research.
+    register_format(f"gguf:{_file_type}")(
+        type(f"Gguf_{_file_type}", (GgufFormat,), {
+            "file_type": _file_type, "support_schemes": (f"GGUF:{_file_type.upper()}",),
+            "__doc__": f"A GGUF file of type {_file_type.upper()}.",
+        })
+    )  # fmt: skip
 
 
 @register_format("fake")
 class FakeFormat(OutputFormat):
-    """Takes every scheme. Quantization of activations is not stored: the file holds weights alone."""
+    """Dequantized weights of any scheme, without quantization of activations."""
 
     scale_dtype: ClassVar[torch.dtype | None] = None
     casts_to_model_dtype: ClassVar[bool] = True
     stores_activation_scheme: ClassVar[bool] = False
     support_schemes: ClassVar[tuple[str, ...]] = tuple(PRESET_SCHEMES)
-    fusing_runtimes: ClassVar[tuple[str, ...]] = ()  # dense weights join whatever they were rounded to
+    fusing_runtimes: ClassVar[tuple[str, ...]] = ()  # fusing dequantized weights needs no common scale
 
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
         return None

@@ -1,8 +1,7 @@
 """Which preset schemes each format takes, and which layer sizes its kernels accept, as data.
 
-Only sizes that make a file unusable leave a layer unquantized: the rules for GPTQ, AWQ, MLX and
-compressed-tensors. A size that only costs a fast kernel is in the table of fast kernels: the layer is quantized,
-and the plan warns once.
+A layer stays unquantized only where its size would make the file unusable (`GPTQ_SIZES`, `AWQ_SIZES`, `MLX_SIZES`,
+`COMPRESSED_TENSORS_SIZES`). Where a size only rules out a fast kernel (`FAST_KERNELS`), the plan warns once.
 
 | rule | where it is checked |
 |---|---|
@@ -59,50 +58,25 @@ def formats_for_preset(scheme_name: str) -> list[str]:
     return [name for name, schemes in GUIDE_MATRIX.items() if schemes is ALL_SCHEMES or scheme_name.upper() in schemes]
 
 
-# Widths that the kernels which read a format ask for, as data.
-#
-# Only what makes a file unusable keeps a layer dense: `GPTQ_SIZES`, `AWQ_SIZES`, `MLX_SIZES` and
-# `COMPRESSED_TENSORS_SIZES`. What costs a fast kernel alone is in `FAST_KERNELS`: the plan says so once, and the
-# layer is quantized. With where each is asked:
-#
-# | rule | where it is asked |
-# |---|---|
-# | AWQ: inputs of whole groups, outputs of whole words of 8 | AutoAWQ `awq/modules/linear/gemm.py`, vLLM `awq.py` |
-# | AWQ: groups a multiple of 32 that divide the outputs | `awq_gemm` in vLLM `csrc/quantization/awq/gemm_kernels.cu` |
-# | GPTQ: inputs of whole groups, outputs of whole words | vLLM `quantization/gptq.py`, `create_weights` |
-# | GPTQ and AWQ: both widths multiples of 32 | this package's packing: 32 values of 3 bits fill whole words |
-# | compressed-tensors: inputs of whole groups | compressed-tensors `quantization/lifecycle/forward.py` |
-# | MLX: inputs of whole groups of 32, 64 or 128; 2 to 6 and 8 bits | MLX `mlx/ops.cpp`, `quantize` |
-# | faster, Marlin: outputs a multiple of 64, inputs of 128, groups of 32, 64, 128 or rows | vLLM `marlin_utils.py` |
-# | asked where there is no Marlin: AWQ's outputs a multiple of 64 | the same `awq_gemm`, cta_N |
-#
-# GPTQModel's Torch kernels take any width (`SUPPORTS_OUT_FEATURES_DIVISIBLE_BY = [1]`). vLLM pads what Marlin finds
-# misaligned since 2026 (`allow_tile_padding`) and takes `awq_gemm` only where there is no Marlin, which is why 64
-# outputs keep no AWQ layer dense. MLX's Metal kernels take any outputs; multiples of 8 are faster (`qmv` in
-# `quantized.cpp`).
-
-
 @dataclass(frozen=True)
 class SizeRule:
-    """What a kernel asks of a layer.
+    """Sizes that a kernel accepts. The group size must divide in_features; one group a row is always accepted.
 
     Attributes:
-        inputs, outputs: the widths are multiples of these.
-        groups: the group sizes that it takes, where it takes some only; one group a row is always taken.
-        group_multiple: the group size is a multiple of this.
-        whole_groups: the group size divides the inputs.
-        outputs_by_group: it divides the outputs too.
+        inputs, outputs: in_features and out_features must be multiples of these.
+        groups: accepted group sizes; empty accepts all.
+        group_multiple: the group size must be a multiple of this.
+        outputs_by_group: the group size must divide out_features too.
     """
 
     inputs: int = 1
     outputs: int = 1
     groups: tuple[int, ...] = ()
     group_multiple: int = 1
-    whole_groups: bool = True
     outputs_by_group: bool = False
 
     def problem(self, in_features: int, out_features: int, group_size: int) -> str | None:
-        """Why the kernel does not take such a layer, or None. `group_size`: -1 is one group a row."""
+        """Why the kernel rejects such a layer, or None. `group_size`: -1 is one group a row."""
         for what, size, multiple in (
             ("in_features", in_features, self.inputs),
             ("out_features", out_features, self.outputs),
@@ -115,12 +89,12 @@ class SizeRule:
             return f"group_size {group_size} is not one of {', '.join(map(str, self.groups))}"
         if group_size % self.group_multiple:
             return f"group_size {group_size} is not a multiple of {self.group_multiple}"
-        if self.whole_groups and in_features % group_size:
+        if in_features % group_size:
             return f"in_features={in_features} is not a multiple of group_size {group_size}; choose one that divides it"
         if self.outputs_by_group and out_features % group_size:
             return (
-                f"out_features={out_features} is not a multiple of group_size {group_size}, which AWQ's kernels ask "
-                "for; choose one that divides it"
+                f"out_features={out_features} is not a multiple of group_size {group_size}, which AWQ's kernels "
+                "require; choose one that divides it"
             )
         return None
 
@@ -130,7 +104,7 @@ AWQ_SIZES = SizeRule(32, 32, group_multiple=32, outputs_by_group=True)
 MLX_SIZES = SizeRule(groups=(32, 64, 128))
 COMPRESSED_TENSORS_SIZES = SizeRule()
 _MARLIN = SizeRule(128, 64, groups=(32, 64, 128))
-# By format: the fast kernel, who has it, and its rule.
+# By format: the name of the fast kernel, and its rule.
 FAST_KERNELS: dict[str, tuple[str, SizeRule]] = {
     "auto_gptq": ("vLLM's Marlin kernels", _MARLIN),
     "gptqmodel": ("vLLM's Marlin kernels", _MARLIN),
@@ -139,11 +113,11 @@ FAST_KERNELS: dict[str, tuple[str, SizeRule]] = {
 
 
 def slow_kernel_notes(formats: Iterable[str], layers: Iterable[tuple[str, int, int, int]]) -> list[str]:
-    """One line for each fast kernel that does not take some of the layers as they are.
+    """One warning for each fast kernel that does not support the sizes of some layers.
 
     Args:
-        formats: names.
-        layers: (name, inputs, outputs, group size) of the quantized ones.
+        formats: names of the formats.
+        layers: (name, in_features, out_features, group size) of the quantized layers.
     """
     found: dict[str, str] = {}
     known = list(layers)
@@ -152,7 +126,7 @@ def slow_kernel_notes(formats: Iterable[str], layers: Iterable[tuple[str, int, i
         if lost:
             name, why = lost[0]
             found[kernel] = (
-                f"{len(lost)} of {len(known)} quantized layers, such as {name} ({why}), are not for {kernel} as they "
-                "are: the runtime pads them or takes a slower kernel"
+                f"{len(lost)} of {len(known)} quantized layers, such as {name} ({why}), do not fit {kernel}: the "
+                "runtime pads them or uses a slower kernel"
             )
     return list(found.values())

@@ -356,7 +356,7 @@ class FloatLinear(PackedLinear):
 
     def layer(self, name: str) -> QuantizedLayer:
         tensors = {leaf: self.get_buffer(leaf) for leaf in self.uncast_buffers}
-        return self.format.naming.read(name, self.scheme, tensors, self.in_features, self.out_features)
+        return self.format.naming.unpack(name, self.scheme, tensors, self.in_features, self.out_features)
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(codes uint8 [out, in], float32 scales, zeros)."""

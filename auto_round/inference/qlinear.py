@@ -17,15 +17,8 @@ from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, kernel_class
 from auto_round.inference.linear import TORCH_BACKEND, PackedLinear
 from auto_round.layouts.awq import pack_awq, unpack_awq, unpack_awq_rows
-from auto_round.layouts.gptq import (
-    pack_gptq,
-    packs_evenly,
-    period,
-    unpack_gptq,
-    unpack_gptq_zeros,
-    unpack_words,
-    words_needed,
-)
+from auto_round.layouts.bit_stream import packs_evenly, period, unpack_words, words_needed
+from auto_round.layouts.gptq import pack_gptq, unpack_gptq, unpack_gptq_zeros
 from auto_round.logger import warn_once
 
 # Weights dequantized at once: bounds the temporary copies, which take about 9 bytes for each.

@@ -2,6 +2,7 @@
 
 qweight int32 [in, out/8]      nibble i (bits 4i .. 4i+3) of word w = code of weight [8w + ORDER[i], row]
 qzeros  int32 [groups, out/8]  the same for zero points, stored without an offset
+scales  float16 [groups, out]
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import torch
 
 from auto_round.errors import UnsupportedError
+from auto_round.layouts.bit_stream import words_needed
+from auto_round.layouts.gptq import GptqLayout
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PER_WORD = 8
 # Codes packed at once: few enough that they and their temporaries stay in a core's cache.
-_PIECE = 1 << 17
+_CHUNK = 1 << 17
 
 
 def _pack_columns(values: torch.Tensor) -> torch.Tensor:
     """uint8 [out, n] to int32 [n, out/8]."""
     words = torch.empty(values.shape[1], values.shape[0] // _PER_WORD, dtype=torch.int32, device=values.device)
-    step = max(1, _PIECE // max(1, values.shape[1])) * _PER_WORD
+    step = max(1, _CHUNK // max(1, values.shape[1])) * _PER_WORD
     for start in range(0, values.shape[0], step):
         some = values[start : start + step]
         part = torch.zeros(some.shape[0] // _PER_WORD, some.shape[1], dtype=torch.int32, device=values.device)
@@ -38,16 +41,13 @@ def unpack_awq_rows(words: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def pack_awq(
-    codes: torch.Tensor, zero_point: torch.Tensor | int, bits: int = 4, groups: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_awq(codes: torch.Tensor, zeros: torch.Tensor, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Pack one layer.
 
     Args:
         codes: uint8 [out, in], each below 16.
-        zero_point: uint8 [out, groups], or one int for every group.
+        zeros: zero points, uint8 [out, groups].
         bits: 4; the layout has no other width.
-        groups: number of groups; needed when `zero_point` is an int.
 
     Returns:
         (qweight int32 [in, out/8], qzeros int32 [groups, out/8]).
@@ -55,16 +55,24 @@ def pack_awq(
     """
     if bits != 4:
         raise UnsupportedError(f"the AWQ layout holds 4-bit weights, not {bits}-bit ones; use the auto_round format")
-    out = codes.shape[0]
-    if out % _PER_WORD:
-        raise UnsupportedError(f"the AWQ layout needs out_features in multiples of {_PER_WORD}, not {out}")
-    if isinstance(zero_point, int):
-        if groups is None:
-            raise TypeError("pack_awq: give the number of groups when zero_point is one int")
-        zero_point = torch.full((out, groups), zero_point, dtype=torch.uint8, device=codes.device)
-    return _pack_columns(codes), _pack_columns(zero_point)
+    if codes.shape[0] % _PER_WORD:
+        raise UnsupportedError(f"the AWQ layout needs out_features in multiples of {_PER_WORD}, not {codes.shape[0]}")
+    return _pack_columns(codes), _pack_columns(zeros)
 
 
 def unpack_awq(qweight: torch.Tensor, qzeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `pack_awq`: (codes uint8 [out, in], zero points uint8 [out, groups]), both contiguous."""
     return unpack_awq_rows(qweight).T.contiguous(), unpack_awq_rows(qzeros).T.contiguous()
+
+
+class AwqLayout(GptqLayout):
+    """The tensors of `GptqLayout` with AWQ words, and zero points stored without an offset."""
+
+    def _weight_shape(self, in_features: int, out_features: int, bits: int) -> tuple[int, int]:
+        return in_features, words_needed(out_features, bits)
+
+    def _pack_words(self, codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return pack_awq(codes, zeros, bits)
+
+
+AWQ = AwqLayout(0)

@@ -1,4 +1,4 @@
-"""The layouts of small float types (MXFP4, MXFP8, NVFP4, FP8, MXINT4): tensors of a layer, pack and unpack.
+"""The layouts of the small float types: MXFP4, MXFP8, MXINT4, NVFP4 and FP8.
 
 | data type | bits | codes | scales |
 |---|---|---|---|
@@ -29,6 +29,7 @@ from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS
 from auto_round.codecs.minifloat import MINIFLOATS
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
 from auto_round.errors import NumericsError
+from auto_round.layouts.base import Layout, TensorSpecs
 from auto_round.schemes import QuantizationScheme
 
 _MANTISSA_BITS = 23  # of float32, whose exponent has the bias of E8M0
@@ -59,7 +60,7 @@ def pack_e8m0(scale: torch.Tensor) -> torch.Tensor:
     bits = scale.float().contiguous().view(torch.int32)
     stored = (bits >> _MANTISSA_BITS).to(torch.uint8)  # the exponent's field; that of 2**-127 is zero
     if not torch.equal(unpack_e8m0(stored).view(torch.int32), bits) or bool((stored == 255).any()):
-        raise NumericsError("a scale is no power of two from 2**-127 to 2**127, and E8M0 bytes hold no other")
+        raise NumericsError("a scale is no power of two from 2**-127 to 2**127; E8M0 bytes hold no other values")
     return stored
 
 
@@ -71,15 +72,15 @@ def unpack_e8m0(stored: torch.Tensor) -> torch.Tensor:
 
 
 def cast_exactly(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 `values` in `dtype`, in their shape. Raises NumericsError when one of them is none of its values."""
+    """`values` cast to `dtype`. Raises NumericsError when one of them is not exactly representable."""
     stored = values.to(dtype)
     if not torch.equal(stored.float(), values.float()):
-        raise NumericsError(f"a scale is no value of {dtype}, in which it is stored")
+        raise NumericsError(f"a scale is not exactly representable in {dtype}, its stored dtype")
     return stored
 
 
 def pack_codes(codes: torch.Tensor, element: str) -> torch.Tensor:
-    """Codes uint8 [out, in] of an element type: bytes of two codes each, or a tensor of PyTorch's own float8 dtype."""
+    """uint8 codes [out, in] as stored: two codes a byte, or a tensor of PyTorch's float8 dtype."""
     dtype = MINIFLOATS[element].dtype
     return pack_nibbles(codes) if dtype is None else codes.contiguous().view(dtype)
 
@@ -89,20 +90,6 @@ def unpack_codes(stored: torch.Tensor, element: str, columns: int) -> torch.Tens
     return unpack_nibbles(stored, columns) if MINIFLOATS[element].dtype is None else stored.view(torch.uint8)
 
 
-# How a layer of a small float type lies in a file: which tensors, of which shape and dtype, and back again.
-#
-# | data type | bits | codes | scales |
-# |---|---|---|---|
-# | mx_fp | 4 | `weight_packed` uint8 [out, in/2], e2m1 | `weight_scale` uint8 [out, in/32], E8M0 |
-# | mx_int | 4 | `weight_packed` uint8 [out, in/2], sign and magnitude | `weight_scale` uint8 [out, in/32], E8M0 |
-# | mx_fp | 8 | `weight` float8 [out, in] | `weight_scale` uint8 [out, in/32], E8M0 |
-# | nv_fp | 4 | `weight_packed` uint8 [out, in/2], e2m1 | `weight_scale` e4m3 [out, in/16] |
-# | fp | 8 | `weight` float8 [out, in] | bfloat16, see `FloatLayout` |
-#
-# nv_fp adds `weight_global_scale` float32 [1]. Inputs that are quantized with a scale of the calibration data add
-# `input_scale` [1] in the model's dtype (fp) or `input_global_scale` float32 [1] (nv_fp).
-
-Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 FP8_SCALE = torch.bfloat16
 
 
@@ -115,36 +102,36 @@ def float_family_of(data_type: str) -> str | None:
 
 
 def minifloat_name(data_type: str, bits: int) -> str | None:
-    """Name of the element type (`data_type.elements.MINIFLOATS`) of weights or inputs, None when there is none."""
+    """Name of the element type (`codecs.minifloat.MINIFLOATS`) of weights or inputs, or None."""
     found = BLOCK_FLOAT_SPECS.get(data_type, {}).get(bits)
     return None if found is None or float_family_of(data_type) is None else found.element.name
 
 
 def is_float(scheme: QuantizationScheme) -> bool:
-    """Whether the weights are of a small float type, which this module lays out."""
+    """Whether the weights are of a small float type."""
     return scheme.quantizes_weights and float_family_of(scheme.data_type) is not None
 
 
 def has_input_global_scale(scheme: QuantizationScheme) -> bool:
-    """Whether the scales of the inputs' groups are taken under a scale that the calibration data fixed."""
+    """Whether group scales of the inputs are relative to a calibrated global scale (NVFP4)."""
     activations = scheme.activations
     return activations is not None and "static_gs" in activations.data_type
 
 
 def has_input_scale(scheme: QuantizationScheme) -> bool:
-    """Whether the inputs have one scale, fixed by the calibration data."""
+    """Whether the inputs have one calibrated scale (static activations)."""
     activations = scheme.activations
     return activations is not None and not activations.dynamic and not has_input_global_scale(scheme)
 
 
 @dataclass(frozen=True)
-class FloatLayout:
-    """Where readers of FP8 layers differ.
+class FloatLayout(Layout):
+    """Tensors of a small float layer; the attributes say how readers of FP8 layers differ.
 
     Attributes:
-        channel_columns: scales a channel are [out, 1] rather than [out].
+        channel_columns: per-channel scales are [out, 1] rather than [out].
         block_scale: name of the scales of two-dimensional blocks.
-        tensor_scale: dtype of the scale [1] of a whole weight.
+        tensor_scale: dtype of the per-tensor scale [1].
     """
 
     channel_columns: bool
@@ -154,13 +141,9 @@ class FloatLayout:
     def specs(
         self, scheme: QuantizationScheme, in_features: int, out_features: int,
         model_dtype: torch.dtype = torch.bfloat16,
-    ) -> Specs:  # fmt: skip
-        """Shape and dtype of every tensor of a layer but its bias, by the last part of its name. The codes come first.
-
-        `model_dtype` is that of the fixed scale of inputs.
-        """
+    ) -> TensorSpecs:  # fmt: skip
         element = MINIFLOATS[_required_minifloat(scheme)]
-        specs: Specs = {}
+        specs: TensorSpecs = {}
         if element.dtype is None:
             specs["weight_packed"] = ((out_features, -(-in_features // 2)), torch.uint8)
         else:
@@ -174,20 +157,6 @@ class FloatLayout:
         if has_input_scale(scheme):
             specs["input_scale"] = ((1,), model_dtype)
         return specs
-
-    def named_specs(
-        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int,
-        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.bfloat16,
-    ) -> Specs:  # fmt: skip
-        """`specs` and the bias, by full names for the layer `name`."""
-        specs = self.specs(scheme, in_features, out_features, model_dtype)
-        if bias_dtype is not None:
-            specs["bias"] = ((out_features,), bias_dtype)
-        return {f"{name}.{leaf}": spec for leaf, spec in specs.items()}
-
-    def named_tensors(self, layer: QuantizedLayer, model_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """`pack`, by full names."""
-        return {f"{layer.name}.{leaf}": tensor for leaf, tensor in self.pack(layer, model_dtype).items()}
 
     def _scale(self, scheme: QuantizationScheme, columns: int, rows: int) -> tuple[str, tuple[int, ...], torch.dtype]:
         size = scheme.group_size
@@ -204,10 +173,7 @@ class FloatLayout:
         return "weight_scale", (rows, group_count(columns, size)), FP8_SCALE
 
     def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-        """The layer's tensors, its bias included, by the last part of their names.
-
-        Raises NumericsError when a scale is not a value of the dtype that stores it.
-        """
+        """The layer's tensors. Raises NumericsError when a scale is not exactly representable in its stored dtype."""
         assert layer.codes is not None and layer.scale is not None and layer.element is not None
         specs = self.specs(layer.scheme, layer.in_features, layer.out_features, model_dtype)
         name, _, _ = self._scale(layer.scheme, layer.in_features, layer.out_features)
@@ -221,18 +187,15 @@ class FloatLayout:
                 tensors[leaf] = pack_codes(layer.codes, layer.element)
             else:
                 value = numbers[leaf]
-                assert value is not None, f"{layer.name}: {leaf} was not decided"
+                assert value is not None, f"{layer.name}: no value for {leaf}"
                 value = value.float().reshape(size)
                 tensors[leaf] = pack_e8m0(value) if kind == torch.uint8 else cast_exactly(value, kind)
-        if layer.bias is not None:
-            tensors["bias"] = layer.bias
         return tensors
 
-    def read(
+    def unpack(
         self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
         out_features: int,
     ) -> QuantizedLayer:  # fmt: skip
-        """The inverse of `pack`: `tensors` by the last part of their names."""
         element = _required_minifloat(scheme)
         leaf, shape, _ = self._scale(scheme, in_features, out_features)
         stored = tensors[leaf]
@@ -241,7 +204,7 @@ class FloatLayout:
         scalar = lambda key: None if tensors.get(key) is None else tensors[key].detach().float().reshape(())
         return QuantizedLayer(
             name, scheme, unpack_codes(codes, element, in_features), scale.reshape(shape[0], -1), 0,
-            bias=tensors.get("bias"), element=element, global_scale=scalar("weight_global_scale"),
+            element=element, global_scale=scalar("weight_global_scale"),
             act_scale=scalar("input_scale"), act_global_scale=scalar("input_global_scale"),
         )  # fmt: skip
 
@@ -257,7 +220,7 @@ def _required_minifloat(scheme: QuantizationScheme) -> str:
 
 
 def layout_name(scheme: QuantizationScheme) -> str:
-    """A short name of the layout, such as mxfp4, nvfp4, fp8_static or fp8_block."""
+    """Short name of the layout: mxfp4, nvfp4, fp8_static, fp8_block, ..."""
     family = float_family_of(scheme.data_type)
     if family == "fp":
         if isinstance(scheme.group_size, tuple):
@@ -267,7 +230,7 @@ def layout_name(scheme: QuantizationScheme) -> str:
 
 
 def float_problem(scheme: QuantizationScheme) -> str | None:
-    """Why the weights of a float scheme have no layout here at all, or None."""
+    """Why no layout here stores a float scheme, or None."""
     family, size = float_family_of(scheme.data_type), scheme.group_size
     if minifloat_name(scheme.data_type, scheme.bits) is None:
         return f"data type {scheme.data_type!r} has no layout with {scheme.bits} bits"
@@ -286,7 +249,7 @@ def float_problem(scheme: QuantizationScheme) -> str | None:
 
 
 def group_size_mismatch(scheme: QuantizationScheme, in_features: int) -> str | None:
-    """Why rows of this width cannot be laid out, or None: scales of 4-bit and MX types are for whole groups."""
+    """Why a layer of this width cannot be packed, or None: 4-bit and MX types need whole groups."""
     size = scheme.group_size
     if float_family_of(scheme.data_type) == "fp" or not isinstance(size, int) or in_features % size == 0:
         return None

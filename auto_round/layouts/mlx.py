@@ -1,28 +1,23 @@
-"""The MLX layout: codes as one dense bit stream a row, and a bias in place of a zero point.
+"""The MLX layout: codes as one bit stream a row (`bit_stream.py`), and a bias instead of a zero point.
 
-    weight uint32 [out, in*bits/32]  value i of row o lies in bits i*bits .. i*bits + bits - 1 of that row's stream;
-                                     bit 8*k + b of the stream is bit b of byte k, words are little-endian
-    scales [out, groups]             w = scales * code + biases
-    biases [out, groups]             -scales * zero point
-
-With 3, 5 and 6 bits values run across bytes and words; nothing is padded.
+weight uint32 [out, in*bits/32]  codes; 3, 5 and 6 bits cross bytes and words, and nothing is padded
+scales float16 [out, groups]     w = scales * code + biases
+biases [out, groups]             -scales * zero point
 """
 
 from __future__ import annotations
 
-from math import gcd
+from collections.abc import Mapping
 
 import torch
 
-from auto_round.errors import NumericsError, UnsupportedError
+from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
+from auto_round.errors import ModelError, NumericsError, UnsupportedError
+from auto_round.layouts.base import SCALE_DTYPE, Layout, TensorSpecs, integer_arrays, stored_group_size
+from auto_round.layouts.bit_stream import pack_rows, unpack_rows
+from auto_round.schemes import QuantizationScheme
 
 MLX_BITS = (2, 3, 4, 5, 6, 8)
-
-
-def _period(bits: int) -> tuple[int, int]:
-    """(values, bytes): the smallest whole number of bytes that whole values fill."""
-    common = gcd(8, bits)
-    return 8 // common, bits // common
 
 
 def mlx_words(count: int, bits: int) -> int:
@@ -35,34 +30,14 @@ def mlx_words(count: int, bits: int) -> int:
 
 
 def pack_mlx(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [out, in], each below 2**bits, to uint32 [out, in*bits/32].
-
-    Works in bytes, so that no temporary is larger than one period's share of the codes.
-    """
-    values, width = _period(bits)
-    stream = torch.zeros(codes.shape[0], mlx_words(codes.shape[1], bits) * 4, dtype=torch.uint8, device=codes.device)
-    for i in range(values):
-        byte, offset = divmod(i * bits, 8)
-        part = codes[:, i::values]
-        stream[:, byte::width] |= part << offset  # what leaves the byte at the top belongs to the next one
-        if offset + bits > 8:
-            stream[:, byte + 1 :: width] |= part >> (8 - offset)
-    return stream.view(torch.uint32)
+    """uint8 [out, in], each below 2**bits, to uint32 [out, in*bits/32]."""
+    mlx_words(codes.shape[1], bits)
+    return pack_rows(codes, bits).view(torch.uint32)
 
 
 def unpack_mlx(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `pack_mlx`: uint32 [out, words] to uint8 [out, in], contiguous."""
-    values, width = _period(bits)
-    stream = weight.contiguous().view(torch.uint8)
-    out, size = stream.shape
-    codes = torch.empty(out, size * 8 // bits, dtype=torch.uint8, device=weight.device)
-    for i in range(values):
-        byte, offset = divmod(i * bits, 8)
-        part = stream[:, byte::width] >> offset
-        if offset + bits > 8:
-            part |= stream[:, byte + 1 :: width] << (8 - offset)
-        codes[:, i::values] = part & ((1 << bits) - 1)
-    return codes
+    return unpack_rows(weight, bits)
 
 
 def bias_storage_dtype(sym: bool, scale_dtype: torch.dtype) -> torch.dtype:
@@ -89,5 +64,42 @@ def mlx_biases(
 
 
 def mlx_zero_points(scale: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
-    """uint8 [out, groups]: the whole zero points nearest to -biases / scale."""
+    """uint8 [out, groups]: the integer zero points nearest to -biases / scale."""
     return (-biases.float() / scale.float()).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class MlxLayout(Layout):
+    """The tensors that MLX's quantized matrix product reads."""
+
+    def specs(
+        self, scheme: QuantizationScheme, in_features: int, out_features: int,
+        model_dtype: torch.dtype = torch.bfloat16,
+    ) -> TensorSpecs:  # fmt: skip
+        shape = (out_features, group_count(in_features, stored_group_size(scheme)))
+        return {
+            "weight": ((out_features, mlx_words(in_features, scheme.bits)), torch.uint32),
+            "scales": (shape, SCALE_DTYPE),
+            "biases": (shape, bias_storage_dtype(scheme.sym, SCALE_DTYPE)),
+        }
+
+    def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+        codes, scales, zeros = integer_arrays(layer)
+        dtype = bias_storage_dtype(layer.scheme.sym, SCALE_DTYPE)
+        return {
+            "weight": pack_mlx(codes, layer.scheme.bits),
+            "scales": scales.contiguous(),
+            "biases": mlx_biases(scales, zeros, dtype, layer.name),
+        }
+
+    def unpack(
+        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
+        out_features: int,
+    ) -> QuantizedLayer:  # fmt: skip
+        scales, biases = tensors["scales"], tensors["biases"]
+        zeros = mlx_zero_points(scales, biases)
+        if not torch.equal(biases, mlx_biases(scales, zeros, biases.dtype, name)):
+            raise ModelError(f"layer {name}: its biases are not its scales times integer zero points")
+        return QuantizedLayer(name, scheme, unpack_mlx(tensors["weight"], scheme.bits), scales, zeros)
+
+
+MLX = MlxLayout()

@@ -1,82 +1,25 @@
 """The integer layouts of compressed-tensors: packed int32 rows for 2 to 8 bits, and plain int8 values.
 
-Packed: value i of a row occupies bits `i*bits .. i*bits + bits - 1` of the row's little-endian stream; bit 32*w +
-b is bit b of word w. The last word of a row is padded with zeros.
+    weight_packed      int32 [out, ceil(in*bits/32)]       codes along the input (`bit_stream.py`), zero-padded
+    weight_shape       int64 [2]                           (out, in)
+    weight_zero_point  int32 [ceil(out*bits/32), groups]   zero points along the output, for asymmetric layers
+    weight_scale       float16 [out, groups]
 
-    weight_packed      int32 [out, ceil(in*bits/32)]       codes, along the input
-    weight_zero_point  int32 [ceil(out*bits/32), groups]   zero points, along the output
-
-Both hold unsigned values 0 .. 2**bits - 1: the library's signed integers plus 2**(bits-1), which are our codes.
-The plain layout stores the signed integers as int8 (`signed_values`, `stored_codes`).
+Packed tensors hold unsigned values 0 .. 2**bits - 1: the library's signed integers plus 2**(bits-1), which are our
+codes. The plain layout has `weight` and `weight_zero_point` as signed int8 instead. Static inputs add `input_scale`
+[1] in the model's dtype and, when asymmetric, `input_zero_point` int8 [1].
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 
 import torch
 
-_VALUES = 8  # eight values of any width fill whole bytes
-
-
-def packed_words(count: int, bits: int) -> int:
-    """int32 words that a row of `count` values takes."""
-    return -(-count * bits // 32)
-
-
-def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [rows, n], each below 2**bits, to int32 [rows, ceil(n*bits/32)]; any bits from 1 to 8.
-
-    Works in bytes: no temporary is larger than the values themselves.
-    """
-    rows, count = values.shape
-    if bits == 8 and count % 4 == 0:
-        return _as_words(values.clone(memory_format=torch.contiguous_format))
-    if count % _VALUES:
-        values = torch.nn.functional.pad(values, (0, -count % _VALUES))
-    eights = values.reshape(rows, -1, _VALUES)
-    used = eights.shape[1] * bits
-    stream = torch.zeros(rows, -(-used // 4) * 4, dtype=torch.uint8, device=values.device)
-    whole = stream[:, :used].view(rows, -1, bits)
-    for i in range(_VALUES):
-        byte, shift = divmod(i * bits, 8)
-        part = eights[..., i]
-        whole[..., byte] |= part << shift  # what does not fit is cut off: bytes wrap
-        if shift + bits > 8:
-            whole[..., byte + 1] |= part >> (8 - shift)
-    return _as_words(stream)[:, : packed_words(count, bits)].contiguous()
-
-
-def unpack_rows(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The inverse of `pack_rows`: int32 [rows, words] to uint8 [rows, count]."""
-    rows = words.shape[0]
-    stream = _as_bytes(words)
-    eights = -(-count // _VALUES)
-    if stream.shape[1] < eights * bits:
-        stream = torch.nn.functional.pad(stream, (0, eights * bits - stream.shape[1]))
-    whole = stream[:, : eights * bits].reshape(rows, eights, bits)
-    values = torch.empty(rows, eights, _VALUES, dtype=torch.uint8, device=words.device)
-    mask = (1 << bits) - 1
-    for i in range(_VALUES):
-        byte, shift = divmod(i * bits, 8)
-        part = whole[..., byte] >> shift
-        if shift + bits > 8:
-            part = part | (whole[..., byte + 1] << (8 - shift))
-        values[..., i] = part & mask
-    return values.view(rows, -1)[:, :count].contiguous()
-
-
-def _as_words(stream: torch.Tensor) -> torch.Tensor:
-    if sys.byteorder == "big":
-        stream = stream.view(stream.shape[0], -1, 4).flip(-1).reshape(stream.shape)
-    return stream.view(torch.int32)
-
-
-def _as_bytes(words: torch.Tensor) -> torch.Tensor:
-    stream = words.contiguous().view(torch.uint8)
-    if sys.byteorder == "big":
-        stream = stream.view(stream.shape[0], -1, 4).flip(-1).reshape(stream.shape)
-    return stream
+from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
+from auto_round.layouts.base import SCALE_DTYPE, Layout, TensorSpecs, integer_arrays, stored_group_size
+from auto_round.layouts.bit_stream import pack_rows, padded_words, unpack_rows
+from auto_round.schemes import QuantizationScheme
 
 
 def signed_values(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -87,3 +30,91 @@ def signed_values(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def stored_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `signed_values`."""
     return values.view(torch.uint8) + 2 ** (bits - 1)
+
+
+class PlainIntLayout(Layout):
+    """One signed byte per weight (`int-quantized`)."""
+
+    def specs(
+        self, scheme: QuantizationScheme, in_features: int, out_features: int,
+        model_dtype: torch.dtype = torch.bfloat16,
+    ) -> TensorSpecs:  # fmt: skip
+        groups = group_count(in_features, stored_group_size(scheme))
+        codes, zeros = self._code_specs(in_features, out_features, groups, scheme.bits)
+        specs = codes | {"weight_scale": ((out_features, groups), SCALE_DTYPE)}
+        if not scheme.sym:
+            specs["weight_zero_point"] = zeros
+        activations = scheme.activations
+        if activations is not None and not activations.dynamic:
+            specs["input_scale"] = ((1,), model_dtype)
+            if not activations.sym:
+                specs["input_zero_point"] = ((1,), torch.int8)
+        return specs
+
+    def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+        codes, scales, zeros = integer_arrays(layer)
+        tensors, stored_zeros = self._pack_codes(codes, zeros, layer.scheme.bits)
+        tensors["weight_scale"] = scales.contiguous()
+        if not layer.scheme.sym:
+            tensors["weight_zero_point"] = stored_zeros
+        if layer.act_scale is not None:
+            tensors["input_scale"] = layer.act_scale.reshape(1).to(model_dtype)
+        if layer.act_zero_point is not None:
+            tensors["input_zero_point"] = torch.tensor([layer.act_zero_point], dtype=torch.int8)
+        return tensors
+
+    def unpack(
+        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
+        out_features: int,
+    ) -> QuantizedLayer:  # fmt: skip
+        codes, zeros = self._unpack_codes(tensors, scheme.bits)
+        act_scale, act_zero = tensors.get("input_scale"), tensors.get("input_zero_point")
+        return QuantizedLayer(
+            name, scheme, codes, tensors["weight_scale"], 2 ** (scheme.bits - 1) if zeros is None else zeros,
+            act_scale=None if act_scale is None else torch.tensor(float(act_scale)),
+            act_zero_point=None if act_zero is None else int(act_zero),
+        )  # fmt: skip
+
+    def _code_specs(
+        self, in_features: int, out_features: int, groups: int, bits: int
+    ) -> tuple[TensorSpecs, tuple[tuple[int, ...], torch.dtype]]:
+        """Specs of the codes, and that of the zero points."""
+        return {"weight": ((out_features, in_features), torch.int8)}, ((out_features, groups), torch.int8)
+
+    def _pack_codes(
+        self, codes: torch.Tensor, zeros: torch.Tensor, bits: int
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return {"weight": signed_values(codes, bits)}, signed_values(zeros, bits)
+
+    def _unpack_codes(self, tensors: Mapping[str, torch.Tensor], bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        zeros = tensors.get("weight_zero_point")
+        return stored_codes(tensors["weight"], bits), None if zeros is None else stored_codes(zeros, bits)
+
+
+class PackedIntLayout(PlainIntLayout):
+    """Codes packed in int32 words (`pack-quantized`)."""
+
+    def _code_specs(
+        self, in_features: int, out_features: int, groups: int, bits: int
+    ) -> tuple[TensorSpecs, tuple[tuple[int, ...], torch.dtype]]:
+        specs: TensorSpecs = {
+            "weight_packed": ((out_features, padded_words(in_features, bits)), torch.int32),
+            "weight_shape": ((2,), torch.int64),
+        }
+        return specs, ((padded_words(out_features, bits), groups), torch.int32)
+
+    def _pack_codes(
+        self, codes: torch.Tensor, zeros: torch.Tensor, bits: int
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        shape = torch.tensor(codes.shape, dtype=torch.int64)
+        tensors = {"weight_packed": pack_rows(codes, bits), "weight_shape": shape}
+        return tensors, pack_rows(zeros.T, bits).T.contiguous()
+
+    def _unpack_codes(self, tensors: Mapping[str, torch.Tensor], bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out, columns = tensors["weight_shape"].tolist()  # the file's own width, as other readers take it
+        zeros = tensors.get("weight_zero_point")
+        zeros = None if zeros is None else unpack_rows(zeros.T, bits, out).T.contiguous()
+        return unpack_rows(tensors["weight_packed"], bits, columns), zeros
+
+
+PLAIN_INT, PACKED_INT = PlainIntLayout(), PackedIntLayout()

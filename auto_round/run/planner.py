@@ -25,10 +25,10 @@ from auto_round.formats.base import (
     require_scheme,
 )
 from auto_round.formats.cache_scales import require_cache
-from auto_round.formats.config_auto_round import stored_group_size
 from auto_round.formats.table import slow_kernel_notes
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.layer_config import pattern_regex, scheme_from_entry
+from auto_round.layouts.base import stored_group_size
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
 from auto_round.modeling.config import largest
 from auto_round.modeling.layer_rules import block_weights, fused_groups, is_routed_expert

@@ -20,7 +20,8 @@ from torch import nn
 from auto_round.errors import UnsupportedError
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
 from auto_round.layouts.awq import pack_awq, unpack_awq_rows
-from auto_round.layouts.gptq import pack_gptq, pack_words, unpack_words
+from auto_round.layouts.bit_stream import pack_words, unpack_words
+from auto_round.layouts.gptq import pack_gptq
 
 # Scratch memory of ExLlamaV2 on a device, shared by its layers. It lives as long as one of them.
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
-from auto_round.layouts.gptq import pack_words, unpack_words
+from auto_round.layouts.bit_stream import pack_words, unpack_words
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _UNIT_ROWS = 512  # of the unit matrix that reads the codes back

@@ -51,7 +51,7 @@ def test_one_asymmetric_layer_makes_the_file_asymmetric() -> None:
 
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"model.layers.1.mlp.up_proj": Scheme(group_size=32)}, "one group size, not 32 and 128"),
-    ({"lm_head": Scheme()}, "take lm_head for dense"),
+    ({"lm_head": Scheme()}, "treat lm_head as unquantized"),
     ({"model.layers.0.mlp": DENSE}, "would leave out model.layers.0.mlp.up_proj"),
 ])  # fmt: skip
 def test_what_cannot_be_said(changes: dict[str, Any], reason: str) -> None:

@@ -241,7 +241,9 @@ def test_native_fp8_and_experts() -> None:
     experts = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(2) for e in range(2)]
     fp8 = PRESET_SCHEMES["FP8_BLOCK"]
     some = all_of("FP8_BLOCK") | {n: fp8 if n == experts[0] else FULL for n in experts}
-    assert "all experts of a block alike" in str(get_format("fp8").check_plan(plan(some, model_type="qwen3_moe")))
+    assert "experts of a block to be quantized or none" in str(
+        get_format("fp8").check_plan(plan(some, model_type="qwen3_moe"))
+    )
     dense = config("fp8", all_of("FP8_BLOCK") | dict.fromkeys(experts, FULL), model_type="qwen3_moe")
     assert {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"} <= set(dense["modules_to_not_convert"])
     quantized = config("fp8", all_of("FP8_BLOCK") | dict.fromkeys(experts, fp8), model_type="qwen3_moe")

@@ -55,12 +55,12 @@ def test_written_and_read_back(
     )
     assert {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} == specs
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    codes, scale, zero = fmt.unpack_integers("m.l", scheme, tensors, layer.in_features, out)
-    assert layer.codes is not None and layer.scale is not None
-    assert torch.equal(codes, layer.codes) and torch.equal(scale, layer.scale)
-    assert torch.equal(torch.as_tensor(zero).expand(scale.shape), torch.as_tensor(layer.zero_point).expand(scale.shape))
-    act_scale = None if layer.act_scale is None else float(layer.act_scale)
-    assert fmt.unpack_input_scales("m.l", tensors) == (act_scale, layer.act_zero_point)
+    read = fmt.unpack_layer("m.l", scheme, tensors, layer.in_features, out)
+    assert layer.codes is not None and layer.scale is not None and read.codes is not None and read.scale is not None
+    assert torch.equal(read.codes, layer.codes) and torch.equal(read.scale, layer.scale)
+    zeros = [torch.as_tensor(one.zero_point).expand(layer.scale.shape) for one in (read, layer)]
+    assert torch.equal(*zeros)
+    assert (read.act_scale, read.act_zero_point) == (layer.act_scale, layer.act_zero_point)
 
 
 def test_tensors_of_each_layout() -> None:

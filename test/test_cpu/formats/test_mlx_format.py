@@ -65,7 +65,7 @@ def test_a_bias_that_is_no_whole_zero_point_is_found() -> None:
     tensors = fmt.pack(layer)
     tensors["a.biases"][3] *= 1.05
     with pytest.raises(ModelError, match="layer a: its biases"):
-        fmt.unpack_integers("a", scheme, tensors, 32, 8)
+        fmt.unpack_layer("a", scheme, tensors, 32, 8)
 
 
 def plan(layers: dict[str, Scheme], model_type: str = "llama", scheme: Scheme | None = None) -> ExportPlan:

@@ -22,7 +22,7 @@ from auto_round.inference.convert_model import convert_hf_model
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.inference.table import BACKENDS, Backend
-from auto_round.layouts.gptq import unpack_words
+from auto_round.layouts.bit_stream import unpack_words
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.safetensors import read_header
 from auto_round.schemes import QuantizationScheme as Scheme

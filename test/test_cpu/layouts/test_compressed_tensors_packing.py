@@ -1,4 +1,4 @@
-"""The dense rows of compressed-tensors, against an unpacker that goes bit by bit."""
+"""The dense rows of compressed-tensors, against an unpacker that reads bit by bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auto_round.layouts.packed_int import pack_rows, packed_words, signed_values, stored_codes, unpack_rows
+from auto_round.layouts.bit_stream import pack_rows, padded_words, unpack_rows
+from auto_round.layouts.packed_int import signed_values, stored_codes
 
 
 def random_codes(rows: int, count: int, bits: int, seed: int) -> torch.Tensor:
@@ -24,13 +25,13 @@ def bit_by_bit(words: list[int], bits: int, count: int) -> list[int]:
 def test_any_shape_and_width(bits: int, rows: int, count: int, seed: int) -> None:
     codes = random_codes(rows, count, bits, seed)
     words = pack_rows(codes, bits)
-    assert words.dtype == torch.int32 and words.shape == (rows, packed_words(count, bits)) and words.is_contiguous()
+    assert words.dtype == torch.int32 and words.shape == (rows, padded_words(count, bits)) and words.is_contiguous()
     assert [bit_by_bit(row, bits, count) for row in words.tolist()] == codes.tolist()
     assert torch.equal(unpack_rows(words, bits, count), codes)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_views_are_taken_as_they_are(bits: int) -> None:
+def test_views_are_packed_like_copies(bits: int) -> None:
     codes = random_codes(24, 40, bits, 3)
     assert torch.equal(pack_rows(codes.T, bits), pack_rows(codes.T.contiguous(), bits))
     assert torch.equal(unpack_rows(pack_rows(codes.T, bits).T.contiguous().T, bits, 24), codes.T)

@@ -88,7 +88,7 @@ def test_every_format_gives_back_what_it_took(
         assert all(tensor.is_contiguous() for tensor in tensors.values())
         naming = COMPRESSED_TENSORS_FLOATS if "llm_compressor" in name else AUTO_ROUND_FLOATS
         found = {key.removeprefix("m.l."): tensor for key, tensor in tensors.items()}
-        back = naming.read("m.l", scheme, found, layer.in_features, out)
+        back = naming.unpack("m.l", scheme, found, layer.in_features, out)
         assert torch.equal(back.dequantize(), layer.dequantize())
         assert layer_digest(back, False, torch.float32) == layer_digest(layer, False, torch.float32)
         assert back.scale is not None and layer.scale is not None and back.scale.shape == layer.scale.shape
@@ -149,7 +149,7 @@ def test_golden_bytes(golden_folder: Path, name: str) -> None:
     for layer in layers:
         out, columns = source[f"{layer}.weight"].shape
         found = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == layer}
-        read = naming.read(layer, scheme, found, columns, out)
+        read = naming.unpack(layer, scheme, found, columns, out)
         again = naming.pack(read)
         assert set(again) == set(found)
         for leaf, tensor in again.items():
@@ -178,5 +178,5 @@ def dequantized(folder: Path, naming: FloatLayout) -> dict[str, torch.Tensor]:
         codes = found.get("weight", found.get("weight_packed"))
         assert codes is not None
         columns = codes.shape[1] * (1 if "weight" in found else 2)
-        result[layer] = naming.read(layer, scheme, found, columns, codes.shape[0]).dequantize()
+        result[layer] = naming.unpack(layer, scheme, found, columns, codes.shape[0]).dequantize()
     return result

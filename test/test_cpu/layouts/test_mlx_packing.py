@@ -80,9 +80,12 @@ def test_a_layer_comes_back_and_mlx_computes_what_was_tuned(
     tensors = fmt.pack(layer)
     specs = fmt.tensor_specs("a.b", scheme, width, rows, bias_dtype=torch.float32 if bias else None)
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == specs
-    back, scales, zeros = fmt.unpack_integers("a.b", scheme, tensors, width, rows)
-    assert torch.equal(back, codes) and torch.equal(scales, scale)
-    assert torch.equal(torch.as_tensor(zeros).expand(rows, groups), torch.as_tensor(zero).expand(rows, groups))
+    back = fmt.unpack_layer("a.b", scheme, tensors, width, rows)
+    assert back.codes is not None and back.scale is not None
+    assert torch.equal(back.codes, codes) and torch.equal(back.scale, scale)
+    assert torch.equal(
+        torch.as_tensor(back.zero_point).expand(rows, groups), torch.as_tensor(zero).expand(rows, groups)
+    )
     # The formula of MLX, in float32.
     values = codes.view(rows, groups, group_size).float() * tensors["a.b.scales"].float().unsqueeze(-1)
     values = values + tensors["a.b.biases"].float().unsqueeze(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
 from auto_round.layouts.awq import pack_awq, unpack_awq
-from auto_round.layouts.gptq import pack_gptq, pack_words, unpack_gptq, unpack_words
+from auto_round.layouts.bit_stream import pack_words, unpack_words
+from auto_round.layouts.gptq import GPTQ_V1, pack_gptq, unpack_gptq
+from auto_round.schemes import QuantizationScheme
 
 SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[4] / "shared")
 GOLDEN = SHARED / "golden"
@@ -103,14 +107,14 @@ def test_bit_stream_round_trip(bits: int, periods: int, width: int, seed: int) -
 
 @settings(max_examples=30, deadline=None)
 @given(
-    bits=st.integers(2, 8), periods=st.integers(1, 3), width=st.integers(1, 9), piece=st.sampled_from([1, 40, 200]),
+    bits=st.integers(2, 8), periods=st.integers(1, 3), width=st.integers(1, 9), chunk=st.sampled_from([1, 40, 200]),
     start=st.integers(0, 3),
 )  # fmt: skip
-def test_packing_in_pieces_and_from_views(bits: int, periods: int, width: int, piece: int, start: int) -> None:
-    """Pieces of any size, and inputs that begin anywhere in memory, give the words of the bit by bit reader."""
+def test_packing_in_chunks_and_from_views(bits: int, periods: int, width: int, chunk: int, start: int) -> None:
+    """Chunks of any size, and inputs that begin anywhere in memory, give the words of the bit by bit reader."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("auto_round.layouts.gptq._PIECE", piece)
-        patch.setattr("auto_round.layouts.awq._PIECE", piece)
+        patch.setattr("auto_round.layouts.bit_stream._CHUNK", chunk)
+        patch.setattr("auto_round.layouts.awq._CHUNK", chunk)
         base = torch.randint(0, 1 << bits, (width + 1, periods * 32 + start), dtype=torch.uint8)
         rows = base[1:, start:]
         words = pack_words(rows.T, bits).numpy()
@@ -119,16 +123,17 @@ def test_packing_in_pieces_and_from_views(bits: int, periods: int, width: int, p
             assert seen == rows[column].tolist()
         if bits == 4:
             columns = base[:, start:][:1].expand(16, -1)
-            assert np.array_equal(naive_awq(pack_awq(columns, 8, groups=1)[0].numpy()), columns.numpy())
+            assert np.array_equal(naive_awq(pack_awq(columns, columns[:, :1])[0].numpy()), columns.numpy())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_one_zero_point_for_all_groups(bits: int) -> None:
     codes, _ = case(1, bits, 32, 64, 2)
     middle = 1 << (bits - 1)
-    a = pack_gptq(codes, middle, bits, 1, groups=2)
-    b = pack_gptq(codes, torch.full((32, 2), middle, dtype=torch.uint8), bits, 1)
-    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    scheme, scale = QuantizationScheme(bits=bits, group_size=32), torch.ones(32, 2).half()
+    one, many = middle, torch.full((32, 2), middle, dtype=torch.uint8)
+    a, b = (GPTQ_V1.pack(QuantizedLayer("a", scheme, codes, scale, zero)) for zero in (one, many))
+    assert all(torch.equal(a[key], b[key]) for key in ("qweight", "qzeros", "scales"))
 
 
 def test_zero_point_0_wraps_in_gptq_v1() -> None:
@@ -139,14 +144,15 @@ def test_zero_point_0_wraps_in_gptq_v1() -> None:
 
 
 def test_uneven_shapes_are_refused() -> None:
+    zeros = partial(torch.zeros, dtype=torch.uint8)
     with pytest.raises(UnsupportedError, match="multiple of 8"):
-        pack_gptq(torch.zeros(8, 12, dtype=torch.uint8), 8, 4, 1, groups=1)
+        pack_gptq(zeros(8, 12), zeros(8, 1), 4, 1)
     with pytest.raises(UnsupportedError, match="multiple of 32"):
-        pack_gptq(torch.zeros(32, 48, dtype=torch.uint8), 4, 3, 1, groups=1)
+        pack_gptq(zeros(32, 48), zeros(32, 1), 3, 1)
     with pytest.raises(UnsupportedError, match="multiples of 8"):
-        pack_awq(torch.zeros(12, 8, dtype=torch.uint8), 8, groups=1)
+        pack_awq(zeros(12, 8), zeros(12, 1))
     with pytest.raises(UnsupportedError, match="4-bit"):
-        pack_awq(torch.zeros(16, 8, dtype=torch.uint8), 4, bits=3, groups=1)
+        pack_awq(zeros(16, 8), zeros(16, 1), bits=3)
 
 
 GOLDEN_INT = [
