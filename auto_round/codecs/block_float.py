@@ -1,9 +1,9 @@
 """Block-scaled minifloats (MXFP, NVFP4, FP8): scale rules, exact codes, and differentiable fake quantization.
 
 A weight w in a block of stored scale s becomes `f * nearest(w / f)` with f = s, or s / global_scale for NVFP4,
-in float32. Codes and fake-quantized values come from the same expressions, so they agree bit for bit. A scale
-rule turns the largest magnitude of a block into a scale that a file can hold. A block with NaN or Inf gets the
-scale NaN, so all of it becomes NaN (as in OCP MX v1.0, 5.1) and the layer is found.
+in float32. Codes and fake-quantized values come from the same expressions, so they agree bit for bit. A scale rule
+turns the largest magnitude of a block into a stored scale. A block with NaN or Inf gets the scale NaN (as in OCP MX
+v1.0, 5.1), and encoding the layer raises NumericsError.
 """
 
 from __future__ import annotations
@@ -32,32 +32,33 @@ GLOBAL_TOP = 448.0 * 6.0  # largest block scale times largest element
 _MANTISSA = 0x7FFFFF
 _ROOT_OF_TWO = 0x3504F3  # mantissa bits of sqrt(2)
 _SMALLEST_BLOCK = 2.0**-9  # smallest positive e4m3
-_BLOCK_OF_ZEROS = 2.0**-3  # under it, whatever has a scale that rounds to zero is less than half the smallest element
-_SMALLEST_PLAIN = 2.0**-100  # of a tile of zeros; far from where 448 / scale or 448 * scale leaves float32
+_BLOCK_OF_ZEROS = 2.0**-3  # with it, a block whose scale rounds to zero is below half the smallest element
+_SMALLEST_PLAIN = 2.0**-100  # scale of a block of zeros; 448 / scale and 448 * scale are far from float32's limits
 
 
 class ScaleRule(Protocol):
-    """From extremes to scales. Tensors are float32 of any shape; `global_scale` is a scalar for NVFP4 and else None."""
+    """From largest magnitudes to stored scales, float32 of any shape; `global_scale` is a scalar for NVFP4, else
+    None."""
 
     @property
     def element(self) -> MinifloatType: ...
 
     def scale(self, largest: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """The stored scale of tiles whose largest magnitudes these are."""
+        """The stored scales of blocks with these largest magnitudes."""
         ...
 
     def store(self, scale: torch.Tensor) -> torch.Tensor:
-        """The nearest scales that can be stored."""
+        """The nearest storable scales."""
         ...
 
     def candidates(self, scale: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Other stored scales near these, for a search."""
+        """Other storable scales near these, for a search."""
         ...
 
 
 def _powers(exponents: torch.Tensor) -> torch.Tensor:
-    """2**e for int32 e, cut to -127 .. 127, exactly."""
-    # The bits of 2**-127, which float32 holds as a subnormal, are the lone exception to `(e + 127) << 23`.
+    """2**e for int32 e clamped to -127 .. 127, exactly."""
+    # 2**-127 is subnormal in float32: its bits are the only exception to `(e + 127) << 23`.
     return ((exponents.clamp(-127, 127) + 127) << 23).clamp_(min=1 << 22).view(torch.float32)
 
 
@@ -66,17 +67,16 @@ class PowerOfTwo:
     """Scales 2**-127 .. 2**127, one byte each (E8M0, OCP MX v1.0, 5.4.1).
 
     Attributes:
-        up: False: `floor(log2(largest)) - emax`, the rule of OCP MX v1.0, 6.3; values between the element's largest and
-            the next power of two are cut. True: the smallest power with which nothing is cut ("round up", the rule of
-            NVIDIA's conversion instructions).
+        up: False: `floor(log2(largest)) - emax` (OCP MX v1.0, 6.3), with which the largest values may saturate. True:
+            the smallest power with which none does ("round up", as NVIDIA's conversion instructions).
     """
 
     element: MinifloatType
     up: bool = False
 
     def scale(self, largest: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
-        # largest = m * 2**k and maximum = M * 2**emax with 1 <= m, M < 2, so the power that fits has k - emax, and one
-        # more when m > M: a carry out of the mantissa when what M lacks to two is added.
+        # largest = m * 2**k and maximum = M * 2**emax with 1 <= m, M < 2: the exponent is k - emax, plus one when
+        # m > M, which adding 2 - M to the mantissa carries into the exponent.
         carry = _MANTISSA - _mantissa(self.element.maximum) if self.up else 0
         bits = largest.contiguous().view(torch.int32)
         exponents = ((bits + carry) >> 23).sub_(127 + self.element.exponent)
@@ -86,7 +86,7 @@ class PowerOfTwo:
         """Nearest by ratio."""
         bits = scale.contiguous().view(torch.int32)
         powers = _powers(((bits + (_MANTISSA + 1 - _ROOT_OF_TWO)) >> 23).sub_(127))
-        powers = torch.where(scale < 2.0**-126.5, 2.0**-127, powers)  # below normal numbers the bits say nothing of it
+        powers = torch.where(scale < 2.0**-126.5, 2.0**-127, powers)  # bits of subnormals hold no exponent
         return torch.where(scale.isfinite(), powers, torch.nan)
 
     def candidates(self, scale: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -100,12 +100,12 @@ def _mantissa(value: float) -> int:
 
 @dataclass(frozen=True)
 class BlockScale:
-    """Positive e4m3 scales, under a float32 scale of the whole tensor by which they are too large (NVFP4).
+    """Positive e4m3 scales, multiplied by a float32 global scale of the whole tensor (NVFP4).
 
-    A scale that would round to zero is the smallest there is.
+    A scale that would round to zero becomes the smallest e4m3 value.
 
     Attributes:
-        of_inputs: such a group of inputs becomes zeros instead: its scale is one under which all of it rounds to zero.
+        of_inputs: such a group becomes zeros instead.
     """
 
     element: MinifloatType
@@ -123,7 +123,7 @@ class BlockScale:
         return MINIFLOATS["e4m3"].nearest(scale).clamp_(min=_SMALLEST_BLOCK)
 
     def candidates(self, scale: torch.Tensor) -> Iterator[torch.Tensor]:
-        # Codes of positive values are in their order: neighbours are neighbours.
+        # Codes of positive values sort like the values.
         e4m3 = MINIFLOATS["e4m3"]
         codes = e4m3.encode(scale).int()
         for offset in (-1, 1, -2, 2, -3, 3, -4, 4, -5, -6):
@@ -131,7 +131,7 @@ class BlockScale:
 
 
 def global_scale_of(largest: torch.Tensor) -> torch.Tensor:
-    """float32 scalar 448 * 6 / largest, with which the largest block gets the largest scale (NVFP4); 1 for zeros."""
+    """float32 scalar 448 * 6 / largest, which gives the largest block the largest scale (NVFP4); 1 for zeros."""
     largest = largest.detach().float().reshape(())
     exact = (torch.full_like(largest, GLOBAL_TOP) / largest).clamp(max=torch.finfo(torch.float32).max)
     return torch.where(largest > 0, exact, torch.where(largest == 0, 1.0, torch.nan))
@@ -139,10 +139,10 @@ def global_scale_of(largest: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class PlainScale:
-    """`largest / maximum`, rounded to bfloat16 where it is to be stored.
+    """`largest / maximum`.
 
     Attributes:
-        stored: False keeps float32, for scales that live only as long as one input.
+        stored: round to bfloat16. False keeps float32, for dynamic scales of inputs.
     """
 
     element: MinifloatType
@@ -160,18 +160,13 @@ class PlainScale:
             yield self.store(scale * factor)
 
 
-# Small float types as element and scale rule: exact codes, and fake quantization with straight-through gradients.
-#
-# A weight w in a tile of stored scale s becomes `f * nearest(w / f)`, where f = s, or s / global_scale for NVFP4, all
-# in float32. Codes and fake-quantized values come from the same expressions, so they are equal bit for bit.
-
-_CHUNK = 1 << 18  # values in flight: a few float32 buffers of them stay in the cache
+_CHUNK = 1 << 18  # values encoded at once: a few float32 buffers stay in the cache
 _GPU_CHUNK = 1 << 26
 
 
 class Encoded(NamedTuple):
     """Codes uint8 [out, in]; scale float32 [out, groups], [1, 1] per tensor or [out/M, in/N] for blocks; global scale,
-    a float32 scalar or None. `dequantize_minifloat` makes the values of them."""
+    a float32 scalar or None. The inverse is `dequantize_minifloat`."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -180,7 +175,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockFloatSpec:
-    """One small float type: what its elements are and how they share scales."""
+    """One small float type: its scale rule, which knows the element type."""
 
     rule: ScaleRule
 
@@ -193,7 +188,7 @@ class BlockFloatSpec:
         return isinstance(self.rule, BlockScale)
 
     def global_scale(self, tensor: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
-        """The one given, or computed from the tensor; None for types without."""
+        """`given`, or computed from the tensor; None for types without a global scale."""
         if not self.has_global_scale:
             return None
         if given is not None:
@@ -202,46 +197,46 @@ class BlockFloatSpec:
 
 
 def effective_scale(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
-    """What the elements' values are multiplied with."""
+    """The factor from element values to weights."""
     return scale if global_scale is None else scale / global_scale
 
 
 def encode(
-    tensor: torch.Tensor, family: BlockFloatSpec, group_size: GroupSize, *, scale: torch.Tensor | None = None,
+    tensor: torch.Tensor, spec: BlockFloatSpec, group_size: GroupSize, *, scale: torch.Tensor | None = None,
     v: torch.Tensor | None = None, global_scale: torch.Tensor | None = None,
 ) -> Encoded:  # fmt: skip
     """The exact codes of a weight.
 
     Args:
         tensor: [out, in], any float dtype; computed in float32, a few rows at a time.
-        group_size: see `QuantizationScheme`; a last group or block that is not full is as if filled with zeros.
-        scale: stored scales to use, shaped as they are returned; None takes the rule's.
-        v: offsets [R, M, C, N] (see `data_type.blocks`) in units of the element's step at each weight.
+        group_size: see `QuantizationScheme`; a partial group or block is zero-padded.
+        scale: stored scales to use, in the returned shape; None computes them by the rule.
+        v: rounding deltas [R, M, C, N] (see `codecs.minifloat`) in units of the element's step at each weight.
         global_scale: for types that have one; None computes it from the tensor.
     """
     with torch.no_grad():
         out, columns = int(tensor.shape[0]), int(tensor.shape[1])
         blocks = as_blocks(tensor, group_size)
         r, m, c, n = blocks.shape
-        given = family.global_scale(tensor, global_scale)
+        given = spec.global_scale(tensor, global_scale)
         stored = torch.empty(r, 1, c, 1, device=tensor.device) if scale is None else scale.float().view(r, 1, c, 1)
         codes = torch.empty(r, m, c, n, dtype=torch.uint8, device=tensor.device)
-        whole = r == c == 1 and m > 1  # one scale for rows that are taken a few at a time
+        whole = r == c == 1 and m > 1  # one scale for all chunks of rows
         if scale is None and whole:
-            stored.copy_(family.rule.scale(tensor_absmax(blocks).view(1, 1, 1, 1), given))
+            stored.copy_(spec.rule.scale(tensor_absmax(blocks).view(1, 1, 1, 1), given))
         for rows, inner in block_chunks(blocks, _CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK):
             part = blocks[rows, inner].float()
             if scale is None and not whole:
-                stored[rows] = family.rule.scale(block_absmax(part), given)
+                stored[rows] = spec.rule.scale(block_absmax(part), given)
             ratio = part / effective_scale(stored[rows], given)
             if v is not None:
-                ratio = add_rounding_delta(ratio, v[rows, inner], family.element)
-            codes[rows, inner] = family.element.encode(ratio)
+                ratio = add_rounding_delta(ratio, v[rows, inner], spec.element)
+            codes[rows, inner] = spec.element.encode(ratio)
         return Encoded(from_blocks(codes, (out, columns)).contiguous(), stored.view(r, c), given)
 
 
 def add_rounding_delta(ratio: torch.Tensor, v: torch.Tensor, element: MinifloatType) -> torch.Tensor:
-    """`ratio + v * step`, where step is how far apart the element's values lie at `ratio`."""
+    """`ratio + v * step`, with the element's step at `ratio`."""
     return element.step(ratio).mul_(v).add_(ratio)
 
 
@@ -273,11 +268,11 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def quantize_float(
-    tensor: torch.Tensor, family: BlockFloatSpec, group_size: GroupSize, v: torch.Tensor | float = 0.0,
+    tensor: torch.Tensor, spec: BlockFloatSpec, group_size: GroupSize, v: torch.Tensor | float = 0.0,
     min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
     global_scale: torch.Tensor | None = None, scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """Quantize and dequantize, by the contract of data types.
+    """Quantize and dequantize, as the contract of data types in `register_dtype` demands.
 
     Args:
         tensor: [..., in].
@@ -288,27 +283,27 @@ def quantize_float(
 
     Returns:
         (dequantized tensor of the same shape and dtype, stored scale float32 [rows, groups], None). Gradients pass
-        straight through the rounding of values and scales to `tensor`, `v`, `min_scale` and `max_scale`; the extremes
-        themselves count as fixed.
+        straight through the rounding of values and scales to `tensor`, `v`, `min_scale` and `max_scale`, with the
+        extremes taken as constants.
     """
     flat = tensor.reshape(-1, tensor.shape[-1]).float()
     blocks = as_blocks(flat, group_size)
-    given = family.global_scale(flat, global_scale)
+    given = spec.global_scale(flat, global_scale)
     if scale is not None:
         stored = scale.detach().to(flat).reshape(1, 1, 1, 1)
         factor = effective_scale(stored, given)
     else:
         largest = _scaled_absmax(blocks.detach(), min_scale, max_scale)
         fixed = largest.detach()
-        stored = family.rule.scale(fixed, given)
+        stored = spec.rule.scale(fixed, given)
         factor = effective_scale(stored, given)
-        if largest.requires_grad:  # the scale is taken to be in proportion to the extreme
+        if largest.requires_grad:  # as if the scale were proportional to the extreme
             factor = factor * torch.where(fixed > 0, largest / fixed, 1.0)
     if isinstance(v, torch.Tensor):
         blocks = blocks + as_blocks(v.reshape(flat.shape).float(), group_size)
     elif v:
         blocks = blocks + v
-    values = _StraightThrough.apply(blocks, factor, family.element)
+    values = _StraightThrough.apply(blocks, factor, spec.element)
     result = from_blocks(values, (flat.shape[0], flat.shape[1])).reshape(tensor.shape).to(tensor.dtype)
     return result, stored.reshape(stored.shape[0], stored.shape[2]), None
 
@@ -318,41 +313,32 @@ def _scaled_absmax(
 ) -> torch.Tensor:
     """[R, 1, C, 1]: the larger of maximum * max_scale and -minimum * min_scale."""
     r, _, c, _ = blocks.shape
-    factors = [
+    low_factor, high_factor = (
         f.reshape(r, 1, c, 1).float() if isinstance(f, torch.Tensor) and f.numel() > 1 else f
         for f in (min_scale, max_scale)
-    ]
-    if (
-        not isinstance(factors[0], torch.Tensor)
-        and not isinstance(factors[1], torch.Tensor)
-        and factors[0] == factors[1]
-    ):
-        largest = block_absmax(blocks)
-        return largest if factors[0] == 1 else largest * factors[0]
+    )
+    if not isinstance(low_factor, torch.Tensor) and not isinstance(high_factor, torch.Tensor):
+        if low_factor == high_factor:
+            largest = block_absmax(blocks)
+            return largest if low_factor == 1 else largest * low_factor
     low, high = block_min_max(blocks)
-    return torch.maximum(high * factors[1], -low * factors[0])
+    return torch.maximum(high * high_factor, -low * low_factor)
 
 
 BLOCK_FLOAT_SPECS: dict[str, Mapping[int, BlockFloatSpec]] = {}
 
 
 def register_float(
-    names: Sequence[str], families: Mapping[int, BlockFloatSpec], usual_group_size: GroupSize = 32
+    names: Sequence[str], specs: Mapping[int, BlockFloatSpec], usual_group_size: GroupSize = 32
 ) -> QuantFunc:
-    """Register a data type function for families of small floats, chosen by bits, as the type of weights.
-
-    Args:
-        names: of the data type.
-        families: by bits.
-        usual_group_size: what the function takes when none is given.
-    """
-    BLOCK_FLOAT_SPECS.update(dict.fromkeys(names, families))
-    return register_dtype(names)(float_function(names[0], families, usual_group_size))
+    """Register small float types, by their number of bits, as a data type of weights; returns its function."""
+    BLOCK_FLOAT_SPECS.update(dict.fromkeys(names, specs))
+    return register_dtype(names)(float_function(names[0], specs, usual_group_size))
 
 
-def float_function(name: str, families: Mapping[int, BlockFloatSpec], usual_group_size: GroupSize) -> QuantFunc:
-    """The function of `register_float`, registered nowhere."""
-    only = next(iter(families)) if len(families) == 1 else None
+def float_function(name: str, specs: Mapping[int, BlockFloatSpec], usual_group_size: GroupSize) -> QuantFunc:
+    """The function of a small float data type, without registering it."""
+    only = next(iter(specs)) if len(specs) == 1 else None
 
     def quant_tensor_float(
         tensor: torch.Tensor, bits: int | None = None, group_size: GroupSize = usual_group_size,
@@ -361,7 +347,7 @@ def float_function(name: str, families: Mapping[int, BlockFloatSpec], usual_grou
         global_scale: torch.Tensor | None = None, **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
         return quantize_float(
-            tensor, spec_for_bits(families, name, bits or only), group_size, v, min_scale, max_scale, global_scale
+            tensor, spec_for_bits(specs, name, bits or only), group_size, v, min_scale, max_scale, global_scale
         )
 
     quant_tensor_float.__doc__ = quantize_float.__doc__
@@ -369,22 +355,18 @@ def float_function(name: str, families: Mapping[int, BlockFloatSpec], usual_grou
     return quant_tensor_float
 
 
-def spec_for_bits(families: Mapping[int, BlockFloatSpec], name: str, bits: int | None) -> BlockFloatSpec:
-    """The family of that many bits. Raises UnsupportedError when there is none."""
-    family = None if bits is None else families.get(bits)
-    if family is None:
+def spec_for_bits(specs: Mapping[int, BlockFloatSpec], name: str, bits: int | None) -> BlockFloatSpec:
+    """The type of that many bits. Raises UnsupportedError when there is none."""
+    spec = None if bits is None else specs.get(bits)
+    if spec is None:
         raise UnsupportedError(
-            f"data type {name!r} with {bits} bits is not available in this version; bits there are: "
-            f"{', '.join(map(str, families))}"
+            f"data type {name!r} with {bits} bits is not available in this version; available bits: "
+            f"{', '.join(map(str, specs))}"
         )
-    return family
+    return spec
 
 
 def block_float_spec(data_type: str, bits: int) -> BlockFloatSpec | None:
-    """The family whose codes a layer of this data type stores, None for types that are no small floats.
-
-    Raises:
-        UnsupportedError: the type has no such width.
-    """
-    families = BLOCK_FLOAT_SPECS.get(data_type)
-    return None if families is None else spec_for_bits(families, data_type, bits)
+    """The small float type of a data type, None for other data types. Raises UnsupportedError for a missing width."""
+    specs = BLOCK_FLOAT_SPECS.get(data_type)
+    return None if specs is None else spec_for_bits(specs, data_type, bits)

@@ -10,9 +10,11 @@
 | `fp`, `fp8`, `fp8_e5m2` | e4m3, e5m2 | any | largest / 448 (57344); bfloat16 for weights, float32 for inputs |
 | `w4fp8` | 4-bit integers over e4m3 values | any | bfloat16 per group times one scale per tensor |
 
-Ties round to the even code. The scale of an MX group of zeros is 2**-127. An NVFP4 group so small that its
-scale rounds to zero gets the smallest scale for weights (readers multiply with it), and zeros for inputs (as in
-the kernels and in compressed-tensors).
+Ties round to the even code. The scale of an MX group of zeros is 2**-127. In NVFP4 a group's scale is the e4m3 nearest
+to `g * (largest of the group / 6)`, and a value is `element * (scale / g)`; a group so small that its scale rounds to
+zero gets the smallest scale for weights (readers multiply with it), and zeros for inputs (as in the kernels and in
+compressed-tensors). FP8 scales of weights are rounded to bfloat16 before any code is chosen, so files with bfloat16 and
+with float32 scales hold the same numbers. W4FP8 is for hardware that multiplies in FP8 and stores 4 bits.
 """
 
 from __future__ import annotations
@@ -33,12 +35,8 @@ from auto_round.codecs.block_float import (
 )
 from auto_round.codecs.int import quant_tensor_sym
 from auto_round.codecs.minifloat import MINIFLOATS
-from auto_round.codecs.registry import ACTIVATION_PREFIX, register_dtype
+from auto_round.codecs.registry import ACTIVATION_PREFIX, QuantFunc, register_dtype
 from auto_round.schemes import GroupSize
-
-
-def _mx_spec(element: str, up: bool) -> BlockFloatSpec:
-    return BlockFloatSpec(PowerOfTwo(MINIFLOATS[element], up))
 
 
 def _mx_spellings(*names: str, suffix: str) -> list[str]:
@@ -46,105 +44,61 @@ def _mx_spellings(*names: str, suffix: str) -> list[str]:
 
 
 for _up, _suffix in ((False, ""), (True, "_rceil")):
-    _four, _eight, _wide = (_mx_spec(element, _up) for element in ("e2m1", "e4m3", "e5m2"))
+    _four, _eight, _wide = (BlockFloatSpec(PowerOfTwo(MINIFLOATS[name], _up)) for name in ("e2m1", "e4m3", "e5m2"))
     register_float(_mx_spellings("mx_fp", suffix=_suffix), {4: _four, 8: _eight})
     register_float(_mx_spellings("mx_fp4", "mx_fp4e2m1", suffix=_suffix), {4: _four})
     register_float(_mx_spellings("mx_fp8", "mx_fp8e4m3", suffix=_suffix), {8: _eight})
     register_float(_mx_spellings("mx_fp8e5m2", suffix=_suffix), {8: _wide})
 
 
-# Microscaling integers: 4-bit sign and magnitude in quarters, in groups of 32 under a power-of-two scale.
-#
-# OCP MX v1.0 defines 8-bit integers so (5.3.4: the point after the first bit; here 0 to 1.75 in quarters), and the
-# scale by the floor rule of 6.3 with 0 as the exponent of the largest value. The range is symmetric: there is no -2.
-# Ties go to the even code.
-
-quant_tensor_mxint = register_float(
-    ["mx_int", "mxint", "mx_int4", "mxint4"], {4: BlockFloatSpec(PowerOfTwo(MINIFLOATS["int4"]))}
-)
-
-
-# NVFP4: e2m1 elements in groups of 16 under e4m3 scales, and those under one float32 scale of the whole tensor.
-#
-# With `g = 448 * 6 / largest of the tensor`, a group's scale is the e4m3 nearest to `g * (largest of the group / 6)`,
-# and a value is `element * (scale / g)`. The global scale is given (`global_scale`: for inputs fixed by calibration,
-# for weights shared by layers that runtimes join) or computed from the tensor. Ties of elements and of scales go to the
-# even code.
-#
-# A group so small that its scale rounds to zero: weights get the smallest scale there is, since files hold it and every
-# reader multiplies with it. Inputs become zeros, as in the kernels and in compressed-tensors that quantize them.
+register_float(["mx_int", "mxint", "mx_int4", "mxint4"], {4: BlockFloatSpec(PowerOfTwo(MINIFLOATS["int4"]))})
 
 _NVFP_NAMES = ["nv_fp", "nvfp", "nv_fp4", "nvfp4", "nv_fp_with_static_gs", "nv_fp4_with_static_gs"]
 
-quant_tensor_nvfp = register_float(
-    _NVFP_NAMES, {4: BlockFloatSpec(BlockScale(MINIFLOATS["e2m1"]))}, usual_group_size=16
-)
-quant_activation_nvfp = register_dtype([ACTIVATION_PREFIX + name for name in _NVFP_NAMES])(
+register_float(_NVFP_NAMES, {4: BlockFloatSpec(BlockScale(MINIFLOATS["e2m1"]))}, usual_group_size=16)
+register_dtype([ACTIVATION_PREFIX + name for name in _NVFP_NAMES])(
     float_function("nv_fp", {4: BlockFloatSpec(BlockScale(MINIFLOATS["e2m1"], of_inputs=True))}, usual_group_size=16)
 )
 
-
-# FP8: e4m3 or e5m2 under one scale a tensor, row, group or block (OCP 8-bit Floating Point v1.0).
-#
-# The scale is `largest / 448` (57344 for e5m2). For weights it is rounded to bfloat16 before any code is chosen, so
-# that files with bfloat16 and with float32 scales hold the same numbers; what the rounding leaves above the largest
-# element is cut, never rounded to the next power. Scales of inputs that are computed on the way stay float32; a fixed
-# one is a value of the model's dtype. Ties go to the even code.
-
 _E4M3_NAMES = ["fp", "fp8", "fp8_sym", "fp8_e4m3", "fp8_e4m3fn", "fp8_dynamic", "fp8_block"]
 
-quant_tensor_fp8 = register_float(_E4M3_NAMES, {8: BlockFloatSpec(PlainScale(MINIFLOATS["e4m3"]))}, -1)
-quant_tensor_fp8_e5m2 = register_float(["fp8_e5m2"], {8: BlockFloatSpec(PlainScale(MINIFLOATS["e5m2"]))}, -1)
-
-_INPUT_SPECS = {name: {8: BlockFloatSpec(PlainScale(MINIFLOATS[name], stored=False))} for name in ("e4m3", "e5m2")}
+register_float(_E4M3_NAMES, {8: BlockFloatSpec(PlainScale(MINIFLOATS["e4m3"]))}, -1)
+register_float(["fp8_e5m2"], {8: BlockFloatSpec(PlainScale(MINIFLOATS["e5m2"]))}, -1)
 
 
-def _quantize_fp8_inputs(
-    element: str, tensor: torch.Tensor, bits: int, group_size: GroupSize, scale: torch.Tensor | None,
-    tensor_min: torch.Tensor | None, tensor_max: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    family = spec_for_bits(_INPUT_SPECS[element], f"fp8_{element}", bits)
-    if scale is None and tensor_max is not None:
-        high = torch.as_tensor(tensor_max, dtype=torch.float32)
-        low = high if tensor_min is None else -torch.as_tensor(tensor_min, dtype=torch.float32)
-        scale = family.rule.scale(torch.maximum(high, low))
-    return quantize_float(tensor, family, group_size if scale is None else 0, scale=scale)
+def _fp8_input_function(element: str) -> QuantFunc:
+    spec = BlockFloatSpec(PlainScale(MINIFLOATS[element], stored=False))
+
+    def quant_activation_fp8(
+        tensor: torch.Tensor, bits: int = 8, group_size: GroupSize = -1, scale: torch.Tensor | None = None,
+        tensor_min: torch.Tensor | None = None, tensor_max: torch.Tensor | None = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
+        """Quantize and dequantize inputs to FP8.
+
+        Args:
+            tensor: [..., in].
+            bits: 8.
+            group_size: -1 one scale per token; >0 one per group of a token; 0 one per tensor.
+            scale: the scale to use, for static activations.
+            tensor_min, tensor_max: known extremes, scalars; used when no scale is given.
+
+        Returns:
+            (fake-quantized tensor of the same shape and dtype, scale float32, None). Gradients pass to `tensor` where
+            it is inside the range.
+        """
+        checked = spec_for_bits({8: spec}, f"fp8_{element}", bits)
+        if scale is None and tensor_max is not None:
+            high = torch.as_tensor(tensor_max, dtype=torch.float32)
+            low = high if tensor_min is None else -torch.as_tensor(tensor_min, dtype=torch.float32)
+            scale = checked.rule.scale(torch.maximum(high, low))
+        return quantize_float(tensor, checked, group_size if scale is None else 0, scale=scale)
+
+    quant_activation_fp8.__qualname__ = f"quant_activation_fp8[{element}]"
+    return quant_activation_fp8
 
 
-@register_dtype([f"act_{name}" for name in _E4M3_NAMES])
-def quant_activation_fp8(
-    tensor: torch.Tensor, bits: int = 8, group_size: GroupSize = -1, scale: torch.Tensor | None = None,
-    tensor_min: torch.Tensor | None = None, tensor_max: torch.Tensor | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """Quantize and dequantize inputs to e4m3.
-
-    Args:
-        tensor: [..., in].
-        bits: 8.
-        group_size: -1 one scale a token; >0 one for that many of its values; 0 one for the tensor.
-        scale: the scale to use, for static activations.
-        tensor_min, tensor_max: known extremes, scalars; used when no scale is given.
-
-    Returns:
-        (fake-quantized tensor of the same shape and dtype, scale float32, None). Gradients pass to `tensor` where it is
-        inside the range.
-    """
-    return _quantize_fp8_inputs("e4m3", tensor, bits, group_size, scale, tensor_min, tensor_max)
-
-
-@register_dtype("act_fp8_e5m2")
-def quant_activation_fp8_e5m2(
-    tensor: torch.Tensor, bits: int = 8, group_size: GroupSize = -1, scale: torch.Tensor | None = None,
-    tensor_min: torch.Tensor | None = None, tensor_max: torch.Tensor | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """Quantize and dequantize inputs to e5m2; as `quant_activation_fp8`."""
-    return _quantize_fp8_inputs("e5m2", tensor, bits, group_size, scale, tensor_min, tensor_max)
-
-
-# W4FP8: 4-bit integers that stand for FP8 values, for hardware that multiplies in FP8 and stores 4 bits.
-#
-# A weight is first rounded to e4m3 under one scale for the tensor, and those values then to symmetric integers in
-# groups with bfloat16 scales: `w = s8 * (s * q)`.
+register_dtype([ACTIVATION_PREFIX + name for name in _E4M3_NAMES])(_fp8_input_function("e4m3"))
+register_dtype(ACTIVATION_PREFIX + "fp8_e5m2")(_fp8_input_function("e5m2"))
 
 _E4M3_SPEC = BlockFloatSpec(PlainScale(MINIFLOATS["e4m3"]))
 
@@ -155,19 +109,17 @@ def quant_tensor_w4fp8(
     min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
     scale_dtype: torch.dtype | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
-    """Quantize and dequantize.
+    """Quantize and dequantize: round [out, in] to e4m3 with one scale `s8`, then those values to symmetric integers `q`
+    in groups, `w = s8 * (s * q)`.
 
     Args:
-        tensor: [out, in].
-        bits: of the integers, 2 to 8.
-        group_size: of the integers.
+        bits, group_size: of the integers; 2 to 8 bits.
         v: added to `tensor` before the integers are chosen, in its units and shape.
         min_scale, max_scale: factors on each group's minimum and maximum; a number or one value a group.
-        scale_dtype: not used: the groups' scales are bfloat16.
+        scale_dtype: unused: the groups' scales are bfloat16.
 
     Returns:
-        (dequantized tensor of the same shape and dtype, scale float32 [out, groups] that turns codes into weights, zero
-        point 2**(bits-1)).
+        (dequantized tensor of the same shape and dtype, scale `s8 * s` float32 [out, groups], zero point 2**(bits-1)).
     """
     values, scale8, _ = quantize_float(tensor.float(), _E4M3_SPEC, 0)
     factor = scale8.reshape(())

@@ -7,14 +7,12 @@
 | e4m3 | 8 | `torch.float8_e4m3fn`: largest 448, no Inf | OCP OFP8 v1.0, 5.1 |
 | e5m2 | 8 | `torch.float8_e5m2`: largest 57344 | OCP OFP8 v1.0, 5.2 |
 
-A value beyond the largest saturates, Inf too; ties round to even. The sign of zero is kept. NaN stays NaN in
-the 8-bit types and has no code in the 4-bit ones. All four have steps of `2**(e - mantissa)` between 2**e and
-2**(e+1), and below
-2**lowest those of `e = lowest`. Adding and subtracting `2**(e + 23 - mantissa)` in float32 rounds to such a step.
+A value beyond the largest saturates, Inf too; ties round to even. The sign of zero is kept. NaN stays NaN in the 8-bit
+types and has no code in the 4-bit ones. All four have steps of `2**(e - mantissa)` between 2**e and 2**(e+1), and
+below 2**lowest those of `e = lowest`. Adding and subtracting `2**(e + 23 - mantissa)` in float32 rounds to such a step.
 
-Blocks are a view [R, M, C, N] of a matrix: R*M rows by C*N columns, each block M rows of N columns. Groups
-along the input have M = 1; one scale per row has M = C = 1; one scale per tensor has R = C = 1. A scale is [R,
-1, C, 1].
+Blocks are a view [R, M, C, N] of a matrix: R*M rows by C*N columns, each block M rows of N columns. Groups along the
+input have M = 1; one scale per row has M = C = 1; one scale per tensor has R = C = 1. A scale is [R, 1, C, 1].
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from auto_round.schemes import GroupSize
 
 
 def block_shape(shape: tuple[int, int], group_size: GroupSize) -> tuple[int, int, int, int]:
-    """(R, M, C, N) of a matrix [rows, columns]; the last tiles may reach beyond it."""
+    """(R, M, C, N) of a matrix [rows, columns]; the last blocks may be partial."""
     rows, columns = shape
     if isinstance(group_size, tuple):
         m, n = group_size
@@ -40,7 +38,7 @@ def block_shape(shape: tuple[int, int], group_size: GroupSize) -> tuple[int, int
 
 
 def as_blocks(matrix: torch.Tensor, group_size: GroupSize) -> torch.Tensor:
-    """[rows, columns] as [R, M, C, N], with zeros where the last tiles reach beyond; a view where none does."""
+    """[rows, columns] as [R, M, C, N], with partial blocks zero-padded; a view where there are none."""
     shape = (int(matrix.shape[0]), int(matrix.shape[1]))
     r, m, c, n = block_shape(shape, group_size)
     if shape != (r * m, c * n):
@@ -55,7 +53,7 @@ def from_blocks(blocks: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def block_sum(blocks: torch.Tensor) -> torch.Tensor:
-    """[R, 1, C, 1]: the sum over each tile."""
+    """[R, 1, C, 1]: the sum over each block."""
     sums = blocks.sum(3, keepdim=True)
     return sums if blocks.shape[1] == 1 else sums.sum(1, keepdim=True)
 
@@ -67,8 +65,8 @@ def tensor_absmax(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
-    """[R, 1, C, 1], float32: the largest magnitude of each tile; NaN where it holds one."""
-    # Floats without their sign are in the order of their bits, NaN last; and integers are compared faster.
+    """[R, 1, C, 1], float32: the largest magnitude of each block; NaN where it holds one."""
+    # Magnitudes sort like their bits, NaN last, and integers are compared faster.
     bits = blocks.float().contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF)
     largest = bits.amax(3, keepdim=True)
     largest = largest if blocks.shape[1] == 1 else largest.amax(1, keepdim=True)
@@ -76,7 +74,7 @@ def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def block_min_max(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """([R, 1, C, 1], same), float32: the smallest and the largest value of each tile, at most and at least zero."""
+    """([R, 1, C, 1], same), float32: the smallest and the largest value of each block, at most and at least zero."""
     low, high = blocks.amin(3, keepdim=True).float(), blocks.amax(3, keepdim=True).float()
     if blocks.shape[1] > 1:
         low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
@@ -84,8 +82,8 @@ def block_min_max(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def block_chunks(blocks: torch.Tensor, elements: int) -> list[tuple[slice, slice]]:
-    """Slices of the first two dimensions, in order, that hold about `elements` values each. Tiles are cut across their
-    rows only where there is a single tile."""
+    """Slices of the first two dimensions, in order, of about `elements` values each. A block is split across its rows
+    only if it is the single one."""
     r, m, c, n = blocks.shape
     if not r == c == 1 or m == 1:
         step = max(1, elements // max(1, m * c * n))
@@ -94,24 +92,7 @@ def block_chunks(blocks: torch.Tensor, elements: int) -> list[tuple[slice, slice
     return [(slice(0, 1), slice(i, min(i + step, m))) for i in range(0, m, step)]
 
 
-# Elements of the small float types: which values a code stands for, and the nearest code of a value.
-#
-# | name | bits | codes | source |
-# |---|---|---|---|
-# | e2m1 | 4 | sign, 2 bits of exponent (bias 1), 1 of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 | OCP MX v1.0, 5.3.3 |
-# | int4 | 4 | sign and magnitude in quarters: 0, 0.25 ... 1.75 | the range of OCP MX v1.0, 5.3.4, for 4 bits |
-# | e4m3 | 8 | `torch.float8_e4m3fn`: largest 448, no Inf | OCP OFP8 v1.0, 5.1 |
-# | e5m2 | 8 | `torch.float8_e5m2`: largest 57344 | OCP OFP8 v1.0, 5.2 |
-#
-# A value beyond the largest becomes the largest (saturation), Inf too; a value halfway between two goes to the one
-# whose last bit is zero (round half to even). The sign of zero is kept. NaN stays NaN in the 8-bit elements and has
-# no code in the 4-bit ones.
-#
-# All four are one thing: numbers whose steps are `2**(e - mantissa)` between 2**e and 2**(e+1), and below
-# 2**lowest those of `e = lowest`. Adding and taking away `2**(e + 23 - mantissa)` in float32 rounds to such a step,
-# since that is where float32's own last bit lies then.
-
-_CHUNK = 1 << 17  # codes in flight: what is made of them on the way stays in the cache
+_CHUNK = 1 << 17  # codes processed at once: temporaries stay in the cache
 _EXPONENT = 0x7F800000  # bits of a float32 that hold its exponent
 
 
@@ -122,10 +103,10 @@ class MinifloatType:
     Attributes:
         bits: 4 or 8.
         maximum: the largest finite value.
-        exponent: of the largest value, floor(log2(maximum)); what OCP MX calls emax.
+        exponent: floor(log2(maximum)); emax in OCP MX.
         mantissa: bits of the mantissa.
         lowest: exponent of the smallest normal value; below it steps are equal.
-        dtype: PyTorch's own type for it, None when there is none.
+        dtype: PyTorch's dtype for it, or None.
     """
 
     name: str
@@ -138,7 +119,7 @@ class MinifloatType:
 
     @property
     def saturation(self) -> float:
-        """Values from here on are cut, not rounded: half a step above the largest."""
+        """Values from here on saturate: half a step above the largest."""
         return self.maximum + 2.0 ** (self.exponent - self.mantissa - 1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -150,7 +131,7 @@ class MinifloatType:
         size = (wide & (sign - 1)).bitwise_left_shift_(10 - self.mantissa)
         bits = size.bitwise_or_(wide.bitwise_and_(sign).bitwise_left_shift_(16 - self.bits))
         values = bits.view(torch.float16).float().mul_(2.0 ** (14 + self.lowest))
-        if self.name == "e4m3":  # what would be 480 is its one NaN
+        if self.name == "e4m3":  # the code of 480 is NaN
             nan = (codes & 0x7F) == 0x7F
             if nan.device.type != "cpu" or bool(nan.any()):
                 values = values.masked_fill_(nan, torch.nan)
@@ -178,11 +159,11 @@ class MinifloatType:
         return size.add_(lift).sub_(lift).copysign_(values)
 
     def step(self, values: torch.Tensor) -> torch.Tensor:
-        """float32: how far apart the element's values lie at each of `values`."""
+        """float32: the distance of neighbouring representable values at each of `values`."""
         return self._power(values.abs().clamp_(max=self.maximum)).mul_(2.0**-self.mantissa)
 
     def _power(self, size: torch.Tensor) -> torch.Tensor:
-        """2**e of each magnitude, or of the smallest normal value; NaN gets that of Inf, so that it stays NaN."""
+        """2**e of each magnitude, at least that of the smallest normal value; NaN gets that of Inf and stays NaN."""
         return (size.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.lowest)
 
 
@@ -197,7 +178,7 @@ MINIFLOATS: dict[str, MinifloatType] = {
 
 
 def expand_scale(scale: torch.Tensor, shape: tuple[int, int], group_size: int | tuple[int, int]) -> torch.Tensor:
-    """A scale for every element of a weight, as a view where one will do.
+    """A scale for every element of a weight, as a view where possible.
 
     Args:
         scale: [out, groups]; [1, 1] per tensor; [out/M, in/N] for blocks of M rows and N columns.

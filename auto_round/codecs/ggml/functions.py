@@ -9,12 +9,11 @@ import torch
 from auto_round.codecs.ggml.search import search_blocks
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlType, code_limits, divisor_of
 from auto_round.codecs.int import FP16_MAX
-from auto_round.codecs.registry import clamp_to_float16, register_dtype, round_ste
+from auto_round.codecs.registry import QuantFunc, clamp_to_float16, register_dtype, round_ste
 from auto_round.errors import ConfigError
 from auto_round.schemes import GroupSize
 
 Factor = torch.Tensor | float
-Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]
 
 _TYPES: dict[str, dict[int, str]] = {
     "int_sym_dq": {3: "Q3_K", 6: "Q6_K"},
@@ -24,11 +23,7 @@ _TYPES: dict[str, dict[int, str]] = {
 
 
 def _ggml_type(name: str, bits: int, group_size: GroupSize) -> GgmlType:
-    """The type of that many bits.
-
-    Raises:
-        ConfigError: there is none, or its groups have another size.
-    """
+    """The type of that many bits. Raises ConfigError when there is none, or its groups have another size."""
     if bits not in _TYPES[name]:
         known = ", ".join(str(number) for number in _TYPES[name])
         raise ConfigError(f"data type {name!r} has no type of {bits} bits; give bits={known}")
@@ -40,38 +35,8 @@ def _ggml_type(name: str, bits: int, group_size: GroupSize) -> GgmlType:
     return kind
 
 
-def _fake_quantize(
-    name: str, bits: int, group_size: GroupSize, tensor: torch.Tensor, v: Factor, min_scale: Factor, max_scale: Factor,
-    importance: torch.Tensor | None,
-) -> Result:  # fmt: skip
-    kind = _ggml_type(name, bits, group_size)
-    columns = int(tensor.shape[-1])
-    flat = tensor.reshape(-1, columns)
-    missing = -columns % kind.block
-    pad = lambda t: torch.nn.functional.pad(t, (0, missing))  # noqa: E731
-    shares = torch.ones(columns, device=flat.device) if importance is None else importance.reshape(-1)
-    blocks = search_blocks(pad(clamp_to_float16(flat.detach())), kind.name, pad(shares))
-    groups = (flat.shape[0], -1, kind.group)
-    weight = pad(flat.float()).view(groups)
-    factors = blocks.d.float() * _per_block(max_scale, blocks.d, kind)
-    step = _stored_scale(factors, blocks.scales, kind).unsqueeze(-1)
-    minimum: torch.Tensor | float = 0.0
-    if blocks.dmin is not None:
-        factors = blocks.dmin.float() * _per_block(min_scale, blocks.dmin, kind)
-        minimum = (_stored_scale(factors, blocks.mins, kind) * kind.min_sign).unsqueeze(-1)
-    shifted = weight - minimum
-    if isinstance(v, torch.Tensor):
-        shifted = shifted + pad(v.float().reshape(flat.shape)).view(groups)
-    elif v:
-        shifted = shifted + v
-    codes = round_ste(shifted / divisor_of(step)).clamp(*code_limits(kind))
-    qdq = (codes * step + minimum).view(flat.shape[0], -1)[:, :columns].reshape(tensor.shape)
-    zero = minimum.detach().squeeze(-1) if isinstance(minimum, torch.Tensor) else float(kind.zero)
-    return qdq.to(tensor.dtype), step.detach().squeeze(-1), zero
-
-
 def _per_block(factor: Factor, d: torch.Tensor, kind: GgmlType) -> Factor:
-    """A factor of each group as one of each block, their mean: a block's groups share what is stored."""
+    """Factors of groups as one per super-block, their mean, because a super-block stores one d and dmin."""
     if not isinstance(factor, torch.Tensor) or factor.numel() == 1:
         return factor
     per_row = factor.float().reshape(d.shape[0], -1)
@@ -80,7 +45,7 @@ def _per_block(factor: Factor, d: torch.Tensor, kind: GgmlType) -> Factor:
 
 
 def _stored_scale(factors: torch.Tensor, integers: torch.Tensor | None, kind: GgmlType) -> torch.Tensor:
-    """[out, groups]: factors rounded to float16, straight through, times the groups' integers."""
+    """[out, groups]: d or dmin rounded to float16 (straight-through gradient) times the groups' integers."""
     half = factors.clamp(-FP16_MAX, FP16_MAX).half().float()
     rounded = factors + (half - factors).detach()
     if integers is None:
@@ -88,47 +53,57 @@ def _stored_scale(factors: torch.Tensor, integers: torch.Tensor | None, kind: Gg
     return rounded.repeat_interleave(kind.block // kind.group, dim=1) * integers.float()
 
 
-@register_dtype("int_asym_dq")
-def quant_tensor_asym_dq(
-    tensor: torch.Tensor, bits: int = 4, group_size: GroupSize = 32, v: Factor = 0.0, min_scale: Factor = 1.0,
-    max_scale: Factor = 1.0, imatrix: torch.Tensor | None = None, **kwargs: Any,
-) -> Result:  # fmt: skip
-    """Quantize and dequantize as Q2_K, Q4_K or Q5_K, on what the importance-weighted search finds.
+def _quant_function(name: str) -> QuantFunc:
+    def quant_tensor_ggml(
+        tensor: torch.Tensor, bits: int = 4, group_size: GroupSize = 32, v: Factor = 0.0, min_scale: Factor = 1.0,
+        max_scale: Factor = 1.0, imatrix: torch.Tensor | None = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
+        """Quantize and dequantize as a ggml type, with the steps and minima of the importance-weighted search.
 
-    Args:
-        tensor: [out, in] (or any shape; the last dimension is cut into blocks, padded with zeros where it does not fill
-            them).
-        bits: 2, 4 or 5.
-        group_size: that of the type: 16 for 2 bits, else 32.
-        v: added to `tensor` before rounding, in its units; same shape, or a number.
-        min_scale, max_scale: factors on the minima and on the steps; a number or one value a group. Groups of a block
-            get the mean, as only the block's factors move.
-        imatrix: [in], the second moment of each input channel, or None.
+        Args:
+            tensor: [out, in] (or any shape; the last dimension is cut into blocks, zero-padded).
+            bits, group_size: of the type: Q2_K, Q4_K and Q5_K (`int_asym_dq`), Q3_K and Q6_K (`int_sym_dq`), Q4_1 and
+                Q5_1 (`int_asym_float_zp`).
+            v: added to `tensor` before rounding, in its units; same shape, or a number.
+            min_scale, max_scale: factors on the minima and on the steps; a number or one value a group. Groups of a
+                super-block get their mean, as only d and dmin change.
+            imatrix: [in], the second moment of each input channel, or None.
 
-    Returns:
-        (dequantized tensor of the same shape and dtype, steps float32 [out, groups], minima alike).
+        Returns:
+            (dequantized tensor of the same shape and dtype, steps float32 [out, groups], minima likewise, or without
+            minima the code of zero).
 
-    Raises:
-        ConfigError: no type of these bits and group size.
-    """
-    return _fake_quantize("int_asym_dq", bits, group_size, tensor, v, min_scale, max_scale, imatrix)
+        Raises:
+            ConfigError: no type with these bits and group size.
+        """
+        kind = _ggml_type(name, bits, group_size)
+        columns = int(tensor.shape[-1])
+        flat = tensor.reshape(-1, columns)
+        missing = -columns % kind.block
+        pad = lambda t: torch.nn.functional.pad(t, (0, missing))  # noqa: E731
+        importance = torch.ones(columns, device=flat.device) if imatrix is None else imatrix.reshape(-1)
+        blocks = search_blocks(pad(clamp_to_float16(flat.detach())), kind.name, pad(importance))
+        groups = (flat.shape[0], -1, kind.group)
+        weight = pad(flat.float()).view(groups)
+        d = blocks.d.float() * _per_block(max_scale, blocks.d, kind)
+        step = _stored_scale(d, blocks.scales, kind).unsqueeze(-1)
+        minimum: torch.Tensor | float = 0.0
+        if blocks.dmin is not None:
+            dmin = blocks.dmin.float() * _per_block(min_scale, blocks.dmin, kind)
+            minimum = (_stored_scale(dmin, blocks.mins, kind) * kind.min_sign).unsqueeze(-1)
+        shifted = weight - minimum
+        if isinstance(v, torch.Tensor):
+            shifted = shifted + pad(v.float().reshape(flat.shape)).view(groups)
+        elif v:
+            shifted = shifted + v
+        codes = round_ste(shifted / divisor_of(step)).clamp(*code_limits(kind))
+        qdq = (codes * step + minimum).view(flat.shape[0], -1)[:, :columns].reshape(tensor.shape)
+        zero = minimum.detach().squeeze(-1) if isinstance(minimum, torch.Tensor) else float(kind.zero)
+        return qdq.to(tensor.dtype), step.detach().squeeze(-1), zero
+
+    quant_tensor_ggml.__qualname__ = f"quant_tensor_ggml[{name}]"
+    return quant_tensor_ggml
 
 
-@register_dtype("int_sym_dq")
-def quant_tensor_sym_dq(
-    tensor: torch.Tensor, bits: int = 3, group_size: GroupSize = 16, v: Factor = 0.0, min_scale: Factor = 1.0,
-    max_scale: Factor = 1.0, imatrix: torch.Tensor | None = None, **kwargs: Any,
-) -> Result:  # fmt: skip
-    """Quantize and dequantize as Q3_K or Q6_K (3 or 6 bits, groups of 16). Arguments and results as for
-    `quant_tensor_asym_dq`; there are no minima, and the last result is the code of zero."""
-    return _fake_quantize("int_sym_dq", bits, group_size, tensor, v, min_scale, max_scale, imatrix)
-
-
-@register_dtype("int_asym_float_zp")
-def quant_tensor_asym_float_zp(
-    tensor: torch.Tensor, bits: int = 4, group_size: GroupSize = 32, v: Factor = 0.0, min_scale: Factor = 1.0,
-    max_scale: Factor = 1.0, imatrix: torch.Tensor | None = None, **kwargs: Any,
-) -> Result:  # fmt: skip
-    """Quantize and dequantize as Q4_1 or Q5_1 (4 or 5 bits, groups of 32). Arguments and results as for
-    `quant_tensor_asym_dq`."""
-    return _fake_quantize("int_asym_float_zp", bits, group_size, tensor, v, min_scale, max_scale, imatrix)
+for _name in _TYPES:
+    register_dtype(_name)(_quant_function(_name))

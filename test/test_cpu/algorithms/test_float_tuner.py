@@ -22,7 +22,7 @@ TYPES: list[tuple[str, int, Any]] = [
 ]  # fmt: skip
 
 
-def bank_of(kind: tuple[str, int, Any], shapes: list[tuple[int, int]], **kw: Any) -> FloatTuner:
+def group_of(kind: tuple[str, int, Any], shapes: list[tuple[int, int]], **kw: Any) -> FloatTuner:
     name, bits, size = kind
     scheme = QuantizationScheme(bits, size, True, name)
     family = block_float_spec(name, bits)
@@ -60,13 +60,11 @@ class Nearest(torch.autograd.Function):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_gradients_equal_autograd(kind: tuple[str, int, Any]) -> None:
-    learnable_group = bank_of(kind, [(20, 50)])
+    learnable_group = group_of(kind, [(20, 50)])
     torch.manual_seed(2)
     learnable_group.rounding_delta = torch.rand_like(learnable_group.rounding_delta) - 0.5
-    learnable_group.scale_factor = torch.rand_like(learnable_group.scale_factor) * 0.4 + 0.6
-    learnable_group.scale = (
-        learnable_group.start_scale * learnable_group.scale_factor
-    )  # off the values that can be stored, and some weights are cut
+    learnable_group.scale_factors = [torch.rand_like(learnable_group.scale_factors[0]) * 0.4 + 0.6]  # some saturate
+    learnable_group.apply_scale_factors()
     learnable_group.refresh()
     rules = [Record(), Record()]
     learnable_group.rules, learnable_group.fuse_update = rules, False  # type: ignore[assignment]
@@ -77,15 +75,16 @@ def test_gradients_equal_autograd(kind: tuple[str, int, Any]) -> None:
     learnable_group.step(0.1, 0.1)
 
     task = learnable_group.tasks[0]
-    element, size = learnable_group.family.element, learnable_group.scheme.group_size
+    element, size = learnable_group.spec.element, learnable_group.scheme.group_size
     blocks = as_blocks(task.weight, size)
     rounding_delta, scale_factor = (
         learnable_group.rounding_delta.clone().requires_grad_(),
-        learnable_group.scale_factor.clone().requires_grad_(),
+        learnable_group.scale_factors[0].clone().requires_grad_(),
     )
-    f = learnable_group.start_scale * scale_factor
-    if learnable_group.family.has_global_scale:
-        f = f / learnable_group.family.global_scale(task.weight, None)
+    f = learnable_group.start_scales[0] * scale_factor
+    f = f + (learnable_group.spec.rule.store(f.detach()) - f.detach())  # rounding passes the gradient
+    if learnable_group.spec.has_global_scale:
+        f = f / learnable_group.spec.global_scale(task.weight, None)
     ratio = blocks / f
     step = element.step(ratio.detach())
     values = Nearest.apply(ratio + rounding_delta * step, element) * f
@@ -103,7 +102,7 @@ def test_gradients_equal_autograd(kind: tuple[str, int, Any]) -> None:
 @pytest.mark.parametrize("adam", [False, True])
 def test_what_is_tuned_is_what_is_stored(kind: tuple[str, int, Any], adam: bool) -> None:
     shapes = [(20, 50)] if kind[2] == 0 else [(20, 50), (33, 50)]
-    learnable_group = bank_of(kind, shapes, adam=adam)
+    learnable_group = group_of(kind, shapes, adam=adam)
     untuned = [quantize_layer(task, True, torch.float16).dequantize() for task in learnable_group.tasks]
     for index, values in enumerate(untuned):
         assert torch.equal(learnable_group.weight(index), values)
@@ -121,7 +120,7 @@ def test_what_is_tuned_is_what_is_stored(kind: tuple[str, int, Any], adam: bool)
             learnable_group.weight(index), untuned[index]
         )
         assert layer.scale is not None
-        stored = learnable_group.family.rule.store(layer.scale)
+        stored = learnable_group.spec.rule.store(layer.scale)
         assert torch.equal(stored, layer.scale)
     learnable_group.restart()
     for index, layer in enumerate(learnable_group.finish()):
@@ -129,10 +128,10 @@ def test_what_is_tuned_is_what_is_stored(kind: tuple[str, int, Any], adam: bool)
 
 
 def test_half_a_step_reaches_the_values_on_both_sides() -> None:
-    learnable_group = bank_of(("mx_fp", 4, 32), [(8, 32)])
+    learnable_group = group_of(("mx_fp", 4, 32), [(8, 32)])
     scale = learnable_group.scale[:, 0, 0]
     ratio = learnable_group.tasks[0].weight / scale
-    values = learnable_group.family.element.decode(torch.arange(16, dtype=torch.uint8)).sort().values
+    values = learnable_group.spec.element.decode(torch.arange(16, dtype=torch.uint8)).sort().values
     inside = ratio.abs() < 6
     above = values[torch.searchsorted(values, ratio).clamp(max=15)]
     below = values[(torch.searchsorted(values, ratio, right=True) - 1).clamp(min=0)]
@@ -143,16 +142,14 @@ def test_half_a_step_reaches_the_values_on_both_sides() -> None:
 
 
 def test_steps_undo_wrong_offsets_and_scales() -> None:
-    learnable_group = bank_of(("nv_fp", 4, 16), [(32, 64)])
+    learnable_group = group_of(("nv_fp", 4, 16), [(32, 64)])
     torch.manual_seed(3)
     layer, x = TunableLinear(learnable_group, 0), torch.randn(256, 64)
     target = torch.nn.functional.linear(x, learnable_group.tasks[0].weight, learnable_group.tasks[0].bias)
     best = float((layer(x) - target).square().mean().detach())
     learnable_group.rounding_delta = torch.rand_like(learnable_group.rounding_delta) - 0.5
-    learnable_group.scale_factor = torch.full_like(learnable_group.scale_factor, 0.7)
-    learnable_group.scale = learnable_group.family.rule.store(
-        learnable_group.start_scale * learnable_group.scale_factor
-    )
+    learnable_group.scale_factors = [torch.full_like(learnable_group.scale_factors[0], 0.7)]
+    learnable_group.apply_scale_factors()
     learnable_group.refresh()
     errors = []
     for step in range(80):
@@ -161,11 +158,11 @@ def test_steps_undo_wrong_offsets_and_scales() -> None:
         errors.append(float(error.detach()))
         learnable_group.step(0.03 * (1 - step / 80), 0.01 * (1 - step / 80))
     assert errors[0] > 3 * best and errors[-1] < 0.5 * errors[0]
-    assert float(learnable_group.scale_factor.mean()) > 0.8
+    assert float(learnable_group.scale_factors[0].mean()) > 0.8
 
 
 def test_layers_without_gradient_stay() -> None:
-    learnable_group = bank_of(("mx_fp", 4, 32), [(16, 64), (24, 64)])
+    learnable_group = group_of(("mx_fp", 4, 32), [(16, 64), (24, 64)])
     kept = learnable_group.weight(1).clone()
     TunableLinear(learnable_group, 0)(torch.randn(5, 64)).square().sum().backward()
     learnable_group.step(0.3, 0.1)
@@ -175,7 +172,7 @@ def test_layers_without_gradient_stay() -> None:
     assert all(torch.equal(a, b) for a, b in zip(state, learnable_group.snapshot(), strict=True))
 
 
-def test_only_like_layers_share_a_bank() -> None:
+def test_only_like_layers_share_a_group() -> None:
     def task(name: str, columns: int, scheme: QuantizationScheme) -> LayerTask:
         return LayerTask(name, torch.nn.Linear(columns, 4), torch.randn(4, columns), scheme)
 

@@ -10,9 +10,9 @@ import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import initial_blocks, quantize_layer
-from auto_round.algorithms.quantization.sign_round.ggml_tuner import GgmlTuner
 from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
+from auto_round.algorithms.quantization.sign_round.tuners import GgmlTuner
 from auto_round.codecs.ggml.types import GGML_TYPES, code_limits, ggml_scheme
 from auto_round.errors import NumericsError
 
@@ -33,7 +33,7 @@ def tasks_of(name: str, rows: list[int]) -> list[LayerTask]:
     return tasks
 
 
-def bank_of(name: str, rows: list[int], **kw: Any) -> GgmlTuner:
+def group_of(name: str, rows: list[int], **kw: Any) -> GgmlTuner:
     tasks = tasks_of(name, rows)
     return GgmlTuner(tasks, [initial_blocks(task, GGML_TYPES[name], True) for task in tasks], torch.float32, **kw)
 
@@ -62,7 +62,7 @@ class Round(torch.autograd.Function):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_autograd(name: str) -> None:
-    learnable_group = bank_of(name, [9])
+    learnable_group = group_of(name, [9])
     kind = learnable_group.kind
     torch.manual_seed(2)
     learnable_group.rounding_delta = torch.rand_like(learnable_group.rounding_delta) - 0.5
@@ -75,7 +75,7 @@ def test_gradients_equal_autograd(name: str) -> None:
     loss.backward()
     learnable_group.step(0.1, 0.1)
 
-    task, blocks = learnable_group.tasks[0], learnable_group.blocks
+    task, blocks = learnable_group.tasks[0], learnable_group.stored
     rounding_delta = learnable_group.rounding_delta.clone().requires_grad_()
     scale_factors = [torch.ones(9, COLUMNS // kind.block, 1, requires_grad=True) for _ in rules[1:]]
     per = kind.block // kind.group
@@ -86,7 +86,7 @@ def test_gradients_equal_autograd(name: str) -> None:
     if blocks.dmin is not None:
         minimum = blocks.dmin.float().unsqueeze(-1) * scale_factors[1] * kind.min_sign
         minimum = minimum * (spread(blocks.mins).float() if blocks.mins is not None else 1)
-    step, minimum = step.reshape(9, -1, 1), minimum.reshape(9, -1, 1)
+    step, minimum = step.reshape(9, 1, -1, 1), minimum.reshape(9, 1, -1, 1)
     codes = Round.apply((task.weight.view_as(rounding_delta) - minimum) / step + rounding_delta, *code_limits(kind))
     weight = (codes * step + minimum).view(9, COLUMNS)
     own = x.clone().requires_grad_()
@@ -104,7 +104,7 @@ def test_gradients_equal_autograd(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("adam", [False, True])
 def test_what_is_tuned_is_what_is_stored(name: str, adam: bool) -> None:
-    learnable_group = bank_of(name, [10, 17], adam=adam)
+    learnable_group = group_of(name, [10, 17], adam=adam)
     untuned = [quantize_layer(task, True, torch.float16).dequantize() for task in learnable_group.tasks]
     for index, values in enumerate(untuned):
         assert torch.equal(learnable_group.weight(index), values)
@@ -127,7 +127,7 @@ def test_what_is_tuned_is_what_is_stored(name: str, adam: bool) -> None:
 
 
 def test_without_scales_only_codes_move() -> None:
-    learnable_group = bank_of("Q2_K", [12], tune_scale=False)
+    learnable_group = group_of("Q2_K", [12], tune_scale=False)
     start = quantize_layer(learnable_group.tasks[0], True, torch.float16).blocks
     TunableLinear(learnable_group, 0)(torch.randn(30, COLUMNS)).square().sum().backward()
     learnable_group.step(0.4, 0.4)
@@ -153,7 +153,7 @@ def test_a_step_of_zero_stays_zero() -> None:
 
 
 def test_tuning_lowers_the_error_of_the_outputs() -> None:
-    learnable_group = bank_of("Q2_K", [32], tune_scale=False)
+    learnable_group = group_of("Q2_K", [32], tune_scale=False)
     torch.manual_seed(4)
     layer = TunableLinear(learnable_group, 0)
     x = torch.randn(512, 16) @ torch.randn(16, COLUMNS) + 0.3 * torch.randn(512, COLUMNS)  # inputs have few directions
@@ -167,7 +167,7 @@ def test_tuning_lowers_the_error_of_the_outputs() -> None:
     assert errors[-1] < 0.6 * errors[0]
 
 
-def test_only_layers_of_one_stored_type_share_a_bank() -> None:
+def test_only_layers_of_one_stored_type_share_a_group() -> None:
     mixed = [*tasks_of("Q4_K", [4, 5]), *tasks_of("Q6_K", [4]), *tasks_of("Q4_0", [3])]
     plain = tasks_of("Q4_0", [3])[0]
     plain.ggml = None  # the same scheme for a format of integers

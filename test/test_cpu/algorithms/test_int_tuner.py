@@ -36,20 +36,20 @@ def layer_of(weight: torch.Tensor, bias: torch.Tensor | None, scheme: Quantizati
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     task = LayerTask("layer", module, weight, scheme, bias=bias)
     grid = initial_qparams(task, False, torch.float32)
-    bank = IntTuner([task], [grid], torch.float32, torch.float32, **kw)
-    return bank, TunableLinear(bank, 0)
+    group = IntTuner([task], [grid], torch.float32, torch.float32, **kw)
+    return group, TunableLinear(group, 0)
 
 
-def reference(bank: Any, linear: Any, x: torch.Tensor, target: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
+def reference(group: Any, linear: Any, x: torch.Tensor, target: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
     """(loss, dL/dv, dL/df, dL/dx) in float64 by autograd."""
-    groups, start = bank.groups.double(), bank.start_scale.double()
-    zero = bank.zero.double() if isinstance(bank.zero, torch.Tensor) else bank.zero
-    rounding_delta = bank.rounding_delta.double().clone().requires_grad_()
-    scale_factor = bank.scale_factor.double().clone().requires_grad_()
+    groups, start = group.blocks.double(), group.start_scales[0].double()
+    zero = group.zero.double() if isinstance(group.zero, torch.Tensor) else group.zero
+    rounding_delta = group.rounding_delta.double().clone().requires_grad_()
+    scale_factor = group.scale_factors[0].double().clone().requires_grad_()
     x = x.double().requires_grad_()
     scale = start * scale_factor
-    codes = (RoundSTE.apply(groups / scale + rounding_delta) + zero).clamp(0, 2**bank.bits - 1)
-    weight = ((codes - zero) * scale).reshape(bank.quantized.shape[0], -1)[:, :columns]
+    codes = (RoundSTE.apply(groups / scale + rounding_delta) + zero).clamp(0, 2**group.bits - 1)
+    weight = ((codes - zero) * scale).reshape(group.quantized.shape[0], -1)[:, :columns]
     bias = None if linear.bias is None else linear.bias.double()
     loss = (torch.nn.functional.linear(x, weight, bias) - target.double()).square().mean()
     loss.backward()
@@ -62,25 +62,25 @@ def reference(bank: Any, linear: Any, x: torch.Tensor, target: torch.Tensor, col
 def test_gradients_equal_autograd(bits: int, columns: int, size: int, sym: bool) -> None:
     torch.manual_seed(columns + bits)
     weight, bias = torch.randn(6, columns), torch.randn(6)
-    bank, layer = layer_of(weight, bias, QuantizationScheme(bits, size, sym))
+    group, layer = layer_of(weight, bias, QuantizationScheme(bits, size, sym))
     # Off the start: codes beyond the clamp, and offsets that are not zero.
-    bank.scale_factor = torch.rand_like(bank.scale_factor) * 0.4 + 0.6
-    bank.scale = bank.start_scale * bank.scale_factor
-    bank.rounding_delta = torch.rand_like(bank.rounding_delta) - 0.5
-    bank.refresh()
+    group.scale_factors = [torch.rand_like(group.scale_factors[0]) * 0.4 + 0.6]
+    group.apply_scale_factors()
+    group.rounding_delta = torch.rand_like(group.rounding_delta) - 0.5
+    group.refresh()
     rules = [Record(), Record()]
-    bank.rules, bank.fuse_update = rules, False
+    group.rules, group.fuse_update = rules, False
     x, target = torch.randn(2, 7, columns), torch.randn(2, 7, 6)
     own = x.clone().requires_grad_()
     loss = (layer(own) - target).square().mean()
     loss.backward()
-    bank.step(0.1, 0.1)
-    expected = reference(bank, layer, x, target, columns)
+    group.step(0.1, 0.1)
+    expected = reference(group, layer, x, target, columns)
     assert torch.allclose(loss.double(), expected[0], rtol=1e-4)
-    real = torch.ones_like(bank.rounding_delta, dtype=torch.bool)
+    real = torch.ones_like(group.rounding_delta, dtype=torch.bool)
     if size > 0:
-        padding = torch.nn.functional.pad(torch.ones(6, columns), (0, -columns % bank.rounding_delta.shape[-1]))
-        real = padding.view(bank.rounding_delta.shape).bool()
+        padding = torch.nn.functional.pad(torch.ones(6, columns), (0, -columns % group.rounding_delta.shape[-1]))
+        real = padding.view(group.rounding_delta.shape).bool()
     assert bool((expected[1][real] == 0).any()) and bool((expected[1][real] != 0).any())  # some are clamped
     assert torch.allclose(rules[0].gradient[real].double(), expected[1][real], rtol=1e-3, atol=1e-7)
     assert torch.allclose(rules[1].gradient.double(), expected[2], rtol=1e-3, atol=1e-6)
@@ -89,13 +89,13 @@ def test_gradients_equal_autograd(bits: int, columns: int, size: int, sym: bool)
 
 def test_the_sign_step_moves_by_the_rate_against_the_gradient() -> None:
     torch.manual_seed(0)
-    bank, layer = layer_of(torch.randn(6, 16), None, QuantizationScheme(4, 8, False))
+    group, layer = layer_of(torch.randn(6, 16), None, QuantizationScheme(4, 8, False))
     x, target = torch.randn(9, 16), torch.randn(9, 6)
-    expected = reference(bank, layer, x, target, 16)
+    expected = reference(group, layer, x, target, 16)
     (layer(x) - target).square().mean().backward()
-    bank.step(0.125, 0.0625)
-    assert torch.equal(bank.rounding_delta, -0.125 * expected[1].sign().float())
-    assert torch.allclose(bank.scale_factor - 1, -0.0625 * expected[2].sign().float(), atol=1e-6)
+    group.step(0.125, 0.0625)
+    assert torch.equal(group.rounding_delta, -0.125 * expected[1].sign().float())
+    assert torch.allclose(group.scale_factors[0] - 1, -0.0625 * expected[2].sign().float(), atol=1e-6)
 
 
 def test_passes_accumulate_to_one_batch() -> None:
@@ -110,7 +110,7 @@ def test_passes_accumulate_to_one_batch() -> None:
 
 
 @pytest.mark.parametrize("kw", [{}, {"momentum": 0.9}, {"adam": True}], ids=repr)
-def test_layers_in_one_bank_move_as_each_alone(kw: Any) -> None:
+def test_layers_in_one_group_move_as_each_alone(kw: Any) -> None:
     torch.manual_seed(0)
     scheme = QuantizationScheme(4, 8, False)
     weights = [torch.randn(rows, 13) for rows in (6, 2, 5)]
@@ -124,9 +124,9 @@ def test_layers_in_one_bank_move_as_each_alone(kw: Any) -> None:
         for index in range(2):  # no token reaches the third
             for layer in (TunableLinear(together, index), TunableLinear(alone[index], 0)):
                 (layer(x) - target[:, : weights[index].shape[0]]).square().sum().backward()
-        for bank in (together, *alone):
-            bank.step(0.1 / (step + 1), 0.05)
-    # Adam's floor under its root is a share of the mean over the bank, so there the paths differ a little.
+        for group in (together, *alone):
+            group.step(0.1 / (step + 1), 0.05)
+    # Adam's floor under its root is a share of the mean over the group, so there the paths differ a little.
     share = 0.02 if kw.get("adam") else 0.0
     for index, (one, other) in enumerate(zip(together.finish(), [b.finish()[0] for b in alone], strict=True)):
         assert one.name == other.name == str(index)
@@ -136,7 +136,7 @@ def test_layers_in_one_bank_move_as_each_alone(kw: Any) -> None:
     assert torch.equal(together.weight(2), IntTuner([tasks[2]], [grids[2]], **kw).weight(0))  # it did not move
 
 
-def test_what_shares_a_bank() -> None:
+def test_what_shares_a_group() -> None:
     def task(name: str, columns: int, scheme: QuantizationScheme) -> LayerTask:
         return LayerTask(name, torch.nn.Identity(), torch.zeros(2, columns), scheme)
 
@@ -150,10 +150,10 @@ def test_what_shares_a_bank() -> None:
 
 
 def test_a_layer_without_tokens_stays() -> None:
-    bank, _ = layer_of(torch.randn(6, 16), None, QuantizationScheme(4, 8))
-    before = bank.snapshot()
-    bank.step(0.1, 0.1)
-    assert all(torch.equal(a, b) for a, b in zip(before, bank.snapshot(), strict=True))
+    group, _ = layer_of(torch.randn(6, 16), None, QuantizationScheme(4, 8))
+    before = group.snapshot()
+    group.step(0.1, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(before, group.snapshot(), strict=True))
 
 
 def test_what_is_tuned_is_what_is_written() -> None:
@@ -161,23 +161,23 @@ def test_what_is_tuned_is_what_is_written() -> None:
     for sym, size, columns in ((True, 8, 16), (False, 8, 13), (True, 0, 12), (False, -1, 16)):
         module = torch.nn.Linear(columns, 6)
         task = LayerTask("layer", module, module.weight.detach(), QuantizationScheme(4, size, sym))
-        bank = IntTuner([task], [initial_qparams(task, True, torch.float16)], torch.float32, torch.float16)
-        layer = TunableLinear(bank, 0)
+        group = IntTuner([task], [initial_qparams(task, True, torch.float16)], torch.float32, torch.float16)
+        layer = TunableLinear(group, 0)
         for _ in range(5):
             (layer(torch.randn(9, columns)) - torch.randn(9, 6)).square().mean().backward()
-            bank.step(0.1, 0.1)
-        assert torch.equal(bank.finish()[0].dequantize(), layer.quantized)
-        assert torch.equal(bank.scale, bank.scale.half().float())
+            group.step(0.1, 0.1)
+        assert torch.equal(group.finish()[0].dequantize(), layer.quantized)
+        assert torch.equal(group.scale, group.scale.half().float())
 
 
 def test_a_state_can_be_put_back() -> None:
     torch.manual_seed(0)
-    bank, layer = layer_of(torch.randn(6, 16), None, QuantizationScheme(4, 8))
+    group, layer = layer_of(torch.randn(6, 16), None, QuantizationScheme(4, 8))
     for kind in range(2):
-        state, weight = bank.snapshot(), layer.quantized.clone()
+        state, weight = group.snapshot(), layer.quantized.clone()
         for _ in range(3):
             (layer(torch.randn(9, 16)) - torch.randn(9, 6)).square().mean().backward()
-            bank.step(0.2, 0.2)
+            group.step(0.2, 0.2)
         assert not torch.equal(weight, layer.quantized), kind
-        bank.restore(state)
+        group.restore(state)
         assert torch.equal(weight, layer.quantized)

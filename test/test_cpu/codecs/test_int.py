@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_round.codecs.int import asymmetric_qparams, from_codes, integer_qparams, symmetric_qparams, to_codes
+from auto_round.codecs.int import from_codes, integer_qparams, to_codes
 from auto_round.codecs.quantized_layer import dequantize_codes
 from auto_round.data_type import get_quant_func
 
@@ -22,7 +22,7 @@ def test_symmetric_by_hand() -> None:
     qdq, scale, zero = SYM(weight, bits=4, group_size=4)
     assert scale.tolist() == [[-0.5]] and zero == 8
     assert qdq.tolist() == [[4.0, -1.0, 0.5, 0.0]]  # 0.3 / -0.5 = -0.6 -> -1 -> 0.5
-    assert to_codes(weight, symmetric_qparams(weight, 4)).tolist() == [[0.0, 10.0, 7.0, 8.0]]
+    assert to_codes(weight, integer_qparams(weight, 4, True)).tolist() == [[0.0, 10.0, 7.0, 8.0]]
 
 
 def test_symmetric_keeps_the_extreme_of_either_sign() -> None:
@@ -44,7 +44,7 @@ def test_asymmetric_by_hand() -> None:
     qdq, scale, zero = ASYM(weight, bits=4, group_size=4)
     step = torch.tensor(0.2).half().float().item()
     assert scale.item() == step and zero.item() == 5
-    assert to_codes(weight, asymmetric_qparams(weight, 4)).tolist() == [[0.0, 15.0, 8.0, 5.0]]
+    assert to_codes(weight, integer_qparams(weight, 4, False)).tolist() == [[0.0, 15.0, 8.0, 5.0]]
     assert torch.allclose(qdq, torch.tensor([[-5 * step, 10 * step, 3 * step, 0.0]]))
 
 
@@ -57,7 +57,7 @@ def test_the_asymmetric_range_holds_zero(low: float, high: float) -> None:
 
 
 def test_halves_round_to_even() -> None:
-    grid = symmetric_qparams(torch.tensor([[-8.0, 0.5, 1.5, 2.5, -0.5]]), 4)
+    grid = integer_qparams(torch.tensor([[-8.0, 0.5, 1.5, 2.5, -0.5]]), 4, True)
     assert grid.scale.item() == 1.0
     assert (to_codes(torch.tensor([[0.5, 1.5, 2.5, -0.5]]), grid) - 8).tolist() == [[0.0, 2.0, 2.0, 0.0]]
 

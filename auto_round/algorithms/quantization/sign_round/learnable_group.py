@@ -1,26 +1,29 @@
 """Tuned parameters of layers stacked by rows, and the optimizers that update them (sign, momentum, AdamW).
 
-Rows of a weight are independent, so layers with the same input width and scheme (q, k, v, gate and up; all
-experts of a mixture) form one tall matrix. A step is a few passes over that matrix, whatever the number of
-layers. There is no autograd graph over weights: the backward pass gives dL/dW, one matrix product, and the
-group turns it into a step.
+Rows of a weight are independent, so layers with the same input width and scheme (q, k, v, gate and up; all experts of a
+mixture) form one tall matrix. A step is a few passes over that matrix, whatever the number of layers. There is no
+autograd graph over weights: the backward pass computes dL/dW, one matrix product, and the group derives the step.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from auto_round.algorithms.base import LayerTask
+from auto_round.codecs.minifloat import as_blocks, block_chunks, block_shape
 from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.schemes import GroupSize
 
 
 class StepRule(Protocol):
-    """State for one learnable tensor."""
+    """Update rule of one learnable tensor, with its state."""
 
     def apply(self, value: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
         """Move `value` in place; `gradient` may be overwritten."""
@@ -76,128 +79,188 @@ def make_rule(adam: bool, momentum: float) -> StepRule:
     return MomentumSignStep(momentum) if momentum > 0 else SignStep()
 
 
-# The learnables of a block's layers, stacked by rows, so that one pass updates many layers.
-#
-# Rows of a weight know nothing of each other, so layers with the same input width and scheme (q, k, v, gate and up; all
-# experts of a mixture) are one tall matrix here. A step is then a few passes over that matrix, however many layers it
-# holds. There is no autograd graph over weights: the backward pass gives dL/dW, one matrix product, and a bank turns it
-# into steps of its learnables.
-
 State = tuple[torch.Tensor, ...]
-Index = slice | tuple[slice, slice]
+Index = tuple[slice, slice]
+Function = Callable[..., Any]
 
 SCALE_FACTOR_RANGE = (0.5, 1.5)
-_CPU_CHUNK = 1 << 16  # weights handled at a time: the buffers of one chunk stay in cache
+_CPU_CHUNK = 1 << 16  # weights processed at once: the buffers of one chunk stay in cache
 _GPU_CHUNK = 1 << 24
 
 
+@cache
+def compiled(function: Function) -> Function:
+    """A function compiled by PyTorch into one pass over the weights, for any shape."""
+    return torch.compile(function, dynamic=True)
+
+
 class LearnableGroup(ABC):
-    """Weights of some layers, quantized by learnables, and the gradient of a step.
+    """Rounding deltas and scale factors of some layers, and the quantized weights computed from them.
+
+    All tensors of weights are blocks [R, M, C, N] (see `codecs.minifloat`), layers stacked along R.
 
     Attributes:
-        tasks: the layers; `task.weight` is [out, in].
-        scheme: of all of them.
-        quantized: the quantized weights on top of each other, in `compute_dtype`; padded where a subclass wants it.
-        gradient: dL/dW, shaped alike.
-        v: the offsets, float32.
-        rules: how offsets and factors move.
-        fuse_update: the offsets' rule keeps no state, so that it can move a piece of them at a time.
+        tasks: the layers, with equal in_features and scheme; `task.weight` is [out, in]. Only one when scales are per
+            tensor.
+        blocks: the weights to quantize.
+        quantized: the quantized weights, zero-padded rows of all layers, in `compute_dtype`.
+        gradient: dL/dW, in the same shape.
+        rounding_delta: float32, in units of one code, like `blocks`.
+        start_scales, scale_factors: float32 tensors; the stored scales are those of `start_scale * factor`.
+        rules: update rules of the rounding delta and of each scale factor.
+        fuse_update: the rounding delta's rule has no state, so chunks can be updated one by one.
     """
 
-    rounding_delta: torch.Tensor
+    # (weights from chunk arguments; gradients from the same and dL/dW), written by subclasses as pure functions.
+    functions: ClassVar[tuple[Function, Function]]
 
     def __init__(
-        self, tasks: Sequence[LayerTask], compute_dtype: torch.dtype, starts: Sequence[int], shape: tuple[int, int]
-    ) -> None:
-        """`starts`: the first row of each layer in matrices of `shape`."""
-        self.tasks, self.scheme, self.compute_dtype = list(tasks), tasks[0].scheme, compute_dtype
-        device = tasks[0].weight.device
-        self.quantized = torch.zeros(shape, dtype=compute_dtype, device=device)
-        self.gradient = torch.zeros(shape, dtype=compute_dtype, device=device)
-        self._slices = [
-            (slice(start, start + task.weight.shape[0]), slice(0, task.weight.shape[1]))
-            for start, task in zip(starts, self.tasks, strict=True)
+        self, tasks: Sequence[LayerTask], group_size: GroupSize, compute_dtype: torch.dtype, tune_scale: bool = True,
+        adam: bool = False, momentum: float = 0.0, compile_step: bool = False,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            group_size: of the blocks.
+            compute_dtype: dtype of the matrix products.
+            tune_scale: tune the scale factors too.
+            adam, momentum: the update rule, see `make_rule`.
+            compile_step: compile the elementwise passes.
+        """
+        self.tasks, self.scheme = list(tasks), tasks[0].scheme
+        self.compute_dtype, self.tune_scale = compute_dtype, tune_scale
+        self._values, self._gradients = map(compiled, self.functions) if compile_step else self.functions
+        self._make_rule = lambda: make_rule(adam, momentum)
+        shapes = [block_shape((task.weight.shape[0], task.weight.shape[1]), group_size) for task in tasks]
+        self.slices = consecutive_slices([shape[0] for shape in shapes])
+        _, m, c, n = shapes[0]
+        self._layer_slices = [
+            (slice(part.start * m, part.start * m + task.weight.shape[0]), slice(0, task.weight.shape[1]))
+            for part, task in zip(self.slices, self.tasks, strict=True)
         ]
+        device = tasks[0].weight.device
+        self.quantized = torch.zeros(self.slices[-1].stop * m, c * n, dtype=compute_dtype, device=device)
+        self.gradient = torch.zeros_like(self.quantized)
+        # As matrix products see the weights, in `compute_dtype`, or in their own dtype where float32 holds it exactly.
+        own = compute_dtype == torch.float32
+        weights = [as_blocks(task.weight if own else task.weight.to(compute_dtype), group_size) for task in tasks]
+        self.blocks = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.chunks = block_chunks(self.blocks, _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK)
         self._with_gradient: set[int] = set()
-        self._chunk = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
 
-    def _make_rules(self, count: int, adam: bool, momentum: float) -> None:
-        """One for the offsets, the others for factors."""
-        self.rules = [make_rule(adam, momentum) for _ in range(count)]
+    def _start(self, *start_scales: torch.Tensor) -> None:
+        """Create the learnables, once a subclass knows the scales from which tuning starts."""
+        self.start_scales = list(start_scales)
+        self.scale_factors = [torch.ones_like(scale) for scale in start_scales]
+        self.rounding_delta = torch.zeros_like(self.blocks, dtype=torch.float32)
+        self.rules = [self._make_rule() for _ in range(1 + len(start_scales))]
         self.fuse_update = isinstance(self.rules[0], SignStep)
+        self.apply_scale_factors()
+        self.refresh()
 
-    def _row_chunks(self, groups: torch.Tensor) -> list[slice]:
-        """The rows of [rows, groups, n] that are handled at a time."""
-        count, step = groups.shape[0], max(1, self._chunk // max(1, groups.shape[1] * groups.shape[2]))
-        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+    @abstractmethod
+    def apply_scale_factors(self) -> None:
+        """Compute the stored scales from `start_scales` and `scale_factors`."""
 
-    def _update_rounding_delta(self, gradients: Iterable[tuple[Index, torch.Tensor]], lr: float) -> None:
-        """One update of the offsets from (where, dL/dv there). They move there before the next piece is asked for."""
-        if self.fuse_update:
-            for where, part in gradients:
-                self.rules[0].apply(self.rounding_delta[where], part, lr)
-            return
-        whole = torch.empty_like(self.rounding_delta)
-        for where, part in gradients:
-            whole[where] = part
-        self.rules[0].apply(self.rounding_delta, whole, lr)
+    @abstractmethod
+    def _arguments(self, index: Index) -> tuple[Any, ...]:
+        """Arguments of `functions` for one chunk."""
+
+    @abstractmethod
+    def _factor_gradients(self, slopes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients of `scale_factors` from those of the blocks' scales, [R, 1, C, 1] each."""
+
+    @abstractmethod
+    def finish(self) -> list[QuantizedLayer]:
+        """The layers in their present state, encoded from the weights in their own dtype."""
 
     def weight(self, index: int) -> torch.Tensor:
         """The quantized weight [out, in] of a layer; a view that `refresh` keeps current."""
-        return self.quantized[self._slices[index]]
+        return self.quantized[self._layer_slices[index]]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recompute the quantized weights from the learnables."""
+        quantized = self.quantized.view(self.blocks.shape)
+        for index in self.chunks:
+            quantized[index] = self._values(*self._arguments(index)).to(self.compute_dtype)
 
     def add_weight_gradient(self, index: int, grad: torch.Tensor, x: torch.Tensor) -> None:
         """Add grad.T @ x, [out, in], to the gradient of this step."""
-        rows = self.gradient[self._slices[index]]
+        rows = self.gradient[self._layer_slices[index]]
         if index in self._with_gradient:
             rows.addmm_(grad.t(), x)
         else:
             torch.mm(grad.t(), x, out=rows)
             self._with_gradient.add(index)
 
-    def _complete_gradient(self) -> bool:
-        """Whether any layer has gathered a gradient since the last call; those that did not (experts that no token
-        reached) have one of zero."""
-        if not self._with_gradient:
-            return False
-        for index, index_slice in enumerate(self._slices):
-            if index not in self._with_gradient:
-                self.gradient[index_slice].zero_()
-        self._with_gradient.clear()
-        return True
-
     def drop_gradient(self) -> None:
-        """Forget what was gathered since the last step."""
+        """Discard the gradient accumulated since the last step."""
         self._with_gradient.clear()
 
-    @abstractmethod
-    def refresh(self) -> None:
-        """Make the quantized weights from the learnables."""
-
-    @abstractmethod
+    @torch.no_grad()
     def step(self, lr: float, scale_lr: float) -> None:
-        """One update of offsets and factors from the gradient gathered since the last one, then `refresh`."""
+        """Update the learnables from the gradient accumulated since the last step; nothing without one."""
+        if not self._with_gradient:
+            return
+        for index, rows in enumerate(self._layer_slices):
+            if index not in self._with_gradient:  # an expert that no token reached
+                self.gradient[rows].zero_()
+        self._with_gradient.clear()
+        slopes: list[torch.Tensor] = []
+        if self.fuse_update:
+            for where, part in self._delta_gradients(slopes):
+                self.rules[0].apply(self.rounding_delta[where], part, lr)
+        else:
+            whole = torch.empty_like(self.rounding_delta)
+            for where, part in self._delta_gradients(slopes):
+                whole[where] = part
+            self.rules[0].apply(self.rounding_delta, whole, lr)
+        if self.tune_scale:
+            for rule, factor, slope in zip(
+                self.rules[1:], self.scale_factors, self._factor_gradients(slopes), strict=True
+            ):
+                rule.apply(factor, slope, scale_lr)
+                factor.clamp_(*SCALE_FACTOR_RANGE)
+            self.apply_scale_factors()
+        self.refresh()
 
-    @abstractmethod
+    def _delta_gradients(self, slopes: list[torch.Tensor]) -> Iterator[tuple[Index, torch.Tensor]]:
+        """(chunk, dL/d rounding_delta); fills `slopes` with gradients of scales. A chunk may be updated before the next
+        is computed."""
+        r, _, c, _ = self.blocks.shape
+        gradient = self.gradient.view(self.blocks.shape)
+        for index in self.chunks:
+            part, *own = self._gradients(*self._arguments(index), gradient[index].float())
+            slopes += [part.new_zeros(r, 1, c, 1) for _ in own] if not slopes else []
+            for slope, value in zip(slopes, own, strict=True):
+                slope[index[0]] += value
+            yield index, part
+
+    @torch.no_grad()
     def restart(self) -> None:
-        """Back to the state before the first step."""
+        """Restore the state before the first step."""
+        self.rounding_delta.zero_()
+        for factor in self.scale_factors:
+            factor.fill_(1.0)
+        self.apply_scale_factors()
+        self.refresh()
 
-    @abstractmethod
+    @torch.no_grad()
     def snapshot(self, into: State | None = None) -> State:
-        """A copy of the present state, in the tensors of an earlier copy where one is given."""
+        """A copy of the state, in the tensors of an earlier copy where one is given."""
+        return copy_state((self.rounding_delta, *self.scale_factors), into)
 
-    @abstractmethod
+    @torch.no_grad()
     def restore(self, state: State) -> None:
-        """Back to a state."""
-
-    @abstractmethod
-    def finish(self) -> list[QuantizedLayer]:
-        """The codes of the present state, decided once from the weights in their own dtype."""
+        """Restore a snapshot."""
+        self.rounding_delta, *self.scale_factors = state
+        self.apply_scale_factors()
+        self.refresh()
 
 
 def stack_tasks(tasks: Sequence[LayerTask]) -> list[list[LayerTask]]:
-    """The layers that can share a bank, in the order of their first: of one scheme, stored type, width and device.
-    Layers with one scale for the whole tensor are each alone."""
+    """Layers that can share a group, in the order of their first: of one scheme, stored type, width and device. Layers
+    with one scale for the whole tensor are each alone."""
     groups: dict[Any, list[LayerTask]] = defaultdict(list)
     for index, task in enumerate(tasks):
         alone = index if task.scheme.group_size == 0 else None
@@ -214,22 +277,7 @@ def copy_state(state: State, into: State | None) -> State:
     return into
 
 
-def stacked_weights(tasks: Sequence[LayerTask], compute_dtype: torch.dtype) -> list[torch.Tensor]:
-    """The weights [out, in] that learnables are applied to: as products see them, in `compute_dtype`, but in their own
-    dtype where that is shorter and float32 holds it exactly."""
-    own = compute_dtype == torch.float32
-    return [task.weight.contiguous() if own else task.weight.to(compute_dtype) for task in tasks]
-
-
-def concat_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The parts on top of each other; a single one as it is, without a copy."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
 def consecutive_slices(counts: Sequence[int]) -> list[slice]:
     """Consecutive slices of these lengths."""
-    slices, start = [], 0
-    for count in counts:
-        slices.append(slice(start, start + count))
-        start += count
-    return slices
+    ends = list(accumulate(counts, initial=0))
+    return [slice(start, stop) for start, stop in pairwise(ends)]

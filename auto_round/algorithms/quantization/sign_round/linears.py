@@ -15,7 +15,7 @@ from auto_round.data_type import get_quant_func
 
 
 class _FusedLinear(torch.autograd.Function):
-    """`x @ W.T + bias` whose backward hands dL/dW to the bank instead of to autograd."""
+    """`x @ W.T + bias` whose backward gives dL/dW to the group instead of to autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: TunableLinear) -> torch.Tensor:

@@ -13,10 +13,9 @@ from auto_round.algorithms.encode_layer import ggml_type_for, is_integer, minifl
 from auto_round.algorithms.gptq import shared_hessian_factors
 from auto_round.algorithms.quantization.rtn.quantizer import DAMPING, initial_blocks, initial_qparams, initial_scales
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
-from auto_round.algorithms.quantization.sign_round.ggml_tuner import GgmlTuner
 from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import AutogradTunableLinear, TunableLinear
-from auto_round.algorithms.quantization.sign_round.tuners import FloatTuner, IntTuner
+from auto_round.algorithms.quantization.sign_round.tuners import FloatTuner, GgmlTuner, IntTuner
 from auto_round.errors import NumericsError
 from auto_round.logger import logger
 from auto_round.threads import parallel_map

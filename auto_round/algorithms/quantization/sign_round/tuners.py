@@ -1,359 +1,299 @@
-"""Tune integer and minifloat layers: learned rounding deltas and scale factors, with straight-through gradients.
+"""The tuned weights of integer, minifloat and ggml layers, with straight-through gradients.
 
-Integers, with s = s0 f and W = s q, q = clamp(round(w/s + v), low, high) (codes less the zero point) and G =
-dL/dW:
+With G = dL/dW, v the rounding delta and f the factor on a scale, the gradients inside the clamp are as follows; where a
+code is clamped, dL/dv = 0 and the terms with r (or w/s) vanish (AutoRound, arXiv 2309.05516, section 3; the mask as in
+LSQ, arXiv 1902.08153, equation 3). Scales are `start * factor` rounded to what can be stored; that rounding passes
+gradients straight through too.
+
+Integers, W = s q, q = clamp(round(w/s + v), low, high) (codes minus the zero point), s = s0 f:
     dL/dv = G s            dL/df = sum over the group of G s0 (q - w/s)
-inside the clamp; outside it dL/dv = 0 and dL/df = sum of G s0 q.
 
-Minifloats, with f the scale of a block (over the global scale where there is one), r = w / f and u the distance
-of the type's values at r: W = f q, q = nearest(r + v u). A delta of one half reaches the next value at any
-magnitude.
-    dL/dv = G f u          dL/df = sum over the block of G (q - r)
-where q does not saturate; where it does dL/dv = 0 and dL/df = sum of G q. Scales are `start * scale_factor`,
-rounded to what can be stored; that rounding passes gradients straight through too.
+Minifloats, W = s q, q = nearest(r + v u) with r = w/s and u the distance of the type's values at r (a delta of one half
+reaches the next value at any magnitude):
+    dL/dv = G s u          dL/ds = sum over the block of G (q - r)
 
-AutoRound, arXiv 2309.05516, section 3; the mask as in LSQ, arXiv 1902.08153, equation 3.
+ggml types, W = s q + m, q = clamp(round(r + v), low, high) with r = (w - m)/s, s = d k and m = e l, where k and l are
+the group's integers and d and e (e = -dmin in the K types) belong to its super-block:
+    dL/dv = G s            dL/ds = sum over the group of G (q - r)            dL/dm = 0, or sum of G where clamped
+The integers stay as the search found them; d and e may be tuned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.encode_layer import as_groups, encode_integer, encode_minifloat
-from auto_round.algorithms.quantization.sign_round.learnable_group import (
-    SCALE_FACTOR_RANGE,
-    Index,
-    LearnableGroup,
-    State,
-    concat_rows,
-    consecutive_slices,
-    copy_state,
-    stacked_weights,
-)
+from auto_round.algorithms.encode_layer import encode_ggml, encode_integer, encode_minifloat
+from auto_round.algorithms.quantization.sign_round.learnable_group import Index, LearnableGroup, State, copy_state
 from auto_round.codecs.block_float import BlockFloatSpec, add_rounding_delta, effective_scale
+from auto_round.codecs.ggml.types import GgmlBlocks, assign_codes, code_limits, inverse_of
 from auto_round.codecs.int import QuantParams, default_scale_threshold, round_to_stored
-from auto_round.codecs.minifloat import MinifloatType, as_blocks, block_chunks, block_shape, block_sum
+from auto_round.codecs.minifloat import MinifloatType, block_sum
 from auto_round.codecs.quantized_layer import QuantizedLayer
 
-Limit = torch.Tensor | float
-IntValues = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Limit, Limit], torch.Tensor]
-IntGradients = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, Limit, Limit, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
-]
+Tensor = torch.Tensor
+Limit = Tensor | float
 
 
-def _clamp(x: torch.Tensor, low: Limit, high: Limit) -> torch.Tensor:
-    if isinstance(low, torch.Tensor) and isinstance(high, torch.Tensor):
+def _clamp(x: Tensor, low: Limit, high: Limit) -> Tensor:
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
         return torch.maximum(torch.minimum(x, high), low)
     assert isinstance(low, float | int) and isinstance(high, float | int)
     return x.clamp(low, high)
 
 
-def quantized_values(
-    groups: torch.Tensor, scale: torch.Tensor, rounding_delta: torch.Tensor, low: Limit, high: Limit
-) -> torch.Tensor:
-    """W, float32 [rows, groups, group_size].
+def int_values(blocks: Tensor, scale: Tensor, rounding_delta: Tensor, low: Limit, high: Limit) -> Tensor:
+    """W, float32 like `blocks`.
 
     Args:
-        groups: the weight, [rows, groups, group_size], in any dtype; counted with in float32.
-        scale: s, [rows, groups, 1].
-        v: offsets in units of one code, like `groups`.
-        low, high: limits of the code less the zero point; numbers or [rows, groups, 1].
+        blocks: the weight, [R, M, C, N], in any dtype; computed in float32.
+        scale: s, [R, 1, C, 1].
+        rounding_delta: v, like `blocks`.
+        low, high: limits of the code minus the zero point; numbers or [R, 1, C, 1].
     """
-    return _clamp((groups.float() / scale + rounding_delta).round(), low, high) * scale
+    return _clamp((blocks.float() / scale + rounding_delta).round(), low, high) * scale
 
 
-def straight_through_gradients(
-    groups: torch.Tensor, scale: torch.Tensor, rounding_delta: torch.Tensor, low: Limit, high: Limit, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dL/dv like `groups`, (dL/df) / s0 [rows, groups, 1]) for `grad` = dL/dW, like `groups`."""
-    ratio = groups.float() / scale
+def int_gradients(
+    blocks: Tensor, scale: Tensor, rounding_delta: Tensor, low: Limit, high: Limit, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dL/dv like `blocks`, (dL/df) / s0 [R, 1, C, 1]) for `grad` = dL/dW, float32 like `blocks`."""
+    ratio = blocks.float() / scale
     raw = (ratio + rounding_delta).round()
     codes = _clamp(raw, low, high)
     inside = (raw == codes).to(grad.dtype)
-    slope = ((codes - ratio * inside) * grad).sum(-1, keepdim=True)
-    return inside * grad * scale, slope
-
-
-@lru_cache(maxsize=1)
-def compiled_int() -> tuple[IntValues, IntGradients]:
-    """Both functions compiled by PyTorch into one pass over the weights each, for any shape."""
-    return torch.compile(quantized_values, dynamic=True), torch.compile(straight_through_gradients, dynamic=True)
-
-
-# Integer layers under tuning: offsets, scale factors, and the quantized weights that follow from them.
+    return inside * grad * scale, block_sum((codes - ratio * inside) * grad)
 
 
 class IntTuner(LearnableGroup):
-    """Offsets and scale factors of some layers, and the quantized weights that follow from them.
+    """Integer layers. `qparams`: where tuning starts, one a layer; `scale_dtype`: stored dtype of scales."""
 
-    Args:
-        tasks: layers with equal in_features and scheme; `task.weight` is [out, in]. Only one when scales are per
-            tensor.
-        grids: where tuning starts, one a layer.
-        compute_dtype: dtype of the matrix products.
-        scale_dtype: dtype in which scales are stored.
-        tune_scale: tune the factor on the scale as well.
-        adam, momentum: how learnables move.
-        compile_step: compile the elementwise passes.
-    """
+    functions = (int_values, int_gradients)
 
     def __init__(
         self, tasks: Sequence[LayerTask], qparams: Sequence[QuantParams], compute_dtype: torch.dtype,
-        scale_dtype: torch.dtype, tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
-        compile_step: bool = False,
+        scale_dtype: torch.dtype, **options: Any,
     ) -> None:  # fmt: skip
-        self._values, self._gradients = (
-            compiled_int() if compile_step else (quantized_values, straight_through_gradients)
-        )
-        rows = consecutive_slices([task.weight.shape[0] for task in tasks])
-        columns = tasks[0].weight.shape[1]
-        super().__init__(tasks, compute_dtype, [part.start for part in rows], (rows[-1].stop, columns))
-        self.bits, self.tune_scale, self.scale_dtype = qparams[0].bits, tune_scale, scale_dtype
-        assert isinstance(self.scheme.group_size, int)
-        chunks = [as_groups(weight, self.scheme.group_size) for weight in stacked_weights(tasks, compute_dtype)]
-        self.slices = consecutive_slices([piece.shape[0] for piece in chunks])
-        self.groups = concat_rows(chunks)
-        del chunks
-        self.start_scale = torch.cat([params.scale for params in qparams])
-        self.scale = self.start_scale
-        zeros = [params.zero for params in qparams]
-        self.zero: torch.Tensor | float = zeros[0] if isinstance(zeros[0], float) else torch.cat(zeros)  # type: ignore[arg-type]
-        self.rounding_delta = torch.zeros_like(self.groups, dtype=torch.float32)
-        self.scale_factor = torch.ones_like(self.scale)
-        self.padded = self.groups.numel() != self.quantized.numel()
-        self._make_rules(2, adam, momentum)
-        self.refresh()
+        super().__init__(tasks, tasks[0].scheme.group_size, compute_dtype, **options)
+        self.bits, self.scale_dtype = qparams[0].bits, scale_dtype
+        zeros = [params.zero for params in qparams if isinstance(params.zero, Tensor)]
+        self.zero: Limit = torch.cat(zeros).unsqueeze(1) if zeros else float(qparams[0].zero)
+        self._start(torch.cat([params.scale for params in qparams]).unsqueeze(1))
+
+    def apply_scale_factors(self) -> None:
+        scale = self.start_scales[0] * self.scale_factors[0]
+        self.scale = round_to_stored(scale, self.scale_dtype, default_scale_threshold(self.scale_dtype))
 
     def _limits(self, rows: slice) -> tuple[Any, Any]:
-        top = 2**self.bits - 1
-        if isinstance(self.zero, torch.Tensor):
-            return -self.zero[rows], top - self.zero[rows]
-        return -self.zero, top - self.zero
+        zero = self.zero[rows] if isinstance(self.zero, Tensor) else self.zero
+        return -zero, 2**self.bits - 1 - zero
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        columns = self.quantized.shape[1]
-        for rows in self._row_chunks(self.groups):
-            low, high = self._limits(rows)
-            values = self._values(self.groups[rows], self.scale[rows], self.rounding_delta[rows], low, high)
-            if self.scheme.group_size == 0:
-                self.quantized.copy_(values.view_as(self.quantized))
-            else:
-                self.quantized[rows].copy_(values.view(values.shape[0], -1)[:, :columns])
+    def _arguments(self, index: Index) -> tuple[Any, ...]:
+        rows = index[0]
+        return self.blocks[index], self.scale[rows], self.rounding_delta[index], *self._limits(rows)
 
-    @torch.no_grad()
-    def step(self, lr: float, scale_lr: float) -> None:
-        if not self._complete_gradient():
-            return
-        assert isinstance(self.scheme.group_size, int)
-        grad = as_groups(self.gradient, self.scheme.group_size) if self.padded else self.gradient
-        grad = grad.view_as(self.groups)
-        slopes = torch.empty_like(self.scale_factor)
-
-        def gradients() -> Iterator[tuple[Index, torch.Tensor]]:
-            for rows in self._row_chunks(self.groups):
-                low, high = self._limits(rows)
-                part, slopes[rows] = self._gradients(
-                    self.groups[rows], self.scale[rows], self.rounding_delta[rows], low, high, grad[rows].float()
-                )
-                yield rows, part
-
-        self._update_rounding_delta(gradients(), lr)
-        if self.tune_scale:
-            self.rules[1].apply(self.scale_factor, slopes.mul_(self.start_scale), scale_lr)
-            self.scale_factor.clamp_(*SCALE_FACTOR_RANGE)
-            threshold = default_scale_threshold(self.scale_dtype)
-            self.scale = round_to_stored(self.start_scale * self.scale_factor, self.scale_dtype, threshold)
-        self.refresh()
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        self.rounding_delta.zero_()
-        self.scale_factor.fill_(1.0)
-        self.scale = self.start_scale
-        self.refresh()
+    def _factor_gradients(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        return [slopes[0].mul_(self.start_scales[0])]
 
     @torch.no_grad()
     def snapshot(self, into: State | None = None) -> State:
-        """The codes, a byte each, with factors and scales: offsets matter by what they round to only."""
-        state_codes = (
-            torch.empty(self.groups.shape, dtype=torch.uint8, device=self.rounding_delta.device)
-            if into is None
-            else into[0]
-        )
-        for rows in self._row_chunks(self.groups):
-            low, high = self._limits(rows)
-            codes = (self.groups[rows].float() / self.scale[rows]).add_(self.rounding_delta[rows]).round_()
-            state_codes[rows] = torch.clamp(codes, low, high).sub_(low).to(torch.uint8)
-        return state_codes, *copy_state((self.scale_factor, self.scale), None if into is None else into[1:])
+        """Codes, one byte each, and scale factors: a rounding delta only matters by the code it leads to."""
+        state_codes = torch.empty_like(self.blocks, dtype=torch.uint8) if into is None else into[0]
+        for index in self.chunks:
+            blocks, scale, rounding_delta, low, high = self._arguments(index)
+            codes = (blocks.float() / scale).add_(rounding_delta).round_()
+            state_codes[index] = torch.clamp(codes, low, high).sub_(low).to(torch.uint8)
+        return state_codes, *copy_state(tuple(self.scale_factors), None if into is None else into[1:])
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
-        codes, self.scale_factor, self.scale = state
-        for rows in self._row_chunks(self.groups):
-            low, _ = self._limits(rows)
-            self.rounding_delta[rows] = (codes[rows].float() + low).sub_(self.groups[rows].float() / self.scale[rows])
+        codes, *self.scale_factors = state
+        self.apply_scale_factors()
+        for index in self.chunks:
+            blocks, scale, _, low, _ = self._arguments(index)
+            self.rounding_delta[index] = (codes[index].float() + low).sub_(blocks.float() / scale)
         self.refresh()
 
     @torch.no_grad()
     def finish(self) -> list[QuantizedLayer]:
         layers = []
         for task, rows in zip(self.tasks, self.slices, strict=True):
-            zero = self.zero[rows] if isinstance(self.zero, torch.Tensor) else self.zero
-            layers.append(
-                encode_integer(
-                    task, QuantParams(self.scale[rows], zero, self.bits), self.rounding_delta[rows], self.scale_dtype
-                )
-            )
+            zero = self.zero[rows].squeeze(1) if isinstance(self.zero, Tensor) else self.zero
+            qparams = QuantParams(self.scale[rows].squeeze(1), zero, self.bits)
+            delta = self.rounding_delta[rows].reshape(*qparams.scale.shape[:2], -1)
+            layers.append(encode_integer(task, qparams, delta, self.scale_dtype))
         return layers
 
 
-# Layers of small floats under tuning: offsets, scale factors, and the quantized weights that follow from them.
-#
-# With f the factor of a tile (its stored scale, over the global one where there is one), r = w / f and u how far apart
-# the element's values lie at r, a weight becomes W = f q, q = nearest(r + v u). An offset of one half reaches the next
-# value at any size. With G = dL/dW the straight-through gradients are, where q is not cut off,
-# dL/dv = G f u            dL/df = sum over the tile of G (q - r)
-# and where it is dL/dv = 0 and dL/df = sum of G q (AutoRound, arXiv 2309.05516, section 3; the mask as in LSQ,
-# arXiv 1902.08153, equation 3). Scales are `start * scale_factor`, rounded to what can be stored; that rounding
-# passes straight through too.
-
-FloatValues = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, MinifloatType], torch.Tensor]
-FloatGradients = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, MinifloatType, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
-]
-
-
-def float_values(
-    blocks: torch.Tensor, scale_factor: torch.Tensor, rounding_delta: torch.Tensor, element: MinifloatType
-) -> torch.Tensor:
-    """W, float32 [R, M, C, N], of the weight's tiles, factors [R, 1, C, 1] and offsets like `blocks`."""
-    return element.nearest(add_rounding_delta(blocks.float() / scale_factor, rounding_delta, element)).mul_(
-        scale_factor
-    )
+def float_values(blocks: Tensor, scale: Tensor, rounding_delta: Tensor, element: MinifloatType) -> Tensor:
+    """W, float32 [R, M, C, N], of weights and deltas like it and effective scales [R, 1, C, 1]."""
+    return element.nearest(add_rounding_delta(blocks.float() / scale, rounding_delta, element)).mul_(scale)
 
 
 def float_gradients(
-    blocks: torch.Tensor,
-    scale_factor: torch.Tensor,
-    rounding_delta: torch.Tensor,
-    element: MinifloatType,
-    grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dL/dv like `blocks`, dL/df [R, 1, C, 1]) for `grad` = dL/dW, float32 like `blocks`."""
-    ratio = blocks.float() / scale_factor
+    blocks: Tensor, scale: Tensor, rounding_delta: Tensor, element: MinifloatType, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dL/dv like `blocks`, dL/ds [R, 1, C, 1]) for `grad` = dL/dW, float32 like `blocks`."""
+    ratio = blocks.float() / scale
     step = element.step(ratio)
     moved = ratio + rounding_delta * step
     inside = (moved.abs() < element.saturation).float()
-    slope = block_sum((element.nearest(moved) - ratio * inside) * grad)
-    return inside * step * grad * scale_factor, slope
-
-
-@lru_cache(maxsize=1)
-def compiled_floats() -> tuple[FloatValues, FloatGradients]:
-    """Both functions compiled by PyTorch into one pass over the weights each, for any shape."""
-    return torch.compile(float_values, dynamic=True), torch.compile(float_gradients, dynamic=True)
+    return inside * step * grad * scale, block_sum((element.nearest(moved) - ratio * inside) * grad)
 
 
 class FloatTuner(LearnableGroup):
-    """Offsets and scale factors of some layers, and the quantized weights that follow from them.
+    """Layers of a small float type. `starts`: stored scales where tuning starts and global scale or None, by layer."""
 
-    Args:
-        tasks: layers with equal in_features and scheme; `task.weight` is [out, in]. Only one when scales are per
-            tensor.
-        family: their data type.
-        starts: stored scales where tuning starts and global scales or None, one of each a layer.
-        compute_dtype: dtype of the matrix products.
-        tune_scale: tune the factor on the scale as well.
-        adam, momentum: how learnables move.
-        compile_step: compile the elementwise passes.
-    """
+    functions = (float_values, float_gradients)
 
     def __init__(
-        self, tasks: Sequence[LayerTask], family: BlockFloatSpec,
-        starts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], compute_dtype: torch.dtype,
-        tune_scale: bool = True, adam: bool = False, momentum: float = 0.0, compile_step: bool = False,
+        self, tasks: Sequence[LayerTask], spec: BlockFloatSpec, starts: Sequence[tuple[Tensor, Tensor | None]],
+        compute_dtype: torch.dtype, **options: Any,
     ) -> None:  # fmt: skip
-        self._values, self._gradients = compiled_floats() if compile_step else (float_values, float_gradients)
-        self.family, self.tune_scale = family, tune_scale
-        size = tasks[0].scheme.group_size
-        shapes = [block_shape((task.weight.shape[0], task.weight.shape[1]), size) for task in tasks]
-        self.slices = consecutive_slices([shape[0] for shape in shapes])
-        _, m, c, n = shapes[0]
-        height = self.slices[-1].stop * m
-        super().__init__(tasks, compute_dtype, [part.start * m for part in self.slices], (height, c * n))
+        super().__init__(tasks, tasks[0].scheme.group_size, compute_dtype, **options)
+        self.spec = spec
         self._globals = [given for _, given in starts]
-        self.blocks = concat_rows([as_blocks(weight, size) for weight in stacked_weights(tasks, compute_dtype)])
-        self.start_scale = torch.cat([scale.reshape(-1, 1, c, 1) for scale, _ in starts]).to(self.blocks.device)
-        self.scale = self.start_scale
-        self.rounding_delta = torch.zeros_like(self.blocks, dtype=torch.float32)
-        self.scale_factor = torch.ones_like(self.scale)
-        self._make_rules(2, adam, momentum)
-        self.refresh()
+        columns = self.blocks.shape[2]
+        self._start(torch.cat([scale.reshape(-1, 1, columns, 1) for scale, _ in starts]).to(self.blocks.device))
 
-    def _factors(self, scale: torch.Tensor) -> torch.Tensor:
-        """What elements are multiplied with, layer by layer."""
-        if not self.family.has_global_scale:
+    def _effective(self, scale: Tensor) -> Tensor:
+        """Factors from element values to weights, [R, 1, C, 1]."""
+        if not self.spec.has_global_scale:
             return scale
         parts = zip(self.slices, self._globals, strict=True)
         return torch.cat([effective_scale(scale[rows], None if g is None else g.to(scale)) for rows, g in parts])
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        factors = self._factors(self.scale)
-        quantized = self.quantized.view(self.blocks.shape)
-        for rows, inner in block_chunks(self.blocks, self._chunk):
-            part = self._values(
-                self.blocks[rows, inner], factors[rows], self.rounding_delta[rows, inner], self.family.element
-            )
-            quantized[rows, inner] = part
+    def apply_scale_factors(self) -> None:
+        self.scale = self.spec.rule.store(self.start_scales[0] * self.scale_factors[0])
+        self._factors = self._effective(self.scale)
 
-    @torch.no_grad()
-    def step(self, lr: float, scale_lr: float) -> None:
-        if not self._complete_gradient():
-            return
-        factors = self._factors(self.scale)
-        grad = self.gradient.view(self.blocks.shape)
-        slopes = torch.zeros_like(self.scale_factor)
+    def _arguments(self, index: Index) -> tuple[Any, ...]:
+        return self.blocks[index], self._factors[index[0]], self.rounding_delta[index], self.spec.element
 
-        def gradients() -> Iterator[tuple[Index, torch.Tensor]]:
-            for rows, inner in block_chunks(self.blocks, self._chunk):
-                blocks, rounding_delta, own = (part[rows, inner] for part in (self.blocks, self.rounding_delta, grad))
-                part, slope = self._gradients(blocks, factors[rows], rounding_delta, self.family.element, own.float())
-                slopes[rows] += slope
-                yield (rows, inner), part
-
-        self._update_rounding_delta(gradients(), lr)
-        if self.tune_scale:
-            self.rules[1].apply(self.scale_factor, slopes.mul_(self._factors(self.start_scale)), scale_lr)
-            self.scale_factor.clamp_(*SCALE_FACTOR_RANGE)
-            self.scale = self.family.rule.store(self.start_scale * self.scale_factor)
-        self.refresh()
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        self.rounding_delta.zero_()
-        self.scale_factor.fill_(1.0)
-        self.scale = self.start_scale
-        self.refresh()
-
-    def snapshot(self, into: State | None = None) -> State:
-        return copy_state((self.rounding_delta, self.scale_factor, self.scale), into)
-
-    @torch.no_grad()
-    def restore(self, state: State) -> None:
-        self.rounding_delta, self.scale_factor, self.scale = state
-        self.refresh()
+    def _factor_gradients(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        return [slopes[0].mul_(self._effective(self.start_scales[0]))]
 
     @torch.no_grad()
     def finish(self) -> list[QuantizedLayer]:
         return [
-            encode_minifloat(task, self.family, self.scale[rows], self.rounding_delta[rows], given)
+            encode_minifloat(task, self.spec, self.scale[rows], self.rounding_delta[rows], given)
             for task, rows, given in zip(self.tasks, self.slices, self._globals, strict=True)
         ]
+
+
+_INSIDE = 0.1  # of a step: distance from the rounding border of a start that is not the nearest code
+
+
+def ggml_values(
+    blocks: Tensor, step: Tensor, inverse: Tensor, minimum: Tensor, rounding_delta: Tensor, low: float, high: float
+) -> Tensor:
+    """W, float32 like `blocks`.
+
+    Args:
+        blocks: the weight, [R, 1, C, N].
+        step, inverse, minimum: s, 1/s (nearly zero for a step of zero) and m, [R, 1, C, 1].
+        rounding_delta: v, like `blocks`.
+        low, high: limits of the code minus its zero.
+    """
+    codes = ((blocks.float() - minimum) * inverse + rounding_delta).round().clamp(low, high)
+    return codes * step + minimum
+
+
+def ggml_gradients(
+    blocks: Tensor, step: Tensor, inverse: Tensor, minimum: Tensor, rounding_delta: Tensor, low: float, high: float,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dL/dv like `blocks`, dL/ds and dL/dm [R, 1, C, 1]) for `grad` = dL/dW, float32 like `blocks`."""
+    ratio = (blocks.float() - minimum) * inverse
+    raw = (ratio + rounding_delta).round()
+    codes = raw.clamp(low, high)
+    within = (raw == codes).to(grad.dtype) * grad
+    return within * step, block_sum(codes * grad - ratio * within), block_sum(grad - within)
+
+
+class GgmlTuner(LearnableGroup):
+    """Layers in a ggml type. `starts`: where tuning starts, one a layer; where a code is not the nearest one, the
+    rounding delta starts just large enough to give it."""
+
+    functions = (ggml_values, ggml_gradients)
+
+    def __init__(
+        self, tasks: Sequence[LayerTask], starts: Sequence[GgmlBlocks], compute_dtype: torch.dtype, **options: Any
+    ) -> None:
+        self.kind = starts[0].kind
+        super().__init__(tasks, self.kind.group, compute_dtype, **options)
+        self._limits = code_limits(self.kind)
+        self.start = _without_codes(starts, torch.cat)
+        self._start(*(part.float() for part in (self.start.d, self.start.dmin) if part is not None))
+        self._set_start_delta(torch.cat([part.codes for part in starts]).view(self.blocks.shape))
+        self.refresh()
+
+    def _set_start_delta(self, codes: Tensor) -> None:
+        """Rounding deltas that lead to `codes`."""
+        edge = 0.5 - _INSIDE
+        for index in self.chunks:
+            blocks, _, inverse, minimum, _, low, high = self._arguments(index)
+            ratio = (blocks.float() - minimum) * inverse
+            wanted = codes[index].float() - self.kind.zero
+            delta = torch.maximum(torch.minimum(ratio, wanted + edge), wanted - edge) - ratio
+            self.rounding_delta[index] = torch.where(ratio.round().clamp(low, high) == wanted, 0.0, delta)
+        self._start_delta = self.rounding_delta.clone() if bool(self.rounding_delta.any()) else None
+
+    def apply_scale_factors(self) -> None:
+        found = [(s * f).half() for s, f in zip(self.start_scales, self.scale_factors, strict=True)]
+        self.stored = replace(self.start, d=found[0], dmin=found[1] if len(found) > 1 else None)
+        shape = (self.blocks.shape[0], 1, self.blocks.shape[2], 1)
+        self.steps, minimum = self.stored.step().view(shape), self.stored.minimum()
+        self.inverses = inverse_of(self.steps)
+        self.minima = torch.zeros_like(self.steps) if minimum is None else minimum.view(shape)
+
+    def _arguments(self, index: Index) -> tuple[Any, ...]:
+        rows = index[0]
+        return (
+            self.blocks[index], self.steps[rows], self.inverses[rows], self.minima[rows], self.rounding_delta[index],
+            *self._limits,
+        )  # fmt: skip
+
+    def _factor_gradients(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """Sums over the groups of each super-block."""
+        found = []
+        integers, signs = (self.start.scales, self.start.mins), (1, self.kind.min_sign)
+        for start, slope, whole, sign in zip(self.start_scales, slopes, integers, signs, strict=False):
+            slope = slope[:, 0, :, 0]
+            if whole is not None:
+                slope = (slope * whole).view(*start.shape, -1).sum(-1)
+            found.append(slope * start * sign)
+        return found
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        super().restart()
+        if self._start_delta is not None:
+            self.rounding_delta.copy_(self._start_delta)
+            self.refresh()
+
+    @torch.no_grad()
+    def finish(self) -> list[QuantizedLayer]:
+        layers = []
+        for task, rows in zip(self.tasks, self.slices, strict=True):
+            own = _without_codes([self.stored], partial(_cut, rows=rows))
+            layers.append(encode_ggml(task, assign_codes(task.weight, own, self.rounding_delta[rows])))
+        return layers
+
+
+def _without_codes(blocks: Sequence[GgmlBlocks], make: Callable[[list[Tensor]], Tensor]) -> GgmlBlocks:
+    """Blocks without codes, each of their tensors made from that tensor of all of `blocks`."""
+    own = lambda parts: None if parts[0] is None else make(parts)  # noqa: E731
+    return GgmlBlocks(
+        blocks[0].kind, torch.empty(0, dtype=torch.uint8), make([b.d for b in blocks]),
+        own([b.scales for b in blocks]), own([b.dmin for b in blocks]), own([b.mins for b in blocks]),
+    )  # fmt: skip
+
+
+def _cut(parts: list[Tensor], rows: slice) -> Tensor:
+    return parts[0][rows]
