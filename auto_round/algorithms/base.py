@@ -1,4 +1,4 @@
-"""Interface of a quantizer: the block and layers that it gets, the codes that it returns, and memory errors."""
+"""Interface of a quantizer: its input (a block and its layers), its result, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ class LayerTask:
         name: full module name.
         module: the linear itself, inside the block.
         weight: [out, in] (a Conv1D's weight is transposed already), in the model's own dtype.
-        scheme: what it becomes.
+        scheme: how to quantize it.
         importance: float32 [in], the second moment of each input channel over the calibration tokens, or None.
         bias: [out] in the model's own dtype, or None.
-        transposed: the module stores [in, out].
+        transposed: the module stores its weight as [in, out].
         activation: how the layer's inputs are quantized, or None.
-        global_scale: float32 scalar that layers which runtimes join share (NVFP4); None: the layer's own, if its type
-            has one.
-        ggml: name of the ggml type that stores the layer (`Q4_K`), or None for the other formats.
-        products: sums of x x' over the layer's inputs x: float32 [n, n] for each band of input channels, in order; or
-            None.
+        global_scale: float32 scalar shared by layers that runtimes fuse (NVFP4); None takes the layer's own.
+        ggml: name of the ggml type that stores the layer (`Q4_K`), or None for other formats.
+        input_hessians: sums of x x' over the layer's inputs x, float32 [n, n] for each band of input channels, in
+            order; or None.
     """
 
     name: str
@@ -55,7 +54,7 @@ class Samples(Protocol):
     def shape(self) -> torch.Size: ...
 
     def __getitem__(self, index: Any, /) -> torch.Tensor:
-        """Those of the samples with these indices."""
+        """The hidden states of the samples with these indices."""
         ...
 
 
@@ -68,13 +67,13 @@ class BlockTask:
 
     Attributes:
         name: full module name.
-        block: the module; it may be changed during tuning and is put back afterwards.
+        block: the module; a quantizer that changes it restores it.
         layers: the linears to quantize.
         run: calls the block on `hidden` [B, T, H] of the given samples with the arguments recorded for them.
-        inputs: [N, T, H] what the block gets during tuning; in memory, or read from a file as it is indexed.
-        targets: [N, T, H] what it should give; None when there is no calibration data.
+        inputs: [N, T, H] inputs of the block during tuning; in memory, or read from a file when indexed.
+        targets: [N, T, H] its full-precision outputs; None without calibration data.
         loss_mask: bool [N, T], True where a position counts.
-        offload: given the task, moves `inputs` and `targets` off the device; False when they are not there.
+        offload: moves the task's `inputs` and `targets` off the device; False when they are not on it.
         compute_dtype: dtype of the block's parameters and of `run`.
         seed: of the order of samples.
     """
@@ -93,7 +92,7 @@ class BlockTask:
 
 @dataclass
 class BlockResult:
-    """The layers' codes, and the block's loss before and after on the held-out samples (None without tuning)."""
+    """The quantized layers, and the block's held-out loss before and after tuning (None without)."""
 
     layers: Sequence[QuantizedLayer] = field(default_factory=list)
     loss_before: float | None = None
@@ -102,33 +101,30 @@ class BlockResult:
 
 
 class BlockQuantizer(Protocol):
-    """An algorithm that decides the codes of one block at a time."""
+    """An algorithm that quantizes one block at a time."""
 
     name: str
     needs_importance: bool
     needs_targets: bool
 
     def needs_hessian(self, layer: LayerTask) -> bool:
-        """Whether `input_hessians` of a layer are wanted, where importance is gathered."""
+        """Whether the quantizer uses `input_hessians` of this layer."""
         ...
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
-        """Decide codes, scales and zero points of every layer of the block."""
+        """Quantize every layer of the block."""
         ...
 
 
-# What is done when a device has too little memory.
-
-
 def empty_device_cache(device: torch.device) -> None:
-    """Give memory that PyTorch keeps for later back to the device."""
+    """Release PyTorch's cached memory to the device."""
     gc.collect()
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def out_of_memory_error(doing: str, device: torch.device) -> DeviceError:
-    """The error when nothing more can be split or moved away."""
+    """The error when no batch can be split and no tensor offloaded any more."""
     return DeviceError(
         f"{device} has too little memory for {doing}, with everything else off it; lower seqlen, set "
         "low_gpu_mem_usage=True (--low_gpu_mem_usage), batch_size=1 with gradient_accumulate_steps for the same "

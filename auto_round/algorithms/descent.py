@@ -21,18 +21,18 @@ _CHUNK = {"cpu": 1 << 22, "other": 1 << 26}  # weights rounded at a time
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """A with `damping` times its mean diagonal added to the diagonal."""
+    """A copy of a Hessian with `damping` times its mean diagonal added to the diagonal."""
     return damp(hessian.clone(), damping)
 
 
 def damp(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """The same in place."""
+    """`damped` in place."""
     hessian.diagonal().add_(damping * hessian.diagonal().mean() + 1e-12)
     return hessian
 
 
 def row_slices(weight: torch.Tensor) -> list[slice]:
-    """Rows of a matrix that are rounded together."""
+    """Slices of rows that are rounded together."""
     out, columns = weight.shape
     step = max(1, _CHUNK.get(weight.device.type, _CHUNK["other"]) // columns)
     return [slice(start, start + step) for start in range(0, out, step)]
@@ -41,23 +41,23 @@ def row_slices(weight: torch.Tensor) -> list[slice]:
 def descend_blocks(
     weight: torch.Tensor, blocks: GgmlBlocks, hessians: Sequence[torch.Tensor], damping: float, passes: int
 ) -> GgmlBlocks:
-    """The blocks with codes by coordinate descent, on the steps and minima that they have.
+    """Blocks with codes found by coordinate descent on their steps and minima.
 
     Args:
         weight: [out, in], any float dtype.
-        blocks: stored numbers of it; their codes do not matter.
-        squares: A of each band of input channels, in order: float32 [n, n], symmetric.
-        damping: in parts of the mean diagonal of each.
-        passes: visits of every code.
+        blocks: steps and minima; the codes are ignored.
+        hessians: of each band of input channels, in order: float32 [n, n], symmetric.
+        damping: as a fraction of each one's mean diagonal.
+        passes: updates of every code.
     """
     kind = blocks.kind
     codes = torch.empty_like(blocks.codes)
     steps, minima = divisor_of(blocks.step()), blocks.minimum()
     low, high = code_limits(kind)
-    at = 0
+    start = 0
     for hessian in hessians:
-        band = slice(at, at + hessian.shape[0])
-        at = band.stop
+        band = slice(start, start + hessian.shape[0])
+        start = band.stop
         groups = slice(band.start // kind.group, band.stop // kind.group)
         matrix = damped(hessian, damping)
         for rows in row_slices(weight):
@@ -74,21 +74,21 @@ def descend_blocks(
 def descend(
     weight: torch.Tensor, scale: torch.Tensor, low: Limit, high: Limit, hessian: torch.Tensor, passes: int
 ) -> torch.Tensor:
-    """Codes less the zero point, from rounding to nearest on; tr(D A D') only falls.
+    """Codes minus the zero point, [rows, in], starting at the nearest ones; tr(D H D') never increases.
 
     Args:
         weight, scale: [rows, in].
-        low, high: limits of the codes less the zero point, [rows, in] or the same for all.
-        square: A, symmetric and positive definite, [in, in].
-        passes: visits of every code.
+        low, high: limits of the codes minus the zero point, [rows, in] or numbers.
+        hessian: H, symmetric and positive definite, [in, in].
+        passes: updates of every code.
     """
     codes = (weight / scale).round_().clamp_(low, high)  # type: ignore[arg-type]
-    gradient = (codes * scale - weight) @ hessian  # half of the real one
+    gradient = (codes * scale - weight) @ hessian  # half of the true gradient
     diagonal = hessian.diagonal().unsqueeze(1)
     for _ in range(passes):
         for start in range(0, codes.shape[1], _COLUMNS):
             block = slice(start, min(start + _COLUMNS, codes.shape[1]))
-            # Columns as rows: they are read one at a time.
+            # Transposed, because columns are processed one at a time.
             local, unit, before = (_transposed(t, block) for t in (gradient, scale, codes))
             least, most = _transposed_limit(low, block), _transposed_limit(high, block)
             divisor, after, deltas = diagonal[block] * unit, torch.empty_like(before), torch.empty_like(before)
@@ -107,5 +107,5 @@ def _transposed(values: torch.Tensor, block: slice) -> torch.Tensor:
 
 
 def _transposed_limit(limit: Limit, block: slice) -> Sequence[Any]:
-    """A limit for each column of the block."""
+    """The limit of each column of the block."""
     return [limit] * (block.stop - block.start) if isinstance(limit, float) else list(_transposed(limit, block))

@@ -1,4 +1,4 @@
-"""Encode a layer's weight with chosen scales into a `QuantizedLayer`. Codes are decided here and nowhere else."""
+"""Encode a layer's weight with given scales and rounding deltas into a `QuantizedLayer`. All codes are made here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from auto_round.data_type import get_quant_func
 from auto_round.errors import NumericsError
 from auto_round.schemes import QuantizationScheme
 
-# Weights rounded at a time: few enough for a shared cache, and no float32 copy of a whole layer is made; many enough
-# that calling PyTorch costs little.
+# Weights rounded at once: few enough for a shared cache, without a float32 copy of a whole layer; many enough to hide
+# the cost of PyTorch calls.
 _ROWS = 1 << 20
 _GPU_ROWS = 1 << 26
 
@@ -34,8 +34,8 @@ def minifloat_spec(scheme: QuantizationScheme) -> BlockFloatSpec | None:
 
 
 def ggml_type_for(task: LayerTask) -> GgmlType | None:
-    """The ggml type that stores a layer: the one it is planned for, or for formats without types of their own the one
-    its scheme describes, where its width fills blocks. None: another kind of layer."""
+    """The ggml type that stores a layer: the planned one, or the one its scheme describes if its width fills blocks;
+    else None."""
     if task.ggml is not None:
         return GGML_TYPES[task.ggml]
     if task.scheme.data_type == "int":
@@ -53,7 +53,7 @@ def as_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def importance_groups(importance: torch.Tensor | None, weight: torch.Tensor, group_size: int) -> torch.Tensor | None:
-    """[in] as [groups, group_size]; padding weighs nothing."""
+    """[in] as [groups, group_size]; padding has zero importance."""
     if importance is None:
         return None
     if group_size == 0:
@@ -65,12 +65,12 @@ def importance_groups(importance: torch.Tensor | None, weight: torch.Tensor, gro
 def encode_integer(
     task: LayerTask, qparams: QuantParams, v: torch.Tensor | None, scale_dtype: torch.dtype
 ) -> QuantizedLayer:
-    """Codes of a weight on a grid.
+    """Encode an integer layer.
 
     Args:
         task: the layer; `task.weight` is [out, in].
-        grid: scale [out, groups, 1] (or [1, 1, 1] per tensor).
-        v: rounding offsets in units of one code, as `as_groups` shapes them, or None.
+        qparams: scale [out, groups, 1] (or [1, 1, 1] per tensor).
+        v: rounding deltas in units of one code, in the shape of `as_groups`, or None.
 
     Raises:
         NumericsError: a scale is not finite.
@@ -89,12 +89,8 @@ def encode_integer(
 
 
 def encode_integer_rtn(task: LayerTask, scale_dtype: torch.dtype) -> QuantizedLayer:
-    """A weight rounded to nearest on the grid from its groups' extremes: what `encode_integer` gives for that grid, in
-    half the passes over the weight.
-
-    Raises:
-        NumericsError: a scale is not finite.
-    """
+    """Encode an integer layer with min/max scales: `encode_integer` with `integer_qparams`, in half the passes over the
+    weight. Raises NumericsError when a scale is not finite."""
     scheme = task.scheme
     assert isinstance(scheme.group_size, int)
     groups = as_groups(task.weight, scheme.group_size)
@@ -112,7 +108,7 @@ def encode_integer_rtn(task: LayerTask, scale_dtype: torch.dtype) -> QuantizedLa
 
 
 def _row_chunks(groups: torch.Tensor) -> Iterator[slice]:
-    """Rows of [out, groups, group_size] that are rounded together."""
+    """Slices of rows of [out, groups, group_size] that are rounded together."""
     most = _ROWS if groups.device.type == "cpu" else _GPU_ROWS
     step = max(1, most // max(1, groups.shape[1] * groups.shape[2]))
     for start in range(0, groups.shape[0], step):
@@ -125,7 +121,7 @@ def _check_scales(task: LayerTask, qparams: QuantParams) -> None:
 
 
 def _with_codes(task: LayerTask, qparams: QuantParams, codes: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
-    """The record of an integer layer from codes in the shape of its groups."""
+    """The integer layer of codes in the shape of its groups."""
     out, columns = task.weight.shape
     per_tensor = task.scheme.group_size == 0
     codes = codes.view(out, columns) if per_tensor else codes.view(out, -1)[:, :columns]
@@ -133,70 +129,56 @@ def _with_codes(task: LayerTask, qparams: QuantParams, codes: torch.Tensor, scal
     zero_point: torch.Tensor | int = int(qparams.zero) if not isinstance(qparams.zero, torch.Tensor) else 0
     if isinstance(qparams.zero, torch.Tensor):
         zero_point = qparams.zero.squeeze(-1).to(torch.uint8)
-    if per_tensor:  # one scale for all: every row gets it
+    if per_tensor:  # every row gets the one scale
         scale = scale.expand(out, 1)
         zero_point = zero_point.expand(out, 1) if isinstance(zero_point, torch.Tensor) else zero_point
     to_host = lambda t: t.contiguous().cpu() if isinstance(t, torch.Tensor) else t
-    bias = None if task.bias is None else task.bias.cpu()
-    return QuantizedLayer(
-        task.name, task.scheme, to_host(codes), to_host(scale), to_host(zero_point), bias=bias,
-        transposed=task.transposed, **_activation_fields(task),
-    )  # fmt: skip
+    return _layer(task, codes=to_host(codes), scale=to_host(scale), zero_point=to_host(zero_point))
 
 
 def encode_minifloat(
-    task: LayerTask, family: BlockFloatSpec, scale: torch.Tensor | None = None, v: torch.Tensor | None = None,
+    task: LayerTask, spec: BlockFloatSpec, scale: torch.Tensor | None = None, v: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
 ) -> QuantizedLayer:  # fmt: skip
-    """Codes of a weight in small floats.
+    """Encode a layer of a small float type.
 
     Args:
         task: the layer; `task.weight` is [out, in].
-        scale: stored scales, one a tile, in any shape; None takes the type's rule.
-        v: rounding offsets [R, M, C, N] (see `data_type.tiles`) in units of the element's step, or None.
-        global_scale: under which `scale` was chosen; None takes the task's, or the weight's own.
+        scale: stored scales, one per block, in any shape; None computes them by the type's rule.
+        v: rounding deltas [R, M, C, N] (see `codecs.minifloat`) in units of the element's step, or None.
+        global_scale: to which `scale` is relative; None takes the task's, or the weight's own.
 
     Raises:
         NumericsError: a scale is not finite.
     """
     tensor_scale = task.global_scale if global_scale is None else global_scale
-    found = encode(task.weight, family, task.scheme.group_size, scale=scale, v=v, global_scale=tensor_scale)
+    found = encode(task.weight, spec, task.scheme.group_size, scale=scale, v=v, global_scale=tensor_scale)
     if not bool(torch.isfinite(found.scale).all()):
         raise NumericsError(f"layer {task.name}: NaN or Inf in the weights or their scales; check the layer's weights")
-    bias = None if task.bias is None else task.bias.cpu()
-    return QuantizedLayer(
-        task.name, task.scheme, found.codes.cpu(), found.scale.cpu(), 0, bias=bias, transposed=task.transposed,
-        element=family.element.name,
-        global_scale=None if found.global_scale is None else found.global_scale.cpu(), **_activation_fields(task),
+    return _layer(
+        task, codes=found.codes.cpu(), scale=found.scale.cpu(), zero_point=0, element=spec.element.name,
+        global_scale=None if found.global_scale is None else found.global_scale.cpu(),
     )  # fmt: skip
 
 
 def encode_ggml(task: LayerTask, blocks: GgmlBlocks) -> QuantizedLayer:
-    """A layer in blocks of a ggml type.
-
-    Raises:
-        NumericsError: a factor is not finite.
-    """
-    factors = (blocks.d,) if blocks.dmin is None else (blocks.d, blocks.dmin)
-    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+    """A layer in blocks of a ggml type. Raises NumericsError when d or dmin is not finite."""
+    if not all(bool(torch.isfinite(part).all()) for part in (blocks.d, blocks.dmin) if part is not None):
         raise NumericsError(f"layer {task.name}: NaN or Inf in the weights or their scales; check the layer's weights")
+    return _layer(task, blocks=blocks.to("cpu"))
+
+
+def _layer(task: LayerTask, **fields: Any) -> QuantizedLayer:
+    """A `QuantizedLayer` with the task's name, scheme, bias and input scales, and the given fields."""
+    if task.activation is not None:
+        step = task.activation
+        fields |= {"act_scale": step.scale, "act_zero_point": step.zero_point, "act_global_scale": step.global_scale}
     bias = None if task.bias is None else task.bias.cpu()
-    return QuantizedLayer(
-        task.name, task.scheme, None, None, None, blocks=blocks.to("cpu"), bias=bias, transposed=task.transposed,
-        **_activation_fields(task),
-    )  # fmt: skip
-
-
-def _activation_fields(task: LayerTask) -> dict[str, Any]:
-    """What is stored of the quantization of a layer's inputs."""
-    if task.activation is None:
-        return {}
-    step = task.activation
-    return {"act_scale": step.scale, "act_zero_point": step.zero_point, "act_global_scale": step.global_scale}
+    return QuantizedLayer(name=task.name, scheme=task.scheme, bias=bias, transposed=task.transposed, **fields)
 
 
 def encode_by_function(task: LayerTask, scale_dtype: torch.dtype, **learned: torch.Tensor) -> QuantizedLayer:
-    """A layer of any registered data type, as the dense weight that its function gives."""
+    """A layer of any registered data type: the dequantized weight that its function returns, without codes."""
     scheme = task.scheme
     function = get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
     with torch.no_grad():
@@ -206,8 +188,4 @@ def encode_by_function(task: LayerTask, scale_dtype: torch.dtype, **learned: tor
         )  # fmt: skip
     if not bool(torch.isfinite(qdq).all()):
         raise NumericsError(f"layer {task.name}: data type {scheme.data_type!r} gave NaN or Inf")
-    bias = None if task.bias is None else task.bias.cpu()
-    return QuantizedLayer(
-        task.name, scheme, None, None, None, weight=qdq.to(task.weight.dtype).cpu(), bias=bias,
-        transposed=task.transposed, **_activation_fields(task),
-    )  # fmt: skip
+    return _layer(task, weight=qdq.to(task.weight.dtype).cpu())

@@ -4,8 +4,8 @@ With D = Wq - W and inputs z, the summed squared error of the outputs is tr(D H 
 tokens cost one [in, in] matrix, whatever the number of tokens and the size of the vocabulary. `descent.py`
 lowers it code by code.
 
-H is damped by its own mean diagonal. That is much more than the usual hundredth, and it matters: undamped, the
-error on the calibration tokens halves while the KL divergence on other text grows (docs/adr/0008).
+H is damped by its full mean diagonal, not by the usual hundredth of it: with less, the
+error on the calibration tokens halves but the KL divergence on other text grows (docs/adr/0008).
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ _DAMPING = 1.0
 
 
 def descend_integer_layer(task: LayerTask, hessian: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
-    """Codes of an integer layer on the grid that the scale search finds.
+    """Quantize an integer layer with searched scales and codes found by coordinate descent.
 
     Args:
-        task: the layer.
-        square: A, the sum of z z' over the tokens, float32 [in, in].
-        scale_dtype: dtype in which scales are stored.
+        hessian: the sum of z z' over the tokens, float32 [in, in].
+        scale_dtype: stored dtype of scales.
     """
     qparams = initial_qparams(task, True, scale_dtype)
     assert isinstance(task.scheme.group_size, int)
-    offsets = torch.empty_like(as_groups(task.weight, task.scheme.group_size), dtype=torch.float32)
+    deltas = torch.empty_like(as_groups(task.weight, task.scheme.group_size), dtype=torch.float32)
     out, columns = task.weight.shape
     matrix = damped(hessian, _DAMPING)
     low, high = _limits(qparams)
@@ -42,32 +41,28 @@ def descend_integer_layer(task: LayerTask, hessian: torch.Tensor, scale_dtype: t
         weight = task.weight[rows].float()
         scale, bottom, top = (_expand(value, rows, task, columns) for value in (qparams.scale, low, high))
         codes = descend(weight, scale, bottom, top, matrix, _PASSES)
-        # Codes are decided in one place only, from offsets.
+        # `encode_integer` rounds; these deltas lead it to the codes found here.
         if task.scheme.group_size == 0:
-            offsets.view(out, columns)[rows] = codes - weight / scale
+            deltas.view(out, columns)[rows] = codes - weight / scale
         else:
-            offsets[rows] = as_groups(codes - weight / scale, task.scheme.group_size)
-    return encode_integer(task, qparams, offsets, scale_dtype)
+            deltas[rows] = as_groups(codes - weight / scale, task.scheme.group_size)
+    return encode_integer(task, qparams, deltas, scale_dtype)
 
 
 def descend_ggml_layer(task: LayerTask, kind: GgmlType, hessian: torch.Tensor) -> QuantizedLayer:
-    """Codes of a layer in a ggml type, on the steps and minima that the search finds.
-
-    Args:
-        square: A, the sum of z z' over the tokens, float32 [in, in].
-    """
+    """Quantize a layer in a ggml type with searched steps and minima; `hessian` as for `descend_integer_layer`."""
     blocks = initial_blocks(task, kind, True)
     return encode_ggml(task, descend_blocks(task.weight, blocks, [hessian], _DAMPING, _PASSES))
 
 
 def _limits(qparams: QuantParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least and largest code less the zero point, shaped like the scale."""
+    """Smallest and largest code minus the zero point, in the shape of the scale."""
     zero = qparams.zero if isinstance(qparams.zero, torch.Tensor) else torch.full_like(qparams.scale, qparams.zero)
     return -zero, 2**qparams.bits - 1 - zero
 
 
 def _expand(value: torch.Tensor, rows: slice, task: LayerTask, columns: int) -> torch.Tensor:
-    """[out, groups, 1] (or [1, 1, 1] per tensor) as one value an element of the rows."""
+    """[out, groups, 1] (or [1, 1, 1] per tensor) as one value per weight of the rows."""
     size = task.scheme.group_size
     if not isinstance(size, int) or size <= 0:
         part = value if value.shape[0] == 1 else value[rows]

@@ -19,7 +19,7 @@ def activation_function(scheme: ActivationScheme) -> QuantFunc:
     """The registered function that quantizes inputs: `act_` and the data type's name, or the data type's own.
 
     Raises:
-        UnsupportedError: there is none, or static scales are asked of a function that takes no `scale`.
+        UnsupportedError: there is none, or static scales are requested of a function without a `scale` argument.
     """
     function = find_quant_func(ACTIVATION_PREFIX + scheme.data_type, scheme.bits, scheme.sym)
     function = function or find_quant_func(scheme.data_type, scheme.bits, scheme.sym)
@@ -43,14 +43,13 @@ def _accepts(function: QuantFunc, *names: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class ActivationQuantizer:
-    """The step that a quantized layer takes before its product.
+    """Fake quantization of a layer's inputs, before its matrix product.
 
     Attributes:
-        scheme: what the inputs become.
+        scheme: of the inputs.
         scale: float32 scalar, for static activations.
         zero_point: code of 0.0 in the signed range, for static asymmetric ones.
-        global_scale: float32 scalar fixed by the calibration data, under which scales are computed from each input
-            (NVFP4).
+        global_scale: calibrated float32 scalar to which the scales computed from each input are relative (NVFP4).
     """
 
     scheme: ActivationScheme
@@ -80,13 +79,12 @@ class ActivationQuantizer:
 def static_quantizer(
     scheme: ActivationScheme, low: torch.Tensor, high: torch.Tensor, stored: torch.dtype
 ) -> ActivationQuantizer:
-    """The quantizer of inputs that lie between two scalars; its scale is a value that `stored` can hold."""
+    """A static quantizer for inputs between `low` and `high`, scalars; its scale is exact in the dtype `stored`."""
     function = activation_function(scheme)
-    # A width of one: the function only has to turn the extremes into a scale.
-    smoke_sample = torch.zeros(1, 1, dtype=torch.float32, device=low.device)
+    # One zero as input: only the scale of the given extremes is used.
     _, scale, zero = function(
-        smoke_sample, bits=scheme.bits, group_size=0, data_type=scheme.data_type, scale_dtype=stored,
-        tensor_min=low.float(), tensor_max=high.float(),
+        torch.zeros(1, 1, dtype=torch.float32, device=low.device), bits=scheme.bits, group_size=0,
+        data_type=scheme.data_type, scale_dtype=stored, tensor_min=low.float(), tensor_max=high.float(),
     )  # fmt: skip
     limits = torch.finfo(stored)
     rounded = scale.detach().float().reshape(()).clamp(limits.tiny, limits.max).to(stored).float().cpu()
@@ -95,7 +93,7 @@ def static_quantizer(
 
 @contextmanager
 def quantized_inputs(modules: Mapping[torch.nn.Module, ActivationQuantizer]) -> Iterator[None]:
-    """While this is open, the given modules quantize their inputs."""
+    """Context in which the given modules quantize their inputs."""
     handles = [module.register_forward_pre_hook(quantizer.hook) for module, quantizer in modules.items()]
     try:
         yield

@@ -13,7 +13,7 @@ from auto_round.schemes import QuantizationScheme
 
 
 def group_count(in_features: int, group_size: int) -> int:
-    """Groups along the input dimension: the last one may be short. -1 and 0 give one group."""
+    """Groups along the input dimension, the last one possibly partial; -1 and 0 give one group."""
     return 1 if group_size <= 0 else -(-in_features // group_size)
 
 
@@ -23,33 +23,31 @@ class QuantizedLayer:
 
     Attributes:
         name: the module's full name in the model.
-        scheme: how it was quantized. `group_size` is as asked for; `scale` always has one column per group.
-        codes: uint8 [out, in], stored codes 0 .. 2**bits - 1 (symmetric: value + 2**(bits-1)), or with `element` that
-            type's codes; None for a data type without codes, whose result is `weight`.
-        scale: [out, groups] in the dtype in which it is stored (float16 for integers); scales may be negative. With
-            `element`: float32 values that the scheme's scale type holds exactly; [1, 1] per tensor, [out/M, in/N] for
-            blocks.
+        scheme: how it was quantized. `scale` has one column per group even where `group_size` is -1.
+        codes: uint8 [out, in]: integers 0 .. 2**bits - 1 (symmetric: value + 2**(bits-1)), or codes of `element`; None
+            for ggml types, and data types without codes, whose result is `weight`.
+        scale: [out, groups] in its stored dtype (float16 for integers); scales may be negative. With `element`: float32
+            values that the scheme's scale type holds exactly; [1, 1] per tensor, [out/M, in/N] for blocks.
         zero_point: uint8 [out, groups], or one int for all groups (symmetric: 2**(bits-1)).
-        weight: dense dequantized [out, in], only when there are no codes.
+        weight: dequantized [out, in], only for data types without codes.
         bias: [out] in the model's dtype, or None.
         transposed: the module stores its weight as [in, out] (Transformers' Conv1D).
-        act_scale: float32 scalar, the scale of the layer's inputs where it is fixed (static activations), a value that
-            the model's dtype holds exactly; None when they are not quantized, or with a scale computed from each input.
-        act_zero_point: their code of 0.0 in the signed range, for static asymmetric activations.
-        element: name in `data_type.elements.MINIFLOATS`, for the small float types.
-        global_scale: float32 scalar by which the scales are too large (NVFP4), or None.
-        act_global_scale: the same of the inputs.
-        blocks: everything of a layer in a ggml type; `codes`, `scale` and `zero_point` are None then.
+        act_scale: float32 scalar, the scale of static activations, exact in the model's dtype; else None.
+        act_zero_point: code of 0.0 in the signed range, for static asymmetric activations.
+        element: name in `codecs.minifloat.MINIFLOATS`, for the small float types.
+        global_scale: float32 scalar by which stored scales are divided (NVFP4), or None.
+        act_global_scale: the same for inputs.
+        blocks: codes and scales of a layer in a ggml type.
 
-    With `element` the dequantized weight is that of `dequantize_minifloat`; else it is `scale * (codes - zero_point)`,
-    in float32, group by group along the input dimension.
+    The dequantized weight is `scale * (codes - zero_point)` in float32, or that of `dequantize_minifloat` with
+    `element`.
     """
 
     name: str
     scheme: QuantizationScheme
-    codes: torch.Tensor | None
-    scale: torch.Tensor | None
-    zero_point: torch.Tensor | int | None
+    codes: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | int | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     transposed: bool = False
@@ -62,26 +60,24 @@ class QuantizedLayer:
 
     @property
     def out_features(self) -> int:
-        return int(self._dense_shape()[0])
+        return int(self._codes_or_weight().shape[0])
 
     @property
     def in_features(self) -> int:
-        return int(self._dense_shape()[1])
+        return int(self._codes_or_weight().shape[1])
 
     @property
     def kind(self) -> str | None:
-        """Name of the ggml type that stores it, `Q4_K`, or None for the others."""
+        """Name of the ggml type that stores the layer, `Q4_K`, or None."""
         return None if self.blocks is None else self.blocks.kind.name
 
-    def _dense_shape(self) -> torch.Size:
-        source = self.codes if self.codes is not None else self.weight
-        if self.blocks is not None:
-            source = self.blocks.codes
+    def _codes_or_weight(self) -> torch.Tensor:
+        source = self.blocks.codes if self.blocks is not None else self.weight if self.codes is None else self.codes
         assert source is not None
-        return source.shape
+        return source
 
     def rows(self, wanted: slice) -> QuantizedLayer:
-        """Some of the outputs as a layer of their own; scales must not span rows, other than all of them."""
+        """A slice of the outputs as a layer; scales must be per row or per tensor."""
         count = self.out_features
 
         def part(t: Any) -> Any:
@@ -95,18 +91,16 @@ class QuantizedLayer:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[out, in], computed in float32 and then cast to `dtype`."""
+        size = self.scheme.group_size
         if self.blocks is not None:
-            return self.blocks.dequantize().to(dtype)
-        if self.codes is None:
-            assert self.weight is not None
-            return self.weight.to(dtype)
-        assert self.scale is not None
-        if self.element is not None:
-            size = self.scheme.group_size
-            return dequantize_minifloat(self.codes, MINIFLOATS[self.element], self.scale, size, self.global_scale).to(
-                dtype
-            )
-        return dequantize_codes(self.codes, self.scale, self.zero_point, self.scheme.group_size).to(dtype)
+            values = self.blocks.dequantize()
+        elif self.codes is None or self.scale is None:
+            values = self._codes_or_weight()
+        elif self.element is not None:
+            values = dequantize_minifloat(self.codes, MINIFLOATS[self.element], self.scale, size, self.global_scale)
+        else:
+            values = dequantize_codes(self.codes, self.scale, self.zero_point, size)
+        return values.to(dtype)
 
 
 def dequantize_codes(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -42,10 +43,7 @@ def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
     return register
 
 
-# What every data type needs: groups along the input dimension, rounding with a gradient, finding a function.
-
-# A function registered under this and a data type's name quantizes activations of that type; without one, the weights'
-# function does.
+# A function registered as this prefix and a data type's name quantizes activations; else the weights' function does.
 ACTIVATION_PREFIX = "act_"
 
 
@@ -63,7 +61,7 @@ def reshape_pad_tensor_by_group_size(
         tensor: [..., in]; more than two dimensions are flattened to rows of `in`.
         group_size: >0 groups of that many, the last one padded with `value`; -1, or a size above `in`: one group a
             row; 0: the whole tensor is one group; (M, N): blocks of M rows and N columns, both padded.
-        value: what fills the padding.
+        value: of the padding.
 
     Returns:
         The groups, [groups, group_size] (blocks: [rows/M, columns/N, M, N]), and the number of columns before padding.
@@ -87,19 +85,11 @@ def reshape_pad_tensor_by_group_size(
 def revert_tensor_by_pad(
     tensor: torch.Tensor, orig_out_features: int, orig_shape: torch.Size | tuple[int, ...]
 ) -> torch.Tensor:
-    """Undo `reshape_pad_tensor_by_group_size`: drop the padding and give the tensor its shape back.
-
-    `orig_out_features` is the second value that function returned, the columns before padding.
-    """
+    """Undo `reshape_pad_tensor_by_group_size`, whose second result is `orig_out_features`."""
     if tensor.dim() == 4:
-        rows = 1
-        for size in orig_shape[:-1]:
-            rows *= int(size)
         flat = tensor.transpose(1, 2).reshape(tensor.shape[0] * tensor.shape[2], -1)
-        return flat[:rows, :orig_out_features].reshape(orig_shape)
-    numel = 1
-    for size in orig_shape:
-        numel *= int(size)
+        return flat[: math.prod(orig_shape[:-1]), :orig_out_features].reshape(orig_shape)
+    numel = math.prod(orig_shape)
     if tensor.numel() == numel:
         return tensor.reshape(orig_shape)
     rows = numel // orig_out_features
@@ -107,7 +97,7 @@ def revert_tensor_by_pad(
 
 
 def clamp_to_float16(weight: torch.Tensor) -> torch.Tensor:
-    """A weight with what is beyond float16 cut to its largest value; itself where nothing is."""
+    """Clamp a weight to the range of float16; the same tensor where nothing exceeds it."""
     largest = torch.finfo(torch.float16).max
     if weight.dtype == torch.float16 or not weight.numel():
         return weight
@@ -125,7 +115,7 @@ def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc
     Names are tried from the most exact: `int4_sym`, `int_sym`, `int4`, `int`.
 
     Raises:
-        UnsupportedError: no such data type; the message lists those there are.
+        UnsupportedError: no such data type; the message lists the available ones.
         ConfigError: `data_type` is not a name.
     """
     if not isinstance(data_type, str):
@@ -141,7 +131,7 @@ def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc
 
 
 def find_quant_func(data_type: str, bits: int, sym: bool) -> QuantFunc | None:
-    """The same, or None when there is none."""
+    """`get_quant_func`, or None when there is no such data type."""
     suffix = "sym" if sym else "asym"
     names = (f"{data_type}{bits}_{suffix}", f"{data_type}_{suffix}", f"{data_type}{bits}", data_type)
     return next((QUANT_FUNC_WITH_DTYPE[name] for name in names if name in QUANT_FUNC_WITH_DTYPE), None)

@@ -14,31 +14,30 @@ import torch
 from auto_round.codecs.ggml.types import GgmlBlocks, GgmlType
 from auto_round.errors import NumericsError
 
-# Weights in flight, for each thread: a float32 buffer of so many is 1 MB. Fewer, and starting PyTorch's operations
-# costs more than doing them.
+# Weights per thread and chunk: a float32 buffer of 1 MB. With fewer, launching PyTorch's operations dominates.
 _CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 24
-# Columns come in multiples of it: four vectors of 16, the widest there are. PyTorch adds four vectors side by side in
-# order, and the columns that are left over in another one.
+# Columns are padded to a multiple of four vectors of 16 lanes, the widest: PyTorch sums four vectors side by side in
+# row order, and left-over columns in another order.
 _COLUMNS = 64
 _UNEVEN = 8  # blocks of 256, so at least 64 columns
 
 
 def block_slices(blocks: int, block: int, device: torch.device, times: int = 1) -> Iterator[slice]:
-    """Slices of `blocks` blocks of `block` weights, one for each piece; of `times` pieces where less is done with a
-    weight."""
+    """Slices of `blocks` blocks of `block` weights, one per chunk; `times` larger chunks where the work per weight is
+    small."""
     chunk = _CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
     step = max(_COLUMNS, chunk * times // block)
     if block > _COLUMNS and step > _COLUMNS:
-        # Not a power of two: the rows of a matrix that is one share few places of the cache, and turning it is slow.
+        # Not a power of two: rows of such a matrix share few cache sets, and transposing it is slow.
         step -= _UNEVEN
     for start in range(0, blocks, step):
         yield slice(start, min(start + step, blocks))
 
 
 def block_row_chunks(blocks: torch.Tensor, part: slice, times: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(where, float32 [some, block]) of some of the blocks [all, block] of any float type, one after the other. The
-    pieces share their memory, and may be overwritten."""
+    """(slice, float32 [some, block]) for each chunk of a part of `blocks` [all, block]. All chunks share one buffer and
+    may be overwritten."""
     buffer = None
     for inside in block_slices(part.stop - part.start, blocks.shape[1], blocks.device, times):
         where = slice(part.start + inside.start, part.start + inside.stop)
@@ -48,14 +47,13 @@ def block_row_chunks(blocks: torch.Tensor, part: slice, times: int = 1) -> Itera
 
 
 def even_parts(count: int, parts: int) -> list[slice]:
-    """As many slices of about the same length, fewer where that would be none."""
+    """`parts` slices of about the same length, without empty ones."""
     cuts = [count * index // parts for index in range(parts + 1)]
     return [slice(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False) if stop > start]
 
 
 def group_columns(chunk: torch.Tensor, group: int) -> torch.Tensor:
-    """[some, block] as [group, columns], contiguous: a column for each group, then columns of zeros up to a multiple
-    of 64."""
+    """[some, block] as [group, columns], contiguous: one column per group, zero-padded to a multiple of 64 columns."""
     groups = chunk.reshape(-1, group)
     short = -groups.shape[0] % _COLUMNS
     if short:
@@ -64,30 +62,24 @@ def group_columns(chunk: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def columns_to_blocks(columns: torch.Tensor, some: int, kind: GgmlType) -> torch.Tensor:
-    """[columns], a number for each group, as [some, groups of a block]; the columns added at the end are left out."""
+    """[columns], one value per group, as [some, groups of a block], without the padding."""
     groups = kind.block // kind.group
     return columns[: some * groups].view(some, groups)
 
 
 def blocks_to_columns(values: torch.Tensor) -> torch.Tensor:
-    """Undo `columns_to_blocks`, with zeros in the columns that `group_columns` added."""
+    """The inverse of `columns_to_blocks`, zero-padded."""
     flat = values.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -flat.numel() % _COLUMNS))
 
-
-# Arithmetic on groups that lie side by side, `[group, columns]` of `pieces.group_columns`, exact where it matters.
-#
-# The codecs follow other programs' float32 arithmetic operation by operation, so that the same bytes come out. Here is
-# what PyTorch would do a little differently if asked plainly: the order of sums, quotients, ties.
 
 _ROWS_IN_ORDER = 16
 
 
 class OrderedSum:
-    """A buffer for what is summed over each column, [16 or 32, columns].
+    """A buffer [16 or 32, columns] whose columns are summed from the first row to the last, as ggml's loops do.
 
-    Sums run from the first row to the last as a plain loop adds, which is how other programs get the same bytes:
-    PyTorch's sum over the first dimension adds 16 rows in order, and what is left of them last.
+    PyTorch's sum over the first dimension adds only 16 rows in order.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
@@ -97,7 +89,7 @@ class OrderedSum:
         self._rest = [(self.values[s - 1], self.values[s - 1 : s + _ROWS_IN_ORDER]) for s in starts]
 
     def total(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[columns]: the sums. Overwrites the terms where there are 32 rows."""
+        """[columns]: the sums. Overwrites 32 rows of terms."""
         out = torch.sum(self._first, 0) if out is None else torch.sum(self._first, 0, out=out)
         for spare, rows in self._rest:
             spare.copy_(out)
@@ -113,8 +105,8 @@ def total(terms: torch.Tensor) -> torch.Tensor:
 
 
 def signed_absmax(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """The value of the largest magnitude along `dim` of a matrix, the first on a tie; zero without a sign; NaN where
-    there is one."""
+    """The value of the largest magnitude along `dim` of a matrix: the first on a tie, never -0, NaN where one is
+    NaN."""
     high, low = values.amax(dim), values.amin(dim)
     found = torch.where(high >= -low, high, low).add_(0.0)
     tied = ((high == -low) & (high > 0)).nonzero().squeeze(1)
@@ -126,8 +118,8 @@ def signed_absmax(values: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def exact_quotient(numerator: float | torch.Tensor, divisor: float | torch.Tensor) -> torch.Tensor:
-    """The correctly rounded quotient of a number and a tensor, on every device: given a Python number, PyTorch
-    multiplies by a reciprocal on some."""
+    """The correctly rounded quotient on every device: with a Python number, PyTorch multiplies by a reciprocal on
+    some."""
     like = numerator if isinstance(numerator, torch.Tensor) else divisor
     assert isinstance(like, torch.Tensor)
     sides = [x if isinstance(x, torch.Tensor) else like.new_full((), x) for x in (numerator, divisor)]
@@ -137,22 +129,19 @@ def exact_quotient(numerator: float | torch.Tensor, divisor: float | torch.Tenso
 def nearest_codes(
     columns: torch.Tensor, step: torch.Tensor, kind: GgmlType, minimum: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """float32 [group, columns] of codes 0 .. 2**bits - 1: the nearest for each weight, given the stored numbers.
+    """The nearest code 0 .. 2**bits - 1 of each weight, float32 [group, columns].
 
     Args:
         columns: the weights, float32 [group, columns].
-        step: float32 [columns]; where it is zero every code gives the same weight, and what is found means nothing.
-        minimum: float32 [columns] of what readers take off, so not negative.
+        step: float32 [columns]; where it is zero the codes are arbitrary.
+        minimum: float32 [columns], subtracted by readers, not negative.
     """
     shifted = columns / step if minimum is None else (columns + minimum).div_(step)
     return shifted.round_().clamp_(-kind.zero, kind.codes - 1 - kind.zero).add_(kind.zero)
 
 
-# Blocks put together piece by piece.
-
-
 class GgmlBlockWriter:
-    """The tensors of a GgmlBlocks, filled piece by piece."""
+    """The tensors of a `GgmlBlocks`, filled chunk by chunk."""
 
     def __init__(self, shape: tuple[int, int], kind: GgmlType, device: torch.device) -> None:
         blocks, groups = shape[0] * shape[1] // kind.block, kind.block // kind.group
@@ -164,23 +153,22 @@ class GgmlBlockWriter:
         self._mins = empty(groups, torch.uint8) if kind.is_k and kind.has_min else None
 
     def put_rows(self, where: slice, codes: torch.Tensor) -> None:
-        """Codes of some blocks, [some, block] of any numbers that are not negative: without their fractions, and the
-        last code at most."""
+        """Store codes of blocks, [some, block] of any non-negative numbers, truncated and clamped to the last code."""
         self._store(self._codes[where], codes).clamp_(max=self._kind.codes - 1)
 
     def put_signed_rows(self, where: slice, codes: torch.Tensor) -> None:
-        """Codes of 8 bits, less 128: float32 [some, block], without their fractions."""
+        """Store 8-bit codes minus 128, float32 [some, block], truncated."""
         target = self._codes[where]
         target.view(torch.int8).copy_(codes)
         target.bitwise_xor_(0x80)
 
     def put_columns(self, where: slice, codes: torch.Tensor) -> None:
-        """Codes of some blocks, float32 [group, columns] as `group_columns` lays weights out: integers in range."""
+        """Store codes in the layout of `group_columns`, float32 [group, columns] of integers in range."""
         target = self._codes[where].view(-1, self._kind.group)
         self._store(target, codes.t()[: target.shape[0]].contiguous())
 
     def _store(self, target: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        # PyTorch turns floats to int8 four times as fast as to uint8.
+        # PyTorch converts floats to int8 four times as fast as to uint8.
         whole = target if self._kind.bits > 7 else target.view(torch.int8)
         whole.copy_(codes)
         return target
@@ -189,7 +177,7 @@ class GgmlBlockWriter:
         self, where: slice, d: torch.Tensor, scales: torch.Tensor | None = None, dmin: torch.Tensor | None = None,
         mins: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """d and dmin [some], stored as float16; scales and mins [some, groups of a block], integers in any dtype."""
+        """Store d and dmin [some] as float16; scales and mins [some, groups of a block], integers in any dtype."""
         self._d[where] = d.unsqueeze(1)
         if self._scales is not None and scales is not None:
             self._scales[where] = scales.to(torch.int8)
@@ -199,16 +187,14 @@ class GgmlBlockWriter:
             self._mins[where] = mins.to(torch.uint8)
 
     def blocks(self) -> GgmlBlocks:
-        """What was put in. Raises NumericsError when a d or dmin is Inf or NaN."""
+        """The blocks. Raises NumericsError when a d or dmin is Inf or NaN."""
         name = self._kind.name
         for half in (self._d, self._dmin):
             if half is None or bool(half.isfinite().all()):
                 continue
             if bool(half.isnan().any()):
                 raise NumericsError(f"the weights hold NaN or Inf, which {name} cannot store")
-            raise NumericsError(
-                f"the weights are too large for {name}: the factor of a block is beyond float16's 65504"
-            )
+            raise NumericsError(f"the weights are too large for {name}: a block's scale exceeds float16's 65504")
         view = lambda t: None if t is None else t.view(self._shape[0], -1)  # noqa: E731
         codes, d = self._codes.view(self._shape), self._d.view(self._shape[0], -1)
         return GgmlBlocks(self._kind, codes, d, view(self._scales), view(self._dmin), view(self._mins))

@@ -1,14 +1,13 @@
 """Pack ggml blocks into the bytes of a GGUF file and unpack them (ggml-common.h, `block_q4_0` to `block_q6_K`).
 
-A block is its fields one after the other, without padding. `d`, `dmin` are float16; the rest is codes and
-integers:
+A block is the sequence of its fields, without padding. `d`, `dmin` are float16; the rest is codes and integers:
 
 | field | bytes | holds |
 |---|---|---|
 | nibbles | 16 or 128 | the lowest 4 bits: code i in the low half of byte i, code i + half in the high half; the half
 is 16 in blocks of 32, 32 in Q4_K and Q5_K, 64 in Q6_K |
 | pairs | 64 | 2 bits: codes i, i + 32, i + 64, i + 96 of 128 in byte i, lowest first; of Q6_K the highest 2 |
-| fifth | 4 | the highest bit of each code of Q5_0 and Q5_1, one after the other |
+| fifth | 4 | the highest bit of each code of Q5_0 and Q5_1, in order |
 | top | 32 | the highest bit in Q3_K and Q5_K: bit k of byte i is that of code 32 * k + i |
 | scales | 12 or 16 | see the second table |
 
@@ -64,21 +63,6 @@ def split_scales(kind: GgmlType, data: torch.Tensor) -> tuple[torch.Tensor, torc
     return scales.view(torch.int8), torch.cat((middle & 63, (last >> 4) | ((middle >> 6) << 4)), 1)
 
 
-# Blocks of ggml to the bytes of a GGUF file, and back (ggml-common.h, `block_q4_0` to `block_q6_K`).
-#
-# A block is its fields one after the other, without padding. `d`, `dmin` are float16; the rest is codes and integers:
-#
-# | field | bytes | holds |
-# |---|---|---|
-# | nibbles | 16 or 128 | the lowest 4 bits: code i in the low half of byte i, code i + half in the high half; the
-# half is 16 in blocks of 32, 32 in Q4_K and Q5_K, 64 in Q6_K |
-# | pairs | 64 | 2 bits: codes i, i + 32, i + 64, i + 96 of 128 in byte i, lowest first; of Q6_K the highest 2 |
-# | fifth | 4 | the highest bit of each code of Q5_0 and Q5_1, one after the other |
-# | top | 32 | the highest bit in Q3_K and Q5_K: bit k of byte i is that of code 32 * k + i |
-# | scales | 12 or 16 | see `scale_bytes.py` |
-#
-# Eight codes are handled as one 64-bit word, in which each keeps its byte: no field reaches into its neighbour's.
-
 # The fields of a block in the order in which they are stored, and their bytes.
 LAYOUTS: dict[str, tuple[tuple[str, int], ...]] = {
     "Q4_0": (("d", 2), ("nibbles", 16)),
@@ -92,7 +76,7 @@ LAYOUTS: dict[str, tuple[tuple[str, int], ...]] = {
     "Q5_K": (("d", 2), ("dmin", 2), ("scales", 12), ("top", 32), ("nibbles", 128)),
     "Q6_K": (("nibbles", 128), ("pairs", 64), ("scales", 16), ("d", 2)),
 }
-# How far apart the two codes of a byte are.
+# Distance between the two codes of a byte.
 _HALF = {"Q4_0": 16, "Q4_1": 16, "Q5_0": 16, "Q5_1": 16, "Q4_K": 32, "Q5_K": 32, "Q6_K": 64}
 _EVERY = 0x0101010101010101  # a one in each byte of a word
 # The product with it brings the lowest bit of byte i of a word to bit 56 + i, without carries on the way there.
@@ -101,10 +85,9 @@ _DIAGONAL = 0x8040201008040201 - (1 << 64)  # bit i of byte i
 
 
 def pack_blocks(blocks: GgmlBlocks) -> torch.Tensor:
-    """uint8 [out, row_bytes], contiguous, on the blocks' device: the tensor as it stands in a file.
+    """uint8 [out, row_bytes], contiguous, on the blocks' device: the bytes of the tensor in a file.
 
-    Nothing is rounded or checked here: any bits of `d`, and codes below 2**bits. Beside the result it needs about a
-    piece of memory (`pieces.py`).
+    Nothing is rounded or checked: any bits of `d`, and codes below 2**bits. Temporaries are limited to one chunk.
     """
     kind = blocks.kind
     out, columns = blocks.codes.shape
@@ -130,7 +113,7 @@ def unpack_blocks(data: torch.Tensor, kind: GgmlType | str, columns: int) -> Ggm
     """The inverse of `pack_blocks`.
 
     Args:
-        data: uint8 [out, row_bytes], any device; any bytes at all are blocks.
+        data: uint8 [out, row_bytes], any device; any bytes are valid blocks.
         kind: the type or its name.
         columns: weights in a row.
     """
@@ -161,7 +144,7 @@ def unpack_blocks(data: torch.Tensor, kind: GgmlType | str, columns: int) -> Ggm
 
 
 def _copy(field: torch.Tensor) -> torch.Tensor:
-    """Contiguous and by itself: one row of a slice counts as contiguous too, wherever it starts."""
+    """A contiguous copy, because `contiguous()` keeps a one-row slice at any storage offset."""
     return field.clone(memory_format=torch.contiguous_format)
 
 
@@ -173,7 +156,7 @@ def _halves(values: torch.Tensor) -> torch.Tensor:
 def _words(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [blocks, n], contiguous, as int64 [blocks, n / 8]."""
     flat = codes.reshape(-1)
-    if flat.storage_offset() % 8:  # a view into the middle of something
+    if flat.storage_offset() % 8:  # a view that does not start at a multiple of 8 bytes
         flat = flat.clone()
     return flat.view(torch.int64).view(codes.shape[0], -1)
 
@@ -207,7 +190,7 @@ def _join(field: str, codes: torch.Tensor, kind: GgmlType) -> torch.Tensor:
 
 
 def _split(fields: dict[str, torch.Tensor], codes: torch.Tensor, kind: GgmlType) -> None:
-    """Write the codes uint8 [blocks, block] that the fields hold."""
+    """Write the codes of the fields to `codes`, uint8 [blocks, block]."""
     if "bytes" in fields:
         torch.bitwise_xor(fields["bytes"], 0x80, out=codes)
         return
@@ -231,7 +214,7 @@ def _split(fields: dict[str, torch.Tensor], codes: torch.Tensor, kind: GgmlType)
         for k in range(8):
             eight[:, k] |= ((top >> k) & _EVERY) << (kind.bits - 1)
     if "fifth" in fields:
-        # Each byte to all eight of a word, of which byte i keeps bit i; then 16 in each byte that is not zero.
+        # Copy each byte to all eight of a word, keep bit i of byte i, and set 16 in each byte that is not zero.
         spread = (fields["fifth"].to(torch.int64) * _EVERY) & _DIAGONAL
         some = ((spread & 0x7F * _EVERY) + 0x7F * _EVERY) | spread
         words |= ((some >> 7) & _EVERY) << 4

@@ -1,8 +1,7 @@
 """Quantize to ggml types without importance, byte for byte as llama.cpp does without an imatrix.
 
-The rules are `quantize_row_q4_0_ref` to `quantize_row_q6_K_ref` of ggml-quants.c, operation by operation. They
-are kept even where one could do better (a `Q4_0` block whose d is zero in float16 keeps its codes): `search.py`
-does better.
+The rules are `quantize_row_q4_0_ref` to `quantize_row_q6_K_ref` of ggml-quants.c, operation by operation, even where
+they are not optimal (a `Q4_0` block whose d is zero in float16 keeps its codes); `search.py` gives smaller errors.
 
 K types fit a step (and minimum) to each group of 16 or 32, then integers to these:
 
@@ -37,21 +36,21 @@ from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType
 from auto_round.threads import parallel_map
 
 MIN_MAGNITUDE = 1e-15  # a group whose largest magnitude is below it has no step
-_ROUNDS = 5  # of a descent over the codes, at most
-_DESCENT_COLUMNS = 1 << 14  # columns of a descent for each thread: some rows of them stay in the innermost caches
+_ROUNDS = 5  # of coordinate descent, at most
+_DESCENT_COLUMNS = 1 << 14  # columns per thread of coordinate descent: a few rows stay in the innermost caches
 _TINY = torch.finfo(torch.float32).tiny
 
 
 class Fit(NamedTuple):
-    """What was found for each group."""
+    """Fit of each group."""
 
     step: torch.Tensor  # float32 [columns]
-    codes: torch.Tensor  # float32 [group, columns], as stored: what a group keeps whose step is zero once it is stored
-    minimum: torch.Tensor | None = None  # float32 [columns], what is taken off, so not negative
+    codes: torch.Tensor  # float32 [group, columns], as stored; used where the stored step is zero
+    minimum: torch.Tensor | None = None  # float32 [columns], subtracted by readers, not negative
 
 
 def candidates(first: float, delta: float, count: int, top: int) -> torch.Tensor:
-    """float32 [count]: `first + delta * i + top`, the ranges to try in place of `top` steps, rounded as in float32."""
+    """float32 [count]: `first + delta * i + top`, the ranges to try instead of `top` steps."""
     return (torch.arange(count, dtype=torch.float32) * delta + first) + top
 
 
@@ -60,25 +59,24 @@ def fit_with_minimum(
 ) -> Fit:
     """Steps and minima with small weighted errors.
 
-    Every candidate range gives codes; the line through them by weighted least squares gives a step and a minimum, of
-    which the pair with the smallest error is kept. A minimum above zero is not allowed. Candidates start at the best
-    minimum so far.
+    Every candidate range proposes codes, and weighted least squares through them a step and a minimum of at most zero;
+    the pair with the smallest error is kept. Candidates start at the best minimum so far.
 
     Args:
         x: weights, float32 [group, columns].
-        weight: float32, same shape, not negative: how much an error counts.
+        weight: of each error, float32, same shape, not negative.
         top: the largest code.
         ranges: float32 [n] on the CPU (`candidates`).
         absolute: errors are magnitudes, not squares.
     """
     products, others = OrderedSum(x), OrderedSum(x)
     codes, term, other = torch.empty_like(x), products.values, others.values
-    # A column for each group of what is best so far, and of what is tried: error, step, low, inverse, origin. The codes
-    # are those of (x - origin) * inverse.
+    # One column per group, of the best fit so far and of the trial: error, step, low, inverse, origin. The codes are
+    # those of (x - origin) * inverse.
     best, tried = torch.empty(2, 5, x.shape[1], device=x.device).unbind(0)
     low, high = torch.amin(x, 0, out=best[2]).clamp_(max=0), x.amax(0)
     width = high - low
-    flat = width <= top / torch.finfo(torch.float32).max  # all the same, or too close for a step
+    flat = width <= top / torch.finfo(torch.float32).max  # all values equal, or too close for a step
     torch.mul(weight, x, out=term)
     other.copy_(weight)
     sum_x, sum_w = products.total(), others.total()
@@ -123,19 +121,19 @@ def fit_with_minimum(
 def fit_symmetric(x: torch.Tensor, weight: torch.Tensor, zero: int, ranges: torch.Tensor) -> Fit:
     """Steps (of either sign) with small weighted squared errors.
 
-    For each candidate range the value of the largest magnitude is put at its end, and the step is that of least squares
-    for the codes found; the one that explains most is kept.
+    Each candidate range maps the value of the largest magnitude to its end and proposes codes; the least-squares step
+    with the largest reduction of the error is kept.
 
     Args:
         x: weights, float32 [group, columns].
-        weight: float32, same shape: how much an error counts.
+        weight: of each error, float32, same shape.
         zero: codes are -zero .. zero - 1.
-        ranges: float32 [n] on the CPU: first the one to start from, then the others in order.
+        ranges: float32 [n] on the CPU; the first is the starting point.
     """
     extreme = signed_absmax(x, 0)
     none = extreme.abs() < MIN_MAGNITUDE
     terms, pull, codes = OrderedSum(x), weight * x, torch.empty_like(x)
-    # A column for each group of what is best so far, and of what is tried: what it explains, step, inverse.
+    # One column per group, of the best fit so far and of the trial: reduction of the error, step, inverse.
     best, tried = torch.empty(2, 3, x.shape[1], device=x.device).unbind(0)
     sumlx, suml2, left, right = torch.empty(4, x.shape[1], device=x.device).unbind(0)
     for count, size in enumerate(ranges):
@@ -159,8 +157,7 @@ def fit_symmetric(x: torch.Tensor, weight: torch.Tensor, zero: int, ranges: torc
 
 
 def descend_symmetric(x: torch.Tensor, weight: torch.Tensor, zero: int) -> Fit:
-    """Steps by coordinate descent: one code after the other moves to where the step fits all others, while that
-    explains more. Arguments as of `fit_symmetric`."""
+    """Steps by coordinate descent over the codes. Arguments as for `fit_symmetric`."""
     extreme = signed_absmax(x, 0)
     none = extreme.abs() < MIN_MAGNITUDE
     codes = x.mul(exact_quotient(-float(zero), extreme).masked_fill_(none, 0.0)).round_().clamp_(-zero, zero - 1)
@@ -175,38 +172,38 @@ def _descend(
     x: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, codes: torch.Tensor, sums: torch.Tensor, zero: int,
     rounds: int,
 ) -> None:  # fmt: skip
-    """Move `codes` from -zero [group, columns], and keep `sums` [2, columns] of pull * codes and weight * codes**2."""
+    """Update `codes` [group, columns] and `sums` [2, columns] of pull * codes and weight * codes**2."""
     every = (x, weight, pull, codes, sums)
     width = _DESCENT_COLUMNS * torch.get_num_threads() if x.device.type == "cpu" else x.shape[1]
     parts = [[t[:, i : i + width] for t in every] for i in range(0, x.shape[1], width)]
     moved = torch.cat([_descend_once(p[0], p[1], p[2], p[3], p[4], zero) for p in parts])
-    # Where no code moved in a whole round none ever will: a fifth of the columns goes on, then a twentieth.
-    going = moved.nonzero().squeeze(1)
-    if rounds > 1 and going.numel():
-        some = [t.index_select(1, going) for t in every]
+    # Columns without a change in a whole round have converged; about a fifth remain, then a twentieth.
+    active = moved.nonzero().squeeze(1)
+    if rounds > 1 and active.numel():
+        some = [t.index_select(1, active) for t in every]
         _descend(some[0], some[1], some[2], some[3], some[4], zero, rounds - 1)
-        codes.index_copy_(1, going, some[3])
-        sums.index_copy_(1, going, some[4])
+        codes.index_copy_(1, active, some[3])
+        sums.index_copy_(1, active, some[4])
 
 
 def _descend_once(
     x: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, codes: torch.Tensor, sums: torch.Tensor, zero: int
 ) -> torch.Tensor:
-    """One round of `_descend`; float32 [columns], 1 where a code moved.
+    """One round of `_descend`; returns float32 [columns], 1 where a code changed.
 
-    Truth values are float32, made in place: on a CPU PyTorch is several times slower with bools beside floats.
+    Conditions are float32 tensors, because on a CPU PyTorch is several times slower with bools beside floats.
     """
     sumlx, suml2 = sums.unbind(0)
     slx, sl2, new, with_it, left, right, moved = torch.zeros(7, sumlx.shape[0], device=x.device).unbind(0)
     shares = pull * codes, (weight * codes).mul_(codes)
     rows = (x, weight, pull, codes, *shares)
     for value, w, wx, code, of_lx, of_l2 in zip(*(t.unbind(0) for t in rows), strict=True):
-        # Without this weight, and the code that the step of the others gives it.
+        # Sums without this weight, and its code with the step of the others.
         torch.sub(sumlx, of_lx, out=slx)
         torch.sub(suml2, of_l2, out=sl2)
         torch.div(torch.mul(value, sl2, out=left), torch.clamp(slx, min=_TINY, out=right), out=new)
         new.round_().clamp_(-zero, zero - 1)
-        # With it again.
+        # Sums with the new code.
         torch.add(slx, torch.mul(wx, new, out=left), out=with_it)
         sl2.add_(torch.mul(w, new, out=left).mul_(new))
         torch.mul(with_it, with_it, out=left).mul_(suml2)
@@ -214,21 +211,10 @@ def _descend_once(
         moves = torch.minimum(slx, sl2, out=slx).gt_(0).mul_(left.gt_(right))
         moves.mul_(torch.sub(new, code, out=right).ne_(0))
         for now, then in ((sumlx, with_it), (suml2, sl2), (code, new)):
-            now.lerp_(then, moves)  # exact: it is one or the other
+            now.lerp_(then, moves)  # exact, since `moves` is 0 or 1
         torch.maximum(moved, moves, out=moved)
     return moved
 
-
-# The K types without importance: a fit for each group of 16 or 32, then integers for their steps and minima.
-#
-# | type | how much an error counts | ranges tried (steps between the ends) | error |
-# |---|---|---|---|
-# | Q2_K | the weight's magnitude | 2.5 to 4.0 | magnitude |
-# | Q4_K, Q5_K | that, and the root mean square of the group | 14 to 16, 30.5 to 32 | square |
-# | Q6_K | the weight's square | 31.1 to 32.9 | square |
-# | Q3_K | the weight's square | none: descent over the codes | square |
-#
-# From `quantize_row_q2_K_ref` to `quantize_row_q6_K_ref` in ggml-quants.c.
 
 _AROUND = torch.arange(-9, 10) * 0.1 + 32
 _RANGES = {
@@ -260,7 +246,7 @@ def _put_k_with_minimum(store: GgmlBlockWriter, where: slice, x: torch.Tensor, k
 
 
 def _as_integers(values: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(factor float16 [some], float32 [some, groups] of 0 .. top): the largest of a block becomes `top`."""
+    """(scale float16 [some], integers float32 [some, groups] of 0 .. top): the largest of a block becomes `top`."""
     largest = values.amax(1)
     none = largest <= 0
     largest.masked_fill_(none, 0.0)  # not -0
@@ -278,7 +264,7 @@ def _put_k_symmetric(store: GgmlBlockWriter, where: slice, x: torch.Tensor, kind
     steps = columns_to_blocks(fit.step, some, kind)
     extreme = signed_absmax(steps, 1)
     inverse = exact_quotient(-float(end), extreme)
-    # An empty block is zero bytes; those of Q3_K's integers stand for -32.
+    # An empty block is zero bytes, which are -32 for Q3_K's integers.
     empty = extreme == 0 if kind.bits == 3 else extreme.abs() < MIN_MAGNITUDE
     scales = (steps * inverse.unsqueeze(1)).round_().clamp_(-end, end - 1)
     scales.masked_fill_(empty.unsqueeze(1), -end if kind.bits == 3 else 0)
@@ -288,14 +274,7 @@ def _put_k_symmetric(store: GgmlBlockWriter, where: slice, x: torch.Tensor, kind
     store.put_numbers(where, d, scales)
 
 
-# Weights to blocks of ggml without knowing which of them matter: what llama.cpp's quantizer does without an imatrix.
-#
-# The rules are those of `quantize_row_q4_0_ref` to `quantize_row_q6_K_ref` in ggml-quants.c, operation by operation, so
-# that the bytes come out the same. They are kept even where one could do better (a block of `Q4_0` whose d is zero in
-# float16 keeps its codes): better is what the search is for.
-
-# The largest float32 below one half. Added to a value whose fraction is just less than half it does not reach the next
-# integer, as one half itself may by rounding.
+# The largest float32 below one half: adding one half itself to a fraction just below it may round up.
 _BELOW_HALF = 0.49999997
 
 
@@ -307,9 +286,7 @@ def plain_blocks(weight: torch.Tensor, name: str) -> GgmlBlocks:
         name: of the type, `Q4_K`.
 
     Returns:
-        Blocks on the weight's device. Beside them it needs memory for some pieces (`pieces.py`), and for a copy of the
-        weight when that is not contiguous. Raises NumericsError when weights are NaN or Inf, or too large for the
-        float16 factor of a block.
+        Blocks on the weight's device. Raises NumericsError when weights are NaN or Inf, or too large for a float16 d.
     """
     kind = GGML_TYPES[name]
     out, columns = weight.shape
@@ -319,7 +296,7 @@ def plain_blocks(weight: torch.Tensor, name: str) -> GgmlBlocks:
     flat = weight.detach().reshape(-1, kind.block)
 
     def put_all(part: slice) -> None:
-        # The descent of Q3_K goes through many small steps, most of them with a few of the groups.
+        # Q3_K's descent has many small steps, most of them on few groups.
         for where, chunk in block_row_chunks(flat, part, times=2 if name == "Q3_K" else 1):
             put(store, where, chunk, kind)
 
@@ -333,8 +310,8 @@ def _inverse(step: torch.Tensor) -> torch.Tensor:
 
 
 def _put_symmetric(store: GgmlBlockWriter, where: slice, chunk: torch.Tensor, kind: GgmlType) -> None:
-    """The value of the largest magnitude gets the first code, which is one step further from zero than the last; in
-    `Q8_0` both ends are 127 steps away, and halves go away from zero."""
+    """The value of the largest magnitude gets the first code, which is one step further from zero than the last. In
+    `Q8_0` both ends are 127 steps from zero, and ties round away from zero."""
     if kind.bits == 8:
         step = exact_quotient(torch.maximum(chunk.amax(1), -chunk.amin(1)).add_(0.0), 127.0)  # no -0
         chunk.mul_(_inverse(step))

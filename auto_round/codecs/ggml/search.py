@@ -1,15 +1,12 @@
 """Importance-weighted search for ggml types: integer scales and minima, super-block scales, codes.
 
-It minimizes `sum h (w - W)^2` over all weights, where W is what a reader computes from the stored numbers and h
-the second moment of the weight's input channel, in three parts:
+It minimizes `sum h (w - W)^2` over all weights, where W is the dequantized weight and h the second moment of the
+weight's input channel, in three parts:
 
 1. the best step and minimum of each group, as real numbers (`search_fit.py`);
 2. the super-block scales d and dmin, and with them the integers;
-3. perturbations of the integers, kept where the *stored* values give a smaller error with codes rounded anew; then a
-   refit of d and dmin, and the perturbations once more.
-
-The third part wins most: integers of 4 or 6 bits are coarse, and only trying shows which pair suits a group's
-weights.
+3. perturbations of the integers, kept where the *stored* values give a smaller error with new codes; then a refit of d
+   and dmin, and the perturbations once more. This part gains most, because integers of 4 or 6 bits are coarse.
 """
 
 from __future__ import annotations
@@ -38,14 +35,13 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What is tried for a type.
+    """Candidates of one type.
 
     Attributes:
-        starts: grids of a group that are tried first: (width, start) as parts of the group's range; without minimum
-            (width, sign of the step).
+        starts: initial ranges of a group: (width, start) as fractions of its range; without minimum (width, sign of the
+            step).
         refits: rounds of least squares after the best of them.
-        moves: for each round over neighbours, what is tried, see `Stored.moved`; without minimum the second number is
-            unused.
+        perturbations: for each round, arguments of `StoredParams.perturbed`; without minimum the second is unused.
     """
 
     starts: tuple[Pair, ...]
@@ -58,23 +54,16 @@ def _candidates(*widths: float, mirrored: tuple[float, ...] = ()) -> tuple[Pair,
 
 
 def _scale_perturbations(*perturbations: float) -> tuple[Pair, ...]:
-    return tuple((move, 0.0) for move in perturbations)
+    return tuple((change, 0.0) for change in perturbations)
 
 
 _TWO_BITS = ((0.8, 0.1), (0.8, 0.2), (0.8, 0), (0.5, 0.3), (1.05, 0), (0.55, 0.15), (0.75, 0.3), (0.65, 0))
 _FOUR_BITS = (
-    (0.96, 0.02),
-    (1.02, 0.02),
-    (0.96, 0),
-    (0.96, 0.04),
-    (1.06, -0.04),
-    (1.06, -0.02),
-    (0.88, 0.06),
-    (0.94, 0),
-)
+    (0.96, 0.02), (1.02, 0.02), (0.96, 0), (0.96, 0.04), (1.06, -0.04), (1.06, -0.02), (0.88, 0.06), (0.94, 0),
+)  # fmt: skip
 _FIVE_BITS = ((1, 0), (1.04, 0), (0.98, 0), (0.98, 0.02), (1.06, 0), (1.06, -0.02), (1.02, 0), (0.96, 0.02))
 
-# Without sub-blocks, in parts of a step.
+# Without sub-blocks, as fractions of a step.
 _SHIFTS = (
     ((0, 1), (-0.75, 0), (-0.75, 0.25), (1, -0.25), (1, 1), (1.5, -0.5), (-0.25, 0), (-1.25, -0.25), (0.5, 0)),
     ((0, 1), (-0.25, 0), (1.5, -0.5), (0.25, 0), (-0.75, 0.75), (1.5, -0.25), (-1, 0.5), (-1.5, -0.25), (0.5, 1)),
@@ -93,62 +82,46 @@ _MOVES_5 = (
     ((3, 3), (4, 3), (3, 4), (0, 3), (0, -3), (-1, -1), (2, 1), (1, 1), (-2, -1), (4, 1), (-2, 1), (0, 2), (1, 0)),
 )  # fmt: skip
 
-SEARCH_CONFIGS: Mapping[str, SearchConfig] = MappingProxyType(
-    {
-        "Q4_0": SearchConfig(
-            _candidates(0.98, 0.86, 1.14, 0.74, 1.06, 0.94, mirrored=(0.94, 0.66)),
-            2,
-            (_scale_perturbations(1.375, 1, 0.5, 0.25, -0.25),),
+SEARCH_CONFIGS: Mapping[str, SearchConfig] = MappingProxyType({
+    "Q4_0": SearchConfig(
+        _candidates(0.98, 0.86, 1.14, 0.74, 1.06, 0.94, mirrored=(0.94, 0.66)), 2,
+        (_scale_perturbations(1.375, 1, 0.5, 0.25, -0.25),),
+    ),
+    "Q5_0": SearchConfig(
+        _candidates(0.99, 1.06, 0.92, 1.02, 0.96, 0.88, mirrored=(0.99,)), 2,
+        (_scale_perturbations(1.25, 0.75, 1.5, -1.5, 0.375, 1), _scale_perturbations(1.5, 1.25, 0.25, -1.5)),
+    ),
+    "Q8_0": SearchConfig(
+        _candidates(1), 0,
+        (_scale_perturbations(1.125, 1.5, 0.75, -0.5, -1, -0.25), _scale_perturbations(1.5, 1.125, 0.375, -1.5)),
+    ),
+    "Q4_1": SearchConfig(_FOUR_BITS, 2, _SHIFTS),
+    "Q5_1": SearchConfig(_FIVE_BITS, 2, _SHIFTS),
+    "Q2_K": SearchConfig(_TWO_BITS, 2, _MOVES_2),
+    "Q3_K": SearchConfig(
+        _candidates(0.95, 0.7, 1.2, 1.05, 0.85, 0.55, mirrored=(0.9, 0.65)), 2,
+        (_scale_perturbations(-5, 6, 3, -3, 8, -7), _scale_perturbations(8, -7, -10, 6, -1, 1)),
+    ),
+    "Q4_K": SearchConfig(_FOUR_BITS, 2, _MOVES_4),
+    "Q5_K": SearchConfig(_FIVE_BITS, 2, _MOVES_5),
+    "Q6_K": SearchConfig(
+        _candidates(1, 1.05, 1.03, 0.97, 1.06, 1.01, 0.99, mirrored=(1.04,)), 2,
+        (
+            _scale_perturbations(-6, 7, -4, 4, -9, 10, 3, -3),
+            _scale_perturbations(-8, 8, -6, 10, -10, 6, -5, 5, 3, -3),
         ),
-        "Q5_0": SearchConfig(
-            _candidates(0.99, 1.06, 0.92, 1.02, 0.96, 0.88, mirrored=(0.99,)),
-            2,
-            (
-                _scale_perturbations(1.25, 0.75, 1.5, -1.5, 0.375, 1),
-                _scale_perturbations(1.5, 1.25, 0.25, -1.5),
-            ),
-        ),
-        "Q8_0": SearchConfig(
-            _candidates(1),
-            0,
-            (_scale_perturbations(1.125, 1.5, 0.75, -0.5, -1, -0.25), _scale_perturbations(1.5, 1.125, 0.375, -1.5)),
-        ),
-        "Q4_1": SearchConfig(_FOUR_BITS, 2, _SHIFTS),
-        "Q5_1": SearchConfig(_FIVE_BITS, 2, _SHIFTS),
-        "Q2_K": SearchConfig(_TWO_BITS, 2, _MOVES_2),
-        "Q3_K": SearchConfig(
-            _candidates(0.95, 0.7, 1.2, 1.05, 0.85, 0.55, mirrored=(0.9, 0.65)),
-            2,
-            (
-                _scale_perturbations(-5, 6, 3, -3, 8, -7),
-                _scale_perturbations(8, -7, -10, 6, -1, 1),
-            ),
-        ),
-        "Q4_K": SearchConfig(_FOUR_BITS, 2, _MOVES_4),
-        "Q5_K": SearchConfig(_FIVE_BITS, 2, _MOVES_5),
-        "Q6_K": SearchConfig(
-            _candidates(1, 1.05, 1.03, 0.97, 1.06, 1.01, 0.99, mirrored=(1.04,)),
-            2,
-            (
-                _scale_perturbations(-6, 7, -4, 4, -9, 10, 3, -3),
-                _scale_perturbations(-8, 8, -6, 10, -10, 6, -5, 5, 3, -3),
-            ),
-        ),
-    }
-)
+    ),
+})  # fmt: skip
 
-# Where codes are found by the outputs of a layer, what the rest adds is lost in what they win.
+# For GPTQ, whose gain makes that of the rest irrelevant.
 QUICK_SEARCH_CONFIGS: Mapping[str, SearchConfig] = MappingProxyType(
-    {name: SearchConfig(effort.starts[:4], 1, ()) for name, effort in SEARCH_CONFIGS.items()}
+    {name: SearchConfig(config.starts[:4], 1, ()) for name, config in SEARCH_CONFIGS.items()}
 )
-
-
-# The stored numbers of some blocks under search, as float32 that the stored types hold exactly.
 
 
 @dataclass(frozen=True)
 class StoredParams:
-    """Factors and integers of a piece.
+    """Super-block scales and integers of a chunk under search, as float32 that the stored types hold exactly.
 
     Attributes:
         d, dmin: [1, B]; dmin None without minima.
@@ -169,12 +142,8 @@ class StoredParams:
         return step, self.dmin * self.mins * self.kind.min_sign
 
     def perturbed(self, perturbation: tuple[float, float]) -> StoredParams:
-        """Other values close by.
-
-        Args:
-            move: what is added to the integers of scale and minimum. Without sub-blocks, in parts of a step: how much
-                wider the grid gets around its middle, and how far it is shifted.
-        """
+        """Neighbouring values: adds to the integers of scale and minimum. Without sub-blocks, as fractions of a step:
+        widens the range around its middle, and shifts it."""
         kind = self.kind
         if kind.is_k:
             low, high = scale_limits(kind)
@@ -189,65 +158,50 @@ class StoredParams:
         )
 
     def zeros(self) -> StoredParams:
-        """All weights zero: by the groups' integers, or without sub-blocks by the factors."""
+        """Parameters that make all weights zero: the groups' integers, or without sub-blocks d and dmin, are zero."""
         empty = lambda t: None if t is None else torch.zeros_like(t)  # noqa: E731
         if self.kind.is_k:
             return replace(self, scales=torch.zeros_like(self.scales), mins=empty(self.mins))
         return replace(self, d=torch.zeros_like(self.d), dmin=empty(self.dmin))
 
     def where(self, better: torch.Tensor, other: StoredParams) -> StoredParams:
-        """`other` where `better` ([g, B] or [1, B]) says so. Factors are taken from it only with [1, B]."""
+        """`other` where `better` ([g, B], or [1, B] when d and dmin differ) is true, else this."""
         pick = lambda new, old: new if new is old else torch.where(better, new, old)  # noqa: E731
         dmin = None if self.dmin is None or other.dmin is None else pick(other.dmin, self.dmin)
         mins = None if self.mins is None or other.mins is None else pick(other.mins, self.mins)
         return StoredParams(self.kind, pick(other.d, self.d), pick(other.scales, self.scales), dmin, mins)
 
     def store(self, blocks: GgmlBlocks, rows: slice, cols: slice) -> None:
-        """Write the numbers where they belong: B counts the blocks of those columns, and in each those of the rows."""
+        """Write the values to a slice of `blocks`; B enumerates the block columns, and in each the rows."""
         pairs = ((self.d, blocks.d), (self.scales, blocks.scales), (self.dmin, blocks.dmin), (self.mins, blocks.mins))
         out, columns = blocks.codes.shape
         for value, target in pairs:
             if value is not None and target is not None:
-                place = target.view(out, columns // self.kind.block, -1)[rows, cols]
-                place.copy_(value.view(value.shape[0], place.shape[1], place.shape[0]).permute(2, 1, 0))
+                part = target.view(out, columns // self.kind.block, -1)[rows, cols]
+                part.copy_(value.view(value.shape[0], part.shape[1], part.shape[0]).permute(2, 1, 0))
 
 
-# Importance-weighted search of what a ggml type stores: integer scales and minima, their float16 factors, and codes.
-#
-# What is minimised is `sum h (w - W)^2` over all weights, W being what a reader computes from the stored numbers and h
-# the second moment of the weight's input channel. In three parts:
-#
-# 1. each group's own best step and minimum, as if they could be any numbers (`search_fits.py`);
-# 2. the block's factors, and with them integers (`search_factors.py`);
-# 3. with those factors, other integers close by: a group's pair of integers is changed where the *stored* values give a
-# smaller error, codes being rounded anew for each trial. Then the factors are fitted to the integers and codes, and
-# the neighbours are tried once more.
-#
-# The third part is where most is won: integers of 4 or 6 bits are coarse, and which of the pairs around the best real
-# numbers happens to suit a group's weights can only be seen by trying.
-
-_CHUNK = 3 << 17  # weights searched at a time: the few buffers of one chunk stay in cache
+_CHUNK = 3 << 17  # weights searched at once: the few buffers of one chunk stay in cache
 _GPU_CHUNK = 1 << 23
-_WIDTHS = (1.1, 1.05, 1.0, 0.97, 0.94, 0.9)  # of the range of integers, for a factor
+_WIDTHS = (1.1, 1.05, 1.0, 0.97, 0.94, 0.9)  # candidates of d and dmin, as fractions of the integers' range
 
 
 @torch.no_grad()
 def search_blocks(
     weight: torch.Tensor, name: str, importance: torch.Tensor | None = None, quick: bool = False, codes: bool = True
 ) -> GgmlBlocks:
-    """The blocks of a matrix with the least importance-weighted squared error that the search finds.
+    """Blocks of a matrix with a small importance-weighted squared error.
 
     Args:
         weight: [out, in], any float dtype; searched in float32. `in` must fill blocks.
         name: of the type, `Q4_K`.
         importance: [in], >= 0: the second moment of each input channel; None weighs all alike.
-        quick: a fifth of the time: few grids for each group, and no neighbours. Enough for steps whose codes are found
-            by their outputs.
-        codes: whether they are wanted; else any are in the result.
+        quick: a fifth of the time: fewer starts and no perturbations. Enough for GPTQ.
+        codes: False leaves the codes uninitialized.
 
     Returns:
-        GgmlBlocks on the weight's device. Weights that are NaN or Inf give factors that are not finite or arbitrary
-        codes; callers check.
+        GgmlBlocks on the weight's device. For NaN or Inf weights d is not finite or the codes are arbitrary; callers
+        check.
     """
     kind, config = GGML_TYPES[name], (QUICK_SEARCH_CONFIGS if quick else SEARCH_CONFIGS)[name]
     out, columns = weight.shape
@@ -265,7 +219,7 @@ def search_blocks(
         shape = part.shape[:2]
         x = part.permute(3, 2, 1, 0).float().contiguous().view(kind.group, per, -1)
         h = weights[cols].permute(2, 1, 0).unsqueeze(-1)
-        # One for all rows; several columns of blocks side by side need their own.
+        # The same for all rows; chunks of several block columns need it expanded.
         h = h.squeeze(-1) if shape[1] == 1 else h.expand(-1, -1, -1, shape[0]).reshape(x.shape)
         chunk = SearchChunk(x, h, kind)
         found = _search(chunk, config)
@@ -279,7 +233,7 @@ def search_blocks(
 
 
 def _empty(kind: GgmlType, out: int, columns: int, device: torch.device) -> GgmlBlocks:
-    """Room for the blocks of a matrix."""
+    """Uninitialized blocks of a matrix."""
     make = lambda size, dtype: torch.empty(out, columns // size, dtype=dtype, device=device)  # noqa: E731
     scales = make(kind.group, torch.int8) if kind.is_k else None
     dmin = make(kind.block, torch.float16) if kind.has_min else None
@@ -288,16 +242,16 @@ def _empty(kind: GgmlType, out: int, columns: int, device: torch.device) -> Ggml
 
 
 def _chunks(out: int, count: int, blocks: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of blocks that are searched together: one column of them, or several if rows are few."""
+    """Rows and columns of blocks that are searched together: one block column, or several if rows are few."""
     columns = max(1, min(count, blocks // out))
-    some = -(-out // -(-out // blocks))  # alike, not a rest of a few
+    some = -(-out // -(-out // blocks))  # equal parts, without a small remainder
     for c in range(0, count, columns):
         for r in range(0, out, some):
             yield slice(r, min(r + some, out)), slice(c, min(c + columns, count))
 
 
 def _normalized_importance(importance: torch.Tensor | None, columns: int, device: torch.device) -> torch.Tensor:
-    """float32 [in] of mean one. A channel that was never active in the calibration data still gets a small share, so
+    """float32 [in] of mean one. A channel that was never active in the calibration data still gets a small weight, so
     that its weights are not rounded at random."""
     given = torch.ones(columns, device=device) if importance is None else importance.to(device, torch.float32)
     mean = given.double().mean().float()
@@ -318,12 +272,12 @@ def _search(chunk: SearchChunk, config: SearchConfig) -> StoredParams:
             error = chunk.error(*trial.step_and_minimum())
             better = error < least
             found, least = found.where(better, trial), torch.where(better, error, least)
-    # Weights too small for float16 factors, or a group whose importance lies on a few of them.
+    # Weights too small for a float16 d, or a group with few important weights.
     return found.where(chunk.sum_hxx < least, found.zeros())
 
 
 def _refit(chunk: SearchChunk, found: StoredParams, least: torch.Tensor) -> tuple[StoredParams, torch.Tensor]:
-    """Factors fitted to the integers and codes, in those blocks where that helps."""
+    """Refit d and dmin to the integers and codes, where that reduces a block's error."""
     d, dmin = refit_super_scales(chunk, found.d, found.scales, found.dmin, found.mins)
     trial = replace(found, d=d, dmin=dmin)
     error = chunk.error(*trial.step_and_minimum())
@@ -332,7 +286,7 @@ def _refit(chunk: SearchChunk, found: StoredParams, least: torch.Tensor) -> tupl
 
 
 def _start(chunk: SearchChunk, config: SearchConfig) -> StoredParams:
-    """What is stored for the groups' own best steps and minima."""
+    """Stored parameters close to the groups' best steps and minima."""
     kind = chunk.kind
     minimum: torch.Tensor | None = None
     if kind.has_min:

@@ -1,8 +1,7 @@
 """Least-squares fits for the ggml search: step and minimum of each group, super-block scales d and dmin.
 
 For fixed codes q the weighted error of `s q + m` is quadratic in s and m, and the least-squares pair reduces
-`sum h x^2` by `s sum(h q x) + m sum(h x)`. So a candidate only proposes codes, and is judged at its own best
-pair.
+`sum h x^2` by `s sum(h q x) + m sum(h x)`. So a candidate only proposes codes, and is evaluated at its own best pair.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from auto_round.codecs.ggml.types import GgmlType, code_limits, inverse_of, roun
 def pairwise_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum over the first dimension, whose size is a power of two; `values` is overwritten, and the result a view.
 
-    By halves, because the order in which `torch.sum` adds depends on where a value lies and on the number of threads,
-    and a search that compares sums would then find something else now and then.
+    By halves, because the order of `torch.sum` depends on strides and the number of threads, and a search that compares
+    sums would not be reproducible.
     """
     while values.shape[0] > 1:
         half = values.shape[0] // 2
@@ -28,7 +27,7 @@ def pairwise_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 class Sums(NamedTuple):
-    """Of the codes q of a group, [g, B] each: sum h q, sum h q^2, sum h q x."""
+    """Sums over each group of its codes q, [g, B] each: h q, h q^2, h q x."""
 
     q: torch.Tensor
     qq: torch.Tensor
@@ -36,12 +35,12 @@ class Sums(NamedTuple):
 
 
 class SearchChunk:
-    """Blocks side by side. A sum over a group is then a sum of long rows, which vector units do best.
+    """Blocks in columns, so that sums over a group are vectorized sums of long rows.
 
     Args:
         x: weights, float32 [n, g, B]: n weights in a group, g groups in a block, B blocks.
-        h: how much each weight counts, like `x`, or [n, g, 1] for all blocks.
-        kind: the type. Codes are taken less their zero here: `low` to `high`.
+        h: importance, like `x`, or [n, g, 1] for all blocks.
+        kind: the type. Codes are `low` to `high` here, minus their zero.
     """
 
     def __init__(self, x: torch.Tensor, h: torch.Tensor, kind: GgmlType) -> None:
@@ -53,7 +52,7 @@ class SearchChunk:
         self.sum_hxx = pairwise_sum(torch.mul(self.hx, x, out=self._t)).clone()
 
     def _round(self, step: torch.Tensor, minimum: torch.Tensor | None) -> torch.Tensor:
-        """Weights in steps, in `_t`, and their codes in `_q`; returns the latter."""
+        """Write weights in units of steps to `_t` and their codes to `_q`; returns the latter."""
         inverse = inverse_of(step)
         if minimum is None:
             torch.mul(self.x, inverse, out=self._t)
@@ -62,11 +61,8 @@ class SearchChunk:
         return torch.round(self._t, out=self._q).clamp_(self.low, self.high)
 
     def error(self, step: torch.Tensor, minimum: torch.Tensor | None = None) -> torch.Tensor:
-        """[g, B]: sum over the group of h (step q + minimum - x)^2 at the nearest codes.
-
-        Args:
-            step, minimum: [g, B]; steps of either sign, or zero.
-        """
+        """[g, B]: sum over the group of h (step q + minimum - x)^2 at the nearest codes, for steps of any sign or
+        zero."""
         wrong = self._round(step, minimum).sub_(self._t)
         found = pairwise_sum(torch.mul(wrong, wrong, out=self._t).mul_(self.h)) * step * step
         flat = self.sum_hxx
@@ -75,7 +71,7 @@ class SearchChunk:
         return torch.where(step == 0, flat, found)
 
     def sums(self, step: torch.Tensor, minimum: torch.Tensor | None = None) -> Sums:
-        """Of the nearest codes."""
+        """Sums of the nearest codes."""
         q = self._round(step, minimum)
         qx = pairwise_sum(torch.mul(q, self.hx, out=self._t)).clone()
         weighted = torch.mul(q, self.h, out=self._t)
@@ -83,16 +79,10 @@ class SearchChunk:
         return Sums(pairwise_sum(weighted).clone(), qq, qx)
 
     def codes(self, step: torch.Tensor, minimum: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 like `x`: stored codes, the nearest ones, by the very formula of `assign_codes`."""
+        """uint8 like `x`: the nearest stored codes, by the formula of `assign_codes`."""
         found = round_codes(self.x, inverse_of(step), minimum, None, (self.low, self.high))
         return found.add_(self.kind.zero).to(torch.uint8)
 
-
-# The best step and minimum of each group before they are stored, by weighted least squares.
-#
-# For fixed codes q the weighted error of `s q + m` is quadratic in s and m, and the least-squares pair takes
-# `s sum(h q x) + m sum(h x)` away from `sum h x^2`. So a candidate only has to propose codes, and is judged at its own
-# best pair (ordinary least squares; `rtn/search.py` does the same for whole zero points).
 
 _TINY = 1e-30
 
@@ -101,8 +91,8 @@ def fit_steps(chunk: SearchChunk, candidates: Sequence[tuple[float, float]], ref
     """Steps without minimum, [g, B]; zero where all weights are.
 
     Args:
-        candidates: (factor, sign) on the step that maps the weight of largest magnitude to the lowest code. With the
-            other sign it is the other end of the range that holds one code more.
+        candidates: (factor, sign) on the step that maps the weight of largest magnitude to the lowest code. The other
+            sign maps it to the highest one.
         refits: rounds of codes and least squares after the best candidate.
     """
     high, low = chunk.x.amax(0), chunk.x.amin(0)
@@ -130,7 +120,7 @@ def fit_steps_and_minima(
     """(steps >= 0, minima), [g, B].
 
     Args:
-        candidates: (width, start) of the grid, as parts of the group's range (which holds zero).
+        candidates: (width, start), as fractions of the group's range.
         refits: rounds of codes and least squares after the best candidate.
         above_zero: whether a minimum may be above zero.
     """
@@ -154,7 +144,7 @@ def fit_steps_and_minima(
 
 
 def _fit_both(chunk: SearchChunk, sums: Sums, above_zero: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Step, minimum and gain; the gain is -1 where codes do not determine a positive step."""
+    """Step, minimum and gain; the gain is -1 where the codes determine no positive step."""
     spread = chunk.sum_h * sums.qq - sums.q * sums.q
     over = spread.clamp(min=_TINY).reciprocal_()
     step = (chunk.sum_h * sums.qx - chunk.sum_hx * sums.q) * over
@@ -167,18 +157,13 @@ def _fit_both(chunk: SearchChunk, sums: Sums, above_zero: bool) -> tuple[torch.T
     return step, minimum, torch.where((spread > 1e-5 * chunk.sum_h * sums.qq) & (step > 0), gain, -1.0)
 
 
-# Steps and minima of a block's groups as small integers times a float16: which factor, which integers.
-
-_TINY_SUM = 1e-30
-
-
 def to_half(value: torch.Tensor) -> torch.Tensor:
-    """float32 values that float16 holds; Inf where they are beyond it, which callers refuse in the end."""
+    """float32 values rounded to float16; Inf where they exceed it, which `encode_ggml` rejects."""
     return value.half().float()
 
 
 def scale_limits(kind: GgmlType) -> tuple[int, int]:
-    """Least and largest integer that a group's scale (and minimum) may be."""
+    """Smallest and largest integer of a group's scale (and minimum)."""
     if kind.signed_scales:
         return -(1 << (kind.scale_bits - 1)), (1 << (kind.scale_bits - 1)) - 1
     return 0, (1 << kind.scale_bits) - 1
@@ -192,26 +177,26 @@ def over_groups(values: torch.Tensor) -> torch.Tensor:
 def choose_super_scale(
     values: torch.Tensor, weights: torch.Tensor, low: int, high: int, candidates: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor d of each block with the least `sum a (v - d k)^2` over its groups, among the candidates.
+    """The super-block scale d with the least `sum a (v - d k)^2` over the groups, among the candidates.
 
     Args:
         values: v, [g, B]; not negative where `low` is 0.
         weights: a, [g, B].
         low, high: limits of the integers k.
-        widths: candidates, as factors on the d that maps the value of largest magnitude to the far end of the range.
+        candidates: factors on the d that maps the value of largest magnitude to the end of the integers' range.
 
     Returns:
         (d float32 [1, B], values of float16; k float32 [g, B]).
     """
     top, bottom = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
     base = top / high if low == 0 else torch.where(top > -bottom, top, bottom) / low
-    # All candidates at once, [g, candidates, B]: there are many steps, and few numbers in one.
+    # All candidates at once, [g, candidates, B], because single ones are small.
     d = torch.stack([base * width for width in candidates], dim=1)
     v, a = values.unsqueeze(1), weights.unsqueeze(1)
     for _ in range(2):
         whole = _integers(v, d, low, high)
         part = a * whole
-        d = over_groups(part * v) / over_groups(part.mul_(whole)).clamp(min=_TINY_SUM)
+        d = over_groups(part * v) / over_groups(part.mul_(whole)).clamp(min=_TINY)
     d = to_half(d)
     whole = _integers(v, d, low, high)
     errors = over_groups((v - d * whole).square_().mul_(a))
@@ -225,13 +210,13 @@ def choose_super_scale(
 
 
 def _integers(values: torch.Tensor, d: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    return (values / torch.where(d == 0, 1 / _TINY_SUM, d)).round_().clamp_(low, high)
+    return (values / torch.where(d == 0, 1 / _TINY, d)).round_().clamp_(low, high)
 
 
 def refit_super_scales(
     chunk: SearchChunk, d: torch.Tensor, scales: torch.Tensor, dmin: torch.Tensor | None, mins: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The factors with the least weighted error for the integers and codes at hand, as float16 holds them.
+    """d and dmin with the least weighted error for given integers, rounded to float16.
 
     Args:
         d, dmin: float32 [1, B].
@@ -240,16 +225,16 @@ def refit_super_scales(
     if dmin is None or mins is None:
         sums = chunk.sums(d * scales)
         u, a = over_groups(scales * sums.qx), over_groups(scales * scales * sums.qq)
-        return to_half(torch.where(a > _TINY_SUM, u / a.clamp(min=_TINY_SUM), d)), None
+        return to_half(torch.where(a > _TINY, u / a.clamp(min=_TINY), d)), None
     sign = chunk.kind.min_sign
     sums = chunk.sums(d * scales, dmin * mins * sign)
-    # the normal equations of sum h (d k q + e m - x)^2, with e = sign * dmin
+    # The normal equations of sum h (d k q + e m - x)^2, with e = sign * dmin
     a = over_groups(scales * scales * sums.qq)
     b = over_groups(scales * mins * sums.q)
     c = over_groups(mins * mins * chunk.sum_h)
     u, v = over_groups(scales * sums.qx), over_groups(mins * chunk.sum_hx)
     spread = a * c - b * b
-    inverse_determinant = spread.clamp(min=_TINY_SUM).reciprocal_()
+    inverse_determinant = spread.clamp(min=_TINY).reciprocal_()
     new_d, new_dmin = (u * c - b * v) * inverse_determinant, (a * v - b * u) * inverse_determinant * sign
     usable = (spread > 1e-5 * a * c) & (new_d > 0)
     if sign < 0:

@@ -1,11 +1,8 @@
-"""ggml block types as data, the contents of their blocks, and rounding of weights to codes on given steps.
-
-From ggml-common.h, `block_q4_0` to `block_q6_K`.
-"""
+"""ggml block types as data (ggml-common.h), the contents of their blocks, and rounding to codes on given steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -22,13 +19,13 @@ class GgmlType:
         name: as ggml calls it, `Q4_K`.
         bits: of a code.
         block: weights in a block, which has one d (and one dmin).
-        group: weights that share a step: the block, or a sub-block with integers for its scale (and min).
-        zero: the code whose weight is zero before the minimum is taken off.
+        group: weights that share a step: the block, or a sub-block with integers for its scale (and minimum).
+        zero: the code whose weight is zero before the minimum is added.
         scale_bits: of those integers, 0 where a block has no sub-blocks.
         signed_scales: the integers may be negative.
         has_min: every group has a minimum too.
-        min_sign: what the stored minimum is multiplied by when it is added: -1 where it is taken off (K types).
-        nbytes: of a block.
+        min_sign: factor on the stored minimum when it is added: -1 in the K types.
+        nbytes: bytes of a block.
     """
 
     name: str
@@ -49,7 +46,7 @@ class GgmlType:
 
     @property
     def is_k(self) -> bool:
-        """Whether it is a K type: 256 weights with double-quantized scales."""
+        """Whether it is a K type: blocks of 256 weights with double-quantized scales."""
         return self.block == 256
 
     @property
@@ -95,12 +92,9 @@ _SCHEMES = tuple((ggml_scheme(name), kind) for name, kind in GGML_TYPES.items())
 
 
 def ggml_type_of(scheme: QuantizationScheme) -> GgmlType | None:
-    """The type that stores exactly what `scheme` says, or None. Plain `int` of the right shape counts."""
+    """The type with exactly the bits, groups and symmetry of `scheme` (plain `int` included), or None."""
     plain = scheme.with_overrides({"act_bits": 16})
     return next((kind for own, kind in _SCHEMES if own == plain), None)
-
-
-# What a tensor of a ggml type holds, taken apart: codes, integer scales and minima, and the float16 factors.
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +104,9 @@ class GgmlBlocks:
     Attributes:
         kind: the type.
         codes: uint8 [out, in], 0 .. 2**bits - 1.
-        d: float16 [out, in/block], the factor of the scales (of the codes, where a block has no sub-blocks).
+        d: float16 [out, in/block], the scale of the sub-blocks' scales (of the codes, without sub-blocks).
         scales: int8 [out, in/group] for types with sub-blocks: 0 .. 2**scale_bits - 1, or signed; None otherwise.
-        dmin: float16 [out, in/block], the factor of the minima (the minimum itself, without sub-blocks), or None.
+        dmin: float16 [out, in/block], the scale of the minima (the minimum itself, without sub-blocks), or None.
         mins: uint8 [out, in/group], or None.
     """
 
@@ -124,7 +118,7 @@ class GgmlBlocks:
     mins: torch.Tensor | None = None
 
     def step(self) -> torch.Tensor:
-        """float32 [out, in/group]: the distance of two codes, the product rounded as readers round it."""
+        """float32 [out, in/group]: the distance between codes, rounded as readers compute it."""
         d = self.d.float()
         if self.scales is None:
             return d
@@ -150,17 +144,17 @@ class GgmlBlocks:
         return values.view(out, columns)
 
     def rows(self, wanted: slice) -> GgmlBlocks:
-        """Some of the rows."""
-        part = lambda t: None if t is None else t[wanted]  # noqa: E731
-        return GgmlBlocks(
-            self.kind, self.codes[wanted], self.d[wanted], part(self.scales), part(self.dmin), part(self.mins)
-        )
+        """A slice of the rows."""
+        return self._map(lambda t: t[wanted])
 
     def to(self, device: torch.device | str) -> GgmlBlocks:
-        """The same on another device."""
-        move = lambda t: None if t is None else t.to(device)  # noqa: E731
+        """The blocks on another device."""
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> GgmlBlocks:
+        own = lambda t: None if t is None else change(t)  # noqa: E731
         return GgmlBlocks(
-            self.kind, self.codes.to(device), self.d.to(device), move(self.scales), move(self.dmin), move(self.mins)
+            self.kind, change(self.codes), change(self.d), own(self.scales), own(self.dmin), own(self.mins)
         )
 
 
@@ -168,20 +162,18 @@ def _over_groups(factor: torch.Tensor, kind: GgmlType) -> torch.Tensor:
     return factor.repeat_interleave(kind.block // kind.group, dim=1)
 
 
-# From weights to codes on a stored grid: the nearest ones, or those that rounding offsets lead to.
-
-_CHUNK_WEIGHTS = 1 << 17  # weights rounded at a time: stays in cache, and no float32 copy of a whole layer is made
+_CHUNK_WEIGHTS = 1 << 17  # weights rounded at once: stays in cache, without a float32 copy of a whole layer
 _HUGE = 1e30
 
 
 def code_limits(kind: GgmlType) -> tuple[float, float]:
-    """Least and largest code less the zero. Of 8 bits -128 is left out: no quantizer of ggml writes it."""
+    """Smallest and largest code minus the zero; without -128 for 8 bits, which ggml's quantizers never write."""
     low = -kind.zero + (1 if kind.bits == 8 else 0)
     return float(low), float(kind.codes - 1 - kind.zero)
 
 
 def divisor_of(step: torch.Tensor) -> torch.Tensor:
-    """The step, to divide by: that of zero is a huge one, so that all codes of its group are zero."""
+    """The step as a divisor: a huge one for a step of zero, so all codes of its group are zero."""
     return torch.where(step == 0, _HUGE, step)
 
 
@@ -194,12 +186,12 @@ def round_codes(
     groups: torch.Tensor, inverse: torch.Tensor, minimum: torch.Tensor | None, v: torch.Tensor | None,
     limits: tuple[float, float],
 ) -> torch.Tensor:  # fmt: skip
-    """Codes less the zero, float32 like `groups`: `clamp(round((w - minimum) / step + v))`.
+    """Codes minus the zero, float32 like `groups`: `clamp(round((w - minimum) / step + v))`.
 
     Args:
         groups: weights, float32.
-        inverse, minimum: of the groups' steps, and their minima; broadcast.
-        v: offsets in units of one code.
+        inverse: 1 / step of the groups; broadcasts, like `minimum`.
+        v: rounding deltas in units of one code.
     """
     codes = groups * inverse if minimum is None else (groups - minimum).mul_(inverse)
     if v is not None:
@@ -209,16 +201,16 @@ def round_codes(
 
 @torch.no_grad()
 def assign_codes(weight: torch.Tensor, blocks: GgmlBlocks, v: torch.Tensor | None = None) -> GgmlBlocks:
-    """The blocks with the codes of a weight on their steps and minima.
+    """Blocks with the codes of a weight on their steps and minima.
 
     Args:
         weight: [out, in], any float dtype.
-        blocks: stored numbers; their codes do not matter.
-        v: rounding offsets in units of one code, [out, in] or in groups, or None for the nearest codes.
+        blocks: steps and minima; the codes are ignored.
+        v: rounding deltas in units of one code, [out, in] or in groups, or None for the nearest codes.
     """
     kind, (out, columns) = blocks.kind, weight.shape
     groups = weight.view(out, columns // kind.group, kind.group)
-    offsets = None if v is None else v.view_as(groups)
+    deltas = None if v is None else v.view_as(groups)
     inverse, minimum = inverse_of(blocks.step()).unsqueeze(-1), blocks.minimum()
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
     step = max(1, _CHUNK_WEIGHTS // columns)
@@ -226,7 +218,7 @@ def assign_codes(weight: torch.Tensor, blocks: GgmlBlocks, v: torch.Tensor | Non
         rows = slice(start, start + step)
         found = round_codes(
             groups[rows].float(), inverse[rows], None if minimum is None else minimum[rows].unsqueeze(-1),
-            None if offsets is None else offsets[rows], code_limits(kind),
+            None if deltas is None else deltas[rows], code_limits(kind),
         )  # fmt: skip
         codes[rows] = found.add_(kind.zero).to(torch.uint8)
     return replace(blocks, codes=codes.view(out, columns))

@@ -10,9 +10,9 @@ from auto_round.schemes import SchemeFields
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RTNConfig(SchemeFields):
-    """Round to nearest. `disable_opt_rtn=True` takes each group's plain minimum and maximum, without calibration data;
-    otherwise scales come from the importance-weighted search of `search.py`. `enable_opt_rtn=True` says the latter
-    explicitly. The scheme's fields may be given too."""
+    """Round to nearest. `disable_opt_rtn=True` computes scales from each group's minimum and maximum, without
+    calibration data; else (`enable_opt_rtn=True`) the importance-weighted search of `search.py` does. The scheme's
+    fields may be given too."""
 
     disable_opt_rtn: bool | None = None
     enable_opt_rtn: bool | None = None
@@ -31,6 +31,6 @@ class RTNConfig(SchemeFields):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class OptimizedRTNConfig(RTNConfig):
-    """Round to nearest with searched scales, said explicitly."""
+    """Round to nearest with searched scales."""
 
     disable_opt_rtn: bool | None = False

@@ -1,13 +1,12 @@
 """Importance-weighted search of scales (and zero points), for integer groups and for minifloat blocks.
 
-Integers: for fixed codes q the weighted error `sum h (w - s q)^2` is least at `s = sum(h w q) / sum(h q^2)`,
-where it is `sum(h w^2) - sum(h w q)^2 / sum(h q^2)` (least squares refit, as in ggml's quants and HQQ, arXiv
-2309.15531). So a candidate scale only proposes codes and is judged at its own best scale: ten candidates do
-what a plain grid of scales needs hundreds for.
+Integers: for fixed codes q (minus the zero point) the weighted error `sum h (w - s q)^2` is least at
+`s = sum(h w q) / sum(h q^2)`, where it is `sum(h w^2) - sum(h w q)^2 / sum(h q^2)` (least squares refit, as in ggml's
+quants and HQQ, arXiv 2309.15531). So a candidate scale only proposes codes and is evaluated at its own best scale: ten
+candidates do what a plain grid of scales needs hundreds for.
 
-Minifloats: a scale is one of few values (a power of two, an e4m3, a bfloat16), so the stored neighbours of the
-plain scale are tried, and each block takes the one with the least error. All in float32, in chunks that stay in
-cache.
+Minifloats: few scales can be stored (a power of two, an e4m3, a bfloat16), so the stored neighbours of the plain scale
+are tried, and each block takes the one with the least error. All in float32, in chunks that stay in cache.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ import torch
 
 from auto_round.codecs.block_float import BlockFloatSpec, effective_scale
 from auto_round.codecs.int import QuantParams, default_scale_threshold, integer_qparams, round_to_stored
-from auto_round.codecs.minifloat import MinifloatType, as_blocks, block_absmax, block_chunks, block_shape, block_sum
+from auto_round.codecs.minifloat import MinifloatType, as_blocks, block_absmax, block_chunks, block_sum
 from auto_round.schemes import GroupSize
 
-_CHUNK_ELEMENTS = 1 << 17  # float32 values in flight per buffer: a few buffers fit the last-level cache
-_MAX_GPU_CHUNK = 1 << 24
+_CHUNK_ELEMENTS = 1 << 17  # float32 values per buffer: a few buffers fit the last-level cache
+_FLOAT_CHUNK = 1 << 16
+_GPU_CHUNK = 1 << 24
 
 # Candidate widths, as factors on the scale that maps the extreme to the end of the range. Few bits gain from clipping
 # the extreme (factor < 1); with many bits the best factor lies close to 1. Measured on SmolLM2-135M, see bench/results.
@@ -36,184 +36,111 @@ _REFITS = 2
 
 
 def search_qparams(
-    groups: torch.Tensor,
-    bits: int,
-    sym: bool,
-    importance: torch.Tensor | None = None,
-    scale_dtype: torch.dtype = torch.float16,
-    threshold: float | None = None,
-) -> QuantParams:
-    """The grid of each group with the least importance-weighted squared error among the candidates.
+    groups: torch.Tensor, bits: int, sym: bool, importance: torch.Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float16, threshold: float | None = None,
+) -> QuantParams:  # fmt: skip
+    """The scale and zero point of each group with the least importance-weighted squared error among the candidates.
 
     Args:
         groups: [rows, groups, group_size], any float dtype; searched in float32.
         bits: 2 to 8.
-        sym: symmetric over the full range, or asymmetric with whole-number zero points.
+        sym: symmetric over the full range, or asymmetric with integer zero points.
         importance: [groups, group_size], >= 0: the second moment of each input channel; None weighs all alike.
         scale_dtype: scales are rounded to it before they are compared.
         threshold: smallest |scale|.
 
     Returns:
         QuantParams with scale [rows, groups, 1] (and zero of that shape when asymmetric). Never worse, in this error,
-        than         the plain minimum/maximum grid.
+        than the plain minimum/maximum scales.
     """
     rows, count, size = groups.shape
-    weights = _normalized_importance(importance, groups)
+    ones = torch.ones(count * size, device=groups.device)
+    weights = _normalized(ones if importance is None else importance.to(groups.device)).view(1, count, size)
     thresh = threshold or default_scale_threshold(scale_dtype)
-    limit = _CHUNK_ELEMENTS if groups.device.type == "cpu" else _MAX_GPU_CHUNK
+    limit = _CHUNK_ELEMENTS if groups.device.type == "cpu" else _GPU_CHUNK
     step = max(1, limit // max(1, count * size))
-    scales, zeros = [], []
-    for start in range(0, rows, step):
-        part = groups[start : start + step].float()
-        search = _search_symmetric if sym else _search_asymmetric
-        scale, zero = search(part, bits, weights, scale_dtype, thresh)
-        scales.append(scale)
-        zeros.append(zero)
-    zero_point = float(2 ** (bits - 1)) if sym else torch.cat(zeros)
-    return QuantParams(torch.cat(scales), zero_point, bits)
+    found = [
+        _search(groups[i : i + step].float(), bits, sym, weights, scale_dtype, thresh) for i in range(0, rows, step)
+    ]
+    zeros = [params.zero for params in found if isinstance(params.zero, torch.Tensor)]
+    return QuantParams(torch.cat([p.scale for p in found]), torch.cat(zeros) if zeros else found[0].zero, bits)
 
 
-def _normalized_importance(importance: torch.Tensor | None, groups: torch.Tensor) -> torch.Tensor:
-    """[1, groups, group_size] float32, mean one, never zero for a whole group: a channel that was never active in the
-    calibration data still gets a small weight, so that its weights are not rounded at random."""
-    _, count, size = groups.shape
-    if importance is None:
-        return torch.ones(1, count, size, device=groups.device)
-    weights = importance.to(groups.device, torch.float32).reshape(1, count, size)
+def _normalized(importance: torch.Tensor) -> torch.Tensor:
+    """float32 importance of mean one. A channel that was never active in the calibration data still gets a small
+    weight, so that its weights are not rounded at random."""
+    weights = importance.float()
     mean = weights.mean()
-    if not torch.isfinite(mean) or mean <= 0:
-        return torch.ones(1, count, size, device=groups.device)
-    return weights / mean + 1e-4
+    return weights / mean + 1e-4 if torch.isfinite(mean) and mean > 0 else torch.ones_like(weights)
 
 
-def _search_symmetric(
-    w: torch.Tensor, bits: int, h: torch.Tensor, scale_dtype: torch.dtype, threshold: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    base = integer_qparams(w, bits, True, scale_dtype=scale_dtype, threshold=threshold).scale
-    hw = w * h
-    buffer, square = torch.empty_like(w), torch.empty_like(w)
+def _search(
+    w: torch.Tensor, bits: int, sym: bool, h: torch.Tensor, scale_dtype: torch.dtype, threshold: float
+) -> QuantParams:
+    """`search_qparams` for a chunk `w` [rows, groups, group_size] with normalized importance `h`."""
+    base = integer_qparams(w, bits, sym, scale_dtype=scale_dtype, threshold=threshold)
+    top, hw = 2**bits - 1, w * h
+    codes, squares = torch.empty_like(w), torch.empty_like(w)
 
-    def fit(inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Least-squares scale for the codes that `1/scale` proposes, and the error it takes away."""
-        torch.mul(w, inverse, out=buffer)
-        buffer.round_().clamp_(low, high)
-        torch.mul(buffer, buffer, out=square)
-        energy = square.mul_(h).sum(-1, keepdim=True)
-        cross = buffer.mul_(hw).sum(-1, keepdim=True)
+    def clamp_codes(zero: torch.Tensor | float) -> None:
+        if isinstance(zero, torch.Tensor):
+            torch.maximum(torch.minimum(codes.round_(), top - zero), -zero, out=codes)
+        else:
+            codes.round_().clamp_(-zero, top - zero)
+
+    def fit(proposal: torch.Tensor, zero: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Least-squares scale for the codes of a proposal (1/scale when symmetric, else scale), and the error that it
+        removes."""
+        (torch.mul if sym else torch.div)(w, proposal, out=codes)
+        clamp_codes(zero)
+        energy = torch.mul(codes, codes, out=squares).mul_(h).sum(-1, keepdim=True)
+        cross = codes.mul_(hw).sum(-1, keepdim=True)
         scale = cross / energy.clamp(min=1e-30)
         return scale, cross * scale
 
-    inverse = 1.0 / base
-    best_scale, best_gain = fit(inverse)
-    signs = (1.0, -1.0) if bits <= 4 else (1.0,)
+    def error(scale: torch.Tensor, zero: torch.Tensor | float) -> torch.Tensor:
+        torch.div(w, scale, out=codes)
+        clamp_codes(zero)
+        codes.mul_(scale).sub_(w)
+        return codes.mul_(codes).mul_(h).sum(-1, keepdim=True)
+
+    def stored(scale: torch.Tensor) -> torch.Tensor:
+        usable = torch.isfinite(scale) & (scale != 0 if sym else scale > 0)
+        return round_to_stored(torch.where(usable, scale, base.scale), scale_dtype, threshold)
+
+    def pick(better: torch.Tensor, new: torch.Tensor | float, old: torch.Tensor | float) -> torch.Tensor | float:
+        return torch.where(better, new, old) if isinstance(old, torch.Tensor) else old
+
+    start = 1.0 / base.scale if sym else base.scale
+    best_zero = base.zero
+    best_scale, best_gain = fit(start, best_zero)
     for factor in _FACTORS.get(bits, _FACTORS_MANY_BITS):
-        for sign in signs:
-            scale, gain = fit(inverse * (sign / factor))
+        # Symmetric: either sign of the scale. Asymmetric: neighbouring zero points.
+        for shift in ((1.0, -1.0) if sym else (-1.0, 0.0, 1.0)) if bits <= 4 else ((1.0,) if sym else (0.0,)):
+            proposal, zero = (start * (shift / factor) if sym else start * factor), base.zero
+            if isinstance(zero, torch.Tensor):
+                zero = (zero + shift).clamp(0, top)
+            scale, gain = fit(proposal, zero)
             better = gain > best_gain
-            best_scale = torch.where(better, scale, best_scale)
-            best_gain = torch.where(better, gain, best_gain)
-    stored = _safe_symmetric(best_scale, base, scale_dtype, threshold)
-    best_stored, best_error = base, _error(w, h, base, low, high, buffer)
-    for _ in range(_REFITS):  # the fit moves the rounding borders, which moves the fit
-        error = _error(w, h, stored, low, high, buffer)
-        better = error < best_error
-        best_stored = torch.where(better, stored, best_stored)
-        best_error = torch.where(better, error, best_error)
-        scale, _ = fit(1.0 / stored)
-        stored = _safe_symmetric(scale, base, scale_dtype, threshold)
-    better = _error(w, h, stored, low, high, buffer) < best_error
-    return torch.where(better, stored, best_stored), torch.empty(0)
-
-
-def _safe_symmetric(
-    scale: torch.Tensor, base: torch.Tensor, scale_dtype: torch.dtype, threshold: float
-) -> torch.Tensor:
-    scale = torch.where(torch.isfinite(scale) & (scale != 0), scale, base)
-    return round_to_stored(scale, scale_dtype, threshold)
-
-
-def _error(
-    w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, low: int, high: int, buffer: torch.Tensor
-) -> torch.Tensor:
-    torch.div(w, scale, out=buffer)
-    buffer.round_().clamp_(low, high).mul_(scale).sub_(w)
-    return buffer.mul_(buffer).mul_(h).sum(-1, keepdim=True)
-
-
-def _search_asymmetric(
-    w: torch.Tensor, bits: int, h: torch.Tensor, scale_dtype: torch.dtype, threshold: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    top = 2**bits - 1
-    base = integer_qparams(w, bits, False, scale_dtype=scale_dtype, threshold=threshold)
-    base_zero = base.zero
-    assert isinstance(base_zero, torch.Tensor)
-    hw = w * h
-    buffer, square = torch.empty_like(w), torch.empty_like(w)
-
-    def propose(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Least-squares scale for the codes of (scale, zero), and the error it takes away."""
-        torch.div(w, scale, out=buffer)
-        buffer.round_()
-        torch.maximum(torch.minimum(buffer, top - zero), -zero, out=buffer)
-        torch.mul(buffer, buffer, out=square)
-        energy = square.mul_(h).sum(-1, keepdim=True)
-        cross = buffer.mul_(hw).sum(-1, keepdim=True)
-        fitted = cross / energy.clamp(min=1e-30)
-        return fitted, cross * fitted
-
-    def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        torch.div(w, scale, out=buffer)
-        buffer.round_()
-        torch.maximum(torch.minimum(buffer, top - zero), -zero, out=buffer)
-        buffer.mul_(scale).sub_(w)
-        return buffer.mul_(buffer).mul_(h).sum(-1, keepdim=True)
-
-    best_scale, best_gain = propose(base.scale, base_zero)
-    best_zero = base_zero
-    for factor in _FACTORS.get(bits, _FACTORS_MANY_BITS):
-        for shift in (-1.0, 0.0, 1.0) if bits <= 4 else (0.0,):
-            zero = (base_zero + shift).clamp(0, top)
-            scale, gain = propose(base.scale * factor, zero)
-            better = gain > best_gain
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-            best_gain = torch.where(better, gain, best_gain)
-    stored = _safe_asymmetric(best_scale, base.scale, scale_dtype, threshold)
-    best_stored, best_stored_zero, best_error = base.scale, base_zero, error(base.scale, base_zero)
-    for _ in range(_REFITS + 1):
-        trial = error(stored, best_zero)
-        better = trial < best_error
-        best_stored = torch.where(better, stored, best_stored)
-        best_stored_zero = torch.where(better, best_zero, best_stored_zero)
-        best_error = torch.where(better, trial, best_error)
-        stored = _safe_asymmetric(propose(stored, best_zero)[0], base.scale, scale_dtype, threshold)
-    return best_stored, best_stored_zero
-
-
-def _safe_asymmetric(
-    scale: torch.Tensor, base: torch.Tensor, scale_dtype: torch.dtype, threshold: float
-) -> torch.Tensor:
-    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, base)
-    return round_to_stored(scale, scale_dtype, threshold)
-
-
-# Scale search for small floats, weighted by how much each input matters.
-#
-# A scale can only be one of few values (a power of two, an e4m3, a bfloat16), so the stored neighbours of the plain
-# scale are tried as they are, and each tile takes the one with the least `sum h (w - W)^2`. In float32, in chunks
-# that stay in cache.
-
-_FLOAT_CHUNK = 1 << 16  # weights tried at a time: the buffers of one chunk stay in cache
-_GPU_CHUNK = 1 << 24
+            best_scale, best_gain = torch.where(better, scale, best_scale), torch.where(better, gain, best_gain)
+            best_zero = pick(better, zero, best_zero)
+    trial, kept, kept_zero, least = stored(best_scale), base.scale, base.zero, error(base.scale, base.zero)
+    for refit in range(_REFITS + 1):
+        if refit:  # the fit moves the rounding borders, which moves the fit
+            trial = stored(fit(1.0 / trial if sym else trial, best_zero)[0])
+        found = error(trial, best_zero)
+        better = found < least
+        kept, least = torch.where(better, trial, kept), torch.where(better, found, least)
+        kept_zero = pick(better, best_zero, kept_zero)
+    return QuantParams(kept, kept_zero, bits)
 
 
 @torch.no_grad()
 def search_scales(
-    weight: torch.Tensor, family: BlockFloatSpec, group_size: GroupSize, importance: torch.Tensor | None = None,
+    weight: torch.Tensor, spec: BlockFloatSpec, group_size: GroupSize, importance: torch.Tensor | None = None,
     global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The stored scale of each tile with the least importance-weighted squared error among the candidates.
+    """The stored scale of each block with the least importance-weighted squared error among the candidates.
 
     Args:
         weight: [out, in], any float dtype; searched in float32.
@@ -222,19 +149,21 @@ def search_scales(
         global_scale: float32 scalar, for types that have one.
 
     Returns:
-        float32 [R, C] (see `data_type.blocks`). Never worse, in this error, than the type's own rule.
+        float32 [R, C] (see `codecs.minifloat`). Never worse, in this error, than the type's own rule.
     """
     blocks = as_blocks(weight, group_size)
-    shares = _block_importance(importance, weight, group_size)
+    _, _, c, n = blocks.shape
+    given = torch.ones(weight.shape[1]) if importance is None else importance
+    h = torch.nn.functional.pad(_normalized(given.to(weight.device)), (0, c * n - given.shape[0])).view(1, 1, c, n)
     chunks = block_chunks(blocks, _FLOAT_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK)
     found = []
-    for rows, parts in groupby(chunks, key=lambda piece: (piece[0].start, piece[0].stop)):
+    for rows, parts in groupby(chunks, key=lambda chunk: (chunk[0].start, chunk[0].stop)):
         inner = [blocks[slice(*rows), part[1]].float() for part in parts]
         largest = torch.stack([block_absmax(part) for part in inner]).amax(0)
-        best = family.rule.scale(largest, global_scale)
-        least = _block_error(inner, best, global_scale, shares, family.element)
-        for scale in family.rule.candidates(best.clone()):
-            error = _block_error(inner, scale, global_scale, shares, family.element)
+        best = spec.rule.scale(largest, global_scale)
+        least = _block_error(inner, best, global_scale, h, spec.element)
+        for scale in spec.rule.candidates(best.clone()):
+            error = _block_error(inner, scale, global_scale, h, spec.element)
             better = error < least
             best = torch.where(better, scale, best)
             least = torch.where(better, error, least)
@@ -244,28 +173,13 @@ def search_scales(
 
 
 def _block_error(
-    parts: list[torch.Tensor], scale: torch.Tensor, global_scale: torch.Tensor | None, shares: torch.Tensor,
+    parts: list[torch.Tensor], scale: torch.Tensor, global_scale: torch.Tensor | None, h: torch.Tensor,
     element: MinifloatType,
 ) -> torch.Tensor:  # fmt: skip
-    """[R, 1, C, 1]: the weighted squared error of tiles given in pieces of some rows each."""
+    """[R, 1, C, 1]: the weighted squared error of blocks given in chunks of rows."""
     factor = effective_scale(scale, global_scale)
     total = torch.zeros_like(scale)
     for part in parts:
         difference = element.nearest(part / factor).mul_(factor).sub_(part)
-        total += block_sum(difference.mul_(difference).mul_(shares))
+        total += block_sum(difference.mul_(difference).mul_(h))
     return total
-
-
-def _block_importance(importance: torch.Tensor | None, weight: torch.Tensor, group_size: GroupSize) -> torch.Tensor:
-    """[1, 1, C, N] float32 of mean one. A channel that was never active in the calibration data still gets a small
-    share, so that its weights are not rounded at random."""
-    _, _, c, n = block_shape((weight.shape[0], weight.shape[1]), group_size)
-    ones = torch.ones(1, 1, c, n, device=weight.device)
-    if importance is None:
-        return ones
-    given = importance.to(weight.device, torch.float32)
-    mean = given.mean()
-    if not torch.isfinite(mean) or mean <= 0:
-        return ones
-    padded = torch.nn.functional.pad(given / mean + 1e-4, (0, c * n - given.shape[0]))
-    return padded.view(1, 1, c, n)

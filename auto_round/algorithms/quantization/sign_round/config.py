@@ -22,18 +22,18 @@ class SignRoundConfig(SchemeFields):
 
     Attributes:
         iters: steps for each block; with 0, `AutoRound` rounds to nearest instead.
-        lr: step size of the rounding offsets, in units of one code; None takes `default_rate`. It falls linearly to
-            zero.
+        lr: initial step size of the rounding deltas, in units of one code, decaying linearly to zero; None takes
+            `default_rate`.
         minmax_lr: step size of the scale factors; None takes `lr`.
         momentum: of the signed steps; 0 is plain signSGD.
         batch_size: samples in one forward pass.
         gradient_accumulate_steps: forward passes in one step.
         enable_minmax_tuning: tune the scale factors too; those of small floats only with a `minmax_lr`.
-        enable_quanted_input: tune on what the quantized blocks before give, not on the full-precision input.
+        enable_quanted_input: tune on the outputs of the quantized preceding blocks, not on full-precision inputs.
         not_use_best_mse: keep the last state instead of the best one.
         enable_adam: AdamW instead of the sign.
-        lr_scheduler, nblocks, enable_norm_bias_tuning, enable_alg_ext, dynamic_max_gap, optimizer, enable_lfq: of
-            features that this version does not have; anything but the default is refused.
+        lr_scheduler, nblocks, enable_norm_bias_tuning, enable_alg_ext, dynamic_max_gap, optimizer, enable_lfq: not
+            supported by this version; values other than the default are refused.
 
     The scheme's fields (`bits`, `group_size`, `sym`, ...) may be given too.
     """
@@ -60,7 +60,7 @@ class SignRoundConfig(SchemeFields):
         for name, low in (("iters", 0), ("batch_size", 1), ("gradient_accumulate_steps", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ConfigError(f"{name}={value!r}: give a whole number of at least {low}")
+                raise ConfigError(f"{name}={value!r}: must be a whole number of at least {low}")
         for name in _REFUSED:
             refuse_keyword(name, getattr(self, name))
         for name in ("lr", "minmax_lr"):
@@ -82,10 +82,10 @@ def default_rate(iters: int, bits: int) -> float:
     """1/iters from 200 steps on (2/iters from 1000 on for 3 bits and fewer); 0.005 (200/iters)^0.4 for fewer, with 0.78
     in place of 0.4 for 2 bits.
 
-    A sign step moves every offset by the whole rate, however weak the evidence. With 1/iters a short run moves as far
-    as a long one on a fraction of the evidence, and ends worse than with smaller steps: the exponents are fitted to
-    runs of 20 and 60 steps (docs/tuning.md has the figures). 2 bits keep larger steps, because too small ones may leave
-    the model without the outlier activations that its attention leans on.
+    A sign step moves every rounding delta by the whole rate, however small its gradient. With 1/iters a short run moves
+    as far as a long one on fewer gradients, and ends worse than with smaller steps: the exponents are fitted to runs of
+    20 and 60 steps (docs/tuning.md has the figures). 2 bits keep larger steps, because with too small ones the model
+    may lose the outlier activations that its attention depends on.
     """
     if iters < _FULL_RUN:
         return (_FULL_RUN / iters) ** (0.78 if bits <= 2 else 0.4) / _FULL_RUN
@@ -101,8 +101,7 @@ class AdamRoundConfig(SignRoundConfig):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SignRoundV2Config(SignRoundConfig):
-    """The name exists so that scripts that mention it can be imported; this version has no SignRound v2, and making
-    one raises UnsupportedError."""
+    """Raises UnsupportedError when constructed: this version has no SignRound v2. The name exists for imports."""
 
     def __post_init__(self) -> None:
         raise UnsupportedError(SIGN_ROUND_V2.sentence("SignRoundV2Config"))

@@ -35,7 +35,7 @@ class _FusedLinear(torch.autograd.Function):
 
 
 class TunableLinear(torch.nn.Module):
-    """Stands in for the linear `learnable_group.tasks[index]` while its block is tuned."""
+    """Replaces the linear of `learnable_group.tasks[index]` while its block is tuned."""
 
     anchor: torch.Tensor
 
@@ -44,7 +44,7 @@ class TunableLinear(torch.nn.Module):
         task = learnable_group.tasks[index]
         self.learnable_group, self.index = learnable_group, index
         self.bias = None if task.bias is None else task.bias.to(learnable_group.compute_dtype)
-        # autograd calls backward only if some input of the function wants a gradient, and the block's input does not
+        # autograd calls backward only if some input requires a gradient, and the block's input does not
         self.anchor = torch.zeros(1, requires_grad=True, device=task.weight.device)
         self.quantized = learnable_group.weight(index)
         self.activation = task.activation
@@ -56,14 +56,11 @@ class TunableLinear(torch.nn.Module):
         return _FusedLinear.apply(x, self.anchor, self)
 
 
-# A linear layer tuned through any registered data type's function, with autograd.
-
-
 class AutogradTunableLinear(torch.nn.Module):
-    """Stands in for a linear while its block is tuned; the weight is quantized by `task.scheme.data_type`'s function.
+    """Replaces a linear while its block is tuned with autograd through the function of any registered data type.
 
-    The function's `v` is in units of the weight; steps are in units of one code, so an offset is `u * unit` with `unit`
-    the scale that the untuned function returned (one value an element, spread over its group).
+    The function's `v` is in units of the weight and steps are in units of one code, so `v = u * unit`, with `unit` the
+    scale that the untuned function returned, expanded to one value per weight.
     """
 
     def __init__(
@@ -83,13 +80,13 @@ class AutogradTunableLinear(torch.nn.Module):
         count = groups.shape[0] * groups.shape[1] if groups.dim() == 4 else groups.shape[0]
         device = task.weight.device
         self.u = torch.zeros_like(self.weight_value, requires_grad=True)
-        self.factors = [torch.ones(count, 1, device=device, requires_grad=tune_scale) for _ in range(2)]
+        self.scale_factors = [torch.ones(count, 1, device=device, requires_grad=tune_scale) for _ in range(2)]
         self.rules = [make_rule(adam, momentum) for _ in range(3)]
         self.quantized = start.to(compute_dtype)
         self.is_current = False
 
     def _expand(self, scale: object) -> torch.Tensor:
-        """The scale as one positive value an element of the weight; a plain guess when its shape says nothing."""
+        """The scale as one positive value per weight; estimated from the row's range for a scale of unknown shape."""
         weight = self.weight_value
         fallback = weight.abs().amax(-1, keepdim=True) / 2 ** (self.task.scheme.bits - 1)
         if not isinstance(scale, torch.Tensor) or scale.numel() == 0 or isinstance(self.task.scheme.group_size, tuple):
@@ -103,7 +100,7 @@ class AutogradTunableLinear(torch.nn.Module):
         return rows.repeat_interleave(size, dim=1)[:, : weight.shape[1]]
 
     def _learned_parameters(self) -> dict[str, torch.Tensor]:
-        return {"v": self.u * self.unit, "min_scale": self.factors[0], "max_scale": self.factors[1]}
+        return {"v": self.u * self.unit, "min_scale": self.scale_factors[0], "max_scale": self.scale_factors[1]}
 
     def _call(self, **learned: torch.Tensor) -> tuple[torch.Tensor, object, object]:
         scheme = self.task.scheme
@@ -127,34 +124,34 @@ class AutogradTunableLinear(torch.nn.Module):
 
     @torch.no_grad()
     def step(self, lr: float, scale_lr: float) -> None:
-        """One update from the gradients autograd gathered."""
-        for value, rule, rate in zip([self.u, *self.factors], self.rules, (lr, scale_lr, scale_lr), strict=True):
+        """Update the learnables from the accumulated gradients."""
+        for value, rule, rate in zip([self.u, *self.scale_factors], self.rules, (lr, scale_lr, scale_lr), strict=True):
             if value.grad is not None:
                 rule.apply(value, value.grad, rate)
                 value.grad = None
-        for factor in self.factors:
+        for factor in self.scale_factors:
             factor.clamp_(0.0, 1.0)
         self.is_current = False
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Back to the state before the first step."""
+        """Restore the state before the first step."""
         self.u.zero_()
-        for factor in self.factors:
+        for factor in self.scale_factors:
             factor.fill_(1.0)
         self.is_current = False
 
     def snapshot(self, into: State | None = None) -> State:
-        return copy_state(tuple(value.detach() for value in (self.u, *self.factors)), into)
+        return copy_state(tuple(value.detach() for value in (self.u, *self.scale_factors)), into)
 
     def drop_gradient(self) -> None:
-        """Forget what was gathered since the last step."""
-        for value in (self.u, *self.factors):
+        """Discard the gradient accumulated since the last step."""
+        for value in (self.u, *self.scale_factors):
             value.grad = None
 
     @torch.no_grad()
     def restore(self, state: tuple[torch.Tensor, ...]) -> None:
-        for value, saved in zip((self.u, *self.factors), state, strict=True):
+        for value, saved in zip((self.u, *self.scale_factors), state, strict=True):
             value.copy_(saved)
         self.is_current = False
 

@@ -22,7 +22,7 @@ from auto_round.threads import parallel_map
 
 
 def split_samples(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """(tuned on, held out). A sixteenth is held out, at least one; with fewer than four samples all serve both ends."""
+    """(tuned on, held out): a sixteenth is held out, at least one; with fewer than four samples all are in both."""
     if count < 4:
         return list(range(count)), list(range(count))
     generator = torch.Generator().manual_seed(seed)
@@ -31,41 +31,40 @@ def split_samples(count: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[held:]), sorted(order[:held])
 
 
-# With this many tokens the work of a layer still hides what calling it costs, on a CPU.
+# On a CPU, this many tokens per layer still hide the cost of calling it.
 _TOKENS_PER_LAYER = 128
 
 
 def micro_batch_size(batch: int, tokens: int, layers: int, device: torch.device) -> int:
-    """Samples in one forward and backward pass; gradients of the passes of a step add up to the same sum.
+    """Samples in one forward and backward pass; the passes of a step accumulate the same gradient.
 
-    On a CPU fewer than the batch: the same time, but less memory, since activations are kept for one pass only. Blocks
-    of many layers, such as mixtures of experts, get more tokens, because every layer's call costs something.
+    On a CPU fewer than the batch: the same time with less memory, since activations are kept for one pass only. Blocks
+    of many layers, such as mixtures of experts, get more tokens to amortize each layer's call.
 
     Args:
-        tokens: of one sample.
-        layers: that are tuned in the block.
+        tokens: per sample.
+        layers: number of tuned layers in the block.
     """
     if device.type != "cpu":
         return batch
     return max(1, min(batch, _TOKENS_PER_LAYER * layers // max(1, tokens)))
 
 
-_EVALUATIONS = 8  # times the held-out loss is taken during tuning, besides the start
+_EVALUATIONS = 8  # evaluations of the held-out loss during tuning, besides the start
 
 
 def is_evaluation_step(done: int, iters: int) -> bool:
-    """Whether the held-out loss is taken after `done` steps: in the second half, because the state changes less and
-    less, and always at the end."""
+    """Whether the held-out loss is evaluated after `done` steps: in the second half, and always at the end."""
     return done == iters or (done % max(1, iters // _EVALUATIONS) == 0 and done > iters // 2)
 
 
 def keeps_best_copy(iters: int) -> bool:
-    """Whether a state before the last may have to be kept."""
+    """Whether a snapshot before the last step may be needed."""
     return any(is_evaluation_step(done, iters) for done in range(1, iters))
 
 
 def shuffled_batches(samples: list[int], batch: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches: every sample once a round, in an order drawn anew for each round."""
+    """Endless batches: every sample once per epoch, in a new random order each epoch."""
     generator = torch.Generator().manual_seed(seed)
     batch = min(batch, len(samples))
     queue: list[int] = []
@@ -77,30 +76,28 @@ def shuffled_batches(samples: list[int], batch: int, seed: int) -> Iterator[list
         queue = queue[batch:]
 
 
-# How many samples go through a block at once, and what happens when they do not fit on the device.
-
 Tunable = LearnableGroup | AutogradTunableLinear
 T = TypeVar("T")
 
 
 class MicroBatchRunner:
-    """Runs steps over parts of `micro_batch` samples, fewer once the device has run out of memory.
+    """Runs steps in micro-batches, which shrink when the device runs out of memory.
 
-    A step keeps its samples and its sum of gradients, whatever the size of the parts. A step that failed is begun again
-    from its start: what it had gathered is dropped.
+    The samples of a step and its accumulated gradient do not depend on the size of the micro-batches. A step that
+    failed discards its gradient and starts again.
     """
 
     def __init__(
         self, task: BlockTask, layers: Sequence[Tunable], micro_batch: int, device: torch.device | None = None
     ) -> None:
-        """`device`: where the block runs; None: where its layers are."""
+        """`device`: of the block; None takes that of its layers."""
         self.task, self.layers, self.micro_batch = task, layers, micro_batch
         self.device = task.layers[0].weight.device if device is None else device
 
     def run(self, step: Callable[[int], T]) -> T:
-        """`step(micro_batch)`; again with half as many samples at once, then with the block's inputs off the device.
+        """`step(micro_batch)`, retried with half as many samples, then with the block's inputs off the device.
 
-        Raises DeviceError when one sample alone does not fit even so.
+        Raises DeviceError when even one sample does not fit.
         """
         device = self.device
         while True:
@@ -111,21 +108,18 @@ class MicroBatchRunner:
                     layer.drop_gradient()
                 if self.micro_batch > 1:
                     self.micro_batch //= 2
-                    logger.info("%s is full: %d samples at once from here on", device, self.micro_batch)
+                    logger.info("%s is out of memory: reducing the micro-batch to %d samples", device, self.micro_batch)
                 elif self.task.offload(self.task):
-                    logger.info("%s is full: the inputs of the blocks move to the CPU", device)
+                    logger.info("%s is out of memory: moving the inputs of the blocks to the CPU", device)
                 else:
                     raise out_of_memory_error(f"tuning {self.task.name} on one sample", device) from error
             empty_device_cache(device)
 
 
-# SignRound: tune the rounding of a block's linears so that the block's output stays what it was.
-
-
 class SignRoundQuantizer:
-    """Signed gradient descent over rounding offsets and scale factors (arXiv 2309.05516, algorithm 1), started from the
-    grid that the importance-weighted search finds. The state kept is the best on samples that were not tuned on, judged
-    on the same ones every time; if none beats the start, the start."""
+    """Signed gradient descent over rounding deltas and scale factors (arXiv 2309.05516, algorithm 1), started from the
+    scales of the importance-weighted search. The state with the lowest loss on fixed held-out samples is kept, the
+    start if none is better."""
 
     name = "SignRound"
     needs_targets = True
@@ -160,7 +154,7 @@ class SignRoundQuantizer:
         return BlockResult([results[layer.name] for layer in task.layers], before, after, self.config.iters)
 
     def _tunables(self, task: BlockTask) -> tuple[list[Tunable], dict[str, torch.nn.Module]]:
-        """What is tuned, and by layer the module that stands in for it."""
+        """The tuned groups and layers, and each layer's replacement module by its name."""
         config = self.config
         options: dict[str, Any] = {
             "compute_dtype": task.compute_dtype,
@@ -183,23 +177,23 @@ class SignRoundQuantizer:
         return tunables, replacements
 
     def _learnable_group(self, tasks: Sequence[LayerTask], options: dict[str, Any]) -> LearnableGroup:
-        """The learnables of layers of one ggml type, integer or small float scheme, at their start."""
-        # A moved scale undoes what offsets have learned, where few can be stored or a block's factor moves 256 weights
-        # (docs/tuning.md, docs/gguf.md). So such scales stay, unless a rate for them is given.
-        moves = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
+        """The learnable group of layers with one ggml type, integer or small float scheme."""
+        # Where few scales can be stored, or one scales a super-block of 256 weights, a scale step undoes what rounding
+        # deltas have learned (docs/tuning.md, docs/gguf.md): such scales are tuned only with a rate of their own.
+        tune_scale = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
         device = tasks[0].weight.device
         kind = ggml_type_for(tasks[0])
         if kind is not None:
             hessian_factors = shared_hessian_factors(tasks, DAMPING, device)
             search = partial(initial_blocks, kind=kind, optimized=self.optimized_start, hessian_factors=hessian_factors)
             blocks = parallel_map(search, tasks, device)
-            return GgmlTuner(tasks, blocks, compile_step=self.compile_step, **options | {"tune_scale": moves})
-        family = minifloat_spec(tasks[0].scheme)
-        if family is not None:
-            searched = partial(initial_scales, family=family, optimized=self.optimized_start)
+            return GgmlTuner(tasks, blocks, compile_step=self.compile_step, **options | {"tune_scale": tune_scale})
+        spec = minifloat_spec(tasks[0].scheme)
+        if spec is not None:
+            searched = partial(initial_scales, family=spec, optimized=self.optimized_start)
             starts = parallel_map(searched, tasks, device)
-            options = options | {"tune_scale": moves}
-            return FloatTuner(tasks, family, starts, compile_step=self.compile_step, **options)
+            options = options | {"tune_scale": tune_scale}
+            return FloatTuner(tasks, spec, starts, compile_step=self.compile_step, **options)
         start = partial(initial_qparams, optimized=self.optimized_start, scale_dtype=self.scale_dtype)
         qparams = parallel_map(start, tasks, device)
         return IntTuner(tasks, qparams, scale_dtype=self.scale_dtype, compile_step=self.compile_step, **options)
@@ -210,8 +204,8 @@ class SignRoundQuantizer:
         tuned_on, held_out = split_samples(task.inputs.shape[0], task.seed)
         batches = shuffled_batches(tuned_on, config.batch_size * config.gradient_accumulate_steps, task.seed + 1)
         rates = [config.learning_rates(layer.scheme.bits) for layer in layers]
-        weights = token_weights(task)
-        runner = MicroBatchRunner(task, layers, self._at_once(task, layers))
+        weights = None if task.loss_mask is None else task.loss_mask.float()
+        runner = MicroBatchRunner(task, layers, self._micro_batch(task, layers))
         start = best = runner.run(lambda micro_batch: self._loss(task, held_out, weights, micro_batch))
         best_state: list[tuple[torch.Tensor, ...]] | None = None
         for step in range(config.iters):
@@ -238,8 +232,8 @@ class SignRoundQuantizer:
                 layer.restore(best_state[index])
         return start, best
 
-    def _at_once(self, task: BlockTask, layers: Sequence[Tunable]) -> int:
-        """Samples in one pass. The others' functions run in every pass, so they get as few passes as can be."""
+    def _micro_batch(self, task: BlockTask, layers: Sequence[Tunable]) -> int:
+        """Samples in one pass: the whole batch where some layer calls its data type's function in every pass."""
         assert task.inputs is not None
         batch = self.config.batch_size
         if not all(isinstance(layer, LearnableGroup) for layer in layers):
@@ -249,12 +243,12 @@ class SignRoundQuantizer:
     def _gradients(
         self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, micro_batch: int
     ) -> None:
-        """The gradients of one step, over passes of `micro_batch` samples."""
-        for at in range(0, len(samples), micro_batch):
-            self._backward(task, samples[at : at + micro_batch], len(samples), weights)
+        """Accumulate the gradients of one step, over passes of `micro_batch` samples."""
+        for start in range(0, len(samples), micro_batch):
+            self._backward(task, samples[start : start + micro_batch], len(samples), weights)
 
     def _backward(self, task: BlockTask, samples: Sequence[int], total: int, weights: torch.Tensor | None) -> None:
-        """Gradients of the weighted mean squared error of these samples, by their share of the step."""
+        """Accumulate gradients of the weighted mean squared error of some of the step's `total` samples."""
         assert task.inputs is not None and task.targets is not None
         hidden = task.inputs[samples].to(_device(task), task.compute_dtype)
         with torch.enable_grad():
@@ -268,16 +262,12 @@ class SignRoundQuantizer:
 
     @torch.no_grad()
     def _loss(self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, micro_batch: int) -> float:
-        """Weighted mean squared error. Summed along fixed dimensions in float64, so that the number of threads does not
-        change it.
-
-        Raises:
-            NumericsError: the loss is NaN or Inf.
-        """
+        """Weighted mean squared error, summed along fixed dimensions in float64, so the number of threads does not
+        change it. Raises NumericsError when it is NaN or Inf."""
         assert task.inputs is not None and task.targets is not None
         total, count = 0.0, 0.0
-        for at in range(0, len(samples), micro_batch):
-            part = list(samples[at : at + micro_batch])
+        for start in range(0, len(samples), micro_batch):
+            part = list(samples[start : start + micro_batch])
             output = task.run(task.inputs[part].to(_device(task), task.compute_dtype), part).float()
             errors = output.sub_(task.targets[part].to(output.device)).square_().sum(-1, dtype=torch.float64)
             if weights is None:
@@ -296,22 +286,17 @@ class SignRoundQuantizer:
 
 
 def _device(task: BlockTask) -> torch.device:
-    """Where the block is; its samples may be elsewhere."""
+    """The block's device; its samples may be on another."""
     return task.layers[0].weight.device
 
 
 def _has_tuner(layer: LayerTask) -> bool:
-    """Whether codes of the layer are stored; other data types are tuned through their function."""
+    """Whether a learnable group tunes the layer; other data types are tuned through their function."""
     return ggml_type_for(layer) is not None or is_integer(layer.scheme) or minifloat_spec(layer.scheme) is not None
 
 
-def token_weights(task: BlockTask) -> torch.Tensor | None:
-    """float32 [N, T], one where a position counts and zero where it is masked; None when all count."""
-    return None if task.loss_mask is None else task.loss_mask.float()
-
-
 def _swap(block: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """Put `new` where `old` is inside `block`; returns the parent and attribute, to put it back."""
+    """Replace `old` inside `block` by `new`; returns the parent and attribute, to restore it."""
     for parent in block.modules():
         for attribute, child in parent.named_children():
             if child is old:
