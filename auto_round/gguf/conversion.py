@@ -18,7 +18,7 @@ from auto_round.gguf.metadata import KeyValue, gguf_package, key_value
 __all__ = ["Conversion", "Placement", "conversion_for", "supported_families"]
 
 Shapes = Mapping[str, tuple[int, ...]]
-# Buffers that checkpoints may hold and nobody needs.
+# Buffers in some checkpoints that llama.cpp does not use.
 _SKIPPED = re.compile(r"(\.rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|\.attention\.(masked_)?bias)$")
 _BLOCK = re.compile(r"(?:layers|h)\.(\d+)\.")
 _EXPERT = re.compile(
@@ -30,17 +30,17 @@ _FUSED = re.compile(
     r"(experts\.(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?|(?P<way>input|output)_linear\.weight)"
 )
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
-# Float32 in every file, as llama.cpp computes with them so; norms, biases and all that has one dimension are too.
+# Float32 in every file, as llama.cpp requires; norms, biases and one-dimensional tensors are too.
 _FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight", "token_types.weight")
 
 
 def _first_half(weight: torch.Tensor) -> torch.Tensor:
-    """Gate of a joined gate and up [experts, 2 * inner, hidden]."""
+    """The gate of a fused gate and up [experts, 2 * inner, hidden]."""
     return weight[:, : weight.shape[1] // 2]
 
 
 def _second_half(weight: torch.Tensor) -> torch.Tensor:
-    """Up of a joined gate and up [experts, 2 * inner, hidden]."""
+    """The up projection of a fused gate and up [experts, 2 * inner, hidden]."""
     return weight[:, weight.shape[1] // 2 :]
 
 
@@ -49,9 +49,9 @@ class Conversion:
     """How one model becomes a GGUF file. Made by `conversion_for`.
 
     Attributes:
-        family: what is known of its family.
-        settings: of the model.
-        sources: shapes of the source tensors by name, as they will be given (a Conv1D's weight as [out, in]).
+        family: rules of its model family.
+        settings: the model's configuration.
+        sources: shapes of the source tensors by name (a Conv1D's weight as [out, in]).
     """
 
     family: Family
@@ -65,7 +65,7 @@ class Conversion:
 
     @property
     def notes(self) -> list[str]:
-        """What is different in llama.cpp, in words for the user."""
+        """Differences in llama.cpp, for the user."""
         return [text for holds, text in self.family.notes if holds(self.settings)]
 
     @cached_property
@@ -75,11 +75,10 @@ class Conversion:
         return gguf.get_tensor_name_map(arch, self.settings.blocks)
 
     def place(self, name: str, transposed: bool = False) -> list[Placement]:
-        """Where the source tensor `name` goes; empty for one that is left out on purpose.
+        """Placements of the source tensor `name`; none for a skipped one.
 
-        `transposed`: it is given as [in, out], as a Conv1D module stores its weight.
-
-        Raises UnsupportedError for a tensor that the family does not have.
+        `transposed`: it is given as [in, out], as a Conv1D module stores its weight. Raises UnsupportedError for a
+        tensor that the family does not have.
         """
         found = self._place(name)
         return [placement.of_transposed() for placement in found] if transposed else found
@@ -105,8 +104,8 @@ class Conversion:
         target = self._names.get_name(renamed, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise UnsupportedError(
-                f"llama.cpp's architecture {self.arch!r} has no place for the tensor {name!r}; "
-                "the model is not what its config.json says, or a variant that cannot be written as GGUF"
+                f"llama.cpp's architecture {self.arch!r} has no tensor for {name!r}; the model does not match its "
+                "config.json, or is a variant that cannot be written as GGUF"
             )
         return [Placement(target)]
 
@@ -114,7 +113,7 @@ class Conversion:
         if _SKIPPED.search(name) or (self.settings.tied and name in ("lm_head.weight", "output.weight")):
             return True
         block = _BLOCK.search(name)
-        # Blocks that predict further tokens follow the model's own, and nothing here runs them.
+        # Blocks for multi-token prediction follow the model's own and are not written.
         return block is not None and int(block[1]) >= self.settings.blocks
 
     def _fused_experts(self, found: re.Match[str]) -> list[Placement]:
@@ -128,10 +127,10 @@ class Conversion:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes (PyTorch's order) of all tensors in the file, those of `extras` first, then in the sources' order.
+        """Shapes (PyTorch's order) of all tensors in the file: `extras`, then the sources' order.
 
         Raises:
-            UnsupportedError: a source has no place.
+            UnsupportedError: the architecture has no tensor for a source.
             ModelError: parts of a tensor are missing, or have different shapes.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in self.extras().items()}
@@ -143,26 +142,26 @@ class Conversion:
         return shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the tensor `name` of the file, in PyTorch's order. Raises ModelError for one that is not there."""
+        """Shape of the tensor `name` of the file, in PyTorch's order. Raises ModelError for an unknown one."""
         if name not in self.tensors:
             raise ModelError(f"no tensor {name!r} in this model's GGUF file")
         return self.tensors[name]
 
     def is_float32(self, name: str) -> bool:
-        """Whether the tensor `name` of the file is float32 whatever the file's type (as llama.cpp's converter does)."""
+        """Whether the tensor `name` of the file is float32 in every file type, as in llama.cpp's converter."""
         if len(self.tensors.get(name, (0, 0))) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
             return True
         return re.sub(r"^blk\.\d+\.", "", name) in _FLOAT32
 
     def extras(self) -> dict[str, torch.Tensor]:
-        """Tensors that no checkpoint holds, float32, by their names in the file."""
+        """Computed tensors that are in no checkpoint, float32, by their names in the file."""
         return self.family.extras(self.settings) if self.family.extras else {}
 
     def metadata(self) -> list[KeyValue]:
-        """What the file says about the model: all keys of its architecture, such as "llama.block_count"."""
+        """The keys of the model's architecture, such as "llama.block_count"."""
         made: dict[str, KeyValue] = {}
         for key in self.family.keys:
-            # A later key replaces an earlier one, also by being absent.
+            # A later key replaces an earlier one, even without a value.
             name = f"{self.arch}.{key.name}"
             made.pop(name, None)
             value = key.value(self.settings)
@@ -172,7 +171,7 @@ class Conversion:
 
 
 def _merged_shape(target: str, parts: list[tuple[str, Placement, tuple[int, ...]]]) -> tuple[int, ...]:
-    """Shape of a tensor made of all `parts` (source, placement, shape); ModelError where they do not fill it."""
+    """Shape of a tensor merged from `parts` (source, placement, shape). Raises ModelError when they do not fill it."""
     first = parts[0][2]
     slots = [placement.slot for _, placement, _ in parts]
     if all(slot is not None for slot in slots):
@@ -191,25 +190,25 @@ def _merged_shape(target: str, parts: list[tuple[str, Placement, tuple[int, ...]
         if wrong is None:
             return (rows, *first[1:])
     names = ", ".join(source for source, _, _ in parts[:3])
-    raise ModelError(f"the tensors that {target!r} is made of ({names}, ...) are not complete, or not of one shape")
+    raise ModelError(f"the parts of tensor {target!r} ({names}, ...) are incomplete, or differ in shape")
 
 
 def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:
-    """How to write a model as GGUF.
+    """The conversion of a model to GGUF.
 
     Args:
         config: its Transformers configuration, or the values of its config.json.
         sources: shapes of its tensors by name; needed for the shapes in the file.
 
     Raises:
-        UnsupportedError: the family is unknown, llama.cpp would not run the model as it is, a tensor has no place, or
-            the package gguf is missing.
-        ModelError: the configuration lacks something, or tensors are missing.
+        UnsupportedError: the family is unknown, llama.cpp would run a different model, the architecture has no tensor
+            for a source, or the package gguf is missing.
+        ModelError: a configuration value or tensors are missing.
     """
     settings = read_hf_config(config)
     family = find_family(settings)
     gguf_package()
     conversion = Conversion(family, settings, dict(sources or {}))
     if sources:
-        _ = conversion.tensors  # refuses what cannot be written before any work is done
+        _ = conversion.tensors  # validates all placements
     return conversion

@@ -1,7 +1,7 @@
 """Data types of a GGUF model family: config values, tensor placements, metadata keys, rules, assumptions.
 
-`families/` holds one `Family` for each group of model types. The config is read the same way whichever
-Transformers version wrote it. A `Placement` says which rows of a source tensor go to which GGUF tensor.
+`families/` holds one `Family` for each group of model types. `HfConfig` reads configs of every Transformers version. A
+`Placement` maps rows of a source tensor to a GGUF tensor.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import torch
 
 from auto_round.errors import ModelError, UnsupportedError
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-
 
 @dataclass(frozen=True)
 class HfConfig:
@@ -29,7 +27,7 @@ class HfConfig:
         return next((self.values[n] for n in names if self.values.get(n) is not None), default)
 
     def need(self, *names: str) -> Any:
-        """As `get`. Raises ModelError when none of `names` is there."""
+        """As `get`. Raises ModelError when none of `names` has a value."""
         found = self.get(*names)
         if found is None:
             raise ModelError(f"config.json of model type {self.model_type!r} has none of {', '.join(names)}")
@@ -65,35 +63,25 @@ class HfConfig:
         return self._number(self.get("num_local_experts", "num_experts", "n_routed_experts", default=0))
 
     def _number(self, value: Any) -> int:
-        """A size that all layers share. Raises UnsupportedError where it varies by layer."""
+        """A size shared by all layers. Raises UnsupportedError when it varies by layer."""
         found = {value} if not isinstance(value, (list, tuple)) else set(value)
         if len(found) != 1:
             raise UnsupportedError(
-                f"config.json of model type {self.model_type!r} gives a size by layer ({value!r}), which no GGUF file "
-                "is written with; use --format auto_round"
+                f"config.json of model type {self.model_type!r} gives a size by layer ({value!r}), which is not "
+                "supported for GGUF; use --format auto_round"
             )
         return int(found.pop())
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding."""
+        """Whether the head shares the embedding's weight."""
         return bool(self.get("tie_word_embeddings", default=False))
 
     @property
     def rope(self) -> dict[str, Any]:
         """Rotary settings of full attention, with `rope_type`, and `rope_theta` where it is known."""
-        return self._rope(_FULL)
-
-    @property
-    def sliding_theta(self) -> float | None:
-        """The rotary base of sliding-window attention, where it has its own."""
-        parameters = self.get("rope_parameters", default={})
-        own = parameters.get(_SLIDING) if isinstance(parameters, Mapping) else None
-        return own.get("rope_theta") if isinstance(own, Mapping) else self.get("rope_local_base_freq")
-
-    def _rope(self, kind: str) -> dict[str, Any]:
         found = self.get("rope_parameters", "rope_scaling", default={})
-        found = dict(found.get(kind) or found) if isinstance(found, Mapping) else {}
+        found = dict(found.get("full_attention") or found) if isinstance(found, Mapping) else {}
         found = {key: value for key, value in found.items() if value is not None and not isinstance(value, Mapping)}
         found["rope_type"] = str(found.get("rope_type") or found.get("type") or "default").lower()
         for key, others in (
@@ -105,33 +93,35 @@ class HfConfig:
                 found[key] = value
         return found
 
+    @property
+    def sliding_theta(self) -> float | None:
+        """The separate rotary base of sliding-window attention, or None."""
+        parameters = self.get("rope_parameters", default={})
+        own = parameters.get("sliding_attention") if isinstance(parameters, Mapping) else None
+        return own.get("rope_theta") if isinstance(own, Mapping) else self.get("rope_local_base_freq")
+
 
 def read_hf_config(config: Any) -> HfConfig:
-    """Settings of a Transformers configuration object, or of the values of a config.json.
-
-    Of a model with several parts, those of its text part.
-    """
+    """Settings from a Transformers configuration or the values of a config.json; of a multimodal model, its text
+    part."""
     values = dict(config) if isinstance(config, Mapping) else config.to_dict()
     text = values.get("text_config")
     return HfConfig({**values, **text} if isinstance(text, Mapping) else values)
 
 
-# Where the rows of a source tensor go in a GGUF file.
-
-
 @dataclass(frozen=True)
 class Placement:
-    """One place that a source tensor, or some of its rows, goes to.
+    """A GGUF tensor, or a part of one, that is made from a source tensor or some of its rows.
 
-    The steps are, in this order: `edit`, `rows`, then `slot` or `at_row`. Without `edit` a weight can be quantized as
-    it is and its packed rows placed; with `edit` other numbers are quantized than the source holds.
+    Applied in this order: `edit`, `rows`, then `slot` or `at_row`. Without `edit` the source can be quantized and its
+    packed rows placed; with `edit` it is changed before it is quantized.
 
     Attributes:
         tensor: name in the file, such as "blk.0.attn_q.weight".
-        rows: int64 [n], the source's rows in the target's order; None for all of them as they are.
+        rows: int64 [n], the source's rows in the target's order; None for all in their order.
         slot: index in the target's leading dimension, where experts or heads are stacked.
-        at_row: where the rows start in the target, when several sources are joined by rows.
-        edit: changes the values or the layout of a dense tensor.
+        at_row: first row in the target, where several sources are concatenated by rows.
+        edit: changes the values or the shape of an unquantized tensor.
     """
 
     tensor: str
@@ -141,27 +131,21 @@ class Placement:
     edit: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def cut(self, source: torch.Tensor) -> torch.Tensor:
-        """The part of the target that comes from `source`: after `edit` and `rows`; a view where possible."""
+        """The part of the target made from `source`, after `edit` and `rows`; a view where possible."""
         found = source if self.edit is None else self.edit(source)
         return found if self.rows is None else found[self.rows.to(found.device)]
 
     def shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of `cut` for a source of this shape, without any data."""
+        """Shape of `cut` for a source of this shape."""
         if self.edit is not None:
             source = tuple(self.edit(torch.empty(source, device="meta")).shape)
         return source if self.rows is None else (int(self.rows.numel()), *source[1:])
 
     def of_transposed(self) -> Placement:
-        """The same place for a source that is given as [in, out], as Conv1D modules store their weights."""
+        """The placement for a source that is given as [in, out], as Conv1D modules store their weights."""
         edit = self.edit
-        return replace(self, edit=_transposed if edit is None else lambda weight: edit(_transposed(weight)))
+        return replace(self, edit=torch.t if edit is None else lambda weight: edit(weight.t()))
 
-
-def _transposed(weight: torch.Tensor) -> torch.Tensor:
-    return weight.t()
-
-
-# What converting a family of models takes, as data: its keys, its special tensors, and what llama.cpp assumes.
 
 Source = str | tuple[str, ...] | Callable[[HfConfig], Any]
 PlacementFunction = Callable[[HfConfig, re.Match[str]], list[Placement]]
@@ -174,8 +158,8 @@ class Key:
     Attributes:
         name: without the architecture, such as "block_count".
         kind: its type, such as "uint32".
-        source: what it is read from: names in the configuration, the first that has a value, or a function. A key
-            without a value is not written.
+        source: names in the configuration, of which the first with a value counts, or a function. A key without a value
+            is not written.
     """
 
     name: str
@@ -183,7 +167,7 @@ class Key:
     source: Source
 
     def value(self, settings: HfConfig) -> Any:
-        """The value, of the Python type that goes with `kind`, or None."""
+        """The value as the Python type of `kind`, or None."""
         if callable(self.source):
             found = self.source(settings)
         else:
@@ -196,7 +180,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Rule:
-    """Source tensors that do not simply get another name: those whose whole name matches `pattern`."""
+    """Placements of source tensors whose full name matches `pattern`; others are only renamed."""
 
     pattern: str
     place: PlacementFunction
@@ -204,12 +188,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Assumption:
-    """Something that llama.cpp takes for granted; models for which it does not hold are refused.
-
-    Attributes:
-        holds: whether it does.
-        otherwise: what is the case if not, and why that cannot be written; may contain {names} from the configuration.
-    """
+    """An assumption of llama.cpp's architecture; models that violate it are rejected with the message `otherwise`."""
 
     holds: Callable[[HfConfig], bool]
     otherwise: str
@@ -221,13 +200,13 @@ class Family:
 
     Attributes:
         arch: llama.cpp's name of the architecture.
-        model_types: `model_type` in the configuration.
-        keys: what the file says about the model; a later key of the same name replaces an earlier one.
-        rules: special tensors, in order; all others are renamed by `gguf.TensorNameMap`.
-        renames: (regular expression, replacement), applied before that map is asked.
-        assumes: what must hold.
-        extras: tensors that are in no checkpoint: float32, by their names in the file.
-        notes: (condition, text): what the user should know.
+        model_types: values of `model_type` in the configuration.
+        keys: of the file; a later key of the same name replaces an earlier one.
+        rules: placements of special tensors, in order; all others are renamed by `gguf.TensorNameMap`.
+        renames: (regular expression, replacement), applied before that map.
+        assumes: assumptions of llama.cpp.
+        extras: computed tensors that are in no checkpoint: float32, by their names in the file.
+        notes: (condition, text) for the user.
     """
 
     arch: str

@@ -1,7 +1,6 @@
-"""Which tensor of a GGUF file gets which type: the mixtures that llama.cpp's file types stand for.
+"""The type of each tensor in a GGUF file of a file type, by the rules of llama.cpp's `src/llama-quant.cpp`.
 
-The rules are those of llama.cpp's `src/llama-quant.cpp`; `tools/make_gguf_types.py` asks its `llama-quantize` for the
-expectations that the tests compare with.
+`tools/make_gguf_types.py` records the types that its `llama-quantize` chooses, which the tests compare with.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class FileType:
-    """A mixture.
+    """A mixture of types.
 
     Attributes:
         name: `q4_k_m`.
-        number: what `general.file_type` says.
-        base: the type of every matrix that no rule names.
+        number: value of `general.file_type`.
+        base: the type of every matrix without a rule.
     """
 
     name: str
@@ -37,13 +36,13 @@ _ROWS = (
     ("q2_k_s", 21, "Q2_K"), ("q2_k", 10, "Q2_K"), ("q3_k_s", 11, "Q3_K"), ("q3_k_m", 12, "Q3_K"),
     ("q3_k_l", 13, "Q3_K"), ("q4_k_s", 14, "Q4_K"), ("q4_k_m", 15, "Q4_K"), ("q5_k_s", 16, "Q5_K"),
     ("q5_k_m", 17, "Q5_K"), ("q6_k", 18, "Q6_K"),
-    ("q2_k_mixed", 10, "Q4_K"),  # not one of llama.cpp's own: its nearest name is Q2_K
+    ("q2_k_mixed", 10, "Q4_K"),  # not in llama.cpp; the nearest is Q2_K
 )  # fmt: skip
 FILE_TYPES: Mapping[str, FileType] = MappingProxyType({row[0]: FileType(*row) for row in _ROWS})
 
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "q6_k_s": "q6_k"}
 
-# What takes the place of a type whose blocks do not divide a row; float16 where that does not fit either.
+# The replacement of a type whose blocks do not divide a row; float16 where that does not fit either.
 _SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 # Matrices that stay float32, by a part of the name: routers, position tables, small convolutions and projections.
@@ -56,17 +55,17 @@ _NEVER_QUANTIZED = (
 )  # fmt: skip
 _NEVER_QUANTIZED_NAMES = ("position_embd.weight", "token_types.weight")
 
-# Depth at which llama.cpp takes a model of this kind for its 70B one, whose few value heads get more bits.
+# Number of blocks by which llama.cpp recognizes the 70B model of an architecture, whose few value heads get more bits.
 _DEPTH_OF_70B = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
 
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """What the rules ask of a model: the numbers of its metadata.
+    """Sizes of a model, from its metadata.
 
     Attributes:
-        n_layer: blocks, those for multi-token prediction included.
-        n_head, n_head_kv: heads of queries, and of keys and values, in the first block.
+        n_layer: blocks, including those for multi-token prediction.
+        n_head, n_head_kv: query heads and key-value heads of the first block.
         n_expert: routed experts of a block, 0 in a dense model.
     """
 
@@ -77,7 +76,7 @@ class ModelDimensions:
 
     @property
     def grouped(self) -> int:
-        """Query heads that share a key and value head."""
+        """Query heads per key-value head."""
         return self.n_head // self.n_head_kv if self.n_head_kv else 0
 
 
@@ -85,7 +84,7 @@ class TensorTypes(dict[str, str]):
     """The type of every tensor by its name.
 
     Attributes:
-        fallbacks: {tensor: the type it was meant to have}, where its rows do not divide into blocks of that type.
+        fallbacks: {tensor: type by the rules} where its rows do not divide into blocks of that type.
     """
 
     def __init__(self, types: Mapping[str, str], fallbacks: Mapping[str, str]) -> None:
@@ -93,19 +92,16 @@ class TensorTypes(dict[str, str]):
         self.fallbacks = dict(fallbacks)
 
     def notes(self) -> list[str]:
-        """One line for each kind of fallback, for the user."""
+        """One message for each kind of fallback."""
         counts: dict[tuple[str, str], list[str]] = {}
         for name, meant in self.fallbacks.items():
             counts.setdefault((meant, self[name]), []).append(name)
         lines = []
         for (meant, given), names in counts.items():
-            which, be, whose = (
-                (f"1 tensor ({names[0]})", "is", "its")
-                if len(names) == 1
-                else (f"{len(names)} tensors ({names[0]}, ...)", "are", "their")
-            )
-            block = GGML_TYPES[meant].block
-            lines.append(f"{which} {be} {given} instead of {meant}: {whose} rows are no multiple of {block}")
+            one = len(names) == 1
+            which = f"1 tensor ({names[0]}) is" if one else f"{len(names)} tensors ({names[0]}, ...) are"
+            block, whose = GGML_TYPES[meant].block, "its" if one else "their"
+            lines.append(f"{which} {given} instead of {meant}: {whose} rows are no multiple of {block}")
         return lines
 
 
@@ -120,11 +116,11 @@ def file_type(name: str) -> FileType:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """What a rule sees.
+    """Input of a rule.
 
     Attributes:
         role: `v`, `k`, `o`, `down`, `output`, `embedding` or an empty string.
-        index: how many tensors of this role came before; the block, for `down` in a model with experts.
+        index: number of preceding tensors of this role; the block, for `down` in a model with experts.
         count: tensors of the role; blocks, for `down`.
     """
 
@@ -134,7 +130,7 @@ class _Tensor:
     index: int
     count: int
     arch: str
-    facts: ModelDimensions
+    sizes: ModelDimensions
     importance: bool
 
     @property
@@ -150,15 +146,15 @@ class _Tensor:
 
 _Rule = Callable[[_Tensor], str | None]
 _ROLES = (
-    # Any fused tensor that holds the values counts as values: they bear rounding worst.
+    # Fused tensors that include the values count as values, which are the most sensitive to rounding.
     ("attn_qkv.weight", "v"), ("attn_kv_b.weight", "v"), ("attn_v.weight", "v"), ("attn_k.weight", "k"),
     ("attn_q.weight", ""), ("attn_output.weight", "o"), ("ffn_up", ""), ("ffn_gate", ""), ("ffn_down", "down"),
 )  # fmt: skip
 
 # None: the file's base type.
 _VALUES: dict[str, _Rule] = {
-    "q2_k": lambda t: "Q4_K" if t.facts.grouped >= 4 else "Q3_K",
-    "q2_k_s": lambda t: "Q4_K" if t.facts.grouped >= 4 else None,
+    "q2_k": lambda t: "Q4_K" if t.sizes.grouped >= 4 else "Q3_K",
+    "q2_k_s": lambda t: "Q4_K" if t.sizes.grouped >= 4 else None,
     "q3_k_m": lambda t: "Q5_K" if t.index < 2 else "Q4_K",
     "q3_k_l": lambda t: "Q5_K",
     "q4_k_s": lambda t: "Q5_K" if t.index < 4 else None,
@@ -166,7 +162,7 @@ _VALUES: dict[str, _Rule] = {
     "q5_k_m": lambda t: "Q6_K" if t.spread else None,
 }
 _DOWN: dict[str, _Rule] = {
-    # Q4_1 and Q5_1 guard the first blocks, but only an importance makes them safe there.
+    # Q4_1 and Q5_1 protect the first blocks, but only together with an importance matrix.
     "q4_0": lambda t: "Q4_1" if t.importance and t.first(8) else None,
     "q5_0": lambda t: "Q5_1" if t.importance and t.first(8) else None,
     "q2_k": lambda t: "Q3_K",
@@ -193,7 +189,7 @@ def tensor_types(
     name: str,
     arch: str,
     tensors: Sequence[tuple[str, Sequence[int]]],
-    facts: ModelDimensions,
+    sizes: ModelDimensions,
     importance: bool = False,
     overrides: Mapping[str, str] | None = None,
 ) -> TensorTypes:
@@ -204,9 +200,9 @@ def tensor_types(
         arch: llama.cpp's name of the architecture.
         tensors: (name in the file, shape in torch's order); [experts, out, in] for stacked experts. Without an
             `output.weight`, the token embedding is the head and gets the head's type.
-        facts: numbers of the model.
-        importance: whether an importance matrix weighs the rounding.
-        overrides: {tensor: type} that come before the rules. The other tensors keep the types the rules give them.
+        sizes: of the model.
+        importance: whether an importance matrix is used.
+        overrides: {tensor: type} that replace the rules' types.
 
     Raises:
         ConfigError: the file type, or a tensor or type in `overrides`, is unknown; or a vector or norm is overridden.
@@ -227,10 +223,10 @@ def tensor_types(
             role = _role(tensor, tied)
             index = seen.get(role, 0)
             seen[role] = index + 1
-            if role == "down" and facts.n_expert > 1:
+            if role == "down" and sizes.n_expert > 1:
                 index = _block(tensor, index)
-            count = values if role == "v" else facts.n_layer
-            view = _Tensor(tensor, role, int(shape[-1]), index, count, arch, facts, importance)
+            count = values if role == "v" else sizes.n_layer
+            view = _Tensor(tensor, role, int(shape[-1]), index, count, arch, sizes, importance)
             meant = wanted.get(tensor) or _by_rule(kind, view)
         types[tensor] = fallback_type(meant, int(shape[-1])) if shape else meant
         if types[tensor] != meant:
@@ -239,14 +235,14 @@ def tensor_types(
 
 
 def quantizable(name: str, shape: Sequence[int]) -> bool:
-    """Whether llama.cpp would quantize the tensor in some file type: a matrix that is no norm, router or table."""
+    """Whether llama.cpp quantizes the tensor in some file type: a matrix other than norms, routers and tables."""
     if _rank(shape) < 2 or not name.endswith("weight") or name in _NEVER_QUANTIZED_NAMES:
         return False
     return not any(part in name for part in _NEVER_QUANTIZED)
 
 
 def _rank(shape: Sequence[int]) -> int:
-    """Dimensions as ggml counts them: leading ones do not."""
+    """Number of dimensions without leading ones, as ggml counts them."""
     return next((len(shape) - i for i, size in enumerate(shape) if size != 1), 1)
 
 
@@ -272,7 +268,7 @@ def _by_rule(kind: FileType, tensor: _Tensor) -> str:
 
 
 def _rule_type(kind: FileType, tensor: _Tensor) -> str | None:
-    falcon, eight = tensor.arch == "falcon", tensor.facts.n_expert == 8
+    falcon, eight = tensor.arch == "falcon", tensor.sizes.n_expert == 8
     if tensor.role == "output":
         if falcon or kind.base == "Q8_0" or tensor.columns % GGML_TYPES[kind.base].block:
             return "Q8_0"
@@ -291,13 +287,13 @@ def _rule_type(kind: FileType, tensor: _Tensor) -> str | None:
 
 
 def _is_70b(tensor: _Tensor) -> bool:
-    if _DEPTH_OF_70B.get(tensor.arch) != tensor.facts.n_layer:
+    if _DEPTH_OF_70B.get(tensor.arch) != tensor.sizes.n_layer:
         return False
-    return tensor.arch != "llama" or tensor.facts.n_head != tensor.facts.n_head_kv
+    return tensor.arch != "llama" or tensor.sizes.n_head != tensor.sizes.n_head_kv
 
 
 def fallback_type(kind: str, columns: int) -> str:
-    """`kind`, or what llama.cpp takes instead when `columns` do not divide into its blocks."""
+    """`kind`, or llama.cpp's replacement when `columns` do not divide into its blocks."""
     if kind in FLOATS or columns % GGML_TYPES[kind].block == 0:
         return kind
     smaller = _SMALLER_BLOCKS.get(kind, kind)

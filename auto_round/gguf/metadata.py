@@ -1,4 +1,8 @@
-"""Key values of a GGUF file with their types, and the `general.*` keys (name, size label, file type)."""
+"""Key values of a GGUF file with their types, and the `general.*` keys (name, size label, file type).
+
+The `gguf` package finds name, authors, licence and the like from the model card, the configuration and the name of the
+folder or repository, so they equal those of files made by llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,8 @@ def gguf_package() -> Any:
         raise UnsupportedError('GGUF files need their own package: pip install "auto-round[gguf]"') from error
 
 
-# Key values of a GGUF file, with their types.
-
-
 class KeyValue(NamedTuple):
-    """One key value: what `gguf.GGUFWriter.add_key_value` takes.
+    """One key value: the arguments of `gguf.GGUFWriter.add_key_value`.
 
     Attributes:
         key: full key, such as "llama.block_count".
@@ -39,7 +40,7 @@ class KeyValue(NamedTuple):
 
 
 def key_value(key: str, value: Any, kind: str) -> KeyValue:
-    """A key value of the type called `kind`, such as "uint32". A list's `kind` is the type of its items."""
+    """A key value of type `kind`, such as "uint32"; for a list, the type of its items."""
     types = gguf_package().GGUFValueType
     own = types[kind.upper()]
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
@@ -48,7 +49,7 @@ def key_value(key: str, value: Any, kind: str) -> KeyValue:
 
 
 def stored_bytes(pair: KeyValue) -> int:
-    """Bytes that a key value takes in a file's header: lengths are 8 bytes, types 4."""
+    """Bytes of a key value in a file's header, with 8-byte lengths and 4-byte types."""
     value = pair.value
     if pair.item_kind is not None:
         size = 4 + 8 + sum(_item_bytes(item, pair.item_kind.name) for item in value)
@@ -63,18 +64,13 @@ def _item_bytes(value: Any, kind: str) -> int:
     return 1 if kind == "BOOL" else int("".join(filter(str.isdigit, kind))) // 8
 
 
-# What a GGUF file says about itself and the model's origin: the keys general.*.
-#
-# Name, authors, licence and the like are found by the `gguf` package, from the model card, the configuration and the
-# name of the folder or repository, so that they read as in files made by llama.cpp.
-
 _EXPERTS = "_exps."
 
 
 def size_label(tensors: Mapping[str, tuple[int, ...]]) -> str:
-    """How large the model is, in words such as "135M" or "8x7B", from the shapes of the file's tensors.
+    """The model's size, such as "135M" or "8x7B", from the shapes of the file's tensors.
 
-    Experts count once: 8x7B has eight experts, and 7B parameters with one of them.
+    8x7B has eight experts, and 7B parameters with one of them.
     """
     shared = sum(math.prod(shape) for name, shape in tensors.items() if _EXPERTS not in name)
     routed = [shape for name, shape in tensors.items() if _EXPERTS in name]
@@ -95,16 +91,14 @@ def general_metadata(
         arch: llama.cpp's name of the architecture.
         tensors: shapes of all tensors of the file.
         file_type: a `gguf.LlamaFileType`.
-        folder: of the model, with its README.md, config.json and generation_config.json, if there is one.
-        name: what the user called the model: a folder, or an id such as "org/Model-7B".
+        folder: of the model, with its README.md, config.json and generation_config.json; or None.
+        name: as given by the user: a folder, or an id such as "org/Model-7B".
     """
     gguf = gguf_package()
     total = sum(math.prod(shape) for shape in tensors.values())
     path = Path(folder) if folder is not None else None
-    # A downloaded snapshot's folder is called by its hash: then the id is what tells the name.
-    is_id = bool(name) and not Path(name).exists()
     found = gguf.Metadata.load(None, path, None, total)
-    if is_id:
+    if name and not Path(name).exists():  # an id: a downloaded snapshot's folder is named by its hash
         card, values = gguf.Metadata.load_model_card(path), gguf.Metadata.load_hf_parameters(path)
         sampling = {key: value for key, value in vars(found).items() if key.startswith("sampling_")}
         named: dict[str, Any] = {**values, "_name_or_path": name}

@@ -17,20 +17,20 @@ from auto_round.gguf.metadata import KeyValue, general_metadata, size_label, sto
 from auto_round.gguf.vocab import vocabulary_for
 
 _EMBEDDING = "token_embd.weight"
-_DENSE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """What one file will hold.
+    """Tensors and metadata of one file.
 
     Attributes:
         file_type: `q4_k_m`.
-        conversion: the model family's names and rules.
-        places: where every source tensor goes, by its name in the run; none for what is left out.
+        conversion: of the model.
+        places: placements of every source tensor, by its name in the run; none for a skipped one.
         shapes, types: of every tensor of the file, by its name there, in the file's order.
-        metadata: what the file says of the model and its tokenizer.
-        notes: what differs from the file type's rule, and what llama.cpp does otherwise, for the user.
+        metadata: key values of the model and its tokenizer.
+        notes: differences from the file type's rules and from Transformers, for the user.
     """
 
     file_type: str
@@ -42,15 +42,15 @@ class GgufPlan:
     notes: tuple[str, ...] = ()
 
     def type_of(self, source: str) -> str | None:
-        """The type of the tensor that the source tensor goes into, None where it goes nowhere."""
+        """The type of the file's tensor that holds the source tensor, None for a skipped one."""
         places = self.places[source]
         return self.types[places[0].tensor] if places else None
 
     def with_types(self, wanted: Mapping[str, str]) -> GgufPlan:
-        """The same with other types for some source tensors.
+        """The plan with other types for some source tensors.
 
         Raises:
-            ConfigError: two parts of one tensor (experts are stacked) are to have different types.
+            ConfigError: parts of one tensor (stacked experts) are given different types.
         """
         found: dict[str, tuple[str, str]] = {}
         for source, kind in wanted.items():
@@ -64,7 +64,7 @@ class GgufPlan:
         return replace(self, types={**self.types, **{name: kind for name, (kind, _) in found.items()}})
 
     def nbytes(self) -> int:
-        """Bytes of the file: tensors, which begin at multiples of 32, and the header with all its words."""
+        """Bytes of the file: the header, and tensors aligned to 32 bytes."""
         tensors = sum(-(-tensor_bytes(self.types[n], shape) // 32) * 32 for n, shape in self.shapes.items())
         infos = sum(8 + len(n.encode()) + 4 + 8 * len(shape) + 4 + 8 for n, shape in self.shapes.items())
         arch = 8 + len("general.architecture") + 4 + 8 + len(self.conversion.arch)
@@ -73,7 +73,7 @@ class GgufPlan:
 
     @property
     def size_label(self) -> str:
-        """How large the model is, in a word such as 135M."""
+        """The model's size, such as 135M."""
         return size_label(self.shapes)
 
     def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
@@ -82,9 +82,9 @@ class GgufPlan:
 
 
 def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of a type, GGML's or dense."""
-    if kind in _DENSE_BYTES:
-        return math.prod(shape) * _DENSE_BYTES[kind]
+    """Bytes of a tensor of a ggml type, F32, F16 or BF16."""
+    if kind in _FLOAT_BYTES:
+        return math.prod(shape) * _FLOAT_BYTES[kind]
     return math.prod(shape[:-1]) * GGML_TYPES[kind].row_bytes(shape[-1])
 
 
@@ -94,11 +94,11 @@ def plan_file(file_type: str, conversion: Conversion, with_importance: bool, tie
     Args:
         file_type: a key of `file_types.FILE_TYPES`.
         conversion: of the model, made with the shapes of its tensors.
-        with_importance: calibration data weigh the rounding, on which a few of llama.cpp's choices depend.
+        with_importance: whether an importance matrix is used, on which a few of llama.cpp's choices depend.
         tied: names that share another tensor's storage and are not stored.
 
     Raises:
-        UnsupportedError: a tensor that the conversion does not know.
+        UnsupportedError: the architecture has no tensor for a source.
     """
     places = {name: tuple(conversion.place(name)) for name in conversion.sources}
     shapes = conversion.tensors
@@ -111,13 +111,13 @@ def plan_file(file_type: str, conversion: Conversion, with_importance: bool, tie
 def with_file_metadata(
     plan: GgufPlan, tokenizer: Any, config: Any, folder: str | Path | None = None, name: str = ""
 ) -> GgufPlan:
-    """The plan with everything that the file says besides its tensors.
+    """The plan with the file's metadata.
 
     Args:
-        tokenizer: as Transformers gives it.
+        tokenizer: of Transformers.
         config: of the model.
-        folder: of the model, where there is one.
-        name: what the user called the model.
+        folder: of the model, or None.
+        name: of the model, as given by the user.
 
     Raises:
         UnsupportedError: llama.cpp has no such tokenizer.
@@ -137,7 +137,7 @@ def with_file_metadata(
 
 
 def dimensions_of(conversion: Conversion) -> ModelDimensions:
-    """What the file type's rules ask of a model."""
+    """The sizes of a model that the file type's rules use."""
     values = {pair.key.partition(".")[2]: pair.value for pair in conversion.metadata()}
     heads = values["attention.head_count"]
     return ModelDimensions(

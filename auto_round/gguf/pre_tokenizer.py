@@ -1,9 +1,9 @@
-"""Which of llama.cpp's pre-tokenizers splits text as a byte-level BPE tokenizer does.
+"""Find llama.cpp's pre-tokenizer that splits text like a byte-level BPE tokenizer.
 
-llama.cpp knows them by name only (`tokenizer.ggml.pre`). What each does is the list of regular expressions that
-src/llama-vocab.cpp has for it; here they stand as tokenizer.json files have them, and a tokenizer is found by the steps
-of its own `pre_tokenizer`. Several names may share one list: they differ in whether a word that is a token is taken
-whole before merging (`ignore_merges`), and in whether decoding removes spaces before punctuation.
+llama.cpp selects a pre-tokenizer by name (`tokenizer.ggml.pre`); each is a list of regular expressions in
+src/llama-vocab.cpp. Here they are written as in tokenizer.json files, and looked up by the steps of a tokenizer's
+`pre_tokenizer`. Names that share one list differ in whether a word that is a token skips merging (`ignore_merges`), and
+in whether decoding removes spaces before punctuation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEEPSEEK_V3 = (
     "| ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-# Letters of alphabets with upper and lower case, of before Unicode 13, as DeepSeek's first models list them.
+# Letters of cased alphabets in Unicode 12, as listed by DeepSeek's first models.
 _CASED_LETTERS = (
     "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
     "\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
@@ -68,13 +68,13 @@ KNOWN_SPLITS: dict[Steps, tuple[str, str]] = {
     (*_DEEPSEEK_LLM, DIGIT): ("deepseek-llm", "deepseek-llm"),
     (*_DEEPSEEK_LLM, DIGITS): ("deepseek-llm", "deepseek-llm"),
 }  # fmt: skip
-# The same for tokenizers that take a word that is a token whole, before any merge (`ignore_merges`).
+# The same for tokenizers with `ignore_merges`.
 KNOWN_FULL_SPLITS: dict[Steps, tuple[str, str]] = {
     (LLAMA3,): ("llama-bpe", "llama-bpe"),
     (TEKKEN,): ("tekken", "tekken"),
 }
 
-# Names whose regular expressions in llama.cpp take combining marks for no part of a word.
+# Names whose regular expressions in llama.cpp do not treat combining marks as part of a word.
 WITHOUT_MARKS = ("tekken", "gpt-4o")
 
 
@@ -88,14 +88,10 @@ def _flat(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
         yield step
 
 
-def _written_out(pattern: str) -> str:
-    return pattern.replace("\r", r"\r").replace("\n", r"\n")
-
-
 def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
-    """The regular expressions by which a tokenizer.json's `pre_tokenizer` splits, in order; None for anything else.
+    """The regular expressions of a tokenizer.json's `pre_tokenizer`, in order; None for an unsupported one.
 
-    Its last step must be byte-level without a space put in front of the text.
+    Its last step must be byte-level without `add_prefix_space`.
     """
     steps: list[str] = []
     found = list(_flat(pre_tokenizer))
@@ -110,7 +106,7 @@ def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
             matches = step["behavior"] == "Removed" and step.get("invert", False)
             if not (kept or matches):
                 return None
-            steps.append(_written_out(step["pattern"]["Regex"]))
+            steps.append(step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"))
         elif kind == "Digits":
             steps.append(DIGIT if step.get("individual_digits") else DIGITS)
         elif kind == "Punctuation" and step.get("behavior") == "Contiguous":
@@ -121,14 +117,14 @@ def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any], removes_spaces: bool) -> str:
-    """llama.cpp's name for how a byte-level BPE tokenizer splits text.
+    """llama.cpp's name of the pre-tokenizer that equals a byte-level BPE tokenizer's.
 
     Args:
         tokenizer: the values of its tokenizer.json.
         removes_spaces: whether decoding removes spaces before punctuation (`clean_up_tokenization_spaces`).
 
     Raises:
-        UnsupportedError: none of llama.cpp's does the same. AR_GGUF_PRE_TOKENIZER names one by hand.
+        UnsupportedError: llama.cpp has none; AR_GGUF_PRE_TOKENIZER overrides the search.
     """
     chosen = envs.get("AR_GGUF_PRE_TOKENIZER")
     if chosen:

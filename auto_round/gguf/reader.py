@@ -1,4 +1,8 @@
-"""Read GGUF files: a strict header parser for untrusted files, and memory-mapped tensors to verify a result."""
+"""Read GGUF files: a strict header parser for untrusted files, and memory-mapped tensors to verify a result.
+
+The header parser is independent of the `gguf` package, which wrote the header; blocks are dequantized by the package.
+(Its own `GGUFReader` takes a minute for a vocabulary of 262,144.)
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ _MOST_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: shape in torch's order, type, first byte in the file, number of bytes."""
+    """Shape in torch's order, type, first byte in the file and number of bytes of a tensor."""
 
     shape: tuple[int, ...]
     kind: str
@@ -47,10 +51,10 @@ class GgufHeader:
 
 
 def read_header(path: str | os.PathLike[str]) -> GgufHeader:
-    """What a GGUF file of version 2 or 3 says before its tensors' bytes.
+    """The header of a GGUF file of version 2 or 3.
 
-    Raises DataError, which names the file and what is wrong, when it cannot be read, is no such file, ends too early,
-    names something twice, or places a tensor outside of itself or in a type unknown here.
+    Raises DataError, which names the file and the problem, when it cannot be read, is no such file, is truncated, has
+    duplicate names, or a tensor outside the file or of an unknown type.
     """
     path = Path(path)
     try:
@@ -74,7 +78,7 @@ class _Reader:
             raise self.error(f"its version is {version}; 2 and 3 are known")
         tensor_count, value_count = self.scalar("Q"), self.scalar("Q")
         values: dict[str, Any] = {}
-        for _ in range(value_count):  # each takes some bytes, so a false count ends with the file
+        for _ in range(value_count):  # a false count reaches the end of the file
             key = self.text()
             if key in values:
                 raise self.error(f"key {key!r} is there twice")
@@ -90,7 +94,7 @@ class _Reader:
             nbytes = self.tensor_bytes(name, shape, kind)
             if name in tensors:
                 raise self.error(f"tensor {name!r} is there twice")
-            if offset != expected:  # as ggml's reader has it: one after the other, without holes
+            if offset != expected:  # ggml's reader requires contiguous tensors
                 raise self.error(f"tensor {name!r} is at byte {offset} of the data instead of {expected}")
             end = data + offset + nbytes
             if end > self.size:
@@ -114,7 +118,7 @@ class _Reader:
         return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
 
     def countable(self, count: int, least: int) -> int:
-        """`count`, if that many things of at least `least` bytes can follow."""
+        """`count`, checked against the remaining bytes: each item takes at least `least`."""
         if count * least > self.left:
             raise self.error("it ends too early")
         return count
@@ -127,7 +131,7 @@ class _Reader:
             raise self.error("a text is no UTF-8") from error
 
     def texts(self, count: int) -> list[str]:
-        """`count` texts, of which a vocabulary has hundreds of thousands: `text`, with fewer steps for each."""
+        """`count` texts, faster than calling `text`: a vocabulary has hundreds of thousands."""
         read, length_of, left, found = self.file.read, struct.Struct("<Q").unpack, self.left, []
         try:
             for _ in range(count):
@@ -176,20 +180,11 @@ class _Reader:
         return math.prod(shape[:-1]) * GGML_TYPES[kind].row_bytes(shape[-1])
 
 
-# Tensors of a finished GGUF file, for the check after saving.
-#
-# The `gguf` package wrote the header and the strict reader beside this file reads it, so that neither vouches for
-# itself; blocks are dequantized by the package. Its own `GGUFReader` would do, but takes a minute for a vocabulary of
-# 262,144.
-
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufTensors:
-    """The tensors of one file, mapped into memory: nothing is read before it is asked for.
-
-    Raises VerifyError when the file is not sound.
-    """
+    """The memory-mapped tensors of one file. Raises VerifyError for a damaged file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -214,8 +209,8 @@ class GgufTensors:
         return self._of(name).shape
 
     def stored(self, name: str, slot: int | None = None) -> torch.Tensor:
-        """A copy of what is in the file: uint8 [..., row bytes] for blocks, else the tensor in its own dtype. `slot`:
-        only this part of its first dimension."""
+        """A copy of the stored tensor, or of one `slot` of its first dimension: uint8 [..., row bytes] for blocks, else
+        in its own dtype."""
         info = self._of(name)
         start, nbytes, shape = info.start, info.nbytes, info.shape
         if slot is not None:
@@ -236,7 +231,7 @@ class GgufTensors:
         return torch.from_numpy(values).reshape(self.shape(name))
 
     def value(self, key: str) -> Any:
-        """The value of a key, a list for an array, or None where there is no such key."""
+        """The value of a key (a list for an array), or None."""
         return self._header.values.get(key)
 
     def _of(self, name: str) -> TensorInfo:

@@ -1,4 +1,8 @@
-"""The tokenizer in a GGUF file: the token list (text, type, score of every id) and the keys `tokenizer.*`."""
+"""The tokenizer in a GGUF file: the token list (text, type, score of every id) and the keys `tokenizer.*`.
+
+Two kinds are written: SentencePiece BPE with byte fallback (llama.cpp's model "llama"), and byte-level BPE (its model
+"gpt2"). The tokenizer is taken as Transformers runs it; `tokenizer.model` in the model's folder adds exact scores.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ class TokenList:
 
 
 def looks_special(text: str) -> bool:
-    """Whether an added token is a control token by its looks, although its tokenizer does not say so."""
+    """Whether an added token looks like a control token that its tokenizer does not mark as special."""
     ends = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
         text.startswith(start) and text.endswith(end) for start, end in ends
@@ -36,17 +40,17 @@ def looks_special(text: str) -> bool:
 
 
 def unused_tokens(rows: int) -> TokenList:
-    """A list with a placeholder for every row of the embedding."""
+    """Placeholders for every row of the embedding."""
     return TokenList([f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows)
 
 
 def insert_added_tokens(tokens: TokenList, added: Mapping[int, Any]) -> None:
-    """Enter a tokenizer's added tokens, in place. Ids beyond the embedding cannot be used and are left out."""
+    """Insert a tokenizer's added tokens, in place, without ids beyond the embedding."""
     for index, token in added.items():
         if index >= len(tokens.texts):
             continue
         special = token.special or looks_special(token.content)
-        # What is matched in the text before anything else is compared with text that still has its spaces.
+        # Added tokens are matched in the original text, which still has its spaces.
         tokens.texts[index] = token.content if special else token.content.replace(_TOKEN_SPACE, " ")
         tokens.types[index] = CONTROL if special else USER_DEFINED
         if tokens.scores:
@@ -65,7 +69,7 @@ def byte_level_tokens(vocab: Mapping[str, int], added: Mapping[int, Any], rows: 
 
 
 def sentencepiece_tokens(path: Path, added: Mapping[int, Any], rows: int) -> TokenList:
-    """Tokens of a SentencePiece model file. Raises UnsupportedError when the package sentencepiece is not there."""
+    """Tokens of a SentencePiece model file. Raises UnsupportedError without the package sentencepiece."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
@@ -88,11 +92,10 @@ def sentencepiece_tokens(path: Path, added: Mapping[int, Any], rows: int) -> Tok
 
 
 def merged_tokens(model: Mapping[str, Any], added: Mapping[int, Any], rows: int) -> TokenList:
-    """Tokens of a SentencePiece BPE model of which only tokenizer.json is left.
+    """Tokens of a SentencePiece BPE model from its tokenizer.json alone.
 
-    SentencePiece merges the pair whose result has the best score; tokenizer.json lists pairs, best first. So a token's
-    score is minus the rank of the first pair that makes it. Tokens that nothing makes are never the result of a merge,
-    and their score does not count.
+    SentencePiece merges the pair whose result has the best score, and tokenizer.json lists pairs by that score. So a
+    token's score is minus the rank of the first pair that produces it; scores of other tokens are never used.
     """
     scores: dict[str, float] = {}
     for rank, (left, right) in enumerate(merge_pairs(model["merges"])):
@@ -111,21 +114,18 @@ def merged_tokens(model: Mapping[str, Any], added: Mapping[int, Any], rows: int)
 
 
 def merge_pairs(merges: Sequence[Any]) -> list[tuple[str, str]]:
-    """The merges of a tokenizer.json as pairs: old files have "left right" for a pair."""
-    made = []
-    for merge in merges:
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        made.append((left, right))
-    return made
+    """The merges of a tokenizer.json as pairs; old files have the string "left right"."""
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges)
+    return [(left, right) for left, right in pairs]
 
 
 def merge_lines(merges: Sequence[Any]) -> list[str]:
-    """Merges as GGUF stores them: "left right", spaces inside a part as byte-level BPE writes them."""
+    """Merges as GGUF stores them: "left right", with spaces inside a part as byte-level BPE's character."""
     return [f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}" for left, right in merge_pairs(merges)]
 
 
 def require_unique(tokens: TokenList) -> None:
-    """Raise ModelError when two ids have the same text: llama.cpp stops at such a file."""
+    """Raise ModelError when two ids have the same text, which llama.cpp rejects."""
     seen: dict[str, int] = {}
     for index, text in enumerate(tokens.texts):
         if text in seen:
@@ -136,10 +136,8 @@ def require_unique(tokens: TokenList) -> None:
 
 
 def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
-    """The values of the tokenizer.json that a Transformers tokenizer stands for.
-
-    Raises UnsupportedError for one that is not made by the package tokenizers.
-    """
+    """The tokenizer.json of a Transformers tokenizer. Raises UnsupportedError for one without the package
+    tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedError(
@@ -155,31 +153,24 @@ def _check_row(index: int, text: str, rows: int) -> None:
         raise ModelError(f"the tokenizer's token {index} ({text!r}) has no row in the embedding, which has {rows}")
 
 
-# The tokenizer in a GGUF file: the keys tokenizer.*.
-#
-# Two kinds are written: SentencePiece BPE with bytes for unknown characters (llama.cpp's model "llama"), and byte-level
-# BPE (its model "gpt2"). What counts is the tokenizer as Transformers runs it; `tokenizer.model` in the model's folder
-# adds the exact scores.
-
 _IDS = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
     "unk": "unknown_token_id",
-    "sep": "seperator_token_id",  # spelt so in the format
+    "sep": "seperator_token_id",  # sic
     "pad": "padding_token_id",
     "mask": "mask_token_id",
 }
-_WORD_MARK = "▁"
 _SPACE_NOTE = (
-    "llama.cpp puts a space in front of every text and after every special token, as SentencePiece does; this "
-    "tokenizer not where one is already, or not after special tokens"
+    "llama.cpp adds a space before every text and after every special token, as SentencePiece does; this tokenizer "
+    "does not where there is one already, or not after special tokens"
 )
 _MARKS_NOTE = "llama.cpp splits words at combining marks (Indic scripts, Thai, ...), and this tokenizer does not"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer, as a GGUF file holds it. Made by `vocabulary_for`.
+    """A tokenizer in the form of a GGUF file. Made by `vocabulary_for`.
 
     Attributes:
         model: "llama" or "gpt2".
@@ -188,9 +179,9 @@ class Vocabulary:
         merges: of byte-level BPE; empty otherwise.
         ids: (key, id) of special tokens.
         flags: (key, value): whether tokens or a space are added to a text.
-        templates: chat templates by name; "default" is the model's own.
-        notes: where llama.cpp tokenizes otherwise than Transformers, in words for the user.
-        leading_spaces_differ: one of these notes: spaces at the start of a text and after special tokens.
+        templates: chat templates by name; "default" is the main one.
+        notes: where llama.cpp tokenizes differently from Transformers, for the user.
+        leading_spaces_differ: llama.cpp treats spaces at the start of a text and after special tokens differently.
     """
 
     model: str
@@ -205,19 +196,17 @@ class Vocabulary:
 
     def metadata(self) -> list[KeyValue]:
         """The keys tokenizer.*, with their types."""
-        front = "tokenizer.ggml."
+        rows: list[tuple[str, Any, str]] = [
+            ("model", self.model, "string"), ("pre", self.pre, "string"), ("tokens", self.tokens.texts, "string"),
+            ("scores", self.tokens.scores, "float32"), ("token_type", self.tokens.types, "int32"),
+            ("merges", self.merges, "string"),
+            *((key, value, "uint32") for key, value in self.ids), *((key, value, "bool") for key, value in self.flags),
+        ]  # fmt: skip
         made = [
-            key_value(front + "model", self.model, "string"),
-            key_value(front + "pre", self.pre, "string"),
-            key_value(front + "tokens", self.tokens.texts, "string"),
+            key_value(f"tokenizer.ggml.{key}", value, kind)
+            for key, value, kind in rows
+            if value or key not in ("scores", "merges")
         ]
-        if self.tokens.scores:
-            made.append(key_value(front + "scores", self.tokens.scores, "float32"))
-        made.append(key_value(front + "token_type", self.tokens.types, "int32"))
-        if self.merges:
-            made.append(key_value(front + "merges", self.merges, "string"))
-        made += [key_value(front + key, value, "uint32") for key, value in self.ids]
-        made += [key_value(front + key, value, "bool") for key, value in self.flags]
         others = sorted(name for name in self.templates if name != "default")
         if others:
             made.append(key_value("tokenizer.chat_templates", others, "string"))
@@ -232,9 +221,9 @@ def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | 
     """A Transformers tokenizer for a GGUF file.
 
     Args:
-        tokenizer: as `AutoTokenizer.from_pretrained` gives it.
+        tokenizer: as returned by `AutoTokenizer.from_pretrained`.
         rows: of the embedding; ids without a token get a placeholder.
-        config: the model's configuration or its values, for special tokens that the tokenizer does not name.
+        config: the model's configuration or its values, for special tokens missing in the tokenizer.
         folder: of the model, for its tokenizer.model.
 
     Raises:
@@ -246,12 +235,12 @@ def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | 
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     if model["type"] != "BPE":
         raise UnsupportedError(
-            f"a tokenizer of type {model['type']} cannot be written as GGUF; those that can: byte-level BPE, "
-            "SentencePiece BPE"
+            f"a tokenizer of type {model['type']} cannot be written as GGUF, only byte-level BPE and SentencePiece BPE"
         )
     notes = [
-        f"llama.cpp does not apply the tokenizer's normalization {kind}"
-        for kind in _unsupported_normalizations(values["normalizer"])
+        f"llama.cpp does not apply the tokenizer's normalization {step['type']}"
+        for step in _normalizer_steps(values["normalizer"])
+        if not _is_space(step)
     ]
     flags = _added_bos_eos(tokenizer, notes)
     merges: tuple[str, ...] = ()
@@ -271,17 +260,10 @@ def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | 
         tokens = byte_level_tokens(model["vocab"], added, rows)
         merges = tuple(merge_lines(model["merges"]))
     require_unique(tokens)
-    return Vocabulary(
-        name,
-        pre,
-        tokens,
-        merges,
-        _special_ids(tokenizer, config, rows),
-        tuple(flags),
-        _templates(tokenizer),
-        tuple(notes),
-        spaces_differ,
-    )
+    template = getattr(tokenizer, "chat_template", None)
+    templates = dict(template) if isinstance(template, Mapping) else {"default": template} if template else {}
+    ids = _special_ids(tokenizer, config, rows)
+    return Vocabulary(name, pre, tokens, merges, ids, tuple(flags), templates, tuple(notes), spaces_differ)
 
 
 def _special_ids(tokenizer: Any, config: Any, rows: int) -> tuple[tuple[str, int], ...]:
@@ -297,14 +279,14 @@ def _special_ids(tokenizer: Any, config: Any, rows: int) -> tuple[tuple[str, int
 
 
 def _added_bos_eos(tokenizer: Any, notes: list[str]) -> list[tuple[str, bool]]:
-    """Whether a text gets a first or last token: seen from what the tokenizer does with one."""
+    """Whether a first or last token is added to a text, found by tokenizing one."""
     whole = list(tokenizer("a").input_ids)
     inner = list(tokenizer("a", add_special_tokens=False).input_ids)
     start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
     before, after = whole[:start], whole[start + len(inner) :]
     usual = before in ([], [tokenizer.bos_token_id]) and after in ([], [tokenizer.eos_token_id])
     if not usual:
-        notes.append(f"the tokenizer puts {before} before and {after} after a text, and llama.cpp only one token each")
+        notes.append(f"the tokenizer adds {before} before and {after} after a text, and llama.cpp only one token each")
     return [("add_bos_token", bool(before)), ("add_eos_token", bool(after))]
 
 
@@ -317,18 +299,14 @@ def _normalizer_steps(normalizer: Mapping[str, Any] | None) -> list[Mapping[str,
 
 
 def _is_space(step: Mapping[str, Any]) -> bool:
-    """Whether a step only writes spaces as SentencePiece does."""
+    """Whether a step only replaces spaces as SentencePiece does."""
     if step["type"] == "Prepend":
-        return step["prepend"] == _WORD_MARK
-    return step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _WORD_MARK
-
-
-def _unsupported_normalizations(normalizer: Mapping[str, Any] | None) -> list[str]:
-    return [step["type"] for step in _normalizer_steps(normalizer) if not _is_space(step)]
+        return step["prepend"] == _TOKEN_SPACE
+    return step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _TOKEN_SPACE
 
 
 def _space_prefix(values: Mapping[str, Any]) -> bool:
-    """Whether a space is put in front of a text. Raises UnsupportedError when text is split before it is merged."""
+    """Whether a space is added before a text. Raises UnsupportedError when text is split before it is merged."""
     prefix = any(step["type"] == "Prepend" for step in _normalizer_steps(values["normalizer"]))
     splits = values["pre_tokenizer"]
     kind = splits["type"] if splits else None
@@ -339,8 +317,3 @@ def _space_prefix(values: Mapping[str, Any]) -> bool:
             f"llama.cpp merges SentencePiece tokens across whole texts, and this tokenizer splits them: {kind}"
         )
     return prefix
-
-
-def _templates(tokenizer: Any) -> dict[str, str]:
-    found = getattr(tokenizer, "chat_template", None)
-    return dict(found) if isinstance(found, Mapping) else {"default": found} if isinstance(found, str) else {}

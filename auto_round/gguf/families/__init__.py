@@ -1,4 +1,4 @@
-"""All model families that can be written as GGUF, and how to find the family of a model."""
+"""All model families that can be written as GGUF, and the lookup of a model's family."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_family(settings: HfConfig) -> Family:
     """The family of a model.
 
     Raises:
-        UnsupportedError: the type is not known, or llama.cpp's architecture is not quite this model.
+        UnsupportedError: the type is unknown, or the model violates an assumption of llama.cpp's architecture.
     """
     kind = settings.model_type
     if kind not in _BY_TYPE:

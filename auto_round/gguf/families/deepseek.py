@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3: latent attention, which llama.cpp runs with `kv_b_proj` taken apart, and shared experts."""
+"""DeepSeek-V2 and V3: latent attention, whose `kv_b_proj` llama.cpp stores as two tensors, and shared experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from auto_round.gguf.family import Assumption, Family, HfConfig, Key, Placement,
 
 
 def key_part(heads: int, nope: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """An edit of `kv_b_proj` [heads * (nope + value), rank]: the keys' part as [heads, rank, nope]."""
+    """An edit of `kv_b_proj` [heads * (nope + value), rank] that returns the keys' part, [heads, rank, nope]."""
 
     def edit(weight: torch.Tensor) -> torch.Tensor:
         return weight.reshape(heads, -1, weight.shape[-1])[:, :nope].transpose(1, 2).contiguous()
@@ -21,7 +21,7 @@ def key_part(heads: int, nope: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _split_kv_b(s: HfConfig, found: re.Match[str]) -> list[Placement]:
-    """Keys are multiplied the other way round, so they are transposed; values keep their rows, head by head."""
+    """The keys' part, transposed as llama.cpp multiplies with it, and the values' rows of each head."""
     nope, value = int(s.need("qk_nope_head_dim")), int(s.need("v_head_dim"))
     front = f"blk.{found['block']}.attn_"
     rows = torch.arange(s.heads * (nope + value)).view(s.heads, nope + value)[:, nope:]
@@ -54,14 +54,14 @@ def _gating(s: HfConfig) -> int:
 
 
 def _expects_query_rank(s: HfConfig) -> bool:
-    """llama.cpp tells the models whose queries have no low rank by their number of layers."""
+    """llama.cpp recognizes models without low-rank queries by their number of layers."""
     lite = s.blocks in (26, 27) or (s.blocks == 48 and s.get("vocab_size") == 128256)
     return not lite
 
 
 _KEYS = (
     *DECODER,
-    # Attention runs as if with one head of keys and values, wide as the latent.
+    # Attention runs with one key-value head of the latent's size.
     Key("attention.head_count_kv", "uint32", lambda s: 1),
     Key("attention.key_length", "uint32", _sum("kv_lora_rank", "qk_rope_head_dim")),
     Key("attention.value_length", "uint32", "kv_lora_rank"),
@@ -91,7 +91,7 @@ _ASSUMES = (
     ),
     Assumption(
         lambda s: (s.get("q_lora_rank") is not None) == _expects_query_rank(s),
-        "llama.cpp tells from the number of layers whether queries have a low rank, and takes this model for another",
+        "llama.cpp infers low-rank queries from the number of layers, and would infer them wrongly for this model",
     ),
     Assumption(lambda s: s.get("moe_layer_freq", default=1) == 1, "llama.cpp expects experts in every later block"),
 )  # fmt: skip

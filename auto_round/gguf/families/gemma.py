@@ -1,4 +1,4 @@
-"""Gemma 2 and 3, text only. Their norms store the distance from one, and layers see a window or everything in turns."""
+"""Gemma 2 and 3, text only: norms store the difference from one; sliding-window and full attention layers alternate."""
 
 from __future__ import annotations
 
@@ -47,18 +47,16 @@ _RULES = (
 
 
 def _attention_scale(largest: int) -> Assumption:
-    """Scores are divided by the root of the head's width, or of hidden / heads in the model of `largest` layers."""
+    """Attention scores are scaled by the head size, or by hidden / heads in the model of `largest` layers."""
 
     def holds(s: HfConfig) -> bool:
         wanted = s.hidden // s.heads if s.blocks == largest else s.head_dim
         return s.get("query_pre_attn_scalar", default=wanted) == wanted
 
-    return Assumption(holds, "llama.cpp knows no query_pre_attn_scalar but the usual one of this architecture")
+    return Assumption(holds, "llama.cpp supports only the usual query_pre_attn_scalar of this architecture")
 
 
-_TIED = Assumption(
-    lambda s: s.tied, "llama.cpp gives Gemma's embedding to its head, and this model has a head of its own"
-)
+_TIED = Assumption(lambda s: s.tied, "llama.cpp uses Gemma's embedding as its head, and this model has a separate head")
 _SHARED = (activation("gelu_pytorch_tanh"), WHOLE_ROTATION, _TIED, without("use_bidirectional_attention"))
 
 GEMMA2 = Family(

@@ -1,8 +1,8 @@
 """GPT-2, Falcon and StableLM: GGUF families with layer norms instead of RMS norms.
 
-GPT-2 has learned positions, and stores its weights as [in, out] (`Conversion.place` transposes them). Falcon 7B,
-40B and 2 run attention and MLP in parallel and join q, k and v per group of heads. StableLM rotates a part of
-each head, and some of its models normalize every head.
+GPT-2 has learned positions, and stores its weights as [in, out] (`Conversion.place` transposes them). Falcon 7B, 40B
+and 2 run attention and MLP in parallel and fuse q, k and v per group of heads. StableLM rotates a part of each head,
+and some of its models normalize every head.
 """
 
 from __future__ import annotations
@@ -33,23 +33,20 @@ GPT2 = Family(
     assumes=(
         activation("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
         without("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
-        Assumption(lambda s: s.get("scale_attn_weights", default=True), "llama.cpp scales the scores of attention"),
+        Assumption(lambda s: s.get("scale_attn_weights", default=True), "llama.cpp always scales the attention scores"),
     ),
 )  # fmt: skip
 
 
-# Falcon 7B, 40B and 2: parallel attention, and q, k and v of every group of heads joined.
-
-
 def _falcon_kv_heads(s: HfConfig) -> int:
-    """As Transformers' attention counts them: `num_kv_heads` means nothing to the old decoder with one head."""
+    """Key-value heads; the old decoder with multi-query attention ignores `num_kv_heads`."""
     if not s.get("new_decoder_architecture") and s.get("multi_query"):
         return 1
     return int(s.get("num_kv_heads", "n_head_kv", default=s.heads))
 
 
 def qkv_rows(heads: int, kv_heads: int, head_dim: int) -> torch.Tensor:
-    """int64 [rows]: all queries, then all keys, then all values, of rows that come group by group as (q ..., k, v)."""
+    """int64 [rows]: all queries, then all keys, then all values, from rows in groups (q ..., k, v)."""
     rows = torch.arange((heads + 2 * kv_heads) * head_dim).view(kv_heads, -1, head_dim)
     return torch.cat([rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)])
 
@@ -59,7 +56,8 @@ def _joined_qkv(s: HfConfig, found: re.Match[str]) -> list[Placement]:
     return [Placement(f"blk.{found['block']}.attn_qkv.{found['leaf']}", rows)]
 
 
-def _falcon_rope_base(s: HfConfig) -> float | None:
+def _rope_base(s: HfConfig) -> float | None:
+    """The rotary base, unless it is llama.cpp's default."""
     theta = float(s.rope.get("rope_theta", 10000.0))
     return None if theta == 10000.0 else theta
 
@@ -71,21 +69,18 @@ FALCON = Family(
         Key("context_length", "uint32", lambda s: s.get("max_position_embeddings", default=2048)),
         Key("attention.head_count_kv", "uint32", _falcon_kv_heads), NORM_EPSILON,
         Key("feed_forward_length", "uint32", lambda s: s.get("ffn_hidden_size", default=4 * s.hidden)),
-        Key("tensor_data_layout", "string", lambda s: "jploski"),  # names the order of rows above
-        Key("rope.freq_base", "float32", _falcon_rope_base),
+        Key("tensor_data_layout", "string", lambda s: "jploski"),  # name of this order of rows
+        Key("rope.freq_base", "float32", _rope_base),
     ),
     (Rule(r"transformer\.h\.(?P<block>\d+)\.self_attention\.query_key_value\.(?P<leaf>weight|bias)", _joined_qkv),),
     assumes=(
         activation("gelu"), rope_types("default"), without("alibi", "bias"),
         Assumption(
             lambda s: s.get("new_decoder_architecture") or s.get("parallel_attn", default=True),
-            "llama.cpp runs attention and feed-forward layers side by side, and this model one after the other",
+            "llama.cpp runs attention and feed-forward layers in parallel, and this model sequentially",
         ),
     ),
 )  # fmt: skip
-
-
-# StableLM: partial rotation, layer norms, and in some models a norm for every head.
 
 
 def _head_norm(s: HfConfig, found: re.Match[str]) -> list[Placement]:
@@ -96,18 +91,13 @@ def _stablelm_rotary_dims(s: HfConfig) -> int:
     return int(float(s.rope.get("partial_rotary_factor", 0.25)) * (s.hidden // s.heads))
 
 
-def _stablelm_rope_base(s: HfConfig) -> float | None:
-    theta = float(s.rope.get("rope_theta", 10000.0))
-    return None if theta == 10000.0 else theta
-
-
 STABLELM = Family(
     "stablelm", ("stablelm", "stablelm_epoch"),
     (
         BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, NORM_EPSILON,
         Key("rope.dimension_count", "uint32", _stablelm_rotary_dims),
         Key("use_parallel_residual", "bool", lambda s: s.get("use_parallel_residual", default=True)),
-        Key("rope.freq_base", "float32", _stablelm_rope_base),
+        Key("rope.freq_base", "float32", _rope_base),
     ),
     (
         Rule(

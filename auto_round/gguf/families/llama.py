@@ -1,13 +1,14 @@
 """Llama, Mistral, Mixtral, SmolLM3 and Granite: GGUF families whose rotary rows llama.cpp interleaves.
 
-Llama 2 and 3, SmolLM2, Mistral and Mixtral are one architecture in llama.cpp. SmolLM3 skips rotation in every
-fourth layer. Granite 3 adds four multipliers; its mixtures of experts join gate and up projections.
+Llama 2 and 3, SmolLM2, Mistral and Mixtral are one architecture in llama.cpp. SmolLM3 skips rotation in every fourth
+layer. Granite 3 adds four multipliers; its mixtures of experts fuse gate and up projections.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import torch
 
@@ -27,10 +28,10 @@ from auto_round.gguf.family import Assumption, Family, HfConfig, Key, Placement,
 
 
 def llama3_factors(s: HfConfig) -> dict[str, torch.Tensor]:
-    """float32 [head_dim / 2]: by what each rotary frequency is divided (Llama 3.1's scaling for long contexts).
+    """float32 [head_dim / 2]: divisors of the rotary frequencies (Llama 3.1's scaling for long contexts).
 
-    Wavelengths shorter than original / high keep their frequency, those longer than original / low are divided by the
-    factor, and between them the share kept grows linearly with original / wavelength.
+    The divisor is 1 for wavelengths shorter than original / high and `factor` for those longer than original / low,
+    with a linear interpolation in original / wavelength between.
     """
     rope = s.rope
     if rope["rope_type"] != "llama3":
@@ -59,17 +60,14 @@ def _windowed(s: HfConfig) -> bool:
 LLAMA = Family(
     "llama", ("llama",), KEYS, rotary(), assumes=(SILU, ROPE, WHOLE_ROTATION), extras=llama3_factors
 )  # fmt: skip
-MISTRAL = Family(
-    "llama", ("mistral",), KEYS, rotary(), assumes=(SILU, ROPE, WHOLE_ROTATION), extras=llama3_factors,
-    notes=((_windowed, "llama.cpp lets Mistral's layers see the whole context, not only their window"),),
+MISTRAL = replace(
+    LLAMA, model_types=("mistral",),
+    notes=((_windowed, "llama.cpp does not use the sliding window of Mistral's layers"),),
 )  # fmt: skip
-MIXTRAL = Family(
-    "llama", ("mixtral",), KEYS, rotary(), assumes=(SILU, ROPE, WHOLE_ROTATION), extras=llama3_factors,
-    notes=((_windowed, "llama.cpp lets Mixtral's layers see the whole context, not only their window"),),
+MIXTRAL = replace(
+    LLAMA, model_types=("mixtral",),
+    notes=((_windowed, "llama.cpp does not use the sliding window of Mixtral's layers"),),
 )  # fmt: skip
-
-
-# SmolLM3: Llama without rotation in every fourth layer. (SmolLM2 is a Llama.)
 
 
 def _every_fourth(s: HfConfig) -> bool:
@@ -86,8 +84,6 @@ SMOLLM3 = Family(
 )  # fmt: skip
 
 
-# Granite 3: Llama with four multipliers, and its mixtures of experts, whose gate and up projections are joined.
-
 _GRANITE_KEYS = (
     *(key for key in KEYS if key.name not in ("attention.key_length", "attention.value_length")),
     Key("attention.scale", "float32", "attention_multiplier"),
@@ -103,7 +99,7 @@ _GRANITE_ASSUMES = (SILU, ROPE, WHOLE_ROTATION, _GRANITE_HEAD_DIM)
 
 
 def _shared_mlp(s: HfConfig, found: re.Match[str]) -> list[Placement]:
-    """The feed-forward layers beside the experts, or instead of them in a model without."""
+    """The shared feed-forward layers beside the experts, or the only ones of a dense model."""
     front, end = f"blk.{found['block']}.ffn_", "_shexp.weight" if s.experts else ".weight"
     if found["part"] == "output":
         return [Placement(f"{front}down{end}")]

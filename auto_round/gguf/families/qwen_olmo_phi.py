@@ -1,7 +1,7 @@
-"""Qwen2, Qwen3, OLMo 2, OLMo 3, Phi-3 and Phi-4: GGUF families that llama.cpp rotates as Transformers does.
+"""Qwen2, Qwen3, OLMo 2, OLMo 3, Phi-3 and Phi-4: GGUF families with Transformers' order of rotary rows.
 
-Qwen includes the mixtures of experts. OLMo has norms after attention and MLP, and over all heads of queries and
-keys together. Phi keeps q, k, v and gate, up joined, and has two sets of factors for long contexts.
+Qwen includes the mixtures of experts. OLMo has norms after attention and MLP, and over all heads of queries and keys
+together. Phi keeps q, k, v and gate, up fused, and has two sets of factors for long contexts.
 """
 
 from __future__ import annotations
@@ -56,9 +56,6 @@ QWEN3_MOE = Family(
 )  # fmt: skip
 
 
-# OLMo 2 and 3: norms after attention and feed-forward layers, and over all heads of queries and keys together.
-
-
 def _olmo_windows(s: HfConfig) -> list[bool] | None:
     if s.get("sliding_window") is None:
         return None
@@ -73,8 +70,6 @@ OLMO2 = Family(
 )  # fmt: skip
 
 
-# Phi-3 and Phi-4: joined q, k, v and joined gate and up stay joined; two sets of factors for long contexts.
-
 _LONG_ROPE = ("longrope", "su")
 
 
@@ -87,7 +82,7 @@ def _phi_rotary_dims(s: HfConfig) -> int:
 
 
 def _attention_factor(s: HfConfig) -> float | None:
-    """sqrt(1 + log(scale) / log(original)) with scale = context / original: LongRoPE's correction of the scores."""
+    """LongRoPE's attention factor sqrt(1 + log(scale) / log(original)) with scale = context / original."""
     if s.rope["rope_type"] not in _LONG_ROPE:
         return None
     scale = s.need("max_position_embeddings") / _phi_original_context(s)
@@ -95,7 +90,7 @@ def _attention_factor(s: HfConfig) -> float | None:
 
 
 def _long_rope_factors(s: HfConfig) -> dict[str, torch.Tensor]:
-    """float32 [rotated / 2] each: what the frequencies are divided by in long and in short contexts."""
+    """float32 [rotated / 2] each: divisors of the rotary frequencies in long and in short contexts."""
     rope = s.rope
     if rope["rope_type"] not in _LONG_ROPE:
         return {}
@@ -112,9 +107,9 @@ PHI3 = Family(
         Key("rope.scaling.original_context_length", "uint32", _phi_original_context),
         Key("rope.dimension_count", "uint32", _phi_rotary_dims),
         Key("rope.scaling.attn_factor", "float32", _attention_factor),
-        # 0 tells llama.cpp that it is no Phi-3 with a window.
+        # 0: no sliding window.
         Key("attention.sliding_window", "uint32", lambda s: s.get("sliding_window", default=0)),
     ),
     assumes=(SILU, rope_types("default", *_LONG_ROPE)), extras=_long_rope_factors,
-    notes=((lambda s: bool(s.get("sliding_window")), "llama.cpp lets Phi-3's layers see the whole context"),),
+    notes=((lambda s: bool(s.get("sliding_window")), "llama.cpp does not use the sliding window of Phi-3's layers"),),
 )  # fmt: skip

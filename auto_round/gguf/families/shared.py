@@ -19,7 +19,7 @@ def _rope(name: str, *kinds: str) -> Callable[[HfConfig], Any]:
 
 
 def rope_type(s: HfConfig) -> str | None:
-    """llama.cpp's name of the rotary scaling; None where it has no key for it."""
+    """llama.cpp's name of the rotary scaling, or None."""
     names = {"linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope"}
     return names.get(s.rope["rope_type"])
 
@@ -70,7 +70,7 @@ SLIDING_WINDOW = Key("attention.sliding_window", "uint32", "sliding_window")
 VOCABULARY = Key("vocab_size", "uint32", "vocab_size")
 ROPE_DIMENSIONS = Key("rope.dimension_count", "uint32", lambda s: s.head_dim)
 
-# What a decoder with RMS norms and rotary embeddings says about itself.
+# Keys of a decoder with RMS norms and rotary embeddings.
 DECODER = (
     BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE,
     RMS_EPSILON, *EXPERTS, *HEAD_DIM,
@@ -78,9 +78,9 @@ DECODER = (
 
 
 def rotary_rows(rows: int, heads: int) -> torch.Tensor:
-    """int64 [rows]: rows of a query or key projection, of which each head's two halves are interleaved.
+    """int64 [rows]: the rows of a query or key projection with each head's two halves interleaved.
 
-    Transformers rotates dimension i of a head together with i + half; llama.cpp, in some architectures, 2i with 2i + 1.
+    Transformers rotates dimensions i and i + half of a head together; llama.cpp, in some architectures, 2i and 2i + 1.
     """
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
@@ -96,12 +96,12 @@ def rotary(q: str = "attn_q", k: str = "attn_k") -> tuple[Rule, ...]:
 
 
 def add_one(weight: torch.Tensor) -> torch.Tensor:
-    """Norm weights [n] as factors, from their distance to one. Float32, so that nothing is rounded."""
+    """Norm weights stored as the difference from one, as factors [n] in float32."""
     return weight.float() + 1
 
 
 def half_rows(tensor: str, width: int, second: bool) -> Placement:
-    """The first or second `width` rows of a joined gate and up projection."""
+    """The first or second `width` rows of a fused gate and up projection."""
     return Placement(tensor, torch.arange(width) + (width if second else 0))
 
 
@@ -118,38 +118,32 @@ def rope_types(*names: str) -> Assumption:
     """The rotary scaling is one of `names`."""
     return Assumption(
         lambda s: s.rope["rope_type"] in names,
-        "its rotary embeddings are scaled in a way that llama.cpp does not know for this architecture; it knows "
+        "llama.cpp does not support the scaling of its rotary embeddings for this architecture, only "
         + ", ".join(names),
     )
 
 
 def without(*keys: str) -> Assumption:
-    """None of these settings is turned on."""
-    return Assumption(lambda s: not any(s.get(k) for k in keys), f"llama.cpp has nothing for {' or '.join(keys)}")
+    """None of these settings is enabled."""
+    return Assumption(lambda s: not any(s.get(k) for k in keys), f"llama.cpp does not support {' or '.join(keys)}")
 
 
 SILU = activation("silu", "swish")
 ORDINARY_ROPE = rope_types("default", "linear", "yarn")
 
 
-def whole_rotation(s: HfConfig) -> bool:
-    """Whether every dimension of a head is rotated."""
-    return float(s.rope.get("partial_rotary_factor", 1.0)) == 1.0
-
-
-WHOLE_ROTATION = Assumption(whole_rotation, "only a part of each head is rotated, and llama.cpp would rotate all of it")
-
-
-def every_layer_routed(s: HfConfig) -> bool:
-    """Whether all layers have experts."""
-    return not s.get("mlp_only_layers") and s.get("decoder_sparse_step", default=1) == 1
-
-
-EVERY_LAYER_ROUTED = Assumption(every_layer_routed, "llama.cpp expects experts in every layer of this architecture")
+WHOLE_ROTATION = Assumption(
+    lambda s: float(s.rope.get("partial_rotary_factor", 1.0)) == 1.0,
+    "only a part of each head is rotated, and llama.cpp would rotate all of it",
+)
+EVERY_LAYER_ROUTED = Assumption(
+    lambda s: not s.get("mlp_only_layers") and s.get("decoder_sparse_step", default=1) == 1,
+    "llama.cpp expects experts in every layer of this architecture",
+)
 
 
 def window_pattern(default_every: int) -> Key:
-    """Which layers see only a window, unless every `default_every`-th sees all, which llama.cpp takes for granted."""
+    """Which layers use a sliding window; not written for llama.cpp's default of one full layer in `default_every`."""
 
     def pattern(s: HfConfig) -> list[bool] | None:
         kinds = s.get("layer_types")

@@ -178,11 +178,11 @@ def test_llama3_frequencies_keep_short_waves_and_stretch_long_ones() -> None:
         (dict(model_type="qwen3_moe", norm_topk_prob=False), "norm_topk_prob is false"),
         (dict(model_type="qwen2_moe", mlp_only_layers=[1]), "every layer"),
         (dict(model_type="smollm3", no_rope_layers=[1, 0]), "every fourth layer"),
-        (dict(model_type="gemma2", hidden_act="gelu_pytorch_tanh"), "a head of its own"),
+        (dict(model_type="gemma2", hidden_act="gelu_pytorch_tanh"), "a separate head"),
         (dict(model_type="falcon", hidden_act="gelu", alibi=True), "alibi"),
         (dict(model_type="gpt2", hidden_act="gelu_new", scale_attn_by_inverse_layer_idx=True), "scale_attn"),
         (dict(model_type="granite", head_dim=32), "wide"),
-        (dict(model_type="deepseek_v3", q_lora_rank=None), "low rank"),
+        (dict(model_type="deepseek_v3", q_lora_rank=None), "low-rank"),
         (dict(model_type="deepseek_v3", q_lora_rank=8, rope_interleave=False), "neighbouring"),
     ],
 )
@@ -204,7 +204,7 @@ def test_an_unknown_tensor_is_refused_by_name() -> None:
 def test_missing_experts_are_refused() -> None:
     name = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
     shapes = {name.format(i): (8, 64) for i in (0, 2)}
-    with pytest.raises(ModelError, match="not complete"):
+    with pytest.raises(ModelError, match="are incomplete"):
         conversion_for(settings(model_type="mixtral", num_local_experts=3), shapes)
 
 
