@@ -91,16 +91,16 @@ def rounding(a: argparse.Namespace) -> float:
     for shape in shapes:
         task = LayerTask("extra", torch.nn.Identity(), torch.randn(shape) * 0.02, scheme)
         start = time.monotonic()
-        bank = IntTuner([task], [initial_qparams(task, True, torch.float16)], torch.float32, torch.float16)
+        group = IntTuner([task], [initial_qparams(task, True, torch.float16)], torch.float32, torch.float16)
         total += time.monotonic() - start
-        bank.gradient.normal_()
+        group.gradient.normal_()
         start = time.monotonic()
         for _ in range(10):
-            bank._with_gradient.add(0)
-            bank.step(1e-3, 1e-3)
+            group._with_gradient.add(0)
+            group.step(1e-3, 1e-3)
         total += (time.monotonic() - start) / 10 * a.steps
         start = time.monotonic()
-        bank.finish()
+        group.finish()
         total += time.monotonic() - start
     return total * a.layers
 

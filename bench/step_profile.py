@@ -53,21 +53,21 @@ def build(a: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tu
         torch.zeros(1, a.seqlen, a.hidden, device=device, dtype=dtype), positions
     )
     scheme = QuantizationScheme(bits=a.bits, group_size=a.group_size)
-    places = {
+    parents = {
         name: parent
         for parent in (block.self_attn, block.mlp)
         for name, module in parent.named_children()
         if isinstance(module, torch.nn.Linear)
     }
-    tasks = [LayerTask(n, getattr(p, n), getattr(p, n).weight.detach(), scheme) for n, p in places.items()]
-    banks = []
+    tasks = [LayerTask(n, getattr(p, n), getattr(p, n).weight.detach(), scheme) for n, p in parents.items()]
+    groups = []
     for stacked in stack_tasks(tasks):
         grids = [initial_qparams(task, True, torch.float16) for task in stacked]
-        bank = IntTuner(stacked, grids, dtype, torch.float16, compile_step=a.compile)
+        group = IntTuner(stacked, grids, dtype, torch.float16, compile_step=a.compile)
         for index, task in enumerate(stacked):
-            setattr(places[task.name], task.name, TunableLinear(bank, index))
-        banks.append(bank)
-    return block, banks, tables
+            setattr(parents[task.name], task.name, TunableLinear(group, index))
+        groups.append(group)
+    return block, groups, tables
 
 
 def floor(weights: list, tokens: int, device: torch.device, dtype: torch.dtype, repeat: int) -> float:
@@ -100,7 +100,7 @@ def main() -> None:
     a = p.parse_args()
     device = torch.device(a.device)
     dtype = compute_dtype_for(device, torch.bfloat16)
-    block, banks, tables = build(a, device, dtype)
+    block, groups, tables = build(a, device, dtype)
     inputs = torch.randn(a.samples, a.seqlen, a.hidden, device=device, dtype=dtype)
     target = torch.randn_like(inputs)
     watch = Stopwatch(device)
@@ -113,18 +113,18 @@ def main() -> None:
         now = watch.lap("loss", now)
         output.backward(difference)
         now = watch.lap("backward", now)
-        refresh = [bank.refresh for bank in banks]
-        for bank in banks:
-            bank.refresh = lambda: None
-            bank.step(1e-3, 1e-3)
+        refresh = [group.refresh for group in groups]
+        for group in groups:
+            group.refresh = lambda: None
+            group.step(1e-3, 1e-3)
         now = watch.lap("update", now)
-        for bank, again in zip(banks, refresh, strict=True):
-            bank.refresh = again
+        for group, again in zip(groups, refresh, strict=True):
+            group.refresh = again
             again()
         watch.lap("fake-quant", now)
         watch.lap("step", begin)
     medians = {name: statistics.median(laps[2:]) for name, laps in watch.laps.items()}
-    weights = [bank.weight(index) for bank in banks for index in range(len(bank.tasks))]
+    weights = [group.weight(index) for group in groups for index in range(len(group.tasks))]
     least = floor(weights, a.samples * a.seqlen, device, dtype, a.repeat)
     print(machine())
     print(f"{'part':<12}{'ms':>9}{'share':>8}")

@@ -208,14 +208,14 @@ def search_blocks(
     assert columns % kind.block == 0, f"{columns} columns do not fill blocks of {kind.block}"
     count, per = columns // kind.block, kind.block // kind.group
     blocks = _empty(kind, out, columns, weight.device)
-    tiles = weight.view(out, count, per, kind.group)
+    grouped = weight.view(out, count, per, kind.group)
     weights = _normalized_importance(importance, columns, weight.device).view(count, per, kind.group)
-    block_codes = blocks.codes.view(tiles.shape)
+    block_codes = blocks.codes.view(grouped.shape)
     chunk_weights = _CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
 
     def search(chunk_slices: tuple[slice, slice]) -> None:
         rows, cols = chunk_slices
-        part = tiles[rows, cols]
+        part = grouped[rows, cols]
         shape = part.shape[:2]
         x = part.permute(3, 2, 1, 0).float().contiguous().view(kind.group, per, -1)
         h = weights[cols].permute(2, 1, 0).unsqueeze(-1)

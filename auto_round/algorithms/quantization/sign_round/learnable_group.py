@@ -182,7 +182,7 @@ class LearnableGroup(ABC):
         """Recompute the quantized weights from the learnables."""
         quantized = self.quantized.view(self.blocks.shape)
         for index in self.chunks:
-            quantized[index] = self._values(*self._arguments(index)).to(self.compute_dtype)
+            quantized[index].copy_(self._values(*self._arguments(index)))
 
     def add_weight_gradient(self, index: int, grad: torch.Tensor, x: torch.Tensor) -> None:
         """Add grad.T @ x, [out, in], to the gradient of this step."""
@@ -231,7 +231,8 @@ class LearnableGroup(ABC):
         gradient = self.gradient.view(self.blocks.shape)
         for index in self.chunks:
             part, *own = self._gradients(*self._arguments(index), gradient[index].float())
-            slopes += [part.new_zeros(r, 1, c, 1) for _ in own] if not slopes else []
+            if not slopes:
+                slopes += [part.new_zeros(r, 1, c, 1) for _ in own]
             for slope, value in zip(slopes, own, strict=True):
                 slope[index[0]] += value
             yield index, part
