@@ -139,6 +139,7 @@ class AutoRound(Saving, SettingsView):
             algorithm=algorithm,
             mixed=mixed_preset(scheme),
             optimized_start=optimized,
+            transforms=options["transforms"],
             layer_config=config,
             ignore_layers=parse_ignore_layers(options["ignore_layers"]),
             quant_lm_head=bool(options["quant_lm_head"]),

@@ -135,7 +135,12 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
     """
     chosen = {k: v for k, v in given.items() if k not in _VERB_FLAGS}
     if "algorithm" in given:
-        iters = algorithm_iters(given["algorithm"])
+        from auto_round.algorithms.transforms.base import split_transforms
+
+        transforms, rest = split_transforms([part.strip() for part in given["algorithm"].split(",") if part.strip()])
+        if transforms:
+            chosen["algorithm"] = ",".join(transforms)
+        iters = algorithm_iters(",".join(rest)) if rest else None
         if iters == 0:
             if chosen.get("iters"):
                 raise ConfigError(
@@ -164,7 +169,7 @@ def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | N
         return fill_defaults(get_recipe("rtn"), chosen)
     filled = fill_defaults(recipe, chosen)
     rounds = filled.pop("model_free", None) is None and filled.get("iters") == 0 and filled.get("disable_opt_rtn")
-    if rounds and "gguf:" not in (formats or "").lower():
+    if rounds and "algorithm" not in chosen and "gguf:" not in (formats or "").lower():
         filled["model_free"] = "auto"
     return filled
 

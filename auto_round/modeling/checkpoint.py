@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_round.edits import TensorEdit
 from auto_round.errors import ModelError
 from auto_round.modeling.build import (
     build_on_meta,
@@ -78,6 +79,7 @@ class CheckpointSource(ModelSource):
 
     lazy = True
     _float32_keys: set[str] | None = None
+    _edits: Mapping[str, tuple[TensorEdit, ...]] = {}
 
     def __init__(
         self,
@@ -140,6 +142,7 @@ class CheckpointSource(ModelSource):
             allow_pickle=self._pickles, kind=self.kind,
         )  # fmt: skip
         source.checks_finite, source.bounded = self.checks_finite, self.bounded
+        source._edits = self._edits
         return source
 
     def load(self, name: str, device: Device | None = None) -> nn.Module:
@@ -170,6 +173,21 @@ class CheckpointSource(ModelSource):
         if canonical not in self._plans:  # a persistent buffer that the checkpoint leaves at its initial value
             return self.model.get_buffer(canonical).detach().cpu()
         return self._fetch(canonical, {}, check=False)
+
+    def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
+        self._check_editable(edits)
+        for name, edit in edits.items():
+            self._edits = {**self._edits, name: (*self._edits.get(name, ()), edit)}
+            owner, _, leaf = name.rpartition(".")
+            module = self._module(owner)
+            for found, tensor in list(direct_tensors(module)):
+                if found == leaf and not tensor.is_meta:
+                    _place(module, leaf, edit.apply(tensor.detach()))
+
+    def _edited(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for edit in self._edits.get(name, ()):
+            tensor = edit.apply(tensor)
+        return tensor
 
     def tied(self) -> dict[str, str]:
         return dict(self._tied)
@@ -214,7 +232,17 @@ class CheckpointSource(ModelSource):
         return stored.shape, self._asked if cast and self._asked is not None else stored.dtype
 
     def read_stored(self, key: str) -> torch.Tensor:
-        return self.files.read(key).to(self.stored_meta(key)[1])
+        tensor = self.files.read(key).to(self.stored_meta(key)[1])
+        for name in self._edits:
+            plan = self._plans[name]
+            if key not in plan.origin.stored:
+                continue
+            if plan.piece is None:
+                tensor = self._edited(name, tensor)
+            else:
+                one = plan.piece.slot(tensor)
+                plan.piece.paste(one, self._edited(name, plan.piece.cut(one)))
+        return tensor
 
     def _keeps_float32(self, key: str) -> bool:
         """Whether the model wants a stored tensor in float32 whatever its own dtype is."""
@@ -253,7 +281,7 @@ class CheckpointSource(ModelSource):
             )
         if check and self.checks_finite:
             check_finite(name, tensor)
-        return tensor
+        return self._edited(canonical, tensor)
 
     def _loaded_tied_tensor(self, name: str, device: torch.device) -> torch.Tensor | None:
         """A tensor that `name` is tied to and that is loaded already on `device`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from auto_round.edits import TensorEdit
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.source import Device, ModelSource, check_finite, direct_tensors, find_model_blocks, state_names
@@ -70,6 +72,12 @@ class LiveSource(ModelSource):
 
     def read(self, tensor_name: str) -> torch.Tensor:
         return self._tensor(tensor_name).detach().cpu()
+
+    def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
+        self._check_editable(edits)
+        for name, edit in edits.items():
+            tensor = self._tensor(name)
+            tensor.data = edit.apply(tensor.detach())
 
     def tensor_plan(self, tensor_name: str) -> TensorPlan | None:
         return self._plans.get(self._tied.get(tensor_name, tensor_name))

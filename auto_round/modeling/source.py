@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from auto_round.errors import ConfigError, ModelError, NumericsError
+from auto_round.edits import TensorEdit
+from auto_round.errors import ConfigError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.blocks import find_blocks
 
 if TYPE_CHECKING:
@@ -126,6 +127,15 @@ class ModelSource(ABC):
         """
 
     @abstractmethod
+    def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
+        """Edit tensors, by state-dict name: those that are loaded now, and every later read of them.
+
+        Raises:
+            ModelError: no such tensor.
+            UnsupportedError: a tensor that is tied to another one, or that the checkpoint stores in another form.
+        """
+
+    @abstractmethod
     def tied(self) -> dict[str, str]:
         """Alias to canonical name, such as {"lm_head.weight": "model.embed_tokens.weight"}."""
 
@@ -187,6 +197,21 @@ class ModelSource(ABC):
         blocks = tuple(f"{name}." for name in self.blocks)
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.tensor_names())
         return [name for name in owners if not f"{name}.".startswith(blocks)]
+
+    def _check_editable(self, names: Iterable[str]) -> None:
+        """Raise as `apply_edits` does, before anything is changed."""
+        tied = self.tied()
+        shared = {*tied, *tied.values()}
+        for name in names:
+            self.tensor_meta(name)
+            if name in shared:
+                raise UnsupportedError(f"{name!r} shares its values with another tensor, so no transform may edit it")
+            plan = self.tensor_plan(name)
+            if self.lazy and plan is not None and plan.origin.converter is not None:
+                raise UnsupportedError(
+                    f"{name!r} is stored together with other tensors ({', '.join(plan.origin.stored[:2])}), so no "
+                    "transform may edit it"
+                )
 
     def _module(self, name: str) -> nn.Module:
         try:

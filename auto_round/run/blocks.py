@@ -13,12 +13,14 @@ import torch
 
 from auto_round.algorithms.base import BlockQuantizer, BlockResult, BlockTask, LayerTask
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
+from auto_round.algorithms.transforms.base import BlockTransform, BlockView
 from auto_round.calibration.capture import CapturedInputs
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.calibration.kv_cache_observer import observe_kv_cache
 from auto_round.calibration.observers import MinMaxObserver, observe_hessians, observe_min_max, observe_second_moments
 from auto_round.codecs.activation import ActivationQuantizer, quantized_inputs
 from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.edits import TensorEdit
 from auto_round.errors import NumericsError
 from auto_round.modeling.blocks import weight_2d
 from auto_round.modeling.partial_loading import ExpertStreamer
@@ -56,6 +58,10 @@ if TYPE_CHECKING:
     from auto_round.run.resume import RunJournal
 
 
+_MAX_TRANSFORM_ERROR = 0.02
+"""Largest relative change of a block's output by a transform: rounding of edited half-precision weights stays below."""
+
+
 @dataclass
 class RunState:
     """What a walk needs besides the model and the job, and what it leaves.
@@ -75,6 +81,8 @@ class RunState:
         fall: what plain rounding has to know, where calibration is not finite.
         numbers: what is done about NaN and Inf; filled in: what came of it.
         rooms: of blocks whose experts are tuned one at a time; None where they are not.
+        transforms: rewrite each block before it is quantized.
+        edits: filled in: by tensor name, what they did.
         sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
         records: filled in, one a block.
         unreached: quantized layers that no calibration token reached (experts).
@@ -102,6 +110,8 @@ class RunState:
     rtn_fallback: RtnFallback = RtnFallback(torch.float16, torch.float32)
     numerics: NumericsPolicy = field(default_factory=NumericsPolicy)
     buffers: ExpertBuffers | None = None
+    transforms: Sequence[BlockTransform] = ()
+    edits: dict[str, TensorEdit] = field(default_factory=dict)
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     records: list[BlockRecord] = field(default_factory=list)
@@ -129,7 +139,9 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
     finished = min(state.journal.finished, len(source.blocks)) if state.journal is not None else 0
     progress.start(len(source.blocks), finished)
     for index, name in enumerate(source.blocks[:finished]):
-        _write_unit(job, source, name, restore_unit(state, index), state.outputs)
+        unit = restore_unit(state, index)
+        source.apply_edits(unit.edits)
+        _write_unit(job, source, name, unit, state.outputs)
     streams = {"full": full, "quantized": quantized, "smoke_sample": smoke_sample}
     for stream in streams.values():
         if stream is not None:
@@ -144,6 +156,8 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
         block = source.load(name, state.device) if experts is None else experts.load_non_experts()
         weights = block_checksum(source, name) if state.journal is not None else 0
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
+        for transform in state.transforms:
+            _transform_block(transform, index, name, block, planned, source, state, full, experts)
         tasks = [layer_task(source, plan) for plan in planned]
         # It writes hidden states, and those are changed in place: these from here on, the others behind the tuning.
         _wait_until_written(state, "unit", "full")
@@ -231,7 +245,41 @@ def _unit(name: str, layers: Sequence[QuantizedLayer], state: RunState) -> Unit:
         {key: state.tokens[key] for key in sums},
         [layer for layer in state.unreached if layer.startswith(inside)],
         state.numerics.state(),
+        {key: edit for key, edit in state.edits.items() if key.startswith(inside)},
     )
+
+
+def _transform_block(
+    transform: BlockTransform, index: int, name: str, block: torch.nn.Module, planned: Sequence[LayerPlan],
+    source: ModelSource, state: RunState, full: Stream | None, experts: ExpertStreamer | None,
+) -> None:  # fmt: skip
+    """Ask a transform for its edits of a block in full precision, and apply them to the source.
+
+    Raises NumericsError when the block's output on a calibration sample differs afterwards.
+    """
+    schemes = {plan.name.removeprefix(f"{name}."): plan.scheme for plan in planned}
+    reference = None
+    with in_dtype(block, source.dtype, state.dtype), streaming_experts(experts):
+        moments: Mapping[str, torch.Tensor] = {}
+        if full is not None:
+            with observe_second_moments(block, list(schemes) if transform.needs_data else []) as sums:
+                full.spare = full.after(index, block, state.device, state.dtype, (sums,))
+            reference = full.spare[:1].clone()
+            moments = {layer: total / max(sums.tokens[layer], 1) for layer, total in sums.items()}
+        edits = transform.edits(BlockView(name, block, schemes, moments))
+    edits = {f"{name}.{inner}": edit for inner, edit in edits.items()}
+    source.apply_edits(edits)
+    state.edits |= edits
+    if full is None or reference is None:
+        return
+    with torch.no_grad(), in_dtype(block, source.dtype, state.dtype), streaming_experts(experts):
+        output = full.runner(index, block)(full.hidden[:1].to(state.device, state.dtype), [0])
+    error = float((output.cpu().float() - reference.float()).norm() / reference.float().norm())
+    if not error < _MAX_TRANSFORM_ERROR:
+        raise NumericsError(
+            f"{type(transform).__name__} changes what {name} computes: its output differs by {error:.1%} of itself "
+            "(a transform may only rewrite a block in an equivalent form)"
+        )
 
 
 def _still_finite(name: str, quantized: Stream | None, numerics: NumericsPolicy) -> Stream | None:

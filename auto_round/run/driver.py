@@ -15,6 +15,7 @@ from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
+from auto_round.algorithms.transforms.base import TRANSFORMS
 from auto_round.calib_dataset import CalibrationData, prepare_calibration
 from auto_round.calibration.block_links import ModelDependencies
 from auto_round.calibration.capture import CapturedInputs, capture_inputs
@@ -386,6 +387,7 @@ class Run:
                 RtnFallback(settings.scale_dtype, source.dtype, needs_all_blocks(settings)),
                 self._numerics_policy(),
                 stack.enter_context(self._expert_buffers()) if settings.tunes and streams_experts(job) else None,
+                [TRANSFORMS[name]() for name in settings.transforms],
             )
             if streams_experts(job):
                 state.freed = HeapTrimmer(_MIN_FREED_BYTES)

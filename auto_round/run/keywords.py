@@ -8,6 +8,7 @@ from typing import Any
 
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
+from auto_round.algorithms.transforms.base import split_transforms
 from auto_round.codecs.block_float import block_float_spec
 from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.errors import ConfigError, UnsupportedError, nearest
@@ -90,6 +91,8 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
         alg_configs = options["algorithm"]
     given = [part.strip() for part in alg_configs.split(",")] if isinstance(alg_configs, str) else alg_configs
     entries = list(given) if isinstance(given, (list, tuple)) else [given]
+    options["transforms"], entries = split_transforms(entries)
+    entries = entries or [None]
     for entry in entries:
         if isinstance(entry, str):
             refuse_algorithm(f"algorithm {entry!r}", entry)

@@ -10,6 +10,7 @@ import torch
 
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.transforms.base import TRANSFORMS
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
 from auto_round.formats.cache_scales import CacheScheme, parse_cache_scheme
 from auto_round.layer_config import scheme_from_entry
@@ -147,6 +148,7 @@ class Settings:
     algorithm: RTNConfig | SignRoundConfig
     mixed: MixedPreset | None = None
     optimized_start: bool = True
+    transforms: tuple[str, ...] = ()
     layer_config: Mapping[str, Any] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()
     quant_lm_head: bool = False
@@ -192,7 +194,8 @@ class Settings:
         """Tuning, the weighted search and fixed scales look at activations; plain rounding does not."""
         searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized and self.imatrix is None
         saves = self.save_imatrix is not None
-        return self.tunes or searches or saves or self._calibrated or self.cache is not None
+        observes = any(TRANSFORMS[name].needs_data for name in self.transforms)
+        return self.tunes or searches or saves or observes or self._calibrated or self.cache is not None
 
     @property
     def weighs(self) -> bool:

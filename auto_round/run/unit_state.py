@@ -16,6 +16,7 @@ from auto_round.calibration.disk_store import DiskStore, DiskTensor
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
+from auto_round.edits import TensorEdit, edit_from_state
 from auto_round.errors import OutputError
 from auto_round.modeling.partial_loading import expert_of
 from auto_round.output.folders import free_bytes
@@ -244,6 +245,7 @@ class Unit:
         sums, tokens: by layer, the sums of squares of its inputs, and over how many tokens; empty unless they are
             saved at the end.
         unreached: layers that no calibration token reached.
+        edits: by tensor name, what transforms did to it.
         numbers: what had come of NaN and Inf by then, as `NumericsPolicy.state` has it.
     """
 
@@ -255,6 +257,7 @@ class Unit:
     tokens: Mapping[str, int] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     numerics: Mapping[str, Any] = field(default_factory=dict)
+    edits: Mapping[str, TensorEdit] = field(default_factory=dict)
 
 
 def unit_state(unit: Unit) -> tuple[dict[str, torch.Tensor | DiskTensor], dict[str, Any]]:
@@ -274,6 +277,8 @@ def unit_state(unit: Unit) -> tuple[dict[str, torch.Tensor | DiskTensor], dict[s
             tensors |= {f"input.{number}.{leaf}": tensor for leaf, tensor in own.items()}
     tensors |= {f"scale.{name}": tensor for name, tensor in unit.scales.items()}
     tensors |= {f"sum.{name}": tensor for name, tensor in unit.sums.items()}
+    for name, edit in unit.edits.items():
+        tensors |= {f"edit.{kind}.{name}": tensor for kind, tensor in edit.state().items()}
     rest, more = packed(tensors)
     metadata = {
         "layers": layers, "activations": activations, "records": [asdict(record) for record in unit.records],
@@ -315,6 +320,11 @@ def unit_from_state(given: Mapping[str, torch.Tensor | DiskTensor], metadata: Ma
         dict(metadata["tokens"]),
         list(metadata["unreached"]),
         metadata.get("numerics", {}),
+        {
+            name: edit_from_state({kind: factors})
+            for key, factors in under("edit.").items()
+            for kind, _, name in (key.partition("."),)
+        },
     )
 
 
