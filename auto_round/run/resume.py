@@ -146,8 +146,8 @@ class RunJournal:
         if not self.journal.is_empty:
             try:
                 before = dict(self.journal.run["late"])
-                if values["probe"] is None:  # it was to check the files with, which is not wanted any more
-                    before["probe"] = None
+                if values["smoke_sample"] is None:  # it was to check the files with, which is not wanted any more
+                    before["smoke_sample"] = None
                 found = differences(before, values)
                 if self.journal.run["weights"] != self._files:
                     found += self._other_weights(source)
