@@ -19,6 +19,7 @@ from auto_round.later import DIFFUSION
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
+from auto_round.plugins import load_plugins
 from auto_round.run.driver import Run
 from auto_round.run.folders import default_format, split_runs
 from auto_round.run.keywords import (
@@ -87,6 +88,7 @@ class AutoRound(Saving, SettingsView):
             `max_memory`, which bounds what a run holds (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB".
             `model_free=True` rounds to nearest tensor by tensor, without a model (docs/model-free.md), with
             `parallelism`. `format` is what `quantize_and_save`, `save_quantized` and `plan` take when they name none.
+            `plugins` are files of Python code that register data types, formats and the like (docs/plugins.md).
             `strict=True` makes an error of a layer name that means nothing (a warning; an error in `plan`).
 
     The settings, with every default filled in, can be read as attributes: `ar.bits`, `ar.layer_config`, `ar.iters`
@@ -122,6 +124,7 @@ class AutoRound(Saving, SettingsView):
         for sentence in envs.without_effect():
             warn_once("%s", sentence)
         options = checked_options(kwargs, inspect.signature(AutoRound.__init__).parameters)
+        load_plugins(options["plugins"] or ())
         algorithm_given = given_algorithm(alg_configs, options)
         if options["model_free"]:
             iters = check_rtn_only(algorithm_given, iters, options)

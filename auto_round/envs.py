@@ -161,6 +161,13 @@ VARIABLES: tuple[EnvVar, ...] = (
         "Unset: found from the tokenizer itself.",
     ),
     EnvVar(
+        "AR_PLUGINS",
+        "text",
+        None,
+        "Files of Python code to load as plugins, as `--plugin` does; several are separated as in PATH. "
+        "Also read when Transformers opens a quantized model.",
+    ),
+    EnvVar(
         "AR_RESUME_DIR",
         "path",
         None,

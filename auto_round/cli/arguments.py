@@ -17,7 +17,7 @@ class Flag:
     Attributes:
         dest: name of the value; also the first spelling.
         help: one line.
-        kind: "str", "int", "float", "switch" (no value), "size" (int or "rows,columns").
+        kind: "str", "int", "float", "switch" (no value), "size" (int or "rows,columns"), "list" (may be repeated).
         aliases: other spellings.
         off: spellings that set the opposite of a switch.
         on_value: what a switch sets; its opposite is what `off` sets.
@@ -70,6 +70,14 @@ PICKLE = _switch(
 SEED = Flag("seed", "seed of every random choice (default 42)", "int")
 PLATFORM = Flag("platform", "where models named by id come from (default hf)", choices=("hf", "model_scope"))
 
+PLUGINS = Flag(
+    "plugins",
+    "Python file that registers data types, formats, datasets and the like; may be repeated",
+    "list",
+    aliases=("plugin",),
+    metavar="FILE",
+)
+
 MODEL_GROUP = Group(
     "model",
     (
@@ -78,6 +86,7 @@ MODEL_GROUP = Group(
         PLATFORM,
         TRUST,
         PICKLE,
+        PLUGINS,
     ),
 )
 
@@ -277,7 +286,7 @@ QUANTIZE_GROUPS = (
 
 _EVAL_FLAGS = {f.dest: f for f in EVAL_AFTER_GROUP.flags}
 EVAL_GROUPS = (
-    Group("model", (MODEL, _EVAL_FLAGS["reference"], PLATFORM, TRUST)),
+    Group("model", (MODEL, _EVAL_FLAGS["reference"], PLATFORM, TRUST, PLUGINS)),
     Group(
         "measuring",
         (
@@ -302,7 +311,7 @@ EVAL_GROUPS = (
 )
 
 GENERATE_GROUPS = (
-    Group("model", (MODEL, PLATFORM, TRUST)),
+    Group("model", (MODEL, PLATFORM, TRUST, PLUGINS)),
     Group(
         "text",
         (

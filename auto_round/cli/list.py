@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.plugins import load_plugins
 
 if TYPE_CHECKING:
     from auto_round.schemes import QuantizationScheme
@@ -30,13 +31,13 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 
 
 # The verb `list`: what this installation knows.
 
-USAGE = "usage: auto-round list {format,scheme,algorithm,dataset,backend,env,recipe}"
+USAGE = "usage: auto-round list {format,scheme,algorithm,dataset,backend,env,recipe} [--plugin FILE.py]"
 _SHORT = {"alg": "algorithm"}
 
 
 def run_verb(argv: Sequence[str]) -> int:
     """Print one of the tables. Raises ConfigError for an unknown one."""
-    words = [a for a in argv if a not in ("-h", "--help")]
+    words, plugins = _split_plugins([a for a in argv if a not in ("-h", "--help")])
     if not words:
         print(USAGE)
         return 0 if argv else ConfigError.exit_code
@@ -47,8 +48,26 @@ def run_verb(argv: Sequence[str]) -> int:
     key = _SHORT.get(key, key)
     if key not in TABLES:
         raise ConfigError(f"nothing called {words[0]!r} to list{nearest(key, TABLES)} {USAGE}")
+    load_plugins(plugins)
     print(TABLES[key]())
     return 0
+
+
+def _split_plugins(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words, and the values of `--plugin`. Raises ConfigError for one without a value."""
+    words: list[str] = []
+    plugins: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag not in ("--plugin", "--plugins"):
+            words.append(word)
+        elif equals or rest:
+            plugins.append(value if equals else rest.pop(0))
+        else:
+            raise ConfigError(f"{flag} needs the path of a file; {USAGE}")
+    return words, plugins
 
 
 def formats() -> str:
@@ -124,12 +143,14 @@ def environment() -> str:
 
 def algorithms() -> str:
     """Algorithms, their other names, and what works instead of those that are missing."""
+    from auto_round.algorithms.base import ALGORITHMS as registered
     from auto_round.later import ALGORITHMS
 
     rows = [
         ("auto_round", "yes", "rounding tuned block by block; also sign_round, signround, autoround"),
         ("rtn", "yes", "round to nearest, by a weighted search of scales unless --disable_opt_rtn"),
     ]
+    rows += [(name, "yes", "of a plugin") for name in registered]
     rows += [(name, "not yet", f"{feature.what}; {feature.instead}") for name, feature in ALGORITHMS.items()]
     return text_table(("algorithm", "here", "what"), rows)
 

@@ -10,6 +10,7 @@ from auto_round.cli.arguments import Flag, Group, spellings
 from auto_round.errors import ConfigError, nearest
 from auto_round.later import feature_of, is_default_value, refuse_flag, refuse_flag_value
 from auto_round.logger import logger
+from auto_round.plugins import load_plugins
 
 # Flags of older scripts that nothing depends on: whether a value follows, and why they have no effect.
 NO_OP_FLAGS: dict[str, tuple[bool, str]] = {
@@ -52,7 +53,7 @@ def group_size(text: str) -> int | tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r} is not a group size; use one whole number, or two as ROWS,COLUMNS")
 
 
-_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "size": group_size}
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "size": group_size, "list": str}
 
 
 def build(
@@ -89,9 +90,10 @@ def _add(section: Any, flag: Flag) -> None:
                 help=off_help,
             )
         return
+    action = "append" if flag.kind == "list" else "store"
     section.add_argument(
-        *names, dest=flag.dest, default=None, type=_TYPES[flag.kind], metavar=flag.metavar or flag.dest.upper(),
-        choices=flag.choices or None, help=help_text,
+        *names, dest=flag.dest, default=None, action=action, type=_TYPES[flag.kind],
+        metavar=flag.metavar or flag.dest.upper(), choices=flag.choices or None, help=help_text,
     )  # fmt: skip
 
 
@@ -112,12 +114,14 @@ def run_parsed(
     argv: Sequence[str],
     run: Callable[[dict[str, Any]], int],
 ) -> int:
-    """Print the help when it is asked for or nothing is given, else `run` with the given values; see `parse`. Returns
-    the exit code."""
+    """Print the help when it is asked for or nothing is given, else load the plugins and call `run` with the other
+    given values; see `parse`. Returns the exit code."""
     if not argv or "-h" in argv or "--help" in argv:
         print(parser.format_help())
         return 0 if argv else ConfigError.exit_code
-    return run(parse(parser, groups, argv))
+    values = parse(parser, groups, argv)
+    load_plugins(values.pop("plugins", ()))
+    return run(values)
 
 
 def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from auto_round.cli.arguments import DEVICE, MODEL, PLATFORM, QUANTIZE_GROUPS, S
 from auto_round.cli.parser import build, run_parsed
 from auto_round.errors import ConfigError, OutputError, nearest
 from auto_round.later import refuse_algorithm
+from auto_round.plugins import loaded_plugins
 from auto_round.recipes import Recipe, fill_defaults, get_recipe
 
 TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
@@ -114,11 +115,13 @@ def check_output_path(path: str) -> None:
 
 
 def algorithm_iters(value: str) -> int | None:
-    """What `--algorithm` means for `iters`: 0 for rtn, None for tuned rounding.
+    """What `--algorithm` means for `iters`: None for tuned rounding, 0 for rtn and the algorithms of plugins.
 
     Raises UnsupportedError for an algorithm of a later version, ConfigError for an unknown one.
     """
     names = [part.strip().lower().replace("-", "_") for part in value.split(",") if part.strip()]
+    if is_registered(value):
+        return 0
     for name in names:
         refuse_algorithm(f"--algorithm {value}", name)
     known = ("rtn", *TUNED_NAMES)
@@ -126,6 +129,15 @@ def algorithm_iters(value: str) -> int | None:
         hint = (nearest(names[0], known) if names else "") or ";"
         raise ConfigError(f"--algorithm {value!r} is not known{hint} Use one of auto_round (tuned rounding) and rtn")
     return 0 if names[0] == "rtn" else None
+
+
+def is_registered(algorithm: str) -> bool:
+    """Whether a plugin has registered this algorithm."""
+    if not loaded_plugins():
+        return False
+    from auto_round.algorithms.base import ALGORITHMS
+
+    return algorithm in ALGORITHMS
 
 
 def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -144,9 +156,12 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
         if iters == 0:
             if chosen.get("iters"):
                 raise ConfigError(
-                    f"--algorithm rtn does no tuning, but --iters {chosen['iters']} was given; leave one out"
+                    f"--algorithm {given['algorithm']} does no tuning, but --iters {chosen['iters']} was given; "
+                    "leave one out"
                 )
             chosen["iters"] = 0
+            if is_registered(given["algorithm"]):
+                chosen["algorithm"] = given["algorithm"]
     filled = _with_model_free(recipe, chosen, given.get("format"))
     if "device_map" in filled:
         filled["device_map"] = device_value(filled["device_map"])
@@ -168,8 +183,9 @@ def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | N
             )
         return fill_defaults(get_recipe("rtn"), chosen)
     filled = fill_defaults(recipe, chosen)
-    rounds = filled.pop("model_free", None) is None and filled.get("iters") == 0 and filled.get("disable_opt_rtn")
-    if rounds and "algorithm" not in chosen and "gguf:" not in (formats or "").lower():
+    plain = filled.get("iters") == 0 and filled.get("disable_opt_rtn") and "algorithm" not in filled
+    rounds = filled.pop("model_free", None) is None and plain
+    if rounds and "gguf:" not in (formats or "").lower():
         filled["model_free"] = "auto"
     return filled
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from auto_round.errors import ConfigError
 from auto_round.schemes import GroupSize
 
 
@@ -120,7 +121,7 @@ class MinifloatType:
     """One element type.
 
     Attributes:
-        bits: 4 or 8.
+        bits: sign, exponent and mantissa; 4 to 8.
         maximum: the largest finite value.
         exponent: of the largest value, floor(log2(maximum)); what OCP MX calls emax.
         mantissa: bits of the mantissa.
@@ -194,6 +195,13 @@ MINIFLOATS: dict[str, MinifloatType] = {
         MinifloatType("e5m2", 8, 57344.0, 15, 2, -14, torch.float8_e5m2),
     )
 }  # fmt: skip
+
+
+def register_minifloat(element: MinifloatType) -> MinifloatType:
+    """Add an element type under its name. Returns it. Raises ConfigError when another one has the name."""
+    if MINIFLOATS.setdefault(element.name, element) != element:
+        raise ConfigError(f"element type {element.name!r} is already registered")
+    return element
 
 
 def expand_scale(scale: torch.Tensor, shape: tuple[int, int], group_size: int | tuple[int, int]) -> torch.Tensor:

@@ -22,6 +22,7 @@ keys of their own: `weight_block_size` [rows, columns] and `weight_strategy` "te
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import replace
@@ -32,6 +33,7 @@ import torch
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
 from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs, register_format
 from auto_round.layouts.awq import pack_awq
+from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import (
     AUTO_ROUND_FLOATS,
     float_family_of,
@@ -347,6 +349,38 @@ class AutoRoundAwqFormat(AutoRoundFormat):
         if reason is None and scheme.quantizes_weights and scheme.bits != 4:
             return f"the AWQ layout holds 4-bit weights, not {scheme.bits}-bit ones"
         return reason
+
+
+class LayoutFormat(AutoRoundFormat):
+    """Base class of a plugin's format: one `Layout`, described by AutoRound's `quantization_config`.
+
+    Transformers opens the files when the layout is registered too (`auto_round.inference.table.register_layout`).
+
+    Attributes:
+        layout: packs a layer.
+        packing_format: name of the layout in the config.
+    """
+
+    layout: ClassVar[Layout]
+    packing_format: ClassVar[str]
+
+    @abstractmethod
+    def check_scheme(self, scheme: QuantizationScheme) -> str | None: ...
+
+    def packing(self, scheme: QuantizationScheme) -> str:
+        return self.packing_format
+
+    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        return self.layout.mismatch(scheme, in_features, out_features)
+
+    def tensor_specs(
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
+    ) -> TensorSpecs:  # fmt: skip
+        return self.layout.named_specs(name, scheme, in_features, out_features, bias_dtype, model_dtype)
+
+    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        return self.layout.named_tensors(layer, model_dtype)
 
 
 @register_format("auto_round:fp8")

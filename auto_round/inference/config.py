@@ -22,20 +22,23 @@ from auto_round.inference.float_config import (
     normalize_native_fp8,
     scheme_values,
 )
-from auto_round.layouts.floats import AUTO_ROUND_FLOATS, FloatLayout, layout_name
+from auto_round.layouts.base import Layout
+from auto_round.layouts.floats import AUTO_ROUND_FLOATS, layout_name
 from auto_round.schemes import ActivationScheme, QuantizationScheme
 
 INT_BITS = (2, 3, 4, 8)
 INT8_BITS = (2, 3, 4, 5, 6, 7, 8)
 MLX_BITS = (2, 3, 4, 5, 6, 8)
 # packing_format -> (layout, what was subtracted from the zero points)
-_PACKINGS: dict[str, tuple[str, int]] = {
+PACKINGS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq", "auto_gptq", "gptq"), ("gptq", 1)),
     **dict.fromkeys(("auto_round", "auto_round:auto_round", "auto_round:gptqmodel", "gptqmodel"), ("gptq", 0)),
     **dict.fromkeys(("mlx", "auto_round:mlx"), ("mlx", 0)),
     **dict.fromkeys(("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq"), ("awq", 0)),
     "auto_round:llm_compressor": ("int8", 0),
 }
+# packing_format -> layout of a plugin, see `table.register_layout`.
+USER_LAYOUTS: dict[str, Layout] = {}
 _BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
 # Leading parts of a module name that differ between versions of Transformers and between model wrappers.
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)+")
@@ -58,8 +61,8 @@ class LayerFormat:
         layout: "gptq", "awq", "mlx" or "int8"; of small float types such as "mxfp4", see `layout_name`.
         zero_offset: what was subtracted from the stored zero points, modulo 2**bits.
         activation: how the layer's inputs are quantized; None leaves them as they are.
-        scheme: of a layer of a small float type, else None.
-        naming: how such a layer's tensors are called.
+        scheme: of a layer of a small float type or in a plugin's layout, else None.
+        naming: how such a layer lies in the file.
     """
 
     bits: int
@@ -69,7 +72,7 @@ class LayerFormat:
     zero_offset: int
     activation: ActivationScheme | None = None
     scheme: QuantizationScheme | None = None
-    naming: FloatLayout = AUTO_ROUND_FLOATS
+    naming: Layout = AUTO_ROUND_FLOATS
 
     @property
     def packing(self) -> str:
@@ -179,14 +182,15 @@ def _read_config(config: Any) -> CheckpointConfig:
     values = normalize_native_fp8(_plain(config))
     packing = _packing_name(values)
     is_fp8 = str(values.get("quant_method")).rpartition(".")[2].lower() == "fp8"
-    layout, offset = ("float", 0) if is_float_config(values) else _packing(packing)
+    own = packing in USER_LAYOUTS or is_float_config(values)
+    layout, offset = ("float", 0) if own else _packing(packing)
     if layout == "gptq" and values.get("checkpoint_format") == "gptq_v2":
         offset = 0
     awq_keys = [key for key in ("modules_to_not_convert", "version", "zero_point") if key in values]
     is_awq = layout == "awq" and bool(awq_keys)
     sym = not values["zero_point"] if "zero_point" in awq_keys and is_awq else values.get("sym", True)
-    if is_float_config(values):
-        default = _float_format(values, "the checkpoint")
+    if own:
+        default = _scheme_format(values, packing, "the checkpoint")
     else:
         default = LayerFormat(
             _read_int(values, "bits", 4), _group_size(values.get("group_size", 128), "the checkpoint"),
@@ -248,9 +252,9 @@ def _packing_name(values: Mapping[str, Any]) -> str:
 
 
 def _packing(packing: str) -> tuple[str, int]:
-    if packing not in _PACKINGS:
-        raise UnsupportedError(f"packing_format {packing!r} cannot be loaded; known: {', '.join(sorted(_PACKINGS))}")
-    return _PACKINGS[packing]
+    if packing not in PACKINGS:
+        raise UnsupportedError(f"packing_format {packing!r} cannot be loaded; known: {', '.join(sorted(PACKINGS))}")
+    return PACKINGS[packing]
 
 
 def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> LayerFormat | None:
@@ -259,8 +263,9 @@ def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> Laye
     if bits >= 16:
         return None
     inherited = {} if default.scheme is None else scheme_values(default.scheme, default.naming)
-    if is_float_config(inherited | values):
-        return _float_format(inherited | values, f"layer {name}")
+    packing = str(values.get("packing_format") or default.layout)
+    if packing in USER_LAYOUTS or is_float_config(inherited | values):
+        return _scheme_format(inherited | values, packing, f"layer {name}")
     if default.scheme is not None:
         default = _DEFAULT_INT_FORMAT
     _check_values(values, f"layer {name}")
@@ -275,7 +280,16 @@ def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> Laye
     )  # fmt: skip
 
 
-def _float_format(values: Mapping[str, Any], where: str) -> LayerFormat:
+def _scheme_format(values: Mapping[str, Any], packing: str, where: str) -> LayerFormat:
+    """The format of a layer that is read by its scheme: in a plugin's layout, or of a small float type."""
+    layout = USER_LAYOUTS.get(packing)
+    if layout is not None:
+        fields = {key: values[key] for key in ("bits", "group_size", "sym", "data_type") if key in values}
+        if int(values.get("act_bits") or 16) < 16:
+            raise UnsupportedError(f"{where} quantizes activations, which packing_format {packing!r} cannot have")
+        scheme = QuantizationScheme.from_dict(fields)
+        size = scheme.group_size if isinstance(scheme.group_size, int) else -1
+        return LayerFormat(scheme.bits, size or -1, scheme.sym, packing, 0, None, scheme, layout)
     scheme = float_scheme(values, where)
     size = scheme.group_size if isinstance(scheme.group_size, int) else scheme.group_size[1]
     return LayerFormat(

@@ -17,7 +17,7 @@ from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
 from auto_round.inference.backend import choose_backends
-from auto_round.inference.config import CheckpointConfig, LayerFormat, read_config, resolve_layers
+from auto_round.inference.config import USER_LAYOUTS, CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.experts import enable_grouped_experts
 from auto_round.inference.hf import (
     StoredNames,
@@ -40,12 +40,12 @@ from auto_round.inference.linear import (
 )
 from auto_round.inference.qlinear import QuantLinear, expected_shapes, shape_problem
 from auto_round.inference.table import OWN_CPU, SCALED_MM, Backend, device_kind
-from auto_round.layouts.floats import group_size_mismatch
 from auto_round.layouts.mlx import bias_storage_dtype
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
 from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
 from auto_round.modeling.files.safetensors import StoredTensor
+from auto_round.plugins import load_plugins
 
 
 def infer_target_device(device_map: object = None) -> str:
@@ -69,6 +69,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         UnsupportedError: a data type, packing or backend that this version cannot run.
     """
     ensure_logging()
+    load_plugins()
     stored_config = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored_config is None:
         raise ConfigError(f"{type(model).__name__} has no config.quantization_config; load a quantized checkpoint")
@@ -177,6 +178,8 @@ def _is_packed(name: str, files: dict[str, StoredTensor]) -> bool:
         return True
     if f"{name}.qweight" in files:
         return f"{name}.weight" not in files
+    if any(f"{name}.{layout.leaves[0]}" in files for layout in USER_LAYOUTS.values()):
+        return True
     return f"{name}.scales" in files and f"{name}.weight" in files
 
 
@@ -190,8 +193,10 @@ def _replace(
     reason = layout_problem(fmt, in_features, out_features)
     if reason is not None:
         raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
-    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in TENSOR_NAMES if f"{name}.{t}" in files}
-    for tensor_name, shape in layout_shapes(fmt, in_features, out_features).items():
+    shapes = layout_shapes(fmt, in_features, out_features)
+    leaves = dict.fromkeys((*TENSOR_NAMES, *shapes))
+    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in leaves if f"{name}.{t}" in files}
+    for tensor_name, shape in shapes.items():
         if stored and tensor_name not in stored:
             raise ModelError(_missing(f"{name}.{tensor_name}"))
         if stored and stored[tensor_name].shape != shape:
@@ -238,7 +243,8 @@ def _ignore_unused_rows(model: nn.Module, name: str, experts: LinearExperts) -> 
 def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames) -> bool:
     inside = [key for key in stored.tensors or () if key.startswith(f"{name}.")]
     if inside:
-        return any(key.endswith(PACKED_SUFFIXES) for key in inside)
+        suffixes = (*PACKED_SUFFIXES, *(f".{layout.leaves[0]}" for layout in USER_LAYOUTS.values()))
+        return any(key.endswith(suffixes) for key in inside)
     first = f"{name}.0.{stored.expert_leaves(f'{name}.0').down}"
     in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
     return config.layer(first, in_block, stored.config_names(first)) is not None
@@ -283,7 +289,7 @@ PACKED_SUFFIXES = (".qweight", ".scales", ".weight_scale", ".weight_scale_inv")
 def layout_problem(fmt: LayerFormat, in_features: int, out_features: int) -> str | None:
     """None when a layer of this shape can be stored in `fmt`, or the reason why not."""
     if fmt.scheme is not None:
-        return group_size_mismatch(fmt.scheme, in_features)
+        return fmt.naming.mismatch(fmt.scheme, in_features, out_features)
     if fmt.layout == "int8":
         return None
     return mlx_shape_problem(in_features, fmt) if fmt.layout == "mlx" else shape_problem(in_features, out_features, fmt)

@@ -7,6 +7,7 @@ from typing import Any
 
 from auto_round.codecs.activation import activation_function
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import (
     AUTO_ROUND_FLOATS,
     COMPRESSED_TENSORS_FLOATS,
@@ -79,7 +80,7 @@ def naming_of(values: Mapping[str, Any]) -> FloatLayout:
     )
 
 
-def scheme_values(scheme: QuantizationScheme, naming: FloatLayout) -> dict[str, Any]:
+def scheme_values(scheme: QuantizationScheme, naming: Layout) -> dict[str, Any]:
     """The values that `float_scheme` and `naming_of` read, for entries that change some of them."""
     size = scheme.group_size
     packing = {"packing_format": _COMPRESSED_TENSORS_PACKING} if naming is COMPRESSED_TENSORS_FLOATS else {}

@@ -18,6 +18,7 @@ from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.quantized_layer import QuantizedLayer, dequantize_codes, group_count
 from auto_round.errors import ModelError
 from auto_round.inference.config import LayerFormat
+from auto_round.layouts.floats import FloatLayout
 from auto_round.layouts.mlx import mlx_words, mlx_zero_points, unpack_mlx
 from auto_round.layouts.packed_int import stored_codes
 from auto_round.schemes import QuantizationScheme
@@ -306,10 +307,11 @@ _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class FloatLinear(PackedLinear):
-    """y = q(x) W^T + bias, with W [out, in] of a small float type and q the quantization of inputs, if any.
+    """y = q(x) W^T + bias, with W [out, in] of a small float type or in a plugin's `Layout`, and q the quantization of
+    inputs, if any.
 
-    Buffers are named and shaped as in the checkpoint, see `export.float_layouts`; all but `bias` keep the file's dtype
-    when the module is cast. In plain PyTorch, on any device: weights are dequantized for each call.
+    Buffers are named and shaped as in the checkpoint, by `fmt.naming`; all but `bias` keep the file's dtype when the
+    module is cast. In plain PyTorch, on any device: weights are dequantized for each call.
     """
 
     scheme: QuantizationScheme
@@ -350,7 +352,10 @@ class FloatLinear(PackedLinear):
         """Raises ModelError when a scale is not finite."""
         for leaf in self.uncast_buffers[1:]:
             scale = self.get_buffer(leaf)
-            finite = scale != 255 if scale.dtype == torch.uint8 else torch.isfinite(scale.float())
+            if scale.dtype == torch.uint8 and isinstance(self.format.naming, FloatLayout):
+                finite = scale != 255  # E8M0
+            else:
+                finite = torch.isfinite(scale.float())
             if not bool(finite.all()):
                 raise ModelError(f"{name or 'layer'}: {leaf} holds NaN or Inf; fetch the files again")
 

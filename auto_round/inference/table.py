@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
-from auto_round.errors import DeviceError
-from auto_round.inference.config import INT8_BITS, MLX_BITS, LayerFormat
+from auto_round.errors import ConfigError, DeviceError
+from auto_round.inference.config import INT8_BITS, MLX_BITS, PACKINGS, USER_LAYOUTS, LayerFormat
 from auto_round.inference.kernels import LayerSpec, kernel_class
 from auto_round.inference.kernels.compiled import find_compiler
+from auto_round.layouts.base import Layout
 
 # Module by which a package is found when it is on the path without having been installed.
 _MODULES = {"auto-round-lib": "auto_round_kernel", "gptqmodel": "gptqmodel", "triton": "triton", "torch": "torch"}
@@ -226,7 +228,7 @@ def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backe
 # GPTQModel's kernels in plain PyTorch run by name only: on a CPU of two cores one row of inputs took it 86 ms where
 # `torch` took 9 (2048 x 2048, bfloat16), and 512 rows 27 s against 37 ms. Its `aten` rows are fast (0.5 ms), but not
 # worth an import of 20 s, since PyTorch's operation that they call is there without it.
-BACKENDS: tuple[Backend, ...] = (
+BACKENDS: list[Backend] = [
     Backend(OWN_CPU, ("cpu",), _BITS, _ALL, 7, _ALL_INT, ("C compiler",),
             kernel=f"{_KERNELS}.cpu:CpuKernel", gain=_CPU_GAIN),
     Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=f"{_KERNELS}.vendor:CpuInt4"),
@@ -268,4 +270,32 @@ BACKENDS: tuple[Backend, ...] = (
     _torch("torch_mxfp8", (8,), ("mxfp8",)),
     _torch("torch_fp8", (8,), ("fp8", "fp8_block")),
     _torch("torch_fp8_static", (8,), ("fp8_static",)),
-)  # fmt: skip
+]  # fmt: skip
+
+
+def register_backend(backend: Backend) -> Backend:
+    """Add a row to the table. Returns it. Raises ConfigError when another row has its name."""
+    if any(row.name == backend.name and row != backend for row in BACKENDS):
+        raise ConfigError(f"backend {backend.name!r} is already registered")
+    if backend not in BACKENDS:
+        BACKENDS.append(backend)
+    return backend
+
+
+def register_layout(packing_format: str, layout: Layout, bits: Sequence[int]) -> None:
+    """Let Transformers open layers that a plugin's format wrote: in plain PyTorch, dequantized for each call.
+
+    Args:
+        packing_format: what the format's `quantization_config` says; `auto_round:NAME` by convention.
+        layout: reads the layer from the tensors of the checkpoint.
+        bits: widths that it reads.
+
+    Raises:
+        ConfigError: the packing is known already, or its codes have the name of a dense weight.
+    """
+    if packing_format in PACKINGS or USER_LAYOUTS.get(packing_format, layout) is not layout:
+        raise ConfigError(f"packing_format {packing_format!r} is already registered")
+    if layout.leaves[0] in ("weight", "bias"):
+        raise ConfigError(f"packing_format {packing_format!r}: codes in {layout.leaves[0]!r} look like a dense tensor")
+    USER_LAYOUTS[packing_format] = layout
+    register_backend(_torch(f"torch_{packing_format.rpartition(':')[2]}", tuple(bits), (packing_format,)))

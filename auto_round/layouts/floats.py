@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,7 @@ from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS
 from auto_round.codecs.minifloat import MINIFLOATS
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
 from auto_round.errors import NumericsError
+from auto_round.layouts.base import Layout, Specs
 from auto_round.schemes import QuantizationScheme
 
 _MANTISSA_BITS = 23  # of float32, whose exponent has the bias of E8M0
@@ -102,7 +104,6 @@ def unpack_codes(stored: torch.Tensor, element: str, columns: int) -> torch.Tens
 # nv_fp adds `weight_global_scale` float32 [1]. Inputs that are quantized with a scale of the calibration data add
 # `input_scale` [1] in the model's dtype (fp) or `input_global_scale` float32 [1] (nv_fp).
 
-Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 FP8_SCALE = torch.bfloat16
 
 
@@ -138,7 +139,7 @@ def has_input_scale(scheme: QuantizationScheme) -> bool:
 
 
 @dataclass(frozen=True)
-class FloatLayout:
+class FloatLayout(Layout):
     """Where readers of FP8 layers differ.
 
     Attributes:
@@ -150,15 +151,15 @@ class FloatLayout:
     channel_columns: bool
     block_scale: str
     tensor_scale: torch.dtype
+    leaves: ClassVar[tuple[str, ...]] = (
+        "weight_packed", "weight", "weight_scale", "weight_scale_inv", "weight_global_scale", "input_global_scale",
+        "input_scale",
+    )  # fmt: skip
 
     def specs(
         self, scheme: QuantizationScheme, in_features: int, out_features: int,
         model_dtype: torch.dtype = torch.bfloat16,
     ) -> Specs:  # fmt: skip
-        """Shape and dtype of every tensor of a layer but its bias, by the last part of its name. The codes come first.
-
-        `model_dtype` is that of the fixed scale of inputs.
-        """
         element = MINIFLOATS[_required_minifloat(scheme)]
         specs: Specs = {}
         if element.dtype is None:
@@ -175,19 +176,8 @@ class FloatLayout:
             specs["input_scale"] = ((1,), model_dtype)
         return specs
 
-    def named_specs(
-        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int,
-        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.bfloat16,
-    ) -> Specs:  # fmt: skip
-        """`specs` and the bias, by full names for the layer `name`."""
-        specs = self.specs(scheme, in_features, out_features, model_dtype)
-        if bias_dtype is not None:
-            specs["bias"] = ((out_features,), bias_dtype)
-        return {f"{name}.{leaf}": spec for leaf, spec in specs.items()}
-
-    def named_tensors(self, layer: QuantizedLayer, model_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """`pack`, by full names."""
-        return {f"{layer.name}.{leaf}": tensor for leaf, tensor in self.pack(layer, model_dtype).items()}
+    def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        return group_size_mismatch(scheme, in_features)
 
     def _scale(self, scheme: QuantizationScheme, columns: int, rows: int) -> tuple[str, tuple[int, ...], torch.dtype]:
         size = scheme.group_size
@@ -204,10 +194,7 @@ class FloatLayout:
         return "weight_scale", (rows, group_count(columns, size)), FP8_SCALE
 
     def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-        """The layer's tensors, its bias included, by the last part of their names.
-
-        Raises NumericsError when a scale is not a value of the dtype that stores it.
-        """
+        """Raises NumericsError when a scale is not a value of the dtype that stores it."""
         assert layer.codes is not None and layer.scale is not None and layer.element is not None
         specs = self.specs(layer.scheme, layer.in_features, layer.out_features, model_dtype)
         name, _, _ = self._scale(layer.scheme, layer.in_features, layer.out_features)
@@ -232,7 +219,6 @@ class FloatLayout:
         self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
         out_features: int,
     ) -> QuantizedLayer:  # fmt: skip
-        """The inverse of `pack`: `tensors` by the last part of their names."""
         element = _required_minifloat(scheme)
         leaf, shape, _ = self._scale(scheme, in_features, out_features)
         stored = tensors[leaf]
@@ -269,7 +255,8 @@ def layout_name(scheme: QuantizationScheme) -> str:
 def float_problem(scheme: QuantizationScheme) -> str | None:
     """Why the weights of a float scheme have no layout here at all, or None."""
     family, size = float_family_of(scheme.data_type), scheme.group_size
-    if minifloat_name(scheme.data_type, scheme.bits) is None:
+    element = minifloat_name(scheme.data_type, scheme.bits)
+    if element is None or (MINIFLOATS[element].dtype is None and MINIFLOATS[element].bits != 4):
         return f"data type {scheme.data_type!r} has no layout with {scheme.bits} bits"
     if not scheme.sym:
         return f"data type {scheme.data_type!r} has no zero points, and the scheme is asymmetric"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round.algorithms.base import BlockQuantizer
-from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
@@ -338,6 +338,8 @@ class Run:
             return SignRoundQuantizer(
                 settings.algorithm, settings.scale_dtype, settings.optimized_start, settings.enable_torch_compile
             )
+        if isinstance(settings.algorithm, RegisteredConfig):
+            return settings.algorithm.make(settings.scale_dtype)
         return RTNQuantizer(settings.algorithm, settings.scale_dtype)
 
     def _quantize(self, job: Job, outputs: Sequence[OutputWriter], journal: RunJournal | None = None) -> RunResult:

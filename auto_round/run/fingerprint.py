@@ -22,6 +22,7 @@ from auto_round.errors import AutoRoundError
 from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import ModelSource, direct_tensors
 from auto_round.output.folders import is_verified, recorded_inputs
+from auto_round.plugins import loaded_plugins
 from auto_round.run.journal import raw_bytes
 from auto_round.run.plan import Job
 from auto_round.run.settings import Settings
@@ -59,6 +60,7 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
     values["config.json"] = _file_digest(Path(getattr(source, "folder", "")) / "config.json")
     values |= {name: envs.get(name) for name in _VARIABLES}
     values |= {f"version of {name}": version for name, version in _versions().items()}
+    values |= {f"plugin {name}": version for name, version in loaded_plugins().items()}
     return as_json(values)
 
 

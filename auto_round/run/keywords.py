@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.base import ALGORITHMS
+from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
 from auto_round.algorithms.transforms.base import split_transforms
 from auto_round.codecs.block_float import block_float_spec
@@ -30,6 +31,7 @@ _OTHER_DEFAULTS: dict[str, Any] = {
     "static_kv_granularity": "tensor", "static_attention_dtype": None, "static_attention_granularity": "tensor",
     "imatrix": None, "save_imatrix": None, "on_nan": "fail", "allow_pickle": False,
     "model_free": False, "parallelism": None, "max_memory": None, "format": None, "strict": None,
+    "plugins": None,
 }  # fmt: skip
 _TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
 # Named in older scripts, and changing nothing: what each would switch off is off, or is said in another way.
@@ -102,11 +104,13 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
     if one is None:
         return None
     if isinstance(one, str):
+        if one in ALGORITHMS:
+            return RegisteredConfig(quantizer=one)
         name = one.lower().replace("-", "_")
         if name not in ("rtn", *_TUNED_NAMES):
-            raise ConfigError(
-                f"unknown algorithm {one!r}{nearest(name, ('rtn', *_TUNED_NAMES)) or ';'} Use auto_round or rtn"
-            )
+            known = ("rtn", *_TUNED_NAMES, *ALGORITHMS)
+            names = " or ".join(("auto_round", "rtn", *ALGORITHMS))
+            raise ConfigError(f"unknown algorithm {one!r}{nearest(name, known) or ';'} Use {names}")
         return "rtn" if name == "rtn" else "auto_round"
     if not isinstance(one, (RTNConfig, SignRoundConfig)):
         raise ConfigError(f"alg_configs={one!r}: give auto_round, rtn, or one RTNConfig or SignRoundConfig")
@@ -129,6 +133,11 @@ def choose_algorithm(
         ConfigError: settings that contradict each other.
     """
     optimized = not options["disable_opt_rtn"]
+    if isinstance(given, RegisteredConfig):
+        for name, value in (("iters", iters), ("disable_opt_rtn", options["disable_opt_rtn"])):
+            if value:
+                raise ConfigError(f"{name}={value!r} has no effect with algorithm {given.quantizer!r}; leave it out")
+        return given, given.optimized
     if isinstance(given, (RTNConfig, SignRoundConfig)):
         if isinstance(given, SignRoundConfig):
             arguments = {"batch_size": batch_size, "gradient_accumulate_steps": accumulate}

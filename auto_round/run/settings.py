@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.transforms.base import TRANSFORMS
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
@@ -213,6 +213,8 @@ class Settings:
     def algorithm_name(self) -> str:
         if isinstance(self.algorithm, SignRoundConfig):
             return "SignRound (AdamW)" if self.algorithm.enable_adam else "SignRound"
+        if isinstance(self.algorithm, RegisteredConfig):
+            return self.algorithm.quantizer
         return "opt-RTN" if self.algorithm.optimized else "RTN"
 
     def recorded(self) -> dict[str, Any]:

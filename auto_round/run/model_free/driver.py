@@ -32,6 +32,7 @@ from auto_round.output.folders import (
 from auto_round.output.staging import FolderLock, is_lock_held
 from auto_round.output.verify import check_tokenizer
 from auto_round.output.writer import parse_size, write_text
+from auto_round.plugins import loaded_plugins
 from auto_round.report.memory import format_bytes, format_seconds
 from auto_round.report.progress import make_progress
 from auto_round.run.finalize import write_config, write_records, write_side_files
@@ -374,6 +375,7 @@ def _result_settings(job: ModelFreeJob, settings: Settings) -> dict[str, Any]:
     left_out = ("bytes_on_disk", "compute", "model")
     return {k: v for k, v in values.items() if k not in left_out} | {
         "dtype": str(job.settings.get("scale_dtype")), "device": settings.device.type,
+        **{f"plugin {name}": version for name, version in loaded_plugins().items()},
     }  # fmt: skip
 
 
