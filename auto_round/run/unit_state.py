@@ -244,6 +244,7 @@ class Unit:
         sums, tokens: by layer, the sums of squares of its inputs, and over how many tokens; empty unless they are
             saved at the end.
         unreached: layers that no calibration token reached.
+        nearest: layers that got the nearest codes where error feedback was asked for, with the reasons.
         numbers: what had come of NaN and Inf by then, as `NumericsPolicy.state` has it.
     """
 
@@ -254,6 +255,7 @@ class Unit:
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    nearest: Mapping[str, str] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -277,8 +279,8 @@ def unit_state(unit: Unit) -> tuple[dict[str, torch.Tensor | DiskTensor], dict[s
     rest, more = packed(tensors)
     metadata = {
         "layers": layers, "activations": activations, "records": [asdict(record) for record in unit.records],
-        "tokens": dict(unit.tokens), "unreached": unit.unreached, "widths": widths | more,
-        "numerics": dict(unit.numerics),
+        "tokens": dict(unit.tokens), "unreached": unit.unreached, "nearest": dict(unit.nearest),
+        "widths": widths | more, "numerics": dict(unit.numerics),
     }  # fmt: skip
     return stored | rest, metadata
 
@@ -314,6 +316,7 @@ def unit_from_state(given: Mapping[str, torch.Tensor | DiskTensor], metadata: Ma
         under("sum."),
         dict(metadata["tokens"]),
         list(metadata["unreached"]),
+        dict(metadata.get("nearest", {})),
         metadata.get("numerics", {}),
     )
 
