@@ -293,7 +293,9 @@ def _round_block(
                 # Adding and subtracting 2**(e + 23 - mantissa) rounds a value from 2**e on to the minifloat's step
                 # there (`MinifloatType.nearest`); 0x7F800000 are the bits of a float32's exponent.
                 size = value.clamp_(low, high).abs()
-                power = size.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32).clamp(min=smallest)
+                power = (
+                    size.view(dtype=torch.int32).bitwise_and(0x7F800000).view(dtype=torch.float32).clamp(min=smallest)
+                )
                 lift = power.mul_(2.0 ** (23 - mantissa))
                 value.copy_(size.add_(lift).sub_(lift).copysign_(value))
             errors[i].addcmul_(value, scale[group], value=-1.0)

@@ -113,19 +113,21 @@ def check_output_path(path: str) -> None:
         raise OutputError(f"output folder {path} cannot be made: {parent} is not writable; choose another")
 
 
-def algorithm_iters(value: str) -> int | None:
-    """What `--algorithm` means for `iters`: 0 for rtn, None for tuned rounding.
+def algorithm_name(value: str) -> str:
+    """Which algorithm `--algorithm` names: "auto_round", "gptq" or "rtn".
 
     Raises UnsupportedError for an algorithm of a later version, ConfigError for an unknown one.
     """
     names = [part.strip().lower().replace("-", "_") for part in value.split(",") if part.strip()]
     for name in names:
         refuse_algorithm(f"--algorithm {value}", name)
-    known = ("rtn", *TUNED_NAMES)
+    known = ("rtn", "gptq", *TUNED_NAMES)
     if len(names) != 1 or names[0] not in known:
         hint = (nearest(names[0], known) if names else "") or ";"
-        raise ConfigError(f"--algorithm {value!r} is not known{hint} Use one of auto_round (tuned rounding) and rtn")
-    return 0 if names[0] == "rtn" else None
+        raise ConfigError(
+            f"--algorithm {value!r} is not known{hint} Use one of auto_round (tuned rounding), gptq and rtn"
+        )
+    return names[0] if names[0] in ("rtn", "gptq") else "auto_round"
 
 
 def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -135,8 +137,15 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
     """
     chosen = {k: v for k, v in given.items() if k not in _VERB_FLAGS}
     if "algorithm" in given:
-        iters = algorithm_iters(given["algorithm"])
-        if iters == 0:
+        name = algorithm_name(given["algorithm"])
+        if name == "gptq":
+            if recipe.name == "rtn":
+                raise ConfigError(
+                    f"{recipe.command} rounds to nearest without calibration data, and --algorithm gptq needs it; use "
+                    "auto-round --algorithm gptq --iters 0"
+                )
+            chosen["algorithm"] = name
+        if name == "rtn":
             if chosen.get("iters"):
                 raise ConfigError(
                     f"--algorithm rtn does no tuning, but --iters {chosen['iters']} was given; leave one out"
@@ -164,7 +173,7 @@ def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | N
         return fill_defaults(get_recipe("rtn"), chosen)
     filled = fill_defaults(recipe, chosen)
     rounds = filled.pop("model_free", None) is None and filled.get("iters") == 0 and filled.get("disable_opt_rtn")
-    if rounds and "gguf:" not in (formats or "").lower():
+    if rounds and "algorithm" not in filled and "gguf:" not in (formats or "").lower():
         filled["model_free"] = "auto"
     return filled
 

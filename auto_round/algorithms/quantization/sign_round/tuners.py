@@ -130,9 +130,9 @@ class IntTuner(LearnableGroup):
         self.scale_factor = torch.ones_like(self.scale)
         self.padded = self.groups.numel() != self.quantized.numel()
         self._make_rules(2, adam, momentum)
-        for rows, wanted in zip(self.slices, codes, strict=False):
+        for own, wanted in zip(self.slices, codes, strict=False):
             if wanted is not None:
-                self._set_start_delta(rows, as_groups(wanted, self.scheme.group_size))
+                self._set_start_delta(own, as_groups(wanted, self.scheme.group_size))
         self.start_delta = self.rounding_delta.clone() if bool(self.rounding_delta.any()) else None
         self.refresh()
 
