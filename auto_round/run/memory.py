@@ -197,7 +197,9 @@ def streamed_block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
         taken // inputs.source.dtype.itemsize * inputs.compute.itemsize if inputs.compute != inputs.source.dtype else 0
     )
     forward = forward_bytes(inputs, list(inputs.layers.values()), 1) - forward_bytes(inputs, list(others.values()), 1)
-    fewer = lambda size: size - taken - cast + one + max(0, forward)  # noqa: E731
+    hessians = _pairs(inputs, quantized({n: p for n, p in inputs.layers.items() if n.startswith(f"{block}.")}))
+    hessians -= _pairs(inputs, quantized({n: p for n, p in others.items() if n.startswith(f"{block}.")}))
+    fewer = lambda size: size - taken - cast + one + max(0, forward) + hessians  # noqa: E731
     return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
 
 

@@ -64,6 +64,11 @@ def results(folder: Path) -> list[Any]:
 CELLS = {
     "tuned-two-formats": ("llama", "auto_round,auto_gptq", TUNED),
     "opt-rtn-asym": ("llama", "auto_round", {"iters": 0, "sym": False}),
+    "gptq": ("llama", "auto_round", {"iters": 0, "alg_configs": "gptq"}),
+    "gptq-mxfp4-tuned": (
+        "llama", "llm_compressor", {"iters": 2, "alg_configs": "gptq", "scheme": "MXFP4", "group_size": None},
+    ),
+    "gptq-moe": ("qwen3-moe", "auto_round", {"iters": 0, "alg_configs": "gptq"}),
     "rtn": ("llama", "auto_round", {"iters": 0, "disable_opt_rtn": True}),
     "mxfp4": ("llama", "llm_compressor", {"iters": 2, "scheme": "MXFP4", "group_size": None}),
     "fp8-static-kv": (
