@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round import envs
+from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.formats.base import OutputFormat, parse_formats
 from auto_round.formats.cache_scales import none_if_16_bits, parse_cache_scheme
@@ -75,8 +76,9 @@ class AutoRound(Saving, SettingsView):
         seed: of sample choice and order. The same seed gives the same files.
         low_cpu_mem_usage: read a model given by path block by block; False loads it whole (a checkpoint in FP8 or MXFP4
             is read block by block all the same).
-        alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round". The
-            scheme's fields may be given with it.
+        alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round". "gptq"
+            or a `GPTQConfig`: codes by error feedback (docs/tuning.md), alone with `iters=0`, else as the start of
+            tuning. The scheme's fields may be given with a configuration.
         **kwargs: fields of the scheme (`bits`, `group_size`, `sym`, `data_type`, ...), of the algorithm (`lr`,
             `minmax_lr`, `momentum`, `enable_adam`, `enable_minmax_tuning`, `enable_quanted_input`, `not_use_best_mse`,
             `disable_opt_rtn`), and `ignore_layers`, `quant_lm_head`, `scale_dtype`, `to_quant_block_names`, `amp`,
@@ -130,12 +132,13 @@ class AutoRound(Saving, SettingsView):
             iters = check_rtn_only(algorithm_given, iters, options)
         steps = gradient_accumulate_steps if gradient_accumulate_steps is not None else 1
         algorithm, optimized = choose_algorithm(algorithm_given, iters, options["bs"] or batch_size, steps, options)
+        gptq = algorithm_given if isinstance(algorithm_given, GPTQConfig) else None
         resolved = resolve_scheme(scheme, options)
         self._named_formats = None if options["format"] is None else parse_formats(options["format"])
         device = resolve_device(device_map if options["device"] is None else options["device"])
         config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
         cache = {name: none_if_16_bits(options[name]) for name in _CACHE_OPTIONS}
-        wants_cache = parse_cache_scheme(*cache.values()) is not None
+        needs_data = gptq is not None or parse_cache_scheme(*cache.values()) is not None
         self.settings = Settings(
             scheme=resolved,
             scheme_name=scheme_label(scheme, resolved),
@@ -143,12 +146,13 @@ class AutoRound(Saving, SettingsView):
             mixed=mixed_preset(scheme),
             optimized_start=optimized,
             transforms=options["transforms"],
+            gptq=gptq,
             layer_config=config,
             ignore_layers=parse_ignore_layers(options["ignore_layers"]),
             quant_lm_head=bool(options["quant_lm_head"]),
             to_quant_block_names=names_tuple(options["to_quant_block_names"]),
             dataset=dataset,
-            nsamples=check_whole_number("nsamples", nsamples, int(needs_samples(algorithm) or wants_cache)),
+            nsamples=check_whole_number("nsamples", nsamples, int(needs_samples(algorithm) or needs_data)),
             seqlen=check_whole_number("seqlen", seqlen, 2),
             seed=check_whole_number("seed", seed, 0),
             device=device,

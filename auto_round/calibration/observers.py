@@ -253,11 +253,15 @@ class InputHessian:
                 start = index * self.band
                 _add_upper(total, columns[:, start : start + total.shape[0]])
 
-    def of(self, name: str) -> list[torch.Tensor] | None:
-        """A of a layer: float32 [n, n] for each band of channels, in order. None where no token reached it, or where
-        it shared its inputs in some runs only. Layers of the same inputs get the same tensors."""
+    def tokens(self, name: str) -> int:
+        """Rows of inputs that layer `name` had, masked ones included."""
+        return self._seen.get(name, 0)
+
+    def of(self, name: str, least: int = 1) -> list[torch.Tensor] | None:
+        """A of a layer: float32 [n, n] for each band of channels, in order. None where fewer than `least` tokens
+        reached it, or where it shared its inputs in some runs only. Layers of the same inputs get the same tensors."""
         leader = self._leaders.get(name)
-        if leader is None or self._mixed & {name, leader} or not 0 < self._seen[name] == self._seen[leader]:
+        if leader is None or self._mixed & {name, leader} or not least <= self._seen[name] == self._seen[leader]:
             return None
         return self._sums[leader]
 

@@ -159,7 +159,7 @@ TUNING_GROUP = Group(
     (
         Flag(
             "algorithm",
-            "auto_round (tuned rounding) or rtn (same as --iters 0)",
+            "auto_round (tuned rounding), gptq (error feedback, alone or before tuning) or rtn (same as --iters 0)",
             aliases=("algorithms", "alg", "algs", "alg_config", "alg_configs"),
         ),
         Flag("iters", "tuning steps per block, 0 for none (default 200)", "int", aliases=("iter",)),

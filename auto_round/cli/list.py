@@ -148,6 +148,7 @@ def algorithms() -> str:
 
     rows = [
         ("auto_round", "yes", "rounding tuned block by block; also sign_round, signround, autoround"),
+        ("gptq", "yes", "codes by error feedback: alone with --iters 0, else as the start of tuning"),
         ("rtn", "yes", "round to nearest, by a weighted search of scales unless --disable_opt_rtn"),
     ]
     rows += [(name, "yes", "of a plugin") for name in registered]

@@ -114,21 +114,23 @@ def check_output_path(path: str) -> None:
         raise OutputError(f"output folder {path} cannot be made: {parent} is not writable; choose another")
 
 
-def algorithm_iters(value: str) -> int | None:
-    """What `--algorithm` means for `iters`: None for tuned rounding, 0 for rtn and the algorithms of plugins.
+def algorithm_name(value: str) -> str:
+    """Which algorithm `--algorithm` names: "auto_round", "gptq", "rtn", or the name of a plugin's.
 
     Raises UnsupportedError for an algorithm of a later version, ConfigError for an unknown one.
     """
-    names = [part.strip().lower().replace("-", "_") for part in value.split(",") if part.strip()]
     if is_registered(value):
-        return 0
+        return value
+    names = [part.strip().lower().replace("-", "_") for part in value.split(",") if part.strip()]
     for name in names:
         refuse_algorithm(f"--algorithm {value}", name)
-    known = ("rtn", *TUNED_NAMES)
+    known = ("rtn", "gptq", *TUNED_NAMES)
     if len(names) != 1 or names[0] not in known:
         hint = (nearest(names[0], known) if names else "") or ";"
-        raise ConfigError(f"--algorithm {value!r} is not known{hint} Use one of auto_round (tuned rounding) and rtn")
-    return 0 if names[0] == "rtn" else None
+        raise ConfigError(
+            f"--algorithm {value!r} is not known{hint} Use one of auto_round (tuned rounding), gptq and rtn"
+        )
+    return names[0] if names[0] in ("rtn", "gptq") else "auto_round"
 
 
 def is_registered(algorithm: str) -> bool:
@@ -147,21 +149,7 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
     """
     chosen = {k: v for k, v in given.items() if k not in _VERB_FLAGS}
     if "algorithm" in given:
-        from auto_round.algorithms.transforms.base import split_transforms
-
-        transforms, rest = split_transforms([part.strip() for part in given["algorithm"].split(",") if part.strip()])
-        if transforms:
-            chosen["algorithm"] = ",".join(transforms)
-        iters = algorithm_iters(",".join(rest)) if rest else None
-        if iters == 0:
-            if chosen.get("iters"):
-                raise ConfigError(
-                    f"--algorithm {given['algorithm']} does no tuning, but --iters {chosen['iters']} was given; "
-                    "leave one out"
-                )
-            chosen["iters"] = 0
-            if is_registered(given["algorithm"]):
-                chosen["algorithm"] = given["algorithm"]
+        chosen |= _algorithm_kwargs(given["algorithm"], chosen.get("iters"), recipe)
     filled = _with_model_free(recipe, chosen, given.get("format"))
     if "device_map" in filled:
         filled["device_map"] = device_value(filled["device_map"])
@@ -170,6 +158,28 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
 
         filled["layer_config"] = parse_layer_config(filled["layer_config"])
     return filled
+
+
+def _algorithm_kwargs(value: str, iters: Any, recipe: Recipe) -> dict[str, Any]:
+    """What `--algorithm` means for `AutoRound`: transforms first, then one algorithm.
+
+    Raises as `algorithm_name`, and ConfigError for an algorithm that contradicts `iters` or the recipe.
+    """
+    from auto_round.algorithms.transforms.base import split_transforms
+
+    entries, rest = split_transforms([part.strip() for part in value.split(",") if part.strip()])
+    name = algorithm_name(",".join(rest)) if rest else "auto_round"
+    if name == "gptq" and recipe.name == "rtn":
+        raise ConfigError(
+            f"{recipe.command} rounds to nearest without calibration data, and --algorithm gptq needs it; use "
+            "auto-round --algorithm gptq --iters 0"
+        )
+    untuned = name == "rtn" or is_registered(name)
+    if untuned and iters:
+        raise ConfigError(f"--algorithm {value} does no tuning, but --iters {iters} was given; leave one out")
+    if name not in ("auto_round", "rtn"):
+        entries = (*entries, name)
+    return ({"algorithm": ",".join(entries)} if entries else {}) | ({"iters": 0} if untuned else {})
 
 
 def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | None) -> dict[str, Any]:

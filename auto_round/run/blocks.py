@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round.algorithms.base import BlockQuantizer, BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.gptq import MIN_TOKENS, GPTQConfig
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
 from auto_round.algorithms.transforms.base import BlockTransform, BlockView
 from auto_round.calibration.capture import CapturedInputs
@@ -83,9 +84,11 @@ class RunState:
         rooms: of blocks whose experts are tuned one at a time; None where they are not.
         transforms: rewrite each block before it is quantized.
         edits: filled in: by tensor name, what they did.
+        gptq: error feedback for all layers with codes; None where only layers in ggml types get it.
         sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
         records: filled in, one a block.
         unreached: quantized layers that no calibration token reached (experts).
+        nearest: layers that error feedback was asked for and that got the nearest codes, with the reasons.
         cache_scales: filled in: those scales by tensor name, scalars or [heads].
         activations: filled in: by layer, how its inputs are quantized.
         smoke_hidden: the probe after the last block.
@@ -112,10 +115,12 @@ class RunState:
     buffers: ExpertBuffers | None = None
     transforms: Sequence[BlockTransform] = ()
     edits: dict[str, TensorEdit] = field(default_factory=dict)
+    gptq: GPTQConfig | None = None
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     records: list[BlockRecord] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
+    nearest: dict[str, str] = field(default_factory=dict)
     cache_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
     smoke_hidden: torch.Tensor | DiskTensor | None = None
@@ -217,6 +222,7 @@ def restore_unit(state: RunState, index: int) -> Unit:
     state.sums |= unit.sums
     state.tokens |= unit.tokens
     state.unreached += unit.unreached
+    state.nearest |= unit.nearest
     return unit
 
 
@@ -244,6 +250,7 @@ def _unit(name: str, layers: Sequence[QuantizedLayer], state: RunState) -> Unit:
         sums,
         {key: state.tokens[key] for key in sums},
         [layer for layer in state.unreached if layer.startswith(inside)],
+        {layer: why for layer, why in state.nearest.items() if layer.startswith(inside)},
         state.numerics.state(),
         {key: edit for key, edit in state.edits.items() if key.startswith(inside)},
     )
@@ -322,9 +329,10 @@ def _quantize_block(
         wanted = list(inner.values()) if weighs or state.gather else []
         recording: AbstractContextManager[None] = nullcontext()
         if experts is not None and state.buffers is not None:
-            quantizer = _per_expert_tuner(state, experts, full, weighs)
+            quantizer = _per_expert_tuner(state, experts, full, weighs or state.gptq is not None)
             recording = quantizer.recording()
-        paired = [inner[task.name] for task in tasks if weighs and quantizer.needs_hessian(task)]
+        hessians = weighs or state.gptq is not None
+        paired = [inner[task.name] for task in tasks if hessians and quantizer.needs_hessian(task)]
         fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
         cache = state.cache
         attentions = cache.attentions(block) if cache is not None else []
@@ -351,7 +359,13 @@ def _quantize_block(
         state.unreached += [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
         for layer in tasks:
             layer.importance = moments.get(inner[layer.name])
-            layer.input_hessians = input_hessians.of(inner[layer.name])
+            least = 1 if state.gptq is None else MIN_TOKENS
+            layer.input_hessians = input_hessians.of(inner[layer.name], least)
+            if state.gptq is not None and inner[layer.name] in paired and layer.input_hessians is None:
+                count = input_hessians.tokens(inner[layer.name])
+                why = "it has the inputs of another layer in some calls only"
+                why = f"{count} calibration tokens reached it" if count < MIN_TOKENS else why
+                state.nearest[layer.name] = f"nearest codes instead of GPTQ: {why}"
         state.sums |= {f"{name}.{layer}": total.cpu() for layer, total in moments.items()}
         state.tokens |= {f"{name}.{layer}": count for layer, count in moments.tokens.items()}
         share_input_ranges(extremes, fixed)

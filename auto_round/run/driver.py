@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round.algorithms.base import BlockQuantizer
+from auto_round.algorithms.gptq import GPTQQuantizer
 from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
@@ -332,14 +333,18 @@ class Run:
         blocks = tuple(f"{b}." for b in self.source.blocks)
         write_non_block(job, self.source, [v for k, v in layers.items() if not k.startswith(blocks)], [output])
 
-    def _quantizer(self) -> BlockQuantizer:
+    def _quantizer(self, job: Job) -> BlockQuantizer:
         settings = self.settings
         if isinstance(settings.algorithm, SignRoundConfig):
             return SignRoundQuantizer(
-                settings.algorithm, settings.scale_dtype, settings.optimized_start, settings.enable_torch_compile
-            )
+                settings.algorithm, settings.scale_dtype, settings.optimized_start, settings.enable_torch_compile,
+                settings.gptq,
+            )  # fmt: skip
         if isinstance(settings.algorithm, RegisteredConfig):
             return settings.algorithm.make(settings.scale_dtype)
+        in_ggml_types = any(plan.in_ggml_type for plan in job.quantized().values())
+        if settings.gptq is not None or (in_ggml_types and settings.algorithm.optimized):
+            return GPTQQuantizer(settings.gptq, settings.optimized_start, settings.scale_dtype)
         return RTNQuantizer(settings.algorithm, settings.scale_dtype)
 
     def _quantize(self, job: Job, outputs: Sequence[OutputWriter], journal: RunJournal | None = None) -> RunResult:
@@ -373,7 +378,7 @@ class Run:
             captured = time.monotonic()
             batch = settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8
             state = RunState(
-                self._quantizer(),
+                self._quantizer(job),
                 outputs,
                 settings.device,
                 compute_dtype(settings, source),
@@ -389,7 +394,8 @@ class Run:
                 RtnFallback(settings.scale_dtype, source.dtype, needs_all_blocks(settings)),
                 self._numerics_policy(),
                 stack.enter_context(self._expert_buffers()) if settings.tunes and streams_experts(job) else None,
-                [TRANSFORMS[name]() for name in settings.transforms],
+                transforms=[TRANSFORMS[name]() for name in settings.transforms],
+                gptq=settings.gptq,
             )
             if streams_experts(job):
                 state.freed = HeapTrimmer(_MIN_FREED_BYTES)

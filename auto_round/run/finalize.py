@@ -94,7 +94,7 @@ def finalize(
             output.digests(),
             verified,
             finished.data,
-            finished.state.unreached,
+            finished.state.nearest | dict.fromkeys(finished.state.unreached, _UNREACHED),
             finished.state.numerics,
             made.made_from,
         )
@@ -201,19 +201,22 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
         write_text(folder, "generation_config.json", generation.to_json_string())
 
 
+_UNREACHED = "no calibration token reached it: rounded by its weights alone"
+
+
 def layer_records(
-    job: Job, fmt: OutputFormat, unreached: Sequence[str] = (), numerics_policy: NumericsPolicy | None = None
-) -> tuple[LayerRecord, ...]:
+    job: Job, fmt: OutputFormat, reasons: Mapping[str, str] | None = None,
+    numerics_policy: NumericsPolicy | None = None,
+) -> tuple[LayerRecord, ...]:  # fmt: skip
     """Every linear layer of the job and every other matrix in its blocks, for the report.
 
-    `unreached`: layers that no calibration token reached.
+    `reasons`: by layer, why it was rounded in another way than asked for.
     """
     plain = {} if numerics_policy is None else numerics_policy.plain
     records = []
-    without = set(unreached)
     for name, plan in job.layers.items():
         bits = stored_bits(plan, fmt) if plan.scheme.quantizes_weights else None
-        reason = "no calibration token reached it: rounded by its weights alone" if name in without else plan.reason
+        reason = (reasons or {}).get(name, plan.reason)
         if name in plain:
             reason = f"rounded by its weights alone: {plain[name]}"
         records.append(LayerRecord(name, plan.description, bits, reason))
@@ -256,7 +259,7 @@ def write_records(
     files: Mapping[str, str],
     verify: Mapping[str, Any] | None,
     data: str | None,
-    unreached: Sequence[str] = (),
+    reasons: Mapping[str, str] | None = None,
     numerics_policy: NumericsPolicy | None = None,
     made_from: Mapping[str, str] | None = None,
 ) -> None:
@@ -283,7 +286,7 @@ def write_records(
         model=model,
         format=fmt.name,
         job=clean(plain(job.to_dict())) | {"model": model, "data": data},
-        layers=tuple(replace(r, reason=clean(r.reason)) for r in layer_records(job, fmt, unreached, numerics_policy)),
+        layers=tuple(replace(r, reason=clean(r.reason)) for r in layer_records(job, fmt, reasons, numerics_policy)),
         blocks=tuple(blocks),
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),

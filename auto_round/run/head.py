@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.encode_layer import ggml_type_for, is_integer
+from auto_round.algorithms.gptq import DAMPING, GPTQConfig, gptq_layer
 from auto_round.algorithms.head import descend_ggml_layer, descend_integer_layer
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.algorithms.quantization.sign_round.loop import split_samples
@@ -80,7 +81,7 @@ def head_inputs(source: ModelSource, state: RunState, name: str) -> HeadInputs:
 
 
 def quantize_head(
-    task: LayerTask, inputs: HeadInputs, scale_dtype: torch.dtype, optimized: bool
+    task: LayerTask, inputs: HeadInputs, scale_dtype: torch.dtype, optimized: bool, gptq: GPTQConfig | None = None
 ) -> tuple[QuantizedLayer, float, float]:
     """The head on held-out tokens: (layer, KL divergence of rounding to nearest, and of what is kept), in nats.
 
@@ -90,7 +91,7 @@ def quantize_head(
     nearest = quantize_layer(task, optimized, scale_dtype)
     plain = head_divergence(task, nearest, inputs)
     kept, least = nearest, plain
-    for other in _candidates(task, inputs.hessian, optimized, scale_dtype):
+    for other in _candidates(task, inputs.hessian, optimized, scale_dtype, gptq):
         divergence = head_divergence(task, other, inputs)
         if divergence < least:
             kept, least = other, divergence
@@ -98,9 +99,11 @@ def quantize_head(
 
 
 def _candidates(
-    task: LayerTask, hessian: torch.Tensor, optimized: bool, scale_dtype: torch.dtype
+    task: LayerTask, hessian: torch.Tensor, optimized: bool, scale_dtype: torch.dtype, gptq: GPTQConfig | None
 ) -> Iterator[QuantizedLayer]:
     """Other ways to round the head, one at a time: they are large."""
+    if gptq is not None:
+        yield gptq_layer(replace(task, input_hessians=[hessian]), optimized, scale_dtype, gptq.damping)
     kind = ggml_type_for(task)
     if kind is not None:
         yield descend_ggml_layer(task, kind, hessian)
@@ -155,6 +158,7 @@ def quantize_non_block(
     """
     results = []
     head = _head(source.model)
+    feeds_back = lambda plan: plan.has_codes if state.gptq is not None else optimized and plan.ggml is not None
     for name, plan in job.quantized().items():
         if any(name.startswith(f"{block}.") for block in source.blocks):
             continue
@@ -164,8 +168,8 @@ def quantize_non_block(
         inputs, importance, extremes, input_hessians = None, None, MinMaxObserver(), None
         try:
             inputs = head_inputs(source, state, name) if tuned else None
-            if is_calibrated(plan.scheme) or (optimized and inputs is None):
-                paired = optimized and inputs is None and plan.ggml is not None
+            if is_calibrated(plan.scheme) or (inputs is None and (optimized or feeds_back(plan))):
+                paired = inputs is None and feeds_back(plan)
                 importance, extremes, input_hessians = _observe_inputs(source, state, name, paired)
         except NumericsError as error:
             fault = error
@@ -180,12 +184,13 @@ def quantize_non_block(
         else:
             task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
             if inputs is not None:
-                layer, before, after = quantize_head(task, inputs, scale_dtype, optimized)
+                layer, before, after = quantize_head(task, inputs, scale_dtype, optimized, state.gptq)
                 state.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
             else:
                 task.importance = importance if optimized else (state.importance or {}).get(name)
                 task.input_hessians = input_hessians
-                layer = quantize_layer(task, task.importance is not None, scale_dtype)
+                damping = DAMPING if state.gptq is None else state.gptq.damping
+                layer = gptq_layer(task, task.importance is not None, scale_dtype, damping)
         if task.activation is not None:
             state.activations[name] = task.activation
         state.numerics.count(task, clamped_scales(task, layer))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from auto_round.algorithms.base import ALGORITHMS
+from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
 from auto_round.algorithms.transforms.base import split_transforms
@@ -78,7 +79,7 @@ def checked_options(kwargs: Mapping[str, Any], arguments: Iterable[str] = ()) ->
     return options
 
 
-def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfig | str | None:
+def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfig | GPTQConfig | str | None:
     """What was given as `alg_configs` or `algorithm`: one configuration or name, or None.
 
     The scheme's fields of a configuration go to `options`, and one with `iters=0` becomes an `RTNConfig`.
@@ -99,7 +100,7 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
         if isinstance(entry, str):
             refuse_algorithm(f"algorithm {entry!r}", entry)
     if len(entries) != 1:
-        raise ConfigError(f"alg_configs={alg_configs!r}: give one algorithm, auto_round or rtn")
+        raise ConfigError(f"alg_configs={alg_configs!r}: give one algorithm, auto_round, gptq or rtn")
     one = entries[0]
     if one is None:
         return None
@@ -107,13 +108,17 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
         if one in ALGORITHMS:
             return RegisteredConfig(quantizer=one)
         name = one.lower().replace("-", "_")
-        if name not in ("rtn", *_TUNED_NAMES):
-            known = ("rtn", *_TUNED_NAMES, *ALGORITHMS)
-            names = " or ".join(("auto_round", "rtn", *ALGORITHMS))
+        known = ("rtn", "gptq", *_TUNED_NAMES, *ALGORITHMS)
+        if name not in known:
+            names = " or ".join(("auto_round", "gptq", "rtn", *ALGORITHMS))
             raise ConfigError(f"unknown algorithm {one!r}{nearest(name, known) or ';'} Use {names}")
+        if name == "gptq":
+            return GPTQConfig()
         return "rtn" if name == "rtn" else "auto_round"
-    if not isinstance(one, (RTNConfig, SignRoundConfig)):
-        raise ConfigError(f"alg_configs={one!r}: give auto_round, rtn, or one RTNConfig or SignRoundConfig")
+    if not isinstance(one, (RTNConfig, SignRoundConfig, GPTQConfig)):
+        raise ConfigError(
+            f"alg_configs={one!r}: give auto_round, gptq, rtn, or one RTNConfig, GPTQConfig or SignRoundConfig"
+        )
     for key, value in one.scheme_overrides().items():
         if options[key] not in (None, value):
             raise ConfigError(f"{key}={options[key]!r} contradicts alg_configs={one!r}; say it once")
@@ -124,10 +129,11 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
 
 
 def choose_algorithm(
-    given: AlgorithmConfig | str | None, iters: int | None, batch_size: int, accumulate: int,
+    given: AlgorithmConfig | GPTQConfig | str | None, iters: int | None, batch_size: int, accumulate: int,
     options: Mapping[str, Any],
 ) -> tuple[AlgorithmConfig, bool]:  # fmt: skip
-    """The algorithm's settings, and whether scales are searched. `given`: see `given_algorithm`.
+    """The algorithm's settings, and whether scales are searched. `given`: see `given_algorithm`; with GPTQ the settings
+    of the tuning that starts from it, or of rounding without tuning.
 
     Raises:
         ConfigError: settings that contradict each other.

@@ -197,7 +197,9 @@ def streamed_block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
         taken // inputs.source.dtype.itemsize * inputs.compute.itemsize if inputs.compute != inputs.source.dtype else 0
     )
     forward = forward_bytes(inputs, list(inputs.layers.values()), 1) - forward_bytes(inputs, list(others.values()), 1)
-    fewer = lambda size: size - taken - cast + one + max(0, forward)  # noqa: E731
+    hessians = _pairs(inputs, quantized({n: p for n, p in inputs.layers.items() if n.startswith(f"{block}.")}))
+    hessians -= _pairs(inputs, quantized({n: p for n, p in others.items() if n.startswith(f"{block}.")}))
+    fewer = lambda size: size - taken - cast + one + max(0, forward) + hessians  # noqa: E731
     return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
 
 
@@ -291,8 +293,10 @@ def _rows_backward(inputs: MemoryInputs, plans: Sequence[LayerPlan], rows: int) 
 
 
 def _pairs(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> int:
-    """Sums over pairs of input channels, which codes of ggml types are found with."""
+    """Hessians of the inputs, of layers whose codes error feedback decides."""
     settings = inputs.settings
+    if settings.gptq is not None:
+        return hessian_bytes([plan.in_features for plan in chosen if plan.has_codes])
     if settings.imatrix is not None or not (settings.optimized_start and settings.needs_data):
         return 0
     return hessian_bytes([plan.in_features for plan in chosen if plan.ggml is not None])
@@ -339,8 +343,8 @@ def tuning_bytes(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> TuningByt
         )  # start, present, factors, zero points
         plain = stacked + 2 * compute.itemsize + 4 + scales  # quantized weights, gradient and offsets
         best = ((1 if integers else 4) + 8 / size) if keeps_best_copy(algorithm.iters) else 0  # codes, or offsets
-        if first.ggml is not None and _pairs(inputs, members):
-            plain += 4  # the offsets that the pairs start it with
+        if _pairs(inputs, members):
+            plain += 4  # the offsets that tuning starts with
         held += count * (plain + best + state)
         step = max(step, count * (moment + 12 / size))
         finished += count * (plain + state)

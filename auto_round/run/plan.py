@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from auto_round import envs
+from auto_round.algorithms.encode_layer import scheme_has_codes
 from auto_round.calibration.kv_cache_observer import KVCacheObserver
+from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
 from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs
@@ -136,6 +138,17 @@ class LayerPlan:
     def description(self) -> str:
         """What it becomes, in a short phrase: the ggml type, or the scheme."""
         return self.ggml if self.ggml is not None else self.scheme.describe()
+
+    @property
+    def in_ggml_type(self) -> bool:
+        """Whether a ggml type stores it, or describes its scheme and no integer type does."""
+        described = self.scheme.data_type != "int" and ggml_type_of(self.scheme) is not None
+        return self.ggml is not None or described
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether codes of the layer are stored."""
+        return self.in_ggml_type or (self.scheme.quantizes_weights and scheme_has_codes(self.scheme))
 
     def unquantized(self, reason: str) -> LayerPlan:
         """The same layer left in full precision."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -231,6 +232,8 @@ def make_job(
         asked, gguf = gguf, resolve_types(gguf, source, layers)
         if embedded:
             notes += shared_with_head(asked, gguf, source, _embeddings(source))
+    if settings.gptq is not None:
+        layers = _without_feedback(layers)
     usual = {None, _ASKED, *default.reasons.values()}
     refused = [p for p in layers.values() if p.reason not in usual and p.scheme.bits >= 16]
     for plan in refused[:5]:
@@ -264,6 +267,22 @@ def make_job(
     for fmt in formats:
         require_plan(fmt, job.export_plan(fmt))
     return job
+
+
+def _without_feedback(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """The layers, with the reason where their data type has no codes that error feedback could choose.
+
+    Raises ConfigError when that is all of them.
+    """
+    chosen = [plan for plan in layers.values() if plan.scheme.quantizes_weights]
+    without = {plan.name: plan for plan in chosen if not plan.has_codes}
+    if chosen and len(without) == len(chosen):
+        raise ConfigError(
+            f"GPTQ chooses codes, and data type {chosen[0].scheme.data_type!r} with group size "
+            f"{chosen[0].scheme.group_size} stores none; use --algorithm auto_round or rtn"
+        )
+    said = "GPTQ leaves it out: its data type stores no codes"
+    return {name: replace(plan, reason=said) if name in without else plan for name, plan in layers.items()}
 
 
 def _head_name(source: ModelSource) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.transforms.base import TRANSFORMS
@@ -149,6 +150,7 @@ class Settings:
     mixed: MixedPreset | None = None
     optimized_start: bool = True
     transforms: tuple[str, ...] = ()
+    gptq: GPTQConfig | None = None
     layer_config: Mapping[str, Any] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()
     quant_lm_head: bool = False
@@ -195,7 +197,8 @@ class Settings:
         searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized and self.imatrix is None
         saves = self.save_imatrix is not None
         observes = any(TRANSFORMS[name].needs_data for name in self.transforms)
-        return self.tunes or searches or saves or observes or self._calibrated or self.cache is not None
+        looks = self.tunes or self.gptq is not None or searches or saves or observes
+        return looks or self._calibrated or self.cache is not None
 
     @property
     def weighs(self) -> bool:
@@ -212,9 +215,12 @@ class Settings:
     @property
     def algorithm_name(self) -> str:
         if isinstance(self.algorithm, SignRoundConfig):
-            return "SignRound (AdamW)" if self.algorithm.enable_adam else "SignRound"
+            start = "" if self.gptq is None else "GPTQ, then "
+            return start + ("SignRound (AdamW)" if self.algorithm.enable_adam else "SignRound")
         if isinstance(self.algorithm, RegisteredConfig):
             return self.algorithm.quantizer
+        if self.gptq is not None:
+            return "GPTQ"
         return "opt-RTN" if self.algorithm.optimized else "RTN"
 
     def recorded(self) -> dict[str, Any]:
@@ -229,6 +235,8 @@ class Settings:
             }  # fmt: skip
         else:
             values |= {"iters": 0, "enable_quanted_input": False}
+        if self.gptq is not None:
+            values |= {"damping": self.gptq.damping, "disable_opt_rtn": not self.optimized_start}
         if self.needs_data:
             values |= {"nsamples": self.nsamples, "seqlen": self.seqlen}
             values["dataset"] = redact_dataset(self.dataset) if isinstance(self.dataset, str) else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.formats.base import OutputFormat
@@ -78,9 +79,10 @@ class SettingsView:
         return [list(select_blocks(self.settings, source.blocks))]
 
     @property
-    def alg_configs(self) -> RTNConfig | SignRoundConfig:
-        """The settings of the algorithm."""
-        return self.settings.algorithm
+    def alg_configs(self) -> RTNConfig | SignRoundConfig | GPTQConfig:
+        """The settings of the algorithm; with GPTQ before tuning, those of the tuning."""
+        settings = self.settings
+        return settings.gptq if settings.gptq is not None and not settings.tunes else settings.algorithm
 
     @property
     def model_free(self) -> bool:

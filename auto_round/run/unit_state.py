@@ -246,6 +246,7 @@ class Unit:
             saved at the end.
         unreached: layers that no calibration token reached.
         edits: by tensor name, what transforms did to it.
+        nearest: layers that got the nearest codes where error feedback was asked for, with the reasons.
         numbers: what had come of NaN and Inf by then, as `NumericsPolicy.state` has it.
     """
 
@@ -256,6 +257,7 @@ class Unit:
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    nearest: Mapping[str, str] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
     edits: Mapping[str, TensorEdit] = field(default_factory=dict)
 
@@ -282,8 +284,8 @@ def unit_state(unit: Unit) -> tuple[dict[str, torch.Tensor | DiskTensor], dict[s
     rest, more = packed(tensors)
     metadata = {
         "layers": layers, "activations": activations, "records": [asdict(record) for record in unit.records],
-        "tokens": dict(unit.tokens), "unreached": unit.unreached, "widths": widths | more,
-        "numerics": dict(unit.numerics),
+        "tokens": dict(unit.tokens), "unreached": unit.unreached, "nearest": dict(unit.nearest),
+        "widths": widths | more, "numerics": dict(unit.numerics),
     }  # fmt: skip
     return stored | rest, metadata
 
@@ -319,6 +321,7 @@ def unit_from_state(given: Mapping[str, torch.Tensor | DiskTensor], metadata: Ma
         under("sum."),
         dict(metadata["tokens"]),
         list(metadata["unreached"]),
+        dict(metadata.get("nearest", {})),
         metadata.get("numerics", {}),
         {
             name: edit_from_state({kind: factors})

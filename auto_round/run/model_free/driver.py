@@ -419,7 +419,9 @@ def check_rtn_only(alg_configs: Any, iters: int | None, options: dict[str, Any])
         if not (isinstance(given, str) and given.lower() == "rtn") and not (
             isinstance(given, RTNConfig) and not given.optimized
         ):
-            raise ConfigError(f"model_free=True only rounds to nearest, and the algorithm {given!r} does more")
+            raise ConfigError(
+                f"model_free=True rounds to nearest without calibration data, and the algorithm {given!r} does more"
+            )
         if isinstance(given, RTNConfig):
             return iters
     if iters:

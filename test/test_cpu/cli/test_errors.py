@@ -42,6 +42,7 @@ def line(capsys: pytest.CaptureFixture[str]) -> str:
         (["eval", "--eval_bs", "1"], "no model was given"),
         (["m", "--algorithm", "autoroud"], "did you mean 'autoround', 'auto_round'"),
         (["m", "--algorithm", "rtn,auto_round"], "Use one of"),
+        (["m", "--algorithm", "gpqt"], "did you mean 'gptq'"),
     ],
 )
 def test_mistakes(job: Any, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:

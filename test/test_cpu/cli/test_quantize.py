@@ -83,6 +83,8 @@ EVERY_FLAG: list[tuple[str, dict[str, Any]]] = [
     ("--algorithm auto_round", {}),
     ("--alg rtn", {"iters": 0}),
     ("--alg_configs rtn", {"iters": 0}),
+    ("--algorithm gptq", {"algorithm": "gptq"}),
+    ("--alg GPTQ --iters 0 --disable_opt_rtn", {"algorithm": "gptq", "iters": 0, "disable_opt_rtn": True}),
     ("--alg-config auto-round", {}),
     ("--bit 8 --schemes w2a16", {"bits": 8, "scheme": "w2a16"}),
     ("--no-enable_adam", {"enable_adam": False}),

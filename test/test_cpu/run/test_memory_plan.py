@@ -53,6 +53,7 @@ def storage_bytes(*values: Any) -> dict[int, int]:
         {"scheme": "W4A16"}, {"scheme": "W2A16", "group_size": 32, "sym": False}, {"scheme": "W8A16", "group_size": -1},
         {"scheme": "MXFP4"}, {"scheme": "NVFP4", "group_size": 16}, {"scheme": "GGUF:Q4_K_S"},
         {"scheme": "W4A16", "momentum": 0.9}, {"scheme": "W4A16", "enable_adam": True},
+        {"scheme": "W4A16", "alg_configs": "gptq"}, {"scheme": "MXFP4", "alg_configs": "gptq"},
     ],
     ids=str,
 )  # fmt: skip
@@ -68,11 +69,11 @@ def test_learnables_hold_what_is_counted(
     module = run.source.load(block)
     tasks = [layer_task(run.source, plan) for plan in plans]
     for task in tasks:
-        if task.ggml is not None:  # as calibration gives them
+        if task.ggml is not None or "alg_configs" in kwargs:  # as calibration gives them
             inputs = torch.randn(64, task.weight.shape[1], generator=torch.Generator().manual_seed(0))
             task.input_hessians = [inputs.T @ inputs]
     own = storage_bytes([[task.weight, task.input_hessians] for task in tasks])
-    quantizer = run._quantizer()
+    quantizer = run._quantizer(job)
     assert isinstance(quantizer, SignRoundQuantizer)
     whole = BlockTask(block, module, tasks, lambda hidden, _samples: hidden, torch.float32, 0)
     learnables, _ = quantizer._tunables(whole)

@@ -64,6 +64,11 @@ def results(folder: Path) -> list[Any]:
 CELLS = {
     "tuned-two-formats": ("llama", "auto_round,auto_gptq", TUNED),
     "opt-rtn-asym": ("llama", "auto_round", {"iters": 0, "sym": False}),
+    "gptq": ("llama", "auto_round", {"iters": 0, "alg_configs": "gptq"}),
+    "gptq-mxfp4-tuned": (
+        "llama", "llm_compressor", {"iters": 2, "alg_configs": "gptq", "scheme": "MXFP4", "group_size": None},
+    ),
+    "gptq-moe": ("qwen3-moe", "auto_round", {"iters": 0, "alg_configs": "gptq"}),
     "rtn": ("llama", "auto_round", {"iters": 0, "disable_opt_rtn": True}),
     "mxfp4": ("llama", "llm_compressor", {"iters": 2, "scheme": "MXFP4", "group_size": None}),
     "fp8-static-kv": (
@@ -268,7 +273,15 @@ def test_a_damaged_journal_is_never_used(how: str, run: Runner, stop_at: Any, tm
         run("out", **TUNED)
     (journal,) = (space / "resume").iterdir()
     names = sorted(path.name for path in journal.iterdir())
-    assert [n.partition("-")[0] for n in names] == ["full", "manifest.json", "quantized", "run.json", "smoke_sample", "unit"]
+    kinds = [name.partition("-")[0] for name in names]
+    assert kinds == ["full", "manifest.json", "quantized", "run.json", "smoke_sample", "unit"]
+        "full",
+        "manifest.json",
+        "quantized",
+        "run.json",
+        "smoke_sample",
+        "unit",
+    ]
     kept = tmp_path / "kept"
     shutil.copytree(journal, kept)
     for name in names:

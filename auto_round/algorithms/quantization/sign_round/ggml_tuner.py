@@ -20,6 +20,7 @@ import torch
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.encode_layer import encode_ggml
 from auto_round.algorithms.quantization.sign_round.learnable_group import (
+    EDGE,
     SCALE_FACTOR_RANGE,
     Index,
     LearnableGroup,
@@ -31,8 +32,6 @@ from auto_round.algorithms.quantization.sign_round.learnable_group import (
 )
 from auto_round.codecs.ggml.types import GgmlBlocks, GgmlType, assign_codes, code_limits, inverse_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
-
-_INSIDE = 0.1  # of a step: how far inside a code that is not the nearest one tuning starts
 
 Tensor = torch.Tensor
 GgmlValues = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
@@ -119,10 +118,9 @@ class GgmlTuner(LearnableGroup):
         for rows in self._row_chunks(self.groups):
             ratio = (self.groups[rows].float() - self.minima[rows]) * self.inverses[rows]
             wanted = codes[rows].view(ratio.shape).float() - self.kind.zero
-            edge = 0.5 - _INSIDE
-            offset = torch.maximum(torch.minimum(ratio, wanted + edge), wanted - edge) - ratio
+            offset = torch.maximum(torch.minimum(ratio, wanted + EDGE), wanted - EDGE) - ratio
             self.rounding_delta[rows] = torch.where(ratio.round().clamp(low, high) == wanted, 0.0, offset)
-        self._start_delta = self.rounding_delta.clone() if bool(self.rounding_delta.any()) else None
+        self.start_delta = self.rounding_delta.clone() if bool(self.rounding_delta.any()) else None
 
     def _start_super_scales(self) -> list[Tensor]:
         """d and, where there is one, dmin: float32 [rows, blocks]."""
@@ -188,10 +186,7 @@ class GgmlTuner(LearnableGroup):
 
     @torch.no_grad()
     def restart(self) -> None:
-        if self._start_delta is None:
-            self.rounding_delta.zero_()
-        else:
-            self.rounding_delta.copy_(self._start_delta)
+        self._restart_delta()
         for scale_factor in self.scale_factors:
             scale_factor.fill_(1.0)
         self._apply_factors()

@@ -102,9 +102,11 @@ class LearnableGroup(ABC):
         v: the offsets, float32.
         rules: how offsets and factors move.
         fuse_update: the offsets' rule keeps no state, so that it can move a piece of them at a time.
+        start_delta: where offsets start, like `rounding_delta`; None: at zero, which gives the nearest codes.
     """
 
     rounding_delta: torch.Tensor
+    start_delta: torch.Tensor | None = None
 
     def __init__(
         self, tasks: Sequence[LayerTask], compute_dtype: torch.dtype, starts: Sequence[int], shape: tuple[int, int]
@@ -166,6 +168,13 @@ class LearnableGroup(ABC):
         self._with_gradient.clear()
         return True
 
+    def _restart_delta(self) -> None:
+        """The offsets back to their start."""
+        if self.start_delta is None:
+            self.rounding_delta.zero_()
+        else:
+            self.rounding_delta.copy_(self.start_delta)
+
     def drop_gradient(self) -> None:
         """Forget what was gathered since the last step."""
         self._with_gradient.clear()
@@ -203,6 +212,9 @@ def stack_tasks(tasks: Sequence[LayerTask]) -> list[list[LayerTask]]:
         alone = index if task.scheme.group_size == 0 else None
         groups[task.scheme, task.ggml, task.weight.shape[1], task.weight.device, alone].append(task)
     return list(groups.values())
+
+
+EDGE = 0.4  # of a step: where offsets start within a code that is not the nearest one, 0.1 inside its border
 
 
 def copy_state(state: State, into: State | None) -> State:

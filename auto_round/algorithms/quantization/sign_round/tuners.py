@@ -26,6 +26,7 @@ import torch
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.encode_layer import as_groups, encode_integer, encode_minifloat
 from auto_round.algorithms.quantization.sign_round.learnable_group import (
+    EDGE,
     SCALE_FACTOR_RANGE,
     Index,
     LearnableGroup,
@@ -101,12 +102,13 @@ class IntTuner(LearnableGroup):
         tune_scale: tune the factor on the scale as well.
         adam, momentum: how learnables move.
         compile_step: compile the elementwise passes.
+        codes: where tuning starts, uint8 [out, in] or None for the nearest ones, one a layer.
     """
 
     def __init__(
         self, tasks: Sequence[LayerTask], qparams: Sequence[QuantParams], compute_dtype: torch.dtype,
         scale_dtype: torch.dtype, tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
-        compile_step: bool = False,
+        compile_step: bool = False, codes: Sequence[torch.Tensor | None] = (),
     ) -> None:  # fmt: skip
         self._values, self._gradients = (
             compiled_int() if compile_step else (quantized_values, straight_through_gradients)
@@ -128,7 +130,22 @@ class IntTuner(LearnableGroup):
         self.scale_factor = torch.ones_like(self.scale)
         self.padded = self.groups.numel() != self.quantized.numel()
         self._make_rules(2, adam, momentum)
+        for own, wanted in zip(self.slices, codes, strict=False):
+            if wanted is not None:
+                self._set_start_delta(own, as_groups(wanted, self.scheme.group_size))
+        self.start_delta = self.rounding_delta.clone() if bool(self.rounding_delta.any()) else None
         self.refresh()
+
+    @torch.no_grad()
+    def _set_start_delta(self, rows: slice, codes: torch.Tensor) -> None:
+        """Offsets that lead to these codes: zero where they are the nearest ones, else just far enough."""
+        for part in self._row_chunks(codes):
+            own = slice(rows.start + part.start, rows.start + part.stop)
+            low, high = self._limits(own)
+            ratio = self.groups[own].float() / self.scale[own]
+            wanted = codes[part].float() + low
+            offset = _clamp(ratio, wanted - EDGE, wanted + EDGE) - ratio
+            self.rounding_delta[own] = torch.where(_clamp(ratio.round(), low, high) == wanted, 0.0, offset)
 
     def _limits(self, rows: slice) -> tuple[Any, Any]:
         top = 2**self.bits - 1
@@ -174,7 +191,7 @@ class IntTuner(LearnableGroup):
 
     @torch.no_grad()
     def restart(self) -> None:
-        self.rounding_delta.zero_()
+        self._restart_delta()
         self.scale_factor.fill_(1.0)
         self.scale = self.start_scale
         self.refresh()
@@ -273,12 +290,14 @@ class FloatTuner(LearnableGroup):
         tune_scale: tune the factor on the scale as well.
         adam, momentum: how learnables move.
         compile_step: compile the elementwise passes.
+        codes: where tuning starts, uint8 [out, in] or None for the nearest ones, one a layer.
     """
 
     def __init__(
         self, tasks: Sequence[LayerTask], family: BlockFloatSpec,
         starts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], compute_dtype: torch.dtype,
         tune_scale: bool = True, adam: bool = False, momentum: float = 0.0, compile_step: bool = False,
+        codes: Sequence[torch.Tensor | None] = (),
     ) -> None:  # fmt: skip
         self._values, self._gradients = compiled_floats() if compile_step else (float_values, float_gradients)
         self.family, self.tune_scale = family, tune_scale
@@ -295,7 +314,28 @@ class FloatTuner(LearnableGroup):
         self.rounding_delta = torch.zeros_like(self.blocks, dtype=torch.float32)
         self.scale_factor = torch.ones_like(self.scale)
         self._make_rules(2, adam, momentum)
+        for rows, wanted in zip(self.slices, codes, strict=False):
+            if wanted is not None:
+                self._set_start_delta(rows, as_blocks(wanted, size))
+        self.start_delta = self.rounding_delta.clone() if bool(self.rounding_delta.any()) else None
         self.refresh()
+
+    @torch.no_grad()
+    def _set_start_delta(self, rows: slice, codes: torch.Tensor) -> None:
+        """Offsets that lead to these codes: zero where they are the nearest ones, else just far enough."""
+        element, factors = self.family.element, self._factors(self.scale)[rows]
+        for part, inner in block_chunks(codes, self._chunk):
+            own = slice(rows.start + part.start, rows.start + part.stop)
+            ratio = self.blocks[own, inner].float() / factors[part]
+            wanted = element.decode(codes[part, inner])
+            # Towards zero the next value may be half as far away as the other one.
+            size = wanted.abs()
+            outer, towards_zero = element.step(size) * EDGE, element.step(size * (1 - 2.0**-10)) * EDGE
+            above = torch.where(wanted < 0, towards_zero, outer)
+            below = torch.where(wanted > 0, towards_zero, outer)
+            moved = torch.maximum(torch.minimum(ratio, wanted + above), wanted - below) - ratio
+            offset = moved / element.step(ratio)
+            self.rounding_delta[own, inner] = torch.where(element.nearest(ratio) == wanted, 0.0, offset)
 
     def _factors(self, scale: torch.Tensor) -> torch.Tensor:
         """What elements are multiplied with, layer by layer."""
@@ -338,7 +378,7 @@ class FloatTuner(LearnableGroup):
 
     @torch.no_grad()
     def restart(self) -> None:
-        self.rounding_delta.zero_()
+        self._restart_delta()
         self.scale_factor.fill_(1.0)
         self.scale = self.start_scale
         self.refresh()
