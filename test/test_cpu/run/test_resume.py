@@ -275,13 +275,6 @@ def test_a_damaged_journal_is_never_used(how: str, run: Runner, stop_at: Any, tm
     names = sorted(path.name for path in journal.iterdir())
     kinds = [name.partition("-")[0] for name in names]
     assert kinds == ["full", "manifest.json", "quantized", "run.json", "smoke_sample", "unit"]
-        "full",
-        "manifest.json",
-        "quantized",
-        "run.json",
-        "smoke_sample",
-        "unit",
-    ]
     kept = tmp_path / "kept"
     shutil.copytree(journal, kept)
     for name in names:
