@@ -237,6 +237,7 @@ def test_few_tokens_leave_an_expert_at_its_start(folder: str, make: Make, alone:
         ("qwen2-moe", {"enable_quanted_input": False, "batch_size": 3}),
         ("qwen3-moe", {"scheme": "NVFP4", "group_size": 16, "format": "llm_compressor"}),
         ("qwen3-moe", {"scheme": "FP8_STATIC", "group_size": None, "format": "llm_compressor"}),
+        ("qwen3-moe", {"bits": 3, "alg_configs": "gptq"}),
         ("gguf", {"scheme": "gguf:q4_k_m", "group_size": None, "format": "gguf:q4_k_m"}),
     ],
     ids=str,
