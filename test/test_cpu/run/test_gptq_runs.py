@@ -109,6 +109,22 @@ def test_gguf_layers_have_it_already(make: Callable[..., Any], gguf_folder: Any,
     assert one == two
 
 
+def test_an_importance_file_leaves_the_hessians_to_the_data(
+    make: Callable[..., Any], gguf_folder: Any, tmp_path: Path
+) -> None:
+    folder, given = gguf_folder("llama"), {"iters": 0, "group_size": None}
+    make(folder, **given, save_imatrix=tmp_path / "imatrix.gguf").quantize_and_save(tmp_path / "data", "gguf:q3_k_s")
+    files = {"data": next((tmp_path / "data").glob("*.gguf")).read_bytes()}
+    for name, more in (("file", {}), ("both", {"alg_configs": "gptq"})):
+        ar = make(folder, **given, **more, imatrix=tmp_path / "imatrix.gguf")
+        ar.quantize_and_save(tmp_path / name, "gguf:q3_k_s")
+        files[name] = next((tmp_path / name).glob("*.gguf")).read_bytes()
+    codes = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files.items()}
+    share = lambda one, two: float((codes[one] != codes[two]).float().mean())  # noqa: E731
+    assert len(files["file"]) == len(files["both"]) == len(files["data"])
+    assert share("both", "data") < 0.01 < share("both", "file")
+
+
 def test_experts_with_few_tokens_get_the_nearest_codes(
     make: Callable[..., Any], packable_model: Any, tmp_path: Path, read_json: Any
 ) -> None:

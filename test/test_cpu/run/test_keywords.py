@@ -64,7 +64,7 @@ def test_arguments_that_both_have_are_taken_from_the_one_that_says_something() -
         (RTNConfig(sym=False), {"sym": True}, "sym=True contradicts"),
         (SignRoundConfig(lr=0.1), {"lr": 0.2}, "lr=0.2 contradicts"),
         (["rtn", "auto_round"], {}, "give one algorithm"),
-        (3, {}, "give auto_round, rtn, or one RTNConfig"),
+        (3, {}, "give auto_round, gptq, rtn, or one RTNConfig"),
         ("rtnn", {}, "did you mean 'rtn'"),
         ("rtn", {"algorithm": "rtn"}, "cannot be used together"),
     ],
