@@ -112,8 +112,10 @@ def factorize_hessian(hessian: torch.Tensor, damping: float) -> HessianFactor:
         damping: in parts of its mean diagonal, more than zero.
 
     Raises:
-        NumericsError: the damped Hessian is not positive definite in float32.
+        NumericsError: the damped Hessian holds NaN, or is not positive definite in float32.
     """
+    if not bool(torch.isfinite(hessian.diagonal()).all()):
+        raise NumericsError("NaN or Inf in the Hessian of a layer's inputs")
     order = hessian.diagonal().argsort(descending=True, stable=True)
     reversed_order = order.flip(0)
     matrix = hessian.index_select(0, reversed_order).index_select(1, reversed_order)

@@ -326,12 +326,12 @@ def _quantize_block(
     if full is not None:
         inputs = full.hidden
         weighs = state.quantizer.needs_importance and state.importance is None
-        wanted = list(inner.values()) if weighs or state.gather else []
+        hessians = weighs or state.gptq is not None
+        wanted = list(inner.values()) if hessians or state.gather else []
         recording: AbstractContextManager[None] = nullcontext()
         if experts is not None and state.buffers is not None:
-            quantizer = _per_expert_tuner(state, experts, full, weighs or state.gptq is not None)
+            quantizer = _per_expert_tuner(state, experts, full, hessians)
             recording = quantizer.recording()
-        hessians = weighs or state.gptq is not None
         paired = [inner[task.name] for task in tasks if hessians and quantizer.needs_hessian(task)]
         fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
         cache = state.cache
