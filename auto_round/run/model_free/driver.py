@@ -420,7 +420,7 @@ def check_rtn_only(alg_configs: Any, iters: int | None, options: dict[str, Any])
             isinstance(given, RTNConfig) and not given.optimized
         ):
             raise ConfigError(
-                f"model_free=True rounds to nearest without calibration data, and the algorithm {given!r} does more"
+                f"model_free=True only rounds to nearest, without calibration data; the algorithm {given!r} does more"
             )
         if isinstance(given, RTNConfig):
             return iters
