@@ -135,6 +135,32 @@ def test_list_takes_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main.run(["list", "scheme", "--plugin"]) == ConfigError.exit_code
 
 
+def test_a_dataset_reaches_the_command_line(tmp_path: Path, tiny_opt_model_path: str) -> None:
+    text = """
+from auto_round.calib_dataset import register_dataset
+
+
+@register_dataset("{name}", description="counted letters")
+def {name}(tokenizer, seqlen):
+    for i in range(64):
+        yield "abcdefghijklmnopqrstuvwxyz" + "0123456789"[i % 10]
+"""
+    flags = ["--iters", "0", "--dataset", "letters", "--nsamples", "4", "--seqlen", "16", "--device", "cpu"]
+    out = tmp_path / "out"
+    words = ["--plugin", str(plugin(tmp_path, "letters", text)), "--output_dir", str(out)]
+    assert main.run([tiny_opt_model_path, *flags, *words]) == 0
+    assert "letters (4 samples)" in (out / "report.json").read_text()
+
+
+def test_an_installed_package_reaches_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package(tmp_path, "guest_module", SOURCE.format(name="guest", upper="GUEST"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main.run(["list", "scheme"]) == 0
+    assert "GUEST" in capsys.readouterr().out
+
+
 def test_an_unknown_file_stops_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["no/model", "--plugin", str(tmp_path / "none.py")]) == ConfigError.exit_code
     assert "none.py does not exist" in capsys.readouterr().err
