@@ -92,7 +92,7 @@ def test_stopped_in_the_last_block(cell: str, run: Runner, stop_at: Any, tmp_pat
     family, formats, kwargs = CELLS[cell]
     whole = run("whole", family, formats, **kwargs)
     calls = 2 if cell != "two-files-and-a-folder" else 4  # the last block of the second of three runs
-    with pytest.raises(Stopped, match="stopped in block 2 of 2; the same command goes on from there"):
+    with pytest.raises(Stopped, match="stopped in block 2 of 2; run the same command again to resume"):
         with stop_at(blockwise, "_quantize_block", calls):
             run("out", family, formats, **kwargs)
     assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/.partial/*"))
@@ -138,7 +138,7 @@ PHASES = {
     "after the head": (run_module, "smoke_loss", 1), "names": (run_module.FolderWriter, "digests", 1),
     "side files": (deliver_module, "write_side_files", 1), "config": (deliver_module, "write_config", 2),
     "verify": (deliver_module, "verify_folder", 1), "second verify": (deliver_module, "verify_folder", 2),
-    "records": (deliver_module, "write_records", 1), "sync_and_hash": (run_module.Staging, "sync_and_hash", 2),
+    "records": (deliver_module, "write_records", 1), "sync_and_hash": (deliver_module, "sync_and_hash", 2),
     "publish": (run_module.Staging, "publish", 2), "move": (staging, "_move", 3),
     "last move": (staging, "_move", 21), "journal": (run_module.RunJournal, "finish", 1),
 }  # fmt: skip

@@ -179,7 +179,7 @@ def test_another_loss_is_found(saved: Any) -> None:
     import dataclasses
 
     folder, expected = saved["sym"]
-    with pytest.raises(VerifyError, match="loss on the probe"):
+    with pytest.raises(VerifyError, match="loss on the smoke sample"):
         verify_folder(folder, dataclasses.replace(expected, loss=expected.loss + 0.1))
 
 
@@ -206,7 +206,7 @@ def test_dense_weights_rounded_to_a_half_dtype_have_another_loss(
     ar = AutoRound(str(tmp_path / "half"), group_size=32, iters=0, dataset=token_ids, seqlen=24)
     ar.quantize_and_save(tmp_path / "out" / "fake", "fake")
     assert seen["fake"].casts_to_model_dtype and seen["fake"].dtype == torch.float32
-    with pytest.raises(VerifyError, match="loss on the probe"):
+    with pytest.raises(VerifyError, match="loss on the smoke sample"):
         ar.quantize_and_save(tmp_path / "out" / "packed", "auto_round")
 
 

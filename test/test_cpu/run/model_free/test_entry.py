@@ -115,7 +115,7 @@ def test_encoder_decoders_and_folders_without_weights(tmp_path: Path) -> None:
 def test_a_plan(packable_folder: Callable[..., str]) -> None:
     job = AutoRound(packable_folder("mixtral"), model_free=True, scheme="W4A16", group_size=32, parallelism=3).plan()
     text = job.render()
-    assert "3 tensors at a time" in text and "other weights in the blocks, dense: it chooses experts" in text
+    assert "3 tensors at a time" in text and "other weights in the blocks, unquantized: it chooses experts" in text
     assert job.peak_ram > 0 and job.bytes_on_disk["auto_round"] > 0
 
 

@@ -48,7 +48,7 @@ def test_lines(journal: Journal) -> None:
 
 def test_digests(journal: Journal) -> None:
     assert not journal.has_digest(0) and journal.digest(0) is None
-    journal.note_digest(0, "abc")
+    journal.record_digest(0, "abc")
     assert journal.has_digest(0) and journal.digest(0) == "abc"
     journal.check_finished(0, "model.safetensors", "abc")
     with pytest.raises(OutputError, match=r"whole.model.safetensors is damaged"):

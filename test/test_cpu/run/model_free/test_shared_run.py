@@ -53,7 +53,7 @@ def test_failures_are_heard(tmp_path: Path) -> None:
 def test_waiting_ends() -> None:
     wait_until(lambda: True, lambda: 0, "nothing")
     with pytest.raises(OutputError, match="nothing happened for 0 s while waiting for the others"):
-        wait_until(lambda: False, lambda: 0, "the others", longest=0.01)
+        wait_until(lambda: False, lambda: 0, "the others", timeout=0.01)
 
 
 @pytest.fixture
