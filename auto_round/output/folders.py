@@ -195,8 +195,9 @@ def ensure_output_folder(
         if foreign:
             more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
             raise OutputError(
-                f"output folder {folder} is not empty: no earlier run wrote the present {', '.join(foreign[:3])}{more};"
-                " choose another folder, move these files away, or ask to overwrite (--overwrite, overwrite=True)"
+                f"output folder {folder} is not empty: no earlier run wrote {', '.join(foreign[:3])}{more}, or they "
+                "were changed since; choose another folder, move them away, or ask to overwrite (--overwrite, "
+                "overwrite=True)"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

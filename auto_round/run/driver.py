@@ -221,17 +221,14 @@ class Run:
                 if not publish_if_complete(fmt, stage, journal, stale[stage.folder])
             ]
             if pending:
-                with checkpointing(journal, len(job.blocks), self._blocks_done):
+                blocks_done = lambda: None if self._run_state is None else len(self._run_state.records)
+                with checkpointing(journal, len(job.blocks), blocks_done):
                     self._make(job, pending, shard, journal, made, stale)
             if root not in folders and not siblings:  # files of an earlier run that wrote a single format
                 remove_files(root, stale[root])
         if journal is not None:
             journal.finish(keep_record=bool(siblings))
         return folders
-
-    def _blocks_done(self) -> int | None:
-        """Number of finished blocks; None before the first one is begun."""
-        return None if self._run_state is None else len(self._run_state.records)
 
     def _make(
         self, job: Job, pending: Sequence[tuple[OutputFormat, Staging]], shard: int | str, journal: RunJournal | None,

@@ -18,7 +18,6 @@ from auto_round.codecs.registry import clamp_to_float16
 from auto_round.errors import NumericsError, VerifyError
 from auto_round.formats.base import OutputFormat
 from auto_round.gguf.family import Placement
-from auto_round.gguf.metadata import KeyValue
 from auto_round.gguf.plan import GgufPlan
 from auto_round.gguf.reader import GgufTensors
 from auto_round.logger import logger
@@ -46,7 +45,9 @@ class GgufFileWriter:
         self.format, self.folder, self.plan, self.path = fmt, folder, plan, folder / file_name
         self._optimized, self._source, self._transposed = optimized, source, transposed
         self._written: set[str] = set()
-        self.writer = GgufFile(self.path, plan.conversion.arch, typed_values(plan.metadata), plan.tensors())
+        values = {pair.key: TypedValue(pair.value, (pair.item_kind or pair.kind).name) for pair in plan.metadata}
+        values.pop("general.architecture", None)  # `GgufFile` writes it
+        self.writer = GgufFile(self.path, plan.conversion.arch, values, plan.tensors())
         self.expected: dict[str, str] = {}
         self.dense: list[tuple[str, Placement, int, str]] = []
         for name, tensor in plan.conversion.extras().items():
@@ -118,29 +119,15 @@ class GgufFileWriter:
         self.writer.write(place.tensor, data, first_row=place.at_row, slot=place.slot)
 
 
-def typed_values(metadata: Iterable[KeyValue]) -> dict[str, TypedValue]:
-    """Metadata for `GgufFile`, which takes the architecture as a separate argument."""
-    return {
-        pair.key: TypedValue(pair.value, (pair.item_kind or pair.kind).name)
-        for pair in metadata
-        if pair.key != "general.architecture"
-    }
-
-
 def make_gguf_writer(
     job: Job, fmt: OutputFormat, folder: Path, source: ModelSource, settings: Settings
 ) -> GgufFileWriter:
     """The writer of a job's GGUF file."""
     assert job.gguf is not None
     transposed = frozenset(f"{name}.weight" for name, plan in job.layers.items() if plan.transposed)
-    name = f"{base_name(job.model)}-{job.gguf.size_label}-{job.gguf.file_type.upper()}.gguf"
+    base_name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(job.model.rstrip("/\\")).name or "model")
+    name = f"{base_name}-{job.gguf.size_label}-{job.gguf.file_type.upper()}.gguf"
     return GgufFileWriter(fmt, folder, name, job.gguf, source, settings.optimized_start, transposed)
-
-
-def base_name(model: str) -> str:
-    """The last part of a folder or hub id, without characters that do not belong in a file name."""
-    last = Path(model.rstrip("/\\")).name or "model"
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
 
 
 def verify_file(output: GgufFileWriter, job: Job, source: ModelSource) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def _candidates(
 @torch.no_grad()
 def head_divergence(task: LayerTask, layer: QuantizedLayer, inputs: HeadInputs) -> float:
     """Mean KL(full || quantized) over the held-out tokens, nats."""
-    fed = inputs.quantized if task.activation is None else task.activation(inputs.quantized)
-    full, found = _logits(task, None, inputs.full), _logits(task, layer, fed)
+    quantized = inputs.quantized if task.activation is None else task.activation(inputs.quantized)
+    full, found = _logits(task, None, inputs.full), _logits(task, layer, quantized)
     total = 0.0
     for x, z in zip(full.split(_ROWS), found.split(_ROWS), strict=True):
         wanted = x.log_softmax(-1)
@@ -229,11 +229,11 @@ def _observe_inputs(
         for sample in range(stream.hidden.shape[0]):
             hidden = stream.hidden[sample : sample + 1].to(state.device)
             moments.mask = extremes.mask = input_hessians.mask = mask[sample : sample + 1]
-            fed = stream.captured.finish(source, hidden, [sample], stop_at=name)
-            moments.add(name, fed)
-            extremes.add(name, fed)
+            inputs = stream.captured.finish(source, hidden, [sample], stop_at=name)
+            moments.add(name, inputs)
+            extremes.add(name, inputs)
             if paired:
-                input_hessians.add(name, fed)
+                input_hessians.add(name, inputs)
     moments.check()
     input_hessians.close()
     return moments[name], extremes, input_hessians.of(name)

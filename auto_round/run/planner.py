@@ -401,11 +401,8 @@ def _fused_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) 
 
 def _slower_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
     """Notes on fast kernels that the quantized layers are too narrow for."""
-    sizes = [
-        (name, plan.in_features, plan.out_features, stored_group_size(plan.scheme))
-        for name, plan in layers.items()
-        if plan.scheme.quantizes_weights and isinstance(plan.scheme.group_size, int)
-    ]
+    plans = [p for p in layers.values() if p.scheme.quantizes_weights and isinstance(p.scheme.group_size, int)]
+    sizes = [(p.name, p.in_features, p.out_features, stored_group_size(p.scheme)) for p in plans]
     return slow_kernel_notes([fmt.name for fmt in formats], sizes)
 
 

@@ -105,7 +105,7 @@ def test_a_damaged_layer_stays_like_an_ignored_one(
     ignored = quantize(clean, tmp_path / "ref", token_ids, format, ignore_layers=",".join(QKV1), **options)
     assert left(report) == left(ignored) == QKV1
     reasons = {r["name"]: r["reason"] for r in report["layers"]}
-    assert reasons[Q1].startswith("its weight holds 1 NaN") and "join" in reasons[QKV1[1]]
+    assert reasons[Q1].startswith("its weight holds 1 NaN") and "fuse" in reasons[QKV1[1]]
     assert report["numerics"]["kept"].keys() == set(QKV1)
     assert report["verify"]["passed"] and report["verify"]["loss_reopened"] is None
     one, two = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("out", "ref"))
