@@ -115,18 +115,6 @@ def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     return 8 + length, json.loads(file.read(length))
 
 
-def read_rows(path: Path, mark: list[int], name: str, into: DiskTensor) -> None:
-    """Copy the tensor `name` of a file row by row. Raises OutputError when the file does not match `mark`."""
-    check_file(path, mark)
-    with open(path, "rb") as file:
-        start, header = _read_header(file)
-        file.seek(start + header[name]["data_offsets"][0])
-        for row in range(into.shape[0]):
-            data = bytearray(into.nbytes // into.shape[0])
-            file.readinto(data)
-            into[row] = torch.frombuffer(data, dtype=into.dtype).view(into.shape[1:])
-
-
 def read_tensors(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor], Any]:
     """Tensors and metadata of a file with the size and CRC-32 `mark` that `write_tensors` returned.
 
@@ -184,6 +172,13 @@ def tensors_in_file(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor
         name: DiskTensor(file, start + e["data_offsets"][0], torch.Size(e["shape"]), DTYPES[e["dtype"]])
         for name, e in header.items()
     }, metadata
+
+
+def read_rows(path: Path, mark: list[int], name: str, into: DiskTensor) -> None:
+    """Copy the tensor `name` of a file row by row. Raises OutputError when the file does not match `mark`."""
+    stored = tensors_in_file(path, mark)[0][name]
+    for row in range(into.shape[0]):
+        into[row] = stored[row]
 
 
 def check_file(path: Path, mark: list[int]) -> None:

@@ -39,7 +39,7 @@ TENSORS: list[tuple[str, tuple[int, ...], str]] = [
 
 
 def stored(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor as it goes into the file."""
+    """Every tensor as stored in the file."""
     generator = torch.Generator().manual_seed(seed)
     bytes_of = lambda *shape: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)  # noqa: E731
     return {

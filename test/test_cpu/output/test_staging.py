@@ -53,7 +53,7 @@ def test_what_was_not_published_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(7))
-def test_publishing_goes_on_after_any_move(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publishing_is_resumed_after_any_move(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """config.json is there only when everything else is; what it replaces opens until the first move."""
     old = {"config.json": b"old", "model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"i"}
     fill(tmp_path, {**old, "mine.txt": b"kept"})

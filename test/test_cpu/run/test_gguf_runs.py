@@ -68,7 +68,7 @@ def test_every_file_type(
     path = only(file_folder)
     assert path.name.endswith(f"-{file_type.upper()}.gguf")
     fake = AutoModelForCausalLM.from_pretrained(fake_folder, dtype=torch.float32).eval()
-    # format fake leaves the embedding as it is
+    # format fake leaves the embedding unquantized
     fake.get_input_embeddings().weight.data.copy_(weights(path)["token_embd.weight"])
     ids = token_ids[0].view(1, -1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A run that is stopped goes on where it was, and ends with the bytes of one that was not."""
+"""A stopped run is resumed in its block, and ends with the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_stopped_in_the_last_block(cell: str, run: Runner, stop_at: Any, tmp_pat
 
 @pytest.mark.parametrize("kwargs", [TUNED, {"iters": 0, "sym": False}], ids=["tuned", "opt-RTN"])
 @pytest.mark.parametrize("ways", [("file", "file"), ("file", "ram"), ("ram", "file"), ("ram", "threads")], ids=" ".join)
-def test_stopped_in_one_way_and_gone_on_with_in_another(
+def test_stopped_in_one_way_and_resumed_in_another(
     ways: tuple[str, str], kwargs: dict[str, Any], run: Runner, stop_at: Any, packable_folder: Callable[..., str],
     token_ids: list[torch.Tensor], tmp_path: Path, space: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -225,7 +225,7 @@ def test_who_removed_the_folder_starts_anew(interrupted: dict[str, Any], run: Ru
     assert tree(run("out", **changed)) == tree(run("whole", **changed))
 
 
-def test_a_copied_model_goes_on_and_a_changed_one_does_not(
+def test_a_copied_model_resumes_and_a_changed_one_does_not(
     run: Runner, stop_at: Any, packable_folder: Callable[..., str], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -262,11 +262,11 @@ def damage(path: Path, how: str) -> None:
     elif how == "cut":
         data = data[:-3]
     path.write_bytes(data)
-    if how == "gone":
+    if how == "removed":
         path.unlink()
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("how", ["flip", "cut", "removed"])
 def test_a_damaged_journal_is_never_used(how: str, run: Runner, stop_at: Any, tmp_path: Path, space: Path) -> None:
     whole = tree(run("whole", **TUNED))
     with pytest.raises(Stopped), stop_at(blockwise, "_quantize_block", 2):
@@ -279,7 +279,7 @@ def test_a_damaged_journal_is_never_used(how: str, run: Runner, stop_at: Any, tm
     shutil.copytree(journal, kept)
     for name in names:
         damage(journal / name, how)
-        if how == "gone" and name.endswith(".json"):  # as if nothing had been finished
+        if how == "removed" and name.endswith(".json"):  # as if nothing had been finished
             run("out", **TUNED)
             assert tree(tmp_path / "out") == whole
             shutil.rmtree(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What a format cannot pack, and what stays dense with it."""
+"""Layers that a format cannot pack, and layers that are left unquantized with them."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def test_kinds(
     assert report["verify"] and all(b["loss_after"] <= b["loss_before"] for b in report["blocks"])
 
 
-def test_stopped_in_an_expert_it_goes_on_as_it_was(
+def test_a_run_stopped_in_an_expert_is_resumed(
     folder: str, make: Make, alone: Make, stop_at: Any, weights_hash: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -291,7 +291,7 @@ def test_stopped_in_an_expert_it_goes_on_as_it_was(
 def test_what_was_tuned_with_its_block_stays_so(
     folder: str, make: Make, stop_at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that finds a little more in memory goes on; one that finds much more is refused, with the reason."""
+    """A start that finds a little more in memory resumes; one that finds much more is refused, with the reason."""
     needed = make(folder, **QUICK).plan().peak_ram
     given = {**QUICK, "max_memory": needed}
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Layers that stay dense by default, what overrides that, and models of which too much would stay dense."""
+"""Layers that are unquantized by default, overrides, and models of which too much would be unquantized."""
 
 from __future__ import annotations
 

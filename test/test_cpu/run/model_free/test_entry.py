@@ -83,7 +83,9 @@ def test_the_command_line(folder: str, tmp_path: Path, caplog: pytest.LogCapture
     assert "model_free" not in (tmp_path / "regular" / "report.json").read_text()
 
 
-def test_what_it_cannot_do_goes_the_regular_way(folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unsupported_settings_use_the_regular_flow(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO", "auto_round"):
         job = AutoRound(folder, model_free="auto", iters=0, save_imatrix=tmp_path / "imatrix.gguf")
     assert job._free is None and "using the regular flow: model-free mode rounds to nearest" in caplog.text
