@@ -206,7 +206,7 @@ def test_mlx_files_promise_no_layers_that_they_lack(tiny_folder: Any, tmp_path: 
 
 
 def test_experts_in_configurations_of_compressed_tensors(packable_folder: Any, tmp_path: Path) -> None:
-    """Mixtral's names in every list; experts that a checkpoint stacks are left unquantized: no reader would find them."""
+    """Mixtral's names in every list; stacked experts are left unquantized: no reader would find them."""
     options = RTN | {"layer_config": {"self_attn": {"bits": 8}}}
     ar = AutoRound(packable_folder("mixtral"), **options)
     fmt = get_format("llm_compressor")
