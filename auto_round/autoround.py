@@ -268,7 +268,7 @@ def _open_model(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: b
     for note in getattr(source, "notes", ()):
         logger.warning("%s", note)
     if source.stored_as:
-        logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
+        logger.info("the model is quantized already (%s); it is dequantized while it is read", source.stored_as)
     if low_cpu_mem_usage or not source.lazy or source.stored_as:
         return source  # a quantized checkpoint is always read block by block
     from transformers import AutoModelForCausalLM

@@ -65,36 +65,36 @@ _MAX_TRANSFORM_ERROR = 0.02
 
 @dataclass
 class RunState:
-    """What a walk needs besides the model and the job, and what it leaves.
+    """State of a run while its blocks are quantized: inputs of every block, and the results collected so far.
 
     Attributes:
-        quantizer: decides the codes.
-        sinks: take the results.
+        quantizer: quantizes the layers of a block.
+        outputs: writers that receive the results.
         device, dtype: of the matrix products.
-        calibration: the samples; None for plain rounding.
-        probe: a few tokens that go through the quantized blocks, to check the saved model with; None without a check.
+        calibration: captured samples; None when no data is needed.
+        smoke_sample: a few tokens that pass through the quantized blocks to verify the saved model; None without.
         batch: samples in one forward pass.
-        quantized_input: tune on the output of the quantized blocks before.
-        cache: which attention modules get static scales; None for none.
-        importance: by layer, in place of what the calibration data would say; None without.
-        gather: the sums below are wanted even if the algorithm does not need them.
-        journal: what is finished already, and where to note what will be; None for a run that is not gone on with.
-        fall: what plain rounding has to know, where calibration is not finite.
-        numbers: what is done about NaN and Inf; filled in: what came of it.
-        rooms: of blocks whose experts are tuned one at a time; None where they are not.
-        transforms: rewrite each block before it is quantized.
-        edits: filled in: by tensor name, what they did.
-        gptq: error feedback for all layers with codes; None where only layers in ggml types get it.
-        sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
-        records: filled in, one a block.
-        unreached: quantized layers that no calibration token reached (experts).
-        nearest: layers that error feedback was asked for and that got the nearest codes, with the reasons.
-        cache_scales: filled in: those scales by tensor name, scalars or [heads].
-        activations: filled in: by layer, how its inputs are quantized.
-        smoke_hidden: the probe after the last block.
-        last_inputs: the calibration stream after the last block, which the layers outside the blocks are fed.
-        last_full: the same without quantization; the same object when there is one stream.
-        freed: what blocks leave behind.
+        quantized_input: tune each block on the output of the quantized blocks before it.
+        cache: attention modules that get static scales; None for none.
+        importance: given importance by layer, instead of second moments of the calibration data.
+        gather: collect `sums` even if the algorithm does not need them.
+        journal: finished units, and where further ones are recorded; None for a run that cannot be resumed.
+        rtn_fallback: settings of round-to-nearest when calibration data is not finite.
+        numerics: the policy for NaN and Inf, and what it did.
+        buffers: for blocks whose experts are tuned one at a time; None otherwise.
+        transforms: rewrite each block in an equivalent form before it is quantized.
+        edits: result: edits of the transforms by tensor name.
+        gptq: error feedback for all layers with codes; None for layers in ggml types only.
+        sums, tokens: result: sums of squares of the inputs by layer, and over how many tokens.
+        records: result: one record per block.
+        unreached: result: quantized layers that no calibration token reached (experts).
+        nearest: result: layers that got the nearest codes instead of error feedback, with the reasons.
+        cache_scales: result: static scales of attention by tensor name, scalars or [heads].
+        activations: result: input quantizer by layer.
+        smoke_hidden: the smoke sample after the last block.
+        last_inputs: the calibration stream after the last block, the input of the layers outside the blocks.
+        last_full: the same in full precision; the same object when there is one stream.
+        freed: returns the memory of finished blocks to the system.
     """
 
     quantizer: BlockQuantizer
@@ -130,23 +130,24 @@ class RunState:
 
 
 def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Progress) -> None:
-    """Quantize every block in order.
+    """Quantize every block in order and write it to `state.outputs`; finished blocks are restored from the journal.
 
     Raises:
-        NumericsError: NaN or Inf in weights, activations, scales or loss, with the place, where `state.numerics` is to
-            fail of it or cannot do otherwise.
+        NumericsError: NaN or Inf in weights, activations, scales or loss that `state.numerics` does not handle.
     """
     numerics = state.numerics
-    full = _stream(state, state.calibration)
+    full, smoke_sample = (
+        None if captured is None else Stream.of(captured, state.batch, state.device, state.dtype)
+        for captured in (state.calibration, state.smoke_sample)
+    )
     second = full is not None and state.quantizer.needs_targets and state.quantized_input
     quantized = full.clone() if full is not None and second else None
-    smoke_sample = _stream(state, state.smoke_sample)
     finished = min(state.journal.finished, len(source.blocks)) if state.journal is not None else 0
     progress.start(len(source.blocks), finished)
     for index, name in enumerate(source.blocks[:finished]):
         unit = restore_unit(state, index)
         source.apply_edits(unit.edits)
-        _write_unit(job, source, name, unit, state.outputs)
+        write_unit(source, name, unit, state.outputs)
     streams = {"full": full, "quantized": quantized, "smoke_sample": smoke_sample}
     for stream in streams.values():
         if stream is not None:
@@ -164,7 +165,8 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
         for transform in state.transforms:
             _transform_block(transform, index, name, block, planned, source, state, full, experts)
         tasks = [layer_task(source, plan) for plan in planned]
-        # It writes hidden states, and those are changed in place: these from here on, the others behind the tuning.
+        # The journal's thread reads hidden states, which are changed in place: "full" from here on, the others after
+        # the block is quantized.
         _wait_until_written(state, "unit", "full")
         if state.buffers is not None:
             state.buffers.codes.clear()
@@ -188,7 +190,7 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
                     smoke_sample.after(index, block, state.device, state.dtype, in_place=True)
         if numerics.lost is not None:
             full = quantized = None
-        quantized = _still_finite(name, quantized, numerics)
+        quantized = _drop_if_not_finite(name, quantized, numerics)
         if not source.lazy:
             _install_all(tasks, result, numerics)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
@@ -197,10 +199,10 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
         if state.journal is not None:
             hidden = [s.saved(kind, index + 1) for kind, s in streams.items() if s is not None]
             state.journal.add(name, unit, weights, {kind: saved for one in hidden for kind, saved in one.items()})
-        _write_unit(job, source, name, unit, state.outputs)
+        write_unit(source, name, unit, state.outputs)
         source.release(name)
         progress.block(name, result.loss_before, result.loss_after)
-        del block, tasks, steps, result, unit  # or this block's weights would be in memory together with the next one's
+        del block, tasks, steps, result, unit  # free this block's weights before the next block is loaded
         state.freed.trim_if_grown()
     state.smoke_hidden = smoke_sample.hidden if smoke_sample is not None else None
     state.last_inputs, state.last_full = quantized or full, full
@@ -212,7 +214,7 @@ def _wait_until_written(state: RunState, *kinds: str) -> None:
 
 
 def restore_unit(state: RunState, index: int) -> Unit:
-    """A finished unit out of the journal, with all that it added to the walk."""
+    """Read a finished unit from the journal and add its results to `state`."""
     assert state.journal is not None
     unit = state.journal.unit(index, state.device, in_file=state.buffers is not None)
     state.numerics.restore_from(unit.numerics, state.outputs)
@@ -227,19 +229,19 @@ def restore_unit(state: RunState, index: int) -> Unit:
 
 
 def _restore(state: RunState, streams: Mapping[str, Stream | None], blocks: int) -> None:
-    """The streams after the last finished unit; behind the blocks only the probe is needed."""
+    """Restore the streams after the last finished unit; after the blocks only the smoke sample is needed."""
     assert state.journal is not None
     for kind, stream in streams.items():
         if stream is not None and (kind == "smoke_sample" or state.journal.finished <= blocks):
             if isinstance(stream.hidden, DiskTensor):
-                state.journal.stream_into(kind, stream.hidden)
+                state.journal.journal.stream_into(kind, stream.hidden)
             else:
-                stream.hidden = state.journal.stream(kind).to(stream.hidden.device)
-            stream.restore_from(kind, state.journal.finished, state.journal.stream)
+                stream.hidden = state.journal.journal.stream(kind).to(stream.hidden.device)
+            stream.restore_from(kind, state.journal.finished, state.journal.journal.stream)
 
 
 def _unit(name: str, layers: Sequence[QuantizedLayer], state: RunState) -> Unit:
-    """What the block of this name, the last that was done, added to the walk."""
+    """The results of block `name`, the last finished one, as a unit of the journal."""
     inside = f"{name}."
     sums = {key: value for key, value in state.sums.items() if key.startswith(inside)} if state.gather else {}
     return Unit(
@@ -289,33 +291,27 @@ def _transform_block(
         )
 
 
-def _still_finite(name: str, quantized: Stream | None, numerics: NumericsPolicy) -> Stream | None:
-    """The stream through the quantized blocks as long as it is finite: None goes on from full-precision inputs.
+def _drop_if_not_finite(name: str, quantized: Stream | None, numerics: NumericsPolicy) -> Stream | None:
+    """The stream through the quantized blocks, or None, with a warning, once it is not finite.
 
-    Raises NumericsError where the policy is to fail.
+    Raises NumericsError when the policy is to fail.
     """
     sample = None if quantized is None else first_non_finite(quantized.hidden)
     if sample is None:
         return quantized
-    said = f"the blocks quantized up to {name} give NaN or Inf on calibration sample {sample}"
+    incident = f"the blocks quantized up to {name} give NaN or Inf on calibration sample {sample}"
     if numerics.policy == "fail":
-        raise NumericsError(f"{said}, though not in full precision; use --disable_amp, more bits, or on_nan=rtn")
-    numerics.note(f"{said}: the blocks after it are tuned on full-precision inputs")
+        raise NumericsError(f"{incident}, though not in full precision; use --disable_amp, more bits, or on_nan=rtn")
+    numerics.log_incident(f"{incident}: the blocks after it are tuned on full-precision inputs")
     numerics.diverged = True
     return None
-
-
-def _stream(state: RunState, captured: CapturedInputs | None) -> Stream | None:
-    if captured is None:
-        return None
-    return Stream.of(captured, state.batch, state.device, state.dtype)
 
 
 def _quantize_block(
     index: int, name: str, block: torch.nn.Module, tasks: list[LayerTask], state: RunState,
     full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype, experts: ExpertStreamer | None,
 ) -> BlockResult:  # fmt: skip
-    """Run the block in full precision where the algorithm wants it, then decide its layers."""
+    """Run the block in full precision if the algorithm needs it, then quantize its layers."""
     if full is None and state.numerics.lost is not None:
         reason = f"no finite calibration data since block {state.numerics.lost}"
         return state.numerics.without_data(name, tasks, reason, state.outputs, state.rtn_fallback)
@@ -344,7 +340,7 @@ def _quantize_block(
             observe_min_max(block, fixed) as extremes,
             observe_kv_cache(attentions, cache is not None and cache.queries) as cached,
         ):
-            # What the block was fed is needed again only where it is tuned on that.
+            # The block's inputs are needed again only if it is tuned on them.
             in_place = quantized is not None or not state.quantizer.needs_targets
             targets = full.after(
                 index, block, state.device, state.dtype, (moments, input_hessians, extremes, cached), in_place
@@ -352,7 +348,7 @@ def _quantize_block(
         full.advance_to(targets)
         check_activations(name, targets)
         if state.journal is not None:
-            state.journal.keep("full", targets)
+            state.journal.submit_stream("full", targets)
         if cache is not None:
             state.cache_scales |= cache.scales(name, cached)
         moments.check()
@@ -383,17 +379,15 @@ def _quantize_block(
     free_cast_copies(tasks)
     state.freed.trim_if_grown()
     if full is not None and state.quantizer.needs_targets:
-        _give_samples(task, full, quantized, inputs, targets)
-        mask = full.captured.loss_mask
-        task.loss_mask = None if bool(mask.all()) else mask
-    del inputs, targets  # the task has them, and may move them
+        _set_samples(task, full, quantized, inputs, targets)
+    del inputs, targets  # the task holds them, and may move them off the device
     if experts is not None and state.buffers is None:
         quantizer = LazyExpertQuantizer(quantizer, experts)
     return quantizer.quantize_block(task)
 
 
 def _per_expert_tuner(state: RunState, experts: ExpertStreamer, full: Stream, weighs: bool) -> PerExpertTuner:
-    """How a block is tuned whose experts are read one at a time."""
+    """The tuner of a block whose experts are read one at a time."""
     assert state.buffers is not None and isinstance(state.quantizer, SignRoundQuantizer)
     return PerExpertTuner(
         state.quantizer, state.buffers, experts, full.captured, full.hidden, full.batch, weighs,
@@ -401,9 +395,11 @@ def _per_expert_tuner(state: RunState, experts: ExpertStreamer, full: Stream, we
     )  # fmt: skip
 
 
-def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any, targets: Any) -> None:
-    """Hand over what the block is tuned on, and the way to get it off the device."""
+def _set_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any, targets: Any) -> None:
+    """Set the task's inputs, targets and loss mask, and how to move them off the device."""
     task.inputs, task.targets = inputs if quantized is None else quantized.hidden, targets
+    mask = full.captured.loss_mask
+    task.loss_mask = None if bool(mask.all()) else mask
 
     def offload(task: BlockTask) -> bool:
         moved = full.offload()
@@ -412,7 +408,7 @@ def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, input
             task.inputs = quantized.hidden if quantized is not None else inputs.cpu()
         return moved
 
-    task.offload = offload  # it does not hold the task, which would keep the block's weights in memory
+    task.offload = offload  # takes the task as argument: a reference to it would keep the block's weights in memory
 
 
 def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
@@ -420,7 +416,7 @@ def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
 
 
 def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
-    """A loaded linear layer as a task. Weight and bias are the source's own tensors, in its dtype."""
+    """The task of a loaded linear layer, with the source's own weight and bias."""
     module = source.model.get_submodule(plan.name)
     bias = getattr(module, "bias", None)
     return LayerTask(
@@ -430,8 +426,8 @@ def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
 
 
 def _install_all(tasks: Sequence[LayerTask], result: BlockResult, numerics: NumericsPolicy) -> list[LayerTask]:
-    """Put dequantized weights in place, and those of layers that stay back. Returns the tasks that were done."""
-    if isinstance(result.layers, StoredLayers):  # done when the experts were
+    """Install dequantized weights and restore those of unquantized layers. Returns the tasks of quantized layers."""
+    if isinstance(result.layers, StoredLayers):  # installed when the experts were tuned
         return list(tasks)
     layers = result.layers.held.values() if isinstance(result.layers, LayersPerExpert) else result.layers
     by_name = {layer.name: layer for layer in layers}
@@ -439,7 +435,7 @@ def _install_all(tasks: Sequence[LayerTask], result: BlockResult, numerics: Nume
         if task.name in by_name:
             _count(numerics, task, by_name[task.name])
             install_dequantized(task, by_name[task.name])
-        elif not task.weight.is_meta:  # of an expert that is not in memory
+        elif not task.weight.is_meta:  # meta: an expert that is not in memory
             restore_weight(task)
     return [task for task in tasks if task.name in by_name or task.weight.is_meta]
 
@@ -448,11 +444,12 @@ def _count(numerics: NumericsPolicy, task: LayerTask, layer: QuantizedLayer) -> 
     numerics.count(task, clamped_scales(task, layer))
 
 
-def _write_unit(job: Job, source: ModelSource, block: str, unit: Unit, outputs: Sequence[OutputWriter]) -> None:
-    names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
+def write_unit(source: ModelSource, block: str, unit: Unit, outputs: Sequence[OutputWriter]) -> None:
+    """Write a block: its quantized layers, its other tensors, its static scales."""
     replaced = {f"{layer}.{leaf}" for layer in layer_names(unit.layers) for leaf in ("weight", "bias")}
     tied = source.tied()
-    rest = [n for n in names if n not in replaced and n not in tied]
+    names = [name for name in source.tensor_names() if name.startswith(f"{block}.")]
+    rest = [name for name in names if name not in replaced and name not in tied]
     for output in outputs:
         for layer in unit.layers:
             output.layer(layer)

@@ -35,9 +35,9 @@ _OTHER_DEFAULTS: dict[str, Any] = {
     "plugins": None,
 }  # fmt: skip
 _TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
-# Named in older scripts, and changing nothing: what each would switch off is off, or is said in another way.
+# Arguments of older scripts that are accepted and ignored, with the reason.
 _NO_EFFECT = {"mllm": "the kind of a model is found from its files"}
-# Fields of a configuration that `AutoRound` has arguments of its own for, with their defaults in both.
+# Fields of a configuration that are also arguments of `AutoRound`, with their common defaults.
 _SHARED = {"batch_size": 8, "gradient_accumulate_steps": 1}
 
 
@@ -45,8 +45,8 @@ def checked_options(kwargs: Mapping[str, Any], arguments: Iterable[str] = ()) ->
     """All keyword options with their defaults.
 
     Args:
-        kwargs: what was given.
-        arguments: names of the other arguments, for the hint about an unknown one.
+        kwargs: given options.
+        arguments: names of the other arguments, for suggestions.
 
     Raises:
         ConfigError: an unknown option, or two that contradict each other.
@@ -80,9 +80,9 @@ def checked_options(kwargs: Mapping[str, Any], arguments: Iterable[str] = ()) ->
 
 
 def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfig | GPTQConfig | str | None:
-    """What was given as `alg_configs` or `algorithm`: one configuration or name, or None.
+    """The configuration or name given as `alg_configs` or `algorithm`, or None.
 
-    The scheme's fields of a configuration go to `options`, and one with `iters=0` becomes an `RTNConfig`.
+    The scheme fields of a configuration are moved to `options`, and one with `iters=0` becomes an `RTNConfig`.
 
     Raises:
         ConfigError: no such algorithm, several of them, or fields that contradict `options`.
@@ -121,7 +121,7 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
         )
     for key, value in one.scheme_overrides().items():
         if options[key] not in (None, value):
-            raise ConfigError(f"{key}={options[key]!r} contradicts alg_configs={one!r}; say it once")
+            raise ConfigError(f"{key}={options[key]!r} contradicts alg_configs={one!r}; give one of them")
         options[key] = value
     if isinstance(one, SignRoundConfig) and one.iters == 0:
         return RTNConfig(disable_opt_rtn=options["disable_opt_rtn"])
@@ -132,8 +132,8 @@ def choose_algorithm(
     given: AlgorithmConfig | GPTQConfig | str | None, iters: int | None, batch_size: int, accumulate: int,
     options: Mapping[str, Any],
 ) -> tuple[AlgorithmConfig, bool]:  # fmt: skip
-    """The algorithm's settings, and whether scales are searched. `given`: see `given_algorithm`; with GPTQ the settings
-    of the tuning that starts from it, or of rounding without tuning.
+    """The algorithm's configuration, and whether scales are searched. `given`: see `given_algorithm`; with GPTQ the
+    configuration of the tuning that starts from it, or of rounding without tuning.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -163,28 +163,28 @@ def choose_algorithm(
 def _check_not_twice(
     config: AlgorithmConfig, iters: int | None, batch_size: int, accumulate: int, options: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError for a single setting that says something else than `config` does."""
+    """Raise ConfigError for a single setting that contradicts `config`."""
     given = {k: v for k, v in options.items() if k in _ALGORITHM_DEFAULTS and v != _ALGORITHM_DEFAULTS[k]}
     given |= {"iters": iters} if iters is not None else {}
     given |= {"batch_size": batch_size} if batch_size != _SHARED["batch_size"] else {}
     given |= {"gradient_accumulate_steps": accumulate} if accumulate != 1 else {}
     if isinstance(config, SignRoundConfig):
-        given.pop("disable_opt_rtn", None)  # where the scales start from is no field of it
+        given.pop("disable_opt_rtn", None)  # the search of initial scales is not a field of SignRoundConfig
     own = {"iters": 0, **vars(config)}
     for name, value in given.items():
         if own.get(name) != value and (name in own or isinstance(config, SignRoundConfig)):
             raise ConfigError(
-                f"{name}={value!r} contradicts alg_configs={config!r}; say it in {type(config).__name__} alone"
+                f"{name}={value!r} contradicts alg_configs={config!r}; give it in {type(config).__name__} only"
             )
 
 
 def needs_samples(algorithm: AlgorithmConfig) -> bool:
-    """Whether the algorithm looks at calibration data."""
+    """Whether the algorithm uses calibration data."""
     return isinstance(algorithm, SignRoundConfig) or algorithm.optimized
 
 
 def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationScheme:
-    """The scheme with the fields that were given beside it. Raises ConfigError for a value that is not allowed."""
+    """The scheme with its fields overridden by `options`. Raises ConfigError for an invalid value."""
     base = parse_scheme(scheme)
     overrides = {key: options[key] for key in SCHEME_KEYS if options[key] is not None}
     if isinstance(overrides.get("group_size"), str):
@@ -193,25 +193,21 @@ def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationSchem
             raise ConfigError(f"group_size={overrides['group_size']!r}: give a whole number, or two as ROWS,COLUMNS")
         overrides["group_size"] = int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
     changed = base.with_overrides(overrides)
-    if _is_gguf(scheme) and changed != base and ggml_type_of(changed) is None:
+    is_gguf = isinstance(scheme, str) and normalize_preset_name(scheme).startswith("GGUF:")
+    if is_gguf and changed != base and ggml_type_of(changed) is None:
         logger.warning("%s not used: scheme %s has types of its own", ", ".join(overrides), scheme)
         changed = base
     details = [name for name in overrides if name.startswith("act_") and name != "act_bits"]
     if details and not changed.quantizes_activations:
-        logger.warning("%s has no effect: activations stay as they are without act_bits", ", ".join(details))
+        logger.warning("%s has no effect: activations are not quantized without act_bits", ", ".join(details))
     settled, fields = symmetric_if_required(changed)
     for field in fields:
         logger.warning("%s=False is not used: %s", field, no_zero_point(settled, field))
     return settled
 
 
-def _is_gguf(scheme: Any) -> bool:
-    return isinstance(scheme, str) and normalize_preset_name(scheme).startswith("GGUF:")
-
-
 def symmetric_if_required(scheme: QuantizationScheme) -> tuple[QuantizationScheme, list[str]]:
-    """The scheme with `sym` and `act_sym` set to True where the data type has no zero point, and which of the two were
-    changed."""
+    """Set `sym` and `act_sym` to True for data types without a zero point: (scheme, changed fields)."""
     changed = []
     if scheme.quantizes_weights and not scheme.sym and _is_float(scheme.data_type, scheme.bits):
         changed.append("sym")
@@ -225,7 +221,7 @@ def symmetric_if_required(scheme: QuantizationScheme) -> tuple[QuantizationSchem
 def _is_float(data_type: str, bits: int) -> bool:
     try:
         return block_float_spec(data_type, bits) is not None
-    except UnsupportedError:  # no such width, which is said where the scheme is checked
+    except UnsupportedError:  # an invalid width, which the check of the scheme reports
         return False
 
 
@@ -236,7 +232,7 @@ def no_zero_point(scheme: QuantizationScheme, field: str) -> str:
 
 
 def scheme_label(scheme: Any, resolved: QuantizationScheme) -> str:
-    """What to call the scheme: the preset's name if it is one, else what it does."""
+    """Name of a scheme: the preset's name, else a description."""
     if isinstance(scheme, str) and (parse_scheme(scheme) == resolved or mixed_preset(scheme) is not None):
         return normalize_preset_name(scheme)
     if resolved.data_type == "int" and not resolved.quantizes_activations:

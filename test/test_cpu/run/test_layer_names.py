@@ -30,7 +30,7 @@ def test_the_guides_names_of_another_model(make: Callable[..., Any], caplog: Any
     assert not (tmp_path / "strict").exists()
 
 
-def test_a_plan_is_strict_unless_told(make: Callable[..., Any]) -> None:
+def test_a_plan_is_strict_by_default(make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="ignore_layers: 'k_porj' matches no layer"):
         make("llama", ignore_layers="k_porj").plan()
     job = make("llama", ignore_layers="k_porj", strict=False).plan()

@@ -77,12 +77,12 @@ def test_learnables_hold_what_is_counted(
     assert isinstance(quantizer, SignRoundQuantizer)
     whole = BlockTask(block, module, tasks, lambda hidden, _samples: hidden, torch.float32, 0)
     learnables, _ = quantizer._tunables(whole)
-    for bank in learnables:
-        for index in range(len(bank.tasks)):  # type: ignore[union-attr]
-            rows, columns = bank.tasks[index].weight.shape  # type: ignore[union-attr]
-            bank.add_weight_gradient(index, torch.ones(1, rows), torch.ones(1, columns))  # type: ignore[union-attr]
-        bank.step(0.01, 0.01)
-    best = [bank.snapshot() for bank in learnables] if iters > 2 else []
+    for group in learnables:
+        for index in range(len(group.tasks)):  # type: ignore[union-attr]
+            rows, columns = group.tasks[index].weight.shape  # type: ignore[union-attr]
+            group.add_weight_gradient(index, torch.ones(1, rows), torch.ones(1, columns))  # type: ignore[union-attr]
+        group.step(0.01, 0.01)
+    best = [group.snapshot() for group in learnables] if iters > 2 else []
     held = sum(size for where, size in storage_bytes(learnables, best).items() if where not in own)
     counted = tuning_bytes(MemoryInputs(run.settings, run.source, job.layers, torch.float32), plans)
     assert counted.held == pytest.approx(held, rel=0.06)
