@@ -69,27 +69,34 @@ class VerifyError(AutoRoundError):
 
 
 class LibraryError(AutoRoundError):
-    """A library does not do what this version of the package expects of it: our fault, not the model's."""
+    """A library does not behave as this version of the package expects; the model is not at fault."""
 
     exit_code = 10
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was stopped by a signal (Ctrl-C, or SIGTERM on the command line). Its text says where, and whether the
-    same command goes on from there."""
+    """The run was stopped by a signal (Ctrl-C, or SIGTERM on the command line).
+
+    The text says where it stopped and whether the same command resumes there. `number` is the signal's: 2 is SIGINT,
+    15 SIGTERM.
+    """
 
     def __init__(self, text: str = "stopped", number: int = 2) -> None:
         super().__init__(text)
         self.number = number
-        """Of the signal: 2 is SIGINT, 15 SIGTERM."""
 
     @property
     def exit_code(self) -> int:
         return 128 + self.number
 
 
+def first_line(error: object) -> str:
+    """The first line of another library's error message, or the name of its type when it is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """A clause `; did you mean 'a', 'b'?` with the names closest to `name`, or an empty string."""
+    """The clause `; did you mean 'a', 'b'?` with the names closest to `name`, or an empty string."""
     lowered = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)
     return f"; did you mean {', '.join(repr(lowered[c]) for c in close)}?" if close else ""

@@ -1,4 +1,4 @@
-"""The verbs `eval` and `generate`: measure a model on local text, or let it continue a prompt."""
+"""The verbs `eval` and `generate`: measure a model on local text, or continue a prompt."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from auto_round.errors import ConfigError, OutputError
 if TYPE_CHECKING:
     from auto_round.eval.measures import EvalResult
 
-
 USAGE = "auto-round eval MODEL [--reference MODEL] [--eval_text FILE] [flags]"
+GENERATE_USAGE = 'auto-round generate MODEL --prompt "..." [--backend NAME] [flags]'
 
 
 def run_verb(argv: Sequence[str]) -> int:
@@ -32,7 +32,7 @@ def _run_eval(given: dict[str, Any]) -> int:
 
 
 def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None) -> int:
-    """Evaluate as the given flags say, print a table and write `--eval_output`. Returns the exit code.
+    """Evaluate with the given flags, print a table and write `--eval_output`. Returns the exit code.
 
     `record_in`: folder of a model just saved, whose card and report get the result.
     """
@@ -60,12 +60,14 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
 
         add_quality(record_in, result.to_dict(), result.rows(), result.describe())
     if output is not None:
-        write_json(output, result)
+        from auto_round.report.run_report import plain, write_text
+
+        write_text(output, json.dumps(plain(result.to_dict()), indent=2, allow_nan=False) + "\n")
     return 0
 
 
 def local_folder(model: str, given: Mapping[str, Any]) -> str:
-    """The folder of a model given as folder or hub id. Raises ModelError when there is none."""
+    """The local folder of a model given as folder or hub id. Raises ModelError when there is none."""
     from auto_round import envs
     from auto_round.modeling.files.folder import model_folder
 
@@ -74,7 +76,7 @@ def local_folder(model: str, given: Mapping[str, Any]) -> str:
 
 
 def check_output(text: str | None) -> Path | None:
-    """The file to write results to. Raises OutputError before any work when its folder does not exist."""
+    """The file to write results to. Raises OutputError when its folder does not exist."""
     if text is None:
         return None
     path = Path(text).expanduser()
@@ -86,7 +88,7 @@ def check_output(text: str | None) -> Path | None:
 
 
 def print_result(result: EvalResult) -> None:
-    """A table on stdout."""
+    """Print a table of the measures."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -102,20 +104,8 @@ def print_result(result: EvalResult) -> None:
     console.print(Text(result.describe()))
 
 
-def write_json(path: Path, result: EvalResult) -> None:
-    """Write the result. Raises OutputError when the file cannot be written."""
-    from auto_round.report.run_report import plain, write_text
-
-    write_text(path, json.dumps(plain(result.to_dict()), indent=2, allow_nan=False) + "\n")
-
-
-# The verb `generate`: a model continues a prompt, for a first look.
-
-GENERATE_USAGE = 'auto-round generate MODEL --prompt "..." [--backend NAME] [flags]'
-
-
 def run_generate(argv: Sequence[str]) -> int:
-    """Print the continuation as it comes, then one line about it on stderr. Returns the exit code."""
+    """Print the continuation token by token, then speed and backends on stderr. Returns the exit code."""
     parser = build(
         "auto-round generate", GENERATE_USAGE, "Continue a prompt with any model, quantized or not.", GENERATE_GROUPS
     )
