@@ -38,7 +38,8 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
     """
     output = check_output(given.get("eval_output"))
 
-    from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate, parse_dtype
+    from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate
+    from auto_round.modeling.source import resolve_dtype
     from auto_round.run.settings import resolve_device
 
     result = evaluate(
@@ -49,7 +50,7 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
         max_windows=given.get("max_windows", DEFAULT_WINDOWS),
         batch_size=given.get("eval_bs", 1),
         device=resolve_device(given.get("device_map")),
-        dtype=parse_dtype(given["eval_model_dtype"]) if "eval_model_dtype" in given else None,
+        dtype=resolve_dtype(given.get("eval_model_dtype")),
         add_bos=given.get("add_bos_token"),
         trust_remote_code=given.get("trust_remote_code", False),
         backend=given.get("backend"),
@@ -119,8 +120,9 @@ def _run_generate(given: dict[str, Any]) -> int:
     if "temperature" in given:
         given["do_sample"] = True
 
-    from auto_round.eval.evaluate import load_model, load_tokenizer, parse_dtype
+    from auto_round.eval.evaluate import load_model, load_tokenizer
     from auto_round.eval.generate import generate
+    from auto_round.modeling.source import resolve_dtype
     from auto_round.run.settings import resolve_device
 
     device = given.get("device_map")
@@ -130,7 +132,7 @@ def _run_generate(given: dict[str, Any]) -> int:
     model = load_model(
         folder,
         device="auto" if device == "auto" else resolve_device(device),
-        dtype=parse_dtype(given["model_dtype"]) if "model_dtype" in given else None,
+        dtype=resolve_dtype(given.get("model_dtype")),
         trust_remote_code=trust,
         backend=given.get("backend"),
     )

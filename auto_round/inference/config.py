@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from auto_round.codecs.activation import activation_function
 from auto_round.errors import AutoRoundError, ConfigError, ModelError, UnsupportedError
 from auto_round.inference.float_config import (
@@ -23,6 +25,7 @@ from auto_round.inference.float_config import (
     read_int,
     scheme_values,
 )
+from auto_round.inference.kernels import LayerSpec
 from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import AUTO_ROUND_FLOATS, layout_name
 from auto_round.schemes import ACTIVATION_KEYS, ActivationScheme, QuantizationScheme
@@ -79,6 +82,15 @@ class LayerFormat:
     def packing(self) -> str:
         """The name in the table of backends: gptq, gptq_zp+-1, awq, mlx or int8; of small float types the layout's."""
         return f"{self.layout}_zp+-1" if self.zero_offset else self.layout
+
+    def columns_per_scale(self, in_features: int) -> int:
+        """Input columns that share a scale in a layer of this width."""
+        return self.group_size if 0 < self.group_size < in_features else in_features
+
+    def spec(self, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> LayerSpec:
+        """The values that a kernel needs to decide whether it can run a layer of this format."""
+        group_size = self.columns_per_scale(in_features)
+        return LayerSpec(self.bits, group_size, self.sym, in_features, out_features, dtype, device)
 
 
 @dataclass(frozen=True)
