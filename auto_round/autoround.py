@@ -244,7 +244,7 @@ class AutoRound(Saving, SettingsView):
                 raise ModelError(
                     f"the tokenizer in {name} cannot be read ({error}); give tokenizer=..., or token ids as dataset"
                 ) from error
-            logger.warning("the tokenizer in %s cannot be read; going on without it", name)
+            logger.warning("the tokenizer in %s cannot be read; continuing without it", name)
             return None
 
 
@@ -268,7 +268,7 @@ def _open_model(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: b
     for note in getattr(source, "notes", ()):
         logger.warning("%s", note)
     if source.stored_as:
-        logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
+        logger.info("the model is quantized already (%s); each weight is dequantized when it is read", source.stored_as)
     if low_cpu_mem_usage or not source.lazy or source.stored_as:
         return source  # a quantized checkpoint is always read block by block
     from transformers import AutoModelForCausalLM
@@ -300,11 +300,11 @@ class AutoRoundAdam(AutoRound):
 
 
 class AutoRoundMLLM(AutoRoundLLM):
-    """`AutoRound` under an older name. Multimodal models are refused, as they are by `AutoRound`."""
+    """`AutoRound` under an older name. Multimodal models are refused."""
 
 
 class AutoRoundDiffusion(AutoRoundLLM):
-    """`AutoRound` under an older name. Diffusion models are refused, as they are by `AutoRound`."""
+    """`AutoRound` under an older name. Diffusion models are refused."""
 
 
 def _deprecated(old: str, new: str) -> None:

@@ -201,7 +201,7 @@ def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | N
 
 
 def device_value(text: str) -> int | str:
-    """`0` is a number for AutoRound, everything else stays as it is."""
+    """A device number as int, any other text without white space around it."""
     return int(text) if re.fullmatch(r"\d+", text.strip()) else text.strip()
 
 

@@ -183,7 +183,7 @@ def test_a_copy_a_cast_and_a_move(packable_model: Any, write_checkpoint: Callabl
     assert torch.equal(logits(other), want)
     change_kernel(mixtures(other)[0])
     first = mixtures(model)[0].together
-    assert first is not None and first.is_valid() and not runner.holds()
+    assert first is not None and first.is_valid() and not runner.is_valid()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
     assert torch.allclose(logits(model), want, atol=1e-5) and mixtures(model)[0].together is None
