@@ -136,7 +136,7 @@ def choose_backends(layers: Layers, device: str, requested: str = AUTO) -> dict[
     for name, kind in layers.items():
         if kind in unsupported:
             fallbacks[name] = next(
-                (r for b in rows if (r := b.unsupported_reason(kind[0], device, kind[1])) is not None), "cannot run them"
+                (r for b in rows if (r := b.unsupported_reason(kind[0], device, kind[1])) is not None), "cannot"
             )
             if kind not in found:
                 try:
