@@ -134,7 +134,7 @@ def _collect(opened: list[OpenDataset], nsamples: int, seed: int) -> tuple[list[
         advice = "; ".join(dict.fromkeys(o.tally.advice() for o in opened))
         raise DataError(f"no calibration sample is left from {'; '.join(reports)}. To get some, {advice}")
     if total < nsamples:
-        logger.warning("calibrating with %d samples, %d were asked for. %s", total, nsamples, "; ".join(reports))
+        logger.warning("calibrating with %d samples, %d were requested. %s", total, nsamples, "; ".join(reports))
     elif not all(taken):
         empty = [r for r, part in zip(reports, taken, strict=True) if not part]
         logger.warning("no calibration sample comes from %s", "; ".join(empty))

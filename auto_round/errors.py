@@ -35,7 +35,7 @@ class DataError(AutoRoundError):
 
 
 class DeviceError(AutoRoundError):
-    """The device does not exist here or cannot do what was asked of it."""
+    """The device does not exist on this machine or cannot run the job."""
 
     exit_code = 5
 
@@ -47,7 +47,7 @@ class OutputError(AutoRoundError, OSError):
 
 
 class UnsupportedError(AutoRoundError, ValueError, NotImplementedError):
-    """A combination that cannot work here, such as a scheme that a format does not take."""
+    """A combination that is not supported, such as a scheme that a format cannot store."""
 
     exit_code = 7
 
@@ -63,7 +63,7 @@ class NumericsError(AutoRoundError, ArithmeticError):
 
 
 class VerifyError(AutoRoundError):
-    """The saved files do not hold what was computed."""
+    """The saved files differ from what was computed."""
 
     exit_code = 9
 

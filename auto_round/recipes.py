@@ -1,4 +1,4 @@
-"""Recipes: named tuning settings (default, best, light, opt_rtn, rtn) that fill what the user left unset."""
+"""Recipes: named tuning settings (default, best, light, opt_rtn, rtn) for what the user left unset."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from auto_round.schemes import ACTIVATION_KEYS, ActivationScheme, QuantizationSc
 INT_BITS = (2, 3, 4, 8)
 INT8_BITS = (2, 3, 4, 5, 6, 7, 8)
 MLX_BITS = (2, 3, 4, 5, 6, 8)
-# packing_format -> (layout, what was subtracted from the zero points)
+# packing_format -> (layout, offset subtracted from the zero points)
 PACKINGS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq", "auto_gptq", "gptq"), ("gptq", 1)),
     **dict.fromkeys(("auto_round", "auto_round:auto_round", "auto_round:gptqmodel", "gptqmodel"), ("gptq", 0)),
