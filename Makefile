@@ -42,7 +42,7 @@ help:
 	@echo "make test-oldest  the fast tests with the oldest versions that pyproject.toml allows, on Python 3.10 (several GB)"
 	@echo "make lock       pin the newest versions in requirements/constraints.txt, which all other targets install"
 	@echo "make faults     kill runs, damage files, and print what became of it (FAULTS=short: a few of each)"
-	@echo "make lint       ruff and mypy;  make format rewrites what ruff can"
+	@echo "make lint       ruff, mypy and the language check;  make format rewrites what ruff can"
 	@echo "make bench      how to measure against auto-round 0.16.1 (takes an hour: prints the commands)"
 	@echo "make referees   let other programs open what we write (REFEREE_ARGS='--programs gptqmodel' chooses some)"
 	@echo "make wheel      build the wheel into dist/"
@@ -127,6 +127,7 @@ lint: $(VENV)/.lint
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
+	@$(BIN)/python tools/language.py
 
 format: $(VENV)/.lint
 	@$(BIN)/ruff check --fix $(SOURCES)

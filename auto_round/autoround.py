@@ -59,8 +59,8 @@ class AutoRound(Saving, SettingsView):
     """Quantizes a causal language model.
 
     Args:
-        model: a folder, a hub id, or a Transformers model object. A model given by path is never whole in memory; an
-            object is worked on in place.
+        model: a folder, a hub id, or a Transformers model object. A model given by path is read block by block; an
+            object is changed in place.
         tokenizer: read from the model's folder when None.
         platform: "hf" or "model_scope", where hub ids are looked up.
         scheme: preset name, dict of fields, or QuantizationScheme.
@@ -74,31 +74,31 @@ class AutoRound(Saving, SettingsView):
         device_map: the device to tune on: 0, "cuda:0", "cpu", "auto".
         enable_torch_compile: compile the rounding step; None: on GPUs only.
         seed: of sample choice and order. The same seed gives the same files.
-        low_cpu_mem_usage: read a model given by path block by block; False loads it whole (a checkpoint in FP8 or MXFP4
-            is read block by block all the same).
+        low_cpu_mem_usage: read a model given by path block by block; False loads it completely (except FP8 and MXFP4
+            checkpoints).
         alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round". "gptq"
             or a `GPTQConfig`: codes by error feedback (docs/tuning.md), alone with `iters=0`, else as the start of
-            tuning. The scheme's fields may be given with a configuration.
+            tuning. A configuration may include the scheme's fields.
         **kwargs: fields of the scheme (`bits`, `group_size`, `sym`, `data_type`, ...), of the algorithm (`lr`,
             `minmax_lr`, `momentum`, `enable_adam`, `enable_minmax_tuning`, `enable_quanted_input`, `not_use_best_mse`,
             `disable_opt_rtn`), and `ignore_layers`, `quant_lm_head`, `scale_dtype`, `to_quant_block_names`, `amp`,
             `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`; and for static FP8 scales
             of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
-            `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (an importance file of
-            llama.cpp's to use) and `save_imatrix` (where to write one); `on_nan` ("fail", "rtn", "keep"), what is done
-            about layers whose numbers are not finite (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin;
-            `max_memory`, which bounds what a run holds (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB".
-            `model_free=True` rounds to nearest tensor by tensor, without a model (docs/model-free.md), with
-            `parallelism`. `format` is what `quantize_and_save`, `save_quantized` and `plan` take when they name none.
-            `plugins` are files of Python code that register data types, formats and the like (docs/plugins.md).
-            `strict=True` makes an error of a layer name that means nothing (a warning; an error in `plan`).
+            `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (a file of llama.cpp to
+            use) and `save_imatrix` (a file to write); `on_nan` ("fail", "rtn", "keep"), for layers with NaN or Inf
+            (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin; `max_memory`, the memory limit of a run
+            (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB". `model_free=True` rounds to nearest tensor by tensor,
+            without a model (docs/model-free.md), with `parallelism`. `format` is the default format of
+            `quantize_and_save`, `save_quantized` and `plan`. `plugins` are Python files that register data types,
+            formats and others (docs/plugins.md). `strict=True`: a layer name that matches nothing is an error (by
+            default a warning; an error in `plan`).
 
     The settings, with every default filled in, can be read as attributes: `ar.bits`, `ar.layer_config`, `ar.iters`
     (docs/python-api.md).
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.
-        ModelError, DeviceError, UnsupportedError: the model or device cannot be used so.
+        ModelError, DeviceError, UnsupportedError: the model, device or combination is not supported.
     """
 
     def __init__(
@@ -185,9 +185,9 @@ class AutoRound(Saving, SettingsView):
         self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
 
     def plan(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> Job:
-        """What would be done: layers, bytes on disk, memory, steps. `.render()` gives it as text.
+        """The plan of a run: layers, bytes on disk, memory, steps. `.render()` returns it as text.
 
-        A name in `layer_config` or `ignore_layers` that means nothing is an error, unless `strict=False` was given.
+        A name in `layer_config` or `ignore_layers` that matches nothing is an error, unless `strict=False` was given.
 
         Raises ConfigError for formats that need several runs; `plans` gives them all.
         """
@@ -197,7 +197,7 @@ class AutoRound(Saving, SettingsView):
         return jobs[0]
 
     def plans(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> list[Job]:
-        """`plan` of every run: each GGUF format is one of its own, and the other formats are one together."""
+        """The plans of all runs: one run for each GGUF format, and one for all other formats."""
         strict = replace(self.settings, strict=self.settings.strict is not False)
         if self._free is not None:
             return [replace(self._free, settings=strict).plan(self._formats(format), output_dir)]
@@ -238,13 +238,13 @@ class AutoRound(Saving, SettingsView):
 
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=self.settings.trust_remote_code)
-        except Exception as error:  # families' tokenizers raise whatever they like, bare exceptions too
+        except Exception as error:  # tokenizers raise errors of any type
             dataset = self.settings.dataset
             if self.settings.needs_data and (dataset is None or isinstance(dataset, str)):
                 raise ModelError(
                     f"the tokenizer in {name} cannot be read ({error}); give tokenizer=..., or token ids as dataset"
                 ) from error
-            logger.warning("the tokenizer in %s cannot be read; going on without it", name)
+            logger.warning("the tokenizer in %s cannot be read; continuing without it", name)
             return None
 
 
@@ -280,9 +280,6 @@ def _open_model(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: b
     return open_source(loaded)
 
 
-# Older names of `AutoRound`. Each says so once when it is used; `AutoRound` takes every model that they take.
-
-
 class AutoRoundLLM(AutoRound):
     """`AutoRound` under an older name."""
 
@@ -300,11 +297,11 @@ class AutoRoundAdam(AutoRound):
 
 
 class AutoRoundMLLM(AutoRoundLLM):
-    """`AutoRound` under an older name. Multimodal models are refused, as they are by `AutoRound`."""
+    """`AutoRound` under an older name. Multimodal models are refused."""
 
 
 class AutoRoundDiffusion(AutoRoundLLM):
-    """`AutoRound` under an older name. Diffusion models are refused, as they are by `AutoRound`."""
+    """`AutoRound` under an older name. Diffusion models are refused."""
 
 
 def _deprecated(old: str, new: str) -> None:

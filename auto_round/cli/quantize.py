@@ -70,7 +70,7 @@ def _run(given: dict[str, Any], recipe: Recipe) -> int:
 
 
 def check_eval_flags(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError when evaluation settings are given and no evaluation is asked for."""
+    """Raise ConfigError when evaluation settings are given without --eval."""
     extra = [f for f in _EVAL_FLAGS if f in given and f not in ("eval", "eval_backend")]
     if extra and not given.get("eval"):
         raise ConfigError(f"--{extra[0]} has no effect without --eval; add --eval, or leave it out")
@@ -201,7 +201,7 @@ def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | N
 
 
 def device_value(text: str) -> int | str:
-    """`0` is a number for AutoRound, everything else stays as it is."""
+    """A device number as int, any other text without white space around it."""
     return int(text) if re.fullmatch(r"\d+", text.strip()) else text.strip()
 
 

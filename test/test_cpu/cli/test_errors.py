@@ -140,7 +140,7 @@ def test_variables_without_meaning_are_said(
     monkeypatch.setenv("AR_ENABLE_COMPILE_PACKING", "1")
     assert main.run(["m"]) == 0
     said = capsys.readouterr().err
-    assert "AR_DISK_STREM_MODEL is set but means nothing" in said
+    assert "AR_DISK_STREM_MODEL is set but unknown" in said
     assert "AR_ENABLE_COMPILE_PACKING is set and has no effect: packing is vectorised" in said
 
 

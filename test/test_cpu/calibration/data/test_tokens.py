@@ -30,7 +30,7 @@ def test_long_is_cut_and_short_is_dropped(tokenizer: Any, caplog: pytest.LogCapt
         assert sample["attention_mask"].tolist() == [1] * 16
         assert "labels" not in sample
     assert [r.message for r in caplog.records] == [
-        "calibrating with 2 samples, 4 were asked for. 'the given data': 3 documents of 6 to 133 tokens, 2 kept, "
+        "calibrating with 2 samples, 4 were requested. 'the given data': 3 documents of 6 to 133 tokens, 2 kept, "
         "1 dropped as shorter than seqlen=16, 0 dropped as padding (one token repeated over more than half of it)"
     ]
 
