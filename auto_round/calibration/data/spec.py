@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -144,39 +144,27 @@ def _parse_bool(key: str, value: str, name: str) -> bool:
 
 
 def _split(text: str, separator: str, whole: str) -> list[str]:
-    """Split `text` at separators outside quotes."""
-    parts = [""]
-    for char, plain in _mark_separators(text, whole):
-        if plain and char == separator:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
-
-
-def _mark_separators(text: str, whole: str) -> Iterator[tuple[str, bool]]:
-    """Yield each character with whether it can be a separator. Quotes are kept, so that parts can be split again."""
-    quote = ""
-    escaped = False
-    start_of_word = True
+    """Split `text` at separators outside quotes. Quotes are kept, so that parts can be split again."""
+    parts, quote, escaped, start_of_word = [""], "", False, True
     for i, char in enumerate(text):
         if quote:
-            yield char, False
             if char == quote and not escaped:
                 quote = ""
             escaped = char == "\\"
-            continue
-        if char in "'\"" and start_of_word:
+        elif char in "'\"" and start_of_word:
             quote, escaped, start_of_word = char, False, False
-            yield char, False
-            continue
-        inside_name = char == ":" and (text.startswith("://", i) or _is_drive(text, i))
-        yield char, not inside_name
-        start_of_word = char in ",:=+" or (start_of_word and char == " ")
+        else:
+            start_of_word = char in ",:=+" or (start_of_word and char == " ")
+            in_name = char == ":" and (text.startswith("://", i) or _is_drive(text, i))
+            if char == separator and not in_name:
+                parts.append("")
+                continue
+        parts[-1] += char
     if quote:
         raise ConfigError(
             f"dataset {whole!r} has a quote {quote} that is not closed; close it, and check the quoting of your shell"
         )
+    return parts
 
 
 def _is_drive(text: str, colon: int) -> bool:

@@ -184,7 +184,7 @@ def test_given_masks_and_labels_are_kept() -> None:
     sample = load([left], None, seqlen=16, nsamples=1)[0]
     assert sample["attention_mask"].tolist() == left["attention_mask"]
     assert sample["labels"].tolist() == left["labels"]
-    cut = load([left], None, seqlen=12, nsamples=1)[0]  # padding in front goes first
+    cut = load([left], None, seqlen=12, nsamples=1)[0]  # leading padding is cut off first
     assert cut["input_ids"].tolist() == [0, 0] + list(range(1, 11))
     assert cut["attention_mask"].tolist() == [0, 0] + [1] * 10
     assert cut["labels"].tolist() == [-100] * 4 + list(range(3, 11))
