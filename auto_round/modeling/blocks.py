@@ -114,7 +114,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
             if others:
                 raise UnsupportedError(
                     f"{type(model).__name__} has several stacks of the same blocks ({', '.join([name, *others])}); "
-                    "only models that run one stack of blocks once, in order, are supported"
+                    "only models that run one stack of blocks once, in order, can be quantized block by block"
                 )
             children = model.get_submodule(name).named_children()
             return tuple(f"{name}.{child}" if name else child for child, _ in children)
