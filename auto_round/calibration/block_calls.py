@@ -175,8 +175,9 @@ def load_tensor(leaf: torch.Tensor | DiskTensor) -> torch.Tensor:
 def split_hidden_states(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[Any, Any], str | None]:
-    """Split arguments into the hidden states, the other (args, kwargs), and the keyword of the hidden states (None when
-    positional). Raises ModelError when there are none.
+    """Split arguments into the hidden states, the other (args, kwargs), and the keyword of the hidden states.
+
+    The keyword is None when they are positional. Raises ModelError when there are none.
     """
     if args and isinstance(args[0], torch.Tensor):
         return args[0], (args[1:], kwargs), None
@@ -197,8 +198,9 @@ def extra_outputs(output: Any) -> tuple[Any, ...] | None:
 
 
 class TensorPool:
-    """Stores tensors by content: a rotary table that all blocks and samples share is stored once. With `disk_store`,
-    large tensors are stored in that file.
+    """Stores tensors by content: a rotary table that all blocks and samples share is stored once.
+
+    Large tensors are stored in `disk_store`, if there is one.
     """
 
     def __init__(self, device: torch.device, disk_store: DiskStore | None = None) -> None:

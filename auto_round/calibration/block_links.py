@@ -216,9 +216,7 @@ def resolve_call(
     links: BlockDependencies, spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor],
     take: Callable[[SharedSlot], torch.Tensor],
 ) -> tuple[Any, dict[int, Any]]:  # fmt: skip
-    """Fill in what earlier blocks produced; returns the arguments, and the objects that the block may write to, by
-    number.
-    """
+    """Fill in what earlier blocks produced: (arguments, objects that the block may write to, by number)."""
     leaves = [take(links.leaves[i]) if i in links.leaves else leaf for i, leaf in enumerate(leaves)]
     objects: dict[int, Any] = {}
 

@@ -183,9 +183,7 @@ class CapturedInputs:
     def _moved(
         self, leaf: torch.Tensor | DiskTensor, hidden: torch.Tensor, read: dict[int, torch.Tensor]
     ) -> torch.Tensor:
-        """An argument on the device and in the dtype that the block needs; `read` caches what this call has read from a
-        file.
-        """
+        """An argument on the device and in the dtype of `hidden`; `read` caches what this call read from a file."""
         dtype = hidden.dtype if leaf.dtype == self.dtype else leaf.dtype
         if isinstance(leaf, DiskTensor):
             if id(leaf) not in read:

@@ -133,8 +133,10 @@ class MinMaxObserver(InputObserver, dict[str, tuple[torch.Tensor, torch.Tensor]]
         self[name] = (low, high)
 
     def of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Minimum and maximum of a layer's inputs. An expert without tokens gets those of the other experts of its
-        block, any other layer that never ran those of all layers.
+        """Minimum and maximum of a layer's inputs.
+
+        An expert without tokens gets those of the other experts of its block, any other layer that never ran those of
+        all layers.
 
         Raises:
             NumericsError: the inputs have NaN or Inf, or no layer ran.
@@ -245,8 +247,10 @@ def _mirror(total: torch.Tensor) -> None:
 
 @contextmanager
 def observe_hessians(block: nn.Module, names: Iterable[str], passes: int = 1) -> Iterator[InputHessian]:
-    """Accumulate the Hessians of the inputs of the linear layers `names` (relative to `block`), which will run `passes`
-    times inside. They are ready at the end."""
+    """Accumulate the Hessians of the inputs of the linear layers `names` (relative to `block`) that run inside.
+
+    `passes`: how often each layer will run. The Hessians are ready at the end.
+    """
     names = list(names)
     widths = [in_features(block.get_submodule(name)) for name in names]
     hessians = InputHessian(band_width(widths), passes)

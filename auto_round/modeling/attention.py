@@ -79,10 +79,10 @@ class Attention:
 
 
 def find_attention(root: nn.Module) -> list[Attention]:
-    """The attention modules under `root`, in module order: those that take a key-value cache and contain no such
-    module.
+    """The attention modules under `root`, in module order.
 
-    Blocks without a cache of keys and values (linear attention, state spaces) have none.
+    These are the modules that take a key-value cache and contain no such module. Blocks without a cache of keys and
+    values (linear attention, state spaces) have none.
     """
     found = []
     for name, module in root.named_modules():
@@ -93,8 +93,7 @@ def find_attention(root: nn.Module) -> list[Attention]:
 
 
 def unrecognised_attention(blocks: Iterable[nn.Module]) -> list[str]:
-    """Classes of modules in these blocks whose name says attention and that have a layer index or use attention
-    functions.
+    """Names of classes in these blocks that look like attention: by name, and by a layer index or attention functions.
 
     For a model in which `find_attention` finds nothing: these take their cache in an unknown way.
     """
@@ -110,8 +109,9 @@ def unrecognised_attention(blocks: Iterable[nn.Module]) -> list[str]:
 
 
 def head_counts(attention: Attention, config: Any) -> tuple[int, int]:
-    """(query heads, key-value heads) of an attention module, from the module or the model's text configuration. Raises
-    UnsupportedError when it caches latents, or the number is unknown.
+    """(query heads, key-value heads) of an attention module, from the module or the model's text configuration.
+
+    Raises UnsupportedError when it caches latents, or the number is unknown.
     """
     own = getattr(attention.module, "config", None)
     sources = [attention.module, *([own] if own is not None else []), config]

@@ -151,8 +151,9 @@ def _tower_configs(model: nn.Module) -> tuple[type, ...]:
 
 
 def _collect(module: nn.Module, name: str, found: list[tuple[int, int, str]], towers: tuple[type, ...]) -> None:
-    """Append (parameters, length, name) for the outermost lists of layers under `module`, except in models with a
-    configuration of `towers`.
+    """Append (parameters, length, name) for the outermost lists of layers under `module`.
+
+    Models with a configuration of `towers` are left out.
     """
     if isinstance(getattr(module, "config", None), towers):
         return
@@ -168,9 +169,7 @@ _SCALES = ("scales", "weight_scale", "weight_scale_inv")  # buffers of packed li
 
 
 def _multiplies(block: nn.Module) -> bool:
-    """Whether a block contains weight matrices: linear layers, packed quantized ones, or experts stored as
-    3-D tensors.
-    """
+    """Whether a block contains weight matrices: linear layers, packed ones, or experts stored as 3-D tensors."""
     for module in block.modules():
         if is_linear(module) or any(isinstance(module._buffers.get(n), torch.Tensor) for n in _SCALES):
             return True

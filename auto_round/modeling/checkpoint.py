@@ -343,9 +343,7 @@ class CheckpointSource(ModelSource):
 def load_dequantized(
     folder: str | os.PathLike[str], dtype: torch.dtype, device: Device, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """Load the whole model of a checkpoint to a device, with dense weights cast to `dtype`. Raises as
-    `CheckpointSource`.
-    """
+    """Load a whole checkpoint to a device, with dense weights cast to `dtype`. Raises as `CheckpointSource`."""
     source = CheckpointSource(folder, trust_remote_code=trust_remote_code)
     for name in [*source.blocks, *source.non_block_module_names()]:
         source.load(name, device)

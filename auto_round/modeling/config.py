@@ -275,8 +275,10 @@ def _legacy_rope(parameters: Any) -> Values:
 
 
 def _phi_scaling(scaling: Values, part: Values) -> Values:
-    """Phi's `rope_scaling`, whose fields its classes in Transformers 4 count: `type` (never `rope_type`) and the two
-    factors; for Phi-3.5-MoE also the two scales and the original length, which the others have at the top level.
+    """Phi's `rope_scaling` with the fields that its classes in Transformers 4 count.
+
+    These are `type` (never `rope_type`) and the two factors; for Phi-3.5-MoE also the two scales and the original
+    length, which the others have at the top level.
     """
     kind = scaling.get("rope_type", scaling.get("type"))
     made = {"type": kind} | {key: value for key, value in scaling.items() if key not in ("rope_type", "type")}

@@ -225,9 +225,7 @@ class RoutedExperts(LinearExperts):
         return self.together is not None
 
     def _one_by_one(self, hidden: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
-        """[rows, H] in the order of `chosen` [rows], in parts; `rows` are token indices. Empty if no expert is
-        chosen.
-        """
+        """[rows, H] in the order of `chosen` [rows], in parts; empty if no expert is chosen. `rows`: token indices."""
         counts = torch.bincount(chosen.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()
         outputs: list[torch.Tensor] = []
         start = 0

@@ -178,9 +178,7 @@ def _router_roots(modules: dict[str, nn.Module]) -> Iterator[str]:
 
 
 def _by_width(modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Linear layers that are siblings of experts and have one output per expert, or one output (gates of shared
-    experts).
-    """
+    """Linear layers next to experts with one output per expert, or one output (gates of shared experts)."""
     for name, module in modules.items():
         widths = {1, *_expert_counts(module)}
         if widths == {1}:

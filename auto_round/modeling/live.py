@@ -14,8 +14,7 @@ from auto_round.modeling.tensor_map import plan_saved
 
 
 class LiveSource(ModelSource):
-    """Wraps a model whose weights are all in memory, puts it in eval mode and converts its fused experts to linear
-    layers.
+    """Wraps a model whose weights are all in memory. It is put in eval mode; fused experts become linear layers.
 
     Raises:
         ModelError: not a language model with decoder blocks, or some weights are offloaded (meta).

@@ -114,8 +114,9 @@ class ModelSource(ABC):
 
     @abstractmethod
     def read(self, tensor_name: str) -> torch.Tensor:
-        """Read one tensor by its state-dict name to the CPU, in the dtype of `load`. Raises ModelError for an unknown
-        name.
+        """Read one tensor by its state-dict name to the CPU, in the dtype of `load`.
+
+        Raises ModelError for an unknown name.
         """
 
     def tied(self) -> dict[str, str]:
@@ -143,15 +144,11 @@ class ModelSource(ABC):
         raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
 
     def read_stored(self, key: str) -> torch.Tensor:
-        """Read a checkpoint tensor by its stored name to the CPU, in its stored dtype unless another one was
-        requested.
-        """
+        """Read a checkpoint tensor by its stored name to the CPU, in the stored or the requested dtype."""
         raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
 
     def own_plan(self, tensor_name: str) -> TensorPlan | None:
-        """`tensor_plan` of a tensor's own copy in the checkpoint; None if it is stored only under the name it is tied
-        to.
-        """
+        """`tensor_plan` of a tensor's own copy in the checkpoint; None if only the tensor it is tied to is stored."""
         return None if tensor_name in self.tied() else self.tensor_plan(tensor_name)
 
     def unquantized_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:

@@ -266,8 +266,9 @@ class CheckpointNames:
         return tuple(found) or (self.module(name),)
 
     def loads(self, key: str, tensor: str) -> bool:
-        """Whether Transformers loads a stored tensor as the model's tensor of that name (an expert's may have the
-        checkpoint's matrix names).
+        """Whether Transformers loads a stored tensor as the model's tensor of that name.
+
+        An expert's tensor may have the checkpoint's matrix names.
         """
         wanted = {tensor, self._own_leaf(key, tensor)}
         if key in wanted:

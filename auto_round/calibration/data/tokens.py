@@ -161,9 +161,7 @@ class _Encoder:
         return []
 
     def encode(self, documents: Iterable[Document], most_tokens: int | None = None) -> Iterator[TokenDocument]:
-        """Yield token documents in order. With `most_tokens`, a text is tokenized only as far as needed for
-        that many.
-        """
+        """Yield token documents in order. With `most_tokens`, a text is tokenized only as far as needed."""
         stream = iter(documents)
         while batch := list(itertools.islice(stream, _BATCH)):
             texts = [d for d in batch if isinstance(d, str)]

@@ -123,9 +123,7 @@ class TensorFiles:
         return raw
 
     def prefetch(self, key: str, start: int = 0, size: int | None = None) -> None:
-        """Ask the system to read ahead `size` bytes of the tensor `key` from byte `start`, at most 256 MB, if it
-        supports that.
-        """
+        """Ask the system to read ahead `size` bytes of the tensor `key` from byte `start`, at most 256 MB."""
         stored = self.tensors[key]
         left = max(0, stored.end - stored.start - start)
         wanted = min(left, _READ_AHEAD, left if size is None else size)
