@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from auto_round.calibration.data.documents import IGNORED_LABEL
 from auto_round.calibration.data.hub import DEFAULT_DATASET
 from auto_round.calibration.data.sources import READERS, OpenDataset, SampleRequest, open_named, open_object
 from auto_round.calibration.data.spec import (
@@ -19,7 +20,7 @@ from auto_round.calibration.data.spec import (
     register_dataset,
     samples_per_dataset,
 )
-from auto_round.calibration.data.tokens import IGNORED_LABEL, Sample
+from auto_round.calibration.data.tokens import Sample
 from auto_round.errors import ConfigError, DataError
 from auto_round.logger import logger
 

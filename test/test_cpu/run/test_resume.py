@@ -304,7 +304,7 @@ def test_an_unfinished_folder_does_not_open(run: Runner, stop_at: Any, tmp_path:
     with pytest.raises(KeyboardInterrupt), stop_at(staging, "_move", 2):
         run("out", **TUNED)
     (tmp_path / "out" / ".partial").mkdir(exist_ok=True)  # as a kill leaves it
-    with pytest.raises(ModelError, match="not finished; give the command that began it once more"):
+    with pytest.raises(ModelError, match="unfinished quantization; run the same command again"):
         AutoRound(tmp_path / "out")
 
 
