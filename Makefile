@@ -29,11 +29,12 @@ LATEST_TORCH  ?=
 TESTS         ?= test/test_cpu
 SOURCES := auto_round test tools examples $(wildcard bench)
 
-.PHONY: help demo test test-slow test-cuda test-latest test-oldest lock faults lint format bench referees wheel clean
+.PHONY: help demo smoke test test-slow test-cuda test-latest test-oldest lock faults lint format bench referees wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       quantize a small real model to 4 bits, save it, open it in Transformers, show how good it is"
+	@echo "make smoke      the quickest tests of every part, one whole run of each kind (60 s on two cores)"
 	@echo "make test       all fast tests on the CPU             (PYTEST_ARGS='-k schemes' chooses some)"
 	@echo "make test-slow  tests with real models and long runs"
 	@echo "make test-cuda  tests that need a CUDA GPU"
@@ -41,7 +42,7 @@ help:
 	@echo "make test-oldest  the fast tests with the oldest versions that pyproject.toml allows, on Python 3.10 (several GB)"
 	@echo "make lock       pin the newest versions in requirements/constraints.txt, which all other targets install"
 	@echo "make faults     kill runs, damage files, and print what became of it (FAULTS=short: a few of each)"
-	@echo "make lint       ruff and mypy;  make format rewrites what ruff can"
+	@echo "make lint       ruff, mypy and the language check;  make format rewrites what ruff can"
 	@echo "make bench      how to measure against auto-round 0.16.1 (takes an hour: prints the commands)"
 	@echo "make referees   let other programs open what we write (REFEREE_ARGS='--programs gptqmodel' chooses some)"
 	@echo "make wheel      build the wheel into dist/"
@@ -75,6 +76,9 @@ $(VENV)/.lint: $(VENV)/.test requirements/lint.txt
 
 demo: .demo/smollm2/.done
 	@$(BIN)/python examples/demo.py --model .demo/smollm2 --work .demo $(DEMO_ARGS)
+
+smoke: $(VENV)/.test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS) $$(grep -v '^#' test/smoke.txt)
 
 test: $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS) test/test_cpu
@@ -123,6 +127,7 @@ lint: $(VENV)/.lint
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
+	@$(BIN)/python tools/language.py
 
 format: $(VENV)/.lint
 	@$(BIN)/ruff check --fix $(SOURCES)

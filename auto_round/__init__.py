@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from auto_round._version import __version__
 
 if TYPE_CHECKING:
+    from auto_round.algorithms.gptq import GPTQConfig
     from auto_round.algorithms.quantization.rtn.config import OptimizedRTNConfig, RTNConfig
     from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig, SignRoundV2Config
     from auto_round.autoround import AutoRound, AutoRoundAdam, AutoRoundDiffusion, AutoRoundLLM, AutoRoundMLLM
@@ -21,6 +22,7 @@ _EXPORTS = {
     "AutoRound": "auto_round.autoround",
     "QuantizationScheme": "auto_round.schemes",
     "PRESET_SCHEMES": "auto_round.schemes",
+    "GPTQConfig": "auto_round.algorithms.gptq",
     "RTNConfig": "auto_round.algorithms.quantization.rtn.config",
     "OptimizedRTNConfig": "auto_round.algorithms.quantization.rtn.config",
     "SignRoundConfig": "auto_round.algorithms.quantization.sign_round.config",
@@ -39,6 +41,7 @@ __all__ = [
     "AutoRoundDiffusion",
     "AutoRoundLLM",
     "AutoRoundMLLM",
+    "GPTQConfig",
     "OptimizedRTNConfig",
     "PRESET_SCHEMES",
     "QuantizationScheme",

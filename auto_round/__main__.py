@@ -1,4 +1,4 @@
-"""`python -m auto_round` is `auto-round`. The other commands are here, too, for scripts that import them."""
+"""`python -m auto_round` runs `auto-round`. The other commands can be imported from here too."""
 
 from auto_round.cli.main import run, run_best, run_eval, run_light, run_mllm, run_opt_rtn, run_rtn
 

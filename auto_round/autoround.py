@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round import envs
+from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.formats.base import OutputFormat, parse_formats
 from auto_round.formats.cache_scales import none_if_16_bits, parse_cache_scheme
@@ -19,6 +20,7 @@ from auto_round.later import DIFFUSION
 from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
+from auto_round.plugins import load_plugins
 from auto_round.run.driver import Run
 from auto_round.run.folders import default_format, split_runs
 from auto_round.run.keywords import (
@@ -57,8 +59,8 @@ class AutoRound(Saving, SettingsView):
     """Quantizes a causal language model.
 
     Args:
-        model: a folder, a hub id, or a Transformers model object. A model given by path is never whole in memory; an
-            object is worked on in place.
+        model: a folder, a hub id, or a Transformers model object. A model given by path is read block by block; an
+            object is changed in place.
         tokenizer: read from the model's folder when None.
         platform: "hf" or "model_scope", where hub ids are looked up.
         scheme: preset name, dict of fields, or QuantizationScheme.
@@ -72,29 +74,31 @@ class AutoRound(Saving, SettingsView):
         device_map: the device to tune on: 0, "cuda:0", "cpu", "auto".
         enable_torch_compile: compile the rounding step; None: on GPUs only.
         seed: of sample choice and order. The same seed gives the same files.
-        low_cpu_mem_usage: read a model given by path block by block; False loads it whole (a checkpoint in FP8 or MXFP4
-            is read block by block all the same).
-        alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round". The
-            scheme's fields may be given with it.
+        low_cpu_mem_usage: read a model given by path block by block; False loads it completely (except FP8 and MXFP4
+            checkpoints).
+        alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round". "gptq"
+            or a `GPTQConfig`: codes by error feedback (docs/tuning.md), alone with `iters=0`, else as the start of
+            tuning. A configuration may include the scheme's fields.
         **kwargs: fields of the scheme (`bits`, `group_size`, `sym`, `data_type`, ...), of the algorithm (`lr`,
             `minmax_lr`, `momentum`, `enable_adam`, `enable_minmax_tuning`, `enable_quanted_input`, `not_use_best_mse`,
             `disable_opt_rtn`), and `ignore_layers`, `quant_lm_head`, `scale_dtype`, `to_quant_block_names`, `amp`,
             `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`; and for static FP8 scales
             of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
-            `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (an importance file of
-            llama.cpp's to use) and `save_imatrix` (where to write one); `on_nan` ("fail", "rtn", "keep"), what is done
-            about layers whose numbers are not finite (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin;
-            `max_memory`, which bounds what a run holds (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB".
-            `model_free=True` rounds to nearest tensor by tensor, without a model (docs/model-free.md), with
-            `parallelism`. `format` is what `quantize_and_save`, `save_quantized` and `plan` take when they name none.
-            `strict=True` makes an error of a layer name that means nothing (a warning; an error in `plan`).
+            `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (a file of llama.cpp to
+            use) and `save_imatrix` (a file to write); `on_nan` ("fail", "rtn", "keep"), for layers with NaN or Inf
+            (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin; `max_memory`, the memory limit of a run
+            (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB". `model_free=True` rounds to nearest tensor by tensor,
+            without a model (docs/model-free.md), with `parallelism`. `format` is the default format of
+            `quantize_and_save`, `save_quantized` and `plan`. `plugins` are Python files that register data types,
+            formats and others (docs/plugins.md). `strict=True`: a layer name that matches nothing is an error (by
+            default a warning; an error in `plan`).
 
     The settings, with every default filled in, can be read as attributes: `ar.bits`, `ar.layer_config`, `ar.iters`
     (docs/python-api.md).
 
     Raises:
         ConfigError: an unknown or contradictory argument; the message names the nearest.
-        ModelError, DeviceError, UnsupportedError: the model or device cannot be used so.
+        ModelError, DeviceError, UnsupportedError: the model, device or combination is not supported.
     """
 
     def __init__(
@@ -122,29 +126,33 @@ class AutoRound(Saving, SettingsView):
         for sentence in envs.without_effect():
             warn_once("%s", sentence)
         options = checked_options(kwargs, inspect.signature(AutoRound.__init__).parameters)
+        load_plugins(options["plugins"] or ())
         algorithm_given = given_algorithm(alg_configs, options)
         if options["model_free"]:
             iters = check_rtn_only(algorithm_given, iters, options)
         steps = gradient_accumulate_steps if gradient_accumulate_steps is not None else 1
         algorithm, optimized = choose_algorithm(algorithm_given, iters, options["bs"] or batch_size, steps, options)
+        gptq = algorithm_given if isinstance(algorithm_given, GPTQConfig) else None
         resolved = resolve_scheme(scheme, options)
         self._named_formats = None if options["format"] is None else parse_formats(options["format"])
         device = resolve_device(device_map if options["device"] is None else options["device"])
         config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
         cache = {name: none_if_16_bits(options[name]) for name in _CACHE_OPTIONS}
-        wants_cache = parse_cache_scheme(*cache.values()) is not None
+        needs_data = gptq is not None or parse_cache_scheme(*cache.values()) is not None
         self.settings = Settings(
             scheme=resolved,
             scheme_name=scheme_label(scheme, resolved),
             algorithm=algorithm,
             mixed=mixed_preset(scheme),
             optimized_start=optimized,
+            transforms=options["transforms"],
+            gptq=gptq,
             layer_config=config,
             ignore_layers=parse_ignore_layers(options["ignore_layers"]),
             quant_lm_head=bool(options["quant_lm_head"]),
             to_quant_block_names=names_tuple(options["to_quant_block_names"]),
             dataset=dataset,
-            nsamples=check_whole_number("nsamples", nsamples, int(needs_samples(algorithm) or wants_cache)),
+            nsamples=check_whole_number("nsamples", nsamples, int(needs_samples(algorithm) or needs_data)),
             seqlen=check_whole_number("seqlen", seqlen, 2),
             seed=check_whole_number("seed", seed, 0),
             device=device,
@@ -177,9 +185,9 @@ class AutoRound(Saving, SettingsView):
         self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
 
     def plan(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> Job:
-        """What would be done: layers, bytes on disk, memory, steps. `.render()` gives it as text.
+        """The plan of a run: layers, bytes on disk, memory, steps. `.render()` returns it as text.
 
-        A name in `layer_config` or `ignore_layers` that means nothing is an error, unless `strict=False` was given.
+        A name in `layer_config` or `ignore_layers` that matches nothing is an error, unless `strict=False` was given.
 
         Raises ConfigError for formats that need several runs; `plans` gives them all.
         """
@@ -189,7 +197,7 @@ class AutoRound(Saving, SettingsView):
         return jobs[0]
 
     def plans(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> list[Job]:
-        """`plan` of every run: each GGUF format is one of its own, and the other formats are one together."""
+        """The plans of all runs: one run for each GGUF format, and one for all other formats."""
         strict = replace(self.settings, strict=self.settings.strict is not False)
         if self._free is not None:
             return [replace(self._free, settings=strict).plan(self._formats(format), output_dir)]
@@ -230,13 +238,13 @@ class AutoRound(Saving, SettingsView):
 
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=self.settings.trust_remote_code)
-        except Exception as error:  # families' tokenizers raise whatever they like, bare exceptions too
+        except Exception as error:  # tokenizers raise errors of any type
             dataset = self.settings.dataset
             if self.settings.needs_data and (dataset is None or isinstance(dataset, str)):
                 raise ModelError(
                     f"the tokenizer in {name} cannot be read ({error}); give tokenizer=..., or token ids as dataset"
                 ) from error
-            logger.warning("the tokenizer in %s cannot be read; going on without it", name)
+            logger.warning("the tokenizer in %s cannot be read; continuing without it", name)
             return None
 
 
@@ -260,7 +268,7 @@ def _open_model(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: b
     for note in getattr(source, "notes", ()):
         logger.warning("%s", note)
     if source.stored_as:
-        logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
+        logger.info("the model is quantized already (%s); it is dequantized while it is read", source.stored_as)
     if low_cpu_mem_usage or not source.lazy or source.stored_as:
         return source  # a quantized checkpoint is always read block by block
     from transformers import AutoModelForCausalLM
@@ -270,9 +278,6 @@ def _open_model(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: b
         folder, dtype=source.dtype, trust_remote_code=settings.trust_remote_code
     )
     return open_source(loaded)
-
-
-# Older names of `AutoRound`. Each says so once when it is used; `AutoRound` takes every model that they take.
 
 
 class AutoRoundLLM(AutoRound):
@@ -292,11 +297,11 @@ class AutoRoundAdam(AutoRound):
 
 
 class AutoRoundMLLM(AutoRoundLLM):
-    """`AutoRound` under an older name. Multimodal models are refused, as they are by `AutoRound`."""
+    """`AutoRound` under an older name. Multimodal models are refused."""
 
 
 class AutoRoundDiffusion(AutoRoundLLM):
-    """`AutoRound` under an older name. Diffusion models are refused, as they are by `AutoRound`."""
+    """`AutoRound` under an older name. Diffusion models are refused."""
 
 
 def _deprecated(old: str, new: str) -> None:

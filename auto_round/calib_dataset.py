@@ -1,7 +1,6 @@
 """Calibration data: token samples of equal length from a dataset string, texts, token ids or a DataLoader.
 
-`load_calibration` is the entry; `register_dataset` adds a dataset. `docs/datasets.md` describes the dataset
-strings.
+`load_calibration` is the entry point, `register_dataset` adds a dataset; docs/datasets.md describes dataset strings.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from auto_round.calibration.data.documents import IGNORED_LABEL
 from auto_round.calibration.data.hub import DEFAULT_DATASET
 from auto_round.calibration.data.sources import READERS, OpenDataset, SampleRequest, open_named, open_object
 from auto_round.calibration.data.spec import (
@@ -20,7 +20,7 @@ from auto_round.calibration.data.spec import (
     register_dataset,
     samples_per_dataset,
 )
-from auto_round.calibration.data.tokens import IGNORED_LABEL, Sample
+from auto_round.calibration.data.tokens import Sample
 from auto_round.errors import ConfigError, DataError
 from auto_round.logger import logger
 
@@ -39,12 +39,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Samples and where they come from.
+    """Samples and their sources.
 
     Attributes:
         samples: one dict per sample: `input_ids` and `attention_mask` int64 [seqlen], and `labels` int64 [seqlen]
-            (-100 where not to be learned) in all of them when the user gave some.
-        seqlen: tokens per sample; may be less than was asked for.
+            (-100: ignored by the loss) in all of them when the user gave some.
+        seqlen: tokens per sample; may be less than requested.
         sources: name and number of samples of each dataset used.
     """
 
@@ -54,58 +54,38 @@ class CalibrationData:
 
 
 def load_calibration(
-    dataset: Any,
-    tokenizer: Any,
-    *,
-    seqlen: int,
-    nsamples: int,
-    seed: int,
-    model_max_length: int | None = None,
-    vocab_size: int | None = None,
-    platform: str = "hf",
-) -> list[Sample]:
+    dataset: Any, tokenizer: Any, *, seqlen: int, nsamples: int, seed: int, model_max_length: int | None = None,
+    vocab_size: int | None = None, platform: str = "hf",
+) -> list[Sample]:  # fmt: skip
     """The samples of `prepare_calibration`."""
-    data = prepare_calibration(
-        dataset,
-        tokenizer,
-        seqlen=seqlen,
-        nsamples=nsamples,
-        seed=seed,
-        model_max_length=model_max_length,
-        vocab_size=vocab_size,
-        platform=platform,
-    )
-    return data.samples
+    return prepare_calibration(
+        dataset, tokenizer, seqlen=seqlen, nsamples=nsamples, seed=seed, model_max_length=model_max_length,
+        vocab_size=vocab_size, platform=platform,
+    ).samples  # fmt: skip
 
 
 def prepare_calibration(
-    dataset: Any,
-    tokenizer: Any,
-    *,
-    seqlen: int,
-    nsamples: int,
-    seed: int,
-    model_max_length: int | None = None,
-    vocab_size: int | None = None,
-    platform: str = "hf",
-) -> CalibrationData:
+    dataset: Any, tokenizer: Any, *, seqlen: int, nsamples: int, seed: int, model_max_length: int | None = None,
+    vocab_size: int | None = None, platform: str = "hf",
+) -> CalibrationData:  # fmt: skip
     """Read, tokenize and cut calibration data. The same arguments give the same samples.
 
     Args:
         dataset: None for the default set, a dataset string, a list of strings, a list of token ids (lists, tensors,
-            or dicts with `input_ids` and maybe `attention_mask` and `labels`), or a DataLoader or other iterable of
-            those. Batches are taken apart.
-        tokenizer: a Transformers tokenizer; None will do for token ids.
-        seqlen: tokens per sample. Lowered, with a line in the log, to `model_max_length`, and to the length of the
-            samples when the user gives token ids that all have one length below it.
-        nsamples: samples wanted. When there are fewer, a warning says why.
-        seed: fixes the choice and the order of samples.
-        model_max_length: most positions of the model.
-        vocab_size: rows of the model's embedding; ids from there on are refused.
-        platform: "hf" or "model_scope"; the second takes the default set from ModelScope, as AR_USE_MODELSCOPE does.
+            or dicts with `input_ids` and optional `attention_mask` and `labels`), or a DataLoader or other iterable of
+            those. Batches are split into samples.
+        tokenizer: a Transformers tokenizer; may be None for token ids.
+        seqlen: tokens per sample. Lowered, with a log line, to `model_max_length`, and to the common length of given
+            token ids when that is shorter.
+        nsamples: samples requested. When there are fewer, a warning gives the reason.
+        seed: determines the selection and order of samples.
+        model_max_length: number of positions that the model supports.
+        vocab_size: rows of the model's embedding; larger token ids raise DataError.
+        platform: "hf" or "model_scope", where the default set is downloaded from; AR_USE_MODELSCOPE also selects
+            ModelScope.
 
     Raises ConfigError for a wrong argument or dataset string, DataError when data cannot be read or no sample is left.
-    When the default set cannot be reached the text inside the package is used, with a line in the log.
+    When the default set cannot be downloaded, the bundled text is used, with a log line.
     """
     if seqlen < 1 or nsamples < 1:
         raise ConfigError(f"seqlen={seqlen} and nsamples={nsamples} must both be 1 or more")
@@ -132,7 +112,7 @@ def prepare_calibration(
 
 
 def available_datasets() -> list[tuple[str, str, str]]:
-    """`(name, description, where it comes from)` of every registered dataset by name, then what else can be named."""
+    """`(name, description, source)` of every registered dataset by name, then of the other kinds of dataset string."""
     rows = sorted(((e.name, e.description, e.where) for e in DATASETS.values()), key=lambda row: row[0].lower())
     rows.append(
         (f"a path ({', '.join(READERS)})", "your own texts, conversations or token ids", "local file or folder")
@@ -142,7 +122,7 @@ def available_datasets() -> list[tuple[str, str, str]]:
 
 
 def _collect(opened: list[OpenDataset], nsamples: int, seed: int) -> tuple[list[Sample], tuple[tuple[str, int], ...]]:
-    """Each dataset's share of the samples; what one lacks is taken from those without `num=`."""
+    """Read each dataset's share of the samples; a shortfall is taken from the datasets without `num=`."""
     wanted = samples_per_dataset([o.spec.num for o in opened], nsamples)
     taken = [list(itertools.islice(o.stream, n)) for o, n in zip(opened, wanted, strict=True)]
     for o, part in zip(opened, taken, strict=True):
@@ -155,7 +135,7 @@ def _collect(opened: list[OpenDataset], nsamples: int, seed: int) -> tuple[list[
         advice = "; ".join(dict.fromkeys(o.tally.advice() for o in opened))
         raise DataError(f"no calibration sample is left from {'; '.join(reports)}. To get some, {advice}")
     if total < nsamples:
-        logger.warning("calibrating with %d samples, %d were asked for. %s", total, nsamples, "; ".join(reports))
+        logger.warning("calibrating with %d samples, %d were requested. %s", total, nsamples, "; ".join(reports))
     elif not all(taken):
         empty = [r for r, part in zip(reports, taken, strict=True) if not part]
         logger.warning("no calibration sample comes from %s", "; ".join(empty))
@@ -167,7 +147,7 @@ def _collect(opened: list[OpenDataset], nsamples: int, seed: int) -> tuple[list[
 
 
 def _complete_labels(samples: list[Sample]) -> None:
-    """When some samples have labels, give the others theirs: every token that is not padding."""
+    """When some samples have labels, label the others too: all tokens that are not padding."""
     if any("labels" in s for s in samples):
         for sample in samples:
             if "labels" not in sample:

@@ -35,7 +35,7 @@ class DataError(AutoRoundError):
 
 
 class DeviceError(AutoRoundError):
-    """The device does not exist here or cannot do what was asked of it."""
+    """The device does not exist on this machine or cannot run the job."""
 
     exit_code = 5
 
@@ -47,7 +47,7 @@ class OutputError(AutoRoundError, OSError):
 
 
 class UnsupportedError(AutoRoundError, ValueError, NotImplementedError):
-    """A combination that cannot work here, such as a scheme that a format does not take."""
+    """A combination that is not supported, such as a scheme that a format cannot store."""
 
     exit_code = 7
 
@@ -63,33 +63,40 @@ class NumericsError(AutoRoundError, ArithmeticError):
 
 
 class VerifyError(AutoRoundError):
-    """The saved files do not hold what was computed."""
+    """The saved files differ from what was computed."""
 
     exit_code = 9
 
 
 class LibraryError(AutoRoundError):
-    """A library does not do what this version of the package expects of it: our fault, not the model's."""
+    """A library does not behave as this version of the package expects; the model is not at fault."""
 
     exit_code = 10
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was stopped by a signal (Ctrl-C, or SIGTERM on the command line). Its text says where, and whether the
-    same command goes on from there."""
+    """The run was stopped by a signal (Ctrl-C, or SIGTERM on the command line).
+
+    The text says where it stopped and whether the same command resumes there. `number` is the signal's: 2 is SIGINT,
+    15 SIGTERM.
+    """
 
     def __init__(self, text: str = "stopped", number: int = 2) -> None:
         super().__init__(text)
         self.number = number
-        """Of the signal: 2 is SIGINT, 15 SIGTERM."""
 
     @property
     def exit_code(self) -> int:
         return 128 + self.number
 
 
+def first_line(error: object) -> str:
+    """The first line of another library's error message, or the name of its type when it is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """A clause `; did you mean 'a', 'b'?` with the names closest to `name`, or an empty string."""
+    """The clause `; did you mean 'a', 'b'?` with the names closest to `name`, or an empty string."""
     lowered = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)
     return f"; did you mean {', '.join(repr(lowered[c]) for c in close)}?" if close else ""

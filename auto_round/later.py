@@ -1,7 +1,7 @@
 """Features of the user guide that this version lacks, as one table with the error message of each.
 
-The command line, the keywords of `AutoRound` and imports look here, so a feature is refused with the same
-message however it is requested.
+The command line, `AutoRound` and imports all use this table, so the message does not depend on how the feature was
+requested.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Feature:
     """A feature that this version does not have.
 
     Attributes:
-        what: its name.
-        names: flags and keywords that ask for it, without dashes in front.
+        what: its name in messages.
+        names: flags and keywords that request it, without leading dashes.
         classes: classes of the Python interface that belong to it.
-        instead: what works today.
+        instead: what to use instead.
     """
 
     what: str
@@ -30,8 +30,13 @@ class Feature:
     instead: str
 
     def sentence(self, spelling: str) -> str:
-        """The refusal, for the user's own `spelling` of the request."""
+        """The error message, where `spelling` is what the user wrote."""
         return f"{spelling}: {self.what} is not available in this version; {self.instead}"
+
+
+def _refuse(feature: Feature | None, spelling: str) -> None:
+    if feature is not None:
+        raise UnsupportedError(feature.sentence(spelling))
 
 
 def _feature(what: str, instead: str, names: str = "", classes: str = "") -> Feature:
@@ -105,15 +110,15 @@ FEATURES: tuple[Feature, ...] = (
     FIRST_LAYERS,
 )  # fmt: skip
 
-# Values of these names that ask for nothing, beside None and False: what scripts pass that spell out a default.
+# Values, beside None and False, that leave a feature off: the defaults that scripts spell out.
 _DEFAULT_VALUES: Mapping[str, tuple[Any, ...]] = {
     "nblocks": (1,), "dynamic_max_gap": (-1,), "guidance_scale": (7.5,), "num_inference_steps": (50,),
     "metrics": ("clip",), "metric": ("clip",), "image_save_dir": ("./tmp_image_save",), "rotation_backend": ("auto",),
     "pipeline_call_kwargs": ({},),
 }  # fmt: skip
-# Values that exist on the command line and not here.
+# Values of known flags that request a missing feature.
 _VALUES: Mapping[tuple[str, str], Feature] = {("eval_backend", "vllm"): VLLM}
-# Algorithms that exist in the guide and not here.
+# Algorithms of the guide that this version lacks.
 ALGORITHMS: Mapping[str, Feature] = {
     "awq": AWQ, "svdquant": SVDQUANT, "hadamard": ROTATION, "random_hadamard": ROTATION, "quarot_hadamard": ROTATION,
     "quarot": ROTATION, "spinquant": ROTATION, "sign_roundv2": SIGN_ROUND_V2, "signroundv2": SIGN_ROUND_V2,
@@ -121,7 +126,7 @@ ALGORITHMS: Mapping[str, Feature] = {
 }  # fmt: skip
 
 _FLOAT_SCHEME = "the small float schemes of this version are MXFP4, MXFP8 and NVFP4"
-# Presets that exist elsewhere and not here.
+# Presets of the guide that this version lacks.
 SCHEMES: Mapping[str, Feature] = {
     "MXFP6": _feature("MXFP6 (6-bit floats with a shared scale)", _FLOAT_SCHEME),
     "NVFP4_E5M3": _feature("NVFP4 with scales in E5M3", _FLOAT_SCHEME),
@@ -132,7 +137,7 @@ _BY_CLASS: Mapping[str, Feature] = {name: feature for feature in FEATURES for na
 
 
 def feature_of(name: str) -> Feature | None:
-    """The missing feature that a flag or keyword (underscores, no dashes in front) belongs to, or None."""
+    """The missing feature that a flag or keyword (underscores, no leading dashes) requests, or None."""
     return _BY_NAME.get(name)
 
 
@@ -142,53 +147,44 @@ def refused_names() -> list[str]:
 
 
 def is_default_value(name: str, value: Any) -> bool:
-    """Whether `value` of such a keyword leaves the feature off."""
+    """Whether `value` of a missing feature's keyword leaves the feature off."""
     return value is None or value is False or value in _DEFAULT_VALUES.get(name, ())
 
 
 def refuse_keyword(name: str, value: Any) -> None:
-    """Raise UnsupportedError when the keyword `name` with this value asks for a missing feature."""
-    feature = _BY_NAME.get(name)
-    if feature is not None and not is_default_value(name, value):
-        raise UnsupportedError(feature.sentence(f"{name}={value!r}"))
+    """Raise UnsupportedError when the keyword `name` with this value requests a missing feature."""
+    if not is_default_value(name, value):
+        _refuse(_BY_NAME.get(name), f"{name}={value!r}")
 
 
 def refuse_flag(name: str) -> None:
-    """Raise UnsupportedError when the flag `name` belongs to a missing feature."""
-    if name in _BY_NAME:
-        raise UnsupportedError(_BY_NAME[name].sentence(f"--{name}"))
+    """Raise UnsupportedError when the flag `name` requests a missing feature."""
+    _refuse(_BY_NAME.get(name), f"--{name}")
 
 
 def refuse_flag_value(name: str, value: str) -> None:
-    """Raise UnsupportedError when the value of a known flag asks for a missing feature."""
-    feature = _VALUES.get((name, value.strip().lower()))
-    if feature is not None:
-        raise UnsupportedError(feature.sentence(f"--{name} {value}"))
+    """Raise UnsupportedError when the value of a known flag requests a missing feature."""
+    _refuse(_VALUES.get((name, value.strip().lower())), f"--{name} {value}")
 
 
 def refuse_algorithm(spelling: str, name: str) -> None:
-    """Raise UnsupportedError when `name` is an algorithm of the guide that is missing here."""
-    feature = ALGORITHMS.get(name.strip().lower().replace("-", "_"))
-    if feature is not None:
-        raise UnsupportedError(feature.sentence(spelling))
+    """Raise UnsupportedError when `name` is an algorithm of the guide that this version lacks."""
+    _refuse(ALGORITHMS.get(name.strip().lower().replace("-", "_")), spelling)
 
 
 def refuse_scheme(spelling: str, name: str) -> None:
-    """Raise UnsupportedError when `name`, in capitals, is a preset that is missing here."""
-    feature = SCHEMES.get(name)
-    if feature is not None:
-        raise UnsupportedError(feature.sentence(spelling))
+    """Raise UnsupportedError when `name`, in capitals, is a preset that this version lacks."""
+    _refuse(SCHEMES.get(name), spelling)
 
 
 def refuse_class(name: str) -> None:
     """Raise MissingFeatureError, which is an ImportError, when the class `name` belongs to a missing feature."""
-    feature = _BY_CLASS.get(name)
-    if feature is not None:
-        raise MissingFeatureError(feature.sentence(name))
+    if name in _BY_CLASS:
+        raise MissingFeatureError(_BY_CLASS[name].sentence(name))
 
 
 def missing_classes(module: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` that refuses the classes of missing features."""
+    """A `__getattr__` for `module` that refuses the classes of missing features."""
 
     def module_getattr(name: str) -> Any:
         refuse_class(name)

@@ -1,4 +1,4 @@
-"""Resolve `layer_config` and `ignore_layers`: match names, partial names and regular expressions to schemes."""
+"""Resolve `layer_config` and `ignore_layers`: names, partial names and regular expressions of layers to schemes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from dataclasses import replace
 from typing import Any
 
 from auto_round.errors import ConfigError, nearest
-from auto_round.schemes import QuantizationScheme, is_preset_scheme, parse_scheme, preset_name_to_scheme
+from auto_round.schemes import ACTIVATION_KEYS, QuantizationScheme, parse_scheme, preset_name_to_scheme
 
 LayerConfig = Mapping[str, Any]
 _MAX_DEPTH = 20
-# What `AutoRound.layer_config` tells beside the scheme, so that it can be given back.
+# Keys that the attribute `AutoRound.layer_config` adds to the scheme's; ignored when its value is passed in again.
 _INFO_KEYS = ("in_blocks", "fixed_by_user", "mostly", "scale_dtype")
-_ACTIVATION_DETAILS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
 _REGEX_CHARS = re.compile(r"[\\^$*+?\[\](){}|]")
 
 
 def parse_layer_config(text: str) -> dict[str, Any]:
-    """A layer configuration written on the command line.
+    """Parse the value of `--layer_config`: JSON, the same without quotes, or the path of a `.json` file.
 
-    JSON, or the same without quotes: `{k_proj:{bits:8},v_proj:{bits:8,group_size:32},lm_head:W4A16}`. Regular
-    expressions may be keys; a key that holds `:`, `,` or braces needs quotes. A path to a `.json` file is read.
-    Whole numbers in quotes are numbers.
+    Without quotes: `{k_proj:{bits:8},v_proj:{bits:8,group_size:32},lm_head:W4A16}`. Keys may be regular expressions; a
+    key that contains `:` needs quotes. Whole numbers in quotes (`{"bits": "8"}`) are read as numbers.
 
-    Raises:
-        ConfigError: the text is not such a mapping; the message shows the place.
+    Raises ConfigError when the text is not such a mapping; the message gives the position.
     """
     text = text.strip()
     if text.endswith(".json") and "{" not in text:
@@ -37,25 +34,22 @@ def parse_layer_config(text: str) -> dict[str, Any]:
         except OSError as error:
             raise ConfigError(f"--layer_config: cannot read {text!r}: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise ConfigError(f"--layer_config: {text!r} is no text in UTF-8 ({error.reason})") from error
+            raise ConfigError(f"--layer_config: {text!r} is not UTF-8 text ({error.reason})") from error
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         value = _RelaxedReader(text).read()
     if not isinstance(value, dict):
         raise ConfigError(f"--layer_config {text!r} is not a mapping; write {{layer:{{bits:8}},other:W8A16}}")
-    return {name: _with_numbers(entry) for name, entry in value.items()}
-
-
-def _with_numbers(entry: Any) -> Any:
-    """The entry with the numbers that stood in quotes (`{"bits": "8"}`)."""
-    if not isinstance(entry, dict):
-        return entry
-    return {k: int(v) if isinstance(v, str) and re.fullmatch(r"-?\d{1,9}", v) else v for k, v in entry.items()}
+    for fields in value.values():
+        for key, field in fields.items() if isinstance(fields, dict) else ():
+            if isinstance(field, str) and re.fullmatch(r"-?\d{1,9}", field):
+                fields[key] = int(field)
+    return value
 
 
 class _RelaxedReader:
-    """Reads `{a:{b:1},c:[1,2]}`: JSON whose strings may lack quotes."""
+    """Recursive-descent parser of JSON whose strings may lack quotes: `{a:{b:1},c:[1,2]}`."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at, self.depth = text, 0, 0
@@ -86,7 +80,8 @@ class _RelaxedReader:
     def _value(self) -> Any:
         char = self._peek()
         if not char or char not in "{[(":
-            return _plain(self._string(",}])"))
+            word, quoted = self._string(",}])")
+            return word if quoted else _plain(word)
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise self._error("brackets nested too deeply")
@@ -98,9 +93,7 @@ class _RelaxedReader:
         self._take("{")
         result: dict[str, Any] = {}
         while self._peek() != "}":
-            key = self._string(":")
-            if isinstance(key, _Quoted):
-                key = str(key)
+            key, _ = self._string(":")
             self._take(":")
             if key in result:
                 raise self._error(f"{key!r} is given twice")
@@ -120,30 +113,26 @@ class _RelaxedReader:
         self._take(end)
         return result
 
-    def _string(self, ends: str) -> str:
+    def _string(self, ends: str) -> tuple[str, bool]:
+        """The next string, up to its closing quote or a character of `ends`, and whether it has quotes."""
         quote = self._peek()
         if quote and quote in "\"'":
             close = self.text.find(quote, self.at + 1)
             if close < 0:
                 raise self._error("a quote that is not closed")
             word, self.at = self.text[self.at + 1 : close], close + 1
-            return _Quoted(word)
+            return word, True
         start = self.at
         while self.at < len(self.text) and self.text[self.at] not in ends:
             self.at += 1
         word = self.text[start : self.at].strip()
         if not word:
             raise self._error("a name or value is missing")
-        return word
-
-
-class _Quoted(str):
-    """A string that stood in quotes, and so is no number or truth value."""
+        return word, False
 
 
 def _plain(word: str) -> Any:
-    if isinstance(word, _Quoted):
-        return str(word)
+    """An unquoted word as truth value, None, number or text."""
     special = {"true": True, "false": False, "none": None, "null": None}
     if word.lower() in special:
         return special[word.lower()]
@@ -156,66 +145,66 @@ def _plain(word: str) -> Any:
 
 
 def parse_ignore_layers(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """`"mlp, lm_head"` or a list, as a tuple of patterns."""
+    """The tuple of patterns in a list or in a text such as "mlp, lm_head"."""
     if not value:
         return ()
     items = value.replace(";", ",").split(",") if isinstance(value, str) else list(value)
     for item in items:
         if not isinstance(item, str):
-            raise ConfigError(f"ignore_layers: {item!r} is no layer name; give names or patterns, such as 'mlp'")
+            raise ConfigError(f"ignore_layers: {item!r} is not a layer name; give names or patterns, such as 'mlp'")
     return tuple(item.strip() for item in items if item.strip())
 
 
 def matching_layers(pattern: str, layers: Sequence[str]) -> list[str]:
-    """Layers that a pattern means: the full name alone if it is one, else a regular expression or partial name.
+    """The layers that a pattern matches: the one of that full name, else those that a regular expression or partial
+    name matches.
 
-    A partial name matches whole dotted segments or the end or start of one, so `layers.1` does not mean `layers.10`
-    and `k_proj` does mean `model.layers.0.self_attn.k_proj`.
+    A digit at either end of a partial name must not continue in the layer's name: `layers.1` does not match
+    `layers.10`, and `k_proj` matches `model.layers.0.self_attn.k_proj`.
     """
     if not isinstance(pattern, str) or not pattern.strip():
-        raise ConfigError(f"layer pattern {pattern!r} is empty or no text; give a layer's name or a part of it")
+        raise ConfigError(f"layer pattern {pattern!r} is empty or not text; give a layer's name or a part of it")
     if pattern in layers:
         return [pattern]
     if _REGEX_CHARS.search(pattern):
-        # A leading `*` is a glob by habit ("*k_proj"); `.*` inside is a regular expression already.
-        expression = "." + pattern if pattern.startswith("*") else pattern
-        try:
-            compiled = re.compile(expression)
-        except re.error as error:
-            raise ConfigError(f"layer pattern {pattern!r} is not a regular expression: {error}") from error
-        return [name for name in layers if compiled.search(name)]
-    # A digit at either end of the pattern must not run on into more digits.
-    literal = re.escape(pattern)
-    before = r"(?<!\d)" if pattern[0].isdigit() else ""
-    after = r"(?!\d)" if pattern[-1].isdigit() else ""
-    compiled = re.compile(before + literal + after)
+        expression = pattern_regex(pattern)
+    else:
+        before = r"(?<!\d)" if pattern[0].isdigit() else ""
+        after = r"(?!\d)" if pattern[-1].isdigit() else ""
+        expression = before + re.escape(pattern) + after
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"layer pattern {pattern!r} is not a regular expression: {error}") from error
     return [name for name in layers if compiled.search(name)]
 
 
 def pattern_regex(pattern: str) -> str:
-    """A pattern of a layer configuration as a regular expression that is searched for in a layer's name, such as
-    `.*k_proj.*`. It may mean more than the pattern: a digit at its end runs on."""
+    """A regular expression, such as `.*k_proj.*`, that finds every layer that a pattern matches.
+
+    It may match more: `layers.1` also finds `layers.10`. The glob `*k_proj` becomes `.*k_proj`.
+    """
     if _REGEX_CHARS.search(pattern):
         return "." + pattern if pattern.startswith("*") else pattern
     return f".*{re.escape(pattern)}.*"
 
 
 def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> QuantizationScheme:
-    """One value of a layer configuration as a scheme: a preset name, a scheme, or fields that change `default`.
+    """The scheme of one value of a layer configuration: a preset name, a scheme, bits, or fields that change `default`.
 
-    The field `scheme` names what the other fields change instead: `{"scheme": "W8A16", "group_size": 32}`.
+    A field `scheme` replaces `default` as the base of the others: `{"scheme": "W8A16", "group_size": 32}`.
 
-    Raises:
-        ConfigError: an unknown preset or field, or a value that is not allowed.
+    Raises ConfigError for an unknown preset or field, or a value that is not allowed.
     """
     if isinstance(entry, QuantizationScheme):
         return entry
     if isinstance(entry, str):
         if entry.lower() in ("fp16", "fp32", "float16", "float32", "bfloat16"):
             entry = "BF16"
-        if not is_preset_scheme(entry):
-            raise ConfigError(f"layer_config[{name!r}]={entry!r}: {_preset_problem(entry)}")
-        return preset_name_to_scheme(entry)
+        try:
+            return preset_name_to_scheme(entry)
+        except ConfigError as error:
+            raise ConfigError(f"layer_config[{name!r}]={entry!r}: {error}") from error
     if isinstance(entry, int) and not isinstance(entry, bool):
         return default.with_overrides({"bits": entry})
     if isinstance(entry, Mapping):
@@ -226,20 +215,12 @@ def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> Qua
         except ConfigError as error:
             raise ConfigError(f"layer_config[{name!r}]: {error}") from error
         if not scheme.quantizes_activations and not default.quantizes_activations:
-            # How activations would be quantized makes no difference where they are not.
-            return replace(scheme, **{key: getattr(default, key) for key in _ACTIVATION_DETAILS})
+            # Neither quantizes activations, so their other fields must not make the schemes differ.
+            return replace(scheme, **{key: getattr(default, key) for key in ACTIVATION_KEYS})
         return scheme
     raise ConfigError(
         f"layer_config[{name!r}]={entry!r}: give a preset name, a dict such as {{'bits': 8}}, or a QuantizationScheme"
     )
-
-
-def _preset_problem(entry: str) -> str:
-    try:
-        preset_name_to_scheme(entry)
-    except ConfigError as error:
-        return str(error)
-    return "unknown"
 
 
 def resolve_layers(
@@ -257,21 +238,24 @@ def resolve_layers(
 
     Args:
         layers: names of the linear layers inside blocks.
-        default: what they get when nothing else is said.
-        layer_config: {full name | partial name | regular expression: scheme, preset name or fields}. A full name beats
-            a pattern; among patterns the later one wins.
-        ignore_layers: patterns of layers left in full precision; they beat `layer_config`.
+        default: their scheme unless another is given.
+        layer_config: {full name | partial name | regular expression: scheme, preset name or fields}. A full name takes
+            precedence over a pattern, and a later pattern over an earlier one.
+        ignore_layers: patterns of layers left in full precision; they take precedence over `layer_config`.
         outside_blocks: names of the linear layers outside blocks, such as `lm_head`: full precision unless named.
         quant_lm_head: give the layers outside blocks the default scheme too.
-        own_defaults: by layer, what takes the place of `default` for it.
+        own_defaults: by layer, a default scheme that replaces `default`.
         other_modules: names of modules that are never quantized. An entry of 16 bits may name them.
-        unmatched: takes the message about a name or pattern that means nothing; None raises it.
+        unmatched: called with the message about a pattern that matches no layer; None raises it as ConfigError.
 
-    Raises:
-        ConfigError: a pattern matches no layer (with the nearest names) and `unmatched` is None, or an entry is no
-            scheme.
+    Raises ConfigError when a pattern matches no layer (with the nearest names), or an entry is not a scheme.
     """
-    report = _refuse if unmatched is None else unmatched
+
+    def report(message: str) -> None:
+        if unmatched is None:
+            raise ConfigError(message)
+        unmatched(message)
+
     inside, outside = list(layers), list(outside_blocks)
     full = default.with_overrides({"bits": 16, "act_bits": 16})
     known = inside + outside
@@ -286,7 +270,7 @@ def resolve_layers(
             if not others:
                 report(_no_match("layer_config", pattern, known))
             elif scheme.quantizes_weights:
-                report(f"layer_config: {pattern!r} names {others[0]}, which is not quantized here: it stays as it is")
+                report(f"layer_config: {pattern!r} is {others[0]}, which is not quantized here; its entry is ignored")
         for name in names:
             scheme = scheme_from_entry(pattern, entry, defaults[name])
             if pattern == name:
@@ -303,13 +287,9 @@ def resolve_layers(
     return schemes
 
 
-def _refuse(message: str) -> None:
-    raise ConfigError(message)
-
-
 def _no_match(argument: str, pattern: str, known: Sequence[str]) -> str:
     segments = sorted({part for name in known for part in name.split(".") if not part.isdigit()})
-    kinds = {re.sub(r"\d+", "0", name): name for name in reversed(known)}  # one layer of each kind
+    kinds = {re.sub(r"\d+", "0", name): name for name in reversed(known)}  # one layer per name without its numbers
     hint = nearest(pattern, kinds.values()) or nearest(pattern.strip(".*"), segments) or "."
     return (
         f"{argument}: {pattern!r} matches no layer of this model{hint} Its layers are named like {', '.join(segments)}"

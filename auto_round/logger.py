@@ -1,7 +1,7 @@
 """The package's logger.
 
-Importing this file adds no output: a program that uses the package decides what it shows. The command line calls
-`setup_logging`; the façade calls `ensure_logging`, which does nothing when the program has set up logging itself.
+Importing this module adds no output. The command line calls `setup_logging`; `AutoRound` calls `ensure_logging`, which
+does nothing when the program has set up logging itself.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ logger.addHandler(logging.NullHandler())
 
 _seen: set[str] = set()
 
-
-# Python 3.10 cannot write the type of the stream when this runs.
+# `StreamHandler[TextIO]` cannot be evaluated at run time on Python 3.10.
 if TYPE_CHECKING:
     _Handler = logging.StreamHandler[TextIO]
 else:
@@ -31,7 +30,7 @@ else:
 
 
 class _StderrHandler(_Handler):
-    """Writes to whatever sys.stderr is now, so that a progress bar that redirects it is not torn apart."""
+    """Writes to the current sys.stderr, so that log lines do not break a progress bar that redirects it."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -67,7 +66,7 @@ def setup_logging(level: str | int | None = None, log_file: str | Path | None = 
             file_handler = logging.FileHandler(log_file, encoding="utf-8")
         except OSError as err:
             raise OutputError(
-                f"log file {str(log_file)!r} cannot be opened: {err.strerror}; choose another place"
+                f"log file {str(log_file)!r} cannot be opened: {err.strerror}; choose another path"
             ) from err
         file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.addLevelName(TRACE, "TRACE")
@@ -83,7 +82,7 @@ def setup_logging(level: str | int | None = None, log_file: str | Path | None = 
 
 
 def ensure_logging() -> None:
-    """Set logging up as `setup_logging()` does, unless this program already shows messages in its own way."""
+    """Call `setup_logging()` unless the program has set up logging itself."""
     if logging.getLogger().handlers or any(not isinstance(h, logging.NullHandler) for h in logger.handlers):
         return
     setup_logging()
@@ -102,7 +101,7 @@ def trace(message: str, *args: Any) -> None:
 
 
 def warn_once(message: str, *args: Any, key: str | None = None) -> None:
-    """Warn the first time only; two calls are the same when their text (or `key`) is."""
+    """Log a warning once per process; calls with the same text (or `key`) count as one."""
     text = key if key is not None else (message % args if args else message)
     if text not in _seen:
         _seen.add(text)

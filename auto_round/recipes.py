@@ -1,4 +1,4 @@
-"""Recipes: named tuning settings (default, best, light, opt_rtn, rtn) that fill what the user left unset."""
+"""Recipes: named tuning settings (default, best, light, opt_rtn, rtn) for what the user left unset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Recipe:
     summary: str
 
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of `AutoRound` that the recipe decides."""
+        """The keyword arguments of `AutoRound` that the recipe sets."""
         return {k: v for k, v in asdict(self).items() if k not in ("name", "command", "summary")}
 
 
@@ -32,34 +32,15 @@ RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (
         Recipe("default", "auto-round", 8, 200, 2048, 128, None, False, "the balance of accuracy and time"),
-        Recipe(
-            "best",
-            "auto-round-best",
-            8,
-            1000,
-            2048,
-            512,
-            None,
-            False,
-            "most accurate, for 2 bits; several times slower",
-        ),
-        Recipe(
-            "light", "auto-round-light", 8, 50, 2048, 128, 5e-3, False, "faster; for 4 bits and 3B parameters or more"
-        ),
-        Recipe(
-            "opt_rtn",
-            "auto-round-opt-rtn",
-            8,
-            0,
-            2048,
-            128,
-            None,
-            False,
-            "no tuning; scales found by a weighted search",
-        ),
+        Recipe("best", "auto-round-best", 8, 1000, 2048, 512, None, False,
+               "most accurate, for 2 bits; several times slower"),
+        Recipe("light", "auto-round-light", 8, 50, 2048, 128, 5e-3, False,
+               "faster; for 4 bits and 3B parameters or more"),
+        Recipe("opt_rtn", "auto-round-opt-rtn", 8, 0, 2048, 128, None, False,
+               "no tuning; scales found by a weighted search"),
         Recipe("rtn", "auto-round-rtn", 8, 0, 2048, 0, None, True, "plain rounding to nearest; no data, fastest"),
     )
-}
+}  # fmt: skip
 
 
 def get_recipe(name: str) -> Recipe:
@@ -71,17 +52,13 @@ def get_recipe(name: str) -> Recipe:
 
 
 def fill_defaults(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with the recipe's value wherever it has none (or None).
+    """`given`, completed with the recipe's values for keys that are missing or None.
 
-    Raises ConfigError when `given` asks a recipe without tuning for tuning steps.
+    Raises ConfigError when `given` requests tuning steps from a recipe without tuning.
     """
     if recipe.iters == 0 and given.get("iters"):
         raise ConfigError(
             f"iters={given['iters']} contradicts the recipe {recipe.name!r}, which does no tuning; "
             f"use auto-round instead of {recipe.command}, or leave out iters"
         )
-    filled = {k: v for k, v in given.items() if v is not None}
-    for key, value in recipe.settings().items():
-        if value is not None:
-            filled.setdefault(key, value)
-    return filled
+    return {k: v for values in (recipe.settings(), given) for k, v in values.items() if v is not None}

@@ -1,8 +1,4 @@
-"""Quantization schemes: bits, group size and data type of a layer's weights and activations; the named presets.
-
-A scheme is a frozen value and holds no tensors. `SchemeFields` is the parent of algorithm settings that carry
-one.
-"""
+"""Quantization schemes: bits, group size and data type of a layer's weights and activations; the named presets."""
 
 from __future__ import annotations
 
@@ -15,8 +11,9 @@ from auto_round.errors import ConfigError, nearest
 from auto_round.later import refuse_scheme
 
 GroupSize = int | tuple[int, int]
+ACTIVATION_KEYS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
 
-# Other spellings of a data type: its name here, and the bits that the spelling says (None: none).
+# Other spellings of a data type: the normalized name, and the bits that the spelling implies (None: none).
 _DTYPE_ALIASES: dict[str, tuple[str, int | None]] = {
     "mxfp": ("mx_fp", None), "mxfp_rceil": ("mx_fp_rceil", None), "mxint": ("mx_int", None), "nvfp": ("nv_fp", None),
     **{f"{mx}{bits}{rule}": (f"mx_fp{rule}", bits)
@@ -34,8 +31,8 @@ class ActivationScheme:
     Attributes:
         bits, sym, data_type: as for weights.
         group_size: values that share a scale: -1 all of a token, >0 that many of a token, 0 the whole tensor. Static
-            scales are always for the whole tensor.
-        dynamic: scales are computed from each input; else one is fixed by the calibration data.
+            scales are always per tensor.
+        dynamic: scales are computed from each input; else one static scale comes from the calibration data.
     """
 
     bits: int
@@ -46,12 +43,12 @@ class ActivationScheme:
 
     @property
     def has_global_scale(self) -> bool:
-        """Whether the scales lie under one that is fixed by the calibration data (NVFP4)."""
+        """Whether the group scales are relative to a static global scale (NVFP4)."""
         return self.data_type.endswith("_with_static_gs")
 
     @property
     def calibrated(self) -> bool:
-        """Whether anything of it is fixed by the calibration data."""
+        """Whether a scale comes from the calibration data."""
         return self.has_global_scale or not self.dynamic
 
 
@@ -60,14 +57,14 @@ class QuantizationScheme:
     """How one layer is quantized.
 
     Attributes:
-        bits: bits per weight; 16 and above mean "leave in full precision".
+        bits: bits per weight; 16 and above leave the layer in full precision.
         group_size: weights that share a scale, along the input dimension: >0 per group, -1 per output channel,
             0 per tensor, a pair (rows, columns) for two-dimensional blocks.
-        sym: symmetric around zero (no stored zero point of its own) or asymmetric.
-        data_type: registered name of the weight data type, see `auto_round.data_type`. A spelling that says its bits
-            (`mxfp8`) sets them.
+        sym: symmetric around zero, or asymmetric with a zero point.
+        data_type: registered name of the weight data type, see `auto_round.data_type`. A spelling that includes bits
+            (`mxfp8`) sets `bits`.
         act_bits, act_group_size, act_sym, act_data_type, act_dynamic: the same for activations; None takes the
-            default (16 bits, and otherwise the weights' values, dynamic).
+            default (16 bits, dynamic, otherwise the weights' values).
         super_bits, super_group_size: double quantization of the scales (GGUF K-quants).
         rotation_config: options of a rotation applied before quantization.
     """
@@ -90,12 +87,12 @@ class QuantizationScheme:
             object.__setattr__(self, "group_size", tuple(self.group_size))
         self._normalize_dtype("data_type", "bits")
         if str(self.act_data_type).lower() == "float" and not self.quantizes_activations:
-            object.__setattr__(self, "act_data_type", None)  # "as they are", in the incumbent's words
+            object.__setattr__(self, "act_data_type", None)  # AutoRound 0.x writes "float" for unquantized activations
         if self.act_data_type is not None:
             self._normalize_dtype("act_data_type", "act_bits")
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits < 1:
             raise ConfigError(
-                f"bits={self.bits!r} is not a positive whole number; use 2 to 8, or 16 to leave a layer as it is"
+                f"bits={self.bits!r} is not a positive whole number; use 2 to 8, or 16 to leave a layer unquantized"
             )
         size = self.group_size
         if isinstance(size, tuple):
@@ -107,7 +104,7 @@ class QuantizationScheme:
             )
 
     def _normalize_dtype(self, dtype_field: str, bits_field: str) -> None:
-        """One spelling for a data type, and the bits that its name says; 16 bits and above stay."""
+        """Normalize the name of a data type, and set the bits that it implies unless they are 16 or more."""
         given = str(getattr(self, dtype_field)).lower()
         name, width = _DTYPE_ALIASES.get(given, (given, None))
         object.__setattr__(self, dtype_field, name)
@@ -116,7 +113,7 @@ class QuantizationScheme:
             object.__setattr__(self, bits_field, width)
 
     def _comparison_key(self) -> tuple[Any, ...]:
-        """All fields; those of activations only where activations are quantized."""
+        """All fields; those of activations only when activations are quantized."""
         values = self.to_dict()
         if not self.quantizes_activations:
             values |= {key: None for key in values if key.startswith("act_")}
@@ -138,10 +135,9 @@ class QuantizationScheme:
 
     @property
     def activations(self) -> ActivationScheme | None:
-        """The activations' side with its defaults, or None when they stay in full precision."""
-        if not self.quantizes_activations:
+        """How activations are quantized, with defaults filled in, or None when they are not."""
+        if self.act_bits is None or self.act_bits >= 16:
             return None
-        assert self.act_bits is not None
         size = self.group_size if self.act_group_size is None else self.act_group_size
         return ActivationScheme(
             self.act_bits, tuple(size) if isinstance(size, list) else size,
@@ -168,7 +164,7 @@ class QuantizationScheme:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    # A scheme reads like a mapping too, because layer configurations mix schemes and plain dictionaries.
+    # The read-only mapping interface, because layer configurations mix schemes and plain dictionaries.
     def keys(self) -> list[str]:
         return self.get_attributes()
 
@@ -196,13 +192,11 @@ class QuantizationScheme:
         return getattr(self, key)
 
     def describe(self) -> str:
-        """One short phrase, such as `int4 g128 sym`."""
+        """A short phrase for messages and reports, such as `int4 g128 sym`."""
         if not self.quantizes_weights:
             return "full precision"
-        size = {-1: "per channel", 0: "per tensor"}.get(self.group_size) if isinstance(self.group_size, int) else None
-        group = size or (
-            f"g{self.group_size}" if isinstance(self.group_size, int) else "g{}x{}".format(*self.group_size)
-        )
+        size = self.group_size
+        group = f"g{size[0]}x{size[1]}" if isinstance(size, tuple) else _GROUP_WORDS.get(size, f"g{size}")
         text = f"{self.data_type}{self.bits} {group} {'sym' if self.sym else 'asym'}"
         if self.quantizes_activations:
             kind = " static" if self.act_dynamic is False else ""
@@ -210,6 +204,7 @@ class QuantizationScheme:
         return text
 
 
+_GROUP_WORDS = {-1: "per channel", 0: "per tensor"}
 SCHEME_KEYS = tuple(QuantizationScheme.get_attributes())
 
 
@@ -229,7 +224,7 @@ def _weights(bits: int, group_size: GroupSize = 128, **kw: Any) -> QuantizationS
 def _weights_and_activations(
     bits: int, group_size: int, dtype: str, act_dtype: str | None = None, **kw: Any
 ) -> QuantizationScheme:
-    """Weights and activations alike."""
+    """Activations with the weights' bits, group size and data type."""
     return QuantizationScheme(
         bits=bits, group_size=group_size, data_type=dtype, act_bits=bits, act_group_size=group_size, act_sym=True,
         act_data_type=act_dtype or dtype, act_dynamic=True, **kw,
@@ -259,7 +254,7 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
 
 @dataclass(frozen=True)
 class MixedPreset:
-    """A preset of more than one width: its scheme is that of routed experts.
+    """Bits of the other layers in a preset whose scheme applies to routed experts only.
 
     Attributes:
         other_bits: of every other layer.
@@ -272,7 +267,7 @@ class MixedPreset:
 
 MIXED_PRESETS: dict[str, MixedPreset] = {"W4A16_MIXED": MixedPreset(other_bits=8, multimodal_other_bits=16)}
 
-# GGUF types: (bits, group_size, sym, data_type, super_bits, super_group_size), as defined by ggml's block structures.
+# GGUF types: (bits, group_size, sym, data_type, super_bits, super_group_size), from ggml's block structures.
 _GGUF: dict[str, tuple[int, int, bool, str, int | None, int | None]] = {
     "Q4_0": (4, 32, True, "int", None, None),
     "Q5_0": (5, 32, True, "int", None, None),
@@ -302,7 +297,7 @@ def normalize_preset_name(name: str) -> str:
 
 
 def mixed_preset(scheme: object) -> MixedPreset | None:
-    """The mixture that the preset called `scheme` stands for, None for any other scheme."""
+    """The other layers' bits of the preset called `scheme`; None for any scheme that is not mixed."""
     return MIXED_PRESETS.get(normalize_preset_name(scheme)) if isinstance(scheme, str) else None
 
 
@@ -314,7 +309,7 @@ def is_preset_scheme(name: str) -> bool:
 def preset_name_to_scheme(name: str) -> QuantizationScheme:
     """The preset called `name`, in any case.
 
-    Raises ConfigError with the nearest names, and UnsupportedError for a preset that comes later.
+    Raises ConfigError with the nearest names, and UnsupportedError for a preset that this version lacks.
     """
     key = normalize_preset_name(name)
     refuse_scheme(f"scheme {name!r}", key)
@@ -329,7 +324,7 @@ def preset_name_to_scheme(name: str) -> QuantizationScheme:
 
 
 def parse_scheme(value: str | Mapping[str, Any] | QuantizationScheme) -> QuantizationScheme:
-    """A preset name, a mapping of fields or a scheme, as a scheme."""
+    """The scheme given as preset name, mapping of fields or scheme. Raises ConfigError for anything else."""
     if isinstance(value, QuantizationScheme):
         return value
     if isinstance(value, str):
@@ -341,15 +336,12 @@ def parse_scheme(value: str | Mapping[str, Any] | QuantizationScheme) -> Quantiz
     )
 
 
-# Fields of a quantization scheme that an algorithm's settings may carry.
-
 _Config = TypeVar("_Config", bound="SchemeFields")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SchemeFields:
-    """Parent of the algorithms' settings: the scheme may be given with them. None leaves a field to `AutoRound`, which
-    merges the others into its scheme."""
+    """Base of the algorithms' settings, with optional scheme fields, which `AutoRound` merges into its scheme."""
 
     bits: int | None = None
     group_size: GroupSize | None = None
@@ -365,11 +357,11 @@ class SchemeFields:
     rotation_config: Any = None
 
     def scheme_overrides(self) -> dict[str, Any]:
-        """The scheme's fields that are given."""
+        """The scheme fields that are not None."""
         return {key: getattr(self, key) for key in SCHEME_KEYS if getattr(self, key) is not None}
 
     def without_scheme(self: _Config) -> _Config:
-        """The settings of the algorithm alone."""
+        """A copy with all scheme fields None."""
         return replace(self, **dict.fromkeys(SCHEME_KEYS))
 
     def __repr__(self) -> str:

@@ -1,8 +1,7 @@
 """Run independent work in parallel on CPU cores, each worker with its share of PyTorch's threads.
 
-PyTorch splits one operation among threads. Where operations are short (a search over small groups, codes found
-column by column) that costs more than it saves. Whole layers in parallel, each on its share of the threads,
-need not wait.
+PyTorch splits each operation among its threads. For short operations (a search over small groups, error feedback column
+by column) the synchronization costs more than it saves; running whole layers in parallel avoids it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def split_torch_threads(workers: int) -> Iterator[None]:
-    """PyTorch's threads divided among the workers, and the caller's number again afterwards."""
+    """Divide PyTorch's threads among `workers` for the duration of the block, then restore their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // workers))
     try:
@@ -30,9 +29,9 @@ def split_torch_threads(workers: int) -> Iterator[None]:
 
 
 def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
-    """`function` of each item, in order, without gradients; at once as far as PyTorch has threads.
+    """`function` of each item, in order, without gradients; on a CPU in parallel, on other devices sequentially.
 
-    On other devices than the CPU, one after the other. Raises the first item's error, after those that had begun ended.
+    Raises the error of the first item that failed, after the items already started have finished.
     """
     workers = min(torch.get_num_threads(), len(items)) if device.type == "cpu" else 1
 

@@ -33,7 +33,9 @@ from auto_round.run import blocks as blockwise
 from auto_round.run.journal import Journal
 from auto_round.run.resume import RunJournal
 
-MAIN = ("check_compatible", "settle", "keep", "add", "wait_until_written", "wait", "complete", "finish", "close")
+MAIN = (
+    "check_compatible", "open", "submit_stream", "add", "wait_until_written", "wait", "complete", "finish", "close",
+)  # fmt: skip
 BESIDE = ("write_unit", "write_stream", "commit")
 
 

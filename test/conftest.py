@@ -173,6 +173,39 @@ def earlier_int8() -> Iterator[str]:
     del FORMATS["earlier:int8"]
 
 
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What plugins register is forgotten after the test."""
+    import auto_round.formats.no_config  # noqa: F401  (lists the schemes there are when it is first imported)
+    from auto_round import PRESET_SCHEMES, plugins
+    from auto_round.algorithms.base import ALGORITHMS
+    from auto_round.calib_dataset import DATASETS
+    from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS
+    from auto_round.codecs.minifloat import MINIFLOATS
+    from auto_round.codecs.registry import QUANT_FUNC_WITH_DTYPE
+    from auto_round.formats.base import FORMATS, available_formats
+    from auto_round.gguf import families
+    from auto_round.inference.config import USER_LAYOUTS
+    from auto_round.inference.table import BACKENDS
+
+    available_formats()
+    tables: list[dict[str, Any]] = [
+        PRESET_SCHEMES, ALGORITHMS, DATASETS, BLOCK_FLOAT_SPECS, MINIFLOATS, QUANT_FUNC_WITH_DTYPE, FORMATS,
+        USER_LAYOUTS, families._BY_TYPE, plugins._LOADED,
+    ]  # fmt: skip
+    before, rows, modules = [dict(table) for table in tables], list(BACKENDS), set(sys.modules)
+    plugins._load_entry_points.cache_clear()
+    yield
+    plugins._load_entry_points.cache_clear()
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
+    BACKENDS[:] = rows
+    for name in set(sys.modules) - modules:
+        if name.startswith(plugins._PREFIX):
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def families() -> list[str]:
     return list(FAMILIES)

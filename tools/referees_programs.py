@@ -29,7 +29,7 @@ class Program:
         torch: whether it needs PyTorch, which is then installed first.
         home: folder and environment, where two programs share them.
         judge: the script's name.
-        weights_only: it leaves activations as they are where the file quantizes them.
+        weights_only: it does not quantize activations where the file does.
         scheme_dtypes: scheme -> dtype in which both sides compute, before `dtypes`.
         own_inputs: schemes whose inputs it quantizes by rules of its own. Of these it is compared with our weights
             under those rules, as `inputs.py` in its folder, a second implementation of them, computes.
@@ -291,7 +291,7 @@ PROGRAMS: dict[str, Program] = {
             home="compressed_tensors", judge="judge_dequantize.py", weights_only=True, scheme_dtypes=_BFLOAT16,
         ),
         Program(
-            "transformers", "Transformers 5.23.0 by itself, which on a CPU leaves activations as they are",
+            "transformers", "Transformers 5.23.0 by itself, which on a CPU does not quantize activations",
             opens={"fp8": ("FP8_BLOCK", "Mixtral FP8_BLOCK", "Qwen3-MoE FP8_BLOCK")}, dtypes={"": "bfloat16"},
             home="compressed_tensors", judge="judge_plain.py",
             weights_only=True,

@@ -17,8 +17,8 @@ A number is the largest relative difference of any position: the norm of the dif
 vocabulary, divided by the norm of ours. In brackets the same for what quantization itself does to the model, for scale.
 A star: the program quantizes the inputs by rules of its own, described in [formats.md](formats.md), and is compared
 with our weights under these rules, as a second implementation of them computes; the last section has both differences.
-The tiny models of the GGUF rows are those of `tools/referee_gguf_models.py`; what llama.cpp computes from the files as
-they are, with inputs rounded to 8 bits, is in [gguf.md](gguf.md#what-llamacpp-makes-of-the-files).
+The tiny models of the GGUF rows are those of `tools/referee_gguf_models.py`; what llama.cpp computes from the files
+themselves, with inputs rounded to 8 bits, is in [gguf.md](gguf.md#what-llamacpp-makes-of-the-files).
 "no" means that the program refuses or fails; the reasons are listed below. "-" was not tried. `gptqmodel` writes the
 files of `auto_gptq`, and `auto_round:gptqmodel` those of `auto_round:auto_gptq`. `auto_round:llm_compressor` writes the
 files of `llm_compressor`, byte for byte, and its cells are those of that format. Our own loader opens every cell of

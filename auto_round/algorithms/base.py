@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.errors import DeviceError
+from auto_round.errors import ConfigError, DeviceError
 from auto_round.schemes import QuantizationScheme
 
 
@@ -114,6 +114,31 @@ class BlockQuantizer(Protocol):
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize every layer of the block."""
         ...
+
+
+_Quantizer = TypeVar("_Quantizer", bound=type[Any])
+
+# Algorithms of plugins by name: classes of `BlockQuantizer` that are made from the dtype of the scales.
+ALGORITHMS: dict[str, Callable[[torch.dtype], BlockQuantizer]] = {}
+
+
+def register_algorithm(name: str) -> Callable[[_Quantizer], _Quantizer]:
+    """Class decorator: a `BlockQuantizer` can be asked for as `algorithm=name`. It is made as `cls(scale_dtype)`.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def register(cls: _Quantizer) -> _Quantizer:
+        if name in ALGORITHMS:
+            raise ConfigError(f"algorithm {name!r} is already registered, by {ALGORITHMS[name]!r}")
+        ALGORITHMS[name] = cls
+        return cls
+
+    return register
+
+
+# What is done when a device has too little memory.
 
 
 def empty_device_cache(device: torch.device) -> None:

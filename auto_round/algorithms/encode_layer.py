@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.codecs.block_float import BlockFloatSpec, block_float_spec, encode
+from auto_round.codecs.block_float import BlockFloatSpec, Encoded, block_float_spec, encode
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, ggml_type_of
 from auto_round.codecs.int import QuantParams, round_groups, stored_codes, to_codes
 from auto_round.codecs.quantized_layer import QuantizedLayer
@@ -44,6 +44,16 @@ def ggml_type_for(task: LayerTask) -> GgmlType | None:
     return kind if kind is not None and task.weight.shape[1] % kind.block == 0 else None
 
 
+def has_codes(task: LayerTask) -> bool:
+    """Whether codes of the layer are stored; other data types give dense weights by their function."""
+    return ggml_type_for(task) is not None or scheme_has_codes(task.scheme)
+
+
+def scheme_has_codes(scheme: QuantizationScheme) -> bool:
+    """Whether a scheme says integers or small floats whose codes are stored."""
+    return is_integer(scheme) or minifloat_spec(scheme) is not None
+
+
 def as_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """[out, in] as [out, groups, group_size], zero-padded; per tensor as [1, 1, out * in]."""
     if group_size == 0:
@@ -77,7 +87,6 @@ def encode_integer(
     """
     scheme = task.scheme
     assert isinstance(scheme.group_size, int)
-    _check_scales(task, qparams)
     groups = as_groups(task.weight, scheme.group_size)
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
     for rows in _row_chunks(groups):
@@ -85,7 +94,7 @@ def encode_integer(
         part = QuantParams(qparams.scale[rows], zero, qparams.bits)
         offsets = 0.0 if v is None else v[rows]
         codes[rows] = stored_codes(to_codes(groups[rows], part, offsets), qparams.bits)
-    return _with_codes(task, qparams, codes, scale_dtype)
+    return integer_layer(task, qparams, codes, scale_dtype)
 
 
 def encode_integer_rtn(task: LayerTask, scale_dtype: torch.dtype) -> QuantizedLayer:
@@ -103,8 +112,7 @@ def encode_integer_rtn(task: LayerTask, scale_dtype: torch.dtype) -> QuantizedLa
     if isinstance(zero, torch.Tensor):
         zero = torch.cat([qparams.zero for qparams in group_qparams if isinstance(qparams.zero, torch.Tensor)])
     whole = QuantParams(torch.cat([qparams.scale for qparams in group_qparams]), zero, scheme.bits)
-    _check_scales(task, whole)
-    return _with_codes(task, whole, codes, scale_dtype)
+    return integer_layer(task, whole, codes, scale_dtype)
 
 
 def _row_chunks(groups: torch.Tensor) -> Iterator[slice]:
@@ -115,13 +123,16 @@ def _row_chunks(groups: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _check_scales(task: LayerTask, qparams: QuantParams) -> None:
+def integer_layer(
+    task: LayerTask, qparams: QuantParams, codes: torch.Tensor, scale_dtype: torch.dtype
+) -> QuantizedLayer:
+    """An integer layer from its codes, uint8 [out, in] or in the shape of its groups.
+
+    Raises:
+        NumericsError: a scale is not finite.
+    """
     if not bool(torch.isfinite(qparams.scale).all()):
         raise NumericsError(f"layer {task.name}: a scale is NaN or Inf; check the layer's weights and calibration data")
-
-
-def _with_codes(task: LayerTask, qparams: QuantParams, codes: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
-    """The integer layer of codes in the shape of its groups."""
     out, columns = task.weight.shape
     per_tensor = task.scheme.group_size == 0
     codes = codes.view(out, columns) if per_tensor else codes.view(out, -1)[:, :columns]
@@ -153,6 +164,15 @@ def encode_minifloat(
     """
     tensor_scale = task.global_scale if global_scale is None else global_scale
     found = encode(task.weight, spec, task.scheme.group_size, scale=scale, v=v, global_scale=tensor_scale)
+    return minifloat_layer(task, spec, found)
+
+
+def minifloat_layer(task: LayerTask, spec: BlockFloatSpec, found: Encoded) -> QuantizedLayer:
+    """A minifloat layer from its codes and scales.
+
+    Raises:
+        NumericsError: a scale is not finite.
+    """
     if not bool(torch.isfinite(found.scale).all()):
         raise NumericsError(f"layer {task.name}: NaN or Inf in the weights or their scales; check the layer's weights")
     return _layer(

@@ -1,14 +1,18 @@
 """GPTQ: round a layer column by column and compensate each column's error in the columns that follow.
 
-With D = W - w and inputs x, the summed squared error of the outputs is tr(D H D') with the Hessian H = sum x
-x'. Written as H = M' diag(c) M, with M unit lower triangular, the error of a row is
+With D the change of the weight [out, in] and inputs x, the summed squared error of the layer's outputs is tr(D H D')
+with the Hessian H = sum x x'. Written as H = M' diag(c) M, with M unit lower triangular, the error of a row is
 
     sum over columns i of  c_i (D_i + sum over j < i of M_ij D_j)^2
 
-so in order, the best code for column i is the nearest one to its weight less `sum M_ij D_j` (GPTQ, arXiv
-2210.17323; in this form LDLQ of QuIP, arXiv 2307.13304). One pass does more than several passes of coordinate
-descent, because later columns can still compensate an error (docs/adr/0011). Columns with large inputs come
-first (GPTQ's `act_order`): their errors cost most. Rows are independent.
+so in order, the best code for column i is the nearest one to its weight less `sum M_ij D_j`. This is GPTQ
+(arXiv 2210.17323) without the inverse: its factor U of H^-1 = U'U is diag(c)^-1/2 M'^-1, and its updates of the
+columns that follow add up to the same sum. In this form it is LDLQ of QuIP (arXiv 2307.13304). One pass does more
+than several passes of coordinate descent, because later columns can still compensate an error (docs/adr/0011).
+
+Columns with large inputs come first (GPTQ's `act_order`): their errors cost most. Scales are chosen before any code,
+so this order costs nothing when the layer runs. Rows are independent. It works on every type whose codes stand for
+values on a scale: integers, small floats and ggml types (`ColumnCodec`).
 """
 
 from __future__ import annotations
@@ -22,10 +26,34 @@ from typing import cast
 
 import torch
 
-from auto_round.algorithms.base import LayerTask
+from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask
 from auto_round.algorithms.descent import damp, row_slices
+from auto_round.algorithms.encode_layer import (
+    encode_ggml,
+    ggml_type_for,
+    has_codes,
+    integer_layer,
+    minifloat_layer,
+    minifloat_spec,
+)
+from auto_round.algorithms.quantization.rtn.quantizer import (
+    initial_blocks,
+    initial_qparams,
+    initial_scales,
+    quantize_layer,
+)
+from auto_round.codecs.block_float import BlockFloatSpec, Encoded, effective_scale
 from auto_round.codecs.ggml.types import GgmlBlocks, GgmlType, code_limits, divisor_of
+from auto_round.codecs.int import QuantParams
+from auto_round.codecs.minifloat import MinifloatType, block_shape
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.registry import clamp_to_float16
+from auto_round.errors import ConfigError, NumericsError
+from auto_round.schemes import SchemeFields
 from auto_round.threads import parallel_map, split_torch_threads
+
+DAMPING = 0.3  # in parts of the Hessian's mean diagonal
+MIN_TOKENS = 32  # with fewer a Hessian says more about these tokens than about the layer
 
 HessianFactors = Mapping[int, "HessianFactor"]
 
@@ -34,9 +62,33 @@ _MICRO_BLOCK = 8  # columns between two products within those
 _SCRIPT_LOCK = Lock()
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GPTQConfig(SchemeFields):
+    """Error feedback for every layer whose data type has codes. With `iters=0` it decides the codes; otherwise tuning
+    starts from them where they are better than the nearest codes on held-out samples.
+
+    Attributes:
+        damping: added to the Hessian's diagonal, in parts of its mean; from 0.001 to 10. The paper has 0.01; with more
+            the codes follow the calibration data less closely, and other text better (docs/adr/0011).
+
+    The scheme's fields (`bits`, `group_size`, `sym`, ...) may be given too.
+    """
+
+    damping: float = DAMPING
+
+    def __post_init__(self) -> None:
+        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float):
+            raise ConfigError(f"damping={self.damping!r}: give a number from 0.001 to 10")
+        if not 0.001 <= self.damping <= 10:
+            raise ConfigError(f"damping={self.damping!r}: give a number from 0.001 to 10")
+
+
+# The Hessian.
+
+
 @dataclass(frozen=True, eq=False)
 class HessianFactor:
-    """What the columns of one band take over from each other.
+    """How the errors of columns act on the columns that follow, within one band of input channels.
 
     Attributes:
         order: int64 [n], the columns in the order in which they are rounded.
@@ -53,104 +105,202 @@ class HessianFactor:
 
 
 def factorize_hessian(hessian: torch.Tensor, damping: float) -> HessianFactor:
-    """The feedback that minimises the error for A.
+    """Order the columns and factorize H = M' diag(c) M by Cholesky.
 
     Args:
-        square: A, symmetric, float32 [n, n].
+        hessian: H, symmetric, float32 [n, n].
         damping: in parts of its mean diagonal, more than zero.
+
+    Raises:
+        NumericsError: the damped Hessian holds NaN, or is not positive definite in float32.
     """
+    if not bool(torch.isfinite(hessian.diagonal()).all()):
+        raise NumericsError("NaN or Inf in the Hessian of a layer's inputs")
     order = hessian.diagonal().argsort(descending=True, stable=True)
     reversed_order = order.flip(0)
     matrix = hessian.index_select(0, reversed_order).index_select(1, reversed_order)
     damp(matrix, damping)
-    with split_torch_threads(torch.get_num_threads()):  # how it adds up may depend on the number of threads
-        # Turned around, A = L L'; turned back, L is an upper triangle, and L' with ones on its diagonal M.
-        found = torch.linalg.cholesky(matrix).t().flip(0, 1)
+    try:
+        with split_torch_threads(torch.get_num_threads()):  # how it adds up may depend on the number of threads
+            # In reversed order, H = L L'; reversed back, L is upper triangular, and L' with ones on its diagonal is M.
+            found = torch.linalg.cholesky(matrix).t().flip(0, 1)
+    except torch.linalg.LinAlgError as error:
+        raise NumericsError(
+            f"the Hessian of a layer's inputs is not positive definite with damping={damping}; use a larger one"
+        ) from error
     return HessianFactor(order, found.div_(found.diagonal().unsqueeze(1).clone()))
 
 
 def shared_hessian_factors(tasks: Sequence[LayerTask], damping: float, device: torch.device) -> HessianFactors:
-    """The feedback of layers, by the identity of their products: layers that are fed the same share one."""
+    """Factors by the identity of the Hessian: layers with the same inputs share one."""
     hessians = {id(hessian): hessian for task in tasks for hessian in task.input_hessians or ()}
     found = parallel_map(partial(factorize_hessian, damping=damping), list(hessians.values()), device)
     return dict(zip(hessians, found, strict=True))
 
 
-def gptq_blocks(weight: torch.Tensor, blocks: GgmlBlocks, bands: Sequence[HessianFactor]) -> GgmlBlocks:
-    """The blocks with codes by feedback, on the steps and minima that they have.
+def hessian_factors(task: LayerTask, known: HessianFactors, damping: float) -> list[HessianFactor]:
+    """The factors of one layer, a band each. `known`: of `shared_hessian_factors`."""
+    return [known.get(id(hessian)) or factorize_hessian(hessian, damping) for hessian in task.input_hessians or ()]
+
+
+# The values of codes, for each kind of data type.
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnCodec:
+    """What the codes of a layer stand for: `minimum + scale * value`.
+
+    Attributes:
+        scale: float32 [out, groups], none of them zero.
+        minimum: float32 [out, groups], or None for zero.
+        group: input channels in a group; the last one may be short.
+        low, high: limits of the values.
+        zero: added to a whole-number value gives its code.
+        element: the values are those of this minifloat; None: whole numbers.
+    """
+
+    scale: torch.Tensor
+    minimum: torch.Tensor | None
+    group: int
+    low: float
+    high: float
+    zero: int = 0
+    element: MinifloatType | None = None
+
+    @classmethod
+    def of_ggml(cls, blocks: GgmlBlocks) -> ColumnCodec:
+        """Of a ggml type, on the scales and minima of `blocks`."""
+        kind = blocks.kind
+        return cls(divisor_of(blocks.step()), blocks.minimum(), kind.group, *code_limits(kind), zero=kind.zero)
+
+    @classmethod
+    def of_integers(cls, task: LayerTask, qparams: QuantParams) -> ColumnCodec:
+        """Of an integer type. `scale * (code - zero)` is `minimum + scale * code` where zero points are tensors."""
+        out, columns = task.weight.shape
+        size = task.scheme.group_size
+        assert isinstance(size, int)
+        scale = qparams.scale.squeeze(-1).expand(out, -1)
+        group, top = (size if size > 0 else columns), 2**qparams.bits - 1
+        if isinstance(qparams.zero, torch.Tensor):
+            return cls(scale, -scale * qparams.zero.squeeze(-1), group, 0, top)
+        zero = int(qparams.zero)
+        return cls(scale, None, group, -zero, top - zero, zero)
+
+    @classmethod
+    def of_minifloats(
+        cls, task: LayerTask, spec: BlockFloatSpec, scale: torch.Tensor, global_scale: torch.Tensor | None
+    ) -> ColumnCodec:
+        """Of a small float type, on stored scales [R, C]."""
+        out, columns = task.weight.shape
+        r, m, c, n = block_shape((out, columns), task.scheme.group_size)
+        expanded = effective_scale(scale.float(), global_scale).view(r, c).repeat_interleave(m, 0)[:out]
+        top = spec.element.maximum
+        return cls(divisor_of(expanded), None, n, -top, top, element=spec.element)
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        """uint8 codes of float32 values, which may be overwritten."""
+        return values.add_(self.zero).to(torch.uint8) if self.element is None else self.element.encode(values)
+
+
+# Column by column.
+
+
+def gptq_codes(weight: torch.Tensor, codec: ColumnCodec, factors: Sequence[HessianFactor]) -> torch.Tensor:
+    """The codes of a weight, uint8 [out, in], by error feedback.
 
     Args:
-        weight: [out, in], any float dtype.
-        blocks: stored numbers of it; their codes do not matter.
-        bands: the feedback within each band of input channels, in order.
+        weight: [out, in], any float dtype; computed in float32, some rows at a time.
+        codec: scales of its groups, and what a code stands for.
+        factors: one for each band of input channels, in order.
     """
-    codes = torch.empty_like(blocks.codes)
-    steps, minima = divisor_of(blocks.step()), blocks.minimum()
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     start = 0
-    for one in bands:
-        band = slice(start, start + one.matrix.shape[0])
-        groups = slice(band.start // blocks.kind.group, band.stop // blocks.kind.group)
-        own = None if minima is None else minima[:, groups]
-        put = partial(_write_codes, codes[:, band], weight[:, band], steps[:, groups], own, one, blocks.kind)
-        parallel_map(put, row_slices(weight), weight.device)
+    for factor in factors:
+        band = slice(start, start + factor.matrix.shape[0])
+        parallel_map(partial(_write_codes, codes, weight, codec, factor, band), row_slices(weight), weight.device)
         start = band.stop
-    return replace(blocks, codes=codes)
+    return codes
+
+
+def gptq_blocks(weight: torch.Tensor, blocks: GgmlBlocks, factors: Sequence[HessianFactor]) -> GgmlBlocks:
+    """The blocks with codes by error feedback, on the scales and minima that they have."""
+    return replace(blocks, codes=gptq_codes(weight, ColumnCodec.of_ggml(blocks), factors))
 
 
 def _write_codes(
-    codes: torch.Tensor, weight: torch.Tensor, steps: torch.Tensor, minima: torch.Tensor | None, factor: HessianFactor,
-    kind: GgmlType, rows: slice,
-) -> None:  # fmt: skip
-    """The codes of some rows within a band: `codes` and `weight` [out, n], `steps` and `minima` [out, groups]."""
-    group_of = factor.order // kind.group
-    columns = weight[rows].float().t().contiguous().index_select(0, factor.order)
-    if minima is not None:
-        columns -= minima[rows].t().contiguous().index_select(0, group_of)
-    step = steps[rows].t().contiguous()
-    rounded = round_columns(columns, step, group_of.tolist(), factor.matrix, code_limits(kind))
-    codes[rows] = rounded.add_(kind.zero).to(torch.uint8).index_select(0, factor.inverse_order).t()
+    codes: torch.Tensor, weight: torch.Tensor, codec: ColumnCodec, factor: HessianFactor, band: slice, rows: slice
+) -> None:
+    """Fill in the codes of some rows within a band."""
+    first = band.start // codec.group
+    groups = slice(first, -(-band.stop // codec.group))
+    group_of = (factor.order + band.start) // codec.group - first
+    columns = weight[rows, band].float().t().contiguous().index_select(0, factor.order)
+    if codec.minimum is not None:
+        columns -= codec.minimum[rows, groups].t().contiguous().index_select(0, group_of)
+    scale = codec.scale[rows, groups].t().contiguous()
+    values = round_columns(columns, scale, group_of.tolist(), factor.matrix, codec)
+    codes[rows, band] = codec.codes(values).index_select(0, factor.inverse_order).t()
 
 
 @torch.no_grad()
 def round_columns(
-    columns: torch.Tensor, steps: torch.Tensor, group_of: list[int], matrix: torch.Tensor, limits: tuple[float, float]
+    columns: torch.Tensor, scale: torch.Tensor, group_of: list[int], matrix: torch.Tensor, codec: ColumnCodec
 ) -> torch.Tensor:
-    """Codes less the zero, float32 [in, rows], one input column after the other.
+    """Values of the codes, float32 [in, rows], one input column at a time.
 
     Args:
         columns: the weights less their minima, float32 [in, rows], contiguous; overwritten with -D.
-        steps: float32 [groups, rows], none zero.
-        group_of: for each column the row of `steps` that is its own.
+        scale: float32 [groups, rows].
+        group_of: for each column its row of `scale`.
         matrix: M, float32 [in, in].
-        limits: of the codes less the zero.
+        codec: which values there are.
     """
-    codes, inverse = torch.empty_like(columns), steps.reciprocal()
+    values, inverse = torch.empty_like(columns), scale.reciprocal()
+    mantissa, smallest = (-1, 0.0) if codec.element is None else (codec.element.mantissa, 2.0**codec.element.lowest)
     round_block = _round_block
     if columns.device.type == "cpu":
         with _SCRIPT_LOCK:  # two threads that parse Python at once can make it fail
             round_block = _scripted()
     for start in range(0, len(group_of), _BLOCK_COLUMNS):
         stop = min(start + _BLOCK_COLUMNS, len(group_of))
-        torch.addmm(columns[start:stop], matrix[start:stop, :start], columns[:start], out=codes[start:stop])
-        round_block(codes, columns, matrix, steps, inverse, group_of, start, stop, _MICRO_BLOCK, limits[0], limits[1])
-    return codes
+        torch.addmm(columns[start:stop], matrix[start:stop, :start], columns[:start], out=values[start:stop])
+        round_block(
+            values, columns, matrix, scale, inverse, group_of, start, stop, _MICRO_BLOCK, float(codec.low),
+            float(codec.high), mantissa, smallest,
+        )  # fmt: skip
+    return values
 
 
 def _round_block(
-    codes: torch.Tensor, errors: torch.Tensor, matrix: torch.Tensor, steps: torch.Tensor, inverse: torch.Tensor,
-    group_of: list[int], start: int, stop: int, micro_block: int, low: float, high: float,
+    values: torch.Tensor, errors: torch.Tensor, matrix: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor,
+    group_of: list[int], start: int, stop: int, micro_block: int, low: float, high: float, mantissa: int,
+    smallest: float,
 ) -> None:  # fmt: skip
-    """Columns `start` to `stop`, whose codes hold the weights with the shares of all columns before `start`."""
+    """Columns `start` to `stop`, where `values` holds the weights less the shares of all errors before `start`.
+
+    `mantissa`: its bits in a minifloat whose smallest normal value is `smallest`; -1 rounds to whole numbers.
+    """
     for first in range(start, stop, micro_block):
         last = min(first + micro_block, stop)
         if first > start:
-            codes[first:last].addmm_(matrix[first:last, start:first], errors[start:first])
+            values[first:last].addmm_(matrix[first:last, start:first], errors[start:first])
         for i in range(first, last):
-            code, group = codes[i], group_of[i]
+            value, group = values[i], group_of[i]
             if i > first:
-                code.addmv_(errors[first:i].t(), matrix[i, first:i])
-            code.mul_(inverse[group]).round_().clamp_(low, high)
-            errors[i].addcmul_(code, steps[group], value=-1.0)
+                value.addmv_(errors[first:i].t(), matrix[i, first:i])
+            value.mul_(inverse[group])
+            if mantissa < 0:
+                value.round_().clamp_(low, high)
+            else:
+                # Adding and subtracting 2**(e + 23 - mantissa) rounds a value from 2**e on to the minifloat's step
+                # there (`MinifloatType.nearest`); 0x7F800000 are the bits of a float32's exponent.
+                size = value.clamp_(low, high).abs()
+                power = (
+                    size.view(dtype=torch.int32).bitwise_and(0x7F800000).view(dtype=torch.float32).clamp(min=smallest)
+                )
+                lift = power.mul_(2.0 ** (23 - mantissa))
+                value.copy_(size.add_(lift).sub_(lift).copysign_(value))
+            errors[i].addcmul_(value, scale[group], value=-1.0)
 
 
 @lru_cache(maxsize=1)
@@ -160,7 +310,92 @@ def _scripted() -> Callable[..., None]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is to be replaced by compilers, which need one to be installed
+            warnings.simplefilter("ignore")  # deprecated in favor of compilers, which need one to be installed
             return cast("Callable[..., None]", torch.jit.script(_round_block))
-    except (RuntimeError, AttributeError, OSError):  # this Python or PyTorch has it no more
+    except (RuntimeError, AttributeError, OSError):  # this Python or PyTorch does not have it
         return _round_block
+
+
+# Layers and blocks.
+
+
+def start_blocks(
+    task: LayerTask, kind: GgmlType, optimized: bool, damping: float, known: HessianFactors
+) -> GgmlBlocks:  # fmt: skip
+    """The blocks of a layer in a ggml type before any tuning: codes by error feedback where there is a Hessian.
+
+    Later columns compensate what scales do badly, so a quick search of them is enough then.
+    """
+    if task.input_hessians is None:
+        return initial_blocks(task, kind, optimized)
+    blocks = initial_blocks(task, kind, optimized, quick=True)
+    return gptq_blocks(clamp_to_float16(task.weight), blocks, hessian_factors(task, known, damping))
+
+
+def feedback_codes(
+    task: LayerTask, codec: ColumnCodec, damping: float, known: HessianFactors
+) -> torch.Tensor | None:  # fmt: skip
+    """Codes uint8 [out, in] of a layer on given scales; None without a Hessian."""
+    if task.input_hessians is None:
+        return None
+    return gptq_codes(task.weight, codec, hessian_factors(task, known, damping))
+
+
+def gptq_layer(
+    task: LayerTask, optimized: bool, scale_dtype: torch.dtype, damping: float = DAMPING,
+    known: HessianFactors | None = None,
+) -> QuantizedLayer:  # fmt: skip
+    """Quantize one layer by error feedback; to the nearest codes where it has no Hessian, or its type no codes.
+
+    Args:
+        task: the layer.
+        optimized: on scales of the weighted search, instead of plain ones.
+        scale_dtype: dtype in which integers' scales are stored.
+        damping: in parts of the Hessian's mean diagonal.
+        known: of `shared_hessian_factors`.
+    """
+    factors = known or {}
+    if task.input_hessians is None or not has_codes(task):
+        return quantize_layer(task, optimized, scale_dtype)
+    kind, spec = ggml_type_for(task), minifloat_spec(task.scheme)
+    if kind is not None:
+        return encode_ggml(task, start_blocks(task, kind, optimized, damping, factors))
+    bands = hessian_factors(task, factors, damping)
+    if spec is not None:
+        scale, tensor_scale = initial_scales(task, spec, optimized)
+        codes = gptq_codes(task.weight, ColumnCodec.of_minifloats(task, spec, scale, tensor_scale), bands)
+        return minifloat_layer(task, spec, Encoded(codes, scale, tensor_scale))
+    qparams = initial_qparams(task, optimized, scale_dtype)
+    codes = gptq_codes(task.weight, ColumnCodec.of_integers(task, qparams), bands)
+    return integer_layer(task, qparams, codes, scale_dtype)
+
+
+class GPTQQuantizer:
+    """Error feedback, layer by layer.
+
+    Args:
+        config: for all layers with codes; None: for layers in ggml types only, others get the nearest codes.
+        optimized: scales of the weighted search, instead of plain ones.
+        scale_dtype: dtype in which integers' scales are stored.
+    """
+
+    needs_targets = False
+    name = "GPTQ"
+
+    def __init__(
+        self, config: GPTQConfig | None = None, optimized: bool = True, scale_dtype: torch.dtype = torch.float16
+    ) -> None:
+        self.config, self.optimized, self.scale_dtype = config, optimized, scale_dtype
+        self.needs_importance = optimized
+
+    def needs_hessian(self, layer: LayerTask) -> bool:
+        return ggml_type_for(layer) is not None if self.config is None else has_codes(layer)
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        device = task.layers[0].weight.device if task.layers else torch.device("cpu")
+        damping = DAMPING if self.config is None else self.config.damping
+        known = shared_hessian_factors(task.layers, damping, device)
+        quantize = partial(
+            gptq_layer, optimized=self.optimized, scale_dtype=self.scale_dtype, damping=damping, known=known
+        )
+        return BlockResult(parallel_map(quantize, task.layers, device))

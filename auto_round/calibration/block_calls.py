@@ -22,10 +22,10 @@ _MIN_DISK_BYTES = 1 << 16  # smaller tensors stay in memory
 
 @dataclass(frozen=True, eq=False)
 class BlockCall:
-    """The arguments of one call of a block beside the hidden states.
+    """The arguments of one call of a block, without the hidden states.
 
     Attributes:
-        spec: nested structure with the places of tensors and constants; hashable.
+        spec: nested structure with placeholders for tensors and constants; hashable.
         consts: everything that is not a tensor, in the order of the structure.
         leaves: the tensors, in the order of the structure.
     """
@@ -36,19 +36,19 @@ class BlockCall:
 
     @property
     def structure(self) -> Hashable:
-        """Equal for two calls that differ in nothing but tensors of equal shape."""
+        """Equal for two calls that differ only in the values of tensors of equal shape and dtype."""
         return self.spec, tuple(map(_const_key, self.consts)), tuple((tuple(t.shape), t.dtype) for t in self.leaves)
 
 
-UNSHARED = -1  # a mapping that no block fills
+UNSHARED = -1  # number of a mapping that no block writes to
 
 
 @dataclass(frozen=True)
 class SharedObject:
-    """The place of an object that blocks fill: which one of the model's it is, and its class.
+    """Placeholder of an object that blocks write to.
 
     Attributes:
-        number: counts such objects; blocks that are handed the same one have the same number.
+        number: identifies the object; blocks that get the same object have the same number.
         kind: its class.
     """
 
@@ -56,7 +56,7 @@ class SharedObject:
     kind: type
 
     def make(self, entries: Mapping[Any, Any]) -> Any:
-        """A new object of the class with these entries."""
+        """Create an object of the class with these entries."""
         if issubclass(self.kind, MutableMapping):
             mapping = self.kind()
             mapping.update(entries)
@@ -70,7 +70,7 @@ class SharedObject:
 
 
 def entries_of(container: Any) -> dict[Any, Any]:
-    """What an object that blocks may fill holds now: entries, members by index, or attributes."""
+    """Current entries of an object: items of a mapping, members of a list by index, or attributes."""
     if isinstance(container, Mapping):
         return dict(container.items())
     if isinstance(container, list):
@@ -83,35 +83,35 @@ def flatten(
     held: Mapping[ArgumentPath, SharedObject] | None = None,
     filled: Callable[[int], Collection[Any]] = lambda _: (),
 ) -> tuple[Hashable, list[Any], list[torch.Tensor]]:
-    """Structure, constants and tensors of nested dicts, lists and tuples. Key-value caches become None.
+    """Split nested dicts, lists and tuples into structure, constants and tensors. Key-value caches become None.
 
     Args:
-        value: to take apart.
-        held: objects inside that blocks fill, by their path.
-        filled: given such an object's number, the entries that blocks have put there, which are left out.
+        value: the nested arguments.
+        held: objects inside that blocks write to, by their path.
+        filled: given such an object's number, the entries that blocks have written, which are left out.
     """
     consts: list[Any] = []
     leaves: list[torch.Tensor] = []
 
-    def walk(item: Any, path: ArgumentPath) -> Hashable:
+    def visit(item: Any, path: ArgumentPath) -> Hashable:
         if isinstance(item, torch.Tensor):
             leaves.append(item)
             return "tensor"
         if held is not None and path in held:
             own = {k: v for k, v in entries_of(item).items() if k not in filled(held[path].number)}
-            return ("held", held[path], tuple((key, walk(entry, (*path, key))) for key, entry in own.items()))
+            return ("held", held[path], tuple((key, visit(entry, (*path, key))) for key, entry in own.items()))
         if isinstance(item, dict) and type(item) is dict:
-            return ("dict", tuple((key, walk(entry, (*path, key))) for key, entry in item.items()))
+            return ("dict", tuple((key, visit(entry, (*path, key))) for key, entry in item.items()))
         if isinstance(item, MutableMapping):
-            entries = tuple((key, walk(entry, (*path, key))) for key, entry in item.items())
+            entries = tuple((key, visit(entry, (*path, key))) for key, entry in item.items())
             return ("held", SharedObject(UNSHARED, type(item)), entries)
         if isinstance(item, (list, tuple)):
-            return (type(item), tuple(walk(entry, (*path, index)) for index, entry in enumerate(item)))
-        # A cache would grow every time that the block runs again.
+            return (type(item), tuple(visit(entry, (*path, index)) for index, entry in enumerate(item)))
+        # A key-value cache would grow whenever the block runs again.
         consts.append(None if hasattr(item, "get_seq_length") else item)
         return "const"
 
-    spec = walk(value, ())
+    spec = visit(value, ())
     return spec, consts, leaves
 
 
@@ -119,8 +119,10 @@ def unflatten(
     spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor],
     fill: Callable[[SharedObject, dict[Any, Any]], Any] = lambda held, entries: held.make(entries),
 ) -> Any:  # fmt: skip
-    """The nested value that `flatten` took apart, with other tensors. `fill` makes the objects that blocks fill, of
-    the entries that they had before."""
+    """Rebuild the nested value of `flatten` with other tensors.
+
+    `fill` creates the objects that blocks write to, from the entries that they had before.
+    """
     rest_consts, rest_leaves = iter(consts), iter(leaves)
 
     def build(node: Any) -> Any:
@@ -140,34 +142,43 @@ def unflatten(
 
 
 def mutable_objects(value: Any) -> dict[ArgumentPath, Any]:
-    """The objects in nested arguments that a block could change, by their path."""
+    """Objects in nested arguments that a block could change, by their path."""
     found: dict[ArgumentPath, Any] = {}
 
-    def walk(item: Any, path: ArgumentPath) -> None:
+    def visit(item: Any, path: ArgumentPath) -> None:
         if item is None or isinstance(item, (torch.Tensor, str, bytes, int, float, type, torch.dtype, torch.device)):
             return
         if isinstance(item, (MutableMapping, list)):
             found[path] = item
         if isinstance(item, (Mapping, list, tuple)):
-            for key, entry in entries_of(item).items() if not isinstance(item, tuple) else enumerate(item):
-                walk(entry, (*path, key))
+            for key, entry in enumerate(item) if isinstance(item, tuple) else entries_of(item).items():
+                visit(entry, (*path, key))
         elif not callable(item) and not hasattr(item, "get_seq_length") and hasattr(item, "__dict__"):
             found[path] = item
 
     for index, part in enumerate(value):
-        walk(part, (index,))
+        visit(part, (index,))
     return {path: item for path, item in found.items() if len(path) > 1}
 
 
+def call_block(block: Callable[..., Any], hidden: torch.Tensor, arguments: tuple[Any, Any, str | None]) -> Any:
+    """Call a block with hidden states and (args, kwargs, keyword of the hidden states, or None for positional)."""
+    args, kwargs, key = arguments
+    return block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
+
+
 def load_tensor(leaf: torch.Tensor | DiskTensor) -> torch.Tensor:
-    """The tensor, read where it lies in a file."""
+    """Read a tensor from the disk store; a tensor in memory is returned unchanged."""
     return leaf.read() if isinstance(leaf, DiskTensor) else leaf
 
 
 def split_hidden_states(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[Any, Any], str | None]:
-    """The hidden states, the other (args, kwargs), and the keyword under which they came; None when positional."""
+    """Split arguments into the hidden states, the other (args, kwargs), and the keyword of the hidden states.
+
+    The keyword is None when they are positional. Raises ModelError when there are none.
+    """
     if args and isinstance(args[0], torch.Tensor):
         return args[0], (args[1:], kwargs), None
     key = "hidden_states"
@@ -177,19 +188,20 @@ def split_hidden_states(
 
 
 def hidden_of(output: Any) -> Any:
-    """The hidden states in what a block returns, alone or first in a tuple or list."""
+    """The hidden states in the output of a block: the output itself, or the first entry of a tuple or list."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def extra_outputs(output: Any) -> tuple[Any, ...] | None:
-    """What a block returns beside them; None where it returns them alone."""
+    """The outputs of a block after the hidden states; None when it returns the hidden states alone."""
     return tuple(output[1:]) if isinstance(output, (tuple, list)) else None
 
 
 class TensorPool:
-    """Tensors by content: the same rotary table of all blocks and samples is held once. With `disk_store`, large ones
-    lie in
-    that file."""
+    """Stores tensors by content: a rotary table that all blocks and samples share is stored once.
+
+    Large tensors are stored in `disk_store`, if there is one.
+    """
 
     def __init__(self, device: torch.device, disk_store: DiskStore | None = None) -> None:
         self.device, self.disk_store = device, disk_store
@@ -197,7 +209,7 @@ class TensorPool:
         self._by_object: dict[int, tuple[torch.Tensor, torch.Tensor | DiskTensor]] = {}
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor | DiskTensor:
-        """A copy of `tensor` on the store's device, the same object for equal contents. The dtype is kept."""
+        """Store a copy of `tensor` in its dtype; the same object is returned for equal contents."""
         seen = self._by_object.get(id(tensor))
         if seen is not None:
             return seen[1]
@@ -207,18 +219,18 @@ class TensorPool:
         if key not in self._by_content and self.disk_store is not None and flat.nbytes >= _MIN_DISK_BYTES:
             self._by_content[key] = self.disk_store.put(flat)
         elif key not in self._by_content:
-            kept = flat.to(self.device)
-            self._by_content[key] = kept.clone() if kept.data_ptr() == tensor.data_ptr() else kept
-        self._by_object[id(tensor)] = (tensor, self._by_content[key])  # the reference keeps the id from being reused
+            copy = flat.to(self.device)
+            self._by_content[key] = copy.clone() if copy.data_ptr() == tensor.data_ptr() else copy
+        self._by_object[id(tensor)] = (tensor, self._by_content[key])  # the reference prevents reuse of the id
         return self._by_content[key]
 
     def end_of_sample(self) -> None:
-        """Forget which objects were seen; their contents stay."""
+        """Forget the identities of the tensors seen; their contents stay."""
         self._by_object.clear()
 
 
 def batch_dims(single: Sequence[torch.Tensor | DiskTensor], double: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
-    """For each tensor, the dimension that doubles with the batch; None for one that does not depend on the batch."""
+    """For each tensor, the dimension that doubles with the batch size; None for a tensor independent of it."""
     dims: list[int | None] = []
     for one, two in zip(single, double, strict=True):
         grown = [d for d in range(one.dim()) if two.dim() == one.dim() and two.shape[d] == 2 * one.shape[d] != 0]
@@ -227,7 +239,7 @@ def batch_dims(single: Sequence[torch.Tensor | DiskTensor], double: Sequence[tor
 
 
 def join(tensors: Sequence[torch.Tensor], dim: int | None) -> torch.Tensor:
-    """Tensors of single samples as one batch. Equal ones become a view where the batch dimension allows."""
+    """Concatenate tensors of single samples to a batch; equal ones become a view if the batch dimension is 1."""
     first = tensors[0]
     if dim is None or len(tensors) == 1:
         return first

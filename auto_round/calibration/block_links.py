@@ -31,12 +31,19 @@ from auto_round.calibration.block_calls import (
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.errors import UnsupportedError
 
+StateTensor = torch.Tensor | DiskTensor
+DATA_FREE_ADVICE = (
+    "use model_free=True (--model_free), or iters=0 with disable_opt_rtn=True, which round weights without data"
+)
+
 
 @dataclass(frozen=True)
 class HiddenLayout:
-    """Attributes:
-    batch, tokens: which dimensions of the blocks' tensor these are.
-    rest: sizes of the other dimensions, in order.
+    """Dimensions of the hidden states of a model's blocks.
+
+    Attributes:
+        batch, tokens: index of the batch and of the token dimension.
+        rest: sizes of the other dimensions, in order.
     """
 
     batch: int = 0
@@ -45,30 +52,30 @@ class HiddenLayout:
 
     @classmethod
     def of(cls, hidden: torch.Tensor, tokens: int) -> HiddenLayout | None:
-        """The layout of one sample's hidden states; None when no dimension is the batch, or none the tokens."""
+        """The layout of one sample's hidden states; None when the batch or the token dimension cannot be found."""
         if hidden.dim() == 3 and hidden.shape[0] == 1:
-            return cls(rest=(int(hidden.shape[2]),))  # also where a prompt of the model's own lies before the tokens
+            return cls(rest=(int(hidden.shape[2]),))  # also if the model puts a prompt before the tokens
         batch = batch_dim(hidden)
         others = [d for d in range(hidden.dim()) if d != batch]
-        place = next((d for d in others if hidden.shape[d] == tokens), None)
-        if batch is None or place is None or hidden.dim() < 3:
+        token_dim = next((d for d in others if hidden.shape[d] == tokens), None)
+        if batch is None or token_dim is None or hidden.dim() < 3:
             return None
-        return cls(batch, place, tuple(hidden.shape[d] for d in others if d != place))
+        return cls(batch, token_dim, tuple(hidden.shape[d] for d in others if d != token_dim))
 
     @property
     def plain(self) -> bool:
-        """Whether rows are the blocks' own tensor."""
+        """Whether the hidden states are [batch, tokens, width], so that no conversion is needed."""
         return (self.batch, self.tokens) == (0, 1) and len(self.rest) < 2
 
     def rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, T, width] of the blocks' tensor."""
+        """Convert hidden states of the blocks to rows [B, T, width]."""
         if self.plain:
             return hidden
         others = [d for d in range(hidden.dim()) if d not in (self.batch, self.tokens)]
         return hidden.permute(self.batch, self.tokens, *others).flatten(2)
 
     def hidden(self, rows: torch.Tensor) -> torch.Tensor:
-        """The blocks' tensor of rows [B, T, width], with memory of its own where it is not `rows` itself."""
+        """Convert rows [B, T, width] to hidden states of the blocks; a copy unless the layout is plain."""
         if self.plain:
             return rows
         others = [d for d in range(2 + len(self.rest)) if d not in (self.batch, self.tokens)]
@@ -77,30 +84,18 @@ class HiddenLayout:
 
 
 def batch_dim(tensor: torch.Tensor) -> int | None:
-    """The dimension that counts samples, in a tensor of one sample: the first of size one."""
+    """The batch dimension of a tensor of one sample: the first dimension of size one."""
     return next((d for d in range(tensor.dim()) if tensor.shape[d] == 1), None)
-
-
-# What blocks hand on beside the hidden states: tensors that one block makes and a later one takes.
-#
-# Gemma 4 shares keys and values of one layer with later ones through a dictionary, GLM's sparse attention hands the
-# selected positions from layer to layer, Zaya a second state. Each such tensor has a slot; a stream of samples keeps
-# the values of the slots that a later block still needs.
-
-StateTensor = torch.Tensor | DiskTensor
-DATA_FREE_ADVICE = (
-    "use model_free=True (--model_free), or iters=0 with disable_opt_rtn=True, which round weights without data"
-)
 
 
 @dataclass(frozen=True)
 class SharedSlot:
-    """One tensor that a block makes.
+    """One tensor that a block produces for a later one.
 
     Attributes:
         writer: index of the block.
-        place: where it leaves it: ("hidden",), ("output", leaf), or ("held", number, key, leaf).
-        batch: the dimension that counts samples.
+        place: where it is found: ("hidden",), ("output", leaf), or ("held", number, key, leaf).
+        batch: the batch dimension.
     """
 
     writer: int
@@ -110,7 +105,7 @@ class SharedSlot:
 
 @dataclass(frozen=True)
 class ObjectEntry:
-    """What a block puts into an object: a nested value whose tensors are slots."""
+    """An entry that a block writes to an object: a nested value whose tensors are slots."""
 
     number: int
     key: Any
@@ -121,13 +116,13 @@ class ObjectEntry:
 
 @dataclass(frozen=True)
 class BlockDependencies:
-    """Of one block.
+    """What one block reads from earlier blocks and writes for later ones.
 
     Attributes:
-        leaves: by place among the tensors of its arguments, the slot that is taken from there.
-        held: by path in its arguments, the object that blocks fill.
-        entries: what other blocks have put there before.
-        writes: the slots that it fills and later blocks need.
+        leaves: by position among the tensors of its arguments, the slot that provides the value.
+        held: objects that blocks write to, by path in its arguments.
+        entries: what earlier blocks have written to these objects.
+        writes: slots that it fills and later blocks read.
     """
 
     leaves: Mapping[int, SharedSlot] = field(default_factory=dict)
@@ -137,18 +132,19 @@ class BlockDependencies:
 
     @property
     def reads(self) -> set[SharedSlot]:
+        """Slots that the block reads."""
         return {*self.leaves.values(), *(slot for entry in self.entries for slot in entry.slots)}
 
 
 @dataclass(frozen=True)
 class ModelDependencies:
-    """Of a model.
+    """Dependencies between the blocks of a model.
 
     Attributes:
         layout: of its hidden states.
-        blocks: in order.
-        kinds: by class of block, what it returns beside the hidden states; None where it returns them alone.
-        changes_hidden: a block writes into the hidden states that it is given.
+        blocks: dependencies of each block, in order.
+        kinds: by class of block, its outputs after the hidden states; None when it returns the hidden states alone.
+        changes_hidden: a block modifies its hidden states in place.
     """
 
     layout: HiddenLayout = HiddenLayout()
@@ -157,10 +153,11 @@ class ModelDependencies:
     changes_hidden: bool = False
 
     def block(self, index: int) -> BlockDependencies:
+        """Dependencies of one block; empty when none are known."""
         return self.blocks[index] if self.blocks else BlockDependencies()
 
     def alive(self, index: int) -> list[SharedSlot]:
-        """The slots that are filled before the block of this index and needed by it or a later one, in order."""
+        """Slots that are filled before this block and read by it or a later one, in order."""
         needed = {slot for block in self.blocks[index:] for slot in block.reads}
         return [slot for block in self.blocks[:index] for slot in block.writes if slot in needed]
 
@@ -169,7 +166,7 @@ class SharedState:
     """The values of slots for all samples of one stream.
 
     Args:
-        hidden: [N, T, H] of the stream; values are kept where it is kept.
+        hidden: hidden states [N, T, H] of the stream; values are stored on the same device or in the same file.
     """
 
     def __init__(self, hidden: StateTensor) -> None:
@@ -178,40 +175,40 @@ class SharedState:
         self.values: dict[SharedSlot, StateTensor] = {}
 
     def offload(self) -> None:
-        """Move all values off the device, and keep later ones on the CPU."""
+        """Move all values to the CPU, and store later ones there."""
         self._device = torch.device("cpu")
         self.values = {slot: v if isinstance(v, DiskTensor) else v.cpu() for slot, v in self.values.items()}
 
     def restore(self, slot: SharedSlot, value: torch.Tensor) -> None:
-        """Take back the values of a slot for all samples [N, ...]."""
-        new_empty = self.values[slot] = self._room(tuple(value.shape), value.dtype)
-        new_empty[list(range(self._count))] = value.to(new_empty.device)
+        """Set the values of a slot for all samples [N, ...], for a resumed run."""
+        values = self.values[slot] = self._empty(tuple(value.shape), value.dtype)
+        values[list(range(self._count))] = value.to(values.device)
 
-    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> StateTensor:
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> StateTensor:
         if self._file is not None:
             return self._file.new_empty(dtype, shape)
         return torch.empty(shape, dtype=dtype, device=self._device)
 
     def take(self, slot: SharedSlot, samples: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """The values of some samples, as the block takes them, where `like` is."""
+        """The values of some samples in the shape that the block expects, on the device of `like`."""
         value = self.values[slot][list(samples)].to(like.device)
         return value.movedim(0, slot.batch)
 
     def put(self, slot: SharedSlot, samples: Sequence[int], tensor: torch.Tensor, block: str) -> None:
-        """Keep what a block made for some samples. Raises UnsupportedError when it does not tell them apart."""
+        """Store what a block produced for some samples. Raises UnsupportedError without a batch dimension."""
         if tensor.dim() <= slot.batch or tensor.shape[slot.batch] != len(samples):
             raise UnsupportedError(
-                f"block {block!r} hands on a tensor of shape {list(tensor.shape)} in which {len(samples)} samples "
-                f"cannot be told apart, so its blocks cannot be run one at a time; {DATA_FREE_ADVICE}"
+                f"block {block!r} passes on a tensor of shape {list(tensor.shape)} without a batch dimension for "
+                f"{len(samples)} samples, so its blocks cannot run one at a time; {DATA_FREE_ADVICE}"
             )
         rows = tensor.detach().movedim(slot.batch, 0)
         if slot not in self.values:
-            self.values[slot] = self._room((self._count, *rows.shape[1:]), rows.dtype)
-        kept = self.values[slot]
-        kept[list(samples)] = rows.to(kept.device, kept.dtype)
+            self.values[slot] = self._empty((self._count, *rows.shape[1:]), rows.dtype)
+        stored = self.values[slot]
+        stored[list(samples)] = rows.to(stored.device, stored.dtype)
 
     def forget(self, needed: Sequence[SharedSlot]) -> None:
-        """Drop all values but these."""
+        """Drop the values of all other slots."""
         self.values = {slot: value for slot, value in self.values.items() if slot in needed}
 
 
@@ -219,7 +216,7 @@ def resolve_call(
     links: BlockDependencies, spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor],
     take: Callable[[SharedSlot], torch.Tensor],
 ) -> tuple[Any, dict[int, Any]]:  # fmt: skip
-    """Arguments with what earlier blocks made, and the objects among them that the block may fill, by number."""
+    """Fill in what earlier blocks produced: (arguments, objects that the block may write to, by number)."""
     leaves = [take(links.leaves[i]) if i in links.leaves else leaf for i, leaf in enumerate(leaves)]
     objects: dict[int, Any] = {}
 
@@ -236,7 +233,7 @@ def resolve_call(
 
 
 def produced_tensor(slot: SharedSlot, output: Any, objects: Mapping[int, Any]) -> torch.Tensor | None:
-    """The tensor that a block left in a slot; None where it did not."""
+    """The tensor that a block left in a slot; None when it left none."""
     kind, *place = slot.place
     if kind == "hidden":
         return hidden_of(output)

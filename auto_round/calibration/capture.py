@@ -6,8 +6,8 @@ of each block are stored. Masks keep their dtype: a boolean mask stays boolean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from auto_round.calibration.block_calls import (
     BlockCall,
     TensorPool,
     batch_dims,
+    call_block,
     extra_outputs,
     flatten,
     hidden_of,
@@ -29,29 +30,30 @@ from auto_round.calibration.block_calls import (
 )
 from auto_round.calibration.block_links import ModelDependencies, SharedSlot, SharedState, produced_tensor, resolve_call
 from auto_round.calibration.disk_store import DiskStore, DiskTensor
-from auto_round.calibration.isolation_check import IsolationCheck
+from auto_round.calibration.isolation_check import (
+    ForwardStopped,
+    IsolationCheck,
+    hidden_changed,
+    hidden_output,
+    replaced_forwards,
+    run_isolation_check,
+    run_model,
+    stop_with_input,
+)
 from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.files.safetensors import empty_mmap
-from auto_round.modeling.partial_loading import ExpertStreamer, check_not_meta, non_block_loaded
+from auto_round.modeling.partial_loading import block_loaded, check_not_meta, non_block_loaded
 from auto_round.modeling.source import Device, ModelSource, is_finite
 
 _NON_MODEL_KEYS = ("labels",)
-_MAX_CACHED_BYTES = 1 << 22  # larger arguments are moved anew for every call
-# A block returns its hidden states alone, or first in a tuple: then what stands for the other entries.
+_MAX_CACHED_BYTES = 1 << 22  # larger arguments are moved for every call
+# Placeholders for a block's outputs after the hidden states; None when it returns the hidden states alone.
 _OutputKind = tuple[Any, ...] | None
-_SHARED_PLACEHOLDER = torch.empty(0)  # the place of an argument that an earlier block makes
+_SHARED_PLACEHOLDER = torch.empty(0)  # placeholder of an argument that an earlier block produces
 
 
 class _ExtraBlockOutputs(Exception):
-    """Blocks hand on something else than hidden states [batch, tokens, width]: it has to be learned what."""
-
-
-class _Stop(Exception):
-    """Ends a forward pass that has gone far enough. Holds what was found there."""
-
-    def __init__(self, value: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.value = value
+    """Blocks pass on more than hidden states [batch, tokens, width]; an isolation check must find out what."""
 
 
 @dataclass
@@ -59,12 +61,12 @@ class CapturedInputs:
     """The calibration samples as seen by the blocks.
 
     Attributes:
-        hidden: [N, T, H], inputs of block 0, in the model's dtype unless another was asked for. Streams that the model
-            keeps side by side lie behind each other in the last dimension.
-        loss_mask: bool [N, T]; False where a position is padded or its label is -100.
-        dtype: the model's.
-        links: what blocks hand on, and how.
-        running: the samples that the block is being called on.
+        hidden: [N, T, H], inputs of block 0, in the model's dtype unless another was requested. Parallel streams of a
+            model are concatenated in the last dimension.
+        loss_mask: bool [N, T]; False for padding and labels of -100.
+        dtype: the model's dtype.
+        links: dependencies between the blocks.
+        running: indices of the samples in the current batch.
     """
 
     hidden: torch.Tensor | DiskTensor
@@ -80,7 +82,7 @@ class CapturedInputs:
 
     @property
     def present(self) -> torch.Tensor:
-        """bool [N, T]: False where a position is padding."""
+        """bool [N, T]: False for padding."""
         length = self.loss_mask.shape[1]
         return torch.stack([_present(sample, length) for sample in self._inputs])
 
@@ -88,65 +90,63 @@ class CapturedInputs:
         self, block_index: int, block: nn.Module, hidden: torch.Tensor, samples: Sequence[int],
         state: SharedState | None = None, store_state: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        """The block's output [B, T, H] for `hidden` [B, T, H] of the samples with these indices; gradients flow.
+        """Run a block on `hidden` [B, T, H] of the samples with these indices; returns [B, T, H] with gradients.
 
-        `state` holds what earlier blocks made for this one, where they do; with `store_state`, what this block makes
-        for later
-        ones is put there.
+        `state` holds what earlier blocks produced for this one; with `store_state`, what this block produces for later
+        ones is stored there.
 
-        Arguments go to the device of `hidden`. Floating-point ones recorded in the model's dtype follow the dtype of
-        `hidden`; nothing else is cast. Samples whose arguments cannot share a batch (one has no mask, another has)
-        run one after the other.
+        Arguments are moved to the device of `hidden`. Floating-point ones in the model's dtype are cast to the dtype of
+        `hidden`; nothing else is cast. Samples whose arguments cannot share a batch (one has no mask, another has) run
+        in separate calls.
         """
         if hidden.shape[0] != len(samples):
             raise DataError(f"hidden holds {hidden.shape[0]} samples, but {len(samples)} sample indices were given")
         calls = self._calls[block_index]
         groups: dict[Hashable, list[int]] = {}
-        for place, sample in enumerate(samples):
-            groups.setdefault(self._group_key(block_index, calls[sample]), []).append(place)
+        for position, sample in enumerate(samples):
+            call = calls[sample]
+            pairs = zip(call.leaves, self._dims[block_index, call.structure], strict=True)
+            unbatched = tuple(id(leaf) for leaf, dim in pairs if dim is None)
+            groups.setdefault((call.structure, unbatched), []).append(position)
         if len(groups) == 1:
             self.running = samples
             return self._run_group(block_index, block, hidden, [calls[s] for s in samples], state, store_state)
-        outputs, places = [], []
+        outputs, order = [], []
         for group in groups.values():
-            self.running = [samples[place] for place in group]
-            own = [calls[samples[p]] for p in group]
+            self.running = [samples[position] for position in group]
+            own = [calls[sample] for sample in self.running]
             outputs.append(self._run_group(block_index, block, hidden[group], own, state, store_state))
-            places.extend(group)
-        back = torch.tensor(places, device=hidden.device).argsort()
-        return torch.cat(outputs)[back]
+            order.extend(group)
+        return torch.cat(outputs)[torch.tensor(order, device=hidden.device).argsort()]
 
     def finish(
         self, source: ModelSource, hidden: torch.Tensor, samples: Sequence[int], stop_at: str | None = None
     ) -> torch.Tensor:
-        """The model's tail on `hidden` [B, T, H], the output of the last block: logits [B, T, vocabulary].
+        """Run the modules after the last block on its output `hidden` [B, T, H]; returns logits [B, T, vocabulary].
 
-        With `stop_at`, the input of the module of that name instead, such as "lm_head". Modules of the tail that are
-        not loaded are loaded for this call; open `non_block_loaded(source, device)` around many calls.
+        With `stop_at`, returns the input of the module of that name instead, such as "lm_head". Modules that are not
+        loaded are loaded for this call; open `non_block_loaded(source, device)` around many calls.
         """
-        model, device = source.model, hidden.device
         given = self.links.layout.hidden(hidden.to(self.dtype))
         last = len(source.blocks) - 1
 
         def replacement(index: int, block: nn.Module, _original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 own, _, _ = split_hidden_states(args, kwargs)
-                return _as_output(self._kinds[type(block)], given if index == last else own)
+                return _block_output(self._kinds[type(block)], given if index == last else own)
 
             return forward
 
-        handles = []
-        if stop_at is not None:
-            handles.append(source._module(stop_at).register_forward_pre_hook(_stop_with_input))
-        try:
-            with non_block_loaded(source, device), _replaced_forwards(source, replacement):
-                return _forward(model, _batch([self._inputs[s] for s in samples], device)).logits
-        except _Stop as stop:
-            assert stop.value is not None
-            return stop.value
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            if stop_at is not None:
+                stack.callback(source._module(stop_at).register_forward_pre_hook(stop_with_input).remove)
+            stack.enter_context(non_block_loaded(source, hidden.device))
+            stack.enter_context(replaced_forwards(source, replacement))
+            try:
+                return run_model(source.model, [self._inputs[s] for s in samples], hidden.device).logits
+            except ForwardStopped as stop:
+                assert stop.value is not None
+                return stop.value
 
     def arguments(self, block_index: int, sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments recorded for one block and sample, without the hidden states."""
@@ -154,19 +154,10 @@ class CapturedInputs:
         args, kwargs, _ = unflatten(call.spec, call.consts, [load_tensor(leaf) for leaf in call.leaves])
         return args, kwargs
 
-    def _group_key(self, block_index: int, call: BlockCall) -> Hashable:
-        dims = self._dims[block_index, call.structure]
-        return call.structure, tuple(id(t) for t, d in zip(call.leaves, dims, strict=True) if d is None)
-
     def _run_group(
-        self,
-        block_index: int,
-        block: nn.Module,
-        hidden: torch.Tensor,
-        calls: list[BlockCall],
-        state: SharedState | None,
-        store_state: bool,
-    ) -> torch.Tensor:
+        self, block_index: int, block: nn.Module, hidden: torch.Tensor, calls: list[BlockCall],
+        state: SharedState | None, store_state: bool,
+    ) -> torch.Tensor:  # fmt: skip
         first = calls[0]
         dims = self._dims[block_index, first.structure]
         read: dict[int, torch.Tensor] = {}
@@ -177,12 +168,12 @@ class CapturedInputs:
 
         def take(slot: SharedSlot) -> torch.Tensor:
             if state is None:
-                raise UnsupportedError(f"block {block_index} needs what an earlier block makes, and nothing holds it")
+                raise UnsupportedError(f"block {block_index} needs a tensor of an earlier block, which was not stored")
             return state.take(slot, samples, hidden)
 
-        (args, kwargs, key), objects = resolve_call(links, first.spec, first.consts, leaves, take)
+        arguments, objects = resolve_call(links, first.spec, first.consts, leaves, take)
         given = self.links.layout.hidden(hidden.clone() if self.links.changes_hidden else hidden)
-        output = block(given, *args, **kwargs) if key is None else block(*args, **{key: given}, **kwargs)
+        output = call_block(block, given, arguments)
         for slot in links.writes if store_state else ():
             made = produced_tensor(slot, output, objects)
             if made is not None and state is not None:
@@ -192,7 +183,7 @@ class CapturedInputs:
     def _moved(
         self, leaf: torch.Tensor | DiskTensor, hidden: torch.Tensor, read: dict[int, torch.Tensor]
     ) -> torch.Tensor:
-        """An argument where and as the block wants it. `read`: what this call has taken out of a file already."""
+        """An argument on the device and in the dtype of `hidden`; `read` caches what this call read from a file."""
         dtype = hidden.dtype if leaf.dtype == self.dtype else leaf.dtype
         if isinstance(leaf, DiskTensor):
             if id(leaf) not in read:
@@ -204,7 +195,7 @@ class CapturedInputs:
             return leaf.to(hidden.device, dtype)
         key = (id(leaf), hidden.device, dtype)
         if key not in self._on_device:
-            if len(self._on_device) > 256:  # per-sample masks of a large set are not kept twice
+            if len(self._on_device) > 256:  # limits the copies of per-sample masks
                 self._on_device.clear()
             self._on_device[key] = leaf.to(hidden.device, dtype)
         return self._on_device[key]
@@ -221,26 +212,26 @@ def capture_inputs(
     links: ModelDependencies | None = None,
     check_isolation: bool = False,
 ) -> CapturedInputs:
-    """Run everything before the blocks on each sample, and record what each block is called with.
+    """Run everything before the blocks on each sample, and record the arguments of each block.
 
-    Only modules before the blocks are loaded, and one block of each class for a moment (what it returns decides what
-    the others hand on).
+    Only modules before the blocks are loaded, and briefly one block of each class, to see what it returns.
 
     Args:
         source: the model.
-        samples: dicts with "input_ids" int64 [T], and optionally "attention_mask" [T] and "labels" [T] (-100: no loss).
-            All of one length.
-        device: where to run; None: CPU for a checkpoint, where it is for a live model.
-        store_device: where hidden states and arguments are kept.
-        dtype: in which hidden states are kept; None: the model's.
-        spill: a file to keep them in instead, and large arguments.
-        stream_experts: experts of the block that is loaded are read one at a time.
-        links: what blocks hand on, where another capture of the same model has learned it.
-        rehearse: learn it by running the first sample through all blocks, and refuse a model whose blocks cannot be run
-            one at a time. It is done in any case where blocks hand on more than hidden states [batch, tokens, width].
+        samples: dicts with "input_ids" int64 [T], and optionally "attention_mask" [T] and "labels" [T] (-100: no loss),
+            all of one length.
+        device: where to run; None: the CPU for a checkpoint, the model's own device for a live model.
+        store_device: where hidden states and arguments are stored.
+        dtype: in which hidden states are stored; None: the model's.
+        disk_store: a file that stores them, and large arguments, instead.
+        stream_experts: load one expert at a time.
+        links: dependencies between blocks, if another capture of the same model has found them.
+        check_isolation: run the first sample through all blocks to find them, and refuse a model whose blocks cannot
+            run
+            one at a time. Always done if blocks pass on more than hidden states [batch, tokens, width].
 
     Raises:
-        DataError: no samples, or of different lengths.
+        DataError: no samples, or samples of different lengths.
         ModelError: the model does not call its blocks as a decoder does.
         UnsupportedError: it changes the hidden states between two blocks, or a block depends on something that is not
             among its arguments.
@@ -249,21 +240,25 @@ def capture_inputs(
     inputs = _check_samples(samples)
     where = torch.device(device) if device is not None else _input_device(source)
     store = TensorPool(torch.device(store_device), disk_store)
-    rehearsal: IsolationCheck | None = None
+
+    def record(links: ModelDependencies | None) -> _CallRecorder:
+        recorder = _CallRecorder(source, store, len(inputs), dtype, stream_experts, links)
+        with replaced_forwards(source, recorder.replacement):
+            for index, sample in enumerate(inputs):
+                recorder.record(index, sample, where)
+        return recorder
+
+    check: IsolationCheck | None = None
     with torch.no_grad(), non_block_loaded(source, device):
         if check_isolation and links is None:
-            rehearsal = _run_isolation_check(source, inputs[0], where, store, stream_experts)
+            check = run_isolation_check(source, inputs[0], where, store, stream_experts)
         try:
-            recorder = _record_samples(
-                source, inputs, where, store, dtype, disk_store, stream_experts, links, rehearsal
-            )
+            recorder = record(links if check is None else check.links())
         except _ExtraBlockOutputs:
-            rehearsal = _run_isolation_check(source, inputs[0], where, store, stream_experts)
-            recorder = _record_samples(
-                source, inputs, where, store, dtype, disk_store, stream_experts, links, rehearsal
-            )
-    if rehearsal is not None:
-        rehearsal.compare_recording([calls[0] for calls in recorder.calls])
+            check = run_isolation_check(source, inputs[0], where, store, stream_experts)
+            recorder = record(check.links())
+    if check is not None:
+        check.compare_recording([calls[0] for calls in recorder.calls])
     assert recorder.hidden is not None and recorder.model_dtype is not None
     masks = [_loss_mask(sample, inputs[i]["input_ids"].shape[-1]) for i, sample in enumerate(samples)]
     return CapturedInputs(
@@ -272,97 +267,54 @@ def capture_inputs(
     )  # fmt: skip
 
 
-def _run_isolation_check(
-    source: ModelSource, sample: dict[str, torch.Tensor], device: torch.device, store: TensorPool, stream_experts: bool
-) -> IsolationCheck:
-    """One sample through all blocks. Raises ModelError or UnsupportedError when they cannot be run one at a time."""
-    rehearsal = IsolationCheck(source, store, sample["input_ids"].numel(), stream_experts)
-    get = getattr(source.model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    # Behind the blocks it is only to be seen that none is called again; the head need not be read for that.
-    stop = None if head is None else head.register_forward_pre_hook(_stop_with_input, prepend=True)
-    try:
-        with _replaced_forwards(source, rehearsal.replacement):
-            _forward(source.model, _batch([sample], device))
-    except _Stop:
-        pass
-    finally:
-        if stop is not None:
-            stop.remove()
-    rehearsal.finish()
-    store.end_of_sample()
-    return rehearsal
-
-
-def _record_samples(
-    source: ModelSource,
-    inputs: list[dict[str, torch.Tensor]],
-    device: torch.device,
-    store: TensorPool,
-    dtype: torch.dtype | None,
-    disk_store: DiskStore | None,
-    stream_experts: bool,
-    links: ModelDependencies | None,
-    rehearsal: IsolationCheck | None,
-) -> _CallRecorder:
-    known = links if rehearsal is None else rehearsal.links()
-    recorder = _CallRecorder(source, store, len(inputs), dtype, disk_store, stream_experts, known)
-    with _replaced_forwards(source, recorder.replacement):
-        for index, sample in enumerate(inputs):
-            recorder.record(index, sample, device)
-    return recorder
-
-
 class _CallRecorder:
-    """Stands in for the blocks' forwards while the samples pass."""
+    """Replaces the forwards of the blocks and records their arguments, sample by sample."""
 
     def __init__(
-        self,
-        source: ModelSource,
-        store: TensorPool,
-        count: int,
-        dtype: torch.dtype | None,
-        disk_store: DiskStore | None,
-        stream_experts: bool,
+        self, source: ModelSource, store: TensorPool, count: int, dtype: torch.dtype | None, stream_experts: bool,
         links: ModelDependencies | None,
-    ) -> None:
-        self.source, self.count, self.store, self.store_device = source, count, store, store.device
-        self.links, self.layout = links, (links or ModelDependencies()).layout
-        self.disk_store, self.dtype, self.stream_experts = disk_store, dtype, stream_experts
+    ) -> None:  # fmt: skip
+        self.source, self.count, self.store, self.dtype = source, count, store, dtype
+        self.links, self.known_links, self.stream_experts = links, links or ModelDependencies(), stream_experts
+        self.layout = self.known_links.layout
         self.model_dtype: torch.dtype | None = None
         self.hidden: torch.Tensor | DiskTensor | None = None
         self.calls: list[list[BlockCall]] = [[] for _ in source.blocks]
         self.dims: dict[Hashable, tuple[int | None, ...]] = {}
-        self.kinds: dict[type[nn.Module], _OutputKind] = dict((links or ModelDependencies()).kinds)
+        self.kinds: dict[type[nn.Module], _OutputKind] = dict(self.known_links.kinds)
         self._sample = 0
-        self._probing = False
+        self._doubled = False
 
     def record(self, index: int, sample: dict[str, torch.Tensor], device: torch.device) -> None:
-        """Pass one sample alone; when its arguments have a shape not seen yet, pass it twice as a batch too."""
-        self._sample, self._probing = index, False
-        self._pass(_batch([sample], device))
+        """Run one sample; if its arguments have a new shape, also as a batch of two, to find the batch dimensions."""
+        self._sample, self._doubled = index, False
+        self._run([sample], device)
         if any((i, calls[index].structure) not in self.dims for i, calls in enumerate(self.calls)):
-            self._probing = True
-            self._pass(_batch([sample, sample], device))
+            self._doubled = True
+            self._run([sample, sample], device)
         self.store.end_of_sample()
 
-    def _pass(self, batch: dict[str, torch.Tensor]) -> None:
-        try:
-            _forward(self.source.model, batch)
-        except _Stop:
-            return
-        raise ModelError(f"{type(self.source.model).__name__} never called its last block {self.source.blocks[-1]!r}")
+    def _run(self, samples: list[dict[str, torch.Tensor]], device: torch.device) -> None:
+        with suppress(ForwardStopped):
+            run_model(self.source.model, samples, device)
+            name = type(self.source.model).__name__
+            raise ModelError(f"{name} never called its last block {self.source.blocks[-1]!r}")
 
     def replacement(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward that records a block's arguments and returns its hidden states unchanged."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             check_not_meta((args, kwargs), self.source.blocks[index], self.source)
             hidden, rest, key = split_hidden_states(args, kwargs)
-            own = (self.links or ModelDependencies()).block(index)
+            own = self.known_links.block(index)
             spec, consts, leaves = flatten((*rest, key), own.held)
-            if self.links is None and (not _is_plain(hidden) or _has_mutable_arguments((*rest, key))):
-                raise _ExtraBlockOutputs
-            leaves = [_SHARED_PLACEHOLDER if place in own.leaves else leaf for place, leaf in enumerate(leaves)]
-            if self._probing:
+            if self.links is None:
+                plain = hidden.dim() == 3 and hidden.shape[0] <= 2
+                objects = mutable_objects((*rest, key)).values()
+                if not plain or any(not isinstance(item, (dict, list)) for item in objects):
+                    raise _ExtraBlockOutputs
+            leaves = [_SHARED_PLACEHOLDER if i in own.leaves else leaf for i, leaf in enumerate(leaves)]
+            if self._doubled:
                 single = self.calls[index][self._sample]
                 self.dims[index, single.structure] = batch_dims(single.leaves, leaves)
             else:
@@ -377,8 +329,8 @@ class _CallRecorder:
             if type(block) not in self.kinds:
                 self._learn_output_kind(index, block, original, args, kwargs, hidden)
             if index == len(self.calls) - 1:
-                raise _Stop
-            return _as_output(self.kinds[type(block)], hidden)
+                raise ForwardStopped
+            return _block_output(self.kinds[type(block)], hidden)
 
         return forward
 
@@ -390,103 +342,45 @@ class _CallRecorder:
         if self.hidden is None:
             self.model_dtype = hidden.dtype
             shape, dtype = (self.count, *hidden.shape[1:]), self.dtype or hidden.dtype
-            if self.disk_store is not None:
-                self.hidden = self.disk_store.empty(shape, dtype)
-            elif self.store_device.type == "cpu":
+            if self.store.disk_store is not None:
+                self.hidden = self.store.disk_store.empty(shape, dtype)
+            elif self.store.device.type == "cpu":
                 self.hidden = empty_mmap(shape, dtype)
             else:
-                self.hidden = torch.empty(shape, dtype=dtype, device=self.store_device)
+                self.hidden = torch.empty(shape, dtype=dtype, device=self.store.device)
         self.hidden[self._sample] = hidden[0]
 
     def _check_stream(self, index: int, hidden: torch.Tensor) -> None:
-        """Blocks hand their input on unchanged here, so that each must get what block 0 got."""
+        """Blocks return their input unchanged here, so each must get the input of block 0."""
         assert self.hidden is not None
         if self._sample == 0 and not torch.equal(hidden[0].to(self.hidden.device, self.hidden.dtype), self.hidden[0]):
-            raise UnsupportedError(
-                f"{type(self.source.model).__name__} changes the hidden states between its blocks, before "
-                f"{self.source.blocks[index]!r}; only models whose blocks follow each other directly can be walked"
-            )
+            raise hidden_changed(self.source, index)
 
     def _learn_output_kind(
         self, index: int, block: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any, hidden: torch.Tensor
     ) -> None:
-        name = self.source.blocks[index]
-        experts = ExpertStreamer(self.source, name, hidden.device) if self.stream_experts else None
-        try:
-            if experts is None:
-                self.source.load(name, hidden.device)
-                output = original(*args, **kwargs)
-            else:
-                experts.load_non_experts()
-                with experts.running():
-                    output = original(*args, **kwargs)
-        finally:
-            self.source.release(name)
-        first, rest = hidden_of(output), extra_outputs(output)
-        if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
-            raise ModelError(
-                f"block {name!r} ({type(block).__name__}) does not return hidden states of the shape it is given"
-            )
+        with block_loaded(self.source, self.source.blocks[index], hidden.device, self.stream_experts):
+            output = original(*args, **kwargs)
+        hidden_output(self.source, index, output, hidden)
+        rest = extra_outputs(output)
         if self.links is None and (flatten(rest)[2] or hasattr(type(output), "_fields")):
             raise _ExtraBlockOutputs
         self.kinds[type(block)] = rest
 
 
-def _is_plain(hidden: torch.Tensor) -> bool:
-    """Whether the hidden states are [batch, tokens, width]; a batch is one sample, or the same one twice."""
-    return hidden.dim() == 3 and hidden.shape[0] <= 2
-
-
-def _has_mutable_arguments(arguments: Any) -> bool:
-    """Whether a block is given an object that it could fill for a later one."""
-    return any(not isinstance(item, (dict, list)) for item in mutable_objects(arguments).values())
-
-
-def _as_output(kind: _OutputKind, hidden: torch.Tensor) -> Any:
+def _block_output(kind: _OutputKind, hidden: torch.Tensor) -> Any:
     return hidden if kind is None else (hidden, *kind)
 
 
-@contextmanager
-def _replaced_forwards(
-    source: ModelSource, make: Callable[[int, nn.Module, Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """Every block's forward is `make(index, block, original)` while this is open; restored whatever happens."""
-    before: list[tuple[nn.Module, Any]] = []
-    try:
-        for index, name in enumerate(source.blocks):
-            block = source.model.get_submodule(name)
-            before.append((block, block.__dict__.get("forward")))
-            block.__dict__["forward"] = make(index, block, block.forward)
-        yield
-    finally:
-        for block, own in before:
-            if own is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.__dict__["forward"] = own
-
-
-def _stop_with_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
-    raise _Stop(args[0])
-
-
-def _forward(model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
-    return model(**batch, use_cache=False, return_dict=True)
-
-
-def _batch(samples: Sequence[dict[str, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([s[key] for s in samples]).to(device) for key in samples[0]}
-
-
 def _input_device(source: ModelSource) -> torch.device:
-    """Where a live model takes its token ids."""
+    """The device of the token ids."""
     if source.lazy:
         return torch.device("cpu")
     return next((p.device for p in source.model.parameters()), torch.device("cpu"))
 
 
 def _check_samples(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """Samples as the model takes them: one-dimensional, of one length, without labels. Raises DataError."""
+    """Samples as arguments of the model: one-dimensional, of one length, without labels. Raises DataError."""
     if not samples:
         raise DataError("no calibration samples were given; at least one is needed")
     inputs: list[dict[str, torch.Tensor]] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, TypeVar
@@ -24,13 +24,16 @@ T = TypeVar("T", bound="DiskStore")
 
 
 class DiskStore:
-    """One growing file. Tensors get places in it that are theirs until it is closed.
+    """One growing temporary file. A tensor keeps its place in it until the store is closed or cleared.
 
-    Raises OutputError when the folder cannot be used or its disk is full.
+    Args:
+        folder: where the file is created.
+        what: what is stored, for the file's name and messages.
+
+    Raises OutputError when the folder cannot be written or its disk is full.
     """
 
     def __init__(self, folder: str | os.PathLike[str], what: str = "activations") -> None:
-        """`what` lies in it, for its name and messages."""
         self.folder, self.what = Path(folder), what
         self.size = 0
         self._lock = threading.Lock()
@@ -39,18 +42,18 @@ class DiskStore:
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=self.folder, prefix=f"{what}-", buffering=0)
         except OSError as error:
             raise OutputError(
-                f"{what} cannot be kept in {self.folder} ({error.strerror}); set AR_WORK_SPACE to a folder that "
+                f"{what} cannot be stored in {self.folder} ({error.strerror}); set AR_WORK_SPACE to a folder that "
                 "can be written, or give a larger max_memory"
             ) from error
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> DiskTensor:
-        """Room for a tensor; its content is undefined until it is written."""
+        """Allocate a tensor; its content is undefined until it is written."""
         made = DiskTensor(self, self.size, torch.Size(shape), dtype)
         self.size += made.nbytes
         return made
 
     def put(self, tensor: torch.Tensor) -> DiskTensor:
-        """A tensor's values, in its dtype."""
+        """Store a copy of a tensor, in its dtype."""
         made = self.empty(tensor.shape, tensor.dtype)
         self.write(made.start, _bytes_of(tensor))
         return made
@@ -80,11 +83,11 @@ class DiskStore:
                 done += count
 
     def clear(self) -> None:
-        """Forget every tensor: their places are given anew."""
+        """Discard every tensor; their space is reused."""
         self.size = 0
 
     def close(self) -> None:
-        """Give the space on the disk back. Tensors that lie here cannot be read any more."""
+        """Free the disk space. Tensors of this store can no longer be read."""
         self._file.close()
 
     def __enter__(self: T) -> T:
@@ -97,7 +100,7 @@ class DiskStore:
 
 
 class TensorStorage(Protocol):
-    """A file in which tensors have places."""
+    """A file that stores tensors at byte offsets."""
 
     def read(self, start: int, into: memoryview) -> None: ...
 
@@ -107,7 +110,7 @@ class TensorStorage(Protocol):
 
 
 class DiskTensor:
-    """A tensor whose values lie in a file. Indexing its first dimension reads, or writes, that part."""
+    """A tensor whose values are in a file. Indexing the first dimension reads or writes these rows."""
 
     device = torch.device("cpu")
 
@@ -125,57 +128,52 @@ class DiskTensor:
         return len(self.shape)
 
     def read(self) -> torch.Tensor:
-        """All of it, in new memory."""
+        """Read the whole tensor into new memory."""
         made = torch.empty(self.shape, dtype=self.dtype)
         self._file.read(self.start, _bytes_of(made))
         return made
 
     def to(self, *args: Any) -> torch.Tensor:
-        """All of it as a tensor, on a device and in a dtype as for `torch.Tensor.to`."""
+        """Read the whole tensor to a device and dtype, as `torch.Tensor.to`."""
         return self.read().to(*args)
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> torch.Tensor:
         if isinstance(index, int):
             return self[[index]][0]
-        rows = list(range(self.shape[0])[index]) if isinstance(index, slice) else list(index)
+        rows = self._rows(index)
         made = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
-        view, size = _bytes_of(made), self._row_bytes()
-        for place, row, count in _runs(rows):
-            self._file.read(self.start + row * size, view[place * size : (place + count) * size])
+        for offset, part in self._parts(rows, made):
+            self._file.read(offset, part)
         return made
 
     def __setitem__(self, index: int | slice | Sequence[int], value: torch.Tensor) -> None:
         if isinstance(index, int):
             index, value = [index], value[None]
-        rows = list(range(self.shape[0])[index]) if isinstance(index, slice) else list(index)
-        view, size = _bytes_of(value.detach().to("cpu", self.dtype)), self._row_bytes()
-        for place, row, count in _runs(rows):
-            self._file.write(self.start + row * size, view[place * size : (place + count) * size])
+        for offset, part in self._parts(self._rows(index), value.detach().to("cpu", self.dtype)):
+            self._file.write(offset, part)
 
     def new_empty(self, dtype: torch.dtype, shape: Sequence[int] | None = None) -> DiskTensor:
-        """Room in the same file, in `dtype`; as much as this takes, or for another shape."""
+        """Allocate a tensor in the same file: of this shape, or of another one."""
         return self._file.empty(self.shape if shape is None else shape, dtype)
 
     def clone(self) -> DiskTensor:
-        """A second copy in the same file."""
+        """Copy the tensor within the same file."""
         made = self.new_empty(self.dtype)
         for row in range(self.shape[0]):
             made[row] = self[row]
         return made
 
-    def _row_bytes(self) -> int:
-        return self.nbytes // max(1, self.shape[0])
+    def _rows(self, index: slice | Sequence[int]) -> list[int]:
+        return list(range(self.shape[0])[index]) if isinstance(index, slice) else list(index)
 
-
-def _runs(rows: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(place in `rows`, first row, count) of every run of rows that follow each other."""
-    found: list[tuple[int, int, int]] = []
-    for place, row in enumerate(rows):
-        if found and found[-1][1] + found[-1][2] == row:
-            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + 1)
-        else:
-            found.append((place, row, 1))
-    return found
+    def _parts(self, rows: Sequence[int], values: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
+        """(file offset, part of the memory of `values`) for every run of consecutive rows."""
+        view, size = _bytes_of(values), self.nbytes // max(1, self.shape[0])
+        start = 0
+        for stop in range(1, len(rows) + 1):
+            if stop == len(rows) or rows[stop] != rows[stop - 1] + 1:
+                yield self.start + rows[start] * size, view[start * size : stop * size]
+                start = stop
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -1,11 +1,12 @@
-"""Record what a block's MoE experts receive or return, one matrix row per token of every sample.
+"""Record what the MoE experts of a block receive or return, one matrix row per token of every sample.
 
-The matrix lies in memory, on the device or in a file, like the hidden states. The outputs of the experts are
-needed until the layers around them are tuned, their inputs only after that.
+The matrix is stored in memory, on the device or in a file, like the hidden states. The outputs of the experts are
+needed until the other layers of the block are tuned, their inputs only after that.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,13 +29,15 @@ def routed_experts(block: nn.Module) -> dict[str, RoutedExperts]:
 
 
 def max_tokens_per_expert(tokens: int, chosen: int, experts: int) -> int:
-    """Tokens that one expert is tuned on at most, of `tokens` that go to `chosen` of `experts` each: four times what
-    the average expert gets, so that the room for them is known beforehand."""
+    """Most tokens that one expert is tuned on, of `tokens` that are routed to `chosen` of `experts` experts each.
+
+    Four times the tokens of the average expert, so that the size of the buffer is known beforehand.
+    """
     return min(tokens, -(-_MAX_LOAD_FACTOR * tokens * chosen // experts))
 
 
 def empty_like_on(hidden: Rows, shape: tuple[int, int], dtype: torch.dtype) -> Rows:
-    """An uninitialised matrix that is kept where `hidden` is."""
+    """Allocate an uninitialised matrix where `hidden` is stored."""
     if isinstance(hidden, DiskTensor):
         return hidden.new_empty(dtype, shape)
     if hidden.device.type == "cpu":
@@ -43,19 +46,19 @@ def empty_like_on(hidden: Rows, shape: tuple[int, int], dtype: torch.dtype) -> R
 
 
 class TokenRows:
-    """A matrix with a row for every token of every sample.
+    """A matrix with one row per token of every sample.
 
     Args:
-        rows: gives the matrix [N * T, H], which may move meanwhile.
+        rows: returns the matrix [N * T, H], whose storage may change.
         tokens: T.
-        running: gives the samples that the block is being called on, in the order of its batch.
+        running: returns the indices of the samples in the current batch.
     """
 
     def __init__(self, rows: Callable[[], Rows], tokens: int, running: Callable[[], Sequence[int]]) -> None:
         self.rows, self.tokens, self._running = rows, tokens, running
 
     def write(self, values: torch.Tensor, into: Rows | None = None) -> None:
-        """The rows [B * T, ...] of the batch that runs; `into`: another matrix of as many rows."""
+        """Write the rows [B * T, ...] of the current batch; `into`: another matrix with as many rows."""
         into = self.rows() if into is None else into
         samples = self._running()
         if values.shape[0] != len(samples) * self.tokens:
@@ -63,11 +66,11 @@ class TokenRows:
                 f"the experts of this model are called on {values.shape[0]} rows for {len(samples)} samples of "
                 f"{self.tokens} tokens; they cannot be tuned one at a time: give more max_memory, or iters=0"
             )
-        for place, sample in enumerate(samples):
-            into[self._of(sample)] = values[self._of(place)].to(into.device, into.dtype)
+        for position, sample in enumerate(samples):
+            into[self._of(sample)] = values[self._of(position)].to(into.device, into.dtype)
 
     def read(self) -> torch.Tensor:
-        """The rows of the batch that runs."""
+        """Read the rows of the current batch."""
         return torch.cat([self.rows()[self._of(sample)] for sample in self._running()])
 
     def _of(self, sample: int) -> slice:
@@ -76,12 +79,8 @@ class TokenRows:
 
 @contextmanager
 def record_outputs(experts: RoutedExperts, record: TokenRows) -> Iterator[None]:
-    """While this is open, what the experts give goes to `record`."""
-
-    def after(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
-        record.write(output)
-
-    handle = experts.register_forward_hook(after)
+    """Write the outputs of the experts to `record` while the context is open."""
+    handle = experts.register_forward_hook(lambda _module, _args, output: record.write(output))
     try:
         yield
     finally:
@@ -89,7 +88,7 @@ def record_outputs(experts: RoutedExperts, record: TokenRows) -> Iterator[None]:
 
 
 class ReplayExperts(nn.Module):
-    """Gives what was recorded, whatever it is fed; called as `RoutedExperts` is."""
+    """Returns recorded outputs regardless of its inputs; has the signature of `RoutedExperts`."""
 
     def __init__(self, record: TokenRows) -> None:
         super().__init__()
@@ -102,11 +101,11 @@ class ReplayExperts(nn.Module):
 
 
 class InputRecordingExperts(nn.Module):
-    """Records what it is fed, and gives zeros; called as `RoutedExperts` is.
+    """Records its inputs and returns zeros; has the signature of `RoutedExperts`.
 
     Attributes:
         index: int32 [N * T, K], the experts of each token; None before the first call.
-        weights: float32 [N * T, K], and by how much each counts.
+        weights: float32 [N * T, K], the routing weight of each.
     """
 
     def __init__(self, record: TokenRows) -> None:
@@ -129,7 +128,7 @@ class InputRecordingExperts(nn.Module):
 
 @contextmanager
 def replaced_submodule(block: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
-    """While this is open, `module` is called where the block has its part of that name."""
+    """Replace the submodule `name` of a block by `module` while the context is open."""
     owner, _, leaf = name.rpartition(".")
     parent = block.get_submodule(owner)
     before = getattr(parent, leaf)
@@ -142,8 +141,13 @@ def replaced_submodule(block: nn.Module, name: str, module: nn.Module) -> Iterat
 
 @dataclass(frozen=True)
 class Routing:
-    """The tokens of every expert: `tokens` int32 rows and `weights` float32, expert after expert, and where each of
-    them begins and ends."""
+    """The tokens of every expert.
+
+    Attributes:
+        tokens: int32 row indices, sorted by expert.
+        weights: float32 routing weights in the same order.
+        bounds: start of each expert's part, and the end of the last.
+    """
 
     tokens: torch.Tensor
     weights: torch.Tensor
@@ -151,32 +155,30 @@ class Routing:
 
     @classmethod
     def of(cls, index: torch.Tensor, weights: torch.Tensor, counted: torch.Tensor | None, experts: int) -> Routing:
-        """Sorted by expert.
+        """Sort tokens by expert.
 
         Args:
-            index: int [rows, K]; `experts` or above is none.
+            index: int [rows, K], chosen experts; `experts` or above means none.
             weights: [rows, K].
             counted: bool [rows], which rows count; None: all.
+            experts: number of experts.
         """
         chosen = index.clamp(max=experts)
         if counted is not None:
             chosen = chosen.masked_fill(~counted[:, None], experts)
         chosen, order = torch.sort(chosen.reshape(-1), stable=True)
         counts = torch.bincount(chosen, minlength=experts + 1)[:experts].tolist()
-        bounds = [0]
-        for count in counts:
-            bounds.append(bounds[-1] + count)
+        bounds = list(itertools.accumulate(counts, initial=0))
         order = order[: bounds[-1]]
         tokens = order.div(index.shape[1], rounding_mode="floor").to(torch.int32)
         return cls(tokens, weights.reshape(-1)[order], bounds)
 
     def count(self, number: int) -> int:
-        """Tokens of one expert."""
+        """Number of tokens of one expert."""
         return self.bounds[number + 1] - self.bounds[number]
 
     def expert(self, number: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows int64 [n], weights float32 [n]) of one expert in rising order: all, or `most` that are spread
-        evenly."""
+        """(rows int64 [n], weights float32 [n]) of one expert in ascending order: all, or `most` spread evenly."""
         part = slice(self.bounds[number], self.bounds[number + 1])
         tokens, weights = self.tokens[part].long(), self.weights[part]
         if tokens.numel() > most:
@@ -185,17 +187,17 @@ class Routing:
         return tokens, weights
 
 
-def gather_rows(matrix: Rows, places: torch.Tensor) -> torch.Tensor:
-    """The rows int64 [n] of a matrix, where it is, or in memory from a file."""
-    return matrix[places.tolist()] if isinstance(matrix, DiskTensor) else matrix[places.to(matrix.device)]
+def gather_rows(matrix: Rows, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a matrix by int64 [n] indices, on its device (in memory for a file)."""
+    return matrix[rows.tolist()] if isinstance(matrix, DiskTensor) else matrix[rows.to(matrix.device)]
 
 
 class GatheredRows:
-    """Some rows of a matrix as samples [M, R, H] of R rows each; the last one is filled up with zeros.
+    """Rows of a matrix grouped to samples [M, R, H] of R rows each; the last sample is padded with zeros.
 
     Args:
-        matrix: where they are; read as they are asked for.
-        rows: int64 [n], which, in order.
+        matrix: read when a sample is accessed.
+        rows: int64 [n] row indices, in order.
         each: R.
     """
 
@@ -205,7 +207,7 @@ class GatheredRows:
 
     @property
     def present(self) -> torch.Tensor | None:
-        """bool [M, R]: False where a row is filled up; None where none is."""
+        """bool [M, R]: False for padding; None when there is none."""
         count = self.rows.numel()
         if count == self.shape[0] * self.each:
             return None
@@ -214,10 +216,9 @@ class GatheredRows:
     def __getitem__(self, index: Sequence[int]) -> torch.Tensor:
         wanted = torch.tensor(index)[:, None] * self.each + torch.arange(self.each)
         inside = (wanted < self.rows.numel()).reshape(-1)
-        places = self.rows[wanted.reshape(-1)[inside]]
-        found = gather_rows(self.matrix, places)
+        found = gather_rows(self.matrix, self.rows[wanted.reshape(-1)[inside]])
         if not bool(inside.all()):
-            whole = found.new_zeros(inside.numel(), found.shape[1])
-            whole[inside.to(found.device)] = found
-            found = whole
+            padded = found.new_zeros(inside.numel(), found.shape[1])
+            padded[inside.to(found.device)] = found
+            found = padded
         return found.view(len(index), self.each, -1)

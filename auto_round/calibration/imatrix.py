@@ -1,10 +1,10 @@
 """Read and write llama.cpp importance matrix (imatrix) files: mean squared inputs per matrix.
 
-Matrices are named as in the GGUF file. There are two formats. The present one is a GGUF file with two float32
-tensors per matrix: `NAME.in_sum2` [experts, in], sums of squares over tokens, and `NAME.counts` [experts, 1],
-the number of tokens; the keys `imatrix.datasets`, `imatrix.chunk_count` and `imatrix.chunk_size` describe the
-data. The legacy one is a plain list of (name, number of calls, mean squares times that number) without a magic
-number. Source: llama.cpp's `tools/imatrix/imatrix.cpp` and `common/imatrix-loader.cpp`.
+Matrices are named as in the GGUF file. There are two formats. The current one is a GGUF file with two float32 tensors
+per matrix: `NAME.in_sum2` [experts, in], sums of squares over tokens, and `NAME.counts` [experts, 1], the number of
+tokens; the keys `imatrix.datasets`, `imatrix.chunk_count` and `imatrix.chunk_size` describe the data. The legacy one is
+a list of (name, number of calls, mean squares times that number) without a magic number. Source: llama.cpp's
+`tools/imatrix/imatrix.cpp` and `common/imatrix-loader.cpp`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _LONGEST_NAME = 1024
 
 @dataclass(frozen=True)
 class ImatrixFile:
-    """What an importance matrix file holds.
+    """The content of an importance matrix file.
 
     Attributes:
-        importance: mean of the squares, float32 [in] by name; [experts, in] for stacked experts, with ones for an
-            expert that saw no token. In the older form the experts of a tensor lie in one row, see `of`.
-        tokens: float32 [experts] (or [1]) by name: tokens behind the means; empty in the older form, which has none.
-        chunks: pieces of text behind it, 0 if the file does not say.
-        chunk_size: tokens of a piece, 0 if the file does not say.
-        datasets: names of the texts.
+        importance: mean squares by name, float32 [in], or [experts, in] for stacked experts, with ones for an expert
+            without tokens. In the legacy format the experts of a tensor are one row, see `of`.
+        tokens: float32 [experts] (or [1]) by name: number of tokens; empty in the legacy format.
+        chunks: number of text chunks, 0 if the file does not say.
+        chunk_size: tokens of a chunk, 0 if the file does not say.
+        datasets: names of the datasets.
     """
 
     importance: dict[str, torch.Tensor]
@@ -47,9 +47,9 @@ class ImatrixFile:
     datasets: tuple[str, ...]
 
     def of(self, name: str, shape: Sequence[int]) -> torch.Tensor | None:
-        """Importance for the tensor `name` of `shape` [out, in] or [experts, out, in]: [in] or [experts, in].
+        """Importance of the tensor `name` of `shape` [out, in] or [experts, out, in]: [in] or [experts, in].
 
-        None when the file has none for it. Raises DataError when it was made for another shape.
+        None when the file has none. Raises DataError when the sizes differ.
         """
         found = self.importance.get(name)
         if found is None:
@@ -64,10 +64,9 @@ class ImatrixFile:
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> ImatrixFile:
-    """Read either form.
+    """Read an importance matrix of either format.
 
-    Raises DataError, which says what is wrong, for a file that cannot be read, is cut off or malformed, or holds NaN,
-    Inf or negative numbers.
+    Raises DataError for a file that cannot be read, is truncated or malformed, or has NaN, Inf or negative values.
     """
     path = Path(path)
     try:
@@ -88,22 +87,22 @@ def write_imatrix(
     chunk_size: int,
     datasets: Sequence[str] = (),
 ) -> None:
-    """Write the present form, which llama.cpp's `--imatrix` takes.
+    """Write an importance matrix in the current format, which llama.cpp's `--imatrix` takes.
 
     Args:
-        path: the file to make or replace.
-        sums: sums of squares by the tensor's name in the GGUF file, [in] or [experts, in], as `SecondMomentObserver`
-            has them.
-        tokens: how many tokens went into each: a number, or one for each expert.
+        path: the file to create or replace.
+        sums: sums of squares by the tensor's name in the GGUF file, [in] or [experts, in], as in
+            `SecondMomentObserver`.
+        tokens: number of tokens of each: an integer, or one per expert.
         chunk_size: tokens of one sample.
-        datasets: names of the texts the samples are from.
+        datasets: names of the datasets.
 
     Raises:
         OutputError: the file cannot be written.
-        DataError: there is nothing to write, or sums that are NaN or Inf.
+        DataError: there are no sums, or they have NaN or Inf.
     """
     if not sums:
-        raise DataError(f"no importance was gathered; there is nothing to write to {path}")
+        raise DataError(f"no importance was collected; there is nothing to write to {path}")
     counts = {name: torch.as_tensor(tokens[name], dtype=torch.float32).reshape(-1, 1) for name in sums}
     rows = {name: value.detach().to("cpu", torch.float32) for name, value in sums.items()}
     infos: list[tuple[str, Sequence[int], str]] = []
@@ -114,7 +113,7 @@ def write_imatrix(
     chunks = -(-int(max(float(count.max()) for count in counts.values())) // chunk_size)
     metadata = {
         "general.type": "imatrix",
-        # llama-quantize takes no file without the list, and GGUF has no type for the items of an empty one.
+        # llama-quantize requires the list, and GGUF has no item type for an empty one.
         "imatrix.datasets": TypedValue(list(datasets) or ["unknown"], "STRING"),
         "imatrix.chunk_count": chunks,
         "imatrix.chunk_size": chunk_size,
@@ -132,15 +131,15 @@ def _check(name: str, values: torch.Tensor, path: str | os.PathLike[str]) -> Non
 
 def _from_gguf(path: Path, header: GgufHeader) -> ImatrixFile:
     def bad(problem: str) -> DataError:
-        return DataError(f"{path} is no importance matrix: {problem}")
+        return DataError(f"{path} is not an importance matrix: {problem}")
 
     names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
     if not names:
         raise bad("no tensor is called NAME.in_sum2")
     if any(n.endswith(_COUNTS) and n.removesuffix(_COUNTS) + _SUMS not in header.tensors for n in header.tensors):
         raise bad("it has counts without sums")
-    whole: dict[str, type] = {"imatrix.chunk_count": int, "imatrix.chunk_size": int, "imatrix.datasets": list}
-    for key, kind in whole.items():
+    types: dict[str, type] = {"imatrix.chunk_count": int, "imatrix.chunk_size": int, "imatrix.datasets": list}
+    for key, kind in types.items():
         if not isinstance(header.values.get(key, kind()), kind):
             raise bad(f"key {key} has the wrong type")
     importance: dict[str, torch.Tensor] = {}
@@ -150,7 +149,7 @@ def _from_gguf(path: Path, header: GgufHeader) -> ImatrixFile:
         if sums is None or counts is None or (sums.kind, counts.kind) != ("F32", "F32"):
             raise bad(f"{name!r} needs float32 sums and counts")
         if not counts.nbytes or sums.nbytes % counts.nbytes:
-            raise bad(f"the sums and counts of {name!r} do not fit each other")
+            raise bad(f"the sums and counts of {name!r} do not match")
         count = _floats(path, counts.start, counts.nbytes)
         total = _floats(path, sums.start, sums.nbytes).reshape(len(count), -1)
         _check(name, total, path)
@@ -170,7 +169,7 @@ def _floats(path: Path, start: int, nbytes: int) -> torch.Tensor:
 
 
 class _LegacyReader:
-    """Reads the older form; every length is checked against what is left of the file before anything is made."""
+    """Reads the legacy format; every length is checked against the rest of the file before memory is allocated."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
@@ -179,7 +178,7 @@ class _LegacyReader:
     def read(self) -> ImatrixFile:
         entries = self.number()
         if entries < 1:
-            raise self.error("it says that it has no entries")
+            raise self.error("it has no entries")
         importance: dict[str, torch.Tensor] = {}
         for _ in range(entries):
             name = self.text()
@@ -194,7 +193,7 @@ class _LegacyReader:
         return ImatrixFile(importance, {}, max(chunks, 0), 0, datasets)
 
     def error(self, problem: str) -> DataError:
-        return DataError(f"{self.path} is no importance matrix of llama.cpp: {problem}")
+        return DataError(f"{self.path} is not an importance matrix of llama.cpp: {problem}")
 
     def bytes(self, count: int) -> bytes:
         if count > self.left:
@@ -212,4 +211,4 @@ class _LegacyReader:
         try:
             return self.bytes(length).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.error("a name is no UTF-8") from error
+            raise self.error("a name is not UTF-8") from error

@@ -1,15 +1,16 @@
 """Check on one sample that each decoder block can run alone, and learn which tensors blocks share.
 
-Calibration records the call of every block and runs the blocks one at a time afterwards. That is right only if
-a block depends on nothing else. So each block runs twice here before any data is read: as the model calls it,
-and from what a recording holds. If the outputs differ, the model is refused with the block's name. Module
-attributes that a block changes are restored for the second run.
+Calibration records the call of every block and runs the blocks one at a time afterwards. That is right only if a block
+depends on nothing else. So each block runs twice here before any data is read: as the model calls it, and from what a
+recording holds. If the outputs differ, the model is refused with the block's name. Module attributes that a block
+changes are restored for the second run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from auto_round.calibration.block_calls import (
     BlockCall,
     SharedObject,
     TensorPool,
+    call_block,
     entries_of,
     extra_outputs,
     flatten,
@@ -39,18 +41,77 @@ from auto_round.calibration.block_links import (
     resolve_call,
 )
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.partial_loading import ExpertStreamer, check_not_meta, non_block_modules
+from auto_round.modeling.partial_loading import block_loaded, check_not_meta, non_block_modules, output_head
 from auto_round.modeling.source import ModelSource
 
 _ABSENT = object()
-_OF_TORCH = frozenset({"training", "forward", *nn.Module().__dict__}) - {"_buffers"}
+_TORCH_ATTRIBUTES = frozenset({"training", "forward", *nn.Module().__dict__}) - {"_buffers"}
+_TOLERANCE = 1e-3  # relative to the largest value; two runs of one block on one device differ by less
+MakeForward = Callable[[int, nn.Module, Callable[..., Any]], Callable[..., Any]]
+
+
+class ForwardStopped(Exception):
+    """Ends a forward pass early; `value` is the tensor found there."""
+
+    def __init__(self, value: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.value = value
+
+
+def stop_with_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook that ends the pass with the module's input."""
+    raise ForwardStopped(args[0])
+
+
+@contextmanager
+def replaced_forwards(source: ModelSource, make: MakeForward) -> Iterator[None]:
+    """Replace every block's forward by `make(index, block, original)` while the context is open."""
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for index, name in enumerate(source.blocks):
+            block = source.model.get_submodule(name)
+            before.append((block, block.__dict__.get("forward")))
+            block.__dict__["forward"] = make(index, block, block.forward)
+        yield
+    finally:
+        for block, own in before:
+            if own is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = own
+
+
+def run_model(model: nn.Module, samples: Sequence[dict[str, torch.Tensor]], device: torch.device) -> Any:
+    """Run the whole model on a batch of samples without a key-value cache."""
+    batch = {key: torch.stack([s[key] for s in samples]).to(device) for key in samples[0]}
+    return model(**batch, use_cache=False, return_dict=True)
+
+
+def hidden_output(source: ModelSource, index: int, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The hidden states in a block's output. Raises ModelError when their shape differs from `hidden`."""
+    first, name = hidden_of(output), source.blocks[index]
+    if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
+        raise ModelError(
+            f"block {name!r} ({type(source.model.get_submodule(name)).__name__}) does not return hidden states of the "
+            f"shape that it gets; {DATA_FREE_ADVICE}"
+        )
+    return first
+
+
+def hidden_changed(source: ModelSource, index: int) -> UnsupportedError:
+    """The error for a model that changes the hidden states before the block of this index."""
+    return UnsupportedError(
+        f"{type(source.model).__name__} changes the hidden states between its blocks, before "
+        f"{source.blocks[index]!r}; only models whose blocks follow each other directly are supported; "
+        f"{DATA_FREE_ADVICE}"
+    )
 
 
 class AttributeSnapshot:
-    """Attributes of modules as they are, to find those that change and to put them back.
+    """Attributes of modules at one time, to find those that a block changes and to restore them.
 
     Attributes:
-        before: by owner's id and name, (owner, value) of every attribute that changed since it was first looked at.
+        before: by owner's id and name, (owner, first value) of every attribute that changed.
     """
 
     def __init__(self) -> None:
@@ -58,7 +119,7 @@ class AttributeSnapshot:
         self.before: dict[tuple[int, Any], tuple[Any, Any]] = {}
 
     def take_snapshot(self, modules: Iterable[nn.Module]) -> None:
-        """Take down what these modules have now."""
+        """Record the current attributes of these modules."""
         self._seen = {}
         for module in modules:
             self._seen[id(module)] = (module, _plain_attributes(vars(module)))
@@ -67,7 +128,7 @@ class AttributeSnapshot:
                     self._seen[id(value)] = (value, dict(_items(value)))
 
     def record_changes(self) -> None:
-        """Remember what has changed since, unless an earlier value is known already."""
+        """Record the old values of attributes that changed, unless an earlier value is known."""
         for key, (owner, old) in self._seen.items():
             now = _plain_attributes(vars(owner)) if isinstance(owner, nn.Module) else dict(_items(owner))
             for name in {*old, *now}:
@@ -76,7 +137,7 @@ class AttributeSnapshot:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """While this is open, everything that changed has its first value."""
+        """Set everything that changed to its first value while the context is open."""
         now = {key: (owner, _get(owner, key[1])) for key, (owner, _) in self.before.items()}
         try:
             for (_, name), (owner, value) in self.before.items():
@@ -88,11 +149,11 @@ class AttributeSnapshot:
 
 
 def _plain_attributes(attributes: Mapping[str, Any]) -> dict[Any, Any]:
-    return {k: v for k, v in attributes.items() if k not in _OF_TORCH and not isinstance(v, nn.Module)}
+    return {k: v for k, v in attributes.items() if k not in _TORCH_ATTRIBUTES and not isinstance(v, nn.Module)}
 
 
 def _is_mutable(value: Any) -> bool:
-    """Whether a value may be filled in place: a mapping, a list, or a plain object that is no configuration."""
+    """Whether a value can be filled in place: a mapping, a list, or an object that is not a configuration."""
     if isinstance(value, (dict, list)):
         return True
     if value is None or isinstance(value, (torch.Tensor, nn.Module, type, str, int, float)) or callable(value):
@@ -126,24 +187,14 @@ def _set(owner: Any, name: Any, value: Any) -> None:
         store[name] = value
 
 
-# One sample through the whole model, block by block, to learn what blocks hand on and to see that they can be run
-# alone.
-#
-# Calibration records what every block is called with and runs the blocks one at a time afterwards. That is right only
-# where a block depends on nothing else. So before any data is read each block is run twice here: as the model calls it,
-# and from what a recording would hold. Where the two differ the model is refused, by the block's name.
-
-_TOLERANCE = 1e-3  # of the largest value; running the same block twice on one device differs by less
-
-
 class IsolationCheck:
-    """Runs every block as it is called, and once more from what would be recorded.
+    """Runs every block as the model calls it, and again from what would be recorded.
 
     Args:
         source: the model.
-        store: where arguments are kept to compare with.
-        tokens: of the sample.
-        stream_experts: experts are read one at a time.
+        store: where arguments are stored for the comparison.
+        tokens: number of tokens of the sample.
+        stream_experts: load one expert at a time.
     """
 
     def __init__(self, source: ModelSource, store: TensorPool, tokens: int, stream_experts: bool) -> None:
@@ -155,27 +206,26 @@ class IsolationCheck:
         self.changes_hidden = False
         self._output: torch.Tensor | None = None
         self._values: dict[SharedSlot, torch.Tensor] = {}
-        self._slots: dict[int, tuple[torch.Tensor, SharedSlot]] = {}  # by identity of the tensor, which is kept alive
+        self._slots: dict[int, tuple[torch.Tensor, SharedSlot]] = {}  # by id of the tensor, which is kept alive
         self._objects: dict[int, tuple[Any, SharedObject]] = {}
         self._entries: dict[tuple[int, Any], ObjectEntry] = {}
         self._attributes = AttributeSnapshot()
-        self._outside = list(non_block_modules(source).values())
+        self._non_block = list(non_block_modules(source).values())
 
     def links(self) -> ModelDependencies:
-        """What was learned."""
+        """The dependencies between blocks that were found."""
         needed = {slot for block in self.blocks for slot in block.reads}
-        kept = [
-            BlockDependencies(b.leaves, b.held, b.entries, tuple(slot for slot in b.writes if slot in needed))
-            for b in self.blocks
-        ]
-        return ModelDependencies(self.layout, tuple(kept), self.kinds, self.changes_hidden)
+        blocks = tuple(replace(b, writes=tuple(slot for slot in b.writes if slot in needed)) for b in self.blocks)
+        return ModelDependencies(self.layout, blocks, self.kinds, self.changes_hidden)
 
     def replacement(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward that checks a block."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             check_not_meta((args, kwargs), self.source.blocks[index], self.source)
             if len(self.blocks) != index:
                 raise ModelError(
-                    f"block {self.source.blocks[index]!r} was not called exactly once, in its turn: "
+                    f"block {self.source.blocks[index]!r} was not called exactly once, in order: "
                     f"{type(self.source.model).__name__} runs its blocks in a cycle, so they cannot be tuned one at a "
                     f"time; {DATA_FREE_ADVICE}"
                 )
@@ -184,16 +234,18 @@ class IsolationCheck:
             value = (*rest, key)
             before = {path: (item, entries_of(item)) for path, item in mutable_objects(value).items()}
             versions = [(tensor, tensor._version) for tensor in flatten(value)[2]]
-            with self._loaded(index, hidden.device):
-                self._attributes.take_snapshot([*self._outside, *block.modules()])
+            with block_loaded(self.source, self.source.blocks[index], hidden.device, self.stream_experts):
+                self._attributes.take_snapshot([*self._non_block, *block.modules()])
                 given, version = hidden.clone(), hidden._version
                 output = original(*args, **kwargs)
                 self._attributes.record_changes()
                 self.changes_hidden |= hidden._version != version
                 if any(tensor._version != version for tensor, version in versions):
                     raise self._refusal(index, "changes one of its arguments in place")
-                first = self._first_output(index, block, output, given)
-                call, links = self._learn(index, value, before, output)
+                if hasattr(type(output), "_fields"):  # its fields are read by name, so it cannot be replaced
+                    raise self._refusal(index, f"returns a {type(output).__name__} of several values")
+                first = hidden_output(self.source, index, output, given)
+                call, links = self._find_dependencies(index, value, before, output)
                 replayed = self._replay(index, original, call, links, given)
             self._compare(index, first, replayed)
             self.calls.append(call)
@@ -213,47 +265,34 @@ class IsolationCheck:
             )
 
     def compare_recording(self, calls: list[BlockCall]) -> None:
-        """Raise UnsupportedError when what a pass without the blocks recorded for the same sample is not what the
-        model gave them: an argument depends on what earlier blocks computed."""
+        """Compare the calls of this sample with those recorded in a pass without the blocks.
+
+        Raises UnsupportedError when an argument differs, because it depends on what earlier blocks computed.
+        """
         for index, (real, recorded) in enumerate(zip(self.calls, calls, strict=True)):
             linked = self.blocks[index].leaves
             same = real.spec == recorded.spec and len(real.leaves) == len(recorded.leaves)
             if not same or any(
                 a is not b for i, (a, b) in enumerate(zip(real.leaves, recorded.leaves, strict=True)) if i not in linked
             ):
-                raise self._refusal(index, "is called with values that depend on what the blocks before it computed")
+                raise self._refusal(index, "is called with values that depend on what earlier blocks computed")
 
     def _check_hidden(self, index: int, hidden: torch.Tensor) -> None:
         if index == 0:
             layout = HiddenLayout.of(hidden, self.tokens)
             if layout is None:
                 raise ModelError(
-                    f"{self.source.blocks[0]} is fed a tensor of shape {list(hidden.shape)}, in which samples and "
-                    f"tokens cannot be told apart; {DATA_FREE_ADVICE}"
+                    f"{self.source.blocks[0]} gets a tensor of shape {list(hidden.shape)} without separate dimensions "
+                    f"for samples and tokens; {DATA_FREE_ADVICE}"
                 )
             self.layout = layout
         elif self._output is None or hidden.shape != self._output.shape or not _equal(hidden, self._output):
-            raise UnsupportedError(
-                f"{type(self.source.model).__name__} changes the hidden states between its blocks, before "
-                f"{self.source.blocks[index]!r}; only models whose blocks follow each other directly can be walked; "
-                f"{DATA_FREE_ADVICE}"
-            )
+            raise hidden_changed(self.source, index)
 
-    def _first_output(self, index: int, block: nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
-        first = hidden_of(output)
-        if hasattr(type(output), "_fields"):  # its fields are asked for by name, and nothing else can stand for it
-            raise self._refusal(index, f"returns a {type(output).__name__} of several values")
-        if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
-            raise ModelError(
-                f"block {self.source.blocks[index]!r} ({type(block).__name__}) does not return hidden states of the "
-                f"shape it is given; {DATA_FREE_ADVICE}"
-            )
-        return first
-
-    def _learn(
+    def _find_dependencies(
         self, index: int, value: Any, before: dict[ArgumentPath, tuple[Any, dict[Any, Any]]], output: Any
     ) -> tuple[BlockCall, BlockDependencies]:
-        """The call as it would be recorded, and what the block takes and leaves."""
+        """The call as it would be recorded, and what the block reads and writes."""
         entered: list[tuple[SharedObject, Any, Any]] = []
         for item, old in before.values():
             now = entries_of(item)
@@ -267,12 +306,12 @@ class IsolationCheck:
         filled = {(entry.number, entry.key) for entry in given} | {(one.number, key) for one, key, _ in entered}
         spec, consts, leaves = flatten(value, held, lambda number: {key for n, key in filled if n == number})
         linked = {i: self._slots[id(leaf)][1] for i, leaf in enumerate(leaves) if id(leaf) in self._slots}
-        kept = tuple(self.store.put(leaf) for leaf in leaves)
+        stored = tuple(self.store.put(leaf) for leaf in leaves)
         writes = self._outputs(index, output)
         for one, key, entry in entered:
             slots = self._entry(index, one, key, entry)
             writes += [slot for slot in slots if slot not in writes]
-        return BlockCall(spec, tuple(consts), kept), BlockDependencies(linked, held, given, tuple(writes))
+        return BlockCall(spec, tuple(consts), stored), BlockDependencies(linked, held, given, tuple(writes))
 
     def _outputs(self, index: int, output: Any) -> list[SharedSlot]:
         found = [self._slot(index, hidden_of(output), ("hidden",))]
@@ -284,12 +323,12 @@ class IsolationCheck:
         slots = [self._slot(index, leaf, ("held", held.number, key, i)) for i, leaf in enumerate(leaves)]
         found = [slot for slot in slots if slot is not None]
         if len(found) != len(slots):
-            raise self._refusal(index, "leaves a tensor behind in which samples cannot be told apart")
+            raise self._refusal(index, "passes on a tensor without a batch dimension")
         self._entries[held.number, key] = ObjectEntry(held.number, key, spec, tuple(consts), tuple(found))
         return found
 
     def _slot(self, index: int, tensor: torch.Tensor, place: tuple[Any, ...]) -> SharedSlot | None:
-        """The slot of a tensor that a block made; the one it has already, where it is handed on."""
+        """The slot of a tensor that a block produced; its existing one if an earlier block produced it."""
         if id(tensor) in self._slots:
             return self._slots[id(tensor)][1]
         batch = self.layout.batch if place == ("hidden",) else batch_dim(tensor)
@@ -306,27 +345,25 @@ class IsolationCheck:
         leaves = [load_tensor(leaf).to(hidden.device) for leaf in call.leaves]
         given = self.layout.hidden(self.layout.rows(hidden).clone())
         try:
-            (args, kwargs, key), _ = resolve_call(
-                links, call.spec, call.consts, leaves, lambda slot: self._values[slot].clone()
-            )
+            arguments, _ = resolve_call(links, call.spec, call.consts, leaves, lambda slot: self._values[slot].clone())
             with self._attributes.restored():
-                output = run(given, *args, **kwargs) if key is None else run(*args, **{key: given}, **kwargs)
+                output = call_block(run, given, arguments)
         except (torch.OutOfMemoryError, ModelError):
             raise
-        except Exception as error:  # what a block does without what it misses is its own
+        except Exception as error:  # a block without its dependencies can raise anything
             raise self._refusal(index, f"cannot be run alone ({type(error).__name__}: {error})") from error
         return hidden_of(output)
 
     def _compare(self, index: int, real: torch.Tensor, replayed: torch.Tensor | None) -> None:
         if replayed is None or replayed.shape != real.shape:
-            raise self._refusal(index, "gives something else when it is run alone")
+            raise self._refusal(index, "has other outputs when it is run alone")
         if _equal(real, replayed):
             return
         a, b = real.float(), replayed.float()
         size = float(a.abs().nan_to_num(0, 0, 0).max())
         if not torch.allclose(a, b, rtol=0, atol=_TOLERANCE * size, equal_nan=True):
             off = float((a - b).abs().max())
-            raise self._refusal(index, f"gives something else when it is run alone (by {off:.3g} of {size:.3g})")
+            raise self._refusal(index, f"has other outputs when it is run alone (by {off:.3g} of {size:.3g})")
 
     def _refusal(self, index: int, what: str) -> UnsupportedError:
         name = type(self.source.model).__name__
@@ -335,25 +372,28 @@ class IsolationCheck:
             f"time; {DATA_FREE_ADVICE}"
         )
 
-    @contextmanager
-    def _loaded(self, index: int, device: torch.device) -> Any:
-        """The block with its weights."""
-        name = self.source.blocks[index]
-        experts = ExpertStreamer(self.source, name, device) if self.stream_experts else None
-        try:
-            if experts is None:
-                self.source.load(name, device)
-            else:
-                experts.load_non_experts()
-            with nullcontext() if experts is None else experts.running():
-                yield
-        finally:
-            self.source.release(name)
+
+def run_isolation_check(
+    source: ModelSource, sample: dict[str, torch.Tensor], device: torch.device, store: TensorPool, stream_experts: bool
+) -> IsolationCheck:
+    """Run one sample through all blocks. Raises ModelError or UnsupportedError when they cannot run one at a time."""
+    check = IsolationCheck(source, store, sample["input_ids"].numel(), stream_experts)
+    head = output_head(source.model)
+    # After the blocks, only the call of another block would matter, so the head need not be loaded.
+    stop = None if head is None else head.register_forward_pre_hook(stop_with_input, prepend=True)
+    try:
+        with replaced_forwards(source, check.replacement), suppress(ForwardStopped):
+            run_model(source.model, [sample], device)
+    finally:
+        if stop is not None:
+            stop.remove()
+    check.finish()
+    store.end_of_sample()
+    return check
 
 
 def nan_placeholders(rest: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """What stands for a block's further outputs where the block is not run: NaN and zeros, so that nothing is mistaken
-    for a value."""
+    """Placeholders for a block's further outputs when the block does not run: NaN, and zeros for integers."""
 
     def placeholder(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

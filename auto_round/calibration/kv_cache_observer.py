@@ -15,36 +15,37 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_round.calibration.observers import InputObserver
 from auto_round.errors import NumericsError, UnsupportedError
 from auto_round.modeling.attention import Attention, library_error, replace_argument
 
 _OBSERVED = "auto_round_observed_queries"
+_ADVICE = "leave static_kv_dtype and static_attention_dtype out"
 
 
-class KVCacheObserver(dict[str, torch.Tensor]):
-    """Largest absolute value for each head, float32 [heads], by name such as "self_attn.k". It only grows.
+class KVCacheObserver(InputObserver, dict[str, torch.Tensor]):
+    """Largest absolute value of each head, float32 [heads], by name such as "self_attn.k".
 
-    Attributes:
-        mask: bool [B, T] for the next run of the block: which positions exist; None counts all.
-        every_token: padding is left out, but not positions that merely have no loss: they are in the cache too.
-        promised: names that must be seen when their block runs, as the code of the attention says.
+    Padding is excluded, but positions without a loss count: they are in the cache too.
+
+    Args:
+        expected: names that the code of the attention passes on, so that they must be observed when their block runs.
     """
 
     every_token = True
 
     def __init__(self, expected: Iterable[str] = ()) -> None:
         super().__init__()
-        self.mask: torch.Tensor | None = None
         self.expected = frozenset(expected)
 
-    def add(self, name: str, states: Any) -> None:
-        """Take in states [B, heads, T, head width]. Raises UnsupportedError for anything else."""
-        if not isinstance(states, torch.Tensor) or states.dim() != 4:
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Add states [B, heads, T, head width]. Raises UnsupportedError for anything else."""
+        if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4:
             raise UnsupportedError(
-                f"{name}: the attention does not keep [batch, heads, tokens, width] tensors, so static scales cannot "
-                "be found: leave static_kv_dtype and static_attention_dtype out"
+                f"{name}: the attention does not cache [batch, heads, tokens, width] tensors, so static scales cannot "
+                f"be computed: {_ADVICE}"
             )
-        largest = states.detach().abs().amax(-1)
+        largest = inputs.detach().abs().amax(-1)
         if self.mask is not None and (largest.shape[0], largest.shape[2]) == tuple(self.mask.shape):
             largest = largest.masked_fill(~self.mask.to(largest.device)[:, None], 0)
         heads = largest.amax((0, 2)).float()
@@ -55,31 +56,30 @@ class KVCacheObserver(dict[str, torch.Tensor]):
         self[name] = heads
 
     def of(self, name: str, heads: int) -> torch.Tensor:
-        """float32 [heads].
+        """The largest absolute values of the states `name`, float32 [heads].
 
         Raises:
-            LibraryError: nothing was seen of an attention that hands on what was looked for.
-            UnsupportedError: the attention hands nothing on, or another number of heads than the model's configuration
-                promises.
-            NumericsError: NaN or Inf was seen.
+            LibraryError: nothing was observed although the code of the attention passes these states on.
+            UnsupportedError: the attention does not pass them on, or has another number of heads than its
+                configuration.
+            NumericsError: NaN or Inf was observed.
         """
         if name not in self and name in self.expected:
             raise library_error(
-                f"{name}: the attention was watched while it ran, and nothing was seen of what it hands to its "
-                "key-value cache or attention function",
-                "leave static_kv_dtype and static_attention_dtype out",
+                f"{name}: the attention ran, but none of the states that it passes to its key-value cache or "
+                "attention function were observed",
+                _ADVICE,
             )
         if name not in self:
             raise UnsupportedError(
-                f"{name}: this attention hands nothing to a key-value cache, or does not use Transformers' table of "
-                "attention functions, so static scales cannot be found: leave static_kv_dtype and "
-                "static_attention_dtype out"
+                f"{name}: this attention passes nothing to a key-value cache, or does not use Transformers' table of "
+                f"attention functions, so static scales cannot be computed: {_ADVICE}"
             )
         found = self[name]
         if found.shape[0] != heads:
             raise UnsupportedError(
-                f"{name}: the attention keeps {found.shape[0]} heads, its configuration says {heads}; static scales "
-                "for it are not supported: leave static_kv_dtype and static_attention_dtype out"
+                f"{name}: the attention caches {found.shape[0]} heads, its configuration says {heads}; static scales "
+                f"for it are not supported: {_ADVICE}"
             )
         if not bool(torch.isfinite(found).all()):
             raise NumericsError(f"NaN or Inf in the states of attention {name!r}")
@@ -87,16 +87,16 @@ class KVCacheObserver(dict[str, torch.Tensor]):
 
 
 class _ObservingCache:
-    """Stands in for a key-value cache: looks at what it is given, keeps nothing and gives it back."""
+    """A key-value cache that observes the states it is given, stores nothing and returns them."""
 
-    def __init__(self, name: str, extremes: KVCacheObserver) -> None:
-        self._name, self._extremes = name, extremes
+    def __init__(self, name: str, observer: KVCacheObserver) -> None:
+        self._name, self._observer = name, observer
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values are the first two arguments, whatever they are called."""
+        """Observe the first two arguments, which are the keys and the values."""
         key_states, value_states = (*args, *kwargs.values())[:2]
-        self._extremes.add(f"{self._name}.k", key_states)
-        self._extremes.add(f"{self._name}.v", value_states)
+        self._observer.add(f"{self._name}.k", key_states)
+        self._observer.add(f"{self._name}.v", value_states)
         return key_states, value_states
 
     def get_seq_length(self, *_args: Any, **_kwargs: Any) -> int:
@@ -106,42 +106,36 @@ class _ObservingCache:
         if wanted.startswith("_"):
             raise AttributeError(wanted)
         raise UnsupportedError(
-            f"{self._name}: the attention reads {wanted!r} of its key-value cache, so what it keeps cannot be seen: "
-            "leave static_kv_dtype and static_attention_dtype out"
+            f"{self._name}: the attention reads {wanted!r} of its key-value cache, so its states cannot be observed: "
+            f"{_ADVICE}"
         )
 
 
 @contextmanager
 def observe_kv_cache(attentions: Sequence[Attention], queries: bool = False) -> Iterator[KVCacheObserver]:
-    """Watch the keys and values, and the queries too if asked, of the attention modules that run meanwhile.
+    """Observe the keys and values, and on request the queries, of the attention modules that run inside.
 
-    Everything is put back at the end, also after an error: hooks, the names of attention functions in configurations,
-    and Transformers' table of them.
+    Hooks, the attention functions of configurations, and Transformers' table of them are restored at the end.
     """
-    leaves = "kvq" if queries else "kv"
-    extremes = KVCacheObserver(f"{a.name}.{leaf}" for a in attentions for leaf in leaves if leaf in a.shows)
+    states = "kvq" if queries else "kv"
+    observer = KVCacheObserver(f"{a.name}.{state}" for a in attentions for state in states if state in a.shows)
     with ExitStack() as stack:
         for attention in attentions:
-            hook = _cache_hook(attention, extremes)
+            hook = _cache_hook(attention, observer)
             stack.callback(attention.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if queries and attentions:
-            stack.enter_context(_observe_queries(attentions, extremes))
-        yield extremes
+            stack.enter_context(_observe_queries(attentions, observer))
+        yield observer
 
 
-def _cache_hook(attention: Attention, extremes: KVCacheObserver) -> Callable[..., Any]:
-    recorder = _ObservingCache(attention.name, extremes)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return replace_argument(module, attention.cache, recorder, args, kwargs)
-
-    return before
+def _cache_hook(attention: Attention, observer: KVCacheObserver) -> Callable[..., Any]:
+    cache = _ObservingCache(attention.name, observer)
+    return lambda module, args, kwargs: replace_argument(module, attention.cache, cache, args, kwargs)
 
 
 @contextmanager
-def _observe_queries(attentions: Sequence[Attention], extremes: KVCacheObserver) -> Iterator[None]:
-    """While this is open, the attention modules call a function that looks at the queries and then does what was
-    chosen before."""
+def _observe_queries(attentions: Sequence[Attention], observer: KVCacheObserver) -> Iterator[None]:
+    """Make the attention modules call a function that observes the queries, then the attention function set before."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     names = {id(attention.module): attention.name for attention in attentions}
@@ -153,12 +147,12 @@ def _observe_queries(attentions: Sequence[Attention], extremes: KVCacheObserver)
         if not isinstance(before, str):
             raise UnsupportedError(
                 f"{type(attention.module).__name__} does not use Transformers' table of attention functions, so scales "
-                "of queries cannot be found: leave static_attention_dtype out; static_kv_dtype may work"
+                "of queries cannot be computed: leave static_attention_dtype out; static_kv_dtype may work"
             )
         chosen[id(config)], configs[id(config)] = before, config
 
     def observed(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        extremes.add(f"{names[id(module)]}.q", query)
+        observer.add(f"{names[id(module)]}.q", query)
         before = chosen[id(module.config)]
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get(before, own)

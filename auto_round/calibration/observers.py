@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import re
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -21,55 +22,82 @@ from torch import nn
 from auto_round.errors import NumericsError
 from auto_round.modeling.blocks import in_features
 
-# Rows are added up in pieces of fixed size: memory stays small, and the result does not depend on the thread count.
-_CHUNK_ROWS = 1024
+_CHUNK_ROWS = 1024  # rows are summed in chunks of fixed size, so that the result does not depend on the thread count
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
+_BAND_WIDTHS = (4096, 2048, 1024, 512, 256)
+_MAX_NUMEL = 1 << 28  # float32 elements of all Hessians of a block: 1 GiB
+_TILE = 256
+_MAX_STRIDE = 4  # Hessians use at least every fourth token, and at least as many tokens as channels
 
 
-class SecondMomentObserver(dict[str, torch.Tensor]):
-    """Sums of squares by layer name, float32 [in_features], and how many tokens went into each.
+class InputObserver(ABC):
+    """Statistics of the inputs of layers, by layer name.
 
     Attributes:
-        mask: bool [B, T] for the next run of the block: which positions count; None counts all. A layer whose input
-            does not have the shape [B, T, in] (an expert sees its own tokens only) counts all its rows.
-        tokens: number of rows summed, by layer name.
+        mask: bool [B, T] for the next run of the block: which positions count; None counts all. An input of another
+            shape than [B, T, in] (an expert sees its own tokens only) counts whole.
+        every_token: the mask excludes padding only, not positions without a loss.
     """
 
     every_token = False
+    mask: torch.Tensor | None = None
+
+    @abstractmethod
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Add what layer `name` gets: all counted rows of `inputs` [..., in]."""
+
+    def counted(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The rows of `inputs` [..., in] that `mask` counts."""
+        rows = inputs.detach()
+        if self.mask is not None and rows.shape[:-1] == self.mask.shape:
+            rows = rows[self.mask.to(rows.device)]
+        return rows
+
+    @contextmanager
+    def observing(self, block: nn.Module, names: Iterable[str]) -> Iterator[None]:
+        """Observe the inputs of the layers `names` (relative to `block`) by hooks, which are removed at the end."""
+
+        def hook(name: str) -> Callable[..., None]:
+            return lambda _module, args: self.add(name, args[0])
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.callback(block.get_submodule(name).register_forward_pre_hook(hook(name)).remove)
+            yield
+
+
+class SecondMomentObserver(InputObserver, dict[str, torch.Tensor]):
+    """Sums of squares by layer name, float32 [in_features].
+
+    Attributes:
+        tokens: number of rows summed, by layer name.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.mask: torch.Tensor | None = None
         self.tokens: dict[str, int] = {}
-        self._last: Callable[[], torch.Tensor | None] = lambda: None  # the inputs of before, as long as they live
-        self._found: tuple[list[torch.Tensor], int] = [], 0
+        self._last: Callable[[], torch.Tensor | None] = lambda: None  # a weak reference to the last inputs
+        self._last_sums: tuple[list[torch.Tensor], int] = [], 0
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
-        """Add x**2 of all counted rows of `inputs` [..., in]."""
         total = self.get(name)
         if total is None:
             total = self[name] = torch.zeros(inputs.shape[-1], dtype=torch.float32, device=inputs.device)
-        elif total.device != inputs.device:  # the layer's weight was nowhere when watching began
+        elif total.device != inputs.device:  # the layer's weight was on meta when observation began
             total = self[name] = total.to(inputs.device)
-        if self._last() is not inputs:  # layers that are fed the same follow each other
-            self._found = self._sum_squares(inputs.detach())
-            self._last = weakref.ref(inputs)
-        for part in self._found[0]:
+        if self._last() is not inputs:  # q, k and v, for example, get the same tensor
+            rows = self.counted(inputs).reshape(-1, inputs.shape[-1])
+            sums = [
+                part.square().sum(dim=0) if part.dtype == torch.float32 else part.to(torch.float32).square_().sum(dim=0)
+                for part in rows.split(_CHUNK_ROWS)
+            ]
+            self._last_sums, self._last = (sums, rows.shape[0]), weakref.ref(inputs)
+        for part in self._last_sums[0]:
             total += part
-        self.tokens[name] = self.tokens.get(name, 0) + self._found[1]
-
-    def _sum_squares(self, rows: torch.Tensor) -> tuple[list[torch.Tensor], int]:
-        """Sums of x**2 over pieces of the counted rows, and their number."""
-        if self.mask is not None and rows.shape[:-1] == self.mask.shape:
-            rows = rows[self.mask.to(rows.device)]
-        rows = rows.reshape(-1, rows.shape[-1])
-        found = [
-            part.to(torch.float32).square_().sum(dim=0) if part.dtype != torch.float32 else part.square().sum(dim=0)
-            for part in rows.split(_CHUNK_ROWS)
-        ]
-        return found, rows.shape[0]
+        self.tokens[name] = self.tokens.get(name, 0) + self._last_sums[1]
 
     def check(self) -> None:
-        """Raise NumericsError naming the first layer whose inputs held NaN or Inf."""
+        """Raise NumericsError naming the first layer whose inputs have NaN or Inf."""
         for name, total in self.items():
             if not bool(torch.isfinite(total).all()):
                 raise NumericsError(f"NaN or Inf in the inputs of layer {name!r}")
@@ -77,60 +105,25 @@ class SecondMomentObserver(dict[str, torch.Tensor]):
 
 @contextmanager
 def observe_second_moments(block: nn.Module, names: Iterable[str]) -> Iterator[SecondMomentObserver]:
-    """Sum x**2 over tokens for the inputs of the linear layers `names` (relative to `block`) that run meanwhile.
+    """Sum x**2 over tokens for the inputs of the linear layers `names` (relative to `block`) that run inside.
 
-    Yields a mapping {name: float32 [in]} that grows with every run; layers that never ran (experts without tokens) have
-    zeros. Set its `mask` before a run to leave padded positions out. Hooks are removed at the end, also after an error.
+    The sums grow with every run of the block; layers that never run (experts without tokens) have zeros.
     """
-    moments = SecondMomentObserver()
-
-    def hook(name: str) -> Callable[..., None]:
-        def before(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            moments.add(name, args[0])
-
-        return before
-
-    handles = []
-    try:
-        for name in names:
-            module = block.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(hook(name)))
-            width = in_features(module)
-            weight = module.weight
-            assert isinstance(weight, torch.Tensor)
-            where = "cpu" if weight.is_meta else weight.device
-            moments[name] = torch.zeros(width, dtype=torch.float32, device=where)
-            moments.tokens[name] = 0
+    moments, names = SecondMomentObserver(), list(names)
+    for name in names:
+        module = block.get_submodule(name)
+        device = "cpu" if (weight := module.get_parameter("weight")).is_meta else weight.device
+        moments[name] = torch.zeros(in_features(module), dtype=torch.float32, device=device)
+        moments.tokens[name] = 0
+    with moments.observing(block, names):
         yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-# The smallest and largest input of linear layers over the calibration data, for static activation scales.
-
-_EXPERT = re.compile(r"\bexperts\.\d+\.")
-
-
-class MinMaxObserver(dict[str, tuple[torch.Tensor, torch.Tensor]]):
-    """(minimum, maximum) by layer name, float32 scalars, at most and at least zero. A layer that never ran is absent.
-
-    Attributes:
-        mask: bool [B, T] for the next run of the block: which positions count; None counts all. Inputs of another shape
-            than [B, T, in] (an expert's own tokens) count whole.
-    """
-
-    every_token = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mask: torch.Tensor | None = None
+class MinMaxObserver(InputObserver, dict[str, tuple[torch.Tensor, torch.Tensor]]):
+    """(minimum, maximum) by layer name, float32 scalars; minimum <= 0 <= maximum. A layer that never ran is absent."""
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
-        """Take in all counted rows of `inputs` [..., in]."""
-        rows = inputs.detach()
-        if self.mask is not None and rows.shape[:-1] == self.mask.shape:
-            rows = rows[self.mask.to(rows.device)]
+        rows = self.counted(inputs)
         if rows.numel() == 0:
             return
         low, high = torch.aminmax(rows)
@@ -140,16 +133,18 @@ class MinMaxObserver(dict[str, tuple[torch.Tensor, torch.Tensor]]):
         self[name] = (low, high)
 
     def of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's extremes. An expert that saw no token gets those of its siblings together, any other layer that
-        never ran those of all layers.
+        """Minimum and maximum of a layer's inputs.
+
+        An expert without tokens gets those of the other experts of its block, any other layer that never ran those of
+        all layers.
 
         Raises:
-            NumericsError: the inputs held NaN or Inf, or nothing ran at all.
+            NumericsError: the inputs have NaN or Inf, or no layer ran.
         """
         found = [self[name]] if name in self else []
         if not found and _EXPERT.search(name):
-            family = _EXPERT.sub("experts.*.", name)
-            found = [pair for other, pair in self.items() if _EXPERT.sub("experts.*.", other) == family]
+            experts = _EXPERT.sub("experts.*.", name)
+            found = [pair for other, pair in self.items() if _EXPERT.sub("experts.*.", other) == experts]
         found = found or list(self.values())
         if not found:
             raise NumericsError(f"layer {name!r}: no calibration token reached it, so it has no activation scale")
@@ -161,74 +156,41 @@ class MinMaxObserver(dict[str, tuple[torch.Tensor, torch.Tensor]]):
 
 @contextmanager
 def observe_min_max(block: nn.Module, names: Iterable[str]) -> Iterator[MinMaxObserver]:
-    """Watch the inputs of the linear layers `names` (relative to `block`) that run meanwhile.
-
-    Set `mask` before a run to leave padded positions out. Hooks are removed at the end, also after an error.
-    """
+    """Observe the range of the inputs of the linear layers `names` (relative to `block`) that run inside."""
     extremes = MinMaxObserver()
-    handles = []
-    try:
-        for name in names:
-
-            def before(_module: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
-                extremes.add(name, args[0])
-
-            handles.append(block.get_submodule(name).register_forward_pre_hook(before))
+    with extremes.observing(block, names):
         yield extremes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# Products of input channels: the matrix A = sum x x' over tokens, gathered while a block runs.
-#
-# With D the change of a layer's weight, tr(D A D') is the summed squared error of its outputs. What the rounding of one
-# weight means for the others is in the entries beside A's diagonal, which alone is the importance (`statistics.py`).
-#
-# A matrix of every pair of channels would be larger than the layer where inputs are wide, so channels are taken in
-# bands of at most 4096, fewer if a block has many layers, and pairs of channels in different bands are left out.
-
-_BAND_WIDTHS = (4096, 2048, 1024, 512, 256)
-_MAX_NUMEL = 1 << 28  # numbers in all matrices of a block: 1 GiB
-_PRODUCT_ROWS = 1024  # tokens in one product
-_TILE = 256
-_MAX_STRIDE = 4  # of many tokens, one in four is as good as all; as many as there are channels at least
 
 
 def band_width(widths: Sequence[int]) -> int:
-    """The widest band for which the matrices of layers of these input widths stay below 1 GiB; 256 at least."""
+    """The widest band for which the Hessians of layers of these input widths stay below 1 GiB; 256 at least."""
     fits = (band for band in _BAND_WIDTHS if sum(width * min(width, band) for width in widths) <= _MAX_NUMEL)
     return next(fits, _BAND_WIDTHS[-1])
 
 
 def hessian_bytes(widths: Sequence[int]) -> int:
-    """Bytes of those matrices, at most."""
+    """Peak bytes of the Hessians of layers of these input widths."""
     band = band_width(widths)
     return sum(4 * width * min(width, band) for width in widths)
 
 
-class InputHessian:
-    """Sums of x x' by layer name, ready after `close`. Layers that are fed the very same tensor share one sum.
+class InputHessian(InputObserver):
+    """Sums of x x' by layer name, ready after `close`. Layers that get the same tensor share one sum.
 
-    Attributes:
-        mask: bool [B, T] for the next run of the block: which positions count; None counts all. An input of another
-            shape (an expert sees its own tokens only) counts whole.
+    Args:
+        band: channels of one diagonal block of the Hessian.
+        passes: how often a layer will run, each time on about as many tokens.
     """
 
-    every_token = False
-
     def __init__(self, band: int = _BAND_WIDTHS[0], passes: int = 1) -> None:
-        """`passes`: how often a layer will be fed, each time about as much."""
         self.band, self.passes = band, passes
-        self.mask: torch.Tensor | None = None
         self._sums: dict[str, list[torch.Tensor]] = {}
-        self._leaders: dict[str, str] = {}
+        self._leaders: dict[str, str] = {}  # by layer, the layer whose sum it shares
         self._seen: dict[str, int] = {}
-        self._mixed: set[str] = set()
+        self._mixed: set[str] = set()  # layers that share their inputs in some runs only
         self._last: tuple[str, torch.Tensor] | None = None
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
-        """Add what layer `name` is fed, [..., in]."""
         self._seen[name] = self._seen.get(name, 0) + inputs.shape[:-1].numel()
         shared = self._last is not None and self._last[1] is inputs
         if not shared:
@@ -238,26 +200,30 @@ class InputHessian:
             self._mixed.add(name)
         if shared or name in self._mixed:
             return
-        rows = inputs.detach()
-        if self.mask is not None and rows.shape[:-1] == self.mask.shape:
-            rows = rows[self.mask.to(rows.device)]
-        rows = rows.reshape(-1, rows.shape[-1])
-        width = rows.shape[1]
+        width = inputs.shape[-1]
+        rows = self.counted(inputs).reshape(-1, width)
         rows = rows[:: min(_MAX_STRIDE, max(1, self.passes * rows.shape[0] // width))]
         if name not in self._sums:
             sizes = [min(self.band, width - start) for start in range(0, width, self.band)]
             self._sums[name] = [torch.zeros(size, size, device=rows.device) for size in sizes]
-        for part in rows.split(_PRODUCT_ROWS):
+        for part in rows.split(_CHUNK_ROWS):
             columns = part.float()
             for index, total in enumerate(self._sums[name]):
                 start = index * self.band
                 _add_upper(total, columns[:, start : start + total.shape[0]])
 
-    def of(self, name: str) -> list[torch.Tensor] | None:
-        """A of a layer: float32 [n, n] for each band of channels, in order. None where no token reached it, or where
-        it shared its inputs in some runs only. Layers of the same inputs get the same tensors."""
+    def tokens(self, name: str) -> int:
+        """Number of input rows of layer `name`, masked ones included."""
+        return self._seen.get(name, 0)
+
+    def of(self, name: str, least: int = 1) -> list[torch.Tensor] | None:
+        """The Hessian of a layer: float32 [n, n] for each band of channels, in order.
+
+        None when fewer than `least` tokens reached the layer, or it shared its inputs in some runs only. Layers that
+        share inputs get the same tensors.
+        """
         leader = self._leaders.get(name)
-        if leader is None or self._mixed & {name, leader} or not 0 < self._seen[name] == self._seen[leader]:
+        if leader is None or self._mixed & {name, leader} or not least <= self._seen[name] == self._seen[leader]:
             return None
         return self._sums[leader]
 
@@ -269,7 +235,7 @@ class InputHessian:
 
 
 def _add_upper(total: torch.Tensor, columns: torch.Tensor) -> None:
-    """Add x x' of all rows to the upper triangle, tile by tile; what is below the diagonal stays unfinished."""
+    """Add x x' of all rows to the upper triangle, tile by tile; the lower triangle is not valid."""
     for start in range(0, total.shape[0], _TILE):
         stop = min(start + _TILE, total.shape[0])
         total[:stop, start:stop].addmm_(columns[:, :stop].t(), columns[:, start:stop])
@@ -285,21 +251,15 @@ def _mirror(total: torch.Tensor) -> None:
 
 @contextmanager
 def observe_hessians(block: nn.Module, names: Iterable[str], passes: int = 1) -> Iterator[InputHessian]:
-    """Gather the products of the inputs of the linear layers `names` (relative to `block`), which will run `passes`
-    times meanwhile.
+    """Accumulate the Hessians of the inputs of the linear layers `names` (relative to `block`) that run inside.
 
-    They are ready when it ends. Hooks are removed then, also after an error.
+    `passes`: how often each layer will run. The Hessians are ready at the end.
     """
-    modules = {name: block.get_submodule(name) for name in names}
-    products = InputHessian(band_width([in_features(module) for module in modules.values()]), passes)
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _module, args: products.add(name, args[0])
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    names = list(names)
+    widths = [in_features(block.get_submodule(name)) for name in names]
+    hessians = InputHessian(band_width(widths), passes)
     try:
-        yield products
+        with hessians.observing(block, names):
+            yield hessians
     finally:
-        products.close()
-        for handle in handles:
-            handle.remove()
+        hessians.close()

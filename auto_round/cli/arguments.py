@@ -1,7 +1,7 @@
-"""All flags of the command line as data: names, kind and meaning. Nothing here runs a job or imports torch.
+"""All flags of the command line as data: names, kind and meaning.
 
-`dest` is the keyword of `AutoRound` (or of the verb) that the flag sets, so that no flag can be parsed and
-ignored: the verbs pass on what was given under these names. Underscores and dashes are equal in all names.
+`dest` is the keyword of `AutoRound` (or of the verb) that the flag sets: the verbs pass all given values on, so that no
+flag is parsed and ignored. Underscores and dashes are equal in all names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Flag:
     Attributes:
         dest: name of the value; also the first spelling.
         help: one line.
-        kind: "str", "int", "float", "switch" (no value), "size" (int or "rows,columns").
+        kind: "str", "int", "float", "switch" (no value), "size" (int or "rows,columns"), "list" (may be repeated).
         aliases: other spellings.
         off: spellings that set the opposite of a switch.
         on_value: what a switch sets; its opposite is what `off` sets.
@@ -70,6 +70,14 @@ PICKLE = _switch(
 SEED = Flag("seed", "seed of every random choice (default 42)", "int")
 PLATFORM = Flag("platform", "where models named by id come from (default hf)", choices=("hf", "model_scope"))
 
+PLUGINS = Flag(
+    "plugins",
+    "Python file that registers data types, formats, datasets and the like; may be repeated",
+    "list",
+    aliases=("plugin",),
+    metavar="FILE",
+)
+
 MODEL_GROUP = Group(
     "model",
     (
@@ -78,11 +86,12 @@ MODEL_GROUP = Group(
         PLATFORM,
         TRUST,
         PICKLE,
+        PLUGINS,
     ),
 )
 
 SCHEME_GROUP = Group(
-    "what the weights become",
+    "quantization scheme",
     (
         Flag("scheme", 'named scheme, see "auto-round list scheme" (default W4A16)', aliases=("schemes",)),
         Flag("bits", "bits per weight, instead of the scheme's", "int", aliases=("bit",)),
@@ -106,7 +115,7 @@ SCHEME_GROUP = Group(
             choices=("fp16", "float16", "bf16", "bfloat16", "fp32", "float32"),
         ),
         Flag("layer_config", 'settings of some layers, by full name, part of it or regex: "{k_proj:{bits:8}}"'),
-        Flag("ignore_layers", "layers to leave as they are, comma separated", aliases=("fp_layers",)),
+        Flag("ignore_layers", "layers to leave unquantized, comma separated", aliases=("fp_layers",)),
         _switch("quant_lm_head", "quantize lm_head too", off=("no_quant_lm_head",)),
         Flag("to_quant_block_names", "quantize only the blocks under these names, comma separated"),
     ),
@@ -150,7 +159,7 @@ TUNING_GROUP = Group(
     (
         Flag(
             "algorithm",
-            "auto_round (tuned rounding) or rtn (same as --iters 0)",
+            "auto_round (tuned rounding), gptq (error feedback, alone or before tuning) or rtn (same as --iters 0)",
             aliases=("algorithms", "alg", "algs", "alg_config", "alg_configs"),
         ),
         Flag("iters", "tuning steps per block, 0 for none (default 200)", "int", aliases=("iter",)),
@@ -166,7 +175,7 @@ TUNING_GROUP = Group(
         ),
         _switch(
             "enable_quanted_input",
-            "feed each block what the quantized blocks before it give (default)",
+            "feed each block the output of the quantized blocks before it (default)",
             off=("disable_quanted_input", "no_enable_quanted_input"),
         ),
         _switch(
@@ -191,8 +200,8 @@ RUN_GROUP = Group(
         ),
         Flag(
             "on_nan",
-            "a layer whose weights, calibration or tuning hold NaN or Inf: fail (default), rtn (rounded plainly), keep "
-            "(left as it is)",
+            "a layer with NaN or Inf in weights, calibration or tuning: fail (default), rtn (rounded to nearest), keep "
+            "(left unquantized)",
             choices=("fail", "rtn", "keep"),
         ),
         Flag("max_memory", 'what may be held: "4GB" of RAM, or "cpu=4GB,0=10GB"; activations go to files where needed'),
@@ -227,11 +236,9 @@ OUTPUT_GROUP = Group(
         ),
         Flag("output_dir", "folder to write to (default ./tmp_autoround)"),
         Flag("max_shard_size", 'largest file, such as "5GB"'),
-        _switch("overwrite", "replace what the output folder holds"),
-        _switch(
-            "resume", "keep a journal, and go on with the same command if it was stopped (default)", off=("no_resume",)
-        ),
-        _switch("verify", "re-open what was saved and check it (default)", off=("no_verify", "disable_verify")),
+        _switch("overwrite", "replace the contents of the output folder"),
+        _switch("resume", "keep a journal, and resume a stopped run of the same command (default)", off=("no_resume",)),
+        _switch("verify", "reopen the saved files and verify them (default)", off=("no_verify", "disable_verify")),
         _switch("dry_run", "print the plan and stop"),
         _switch(
             "strict",
@@ -248,7 +255,7 @@ BACKEND = Flag("backend", "what runs quantized layers; see auto-round list backe
 EVAL_AFTER_GROUP = Group(
     "evaluation",
     (
-        _switch("eval", "evaluate what was saved (last format); alone: only evaluate the model"),
+        _switch("eval", "evaluate the saved model (last format); alone: only evaluate the model"),
         Flag("reference", "full-precision model to compare with (after quantizing: the model itself)", metavar="MODEL"),
         Flag(
             "eval_text",
@@ -277,7 +284,7 @@ QUANTIZE_GROUPS = (
 
 _EVAL_FLAGS = {f.dest: f for f in EVAL_AFTER_GROUP.flags}
 EVAL_GROUPS = (
-    Group("model", (MODEL, _EVAL_FLAGS["reference"], PLATFORM, TRUST)),
+    Group("model", (MODEL, _EVAL_FLAGS["reference"], PLATFORM, TRUST, PLUGINS)),
     Group(
         "measuring",
         (
@@ -302,11 +309,11 @@ EVAL_GROUPS = (
 )
 
 GENERATE_GROUPS = (
-    Group("model", (MODEL, PLATFORM, TRUST)),
+    Group("model", (MODEL, PLATFORM, TRUST, PLUGINS)),
     Group(
         "text",
         (
-            Flag("prompt", "what to go on from"),
+            Flag("prompt", "the text to continue"),
             Flag("max_new_tokens", "tokens to generate at most (default 64)", "int"),
             _switch("chat", "put the prompt into the model's chat template (default: if it has one)", off=("no_chat",)),
             _switch("do_sample", "draw tokens at random (default: always the likeliest)"),

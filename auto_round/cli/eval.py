@@ -1,4 +1,4 @@
-"""The verbs `eval` and `generate`: measure a model on local text, or let it continue a prompt."""
+"""The verbs `eval` and `generate`: measure a model on local text, or continue a prompt."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from auto_round.errors import ConfigError, OutputError
 if TYPE_CHECKING:
     from auto_round.eval.measures import EvalResult
 
-
 USAGE = "auto-round eval MODEL [--reference MODEL] [--eval_text FILE] [flags]"
+GENERATE_USAGE = 'auto-round generate MODEL --prompt "..." [--backend NAME] [flags]'
 
 
 def run_verb(argv: Sequence[str]) -> int:
@@ -32,13 +32,14 @@ def _run_eval(given: dict[str, Any]) -> int:
 
 
 def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None) -> int:
-    """Evaluate as the given flags say, print a table and write `--eval_output`. Returns the exit code.
+    """Evaluate with the given flags, print a table and write `--eval_output`. Returns the exit code.
 
     `record_in`: folder of a model just saved, whose card and report get the result.
     """
     output = check_output(given.get("eval_output"))
 
-    from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate, parse_dtype
+    from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate
+    from auto_round.modeling.source import resolve_dtype
     from auto_round.run.settings import resolve_device
 
     result = evaluate(
@@ -49,7 +50,7 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
         max_windows=given.get("max_windows", DEFAULT_WINDOWS),
         batch_size=given.get("eval_bs", 1),
         device=resolve_device(given.get("device_map")),
-        dtype=parse_dtype(given["eval_model_dtype"]) if "eval_model_dtype" in given else None,
+        dtype=resolve_dtype(given.get("eval_model_dtype")),
         add_bos=given.get("add_bos_token"),
         trust_remote_code=given.get("trust_remote_code", False),
         backend=given.get("backend"),
@@ -60,12 +61,14 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
 
         add_quality(record_in, result.to_dict(), result.rows(), result.describe())
     if output is not None:
-        write_json(output, result)
+        from auto_round.report.run_report import plain, write_text
+
+        write_text(output, json.dumps(plain(result.to_dict()), indent=2, allow_nan=False) + "\n")
     return 0
 
 
 def local_folder(model: str, given: Mapping[str, Any]) -> str:
-    """The folder of a model given as folder or hub id. Raises ModelError when there is none."""
+    """The local folder of a model given as folder or hub id. Raises ModelError when there is none."""
     from auto_round import envs
     from auto_round.modeling.files.folder import model_folder
 
@@ -74,7 +77,7 @@ def local_folder(model: str, given: Mapping[str, Any]) -> str:
 
 
 def check_output(text: str | None) -> Path | None:
-    """The file to write results to. Raises OutputError before any work when its folder does not exist."""
+    """The file to write results to. Raises OutputError when its folder does not exist."""
     if text is None:
         return None
     path = Path(text).expanduser()
@@ -86,7 +89,7 @@ def check_output(text: str | None) -> Path | None:
 
 
 def print_result(result: EvalResult) -> None:
-    """A table on stdout."""
+    """Print a table of the measures."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -102,20 +105,8 @@ def print_result(result: EvalResult) -> None:
     console.print(Text(result.describe()))
 
 
-def write_json(path: Path, result: EvalResult) -> None:
-    """Write the result. Raises OutputError when the file cannot be written."""
-    from auto_round.report.run_report import plain, write_text
-
-    write_text(path, json.dumps(plain(result.to_dict()), indent=2, allow_nan=False) + "\n")
-
-
-# The verb `generate`: a model continues a prompt, for a first look.
-
-GENERATE_USAGE = 'auto-round generate MODEL --prompt "..." [--backend NAME] [flags]'
-
-
 def run_generate(argv: Sequence[str]) -> int:
-    """Print the continuation as it comes, then one line about it on stderr. Returns the exit code."""
+    """Print the continuation token by token, then speed and backends on stderr. Returns the exit code."""
     parser = build(
         "auto-round generate", GENERATE_USAGE, "Continue a prompt with any model, quantized or not.", GENERATE_GROUPS
     )
@@ -129,8 +120,9 @@ def _run_generate(given: dict[str, Any]) -> int:
     if "temperature" in given:
         given["do_sample"] = True
 
-    from auto_round.eval.evaluate import load_model, load_tokenizer, parse_dtype
+    from auto_round.eval.evaluate import load_model, load_tokenizer
     from auto_round.eval.generate import generate
+    from auto_round.modeling.source import resolve_dtype
     from auto_round.run.settings import resolve_device
 
     device = given.get("device_map")
@@ -140,7 +132,7 @@ def _run_generate(given: dict[str, Any]) -> int:
     model = load_model(
         folder,
         device="auto" if device == "auto" else resolve_device(device),
-        dtype=parse_dtype(given["model_dtype"]) if "model_dtype" in given else None,
+        dtype=resolve_dtype(given.get("model_dtype")),
         trust_remote_code=trust,
         backend=given.get("backend"),
     )

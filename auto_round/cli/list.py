@@ -8,14 +8,14 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.plugins import load_plugins
 
 if TYPE_CHECKING:
     from auto_round.schemes import QuantizationScheme
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 110) -> str:
-    """Columns aligned with two spaces between. A cell may have several lines; the last column wraps so that a line
-    stays within `width`."""
+    """Rows as text with aligned columns. Cells may have several lines; the last column is wrapped at `width`."""
     cells = [[str(cell).split("\n") for cell in row] for row in (head, *rows)]
     sizes = [max(len(line) for row in cells for line in row[i]) for i in range(len(head) - 1)]
     last_width = max(20, width - sum(sizes) - 2 * len(sizes))
@@ -28,15 +28,12 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 
     return "\n".join(lines)
 
 
-# The verb `list`: what this installation knows.
-
-USAGE = "usage: auto-round list {format,scheme,algorithm,dataset,backend,env,recipe}"
-_SHORT = {"alg": "algorithm"}
+USAGE = "usage: auto-round list {format,scheme,algorithm,dataset,backend,env,recipe} [--plugin FILE.py]"
 
 
 def run_verb(argv: Sequence[str]) -> int:
     """Print one of the tables. Raises ConfigError for an unknown one."""
-    words = [a for a in argv if a not in ("-h", "--help")]
+    words, plugins = _split_plugins([a for a in argv if a not in ("-h", "--help")])
     if not words:
         print(USAGE)
         return 0 if argv else ConfigError.exit_code
@@ -44,15 +41,33 @@ def run_verb(argv: Sequence[str]) -> int:
         raise ConfigError(f"list takes one word, got {' '.join(words)!r}; {USAGE}")
     name = words[0].lower().strip("-")
     key = name[:-1] if name.endswith("s") else name
-    key = _SHORT.get(key, key)
+    key = "algorithm" if key == "alg" else key
     if key not in TABLES:
         raise ConfigError(f"nothing called {words[0]!r} to list{nearest(key, TABLES)} {USAGE}")
+    load_plugins(plugins)
     print(TABLES[key]())
     return 0
 
 
+def _split_plugins(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words, and the values of `--plugin`. Raises ConfigError for one without a value."""
+    words: list[str] = []
+    plugins: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag not in ("--plugin", "--plugins"):
+            words.append(word)
+        elif equals or rest:
+            plugins.append(value if equals else rest.pop(0))
+        else:
+            raise ConfigError(f"{flag} needs the path of a file; {USAGE}")
+    return words, plugins
+
+
 def formats() -> str:
-    """Formats, whether they can be written here, and the schemes they take."""
+    """Formats, whether this version writes them, and the schemes they support."""
     from auto_round.formats.base import format_table
 
     rows = [(name, "yes" if here else "not yet", ", ".join(names)) for name, names, here in format_table()]
@@ -60,7 +75,7 @@ def formats() -> str:
 
 
 def schemes() -> str:
-    """Presets, what they mean, and the formats that take them or what is missing."""
+    """Presets, their fields, and the formats that support them or what is missing."""
     from auto_round.schemes import PRESET_SCHEMES
 
     rows = [(name, scheme.describe(), _scheme_formats(scheme)) for name, scheme in PRESET_SCHEMES.items()]
@@ -68,7 +83,7 @@ def schemes() -> str:
 
 
 def _scheme_formats(scheme: QuantizationScheme) -> str:
-    """Formats that take the scheme, or what is missing for it."""
+    """The formats that support the scheme, or what is missing for it."""
     from auto_round.codecs.activation import activation_function
     from auto_round.codecs.ggml.types import ggml_type_of
     from auto_round.data_type import get_quant_func
@@ -84,7 +99,7 @@ def _scheme_formats(scheme: QuantizationScheme) -> str:
             activation_function(scheme.activations)
         except UnsupportedError:
             return f"not yet: activations of data type {scheme.activations.data_type}"
-    return ", ".join(formats_for_scheme(scheme)) or "not yet: no format takes it"
+    return ", ".join(formats_for_scheme(scheme)) or "not yet: no format supports it"
 
 
 def datasets() -> str:
@@ -95,41 +110,46 @@ def datasets() -> str:
 
 
 def backends() -> str:
-    """What can run quantized layers here, or why not."""
-    from auto_round.inference.backend import list_backends
-    from auto_round.inference.table import DTYPE_LABELS
+    """The inference backends, and whether each can be used on this machine or why not."""
+    from auto_round.inference.backend import usable
+    from auto_round.inference.table import BACKENDS, DTYPE_LABELS, available_devices
 
+    here = available_devices()
     rows = [
-        (r.name, "/".join(r.devices), ",".join(map(str, r.bits)), "/".join(DTYPE_LABELS[d] for d in r.dtypes),
-         str(r.priority), "\n".join(r.packing), "\n".join(r.requirements) or "-",
-         ("yes, " if r.usable else "no: ") + r.reason)
-        for r in list_backends()
+        (b.name, "/".join(b.devices), ",".join(map(str, b.bits)), "/".join(DTYPE_LABELS[d] for d in b.dtypes),
+         str(b.priority), "\n".join(b.packings), "\n".join(b.requirements) or "-", ("yes, " if yes else "no: ") + why)
+        for b in BACKENDS
+        for yes, why in (usable(b, here),)
     ]  # fmt: skip
     head = ("backend", "devices", "bits", "dtypes", "priority", "packing", "requirements", "usable here")
     return text_table(head, rows, width=150)
 
 
 def environment() -> str:
-    """Environment variables with the values in force."""
+    """Environment variables with their current values."""
     import os
 
     from auto_round.envs import VARIABLES
 
-    rows = []
-    for v in VARIABLES:
-        default = "unset" if v.default is None else str(v.default)
-        rows.append((v.name, os.environ.get(v.name) or f"({default})", f"{v.doc} Values: {v.allowed()}."))
+    rows = [
+        (v.name, os.environ.get(v.name) or f"({'unset' if v.default is None else v.default})",
+         f"{v.doc} Values: {v.allowed()}.")
+        for v in VARIABLES
+    ]  # fmt: skip
     return text_table(("variable", "value (default)", "meaning"), rows)
 
 
 def algorithms() -> str:
-    """Algorithms, their other names, and what works instead of those that are missing."""
+    """Algorithms, their other names, and what to use instead of those that are missing."""
+    from auto_round.algorithms.base import ALGORITHMS as registered
     from auto_round.later import ALGORITHMS
 
     rows = [
         ("auto_round", "yes", "rounding tuned block by block; also sign_round, signround, autoround"),
+        ("gptq", "yes", "codes by error feedback: alone with --iters 0, else as the start of tuning"),
         ("rtn", "yes", "round to nearest, by a weighted search of scales unless --disable_opt_rtn"),
     ]
+    rows += [(name, "yes", "of a plugin") for name in registered]
     rows += [(name, "not yet", f"{feature.what}; {feature.instead}") for name, feature in ALGORITHMS.items()]
     return text_table(("algorithm", "here", "what"), rows)
 
@@ -140,23 +160,14 @@ def recipes() -> str:
 
     head = ("recipe", "command", "batch_size", "iters", "seqlen", "nsamples", "lr", "disable_opt_rtn", "for")
     rows = [
-        (
-            r.name,
-            r.command,
-            *map(str, (r.batch_size, r.iters, r.seqlen, r.nsamples, r.lr, r.disable_opt_rtn)),
-            r.summary,
-        )
+        (r.name, r.command, str(r.batch_size), str(r.iters), str(r.seqlen), str(r.nsamples), str(r.lr),
+         str(r.disable_opt_rtn), r.summary)
         for r in RECIPES.values()
-    ]
+    ]  # fmt: skip
     return text_table(head, rows, width=160)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "format": formats,
-    "scheme": schemes,
-    "dataset": datasets,
-    "backend": backends,
-    "env": environment,
-    "recipe": recipes,
-    "algorithm": algorithms,
-}
+    "format": formats, "scheme": schemes, "dataset": datasets, "backend": backends, "env": environment,
+    "recipe": recipes, "algorithm": algorithms,
+}  # fmt: skip

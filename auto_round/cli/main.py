@@ -1,4 +1,4 @@
-"""Entry points of the command line: dispatch to a verb, and turn an error into one line and an exit code."""
+"""Entry points of the command line: run a verb, and turn an error into one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -7,54 +7,61 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 
 from auto_round import envs
 from auto_round._version import __version__
-from auto_round.errors import AutoRoundError, OutputError, Stopped
+from auto_round.errors import AutoRoundError, Stopped
 from auto_round.logger import logger, setup_logging, warn_once
+
+# The module of each verb, imported only when the verb runs, and its function. Without a verb: quantize.
+_VERBS = {
+    "list": ("list", "run_verb"), "--list": ("list", "run_verb"), "verify": ("verify", "run_verb"),
+    "eval": ("eval", "run_verb"), "generate": ("eval", "run_generate"),
+}  # fmt: skip
 
 _OVERVIEW = """
 verbs:
   auto-round [quantize] MODEL ...   quantize a model (the default)
   auto-round eval MODEL ...         measure perplexity, KL divergence and agreement; also auto-round-eval
   auto-round generate MODEL ...     continue a prompt, for a first look
-  auto-round verify FOLDER          are the files still those that were saved?
+  auto-round verify FOLDER          check that the files of a saved model are unchanged
   auto-round list WHAT              format, scheme, algorithm, dataset, backend, env or recipe
   auto-round VERB --help            flags of a verb
 
-recipes, which fill only what you leave unset:
+recipes, which set only what you leave unset:
   auto-round, auto-round-best, auto-round-light, auto-round-opt-rtn, auto-round-rtn (see auto-round list recipe)
 
-Underscores and dashes in flag names are equal. A message is one line, and the exit code says what kind it is:
+Underscores and dashes in flag names are equal. A message is one line, and the exit code gives its kind:
 2 arguments, 3 model, 4 data, 5 device, 6 output, 7 not possible, 8 numbers, 9 verification, 1 anything else,
 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """`auto-round`: the exit code."""
-    return _run_guarded(argv, lambda args: _dispatch(args, "default"))
+    return _run(argv, "default")
 
 
 def run_best(argv: Sequence[str] | None = None) -> int:
     """`auto-round-best`."""
-    return _run_guarded(argv, lambda args: _dispatch(args, "best"))
+    return _run(argv, "best")
 
 
 def run_light(argv: Sequence[str] | None = None) -> int:
     """`auto-round-light`."""
-    return _run_guarded(argv, lambda args: _dispatch(args, "light"))
+    return _run(argv, "light")
 
 
 def run_opt_rtn(argv: Sequence[str] | None = None) -> int:
-    """`auto-round-opt-rtn`: tuning off, weighted search on."""
-    return _run_guarded(argv, lambda args: _dispatch(args, "opt_rtn"))
+    """`auto-round-opt-rtn`: no tuning, weighted search of scales."""
+    return _run(argv, "opt_rtn")
 
 
 def run_rtn(argv: Sequence[str] | None = None) -> int:
     """`auto-round-rtn`: plain rounding to nearest."""
-    return _run_guarded(argv, lambda args: _dispatch(args, "rtn"))
+    return _run(argv, "rtn")
 
 
 def run_mllm(argv: Sequence[str] | None = None) -> int:
@@ -64,44 +71,23 @@ def run_mllm(argv: Sequence[str] | None = None) -> int:
 
 def run_eval(argv: Sequence[str] | None = None) -> int:
     """`auto-round-eval`, the same as `auto-round eval`."""
-
-    def start(args: list[str]) -> int:
-        from auto_round.cli.eval import run_verb
-
-        return run_verb(args)
-
-    return _run_guarded(argv, start)
+    return _run(argv, "default", "eval")
 
 
 def _dispatch(args: list[str], recipe: str) -> int:
-    """Run the verb that `args` names; no verb means quantize. The verbs' modules are imported only when they run."""
-    if args and args[0] == "help":
+    if args[:1] == ["help"]:
         args = [*args[1:], "--help"]
-    if args and args[0] in ("--list", "list"):
-        from auto_round.cli.list import run_verb as run_list
+    if args and args[0] in _VERBS:
+        module, function = _VERBS[args[0]]
+        code: int = getattr(import_module(f"auto_round.cli.{module}"), function)(args[1:])
+        return code
+    from auto_round.cli.quantize import run_verb
 
-        return run_list(args[1:])
-    if args and args[0] == "verify":
-        from auto_round.cli.verify import run_verb as run_verify
-
-        return run_verify(args[1:])
-    if args and args[0] == "eval":
-        from auto_round.cli.eval import run_verb as run_evaluation
-
-        return run_evaluation(args[1:])
-    if args and args[0] == "generate":
-        from auto_round.cli.eval import run_generate
-
-        return run_generate(args[1:])
-    if args and args[0] == "quantize":
-        args = args[1:]
-    from auto_round.cli.quantize import run_verb as run_quantize
-
-    return run_quantize(args, recipe, _OVERVIEW)
+    return run_verb(args[1:] if args[:1] == ["quantize"] else args, recipe, _OVERVIEW)
 
 
-def _run_guarded(argv: Sequence[str] | None, start: Callable[[list[str]], int]) -> int:
-    """Run `start`; errors leave one line on stderr and their exit code."""
+def _run(argv: Sequence[str] | None, recipe: str, *verb: str) -> int:
+    """Run a command and return its exit code; an error is one line on stderr."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if args == ["--version"]:
@@ -110,8 +96,8 @@ def _run_guarded(argv: Sequence[str] | None, start: Callable[[list[str]], int]) 
         setup_logging()
         _prepare_process()
         with _sigterm_raises():
-            code = start(args)
-        sys.stdout.flush()  # now, where a reader that has gone is no error
+            code = _dispatch([*verb, *args], recipe)
+        sys.stdout.flush()  # here, where a closed pipe is not an error
         return code
     except AutoRoundError as err:
         _print_error(str(err))
@@ -124,7 +110,7 @@ def _run_guarded(argv: Sequence[str] | None, start: Callable[[list[str]], int]) 
         _print_error("stopped by the user")
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader (head, less) has gone; point stdout elsewhere so that the final flush does not complain.
+        # The reader (head, less) closed the pipe; redirect stdout so that the flush at exit does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as err:
@@ -133,7 +119,7 @@ def _run_guarded(argv: Sequence[str] | None, start: Callable[[list[str]], int]) 
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """While this is open, SIGTERM stops as Ctrl-C does: what is finished is kept, and one line says where."""
+    """Within this context SIGTERM stops the run as Ctrl-C does: finished blocks are kept, and one line says where."""
 
     def stop(number: int, _frame: object) -> None:
         raise Stopped("stopped by a signal", number)
@@ -150,15 +136,15 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _prepare_process() -> None:
-    """What only a program of its own may do: thread count, and a word about variables that mean nothing."""
+    """Set the number of threads, and warn of environment variables without effect."""
     threads = envs.get("AR_OMP_NUM_THREADS")
     if threads is not None:
-        # Read by OpenMP and MKL when PyTorch is first imported, which no module of the command line has done yet.
+        # OpenMP and MKL read these when PyTorch is imported, which has not happened yet.
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     for sentence in envs.without_effect():
         warn_once("%s", sentence)
     for name in envs.unknown():
-        logger.warning("%s is set but means nothing in this version; see auto-round list env", name)
+        logger.warning("%s is set but unknown to this version; see auto-round list env", name)
 
 
 def _print_error(message: str) -> None:
@@ -166,7 +152,7 @@ def _print_error(message: str) -> None:
 
 
 def _debug_traceback() -> bool:
-    # Read without checking: a wrong level may be the very error that is being reported.
+    # Not through `envs`: a wrong level may be the error that is reported here.
     if os.environ.get("AR_LOG_LEVEL", "").strip().upper() not in ("DEBUG", "TRACE"):
         return False
     traceback.print_exc()
@@ -174,35 +160,27 @@ def _debug_traceback() -> bool:
 
 
 def _report_unexpected(err: Exception) -> int:
-    """Report a failure nobody planned for: one line, with the traceback on the screen (DEBUG) or in a file."""
+    """Report an error that is not an AutoRoundError: one line, the traceback on the screen (DEBUG) or in a file."""
     summary = f"{type(err).__name__}: {err}".rstrip(": ")
-    debug = _debug_traceback()
-    where = "" if debug else f"; {_describe_saved_traceback()}"
+    where = "" if _debug_traceback() else f"; {_save_traceback()}"
     if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
         _print_error(
             f"out of memory ({summary}); lower --batch_size (and raise --gradient_accumulate_steps), --seqlen or "
             f"--nsamples, or add --low_gpu_mem_usage{where}"
         )
-        return 1
-    _print_error(f"unexpected error: {summary}{where}")
+    else:
+        _print_error(f"unexpected error: {summary}{where}")
     return 1
 
 
-def _describe_saved_traceback() -> str:
-    """Write the traceback down, and say where."""
-    try:
-        return f"the traceback is in {_write_traceback()}"
-    except (OSError, AutoRoundError):  # a full disk, or a work space that cannot be written
-        return "set AR_LOG_LEVEL=DEBUG to see the traceback"
-
-
-def _write_traceback() -> str:
-    folder = envs.work_space()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+def _save_traceback() -> str:
+    """Write the traceback to the work space, and return a clause that says where it is, or how to see it."""
     text = f"auto-round {__version__}\narguments: {sys.argv[1:]}\n\n{traceback.format_exc()}"
     try:
+        folder = envs.work_space()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
         path.write_text(text, encoding="utf-8")
-    except OSError as err:
-        raise OutputError(f"{path} cannot be written: {err}") from err
-    return str(path)
+    except (OSError, AutoRoundError):  # a full disk, or a work space that is not writable or not valid
+        return "set AR_LOG_LEVEL=DEBUG to see the traceback"
+    return f"the traceback is in {path}"

@@ -10,11 +10,12 @@ from auto_round.cli.arguments import Flag, Group, spellings
 from auto_round.errors import ConfigError, nearest
 from auto_round.later import feature_of, is_default_value, refuse_flag, refuse_flag_value
 from auto_round.logger import logger
+from auto_round.plugins import load_plugins
 
-# Flags of older scripts that nothing depends on: whether a value follows, and why they have no effect.
+# Flags of older scripts that have no effect: whether a value follows, and why.
 NO_OP_FLAGS: dict[str, tuple[bool, str]] = {
     "mllm": (False, "the kind of a model is found from its files"),
-    "seed": (True, "nothing is drawn at random here"),
+    "seed": (True, "this command makes no random choice"),
 }
 
 
@@ -24,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _SwitchAction(argparse.Action):
-    """A switch that refuses its opposite."""
+    """A flag without a value that raises ConfigError when its opposite was given too."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, const: Any = None, **kw: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, const=const, default=None, **kw)
@@ -39,26 +40,23 @@ class _SwitchAction(argparse.Action):
 
 
 def group_size(text: str) -> int | tuple[int, int]:
-    """`128` or `128,64`."""
-    parts = [p.strip() for p in text.strip("()[] ").split(",")]
+    """The group size in `128` or `128,64`."""
     try:
-        numbers = tuple(int(p) for p in parts)
+        numbers = [int(part) for part in text.strip("()[] ").split(",")]
     except ValueError:
-        numbers = ()
-    if len(numbers) == 1:
-        return numbers[0]
-    if len(numbers) == 2:
-        return numbers[0], numbers[1]
-    raise argparse.ArgumentTypeError(f"{text!r} is not a group size; use one whole number, or two as ROWS,COLUMNS")
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a group size; use one whole number, or two as ROWS,COLUMNS")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "size": group_size}
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "size": group_size, "list": str}
 
 
 def build(
     prog: str, usage: str, description: str, groups: tuple[Group, ...], epilog: str = ""
 ) -> argparse.ArgumentParser:
-    """An argparse parser with one titled section per group; all defaults are None ("not given")."""
+    """An argparse parser with one titled section per group; a value of None means "not given"."""
     parser = _Parser(
         prog=prog, usage=usage, description=description, epilog=epilog, add_help=False, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -82,21 +80,19 @@ def _add(section: Any, flag: Flag) -> None:
         if flag.off:
             off_help = argparse.SUPPRESS if flag.hidden else f"the opposite of --{flag.dest}"
             section.add_argument(
-                *[f"--{n}" for n in flag.off],
-                dest=flag.dest,
-                action=_SwitchAction,
-                const=not flag.on_value,
+                *[f"--{n}" for n in flag.off], dest=flag.dest, action=_SwitchAction, const=not flag.on_value,
                 help=off_help,
-            )
+            )  # fmt: skip
         return
+    action = "append" if flag.kind == "list" else "store"
     section.add_argument(
-        *names, dest=flag.dest, default=None, type=_TYPES[flag.kind], metavar=flag.metavar or flag.dest.upper(),
-        choices=flag.choices or None, help=help_text,
+        *names, dest=flag.dest, default=None, action=action, type=_TYPES[flag.kind],
+        metavar=flag.metavar or flag.dest.upper(), choices=flag.choices or None, help=help_text,
     )  # fmt: skip
 
 
 def normalize(argv: Sequence[str]) -> list[str]:
-    """`--Group-Size=64` becomes `--group_size=64`; values are left alone."""
+    """Spell flags with lower case and underscores, `--Group-Size=64` as `--group_size=64`; values are unchanged."""
     out: list[str] = []
     for token in argv:
         if token.startswith("--") and len(token) > 2:
@@ -107,23 +103,23 @@ def normalize(argv: Sequence[str]) -> list[str]:
 
 
 def run_parsed(
-    parser: argparse.ArgumentParser,
-    groups: tuple[Group, ...],
-    argv: Sequence[str],
+    parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequence[str],
     run: Callable[[dict[str, Any]], int],
-) -> int:
-    """Print the help when it is asked for or nothing is given, else `run` with the given values; see `parse`. Returns
-    the exit code."""
+) -> int:  # fmt: skip
+    """Print the help when requested or without arguments, else load the plugins and call `run` with the other values of
+    `parse`. Returns the exit code."""
     if not argv or "-h" in argv or "--help" in argv:
         print(parser.format_help())
         return 0 if argv else ConfigError.exit_code
-    return run(parse(parser, groups, argv))
+    values = parse(parser, groups, argv)
+    load_plugins(values.pop("plugins", ()))
+    return run(values)
 
 
 def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequence[str]) -> dict[str, Any]:
-    """Given values by `dest`; what was not given is absent.
+    """The given values by `dest`; flags that were not given are absent.
 
-    Raises UnsupportedError for a flag of a later version, ConfigError for an unknown or malformed one, for two
+    Raises UnsupportedError for a flag of a missing feature, ConfigError for an unknown or malformed one, for two
     models, and for contradictions.
     """
     known = spellings(groups)
@@ -145,8 +141,8 @@ def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequ
 
 
 def drop_no_op_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]:
-    """The arguments without flags that change nothing: those of missing features that say a default of the incumbent's
-    (`--nblocks 1`, `--no_enable_lfq`), and those that have no effect, about which a warning is logged."""
+    """Remove flags without effect: those that leave a missing feature off (`--nblocks 1`, `--no_enable_lfq`), and
+    `NO_OP_FLAGS`, for which a warning is logged."""
     out: list[str] = []
     rest = list(tokens)
     while rest:
@@ -166,7 +162,7 @@ def drop_no_op_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]
                 rest.pop(0)
         elif name.startswith("no_") and feature_of(name[3:]) is not None:
             continue
-        elif feature_of(name) is not None and given is not None and is_default_value(name, _number_or_text(given)):
+        elif feature_of(name) is not None and given is not None and is_default_value(name, _as_number(given) or given):
             if not sep:
                 rest.pop(0)
         else:
@@ -174,19 +170,19 @@ def drop_no_op_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]
     return out
 
 
-def _number_or_text(text: str) -> float | str:
+def _as_number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        return text
+        return None
 
 
 def check_known(tokens: Sequence[str], known: dict[str, Flag]) -> None:
-    """Refuse unknown flags with the nearest name, and flags and values of later versions, before parsing."""
+    """Raise ConfigError for an unknown flag, with the nearest names, UnsupportedError for one of a missing feature."""
     for i, token in enumerate(tokens):
         if token == "--":
             return
-        if not token.startswith("-") or _is_number(token) or token == "-h":
+        if not token.startswith("-") or token == "-h" or _as_number(token.partition(",")[0]) is not None:
             continue
         name, sep, value = token.lstrip("-").partition("=")
         if name in ("help", "version") and token.startswith("--"):
@@ -199,11 +195,3 @@ def check_known(tokens: Sequence[str], known: dict[str, Flag]) -> None:
                 f"unknown flag {flag!r}{nearest(flag, [f'--{k}' for k in known])} See --help for all flags"
             )
         refuse_flag_value(name, value if sep else (tokens[i + 1] if i + 1 < len(tokens) else ""))
-
-
-def _is_number(token: str) -> bool:
-    try:
-        float(token.partition(",")[0])
-    except ValueError:
-        return False
-    return True

@@ -12,6 +12,7 @@ from auto_round.cli.arguments import DEVICE, MODEL, PLATFORM, QUANTIZE_GROUPS, S
 from auto_round.cli.parser import build, run_parsed
 from auto_round.errors import ConfigError, OutputError, nearest
 from auto_round.later import refuse_algorithm
+from auto_round.plugins import loaded_plugins
 from auto_round.recipes import Recipe, fill_defaults, get_recipe
 
 TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
@@ -69,7 +70,7 @@ def _run(given: dict[str, Any], recipe: Recipe) -> int:
 
 
 def check_eval_flags(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError when evaluation settings are given and no evaluation is asked for."""
+    """Raise ConfigError when evaluation settings are given without --eval."""
     extra = [f for f in _EVAL_FLAGS if f in given and f not in ("eval", "eval_backend")]
     if extra and not given.get("eval"):
         raise ConfigError(f"--{extra[0]} has no effect without --eval; add --eval, or leave it out")
@@ -113,19 +114,32 @@ def check_output_path(path: str) -> None:
         raise OutputError(f"output folder {path} cannot be made: {parent} is not writable; choose another")
 
 
-def algorithm_iters(value: str) -> int | None:
-    """What `--algorithm` means for `iters`: 0 for rtn, None for tuned rounding.
+def algorithm_name(value: str) -> str:
+    """Which algorithm `--algorithm` names: "auto_round", "gptq", "rtn", or the name of a plugin's.
 
     Raises UnsupportedError for an algorithm of a later version, ConfigError for an unknown one.
     """
+    if is_registered(value):
+        return value
     names = [part.strip().lower().replace("-", "_") for part in value.split(",") if part.strip()]
     for name in names:
         refuse_algorithm(f"--algorithm {value}", name)
-    known = ("rtn", *TUNED_NAMES)
+    known = ("rtn", "gptq", *TUNED_NAMES)
     if len(names) != 1 or names[0] not in known:
         hint = (nearest(names[0], known) if names else "") or ";"
-        raise ConfigError(f"--algorithm {value!r} is not known{hint} Use one of auto_round (tuned rounding) and rtn")
-    return 0 if names[0] == "rtn" else None
+        raise ConfigError(
+            f"--algorithm {value!r} is not known{hint} Use one of auto_round (tuned rounding), gptq and rtn"
+        )
+    return names[0] if names[0] in ("rtn", "gptq") else "auto_round"
+
+
+def is_registered(algorithm: str) -> bool:
+    """Whether a plugin has registered this algorithm."""
+    if not loaded_plugins():
+        return False
+    from auto_round.algorithms.base import ALGORITHMS
+
+    return algorithm in ALGORITHMS
 
 
 def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -135,13 +149,7 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
     """
     chosen = {k: v for k, v in given.items() if k not in _VERB_FLAGS}
     if "algorithm" in given:
-        iters = algorithm_iters(given["algorithm"])
-        if iters == 0:
-            if chosen.get("iters"):
-                raise ConfigError(
-                    f"--algorithm rtn does no tuning, but --iters {chosen['iters']} was given; leave one out"
-                )
-            chosen["iters"] = 0
+        chosen |= _algorithm_kwargs(given["algorithm"], chosen.get("iters"), recipe)
     filled = _with_model_free(recipe, chosen, given.get("format"))
     if "device_map" in filled:
         filled["device_map"] = device_value(filled["device_map"])
@@ -150,6 +158,28 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
 
         filled["layer_config"] = parse_layer_config(filled["layer_config"])
     return filled
+
+
+def _algorithm_kwargs(value: str, iters: Any, recipe: Recipe) -> dict[str, Any]:
+    """What `--algorithm` means for `AutoRound`: transforms first, then one algorithm.
+
+    Raises as `algorithm_name`, and ConfigError for an algorithm that contradicts `iters` or the recipe.
+    """
+    from auto_round.algorithms.transforms.base import split_transforms
+
+    entries, rest = split_transforms([part.strip() for part in value.split(",") if part.strip()])
+    name = algorithm_name(",".join(rest)) if rest else "auto_round"
+    if name == "gptq" and recipe.name == "rtn":
+        raise ConfigError(
+            f"{recipe.command} rounds to nearest without calibration data, and --algorithm gptq needs it; use "
+            "auto-round --algorithm gptq --iters 0"
+        )
+    untuned = name == "rtn" or is_registered(name)
+    if untuned and iters:
+        raise ConfigError(f"--algorithm {value} does no tuning, but --iters {iters} was given; leave one out")
+    if name not in ("auto_round", "rtn"):
+        entries = (*entries, name)
+    return ({"algorithm": ",".join(entries)} if entries else {}) | ({"iters": 0} if untuned else {})
 
 
 def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | None) -> dict[str, Any]:
@@ -163,14 +193,15 @@ def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | N
             )
         return fill_defaults(get_recipe("rtn"), chosen)
     filled = fill_defaults(recipe, chosen)
-    rounds = filled.pop("model_free", None) is None and filled.get("iters") == 0 and filled.get("disable_opt_rtn")
+    plain = filled.get("iters") == 0 and filled.get("disable_opt_rtn") and "algorithm" not in filled
+    rounds = filled.pop("model_free", None) is None and plain
     if rounds and "gguf:" not in (formats or "").lower():
         filled["model_free"] = "auto"
     return filled
 
 
 def device_value(text: str) -> int | str:
-    """`0` is a number for AutoRound, everything else stays as it is."""
+    """A device number as int, any other text without white space around it."""
     return int(text) if re.fullmatch(r"\d+", text.strip()) else text.strip()
 
 

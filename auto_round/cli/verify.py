@@ -11,17 +11,15 @@ from auto_round.errors import ConfigError, OutputError, VerifyError
 
 _USAGE = """usage: auto-round verify FOLDER ...
 
-Compares every file that the folder's report.json lists with the SHA-256 that it had when it was saved and checked.
-Exit code 0: all are the same; 9: some differ or are missing, and each is named."""
+Compares every file that the folder's report.json lists with the SHA-256 recorded there when it was saved.
+Exit code 0: all are equal; 9: some differ or are missing, and each is named."""
 
 
 def run_verb(argv: Sequence[str]) -> int:
     """Check folders. Returns the exit code.
 
-    Raises:
-        ConfigError: no folder, or a flag.
-        OutputError: a folder without a readable report.
-        VerifyError: files that differ or are missing.
+    Raises ConfigError without a folder or for a flag, OutputError for a folder without a readable report, and
+    VerifyError for files that differ or are missing.
     """
     if "-h" in argv or "--help" in argv:
         print(_USAGE)
@@ -32,12 +30,12 @@ def run_verb(argv: Sequence[str]) -> int:
         raise ConfigError(f"{given}; use auto-round verify FOLDER, with the folder of a quantized model")
     mismatches = [line for folder in argv for line in check(Path(folder).expanduser())]
     if mismatches:
-        raise VerifyError(f"{len(mismatches)} files are not as they were saved: {'; '.join(mismatches)}")
+        raise VerifyError(f"{len(mismatches)} files have changed since they were saved: {'; '.join(mismatches)}")
     return 0
 
 
 def check(folder: Path) -> list[str]:
-    """The files of a folder that differ or are missing, with the reason; says how many are the same."""
+    """The files of a folder that differ or are missing, with the reason; prints how many are unchanged."""
     from auto_round.output.writer import file_sha256
 
     recorded = _recorded_digests(folder)
@@ -48,12 +46,12 @@ def check(folder: Path) -> list[str]:
             mismatches.append(f"{path} is missing")
         elif file_sha256(path) != digest:
             mismatches.append(f"{path} differs")
-    print(f"{folder}: {len(recorded) - len(mismatches)} of {len(recorded)} files are as they were saved")
+    print(f"{folder}: {len(recorded) - len(mismatches)} of {len(recorded)} files are unchanged")
     return mismatches
 
 
 def _recorded_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name, out of the report."""
+    """SHA-256 by file name, from the report."""
     file = folder / "report.json"
     try:
         report: Any = json.loads(file.read_text(encoding="utf-8"))

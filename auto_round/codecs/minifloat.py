@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from auto_round.errors import ConfigError
 from auto_round.schemes import GroupSize
 
 
@@ -101,7 +102,7 @@ class MinifloatType:
     """One element type.
 
     Attributes:
-        bits: 4 or 8.
+        bits: sign, exponent and mantissa; 4 to 8.
         maximum: the largest finite value.
         exponent: floor(log2(maximum)); emax in OCP MX.
         mantissa: bits of the mantissa.
@@ -175,6 +176,13 @@ MINIFLOATS: dict[str, MinifloatType] = {
         MinifloatType("e5m2", 8, 57344.0, 15, 2, -14, torch.float8_e5m2),
     )
 }  # fmt: skip
+
+
+def register_minifloat(element: MinifloatType) -> MinifloatType:
+    """Add an element type under its name. Returns it. Raises ConfigError when another one has the name."""
+    if MINIFLOATS.setdefault(element.name, element) != element:
+        raise ConfigError(f"element type {element.name!r} is already registered")
+    return element
 
 
 def expand_scale(scale: torch.Tensor, shape: tuple[int, int], group_size: int | tuple[int, int]) -> torch.Tensor:

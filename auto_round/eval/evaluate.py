@@ -1,6 +1,6 @@
-"""Measure a causal language model on text: perplexity, and KL divergence and agreement with a reference.
+"""Measure a causal language model on text: perplexity, and KL divergence and top-1 agreement with a reference.
 
-`load_model` and `load_tokenizer` open a checkpoint through Transformers' own loader.
+`load_model` and `load_tokenizer` open a checkpoint with Transformers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from auto_round.calibration.data.sources import held_out_documents
-from auto_round.errors import AutoRoundError, ConfigError, ModelError, NumericsError
+from auto_round.errors import AutoRoundError, ConfigError, ModelError, NumericsError, first_line
 from auto_round.eval.measures import (
     EvalResult,
     make_windows,
@@ -40,6 +40,8 @@ ModelLike = str | PathLike[str] | torch.nn.Module
 
 DEFAULT_SEQLEN = 512
 DEFAULT_WINDOWS = 64
+# Errors of Transformers for damaged files, unknown settings, missing packages, unsupported models and quantizations.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, NotImplementedError)
 
 
 @dataclass
@@ -72,12 +74,12 @@ def evaluate(
 ) -> EvalResult:
     """Perplexity of a model on text and, with a reference, mean KL(reference || model) and top-1 agreement.
 
-    One batch of windows at a time goes through the model and then the reference, so memory holds both models and the
-    logits of one batch of each. All measures cover the same positions: every token of a window but its first.
+    Memory holds both models and the logits of one batch of windows of each. All measures cover the same positions:
+    every token of a window but its first.
 
     Args:
-        model_or_path: folder or hub id of a checkpoint (quantized ones too), or a model, which stays where it is.
-        texts, path: documents, or one UTF-8 file; neither takes a part of the text bundled for calibration.
+        model_or_path: folder or hub id of a checkpoint, quantized or not, or a model, which is not moved.
+        texts, path: documents, or one UTF-8 file; default: the part of the bundled text that calibration does not use.
         tokenizer: default: the one saved with the model.
         reference: full-precision model to compare with.
         reference_logits: instead of `reference`: its logits [T, V] per window, as `window_logits` returns them.
@@ -85,14 +87,14 @@ def evaluate(
         batch_size: windows per forward pass.
         device, dtype: for models given by path. dtype None keeps the checkpoint's, except that a CPU without matrix
             instructions for it computes in float32.
-        add_bos: start each window with BOS; None does as the tokenizer does.
+        add_bos: start each window with BOS; None: if the tokenizer does.
         trust_remote_code: allow a checkpoint's own Python files to run.
-        backend: what runs the quantized layers of a model given by path; None is the best that can.
+        backend: for the quantized layers of a model given by path; None: the fastest available.
 
     Raises:
-        ConfigError: contradicting or useless settings.
+        ConfigError: contradictory or invalid settings.
         DataError: text that is missing, unreadable or empty.
-        ModelError: a model that does not open, or does not share its vocabulary with the reference.
+        ModelError: a model cannot be opened, or its vocabulary differs from the reference's.
         NumericsError: NaN in the logits.
     """
     if texts is not None and path is not None:
@@ -107,7 +109,7 @@ def evaluate(
         documents, text_name = list(texts), f"{len(texts)} given texts"
     else:
         documents, text_name = held_out_text()
-        logger.info("no evaluation text was given: measuring on %s; give one with --eval_text or path=", text_name)
+        logger.info("no evaluation text was given: using %s; give one with --eval_text or path=", text_name)
     tokenizer = load_tokenizer(model_or_path, trust_remote_code) if tokenizer is None else tokenizer
     windows, bos = make_windows(documents, tokenizer, seqlen=seqlen, max_windows=max_windows, add_bos=add_bos)
     if reference_logits is not None and len(reference_logits) != len(windows):
@@ -151,13 +153,13 @@ def evaluate(
 
 
 def window_logits(model: torch.nn.Module, windows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits [T, V] of each int64 [T] window, on the CPU in the model's dtype: for use as `reference_logits`."""
+    """Logits [T, V] of each int64 [T] window, on the CPU in the model's dtype, for `evaluate(reference_logits=...)`."""
     with torch.no_grad(), _eval_mode(model):
         return [_logits(model, w.unsqueeze(0), "reference", i)[0].cpu() for i, w in enumerate(windows)]
 
 
 def _measure(sums: _Totals, logits: torch.Tensor, against: torch.Tensor | None, ids: torch.Tensor) -> None:
-    """Add a batch: logits [B, T, V] of the model and of the reference, ids [B, T]."""
+    """Add the measures of a batch: logits [B, T, V] of the model and of the reference, ids [B, T]."""
     predicted = ids.shape[1] - 1
     sums.tokens.extend([float(predicted)] * ids.shape[0])
     sums.nll.extend(_means(token_nll(logits, ids)))
@@ -165,7 +167,7 @@ def _measure(sums: _Totals, logits: torch.Tensor, against: torch.Tensor | None, 
         return
     if against.shape != logits.shape:
         raise ModelError(
-            f"model and reference give logits of different shape, {list(logits.shape)} and {list(against.shape)}; "
+            f"the logits of model and reference differ in shape, {list(logits.shape)} and {list(against.shape)}; "
             "the reference must be the model before quantization, with the same tokenizer"
         )
     against = against.to(logits.device)
@@ -182,20 +184,20 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor, what: str, first: int) ->
     vocab = largest(getattr(model, "config", None), "vocab_size")
     if vocab and int(ids.max()) >= vocab:
         raise ModelError(
-            f"the tokenizer gives token {int(ids.max())}, the {what} has a vocabulary of {vocab}; "
-            "they do not belong together"
+            f"the tokenizer produced token {int(ids.max())}, but the {what} has a vocabulary of {vocab}; "
+            "use the model's own tokenizer"
         )
     logits = model(input_ids=ids.to(_device_of(model)), use_cache=False).logits
     if bool(torch.isnan(logits).any()):
         raise NumericsError(
-            f"the logits of the {what} hold NaN in window {first} or its batch; its weights are damaged"
+            f"the logits of the {what} contain NaN in window {first} or its batch; its weights are damaged"
         )
     return logits
 
 
 @contextlib.contextmanager
 def _eval_mode(model: torch.nn.Module | None) -> Iterator[None]:
-    """Dropout off, and as it was afterwards."""
+    """Put the model into evaluation mode, then restore the mode of each module."""
     training = {m for m in model.modules() if m.training} if model is not None else set()
     if model is not None:
         model.eval()
@@ -218,41 +220,21 @@ def _model_name(model: ModelLike) -> str:
     return str(model)
 
 
-# Open a checkpoint for measuring, through Transformers' own loader.
-
-_DTYPES = {
-    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
-    "fp32": torch.float32, "float32": torch.float32,
-}  # fmt: skip
-# What Transformers raises for files that are missing or damaged, settings that it does not know, a package that a
-# format asks for, and a kind of model or quantization that it does not load.
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError, NotImplementedError)
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The dtype called `name`. Raises ConfigError with the allowed names."""
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype {name!r} is not known; use {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
 def load_tokenizer(source: str | PathLike[str] | torch.nn.Module, trust_remote_code: bool = False) -> Any:
-    """The tokenizer saved beside a model. Raises ConfigError for a model object that names no folder, ModelError
-    when there is none."""
+    """The tokenizer saved with a model. Raises ConfigError for a model object without a known folder, ModelError when
+    the tokenizer cannot be opened."""
     from transformers import AutoTokenizer
 
     name = str(source)
     if isinstance(source, torch.nn.Module):
         name = str(getattr(getattr(source, "config", None), "_name_or_path", "") or "")
         if not name:
-            raise ConfigError("the model object does not tell where it came from; give its tokenizer as tokenizer=")
+            raise ConfigError("the model object has no name or path; give its tokenizer as tokenizer=")
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as err:  # families' tokenizers raise whatever they like
-        raise ModelError(
-            f"no tokenizer could be opened in {name!r}: {_first_line(err)}; give one as tokenizer="
-        ) from err
+    except Exception as err:  # tokenizers raise errors of any type
+        raise ModelError(f"the tokenizer of {name!r} cannot be opened: {first_line(err)}; give tokenizer=") from err
 
 
 def load_model(
@@ -264,19 +246,19 @@ def load_model(
     dequantized: bool = False,
     backend: str | None = None,
 ) -> torch.nn.Module:
-    """A causal language model in evaluation mode; a model object is returned as it is.
+    """A causal language model in evaluation mode; a model object is returned unchanged.
 
-    With `dequantized`, a checkpoint in FP8 or MXFP4 gets the dense weights that it stands for and full-precision
-    activations: what quantization starts from. Without, it runs as Transformers runs it, and ours, GPTQ's and AWQ's
-    with the back ends of this package.
+    Checkpoints of AutoRound, GPTQ and AWQ run with the backends of this package, others as Transformers runs them.
 
     Args:
-        device: one device, or "auto": spread over all that are here.
-        backend: what runs the quantized layers; None is the best that can.
+        device: one device, or "auto": spread over all available devices.
+        dequantized: dequantize the weights of an FP8 or MXFP4 checkpoint and run it with full-precision activations,
+            which is the model that quantization starts from.
+        backend: for the quantized layers; None: the fastest available.
 
     Raises:
         ConfigError: `backend` is unknown, or the model has no layers that it could run.
-        ModelError: the checkpoint does not open.
+        ModelError: the checkpoint cannot be opened.
     """
     if isinstance(source, torch.nn.Module):
         return source
@@ -299,23 +281,22 @@ def load_model(
             )  # fmt: skip
     except AutoRoundError:
         raise
-    except _UNREADABLE as err:
-        raise ModelError(f"{name!r} cannot be opened as a causal language model: {_first_line(err)}") from err
+    except _LOADING_ERRORS as err:
+        raise ModelError(f"{name!r} cannot be opened as a causal language model: {first_line(err)}") from err
     return model.eval()
 
 
 def _loader_kwargs(config: Any, name: str, backend: str | None) -> dict[str, Any]:
-    """What makes Transformers open a GPTQ or AWQ checkpoint with our layers, where it would ask for other packages, and
-    with the back end that is asked for.
+    """Arguments of `from_pretrained` that open GPTQ and AWQ checkpoints with this package and select the backend.
 
-    It refuses configs of GPTQ with `meta`, where GPTQModel tells how it quantized; nothing in there is needed to run.
+    Removes `meta`, GPTQModel's record of its settings, from the config: Transformers refuses it.
     """
     quantization = getattr(config, "quantization_config", None)
     values = quantization if isinstance(quantization, dict) else {}
     method = str(values.get("quant_method", ""))
     foreign = method in ("gptq", "awq")
     if backend is not None and not (foreign or "auto-round" in method or "auto_round" in method):
-        what = f"in the format of {method!r}, which Transformers runs" if method else "not quantized"
+        what = f"in format {method!r}, which Transformers runs" if method else "not quantized"
         raise ConfigError(f"backend {backend!r} has nothing to run: {name!r} is {what}; leave the backend out")
     if not foreign and backend is None:
         return {}
@@ -326,13 +307,6 @@ def _loader_kwargs(config: Any, name: str, backend: str | None) -> dict[str, Any
     return {"quantization_config": AutoRoundConfig(**({} if backend is None else {"backend": backend}))}
 
 
-def _first_line(err: Exception) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]
-
-
-# The text that is measured on when none is given: what calibration leaves of the text inside the package.
-
-
 def held_out_text() -> tuple[list[str], str]:
-    """Documents for measuring, and what to call them. Raises DataError when the package's file is missing."""
+    """The default evaluation text and its name. Raises DataError when the package's file is missing."""
     return held_out_documents(), "bundled text that calibration leaves out"

@@ -1,4 +1,4 @@
-"""Evaluate on lm-eval's tasks, under the names that AutoRound's scripts import (`simple_evaluate`)."""
+"""Evaluate on lm-eval's tasks, under the names of AutoRound 0.x (`simple_evaluate`)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def simple_evaluate_user_model(
 
     Args:
         user_model: a causal language model; it is not changed.
-        tokenizer: None: the one of the folder that the model came from.
-        eval_model_dtype: for lm-eval's `dtype`, which a loaded model keeps to its own.
+        tokenizer: None: the one in the model's folder.
+        eval_model_dtype: lm-eval's `dtype`; a loaded model keeps its own.
         mllm: multimodal models are not available in this version.
 
     Raises:

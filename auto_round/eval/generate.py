@@ -18,14 +18,14 @@ from auto_round.report.memory import format_peak_memory
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated, and how.
+    """A continuation, with speed and backends.
 
     Attributes:
         text: without the prompt.
         prompt_tokens, new_tokens: counts.
-        prefill_seconds: until the first new token was there.
-        decode_seconds: for the others.
-        backends: name of what runs linear layers -> how many; "dense" for layers that are not quantized.
+        prefill_seconds: time to the first new token.
+        decode_seconds: time for the others.
+        backends: backend -> number of linear layers; "dense" for layers that are not quantized.
     """
 
     text: str
@@ -52,29 +52,28 @@ def generate(
     """Continue `prompt`.
 
     Args:
-        do_sample: draw tokens at random, after `seed`; else always the likeliest.
-        temperature: of the draw; None takes the model's.
-        chat: put the prompt into the chat template; None does so if there is one.
-        on_text: gets the new text piece by piece, as it comes.
+        do_sample: sample tokens, seeded with `seed`; else greedy decoding.
+        temperature: of sampling; None takes the model's.
+        chat: apply the chat template; None: if there is one.
+        on_text: called with each piece of new text.
 
     Raises:
-        ConfigError: a setting that makes no sense, or `chat` without a template.
-        ModelError: the tokenizer does not belong to the model.
+        ConfigError: an invalid setting, or `chat` without a template.
+        ModelError: the tokenizer does not fit the model.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} is not allowed; use 1 or more")
     if temperature is not None and not temperature > 0:
         raise ConfigError(f"temperature={temperature} is not allowed; use a number above 0, or leave sampling out")
     inputs = _encode(tokenizer, prompt, chat)
-    ids = inputs["input_ids"]
-    rows = model.get_input_embeddings().weight.shape[0]
-    if ids.numel() and int(ids.max()) >= rows:
-        raise ModelError(
-            f"the tokenizer gives token {int(ids.max())}, the model knows {rows}; they do not belong together"
-        )
+    ids, embedding = inputs["input_ids"], model.get_input_embeddings().weight
     if not ids.numel():
         raise ConfigError("the prompt gives no token; write a longer one")
-    device = model.get_input_embeddings().weight.device
+    if int(ids.max()) >= len(embedding):
+        raise ModelError(
+            f"the tokenizer produced token {int(ids.max())}, but the model has a vocabulary of {len(embedding)}; "
+            "use the model's own tokenizer"
+        )
     streamer = _streamer(tokenizer, on_text)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling: dict[str, Any] = {"do_sample": True} if do_sample else {
@@ -86,7 +85,7 @@ def generate(
         torch.manual_seed(seed)
         streamer.times.append(time.perf_counter())
         out = model.generate(
-            **{key: value.to(device) for key, value in inputs.items()}, max_new_tokens=max_new_tokens,
+            **{key: value.to(embedding.device) for key, value in inputs.items()}, max_new_tokens=max_new_tokens,
             pad_token_id=pad, streamer=streamer, **sampling,
         )  # fmt: skip
     start, first, last = streamer.times[0], streamer.times[1], streamer.times[-1]
@@ -98,11 +97,11 @@ def generate(
 
 
 def count_backends(model: torch.nn.Module) -> dict[str, int]:
-    """How many linear layers each backend runs, the most first; layers in full precision are "dense"."""
+    """The number of linear layers that each backend runs, in descending order; "dense" for full precision."""
     found: Counter[str] = Counter()
     for module in model.modules():
         if isinstance(module, QuantLinear) and module.kernel_path and module.kernel is None:
-            found[TORCH_BACKEND] += 1  # moved away from the kernel's device, or offloaded
+            found[TORCH_BACKEND] += 1  # moved from the kernel's device, or offloaded
         elif isinstance(module, PackedLinear):
             found[module.backend] += 1
         elif isinstance(module, torch.nn.Linear):
@@ -111,7 +110,7 @@ def count_backends(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool | None) -> dict[str, torch.Tensor]:
-    """`input_ids` and, where the tokenizer gives one, `attention_mask`, both int64 [1, tokens]."""
+    """`input_ids` and, if the tokenizer returns one, `attention_mask`, both int64 [1, tokens]."""
     template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not template:
         raise ConfigError("the tokenizer has no chat template; leave --chat out")
@@ -129,7 +128,7 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        """Hands text on, and notes when each token came."""
+        """Passes text to `on_text` and records the time of each token."""
 
         def __init__(self) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,8 +1,7 @@
-"""Pure parts of an evaluation: token windows of a text, per-token measures on logits, means with errors.
+"""Token windows of a text, per-token measures on logits, and means with standard errors.
 
-The measures are negative log-likelihood, KL divergence and top-1 agreement, computed in float32 and summed in
-float64. Logits are read in slices of positions, so that the float32 copies of a large vocabulary stay small
-whatever the window's length.
+The measures are negative log-likelihood, KL divergence and top-1 agreement, computed in float32 and summed in float64.
+Logits are processed in slices of positions, which bounds the float32 copies of a large vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from auto_round.errors import ConfigError, DataError
+
+# Logits per slice: 32 MiB as float32.
+SLICE_ELEMENTS = 1 << 23
 
 
 def read_text(path: str | PathLike[str]) -> str:
@@ -37,7 +39,7 @@ def read_text(path: str | PathLike[str]) -> str:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts its BOS token in front of a text, as Gemma's and Llama's do."""
+    """Whether the tokenizer prepends its BOS token, as Gemma's and Llama's do."""
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
         return False
@@ -50,18 +52,18 @@ def make_windows(
 ) -> tuple[list[torch.Tensor], bool]:
     """Cut texts into consecutive windows that do not overlap.
 
-    Texts are joined by a blank line, as one stream; a remainder shorter than a window is dropped, except when it is
-    all there is. With BOS every window begins with it and carries `seqlen` - 1 tokens of text.
+    Texts are joined by a blank line into one stream; a remainder shorter than a window is dropped unless it is the only
+    window. With BOS each window has it and `seqlen` - 1 tokens of text.
 
     Args:
-        add_bos: None asks the tokenizer (see `adds_bos`).
+        add_bos: None: if the tokenizer does (see `adds_bos`).
 
     Returns:
         int64 [T] windows on the CPU, and whether they begin with BOS.
 
     Raises:
-        ConfigError: for a length or count that makes no window, or BOS wanted and unknown to the tokenizer.
-        DataError: when there is no text, or fewer than two tokens.
+        ConfigError: an invalid length or count, or BOS requested from a tokenizer without one.
+        DataError: there is no text, or fewer than two tokens.
     """
     if seqlen < 2:
         raise ConfigError(f"seqlen={seqlen} is too short to predict anything; use 2 or more")
@@ -70,7 +72,7 @@ def make_windows(
     bos = adds_bos(tokenizer) if add_bos is None else add_bos
     bos_id = getattr(tokenizer, "bos_token_id", None)
     if bos and bos_id is None:
-        raise ConfigError("a BOS token was asked for, but the tokenizer has none; leave out add_bos")
+        raise ConfigError("a BOS token was requested, but the tokenizer has none; leave out add_bos")
     stream: list[int] = []
     body = seqlen - int(bos)
     wanted = None if max_windows is None else body * max_windows
@@ -78,10 +80,7 @@ def make_windows(
         stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if wanted is not None and len(stream) >= wanted:
             break
-    count = len(stream) // body
-    parts = [
-        stream[i * body : (i + 1) * body] for i in range(count if max_windows is None else min(count, max_windows))
-    ]
+    parts = [stream[i * body : (i + 1) * body] for i in range(len(stream) // body)][:max_windows]
     if not parts and len(stream) + int(bos) >= 2:
         parts = [stream]
     if not parts:
@@ -91,7 +90,7 @@ def make_windows(
 
 
 def _chunks(texts: Sequence[str], size: int = 1 << 16) -> list[str]:
-    """Texts in pieces of about `size` characters, cut at line ends, so that a large file is not tokenized whole."""
+    """Split texts at line ends into chunks of about `size` characters, so that only as many as needed are tokenized."""
     chunks: list[str] = []
     for text in texts:
         if not text:
@@ -106,15 +105,6 @@ def _chunks(texts: Sequence[str], size: int = 1 << 16) -> list[str]:
     return chunks
 
 
-# Per-token measures on logits: negative log-likelihood, KL divergence, top-1 agreement. Pure functions.
-#
-# Everything is computed in float32 and summed in float64. Logits are read in slices of positions, so that the float32
-# copies of a large vocabulary stay small whatever the window's length.
-
-SLICE_ELEMENTS = 1 << 23
-"""Logits per slice: 32 MiB as float32."""
-
-
 def _slices(positions: int, vocab: int) -> list[slice]:
     step = max(1, SLICE_ELEMENTS // max(1, vocab))
     return [slice(i, min(i + step, positions)) for i in range(0, positions, step)]
@@ -126,7 +116,7 @@ def token_nll(logits: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor 
     Args:
         logits: [B, T, V] (or [T, V]), any float dtype; position t predicts token t + 1.
         input_ids: int64 [B, T] (or [T]).
-        mask: bool [B, T] (or [T]); a token whose mask is False is not counted as a target.
+        mask: bool [B, T] (or [T]); tokens whose mask is False are not targets.
 
     Returns:
         float32 [B, T - 1] (or [T - 1]), zero where the target is masked.
@@ -147,7 +137,7 @@ def token_kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         reference, other: logits [..., V], any float dtype, same shape.
 
     Returns:
-        float32 [...]. A token that the reference gives no probability (logit -inf) adds nothing.
+        float32 [...]. Tokens of zero probability in the reference (logit -inf) add nothing.
     """
     vocab = reference.shape[-1]
     p, q = reference.reshape(-1, vocab), other.reshape(-1, vocab)
@@ -166,9 +156,6 @@ def top1_agreement(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor
     return reference.argmax(-1) == other.argmax(-1).to(reference.device)
 
 
-# What an evaluation found: means with standard errors.
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A mean over tokens and its standard error, estimated from the spread between windows (None for one window)."""
@@ -185,8 +172,8 @@ class Estimate:
 def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate:
     """Mean of per-window means, weighted by their token counts, and its standard error.
 
-    The error is that of a ratio estimator: sqrt(n / (n - 1) * sum w^2 (x - mean)^2) / sum w, which for equal weights
-    is the usual s / sqrt(n). Tokens of one window depend on each other, so windows are the independent units.
+    The error is that of a ratio estimator: sqrt(n / (n - 1) * sum w^2 (x - mean)^2) / sum w, for equal weights
+    s / sqrt(n). Windows are the independent units, since the tokens of one window depend on each other.
     """
     total = math.fsum(weights)
     mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total
@@ -198,7 +185,7 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate
 
 
 def perplexity(nll: Estimate) -> Estimate:
-    """exp of a mean negative log-likelihood; the error by the delta method."""
+    """exp of a mean negative log-likelihood, with its error by the delta method."""
     try:
         value = math.exp(nll.value)
     except OverflowError:
@@ -211,7 +198,7 @@ class EvalResult:
     """Quality of a model on a text.
 
     Attributes:
-        model, reference, text: what was measured, against what (None: nothing), on what.
+        model, reference, text: names of the model, of the reference (None: there was none) and of the text.
         perplexity: exp of `nll`.
         nll: mean negative log-likelihood per predicted token, in nats.
         reference_perplexity: the same of the reference.
@@ -219,7 +206,7 @@ class EvalResult:
         agreement: fraction of positions where both rank the same token first.
         windows, tokens: how many windows and predicted tokens were measured.
         seqlen, bos: tokens per window, and whether each began with the BOS token.
-        dtype, device: in which the model was run.
+        dtype, device: of the model.
         seconds: wall time of the forward passes and measures.
     """
 
@@ -255,8 +242,8 @@ class EvalResult:
         return rows
 
     def describe(self) -> str:
-        """On what it was measured, as one line."""
-        bos = ", BOS in front of each" if self.bos else ""
+        """The text, its windows, dtype and device, as one line."""
+        bos = ", each with BOS" if self.bos else ""
         return (
             f"{self.windows} windows of {self.seqlen} tokens of {self.text}{bos}; {self.tokens} predicted tokens; "
             f"{self.dtype} on {self.device}; ± is one standard error over windows"

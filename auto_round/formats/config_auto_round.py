@@ -22,6 +22,7 @@ keys of their own: `weight_block_size` [rows, columns] and `weight_strategy` "te
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import replace
@@ -261,6 +262,32 @@ class AutoRoundAwqFormat(AutoRoundFormat):
         if reason is None and scheme.quantizes_weights and scheme.bits != 4:
             return f"the AWQ layout holds 4-bit weights, not {scheme.bits}-bit ones"
         return reason
+
+
+class LayoutFormat(AutoRoundFormat):
+    """Base class of a plugin's format: one `Layout`, described by AutoRound's `quantization_config`.
+
+    Transformers opens the files when the layout is registered too (`auto_round.inference.table.register_layout`).
+
+    Attributes:
+        stored_layout: packs a layer.
+        packing_format: name of the layout in the config.
+    """
+
+    stored_layout: ClassVar[Layout]
+    packing_format: ClassVar[str]
+
+    @abstractmethod
+    def check_scheme(self, scheme: QuantizationScheme) -> str | None: ...
+
+    def packing(self, scheme: QuantizationScheme) -> str:
+        return self.packing_format
+
+    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        return self.stored_layout.mismatch(scheme, in_features, out_features)
+
+    def layout(self, scheme: QuantizationScheme) -> Layout:
+        return self.stored_layout
 
 
 @register_format("auto_round:fp8")

@@ -71,7 +71,11 @@ class Conversion:
     @cached_property
     def _names(self) -> Any:
         gguf = gguf_package()
-        arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
+        arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch), None)
+        if arch is None:
+            raise UnsupportedError(
+                f"the installed gguf package does not know the architecture {self.arch!r}; install a newer one"
+            )
         return gguf.get_tensor_name_map(arch, self.settings.blocks)
 
     def place(self, name: str, transposed: bool = False) -> list[Placement]:

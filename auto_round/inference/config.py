@@ -1,8 +1,8 @@
 """Read a checkpoint's `quantization_config`: which layers are quantized, and how each one is stored.
 
-It understands AutoRound's own keys, those of GPTQ, AWQ and GPTQModel, and block-wise FP8. GPTQ and AWQ configs
-arrive through Transformers' `AutoRoundConfig`, which renames their method and keeps their keys; so the kind of
-config is recognised by its keys.
+Supported are AutoRound's own keys, those of GPTQ, AWQ and GPTQModel, and block-wise FP8. Transformers'
+`AutoRoundConfig` replaces the `quant_method` of GPTQ and AWQ configs and keeps their keys, so the kind of config is
+recognised by its keys.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from auto_round.codecs.activation import activation_function
 from auto_round.errors import AutoRoundError, ConfigError, ModelError, UnsupportedError
 from auto_round.inference.float_config import (
@@ -20,26 +22,31 @@ from auto_round.inference.float_config import (
     is_float_config,
     naming_of,
     normalize_native_fp8,
+    read_int,
     scheme_values,
 )
-from auto_round.layouts.floats import AUTO_ROUND_FLOATS, FloatLayout, layout_name
-from auto_round.schemes import ActivationScheme, QuantizationScheme
+from auto_round.inference.kernels import LayerSpec
+from auto_round.layouts.base import Layout
+from auto_round.layouts.floats import AUTO_ROUND_FLOATS, layout_name
+from auto_round.schemes import ACTIVATION_KEYS, ActivationScheme, QuantizationScheme
 
 INT_BITS = (2, 3, 4, 8)
 INT8_BITS = (2, 3, 4, 5, 6, 7, 8)
 MLX_BITS = (2, 3, 4, 5, 6, 8)
-# packing_format -> (layout, what was subtracted from the zero points)
-_PACKINGS: dict[str, tuple[str, int]] = {
+# packing_format -> (layout, offset subtracted from the zero points)
+PACKINGS: dict[str, tuple[str, int]] = {
     **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq", "auto_gptq", "gptq"), ("gptq", 1)),
     **dict.fromkeys(("auto_round", "auto_round:auto_round", "auto_round:gptqmodel", "gptqmodel"), ("gptq", 0)),
     **dict.fromkeys(("mlx", "auto_round:mlx"), ("mlx", 0)),
     **dict.fromkeys(("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq"), ("awq", 0)),
     "auto_round:llm_compressor": ("int8", 0),
 }
+# packing_format -> layout of a plugin, see `table.register_layout`.
+USER_LAYOUTS: dict[str, Layout] = {}
 _BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
 # Leading parts of a module name that differ between versions of Transformers and between model wrappers.
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)+")
-# Keys that only GPTQ and AWQ configs have, and that say which layers are quantized and how.
+# Keys that only GPTQ and AWQ configs have.
 GPTQ_AWQ_KEYS = (
     "checkpoint_format", "desc_act", "dynamic", "modules_in_block_to_quantize", "modules_to_not_convert",
     "q_group_size", "version", "w_bit", "zero_point",
@@ -49,17 +56,17 @@ _META = re.compile(r"[\\*+?^$|()\[\]{}]")
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """How one layer lies in the checkpoint.
+    """How one layer is stored in the checkpoint.
 
     Attributes:
         bits: 2, 3, 4 or 8; in the MLX layout 5 and 6 too.
         group_size: along the input dimension; -1 is one group per output channel, or what `scheme` says.
         sym: whether the zero point is the same for all groups.
         layout: "gptq", "awq", "mlx" or "int8"; of small float types such as "mxfp4", see `layout_name`.
-        zero_offset: what was subtracted from the stored zero points, modulo 2**bits.
-        activation: how the layer's inputs are quantized; None leaves them as they are.
-        scheme: of a layer of a small float type, else None.
-        naming: how such a layer's tensors are called.
+        zero_offset: subtracted from the zero points when they were stored, modulo 2**bits.
+        activation: how the layer's inputs are quantized; None: not at all.
+        scheme: of a layer of a small float type or in a plugin's layout, else None.
+        naming: the layout of such a layer in the file.
     """
 
     bits: int
@@ -69,12 +76,21 @@ class LayerFormat:
     zero_offset: int
     activation: ActivationScheme | None = None
     scheme: QuantizationScheme | None = None
-    naming: FloatLayout = AUTO_ROUND_FLOATS
+    naming: Layout = AUTO_ROUND_FLOATS
 
     @property
     def packing(self) -> str:
-        """The guide's name: gptq, gptq_zp+-1, awq, mlx or int8; of small float types the layout's."""
+        """The name in the table of backends: gptq, gptq_zp+-1, awq, mlx or int8; of small float types the layout's."""
         return f"{self.layout}_zp+-1" if self.zero_offset else self.layout
+
+    def columns_per_scale(self, in_features: int) -> int:
+        """Input columns that share a scale in a layer of this width."""
+        return self.group_size if 0 < self.group_size < in_features else in_features
+
+    def spec(self, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> LayerSpec:
+        """The values that a kernel needs to decide whether it can run a layer of this format."""
+        group_size = self.columns_per_scale(in_features)
+        return LayerSpec(self.bits, group_size, self.sym, in_features, out_features, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -82,11 +98,11 @@ class CheckpointConfig:
     """A parsed `quantization_config`. Build it with `read_config`.
 
     Attributes:
-        default: format of a quantized layer about which nothing else is said.
+        default: format of a quantized layer without an entry of its own.
         block_prefixes: modules that hold the quantized blocks; empty when the config names none.
         everywhere: without block prefixes, all linear layers but the excluded ones are quantized (AWQ's rule).
-        g_idx: the layout may carry a `g_idx` tensor for each layer (GPTQ).
-        backend: the backend that the user or the file asks for.
+        g_idx: the layout may include a `g_idx` tensor for each layer (GPTQ).
+        backend: the backend requested by the user or the file.
     """
 
     default: LayerFormat
@@ -104,8 +120,8 @@ class CheckpointConfig:
         """The format of the linear layer `name`, or None when it is in full precision.
 
         Args:
-            in_block: whether it lies in a quantized block. Outside blocks a layer is quantized only when it is named.
-            names: under which the config may speak of it; default: `name` alone.
+            in_block: whether it is in a quantized block. Outside blocks a layer is quantized only when it is named.
+            names: names that the config may use for it; default: `name` alone.
         """
         names = tuple(names) or (name,)
         entry = next((found for n in names if (found := self._entry(n, in_block)) is not None), None)
@@ -128,17 +144,17 @@ class CheckpointConfig:
                 return entry
         if in_block:
             for key, entry in self.extra.items():
-                # A part of a name, such as `k_proj`, means every layer that it is whole segments of.
+                # A partial name, such as `k_proj`, matches whole segments of a layer's name.
                 if re.search(key, name) if _META.search(key) else f".{key}." in f".{name}.":
                     return entry
         return None
 
     def _dynamic(self, names: Sequence[str]) -> LayerFormat | None:
-        """GPTQModel's `dynamic`: `-:regex` leaves a layer alone, `+:regex` or `regex` overrides the default."""
+        """GPTQModel's `dynamic`: `-:regex` excludes a layer, `+:regex` or `regex` overrides the default."""
         for rule, entry in self.dynamic.items():
             if any(re.match(_rule_pattern(rule), name) for name in names):
-                dense = rule.startswith("-:") or entry is False
-                return None if dense else _override(self.default, entry or {}, names[0])
+                excluded = rule.startswith("-:") or entry is False
+                return None if excluded else _override(self.default, entry or {}, names[0])
         return self.default
 
 
@@ -155,13 +171,13 @@ def read_config(config: Any) -> CheckpointConfig:
             re.compile(pattern)
         for name, entry in (*found.extra.items(), *found.dynamic.items()):
             if not isinstance(entry, Mapping) and entry not in (None, False):
-                raise ConfigError(f"quantization_config says {entry!r} of {name!r}, where an object belongs")
+                raise ConfigError(f"quantization_config has {entry!r} for {name!r}; it must be an object")
     return found
 
 
 @contextmanager
 def _malformed_as_config_error() -> Iterator[None]:
-    """What odd values of a configuration lead to, as a ConfigError."""
+    """Turn the errors that malformed values of a configuration cause into a ConfigError."""
     try:
         yield
     except AutoRoundError:
@@ -177,19 +193,21 @@ def _rule_pattern(rule: str) -> str:
 
 def _read_config(config: Any) -> CheckpointConfig:
     values = normalize_native_fp8(_plain(config))
-    packing = _packing_name(values)
-    is_fp8 = str(values.get("quant_method")).rpartition(".")[2].lower() == "fp8"
-    layout, offset = ("float", 0) if is_float_config(values) else _packing(packing)
+    method = str(values.get("quant_method")).lower()
+    packing = str(values.get("packing_format") or f"auto_round:auto_{'awq' if method == 'awq' else 'gptq'}")
+    is_fp8 = method.rpartition(".")[2] == "fp8"
+    own = packing in USER_LAYOUTS or is_float_config(values)
+    layout, offset = ("float", 0) if own else _packing(packing)
     if layout == "gptq" and values.get("checkpoint_format") == "gptq_v2":
         offset = 0
     awq_keys = [key for key in ("modules_to_not_convert", "version", "zero_point") if key in values]
     is_awq = layout == "awq" and bool(awq_keys)
     sym = not values["zero_point"] if "zero_point" in awq_keys and is_awq else values.get("sym", True)
-    if is_float_config(values):
-        default = _float_format(values, "the checkpoint")
+    if own:
+        default = _scheme_format(values, packing, "the checkpoint")
     else:
         default = LayerFormat(
-            _read_int(values, "bits", 4), _group_size(values.get("group_size", 128), "the checkpoint"),
+            read_int(values, "bits", 4), _group_size(values.get("group_size", 128), "the checkpoint"),
             bool(sym), layout, offset, _activation(values, layout, "the checkpoint"),
         )  # fmt: skip
         _check_values(values, "the checkpoint")
@@ -217,7 +235,7 @@ def _read_config(config: Any) -> CheckpointConfig:
 
 
 def is_gptq_or_awq(config: Any) -> bool:
-    """Whether a `quantization_config` is written in the words of GPTQ or AWQ."""
+    """Whether a `quantization_config` uses the keys of GPTQ or AWQ."""
     values = _plain(config)
     method = str(values.get("quant_method") or "").rpartition(".")[2].lower()
     if method == "fp8":
@@ -226,14 +244,14 @@ def is_gptq_or_awq(config: Any) -> bool:
 
 
 def packing_format_name(fmt: LayerFormat) -> str:
-    """AutoRound's own name of how a layer lies in the file."""
+    """The value of AutoRound's `packing_format` for a layer in GPTQ or AWQ layout."""
     if fmt.layout == "awq":
         return "auto_round:auto_awq"
     return "auto_round:auto_gptq" if fmt.zero_offset else "auto_round:gptqmodel"
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """The config's values, with AutoAWQ's older names of two of them renamed."""
+    """The config's values, with AutoAWQ's older keys `w_bit` and `q_group_size` renamed."""
     values = dict(config) if isinstance(config, Mapping) else dict(vars(config))
     for old, new in (("w_bit", "bits"), ("q_group_size", "group_size")):
         if values.get(old) is not None:
@@ -241,26 +259,21 @@ def _plain(config: Any) -> dict[str, Any]:
     return values
 
 
-def _packing_name(values: Mapping[str, Any]) -> str:
-    if values.get("packing_format"):
-        return str(values["packing_format"])
-    return "auto_round:auto_awq" if str(values.get("quant_method")).lower() == "awq" else "auto_round:auto_gptq"
-
-
 def _packing(packing: str) -> tuple[str, int]:
-    if packing not in _PACKINGS:
-        raise UnsupportedError(f"packing_format {packing!r} cannot be loaded; known: {', '.join(sorted(_PACKINGS))}")
-    return _PACKINGS[packing]
+    if packing not in PACKINGS:
+        raise UnsupportedError(f"packing_format {packing!r} cannot be loaded; known: {', '.join(sorted(PACKINGS))}")
+    return PACKINGS[packing]
 
 
 def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> LayerFormat | None:
     values = {key: value for key, value in entry.items() if value is not None}
-    bits = _read_int(values, "bits", default.bits)
+    bits = read_int(values, "bits", default.bits)
     if bits >= 16:
         return None
     inherited = {} if default.scheme is None else scheme_values(default.scheme, default.naming)
-    if is_float_config(inherited | values):
-        return _float_format(inherited | values, f"layer {name}")
+    packing = str(values.get("packing_format") or default.layout)
+    if packing in USER_LAYOUTS or is_float_config(inherited | values):
+        return _scheme_format(inherited | values, packing, f"layer {name}")
     if default.scheme is not None:
         default = _DEFAULT_INT_FORMAT
     _check_values(values, f"layer {name}")
@@ -268,14 +281,25 @@ def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> Laye
     if "packing_format" in values:
         layout, offset = _packing(str(values["packing_format"]))
     _check_bits(bits, layout, f"layer {name}")
+    activation = {} if default.activation is None else asdict(default.activation)
+    inherited_activation = {f"act_{key}": value for key, value in activation.items()}
     return replace(
         default, bits=bits, sym=bool(values.get("sym", default.sym)), layout=layout, zero_offset=offset,
         group_size=_group_size(values.get("group_size", default.group_size), f"layer {name}"),
-        activation=_activation({**_activation_values(default.activation), **values}, layout, f"layer {name}"),
+        activation=_activation({**inherited_activation, **values}, layout, f"layer {name}"),
     )  # fmt: skip
 
 
-def _float_format(values: Mapping[str, Any], where: str) -> LayerFormat:
+def _scheme_format(values: Mapping[str, Any], packing: str, where: str) -> LayerFormat:
+    """The format of a layer that is read by its scheme: in a plugin's layout, or of a small float type."""
+    layout = USER_LAYOUTS.get(packing)
+    if layout is not None:
+        fields = {key: values[key] for key in ("bits", "group_size", "sym", "data_type") if key in values}
+        if int(values.get("act_bits") or 16) < 16:
+            raise UnsupportedError(f"{where} quantizes activations, which packing_format {packing!r} cannot have")
+        scheme = QuantizationScheme.from_dict(fields)
+        size = scheme.group_size if isinstance(scheme.group_size, int) else -1
+        return LayerFormat(scheme.bits, size or -1, scheme.sym, packing, 0, None, scheme, layout)
     scheme = float_scheme(values, where)
     size = scheme.group_size if isinstance(scheme.group_size, int) else scheme.group_size[1]
     return LayerFormat(
@@ -283,7 +307,7 @@ def _float_format(values: Mapping[str, Any], where: str) -> LayerFormat:
     )
 
 
-# What an entry about integers starts from when the default is a float type.
+# The base of an integer layer's entry when the default is a float type.
 _DEFAULT_INT_FORMAT = LayerFormat(4, 128, True, "gptq", 1)
 
 
@@ -300,34 +324,22 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
 
 
 def _activation(values: Mapping[str, Any], layout: str, where: str) -> ActivationScheme | None:
-    """What the `act_` keys say. Layouts other than int8 hold weights only."""
+    """The activation scheme of the `act_` keys. Raises UnsupportedError for one in a layout other than int8."""
     act_bits = values.get("act_bits")
     if act_bits is None or int(act_bits) >= 16:
         return None
     if layout != "int8":
         raise UnsupportedError(
-            f"{where} quantizes activations to {act_bits} bits next to packed weights; this version runs 16-bit ones "
-            "there"
+            f"{where} has packed weights and activations of {act_bits} bits; this version runs packed weights with "
+            "16-bit activations only"
         )
-    fields = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
     scheme = QuantizationScheme(
         bits=8, group_size=-1, sym=bool(values.get("sym", True)), data_type=str(values.get("data_type") or "int"),
-        **{key: values.get(key) for key in fields},
+        **{key: values.get(key) for key in ACTIVATION_KEYS},
     ).activations  # fmt: skip
     assert scheme is not None
     activation_function(scheme)
     return scheme
-
-
-def _activation_values(scheme: ActivationScheme | None) -> dict[str, Any]:
-    return {} if scheme is None else {f"act_{key}": value for key, value in asdict(scheme).items()}
-
-
-def _read_int(values: Mapping[str, Any], key: str, default: int) -> int:
-    value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"quantization_config has {key}={value!r}, which is not a whole number")
-    return value
 
 
 def _group_size(value: Any, where: str) -> int:
@@ -344,13 +356,13 @@ def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _name_list(value: Any) -> tuple[str, ...]:
-    """Names out of None, a comma list, a list of names or a list of lists of names."""
+    """The names in None, a comma-separated text, a list of names or a list of lists of names."""
     if not value:
         return ()
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if not isinstance(value, Iterable):
-        raise ConfigError(f"quantization_config holds {value!r} where a list of module names belongs")
+        raise ConfigError(f"quantization_config has {value!r} in place of a list of module names")
     return tuple(name for item in value for name in _name_list(item))
 
 
@@ -365,7 +377,7 @@ def resolve_layers(
     Args:
         names: names of all linear layers of the model, in order.
         fallback_blocks: names of the model's blocks, used when the config names none, or none that exists.
-        config_names: the names under which the config may speak of a layer; default: its own.
+        config_names: the names that the config may use for a layer; default: its own.
 
     Raises:
         ModelError: the config quantizes none of these layers.

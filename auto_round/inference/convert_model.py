@@ -1,7 +1,7 @@
 """Replace a Transformers model's quantized layers by packed ones: the hooks that `from_pretrained` calls.
 
-Before the weights are read, the model is empty; `convert_hf_model` replaces its quantized layers by modules whose
-buffers are named as in the files. Afterwards `post_init` checks that all of them were filled. `build_layer` makes
+Before the weights are read, `convert_hf_model` replaces the quantized layers of the empty model by modules whose
+buffers are named as in the files; afterwards `post_init` checks that all of them were filled. `build_layer` creates
 the module of each layout.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
 from auto_round.inference.backend import choose_backends
-from auto_round.inference.config import CheckpointConfig, LayerFormat, read_config, resolve_layers
+from auto_round.inference.config import USER_LAYOUTS, CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.experts import enable_grouped_experts
 from auto_round.inference.hf import (
     StoredNames,
@@ -27,7 +27,6 @@ from auto_round.inference.hf import (
     read_names,
     register_cache_scales,
 )
-from auto_round.inference.kernels import LayerSpec
 from auto_round.inference.linear import (
     FloatLinear,
     Int8Linear,
@@ -40,28 +39,33 @@ from auto_round.inference.linear import (
 )
 from auto_round.inference.qlinear import QuantLinear, expected_shapes, shape_problem
 from auto_round.inference.table import OWN_CPU, SCALED_MM, Backend, device_kind
-from auto_round.layouts.floats import group_size_mismatch
 from auto_round.layouts.mlx import bias_storage_dtype
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
 from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
 from auto_round.modeling.files.safetensors import StoredTensor
+from auto_round.plugins import load_plugins
+
+# The tensors of all layouts.
+TENSOR_NAMES = (
+    "qweight", "qzeros", "scales", "g_idx", "bias", "weight", "biases", "weight_scale", "weight_zero_point",
+    "input_scale", "input_zero_point", "weight_packed", "weight_scale_inv", "weight_global_scale", "input_global_scale",
+)  # fmt: skip
+# Name endings that only quantized layers have.
+PACKED_SUFFIXES = (".qweight", ".scales", ".weight_scale", ".weight_scale_inv")
 
 
 def infer_target_device(device_map: object = None) -> str:
-    """The kind of device ("cpu", "cuda", ...) that Transformers' `device_map` leads to."""
+    """The kind of device ("cpu", "cuda", ...) that Transformers' `device_map` selects."""
     return device_kind(device_map)
 
 
 def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.Module, list[str]]:
-    """Replace the quantized layers of `model` in place.
+    """Replace the quantized layers of `model` in place. Returns (model, names of the backends used).
 
     Args:
         model: a Transformers model whose `config.quantization_config` describes its checkpoint; usually on meta.
-        target_device: where it will run.
-
-    Returns:
-        (the same model, names of the backends used).
+        target_device: the device where it will run.
 
     Raises:
         ConfigError: the model has no quantization_config.
@@ -69,6 +73,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         UnsupportedError: a data type, packing or backend that this version cannot run.
     """
     ensure_logging()
+    load_plugins()
     stored_config = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored_config is None:
         raise ConfigError(f"{type(model).__name__} has no config.quantization_config; load a quantized checkpoint")
@@ -79,7 +84,10 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     layers = _stored_layers(_wanted_layers(model, config, stored), linear_names(model), files)
     _check_dense_experts(model, layers, stored)
     kind = target_device.split(":")[0]
-    specs = {name: (fmt, _spec(weight_2d(model.get_submodule(name)), fmt, kind)) for name, fmt in layers.items()}
+    specs = {}
+    for name, fmt in layers.items():
+        weight = weight_2d(model.get_submodule(name))
+        specs[name] = fmt, fmt.spec(weight.shape[1], weight.shape[0], weight.dtype, kind)
     choices = choose_backends(specs, kind, config.backend)
     for name, fmt in layers.items():
         _replace(model, name, fmt, config, files, choices[name].backend, kind)
@@ -91,17 +99,15 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     _untie(model, layers)
     register_cache_scales(model, stored_config, files)
     if config.g_idx:
-        # Files of GPTQ hold g_idx even where it only repeats the group size; it is read only where a layer has it.
+        # GPTQ files may contain g_idx even for contiguous groups; layers without the buffer ignore it.
         ignore_unexpected_keys(model, [r"\.g_idx$"])
     logger.info("%d quantized layers run with %s", len(layers), ", ".join(f"{b} ({n})" for b, n in used.items()))
     return model, list(used)
 
 
 def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
-    """Check that every packed layer got its tensors, and put a foreign config into AutoRound's words.
-
-    Raises ModelError naming the first tensor that is missing.
-    """
+    """Check that every packed layer got its tensors, start kernels, and rewrite a GPTQ or AWQ config with AutoRound's
+    keys. Raises ModelError naming the first missing tensor."""
     packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     marked = _marks_are_complete(model)
     for name, module in packed:
@@ -119,14 +125,8 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
     normalize_saved_config(model, lambda: read_names(model, checkpoint_tensors(model)))
 
 
-def _spec(weight: torch.Tensor, fmt: LayerFormat, device: str) -> LayerSpec:
-    out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
-    group_size = fmt.group_size if 0 < fmt.group_size < in_features else in_features
-    return LayerSpec(fmt.bits, group_size, fmt.sym, in_features, out_features, weight.dtype, device)
-
-
 def _marks_are_complete(model: nn.Module) -> bool:
-    """Whether Transformers' mark on what it read can be trusted: moving a tensor to another device loses it."""
+    """Whether Transformers' mark on loaded tensors is reliable: moving a tensor to another device loses it."""
     device_map = getattr(model, "hf_device_map", None) or {}
     one_device = len(set(map(str, device_map.values()))) <= 1
     return one_device and any(getattr(b, "_is_hf_initialized", False) for b in model.buffers())
@@ -134,8 +134,8 @@ def _marks_are_complete(model: nn.Module) -> bool:
 
 def _missing(tensor_name: str) -> str:
     return (
-        f"the checkpoint has no tensor {tensor_name}, which its quantization_config promises; "
-        "fetch the files again, or quantize the model again"
+        f"the checkpoint has no tensor {tensor_name}, which its quantization_config requires; "
+        "download the files again, or quantize the model again"
     )
 
 
@@ -158,12 +158,12 @@ def _wanted_layers(model: nn.Module, config: CheckpointConfig, stored: StoredNam
 def _stored_layers(
     wanted: dict[str, LayerFormat], names: list[str], files: dict[str, StoredTensor] | None
 ) -> dict[str, LayerFormat]:
-    """`wanted`, without layers that the files hold dense. Some writers list a layer and then leave it as it was."""
+    """`wanted` without the layers that are unquantized in the files: some writers list layers that they skipped."""
     if files is None:
         return wanted
     for name in names:
         if name not in wanted and _is_packed(name, files):
-            raise ModelError(f"the checkpoint holds {name} packed, but its quantization_config says full precision")
+            raise ModelError(f"{name} is packed in the checkpoint, but its quantization_config says full precision")
     dense = [name for name in wanted if not _is_packed(name, files) and f"{name}.weight" in files]
     if dense:
         logger.warning("%d layers are listed as quantized but stored dense, such as %s", len(dense), dense[0])
@@ -171,12 +171,14 @@ def _stored_layers(
 
 
 def _is_packed(name: str, files: dict[str, StoredTensor]) -> bool:
-    """Whether the files hold the layer packed: GPTQ's and AWQ's layouts have a `qweight`, MLX's a `weight` of words
-    and the others a `weight_scale` or `weight_scale_inv`."""
+    """Whether the layer is packed in the files: a layer of GPTQ or AWQ has a `qweight`, of MLX a packed `weight` with
+    `scales`, of the other layouts a `weight_scale` or `weight_scale_inv`."""
     if f"{name}.weight_scale" in files or f"{name}.weight_scale_inv" in files:
         return True
     if f"{name}.qweight" in files:
         return f"{name}.weight" not in files
+    if any(f"{name}.{layout.leaves[0]}" in files for layout in USER_LAYOUTS.values()):
+        return True
     return f"{name}.scales" in files and f"{name}.weight" in files
 
 
@@ -190,8 +192,10 @@ def _replace(
     reason = layout_problem(fmt, in_features, out_features)
     if reason is not None:
         raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
-    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in TENSOR_NAMES if f"{name}.{t}" in files}
-    for tensor_name, shape in layout_shapes(fmt, in_features, out_features).items():
+    shapes = layout_shapes(fmt, in_features, out_features)
+    leaves = dict.fromkeys((*TENSOR_NAMES, *shapes))
+    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in leaves if f"{name}.{t}" in files}
+    for tensor_name, shape in shapes.items():
         if stored and tensor_name not in stored:
             raise ModelError(_missing(f"{name}.{tensor_name}"))
         if stored and stored[tensor_name].shape != shape:
@@ -212,13 +216,10 @@ def _replace(
 
 
 def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNames) -> None:
-    """Give fused experts one linear layer each, named as in the files, in the modules where the checkpoint quantizes
-    them."""
+    """Replace fused experts that the checkpoint quantizes by linear layers, named as in the files."""
     for name, module in list(model.named_modules()):
         fused = is_fused_experts(module)
-        if not (fused or isinstance(module, LinearExperts)):
-            continue
-        if not _experts_are_packed(name, config, stored):
+        if not (fused or isinstance(module, LinearExperts)) or not _experts_are_packed(name, config, stored):
             continue
         if fused:
             unfuse_experts(model.get_submodule(name.rpartition(".")[0]))
@@ -227,25 +228,23 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNam
             for index in range(experts.num_experts):
                 experts.rename_layers(index, stored.expert_leaves(f"{name}.{index}"))
             if experts.layout.identity:
-                _ignore_unused_rows(model, name, experts)
-
-
-def _ignore_unused_rows(model: nn.Module, name: str, experts: LinearExperts) -> None:
-    """Let Transformers not warn of rows of experts that only pass their input on, which some checkpoints hold."""
-    ignore_unexpected_keys(model, [rf"^{re.escape(f'{name}.{weight}')}$" for weight in experts.layout.weights])
+                # Some checkpoints have weights for identity experts, which no module reads.
+                unread = [rf"^{re.escape(f'{name}.{weight}')}$" for weight in experts.layout.weights]
+                ignore_unexpected_keys(model, unread)
 
 
 def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames) -> bool:
     inside = [key for key in stored.tensors or () if key.startswith(f"{name}.")]
     if inside:
-        return any(key.endswith(PACKED_SUFFIXES) for key in inside)
+        suffixes = (*PACKED_SUFFIXES, *(f".{layout.leaves[0]}" for layout in USER_LAYOUTS.values()))
+        return any(key.endswith(suffixes) for key in inside)
     first = f"{name}.0.{stored.expert_leaves(f'{name}.0').down}"
     in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
     return config.layer(first, in_block, stored.config_names(first)) is not None
 
 
 def _check_dense_experts(model: nn.Module, layers: Mapping[str, LayerFormat], stored: StoredNames) -> None:
-    """Raise ModelError when Transformers would not give a dense expert beside packed ones its weight."""
+    """Raise ModelError when Transformers would not load the weight of an unquantized expert next to packed ones."""
     for prefix, module in model.named_modules():
         if not isinstance(module, LinearExperts):
             continue
@@ -253,14 +252,14 @@ def _check_dense_experts(model: nn.Module, layers: Mapping[str, LayerFormat], st
         lost = next((n for n in usual if n not in layers and f"{n}.weight" in stored.fused_names), None)
         if lost is not None and any(n in layers for n in usual):
             raise ModelError(
-                f"the checkpoint holds {stored.layers[lost]} dense next to packed experts of the same block, and "
-                f"Transformers joins dense experts of that name; call the layer "
-                f"{usual[lost]} in the file and its config, or quantize all experts of a block"
+                f"{stored.layers[lost]} is stored dense next to packed experts of the same block, and Transformers "
+                f"fuses dense experts of that name; rename the layer to {usual[lost]} in the file and its config, or "
+                "quantize all experts of a block"
             )
 
 
 def _untie(model: Any, layers: dict[str, LayerFormat]) -> None:
-    """A packed head has no weight to share with the embedding."""
+    """Remove the tie between a packed head, which has no weight, and the embedding."""
     tied = getattr(model, "all_tied_weights_keys", None)
     if not isinstance(tied, dict):
         return
@@ -269,28 +268,17 @@ def _untie(model: Any, layers: dict[str, LayerFormat]) -> None:
         model.config.tie_word_embeddings = False
 
 
-# The module of each layout: what its tensors are called, which shapes it can have, and how it is made.
-
-# Every tensor that any layout has.
-TENSOR_NAMES = (
-    "qweight", "qzeros", "scales", "g_idx", "bias", "weight", "biases", "weight_scale", "weight_zero_point",
-    "input_scale", "input_zero_point", "weight_packed", "weight_scale_inv", "weight_global_scale", "input_global_scale",
-)  # fmt: skip
-# Endings of names that only quantized layers have.
-PACKED_SUFFIXES = (".qweight", ".scales", ".weight_scale", ".weight_scale_inv")
-
-
 def layout_problem(fmt: LayerFormat, in_features: int, out_features: int) -> str | None:
     """None when a layer of this shape can be stored in `fmt`, or the reason why not."""
     if fmt.scheme is not None:
-        return group_size_mismatch(fmt.scheme, in_features)
+        return fmt.naming.mismatch(fmt.scheme, in_features, out_features)
     if fmt.layout == "int8":
         return None
     return mlx_shape_problem(in_features, fmt) if fmt.layout == "mlx" else shape_problem(in_features, out_features, fmt)
 
 
 def layout_shapes(fmt: LayerFormat, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that a checkpoint must hold for a layer."""
+    """Shapes of the tensors that a checkpoint must have for a layer."""
     if fmt.scheme is not None:
         specs = fmt.naming.specs(fmt.scheme, in_features, out_features)
         return {leaf: shape for leaf, (shape, _) in specs.items()}
@@ -301,32 +289,23 @@ def layout_shapes(fmt: LayerFormat, in_features: int, out_features: int) -> dict
 def build_layer(
     fmt: LayerFormat, weight: torch.Tensor, bias: bool, stored: Mapping[str, torch.dtype], g_idx: bool, backend: str
 ) -> PackedLinear:
-    """An empty module.
+    """An empty module for a layer's layout.
 
     Args:
         weight: [out, in], for its shape, dtype and device; its values are not read.
-        stored: dtypes of the checkpoint's tensors, empty where they are not known.
-        g_idx: whether the checkpoint may hold one, where its tensors are not known.
-        backend: name of the row that was chosen.
+        stored: dtypes of the checkpoint's tensors, empty when they are not known.
+        g_idx: whether the checkpoint may contain one, when its tensors are not known.
+        backend: name of the chosen row.
     """
-    out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
-    dtype, device = weight.dtype, weight.device
+    sizes = (int(weight.shape[1]), int(weight.shape[0]), fmt)
+    usual: dict[str, Any] = {"bias": bias, "dtype": weight.dtype, "device": weight.device}
     if fmt.scheme is not None:
         kind = ScaledMmLinear if backend == SCALED_MM else FloatLinear
-        return kind(in_features, out_features, fmt, bias=bias, dtype=dtype, stored=stored, device=device)
-    scale_dtype = next((stored[t] for t in ("scales", "weight_scale") if t in stored), torch.float16)
+        return kind(*sizes, stored=stored, **usual)
+    usual["scale_dtype"] = next((stored[t] for t in ("scales", "weight_scale") if t in stored), torch.float16)
     if fmt.layout == "int8":
-        return Int8Linear(
-            in_features, out_features, fmt, bias=bias, dtype=dtype, scale_dtype=scale_dtype,
-            input_scale_dtype=stored.get("input_scale"), device=device,
-        )  # fmt: skip
+        return Int8Linear(*sizes, input_scale_dtype=stored.get("input_scale"), **usual)
     if fmt.layout == "mlx":
-        biases = stored["biases"] if stored else bias_storage_dtype(fmt.sym, scale_dtype)
-        return MlxLinear(
-            in_features, out_features, fmt, bias=bias, dtype=dtype, scale_dtype=scale_dtype, biases_dtype=biases,
-            device=device,
-        )  # fmt: skip
-    return QuantLinear(
-        in_features, out_features, fmt, bias=bias, g_idx="g_idx" in stored if stored else g_idx, dtype=dtype,
-        scale_dtype=scale_dtype, device=device,
-    )  # fmt: skip
+        biases = stored["biases"] if stored else bias_storage_dtype(fmt.sym, usual["scale_dtype"])
+        return MlxLinear(*sizes, biases_dtype=biases, **usual)
+    return QuantLinear(*sizes, g_idx="g_idx" in stored if stored else g_idx, **usual)

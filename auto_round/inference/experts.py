@@ -16,18 +16,20 @@ from auto_round.modeling.experts import RoutedExperts
 
 
 class Projection:
-    """One of gate, up and down of all experts; their layers, sizes and kernels are alike."""
+    """The gate, up or down layers of all experts, which have equal sizes and kernels of one class."""
 
     def __init__(self, layers: Sequence[QuantLinear], kernels: Sequence[LinearKernel]) -> None:
         self.layers, self.kernels = list(layers), list(kernels)
         self.joined = type(kernels[0]).join(self.kernels)
         biases = [layer.bias for layer in layers if layer.bias is not None]
-        # One row more, of zeros, for tokens that no expert takes.
+        # The last row, of zeros, is for tokens without an expert.
         self.bias = torch.stack([*biases, torch.zeros_like(biases[0])]) if biases else None
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
-        """x [rows, in], sorted by expert -> [rows, out]. `offsets`: where experts' rows start, on the device, or how
-        many there are."""
+        """x [rows, in] sorted by expert -> [rows, out].
+
+        `offsets`: a tensor of the first row of each expert (see `JoinedKernels`), or a list of rows per expert.
+        """
         if isinstance(offsets, torch.Tensor):
             assert self.joined is not None
             y = self.joined(x, offsets)
@@ -40,7 +42,7 @@ class Projection:
 
 
 class PackedExperts:
-    """What `RoutedExperts` calls instead of its layers, as long as they are as they were when this was made."""
+    """Replaces the calls of single layers in `RoutedExperts` while the layers are unchanged (`is_valid`)."""
 
     def __init__(self, experts: RoutedExperts, projections: dict[str, Projection]) -> None:
         self.experts, self.projections = experts, projections
@@ -53,7 +55,7 @@ class PackedExperts:
         ]
 
     def is_valid(self) -> bool:
-        """Whether every layer is still in its place, with the same kernel, and nobody watches its calls."""
+        """Whether every layer is still in place, with the same kernel and without hooks."""
         return all(
             modules.get(leaf) is layer and layer.__dict__["_kernel"] is expected_kernel
             and not layer._forward_hooks and not layer._forward_pre_hooks
@@ -61,7 +63,7 @@ class PackedExperts:
         )  # fmt: skip
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """x [rows, H] sorted by expert, chosen int64 [rows] -> [rows, H]; zeros where `chosen` is no expert."""
+        """x [rows, H] sorted by expert, chosen int64 [rows] -> [rows, H]; zeros where `chosen` is not an expert."""
         experts = self.experts
         chosen = chosen.clamp(max=experts.num_experts)
         offsets: torch.Tensor | list[int]
@@ -76,18 +78,18 @@ class PackedExperts:
 
 
 def enable_grouped_experts(model: nn.Module) -> int:
-    """Give every `RoutedExperts` under `model` whose layers allow it one call for all; returns how many those are.
+    """Enable grouped calls in every `RoutedExperts` of `model` whose layers support it; returns how many do.
 
-    All experts of a projection must have a kernel of one class and equal sizes, and take their inputs in order.
+    All experts of a projection must have kernels of one class and equal sizes, without a column permutation.
     """
     found = 0
     for experts in model.modules():
         if not isinstance(experts, RoutedExperts):
             continue
         projections = {usual: _projection(experts, usual) for usual in ("gate", "up", "down")[not experts.has_gate :]}
-        whole = {usual: projection for usual, projection in projections.items() if projection is not None}
-        if len(whole) == len(projections):
-            experts.together = PackedExperts(experts, whole)
+        supported = {usual: projection for usual, projection in projections.items() if projection is not None}
+        if len(supported) == len(projections):
+            experts.together = PackedExperts(experts, supported)
             found += 1
     return found
 

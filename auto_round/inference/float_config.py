@@ -1,4 +1,4 @@
-"""Read what a `quantization_config` says about layers of small float types: FP8, MXFP, MXINT, NVFP4."""
+"""Read a `quantization_config`'s values for layers of small float types: FP8, MXFP, MXINT, NVFP4."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from auto_round.codecs.activation import activation_function
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import (
     AUTO_ROUND_FLOATS,
     COMPRESSED_TENSORS_FLOATS,
@@ -14,9 +15,8 @@ from auto_round.layouts.floats import (
     float_family_of,
     float_problem,
 )
-from auto_round.schemes import GroupSize, QuantizationScheme
+from auto_round.schemes import ACTIVATION_KEYS, GroupSize, QuantizationScheme
 
-_ACTIVATIONS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
 _COMPRESSED_TENSORS_PACKING = "auto_round:llm_compressor"
 
 
@@ -26,7 +26,7 @@ def is_float_config(values: Mapping[str, Any]) -> bool:
 
 
 def normalize_native_fp8(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of `quant_method` "fp8" in AutoRound's words; any other as it is.
+    """A config of `quant_method` "fp8", translated to AutoRound's keys; a copy of any other.
 
     Raises UnsupportedError for FP8 models without two-dimensional blocks.
     """
@@ -46,7 +46,7 @@ def normalize_native_fp8(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def float_scheme(values: Mapping[str, Any], where: str) -> QuantizationScheme:
-    """The scheme of a layer.
+    """The scheme of a layer; `where` names it in messages.
 
     Raises:
         UnsupportedError: no such layout, or activations that this version cannot quantize.
@@ -55,15 +55,13 @@ def float_scheme(values: Mapping[str, Any], where: str) -> QuantizationScheme:
     data_type = str(values["data_type"])
     if float_family_of(data_type) == "fp" and values.get("fmt") == "e5m2":
         data_type = "fp8_e5m2"
-    bits = values.get("bits", 4)
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise ConfigError(f"quantization_config has bits={bits!r}, which is not a whole number")
-    acts = {key: values.get(key) for key in _ACTIVATIONS}
+    acts = {key: values.get(key) for key in ACTIVATION_KEYS}
     if isinstance(acts["act_group_size"], list):
         acts["act_group_size"] = tuple(acts["act_group_size"])
     scheme = QuantizationScheme(
-        bits=bits, group_size=_group_size(values, where), sym=bool(values.get("sym", True)), data_type=data_type, **acts
-    )
+        bits=read_int(values, "bits", 4), group_size=_group_size(values, where), sym=bool(values.get("sym", True)),
+        data_type=data_type, **acts,
+    )  # fmt: skip
     problem = float_problem(scheme)
     if problem is not None:
         raise UnsupportedError(f"{where}: {problem}")
@@ -73,24 +71,31 @@ def float_scheme(values: Mapping[str, Any], where: str) -> QuantizationScheme:
 
 
 def naming_of(values: Mapping[str, Any]) -> FloatLayout:
-    """How the tensors of FP8 layers are called under a config's `packing_format`."""
-    return (
-        COMPRESSED_TENSORS_FLOATS if values.get("packing_format") == _COMPRESSED_TENSORS_PACKING else AUTO_ROUND_FLOATS
-    )
+    """The tensor names of FP8 layers under a config's `packing_format`."""
+    compressed = values.get("packing_format") == _COMPRESSED_TENSORS_PACKING
+    return COMPRESSED_TENSORS_FLOATS if compressed else AUTO_ROUND_FLOATS
 
 
-def scheme_values(scheme: QuantizationScheme, naming: FloatLayout) -> dict[str, Any]:
-    """The values that `float_scheme` and `naming_of` read, for entries that change some of them."""
+def scheme_values(scheme: QuantizationScheme, naming: Layout) -> dict[str, Any]:
+    """The inverse of `float_scheme` and `naming_of`: the values that a layer's own entry overrides."""
     size = scheme.group_size
     packing = {"packing_format": _COMPRESSED_TENSORS_PACKING} if naming is COMPRESSED_TENSORS_FLOATS else {}
     return {
         "bits": scheme.bits, "sym": scheme.sym, "data_type": scheme.data_type, **packing,
-        "group_size": list(size) if isinstance(size, tuple) else size, **{key: scheme[key] for key in _ACTIVATIONS},
+        "group_size": list(size) if isinstance(size, tuple) else size, **{key: scheme[key] for key in ACTIVATION_KEYS},
     }  # fmt: skip
 
 
+def read_int(values: Mapping[str, Any], key: str, default: int) -> int:
+    """The whole number at `key`. Raises ConfigError for anything else."""
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"quantization_config has {key}={value!r}, which is not a whole number")
+    return value
+
+
 def _group_size(values: Mapping[str, Any], where: str) -> GroupSize:
-    """The group size as it is. Blocks and whole tensors are told beside it where Transformers checks it."""
+    """The group size; `weight_strategy` and `weight_block_size` take precedence over the key `group_size`."""
     if values.get("weight_strategy") == "tensor":
         return 0
     size = values.get("weight_block_size") or values.get("group_size", 32)

@@ -1,13 +1,13 @@
-"""What Transformers must know to load and save a packed checkpoint: names, unexpected keys, scales, config.
+"""Adapt a packed checkpoint to Transformers: names, unexpected keys, cache scales, saved config.
 
 - `read_names` maps the checkpoint's tensor names to module names. Transformers renames what it reads: Mixtral's
-  `block_sparse_moe.experts.0.w1.qweight` goes to `mlp.experts.0.w1.qweight`. A quantization_config uses the names
-  in the files.
-- `ignore_unexpected_keys` lists tensors that a model does not read, so that it opens without a warning.
-- `register_cache_scales` keeps the static scales of an FP8 key-value cache. Transformers has no such cache; the
+  `block_sparse_moe.experts.0.w1.qweight` becomes `mlp.experts.0.w1.qweight`. A quantization_config uses the names in
+  the files.
+- `ignore_unexpected_keys` suppresses the warning about tensors that a model does not read.
+- `register_cache_scales` loads the static scales of an FP8 key-value cache. Transformers has no such cache; the
   scales are only saved again.
 - `normalize_saved_config` rewrites a GPTQ or AWQ config with AutoRound's keys before the model is saved.
-  Transformers saves it with quant_method "auto-round", and readers of that look only for `packing_format`,
+  Transformers saves it with quant_method "auto-round", whose readers only use `packing_format`,
   `block_name_to_quantize` and `extra_config`.
 """
 
@@ -33,17 +33,23 @@ from auto_round.modeling.conversions import DEFAULT_EXPERT_NAMES, Conversions, E
 from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles
 
 _EXPERT = re.compile(r"^(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
+_IGNORED_KEYS = "_keys_to_ignore_on_load_unexpected"
+CACHE_SCALE_NAMES = ("k_scale", "q_scale", "v_scale")
+_DROPPED_KEYS = (
+    *GPTQ_AWQ_KEYS, "damp_percent", "lm_head", "quant_block_list", "to_quant_block_names", "true_sequential",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StoredNames:
-    """What the files of a model hold. Build it with `read_names`.
+    """The tensors of a checkpoint and their names. Build it with `read_names`.
 
     Attributes:
-        tensors: by the name in the model; None where the files cannot be found.
+        tensors: by the name in the model; None when the files cannot be found.
         mapping: Transformers' conversions of the model.
-        layers: what the files call a module, by its name in the model, where that differs.
-        joined: names in the model of dense tensors that Transformers makes one of, whatever module waits for them.
+        layers: name in the model -> name in the files of each module where they differ.
+        fused_names: names in the model of dense tensors that Transformers fuses, whether or not the model has fused
+            experts.
     """
 
     tensors: dict[str, StoredTensor] | None
@@ -52,7 +58,7 @@ class StoredNames:
     fused_names: frozenset[str] = frozenset()
 
     def config_names(self, layer: str) -> tuple[str, ...]:
-        """The names under which a quantization_config may speak of the module `layer`, the likeliest first."""
+        """The names that a quantization_config may use for the module `layer`, the most likely first."""
         names = [self.layers[layer]] if layer in self.layers else []
         expert = _EXPERT.match(layer)
         if expert is None:
@@ -64,7 +70,7 @@ class StoredNames:
         return tuple(dict.fromkeys((*names, layer)))
 
     def expert_leaves(self, expert: str) -> ExpertLayerNames:
-        """How the files call the matrices of the module `expert`, such as `model.layers.0.mlp.experts.0`."""
+        """The names in the files of the matrices of the module `expert`, such as `model.layers.0.mlp.experts.0`."""
         if self.tensors is None:
             return self._family_leaves
         pairs = zip(self._family_leaves, DEFAULT_EXPERT_NAMES, strict=True)
@@ -72,7 +78,7 @@ class StoredNames:
 
     @cached_property
     def owners(self) -> set[str]:
-        """Names in the model of the modules that the files have tensors for."""
+        """Names in the model of the modules that have tensors in the files."""
         return {name.rpartition(".")[0] for name in self.tensors or ()}
 
     @cached_property
@@ -94,7 +100,7 @@ class StoredNames:
 
 
 def read_names(model: nn.Module, files: Mapping[str, StoredTensor] | None) -> StoredNames:
-    """`files`, the tensors of a checkpoint by their names there, for `model`, whose experts may be fused or not."""
+    """Map `files`, the tensors of a checkpoint by their names there, to the names in `model`."""
     if files is None:
         return StoredNames(None, conversions_of(model, legacy=False))
     from transformers.core_model_loading import dot_natural_key
@@ -117,7 +123,7 @@ def read_names(model: nn.Module, files: Mapping[str, StoredTensor] | None) -> St
 
 
 def _fit_prefix(name: str, prefix: str | None, modules: set[str]) -> str:
-    """`name` with the base model's prefix, or without it, where only that leads to a module."""
+    """`name` with the base model's prefix added or removed if only that names a module."""
     if prefix is None or _names_module(name, modules):
         return name
     other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
@@ -125,7 +131,7 @@ def _fit_prefix(name: str, prefix: str | None, modules: set[str]) -> str:
 
 
 def _record_file_name(layers: dict[str, str], module: str, stored: str) -> None:
-    """Note what the files call a module, and the experts that it is one of."""
+    """Record the name in the files of a module, and of the experts that contain it."""
     layers.setdefault(module, stored)
     module_match, stored_match = _EXPERT.match(module), _EXPERT.match(stored)
     if module_match is not None and stored_match is not None:
@@ -138,22 +144,18 @@ def _names_module(tensor: str, modules: set[str]) -> bool:
 
 
 def checkpoint_tensors(model: Any) -> dict[str, StoredTensor] | None:
-    """Names, shapes and dtypes of the checkpoint's tensors, or None where its files cannot be found.
+    """Names, shapes and dtypes of the checkpoint's tensors, or None when its files cannot be found.
 
-    Transformers does not hand its list of files on, so they are looked up again: a local folder, or the Hub's cache at
-    the commit that was resolved. They only serve to check the config and to pick dtypes.
+    Transformers does not pass on its list of files, so they are looked up again: in the local folder, or in the Hub's
+    cache at the resolved commit. They are used to check the config and to choose dtypes.
     """
     config = model.config
     where = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
     if not where:
         return None
-    folder: Path | None = Path(where)
-    if not Path(where).is_dir():
-        folder = _cached_folder(str(where), getattr(config, "_commit_hash", None))
-    if folder is None:
-        return None
+    folder = Path(where) if Path(where).is_dir() else _cached_folder(str(where), getattr(config, "_commit_hash", None))
     try:
-        return TensorFiles.open(folder).tensors
+        return None if folder is None else TensorFiles.open(folder).tensors
     except ModelError as error:
         logger.debug("checkpoint not inspected: %s", error)
         return None
@@ -173,37 +175,25 @@ def _cached_folder(repo: str, revision: str | None) -> Path | None:
     return None
 
 
-# Telling Transformers which tensors of a checkpoint a model does not read, so that it opens without a warning.
-
-_IGNORED_KEYS = "_keys_to_ignore_on_load_unexpected"
-
-
 def ignore_unexpected_keys(model: Any, patterns: Iterable[str]) -> None:
-    """Tensors whose names match one of these regular expressions are passed over when this model is loaded.
+    """Ignore tensors whose names match one of these regular expressions when this model is loaded.
 
-    Transformers joins what is set here with more of its own: a list in 5.3 to 5.8, in 5.12 and newer a set, which a
-    model then holds from its start. The other kind would be a TypeError when the model is loaded.
+    Transformers adds patterns of its own: to a list in 5.3 to 5.8, in 5.12 and newer to a set, which a model has from
+    its construction. The other type raises a TypeError in Transformers.
     """
     before = getattr(model, _IGNORED_KEYS, None)
     merged = dict.fromkeys([*(before or ()), *patterns])
     setattr(model, _IGNORED_KEYS, set(merged) if isinstance(before, (set, frozenset)) else list(merged))
 
 
-# Static scales of keys, values and queries in a checkpoint: read into the model, and kept when it is saved again.
-#
-# They are for runtimes with a key-value cache in FP8. Transformers has no such cache; nothing here uses them.
-
-CACHE_SCALE_NAMES = ("k_scale", "q_scale", "v_scale")
-
-
 def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, StoredTensor] | None) -> int:
-    """Give attention modules a buffer for every scale that the checkpoint holds; returns how many.
+    """Register a buffer in the attention modules for every k_scale, v_scale and q_scale of the checkpoint; returns how
+    many.
 
     Args:
-        model: the skeleton; buffers are put where its attention's parameters are, usually on meta.
+        model: the model, usually on meta; buffers are created on the device of the attention's parameters.
         config: its `quantization_config`, a mapping or an object.
-        files: the checkpoint's tensors; where they are not known and the config speaks of scales, they are left out
-            when it is read, without a warning.
+        files: the checkpoint's tensors; when they are not known, scales that the config announces are ignored.
     """
     found = 0
     for attention in find_attention(model) if files is not None else ():
@@ -220,29 +210,14 @@ def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, Sto
     return found
 
 
-# A GPTQ or AWQ config in AutoRound's words, for a model that is saved again.
-#
-# Transformers saves such a config with quant_method "auto-round", and readers of that look for `packing_format`,
-# `block_name_to_quantize` and `extra_config` only.
-
-_DROPPED_KEYS = (
-    *GPTQ_AWQ_KEYS,
-    "damp_percent",
-    "lm_head",
-    "quant_block_list",
-    "to_quant_block_names",
-    "true_sequential",
-)
-
-
 def normalize_saved_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
-    """Rewrite `model.config.quantization_config` in place when it is an object that speaks GPTQ's or AWQ's language.
-    None keeps the backend that was asked for: a saved model may be opened where there are others.
+    """Rewrite a `model.config.quantization_config` with GPTQ's or AWQ's keys in place, with AutoRound's keys.
 
-    A plain mapping is left alone: it belongs to somebody who has not passed it through Transformers.
+    Resets the requested backend in any case, since a saved model may be opened on another machine. A plain mapping,
+    which did not come from Transformers, is not changed.
 
     Args:
-        names: reads what the files call the layers; Transformers saves them under those names again.
+        names: reads the names of the layers in the files, under which Transformers saves them again.
     """
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored is None or isinstance(stored, dict):

@@ -1,7 +1,7 @@
 """Linear layers that keep packed weights and dequantize them in plain PyTorch: int8, MLX and small floats.
 
-`PackedLinear` is their base class, and that of `qlinear.QuantLinear`. Buffers are named and shaped as in the
-checkpoint. Layers with quantized inputs (int8, FP8, MXFP, NVFP) quantize them before the product.
+`PackedLinear` is their base class, and that of `qlinear.QuantLinear`. Layers with quantized inputs (int8, FP8, MXFP,
+NVFP) quantize them before the product.
 """
 
 from __future__ import annotations
@@ -18,20 +18,29 @@ from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.quantized_layer import QuantizedLayer, dequantize_codes, group_count
 from auto_round.errors import ModelError
 from auto_round.inference.config import LayerFormat
+from auto_round.layouts.floats import FloatLayout
 from auto_round.layouts.mlx import mlx_words, mlx_zero_points, unpack_mlx
 from auto_round.layouts.packed_int import stored_codes
 from auto_round.schemes import QuantizationScheme
 
-# Private to PyTorch; where a probe is missing the safe answer is float32.
-_PROBES = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+# Private operators of PyTorch that tell whether the CPU has matrix instructions for a dtype.
+_CPU_CHECKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+# Name of the group of backends in plain PyTorch.
+TORCH_BACKEND = "torch"
+# Weights of the MLX layout dequantized at once: bounds the temporary copies.
+_CHUNK = 1 << 22
+# Dtypes in which a file may store the scales of a small float layer.
+_WIDE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.lru_cache(maxsize=2)
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has matrix instructions for a half precision. Without them it is emulated, several times
-    slower than float32."""
-    probe = getattr(torch.ops.mkldnn, _PROBES.get(dtype, ""), None)
-    return bool(probe()) if probe is not None else False
+    """Whether this CPU has matrix instructions for a half-precision dtype; False when PyTorch cannot tell.
+
+    Without them products are emulated, several times slower than in float32.
+    """
+    check = getattr(torch.ops.mkldnn, _CPU_CHECKS.get(dtype, ""), None)
+    return bool(check()) if check is not None else False
 
 
 def compute_dtype_for(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
@@ -39,15 +48,9 @@ def compute_dtype_for(device: torch.device | str, dtype: torch.dtype) -> torch.d
 
     float32 represents every float16 and bfloat16 value, so no weight changes.
     """
-    if torch.device(device).type != "cpu" or dtype not in _PROBES:
+    if torch.device(device).type != "cpu" or dtype not in _CPU_CHECKS:
         return dtype
     return dtype if cpu_multiplies(dtype) else torch.float32
-
-
-# What linear layers with packed weights share, whatever their layout.
-
-TORCH_BACKEND = "torch"
-"""Backends in plain PyTorch, by the name of their group."""
 
 
 class PackedLinear(nn.Module):
@@ -55,24 +58,36 @@ class PackedLinear(nn.Module):
 
     Attributes:
         words: name of the buffer that holds the codes.
-        kept: names of buffers that keep the file's dtype when the module is cast: rounding float16 scales to bfloat16
-            would damage every weight.
+        uncast_buffers: names of buffers that keep the file's dtype when the module is cast: rounding float16 scales to
+            bfloat16 would damage every weight.
         backend: name of the table's row that runs it.
     """
 
     words: str
     uncast_buffers: tuple[str, ...]
-    in_features: int
-    out_features: int
-    format: LayerFormat
-    bits: int
-    dtype: torch.dtype
     bias: torch.Tensor | None
     backend: str = TORCH_BACKEND
 
+    def __init__(
+        self, in_features: int, out_features: int, fmt: LayerFormat, *, bias: bool, dtype: torch.dtype,
+        device: torch.device | str | None, buffers: Mapping[str, tuple[tuple[int, ...], torch.dtype] | None],
+    ) -> None:  # fmt: skip
+        """An empty layer.
+
+        Args:
+            bias: whether it has one, [out] in `dtype`.
+            dtype: of the model.
+            buffers: shape and dtype by name; None for one that this layer does not have.
+        """
+        super().__init__()
+        self.in_features, self.out_features, self.format = in_features, out_features, fmt
+        self.bits, self.dtype = fmt.bits, dtype
+        for name, spec in {**buffers, "bias": ((out_features,), dtype) if bias else None}.items():
+            self.register_buffer(name, None if spec is None else torch.zeros(spec[0], dtype=spec[1], device=device))
+
     @property
     def activation(self) -> ActivationQuantizer | None:
-        """What is done to the inputs before the product, None for nothing."""
+        """The quantizer of the inputs; None when they are not quantized."""
         return None
 
     @abstractmethod
@@ -80,7 +95,7 @@ class PackedLinear(nn.Module):
         """The exact (codes uint8 [out, in], scales [out, groups] as stored, zero points uint8 [out, groups])."""
 
     def layer(self, name: str) -> QuantizedLayer:
-        """What the buffers hold, as it was before it was packed; without the bias."""
+        """The quantized layer that the buffers hold, without the bias."""
         codes, scale, zero = self.unpack()
         step = self.activation
         return QuantizedLayer(
@@ -89,22 +104,22 @@ class PackedLinear(nn.Module):
             act_zero_point=None if step is None else step.zero_point,
         )  # fmt: skip
 
-    @abstractmethod
-    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W transposed, [in, out]."""
-
     @torch.no_grad()
     def prepare(self, name: str = "") -> None:
-        """Call once the buffers are filled. `name` is for messages. Raises ModelError for what cannot be run."""
+        """Check the filled buffers. `name` is for messages. Raises ModelError for values that cannot be run."""
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the codes are here; offloaded layers are on meta until they run."""
+        """Whether the codes are in memory; offloaded layers are on meta until they run."""
         return not self.get_buffer(self.words).is_meta
 
+    @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W [out, in]: `scale * (code - zero)` computed in float32 and rounded once to `dtype`."""
-        return self._dense(dtype).T
+
+    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """W transposed, [in, out]."""
+        return self.dequantize(dtype).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         compute = compute_dtype_for(x.device, x.dtype)
@@ -114,8 +129,8 @@ class PackedLinear(nn.Module):
         return y.to(x.dtype)
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer on inputs that are quantized first: as an ordinary linear layer computes it, to the last bit,
-        because rounding inputs to codes magnifies any difference."""
+        """The product with quantized inputs, bit for bit that of `nn.Linear`: rounding inputs to codes magnifies any
+        difference."""
         step = self.activation
         x = x if step is None else step(x)
         compute = compute_dtype_for(x.device, x.dtype)
@@ -140,15 +155,11 @@ class PackedLinear(nn.Module):
         )
 
 
-# A linear layer with int8 weights that quantizes its inputs, in plain PyTorch on any device.
-
-
 class Int8Linear(PackedLinear):
-    """y = q(x) W^T + bias, with W [out, in] one signed byte a weight and q the quantization of inputs.
+    """y = q(x) W^T + bias, with W [out, in] one signed byte per weight and q the quantization of inputs.
 
-    Buffers, named and shaped as in the checkpoint: `weight` int8 [out, in], `weight_scale` [out, groups],
-    `weight_zero_point` int8 [out, groups] when asymmetric, `input_scale` [1] and `input_zero_point` int8 [1] for static
-    inputs, `bias` [out] in the model's dtype. Scales keep the file's dtype when the module is cast.
+    Buffers: `weight` int8 [out, in], `weight_scale` [out, groups], `weight_zero_point` int8 [out, groups] when
+    asymmetric, and for static inputs `input_scale` [1] and `input_zero_point` int8 [1].
     """
 
     words: str = "weight"
@@ -164,22 +175,13 @@ class Int8Linear(PackedLinear):
         dtype: torch.dtype = torch.float32, scale_dtype: torch.dtype = torch.float16,
         input_scale_dtype: torch.dtype | None = None, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.in_features, self.out_features, self.format = in_features, out_features, fmt
-        self.bits, self.dtype = fmt.bits, dtype
-        groups = group_count(in_features, fmt.group_size)
-        activation = fmt.activation
-        static = activation is not None and not activation.dynamic
-        buffers: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {
-            "weight": ((out_features, in_features), torch.int8),
-            "weight_scale": ((out_features, groups), scale_dtype),
-            "weight_zero_point": None if fmt.sym else ((out_features, groups), torch.int8),
-            "input_scale": ((1,), input_scale_dtype or dtype) if static else None,
-            "input_zero_point": ((1,), torch.int8) if static and activation and not activation.sym else None,
-            "bias": ((out_features,), dtype) if bias else None,
-        }
-        for name, spec in buffers.items():
-            self.register_buffer(name, None if spec is None else torch.zeros(spec[0], dtype=spec[1], device=device))
+        shapes = int8_shapes(in_features, out_features, fmt)
+        dtypes = {
+            "weight": torch.int8, "weight_scale": scale_dtype, "weight_zero_point": torch.int8,
+            "input_scale": input_scale_dtype or dtype, "input_zero_point": torch.int8,
+        }  # fmt: skip
+        buffers = {leaf: (shapes[leaf], kind) if leaf in shapes else None for leaf, kind in dtypes.items()}
+        super().__init__(in_features, out_features, fmt, bias=bias, dtype=dtype, device=device, buffers=buffers)
 
     @torch.no_grad()
     def prepare(self, name: str = "") -> None:
@@ -209,9 +211,6 @@ class Int8Linear(PackedLinear):
         zeros = 0 if self.weight_zero_point is None else self.weight_zero_point
         return dequantize_codes(self.weight, self.weight_scale, zeros, self.format.group_size).to(dtype)
 
-    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.dequantize(dtype).T
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
 
@@ -229,17 +228,10 @@ def int8_shapes(in_features: int, out_features: int, fmt: LayerFormat) -> dict[s
     return shapes
 
 
-# A linear layer in the MLX layout, in plain PyTorch on any device.
-
-# Weights dequantized at once: bounds the temporary copies.
-_CHUNK = 1 << 22
-
-
 class MlxLinear(PackedLinear):
     """y = x W^T + bias with W = scales * code + biases.
 
-    Buffers: `weight` uint32 [out, in*bits/32], `scales` and `biases` [out, groups] in the file's dtypes, `bias` [out]
-    in the model's dtype.
+    Buffers: `weight` uint32 [out, in*bits/32], `scales` and `biases` [out, groups] in the file's dtypes.
     """
 
     words: str = "weight"
@@ -253,14 +245,9 @@ class MlxLinear(PackedLinear):
         dtype: torch.dtype = torch.float32, scale_dtype: torch.dtype = torch.float16,
         biases_dtype: torch.dtype = torch.float16, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.in_features, self.out_features, self.format = in_features, out_features, fmt
-        self.bits, self.dtype = fmt.bits, dtype
-        shapes = mlx_shapes(in_features, out_features, fmt)
-        self.register_buffer("weight", torch.zeros(shapes["weight"], dtype=torch.uint32, device=device))
-        self.register_buffer("scales", torch.zeros(shapes["scales"], dtype=scale_dtype, device=device))
-        self.register_buffer("biases", torch.zeros(shapes["biases"], dtype=biases_dtype, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        dtypes = {"weight": torch.uint32, "scales": scale_dtype, "biases": biases_dtype}
+        buffers = {leaf: (shape, dtypes[leaf]) for leaf, shape in mlx_shapes(in_features, out_features, fmt).items()}
+        super().__init__(in_features, out_features, fmt, bias=bias, dtype=dtype, device=device, buffers=buffers)
 
     @torch.no_grad()
     def prepare(self, name: str = "") -> None:
@@ -271,7 +258,7 @@ class MlxLinear(PackedLinear):
         return unpack_mlx(self.weight, self.bits), self.scales, mlx_zero_points(self.scales, self.biases)
 
     @torch.no_grad()
-    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         dense = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
         step = max(1, _CHUNK // self.in_features)
         groups = self.scales.shape[1]
@@ -280,7 +267,7 @@ class MlxLinear(PackedLinear):
             values = unpack_mlx(self.weight[rows], self.bits).view(-1, groups, self.in_features // groups).float()
             values.mul_(self.scales[rows].float().unsqueeze(-1)).add_(self.biases[rows].float().unsqueeze(-1))
             dense[rows] = values.view(-1, self.in_features)
-        return dense.T
+        return dense
 
 
 def mlx_shapes(in_features: int, out_features: int, fmt: LayerFormat) -> dict[str, tuple[int, ...]]:
@@ -300,16 +287,12 @@ def mlx_shape_problem(in_features: int, fmt: LayerFormat) -> str | None:
     return None if in_features * fmt.bits % 32 == 0 else f"in_features={in_features} does not fill whole words"
 
 
-# Linear layers with weights of the small float types, and the hardware's own FP8 product where there is one.
-
-_WIDE = (torch.float32, torch.bfloat16, torch.float16)
-
-
 class FloatLinear(PackedLinear):
-    """y = q(x) W^T + bias, with W [out, in] of a small float type and q the quantization of inputs, if any.
+    """y = q(x) W^T + bias, with W [out, in] of a small float type or in a plugin's `Layout`, and q the quantization of
+    inputs, if any.
 
-    Buffers are named and shaped as in the checkpoint, see `export.float_layouts`; all but `bias` keep the file's dtype
-    when the module is cast. In plain PyTorch, on any device: weights are dequantized for each call.
+    Buffers: see `fmt.naming`; all but `bias` keep the file's dtype when the module is cast. Weights are dequantized for
+    each call.
     """
 
     scheme: QuantizationScheme
@@ -320,23 +303,21 @@ class FloatLinear(PackedLinear):
         dtype: torch.dtype = torch.float32, stored: Mapping[str, torch.dtype] | None = None,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        """`stored`: dtypes of the file's tensors; scales kept in another float dtype than the usual one are taken."""
-        super().__init__()
+        """`stored`: dtypes of the file's tensors; scales may have another wide float dtype than the layout's."""
         assert fmt.scheme is not None
-        self.in_features, self.out_features, self.format, self.scheme = in_features, out_features, fmt, fmt.scheme
-        self.bits, self.dtype = fmt.bits, dtype
         specs = fmt.naming.specs(fmt.scheme, in_features, out_features)
-        self.uncast_buffers = tuple(specs)
-        self.words = self.uncast_buffers[0]
+        words = next(iter(specs))
+        buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, (shape, usual) in specs.items():
             kind = (stored or {}).get(name, usual)
-            if name == self.words or usual.itemsize == 1 or kind not in _WIDE:
-                kind = usual  # the meaning of single bytes hangs on their dtype
-            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+            # Codes and scales of one byte are defined by their dtype.
+            replaceable = name != words and usual.itemsize > 1 and kind in _WIDE
+            buffers[name] = shape, kind if replaceable else usual
+        super().__init__(in_features, out_features, fmt, bias=bias, dtype=dtype, device=device, buffers=buffers)
+        self.scheme, self.words, self.uncast_buffers = fmt.scheme, words, tuple(specs)
 
     def check_dtypes(self, name: str, stored: Mapping[str, torch.dtype]) -> None:
-        """Raise ModelError when a tensor of the file has another dtype than the buffer that is to hold it."""
+        """Raise ModelError when a tensor of the file has another dtype than its buffer."""
         for leaf in self.uncast_buffers:
             wanted = self.get_buffer(leaf).dtype
             if stored.get(leaf, wanted) != wanted:
@@ -350,7 +331,10 @@ class FloatLinear(PackedLinear):
         """Raises ModelError when a scale is not finite."""
         for leaf in self.uncast_buffers[1:]:
             scale = self.get_buffer(leaf)
-            finite = scale != 255 if scale.dtype == torch.uint8 else torch.isfinite(scale.float())
+            if scale.dtype == torch.uint8 and isinstance(self.format.naming, FloatLayout):
+                finite = scale != 255  # E8M0
+            else:
+                finite = torch.isfinite(scale.float())
             if not bool(finite.all()):
                 raise ModelError(f"{name or 'layer'}: {leaf} holds NaN or Inf; fetch the files again")
 
@@ -378,35 +362,31 @@ class FloatLinear(PackedLinear):
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """W [out, in]: computed in float32 and rounded once to `dtype`."""
         return self.layer("").dequantize(dtype)
-
-    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.dequantize(dtype).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
 
 
 class ScaledMmLinear(FloatLinear):
-    """FP8 weights with a scale a channel or for all, and static inputs, by `torch._scaled_mm`: FP8 times FP8, added up
-    in float32 by the hardware (CUDA, compute capability 8.9 and above).
+    """FP8 weights with scales per channel or tensor and static inputs, by `torch._scaled_mm`: FP8 products with float32
+    sums in hardware (CUDA, compute capability 8.9 and above).
 
-    Shapes that the hardware does not take, and other devices, are computed as in `FloatLinear`.
+    Falls back to `FloatLinear` for shapes that the hardware does not support, and on other devices.
     """
 
     weight: torch.Tensor
     input_scale: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The kernels work on tiles of 16.
+        # The hardware works on tiles of 16.
         if x.device.type != "cuda" or self.in_features % 16 or self.out_features % 16 or x.numel() == 0:
             return self.linear(x)
         return self.multiply(x)
 
     @torch.no_grad()
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [..., in] to [..., out] in its dtype. Scales are applied to the float32 sums."""
+        """x [..., in] -> [..., out] in the dtype of `x`. Scales are applied to the float32 sums."""
         top = torch.finfo(self.weight.dtype).max
         scale = self.input_scale.float().reshape(())
         codes = (x.reshape(-1, self.in_features).float() / scale).clamp_(-top, top).to(self.weight.dtype)

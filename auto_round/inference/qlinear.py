@@ -1,7 +1,7 @@
 """QuantLinear: a linear layer with packed integer weights in GPTQ or AWQ layout.
 
 Without a kernel it dequantizes the weight for each call, in plain PyTorch on any device; with one, the kernel
-holds the codes in its own layout and computes the product.
+stores the codes in its own layout and computes the product.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from auto_round.codecs.quantized_layer import group_count
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, kernel_class
@@ -21,22 +22,20 @@ from auto_round.layouts.bit_stream import packs_evenly, period, unpack_words, wo
 from auto_round.layouts.gptq import pack_gptq, unpack_gptq, unpack_gptq_zeros
 from auto_round.logger import warn_once
 
-# Weights dequantized at once: bounds the temporary copies, which take about 9 bytes for each.
+# Weights dequantized at once: bounds the temporary copies, about 9 bytes per weight.
 _CHUNK = 1 << 22
 
 
 class QuantLinear(PackedLinear):
     """y = x W^T + bias with W [out, in] packed in GPTQ or AWQ layout.
 
-    Buffers, named and shaped as in the checkpoint: `qweight` and `qzeros` int32, `scales` [groups, out] in the file's
-    dtype, `bias` [out] in the model's dtype, and `g_idx` int32 [in] where the file has one. `scales` keeps its dtype
-    when the module is cast: rounding float16 scales to bfloat16 would damage every weight.
+    Buffers: `qweight` and `qzeros` int32, `scales` [groups, out] in the file's dtype, and `g_idx` int32 [in] where the
+    file has one.
 
-    With a kernel (`use_kernel`) the codes lie in the kernel's layout only, and `qweight` is None; what is saved is
-    always the checkpoint's layout.
+    With a kernel (`use_kernel`) the codes are stored in the kernel's layout only, and `qweight` is None; the state dict
+    always has the checkpoint's layout.
 
-    Raises:
-        UnsupportedError: the shape does not fill whole words.
+    Raises UnsupportedError when the shape does not fill whole words.
     """
 
     words: str = "qweight"
@@ -51,35 +50,28 @@ class QuantLinear(PackedLinear):
         dtype: torch.dtype = torch.float32, scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.in_features, self.out_features, self.format = in_features, out_features, fmt
-        self.bits, self.dtype = fmt.bits, dtype
-        self.group_size = fmt.group_size if 0 < fmt.group_size < in_features else in_features
-        self.groups = -(-in_features // self.group_size)
+        dtypes = {"qweight": torch.int32, "qzeros": torch.int32, "scales": scale_dtype}
         shapes = expected_shapes(in_features, out_features, fmt)
-        self.register_buffer("qweight", torch.zeros(shapes["qweight"], dtype=torch.int32, device=device))
-        self.register_buffer("qzeros", torch.zeros(shapes["qzeros"], dtype=torch.int32, device=device))
-        self.register_buffer("scales", torch.zeros(shapes["scales"], dtype=scale_dtype, device=device))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        buffers = {leaf: (shapes[leaf], kind) for leaf, kind in dtypes.items()}
+        super().__init__(in_features, out_features, fmt, bias=bias, dtype=dtype, device=device, buffers=buffers)
+        self.group_size = fmt.columns_per_scale(in_features)
+        self.groups = -(-in_features // self.group_size)
         self.register_buffer("g_idx", self.default_g_idx(device) if g_idx else None)
         self._in_order = not g_idx
-        #: "module:Class" of the kernel that the loader chose for it, and the kind of device that it was chosen for.
+        # "module:Class" of the kernel that the loader chose for this layer, and the kind of device that it runs on.
         self.kernel_path, self.kernel_device = "", ""
         self._loaded = False
-        # Not a submodule: its buffers are no part of the checkpoint, and it moves by being built anew.
+        # In a list, not a submodule: its buffers are not in the checkpoint, and a move to another device rebuilds it.
         self._kernel: list[LinearKernel] = []
         self._order: torch.Tensor | None = None
 
     def default_g_idx(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """int32 [in]: the group of each input column when groups follow each other."""
+        """int32 [in]: the group of each input column when groups are contiguous."""
         return torch.arange(self.in_features, dtype=torch.int32, device=device) // self.group_size
 
     @torch.no_grad()
     def prepare(self, name: str = "") -> None:
-        """Call once the buffers are filled: checks `g_idx`, and notes whether it is the plain order.
-
-        Raises ModelError when `g_idx` points outside the groups.
-        """
+        """Check whether groups are contiguous. Raises ModelError when `g_idx` points outside the groups."""
         if self.g_idx is None:
             return
         self._in_order = torch.equal(self.g_idx, self.default_g_idx(self.g_idx.device))
@@ -88,29 +80,25 @@ class QuantLinear(PackedLinear):
 
     @property
     def kernel(self) -> LinearKernel | None:
-        """What runs the layer, None for plain PyTorch."""
+        """The kernel that runs the layer, None for plain PyTorch."""
         return self._kernel[0] if self._kernel else None
 
     @property
     def in_order(self) -> bool:
-        """Whether the kernel takes the inputs as they come."""
+        """Whether the kernel takes input columns in the layer's order, without a permutation."""
         return self._order is None
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the codes are here; offloaded layers are on meta until they run."""
         return self.qweight is None or not self.qweight.is_meta
 
     def spec(self) -> LayerSpec:
-        """The layer as a kernel is asked about it."""
-        return LayerSpec(
-            self.bits, self.group_size, self.format.sym, self.in_features, self.out_features, self.dtype,
-            self.scales.device.type,
-        )  # fmt: skip
+        """The properties of the layer that decide whether a kernel can run it."""
+        return self.format.spec(self.in_features, self.out_features, self.dtype, self.scales.device.type)
 
     def start_kernel(self, name: str = "") -> None:
-        """Once the layer is loaded: build the kernel that was chosen for it, if there is one and the layer is on the
-        device that it is for. From now on it is built anew when the layer comes back to that device."""
+        """Build the kernel that was chosen for the loaded layer, if the layer is on the kernel's device. From now on it
+        is rebuilt whenever the layer moves back to that device."""
         self._loaded = True
         if not self.kernel_path or self._kernel or self.scales.device.type != self.kernel_device:
             return
@@ -123,9 +111,10 @@ class QuantLinear(PackedLinear):
 
     @torch.no_grad()
     def use_kernel(self, kind: type[LinearKernel]) -> None:
-        """Hand the codes over to a kernel, once they are loaded and `prepare` has been called. A kernel never sees
-        `g_idx`: columns are sorted by group, and inputs with them. UnsupportedError when the kernel finds, with the
-        values before it, that it cannot run the layer; nothing has changed then."""
+        """Move the codes to a kernel, after `prepare`. With `g_idx`, columns and later the inputs are sorted by group.
+
+        Raises UnsupportedError, and changes nothing, when the kernel cannot run a layer with these values.
+        """
         codes, scales, zeros = self.unpack()
         order = None
         if self.g_idx is not None and not self._in_order:
@@ -136,16 +125,15 @@ class QuantLinear(PackedLinear):
 
     @torch.no_grad()
     def drop_kernel(self) -> None:
-        """Back to the checkpoint's layout and plain PyTorch."""
+        """Return to the checkpoint's layout and plain PyTorch."""
         if self._kernel:
             self.qweight, self._kernel, self._order = self._packed_codes(), [], None
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The exact (codes uint8 [out, in], scales [out, groups] as stored, zero points uint8 [out, groups])."""
         return self._codes(), self.scales.T.contiguous(), self._zero_rows().T.contiguous()
 
     def _codes(self) -> torch.Tensor:
-        """uint8 [out, in], in the order of the inputs."""
+        """uint8 [out, in], in the layer's column order."""
         if self._kernel:
             codes = self._kernel[0].codes()
             if self._order is None:
@@ -168,12 +156,12 @@ class QuantLinear(PackedLinear):
         return pack_gptq(codes, zeros, self.bits, self.format.zero_offset)[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Kernels have no derivative; the dense product has.
+        # Kernels have no backward pass.
         if not self._kernel or (x.requires_grad and torch.is_grad_enabled()):
             return super().forward(x)
-        # Not called as a module: nobody else holds it, so it has no hooks, and a small layer's product is as short.
+        # `forward` and `_buffers` directly: `__call__` and `__getattr__` cost as much as the product of a small layer.
         y = self._kernel[0].forward(x if self._order is None else x.index_select(-1, self._order))
-        bias = self._buffers["bias"]  # not by `__getattr__`, which takes as long as a small sum
+        bias = self._buffers["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
@@ -184,11 +172,9 @@ class QuantLinear(PackedLinear):
                 warn_once(
                     "the model was loaded for %s and moved to %s, where its quantized layers run in plain PyTorch; "
                     "please avoid moving a quantized model: load it with device_map=%r",
-                    self.kernel_device,
-                    target.type,
-                    target.type,
+                    self.kernel_device, target.type, target.type,
                     key=f"moved from {self.kernel_device} to {target.type}",
-                )
+                )  # fmt: skip
             self.drop_kernel()
         super()._apply(fn, recurse)
         if target != source and self._loaded and self.is_loaded:
@@ -206,15 +192,17 @@ class QuantLinear(PackedLinear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W [out, in] in the model's dtype, dequantized anew at each access.
+        """W [out, in] in the model's dtype, dequantized at each access.
 
-        Some models ask a layer for its weight: GPT-2 when it initialises what a checkpoint lacks, others for its dtype.
+        Some models read it: GPT-2 when it initialises missing tensors, others for its dtype.
         """
         return self.dequantize(self.dtype)
 
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self._dense(dtype).T
+
     @torch.no_grad()
     def _dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """W transposed, [in, out], filled piece by piece."""
         dense = torch.empty(self.in_features, self.out_features, dtype=dtype, device=self.scales.device)
         codes = self._codes() if self._kernel else None
         zeros, scales = self._zero_rows().float(), self.scales.float()
@@ -238,7 +226,7 @@ class QuantLinear(PackedLinear):
         return dense
 
     def _row_chunks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of input rows that start on a word and, where that fits, on a group."""
+        """Ranges of input rows that start at a word and, if possible, at a group."""
         word = 1 if self.format.layout == "awq" else period(self.bits)[0]
         unit = lcm(word, self.group_size)
         if unit >= self.in_features or unit * self.out_features > 4 * _CHUNK:
@@ -279,7 +267,7 @@ def expected_shapes(in_features: int, out_features: int, fmt: LayerFormat) -> di
     reason = shape_problem(in_features, out_features, fmt)
     if reason is not None:
         raise UnsupportedError(f"a layer of {out_features} x {in_features} cannot be packed: {reason}")
-    groups = 1 if fmt.group_size <= 0 else -(-in_features // fmt.group_size)
+    groups = group_count(in_features, fmt.group_size)
     out_words = words_needed(out_features, fmt.bits)
     weight = (in_features, out_words) if fmt.layout == "awq" else (words_needed(in_features, fmt.bits), out_features)
     return {"qweight": weight, "qzeros": (groups, out_words), "scales": (groups, out_features)}

@@ -1,28 +1,30 @@
 """The table of inference backends: one row per way to run packed layers, and what each row requires.
 
 A row says which devices, bit widths, dtypes and packings it supports, which package it needs and which kernel
-class runs the layer. The first part checks what is installed here; it imports nothing but PyTorch to find out.
+class runs the layer. Requirements are checked without importing anything but PyTorch.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
-from auto_round.errors import DeviceError
-from auto_round.inference.config import INT8_BITS, MLX_BITS, LayerFormat
+from auto_round.errors import ConfigError, DeviceError
+from auto_round.inference.config import INT8_BITS, MLX_BITS, PACKINGS, USER_LAYOUTS, LayerFormat
 from auto_round.inference.kernels import LayerSpec, kernel_class
 from auto_round.inference.kernels.compiled import find_compiler
+from auto_round.layouts.base import Layout
 
-# Module by which a package is found when it is on the path without having been installed.
+# Modules that show that a package is there when it has no metadata.
 _MODULES = {"auto-round-lib": "auto_round_kernel", "gptqmodel": "gptqmodel", "triton": "triton", "torch": "torch"}
-# A requirement that is a program and not a package, and what finds it.
+# Requirements that are programs, and the function that finds each.
 PROGRAMS = {"C compiler": find_compiler}
-# How PyTorch's builds for a device call the package, where it is not the name itself.
+# Names of a package in PyTorch's builds for other devices.
 _OTHER_NAMES = {"triton": ("pytorch-triton", "triton-xpu", "pytorch-triton-xpu", "triton-windows")}
 
 
@@ -30,7 +32,7 @@ def unmet_requirement(requirement: str) -> str | None:
     """None when `requirement` is met, or what is missing.
 
     Args:
-        requirement: of a package as pip writes it, such as "torch>=2.8.0", or a key of `PROGRAMS`.
+        requirement: a pip requirement, such as "torch>=2.8.0", or a key of `PROGRAMS`.
     """
     if requirement in PROGRAMS:
         return None if PROGRAMS[requirement]() is not None else f"needs a {requirement}, and none was found"
@@ -41,12 +43,12 @@ def unmet_requirement(requirement: str) -> str | None:
     try:
         met = not version or wanted.specifier.contains(version, prereleases=True)
     except InvalidVersion:
-        met = True  # a version of someone's own
+        met = True  # a local build with a version of its own
     return None if met else f"needs {requirement}, and {wanted.name} {version} is installed"
 
 
 def installed_version(package: str) -> str | None:
-    """Version of a package; empty when it is there and has none, None when it is not there."""
+    """Version of a package; empty when it has no metadata, None when it is not installed."""
     for name in (package, *_OTHER_NAMES.get(package, ())):
         try:
             return importlib.metadata.version(name)
@@ -57,7 +59,7 @@ def installed_version(package: str) -> str | None:
 
 
 def install_command(requirements: tuple[str, ...]) -> str:
-    """What to type to get those of `requirements` that are missing; empty when none is."""
+    """The command that installs those of `requirements` that are missing; empty when none is."""
     missing = [r for r in requirements if unmet_requirement(r) is not None]
     packages = [f"'{r}'" if set("<>=") & set(r) else r for r in missing if r not in PROGRAMS]
     parts = [f"pip install {' '.join(packages)}"] if packages else []
@@ -90,8 +92,8 @@ def unmet_capability(capability: tuple[int, int]) -> str | None:
 def device_kind(device_map: object) -> str:
     """The kind of device, such as "cuda", on which layers placed by Transformers' `device_map` will run.
 
-    A map over several devices counts as its first accelerator. Without a map a model is read into the CPU's memory; on
-    a Gaudi machine it is moved from there, as its users do. Raises DeviceError for a value that is no device map.
+    Of several devices the first accelerator counts. Without a map it is the CPU, except on a Gaudi machine, where users
+    move the loaded model to the accelerator. Raises DeviceError for a value that is not a device map.
     """
     import torch
 
@@ -112,8 +114,6 @@ def device_kind(device_map: object) -> str:
     return device_map.split(":")[0]
 
 
-# The user guide's table of backends as data: one row for each way of running packed layers, and what it can run.
-
 DTYPE_LABELS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 SCALED_MM = "auto_round:scaled_mm"
 OWN_CPU = "auto_round:cpu"
@@ -126,18 +126,18 @@ class Backend:
     """One row of the table.
 
     Attributes:
-        name: as a user writes it in `AutoRoundConfig(backend=...)`.
-        devices, bits, dtypes, packings: what it can run. Dtypes are the model's, in which inputs arrive; packings are
-            those of `LayerFormat.packing`.
-        priority: the highest that can run a layer is chosen.
-        requirements: what must be installed beside this package, as pip writes it; see `availability`.
-        group: the name by which it can be asked for together with its siblings.
-        capability: compute capability that a CUDA device must have at least.
+        name: as written in `AutoRoundConfig(backend=...)`.
+        devices, bits, dtypes, packings: what it can run. Dtypes are those of the inputs, packings those of
+            `LayerFormat.packing`.
+        priority: the row of highest priority that can run a layer is chosen.
+        requirements: pip requirements and keys of `PROGRAMS` that must be met.
+        group: name that requests several rows together.
+        capability: minimum compute capability of a CUDA device.
         kernel: "module:Class" of the kernel that runs the layer.
-        plain: the module that holds the layer runs it, without a kernel.
-        instead: for a row whose package does not work next to this one: the row that does the same job.
-        gain: what it usually brings, as measured; for the hint to install it.
-        by_name: it is never chosen unless it is asked for.
+        plain: the layer's module computes the product itself, without a kernel.
+        instead: the row to use instead when the package cannot be installed together with this one.
+        gain: measured speedup, for the hint to install it.
+        by_name: chosen only when requested by name.
     """
 
     name: str
@@ -157,11 +157,11 @@ class Backend:
 
     @property
     def runnable(self) -> bool:
-        """Whether it can run anywhere next to this package."""
+        """Whether this version can use it on any machine."""
         return self.plain or bool(self.kernel)
 
     def mismatch(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
-        """None when such a layer is one for this row, whatever is installed, or the reason why not."""
+        """None when the row supports such a layer, whatever is installed, or the reason why not."""
         if device not in self.devices:
             return f"runs on {', '.join(self.devices)}, not {device}"
         if fmt.bits not in self.bits:
@@ -174,35 +174,26 @@ class Backend:
         return None
 
     def missing_requirement(self) -> str | None:
-        """None when all that it needs is installed, or what is missing."""
+        """None when everything that it needs is installed, or what is missing."""
         if self.instead:
             package = self.requirements[0]
             return f"{package} does not work with Transformers 5, which this package needs; use {self.instead}"
         if not self.runnable:
             return "not part of this version"
-        return next(
-            (
-                missing_requirement
-                for r in self.requirements
-                if (missing_requirement := unmet_requirement(r)) is not None
-            ),
-            None,
-        )
+        return next((missing for r in self.requirements if (missing := unmet_requirement(r)) is not None), None)
 
     def unsupported_reason(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
         """None when it can run a layer of this format on this device, or the reason why not.
 
-        Asked in this order: device, bits, packing, dtype, what is installed, the device's capability, the kernel.
+        Checked in this order: device, bits, packing, dtype, requirements, compute capability, the kernel's limits.
         `spec`: the layer's sizes, where they are known.
         """
         reason = self.mismatch(fmt, device, spec) or self.missing_requirement()
-        if reason is not None:
-            return reason
-        if self.capability is not None and (missing_requirement := unmet_capability(self.capability)) is not None:
-            return missing_requirement
-        if self.kernel and spec is not None:
-            return kernel_class(self.kernel).unsupported_reason(spec)
-        return None
+        if reason is None and self.capability is not None:
+            reason = unmet_capability(self.capability)
+        if reason is None and self.kernel and spec is not None:
+            reason = kernel_class(self.kernel).unsupported_reason(spec)
+        return reason
 
 
 _TORCH_DEVICES = ("cpu", "cuda", "xpu")
@@ -223,10 +214,10 @@ def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backe
     return Backend(f"auto_round:{name}", _TORCH_DEVICES, bits, _ALL, 0, packings, group="torch", plain=True)
 
 
-# GPTQModel's kernels in plain PyTorch run by name only: on a CPU of two cores one row of inputs took it 86 ms where
-# `torch` took 9 (2048 x 2048, bfloat16), and 512 rows 27 s against 37 ms. Its `aten` rows are fast (0.5 ms), but not
-# worth an import of 20 s, since PyTorch's operation that they call is there without it.
-BACKENDS: tuple[Backend, ...] = (
+# GPTQModel's kernels in plain PyTorch run by name only: on a CPU with two cores one row of inputs took 86 ms, `torch`
+# 9 ms (2048 x 2048, bfloat16); 512 rows took 27 s and 37 ms. Its `aten` rows are fast (0.5 ms), but importing it takes
+# 20 s, and `auto_round:cpu_int4` calls the same operation of PyTorch.
+BACKENDS: list[Backend] = [
     Backend(OWN_CPU, ("cpu",), _BITS, _ALL, 7, _ALL_INT, ("C compiler",),
             kernel=f"{_KERNELS}.cpu:CpuKernel", gain=_CPU_GAIN),
     Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=f"{_KERNELS}.vendor:CpuInt4"),
@@ -268,4 +259,32 @@ BACKENDS: tuple[Backend, ...] = (
     _torch("torch_mxfp8", (8,), ("mxfp8",)),
     _torch("torch_fp8", (8,), ("fp8", "fp8_block")),
     _torch("torch_fp8_static", (8,), ("fp8_static",)),
-)  # fmt: skip
+]  # fmt: skip
+
+
+def register_backend(backend: Backend) -> Backend:
+    """Add a row to the table. Returns it. Raises ConfigError when another row has its name."""
+    if any(row.name == backend.name and row != backend for row in BACKENDS):
+        raise ConfigError(f"backend {backend.name!r} is already registered")
+    if backend not in BACKENDS:
+        BACKENDS.append(backend)
+    return backend
+
+
+def register_layout(packing_format: str, layout: Layout, bits: Sequence[int]) -> None:
+    """Let Transformers open layers that a plugin's format wrote: in plain PyTorch, dequantized for each call.
+
+    Args:
+        packing_format: what the format's `quantization_config` says; `auto_round:NAME` by convention.
+        layout: reads the layer from the tensors of the checkpoint.
+        bits: widths that it reads.
+
+    Raises:
+        ConfigError: the packing is known already, or its codes have the name of a dense weight.
+    """
+    if packing_format in PACKINGS or USER_LAYOUTS.get(packing_format, layout) is not layout:
+        raise ConfigError(f"packing_format {packing_format!r} is already registered")
+    if layout.leaves[0] in ("weight", "bias"):
+        raise ConfigError(f"packing_format {packing_format!r}: codes in {layout.leaves[0]!r} look like a dense tensor")
+    USER_LAYOUTS[packing_format] = layout
+    register_backend(_torch(f"torch_{packing_format.rpartition(':')[2]}", tuple(bits), (packing_format,)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
@@ -15,7 +16,13 @@ SCALE_DTYPE = torch.float16  # of integer layers: codes were chosen with float16
 
 
 class Layout(ABC):
-    """One way to store a layer. Tensors have local names (`qweight`, not `name.qweight`); the bias is not included."""
+    """One way to store a layer. Tensors have local names (`qweight`, not `name.qweight`); the bias is not included.
+
+    Attributes:
+        leaves: names of all tensors that a layer may have, the codes first; needed by `auto_round.inference`.
+    """
+
+    leaves: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def specs(
@@ -34,6 +41,10 @@ class Layout(ABC):
     ) -> QuantizedLayer:  # fmt: skip
         """The inverse of `pack`, without the bias: the layer `name`. Raises ModelError for damaged tensors."""
         raise NotImplementedError(f"{type(self).__name__} is opened by the loader of auto_round.inference")
+
+    def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        """Why a layer of this shape cannot be packed, or None."""
+        return None
 
 
 def stored_group_size(scheme: QuantizationScheme) -> int:

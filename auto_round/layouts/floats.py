@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -137,6 +138,10 @@ class FloatLayout(Layout):
     channel_columns: bool
     block_scale: str
     tensor_scale: torch.dtype
+    leaves: ClassVar[tuple[str, ...]] = (
+        "weight_packed", "weight", "weight_scale", "weight_scale_inv", "weight_global_scale", "input_global_scale",
+        "input_scale",
+    )  # fmt: skip
 
     def specs(
         self, scheme: QuantizationScheme, in_features: int, out_features: int,
@@ -157,6 +162,9 @@ class FloatLayout(Layout):
         if has_input_scale(scheme):
             specs["input_scale"] = ((1,), model_dtype)
         return specs
+
+    def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        return group_size_mismatch(scheme, in_features)
 
     def _scale(self, scheme: QuantizationScheme, columns: int, rows: int) -> tuple[str, tuple[int, ...], torch.dtype]:
         size = scheme.group_size
@@ -232,7 +240,8 @@ def layout_name(scheme: QuantizationScheme) -> str:
 def float_problem(scheme: QuantizationScheme) -> str | None:
     """Why no layout here stores a float scheme, or None."""
     family, size = float_family_of(scheme.data_type), scheme.group_size
-    if minifloat_name(scheme.data_type, scheme.bits) is None:
+    element = minifloat_name(scheme.data_type, scheme.bits)
+    if element is None or (MINIFLOATS[element].dtype is None and MINIFLOATS[element].bits != 4):
         return f"data type {scheme.data_type!r} has no layout with {scheme.bits} bits"
     if not scheme.sym:
         return f"data type {scheme.data_type!r} has no zero points, and the scheme is asymmetric"

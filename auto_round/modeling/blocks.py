@@ -12,7 +12,7 @@ from auto_round.errors import ModelError, UnsupportedError
 
 
 class TransposedLinear(nn.Module):
-    """The place of a layer that stores [in, out] where no model class is at hand. It cannot run."""
+    """Placeholder for a layer that stores [in, out], when no model class is available. It cannot run."""
 
     def __init__(self, rows: int, columns: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -21,29 +21,24 @@ class TransposedLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(columns, dtype=dtype, device="meta"), requires_grad=False)
 
 
-def _conv1d() -> tuple[type[nn.Module], ...]:
-    """Linear layers that store [in, out]: Transformers' Conv1D (GPT-2) once Transformers is imported, and ours."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return (TransposedLinear,) if module is None else (TransposedLinear, module.Conv1D)
-
-
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is Transformers' Conv1D."""
-    return isinstance(module, _conv1d())
+    """Whether `module` stores its weight as [in, out]: Transformers' Conv1D (GPT-2) or `TransposedLinear`."""
+    loaded = sys.modules.get("transformers.pytorch_utils")  # without it no module can be a Conv1D
+    return isinstance(module, TransposedLinear) or (loaded is not None and isinstance(module, loaded.Conv1D))
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` only multiplies its input by a 2-D weight and adds a bias: nn.Linear or Transformers' Conv1D.
 
-    A subclass of nn.Linear with a forward of its own (a router, a block-diagonal product) counts if its outputs are
-    those of nn.Linear.
+    A subclass of nn.Linear with its own forward (a router, a block-diagonal product) counts if its outputs are those of
+    nn.Linear.
     """
-    if not isinstance(module, (nn.Linear, *_conv1d())):
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
         return False
     weight = getattr(module, "weight", None)
     if not (isinstance(weight, torch.Tensor) and weight.dim() == 2):
         return False
-    return not (isinstance(module, nn.Linear) and overrides_forward(module)) or _computes_linear(module)
+    return not isinstance(module, nn.Linear) or not overrides_forward(module) or _computes_linear(module)
 
 
 def overrides_forward(module: nn.Module) -> bool:
@@ -53,7 +48,7 @@ def overrides_forward(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_linear(module: nn.Linear) -> bool:
-    """Whether the forward of `module` gives what nn.Linear would: tried on a copy with a tiny weight."""
+    """Whether the forward of `module` gives the outputs of nn.Linear, tested on a copy with a tiny weight."""
     columns, rows = 6, 4
     tiny = copy.copy(module)
     tiny.__dict__ = dict(module.__dict__)
@@ -64,7 +59,7 @@ def _computes_linear(module: nn.Linear) -> bool:
     x = torch.linspace(-2, 2, 5 * columns).cos().view(1, 5, columns)
     try:
         y = type(module).forward(tiny, x)
-    except Exception:  # code of another's class, on sizes that it was not made for
+    except Exception:  # foreign code on sizes that it does not expect
         return False
     wanted = nn.functional.linear(x, values, bias)
     return isinstance(y, torch.Tensor) and y.shape == wanted.shape and torch.allclose(y, wanted, atol=1e-5)
@@ -86,7 +81,7 @@ def out_features(module: nn.Module) -> int:
 
 
 def weight_2d(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer as a view [out, in], whichever way the module stores it."""
+    """The weight of a linear layer as a view [out, in], however the module stores it."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight.t() if is_conv1d(module) else weight
@@ -101,17 +96,17 @@ def set_weight_2d(module: nn.Module, weight: torch.Tensor) -> None:
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Names of the decoder blocks of a causal language model, in the order in which they run.
 
-    The blocks are the ModuleList, not itself inside such a list, whose every member holds matrix multiplications and
-    which has the most parameters. Where Transformers says what the decoder is, only that is searched, and encoders of
-    images and sound, which have a configuration of their own, are left out.
+    The blocks are the outermost ModuleList whose every member contains matrix multiplications and which has the most
+    parameters. If Transformers declares a decoder, only that is searched; vision and audio encoders, which have their
+    own configuration, are left out.
 
     Raises:
         ModelError: there is no such list.
-        UnsupportedError: there are several lists of the same kind of block, which a model runs in turns or in a cycle.
+        UnsupportedError: there are several lists of the same kind of block.
     """
-    for root in _roots(model):
+    for root_name, root in _roots(model).items():
         found: list[tuple[int, int, str]] = []
-        _collect(root, _name_of(model, root), found, _tower_configs(model))
+        _collect(root, root_name, found, _tower_configs(model))
         if found:
             _, _, name = max(found)
             kinds = _kinds(model.get_submodule(name))
@@ -119,7 +114,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
             if others:
                 raise UnsupportedError(
                     f"{type(model).__name__} has several stacks of the same blocks ({', '.join([name, *others])}); "
-                    "only models that run one stack of blocks once, in order, can be walked block by block"
+                    "only models that run one stack of blocks once, in order, can be quantized block by block"
                 )
             children = model.get_submodule(name).named_children()
             return tuple(f"{name}.{child}" if name else child for child, _ in children)
@@ -133,21 +128,19 @@ def _kinds(blocks: nn.Module) -> set[type[nn.Module]]:
     return {type(block) for block in blocks.children()}
 
 
-def _roots(model: nn.Module) -> list[nn.Module]:
-    decoder = getattr(model, "get_decoder", None)
-    found = decoder() if callable(decoder) else None
-    return [found, model] if isinstance(found, nn.Module) and found is not model else [model]
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")
+def _roots(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules to search in turn, by name: the decoder that the model declares, then the model."""
+    get = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
+    names = [name for name, module in model.named_modules() if isinstance(decoder, nn.Module) and module is decoder]
+    return {name: model.get_submodule(name) for name in [*names[:1], ""]}
 
 
 _TOWERS = ("vision", "visual", "image", "audio", "speech")
 
 
 def _tower_configs(model: nn.Module) -> tuple[type, ...]:
-    """Classes of the configurations that describe encoders of images and sound."""
+    """Classes of the configurations that describe vision and audio encoders."""
     try:
         values = vars(model.config)
     except (AttributeError, TypeError):
@@ -158,8 +151,10 @@ def _tower_configs(model: nn.Module) -> tuple[type, ...]:
 
 
 def _collect(module: nn.Module, name: str, found: list[tuple[int, int, str]], towers: tuple[type, ...]) -> None:
-    """Append (parameters, length, name) for the outermost lists of layers under `module`, models with a configuration
-    of `towers` left out."""
+    """Append (parameters, length, name) for the outermost lists of layers under `module`.
+
+    Models with a configuration of `towers` are left out.
+    """
     if isinstance(getattr(module, "config", None), towers):
         return
     if isinstance(module, nn.ModuleList) and len(module) and all(_multiplies(child) for child in module):
@@ -170,11 +165,11 @@ def _collect(module: nn.Module, name: str, found: list[tuple[int, int, str]], to
         _collect(child, f"{name}.{child_name}" if name else child_name, found, towers)
 
 
-_SCALES = ("scales", "weight_scale", "weight_scale_inv")  # what packed linear layers call theirs
+_SCALES = ("scales", "weight_scale", "weight_scale_inv")  # buffers of packed linear layers
 
 
 def _multiplies(block: nn.Module) -> bool:
-    """Whether a block holds weight matrices: linear layers, packed quantized ones, or experts stored as 3-D tensors."""
+    """Whether a block contains weight matrices: linear layers, packed ones, or experts stored as 3-D tensors."""
     for module in block.modules():
         if is_linear(module) or any(isinstance(module._buffers.get(n), torch.Tensor) for n in _SCALES):
             return True

@@ -1,8 +1,8 @@
 """Load and validate config.json, and build the model on the meta device.
 
-`RawConfig` reads config.json without Transformers. Checks refuse a config.json that runs foreign code, has
-sizes that no model has, or belongs to a vision or audio model whose causal class in Transformers is the text
-part alone (Qwen3.5, Llama 4, Mllama): `AutoModelForCausalLM` drops the tensors of the tower silently.
+`RawConfig` reads config.json without Transformers. Checks refuse a config.json that runs foreign code, has sizes that
+no model has, or belongs to a vision or audio model whose causal class in Transformers is the text part alone (Qwen3.5,
+Llama 4, Mllama): `AutoModelForCausalLM` silently drops the tensors of the encoder.
 """
 
 from __future__ import annotations
@@ -20,60 +20,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.config import LAYER_COUNTS, read_value, text_config
+from auto_round.modeling.config import LAYER_COUNTS, TEXT_PARTS, read_value, text_config
 from auto_round.modeling.files.folder import check_inside, read_object
 from auto_round.modeling.files.safetensors import TensorFiles
 
-_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-
-
-class RawConfig:
-    """The values of a config.json as attributes; a mapping inside stays one, but for the text part.
-
-    Args:
-        values: of the file. They are not changed.
-    """
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(copy.deepcopy(values))
-        for key in _TEXT_PARTS:
-            part = self.__dict__.get(key)
-            if isinstance(part, dict):
-                self.__dict__[key] = RawConfig(part)
-        if "dtype" not in self.__dict__ and "torch_dtype" in self.__dict__:
-            self.__dict__["dtype"] = self.__dict__.pop("torch_dtype")
-
-    def get_text_config(self) -> RawConfig:
-        """The part that describes the language model; itself where there is one part only."""
-        for key in _TEXT_PARTS:
-            part = self.__dict__.get(key)
-            if isinstance(part, RawConfig):
-                return part.get_text_config()
-        return self
-
-    def values(self) -> dict[str, Any]:
-        """As read, but for what was deleted."""
-        return {k: v.values() if isinstance(v, RawConfig) else copy.deepcopy(v) for k, v in self.__dict__.items()}
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """The same as JSON; `use_diff` is of no consequence, since nothing is known of defaults."""
-        return json.dumps(self.values(), indent=2, sort_keys=True)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"config.json has no {name!r}")
-
-
-def read_config(folder: Path) -> RawConfig:
-    """The config.json of a folder. Raises ModelError when there is none, or it is no JSON object."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{folder} has no config.json; give the folder of a model with config.json and safetensors")
-    return RawConfig(read_object(check_inside(folder, file)))
-
-
-# What a config.json from elsewhere may not do: name code to run, or sizes that no model has.
-
-# Transformers takes a hub id in place of a name here, and fetches and runs the kernel of that repository.
+# Keys where Transformers accepts a hub id, whose kernel it fetches and runs.
 _IMPLEMENTATIONS = (
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
     "_experts_implementation", "_experts_implementation_internal", "use_kernels", "kernel_config",
@@ -84,20 +35,75 @@ _MAX_SIZES = {
     "head_dim": 1 << 16, "num_experts": 1 << 16, "num_local_experts": 1 << 16, "n_routed_experts": 1 << 16,
     "max_position_embeddings": 1 << 28, "n_positions": 1 << 28,
 }  # fmt: skip
+# Modules outside the language model; "vq" are image tokenizers.
+_TOWER = re.compile(
+    r"(?:^|\.)(?:\w*(?:vision|visual|image|video|audio|speech|sound)\w*|vqmodel|vq_model|multi_modal_projector"
+    r"|mm_projector|multimodal_projector)\."
+)
+_PARTS = ("vision_config", "audio_config", "vq_config", "vision_tower_config", "speech_config", "sound_config")
+MODEL_FREE_ADVICE = (
+    "leave tuning out and use model-free mode, which keeps all its tensors and rounds the language layers: "
+    "model_free=True (--model_free)"
+)
+_OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
+
+
+class RawConfig:
+    """The values of a config.json as attributes. Nested mappings stay mappings, except the text part.
+
+    Args:
+        values: of the file; not modified.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(copy.deepcopy(values))
+        for key in TEXT_PARTS:
+            part = self.__dict__.get(key)
+            if isinstance(part, dict):
+                self.__dict__[key] = RawConfig(part)
+        if "dtype" not in self.__dict__ and "torch_dtype" in self.__dict__:
+            self.__dict__["dtype"] = self.__dict__.pop("torch_dtype")
+
+    def get_text_config(self) -> RawConfig:
+        """The part that describes the language model; the whole configuration if there is only one part."""
+        for key in TEXT_PARTS:
+            part = self.__dict__.get(key)
+            if isinstance(part, RawConfig):
+                return part.get_text_config()
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """The values as read, without deleted ones."""
+        return {k: v.values() if isinstance(v, RawConfig) else copy.deepcopy(v) for k, v in self.__dict__.items()}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The values as JSON; `use_diff` has no effect, since defaults are unknown."""
+        return json.dumps(self.values(), indent=2, sort_keys=True)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"config.json has no {name!r}")
+
+
+def read_config(folder: Path) -> RawConfig:
+    """Read the config.json of a folder. Raises ModelError when it is missing or not a JSON object."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder of a model with config.json and safetensors")
+    return RawConfig(read_object(check_inside(folder, file)))
 
 
 def check_code(values: Mapping[str, Any], file: Path) -> None:
-    """Raise ModelError when a configuration makes Transformers run code that is not its own.
+    """Raise ModelError when a configuration makes Transformers run foreign code.
 
-    `auto_map`, the model's own Python files, is left to Transformers, which refuses it by itself.
+    `auto_map`, the model's own Python files, is refused by Transformers itself.
     """
     for key in _IMPLEMENTATIONS:
         value = values.get(key)
         foreign = value not in (None, False, {}) if key in ("use_kernels", "kernel_config") else _is_repository(value)
         if foreign:
             raise ModelError(
-                f"{file} asks with {key}={value!r} for code from a repository, which is not run unless you trust it: "
-                "take the key out, or pass trust_remote_code=True (--trust_remote_code)"
+                f"{file} requests code from a repository by {key}={value!r}, which is not run unless you trust it: "
+                "remove the key, or pass trust_remote_code=True (--trust_remote_code)"
             )
     for value in values.values():
         if isinstance(value, Mapping):
@@ -111,51 +117,31 @@ def _is_repository(value: Any) -> bool:
 
 
 def check_sizes(file: Path, config: Any, tensors: int) -> None:
-    """Raise ModelError for a size in the configuration that no model has, so that nothing of it is built.
+    """Raise ModelError for a size in the configuration that no model has, before anything is allocated.
 
     Args:
         file: of the configuration, for messages.
-        config: as an object; its text part is looked at.
-        tensors: in the checkpoint, of which every layer has some.
+        config: a configuration object; its text part is checked.
+        tensors: number of tensors in the checkpoint, an upper limit of the number of layers.
     """
     text = text_config(config)
     for key, most in {**_MAX_SIZES, **dict.fromkeys(LAYER_COUNTS, tensors)}.items():
         value = read_value(text, key)
-        each = value if isinstance(value, (list, tuple)) else [value]  # some families give a size for each layer
-        unlimited = -1 if key == "max_position_embeddings" else None  # XLNet's way to say that there is no limit
-        if any(not _is_size(number, most) for number in each if number is not None and number != unlimited):
+        each = value if isinstance(value, (list, tuple)) else [value]  # some families have a size per layer
+        unlimited = -1 if key == "max_position_embeddings" else None  # no limit, in XLNet
+        numbers = [number for number in each if number is not None and number != unlimited]
+        if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= most for n in numbers):
             allowed = f"the {tensors} tensors of the files allow" if key in LAYER_COUNTS else "a model can have"
-            raise ModelError(f"{file} says {key}={value!r}, and at most {most} are what {allowed}; fetch it again")
-
-
-def _is_size(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
-
-
-# Models that read images or sound beside text, of which Transformers' causal class is the text part alone.
-#
-# Qwen3.5, Llama 4, Mllama and others: `AutoModelForCausalLM` builds a class without the tower, which drops its tensors
-# without a word, while config.json goes on promising them.
-
-# Modules beside the language model; "vq" are image tokenizers.
-_TOWER = re.compile(
-    r"(?:^|\.)(?:\w*(?:vision|visual|image|video|audio|speech|sound)\w*|vqmodel|vq_model|multi_modal_projector"
-    r"|mm_projector|multimodal_projector)\."
-)
-_PARTS = ("vision_config", "audio_config", "vq_config", "vision_tower_config", "speech_config", "sound_config")
-MODEL_FREE_ADVICE = (
-    "leave tuning out and use model-free mode, which keeps all its tensors and rounds the language layers: "
-    "model_free=True (--model_free)"
-)
+            raise ModelError(f"{file} has {key}={value!r}; {allowed} at most {most}; fetch it again")
 
 
 def tower_tensors(names: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's tensors that belong to what reads images or sound."""
+    """Names of a checkpoint's tensors that belong to vision or audio parts."""
     return [name for name in names if _TOWER.search(name)]
 
 
 def is_multimodal(config: Any) -> bool:
-    """Whether a configuration describes a part that reads images or sound."""
+    """Whether a configuration describes a vision or audio part."""
     return any(getattr(config, part, None) is not None for part in _PARTS)
 
 
@@ -165,6 +151,7 @@ def check_towers(config: Any, names: Iterable[str], model: str) -> None:
     A text-only checkpoint of such a family passes.
 
     Args:
+        config: the Transformers configuration.
         names: of the checkpoint's tensors.
         model: for messages.
 
@@ -183,30 +170,22 @@ def check_towers(config: Any, names: Iterable[str], model: str) -> None:
     if lost:
         what = f"config.json names {named[0]}" if named else "config.json names no class"
         raise UnsupportedError(
-            f"{model} reads more than text: {what}, and {classes[0]}, which is tuned, has no place for {len(lost)} of "
+            f"{model} reads more than text: {what}, and {classes[0]}, which is tuned, does not use {len(lost)} of "
             f"its tensors, such as {lost[0]}; {MODEL_FREE_ADVICE}"
         )
 
 
-# From a folder's config.json to a model on the meta device.
-
-_OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
-
-
 def load_config(folder: Path, *, trust_remote_code: bool = False, causal: bool = True) -> Any:
-    """The Transformers configuration of a folder.
+    """Load the Transformers configuration of a folder.
 
-    Raises ModelError when there is none, or with `causal` when it is not one of a causal language model.
+    Raises ModelError when there is none, or with `causal` when it is not that of a causal language model.
     """
     from transformers import AutoConfig
 
     file = folder / "config.json"
     if not file.is_file():
         if (folder / ".partial").is_dir():
-            raise ModelError(
-                f"{folder} holds a quantization that is not finished; give the command that began it once more, which "
-                "goes on with it"
-            )
+            raise ModelError(f"{folder} contains an unfinished quantization; run the same command again to resume it")
         raise ModelError(f"{folder} has no config.json; give the folder of a Transformers model")
     try:
         raw = read_object(check_inside(folder, file))
@@ -215,10 +194,10 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, causal: bool =
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except ModelError:
         raise
-    except Exception as error:  # Transformers raises whatever the values lead to: attribute, type, validation errors
+    except Exception as error:  # Transformers raises attribute, type and validation errors
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{folder} brings Python code of its own, which is not run unless you trust it: "
+                f"{folder} contains Python code, which is not run unless you trust it: "
                 "read it, then pass trust_remote_code=True (--trust_remote_code)"
             ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -256,10 +235,10 @@ def _check_causal(config: Any, folder: Path, remote: bool) -> None:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """`torch.empty` gives tensors on meta, unless a device is named.
+    """Makes `torch.empty` allocate on meta unless a device is given.
 
-    Weights begin so, and are put on meta as they become parameters. Without this each is allocated first, and though it
-    is never touched its place in the heap is lost to others: two gigabytes of addresses for a model of three.
+    Weights are created by it before they are moved to meta as parameters. Without this mode each is allocated first,
+    which fragments the heap although the memory is never touched: 2 GB of address space for a model of 3 GB.
     """
 
     def __torch_function__(
@@ -274,7 +253,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 def build_on_meta(
     config: Any, dtype: torch.dtype, trust_remote_code: bool, kind: type[Any] | None = None
 ) -> nn.Module:  # fmt: skip
-    """The model with parameters on meta and real buffers, in eval mode. `kind`: its class, where it is known."""
+    """Build the model with parameters on meta and real buffers, in eval mode. `kind`: its class, if known."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -289,8 +268,8 @@ def build_on_meta(
         model = build()
     try:
         if model is None or any(buffer.is_meta for buffer in model.buffers()):
-            model = build()  # something else than a weight began as `torch.empty`, and was used
-    except Exception as error:  # a model's constructor raises whatever odd values lead to
+            model = build()  # a value other than a weight was created by `torch.empty`
+    except Exception as error:  # a model's constructor can raise anything on odd values
         raise ModelError(
             f"cannot build a model from {type(config).__name__}: {type(error).__name__}: {error}"
         ) from error
@@ -298,7 +277,7 @@ def build_on_meta(
 
 
 def config_dtype(config: Any) -> torch.dtype | None:
-    """The floating dtype (16 bits or more) that a configuration names, or None."""
+    """The floating-point dtype (16 bits or more) of a configuration, or None."""
     for part in (config, text_config(config)):
         found = read_value(part, "dtype")
         if isinstance(found, str):
@@ -318,7 +297,7 @@ def dominant_dtype(files: TensorFiles) -> torch.dtype:
 
 
 def float32_filter(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Which parameters the family keeps in float32: one list holds for float16, a stricter one for bfloat16 too."""
+    """A predicate for the parameters that the family keeps in float32; bfloat16 models use a shorter list."""
     patterns: set[str] = set()
     if dtype in (torch.float16, torch.bfloat16):
         patterns |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_round.edits import TensorEdit
 from auto_round.errors import ModelError
 from auto_round.modeling.build import (
     build_on_meta,
@@ -26,7 +27,7 @@ from auto_round.modeling.conversions import Origin
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.dequantized import check_readable, dense_view, drop_quantization, quantization_of
 from auto_round.modeling.files.pickle import PickleFiles, has_pickles
-from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles
+from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.source import (
     Device,
     ModelSource,
@@ -38,14 +39,14 @@ from auto_round.modeling.source import (
 )
 from auto_round.modeling.tensor_map import TensorPlan, plan_tensors, read_origin
 
-# Buffers of old files that modules compute: rotary frequencies, and causal masks [1, 1, n, n] with their filler.
+# Buffers in old files that modules compute: rotary frequencies, causal masks [1, 1, n, n] and their fill value.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$")
 _MASK = re.compile(r"\.(attn|attention|crossattention)\.bias$")
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Shape and dtype of a model tensor once loaded; `lazy` when it lies on meta until then."""
+    """Shape and dtype of a model tensor once loaded; `lazy` if it is on meta until then."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -53,31 +54,31 @@ class _Tensor:
 
 
 class CheckpointSource(ModelSource):
-    """A local safetensors checkpoint; no more of it is in memory than was loaded and not released.
+    """A local safetensors checkpoint; only what was loaded and not released is in memory.
 
     Args:
-        folder: holds config.json and the weights.
-        dtype: floating-point dtype of the parameters; default: the configuration's, else the one most weights have.
+        folder: contains config.json and the weights.
+        dtype: floating-point dtype of the parameters; default: that of the configuration, else of most weights.
         trust_remote_code: allow the checkpoint's own Python code to run.
-        prepare: called with the meta model right after it is built and its experts are linear, to swap in quantized
-            modules. With it any quantized checkpoint is accepted as it is; persistent buffers that it leaves on meta
-            (qweight, qzeros, scales, ...) are read in the checkpoint's own dtype. Without it, FP8 and MXFP4 checkpoints
-            are read as the dense ones they stand for, tensor by tensor.
+        prepare: called with the meta model after its experts were converted, to insert quantized modules. Then any
+            quantized checkpoint is accepted, and persistent buffers on meta (qweight, qzeros, scales, ...) are read in
+            their stored dtype. Without it, FP8 and MXFP4 checkpoints are dequantized tensor by tensor.
         name_or_path: what the user gave, for messages.
-        allow_pickle: read `pytorch_model.bin` where there is no safetensors.
-        files: the opened weights, where they lie elsewhere.
-        kind: the model's class; default: the causal language model of the configuration. Nothing is asked of its task.
+        allow_pickle: read `pytorch_model.bin` if there is no safetensors file.
+        files: the opened weights, if they are stored elsewhere.
+        kind: the model's class; default: the causal language model of the configuration. Its task is not checked.
 
     Attributes:
         notes: for the user, on tensors that nothing reads.
 
     Raises:
         ModelError: not a causal language model, or files missing or damaged (the message names file and tensor).
-        UnsupportedError: the checkpoint is quantized in a way that is not read, and `prepare` is not given.
+        UnsupportedError: the checkpoint is quantized in a format that cannot be read, and `prepare` is not given.
     """
 
     lazy = True
     _float32_keys: set[str] | None = None
+    _edits: Mapping[str, tuple[TensorEdit, ...]] = {}
 
     def __init__(
         self,
@@ -91,12 +92,10 @@ class CheckpointSource(ModelSource):
         files: TensorFiles | None = None,
         kind: type[Any] | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self.kind, self._trusted = Path(folder), kind, trust_remote_code
         self.name_or_path = name_or_path or str(folder)
-        self._trusted = trust_remote_code
         asked = self._asked = resolve_dtype(dtype)
-        self.kind = kind
-        self.config = load_config(self.folder, trust_remote_code=trust_remote_code, causal=kind is None)
+        self.config = self._read_config()
         declared = quantization_of(self.config)
         if prepare is None:
             check_readable(declared, self.name_or_path)
@@ -105,74 +104,94 @@ class CheckpointSource(ModelSource):
             files = PickleFiles.open_pickles(self.folder) if self._pickles else TensorFiles.open(self.folder)
         self.files = files
         check_sizes(self.folder / "config.json", self.config, len(self.files.tensors))
-        if kind is None and not self._has_remote_class():
-            check_towers(self.config, self.files.tensors, self.name_or_path)
-        dense = None
+        self._check_files()
         if prepare is None:
             dense = dense_view(self.files, declared, asked or config_dtype(self.config))
             drop_quantization(self.config)
-        self.files = self.files if dense is None else dense
-        self.stored_as = "" if dense is None else dense.description
+            if dense is not None:
+                self.files, self.stored_as = dense, dense.description
         self.dtype = asked or config_dtype(self.config) or dominant_dtype(self.files)
-        self.model = build_on_meta(self.config, self.dtype, trust_remote_code, kind)
+        self.model = self._build()
         fused_names = dict(self.model.state_dict())
         unfuse_experts(self.model)
         if prepare is not None:
             prepare(self.model)
-        self.blocks = find_model_blocks(self.model)
+        self.blocks = self._find_blocks()
         self._names = state_names(self.model)
-        self._plans = plan_tensors(self.files.tensors, self.model, self._names, fused_names)
+        self._plans = self._make_plans(fused_names)
         self._tied = self._find_tied()
         self._tensors = self._check_tensors()
         self._fill_buffers()
         self._spare = self._find_spare()
         self.notes = (*self.files.notes, *self._spare_notes())
 
-    def _has_remote_class(self) -> bool:
-        """Whether the model's class is Python code of the folder."""
-        own = getattr(self.config, "auto_map", None)
-        return self._trusted and isinstance(own, dict) and "AutoModelForCausalLM" in own
+    def _read_config(self) -> Any:
+        return load_config(self.folder, trust_remote_code=self._trusted, causal=self.kind is None)
+
+    def _check_files(self) -> None:
+        auto_map = getattr(self.config, "auto_map", None)
+        remote_class = self._trusted and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
+        if self.kind is None and not remote_class:
+            check_towers(self.config, self.files.tensors, self.name_or_path)
+
+    def _build(self) -> nn.Module:
+        return build_on_meta(self.config, self.dtype, self._trusted, self.kind)
+
+    def _find_blocks(self) -> tuple[str, ...]:
+        return find_model_blocks(self.model)
+
+    def _make_plans(self, fused_names: Mapping[str, torch.Tensor]) -> dict[str, TensorPlan]:
+        return plan_tensors(self.files.tensors, self.model, self._names, fused_names)
 
     def reopen(self) -> CheckpointSource:
-        """A second source of the same files with an empty model of its own."""
+        """A second source of the same files with its own empty model."""
         source = CheckpointSource(
             self.folder, dtype=self._asked, trust_remote_code=self._trusted, name_or_path=self.name_or_path,
             allow_pickle=self._pickles, kind=self.kind,
         )  # fmt: skip
         source.checks_finite, source.bounded = self.checks_finite, self.bounded
+        source._edits = self._edits
         return source
 
     def load(self, name: str, device: Device | None = None) -> nn.Module:
         where = torch.device(device or "cpu")
         shared: dict[Origin, dict[str, torch.Tensor]] = {}
-        for owner, module in self._owners(name):
-            for leaf, tensor in list(direct_tensors(module, persistent=False)):
-                full = f"{owner}.{leaf}" if owner else leaf
-                if tensor.is_meta:
-                    found = self._loaded_tied_tensor(full, where)
-                    tensor = self._fetch(full, shared, check=True) if found is None else found
-                if tensor.device != where or module._parameters.get(leaf, module._buffers.get(leaf)) is not tensor:
-                    _place(module, leaf, tensor.to(where))
+        for full, module, leaf, tensor in self._tensors_under(name):
+            if tensor.is_meta:
+                found = self._loaded_tied_tensor(full, where)
+                tensor = self._fetch(full, shared, check=True) if found is None else found
+            if tensor.device != where or module._parameters.get(leaf, module._buffers.get(leaf)) is not tensor:
+                _set_tensor(module, leaf, tensor.to(where))
         return self._module(name)
 
     def release(self, name: str) -> None:
-        for owner, module in self._owners(name):
-            for leaf, tensor in list(direct_tensors(module, persistent=False)):
-                full = f"{owner}.{leaf}" if owner else leaf
-                if leaf in module._parameters or full in self._tensors and self._tensors[full].lazy:
-                    _place(module, leaf, torch.empty_like(tensor, device="meta"))
-                elif tensor.device.type != "cpu" and not tensor.is_meta:
-                    _place(module, leaf, tensor.cpu())
+        for full, module, leaf, tensor in self._tensors_under(name):
+            if leaf in module._parameters or full in self._tensors and self._tensors[full].lazy:
+                _set_tensor(module, leaf, torch.empty_like(tensor, device="meta"))
+            elif tensor.device.type != "cpu" and not tensor.is_meta:
+                _set_tensor(module, leaf, tensor.cpu())
 
     def read(self, tensor_name: str) -> torch.Tensor:
         self.tensor_meta(tensor_name)
         canonical = self._tied.get(tensor_name, tensor_name)
-        if canonical not in self._plans:  # a persistent buffer that the checkpoint leaves at its initial value
+        if canonical not in self._plans:  # a persistent buffer without a checkpoint tensor
             return self.model.get_buffer(canonical).detach().cpu()
         return self._fetch(canonical, {}, check=False)
 
-    def tied(self) -> dict[str, str]:
-        return dict(self._tied)
+    def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
+        self._check_editable(edits)
+        for name, edit in edits.items():
+            self._edits = {**self._edits, name: (*self._edits.get(name, ()), edit)}
+            owner, _, leaf = name.rpartition(".")
+            module = self._module(owner)
+            for found, tensor in list(direct_tensors(module)):
+                if found == leaf and not tensor.is_meta:
+                    _set_tensor(module, leaf, edit.apply(tensor.detach()))
+
+    def _edited(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for edit in self._edits.get(name, ()):
+            tensor = edit.apply(tensor)
+        return tensor
 
     def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         try:
@@ -181,24 +200,18 @@ class CheckpointSource(ModelSource):
             raise ModelError(f"{self.name_or_path} has no tensor {name!r}") from error
         return info.shape, info.dtype
 
-    def tensor_names(self) -> list[str]:
-        return list(self._names)
-
     def checkpoint_names(self, tensor_name: str) -> tuple[str, ...]:
         plan = self.tensor_plan(tensor_name)
         return plan.origin.stored if plan else (tensor_name,)
 
     def inputs(self, tensor_name: str) -> tuple[str, ...]:
-        """Names in the files of everything that has to be read for a model tensor, scales included."""
+        """Names in the files of everything that is read for a model tensor, scales included."""
         return tuple(found for key in self.checkpoint_names(tensor_name) for found in self.stored_inputs(key))
 
     def stored_inputs(self, key: str) -> tuple[str, ...]:
-        """Names in the files of what has to be read for a checkpoint tensor: itself, or its codes and scale."""
+        """Names in the files of what is read for a checkpoint tensor: itself, or its codes and scale."""
         weight = getattr(self.files, "weights", {}).get(key)
         return (key,) if weight is None else (weight.codes, weight.scale)
-
-    def tensor_plan(self, tensor_name: str) -> TensorPlan | None:
-        return self._plans.get(self._tied.get(tensor_name, tensor_name))
 
     def own_plan(self, tensor_name: str) -> TensorPlan | None:
         return self._plans.get(tensor_name)
@@ -214,10 +227,20 @@ class CheckpointSource(ModelSource):
         return stored.shape, self._asked if cast and self._asked is not None else stored.dtype
 
     def read_stored(self, key: str) -> torch.Tensor:
-        return self.files.read(key).to(self.stored_meta(key)[1])
+        tensor = self.files.read(key).to(self.stored_meta(key)[1])
+        for name in self._edits:
+            plan = self._plans[name]
+            if key not in plan.origin.stored:
+                continue
+            if plan.piece is None:
+                tensor = self._edited(name, tensor)
+            else:
+                one = plan.piece.slot(tensor)
+                plan.piece.paste(one, self._edited(name, plan.piece.cut(one)))
+        return tensor
 
     def _keeps_float32(self, key: str) -> bool:
-        """Whether the model wants a stored tensor in float32 whatever its own dtype is."""
+        """Whether the model holds a stored tensor in float32 regardless of its dtype."""
         if self._float32_keys is None:
             names = (n for n, info in self._tensors.items() if info.dtype == torch.float32)
             found = {k for name in names if name in self._plans for k in self._plans[name].origin.stored}
@@ -225,7 +248,7 @@ class CheckpointSource(ModelSource):
         return key in self._float32_keys
 
     def _fetch(self, name: str, shared: dict[Origin, dict[str, torch.Tensor]], *, check: bool) -> torch.Tensor:
-        """The tensor `name` on the CPU, as it shall be loaded. `shared` keeps what several tensors are cut from."""
+        """Read the tensor `name` to the CPU for loading. `shared` caches what several tensors are cut from."""
         canonical = self._tied.get(name, name)
         plan, info = self._plans.get(canonical), self._tensors.get(canonical)
         if plan is None or info is None:
@@ -234,7 +257,7 @@ class CheckpointSource(ModelSource):
         if origin.converter is None and piece is None:
             tensor = self.files.read(origin.keys[0][0]).to(info.dtype)
         elif origin.converter is None and piece is not None and not piece.rows:
-            # One expert at a time, never all of a stacked tensor; gate and up may be halves of one row.
+            # Read one expert of a stacked tensor; gate and up may be halves of it.
             row = str(piece.expert)
             if row not in shared.get(origin, {}):
                 shared[origin] = {row: self.files.read(origin.keys[0][0], row=piece.expert)}
@@ -253,10 +276,10 @@ class CheckpointSource(ModelSource):
             )
         if check and self.checks_finite:
             check_finite(name, tensor)
-        return tensor
+        return self._edited(canonical, tensor)
 
     def _loaded_tied_tensor(self, name: str, device: torch.device) -> torch.Tensor | None:
-        """A tensor that `name` is tied to and that is loaded already on `device`."""
+        """A tensor tied to `name` that is loaded on `device`."""
         canonical = self._tied.get(name, name)
         for other in (canonical, *(alias for alias, target in self._tied.items() if target == canonical)):
             owner, _, leaf = other.rpartition(".")
@@ -269,12 +292,13 @@ class CheckpointSource(ModelSource):
         aliases = set(self._tied)
         used = {key for name, plan in self._plans.items() if name not in aliases for key in plan.origin.stored}
         return tuple(
-            key for key, stored in self.files.tensors.items() if key not in used and not _is_computed(key, stored)
+            key
+            for key, stored in self.files.tensors.items()
+            if key not in used and not _COMPUTED.search(key) and not (len(stored.shape) == 4 and _MASK.search(key))
         )
 
     def _spare_notes(self) -> list[str]:
-        """One line on tensors of the files that no part of the model takes: multi-token prediction, another version of
-        the model, or damage."""
+        """A note on tensors that no module reads: multi-token prediction, another version of the model, or damage."""
         plans = (self._plans.get(name) for name in self._tied)
         aliases = {key for plan in plans if plan is not None for key in plan.origin.stored}
         unread = [key for key in self._spare if key not in aliases]
@@ -289,8 +313,8 @@ class CheckpointSource(ModelSource):
     def _find_tied(self) -> dict[str, str]:
         """Ties that the model declares and the checkpoint agrees with.
 
-        As Transformers has it: a checkpoint that holds both with different values is not tied, whatever its
-        configuration says; one that holds only the alias gives its tensor to both.
+        As in Transformers: a checkpoint with different values for both is not tied, whatever its configuration says;
+        one with the alias only gives its tensor to both.
         """
         declared: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
         tied: dict[str, str] = {}
@@ -307,7 +331,7 @@ class CheckpointSource(ModelSource):
         return tied
 
     def _check_tensors(self) -> dict[str, _Tensor]:
-        """Shapes and dtypes of all tensors but aliases. Raises ModelError for a missing one or another shape."""
+        """Shapes and dtypes of all tensors except aliases. Raises ModelError for a missing one or a wrong shape."""
         full_precision = float32_filter(self.model, self.dtype)
         found: dict[str, _Tensor] = {}
         for name in self._names:
@@ -337,24 +361,17 @@ class CheckpointSource(ModelSource):
         return found
 
     def _fill_buffers(self) -> None:
-        """Give persistent buffers that are real from the start (small tables) the checkpoint's values."""
+        """Read the checkpoint values of persistent buffers that are not on meta (small tables)."""
         for name, info in self._tensors.items():
             if not info.lazy and name in self._plans:
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._buffers[leaf] = self._fetch(name, {}, check=True)
 
 
-def _is_computed(key: str, stored: StoredTensor) -> bool:
-    return bool(_COMPUTED.search(key)) or (len(stored.shape) == 4 and bool(_MASK.search(key)))
-
-
 def load_dequantized(
     folder: str | os.PathLike[str], dtype: torch.dtype, device: Device, *, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The whole model of a checkpoint on a device: the dense weights that quantization starts from, cast to `dtype`.
-
-    Raises what `CheckpointSource` raises.
-    """
+    """Load a whole checkpoint to a device, with dense weights cast to `dtype`. Raises as `CheckpointSource`."""
     source = CheckpointSource(folder, trust_remote_code=trust_remote_code)
     for name in [*source.blocks, *source.non_block_module_names()]:
         source.load(name, device)
@@ -365,8 +382,8 @@ def load_dequantized(
     return source.model.to(device).eval()
 
 
-def _place(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
-    """Put a tensor where a parameter or buffer of that name was."""
+def _set_tensor(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    """Replace a parameter or buffer of a module."""
     if leaf in module._parameters:
         module._parameters[leaf] = (
             tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)

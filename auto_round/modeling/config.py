@@ -1,25 +1,24 @@
 """Read values from model configurations, and write config.json for Transformers 4 and 5 alike.
 
-Reading: a size may be a number, a list with one entry per layer, or live in per-layer configurations, in which
-case Transformers refuses to read it from the whole model's. All code that needs a size reads it through this
-module.
+Reading: a size may be a number, a list with one entry per layer, or be in per-layer configurations, in which case
+Transformers refuses to read it from the whole model's. All code that needs a size reads it through this module.
 
-Writing: Transformers 5 moved the rotary settings into `rope_parameters` and renamed `torch_dtype` to `dtype`;
-it still reads the older keys. A reader built on Transformers 4 knows only those, and silently computes with a
-base of 10000 where they are missing. So both are written:
+Writing: Transformers 5 moved the rotary settings into `rope_parameters` and renamed `torch_dtype` to `dtype`; it still
+reads the older keys. A reader built on Transformers 4 knows only those, and silently computes with a base of 10000
+where they are missing. So both are written:
 
-| Transformers 5 | before |
+| Transformers 5 | Transformers 4 |
 |---|---|
 | rope_parameters.rope_theta | rope_theta; rotary_emb_base (GPT-NeoX); global_rope_theta (ModernBERT) |
-| rope_parameters.rope_type and its numbers | rope_scaling, where it says more than "default" |
+| rope_parameters.rope_type and its numbers | rope_scaling, unless it is "default" |
 | rope_parameters.partial_rotary_factor | partial_rotary_factor; rotary_pct (GPT-NeoX) |
-| rope_parameters.full_attention | the above, where each kind of layer has settings of its own |
+| rope_parameters.full_attention | the above, for families with settings per kind of layer |
 | rope_parameters.sliding_attention.rope_theta | rope_local_base_freq (Gemma 3), local_rope_theta |
 | dtype | torch_dtype |
 
-Phi-3 and related families read `rope_scaling` before `rope_parameters` in both; theirs has the fields that
-Transformers 4 expects. The family's class in Transformers decides which older names are written: names that it
-takes for older spellings are, names that it would store as plain attributes are not.
+Phi-3 and related families read `rope_scaling` before `rope_parameters` in both; theirs has the fields that Transformers
+4 expects. The family's class in Transformers decides which older names are written: those that it accepts as older
+spellings are, those that it would store as plain attributes are not.
 """
 
 from __future__ import annotations
@@ -33,11 +32,12 @@ from typing import Any
 
 from auto_round.modeling.files.folder import check_inside, read_object
 
+TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def text_config(config: Any) -> Any:
-    """The part of a configuration that describes the language model; itself where there are no parts."""
+    """The part of a configuration that describes the language model; the configuration itself if it has no parts."""
     get = getattr(config, "get_text_config", None)
     if not callable(get):
         return config
@@ -48,16 +48,16 @@ def text_config(config: Any) -> Any:
 
 
 def read_value(config: Any, name: str, default: Any = None) -> Any:
-    """One value; a list with one entry a layer where it varies by layer; `default` where there is none or it is None.
+    """Read one value; a list with one entry per layer if it varies by layer; `default` if missing or None.
 
     Args:
         config: a Transformers configuration, `RawConfig`, or None.
         name: of the attribute.
-        default: what to give where nothing is known.
+        default: for a missing value.
     """
     try:
         value = getattr(config, name, None)
-    except Exception:  # Transformers refuses by an error of its own what only single layers can answer
+    except Exception:  # Transformers raises its own error for a value that only single layers have
         layers = _layer_configs(config)
         found = [_layer_attribute(layer, name) for layer in layers]
         value = found if any(entry is not None for entry in found) else None
@@ -65,7 +65,7 @@ def read_value(config: Any, name: str, default: Any = None) -> Any:
 
 
 def layer_value(config: Any, name: str, layer: int | None, default: Any = None) -> Any:
-    """The value for one layer, where it varies by layer; the first layer's when `layer` is None or beyond the list."""
+    """The value for one layer, if it varies by layer; the first layer's when `layer` is None or out of range."""
     value = read_value(config, name, default)
     if isinstance(value, (list, tuple)) and value:
         return value[layer] if layer is not None and 0 <= layer < len(value) else value[0]
@@ -73,18 +73,18 @@ def layer_value(config: Any, name: str, layer: int | None, default: Any = None) 
 
 
 def largest(config: Any, *names: str, default: int = 0) -> int:
-    """The largest size under the first of `names` that has one; over all layers where it varies by layer.
+    """The largest size under the first of `names` that has one; over all layers if it varies by layer.
 
     Args:
         config: of the whole model or of its text part; the text part is read first.
         names: spellings of one value, such as "hidden_size", "n_embd".
-        default: where no name has a positive integer.
+        default: if no name has a positive integer.
     """
     return max(sizes(config, *names), default=default)
 
 
 def smallest(config: Any, *names: str) -> int | None:
-    """As `largest`, the smallest; None where no name has a positive integer."""
+    """As `largest`, for the smallest size; None if no name has a positive integer."""
     return min(sizes(config, *names), default=None)
 
 
@@ -113,7 +113,7 @@ def integers(value: Any) -> list[int]:
 
 
 def _layer_configs(config: Any) -> list[Any]:
-    """The configurations of single layers, where a configuration has them."""
+    """The configurations of single layers, if a configuration has them."""
     try:
         layers = config.per_layer_config
         return list(layers.values() if isinstance(layers, Mapping) else layers)
@@ -126,35 +126,13 @@ def _layer_attribute(config: Any, name: str) -> Any:
         return config.get(name)
     try:
         return getattr(config, name, None)
-    except Exception:  # as in `read_value`: a layer without the value says so by an error of its own
+    except Exception:  # as in `read_value`: a layer without the value raises its own error
         return None
 
 
-# The values of config.json for a quantized model: the source's own, spelled for Transformers 4 and 5 alike.
-#
-# Transformers 5 moved the rotary settings into `rope_parameters` and renamed `torch_dtype` to `dtype`; it still reads
-# the older keys. A reader built on Transformers 4 knows only those, and computes with a base of 10000 where they are
-# missing, without a word. So both are written:
-#
-# | Transformers 5 | before |
-# |---|---|
-# | rope_parameters.rope_theta | rope_theta; rotary_emb_base (GPT-NeoX); global_rope_theta (ModernBERT) |
-# | rope_parameters.rope_type and its numbers | rope_scaling, where it says more than "default" |
-# | rope_parameters.partial_rotary_factor | partial_rotary_factor; rotary_pct (GPT-NeoX) |
-# | rope_parameters.full_attention | the above, where each kind of layer has settings of its own |
-# | rope_parameters.sliding_attention.rope_theta | rope_local_base_freq (Gemma 3), local_rope_theta |
-# | dtype | torch_dtype |
-#
-# Phi-3 and its kin read `rope_scaling` before `rope_parameters` in both; theirs has the fields that Transformers 4 asks
-# for.
-#
-# Which of the older names a family has is asked of its class in Transformers: names that it takes for older spellings
-# are written, names that it would keep as attributes are not.
-
 _QUANTIZATION = ("quantization_config", "compression_config")
-# Where the source lay on the machine that made it, and how it was run there.
-_LOCAL = ("_name_or_path", "_attn_implementation_autoset", "_commit_hash")
-_TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+# Keys that describe the machine on which the source was saved.
+_MACHINE_KEYS = ("_name_or_path", "_attn_implementation_autoset", "_commit_hash")
 _NEW, _SCALING = "rope_parameters", "rope_scaling"
 _THETA = ("rope_theta", "rotary_emb_base", "global_rope_theta")
 _LOCAL_THETA = ("rope_local_base_freq", "local_rope_theta")
@@ -164,12 +142,12 @@ Values = dict[str, Any]
 
 
 def source_config(config: Any, folder: Path | None, trusted: bool) -> Values:
-    """The configuration of a model without what it says of quantization or of the machine.
+    """The configuration of a model without its quantization and without keys that describe a machine.
 
     Args:
-        config: the model's configuration object; read only where there is no folder.
-        folder: of the checkpoint, whose config.json is taken as it is: unknown keys and the order of all are kept.
-        trusted: the checkpoint's own Python files come along, so that `auto_map` may name them.
+        config: the model's configuration object; read only without a folder.
+        folder: of the checkpoint, whose config.json is used: unknown keys and the order of keys are preserved.
+        trusted: the checkpoint's own Python files are copied too, so that `auto_map` may name them.
 
     Raises ModelError when the folder's config.json cannot be read.
     """
@@ -177,7 +155,7 @@ def source_config(config: Any, folder: Path | None, trusted: bool) -> Values:
         values: Values = json.loads(config.to_json_string(use_diff=False))
     else:
         values = read_object(check_inside(folder, folder / "config.json"))
-    values = _without(values, _LOCAL)
+    values = _without(values, _MACHINE_KEYS)
     for part in (values, *_parts(values)):
         for key in _QUANTIZATION:
             part.pop(key, None)
@@ -187,11 +165,13 @@ def source_config(config: Any, folder: Path | None, trusted: bool) -> Values:
 
 
 def with_dtype(values: Mapping[str, Any], dtype: str) -> Values:
-    """A copy that says `dtype` under both names, as every part does that has either. Parts keep a dtype of their own
-    unless the whole is given another one than it had."""
+    """A copy with `dtype` under both names, in the configuration and in every part that has either.
+
+    Parts keep their own dtype unless the dtype of the whole changes.
+    """
     made = copy.deepcopy(dict(values))
-    said = made.get("dtype") or made.get("torch_dtype")
-    changed = said is not None and str(said).removeprefix("torch.") != dtype
+    before = made.get("dtype") or made.get("torch_dtype")
+    changed = before is not None and str(before).removeprefix("torch.") != dtype
     for part in _parts(made):
         own = part.get("dtype") or part.get("torch_dtype")
         if own is not None:
@@ -201,15 +181,17 @@ def with_dtype(values: Mapping[str, Any], dtype: str) -> Values:
 
 
 def with_both_rope_spellings(values: Mapping[str, Any]) -> Values:
-    """A copy with the rotary settings in the words of Transformers 4 and of 5, the nested parts too. What is there is
-    kept. Reading the copy gives the configuration that reading `values` gives."""
+    """A copy with the rotary settings in the keys of Transformers 4 and 5, nested parts too. Existing keys are kept.
+
+    Reading the copy gives the same configuration as reading `values`.
+    """
     made = copy.deepcopy(dict(values))
     before = _parsed(made)
     for path in [(), *((key,) for key, part in made.items() if _is_part(key, part))]:
         part, parsed = _at(made, path), _config_at(before, path)
         if parsed is not None and not isinstance(part.get(_NEW), dict):
             found = getattr(parsed, _NEW, None)
-            text = not path or path[0] in _TEXT_PARTS
+            text = not path or path[0] in TEXT_PARTS
             if isinstance(found, dict) and found and (text or any(key in part for key in _OLD)):
                 part[_NEW] = json.loads(json.dumps(found))
         older = _legacy_rope(part.get(_NEW))
@@ -224,9 +206,9 @@ def with_both_rope_spellings(values: Mapping[str, Any]) -> Values:
 
 
 def untied(values: Mapping[str, Any]) -> Values:
-    """A copy that says that the output head has a weight of its own."""
+    """A copy that says that the output head has its own weight."""
     made = copy.deepcopy(dict(values))
-    for key in _TEXT_PARTS:
+    for key in TEXT_PARTS:
         if isinstance(made.get(key), dict) and "tie_word_embeddings" in made[key]:
             made[key]["tie_word_embeddings"] = False
     made["tie_word_embeddings"] = False
@@ -234,7 +216,7 @@ def untied(values: Mapping[str, Any]) -> Values:
 
 
 def causal_class(values: Mapping[str, Any]) -> str | None:
-    """The class that Transformers takes for a causal language model with these values, None when it knows none."""
+    """Transformers' class name for a causal language model with these values; None when it has none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(values.get("model_type")))
@@ -246,7 +228,7 @@ def _without(values: Mapping[str, Any], keys: tuple[str, ...]) -> Values:
 
 
 def _drop_own_code(values: Values) -> None:
-    """Leave out of `auto_map` what names Python files of the folder; those of a repository stay."""
+    """Remove entries of `auto_map` that name Python files of the folder; those of a repository stay."""
     own = values.get("auto_map")
     if isinstance(own, dict):
         kept = {key: name for key, name in own.items() if isinstance(name, str) and "--" in name}
@@ -286,15 +268,18 @@ def _legacy_rope(parameters: Any) -> Values:
         found |= dict.fromkeys(_PARTIAL, parameters["partial_rotary_factor"])
     rest = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
     if any(isinstance(v, dict) for v in rest.values()):
-        return {}  # settings by kinds of layers that no older version knew
+        return {}  # settings per kind of layer, unknown to older versions
     if set(rest) - {"rope_type", "type"} or rest.get("rope_type", "default") != "default":
         found[_SCALING] = rest
     return found
 
 
 def _phi_scaling(scaling: Values, part: Values) -> Values:
-    """Phi's `rope_scaling`, whose classes in Transformers 4 count its fields: `type` (never `rope_type`) and the two
-    factors; Phi-3.5-MoE's the two scales and the original length besides, which the others have on the top level."""
+    """Phi's `rope_scaling` with the fields that its classes in Transformers 4 count.
+
+    These are `type` (never `rope_type`) and the two factors; for Phi-3.5-MoE also the two scales and the original
+    length, which the others have at the top level.
+    """
     kind = scaling.get("rope_type", scaling.get("type"))
     made = {"type": kind} | {key: value for key, value in scaling.items() if key not in ("rope_type", "type")}
     length = "original_max_position_embeddings"
@@ -304,14 +289,14 @@ def _phi_scaling(scaling: Values, part: Values) -> Values:
 
 
 def _accepts_legacy_key(values: Values, path: tuple[str, ...], key: str, value: Any, before: Any) -> bool:
-    """Whether the family's class takes `key` for an older spelling, or has it as a setting of its own."""
+    """Whether the family's class accepts `key` as an older spelling, or has it as a setting."""
     tried = copy.deepcopy(values)
     _at(tried, path)[key] = value
     after = _parsed(tried)
     if after is None or not _same(before, after):
         return False
     one, other = (_as_dict(_config_at(config, path)) for config in (before, after))
-    # Phi-3 keeps this one as an attribute, as it was before; one that says nothing may be left out.
+    # Phi-3 reads this key as an attribute; the default value may be left out.
     kept = key == "partial_rotary_factor" and value != 1.0 and str(one.get("model_type")).startswith("phi")
     return key not in other or key in one or kept
 
@@ -324,20 +309,20 @@ def _class_of(values: Mapping[str, Any]) -> Any:
 
 
 def _parsed(values: Values) -> Any:
-    """What Transformers makes of the values, None when it knows no such family or refuses them."""
+    """The configuration object that Transformers makes of the values; None for an unknown family or invalid values."""
     kind = _class_of(values)
     if kind is None:
         return None
     try:
         with _quiet():
             return kind.from_dict(copy.deepcopy(values))
-    except Exception:  # whatever odd values lead to; who opens the model is told
+    except Exception:  # invalid values raise anything; opening the model reports them
         return None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Trial readings are no news."""
+    """Suppress the log of trial readings."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

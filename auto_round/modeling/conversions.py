@@ -1,9 +1,9 @@
-"""Transformers' conversion mapping of a model, applied to names in both directions.
+"""Apply Transformers' conversion mapping of a model to names, in both directions.
 
-A checkpoint and the modules that read it may call the same tensor differently, split or join matrices, and store the
+A checkpoint and the modules that read it may name the same tensor differently, split or join matrices, and store the
 experts of a block one by one or stacked. Transformers publishes these differences per model class and type
-(`transformers.conversion_mapping`), and applies them whenever it loads. Nothing about a family is repeated here: the
-mapping is asked for at run time, so that it is the one of the Transformers that will load the files.
+(`transformers.conversion_mapping`), and applies them on every load. Nothing about a family is repeated here: the
+mapping is read at run time, from the Transformers that will load the files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EXPERT_LEAF = re.compile(r"\.experts\.\*\.(?P<leaf>\w+)\.weight$")
 
 
 class ExpertLayerNames(NamedTuple):
-    """What the matrices of one expert are called."""
+    """Names of the matrices of one expert."""
 
     gate: str
     up: str
@@ -32,11 +32,11 @@ DEFAULT_EXPERT_NAMES = ExpertLayerNames("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Conversions:
-    """The conversion mapping of one model. Build it with `conversions_of` or `conversions_for_type`.
+    """The conversion mapping of one model. Built by `conversions_of` or `conversions_for_type`.
 
     Attributes:
         renamings, converters: Transformers' `WeightRenaming` and `WeightConverter` entries, in order. Some keep state
-            while they rename, so every pass over a file takes fresh ones.
+            while they rename, so every pass over a file needs new ones.
         prefix: the base model's attribute name (`model`, `transformer`), which files saved without a head lack.
     """
 
@@ -45,11 +45,13 @@ class Conversions:
     prefix: str | None = None
 
     def loaded(self, key: str, known: Mapping[str, Any]) -> tuple[str, str | None]:
-        """The model's name of the checkpoint tensor `key`, and the pattern of the converter that takes it, if any.
+        """The model's name of the checkpoint tensor `key`, and the pattern of its converter, if any.
 
         Args:
-            known: names of the model's tensors; the prefix of the base model is added or dropped to meet one of them,
-                and a conversion that leads to no known name is not applied, as Transformers does it.
+            key: the checkpoint's name.
+            known: names of the model's tensors; the prefix of the base model is added or dropped to match one of them,
+                and a
+                conversion to an unknown name is not applied, as in Transformers.
         """
         from transformers.core_model_loading import rename_source_key
 
@@ -62,26 +64,26 @@ class Conversions:
         return name, pattern
 
     def renamed(self, key: str) -> str:
-        """`key` after the renamings alone: where a tensor goes that no converter takes."""
+        """`key` after the renamings, without converters."""
         for renaming in self.renamings:
             key, _ = renaming.rename_source_key(key)
         return key
 
     def converter_of(self, name: str) -> Any:
-        """The converter that takes a tensor of this name (after the renamings), or None."""
+        """The converter of a tensor of this name (after the renamings), or None."""
         for converter in self.converters:
             if converter.rename_source_key(name)[1] is not None:
                 return converter
         return None
 
     def by_pattern(self, pattern: str) -> Any:
-        """The converter that `pattern`, as `loaded` returned it, belongs to."""
+        """The converter with this source pattern, as returned by `loaded`."""
         return next(converter for converter in self.converters if pattern in converter.source_patterns)
 
     def expert_leaves(self) -> ExpertLayerNames | None:
-        """How checkpoints call the matrices of experts that they store one by one; None where they do not.
+        """Checkpoint names of the matrices of experts that are stored one by one; None if they are stacked.
 
-        A family without a gate gets its usual name for it, which no tensor has.
+        A family without a gate gets the default name for it, which no tensor has.
         """
         found: dict[str, str] = {}
         for converter in self.converters:
@@ -96,9 +98,9 @@ class Conversions:
         return ExpertLayerNames(found.get("gate", DEFAULT_EXPERT_NAMES.gate), found["up"], found["down"])
 
     def inverse(self) -> Conversions:
-        """The mapping from the model's names to the checkpoint's: converters first, then renamings, last to first.
+        """The mapping from the model's names to the checkpoint's: converters first, then renamings, in reverse order.
 
-        A conversion that Transformers cannot undo is left out.
+        A conversion without an inverse in Transformers is left out.
         """
         renamings: list[Any] = []
         converters: list[Any] = []
@@ -112,11 +114,11 @@ class Conversions:
 
 
 def conversions_of(model: nn.Module, *, legacy: bool = True) -> Conversions:
-    """The mapping that Transformers applies when it loads this model; nothing for a model of other origin.
+    """The mapping that Transformers applies when it loads this model; empty for other models.
 
     Args:
-        model: its class, configuration and submodels decide.
-        legacy: with the names of very old checkpoints (`LayerNorm.gamma`), which are read and never written.
+        model: the mapping depends on its class, configuration and submodules.
+        legacy: include names of very old checkpoints (`LayerNorm.gamma`), which are read and never written.
     """
     from transformers import PreTrainedModel
 
@@ -129,9 +131,9 @@ def conversions_of(model: nn.Module, *, legacy: bool = True) -> Conversions:
 
 
 def saving_conversions(model: nn.Module) -> Conversions:
-    """The inverse mapping by which Transformers would save this model: that of how it was loaded, where it says so.
+    """The mapping by which Transformers would save this model: the inverse of how it was loaded, if recorded.
 
-    A model made from a configuration has no prefix of a base model to give back.
+    A model built from a configuration has no prefix of a base model to restore.
     """
     loaded = getattr(model, "_weight_conversions", None)
     if loaded is not None:
@@ -143,16 +145,16 @@ def saving_conversions(model: nn.Module) -> Conversions:
 
 
 def conversions_for_type(model_type: str) -> Conversions:
-    """The mapping of a `model_type` as far as it is known without a model."""
+    """The mapping of a `model_type`, as far as Transformers knows it without a model."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     return _sorted(get_checkpoint_conversion_mapping(model_type) or [], None)
 
 
 def _sorted(entries: Iterable[Any], prefix: str | None) -> Conversions:
-    listed = list(entries)
-    converters = tuple(entry for entry in listed if hasattr(entry, "operations"))
-    return Conversions(tuple(entry for entry in listed if not hasattr(entry, "operations")), converters, prefix)
+    entries = list(entries)
+    converters = tuple(entry for entry in entries if hasattr(entry, "operations"))
+    return Conversions(tuple(entry for entry in entries if not hasattr(entry, "operations")), converters, prefix)
 
 
 @dataclass(eq=False)
@@ -160,10 +162,10 @@ class Origin:
     """Checkpoint tensors that are read together and give one or more model tensors.
 
     Attributes:
-        name: the first model tensor they give.
-        keys: (checkpoint name, source pattern) in the order in which a converter wants them.
+        name: the first model tensor that they give.
+        keys: (checkpoint name, source pattern) in the order in which the converter needs them.
         converter: Transformers' WeightConverter, or None when the tensor is used as stored.
-        targets: names of all model tensors they give, experts stacked as the family's modules hold them.
+        targets: names of all model tensors that they give, with experts stacked as in the family's modules.
     """
 
     name: str
@@ -180,14 +182,15 @@ class Origin:
 def run_converter(
     converter: Any, name: str, tensors: Iterable[tuple[str, str, torch.Tensor]], model: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """Tensors by name that a converter makes.
+    """Run a converter and return the tensors that it makes, by name.
 
     Args:
-        converter: a WeightConverter that has taken no tensor yet.
+        converter: a WeightConverter without tensors.
         name: the first tensor that it gives.
-        tensors: (name, source pattern, tensor) of what it takes, in order.
+        tensors: (name, source pattern, tensor) of its inputs, in order.
+        model: whose configuration the converter may read.
 
-    Raises whatever a third-party operation raises on odd shapes.
+    Raises whatever a third-party operation raises on unusual shapes.
     """
     for key, pattern, tensor in tensors:
         converter.add_tensor(name, key, pattern, tensor)

@@ -16,15 +16,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ExpertPiece:
-    """Where a tensor of one expert lies inside a fused parameter (3-D for weights, 2-D for biases).
+    """Location of a tensor of one expert inside a fused parameter (3-D for weights, 2-D for biases).
 
     Attributes:
         param: name of the fused parameter in its module, such as `gate_up_proj`.
         expert: index in its first dimension.
         part: "gate" or "up" half of `gate_up_proj`, or "all".
         transposed: the fused weight is [in, out] per expert.
-        interleaved: gate and up alternate instead of following each other.
-        rows: rows of one expert where the parameter is 2-D and holds the experts below each other; 0 otherwise.
+        interleaved: gate and up rows alternate instead of being two halves.
+        rows: rows per expert if the parameter is 2-D with the experts concatenated along rows; 0 otherwise.
     """
 
     param: str
@@ -35,11 +35,11 @@ class ExpertPiece:
     rows: int = 0
 
     def slot(self, whole: torch.Tensor) -> torch.Tensor:
-        """View of this expert's part of the fused parameter `whole`."""
+        """A view of this expert's part of the fused parameter."""
         return whole[self.expert * self.rows : (self.expert + 1) * self.rows] if self.rows else whole[self.expert]
 
     def cut(self, one: torch.Tensor) -> torch.Tensor:
-        """The piece [out, in] or [out] of this expert's fused tensor `one`; a view where the layout allows."""
+        """The piece [out, in] or [out] of this expert's fused tensor `one`; a view if the layout allows."""
         one = self._half(one)
         if one.dim() == 2 and self.transposed:
             one = one.t()
@@ -62,19 +62,20 @@ class ExpertPiece:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Names and order of the fused parameters of an experts module, and how the module is called.
+    """Names and layout of the fused parameters of an experts module, and its call signature.
 
     Attributes:
-        gate, up, down: parameter of each projection; the same name for gate and up where they are joined (gate first),
-            "" for a gate that does not exist. Where `up` is "" the module is one projection per expert.
+        gate, up, down: parameter of each projection; gate and up have the same name if joined (gate first). "" for a
+            missing gate; with `up` "" the module is one projection per expert.
         transposed, down_transposed: weights of gate and up, and of down, are [in, out] per expert.
         interleaved: joined gate and up alternate row by row.
-        flat: parameters are 2-D and hold the experts below each other.
-        bias: suffix of the names of bias parameters, "" where there are none.
+        flat: parameters are 2-D with the experts concatenated along rows.
+        bias: suffix of bias parameter names, "" if there are none.
         act: dotted attribute with the activation function.
-        call: "routed" (hidden states, chosen experts, their weights), "every" (hidden states of each expert below each
-            other), "shared" (every token goes to every expert, with a factor for each) or "sorted" (tokens in the order
-            of experts, with the number of tokens of each).
+        call: "routed" (hidden states, chosen experts, their weights), "every" (hidden states of all experts
+            concatenated
+            along rows), "shared" (every token is processed by every expert, with a factor for each) or "sorted" (tokens
+            sorted by expert, with the number of tokens of each).
         identity: experts beyond the last return their input (LongCat's zero-computation experts).
     """
 
@@ -101,7 +102,7 @@ class ExpertLayout:
         return frozenset(name + suffix for name in self.weights for suffix in {"", self.bias})
 
 
-# Classes of Transformers 5.24 that declare no layout. A class that another version changes is caught by `_fits`.
+# Classes of Transformers 5.24 that declare no layout. `_fits` detects a class that another version changed.
 UNDECLARED: dict[str, ExpertLayout] = {
     "Llama4TextExperts": ExpertLayout(transposed=True, down_transposed=True, call="every"),
     "LongcatFlashExperts": ExpertLayout(identity=True),
@@ -113,20 +114,16 @@ UNDECLARED: dict[str, ExpertLayout] = {
 
 
 def expert_layout(module: nn.Module) -> ExpertLayout | None:
-    """The layout of an experts module, None where `module` is none or its layout is not known."""
+    """The layout of an experts module; None if `module` is not one, or its layout is unknown."""
     if hasattr(module, "is_transposed"):
-        layout = _declared(module)
+        layout: ExpertLayout | None = _declared(module)
     else:
-        known = (UNDECLARED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in UNDECLARED)
-        found = next(known, None)
-        if found is None:
-            return None
-        layout = found
-    return layout if _fits(module, layout) else None
+        layout = next((UNDECLARED[c.__name__] for c in type(module).__mro__ if c.__name__ in UNDECLARED), None)
+    return layout if layout is not None and _fits(module, layout) else None
 
 
 def _declared(module: nn.Module) -> ExpertLayout:
-    """The layout that Transformers' `use_experts_implementation` describes by attributes of the module."""
+    """The layout that attributes of the module describe, as set by Transformers' `use_experts_implementation`."""
     gated = bool(getattr(module, "has_gate", True))
     transposed = bool(getattr(module, "is_transposed", False))
     first = "gate_up_proj" if gated else "up_proj"
@@ -138,14 +135,14 @@ def _declared(module: nn.Module) -> ExpertLayout:
 
 
 def fused_params(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All matrices under `module` by dotted name, and biases beside them, which a layout has to explain."""
+    """All matrices under `module` by dotted name, and the biases of the module itself."""
     own = dict(module.named_parameters(recurse=False))
     below = {n: p for n, p in module.named_parameters() if n not in own and p.dim() > 1}
     return own | below
 
 
 def expert_count(module: nn.Module, layout: ExpertLayout) -> int:
-    """How many experts have weights of their own."""
+    """Number of experts with weights."""
     down = fused_params(module)[layout.down]
     if not layout.flat:
         return int(down.shape[0])
@@ -161,7 +158,7 @@ def expert_sizes(module: nn.Module, layout: ExpertLayout) -> tuple[int, int]:
 
 
 def fused_shapes(layout: ExpertLayout, experts: int, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter that the layout needs, by name."""
+    """Shape of every parameter of the layout, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in layout.weights:
         out, columns = (hidden, inner) if name == layout.down else (inner, hidden)
@@ -175,9 +172,9 @@ def fused_shapes(layout: ExpertLayout, experts: int, hidden: int, inner: int) ->
 
 
 def _fits(module: nn.Module, layout: ExpertLayout) -> bool:
-    """Whether the parameters of `module` are those of the layout, with sizes that agree, and no others.
+    """Whether the parameters of `module` are exactly those of the layout, with consistent sizes.
 
-    A further parameter, or a buffer that checkpoints hold (a scale per expert, say), is part of what it computes.
+    A further parameter, or a persistent buffer (a scale per expert, say), would be part of its computation.
     """
     params = fused_params(module)
     if set(params) != layout.params or set(module._buffers) - module._non_persistent_buffers_set:
@@ -192,7 +189,7 @@ def _fits(module: nn.Module, layout: ExpertLayout) -> bool:
     for name, shape in wanted.items():
         given = tuple(params[name].shape)
         if layout.identity and given[1:] == shape[1:] and given[0] >= shape[0]:
-            continue  # experts without weights of their own have unused rows
+            continue  # identity experts have unused rows
         if given != shape:
             return False
     return prod(params[layout.down].shape) > 0

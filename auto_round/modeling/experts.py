@@ -19,7 +19,7 @@ from auto_round.modeling.expert_layouts import ExpertPiece, expert_count, expert
 
 
 class ExpertMLP(nn.Module):
-    """The linear layers of one expert. `LinearExperts` runs them."""
+    """The linear layers of one expert, run by `LinearExperts`."""
 
     def __init__(self, hidden: int, intermediate: int, *, gate: bool, bias: bool, **factory: Any) -> None:
         super().__init__()
@@ -30,27 +30,27 @@ class ExpertMLP(nn.Module):
 
 
 class BatchedExperts(Protocol):
-    """Runs the layers of all experts in one go."""
+    """Runs the layers of all experts in one call."""
 
     def is_valid(self) -> bool:
-        """Whether it still does what the layers would."""
+        """Whether it still computes what the layers would."""
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """x [rows, H] sorted by `chosen`, int64 [rows] -> [rows, H]; zeros where `chosen` is no expert."""
+        """x [rows, H] sorted by `chosen`, int64 [rows] -> [rows, H]; zeros if `chosen` is not an expert."""
 
 
 class LinearExperts(nn.Module):
-    """Experts as linear layers, children "0", "1", ..., in place of a module that holds them in fused parameters.
+    """Experts as linear layers, children "0", "1", ..., that replace a module with fused parameters.
 
-    Subclasses have the call and the numbers of the module that they replace. Its class decides how gate and up are
-    combined, so it is kept, without its parameters.
+    Subclasses have the signature and the outputs of the replaced module. Its class decides how gate and up are
+    combined, so the module is kept, without its parameters.
 
     Attributes:
         layout: how the replaced module stored its experts.
-        leaves: what the layers of each expert are called.
+        leaves: names of the layers of each expert.
     """
 
-    _shell: Any
+    _original: Any
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
@@ -67,30 +67,28 @@ class LinearExperts(nn.Module):
         for index in range(self.num_experts):
             self.add_module(str(index), self._expert(device="meta", dtype=down.dtype))
         if not down.is_meta:
-            self._take(params)
+            self._load_fused(params)
         self.train(fused.training)
-        self._empty(fused)
+        self._keep_original(fused)
 
     def __getitem__(self, index: int) -> nn.Module:
         """The layers of one expert."""
         if not 0 <= index < self.num_experts:
-            raise IndexError(f"there are {self.num_experts} experts, and no {index}")
+            raise IndexError(f"expert {index} of {self.num_experts} experts")
         return self.get_submodule(str(index))
 
     def _expert(self, **factory: Any) -> nn.Module:
-        return ExpertMLP(
-            self.hidden_dim, self.intermediate_dim, gate=self.has_gate, bias=self.has_bias, **factory
-        )  # fmt: skip
+        return ExpertMLP(self.hidden_dim, self.intermediate_dim, gate=self.has_gate, bias=self.has_bias, **factory)
 
-    def _empty(self, fused: nn.Module) -> None:
-        """Keep `fused` without its experts. It must not be a child: its name would show in the module tree."""
+    def _keep_original(self, fused: nn.Module) -> None:
+        """Keep `fused` without its experts. It must not be a child, or its name would appear in the module tree."""
         for name in self._stored:
             owner, _, leaf = name.rpartition(".")
             del fused.get_submodule(owner)._parameters[leaf]
         for name, child in fused.named_children():
             if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
                 self.add_module(name, child)  # a norm, say: its tensors keep their names
-        self.__dict__["_shell"] = fused
+        self.__dict__["_original"] = fused
 
     def rename_layers(self, index: int, leaves: ExpertLayerNames) -> None:
         """Give the linear layers of an expert the names that a checkpoint has for them."""
@@ -102,15 +100,15 @@ class LinearExperts(nn.Module):
         self.leaves[index] = leaves
 
     def default_names(self) -> dict[str, str]:
-        """By the name under this module of every linear layer, the name that it has in a module just made."""
+        """By the current name of every linear layer under this module, its default name."""
         return {
-            f"{index}.{leaf}": f"{index}.{usual}"
+            f"{index}.{leaf}": f"{index}.{default}"
             for index, leaves in enumerate(self.leaves)
-            for leaf, usual in zip(leaves, DEFAULT_EXPERT_NAMES, strict=True)
-            if self.has_gate or usual != DEFAULT_EXPERT_NAMES.gate
+            for leaf, default in zip(leaves, DEFAULT_EXPERT_NAMES, strict=True)
+            if self.has_gate or default != DEFAULT_EXPERT_NAMES.gate
         }
 
-    def _take(self, params: Mapping[str, nn.Parameter]) -> None:
+    def _load_fused(self, params: Mapping[str, nn.Parameter]) -> None:
         """Fill the linear layers with views of the fused parameters."""
         for name, piece in self.pieces().items():
             whole = params[piece.param]
@@ -119,10 +117,10 @@ class LinearExperts(nn.Module):
             self.get_submodule(owner)._parameters[leaf] = part
 
     def pieces(self) -> dict[str, ExpertPiece]:
-        """For every parameter name under this module, where it lies in the fused parameters."""
+        """For every parameter name under this module, its location in the fused parameters."""
         layout = self.layout
         joined = layout.gate == layout.up
-        places = (
+        projections = (
             (layout.gate, "gate" if joined else "all", layout.transposed),
             (layout.up, "up" if joined else "all", layout.transposed),
             (layout.down, "all", layout.down_transposed),
@@ -130,12 +128,12 @@ class LinearExperts(nn.Module):
         suffixes = [("weight", ""), ("bias", layout.bias)] if layout.bias else [("weight", "")]
         found: dict[str, ExpertPiece] = {}
         for index in range(self.num_experts):
-            for layer, (param, part, transposed) in zip(self._layer_names(index), places, strict=True):
+            for layer, (param, part, transposed) in zip(self._layer_names(index), projections, strict=True):
                 for leaf, suffix in suffixes:
                     if param:
                         rows = self._stored[param][0] // self.num_experts if layout.flat else 0
-                        place = ExpertPiece(param + suffix, index, part, transposed, layout.interleaved, rows)
-                        found[f"{layer}.{leaf}"] = place
+                        piece = ExpertPiece(param + suffix, index, part, transposed, layout.interleaved, rows)
+                        found[f"{layer}.{leaf}"] = piece
         return found
 
     def _layer_names(self, index: int) -> tuple[str, str, str]:
@@ -148,37 +146,35 @@ class LinearExperts(nn.Module):
         return dict(self._stored)
 
     def run_expert(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What one expert makes of its tokens, [rows, H] from [rows, H], without the routing's weights."""
+        """Run one expert on its tokens, [rows, H] to [rows, H], without the routing weights."""
         gate, up, down = self.leaves[index]
         expert = self.get_submodule(str(index))
-        above = getattr(expert, up)(hidden)
-        inner = self.combine(getattr(expert, gate)(hidden) if self.has_gate else None, above)
+        up_states = getattr(expert, up)(hidden)
+        inner = self.combine(getattr(expert, gate)(hidden) if self.has_gate else None, up_states)
         return self.finish(getattr(expert, down)(inner))
 
     def combine(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-        """What the down projection gets, [rows, I], from gate (None where the family has none) and up."""
-        return self._act(up) if gate is None else self._combine(gate, up)
+        """Combine gate (None if the family has none) and up, [rows, I], to the input of the down projection."""
+        if gate is None:
+            return self._act(up)
+        own = getattr(self._original, "_apply_gate", None)
+        if own is None or own.__name__ == "_default_apply_gate":
+            return self._act(gate) * up
+        return own(torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1))
 
     def finish(self, results: torch.Tensor) -> torch.Tensor:
-        """What an expert gives, [rows, H], from the output of its down projection."""
-        if not getattr(self._shell, "has_post_expert_norm", False):
+        """The output of an expert, [rows, H], from the output of its down projection."""
+        if not getattr(self._original, "has_post_expert_norm", False):
             return results
-        normed: torch.Tensor = self._shell.post_expert_norm(results)
+        normed: torch.Tensor = self._original.post_expert_norm(results)
         return normed
 
     def _act(self, x: torch.Tensor) -> torch.Tensor:
-        found: Any = self._shell
+        found: Any = self._original
         for part in self.layout.act.split("."):
             found = getattr(found, part)
         made: torch.Tensor = found(x)
         return made
-
-    def _combine(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Gate and up [rows, I] combined as the family of the fused module does it."""
-        own = getattr(self._shell, "_apply_gate", None)
-        if own is None or own.__name__ == "_default_apply_gate":
-            return self._act(gate) * up
-        return own(torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1))
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
@@ -188,7 +184,7 @@ class RoutedExperts(LinearExperts):
     """Experts that are called with the tokens, the experts chosen for each and their weights.
 
     Attributes:
-        together: what runs all experts instead of their layers, one after the other, where no gradient is wanted.
+        together: runs all experts in one call when no gradient is needed; None runs their layers expert by expert.
     """
 
     together: BatchedExperts | None = None
@@ -199,8 +195,8 @@ class RoutedExperts(LinearExperts):
         """[tokens, H] from hidden_states [tokens, H], top_k_index int64 [tokens, K] and top_k_weights [tokens, K].
 
         Only experts with tokens run. An index of `num_experts` or above means "none" and adds nothing (the token itself
-        where the layout says so). The K results of a token are summed at once, in a fixed order, so that the outcome
-        does not depend on the order of the experts.
+        if the layout says so). The K results of a token are summed in a fixed order, so that the result does not depend
+        on the order of the experts.
         """
         shape, hidden_states = hidden_states.shape, hidden_states.reshape(-1, hidden_states.shape[-1])
         tokens, slots = top_k_index.shape
@@ -229,8 +225,7 @@ class RoutedExperts(LinearExperts):
         return self.together is not None
 
     def _one_by_one(self, hidden: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
-        """[rows, H] in the order of `chosen` [rows], in pieces; `rows`: which token each is. Nothing if no expert is
-        chosen."""
+        """[rows, H] in the order of `chosen` [rows], in parts; empty if no expert is chosen. `rows`: token indices."""
         counts = torch.bincount(chosen.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()
         outputs: list[torch.Tensor] = []
         start = 0
@@ -244,16 +239,16 @@ class RoutedExperts(LinearExperts):
 
 
 class EveryTokenExperts(LinearExperts):
-    """Experts that are called with the hidden states of every expert below each other (Llama 4)."""
+    """Experts that are called with the hidden states of all experts concatenated along rows (Llama 4)."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[experts * tokens, H] from the same."""
+        """[experts * tokens, H] from the same shape."""
         parts = hidden_states.reshape(self.num_experts, -1, self.hidden_dim)
         return torch.cat([self.run_expert(index, part) for index, part in enumerate(parts)])
 
 
 class SharedExperts(LinearExperts):
-    """Experts that all see every token, each with a factor for its inner activations (Inkling)."""
+    """Experts that all process every token, each with a factor for its inner activations (Inkling)."""
 
     def forward(self, hidden_states: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
         """[..., H] from hidden_states [..., H] and gammas, one factor per token and expert."""
@@ -269,7 +264,7 @@ class SharedExperts(LinearExperts):
 
 
 class ExpertProjection(LinearExperts):
-    """One linear layer per expert, called with tokens in the order of experts (JetMoE)."""
+    """One linear layer per expert, called with tokens sorted by expert (JetMoE)."""
 
     def _expert(self, **factory: Any) -> nn.Module:
         return nn.Linear(self.intermediate_dim, self.hidden_dim, bias=self.has_bias, **factory)
@@ -278,13 +273,13 @@ class ExpertProjection(LinearExperts):
         return "", "", str(index)
 
     def rename_layers(self, index: int, leaves: ExpertLayerNames) -> None:
-        """Its layers have no other name than their number."""
+        """Does nothing: the layers have no name but their number."""
 
     def default_names(self) -> dict[str, str]:
         return {str(index): str(index) for index in range(self.num_experts)}
 
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
-        """[rows, out] from inputs [rows, in]; `expert_size`: how many rows each expert has."""
+        """[rows, out] from inputs [rows, in]; `expert_size`: number of rows of each expert."""
         parts = inputs.split(expert_size, dim=0)
         return torch.cat([self.get_submodule(str(index))(part) for index, part in enumerate(parts)])
 
@@ -294,37 +289,31 @@ _CALLS: dict[str, type[LinearExperts]] = {
 }  # fmt: skip
 
 
-def linear_experts(fused: nn.Module) -> LinearExperts:
-    """The linear layers of the fused experts module `fused`, whose parameters they take over."""
-    layout = expert_layout(fused)
-    assert layout is not None
-    return _CALLS[layout.call](fused)
-
-
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether `module` holds experts in fused parameters whose layout is known, so that they can be linear layers."""
+    """Whether `module` is a fused experts module of a known layout."""
     return not isinstance(module, LinearExperts) and expert_layout(module) is not None
 
 
 def unfuse_experts(model: nn.Module) -> list[str]:
     """Replace every fused experts module under `model` by `LinearExperts`, in place; returns their names.
 
-    Works on meta parameters; real ones are taken over as views, without a copy where the layout allows. Calling it
-    again finds nothing to do. Routers are not touched.
+    Works on meta parameters; real ones become views, without a copy if the layout allows. A second call finds none.
+    Routers are not changed.
     """
-    names = [name for name, module in model.named_modules() if is_fused_experts(module)]
-    for name in names:
+    found = {name: module for name, module in model.named_modules() if is_fused_experts(module)}
+    for name, module in found.items():
         parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, leaf, linear_experts(getattr(owner, leaf)))
-    return names
+        layout = expert_layout(module)
+        assert layout is not None
+        setattr(model.get_submodule(parent), leaf, _CALLS[layout.call](module))
+    return list(found)
 
 
 def default_expert_names(model: nn.Module) -> dict[str, str]:
-    """By its name in `model`, what a layer of an expert is called where checkpoints do not say otherwise."""
+    """By the name in `model` of every expert layer, its default name in checkpoints."""
     return {
-        f"{prefix}.{name}": f"{prefix}.{usual}"
+        f"{prefix}.{name}": f"{prefix}.{default}"
         for prefix, module in model.named_modules()
         if isinstance(module, LinearExperts)
-        for name, usual in module.default_names().items()
+        for name, default in module.default_names().items()
     }

@@ -1,20 +1,17 @@
 """Rules on layers: which ones runtimes fuse, which engines leave unquantized, which are MoE routers.
 
-Fused layers: serving engines merge q, k and v, then gate and up, and all experts of a block into single
-tensors. These layers should share one scheme, or the runtime refuses the checkpoint. They are found by name
-suffix, as in the engines.
+Fused layers: serving engines merge q, k and v, then gate and up, and all experts of a block into single tensors. These
+layers should share one scheme, or the runtime refuses the checkpoint. They are found by name suffix, as in the engines.
 
-Engine-unquantized layers: an engine that builds a layer unquantized finds no tensor of its name in a packed
-checkpoint and refuses it, or joins it with a layer of another scheme. Such layers stay unquantized by default
-in the formats that these engines read; an entry of `layer_config` for the layer wins. Rows go by names alone,
-so that runs with and without a model's class agree.
+Engine-unquantized layers: an engine that builds a layer unquantized finds no tensor of its name in a packed checkpoint
+and refuses it, or joins it with a layer of another scheme. Such layers are left unquantized by default in the formats
+that these engines read; an entry of `layer_config` for the layer wins. Rows match names only, so that runs with and
+without a model's class agree.
 
-Routers: layers that choose experts or weigh their outputs. An error in them sends tokens to other experts, and
-they are tiny. They are found by names, classes and widths, so that a model and the tree made from its
-checkpoint's names agree.
+Routers: layers that choose experts or weight their outputs. An error in them sends tokens to other experts, and they
+are tiny. They are found by names, classes and widths, so that a model and the module tree of its checkpoint agree.
 
-Block weights: every weight of a decoder block that is no linear layer, with the reason why it stays
-unquantized.
+Block weights: every weight of a decoder block outside linear layers, with the reason why it is left unquantized.
 """
 
 from __future__ import annotations
@@ -45,50 +42,33 @@ _EXPERT_LAYER = re.compile(r"^(?P<parent>.*\bexperts)\.\d+\.(?P<leaf>[^.]+)$")
 
 
 def fused_groups(names: Iterable[str], across_experts: bool = True) -> list[tuple[str, ...]]:
-    """Groups of two or more of the linear layers `names` that runtimes fuse, each in the order given.
+    """Groups of two or more of the linear layers `names` that runtimes fuse, each in the given order.
 
-    The layers of one group have the same parent, such as `model.layers.0.self_attn.{q,k,v}_proj`. All gate and up
+    The layers of a group have the same parent, such as `model.layers.0.self_attn.{q,k,v}_proj`. All gate and up
     projections of the experts of one block are one group, their down projections another; with `across_experts=False`
-    each expert is by itself.
+    each expert is grouped separately.
     """
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
         expert = _EXPERT_LAYER.match(name) if across_experts else None
-        parent, leaf = (expert["parent"] + ".*", expert["leaf"]) if expert else _split(name)
-        for suffixes in FUSED_SUFFIXES:
-            if leaf in suffixes:
-                groups[parent, min(suffixes)].append(name)
-                break
-        else:
-            if expert:
-                groups[parent, leaf].append(name)
+        parent, leaf = (expert["parent"] + ".*", expert["leaf"]) if expert else name.rpartition(".")[::2]
+        suffixes = next((suffixes for suffixes in FUSED_SUFFIXES if leaf in suffixes), None)
+        if suffixes or expert:
+            groups[parent, min(suffixes) if suffixes else leaf].append(name)
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 def is_routed_expert(name: str) -> bool:
-    """Whether the linear layer `name` belongs to one of many experts; shared experts run for every token and do not."""
+    """Whether the linear layer `name` belongs to a routed expert; shared experts run for every token and do not."""
     return _EXPERT_LAYER.match(name) is not None
-
-
-def _split(name: str) -> tuple[str, str]:
-    parent, _, leaf = name.rpartition(".")
-    return parent, leaf
-
-
-# Linear layers that serving engines build without quantization, by family, with the engine's source.
-#
-# An engine that builds a layer unquantized finds no tensor of its name in a packed checkpoint and refuses it, or joins
-# it with a layer of another scheme. Such layers stay dense by default in the formats that these engines read; an
-# entry of `layer_config` for the layer wins. Rows go by names alone, so that flows with and without a model's class
-# agree.
 
 
 @dataclass(frozen=True)
 class EngineUnquantizedRow:
-    """Layers of some families that an engine keeps dense.
+    """Layers of some families that an engine leaves unquantized.
 
     Attributes:
-        families: regular expression that a whole `model_type` has to match.
+        families: regular expression that matches the whole `model_type`.
         layers: regular expression that is searched in a layer's name.
         reason: why, for the user.
         source: engine, file and class that show it.
@@ -100,16 +80,16 @@ class EngineUnquantizedRow:
     source: str
 
 
-_ONE_PER_HEAD = "it gates linear attention with one output per head, fewer than the tiles of engines' kernels"
+_ONE_PER_HEAD = "it gates linear attention with one output per head, less than a tile of the engines' kernels"
 
 ENGINE_UNQUANTIZED: tuple[EngineUnquantizedRow, ...] = (
     EngineUnquantizedRow(
-        ".*", r"\bindexer\.(\w+\.)?weights_proj$", "it weighs the heads of a sparse-attention indexer",
+        ".*", r"\bindexer\.(\w+\.)?weights_proj$", "it weights the heads of a sparse-attention indexer",
         "vLLM model_executor/models/deepseek_v2.py Indexer.wk_weights_proj (quant_config=None); SGLang "
         "srt/layers/attention/nsa/nsa_indexer.py Indexer.weights_proj and dsv4/indexer.py C4Indexer.weights_proj",
     ),
     EngineUnquantizedRow(
-        ".*", r"\bindexer\.wk$", "engines join it with the dense weights_proj of its indexer",
+        ".*", r"\bindexer\.wk$", "engines join it with the unquantized weights_proj of its indexer",
         "vLLM model_executor/models/deepseek_v2.py Indexer.wk_weights_proj (quant_config=None)",
     ),
     EngineUnquantizedRow(
@@ -137,7 +117,7 @@ ENGINE_UNQUANTIZED: tuple[EngineUnquantizedRow, ...] = (
         "layers/quantization/utils/marlin_utils.py GPTQ_MARLIN_MIN_THREAD_N = 64",
     ),
     EngineUnquantizedRow(
-        ".*", r"\.shared_expert_gate$", "it weighs the shared expert",
+        ".*", r"\.shared_expert_gate$", "it weights the shared expert",
         "vLLM model_executor/models/qwen3_next.py Qwen3NextSparseMoeBlock.shared_expert_gate (quant_config=None)",
     ),
     EngineUnquantizedRow(
@@ -148,23 +128,18 @@ ENGINE_UNQUANTIZED: tuple[EngineUnquantizedRow, ...] = (
 
 
 def engine_unquantized(model_type: str, layer: str) -> EngineUnquantizedRow | None:
-    """The row that keeps a layer dense, by the name that the modules of a family or its files have for it."""
+    """The row that leaves a layer unquantized, by its name in the model or in the files; None if there is none."""
     for row in ENGINE_UNQUANTIZED:
         if re.fullmatch(row.families, model_type) and re.search(row.layers, layer):
             return row
     return None
 
 
-# Which layers of a model choose experts, or weigh their outputs: found by names, classes and widths.
-#
-# An error in them sends tokens to other experts, and they are tiny. Names and shapes are enough, so that a model and
-# the tree made from its checkpoint's names give the same answer; classes find what a family calls otherwise.
-
 _ROUTER_NAME = re.compile(r"(^|_)router(_|$)")  # a segment of a name: `router`, `modality_router`, `router_mlp`
 _ROUTER_CLASS = re.compile(r"Router|TopKGat(e|ing)$|M[oO][eE]Gat(e|ing)$")
-_GATE_CLASS = re.compile(r"Gat(e|ing)(V?\d+)?$")  # a router where it lies beside experts
-_GATE_NAMES = frozenset({"gate", "router", "gating", "wg"})  # names of routers that are only telling beside experts
-# Directly beside experts, these are the projections of an MLP or an attention, however wide they are.
+_GATE_CLASS = re.compile(r"Gat(e|ing)(V?\d+)?$")  # a router if a sibling of experts
+_GATE_NAMES = frozenset({"gate", "router", "gating", "wg"})  # names of routers if siblings of experts
+# As siblings of experts, these are projections of an MLP or an attention, whatever their width.
 _MLP = re.compile(
     r"^(gate_proj|up_proj|down_proj|gate_up_proj|fc\d*|fc_in|fc_out|w\d|dense\w*|[qkvo]_proj|\w*output_linear|"
     r"\w*input_linear|c_fc|c_proj|per_layer_\w+|in_proj|out_proj)$"
@@ -172,7 +147,7 @@ _MLP = re.compile(
 
 
 def router_names(model: nn.Module) -> set[str]:
-    """Names of the linear layers that choose experts or weigh shared ones, those of a router's MLP included."""
+    """Names of the linear layers that choose experts or weight shared ones, including those of a router's MLP."""
     modules = dict(model.named_modules())
     roots = set(_router_roots(modules))
     found = {name for name, module in modules.items() if is_linear(module) and _is_under_any(name, roots)}
@@ -180,12 +155,12 @@ def router_names(model: nn.Module) -> set[str]:
 
 
 def router_modules(model: nn.Module) -> set[str]:
-    """Names of the modules that are routers as a whole, whatever they hold."""
+    """Names of the modules that are routers as a whole."""
     return set(_router_roots(dict(model.named_modules())))
 
 
 def is_moe(module: nn.Module) -> bool:
-    """Whether `module` holds the experts of a mixture directly."""
+    """Whether `module` is the direct parent of experts."""
     return any(True for _ in _expert_counts(module))
 
 
@@ -197,13 +172,13 @@ def _router_roots(modules: dict[str, nn.Module]) -> Iterator[str]:
         if not name or next(module.parameters(), None) is None:
             continue
         kind = type(module).__name__
-        beside = leaf in _GATE_NAMES or _GATE_CLASS.search(kind)
-        if _ROUTER_NAME.search(leaf) or _ROUTER_CLASS.search(kind) or (beside and is_moe(modules[parent])):
+        gate = leaf in _GATE_NAMES or _GATE_CLASS.search(kind)
+        if _ROUTER_NAME.search(leaf) or _ROUTER_CLASS.search(kind) or (gate and is_moe(modules[parent])):
             yield name
 
 
 def _by_width(modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Linear layers right beside experts with one output per expert, or a single one (gates of shared experts)."""
+    """Linear layers next to experts with one output per expert, or one output (gates of shared experts)."""
     for name, module in modules.items():
         widths = {1, *_expert_counts(module)}
         if widths == {1}:
@@ -214,7 +189,7 @@ def _by_width(modules: dict[str, nn.Module]) -> Iterator[str]:
 
 
 def _expert_counts(module: nn.Module) -> Iterator[int]:
-    """How many experts each mixture directly under `module` has."""
+    """Number of experts of each experts module directly under `module`."""
     for leaf, child in module.named_children():
         if isinstance(child, LinearExperts):
             if child.layout.call in ("routed", "every", "sorted"):
@@ -230,16 +205,14 @@ def _is_under_any(name: str, roots: set[str]) -> bool:
     return any(".".join(parts[: n + 1]) in roots for n in range(len(parts)))
 
 
-# The weights of decoder blocks that are no linear layers, each with the reason why it stays dense.
-
 ROUTER = "it chooses experts"
 CONVOLUTION = "a convolution"
 EMBEDDING = "an embedding table"
 SMALL = "a bias, scale or state of a recurrence, not a matrix that multiplies tokens"
 _UNKNOWN = "no rule says what it computes"
-_LAYOUT = "experts in a layout that is not known"
-_FORWARD = "its class has a forward of its own, which is not that of a linear layer"
-_WARNING, _ERROR = 0.05, 0.5
+_LAYOUT = "experts in an unknown layout"
+_FORWARD = "its class overrides forward and is not a plain linear layer"
+_WARNING, _ERROR = 0.05, 0.5  # fractions of the weights that no rule recognises
 _SMALL_PARAM = re.compile(r"(^|_)(bias|scale|norm|A_log|D|dt|sinks?|time_mix\w*|slope|decay)(_|$)|bias$")
 _ROUTER_PARAM = re.compile(r"router|(^|_)gate(_weight)?$|routing")
 
@@ -250,9 +223,9 @@ class UnquantizedWeight:
 
     Attributes:
         name: full name of the parameter.
-        numel: its size.
-        reason: why it stays dense.
-        unknown: for want of a rule, not by one.
+        numel: its number of elements.
+        reason: why it is left unquantized.
+        unknown: no rule recognises it.
     """
 
     name: str
@@ -263,11 +236,11 @@ class UnquantizedWeight:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """What decoder blocks hold.
+    """The weights of the decoder blocks.
 
     Attributes:
-        total: number of weights in tensors of two and more dimensions.
-        dense: those that are not in a linear layer.
+        total: number of elements in tensors of two or more dimensions.
+        dense: the weights outside linear layers.
     """
 
     total: int
@@ -275,18 +248,18 @@ class BlockWeights:
 
     @property
     def unknown(self) -> tuple[UnquantizedWeight, ...]:
-        """Those that stay dense for want of a rule, the largest first."""
+        """Weights that no rule recognises, the largest first."""
         return tuple(sorted((w for w in self.dense if w.unknown), key=lambda w: -w.numel))
 
     @property
     def unknown_fraction(self) -> float:
-        """How much of all weights that is."""
+        """Their fraction of all weights."""
         return sum(w.numel for w in self.unknown) / self.total if self.total else 0.0
 
     def check(self, model: str, advice: str = "") -> str | None:
-        """A warning when much of the blocks stays dense for want of a rule, None where little or nothing does.
+        """A warning when no rule recognises a large part of the weights, else None.
 
-        Raises UnsupportedError when it is more than half. `advice`: what else the user can do then.
+        Raises UnsupportedError when that is more than half. `advice`: what else the user can do then.
         """
         share, unknown = self.unknown_fraction, self.unknown
         if share <= _WARNING:
@@ -298,15 +271,15 @@ class BlockWeights:
         names = ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
         if share > _ERROR:
             raise UnsupportedError(
-                f"{share:.0%} of the weights in the blocks of {model} would stay dense because no rule recognises "
-                f"them: {names}. Quantizing the rest would hardly make the model smaller; {advice}use a version of "
-                "this package that knows the family, or ask for it with the model's name"
+                f"{share:.0%} of the weights in the blocks of {model} would be left unquantized because no rule "
+                f"recognises them: {names}. Quantizing the rest would hardly make the model smaller; {advice}use a "
+                "version of this package that supports the family, or request it with the model's name"
             )
-        return f"{share:.0%} of the weights in the blocks stay dense because no rule recognises them: {names}"
+        return f"{share:.0%} of the weights in the blocks are left unquantized because no rule recognises them: {names}"
 
 
 def block_weights(model: nn.Module, blocks: Sequence[str]) -> BlockWeights:
-    """The weights of two and more dimensions in `blocks`, and which of them no linear layer holds."""
+    """The weights of two or more dimensions in `blocks`, and those outside linear layers."""
     routers = router_modules(model)
     total = 0
     dense: dict[str, UnquantizedWeight] = {}
@@ -335,9 +308,9 @@ def _matrices(model: nn.Module, block: str) -> Iterator[tuple[str, nn.Module, st
 def _reason(
     model: nn.Module, owner: str, module: nn.Module, leaf: str, parameter: torch.Tensor, routers: set[str]
 ) -> tuple[str, bool]:
-    """(why the parameter stays dense, whether that is for want of a rule)."""
+    """(why the parameter is left unquantized, whether no rule recognises it)."""
     parts = owner.split(".")
-    if any(".".join(parts[: n + 1]) in routers for n in range(len(parts))):
+    if _is_under_any(owner, routers):
         return ROUTER, False
     if sum(size > 1 for size in parameter.shape) < 2 or _SMALL_PARAM.search(leaf):
         return SMALL, False

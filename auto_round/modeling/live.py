@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from auto_round.edits import TensorEdit
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.source import Device, ModelSource, check_finite, direct_tensors, find_model_blocks, state_names
-from auto_round.modeling.tensor_map import TensorPlan, plan_saved
+from auto_round.modeling.tensor_map import plan_saved
 
 
 class LiveSource(ModelSource):
-    """Wraps a model whose weights are all in memory. It is put in eval mode and its fused experts become linears.
+    """Wraps a model whose weights are all in memory. It is put in eval mode; fused experts become linear layers.
 
     Raises:
-        ModelError: it is no language model with decoder blocks, or some of its weights are offloaded (meta).
+        ModelError: not a language model with decoder blocks, or some weights are offloaded (meta).
         UnsupportedError: its weights are quantized.
     """
 
@@ -46,43 +48,37 @@ class LiveSource(ModelSource):
         self._tied = self._find_tied()
         first = next((p.dtype for p in model.get_submodule(self.blocks[0]).parameters() if p.is_floating_point()), None)
         self.dtype = first or torch.get_default_dtype()
-        self._home: dict[str, torch.device] = {}
+        self._original_device: dict[str, torch.device] = {}
         self._checked: set[str] = set()
 
     def load(self, name: str, device: Device | None = None) -> nn.Module:
-        for owner, module in self._owners(name):
-            for leaf, tensor in direct_tensors(module, persistent=False):
-                full = f"{owner}.{leaf}" if owner else leaf
-                if self.checks_finite and full not in self._checked:
-                    check_finite(full, tensor)
-                    self._checked.add(full)
-                if device is not None and tensor.device != torch.device(device):
-                    self._home.setdefault(full, tensor.device)
-                    _move(module, leaf, tensor, torch.device(device))
+        for full, module, leaf, tensor in self._tensors_under(name):
+            if self.checks_finite and full not in self._checked:
+                check_finite(full, tensor)
+                self._checked.add(full)
+            if device is not None and tensor.device != torch.device(device):
+                self._original_device.setdefault(full, tensor.device)
+                _move(module, leaf, tensor, torch.device(device))
         return self._module(name)
 
     def release(self, name: str) -> None:
-        for owner, module in self._owners(name):
-            for leaf, tensor in direct_tensors(module, persistent=False):
-                home = self._home.pop(f"{owner}.{leaf}" if owner else leaf, None)
-                if home is not None:
-                    _move(module, leaf, tensor, home)
+        for full, module, leaf, tensor in self._tensors_under(name):
+            device = self._original_device.pop(full, None)
+            if device is not None:
+                _move(module, leaf, tensor, device)
 
     def read(self, tensor_name: str) -> torch.Tensor:
         return self._tensor(tensor_name).detach().cpu()
 
-    def tensor_plan(self, tensor_name: str) -> TensorPlan | None:
-        return self._plans.get(self._tied.get(tensor_name, tensor_name))
-
-    def tied(self) -> dict[str, str]:
-        return dict(self._tied)
+    def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
+        self._check_editable(edits)
+        for name, edit in edits.items():
+            tensor = self._tensor(name)
+            tensor.data = edit.apply(tensor.detach())
 
     def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         tensor = self._tensor(name)
         return tuple(tensor.shape), tensor.dtype
-
-    def tensor_names(self) -> list[str]:
-        return list(self._names)
 
     def _tensor(self, name: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -92,7 +88,7 @@ class LiveSource(ModelSource):
         raise ModelError(f"{self.name_or_path} has no tensor {name!r}")
 
     def _find_tied(self) -> dict[str, str]:
-        """Names that share one parameter object. Transformers says which name is the canonical one."""
+        """Names that share one parameter. Transformers declares which name is the canonical one."""
         declared = getattr(self.model, "all_tied_weights_keys", None) or {}
         first: dict[int, str] = {}
         for name in sorted(self._names, key=lambda n: n in declared):
@@ -102,7 +98,7 @@ class LiveSource(ModelSource):
 
 
 def _check_not_quantized(model: nn.Module) -> None:
-    """Raise UnsupportedError when weights are codes, which mean nothing without the module that runs them."""
+    """Raise UnsupportedError when weights are integer or 8-bit codes."""
     for name, tensor in model.named_parameters():
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise UnsupportedError(
@@ -112,7 +108,7 @@ def _check_not_quantized(model: nn.Module) -> None:
 
 
 def _move(module: nn.Module, leaf: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """Move one tensor in place: a parameter keeps its identity, so that ties and the user's references hold."""
+    """Move a tensor in place: a parameter keeps its identity, so that ties and other references stay valid."""
     if isinstance(tensor, nn.Parameter):
         tensor.data = tensor.data.to(device)
     else:

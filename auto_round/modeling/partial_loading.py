@@ -1,15 +1,15 @@
-"""Temporarily load parts of a model: modules outside the blocks, or a block's experts one at a time.
+"""Temporarily load parts of a model: modules outside the blocks, one block, or its experts one at a time.
 
-A forward may read `embed_tokens.weight.device` or a `.dtype` before it calls the module. On a module whose
-weights are on meta that gives "meta", and ids moved there lose their values. So the modules outside the blocks
-(embeddings, norms, rotary tables, head) are loaded before the pass.
+A forward may read `embed_tokens.weight.device` or a `.dtype` before it calls the module. On a module whose weights
+are on meta that gives "meta", and ids moved there lose their values. So the modules outside the blocks (embeddings,
+norms, rotary tables, head) are loaded before the pass.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,17 +19,19 @@ from auto_round.errors import ModelError
 from auto_round.modeling.blocks import is_conv1d
 from auto_round.modeling.source import Device, ModelSource, direct_tensors
 
+_EXPERT_NAME = re.compile(r"^(.*\.experts\.\d+)\.")
+Weights = Callable[[str], Mapping[str, torch.Tensor]]
+
 
 @contextmanager
 def non_block_loaded(source: ModelSource, device: Device | None = None) -> Iterator[None]:
-    """While this is open, the modules outside the blocks are on `device`.
+    """Load the modules outside the blocks to `device` while the context is open.
 
-    They are loaded at once, but for those of `deferred_modules`, which are loaded just before their first call. What
-    was loaded here is released at the end, also after an error; what was loaded before stays. So many passes inside one
-    `with` read the embeddings once. With `device` None a live model stays where it is, and a checkpoint is loaded on
-    the CPU.
+    They are loaded at once, except `deferred_modules`, which are loaded just before their first call. At the end, what
+    was loaded here is released; what was loaded before stays, so many passes inside one `with` read the embeddings
+    once. With `device` None a live model is not moved, and a checkpoint is loaded to the CPU.
 
-    Raises ModelError, as a module is called, when one of its inputs is on meta.
+    Raises ModelError when a module is called with an input on meta.
     """
     where = torch.device(device) if device is not None else torch.device("cpu") if source.lazy else None
     loaded: list[str] = []
@@ -39,7 +41,7 @@ def non_block_loaded(source: ModelSource, device: Device | None = None) -> Itera
         missing = any(tensor.is_meta for tensor in tensors)
         if missing or where is not None and any(tensor.device != where for tensor in tensors):
             if missing or not source.lazy or not module._parameters:
-                loaded.append(name)  # before it is loaded: an error on the way leaves nothing behind
+                loaded.append(name)  # before loading, so that an error leaves nothing loaded
             source.load(name, where)
 
     def loader(name: str) -> Callable[..., None]:
@@ -49,24 +51,18 @@ def non_block_loaded(source: ModelSource, device: Device | None = None) -> Itera
 
         return before
 
-    outside = non_block_modules(source)
-    later = deferred_modules(source)
-    handles = []
-    try:
-        for name, module in outside.items():
-            handles.append(module.register_forward_pre_hook(loader(name), with_kwargs=True))
-            if name not in later:
+    deferred = deferred_modules(source)
+    with ExitStack() as stack:
+        stack.callback(lambda: [source.release(name) for name in loaded])
+        for name, module in non_block_modules(source).items():
+            stack.callback(module.register_forward_pre_hook(loader(name), with_kwargs=True).remove)
+            if name not in deferred:
                 load(name, module)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name in loaded:
-            source.release(name)
 
 
 def non_block_modules(source: ModelSource) -> dict[str, nn.Module]:
-    """The modules with tensors of their own that are in no block, by name."""
+    """Modules with direct parameters or buffers that are in no block, by name."""
     blocks = tuple(f"{name}." for name in source.blocks)
     return {
         name: module
@@ -76,28 +72,44 @@ def non_block_modules(source: ModelSource) -> dict[str, nn.Module]:
 
 
 def deferred_modules(source: ModelSource) -> set[str]:
-    """Those that a pass of text need not hold from its beginning: towers for images and sound, which it does not call,
-    and where memory is bounded the output head, so that it is never held together with the embedding without need."""
-    towers = tuple(f"{name}." for name in _tower_names(source))
-    found = {name for name in non_block_modules(source) if towers and f"{name}.".startswith(towers)}
-    if source.bounded:
-        get = getattr(source.model, "get_output_embeddings", None)
-        head = get() if callable(get) else None
-        found |= {name for name, module in non_block_modules(source).items() if module is head}
-    return found
+    """Modules outside the blocks that a text pass need not load at its start.
 
-
-def _tower_names(source: ModelSource) -> list[str]:
-    """Models inside the model that hold no block: encoders of images and sound."""
-    return [
-        name
+    These are vision and audio encoders, which it does not call, and under a memory limit the output head, so that it
+    is not held together with the embedding.
+    """
+    modules = non_block_modules(source)
+    towers = tuple(
+        f"{name}."
         for name, module in source.model.named_modules()
         if name and hasattr(type(module), "base_model_prefix") and not source.blocks[0].startswith(f"{name}.")
-    ]
+    )
+    head = output_head(source.model) if source.bounded else None
+    return {n for n, m in modules.items() if f"{n}.".startswith(towers) or (head is not None and m is head)}
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output embedding of a Transformers model, or None."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+@contextmanager
+def block_loaded(source: ModelSource, name: str, device: torch.device, stream_experts: bool = False) -> Iterator[None]:
+    """Load a block while the context is open; with `stream_experts`, each expert only while it is called."""
+    streamer = ExpertStreamer(source, name, device) if stream_experts else None
+    try:
+        if streamer is None:
+            source.load(name, device)
+        else:
+            streamer.load_non_experts()
+        with nullcontext() if streamer is None else streamer.running():
+            yield
+    finally:
+        source.release(name)
 
 
 def check_not_meta(value: Any, where: str, source: ModelSource) -> None:
-    """Raise ModelError when a tensor of nested arguments is on meta: it has no values.
+    """Raise ModelError when a tensor in nested arguments is on meta, so that it has no values.
 
     Args:
         value: the arguments of a module.
@@ -112,7 +124,7 @@ def check_not_meta(value: Any, where: str, source: ModelSource) -> None:
         else "please report it with the model's config.json"
     )
     raise ModelError(
-        f"{type(source.model).__name__} gives {where!r} a tensor without values (on meta): its forward reads a module "
+        f"{type(source.model).__name__} calls {where!r} with a tensor on meta: its forward reads a module "
         f"that is not loaded yet; {hint}, and model_free=True quantizes without running the model"
     )
 
@@ -125,20 +137,14 @@ def _holds_meta(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(_holds_meta(entry) for entry in value)
 
 
-# The experts of a block one at a time: an expert has weights while it is called, and no other has.
-
-_EXPERT_NAME = re.compile(r"^(.*\.experts\.\d+)\.")
-Weights = Callable[[str], Mapping[str, torch.Tensor]]
-
-
 def expert_of(name: str) -> str | None:
-    """The module name of the routed expert that a layer belongs to; None for other layers."""
+    """Module name of the routed expert that a layer belongs to; None for other layers."""
     match = _EXPERT_NAME.match(name)
     return match[1] if match else None
 
 
 class ExpertStreamer:
-    """A block of a checkpoint whose experts do not fit into memory together.
+    """Runs a checkpoint's block whose experts do not fit into memory together: one expert is loaded at a time.
 
     Args:
         source: the checkpoint.
@@ -148,48 +154,48 @@ class ExpertStreamer:
 
     def __init__(self, source: ModelSource, block: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.source, self.block, self.device, self.dtype = source, block, device, dtype
-        self._inside = source.model.get_submodule(block)
+        self._module = source.model.get_submodule(block)
 
     def load_non_experts(self) -> nn.Module:
-        """The block with everything but its experts in memory."""
-        for name, module in self._inside.named_modules():
+        """Load everything of the block except its experts."""
+        for name, module in self._module.named_modules():
             full = f"{self.block}.{name}" if name else self.block
             if expert_of(f"{full}.") is None and next(direct_tensors(module, persistent=False), None) is not None:
                 self.source.load(full, self.device)
-        return self._inside
+        return self._module
 
     @contextmanager
     def running(self, weights: Weights | None = None) -> Iterator[None]:
-        """While this is open an expert is loaded as it is called, and the one before released.
+        """While the context is open, load an expert when it is called, and release the previous one.
 
-        `weights`: given an expert's name, dense weights [out, in] by layer name to take in place of its own.
+        `weights`: returns, by an expert's name, dense weights [out, in] by layer name that replace its own.
         """
-        present: list[str] = []
+        loaded: list[str] = []
 
-        def bring(expert: str) -> Callable[..., None]:
+        def load(expert: str) -> Callable[..., None]:
             def before(_module: nn.Module, _args: Any) -> None:
-                if present == [expert]:
+                if loaded == [expert]:
                     return
-                self._release(present)
+                self._release(loaded)
                 given = {} if weights is None else weights(expert)
                 module = self.source.load(expert, self.device)
-                present.append(expert)
+                loaded.append(expert)
                 for name, linear in module.named_modules():
-                    self._place(linear, given.get(f"{expert}.{name}"))
+                    self._cast_parameters(linear, given.get(f"{expert}.{name}"))
 
             return before
 
         with ExitStack() as stack:
-            stack.callback(self._release, present)
-            for name, module in self._inside.named_modules():
+            stack.callback(self._release, loaded)
+            for name, module in self._module.named_modules():
                 expert = expert_of(f"{self.block}.{name}.")
                 if expert is not None and next(direct_tensors(module), None) is not None:
-                    # Before the hooks of whoever watches the layer's inputs.
-                    stack.callback(module.register_forward_pre_hook(bring(expert), prepend=True).remove)
+                    # Before the hooks that observe the inputs of the layer.
+                    stack.callback(module.register_forward_pre_hook(load(expert), prepend=True).remove)
             yield
 
-    def _place(self, module: nn.Module, weight: torch.Tensor | None) -> None:
-        """Parameters of a module in the dtype of products; the weight is `weight`, if there is one."""
+    def _cast_parameters(self, module: nn.Module, weight: torch.Tensor | None) -> None:
+        """Cast the parameters of a module to the compute dtype; `weight` replaces its weight."""
         for leaf, value in list(module._parameters.items()):
             if value is None or value.dtype != self.source.dtype:
                 continue
@@ -198,7 +204,7 @@ class ExpertStreamer:
                 data = (weight.t() if is_conv1d(module) else weight).to(data.device)
             module._parameters[leaf] = nn.Parameter(data.to(self.dtype or value.dtype), requires_grad=False)
 
-    def _release(self, present: list[str]) -> None:
-        for expert in present:
+    def _release(self, loaded: list[str]) -> None:
+        for expert in loaded:
             self.source.release(expert)
-        present.clear()
+        loaded.clear()

@@ -9,32 +9,33 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from auto_round.errors import ConfigError, ModelError, NumericsError
+from auto_round.edits import TensorEdit
+from auto_round.errors import ConfigError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.blocks import find_blocks
 
 if TYPE_CHECKING:
     from auto_round.modeling.tensor_map import CheckpointNames, TensorPlan
 
-
+Device = torch.device | str
+_SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _CHUNK = 1 << 22
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """True when a tensor of any shape and dtype holds neither NaN nor Inf. Integers always do.
+    """Whether a tensor has neither NaN nor Inf. Integers are always finite.
 
-    One pass over the data: the extremes are infinite or NaN exactly when some element is (`aminmax` hands NaN on), so
-    that no mask of the tensor's size is built.
+    One pass without a mask of the tensor's size: `aminmax` propagates NaN, so checking the two extremes is enough.
     """
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return True
     flat = tensor.detach()
-    if tensor.element_size() == 1:  # 8-bit floats have no reductions of their own
+    if tensor.element_size() == 1:  # 8-bit floats have no reductions
         parts = flat.reshape(-1).split(_CHUNK)
         return all(is_finite(part.to(torch.float32)) for part in parts)
     low, high = torch.aminmax(flat)
@@ -42,7 +43,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def count_non_finite(tensor: torch.Tensor) -> str | None:
-    """How many elements are bad, in words such as "2 NaN and 0 Inf among 64 values of torch.float32"; None for none."""
+    """Count bad elements, in words such as "2 NaN and 0 Inf among 64 values of torch.float32"; None for none."""
     if is_finite(tensor):
         return None
     nan = infinite = 0
@@ -54,37 +55,28 @@ def count_non_finite(tensor: torch.Tensor) -> str | None:
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise NumericsError that names `name` and counts the bad elements, when `tensor` holds NaN or Inf."""
+    """Raise NumericsError with the number of bad elements when the tensor has NaN or Inf."""
     bad = count_non_finite(tensor)
     if bad is not None:
         raise NumericsError(
             f"tensor {name!r} holds {bad}; the weights are damaged: fetch the model again or use another checkpoint, "
-            "or leave the layer as it is with on_nan=keep (--on_nan keep)"
+            "or leave the layer unquantized with on_nan=keep (--on_nan keep)"
         )
 
 
-# A model as a source of blocks: hands out any module with real weights and takes it back.
-#
-# `CheckpointSource` (a folder or hub id) keeps all parameters on the meta device and reads them when asked.
-# `LiveSource` wraps a model object of the user's, in place.
-
-Device = torch.device | str
-_SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
 class ModelSource(ABC):
-    """What the walk over a model needs to know of it.
+    """A model whose modules are loaded with real weights on demand and released again.
 
     Attributes:
         model: the causal language model in eval mode. Parameters may be on meta; buffers are real.
         config: its configuration.
         name_or_path: as given by the user, for messages and the model card.
         blocks: names of the decoder blocks in order, such as "model.layers.0".
-        dtype: the dtype of its floating-point weights.
-        stored_as: how a checkpoint that is quantized already holds its weights, in words; "" for a dense one.
-        lazy: weights are read when loaded and dropped when released (a checkpoint), instead of living in the model.
-        checks_finite: `load` refuses NaN and Inf. Off once they have been looked for and are to be kept.
-        bounded: a limit of memory was given (`max_memory`), so that nothing is loaded before it is needed.
+        dtype: dtype of its floating-point weights.
+        stored_as: how the weights of a quantized checkpoint are stored, in words; "" for a dense one.
+        lazy: weights are read on `load` and dropped on `release` (a checkpoint), instead of living in the model.
+        checks_finite: `load` raises on NaN and Inf.
+        bounded: a memory limit (`max_memory`) is set, so that nothing is loaded before it is needed.
     """
 
     model: nn.Module
@@ -96,82 +88,94 @@ class ModelSource(ABC):
     stored_as: str = ""
     checks_finite: bool = True
     bounded: bool = False
+    _names: list[str]
+    _plans: dict[str, TensorPlan]
+    _tied: dict[str, str]
     _naming: CheckpointNames | None = None
 
     @abstractmethod
     def load(self, name: str, device: Device | None = None) -> nn.Module:
-        """Materialise every parameter and persistent buffer under the module `name` and return that module.
+        """Load every parameter and persistent buffer under the module `name`, and return the module.
 
-        What is real already keeps its values. A module that contains decoder blocks gets only the tensors that are
-        directly its own.
+        Tensors that are real already keep their values. Of a module that contains decoder blocks, only its direct
+        tensors are loaded.
 
         Args:
-            name: module name; "" is the whole model, of which only its own direct tensors are loaded.
-            device: where to put it; None means CPU for a checkpoint, and "where it is" for a live model.
+            name: module name; "" is the whole model.
+            device: target device; None means the CPU for a checkpoint, and no move for a live model.
 
         Raises:
             ModelError: no such module, or its files cannot be read.
-            NumericsError: a weight holds NaN or Inf, and `checks_finite`; the message names it.
+            NumericsError: a weight has NaN or Inf, and `checks_finite`; the message names it.
         """
 
     @abstractmethod
     def release(self, name: str) -> None:
-        """Give back what `load` put under `name`: back to meta (checkpoint), back to its own device (live model)."""
+        """Undo `load`: back to meta (checkpoint), back to the original device (live model)."""
 
     @abstractmethod
     def read(self, tensor_name: str) -> torch.Tensor:
-        """One tensor by its state-dict name, on the CPU, in the dtype that `load` would give it.
+        """Read one tensor by its state-dict name to the CPU, in the dtype of `load`.
 
         Raises ModelError for an unknown name.
         """
 
     @abstractmethod
+    def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
+        """Edit tensors, by state-dict name: those that are loaded now, and every later read of them.
+
+        Raises:
+            ModelError: no such tensor.
+            UnsupportedError: a tensor that is tied to another one, or that the checkpoint stores in another form.
+        """
+
     def tied(self) -> dict[str, str]:
         """Alias to canonical name, such as {"lm_head.weight": "model.embed_tokens.weight"}."""
+        return dict(self._tied)
 
     @abstractmethod
     def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype that `read` would give, without reading."""
+        """Shape and dtype that `read` returns."""
 
-    @abstractmethod
     def tensor_names(self) -> list[str]:
         """Persistent state-dict names of the whole model in order, tied aliases included."""
+        return list(self._names)
 
-    @abstractmethod
     def tensor_plan(self, tensor_name: str) -> TensorPlan | None:
-        """Which checkpoint tensors a model tensor is made of, and how; None for one that no checkpoint holds."""
+        """How a model tensor is made from checkpoint tensors; None when the checkpoint has none for it."""
+        return self._plans.get(self._tied.get(tensor_name, tensor_name))
 
     def spare(self) -> tuple[str, ...]:
-        """Checkpoint names of the tensors that no module reads (multi-token prediction layers), and of tied copies."""
+        """Checkpoint names of tensors that no module reads (multi-token prediction layers), and of tied copies."""
         return ()
 
     def stored_meta(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype that `read_stored` gives. Raises ModelError where there is no checkpoint."""
+        """Shape and dtype that `read_stored` returns. Raises ModelError without a checkpoint."""
         raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
 
     def read_stored(self, key: str) -> torch.Tensor:
-        """A checkpoint tensor by its own name, on the CPU, in its stored dtype unless another one was asked for."""
+        """Read a checkpoint tensor by its stored name to the CPU, in the stored or the requested dtype."""
         raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
 
     def own_plan(self, tensor_name: str) -> TensorPlan | None:
-        """`tensor_plan` of a tensor's own copy in the checkpoint; None where it is only there as what it is tied to."""
+        """`tensor_plan` of a tensor's own copy in the checkpoint; None if only the tensor it is tied to is stored."""
         return None if tensor_name in self.tied() else self.tensor_plan(tensor_name)
 
     def unquantized_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape, and the dtype in which a tensor is written that is not quantized: that of the checkpoint."""
+        """Shape and output dtype of a tensor that is not quantized: the dtype of the checkpoint."""
         plan = self.tensor_plan(tensor_name)
         shape, dtype = self.tensor_meta(tensor_name)
         return (shape, dtype) if not self.lazy or plan is None or plan.key is None else self.stored_meta(plan.key)
 
     def read_unquantized(self, tensor_name: str) -> torch.Tensor:
-        """A tensor as `unquantized_meta` says."""
+        """Read a tensor in the dtype of `unquantized_meta`."""
         plan = self.tensor_plan(tensor_name)
         if not self.lazy or plan is None or plan.key is None:
             return self.read(tensor_name)
         return self.read_stored(plan.key)
 
     def checkpoint_naming(self) -> CheckpointNames:
-        """What the checkpoint calls the modules."""
+        """The checkpoint's names of the modules."""
         if self._naming is None:
             from auto_round.modeling.tensor_map import CheckpointNames
 
@@ -179,14 +183,29 @@ class ModelSource(ABC):
         return self._naming
 
     def checkpoint_names(self, tensor_name: str) -> tuple[str, ...]:
-        """The checkpoint's own names of the tensors that `tensor_name` is made of; itself where nothing differs."""
+        """Checkpoint names of the tensors that `tensor_name` is made of; the name itself if there is no mapping."""
         return (tensor_name,)
 
     def non_block_module_names(self) -> list[str]:
-        """Names of the modules with parameters or persistent buffers of their own that are in no block."""
+        """Names of the modules outside the blocks with direct parameters or persistent buffers."""
         blocks = tuple(f"{name}." for name in self.blocks)
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.tensor_names())
         return [name for name in owners if not f"{name}.".startswith(blocks)]
+
+    def _check_editable(self, names: Iterable[str]) -> None:
+        """Raise as `apply_edits` does, before anything is changed."""
+        tied = self.tied()
+        shared = {*tied, *tied.values()}
+        for name in names:
+            self.tensor_meta(name)
+            if name in shared:
+                raise UnsupportedError(f"{name!r} shares its values with another tensor, so no transform may edit it")
+            plan = self.tensor_plan(name)
+            if self.lazy and plan is not None and plan.origin.converter is not None:
+                raise UnsupportedError(
+                    f"{name!r} is stored together with other tensors ({', '.join(plan.origin.stored[:2])}), so no "
+                    "transform may edit it"
+                )
 
     def _module(self, name: str) -> nn.Module:
         try:
@@ -194,21 +213,21 @@ class ModelSource(ABC):
         except AttributeError as error:
             raise ModelError(f"{self.name_or_path} has no module {name!r}") from error
 
-    def _owners(self, name: str) -> Iterator[tuple[str, nn.Module]]:
-        """The modules whose direct tensors `load(name)` concerns, with their full names."""
+    def _tensors_under(self, name: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+        """(full name, module, leaf name, tensor) of every tensor that `load(name)` concerns."""
         root = self._module(name)
         prefix = f"{name}." if name else ""
-        if any(block.startswith(prefix) and block != name for block in self.blocks):
-            yield name, root
-            return
-        for child_name, child in root.named_modules(remove_duplicate=False):
-            yield (prefix + child_name if child_name else name), child
+        has_blocks = any(block.startswith(prefix) and block != name for block in self.blocks)
+        for child_name, child in [("", root)] if has_blocks else root.named_modules(remove_duplicate=False):
+            owner = prefix + child_name if child_name else name
+            for leaf, tensor in list(direct_tensors(child, persistent=False)):
+                yield f"{owner}.{leaf}" if owner else leaf, child, leaf, tensor
 
 
 def direct_tensors(module: nn.Module, *, persistent: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-    """(leaf name, tensor) of a module's own parameters and buffers, in state-dict order.
+    """(leaf name, tensor) of a module's direct parameters and buffers, in state-dict order.
 
-    With `persistent`, buffers that are not part of the state dict are left out.
+    With `persistent`, buffers that are not in the state dict are left out.
     """
     for leaf, parameter in module._parameters.items():
         if parameter is not None:
@@ -228,7 +247,7 @@ def state_names(model: nn.Module) -> list[str]:
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point torch dtype from itself or its name; None and "auto" mean the checkpoint's own.
+    """Convert a name to a floating-point torch dtype; None and "auto" (the checkpoint's own) give None.
 
     Raises ConfigError for anything else.
     """
@@ -244,7 +263,7 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def find_model_blocks(model: nn.Module) -> tuple[str, ...]:
-    """`find_blocks`, refusing encoder-decoder models. Raises ModelError."""
+    """Names of the decoder blocks, see `find_blocks`. Raises ModelError, also for encoder-decoder models."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models can be quantized"
@@ -260,20 +279,20 @@ def open_source(
     platform: str | None = None,
     allow_pickle: bool = False,
 ) -> ModelSource:
-    """The source for a folder, a hub id or a model object.
+    """Open a folder, a hub id or a model object as a model source.
 
     Args:
         model: a folder with config.json and safetensors, a hub id, or a Transformers model.
-        dtype: floating-point dtype of the weights; default: the configuration's, else the one most weights have.
-            A model object keeps its own.
+        dtype: floating-point dtype of the weights; default: that of the configuration, else of most weights. A model
+            object keeps its own.
         trust_remote_code: allow the checkpoint's own Python code to run.
-        platform: "hf" or "model_scope", where a hub id is looked up; default: as AR_USE_MODELSCOPE says.
-        allow_pickle: read `pytorch_model.bin` where there is no safetensors.
+        platform: "hf" or "model_scope" for a hub id; default: as AR_USE_MODELSCOPE says.
+        allow_pickle: read `pytorch_model.bin` if there is no safetensors file.
 
     Raises:
         ModelError: not found, not a causal language model, pickle weights, damaged files.
-        UnsupportedError: the checkpoint is quantized already, in a way that is not read.
-        ConfigError: a bad dtype or platform.
+        UnsupportedError: the checkpoint is quantized in a format that cannot be read.
+        ConfigError: an invalid dtype or platform.
     """
     if isinstance(model, nn.Module):
         from auto_round.modeling.live import LiveSource

@@ -1,10 +1,10 @@
 """Map model tensors to checkpoint tensors (`TensorPlan`), and model names to checkpoint names.
 
-Transformers' conversion mapping (`modeling.conversions`) is applied to names once, when a checkpoint is opened,
-and to data tensor by tensor, when it is read.
+Transformers' conversion mapping (`modeling.conversions`) is applied to names once, when a checkpoint is opened, and to
+data tensor by tensor, when it is read.
 
-Serving engines look up tensors, and the entries of a quantization_config, by the names of the family's
-checkpoints. `CheckpointNames` inverts how a source was read; a packed tensor of a layer whose weight came from
+Serving engines look up tensors, and the entries of a quantization_config, by the names of the family's checkpoints.
+`CheckpointNames` inverts how a source was read: a packed tensor of a layer whose weight came from
 `block_sparse_moe.experts.0.w1.weight` is `block_sparse_moe.experts.0.w1.qweight`.
 """
 
@@ -32,24 +32,31 @@ from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.source import ModelSource
 
+_NUMBERED = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
+
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How to get one model tensor: its origin, its name there, and the expert cut out of it, if any."""
+    """How to build one model tensor: its origin, its name there, and the expert to cut out of it, if any."""
 
     origin: Origin
     name: str
     piece: ExpertPiece | None = None
 
+    @classmethod
+    def direct(cls, name: str, key: str | None = None) -> TensorPlan:
+        """The plan of a tensor that is stored exactly as the model tensor, under `key` (default: the same name)."""
+        return cls(Origin(name, [(key or name, key or name)], targets=[name]), name)
+
     @property
     def key(self) -> str | None:
-        """The checkpoint tensor that is this model tensor as it is stored; None where it is made or cut."""
+        """The checkpoint tensor that is stored exactly as this model tensor; None when it is converted or cut."""
         plain = self.origin.converter is None and self.piece is None
         return self.origin.keys[0][0] if plain else None
 
 
 def read_origin(origin: Origin, files: TensorFiles, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Model tensors by name, in the checkpoint's dtype. Raises ModelError when a conversion fails."""
+    """Read model tensors by name, in the checkpoint's dtype. Raises ModelError when a conversion fails."""
     if origin.converter is None:
         return {origin.name: files.read(origin.keys[0][0])}
     tensors = ((key, pattern, files.read(key)) for key, pattern in origin.keys)
@@ -57,7 +64,7 @@ def read_origin(origin: Origin, files: TensorFiles, model: nn.Module) -> dict[st
         return run_converter(deepcopy(origin.converter), origin.name, tensors, model)
     except ModelError:
         raise
-    except Exception as error:  # third-party operations raise whatever they like on odd shapes
+    except Exception as error:  # third-party operations raise anything on unusual shapes
         names = ", ".join(origin.stored[:3])
         raise ModelError(f"cannot build tensor {origin.name!r} from {names} of {files.folder}: {error}") from error
 
@@ -65,7 +72,7 @@ def read_origin(origin: Origin, files: TensorFiles, model: nn.Module) -> dict[st
 def plan_saved(
     model: nn.Module, names: Collection[str], fused_names: Mapping[str, torch.Tensor]
 ) -> dict[str, TensorPlan]:
-    """A plan for each tensor of a model object, as the checkpoint would be read that Transformers saves of it.
+    """A plan for each tensor of a model object, as for the checkpoint that Transformers would save of it.
 
     Args:
         model: with its experts unfused.
@@ -73,7 +80,7 @@ def plan_saved(
         fused_names: its state dict before experts were unfused, on meta.
     """
     plans = plan_tensors(_saved_names(model, fused_names), model, names, fused_names)
-    return {name: plans.get(name) or TensorPlan(Origin(name, [(name, name)], targets=[name]), name) for name in names}
+    return {name: plans.get(name) or TensorPlan.direct(name) for name in names}
 
 
 def _saved_names(model: nn.Module, fused_names: Mapping[str, torch.Tensor]) -> dict[str, None]:
@@ -82,18 +89,18 @@ def _saved_names(model: nn.Module, fused_names: Mapping[str, torch.Tensor]) -> d
 
     inverse = saving_conversions(model)
     found: dict[str, None] = {}
-    together: dict[str, tuple[object, list[tuple[str, str, torch.Tensor]]]] = {}
+    groups: dict[str, tuple[object, list[tuple[str, str, torch.Tensor]]]] = {}
     for name in sorted(fused_names, key=dot_natural_key):
         converter = inverse.converter_of(name)
         if converter is None:
             found[inverse.renamed(name)] = None
             continue
         first, pattern = converter.rename_source_key(name)
-        together.setdefault(first, (converter, []))[1].append((name, str(pattern), fused_names[name]))
-    for first, (converter, parts) in together.items():
+        groups.setdefault(first, (converter, []))[1].append((name, str(pattern), fused_names[name]))
+    for first, (converter, parts) in groups.items():
         try:
             made = run_converter(deepcopy(converter), first, parts, model)
-        except Exception:  # third-party operations without an inverse: saved as the modules have them
+        except Exception:  # no inverse operation: saved under the names of the modules
             made = {name: tensor for name, _, tensor in parts}
         found |= dict.fromkeys(map(inverse.renamed, made))
     return found
@@ -102,16 +109,16 @@ def _saved_names(model: nn.Module, fused_names: Mapping[str, torch.Tensor]) -> d
 def plan_tensors(
     files: Collection[str], model: nn.Module, names: Iterable[str], fused_names: Mapping[str, torch.Tensor]
 ) -> dict[str, TensorPlan]:
-    """A plan for each of `names` that the checkpoint holds, directly or through a conversion.
+    """A plan for each of `names` that the checkpoint contains, directly or through a conversion.
 
     Args:
         files: names of the checkpoint's tensors.
         model: the model, with its experts unfused.
         names: its state-dict names.
-        fused_names: its state dict before experts were unfused, which is what conversion mappings speak of.
+        fused_names: its state dict before experts were unfused, to which conversion mappings refer.
     """
     wanted = dict.fromkeys(names)
-    plans = {n: TensorPlan(Origin(n, [(n, n)], targets=[n]), n) for n in wanted if n in files}
+    plans = {name: TensorPlan.direct(name) for name in wanted if name in files}
     origins = _converted(files, conversions_of(model), wanted, fused_names)
     for name in wanted:
         if name not in plans and name in origins:
@@ -128,7 +135,7 @@ def plan_tensors(
 def _converted(
     files: Iterable[str], mapping: Conversions, wanted: Mapping[str, object], fused_names: Mapping[str, torch.Tensor]
 ) -> dict[str, Origin]:
-    """Origins of all tensors whose checkpoint name differs, by the name that Transformers' mapping gives them."""
+    """Origins of all tensors with another name in the checkpoint, by their name after Transformers' mapping."""
     from transformers.core_model_loading import dot_natural_key
 
     known = {**fused_names, **dict.fromkeys(wanted, torch.empty(0))}
@@ -149,18 +156,17 @@ def _converted(
 
 
 def _expert_plan(origin: Origin, fused: str, name: str, piece: ExpertPiece) -> TensorPlan:
-    """The plan for one expert's tensor: straight from its own checkpoint tensor where experts are stored one by one."""
-    lists = _stacked_lists(origin)
-    if lists is None or piece.transposed or piece.interleaved:
-        return TensorPlan(origin, fused, piece)
-    which = lists[1] if piece.part == "up" else lists[0]
-    if piece.part == "all" and len(lists) != 1 or piece.part != "all" and len(lists) != 2 or piece.expert >= len(which):
-        return TensorPlan(origin, fused, piece)
-    return TensorPlan(Origin(name, [(which[piece.expert],) * 2], targets=[name]), name)
+    """The plan of one expert's tensor: its own checkpoint tensor if experts are stored one by one, else a cut."""
+    lists = None if piece.transposed or piece.interleaved else _stacked_lists(origin)
+    if lists is not None and len(lists) == (1 if piece.part == "all" else 2):
+        keys = lists[piece.part == "up"]
+        if piece.expert < len(keys):
+            return TensorPlan.direct(name, keys[piece.expert])
+    return TensorPlan(origin, fused, piece)
 
 
 def _stacked_lists(origin: Origin) -> list[list[str]] | None:
-    """Checkpoint names per source pattern, when the converter only stacks experts and joins gate with up; else None."""
+    """Checkpoint names per source pattern, if the converter only stacks experts and joins gate with up; else None."""
     if origin.converter is None:
         return None
     steps = [(type(op).__name__, getattr(op, "dim", None)) for op in origin.converter.operations]
@@ -170,33 +176,25 @@ def _stacked_lists(origin: Origin) -> list[list[str]] | None:
     return lists if all(lists) else None
 
 
-# What a model's own checkpoint calls its modules, also those that the checkpoint does not hold as they are.
-#
-# Serving engines look tensors, and the entries of a quantization_config, up by the names of the family's checkpoints.
-# The names of a source are the inverse of how it was read, taken from the tensors that were; a packed tensor of a layer
-# whose weight came from `block_sparse_moe.experts.0.w1.weight` is `block_sparse_moe.experts.0.w1.qweight`.
-
-_NUMBERED = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
-
-
 class CheckpointNames:
-    """Names of modules and tensors in the checkpoint of a source, by their names in its model."""
+    """Checkpoint names of the modules and tensors of a source, by their names in the model."""
 
     def __init__(self, source: ModelSource) -> None:
         self._own: dict[str, str] = {}
         self._containers: dict[str, str] = {}
         tied = {name for pair in source.tied().items() for name in pair}
         for tensor in source.tensor_names():
-            # A block used twice, or a tied head, has its own name at each place: readers look it up by that.
+            # A block used twice, or a tied head, is looked up by its own name at each position.
             plan = source.own_plan(tensor)
             key = None if plan is None or (tensor in tied and plan.origin.name != tensor) else plan.key
             owner, _, leaf = tensor.rpartition(".")
             if key is None:
                 continue
-            if key.rpartition(".")[2] == leaf:
-                self._own.setdefault(owner, key.rpartition(".")[0])
-            elif leaf == "weight" and key.rpartition(".")[2] == owner.rpartition(".")[2]:
-                self._own.setdefault(owner, key)  # a matrix stored as the parameter of what is a module here
+            stored, _, stored_leaf = key.rpartition(".")
+            if stored_leaf == leaf:
+                self._own.setdefault(owner, stored)
+            elif leaf == "weight" and stored_leaf == owner.rpartition(".")[2]:
+                self._own.setdefault(owner, key)  # the weight of a module that is a parameter in the checkpoint
         for module, stored in self._own.items():
             self._add_containers(module, stored)
         self._experts = {n: m for n, m in source.model.named_modules() if isinstance(m, LinearExperts)}
@@ -204,7 +202,7 @@ class CheckpointNames:
         self._mapping: Conversions | None = None
 
     def _add_containers(self, module: str, stored: str) -> None:
-        """Note how the modules around `module` are called, as far as both names end alike."""
+        """Record the names of the modules around `module`, as far as both names have equal ends."""
         while True:
             module, _, leaf = module.rpartition(".")
             stored, _, stored_leaf = stored.rpartition(".")
@@ -214,7 +212,7 @@ class CheckpointNames:
                 return
 
     def module(self, name: str) -> str:
-        """The checkpoint's name of a module; of one that it has no tensors of, as its neighbours are called."""
+        """The checkpoint's name of a module; derived from the enclosing modules if it has no tensors there."""
         if name in self._own:
             return self._own[name]
         parent, rest = name, ""
@@ -231,9 +229,9 @@ class CheckpointNames:
         Args:
             name: of the layer in the model.
             leaves: of its tensors: "qweight", "scales", ...
-            loadable_here: Transformers opens the files with this package's loader. It must find the tensors again:
-            where
-                it would rename or join them otherwise, an expert's matrices keep the names that the modules have.
+            loadable_here: Transformers opens the files with this package's loader, which must find the tensors again.
+                So if
+                Transformers would rename or join them, the matrices of an expert keep the names of the modules.
         """
         candidates = self._candidates(name)
         if not loadable_here:
@@ -242,24 +240,24 @@ class CheckpointNames:
         return next(fitting, name)
 
     def _candidates(self, layer: str) -> tuple[str, str]:
-        """The checkpoint's name of a layer, and that of what holds it with the layer's own last part."""
+        """The checkpoint's name of a layer, and that of its parent with the layer's own last name part."""
         parent, _, last = layer.rpartition(".")
         return self.module(layer), f"{self.module(parent)}.{last}"
 
     def joined(self, name: str, leaves: Iterable[str]) -> bool:
-        """Whether Transformers would join a packed layer's tensors with others under the checkpoint's name of it."""
+        """Whether Transformers would join a packed layer's tensors with others under their checkpoint name."""
         stored = self.module(name)
         mapping = self._conversions()
         return stored != name and any(mapping.converter_of(mapping.renamed(f"{stored}.{leaf}")) for leaf in leaves)
 
     def loose(self, tensor: str) -> str:
-        """The name of a dense tensor whose siblings are packed: Transformers must not join it with them."""
+        """The name of an unquantized tensor of a packed layer under which Transformers does not join it with others."""
         owner, _, leaf = tensor.rpartition(".")
         candidates = (f"{candidate}.{leaf}" for candidate in self._candidates(owner))
         return next((name for name in candidates if self.loads(name, tensor)), tensor)
 
     def block(self, name: str) -> tuple[str, ...]:
-        """The checkpoint's names of a decoder block: several where its layers lie in more than one item of a list."""
+        """The checkpoint's names of a decoder block: several if its layers are in more than one item of a list."""
         inside = [stored for module, stored in self._own.items() if module.startswith(f"{name}.") or module == name]
         whole = self._containers.get(name)
         if whole is not None and all(f"{stored}.".startswith(f"{whole}.") for stored in inside):
@@ -268,8 +266,10 @@ class CheckpointNames:
         return tuple(found) or (self.module(name),)
 
     def loads(self, key: str, tensor: str) -> bool:
-        """Whether Transformers gives a stored tensor to the model's tensor of that name (an expert's may have the names
-        that the checkpoint has for its matrices)."""
+        """Whether Transformers loads a stored tensor as the model's tensor of that name.
+
+        An expert's tensor may have the checkpoint's matrix names.
+        """
         wanted = {tensor, self._own_leaf(key, tensor)}
         if key in wanted:
             return True
@@ -281,7 +281,7 @@ class CheckpointNames:
         return bool(wanted & {renamed, prefix + renamed, renamed.removeprefix(prefix)})
 
     def experts_of(self, name: str) -> str | None:
-        """The module of experts that a tensor or layer of one expert lies in; None for others."""
+        """The experts module that contains a tensor or layer; None if there is none."""
         parent = name
         while parent:
             parent = parent.rpartition(".")[0]

@@ -1,1 +1,1 @@
-"""Writing the result: shards, folders that show only whole results, and what is checked before they are shown."""
+"""Write output folders: safetensors and GGUF files, staging and publishing, digests for verification."""

@@ -20,22 +20,24 @@ from typing import Any
 from auto_round.errors import AutoRoundError, OutputError
 
 PARTIAL = ".partial"
-"""Folder inside an output folder, with what is not finished."""
+"""Subfolder of an output folder that holds unfinished files."""
 SWAP = "swap.json"
-"""File in it, while finished files are moved into the place of an earlier run's."""
+"""File in it that lists new and replaced files while they are being moved."""
 REPORT = "report.json"
-_EVALUATION_FILES = (REPORT, "README.md")  # an evaluation writes them again
-_MAX_HASHED_BYTES = 64 << 20  # bytes; of larger files only the size is compared
+_EVALUATION_FILES = (REPORT, "README.md")  # rewritten by an evaluation, so their digests may differ
+_MAX_HASHED_BYTES = 64 << 20  # larger files are compared by size only
+_GB = 1e9
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class FolderContents:
-    """What a folder holds.
+    """Contents of an output folder; names are relative to it.
 
     Attributes:
-        files: names of the files that an earlier run of ours wrote and that are there, relative to the folder.
-        foreign: names of what no run of ours wrote, or was changed since.
-        missing: names of files that a report lists and that are not there as they were written.
+        files: unchanged files of an earlier run.
+        foreign: files that no run wrote, or that were changed since.
+        missing: files that a report lists and that are absent or changed.
     """
 
     files: tuple[str, ...] = ()
@@ -44,12 +46,12 @@ class FolderContents:
 
 
 def subfolder_name(format_name: str) -> str:
-    """The subfolder of a format, where one run writes several."""
+    """Name of a format's subfolder when a run writes several formats."""
     return format_name.replace(":", "-").replace("_", "-")
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report.json of a folder, None where there is none that a run of ours can have written."""
+    """The values of a folder's report.json, or None when it is missing or was not written by AutoRound."""
     try:
         values = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -60,15 +62,15 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 
 
 def inspect_folder(folder: Path, leftovers: Iterable[str] = (PARTIAL,)) -> FolderContents:
-    """What `folder`, and the subfolders that a run of several formats makes in it, hold. Reads no large file.
+    """Sort the files in `folder`, and in its subfolders of single formats, into ours and foreign. Reads no large file.
 
     Args:
-        leftovers: names that an unfinished run of ours has, and that are neither ours to replace nor foreign.
+        leftovers: names that an unfinished run uses; they are ignored.
     """
     if not folder.is_dir():
         return FolderContents()
     report = read_report(folder)
-    listed = _reported_files(report)
+    listed = {} if report is None else _reported_files(report)
     files = {name for name, state in listed.items() if _is_unchanged(folder / name, state)}
     missing = set(listed) - files
     files |= {name for name in _files_in_swap(folder) if (folder / name).is_file()}
@@ -88,17 +90,15 @@ def inspect_folder(folder: Path, leftovers: Iterable[str] = (PARTIAL,)) -> Folde
         is_folder = entry.is_dir() and not entry.is_symlink()
         inside = [path for path in entry.rglob("*") if not path.is_dir()] if is_folder else [entry]
         if is_folder and all(PARTIAL in path.relative_to(entry).parts for path in inside):
-            continue  # empty, or nothing but what an unfinished run left
+            continue  # empty, or only files of an unfinished run
         names = [path.relative_to(folder).as_posix() for path in inside]
         foreign += [name for name in names if name not in files]
     return FolderContents(tuple(sorted(files)), tuple(foreign), tuple(sorted(missing)))
 
 
-def _reported_files(report: Mapping[str, Any] | None) -> dict[str, tuple[int | None, str | None]]:
-    """Size (of weights) or digest of every file that a report lists, by name, but of names that lead elsewhere."""
-    if report is None:
-        return {}
-    found: dict[str, tuple[int | None, str | None]] = {}
+def _reported_files(report: Mapping[str, Any]) -> dict[str, tuple[int | None, str]]:
+    """(size or None, SHA-256) of every listed file by name; names that lead out of the folder are dropped."""
+    found: dict[str, tuple[int | None, str]] = {}
     for name, digest in {**report["files"], **report["small_files"]}.items():
         size = report["sizes"].get(name)
         if not os.path.isabs(name) and ".." not in Path(name).parts:
@@ -106,7 +106,7 @@ def _reported_files(report: Mapping[str, Any] | None) -> dict[str, tuple[int | N
     return found
 
 
-def _is_unchanged(path: Path, state: tuple[int | None, str | None]) -> bool:
+def _is_unchanged(path: Path, state: tuple[int | None, str]) -> bool:
     size, digest = state
     try:
         now = path.stat().st_size
@@ -118,7 +118,7 @@ def _is_unchanged(path: Path, state: tuple[int | None, str | None]) -> bool:
 
 
 def _files_in_swap(folder: Path) -> set[str]:
-    """Names of old and new files, while they are being swapped."""
+    """Names of the old and new files of an unfinished swap."""
     try:
         values = json.loads((folder / PARTIAL / SWAP).read_text(encoding="utf-8"))
         return {str(name) for key in ("files", "stale") for name in values[key]}
@@ -127,10 +127,7 @@ def _files_in_swap(folder: Path) -> set[str]:
 
 
 def recorded_inputs(folder: Path) -> Mapping[str, str] | None:
-    """What the complete result in `folder` was made from, None where the folder holds none.
-
-    It is complete when all files that its report lists are there and nothing of an unfinished run is.
-    """
+    """Digests of the inputs of the complete result in `folder`; None when a listed file or the result is missing."""
     report = read_report(folder)
     if report is None or (folder / PARTIAL).exists() or inspect_folder(folder).missing:
         return None
@@ -139,36 +136,36 @@ def recorded_inputs(folder: Path) -> Mapping[str, str] | None:
 
 
 def is_verified(folder: Path) -> bool:
-    """Whether the result in `folder` was opened again and compared after it was written."""
+    """Whether the result in `folder` was reopened and compared after it was written."""
     report = read_report(folder)
     return report is not None and report.get("verify") is not None
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove files of an earlier run and the folders that get empty, what makes a loader open them first and the
-    report, which says whose they are, last. What is gone already is no error.
+    """Remove files of an earlier run and folders that become empty. Missing files are no error.
 
-    Raises OutputError when one cannot be removed.
+    config.json is removed first, so that no loader opens the rest, and report.json, which lists the files, last.
+
+    Raises OutputError when a file cannot be removed.
     """
-
-    def order(name: str) -> tuple[bool, bool, str]:
-        return name.endswith(REPORT), not name.endswith("config.json"), name
-
+    order = lambda name: (name.endswith(REPORT), not name.endswith("config.json"), name)
     try:
         for name in sorted(names, key=order):
             (folder / name).unlink(missing_ok=True)
             for parent in (folder / name).parents:
                 if parent == folder:
                     break
-                with suppress(OSError):  # something else is in it
+                with suppress(OSError):  # it is not empty
                     parent.rmdir()
     except OSError as error:
         raise OutputError(f"cannot remove {error.filename}, which an earlier run wrote ({error.strerror})") from error
 
 
 def reject_model_folder(output: Path, source: str | os.PathLike[str] | None) -> None:
-    """Raise OutputError when writing to `output` would write over the model that is read: its folder, a link to it, or
-    a folder above it. `source`: the model's folder; anything else is no folder, and passes."""
+    """Raise OutputError when `output` is the folder of the source model, a link to it, or a folder above it.
+
+    `source`: the model's folder; a hub id or None passes.
+    """
     if source is None or not os.path.isdir(source):
         return
     model, target = Path(source).resolve(), output.expanduser().resolve()
@@ -180,23 +177,15 @@ def reject_model_folder(output: Path, source: str | os.PathLike[str] | None) -> 
         )
 
 
-# Checks of the output folder, made before any work is done.
-
-_GB = 1e9
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 def ensure_output_folder(
     path: str | os.PathLike[str], overwrite: bool = False, ours: Collection[str] = (PARTIAL,)
 ) -> Path:
-    """Make the folder and return it.
+    """Create the output folder and return its path. A folder with only the result of an earlier run is accepted.
 
     Args:
         ours: names that an interrupted run may have left there.
 
-    A folder that holds nothing but the result of an earlier run is taken, too: it is replaced.
-
-    Raises OutputError when it is a file, cannot be made or written, or holds something else and `overwrite` is False.
+    Raises OutputError when it is a file, not writable, or holds foreign files and `overwrite` is False.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -206,8 +195,9 @@ def ensure_output_folder(
         if foreign:
             more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
             raise OutputError(
-                f"output folder {folder} is not empty: no earlier run wrote {', '.join(foreign[:3])}{more} as it is "
-                "now; choose another folder, move that away, or ask to overwrite (--overwrite, overwrite=True)"
+                f"output folder {folder} is not empty: no earlier run wrote {', '.join(foreign[:3])}{more}, or they "
+                "were changed since; choose another folder, move them away, or ask to overwrite (--overwrite, "
+                "overwrite=True)"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +209,7 @@ def ensure_output_folder(
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    """Raise OutputError when no file can be written at `path`: its folder is not there or cannot be written."""
+    """Raise OutputError when no file can be written at `path`: its folder is missing or not writable."""
     target = Path(path)
     if target.is_dir():
         raise OutputError(f"{target} is a folder; give the name of a file in it")
@@ -233,7 +223,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:
-    """Free bytes on the disk of `path`, which need not exist yet."""
+    """Free bytes on the disk of `path`; the path may not exist yet."""
     folder = Path(path).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
@@ -252,24 +242,19 @@ def check_disk(path: str | os.PathLike[str], bytes_needed: int) -> None:
 
 @contextmanager
 def explain_write_errors(folder: str | os.PathLike[str], needed: int) -> Iterator[None]:
-    """Whatever the system refuses while this is open, as an OutputError that names the file, and for a full disk says
-    how much is free and how much is needed.
-
-    Args:
-        folder: of the output.
-        needed: bytes that the output takes.
-    """
+    """Convert OSError inside the context into an OutputError that names the file; for a full disk also the free bytes
+    and the `needed` bytes of the output in `folder`."""
     try:
         yield
     except AutoRoundError as error:
         cause = error.__cause__
-        if isinstance(error, OutputError) and isinstance(cause, OSError) and cause.errno in _FULL:
+        if isinstance(error, OutputError) and isinstance(cause, OSError) and cause.errno in _DISK_FULL:
             raise OutputError(f"{error}; {_space_message(folder, needed)}") from cause
         raise
     except OSError as error:
-        room = f"; {_space_message(folder, needed)}" if error.errno in _FULL else ""
+        hint = f"; {_space_message(folder, needed)}" if error.errno in _DISK_FULL else ""
         raise OutputError(
-            f"cannot write {error.filename or folder} ({error.strerror or type(error).__name__}){room}"
+            f"cannot write {error.filename or folder} ({error.strerror or type(error).__name__}){hint}"
         ) from error
 
 

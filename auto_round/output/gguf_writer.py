@@ -1,4 +1,4 @@
-"""Write one GGUF file: rows of its tensors in any order, positioned, checked complete, renamed at the end."""
+"""Write one GGUF file with positional writes: rows in any order; the file is renamed when all of them are written."""
 
 from __future__ import annotations
 
@@ -21,66 +21,65 @@ from auto_round.output.folders import path_inside
 from auto_round.output.writer import AtomicOutput, file_sha256, sync_folder
 
 ALIGNMENT = 32
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MOST_DIMENSIONS = 4  # of a tensor in ggml
-_MOST_NAME = 63  # bytes of a tensor's name in ggml
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""dtype of each GGUF type that is not quantized."""
+_MAX_DIMENSIONS = 4  # of a tensor in ggml
+_MAX_NAME_BYTES = 63  # of a tensor's name in ggml
 
 
 @dataclass(frozen=True)
 class TypedValue:
-    """A key's value with its GGUF type, where `GgufFile` would choose another: `TypedValue(3, "UINT64")`."""
+    """A key's value with an explicit GGUF type: `TypedValue(3, "UINT64")`."""
 
     value: Any
     kind: str
 
 
 class _TensorSlot:
-    """Where one tensor lies, and which of its rows are there already."""
+    """Offset of one tensor in the file, and which of its rows are written."""
 
     def __init__(self, name: str, shape: tuple[int, ...], kind: str, offset: int) -> None:
         self.name, self.shape, self.kind, self.offset = name, shape, kind, offset
         columns = shape[-1]
-        self.row_bytes = columns * _FLOATS[kind].itemsize if kind in _FLOATS else GGML_TYPES[kind].row_bytes(columns)
+        is_float = kind in FLOAT_TYPES
+        self.row_bytes = columns * FLOAT_TYPES[kind].itemsize if is_float else GGML_TYPES[kind].row_bytes(columns)
         self.slots, self.rows = math.prod(shape[:-2]), (shape[-2] if len(shape) > 1 else 1)
         self.nbytes = self.slots * self.rows * self.row_bytes
-        self.there = torch.zeros(self.slots, self.rows, dtype=torch.bool)
+        self.written = torch.zeros(self.slots, self.rows, dtype=torch.bool)
 
 
 class GgufFile(AtomicOutput):
-    """Writes one `.gguf` under a temporary name; it gets its own when every byte was written exactly once.
+    """Writes one `.gguf` under a temporary name and renames it when every row was written exactly once.
 
-    Use as a context manager: leaving it normally finishes, leaving it by an exception removes what was begun. The same
-    pieces give the same bytes, in whatever order they come.
+    Use as a context manager: a normal exit finishes the file, an exception removes it. The order of writes does not
+    change the bytes.
 
     Args:
-        path: the file to make, in an existing folder. A file that is there already is replaced at the end.
+        path: the file to create, in an existing folder. An existing file is replaced at the end.
         arch: llama.cpp's name of the architecture, `general.architecture`.
-        metadata: keys and values, in the order they are to be stored. A Python bool, int (uint32, or int32 if
-            negative), float (float32) or str, or a non-empty list of these (integers as int32); or `TypedValue`.
-        tensors: (name, shape in torch's order, type) of every tensor, in the order they are to be stored.
+        metadata: keys and values in file order. A Python bool, int (uint32, or int32 if negative), float (float32) or
+            str, or a non-empty list of these (integers as int32); or `TypedValue`.
+        tensors: (name, shape in torch's order, type) of every tensor, in file order.
 
     Raises:
-        OutputError: the file cannot be made, or the disk is full.
-        ConfigError: a shape, a type or a value that GGUF cannot hold; a key or a tensor that is given twice.
+        OutputError: the file cannot be created, or the disk is full.
+        ConfigError: a shape, a type or a value that GGUF cannot hold; a duplicate key or tensor.
         UnsupportedError: the `gguf` package is not installed.
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        arch: str,
-        metadata: Mapping[str, Any],
+        self, path: str | os.PathLike[str], arch: str, metadata: Mapping[str, Any],
         tensors: Sequence[tuple[str, Sequence[int], str]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.path = Path(path)
-        self.sha256 = ""  # of the finished file
+        self.sha256 = ""  # set by `finish`
         if not self.path.parent.is_dir():
             raise OutputError(f"output folder {self.path.parent} does not exist; make it first")
         path_inside(self.path.parent, self.path.name)
         self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self._places = _layout(tensors)
+        self._slots = _plan_slots(tensors)
         self._file: FileIO | None = None
-        writer = _header_writer(self._partial, arch, metadata, self._places)
+        writer = _header_writer(self._partial, arch, metadata, self._slots)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -88,9 +87,8 @@ class GgufFile(AtomicOutput):
             writer.close()
             self._file = open(self._partial, "r+b", buffering=0)
             self._start = _padded(self._partial.stat().st_size)
-            end = max((place.offset + _padded(place.nbytes) for place in self._places.values()), default=0)
-            # Room for everything at once: padding and pieces still to come read as zeros.
-            self._file.truncate(self._start + end)
+            end = max((tensor.offset + _padded(tensor.nbytes) for tensor in self._slots.values()), default=0)
+            self._file.truncate(self._start + end)  # padding reads as zeros
         except OSError as error:
             self.abort()
             raise OutputError(f"cannot write {self.path} ({error.strerror})") from error
@@ -100,76 +98,69 @@ class GgufFile(AtomicOutput):
 
     @property
     def nbytes(self) -> int:
-        """Size of the file when it is whole."""
+        """Size of the finished file."""
         assert self._file is not None
         return os.fstat(self._file.fileno()).st_size
 
     def write(
-        self,
-        name: str,
-        data: torch.Tensor,
-        first_row: int = 0,
-        slot: int | None = None,
+        self, name: str, data: torch.Tensor, first_row: int = 0, slot: int | None = None,
         rows: torch.Tensor | None = None,
-    ) -> None:
-        """Put some rows of one tensor into their place.
+    ) -> None:  # fmt: skip
+        """Write some rows of one tensor.
 
         Args:
             name: of the tensor.
-            data: [n, columns] (a vector: [columns]) of the tensor's own dtype, or uint8 [n, row bytes] for blocks.
-                Without a slot it may span slots, as [slots, n, ...] for all of the rows.
-            first_row: where in the tensor the first row of `data` belongs.
-            slot: index of the first dimension of a stacked tensor, also of vectors stacked in a matrix; None when the
+            data: [n, columns] (a vector: [columns]) of the tensor's own dtype, or uint8 [n, row bytes] for ggml types.
+                Without a slot it may span slots, as [slots, n, ...] with all rows.
+            first_row: row of the tensor at which `data` starts.
+            slot: index in the first dimension of a stacked tensor, also of vectors stacked in a matrix; None when the
                 tensor is not stacked, or `data` is all of it.
-            rows: int64 [n], where each row of `data` belongs instead.
+            rows: int64 [n], the row of each row of `data`, instead of `first_row`.
 
         Raises:
-            OutputError: a tensor the file does not have, a row that was written already or does not exist, the wrong
-                dtype or width, a file that is finished, or a full disk.
+            OutputError: an unknown tensor, a row that does not exist or is written twice, a wrong dtype or width, a
+                finished file, or a full disk.
         """
         if self._finished or self._file is None:
             raise OutputError(f"tensor {name!r} came after {self.path} was finished")
-        place = self._places.get(name)
-        if place is None:
+        tensor = self._slots.get(name)
+        if tensor is None:
             raise OutputError(f"{self.path} has no tensor {name!r}")
-        raw = self._raw(place, data)
-        if slot is not None and data.dim() == 1 and len(place.shape) == 2:  # vectors that are stacked lie as rows
-            targets = self._targets(place, raw.shape[0], slot, None, rows)
+        raw = self._raw(tensor, data)
+        if slot is not None and data.dim() == 1 and len(tensor.shape) == 2:  # stacked vectors are rows of a matrix
+            targets = self._targets(tensor, raw.shape[0], slot, None, rows)
         else:
-            targets = self._targets(place, raw.shape[0], first_row, slot, rows)
-        there = place.there.view(-1)
-        if isinstance(targets, slice):
-            taken = bool(there[targets].any())
-        else:
-            taken = bool(there[targets].any()) or targets.unique().numel() != targets.numel()
-        if taken:
+            targets = self._targets(tensor, raw.shape[0], first_row, slot, rows)
+        written = tensor.written.view(-1)
+        repeated = isinstance(targets, torch.Tensor) and targets.unique().numel() != targets.numel()
+        if repeated or bool(written[targets].any()):
             raise OutputError(f"{self.path}: rows of tensor {name!r} are written twice")
         try:
             if isinstance(targets, slice):
-                self._put(place, targets.start, raw)
+                self._put(tensor, targets.start, raw)
             else:
-                # A rotary permutation stays within its heads: in order, all of a piece is one stretch.
+                # A rotary permutation stays within its heads: sorted, the rows of a chunk are contiguous.
                 order = targets.argsort()
                 raw = raw[order]
                 for start, part in _contiguous_runs(targets[order]):
-                    self._put(place, start, raw[part])
+                    self._put(tensor, start, raw[part])
         except OSError as error:
             raise OutputError(
                 f"cannot write tensor {name!r} to {self.path} ({error.strerror}); free some space"
             ) from error
-        there[targets] = True
+        written[targets] = True
 
     def finish(self) -> str:
-        """Give the file its name and return its SHA-256.
+        """Sync the file, rename it and return its SHA-256.
 
-        Raises OutputError when rows are missing, or the file cannot be brought to the disk.
+        Raises OutputError when rows are missing, or the file cannot be written to disk.
         """
         if self._finished or self._file is None:
             raise OutputError(f"{self.path} was finished already")
-        for place in self._places.values():
-            missing = place.there.numel() - int(place.there.sum())
+        for tensor in self._slots.values():
+            missing = tensor.written.numel() - int(tensor.written.sum())
             if missing:
-                raise OutputError(f"{self.path}: {missing} rows of tensor {place.name!r} were not written")
+                raise OutputError(f"{self.path}: {missing} rows of tensor {tensor.name!r} were not written")
         try:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -182,7 +173,7 @@ class GgufFile(AtomicOutput):
         return self.sha256
 
     def abort(self) -> None:
-        """Remove what was begun and not finished."""
+        """Remove the unfinished file."""
         if not self._finished:
             if self._file is not None:
                 with suppress(OSError):
@@ -190,48 +181,46 @@ class GgufFile(AtomicOutput):
             self._partial.unlink(missing_ok=True)
             self._finished = True
 
-    def _raw(self, place: _TensorSlot, data: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, row bytes] of a piece, checked."""
-        wanted = _FLOATS.get(place.kind, torch.uint8)
-        width = place.row_bytes // wanted.itemsize
+    def _raw(self, tensor: _TensorSlot, data: torch.Tensor) -> torch.Tensor:
+        """The checked bytes of `data`: uint8 [n, row bytes]."""
+        wanted = FLOAT_TYPES.get(tensor.kind, torch.uint8)
+        width = tensor.row_bytes // wanted.itemsize
         if data.dtype != wanted or data.dim() < 1 or data.shape[-1] != width:
             raise OutputError(
-                f"{self.path}: a piece of tensor {place.name!r} ({place.kind}) is {data.dtype} {list(data.shape)}, "
+                f"{self.path}: a part of tensor {tensor.name!r} ({tensor.kind}) is {data.dtype} {list(data.shape)}, "
                 f"not {wanted} [..., {width}]"
             )
-        return data.detach().to("cpu").contiguous().view(torch.uint8).reshape(-1, place.row_bytes)
+        return data.detach().to("cpu").contiguous().view(torch.uint8).reshape(-1, tensor.row_bytes)
 
     def _targets(
-        self, place: _TensorSlot, count: int, first_row: int, slot: int | None, rows: torch.Tensor | None
+        self, tensor: _TensorSlot, count: int, first_row: int, slot: int | None, rows: torch.Tensor | None
     ) -> slice | torch.Tensor:
-        """Rows of the whole tensor, its slots one after another, that a piece of `count` rows goes to."""
+        """Row indices in the whole tensor, its slots concatenated, of `count` rows."""
         if slot is None:
-            base, room = 0, place.slots * place.rows
-            if place.slots != 1 and (count != room or rows is not None):
-                raise OutputError(f"{self.path}: tensor {place.name!r} is stacked; say which slot a piece belongs to")
+            base, limit = 0, tensor.slots * tensor.rows
+            if tensor.slots != 1 and (count != limit or rows is not None):
+                raise OutputError(f"{self.path}: tensor {tensor.name!r} is stacked; say which slot a part belongs to")
         else:
-            base, room = slot * place.rows, place.rows
-            if not 0 <= slot < place.slots:
-                raise OutputError(
-                    f"{self.path}: tensor {place.name!r} has {place.slots} slots, none with number {slot}"
-                )
+            base, limit = slot * tensor.rows, tensor.rows
+            if not 0 <= slot < tensor.slots:
+                raise OutputError(f"{self.path}: tensor {tensor.name!r} has {tensor.slots} slots, no slot {slot}")
         if rows is None:
-            if not 0 <= first_row <= first_row + count <= room:
+            if not 0 <= first_row <= first_row + count <= limit:
                 raise OutputError(
-                    f"{self.path}: rows {first_row} to {first_row + count} are outside tensor {place.name!r} of {room}"
+                    f"{self.path}: rows {first_row} to {first_row + count} exceed tensor {tensor.name!r} of {limit}"
                 )
             return slice(base + first_row, base + first_row + count)
         targets = rows.to("cpu", torch.int64)
-        if targets.shape != (count,) or (count and (int(targets.min()) < 0 or int(targets.max()) >= room)):
-            raise OutputError(f"{self.path}: the row index of a piece of tensor {place.name!r} does not fit it")
+        if targets.shape != (count,) or (count and (int(targets.min()) < 0 or int(targets.max()) >= limit)):
+            raise OutputError(f"{self.path}: the row index of a part of tensor {tensor.name!r} does not fit it")
         return targets + base
 
-    def _put(self, place: _TensorSlot, row: int, raw: torch.Tensor) -> None:
+    def _put(self, tensor: _TensorSlot, row: int, raw: torch.Tensor) -> None:
         if raw.numel():
             assert self._file is not None
-            self._file.seek(self._start + place.offset + row * place.row_bytes)
+            self._file.seek(self._start + tensor.offset + row * tensor.row_bytes)
             rest = raw.reshape(-1).numpy().data
-            while rest:  # the system may take less than all of it
+            while rest:  # a write may be short
                 rest = rest[self._file.write(rest) :]
 
 
@@ -239,28 +228,28 @@ def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _layout(tensors: Sequence[tuple[str, Sequence[int], str]]) -> dict[str, _TensorSlot]:
-    """A place for each tensor, one after another, as the tensor infos will have it."""
-    places: dict[str, _TensorSlot] = {}
+def _plan_slots(tensors: Sequence[tuple[str, Sequence[int], str]]) -> dict[str, _TensorSlot]:
+    """Aligned offsets of all tensors, in file order."""
+    slots: dict[str, _TensorSlot] = {}
     offset = 0
     for name, shape, kind in tensors:
-        if kind not in _FLOATS and kind not in GGML_TYPES:
+        if kind not in FLOAT_TYPES and kind not in GGML_TYPES:
             raise ConfigError(f"tensor {name!r}: {kind!r} is no type of a GGUF file that can be written here")
-        if not 0 < len(shape) <= _MOST_DIMENSIONS or min(shape) < 1:
+        if not 0 < len(shape) <= _MAX_DIMENSIONS or min(shape) < 1:
             raise ConfigError(f"tensor {name!r}: a GGUF file cannot hold the shape {list(shape)}")
         if kind in GGML_TYPES and shape[-1] % GGML_TYPES[kind].block:
             raise ConfigError(f"tensor {name!r}: rows of {shape[-1]} do not divide into blocks of {kind}")
-        if not name or len(name.encode()) > _MOST_NAME:
-            raise ConfigError(f"tensor {name!r}: a name in a GGUF file has 1 to {_MOST_NAME} bytes")
-        if name in places:
+        if not name or len(name.encode()) > _MAX_NAME_BYTES:
+            raise ConfigError(f"tensor {name!r}: a name in a GGUF file has 1 to {_MAX_NAME_BYTES} bytes")
+        if name in slots:
             raise ConfigError(f"tensor {name!r} is given twice")
-        places[name] = _TensorSlot(name, tuple(int(size) for size in shape), kind, offset)
-        offset += _padded(places[name].nbytes)
-    return places
+        slots[name] = _TensorSlot(name, tuple(int(size) for size in shape), kind, offset)
+        offset += _padded(slots[name].nbytes)
+    return slots
 
 
-def _header_writer(path: Path, arch: str, metadata: Mapping[str, Any], places: Mapping[str, _TensorSlot]) -> Any:
-    """A `gguf.GGUFWriter` that holds everything but the tensors' bytes."""
+def _header_writer(path: Path, arch: str, metadata: Mapping[str, Any], slots: Mapping[str, _TensorSlot]) -> Any:
+    """A `gguf.GGUFWriter` with the metadata and tensor infos."""
     import numpy as np
 
     gguf = gguf_package()
@@ -274,15 +263,14 @@ def _header_writer(path: Path, arch: str, metadata: Mapping[str, Any], places: M
         if (inner or kind) not in types.__members__:
             raise ConfigError(f"key {key!r}: GGUF has no type {inner or kind!r}")
         writer.add_key_value(key, plain, types[kind], None if inner is None else types[inner])
-    for place in places.values():
-        writer.add_tensor_info(
-            place.name, place.shape, np.dtype(np.float32), place.nbytes, gguf.GGMLQuantizationType[place.kind]
-        )
+    for tensor in slots.values():
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
     return writer
 
 
 def _value_type(key: str, value: Any) -> tuple[str, str | None]:
-    """GGUF's names of the type of a value, and of the items of a list."""
+    """GGUF's type name of a value, and of the items of a list."""
     if isinstance(value, TypedValue):
         return ("ARRAY", value.kind) if isinstance(value.value, list) else (value.kind, None)
     if isinstance(value, list):
@@ -302,7 +290,7 @@ def _value_type(key: str, value: Any) -> tuple[str, str | None]:
 
 
 def _contiguous_runs(targets: torch.Tensor) -> list[tuple[int, slice]]:
-    """Stretches of consecutive numbers in `targets`, which rise: (the first, where they are in `targets`)."""
+    """Runs of consecutive numbers in the sorted `targets`: (first number, slice of `targets`)."""
     if not targets.numel():
         return []
     cuts = (targets.diff() != 1).nonzero().flatten().add_(1).tolist()

@@ -1,12 +1,11 @@
-"""Stage an output folder: write into `.partial`, lock it, publish all files at once when they are complete.
+"""Stage an output folder: write into `.partial`, lock it, and publish all files when they are complete.
 
-All files are written into `.partial` inside the folder. Once complete, the caller records their digests and moves
-the files into the folder (`Staging.publish`), the file that a loader opens first as the last one. So a folder is
-empty, holds only `.partial`, or is complete; a folder that is overwritten stays complete until then. `FolderLock`
-admits one run at a time.
+The caller writes all files into `.partial` inside the folder, records their digests and moves them into the folder
+(`Staging.publish`); the file that a loader opens first is moved last. So a folder is empty, holds only `.partial`, or
+is complete; a folder that is overwritten stays complete until then. `FolderLock` admits one run at a time.
 
-During the move `.partial/swap.json` lists the new files and those of an earlier run: the next run that opens the
-folder's staging finishes a move that was interrupted.
+During the move `.partial/swap.json` lists the new files and those of an earlier run; the next run that opens the
+staging finishes an interrupted move.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from auto_round.output.writer import file_sha256, sync_folder, write_text
 if sys.platform == "win32":
     import msvcrt
 
-    _PLACE = 1 << 20  # a byte behind the words, which others can still read
+    _LOCKED_BYTE = 1 << 20  # behind the owner's text, which other processes can still read
 
     def _lock(file: int) -> None:
-        """Raises BlockingIOError when another process holds it."""
-        os.lseek(file, _PLACE, os.SEEK_SET)
+        """Raise BlockingIOError when another process holds the lock."""
+        os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
         try:
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         except PermissionError as error:
@@ -43,7 +42,7 @@ if sys.platform == "win32":
             os.lseek(file, 0, os.SEEK_SET)
 
     def _is_locked(file: int) -> bool:
-        os.lseek(file, _PLACE, os.SEEK_SET)
+        os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
         try:
             os.read(file, 1)  # a locked byte cannot be read
         except PermissionError:
@@ -53,21 +52,21 @@ else:
     import fcntl
 
     def _lock(file: int) -> None:
-        """Raises BlockingIOError when another process holds it."""
+        """Raise BlockingIOError when another process holds the lock."""
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _is_locked(file: int) -> bool:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who ask do not see each other
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that two queries do not block each other
         except BlockingIOError:
             return True
         return False
 
 
 def is_lock_held(path: Path) -> bool:
-    """Whether a live process holds the lock at `path`. True on file systems without locks, which cannot tell.
+    """Whether a live process holds the lock at `path`; True on file systems without locks.
 
-    A FolderLock that is taken in the same moment may find it held; `patience` is for that.
+    The query holds a shared lock for a moment; a FolderLock taken then needs `patience`.
     """
     try:
         file = os.open(path, os.O_RDONLY)
@@ -82,12 +81,12 @@ def is_lock_held(path: Path) -> bool:
 
 
 class FolderLock:
-    """A lock that the system frees when its process dies, however it dies.
+    """A file lock that the operating system frees when its process ends, in whatever way.
 
     Args:
-        path: the lock's file; its folder must exist. It holds the owner's process id and host while it is locked.
-        what: the folder that is locked, for the message.
-        patience: for how many seconds to try again while another holds it.
+        path: the lock file. It holds the owner's process id and host while it is locked.
+        what: the locked folder, for the message.
+        patience: seconds to retry while another process holds the lock.
 
     Raises:
         OutputError: another process, or another run in this one, holds it; the message names it.
@@ -105,7 +104,7 @@ class FolderLock:
                 time.sleep(0.01)
 
     def _take(self, what: Path) -> int:
-        """A locked file, or -1 when its owner removed it in the meantime."""
+        """Descriptor of the locked file, or -1 when its owner has just removed it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -130,19 +129,19 @@ class FolderLock:
         if not same:
             os.close(file)
             return -1
-        with suppress(OSError):  # the lock holds without these words, which a full disk does not take
+        with suppress(OSError):  # on a full disk the lock holds without this text
             os.ftruncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return file
 
     def release(self) -> None:
-        """Remove the file and free the lock. Calling it again does nothing."""
+        """Remove the file and free the lock; a second call does nothing."""
         if self._file >= 0:
             if os.name == "posix":
                 self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
-            if os.name != "posix":  # an open file cannot be removed there, nor one that the next run has taken by now
+            if os.name != "posix":  # there an open file cannot be removed, nor one that the next run has locked
                 with suppress(OSError):
                     self.path.unlink(missing_ok=True)
 
@@ -155,27 +154,18 @@ class FolderLock:
         self.release()
 
 
-# An output folder that shows its files only when all of them are there and were checked.
-#
-# Everything is written into `.partial` inside the folder. When it is whole, its list of files is kept by whoever asked
-# (`sync_and_hash`), and the files are moved into the folder (`publish`), the one that makes a loader open it last. So
-# a folder is empty, or holds nothing but `.partial`, or is complete; and one that is overwritten stays complete until
-# then.
-#
-# While files are moved, `.partial/swap.json` says which are new and which are an earlier run's: a swap that was cut
-# short is finished by whoever opens the folder's staging next.
-
 LOCK = "lock"
 ENTRY_FILE = "config.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class Staging:
-    """The `.partial` folder of one output folder, locked while this is open.
+    """The locked `.partial` folder of one output folder; a context manager.
 
     Attributes:
-        folder: where the files shall be.
-        path: where they are written.
+        folder: the output folder.
+        path: its `.partial` folder, where files are written.
+        retain: leave unpublished files in place on close, for inspection.
 
     Raises:
         OutputError: another run works on the folder, or it cannot be written.
@@ -184,59 +174,45 @@ class Staging:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / PARTIAL
         self._lock = FolderLock(self.path / LOCK, folder)
-        self.keep = False
-        """What was written stays when this is closed, for a look at it."""
-        self._finish_swap()
+        self.retain = False
+        # Finish an interrupted swap; a swap.json that was cut short means that no file was moved.
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            swap = json.loads((self.path / SWAP).read_text(encoding="utf-8"))
+            self._swap([str(name) for name in swap["files"]], [str(name) for name in swap["stale"]])
 
     def clear(self) -> None:
-        """Remove what an earlier run left."""
+        """Remove the files of an earlier run."""
         for entry in _entries(self.path):
             _remove(entry)
 
-    def sync_and_hash(self, known: Mapping[str, str] | None = None) -> dict[str, str]:
-        """Bring everything to the disk and return SHA-256 by file name, in subfolders too. `known`: digests that need
-        not be computed again.
-
-        Raises OutputError when the disk is full.
-        """
-        return sync_and_hash(self.path, known)
-
     def publish(self, files: Iterable[str], stale: Iterable[str] = ()) -> None:
-        """Move the files of a sealed folder to where they belong. It may be called again after it was cut short.
+        """Move finished files into the output folder; an interrupted call may be repeated.
 
         Args:
-            stale: files of an earlier run in the folder, which make room for them.
+            stale: files of an earlier run in the folder, which are removed.
 
-        Raises OutputError when one cannot be moved.
+        Raises OutputError when a file cannot be moved.
         """
         new = list(files)
         old = sorted({*stale} - {*new})
         write_text(self.path, SWAP, json.dumps({"files": new, "stale": old}))
         sync_folder(self.path)
-        self.keep = True  # what is written is needed, however this ends
+        self.retain = True  # an interrupted move is finished later
         self._swap(new, old)
 
     def _swap(self, files: Iterable[str], stale: Iterable[str]) -> None:
         publish_files(self.path, self.folder, files, stale)
         (self.path / SWAP).unlink(missing_ok=True)
-        self.keep = False
-
-    def _finish_swap(self) -> None:
-        """Do the rest of a swap that was cut short."""
-        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # one that was not written whole did nothing
-            swap = json.loads((self.path / SWAP).read_text(encoding="utf-8"))
-            self._swap([str(name) for name in swap["files"]], [str(name) for name in swap["stale"]])
+        self.retain = False
 
     def close(self) -> None:
-        """Remove what was not published, unless `keep`, and unlock the folder."""
-        if not self.keep:
+        """Remove unpublished files, unless `retain`, and unlock the folder."""
+        if not self.retain:
             self.clear()
         self._lock.release()
-        if not self.keep and self.path.is_dir() and not any(self.path.iterdir()):
-            try:
+        if not self.retain and self.path.is_dir() and not any(self.path.iterdir()):
+            with suppress(OSError):  # another run has locked it meanwhile
                 self.path.rmdir()
-            except OSError:  # another run has come in the meantime
-                pass
 
     def __enter__(self) -> Staging:
         return self
@@ -248,8 +224,9 @@ class Staging:
 
 
 def sync_and_hash(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Bring all files of a folder to the disk and return SHA-256 by file name, in subfolders too. `known`: digests that
-    need not be computed again.
+    """Sync all files of a folder, subfolders included, to disk and return SHA-256 by name.
+
+    `known`: digests that were computed before.
 
     Raises OutputError when the disk is full.
     """
@@ -258,10 +235,11 @@ def sync_and_hash(folder: Path, known: Mapping[str, str] | None = None) -> dict[
         for path in sorted(p for entry in _entries(folder) for p in [entry, *entry.rglob("*")] if p.is_file()):
             name = path.relative_to(folder).as_posix()
             found[name] = (known or {}).get(name) or file_sha256(path)
-            _sync(path)
+            with open(path, "rb" if os.name == "posix" else "r+b") as file:
+                os.fsync(file.fileno())
         sync_folder(folder)
     except OSError as error:
-        raise OutputError(f"cannot bring {folder} to the disk ({error.strerror or error}); free some space") from error
+        raise OutputError(f"cannot write {folder} to disk ({error.strerror or error}); free some space") from error
     return found
 
 
@@ -270,17 +248,17 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def publish_files(path: Path, folder: Path, files: Iterable[str], stale: Iterable[str] = ()) -> None:
-    """Move `files` from `path` to `folder`, on the same disk, config.json or a .gguf file last; the `stale` files of an
-    earlier run, and weights of other names, go before that. It may be called again after it was cut short.
+    """Move `files` from `path` to `folder` on the same disk, config.json or a .gguf file last; the `stale` files of an
+    earlier run and weights of other names are removed before that. An interrupted call may be repeated.
 
-    Raises OutputError when one cannot be moved.
+    Raises OutputError when a file cannot be moved.
     """
     tops = dict.fromkeys(name.split("/")[0] for name in files)
     first = [name for name in tops if name != ENTRY_FILE and not name.endswith(".gguf")]
     try:
         for name in (*first, *(old := list(stale))):
             path_inside(folder, name)
-        if (path / ENTRY_FILE).exists() or ENTRY_FILE in old:  # from here on no loader opens what is overwritten
+        if (path / ENTRY_FILE).exists() or ENTRY_FILE in old:  # from here on no loader opens the old model
             (folder / ENTRY_FILE).unlink(missing_ok=True)
             sync_folder(folder)
         for name in first:
@@ -295,11 +273,11 @@ def publish_files(path: Path, folder: Path, files: Iterable[str], stale: Iterabl
             _move(path, folder, name)
         sync_folder(folder)
     except OSError as error:
-        raise OutputError(f"cannot give the files in {path} their names ({error.strerror or error})") from error
+        raise OutputError(f"cannot move the files in {path} to {folder} ({error.strerror or error})") from error
 
 
 def _move(path: Path, folder: Path, name: str) -> None:
-    if not (path / name).exists():  # moved already
+    if not (path / name).exists():  # already moved
         return
     if (path / name).is_dir():
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -307,7 +285,7 @@ def _move(path: Path, folder: Path, name: str) -> None:
 
 
 def all_files_present(folder: Path, files: Mapping[str, str]) -> bool:
-    """Whether each of these files (SHA-256 by name) is in a folder or still in its `.partial`."""
+    """Whether all these files (SHA-256 by name) are unchanged in a folder or still in its `.partial`."""
     for name, digest in files.items():
         at = next((p for p in (folder / PARTIAL / name, folder / name) if p.is_file()), None)
         if at is None or file_sha256(at) != digest:
@@ -323,8 +301,3 @@ def _remove(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise OutputError(f"cannot remove {path} ({error.strerror}), which an earlier run left") from error
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb" if os.name == "posix" else "r+b") as file:
-        os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Verification primitives: digests of quantized layers, and comparison of tokenizers and processors."""
+"""Verification primitives: digests of tensors and quantized layers, and comparison of tokenizers and processors."""
 
 from __future__ import annotations
 
@@ -10,109 +10,71 @@ from typing import Any
 
 import torch
 
-from auto_round.codecs.ggml.types import GgmlBlocks
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import VerifyError
 from auto_round.logger import logger
+from auto_round.output.writer import bytes_of
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The raw bytes of a tensor."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def codes_digest(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int,
-    inputs: tuple[float | None, int | None] = (None, None),
-) -> str:  # fmt: skip
-    """Of codes [out, in], scales and zero points [out, groups]; one zero point stands for all groups. `inputs`: scale
-    and zero point of static activations."""
+def dense_digest(*parts: torch.Tensor | str) -> str:
+    """BLAKE2b of the bytes of tensors, each in its own dtype, and of texts."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(bytes_of(codes))
-    digest.update(bytes_of(scale))
-    zero = zero_point if isinstance(zero_point, torch.Tensor) else torch.full(scale.shape, zero_point)
-    digest.update(bytes_of(zero.to(torch.uint8)))
-    if inputs != (None, None):
-        digest.update(repr(inputs).encode())
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else bytes_of(part))
     return digest.hexdigest()
-
-
-def element_digest(layer: QuantizedLayer) -> str:
-    """Of a layer of a small float type: codes, scales in float32, and the scales above them and of its inputs."""
-    assert layer.codes is not None and layer.scale is not None
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(str(layer.element).encode())
-    digest.update(bytes_of(layer.codes))
-    digest.update(bytes_of(layer.scale.float()))
-    for scalar in (layer.global_scale, layer.act_scale, layer.act_global_scale):
-        digest.update(repr(None if scalar is None else float(scalar)).encode())
-    return digest.hexdigest()
-
-
-def bytes_digest(data: torch.Tensor) -> str:
-    """Of the raw bytes of a tensor."""
-    return hashlib.blake2b(bytes_of(data), digest_size=16).hexdigest()
-
-
-def blocks_digest(blocks: GgmlBlocks) -> str:
-    """Of a layer in a ggml type: everything that is stored."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(blocks.kind.name.encode())
-    for part in (blocks.codes, blocks.d, blocks.scales, blocks.dmin, blocks.mins):
-        if part is not None:
-            digest.update(bytes_of(part))
-    return digest.hexdigest()
-
-
-def dense_digest(weight: torch.Tensor) -> str:
-    """Of a dense weight in its own dtype."""
-    return hashlib.blake2b(bytes_of(weight), digest_size=16).hexdigest()
 
 
 def layer_digest(layer: QuantizedLayer, dense: bool, dtype: torch.dtype) -> str:
-    """What a reader must find: codes and all scales and zero points, or with `dense` the weight in `dtype`."""
+    """Digest of what a file must hold of a layer: codes, all scales and zero points, or with `dense` the dequantized
+    weight in `dtype`."""
     if layer.blocks is not None and not dense:
-        return blocks_digest(layer.blocks)
+        blocks = layer.blocks
+        parts = (blocks.codes, blocks.d, blocks.scales, blocks.dmin, blocks.mins)
+        return dense_digest(blocks.kind.name, *(part for part in parts if part is not None))
     if dense or layer.codes is None or layer.scale is None or layer.zero_point is None:
         return dense_digest(layer.dequantize(dtype))
-    if layer.element is not None:
-        return element_digest(layer)
     act_scale = None if layer.act_scale is None else float(layer.act_scale)
-    return codes_digest(layer.codes, layer.scale, layer.zero_point, (act_scale, layer.act_zero_point))
+    if layer.element is not None:
+        others = [None if scale is None else float(scale) for scale in (layer.global_scale, layer.act_global_scale)]
+        return dense_digest(str(layer.element), layer.codes, layer.scale.float(), repr((act_scale, *others)))
+    zero = layer.zero_point
+    zero = zero if isinstance(zero, torch.Tensor) else torch.full(layer.scale.shape, zero)
+    inputs = repr((act_scale, layer.act_zero_point))
+    return dense_digest(layer.codes, layer.scale, zero.to(torch.uint8), inputs)
 
 
-# Hold the tokenizer and the processor of a written folder against those of the source.
+# Tokenizer and processor of a written folder, compared with those of the source.
 
-# Words, numbers, code, several scripts, signs and white space: what tokenizers treat each in their own way.
+# Words, numbers, code, several scripts, signs and white space, which tokenizers treat differently.
 SAMPLE = (
     "The quick brown fox — naïve café, 3.14159 and 1,000,000.\n\tdef f(x): return x ** 2  # ok\n"
     "Быстрая лиса. Η γρήγορη αλεπού. 敏捷的棕色狐狸。すばやい狐 재빠른 여우 "
     "الثعلب السريع तेज़ लोमड़ी สุนัขจิ้งจอก 🦊🚀\u200d <|user|> </s>"
 )
 _CHAT = [{"role": "user", "content": "Hello, 世界!"}, {"role": "assistant", "content": "Hi."}]
-# A folder without any of these has none, though Transformers makes an empty one of the model's type.
-_FILES = re.compile(
+# A folder without any of these has no tokenizer, although Transformers creates an empty one of the model's type.
+_TOKENIZER_FILES = re.compile(
     r"^(tokenizer|vocab|merges|spiece|sentencepiece|tekken|special_tokens|added_tokens)|\.(model|tiktoken)$"
 )
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def check_tokenizer(folder: Path, origin: Path | None, tokenizer: Any, trusted: bool) -> bool:
-    """Whether the folder's tokenizer was compared: it gives the ids and the chat of the source's.
+    """Compare the tokenizer (token ids, chat template, special tokens) and processor of a folder with the source's.
 
     Args:
-        folder: that was written.
+        folder: the written folder.
         origin: the source's folder, None for a model object.
-        tokenizer: the object whose files were written where there is no folder.
-        trusted: their own Python code may run.
+        tokenizer: the object whose files were written when there is no source folder.
+        trusted: trust_remote_code.
 
-    Raises VerifyError when the source's opens and the folder's does not, or gives something else.
+    Returns whether there was a tokenizer to compare. Raises VerifyError when they differ or the written one does not
+    open.
     """
     if origin is None:
         wanted = tokenizer
     else:
-        has = any(_FILES.search(path.name) for path in origin.iterdir() if path.is_file())
+        has = any(_TOKENIZER_FILES.search(path.name) for path in origin.iterdir() if path.is_file())
         wanted = _open("AutoTokenizer", origin, trusted) if has else None
     if wanted is None or not callable(getattr(wanted, "encode", None)):
         return False
@@ -121,8 +83,8 @@ def check_tokenizer(folder: Path, origin: Path | None, tokenizer: Any, trusted: 
         one, other = _read(read, wanted), _read(read, found)
         if one != other:
             raise VerifyError(
-                f"{folder}: its tokenizer gives other {what} than the source's: {_short(other)} instead of "
-                f"{_short(one)}; do not use these files, and report this"
+                f"{folder}: its tokenizer gives other {what} than the source's: {shorten(other)} instead of "
+                f"{shorten(one)}; do not use these files, and report this"
             )
     if origin is not None and any((origin / name).is_file() for name in _PROCESSORS):
         _check_processor(folder, origin, trusted)
@@ -140,7 +102,7 @@ def _check_processor(folder: Path, origin: Path, trusted: bool) -> None:
 
 
 def _open(kind: str, folder: Path, trusted: bool, written: Path | None = None) -> Any:
-    """A tokenizer or processor; None where the source has none that opens. Raises VerifyError for a written one."""
+    """Open a tokenizer or processor; None when the source's does not open. Raises VerifyError for the written one."""
     import transformers
 
     try:
@@ -154,7 +116,7 @@ def _open(kind: str, folder: Path, trusted: bool, written: Path | None = None) -
 
 
 def _read(read: Any, tokenizer: Any) -> Any:
-    """What `read` gives, or the kind of error: a template may refuse what it is given."""
+    """The value of `read`, or the name of the exception that a chat template may raise."""
     try:
         return read(tokenizer)
     except Exception as error:
@@ -170,11 +132,8 @@ def _chat(tokenizer: Any) -> Any:
     if templates is None:
         return None
     names = list(templates) if isinstance(templates, dict) else [None]
-    return [templates, *(_read(lambda t, n=name: _rendered(t, n), tokenizer) for name in names)]
-
-
-def _rendered(tokenizer: Any, name: str | None) -> Any:
-    return tokenizer.apply_chat_template(_CHAT, chat_template=name, tokenize=False)
+    render = lambda t, name: t.apply_chat_template(_CHAT, chat_template=name, tokenize=False)
+    return [templates, *(_read(lambda t, n=name: render(t, n), tokenizer) for name in names)]
 
 
 def _special(tokenizer: Any) -> Any:
@@ -188,6 +147,7 @@ def _settings(processor: Any) -> Any:
     )
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:120]}..."
+def shorten(value: Any, limit: int = 120) -> str:
+    """`value` as text of at most `limit` characters, for an error message."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= limit else f"{text[:limit]}..."

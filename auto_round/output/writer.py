@@ -1,9 +1,9 @@
-"""Write safetensors shards one tensor at a time, with bounded memory and no partial file in sight.
+"""Write safetensors shards one tensor at a time, with bounded memory, under temporary names until they are complete.
 
 File layout (safetensors): 8 bytes little-endian header length N, N bytes of JSON padded with spaces, then the
-tensors' bytes without gaps. Tensors go to disk as they arrive; space for the header is reserved at the front and
+tensors' bytes without gaps. Tensors are written as they arrive; space for the header is reserved at the front and
 filled last, so a shard is never held in memory. A checkpoint below `_SMALL` bytes is buffered and gets a header
-of exact size. `AtomicOutput` is the base of this writer and of the GGUF writer: all files appear, or none.
+of exact size. `AtomicOutput` is the base of this writer and of the GGUF writer.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ _Self = TypeVar("_Self", bound="AtomicOutput")
 
 
 class AtomicOutput(ABC):
-    """A writer as a context manager: leaving it normally finishes, unless that was done; leaving it by an exception, or
-    one in finishing, removes what was begun."""
+    """A writer whose files appear under their names together or not at all.
+
+    As a context manager: a normal exit finishes the files, an exception removes them.
+    """
 
     _finished = False
 
     @abstractmethod
     def finish(self) -> object:
-        """Give what was written its names."""
+        """Rename the written files to their final names."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Remove what was begun and not finished."""
+        """Remove unfinished files."""
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -56,13 +58,6 @@ class AtomicOutput(ABC):
                 raise
 
 
-# A writer of safetensors shards that keeps almost nothing in memory and shows no file before it is whole.
-#
-# File layout (safetensors): 8 bytes little-endian header length N, N bytes of JSON padded with spaces, then the
-# tensors' bytes without holes. Tensors go to disk as they arrive; room for the header is kept at the front and filled
-# in last, so a shard is never held in memory. A checkpoint below `_SMALL` bytes is collected first and gets a header
-# of exact size.
-
 DEFAULT_SHARD_SIZE = 1_000_000_000
 _SMALL = 8 << 20
 _ALIGN = 8
@@ -75,19 +70,20 @@ _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2
 
 
 def parse_size(size: int | str, name: str = "max_shard_size") -> int:
-    """Bytes of `5000000`, `"500MB"` or `"2GiB"`. Raises ConfigError for anything else or below one byte."""
+    """Parse a size in bytes: `5000000`, `"500MB"` or `"2GiB"`. Raises ConfigError for anything else or below 1 byte."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
         raise ConfigError(f"{name}={size!r} is not a size; give bytes, or a text such as '500MB' or '5GB'")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a tensor, without a copy when it is contiguous on the CPU."""
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can. Raises OutputError when the disk does not."""
+    """Sync the directory entries of a folder to disk, where the system can. Raises OutputError when that fails."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -99,7 +95,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def header_entry_bytes(name: str, dimensions: int) -> int:
-    """No less than a tensor's entry in the header takes: offsets have up to 20 digits, a dimension too."""
+    """Upper bound of a tensor's entry in the header: offsets and dimensions have up to 20 digits."""
     return len(json.dumps(name)) + 90 + 21 * dimensions
 
 
@@ -115,19 +111,17 @@ class _Shard:
         self._file: BinaryIO | None = None
         self._offset = 0
 
-    def takes(self, name: str, tensor: torch.Tensor, max_size: int) -> bool:
-        if self.size == 0:
-            return True
-        fits = self.size + tensor.nbytes <= max_size
-        return fits and self._header_bytes + self._entry_bytes(name, tensor) <= self._header_capacity
+    def fits(self, name: str, tensor: torch.Tensor, max_size: int) -> bool:
+        header = self._header_bytes + header_entry_bytes(name, tensor.dim())
+        return self.size == 0 or (self.size + tensor.nbytes <= max_size and header <= self._header_capacity)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self.size += tensor.nbytes
-        self._header_bytes += self._entry_bytes(name, tensor)
+        self._header_bytes += header_entry_bytes(name, tensor.dim())
         if self._file is None and self.size > _SMALL:
             self._open(max(self._header_capacity, self._header_bytes))
         if self._file is None or tensor.nbytes % _ALIGN:
-            # Readers view the bytes in place, so every tensor must start where its dtype may: odd sizes go last.
+            # Readers view the bytes in place, so every tensor must start aligned to its dtype: odd sizes come last.
             # A copy, because the caller may change the tensor, and because a view would keep its storage alive.
             self._buffered.append((name, tensor.clone()))
         else:
@@ -146,9 +140,6 @@ class _Shard:
             self._file.write(len(text).to_bytes(8, "little") + text)
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failed(error) from error
-        try:
             self._file.close()
         except OSError as error:
             raise self._failed(error) from error
@@ -158,30 +149,26 @@ class _Shard:
 
     def discard(self) -> None:
         if self._file is not None:
-            with suppress(OSError):  # closing writes what is left in its buffer, on a disk that may be full
+            with suppress(OSError):  # closing flushes the buffer, on a disk that may be full
                 self._file.close()
         self.path.unlink(missing_ok=True)
 
-    @staticmethod
-    def _entry_bytes(name: str, tensor: torch.Tensor) -> int:
-        return header_entry_bytes(name, tensor.dim())
-
-    def _open(self, room: int | None) -> None:
-        """Start the file with `room` bytes for the header, or as many as the tensors held so far need."""
-        if room is None:
+    def _open(self, capacity: int | None) -> None:
+        """Create the file with `capacity` bytes for the header, or as many as the buffered tensors need."""
+        if capacity is None:
             self._buffered.sort(key=lambda item: (item[1].nbytes % _ALIGN != 0, -item[1].element_size()))
             for name, tensor in self._buffered:
                 self._add_header_entry(name, tensor)
-            room = len(json.dumps(self._header, separators=(",", ":")).encode())
+            capacity = len(json.dumps(self._header, separators=(",", ":")).encode())
             self._offset = 0
-        self._header_capacity = -(-room // _ALIGN) * _ALIGN
+        self._header_capacity = -(-capacity // _ALIGN) * _ALIGN
         try:
             self._file = open(self.path, "wb")
         except OSError as error:
             raise OutputError(f"cannot write {self.path} ({error.strerror})") from error
         self._file.seek(8 + self._header_capacity)
-        held, self._buffered = self._buffered, []
-        for name, tensor in held:
+        buffered, self._buffered = self._buffered, []
+        for name, tensor in buffered:
             if tensor.nbytes % _ALIGN:
                 self._buffered.append((name, tensor))
             else:
@@ -189,11 +176,8 @@ class _Shard:
 
     def _add_header_entry(self, name: str, tensor: torch.Tensor) -> None:
         end = self._offset + tensor.nbytes
-        self._header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._offset, end],
-        }
+        dtype, offsets = _DTYPE_NAMES[tensor.dtype], [self._offset, end]
+        self._header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         self._offset = end
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
@@ -201,7 +185,7 @@ class _Shard:
         self._add_header_entry(name, tensor)
         if tensor.numel():
             try:
-                self._file.write(_tensor_bytes(tensor))
+                self._file.write(bytes_of(tensor))
             except OSError as error:
                 raise self._failed(error) from error
 
@@ -209,24 +193,20 @@ class _Shard:
 class ShardWriter(AtomicOutput):
     """Writes `model.safetensors`, or `model-00001-of-0000N.safetensors` and their index, into one folder.
 
-    Use as a context manager: leaving it normally finishes, leaving it by an exception removes what was begun. The same
-    tensors in the same order give the same bytes.
+    The same tensors in the same order give the same bytes.
 
     Args:
         folder: an existing folder.
         max_shard_size: bytes, or a text such as "5GB". A larger single tensor gets a shard of its own.
         stem: start of the file names.
-        header: bytes that the entries of all tensors take (`header_entry_bytes`), where they are known; else as many
-            are kept free as a large shard may need.
+        header: bytes of the header entries of all tensors (`header_entry_bytes`) if known; otherwise enough for a
+            large shard is reserved.
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-        stem: str = "model",
+        self, folder: str | os.PathLike[str], max_shard_size: int | str = DEFAULT_SHARD_SIZE, stem: str = "model",
         header: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise OutputError(f"output folder {self.folder} does not exist; make it first")
@@ -241,13 +221,13 @@ class ShardWriter(AtomicOutput):
         self._shard_of: dict[str, int] = {}
         self.total_size = 0
         self.sha256: dict[str, str] = {}
-        """Digest of each finished shard by file name."""
+        """SHA-256 of each finished shard by file name."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor. Its memory is released soon after, whatever its size.
+        """Write one tensor.
 
         Raises:
-            OutputError: the name is taken, the writer is finished, or the disk is full.
+            OutputError: a duplicate name, a finished writer, or a full disk.
             ConfigError: safetensors has no such dtype.
         """
         if self._finished:
@@ -257,7 +237,7 @@ class ShardWriter(AtomicOutput):
         if tensor.dtype not in _DTYPE_NAMES:
             raise ConfigError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors files cannot hold")
         tensor = tensor.detach().to("cpu").contiguous()
-        if not self._shards or not self._shards[-1].takes(name, tensor, self.max_shard_size):
+        if not self._shards or not self._shards[-1].fits(name, tensor, self.max_shard_size):
             if self._shards:
                 self._shards[-1].close()
             path = self.folder / f".{self._stem}-{len(self._shards) + 1:05d}.partial"
@@ -267,7 +247,7 @@ class ShardWriter(AtomicOutput):
         self.total_size += tensor.nbytes
 
     def finish(self) -> list[Path]:
-        """Give the shards their names, write the index last, and return the paths of the shards.
+        """Rename the shards, write the index last, and return the paths of the shards.
 
         Files of an earlier checkpoint with the same stem are removed: its index first, its other shards last.
         """
@@ -299,26 +279,26 @@ class ShardWriter(AtomicOutput):
         return [self.folder / name for name in names]
 
     def abort(self) -> None:
-        """Remove everything that was begun and not finished."""
+        """Remove unfinished files."""
         if not self._finished:
             for shard in self._shards:
                 shard.discard()
-            for name in self.sha256:  # the end was reached, but not all of it
+            for name in self.sha256:  # shards that `finish` renamed before it failed
                 (self.folder / name).unlink(missing_ok=True)
             self._finished = True
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+    """Hexadecimal SHA-256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def write_text(folder: str | os.PathLike[str], name: str, text: str) -> Path:
-    """Write `folder/name` whole or not at all. Raises OutputError when the name leads outside the folder."""
+    """Write `folder/name` atomically. Raises OutputError when it cannot be written or the name leads outside."""
     target = path_inside(folder, name)
     partial = target.with_name(f".{target.name}.partial")
     try:

@@ -1,4 +1,4 @@
-"""Memory use of this process: peaks of RAM and GPU memory, returning freed memory, sizes as text."""
+"""Memory use of this process: peaks of RAM and GPU memory, trimming of the heap, sizes and times as text."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def rss_bytes() -> int:
 
 
 def trim_heap() -> None:
-    """Give the memory of freed tensors back to the system, where the C library can (glibc).
+    """Return the memory of freed tensors to the operating system, if the C library supports it (glibc).
 
-    It keeps what it got for tensors below 32 MB, and the holes between those that live on add up over blocks.
+    glibc keeps the memory of freed tensors below 32 MB; the gaps between live tensors add up over many blocks.
     """
     trim = _malloc_trim()
     if trim is not None:
@@ -50,18 +50,17 @@ def trim_heap() -> None:
 
 
 class HeapTrimmer:
-    """Memory of freed tensors, given back when much of it has gathered: what is used again soon is cheaper kept, as
-    the system clears every page that it hands out.
+    """Calls `trim_heap` when the process has grown by more than `threshold` bytes since the last call.
 
-    Args:
-        gathered: how many bytes are much.
+    Trimming more often would cost time: memory that is used again soon is cheaper kept, since the system clears every
+    page that it allocates.
     """
 
     def __init__(self, threshold: int = _TRIM_THRESHOLD) -> None:
         self._threshold, self._rss_at_trim = threshold, rss_bytes()
 
     def trim_if_grown(self) -> None:
-        """`trim_heap`, where the process has grown by as much since the last time."""
+        """Trim if the process has grown by more than the threshold."""
         if rss_bytes() - self._rss_at_trim > self._threshold:
             trim_heap()
             self._rss_at_trim = rss_bytes()
@@ -78,10 +77,7 @@ def _malloc_trim() -> Any:
 
 
 def peak_vram_bytes() -> int | None:
-    """Most memory that tensors held on any one CUDA device since the start or `reset_peak_vram`, or None without one.
-
-    A device that nothing has used yet is not touched.
-    """
+    """Peak memory of tensors on any one CUDA device since the start or `reset_peak_vram`; None without one in use."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
@@ -89,7 +85,7 @@ def peak_vram_bytes() -> int | None:
 
 
 def reset_peak_vram() -> None:
-    """Start measuring `peak_vram_bytes` anew."""
+    """Reset the peak of `peak_vram_bytes`."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         for i in range(torch.cuda.device_count()):
@@ -103,21 +99,18 @@ def format_bytes(count: float) -> str:
         if abs(size) < 999.5 or unit == "TB":
             break
         size /= 1000
-    text = (
-        f"{size:.0f}" if unit == "B" or abs(size) >= 99.95 else (f"{size:.1f}" if abs(size) >= 9.995 else f"{size:.2f}")
-    )
-    return f"{text} {unit}"
+    digits = 0 if unit == "B" or abs(size) >= 99.95 else 1 if abs(size) >= 9.995 else 2
+    return f"{size:.{digits}f} {unit}"
 
 
 def format_seconds(seconds: float) -> str:
     """`3725` as "1:02:05", `65` as "1:05"."""
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
+    hours, rest = divmod(max(0, round(seconds)), 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
 
 
 def format_peak_memory() -> str:
-    """Peak memory so far, as words: "RAM 1.21 GB" and, with a GPU in use, "GPU 3.40 GB"."""
+    """Peak memory so far as text: "RAM 1.21 GB" and, with a GPU in use, "GPU 3.40 GB"."""
     vram = peak_vram_bytes()
     return f"RAM {format_bytes(peak_rss_bytes())}" + (f", GPU {format_bytes(vram)}" if vram is not None else "")

@@ -1,6 +1,6 @@
 """Write the model card, `README.md` of a saved model, with front matter for the Hugging Face hub.
 
-`add_quality` puts a later evaluation into the card and into report.json of a model that is already saved.
+`add_quality` adds a later evaluation to the card and to report.json of a saved model.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from auto_round.report.memory import format_bytes
 from auto_round.report.run_report import redact_paths, versions, write_text
 
 FILE_NAME = "README.md"
+_HEADING, _NEXT_HEADING = "## Quality\n", "## How to run\n"
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Facts of a model card.
+    """Contents of a model card.
 
     Attributes:
-        base_model: name or path of the source model; a local path is shown by its last part only.
-        scheme: the default scheme's name or words, such as "W4A16" or "int4 g128 sym".
-        format: name of the output format; "fake" gets no words about runtimes.
+        base_model: name or path of the source model; only the last part of a local path is shown.
+        scheme: name or description of the default scheme, such as "W4A16" or "int4 g128 sym".
+        format: name of the output format; "fake" gets no section about runtimes.
         bits_per_weight: average over the quantized layers, scales included.
         size_bytes: bytes of all weight files.
-        settings: how it was made, such as {"algorithm": "SignRound", "iters": 200}.
-        data: the calibration data, as words; None when none was used.
-        exceptions: layers with other settings, name to words.
+        settings: of the run, such as {"algorithm": "SignRound", "iters": 200}.
+        data: description of the calibration data; None when none was used.
+        exceptions: layers with other settings, name to description.
         quality: measure to value, such as {"perplexity": "21.3 ± 0.4"}; empty when not measured.
-        quality_note: on what it was measured.
+        quality_note: what it was measured on.
         files: sha256 by file name.
         license: SPDX name of the base model's licence, when known.
         versions: as in the report.
@@ -57,19 +58,17 @@ class ModelCard:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` can be a hub id: `owner/name` or `name`, and no folder here."""
-    return (
-        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not os.path.exists(name)
-    )
+    """Whether `name` can be a hub id: `owner/name` or `name`, and not a local folder."""
+    return re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
 
 
 def display_name(base_model: str) -> str:
-    """A hub id as it is; of a path only the last part, so that a card tells nothing about the machine."""
+    """A hub id unchanged; of a path only the last part, so that a card does not show folders of this machine."""
     return base_model if is_hub_id(base_model) else os.path.basename(os.path.abspath(os.path.expanduser(base_model)))
 
 
 def render_front_matter(card: ModelCard) -> str:
-    """YAML between `---` lines. Texts are written as JSON strings, which are valid YAML whatever they hold."""
+    """The YAML block between `---` lines. Texts are JSON strings, which are valid YAML."""
     base = display_name(card.base_model)
     lines = ["---"]
     if is_hub_id(card.base_model):
@@ -84,14 +83,12 @@ def render_front_matter(card: ModelCard) -> str:
 
 
 def render_model_card(card: ModelCard) -> str:
-    """The whole README.md."""
+    """The text of README.md."""
     base = display_name(card.base_model)
     parts = [render_front_matter(card), f"# {base}, {card.scheme}", _summary(card, base)]
     if card.quality:
-        parts.append("## Quality\n\n" + _table(("measure", "value"), list(card.quality.items())))
-        if card.quality_note:
-            parts.append(card.quality_note)
-    parts.append("## How to run\n\n" + _usage(card.format))
+        parts.append(_quality_section(list(card.quality.items()), card.quality_note))
+    parts.append(_NEXT_HEADING + "\n" + _usage(card.format))
     made = [(str(k), _format_setting(v)) for k, v in card.settings.items()]
     made.append(("calibration data", card.data or "none"))
     parts.append("## How it was made\n\n" + _table(("setting", "value"), made))
@@ -120,10 +117,8 @@ def _summary(card: ModelCard, base: str) -> str:
 
 def _usage(format_name: str) -> str:
     if format_name == "fake":
-        return (
-            "The weights are rounded and stored in full precision, for research. "
-            "Any tool that opens the base model opens this one."
-        )
+        return """The weights are rounded and stored in full precision, for research. \
+Any tool that opens the base model opens this one."""
     if format_name == "mlx":
         return """On Apple Silicon, with `pip install mlx-lm`, from this folder or its hub id:
 
@@ -142,18 +137,8 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 inputs = tokenizer("There is a girl who likes adventure,", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```"""
-    if format_name == "auto_round:mlx":
-        return transformers
-    return (
-        transformers
-        + """
-
-With vLLM, on a GPU with a kernel for this scheme:
-
-```bash
-vllm serve .
-```"""
-    )
+    vllm = "\n\nWith vLLM, on a GPU with a kernel for this scheme:\n\n```bash\nvllm serve .\n```"
+    return transformers if format_name == "auto_round:mlx" else transformers + vllm
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, str]]) -> str:
@@ -177,23 +162,22 @@ def _truncated_rows(rows: Mapping[str, str], most: int = 40) -> list[tuple[str, 
     return items if len(items) <= most else [*items[:most], (f"and {len(items) - most} more", "see report.json")]
 
 
-# Put a measurement into the model card and the report of a model that is saved already.
-
-_HEADING, _NEXT_HEADING = "## Quality\n", "## How to run\n"
+def _quality_section(rows: Sequence[tuple[str, str]], note: str) -> str:
+    return "\n".join([_HEADING, _table(("measure", "value"), rows), *(("", note) if note else ())])
 
 
 def add_quality(
     folder: str | os.PathLike[str], values: Mapping[str, Any], rows: Sequence[tuple[str, str]], note: str
 ) -> None:
-    """Write a measurement into README.md and report.json of `folder`, in place of an earlier one.
+    """Write a measurement to README.md and report.json of `folder`, replacing an earlier one.
 
     Args:
-        folder: a model written by this package; files that are not there are passed over.
+        folder: a model written by this package; missing files are skipped.
         values: the measurement as plain values, for report.json. Paths of models are cut to their last part.
         rows: (measure, value) for the card's table.
-        note: on what it was measured.
+        note: what it was measured on.
 
-    Raises OutputError when a file cannot be written or is not what this package writes.
+    Raises OutputError when a file cannot be written or report.json is not JSON.
     """
     root = Path(folder)
     report = root / run_report.FILE_NAME
@@ -213,10 +197,9 @@ def add_quality(
 
 
 def with_quality(card: str, rows: Sequence[tuple[str, str]], note: str) -> str:
-    """The text of a model card with this table as its section on quality."""
-    table = ["| measure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    section = "\n".join([_HEADING, *table, "", note, "", ""])
+    """The text of a model card with this table in its section "Quality"."""
+    section = _quality_section(rows, note)
     start, end = card.find(_HEADING), card.find(_NEXT_HEADING)
     if end < 0:
-        return card.rstrip("\n") + "\n\n" + section.rstrip("\n") + "\n"
-    return card[: start if 0 <= start < end else end] + section + card[end:]
+        return card.rstrip("\n") + "\n\n" + section + "\n"
+    return card[: start if 0 <= start < end else end] + section + "\n\n" + card[end:]

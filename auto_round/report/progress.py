@@ -9,32 +9,16 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from auto_round.logger import logger
 from auto_round.report.memory import format_peak_memory, format_seconds
 
 
-class Progress(Protocol):
-    """What a driver tells about its work."""
+class Progress:
+    """Counts blocks and estimates the time left; shows nothing. The other kinds of progress derive from it."""
 
-    def start(self, total_blocks: int, done: int = 0) -> None:
-        """Work on `total_blocks` blocks begins, of which `done` were finished earlier."""
-
-    def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
-        """The block `name` is done; losses are None when nothing was measured."""
-
-    def message(self, text: str) -> None:
-        """Say what is being done now, or a single fact."""
-
-    def finish(self) -> None:
-        """The work is over, or was given up. Calling it again does nothing."""
-
-
-class _ProgressBase:
-    """Counting and time left, shared by all kinds."""
-
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str = "") -> None:
         self.title = title
         self.total = 0
         self.done = 0
@@ -42,7 +26,18 @@ class _ProgressBase:
         self._start = time.monotonic()
 
     def start(self, total_blocks: int, done: int = 0) -> None:
+        """Begin a run of `total_blocks` blocks, of which `done` were finished earlier."""
         self.total, self.done, self._done_before, self._start = total_blocks, done, done, time.monotonic()
+
+    def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
+        """The block `name` is done; losses are None when nothing was measured."""
+        self.done += 1
+
+    def message(self, text: str) -> None:
+        """Show what is being done now, or a single fact."""
+
+    def finish(self) -> None:
+        """The run is over or was stopped. May be called again."""
 
     def seconds_left(self) -> float | None:
         """Estimate from the mean time of the blocks so far; None before the first."""
@@ -57,28 +52,12 @@ class _ProgressBase:
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         self.finish()
 
-    def finish(self) -> None:
-        """Nothing to close."""
 
-
-class NullProgress(_ProgressBase):
-    """Says nothing."""
-
-    def __init__(self, title: str = "") -> None:
-        super().__init__(title)
-
-    def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
-        self.done += 1
-
-    def message(self, text: str) -> None:
-        """Dropped."""
-
-
-class LogProgress(_ProgressBase):
+class LogProgress(Progress):
     """One log line per block."""
 
     def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
-        self.done += 1
+        super().block(name)
         left = self.seconds_left()
         parts = [f"{self.title} {self.done}/{self.total} {name}"]
         if loss_after is not None:
@@ -92,8 +71,8 @@ class LogProgress(_ProgressBase):
         logger.info(text)
 
 
-class BarProgress(_ProgressBase):
-    """A bar that stays on the terminal's last line; log lines scroll above it."""
+class BarProgress(Progress):
+    """A bar on the terminal's last line; log lines scroll above it."""
 
     def __init__(self, title: str, stream: TextIO | None = None) -> None:
         super().__init__(title)
@@ -101,15 +80,12 @@ class BarProgress(_ProgressBase):
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        # Log lines go through sys.stderr, which rich redirects while the bar is shown, so both use one console.
+        # rich redirects sys.stderr, where log lines go, while the bar is shown.
         self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[facts]}", markup=False),
-            console=Console(file=stream or sys.stderr),
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
+            TextColumn("{task.fields[facts]}", markup=False), console=Console(file=stream or sys.stderr),
             refresh_per_second=4,
-        )
+        )  # fmt: skip
         self._task: Any = None
         self._loss = ""
 
@@ -122,7 +98,7 @@ class BarProgress(_ProgressBase):
         self._bar.start()
 
     def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
-        self.done += 1
+        super().block(name)
         if loss_after is not None:
             self._loss = f"loss {format_loss(loss_before, loss_after)}"
         if self._task is not None:
@@ -150,7 +126,7 @@ def format_loss(before: float | None, after: float) -> str:
 def make_progress(title: str = "quantizing", stream: TextIO | None = None, enabled: bool = True) -> Progress:
     """A bar when `stream` (default: sys.stderr) is a terminal, log lines otherwise; silent when not `enabled`."""
     if not enabled:
-        return NullProgress(title)
+        return Progress(title)
     out = stream if stream is not None else sys.stderr
     is_terminal = bool(getattr(out, "isatty", lambda: False)())
     return BarProgress(title, out) if is_terminal else LogProgress(title)

@@ -1,6 +1,7 @@
-"""Write `report.json`, the machine-readable record of one run, without paths of this machine.
+"""Write `report.json`, the machine-readable record of one run.
 
-`redact_paths` and its siblings cut each path to its last part before anything is published.
+`redact_path`, `redact_dataset` and `redact_paths` cut each path to its last part, so that published files do not show
+folders of this machine.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 from auto_round._version import __version__
 from auto_round.errors import OutputError
 
+# Incremented when a field changes its meaning or is removed, not for new fields.
 SCHEMA_VERSION = 1
-"""Raised when a field changes its meaning or goes away; new fields do not raise it."""
-
 FILE_NAME = "report.json"
+
+# Paths from the root, the home or the current folder; not the middle of a word, a hub id or an address.
+_PATH = re.compile(r"(?<![\w/:.~\\-])(?:~|\.{1,2})?(?:/[^\s/,;:'\"`|()\[\]{}<>*?\\]+)+/?")
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class LayerRecord:
 
     Attributes:
         name: full module name.
-        scheme: as words, such as "int4 g128 sym", or "full precision".
+        scheme: description such as "int4 g128 sym", or "full precision".
         bits: per weight as stored, scales and zero points included; None in full precision.
-        reason: why a layer stayed in full precision, or took other settings than asked for.
-        weight_error: mean squared difference between the weight and what was stored, relative to the weight's mean
-            square; None when not measured.
+        reason: why a layer is unquantized or has other settings than requested.
+        weight_error: mean squared error of the dequantized weight, relative to the weight's mean square; None when not
+            measured.
     """
 
     name: str
@@ -59,7 +62,7 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything a run can tell afterwards.
+    """Contents of report.json.
 
     Attributes:
         model: name or path of the source model.
@@ -68,15 +71,15 @@ class RunReport:
         layers, blocks: in the model's order.
         seconds: wall seconds per phase, such as {"calibration": 3.1, "quantization": 60.2, "total": 70.0}.
         peak_rss_bytes, peak_vram_bytes: memory peaks of the process.
-        files: sha256 by file name.
-        small_files: the same of the files beside the weights.
+        files: sha256 of the weight files by name.
+        small_files: sha256 of the other files by name.
         sizes: bytes by file name.
-        verify: result of the check after saving; None when it was switched off.
-        quality: result of an evaluation, when there was one.
+        verify: result of the check after saving; None when it was disabled.
+        quality: result of an evaluation, if any.
         made_from: digests of the settings, the weights and the data, by which the same command recognises its result;
-            None where one of them cannot be known beforehand.
-        numerics: what was done about NaN, Inf and scales too large for their dtype; None where nothing was asked.
-        versions: of this package, Python and the libraries that took part.
+            None when one of them is not known before the run.
+        numerics: how NaN, Inf and overflowing scales were handled; None when they were not checked.
+        versions: of this package, Python and the libraries used.
     """
 
     model: str
@@ -97,12 +100,12 @@ class RunReport:
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: paths and tuples made plain, NaN and infinity as the words "nan", "inf", "-inf"."""
+        """JSON values; NaN and infinity become the texts "nan", "inf", "-inf"."""
         return {"schema_version": SCHEMA_VERSION, **plain(asdict(self))}
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python, the platform and the installed libraries that matter for a result."""
+    """Versions of this package, Python, the platform and the installed libraries that can affect a result."""
     found = {
         "auto_round": __version__,
         "python": platform.python_version(),
@@ -117,7 +120,7 @@ def versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """`value` in terms of JSON; anything unknown becomes its text."""
+    """`value` as JSON types; objects of other types become their text."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -137,7 +140,7 @@ def write_report(folder: str | os.PathLike[str], report: RunReport) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a small file so that it is there whole or not at all. Raises OutputError when it cannot be written."""
+    """Write a small file atomically. Raises OutputError when it cannot be written."""
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as file:
@@ -151,14 +154,8 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-# Take the machine out of what is published: of a path only the last part is told.
-
-# From the root, the home or the current folder; not the middle of a word, a hub id or an address.
-_PATH = re.compile(r"(?<![\w/:.~\\-])(?:~|\.{1,2})?(?:/[^\s/,;:'\"`|()\[\]{}<>*?\\]+)+/?")
-
-
 def redact_path(text: str) -> str:
-    """The last part of a path of this machine; anything else as it is."""
+    """The last part of a path of this machine; any other text unchanged."""
     looks = text.startswith(("/", "~", "./", "../"))
     if text and (looks or os.path.exists(os.path.expanduser(text))):
         return os.path.basename(os.path.abspath(os.path.expanduser(text)))
@@ -166,34 +163,30 @@ def redact_path(text: str) -> str:
 
 
 def redact_dataset(text: str) -> str:
-    """A data set as the user named it, `name:option=value` joined by commas, without the folders of files."""
-    return ",".join(_redact_dataset_entry(piece) for piece in text.split(","))
-
-
-def _redact_dataset_entry(piece: str) -> str:
-    head, colon, options = piece.partition(":")
-    stripped = head.strip()
-    shown = options.split(":") if colon else []
-    parts = [key + equals + redact_path(value) for key, equals, value in (option.partition("=") for option in shown)]
-    return ":".join([head.replace(stripped, redact_path(stripped)) if stripped else head, *parts])
+    """A dataset string (`name:option=value`, joined by commas) without the folders of files."""
+    entries = []
+    for entry in text.split(","):
+        head, *options = entry.split(":")
+        stripped = head.strip()
+        parts = [key + equals + redact_path(value) for key, equals, value in (o.partition("=") for o in options)]
+        entries.append(":".join([head.replace(stripped, redact_path(stripped)) if stripped else head, *parts]))
+    return ",".join(entries)
 
 
 def redact_paths(value: Any, known: Iterable[str] = ()) -> Any:
-    """`value` with every path in its texts cut to the last part; keys of mappings too.
+    """`value` with every path in its texts and keys cut to the last part.
 
     Args:
         value: of JSON's types.
-        known: paths that may appear, in any spelling, with spaces in them or relative.
+        known: paths to cut even if they contain spaces or are relative.
     """
     spellings: dict[str, str] = {}
     for path in known:
         full_path = Path(path).expanduser()
         if full_path.is_absolute() or full_path.exists():
             name = os.path.basename(os.path.abspath(full_path))
-            spellings |= {
-                spelling: name
-                for spelling in (path, str(full_path), os.path.abspath(full_path), str(full_path.resolve()))
-            }
+            forms = (path, str(full_path), os.path.abspath(full_path), str(full_path.resolve()))
+            spellings |= dict.fromkeys(forms, name)
     longest = sorted((s for s in spellings if "/" in s or os.sep in s), key=len, reverse=True)
 
     def redact_text(text: str) -> str:

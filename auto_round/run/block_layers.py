@@ -25,28 +25,30 @@ from auto_round.schemes import QuantizationScheme
 
 
 def install_dequantized(task: LayerTask, layer: QuantizedLayer) -> None:
-    """Put the dequantized weight in place of the original."""
+    """Replace a module's weight by the dequantized weight of its layer."""
     weight = layer.dequantize(torch.float32).to(task.weight.device)
-    own = task.module.weight
-    assert isinstance(own, torch.nn.Parameter)
-    if own.numel() == 0:  # dropped before tuning
-        made = weight.to(own.dtype)
-        task.module.weight = torch.nn.Parameter(made.t() if task.transposed else made, requires_grad=False)
-    else:
+    if not _fill_freed_weight(task, weight):
         set_weight_2d(task.module, weight)
 
 
 def restore_weight(task: LayerTask) -> None:
-    """The original weight of a layer that stays, where it was dropped before tuning."""
-    own = task.module.weight
-    assert isinstance(own, torch.nn.Parameter)
-    if own.numel() == 0:
-        made = task.weight.to(own.dtype)
-        task.module.weight = torch.nn.Parameter(made.t() if task.transposed else made, requires_grad=False)
+    """Restore the original weight of an unquantized layer if `free_cast_copies` freed it."""
+    _fill_freed_weight(task, task.weight)
+
+
+def _fill_freed_weight(task: LayerTask, weight: torch.Tensor) -> bool:
+    """Set the weight of a module to `weight` [out, in] if it was freed. Returns whether it was."""
+    freed = task.module.weight
+    assert isinstance(freed, torch.nn.Parameter)
+    if freed.numel() > 0:
+        return False
+    cast = weight.to(freed.dtype)
+    task.module.weight = torch.nn.Parameter(cast.t() if task.transposed else cast, requires_grad=False)
+    return True
 
 
 def free_cast_copies(tasks: Sequence[LayerTask]) -> None:
-    """Free the weights that were cast to run the block in full precision: quantizers start from the source's own."""
+    """Free weights that were cast to the compute dtype: quantizers start from the source's own weights."""
     for task in tasks:
         weight = weight_2d(task.module)
         if weight.dtype != task.weight.dtype:
@@ -54,22 +56,17 @@ def free_cast_copies(tasks: Sequence[LayerTask]) -> None:
 
 
 def with_loaded_weights(task: LayerTask) -> LayerTask:
-    """A layer whose weights were nowhere when the task was made, and are in memory now."""
+    """The task of a layer that was not in memory when the task was created, with its loaded weight and bias."""
     bias = getattr(task.module, "bias", None)
     weight = weight_2d(task.module).detach()
     return replace(task, weight=weight, bias=None if bias is None else bias.detach())
 
 
-# A block in another dtype for as long as it is worked on.
-
-
 @contextmanager
 def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters and buffers of `module` that have the model's dtype, in `dtype`; afterwards the tensors of before
-    are back, untouched.
+    """Temporarily cast a module from the model's dtype to `dtype`; the original tensors are restored on exit.
 
-    What a model keeps in another dtype (a router's bias in float32) stays so: the model's own code expects it. Packed
-    layers take care of their own dtypes.
+    Tensors in another dtype (a router's bias in float32) and packed layers are left unchanged.
     """
     before = []
     for owner in module.modules():
@@ -90,25 +87,22 @@ def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dty
             store[leaf] = tensor
 
 
-# How the inputs of quantized layers are quantized in a run.
-
-
 def is_calibrated(scheme: QuantizationScheme) -> bool:
-    """Whether a scale of the inputs is fixed by calibration data."""
+    """Whether calibration data determines a static scale of the inputs."""
     return scheme.activations is not None and scheme.activations.calibrated
 
 
 def activation_of(
     scheme: QuantizationScheme, name: str, extremes: MinMaxObserver, stored: torch.dtype
 ) -> ActivationQuantizer | None:
-    """The step of one layer; None when its inputs stay in full precision.
+    """The input quantizer of a layer; None when its inputs are not quantized.
 
     Args:
-        name: of the layer in `extremes`, which are used for fixed scales only.
-        stored: dtype in which a static scale is stored, the model's. Static scales of FP8 are bfloat16 in any model.
+        name: of the layer in `extremes`, which only static scales use.
+        stored: dtype of static scales in the files, the model's; static FP8 scales are always bfloat16.
 
     Raises:
-        NumericsError: a fixed scale without any calibration token, or of NaN.
+        NumericsError: no calibration token for a static scale, or a scale of NaN.
     """
     wanted = scheme.activations
     if wanted is None:
@@ -124,43 +118,45 @@ def activation_of(
 
 
 def share_input_ranges(extremes: MinMaxObserver, schemes: Mapping[str, QuantizationScheme]) -> None:
-    """Give layers the same extremes whose input scales runtimes want to be one.
+    """Give layers the same input range when runtimes need one input scale for all of them.
 
-    Layers with a global scale (NVFP4) that are joined share theirs unless AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE is off;
-    routed experts theirs with AR_ENABLE_UNIFY_MOE_INPUT_SCALE.
+    These are fused layers with a global scale (NVFP4), unless AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE is off, and routed
+    experts with AR_ENABLE_UNIFY_MOE_INPUT_SCALE.
 
     Args:
-        schemes: by layer name, as in `extremes`, of the layers whose input scales are fixed.
+        schemes: of layers with static input scales, by the names in `extremes`.
     """
+    groups: list[Sequence[str]] = []
     if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE:
         under_global = [n for n, s in schemes.items() if s.activations is not None and s.activations.has_global_scale]
-        for group in fused_groups(under_global, across_experts=False):
-            _share_range(extremes, group)
+        groups += fused_groups(under_global, across_experts=False)
     if envs.AR_ENABLE_UNIFY_MOE_INPUT_SCALE:
-        for group in fused_groups([n for n in schemes if is_routed_expert(n)]):
-            _share_range(extremes, group)
-
-
-def _share_range(extremes: MinMaxObserver, group: Sequence[str]) -> None:
-    found = [extremes[name] for name in group if name in extremes]
-    if found:
-        low, high = torch.stack([pair[0] for pair in found]).min(), torch.stack([pair[1] for pair in found]).max()
-        extremes.update(dict.fromkeys(group, (low, high)))
+        groups += fused_groups([n for n in schemes if is_routed_expert(n)])
+    for group in groups:
+        found = [extremes[name] for name in group if name in extremes]
+        if found:
+            low, high = torch.stack([pair[0] for pair in found]).min(), torch.stack([pair[1] for pair in found]).max()
+            extremes.update(dict.fromkeys(group, (low, high)))
 
 
 def attach_activation_hooks(model: torch.nn.Module, activations: Mapping[str, ActivationQuantizer]) -> None:
-    """From now on the named layers of a model that stays in memory quantize their inputs."""
+    """Make the named layers of an in-memory model quantize their inputs in every forward pass."""
     for name, quantizer in activations.items():
         model.get_submodule(name).register_forward_pre_hook(quantizer.hook)
 
 
-# One global scale for the weights of layers that runtimes join (NVFP4).
+def has_global_scale(scheme: QuantizationScheme) -> bool:
+    """Whether weights of this scheme have one scale per tensor above their block scales (NVFP4)."""
+    spec = minifloat_spec(scheme)
+    return spec is not None and spec.has_global_scale
 
 
 def share_global_scales(tasks: Sequence[LayerTask]) -> None:
-    """Set `global_scale` of the layers of a block whose type has one: the smallest of those that are joined, which is
-    the one that the largest weight among them asks for. With AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE off, each its own."""
-    owners = {task.name: task for task in tasks if _has_global_scale(task)}
+    """Set one `global_scale` (NVFP4) for each group of fused layers in a block: that of the largest weight in it.
+
+    With AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE off, every layer computes its own.
+    """
+    owners = {task.name: task for task in tasks if has_global_scale(task.scheme)}
     groups = fused_groups(owners, across_experts=False) if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE else []
     for group in groups:
         largest = torch.stack([tensor_absmax(owners[n].weight) for n in group]).max()
@@ -168,19 +164,11 @@ def share_global_scales(tasks: Sequence[LayerTask]) -> None:
             owners[name].global_scale = global_scale_of(largest)
 
 
-def _has_global_scale(task: LayerTask) -> bool:
-    family = minifloat_spec(task.scheme)
-    return family is not None and family.has_global_scale
-
-
-# Scales that were too large for the dtype they are stored in, and are its largest value instead.
-
-
 def clamped_scales(task: LayerTask, layer: QuantizedLayer) -> int:
-    """How many stored scales of a layer were clamped, 0 for types whose scales cannot overflow.
+    """Number of stored scales of a layer that were clamped to the range of their dtype.
 
-    Integers: scales that are the largest value of their dtype. ggml types, all of whose factors are float16: blocks
-    with a weight beyond float16, whose factors were found for the weight clamped to it.
+    Integers: scales equal to the largest value of their dtype. ggml types, whose super-block scales are float16:
+    blocks with a weight beyond float16. Other types: 0, their scales cannot overflow.
     """
     if layer.blocks is not None:
         low, high = torch.aminmax(task.weight)

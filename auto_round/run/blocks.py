@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round.algorithms.base import BlockQuantizer, BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.gptq import MIN_TOKENS, GPTQConfig
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
+from auto_round.algorithms.transforms.base import BlockTransform, BlockView
 from auto_round.calibration.capture import CapturedInputs
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.calibration.kv_cache_observer import observe_kv_cache
 from auto_round.calibration.observers import MinMaxObserver, observe_hessians, observe_min_max, observe_second_moments
 from auto_round.codecs.activation import ActivationQuantizer, quantized_inputs
 from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.edits import TensorEdit
 from auto_round.errors import NumericsError
 from auto_round.modeling.blocks import weight_2d
 from auto_round.modeling.partial_loading import ExpertStreamer
@@ -56,34 +59,42 @@ if TYPE_CHECKING:
     from auto_round.run.resume import RunJournal
 
 
+_MAX_TRANSFORM_ERROR = 0.02
+"""Largest relative change of a block's output by a transform: rounding of edited half-precision weights stays below."""
+
+
 @dataclass
 class RunState:
-    """What a walk needs besides the model and the job, and what it leaves.
+    """State of a run while its blocks are quantized: inputs of every block, and the results collected so far.
 
     Attributes:
-        quantizer: decides the codes.
-        sinks: take the results.
+        quantizer: quantizes the layers of a block.
+        outputs: writers that receive the results.
         device, dtype: of the matrix products.
-        calibration: the samples; None for plain rounding.
-        probe: a few tokens that go through the quantized blocks, to check the saved model with; None without a check.
+        calibration: captured samples; None when no data is needed.
+        smoke_sample: a few tokens that pass through the quantized blocks to verify the saved model; None without.
         batch: samples in one forward pass.
-        quantized_input: tune on the output of the quantized blocks before.
-        cache: which attention modules get static scales; None for none.
-        importance: by layer, in place of what the calibration data would say; None without.
-        gather: the sums below are wanted even if the algorithm does not need them.
-        journal: what is finished already, and where to note what will be; None for a run that is not gone on with.
-        fall: what plain rounding has to know, where calibration is not finite.
-        numbers: what is done about NaN and Inf; filled in: what came of it.
-        rooms: of blocks whose experts are tuned one at a time; None where they are not.
-        sums, tokens: filled in: sums of squares of the inputs by layer, and over how many tokens.
-        records: filled in, one a block.
-        unreached: quantized layers that no calibration token reached (experts).
-        cache_scales: filled in: those scales by tensor name, scalars or [heads].
-        activations: filled in: by layer, how its inputs are quantized.
-        smoke_hidden: the probe after the last block.
-        last_inputs: the calibration stream after the last block, which the layers outside the blocks are fed.
-        last_full: the same without quantization; the same object when there is one stream.
-        freed: what blocks leave behind.
+        quantized_input: tune each block on the output of the quantized blocks before it.
+        cache: attention modules that get static scales; None for none.
+        importance: given importance by layer, instead of second moments of the calibration data.
+        gather: collect `sums` even if the algorithm does not need them.
+        journal: finished units, and where further ones are recorded; None for a run that cannot be resumed.
+        rtn_fallback: settings of round-to-nearest when calibration data is not finite.
+        numerics: the policy for NaN and Inf, and what it did.
+        buffers: for blocks whose experts are tuned one at a time; None otherwise.
+        transforms: rewrite each block in an equivalent form before it is quantized.
+        edits: result: edits of the transforms by tensor name.
+        gptq: error feedback for all layers with codes; None for layers in ggml types only.
+        sums, tokens: result: sums of squares of the inputs by layer, and over how many tokens.
+        records: result: one record per block.
+        unreached: result: quantized layers that no calibration token reached (experts).
+        nearest: result: layers that got the nearest codes instead of error feedback, with the reasons.
+        cache_scales: result: static scales of attention by tensor name, scalars or [heads].
+        activations: result: input quantizer by layer.
+        smoke_hidden: the smoke sample after the last block.
+        last_inputs: the calibration stream after the last block, the input of the layers outside the blocks.
+        last_full: the same in full precision; the same object when there is one stream.
+        freed: returns the memory of finished blocks to the system.
     """
 
     quantizer: BlockQuantizer
@@ -102,10 +113,14 @@ class RunState:
     rtn_fallback: RtnFallback = RtnFallback(torch.float16, torch.float32)
     numerics: NumericsPolicy = field(default_factory=NumericsPolicy)
     buffers: ExpertBuffers | None = None
+    transforms: Sequence[BlockTransform] = ()
+    edits: dict[str, TensorEdit] = field(default_factory=dict)
+    gptq: GPTQConfig | None = None
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     records: list[BlockRecord] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
+    nearest: dict[str, str] = field(default_factory=dict)
     cache_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     activations: dict[str, ActivationQuantizer] = field(default_factory=dict)
     smoke_hidden: torch.Tensor | DiskTensor | None = None
@@ -115,21 +130,24 @@ class RunState:
 
 
 def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Progress) -> None:
-    """Quantize every block in order.
+    """Quantize every block in order and write it to `state.outputs`; finished blocks are restored from the journal.
 
     Raises:
-        NumericsError: NaN or Inf in weights, activations, scales or loss, with the place, where `state.numerics` is to
-            fail of it or cannot do otherwise.
+        NumericsError: NaN or Inf in weights, activations, scales or loss that `state.numerics` does not handle.
     """
     numerics = state.numerics
-    full = _stream(state, state.calibration)
+    full, smoke_sample = (
+        None if captured is None else Stream.of(captured, state.batch, state.device, state.dtype)
+        for captured in (state.calibration, state.smoke_sample)
+    )
     second = full is not None and state.quantizer.needs_targets and state.quantized_input
     quantized = full.clone() if full is not None and second else None
-    smoke_sample = _stream(state, state.smoke_sample)
     finished = min(state.journal.finished, len(source.blocks)) if state.journal is not None else 0
     progress.start(len(source.blocks), finished)
     for index, name in enumerate(source.blocks[:finished]):
-        _write_unit(job, source, name, restore_unit(state, index), state.outputs)
+        unit = restore_unit(state, index)
+        source.apply_edits(unit.edits)
+        write_unit(source, name, unit, state.outputs)
     streams = {"full": full, "quantized": quantized, "smoke_sample": smoke_sample}
     for stream in streams.values():
         if stream is not None:
@@ -144,8 +162,11 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
         block = source.load(name, state.device) if experts is None else experts.load_non_experts()
         weights = block_checksum(source, name) if state.journal is not None else 0
         planned = [plan for layer, plan in job.quantized().items() if layer.startswith(f"{name}.")]
+        for transform in state.transforms:
+            _transform_block(transform, index, name, block, planned, source, state, full, experts)
         tasks = [layer_task(source, plan) for plan in planned]
-        # It writes hidden states, and those are changed in place: these from here on, the others behind the tuning.
+        # The journal's thread reads hidden states, which are changed in place: "full" from here on, the others after
+        # the block is quantized.
         _wait_until_written(state, "unit", "full")
         if state.buffers is not None:
             state.buffers.codes.clear()
@@ -169,7 +190,7 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
                     smoke_sample.after(index, block, state.device, state.dtype, in_place=True)
         if numerics.lost is not None:
             full = quantized = None
-        quantized = _still_finite(name, quantized, numerics)
+        quantized = _drop_if_not_finite(name, quantized, numerics)
         if not source.lazy:
             _install_all(tasks, result, numerics)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
@@ -178,10 +199,10 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
         if state.journal is not None:
             hidden = [s.saved(kind, index + 1) for kind, s in streams.items() if s is not None]
             state.journal.add(name, unit, weights, {kind: saved for one in hidden for kind, saved in one.items()})
-        _write_unit(job, source, name, unit, state.outputs)
+        write_unit(source, name, unit, state.outputs)
         source.release(name)
         progress.block(name, result.loss_before, result.loss_after)
-        del block, tasks, steps, result, unit  # or this block's weights would be in memory together with the next one's
+        del block, tasks, steps, result, unit  # free this block's weights before the next block is loaded
         state.freed.trim_if_grown()
     state.smoke_hidden = smoke_sample.hidden if smoke_sample is not None else None
     state.last_inputs, state.last_full = quantized or full, full
@@ -193,7 +214,7 @@ def _wait_until_written(state: RunState, *kinds: str) -> None:
 
 
 def restore_unit(state: RunState, index: int) -> Unit:
-    """A finished unit out of the journal, with all that it added to the walk."""
+    """Read a finished unit from the journal and add its results to `state`."""
     assert state.journal is not None
     unit = state.journal.unit(index, state.device, in_file=state.buffers is not None)
     state.numerics.restore_from(unit.numerics, state.outputs)
@@ -203,23 +224,24 @@ def restore_unit(state: RunState, index: int) -> Unit:
     state.sums |= unit.sums
     state.tokens |= unit.tokens
     state.unreached += unit.unreached
+    state.nearest |= unit.nearest
     return unit
 
 
 def _restore(state: RunState, streams: Mapping[str, Stream | None], blocks: int) -> None:
-    """The streams after the last finished unit; behind the blocks only the probe is needed."""
+    """Restore the streams after the last finished unit; after the blocks only the smoke sample is needed."""
     assert state.journal is not None
     for kind, stream in streams.items():
         if stream is not None and (kind == "smoke_sample" or state.journal.finished <= blocks):
             if isinstance(stream.hidden, DiskTensor):
-                state.journal.stream_into(kind, stream.hidden)
+                state.journal.journal.stream_into(kind, stream.hidden)
             else:
-                stream.hidden = state.journal.stream(kind).to(stream.hidden.device)
-            stream.restore_from(kind, state.journal.finished, state.journal.stream)
+                stream.hidden = state.journal.journal.stream(kind).to(stream.hidden.device)
+            stream.restore_from(kind, state.journal.finished, state.journal.journal.stream)
 
 
 def _unit(name: str, layers: Sequence[QuantizedLayer], state: RunState) -> Unit:
-    """What the block of this name, the last that was done, added to the walk."""
+    """The results of block `name`, the last finished one, as a unit of the journal."""
     inside = f"{name}."
     sums = {key: value for key, value in state.sums.items() if key.startswith(inside)} if state.gather else {}
     return Unit(
@@ -230,37 +252,66 @@ def _unit(name: str, layers: Sequence[QuantizedLayer], state: RunState) -> Unit:
         sums,
         {key: state.tokens[key] for key in sums},
         [layer for layer in state.unreached if layer.startswith(inside)],
+        {layer: why for layer, why in state.nearest.items() if layer.startswith(inside)},
         state.numerics.state(),
+        {key: edit for key, edit in state.edits.items() if key.startswith(inside)},
     )
 
 
-def _still_finite(name: str, quantized: Stream | None, numerics: NumericsPolicy) -> Stream | None:
-    """The stream through the quantized blocks as long as it is finite: None goes on from full-precision inputs.
+def _transform_block(
+    transform: BlockTransform, index: int, name: str, block: torch.nn.Module, planned: Sequence[LayerPlan],
+    source: ModelSource, state: RunState, full: Stream | None, experts: ExpertStreamer | None,
+) -> None:  # fmt: skip
+    """Ask a transform for its edits of a block in full precision, and apply them to the source.
 
-    Raises NumericsError where the policy is to fail.
+    Raises NumericsError when the block's output on a calibration sample differs afterwards.
+    """
+    schemes = {plan.name.removeprefix(f"{name}."): plan.scheme for plan in planned}
+    reference = None
+    with in_dtype(block, source.dtype, state.dtype), streaming_experts(experts):
+        moments: Mapping[str, torch.Tensor] = {}
+        if full is not None:
+            with observe_second_moments(block, list(schemes) if transform.needs_data else []) as sums:
+                full.spare = full.after(index, block, state.device, state.dtype, (sums,))
+            reference = full.spare[:1].clone()
+            moments = {layer: total / max(sums.tokens[layer], 1) for layer, total in sums.items()}
+        edits = transform.edits(BlockView(name, block, schemes, moments))
+    edits = {f"{name}.{inner}": edit for inner, edit in edits.items()}
+    source.apply_edits(edits)
+    state.edits |= edits
+    if full is None or reference is None:
+        return
+    with torch.no_grad(), in_dtype(block, source.dtype, state.dtype), streaming_experts(experts):
+        output = full.runner(index, block)(full.hidden[:1].to(state.device, state.dtype), [0])
+    error = float((output.cpu().float() - reference.float()).norm() / reference.float().norm())
+    if not error < _MAX_TRANSFORM_ERROR:
+        raise NumericsError(
+            f"{type(transform).__name__} changes what {name} computes: its output differs by {error:.1%} of itself "
+            "(a transform may only rewrite a block in an equivalent form)"
+        )
+
+
+def _drop_if_not_finite(name: str, quantized: Stream | None, numerics: NumericsPolicy) -> Stream | None:
+    """The stream through the quantized blocks, or None, with a warning, once it is not finite.
+
+    Raises NumericsError when the policy is to fail.
     """
     sample = None if quantized is None else first_non_finite(quantized.hidden)
     if sample is None:
         return quantized
-    said = f"the blocks quantized up to {name} give NaN or Inf on calibration sample {sample}"
+    incident = f"the blocks quantized up to {name} give NaN or Inf on calibration sample {sample}"
     if numerics.policy == "fail":
-        raise NumericsError(f"{said}, though not in full precision; use --disable_amp, more bits, or on_nan=rtn")
-    numerics.note(f"{said}: the blocks after it are tuned on full-precision inputs")
+        raise NumericsError(f"{incident}, though not in full precision; use --disable_amp, more bits, or on_nan=rtn")
+    numerics.log_incident(f"{incident}: the blocks after it are tuned on full-precision inputs")
     numerics.diverged = True
     return None
-
-
-def _stream(state: RunState, captured: CapturedInputs | None) -> Stream | None:
-    if captured is None:
-        return None
-    return Stream.of(captured, state.batch, state.device, state.dtype)
 
 
 def _quantize_block(
     index: int, name: str, block: torch.nn.Module, tasks: list[LayerTask], state: RunState,
     full: Stream | None, quantized: Stream | None, model_dtype: torch.dtype, experts: ExpertStreamer | None,
 ) -> BlockResult:  # fmt: skip
-    """Run the block in full precision where the algorithm wants it, then decide its layers."""
+    """Run the block in full precision if the algorithm needs it, then quantize its layers."""
     if full is None and state.numerics.lost is not None:
         reason = f"no finite calibration data since block {state.numerics.lost}"
         return state.numerics.without_data(name, tasks, reason, state.outputs, state.rtn_fallback)
@@ -271,12 +322,13 @@ def _quantize_block(
     if full is not None:
         inputs = full.hidden
         weighs = state.quantizer.needs_importance and state.importance is None
-        wanted = list(inner.values()) if weighs or state.gather else []
+        hessians = weighs or state.gptq is not None
+        wanted = list(inner.values()) if hessians or state.gather else []
         recording: AbstractContextManager[None] = nullcontext()
         if experts is not None and state.buffers is not None:
-            quantizer = _per_expert_tuner(state, experts, full, weighs)
+            quantizer = _per_expert_tuner(state, experts, full, hessians)
             recording = quantizer.recording()
-        paired = [inner[task.name] for task in tasks if weighs and quantizer.needs_hessian(task)]
+        paired = [inner[task.name] for task in tasks if hessians and quantizer.needs_hessian(task)]
         fixed = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
         cache = state.cache
         attentions = cache.attentions(block) if cache is not None else []
@@ -288,7 +340,7 @@ def _quantize_block(
             observe_min_max(block, fixed) as extremes,
             observe_kv_cache(attentions, cache is not None and cache.queries) as cached,
         ):
-            # What the block was fed is needed again only where it is tuned on that.
+            # The block's inputs are needed again only if it is tuned on them.
             in_place = quantized is not None or not state.quantizer.needs_targets
             targets = full.after(
                 index, block, state.device, state.dtype, (moments, input_hessians, extremes, cached), in_place
@@ -296,14 +348,20 @@ def _quantize_block(
         full.advance_to(targets)
         check_activations(name, targets)
         if state.journal is not None:
-            state.journal.keep("full", targets)
+            state.journal.submit_stream("full", targets)
         if cache is not None:
             state.cache_scales |= cache.scales(name, cached)
         moments.check()
         state.unreached += [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
         for layer in tasks:
             layer.importance = moments.get(inner[layer.name])
-            layer.input_hessians = input_hessians.of(inner[layer.name])
+            least = 1 if state.gptq is None else MIN_TOKENS
+            layer.input_hessians = input_hessians.of(inner[layer.name], least)
+            if state.gptq is not None and inner[layer.name] in paired and layer.input_hessians is None:
+                count = input_hessians.tokens(inner[layer.name])
+                why = "it has the inputs of another layer in some calls only"
+                why = f"{count} calibration tokens reached it" if count < MIN_TOKENS else why
+                state.nearest[layer.name] = f"nearest codes instead of GPTQ: {why}"
         state.sums |= {f"{name}.{layer}": total.cpu() for layer, total in moments.items()}
         state.tokens |= {f"{name}.{layer}": count for layer, count in moments.tokens.items()}
         share_input_ranges(extremes, fixed)
@@ -321,17 +379,15 @@ def _quantize_block(
     free_cast_copies(tasks)
     state.freed.trim_if_grown()
     if full is not None and state.quantizer.needs_targets:
-        _give_samples(task, full, quantized, inputs, targets)
-        mask = full.captured.loss_mask
-        task.loss_mask = None if bool(mask.all()) else mask
-    del inputs, targets  # the task has them, and may move them
+        _set_samples(task, full, quantized, inputs, targets)
+    del inputs, targets  # the task holds them, and may move them off the device
     if experts is not None and state.buffers is None:
         quantizer = LazyExpertQuantizer(quantizer, experts)
     return quantizer.quantize_block(task)
 
 
 def _per_expert_tuner(state: RunState, experts: ExpertStreamer, full: Stream, weighs: bool) -> PerExpertTuner:
-    """How a block is tuned whose experts are read one at a time."""
+    """The tuner of a block whose experts are read one at a time."""
     assert state.buffers is not None and isinstance(state.quantizer, SignRoundQuantizer)
     return PerExpertTuner(
         state.quantizer, state.buffers, experts, full.captured, full.hidden, full.batch, weighs,
@@ -339,9 +395,11 @@ def _per_expert_tuner(state: RunState, experts: ExpertStreamer, full: Stream, we
     )  # fmt: skip
 
 
-def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any, targets: Any) -> None:
-    """Hand over what the block is tuned on, and the way to get it off the device."""
+def _set_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any, targets: Any) -> None:
+    """Set the task's inputs, targets and loss mask, and how to move them off the device."""
     task.inputs, task.targets = inputs if quantized is None else quantized.hidden, targets
+    mask = full.captured.loss_mask
+    task.loss_mask = None if bool(mask.all()) else mask
 
     def offload(task: BlockTask) -> bool:
         moved = full.offload()
@@ -350,7 +408,7 @@ def _give_samples(task: BlockTask, full: Stream, quantized: Stream | None, input
             task.inputs = quantized.hidden if quantized is not None else inputs.cpu()
         return moved
 
-    task.offload = offload  # it does not hold the task, which would keep the block's weights in memory
+    task.offload = offload  # takes the task as argument: a reference to it would keep the block's weights in memory
 
 
 def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
@@ -358,7 +416,7 @@ def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
 
 
 def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
-    """A loaded linear layer as a task. Weight and bias are the source's own tensors, in its dtype."""
+    """The task of a loaded linear layer, with the source's own weight and bias."""
     module = source.model.get_submodule(plan.name)
     bias = getattr(module, "bias", None)
     return LayerTask(
@@ -368,8 +426,8 @@ def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
 
 
 def _install_all(tasks: Sequence[LayerTask], result: BlockResult, numerics: NumericsPolicy) -> list[LayerTask]:
-    """Put dequantized weights in place, and those of layers that stay back. Returns the tasks that were done."""
-    if isinstance(result.layers, StoredLayers):  # done when the experts were
+    """Install dequantized weights and restore those of unquantized layers. Returns the tasks of quantized layers."""
+    if isinstance(result.layers, StoredLayers):  # installed when the experts were tuned
         return list(tasks)
     layers = result.layers.held.values() if isinstance(result.layers, LayersPerExpert) else result.layers
     by_name = {layer.name: layer for layer in layers}
@@ -377,7 +435,7 @@ def _install_all(tasks: Sequence[LayerTask], result: BlockResult, numerics: Nume
         if task.name in by_name:
             _count(numerics, task, by_name[task.name])
             install_dequantized(task, by_name[task.name])
-        elif not task.weight.is_meta:  # of an expert that is not in memory
+        elif not task.weight.is_meta:  # meta: an expert that is not in memory
             restore_weight(task)
     return [task for task in tasks if task.name in by_name or task.weight.is_meta]
 
@@ -386,11 +444,12 @@ def _count(numerics: NumericsPolicy, task: LayerTask, layer: QuantizedLayer) -> 
     numerics.count(task, clamped_scales(task, layer))
 
 
-def _write_unit(job: Job, source: ModelSource, block: str, unit: Unit, outputs: Sequence[OutputWriter]) -> None:
-    names = [n for n in source.tensor_names() if n.startswith(f"{block}.")]
+def write_unit(source: ModelSource, block: str, unit: Unit, outputs: Sequence[OutputWriter]) -> None:
+    """Write a block: its quantized layers, its other tensors, its static scales."""
     replaced = {f"{layer}.{leaf}" for layer in layer_names(unit.layers) for leaf in ("weight", "bias")}
     tied = source.tied()
-    rest = [n for n in names if n not in replaced and n not in tied]
+    names = [name for name in source.tensor_names() if name.startswith(f"{block}.")]
+    rest = [name for name in names if name not in replaced and name not in tied]
     for output in outputs:
         for layer in unit.layers:
             output.layer(layer)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from auto_round.algorithms.base import BlockQuantizer
-from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.gptq import GPTQQuantizer
+from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
+from auto_round.algorithms.transforms.base import TRANSFORMS
 from auto_round.calib_dataset import CalibrationData, prepare_calibration
 from auto_round.calibration.block_links import ModelDependencies
 from auto_round.calibration.capture import CapturedInputs, capture_inputs
@@ -40,7 +42,7 @@ from auto_round.output.staging import Staging
 from auto_round.report.memory import HeapTrimmer, trim_heap
 from auto_round.report.progress import Progress, make_progress
 from auto_round.run.block_layers import attach_activation_hooks
-from auto_round.run.blocks import RunState, quantize_blocks, restore_unit
+from auto_round.run.blocks import RunState, quantize_blocks, restore_unit, write_unit
 from auto_round.run.experts import ExpertBuffers, streams_experts
 from auto_round.run.file_layout import FileLayout, plan_files
 from auto_round.run.finalize import OutputContext, RunResult, finalize
@@ -79,75 +81,83 @@ if TYPE_CHECKING:
     from auto_round.run.gguf_output import GgufFileWriter
 
 
-_MIN_FREED_BYTES = 16 << 20  # bytes of freed memory that are worth giving back where experts are read one at a time
+_MIN_FREED_BYTES = 16 << 20  # freed memory that is worth returning to the system when experts are streamed
 
 
 class Run:
-    """A source with settings. `tokenizer` may be None when no text has to be read. `keep` is given the layers, too."""
+    """One run: a source model with settings.
+
+    `tokenizer` may be None when no text has to be read. `layer_store` also receives the quantized layers of a run that
+    writes folders.
+    """
 
     def __init__(
-        self, source: ModelSource, settings: Settings, tokenizer: Any, keep: MemoryWriter | None = None
+        self, source: ModelSource, settings: Settings, tokenizer: Any, layer_store: MemoryWriter | None = None
     ) -> None:
-        self.source, self.settings, self.tokenizer, self.keep = source, settings, tokenizer, keep
+        self.source, self.settings, self.tokenizer, self.layer_store = source, settings, tokenizer, layer_store
         self._run_state: RunState | None = None
-        self._damage_searched = False
-        self._damaged: dict[str, str] = {}
-        self._kept: dict[str, str] = {}
+        self._damaged: dict[str, str] | None = None  # tensors with NaN or Inf, once they were searched for
+        self._unquantized: dict[str, str] = {}
 
     def plan(
         self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True, in_memory: bool = False,
         resume: bool = True,
     ) -> Job:  # fmt: skip
-        """The job, without doing it. `fit`, `in_memory`: see `make_job`. `resume`: an interrupted run may be gone on
-        with, so what decides the result is chosen as it was then, where that is possible."""
+        """Plan the job without running it.
+
+        Args:
+            fit, in_memory: see `make_job`.
+            resume: when `output_dir` has an interrupted run, repeat its choices that change the result if possible.
+        """
         given = (self.settings, self.source, formats, output_dir, fit, self.tokenizer)
         before = previous_expert_mode(Path(output_dir)) if resume and output_dir is not None else None
         job = make_job(*given, in_memory=in_memory, per_expert=None if before is None else before.per_expert)
         if before is not None and before.differs(fingerprint(job, self.settings, self.source, "")):
-            job = make_job(*given, in_memory=in_memory)  # another run, to be refused or replaced
+            job = make_job(*given, in_memory=in_memory)  # another run, which will be refused or replaced
         if not self._damaged:
             return job
-        self._kept = damaged_layers(job, self._damaged, self.source)
-        job = make_job(*given, self._kept, in_memory)
+        self._unquantized = damaged_layers(job, self._damaged, self.source)
+        job = make_job(*given, self._unquantized, in_memory)
         check_non_layer_tensors(job, self._damaged)
         return job
 
     def _find_damaged(self) -> None:
-        """Where layers with NaN or Inf are to stay, find them before anything is planned."""
-        if self.settings.on_nan != "keep" or self._damage_searched:
+        """With on_nan=keep, find the tensors with NaN or Inf before anything is planned."""
+        if self.settings.on_nan != "keep" or self._damaged is not None:
             return
-        self._damage_searched = True
         self.source.checks_finite = False
         self._damaged = damaged_tensors(self.source)
         for name, bad in self._damaged.items():
-            logger.warning("tensor %s holds %s: it stays as it is", name, bad)
+            logger.warning("tensor %s holds %s: it is left unquantized", name, bad)
 
     def checked_plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None, resume: bool = True) -> Job:
-        """The same, with the files of importance that it will read and write looked at.
+        """Plan the job and check the importance files that it reads and writes.
 
         Raises:
-            DataError: the file to read is not there, damaged, or of another model.
-            OutputError: the file to write cannot be made, or the output folder is the model's.
+            DataError: the importance file is missing, damaged, or of another model.
+            OutputError: the importance file cannot be written, or the output folder is the model's.
         """
         if output_dir is not None:
-            self._refuse_source(output_dir)
+            self._reject_source_folder(output_dir)
         self._find_damaged()
         return self._checked(self.plan(formats, output_dir, resume=resume))
 
-    def _refuse_source(self, output_dir: str) -> None:
+    def _reject_source_folder(self, output_dir: str) -> None:
         reject_model_folder(Path(output_dir), getattr(self.source, "folder", None) or self.source.name_or_path)
 
     def _checked(self, job: Job) -> Job:
-        settings = self.settings
-        if settings.imatrix is not None:
-            given_importance(settings.imatrix, job, self.source)
-        if settings.save_imatrix is not None:
-            check_file(settings.save_imatrix)
+        if self.settings.imatrix is not None:
+            given_importance(self.settings.imatrix, job, self.source)
+        if self.settings.save_imatrix is not None:
+            check_file(self.settings.save_imatrix)
         return job
 
     def memory_plan(self) -> Job:
-        """The job of a model that is kept in memory. Layers that no packing takes stay as they are, so that it can be
-        saved in any format later; a scheme that no packing takes at all leaves that to format fake."""
+        """Plan for a model whose layers stay in memory.
+
+        Layers that no packing holds are left unquantized, so that any format can be saved later; when no format holds
+        the scheme at all, every layer is quantized.
+        """
         name = self.settings.scheme_name.lower()
         try:
             return self.plan([get_format(name if name.startswith("gguf:") else "auto_round")], in_memory=True)
@@ -155,7 +165,7 @@ class Run:
             return self.plan([], in_memory=True)
 
     def to_memory(self) -> tuple[torch.nn.Module, dict[str, QuantizedLayer], RunResult]:
-        """Quantize and keep the layers: (model, layers by name, records)."""
+        """Quantize and keep the layers in memory: (model, layers by name, run result)."""
         self._find_damaged()
         job = self._checked(self.memory_plan())
         output = MemoryWriter()
@@ -166,39 +176,39 @@ class Run:
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool = True,
         siblings: Sequence[str] = (), job: Job | None = None,
     ) -> list[Path]:  # fmt: skip
-        """Quantize, writing every format as blocks finish. Returns the folders, one a format.
+        """Quantize and write every format as blocks finish. Returns one folder per format.
 
         Args:
-            resume: keep a journal, and go on with the run that was interrupted there.
-            siblings: subfolders of other runs that are part of the same command; the journal of what this one made is
-                kept until `remove_journal`.
-            job: the plan, where it was made and checked already.
+            resume: record finished blocks in a journal, and resume an interrupted run.
+            siblings: subfolders of other runs of the same command. The journal then remains, to recognize this run as
+                complete, until `remove_journal`.
+            job: the checked plan, if there is one already.
 
         Raises:
-            ConfigError: the interrupted run was another one.
+            ConfigError: the interrupted run differs.
             OutputError: the folder cannot be used, or another run works on it.
             Stopped: by Ctrl-C.
         """
         job = self.checked_plan(formats, output_dir, resume) if job is None else job
         made = run_digests(job, self.settings, self.source, shard, self.tokenizer)
-        target_folders = format_folders(Path(output_dir).expanduser(), formats)
-        if not overwrite and is_up_to_date(target_folders, made, self.settings):
+        root = Path(output_dir).expanduser()
+        folders = format_folders(root, formats)
+        if not overwrite and is_up_to_date(folders, made, self.settings):
             logger.info("%s holds the result of this command already; --overwrite makes it anew", output_dir)
             if not siblings:
-                remove_journal(Path(output_dir).expanduser())
-            return target_folders
+                remove_journal(root)
+            return folders
         check_disk(output_dir, output_bytes(job))
         if isinstance(self.source, CheckpointSource):
-            side_files(self.source.folder, self.settings.trust_remote_code)  # a link that leads away is found now
-        removed = not Path(output_dir).expanduser().exists()
+            side_files(self.source.folder, self.settings.trust_remote_code)  # refuses links out of the folder early
+        removed = not root.exists()
         if job.memory_plan is not None:
             check_work_space(job.memory_plan)
-        root = ensure_output_folder(output_dir, overwrite=True)
+        ensure_output_folder(output_dir, overwrite=True)
         with explain_write_errors(root, output_bytes(job)), ExitStack() as stack:
             base = stack.enter_context(Staging(root))
             journal = self._journal(job, root, overwrite or removed, shard) if resume else None
             check_folders(job, root, formats, overwrite, journal, siblings)
-            folders = format_folders(root, formats)
             stages = [base if f == root else stack.enter_context(Staging(f)) for f in folders]
             if journal is None:
                 Journal(journal_folder(root)).remove()
@@ -206,28 +216,25 @@ class Run:
                 stack.callback(journal.close)
             stale = stale_files(root, folders, siblings)
             pending = [
-                (f, stage)
-                for f, stage in zip(formats, stages, strict=True)
-                if not publish_if_complete(f, stage, journal, stale[stage.folder])
+                (fmt, stage)
+                for fmt, stage in zip(formats, stages, strict=True)
+                if not publish_if_complete(fmt, stage, journal, stale[stage.folder])
             ]
             if pending:
-                with checkpointing(journal, len(job.blocks), self._blocks_done):
+                blocks_done = lambda: None if self._run_state is None else len(self._run_state.records)
+                with checkpointing(journal, len(job.blocks), blocks_done):
                     self._make(job, pending, shard, journal, made, stale)
-            if root not in folders and not siblings:  # what was there before several formats got folders of their own
+            if root not in folders and not siblings:  # files of an earlier run that wrote a single format
                 remove_files(root, stale[root])
-        if journal is not None:  # when nothing of a run is left but complete folders
-            journal.finish(keep=bool(siblings))
+        if journal is not None:
+            journal.finish(keep_record=bool(siblings))
         return folders
-
-    def _blocks_done(self) -> int | None:
-        """Blocks that are done, None before the walk."""
-        return None if self._run_state is None else len(self._run_state.records)
 
     def _make(
         self, job: Job, pending: Sequence[tuple[OutputFormat, Staging]], shard: int | str, journal: RunJournal | None,
         made_from: Mapping[str, str] | None, stale: Mapping[Path, Sequence[str]],
     ) -> None:  # fmt: skip
-        """Everything from the calibration data to the folders that are not complete yet."""
+        """Quantize and write the formats whose folders are not complete."""
         self._run_state = None
         for _, stage in pending:
             stage.clear()
@@ -235,10 +242,11 @@ class Run:
         with ExitStack() as stack:
             for output in outputs:
                 stack.enter_context(output.writer)
-            finished = self._quantize(job, [*outputs, *([] if self.keep is None else [self.keep])], journal)
+            stores = [] if self.layer_store is None else [self.layer_store]
+            finished = self._quantize(job, [*outputs, *stores], journal)
             if journal is not None:
                 journal.wait()
-        job = job.with_unquantized(finished.state.numerics.kept)
+        job = job.with_unquantized(finished.state.numerics.unquantized)
         made = OutputContext(self.source, self.settings, self.tokenizer, job, finished, made_from)
         for output, (_, stage) in zip(outputs, pending, strict=True):
             finalize(made, output, stage, journal, stale[stage.folder])
@@ -247,20 +255,17 @@ class Run:
         self, job: Job, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
         resume: bool, siblings: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """Everything of `to_folders` that can be refused before work begins."""
-        if not overwrite and is_up_to_date(
-            format_folders(Path(output_dir).expanduser(), formats),
-            run_digests(job, self.settings, self.source, shard, self.tokenizer), self.settings,
-        ):  # fmt: skip
+        """Raise every error of `to_folders` that is known before work begins."""
+        root = Path(output_dir).expanduser()
+        made = run_digests(job, self.settings, self.source, shard, self.tokenizer)
+        if not overwrite and is_up_to_date(format_folders(root, formats), made, self.settings):
             return
         check_disk(output_dir, output_bytes(job))
-        root = Path(output_dir).expanduser()
         journal = self._journal(job, root, overwrite or not root.exists(), shard) if resume else None
         check_folders(job, root, formats, overwrite, journal, siblings)
 
     def _journal(self, job: Job, root: Path, replace: bool, shard: int | str) -> RunJournal | None:
-        """The journal where one is kept. `replace`: one of another run, or a damaged one, is removed: the user said so,
-        or has removed the output folder."""
+        """The journal of runs that have one. `replace`: discard a damaged one and one of another run."""
         if not self.source.lazy or (streams_experts(job) and not self.settings.tunes):
             return None
         journal = RunJournal(root, replace)
@@ -275,11 +280,11 @@ class Run:
 
             return make_gguf_writer(job, fmt, folder, self.source, self.settings)
         layout = plan_files(fmt, job.layers, self.source)
-        kept: dict[str, str] = {}
+        unquantized: dict[str, str] = {}
 
         def replan(names: Sequence[str], reason: str) -> FileLayout:
-            kept.update(dict.fromkeys(names, reason))
-            after = job.with_unquantized(kept)
+            unquantized.update(dict.fromkeys(names, reason))
+            after = job.with_unquantized(unquantized)
             require_plan(fmt, after.export_plan(fmt))
             return plan_files(fmt, after.layers, self.source)
 
@@ -290,12 +295,12 @@ class Run:
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
         layers: Mapping[str, QuantizedLayer], finished: RunResult,
     ) -> list[Path]:  # fmt: skip
-        """Write layers that are in memory already."""
+        """Write layers that `to_memory` quantized. Returns one folder per format."""
         self.source.checks_finite = self.settings.on_nan != "keep"
         job = plan_for_quantized(self.plan(formats, output_dir, fit=False), self.memory_plan(), layers)
-        job = job.with_unquantized(finished.state.numerics.kept)
+        job = job.with_unquantized(finished.state.numerics.unquantized)
         check_disk(output_dir, output_bytes(job))
-        self._refuse_source(output_dir)
+        self._reject_source_folder(output_dir)
         root = ensure_output_folder(output_dir, overwrite)
         folders = format_folders(root, formats)
         stale = stale_files(root, folders)
@@ -306,37 +311,35 @@ class Run:
                 stage.clear()
                 output = self._output_writer(job, fmt, stage.path, shard)
                 with output.writer:
-                    self._write_saved(job, output, layers, finished.state.cache_scales)
+                    self._write_saved(output, layers, finished.state.cache_scales)
                 finalize(made, output, stage, None, stale[folder])
         if root not in folders:
             remove_files(root, stale[root])
         return folders
 
     def _write_saved(
-        self,
-        job: Job,
-        output: FolderWriter | GgufFileWriter,
-        layers: Mapping[str, QuantizedLayer],
-        scales: Mapping[str, torch.Tensor],
+        self, output: OutputWriter, layers: Mapping[str, QuantizedLayer], scales: Mapping[str, torch.Tensor]
     ) -> None:
-        tied = self.source.tied()
+        rest = dict(layers)
         for block in self.source.blocks:
-            names = [n for n in self.source.tensor_names() if n.startswith(f"{block}.")]
-            inside = [v for k, v in layers.items() if k.startswith(f"{block}.")]
-            replaced = {f"{layer.name}.{leaf}" for layer in inside for leaf in ("weight", "bias")}
-            for layer in inside:
-                output.layer(layer)
-            output.tensors([n for n in names if n not in replaced and n not in tied], self.source)
-            output.scales({key: scale for key, scale in scales.items() if key.startswith(f"{block}.")})
-        blocks = tuple(f"{b}." for b in self.source.blocks)
-        write_non_block(job, self.source, [v for k, v in layers.items() if not k.startswith(blocks)], [output])
+            prefix = f"{block}."
+            inside = [rest.pop(name) for name in layers if name.startswith(prefix)]
+            own_scales = {name: scale for name, scale in scales.items() if name.startswith(prefix)}
+            write_unit(self.source, block, Unit(inside, scales=own_scales), [output])
+        write_non_block(self.source, list(rest.values()), [output])
 
-    def _quantizer(self) -> BlockQuantizer:
+    def _quantizer(self, job: Job) -> BlockQuantizer:
         settings = self.settings
         if isinstance(settings.algorithm, SignRoundConfig):
             return SignRoundQuantizer(
-                settings.algorithm, settings.scale_dtype, settings.optimized_start, settings.enable_torch_compile
-            )
+                settings.algorithm, settings.scale_dtype, settings.optimized_start, settings.enable_torch_compile,
+                settings.gptq,
+            )  # fmt: skip
+        if isinstance(settings.algorithm, RegisteredConfig):
+            return settings.algorithm.make(settings.scale_dtype)
+        in_ggml_types = any(plan.in_ggml_type for plan in job.quantized().values())
+        if settings.gptq is not None or (in_ggml_types and settings.algorithm.optimized):
+            return GPTQQuantizer(settings.gptq, settings.optimized_start, settings.scale_dtype)
         return RTNQuantizer(settings.algorithm, settings.scale_dtype)
 
     def _quantize(self, job: Job, outputs: Sequence[OutputWriter], journal: RunJournal | None = None) -> RunResult:
@@ -344,55 +347,53 @@ class Run:
         started = time.monotonic()
         for note in job.notes:
             logger.warning("%s", note)
-        kept_in = "ram" if job.memory_plan is None else job.memory_plan.streams
-        store = settings.device if kept_in == "device" else torch.device("cpu")
+        storage = "ram" if job.memory_plan is None else job.memory_plan.streams
+        store = settings.device if storage == "device" else torch.device("cpu")
         progress = make_progress(f"{settings.algorithm_name} {job.scheme_name}")
         stack = ExitStack()
         try:
-            disk_store = stack.enter_context(DiskStore(work_space())) if kept_in == "file" else None
+            disk_store = stack.enter_context(DiskStore(work_space())) if storage == "file" else None
             importance = None
             if settings.imatrix is not None:
                 importance = given_importance(settings.imatrix, job, source)
                 log_missing_importance(settings.imatrix, job, importance)
-            progress.message("capturing the probe")
-            probe_ids, smoke_sample = self._capture_smoke_sample(job, store, journal)
+            progress.message("capturing the smoke sample")
+            smoke_ids, smoke_sample = self._capture_smoke_sample(job, store, journal)
             links = None if smoke_sample is None else smoke_sample.links
             if settings.needs_data:
                 progress.message("reading calibration data")
             data = self._data()
             calibration = self._capture(data.samples, store, job, disk_store, links) if data is not None else None
             if not settings.verify:
-                probe_ids = smoke_sample = None
+                smoke_ids = smoke_sample = None
             if journal is not None:
-                journal.open(data_fingerprint(data, probe_ids, calibration), source)
+                journal.open(data_fingerprint(data, smoke_ids, calibration), source)
                 if journal.finished:
                     logger.info("%s", resume_message(journal.finished, len(job.blocks)))
             captured = time.monotonic()
-            batch = settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8
             state = RunState(
-                self._quantizer(),
-                outputs,
-                settings.device,
-                compute_dtype(settings, source),
-                settings.seed,
-                calibration,
-                smoke_sample,
-                batch,
-                getattr(settings.algorithm, "enable_quanted_input", True),
-                job.cache,
-                importance,
-                settings.save_imatrix is not None,
-                journal,
-                RtnFallback(settings.scale_dtype, source.dtype, needs_all_blocks(settings)),
-                self._numerics_policy(),
-                stack.enter_context(self._expert_buffers()) if settings.tunes and streams_experts(job) else None,
-            )
+                self._quantizer(job), outputs, settings.device, compute_dtype(settings, source), settings.seed,
+                calibration, smoke_sample,
+                batch=settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8,
+                quantized_input=getattr(settings.algorithm, "enable_quanted_input", True),
+                cache=job.cache, importance=importance, gather=settings.save_imatrix is not None, journal=journal,
+                rtn_fallback=RtnFallback(settings.scale_dtype, source.dtype, needs_all_blocks(settings)),
+                numerics=NumericsPolicy(
+                    settings.on_nan, dict(self._unquantized),
+                    incidents=[f"tensor {name} holds {bad}" for name, bad in (self._damaged or {}).items()],
+                ),
+                transforms=[TRANSFORMS[name]() for name in settings.transforms], gptq=settings.gptq,
+            )  # fmt: skip
             if streams_experts(job):
                 state.freed = HeapTrimmer(_MIN_FREED_BYTES)
+                if settings.tunes:
+                    codes = stack.enter_context(DiskStore(work_space(), "codes"))
+                    rtn = RTNConfig(disable_opt_rtn=not settings.optimized_start)
+                    state.buffers = ExpertBuffers(codes, rtn=RTNQuantizer(rtn, settings.scale_dtype))
             self._run_state = state
             with deterministic_algorithms(settings.deterministic):
                 quantize_blocks(job, source, state, progress)
-                non_block = self._finish_non_block(job, state, outputs, progress)
+                non_block = self._finish_non_block(job, state, progress)
                 loss = smoke_loss(source, state, non_block)
                 if not source.lazy:
                     attach_activation_hooks(source.model, state.activations)
@@ -406,12 +407,12 @@ class Run:
                 )  # fmt: skip
             state.numerics.log_clamped_scales()
             if journal is not None:
-                journal.wait()  # it writes hidden states, which are given up here
-            state.calibration = state.last_inputs = state.last_full = None  # saving and checking have no use for them
+                journal.wait()  # it still reads the hidden states that are freed next
+            state.calibration = state.last_inputs = state.last_full = None
             trim_heap()
         except BaseException:
             if journal is not None:
-                journal.kept()  # it may still be writing what lies in the files that are closed now
+                journal.finished_units()  # wait: it may still read from the files that are closed next
             raise
         finally:
             progress.finish()
@@ -419,41 +420,25 @@ class Run:
         done = time.monotonic()
         seconds = {"calibration": captured - started, "quantization": done - captured}
         described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
-        return RunResult(state, non_block, loss, probe_ids, described, seconds)
+        return RunResult(state, non_block, loss, smoke_ids, described, seconds)
 
-    @contextmanager
-    def _expert_buffers(self) -> Iterator[ExpertBuffers]:
-        """What tuning experts one at a time needs for all blocks; its file is gone afterwards."""
-        plain = RTNConfig(disable_opt_rtn=not self.settings.optimized_start)
-        with DiskStore(work_space(), "codes") as codes:
-            yield ExpertBuffers(codes, RTNQuantizer(plain, self.settings.scale_dtype))
-
-    def _numerics_policy(self) -> NumericsPolicy:
-        """The policy, with what is known before the walk."""
-        incidents = [f"tensor {name} holds {bad}" for name, bad in self._damaged.items()]
-        return NumericsPolicy(self.settings.on_nan, dict(self._kept), incidents=incidents)
-
-    def _finish_non_block(
-        self, job: Job, state: RunState, outputs: Sequence[OutputWriter], progress: Progress
-    ) -> list[QuantizedLayer]:
-        progress.message("what is outside the blocks")
+    def _finish_non_block(self, job: Job, state: RunState, progress: Progress) -> list[QuantizedLayer]:
+        """Quantize, or restore, the layers outside the blocks, and write all tensors outside the blocks."""
+        progress.message("layers outside the blocks")
         if state.journal is not None and state.journal.finished > len(job.blocks):
             non_block = list(restore_unit(state, len(job.blocks)).layers)
         else:
             optimized = self.settings.needs_data and self.settings.optimized_start
             algorithm = self.settings.algorithm
             steps = algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
-            non_block = quantize_non_block(
-                job, self.source, state, optimized, self.settings.scale_dtype, steps, outputs
-            )
+            non_block = quantize_non_block(job, self.source, state, optimized, self.settings.scale_dtype, steps)
             if state.journal is not None and non_block:
-                inputs = {
-                    name: state.activations[name] for name in (v.name for v in non_block) if name in state.activations
-                }
+                names = [layer.name for layer in non_block if layer.name in state.activations]
+                inputs = {name: state.activations[name] for name in names}
                 unit = Unit(non_block, inputs, state.records[len(job.blocks) :], numerics=state.numerics.state())
                 hidden = {} if state.smoke_hidden is None else {"smoke_sample": state.smoke_hidden}
                 state.journal.add("non_block", unit, non_block_checksum(self.source), hidden)
-        write_non_block(job, self.source, non_block, outputs)
+        write_non_block(self.source, non_block, state.outputs)
         return non_block
 
     def _data(self) -> CalibrationData | None:
@@ -462,30 +447,28 @@ class Run:
         data = prepare_calibration(
             self.settings.dataset, self.tokenizer, seqlen=self.settings.seqlen, nsamples=self.settings.nsamples,
             seed=self.settings.seed, model_max_length=smallest(self.source.config, "max_position_embeddings"),
-            vocab_size=_vocab_size(self.source), platform=self.settings.platform,
+            vocab_size=largest(self.source.config, "vocab_size") or None, platform=self.settings.platform,
         )  # fmt: skip
         shown = ", ".join(f"{name} ({count})" for name, count in data.sources)
         logger.info("calibration: %d samples of %d tokens from %s", len(data.samples), data.seqlen, shown)
         return data
 
-    def _smoke_samples(self) -> list[dict[str, torch.Tensor]]:
-        most = smallest(self.source.config, "max_position_embeddings")
-        return smoke_samples(self.tokenizer, _vocab_size(self.source) or 2, most)
-
     def _capture_smoke_sample(
         self, job: Job, store: torch.device, journal: RunJournal | None
     ) -> tuple[list[dict[str, torch.Tensor]] | None, CapturedInputs | None]:
-        """The probe's ids and inputs of the first block, where a check or calibration wants them. Before calibration
-        it is found out whether the blocks can be run one at a time; a run that only rounds goes on without a probe
-        where they cannot.
+        """Token ids of the smoke sample and its inputs of the first block, when verification or calibration needs them.
+
+        With calibration, this also checks that the blocks can be run one at a time. A run that only rounds continues
+        without a smoke sample when they cannot.
 
         Raises:
-            ModelError, UnsupportedError: they cannot, and the run needs it.
+            ModelError, UnsupportedError: the blocks cannot be run one at a time, and the run needs that.
         """
         if not (self.settings.verify or self.settings.needs_data):
             return None, None
         check_isolation = self.settings.needs_data and not (journal is not None and journal.journal.units)
-        ids = self._smoke_samples()
+        vocab_size = largest(self.source.config, "vocab_size") or 2
+        ids = smoke_samples(self.tokenizer, vocab_size, smallest(self.source.config, "max_position_embeddings"))
         try:
             return ids, self._capture(ids, store, job, check_isolation=check_isolation)
         except (ModelError, UnsupportedError) as error:
@@ -495,27 +478,11 @@ class Run:
             return None, None
 
     def _capture(
-        self,
-        samples: list[dict[str, torch.Tensor]],
-        store: torch.device,
-        job: Job,
-        disk_store: DiskStore | None = None,
-        links: ModelDependencies | None = None,
-        check_isolation: bool = False,
-    ) -> CapturedInputs:
+        self, samples: list[dict[str, torch.Tensor]], store: torch.device, job: Job,
+        disk_store: DiskStore | None = None, links: ModelDependencies | None = None, check_isolation: bool = False,
+    ) -> CapturedInputs:  # fmt: skip
         dtype = compute_dtype(self.settings, self.source)
         return capture_inputs(
-            self.source,
-            samples,
-            self.settings.device,
-            store,
-            dtype,
-            disk_store,
-            streams_experts(job),
-            links,
+            self.source, samples, self.settings.device, store, dtype, disk_store, streams_experts(job), links,
             check_isolation,
-        )
-
-
-def _vocab_size(source: ModelSource) -> int | None:
-    return largest(source.config, "vocab_size") or None
+        )  # fmt: skip

@@ -56,6 +56,9 @@ from auto_round.run.plan import Job
 from auto_round.run.streams import samples_in_pass
 from auto_round.run.unit_state import LayersPerExpert, StoredLayer, StoredLayers
 
+MIN_TOKENS = 32  # tokens to tune an expert: one sixteenth is held out, and fewer than two tokens say nothing
+_SEED_STEP = 1_000_003
+
 
 def streams_experts(job: Job) -> bool:
     """Whether the experts of a block are read one at a time."""
@@ -65,7 +68,7 @@ def streams_experts(job: Job) -> bool:
 def expert_streamer(
     job: Job, source: ModelSource, block: str, device: torch.device, dtype: torch.dtype
 ) -> ExpertStreamer | None:
-    """How the experts of a block are read; None when they are in memory with the block, and where it has none."""
+    """Reads the experts of a block one at a time; None when the block has none or is loaded as a whole."""
     if not streams_experts(job) or not any(expert_of(name) for name in job.layers if name.startswith(f"{block}.")):
         return None
     return ExpertStreamer(source, block, device, dtype)
@@ -73,23 +76,22 @@ def expert_streamer(
 
 @contextmanager
 def streaming_experts(experts: ExpertStreamer | None, result: BlockResult | None = None) -> Iterator[None]:
-    """While this is open the block can be called: with its own experts, or with those of `result`."""
+    """Make a block with streamed experts callable: with its own experts, or with the quantized ones of `result`."""
     if experts is None:
         yield
         return
     layers = None if result is None else result.layers
-    made = layers.dense if isinstance(layers, LayersPerExpert) else None
-    with experts.running(made):
+    with experts.running(layers.dense if isinstance(layers, LayersPerExpert) else None):
         yield
 
 
 def layer_names(layers: Sequence[QuantizedLayer]) -> list[str]:
-    """Their names, without making those that are made when they are reached."""
+    """Names of layers, without computing lazy ones."""
     return layers.names if isinstance(layers, LayersPerExpert) else [layer.name for layer in layers]
 
 
 class LazyExpertQuantizer:
-    """A quantizer of single layers that leaves experts, which are not in memory, for when they are asked for."""
+    """A quantizer that rounds the layers of a block, but those of streamed experts only when they are accessed."""
 
     def __init__(self, inner: BlockQuantizer, experts: ExpertStreamer) -> None:
         self.name, self.needs_importance = inner.name, inner.needs_importance
@@ -101,13 +103,13 @@ class LazyExpertQuantizer:
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         others = [layer for layer in task.layers if not layer.weight.is_meta]
-        made = self._inner.quantize_block(replace(task, layers=others))
-        held = {layer.name: layer for layer in made.layers}
+        quantized = self._inner.quantize_block(replace(task, layers=others))
+        held = {layer.name: layer for layer in quantized.layers}
         return BlockResult(LazyExpertLayers(self._experts, task, held, self._inner))
 
 
 class LazyExpertLayers(LayersPerExpert):
-    """Those of an expert are rounded as they are reached."""
+    """Layers of a block; those of an expert are loaded and rounded when they are accessed."""
 
     def __init__(
         self, experts: ExpertStreamer, task: BlockTask, held: Mapping[str, QuantizedLayer], quantizer: BlockQuantizer
@@ -121,51 +123,35 @@ class LazyExpertLayers(LayersPerExpert):
         try:
             own = [with_loaded_weights(task) for task in self._task.layers if expert_of(task.name) == expert]
             share_global_scales(own)
-            made = self._quantizer.quantize_block(replace(self._task, layers=own))
+            result = self._quantizer.quantize_block(replace(self._task, layers=own))
         finally:
             source.release(expert)
-        return {layer.name: layer for layer in made.layers}
-
-
-# Tuning a block that is larger than the memory: first what is around its experts, then every expert by itself.
-#
-# 1. The block runs in full precision, one expert in memory at a time; what the experts give is recorded.
-# 2. The other layers are tuned on the block's loss, with that record in place of the experts.
-# 3. With those quantized the block runs up to its experts; what they are fed, and by which routing, is recorded.
-# 4. Each expert is a task of its own: its tokens of step 3 against what it makes of them in full precision, both times
-# the routing's weight, so that a token counts as it does in the block. Its codes go to a file.
-#
-# No result depends on how many experts would fit. docs/adr/0018 has the reasons and the price.
-
-MIN_TOKENS = (
-    32  # tokens of an expert that is tuned: of fewer, a sixteenth kept aside is one or none, which judges nothing
-)
-_SEED_STEP = 1_000_003
+        return {layer.name: layer for layer in result.layers}
 
 
 def expert_seed(block_seed: int, number: int) -> int:
-    """Of the order in which the rows of an expert are seen."""
+    """Seed of the order in which the tokens of expert `number` are sampled."""
     return block_seed + _SEED_STEP * (number + 1)
 
 
 @dataclass
 class ExpertBuffers:
-    """What the blocks of a walk use one after the other.
+    """Buffers that all blocks of a run share when their experts are tuned one at a time.
 
     Attributes:
         codes: file for the codes of a block's experts.
-        start: makes the layers of experts that too few tokens reach.
-        fed: [N * T, H], what the experts of the block give, and later what they are fed.
-        targets: [most, H], what one of them should give.
+        rtn: quantizes experts that too few tokens reach.
+        fed: [N * T, H], the outputs of the block's experts, and later their inputs.
+        targets: [max tokens per expert, H], the full-precision outputs of one expert.
     """
 
     codes: DiskStore
-    start: BlockQuantizer
+    rtn: BlockQuantizer
     fed: Rows | None = None
     targets: Rows | None = None
 
     def buffer(self, which: str, like: Rows, shape: tuple[int, int], dtype: torch.dtype) -> Rows:
-        """`fed` or `targets` of this shape, kept where `like` is: that of the block before, if it is alike."""
+        """`fed` or `targets` with this shape, stored like `like`; the previous block's buffer is reused if it fits."""
         rows: Rows | None = getattr(self, which)
         if rows is None or (tuple(rows.shape), rows.dtype) != (shape, dtype):
             rows = empty_like_on(like, shape, dtype)
@@ -173,7 +159,7 @@ class ExpertBuffers:
         return rows
 
     def offload(self) -> bool:
-        """Move the rows off the device. False when none are there."""
+        """Move the buffers off the device. Returns whether any were on it."""
         moved = False
         for which in ("fed", "targets"):
             rows = getattr(self, which)
@@ -184,17 +170,17 @@ class ExpertBuffers:
 
 
 class PerExpertTuner:
-    """A quantizer of one block whose experts are read one at a time.
+    """Tunes a block whose experts are read one at a time (steps 1 to 4 of the module docstring).
 
     Args:
         inner: tunes the other layers, and each expert.
-        rooms: of the walk.
-        experts: of the block.
+        buffers: of the run.
+        experts: reads the block's experts.
         captured: the samples.
-        hidden: their hidden states [N, T, H], of which only the shape and the place count.
+        hidden: their hidden states [N, T, H], used for shape and storage only.
         batch: samples in one pass without gradients.
-        weighs: importance, and products of input channels, come from calibration data.
-        done: is told of each layer while its weight is there.
+        weighs: importance and Hessians come from calibration data.
+        done: called with each quantized layer while its original weight is in memory.
         between: called when much memory has become free.
     """
 
@@ -215,11 +201,11 @@ class PerExpertTuner:
         buffers.buffer("fed", hidden, (self._samples * self._tokens, self._module.hidden_dim), experts.dtype)
 
     def needs_hessian(self, layer: LayerTask) -> bool:
-        """Of experts they are gathered from the tokens that they are tuned on."""
+        """Hessians of experts are computed later, from the tokens that each is tuned on."""
         return expert_of(layer.name) is None and self._inner.needs_hessian(layer)
 
     def recording(self) -> AbstractContextManager[None]:
-        """While this is open, what the experts give is recorded."""
+        """Record the outputs of the experts inside this context."""
         return record_outputs(self._module, self._record())
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
@@ -271,35 +257,35 @@ class PerExpertTuner:
         return self._buffers.fed
 
     def _offload(self, streams: Callable[[BlockTask], bool], task: BlockTask) -> bool:
-        """Move the rows and the hidden states off the device."""
+        """Move the buffers and the hidden states off the device."""
         moved = self._buffers.offload()
         return streams(task) or moved
 
     @torch.no_grad()
     def _feed(self, task: BlockTask) -> InputRecordingExperts:
-        """Run the block up to its experts."""
+        """Run the block up to its experts and record their inputs and routing."""
         fed, device = InputRecordingExperts(self._record()), self._experts.device
         steps = {layer.module: layer.activation for layer in task.layers if layer.activation is not None}
         with quantized_inputs(steps), replaced_submodule(task.block, self._inside, fed):
-            MicroBatchRunner(task, (), self._batch, device).run(partial(self._run_all, task))
+
+            def run_all(micro_batch: int) -> None:
+                assert task.inputs is not None
+                for at in range(0, self._samples, micro_batch):
+                    samples = list(range(at, min(at + micro_batch, self._samples)))
+                    task.run(task.inputs[samples].to(device, task.compute_dtype), samples)
+
+            MicroBatchRunner(task, (), self._batch, device).run(run_all)
         return fed
 
-    def _run_all(self, task: BlockTask, micro_batch: int) -> None:
-        """Call the block on all samples."""
-        assert task.inputs is not None
-        for at in range(0, self._samples, micro_batch):
-            samples = list(range(at, min(at + micro_batch, self._samples)))
-            task.run(task.inputs[samples].to(self._experts.device, task.compute_dtype), samples)
-
     def _quantize(self, number: int, task: BlockTask, tokens: torch.Tensor, weights: torch.Tensor) -> BlockResult:
-        """One expert. `tokens`: int64 [n], its rows of what the experts are fed; `weights`: float32 [n]."""
+        """Quantize one expert. `tokens`: int64 [n], its rows in `fed`; `weights`: float32 [n], of the routing."""
         source = self._experts.source
         task.block = source.load(task.name, self._experts.device)
         try:
             task.layers = [with_loaded_weights(layer) for layer in task.layers]
             share_global_scales(task.layers)
             if tokens.numel() < MIN_TOKENS:
-                result = self._buffers.start.quantize_block(task)
+                result = self._buffers.rtn.quantize_block(task)
             else:
                 with in_dtype(task.block, source.dtype, task.compute_dtype):
                     result = self._tune(number, task, tokens, weights)
@@ -310,33 +296,31 @@ class PerExpertTuner:
         return result
 
     def _tune(self, number: int, task: BlockTask, tokens: torch.Tensor, weights: torch.Tensor) -> BlockResult:
-        """As many pieces as there are samples: a step then sees as much of the data as a step of a block does."""
+        """Tune one expert. Its tokens are split into as many sequences as there are samples, so that a step sees the
+        same share of the data as a step of a block."""
         each = -(-tokens.numel() // self._samples)
-        places = torch.arange(tokens.numel())
+        rows = torch.arange(tokens.numel())
         shares = torch.zeros(-(-tokens.numel() // each) * each)
         shares[: tokens.numel()] = weights
         shares = shares.view(-1, each, 1)
 
-        def place(task: BlockTask) -> None:
-            buffers = self._buffers
-            assert buffers.fed is not None and buffers.targets is not None
-            task.inputs, task.targets = (
-                GatheredRows(buffers.fed, tokens, each),
-                GatheredRows(buffers.targets, places, each),
-            )
+        def set_samples(task: BlockTask) -> None:
+            fed, targets = self._fed(), self._buffers.targets
+            assert targets is not None
+            task.inputs, task.targets = GatheredRows(fed, tokens, each), GatheredRows(targets, rows, each)
 
-        everything = task.offload
+        offload_all = task.offload
 
         def offload(task: BlockTask) -> bool:
-            moved = everything(task)
-            place(task)
+            moved = offload_all(task)
+            set_samples(task)
             return moved
 
-        def run(hidden: torch.Tensor, pieces: Sequence[int]) -> torch.Tensor:
+        def run(hidden: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
             made = self._module.run_expert(number, hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-            return made * shares[list(pieces)].to(made.device)
+            return made * shares[list(sequences)].to(made.device)
 
-        place(task)
+        set_samples(task)
         assert isinstance(task.inputs, GatheredRows)
         task.loss_mask, task.run, task.offload = task.inputs.present, run, offload
         micro_batch = samples_in_pass(self._batch, each, self._experts.device)
@@ -348,7 +332,7 @@ class PerExpertTuner:
     def _target(
         self, number: int, task: BlockTask, tokens: torch.Tensor, weights: torch.Tensor, each: int, micro_batch: int
     ) -> None:
-        """What the expert makes of its tokens in full precision, `micro_batch` pieces in one pass."""
+        """Compute the expert's full-precision outputs, `micro_batch` sequences of `each` tokens in one pass."""
         buffers, device, step = self._buffers, self._experts.device, micro_batch * each
         assert buffers.fed is not None and buffers.targets is not None
         inner = {layer.name: layer.name.removeprefix(f"{task.name}.") for layer in task.layers}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -22,13 +22,13 @@ from auto_round.run.plan import LayerPlan
 
 @dataclass(frozen=True)
 class FusedTarget:
-    """Where one tensor goes.
+    """The stored tensor that a model tensor becomes, or becomes a part of.
 
     Attributes:
-        name: of the tensor in the file that it becomes, or is a part of.
-        shape: of that tensor.
-        parts: tensors that it is made of.
-        piece: the place in it; None when the tensor is only written under another name.
+        name: of the stored tensor.
+        shape: of the stored tensor.
+        parts: number of model tensors that it consists of.
+        piece: position in it; None when the tensor is only renamed.
     """
 
     name: str
@@ -38,18 +38,18 @@ class FusedTarget:
 
     @property
     def slot_shape(self) -> tuple[int, ...]:
-        """Shape of one expert's place in it."""
+        """Shape of one expert in the stored tensor."""
         rows = 0 if self.piece is None else self.piece.rows
         return (rows, *self.shape[1:]) if rows else self.shape[1:]
 
 
 @dataclass(frozen=True)
 class Reversal:
-    """Model tensors from which those of the checkpoint are made again, by the inverse of the conversion that read them.
+    """Model tensors that are converted back to checkpoint tensors, by the inverse of the conversion that read them.
 
     Attributes:
-        origin: what the checkpoint holds.
-        needed: names of the whole model tensors, experts stacked.
+        origin: the checkpoint tensors and their conversion.
+        needed: names of the model tensors, experts stacked.
         stored: shape by checkpoint name.
     """
 
@@ -57,20 +57,16 @@ class Reversal:
     needed: tuple[str, ...]
     stored: Mapping[str, tuple[int, ...]]
 
-    def run(self, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-        """The checkpoint's tensors, from the model's."""
-        return reverse_conversion(self.origin, tensors, model)
-
 
 @dataclass(frozen=True)
 class FileLayout:
-    """The files of one format.
+    """Tensors in the files of one format, and how model tensors map to them.
 
     Attributes:
-        tensors: shape and dtype of every tensor by its name in the files, static scales of the cache left out.
-        targets: by a tensor's name in the model, where it goes; a tensor without an entry keeps its name.
-        reversals: by a whole model tensor's name, the conversion that it takes part in.
-        copies: by a tensor's name in the model, the checkpoint tensors that are copied in its place.
+        tensors: shape and dtype by stored name, without static scales of the cache.
+        targets: by model name, the stored tensor; a tensor without an entry keeps its name.
+        reversals: by name of a model tensor (experts stacked), the reversed conversion that it is part of.
+        copies: by model name, the checkpoint tensors that are copied in its place.
         spare: checkpoint tensors that are copied although no module reads them.
     """
 
@@ -81,7 +77,7 @@ class FileLayout:
     spare: tuple[str, ...] = ()
 
     def stored_names(self, tensor: str) -> tuple[str, ...]:
-        """Names in the files of what a model tensor becomes or is a part of."""
+        """Stored names of the tensors that a model tensor becomes, or is a part of."""
         if tensor in self.copies:
             return self.copies[tensor]
         target = self.targets.get(tensor)
@@ -93,8 +89,8 @@ class FileLayout:
 def plan_files(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource) -> FileLayout:
     """The layout of a format's files.
 
-    Raises UnsupportedError when tensors that the format stacks differ in shape or dtype, or the names of a layer's
-    tensors make Transformers join them.
+    Raises UnsupportedError when tensors that the format stacks differ in shape or dtype, or when Transformers would
+    fuse the tensors of packed experts because of their names.
     """
     specs = separate_tensors(fmt, layers, source)
     if not fmt.checkpoint_names:
@@ -103,7 +99,7 @@ def plan_files(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: Model
 
 
 def separate_tensors(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource) -> TensorSpecs:
-    """Name in the model, shape and dtype of everything that is written, before tensors are renamed or joined."""
+    """Model name, shape and dtype of every tensor that is written, before tensors are renamed or stacked."""
     specs: TensorSpecs = {}
     replaced: set[str] = set()
     for name, plan in layers.items():
@@ -115,14 +111,14 @@ def separate_tensors(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source:
             replaced |= {f"{name}.weight", f"{name}.bias"}
     tied = source.tied()
     for tensor in source.tensor_names():
-        # Where the tensor that another is tied to was quantized, the other holds the original.
+        # An alias of a quantized tensor is stored too: it holds the original.
         if tensor not in replaced and (tensor not in tied or tied[tensor] in replaced):
             specs[tensor] = source.unquantized_meta(tensor)
     return specs
 
 
 class _Planner:
-    """Lays out the files of a format that keeps the checkpoint's names."""
+    """Lays out the files of a format that uses the checkpoint's names."""
 
     def __init__(
         self, fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource, specs: TensorSpecs
@@ -143,11 +139,8 @@ class _Planner:
         for name in self.specs:
             owner, _, leaf = name.rpartition(".")
             plan = self._plan_of(name)
-            if (
-                owner in self.quantized
-                and not self.fmt.casts_to_model_dtype
-                and not (leaf == "bias" and _is_stored(plan))
-            ):
+            stored_bias = leaf == "bias" and plan is not None and plan.key is not None
+            if owner in self.quantized and not self.fmt.casts_to_model_dtype and not stored_bias:
                 packed[owner].append(leaf)
             elif plan is None:  # a buffer that the checkpoint leaves at its initial value
                 self._rename(name, f"{self.names.module(owner)}.{leaf}" if owner else leaf)
@@ -166,8 +159,8 @@ class _Planner:
         return FileLayout(self.tensors, self.targets, self.reversals, self.copies, spare)
 
     def _plan_of(self, name: str) -> TensorPlan | None:
-        """The checkpoint's own copy of a tensor; None where it has none, or where only one of two tied tensors is there
-        and one of them is quantized: they part, and each has its own name."""
+        """How the checkpoint stores a tensor; None when it does not, or when it stores one of two tied tensors and one
+        of them is quantized, so that each is stored under its own name."""
         plan = self.source.own_plan(name)
         if plan is None or name not in self.tied or plan.origin.name == name:
             return plan
@@ -177,14 +170,14 @@ class _Planner:
     def _packed_name(self, layer: str, leaves: list[str]) -> str:
         if self.fmt.rejects_fused_layers and self.names.joined(layer, leaves):
             raise UnsupportedError(
-                f"format {self.fmt.name!r} cannot hold this model in this scheme: Transformers joins the experts of "
-                f"{self.source.config.model_type} where their tensors are called weight, as those of {layer} would be; "
+                f"format {self.fmt.name!r} cannot hold this model in this scheme: Transformers fuses the experts of "
+                f"{self.source.config.model_type} when their tensors are called weight, as those of {layer} would be; "
                 "use format llm_compressor, auto_round:llm_compressor or fake"
             )
         return self.names.packed_layer(layer, leaves, loadable_here=self.fmt.loadable_here)
 
     def _members(self) -> dict[Origin, set[str]]:
-        """Names of all model tensors by what they are read from."""
+        """Names of all model tensors by their origin in the checkpoint."""
         found: dict[Origin, set[str]] = defaultdict(set)
         tied = self.source.tied()
         for name in self.source.tensor_names():
@@ -194,9 +187,8 @@ class _Planner:
         return found
 
     def _dense(self, origin: Origin, plans: Mapping[str, TensorPlan], members: set[str]) -> None:
-        """Lay out dense tensors that come from one origin, some of them made anew perhaps."""
-        loose = {n for n in plans if self._joined_with_packed(n, origin)}
-        if loose:
+        """Lay out the dense tensors of one origin; some may be dequantized weights."""
+        if any(self._fused_with_packed(name, origin) for name in plans):
             for name in plans:
                 self._rename(name, self.names.loose(name))
             return
@@ -212,16 +204,15 @@ class _Planner:
             elif not whole:
                 self._rename(name, self.names.loose(name))
         if whole and any(plan.key is None for plan in plans.values()):
-            self._join(origin, plans)
+            self._restack(origin, plans)
 
-    def _joined_with_packed(self, name: str, origin: Origin) -> bool:
-        """Whether Transformers would join a dense expert's tensor, under the checkpoint's name, with those of experts
-        that are packed."""
+    def _fused_with_packed(self, name: str, origin: Origin) -> bool:
+        """Whether Transformers would fuse a dense expert's tensor, under the checkpoint's name, with packed experts."""
         split = self.fmt.loadable_here and self.names.experts_of(name) in self.split
         return split and not self.names.loads(origin.stored[0], name)
 
-    def _join(self, origin: Origin, plans: Mapping[str, TensorPlan]) -> None:
-        """Stack experts again, and undo a conversion."""
+    def _restack(self, origin: Origin, plans: Mapping[str, TensorPlan]) -> None:
+        """Stack experts as in the checkpoint, and reverse its conversion."""
         shapes, pieces = self._fused(plans)
         parts = Counter(fused for fused, _ in pieces.values())
         for name, (fused, piece) in pieces.items():
@@ -229,12 +220,11 @@ class _Planner:
         dtype = self.source.dtype
         if origin.converter is None:
             (key,) = origin.stored
-            for name, target in [(n, self.targets[n]) for n in pieces]:
-                self.targets[name] = FusedTarget(key, target.shape, target.parts, target.piece)
+            self.targets |= {name: replace(self.targets[name], name=key) for name in pieces}
             self.tensors[key] = (next(iter(shapes.values())), dtype)
             return
         stored = _reversed_shapes(origin, shapes, self.source.model)
-        if stored is None:  # a conversion without an inverse: the modules' own names, which Transformers reads too
+        if stored is None:  # no inverse: the model's own names are used, which Transformers reads too
             self.tensors |= {name: (shape, dtype) for name, shape in shapes.items()}
             return
         self.reversals |= dict.fromkeys(shapes, Reversal(origin, tuple(shapes), stored))
@@ -243,7 +233,7 @@ class _Planner:
     def _fused(
         self, plans: Mapping[str, TensorPlan]
     ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, ExpertPiece]]]:
-        """Shapes of the whole model tensors, and where the experts' tensors among `plans` lie in them."""
+        """Shapes of the stacked model tensors, and (stacked name, position) of each expert's tensor in `plans`."""
         shapes: dict[str, tuple[int, ...]] = {}
         pieces: dict[str, tuple[str, ExpertPiece]] = {}
         for name, plan in plans.items():
@@ -262,21 +252,16 @@ class _Planner:
             self.targets[name] = FusedTarget(stored, self.specs[name][0], 1, None)
 
     def _spare(self) -> tuple[str, ...]:
-        """Tensors that no module reads; a tied copy only where it was not quantized."""
+        """Tensors that no module reads, without copies of quantized tied weights."""
         plans = (self.source.own_plan(f"{layer}.weight") for layer in self.quantized)
-        gone = {key for plan in plans if plan is not None for key in plan.origin.stored}
-        return tuple(key for key in self.source.spare() if key not in gone and key not in self.tensors)
-
-
-def _is_stored(plan: TensorPlan | None) -> bool:
-    return plan is not None and plan.key is not None
+        replaced = {key for plan in plans if plan is not None for key in plan.origin.stored}
+        return tuple(key for key in self.source.spare() if key not in replaced and key not in self.tensors)
 
 
 def _reversed_shapes(
     origin: Origin, shapes: Mapping[str, tuple[int, ...]], model: nn.Module
 ) -> dict[str, tuple[int, ...]] | None:
-    """Shapes by checkpoint name of what the inverse conversion makes; None where it does not give the checkpoint's own
-    tensors."""
+    """Shapes by checkpoint name of the reversed conversion; None when it does not give exactly these tensors."""
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
         made = reverse_conversion(origin, empty, model)
@@ -288,7 +273,7 @@ def _reversed_shapes(
 def reverse_conversion(
     origin: Origin, tensors: Mapping[str, torch.Tensor], model: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors of an origin from the model's, experts stacked; the inverse of `read_origin`."""
+    """Convert model tensors (experts stacked) back to the checkpoint tensors of an origin: inverse of `read_origin`."""
     inverse = origin.converter.reverse_transform()
     renamed = {name: inverse.rename_source_key(name) for name in tensors}
     first = next(iter(renamed.values()))[0]
@@ -299,7 +284,7 @@ def reverse_conversion(
 
 
 def _own_names(rules: ModelRules, specs: TensorSpecs, source: ModelSource) -> FileLayout:
-    """The layout of a format that names tensors by rules of its own."""
+    """The layout of a format with its own naming rules."""
     if rules.renames_tensors:
         targets = stacked_targets(specs, rules)
     else:
@@ -313,7 +298,7 @@ def _own_names(rules: ModelRules, specs: TensorSpecs, source: ModelSource) -> Fi
 
 
 def _fused_targets(model: nn.Module, written: Iterable[str]) -> dict[str, FusedTarget]:
-    """Targets of the experts' tensors, for every experts module of `model` all of whose tensors are `written` dense."""
+    """Targets of experts' tensors, for every experts module of `model` whose tensors are all `written` dense."""
     found = set(written)
     targets: dict[str, FusedTarget] = {}
     for prefix, experts in model.named_modules():
@@ -331,10 +316,10 @@ def _fused_targets(model: nn.Module, written: Iterable[str]) -> dict[str, FusedT
 
 
 def stacked_targets(specs: TensorSpecs, rules: ModelRules) -> dict[str, FusedTarget]:
-    """Targets by tensor name of everything that `rules` stack or rename.
+    """Targets by tensor name of the tensors that `rules` stack or rename.
 
-    Raises UnsupportedError when tensors that are to be stacked differ in shape or dtype, or some are missing: the
-    experts of a block were given different schemes.
+    Raises UnsupportedError when stacked tensors are missing or differ in shape or dtype, because the experts of a block
+    have different schemes.
     """
     moved: dict[str, FusedTarget] = {}
     stacks: dict[str, dict[int, str]] = defaultdict(dict)
@@ -361,17 +346,14 @@ def stacked_targets(specs: TensorSpecs, rules: ModelRules) -> dict[str, FusedTar
     return moved
 
 
-# Tensors that are not written as they come: experts stacked again, conversions undone, names of the files.
-
-
 def read_model_tensors(files: TensorFiles, names: Collection[str], layout: FileLayout) -> dict[str, torch.Tensor]:
-    """Tensors by their names in the model, out of files where some are stacked or renamed."""
+    """Read tensors by model name from files in which some are stacked or renamed."""
     found = {}
     for name in names:
         target = layout.targets.get(name)
         piece = None if target is None else target.piece
         (stored,) = layout.stored_names(name)
-        if piece is not None and piece.rows:  # experts below each other in one matrix
+        if piece is not None and piece.rows:  # experts concatenated along the rows of a matrix
             found[name] = piece.slot(files.read(stored))
         else:
             found[name] = files.read(stored, None if piece is None else piece.expert)
@@ -379,11 +361,11 @@ def read_model_tensors(files: TensorFiles, names: Collection[str], layout: FileL
 
 
 class TensorAssembler:
-    """Collects tensors until what they are written as is whole.
+    """Collects model tensors until the stored tensor that they are part of is complete.
 
     Args:
         layout: of the files.
-        model: the model, whose configuration some conversions ask.
+        model: its configuration is used by some conversions.
     """
 
     def __init__(self, layout: FileLayout, model: nn.Module) -> None:
@@ -392,30 +374,19 @@ class TensorAssembler:
         self._whole: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name in the file and tensor of everything that can be written now that `tensor` is there."""
+        """Stored name and data of every tensor that is complete with this one."""
         target = self.layout.targets.get(name)
-        if target is None:
-            yield from self._finish(name, tensor)
-        elif target.piece is None:
-            yield from self._finish(target.name, tensor)
-        else:
-            whole = self._paste(target, tensor)
-            if whole is not None:
-                yield from self._finish(target.name, whole)
-
-    def _paste(self, target: FusedTarget, tensor: torch.Tensor) -> torch.Tensor | None:
-        whole, missing = self._open.pop(target.name, (None, target.parts))
-        if whole is None:
-            spec = self.layout.tensors.get(target.name)
-            whole = torch.empty(target.shape, dtype=tensor.dtype if spec is None else spec[1])
-        assert target.piece is not None
-        target.piece.paste(target.piece.slot(whole), tensor)
-        if missing == 1:
-            return whole
-        self._open[target.name] = (whole, missing - 1)
-        return None
-
-    def _finish(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        if target is not None and target.piece is not None:
+            whole, missing = self._open.pop(target.name, (None, target.parts))
+            if whole is None:
+                spec = self.layout.tensors.get(target.name)
+                whole = torch.empty(target.shape, dtype=tensor.dtype if spec is None else spec[1])
+            target.piece.paste(target.piece.slot(whole), tensor)
+            if missing > 1:
+                self._open[target.name] = (whole, missing - 1)
+                return
+            tensor = whole
+        name = name if target is None else target.name
         reversal = self.layout.reversals.get(name)
         if reversal is None:
             yield name, tensor
@@ -423,5 +394,5 @@ class TensorAssembler:
         self._whole[name] = tensor
         if all(needed in self._whole for needed in reversal.needed):
             parts = {needed: self._whole.pop(needed) for needed in reversal.needed}
-            for stored, made in reversal.run(parts, self._model).items():
+            for stored, made in reverse_conversion(reversal.origin, parts, self._model).items():
                 yield stored, made.contiguous()

@@ -24,7 +24,7 @@ from auto_round.modeling.files.folder import copy_side_files
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.meta_model import MetaModel
 from auto_round.modeling.source import ModelSource
-from auto_round.output.staging import LOCK, Staging
+from auto_round.output.staging import LOCK, Staging, sync_and_hash
 from auto_round.output.verify import check_tokenizer
 from auto_round.output.writer import file_sha256, write_json, write_text
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunResult:
-    """What a walk left behind: layers kept in memory (if any), the records, and the probe's loss."""
+    """Results of a run besides its blocks: final state, layers outside the blocks, and the loss on the smoke sample."""
 
     state: RunState
     non_block: list[QuantizedLayer]
@@ -60,7 +60,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class OutputContext:
-    """What the folders of one walk have in common."""
+    """Inputs that all output folders of a run have in common."""
 
     source: ModelSource
     settings: Settings
@@ -71,37 +71,25 @@ class OutputContext:
 
 
 def finalize(
-    made: OutputContext,
-    output: FolderWriter | GgufFileWriter,
-    stage: Staging,
-    journal: RunJournal | None,
+    made: OutputContext, output: FolderWriter | GgufFileWriter, stage: Staging, journal: RunJournal | None,
     stale: Iterable[str] = (),
-) -> None:
-    """Complete one folder, check it, and only then show it, in the place of the `stale` files of an earlier run.
+) -> None:  # fmt: skip
+    """Complete one folder, verify it, and publish it in place of the `stale` files of an earlier run.
 
-    Raises VerifyError when it is not what was meant; what was written is kept for a look.
+    Raises VerifyError when the files differ from the quantized model; they then remain in the staging folder.
     """
     try:
         verified = _complete_folder(made, output) if isinstance(output, FolderWriter) else _complete_file(made, output)
-        finished = made.finished
+        finished, state = made.finished, made.finished.state
         write_records(
-            output.folder,
-            made.job,
-            made.settings,
-            output.format,
-            finished.state.records,
-            finished.seconds,
-            output.digests(),
-            verified,
-            finished.data,
-            finished.state.unreached,
-            finished.state.numerics,
-            made.made_from,
-        )
+            output.folder, made.job, made.settings, output.format, state.records, finished.seconds, output.digests(),
+            verified, finished.data, state.nearest | dict.fromkeys(state.unreached, _UNREACHED),
+            state.numerics, made.made_from,
+        )  # fmt: skip
     except VerifyError:
-        stage.keep = True
+        stage.retain = True
         raise
-    files = stage.sync_and_hash(output.digests())
+    files = sync_and_hash(stage.path, output.digests())
     if journal is not None:
         journal.complete(output.format.name, files)
     stage.publish(files, stale)
@@ -109,7 +97,7 @@ def finalize(
 
 
 def _complete_folder(made: OutputContext, output: FolderWriter) -> Mapping[str, Any] | None:
-    """The files beside the weights, and the check, if it is wanted."""
+    """Write the files beside the weights, and verify the folder if the settings ask for it."""
     folder, fmt, source, settings = output.folder, output.format, made.source, made.settings
     job, finished = made.job, made.finished
     write_side_files(folder, source, made.tokenizer, settings.trust_remote_code)
@@ -128,14 +116,14 @@ def _complete_folder(made: OutputContext, output: FolderWriter) -> Mapping[str, 
     origin = getattr(source, "folder", None)
     verified["tokenizer"] = check_tokenizer(folder, origin, made.tokenizer, settings.trust_remote_code)
     finished.seconds["verify"] = time.monotonic() - started
-    loss = "" if verified["loss_reopened"] is None else f", probe loss {verified['loss_reopened']:.4f}"
+    loss = "" if verified["loss_reopened"] is None else f", smoke loss {verified['loss_reopened']:.4f}"
     tensors, layers = len(expected.tensors), len(expected.digests)
     logger.info("verified %s: %d tensors, %d layers%s", folder.parent, tensors, layers, loss)
     return verified
 
 
 def _complete_file(made: OutputContext, output: GgufFileWriter) -> Mapping[str, Any] | None:
-    """The check of one GGUF file, which holds its tokenizer itself."""
+    """Verify a GGUF file, which contains its tokenizer."""
     if not made.settings.verify:
         return None
     from auto_round.run.gguf_output import verify_file
@@ -148,6 +136,8 @@ def _complete_file(made: OutputContext, output: GgufFileWriter) -> Mapping[str, 
 
 
 def _reader(job: Job, fmt: OutputFormat, layout: FileLayout) -> Callable[[str, TensorFiles], QuantizedLayer]:
+    """A function that reads one layer from the files of a format that this package does not load."""
+
     def read(name: str, files: TensorFiles) -> QuantizedLayer:
         plan = job.layers[name]
         specs = fmt.tensor_specs(name, plan.scheme, plan.in_features, plan.out_features)
@@ -157,11 +147,8 @@ def _reader(job: Job, fmt: OutputFormat, layout: FileLayout) -> Callable[[str, T
     return read
 
 
-# The small files beside the weights: config, tokenizer, generation settings, model card, report.
-
-
 def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat, trusted: bool) -> None:
-    """Write what `config_values` gives; config.json in the source's own order."""
+    """Write the files of `config_values`; config.json keeps the key order of the source."""
     for name, values in config_values(source, job, fmt, trusted).items():
         if name == "config.json":
             write_text(folder, name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
@@ -170,11 +157,8 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat,
 
 
 def config_values(source: ModelSource, job: Job, fmt: OutputFormat, trusted: bool) -> dict[str, Any]:
-    """By file name: config.json with the format's quantization_config, and the same alone in its `config_files`.
-
-    config.json is the source's own with what the run changed, whichever flow it was. `trusted`: its Python files come
-    along.
-    """
+    """By file name: the source's config.json with the format's quantization_config, and the latter alone in each of the
+    format's `config_files`. `trusted`: trust_remote_code, so that Python files are copied."""
     values = source_config(source.config, getattr(source, "folder", None), trusted)
     values = with_both_rope_spellings(with_dtype(values, str(source.dtype).removeprefix("torch.")))
     if values.get("architectures") is None:
@@ -190,7 +174,7 @@ def config_values(source: ModelSource, job: Job, fmt: OutputFormat, trusted: boo
 
 
 def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> None:
-    """Everything beside the weights: copied from the source folder, else saved from the objects."""
+    """Copy tokenizer and other small files from the source folder, or save them from the objects."""
     origin = getattr(source, "folder", None)
     if origin is not None:
         copy_side_files(Path(origin), folder, trust_remote_code)
@@ -201,21 +185,24 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
         write_text(folder, "generation_config.json", generation.to_json_string())
 
 
-def layer_records(
-    job: Job, fmt: OutputFormat, unreached: Sequence[str] = (), numerics_policy: NumericsPolicy | None = None
-) -> tuple[LayerRecord, ...]:
-    """Every linear layer of the job and every other matrix in its blocks, for the report.
+_UNREACHED = "no calibration token reached it: rounded by its weights alone"
 
-    `unreached`: layers that no calibration token reached.
+
+def layer_records(
+    job: Job, fmt: OutputFormat, reasons: Mapping[str, str] | None = None,
+    numerics_policy: NumericsPolicy | None = None,
+) -> tuple[LayerRecord, ...]:  # fmt: skip
+    """Records of every linear layer of the job and every other matrix in its blocks, for the report.
+
+    `reasons`: by layer, why it was rounded in another way than asked for.
     """
-    plain = {} if numerics_policy is None else numerics_policy.plain
+    rounded = {} if numerics_policy is None else numerics_policy.rounded
     records = []
-    without = set(unreached)
     for name, plan in job.layers.items():
         bits = stored_bits(plan, fmt) if plan.scheme.quantizes_weights else None
-        reason = "no calibration token reached it: rounded by its weights alone" if name in without else plan.reason
-        if name in plain:
-            reason = f"rounded by its weights alone: {plain[name]}"
+        reason = (reasons or {}).get(name, plan.reason)
+        if name in rounded:
+            reason = f"rounded by its weights alone: {rounded[name]}"
         records.append(LayerRecord(name, plan.description, bits, reason))
     full = job.scheme.with_overrides({"bits": 16, "act_bits": 16}).describe()
     records += [LayerRecord(name.removesuffix(".weight"), full, None, reason) for name, reason in job.skipped.items()]
@@ -223,9 +210,9 @@ def layer_records(
 
 
 def stored_bits(plan: LayerPlan, fmt: OutputFormat) -> float:
-    """Bits a weight of a quantized layer takes in the format's files, with its share of scales and zero points.
+    """Bits per weight of a quantized layer in the format's files, scales and zero points included.
 
-    Format `fake` stores dense weights; the value is what its grid would take with float16 scales.
+    Format `fake` stores dense weights; the value is that of packed codes with float16 scales.
     """
     scheme = plan.scheme
     if fmt.name == "fake":
@@ -247,20 +234,12 @@ def bits_per_weight(job: Job, fmt: OutputFormat) -> float | None:
 
 
 def write_records(
-    folder: Path,
-    job: Job,
-    settings: Settings,
-    fmt: OutputFormat,
-    blocks: Sequence[BlockRecord],
-    seconds: Mapping[str, float],
-    files: Mapping[str, str],
-    verify: Mapping[str, Any] | None,
-    data: str | None,
-    unreached: Sequence[str] = (),
-    numerics_policy: NumericsPolicy | None = None,
+    folder: Path, job: Job, settings: Settings, fmt: OutputFormat, blocks: Sequence[BlockRecord],
+    seconds: Mapping[str, float], files: Mapping[str, str], verify: Mapping[str, Any] | None, data: str | None,
+    reasons: Mapping[str, str] | None = None, numerics_policy: NumericsPolicy | None = None,
     made_from: Mapping[str, str] | None = None,
-) -> None:
-    """README.md and report.json. Neither holds a path of this machine."""
+) -> None:  # fmt: skip
+    """Write README.md and report.json, without any path of this machine."""
     given = settings.dataset if isinstance(settings.dataset, str) else ""
     known = [job.model, job.output_dir or "", str(folder), str(envs.work_space()), *re.split("[,:=]", given)]
     clean = partial(redact_paths, known=[path for path in known if path])
@@ -276,23 +255,15 @@ def write_records(
         settings=clean(plain(shown)), data=data, exceptions=exceptions, files=files,
     )  # fmt: skip
     write_model_card(folder, card)
-    others = {*files, LOCK, REPORT, "README.md"}  # the last two are written again when the model is evaluated
+    others = {*files, LOCK, REPORT, "README.md"}  # the last two are rewritten when the model is evaluated
     small = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     small = {name: path for name, path in small.items() if name not in others and not name.startswith(".")}
     report = RunReport(
-        model=model,
-        format=fmt.name,
-        job=clean(plain(job.to_dict())) | {"model": model, "data": data},
-        layers=tuple(replace(r, reason=clean(r.reason)) for r in layer_records(job, fmt, unreached, numerics_policy)),
-        blocks=tuple(blocks),
-        seconds=seconds,
-        peak_rss_bytes=peak_rss_bytes(),
-        peak_vram_bytes=peak_vram_bytes(),
-        files=files,
-        small_files={name: file_sha256(path) for name, path in small.items()},
-        sizes=sizes,
-        verify=clean(verify),
-        numerics=None if numerics_policy is None else clean(plain(numerics_policy.to_dict())),
+        model=model, format=fmt.name, job=clean(plain(job.to_dict())) | {"model": model, "data": data},
+        layers=tuple(replace(r, reason=clean(r.reason)) for r in layer_records(job, fmt, reasons, numerics_policy)),
+        blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(), peak_vram_bytes=peak_vram_bytes(),
+        files=files, small_files={name: file_sha256(path) for name, path in small.items()}, sizes=sizes,
+        verify=clean(verify), numerics=None if numerics_policy is None else clean(plain(numerics_policy.to_dict())),
         made_from=made_from,
-    )
+    )  # fmt: skip
     write_report(folder, report)

@@ -22,23 +22,26 @@ from auto_round.errors import AutoRoundError
 from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import ModelSource, direct_tensors
 from auto_round.output.folders import is_verified, recorded_inputs
-from auto_round.run.journal import raw_bytes
+from auto_round.output.verify import shorten
+from auto_round.output.writer import bytes_of
+from auto_round.plugins import loaded_plugins
 from auto_round.run.plan import Job
 from auto_round.run.settings import Settings
 
-# Of the settings, what does not decide the result, or is said in another way below.
+# Settings that do not change the result, or are covered by other entries below.
 _LEFT_OUT = (
     "algorithm", "dataset", "device", "imatrix", "layer_config", "ignore_layers", "to_quant_block_names", "mixed",
     "low_gpu_mem_usage", "max_memory", "platform", "strict", "trust_remote_code", "verify",
 )  # fmt: skip
 PER_EXPERT, WITH_BLOCK = "tuned one at a time", "tuned with their block"
 _VARIABLES = ("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "AR_GGUF_PRE_TOKENIZER")
+_MAX_HASHED_BYTES = 64 << 20  # larger text files are compared by size and time
 
 
 def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | str) -> dict[str, Any]:
-    """All that decides the result and is known before any data is read, but the weights. Plain values.
+    """Everything that changes the result and is known before data is read, except the weights, as plain values.
 
-    Everything in the settings counts unless it is known not to, so that a new setting cannot be forgotten here.
+    Every setting is included unless it is in `_LEFT_OUT`, so that a new setting cannot be forgotten here.
     """
     own = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _LEFT_OUT}
     scheme = own.pop("scheme").to_dict()
@@ -59,6 +62,7 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
     values["config.json"] = _file_digest(Path(getattr(source, "folder", "")) / "config.json")
     values |= {name: envs.get(name) for name in _VARIABLES}
     values |= {f"version of {name}": version for name, version in _versions().items()}
+    values |= {f"plugin {name}": version for name, version in loaded_plugins().items()}
     return as_json(values)
 
 
@@ -73,7 +77,7 @@ def weight_files(source: ModelSource) -> dict[str, list[Any]]:
 
 
 def input_identity(file: Path) -> list[Any]:
-    """Size, time of the last change and digest of the header of a local file: cheap, and any other file differs."""
+    """Size, modification time and header digest of a safetensors file, to recognize it without reading it."""
     stat = file.stat()
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -82,17 +86,17 @@ def input_identity(file: Path) -> list[Any]:
 
 
 def samples_digest(samples: Iterable[Mapping[str, torch.Tensor]]) -> str:
-    """Of token ids, masks and labels."""
+    """SHA-256 (16 digits) of token ids, masks and labels."""
     digest = hashlib.sha256()
     for sample in samples:
         for key in sorted(sample):
             digest.update(f"{key}{list(sample[key].shape)}".encode())
-            digest.update(raw_bytes(sample[key]))
+            digest.update(bytes_of(sample[key]))
     return digest.hexdigest()[:16]
 
 
 def tensors_checksum(tensors: Iterable[torch.Tensor | DiskTensor]) -> int:
-    """CRC-32 of tensors one after the other, a sample or row at a time where they are not in memory."""
+    """CRC-32 of the concatenated bytes of tensors; those on disk or on a device are read one row at a time."""
     crc = 0
     for tensor in tensors:
         parts: Iterable[torch.Tensor]
@@ -101,13 +105,12 @@ def tensors_checksum(tensors: Iterable[torch.Tensor | DiskTensor]) -> int:
         else:
             parts = [tensor] if tensor.device.type == "cpu" or tensor.dim() < 3 else tensor.unbind(0)
         for part in parts:
-            crc = zlib.crc32(raw_bytes(part), crc)
+            crc = zlib.crc32(bytes_of(part), crc)
     return crc
 
 
 def block_checksum(source: ModelSource, name: str) -> int:
-    """CRC-32 of the parameters and persistent buffers of a module; those that are not loaded are read, one at a
-    time."""
+    """CRC-32 of the parameters and persistent buffers of a module; tensors that are not loaded are read one by one."""
     return tensors_checksum(
         source.read(".".join(part for part in (name, inner, leaf) if part)) if tensor.is_meta else tensor
         for inner, child in source.model.get_submodule(name).named_modules()
@@ -116,36 +119,32 @@ def block_checksum(source: ModelSource, name: str) -> int:
 
 
 def non_block_checksum(source: ModelSource) -> int:
-    """CRC-32 of all tensors that are in no block."""
+    """CRC-32 of all tensors outside the blocks."""
     blocks, tied = tuple(f"{block}." for block in source.blocks), source.tied()
     names = [name for name in source.tensor_names() if not name.startswith(blocks) and name not in tied]
     return tensors_checksum(source.read(name) for name in names)
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """Which values of two sets of plain values differ, as words."""
+    """Messages that name every difference between two nested dictionaries of plain values."""
     if isinstance(one, dict) and isinstance(other, dict):
         found = []
         for key in sorted({*one, *other}):
             found += differences(one.get(key), other.get(key), f"{where}.{key}" if where else str(key))
         return found
-    return [] if one == other else [f"{where}: {_short(one)} then, {_short(other)} now"]
+    before, now = (shorten(json.dumps(value, default=str), 57) for value in (one, other))
+    return [] if one == other else [f"{where}: {before} then, {now} now"]
 
 
 def as_json(values: Mapping[str, Any]) -> Any:
-    """Values as they are read back from JSON."""
+    """Values after a round trip through JSON."""
     return json.loads(json.dumps(dict(values), default=str))
 
 
 def format_differences(found: Sequence[str], most: int = 8) -> str:
-    """Differences as one line."""
+    """The first differences in one line."""
     more = f"; and {len(found) - most} more" if len(found) > most else ""
     return "; ".join(found[:most]) + more
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _file_digest(path: Path) -> str | None:
@@ -160,16 +159,13 @@ def _versions() -> dict[str, str]:
     return {"auto_round": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
-# Whether an output folder holds what the same command made before: then nothing is left to do.
-
-_READ_WHOLE = 64 << 20  # bytes; of larger files of text size and time are compared
-
-
 def run_digests(
     job: Job, settings: Settings, source: ModelSource, shard: int | str, tokenizer: Any
 ) -> Mapping[str, str] | None:
-    """Digests of all that decides a result: settings, weights and data. None where one cannot be known before the work
-    begins: the weights of a model object, and data that can be read only once."""
+    """Digests of everything that changes the result: settings, weights and data.
+
+    None when one is unknown before the work begins: the weights of a model object, data that can be read only once.
+    """
     weights = weight_files(source)
     data = _data_identity(settings, tokenizer)
     if not source.lazy or not weights or data is None:
@@ -178,7 +174,7 @@ def run_digests(
 
 
 def digest_parts(settings: Any, weights: Any, data: Any) -> Mapping[str, str]:
-    """SHA-256 of plain values of each: nothing of the machine can be read from them."""
+    """SHA-256 of settings, weights and data as plain values, so that report.json reveals nothing of the machine."""
     parts = {"settings": settings, "weights": weights, "data": data}
     return {
         name: hashlib.sha256(json.dumps(as_json({name: value})).encode()).hexdigest() for name, value in parts.items()
@@ -186,15 +182,15 @@ def digest_parts(settings: Any, weights: Any, data: Any) -> Mapping[str, str]:
 
 
 def is_up_to_date(folders: Sequence[Path], made: Mapping[str, str] | None, settings: Settings) -> bool:
-    """Whether each of these folders is a complete result of this recipe, checked if that is asked for."""
+    """Whether each folder holds the complete result of inputs with these digests, verified if the settings ask so."""
     if made is None or (settings.save_imatrix is not None and not Path(settings.save_imatrix).is_file()):
         return False
     return all(recorded_inputs(f) == made and (is_verified(f) or not settings.verify) for f in folders)
 
 
 def _data_identity(settings: Settings, tokenizer: Any) -> Any:
-    """What tells one calibration set from another: the words of a dataset string, with the files it names; the samples
-    of an object that can be read again. None where it cannot."""
+    """Plain values that identify a calibration set: the dataset string with digests of the files that it names, or a
+    digest of the samples of an object. None when it cannot be read twice."""
     dataset = settings.dataset
     if not settings.needs_data:
         return "none"
@@ -204,28 +200,28 @@ def _data_identity(settings: Settings, tokenizer: Any) -> Any:
         try:
             named = [spec.name for spec in parse_dataset_string(dataset)]
         except AutoRoundError:
-            return None  # the run itself says what is wrong
+            return None  # the run will raise it
         if any(name in DATASETS and DATASETS[name].where == BY_PROGRAM for name in named):
-            return None  # what a function gives may change
+            return None  # the result of a function may change
         return [dataset, *(_file_digests(Path(name).expanduser()) for name in named)]
     if isinstance(dataset, Iterator):
         return None
     try:
-        read = prepare_calibration(
+        data = prepare_calibration(
             dataset, tokenizer, seqlen=settings.seqlen, nsamples=settings.nsamples, seed=settings.seed
         )
+        return samples_digest(data.samples)
     except AutoRoundError:
         return None
-    return samples_digest(read.samples)
 
 
 def _file_digests(path: Path) -> list[list[Any]]:
-    """Name, size and contents (or, of large files, time) of a local file, or of all files in a folder."""
+    """Name, size and content digest (time for large files) of a local file, or of all files in a folder."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
     found: list[list[Any]] = []
     for file in files:
         stat = file.stat()
-        large = stat.st_size > _READ_WHOLE
+        large = stat.st_size > _MAX_HASHED_BYTES
         content = stat.st_mtime_ns if large else hashlib.sha256(file.read_bytes()).hexdigest()
         found.append([file.name, stat.st_size, content])
     return found

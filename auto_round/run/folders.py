@@ -25,7 +25,7 @@ _DEFAULT_SCHEME = "W4A16"
 
 
 def default_format(settings: Settings) -> str:
-    """The format of a run that names none: the file type of a GGUF scheme, else auto_round."""
+    """The format when none is given: the file type of a GGUF scheme, else auto_round."""
     name = settings.scheme_name.lower()
     return name if name.startswith(GGUF) else "auto_round"
 
@@ -33,10 +33,10 @@ def default_format(settings: Settings) -> str:
 def split_runs(
     settings: Settings, formats: Sequence[OutputFormat], quiet: bool = False
 ) -> list[tuple[Settings, list[OutputFormat]]]:
-    """(settings, formats) of each run, one with several formats first.
+    """(settings, formats) of each run: all other formats together first, then one run for each GGUF format.
 
-    A GGUF format brings its scheme, which is said unless `quiet`. Format `fake` beside GGUF formats alone is the fake
-    of the first of them.
+    A GGUF format replaces the scheme, with a warning unless `quiet`. With GGUF formats only, format `fake` belongs to
+    the first of them.
     """
     files = [fmt for fmt in formats if gguf_format([fmt])]
     others = [fmt for fmt in formats if fmt not in files]
@@ -51,29 +51,20 @@ def split_runs(
 
 
 def settings_for_gguf(settings: Settings, fmt: Any, quiet: bool = False) -> Settings:
-    """The settings with the scheme of a GGUF format."""
+    """The settings with the scheme of a GGUF format instead of their own."""
     name = f"GGUF:{fmt.preset}"
     if not quiet and settings.scheme_name not in (name, _DEFAULT_SCHEME):
         logger.warning("format %s has types of its own: scheme %s is not used for it", fmt.name, settings.scheme_name)
     return replace(settings, scheme=fmt.scheme, scheme_name=normalize_preset_name(name), mixed=None)
 
 
-def folder_name(fmt: OutputFormat) -> str:
-    """The subfolder of a format, where there are several."""
-    return subfolder_name(fmt.name)
-
-
-# The folders of a run: one for each format, what may lie in them, and what an earlier run left there.
-
-
 def format_folders(root: Path, formats: Sequence[OutputFormat]) -> list[Path]:
-    """Where each format goes: the output folder itself, or, of several, a subfolder each."""
-    return [root] if len(formats) == 1 else [root / folder_name(fmt) for fmt in formats]
+    """The folder of each format: the output folder itself, or, for several formats, a subfolder each."""
+    return [root] if len(formats) == 1 else [root / subfolder_name(fmt.name) for fmt in formats]
 
 
 def output_bytes(job: Job) -> int:
-    """What the output takes, with the small files. What it replaces stays until all of it is there, so nothing is taken
-    off for that."""
+    """Disk space of the output with the small files; files that it replaces are removed only at the end."""
     return int(sum(job.bytes_on_disk.values()) * 1.02) + (1 << 20)
 
 
@@ -81,10 +72,10 @@ def check_folders(
     job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: RunJournal | None,
     siblings: Sequence[str],
 ) -> None:  # fmt: skip
-    """Raise OutputError when the folders hold something that no run of ours wrote, or the journal finds no room.
+    """Raise OutputError when the folders hold foreign files, or the disk has too little space for the journal.
 
     Args:
-        siblings: subfolders of other runs that are part of the same command.
+        siblings: subfolders of other runs of the same command.
     """
     if journal is not None:
         before = journal.journal
@@ -99,7 +90,7 @@ def check_folders(
     for fmt, folder in zip(formats, folders, strict=True):
         ours = {name.split("/")[0] for name in before.done.get(fmt.name, ())}
         if journal is None and not (folder / PARTIAL).is_dir():
-            ours = set()  # complete: judged by its report
+            ours = set()  # a complete folder is checked by its report.json
         ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(beside if folder == root else ())})
     ensure_output_folder(root, overwrite or len(formats) == 1, beside)
 
@@ -107,10 +98,10 @@ def check_folders(
 def stale_files(
     root: Path, folders: Collection[Path], siblings: Collection[str] = ()
 ) -> Mapping[Path, tuple[str, ...]]:
-    """What an earlier run wrote into each of these folders, by folder, and into the rest of `root`, under `root`.
+    """Files of an earlier run in each of these folders, and under `root` those in the rest of `root`.
 
     Args:
-        siblings: subfolders of other runs that are part of the same command, which are left alone.
+        siblings: subfolders of other runs of the same command, which are ignored.
     """
     found: dict[Path, tuple[str, ...]] = {folder: inspect_folder(folder).files for folder in folders if folder != root}
     left_alone = {*siblings, *(folder.name for folder in folders if folder != root)}

@@ -17,6 +17,7 @@ from auto_round.layer_config import LayerConfig, matching_layers, scheme_from_en
 from auto_round.logger import logger
 from auto_round.modeling.blocks import is_conv1d
 from auto_round.modeling.source import ModelSource
+from auto_round.output.gguf_writer import FLOAT_TYPES
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.schemes import QuantizationScheme
 
@@ -24,17 +25,17 @@ if TYPE_CHECKING:
     from auto_round.gguf.plan import GgufPlan
 
 
-_NO_BYTES = "its tensor is rearranged in the file: quantized when it is written"
-_DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_REARRANGED = "its tensor is rearranged in the file: quantized when it is written"
+_TYPE_OF_DTYPE = {dtype: kind for kind, dtype in FLOAT_TYPES.items()}
 
 
 def gguf_format(formats: Sequence[OutputFormat]) -> Any | None:
-    """The GGUF format among them (a `GgufFormat`), or None. A run has at most one: another is a run of its own."""
+    """The GGUF format (`GgufFormat`) among the formats of a run, or None; a run has at most one."""
     return next((fmt for fmt in formats if fmt.name.startswith("gguf:")), None)
 
 
 def plan_gguf_file(fmt: Any, source: ModelSource, tokenizer: Any, with_importance: bool) -> GgufPlan:
-    """The file, by the rules of its type alone.
+    """Plan the GGUF file by the rules of its file type, without the layer configuration.
 
     Raises:
         UnsupportedError: a family, tensor or tokenizer that the conversion does not know.
@@ -53,7 +54,7 @@ def plan_gguf_file(fmt: Any, source: ModelSource, tokenizer: Any, with_importanc
 
 
 def weight_name(source: ModelSource, layer: str) -> str:
-    """The stored tensor of a layer's weight: that of the embedding, for a head that shares it."""
+    """The stored tensor of a layer's weight: the embedding's for a tied head."""
     name = f"{layer}.weight"
     return source.tied().get(name, name)
 
@@ -64,23 +65,30 @@ def file_type_schemes(
     """The scheme of every layer by the file type's rules."""
     from auto_round.formats.no_config import scheme_of_type
 
-    found = {}
-    for layer in layers:
-        kind = plan.type_of(weight_name(source, layer))
-        found[layer] = scheme_of_type(kind or "F16", default)
-    return found
+    return {layer: scheme_of_type(plan.type_of(weight_name(source, layer)) or "F16", default) for layer in layers}
+
+
+def _type_of_bits(layer: str, bits: int) -> str:
+    from auto_round.formats.no_config import TYPE_OF_BITS
+
+    if bits not in TYPE_OF_BITS:
+        known = ", ".join(map(str, TYPE_OF_BITS))
+        raise ConfigError(f"layer {layer}: no GGUF type has {bits} bits; use one of {known}")
+    return TYPE_OF_BITS[bits]
 
 
 def resolve_bits(
     schemes: Mapping[str, QuantizationScheme], own: Mapping[str, QuantizationScheme], widths: Mapping[str, int]
 ) -> tuple[dict[str, QuantizationScheme], list[str]]:
-    """Exceptions that say `bits` alone as the GGUF type of that many bits, and types that do not divide a layer's rows
-    (`widths`) as the ones llama.cpp takes then. Also notes on the latter, for the user.
+    """Replace schemes that give only `bits` by the GGUF type of that width, and types whose blocks do not divide a
+    layer's rows (`widths`) by llama.cpp's fallback types.
+
+    Returns (schemes, notes on the fallbacks for the user).
 
     Raises:
-        ConfigError: bits that no type has.
+        ConfigError: no type has that many bits.
     """
-    from auto_round.formats.no_config import TYPE_OF_BITS, scheme_of_type
+    from auto_round.formats.no_config import scheme_of_type
     from auto_round.gguf.file_types import fallback_type
 
     result, notes = dict(schemes), []
@@ -91,86 +99,77 @@ def resolve_bits(
             if fitting != kind.name:
                 result[name] = scheme_of_type(fitting, scheme)
                 notes.append(f"{name} is {fitting} instead of {kind.name}: rows of {widths[name]} do not divide")
-        if kind is not None or not scheme.quantizes_weights:
-            continue
-        base = own.get(name, scheme)
-        if scheme == base.with_overrides({"bits": scheme.bits}):
-            if scheme.bits not in TYPE_OF_BITS:
-                known = ", ".join(map(str, TYPE_OF_BITS))
-                raise ConfigError(f"layer {name}: no GGUF type has {scheme.bits} bits; use one of {known}")
-            result[name] = scheme_of_type(fallback_type(TYPE_OF_BITS[scheme.bits], widths[name]), scheme)
+        elif scheme.quantizes_weights and scheme == own.get(name, scheme).with_overrides({"bits": scheme.bits}):
+            result[name] = scheme_of_type(fallback_type(_type_of_bits(name, scheme.bits), widths[name]), scheme)
     return result, notes
 
 
 def with_embedding_types(
     plan: GgufPlan, source: ModelSource, layer_config: LayerConfig, layers: Sequence[str], default: QuantizationScheme
 ) -> tuple[GgufPlan, set[str]]:
-    """The file with the types that a layer configuration gives to embeddings, and the names in it that mean them.
+    """Apply a layer configuration to embeddings: (plan with their types, the patterns that match embeddings).
 
-    `bits` alone decide, or a scheme that is one of ggml's types. A name that also means one of `layers`, the linear
-    ones, is theirs.
+    An entry gives `bits` or one of ggml's types. A pattern that also matches one of the linear `layers` does not apply
+    to embeddings.
 
     Raises:
-        ConfigError: bits that no type has.
+        ConfigError: no type has that many bits.
     """
-    from auto_round.formats.no_config import TYPE_OF_BITS
     from auto_round.gguf.file_types import fallback_type
 
     embeddings = [name for name, module in source.model.named_modules() if isinstance(module, torch.nn.Embedding)]
     wanted: dict[str, str] = {}
-    meant: set[str] = set()
+    used: set[str] = set()
     for pattern, entry in layer_config.items():
         found = [] if matching_layers(pattern, layers) else matching_layers(pattern, embeddings)
         for name in found:
-            meant.add(pattern)
+            used.add(pattern)
             stored = weight_name(source, name)
             scheme = scheme_from_entry(pattern, entry, default)
             kind = ggml_type_of(scheme)
             shape, dtype = source.tensor_meta(stored)
             if not scheme.quantizes_weights:
-                wanted[stored] = _DENSE.get(dtype, "F32")
-            elif kind is None and scheme.bits not in TYPE_OF_BITS:
-                known = ", ".join(map(str, TYPE_OF_BITS))
-                raise ConfigError(f"layer {name}: no GGUF type has {scheme.bits} bits; use one of {known}")
+                wanted[stored] = _TYPE_OF_DTYPE.get(dtype, "F32")
             else:
-                wanted[stored] = fallback_type(TYPE_OF_BITS[scheme.bits] if kind is None else kind.name, shape[-1])
-    return plan.with_types({name: kind for name, kind in wanted.items() if plan.places[name]}), meant
+                name_of_type = _type_of_bits(name, scheme.bits) if kind is None else kind.name
+                wanted[stored] = fallback_type(name_of_type, shape[-1])
+    return plan.with_types({name: kind for name, kind in wanted.items() if plan.places[name]}), used
 
 
 def with_types(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
-    """The plans with the ggml type that stores each layer."""
+    """The plans with the ggml type of each layer."""
     kinds = {name: ggml_type_of(p.scheme) if p.scheme.quantizes_weights else None for name, p in layers.items()}
     return {name: replace(p, ggml=None if (k := kinds[name]) is None else k.name) for name, p in layers.items()}
 
 
 def is_rearranged(plan: GgufPlan, source: ModelSource, layer: str) -> str | None:
-    """Why a layer cannot be stored row by row as it is tuned, or None."""
+    """Why the rows of a layer cannot be stored as they are tuned, or None."""
     places = plan.places[weight_name(source, layer)]
-    return _NO_BYTES if any(place.edit is not None for place in places) else None
+    return _REARRANGED if any(place.edit is not None for place in places) else None
 
 
 def resolve_types(plan: GgufPlan, source: ModelSource, layers: Mapping[str, LayerPlan]) -> GgufPlan:
-    """The file with the layers' types in it: dense ones in the source's own dtype.
+    """The plan with the types of all layers.
 
     Raises:
-        ConfigError: two parts of one tensor are to have different types.
+        ConfigError: two parts of one tensor have different types.
     """
     wanted: dict[str, str] = {}
     for name, layer in layers.items():
         stored = weight_name(source, name)
-        if not plan.places[stored] or layer.reason == _NO_BYTES:
+        if not plan.places[stored] or layer.reason == _REARRANGED:
             continue
         kind = layer.ggml
-        if kind is None:  # what the rules leave dense stays so; what the user does, keeps its dtype
+        if kind is None:  # unquantized: the float type of the file type's rules, else the source's dtype
             ruled = plan.type_of(stored)
-            own = _DENSE.get(source.tensor_meta(stored)[1], "F32")
-            kind = ruled if ruled is not None and ruled in _DENSE.values() else own
+            own = _TYPE_OF_DTYPE.get(source.tensor_meta(stored)[1], "F32")
+            kind = ruled if ruled is not None and ruled in FLOAT_TYPES else own
         wanted[stored] = kind
     return plan.with_types(wanted)
 
 
 def shared_with_head(asked: GgufPlan, settled: GgufPlan, source: ModelSource, embeddings: Sequence[str]) -> list[str]:
-    """What to tell the user of embeddings whose tensor got the type of the head that shares it."""
+    """Notes for the user on embeddings that get the type of the head that shares their tensor."""
     stored = {name: weight_name(source, name) for name in embeddings}
     return [
         f"{name} is {settled.type_of(tensor)}, not {asked.type_of(tensor)}: the head shares its tensor, and "
@@ -180,12 +179,8 @@ def shared_with_head(asked: GgufPlan, settled: GgufPlan, source: ModelSource, em
     ]
 
 
-# llama.cpp's importance files: the second moments of every layer's inputs, by the names of a GGUF file.
-
-
 def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torch.Tensor]:
-    """The importance of the job's layers, float32 [in] by layer name, from a file; without the layers it
-    does not name.
+    """Read an importance file (imatrix) of llama.cpp: float32 [in] by layer name, for the layers that it names.
 
     Raises:
         DataError: the file is damaged, of another model, or names none of the layers.
@@ -204,23 +199,18 @@ def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torc
 
 
 def log_missing_importance(path: str, job: Job, found: Mapping[str, torch.Tensor]) -> None:
-    """Log how many of the job's layers a file has no importance for."""
+    """Log the number of the job's layers that an importance file does not name."""
     missing = [name for name in job.quantized() if name not in found]
     if missing:
-        logger.info(
-            "%s says nothing of %d layers, such as %s: all of their inputs weigh alike", path, len(missing), missing[0]
-        )
+        message = "%s has no importance for %d layers, such as %s: all of their inputs get the same weight"
+        logger.info(message, path, len(missing), missing[0])
 
 
 def save_importance(
-    path: str,
-    job: Job,
-    source: ModelSource,
-    sums: Mapping[str, torch.Tensor],
-    tokens: Mapping[str, int],
+    path: str, job: Job, source: ModelSource, sums: Mapping[str, torch.Tensor], tokens: Mapping[str, int],
     chunk_size: int,
-) -> None:
-    """Write what calibration saw: sums of squares [in] and numbers of tokens by layer name."""
+) -> None:  # fmt: skip
+    """Write an importance file from sums of squares of the inputs [in] and numbers of tokens by layer name."""
     plan = _plan(job)
     stacked: dict[str, dict[int, str]] = {}
     for layer in sums:
@@ -233,5 +223,5 @@ def save_importance(
 
 
 def _plan(job: Job) -> GgufPlan:
-    assert job.gguf is not None  # planning refuses the options without
+    assert job.gguf is not None  # the planner refuses importance files without a GGUF format
     return job.gguf

@@ -18,38 +18,36 @@ from auto_round.codecs.registry import clamp_to_float16
 from auto_round.errors import NumericsError, VerifyError
 from auto_round.formats.base import OutputFormat
 from auto_round.gguf.family import Placement
-from auto_round.gguf.metadata import KeyValue
 from auto_round.gguf.plan import GgufPlan
 from auto_round.gguf.reader import GgufTensors
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource, check_finite
-from auto_round.output.gguf_writer import GgufFile, TypedValue
-from auto_round.output.verify import bytes_digest, layer_digest
+from auto_round.output.gguf_writer import FLOAT_TYPES, GgufFile, TypedValue
+from auto_round.output.verify import dense_digest, layer_digest
 from auto_round.run.gguf import weight_name
 from auto_round.run.plan import Job
 from auto_round.run.settings import Settings
 
-_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 
 class GgufFileWriter:
-    """Packs layers and writes them with the other tensors into one file, in any order.
+    """Packs layers and writes them with the other tensors into one GGUF file, in any order.
 
     Attributes:
-        expected: by layer, what a reader of the file must find (`digest.layer_digest`).
-        dense: (name, place, rows, digest) of everything else.
+        expected: `layer_digest` by layer, for verification.
+        dense: (name, placement, rows, digest) of every other tensor.
     """
 
     def __init__(
         self, fmt: OutputFormat, folder: Path, file_name: str, plan: GgufPlan, source: ModelSource, optimized: bool,
         transposed: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
-        """`optimized`: the scales of what is no layer (embeddings) are searched. `transposed`: source tensors that
-        store [in, out]."""
+        """`optimized`: search the scales of embeddings. `transposed`: source tensors stored as [in, out]."""
         self.format, self.folder, self.plan, self.path = fmt, folder, plan, folder / file_name
         self._optimized, self._source, self._transposed = optimized, source, transposed
         self._written: set[str] = set()
-        self.writer = GgufFile(self.path, plan.conversion.arch, stored_values(plan.metadata), plan.tensors())
+        values = {pair.key: TypedValue(pair.value, (pair.item_kind or pair.kind).name) for pair in plan.metadata}
+        values.pop("general.architecture", None)  # `GgufFile` writes it
+        self.writer = GgufFile(self.path, plan.conversion.arch, values, plan.tensors())
         self.expected: dict[str, str] = {}
         self.dense: list[tuple[str, Placement, int, str]] = []
         for name, tensor in plan.conversion.extras().items():
@@ -76,19 +74,19 @@ class GgufFileWriter:
                 self._add(name, tensor)
 
     def spare(self) -> None:
-        """Nothing: a GGUF file holds what its architecture reads."""
+        """Write nothing: a GGUF file holds only tensors that its architecture reads."""
 
     def leave_unquantized(self, names: Sequence[str], reason: str) -> None:
         raise NumericsError(
-            f"{reason}; on_nan=keep: a GGUF file says the type of every tensor before the first one is written, so "
-            f"layers such as {names[0]} cannot stay now: name them in ignore_layers, or use on_nan=rtn"
+            f"{reason}; on_nan=keep: the header of a GGUF file fixes the type of every tensor, so layers such as "
+            f"{names[0]} cannot be left unquantized any more: name them in ignore_layers, or use on_nan=rtn"
         )
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
-        assert not made  # refused when the job was made
+        assert not made  # refused by the planner
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the file by name, when it is finished."""
+        """SHA-256 of the finished file by name."""
         return {self.path.name: self.writer.sha256}
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
@@ -99,63 +97,46 @@ class GgufFileWriter:
             self._put(name, tensor, place)
 
     def _put(self, name: str, tensor: torch.Tensor, place: Placement) -> None:
-        """The part of a tensor that has this place, in the precision of the place."""
+        """Write the part of a tensor that belongs to this placement, in the placement's type."""
         tensor = place.cut(tensor)
         kind = self.plan.types[place.tensor]
-        if kind not in ("F32", "BF16"):  # F16 itself, or the factors of blocks
-            held = clamp_to_float16(tensor)
-            if held is not tensor:
-                logger.warning("tensor %s holds weights beyond float16, which %s cuts to its largest value", name, kind)
-            tensor = held
+        if kind not in ("F32", "BF16"):  # F16, or types with float16 super-block scales
+            clamped = clamp_to_float16(tensor)
+            if clamped is not tensor:
+                logger.warning("tensor %s holds weights beyond float16, which %s clamps", name, kind)
+            tensor = clamped
         if kind in GGML_TYPES:
             rows = tensor.reshape(-1, tensor.shape[-1])
-            # What is looked up and not multiplied: a thorough search would take most of a small model's time.
+            # Embeddings are looked up, not multiplied: a full search would take most of a small model's time.
             packed = pack_blocks(search_blocks(rows, kind, quick=True) if self._optimized else plain_blocks(rows, kind))
             data = packed.view(*tensor.shape[:-1], packed.shape[-1])
         else:
-            data = tensor.to(_DENSE[kind]).contiguous()
+            data = tensor.to(FLOAT_TYPES[kind]).contiguous()
         self._write(place, data)
-        self.dense.append((name, place, data.shape[0], bytes_digest(data)))
+        self.dense.append((name, place, data.shape[0], dense_digest(data)))
 
     def _write(self, place: Placement, data: torch.Tensor) -> None:
         self.writer.write(place.tensor, data, first_row=place.at_row, slot=place.slot)
 
 
-def stored_values(metadata: Iterable[KeyValue]) -> dict[str, Any]:
-    """Key values as the writer takes them; the architecture is an argument of its own there."""
-    return {
-        pair.key: TypedValue(pair.value, (pair.item_kind or pair.kind).name)
-        for pair in metadata
-        if pair.key != "general.architecture"
-    }
-
-
 def make_gguf_writer(
     job: Job, fmt: OutputFormat, folder: Path, source: ModelSource, settings: Settings
 ) -> GgufFileWriter:
-    """The sink of a job's GGUF file."""
+    """The writer of a job's GGUF file."""
     assert job.gguf is not None
     transposed = frozenset(f"{name}.weight" for name, plan in job.layers.items() if plan.transposed)
-    name = f"{base_name(job.model)}-{job.gguf.size_label}-{job.gguf.file_type.upper()}.gguf"
+    base_name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(job.model.rstrip("/\\")).name or "model")
+    name = f"{base_name}-{job.gguf.size_label}-{job.gguf.file_type.upper()}.gguf"
     return GgufFileWriter(fmt, folder, name, job.gguf, source, settings.optimized_start, transposed)
 
 
-def base_name(model: str) -> str:
-    """The model's own name, from a folder or hub id, fit for a file name."""
-    last = Path(model.rstrip("/\\")).name or "model"
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
-
-
-# Read a finished GGUF file with the `gguf` package and hold it against the plan and against what was tuned.
-
-
 def verify_file(output: GgufFileWriter, job: Job, source: ModelSource) -> dict[str, Any]:
-    """Check a saved file: names, shapes and types of all tensors, every layer's numbers, every other tensor's bytes.
+    """Read a finished file with the `gguf` package and compare metadata, tensor infos, and the content of every tensor.
 
     Returns plain values for the report.
 
     Raises:
-        VerifyError: something is not as planned or not as it was tuned.
+        VerifyError: something differs from the plan or from the quantized layers.
     """
     plan, file = output.plan, GgufTensors(output.path)
     _check_values(plan, file)
@@ -172,12 +153,11 @@ def verify_file(output: GgufFileWriter, job: Job, source: ModelSource) -> dict[s
         read = QuantizedLayer(name, layer.scheme, None, None, None, blocks=unpack_blocks(data, kind, layer.in_features))
         if layer_digest(read, False, torch.float32) != digest:
             raise VerifyError(
-                f"{output.path}: {places[0].tensor} does not hold what was tuned for layer {name}; do not use "
-                f"this file, "
-                "and report this"
+                f"{output.path}: {places[0].tensor} does not hold what was tuned for layer {name}; do not use this "
+                "file, and report this"
             )
     for name, place, rows, digest in output.dense:
-        if bytes_digest(_stored(file, place, rows)) != digest:
+        if dense_digest(_stored(file, place, rows)) != digest:
             raise VerifyError(
                 f"{output.path}: tensor {place.tensor} is not what was made of {name}; do not use this file"
             )
@@ -185,7 +165,7 @@ def verify_file(output: GgufFileWriter, job: Job, source: ModelSource) -> dict[s
 
 
 def _check_values(plan: GgufPlan, file: GgufTensors) -> None:
-    """What the file says of the model and its tokenizer."""
+    """Compare the metadata of the model and its tokenizer."""
     for pair in plan.metadata:
         kind = (pair.item_kind or pair.kind).name
         items = list(pair.value) if isinstance(pair.value, (list, tuple)) else [pair.value]
@@ -196,7 +176,7 @@ def _check_values(plan: GgufPlan, file: GgufTensors) -> None:
 
 
 def _as_stored(value: Any, kind: str) -> Any:
-    """A value as a reader of the file gets it."""
+    """A value as a reader of the file sees it."""
     if kind == "FLOAT32":
         return float(torch.tensor(value, dtype=torch.float32))
     return value.decode("utf-8") if isinstance(value, bytes) else value
@@ -215,6 +195,5 @@ def _check_infos(plan: GgufPlan, file: GgufTensors) -> None:
 
 
 def _stored(file: GgufTensors, place: Placement, rows: int) -> torch.Tensor:
-    """The rows that a placement put into the file."""
-    stored = file.stored(place.tensor, place.slot)
-    return stored[place.at_row : place.at_row + rows]
+    """The rows of a placement in the file."""
+    return file.stored(place.tensor, place.slot)[place.at_row : place.at_row + rows]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.encode_layer import ggml_type_for, is_integer
+from auto_round.algorithms.gptq import DAMPING, GPTQConfig, gptq_layer
 from auto_round.algorithms.head import descend_ggml_layer, descend_integer_layer
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.algorithms.quantization.sign_round.loop import split_samples
@@ -28,17 +29,22 @@ from auto_round.run.blocks import RunState, layer_task
 from auto_round.run.plan import Job
 from auto_round.run.writers import OutputWriter
 
-_TOKENS = 2048
+_TOKENS = 2048  # tokens of one Hessian update
 _HELD_OUT_TOKENS = 256  # held-out tokens whose predictions are compared
-_ROWS = 32
-_WEIGHTS = 1 << 24  # of the head in float32 at a time
+_ROWS = 32  # tokens whose KL divergence is computed at a time
+_WEIGHTS = 1 << 24  # weights of the head in float32 at a time
+_SMOKE_TOKENS = 64
 
 
 @dataclass
 class HeadInputs:
-    """What reaches the head: `hessian` = sum z z' over the tokens that are tuned on, float32 [in, in], z being inputs
-    in
-    the quantized model; and for held-out tokens [tokens, in] those inputs, and the full-precision model's."""
+    """Inputs z of the head.
+
+    Attributes:
+        hessian: sum of z z^T over the tuning tokens in the quantized model, float32 [in, in].
+        quantized: held-out tokens in the quantized model, float32 [tokens, in].
+        full: the same in the full-precision model.
+    """
 
     hessian: torch.Tensor
     quantized: torch.Tensor
@@ -47,7 +53,7 @@ class HeadInputs:
 
 @torch.no_grad()
 def head_inputs(source: ModelSource, state: RunState, name: str) -> HeadInputs:
-    """Send both calibration streams on to the head.
+    """Run both calibration streams from the last block to the input of the head `name`.
 
     Raises:
         NumericsError: NaN or Inf in its inputs.
@@ -60,11 +66,11 @@ def head_inputs(source: ModelSource, state: RunState, name: str) -> HeadInputs:
     each = max(1, _HELD_OUT_TOKENS // len(held_out))
     with non_block_loaded(source, state.device):
         for sample in sorted({*tuned_on, *held_out}):
-            keep = quantized.captured.loss_mask[sample].to(state.device)
+            counted = quantized.captured.loss_mask[sample].to(state.device)
             rows = []
             for stream in (quantized, full) if sample in held_out else (quantized,):
                 hidden = stream.hidden[sample : sample + 1].to(state.device)
-                rows.append(stream.captured.finish(source, hidden, [sample], stop_at=name)[0][keep].float())
+                rows.append(stream.captured.finish(source, hidden, [sample], stop_at=name)[0][counted].float())
             if sample in held_out:
                 spread = torch.linspace(0, rows[0].shape[0] - 1, min(each, rows[0].shape[0])).long()
                 held_out_rows.append(tuple(row[spread.to(row.device)] for row in rows))
@@ -80,27 +86,29 @@ def head_inputs(source: ModelSource, state: RunState, name: str) -> HeadInputs:
 
 
 def quantize_head(
-    task: LayerTask, inputs: HeadInputs, scale_dtype: torch.dtype, optimized: bool
+    task: LayerTask, inputs: HeadInputs, scale_dtype: torch.dtype, optimized: bool, gptq: GPTQConfig | None = None
 ) -> tuple[QuantizedLayer, float, float]:
-    """The head on held-out tokens: (layer, KL divergence of rounding to nearest, and of what is kept), in nats.
+    """Quantize the head in several ways and return the best on held-out tokens.
 
-    KL judges because squared error does not say what a change of the logits does to the prediction.
+    They are compared by KL divergence, since squared error does not tell how the predictions change. Returns (layer, KL
+    divergence of round-to-nearest, KL divergence of that layer), in nats.
     """
     task.importance = inputs.hessian.diagonal().contiguous()
-    nearest = quantize_layer(task, optimized, scale_dtype)
-    plain = head_divergence(task, nearest, inputs)
-    kept, least = nearest, plain
-    for other in _candidates(task, inputs.hessian, optimized, scale_dtype):
+    best = quantize_layer(task, optimized, scale_dtype)
+    nearest = least = head_divergence(task, best, inputs)
+    for other in _candidates(task, inputs.hessian, optimized, scale_dtype, gptq):
         divergence = head_divergence(task, other, inputs)
         if divergence < least:
-            kept, least = other, divergence
-    return kept, plain, least
+            best, least = other, divergence
+    return best, nearest, least
 
 
 def _candidates(
-    task: LayerTask, hessian: torch.Tensor, optimized: bool, scale_dtype: torch.dtype
+    task: LayerTask, hessian: torch.Tensor, optimized: bool, scale_dtype: torch.dtype, gptq: GPTQConfig | None
 ) -> Iterator[QuantizedLayer]:
-    """Other ways to round the head, one at a time: they are large."""
+    """Other quantizations of the head, one at a time, since they are large."""
+    if gptq is not None:
+        yield gptq_layer(replace(task, input_hessians=[hessian]), optimized, scale_dtype, gptq.damping)
     kind = ggml_type_for(task)
     if kind is not None:
         yield descend_ggml_layer(task, kind, hessian)
@@ -113,8 +121,8 @@ def _candidates(
 @torch.no_grad()
 def head_divergence(task: LayerTask, layer: QuantizedLayer, inputs: HeadInputs) -> float:
     """Mean KL(full || quantized) over the held-out tokens, nats."""
-    fed = inputs.quantized if task.activation is None else task.activation(inputs.quantized)
-    full, found = _logits(task, None, inputs.full), _logits(task, layer, fed)
+    quantized = inputs.quantized if task.activation is None else task.activation(inputs.quantized)
+    full, found = _logits(task, None, inputs.full), _logits(task, layer, quantized)
     total = 0.0
     for x, z in zip(full.split(_ROWS), found.split(_ROWS), strict=True):
         wanted = x.log_softmax(-1)
@@ -124,8 +132,10 @@ def head_divergence(task: LayerTask, layer: QuantizedLayer, inputs: HeadInputs) 
 
 
 def _logits(task: LayerTask, layer: QuantizedLayer | None, inputs: torch.Tensor) -> torch.Tensor:
-    """float32 [tokens, vocabulary], of the dense weight or of a quantized one. A part of the vocabulary at a time: a
-    whole head in float32 may be the largest tensor of a run."""
+    """Logits, float32 [tokens, vocabulary], of the dense weight or of a quantized layer.
+
+    Computed in slices of the vocabulary: a head in float32 may be the largest tensor of a run.
+    """
     out, columns = task.weight.shape
     logits = torch.empty(inputs.shape[0], out, device=inputs.device)
     whole = layer is not None and isinstance(layer.scheme.group_size, tuple)
@@ -138,23 +148,21 @@ def _logits(task: LayerTask, layer: QuantizedLayer | None, inputs: torch.Tensor)
     return logits if task.bias is None else logits.add_(task.bias.float())
 
 
-# Layers outside the blocks that are quantized too (the head), and all tensors that are not in a block.
-
-
 def quantize_non_block(
-    job: Job, source: ModelSource, state: RunState, optimized: bool, scale_dtype: torch.dtype, steps: int = 0,
-    outputs: Sequence[OutputWriter] = (),
-) -> list[QuantizedLayer]:  # fmt: skip
-    """Quantize the layers that are in no block, by the inputs that the quantized blocks give them: the head tuned when
-    the blocks were (`steps` of them), others on searched scales, and plainly without calibration data. Their dense
-    weights are put in place until the model's tail is released. A layer that `state.numerics` keeps is left out, which
-    the `outputs` are told.
+    job: Job, source: ModelSource, state: RunState, optimized: bool, scale_dtype: torch.dtype, steps: int
+) -> list[QuantizedLayer]:
+    """Quantize the layers outside the blocks on the inputs that they get from the quantized blocks.
+
+    With `steps` > 0 the head is tuned; other layers get searched scales (`optimized`), or are rounded to nearest
+    without calibration data. A layer that `state.numerics` leaves unquantized is left out.
 
     Raises:
-        NumericsError: NaN or Inf in a weight, and in the inputs of a layer where `state.numerics` is to fail of it.
+        NumericsError: NaN or Inf in a weight, or in inputs when the policy is to fail.
     """
     results = []
-    head = _head(source.model)
+    get_head = getattr(source.model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    feeds_back = lambda plan: plan.has_codes if state.gptq is not None else optimized and plan.ggml is not None
     for name, plan in job.quantized().items():
         if any(name.startswith(f"{block}.") for block in source.blocks):
             continue
@@ -164,15 +172,15 @@ def quantize_non_block(
         inputs, importance, extremes, input_hessians = None, None, MinMaxObserver(), None
         try:
             inputs = head_inputs(source, state, name) if tuned else None
-            if is_calibrated(plan.scheme) or (optimized and inputs is None):
-                paired = optimized and inputs is None and plan.ggml is not None
+            if is_calibrated(plan.scheme) or (inputs is None and (optimized or feeds_back(plan))):
+                paired = inputs is None and feeds_back(plan)
                 importance, extremes, input_hessians = _observe_inputs(source, state, name, paired)
         except NumericsError as error:
             fault = error
         source.load(name, state.device)
         task = layer_task(source, plan)
         if fault is not None:
-            found = state.numerics.fall_back(name, [task], fault, outputs, state.rtn_fallback).layers
+            found = state.numerics.fall_back(name, [task], fault, state.outputs, state.rtn_fallback).layers
             if not found:
                 source.release(name)
                 continue
@@ -180,12 +188,13 @@ def quantize_non_block(
         else:
             task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
             if inputs is not None:
-                layer, before, after = quantize_head(task, inputs, scale_dtype, optimized)
+                layer, before, after = quantize_head(task, inputs, scale_dtype, optimized, state.gptq)
                 state.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
             else:
                 task.importance = importance if optimized else (state.importance or {}).get(name)
                 task.input_hessians = input_hessians
-                layer = quantize_layer(task, task.importance is not None, scale_dtype)
+                damping = DAMPING if state.gptq is None else state.gptq.damping
+                layer = gptq_layer(task, task.importance is not None, scale_dtype, damping)
         if task.activation is not None:
             state.activations[name] = task.activation
         state.numerics.count(task, clamped_scales(task, layer))
@@ -197,13 +206,8 @@ def quantize_non_block(
     return results
 
 
-def _head(model: torch.nn.Module) -> torch.nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
-
-
 def _untie(source: ModelSource, task: LayerTask) -> None:
-    """Give a live model's head a weight of its own before it is changed."""
+    """Give the head of a model object its own copy of the weight before it is changed."""
     weight = task.module.weight
     assert isinstance(weight, torch.nn.Parameter)
     task.module.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
@@ -214,7 +218,7 @@ def _untie(source: ModelSource, task: LayerTask) -> None:
 def _observe_inputs(
     source: ModelSource, state: RunState, name: str, paired: bool
 ) -> tuple[torch.Tensor | None, MinMaxObserver, list[torch.Tensor] | None]:
-    """The second moments and extremes of what the layer is fed, and if `paired` the products of its channels."""
+    """Second moments [in] and range of a layer's inputs, and with `paired` their Hessians."""
     stream = state.last_inputs
     extremes = MinMaxObserver()
     if stream is None:
@@ -225,21 +229,19 @@ def _observe_inputs(
         for sample in range(stream.hidden.shape[0]):
             hidden = stream.hidden[sample : sample + 1].to(state.device)
             moments.mask = extremes.mask = input_hessians.mask = mask[sample : sample + 1]
-            fed = stream.captured.finish(source, hidden, [sample], stop_at=name)
-            moments.add(name, fed)
-            extremes.add(name, fed)
+            inputs = stream.captured.finish(source, hidden, [sample], stop_at=name)
+            moments.add(name, inputs)
+            extremes.add(name, inputs)
             if paired:
-                input_hessians.add(name, fed)
+                input_hessians.add(name, inputs)
     moments.check()
     input_hessians.close()
     return moments[name], extremes, input_hessians.of(name)
 
 
-def write_non_block(
-    job: Job, source: ModelSource, layers: Sequence[QuantizedLayer], outputs: Sequence[OutputWriter]
-) -> None:
-    """Hand every tensor that is in no block to the sinks: quantized layers, then the rest. A tied alias is left out,
-    unless the tensor it is tied to was quantized."""
+def write_non_block(source: ModelSource, layers: Sequence[QuantizedLayer], outputs: Sequence[OutputWriter]) -> None:
+    """Write every tensor outside the blocks: quantized layers, then the rest. A tied alias is written only if the
+    tensor it is tied to was quantized."""
     replaced = {f"{layer.name}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
     blocks = tuple(f"{block}." for block in source.blocks)
     tied = source.tied()
@@ -257,21 +259,12 @@ def write_non_block(
 
 @torch.no_grad()
 def smoke_loss(source: ModelSource, state: RunState, layers: Sequence[QuantizedLayer]) -> float | None:
-    """Mean next-token loss, in nats, of the probe after the quantized blocks and head. None without a probe, and where
-    it is NaN in a run that goes on from that.
+    """Mean next-token loss, in nats, of the quantized model on the smoke sample.
 
-    Raises NumericsError when it is NaN, where the policy is to fail.
+    None without a smoke sample, or when the loss is NaN and the policy is not to fail.
+
+    Raises NumericsError when it is NaN and the policy is to fail.
     """
-    try:
-        return _smoke_loss(source, state, layers)
-    except NumericsError:
-        if state.numerics.policy == "fail":
-            raise
-        state.numerics.note("the quantized model gives NaN on the probe: no loss is compared after saving")
-        return None
-
-
-def _smoke_loss(source: ModelSource, state: RunState, layers: Sequence[QuantizedLayer]) -> float | None:
     if state.smoke_sample is None or state.smoke_hidden is None:
         return None
     hidden = state.smoke_hidden.to(state.device)
@@ -286,7 +279,13 @@ def _smoke_loss(source: ModelSource, state: RunState, layers: Sequence[Quantized
             before = state.activations[head.name](before)
         logits = torch.nn.functional.linear(before.float(), head.dequantize().to(before.device), bias)
     ids = state.smoke_sample._inputs[0]["input_ids"].reshape(1, -1).to(logits.device)
-    return mean_loss(logits, ids)
+    try:
+        return mean_loss(logits, ids)
+    except NumericsError:
+        if state.numerics.policy == "fail":
+            raise
+        state.numerics.log_incident("the quantized model gives NaN on the smoke sample: no loss is compared")
+        return None
 
 
 def mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
@@ -297,28 +296,24 @@ def mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
     return loss
 
 
-# A few tokens that go through the quantized model before and after saving.
-
-_SMOKE_TOKENS = 64
-
-
-def smoke_samples(tokenizer: Any, vocab_size: int, most: int | None) -> list[dict[str, torch.Tensor]]:
-    """One sample of at most 64 tokens: packaged text that calibration never reads, or counted ids without a tokenizer.
+def smoke_samples(tokenizer: Any, vocab_size: int, max_length: int | None) -> list[dict[str, torch.Tensor]]:
+    """One sample of at most 64 tokens that is run before and after saving: packaged text that is no calibration data,
+    or a sequence of ids without a tokenizer.
 
     Args:
         tokenizer: the model's, or None.
-        vocab_size: ids from there on are not used.
-        most: positions the model has, None when it has no limit.
+        vocab_size: larger ids are dropped.
+        max_length: positions the model has, None without a limit.
     """
-    length = min(_SMOKE_TOKENS, most or _SMOKE_TOKENS)
+    length = min(_SMOKE_TOKENS, max_length or _SMOKE_TOKENS)
     ids: list[int] = []
     if tokenizer is not None:
         text = held_out_documents()[0][: 16 * length]
         try:
             ids = [i for i in tokenizer(text)["input_ids"] if i < vocab_size][:length]
-        except Exception as error:  # a tokenizer without its vocabulary raises whatever it likes
-            logger.warning("the tokenizer cannot read text (%s); the check after saving takes other tokens", error)
-    if len(ids) < 2:  # any ids do: the same ones are compared before and after
+        except Exception as error:  # a tokenizer without its vocabulary may raise anything
+            logger.warning("the tokenizer cannot read text (%s); the check after saving uses other tokens", error)
+    if len(ids) < 2:  # any ids do: the same ones are compared before and after saving
         ids = [(7 * i + 3) % vocab_size for i in range(length)]
     tensor = torch.tensor(ids, dtype=torch.int64)
     return [{"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}]

@@ -1,9 +1,9 @@
 """On-disk journal of a run: checksummed, atomically written files of finished units and activation streams.
 
-    run.json                   what the run is: settings, data, weights, versions
-    manifest.json              which of the files below count, with their sizes and checksums
+    run.json                   the run's settings, data, weights and versions
+    manifest.json              the valid files among those below, with their sizes and checksums
     unit-0003.safetensors      the layers of the fourth block (the last one: non-block layers)
-    full-0004.safetensors      the activations that the fifth block takes as input; also quantized-, probe-
+    full-0004.safetensors      the activations that the fifth block takes as input; also quantized-, smoke_sample-
 
 Each file is written under a temporary name, synced to disk and renamed. The manifest is written after all files
 that it names, and the activations before the last block are removed after it. So a kill at any moment leaves
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -27,50 +29,58 @@ from auto_round import envs
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.errors import OutputError
 from auto_round.modeling.files.safetensors import DTYPES, empty_mmap
-from auto_round.output.writer import sync_folder, write_text
+from auto_round.output.writer import bytes_of, sync_folder, write_text
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Names of dtypes in safetensors headers."""
+_ALIGN = 8
+_CHUNK_BYTES = 16 << 20  # of a tensor in memory that is written at a time
+_ROWS_BYTES = 1 << 20  # of a tensor in a file that is copied at a time
+_FOLDER_NAME = "resume"
+_RUN, _MANIFEST = "run.json", "manifest.json"
 
 
 def add_checksum(text: str) -> str:
-    """CRC-32 in a line of its own, then `text` and the end of a line."""
+    """`text` with a line before it that holds its CRC-32."""
     return f"{zlib.crc32(text.encode()):08x}\n{text}\n"
 
 
 def take_checksum(data: bytes) -> str:
-    """What `add_checksum` was given. Raises ValueError when these are not the bytes that it made."""
+    """The text that `add_checksum` wrote as `data`. Raises ValueError when the checksum does not match."""
     head, _, text = data.partition(b"\n")
     if not text.endswith(b"\n") or f"{zlib.crc32(text[:-1]):08x}".encode() != head:
         raise ValueError("its bytes are not those that were written")
     return text[:-1].decode()
 
 
-# Files of the journal: tensors and facts, written whole or not at all, and checked before they are used.
-#
-# A file is an ordinary safetensors file; facts are JSON in its metadata. Who writes it notes its size and CRC-32.
+def safetensors_header(
+    specs: Iterable[tuple[str, Sequence[int], torch.dtype]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """Header of a safetensors file with these tensors (name, shape, dtype) in this order, without gaps.
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ALIGN = 8
-_AT_ONCE = 16 << 20
-_PIECE = 1 << 20
+    Returns (the bytes before the tensors, offset of each tensor in the file, size of the file).
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, shape, dtype in specs:
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // _ALIGN) * _ALIGN)
+    front = len(text).to_bytes(8, "little") + text
+    return front, {name: len(front) + start for name, start in starts.items()}, len(front) + end
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | DiskTensor], metadata: Any = None) -> list[int]:
-    """Write a file under a temporary name, bring it to the disk and give it its name. Returns its size and CRC-32.
+    """Write a safetensors file atomically, with `metadata` as JSON in its header. Returns its size and CRC-32.
 
     Raises OutputError when the disk is full or cannot be written.
     """
-    # Falling item sizes keep every tensor where its dtype may start, without holes.
+    # Decreasing item sizes keep every tensor aligned to its dtype without gaps.
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    header: dict[str, Any] = {"__metadata__": {"metadata": json.dumps(metadata)}}
-    at = 0
-    for name in order:
-        tensor = tensors[name]
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes],
-        }  # fmt: skip
-        at += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // _ALIGN) * _ALIGN)
-    head = len(text).to_bytes(8, "little") + text
+    specs = [(name, tensors[name].shape, tensors[name].dtype) for name in order]
+    head, _, size = safetensors_header(specs, {"metadata": json.dumps(metadata)})
     crc = zlib.crc32(head)
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -78,60 +88,52 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | DiskTensor], 
             file.write(head)
             for name in order:
                 for part in _parts(tensors[name]):
-                    piece = raw_bytes(part)  # not more than that of what lies on an accelerator
-                    file.write(piece)
-                    crc = zlib.crc32(piece, crc)
+                    chunk = bytes_of(part)  # the only part of a device tensor that is copied to the CPU at a time
+                    file.write(chunk)
+                    crc = zlib.crc32(chunk, crc)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise unwritable_error(path, error) from error
-    return [len(head) + at, crc]
+    return [size, crc]
 
 
 def _parts(tensor: torch.Tensor | DiskTensor) -> Iterator[torch.Tensor]:
-    """A tensor piece by piece, so that little of it is in memory twice, or at all."""
+    """Split a tensor, so that little of it is in memory at a time."""
     if isinstance(tensor, DiskTensor):
-        rows = max(1, _PIECE * tensor.shape[0] // max(1, tensor.nbytes))
+        rows = max(1, _ROWS_BYTES * tensor.shape[0] // max(1, tensor.nbytes))
         yield from (tensor[at : at + rows] for at in range(0, tensor.shape[0], rows))
     else:
-        yield from tensor.detach().contiguous().reshape(-1).split(_AT_ONCE)
+        yield from tensor.detach().contiguous().reshape(-1).split(_CHUNK_BYTES)
 
 
-def read_rows(path: Path, mark: list[int], name: str, into: DiskTensor) -> None:
-    """The tensor `name` of a file, row by row. Raises OutputError when it is not what was written."""
-    check_file(path, mark)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
-        file.seek(start)
-        for row in range(into.shape[0]):
-            data = bytearray(into.nbytes // into.shape[0])
-            file.readinto(data)
-            into[row] = torch.frombuffer(data, dtype=into.dtype).view(into.shape[1:])
+def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """(offset of the first tensor, header) of an open safetensors file."""
+    length = int.from_bytes(file.read(8), "little")
+    return 8 + length, json.loads(file.read(length))
 
 
 def read_tensors(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor], Any]:
-    """Tensors and facts of a file that `write_tensors` noted as `mark`.
+    """Tensors and metadata of a file with the size and CRC-32 `mark` that `write_tensors` returned.
 
-    Raises OutputError when it is not what was written.
+    Raises OutputError when it does not match them.
     """
     data = empty_mmap((mark[0],), torch.uint8)
     view = data.numpy().data
     _read(path, mark, lambda at, size: view[at : at + size])
-    length = int.from_bytes(bytes(view[:8]), "little")
-    header = json.loads(bytes(view[8 : 8 + length]))
+    start, header = _read_header(BytesIO(view))
     metadata = json.loads(header.pop("__metadata__")["metadata"])
     tensors = {}
     for name, entry in header.items():
-        first, last = (8 + length + offset for offset in entry["data_offsets"])
+        first, last = (start + offset for offset in entry["data_offsets"])
         tensors[name] = data[first:last].view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors, metadata
 
 
 class _JournalFile:
-    """A file that is only read, at explicit places."""
+    """Read-only storage of `DiskTensor`s in a journal file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -142,7 +144,7 @@ class _JournalFile:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(start)
                 while done < len(into):
-                    count = file.readinto(into[done : done + _AT_ONCE])
+                    count = file.readinto(into[done : done + _CHUNK_BYTES])
                     if not count:
                         raise damaged_error(self.path, "it ends early")
                     done += count
@@ -157,30 +159,36 @@ class _JournalFile:
 
 
 def tensors_in_file(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor | DiskTensor], Any]:
-    """What `read_tensors` gives, but tensors are read from the file when they are asked for.
+    """`read_tensors` with tensors that are read from the file on access.
 
-    Raises OutputError when it is not what was written.
+    Raises OutputError when the file does not match `mark`.
     """
     check_file(path, mark)
     with open(path, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
+        start, header = _read_header(handle)
     metadata = json.loads(header.pop("__metadata__")["metadata"])
-    written = _JournalFile(path)
+    file = _JournalFile(path)
     return {
-        name: DiskTensor(written, 8 + length + e["data_offsets"][0], torch.Size(e["shape"]), DTYPES[e["dtype"]])
+        name: DiskTensor(file, start + e["data_offsets"][0], torch.Size(e["shape"]), DTYPES[e["dtype"]])
         for name, e in header.items()
     }, metadata
 
 
+def read_rows(path: Path, mark: list[int], name: str, into: DiskTensor) -> None:
+    """Copy the tensor `name` of a file row by row. Raises OutputError when the file does not match `mark`."""
+    stored = tensors_in_file(path, mark)[0][name]
+    for row in range(into.shape[0]):
+        into[row] = stored[row]
+
+
 def check_file(path: Path, mark: list[int]) -> None:
-    """Raise OutputError when a file is not what was written. Little of it is in memory at a time."""
-    room = memoryview(bytearray(min(mark[0], _AT_ONCE)))
-    _read(path, mark, lambda _, size: room[:size])
+    """Raise OutputError when a file does not match its size and CRC-32. Reads it in chunks."""
+    buffer = memoryview(bytearray(min(mark[0], _CHUNK_BYTES)))
+    _read(path, mark, lambda _, size: buffer[:size])
 
 
-def _read(path: Path, mark: list[int], room: Callable[[int, int], memoryview]) -> None:
-    """Read a file piece by piece into `room(offset, size)`, and compare size and CRC-32."""
+def _read(path: Path, mark: list[int], buffer: Callable[[int, int], memoryview]) -> None:
+    """Read a file in chunks into `buffer(offset, size)`, and compare size and CRC-32."""
     size, crc = mark
     try:
         if path.stat().st_size != size:
@@ -188,11 +196,11 @@ def _read(path: Path, mark: list[int], room: Callable[[int, int], memoryview]) -
         done = found = 0
         with open(path, "rb", buffering=0) as file:
             while done < size:
-                piece = room(done, min(_AT_ONCE, size - done))
-                count = file.readinto(piece)
+                chunk = buffer(done, min(_CHUNK_BYTES, size - done))
+                count = file.readinto(chunk)
                 if not count:
                     raise damaged_error(path, "it ends early")
-                found = zlib.crc32(piece[:count], found)
+                found = zlib.crc32(chunk[:count], found)
                 done += count
     except FileNotFoundError as error:
         raise damaged_error(path, "it is missing") from error
@@ -204,13 +212,8 @@ def _read(path: Path, mark: list[int], room: Callable[[int, int], memoryview]) -
         raise damaged_error(path, "its bytes are not those that were written")
 
 
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, from the CPU, without a copy where they lie there in a row."""
-    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
 def unwritable_error(path: Path, error: OSError) -> OutputError:
-    """What to say when a part of the journal cannot be written."""
+    """The error for a journal file that cannot be written."""
     return OutputError(
         f"cannot write the journal file {path} ({error.strerror or error}); free some space, set AR_WORK_SPACE to "
         "another disk, or do without a journal (--no_resume)"
@@ -218,45 +221,29 @@ def unwritable_error(path: Path, error: OSError) -> OutputError:
 
 
 def damaged_error(path: Path, why: str) -> OutputError:
-    """What to say of a journal that cannot be trusted."""
+    """The error for a damaged journal."""
     return OutputError(
         f"the journal of the interrupted run is damaged: {path}: {why}; start anew with --overwrite or --no_resume "
         "(overwrite=True or resume=False)"
     )
 
 
-# The journal of one run: what is finished, and the state to go on from, in a folder of the work space.
-#
-# run.json                   what the run is: settings, data, weights, versions
-# manifest.json              which of the files below count, with their sizes and checksums
-# unit-0003.safetensors      the layers of the fourth block (one more after the blocks: what is outside them)
-# full-0004.safetensors      the activations that the fifth block is fed; also quantized-, probe-
-#
-# Every file is written under a temporary name, brought to the disk and renamed; the manifest comes after all that it
-# names, and the activations before the last block are removed after it. So a kill at any moment leaves the state before
-# or the state after, never one between.
-
-_FOLDER_NAME = "resume"
-_RUN, _MANIFEST = "run.json", "manifest.json"
-
-
 def journal_folder(output: Path) -> Path:
-    """Where the journal of runs into this folder is."""
+    """The journal folder of runs that write to `output`."""
     path = os.path.abspath(output.expanduser())
-    return (
-        envs.resume_folder() / _FOLDER_NAME / f"{output.name or 'out'}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
-    )
+    digest = hashlib.sha256(path.encode()).hexdigest()[:12]
+    return envs.resume_folder() / _FOLDER_NAME / f"{output.name or 'out'}-{digest}"
 
 
 class Journal:
-    """One journal; `load` reads what is there.
+    """The journal of one run; `load` reads an existing one.
 
     Attributes:
-        run: what the run is, plain values.
-        units: finished ones in order: {"name", "file", "mark", "weights"}; "weights" is a checksum of the weights that
-            it was made from.
+        run: identity of the run, plain values.
+        units: finished units in order: {"name", "file", "mark", "weights"}; "weights" is a checksum of the original
+            weights.
         streams: file name and mark of each stream after the last unit, by kind.
-        done: by format, SHA-256 by file name of its folder, if that is complete and checked.
+        done: by format, SHA-256 by file name of its folder once that is complete and checked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -271,7 +258,7 @@ class Journal:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing would be lost without it."""
+        """Whether it records no finished work."""
         return not self.units and not self.done
 
     def load(self) -> None:
@@ -280,18 +267,21 @@ class Journal:
         state = (self._read(_MANIFEST) if self.run else None) or {"units": [], "streams": {}, "done": {}}
         self.units, self.streams, self.done = state["units"], state["streams"], state["done"]
 
+    def _files(self) -> list[list[Any]]:
+        """(name, mark) of every file."""
+        return [*([unit["file"], unit["mark"]] for unit in self.units), *self.streams.values()]
+
     def check(self) -> None:
-        """Read every file and compare its checksum. Raises OutputError naming the first that is damaged."""
-        files = [*((unit["file"], unit["mark"]) for unit in self.units), *self.streams.values()]
-        for name, mark in files:
+        """Compare the checksum of every file. Raises OutputError naming the first damaged one."""
+        for name, mark in self._files():
             check_file(self.folder / name, mark)
 
     def nbytes(self) -> int:
-        """Bytes that the files take."""
-        return sum(mark[0] for _, mark in [*((u["file"], u["mark"]) for u in self.units), *self.streams.values()])
+        """Bytes of all files."""
+        return sum(mark[0] for _, mark in self._files())
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Start anew. Raises OutputError when the work space cannot be written."""
+        """Start a new journal. Raises OutputError when the work space cannot be written."""
         self.remove()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -304,77 +294,62 @@ class Journal:
         self._write(_RUN, self.run)
 
     def unit(self, index: int, in_file: bool = False) -> tuple[dict[str, torch.Tensor | DiskTensor], Any]:
-        """Tensors and facts of a finished unit; if `in_file`, tensors to be read from there. Raises OutputError when
-        its file is damaged."""
+        """Tensors and metadata of a finished unit; with `in_file` the tensors are read on access. Raises OutputError
+        when its file is damaged."""
         path, mark = self.folder / self.units[index]["file"], self.units[index]["mark"]
         if in_file:
             return tensors_in_file(path, mark)
         tensors, metadata = read_tensors(path, mark)
         return dict(tensors), metadata
 
+    def _stream_file(self, kind: str) -> tuple[Path, list[int]]:
+        if kind not in self.streams:
+            raise damaged_error(self.folder / _MANIFEST, f"it names no {kind} stream")
+        name, mark = self.streams[kind]
+        return self.folder / name, mark
+
     def stream(self, kind: str) -> torch.Tensor:
         """Hidden states [N, T, H] after the last unit. Raises OutputError when their file is damaged."""
-        if kind not in self.streams:
-            raise damaged_error(self.folder / _MANIFEST, f"it names no {kind} stream")
-        name, mark = self.streams[kind]
-        return read_tensors(self.folder / name, mark)[0]["hidden"]
+        return read_tensors(*self._stream_file(kind))[0]["hidden"]
 
     def stream_into(self, kind: str, target: DiskTensor) -> None:
-        """The same into a file, row by row."""
-        if kind not in self.streams:
-            raise damaged_error(self.folder / _MANIFEST, f"it names no {kind} stream")
-        name, mark = self.streams[kind]
-        read_rows(self.folder / name, mark, "hidden", target)
-
-    def add(
-        self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Any, weights: int,
-        streams: Mapping[str, torch.Tensor | DiskTensor],
-    ) -> None:  # fmt: skip
-        """A unit is finished: write it, with the streams after it.
-
-        Raises OutputError when the disk is full.
-        """
-        unit = self.write_unit(name, tensors, metadata, weights)
-        self.commit(unit, {kind: self.write_stream(kind, hidden) for kind, hidden in streams.items()})
+        """Copy the hidden states after the last unit into a file, row by row."""
+        read_rows(*self._stream_file(kind), "hidden", target)
 
     def write_unit(
         self, name: str, tensors: Mapping[str, torch.Tensor | DiskTensor], metadata: Any, weights: int
     ) -> dict[str, Any]:
-        """The next unit's file, which does not count before `commit` is given what this returns."""
+        """Write the file of the next unit. Its record, which is returned, becomes valid by `commit`."""
         file = f"unit-{len(self.units):04d}.safetensors"
         mark = write_tensors(self.folder / file, tensors, metadata)
         return {"name": name, "file": file, "mark": mark, "weights": weights}
 
     def write_stream(self, kind: str, hidden: torch.Tensor | DiskTensor) -> list[Any]:
-        """The same for a stream after that unit."""
+        """Write the file of a stream after the next unit, and return its record."""
         file = f"{kind}-{len(self.units) + 1:04d}.safetensors"
         return [file, write_tensors(self.folder / file, {"hidden": hidden})]
 
     def commit(self, unit: dict[str, Any], streams: dict[str, list[Any]]) -> None:
-        """From now on the unit counts, with all streams after it. Those before it are removed."""
-        old = self.streams
+        """Record a finished unit and all streams after it; the streams before it are removed."""
         self._commit([*self.units, unit], streams, self.done)
-        self._drop(old)
 
     def complete(self, fmt: str, files: Mapping[str, str]) -> None:
-        """All files of a format are on the disk in its folder's `.partial` and were checked."""
+        """Record that all files of a format are in its folder's `.partial` on disk and were checked."""
         self._commit(self.units, self.streams, {**self.done, fmt: dict(files)})
 
     def drop_units(self) -> None:
-        """The run is over: only what it was and which folders it made is kept."""
-        files = {unit["name"]: [unit["file"]] for unit in self.units} | self.streams
+        """Reduce the journal of a finished run to its identity and the folders that it wrote."""
         self._commit([], {}, self.done)
-        self._drop(files)
 
     def remove_uncommitted(self) -> None:
-        """Remove files that a run was writing when it was killed, or was about to remove."""
-        counted = {_RUN, _MANIFEST} | {unit["file"] for unit in self.units} | {n for n, _ in self.streams.values()}
+        """Remove files that a killed run was writing or about to remove."""
+        valid = {_RUN, _MANIFEST, *(name for name, _ in self._files())}
         for path in self.folder.iterdir():
-            if path.name not in counted:
+            if path.name not in valid:
                 path.unlink()
 
     def remove(self) -> None:
-        """Leave nothing, and no empty folders. Raises OutputError when it cannot be removed."""
+        """Remove the journal and its empty parent folders. Raises OutputError when it cannot be removed."""
         try:
             (self.folder / _MANIFEST).unlink()
         except (FileNotFoundError, NotADirectoryError):
@@ -392,13 +367,12 @@ class Journal:
     def _commit(
         self, units: list[dict[str, Any]], streams: dict[str, list[Any]], done: dict[str, dict[str, str]]
     ) -> None:
-        """What counts from now on, on the disk first."""
+        """Write the manifest, then remove the files that it no longer names."""
+        before = {name for name, _ in self._files()}
         self._sync()
         self._write(_MANIFEST, {"units": units, "streams": streams, "done": done})
         self.units, self.streams, self.done = units, streams, done
-
-    def _drop(self, files: Mapping[str, list[Any]]) -> None:
-        for name, *_ in files.values():
+        for name in before - {name for name, _ in self._files()}:
             (self.folder / name).unlink(missing_ok=True)
 
     def _write(self, name: str, value: Any) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.base import ALGORITHMS
+from auto_round.algorithms.gptq import GPTQConfig
+from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
+from auto_round.algorithms.transforms.base import split_transforms
 from auto_round.codecs.block_float import block_float_spec
 from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.errors import ConfigError, UnsupportedError, nearest
@@ -29,11 +32,12 @@ _OTHER_DEFAULTS: dict[str, Any] = {
     "static_kv_granularity": "tensor", "static_attention_dtype": None, "static_attention_granularity": "tensor",
     "imatrix": None, "save_imatrix": None, "on_nan": "fail", "allow_pickle": False,
     "model_free": False, "parallelism": None, "max_memory": None, "format": None, "strict": None,
+    "plugins": None,
 }  # fmt: skip
 _TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
-# Named in older scripts, and changing nothing: what each would switch off is off, or is said in another way.
+# Arguments of older scripts that are accepted and ignored, with the reason.
 _NO_EFFECT = {"mllm": "the kind of a model is found from its files"}
-# Fields of a configuration that `AutoRound` has arguments of its own for, with their defaults in both.
+# Fields of a configuration that are also arguments of `AutoRound`, with their common defaults.
 _SHARED = {"batch_size": 8, "gradient_accumulate_steps": 1}
 
 
@@ -41,8 +45,8 @@ def checked_options(kwargs: Mapping[str, Any], arguments: Iterable[str] = ()) ->
     """All keyword options with their defaults.
 
     Args:
-        kwargs: what was given.
-        arguments: names of the other arguments, for the hint about an unknown one.
+        kwargs: given options.
+        arguments: names of the other arguments, for suggestions.
 
     Raises:
         ConfigError: an unknown option, or two that contradict each other.
@@ -75,10 +79,10 @@ def checked_options(kwargs: Mapping[str, Any], arguments: Iterable[str] = ()) ->
     return options
 
 
-def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfig | str | None:
-    """What was given as `alg_configs` or `algorithm`: one configuration or name, or None.
+def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfig | GPTQConfig | str | None:
+    """The configuration or name given as `alg_configs` or `algorithm`, or None.
 
-    The scheme's fields of a configuration go to `options`, and one with `iters=0` becomes an `RTNConfig`.
+    The scheme fields of a configuration are moved to `options`, and one with `iters=0` becomes an `RTNConfig`.
 
     Raises:
         ConfigError: no such algorithm, several of them, or fields that contradict `options`.
@@ -90,26 +94,34 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
         alg_configs = options["algorithm"]
     given = [part.strip() for part in alg_configs.split(",")] if isinstance(alg_configs, str) else alg_configs
     entries = list(given) if isinstance(given, (list, tuple)) else [given]
+    options["transforms"], entries = split_transforms(entries)
+    entries = entries or [None]
     for entry in entries:
         if isinstance(entry, str):
             refuse_algorithm(f"algorithm {entry!r}", entry)
     if len(entries) != 1:
-        raise ConfigError(f"alg_configs={alg_configs!r}: give one algorithm, auto_round or rtn")
+        raise ConfigError(f"alg_configs={alg_configs!r}: give one algorithm, auto_round, gptq or rtn")
     one = entries[0]
     if one is None:
         return None
     if isinstance(one, str):
+        if one in ALGORITHMS:
+            return RegisteredConfig(quantizer=one)
         name = one.lower().replace("-", "_")
-        if name not in ("rtn", *_TUNED_NAMES):
-            raise ConfigError(
-                f"unknown algorithm {one!r}{nearest(name, ('rtn', *_TUNED_NAMES)) or ';'} Use auto_round or rtn"
-            )
+        known = ("rtn", "gptq", *_TUNED_NAMES, *ALGORITHMS)
+        if name not in known:
+            names = " or ".join(("auto_round", "gptq", "rtn", *ALGORITHMS))
+            raise ConfigError(f"unknown algorithm {one!r}{nearest(name, known) or ';'} Use {names}")
+        if name == "gptq":
+            return GPTQConfig()
         return "rtn" if name == "rtn" else "auto_round"
-    if not isinstance(one, (RTNConfig, SignRoundConfig)):
-        raise ConfigError(f"alg_configs={one!r}: give auto_round, rtn, or one RTNConfig or SignRoundConfig")
+    if not isinstance(one, (RTNConfig, SignRoundConfig, GPTQConfig)):
+        raise ConfigError(
+            f"alg_configs={one!r}: give auto_round, gptq, rtn, or one RTNConfig, GPTQConfig or SignRoundConfig"
+        )
     for key, value in one.scheme_overrides().items():
         if options[key] not in (None, value):
-            raise ConfigError(f"{key}={options[key]!r} contradicts alg_configs={one!r}; say it once")
+            raise ConfigError(f"{key}={options[key]!r} contradicts alg_configs={one!r}; give one of them")
         options[key] = value
     if isinstance(one, SignRoundConfig) and one.iters == 0:
         return RTNConfig(disable_opt_rtn=options["disable_opt_rtn"])
@@ -117,15 +129,21 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
 
 
 def choose_algorithm(
-    given: AlgorithmConfig | str | None, iters: int | None, batch_size: int, accumulate: int,
+    given: AlgorithmConfig | GPTQConfig | str | None, iters: int | None, batch_size: int, accumulate: int,
     options: Mapping[str, Any],
 ) -> tuple[AlgorithmConfig, bool]:  # fmt: skip
-    """The algorithm's settings, and whether scales are searched. `given`: see `given_algorithm`.
+    """The algorithm's configuration, and whether scales are searched. `given`: see `given_algorithm`; with GPTQ the
+    configuration of the tuning that starts from it, or of rounding without tuning.
 
     Raises:
         ConfigError: settings that contradict each other.
     """
     optimized = not options["disable_opt_rtn"]
+    if isinstance(given, RegisteredConfig):
+        for name, value in (("iters", iters), ("disable_opt_rtn", options["disable_opt_rtn"])):
+            if value:
+                raise ConfigError(f"{name}={value!r} has no effect with algorithm {given.quantizer!r}; leave it out")
+        return given, given.optimized
     if isinstance(given, (RTNConfig, SignRoundConfig)):
         if isinstance(given, SignRoundConfig):
             arguments = {"batch_size": batch_size, "gradient_accumulate_steps": accumulate}
@@ -145,28 +163,28 @@ def choose_algorithm(
 def _check_not_twice(
     config: AlgorithmConfig, iters: int | None, batch_size: int, accumulate: int, options: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError for a single setting that says something else than `config` does."""
+    """Raise ConfigError for a single setting that contradicts `config`."""
     given = {k: v for k, v in options.items() if k in _ALGORITHM_DEFAULTS and v != _ALGORITHM_DEFAULTS[k]}
     given |= {"iters": iters} if iters is not None else {}
     given |= {"batch_size": batch_size} if batch_size != _SHARED["batch_size"] else {}
     given |= {"gradient_accumulate_steps": accumulate} if accumulate != 1 else {}
     if isinstance(config, SignRoundConfig):
-        given.pop("disable_opt_rtn", None)  # where the scales start from is no field of it
+        given.pop("disable_opt_rtn", None)  # the search of initial scales is not a field of SignRoundConfig
     own = {"iters": 0, **vars(config)}
     for name, value in given.items():
         if own.get(name) != value and (name in own or isinstance(config, SignRoundConfig)):
             raise ConfigError(
-                f"{name}={value!r} contradicts alg_configs={config!r}; say it in {type(config).__name__} alone"
+                f"{name}={value!r} contradicts alg_configs={config!r}; give it in {type(config).__name__} only"
             )
 
 
 def needs_samples(algorithm: AlgorithmConfig) -> bool:
-    """Whether the algorithm looks at calibration data."""
+    """Whether the algorithm uses calibration data."""
     return isinstance(algorithm, SignRoundConfig) or algorithm.optimized
 
 
 def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationScheme:
-    """The scheme with the fields that were given beside it. Raises ConfigError for a value that is not allowed."""
+    """The scheme with its fields overridden by `options`. Raises ConfigError for an invalid value."""
     base = parse_scheme(scheme)
     overrides = {key: options[key] for key in SCHEME_KEYS if options[key] is not None}
     if isinstance(overrides.get("group_size"), str):
@@ -175,25 +193,21 @@ def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationSchem
             raise ConfigError(f"group_size={overrides['group_size']!r}: give a whole number, or two as ROWS,COLUMNS")
         overrides["group_size"] = int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
     changed = base.with_overrides(overrides)
-    if _is_gguf(scheme) and changed != base and ggml_type_of(changed) is None:
+    is_gguf = isinstance(scheme, str) and normalize_preset_name(scheme).startswith("GGUF:")
+    if is_gguf and changed != base and ggml_type_of(changed) is None:
         logger.warning("%s not used: scheme %s has types of its own", ", ".join(overrides), scheme)
         changed = base
     details = [name for name in overrides if name.startswith("act_") and name != "act_bits"]
     if details and not changed.quantizes_activations:
-        logger.warning("%s has no effect: activations stay as they are without act_bits", ", ".join(details))
+        logger.warning("%s has no effect: activations are not quantized without act_bits", ", ".join(details))
     settled, fields = symmetric_if_required(changed)
     for field in fields:
         logger.warning("%s=False is not used: %s", field, no_zero_point(settled, field))
     return settled
 
 
-def _is_gguf(scheme: Any) -> bool:
-    return isinstance(scheme, str) and normalize_preset_name(scheme).startswith("GGUF:")
-
-
 def symmetric_if_required(scheme: QuantizationScheme) -> tuple[QuantizationScheme, list[str]]:
-    """The scheme with `sym` and `act_sym` set to True where the data type has no zero point, and which of the two were
-    changed."""
+    """Set `sym` and `act_sym` to True for data types without a zero point: (scheme, changed fields)."""
     changed = []
     if scheme.quantizes_weights and not scheme.sym and _is_float(scheme.data_type, scheme.bits):
         changed.append("sym")
@@ -207,7 +221,7 @@ def symmetric_if_required(scheme: QuantizationScheme) -> tuple[QuantizationSchem
 def _is_float(data_type: str, bits: int) -> bool:
     try:
         return block_float_spec(data_type, bits) is not None
-    except UnsupportedError:  # no such width, which is said where the scheme is checked
+    except UnsupportedError:  # an invalid width, which the check of the scheme reports
         return False
 
 
@@ -218,7 +232,7 @@ def no_zero_point(scheme: QuantizationScheme, field: str) -> str:
 
 
 def scheme_label(scheme: Any, resolved: QuantizationScheme) -> str:
-    """What to call the scheme: the preset's name if it is one, else what it does."""
+    """Name of a scheme: the preset's name, else a description."""
     if isinstance(scheme, str) and (parse_scheme(scheme) == resolved or mixed_preset(scheme) is not None):
         return normalize_preset_name(scheme)
     if resolved.data_type == "int" and not resolved.quantizes_activations:

@@ -19,12 +19,16 @@ from auto_round.run.keywords import no_zero_point, symmetric_if_required
 from auto_round.run.settings import Settings
 from auto_round.schemes import MixedPreset, QuantizationScheme
 
+_TOWERS = ("vision_config", "audio_config")
+# Below this group size kernels have no support, and scales would take as much as two bits per weight.
+_MIN_GROUP_SIZE = 32
+
 
 def resolve_layer_schemes(
     settings: Settings, inside: Sequence[str], outside: Sequence[str], modules: Iterable[str],
     own_defaults: Mapping[str, QuantizationScheme], layer_config: LayerConfig, quant_lm_head: bool,
 ) -> tuple[dict[str, QuantizationScheme], list[str]]:  # fmt: skip
-    """The scheme of every layer, and notes about names that mean nothing and fields that are not used.
+    """The scheme of every layer, and notes about patterns that match nothing and fields that are ignored.
 
     Args:
         inside, outside: linear layers inside blocks, and those outside that may be quantized.
@@ -32,7 +36,7 @@ def resolve_layer_schemes(
         layer_config: the settings' own, or a part of it.
 
     Raises:
-        ConfigError: a name or pattern means nothing and the settings are strict, or an entry is no scheme.
+        ConfigError: a pattern matches nothing and the settings are strict, or an entry is no scheme.
     """
     notes: list[str] = []
     known = {*inside, *outside}
@@ -50,9 +54,9 @@ def resolve_layer_schemes(
 
 
 def select_blocks(settings: Settings, blocks: Sequence[str]) -> tuple[str, ...]:
-    """The blocks that `to_quant_block_names` means: names, beginnings of names, or regular expressions.
+    """The blocks that match `to_quant_block_names`: names, prefixes of names, or regular expressions.
 
-    Raises ConfigError for one that means no block.
+    Raises ConfigError for an entry that matches no block.
     """
     wanted = settings.to_quant_block_names
     if not wanted:
@@ -74,21 +78,16 @@ def _search(pattern: str, blocks: Sequence[str]) -> list[str]:
     return [block for block in blocks if compiled.search(block)]
 
 
-# Presets of more than one width: which layer of a model gets which.
-
-_TOWERS = ("vision_config", "audio_config")
-
-
 def mixed_defaults(
     mixed: MixedPreset | None, scheme: QuantizationScheme, names: Iterable[str], config: Any
 ) -> dict[str, QuantizationScheme]:
-    """The default scheme of every layer that does not simply get `scheme`.
+    """Default schemes of a preset with several widths, for every layer that does not get `scheme`.
 
     Args:
-        mixed: the mixture, None when there is none.
-        scheme: what routed experts get; the others differ from it in their bits alone.
+        mixed: the preset, None for others.
+        scheme: scheme of routed experts; the other layers differ in their bits.
         names: of all linear layers.
-        config: the model's, which says whether it reads more than text.
+        config: the model's, which tells whether it is multimodal.
     """
     if mixed is None:
         return {}
@@ -97,25 +96,19 @@ def mixed_defaults(
     return {name: other for name in names if not is_routed_expert(name)}
 
 
-# Group sizes that divide every row, for formats whose readers know no short last group.
-
-# Below this kernels have no group size, and scales would weigh as much as two bits for each weight.
-_SMALLEST = 32
-
-
 def fit_groups(
     schemes: Mapping[str, QuantizationScheme], widths: Mapping[str, int], formats: Sequence[OutputFormat]
 ) -> tuple[dict[QuantizationScheme, QuantizationScheme], list[str]]:
-    """Smaller groups where a scheme's groups do not fill the rows of one of its layers.
+    """Replace group sizes that do not divide the rows of a layer, for formats without a short last group.
 
-    All layers of a scheme get the same group size, so that a format that knows one only still has one.
+    All layers of a scheme get the same group size, since some formats support only one.
 
     Args:
         schemes: by layer name.
         widths: in_features by layer name.
 
     Returns:
-        (scheme -> scheme to use instead, notes for the user). Both are empty when no format asks for full groups.
+        (scheme -> replacement, notes for the user). Both are empty when no format requires full groups.
     """
     if not any(fmt.requires_full_groups for fmt in formats):
         return {}, []
@@ -123,12 +116,12 @@ def fit_groups(
     notes: list[str] = []
     for scheme in dict.fromkeys(schemes.values()):
         size = scheme.group_size
-        if not scheme.quantizes_weights or not isinstance(size, int) or size < _SMALLEST:
+        if not scheme.quantizes_weights or not isinstance(size, int) or size < _MIN_GROUP_SIZE:
             continue
         fitting = size
         for name, own in schemes.items():
             common = gcd(fitting, widths[name])
-            if own == scheme and common >= _SMALLEST:  # else the layer stays in full precision
+            if own == scheme and common >= _MIN_GROUP_SIZE:  # else the layer is left unquantized
                 fitting = common
         if fitting != size:
             instead[scheme] = scheme.with_overrides({"group_size": fitting})
@@ -141,47 +134,42 @@ def fit_groups(
     return instead, notes
 
 
-# Which linear layers stay dense by default although their scheme quantizes them, and how a user overrides it.
-
-_SERVED = "serving engines keep it dense"
-
-
 @dataclass(frozen=True)
 class UnquantizedByDefault:
-    """Layers that stay dense unless `layer_config` names them.
+    """Layers that are left unquantized by default.
 
     Attributes:
-        reasons: by layer, why it stays dense.
-        overridden: by layer, why it would have stayed dense; the user asked for another scheme.
+        reasons: why, by layer.
+        overridden: the same for layers that are quantized because `layer_config` names them.
     """
 
     reasons: Mapping[str, str]
     overridden: Mapping[str, str]
 
     def notes(self) -> list[str]:
-        """A warning for every kind of layer that is quantized against the default."""
+        """A warning for every kind of overridden layer."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.overridden.items():
             by_reason.setdefault(reason, []).append(name)
-        return [
-            f"{_shown(names)} {'is' if len(names) == 1 else 'are'} quantized because layer_config asks for it, against "
-            f"the default: {reason}"
-            for reason, names in by_reason.items()
-        ]
+        found = []
+        for reason, names in by_reason.items():
+            shown = f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+            found.append(f"{shown} quantized because layer_config asks for it, against the default: {reason}")
+        return found
 
 
 def unquantized_by_default(
     model: nn.Module, model_type: str, layers: Sequence[str], formats: Sequence[OutputFormat],
     layer_config: Mapping[str, Any],
 ) -> UnquantizedByDefault:  # fmt: skip
-    """Routers in every format; in formats that serving engines read, the layers that those keep dense too.
+    """Routers in every format, and in formats for serving engines also the layers that these do not load quantized.
 
     Args:
         model: its routers are found.
         model_type: of its configuration.
         layers: names of all its linear layers.
-        formats: of the output; none means that it is not known yet.
-        layer_config: as the user gave it. An entry that means only layers which stay dense by default overrides it.
+        formats: of the output; none when they are not known yet.
+        layer_config: of the user. An entry that matches only such layers overrides the default.
     """
     routers = router_names(model)
     served = not formats or any(fmt.fusing_runtimes for fmt in formats)
@@ -191,24 +179,11 @@ def unquantized_by_default(
         if name in routers:
             found[name] = ROUTER
         elif row is not None:
-            found[name] = f"{_SERVED}: {row.reason}"
-    named = _named(layer_config, layers, found)
-    return UnquantizedByDefault(
-        {name: reason for name, reason in found.items() if name not in named},
-        {name: reason for name, reason in found.items() if name in named},
-    )
-
-
-def _named(layer_config: Mapping[str, Any], layers: Sequence[str], dense: Mapping[str, str]) -> set[str]:
-    """Layers that stay dense by default and that an entry means: by their full names, or by a pattern that matches no
-    others."""
-    named: set[str] = set()
+            found[name] = f"serving engines keep it unquantized: {row.reason}"
+    overridden: dict[str, str] = {}
     for pattern in layer_config:
         matched = matching_layers(pattern, layers)
-        if matched and all(name in dense for name in matched):
-            named |= set(matched)
-    return named
-
-
-def _shown(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        if all(name in found for name in matched):
+            overridden |= {name: found[name] for name in matched}
+    reasons = {name: reason for name, reason in found.items() if name not in overridden}
+    return UnquantizedByDefault(reasons, {name: found[name] for name in found if name in overridden})

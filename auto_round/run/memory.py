@@ -25,16 +25,17 @@ from auto_round.run.settings import Settings
 from auto_round.run.streams import samples_in_pass
 from auto_round.run.unit_state import stored_bytes
 
-_LATER = 30_000_000  # libraries load more code when the first block runs, and start threads
-_DEVICE_BUFFERS = 400_000_000  # elementwise passes on a device work on pieces of 16 M weights
-_PROBE_TOKENS = 64
-_SIDE_BY_SIDE = ("hc_mult", "altup_num_inputs")
-_FUNCTION_BYTES = 40  # a weight tuned through a registered function, with its autograd graph
+_LIBRARY_GROWTH = 30_000_000  # code and threads that libraries load when the first block runs
+_DEVICE_BUFFERS = 400_000_000  # elementwise passes on a device work on chunks of 16 M weights
+_SMOKE_TOKENS = 64
+_STREAM_COUNT = ("hc_mult", "altup_num_inputs")  # config keys of models with parallel streams of hidden states
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
+_FUNCTION_BYTES = 40  # per weight that is tuned through a registered function, with its autograd graph
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes.
+    """Estimated memory of a run, in bytes.
 
     Attributes:
         ram: peak resident memory, libraries included.
@@ -42,9 +43,9 @@ class MemoryPlan:
         spilled: activations in files.
         phases: peak RAM by phase.
         activations: one stream of hidden states.
-        streams: where they are kept: "ram", "device" or "file".
+        streams: storage of the hidden states: "ram", "device" or "file".
         streams_experts: whether the experts of a block are read one at a time.
-        codes: of one block's experts, in a file, where they are tuned one at a time.
+        codes: codes of one block's experts in a file, if they are tuned one at a time.
     """
 
     ram: int
@@ -59,7 +60,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What the counting needs to know of a model and a run."""
+    """The model and settings that memory is estimated from."""
 
     settings: Settings
     source: ModelSource
@@ -73,17 +74,17 @@ class MemoryInputs:
 
     @property
     def width(self) -> int:
-        """Of the hidden states, all streams together that the model keeps side by side."""
-        return largest(self.config, "hidden_size") * largest(self.config, *_SIDE_BY_SIDE, default=1)
+        """Width of the hidden states, with all parallel streams of the model."""
+        return largest(self.config, "hidden_size") * largest(self.config, *_STREAM_COUNT, default=1)
 
     @property
     def tokens(self) -> int:
-        """Of one sample."""
-        return self.settings.seqlen if self.settings.needs_data else min(_PROBE_TOKENS, self.settings.seqlen)
+        """Tokens of one sample."""
+        return self.settings.seqlen if self.settings.needs_data else min(_SMOKE_TOKENS, self.settings.seqlen)
 
     @property
     def streams(self) -> int:
-        """Copies of the hidden states of all samples: what blocks give in full precision and what they are fed."""
+        """Copies of the hidden states of all samples: full-precision outputs, and inputs from quantized blocks."""
         return 2 if self.settings.tunes else int(self.settings.needs_data)
 
     @property
@@ -94,7 +95,8 @@ class MemoryInputs:
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """One block as it is read, and its peaks beside the hidden states: while it is run, quantized, and run again."""
+    """Bytes of one block when loaded, and its peaks, without hidden states, while it is run in full precision,
+    quantized, and run again."""
 
     read: int
     full: int
@@ -103,7 +105,7 @@ class BlockBytes:
 
 
 def plan_memory(inputs: MemoryInputs, streams: str, streams_experts: bool = False) -> MemoryPlan:
-    """The peaks with the hidden states kept in "ram", on the "device" or in a "file", and the experts of a block all in
+    """Estimate peaks with the hidden states in "ram", on the "device" or in a "file", and the experts of a block all in
     memory or one at a time."""
     settings, source = inputs.settings, inputs.source
     on_device = settings.device.type != "cpu"
@@ -134,7 +136,7 @@ def plan_memory(inputs: MemoryInputs, streams: str, streams_experts: bool = Fals
         )
         ram = {"block": staged + codes + held * (streams == "ram"), "saving": matrices.saving + codes}
         vram = max(phases.values()) + held * (streams == "device") + _DEVICE_BUFFERS
-    libraries = rss_bytes() + _LATER
+    libraries = rss_bytes() + _LIBRARY_GROWTH
     ram = {name: libraries + size for name, size in ram.items()}
     spilled = held if streams == "file" else 0
     stored = max((expert_codes_bytes(inputs, block) for block in source.blocks), default=0) if alone else 0
@@ -142,24 +144,24 @@ def plan_memory(inputs: MemoryInputs, streams: str, streams_experts: bool = Fals
 
 
 def quantized(layers: Mapping[str, LayerPlan]) -> list[LayerPlan]:
-    """The layers that do not stay as they are."""
+    """The quantized layers."""
     return [plan for plan in layers.values() if plan.scheme.quantizes_weights]
 
 
 def tensor_bytes(source: ModelSource, prefix: str) -> int:
-    """Of all tensors under a module, as they are loaded."""
+    """Bytes of all tensors of a module when loaded."""
     found = (source.tensor_meta(n) for n in source.tensor_names() if n.startswith(f"{prefix}."))
     return sum(prod(shape) * dtype.itemsize for shape, dtype in found)
 
 
 def block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
-    """One block."""
+    """Memory of one block that is loaded as a whole."""
     source, compute = inputs.source, inputs.compute
     plans = [p for n, p in inputs.layers.items() if n.startswith(f"{block}.")]
     chosen = [p for p in plans if p.scheme.quantizes_weights]
     weights = sum(p.out_features * p.in_features for p in chosen)
     own = tensor_bytes(source, block)
-    # Copies that products are made with, where the model's dtype is another.
+    # Copies in the compute dtype, if the model's dtype differs.
     cast = 0 if compute == source.dtype else own // source.dtype.itemsize * compute.itemsize
     dropped = weights * compute.itemsize if cast else 0
     largest = max((p.out_features * p.in_features for p in chosen), default=0)
@@ -172,17 +174,17 @@ def block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
         learned = tuning_bytes(inputs, chosen)
         tuned = max(learned.held + max(learned.step, backward_bytes(inputs, plans)), learned.finished + codes)
     else:
-        tuned = codes + 9 * largest  # rounding goes in pieces; codes of the layer at hand are joined, its grid found
+        tuned = codes + 9 * largest  # rounding works on chunks; the codes of a layer are concatenated
     paired = _pairs(inputs, chosen)
-    tuned += 2 * paired  # and what is made of them
+    tuned += 2 * paired  # Hessians and their factors
     full = own + cast + forward + paired if inputs.settings.needs_data else own + (cast if runs else 0)
-    # A layer of the result is made in float32, one after the other, and then the block is run.
+    # Layers are dequantized in float32 one by one, and then the block is run.
     after = own + codes + (cast + max(forward, 4 * largest) if runs else 8 * largest)
     return BlockBytes(own, full, own + cast - dropped + tuned, after)
 
 
 def streamed_block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
-    """One block that is only rounded, with one expert at a time in memory."""
+    """Memory of one block that is only rounded, with one expert in memory at a time."""
     experts = {expert for name in inputs.layers if name.startswith(f"{block}.") and (expert := expert_of(name))}
     if not experts:
         return block_bytes(inputs, block)
@@ -190,25 +192,27 @@ def streamed_block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
     whole = block_bytes(inputs, block)
     others = {n: p for n, p in inputs.layers.items() if expert_of(n) is None}
     rest = block_bytes(replace(inputs, layers=others), block)
-    # An expert as it is read and as it is multiplied with, or with its codes.
+    # An expert when loaded, and in the compute dtype or with its codes.
     one = int(max(sizes.values()) * (1 + max(1.0, inputs.compute.itemsize / inputs.source.dtype.itemsize)))
     taken = sum(sizes.values())
     cast = (
         taken // inputs.source.dtype.itemsize * inputs.compute.itemsize if inputs.compute != inputs.source.dtype else 0
     )
     forward = forward_bytes(inputs, list(inputs.layers.values()), 1) - forward_bytes(inputs, list(others.values()), 1)
-    fewer = lambda size: size - taken - cast + one + max(0, forward)  # noqa: E731
+    hessians = _pairs(inputs, quantized({n: p for n, p in inputs.layers.items() if n.startswith(f"{block}.")}))
+    hessians -= _pairs(inputs, quantized({n: p for n, p in others.items() if n.startswith(f"{block}.")}))
+    fewer = lambda size: size - taken - cast + one + max(0, forward) + hessians  # noqa: E731
     return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
 
 
 @dataclass(frozen=True)
 class RowsBytes:
-    """What experts that are tuned one at a time are tuned on.
+    """Memory of the samples of experts that are tuned one at a time.
 
     Attributes:
-        rooms: what they are fed, and what one of them should give.
-        routing, sorting: which tokens each gets, and while that is sorted.
-        rows: tokens of an expert in one piece, at most.
+        buffers: inputs of all experts and targets of one of them.
+        routing, sorting: tokens of each expert, and the peak while they are sorted.
+        rows: most tokens of an expert in one sequence.
     """
 
     buffers: int = 0
@@ -218,25 +222,25 @@ class RowsBytes:
 
 
 def rows_bytes(inputs: MemoryInputs, block: str) -> RowsBytes:
-    """Of one block; nothing where it has no experts."""
+    """The rows of one block; zeros for a block without experts."""
     module = next(iter(routed_experts(inputs.source.model.get_submodule(block)).values()), None)
     if module is None:
         return RowsBytes()
     tokens, chosen = inputs.settings.nsamples * inputs.settings.seqlen, min(_chosen(inputs), module.num_experts)
     most = max_tokens_per_expert(tokens, chosen, module.num_experts)
     buffers = (tokens + most) * module.hidden_dim * inputs.compute.itemsize
-    # Sorted: int32 rows and float32 weights. While that is done: experts and weights as recorded, keys and places.
+    # Sorted: int32 rows and float32 weights. While sorting: experts and weights as recorded, keys and indices.
     return RowsBytes(buffers, 8 * tokens * chosen, 36 * tokens * chosen, -(-most // inputs.settings.nsamples))
 
 
 def expert_codes_bytes(inputs: MemoryInputs, block: str) -> int:
-    """Codes and scales of the experts of a block, as they lie in a file."""
+    """Bytes of codes and scales of the experts of a block in a file."""
     inside = quantized({n: p for n, p in inputs.layers.items() if n.startswith(f"{block}.") and expert_of(n)})
     return sum(stored_bytes(plan) for plan in inside)
 
 
 def per_expert_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
-    """One block whose experts are tuned one at a time, after its other layers."""
+    """Memory of one block whose experts are tuned one at a time, after its other layers."""
     source, compute, settings = inputs.source, inputs.compute, inputs.settings
     plans = {name: plan for name, plan in inputs.layers.items() if name.startswith(f"{block}.")}
     experts: dict[str, list[LayerPlan]] = defaultdict(list)
@@ -253,7 +257,7 @@ def per_expert_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
     around = tensor_bytes(source, block) - taken
     around += as_cast(around)
     one, own = sizes[largest], experts[largest]
-    # As it is read, tensor by tensor, and as it is multiplied with.
+    # The expert when loaded, and in the compute dtype.
     read = one + max(one, as_cast(one))
     micro_batch = min(settings.nsamples, samples_in_pass(inputs.batch, inputs.tokens, settings.device))
     forward = forward_bytes(inputs, list(plans.values()), micro_batch)
@@ -267,20 +271,20 @@ def per_expert_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
     target = as_cast(one) + _rows_forward(inputs, own, fed.rows)
     alone = one + max(target, steps) + 2 * _pairs(inputs, chosen)
     each = around + codes + fed.routing + max(alone, fed.sorting - fed.routing + forward)
-    # Codes of an expert, its weights in float32, and as they were read.
+    # Codes of an expert, its weights in float32, and its loaded weights.
     after = around + codes + one + 5 * weights + forward
     return BlockBytes(around + read, full, max(rest.tuned - taken - as_cast(taken), each), after)
 
 
 def _rows_forward(inputs: MemoryInputs, plans: Sequence[LayerPlan], rows: int) -> int:
-    """Of one expert on pieces of its tokens, without gradients."""
+    """One pass of an expert over sequences of its tokens, without gradients."""
     pieces = samples_in_pass(inputs.batch, rows, inputs.settings.device)
     widest = max(max(plan.in_features, plan.out_features) for plan in plans)
     return pieces * rows * (4 * widest + 4 * inputs.width) * inputs.compute.itemsize
 
 
 def _rows_backward(inputs: MemoryInputs, plans: Sequence[LayerPlan], rows: int) -> int:
-    """The same with gradients: inputs and outputs of the layers, and what is under way."""
+    """The same with gradients: inputs and outputs of the layers, and gradients in flight."""
     algorithm = inputs.settings.algorithm
     assert isinstance(algorithm, SignRoundConfig)
     layers = len([plan for plan in plans if plan.scheme.quantizes_weights])
@@ -291,8 +295,10 @@ def _rows_backward(inputs: MemoryInputs, plans: Sequence[LayerPlan], rows: int) 
 
 
 def _pairs(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> int:
-    """Sums over pairs of input channels, which codes of ggml types are found with."""
+    """Hessians of the inputs of layers that error feedback quantizes."""
     settings = inputs.settings
+    if settings.gptq is not None:
+        return hessian_bytes([plan.in_features for plan in chosen if plan.has_codes])
     if settings.imatrix is not None or not (settings.optimized_start and settings.needs_data):
         return 0
     return hessian_bytes([plan.in_features for plan in chosen if plan.ggml is not None])
@@ -300,8 +306,8 @@ def _pairs(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> int:
 
 @dataclass(frozen=True)
 class TuningBytes:
-    """What the learnables of a block hold, what a step of one bank takes for a moment, and what is left of it all when
-    codes are taken."""
+    """Memory of the learnable parameters of a block: while it is tuned, additionally during an optimizer step of one
+    group, and when the codes are computed."""
 
     held: int
     step: int
@@ -309,17 +315,17 @@ class TuningBytes:
 
 
 def tuning_bytes(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> TuningBytes:
-    """Of the layers of a block that are tuned."""
+    """Memory of tuning these layers of a block."""
     algorithm, compute, model = inputs.settings.algorithm, inputs.compute, inputs.source.dtype
     assert isinstance(algorithm, SignRoundConfig)
-    banks: dict[object, list[LayerPlan]] = defaultdict(list)
+    groups: dict[object, list[LayerPlan]] = defaultdict(list)
     for index, plan in enumerate(chosen):
         alone = index if plan.scheme.group_size == 0 else None
-        banks[plan.scheme, plan.ggml, plan.in_features, alone].append(plan)
-    # Of the rule that moves offsets: running means, and for a moment the whole gradient and what is made of it.
-    state, moment = {"adam": (8, 8), "momentum": (4, 8), "sign": (0, 0)}[_rule(algorithm)]
+        groups[plan.scheme, plan.ggml, plan.in_features, alone].append(plan)
+    # Optimizer state per weight, and the temporary gradient and update.
+    state, moment = (8, 8) if algorithm.enable_adam else (4, 8) if algorithm.momentum > 0 else (0, 0)
     held = step = finished = 0.0
-    for members in banks.values():
+    for members in groups.values():
         first = members[0]
         count = sum(p.out_features * p.in_features for p in members)
         integers = first.ggml is None and is_integer(first.scheme)
@@ -332,27 +338,22 @@ def tuning_bytes(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> TuningByt
         width = -(-first.in_features // size) * size
         count = count // first.in_features * width
         shared = len(members) == 1 and width == first.in_features and (compute in (torch.float32, model))
-        # Stacked weights, in the model's dtype where products are float32.
+        # Stacked weights, in the model's dtype if products are float32.
         stacked = 0 if shared else model.itemsize if compute == torch.float32 else compute.itemsize
-        scales = (
-            4 * (3 if first.scheme.sym and first.ggml is None else 4) / size
-        )  # start, present, factors, zero points
-        plain = stacked + 2 * compute.itemsize + 4 + scales  # quantized weights, gradient and offsets
-        best = ((1 if integers else 4) + 8 / size) if keeps_best_copy(algorithm.iters) else 0  # codes, or offsets
-        if first.ggml is not None and _pairs(inputs, members):
-            plain += 4  # the offsets that the pairs start it with
+        # Initial and current scales, scale factors, zero points.
+        scales = 4 * (3 if first.scheme.sym and first.ggml is None else 4) / size
+        plain = stacked + 2 * compute.itemsize + 4 + scales  # dequantized weights, gradient, rounding deltas
+        best = ((1 if integers else 4) + 8 / size) if keeps_best_copy(algorithm.iters) else 0  # codes, or deltas
+        if _pairs(inputs, members):
+            plain += 4  # initial rounding deltas from the Hessians
         held += count * (plain + best + state)
         step = max(step, count * (moment + 12 / size))
         finished += count * (plain + state)
     return TuningBytes(int(held), int(step), int(finished))
 
 
-def _rule(algorithm: SignRoundConfig) -> str:
-    return "adam" if algorithm.enable_adam else "momentum" if algorithm.momentum > 0 else "sign"
-
-
 def _features(inputs: MemoryInputs, plans: Sequence[LayerPlan]) -> tuple[float, float]:
-    """(inputs and outputs of all linear layers that a token meets, widest output)."""
+    """(total inputs and outputs of all linear layers that process a token, widest of them)."""
     experts = [m.num_experts for m in inputs.source.model.modules() if isinstance(m, LinearExperts)]
     chosen = _chosen(inputs)
     share = min(1.0, chosen / max(experts)) if experts else 1.0
@@ -365,15 +366,12 @@ def _features(inputs: MemoryInputs, plans: Sequence[LayerPlan]) -> tuple[float, 
 
 
 def _chosen(inputs: MemoryInputs) -> int:
-    """Experts that a token goes to."""
+    """Experts per token."""
     return largest(inputs.config, *_TOP_K, default=1)
 
 
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
-
-
 def _attention_bytes(inputs: MemoryInputs) -> int:
-    """The scores of one sample, where they are formed: a fused kernel does not."""
+    """Attention scores of one sample; fused kernels do not store them."""
     if read_value(inputs.config, "_attn_implementation") != "eager":
         return 0
     heads = largest(inputs.config, "num_attention_heads", default=1)
@@ -381,15 +379,15 @@ def _attention_bytes(inputs: MemoryInputs) -> int:
 
 
 def forward_bytes(inputs: MemoryInputs, plans: Sequence[LayerPlan], samples: int) -> int:
-    """Of one pass without gradients: the MLP holds four tensors of its width, the layer some of the model's."""
+    """One pass without gradients: four tensors of the MLP's width and four of the model's."""
     _, widest = _features(inputs, plans)
     values = samples * inputs.tokens * (4 * widest + 4 * inputs.width)
     return int(values * inputs.compute.itemsize) + 3 * samples * _attention_bytes(inputs)
 
 
 def backward_bytes(inputs: MemoryInputs, plans: Sequence[LayerPlan]) -> int:
-    """Of one pass with gradients: inputs and outputs of the layers, sixteen tensors of norms, residuals, rotations and
-    repeated heads, and the gradients that are under way, of the widest layer four."""
+    """One pass with gradients: inputs and outputs of the layers, sixteen tensors of norms, residuals, rotations and
+    repeated heads, and four gradients in flight of the widest layer."""
     algorithm = inputs.settings.algorithm
     assert isinstance(algorithm, SignRoundConfig)
     layers = len([p for p in plans if p.scheme.quantizes_weights])
@@ -401,7 +399,7 @@ def backward_bytes(inputs: MemoryInputs, plans: Sequence[LayerPlan]) -> int:
 
 @dataclass(frozen=True)
 class NonBlockBytes:
-    """The embedding, the peak of what is done outside the blocks, and of saving and checking."""
+    """Bytes of the embedding, and peaks of quantizing layers outside the blocks and of saving and verifying."""
 
     embedding: int
     non_block: int
@@ -409,7 +407,7 @@ class NonBlockBytes:
 
 
 def non_block_bytes(inputs: MemoryInputs) -> NonBlockBytes:
-    """What is in no block."""
+    """Memory of the tensors outside the blocks."""
     source, settings = inputs.source, inputs.settings
     blocks = tuple(f"{block}." for block in source.blocks)
     tied = source.tied()
@@ -419,15 +417,15 @@ def non_block_bytes(inputs: MemoryInputs) -> NonBlockBytes:
     embedding = embedding or max(sizes.values(), default=0)
     everything = sum(sizes.values())
     vocabulary = largest(inputs.config, "vocab_size")
-    logits = _PROBE_TOKENS * vocabulary * (source.dtype.itemsize + 4) if settings.verify else 0
-    non_block = max(sizes.values(), default=0) * 2  # read, and as it is written
+    logits = _SMOKE_TOKENS * vocabulary * (source.dtype.itemsize + 4) if settings.verify else 0
+    non_block = max(sizes.values(), default=0) * 2  # loaded, and in the output dtype
     for plan in quantized(inputs.layers):
         if f"{plan.name}." in blocks or f"{plan.name}.".startswith(blocks):
             continue
         count = plan.out_features * plan.in_features
-        # The weight, codes of two candidates, and the offsets that one of them is rounded with.
+        # The weight, codes of two candidates, and rounding deltas of one of them.
         work = 8 if settings.tunes else 3 + source.dtype.itemsize
         non_block = max(non_block, count * work + 4 * plan.in_features**2)
-        logits += count * 5 if settings.verify else 0  # codes, and the weight that the check multiplies with
-    probe = everything + logits if settings.verify else 0
-    return NonBlockBytes(embedding, max(non_block, probe), max(probe, non_block))
+        logits += count * 5 if settings.verify else 0  # codes and the dequantized weight
+    peak = max(non_block, everything + logits if settings.verify else 0)
+    return NonBlockBytes(embedding, peak, peak)

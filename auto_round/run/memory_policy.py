@@ -19,23 +19,22 @@ _TOLERANCE = 1.02  # what libraries hold differs by this much from one start to 
 def choose_storage(
     inputs: MemoryInputs, formats: tuple[OutputFormat, ...] = (), per_expert: bool | None = None
 ) -> MemoryPlan:
-    """The fastest way that keeps the budget: hidden states on the device, in RAM, in a file; then the same with one
-    expert of a block at a time.
+    """The fastest storage of hidden states within the budget: on the device, in RAM, in a file; then the same with the
+    experts of a block read one at a time.
 
     Args:
-        per_expert: an interrupted run tunes experts one at a time (True) or with their block (False): that way is
-            taken if it keeps the budget, or nearly; None: there is no such run.
+        per_expert: how an interrupted run tunes experts, one at a time (True) or with their block (False). The same way
+            is chosen if it keeps the budget within 2%. None without such a run.
 
-    Raises ConfigError when none does: what was given, what is needed, and what lowers that.
+    Raises ConfigError when none fits; the message gives the limit, the need, and options that lower it.
     """
     settings = inputs.settings
     on_device = settings.device.type != "cpu" and not settings.low_gpu_mem_usage
     storages = [*(["device"] if on_device else []), "ram", *(["file"] if inputs.streams else [])]
     budget = settings.max_memory
-    possible = (
-        inputs.source.lazy and any(map(expert_of, inputs.layers)) and per_expert_unsupported_reason(inputs) is None
-    )
-    options = [(storage, alone) for alone in ((False, True) if possible else (False,)) for storage in storages]
+    has_experts = inputs.source.lazy and any(map(expert_of, inputs.layers))
+    streamable = has_experts and per_expert_unsupported_reason(inputs) is None
+    options = [(storage, alone) for alone in ((False, True) if streamable else (False,)) for storage in storages]
     if settings.tunes and per_expert is not None:
         options.sort(key=lambda option: option[1] != per_expert)
     if budget is None:
@@ -48,18 +47,18 @@ def choose_storage(
 
 
 def per_expert_unsupported_reason(inputs: MemoryInputs) -> str | None:
-    """Why the experts of a block cannot be taken one at a time, or None. Rounding always can."""
+    """Why the experts of a block cannot be tuned one at a time, or None. Rounding one at a time is always possible."""
     if not inputs.settings.tunes:
         return None
     if inputs.settings.on_nan != "fail":
-        return f"on_nan={inputs.settings.on_nan} wants them together; use on_nan=fail"
+        return f"on_nan={inputs.settings.on_nan} needs them together; use on_nan=fail"
     for block in inputs.source.blocks:
         experts = {e for name in inputs.layers if name.startswith(f"{block}.") and (e := expert_of(name))}
         if not experts:
             continue
         found = list(routed_experts(inputs.source.model.get_submodule(block)))
         if len(found) != 1 or any(e.rpartition(".")[0] != f"{block}.{found[0]}" for e in experts):
-            return f"this model runs the experts of {block} in a way of its own"
+            return f"this model runs the experts of {block} in an unsupported way"
     return None
 
 
@@ -83,17 +82,15 @@ def _insufficient_memory(plan: MemoryPlan, budget: MemoryBudget, inputs: MemoryI
 
 
 def _round_up_size(size: int) -> str:
-    """A size as a text that can be given back as a limit: no less than `size`."""
+    """`size` rounded up, as text that max_memory accepts."""
     return f"{-(-size // 10_000_000) / 100:.2f}GB"
 
 
 def _advice(inputs: MemoryInputs, plan: MemoryPlan) -> str:
-    """What lowers the need, most helpful first, with the flags."""
+    """Options that lower the need, most helpful first."""
     settings = inputs.settings
     if not isinstance(settings.algorithm, SignRoundConfig):
-        return (
-            "Give that much, or model_free=True with disable_opt_rtn=True (--model_free), which goes tensor by tensor"
-        )
+        return "Give that much, or model_free=True with disable_opt_rtn=True (--model_free), which reads single tensors"
     given = settings.algorithm
     total = given.batch_size * given.gradient_accumulate_steps
     options = [f"lower seqlen ({settings.seqlen})"]
@@ -102,24 +99,22 @@ def _advice(inputs: MemoryInputs, plan: MemoryPlan) -> str:
     if settings.device.type != "cpu" and not settings.low_gpu_mem_usage:
         options.append("low_gpu_mem_usage=True")
     options.append("iters=0, which does not tune")
-    said = "activations are in a file already, so nsamples does not matter"
+    notes = "activations are in a file already, so nsamples does not matter"
     if plan.streams_experts:
-        said += "; experts are tuned one at a time already"
+        notes += "; experts are tuned one at a time already"
     elif any(map(expert_of, inputs.layers)):
-        said += (
-            f"; experts cannot be tuned one at a time: "
-            f"{per_expert_unsupported_reason(inputs) or 'the model is in memory already'}"
-        )
-    return f"Give that much, or {', '.join(options)}; {said}"
+        reason = per_expert_unsupported_reason(inputs) or "the model is in memory already"
+        notes += f"; experts cannot be tuned one at a time: {reason}"
+    return f"Give that much, or {', '.join(options)}; {notes}"
 
 
 def check_work_space(plan: MemoryPlan) -> None:
-    """Raise OutputError when the folder for activations, and codes of experts, has too little disk."""
+    """Raise OutputError when the disk of the work space is too small for activations and codes of experts."""
     free, needed = free_bytes(work_space()), plan.spilled + plan.codes
     if free < needed:
         what = "activations and codes" if plan.codes else "activations"
         raise OutputError(
-            f"{format_bytes(needed)} of {what} go to {work_space()} (AR_WORK_SPACE), whose disk has "
+            f"{format_bytes(needed)} of {what} are stored in {work_space()} (AR_WORK_SPACE), whose disk has "
             f"{format_bytes(free)} free; free some space, set AR_WORK_SPACE to another disk, give more max_memory, or "
             "lower nsamples or seqlen"
         )

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from auto_round import envs
+from auto_round.algorithms.encode_layer import scheme_has_codes
 from auto_round.calibration.kv_cache_observer import KVCacheObserver
+from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
 from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Which attention modules get scales.
+    """Attention modules that get static scales of the key-value cache.
 
     Attributes:
         scheme: which scales.
@@ -45,7 +47,7 @@ class CachePlan:
         return self.scheme.queries is not None
 
     def attentions(self, block: nn.Module) -> list[Attention]:
-        """What has to be watched while a block runs."""
+        """Attention modules to observe while a block runs."""
         return find_attention(block)
 
     def specs(self, fmt: OutputFormat) -> TensorSpecs:
@@ -57,14 +59,12 @@ class CachePlan:
         }
 
     def scales(self, block: str, seen: KVCacheObserver) -> dict[str, torch.Tensor]:
-        """The scales of one block: largest value / 448, float32, a scalar or [heads].
-
-        A head whose states are all zero gets 1.
+        """The scales of one block: largest value / 448, float32, a scalar or [heads]. A head of zeros gets 1.
 
         Raises:
-            UnsupportedError: an attention showed nothing, or not the heads that it is said to have.
-            LibraryError: it showed nothing though its code says that it does.
-            NumericsError: it showed NaN or Inf.
+            UnsupportedError: an attention module was not observed, or has an unexpected number of heads.
+            LibraryError: it was not observed although its code takes a cache.
+            NumericsError: NaN or Inf in its states.
         """
         made: dict[str, torch.Tensor] = {}
         for name in (n for n in self.heads if n.startswith(f"{block}.")):
@@ -81,16 +81,16 @@ class CachePlan:
 
 
 def stored_scale(fmt: OutputFormat, scale: torch.Tensor) -> torch.Tensor:
-    """A scale as a format's files hold it: [1], or one number a head."""
+    """A scale with the shape that a format stores: [1], or one per head."""
     return scale.reshape(1) if scale.dim() == 0 else scale.reshape(-1, *fmt.cache_scale_tail)
 
 
 def plan_cache(source: ModelSource, scheme: CacheScheme | None) -> CachePlan | None:
-    """The plan for a model, None when no scales are asked for.
+    """The plan for a model, None without a scheme.
 
     Raises:
-        UnsupportedError: it has no attention that keeps keys and values.
-        LibraryError: it has attention, of which none takes a cache in a way that is known here.
+        UnsupportedError: the model has no attention with a key-value cache.
+        LibraryError: it has attention, but no argument of it was recognised as a cache.
     """
     if scheme is None:
         return None
@@ -115,13 +115,15 @@ def plan_cache(source: ModelSource, scheme: CacheScheme | None) -> CachePlan | N
     return CachePlan(scheme, heads)
 
 
-# The resolved job: every layer's fate, decided before any work, printable and saved with the model.
-
-
 @dataclass(frozen=True)
 class LayerPlan:
-    """One linear layer: its shape, and the scheme it gets (16 bits when `reason` says why it stays as it is). `ggml`:
-    the type that stores it in a GGUF file."""
+    """One linear layer and its scheme.
+
+    Attributes:
+        transposed: the weight is stored as [in, out] (Conv1D).
+        reason: why the layer is left unquantized; its scheme then has 16 bits.
+        ggml: its type in a GGUF file.
+    """
 
     name: str
     scheme: QuantizationScheme
@@ -134,18 +136,29 @@ class LayerPlan:
 
     @property
     def description(self) -> str:
-        """What it becomes, in a short phrase: the ggml type, or the scheme."""
+        """The ggml type, or a short description of the scheme."""
         return self.ggml if self.ggml is not None else self.scheme.describe()
 
+    @property
+    def in_ggml_type(self) -> bool:
+        """Whether a ggml type stores it, or describes its scheme and no integer type does."""
+        described = self.scheme.data_type != "int" and ggml_type_of(self.scheme) is not None
+        return self.ggml is not None or described
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether codes of the layer are stored."""
+        return self.in_ggml_type or (self.scheme.quantizes_weights and scheme_has_codes(self.scheme))
+
     def unquantized(self, reason: str) -> LayerPlan:
-        """The same layer left in full precision."""
+        """The same layer, left unquantized."""
         full = self.scheme.with_overrides({"bits": 16, "act_bits": 16})
         return replace(self, scheme=full, reason=reason, ggml=None)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What will be done.
+    """The resolved plan of a run: schemes of all layers, sizes and memory, before any work is done.
 
     Attributes:
         model: name or path of the source.
@@ -155,22 +168,22 @@ class Job:
         settings: the settings as plain values.
         scheme_name, scheme: the default scheme.
         steps: tuning steps over all blocks.
-        bytes_on_disk: of the weights, by format.
-        peak_ram, peak_vram: estimates in bytes, libraries included, of what the run holds at most.
+        bytes_on_disk: bytes of the weights, by format.
+        peak_ram, peak_vram: estimated peak memory in bytes, libraries included.
         compute: device and dtype of the matrix products.
         model_type: of the model's config.
         embeddings: module names of the embeddings.
-        other_matrices: names of modules outside `layers` whose weight is a matrix, embeddings left out.
-        stored_as: how the source's weights are stored where it is quantized already, in words; "" otherwise.
-        cache: static scales of keys, values and queries that are made besides.
-        gguf: the file that is written, for a GGUF format.
-        journal_bytes: most that the journal takes of the work space, where one is kept.
-        memory_plan: where the activations are kept, and what every phase holds.
-        stored_names: what the checkpoint calls a module, where that differs from its name in the model.
-        stored_blocks: what it calls the blocks.
-        spare: its tensors that no module reads, and why; they are copied.
-        left: by tensor name, weights of two and more dimensions in the blocks that are in no linear layer, and why each
-            stays dense.
+        other_matrices: names of modules outside `layers` with a matrix as weight, without embeddings.
+        stored_as: description of the source's quantization; "" for an unquantized source.
+        cache: plan of static scales of keys, values and queries.
+        gguf: plan of the GGUF file, for a GGUF format.
+        journal_bytes: largest size of the journal in the work space; 0 without one.
+        memory_plan: storage of the activations, and memory by phase.
+        stored_names: checkpoint name by module name, if they differ.
+        stored_blocks: the blocks' names in the checkpoint.
+        spare: checkpoint tensors that no module reads, with the reason; they are copied.
+        skipped: by tensor name, weights of two or more dimensions in the blocks that are in no linear layer, with the
+            reason why they are left unquantized.
         patterns: regular expressions of the layer configuration, in order.
     """
 
@@ -206,30 +219,29 @@ class Job:
         return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
 
     def with_unquantized(self, unquantized: Mapping[str, str]) -> Job:
-        """The same job with some layers left in full precision after all, by name, with the reasons."""
+        """The same job with further layers left unquantized, by name, with the reasons."""
         return replace(
             self, layers={n: p.unquantized(unquantized[n]) if n in unquantized else p for n, p in self.layers.items()}
         )
 
     def export_plan(self, fmt: OutputFormat) -> ExportPlan:
-        """What a format is told, in the names of its files: the checkpoint's, or the modules' where it has its own."""
-        if not fmt.checkpoint_names:
-            schemes = {name: plan.scheme for name, plan in self.layers.items()}
-            return ExportPlan(
-                self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type,
-                embeddings=self.embeddings, other_matrices=self.other_matrices, spare=self._spare_modules(),
-            )  # fmt: skip
-        stored = lambda name: self.stored_names.get(name, name)
-        return ExportPlan(
-            self.scheme, {stored(name): plan.scheme for name, plan in self.layers.items()},
-            self.stored_blocks or self.blocks, self.settings, model_type=self.model_type,
-            embeddings=tuple(map(stored, self.embeddings)),
-            other_matrices=tuple(map(stored, self.other_matrices)), spare=self._spare_modules(), patterns=self.patterns,
+        """The plan for a format, with the names of its files: the checkpoint's, or the modules' for formats with their
+        own naming rules."""
+        schemes = {name: plan.scheme for name, plan in self.layers.items()}
+        # A reader could take these for quantized, though no module of this model has their tensors.
+        spare = tuple(name.removesuffix(".weight") for name in self.spare if name.endswith(".weight"))
+        plan = ExportPlan(
+            self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type, embeddings=self.embeddings,
+            other_matrices=self.other_matrices, spare=spare,
         )  # fmt: skip
-
-    def _spare_modules(self) -> tuple[str, ...]:
-        """Modules that a reader could take for quantized, though no module of this model has their tensors."""
-        return tuple(name.removesuffix(".weight") for name in self.spare if name.endswith(".weight"))
+        if not fmt.checkpoint_names:
+            return plan
+        stored = lambda name: self.stored_names.get(name, name)
+        return replace(
+            plan, layers={stored(name): scheme for name, scheme in schemes.items()},
+            block_names=self.stored_blocks or self.blocks, embeddings=tuple(map(stored, self.embeddings)),
+            other_matrices=tuple(map(stored, self.other_matrices)), patterns=self.patterns,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for report.json."""
@@ -258,14 +270,14 @@ class Job:
         weights = sum(p.out_features * p.in_features for p in self.quantized().values())
         rows = [
             ("model", self.model),
-            *([("stored as", f"{self.stored_as}; dequantized as it is read")] if self.stored_as else []),
+            *([("stored as", f"{self.stored_as}; dequantized while it is read")] if self.stored_as else []),
             ("scheme", f"{self.scheme_name} ({self.scheme.describe()})"),
             ("blocks", f"{len(self.blocks)} ({self.blocks[0]} .. {self.blocks[-1]})" if self.blocks else "none"),
             ("layers", f"{len(self.quantized())} quantized of {len(self.layers)}, {weights / 1e6:.1f} M weights"),
             ("algorithm", ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)),
             *([("attention", self.cache.scheme.describe())] if self.cache else []),
             ("compute", self.compute),
-            ("steps", f"{self.steps} in all" if self.steps else "none (rounding only)"),
+            ("steps", f"{self.steps} in total" if self.steps else "none (rounding only)"),
         ]
         rows += [(f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()]
         if self.journal_bytes:
@@ -278,7 +290,7 @@ class Job:
             rows.append(("GPU memory", f"about {format_bytes(self.peak_vram)}"))
         if self.memory_plan is not None and self.memory_plan.spilled:
             spilled = format_bytes(self.memory_plan.spilled)
-            rows.append(("disk, meanwhile", f"{spilled} of activations in AR_WORK_SPACE"))
+            rows.append(("temporary files", f"{spilled} of activations in AR_WORK_SPACE"))
         if self.memory_plan is not None and self.memory_plan.codes:
             rows.append(("and", f"{format_bytes(self.memory_plan.codes)} of codes of one block's experts"))
         if self.memory_plan is not None and self.memory_plan.streams_experts:
@@ -288,7 +300,9 @@ class Job:
         groups = Counter(p.description + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
         lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]
         others = Counter(self.skipped.values())
-        lines += [f"  {count:>5}  other weights in the blocks, dense: {text}" for text, count in others.most_common()]
+        lines += [
+            f"  {count:>5}  other weights in the blocks, unquantized: {text}" for text, count in others.most_common()
+        ]
         different = [p for p in self.layers.values() if p.scheme != self.scheme]
         shown = different[:40]
         if shown:
@@ -300,11 +314,9 @@ class Job:
         return "\n".join(lines)
 
 
-# The plan of a folder whose layers are quantized already.
-
-
 def plan_for_quantized(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
-    """`job` for layers that are quantized already. Raises UnsupportedError when its formats cannot hold one of them."""
+    """Adapt `job` to write the layers `done` that are quantized already; `memory` is the job that they were quantized
+    with. Raises UnsupportedError when its formats cannot hold one of them."""
     refused = sorted(set(done) - set(job.quantized()))
     if refused:
         raise UnsupportedError(
@@ -318,5 +330,5 @@ def plan_for_quantized(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]
             f"{', '.join(job.formats)} stores {other[0]} as {job.layers[other[0]].ggml}, and it is quantized as "
             f"{done[other[0]].kind}; use quantize_and_save, or the format of the scheme that was used"
         )
-    left = {name: memory.layers[name] for name in job.quantized() if name not in done}
-    return replace(job, layers={**job.layers, **left})
+    unquantized = {name: memory.layers[name] for name in job.quantized() if name not in done}
+    return replace(job, layers={**job.layers, **unquantized})

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 
-from auto_round.algorithms.encode_layer import is_integer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.calibration.data.spec import parse_dataset_string
 from auto_round.codecs.activation import activation_function
@@ -64,12 +64,12 @@ from auto_round.run.unit_state import journal_bytes
 from auto_round.schemes import QuantizationScheme
 
 _MTP = "it belongs to multi-token prediction"
-_NO_NAMES = "its family's checkpoints hold all experts of a block in one tensor, and readers know no other names"
+_NO_NAMES = "checkpoints of this model type store all experts of a block in one tensor, and readers know no other names"
 _ASKED = "layer_config, ignore_layers or the scheme ask for full precision"
 
 
 def compute_dtype(settings: Settings, source: ModelSource) -> torch.dtype:
-    """Dtype of matrix products: bfloat16 where the device multiplies it natively (amp), else the model's or float32."""
+    """Dtype of matrix products: with amp bfloat16 if the device supports it natively, else float32."""
     if not settings.amp:
         return torch.float32
     if settings.device.type != "cpu":
@@ -78,14 +78,14 @@ def compute_dtype(settings: Settings, source: ModelSource) -> torch.dtype:
 
 
 def check_data_type(scheme: QuantizationScheme, what: str) -> None:
-    """Raise UnsupportedError when this version has no way to quantize to `scheme`."""
+    """Raise ConfigError or UnsupportedError when this version cannot quantize to `scheme`."""
     if not scheme.quantizes_weights:
         return
     if scheme.rotation_config is not None:
         raise UnsupportedError(f"{what}: rotation_config is not available in this version; leave it out")
     if ggml_type_of(scheme) is None:
         get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
-        block_float_spec(scheme.data_type, scheme.bits)  # raises for a width that the type has not
+        block_float_spec(scheme.data_type, scheme.bits)  # raises for a width that the type does not have
     if scheme.data_type == "int" and isinstance(scheme.group_size, tuple):
         raise ConfigError(
             f"{what}: group_size={scheme.group_size}: blocks of rows and columns are for data type fp (scheme "
@@ -97,7 +97,7 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
     if activations is None:
         return
     activation_function(activations)
-    block_float_spec(activations.data_type, activations.bits)  # raises for a width that the type has not
+    block_float_spec(activations.data_type, activations.bits)  # raises for a width that the type does not have
     if activations.data_type == "int" and not 2 <= activations.bits <= 8:
         raise ConfigError(f"{what}: act_bits={activations.bits}; integers of 2 to 8 bits are available")
     if not isinstance(activations.group_size, int):
@@ -110,11 +110,11 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
 
 
 def check_before_opening(settings: Settings, formats: Sequence[OutputFormat] | None) -> None:
-    """Everything about settings and formats that needs no model.
+    """Check settings and formats as far as that is possible without a model.
 
     Raises:
-        ConfigError: an entry of the layer configuration is no scheme, or the dataset string cannot be read.
-        UnsupportedError: a data type that is not there, or a format that cannot hold the scheme.
+        ConfigError: an entry of the layer configuration is no scheme, or the dataset string is invalid.
+        UnsupportedError: an unknown data type, or a format that cannot hold the scheme.
     """
     check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
     for name, entry in settings.layer_config.items():
@@ -122,7 +122,7 @@ def check_before_opening(settings: Settings, formats: Sequence[OutputFormat] | N
         if own is not None and parse_scale_dtype(own) is not settings.scale_dtype:
             raise UnsupportedError(f"layer_config[{name!r}]: scale_dtype is one for the whole model; leave it out here")
         scheme, _ = symmetric_if_required(scheme_from_entry(name, entry, settings.scheme))
-        if ggml_type_of(settings.scheme) is None:  # else its bits alone mean a type
+        if ggml_type_of(settings.scheme) is None:  # else the bits of the entry select a ggml type
             check_data_type(scheme, f"layer_config[{name!r}]")
     if isinstance(settings.dataset, str):
         parse_dataset_string(settings.dataset)
@@ -136,19 +136,19 @@ def make_job(
     fit: bool = True, tokenizer: Any = None, unquantized: Mapping[str, str] | None = None, in_memory: bool = False,
     per_expert: bool | None = None,
 ) -> Job:  # fmt: skip
-    """Resolve everything.
+    """Resolve the schemes of all layers, the storage of activations, and the sizes of the output.
 
     Args:
-        tokenizer: of the model, for files that hold it (GGUF).
+        tokenizer: of the model, for files that contain it (GGUF).
         fit: shrink groups that a format cannot hold; False when the layers are quantized already.
-        kept: layers that stay in full precision whatever their scheme, with the reasons.
-        in_memory: the quantized layers stay in memory, whatever is written.
-        per_expert: an interrupted run tunes experts one at a time (True) or with their block (False), and is to be
-            gone on with if that fits; None: there is none.
+        unquantized: layers that are left unquantized whatever their scheme, with the reasons.
+        in_memory: the quantized layers stay in memory.
+        per_expert: how an interrupted run tunes experts, one at a time (True) or with their block (False), to be
+            repeated if it fits; None without one.
 
     Raises:
-        ConfigError: a layer pattern matches nothing, an entry is no scheme, or `max_memory` is too little.
-        UnsupportedError: a data type that is not there, or a format that cannot hold a scheme.
+        ConfigError: a layer pattern matches nothing, an entry is no scheme, or `max_memory` is too low.
+        UnsupportedError: an unknown data type, or a format that cannot hold a scheme.
     """
     check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
     for fmt in formats:
@@ -177,9 +177,9 @@ def make_job(
     gguf = None if gguf_output is None else plan_gguf_file(gguf_output, source, tokenizer, settings.weighs)
     option = "imatrix" if settings.imatrix is not None else "save_imatrix"
     if gguf is None and (settings.imatrix is not None or settings.save_imatrix is not None):
-        raise ConfigError(f"{option} goes with a GGUF format, whose tensors importance files name; give such a format")
+        raise ConfigError(f"{option} needs a GGUF format, since importance files use its tensor names; give such a one")
     if settings.imatrix is not None and not settings.optimized_start:
-        raise ConfigError("imatrix weighs the search of scales, and disable_opt_rtn leaves that out; give one of them")
+        raise ConfigError("imatrix weights the search of scales, which disable_opt_rtn turns off; give one of them")
     embedded: set[str] = set()
     if gguf is not None:
         gguf, embedded = with_embedding_types(gguf, source, settings.layer_config, everything, settings.scheme)
@@ -199,7 +199,7 @@ def make_job(
             f"layer gets {settings.mixed.other_bits}"
         )
     known = set(inside) | set(outside)
-    # Linear layers that are neither in a block nor the head are never quantized; formats must know of them.
+    # Linear layers that are neither in a block nor the head are never quantized; formats must list them.
     schemes |= {n: settings.scheme.with_overrides({"bits": 16, "act_bits": 16}) for n in everything if n not in known}
     instead, group_notes = fit_groups(schemes, _row_widths(source, schemes), formats) if fit else ({}, [])
     schemes = {name: instead.get(scheme, scheme) for name, scheme in schemes.items()}
@@ -211,18 +211,17 @@ def make_job(
         plan = _layer_plan(source, name, scheme)
         if not scheme.quantizes_weights:
             plan = plan.unquantized(default.reasons.get(name, _ASKED)) if name in inside_set else plan
+        elif name in default.reasons:
+            plan = plan.unquantized(default.reasons[name])
+        elif unquantized is not None and name in unquantized:
+            plan = plan.unquantized(unquantized[name])
+        elif name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
+            plan = plan.unquantized("its block is not in to_quant_block_names")
         else:
-            if name in default.reasons:
-                plan = plan.unquantized(default.reasons[name])
-            elif unquantized is not None and name in unquantized:
-                plan = plan.unquantized(unquantized[name])
-            elif name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
-                plan = plan.unquantized("its block is not in to_quant_block_names")
-            else:
-                check_data_type(scheme, f"layer {name}")
-                plan = _for_formats(plan, formats, model_type, source)
-                rearranged = None if gguf is None else is_rearranged(gguf, source, name)
-                plan = plan if rearranged is None else plan.unquantized(rearranged)
+            check_data_type(scheme, f"layer {name}")
+            plan = _for_formats(plan, formats, model_type, source)
+            rearranged = None if gguf is None else is_rearranged(gguf, source, name)
+            plan = plan if rearranged is None else plan.unquantized(rearranged)
         layers[name] = plan
     layers = _same_scheme_for_fused(layers, formats)
     if gguf is not None or settings.scheme.super_bits is not None:
@@ -231,6 +230,8 @@ def make_job(
         asked, gguf = gguf, resolve_types(gguf, source, layers)
         if embedded:
             notes += shared_with_head(asked, gguf, source, _embeddings(source))
+    if settings.gptq is not None:
+        layers = _without_feedback(layers)
     usual = {None, _ASKED, *default.reasons.values()}
     refused = [p for p in layers.values() if p.reason not in usual and p.scheme.bits >= 16]
     for plan in refused[:5]:
@@ -257,13 +258,30 @@ def make_job(
         },
         memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
         model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
-        journal_bytes(layers, settings, _hidden_size(source), compute.itemsize) if journaled else 0, memory,
+        journal_bytes(layers, settings, largest(source.config, "hidden_size"), compute.itemsize) if journaled else 0,
+        memory,
         skipped={weight.name: weight.reason for weight in weights.dense}, **_stored_names(source, layers),
         patterns=tuple(dict.fromkeys(pattern_regex(key) for key in settings.layer_config if key not in layers)),
     )  # fmt: skip
     for fmt in formats:
         require_plan(fmt, job.export_plan(fmt))
     return job
+
+
+def _without_feedback(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """The layers, with the reason where their data type has no codes that error feedback could choose.
+
+    Raises ConfigError when that is all of them.
+    """
+    chosen = [plan for plan in layers.values() if plan.scheme.quantizes_weights]
+    without = {plan.name: plan for plan in chosen if not plan.has_codes}
+    if chosen and len(without) == len(chosen):
+        raise ConfigError(
+            f"GPTQ chooses codes, and data type {chosen[0].scheme.data_type!r} with group size "
+            f"{chosen[0].scheme.group_size} stores none; use --algorithm auto_round or rtn"
+        )
+    said = "GPTQ leaves it out: its data type stores no codes"
+    return {name: replace(plan, reason=said) if name in without else plan for name, plan in layers.items()}
 
 
 def _head_name(source: ModelSource) -> str | None:
@@ -285,7 +303,7 @@ def _layer_plan(source: ModelSource, name: str, scheme: QuantizationScheme) -> L
 
 
 def _other_matrices(source: ModelSource, layers: Mapping[str, LayerPlan]) -> tuple[str, ...]:
-    """Modules that a reader could take for linear layers: a router, a projection beside the blocks."""
+    """Modules that a reader could take for linear layers, such as a router or a projection outside the blocks."""
     return tuple(
         name
         for name, module in source.model.named_modules()
@@ -296,14 +314,8 @@ def _other_matrices(source: ModelSource, layers: Mapping[str, LayerPlan]) -> tup
     )
 
 
-def _is_cut(source: ModelSource, layer: str) -> bool:
-    """Whether the checkpoint stores the experts of a block stacked, and this is one of them."""
-    plan = source.tensor_plan(f"{layer}.weight")
-    return plan is not None and plan.key is None
-
-
 def _stored_names(source: ModelSource, layers: Mapping[str, LayerPlan]) -> dict[str, Any]:
-    """What the checkpoint calls modules and blocks, and the matrices in it that no module reads: fields of `Job`."""
+    """Fields of `Job`: checkpoint names of modules and blocks, and checkpoint tensors that no module reads."""
     naming = source.checkpoint_naming()
     modules = (*layers, *_embeddings(source), *_other_matrices(source, layers))
     stored = {name: called for name in modules if (called := naming.module(name)) != name}
@@ -315,22 +327,23 @@ def _stored_names(source: ModelSource, layers: Mapping[str, LayerPlan]) -> dict[
 
 
 def _unused_reason(key: str, blocks: Sequence[str]) -> str:
-    """Why no module reads a checkpoint tensor, as far as its name tells."""
+    """Why no module reads a checkpoint tensor, from its name."""
     stem = f"{blocks[0].rpartition('.')[0]}." if blocks else "."
     index = key.removeprefix(stem).partition(".")[0] if key.startswith(stem) else ""
     further = index.isdigit() and f"{stem}{index}" not in blocks
     return _MTP if further or any(part.startswith("mtp") for part in key.split(".")) else "no module reads it"
 
 
-def _for_formats(
-    plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str, source: ModelSource
-) -> LayerPlan:  # fmt: skip
+def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str, source: ModelSource) -> LayerPlan:
+    """The plan, left unquantized if one of the formats cannot hold the layer."""
     for fmt in formats:
         require_scheme(fmt, plan.scheme, f"layer {plan.name}")
         reason = fmt.rules(model_type).unquantized_reason(plan.name)
         reason = reason or fmt.check_layer(plan.scheme, plan.in_features, plan.out_features)
-        if fmt.experts_by_name and is_routed_expert(plan.name) and _is_cut(source, plan.name):
-            reason = _NO_NAMES
+        if fmt.experts_by_name and is_routed_expert(plan.name):
+            stored = source.tensor_plan(f"{plan.name}.weight")
+            if stored is not None and stored.key is None:  # stacked in the checkpoint
+                reason = _NO_NAMES
         if plan.transposed and not fmt.supports_conv1d:
             reason = "it stores its weight transposed (Conv1D), and the layout is for ordinary linear layers"
         if reason is not None:
@@ -339,7 +352,7 @@ def _for_formats(
 
 
 def _model_notes(formats: Sequence[OutputFormat], model_type: str) -> list[str]:
-    """What the formats say about this type of model. Raises UnsupportedError when one cannot hold it."""
+    """Notes of the formats on this type of model. Raises UnsupportedError when one cannot hold it."""
     rules = {fmt.name: fmt.rules(model_type) for fmt in formats}
     for name, rule in rules.items():
         if rule.refused is not None:
@@ -356,7 +369,7 @@ def _embeddings(source: ModelSource) -> tuple[str, ...]:
 
 
 def _same_scheme_for_fused(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> dict[str, LayerPlan]:
-    """Layers that engines join stay dense together where a format cannot pack one: an engine packs all or none."""
+    """Leave all layers that engines fuse unquantized when a format cannot pack one of them."""
     if not any(fmt.fusing_runtimes for fmt in formats):
         return layers
     made = dict(layers)
@@ -364,16 +377,13 @@ def _same_scheme_for_fused(layers: dict[str, LayerPlan], formats: Sequence[Outpu
         odd = next((layers[n] for n in group if (layers[n].reason or "").startswith("format ")), None)
         if odd is None:
             continue
-        for name in group:
-            if made[name].scheme.quantizes_weights:
-                made[name] = made[name].unquantized(
-                    f"{odd.name}, with which engines join it, stays dense: {odd.reason}"
-                )
+        reason = f"{odd.name}, which engines fuse with it, is left unquantized: {odd.reason}"
+        made |= {name: made[name].unquantized(reason) for name in group if made[name].scheme.quantizes_weights}
     return made
 
 
 def _fused_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
-    """Layers that the readers of these formats join although their schemes differ."""
+    """Notes on layers that the readers of these formats fuse although their schemes differ."""
     readers = {fmt.name: fmt.fusing_runtimes for fmt in formats if fmt.fusing_runtimes}
     if not readers:
         return []
@@ -390,17 +400,14 @@ def _fused_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) 
 
 
 def _slower_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
-    """Fast kernels that the quantized layers are too narrow for: one line each."""
-    sizes = [
-        (name, plan.in_features, plan.out_features, stored_group_size(plan.scheme))
-        for name, plan in layers.items()
-        if plan.scheme.quantizes_weights and isinstance(plan.scheme.group_size, int)
-    ]
+    """Notes on fast kernels that the quantized layers are too narrow for."""
+    plans = [p for p in layers.values() if p.scheme.quantizes_weights and isinstance(p.scheme.group_size, int)]
+    sizes = [(p.name, p.in_features, p.out_features, stored_group_size(p.scheme)) for p in plans]
     return slow_kernel_notes([fmt.name for fmt in formats], sizes)
 
 
 def _activation_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
-    """Formats that will be opened without the quantization of activations that was tuned for."""
+    """Notes on formats that do not store the quantization of activations."""
     if all(plan.scheme.activations is None for plan in layers.values()):
         return []
     return [
@@ -411,33 +418,18 @@ def _activation_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputForm
 
 
 def with_cache_scales(specs: TensorSpecs, fmt: OutputFormat, cache: CachePlan | None) -> TensorSpecs:
-    """The tensors of a format's files, with those of the key-value cache's static scales."""
+    """Tensor specs of a format's files, with the static scales of the key-value cache."""
     return specs if cache is None else specs | cache.specs(fmt)
 
 
 def planned_bytes(
     fmt: OutputFormat, layers: dict[str, LayerPlan], source: ModelSource, cache: CachePlan | None = None
 ) -> int:
-    """Bytes of all tensors that a format will write."""
+    """Bytes of all tensors in a format's files."""
     specs = with_cache_scales(plan_files(fmt, layers, source).tensors, fmt, cache)
     return sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
 
 
 def header_bytes(specs: TensorSpecs) -> int:
-    """Bytes that safetensors headers need for these tensors."""
+    """Bytes of the safetensors header entries of these tensors."""
     return sum(header_entry_bytes(name, len(shape)) for name, (shape, _) in specs.items())
-
-
-def _hidden_size(source: ModelSource) -> int:
-    return largest(source.config, "hidden_size")
-
-
-__all__ = [
-    "check_data_type",
-    "compute_dtype",
-    "header_bytes",
-    "is_integer",
-    "make_job",
-    "planned_bytes",
-    "with_cache_scales",
-]

@@ -22,38 +22,36 @@ from auto_round.modeling.experts import default_expert_names
 from auto_round.modeling.files.folder import read_object
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.partial_loading import ExpertStreamer, expert_of, non_block_loaded
-from auto_round.output.verify import dense_digest, layer_digest
+from auto_round.output.verify import dense_digest, layer_digest, shorten
 from auto_round.report.memory import trim_heap
 from auto_round.run.block_layers import in_dtype
 from auto_round.run.head import mean_loss
 from auto_round.run.streams import Stream
 
-# Losses are compared in the dtype of the run. The arithmetic is the same, but not always in the same order.
+# Tolerance of the loss by dtype of the run: the arithmetic is the same, but not always in the same order.
 _TOLERANCE = {torch.float32: 1e-3}
 _TOLERANCE_HALF = 3e-2
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a saved folder must hold.
+    """Expected contents of a saved folder.
 
     Attributes:
         tensors: shape and dtype of every tensor by name.
-        digests: by quantized layer, `digest.layer_digest`.
-        dense: by other tensor, `digest.dense_digest`.
-        samples: the probe, one sample; None when no forward pass is to be compared.
+        digests: `layer_digest` by quantized layer.
+        dense: `dense_digest` by other tensor.
+        samples: the smoke sample; None when no forward pass is compared.
         loss: mean next-token loss of the tuned model in memory on it.
         device, dtype: of the matrix products.
-        unpack_integers: takes a layer out of the files, for formats that are opened by other programs only; None
-        opens the
-            folder as Transformers would.
-        casts_to_model_dtype: the files hold what was tuned in the model's own dtype, so that the loss is of other
-        weights
-            when this is a half one.
-        configs: by file name, what the configuration files say.
-        finite: no tensor may hold NaN or Inf; False where the source's own were kept.
+        unpack_layer: reads a layer from the files, for formats that only other programs open; None opens the folder as
+            Transformers does.
+        casts_to_model_dtype: the files hold dequantized weights in the model's dtype; if that has 16 bits, the weights
+            are rounded and the loss differs more.
+        configs: expected values of the configuration files, by file name.
+        finite: no tensor may hold NaN or Inf; False when those of the source were left unchanged.
         stream_experts: experts are read one at a time.
-        bounded: memory is, by max_memory.
+        bounded: memory is limited by max_memory.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -64,7 +62,7 @@ class Expected:
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool = False
-    unpack_integers: Callable[[str, TensorFiles], QuantizedLayer] | None = None
+    unpack_layer: Callable[[str, TensorFiles], QuantizedLayer] | None = None
     casts_to_model_dtype: bool = False
     finite: bool = True
     configs: Mapping[str, Any] = field(default_factory=dict)
@@ -73,45 +71,34 @@ class Expected:
 
 
 def verify_folder(folder: Path, expected: Expected) -> dict[str, Any]:
-    """Check a saved model.
+    """Reopen a saved model and compare it with the expected contents.
 
     Returns plain values for the report.
 
     Raises:
         VerifyError: the folder cannot be opened; a tensor is missing, unplanned or of another shape or dtype; a layer's
-            integers are not those that were tuned, or another tensor is not as it was; or the model's loss differs.
+            codes or another tensor's bytes differ; or the model's loss differs.
     """
     try:
-        return _verify(folder, expected)
+        _check_configs(folder, expected.configs)
+        files = _check_tensors(folder, expected)
+        loss = None
+        if expected.unpack_layer is None:
+            loss = _reopen(folder, expected)
+        else:
+            for layer, digest in expected.digests.items():
+                if layer_digest(expected.unpack_layer(layer, files), False, torch.float32) != digest:
+                    raise _mismatch_error(folder, layer)
     except (ModelError, ConfigError, NumericsError, UnsupportedError) as error:
         raise VerifyError(f"{folder} was written but does not open: {error}") from error
-
-
-def _verify(folder: Path, expected: Expected) -> dict[str, Any]:
-    _check_configs(folder, expected.configs)
-    files = _check_tensors(folder, expected)
-    loss = None
-    if expected.unpack_integers is None:
-        loss = _reopen(folder, expected)
-    else:
-        _read_back(folder, files, expected)
     return {
-        "passed": True,
-        "tensors": len(expected.tensors),
-        "layers": len(expected.digests),
-        "loss_in_memory": expected.loss,
-        "loss_reopened": loss,
-    }
-
-
-def _read_back(folder: Path, files: TensorFiles, expected: Expected) -> None:
-    assert expected.unpack_integers is not None
-    for layer, digest in expected.digests.items():
-        if layer_digest(expected.unpack_integers(layer, files), False, torch.float32) != digest:
-            raise _mismatch_error(folder, layer)
+        "passed": True, "tensors": len(expected.tensors), "layers": len(expected.digests),
+        "loss_in_memory": expected.loss, "loss_reopened": loss,
+    }  # fmt: skip
 
 
 def _reopen(folder: Path, expected: Expected) -> float | None:
+    """Open the folder, compare its layers, and return the loss on the smoke sample, if that is compared."""
     quantized = (folder / "quantization_config.json").exists()
     source = CheckpointSource(
         folder, prepare=_swap_quantized if quantized else None, trust_remote_code=expected.trust_remote_code
@@ -125,7 +112,7 @@ def _reopen(folder: Path, expected: Expected) -> float | None:
         allowed = _TOLERANCE.get(coarsest, _TOLERANCE_HALF) * (1 + abs(expected.loss))
         if not abs(loss - expected.loss) <= allowed:
             raise VerifyError(
-                f"{folder}: the saved model's loss on the probe is {loss:.5f}, the tuned model's was "
+                f"{folder}: the saved model's loss on the smoke sample is {loss:.5f}, the tuned model's was "
                 f"{expected.loss:.5f}; do not use these files, and report this with report.json"
             )
     return loss
@@ -136,26 +123,21 @@ def _swap_quantized(model: torch.nn.Module) -> None:
 
 
 def _quantized_modules(model: torch.nn.Module) -> dict[str, str]:
-    """Names of packed layers by the names that they had in the run: experts are called as the files call them."""
+    """Module names of packed layers by their names in the run; experts may have the names of the files."""
     usual = default_expert_names(model)
     return {usual.get(name, name): name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def _check_configs(folder: Path, configs: Mapping[str, Any]) -> None:
-    """A reader goes by these: one word in them that is not as planned gives other weights, or none."""
+    """Compare the configuration files, which decide how a reader interprets the weights."""
     for name, planned in configs.items():
         stored, wanted = read_object(folder / name), json.loads(json.dumps(planned))
         wrong = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
         if wrong:
             raise VerifyError(
-                f"{folder / name}: {wrong[0]} is {_short(stored.get(wrong[0]))}, planned was "
-                f"{_short(wanted.get(wrong[0]))}; do not use these files"
+                f"{folder / name}: {wrong[0]} is {shorten(json.dumps(stored.get(wrong[0])), 200)}, planned was "
+                f"{shorten(json.dumps(wanted.get(wrong[0])), 200)}; do not use these files"
             )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_tensors(folder: Path, expected: Expected) -> TensorFiles:
@@ -170,7 +152,7 @@ def _check_tensors(folder: Path, expected: Expected) -> TensorFiles:
             )
     for name, digest in expected.dense.items():
         if dense_digest(files.read(name)) != digest:
-            raise VerifyError(f"{folder}: tensor {name} is not as it was; do not use these files, and report this")
+            raise VerifyError(f"{folder}: tensor {name} has changed; do not use these files, and report this")
     return files
 
 
@@ -185,9 +167,9 @@ def _compare_sets(what: str, folder: Path, found: set[str], wanted: set[str]) ->
 def _check_blocks(
     folder: Path, source: CheckpointSource, expected: Expected, modules: Mapping[str, str]
 ) -> float | None:
-    """Load block by block, compare each quantized layer, and send the probe through.
+    """Load block by block, compare each quantized layer, and run the smoke sample.
 
-    `modules`: the module's name by that of the layer in the run.
+    `modules`: module name by the layer's name in the run.
     """
     captured = None
     if expected.samples is not None and expected.loss is not None:
@@ -215,7 +197,7 @@ def _check_blocks(
     for layer in outside:
         source.load(layer, expected.device)
         _compare_layer(folder, layer, source.model.get_submodule(layer), expected.digests[layer])
-        if layer != (outside[-1] if outside else None):
+        if layer != outside[-1]:  # the last one is the head, which the smoke sample needs
             source.release(layer)
     if captured is None or stream is None or expected.samples is None:
         return None

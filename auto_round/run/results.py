@@ -16,7 +16,7 @@ from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import AutoRoundError, ConfigError, ModelError, nearest
 from auto_round.formats.base import ExportPlan, get_format
 from auto_round.formats.config_compressed_tensors import PackedInt8Format
-from auto_round.inference.config import read_config
+from auto_round.inference.config import LayerFormat, read_config
 from auto_round.inference.convert_model import build_layer
 from auto_round.inference.linear import PackedLinear
 from auto_round.layouts.floats import is_float
@@ -28,9 +28,8 @@ from auto_round.modeling.source import ModelSource
 def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) -> torch.nn.Module:
     """A runnable model with the quantized layers.
 
-    A model object of the user's has its dequantized weights in place already. A model given by path is put together on
-    the CPU from packed layers (four bits stay four bits) and its other tensors; the source keeps its empty model, to
-    save from.
+    A model object of the user already has dequantized weights in place. A model given by path is assembled on the CPU
+    from packed layers and its other tensors; the source's own model remains without weights, to save from.
     """
     if not isinstance(source, CheckpointSource):
         return source.model
@@ -39,21 +38,20 @@ def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) ->
     for name in [*source.blocks, *source.non_block_module_names()]:
         source.load(name)
         for layer in (v for k, v in layers.items() if k == name or k.startswith(f"{name}.")):
-            _put(model, layer)
+            _install(model, layer)
     return model.eval()
 
 
-def _put(model: torch.nn.Module, layer: QuantizedLayer) -> None:
-    parent_name, _, attribute = layer.name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old = parent.get_submodule(attribute)
+def _install(model: torch.nn.Module, layer: QuantizedLayer) -> None:
+    """Replace a module by its packed layer, or its weight by the dequantized one when it has no packing."""
+    old = model.get_submodule(layer.name)
     weight = getattr(old, "weight", None)
     assert isinstance(weight, torch.Tensor)
     packed = packed_layer(layer, weight.dtype)
     if packed is not None:
-        setattr(parent, attribute, packed)
+        _set(model, layer.name, packed)
         return
-    old.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)  # a tied twin keeps its own
+    old.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)  # a tied module keeps its own weight
     set_weight_2d(old, layer.dequantize())
     activation = layer.scheme.activations
     if activation is not None:
@@ -62,40 +60,42 @@ def _put(model: torch.nn.Module, layer: QuantizedLayer) -> None:
 
 
 def packed_layer(layer: QuantizedLayer, model_dtype: torch.dtype) -> PackedLinear | None:
-    """A layer as the module that the loader makes of it, or None when its type or shape has no packing."""
+    """The packed module of a layer, as the loader builds it, or None when its type or shape has no packing."""
     scheme = layer.scheme
     whole = scheme.quantizes_activations and not is_float(scheme)
     fmt = PackedInt8Format() if whole else get_format("auto_round")
-    if (
-        layer.codes is None
-        or fmt.check_scheme(scheme)
-        or fmt.check_layer(scheme, layer.in_features, layer.out_features)
-    ):
+    unsupported = fmt.check_scheme(scheme) or fmt.check_layer(scheme, layer.in_features, layer.out_features)
+    if layer.codes is None or unsupported:
         return None
     described = read_config(fmt.config(ExportPlan(scheme, {layer.name: scheme}, ()))).default
     tensors = {key.rpartition(".")[2]: value for key, value in fmt.pack(layer, model_dtype=model_dtype).items()}
-    dtype = layer.bias.dtype if layer.bias is not None else torch.float32
-    shape = torch.empty((), dtype=dtype).expand(layer.out_features, layer.in_features)
+    bias_dtype = None if layer.bias is None else layer.bias.dtype
+    return module_from_tensors(layer.name, described, layer.out_features, layer.in_features, bias_dtype, tensors)
+
+
+def module_from_tensors(
+    name: str, described: LayerFormat, out_features: int, in_features: int, bias_dtype: torch.dtype | None,
+    tensors: Mapping[str, torch.Tensor],
+) -> PackedLinear:  # fmt: skip
+    """The loader's module of a layer, filled with packed tensors by leaf name."""
+    shape = torch.empty((), dtype=bias_dtype or torch.float32).expand(out_features, in_features)
     stored = {leaf: tensor.dtype for leaf, tensor in tensors.items()}
-    module = build_layer(described, shape, layer.bias is not None, stored, False, "")
+    module = build_layer(described, shape, bias_dtype is not None, stored, False, "")
     for leaf, tensor in tensors.items():
         module.get_buffer(leaf).copy_(tensor)
-    module.prepare(layer.name)
+    module.prepare(name)
     return module
 
 
-# Packed layers in the place of a model object's own.
-
-
 class PackedLayers:
-    """The layers of a model object that were replaced by packed ones, so that they can be put back to save again."""
+    """Layers of a model object that were replaced by packed ones; they can be restored to save again."""
 
     def __init__(self) -> None:
         self._own: dict[str, torch.nn.Module] = {}
         self._model: torch.nn.Module | None = None
 
     def put_layers_in(self, model: torch.nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
-        """Replace each layer that has a packing by its packed form."""
+        """Replace every layer that has a packing by its packed module."""
         self.take_layers_out()
         self._model = model
         for name, layer in layers.items():
@@ -107,7 +107,7 @@ class PackedLayers:
                 self._own[name] = own
 
     def take_layers_out(self) -> None:
-        """Put the model's own layers back."""
+        """Restore the model's own layers."""
         if self._model is not None:
             for name, own in self._own.items():
                 _set(self._model, name, own)
@@ -120,8 +120,6 @@ def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-# A saved model that is opened when it is first used.
-
 _LAYER_ATTRIBUTES = ("bits", "group_size", "sym", "data_type", "act_bits")
 _OPTIONS = (
     "output_dir", "format", "inplace", "return_folders", "safe_serialization", "overwrite", "max_shard_size", "resume",
@@ -129,11 +127,11 @@ _OPTIONS = (
 
 
 def check_save_options(safe_serialization: bool, unknown: Mapping[str, Any]) -> None:
-    """Raise ConfigError for keywords that saving does not have, and for pickles."""
+    """Raise ConfigError for unknown keywords, and for `safe_serialization=False`."""
     if not safe_serialization:
         raise ConfigError(
             "safe_serialization=False is not supported: it writes pickles, which run code when they are opened; leave "
-            "it out, and the weights are written as safetensors"
+            "it out to write safetensors"
         )
     for name in unknown:
         raise ConfigError(
@@ -142,7 +140,7 @@ def check_save_options(safe_serialization: bool, unknown: Mapping[str, Any]) -> 
 
 
 def open_saved(folder: str, trust_remote_code: bool = False) -> torch.nn.Module:
-    """Open a folder that a run wrote, with Transformers. A GGUF file is dequantized, as Transformers does it.
+    """Open the output folder of a run with Transformers, which dequantizes a GGUF file.
 
     Raises ModelError when Transformers cannot open it.
     """
@@ -151,20 +149,19 @@ def open_saved(folder: str, trust_remote_code: bool = False) -> torch.nn.Module:
     files = sorted(path.name for path in Path(folder).glob("*.gguf"))
     options: dict[str, Any] = {"gguf_file": files[0]} if files else {"dtype": "auto"}
     if not files and _quant_method(folder) in ("gptq", "awq"):
-        options["quantization_config"] = AutoRoundConfig()  # our own layers run them, without another package
+        options["quantization_config"] = AutoRoundConfig()  # AutoRound's layers run them, without another package
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(
-            f"the model in {folder} cannot be opened with Transformers ({error}); open it with the engine that its "
-            "format is for"
+            f"the model in {folder} cannot be opened with Transformers ({error}); open it with the engine of its format"
         ) from error
     assert isinstance(model, torch.nn.Module)
     return model.eval()
 
 
 def _quant_method(folder: str) -> str | None:
-    """What the config.json in a folder says about its weights."""
+    """The quant_method in a folder's config.json."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return str(config["quantization_config"]["quant_method"])
@@ -173,9 +170,9 @@ def _quant_method(folder: str) -> str | None:
 
 
 def describe_layers(model: torch.nn.Module, fields: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give each layer the attributes that tell its scheme (`bits`, `group_size`, ...), unless it has its own.
+    """Set the scheme of each layer as attributes (`bits`, `group_size`, ...) of its module, unless it has its own.
 
-    `fields`: by layer, as in `AutoRound.layer_config`. Layers that the model does not have as modules are left out.
+    `fields`: by layer, as in `AutoRound.layer_config`. Layers without a module in the model are skipped.
     """
     modules = dict(model.named_modules())
     for name in fields.keys() & modules.keys():
@@ -185,22 +182,22 @@ def describe_layers(model: torch.nn.Module, fields: Mapping[str, Mapping[str, An
 
 
 class SavedModel(torch.nn.Module):
-    """The model in a folder, which turns into the opened model when anything of it is asked for.
+    """Proxy of the model in a folder; the first access to an attribute opens it and turns the proxy into that model.
 
-    Nothing is read before that, so a result that is ignored costs nothing. Printing, pickling and copying do not open
-    it. Once open it is what `from_pretrained` gives: its class, its attributes, its modules.
+    Printing, pickling and copying do not open it. Once open it has the class, attributes and modules of the model that
+    `from_pretrained` returns.
 
     Args:
-        folder: what a run wrote.
-        trust_remote_code: run the code that comes with the model.
-        layer_fields: gives the scheme of every layer, which the layers of the opened model then tell.
+        folder: output folder of a run.
+        trust_remote_code: run the model's own code.
+        layer_fields: returns the scheme of every layer, for `describe_layers`.
     """
 
     def __init__(
         self, folder: str, trust_remote_code: bool = False,
         layer_fields: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
     ) -> None:  # fmt: skip
-        # No call of the base class: every attribute belongs to the model that is not open yet.
+        # No call of the base class: every attribute belongs to the opened model.
         values = {"_saved": (folder, trust_remote_code), "_fields": layer_fields, "_opening": Lock()}
         object.__setattr__(self, "__dict__", values)
 
@@ -238,7 +235,7 @@ _OPENING = ("__call__", "__getitem__", "__len__", "__iter__")
 
 
 def _open(proxy: SavedModel) -> None:
-    """Turn `proxy` into the opened model. Calling it again does nothing."""
+    """Turn `proxy` into the opened model; a second call does nothing."""
     values = object.__getattribute__(proxy, "__dict__")
     if "_saved" not in values:
         return
@@ -247,7 +244,7 @@ def _open(proxy: SavedModel) -> None:
             return
         model = open_saved(*values["_saved"])
         if values["_fields"] is not None:
-            with suppress(AutoRoundError):  # the source is gone: the model is as good without
+            with suppress(AutoRoundError):  # the source is no longer there: the attributes are optional
                 describe_layers(model, values["_fields"]())
         object.__setattr__(proxy, "__dict__", model.__dict__)
         object.__setattr__(proxy, "__class__", type(model))

@@ -35,8 +35,8 @@ from auto_round.run.unit_state import Unit, unit_from_state, unit_state
 
 
 class Background:
-    """One thread that does tasks in order. After one that fails it does no more; the error is raised by the next call
-    here, once."""
+    """One thread that runs tasks in order. After a failed task it runs no others; the next call raises the error,
+    once."""
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, name)
@@ -45,20 +45,20 @@ class Background:
         self._error: BaseException | None = None
 
     def submit(self, task: Callable[[], None]) -> Future[None]:
-        """Do this after the tasks before it."""
+        """Queue a task."""
         self._raise_pending_error()
         self._last = self._pool.submit(self._run_task, task)
         return self._last
 
     def wait(self, task: Future[None] | None = None) -> None:
-        """Until this task is done, or all are."""
+        """Wait until this task, or all tasks, are done."""
         last = self._last if task is None else task
         if last is not None:
             last.result()
         self._raise_pending_error()
 
     def close(self) -> None:
-        """Wait, and end the thread. An error is dropped: another one is on its way, or `wait` was called before."""
+        """Wait for all tasks and end the thread. Their error is dropped: `wait` raises it."""
         self._pool.shutdown(wait=True)
 
     def _run_task(self, task: Callable[[], None]) -> None:
@@ -75,20 +75,15 @@ class Background:
             raise error
 
 
-# The journal as a run uses it: may it be gone on with, what is finished, and what has just been finished.
-
-_SIZE = "max_shard_size"
-
-
 class RunJournal:
-    """The journal of a run into one output folder.
+    """Resume state of one run: whether it can be resumed, which units are done, and how to record another.
 
     Args:
         output: the run's output folder.
-        replace: start anew where the journal is damaged, or of another run.
+        replace: start anew when the journal is damaged or of another run.
 
     Attributes:
-        finished: units that were finished when this run began, and need not be done again.
+        finished: number of units that were finished when this run began.
     """
 
     def __init__(self, output: Path, replace: bool) -> None:
@@ -105,18 +100,18 @@ class RunJournal:
 
     @property
     def done(self) -> Mapping[str, Mapping[str, str]]:
-        """SHA-256 by file name of each format's folder that is complete and checked."""
+        """By format, SHA-256 by file name of its complete and checked folder."""
         return self.journal.done
 
     def check_compatible(self, fixed: Mapping[str, Any], files: Mapping[str, list[Any]]) -> None:
-        """Read what is there and compare it with this run; nothing is written yet.
+        """Load the journal and compare it with this run, without writing anything.
 
         Args:
             fixed: `fingerprint`.
             files: `weight_files`.
 
         Raises:
-            ConfigError: the interrupted run was another one.
+            ConfigError: the interrupted run differs.
             OutputError: its journal is damaged.
         """
         self._fixed, self._files = dict(fixed), as_json(files)
@@ -134,19 +129,22 @@ class RunJournal:
             self._start_over(error)
 
     def open(self, late: Mapping[str, Any], source: ModelSource) -> None:
-        """What is known only when the data has been read: begin, or make sure that the interrupted run was this one.
+        """Open the journal for writing, after comparing data and weights with the interrupted run.
 
-        Where a weight file is not the same file, the weights that were used until now are compared with it.
+        Weights are compared only if a weight file is not the same file any more.
+
+        Args:
+            late: `data_fingerprint`.
 
         Raises:
-            ConfigError: the data or the weights were others.
+            ConfigError: the data or the weights differ.
             OutputError: the journal cannot be written.
         """
         values = as_json(late)
         if not self.journal.is_empty:
             try:
                 before = dict(self.journal.run["late"])
-                if values["smoke_sample"] is None:  # it was to check the files with, which is not wanted any more
+                if values["smoke_sample"] is None:  # this run does not verify: it needs no smoke sample
                     before["smoke_sample"] = None
                 found = differences(before, values)
                 if self.journal.run["weights"] != self._files:
@@ -164,20 +162,12 @@ class RunJournal:
         self._background = Background("journal")
 
     def unit(self, index: int, device: torch.device, in_file: bool = False) -> Unit:
-        """A finished unit; its layers are read as they are reached if `in_file`. Raises OutputError when its file is
+        """A finished unit; with `in_file` its layers are read on access. Raises OutputError when its file is
         damaged."""
         return unit_from_state(*self.journal.unit(index, in_file), device)
 
-    def stream(self, kind: str) -> torch.Tensor:
-        """Hidden states after the last finished unit: "full", "quantized" or "probe"."""
-        return self.journal.stream(kind)
-
-    def stream_into(self, kind: str, target: DiskTensor) -> None:
-        """The same into a file."""
-        self.journal.stream_into(kind, target)
-
-    def keep(self, kind: str, hidden: torch.Tensor | DiskTensor) -> None:
-        """Begin to write a stream as it is after the unit that is in work. Its values must not change before
+    def submit_stream(self, kind: str, hidden: torch.Tensor | DiskTensor) -> None:
+        """Start writing a stream after the current unit. Its values must not change before
         `wait_until_written(kind)`."""
         assert self._background is not None
 
@@ -188,65 +178,64 @@ class RunJournal:
         self._submitted.add(kind)
 
     def add(self, name: str, unit: Unit, weights: int, streams: Mapping[str, torch.Tensor | DiskTensor]) -> None:
-        """A unit is finished. It is written beside what comes next, and counts when all of it is on the disk.
+        """Record a finished unit, in the background; it is valid when all of its files are on disk.
 
         Args:
-            weights: checksum of the weights that it was made from.
-            streams: hidden states after it by kind, with those that `keep` was given. They must not change before
-                `wait_until_written`.
+            weights: checksum of its original weights.
+            streams: all hidden states after it by kind. They must not change before `wait_until_written`.
 
         Raises OutputError when something could not be written.
         """
         assert self._background is not None
-        left, made = [unit], []  # the unit is given up as soon as it is written
+        unwritten, records = [unit], []  # a list, so that the unit is freed as soon as it is written
 
         def write() -> None:
-            made.append(self.journal.write_unit(name, *unit_state(left.pop()), weights))
+            records.append(self.journal.write_unit(name, *unit_state(unwritten.pop()), weights))
 
         kinds = tuple(streams)
 
         def commit() -> None:
             written, self._written = self._written, {}
-            self.journal.commit(made[0], {kind: written[kind] for kind in kinds})
+            self.journal.commit(records[0], {kind: written[kind] for kind in kinds})
 
         self._tasks["unit"] = self._background.submit(write)
         for kind in kinds:
             if kind not in self._submitted:
-                self.keep(kind, streams[kind])
+                self.submit_stream(kind, streams[kind])
         self._submitted.clear()
         self._background.submit(commit)
 
     def wait_until_written(self, *kinds: str) -> None:
-        """Until these streams, or "unit", the last unit, are not read any more. Raises OutputError when something
-        could not be written."""
+        """Wait until the journal has written these streams, or "unit", the last unit. Raises OutputError when
+        something could not be written."""
         if self._background is not None:
             for task in [self._tasks.pop(kind) for kind in kinds if kind in self._tasks]:
                 self._background.wait(task)
 
     def wait(self) -> None:
-        """Until all is on the disk. Raises OutputError when it cannot be written."""
+        """Wait until everything is on disk. Raises OutputError when it cannot be written."""
         if self._background is not None:
             self._background.wait()
 
     def complete(self, name: str, files: Mapping[str, str]) -> None:
-        """A format's folder is whole and checked, and about to be shown."""
+        """Record that a format's folder is complete and checked, before it is published."""
         self.journal.complete(name, files)
 
-    def kept(self) -> int:
-        """Finished units, once what is under way is on the disk or has failed."""
+    def finished_units(self) -> int:
+        """Number of finished units, after pending writes have ended or failed."""
         with suppress(OutputError):
             self.wait()
         return len(self.journal.units)
 
-    def finish(self, keep: bool) -> None:
-        """The run is over. `keep`: it is one of several, and is to be recognised when they are gone on with."""
-        if keep:
+    def finish(self, keep_record: bool) -> None:
+        """End the run. `keep_record`: leave a record of its folders for the other runs of the same command."""
+        if keep_record:
             self.journal.drop_units()
         else:
             self.journal.remove()
 
     def close(self) -> None:
-        """Stop writing. A journal in which nothing is finished is removed."""
+        """Stop writing. A journal without finished units is removed."""
         if self._background is not None:
             self._background.close()
             self._background = None
@@ -256,9 +245,8 @@ class RunJournal:
     def _raise_if_different(self, found: list[str]) -> None:
         if found:
             raise ConfigError(
-                f"output folder {self.output} holds an interrupted run that differs: "
-                f"{format_differences(found)}; give the same "
-                "settings to go on with it, choose another folder, or start anew with --overwrite or --no_resume "
+                f"output folder {self.output} holds an interrupted run that differs: {format_differences(found)}; give "
+                "the same settings to resume it, choose another folder, or start anew with --overwrite or --no_resume "
                 "(overwrite=True or resume=False)"
             )
 
@@ -267,34 +255,35 @@ class RunJournal:
         self.journal.remove()
 
     def _other_weights(self, source: ModelSource) -> list[str]:
-        """Finished blocks whose weights are not those that were read then."""
+        """Finished units whose weights differ from those that were quantized."""
         logger.info("the model's files are not the same files: comparing the weights of the finished blocks")
-        found = []
-        for unit, name in zip(self.journal.units, source.blocks, strict=False):
-            if block_checksum(source, name) != unit["weights"]:
-                found.append(f"weights of {name}: other values than then")
-        if len(self.journal.units) > len(source.blocks) and self.journal.units[-1]["weights"] != non_block_checksum(
-            source
-        ):
+        units, blocks = self.journal.units, source.blocks
+        found = [
+            f"weights of {name}: other values than then"
+            for unit, name in zip(units, blocks, strict=False)
+            if block_checksum(source, name) != unit["weights"]
+        ]
+        if len(units) > len(blocks) and units[-1]["weights"] != non_block_checksum(source):
             found.append("weights outside the blocks: other values than then")
         return found
 
 
 @dataclass(frozen=True)
 class PreviousExpertMode:
-    """How an interrupted run has gone about experts: `per_expert`, one at a time, or with their block. `settings`: its
+    """How an interrupted run tunes experts: one at a time (`per_expert`) or with their block. `settings`: its
     fingerprint."""
 
     per_expert: bool
     settings: Mapping[str, Any]
 
     def differs(self, fixed: Mapping[str, Any]) -> bool:
-        """Whether a run of this fingerprint is another one; the size of files, which is not known yet, left out."""
-        return differences({**self.settings, _SIZE: ""}, {**as_json(fixed), _SIZE: ""}) != []
+        """Whether a fingerprint differs from this run's, apart from the shard size, which is not known yet."""
+        ignored = {"max_shard_size": ""}
+        return differences({**self.settings, **ignored}, {**as_json(fixed), **ignored}) != []
 
 
 def previous_expert_mode(output: Path) -> PreviousExpertMode | None:
-    """Of the interrupted run into this folder; None where there is none, or it has no experts to tune."""
+    """The expert mode of the interrupted run into this folder; None when there is none, or no experts are tuned."""
     journal = Journal(journal_folder(output))
     with suppress(OutputError):
         journal.load()
@@ -304,12 +293,12 @@ def previous_expert_mode(output: Path) -> PreviousExpertMode | None:
 
 
 def remove_journal(output: Path) -> None:
-    """Forget what an interrupted run into this folder left in the work space."""
+    """Remove the journal of runs into this folder from the work space."""
     Journal(journal_folder(output)).remove()
 
 
 def _other_files(before: Any, now: Mapping[str, list[Any]]) -> list[str]:
-    """Weight files that cannot hold the same weights: another size or header. Their times may differ."""
+    """Weight files with another size or header, which cannot hold the same weights. Their times may differ."""
     before = before if isinstance(before, dict) else {}
     found = []
     for name in sorted({*before, *now}):
@@ -323,14 +312,11 @@ def _other_files(before: Any, now: Mapping[str, list[Any]]) -> list[str]:
     return found
 
 
-# What a run says and keeps when it begins again, and when it is stopped.
-
-
 def publish_if_complete(
     fmt: OutputFormat, stage: Staging, journal: RunJournal | None, stale: Iterable[str] = ()
 ) -> bool:
-    """Whether a folder was complete and checked before the run was interrupted; if so it is shown, in the place of the
-    `stale` files of an earlier run."""
+    """Publish a folder that was complete and checked before the run was interrupted, in place of the `stale` files of
+    an earlier run. Returns whether it was."""
     files = None if journal is None else journal.done.get(fmt.name)
     if files is None or not all_files_present(stage.folder, files):
         return False
@@ -344,7 +330,7 @@ def data_fingerprint(
     smoke_sample: Sequence[Mapping[str, torch.Tensor]] | None,
     calibration: CapturedInputs | None,
 ) -> dict[str, Any]:
-    """What decides the result and is known only when the data has been read."""
+    """Digests of everything that changes the result and is known only after the data is read."""
     return {
         "calibration data": None if data is None else samples_digest(data.samples),
         "smoke_sample": None if smoke_sample is None else samples_digest(smoke_sample),
@@ -353,19 +339,18 @@ def data_fingerprint(
 
 
 def resume_message(finished: int, blocks: int) -> str:
-    """Where a run goes on, in words."""
-    if finished < blocks:
-        return f"going on with the interrupted run: {finished} of {blocks} blocks are done"
-    return "going on with the interrupted run: all blocks are done"
+    """The log message of a resumed run."""
+    done = f"{finished} of {blocks}" if finished < blocks else "all"
+    return f"resuming the interrupted run: {done} blocks are done"
 
 
 @contextmanager
 def checkpointing(journal: RunJournal | None, blocks: int, blocks_done: Callable[[], int | None]) -> Iterator[None]:
-    """Keep what is finished whatever happens, and say so; Ctrl-C becomes `Stopped`, which says where it was.
+    """Write pending journal entries when a run is interrupted, and tell the user; Ctrl-C becomes `Stopped`.
 
     Args:
-        blocks: of the model.
-        walked: how many of them are done; None before the first is begun.
+        blocks: number of blocks of the model.
+        blocks_done: number of finished ones; None before the first is begun.
     """
     try:
         yield
@@ -374,10 +359,10 @@ def checkpointing(journal: RunJournal | None, blocks: int, blocks_done: Callable
         where = "before the first block"
         if done is not None:
             where = f"in block {done + 1} of {blocks}" if done < blocks else "after the last block"
-        kept = journal is not None and journal.kept() > 0
-        then = "the same command goes on from there" if kept else "the same command starts anew"
+        resumable = journal is not None and journal.finished_units() > 0
+        then = "run the same command again to resume" if resumable else "the same command starts anew"
         raise Stopped(f"stopped {where}; {then}", getattr(stop, "number", signal.SIGINT)) from stop
     except Exception:
-        if journal is not None and (count := journal.kept()):
-            logger.info("%d finished blocks are kept; the same command goes on from there", min(count, blocks))
+        if journal is not None and (count := journal.finished_units()):
+            logger.info("%d finished blocks are saved; run the same command again to resume", min(count, blocks))
         raise

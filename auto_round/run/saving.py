@@ -16,11 +16,11 @@ from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.formats.base import OutputFormat
 from auto_round.modeling.source import ModelSource, open_source
-from auto_round.output.folders import PARTIAL, ensure_output_folder, remove_files
+from auto_round.output.folders import PARTIAL, ensure_output_folder, remove_files, subfolder_name
 from auto_round.output.staging import Staging
 from auto_round.run.driver import Run
 from auto_round.run.finalize import RunResult
-from auto_round.run.folders import folder_name, split_runs, stale_files
+from auto_round.run.folders import split_runs, stale_files
 from auto_round.run.gguf import gguf_format
 from auto_round.run.model_free.driver import ModelFree
 from auto_round.run.results import PackedLayers, SavedModel, check_save_options, describe_layers
@@ -33,8 +33,8 @@ class Saving(ABC):
     """The methods of `AutoRound` that quantize and write.
 
     Attributes:
-        settings: what was asked for, resolved.
-        tokenizer: for calibration text and the folder that is written; None when neither needs one.
+        settings: the resolved settings.
+        tokenizer: for calibration text and the output folder; None when neither needs one.
     """
 
     settings: Settings
@@ -50,20 +50,23 @@ class Saving(ABC):
 
     @abstractmethod
     def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
-        """The formats that were asked for, or the one of a run that names none."""
+        """The formats that were given, or the default format."""
 
     @abstractmethod
     def _layer_fields_getter(self) -> Callable[[], Mapping[str, Mapping[str, Any]]]:
-        """What gives the fields of every layer's scheme, for the formats that are named now."""
+        """A function that returns the fields of every layer's scheme, for the current formats."""
 
     @abstractmethod
     def _layer_fields_now(self) -> Mapping[str, Mapping[str, Any]]:
-        """The fields of every layer's scheme, for the formats that are named now."""
+        """The fields of every layer's scheme, for the current formats."""
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The model. One given by path holds no weights until `quantize()` has put it together; after
-        `quantize_and_save()` it is the saved one, opened when it is first used. None in model-free mode until then."""
+        """The model.
+
+        One given by path has no weights until `quantize()` assembled it; after `quantize_and_save()` it is the saved
+        model, opened on first use. None in model-free mode until then.
+        """
         if self._result is None and self._saved is not None:
             return self._saved
         if self._free is not None:
@@ -74,15 +77,15 @@ class Saving(ABC):
         """Quantize without saving.
 
         Returns:
-            (model, layer configuration): the model runs; a model object given by the user holds dequantized weights in
-            place, a model given by path holds packed layers. The configuration gives every linear layer's scheme.
+            (model, layer configuration): a runnable model, a model object of the user with dequantized weights in
+            place, or a model given by path with packed layers; and the scheme of every linear layer.
         """
         self._refuse_model_free()
         if self._result is None:
             self._result = self._run().to_memory()
         model, layers, finished = self._result
         job = self._run().memory_plan() if not self._source.lazy else None
-        job = None if job is None else job.with_unquantized(finished.state.numerics.kept)
+        job = None if job is None else job.with_unquantized(finished.state.numerics.unquantized)
         names = list(job.layers) if job is not None else list(layers)
         schemes = {n: (job.layers[n].scheme if job is not None else layers[n].scheme) for n in names}
         return model, {name: scheme.to_dict() for name, scheme in schemes.items()}
@@ -92,13 +95,13 @@ class Saving(ABC):
         inplace: bool = True, return_folders: bool = False, safe_serialization: bool = True, *,
         overwrite: bool = False, max_shard_size: int | str = "5GB", **unknown: Any,
     ) -> Any:  # fmt: skip
-        """Write the model that `quantize()` made, once for each format.
+        """Write the result of `quantize()` in every format.
 
         Args:
             output_dir, format, overwrite, max_shard_size: as in `quantize_and_save`.
-            inplace: a model object gets the packed layers of the format in place of its own; False leaves it as it is,
-                and the model that is returned is opened from the folder when it is first used.
-            return_folders: return the folder, or the list of folders, too.
+            inplace: a model object gets the packed layers of the format in place of its own; False leaves it unchanged
+                and returns a model that is opened from the folder on first use.
+            return_folders: also return the folder, or the list of folders.
             safe_serialization: only True: pickles are not written.
 
         Returns:
@@ -123,25 +126,26 @@ class Saving(ABC):
         """Quantize and write as blocks finish.
 
         Args:
-            output_dir: a folder that is new or empty, or holds nothing but the result of an earlier run, which is
-                replaced once the new one is whole. Several formats get a subfolder each.
-            format: one name or several, separated by commas; None is the `format` that was given to `AutoRound`, else
+            output_dir: a new or empty folder, or one that holds only the result of an earlier run, which is replaced
+                when the new one is complete. Several formats get a subfolder each.
+            format: one name, or several separated by commas; None is the `format` that was given to `AutoRound`, else
                 auto_round, or the file type of a GGUF scheme.
-            inplace: a model object is worked on: it ends with the packed layers of the format (of several formats, and
-                of formats that store no packed layers for PyTorch, with rounded weights). False works on a copy.
-            overwrite: allow a folder that holds other files, and make a result anew that this command made before.
+            inplace: a model object is quantized in place: it ends with the packed layers of the format, or with
+                dequantized weights for several formats and for formats without packed layers in PyTorch. False
+                quantizes a copy.
+            overwrite: allow a folder with other files, and repeat a run whose result is complete.
             max_shard_size: largest weight file.
-            resume: keep a journal in AR_WORK_SPACE, and go on with the same run if it was interrupted (docs/resume.md).
-                False: start anew, without a journal. A model object is never gone on with.
+            resume: record finished blocks in AR_WORK_SPACE, and resume the same run if it was interrupted
+                (docs/resume.md). False starts anew, without a journal. Runs of a model object cannot be resumed.
             safe_serialization: only True: pickles are not written.
 
         Raises:
             ConfigError: the interrupted run had other settings, data or weights; the message names them.
-            Stopped: by Ctrl-C; the text says where.
+            Stopped: by Ctrl-C; the message says where.
 
         Returns:
-            (model, folder or list of folders). A model that was given by path is opened from its folder (of several
-            formats, the last that Transformers opens) when it is first used.
+            (model, folder or list of folders). A model given by path is opened from its folder (of several formats, the
+            last one that Transformers opens) on first use.
         """
         check_save_options(safe_serialization, unknown)
         formats, target = self._formats(format), os.fspath(output_dir)
@@ -159,7 +163,7 @@ class Saving(ABC):
     def _save_result(
         self, output_dir: str, formats: Sequence[OutputFormat], inplace: bool, overwrite: bool, shard: int | str
     ) -> tuple[torch.nn.Module, list[Path]]:
-        """Write what `quantize()` made: (model to return, folders)."""
+        """Write the result of `quantize()`: (model to return, folders)."""
         assert self._result is not None
         model, layers, finished = self._result
         self._packed.take_layers_out()
@@ -168,7 +172,7 @@ class Saving(ABC):
         if fields is None:
             return model, written
         if not inplace:
-            return self._open_lazily(written, formats, keep=False), written
+            return self._saved_model(written, formats), written
         if _packs(formats):
             self._packed.put_layers_in(model, layers)
         describe_layers(model, fields)
@@ -184,12 +188,12 @@ class Saving(ABC):
                 "once call quantize() and then save_quantized(), name several formats at once, or give inplace=False"
             )
         if inplace:
-            keep = MemoryWriter() if _packs(formats) else None
+            store = MemoryWriter() if _packs(formats) else None
             fields = self._layer_fields_now()
-            written = self._write(output_dir, formats, overwrite, shard, False, keep)
+            written = self._write(output_dir, formats, overwrite, shard, False, store)
             self._quantized_in_place = True
-            if keep is not None:
-                self._packed.put_layers_in(self._source.model, keep.layers)
+            if store is not None:
+                self._packed.put_layers_in(self._source.model, store.layers)
             describe_layers(self._source.model, fields)
             return self._source.model, _one_or_all(written)
         own = self._source
@@ -200,23 +204,26 @@ class Saving(ABC):
             self._source = own
         return self._open_lazily(written, formats), _one_or_all(written)
 
-    def _open_lazily(
-        self, folders: Sequence[Path], formats: Sequence[OutputFormat], keep: bool = True
-    ) -> torch.nn.Module:
-        """The model in one of these folders, not opened yet; with `keep`, `model` gives the same from now on."""
+    def _saved_model(self, folders: Sequence[Path], formats: Sequence[OutputFormat]) -> torch.nn.Module:
+        """The model in the last folder that Transformers opens, opened on first use."""
         pairs = list(zip(folders, formats, strict=True))
         opens = [folder for folder, fmt in pairs if fmt.name != "mlx" and gguf_format([fmt]) is None]
-        model = SavedModel(str((opens or folders)[-1]), self.settings.trust_remote_code, self._layer_fields_getter())
-        if keep:
-            self._saved = model
-        return model
+        return SavedModel(str((opens or folders)[-1]), self.settings.trust_remote_code, self._layer_fields_getter())
+
+    def _open_lazily(self, folders: Sequence[Path], formats: Sequence[OutputFormat]) -> torch.nn.Module:
+        """The same, also as `self.model` from now on."""
+        self._saved = self._saved_model(folders, formats)
+        return self._saved
 
     def _write(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool,
-        keep: MemoryWriter | None = None,
+        layer_store: MemoryWriter | None = None,
     ) -> list[Path]:  # fmt: skip
-        """Every run of these formats, each planned once, before the first begins. `keep` is given the layers, too."""
-        runs = [(Run(self._source, s, self.tokenizer, keep), group) for s, group in split_runs(self.settings, formats)]
+        """Run all groups of formats; every run is planned before the first one starts."""
+        runs = [
+            (Run(self._source, settings, self.tokenizer, layer_store), group)
+            for settings, group in split_runs(self.settings, formats)
+        ]
         if len(runs) == 1:
             return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard, resume)
         if not self._source.lazy:
@@ -224,22 +231,22 @@ class Saving(ABC):
                 f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
                 "place, once; give the model by path, or one of the formats"
             )
-        siblings = [folder_name(fmt) for fmt in formats]
+        siblings = [subfolder_name(fmt.name) for fmt in formats]
         root = Path(output_dir).expanduser()
-        places = [root if len(group) > 1 else root / folder_name(group[0]) for _, group in runs]
-        jobs = [run.checked_plan(group, str(place), resume) for (run, group), place in zip(runs, places, strict=True)]
-        # an empty one has no subfolder that a later run could stumble over
+        folders = [root if len(group) > 1 else root / subfolder_name(group[0].name) for _, group in runs]
+        pairs = list(zip(runs, folders, strict=True))
+        jobs = [run.checked_plan(group, str(folder), resume) for (run, group), folder in pairs]
         ensure_output_folder(root, overwrite, {PARTIAL, *siblings})
-        stale = stale_files(root, (), siblings)[root]  # of an earlier run that wrote other formats, or one
+        stale = stale_files(root, (), siblings)[root]  # files of an earlier run that wrote other formats, or one
         found: dict[str, Path] = {}
-        with nullcontext() if root in places else Staging(root):
-            for (run, group), folder, job in zip(runs, places, jobs, strict=True):
+        with nullcontext() if root in folders else Staging(root):
+            for (run, group), folder, job in zip(runs, folders, jobs, strict=True):
                 run.check_compatible(job, str(folder), group, overwrite, shard, resume, siblings)
-            for (run, group), folder, job in zip(runs, places, jobs, strict=True):
+            for (run, group), folder, job in zip(runs, folders, jobs, strict=True):
                 paths = run.to_folders(str(folder), group, overwrite, shard, resume, siblings, job)
                 found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
         remove_files(root, stale)
-        for folder in places:
+        for folder in folders:
             remove_journal(folder)
         return [found[fmt.name] for fmt in formats]
 
@@ -255,7 +262,7 @@ class Saving(ABC):
 
 
 def _packs(formats: Sequence[OutputFormat]) -> bool:
-    """Whether a model object ends with packed layers: there is one format, and it stores some for PyTorch."""
+    """Whether a model object ends with packed layers: there is one format, and PyTorch has layers for it."""
     return len(formats) == 1 and formats[0].name != "fake" and gguf_format(formats) is None
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.gptq import GPTQConfig
+from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.transforms.base import TRANSFORMS
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
 from auto_round.formats.cache_scales import CacheScheme, parse_cache_scheme
 from auto_round.layer_config import scheme_from_entry
@@ -19,11 +21,11 @@ from auto_round.schemes import MixedPreset, QuantizationScheme
 
 
 def resolve_device(value: Any) -> torch.device:
-    """One device.
+    """Resolve `device_map` to one device.
 
     Args:
         value: a number (that accelerator, or the CPU on a machine without any), "auto", "cpu", "cuda", "cuda:1", "xpu",
-            a torch.device, or a map or list that names one device only.
+            a torch.device, or a map or list of a single device.
 
     Raises:
         DeviceError: no such device here.
@@ -77,18 +79,16 @@ def _available_devices(kind: str, count: int) -> str:
     return f"devices here: {found}"
 
 
-# `max_memory`: how much a run may hold in RAM and on its device.
-
-_HOST = ("cpu", "ram")
+_HOST = ("cpu", "ram")  # names of the host in max_memory
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes at most; None is no limit.
+    """Memory limits of a run in bytes; None is no limit.
 
     Attributes:
         ram: resident memory of the process, libraries included.
-        device: memory of tensors on the device that computes, where that is not the CPU.
+        device: memory of tensors on the compute device, if that is not the CPU.
     """
 
     ram: int | None = None
@@ -98,7 +98,7 @@ class MemoryBudget:
 def parse_budget(value: Any, device: torch.device) -> MemoryBudget | None:
     """A budget from `4_000_000_000`, "4GB" (RAM), "cpu=4GB,0=10GB" or {"cpu": "4GB", 0: "10GB"}; None for None.
 
-    Raises ConfigError for no size, or a device that the run does not use.
+    Raises ConfigError for an invalid size, or a device that the run does not use.
     """
     if value is None:
         return None
@@ -129,8 +129,6 @@ def _size(value: Any) -> int:
     return parse_size(value, "max_memory")
 
 
-# What the user asked for, as one frozen value with every argument checked that needs no model.
-
 ON_NAN = ("fail", "rtn", "keep")
 _SCALE_DTYPES = {
     "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
@@ -147,6 +145,8 @@ class Settings:
     algorithm: RTNConfig | SignRoundConfig
     mixed: MixedPreset | None = None
     optimized_start: bool = True
+    transforms: tuple[str, ...] = ()
+    gptq: GPTQConfig | None = None
     layer_config: Mapping[str, Any] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()
     quant_lm_head: bool = False
@@ -177,7 +177,7 @@ class Settings:
 
     @property
     def cache(self) -> CacheScheme | None:
-        """The static scales of keys, values and queries that are asked for. Raises ConfigError for a bad value."""
+        """Static scales of keys, values and queries; None without. Raises ConfigError for an invalid value."""
         return parse_cache_scheme(
             self.static_kv_dtype, self.static_kv_granularity, self.static_attention_dtype,
             self.static_attention_granularity,
@@ -189,19 +189,21 @@ class Settings:
 
     @property
     def needs_data(self) -> bool:
-        """Tuning, the weighted search and fixed scales look at activations; plain rounding does not."""
+        """Whether calibration data is needed: by tuning, the weighted search, or static scales."""
         searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized and self.imatrix is None
         saves = self.save_imatrix is not None
-        return self.tunes or searches or saves or self._calibrated or self.cache is not None
+        observes = any(TRANSFORMS[name].needs_data for name in self.transforms)
+        looks = self.tunes or self.gptq is not None or searches or saves or observes
+        return looks or self._calibrated or self.cache is not None
 
     @property
     def weighs(self) -> bool:
-        """Whether rounding looks at how large the inputs are, by calibration data or an importance file."""
+        """Whether rounding is weighted by importance, from calibration data or an importance file."""
         return self.tunes or self.optimized_start
 
     @property
     def _calibrated(self) -> bool:
-        """Whether the default scheme or an entry of the layer configuration asks for fixed scales of inputs."""
+        """Whether the default scheme or an entry of the layer configuration has static input scales."""
         entries = [scheme_from_entry(name, entry, self.scheme) for name, entry in self.layer_config.items()]
         found = [scheme.activations for scheme in (self.scheme, *entries)]
         return any(activations is not None and activations.calibrated for activations in found)
@@ -209,11 +211,16 @@ class Settings:
     @property
     def algorithm_name(self) -> str:
         if isinstance(self.algorithm, SignRoundConfig):
-            return "SignRound (AdamW)" if self.algorithm.enable_adam else "SignRound"
+            start = "" if self.gptq is None else "GPTQ, then "
+            return start + ("SignRound (AdamW)" if self.algorithm.enable_adam else "SignRound")
+        if isinstance(self.algorithm, RegisteredConfig):
+            return self.algorithm.quantizer
+        if self.gptq is not None:
+            return "GPTQ"
         return "opt-RTN" if self.algorithm.optimized else "RTN"
 
     def recorded(self) -> dict[str, Any]:
-        """The settings a reader of the file or of the report wants, as plain values."""
+        """The settings for the report and the files, as plain values."""
         values: dict[str, Any] = {"algorithm": self.algorithm_name, "seed": self.seed}
         if isinstance(self.algorithm, SignRoundConfig):
             a = self.algorithm
@@ -224,6 +231,8 @@ class Settings:
             }  # fmt: skip
         else:
             values |= {"iters": 0, "enable_quanted_input": False}
+        if self.gptq is not None:
+            values |= {"damping": self.gptq.damping, "disable_opt_rtn": not self.optimized_start}
         if self.needs_data:
             values |= {"nsamples": self.nsamples, "seqlen": self.seqlen}
             values["dataset"] = redact_dataset(self.dataset) if isinstance(self.dataset, str) else None
@@ -239,21 +248,21 @@ class Settings:
 
 
 def check_on_nan(value: Any) -> str:
-    """What is done about NaN and Inf: "fail", "rtn" or "keep". Raises ConfigError."""
+    """The policy for NaN and Inf: "fail", "rtn" or "keep". Raises ConfigError for other values."""
     if value not in ON_NAN:
         raise ConfigError(f"on_nan={value!r} is not allowed; use {', '.join(ON_NAN)}{nearest(str(value), ON_NAN)}")
     return str(value)
 
 
 def check_whole_number(name: str, value: Any, low: int) -> int:
-    """`value` as a whole number of at least `low`. Raises ConfigError."""
+    """`value`, if it is an integer of at least `low`. Raises ConfigError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name}={value!r}: give a whole number of at least {low}")
     return value
 
 
 def parse_scale_dtype(value: str | torch.dtype) -> torch.dtype:
-    """The dtype scales are stored in. Raises ConfigError."""
+    """The dtype of stored scales. Raises ConfigError for an invalid value."""
     if isinstance(value, torch.dtype) and value in _SCALE_DTYPES.values():
         return value
     key = str(value).removeprefix("torch.").lower()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.formats.base import OutputFormat
@@ -39,18 +40,18 @@ class SettingsView:
     _layers_seen: tuple[tuple[str, ...] | None, dict[str, dict[str, Any]]] | None
 
     def _planned(self) -> Job:
-        """The job of what was named last."""
-        raise TypeError("a class of settings makes no plan; AutoRound does")  # pragma: no cover
+        """The job of the current formats."""
+        raise TypeError("SettingsView makes no plan; AutoRound does")  # pragma: no cover
 
     def post_init(self) -> None:
-        """Resolve all settings against the model now, and raise what is wrong with them. Calling it is optional."""
+        """Resolve all settings against the model and raise their errors. Calling it is optional."""
         self._layer_config()
 
     @property
     def layer_config(self) -> dict[str, dict[str, Any]]:
         """The resolved scheme of every linear layer by name: the scheme's fields with every default filled in,
-        `in_blocks`, and for GGUF the type of the tensor (`mostly`). 16 bits: it stays as it is. A GGUF file quantizes
-        embeddings, too, which are there with their types."""
+        `in_blocks`, and for GGUF the type of the tensor (`mostly`). 16 bits: it is left unquantized. For GGUF, the
+        embeddings are included."""
         return {name: dict(fields) for name, fields in self._layer_config().items()}
 
     def _layer_config(self) -> dict[str, dict[str, Any]]:
@@ -78,9 +79,10 @@ class SettingsView:
         return [list(select_blocks(self.settings, source.blocks))]
 
     @property
-    def alg_configs(self) -> RTNConfig | SignRoundConfig:
-        """The settings of the algorithm."""
-        return self.settings.algorithm
+    def alg_configs(self) -> RTNConfig | SignRoundConfig | GPTQConfig:
+        """The settings of the algorithm; with GPTQ before tuning, those of the tuning."""
+        settings = self.settings
+        return settings.gptq if settings.gptq is not None and not settings.tunes else settings.algorithm
 
     @property
     def model_free(self) -> bool:
@@ -211,7 +213,7 @@ class SettingsView:
 
     @property
     def dataset(self) -> Any:
-        """As it was given; None for the default set."""
+        """The given dataset; None for the default set."""
         return self.settings.dataset
 
     @property

@@ -17,14 +17,13 @@ from auto_round.errors import NumericsError
 from auto_round.modeling.files.safetensors import empty_mmap
 from auto_round.modeling.source import is_finite
 
-# Tokens in one forward pass on a CPU: more take the same time each, and memory.
-_TOKENS = 1024
-_COPIED = 1 << 26
+_TOKENS = 1024  # tokens in one forward pass on a CPU: more of them are no faster and take memory
+_MAX_COPIED_BYTES = 1 << 26  # of observer state that is copied before each batch
 
 
 class Observer(Protocol):
-    """Watches inputs of layers while a block runs. `mask` tells it which positions count: those with a loss, or with
-    `every_token` all that are not padding."""
+    """Observes inputs of layers while a block runs. `mask` selects the positions that count: those with a loss, or
+    with `every_token` all that are not padding."""
 
     mask: torch.Tensor | None
     every_token: bool
@@ -37,9 +36,10 @@ def samples_in_pass(batch: int, tokens: int, device: torch.device) -> int:
 
 @dataclass
 class Stream:
-    """Hidden states [N, T, H] of all samples before some block, in memory or in a file, and how blocks are called on
-    them, `batch` samples at a time. `before_offload` is called before they leave the device: whoever else holds them
-    there has to let go."""
+    """Hidden states [N, T, H] of all samples before a block, in memory or in a file; blocks run on `batch` samples.
+
+    `before_offload` is called before they are moved off the device, so that other holders can release them.
+    """
 
     captured: CapturedInputs
     hidden: torch.Tensor | DiskTensor
@@ -53,13 +53,13 @@ class Stream:
 
     @classmethod
     def of(cls, captured: CapturedInputs, batch: int, device: torch.device, dtype: torch.dtype) -> Stream:
-        """The stream before the first block, in `dtype`. The captured hidden states are its own from now on."""
+        """The stream before the first block, in `dtype`. Takes over the captured hidden states."""
         if isinstance(captured.hidden, torch.Tensor):
             captured.hidden = captured.hidden.to(dtype)
         return cls(captured, captured.hidden, samples_in_pass(batch, int(captured.hidden.shape[1]), device))
 
     def clone(self) -> Stream:
-        """A second stream that starts with the same hidden states; memory that one of them needs, both give."""
+        """A second stream that starts with the same hidden states. Both are offloaded together."""
         made = Stream(self.captured, self.hidden.clone(), self.batch, [self])
         self.others.append(made)
         return made
@@ -69,26 +69,29 @@ class Stream:
         self, index: int, block: torch.nn.Module, device: torch.device, dtype: torch.dtype,
         observers: Sequence[Observer] = (), in_place: bool = False,
     ) -> torch.Tensor | DiskTensor:  # fmt: skip
-        """What the block makes of the hidden states, in `dtype`.
+        """Run a block on all samples and return its output [N, T, H] in `dtype`.
 
-        Where memory on the device does not suffice, the batch is halved from there on.
+        When the device runs out of memory, the batch is halved; with one sample, the hidden states are offloaded.
 
         Args:
-            observers: open on this block; they are told which positions count in the loss.
-            in_place: the hidden states are overwritten, which must have that dtype.
+            observers: active on this block; their masks are set for every batch.
+            in_place: overwrite the hidden states, which must have that dtype.
 
         Raises:
-            DeviceError: one sample alone does not fit.
+            DeviceError: a single sample does not fit.
         """
         self.state.forget(self.captured.links.alive(index))
-        masks = {kind: None if bool(m.all()) else m for kind, m in self._masks(observers).items()}
+        masks: dict[bool, torch.Tensor | None] = {}
+        for observer in observers:
+            counted = self.captured.present if observer.every_token else self.captured.loss_mask
+            masks[observer.every_token] = None if bool(counted.all()) else counted
         result = self.hidden if in_place else self._buffer(dtype)
         start, count = 0, self.hidden.shape[0]
         while start < count:
             rows = slice(start, min(start + self.batch, count))
             samples = list(range(rows.start, rows.stop))
-            # Large sums are not copied for every batch: if the first one fits, so do the others, surely on a CPU.
-            copied = start == 0 or (device.type != "cpu" and _observer_bytes(observers) < _COPIED)
+            # Large sums are not copied for every batch: if the first batch fits, so do the others, always on a CPU.
+            copied = start == 0 or (device.type != "cpu" and _observer_bytes(observers) < _MAX_COPIED_BYTES)
             before = [_snapshot(o) for o in observers] if copied else None
             for observer in observers:
                 mask = masks[observer.every_token]
@@ -113,13 +116,13 @@ class Stream:
         return result
 
     def advance_to(self, hidden: torch.Tensor | DiskTensor) -> None:
-        """Go on with what `after` gave. Room of before is used for the next result."""
+        """Continue with the output of `after`; the old buffer is reused for the next output."""
         if hidden is not self.hidden:
             self.spare = self.hidden
         self.hidden = hidden
 
     def _buffer(self, dtype: torch.dtype) -> torch.Tensor | DiskTensor:
-        """Uninitialised, shaped like the hidden states and kept where they are kept."""
+        """An uninitialised tensor with the shape, device and storage of the hidden states."""
         hidden, spare = self.hidden, self.spare
         self.spare = None
         if spare is not None and (spare.dtype, spare.device) == (dtype, hidden.device):
@@ -131,7 +134,7 @@ class Stream:
         return torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
 
     def offload(self) -> bool:
-        """Move the hidden states of all streams off the device. False when none is there."""
+        """Move the hidden states of all streams off the device. Returns whether any were on it."""
         streams = [s for s in (self, *self.others) if s.hidden.device.type != "cpu"]
         if streams:
             self.before_offload()
@@ -140,23 +143,18 @@ class Stream:
             stream.state.offload()
         return bool(streams)
 
-    def _masks(self, observers: Sequence[Observer]) -> dict[bool, torch.Tensor]:
-        """The positions that count, by `every_token`, for the kinds of observers that are there."""
-        captured = self.captured
-        return {o.every_token: captured.present if o.every_token else captured.loss_mask for o in observers}
-
     def runner(self, index: int, block: torch.nn.Module) -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
-        """A function that calls the block on some samples; gradients flow."""
+        """A function that calls the block on some samples, with gradients."""
         return lambda hidden, samples: self.captured.run(index, block, hidden, samples, self.state)
 
     def saved(self, kind: str, index: int) -> dict[str, torch.Tensor | DiskTensor]:
-        """What is needed to go on before the block of this index, by name: the hidden states as `kind`, and what
-        earlier blocks made for later ones."""
+        """The tensors to resume before block `index`: the hidden states as `kind`, and state that earlier blocks share
+        with later ones as `kind`-0, ..."""
         slots = self.captured.links.alive(index)
         return {kind: self.hidden} | {f"{kind}-{n}": self.state.values[slot] for n, slot in enumerate(slots)}
 
     def restore_from(self, kind: str, index: int, read: Callable[[str], torch.Tensor]) -> None:
-        """Take that back, the hidden states left out."""
+        """Restore the shared state of `saved`, without the hidden states."""
         for number, slot in enumerate(self.captured.links.alive(index)):
             self.state.restore(slot, read(f"{kind}-{number}"))
 
@@ -166,13 +164,13 @@ def _on_cpu(hidden: torch.Tensor | DiskTensor) -> torch.Tensor | DiskTensor:
 
 
 def _snapshot(observer: Observer) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """What an observer has gathered, to go back to when a batch has to be run again."""
+    """A copy of an observer's state, to restore it when a batch has to be run again."""
     own = dict(observer) if isinstance(observer, dict) else {}
     return copy.deepcopy((vars(observer), own))
 
 
 def _observer_bytes(observers: Sequence[Observer]) -> int:
-    """Bytes of what observers hold, a rough count."""
+    """Approximate bytes of the tensors that observers hold."""
     values: list[Any] = [*observers]
     total = 0
     while values:
@@ -197,11 +195,8 @@ def _restore(observer: Observer, state: tuple[dict[str, Any], dict[Any, Any]]) -
 
 
 def first_non_finite(hidden: torch.Tensor | DiskTensor) -> int | None:
-    """The first sample of hidden states [N, T, H] that holds NaN or Inf, or None."""
-    for sample in range(hidden.shape[0]):
-        if not is_finite(hidden[sample]):
-            return sample
-    return None
+    """Index of the first sample of hidden states [N, T, H] with NaN or Inf, or None."""
+    return next((sample for sample in range(hidden.shape[0]) if not is_finite(hidden[sample])), None)
 
 
 def check_activations(name: str, hidden: torch.Tensor | DiskTensor) -> None:
@@ -210,5 +205,5 @@ def check_activations(name: str, hidden: torch.Tensor | DiskTensor) -> None:
     if sample is not None:
         raise NumericsError(
             f"block {name} gives NaN or Inf in full precision on calibration sample {sample}; "
-            "check the model and the data, set model_dtype to float32, or go on with on_nan=rtn or keep"
+            "check the model and the data, set model_dtype to float32, or continue with on_nan=rtn or keep"
         )

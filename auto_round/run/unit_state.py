@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from auto_round.calibration.disk_store import DiskStore, DiskTensor
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
+from auto_round.edits import TensorEdit, edit_from_state
 from auto_round.errors import OutputError
 from auto_round.modeling.partial_loading import expert_of
 from auto_round.output.folders import free_bytes
@@ -25,12 +27,13 @@ from auto_round.run.settings import Settings
 from auto_round.schemes import QuantizationScheme
 
 Tensors = dict[str, torch.Tensor]
-_WIDTHS = (1, 2, 4)
-_AT_ONCE = 1 << 24
+_WIDTHS = (1, 2, 4)  # bits of packed codes
+_CHUNK = 1 << 24  # codes that are packed at a time
+_GB = 1e9
 
 
 def layer_state(layer: QuantizedLayer) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors by field, and the fields that are none."""
+    """Split a layer into its tensors by field, and its other fields as plain values."""
     tensors: Tensors = {}
     metadata: dict[str, Any] = {}
     for item in fields(layer):
@@ -50,7 +53,7 @@ def layer_state(layer: QuantizedLayer) -> tuple[Tensors, dict[str, Any]]:
 
 
 def layer_from_state(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], device: Any) -> QuantizedLayer:
-    """The layer. What lay on an accelerator goes to `device`."""
+    """Inverse of `layer_state`. Tensors that were on an accelerator are moved to `device`."""
     values = {key: value for key, value in metadata.items() if key not in ("on_device", "scheme")}
     moved = set(metadata.get("on_device", ()))
     placed = {name: tensor.to(device) if name in moved else tensor for name, tensor in tensors.items()}
@@ -63,7 +66,7 @@ def layer_from_state(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
 
 
 def activation_state(quantizer: ActivationQuantizer) -> tuple[Tensors, dict[str, Any]]:
-    """What calibration fixed of a layer's inputs. Their scheme is the layer's."""
+    """Tensors and other fields of an input quantizer, without the scheme, which is the layer's."""
     values = {f.name: getattr(quantizer, f.name) for f in fields(quantizer) if f.name != "scheme"}
     tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     return tensors, {name: value for name, value in values.items() if name not in tensors}
@@ -72,19 +75,19 @@ def activation_state(quantizer: ActivationQuantizer) -> tuple[Tensors, dict[str,
 def activation_from_state(
     scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
 ) -> ActivationQuantizer:
-    """The step of a layer's inputs."""
+    """Inverse of `activation_state`."""
     assert scheme.activations is not None
     return ActivationQuantizer(scheme.activations, **{**metadata, **tensors})
 
 
 def scheme_of(metadata: Mapping[str, Any]) -> QuantizationScheme:
-    """The scheme among a layer's facts."""
+    """The scheme in a layer's metadata."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["scheme"].items()}
     return QuantizationScheme(**values)
 
 
 def packed(tensors: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[str, list[Any]]]:
-    """Tensors for a file: those of bytes that need fewer bits in 1, 2 or 4 of them, and how those are to be read."""
+    """Pack uint8 tensors of small values into 1, 2 or 4 bits; also returns {name: [bits, shape]} of these."""
     result: Tensors = {}
     widths: dict[str, list[Any]] = {}
     for name, tensor in tensors.items():
@@ -99,7 +102,7 @@ def packed(tensors: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[str, list
 
 
 def unpacked(tensors: Mapping[str, torch.Tensor], widths: Mapping[str, Sequence[Any]]) -> Tensors:
-    """What `packed` was given."""
+    """Inverse of `packed`."""
     return {
         name: _unpack(tensor, *widths[name]) if name in widths else tensor.clone() for name, tensor in tensors.items()
     }
@@ -109,14 +112,12 @@ def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
     """uint8 [n] below 2**width as uint8 [n * width / 8], the first code in the lowest bits."""
     each = 8 // width
     parts = []
-    for piece in codes.split(_AT_ONCE):
-        if piece.numel() % each:
-            piece = torch.cat([piece, piece.new_zeros(each - piece.numel() % each)])
-        lanes = piece.view(-1, each)
-        whole = lanes[:, 0].clone()
+    for chunk in codes.split(_CHUNK):
+        lanes = torch.nn.functional.pad(chunk, (0, -chunk.numel() % each)).view(-1, each)
+        packed_lanes = lanes[:, 0].clone()
         for lane in range(1, each):
-            whole |= lanes[:, lane] << (lane * width)
-        parts.append(whole)
+            packed_lanes |= lanes[:, lane] << (lane * width)
+        parts.append(packed_lanes)
     return torch.cat(parts)
 
 
@@ -125,21 +126,15 @@ def _unpack(data: torch.Tensor, width: int, shape: Sequence[int]) -> torch.Tenso
     codes = torch.empty(data.numel(), each, dtype=torch.uint8)
     for lane in range(each):
         codes[:, lane] = (data >> (lane * width)) & ((1 << width) - 1)
-    count = 1
-    for size in shape:
-        count *= size
-    return codes.view(-1)[:count].view(list(shape))
-
-
-# The layers of a block whose experts are not in memory: one expert's are made, or read, as they are reached.
+    return codes.view(-1)[: math.prod(shape)].view(list(shape))
 
 
 class LayersPerExpert(Sequence[QuantizedLayer], ABC):
-    """The layers in order; those of an expert are held until the next one's are reached.
+    """Layers of a block whose experts are not all in memory: those of one expert are computed or read on access.
 
     Attributes:
-        names: of all layers.
-        held: those that are in memory, by name.
+        names: of all layers, in order.
+        held: layers that are in memory, by name.
     """
 
     def __init__(self, names: Sequence[str], held: Mapping[str, QuantizedLayer]) -> None:
@@ -151,7 +146,7 @@ class LayersPerExpert(Sequence[QuantizedLayer], ABC):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[place] for place in range(len(self))[index]]
+            return [self[i] for i in range(len(self))[index]]
         name = self.names[index]
         return self.held[name] if name in self.held else self._of(expert_of(name) or name)[name]
 
@@ -172,8 +167,7 @@ class LayersPerExpert(Sequence[QuantizedLayer], ABC):
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A layer as the journal has it: tensors, codes packed, how those are to be read, and the fields that are no
-    tensors."""
+    """A layer as the journal stores it: tensors with packed codes, their widths, and the other fields."""
 
     tensors: Mapping[str, torch.Tensor | DiskTensor]
     widths: Mapping[str, Sequence[Any]]
@@ -181,7 +175,7 @@ class StoredLayer:
 
     @classmethod
     def of(cls, layer: QuantizedLayer, disk_store: DiskStore | None = None) -> StoredLayer:
-        """With `disk_store`, its tensors go to that file."""
+        """Pack a layer; with `disk_store`, its tensors are written to that file."""
         own, metadata = layer_state(layer)
         tensors, widths = packed(own)
         if disk_store is None:
@@ -193,17 +187,17 @@ class StoredLayer:
         return scheme_of(self.metadata)
 
     def layer(self, device: Any) -> QuantizedLayer:
-        """What lay on an accelerator goes to `device`."""
+        """Read and unpack the layer. Tensors that were on an accelerator are moved to `device`."""
         read = {name: t.read() if isinstance(t, DiskTensor) else t for name, t in self.tensors.items()}
         return layer_from_state(unpacked(read, self.widths), self.metadata, device)
 
 
 class StoredLayers(LayersPerExpert):
-    """Layers whose codes lie in a file.
+    """Layers whose codes are in a file.
 
     Args:
-        stored: by name, those that are not `held`.
-        device: where to read what came from an accelerator.
+        stored: layers that are not `held`, by name.
+        device: of tensors that were on an accelerator.
     """
 
     def __init__(
@@ -213,7 +207,7 @@ class StoredLayers(LayersPerExpert):
         self._stored, self._device = stored, device
 
     def states(self) -> Iterator[StoredLayer]:
-        """All of them in order, without reading any."""
+        """All layers in order, without reading them."""
         for name in self.names:
             yield StoredLayer.of(self.held[name]) if name in self.held else self._stored[name]
 
@@ -222,29 +216,21 @@ class StoredLayers(LayersPerExpert):
         return {name: self._stored[name].layer(self._device) for name in own}
 
 
-def as_stored_layers(layers: Sequence[QuantizedLayer]) -> Iterator[StoredLayer]:
-    """Layers as the journal has them."""
-    if isinstance(layers, StoredLayers):
-        return layers.states()
-    return (StoredLayer.of(layer) for layer in layers)
-
-
-# What one finished unit left - a block, or what is outside the blocks - as tensors and facts for the journal.
-
-
 @dataclass
 class Unit:
-    """A finished unit.
+    """Results of a finished unit: a block, or all layers outside the blocks.
 
     Attributes:
-        layers: as the sinks get them.
-        activations: by layer, how its inputs are quantized.
+        layers: the quantized layers.
+        activations: input quantizer by layer.
         records: for the report.
         scales: static scales of attention, by tensor name.
-        sums, tokens: by layer, the sums of squares of its inputs, and over how many tokens; empty unless they are
-            saved at the end.
+        sums, tokens: sums of squares of the inputs by layer, and over how many tokens; empty unless an importance file
+            is saved.
         unreached: layers that no calibration token reached.
-        numbers: what had come of NaN and Inf by then, as `NumericsPolicy.state` has it.
+        edits: edits of the transforms, by tensor name.
+        nearest: layers that got the nearest codes instead of error feedback, with the reasons.
+        numerics: `NumericsPolicy.state` after the unit.
     """
 
     layers: Sequence[QuantizedLayer] = field(default_factory=list)
@@ -254,16 +240,19 @@ class Unit:
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    nearest: Mapping[str, str] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
+    edits: Mapping[str, TensorEdit] = field(default_factory=dict)
 
 
 def unit_state(unit: Unit) -> tuple[dict[str, torch.Tensor | DiskTensor], dict[str, Any]]:
-    """Tensors and facts of a unit, codes packed. What is in a file is not read."""
+    """Tensors and metadata of a unit, with packed codes. Layers in a file are not read."""
     tensors: Tensors = {}
     layers, activations = [], {}
     stored: dict[str, torch.Tensor | DiskTensor] = {}
     widths: dict[str, Any] = {}
-    for number, layer in enumerate(as_stored_layers(unit.layers)):
+    states = unit.layers.states() if isinstance(unit.layers, StoredLayers) else map(StoredLayer.of, unit.layers)
+    for number, layer in enumerate(states):
         layers.append(dict(layer.metadata))
         stored |= {f"layer.{number}.{name}": tensor for name, tensor in layer.tensors.items()}
         widths |= {f"layer.{number}.{name}": width for name, width in layer.widths.items()}
@@ -274,17 +263,20 @@ def unit_state(unit: Unit) -> tuple[dict[str, torch.Tensor | DiskTensor], dict[s
             tensors |= {f"input.{number}.{leaf}": tensor for leaf, tensor in own.items()}
     tensors |= {f"scale.{name}": tensor for name, tensor in unit.scales.items()}
     tensors |= {f"sum.{name}": tensor for name, tensor in unit.sums.items()}
+    for name, edit in unit.edits.items():
+        tensors |= {f"edit.{kind}.{name}": tensor for kind, tensor in edit.state().items()}
     rest, more = packed(tensors)
     metadata = {
         "layers": layers, "activations": activations, "records": [asdict(record) for record in unit.records],
-        "tokens": dict(unit.tokens), "unreached": unit.unreached, "widths": widths | more,
-        "numerics": dict(unit.numerics),
+        "tokens": dict(unit.tokens), "unreached": unit.unreached, "nearest": dict(unit.nearest),
+        "widths": widths | more, "numerics": dict(unit.numerics),
     }  # fmt: skip
     return stored | rest, metadata
 
 
 def unit_from_state(given: Mapping[str, torch.Tensor | DiskTensor], metadata: Mapping[str, Any], device: Any) -> Unit:
-    """The unit. Tensors that lay on an accelerator go to `device`. Layers in a file are read as they are reached."""
+    """Inverse of `unit_state`. Tensors that were on an accelerator are moved to `device`; layers in a file are read on
+    access."""
     rest = {n: t.read() if isinstance(t, DiskTensor) else t for n, t in given.items() if not n.startswith("layer.")}
     tensors = unpacked(rest, metadata["widths"])
 
@@ -307,29 +299,23 @@ def unit_from_state(given: Mapping[str, torch.Tensor | DiskTensor], metadata: Ma
     }
     records = [BlockRecord(**record) for record in metadata["records"]]
     return Unit(
-        layers,
-        activations,
-        records,
-        under("scale."),
-        under("sum."),
-        dict(metadata["tokens"]),
-        list(metadata["unreached"]),
-        metadata.get("numerics", {}),
-    )
-
-
-# How large a journal becomes, before there is one.
-
-_GB = 1e9
+        layers, activations, records, under("scale."), under("sum."), dict(metadata["tokens"]),
+        list(metadata["unreached"]), dict(metadata.get("nearest", {})), metadata.get("numerics", {}),
+        {
+            name: edit_from_state({kind: factors})
+            for key, factors in under("edit.").items()
+            for kind, _, name in (key.partition("."),)
+        },
+    )  # fmt: skip
 
 
 def journal_bytes(layers: Mapping[str, LayerPlan], settings: Settings, width: int, itemsize: int) -> int:
-    """Most bytes that a run's journal takes: codes of all layers with their scales, and the activations twice, since
-    the new ones are written before the old ones go.
+    """Largest size of a run's journal: codes and scales of all layers, and the activations twice, since the new ones
+    are written before the old ones are removed.
 
     Args:
         width: of the hidden states.
-        itemsize: bytes of one of their values.
+        itemsize: bytes per value of the hidden states.
     """
     codes = sum(stored_bytes(plan) for plan in layers.values() if plan.scheme.quantizes_weights)
     if not settings.needs_data:
@@ -340,7 +326,7 @@ def journal_bytes(layers: Mapping[str, LayerPlan], settings: Settings, width: in
 
 
 def stored_bytes(plan: LayerPlan) -> int:
-    """Bytes of one layer's codes, packed, and of its scales."""
+    """Bytes of one layer's packed codes and of its scales in the journal."""
     weights = plan.out_features * plan.in_features
     if plan.ggml is not None:
         kind = GGML_TYPES[plan.ggml]
@@ -353,13 +339,13 @@ def stored_bytes(plan: LayerPlan) -> int:
 
 
 def _width(bits: int) -> int:
-    """Bits that a code takes in the journal."""
-    return next(width for width in (1, 2, 4, 8) if bits <= width or width == 8)
+    """Bits of a packed code."""
+    return next((width for width in _WIDTHS if bits <= width), 8)
 
 
 def check_journal_disk(folder: Path, output: str | os.PathLike[str], needed: int, output_bytes: int) -> None:
-    """Raise OutputError when the disk of the work space has no room for `needed` bytes of journal, besides
-    `output_bytes` where the output folder is on it too."""
+    """Raise OutputError when the disk of the work space has less than `needed` bytes for the journal, plus
+    `output_bytes` if the output folder is on the same disk."""
     free = free_bytes(folder)
     shared = _device(folder) == _device(Path(output))
     if free < needed + (output_bytes if shared else 0):

@@ -19,27 +19,27 @@ from auto_round.run.plan import stored_scale
 
 
 class OutputWriter(Protocol):
-    """Takes what the walk gives, in the model's order."""
+    """Receives the results of a run in the model's order."""
 
     def layer(self, layer: QuantizedLayer) -> None:
         """A quantized layer."""
 
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
-        """Tensors that stay as they are, by their state-dict names."""
+        """Unquantized tensors, by state-dict name."""
 
     def spare(self) -> None:
-        """The checkpoint's tensors that no module reads."""
+        """Checkpoint tensors that no module reads."""
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         """Static scales of attention, by tensor name: scalars or [heads]."""
 
     def leave_unquantized(self, names: Sequence[str], reason: str) -> None:
-        """These layers will come as they are, though they were planned to be quantized. Raises NumericsError or
-        UnsupportedError when that cannot be any more."""
+        """These planned layers will be written unquantized. Raises NumericsError or UnsupportedError when that is no
+        longer possible."""
 
 
 class MemoryWriter:
-    """Keeps the layers."""
+    """Stores the quantized layers in memory; everything else is still in the source or the run state."""
 
     def __init__(self) -> None:
         self.layers: dict[str, QuantizedLayer] = {}
@@ -48,44 +48,42 @@ class MemoryWriter:
         self.layers[layer.name] = layer
 
     def tensors(self, names: Iterable[str], source: ModelSource) -> None:
-        """Nothing to keep: the source still has them."""
+        pass
 
     def spare(self) -> None:
-        """Nothing to keep: the source still has them."""
+        pass
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
-        """Nothing to keep: the walk has them."""
+        pass
 
     def leave_unquantized(self, names: Sequence[str], reason: str) -> None:
-        """Nothing to do: a layer that does not come stays in the source."""
+        pass
 
 
 class FolderWriter:
-    """Packs layers by one format and writes them with the other tensors into a folder.
+    """Packs layers in one format and writes them with the other tensors into a folder.
 
     Attributes:
         layout: of the files.
-        expected: by layer, what a reader of the file must find (`digest.layer_digest`).
-        dense: by stored tensor that is part of no quantized layer, the digest of its bytes.
-        written: names of all tensors, in order.
+        expected: `layer_digest` by quantized layer, for verification.
+        dense: `dense_digest` by stored tensor that is not part of a quantized layer.
     """
 
     def __init__(
         self, fmt: OutputFormat, folder: Path, source: ModelSource, max_shard_size: int | str, layout: FileLayout,
         replan: Callable[[Sequence[str], str], FileLayout] | None = None, header: int | None = None,
     ) -> None:  # fmt: skip
-        """`replan`: the layout when more layers stay dense. `header`: see `ShardWriter`."""
+        """`replan`: the layout when more layers are left unquantized. `header`: see `ShardWriter`."""
         self.format, self.folder, self.source, self._replan = fmt, folder, source, replan
-        self._joiner = TensorAssembler(layout, source.model)
+        self._assembler = TensorAssembler(layout, source.model)
         self.writer = ShardWriter(folder, max_shard_size, header=header)
         self.expected: dict[str, str] = {}
         self.dense: dict[str, str] = {}
-        self.written: list[str] = []
         self._copied: set[str] = set()
 
     @property
     def layout(self) -> FileLayout:
-        return self._joiner.layout
+        return self._assembler.layout
 
     def layer(self, layer: QuantizedLayer) -> None:
         layer = self.format.normalize_for_format(layer)
@@ -111,18 +109,18 @@ class FolderWriter:
 
     def leave_unquantized(self, names: Sequence[str], reason: str) -> None:
         if self._replan is not None:
-            self._joiner.layout = self._replan(names, reason)
+            self._assembler.layout = self._replan(names, reason)
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         for name, scale in made.items():
             self._add_dense(name, stored_scale(self.format, scale))
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the files by name, when they are finished."""
+        """SHA-256 of the finished files by name."""
         return self.writer.sha256
 
     def _copy(self, keys: Iterable[str]) -> None:
-        """Write tensors of the checkpoint as they are stored there, each once."""
+        """Copy checkpoint tensors unchanged, each once."""
         for key in keys:
             if key in self._copied:
                 continue
@@ -131,7 +129,6 @@ class FolderWriter:
             if self.source.checks_finite:
                 check_finite(key, tensor)
             self.writer.add(key, tensor)
-            self.written.append(key)
             self.dense[key] = dense_digest(tensor)
 
     def _add_dense(self, name: str, tensor: torch.Tensor) -> None:
@@ -139,8 +136,7 @@ class FolderWriter:
             self.dense[stored] = dense_digest(whole)
 
     def _add(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        made = list(self._joiner.add(name, tensor))
-        for stored, whole in made:
+        complete = list(self._assembler.add(name, tensor))
+        for stored, whole in complete:
             self.writer.add(stored, whole)
-            self.written.append(stored)
-        return made
+        return complete

@@ -1,6 +1,6 @@
-"""Helpers that scripts import from `auto_round.utils`: get and set modules by name, find blocks, load a model.
+"""Helpers for scripts: get and set modules by name, find blocks, load a model.
 
-Nothing in this package uses them. They keep AutoRound's original names and return values.
+They keep the names and return values of AutoRound 0.x; nothing in this package uses them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from auto_round.errors import ConfigError, ModelError, UnsupportedError
+from auto_round.errors import ConfigError, ModelError, UnsupportedError, first_line
 from auto_round.later import DIFFUSION, MULTIMODAL
 from auto_round.layer_config import parse_layer_config as parse_layer_config_arg
 from auto_round.modeling.files.folder import model_folder
@@ -23,7 +23,7 @@ _TOWERS = ("vision", "visual", "image", "img", "audio", "speech")
 
 
 def get_module(module: torch.nn.Module, key: str) -> torch.nn.Module | None:
-    """The submodule called `key`; None where there is none."""
+    """The submodule called `key`, or None."""
     try:
         return module.get_submodule(key)
     except AttributeError:
@@ -31,21 +31,21 @@ def get_module(module: torch.nn.Module, key: str) -> torch.nn.Module | None:
 
 
 def set_module(model: torch.nn.Module, key: str, new_module: torch.nn.Module) -> None:
-    """Put `new_module` at `key`. Nothing happens where its parent does not exist."""
+    """Replace or add the submodule `key`. Does nothing when its parent does not exist."""
     parent = get_module(model, key.rpartition(".")[0])
     if parent is not None:
         setattr(parent, key.rpartition(".")[2], new_module)
 
 
 def get_attr(module: Any, key: str) -> Any:
-    """The attribute at a dotted name, such as a parameter `layers.0.weight`; None where there is none."""
+    """The attribute at a dotted name, such as a parameter `layers.0.weight`, or None."""
     for name in key.split("."):
         module = getattr(module, name, None)
     return module
 
 
 def set_attr(model: Any, key: str, new_attr: Any) -> None:
-    """Set the attribute at a dotted name. Nothing happens where its parent does not exist."""
+    """Set the attribute at a dotted name. Does nothing when its parent does not exist."""
     parent, _, name = key.rpartition(".")
     owner = get_attr(model, parent) if parent else model
     if owner is not None:
@@ -53,9 +53,9 @@ def set_attr(model: Any, key: str, new_attr: Any) -> None:
 
 
 def get_block_names(model: torch.nn.Module, quant_vision: bool = False) -> list[list[str]]:
-    """Names of the members of every outermost list of layers (ModuleList), one list for each.
+    """Names of the members of every outermost ModuleList, one list for each.
 
-    Of a model that reads more than text, those of its other towers are left out, unless `quant_vision`.
+    Lists of vision and audio towers are left out unless `quant_vision`.
     """
     found: list[list[str]] = []
     _outermost_lists(model, "", found)
@@ -76,10 +76,9 @@ def _outermost_lists(module: torch.nn.Module, name: str, found: list[list[str]])
 def find_matching_blocks(
     model: torch.nn.Module, all_blocks: Sequence[Sequence[str]], to_quant_block_names: str | Sequence[Any] | None
 ) -> Sequence[Sequence[str]]:
-    """The blocks of `all_blocks` that a comma-separated string of names or regular expressions finds. A list of names
-    is returned as it is, and None means all.
+    """The blocks of `all_blocks` that match a comma-separated string of names or regular expressions.
 
-    Raises ConfigError when nothing is found.
+    A list of names is returned unchanged; None selects all blocks. Raises ConfigError when nothing matches.
     """
     if not to_quant_block_names:
         return all_blocks
@@ -95,14 +94,14 @@ def find_matching_blocks(
 
 
 def get_lm_head_name(model: torch.nn.Module) -> str | None:
-    """The name of the output head; None where a model has none."""
+    """The name of the output head, or None."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return None if head is None else next((name for name, m in model.named_modules() if m is head), None)
 
 
 def is_pure_text_model(model: torch.nn.Module) -> bool:
-    """Whether the model reads nothing but token ids."""
+    """Whether the model's only inputs are token ids."""
     if hasattr(getattr(model, "config", None), "vision_config"):
         return False
     for module in model.modules():
@@ -114,10 +113,7 @@ def is_pure_text_model(model: torch.nn.Module) -> bool:
 
 
 def get_major_device(device_map: Any = None) -> str:
-    """The device that is meant first by a `device_map`: "cuda:0" of "0,1".
-
-    Raises DeviceError for a device that is not there.
-    """
+    """The first device of a `device_map`: "cuda:0" for "0,1". Raises DeviceError for a device that does not exist."""
     if isinstance(device_map, Mapping):
         device_map = next(iter(device_map.values()), None)
     if isinstance(device_map, (list, tuple)):
@@ -127,22 +123,19 @@ def get_major_device(device_map: Any = None) -> str:
     return str(resolve_device(device_map))
 
 
-# Loading a whole model with its tokenizer.
-
-
 def llm_load_model(
     pretrained_model_name_or_path: str, platform: str = "hf", trust_remote_code: bool = False,
     model_dtype: str | None = None, device: Any = "cpu", **kwargs: Any,
 ) -> tuple[torch.nn.Module, Any]:  # fmt: skip
-    """A causal language model with its tokenizer, whole in memory, in evaluation mode.
+    """Load a causal language model completely, in evaluation mode. Returns (model, tokenizer).
 
-    `AutoRound` takes the name itself and reads one block at a time; load a model like this to look at it or change it.
+    Only needed to inspect or change a model: `AutoRound` takes the name itself and reads one block at a time.
 
     Args:
         pretrained_model_name_or_path: a folder or hub id.
         platform: "hf" or "model_scope".
-        trust_remote_code: run the model's own code. Unlike the incumbent's, off unless asked for.
-        model_dtype: such as "bf16"; None: as the files say.
+        trust_remote_code: run the model's own code; in AutoRound 0.x the default is True.
+        model_dtype: such as "bf16"; None: the checkpoint's.
         device: where to put it.
         **kwargs: for `from_pretrained`.
 
@@ -159,37 +152,22 @@ def llm_load_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{pretrained_model_name_or_path!r} cannot be opened: {first}") from error
+        raise ModelError(f"{pretrained_model_name_or_path!r} cannot be opened: {first_line(error)}") from error
     return model.to(target).eval(), tokenizer
 
 
 def mllm_load_model(*args: Any, **kwargs: Any) -> NoReturn:
-    """Raises UnsupportedError: this version has no multimodal models."""
+    """Raises UnsupportedError: this version does not support multimodal models."""
     raise UnsupportedError(MULTIMODAL.sentence("mllm_load_model"))
 
 
 def diffusion_load_model(*args: Any, **kwargs: Any) -> NoReturn:
-    """Raises UnsupportedError: this version has no diffusion models."""
+    """Raises UnsupportedError: this version does not support diffusion models."""
     raise UnsupportedError(DIFFUSION.sentence("diffusion_load_model"))
 
 
-# Helpers that scripts import from `auto_round.utils`: walking a model by name, finding its blocks, loading it.
-#
-# Nothing in this package uses them. They keep the incumbent's names and what it returns.
-
 __all__ = [
-    "diffusion_load_model",
-    "find_matching_blocks",
-    "get_attr",
-    "get_block_names",
-    "get_lm_head_name",
-    "get_major_device",
-    "get_module",
-    "is_pure_text_model",
-    "llm_load_model",
-    "mllm_load_model",
-    "parse_layer_config_arg",
-    "set_attr",
-    "set_module",
-]
+    "diffusion_load_model", "find_matching_blocks", "get_attr", "get_block_names", "get_lm_head_name",
+    "get_major_device", "get_module", "is_pure_text_model", "llm_load_model", "mllm_load_model",
+    "parse_layer_config_arg", "set_attr", "set_module",
+]  # fmt: skip

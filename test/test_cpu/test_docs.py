@@ -26,7 +26,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.
 IDS = [p.relative_to(ROOT).as_posix() for p in PAGES]
 
 # Flags of other programs that the pages mention.
-FOREIGN = {"no-deps", "version", "help", "render", "hf_overrides", "nnodes", "nproc_per_node"}
+FOREIGN = {"no-deps", "version", "help", "list", "render", "hf_overrides", "nnodes", "nproc_per_node"}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -74,6 +74,30 @@ def test_every_preset_is_in_the_table() -> None:
     text = (ROOT / "docs" / "schemes.md").read_text(encoding="utf-8")
     missing = [n for n in schemes.PRESET_SCHEMES if not n.startswith("GGUF:") and f"`{n}`" not in text]
     assert missing == []
+
+
+def definitions(path: Path) -> set[str]:
+    """Names of functions and classes in a file, methods as `Class.method`."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def test_the_architecture_names_what_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "auto_round"
+    named = re.findall(r"`([\w/]+\.py)`(?:\s+`(\w+(?:\.\w+)?)`)?", text)
+    named = [(file, name) for file, name in named if not file.startswith("test/")]
+    assert len(named) > 40
+    missing = [f"{file} {name}" for file, name in named if not (package / file).is_file()]
+    missing += [f"{file} {name}" for file, name in named if name and name not in definitions(package / file)]
+    assert missing == []
+    folders = {path.name for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders - set(re.findall(r"`(\w+)/`", text)) == set()
 
 
 def test_the_data_type_of_the_guide_works(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:

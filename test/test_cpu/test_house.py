@@ -21,7 +21,7 @@ MOST_LINES = 600
 RANKS: dict[str, int] = {
     "_version": 0, "errors": 0,
     "envs": 1, "later": 1, "threads": 1,
-    "auto_scheme": 2, "logger": 2,
+    "auto_scheme": 2, "logger": 2, "plugins": 2,
     "schemes": 2,
     "codecs": 3, "layer_config": 3, "recipes": 3,
     "data_type": 4, "gguf": 4, "layouts": 4,

@@ -6,6 +6,7 @@ or any other iterable; two-dimensional tensors and columns of lists are batches,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,14 @@ TEXT_KEYS = ("text", "content", "code", "document", "body")
 CHAT_KEYS = ("messages", "conversations", "conversation")
 ASK_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "response", "answer", "completion", "chosen")
+TOKEN_KEYS = ("input_ids", "attention_mask", "labels")
+IGNORED_LABEL = -100
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 
 
 @dataclass(frozen=True)
 class TokenDocument:
-    """Token ids given by the user; `mask` 0 marks padding, `labels` -100 a position that is not to be learned."""
+    """Token ids given by the user; `mask` is 0 for padding, `labels` is -100 where a position has no loss."""
 
     ids: list[int]
     mask: list[int] | None = None
@@ -44,12 +47,11 @@ Document = str | list[Message] | TokenDocument
 
 
 def document_from_row(row: Any, where: str) -> Document:
-    """The document in one row: a string, or a mapping with a text, a conversation or token ids under a usual key.
+    """Convert a row to a document: a string, or a mapping with text, a conversation or token ids under a known key.
 
-    Keys are tried in this order: `input_ids`; `messages`, `conversations`, `conversation`; `text`, `content`, `code`,
-    `document`, `body`; then a question (`instruction`, `question`, `prompt`, `query`, `input`) with its answer
-    (`output`, `response`, `answer`, `completion`, `chosen`), which make a conversation of two messages. `where` names
-    the row in errors. Raises DataError when nothing fits.
+    Keys are tried in this order: `input_ids`; `CHAT_KEYS`; `TEXT_KEYS`; then a question (`ASK_KEYS`) and its answer
+    (`ANSWER_KEYS`), which become a conversation of two messages. `where` names the row in errors. Raises DataError for
+    a row of any other kind.
     """
     if isinstance(row, str):
         return row
@@ -64,11 +66,13 @@ def document_from_row(row: Any, where: str) -> Document:
         for key in TEXT_KEYS:
             if isinstance(row.get(key), str):
                 return row[key]
-        dialogue = _question_and_answer(row)
-        if dialogue:
-            return dialogue
+        asked = [row[k] for k in ASK_KEYS if isinstance(row.get(k), str) and row[k]]
+        answers = [row[k] for k in ANSWER_KEYS if isinstance(row.get(k), str) and row[k]]
+        if asked or answers:
+            question = [{"role": "user", "content": "\n".join(asked)}] if asked else []
+            return question + [{"role": "assistant", "content": a} for a in answers[:1]]
         if any(key in row and not row[key] for key in (*TEXT_KEYS, *CHAT_KEYS)):
-            return ""  # a row that is empty, not one that is wrong; it is counted among the short ones
+            return ""  # an empty row is valid; it is counted as too short
         raise DataError(
             f"{where} has the keys {sorted(map(str, row))} and no text under any of them; use a key such as 'text', "
             "'messages' or 'input_ids'"
@@ -81,7 +85,7 @@ def document_from_row(row: Any, where: str) -> Document:
 
 
 def conversation(messages: Any, where: str) -> list[Message] | str:
-    """Messages as `role`/`content` pairs, from those or from `from`/`value` pairs. A plain string stays one."""
+    """Convert messages (`role`/`content` or `from`/`value` pairs) to `role`/`content`; return a string unchanged."""
     if isinstance(messages, str):
         return messages
     result: list[Message] = []
@@ -97,17 +101,17 @@ def conversation(messages: Any, where: str) -> list[Message] | str:
         if result:
             return result
     raise DataError(
-        f"{where} is no conversation; write a list of objects with 'role' and 'content' (or 'from' and 'value')"
+        f"{where} is not a conversation; write a list of objects with 'role' and 'content' (or 'from' and 'value')"
     )
 
 
 def plain_text(messages: Iterable[Message]) -> str:
-    """A conversation without a template: the contents, one below the other."""
+    """Join the contents of a conversation by line breaks, without a template."""
     return "\n".join(m["content"] for m in messages if m["content"])
 
 
 def is_ids(value: Any) -> bool:
-    """Whether `value` is a non-empty list or tuple of whole numbers."""
+    """Whether `value` is a non-empty list or tuple of integers."""
     return (
         isinstance(value, (list, tuple))
         and bool(value)
@@ -116,27 +120,18 @@ def is_ids(value: Any) -> bool:
 
 
 def _tokens(row: Mapping[str, Any], where: str) -> TokenDocument:
-    columns: dict[str, list[int] | None] = {}
-    for key in ("input_ids", "attention_mask", "labels"):
+    columns: dict[str, list[int]] = {}
+    for key in TOKEN_KEYS:
         value = row.get(key)
-        if value is None:
-            columns[key] = None
-        elif isinstance(value, Sequence) and (is_ids(value) or not len(value)):
+        if isinstance(value, Sequence) and (is_ids(value) or not len(value)):
             columns[key] = list(value)
-        else:
-            raise DataError(f"{where} has {key!r} that is no flat list of whole numbers; write one row per sample")
-    return TokenDocument(columns["input_ids"] or [], columns["attention_mask"], columns["labels"])
-
-
-def _question_and_answer(row: Mapping[str, Any]) -> list[Message]:
-    asked = [row[k] for k in ASK_KEYS if isinstance(row.get(k), str) and row[k]]
-    answers = [row[k] for k in ANSWER_KEYS if isinstance(row.get(k), str) and row[k]]
-    messages = [{"role": "user", "content": "\n".join(asked)}] if asked else []
-    return messages + [{"role": "assistant", "content": a} for a in answers[:1]]
+        elif value is not None:
+            raise DataError(f"{where} has {key!r} that is not a flat list of integers; write one row per sample")
+    return TokenDocument(columns.get("input_ids", []), columns.get("attention_mask"), columns.get("labels"))
 
 
 def _flat(content: Any) -> str:
-    """Text of a message whose content is a string or a list of parts such as `{"type": "text", "text": "..."}`."""
+    """The text of a message whose content is a string or a list of `{"type": "text", "text": "..."}` parts."""
     if isinstance(content, str):
         return content
     if isinstance(content, (list, tuple)):
@@ -144,20 +139,11 @@ def _flat(content: Any) -> str:
     return ""
 
 
-# Documents from Python objects: lists of strings or ids, tensors, dicts, a DataLoader, anything that can be iterated.
-#
-# Tensors of two dimensions, and columns of lists, are batches and are taken apart into samples.
-
-_TOKEN_KEYS = ("input_ids", "attention_mask", "labels")
-IGNORED = -100
-
-
 def documents_from_object(data: Any, seed: int) -> Iterator[Document]:
-    """Documents of a user's object, in its own order.
+    """Yield the documents of a Python object in its own order.
 
-    `data` is what `load_calibration` takes other than a dataset string. A DataLoader that shuffles draws from a random
-    state made from `seed`; the state of the program is put back. Raises ConfigError when `data` is not one of the
-    known kinds, DataError for a sample that is not.
+    A DataLoader that shuffles draws from a random state made from `seed`; the global random state is restored.
+    Raises ConfigError when `data` has an unsupported type, DataError for a bad sample.
     """
     if isinstance(data, (Mapping, torch.Tensor)) or is_ids(data) or _is_conversation(data):
         yield from documents_from_item(data, "the dataset")
@@ -169,26 +155,17 @@ def documents_from_object(data: Any, seed: int) -> Iterator[Document]:
         )
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    try:  # samplers draw their seed when the first item is asked for
+    try:  # samplers draw their seed when the first item is requested
         items = iter(data)
-        first = list(_first_item(items))
+        first = list(itertools.islice(items, 1))
     finally:
         torch.set_rng_state(state)
-    count = 0
-    for group in (first, items):
-        for item in group:
-            yield from documents_from_item(item, f"item {count} of the dataset")
-            count += 1
-
-
-def _first_item(items: Iterator[Any]) -> Iterator[Any]:
-    for item in items:
-        yield item
-        return
+    for count, item in enumerate(itertools.chain(first, items)):
+        yield from documents_from_item(item, f"item {count} of the dataset")
 
 
 def documents_from_item(item: Any, where: str) -> Iterator[Document]:
-    """Documents of one item, which may be a batch; `where` names it in errors. Raises DataError when it is neither."""
+    """Yield the documents of one item, which may be a batch; `where` names it in errors. Raises DataError."""
     if hasattr(item, "data") and isinstance(item.data, Mapping) and not isinstance(item, Mapping):
         item = item.data  # BatchEncoding and other UserDicts
     item = _to_tensor(item)
@@ -206,9 +183,9 @@ def documents_from_item(item: Any, where: str) -> Iterator[Document]:
         keys = _columns_of(parts)
         if keys:
             yield from _from_columns(dict(zip(keys, parts, strict=True)), where)
-            return
-        for part in parts:
-            yield from documents_from_item(part, where)
+        else:
+            for part in parts:
+                yield from documents_from_item(part, where)
     else:
         raise DataError(
             f"{where} is a {type(item).__name__}; an item is a string, a list or tensor of token ids, or a dict with "
@@ -217,8 +194,8 @@ def documents_from_item(item: Any, where: str) -> Iterator[Document]:
 
 
 def _from_columns(columns: Mapping[str, Any], where: str) -> Iterator[TokenDocument]:
-    """Samples of a dict of `[T]` or `[B, T]` ids, masks and labels."""
-    rows = {k: _id_rows(columns[k], f"{k!r} of {where}") for k in _TOKEN_KEYS if columns.get(k) is not None}
+    """Yield the samples of a dict of `[T]` or `[B, T]` ids, masks and labels."""
+    rows = {k: _id_rows(columns[k], f"{k!r} of {where}") for k in TOKEN_KEYS if columns.get(k) is not None}
     sizes = {k: len(v) for k, v in rows.items()}
     if len(set(sizes.values())) != 1:
         raise DataError(f"{where} holds different numbers of samples: {sizes}; give one row of each per sample")
@@ -228,11 +205,11 @@ def _from_columns(columns: Mapping[str, Any], where: str) -> Iterator[TokenDocum
 
 
 def _id_rows(value: Any, where: str) -> list[list[int]]:
-    """A `[T]` or `[B, T]` tensor or list as lists of ints."""
+    """Convert a `[T]` or `[B, T]` tensor or list to lists of integers."""
     value = _to_tensor(value)
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() or value.is_complex():
-            raise DataError(f"{where} has the dtype {value.dtype}; token ids are whole numbers")
+            raise DataError(f"{where} has the dtype {value.dtype}; token ids are integers")
         if value.dim() not in (1, 2):
             raise DataError(f"{where} has {value.dim()} dimensions; give [tokens] or [samples, tokens]")
         value = value.to(torch.int64).tolist()
@@ -242,11 +219,11 @@ def _id_rows(value: Any, where: str) -> list[list[int]]:
         rows = [r.tolist() if isinstance(r, torch.Tensor) else r for r in map(_to_tensor, value)]
         if all(is_ids(r) for r in rows):
             return [list(r) for r in rows]
-    raise DataError(f"{where} is no list of whole numbers; give [tokens] or [samples, tokens]")
+    raise DataError(f"{where} is not a list of integers; give [tokens] or [samples, tokens]")
 
 
 def _text_columns(item: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The columns of a batch of texts, as a DataLoader makes one from rows of strings. Empty for a single row."""
+    """The text columns of a batch that a DataLoader made from rows of strings; empty for a single row."""
     texts = {k: item[k] for k in (*TEXT_KEYS, *ASK_KEYS, *ANSWER_KEYS) if k in item}
     if not all(isinstance(v, (list, tuple)) and all(isinstance(t, str) for t in v) for v in texts.values()):
         return {}
@@ -254,16 +231,22 @@ def _text_columns(item: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _columns_of(parts: list[Any]) -> tuple[str, ...]:
-    """What the tensors of a tuple are, where they are columns, as a TensorDataset gives them: (ids, mask), (ids,
-    labels) or (ids, mask, labels). Empty where each is a sample, or several, of its own."""
+    """Names of the tensors of a tuple from a TensorDataset: (ids, mask), (ids, labels) or (ids, mask, labels).
+
+    Empty when the tensors are separate samples.
+    """
     if len(parts) not in (2, 3) or not all(isinstance(p, torch.Tensor) and p.dim() == 2 for p in parts):
         return ()
     if len({p.shape for p in parts}) > 1:
         return ()
     ids, second = parts[:2]
     if bool(((second == 0) | (second == 1)).all()) and not torch.equal(ids, second):
-        return _TOKEN_KEYS[: len(parts)]
-    if len(parts) == 2 and bool(((second == ids) | (second == IGNORED)).all()) and bool((second == IGNORED).any()):
+        return TOKEN_KEYS[: len(parts)]
+    if (
+        len(parts) == 2
+        and bool(((second == ids) | (second == IGNORED_LABEL)).all())
+        and bool((second == IGNORED_LABEL).any())
+    ):
         return ("input_ids", "labels")
     return ()
 
@@ -277,7 +260,7 @@ def _is_conversation(item: Any) -> bool:
 
 
 def _to_tensor(value: Any) -> Any:
-    """numpy arrays as tensors, everything else as it is."""
+    """Convert numpy arrays to tensors; return everything else unchanged."""
     if type(value).__module__.startswith("numpy") and hasattr(value, "dtype") and hasattr(value, "shape"):
         return torch.as_tensor(value)
     return value

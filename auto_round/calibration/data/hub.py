@@ -1,16 +1,17 @@
-"""Stream calibration documents from the Hugging Face hub or ModelScope, with an early check for the network.
+"""Stream calibration documents from the Hugging Face hub or ModelScope, after a short check of the network.
 
-The client libraries retry for tens of seconds without a network, so one short request goes first. Without a
-hub, a copy in the local caches is used. `HUB_SETS` has one row for each dataset with a short name: hub, splits
-and columns. Loading scripts of a dataset are never run.
+The client libraries retry for tens of seconds without a network, so one short request is made first. Without a hub, a
+copy in the local caches is used. `HUB_DATASETS` has one row for each dataset with a short name: hub, splits and
+columns. Loading scripts of a dataset are never run.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,15 @@ from auto_round.calibration.data.spec import register_dataset
 from auto_round.errors import DataError
 from auto_round.logger import logger
 
-PROBE_SECONDS = 5.0
-"""Longest wait for a sign of life from the hub."""
+HUB_TIMEOUT_S = 5.0
+"""Longest wait for an answer of the hub, in seconds."""
 
-_PROBE_VALID_SECONDS = 60.0
-_probe_results: dict[str, tuple[float, str]] = {}
+_ANSWER_VALID_S = 60.0
+_hub_answers: dict[str, tuple[float, str]] = {}
 
 
 class HubUnreachable(DataError):
-    """The hub, or the library that reads it, is not there; `reason` says which in a few words."""
+    """The hub, or the library that reads it, is not available; `reason` says why in a few words."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.reason = reason
@@ -38,7 +39,7 @@ class HubUnreachable(DataError):
 
 
 def hub_problem() -> str:
-    """Why the Hugging Face hub cannot be used now, in a few words, or "". Takes `PROBE_SECONDS` at most."""
+    """Why the Hugging Face hub cannot be used now, in a few words, or "". Takes `HUB_TIMEOUT_S` at most."""
     try:
         from huggingface_hub import constants
     except ImportError:
@@ -46,89 +47,67 @@ def hub_problem() -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     endpoint = constants.ENDPOINT
-    known = _probe_results.get(endpoint)
-    if known is None or time.monotonic() - known[0] > _PROBE_VALID_SECONDS:
-        known = (time.monotonic(), _probe(endpoint))
-        _probe_results[endpoint] = known
+    known = _hub_answers.get(endpoint)
+    if known is None or time.monotonic() - known[0] > _ANSWER_VALID_S:
+        known = (time.monotonic(), _request(endpoint))
+        _hub_answers[endpoint] = known
     return known[1]
 
 
-def _probe(endpoint: str) -> str:
-    """Get the hub's front page. Any answer but a server's or proxy's failure will do: the network is in question."""
+def _request(endpoint: str) -> str:
+    """Why the hub's front page cannot be read, or "". Any answer but a server or proxy failure counts as success."""
     answer: list[str] = []
 
-    def ask() -> None:
+    def request() -> None:
         from huggingface_hub import get_session
 
         try:
-            status = get_session().head(endpoint, timeout=PROBE_SECONDS).status_code
+            status = get_session().head(endpoint, timeout=HUB_TIMEOUT_S).status_code
             answer.append(f"{endpoint} answers with status {status}" if status == 407 or status >= 500 else "")
-        except Exception as error:  # the HTTP library behind get_session differs between versions, and so do its errors
+        except Exception as error:  # the HTTP library behind get_session, and so its errors, differ between versions
             answer.append(f"no answer from {endpoint}: {_short(error)}")
 
-    # In a thread, since looking up a name can block for longer than any timeout of the request.
-    thread = threading.Thread(target=ask, daemon=True)
+    # In a thread, because name resolution can block for longer than the timeout of the request.
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS)
-    return answer[0] if answer else f"no answer from {endpoint} within {PROBE_SECONDS:g} s"
+    thread.join(HUB_TIMEOUT_S)
+    return answer[0] if answer else f"no answer from {endpoint} within {HUB_TIMEOUT_S:g} s"
 
 
-def hub_rows(
-    name: str,
-    splits: Sequence[str],
-    seed: int,
-    *,
-    path: str | None = None,
-    config: str | None = None,
-    data_files: str | None = None,
-    buffer_size: int = 1000,
-) -> Iterator[Any]:
-    """Rows of a hub data set, shuffled within a moving buffer, from all `splits` in turn.
+def _hub_rows(dataset: HubDataset, name: str, splits: Sequence[str], seed: int) -> Iterator[Any]:
+    """Rows of all `splits` of a Hugging Face dataset in turn, shuffled within a moving buffer.
 
-    Args:
-        name: what the user calls it, for messages.
-        splits: split names.
-        seed: of the shuffle.
-        path: hub id, `name` when None.
-        config: name of the configuration.
-        data_files: pattern inside the repository, for sets whose own loading script cannot be run; parquet only.
-        buffer_size: rows held for shuffling.
-
-    The first row is fetched before this returns. Raises HubUnreachable when there is neither hub nor local copy, and
-    DataError when the hub has no such set, split or configuration.
+    Raises HubUnreachable when there is neither hub nor local copy, and DataError when the hub has no such dataset,
+    split or configuration.
     """
     try:
         import datasets
     except ImportError as error:
         raise HubUnreachable(name, 'it needs `pip install "auto-round[data]"`') from error
-    path = path or name
+    path = dataset.path or name
     problem = hub_problem()
     streams = []
     for split in splits:
         if problem:
-            stream = _cached_stream(path, config, split)
+            stream = _cached_stream(path, dataset.config, split)
             if stream is None:
                 raise HubUnreachable(name, problem)
             logger.info("dataset %r is read from the local cache (%s)", name, problem)
         else:
             try:
-                if data_files is not None:
-                    files = {split: f"hf://datasets/{path}/{data_files}"}
+                if dataset.data_files is not None:
+                    files = {split: f"hf://datasets/{path}/{dataset.data_files}"}
                     stream = datasets.load_dataset("parquet", data_files=files, split=split, streaming=True)
                 else:
-                    stream = datasets.load_dataset(path, config, split=split, streaming=True)
+                    stream = datasets.load_dataset(path, dataset.config, split=split, streaming=True)
             except Exception as error:  # whatever `datasets`, `fsspec` and the HTTP library raise
                 raise _as_data_error(name, error) from error
-        streams.append(iter(stream.shuffle(seed=seed, buffer_size=buffer_size)))
-    rows = _with_data_errors(_round_robin(streams), name)
-    first = list(itertools.islice(rows, 1))
-    if not first:
-        raise DataError(f"dataset {name!r} has no rows in split {'+'.join(splits)}; choose another split")
-    return itertools.chain(first, rows)
+        streams.append(iter(stream.shuffle(seed=seed, buffer_size=dataset.buffer_size)))
+    return _with_data_errors(_round_robin(streams), name)
 
 
-def modelscope_rows(name: str, splits: Sequence[str], seed: int, buffer_size: int = 1000) -> Iterator[Any]:
-    """Rows of a ModelScope data set, as `hub_rows`. Needs the package `modelscope`."""
+def _modelscope_rows(dataset: HubDataset, name: str, splits: Sequence[str], seed: int) -> Iterator[Any]:
+    """As `_hub_rows`, for a ModelScope dataset. Needs the package `modelscope`."""
     try:
         from modelscope.msdatasets import MsDataset
     except ImportError as error:
@@ -140,11 +119,11 @@ def modelscope_rows(name: str, splits: Sequence[str], seed: int, buffer_size: in
         ]
     except Exception as error:  # whatever `modelscope` and the HTTP library raise
         raise _as_data_error(name, error) from error
-    return _buffer_shuffle(_with_data_errors(_round_robin(streams), name), seed, buffer_size)
+    return _buffer_shuffle(_with_data_errors(_round_robin(streams), name), seed, dataset.buffer_size)
 
 
 def _cached_stream(path: str, config: str | None, split: str) -> Any:
-    """A data set from the hub's file cache or from the cache of `datasets`, or None."""
+    """A dataset from the hub's file cache or from the cache of `datasets`, or None."""
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
     from huggingface_hub import snapshot_download
@@ -172,8 +151,6 @@ def _round_robin(streams: list[Iterator[Any]]) -> Iterator[Any]:
 
 
 def _buffer_shuffle(rows: Iterator[Any], seed: int, size: int) -> Iterator[Any]:
-    import random
-
     rng = random.Random(seed)
     buffer = list(itertools.islice(rows, size))
     for row in rows:
@@ -185,7 +162,7 @@ def _buffer_shuffle(rows: Iterator[Any], seed: int, size: int) -> Iterator[Any]:
 
 
 def _with_data_errors(rows: Iterator[Any], name: str) -> Iterator[Any]:
-    """The rows, with a network failure on the way told as one of ours."""
+    """Yield the rows; a failure of the network is raised as DataError."""
     try:
         yield from rows
     except DataError:
@@ -195,7 +172,7 @@ def _with_data_errors(rows: Iterator[Any], name: str) -> Iterator[Any]:
 
 
 def _as_data_error(name: str, error: Exception) -> DataError:
-    """HubUnreachable for what looks like the network, else a DataError that repeats the library's reason."""
+    """HubUnreachable for a network error, else a DataError that repeats the library's reason."""
     kinds = {c.__name__ for c in type(error).__mro__}
     if kinds & {"ConnectionError", "TimeoutError", "TransportError", "HTTPError", "ClientError", "RequestException"}:
         return HubUnreachable(name, _short(error))
@@ -212,32 +189,28 @@ def _short(error: Exception) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-# The data sets that have a name here, and any other text set of the Hugging Face hub.
-#
-# One row of a table per set: which hub, which splits, which columns. Loading scripts of a set are never run.
-
 DEFAULT_DATASET = "NeelNanda/pile-10k"
-"""What is used when no dataset is named."""
+"""The dataset that is used when none is given."""
 
 MODELSCOPE_DEFAULT = "swift/pile-val-backup"
-"""The same with the platform ModelScope."""
+"""The same on the platform ModelScope."""
 
 
 @dataclass(frozen=True)
-class HubSet:
-    """A data set of a hub.
+class HubDataset:
+    """A dataset on a hub.
 
     Attributes:
         names: names in a dataset string; the first is shown.
-        description: a few words.
+        description: a few words for `list dataset`.
         splits: default splits.
-        column: column of the text, or None to look for a usual one; several are joined by an empty line.
-        path: hub id when it is not the first name.
-        config: configuration of the set.
-        data_files: parquet files inside the repository, for sets that come with a loading script.
-        buffer_size: rows held for shuffling; large where the set is small and sorted.
-        concat: default of `concat`; for sets whose documents are far shorter than a usual sample.
-        modelscope: whether it lives on ModelScope.
+        column: text column; None looks for a usual name; several are joined by an empty line.
+        path: hub id when it differs from the name.
+        config: configuration of the dataset.
+        data_files: parquet files inside the repository, for datasets with a loading script.
+        buffer_size: rows held for shuffling; large for a dataset that is small and sorted.
+        concat: default of `concat`; True for documents far shorter than a usual sample.
+        modelscope: it is on ModelScope.
     """
 
     names: tuple[str, ...]
@@ -252,22 +225,22 @@ class HubSet:
     modelscope: bool = False
 
 
-HUB_SETS = (
-    HubSet((DEFAULT_DATASET,), "10,000 documents of the Pile, mixed English (default)", buffer_size=10_000),
-    HubSet(
+HUB_DATASETS = (
+    HubDataset((DEFAULT_DATASET,), "10,000 documents of the Pile, mixed English (default)", buffer_size=10_000),
+    HubDataset(
         (MODELSCOPE_DEFAULT,),
         "validation part of the Pile",
         splits=("validation",),
         modelscope=True,
         buffer_size=10_000,
     ),
-    HubSet(("BAAI/CCI3-HQ",), "Chinese web text"),
-    HubSet(
+    HubDataset(("BAAI/CCI3-HQ",), "Chinese web text"),
+    HubDataset(
         ("codeparrot/github-code-clean",), "source code in many languages", column="code", data_files="data/*.parquet"
     ),
-    HubSet(("HuggingFaceH4/ultrachat_200k",), "conversations", splits=("train_sft",), column="messages"),
-    HubSet(("madao33/new-title-chinese",), "Chinese news", column="content", buffer_size=6000),
-    HubSet(
+    HubDataset(("HuggingFaceH4/ultrachat_200k",), "conversations", splits=("train_sft",), column="messages"),
+    HubDataset(("madao33/new-title-chinese",), "Chinese news", column="content", buffer_size=6000),
+    HubDataset(
         ("mbpp", "google-research-datasets/mbpp"),
         "short Python problems with solutions, joined",
         splits=("train", "validation", "test"),
@@ -276,65 +249,53 @@ HUB_SETS = (
         config="full",
         concat=True,
     ),
-    HubSet(("openbmb/Ultra-FineWeb",), "filtered web text, splits en and zh", splits=("en",), column="content"),
-    HubSet(
+    HubDataset(("openbmb/Ultra-FineWeb",), "filtered web text, splits en and zh", splits=("en",), column="content"),
+    HubDataset(
         ("opencode-instruct", "nvidia/OpenCodeInstruct"),
         "Python questions with answers",
         column=None,
         path="nvidia/OpenCodeInstruct",
     ),
 )
-"""Data sets with a name."""
+"""Datasets with a short name."""
 
 
-def open_rows(entry: HubSet, name: str, splits: tuple[str, ...], seed: int) -> Iterator[Any]:
-    """Rows of a set of the table."""
-    if entry.modelscope:
-        return modelscope_rows(name, splits, seed, entry.buffer_size)
-    return hub_rows(
-        name,
-        splits,
-        seed,
-        path=entry.path,
-        config=entry.config,
-        data_files=entry.data_files,
-        buffer_size=entry.buffer_size,
-    )
+def hub_documents(dataset: HubDataset, name: str, split: str | None, seed: int) -> Iterator[Document]:
+    """Yield the documents of a hub dataset. Raises DataError when it cannot be read or has no rows."""
+    splits = split.split("+") if split else dataset.splits
+    read = _modelscope_rows if dataset.modelscope else _hub_rows
+    empty = True
+    for row in read(dataset, name, splits, seed):
+        empty = False
+        yield _row_document(row, dataset.column, f"a row of dataset {name!r}")
+    if empty and not dataset.modelscope:
+        raise DataError(f"dataset {name!r} has no rows in split {'+'.join(splits)}; choose another split")
 
 
-def row_document(row: Any, column: str | tuple[str, ...] | None, where: str) -> Document:
-    """The document of a row: the named column(s), or what `document_from_row` finds."""
+def unlisted_hub_documents(name: str, split: str | None, seed: int) -> Iterator[Document]:
+    """Yield the documents of a hub dataset without a row in `HUB_DATASETS`; its text column must have a usual name."""
+    return hub_documents(HubDataset((name,), "", column=None), name, split, seed)
+
+
+def _row_document(row: Any, column: str | tuple[str, ...] | None, where: str) -> Document:
     if column is None:
         return document_from_row(row, where)
     names = (column,) if isinstance(column, str) else column
     if not isinstance(row, Mapping) or any(n not in row for n in names):
         shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise DataError(f"{where} has no column {names}, it has {shown}; the set has changed, use another one")
+        raise DataError(f"{where} has no column {names}, it has {shown}; the dataset has changed, use another one")
     if len(names) == 1:
         return document_from_row({"messages" if names[0] == "messages" else "text": row[names[0]]}, where)
     return "\n\n".join(str(row[n]) for n in names if row[n])
 
 
-def unlisted_hub_documents(name: str, split: str | None, seed: int) -> Iterator[Document]:
-    """Documents of a hub set that is not in the table, from a column with a usual name (`text`, `messages`, ...)."""
-    splits = tuple(split.split("+")) if split else ("train",)
-    for row in hub_rows(name, splits, seed):
-        yield document_from_row(row, f"a row of dataset {name!r}")
+def _register(dataset: HubDataset) -> None:
+    where = "ModelScope" if dataset.modelscope else "Hugging Face hub"
 
-
-def _reader(entry: HubSet) -> Callable[..., Iterator[Document]]:
+    @register_dataset(dataset.names, description=dataset.description, where=where, concat=dataset.concat)
     def read(dataset_name: str, split: str | None, seed: int) -> Iterator[Document]:
-        splits = tuple(split.split("+")) if split else entry.splits
-        for row in open_rows(entry, dataset_name, splits, seed):
-            yield row_document(row, entry.column, f"a row of dataset {dataset_name!r}")
-
-    return read
+        return hub_documents(dataset, dataset_name, split, seed)
 
 
-for _entry in HUB_SETS:
-    register_dataset(
-        _entry.names,
-        description=_entry.description,
-        where="ModelScope" if _entry.modelscope else "Hugging Face hub",
-        concat=_entry.concat,
-    )(_reader(_entry))
+for _dataset in HUB_DATASETS:
+    _register(_dataset)

@@ -1,17 +1,16 @@
 """Open a calibration dataset by name or from a Python object, and return a stream of token samples.
 
-A name is a registered dataset, a hub id, or a local file (json, jsonl, txt, parquet, or a folder of them). Each
-file reader yields documents in an order drawn from a seed, and reads as little as possible:
+A name is a registered dataset, a hub id, or a local file or folder. File readers yield documents in an order drawn
+from a seed, and read as little as possible:
 
 json: a list of strings or objects; one object with lists (columns), e.g. `{"text": [...]}`; or one object.
 jsonl: one string or object per line.
-txt: documents are separated by two or more blank lines if the text has any; else by one blank line; else each
-line is a document.
+txt: documents are separated by two or more blank lines if the text has any; else by one blank line; else each line is
+a document.
 parquet: one row per document.
 
-`builtin` is the text inside the package, for machines without a hub: 1.3 MB of public-domain English (see
-`data/SOURCES.md`), enough for 128 samples of 2048 tokens. Its documents have about a thousand tokens, so they
-are joined by default (`concat=True`).
+`builtin` is the text inside the package: 1.3 MB of public-domain English (see `data/SOURCES.md`), enough for 128
+samples of 2048 tokens. Its documents have about a thousand tokens, so they are joined by default (`concat=True`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import itertools
 import json
 import lzma
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -42,7 +41,7 @@ from auto_round.logger import logger
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a dataset name can only mean a local file: it exists, has a file's ending, or is written as a path."""
+    """Whether a dataset name is a local file: it exists, has a file suffix, or is written as a path."""
     return (
         Path(name).suffix.lower() in (*READERS, ".csv", ".arrow", ".gz", ".zst", ".bin", ".pt", ".tsv")
         or name.startswith(("./", "../", "/", "~", ".\\", "..\\"))
@@ -52,16 +51,15 @@ def looks_like_path(name: str) -> bool:
 
 
 def read_local(name: str, seed: int) -> Iterator[Document]:
-    """Documents of the file or folder `name` (`~` is expanded), in an order that `seed` fixes.
+    """Yield the documents of the file or folder `name` (`~` is expanded) in an order fixed by `seed`.
 
-    The file is opened when the first document is asked for. Raises DataError for a missing or damaged file, an
-    unknown ending, or rows without text.
+    Raises DataError for a missing or damaged file, an unknown suffix, or rows without text.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
         if not files:
-            raise DataError(f"folder {name!r} holds no {_suffixes()} file; name the file, or put one there")
+            raise DataError(f"folder {name!r} has no {', '.join(READERS)} file; name the file, or put one there")
         random.Random(f"{seed}:{len(files)}").shuffle(files)
         for file in files:
             yield from read_local(str(file), seed)
@@ -69,7 +67,7 @@ def read_local(name: str, seed: int) -> Iterator[Document]:
     if not path.is_file():
         raise DataError(f"dataset file {name!r} does not exist{_similar_names(path)}")
     if path.suffix.lower() not in READERS:
-        raise DataError(f"dataset file {name!r} has the ending {path.suffix!r}; use {_suffixes()}")
+        raise DataError(f"dataset file {name!r} has the suffix {path.suffix!r}; use {', '.join(READERS)}")
     try:
         yield from READERS[path.suffix.lower()](path, random.Random(seed))
     except UnicodeDecodeError as error:
@@ -79,14 +77,14 @@ def read_local(name: str, seed: int) -> Iterator[Document]:
 
 
 def split_text(text: str) -> list[str]:
-    """Documents of a plain text; see the module's text for what separates them."""
+    """Split plain text into documents; the module docstring describes the separators."""
     text = text.replace("\r\n", "\n")
     if "\n\n\n" in text:
         parts, kind = text.split("\n\n\n"), "two blank lines"
     elif "\n\n" in text:
         parts, kind = text.split("\n\n"), "a blank line"
     else:
-        parts, kind = text.split("\n"), "line ends"
+        parts, kind = text.split("\n"), "line breaks"
     documents = [p.strip("\n") for p in parts if p.strip()]
     logger.debug("text split at %s into %d documents", kind, len(documents))
     return documents
@@ -109,19 +107,23 @@ def _read_json(path: Path, rng: random.Random) -> Iterator[Document]:
             f"dataset file {str(path)!r} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
             "write a list of strings, or a list of objects with a 'text' key"
         ) from error
-    rows = _json_rows(data, path)
+    yield from _shuffled(_json_rows(data, path), rng, "entry {} of " + repr(str(path)))
+
+
+def _shuffled(rows: Sequence[Any], rng: random.Random, where: str) -> Iterator[Document]:
+    """Yield the documents of rows in random order; `where` has a place for the row's index."""
     order = list(range(len(rows)))
     rng.shuffle(order)
     for i in order:
-        yield document_from_row(rows[i], f"entry {i} of {str(path)!r}")
+        yield document_from_row(rows[i], where.replace("{}", str(i), 1))
 
 
 def _json_rows(data: Any, path: Path) -> list[Any]:
-    """Rows of a parsed JSON value. An object whose lists are of one length is a table of columns."""
+    """Rows of a parsed JSON value. An object whose lists have equal lengths is a table of columns."""
     if isinstance(data, list):
         return data
     if not isinstance(data, Mapping):
-        raise DataError(f"dataset file {str(path)!r} holds a {type(data).__name__}; write a list or an object of lists")
+        raise DataError(f"dataset file {str(path)!r} has a {type(data).__name__}; write a list or an object of lists")
     if data.get("messages") and isinstance(data["messages"][0], Mapping):
         return [data]
     columns = {k: v for k, v in data.items() if isinstance(v, list)}
@@ -134,7 +136,7 @@ def _json_rows(data: Any, path: Path) -> list[Any]:
 
 
 def _is_jsonl(path: Path) -> bool:
-    """Whether the first line that is not blank is a JSON value by itself (many `.json` files are jsonl)."""
+    """Whether the first non-empty line is a JSON value by itself (many `.json` files are jsonl)."""
     with path.open(encoding="utf-8-sig") as file:
         for line in file:
             if line.strip():
@@ -146,15 +148,15 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _read_jsonl(path: Path, rng: random.Random) -> Iterator[Document]:
-    places: list[tuple[int, int]] = []  # (byte offset, line number) of every line that is not blank
+    offsets: list[tuple[int, int]] = []  # (byte offset, line number) of every non-empty line
     with path.open("rb") as file:
         offset = 0
         for number, line in enumerate(file, start=1):
             if line.strip():
-                places.append((offset, number))
+                offsets.append((offset, number))
             offset += len(line)
-        rng.shuffle(places)
-        for offset, number in places:
+        rng.shuffle(offsets)
+        for offset, number in offsets:
             file.seek(offset)
             where = f"line {number} of {str(path)!r}"
             try:
@@ -179,10 +181,7 @@ def _read_parquet(path: Path, rng: random.Random) -> Iterator[Document]:
         rng.shuffle(groups)
         for group in groups:
             rows = file.read_row_group(group).to_pylist()
-            order = list(range(len(rows)))
-            rng.shuffle(order)
-            for i in order:
-                yield document_from_row(rows[i], f"row {i} of group {group} of {str(path)!r}")
+            yield from _shuffled(rows, rng, f"row {{}} of group {group} of " + repr(str(path)))
 
 
 READERS: dict[str, Callable[[Path, random.Random], Iterator[Document]]] = {
@@ -191,11 +190,7 @@ READERS: dict[str, Callable[[Path, random.Random], Iterator[Document]]] = {
     ".txt": _read_txt,
     ".parquet": _read_parquet,
 }
-"""Reader of each file ending."""
-
-
-def _suffixes() -> str:
-    return ", ".join(READERS)
+"""Reader of each file suffix."""
 
 
 def _similar_names(path: Path) -> str:
@@ -206,30 +201,19 @@ def _similar_names(path: Path) -> str:
     return nearest(path.name, names) or "; check the path"
 
 
-# `builtin`: the calibration text inside the package, for machines that reach no hub.
-#
-# 1.3 MB of public-domain English: reference, technical, fiction and scripture (see `data/SOURCES.md`), enough for 128
-# samples of 2048 tokens. Documents are about a thousand tokens long, so they are joined by default (`concat=True`).
+# The calibration text inside the package.
 
 BUILTIN = "builtin"
-"""The name of the packaged text."""
-
-
-HELD_OUT_EVERY = 16
-"""Every sixteenth document is kept for measuring, so that each source has its share there too."""
-
-
-def _held_out(index: int) -> bool:
-    return index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+_HELD_OUT_EVERY = 16  # every sixteenth document is held out for evaluation, so that each source is represented
 
 
 def held_out_documents() -> list[str]:
     """The documents that calibration never reads, about 20 thousand tokens. Raises DataError as `builtin_documents`."""
-    return [d for i, d in enumerate(builtin_documents()) if _held_out(i)]
+    return builtin_documents()[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
 
 
 def builtin_documents() -> list[str]:
-    """All documents of the packaged text, in the order of the file. Raises DataError when the file is not there."""
+    """All documents of the packaged text in file order. Raises DataError when the file is missing or damaged."""
     file = resources.files("auto_round.calibration") / "data" / "builtin.txt.xz"
     try:
         text = lzma.decompress(file.read_bytes()).decode("utf-8")
@@ -247,33 +231,36 @@ def builtin_documents() -> list[str]:
     concat=True,
 )
 def builtin(seed: int, split: str | None) -> Iterator[str]:
-    """The packaged text's documents in an order that `seed` fixes. There is one split, `train`."""
+    """Yield the documents of the packaged text in an order fixed by `seed`. The only split is `train`."""
     if split not in (None, "train"):
         raise DataError(f"dataset 'builtin' has no split {split!r}; leave split out")
-    documents = [d for i, d in enumerate(builtin_documents()) if not _held_out(i)]
+    documents = [d for i, d in enumerate(builtin_documents()) if (i + 1) % _HELD_OUT_EVERY]
     random.Random(seed).shuffle(documents)
     yield from documents
 
 
-# Opening a dataset: from its name or from a Python object to a stream of samples.
-
-# Documents read from one dataset before giving up on it, at least; a set of short texts would else be read to its end.
-_MOST_DOCUMENTS = 50_000
+# Least number of documents read from a dataset before giving up; limits the time spent on a set of short texts.
+_MIN_DOCUMENT_LIMIT = 50_000
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What is wanted of every dataset: tokens per sample, samples in all, seed, and the tokenizer that makes them."""
+    """What is requested of every dataset: tokens per sample, number of samples, seed, and the tokenizer."""
 
     tokenizer: Any
     seqlen: int
     nsamples: int
     seed: int
 
+    @property
+    def document_limit(self) -> int:
+        """Most documents read from one dataset."""
+        return max(_MIN_DOCUMENT_LIMIT, 100 * self.nsamples)
+
 
 @dataclass(frozen=True)
 class OpenDataset:
-    """A dataset being read: what was asked, the samples as they are made, and the count of what was read."""
+    """A dataset being read: its specification, the stream of samples, and statistics of the documents read."""
 
     spec: DatasetSpec
     tally: DocumentStats
@@ -281,11 +268,10 @@ class OpenDataset:
 
 
 def open_named(dataset: str | None, request: SampleRequest, platform: str) -> list[OpenDataset]:
-    """The datasets of a dataset string, each with its first document read.
+    """Open the datasets of a dataset string, and read the first document of each.
 
-    None, or the bare name of the default set, may be replaced by the packaged text when it cannot be read; a line in
-    the log says so. Names are checked before any data is read. Raises ConfigError and DataError as
-    `prepare_calibration` says.
+    None, or the bare name of the default dataset, is replaced by the packaged text when it cannot be read, with a
+    warning. Names are checked before data is read. Raises ConfigError and DataError as `prepare_calibration` does.
     """
     default = MODELSCOPE_DEFAULT if platform == "model_scope" or envs.get("AR_USE_MODELSCOPE") else DEFAULT_DATASET
     specs = [DatasetSpec(default)] if dataset is None else parse_dataset_string(dataset)
@@ -296,20 +282,19 @@ def open_named(dataset: str | None, request: SampleRequest, platform: str) -> li
     try:
         return [_open(DatasetSpec(default), request)]
     except DataError as error:
-        reason = error.reason if isinstance(error, HubUnreachable) else str(error)
         logger.warning(
             "the default calibration set %s cannot be used (%s); calibrating with the packaged text (builtin)",
             default,
-            reason,
+            error.reason if isinstance(error, HubUnreachable) else str(error),
         )
         return [_open(DatasetSpec(BUILTIN), request)]
 
 
 def open_object(dataset: Any, request: SampleRequest) -> tuple[OpenDataset, int]:
-    """A user's Python object as a dataset, and the tokens per sample, which may be fewer than requested.
+    """Open a Python object as a dataset; returns it and the tokens per sample.
 
-    They are fewer when the samples are token ids that all have one length below `request.seqlen`: whoever made them
-    chose that length. A list of strings is shuffled; token ids and iterables keep their order.
+    These are fewer than `request.seqlen` when all samples are token ids of one shorter length. A list of strings is
+    shuffled; token ids and iterables keep their order.
     """
     documents: Iterator[Document] = documents_from_object(dataset, request.seed)
     head = list(itertools.islice(documents, request.nsamples))
@@ -321,19 +306,18 @@ def open_object(dataset: Any, request: SampleRequest) -> tuple[OpenDataset, int]
     seqlen = request.seqlen
     lengths = {len(d.ids) if isinstance(d, TokenDocument) else 0 for d in head}
     if len(lengths) == 1 and 0 < (length := lengths.pop()) < seqlen:
-        logger.info("all given samples have %d tokens; using seqlen=%d in place of %d", length, length, seqlen)
+        logger.info("all given samples have %d tokens; using seqlen=%d instead of %d", length, length, seqlen)
         seqlen = length
     spec = DatasetSpec("the given data")
     tally = DocumentStats(spec.name, seqlen, named=False)
-    chained = itertools.chain(head, documents)
-    return OpenDataset(
-        spec, tally, samples_of(chained, request.tokenizer, tally, most_documents=_limit(request))
-    ), seqlen
+    stream = itertools.chain(head, documents)
+    samples = samples_of(stream, request.tokenizer, tally, most_documents=request.document_limit)
+    return OpenDataset(spec, tally, samples), seqlen
 
 
 def _open(spec: DatasetSpec, request: SampleRequest) -> OpenDataset:
     documents = _documents(spec, request)
-    first = list(itertools.islice(documents, 1))  # a set that cannot be read says so here
+    first = list(itertools.islice(documents, 1))  # an unreadable dataset raises here
     entry = DATASETS.get(spec.name)
     concat = spec.concat if spec.concat is not None else bool(entry and entry.concat)
     tally = DocumentStats(spec.name, request.seqlen, concat)
@@ -344,17 +328,13 @@ def _open(spec: DatasetSpec, request: SampleRequest) -> OpenDataset:
         tally,
         apply_chat_template=spec.apply_chat_template and not renders_itself,
         system_prompt=spec.system_prompt,
-        most_documents=_limit(request),
+        most_documents=request.document_limit,
     )
     return OpenDataset(spec, tally, stream)
 
 
-def _limit(request: SampleRequest) -> int:
-    return max(_MOST_DOCUMENTS, 100 * request.nsamples)
-
-
 def _check_name(spec: DatasetSpec) -> None:
-    """Raise when a name can mean nothing, before any data is read."""
+    """Raise when a name cannot be a dataset, before any data is read."""
     if spec.name in DATASETS:
         return
     if looks_like_path(spec.name):
@@ -383,16 +363,12 @@ def _documents(spec: DatasetSpec, request: SampleRequest) -> Iterator[Document]:
             apply_chat_template=spec.apply_chat_template,
             system_prompt=spec.system_prompt,
         )
-        return _registered(rows, spec.name)
-    if looks_like_path(spec.name):
-        return read_local(spec.name, request.seed)
-    return unlisted_hub_documents(spec.name, split, request.seed)
-
-
-def _registered(rows: Iterable[Any], name: str) -> Iterator[Document]:
-    """Documents of what a registered function gives: these, or rows and batches as users give them."""
-    for i, row in enumerate(rows):
-        if isinstance(row, (str, TokenDocument)):
-            yield row
-        else:
-            yield from documents_from_item(row, f"row {i} of dataset {name!r}")
+        for i, row in enumerate(rows):
+            if isinstance(row, (str, TokenDocument)):
+                yield row
+            else:
+                yield from documents_from_item(row, f"row {i} of dataset {spec.name!r}")
+    elif looks_like_path(spec.name):
+        yield from read_local(spec.name, request.seed)
+    else:
+        yield from unlisted_hub_documents(spec.name, split, request.seed)

@@ -1,11 +1,10 @@
-"""Dataset strings, the registry of named datasets, and how many samples each dataset gives.
+"""Dataset strings, the registry of named datasets, and the number of samples of each dataset.
 
-A dataset string looks like `./tmp.json,NeelNanda/pile-10k:num=256:split=train+test,mbpp:concat=True`. `,`
-separates datasets, `:` separates the options of one dataset, `+` adds values of one option. Single or double
-quotes switch that meaning off, in names as well as in values; inside quotes a backslash before the quote
-escapes it. A word without `=` is a switch (`concat`, `apply_chat_template`) or else a split, so
-`NeelNanda/pile-10k:train` is short for `NeelNanda/pile-10k:split=train`. The `:` of a Windows drive
-(`C:\\data.json`) and of `://` belongs to the name.
+A dataset string looks like `./tmp.json,NeelNanda/pile-10k:num=256:split=train+test,mbpp:concat=True`. `,` separates
+datasets, `:` separates the options of one dataset, `+` adds values of one option. Single or double quotes disable
+that meaning, in names and values; inside quotes a backslash escapes the quote. A word without `=` is a switch
+(`concat`, `apply_chat_template`) or else a split, so `NeelNanda/pile-10k:train` is short for
+`NeelNanda/pile-10k:split=train`. The `:` of a Windows drive (`C:\\data.json`) and of `://` belongs to the name.
 
 The registry maps names to functions that yield documents:
 
@@ -16,12 +15,12 @@ The registry maps names to functions that yield documents:
         for path in sorted(Path("notes").glob("*.md")):
             yield path.read_text()
 
-A function receives those of the arguments below that it names (all of them when it takes `**kwargs`), and
-yields documents: strings, mappings with `text`, `messages` or `input_ids`, or lists of messages. It may yield
-more than is needed; it is read only as far as needed.
+A function receives those of the arguments below that it names (all of them when it takes `**kwargs`), and yields
+documents: strings, mappings with `text`, `messages` or `input_ids`, or lists of messages. It may yield more than
+needed; it is read only as far as needed.
 
-tokenizer, seqlen (tokens per sample), dataset_name (the registered name used), split (None, one name, or
-several joined by `+`), seed, apply_chat_template (bool), system_prompt (None or text). A function that names
+tokenizer, seqlen (tokens per sample), dataset_name (the registered name used), split (None, one name, or several
+joined by `+`), seed, apply_chat_template (bool), system_prompt (None or text). A function that names
 `apply_chat_template` renders the template itself.
 """
 
@@ -29,14 +28,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from auto_round.errors import ConfigError, nearest
 
 OPTIONS = ("num", "split", "concat", "apply_chat_template", "system_prompt")
-"""Option names a dataset string takes."""
+"""Options of a dataset string."""
 
 _SWITCHES = ("concat", "apply_chat_template")
 _TRUE = ("true", "1", "yes", "on")
@@ -51,9 +50,9 @@ class DatasetSpec:
 
     Attributes:
         name: registered name, hub id or path of a local file.
-        num: samples wanted from this dataset; None shares what the others leave.
-        splits: split names in the order given; empty takes the dataset's default.
-        concat: join all documents, then cut them into samples; None takes the dataset's default.
+        num: samples wanted from this dataset; None takes a share of the rest.
+        splits: split names in the given order; empty means the dataset's default.
+        concat: join all documents, then cut them into samples; None means the dataset's default.
         apply_chat_template: render every document with the tokenizer's chat template.
         system_prompt: system message of the template; None leaves it to the template.
     """
@@ -67,15 +66,15 @@ class DatasetSpec:
 
     @property
     def bare(self) -> bool:
-        """Whether nothing but the name was given."""
+        """Whether only the name was given."""
         return self == DatasetSpec(self.name)
 
 
 def parse_dataset_string(text: str) -> list[DatasetSpec]:
-    """Datasets named by `text`, in order.
+    """Parse a dataset string into its datasets, in order.
 
-    Raises ConfigError for an empty string or name, a quote that is not closed, an unknown or repeated option, or a
-    value that the option does not take.
+    Raises ConfigError for an empty string or name, an unclosed quote, an unknown or repeated option, or an invalid
+    value.
     """
     return [_parse_one(part, text) for part in _split(text, ",", text)]
 
@@ -133,7 +132,7 @@ def _splits(value: str, name: str) -> tuple[str, ...]:
 def _parse_count(value: str, name: str) -> int:
     word = _unquote(value)
     if not word.isdecimal() or int(word) < 1:
-        raise ConfigError(f"dataset {name!r} has num={value}; num is a whole number of samples, 1 or more")
+        raise ConfigError(f"dataset {name!r} has num={value}; num is an integer of 1 or more")
     return int(word)
 
 
@@ -145,43 +144,31 @@ def _parse_bool(key: str, value: str, name: str) -> bool:
 
 
 def _split(text: str, separator: str, whole: str) -> list[str]:
-    """Parts of `text` between separators that stand outside quotes."""
-    parts = [""]
-    for char, plain in _mark_separators(text, whole):
-        if plain and char == separator:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
-
-
-def _mark_separators(text: str, whole: str) -> Iterator[tuple[str, bool]]:
-    """Each character with whether it can be a separator. Quotes are passed on, so that parts can be split again."""
-    quote = ""
-    escaped = False
-    start_of_word = True
+    """Split `text` at separators outside quotes. Quotes are kept, so that parts can be split again."""
+    parts, quote, escaped, start_of_word = [""], "", False, True
     for i, char in enumerate(text):
         if quote:
-            yield char, False
             if char == quote and not escaped:
                 quote = ""
             escaped = char == "\\"
-            continue
-        if char in "'\"" and start_of_word:
+        elif char in "'\"" and start_of_word:
             quote, escaped, start_of_word = char, False, False
-            yield char, False
-            continue
-        inside_name = char == ":" and (text.startswith("://", i) or _is_drive(text, i))
-        yield char, not inside_name
-        start_of_word = char in ",:=+" or (start_of_word and char == " ")
+        else:
+            start_of_word = char in ",:=+" or (start_of_word and char == " ")
+            in_name = char == ":" and (text.startswith("://", i) or _is_drive(text, i))
+            if char == separator and not in_name:
+                parts.append("")
+                continue
+        parts[-1] += char
     if quote:
         raise ConfigError(
-            f"dataset {whole!r} has a quote {quote} that is not closed; close it, and look at what the shell does"
+            f"dataset {whole!r} has a quote {quote} that is not closed; close it, and check the quoting of your shell"
         )
+    return parts
 
 
 def _is_drive(text: str, colon: int) -> bool:
-    """Whether the colon belongs to a Windows drive that starts a dataset's name."""
+    """Whether the colon belongs to a Windows drive at the start of a dataset's name."""
     before = text[: colon - 1].rstrip() if colon else "x"
     return bool(_DRIVE.match(text, colon - 1)) and (not before or before[-1] in ",'\"")
 
@@ -192,23 +179,6 @@ def _unquote(value: str) -> str:
         return re.sub(r"\\(['\"])", r"\1", word[1:-1])
     return word
 
-
-# Names of calibration datasets and the functions that read them.
-#
-# from auto_round.calib_dataset import register_dataset
-#
-# @register_dataset("my_notes", description="notes of my team")
-# def my_notes(tokenizer, seqlen, dataset_name, split, seed):
-# for path in sorted(Path("notes").glob("*.md")):
-# yield path.read_text()
-#
-# A function is called with those of the arguments below that it names (all of them when it takes `**kwargs`), and gives
-# documents: strings, mappings with `text`, `messages` or `input_ids`, or lists of messages. It may give more than is
-# needed, and is read only as far as needed.
-#
-# tokenizer, seqlen (tokens per sample), dataset_name (the registered name used), split (None, one name, or several
-# joined by `+`), seed, apply_chat_template (bool), system_prompt (None or text). A function that names
-# `apply_chat_template` renders the template itself.
 
 DatasetFunction = Callable[..., Iterable[Any]]
 _F = TypeVar("_F", bound=DatasetFunction)
@@ -223,11 +193,11 @@ class DatasetEntry:
 
     Attributes:
         name: as written in a dataset string.
-        function: gives the documents, see the module's text.
+        function: yields the documents; see the module docstring.
         description: a few words for `list dataset`.
         where: where the data comes from, e.g. "Hugging Face hub".
-        concat: the value of `concat` when the dataset string gives none; True suits sets of short documents.
-        takes: which of `ARGUMENTS` the function names.
+        concat: default of `concat`; True suits datasets of short documents.
+        takes: the members of `ARGUMENTS` that the function names.
     """
 
     name: str
@@ -248,16 +218,12 @@ DATASETS: dict[str, DatasetEntry] = {}
 
 
 def register_dataset(
-    names: str | Iterable[str],
-    *,
-    description: str = "",
-    where: str = BY_PROGRAM,
-    concat: bool = False,
+    names: str | Iterable[str], *, description: str = "", where: str = BY_PROGRAM, concat: bool = False
 ) -> Callable[[_F], _F]:
-    """Decorator that makes a function the reader of one or several dataset names; see the module's text.
+    """Decorator that registers a function as the reader of one or several dataset names; see the module docstring.
 
-    Registering a name again replaces it. Raises ConfigError for an empty name, a name that the dataset string could
-    not hold (`,`, `:`, `+`), or a function that has to be given an argument we do not know.
+    Registering a name again replaces it. Raises ConfigError for an empty name, a name with characters of the dataset
+    string (`,`, `:`, `+`, quotes), or a function that requires an unknown argument.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
     if not wanted or not all(isinstance(n, str) and n for n in wanted):
@@ -291,38 +257,30 @@ def _accepted_arguments(function: DatasetFunction) -> frozenset[str]:
     return frozenset(takes)
 
 
-# How many samples each of several datasets gives.
-
-
 def samples_per_dataset(wanted: Sequence[int | None], total: int) -> list[int]:
-    """Samples per dataset, at most `total` in all; `wanted` is `num=` of each, None where it was not given.
+    """Samples per dataset, at most `total` in all; `wanted` is the `num=` of each, None where it was not given.
 
-    Numbers that fit are kept, and the datasets without one share the rest evenly. Numbers that ask for more than
-    `total` are taken as proportions: first each dataset without a number gets an even part of `total`, then the others
-    share what is left by their numbers. Every dataset gets at least one sample as long as `total` allows it.
+    If the numbers fit, they are used, and the other datasets share the rest evenly. Numbers that ask for more than
+    `total` are proportions: each dataset without a number gets an even part of `total`, then the others share the rest
+    by their numbers. Every dataset gets at least one sample as long as `total` allows it.
     """
-    open_places = [i for i, n in enumerate(wanted) if n is None]
-    asked = sum(n for n in wanted if n is not None)
-    if asked + len(open_places) <= total:
-        weights = [float(n or 0) for n in wanted]
+    unset = [i for i, n in enumerate(wanted) if n is None]
+    asked = sum(n or 0 for n in wanted)
+    if asked + len(unset) <= total:
         result = [n or 0 for n in wanted]
-        for i, extra in zip(open_places, _even(total - asked, len(open_places)), strict=True):
-            result[i] = extra
+        for position, i in enumerate(unset):
+            result[i] = (total - asked) // len(unset) + (position < (total - asked) % len(unset))
         return result
-    weights = [float(n) if n is not None else 0.0 for n in wanted]
+    weights = [float(n or 0) for n in wanted]
     even = total / len(wanted)
-    for i in open_places:  # an even part of the total, on the scale of the numbers
-        rest = total - even * len(open_places)
+    rest = total - even * len(unset)
+    for i in unset:  # an even part of the total, on the scale of the numbers
         weights[i] = even * asked / rest if rest > 0 and asked else 1.0
     return _proportional(weights, total)
 
 
-def _even(total: int, parts: int) -> list[int]:
-    return [total // parts + (i < total % parts) for i in range(parts)]
-
-
 def _proportional(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to `weights` that sum to `total` (largest remainders), none 0 if that can be."""
+    """Integers in proportion to `weights` that sum to `total` (largest remainders), none 0 if possible."""
     exact = [w * total / sum(weights) for w in weights]
     result = [int(e) for e in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (result[i] - exact[i], i))

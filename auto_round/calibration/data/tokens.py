@@ -1,49 +1,48 @@
 """Tokenize documents into calibration samples of `seqlen` tokens.
 
-Without `concat` a document becomes at most one sample: cut at `seqlen` tokens when longer and dropped when
-shorter. A text is also dropped when one token repeated to the end makes up more than half of it. With `concat`
-the documents are joined and the stream is cut every `seqlen` tokens. Texts get the special tokens the tokenizer
-adds; in joined text the tokens that it puts in front (such as BOS) also start every sample, as models trained
-with one need it. Ids given by the user are used unchanged.
+Without `concat` a document becomes at most one sample: it is truncated to `seqlen` tokens, and dropped when shorter. A
+text is also dropped when one token repeated to the end makes up more than half of it. With `concat` the documents are
+joined and the stream is cut every `seqlen` tokens. Texts get the special tokens that the tokenizer adds; in joined text
+its leading ones (such as BOS) also start every sample, as models trained with one need it. Ids given by the user are
+used unchanged.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from auto_round.calibration.data.documents import Document, Message, TokenDocument, plain_text
+from auto_round.calibration.data.documents import IGNORED_LABEL, Document, Message, TokenDocument, plain_text
 from auto_round.errors import DataError
 
 Sample = dict[str, torch.Tensor]
-"""`input_ids` and `attention_mask`, both int64 [seqlen], and `labels` int64 [seqlen] when the user gave some."""
+"""`input_ids` and `attention_mask`, int64 [seqlen], and `labels`, int64 [seqlen], when the user gave them."""
 
-IGNORED_LABEL = -100
 _BATCH = 64
-# Texts are first cut to this many characters per wanted token, so that a book does not have to be tokenized whole.
+# Texts are first truncated to this many characters per token, so that a book is not tokenized whole.
 _CHARS_PER_TOKEN = 12
 
 
 @dataclass
 class DocumentStats:
-    """What happened to the documents of one dataset.
+    """Statistics of the documents of one dataset.
 
     Attributes:
         name: the dataset.
         seqlen: tokens per sample.
-        concat: whether documents were joined.
+        concat: whether documents are joined.
         named: whether it comes from a dataset string, where `concat=True` can be written.
         seen: documents read.
         kept: samples made.
         short: documents with fewer than `seqlen` tokens.
-        repeats: documents dropped for one token repeated to the end.
-        shortest, longest: tokens of the shortest and longest document; of one far longer than `seqlen` not all may
-            be counted.
-        total: tokens of all documents together.
+        repeats: documents dropped because one token repeats to the end.
+        shortest, longest: tokens of the shortest and longest document; a document far longer than `seqlen` may be
+            counted in part.
+        total: tokens of all documents.
     """
 
     name: str
@@ -54,19 +53,19 @@ class DocumentStats:
     kept: int = 0
     short: int = 0
     repeats: int = 0
-    shortest: int | None = field(default=None)
+    shortest: int | None = None
     longest: int = 0
     total: int = 0
 
     def count(self, length: int) -> None:
-        """Note one more document of `length` tokens."""
+        """Count one document of `length` tokens."""
         self.seen += 1
         self.total += length
         self.shortest = length if self.shortest is None else min(self.shortest, length)
         self.longest = max(self.longest, length)
 
     def explain(self) -> str:
-        """What was read and dropped, in one sentence."""
+        """Describe what was read and dropped, in one sentence."""
         if not self.seen:
             return f"{self.name!r}: no document"
         documents = f"{self.seen} document{'s' if self.seen > 1 else ''}"
@@ -79,7 +78,7 @@ class DocumentStats:
         )
 
     def advice(self) -> str:
-        """What to set so that samples come out."""
+        """What the user can set to get samples."""
         if not self.seen:
             return "give it some text"
         if self.concat:
@@ -91,18 +90,15 @@ class DocumentStats:
 
 
 def render(document: Document, tokenizer: Any, apply_chat_template: bool, system_prompt: str | None) -> Document:
-    """The document as text, through the chat template when asked; token ids stay what they are.
+    """Render a document as text, with the chat template on request; token ids are returned unchanged.
 
-    A plain text becomes one message of the user. `system_prompt` takes the place of a conversation's own system
-    message. Raises DataError when the tokenizer has no template, the template refuses the messages, or the document
-    is token ids.
+    A plain text becomes one user message. `system_prompt` replaces the conversation's own system message. Raises
+    DataError when the tokenizer has no template, the template rejects the messages, or the document is token ids.
     """
     if not apply_chat_template:
         return plain_text(document) if isinstance(document, list) else document
     if isinstance(document, TokenDocument):
-        raise DataError(
-            "apply_chat_template needs text, and this dataset holds token ids; leave apply_chat_template out"
-        )
+        raise DataError("apply_chat_template needs text, but this dataset has token ids; leave apply_chat_template out")
     messages: list[Message] = [{"role": "user", "content": document}] if isinstance(document, str) else list(document)
     if system_prompt is not None:
         messages = [{"role": "system", "content": system_prompt}, *(m for m in messages if m["role"] != "system")]
@@ -110,12 +106,12 @@ def render(document: Document, tokenizer: Any, apply_chat_template: bool, system
         raise DataError(
             "the tokenizer has no chat template; leave apply_chat_template out, or give tokenizer.chat_template"
         )
-    asks = messages[-1]["role"] == "user"
+    prompts = messages[-1]["role"] == "user"
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-    except Exception as error:  # templates raise what they like, mostly jinja2's TemplateError
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompts))
+    except Exception as error:  # templates raise anything, mostly jinja2's TemplateError
         raise DataError(
-            f"the chat template refuses these messages ({error}); leave system_prompt out, or leave the template out"
+            f"the chat template rejects these messages ({error}); leave system_prompt out, or leave the template out"
         ) from error
 
 
@@ -128,10 +124,10 @@ def samples_of(
     system_prompt: str | None = None,
     most_documents: int | None = None,
 ) -> Iterator[Sample]:
-    """Samples of `tally.seqlen` tokens, made as they are asked for; `tally` is kept up to date.
+    """Yield samples of `tally.seqlen` tokens on demand; `tally` is updated.
 
-    Reads no further than the samples asked for need (in batches of 64 texts), and `most_documents` in all. Raises
-    DataError for ids that are not valid, and for text without a tokenizer.
+    Reads only as far as needed (in batches of 64 texts), and at most `most_documents`. Raises DataError for invalid
+    ids, and for text without a tokenizer.
     """
     stream = iter(documents) if most_documents is None else itertools.islice(documents, most_documents)
     rendered = (render(d, tokenizer, apply_chat_template, system_prompt) for d in stream)
@@ -139,33 +135,33 @@ def samples_of(
     if tally.concat:
         yield from _concatenated(rendered, encoder, tally)
         return
-    for document in encoder.encode(rendered, most_tokens=tally.seqlen):
-        sample = _cut_sample(document, tally)
+    samples = (_cut_sample(document, tally) for document in encoder.encode(rendered, most_tokens=tally.seqlen))
+    for sample in samples:
         if sample is not None:
             tally.kept += 1
             yield sample
 
 
 class _Encoder:
-    """Texts to ids, in batches."""
+    """Tokenizes texts in batches."""
 
     def __init__(self, tokenizer: Any, specials: bool) -> None:
         self.tokenizer = tokenizer
         self.specials = specials
 
-    def edges(self) -> tuple[list[int], list[int]]:
-        """Special tokens that the tokenizer puts before and after a text."""
+    def leading_tokens(self) -> list[int]:
+        """Special tokens that the tokenizer puts before a text."""
         if self.tokenizer is None:
-            return [], []
+            return []
         bare = self._ids(["a"], specials=False)[0]
         full = self._ids(["a"], specials=True)[0]
         for start in range(len(full) - len(bare) + 1):
             if bare and full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :]
-        return [], []
+                return full[:start]
+        return []
 
     def encode(self, documents: Iterable[Document], most_tokens: int | None = None) -> Iterator[TokenDocument]:
-        """Token documents in order. With `most_tokens`, what lies far behind that many tokens may be left out."""
+        """Yield token documents in order. With `most_tokens`, a text is tokenized only as far as needed."""
         stream = iter(documents)
         while batch := list(itertools.islice(stream, _BATCH)):
             texts = [d for d in batch if isinstance(d, str)]
@@ -185,7 +181,7 @@ class _Encoder:
             return self._ids(texts, self.specials)
         limit = _CHARS_PER_TOKEN * most_tokens
         result = self._ids([t[:limit] for t in texts], self.specials)
-        # A text whose cut copy did not give enough tokens (long runs of spaces, say) is tokenized whole.
+        # A text whose truncated copy has too few tokens (long runs of spaces, say) is tokenized whole.
         again = [i for i, t in enumerate(texts) if len(t) > limit and len(result[i]) < most_tokens + 16]
         for i, ids in zip(again, self._ids([texts[i] for i in again], self.specials), strict=True):
             result[i] = ids
@@ -195,13 +191,9 @@ class _Encoder:
         if not texts:
             return []
         encoded = self.tokenizer(
-            texts,
-            add_special_tokens=specials,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
+            texts, add_special_tokens=specials, padding=False, truncation=False, return_attention_mask=False,
             verbose=False,
-        )
+        )  # fmt: skip
         return [list(ids) for ids in encoded["input_ids"]]
 
 
@@ -213,15 +205,14 @@ def _cut_sample(document: TokenDocument, tally: DocumentStats) -> Sample | None:
         tally.short += 1
         return None
     real = [i for i in range(length) if document.mask is None or document.mask[i]]
-    if not real:  # a mask that leaves nothing to learn from
+    if not real:  # everything is masked
         tally.repeats += 1
         return None
-    start = min(real[0], length - tally.seqlen)  # padding in front goes first when the sample is too long
+    start = min(real[0], length - tally.seqlen)  # leading padding is cut off first
     window = slice(start, start + tally.seqlen)
     ids = document.ids[window]
     mask = document.mask[window] if document.mask is not None else [1] * len(ids)
-    is_text = document.mask is None  # ids that somebody gives have one by now
-    if is_text and _mostly_one_token(ids):
+    if document.mask is None and _mostly_one_token(ids):  # a text: ids given by the user have a mask here
         tally.repeats += 1
         return None
     return _sample(ids, mask, document.labels[window] if document.labels is not None else None)
@@ -229,25 +220,21 @@ def _cut_sample(document: TokenDocument, tally: DocumentStats) -> Sample | None:
 
 def _mostly_one_token(ids: list[int]) -> bool:
     """Whether one token repeated to the end makes up more than half of `ids` (or there are none)."""
-    run = 0
-    for token in reversed(ids):
-        if token != ids[-1]:
-            break
-        run += 1
+    run = sum(1 for _ in itertools.takewhile(lambda token: token == ids[-1], reversed(ids)))
     return run * 2 > len(ids) or not ids
 
 
 def _concatenated(documents: Iterable[Document], encoder: _Encoder, tally: DocumentStats) -> Iterator[Sample]:
-    """Samples cut from all documents in a row; padding is left out."""
-    before, _ = encoder.edges()
+    """Yield samples cut from all documents joined; padding is left out."""
+    before = encoder.leading_tokens()
     if len(before) >= tally.seqlen:
-        raise DataError(f"seqlen={tally.seqlen} leaves no room after the {len(before)} special tokens of the tokenizer")
+        raise DataError(f"seqlen={tally.seqlen} is too short for the {len(before)} special tokens of the tokenizer")
     ids: list[int] = []
     labels: list[int] = []
     has_labels = False
-    own_ids = False
+    user_ids = False
     for document in encoder.encode(documents):
-        own_ids = own_ids or document.mask is not None
+        user_ids = user_ids or document.mask is not None
         has_labels = has_labels or document.labels is not None
         kept = [i for i in range(len(document.ids)) if document.mask is None or document.mask[i]]
         tally.count(len(kept))
@@ -255,7 +242,7 @@ def _concatenated(documents: Iterable[Document], encoder: _Encoder, tally: Docum
         labels.extend((document.labels or document.ids)[i] for i in kept)
         position = 0
         while True:
-            lead = [] if own_ids or ids[position : position + len(before)] == before else before
+            lead = [] if user_ids or ids[position : position + len(before)] == before else before
             end = position + tally.seqlen - len(lead)
             if end > len(ids):
                 break
@@ -268,9 +255,9 @@ def _concatenated(documents: Iterable[Document], encoder: _Encoder, tally: Docum
 
 
 def _checked_ids(document: TokenDocument, tokenizer: Any) -> TokenDocument:
-    """Ids checked, with a mask: the one given, or one that leaves out padding tokens at both ends.
+    """Check ids and add a mask: the one given, or one that is 0 on padding tokens at both ends.
 
-    Padding is only looked for when the tokenizer has a padding token that it uses for nothing else.
+    Padding is detected only when the tokenizer has a padding token that it uses for nothing else.
     """
     if any(t < 0 for t in document.ids):
         raise DataError(
@@ -290,16 +277,11 @@ def _checked_ids(document: TokenDocument, tokenizer: Any) -> TokenDocument:
         for order in (range(length), range(length - 1, -1, -1)):
             for i in itertools.takewhile(lambda i: document.ids[i] == pad, order):
                 mask[i] = 0
-        if not any(mask):  # nothing but this token: the user means it
+        if not any(mask):  # only this token: not padding
             mask = [1] * length
     return TokenDocument(document.ids, mask, document.labels)
 
 
 def _sample(ids: list[int], mask: list[int], labels: list[int] | None) -> Sample:
-    sample = {
-        "input_ids": torch.tensor(ids, dtype=torch.int64),
-        "attention_mask": torch.tensor(mask, dtype=torch.int64),
-    }
-    if labels is not None:
-        sample["labels"] = torch.tensor(labels, dtype=torch.int64)
-    return sample
+    columns = {"input_ids": ids, "attention_mask": mask} | ({} if labels is None else {"labels": labels})
+    return {key: torch.tensor(values, dtype=torch.int64) for key, values in columns.items()}

@@ -1,8 +1,8 @@
-"""All model families that can be written as GGUF, and the lookup of a model's family."""
+"""All model families that can be written as GGUF: the built-in ones, `register_family`, and `find_family`."""
 
 from __future__ import annotations
 
-from auto_round.errors import ModelError, UnsupportedError, nearest
+from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
 from auto_round.gguf.families import deepseek, gemma, layer_norm, llama, qwen_olmo_phi
 from auto_round.gguf.family import Family, HfConfig
 
@@ -27,7 +27,26 @@ FAMILIES: tuple[Family, ...] = (
     deepseek.DEEPSEEK_V2,
     deepseek.DEEPSEEK_V3,
 )
-_BY_TYPE = {name: family for family in FAMILIES for name in family.model_types}
+_BY_TYPE: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Make the models of `family.model_types` writable as GGUF. Returns the family.
+
+    Raises:
+        ConfigError: a model type belongs to another family.
+    """
+    taken = [name for name in family.model_types if _BY_TYPE.get(name, family) != family]
+    if taken:
+        raise ConfigError(
+            f"GGUF family {family.arch!r}: model type {taken[0]!r} belongs to family {_BY_TYPE[taken[0]].arch!r}"
+        )
+    _BY_TYPE.update(dict.fromkeys(family.model_types, family))
+    return family
+
+
+for _family in FAMILIES:
+    register_family(_family)
 
 
 def supported_families() -> list[str]:

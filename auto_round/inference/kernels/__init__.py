@@ -1,6 +1,6 @@
-"""Kernels that multiply with packed integer weights; this file has their base class `LinearKernel`.
+"""Kernels that multiply with packed integer weights: their base class `LinearKernel`.
 
-A kernel is built from exact integer codes and can return them. The modules beside this one are imported when a
+A kernel is built from exact integer codes and can return them. The other modules of this package are imported when a
 layer first needs them.
 """
 
@@ -15,19 +15,16 @@ from typing import Protocol
 import torch
 from torch import nn
 
-# What every kernel for packed integer weights is: built from exact codes, and able to give them back.
-
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What a kernel must know to say whether it can run a layer.
+    """Properties of a layer that decide whether a kernel can run it.
 
     Attributes:
-        bits: of a weight.
-        group_size: weights that share a scale along the input; `in_features` where a row has one scale.
+        bits: per weight.
+        group_size: weights that share a scale along the input; `in_features` for one scale per row.
         sym: whether all zero points are 2**(bits - 1).
-        in_features, out_features: of the layer.
-        dtype: of the model, in which inputs arrive.
+        dtype: of the model and of the inputs.
         device: kind of device, such as "cpu".
     """
 
@@ -42,7 +39,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """W = scale * (code - zero), exact, with groups that follow each other along the input.
+    """W = scale * (code - zero), exact, with contiguous groups along the input.
 
     Attributes:
         codes: uint8 [out, in].
@@ -58,33 +55,33 @@ class IntegerWeight:
 
 
 class JoinedKernels(Protocol):
-    """The kernels of a mixture's experts in one launch, with nothing that the host would have to wait for."""
+    """The kernels of all experts of a mixture in one launch, without synchronization with the host."""
 
     def __call__(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """x [rows, in] sorted by expert -> [rows, out]; no bias.
 
         Args:
-            offsets: int32 [experts + 2] on the device: where the rows of each expert start, where those of no expert
-                do, which become zeros, and the number of rows.
+            offsets: int32 [experts + 2] on the device: the first row of each expert, the first row without an expert
+                (their results are zeros), and the number of rows.
         """
 
 
 class LinearKernel(nn.Module):
-    """x -> x W^T from a layout of its own.
+    """x -> x W^T, with W in the kernel's own layout.
 
-    Its tensors are buffers that are not saved (`persistent=False`); the layer that owns it writes the checkpoint's
-    layout from `codes()`, and keeps `scales` and zero points as in the file.
+    Its buffers are not saved (`persistent=False`): the layer writes the checkpoint's layout from `codes()`, and keeps
+    `scales` and zero points itself.
     """
 
     def __init__(self, weight: IntegerWeight) -> None:
-        """Pack `weight`. Called once, on the device where the layer runs; it must not keep `weight.codes`."""
+        """Pack `weight`. Called on the device where the layer runs; must not keep a reference to `weight.codes`."""
         super().__init__()
         self.spec = weight.spec
 
     @classmethod
     @abstractmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
-        """None when it can run such a layer on this machine, or the reason why not."""
+        """None when the kernel can run such a layer on this machine, or the reason why not."""
 
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,19 +89,17 @@ class LinearKernel(nn.Module):
 
     @abstractmethod
     def codes(self) -> torch.Tensor:
-        """The exact uint8 [out, in] that it was built from."""
+        """The exact codes uint8 [out, in] that the kernel was built from."""
 
     @classmethod
     def grouped(cls, kernels: Sequence[LinearKernel], x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        """Experts of one mixture, each on its own rows; no bias.
+        """Products of the experts of one mixture: x [rows, in] sorted by expert -> [rows, out]; no bias.
+
+        Kernels that can do it in one call override this loop.
 
         Args:
             kernels: one for each expert, all of this class and of the same sizes.
-            x: [rows, in], sorted by expert.
-            counts: how many of the rows belong to each expert; they add up to `rows`.
-
-        Returns:
-            [rows, out] in the dtype of `x`. Kernels that can do it in one call override this loop.
+            counts: rows of each expert; their sum is `rows`.
         """
         y = x.new_empty(x.shape[0], kernels[0].spec.out_features)
         start = 0
@@ -116,12 +111,12 @@ class LinearKernel(nn.Module):
 
     @classmethod
     def join(cls, kernels: Sequence[LinearKernel]) -> JoinedKernels | None:
-        """One object that runs experts by offsets on the device; None where only `grouped` does."""
+        """An object that runs all experts in one launch; None when only `grouped` is supported."""
         return None
 
 
 def kernel_class(path: str) -> type[LinearKernel]:
-    """The class at "package.module:Class". Kernels are imported when they are first asked for."""
+    """Import the kernel at "package.module:Class"."""
     module, _, name = path.partition(":")
     found = getattr(importlib.import_module(module), name)
     assert issubclass(found, LinearKernel)

@@ -1,12 +1,12 @@
 """Compile the C files of this folder once for this machine, cache the library and load it.
 
-The library is cached for later processes in a folder that only the user can write to. Its file name holds two
-hashes: one of everything that decides what the compiler produces, and one of the file itself, so that a damaged
-library is compiled again.
+The library is cached in a folder that only the user can write to. Its file name contains two hashes: of everything that
+the compiler's output depends on, and of the file itself, so that a damaged library is compiled again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -23,7 +23,7 @@ from auto_round import envs
 from auto_round.logger import logger
 
 _SECONDS = 120
-# No contraction to fused multiply-add: whether the compiler does it may differ between loops that must agree.
+# No contraction to fused multiply-add, so that loops that must give equal results do.
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
 NO_COMPILER = (
     "needs a C compiler: none of $CC, cc, gcc and clang was found; install one "
@@ -32,7 +32,7 @@ NO_COMPILER = (
 
 
 def find_compiler() -> list[str] | None:
-    """The command of a C compiler, None where there is none: `CC` with its own flags, or the first of the usual."""
+    """The command of a C compiler: `CC` with its flags, else cc, gcc or clang; None when there is none."""
     for command in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
         path = shutil.which(command[0]) if command else None
         if path:
@@ -42,37 +42,34 @@ def find_compiler() -> list[str] | None:
 
 @functools.lru_cache(maxsize=8)
 def load(*sources: Path) -> ctypes.CDLL | str:
-    """The library made of `sources`, headers among them, or the reason why there is none. Compiles for a few seconds
-    when it is new.
+    """The library compiled from `sources` (headers included), or the reason why there is none.
 
-    One result for a process: a compiler that is installed later is found by the next one.
+    Compiling takes a few seconds. The result is cached for the process, also when no compiler was found.
     """
     compiler = find_compiler()
     if compiler is None:
         return NO_COMPILER
     key = _key(sources, compiler)
-    folder = _private_folder()
-    try:
-        if folder is None:
-            with tempfile.TemporaryDirectory(prefix="auto_round_") as there:
-                built = _compile(sources, compiler, Path(there), key)
-                return built if isinstance(built, str) else ctypes.CDLL(str(built))
-        built = _find(folder, sources[0].stem, key) or _compile(sources, compiler, folder, key)
-        return built if isinstance(built, str) else ctypes.CDLL(str(built))
-    except OSError as error:
-        return f"what the C compiler {compiler[0]} made cannot be loaded: {error}"
+    private = _private_folder()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = private or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="auto_round_")))
+            built = _find(folder, sources[0].stem, key) or _compile(sources, compiler, folder, key)
+            return built if isinstance(built, str) else ctypes.CDLL(str(built))
+        except OSError as error:
+            return f"the library built by the C compiler {compiler[0]} cannot be loaded: {error}"
 
 
 def _key(sources: tuple[Path, ...], compiler: list[str]) -> str:
-    """Changes with the sources, the flags, the compiler and the processor."""
-    there = os.stat(os.path.realpath(compiler[0]))
-    parts = [*compiler, *_FLAGS, str(there.st_size), str(there.st_mtime_ns), platform.machine(), _processor()]
+    """A hash of the sources, the flags, the compiler and the processor."""
+    binary = os.stat(os.path.realpath(compiler[0]))
+    parts = [*compiler, *_FLAGS, str(binary.st_size), str(binary.st_mtime_ns), platform.machine(), _processor()]
     text = b"\0".join(source.read_bytes() for source in sources)
     return hashlib.sha256("\0".join(parts).encode() + text).hexdigest()[:20]
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The properties of the processor that `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -82,7 +79,7 @@ def _processor() -> str:
 
 
 def _private_folder() -> Path | None:
-    """Where libraries are kept; None when there is no folder that is ours alone."""
+    """The cache folder; None when there is none that only the user can write to."""
     if envs.is_set("AR_WORK_SPACE"):
         folder = envs.work_space() / "kernels"
     else:
@@ -94,8 +91,8 @@ def _private_folder() -> Path | None:
         return None
     if not hasattr(os, "getuid"):
         return folder
-    ours = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if ours and os.access(folder, os.W_OK) else None
+    private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if private and os.access(folder, os.W_OK) else None
 
 
 def _find(folder: Path, stem: str, key: str) -> Path | None:
@@ -112,11 +109,11 @@ def _digest(path: Path) -> str:
 
 
 def _compile(sources: tuple[Path, ...], compiler: list[str], folder: Path, key: str) -> Path | str:
-    """The finished library in `folder`, or why it could not be made."""
+    """Compile the library into `folder`. Returns its path, or the reason of the failure."""
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     handle, name = tempfile.mkstemp(prefix=f"{sources[0].stem}-", suffix=".part", dir=folder)
     os.close(handle)
-    made = Path(name)
+    output = Path(name)
     files = [str(source) for source in sources if source.suffix != ".h"]
     problem = ""
     try:
@@ -129,11 +126,9 @@ def _compile(sources: tuple[Path, ...], compiler: list[str], folder: Path, key: 
             except subprocess.TimeoutExpired:
                 return f"the C compiler {compiler[0]} did not finish in {_SECONDS} s"
             if done.returncode == 0:
-                final = folder / f"{sources[0].stem}-{key}-{_digest(made)}.so"
-                made.replace(final)
-                return final
+                return output.replace(folder / f"{sources[0].stem}-{key}-{_digest(output)}.so")
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             problem = problem or (lines[0] if lines else f"exit status {done.returncode}")
     finally:
-        made.unlink(missing_ok=True)
+        output.unlink(missing_ok=True)
     return f"the C compiler {compiler[0]} failed: {problem}"

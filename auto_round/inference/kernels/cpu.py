@@ -1,8 +1,7 @@
-"""CPU kernels in C: packed integer weights, and dense half-precision weights on CPUs that are slow in them.
+"""CPU kernels in C: packed integer weights, and half-precision weights on CPUs without instructions for them.
 
-`CpuKernel` runs 2- to 8-bit layers with integer products. `DenseLinear` runs the layers that a checkpoint leaves
-in half precision, mostly the head, on CPUs without instructions for it, where PyTorch's own products are several
-times slower. How both work, and what is fast for how many rows: docs/cpu-kernels.md.
+`CpuKernel` runs 2- to 8-bit layers with integer products. `DenseLinear` runs unquantized layers in half precision,
+mostly the head, on CPUs where PyTorch emulates their products, several times slower. docs/cpu-kernels.md explains both.
 """
 
 from __future__ import annotations
@@ -22,8 +21,13 @@ from auto_round.inference.kernels.compiled import load
 from auto_round.inference.linear import cpu_multiplies
 
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}") for name in ("linear.c", "dense.c", "common.h"))
-# Columns that share a scale of the inputs, at most: `CHUNK` in the source, where the bound on sums depends on it.
+# Maximum number of columns that share an input scale: `CHUNK` in the C source, where the bound on sums depends on it.
 CHUNK = 128
+# Rows up to which our half-precision product is faster than converting the weights to float32 for PyTorch's.
+ROWS = 48
+# Weights converted to float32 at once.
+_CHUNK_NUMEL = 1 << 22
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 _BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _P, _I, _Q = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -40,7 +44,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | str:
-    """The compiled code, or the reason why it is not here."""
+    """The compiled library, or the reason why there is none."""
     found = load(*SOURCES)
     if isinstance(found, str):
         return found
@@ -52,16 +56,17 @@ def library() -> ctypes.CDLL | str:
 
 
 def _torch_threads() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch has loaded; GNU's and LLVM's both have it. A second
-    runtime would start threads of its own, which wait for work by spinning, as PyTorch's do: each would take the cores
-    from the other."""
+    """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch has loaded (GNU's and LLVM's both have it).
+
+    The threads of a second runtime would compete with PyTorch's for the cores, since both wait by spinning.
+    """
     handles: list[str | None] = [None]
     lib = Path(torch.__file__).parent
     for folder in (lib / "lib", lib.with_name("torch.libs")):
         handles += sorted(str(path) for path in folder.glob("lib*omp*"))
     for handle in handles:
         try:
-            # Only what is loaded already.
+            # RTLD_NOLOAD: only libraries that are loaded already.
             mode = ctypes.DEFAULT_MODE if handle is None else os.RTLD_NOLOAD | os.RTLD_NOW
             return ctypes.cast(ctypes.CDLL(handle, mode=mode).GOMP_parallel, _P).value
         except (OSError, AttributeError):
@@ -70,11 +75,11 @@ def _torch_threads() -> int | None:
 
 
 class CpuKernel(LinearKernel):
-    """Weights of 2, 3 (held as 4), 4 and 8 bits, any group size, symmetric or not.
+    """Weights of 2, 3 (stored as 4), 4 and 8 bits, any group size, symmetric or not.
 
-    Inputs are rounded to 16-bit integers for each group of columns, at most 128: their error is at most 2**-16 of the
-    largest of the group. Scales are exact, codes and zero points are, and so are the sums of a group. Results depend
-    neither on the number of threads nor on how many rows are computed together.
+    Inputs are rounded to 16-bit integers per group of at most 128 columns, with an error of at most 2**-16 of the
+    largest in the group. Codes, scales, zero points and the sums of a group are exact. Results do not depend on the
+    number of threads or on how many rows are computed together.
     """
 
     packed: torch.Tensor
@@ -108,7 +113,7 @@ class CpuKernel(LinearKernel):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return torch.ops.auto_round.cpu_linear([self.packed], x, [], self.spec.out_features)
-        # Not through the operator: its dispatch costs as much as a small layer. `_buffers`: so does `__getattr__`.
+        # Neither the operator's dispatch nor `__getattr__`: each costs as much as a small layer.
         packed = self._buffers["packed"]
         assert packed is not None
         return multiply((packed,), x, (), self.spec.out_features)
@@ -128,7 +133,7 @@ class CpuKernel(LinearKernel):
 
 
 def chunk_starts(in_features: int, group_size: int) -> torch.Tensor:
-    """int32 [chunks + 1]: where chunks begin, of at most `CHUNK` columns of one group, and `in_features` at the end."""
+    """int32 [chunks + 1]: the first column of each chunk, at most `CHUNK` columns of one group, and `in_features`."""
     found: list[int] = []
     for start in range(0, in_features, group_size):
         found += range(start, min(start + group_size, in_features), CHUNK)
@@ -136,13 +141,17 @@ def chunk_starts(in_features: int, group_size: int) -> torch.Tensor:
 
 
 def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[int], out: int) -> torch.Tensor:
-    """x [..., in] times the one weight in `packed`; with `counts`, rows of x [rows, in] sorted by weight. Returns
-    [..., out] in the dtype of `x`."""
+    """x [..., in] -> [..., out] in the dtype of `x`.
+
+    Args:
+        packed: one weight, or one per expert.
+        counts: with experts, the rows of each in x [rows, in].
+    """
     lib, half = loaded()
     dtype = DTYPES.get(x.dtype)
     if dtype is None or (dtype == 2 and not half):
         return multiply(packed, x.float(), counts, out).to(x.dtype)
-    # Called for every layer of every token: what is usual costs no call that is not needed.
+    # Called for every layer of every token, so the usual case avoids unnecessary calls.
     inputs = x.shape[-1]
     rows, flat, stride = x.numel() // inputs, x, inputs
     if not x.is_contiguous():
@@ -167,7 +176,7 @@ def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[i
 
 @functools.lru_cache(maxsize=1)
 def loaded() -> tuple[ctypes.CDLL, bool]:
-    """The library, and whether it converts float16."""
+    """The library, and whether it supports float16 inputs."""
     found = library()
     assert not isinstance(found, str), found
     return found, bool(found.has_half())
@@ -185,25 +194,16 @@ def _cpu_linear_fake(packed: list[torch.Tensor], x: torch.Tensor, counts: list[i
     return x.new_empty((*x.shape[:-1], out))
 
 
-# Weights left in half precision on CPUs without instructions for it, where PyTorch's own products take several times
-# as long as they must. What is fast for how many rows, and why: docs/cpu-kernels.md.
-
-# Rows for which our own product is faster than widening the weights to float32 for PyTorch's.
-ROWS = 48
-# Weights widened at once.
-_CHUNK_NUMEL = 1 << 22
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-
-
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU emulates products in `dtype`, and our code can do better."""
+    """Whether this CPU emulates products in `dtype` and the library supports it."""
     return dtype in HALF_DTYPES and not cpu_multiplies(dtype) and (dtype != torch.float16 or loaded()[1])
 
 
 def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x [..., in] times `weight` [out, in] transposed, both of one half precision. Returns [..., out] in it.
+    """x [..., in] -> x W^T [..., out], with `weight` [out, in] and x of one half-precision dtype.
 
-    Products and sums are in float32, rounded once; up to `ROWS` rows do not depend on each other, nor on threads.
+    Products and sums are in float32, rounded once; results of up to `ROWS` rows do not depend on the number of rows or
+    threads.
     """
     out, inputs = weight.shape
     rows = x.numel() // inputs
@@ -240,21 +240,18 @@ def _cpu_dense_fake(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-# Linear layers that a checkpoint leaves in half precision, mostly the head, on CPUs that are slow in it.
-
-
 class DenseLinear(nn.Linear):
-    """An ordinary linear layer, faster where `is_slow`: on a CPU, without gradients, inputs and weight in the same half
-    precision. Anything else, another device after `to()` too, is PyTorch's."""
+    """`nn.Linear` that uses `dense_product` on a CPU without gradients, when inputs and weight have the same dtype and
+    `is_slow` holds for it."""
 
     _slow: frozenset[torch.dtype] = frozenset()
 
     @classmethod
     def of(cls, linear: nn.Linear) -> DenseLinear:
-        """With the same parameters."""
+        """A layer with the same parameters."""
         new = cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
         new.weight, new.bias = linear.weight, linear.bias
-        new._slow = frozenset(filter(is_slow, HALF_DTYPES))  # now, since `torch.compile` cannot look into it
+        new._slow = frozenset(filter(is_slow, HALF_DTYPES))  # not in `forward`: `torch.compile` cannot trace it
         return new.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -267,7 +264,7 @@ class DenseLinear(nn.Linear):
 
 
 def use_dense_linear(model: nn.Module) -> None:
-    """Let the ordinary linear layers of `model` that are in a slow precision be `DenseLinear`."""
+    """Replace the `nn.Linear` layers of `model` whose dtype is slow on this CPU by `DenseLinear`."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and is_slow(module.weight.dtype):
             parent, _, leaf = name.rpartition(".")

@@ -1,8 +1,8 @@
 """Kernels that run packed integer weights with GPTQModel's modules (Marlin, ExLlamaV2, GEMM, torch).
 
-They get the codes in the layout that they read, through the functions that GPTQModel offers to other packages.
-Importing GPTQModel takes seconds, sets environment variables and prints a banner, so it happens only when one of
-these kernels is checked for a layer. Its CUDA kernels are compiled with nvcc when they are first used.
+Only the functions that GPTQModel offers to other packages are used. Importing it takes seconds, sets environment
+variables and prints a banner, so it is imported when one of these kernels is checked for a layer. Its CUDA kernels are
+compiled with nvcc at their first use.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from auto_round.errors import UnsupportedError
+from auto_round.errors import UnsupportedError, first_line
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
 from auto_round.layouts.awq import pack_awq, unpack_awq_rows
 from auto_round.layouts.bit_stream import pack_words, unpack_words
 from auto_round.layouts.gptq import pack_gptq
 
-# Scratch memory of ExLlamaV2 on a device, shared by its layers. It lives as long as one of them.
+# ExLlamaV2's scratch memory on each device, shared by its layers and freed with the last of them.
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
 _SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
 
-# How GPTQModel says that a kernel is not for this machine or layer: a module is missing (ImportError), a value is not
-# taken (ValueError), an extension does not compile (RuntimeError; NotImplementedError, which it raises too, is one).
+# GPTQModel's errors for an unsupported machine or layer: a missing module (ImportError), an unsupported value
+# (ValueError), an extension that does not compile (RuntimeError and its subclass NotImplementedError).
 _UNSUPPORTED_ERRORS = (ImportError, ValueError, RuntimeError)
 
 
 class GptqmodelLinear(LinearKernel):
     """x -> x W^T by a module of GPTQModel.
 
-    Its kernels compute in half precision: scales that are not float16 are rounded to the model's dtype, as inputs are.
+    Its kernels compute in half precision: inputs, and scales that are not float16, are rounded to the model's dtype.
 
     Attributes:
         backend, method, layout: GPTQModel's names of the kernel, of the method and of the checkpoint's format.
-        in_place: whether the module keeps the codes in the layout in which it got them. Otherwise a packed copy stays
-            in the CPU's memory for saving: bits / 8 bytes a weight there, none on the device.
-        runtime: module, and prefix of its `_available` and `_error`, that tell whether the kernel can be compiled.
-        model_scales: whether it wants scales in the model's dtype.
-        unit: outputs must be a multiple of it, where `validate` does not say so.
+        in_place: whether the module keeps the codes in the given layout. Otherwise a packed copy is kept on the CPU for
+            saving (bits / 8 bytes per weight).
+        runtime: module and prefix of its functions `_available` and `_error`, for kernels that are compiled.
+        model_scales: whether scales must have the model's dtype.
+        unit: `out_features` must be a multiple of it.
     """
 
     backend: str
@@ -58,11 +58,13 @@ class GptqmodelLinear(LinearKernel):
         super().__init__(weight)
         spec, device = weight.spec, weight.codes.device
         if spec.sym and bool((weight.zeros != 1 << (spec.bits - 1)).any()):
-            raise UnsupportedError("its config says symmetric, but its zero points are not all in the middle")
-        pack = pack_awq if self.method == "awq" else _pack_gptq
-        qweight, qzeros = pack(weight.codes, weight.zeros, spec.bits)
+            raise UnsupportedError("its config says symmetric, but some zero points are not 2**(bits - 1)")
+        if self.method == "awq":
+            qweight, qzeros = pack_awq(weight.codes, weight.zeros)
+        else:  # zero points without an offset ("v2"); Marlin has none
+            qweight, qzeros = pack_gptq(weight.codes, weight.zeros, spec.bits, 0)
         self._saved_words = None if self.in_place else pack_words(weight.codes.T, spec.bits).cpu()
-        # float16 scales stay as they are, also under a bfloat16 model: it would round them.
+        # float16 scales keep their dtype in a bfloat16 model, which would round them.
         dtype = torch.float16 if weight.scales.dtype == torch.float16 and not self.model_scales else spec.dtype
         try:
             kind, size = self._kind(spec)
@@ -77,8 +79,8 @@ class GptqmodelLinear(LinearKernel):
                 _set_tensor(module, name, tensor)
             self._scratch = _post_init(module, device)
         except _UNSUPPORTED_ERRORS as error:
-            raise UnsupportedError(f"GPTQModel says: {_first_line(error)}") from error
-        # In a list, not a submodule: it refuses training mode, which means nothing to it.
+            raise UnsupportedError(f"GPTQModel says: {_message(error)}") from error
+        # In a list, not a submodule: it raises an error in training mode.
         self._module = [module.eval()]
 
     @classmethod
@@ -96,12 +98,12 @@ class GptqmodelLinear(LinearKernel):
             module, name = import_module(cls.runtime[0]), cls.runtime[1]
             if not getattr(module, f"{name}_available")(spec.dtype):
                 error = getattr(module, f"{name}_error")(spec.dtype)
-        return None if error is None else f"GPTQModel says: {_first_line(error)}"
+        return None if error is None else f"GPTQModel says: {_message(error)}"
 
     @classmethod
     def _kind(cls, spec: LayerSpec) -> tuple[Any, int]:
-        """GPTQModel's class, and the group size in its words, where -1 may be one group for all inputs. Raises
-        GPTQModel's errors when the kernel is not for this machine or not for such layers."""
+        """GPTQModel's class and the group size to give it, which may be -1 for one group per row. Raises GPTQModel's
+        errors when the kernel does not support this machine or layer."""
         whole = spec.group_size == spec.in_features
         refused: Exception | None = None
         for size in (-1, spec.group_size) if whole else (spec.group_size,):
@@ -194,16 +196,11 @@ class AwqExllamaV2(GptqmodelLinear):
     backend, method, layout = "exllama_v2", "awq", "gemm"
 
 
-def _pack_gptq(codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    # All of these kernels want zero points as they are ("v2") but Marlin, which has none.
-    return pack_gptq(codes, zeros, bits, 0)
-
-
 @functools.lru_cache(maxsize=256)
 def _select_kernel(
     backend: str, method: str, layout: str, bits: int, group_size: int, sym: bool, dtype: torch.dtype, device: str
 ) -> Any:
-    """GPTQModel's choice. It logs each one, so it is asked once for all layers of a kind."""
+    """GPTQModel's class for a kernel. Cached, because GPTQModel logs each choice."""
     return import_module("gptqmodel.utils.importer").hf_select_quant_linear_v2(
         bits=bits, group_size=group_size, desc_act=False, sym=sym, format=layout, quant_method=method, dtype=dtype,
         pack=False, device_map={"": device}, backend=backend,
@@ -211,7 +208,7 @@ def _select_kernel(
 
 
 def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Replace a buffer or parameter; what the module does not have is left out."""
+    """Replace a buffer or parameter if the module has it."""
     if name in module._parameters:
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
     elif name in module._buffers:
@@ -219,7 +216,7 @@ def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _post_init(module: Any, device: torch.device) -> Any:
-    """Let the module arrange its tensors. Returns memory that it needs while it lives, if any."""
+    """Call the module's `post_init`. Returns scratch memory that must live as long as the module, or None."""
     if "scratch_space" not in inspect.signature(module.post_init).parameters:
         module.post_init()
         return None
@@ -232,6 +229,6 @@ def _post_init(module: Any, device: torch.device) -> Any:
     return scratch
 
 
-def _first_line(error: object) -> str:
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", str(error)).strip()
-    return (text.splitlines() or [type(error).__name__])[0]
+def _message(error: object) -> str:
+    """The first line of an error, with classes written by name."""
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", first_line(error))

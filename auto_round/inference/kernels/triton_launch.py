@@ -1,7 +1,7 @@
-"""How large the Triton programs of a product are, and their launch: opaque operators for `torch.compile`.
+"""Choose the sizes of the Triton programs of a product and launch them, as opaque operators for `torch.compile`.
 
-Sizes follow from the shape and the kind of device, so equal inputs give equal bits on equal devices. What is timed
-("tuned") are only choices that leave the order of sums as it is: how many columns a tile has, warps and stages.
+Sizes that affect the order of sums depend only on the shape and the kind of device, so equal inputs give equal bits on
+equal devices. Only the others are tuned by timing: columns of a tile, warps and stages.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-#: Exponent bits of 2**23 in float32. An argument and not a constant: GPUs have one constant operand an instruction.
+# Exponent bits of 2**23 in float32. An argument, not a constant: a GPU instruction has one constant operand.
 EXPONENT = 0x4B000000
-#: From so many rows on the weight is written out in the inputs' dtype, once, and multiplied by the vendor's library.
+# Rows from which the weight is dequantized to memory once and multiplied by the vendor's library.
 DENSE_ROWS = {torch.float32: 64, torch.float16: 512, torch.bfloat16: 512}
-#: Numbers of a weight that are written out at once: 256 MB in half precision.
+# Weights dequantized to memory at once: 256 MB in half precision.
 DENSE_NUMEL = 1 << 27
-#: Rows that the vector program takes; it does the work anew for each, the others pad rows to 16.
+# Maximum number of rows of the vector program, which repeats its work for each; tiles pad rows to 16.
 VECTOR_ROWS = 2
 
 
 class Form(NamedTuple):
-    """How codes lie in words; see `triton_linear.pack_words`.
+    """The packing of codes in words; see `triton_linear.pack_words`.
 
     Attributes:
-        bits: of a field of a word.
+        bits: per field of a word.
         width: rows of words in a block.
-        group: inputs that share a scale; 0 when all do.
-        zero: the zero point of every group, or -1 where groups have their own.
-        in_features, out_features: of the layer.
+        group: inputs that share a scale; 0 for all.
+        zero: the common zero point of all groups, or -1 when they differ.
     """
 
     bits: int
@@ -44,12 +43,12 @@ class Form(NamedTuple):
 
     @property
     def per(self) -> int:
-        """Codes in a word."""
+        """Codes per word."""
         return 32 // self.bits
 
     @property
     def block(self) -> int:
-        """Inputs that a block covers."""
+        """Inputs per block."""
         return self.per * self.width
 
     @property
@@ -58,13 +57,18 @@ class Form(NamedTuple):
 
     @property
     def slices(self) -> int:
-        """Runs of `width` inputs, one after the other, that surely share a scale."""
-        whole = self.group or self.block
-        return next(n for n in range(self.per, 0, -1) if self.per % n == 0 and whole % (n * self.width) == 0)
+        """Number of consecutive runs of `width` inputs that share a scale in every block."""
+        group = self.group or self.block
+        return next(n for n in range(self.per, 0, -1) if self.per % n == 0 and group % (n * self.width) == 0)
+
+    def constants(self) -> dict[str, int]:
+        """The compile-time arguments of the programs that describe the packing."""
+        return {"BITS": self.bits, "PER": self.per, "WIDTH": self.width, "GROUP": self.group, "ZERO": self.zero}
 
 
 class VectorPlan(NamedTuple):
-    """columns: of a program; warps: each takes a block at a time; parts: programs that share the blocks."""
+    """columns: per program; warps: per program, each processes one block at a time; parts: programs that split the
+    blocks."""
 
     columns: int
     warps: int
@@ -72,7 +76,7 @@ class VectorPlan(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """rows, columns: of a tile; warps that share it; stages: blocks that are fetched ahead."""
+    """rows, columns, warps: per tile; stages: blocks that are prefetched."""
 
     rows: int
     columns: int
@@ -81,9 +85,12 @@ class TilePlan(NamedTuple):
 
 
 def vector_plan(blocks: int, padded: int, units: int) -> VectorPlan:
-    """32 columns a program are whole lines of 128 bytes; 16 where there would be far fewer programs than `units`. The
-    blocks are shared by the warps of a program, which costs no second launch, before programs share them. A unit holds
-    16 warps of such programs: as many a program as let all programs run at once."""
+    """The plan of the vector program for `blocks` blocks and `padded` columns on `units` multiprocessors.
+
+    32 columns per program are whole lines of 128 bytes; 16 when there would be far fewer programs than `units`. Blocks
+    are split among the warps of a program, and then among programs, which needs a second launch to add the parts. A
+    multiprocessor holds 16 warps; warps per program are chosen such that all programs run at once.
+    """
     columns = 32 if padded // 32 * 4 >= units * 3 else 16
     parts = max(1, min(units // (padded // columns), blocks // 4, 16))
     each = -(-blocks // parts)
@@ -95,28 +102,28 @@ def vector_plan(blocks: int, padded: int, units: int) -> VectorPlan:
 
 
 def tile_plans(rows: int, bits: int, dtype: torch.dtype) -> list[TilePlan]:
-    """Plans to choose from; the first where nothing can be timed. Tall tiles use the large matrix instructions."""
+    """Candidate plans; the first is used without timing. Tall tiles use the large matrix instructions."""
     if dtype == torch.float32:
         return [TilePlan(16, 32, 4, 2)]
     wide = 64 if bits == 2 else 128
     if rows <= 32:
         height = 16 if rows <= 16 else 32
         plans = [TilePlan(height, 64, 4, 4), TilePlan(height, 64, 4, 3), TilePlan(height, 32, 4, 4)]
-        return plans[2:] if bits == 2 and height == 32 else plans  # 2 bits, 32 x 64: the registers do not hold it
+        return plans[2:] if bits == 2 and height == 32 else plans  # 2 bits, 32 x 64: not enough registers
     if rows <= 64:
         return [TilePlan(64, wide, 8, 3), TilePlan(64, 64, 4, 3), TilePlan(64, wide, 4, 2)]
     plans = [TilePlan(128, wide, 8, 3), TilePlan(128, wide, 8, 2), TilePlan(128, 64, 4, 3)]
-    return plans[1:2] if bits == 2 else plans  # 2 bits: 256 inputs a tile, and shared memory for two
+    return plans[1:2] if bits == 2 else plans  # 2 bits: 256 inputs per tile, shared memory for two stages
 
 
 def parts_for(tiles: int, blocks: int, units: int) -> int:
-    """Programs that share the blocks of a tile, where there are too few tiles for the device."""
+    """Number of programs that split the blocks of a tile, above 1 when there are too few tiles for the device."""
     return max(1, min(units // max(tiles, 1), blocks // 2, 16))
 
 
 @functools.lru_cache(maxsize=32)
 def _parallel_programs(device: torch.device) -> int:
-    """Programs that a device runs side by side, at least."""
+    """Number of multiprocessors of a device."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     if device.type == "xpu":
@@ -125,7 +132,7 @@ def _parallel_programs(device: torch.device) -> int:
 
 
 def interpreting() -> bool:
-    """Whether Triton runs its programs in Python."""
+    """Whether Triton runs its programs in the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 
@@ -133,8 +140,10 @@ _TUNED: dict[tuple[Any, ...], TilePlan] = {}
 
 
 def tuned(key: tuple[Any, ...], plans: Sequence[TilePlan], run: Callable[[TilePlan], object], timer: Any) -> TilePlan:
-    """The plan of `plans` that `timer(call)` finds fastest; remembered by `key`. A plan that the device has no room for
-    is left out. Without a timer the first, unless it was timed before."""
+    """The fastest of `plans` by `timer(call)`, cached by `key`; without a timer and a cached plan, the first.
+
+    Plans that need more registers or shared memory than the device has are skipped.
+    """
     if key not in _TUNED:
         if timer is None or len(plans) == 1:
             return plans[0]
@@ -153,7 +162,7 @@ def _out_of_resources() -> type[BaseException]:
 
 
 def _timer(device: torch.device) -> Any:
-    """None where nothing may be timed: in the interpreter, and while a graph is captured."""
+    """Triton's benchmark function; None in the interpreter and during capture of a CUDA graph."""
     if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
     from triton.testing import do_bench
@@ -162,7 +171,7 @@ def _timer(device: torch.device) -> Any:
 
 
 def _device_guard(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """A context in which the tensor's device is current: Triton launches on the current device."""
     return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
@@ -171,7 +180,7 @@ def _options(device: torch.device, warps: int, stages: int = 3) -> dict[str, int
 
 
 def _registers(device: torch.device) -> dict[str, int]:
-    """A limit that lets two programs of 8 warps share a multiprocessor of NVIDIA's."""
+    """A register limit with which two programs of 8 warps fit on an NVIDIA multiprocessor."""
     return {"maxnreg": 128} if device.type == "cuda" and torch.version.hip is None else {}
 
 
@@ -180,7 +189,7 @@ def _high_code_shift(bits: int) -> int:
 
 
 def _as_int32_pairs(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """`x` as the vector program reads it: two half-precision numbers as one int32."""
+    """`x` with pairs of half-precision numbers viewed as int32, and the vector program's code of its dtype."""
     if x.dtype == torch.float32:
         return x, 0
     if x.storage_offset() % 2:
@@ -200,12 +209,16 @@ class Packed(NamedTuple):
         return int(self.words.shape[-1])
 
     def strides(self) -> tuple[int, int]:
-        """From one expert to the next, in words and in scales."""
+        """Strides between experts, of words and of scales."""
         return (int(self.words.stride(0)), int(self.scales.stride(0))) if self.words.dim() == 3 else (0, 0)
+
+    def pointers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The arguments `words, scales, zeros` of the programs."""
+        return self.words, self.scales, self.scales if self.zeros is None else self.zeros
 
 
 def run_vector(x: torch.Tensor, packed: Packed, form: Form, offsets: torch.Tensor | None, experts: int) -> torch.Tensor:
-    """[rows, out]; rows are at most VECTOR_ROWS, or any number of experts' rows, each on its own."""
+    """[rows, out], for at most VECTOR_ROWS rows, or any number of rows sorted by expert."""
     from auto_round.inference.kernels import triton_programs as programs
 
     rows = x.shape[0]
@@ -214,44 +227,18 @@ def run_vector(x: torch.Tensor, packed: Packed, form: Form, offsets: torch.Tenso
     each = -(-form.blocks // plan.parts)
     parts = -(-form.blocks // each)
     masked = form.in_features % form.block != 0 or each % plan.warps != 0 or form.blocks % each != 0
-    held, kind = _as_int32_pairs(x)
+    pairs, kind = _as_int32_pairs(x)
     out = x.new_empty((parts, rows, form.out_features), dtype=torch.float32 if parts > 1 else x.dtype)
     grid = (-(-form.out_features // plan.columns), parts, copies)
     with _device_guard(x.device):
         programs.matvec[grid](
-            held,
-            packed.words,
-            packed.scales,
-            packed.scales if packed.zeros is None else packed.zeros,
-            out,
-            packed.words if offsets is None else offsets,
-            EXPONENT,
-            _high_code_shift(form.bits),
-            rows,
-            form.out_features,
-            packed.padded,
-            held.stride(0),
-            form.in_features,
-            form.blocks,
-            each,
-            *packed.strides(),
-            BITS=form.bits,
-            PER=form.per,
-            WIDTH=form.width,
-            GROUP=form.group,
-            SLICES=form.slices,
-            ZERO=form.zero,
-            MASKED=masked,
-            ROWS=1 if experts or rows == 1 else 2,
-            WARPS=plan.warps,
-            LANES=128 // plan.columns,
-            COLUMNS=plan.columns,
-            KIND=kind,
-            EXPERTS=experts,
-            PADDED=_power_of_two(experts + 1),
-            **_options(x.device, plan.warps),
-            **_registers(x.device),
-        )
+            pairs, *packed.pointers(), out, packed.words if offsets is None else offsets, EXPONENT,
+            _high_code_shift(form.bits), rows, form.out_features, packed.padded, pairs.stride(0), form.in_features,
+            form.blocks, each, *packed.strides(), **form.constants(),
+            SLICES=form.slices, MASKED=masked, ROWS=1 if experts or rows == 1 else 2, WARPS=plan.warps,
+            LANES=128 // plan.columns, COLUMNS=plan.columns, KIND=kind, EXPERTS=experts,
+            PADDED=_power_of_two(experts + 1), **_options(x.device, plan.warps), **_registers(x.device),
+        )  # fmt: skip
     return _sum_parts(out, x.dtype)
 
 
@@ -271,36 +258,13 @@ def run_tiles(x: torch.Tensor, packed: Packed, form: Form, offsets: torch.Tensor
     def run(plan: TilePlan) -> None:
         grid = (-(-form.out_features // plan.columns) * tiles, parts)
         programs.matmul[grid](
-            x,
-            packed.words,
-            packed.scales,
-            packed.scales if packed.zeros is None else packed.zeros,
-            out,
-            packed.words if offsets is None else offsets,
-            EXPONENT,
-            _high_code_shift(form.bits),
-            rows,
-            form.out_features,
-            packed.padded,
-            x.stride(0),
-            form.in_features,
-            form.blocks,
-            each,
-            tiles,
-            *packed.strides(),
-            BITS=form.bits,
-            PER=form.per,
-            WIDTH=form.width,
-            GROUP=form.group,
-            ZERO=form.zero,
-            MASKED=form.in_features % form.block != 0,
-            ROWS=plan.rows,
-            COLUMNS=plan.columns,
-            WIDEN=interpreting() and x.dtype == torch.bfloat16,
-            EXPERTS=experts,
-            PADDED=_power_of_two(experts + 1),
+            x, *packed.pointers(), out, packed.words if offsets is None else offsets, EXPONENT,
+            _high_code_shift(form.bits), rows, form.out_features, packed.padded, x.stride(0), form.in_features,
+            form.blocks, each, tiles, *packed.strides(), **form.constants(),
+            MASKED=form.in_features % form.block != 0, ROWS=plan.rows, COLUMNS=plan.columns,
+            WIDEN=interpreting() and x.dtype == torch.bfloat16, EXPERTS=experts, PADDED=_power_of_two(experts + 1),
             **_options(x.device, plan.warps, plan.stages),
-        )
+        )  # fmt: skip
 
     with _device_guard(x.device):
         key = (x.device, x.dtype, form, experts, height, tiles, parts)
@@ -309,7 +273,7 @@ def run_tiles(x: torch.Tensor, packed: Packed, form: Form, offsets: torch.Tensor
 
 
 def run_dense(x: torch.Tensor, packed: Packed, form: Form) -> torch.Tensor:
-    """[rows, out] by writing the weight out, a bounded number of columns at a time, and multiplying."""
+    """[rows, out] by dequantizing the weight to memory, a bounded number of columns at a time, and multiplying."""
     step = max(16, DENSE_NUMEL // form.in_features // 16 * 16)
     if step >= form.out_features:
         return x @ weight_columns(packed, form, 0, form.out_features, x.dtype)
@@ -328,24 +292,9 @@ def weight_columns(packed: Packed, form: Form, first: int, last: int, dtype: tor
     width = 32 if interpreting() else 128
     with _device_guard(out.device):
         programs.dense[(-(-(last - first) // width), form.blocks * form.width // 16)](
-            packed.words,
-            packed.scales,
-            packed.scales if packed.zeros is None else packed.zeros,
-            out,
-            EXPONENT,
-            _high_code_shift(form.bits),
-            last - first,
-            packed.padded,
-            first,
-            form.in_features,
-            BITS=form.bits,
-            PER=form.per,
-            WIDTH=form.width,
-            GROUP=form.group,
-            ZERO=form.zero,
-            COLUMNS=width,
-            **_options(out.device, 8),
-        )
+            *packed.pointers(), out, EXPONENT, _high_code_shift(form.bits), last - first, packed.padded, first,
+            form.in_features, **form.constants(), COLUMNS=width, **_options(out.device, 8),
+        )  # fmt: skip
     return out
 
 
@@ -396,8 +345,8 @@ def triton_experts(
     x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, offsets: torch.Tensor,
     bits: int, width: int, group: int, zero: int, in_features: int, out_features: int,
 ) -> torch.Tensor:  # fmt: skip
-    """x [rows, in] sorted by expert -> [rows, out]. offsets int32 [experts + 2]: where the rows of each expert start,
-    where those of no expert do (they become zeros), and the number of rows; read on the device only."""
+    """x [rows, in] sorted by expert -> [rows, out]; offsets int32 [experts + 2], see `JoinedKernels`. They are read on
+    the device only."""
     packed, form = Packed(words, scales, zeros), Form(bits, width, group, zero, in_features, out_features)
     experts = words.shape[0]
     if x.shape[0] == 0:

@@ -1,17 +1,15 @@
 """Packed integer weights on a GPU, through Triton programs.
 
-**Layout.** A word (int32) holds 32 / bits codes of one output; words of one row lie side by side over the outputs, as
-in GPTQ's `qweight`: a warp reads whole lines, 16 bytes a lane, and products are summed inside a lane. Unlike GPTQ, the
-codes of a word are `width` inputs apart (16 or 32): codes number j of `width` words that follow each other are `width`
-inputs that follow each other. So inputs are read in runs, all codes at one place of the words share a scale (groups are
-multiples of 16), and codes become floats for a whole tile at once without moving between lanes.
+**Layout.** A word (int32) contains 32 / bits codes of one output; the words of a row are contiguous over the outputs,
+as in GPTQ's `qweight`: a warp reads whole lines, 16 bytes per lane, and products are summed within a lane. Unlike in
+GPTQ, the codes of a word are `width` inputs apart (16 or 32): the codes at position j of `width` consecutive words are
+`width` consecutive inputs. So inputs are read in runs, all codes at one position share a scale (groups are multiples of
+16), and a whole tile of codes is converted to floats without moving data between lanes. 3-bit codes use 4-bit fields.
 
-**Which program.** One or two rows: vector products, bound by reading the weights (see `triton_programs.matvec`). Up to
-511 rows: tiles that dequantize in registers and multiply in the matrix units. More rows: the weight is written out once
-in the inputs' dtype and multiplied by the vendor's library, which is faster than to dequantize for every tile of rows
-again. Few columns: programs share the inputs, and a second pass adds their sums in a fixed order.
-
-3-bit codes are kept in fields of 4 bits.
+**Programs.** One or two rows: vector products, bound by reading the weights (`triton_programs.matvec`). Up to 511 rows:
+tiles that dequantize in registers and multiply in the matrix units. More rows: the weight is dequantized to memory once
+in the inputs' dtype and multiplied by the vendor's library, which is faster than dequantizing it for every tile of
+rows. With few columns, programs split the inputs, and a second pass adds their sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,10 +27,10 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TritonLinear(LinearKernel):
-    """y = x W^T on cuda and xpu; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
+    """y = x W^T on cuda and xpu; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests.
 
     Buffers: `words` int32 [rows of words, padded out], `scales` [groups, padded out] in the file's dtype, and `zeros`
-    uint8 like it, None where all zero points are alike.
+    uint8 of the same shape, None when all zero points are equal.
     """
 
     words: torch.Tensor
@@ -76,8 +74,7 @@ class TritonLinear(LinearKernel):
 
 
 class TritonExperts:
-    """The kernels of a mixture's experts in one launch. Their tensors become views of joined ones, so that nothing is
-    held twice."""
+    """All experts of a mixture in one launch. The kernels' tensors become views of the joined ones, without a copy."""
 
     def __init__(self, kernels: Sequence[TritonLinear]) -> None:
         self.form = kernels[0].form
@@ -103,7 +100,7 @@ def _stack_buffers(kernels: Sequence[TritonLinear], name: str) -> torch.Tensor:
 
 
 def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
-    """`x` as [rows, in] in a dtype that programs take, rows at an even distance; and its own dtype."""
+    """`x` as [rows, in] in a supported dtype with an even row stride, and its original dtype."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.dtype not in _DTYPES:
         rows = rows.float()
@@ -119,14 +116,14 @@ def _device_problem(device: str) -> str | None:
     if device not in ("cuda", "xpu") or module is None:
         return f"runs on cuda and xpu, not {device}"
     if not module.is_available():
-        return f"no {device} device is here"
+        return f"no {device} device was found"
     if device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 or later"
     return None
 
 
 def form_of(weight: IntegerWeight) -> Form:
-    """Blocks of 32 rows of words where the groups allow it and the last block would not be much padding, else of 16."""
+    """The packing of a weight: blocks of 32 rows of words if the groups allow it without much padding, else of 16."""
     spec = weight.spec
     bits = _FIELD[spec.bits]
     group = 0 if spec.group_size >= spec.in_features else spec.group_size
@@ -134,8 +131,8 @@ def form_of(weight: IntegerWeight) -> Form:
     waste = -spec.in_features % block
     width = 32 if group % 32 == 0 and waste * 20 <= spec.in_features else 16
     first = int(weight.zeros.flatten()[0])
-    alike = bool((weight.zeros == first).all())
-    return Form(bits, width, group, first if alike else -1, spec.in_features, spec.out_features)
+    equal = bool((weight.zeros == first).all())
+    return Form(bits, width, group, first if equal else -1, spec.in_features, spec.out_features)
 
 
 def _padded(out_features: int) -> int:
@@ -143,8 +140,8 @@ def _padded(out_features: int) -> int:
 
 
 def pack_words(codes: torch.Tensor, form: Form) -> torch.Tensor:
-    """uint8 [out, in] to int32 [blocks * width, padded out]. Word r of a block holds at place j the code of the block's
-    input j * width + r; what is added at the end is zero."""
+    """uint8 [out, in] to int32 [blocks * width, padded out]. Word r of a block has at position j the code of the
+    block's input j * width + r; padding is zero."""
     whole = codes.new_zeros(form.blocks * form.block, _padded(form.out_features))
     whole[: form.in_features, : form.out_features] = codes.T
     fields = whole.view(form.blocks, form.per, form.width, -1)
@@ -164,7 +161,7 @@ def unpack_words(words: torch.Tensor, form: Form) -> torch.Tensor:
 
 
 def _pad_rows(values: torch.Tensor, form: Form) -> torch.Tensor:
-    """[out, groups] to [groups of whole blocks, padded out], with zeros."""
+    """[out, groups] to [groups of whole blocks, padded out], padded with zeros."""
     groups = -(-form.blocks * form.block // form.group) if form.group else 1
     whole = values.new_zeros(groups, _padded(form.out_features))
     whole[: values.shape[1], : form.out_features] = values.T

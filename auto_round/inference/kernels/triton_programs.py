@@ -1,14 +1,14 @@
 # mypy: ignore-errors
-# (what stands below @triton.jit is Triton's language, which looks like Python)
+# (functions under @triton.jit are in Triton's language, not Python)
 """The Triton programs for packed integer weights. Imported only where Triton is installed.
 
-**How a code becomes a float.** A code that stands at bit `at` of a word, with `at + bits <= 23`, is put under the
+**Conversion of codes to floats.** A code at bit `at` of a word, with `at + bits <= 23`, becomes the mantissa under the
 exponent of 2**23 by one logic instruction: the word, masked and or-ed with 0x4B000000, is the float32
-2**23 + code * 2**at. Subtracting 2**23 + zero * 2**at is exact and leaves (code - zero) * 2**at; the power of two is
-taken out of the sum, not out of each weight. That is a logic operation, a subtraction and a multiply-add for a weight,
-without a conversion. Codes higher in the word are shifted down together, as many as fit below bit 23 at a time.
+2**23 + code * 2**at. Subtracting 2**23 + zero * 2**at is exact and gives (code - zero) * 2**at; the power of two is
+divided out of the sum, not of each weight. So each weight takes a logic operation, a subtraction and a multiply-add,
+without a conversion. Higher codes of the word are shifted down together, as many as fit below bit 23 at a time.
 
-**Order of sums.** No atomics; each output is summed in an order that only sizes decide, so equal calls give equal bits.
+**Order of sums.** No atomics; the order of each output's sum depends only on sizes, so equal calls give equal bits.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import triton.language as tl
 
 @triton.jit
 def _floats(words, zero, exponent, place: tl.constexpr, BITS: tl.constexpr):
-    """(code - zero) * 2**at in float32, of each word's code number `place`; 2**-at is `_power`."""
+    """(code - zero) * 2**at in float32, of the code at position `place` of each word; 2**-at is `_power`."""
     FIT: tl.constexpr = 23 // BITS
     at: tl.constexpr = place % FIT * BITS
-    held = (words & (((1 << BITS) - 1) << at)) | exponent
-    return held.to(tl.float32, bitcast=True) - (8388608.0 + zero * (1 << at))
+    value = (words & (((1 << BITS) - 1) << at)) | exponent
+    return value.to(tl.float32, bitcast=True) - (8388608.0 + zero * (1 << at))
 
 
 @triton.jit
@@ -34,8 +34,8 @@ def _power(place: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _two(x, row, x_stride, k, mask, KIND: tl.constexpr):
-    """Inputs k and k + 1 (k is even) in float32. KIND: 0 for float32; 1, 2 for bfloat16 and float16 in pairs, one
-    int32 for two."""
+    """Inputs k and k + 1 (k is even) in float32. KIND: 0 for float32, 1 and 2 for pairs of bfloat16 and float16 as
+    int32."""
     if KIND == 0:
         here = x + row * x_stride + k
         first, second = tl.load(here, mask=mask, other=0.0), tl.load(here + 1, mask=mask, other=0.0)
@@ -52,7 +52,7 @@ def _two(x, row, x_stride, k, mask, KIND: tl.constexpr):
 
 @triton.jit
 def _expert_of(row, offsets, EXPERTS: tl.constexpr, PADDED: tl.constexpr):
-    """Which expert `row` of the sorted rows belongs to; EXPERTS for rows that no expert takes."""
+    """The expert of `row` in the sorted rows; EXPERTS for rows without an expert."""
     index = tl.arange(0, PADDED)
     ends = tl.load(offsets + index + 1, mask=index < EXPERTS, other=2147483647)
     return tl.sum((ends <= row).to(tl.int32), axis=0)
@@ -66,11 +66,10 @@ def matvec(
     ZERO: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Few rows: out[part, row, column] over the blocks of one part, for COLUMNS columns.
+    """Product of few rows: out[part, row, column] over the blocks of one part, for COLUMNS columns.
 
-    Axes of a tile: [row, warp, lane, column]. A warp takes a block of its own, in which its lanes cover LANES rows of
-    words, 16 bytes of columns a lane; rows of words beyond those are in flight at once, and nothing is exchanged
-    between lanes before the end.
+    Axes of a tile: [row, warp, lane, column]. A warp processes a block at a time; its lanes cover LANES rows of words,
+    16 bytes of columns per lane. Loads of further rows of words overlap, and lanes exchange sums only at the end.
     """
     part = tl.program_id(1)
     row = tl.arange(0, ROWS)[:, None, None, None]
@@ -138,7 +137,7 @@ def _weights(
     words, scales, zeros, turn, row_stride, column, known, exponent, down,
     BITS: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """float32 [PER, 16, columns]: 16 rows of words, and the inputs that they belong to, [PER, 16, 1]."""
+    """Dequantize 16 rows of words: float32 [PER, 16, columns], and the input index of each, [PER, 16, 1]."""
     TURNS: tl.constexpr = WIDTH // 16
     first = turn // TURNS * (PER * WIDTH) + turn % TURNS * 16
     within = tl.arange(0, 16)[None, :, None]
@@ -156,9 +155,9 @@ def _weights(
         zero = tl.load(zeros + group * row_stride + column, mask=known, other=0).to(tl.float32)
     else:
         zero = ZERO * 1.0
-    held = tl.where(place < FIT, low, low >> down) & (((1 << BITS) - 1) << at).to(tl.uint32)
+    code = tl.where(place < FIT, low, low >> down) & (((1 << BITS) - 1) << at).to(tl.uint32)
     power = (1 << at).to(tl.float32)
-    value = (held | exponent.to(tl.uint32)).to(tl.float32, bitcast=True) - (8388608.0 + zero * power)
+    value = (code | exponent.to(tl.uint32)).to(tl.float32, bitcast=True) - (8388608.0 + zero * power)
     return value * (scale / power), first + place * WIDTH + within
 
 
@@ -170,9 +169,9 @@ def matmul(
     MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr,
     EXPERTS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Some rows: out[part, row, column], a tile of them over the blocks of one part.
+    """Product of many rows: a tile of out[part, row, column] over the blocks of one part.
 
-    Weights are rounded to the inputs' dtype once, as `QuantLinear.dequantize` rounds them, and summed in float32.
+    Weights are rounded to the inputs' dtype, as `QuantLinear.dequantize` rounds them, and summed in float32.
     """
     part = tl.program_id(1)
     tile = tl.program_id(0) % row_tiles
@@ -206,7 +205,7 @@ def matmul(
         weight, _ = _weights(
             words, scales, zeros, turn, row_stride, column, known, exponent, down, BITS, PER, WIDTH, GROUP, ZERO
         )
-        # The same k, put so that the compiler sees that 16 of them follow each other.
+        # The same k, in a form that shows the compiler that 16 of them are consecutive.
         each = tl.arange(0, PER * 16)
         k = turn // (WIDTH // 16) * (PER * WIDTH) + turn % (WIDTH // 16) * 16 + each // 16 * WIDTH + each % 16
         mask = live[:, None]
@@ -214,7 +213,7 @@ def matmul(
             mask = mask & (k < in_features)[None, :]
         values = tl.load(x + row[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
         weight = tl.reshape(weight, (PER * 16, COLUMNS)).to(x.dtype.element_ty)
-        if WIDEN:  # the interpreter holds bfloat16 as integers, and multiplies them as such
+        if WIDEN:  # the interpreter stores bfloat16 as integers, and would multiply those
             values, weight = values.to(tl.float32), weight.to(tl.float32)
         acc = tl.dot(values, weight, acc, input_precision="ieee")
     place_out = out + (part * rows + row)[:, None] * columns + column[None, :]
@@ -223,7 +222,7 @@ def matmul(
 
 @triton.jit
 def add_parts(partial, out, numel, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = the sum of PARTS float32 arrays of `numel` numbers that follow each other, in their order."""
+    """out = the sum, in order, of PARTS contiguous float32 arrays of `numel` numbers."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(PARTS):
@@ -237,7 +236,7 @@ def dense(
     BITS: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[k, column] = the weight, for 16 rows of words; `columns` of them from `first_column` on."""
+    """Dequantize to memory: out[k, column] for 16 rows of words and `columns` columns from `first_column`."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     known = column < columns
     weight, k = _weights(

@@ -1,7 +1,7 @@
 """Kernels from other packages for packed integer weights: PyTorch's own, auto-round-lib (ark), Gaudi's.
 
-- `CpuInt4` and `CpuInt8` call PyTorch's CPU kernels, for machines without a C compiler. They need bfloat16 models:
-  for other dtypes PyTorch has no fast kernel.
+- `CpuInt4` and `CpuInt8` call PyTorch's CPU kernels, for machines without a C compiler. PyTorch has fast kernels for
+  bfloat16 only.
 - `ArkKernel` calls auto-round-lib (`import auto_round_kernel`, "ark"), a separate package with compiled kernels.
   Only its public functions are used, and it is imported when the first layer needs it.
 - `HpuLinear` calls the dequantizing operation of Gaudi's PyTorch bridge.
@@ -21,13 +21,14 @@ from auto_round.layouts.bit_stream import pack_words, unpack_words
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _UNIT_ROWS = 512  # of the unit matrix that reads the codes back
+_ARK_BITS = {"cpu": (2, 4, 8), "xpu": (4, 8)}
+_ARK_DTYPES = {2: "int2", 4: "int4", 8: "int8"}
+ARK_INSTALL = "needs auto-round-lib and torch 2.8 or newer: pip install auto-round-lib"
 
 
 def _aligned_rows(x: torch.Tensor, width: int) -> torch.Tensor:
-    """`x` as bfloat16 rows [n, width] that start at a multiple of 64 bytes.
-
-    The kernels of PyTorch 2.6 load rows with instructions that fault elsewhere, as in a slice of a larger tensor.
-    """
+    """`x` as bfloat16 rows [n, width] aligned to 64 bytes: the kernels of PyTorch 2.6 crash on other addresses, such as
+    those of a slice of a larger tensor."""
     rows = x.reshape(-1, width).to(torch.bfloat16).contiguous()
     return rows if rows.data_ptr() % 64 == 0 else rows.clone()
 
@@ -35,9 +36,9 @@ def _aligned_rows(x: torch.Tensor, width: int) -> torch.Tensor:
 class CpuInt4(LinearKernel):
     """Weights of 2, 3 and 4 bits through `_weight_int4pack_mm_for_cpu`.
 
-    That kernel computes scale * (code - 8) + offset with scale and offset in bfloat16: scales of a float16 file change
-    by up to 2**-9 of themselves, and with them each weight. The offset, scale * (8 - zero), is zero for symmetric
-    weights; for 2 and 3 bits always, because code - zero + 8 fits into 4 bits and is stored instead. Codes are exact.
+    It computes scale * (code - 8) + offset with scale and offset in bfloat16, so that float16 scales, and with them the
+    weights, have a relative error of up to 2**-9. The offset, scale * (8 - zero), is zero for symmetric weights, and
+    for 2 and 3 bits, where code - zero + 8 fits into 4 bits and is stored instead of the code. Codes are exact.
     """
 
     packed: torch.Tensor
@@ -98,9 +99,10 @@ class CpuInt4(LinearKernel):
 
 
 class CpuInt8(LinearKernel):
-    """Symmetric weights of 8 bits with one scale a row through `_weight_int8pack_mm`.
+    """Symmetric weights of 8 bits with one scale per row through `_weight_int8pack_mm`.
 
-    Scales are exact: they are applied to the outputs in float32."""
+    Scales are exact: they are applied to the outputs in float32.
+    """
 
     packed: torch.Tensor
     scales: torch.Tensor
@@ -120,7 +122,7 @@ class CpuInt8(LinearKernel):
         if spec.dtype != torch.bfloat16:
             return f"runs bfloat16 models, not {str(spec.dtype).removeprefix('torch.')}"
         if not spec.sym or spec.group_size < spec.in_features:
-            return "runs symmetric weights with one scale a row"
+            return "runs symmetric weights with one scale per row"
         if spec.in_features % 16 or spec.out_features % 16:
             return f"needs sizes that are multiples of 16, not {spec.in_features} and {spec.out_features}"
         found = hasattr(torch.ops.aten, "_weight_int8pack_mm")
@@ -137,17 +139,9 @@ class CpuInt8(LinearKernel):
         return (self.packed.to(torch.int16) + 128).to(torch.uint8)
 
 
-# Packed integer weights through auto-round-lib (`import auto_round_kernel`, "ark"), a package of its own with compiled
-# kernels. Only its public calls are used, and it is imported when the first layer asks for it.
-
-_ARK_BITS = {"cpu": (2, 4, 8), "xpu": (4, 8)}
-_ARK_DTYPES = {2: "int2", 4: "int4", 8: "int8"}
-ARK_INSTALL = "needs auto-round-lib and torch 2.8 or newer: pip install auto-round-lib"
-
-
 @functools.lru_cache(maxsize=1)
 def package() -> ModuleType | str:
-    """The package, or the reason why it is not here."""
+    """auto-round-lib's module, or the reason why it cannot be imported."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8):
         return ARK_INSTALL
     try:
@@ -158,8 +152,11 @@ def package() -> ModuleType | str:
 
 
 class ArkKernel(LinearKernel):
-    """Weights of 2, 4 and 8 bits. On CPUs in float32: inputs are widened, nothing is rounded. On Intel GPUs symmetric
-    weights only, with integer products and float16 scales; that part has not been run."""
+    """Weights of 2, 4 and 8 bits through auto-round-lib.
+
+    CPUs compute in float32, without rounding inputs. Intel GPUs run symmetric weights only, with integer products and
+    float16 scales; that part is untested.
+    """
 
     blob: torch.Tensor
     scales: torch.Tensor
@@ -170,22 +167,21 @@ class ArkKernel(LinearKernel):
         super().__init__(weight)
         spec, middle = weight.spec, 1 << (weight.spec.bits - 1)
         self.on_cpu = spec.device == "cpu"
-        # (K, N, group size, compute type, weight type, scale type, asymmetric) as the package asks for them
         asym = not bool((weight.zeros == middle).all())
-        kind = (_compute_type(spec), _ARK_DTYPES[spec.bits], "fp32" if self.on_cpu else "fp16", asym)
+        compute, scale_type = ("auto", "fp32") if self.on_cpu else ("int8", "fp16")
+        kind = (compute, _ARK_DTYPES[spec.bits], scale_type, asym)
+        # The package's arguments: outputs, inputs, group size, compute type, weight type, scale type, asymmetric.
         self.kind = (spec.out_features, spec.in_features, spec.group_size, *kind)
         dtype = torch.float32 if self.on_cpu else torch.float16
         codes = (weight.codes.T.to(torch.int16) - middle).to(torch.int8).contiguous()
-        zeros = (weight.zeros.T.to(torch.int16) - middle).to(torch.int8).contiguous() if asym else _empty_int8(codes)
+        zeros = (weight.zeros.T.to(torch.int16) - middle).to(torch.int8).contiguous() if asym else codes.new_empty(0)
         scales = weight.scales.T.to(dtype).contiguous()
         blob = _loaded_package().repack_quantized_weight(codes, scales, zeros, spec.group_size, *kind)
-        # To give the codes back: weights divided by scales, and the codes themselves where a scale is zero.
-        self.register_buffer("blob", blob, persistent=False)
-        self.register_buffer("scales", weight.scales, persistent=False)
-        self.register_buffer("zeros", weight.zeros, persistent=False)
-        self.register_buffer(
-            "unscaled", weight.codes[self._expand_groups(weight.scales == 0)].clone(), persistent=False
-        )
+        # For `codes`: weights divided by scales, and a copy of the codes whose scale is zero.
+        unscaled = weight.codes[self._expand_groups(weight.scales == 0)].clone()
+        buffers = {"blob": blob, "scales": weight.scales, "zeros": weight.zeros, "unscaled": unscaled}
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
@@ -220,14 +216,6 @@ class ArkKernel(LinearKernel):
         return values.repeat_interleave(self.spec.group_size, 1)
 
 
-def _compute_type(spec: LayerSpec) -> str:
-    return "auto" if spec.device == "cpu" else "int8"
-
-
-def _empty_int8(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.int8, device=like.device)
-
-
 def _loaded_package() -> ModuleType:
     found = package()
     assert not isinstance(found, str), found
@@ -238,7 +226,7 @@ def ark_multiply(
     blob: torch.Tensor, x: torch.Tensor, out: int, width: int, group_size: int, compute: str, kind: str, scale: str,
     asym: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """x [..., width] times the weight in `blob`: [..., out] in the dtype of `x`."""
+    """x [..., width] -> [..., out] in the dtype of `x`; `blob` is the weight packed by auto-round-lib."""
     flat = x.reshape(-1, width).to(torch.float32 if x.device.type == "cpu" else torch.float16).contiguous()
     none = torch.empty(0, dtype=flat.dtype, device=flat.device)
     if not flat.shape[0]:
@@ -269,20 +257,16 @@ def _(
     return x.new_empty((*x.shape[:-1], out))
 
 
-# Layers on Gaudi, through the dequantizing operation that its PyTorch bridge adds.
-
-
 class HpuLinear(LinearKernel):
-    """x -> x W^T with `torch.ops.hpu.convert_from_uint4`, which turns packed 4-bit codes, scales and zero points into
-    a dense W transposed, and a dense product.
+    """x -> x W^T on Gaudi: `torch.ops.hpu.convert_from_uint4` dequantizes W, then a dense product.
 
-    Buffers: `words` int32 [in, out/8], nibble i of word w = code of weight [8w + i, row]; `points` int32
-    [groups, out/8], the same for zero points; `steps` bfloat16 [groups, out].
+    Buffers: `words` int32 [in, out/8], nibble i of word w = code of weight [8w + i, row]; `zeros` int32
+    [groups, out/8], the same for zero points; `scales` bfloat16 [groups, out].
     """
 
     words: torch.Tensor
-    points: torch.Tensor
-    steps: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
@@ -292,7 +276,7 @@ class HpuLinear(LinearKernel):
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         if spec.out_features % 8:
-            return f"packs outputs by eight; {spec.out_features} is no multiple"
+            return f"needs outputs in multiples of 8, not {spec.out_features}"
         if spec.in_features % spec.group_size:
             return f"needs groups of one size: {spec.in_features} inputs are no multiple of {spec.group_size}"
         if importlib.util.find_spec("habana_frameworks") is None:
@@ -302,7 +286,7 @@ class HpuLinear(LinearKernel):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dense = torch.ops.hpu.convert_from_uint4(self.words, self.steps, self.points, torch.bfloat16)
+        dense = torch.ops.hpu.convert_from_uint4(self.words, self.scales, self.zeros, torch.bfloat16)
         return torch.matmul(x.to(torch.bfloat16), dense).to(x.dtype)
 
     def codes(self) -> torch.Tensor:
@@ -310,10 +294,10 @@ class HpuLinear(LinearKernel):
 
 
 def hpu_operands(weight: IntegerWeight) -> dict[str, torch.Tensor]:
-    """The operation's operands; see `HpuLinear`."""
+    """The operands of `convert_from_uint4`; see `HpuLinear`."""
     return {
-        "words": _pack_along_outputs(weight.codes), "points": _pack_along_outputs(weight.zeros),
-        "steps": weight.scales.T.to(torch.bfloat16).contiguous(),
+        "words": _pack_along_outputs(weight.codes), "zeros": _pack_along_outputs(weight.zeros),
+        "scales": weight.scales.T.to(torch.bfloat16).contiguous(),
     }  # fmt: skip
 
 

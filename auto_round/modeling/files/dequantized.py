@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -27,24 +28,19 @@ from auto_round.modeling.files.folder import check_inside, read_object
 from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles, empty_mmap
 
 _CHUNK_NUMEL = 1 << 20  # elements in float32 at a time
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ELEMENT_OF = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 _E8M0 = getattr(torch, "float8_e8m0fnu", None)  # newer than the oldest torch supported
-
-
-def is_float8(dtype: torch.dtype) -> bool:
-    """Whether weights may be stored in this 8-bit float type (E8M0, which holds scales only, is none)."""
-    return dtype in _FLOAT8
 
 
 def e8m0_values(codes: torch.Tensor) -> torch.Tensor:
     """float32 powers of two 2**(code - 127) of uint8 codes; 255 is NaN (OCP MX v1.0, 5.4.1)."""
-    values = (codes.to(torch.int32) << 23).view(torch.float32)  # the code is float32's own exponent field
+    values = (codes.to(torch.int32) << 23).view(torch.float32)  # the code is the exponent field of float32
     values = values.masked_fill(codes == 0, 2.0**-127)
     return values.masked_fill(codes == 255, torch.nan)
 
 
 def scale_values(stored: torch.Tensor) -> torch.Tensor:
-    """A stored scale as float32: bytes and float8_e8m0fnu are powers of two, everything else is a number."""
+    """Convert a stored scale to float32: uint8 and float8_e8m0fnu are powers of two."""
     if stored.dtype == torch.uint8 or stored.dtype == _E8M0:
         return e8m0_values(stored.view(torch.uint8))
     return stored.float()
@@ -53,42 +49,40 @@ def scale_values(stored: torch.Tensor) -> torch.Tensor:
 def scale_block(
     weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int] | None = None
 ) -> tuple[int, int] | None:
-    """Rows and columns of a weight [..., out, in] that share one scale, None when the shapes do not fit.
+    """Rows and columns of a weight [..., out, in] that share one scale; None when the shapes do not match.
 
     Args:
         weight: shape, at least two-dimensional; dimensions before the last two are experts.
-        scale: shape. One number, or one an expert; [out] or [out, 1]; [out/M, in/N], blocks at the edges cut short.
-        block: (M, N) as the checkpoint's config says. Without it, or where it does not fit, blocks of equal size.
+        scale: shape: one number, or one per expert; [out] or [out, 1]; [out/M, in/N] with truncated blocks at the
+            edges.
+        block: (M, N) of the checkpoint's config. Without it, or if it does not match, blocks of equal size are assumed.
     """
     *experts, rows, columns = weight
-    count = 1
-    for size in scale:
-        count *= size
-    if count == 1 or list(scale) == experts:
+    if prod(scale) == 1 or list(scale) == experts:
         return rows, columns
     if tuple(scale) == (rows,) and not experts:
         return 1, columns
     if len(scale) != len(weight) or list(scale[:-2]) != experts:
         return None
-    across, along = scale[-2:]
-    if block is not None and (-(-rows // block[0]), -(-columns // block[1])) == (across, along):
+    row_blocks, column_blocks = scale[-2:]
+    if block is not None and (-(-rows // block[0]), -(-columns // block[1])) == (row_blocks, column_blocks):
         return block
-    if across and along and rows % across == 0 and columns % along == 0:
-        return rows // across, columns // along
+    if row_blocks and column_blocks and rows % row_blocks == 0 and columns % column_blocks == 0:
+        return rows // row_blocks, columns // column_blocks
     return None
 
 
 def apply_scale(
     codes: torch.Tensor, element: str, scale: torch.Tensor, block: tuple[int, int], out: torch.Tensor
 ) -> torch.Tensor:
-    """`element * scale` written to `out`, which is returned.
+    """Write `element * scale` to `out` and return it.
 
     Args:
-        codes: uint8 [..., out, in], or the element's own float8 dtype.
-        element: name in `data_type.elements.MINIFLOATS`.
-        scale: as stored, of a shape that `scale_block` takes.
-        block: what `scale_block` found.
-        out: contiguous, in the shape of `codes`, of the dtype that is wanted.
+        codes: uint8 [..., out, in], or the element's float8 dtype.
+        element: name in `codecs.minifloat.MINIFLOATS`.
+        scale: as stored, of a shape that `scale_block` accepts.
+        block: the result of `scale_block`.
+        out: contiguous, in the shape of `codes` and the target dtype.
     """
     rows, columns = codes.shape[-2:]
     flat, dense = codes.view(torch.uint8).reshape(-1, rows, columns), out.view(-1, rows, columns)
@@ -115,8 +109,10 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize_mxfp4(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Values of bytes [..., out, in/2], two E2M1 codes each, and E8M0 scales [..., out, in/32] (OCP MX v1.0, 6.1 and
-    5.3.3), written to the contiguous `out` [..., out, in], which is returned."""
+    """Dequantize bytes [..., out, in/2] of two E2M1 codes each with E8M0 scales [..., out, in/32].
+
+    The values are written to the contiguous `out` [..., out, in], which is returned (OCP MX v1.0, 6.1 and 5.3.3).
+    """
     half = packed.shape[-1]
     flat, scales, dense = packed.reshape(-1, half), scale.reshape(-1, scale.shape[-1]), out.view(-1, 2 * half)
     step = max(1, _CHUNK_NUMEL // max(1, 2 * half))
@@ -127,20 +123,15 @@ def dequantize_mxfp4(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tenso
     return out
 
 
-# A checkpoint that is quantized already, seen as the dense one it stands for.
-
-_ELEMENT_OF = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-
-
 @dataclass(frozen=True)
 class StoredWeight:
-    """One dense tensor that the files hold in small floats.
+    """One dense tensor that is stored quantized.
 
     Attributes:
         codes, scale: names of its two tensors in the files.
         layout: "float8" [..., out, in] in a float8 dtype; "mxfp4" [out, in/2] bytes; "mxfp4_experts" bytes
             [experts, out, in/32, 16], whose dense tensor is [experts, in, out].
-        block: rows and columns that share a scale, as the config says.
+        block: rows and columns that share a scale, from the config.
     """
 
     codes: str
@@ -150,28 +141,28 @@ class StoredWeight:
 
 
 class DequantizedFiles(TensorFiles):
-    """Reads quantized tensors as dense ones, under the names that the dense checkpoint has.
+    """Reads quantized tensors as dense ones, under the names of the dense checkpoint.
 
-    Only the tensor that is asked for is in memory, with one expert of it or a few rows in float32.
+    Only the requested tensor is in memory, with one expert of it or a few rows in float32.
 
     Args:
-        files: what lies on disk.
+        files: the stored files.
         weights: by dense name, how it is stored.
         hidden: names that a dense checkpoint does not have: scales of weights and activations.
         dtype: of the dense tensors.
         description: how the weights are stored, in words.
 
     Raises:
-        ModelError: the shapes of a weight and its scale do not belong together.
+        ModelError: the shapes of a weight and its scale do not match.
     """
 
     def __init__(
         self, files: TensorFiles, weights: Mapping[str, StoredWeight], hidden: Collection[str], dtype: torch.dtype,
         description: str,
     ) -> None:  # fmt: skip
-        away = {*hidden, *(w.codes for w in weights.values()), *(w.scale for w in weights.values())}
+        removed = {*hidden, *(w.codes for w in weights.values()), *(w.scale for w in weights.values())}
         dense = {name: self._dense_meta(files, weight, dtype) for name, weight in weights.items()}
-        super().__init__(files.folder, {k: v for k, v in files.tensors.items() if k not in away} | dense)
+        super().__init__(files.folder, {k: v for k, v in files.tensors.items() if k not in removed} | dense)
         self.notes = files.notes
         self.stored, self.weights, self.dtype, self.description = files, dict(weights), dtype, description
 
@@ -213,12 +204,12 @@ class DequantizedFiles(TensorFiles):
 
     @staticmethod
     def _dense_meta(files: TensorFiles, weight: StoredWeight, dtype: torch.dtype) -> StoredTensor:
-        """Shape and dtype of the dense tensor. Its byte range only tells how large it is."""
+        """Shape and dtype of the dense tensor. Its byte range gives only its size."""
         codes, scale = files.tensors[weight.codes], files.tensors[weight.scale]
         shape: tuple[int, ...]
         if weight.layout == "float8":
             shape = codes.shape
-            fits = is_float8(codes.dtype) and len(shape) > 1
+            fits = codes.dtype in _ELEMENT_OF and len(shape) > 1
             fits = fits and scale_block(shape, scale.shape, weight.block) is not None
         elif weight.layout == "mxfp4":
             shape = (*codes.shape[:-1], 2 * codes.shape[-1])
@@ -231,28 +222,14 @@ class DequantizedFiles(TensorFiles):
         if not fits:
             raise ModelError(
                 f"{codes.file}: tensor {weight.codes!r} {list(codes.shape)} {codes.dtype} and its scale "
-                f"{weight.scale!r} {list(scale.shape)} {scale.dtype} do not belong together; fetch the files again"
+                f"{weight.scale!r} {list(scale.shape)} {scale.dtype} do not match; fetch the files again"
             )
-        count = 1
-        for size in shape:
-            count *= size
-        return StoredTensor(codes.file, dtype, shape, 0, count * dtype.itemsize)
+        return StoredTensor(codes.file, dtype, shape, 0, prod(shape) * dtype.itemsize)
 
 
 def _is_byte(stored: StoredTensor) -> bool:
-    return stored.dtype == torch.uint8 or stored.dtype == getattr(torch, "float8_e8m0fnu", None)
+    return stored.dtype in (torch.uint8, _E8M0)
 
-
-# Which quantized checkpoints can be read as models to quantize, and how their tensors are found.
-#
-# | quant_method | weights |
-# |---|---|
-# | fp8, fbgemm_fp8 | float8 `weight` with `weight_scale_inv` or `weight_scale`: blocks, channels or one scale |
-# | modelopt | the same, algorithms FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO |
-# | compressed-tensors | float-quantized, naive-quantized (8-bit floats), mxfp8-quantized, mxfp4-pack-quantized |
-# | mxfp4 | `*_blocks` and `*_scales` of experts |
-#
-# The tensors decide what is dequantized; the configuration only says what has to be expected.
 
 READABLE = (
     "FP8 (quant_method fp8, fbgemm_fp8, modelopt; compressed-tensors float-quantized, naive-quantized and "
@@ -261,9 +238,9 @@ READABLE = (
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
 _COMPRESSED = ("float-quantized", "naive-quantized", "mxfp8-quantized", "mxfp4-pack-quantized", "dense")
-# What follows a weight's own name, or replaces its last part, in the name of its scale. All of them are multiplied.
+# Name patterns of scales, which are all multiplied with the weight.
 _SCALES = ("{name}_scale_inv", "{name}_scale", "{stem}.scale", "{stem}.qscale_weight")
-# Other tensors beside a quantized weight; a dense checkpoint has none of them.
+# Other tensors of a quantized weight; a dense checkpoint has none of them.
 _AUXILIARY_SUFFIXES = (
     "input_scale", "activation_scale", "output_scale", "qscale_act", "weight_shape", "input_global_scale",
     "weight_scale_2", "weight_zero_point", "input_zero_point",
@@ -271,33 +248,31 @@ _AUXILIARY_SUFFIXES = (
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
-    """The quantization that a model's configuration declares, for the whole or for its text part; None for none.
+    """The quantization that a configuration declares, for the whole model or its text part; None if there is none.
 
-    Raises ModelError when it is no object.
+    Raises ModelError when it is not an object.
     """
-    text = text_config(config)
-    for part in (config, text):
+    for part in (config, text_config(config)):
         for key in _CONFIG_KEYS:
             values = read_value(part, key)
             if values is None:
                 continue
             if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
-                raise ModelError(f"config.json has {key}={values!r}, which is no object; fetch it again")
+                raise ModelError(f"config.json has {key}={values!r}, which is not an object; fetch it again")
             return dict(values) if isinstance(values, Mapping) else dict(values.to_dict())
     return None
 
 
 def drop_quantization(config: Any) -> None:
-    """Take the declaration away, in place: the model that is built from the configuration is a dense one."""
-    text = text_config(config)
-    for part in (config, text):
+    """Remove the quantization from a configuration in place: the model that is built from it is dense."""
+    for part in (config, text_config(config)):
         for key in _CONFIG_KEYS:
             if hasattr(part, key):
                 delattr(part, key)
 
 
 def check_readable(declared: Mapping[str, Any] | None, name: str) -> None:
-    """Raise UnsupportedError when checkpoints with this `quantization_config` are not read; `name` is the model's."""
+    """Raise UnsupportedError when checkpoints with this `quantization_config` cannot be read; `name` is the model's."""
     if declared is None:
         return
     try:
@@ -309,28 +284,30 @@ def check_readable(declared: Mapping[str, Any] | None, name: str) -> None:
         ) from error
     if reason is not None:
         raise UnsupportedError(
-            f"{name} is quantized already ({reason}), and is not read: give the original model. Quantized checkpoints "
-            f"that are read: {READABLE}"
+            f"{name} is quantized already ({reason}), and cannot be read: give the original model. Quantized "
+            f"checkpoints that can be read: {READABLE}"
         )
 
 
 def is_readable(declared: Mapping[str, Any] | None) -> bool:
-    """Whether there is a declaration, of weights that are read as dense ones."""
+    """Whether there is a declaration, of weights that can be read as dense ones."""
     return declared is not None and _unsupported_reason(declared) is None
 
 
 def dense_view(
     files: TensorFiles, declared: Mapping[str, Any] | None, dtype: torch.dtype | None
 ) -> DequantizedFiles | None:
-    """The files as a dense checkpoint in `dtype` (default bfloat16), or None when they are one.
+    """The files as a dense checkpoint in `dtype` (default bfloat16), or None when they are dense already.
 
     Args:
-        declared: the `quantization_config`, which `check_readable` has passed. Without one, float8 weights that have a
-            scale beside them are dequantized all the same: some writers put the declaration into a file of its own.
+        files: the stored files.
+        declared: the `quantization_config`, after `check_readable`. Without one, float8 weights with a scale are
+            dequantized too: some writers put the declaration into another file.
+        dtype: of the dense tensors.
 
     Raises:
-        ModelError: a quantized weight without its scale, or shapes that do not belong together.
-        UnsupportedError: that other file declares what is not read.
+        ModelError: a quantized weight without its scale, or shapes that do not match.
+        UnsupportedError: that other file declares a format that cannot be read.
     """
     if declared is None:
         declared = _modelopt_file(files)
@@ -338,7 +315,7 @@ def dense_view(
     block = _block(declared or {})
     weights: dict[str, StoredWeight] = {}
     for key, stored in files.tensors.items():
-        if is_float8(stored.dtype) and len(stored.shape) > 1:
+        if stored.dtype in _ELEMENT_OF and len(stored.shape) > 1:
             scale = _scale_of(key, files)
             if scale is not None:
                 weights[key] = StoredWeight(key, scale, "float8", block)
@@ -363,7 +340,7 @@ def dense_view(
 
 
 def _unsupported_reason(declared: Mapping[str, Any]) -> str | None:
-    """What is declared, where it is not read."""
+    """What is declared, if it cannot be read; else None."""
     method = _method(declared)
     if method in ("fp8", "fbgemm_fp8"):
         return f"{method} with experts in fp4" if declared.get("expert_dtype") == "fp4" else None
@@ -403,7 +380,7 @@ def _method(declared: Mapping[str, Any]) -> str:
 
 
 def _block(declared: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The one size of two-dimensional blocks that is declared, None for none or for several."""
+    """The declared size of two-dimensional blocks; None for none or several."""
     found = {tuple(size) for size in (declared.get("weight_block_size"),) if size}
     for group in dict(declared.get("config_groups") or {}).values():
         size = dict(group.get("weights") or {}).get("block_structure")
@@ -413,7 +390,7 @@ def _block(declared: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _modelopt_file(files: TensorFiles) -> dict[str, Any] | None:
-    """What ModelOpt's own file beside config.json declares."""
+    """The declaration in ModelOpt's own file next to config.json."""
     file = files.folder / "hf_quant_config.json"
     if not file.is_file():
         return None

@@ -1,16 +1,14 @@
 """Find a model's folder (local or from a hub) and read its files safely: links, JSON, side files.
 
-Symbolic links: a folder from elsewhere may hold a link to any file of this machine, whose bytes would then be
-read as weights or copied into the output. A link may point inside its own folder, and in the hub's local cache
-from `models--org--name/snapshots/REVISION` to `models--org--name/blobs`, which is how that cache stores every
-file.
+Symbolic links: a downloaded folder may contain a link to any file of this machine, whose bytes would then be read as
+weights or copied into the output. A link may point inside its own folder, and in the hub's local cache from
+`models--org--name/snapshots/REVISION` to `models--org--name/blobs`, which is how that cache stores every file.
 
-JSON: a file must hold one object without duplicate keys.
+JSON: a file must contain one object without duplicate keys.
 
-Side files: a quantized model takes along every file but weights and their indexes, leftovers of an earlier
-quantization or of training, hidden files, config.json and the model card (written anew), Python code of a model
-that is not trusted, and folders that are models themselves or outputs of this package (people run it inside the
-folder).
+Side files: a quantized model includes every file of its source except weights and their indexes, leftovers of an
+earlier quantization or of training, hidden files, config.json and the model card (written again), Python code of an
+untrusted model, and folders that are models themselves or outputs of this package (users run it inside the folder).
 """
 
 from __future__ import annotations
@@ -26,9 +24,41 @@ from typing import Any
 from auto_round import envs
 from auto_round.errors import ConfigError, ModelError, nearest
 
+_MAX_JSON_BYTES = 200_000_000  # the index of the largest checkpoints has a hundredth of it
+# Weights, and leftovers of training: everything that unpickles.
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5",
+    ".msgpack", ".ot", ".npz", ".tflite", ".mlpackage", ".mlmodel", ".distcp", ".pdparams", ".part", ".incomplete",
+)  # fmt: skip
+_CODE_SUFFIXES = (".py", ".pyc", ".so", ".pyd", ".dll", ".dylib")
+_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
+_QUANTIZATION_FILES = (
+    "quantization_config.json", "quantize_config.json", "hf_quant_config.json", "quant_config.json", "quant_log.csv",
+    "recipe.yaml",
+)  # fmt: skip
+_REWRITTEN_FILES = ("config.json", "readme.md", "report.json")
+_MODEL_FOLDERS = ("original", "onnx", "metal", "openvino", "coreml", "gguf", "ggml", "__pycache__")
+_UNFINISHED, _REPORT = ".partial", "report.json"  # marks of an output folder
+_WORK_SPACE = "ar_work_space"  # default folder of the journals of runs
+_CONFIGS = ("config.json", "adapter_config.json", "params.json", "model_index.json")
+
+# Patterns of the same files for hub clients, which match whole paths.
+NOT_FETCHED = (
+    *(f"*{suffix}" for suffix in (*_WEIGHT_SUFFIXES, *_CODE_SUFFIXES) if suffix not in (".safetensors", ".py")),
+    *(f"{name}/*" for name in _MODEL_FOLDERS),
+    "*/.*",
+)
+# Files of every model; ModelScope's client fetches only these.
+_MODEL_PATTERNS = (
+    "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+_REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
+_PLATFORMS = ("hf", "model_scope")
+_TIMEOUT_S = 10.0
+
 
 def check_inside(folder: Path, file: Path) -> Path:
-    """`file` itself. Raises ModelError when following its links leads out of `folder` and of its cache's blobs."""
+    """Return `file`. Raises ModelError when its links lead out of `folder` and of its cache's blobs."""
     root, target = folder.resolve(), file.resolve()
     if root in target.parents:
         return file
@@ -37,30 +67,24 @@ def check_inside(folder: Path, file: Path) -> Path:
         return file
     raise ModelError(
         f"{file} is a link to {target}, outside of the model's folder, and is not followed; put the file itself there, "
-        "or give the folder that holds it"
+        "or give the folder that contains it"
     )
 
 
 def _cache_blobs(root: Path) -> Path | None:
-    """Where the hub's cache keeps the files of the snapshot `root`, or None when it is no snapshot."""
-    for parent in root.parents:
-        if parent.name == "snapshots":
-            return parent.parent / "blobs" if (parent.parent / "blobs").is_dir() else None
-    return None
-
-
-# JSON from files that may come from anywhere: an object, each of whose keys is there once.
-
-_MAX_JSON_BYTES = 200_000_000  # bytes; the index of the largest checkpoints has a hundredth of it
+    """The folder of the hub's cache with the files of the snapshot `root`, or None if it is not a snapshot."""
+    parent = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
+    return parent / "blobs" if parent is not None and (parent / "blobs").is_dir() else None
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:
-    """The object that some bytes of UTF-8 hold.
+    """Parse a JSON object from UTF-8 bytes.
 
     Args:
-        what: what they are, for messages: "the header of model.safetensors".
+        raw: the bytes.
+        what: their description for messages: "the header of model.safetensors".
 
-    Raises ModelError when it is no JSON, no object, nested beyond what can be read, or names something twice.
+    Raises ModelError when it is not JSON, not an object, nested too deeply, or has a duplicate key.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -82,7 +106,7 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a file. Raises ModelError as `parse_object` does, and when the file cannot be read."""
+    """Read a JSON object from a file. Raises ModelError as `parse_object`, and when the file cannot be read."""
     try:
         size = file.stat().st_size
         if size > _MAX_JSON_BYTES:
@@ -93,59 +117,23 @@ def read_object(file: Path) -> dict[str, Any]:
     return parse_object(raw, str(file))
 
 
-# The files beside the weights of a checkpoint: which of them a quantized model takes along.
-#
-# Everything is, whatever it is called, but: weights and their indexes, what an earlier quantization left, what training
-# left, hidden files, config.json and the model card (written anew), Python code of a model that is not trusted, and
-# folders that are models of their own or that a run of this package wrote or writes: people run it from within the
-# model's folder.
-
-# Weights, and what training left beside them: anything that unpickles.
-_WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5",
-    ".msgpack", ".ot", ".npz", ".tflite", ".mlpackage", ".mlmodel", ".distcp", ".pdparams", ".part", ".incomplete",
-)  # fmt: skip
-_CODE_SUFFIXES = (".py", ".pyc", ".so", ".pyd", ".dll", ".dylib")
-_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
-_QUANTIZATION_FILES = (
-    "quantization_config.json", "quantize_config.json", "hf_quant_config.json", "quant_config.json", "quant_log.csv",
-    "recipe.yaml",
-)  # fmt: skip
-_REWRITTEN_FILES = ("config.json", "readme.md", "report.json")
-_MODEL_FOLDERS = ("original", "onnx", "metal", "openvino", "coreml", "gguf", "ggml", "__pycache__")
-_UNFINISHED, _REPORT = ".partial", "report.json"  # what marks an output folder, see `export.earlier_output`
-_WORK_SPACE = "ar_work_space"  # where runs keep their journals unless AR_WORK_SPACE says otherwise
-_CONFIGS = ("config.json", "adapter_config.json", "params.json", "model_index.json")
-
-# The same for the clients of hubs, whose patterns match whole paths.
-NOT_FETCHED = (
-    *(
-        f"*{ending}"
-        for ending in (*_WEIGHT_SUFFIXES, ".pyc", ".so", ".pyd", ".dll", ".dylib")
-        if ending != ".safetensors"
-    ),
-    *(f"{name}/*" for name in _MODEL_FOLDERS),
-    "*/.*",
-)
-
-
 def side_files(folder: Path, trusted: bool, without: Collection[Path] = ()) -> list[Path]:
-    """Paths within `folder` of the files to take along, sorted.
+    """Paths within `folder` of the files to copy, sorted.
 
     Args:
         folder: of a model.
-        trusted: take its Python code along too.
-        without: folders that are left alone, such as the output when it lies inside.
+        trusted: copy its Python code too.
+        without: folders to skip, such as the output folder when it is inside.
 
-    Raises ModelError when one is a link that leads out of the folder.
+    Raises ModelError for a link that leads out of the folder.
     """
     root = folder.resolve()
-    left = {path.expanduser().resolve() for path in (*without, envs.resume_folder(), envs.work_space())}
-    return sorted(_iter_side_files(folder, folder, trusted, left, (root,)))
+    skipped = {path.expanduser().resolve() for path in (*without, envs.resume_folder(), envs.work_space())}
+    return sorted(_iter_side_files(folder, folder, trusted, skipped, (root,)))
 
 
 def copy_side_files(folder: Path, target: Path, trusted: bool) -> list[Path]:
-    """Copy them byte for byte to where they are not there yet. Returns their paths within both folders."""
+    """Copy the side files byte for byte. Returns their paths within both folders."""
     names = side_files(folder, trusted, without=(target, *target.parents))
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -179,13 +167,13 @@ def _is_wanted(name: str, top: bool, trusted: bool) -> bool:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder holds weights with a configuration of their own."""
+    """Whether a folder contains weights with their own configuration."""
     names = [path.name.lower() for path in folder.iterdir()]
     return any(name in _CONFIGS for name in names) and any(name.endswith(_WEIGHT_SUFFIXES) for name in names)
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether a run of this package wrote or began to write a folder. Those of GGUF files have no config.json."""
+    """Whether a run of this package wrote or started to write a folder. GGUF outputs have no config.json."""
     if (folder / _UNFINISHED).is_dir():
         return True
     try:
@@ -195,38 +183,19 @@ def _is_output(folder: Path) -> bool:
     return isinstance(report, dict) and {"schema_version", "format"} <= set(report)
 
 
-# From what the user typed to a local folder with a checkpoint in it.
-
-# What every model needs; ModelScope's client is asked for no more.
-_MODEL_PATTERNS = (
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "*.vocab",
-    "LICENSE*",
-    "NOTICE*",
-)
-_CODE_PATTERNS = ("*.py",)
-_REPO_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?$")
-_PLATFORMS = ("hf", "model_scope")
-_TIMEOUT_S = 10.0
-
-
 def model_folder(
     model: str | os.PathLike[str], *, trust_remote_code: bool = False, platform: str | None = None,
     allow_pickle: bool = False,
 ) -> Path:  # fmt: skip
-    """The local folder of a model given as folder or hub id. Of a hub everything is fetched but weights in other
-    formats than safetensors, other models in subfolders, and code.
+    """The local folder of a model given as a folder or hub id.
+
+    Everything is fetched from a hub except weights in formats other than safetensors, models in subfolders, and code.
 
     Args:
         model: a folder, or an id such as "org/name".
         trust_remote_code: fetch the repository's Python files too.
-        platform: "hf" or "model_scope"; default: as the variable AR_USE_MODELSCOPE says, else "hf".
-        allow_pickle: fetch `pytorch_model*.bin` where the repository has no safetensors.
+        platform: "hf" or "model_scope"; default: as AR_USE_MODELSCOPE says, else "hf".
+        allow_pickle: fetch `pytorch_model*.bin` if the repository has no safetensors files.
 
     Raises:
         ModelError: no such folder, or the hub cannot be reached or does not know the id.
@@ -245,7 +214,7 @@ def model_folder(
         raise ModelError(f"{given!r} is a file; give the folder that holds config.json and the safetensors files")
     if isinstance(model, os.PathLike) or not _REPO_ID.match(given):
         raise ModelError(f"no model folder {given!r}{_similar(folder)}")
-    patterns = [*_MODEL_PATTERNS, *(_CODE_PATTERNS if trust_remote_code else ())]
+    patterns = [*_MODEL_PATTERNS, *(["*.py"] if trust_remote_code else ())]
     fetch = _from_modelscope if where == "model_scope" else _from_hub
     found = fetch(given, patterns, folder)
     if allow_pickle and not any(found.glob("*.safetensors")):
@@ -254,7 +223,7 @@ def model_folder(
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text could name a repository, and is nothing on this disk."""
+    """Whether a text could name a repository and is not a path on this disk."""
     return _REPO_ID.match(text) is not None and not Path(text).expanduser().exists()
 
 
@@ -263,11 +232,10 @@ def _from_hub(repo: str, patterns: list[str], folder: Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        everything = [*patterns, "*"]
-        ignored = [p for p in (*NOT_FETCHED, *_CODE_PATTERNS) if p not in patterns and not _are_pickles(p, patterns)]
-        return Path(
-            snapshot_download(repo, allow_patterns=everything, ignore_patterns=ignored, etag_timeout=_TIMEOUT_S)
-        )
+        pickles = any(pattern.endswith(".bin") for pattern in patterns)
+        ignored = [p for p in (*NOT_FETCHED, "*.py") if p not in patterns and not (p == "*.bin" and pickles)]
+        allowed = [*patterns, "*"]
+        return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=ignored, etag_timeout=_TIMEOUT_S))
     except LocalEntryNotFoundError as error:
         reason = "the hub cannot be reached and the model is not in the local cache"
         raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and {reason}: {_first_line(error)}") from error
@@ -277,11 +245,6 @@ def _from_hub(repo: str, patterns: list[str], folder: Path) -> Path:
         ) from error
 
 
-def _are_pickles(ignored: str, patterns: list[str]) -> bool:
-    """Whether a pattern would leave out what is asked for by name."""
-    return ignored == "*.bin" and any(pattern.endswith(".bin") for pattern in patterns)
-
-
 def _from_modelscope(repo: str, patterns: list[str], folder: Path) -> Path:
     try:
         from modelscope import snapshot_download
@@ -289,8 +252,8 @@ def _from_modelscope(repo: str, patterns: list[str], folder: Path) -> Path:
         raise ModelError("ModelScope needs its own package: pip install modelscope") from error
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:  # the client raises its own, undocumented kinds
-        raise ModelError(f"ModelScope cannot give {repo!r}: {_first_line(error)}") from error
+    except Exception as error:  # the client raises undocumented errors
+        raise ModelError(f"ModelScope cannot provide {repo!r}: {_first_line(error)}") from error
 
 
 def _similar(folder: Path) -> str:

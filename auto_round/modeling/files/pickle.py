@@ -1,8 +1,8 @@
 """Read weights from `pytorch_model.bin` on request, with PyTorch's `weights_only` reader, tensor by tensor.
 
-A pickle is a program; `weights_only` runs none of it but what makes tensors. It is still read only on request,
-because that reader is large and its faults would be ours. Files are memory-mapped, so only used tensors are in
-memory. PyTorch does not check the checksums of its archives, so they are checked here first.
+A pickle is a program; `weights_only` runs only what makes tensors. It is still read only on request, because that
+reader is large and may have faults. Files are memory-mapped, so only used tensors are in memory. PyTorch does not check
+the checksums of its archives, so they are checked here first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INDEX = f"{SINGLE}.index.json"
 
 
 class PickleFiles(TensorFiles):
-    """The tensors of `pytorch_model.bin`, or of the parts that its index names."""
+    """The tensors of `pytorch_model.bin`, or of the files that its index names."""
 
     def __init__(self, folder: Path, held: dict[str, torch.Tensor], where: dict[str, Path]) -> None:
         stored = {n: StoredTensor(where[n], t.dtype, tuple(t.shape), 0, t.nbytes) for n, t in held.items()}
@@ -33,7 +33,7 @@ class PickleFiles(TensorFiles):
     def open_pickles(cls, folder: Path) -> PickleFiles:
         """Map the files of a folder.
 
-        Raises ModelError when there are none, or they hold anything but tensors by name.
+        Raises ModelError when there are none, or they contain anything but tensors by name.
         """
         single, index = folder / SINGLE, folder / INDEX
         if single.is_file():
@@ -44,7 +44,9 @@ class PickleFiles(TensorFiles):
         for key, name in weight_map.items():
             if name not in parts:
                 if PurePosixPath(name.replace("\\", "/")).name != name or not name.endswith(".bin"):
-                    raise ModelError(f"{index} sends tensor {key!r} to {name!r}; only .bin files beside it are allowed")
+                    raise ModelError(
+                        f"{index} maps tensor {key!r} to {name!r}; only .bin files in the same folder are allowed"
+                    )
                 if not (folder / name).is_file():
                     raise ModelError(f"{folder / name} is missing; {index.name} needs it. Fetch the model again")
                 parts[name] = _load(check_inside(folder, folder / name))
@@ -67,27 +69,27 @@ class PickleFiles(TensorFiles):
 
 
 def has_pickles(folder: Path) -> bool:
-    """Whether a folder holds weights as pickles under the usual names."""
+    """Whether a folder has pickled weights under the usual names."""
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
         found = _torch_load(file)
-    except Exception as error:  # a damaged pickle is a damaged program: it can end in any way
+    except Exception as error:  # a damaged pickle can raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{file} cannot be read as tensors alone: {lines[0]}; convert it to safetensors where you trust it"
+            f"{file} cannot be read as plain tensors: {lines[0]}; convert it to safetensors if you trust it"
         ) from error
     if not isinstance(found, dict) or not found:
         raise ModelError(f"{file} holds a {type(found).__name__}, not tensors by name")
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.is_sparse or value.is_meta:
-            raise ModelError(f"{file}: {name!r} is no plain tensor but a {type(value).__name__}")
+            raise ModelError(f"{file}: {name!r} is not a plain tensor but a {type(value).__name__}")
         if _overlaps(value):
             raise ModelError(
-                f"{file}: elements of {name!r} lie on top of each other (shape {tuple(value.shape)}, strides "
-                f"{value.stride()}), as in a damaged file. If it is meant so, save it as safetensors"
+                f"{file}: elements of {name!r} overlap in memory (shape {tuple(value.shape)}, strides "
+                f"{value.stride()}), as in a damaged file. If this is intended, save it as safetensors"
             )
     return {name: value.detach() for name, value in found.items()}
 
@@ -103,7 +105,7 @@ def _overlaps(tensor: torch.Tensor) -> bool:
 
 
 def _torch_load(file: Path) -> Any:
-    """Mapped, where the file is of the form that can be (a zip archive, as PyTorch writes since 1.6)."""
+    """Load a file, memory-mapped if it is a zip archive (as PyTorch writes since 1.6)."""
     with open(file, "rb") as handle:
         archived = handle.read(4) == b"PK\x03\x04"
     if archived:
@@ -112,9 +114,9 @@ def _torch_load(file: Path) -> Any:
 
 
 def _check_archive(file: Path) -> None:
-    """Raise BadZipFile when a record is not what its checksum says.
+    """Raise BadZipFile when a record does not match its checksum.
 
-    Files from `torch.serialization.set_crc32_options(False)` have zeros for checksums, and are taken as they are.
+    Files written with `torch.serialization.set_crc32_options(False)` have zero checksums, which are not checked.
     """
     with zipfile.ZipFile(file) as archive:
         if any(record.CRC for record in archive.infolist()):

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from auto_round.errors import ModelError
 from auto_round.modeling.files.folder import check_inside, parse_object, read_object
 
-_MAX_HEADER = 100_000_000  # the limit that the safetensors library sets itself
+_MAX_HEADER = 100_000_000  # as in the safetensors library
 _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
 _COMPARE_AT_ONCE = 1 << 24
 _READ_AHEAD = 256 << 20
@@ -50,7 +51,7 @@ if hasattr(torch, "float8_e8m0fnu"):  # newer than the oldest torch supported
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: file, dtype, shape and byte range [start, end) in the file."""
+    """Location of one tensor: file, dtype, shape and byte range [start, end) in the file."""
 
     file: Path
     dtype: torch.dtype
@@ -60,9 +61,11 @@ class StoredTensor:
 
 
 class TensorFiles:
-    """All tensors of one checkpoint folder. Headers are checked when it is opened; data is read on demand.
+    """All tensors of one checkpoint folder. Headers are checked on opening; data is read on demand.
 
-    `allocate` gives the uint8 memory that a tensor is read into; who sets it says how long that stays valid.
+    Attributes:
+        allocate: returns uint8 memory that a tensor is read into; a caller that replaces it defines how long it is
+            valid.
     """
 
     def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
@@ -73,11 +76,12 @@ class TensorFiles:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> TensorFiles:
-        """Read the headers of `model.safetensors` or of the shards that `model.safetensors.index.json` lists.
+        """Read the headers of `model.safetensors` or of the shards in `model.safetensors.index.json`.
 
         Raises:
-            ModelError: no safetensors file, a damaged one, an index that does not agree with its shards, a tensor in
-                two shards, or a link that leaves the folder.
+            ModelError: no safetensors file, a damaged one, an index that does not match its shards, a tensor in two
+                shards, or
+                a link that leaves the folder.
         """
         path = Path(folder)
         single = path / "model.safetensors"
@@ -98,9 +102,9 @@ class TensorFiles:
         return iter(self.tensors)
 
     def read(self, key: str, row: int | None = None) -> torch.Tensor:
-        """The tensor `key` on the CPU in its stored dtype; with `row`, only that index of its first dimension.
+        """Read the tensor `key` to the CPU in its stored dtype; with `row`, only that index of its first dimension.
 
-        Raises ModelError when the file can no longer be read to the end.
+        Raises ModelError when the file cannot be read.
         """
         stored = self.tensors[key]
         start, end, shape = stored.start, stored.end, stored.shape
@@ -113,14 +117,13 @@ class TensorFiles:
         return raw.view(stored.dtype).view(shape)
 
     def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
-        """uint8 [size]: stored bytes of the tensor `key` from its byte `start` on."""
+        """uint8 [size]: stored bytes of the tensor `key` starting at byte `start`."""
         raw = self.allocate(size)
         self._fill(self.tensors[key].file, key, self.tensors[key].start + start, raw.numpy().data)
         return raw
 
     def prefetch(self, key: str, start: int = 0, size: int | None = None) -> None:
-        """Let the system read the tensor `key` while other things are done, where it can: `size` bytes from its byte
-        `start` on, at most 256 MB of them."""
+        """Ask the system to read ahead `size` bytes of the tensor `key` from byte `start`, at most 256 MB."""
         stored = self.tensors[key]
         left = max(0, stored.end - stored.start - start)
         wanted = min(left, _READ_AHEAD, left if size is None else size)
@@ -129,7 +132,7 @@ class TensorFiles:
                 os.posix_fadvise(handle.fileno(), stored.start + start, wanted, os.POSIX_FADV_WILLNEED)
 
     def equal(self, first: str, second: str) -> bool:
-        """Whether two tensors hold the same bytes, compared in pieces so that neither is held whole."""
+        """Whether two tensors have the same bytes, compared in chunks."""
         a, b = self.tensors[first], self.tensors[second]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -157,8 +160,10 @@ class TensorFiles:
 
 
 def _empty_bytes(size: int) -> torch.Tensor:
-    """Uninitialised uint8 [size]. Large ones are pages of their own, which go back to the system when the tensor dies;
-    malloc would keep those of freed blocks, and the process would look as if it still held them."""
+    """Uninitialised uint8 [size]. Large ones are private pages, which return to the system when the tensor is freed.
+
+    malloc would keep freed blocks, so that the process appears to still use them.
+    """
     if size < _OWN_PAGES or not hasattr(mmap, "MAP_PRIVATE"):  # Windows has no private anonymous maps
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -166,15 +171,12 @@ def _empty_bytes(size: int) -> torch.Tensor:
 
 
 def empty_mmap(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor whose memory goes back to the system when it dies, however large it is."""
-    count = 1
-    for size in shape:
-        count *= size
-    return _empty_bytes(count * dtype.itemsize).view(dtype).view(shape)
+    """An uninitialised tensor whose memory returns to the system when it is freed, whatever its size."""
+    return _empty_bytes(prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors that one safetensors file declares. Raises ModelError naming the file, and the tensor at fault."""
+    """Read the tensors that one safetensors file declares. Raises ModelError naming the file and the tensor."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as handle:
@@ -193,8 +195,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _check_ranges(file: Path, header: dict[str, StoredTensor], data: int, size: int) -> None:
-    """The bytes of the tensors follow each other without gap or overlap from the header to the end, as the format
-    demands: a shifted offset shows, though each tensor alone would fit."""
+    """Check that the tensors cover all bytes from the header to the end without gap or overlap, as the format requires.
+
+    A shifted offset is detected although each tensor alone would fit.
+    """
     at = data
     for name, stored in sorted(header.items(), key=lambda item: (item[1].start, item[1].end)):
         if stored.start != at:
@@ -214,10 +218,7 @@ def _stored(file: Path, key: str, info: Any, data: int, size: int) -> StoredTens
     dtype = DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise ModelError(f"{file}: tensor {key!r} has dtype {name!r}; known ones: {', '.join(sorted(DTYPES))}")
-    count = 1
-    for n in shape:
-        count *= n
-    if min(shape, default=0) < 0 or first < 0 or last - first != count * dtype.itemsize:
+    if min(shape, default=0) < 0 or first < 0 or last - first != prod(shape) * dtype.itemsize:
         raise ModelError(f"{file}: tensor {key!r} of shape {list(shape)} {name} does not fit its {last - first} bytes")
     if data + last > size:
         raise ModelError(
@@ -228,12 +229,12 @@ def _stored(file: Path, key: str, info: Any, data: int, size: int) -> StoredTens
 
 def _check_int(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is no whole number")
+        raise TypeError(f"{value!r} is not an integer")
     return value
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """File name by tensor name, out of an index. Raises ModelError when it is none."""
+    """Read file names by tensor name from an index. Raises ModelError when it is malformed."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise ModelError(f"{index} has no weight_map of file names; fetch the file again")
@@ -243,7 +244,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_index(folder: Path, index: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """All tensors, and words on those that shards hold beside what the index names."""
+    """All tensors, and notes on those in shards that the index does not name."""
     weight_map = read_weight_map(check_inside(folder, index))
     headers: dict[str, dict[str, StoredTensor]] = {}
     for key, value in weight_map.items():
@@ -257,8 +258,8 @@ def _read_index(folder: Path, index: Path) -> tuple[dict[str, StoredTensor], lis
         for name in header:
             if owner.setdefault(name, value) != value:
                 raise ModelError(
-                    f"tensor {name!r} is in {folder / owner[name]} and in {folder / value} too; one of the files is a "
-                    "copy of another: fetch the model again"
+                    f"tensor {name!r} is in both {folder / owner[name]} and {folder / value}; one of the files is a "
+                    "copy of the other: fetch the model again"
                 )
         extra = [name for name in header if name not in weight_map]
         if extra:
@@ -267,11 +268,11 @@ def _read_index(folder: Path, index: Path) -> tuple[dict[str, StoredTensor], lis
 
 
 def _shard_path(folder: Path, index: Path, key: str, value: str) -> Path:
-    """The shard's path inside `folder`. An index from elsewhere must not make us open files outside it."""
+    """The shard's path inside `folder`. An index must not make us open files outside it."""
     parts = PurePosixPath(value.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or ":" in value or not value.endswith(".safetensors"):
         raise ModelError(
-            f"{index} sends tensor {key!r} to {value!r}; only .safetensors files inside the folder are allowed"
+            f"{index} maps tensor {key!r} to {value!r}; only .safetensors files inside the folder are allowed"
         )
     file = folder / parts
     if not file.is_file():
@@ -287,8 +288,8 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder} holds weights as pickle ({pickles[0]}), which can run code when opened, and not as safetensors. "
-            "Convert it once, where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder); or read its tensors alone with "
+            "Convert it once, if you trust it: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder); or read only its tensors with "
             "allow_pickle=True (--allow_pickle)"
         )
     loose = [n for n in found if n.endswith(".safetensors")]

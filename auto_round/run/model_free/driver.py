@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -32,11 +31,12 @@ from auto_round.output.folders import (
 from auto_round.output.staging import FolderLock, is_lock_held
 from auto_round.output.verify import check_tokenizer
 from auto_round.output.writer import parse_size, write_text
+from auto_round.plugins import loaded_plugins
 from auto_round.report.memory import format_bytes, format_seconds
 from auto_round.report.progress import make_progress
 from auto_round.run.finalize import write_config, write_records, write_side_files
-from auto_round.run.fingerprint import differences, digest_parts, is_up_to_date
-from auto_round.run.folders import stale_files
+from auto_round.run.fingerprint import as_json, differences, digest_parts, is_up_to_date
+from auto_round.run.folders import format_folders, stale_files
 from auto_round.run.model_free.inputs import Fetcher, Inputs, open_inputs
 from auto_round.run.model_free.journal import BEGUN, FOLDER, LOCK, Journal, manifest_of
 from auto_round.run.model_free.plan import (
@@ -64,18 +64,20 @@ from auto_round.run.model_free.workers import (
 )
 from auto_round.run.settings import Settings
 
+AUTO = "auto"
+
 
 @dataclass
 class ModelFree:
-    """A model-free run of some settings.
+    """A model-free run: rounds a checkpoint tensor by tensor.
 
     Args:
         model: folder or hub id.
-        dtype: of the dense weights; None is the checkpoint's own.
-        fetcher: brings the files of `model`; None: a folder, or the hub's client.
+        dtype: of the unquantized weights; None is the checkpoint's own.
+        fetcher: downloads the files of `model`; None for a folder, or the hub's client.
 
     Raises:
-        UnsupportedError: the settings ask for something that needs a model or data.
+        UnsupportedError: the settings need a model or calibration data.
     """
 
     model: str
@@ -89,7 +91,7 @@ class ModelFree:
         check_settings(self.settings)
 
     def source(self) -> CheckpointSource:
-        """The checkpoint, opened: configuration and headers are read."""
+        """The opened checkpoint; only its configuration and headers are read."""
         return self._open()[1]
 
     def _open(self) -> tuple[Inputs, CheckpointSource]:
@@ -97,12 +99,12 @@ class ModelFree:
             inputs = open_inputs(self.model, self.settings, self.options.rank, self.fetcher)
             source = open_meta_source(inputs.folder, dtype=self.dtype, name_or_path=self.model, files=inputs.files)
             if source.stored_as:
-                logger.info("the model is quantized already (%s); it is dequantized as it is read", source.stored_as)
+                logger.info("the model is quantized already (%s); it is dequantized while it is read", source.stored_as)
             self._opened = inputs, source
         return self._opened
 
     def plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None) -> ModelFreeJob:
-        """The job, without doing it."""
+        """Plan the job without running it."""
         inputs, source = self._open()
         if output_dir is not None:
             reject_model_folder(Path(output_dir), inputs.folder)
@@ -111,26 +113,24 @@ class ModelFree:
     def to_folders(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool = True
     ) -> list[Path]:
-        """Quantize and write, one format after the other. Returns the folders, one a format.
+        """Quantize and write the formats in order. Returns one folder per format.
 
-        `resume`: go on with the unfinished run that a folder holds; else start anew.
+        `resume`: resume the unfinished run in a folder; False starts anew.
 
         Raises:
-            OutputError: the folder holds something else, an unfinished run that differs, or another run works on it.
+            OutputError: the folder holds foreign files or an unfinished run that differs, or another run works on it.
             Stopped: by Ctrl-C.
         """
         root = Path(output_dir).expanduser()
-        folders = [root]
-        if len(formats) > 1:
-            folders = [root / f.name.replace(":", "-").replace("_", "-") for f in formats]
+        folders = format_folders(root, formats)
         earlier = {folder: failures(folder / FOLDER) for folder in folders}
         job = self.plan(formats, output_dir)
-        side_files(self.source().folder, self.settings.trust_remote_code)  # a link that leads away is found now
+        side_files(self.source().folder, self.settings.trust_remote_code)  # refuses links out of the folder early
         made = None if self.options.world > 1 else self._run_digests(job, shard)
         if not overwrite and is_up_to_date(folders, made, self.settings):
             logger.info("%s holds the result of this command already; --overwrite makes it anew", root)
             for folder in folders:
-                if not is_lock_held(folder / FOLDER / LOCK):  # of a run that was killed when all was done
+                if not is_lock_held(folder / FOLDER / LOCK):  # left by a run that was killed after it had published
                     shutil.rmtree(folder / FOLDER, ignore_errors=True)
             return folders
         for note in job.notes:
@@ -140,20 +140,20 @@ class ModelFree:
         check_disk(output_dir, max(0, int(needed * 1.02)) + (1 << 20))
         for fmt, folder in zip(formats, folders, strict=True):
             one = self.plan([fmt], output_dir) if len(formats) > 1 else job
-            # Processes that share the work share the folder: the first holds it for all of them.
+            # Processes that share the work share the folder: process 0 locks it for all of them.
             lock = FolderLock(folder / FOLDER / LOCK, folder) if self.options.rank == 0 else nullcontext()
             try:
                 with explain_write_errors(folder, sum(job.bytes_on_disk.values())), lock:
                     self._write(one, fmt, folder, overwrite, parse_size(shard), resume, earlier[folder], made)
             except KeyboardInterrupt as stop:
                 self._record_failure(folder, stop)
-                text = f"stopped while {folder} was written; the same command goes on from there"
+                text = f"stopped while {folder} was written; run the same command again to resume"
                 raise Stopped(text, getattr(stop, "number", signal.SIGINT)) from stop
             except BaseException as error:
                 self._record_failure(folder, error)
                 raise
             finally:
-                with suppress(OSError):  # nothing but the lock was in it
+                with suppress(OSError):  # removes it only if it is empty
                     (folder / FOLDER).rmdir()
         if root not in folders and self.options.rank == 0:
             remove_files(root, stale[root])
@@ -162,7 +162,7 @@ class ModelFree:
         return folders
 
     def _run_digests(self, job: ModelFreeJob, shard: int | str) -> Mapping[str, str]:
-        """What the same command would make the result from."""
+        """Digests of everything that changes the result."""
         settings = {
             **_result_settings(job, self.settings), "formats": job.formats, "max_shard_size": parse_size(shard),
             "version": __version__,
@@ -170,7 +170,7 @@ class ModelFree:
         return digest_parts(settings, self._open()[0].identity(), "none")
 
     def _record_failure(self, folder: Path, error: BaseException) -> None:
-        """Let the other processes end too, whatever they wait for."""
+        """Signal the failure to the other processes, so that they end too."""
         if self.options.world > 1:
             write_failure(folder / FOLDER, self.options.rank, error)
 
@@ -178,7 +178,7 @@ class ModelFree:
         self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int, resume: bool,
         earlier: Collection[tuple[Path, int]], made: Mapping[str, str] | None,
     ) -> None:  # fmt: skip
-        """One format. `earlier`: failures that were there before this run."""
+        """Write one format. `earlier`: failure files of earlier runs."""
         inputs, source = self._open()
         rank, world = self.options.rank, self.options.world
         started = time.monotonic()
@@ -219,62 +219,54 @@ class ModelFree:
         self, journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resume: bool,
         earlier: Collection[tuple[Path, int]],
     ) -> AbstractContextManager[object]:  # fmt: skip
-        """Begin, or wait until process 0 has. While it works it holds a lock that says so: a journal alone may be of a
-        run that was killed, and that process 0 is about to throw away."""
+        """Start the run, or wait until process 0 has started it. Process 0 holds a lock meanwhile, because the journal
+        alone may be of a killed run that process 0 is about to discard."""
         begun = journal.folder / BEGUN
         if self.options.rank == 0:
             _begin_or_resume(journal, manifest, overwrite, resume)
             return FolderLock(begun, journal.output, patience=10) if self.options.world > 1 else nullcontext()
         wait_until(
-            lambda: is_lock_held(begun) and _matches(journal, manifest),
-            lambda: raise_failures(journal.folder, earlier),
-            "process 0 to begin",
-            600,
-        )
+            lambda: is_lock_held(begun) and journal.manifest() == as_json(manifest),
+            lambda: raise_failures(journal.folder, earlier), "process 0 to begin", 600,
+        )  # fmt: skip
         return nullcontext()
 
     def _quantize(
-        self,
-        job: ModelFreeJob,
-        work: WorkPlan,
-        layout: Layout,
-        processor: UnitProcessor,
-        journal: Journal,
-        own: Sequence[int],
-        inputs: Inputs,
-    ) -> None:
+        self, job: ModelFreeJob, work: WorkPlan, layout: Layout, processor: UnitProcessor, journal: Journal,
+        own: Sequence[int], inputs: Inputs,
+    ) -> None:  # fmt: skip
         started = time.monotonic()
         progress = make_progress(f"model-free {job.scheme_name}")
         done: list[int] = []
 
         def finished(index: int, digest: str) -> None:
-            journal.note_digest(index, digest)
+            journal.record_digest(index, digest)
             done.append(index)
             progress.block(layout.shards[index].name)
 
         run = ShardRun(layout, work.units, processor, journal, own, finished, compare=self.settings.verify)
         progress.start(len({index for index, _ in run.todo}))
-        jobs = {id(unit): place for place in run.todo for unit in (work.units[place[1]],)}
+        tasks = {id(work.units[number]): (index, number) for index, number in run.todo}
         units = [work.units[number] for _, number in run.todo]
-        plan = inputs.schedule(units)
+        schedule = inputs.schedule(units)
 
-        def do(unit: Unit) -> None:
-            run.do(*jobs[id(unit)])
-            plan.done(unit)
+        def process(unit: Unit) -> None:
+            run.do(*tasks[id(unit)])
+            schedule.done(unit)
 
         asked: set[str] = set()
 
         def before(position: int) -> None:
-            plan.before(position)
+            schedule.before(position)
             processor.read_ahead(units[position], asked)
 
-        whole = False
+        well = False
         try:
-            with plan:
-                run_units(units, do, self.options.workers, self.options.memory, before)
-            whole = True
+            with schedule:
+                run_units(units, process, self.options.workers, self.options.memory, before)
+            well = True
         finally:
-            run.close(whole)
+            run.close(well)
             progress.finish()
         if units:
             size = sum(layout.shards[i].size for i in done)
@@ -282,28 +274,28 @@ class ModelFree:
             logger.info("%d tensors in %s, %s written", len(units), format_seconds(seconds), format_bytes(size))
 
     def _check_files(self, layout: Layout, journal: Journal, own: Sequence[int], before: Collection[int]) -> None:
-        """Digests of files of this process that an earlier run finished: compared with those that it noted (`before`),
-        or noted now, where it was killed before it did."""
+        """Check the files of this process that an earlier run finished: compare their digests with the recorded ones
+        (`before`), or record them if that run was killed before it did."""
 
-        def one(index: int) -> None:
-            shard, noted = layout.shards[index], journal.has_digest(index)
-            if noted and index not in before:
+        def check(index: int) -> None:
+            shard, recorded = layout.shards[index], journal.has_digest(index)
+            if recorded and index not in before:
                 return
-            chunk_records = [] if noted else [record for unit in journal.done(index).values() for record in unit]
-            digest = file_digest(journal.whole / shard.name, shard, chunk_records, self.settings.verify and not noted)
-            if noted:
+            records = [] if recorded else [record for unit in journal.done(index).values() for record in unit]
+            digest = file_digest(journal.whole / shard.name, shard, records, self.settings.verify and not recorded)
+            if recorded:
                 journal.check_finished(index, shard.name, digest)
             else:
-                journal.note_digest(index, digest)
+                journal.record_digest(index, digest)
 
         with ThreadPoolExecutor(self.options.workers) as pool:
-            list(pool.map(one, own))
+            list(pool.map(check, own))
 
     def _complete(
         self, job: ModelFreeJob, fmt: OutputFormat, layout: Layout, processor: UnitProcessor, journal: Journal,
         seconds: dict[str, float], made: Mapping[str, str] | None,
     ) -> dict[str, str]:  # fmt: skip
-        """Everything beside the weights, and the check. Returns SHA-256 of the weight files by name."""
+        """Write everything beside the weights and verify. Returns SHA-256 of the weight files by name."""
         _, source = self._open()
         folder = journal.whole
         started = time.monotonic()
@@ -313,16 +305,12 @@ class ModelFree:
             write_text(folder, "model.safetensors.index.json", index_text(layout, processor.work.tensors))
         verified = None
         if self.settings.verify:
-            noted = {k: v for i in range(len(layout.shards)) for k, v in journal.digests(i).items()}
-            unpack_integers = check_layers(folder, processor, noted)
+            recorded = {k: v for i in range(len(layout.shards)) for k, v in journal.digests(i).items()}
             verified = {
-                "passed": True,
-                "tensors": len(processor.work.tensors),
-                "layers": unpack_integers,
-                "loss_in_memory": None,
-                "loss_reopened": None,
+                "passed": True, "tensors": len(processor.work.tensors),
+                "layers": check_layers(folder, processor, recorded), "loss_in_memory": None, "loss_reopened": None,
                 "tokenizer": check_tokenizer(folder, source.folder, None, self.settings.trust_remote_code),
-            }
+            }  # fmt: skip
             seconds["verify"] = time.monotonic() - started
         sums = {shard.name: journal.digest(i) or "" for i, shard in enumerate(layout.shards)}
         write_records(folder, job, self.settings, fmt, (), seconds, sums, verified, None, made_from=made)
@@ -330,68 +318,54 @@ class ModelFree:
 
 
 def _begin_or_resume(journal: Journal, manifest: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
-    """Go on with the run that the folder holds (`resume`), or start one.
+    """Resume the run in the folder, or start a new one.
 
-    Raises OutputError when the folder holds another run, or other files.
+    Raises OutputError when the folder holds another run, or foreign files.
     """
     if journal.is_open and not resume:
         journal.begin(manifest)
         return
-    before = journal.manifest()
-    if before == _plain(manifest):
-        logger.info("going on with the unfinished run in %s", journal.output)
+    before, now = journal.manifest(), as_json(manifest)
+    if before == now:
+        logger.info("resuming the unfinished run in %s", journal.output)
         journal.resume_existing()
         return
     if before is not None and not overwrite:
-        found = "; ".join(differences(before, _plain(manifest))[:3])
+        found = "; ".join(differences(before, now)[:3])
         raise OutputError(
             f"output folder {journal.output} holds an unfinished run that differs ({found}); finish that one with its "
             "own settings, choose another folder, or start anew with --overwrite or --no_resume (overwrite=True or "
             "resume=False)"
         )
     if before is None:
-        journal.clear()  # a run that was over, but for this
-    ensure_output_folder(journal.output, overwrite or _holds_only_our_files(journal.output), {PARTIAL, FOLDER})
+        journal.clear()  # files of a finished run
+    folder = journal.output
+    only_ours = folder.is_dir() and all(path.name.startswith(FOLDER) for path in folder.iterdir())
+    ensure_output_folder(folder, overwrite or only_ours, {PARTIAL, FOLDER})
     journal.begin(manifest)
 
 
-def _holds_only_our_files(folder: Path) -> bool:
-    """Whether a folder holds nothing but the remains of a run that had not begun."""
-    return folder.is_dir() and all(path.name.startswith(FOLDER) for path in folder.iterdir())
-
-
-def _matches(journal: Journal, manifest: Mapping[str, Any]) -> bool:
-    return journal.manifest() == _plain(manifest)
-
-
-def _plain(manifest: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(manifest))
-
-
 def _result_settings(job: ModelFreeJob, settings: Settings) -> dict[str, Any]:
-    """What of a job decides the bytes of the result."""
+    """Everything in a job that changes the bytes of the result."""
     values = job.to_dict()
     left_out = ("bytes_on_disk", "compute", "model")
     return {k: v for k, v in values.items() if k not in left_out} | {
         "dtype": str(job.settings.get("scale_dtype")), "device": settings.device.type,
+        **{f"plugin {name}": version for name, version in loaded_plugins().items()},
     }  # fmt: skip
 
 
-def _sizes(folder: Path) -> int:
-    """Changes as long as some process writes its journal or its files."""
+def _progress_of_others(folder: Path, earlier: Collection[tuple[Path, int]]) -> int:
+    """A number that changes while some process writes; raises the failure of another process."""
+    raise_failures(folder, earlier)
     try:
         return sum(path.stat().st_size + path.stat().st_mtime_ns for path in folder.iterdir())
     except OSError:
         return -1
 
 
-def _progress_of_others(folder: Path, earlier: Collection[tuple[Path, int]]) -> int:
-    raise_failures(folder, earlier)
-    return _sizes(folder)
-
-
 def _finished_bytes(folder: Path) -> int:
-    """Bytes that an unfinished run has on the disk already. Another process may be moving these files just now."""
+    """Bytes that an unfinished run has written. Another process may be moving these files."""
     size = 0
     for path in (*(folder / FOLDER).glob("*.partial"), *(folder / FOLDER / "whole").glob("*.safetensors")):
         with suppress(FileNotFoundError):
@@ -399,25 +373,20 @@ def _finished_bytes(folder: Path) -> int:
     return size
 
 
-# How `AutoRound` enters model-free mode.
-
-AUTO = "auto"
-_OWN = ("parallelism",)
-
-
 def check_rtn_only(alg_configs: Any, iters: int | None, options: dict[str, Any]) -> int | None:
-    """`iters` for a model-free run, 0 where nothing was said; the search for scales is switched off in `options`.
+    """`iters` of a model-free run, 0 by default; turns off the search for scales in `options`.
 
-    Raises ConfigError when tuning or the search was asked for.
+    Raises ConfigError when tuning or the search is requested.
     """
     if options["model_free"] not in (True, AUTO):
         raise ConfigError(f"model_free={options['model_free']!r} is not allowed; use True or False")
     if alg_configs is not None or options["algorithm"] is not None:
         given = alg_configs if alg_configs is not None else options["algorithm"]
-        if not (isinstance(given, str) and given.lower() == "rtn") and not (
-            isinstance(given, RTNConfig) and not given.optimized
-        ):
-            raise ConfigError(f"model_free=True only rounds to nearest, and the algorithm {given!r} does more")
+        plain_rtn = not given.optimized if isinstance(given, RTNConfig) else str(given).lower() == "rtn"
+        if not plain_rtn:
+            raise ConfigError(
+                f"model_free=True only rounds to nearest, without calibration data; the algorithm {given!r} does more"
+            )
         if isinstance(given, RTNConfig):
             return iters
     if iters:
@@ -431,23 +400,21 @@ def check_rtn_only(alg_configs: Any, iters: int | None, options: dict[str, Any])
 
 
 def open_model_free(model: Any, settings: Settings, options: Mapping[str, Any]) -> ModelFree | None:
-    """The run, or None when the regular flow does it.
+    """The model-free run, or None for the regular flow.
 
     Raises:
         ConfigError: options of this mode without it, or a model object.
-        UnsupportedError, ModelError: it was asked for and cannot be; where it was only offered (`AUTO`), that is said
-            and the regular flow goes on.
+        UnsupportedError, ModelError: the mode was requested and is impossible; with `AUTO` the regular flow is used.
     """
     wanted = options["model_free"]
     if not wanted:
-        given = [name for name in _OWN if options[name] is not None]
-        if given:
-            raise ConfigError(f"{given[0]} is an option of model-free mode; add model_free=True (--model_free)")
+        if options["parallelism"] is not None:
+            raise ConfigError("parallelism is an option of model-free mode; add model_free=True (--model_free)")
         return None
     try:
         if settings.imatrix is not None or settings.save_imatrix is not None:
             raise UnsupportedError(
-                "model-free mode rounds to nearest, and importance files weigh a search; leave one out"
+                "model-free mode rounds to nearest, and importance files weight a search; leave one out"
             )
         budget = settings.max_memory
         own = model_free_options(options["parallelism"], None if budget is None else budget.ram)
@@ -456,6 +423,6 @@ def open_model_free(model: Any, settings: Settings, options: Mapping[str, Any]) 
     except (UnsupportedError, ModelError) as error:
         if wanted is True:
             raise
-        logger.info("the regular flow is taken: %s", error)
+        logger.info("using the regular flow: %s", error)
         return None
     return free

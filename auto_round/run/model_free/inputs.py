@@ -21,24 +21,26 @@ from auto_round.logger import logger
 from auto_round.modeling.files.folder import NOT_FETCHED, is_hub_id, model_folder
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.meta_model import shards_of
+from auto_round.output.writer import file_sha256
 from auto_round.run.fingerprint import input_identity
 from auto_round.run.model_free.units import Unit
 from auto_round.run.settings import Settings
 
 _TRIES = 5
-_CODE = ("*.py",)
+_AHEAD = 2  # files on disk at a time, unless running units read more
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of the hub: its bytes, and their SHA-256 where the hub says it."""
+    """Size in bytes of a file on the hub, and its SHA-256 if the hub has it."""
 
     size: int
     sha256: str | None = None
 
 
 class Fetcher(Protocol):
-    """Where weight files come from."""
+    """Source of weight files."""
 
     def small_files(self, trust_remote_code: bool) -> Path:
         """A local folder with config.json, the index and the tokenizer."""
@@ -50,7 +52,7 @@ class Fetcher(Protocol):
         """Bytes [start, end) of a file."""
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """The whole file, in `folder`; a download that was broken off is gone on with."""
+        """Download the file into `folder`; an interrupted download is resumed."""
 
 
 class HubFetcher:
@@ -62,7 +64,7 @@ class HubFetcher:
     def small_files(self, trust_remote_code: bool) -> Path:
         from huggingface_hub import snapshot_download
 
-        ignored = [*NOT_FETCHED, "*.safetensors", *(() if trust_remote_code else _CODE)]
+        ignored = [*NOT_FETCHED, "*.safetensors", *(() if trust_remote_code else ("*.py",))]
         return Path(self._call_hub(lambda: snapshot_download(self.repo, ignore_patterns=ignored), "its small files"))
 
     def weight_files(self) -> dict[str, RemoteFile]:
@@ -92,14 +94,17 @@ class HubFetcher:
         try:
             return work()
         except (HfHubHTTPError, OSError, ValueError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"the hub does not give {what} of {self.repo!r}: {first}") from error
+            raise ModelError(f"the hub does not give {what} of {self.repo!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def fetch_checked(
     fetcher: Fetcher, name: str, wanted: RemoteFile, folder: Path, sleep: Callable[[float], None] = time.sleep
 ) -> Path:
-    """Fetch one file and hold it against its size and hash, several times if need be.
+    """Fetch one file and compare its size and hash, with several tries.
 
     Raises ModelError naming the file after the last try.
     """
@@ -110,32 +115,22 @@ def fetch_checked(
             sleep(2.0**attempt)
         try:
             file = fetcher.fetch(name, folder)
-        except OSError as error:  # of which those of the client are kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except OSError as error:  # errors of the hub's client are OSErrors
+            reason = _first_line(error)
             continue
-        problem = _problem(file, wanted)
-        if problem is None:
+        size = file.stat().st_size
+        if size != wanted.size:
+            reason = f"it came with {size} bytes instead of {wanted.size}"
+        elif wanted.sha256 is None or file_sha256(file) == wanted.sha256:
             return file
-        reason = problem
+        else:
+            reason = "its SHA-256 is not the hub's"
         file.unlink(missing_ok=True)
     raise ModelError(f"{name} could not be fetched in {_TRIES} tries: {reason}")
 
 
-def _problem(file: Path, wanted: RemoteFile) -> str | None:
-    size = file.stat().st_size
-    if size != wanted.size:
-        return f"it came with {size} bytes instead of {wanted.size}"
-    if wanted.sha256 is None:
-        return None
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while part := handle.read(1 << 22):
-            digest.update(part)
-    return None if digest.hexdigest() == wanted.sha256 else "its SHA-256 is not the hub's"
-
-
 def write_placeholder(fetcher: Fetcher, name: str, size: int, folder: Path) -> None:
-    """A file with the header of `name` and room that takes no disk, in place of its data."""
+    """Write the header of `name` into a sparse file of its full size."""
     length = int.from_bytes(fetcher.head(name, 0, 8), "little")
     if not 2 <= length <= size - 8:
         raise ModelError(f"{name} on the hub is no safetensors file")
@@ -146,20 +141,14 @@ def write_placeholder(fetcher: Fetcher, name: str, size: int, folder: Path) -> N
         file.truncate(size)
 
 
-# The files of the input: a folder, or shards of a hub that come one after the other and go again.
-
-_AHEAD = 2
-_INDEX = "model.safetensors.index.json"
-
-
 class Schedule:
-    """Keeps the files there that running units read. This one, of a local folder, has nothing to do."""
+    """Makes input files available to running units. This one, for a local folder, does nothing."""
 
     def before(self, position: int) -> None:
         """Called before the unit at `position` starts."""
 
     def done(self, unit: Unit) -> None:
-        """A unit has ended."""
+        """Called after a unit has ended."""
 
     def __enter__(self) -> Schedule:
         return self
@@ -167,14 +156,14 @@ class Schedule:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to give back."""
+        pass
 
 
 class Inputs:
-    """A local folder.
+    """Input files in a local folder.
 
     Attributes:
-        folder: holds config.json and the small files.
+        folder: has config.json and the small files.
         files: the tensors.
         shards: the weight files in order.
         notes: for the user.
@@ -186,40 +175,44 @@ class Inputs:
         self.shards = list(shards_of(self.files))
 
     def identity(self) -> dict[str, Any]:
-        """What tells these files from others, by name."""
+        """Plain values that identify the input files, by name."""
         config = self.folder / "config.json"
         return {path.name: input_identity(path) for path in self.shards} | {"config.json": config.read_text("utf-8")}
 
     def schedule(self, units: Sequence[Unit]) -> Schedule:
-        """For the units that will be started in this order."""
+        """The schedule of units that are started in this order."""
         return Schedule()
 
     def close(self) -> None:
-        """The run is over."""
+        """Remove temporary files at the end of the run."""
 
 
 class FetchedFiles(TensorFiles):
-    """Tensors of files of which only the headers may be here. Reading one whose file is away is an error."""
+    """Tensors in files that may be placeholders with a header only. Reading from a placeholder is an error.
+
+    Attributes:
+        present: files that are downloaded.
+    """
 
     def __init__(self, files: TensorFiles) -> None:
         super().__init__(files.folder, files.tensors)
         self.notes = files.notes
-        self.here: set[Path] = set()
+        self.present: set[Path] = set()
 
     def prefetch(self, key: str, start: int = 0, size: int | None = None) -> None:
-        """Nothing: files come whole."""
+        """Do nothing: files are downloaded as a whole."""
 
     def _fill(self, file: Path, key: str, start: int, view: memoryview) -> None:
-        if file not in self.here:
-            raise ModelError(f"tensor {key!r} was asked for while {file.name} is not here; report this")
+        if file not in self.present:
+            raise ModelError(f"tensor {key!r} was read while {file.name} is not downloaded; report this")
         super()._fill(file, key, start, view)
 
 
 class HubInputs(Inputs):
-    """A repository whose weight files are fetched when a unit needs them, and removed after the last one that does.
+    """A hub repository whose weight files are downloaded for the first unit that reads them and removed after the last.
 
     Args:
-        staging: where they lie meanwhile; what a killed run left there is gone on with.
+        staging: folder for downloads; files of a killed run in it are reused.
     """
 
     files: FetchedFiles
@@ -241,34 +234,26 @@ class HubInputs(Inputs):
         found: dict[str, Any] = {"config.json": (self.folder / "config.json").read_text("utf-8")}
         for path in self.shards:
             file = self.remote[path]
-            found[path.name] = [file.size, file.sha256 or hashlib.sha256(self._header(path)).hexdigest()]
+            found[path.name] = [file.size, file.sha256 or hashlib.sha256(_header(path)).hexdigest()]
         return found
-
-    def _header(self, path: Path) -> bytes:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return file.read(length)
 
     def schedule(self, units: Sequence[Unit]) -> Schedule:
         return _FetchSchedule(self, units)
 
     def fetch_file(self, path: Path) -> None:
-        """Fetch one file in place of its stand-in."""
-        header = self._header(path)
+        """Download one file in place of its placeholder."""
         arriving = self.staging / "arriving"
         arriving.mkdir(exist_ok=True)
         file = fetch_checked(self.fetcher, path.name, self.remote[path], arriving)
-        with open(file, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if handle.read(length) != header:
-                raise ModelError(f"{path.name} changed on the hub while it was worked on; run the same command again")
+        if _header(file) != _header(path):
+            raise ModelError(f"{path.name} changed on the hub during the run; run the same command again")
         os.replace(file, path)
-        self.files.here.add(path)
+        self.files.present.add(path)
 
     def remove_file(self, path: Path) -> None:
-        """Give a file's disk back; its header stays."""
-        self.files.here.discard(path)
-        header = self._header(path)
+        """Replace a downloaded file by its placeholder, to free the disk."""
+        self.files.present.discard(path)
+        header = _header(path)
         part = path.with_name(f"{path.name}.header")
         with open(part, "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
@@ -279,13 +264,18 @@ class HubInputs(Inputs):
         shutil.rmtree(self.staging, ignore_errors=True)
 
 
+def _header(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
 class _FetchSchedule(Schedule):
-    """Fetches the next file while units of the one before are worked on; two are here at most, or as many as the units
-    read that are in work."""
+    """Downloads the next file while units of the previous one are processed; at most two files are on disk, or as many
+    as the running units read."""
 
     def __init__(self, inputs: HubInputs, units: Sequence[Unit]) -> None:
         self._inputs, self._units = inputs, units
-        self._left = Counter(file for unit in units for file in unit.files)
+        self._unread = Counter(file for unit in units for file in unit.files)  # units that have still to read a file
         self._order = list(dict.fromkeys(file for unit in units for file in unit.files))
         self._lock = threading.Lock()
         self._coming: dict[Path, Future[None]] = {}
@@ -297,8 +287,8 @@ class _FetchSchedule(Schedule):
             self._start(file)
         last = max((self._order.index(file) for file in files), default=-1)
         with self._lock:
-            here = sum(self._left[file] > 0 for file in self._coming)
-        if last + 1 < len(self._order) and here < _AHEAD:
+            present = sum(self._unread[file] > 0 for file in self._coming)
+        if last + 1 < len(self._order) and present < _AHEAD:
             self._start(self._order[last + 1])
         for file in files:
             self._coming[file].result()
@@ -311,9 +301,9 @@ class _FetchSchedule(Schedule):
     def done(self, unit: Unit) -> None:
         for file in unit.files:
             with self._lock:
-                self._left[file] -= 1
-                gone = self._left[file] == 0
-            if gone:
+                self._unread[file] -= 1
+                finished = self._unread[file] == 0
+            if finished:
                 self._inputs.remove_file(file)
 
     def __exit__(
@@ -323,11 +313,11 @@ class _FetchSchedule(Schedule):
 
 
 def open_inputs(model: str, settings: Settings, rank: int = 0, fetcher: Fetcher | None = None) -> Inputs:
-    """The inputs of a folder or hub id.
+    """Open the input files of a folder or hub id.
 
-    A hub id whose files are all in the local cache is a folder. ModelScope's ids are downloaded whole.
+    A hub id whose files are all in the local cache is opened as a folder. Models of ModelScope are downloaded at once.
 
-    Raises ModelError when they are not there or damaged.
+    Raises ModelError when the files are missing or damaged.
     """
     local = fetcher is None and (not is_hub_id(model) or settings.platform != "hf" or envs.AR_USE_MODELSCOPE)
     cached = None if local or fetcher is not None else _cached(model)
@@ -340,7 +330,7 @@ def open_inputs(model: str, settings: Settings, rank: int = 0, fetcher: Fetcher 
 
 
 def _cached(repo: str) -> Path | None:
-    """The snapshot of a repository in the local cache, where all its weights are there."""
+    """The snapshot of a repository in the local cache; None when it is incomplete."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -30,24 +30,24 @@ _STALE = "stale.json"
 
 
 class Journal:
-    """The journal of one output folder."""
+    """Resume state of a model-free run, in `.model_free` inside its output folder."""
 
     def __init__(self, folder: Path) -> None:
         self.output, self.folder = folder, folder / FOLDER
         self.whole = self.folder / "whole"
 
     def manifest(self) -> dict[str, Any] | None:
-        """What the folder's unfinished run is, None where there is none. Raises OutputError when it cannot be read."""
+        """Identity of the folder's unfinished run, None without one. Raises OutputError when it cannot be read."""
         values = self._checked(_MANIFEST)
         return values if values is None or isinstance(values, dict) else {}
 
     @property
     def is_open(self) -> bool:
-        """Whether a run is there that is not over."""
+        """Whether there is an unfinished run."""
         return (self.folder / _MANIFEST).is_file()
 
     def clear(self) -> None:
-        """Remove what an earlier run left here, but the lock, and what other processes say: that may be of this run."""
+        """Remove files of an earlier run, except the lock and failure files, which may be of this run's processes."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -55,34 +55,33 @@ class Journal:
                 path.unlink()
 
     def begin(self, manifest: Mapping[str, Any]) -> None:
-        """Start anew."""
+        """Start a new run."""
         (self.folder / _MANIFEST).unlink(missing_ok=True)
         self.clear()
         try:
             self.whole.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{self.whole} cannot be made ({error.strerror})") from error
+            raise OutputError(f"{self.whole} cannot be created ({error.strerror})") from error
         write_text(self.folder, _MANIFEST, add_checksum(json.dumps(manifest)))
         sync_folder(self.folder)
 
     def resume_existing(self) -> None:
-        """Have all finished files in `whole` again, where a run was stopped while it moved them out."""
+        """Move published files back into `whole` if a run was stopped while it moved them out."""
         self.whole.mkdir(parents=True, exist_ok=True)
-        for said in self.folder.glob(f"{READY}*"):
-            said.unlink(missing_ok=True)  # of processes that are no more; others say it again
+        for signal_file in self.folder.glob(f"{READY}*"):
+            signal_file.unlink(missing_ok=True)  # of ended processes; running ones create theirs again
         names: list[str] | None = self._checked(_CHECKED)
         if names is None:
             return
-        for name in sorted(names, key=lambda name: name != ENTRY_FILE):  # so that nothing opens what is not whole
-            shown = path_inside(self.output, name)
-            if shown.exists() and not (self.whole / name).exists():
-                os.replace(shown, self.whole / name)
+        for name in sorted(names, key=lambda name: name != ENTRY_FILE):  # so that no loader opens an incomplete folder
+            published = path_inside(self.output, name)
+            if published.exists() and not (self.whole / name).exists():
+                os.replace(published, self.whole / name)
         sync_folder(self.output)
         (self.folder / _CHECKED).unlink()
 
     def publish(self, known: Mapping[str, str]) -> None:
-        """All files are in `whole` and were checked: bring them to the disk and show them. `known`: SHA-256 of those
-        that are on the disk already."""
+        """Sync the checked files in `whole` to disk and publish them. `known`: SHA-256 of those that are synced."""
         files = sync_and_hash(self.whole, known)
         stale = sorted(
             {*inspect_folder(self.output, (PARTIAL, FOLDER)).files, *(self._checked(_STALE) or ())} - {*files}
@@ -93,15 +92,15 @@ class Journal:
         publish_files(self.whole, self.output, files, stale)
 
     def partial(self, index: int) -> Path:
-        """Where output file `index` is written."""
+        """Path of the unfinished output file `index`."""
         return self.folder / f"{index + 1:05d}.partial"
 
     def _lines(self, index: int) -> Path:
         return self.folder / f"{index + 1:05d}.jsonl"
 
     def add(self, index: int, done: Mapping[int, Iterable[WriteRecord]], digests: Mapping[str, str]) -> None:
-        """Units of an output file are on the disk, with what each wrote, and digests of layers among them."""
-        values = {"units": {str(unit): list(marks) for unit, marks in done.items()}, "digests": digests}
+        """Record units of an output file that are on disk, with what each wrote, and digests of their layers."""
+        values = {"units": {str(unit): list(records) for unit, records in done.items()}, "digests": digests}
         text = json.dumps(values, separators=(",", ":"))
         line = f"{zlib.crc32(text.encode()):08x} {text}\n"
         try:
@@ -113,10 +112,10 @@ class Journal:
             raise OutputError(f"cannot write {self._lines(index)} ({error.strerror}); free some space") from error
 
     def done(self, index: int) -> dict[int, list[WriteRecord]]:
-        """Units of an output file that are on the disk. A line that was cut short ends the reading."""
+        """Units of an output file that are on disk; a truncated last line is ignored."""
         found: dict[int, list[WriteRecord]] = {}
         for line in self._read(index):
-            found |= {int(unit): [tuple(mark) for mark in marks] for unit, marks in line["units"].items()}
+            found |= {int(unit): [tuple(record) for record in records] for unit, records in line["units"].items()}
         return found
 
     def digests(self, index: int) -> dict[str, str]:
@@ -130,11 +129,11 @@ class Journal:
         data = file.read_bytes()
         lines, whole, found = data.splitlines(keepends=True), 0, []
         for number, line in enumerate(lines):
-            mark, _, text = line.partition(b" ")
-            if not line.endswith(b"\n") or f"{zlib.crc32(text[:-1]):08x}".encode() != mark:
+            crc, _, text = line.partition(b" ")
+            if not line.endswith(b"\n") or f"{zlib.crc32(text[:-1]):08x}".encode() != crc:
                 if number + 1 < len(lines):
                     raise self._damaged(file, f"line {number + 1} is not what was written")
-                break  # a line that was being written
+                break  # the run was killed while it wrote this line
             found.append(json.loads(text))
             whole += len(line)
         if whole != len(data):
@@ -142,20 +141,20 @@ class Journal:
                 handle.truncate(whole)
         return found
 
-    def note_digest(self, index: int, digest: str) -> None:
-        """Output file `index` is finished, and this is its SHA-256."""
+    def record_digest(self, index: int, digest: str) -> None:
+        """Record the SHA-256 of the finished output file `index`."""
         write_text(self.folder, self._digest_file(index), add_checksum(json.dumps(digest)))
 
     def has_digest(self, index: int) -> bool:
-        """Whether output file `index` is finished, and its SHA-256 known."""
+        """Whether output file `index` is finished and its SHA-256 recorded."""
         return (self.folder / self._digest_file(index)).is_file()
 
     def digest(self, index: int) -> str | None:
-        """SHA-256 of output file `index`, None while it is not finished."""
+        """SHA-256 of output file `index`; None until it is finished."""
         return self._checked(self._digest_file(index))
 
     def check_finished(self, index: int, name: str, digest: str) -> None:
-        """Raises OutputError when `digest`, of what is on the disk, is not what was noted."""
+        """Raise OutputError when `digest`, of the file on disk, is not the recorded one."""
         if digest != self.digest(index):
             raise self._damaged(self.whole / name, "its bytes are not those that were written")
 
@@ -164,7 +163,7 @@ class Journal:
         return f"{index + 1:05d}.sha256"
 
     def _checked(self, name: str) -> Any:
-        """The value in a file, None when there is no file."""
+        """The value in a checksummed file; None without the file."""
         file = self.folder / name
         try:
             return json.loads(take_checksum(file.read_bytes()))
@@ -179,21 +178,21 @@ class Journal:
         )
 
     def forget(self, index: int) -> None:
-        """Output file `index` is made from the start."""
+        """Discard the records of output file `index`, which is written from the start."""
         self._lines(index).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """The run is over: nothing of the journal is left."""
+        """End the run and remove the journal."""
         (self.folder / _MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def manifest_of(job: Mapping[str, Any], inputs: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """What has to be the same for a run to be gone on with.
+    """Identity of a run: it can be resumed if this is equal.
 
     Args:
-        job: everything that decides the result, as plain values.
-        inputs: by file name, what identifies an input file.
+        job: everything that changes the result, as plain values.
+        inputs: identity of each input file by name.
     """
     digest = hashlib.sha256()
     for shard in layout.shards:

@@ -20,21 +20,23 @@ from auto_round.run.planner import make_job
 from auto_round.run.settings import Settings, check_whole_number
 from auto_round.schemes import QuantizationScheme
 
-_MOST_WORKERS = 8
+_MAX_WORKERS = 8
 _WITHOUT = "leave model_free out (--disable_model_free) for the regular flow"
-
-
 _GGUF = f"GGUF types are not written from tensors alone; {_WITHOUT}"
+# Parts of module names in vision and audio towers, and the reason why their layers are left unquantized.
+_TOWERS = ("vision", "visual", "vision_tower", "vision_model", "audio_tower", "audio_model", "image_newline",
+           "multi_modal_projector", "mm_projector", "embed_vision", "embed_audio")  # fmt: skip
+_TOWER = "it reads images or sound"
 
 
 @dataclass(frozen=True)
 class ModelFreeOptions:
-    """How the work is spread.
+    """Parallelism of a model-free run.
 
     Attributes:
-        workers: tensors that are worked on at a time.
-        memory: bytes that they may hold together.
-        rank, world: which of how many processes this one is, on a folder that all of them see.
+        workers: tensors that are processed at a time.
+        memory: limit in bytes of all of them together.
+        rank, world: index of this process, and number of processes, on a shared folder.
     """
 
     workers: int
@@ -46,7 +48,7 @@ class ModelFreeOptions:
 def model_free_options(
     parallelism: int | None = None, max_memory: int | str | None = None, environ: Mapping[str, str] = os.environ
 ) -> ModelFreeOptions:
-    """Options from what was given, and the ranks from the variables that `torchrun` sets.
+    """Options from the arguments, and ranks from the environment variables of `torchrun`.
 
     Raises ConfigError for a bad value.
     """
@@ -56,13 +58,10 @@ def model_free_options(
     if not 0 <= rank < max(1, world):
         raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world}")
     parallelism = parallelism or envs.get("AR_MODEL_FREE_SHARD_PARALLELISM")
-    workers = parallelism or max(1, min(_MOST_WORKERS, _cores() // max(1, _number(environ, "LOCAL_WORLD_SIZE", 1))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = parallelism or max(1, min(_MAX_WORKERS, cores // max(1, _number(environ, "LOCAL_WORLD_SIZE", 1))))
     memory = parse_size(max_memory, "max_memory") if max_memory is not None else ModelFreeOptions.memory
     return ModelFreeOptions(workers, memory, rank, max(1, world))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
@@ -75,7 +74,7 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise UnsupportedError when the settings ask for something that needs a model or calibration data."""
+    """Raise UnsupportedError when the settings need a model or calibration data."""
     schemes = {settings.scheme_name: settings.scheme}
     for name, entry in settings.layer_config.items():
         schemes[f"of layer {name}"] = scheme_from_entry(name, entry, settings.scheme)
@@ -87,7 +86,7 @@ def check_settings(settings: Settings) -> None:
             raise UnsupportedError(f"model-free mode cannot make scheme {name} ({scheme.describe()}): {reason}")
     if settings.on_nan == "keep":
         raise UnsupportedError(
-            "model-free mode plans every byte before it reads a weight, so on_nan=keep cannot keep what holds NaN; "
+            "model-free mode plans every byte before it reads a weight, so on_nan=keep is not possible; "
             f"name the layers in ignore_layers, or {_WITHOUT}"
         )
     if settings.cache is not None:
@@ -100,7 +99,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def unsupported_reason(scheme: QuantizationScheme) -> str | None:
-    """Why a scheme needs more than the weights, and what works instead; None when it does not."""
+    """Why a scheme needs more than the weights, and the alternative; None when it does not."""
     if not scheme.quantizes_weights:
         return None
     if scheme.super_bits is not None:
@@ -123,16 +122,9 @@ def check_model(model: Any) -> str:
     raise ConfigError("model_free=True reads the files of a folder or hub id; give its name, not a model object")
 
 
-# The job of a model-free run: the regular one, with names of what stays as it is.
-
-_TOWERS = ("vision", "visual", "vision_tower", "vision_model", "audio_tower", "audio_model", "image_newline",
-           "multi_modal_projector", "mm_projector", "embed_vision", "embed_audio")  # fmt: skip
-_TOWER = "it reads images or sound"
-
-
 @dataclass(frozen=True)
 class ModelFreeJob(Job):
-    """A job that needs no model.
+    """The job of a model-free run.
 
     Attributes:
         workers, memory: see `ModelFreeOptions`.
@@ -156,11 +148,11 @@ def model_free_job(
     settings: Settings, source: CheckpointSource, formats: Sequence[OutputFormat], options: ModelFreeOptions,
     output_dir: str | None = None, notes: Sequence[str] = (),
 ) -> ModelFreeJob:  # fmt: skip
-    """The job of `planning.make_job`, with the reasons why layers outside the blocks stay dense, and its real memory.
+    """The job of `make_job`, with reasons for unquantized layers in towers, and the memory of model-free work.
 
     Raises what `make_job` raises.
     """
-    # The limit is one on the tensors in work here (ModelFreeOptions), and there are no activations.
+    # max_memory limits the tensors that are processed at a time (ModelFreeOptions); there are no activations.
     job = make_job(replace(settings, max_memory=None), source, formats, output_dir)
     layers = {name: _with_reason(plan, source) for name, plan in job.layers.items()}
     values = {f.name: getattr(job, f.name) for f in fields(Job)}
@@ -171,9 +163,6 @@ def model_free_job(
 
 
 def _with_reason(plan: LayerPlan, source: CheckpointSource) -> LayerPlan:
-    if plan.scheme.quantizes_weights or plan.reason is not None:
-        return plan
-    parts = plan.name.split(".")
-    if any(part in _TOWERS for part in parts):
-        return replace(plan, reason=_TOWER)
-    return plan
+    unexplained = not plan.scheme.quantizes_weights and plan.reason is None
+    in_tower = any(part in _TOWERS for part in plan.name.split("."))
+    return replace(plan, reason=_TOWER) if unexplained and in_tower else plan

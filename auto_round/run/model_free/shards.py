@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,27 +11,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from auto_round.errors import ConfigError, OutputError, VerifyError
 from auto_round.formats.base import TensorSpecs
-from auto_round.modeling.files.safetensors import DTYPES
-from auto_round.output.verify import bytes_of
-from auto_round.output.writer import sync_folder
+from auto_round.output.writer import bytes_of, sync_folder
+from auto_round.run.journal import DTYPE_NAMES, safetensors_header
 from auto_round.run.model_free.unit_processor import Chunk
-from auto_round.run.model_free.units import Unit
+from auto_round.run.model_free.units import Unit, tensor_bytes
 
 _ALIGN = 8
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK_BYTES = 1 << 20  # of a file that is read back at a time
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that cannot reserve space
+
+WriteRecord = tuple[str, int, int, int]
+"""(tensor, offset in it, bytes, CRC-32 of them) of one write."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file.
+    """Plan of one output file.
 
     Attributes:
         name: final file name.
-        header: everything before the tensors' bytes.
+        header: the bytes before the tensors.
         offsets: of each tensor in the file.
         size: of the whole file.
         units: indices of the units that write to it.
@@ -45,25 +47,20 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """All output files, and which of them holds a tensor."""
+    """All output files, and the index of the file of each tensor."""
 
     shards: tuple[Shard, ...]
     shard_of: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def total(self) -> int:
-        """Bytes of all files."""
-        return sum(shard.size for shard in self.shards)
-
 
 def plan_layout(units: Sequence[Unit], tensors: TensorSpecs, files: Sequence[Path], max_size: int) -> Layout:
-    """One output file for each input file, cut where it would pass `max_size` bytes.
+    """One output file for each input file, split at `max_size` bytes.
 
-    A unit belongs to the last of the files that it reads, so that input files can come and go one after the other.
-    Units that write parts of one tensor stay together.
+    A unit belongs to the last of the files that it reads, so that input files can be fetched and deleted in order.
+    Units that write parts of one tensor are in one file.
 
     Args:
-        files: of the input, in the order in which they are worked on.
+        files: input files in processing order.
     """
     rank = {file: i for i, file in enumerate(files)}
     owner = [max((rank[f] for f in unit.files), default=0) for unit in units]
@@ -87,11 +84,8 @@ def plan_layout(units: Sequence[Unit], tensors: TensorSpecs, files: Sequence[Pat
 
 
 def _split_units(members: Sequence[int], units: Sequence[Unit], tensors: TensorSpecs, max_size: int) -> list[list[int]]:
-    """Runs of units whose tensors fit into `max_size`; units with a tensor in common are never parted."""
-    together: dict[str, int] = {}
-    for i in members:
-        for name in units[i].outputs:
-            together[name] = i  # the last unit that writes to it
+    """Split units into groups whose tensors fit into `max_size`; units with a common tensor stay in one group."""
+    last: dict[str, int] = {name: i for i in members for name in units[i].outputs}  # last unit that writes to a tensor
     parts: list[list[int]] = []
     size, open_until = 0, -1
     seen: set[str] = set()
@@ -104,36 +98,19 @@ def _split_units(members: Sequence[int], units: Sequence[Unit], tensors: TensorS
         parts[-1].append(i)
         seen.update(new)
         size += own
-        open_until = max([open_until, *(together[name] for name in units[i].outputs)])
+        open_until = max([open_until, *(last[name] for name in units[i].outputs)])
     return parts
 
 
-def tensor_bytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:
-    """Bytes of a tensor of that shape and dtype."""
-    count = spec[1].itemsize
-    for size in spec[0]:
-        count *= size
-    return count
-
-
 def _shard(name: str, names: Sequence[str], tensors: TensorSpecs, members: Sequence[int]) -> Shard:
-    """Readers view the bytes in place, so every tensor starts where its dtype may: odd sizes come last."""
+    # Readers view the bytes in place, so every tensor must start aligned to its dtype: odd sizes come last.
     even = [n for n in names if tensor_bytes(tensors[n]) % _ALIGN == 0]
     odd = sorted((n for n in names if tensor_bytes(tensors[n]) % _ALIGN), key=lambda n: -tensors[n][1].itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts: dict[str, int] = {}
-    at = 0
-    for tensor in (*even, *odd):
-        shape, dtype = tensors[tensor]
-        if dtype not in _NAMES:
-            raise ConfigError(f"tensor {tensor!r} has dtype {dtype}, which safetensors files cannot hold")
-        end = at + tensor_bytes(tensors[tensor])
-        header[tensor] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        starts[tensor], at = at, end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // _ALIGN) * _ALIGN)
-    front = len(text).to_bytes(8, "little") + text
-    return Shard(name, front, {t: len(front) + s for t, s in starts.items()}, len(front) + at, tuple(members))
+    for tensor in names:
+        if tensors[tensor][1] not in DTYPE_NAMES:
+            raise ConfigError(f"tensor {tensor!r} has dtype {tensors[tensor][1]}, which safetensors files cannot hold")
+    header, offsets, size = safetensors_header([(t, *tensors[t]) for t in (*even, *odd)], {"format": "pt"})
+    return Shard(name, header, offsets, size, tuple(members))
 
 
 def index_text(layout: Layout, tensors: TensorSpecs) -> str:
@@ -143,34 +120,25 @@ def index_text(layout: Layout, tensors: TensorSpecs) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
-# One output file while it is written: pieces at their places, in any order, under a name that no reader opens.
-
-WriteRecord = tuple[str, int, int, int]
-"""(tensor, offset in it, bytes, CRC-32 of them): what was written."""
-
-
 class ShardFile:
-    """The file of a shard.
+    """A shard while it is written at planned offsets, in any order, under a temporary name.
 
     Args:
         shard: its plan.
         partial: path while it is unfinished, on the disk of `final`.
         final: path of the finished file.
-        keep: go on with what `partial` holds; else it is made anew.
+        resume: continue with the contents of `partial`; otherwise it is truncated.
 
     Raises:
         OutputError: the disk is full or not writable; the message names file and tensor.
     """
 
-    def __init__(self, shard: Shard, partial: Path, final: Path, keep: bool) -> None:
-        self.shard, self.partial, self.final = shard, partial, final
+    def __init__(self, shard: Shard, partial: Path, final: Path, resume: bool) -> None:
+        self.shard, self.partial, self.final, self._handle = shard, partial, final, -1
         try:
-            flags = os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC)
+            flags = os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC)
             self._handle = os.open(partial, flags, 0o644)
-        except OSError as error:
-            raise self._failed("its header", error) from error
-        try:
-            if not keep:
+            if not resume:
                 _reserve(self._handle, shard.size)
                 self._write_at(0, memoryview(shard.header), "its header")
         except OSError as error:
@@ -178,20 +146,20 @@ class ShardFile:
             raise self._failed("its header", error) from error
 
     def put(self, chunk: Chunk) -> WriteRecord:
-        """Write one piece. May be called from several threads for different pieces."""
+        """Write one chunk. May be called from several threads for different chunks."""
         view = bytes_of(chunk.data)
         self._write_at(self.shard.offsets[chunk.name] + chunk.offset, view, chunk.name)
         return chunk.name, chunk.offset, len(view), zlib.crc32(view)
 
     def sync(self) -> None:
-        """Bring everything that was written to the disk."""
+        """Sync everything that was written to disk."""
         try:
             os.fsync(self._handle)
         except OSError as error:
             raise self._failed("its last bytes", error) from error
 
     def finish(self) -> None:
-        """The file is whole: sync it and give it its final name."""
+        """Sync the complete file and give it its final name."""
         self.sync()
         self.close()
         try:
@@ -201,7 +169,7 @@ class ShardFile:
             raise self._failed("its name", error) from error
 
     def close(self) -> None:
-        """Close without finishing. Calling it again does nothing."""
+        """Close without finishing; a second call does nothing."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -217,12 +185,12 @@ class ShardFile:
     def _failed(self, what: str, error: OSError) -> OutputError:
         return OutputError(
             f"cannot write {what} to {self.final} ({error.strerror or error}); free some space or choose another "
-            "folder, and run the same command again: finished parts are kept"
+            "folder, and run the same command again to resume"
         )
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Make room for the whole file, so that a full disk shows before work is done; where the system can."""
+    """Reserve disk space for the whole file, if the system can, so that a full disk is detected before work is done."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(handle, 0, size)
@@ -233,23 +201,15 @@ def _reserve(handle: int, size: int) -> None:
     os.ftruncate(handle, size)
 
 
-_NOT_SUPPORTED = (22, 38, 95)  # EINVAL, ENOSYS, EOPNOTSUPP: file systems without reservation
-
-
-# Reading a file back while it grows: bytes against what was written, the digest, and the page cache given back.
-
-_AT_ONCE = 1 << 20
-
-
 class FileCheck:
-    """Follows what is on the disk from the front of a file.
+    """Reads a file back while it is written, from the front: computes its digest and compares checksums.
 
-    What was read is dropped from the page cache: nobody reads it again soon, and the next pages that are written are
-    those; where memory is handed to the machine on demand, fresh ones cost ten times as much as the writing.
+    What was read is dropped from the page cache, so that its pages are reused for writing: new pages can cost ten times
+    as much as the write itself.
 
     Args:
         path: the file, finished or not.
-        compare: check that the bytes are those that were written, and that there are no others.
+        compare: compare the bytes with the records of what was written.
     """
 
     def __init__(self, path: Path, shard: Shard, compare: bool) -> None:
@@ -260,10 +220,10 @@ class FileCheck:
         self._waiting: dict[int, WriteRecord] = {}
 
     def advance(self, chunk_records: Iterable[WriteRecord]) -> None:
-        """These pieces are on the disk now; go on as far as there is no gap.
+        """Add records of chunks that are on disk, and read on until the first gap.
 
         Raises:
-            VerifyError: a byte is not what was written.
+            VerifyError: a byte differs from what was written.
         """
         self._waiting |= {self.shard.offsets[record[0]] + record[1]: record for record in chunk_records if record[2]}
         begin = self._at
@@ -281,7 +241,7 @@ class FileCheck:
     def _read(self, name: str, _start: int, size: int, crc: int) -> None:
         found = 0
         while size:
-            part = self._file.read(min(size, _AT_ONCE))
+            part = self._file.read(min(size, _CHUNK_BYTES))
             if not part:
                 raise VerifyError(f"{self._path} ends inside tensor {name}")
             self._sha.update(part)
@@ -295,7 +255,7 @@ class FileCheck:
         """SHA-256 of the whole file.
 
         Raises:
-            VerifyError: part of it was never written.
+            VerifyError: a part of it was never written.
         """
         if self._waiting and self._compare:
             after = self._waiting[min(self._waiting)][0]
@@ -304,7 +264,7 @@ class FileCheck:
             )
         if self._compare and self._at != self.shard.size:
             raise VerifyError(f"{self._path}: its last {self.shard.size - self._at} bytes were never written")
-        while part := self._file.read(_AT_ONCE):
+        while part := self._file.read(_CHUNK_BYTES):
             self._sha.update(part)
         return self._sha.hexdigest()
 
@@ -314,8 +274,7 @@ class FileCheck:
 
 
 def file_digest(path: Path, shard: Shard, chunk_records: Iterable[WriteRecord], compare: bool) -> str:
-    """SHA-256 of a finished file. `chunk_records`: everything that was written to it. Raises what `FileCheck`
-    raises."""
+    """SHA-256 of a finished file, compared with the records of all its chunks as in `FileCheck`."""
     check = FileCheck(path, shard, compare)
     try:
         check.advance(chunk_records)

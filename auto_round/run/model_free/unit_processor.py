@@ -17,7 +17,6 @@ from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import ModelError, VerifyError
 from auto_round.formats.base import OutputFormat
 from auto_round.inference.config import read_config
-from auto_round.inference.convert_model import build_layer
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.source import check_finite
@@ -27,35 +26,37 @@ from auto_round.run.file_layout import FusedTarget, TensorAssembler, read_model_
 from auto_round.run.model_free.units import (
     Unit,
     WorkPlan,
-    empty_packed,
     is_stored,
     layer_outputs,
     plain_copy,
-    row_ranges,
     row_step,
     slice_axes,
+    stored_files,
 )
 from auto_round.run.plan import Job, LayerPlan
+from auto_round.run.results import module_from_tensors
 
-_SMALL = 1 << 16
-_KEPT = 256 << 20
+_MIN_POOLED_BYTES = 1 << 16
+_MAX_POOLED_BYTES = 256 << 20
+_CHUNK_BYTES = 16 << 20
+_MAX_SAMPLE_WEIGHTS = 1 << 26
 
 
 class BufferPool(threading.local):
-    """What one worker reads into. Each thread has its own; what was given is valid until the thread's next `reset`."""
+    """Reusable read buffers, separate for each thread. A buffer is valid until the thread's next `reset`."""
 
     def __init__(self) -> None:
         self._slots: list[torch.Tensor] = []
         self._next = 0
 
     def reset(self) -> None:
-        """A new unit begins: all memory is free again. Very large pieces are given back to the system."""
+        """Make all buffers available again, and free very large ones."""
         self._next = 0
-        self._slots = [slot for slot in self._slots if slot.numel() <= _KEPT]
+        self._slots = [slot for slot in self._slots if slot.numel() <= _MAX_POOLED_BYTES]
 
     def take(self, size: int) -> torch.Tensor:
-        """uint8 [size], uninitialised."""
-        if size < _SMALL:
+        """An uninitialised buffer, uint8 [size]."""
+        if size < _MIN_POOLED_BYTES:
             return torch.empty(size, dtype=torch.uint8)
         if self._next == len(self._slots):
             self._slots.append(torch.empty(0, dtype=torch.uint8))
@@ -65,14 +66,9 @@ class BufferPool(threading.local):
         return self._slots[self._next - 1][:size]
 
 
-# One unit of work: read what it needs, round or copy it, and hand out bytes with their places.
-
-_CHUNK = 16 << 20
-
-
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes for the file: `data` goes to tensor `name`, `offset` bytes after its start."""
+    """Bytes to write: `data` of tensor `name`, `offset` bytes after its start."""
 
     name: str
     offset: int
@@ -81,12 +77,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class UnitProcessor:
-    """What every unit of a run has in common.
+    """Reads, rounds or copies the tensors of a unit.
 
     Attributes:
-        samples: layers of which a digest is taken, to compare them with what is read back.
-        digests: filled in, by layer.
-        arena: what tensors are read into.
+        samples: layers whose digests are recorded, for verification.
+        digests: result: `layer_digest` by sampled layer.
+        buffer_pool: buffers that tensors are read into.
     """
 
     job: Job
@@ -100,11 +96,11 @@ class UnitProcessor:
     buffer_pool: BufferPool = field(default_factory=BufferPool)
 
     def chunks(self, unit: Unit) -> Iterator[Chunk]:
-        """Everything that a unit writes.
+        """Compute everything that a unit writes.
 
         Raises:
-            ModelError: a file cannot be read to its end.
-            NumericsError: NaN or Inf in a weight, named.
+            ModelError: a file is truncated.
+            NumericsError: NaN or Inf in a weight.
         """
         self.buffer_pool.reset()
         if len(unit.layers) == 1 and self.step(self.job.layers[unit.layers[0]]) is not None:
@@ -114,7 +110,7 @@ class UnitProcessor:
         elif unit.layers:
             yield from self._rounded(unit)
         elif unit.key is None:
-            yield from self._joined(unit)
+            yield from self._assembled(unit)
         elif is_stored(self.source, unit.key):
             yield from self._streamed(unit.key)
         else:
@@ -123,9 +119,9 @@ class UnitProcessor:
             yield Chunk(unit.key, 0, tensor)
 
     def read_ahead(self, unit: Unit, asked: set[str]) -> None:
-        """Have the weights of a unit on their way that were not `asked` for before: a worker that waits for a disk
-        does not round."""
-        files = getattr(self.source.files, "stored", self.source.files)
+        """Start reading the weights of a unit that were not `asked` for before, so that workers do not wait for the
+        disk."""
+        files = stored_files(self.source)
         names = (*(f"{layer}.weight" for layer in unit.layers), *unit.copies)
         keys = [key for name in names for key in self.source.checkpoint_names(name)]
         for key in keys if unit.key is None else [unit.key]:
@@ -138,8 +134,8 @@ class UnitProcessor:
         return frozenset(name for reversal in self.work.layout.reversals.values() for name in reversal.stored)
 
     def _reversed(self, unit: Unit) -> Iterator[Chunk]:
-        """Tensors that Transformers' conversion makes of dense ones, whole."""
-        joiner = TensorAssembler(self.work.layout, self.source.model)
+        """Checkpoint tensors that a reversed conversion computes from dense ones."""
+        assembler = TensorAssembler(self.work.layout, self.source.model)
         members = {name for r in self.work.layout.reversals.values() if set(r.stored) <= {*unit.outputs}
                    for name in r.needed}  # fmt: skip
         dense: list[tuple[str, torch.Tensor]] = []
@@ -150,18 +146,18 @@ class UnitProcessor:
             if name not in done and name in self.source.tensor_names():
                 dense.append((name, self._checked(name)))
         for name, tensor in dense:
-            for stored, made in joiner.add(name, tensor):
+            for stored, made in assembler.add(name, tensor):
                 yield Chunk(stored, 0, made)
 
     def layers(self, unit: Unit) -> Iterator[QuantizedLayer]:
-        """The layers of a unit, rounded."""
+        """Round the layers of a unit."""
         tasks = [self._task(self.job.layers[name]) for name in unit.layers]
         share_global_scales(tasks)
         while tasks:
             yield self.round(tasks.pop(0))
 
     def round(self, task: LayerTask) -> QuantizedLayer:
-        """One layer, as the format's readers take it."""
+        """Round one layer to nearest, normalized for the format."""
         return self.fmt.normalize_for_format(quantize_layer(task, False, self.scale_dtype))
 
     def _rounded(self, unit: Unit) -> Iterator[Chunk]:
@@ -177,33 +173,35 @@ class UnitProcessor:
                     yield self._placed(name, packed.pop(name))
                     continue
                 part = packed.pop(name)
-                place = target.name, target.piece.expert
-                row = rows.setdefault(place, torch.empty(target.slot_shape, dtype=part.dtype))
+                key = target.name, target.piece.expert
+                row = rows.setdefault(key, torch.empty(target.slot_shape, dtype=part.dtype))
                 target.piece.paste(row, part)
         for (output, expert), row in rows.items():
             yield Chunk(output, expert * row.nbytes, row)
 
     def step(self, plan: LayerPlan) -> int | None:
-        """Rows that are rounded at a time, None for all of them."""
+        """Rows that are rounded at a time; None for all of them."""
         if plan.name in self.samples or not plain_copy(self.source, f"{plan.name}.weight"):
             return None
         return row_step(plan, self.fmt, self.source.dtype)
 
     def _sliced(self, plan: LayerPlan) -> Iterator[Chunk]:
-        """A large layer, some rows at a time; only what is packed of it is ever whole."""
+        """Round a large layer by slices of rows; only its packed tensors are in memory as a whole."""
         source, step = self.source, self.step(plan)
-        plan = replace(plan, bias_dtype=None)  # copied by a unit of its own
+        plan = replace(plan, bias_dtype=None)  # a unit of its own copies the bias
         assert step is not None
         axes = slice_axes(plan, self.fmt, source.dtype, step)
         assert axes is not None
-        whole = empty_packed(plan, self.fmt, source.dtype)
+        specs = layer_outputs(self.fmt, plan, source.dtype)
+        whole = {tensor: torch.empty(shape, dtype=dtype) for tensor, (shape, dtype) in specs.items()}
         name = f"{plan.name}.weight"
         (key,) = source.checkpoint_names(name)
-        files = getattr(source.files, "stored", source.files)
+        files = stored_files(source)
         module = source.model.get_submodule(plan.name)
         row = plan.in_features * source.dtype.itemsize
         at = dict.fromkeys(axes, 0)
-        for start, end in row_ranges(plan.out_features, step):
+        for start in range(0, plan.out_features, step):
+            end = min(plan.out_features, start + step)
             self.buffer_pool.reset()
             part = files.read_bytes(key, start * row, (end - start) * row).view(source.tensor_meta(name)[1])
             weight = part.view(end - start, plan.in_features)
@@ -228,7 +226,7 @@ class UnitProcessor:
         return tensor
 
     def _placed(self, name: str, tensor: torch.Tensor) -> Chunk:
-        """A whole tensor, or one expert of a stacked one."""
+        """The chunk of a whole tensor, or of one expert of a stacked tensor."""
         target = self.work.targets.get(name)
         wanted = self.work.tensors[name if target is None else target.name]
         if target is None or target.piece is None:
@@ -240,11 +238,11 @@ class UnitProcessor:
         return Chunk(target.name, target.piece.expert * row.nbytes, row)
 
     def use_buffer_pool(self) -> None:
-        """From now on tensors are read into memory that is valid for one unit only."""
-        getattr(self.source.files, "stored", self.source.files).allocate = self.buffer_pool.take
+        """Read tensors into pooled buffers, which are valid for one unit."""
+        stored_files(self.source).allocate = self.buffer_pool.take
 
-    def _joined(self, unit: Unit) -> Iterator[Chunk]:
-        """A dense tensor that is cast, dequantized or made of the experts' own, expert by expert."""
+    def _assembled(self, unit: Unit) -> Iterator[Chunk]:
+        """A dense tensor that is cast, dequantized or stacked from experts, one expert at a time."""
         rows: dict[int, list[tuple[str, FusedTarget]]] = {}
         for name in unit.copies:
             target = self.work.targets.get(name)
@@ -263,10 +261,10 @@ class UnitProcessor:
             yield Chunk(unit.outputs[0], expert * row.nbytes, row)
 
     def _streamed(self, key: str) -> Iterator[Chunk]:
-        """A tensor as it lies in the file, a few megabytes at a time."""
-        files = getattr(self.source.files, "stored", self.source.files)
+        """Copy a stored tensor unchanged, a few megabytes at a time."""
+        files = stored_files(self.source)
         stored = files.tensors[key]
-        step = _CHUNK // stored.dtype.itemsize * stored.dtype.itemsize
+        step = _CHUNK_BYTES // stored.dtype.itemsize * stored.dtype.itemsize
         for start in range(0, stored.end - stored.start, step):
             self.buffer_pool.reset()
             part = files.read_bytes(key, start, min(step, stored.end - stored.start - start))
@@ -275,22 +273,16 @@ class UnitProcessor:
             yield Chunk(key, start, part)
 
 
-# Hold finished files against what was computed, without a model: a few layers read back.
-
-_LARGEST_SAMPLE = 1 << 26  # weights
-
-
 def sample_layers(processor: UnitProcessor) -> frozenset[str]:
-    """One unit's layers of each kind (scheme, bias, transposed), the smallest. They are rounded whole, so none that is
-    very large."""
+    """Choose layers to verify: those of the smallest unit of each kind (scheme, bias, transposed). Very large layers
+    are excluded, since sampled layers are not sliced."""
     kinds: dict[object, Unit] = {}
-    converted = {name for reversal in processor.work.layout.reversals.values() for name in reversal.stored}
     for unit in processor.work.units:
-        if not converted.isdisjoint(unit.outputs):  # of which single layers cannot be read back
+        if not processor._made_by_conversion.isdisjoint(unit.outputs):  # their layers cannot be read back
             continue
         for name in unit.layers:
             plan = processor.job.layers[name]
-            if plan.out_features * plan.in_features > _LARGEST_SAMPLE:
+            if plan.out_features * plan.in_features > _MAX_SAMPLE_WEIGHTS:
                 continue
             kind = (plan.scheme, plan.bias_dtype is not None, plan.transposed, len(unit.layers))
             if kind not in kinds or unit.memory < kinds[kind].memory:
@@ -299,10 +291,10 @@ def sample_layers(processor: UnitProcessor) -> frozenset[str]:
 
 
 def check_layers(folder: Path, processor: UnitProcessor, digests: Mapping[str, str]) -> int:
-    """Read the sampled layers back as a runtime would, and compare them with what was rounded. Returns how many.
+    """Read the sampled layers back as a runtime would, compare them with `digests`, and return their number.
 
     Raises:
-        VerifyError: one differs, or was not noted.
+        VerifyError: a layer differs, or has no digest.
     """
     files = TensorFiles.open(folder)
     for name in sorted(processor.samples):
@@ -332,17 +324,12 @@ def _read_back(folder: Path, files: TensorFiles, processor: UnitProcessor, plan:
 def _opened(
     folder: Path, job: Job, stored_name: str, plan: LayerPlan, tensors: Mapping[str, torch.Tensor]
 ) -> QuantizedLayer:
-    """The layer as our loader's module, made from what config.json says of it."""
+    """The layer of our loader's module, built according to config.json."""
     config = read_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"])
     in_block = any(plan.name.startswith(f"{block}.") for block in job.blocks)
     described = config.layer(stored_name, in_block)
     if described is None:
-        raise VerifyError(f"{folder}: config.json says that {stored_name} is dense, and it is not; report this")
+        raise VerifyError(f"{folder}: config.json gives no scheme for {stored_name}, which is quantized; report this")
     by_leaf = {name.removeprefix(f"{plan.name}."): tensor for name, tensor in tensors.items()}
-    shape = torch.empty((), dtype=plan.bias_dtype or torch.float32).expand(plan.out_features, plan.in_features)
-    dtypes = {leaf: tensor.dtype for leaf, tensor in by_leaf.items()}
-    module = build_layer(described, shape, plan.bias_dtype is not None, dtypes, False, "")
-    for leaf, tensor in by_leaf.items():
-        module.get_buffer(leaf).copy_(tensor)
-    module.prepare(plan.name)
+    module = module_from_tensors(plan.name, described, plan.out_features, plan.in_features, plan.bias_dtype, by_leaf)
     return module.layer(plan.name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,20 +17,23 @@ from auto_round.errors import ModelError
 from auto_round.formats.base import OutputFormat, TensorSpecs
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.layer_rules import fused_groups
+from auto_round.run.block_layers import has_global_scale
 from auto_round.run.file_layout import FileLayout, FusedTarget, plan_files, separate_tensors
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.schemes import QuantizationScheme
 
 LARGE = 1 << 23
-"""Weights from which on a layer is sliced."""
+"""Smallest number of weights of a layer that is sliced."""
 SLICE = 1 << 22
-"""Weights of one slice, about."""
-_ROWS = 32  # what all packings along the rows fill whole words with
+"""Approximate number of weights in a slice."""
+_ROWS = 32  # rows that fill whole words in every packing along the rows
+_SMALL = 4 << 20  # bytes added to estimates of memory
+_COPY = 32 << 20  # bytes that copying a tensor takes
 
 
 def row_step(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype) -> int | None:
-    """Rows of a slice, None where the layer is rounded whole: it is small, its rows share a scale, or the format packs
-    something that is not a row's."""
+    """Rows of a slice; None when the layer is rounded as a whole: it is small, its rows share a scale, or the format
+    packs something that does not belong to single rows."""
     if plan.out_features * plan.in_features < LARGE or plan.transposed or not _by_rows(plan.scheme):
         return None
     size = plan.scheme.group_size
@@ -40,17 +45,16 @@ def row_step(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype) -> int | No
 
 
 def _by_rows(scheme: QuantizationScheme) -> bool:
-    """Whether every row (or block of rows) is rounded by itself."""
+    """Whether every row (or block of rows) is rounded independently."""
     if scheme.group_size == 0:
         return False
-    family = minifloat_spec(scheme)
-    return is_integer(scheme) if family is None else not family.has_global_scale
+    spec = minifloat_spec(scheme)
+    return is_integer(scheme) if spec is None else not spec.has_global_scale
 
 
 def slice_axes(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype, step: int) -> dict[str, int] | None:
-    """By tensor of the packed layer, the dimension in which slices of rows follow each other; None where there is no
-    such dimension."""
-    whole, part = _specs(plan, fmt, dtype), _specs(replace(plan, out_features=step), fmt, dtype)
+    """By packed tensor, the dimension along which slices of rows are concatenated; None if there is no such one."""
+    whole, part = layer_outputs(fmt, plan, dtype), layer_outputs(fmt, replace(plan, out_features=step), dtype)
     axes = {}
     for name, (shape, _) in whole.items():
         differ = [i for i, (a, b) in enumerate(zip(shape, part[name][0], strict=True)) if a != b]
@@ -60,42 +64,18 @@ def slice_axes(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype, step: int
     return axes
 
 
-def _specs(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return fmt.tensor_specs(
-        plan.name, plan.scheme, plan.in_features, plan.out_features, bias_dtype=plan.bias_dtype, model_dtype=dtype,
-        transposed=plan.transposed,
-    )  # fmt: skip
-
-
-def row_ranges(rows: int, step: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of the slices."""
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
-
-
-def empty_packed(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Room for the packed layer."""
-    return {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in _specs(plan, fmt, dtype).items()}
-
-
-# What a run consists of: units of work, each a layer to round or a tensor to copy, and where their results go.
-
-_SMALL = 4 << 20
-_COPY = 32 << 20
-
-
 @dataclass(frozen=True)
 class Unit:
-    """One thing to do.
+    """A unit of work: layers to round, or a tensor to copy.
 
     Attributes:
-        name: of the layer or tensor (the first, where there are several).
-        layers: layers to round, together because they share a scale or a tensor of the file; empty for a copy.
-        copies: dense tensors that are written otherwise than they are stored, by their names in the model; several
-            where they are parts of one in the file.
-        outputs: names in the file of what it writes to.
-        files: which files have to be there.
-        memory: bytes that it holds at most, about.
+        name: of the first layer or tensor.
+        layers: layers that are rounded together because they share a scale or a stored tensor; empty for a copy.
+        copies: model names of dense tensors that are not stored unchanged; several if they are parts of one stored
+            tensor.
+        outputs: stored names of the tensors that it writes to.
+        files: input files that it reads.
+        memory: estimated peak bytes.
         key: the checkpoint tensor that is copied, or None.
     """
 
@@ -110,19 +90,19 @@ class Unit:
 
 @dataclass(frozen=True)
 class WorkPlan:
-    """All units in order, and how the files are laid out."""
+    """All units in order, and the layout of the files."""
 
     units: tuple[Unit, ...]
     layout: FileLayout
 
     @property
     def tensors(self) -> TensorSpecs:
-        """Shapes and dtypes of the files' tensors."""
+        """Shapes and dtypes of the stored tensors."""
         return self.layout.tensors
 
     @property
     def targets(self) -> Mapping[str, FusedTarget]:
-        """How parts find their place in them."""
+        """Stored tensor of each part, by model name."""
         return self.layout.targets
 
 
@@ -139,8 +119,8 @@ def plan_work(job: Job, source: CheckpointSource, fmt: OutputFormat) -> WorkPlan
             copies[layout.stored_names(name)].append(name)
     done = {output for unit in units for output in unit.outputs}
     for outputs, names in copies.items():
-        if done.isdisjoint(outputs):  # else a unit that rounds its siblings writes it
-            size = sum(_bytes(source.tensor_meta(n)) for n in names[:2])
+        if done.isdisjoint(outputs):  # otherwise the unit that rounds the other parts writes it
+            size = sum(tensor_bytes(source.tensor_meta(n)) for n in names[:2])
             units.append(Unit(names[0], (), tuple(names), outputs, _files(source, names), 2 * size + _SMALL))
     order = {name: i for i, name in enumerate(source.tensor_names())}
     at = lambda unit: min(order.get(n, 0) for n in (*unit.copies, *(f"{layer}.weight" for layer in unit.layers)))
@@ -150,7 +130,7 @@ def plan_work(job: Job, source: CheckpointSource, fmt: OutputFormat) -> WorkPlan
         for key in keys:
             first.setdefault(key, order.get(name, 0))
     first |= dict.fromkeys(layout.spare, len(order))
-    placed += [(place, _copy_unit(key, source)) for key, place in first.items()]
+    placed += [(position, _copy_unit(key, source)) for key, position in first.items()]
     return WorkPlan(tuple(unit for _, unit in sorted(placed, key=lambda pair: pair[0])), layout)
 
 
@@ -172,14 +152,13 @@ def _rounded_units(
 
 def _copy_unit(key: str, source: CheckpointSource) -> Unit:
     shape, dtype = source.stored_meta(key)
-    memory = _COPY if is_stored(source, key) else 2 * _bytes((shape, dtype)) + _SMALL
-    stored = getattr(source.files, "stored", source.files)
-    files = tuple(sorted({stored.tensors[name].file for name in source.stored_inputs(key)}))
+    memory = _COPY if is_stored(source, key) else 2 * tensor_bytes((shape, dtype)) + _SMALL
+    files = tuple(sorted({stored_files(source).tensors[name].file for name in source.stored_inputs(key)}))
     return Unit(key, (), (), (key,), files, memory, key)
 
 
 def layer_outputs(fmt: OutputFormat, plan: LayerPlan, dtype: torch.dtype) -> TensorSpecs:
-    """What a format makes of one layer."""
+    """Tensor specs of a packed layer."""
     return fmt.tensor_specs(
         plan.name, plan.scheme, plan.in_features, plan.out_features, bias_dtype=plan.bias_dtype, model_dtype=dtype,
         transposed=plan.transposed,
@@ -189,13 +168,10 @@ def layer_outputs(fmt: OutputFormat, plan: LayerPlan, dtype: torch.dtype) -> Ten
 def _layer_groups(
     quantized: Mapping[str, LayerPlan], fmt: OutputFormat, dtype: torch.dtype, layout: FileLayout
 ) -> list[tuple[str, ...]]:
-    """Layers one by one, but those together that runtimes join under one global scale, those that share one row of a
-    stacked tensor (gate and up of an expert that is written dense), and those of which a conversion makes tensors."""
-    shared = []
-    for name, plan in quantized.items():
-        family = minifloat_spec(plan.scheme)
-        if family is not None and family.has_global_scale:
-            shared.append(name)
+    """Group layers that must be rounded together: fused layers with one global scale, layers that share the rows of one
+    expert in a stacked tensor (gate and up that are written dense), and layers of one reversed conversion. All others
+    are groups of one."""
+    shared = [name for name, plan in quantized.items() if has_global_scale(plan.scheme)]
     groups = fused_groups(shared, across_experts=False) if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE else []
     rows: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, plan in quantized.items() if layout.targets or layout.reversals else ():
@@ -212,39 +188,37 @@ def _layer_groups(
     return list(dict.fromkeys(joined.get(name, (name,)) for name in quantized))
 
 
+def stored_files(source: CheckpointSource) -> Any:
+    """The tensors as stored in the checkpoint's files, without dequantization."""
+    return getattr(source.files, "stored", source.files)
+
+
 def _files(source: CheckpointSource, names: Iterable[str]) -> tuple[Path, ...]:
-    stored = getattr(source.files, "stored", source.files)
-    found = {stored.tensors[key].file for name in names for key in source.inputs(name)}
-    return tuple(sorted(found))
+    tensors = stored_files(source).tensors
+    return tuple(sorted({tensors[key].file for name in names for key in source.inputs(name)}))
 
 
-def _bytes(meta: tuple[tuple[int, ...], torch.dtype]) -> int:
-    count = meta[1].itemsize
-    for size in meta[0]:
-        count *= size
-    return count
+def tensor_bytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:
+    """Bytes of a tensor of that shape and dtype."""
+    return math.prod(spec[0]) * spec[1].itemsize
 
 
 def _layer_memory(plan: LayerPlan, source: CheckpointSource, fmt: OutputFormat) -> int:
-    """The weight, as stored too where it is dequantized or cast, its codes and what is packed of them."""
+    """Peak bytes of rounding a layer: its weight (also as stored, if it is dequantized or cast), codes, and packed
+    tensors."""
     weights = plan.out_features * plan.in_features
     step = row_step(plan, fmt, source.dtype) if plain_copy(source, f"{plan.name}.weight") else None
+    packed = sum(tensor_bytes(spec) for spec in layer_outputs(fmt, plan, source.dtype).values())
     if step is not None:
-        rounded = step * plan.in_features * (source.dtype.itemsize + 2)
-        return rounded + sum(_bytes(spec) for spec in layer_outputs(fmt, plan, source.dtype).values()) + _SMALL
-    packed = sum(_bytes(spec) for spec in layer_outputs(fmt, plan, source.dtype).values())
-    stored = sum(_stored_bytes(source, key) for key in source.inputs(f"{plan.name}.weight"))
+        return step * plan.in_features * (source.dtype.itemsize + 2) + packed + _SMALL
+    tensors = stored_files(source).tensors
+    stored = sum(tensors[key].end - tensors[key].start for key in source.inputs(f"{plan.name}.weight"))
     same = stored == weights * source.dtype.itemsize
     return weights * (source.dtype.itemsize + 1) + (0 if same else min(stored, 2 * weights)) + packed + _SMALL
 
 
-def _stored_bytes(source: CheckpointSource, key: str) -> int:
-    stored = getattr(source.files, "stored", source.files).tensors[key]
-    return int(stored.end - stored.start)
-
-
 def plain_copy(source: CheckpointSource, name: str) -> bool:
-    """Whether a model tensor's bytes are those of the file."""
+    """Whether a model tensor is stored unchanged in one checkpoint tensor."""
     plan = source.tensor_plan(name)
     if plan is None:
         raise ModelError(f"tensor {name!r} is missing from the files in {source.folder}")
@@ -254,7 +228,7 @@ def plain_copy(source: CheckpointSource, name: str) -> bool:
 
 
 def is_stored(source: CheckpointSource, key: str) -> bool:
-    """Whether a checkpoint tensor is written byte for byte: not dequantized, and in the dtype that it has."""
+    """Whether a checkpoint tensor is copied byte for byte: neither dequantized nor cast."""
     if key in getattr(source.files, "weights", {}):
         return False
     return source.files.tensors[key].dtype == source.stored_meta(key)[1]

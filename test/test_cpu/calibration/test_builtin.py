@@ -110,7 +110,7 @@ def test_a_named_set_is_never_replaced(dataset: str, tokenizer: Any) -> None:
 def test_dead_network_is_noticed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_access, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(hub_access, "HUB_TIMEOUT_S", 0.3)
     start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, says nothing
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -191,7 +191,7 @@ def test_hub_errors_say_what_to_do(hub: list[Any], tokenizer: Any, monkeypatch: 
 
 
 def test_modelscope_takes_over_the_default(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, caplog: Any) -> None:
-    monkeypatch.setattr(hub_access, "_probe_results", {})
+    monkeypatch.setattr(hub_access, "_hub_answers", {})
     pytest.importorskip("datasets")
     monkeypatch.setitem(__import__("sys").modules, "modelscope.msdatasets", None)
     for switch in ({"platform": "model_scope"}, {}):

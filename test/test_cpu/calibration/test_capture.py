@@ -40,7 +40,7 @@ def stack(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
 
 
-def walk(source: ModelSource, captured: CapturedInputs, indices: list[int]) -> torch.Tensor:
+def run_blocks(source: ModelSource, captured: CapturedInputs, indices: list[int]) -> torch.Tensor:
     hidden = captured.hidden[indices]
     for i, name in enumerate(source.blocks):
         block = source.load(name)
@@ -64,7 +64,7 @@ def test_walk_equals_the_whole_model(family: str, masks: str, tiny_folder: Calla
     source = open_source(folder)
     captured = capture_inputs(source, samples)
     order = [2, 0, 1, 3]
-    hidden = walk(source, captured, order)
+    hidden = run_blocks(source, captured, order)
     with torch.no_grad():
         logits = captured.finish(source, hidden, order)
         head_in = captured.finish(source, hidden, order, stop_at="lm_head")
@@ -74,7 +74,7 @@ def test_walk_equals_the_whole_model(family: str, masks: str, tiny_folder: Calla
     counted = captured.loss_mask[order]
     torch.testing.assert_close(logits[counted], wanted[counted], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.lm_head(head_in)[counted], wanted[counted], rtol=1e-4, atol=1e-4)
-    assert all(p.is_meta for p in source.model.parameters()), "a walked model must hold no weights"
+    assert all(p.is_meta for p in source.model.parameters()), "no weights may be left after the run"
 
 
 def test_every_block_gets_its_own_arguments_and_masks_stay_boolean(tiny_folder: Callable[..., Path]) -> None:
@@ -112,7 +112,7 @@ def test_a_live_model_is_walked_in_place(family: str, tiny_model: Callable[..., 
     assert source.model is model
     weights = [p for p in model.parameters()]
     captured = capture_inputs(source, samples)
-    hidden = walk(source, captured, [0, 1, 2])
+    hidden = run_blocks(source, captured, [0, 1, 2])
     with torch.no_grad():
         logits = captured.finish(source, hidden, [0, 1, 2])
         again = model(**stack(samples)).logits
@@ -125,8 +125,8 @@ def test_a_live_model_is_walked_in_place(family: str, tiny_model: Callable[..., 
 def test_batches_of_any_composition_give_the_same_rows(tiny_folder: Callable[..., Path]) -> None:
     source = open_source(tiny_folder("qwen2"))
     captured = capture_inputs(source, make_samples(5, "mixed"))
-    together = walk(source, captured, [4, 1, 0, 3, 2])
-    alone = torch.cat([walk(source, captured, [i]) for i in (4, 1, 0, 3, 2)])
+    together = run_blocks(source, captured, [4, 1, 0, 3, 2])
+    alone = torch.cat([run_blocks(source, captured, [i]) for i in (4, 1, 0, 3, 2)])
     kept = captured.loss_mask[[4, 1, 0, 3, 2]]
     torch.testing.assert_close(together[kept], alone[kept], rtol=1e-4, atol=1e-5)
 

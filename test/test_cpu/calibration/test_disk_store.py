@@ -33,13 +33,13 @@ def test_any_rows_come_back(tmp_path_factory: pytest.TempPathFactory, rows: list
 def test_writing_some_rows_leaves_the_others(tmp_path: Path) -> None:
     values = torch.randn(5, 4)
     with DiskStore(tmp_path) as file:
-        kept, room = file.put(values), file.empty((5, 4), torch.bfloat16)
+        kept, target = file.put(values), file.empty((5, 4), torch.bfloat16)
         second = kept.clone()
         kept[[3, 0]] = torch.tensor([[1.0] * 4, [2.0] * 4])
-        room[0:5] = values  # cast as it is written
+        target[0:5] = values  # cast as it is written
         assert kept[3].tolist() == [1.0] * 4 and kept[0].tolist() == [2.0] * 4
         assert torch.equal(kept[[1, 2, 4]], values[[1, 2, 4]]) and torch.equal(second.read(), values)
-        assert torch.equal(room.read(), values.bfloat16())
+        assert torch.equal(target.read(), values.bfloat16())
 
 
 def test_no_file_is_left_even_while_it_is_open(tmp_path: Path) -> None:
@@ -56,19 +56,19 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with DiskStore(tmp_path) as file:
-        room = file.empty((4,), torch.float32)
+        target = file.empty((4,), torch.float32)
         with open("/dev/full", "wb", buffering=0) as full:
             file._file.close()
             file._file = full
             with pytest.raises(OutputError, match="AR_WORK_SPACE"):
-                room[0:4] = torch.ones(4)
+                target[0:4] = torch.ones(4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3-moe"])
 def test_captured_inputs_in_a_file_are_the_same(
     family: str, tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("auto_round.calibration.block_calls._SPILLED", 1)  # every argument, however small
+    monkeypatch.setattr("auto_round.calibration.block_calls._MIN_DISK_BYTES", 1)  # every argument, however small
     source = open_source(tiny_folder(family))
     mask = torch.ones(12, dtype=torch.int64)
     mask[:3] = 0
@@ -95,10 +95,10 @@ def test_the_journal_takes_and_gives_it_row_by_row(tmp_path: Path) -> None:
 
     values = torch.randn(5, 3, 4)
     with DiskStore(tmp_path / "work") as file:
-        kept, room = file.put(values), file.empty(values.shape, values.dtype)
+        kept, target = file.put(values), file.empty(values.shape, values.dtype)
         path = tmp_path / "stream.safetensors"
         mark = write_tensors(path, {"hidden": kept})
         assert mark == write_tensors(tmp_path / "other.safetensors", {"hidden": values})
-        read_rows(path, mark, "hidden", room)
-        assert torch.equal(room.read(), values) and torch.equal(read_tensors(path, mark)[0]["hidden"], values)
+        read_rows(path, mark, "hidden", target)
+        assert torch.equal(target.read(), values) and torch.equal(read_tensors(path, mark)[0]["hidden"], values)
         assert tensors_checksum([kept]) == tensors_checksum([values])

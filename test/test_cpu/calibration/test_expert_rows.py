@@ -70,8 +70,8 @@ def test_what_was_recorded_comes_back_for_the_samples_that_run(tmp_path: Path) -
     running: list[int] = []
     given = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))  # 3 samples of 2 tokens
     with DiskStore(tmp_path) as disk_store:
-        room = empty_like_on(disk_store.put(torch.zeros(3, 2, 5)), (6, 5), torch.float32)
-        record = TokenRows(lambda: room, 2, lambda: running)
+        matrix = empty_like_on(disk_store.put(torch.zeros(3, 2, 5)), (6, 5), torch.float32)
+        record = TokenRows(lambda: matrix, 2, lambda: running)
         fed = InputRecordingExperts(record)
         for samples in ([2, 0], [1]):
             running[:] = samples

@@ -136,7 +136,7 @@ PAIR = {"a.in_sum2": f32(1, 2), "a.counts": f32(1)}
         ({"a.in_sum2": f32(1)}, {}, "float32 sums and counts"),
         ({**PAIR, "b.counts": f32(1)}, {}, "counts without sums"),
         ({"a.in_sum2": f32(1, 2), "a.counts": np.ones(1, np.float16)}, {}, "float32 sums and counts"),
-        ({"a.in_sum2": f32(1, 2, 3), "a.counts": f32(1, 1)}, {}, "do not fit"),
+        ({"a.in_sum2": f32(1, 2, 3), "a.counts": f32(1, 1)}, {}, "do not match"),
         ({"a.in_sum2": f32(1, float("inf")), "a.counts": f32(1)}, {}, "not all finite"),
         ({"a.in_sum2": f32(1, -1), "a.counts": f32(1)}, {}, "not all finite"),
         ({"a.in_sum2": f32(1, 1), "a.counts": f32(float("nan"))}, {}, "not all finite"),

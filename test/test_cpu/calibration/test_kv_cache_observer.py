@@ -39,7 +39,7 @@ def build(family: str, tiny_model: Callable[..., Any]) -> Any:
 
 
 def observe(model: Any, samples: list[dict[str, torch.Tensor]], queries: bool = False, batch: int = 2) -> Seen:
-    """What is seen in each block of a walk in full precision."""
+    """What is observed in each block of a run in full precision."""
     source = open_source(model)
     captured = capture_inputs(source, samples)
     stream = Stream(captured, captured.hidden, batch)
@@ -255,12 +255,12 @@ def test_another_kind_of_cache_is_refused() -> None:
 
 def test_values_that_cannot_be_used() -> None:
     seen = KVCacheObserver()
-    with pytest.raises(UnsupportedError, match="does not keep"):
+    with pytest.raises(UnsupportedError, match="does not cache"):
         seen.add("a.k", torch.ones(2, 3))
     seen.add("a.k", torch.ones(1, 2, 3, 4))
-    with pytest.raises(UnsupportedError, match="keeps 2 heads, its configuration says 4"):
+    with pytest.raises(UnsupportedError, match="caches 2 heads, its configuration says 4"):
         seen.of("a.k", 4)
-    with pytest.raises(UnsupportedError, match="a.v: this attention hands nothing"):
+    with pytest.raises(UnsupportedError, match="a.v: this attention passes nothing"):
         seen.of("a.v", 2)
     with pytest.raises(UnsupportedError, match="changes from call to call"):
         seen.add("a.k", torch.ones(1, 3, 3, 4))
@@ -283,7 +283,7 @@ def test_an_attention_that_showed_nothing_is_an_error_of_ours() -> None:
     block = torch.nn.Sequential(Renamed())
     with observe_kv_cache(find_attention(block)) as seen:
         block(torch.ones(1, 2, 3))
-    with pytest.raises(LibraryError, match=rf"0.k: .*nothing was seen.*torch {torch.__version__.split('+')[0]}"):
+    with pytest.raises(LibraryError, match=rf"0.k: .*none of the states.*torch {torch.__version__.split('+')[0]}"):
         seen.of("0.k", 2)
     with pytest.raises(UnsupportedError, match="does not use Transformers' table"):
         seen.of("0.q", 2)

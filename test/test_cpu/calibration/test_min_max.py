@@ -19,7 +19,7 @@ def test_over_several_runs_and_only_where_the_mask_says() -> None:
         block(first)
         extremes.mask = mask
         block(second)
-    block(torch.full((1, 1, 4), 1e9))  # the hooks are gone
+    block(torch.full((1, 1, 4), 1e9))  # the hooks are removed
     low, high = extremes.of("0")
     counted = torch.cat([first.reshape(-1, 4), second[mask]])
     assert (float(low), float(high)) == (float(counted.min()), float(counted.max()))

@@ -42,6 +42,7 @@ def line(capsys: pytest.CaptureFixture[str]) -> str:
         (["eval", "--eval_bs", "1"], "no model was given"),
         (["m", "--algorithm", "autoroud"], "did you mean 'autoround', 'auto_round'"),
         (["m", "--algorithm", "rtn,auto_round"], "Use one of"),
+        (["m", "--algorithm", "gpqt"], "did you mean 'gptq'"),
     ],
 )
 def test_mistakes(job: Any, capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
@@ -139,7 +140,7 @@ def test_variables_without_meaning_are_said(
     monkeypatch.setenv("AR_ENABLE_COMPILE_PACKING", "1")
     assert main.run(["m"]) == 0
     said = capsys.readouterr().err
-    assert "AR_DISK_STREM_MODEL is set but means nothing" in said
+    assert "AR_DISK_STREM_MODEL is set but unknown" in said
     assert "AR_ENABLE_COMPILE_PACKING is set and has no effect: packing is vectorised" in said
 
 

@@ -76,4 +76,5 @@ def test_table_wraps_its_last_column() -> None:
 @pytest.mark.parametrize("word", ["alg", "algs", "algorithm", "algorithms"])
 def test_algorithms(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "list", word)
+    assert "gptq" in text and "error feedback" in text
     assert "auto_round" in text and "awq" in text and "AWQ smoothing" in text

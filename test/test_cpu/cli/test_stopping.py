@@ -40,9 +40,9 @@ def test_a_signal_in_the_second_block(
         patch.setattr(blockwise, "_quantize_block", signalled)
         assert main.run(words) == code
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("auto-round")]
-    assert error == ["auto-round: error: stopped in block 2 of 2; the same command goes on from there"]
+    assert error == ["auto-round: error: stopped in block 2 of 2; run the same command again to resume"]
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     assert not list((tmp_path / "out").iterdir())
     assert main.run(words) == 0
-    assert "going on with the interrupted run: 1 of 2 blocks are done" in capsys.readouterr().err
+    assert "resuming the interrupted run: 1 of 2 blocks are done" in capsys.readouterr().err
     assert (tmp_path / "out" / "config.json").exists()

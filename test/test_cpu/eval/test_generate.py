@@ -57,7 +57,7 @@ def test_what_makes_no_sense(model: Any, byte_tokenizer: Any, packable_model: Ca
     for settings, says in (({"max_new_tokens": 0}, "max_new_tokens=0"), ({"temperature": 0.0}, "temperature=0.0")):
         with pytest.raises(ConfigError, match=says):
             generate(model, byte_tokenizer, "x", **settings)  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="do not belong together"):
+    with pytest.raises(ModelError, match="the model.s own tokenizer"):
         generate(packable_model("llama", vocab_size=64), byte_tokenizer, "xyz")
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from auto_round.errors import ConfigError
-from auto_round.eval.evaluate import parse_dtype
 from auto_round.inference import linear as compute
 from auto_round.inference.linear import compute_dtype_for
+from auto_round.modeling.source import resolve_dtype
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -21,6 +21,6 @@ def test_half_precision_only_where_the_cpu_has_it(
 
 
 def test_dtype_names() -> None:
-    assert parse_dtype("bf16") is torch.bfloat16
+    assert resolve_dtype("bf16") is torch.bfloat16
     with pytest.raises(ConfigError, match="float32"):
-        parse_dtype("int7")
+        resolve_dtype("int7")

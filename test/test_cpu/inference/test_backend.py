@@ -7,10 +7,10 @@ import torch
 
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.inference import table as backend_table
-from auto_round.inference.backend import backend_names, choose_backend, list_backends, requested_rows
+from auto_round.inference.backend import backend_names, choose_backend, requested_rows, usable
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import LayerSpec
-from auto_round.inference.table import BACKENDS, Backend
+from auto_round.inference.table import BACKENDS, Backend, available_devices
 
 V1, PLAIN, AWQ = (LayerFormat(4, 128, True, *kind) for kind in (("gptq", 1), ("gptq", 0), ("awq", 0)))
 
@@ -88,12 +88,12 @@ def test_a_device_that_no_backend_runs_on() -> None:
 
 
 def test_table_for_display() -> None:
-    rows = {row.name: row for row in list_backends()}
+    rows = {row.name: usable(row, available_devices()) for row in BACKENDS}
     assert len(rows) == len(BACKENDS)
-    assert rows["auto_round:torch"].usable and "cpu" in rows["auto_round:torch"].reason
+    assert rows["auto_round:torch"][0] and "cpu" in rows["auto_round:torch"][1]
     if not torch.cuda.is_available():
-        assert (rows["marlin"].usable, rows["triton"].reason) == (False, "no xpu or cuda here")
-    assert "use gptqmodel:exllamav2" in rows["gptq:exllamav2"].reason
+        assert (rows["marlin"][0], rows["triton"][1]) == (False, "no xpu or cuda here")
+    assert "use gptqmodel:exllamav2" in rows["gptq:exllamav2"][1]
 
 
 # Names, devices, bits, dtypes, priority and packings of the user guide, section 4, "Specify Inference Backend".

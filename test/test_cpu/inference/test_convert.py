@@ -294,7 +294,7 @@ def test_packed_tensors_that_the_config_calls_dense(
 ) -> None:
     folder = write_checkpoint(llama(), Scheme(group_size=32)).folder
     rewrite(folder, lambda c: c.update(extra_config={"model.layers.0.mlp.up_proj": {"bits": 16}}))
-    with pytest.raises(ModelError, match="holds model.layers.0.mlp.up_proj packed"):
+    with pytest.raises(ModelError, match="model.layers.0.mlp.up_proj is packed"):
         open_model(folder)
 
 
@@ -303,7 +303,7 @@ def test_packed_tensors_that_the_config_calls_dense(
     [
         ({"packing_format": "auto_round:fp8"}, UnsupportedError, "auto_round:fp8"),
         ({"data_type": "mx_fp", "bits": 6}, UnsupportedError, "mx_fp"),
-        ({"act_bits": 8}, UnsupportedError, "activations to 8 bits"),
+        ({"act_bits": 8}, UnsupportedError, "activations of 8 bits"),
         ({"rotation_config": {"block_size": 32}}, UnsupportedError, "rotation_config"),
         ({"backend": "marlin"}, UnsupportedError, "runs on cuda, not cpu.*use backend='auto'"),
         ({"backend": "torhc"}, ConfigError, "did you mean 'torch'"),

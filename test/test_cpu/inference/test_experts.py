@@ -179,11 +179,11 @@ def test_a_copy_a_cast_and_a_move(packable_model: Any, write_checkpoint: Callabl
     want = logits(model)
     other = copy.deepcopy(model)
     runner = mixtures(other)[0].together
-    assert runner is not None and runner.holds() and runner is not mixtures(model)[0].together
+    assert runner is not None and runner.is_valid() and runner is not mixtures(model)[0].together
     assert torch.equal(logits(other), want)
     change_kernel(mixtures(other)[0])
     first = mixtures(model)[0].together
-    assert first is not None and first.holds() and not runner.holds()
+    assert first is not None and first.is_valid() and not runner.is_valid()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
     assert torch.allclose(logits(model), want, atol=1e-5) and mixtures(model)[0].together is None

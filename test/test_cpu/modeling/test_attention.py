@@ -62,7 +62,7 @@ def test_heads_that_nobody_tells() -> None:
 
     (attention,) = find_attention(torch.nn.Sequential(Own()))
     assert attention.cache == "layer_past"
-    with pytest.raises(UnsupportedError, match="Own does not tell how many heads"):
+    with pytest.raises(UnsupportedError, match="Own does not say how many heads"):
         head_counts(attention, object())
 
 
@@ -94,7 +94,7 @@ class ByUse(torch.nn.Module):
 
 
 class ByType(torch.nn.Module):
-    """The cache goes through another name before it is used."""
+    """The cache is assigned to another name before it is used."""
 
     def forward(self, hidden: torch.Tensor, *, memory: KeyValueCache | None = None, **_more: Any) -> torch.Tensor:
         current = memory

@@ -110,5 +110,5 @@ def test_subclasses_of_linear_are_known_by_their_outputs() -> None:
         assert linear_names(model) == ["Same", "Inherited"]
     weights = block_weights(nn.ModuleDict({"block": model}), ("block",))
     assert {w.name for w in weights.dense} == {f"block.{n}.weight" for n in ("Scaled", "Choosing", "Grouped")}
-    assert all("forward of its own" in w.reason and w.unknown for w in weights.dense)
+    assert all("overrides forward" in w.reason and w.unknown for w in weights.dense)
     assert weights.unknown_fraction == 0.6

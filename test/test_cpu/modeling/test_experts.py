@@ -155,5 +155,5 @@ def test_one_expert_is_reached_by_its_number(tiny_model: Any) -> None:
     unfuse_experts(model)
     experts = next(module for module in model.modules() if isinstance(module, LinearExperts))
     assert experts[1] is experts.get_submodule("1") and len(list(experts)) == experts.num_experts
-    with pytest.raises(IndexError, match="no 99"):
+    with pytest.raises(IndexError, match="expert 99 of"):
         experts[99]

@@ -111,7 +111,7 @@ def test_routers_that_are_no_linear_layers_are_named_so(name: str) -> None:
     assert not any(".experts." in n for n in routers)
 
 
-# Of a tiny model, how much stays dense for want of a rule. Real ones have less: the matrices there are larger.
+# Fraction of a tiny model that no rule recognises. Real models have less, because their matrices are larger.
 UNKNOWN = {
     "deepseek_v4": 0.06, "hy_v4": 0.02, "inkling_text": 0.12, "inkling2_text": 0.12, "inkling2_loop_text": 0.12,
     "recurrent_gemma": 0.05, "zamba": 0.1,

@@ -39,7 +39,7 @@ TENSORS: list[tuple[str, tuple[int, ...], str]] = [
 
 
 def stored(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor as it goes into the file."""
+    """Every tensor as stored in the file."""
     generator = torch.Generator().manual_seed(seed)
     bytes_of = lambda *shape: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)  # noqa: E731
     return {
@@ -137,7 +137,7 @@ def test_vectors_stacked_in_a_matrix(tmp_path: Path) -> None:
     """As StableLM 2 12B has a norm for every head: the slot is the row."""
     norms = torch.arange(12.0).view(3, 4)
     with GgufFile(tmp_path / "m.gguf", "stablelm", METADATA, [("blk.0.attn_q_norm.weight", (3, 4), "F32")]) as file:
-        with pytest.raises(OutputError, match="outside tensor"):
+        with pytest.raises(OutputError, match="exceed tensor"):
             file.write("blk.0.attn_q_norm.weight", norms[0], slot=3)
         for head in (2, 0, 1):
             file.write("blk.0.attn_q_norm.weight", norms[head], slot=head)
@@ -170,11 +170,11 @@ def test_wrong_pieces_are_typed_errors(tmp_path: Path) -> None:
         ("not torch.uint8", "blk.0.attn_q.weight", q.float(), {}),
         (r"not torch.uint8 \[..., 288\]", "blk.0.attn_q.weight", q[:, :-1], {}),
         ("not torch.float32", "norm.weight", data["norm.weight"].half(), {}),
-        ("outside tensor", "blk.0.attn_q.weight", q, {"first_row": 1}),
-        ("outside tensor", "blk.0.attn_q.weight", q[:1], {"first_row": -1}),
+        ("exceed tensor", "blk.0.attn_q.weight", q, {"first_row": 1}),
+        ("exceed tensor", "blk.0.attn_q.weight", q[:1], {"first_row": -1}),
         ("is stacked", "blk.0.ffn_up_exps.weight", experts[0], {}),
         ("has 3 slots", "blk.0.ffn_up_exps.weight", experts[0], {"slot": 3}),
-        ("outside tensor", "blk.0.ffn_up_exps.weight", experts[0], {"slot": 0, "first_row": 1}),
+        ("exceed tensor", "blk.0.ffn_up_exps.weight", experts[0], {"slot": 0, "first_row": 1}),
         ("does not fit", "blk.0.attn_q.weight", q, {"rows": torch.arange(7)}),
         ("does not fit", "blk.0.attn_q.weight", q, {"rows": torch.arange(8) + 1}),
         ("written twice", "blk.0.attn_q.weight", q[:2], {"rows": torch.tensor([4, 4])}),

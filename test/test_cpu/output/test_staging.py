@@ -12,7 +12,7 @@ import pytest
 
 from auto_round.errors import OutputError
 from auto_round.output.folders import SWAP, ensure_output_folder
-from auto_round.output.staging import FolderLock, Staging, all_files_present, is_lock_held
+from auto_round.output.staging import FolderLock, Staging, all_files_present, is_lock_held, sync_and_hash
 from auto_round.output.writer import file_sha256
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "extra/notes.txt": b"notes", "README.md": b"card"}
@@ -32,7 +32,7 @@ def test_nothing_is_shown_before_publish_and_nothing_of_ours_is_left(tmp_path: P
     with Staging(tmp_path) as stage:
         fill(stage.path, FILES)
         assert [p.name for p in tmp_path.iterdir()] == [".partial"]
-        files = stage.sync_and_hash({"model.safetensors": "known"})
+        files = sync_and_hash(stage.path, {"model.safetensors": "known"})
         assert set(files) == set(FILES) and files.pop("model.safetensors") == "known"
         assert all(file_sha256(stage.path / name) == digest for name, digest in files.items())
         stage.publish([*files, "model.safetensors"])
@@ -45,7 +45,7 @@ def test_what_was_not_published_goes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with Staging(tmp_path) as stage:
         fill(stage.path, FILES)
-        stage.keep = True
+        stage.retain = True
     assert contents(tmp_path / ".partial") == FILES
     with Staging(tmp_path) as stage:
         stage.clear()
@@ -53,13 +53,13 @@ def test_what_was_not_published_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(7))
-def test_publishing_goes_on_after_any_move(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publishing_is_resumed_after_any_move(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """config.json is there only when everything else is; what it replaces opens until the first move."""
     old = {"config.json": b"old", "model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"i"}
     fill(tmp_path, {**old, "mine.txt": b"kept"})
     stage = Staging(tmp_path)
     fill(stage.path, FILES)
-    files = stage.sync_and_hash()
+    files = sync_and_hash(stage.path)
     real, moves = os.replace, [0]
 
     def replace(one: Path, other: Path) -> None:
@@ -87,7 +87,7 @@ def test_publishing_goes_on_after_any_move(cut: int, tmp_path: Path, monkeypatch
 def test_a_changed_file_cannot_be_published(tmp_path: Path) -> None:
     with Staging(tmp_path) as stage:
         fill(stage.path, FILES)
-        files = stage.sync_and_hash()
+        files = sync_and_hash(stage.path)
         assert all_files_present(tmp_path, files)
         (stage.path / "README.md").write_bytes(b"other")
         assert not all_files_present(tmp_path, files)

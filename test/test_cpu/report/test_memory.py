@@ -39,12 +39,12 @@ def test_peak_is_a_peak_in_bytes() -> None:
 def test_freed_memory_goes_back_when_much_has_gathered() -> None:
     code = (
         "import torch\n"
-        "from auto_round.report.memory import FreedMemory, rss_bytes as r\n"
-        "start = torch.ones(1); freed = FreedMemory()\n"
+        "from auto_round.report.memory import HeapTrimmer, rss_bytes as r\n"
+        "start = torch.ones(1); freed = HeapTrimmer()\n"
         "def hold(megabytes):\n"
         "    parts = [torch.ones(1 << 14) for _ in range(16 * megabytes)]\n"  # below what malloc maps for itself
         "    return parts[-1]\n"  # what lies before it stays with the process
-        "last = hold(60); small = r(); freed.give_back(); assert r() > small - 5_000_000\n"
-        "other = hold(300); much = r(); freed.give_back(); assert r() < much - 200_000_000, (r(), much)\n"
+        "last = hold(60); small = r(); freed.trim_if_grown(); assert r() > small - 5_000_000\n"
+        "other = hold(300); much = r(); freed.trim_if_grown(); assert r() < much - 200_000_000, (r(), much)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

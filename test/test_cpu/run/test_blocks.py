@@ -1,4 +1,4 @@
-"""The walk itself: one block in memory at a time, streams, importance, numbers that are none."""
+"""Quantizing block by block: one block in memory at a time, streams, importance, NaN and Inf."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_padded_and_unlabelled_positions_do_not_count(
 def test_an_expert_without_tokens_is_rounded(make: Callable[..., Any], packable_model: Any, logits: Any) -> None:
     model = packable_model("qwen3-moe")
     for layer in model.model.layers:
-        layer.mlp.gate.weight.data.zero_()  # every token goes to the same two experts
+        layer.mlp.gate.weight.data.zero_()  # every token is routed to the same two experts
     quantized, layers = make(model, iters=2).quantize()
     assert bool(torch.isfinite(logits(quantized)).all())
     assert sum(entry["bits"] == 4 for entry in layers.values()) == 8 + 2 * 4 * 3

@@ -87,7 +87,7 @@ def invented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("model_free", [False, True])
 def test_a_family_of_tomorrow(model_free: bool, invented: Path, tmp_path: Path) -> None:
-    """Its mapping is registered with Transformers, and nowhere else."""
+    """Its mapping is registered with Transformers only."""
     from transformers import AutoModelForCausalLM
 
     before = load_file(invented / "model.safetensors")
@@ -206,7 +206,7 @@ def test_mlx_files_promise_no_layers_that_they_lack(tiny_folder: Any, tmp_path: 
 
 
 def test_experts_in_configurations_of_compressed_tensors(packable_folder: Any, tmp_path: Path) -> None:
-    """Mixtral's own words in every list; experts that a checkpoint stacks stay dense: no reader would find them."""
+    """Mixtral's names in every list; stacked experts are left unquantized: no reader would find them."""
     options = RTN | {"layer_config": {"self_attn": {"bits": 8}}}
     ar = AutoRound(packable_folder("mixtral"), **options)
     fmt = get_format("llm_compressor")

@@ -130,7 +130,7 @@ def test_experts_that_no_token_reached_have_scales(
     model = packable_model("qwen3-moe")
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
-            torch.nn.init.zeros_(parameter)  # every token goes to the same two of four
+            torch.nn.init.zeros_(parameter)  # every token is routed to the same two of four
     _, layers, _ = layers_of(model, scheme, iters=2)
     key = "act_global_scale" if scheme == "NVFP4" else "act_scale"
     fixed = {

@@ -68,7 +68,7 @@ def test_every_file_type(
     path = only(file_folder)
     assert path.name.endswith(f"-{file_type.upper()}.gguf")
     fake = AutoModelForCausalLM.from_pretrained(fake_folder, dtype=torch.float32).eval()
-    # format fake leaves the embedding as it is
+    # format fake leaves the embedding unquantized
     fake.get_input_embeddings().weight.data.copy_(weights(path)["token_embd.weight"])
     ids = token_ids[0].view(1, -1)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_importance_files(gguf_folder: Callable[..., str], token_ids: list[torch
         # the sum over tokens is smaller with the correlations of the channels, that of single channels without
         h = file.importance[name]
         assert float(((first[name] - w).square() * h).sum()) > float(((second[name] - w).square() * h).sum())
-    with pytest.raises(ConfigError, match="imatrix goes with a GGUF format"):
+    with pytest.raises(ConfigError, match="imatrix needs a GGUF format"):
         AutoRound(folder, iters=0, imatrix=saved).plan("auto_round")
     with pytest.raises(ConfigError, match="disable_opt_rtn leaves that out"):
         AutoRound(folder, iters=0, imatrix=saved, disable_opt_rtn=True).plan("gguf:q4_0")

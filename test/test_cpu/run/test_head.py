@@ -1,4 +1,4 @@
-"""A quantized head: what judges it, and what is written."""
+"""A quantized head: how candidates are compared, and what is written."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_arguments_that_both_have_are_taken_from_the_one_that_says_something() -
         (RTNConfig(sym=False), {"sym": True}, "sym=True contradicts"),
         (SignRoundConfig(lr=0.1), {"lr": 0.2}, "lr=0.2 contradicts"),
         (["rtn", "auto_round"], {}, "give one algorithm"),
-        (3, {}, "give auto_round, rtn, or one RTNConfig"),
+        (3, {}, "give auto_round, gptq, rtn, or one RTNConfig"),
         ("rtnn", {}, "did you mean 'rtn'"),
         ("rtn", {"algorithm": "rtn"}, "cannot be used together"),
     ],
@@ -117,7 +117,7 @@ def test_a_gguf_scheme_keeps_its_types(caplog: pytest.LogCaptureFixture) -> None
 def test_details_of_activations_that_are_not_quantized(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", logger="auto_round"):
         assert resolve_scheme("W4A16", checked_options({"act_sym": False})) == PRESET_SCHEMES["W4A16"]
-        assert "act_sym has no effect: activations stay as they are without act_bits" in caplog.text
+        assert "act_sym has no effect: activations are not quantized without act_bits" in caplog.text
         caplog.clear()
         resolve_scheme("W4A16", checked_options({"act_sym": False, "act_bits": 8}))
         assert caplog.text == ""

@@ -30,7 +30,7 @@ def test_the_guides_names_of_another_model(make: Callable[..., Any], caplog: Any
     assert not (tmp_path / "strict").exists()
 
 
-def test_a_plan_is_strict_unless_told(make: Callable[..., Any]) -> None:
+def test_a_plan_is_strict_by_default(make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="ignore_layers: 'k_porj' matches no layer"):
         make("llama", ignore_layers="k_porj").plan()
     job = make("llama", ignore_layers="k_porj", strict=False).plan()
@@ -61,7 +61,7 @@ def test_quantizing_what_is_no_linear_layer(make: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="model.embed_tokens, which is not quantized here"):
         ar.plan()
     notes = make("llama", layer_config={"model.embed_tokens": {"bits": 4}}, strict=False).plan().notes
-    assert any("it stays as it is" in note for note in notes)
+    assert any("its entry is ignored" in note for note in notes)
 
 
 @pytest.mark.parametrize(

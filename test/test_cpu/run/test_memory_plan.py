@@ -53,6 +53,7 @@ def storage_bytes(*values: Any) -> dict[int, int]:
         {"scheme": "W4A16"}, {"scheme": "W2A16", "group_size": 32, "sym": False}, {"scheme": "W8A16", "group_size": -1},
         {"scheme": "MXFP4"}, {"scheme": "NVFP4", "group_size": 16}, {"scheme": "GGUF:Q4_K_S"},
         {"scheme": "W4A16", "momentum": 0.9}, {"scheme": "W4A16", "enable_adam": True},
+        {"scheme": "W4A16", "alg_configs": "gptq"}, {"scheme": "MXFP4", "alg_configs": "gptq"},
     ],
     ids=str,
 )  # fmt: skip
@@ -68,20 +69,20 @@ def test_learnables_hold_what_is_counted(
     module = run.source.load(block)
     tasks = [layer_task(run.source, plan) for plan in plans]
     for task in tasks:
-        if task.ggml is not None:  # as calibration gives them
+        if task.ggml is not None or "alg_configs" in kwargs:  # as calibration gives them
             inputs = torch.randn(64, task.weight.shape[1], generator=torch.Generator().manual_seed(0))
             task.input_hessians = [inputs.T @ inputs]
     own = storage_bytes([[task.weight, task.input_hessians] for task in tasks])
-    quantizer = run._quantizer()
+    quantizer = run._quantizer(job)
     assert isinstance(quantizer, SignRoundQuantizer)
     whole = BlockTask(block, module, tasks, lambda hidden, _samples: hidden, torch.float32, 0)
     learnables, _ = quantizer._tunables(whole)
-    for bank in learnables:
-        for index in range(len(bank.tasks)):  # type: ignore[union-attr]
-            rows, columns = bank.tasks[index].weight.shape  # type: ignore[union-attr]
-            bank.add_weight_gradient(index, torch.ones(1, rows), torch.ones(1, columns))  # type: ignore[union-attr]
-        bank.step(0.01, 0.01)
-    best = [bank.snapshot() for bank in learnables] if iters > 2 else []
+    for group in learnables:
+        for index in range(len(group.tasks)):  # type: ignore[union-attr]
+            rows, columns = group.tasks[index].weight.shape  # type: ignore[union-attr]
+            group.add_weight_gradient(index, torch.ones(1, rows), torch.ones(1, columns))  # type: ignore[union-attr]
+        group.step(0.01, 0.01)
+    best = [group.snapshot() for group in learnables] if iters > 2 else []
     held = sum(size for where, size in storage_bytes(learnables, best).items() if where not in own)
     counted = tuning_bytes(MemoryInputs(run.settings, run.source, job.layers, torch.float32), plans)
     assert counted.held == pytest.approx(held, rel=0.06)

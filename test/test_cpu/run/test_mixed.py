@@ -52,7 +52,7 @@ def test_experts_4_others_8(family: str, make: Callable[..., Any], logits: Any, 
     assert report["job"]["scheme"] == "W4A16_MIXED"
 
 
-def test_a_dense_model_gets_8_bits_and_is_told_so(make: Callable[..., Any], tmp_path: Path, read_json: Any) -> None:
+def test_a_dense_model_gets_8_bits_and_a_note(make: Callable[..., Any], tmp_path: Path, read_json: Any) -> None:
     ar = make("llama", scheme="W4A16_MIXED", iters=0, quant_lm_head=True)
     assert set(bits(ar).values()) == {8}
     assert any("gives routed experts 4 bits, and this model has none" in note for note in ar.plan("auto_round").notes)

@@ -105,7 +105,7 @@ def test_a_damaged_layer_stays_like_an_ignored_one(
     ignored = quantize(clean, tmp_path / "ref", token_ids, format, ignore_layers=",".join(QKV1), **options)
     assert left(report) == left(ignored) == QKV1
     reasons = {r["name"]: r["reason"] for r in report["layers"]}
-    assert reasons[Q1].startswith("its weight holds 1 NaN") and "join" in reasons[QKV1[1]]
+    assert reasons[Q1].startswith("its weight holds 1 NaN") and "fuse" in reasons[QKV1[1]]
     assert report["numerics"]["kept"].keys() == set(QKV1)
     assert report["verify"]["passed"] and report["verify"]["loss_reopened"] is None
     one, two = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("out", "ref"))
@@ -184,7 +184,7 @@ def test_gguf_cannot_keep_a_block_once_it_has_begun(
     edited: Any, gguf_folder: Any, token_ids: Any, tmp_path: Path
 ) -> None:
     folder = edited(overflow_in_block_0, source=gguf_folder("llama"))
-    with pytest.raises(NumericsError, match="says the type of every tensor before"):
+    with pytest.raises(NumericsError, match="fixes the type of every tensor"):
         quantize(folder, tmp_path / "out", token_ids, "gguf:q4_0", on_nan="keep", group_size=None)
     assert not list((tmp_path / "out").glob("*.gguf"))
     report = quantize(folder, tmp_path / "plain", token_ids, "gguf:q4_0", on_nan="rtn", group_size=None)
@@ -222,7 +222,7 @@ def test_scales_beyond_float16_are_clamped_and_counted(
     caplog.set_level("WARNING", "auto_round")
     report = quantize(edited(change), tmp_path / "out", token_ids, iters=0, disable_opt_rtn=True)
     assert report["numerics"]["clamped_scales"] == {Q1: 1} and report["verify"]["passed"]
-    assert f"1 scales were beyond the dtype that stores them and are its largest value: {Q1};" in caplog.text
+    assert f"1 scales were beyond the range of their dtype and are clamped to its largest value: {Q1};" in caplog.text
     options = {"iters": 0, "disable_opt_rtn": True, "scale_dtype": "fp32"}
     report = quantize(str(tmp_path / "edited-llama"), tmp_path / "wide", token_ids, "fake", **options)
     assert report["numerics"]["clamped_scales"] == {}

@@ -109,7 +109,7 @@ def test_the_plan_as_text(make: Callable[..., Any], tmp_path: Path) -> None:
     text = ar.plan("auto_round,fake", output_dir=str(tmp_path / "out")).render()
     for words in (
         "W4A16G32 (int4 g32 sym)", "2 (model.layers.0 .. model.layers.1)", "12 quantized of 15", "iters=50",
-        "100 in all", "format auto_round", "format fake", "compute            cpu, ",
+        "100 in total", "format auto_round", "format fake", "compute            cpu, ",
         "model.layers.0.self_attn.o_proj: full",
         "int8 g32 sym", str(tmp_path / "out"),
     ):  # fmt: skip

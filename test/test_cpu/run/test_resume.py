@@ -1,4 +1,4 @@
-"""A run that is stopped goes on where it was, and ends with the bytes of one that was not."""
+"""A stopped run is resumed in its block, and ends with the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -64,6 +64,11 @@ def results(folder: Path) -> list[Any]:
 CELLS = {
     "tuned-two-formats": ("llama", "auto_round,auto_gptq", TUNED),
     "opt-rtn-asym": ("llama", "auto_round", {"iters": 0, "sym": False}),
+    "gptq": ("llama", "auto_round", {"iters": 0, "alg_configs": "gptq"}),
+    "gptq-mxfp4-tuned": (
+        "llama", "llm_compressor", {"iters": 2, "alg_configs": "gptq", "scheme": "MXFP4", "group_size": None},
+    ),
+    "gptq-moe": ("qwen3-moe", "auto_round", {"iters": 0, "alg_configs": "gptq"}),
     "rtn": ("llama", "auto_round", {"iters": 0, "disable_opt_rtn": True}),
     "mxfp4": ("llama", "llm_compressor", {"iters": 2, "scheme": "MXFP4", "group_size": None}),
     "fp8-static-kv": (
@@ -87,7 +92,7 @@ def test_stopped_in_the_last_block(cell: str, run: Runner, stop_at: Any, tmp_pat
     family, formats, kwargs = CELLS[cell]
     whole = run("whole", family, formats, **kwargs)
     calls = 2 if cell != "two-files-and-a-folder" else 4  # the last block of the second of three runs
-    with pytest.raises(Stopped, match="stopped in block 2 of 2; the same command goes on from there"):
+    with pytest.raises(Stopped, match="stopped in block 2 of 2; run the same command again to resume"):
         with stop_at(blockwise, "_quantize_block", calls):
             run("out", family, formats, **kwargs)
     assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/.partial/*"))
@@ -104,7 +109,7 @@ def test_stopped_in_the_last_block(cell: str, run: Runner, stop_at: Any, tmp_pat
 
 @pytest.mark.parametrize("kwargs", [TUNED, {"iters": 0, "sym": False}], ids=["tuned", "opt-RTN"])
 @pytest.mark.parametrize("ways", [("file", "file"), ("file", "ram"), ("ram", "file"), ("ram", "threads")], ids=" ".join)
-def test_stopped_in_one_way_and_gone_on_with_in_another(
+def test_stopped_in_one_way_and_resumed_in_another(
     ways: tuple[str, str], kwargs: dict[str, Any], run: Runner, stop_at: Any, packable_folder: Callable[..., str],
     token_ids: list[torch.Tensor], tmp_path: Path, space: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -133,7 +138,7 @@ PHASES = {
     "after the head": (run_module, "smoke_loss", 1), "names": (run_module.FolderWriter, "digests", 1),
     "side files": (deliver_module, "write_side_files", 1), "config": (deliver_module, "write_config", 2),
     "verify": (deliver_module, "verify_folder", 1), "second verify": (deliver_module, "verify_folder", 2),
-    "records": (deliver_module, "write_records", 1), "sync_and_hash": (run_module.Staging, "sync_and_hash", 2),
+    "records": (deliver_module, "write_records", 1), "sync_and_hash": (deliver_module, "sync_and_hash", 2),
     "publish": (run_module.Staging, "publish", 2), "move": (staging, "_move", 3),
     "last move": (staging, "_move", 21), "journal": (run_module.RunJournal, "finish", 1),
 }  # fmt: skip
@@ -220,7 +225,7 @@ def test_who_removed_the_folder_starts_anew(interrupted: dict[str, Any], run: Ru
     assert tree(run("out", **changed)) == tree(run("whole", **changed))
 
 
-def test_a_copied_model_goes_on_and_a_changed_one_does_not(
+def test_a_copied_model_resumes_and_a_changed_one_does_not(
     run: Runner, stop_at: Any, packable_folder: Callable[..., str], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -257,23 +262,24 @@ def damage(path: Path, how: str) -> None:
     elif how == "cut":
         data = data[:-3]
     path.write_bytes(data)
-    if how == "gone":
+    if how == "removed":
         path.unlink()
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("how", ["flip", "cut", "removed"])
 def test_a_damaged_journal_is_never_used(how: str, run: Runner, stop_at: Any, tmp_path: Path, space: Path) -> None:
     whole = tree(run("whole", **TUNED))
     with pytest.raises(Stopped), stop_at(blockwise, "_quantize_block", 2):
         run("out", **TUNED)
     (journal,) = (space / "resume").iterdir()
     names = sorted(path.name for path in journal.iterdir())
-    assert [n.partition("-")[0] for n in names] == ["full", "manifest.json", "quantized", "run.json", "smoke_sample", "unit"]
+    kinds = [name.partition("-")[0] for name in names]
+    assert kinds == ["full", "manifest.json", "quantized", "run.json", "smoke_sample", "unit"]
     kept = tmp_path / "kept"
     shutil.copytree(journal, kept)
     for name in names:
         damage(journal / name, how)
-        if how == "gone" and name.endswith(".json"):  # as if nothing had been finished
+        if how == "removed" and name.endswith(".json"):  # as if nothing had been finished
             run("out", **TUNED)
             assert tree(tmp_path / "out") == whole
             shutil.rmtree(tmp_path / "out")
@@ -298,7 +304,7 @@ def test_an_unfinished_folder_does_not_open(run: Runner, stop_at: Any, tmp_path:
     with pytest.raises(KeyboardInterrupt), stop_at(staging, "_move", 2):
         run("out", **TUNED)
     (tmp_path / "out" / ".partial").mkdir(exist_ok=True)  # as a kill leaves it
-    with pytest.raises(ModelError, match="not finished; give the command that began it once more"):
+    with pytest.raises(ModelError, match="unfinished quantization; run the same command again"):
         AutoRound(tmp_path / "out")
 
 

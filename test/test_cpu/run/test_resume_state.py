@@ -128,7 +128,8 @@ def test_a_journal_is_read_back_and_tidied(tmp_path: Path, monkeypatch: pytest.M
     journal.begin({"settings": {"seed": 1}})
     hidden = [scales(2, 3, 4) for _ in range(3)]
     for index in range(3):
-        journal.add(f"block {index}", {"x": torch.tensor(index)}, [index], index, {"full": hidden[index]})
+        unit = journal.write_unit(f"block {index}", {"x": torch.tensor(index)}, [index], index)
+        journal.commit(unit, {"full": journal.write_stream("full", hidden[index])})
     (folder / "unit-0003.safetensors.partial").write_bytes(b"cut short")
     (folder / "full-0002.safetensors").write_bytes(b"should have been removed")
     again = Journal(folder)
@@ -194,7 +195,7 @@ def test_a_stream_may_change_when_it_is_written_and_a_unit_counts_when_all_is(
     for index in range(3):
         journal.wait_until_written("unit", "full")
         full += 1
-        journal.keep("full", full)
+        journal.submit_stream("full", full)
         journal.wait_until_written("quantized")
         quantized += 2
         journal.add(f"block {index}", Unit(), index, {"full": full, "quantized": quantized})
@@ -205,7 +206,7 @@ def test_a_stream_may_change_when_it_is_written_and_a_unit_counts_when_all_is(
     assert [unit["name"] for unit in again.units] == ["block 0", "block 1", "block 2"]
     assert torch.equal(again.stream("full"), full) and torch.equal(again.stream("quantized"), quantized)
     full += 1
-    journal.keep("full", full)  # of a block that is not finished
+    journal.submit_stream("full", full)  # of a block that is not finished
     journal.close()
     again.load()
     assert torch.equal(again.stream("full"), full - 1)
@@ -228,10 +229,10 @@ def test_the_size_that_is_planned(tmp_path: Path, packable_folder: Any, token_id
     sizes: list[int] = []
     real = RunJournal.finish
 
-    def finish(self: RunJournal, keep: bool) -> None:
+    def finish(self: RunJournal, keep_record: bool) -> None:
         streams = sum(mark[0] for _, mark in self.journal.streams.values())
         sizes.append(self.journal.nbytes() - streams)
-        real(self, keep)
+        real(self, keep_record)
 
     ar = AutoRound(packable_folder("llama"), group_size=32, dataset=token_ids, nsamples=8, seqlen=24, iters=1)
     job = ar.plan("auto_round", str(tmp_path / "out"))

@@ -76,7 +76,7 @@ def test_chosen_blocks(make: Callable[..., Any]) -> None:
     assert make("llama", to_quant_block_names=[["model.layers.1"]]).quant_block_list == [["model.layers.1"]]
 
 
-def test_a_gguf_files_embeddings_are_told(gguf_folder: Callable[..., str]) -> None:
+def test_layer_config_lists_a_gguf_files_embeddings(gguf_folder: Callable[..., str]) -> None:
     config = {"model.embed_tokens": {"bits": 8}}
     ar = AutoRound(gguf_folder("llama"), format="gguf:q4_k_m", layer_config=config, iters=0, device_map="cpu")
     embedding = ar.layer_config["model.embed_tokens"]

@@ -1,4 +1,4 @@
-"""What a format cannot pack, and what stays dense with it."""
+"""Layers that a format cannot pack, and layers that are left unquantized with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_what_engines_join_stays_dense_together(make: Callable[..., Any], packab
     plan = make(folder, scheme="W4A16", group_size=128, iters=0).plan("auto_awq")
     kept = {name.rpartition(".")[2]: layer.reason for name, layer in plan.layers.items() if layer.reason}
     assert set(kept) >= {"q_proj", "k_proj", "v_proj"} and not {"o_proj", "gate_proj", "up_proj"} & set(kept)
-    assert "with which engines join it" in kept["q_proj"] and "out_features=64" in kept["k_proj"]
+    assert "which engines fuse with it" in kept["q_proj"] and "out_features=64" in kept["k_proj"]
     assert make(folder, scheme="W4A16", group_size=64, iters=0).plan("auto_awq").quantized().keys() >= {
         "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
     }  # fmt: skip

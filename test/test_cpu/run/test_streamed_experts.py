@@ -44,6 +44,7 @@ def expert_bytes_held(source: Any) -> int:
         ("qwen3-moe", {"scheme": "NVFP4", "group_size": 16}),
         ("mixtral", {"sym": False}),
         ("gpt-oss", {}),
+        ("qwen3-moe", {"alg_configs": "gptq"}),
     ],
     ids=str,
 )

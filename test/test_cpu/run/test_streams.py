@@ -43,7 +43,7 @@ def test_in_place_and_in_a_file_the_numbers_are_the_same(source: ModelSource, tm
             source.release(name)
             for other in (fresh.hidden, spilled.hidden[0:6], second.hidden[0:6]):
                 assert torch.equal(plain.hidden[0:6], other)  # type: ignore[arg-type]
-        # Two rooms are used in turns, however many blocks there are.
+        # Two buffers are used alternately, for any number of blocks.
         assert file.size == 3 * 6 * 10 * 32 * 4
 
 

@@ -1,4 +1,4 @@
-"""The processor of a written folder is that of the source, told by a tiny one for sound."""
+"""The processor of a written folder is compared with the source's: a tiny one for sound."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_the_same_passes(folders: tuple[Path, Path]) -> None:
     assert check_tokenizer(folders[1], folders[0], None, trusted=False)
 
 
-@pytest.mark.parametrize("how", ["setting", "gone", "broken"])
+@pytest.mark.parametrize("how", ["setting", "removed", "broken"])
 def test_another_processor_is_an_error(folders: tuple[Path, Path], how: str) -> None:
     file = processor_file(folders[1])
     if how == "setting":
         text = file.read_text()
         assert '"feature_size": 4' in text
         file.write_text(text.replace('"feature_size": 4', '"feature_size": 5'))
-    elif how == "gone":
+    elif how == "removed":
         file.unlink()
     else:
         file.write_text("{")

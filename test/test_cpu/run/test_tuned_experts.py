@@ -237,6 +237,7 @@ def test_few_tokens_leave_an_expert_at_its_start(folder: str, make: Make, alone:
         ("qwen2-moe", {"enable_quanted_input": False, "batch_size": 3}),
         ("qwen3-moe", {"scheme": "NVFP4", "group_size": 16, "format": "llm_compressor"}),
         ("qwen3-moe", {"scheme": "FP8_STATIC", "group_size": None, "format": "llm_compressor"}),
+        ("qwen3-moe", {"bits": 3, "alg_configs": "gptq"}),
         ("gguf", {"scheme": "gguf:q4_k_m", "group_size": None, "format": "gguf:q4_k_m"}),
     ],
     ids=str,
@@ -258,12 +259,12 @@ def test_kinds(
     assert report["verify"] and all(b["loss_after"] <= b["loss_before"] for b in report["blocks"])
 
 
-def test_stopped_in_an_expert_it_goes_on_as_it_was(
+def test_a_run_stopped_in_an_expert_is_resumed(
     folder: str, make: Make, alone: Make, stop_at: Any, weights_hash: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     alone(folder, **QUICK).quantize_and_save(tmp_path / "whole")
-    with pytest.raises(Stopped, match="block 2 of 2; the same command goes on from there"):
+    with pytest.raises(Stopped, match="block 2 of 2; run the same command again to resume"):
         with stop_at(PerExpertTuner, "_quantize", EXPERTS + 5):
             alone(folder, **QUICK).quantize_and_save(tmp_path / "out")
     # What was taken before is taken again, though the block would fit now: less is in memory, or there is no limit.
@@ -290,7 +291,7 @@ def test_stopped_in_an_expert_it_goes_on_as_it_was(
 def test_what_was_tuned_with_its_block_stays_so(
     folder: str, make: Make, stop_at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that finds a little more in memory goes on; one that finds much more is refused, with the reason."""
+    """A start that finds a little more in memory resumes; one that finds much more is refused, with the reason."""
     needed = make(folder, **QUICK).plan().peak_ram
     given = {**QUICK, "max_memory": needed}
     out = tmp_path / "out"
@@ -308,7 +309,7 @@ def test_what_cannot_be_tuned_so_is_refused(
     folder: str, make: Make, alone: Make, packable_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = alone(folder).plan().peak_ram
-    with pytest.raises(ConfigError, match="cannot be tuned one at a time: on_nan=rtn wants them together"):
+    with pytest.raises(ConfigError, match="cannot be tuned one at a time: on_nan=rtn needs them together"):
         make(folder, **TUNED, on_nan="rtn", max_memory=limit).quantize_and_save(tmp_path / "out")
     with pytest.raises(ConfigError, match="experts are tuned one at a time already") as refused:
         make(folder, **TUNED, max_memory=120_000_000).quantize_and_save(tmp_path / "out")
@@ -317,6 +318,6 @@ def test_what_cannot_be_tuned_so_is_refused(
     assert not (tmp_path / "out").exists() and not (tmp_path / "space").exists()
     with pytest.raises(ConfigError, match="one at a time: the model is in memory already"):
         make(packable_model("qwen3-moe"), **TUNED, max_memory=120_000_000).plan()
-    monkeypatch.setattr("auto_round.run.memory_policy.experts_inside", lambda _block: {})
-    with pytest.raises(ConfigError, match=r"runs the experts of model\.layers\.0 in a way of its own"):
+    monkeypatch.setattr("auto_round.run.memory_policy.routed_experts", lambda _block: {})
+    with pytest.raises(ConfigError, match=r"runs the experts of model\.layers\.0 in an unsupported way"):
         make(folder, **TUNED, max_memory=limit).plan()

@@ -1,4 +1,4 @@
-"""Layers that stay dense by default, what overrides that, and models of which too much would stay dense."""
+"""Layers that are unquantized by default, overrides, and models of which too much would be unquantized."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from auto_round.errors import UnsupportedError
 from auto_round.modeling.layer_rules import ROUTER
 
 Plan = Callable[..., Any]
-SERVED = "serving engines keep it dense: "
+SERVED = "serving engines keep it unquantized: "
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_every_matrix_is_in_the_plan_and_in_the_report(plan: Plan, folder: Any, 
     job = plan("nemotron_h", ignore_layers="k_proj")
     assert job.skipped and all(job.skipped.values())
     text = job.render()
-    assert "other weights in the blocks, dense: it chooses experts" in text
-    assert "other weights in the blocks, dense: a convolution" in text
+    assert "other weights in the blocks, unquantized: it chooses experts" in text
+    assert "other weights in the blocks, unquantized: a convolution" in text
     assert all(r is not None and "ask for full precision" in r for r in reasons(job, "k_proj"))
     out = tmp_path / "out"
     AutoRound(

@@ -92,7 +92,7 @@ FAULTS = [
 def saved(
     packable_folder: Callable[..., str], token_ids: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, tuple[Path, Expected]]]:
-    """A packed symmetric, a packed asymmetric and a dense checkpoint, and what the check was told of each."""
+    """A packed symmetric, a packed asymmetric and a dense checkpoint, and the expected contents of each."""
     from auto_round import AutoRound
 
     found: dict[str, tuple[Path, Expected]] = {}
@@ -179,7 +179,7 @@ def test_another_loss_is_found(saved: Any) -> None:
     import dataclasses
 
     folder, expected = saved["sym"]
-    with pytest.raises(VerifyError, match="loss on the probe"):
+    with pytest.raises(VerifyError, match="loss on the smoke sample"):
         verify_folder(folder, dataclasses.replace(expected, loss=expected.loss + 0.1))
 
 
@@ -206,11 +206,11 @@ def test_dense_weights_rounded_to_a_half_dtype_have_another_loss(
     ar = AutoRound(str(tmp_path / "half"), group_size=32, iters=0, dataset=token_ids, seqlen=24)
     ar.quantize_and_save(tmp_path / "out" / "fake", "fake")
     assert seen["fake"].casts_to_model_dtype and seen["fake"].dtype == torch.float32
-    with pytest.raises(VerifyError, match="loss on the probe"):
+    with pytest.raises(VerifyError, match="loss on the smoke sample"):
         ar.quantize_and_save(tmp_path / "out" / "packed", "auto_round")
 
 
-def test_a_run_whose_writing_goes_wrong_fails(make: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_run_that_writes_wrong_tensors_fails(make: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
     from auto_round.formats.config_auto_round import AutoRoundFormat
 
     right = AutoRoundFormat.pack

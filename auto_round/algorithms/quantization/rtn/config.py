@@ -1,9 +1,12 @@
-"""Settings of round-to-nearest: `RTNConfig` and `OptimizedRTNConfig`."""
+"""Settings of round-to-nearest, `RTNConfig` and `OptimizedRTNConfig`, and of a plugin's algorithm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from auto_round.algorithms.base import ALGORITHMS, BlockQuantizer
 from auto_round.errors import ConfigError
 from auto_round.schemes import SchemeFields
 
@@ -27,6 +30,27 @@ class RTNConfig(SchemeFields):
     @property
     def optimized(self) -> bool:
         return not self.disable_opt_rtn
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RegisteredConfig(RTNConfig):
+    """An algorithm of a plugin, which takes no settings.
+
+    Attributes:
+        quantizer: name given to `register_algorithm`.
+    """
+
+    quantizer: str
+
+    def make(self, scale_dtype: torch.dtype) -> BlockQuantizer:
+        """The quantizer for a run whose scales are stored in `scale_dtype`."""
+        return ALGORITHMS[self.quantizer](scale_dtype)
+
+    @property
+    def optimized(self) -> bool:
+        """Whether it looks at calibration data."""
+        made = self.make(torch.float16)
+        return made.needs_importance or made.needs_targets
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

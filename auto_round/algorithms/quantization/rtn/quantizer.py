@@ -1,7 +1,4 @@
-"""RTN: round to nearest on min/max scales, or on searched scales (opt-RTN); GPTQ for layers in ggml types.
-
-Layers in ggml types whose Hessians were gathered get their codes by GPTQ on the searched steps (docs/adr/0011).
-"""
+"""RTN: round to nearest on min/max scales, or on searched scales (opt-RTN)."""
 
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ from auto_round.algorithms.encode_layer import (
     is_integer,
     minifloat_spec,
 )
-from auto_round.algorithms.gptq import HessianFactors, factorize_hessian, gptq_blocks, shared_hessian_factors
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.rtn.search import search_qparams, search_scales
 from auto_round.codecs.block_float import BlockFloatSpec, encode
@@ -32,8 +28,6 @@ from auto_round.codecs.int import QuantParams, integer_qparams
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.codecs.registry import clamp_to_float16
 from auto_round.threads import parallel_map
-
-DAMPING = 0.3  # of the products' mean diagonal
 
 
 def initial_qparams(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantParams:
@@ -58,36 +52,25 @@ def initial_scales(
     return encode(task.weight, family, task.scheme.group_size, global_scale=tensor_scale).scale, tensor_scale
 
 
-def initial_blocks(
-    task: LayerTask, kind: GgmlType, optimized: bool, hessian_factors: HessianFactors | None = None
-) -> GgmlBlocks:
+def initial_blocks(task: LayerTask, kind: GgmlType, optimized: bool, quick: bool = False) -> GgmlBlocks:
     """The blocks of a layer in a ggml type before any tuning: searched, or as ggml rounds without importance.
 
-    Their factors are float16: weights beyond it are cut to its largest value first. `hessian_factors`: of
-    `shared_hessian_factors`.
+    Their scales are float16: weights beyond it are cut to its largest value first. `quick`: a shorter search, whose
+    codes are left out.
     """
     from auto_round.codecs.ggml.plain import plain_blocks
 
     weight = clamp_to_float16(task.weight)
     if not optimized:
         return plain_blocks(weight, kind.name)
-    if task.input_hessians is None:
-        return search_blocks(weight, kind.name, task.importance)
-    steps = search_blocks(weight, kind.name, task.importance, quick=True, codes=False)
-    factors = [
-        (hessian_factors or {}).get(id(hessian)) or factorize_hessian(hessian, DAMPING)
-        for hessian in task.input_hessians
-    ]
-    return gptq_blocks(weight, steps, factors)
+    return search_blocks(weight, kind.name, task.importance, quick=quick, codes=not quick)
 
 
-def quantize_layer(
-    task: LayerTask, optimized: bool, scale_dtype: torch.dtype, hessian_factors: HessianFactors | None = None
-) -> QuantizedLayer:
-    """One layer rounded to nearest. `hessian_factors`: of `shared_hessian_factors`."""
+def quantize_layer(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantizedLayer:
+    """One layer rounded to nearest."""
     kind = ggml_type_for(task)
     if kind is not None:
-        return encode_ggml(task, initial_blocks(task, kind, optimized, hessian_factors))
+        return encode_ggml(task, initial_blocks(task, kind, optimized))
     family = minifloat_spec(task.scheme)
     if family is not None:
         scale, tensor_scale = initial_scales(task, family, optimized)
@@ -111,15 +94,9 @@ class RTNQuantizer:
         self.name = "opt-RTN" if config.optimized else "RTN"
 
     def needs_hessian(self, layer: LayerTask) -> bool:
-        return self.config.optimized and ggml_type_for(layer) is not None
+        return False
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         device = task.layers[0].weight.device if task.layers else torch.device("cpu")
-        hessian_factors = shared_hessian_factors(task.layers, DAMPING, device)
-        rounded = partial(
-            quantize_layer,
-            optimized=self.config.optimized,
-            scale_dtype=self.scale_dtype,
-            hessian_factors=hessian_factors,
-        )
+        rounded = partial(quantize_layer, optimized=self.config.optimized, scale_dtype=self.scale_dtype)
         return BlockResult(parallel_map(rounded, task.layers, device))

@@ -84,6 +84,9 @@ Index = tuple[slice, slice]
 Function = Callable[..., Any]
 
 SCALE_FACTOR_RANGE = (0.5, 1.5)
+EDGE = (
+    0.4  # of a step: where the rounding delta starts within a code that is not the nearest one, 0.1 inside its border
+)
 _CPU_CHUNK = 1 << 16  # weights processed at once: the buffers of one chunk stay in cache
 _GPU_CHUNK = 1 << 24
 
@@ -109,10 +112,12 @@ class LearnableGroup(ABC):
         start_scales, scale_factors: float32 tensors; the stored scales are those of `start_scale * factor`.
         rules: update rules of the rounding delta and of each scale factor.
         fuse_update: the rounding delta's rule has no state, so chunks can be updated one by one.
+        start_delta: the rounding delta before the first step; None: zero, which gives the nearest codes.
     """
 
     # (weights from chunk arguments; gradients from the same and dL/dW), written by subclasses as pure functions.
     functions: ClassVar[tuple[Function, Function]]
+    start_delta: torch.Tensor | None = None
 
     def __init__(
         self, tasks: Sequence[LayerTask], group_size: GroupSize, compute_dtype: torch.dtype, tune_scale: bool = True,
@@ -156,6 +161,25 @@ class LearnableGroup(ABC):
         self.fuse_update = isinstance(self.rules[0], SignStep)
         self.apply_scale_factors()
         self.refresh()
+
+    @torch.no_grad()
+    def _start_from(self, codes: Sequence[torch.Tensor | None]) -> None:
+        """Start from `codes`, uint8 shaped like the layer's blocks, one a layer; None: from the nearest ones."""
+        for index in self.chunks:
+            for rows, wanted in zip(self.slices, codes, strict=False):
+                start, stop = max(rows.start, index[0].start), min(rows.stop, index[0].stop)
+                if wanted is not None and start < stop:
+                    own = slice(start, stop), index[1]
+                    self.rounding_delta[own] = self._delta_of(
+                        own, wanted[start - rows.start : stop - rows.start, index[1]]
+                    )
+        if bool(self.rounding_delta.any()):
+            self.start_delta = self.rounding_delta.clone()
+            self.refresh()
+
+    @abstractmethod
+    def _delta_of(self, index: Index, codes: torch.Tensor) -> torch.Tensor:
+        """The rounding delta that leads to `codes` of a chunk: zero where they are the nearest, else just enough."""
 
     @abstractmethod
     def apply_scale_factors(self) -> None:
@@ -240,7 +264,10 @@ class LearnableGroup(ABC):
     @torch.no_grad()
     def restart(self) -> None:
         """Restore the state before the first step."""
-        self.rounding_delta.zero_()
+        if self.start_delta is None:
+            self.rounding_delta.zero_()
+        else:
+            self.rounding_delta.copy_(self.start_delta)
         for factor in self.scale_factors:
             factor.fill_(1.0)
         self.apply_scale_factors()

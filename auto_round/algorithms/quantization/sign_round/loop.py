@@ -9,9 +9,16 @@ from typing import Any, TypeVar
 import torch
 
 from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask, empty_device_cache, out_of_memory_error
-from auto_round.algorithms.encode_layer import ggml_type_for, is_integer, minifloat_spec
-from auto_round.algorithms.gptq import shared_hessian_factors
-from auto_round.algorithms.quantization.rtn.quantizer import DAMPING, initial_blocks, initial_qparams, initial_scales
+from auto_round.algorithms.encode_layer import ggml_type_for, has_codes, minifloat_spec
+from auto_round.algorithms.gptq import (
+    DAMPING,
+    ColumnCodec,
+    GPTQConfig,
+    feedback_codes,
+    shared_hessian_factors,
+    start_blocks,
+)
+from auto_round.algorithms.quantization.rtn.quantizer import initial_qparams, initial_scales
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import AutogradTunableLinear, TunableLinear
@@ -126,15 +133,20 @@ class SignRoundQuantizer:
 
     def __init__(
         self, config: SignRoundConfig, scale_dtype: torch.dtype = torch.float16, optimized_start: bool = True,
-        compile_step: bool = False,
+        compile_step: bool = False, gptq: GPTQConfig | None = None,
     ) -> None:  # fmt: skip
+        """`gptq`: start from codes by error feedback where they are better than the nearest ones on held-out samples;
+        None: in layers of ggml types only, and without that comparison."""
         self.compile_step = compile_step
+        self.gptq = gptq
         self.config = config
         self.scale_dtype = scale_dtype
         self.optimized_start = optimized_start
         self.needs_importance = optimized_start
 
     def needs_hessian(self, layer: LayerTask) -> bool:
+        if self.gptq is not None:
+            return has_codes(layer)
         return self.optimized_start and ggml_type_for(layer) is not None
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
@@ -164,7 +176,7 @@ class SignRoundQuantizer:
         }
         tunables: list[Tunable] = []
         replacements: dict[str, torch.nn.Module] = {}
-        grouped = [layer for layer in task.layers if _has_tuner(layer)]
+        grouped = [layer for layer in task.layers if has_codes(layer)]
         for tasks in stack_tasks(grouped):
             group = self._learnable_group(tasks, options)
             tunables.append(group)
@@ -182,21 +194,30 @@ class SignRoundQuantizer:
         # deltas have learned (docs/tuning.md, docs/gguf.md): such scales are tuned only with a rate of their own.
         tune_scale = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
         device = tasks[0].weight.device
+        damping = DAMPING if self.gptq is None else self.gptq.damping
+        factors = shared_hessian_factors(tasks, damping, device)
         kind = ggml_type_for(tasks[0])
         if kind is not None:
-            hessian_factors = shared_hessian_factors(tasks, DAMPING, device)
-            search = partial(initial_blocks, kind=kind, optimized=self.optimized_start, hessian_factors=hessian_factors)
+            search = partial(
+                start_blocks, kind=kind, optimized=self.optimized_start, damping=damping, known=factors
+            )  # fmt: skip
             blocks = parallel_map(search, tasks, device)
             return GgmlTuner(tasks, blocks, compile_step=self.compile_step, **options | {"tune_scale": tune_scale})
         spec = minifloat_spec(tasks[0].scheme)
         if spec is not None:
             searched = partial(initial_scales, family=spec, optimized=self.optimized_start)
             starts = parallel_map(searched, tasks, device)
+            codecs = [ColumnCodec.of_minifloats(t, spec, *start) for t, start in zip(tasks, starts, strict=True)]
+            codes = [feedback_codes(t, codec, damping, factors) for t, codec in zip(tasks, codecs, strict=True)]
             options = options | {"tune_scale": tune_scale}
-            return FloatTuner(tasks, spec, starts, compile_step=self.compile_step, **options)
+            return FloatTuner(tasks, spec, starts, codes=codes, compile_step=self.compile_step, **options)
         start = partial(initial_qparams, optimized=self.optimized_start, scale_dtype=self.scale_dtype)
         qparams = parallel_map(start, tasks, device)
-        return IntTuner(tasks, qparams, scale_dtype=self.scale_dtype, compile_step=self.compile_step, **options)
+        codecs = [ColumnCodec.of_integers(t, params) for t, params in zip(tasks, qparams, strict=True)]
+        codes = [feedback_codes(t, codec, damping, factors) for t, codec in zip(tasks, codecs, strict=True)]
+        return IntTuner(
+            tasks, qparams, codes=codes, scale_dtype=self.scale_dtype, compile_step=self.compile_step, **options
+        )  # fmt: skip
 
     def _tune(self, task: BlockTask, layers: Sequence[Tunable]) -> tuple[float, float]:
         config = self.config
@@ -206,7 +227,8 @@ class SignRoundQuantizer:
         rates = [config.learning_rates(layer.scheme.bits) for layer in layers]
         weights = None if task.loss_mask is None else task.loss_mask.float()
         runner = MicroBatchRunner(task, layers, self._micro_batch(task, layers))
-        start = best = runner.run(lambda micro_batch: self._loss(task, held_out, weights, micro_batch))
+        held_out_loss = partial(runner.run, partial(self._loss, task, held_out, weights))
+        start = best = self._choose_start(layers, held_out_loss)
         best_state: list[tuple[torch.Tensor, ...]] | None = None
         for step in range(config.iters):
             samples = next(batches)
@@ -216,7 +238,7 @@ class SignRoundQuantizer:
                 layer.step(lr * decay, scale_lr * decay)
             done = step + 1
             if is_evaluation_step(done, config.iters):
-                loss = runner.run(lambda micro_batch: self._loss(task, held_out, weights, micro_batch))
+                loss = held_out_loss()
                 if loss < best or config.not_use_best_mse:
                     best = loss
                     if done == config.iters:
@@ -231,6 +253,25 @@ class SignRoundQuantizer:
             else:
                 layer.restore(best_state[index])
         return start, best
+
+    def _choose_start(self, layers: Sequence[Tunable], held_out_loss: Callable[[], float]) -> float:
+        """The held-out loss at the start: with `gptq`, of the codes by error feedback or of the nearest ones, whichever
+        is lower."""
+        loss = held_out_loss()
+        groups = [layer for layer in layers if isinstance(layer, LearnableGroup) and layer.start_delta is not None]
+        if self.gptq is None or not groups:
+            return loss
+        deltas = [group.start_delta for group in groups]
+        for group in groups:
+            group.start_delta = None
+            group.restart()
+        nearest = held_out_loss()
+        if nearest < loss:
+            return nearest
+        for group, delta in zip(groups, deltas, strict=True):
+            group.start_delta = delta
+            group.restart()
+        return loss
 
     def _micro_batch(self, task: BlockTask, layers: Sequence[Tunable]) -> int:
         """Samples in one pass: the whole batch where some layer calls its data type's function in every pass."""
@@ -288,11 +329,6 @@ class SignRoundQuantizer:
 def _device(task: BlockTask) -> torch.device:
     """The block's device; its samples may be on another."""
     return task.layers[0].weight.device
-
-
-def _has_tuner(layer: LayerTask) -> bool:
-    """Whether a learnable group tunes the layer; other data types are tuned through their function."""
-    return ggml_type_for(layer) is not None or is_integer(layer.scheme) or minifloat_spec(layer.scheme) is not None
 
 
 def _swap(block: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> tuple[torch.nn.Module, str]:

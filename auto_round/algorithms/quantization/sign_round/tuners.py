@@ -29,11 +29,11 @@ import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.encode_layer import encode_ggml, encode_integer, encode_minifloat
-from auto_round.algorithms.quantization.sign_round.learnable_group import Index, LearnableGroup, State, copy_state
+from auto_round.algorithms.quantization.sign_round.learnable_group import EDGE, Index, LearnableGroup, State, copy_state
 from auto_round.codecs.block_float import BlockFloatSpec, add_rounding_delta, effective_scale
 from auto_round.codecs.ggml.types import GgmlBlocks, assign_codes, code_limits, inverse_of
 from auto_round.codecs.int import QuantParams, default_scale_threshold, round_to_stored
-from auto_round.codecs.minifloat import MinifloatType, block_sum
+from auto_round.codecs.minifloat import MinifloatType, as_blocks, block_sum
 from auto_round.codecs.quantized_layer import QuantizedLayer
 
 Tensor = torch.Tensor
@@ -71,19 +71,31 @@ def int_gradients(
 
 
 class IntTuner(LearnableGroup):
-    """Integer layers. `qparams`: where tuning starts, one a layer; `scale_dtype`: stored dtype of scales."""
+    """Integer layers.
+
+    `qparams`: where tuning starts, one a layer; `scale_dtype`: stored dtype of scales; `codes`: uint8 [out, in] to
+    start from, one a layer, or None for the nearest ones.
+    """
 
     functions = (int_values, int_gradients)
 
     def __init__(
         self, tasks: Sequence[LayerTask], qparams: Sequence[QuantParams], compute_dtype: torch.dtype,
-        scale_dtype: torch.dtype, **options: Any,
+        scale_dtype: torch.dtype, codes: Sequence[Tensor | None] = (), **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(tasks, tasks[0].scheme.group_size, compute_dtype, **options)
         self.bits, self.scale_dtype = qparams[0].bits, scale_dtype
         zeros = [params.zero for params in qparams if isinstance(params.zero, Tensor)]
         self.zero: Limit = torch.cat(zeros).unsqueeze(1) if zeros else float(qparams[0].zero)
         self._start(torch.cat([params.scale for params in qparams]).unsqueeze(1))
+        size = self.scheme.group_size
+        self._start_from([None if wanted is None else as_blocks(wanted, size) for wanted in codes])
+
+    def _delta_of(self, index: Index, codes: Tensor) -> Tensor:
+        blocks, scale, _, low, high = self._arguments(index)
+        ratio, wanted = blocks.float() / scale, codes.float() + low
+        delta = _clamp(ratio, wanted - EDGE, wanted + EDGE) - ratio
+        return torch.where(_clamp(ratio.round(), low, high) == wanted, 0.0, delta)
 
     def apply_scale_factors(self) -> None:
         scale = self.start_scales[0] * self.scale_factors[0]
@@ -147,19 +159,35 @@ def float_gradients(
 
 
 class FloatTuner(LearnableGroup):
-    """Layers of a small float type. `starts`: stored scales where tuning starts and global scale or None, by layer."""
+    """Layers of a small float type.
+
+    `starts`: stored scales where tuning starts and global scale or None, by layer; `codes`: as in `IntTuner`.
+    """
 
     functions = (float_values, float_gradients)
 
     def __init__(
         self, tasks: Sequence[LayerTask], spec: BlockFloatSpec, starts: Sequence[tuple[Tensor, Tensor | None]],
-        compute_dtype: torch.dtype, **options: Any,
+        compute_dtype: torch.dtype, codes: Sequence[Tensor | None] = (), **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(tasks, tasks[0].scheme.group_size, compute_dtype, **options)
         self.spec = spec
         self._globals = [given for _, given in starts]
         columns = self.blocks.shape[2]
         self._start(torch.cat([scale.reshape(-1, 1, columns, 1) for scale, _ in starts]).to(self.blocks.device))
+        size = self.scheme.group_size
+        self._start_from([None if wanted is None else as_blocks(wanted, size) for wanted in codes])
+
+    def _delta_of(self, index: Index, codes: Tensor) -> Tensor:
+        blocks, factors, _, element = self._arguments(index)
+        ratio, wanted = blocks.float() / factors, element.decode(codes)
+        # Towards zero the next value may be half as far away as the other one.
+        size = wanted.abs()
+        outer, towards_zero = element.step(size) * EDGE, element.step(size * (1 - 2.0**-10)) * EDGE
+        above = torch.where(wanted < 0, towards_zero, outer)
+        below = torch.where(wanted > 0, towards_zero, outer)
+        moved = torch.maximum(torch.minimum(ratio, wanted + above), wanted - below) - ratio
+        return torch.where(element.nearest(ratio) == wanted, 0.0, moved / element.step(ratio))
 
     def _effective(self, scale: Tensor) -> Tensor:
         """Factors from element values to weights, [R, 1, C, 1]."""
@@ -184,9 +212,6 @@ class FloatTuner(LearnableGroup):
             encode_minifloat(task, self.spec, self.scale[rows], self.rounding_delta[rows], given)
             for task, rows, given in zip(self.tasks, self.slices, self._globals, strict=True)
         ]
-
-
-_INSIDE = 0.1  # of a step: distance from the rounding border of a start that is not the nearest code
 
 
 def ggml_values(
@@ -230,19 +255,13 @@ class GgmlTuner(LearnableGroup):
         self._limits = code_limits(self.kind)
         self.start = _without_codes(starts, torch.cat)
         self._start(*(part.float() for part in (self.start.d, self.start.dmin) if part is not None))
-        self._set_start_delta(torch.cat([part.codes for part in starts]).view(self.blocks.shape))
-        self.refresh()
+        self._start_from([part.codes.view(-1, *self.blocks.shape[1:]) for part in starts])
 
-    def _set_start_delta(self, codes: Tensor) -> None:
-        """Rounding deltas that lead to `codes`."""
-        edge = 0.5 - _INSIDE
-        for index in self.chunks:
-            blocks, _, inverse, minimum, _, low, high = self._arguments(index)
-            ratio = (blocks.float() - minimum) * inverse
-            wanted = codes[index].float() - self.kind.zero
-            delta = torch.maximum(torch.minimum(ratio, wanted + edge), wanted - edge) - ratio
-            self.rounding_delta[index] = torch.where(ratio.round().clamp(low, high) == wanted, 0.0, delta)
-        self._start_delta = self.rounding_delta.clone() if bool(self.rounding_delta.any()) else None
+    def _delta_of(self, index: Index, codes: Tensor) -> Tensor:
+        blocks, _, inverse, minimum, _, low, high = self._arguments(index)
+        ratio, wanted = (blocks.float() - minimum) * inverse, codes.float() - self.kind.zero
+        delta = torch.maximum(torch.minimum(ratio, wanted + EDGE), wanted - EDGE) - ratio
+        return torch.where(ratio.round().clamp(low, high) == wanted, 0.0, delta)
 
     def apply_scale_factors(self) -> None:
         found = [(s * f).half() for s, f in zip(self.start_scales, self.scale_factors, strict=True)]
@@ -269,13 +288,6 @@ class GgmlTuner(LearnableGroup):
                 slope = (slope * whole).view(*start.shape, -1).sum(-1)
             found.append(slope * start * sign)
         return found
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        super().restart()
-        if self._start_delta is not None:
-            self.rounding_delta.copy_(self._start_delta)
-            self.refresh()
 
     @torch.no_grad()
     def finish(self) -> list[QuantizedLayer]:

@@ -98,12 +98,12 @@ def test_folder_of_files(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("d.json", "[1, 2", "line 1, column"),
-        ("d.json", "3", "holds a int"),
+        ("d.json", "3", "has a int"),
         ("d.json", '[{"title": "x"}]', r"keys \['title'\]"),
         ("d.json", '{"text": ["a"], "id": [1, 2]}', "different lengths"),
         ("d.json", '[{"input_ids": [1, 2], "attention_mask": [1]}]', "2 input_ids but 1"),
-        ("d.json", '[{"messages": [{"who": "me"}]}]', "no conversation"),
-        ("d.csv", "a,b", "ending '.csv'"),
+        ("d.json", '[{"messages": [{"who": "me"}]}]', "not a conversation"),
+        ("d.csv", "a,b", "suffix '.csv'"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: str, words: str) -> None:

@@ -30,7 +30,7 @@ def test_long_is_cut_and_short_is_dropped(tokenizer: Any, caplog: pytest.LogCapt
         assert sample["attention_mask"].tolist() == [1] * 16
         assert "labels" not in sample
     assert [r.message for r in caplog.records] == [
-        "calibrating with 2 samples, 4 were asked for. 'the given data': 3 documents of 6 to 133 tokens, 2 kept, "
+        "calibrating with 2 samples, 4 were requested. 'the given data': 3 documents of 6 to 133 tokens, 2 kept, "
         "1 dropped as shorter than seqlen=16, 0 dropped as padding (one token repeated over more than half of it)"
     ]
 
@@ -119,7 +119,7 @@ def test_template_that_refuses_a_system_message(tokenizer: Any, tmp_path: Any) -
     (tmp_path / "a.txt").write_text("first " * 20)
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>")
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(DataError, match="refuses these messages .no system role"):
+    with pytest.raises(DataError, match="rejects these messages .no system role"):
         load(f"{tmp_path}/a.txt:apply_chat_template", tokenizer)
 
 
@@ -170,7 +170,7 @@ def test_ids_of_one_shorter_length_set_the_length(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO, "auto_round"):
         data = prepare_calibration(torch.tensor(IDS), None, seqlen=64, nsamples=3, seed=0)
     assert data.seqlen == 20 and [s["input_ids"].tolist() for s in data.samples] == IDS
-    assert [r.message for r in caplog.records] == ["all given samples have 20 tokens; using seqlen=20 in place of 64"]
+    assert [r.message for r in caplog.records] == ["all given samples have 20 tokens; using seqlen=20 instead of 64"]
     with pytest.raises(DataError, match="3 documents of 19 to 20 tokens"):
         load([IDS[0], IDS[1][:19], IDS[2]], None, seqlen=64)
 
@@ -184,7 +184,7 @@ def test_given_masks_and_labels_are_kept() -> None:
     sample = load([left], None, seqlen=16, nsamples=1)[0]
     assert sample["attention_mask"].tolist() == left["attention_mask"]
     assert sample["labels"].tolist() == left["labels"]
-    cut = load([left], None, seqlen=12, nsamples=1)[0]  # padding in front goes first
+    cut = load([left], None, seqlen=12, nsamples=1)[0]  # leading padding is cut off first
     assert cut["input_ids"].tolist() == [0, 0] + list(range(1, 11))
     assert cut["attention_mask"].tolist() == [0, 0] + [1] * 10
     assert cut["labels"].tolist() == [-100] * 4 + list(range(3, 11))

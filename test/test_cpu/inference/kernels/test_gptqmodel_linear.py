@@ -56,7 +56,7 @@ def test_what_the_values_forbid() -> None:
     zeros = torch.full((128, 4), 8, dtype=torch.uint8)
     zeros[3, 1] = 7
     weight = IntegerWeight(torch.zeros(128, 256, dtype=torch.uint8), torch.ones(128, 4).half(), zeros, spec())
-    with pytest.raises(UnsupportedError, match="says symmetric, but its zero points are not all in the middle"):
+    with pytest.raises(UnsupportedError, match="says symmetric, but some zero points are not"):
         gptqmodel_linear.Torch(weight)
 
 

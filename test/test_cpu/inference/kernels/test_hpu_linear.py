@@ -26,14 +26,14 @@ def weight() -> IntegerWeight:
 def test_operands_by_hand() -> None:
     given = weight()
     got = hpu_operands(given)
-    assert got["words"].shape == (64, 2) and got["points"].shape == (2, 2) and got["steps"].shape == (2, 16)
+    assert got["words"].shape == (64, 2) and got["zeros"].shape == (2, 2) and got["scales"].shape == (2, 16)
     for row in (0, 5, 63):
         for word in (0, 1):
             value = int(got["words"][row, word]) & 0xFFFFFFFF
             assert [(value >> (4 * i)) & 15 for i in range(8)] == given.codes[8 * word : 8 * word + 8, row].tolist()
-    value = int(got["points"][1, 0]) & 0xFFFFFFFF
+    value = int(got["zeros"][1, 0]) & 0xFFFFFFFF
     assert [(value >> (4 * i)) & 15 for i in range(8)] == given.zeros[:8, 1].tolist()
-    assert torch.equal(got["steps"], given.scales.T.bfloat16())
+    assert torch.equal(got["scales"], given.scales.T.bfloat16())
     assert torch.equal(HpuLinear(given).codes(), given.codes)
 
 

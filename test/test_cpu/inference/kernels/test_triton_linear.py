@@ -141,7 +141,7 @@ def test_without_triton_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_asking_does_not_import_triton() -> None:
     code = (
         "import sys, auto_round.inference.kernels.triton_linear as t; from test_spec import SPEC\n"
-        "t.TritonLinear.refuses(SPEC); assert 'triton' not in sys.modules"
+        "t.TritonLinear.unsupported_reason(SPEC); assert 'triton' not in sys.modules"
     ).replace("from test_spec import SPEC", "import torch; from auto_round.inference.kernels import LayerSpec\n"
               "SPEC = LayerSpec(4, 128, True, 4096, 4096, torch.bfloat16, 'cuda')")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parents[3])

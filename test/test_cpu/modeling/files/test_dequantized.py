@@ -219,8 +219,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
     ("change", "says"),
     [
         (lambda t: t.pop(f"{UP}_scale_inv"), f"'{UP}' has no scale"),
-        (lambda t: t.update({f"{UP}_scale_inv": torch.ones(7)}), "do not belong together"),
-        (lambda t: t.update({f"{UP}_scale_inv": torch.ones(5, 5)}), "do not belong together"),
+        (lambda t: t.update({f"{UP}_scale_inv": torch.ones(7)}), "do not match"),
+        (lambda t: t.update({f"{UP}_scale_inv": torch.ones(5, 5)}), "do not match"),
         (lambda t: [t.pop(k) for k in list(t) if k.startswith("model.layers.1.mlp.up_proj")], "is missing"),
     ],
 )

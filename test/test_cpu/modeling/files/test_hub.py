@@ -23,7 +23,7 @@ def test_wrong_folders_never_ask_the_hub(tmp_path: Path, monkeypatch: Any) -> No
     (tmp_path / "smollm2").mkdir()
     with pytest.raises(ModelError, match="did you mean 'smollm2'"):
         hub.model_folder(str(tmp_path / "smollm"))
-    for wrong in ("./nothing", "a/b/c", "~/nothing-here", "", "-x/y", tmp_path / "gone"):
+    for wrong in ("./nothing", "a/b/c", "~/nothing-here", "", "-x/y", tmp_path / "missing"):
         with pytest.raises(ModelError, match="no model folder"):
             hub.model_folder(wrong)
     file = tmp_path / "file"

@@ -71,7 +71,7 @@ def test_outputs_of_ours_are_left(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_links(folder: Path, tmp_path: Path) -> None:
     (folder / "again").symlink_to(folder)
     (folder / "more").symlink_to(folder / "assets")
-    (folder / "gone").symlink_to(folder / "nothing")
+    (folder / "missing").symlink_to(folder / "nothing")
     assert names(folder) == sorted([*TAKEN, "more/deep/sign.png"])
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "key").write_text("key")

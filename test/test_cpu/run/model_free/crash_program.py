@@ -1,4 +1,4 @@
-"""A program of the tests: forks runs that are killed at chosen moments, and runs that go on. Not a test itself.
+"""A program of the tests: forks runs that are killed at chosen moments, and runs that resume. Not a test itself.
 
 Arguments: a JSON object with `model`, `work`, `kwargs`, and `kills` (how many) or `ranks` (how many processes). Prints
 one JSON line with what differs.
@@ -67,7 +67,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def finished(out: Path) -> bool:
-    """Whether nothing is left to do: the report is written last, and then the journal goes."""
+    """Whether nothing is left to do: the report is written last, and then the journal is removed."""
     return (out / "report.json").exists() and not (out / ".model_free" / "manifest.json").exists()
 
 
@@ -101,7 +101,7 @@ def kill_and_resume(given: dict[str, Any], wanted: dict[str, bytes], calls: int)
         if not finished(out):
             status = killed_once(given, out, -1, False)
             if status:
-                problems.append(f"{moments}: going on left with {status}")
+                problems.append(f"{moments}: the resumed run exited with {status}")
         if tree(out) != wanted:
             problems.append(f"{moments}: other files")
     return problems

@@ -162,7 +162,7 @@ def whole(folder: Path) -> bool:
 def test_a_disk_that_is_full_at_any_write(
     free: Callable[..., Path], split: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: int
 ) -> None:
-    """Every write in turn; afterwards the same command goes on to the same bytes."""
+    """Every write in turn; afterwards the same command resumes and gives the same bytes."""
     wanted = free(split, "wanted", **G32)
     calls = [0]
     at = [0]
@@ -198,7 +198,7 @@ def test_a_disk_that_is_full_at_any_write(
                 assert (made / file.name).read_bytes() == file.read_bytes(), (moment, file.name)
 
 
-def test_another_run_is_not_gone_on_with(
+def test_another_run_is_not_resumed(
     free: Callable[..., Path], split: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from auto_round.run.model_free import driver as drive
@@ -219,7 +219,7 @@ def test_another_run_is_not_gone_on_with(
     assert json.loads((free(split, **G32) / "config.json").read_text())["quantization_config"]["bits"] == 4
 
 
-def test_a_changed_input_is_not_gone_on_with(
+def test_a_run_of_a_changed_input_is_not_resumed(
     free: Callable[..., Path], split: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from auto_round.run.model_free import driver as drive

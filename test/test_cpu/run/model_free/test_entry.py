@@ -83,22 +83,24 @@ def test_the_command_line(folder: str, tmp_path: Path, caplog: pytest.LogCapture
     assert "model_free" not in (tmp_path / "regular" / "report.json").read_text()
 
 
-def test_what_it_cannot_do_goes_the_regular_way(folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unsupported_settings_use_the_regular_flow(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO", "auto_round"):
         job = AutoRound(folder, model_free="auto", iters=0, save_imatrix=tmp_path / "imatrix.gguf")
-    assert job._free is None and "the regular flow is taken: model-free mode rounds to nearest" in caplog.text
-    with pytest.raises(UnsupportedError, match="importance files weigh a search"):
+    assert job._free is None and "using the regular flow: model-free mode rounds to nearest" in caplog.text
+    with pytest.raises(UnsupportedError, match="importance files weight a search"):
         AutoRound(folder, model_free=True, save_imatrix=tmp_path / "imatrix.gguf")
 
 
 def test_several_stacks_of_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The regular flow cannot walk them either, and says the same."""
+    """The regular flow cannot quantize them either, and says the same."""
     known_families()["hrm_text"].build().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="several stacks of the same blocks"):
         AutoRound(str(tmp_path), model_free=True)
     with caplog.at_level("INFO", "auto_round"), pytest.raises(UnsupportedError, match="several stacks"):
         AutoRound(str(tmp_path), tokenizer=object(), model_free="auto", iters=0)
-    assert "the regular flow is taken: HrmText" in caplog.text
+    assert "using the regular flow: HrmText" in caplog.text
 
 
 def test_a_folder_that_is_not_there(folder: str) -> None:
@@ -115,7 +117,7 @@ def test_encoder_decoders_and_folders_without_weights(tmp_path: Path) -> None:
 def test_a_plan(packable_folder: Callable[..., str]) -> None:
     job = AutoRound(packable_folder("mixtral"), model_free=True, scheme="W4A16", group_size=32, parallelism=3).plan()
     text = job.render()
-    assert "3 tensors at a time" in text and "other weights in the blocks, dense: it chooses experts" in text
+    assert "3 tensors at a time" in text and "other weights in the blocks, unquantized: it chooses experts" in text
     assert job.peak_ram > 0 and job.bytes_on_disk["auto_round"] > 0
 
 

@@ -1,4 +1,4 @@
-"""A hub, played by a folder: files come one at a time, are checked, and go."""
+"""A hub, simulated by a folder: files are downloaded one at a time, checked, and removed."""
 
 from __future__ import annotations
 
@@ -141,14 +141,14 @@ def test_what_stays_damaged_is_named(hub_run: Callable[..., Any]) -> None:
         hub_run(spoil)
 
 
-def test_a_broken_run_goes_on(hub_run: Callable[..., Any], free: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_broken_run_is_resumed(hub_run: Callable[..., Any], free: Callable[..., Path], tmp_path: Path) -> None:
     broken = [True]
 
     def spoil(name: str, attempt: int, file: Path) -> None:
         if broken[0] and "model-00004" in name:
-            raise OSError("the network is gone")
+            raise OSError("the network is down")
 
-    with pytest.raises(ModelError, match="the network is gone"):
+    with pytest.raises(ModelError, match="the network is down"):
         hub_run(spoil)
     broken[0] = False
     hub, folder = hub_run(spoil)

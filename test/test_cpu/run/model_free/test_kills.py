@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment and gone on with, and runs by several processes, give the same bytes."""
+"""Runs that are killed at any moment and resumed, and runs by several processes, give the same bytes."""
 
 from __future__ import annotations
 

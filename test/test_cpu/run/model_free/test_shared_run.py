@@ -53,7 +53,7 @@ def test_failures_are_heard(tmp_path: Path) -> None:
 def test_waiting_ends() -> None:
     wait_until(lambda: True, lambda: 0, "nothing")
     with pytest.raises(OutputError, match="nothing happened for 0 s while waiting for the others"):
-        wait_until(lambda: False, lambda: 0, "the others", longest=0.01)
+        wait_until(lambda: False, lambda: 0, "the others", timeout=0.01)
 
 
 @pytest.fixture
@@ -90,15 +90,15 @@ def test_a_process_that_cannot_begin_ends_the_others(processes: Callable[..., An
 def test_a_slow_process_finds_the_run_that_it_is_part_of(
     processes: Callable[..., Any], check_fails: Any, tmp_path: Path
 ) -> None:
-    """All files are made, and only the end is missing: process 0 alone could bring it about, and be gone."""
+    """All files are written and only the end is missing: process 0 alone could finish and exit."""
     out = tmp_path / "out"
 
-    with check_fails("the disk has gone"), ThreadPoolExecutor(1) as pool:
+    with check_fails("the disk was removed"), ThreadPoolExecutor(1) as pool:
         first, second = processes()
         other = pool.submit(second.quantize_and_save, out)
-        with pytest.raises(OutputError, match="the disk has gone"):
+        with pytest.raises(OutputError, match="the disk was removed"):
             first.quantize_and_save(out)
-        with pytest.raises(AutoRoundError, match="process 0 gave up: OutputError: the disk has gone"):
+        with pytest.raises(AutoRoundError, match="process 0 gave up: OutputError: the disk was removed"):
             other.result(60)
     assert (out / FOLDER / f"{READY}00001").is_file() and list((out / FOLDER).glob("*.sha256"))
     first, second = processes()

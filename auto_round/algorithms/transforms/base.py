@@ -1,0 +1,70 @@
+"""Interface and registry of transforms: rewrites of a block that keep what it computes and make it easier to quantize.
+
+A transform looks at one block in full precision and names edits of its tensors. The run records them with the source,
+so that a fresh run, a resumed one, a model in memory and the files all hold the same edited tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from auto_round.edits import TensorEdit
+from auto_round.errors import ConfigError
+from auto_round.schemes import QuantizationScheme
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One block as a transform sees it. Nothing of it may be modified.
+
+    Attributes:
+        name: of the block, such as "model.layers.0".
+        block: the module, its weights in the dtype of the matrix products. Experts that are read one at a time are on
+            meta.
+        schemes: by layer name inside the block, such as "self_attn.q_proj", what each layer is quantized to.
+        moments: by layer name inside the block, float32 [in]: the mean square of each input channel over the
+            calibration tokens. Empty without calibration data.
+    """
+
+    name: str
+    block: torch.nn.Module
+    schemes: Mapping[str, QuantizationScheme]
+    moments: Mapping[str, torch.Tensor]
+
+
+class BlockTransform(Protocol):
+    """A rewrite of blocks. `needs_data`: whether it reads `BlockView.moments`."""
+
+    needs_data: bool
+
+    def edits(self, view: BlockView) -> Mapping[str, TensorEdit]:
+        """Edits by tensor name inside the block, such as "input_layernorm.weight". Together they must leave the
+        block's output unchanged; the run checks that on a calibration sample."""
+
+
+TRANSFORMS: dict[str, type[BlockTransform]] = {}
+
+
+def register_transform(name: str) -> Callable[[type[BlockTransform]], type[BlockTransform]]:
+    """Class decorator: the transform can be asked for as `--algorithm NAME`, alone or as `NAME,auto_round`.
+
+    Raises ConfigError when the name is taken.
+    """
+
+    def register(kind: type[BlockTransform]) -> type[BlockTransform]:
+        if TRANSFORMS.get(name, kind) is not kind:
+            raise ConfigError(f"a transform called {name!r} is registered already")
+        TRANSFORMS[name] = kind
+        return kind
+
+    return register
+
+
+def split_transforms(names: Sequence[Any]) -> tuple[tuple[str, ...], list[Any]]:
+    """Registered transforms among the entries of `--algorithm` or `alg_configs`, and the other entries, in order."""
+    found = tuple(name for name in names if isinstance(name, str) and name in TRANSFORMS)
+    return found, [name for name in names if name not in found]

@@ -1,0 +1,102 @@
+"""Load plugins: modules that register data types, schemes, formats, datasets, GGUF families, algorithms and backends.
+
+A plugin is a Python module that calls the `register_...` functions as it is imported. There are two ways to name one:
+
+- an installed package declares an entry point in the group `auto_round.plugins`; it is loaded in every run;
+- a file is named by path: `--plugin FILE.py`, `AutoRound(plugins=[...])` or the variable AR_PLUGINS.
+
+`load_plugins` is called where names arrive (`AutoRound`, the verbs of the command line, Transformers' loading hook),
+never by `import auto_round`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from auto_round import envs
+from auto_round.errors import AutoRoundError, ConfigError
+
+ENTRY_POINT_GROUP = "auto_round.plugins"
+_PREFIX = "auto_round_plugin_"
+
+# Loaded plugins: path or entry point -> (name, digest of the file or version of the package).
+_LOADED: dict[str, tuple[str, str]] = {}
+
+
+def load_plugins(files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()) -> None:
+    """Load the installed plugins, the files of AR_PLUGINS, and `files`; each once in a process, in this order.
+
+    Raises:
+        ConfigError: a plugin cannot be loaded. The message names it, the error and, in a file, the line.
+    """
+    _load_entry_points()
+    given = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    listed = [part for part in (envs.AR_PLUGINS or "").split(os.pathsep) if part.strip()]
+    for file in (*listed, *given):
+        _load_file(Path(file).expanduser().absolute())
+
+
+def loaded_plugins() -> dict[str, str]:
+    """Digest or version of each loaded plugin by name; part of what decides whether a run can be resumed."""
+    return dict(_LOADED.values())
+
+
+@cache
+def _load_entry_points() -> None:
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP)):
+        _load_entry_point(entry)
+
+
+def _load_entry_point(entry: EntryPoint) -> None:
+    """Import the module of an entry point; of `module:function`, call the function too."""
+    package = "unknown package" if entry.dist is None else f"package {entry.dist.name} {entry.dist.version}"
+    key = f"{entry.name} = {entry.value}"
+    if key in _LOADED:
+        return
+    _LOADED[key] = (entry.name, package)  # now: what it imports may call `load_plugins`
+    try:
+        found = entry.load()
+        if entry.attr:
+            found()
+    except Exception as error:
+        del _LOADED[key]
+        raise ConfigError(
+            f"plugin {entry.name!r} of {package} cannot be loaded: {_describe(error)}; repair the package, or "
+            "uninstall it"
+        ) from error
+
+
+def _load_file(path: Path) -> None:
+    if str(path) in _LOADED:
+        return
+    if path.suffix != ".py" or not path.is_file():
+        reason = "is not a Python file" if path.exists() else "does not exist"
+        raise ConfigError(f"plugin {path} {reason}; give the path of a .py file")
+    name = _PREFIX + path.stem
+    while name in sys.modules:  # another file of this name
+        name += "_"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        _LOADED[str(path)] = (name.removeprefix(_PREFIX), hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        _LOADED.pop(str(path), None)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise ConfigError(f"plugin {path} cannot be loaded: {_describe(error)}{where}") from error
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, AutoRoundError) else f"{type(error).__name__}: {error}"
