@@ -209,7 +209,7 @@ class OutputFormat(ABC):
 
     def layout(self, scheme: QuantizationScheme) -> Layout:
         """The layout that stores a layer of `scheme`. Formats without codes override `tensor_specs` and `pack`."""
-        raise NotImplementedError(self.name)
+        raise UnsupportedError(f"format {self.name!r} stores no packed codes")
 
     def tensor_specs(
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,

@@ -74,5 +74,10 @@ class AwqLayout(GptqLayout):
     def _pack_words(self, codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         return pack_awq(codes, zeros, bits)
 
+    def _unpack_words(
+        self, qweight: torch.Tensor, qzeros: torch.Tensor, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        return unpack_awq(qweight, qzeros)
+
 
 AWQ = AwqLayout(0)

@@ -35,12 +35,12 @@ class Layout(ABC):
     def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
         """The layer's tensors, as `specs` describes them."""
 
+    @abstractmethod
     def unpack(
         self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
         out_features: int,
     ) -> QuantizedLayer:  # fmt: skip
         """The inverse of `pack`, without the bias: the layer `name`. Raises ModelError for damaged tensors."""
-        raise NotImplementedError(f"{type(self).__name__} is opened by the loader of auto_round.inference")
 
     def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         """Why a layer of this shape cannot be packed, or None."""

@@ -12,6 +12,7 @@ accurate everywhere and asymmetric layers use other layouts by default.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,11 +77,23 @@ class GptqLayout(Layout):
         qweight, qzeros = self._pack_words(codes, zeros, layer.scheme.bits)
         return {"qweight": qweight, "qzeros": qzeros, "scales": scales.T.contiguous()}
 
+    def unpack(
+        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
+        out_features: int,
+    ) -> QuantizedLayer:  # fmt: skip
+        codes, zeros = self._unpack_words(tensors["qweight"], tensors["qzeros"], scheme.bits)
+        return QuantizedLayer(name, scheme, codes, tensors["scales"].T.contiguous(), zeros)
+
     def _weight_shape(self, in_features: int, out_features: int, bits: int) -> tuple[int, int]:
         return words_needed(in_features, bits), out_features
 
     def _pack_words(self, codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         return pack_gptq(codes, zeros, bits, self.zero_offset)
+
+    def _unpack_words(
+        self, qweight: torch.Tensor, qzeros: torch.Tensor, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        return unpack_gptq(qweight, qzeros, bits, self.zero_offset)
 
 
 GPTQ_V1, GPTQ_V2 = GptqLayout(1), GptqLayout(0)

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
-from auto_round.layouts.awq import pack_awq, unpack_awq
+from auto_round.layouts.awq import AWQ, pack_awq, unpack_awq
 from auto_round.layouts.bit_stream import pack_words, unpack_words
-from auto_round.layouts.gptq import GPTQ_V1, pack_gptq, unpack_gptq
+from auto_round.layouts.gptq import GPTQ_V1, GPTQ_V2, GptqLayout, pack_gptq, unpack_gptq
 from auto_round.schemes import QuantizationScheme
 
 SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[4] / "shared")
@@ -185,3 +185,14 @@ def test_golden_tensors_repack_to_the_same_bytes(name: str) -> None:
             if config["sym"]:
                 assert (zeros == 1 << (bits - 1)).all()
         assert torch.equal(again[0], qweight) and torch.equal(again[1], qzeros)
+
+
+@pytest.mark.parametrize("layout, bits", [(GPTQ_V1, 3), (GPTQ_V2, 2), (AWQ, 4)], ids=["gptq v1", "gptq v2", "awq"])
+def test_a_layer_comes_back_from_its_tensors(layout: GptqLayout, bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
+    scheme = QuantizationScheme(bits, 32, False)
+    layer = QuantizedLayer("l", scheme, draw(96, 64), torch.rand(96, 2, generator=generator).half(), draw(96, 2))
+    back = layout.unpack("l", scheme, layout.pack(layer), 64, 96)
+    assert torch.equal(back.codes, layer.codes) and torch.equal(back.scale, layer.scale)
+    assert torch.equal(back.zero_point, layer.zero_point)
