@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,47 +11,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from auto_round import envs
-from auto_round.algorithms.gptq import GPTQConfig
+from auto_round.config import QuantConfig, read_recipe
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.formats.base import OutputFormat, parse_formats
-from auto_round.formats.cache_scales import none_if_16_bits, parse_cache_scheme
 from auto_round.later import DIFFUSION
-from auto_round.layer_config import parse_ignore_layers, parse_layer_config
 from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
+from auto_round.output.folders import check_file
 from auto_round.plugins import load_plugins
+from auto_round.report.run_report import write_text
 from auto_round.run.driver import Run
 from auto_round.run.folders import default_format, split_runs
-from auto_round.run.keywords import (
-    checked_options,
-    choose_algorithm,
-    given_algorithm,
-    needs_samples,
-    resolve_scheme,
-    scheme_label,
-)
-from auto_round.run.model_free.driver import check_rtn_only, open_model_free
+from auto_round.run.keywords import resolve_settings
+from auto_round.run.model_free.driver import open_model_free
 from auto_round.run.planner import check_before_opening
+from auto_round.run.recipe_file import recipe_of, recipe_text
 from auto_round.run.saving import Saving
-from auto_round.run.settings import (
-    Settings,
-    check_on_nan,
-    check_whole_number,
-    names_tuple,
-    parse_budget,
-    parse_scale_dtype,
-    resolve_device,
-)
+from auto_round.run.settings import Settings
 from auto_round.run.settings_view import SettingsView, job_fields
-from auto_round.schemes import QuantizationScheme, mixed_preset
+from auto_round.schemes import QuantizationScheme
 
 if TYPE_CHECKING:
     from auto_round.run.plan import Job
-
-
-_CACHE_OPTIONS = (
-    "static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity",
-)  # fmt: skip
 
 
 class AutoRound(Saving, SettingsView):
@@ -88,9 +68,9 @@ class AutoRound(Saving, SettingsView):
             use) and `save_imatrix` (a file to write); `on_nan` ("fail", "rtn", "keep"), for layers with NaN or Inf
             (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin; `max_memory`, the memory limit of a run
             (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB". `model_free=True` rounds to nearest tensor by tensor,
-            without a model (docs/model-free.md), with `parallelism`. `format` is the default format of
-            `quantize_and_save`, `save_quantized` and `plan`. `plugins` are Python files that register data types,
-            formats and others (docs/plugins.md). `strict=True`: a layer name that matches nothing is an error (by
+            without a model (docs/model-free.md), with `parallelism`. `format` and `max_shard_size` are
+            the defaults of saving and of `plan`. `plugins` are Python files that register data types, formats and
+            others (docs/plugins.md). `strict=True`: a layer name that matches nothing is an error (by
             default a warning; an error in `plan`).
 
     The settings, with every default filled in, can be read as attributes: `ar.bits`, `ar.layer_config`, `ar.iters`
@@ -125,56 +105,18 @@ class AutoRound(Saving, SettingsView):
         ensure_logging()
         for sentence in envs.without_effect():
             warn_once("%s", sentence)
-        options = checked_options(kwargs, inspect.signature(AutoRound.__init__).parameters)
-        load_plugins(options["plugins"] or ())
-        algorithm_given = given_algorithm(alg_configs, options)
-        if options["model_free"]:
-            iters = check_rtn_only(algorithm_given, iters, options)
-        steps = gradient_accumulate_steps if gradient_accumulate_steps is not None else 1
-        algorithm, optimized = choose_algorithm(algorithm_given, iters, options["bs"] or batch_size, steps, options)
-        gptq = algorithm_given if isinstance(algorithm_given, GPTQConfig) else None
-        resolved = resolve_scheme(scheme, options)
-        self._named_formats = None if options["format"] is None else parse_formats(options["format"])
-        device = resolve_device(device_map if options["device"] is None else options["device"])
-        config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
-        cache = {name: none_if_16_bits(options[name]) for name in _CACHE_OPTIONS}
-        needs_data = gptq is not None or parse_cache_scheme(*cache.values()) is not None
-        self.settings = Settings(
-            scheme=resolved,
-            scheme_name=scheme_label(scheme, resolved),
-            algorithm=algorithm,
-            mixed=mixed_preset(scheme),
-            optimized_start=optimized,
-            transforms=options["transforms"],
-            gptq=gptq,
-            layer_config=config,
-            ignore_layers=parse_ignore_layers(options["ignore_layers"]),
-            quant_lm_head=bool(options["quant_lm_head"]),
-            to_quant_block_names=names_tuple(options["to_quant_block_names"]),
-            dataset=dataset,
-            nsamples=check_whole_number("nsamples", nsamples, int(needs_samples(algorithm) or needs_data)),
-            seqlen=check_whole_number("seqlen", seqlen, 2),
-            seed=check_whole_number("seed", seed, 0),
-            device=device,
-            amp=bool(options["amp"]),
-            low_gpu_mem_usage=bool(low_gpu_mem_usage),
-            enable_torch_compile=device.type == "cuda" if enable_torch_compile is None else bool(enable_torch_compile),
-            deterministic=bool(options["enable_deterministic_algorithms"]),
-            scale_dtype=parse_scale_dtype(options["scale_dtype"]),
-            platform=platform,
-            trust_remote_code=bool(options["trust_remote_code"]),
-            verify=bool(options["verify"]),
-            imatrix=None if options["imatrix"] is None else os.fspath(options["imatrix"]),
-            save_imatrix=None if options["save_imatrix"] is None else os.fspath(options["save_imatrix"]),
-            on_nan=check_on_nan(options["on_nan"]),
-            allow_pickle=bool(options["allow_pickle"]),
-            max_memory=parse_budget(options["max_memory"], device),
-            strict=options["strict"],
-            **cache,
-        )
+        load_plugins(kwargs.get("plugins") or ())
+        keywords = {
+            "platform": platform, "scheme": scheme, "layer_config": layer_config, "dataset": dataset, "iters": iters,
+            "seqlen": seqlen, "nsamples": nsamples, "batch_size": batch_size,
+            "gradient_accumulate_steps": gradient_accumulate_steps, "low_gpu_mem_usage": low_gpu_mem_usage,
+            "device_map": device_map, "enable_torch_compile": enable_torch_compile, "seed": seed,
+            "low_cpu_mem_usage": low_cpu_mem_usage, **kwargs,
+        }  # fmt: skip
+        self.settings, options = resolve_settings(keywords, alg_configs)
+        formats = self.settings.config.output.format
+        self._named_formats = None if formats is None else parse_formats(formats)
         check_before_opening(self.settings, self._named_formats)
-        self._batch_size, self._accumulate = options["bs"] or batch_size, steps
-        self._low_cpu_mem_usage = bool(low_cpu_mem_usage)
         self._layers_seen = None
         Saving.__init__(self)
         self._free = open_model_free(model, self.settings, options)
@@ -183,6 +125,43 @@ class AutoRound(Saving, SettingsView):
             return
         self._source = _open_model(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
         self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
+
+    @classmethod
+    def from_recipe(
+        cls, model: str | os.PathLike[str] | torch.nn.Module, recipe: str | os.PathLike[str] | QuantConfig,
+        tokenizer: Any = None, **changes: Any,
+    ) -> AutoRound:  # fmt: skip
+        """An AutoRound with the settings of a recipe: the file (`recipe.yaml` of a saved model, or its folder), or what
+        `recipe()` gave.
+
+        Args:
+            changes: keywords of `AutoRound` that override those of the recipe, or that it could not hold.
+
+        Raises:
+            ConfigError: no such recipe, a newer version, an unknown key or a wrong value, or something is missing that
+                it could not hold.
+        """
+        ensure_logging()
+        config = recipe if isinstance(recipe, QuantConfig) else read_recipe(recipe)
+        name = "the recipe" if isinstance(recipe, QuantConfig) else f"recipe {os.fspath(recipe)}"
+        return cls(model, tokenizer, **config.keywords_with(changes, name))
+
+    def recipe(self, format: str | Sequence[str] | None = None, max_shard_size: int | str | None = None) -> QuantConfig:
+        """The recipe of a run: all settings that decide the result, without anything of this machine. `.to_yaml()` is
+        what `recipe.yaml` beside a saved model holds."""
+        formats = [fmt.name for fmt in self._formats(format)]
+        return recipe_of(self.settings, self._planned(), formats, self._shard_size(max_shard_size))
+
+    def save_recipe(
+        self, path: str | os.PathLike[str], format: str | Sequence[str] | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:  # fmt: skip
+        """Write `recipe()` to a file. Raises OutputError when it cannot be written."""
+        config, file = self.recipe(format, max_shard_size), Path(path).expanduser()
+        for name, what in config.supply.items():
+            logger.warning("recipe %s cannot hold %s: %s must be given again beside it", file, what, name)
+        check_file(file)
+        write_text(file, recipe_text(config, self.settings))
 
     def plan(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> Job:
         """The plan of a run: layers, bytes on disk, memory, steps. `.render()` returns it as text.

@@ -14,7 +14,7 @@ from auto_round.schemes import ACTIVATION_KEYS, QuantizationScheme, parse_scheme
 LayerConfig = Mapping[str, Any]
 _MAX_DEPTH = 20
 # Keys that the attribute `AutoRound.layer_config` adds to the scheme's; ignored when its value is passed in again.
-_INFO_KEYS = ("in_blocks", "fixed_by_user", "mostly", "scale_dtype")
+INFO_KEYS = ("in_blocks", "fixed_by_user", "mostly", "scale_dtype")
 _REGEX_CHARS = re.compile(r"[\\^$*+?\[\](){}|]")
 
 
@@ -208,7 +208,7 @@ def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> Qua
     if isinstance(entry, int) and not isinstance(entry, bool):
         return default.with_overrides({"bits": entry})
     if isinstance(entry, Mapping):
-        fields = {key: value for key, value in entry.items() if key not in (*_INFO_KEYS, "scheme")}
+        fields = {key: value for key, value in entry.items() if key not in (*INFO_KEYS, "scheme")}
         try:
             base = default if entry.get("scheme") is None else parse_scheme(entry["scheme"])
             scheme = base.with_overrides(fields)

@@ -248,6 +248,14 @@ OUTPUT_GROUP = Group(
     ),
 )
 
+RECIPE_GROUP = Group(
+    "recipe files",
+    (
+        Flag("recipe", "take all settings from this file, or from a saved model's folder; flags beside it override it"),
+        Flag("save_recipe", "write the settings to this file; with --dry_run that is all", metavar="FILE.yaml"),
+    ),
+)
+
 _EVAL_DTYPE_HELP = "dtype to evaluate in; default: the model's, or float32 on a CPU that is slow in it"
 
 BACKEND = Flag("backend", "what runs quantized layers; see auto-round list backend (default: the best that can)")
@@ -278,7 +286,7 @@ EVAL_AFTER_GROUP = Group(
 
 QUANTIZE_GROUPS = (
     MODEL_GROUP, SCHEME_GROUP, CACHE_GROUP, GGUF_GROUP, DATA_GROUP, TUNING_GROUP, RUN_GROUP, MODEL_FREE_GROUP,
-    OUTPUT_GROUP,
+    OUTPUT_GROUP, RECIPE_GROUP,
     EVAL_AFTER_GROUP,
 )  # fmt: skip
 

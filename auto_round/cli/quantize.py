@@ -18,7 +18,7 @@ from auto_round.recipes import Recipe, fill_defaults, get_recipe
 TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
 
 # What the verb itself uses; everything else that was given is a keyword of AutoRound.
-_OUTPUT = ("format", "output_dir", "max_shard_size", "overwrite", "resume")
+_OUTPUT = ("format", "output_dir", "max_shard_size", "overwrite", "resume", "recipe", "save_recipe")
 _EVAL_FLAGS = (
     "eval",
     "reference",
@@ -63,6 +63,8 @@ def run_verb(argv: Sequence[str], recipe_name: str = "default", overview: str = 
 def _run(given: dict[str, Any], recipe: Recipe) -> int:
     if "model" not in given:
         raise ConfigError(f"no model was given; use {recipe.command} MODEL, a folder or a hub id")
+    if "save_recipe" in given and Path(given["save_recipe"]).expanduser().is_dir():
+        raise OutputError(f"--save_recipe {given['save_recipe']} is a folder; give the name of a file in it")
     if given.get("eval") and not any(name not in _NOT_QUANTIZING for name in given):
         return _evaluate_only(given)
     check_eval_flags(given)
@@ -81,13 +83,15 @@ def quantize(given: dict[str, Any], recipe: Recipe) -> int:
     kwargs = autoround_kwargs(given, recipe)
     output_dir = given.get("output_dir", DEFAULT_OUTPUT_DIR)
     check_output_path(output_dir)
-    formats = given.get("format")
+    formats = given.get("format", kwargs.get("format"))
     if formats is not None:
         kwargs["format"] = formats  # so that it is checked before the model is opened
 
     from auto_round.autoround import AutoRound
 
     job = AutoRound(**kwargs)
+    if "save_recipe" in given:
+        job.save_recipe(given["save_recipe"], format=formats, max_shard_size=given.get("max_shard_size"))
     if given.get("dry_run"):
         print("\n\n".join(plan.render() for plan in job.plans(format=formats, output_dir=output_dir)))
         return 0
@@ -150,10 +154,15 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
     chosen = {k: v for k, v in given.items() if k not in _VERB_FLAGS}
     if "algorithm" in given:
         chosen |= _algorithm_kwargs(given["algorithm"], chosen.get("iters"), recipe)
-    filled = _with_model_free(recipe, chosen, given.get("format"))
+    formats = given.get("format")
+    if "recipe" in given:
+        beside = {name: given[name] for name in ("format", "max_shard_size") if name in given}
+        chosen = _with_recipe_file(given["recipe"], {**chosen, **beside}, "algorithm" in given)
+        formats = chosen.get("format")
+    filled = _with_model_free(recipe, chosen, formats)
     if "device_map" in filled:
-        filled["device_map"] = device_value(filled["device_map"])
-    if "layer_config" in filled:
+        filled["device_map"] = device_value(str(filled["device_map"]))
+    if isinstance(filled.get("layer_config"), str):
         from auto_round.layer_config import parse_layer_config
 
         filled["layer_config"] = parse_layer_config(filled["layer_config"])
@@ -180,6 +189,21 @@ def _algorithm_kwargs(value: str, iters: Any, recipe: Recipe) -> dict[str, Any]:
     if name not in ("auto_round", "rtn"):
         entries = (*entries, name)
     return ({"algorithm": ",".join(entries)} if entries else {}) | ({"iters": 0} if untuned else {})
+
+
+def _with_recipe_file(path: str, chosen: Mapping[str, Any], named: bool) -> dict[str, Any]:
+    """The settings of a recipe file, overridden by what was chosen beside it. `named`: an algorithm was, too."""
+    from auto_round.config import read_recipe
+
+    settings = read_recipe(path).keywords_with(chosen, f"recipe {path}")
+    if settings["model_free"] == "auto":
+        settings.pop("model_free")  # which is said again, if rounding is still all there is to do
+    if named and "algorithm" not in chosen:
+        for name in ("algorithm", "damping"):
+            settings.pop(name, None)
+        if "iters" not in chosen and settings.get("iters") == 0:
+            del settings["iters"]  # a recipe without tuning, and tuning was asked for
+    return settings
 
 
 def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | None) -> dict[str, Any]:

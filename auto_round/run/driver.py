@@ -247,7 +247,7 @@ class Run:
             if journal is not None:
                 journal.wait()
         job = job.with_unquantized(finished.state.numerics.unquantized)
-        made = OutputContext(self.source, self.settings, self.tokenizer, job, finished, made_from)
+        made = OutputContext(self.source, self.settings, self.tokenizer, job, finished, made_from, shard)
         for output, (_, stage) in zip(outputs, pending, strict=True):
             finalize(made, output, stage, journal, stale[stage.folder])
 
@@ -304,7 +304,7 @@ class Run:
         root = ensure_output_folder(output_dir, overwrite)
         folders = format_folders(root, formats)
         stale = stale_files(root, folders)
-        made = OutputContext(self.source, self.settings, self.tokenizer, job, finished)
+        made = OutputContext(self.source, self.settings, self.tokenizer, job, finished, shard=shard)
         for fmt, folder in zip(formats, folders, strict=True):
             ensure_output_folder(folder, overwrite)
             with explain_write_errors(folder, output_bytes(job)), Staging(folder) as stage:

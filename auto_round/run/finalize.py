@@ -37,6 +37,7 @@ from auto_round.run.file_layout import FileLayout, read_model_tensors
 from auto_round.run.numerics import NumericsPolicy
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.run.planner import with_cache_scales
+from auto_round.run.recipe_file import write_recipe
 from auto_round.run.reopen import Expected, verify_folder
 from auto_round.run.resume import RunJournal
 from auto_round.run.settings import Settings
@@ -68,6 +69,7 @@ class OutputContext:
     job: Job
     finished: RunResult
     made_from: Mapping[str, str] | None = None
+    shard: int | str = "5GB"
 
 
 def finalize(
@@ -81,6 +83,7 @@ def finalize(
     try:
         verified = _complete_folder(made, output) if isinstance(output, FolderWriter) else _complete_file(made, output)
         finished, state = made.finished, made.finished.state
+        write_recipe(output.folder, made.settings, made.job, made.shard)
         write_records(
             output.folder, made.job, made.settings, output.format, state.records, finished.seconds, output.digests(),
             verified, finished.data, state.nearest | dict.fromkeys(state.unreached, _UNREACHED),

@@ -30,11 +30,11 @@ from auto_round.run.settings import Settings
 
 # Settings that do not change the result, or are covered by other entries below.
 _LEFT_OUT = (
-    "algorithm", "dataset", "device", "imatrix", "layer_config", "ignore_layers", "to_quant_block_names", "mixed",
-    "low_gpu_mem_usage", "max_memory", "platform", "strict", "trust_remote_code", "verify",
+    "algorithm", "config", "dataset", "device", "imatrix", "layer_config", "ignore_layers", "to_quant_block_names",
+    "mixed", "low_gpu_mem_usage", "max_memory", "platform", "strict", "trust_remote_code", "verify",
 )  # fmt: skip
 PER_EXPERT, WITH_BLOCK = "tuned one at a time", "tuned with their block"
-_VARIABLES = ("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "AR_GGUF_PRE_TOKENIZER")
+VARIABLES = ("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "AR_GGUF_PRE_TOKENIZER")
 _MAX_HASHED_BYTES = 64 << 20  # larger text files are compared by size and time
 
 
@@ -60,7 +60,7 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
     values["model_dtype"] = str(source.dtype).removeprefix("torch.")
     values["compute"] = job.compute if settings.device.type == "cpu" else f"{job.compute} {_accelerator(settings)}"
     values["config.json"] = _file_digest(Path(getattr(source, "folder", "")) / "config.json")
-    values |= {name: envs.get(name) for name in _VARIABLES}
+    values |= {name: envs.get(name) for name in VARIABLES}
     values |= {f"version of {name}": version for name, version in _versions().items()}
     values |= {f"plugin {name}": version for name, version in loaded_plugins().items()}
     return as_json(values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,27 +14,32 @@ from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig
 from auto_round.algorithms.transforms.base import split_transforms
 from auto_round.codecs.block_float import block_float_spec
 from auto_round.codecs.ggml.types import ggml_type_of
+from auto_round.config import ALIASES, QuantConfig, plain
 from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.formats.cache_scales import none_if_16_bits, parse_cache_scheme
 from auto_round.later import feature_of, refuse_algorithm, refuse_keyword
+from auto_round.layer_config import INFO_KEYS, parse_ignore_layers, parse_layer_config
 from auto_round.logger import logger
-from auto_round.run.settings import check_whole_number
+from auto_round.run.settings import (
+    Settings,
+    check_on_nan,
+    check_whole_number,
+    names_tuple,
+    parse_budget,
+    parse_scale_dtype,
+    resolve_device,
+)
 from auto_round.schemes import SCHEME_KEYS, QuantizationScheme, mixed_preset, normalize_preset_name, parse_scheme
 
 AlgorithmConfig = RTNConfig | SignRoundConfig
 
-_ALGORITHM_DEFAULTS: dict[str, Any] = {
-    "lr": None, "minmax_lr": None, "momentum": 0.0, "enable_minmax_tuning": True, "enable_quanted_input": True,
-    "not_use_best_mse": False, "enable_adam": False, "disable_opt_rtn": None,
-}  # fmt: skip
-_OTHER_DEFAULTS: dict[str, Any] = {
-    "ignore_layers": "", "quant_lm_head": False, "scale_dtype": "fp16", "to_quant_block_names": None, "amp": True,
-    "enable_deterministic_algorithms": False, "trust_remote_code": False, "model_dtype": None, "verify": True,
-    "device": None, "adam": None, "enable_opt_rtn": None, "bs": None, "algorithm": None, "static_kv_dtype": None,
-    "static_kv_granularity": "tensor", "static_attention_dtype": None, "static_attention_granularity": "tensor",
-    "imatrix": None, "save_imatrix": None, "on_nan": "fail", "allow_pickle": False,
-    "model_free": False, "parallelism": None, "max_memory": None, "format": None, "strict": None,
-    "plugins": None,
-}  # fmt: skip
+_ALGORITHM_KEYS = (
+    "lr", "minmax_lr", "momentum", "enable_minmax_tuning", "enable_quanted_input", "not_use_best_mse", "enable_adam",
+    "disable_opt_rtn",
+)  # fmt: skip
+_CACHE_KEYS = (
+    "static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity",
+)  # fmt: skip
 _TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
 # Arguments of older scripts that are accepted and ignored, with the reason.
 _NO_EFFECT = {"mllm": "the kind of a model is found from its files"}
@@ -41,18 +47,134 @@ _NO_EFFECT = {"mllm": "the kind of a model is found from its files"}
 _SHARED = {"batch_size": 8, "gradient_accumulate_steps": 1}
 
 
-def checked_options(kwargs: Mapping[str, Any], arguments: Iterable[str] = ()) -> dict[str, Any]:
-    """All keyword options with their defaults.
+def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> tuple[Settings, dict[str, Any]]:
+    """The settings of a run from the keywords of `AutoRound`, and all keywords with their defaults.
 
-    Args:
-        kwargs: given options.
-        arguments: names of the other arguments, for suggestions.
+    Raises what `AutoRound` raises before it looks for the model.
+    """
+    options = checked_options(keywords)
+    chosen = given_algorithm(alg_configs, options)
+    if options["model_free"]:
+        options["iters"] = check_rtn_only(chosen, options["iters"], options)
+    batch_size, accumulate = options["batch_size"], options["gradient_accumulate_steps"]
+    algorithm, optimized = choose_algorithm(chosen, options["iters"], batch_size, accumulate, options)
+    scheme = resolve_scheme(options["scheme"], options)
+    device = resolve_device(options["device_map"])
+    layer_config = options["layer_config"]
+    layer_config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
+    cache = {name: none_if_16_bits(options[name]) for name in _CACHE_KEYS}
+    gptq = chosen if isinstance(chosen, GPTQConfig) else None
+    if options["damping"] is not None and gptq is None:
+        raise ConfigError(f"damping={options['damping']!r} belongs to algorithm='gptq'; give both, or leave it out")
+    needs_samples = (
+        not isinstance(algorithm, RTNConfig)
+        or algorithm.optimized
+        or gptq is not None
+        or parse_cache_scheme(*cache.values()) is not None
+    )
+    fields = _algorithm_fields(options["transforms"], chosen, algorithm)
+    config = _plain_config({**options, **fields, "layer_config": layer_config, **cache})
+    plain_values = config.keywords()
+    same = (
+        "quant_lm_head", "amp", "low_gpu_mem_usage", "platform", "trust_remote_code", "verify", "imatrix",
+        "save_imatrix", "allow_pickle", "ignore_layers", "to_quant_block_names",
+    )  # fmt: skip
+    compiles = plain_values["enable_torch_compile"]
+    settings = Settings(
+        config=config,
+        scheme=scheme,
+        scheme_name=scheme_label(options["scheme"], scheme),
+        algorithm=algorithm,
+        mixed=mixed_preset(options["scheme"]),
+        optimized_start=optimized,
+        transforms=options["transforms"],
+        gptq=gptq,
+        layer_config=layer_config,
+        dataset=options["dataset"],
+        nsamples=check_whole_number("nsamples", options["nsamples"], int(needs_samples)),
+        seqlen=check_whole_number("seqlen", options["seqlen"], 2),
+        seed=check_whole_number("seed", options["seed"], 0),
+        device=device,
+        enable_torch_compile=device.type == "cuda" if compiles is None else compiles,
+        deterministic=plain_values["enable_deterministic_algorithms"],
+        scale_dtype=parse_scale_dtype(options["scale_dtype"]),
+        on_nan=check_on_nan(options["on_nan"]),
+        max_memory=parse_budget(options["max_memory"], device),
+        strict=options["strict"],
+        **cache,
+        **{name: plain_values[name] for name in same},
+    )
+    return settings, options
+
+
+def _algorithm_fields(
+    transforms: Sequence[str], chosen: AlgorithmConfig | GPTQConfig | str | None, algorithm: AlgorithmConfig
+) -> dict[str, Any]:
+    """The keywords that give this algorithm again; `algorithm` names what the number of steps does not tell."""
+    fields = {k: v for k, v in vars(algorithm).items() if k in QuantConfig().keywords() and k not in SCHEME_KEYS}
+    names = list(transforms)
+    if isinstance(chosen, GPTQConfig):
+        names.append("gptq")
+        fields["damping"] = chosen.damping
+    elif isinstance(chosen, RegisteredConfig):
+        names.append(chosen.quantizer)
+    return {"iters": 0, **fields, "algorithm": ",".join(names) or None}
+
+
+def _plain_config(options: Mapping[str, Any]) -> QuantConfig:
+    """The configuration as plain values, whatever types the keywords had. `dataset` may be an object."""
+    values: dict[str, Any] = {}
+    for name, default in QuantConfig().keywords().items():
+        value = options[name]
+        if isinstance(default, bool) and value != "auto":  # of model_free
+            values[name] = bool(value)
+        elif value is None:
+            values[name] = default
+        else:
+            values[name] = _PLAIN[name](value) if name in _PLAIN else value
+    return QuantConfig.from_keywords(values)
+
+
+def _plain_scheme(scheme: Any) -> Any:
+    """A preset's name, or the fields that are given."""
+    return scheme if isinstance(scheme, str) else {k: plain(v) for k, v in scheme.items() if v is not None}
+
+
+def _plain_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Schemes as mappings; what `AutoRound.layer_config` tells beside them is left out."""
+    found: dict[str, Any] = {}
+    for name, entry in config.items():
+        if isinstance(entry, QuantizationScheme):
+            found[name] = {"scheme": _plain_scheme(entry)}
+        elif isinstance(entry, Mapping):
+            found[name] = {k: plain(v) for k, v in entry.items() if k not in INFO_KEYS}
+        else:
+            found[name] = entry
+    return found
+
+
+def _plain_dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_PLAIN: dict[str, Callable[[Any], Any]] = {
+    "scheme": _plain_scheme, "layer_config": _plain_layers, "ignore_layers": parse_ignore_layers,
+    "to_quant_block_names": names_tuple, "scale_dtype": _plain_dtype, "model_dtype": _plain_dtype, "imatrix": os.fspath,
+    "save_imatrix": os.fspath, "max_memory": plain, "enable_torch_compile": bool,
+    "device_map": lambda value: value if isinstance(value, int) else str(value),
+    "format": lambda value: value if isinstance(value, str) else ",".join(value),
+}  # fmt: skip
+
+
+def checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All keywords of `AutoRound` with their defaults, those of `QuantConfig`.
 
     Raises:
         ConfigError: an unknown option, or two that contradict each other.
         UnsupportedError: an option of a feature that this version does not have.
     """
-    defaults = {**_ALGORITHM_DEFAULTS, **_OTHER_DEFAULTS, **dict.fromkeys(SCHEME_KEYS)}
+    defaults = {**QuantConfig().keywords(), "enable_opt_rtn": None}
+    known = (*defaults, *ALIASES)
     for name, value in kwargs.items():
         refuse_keyword(name, value)
         if name in _NO_EFFECT:
@@ -65,17 +187,25 @@ def checked_options(kwargs: Mapping[str, Any], arguments: Iterable[str] = ()) ->
                 raise ConfigError("enable_ and disable_deterministic_algorithms contradict each other; give one")
         elif name == "backend":
             raise ConfigError("backend belongs to loading a quantized model: transformers.AutoRoundConfig(backend=...)")
-        elif name not in defaults and feature_of(name) is None:
-            raise ConfigError(f"AutoRound has no argument {name!r}{nearest(name, [*defaults, *arguments])}")
+        elif name not in known and feature_of(name) is None:
+            hint = nearest(name, [*known, "model", "tokenizer", "alg_configs"])
+            raise ConfigError(f"AutoRound has no argument {name!r}{hint}")
     options = {**defaults, **{k: v for k, v in kwargs.items() if k in defaults}}
-    if options["adam"] is not None:
-        options["enable_adam"] = bool(options["adam"])
+    options |= {ALIASES[k]: v for k, v in kwargs.items() if k in ALIASES and v is not None}
     if options["enable_opt_rtn"]:
         if options["disable_opt_rtn"]:
             raise ConfigError("enable_opt_rtn and disable_opt_rtn contradict each other; give one")
         options["disable_opt_rtn"] = False
     if options["strict"] not in (None, True, False):
         raise ConfigError(f"strict={options['strict']!r} is not allowed; use True, False or None")
+    if options["gradient_accumulate_steps"] is None:
+        options["gradient_accumulate_steps"] = defaults["gradient_accumulate_steps"]
+    size = options["group_size"]
+    if isinstance(size, str):
+        parts = [part.strip() for part in size.split(",")]
+        if not all(part.lstrip("-").isdigit() for part in parts):
+            raise ConfigError(f"group_size={size!r}: give a whole number, or two as ROWS,COLUMNS")
+        options["group_size"] = int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
     return options
 
 
@@ -113,7 +243,7 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
             names = " or ".join(("auto_round", "gptq", "rtn", *ALGORITHMS))
             raise ConfigError(f"unknown algorithm {one!r}{nearest(name, known) or ';'} Use {names}")
         if name == "gptq":
-            return GPTQConfig()
+            return GPTQConfig() if options["damping"] is None else GPTQConfig(damping=options["damping"])
         return "rtn" if name == "rtn" else "auto_round"
     if not isinstance(one, (RTNConfig, SignRoundConfig, GPTQConfig)):
         raise ConfigError(
@@ -126,6 +256,36 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
     if isinstance(one, SignRoundConfig) and one.iters == 0:
         return RTNConfig(disable_opt_rtn=options["disable_opt_rtn"])
     return one.without_scheme()
+
+
+def check_rtn_only(alg_configs: Any, iters: int | None, options: dict[str, Any]) -> int | None:
+    """`iters` for a model-free run, 0 where nothing was said; the search for scales is switched off in `options`.
+
+    Tuning or the search takes the regular flow where model-free mode was only offered ("auto").
+
+    Raises ConfigError when model-free mode was asked for together with them.
+    """
+    if options["model_free"] not in (True, "auto"):
+        raise ConfigError(f"model_free={options['model_free']!r} is not allowed; use True or False")
+    given = alg_configs if alg_configs is not None else options["algorithm"]
+    plain = isinstance(given, RTNConfig) and not given.optimized
+    reason = None
+    if given is not None and not plain and str(given).lower() != "rtn":
+        reason = f"model_free=True rounds to nearest without calibration data, and the algorithm {given!r} does more"
+    elif iters and not plain:
+        reason = f"iters={iters} contradicts model_free=True, which does no tuning; leave one out"
+    elif options["disable_opt_rtn"] is False and not plain:
+        reason = (
+            "enable_opt_rtn contradicts model_free=True: the search for scales needs calibration data; leave one out"
+        )
+    if reason is not None and options["model_free"] is True:
+        raise ConfigError(reason)
+    if reason is not None:
+        options["model_free"] = False
+    elif not plain:
+        options["disable_opt_rtn"] = True
+        return 0
+    return iters
 
 
 def choose_algorithm(
@@ -164,7 +324,8 @@ def _check_not_twice(
     config: AlgorithmConfig, iters: int | None, batch_size: int, accumulate: int, options: Mapping[str, Any]
 ) -> None:
     """Raise ConfigError for a single setting that contradicts `config`."""
-    given = {k: v for k, v in options.items() if k in _ALGORITHM_DEFAULTS and v != _ALGORITHM_DEFAULTS[k]}
+    defaults = QuantConfig().keywords()
+    given = {name: options[name] for name in _ALGORITHM_KEYS if options[name] != defaults[name]}
     given |= {"iters": iters} if iters is not None else {}
     given |= {"batch_size": batch_size} if batch_size != _SHARED["batch_size"] else {}
     given |= {"gradient_accumulate_steps": accumulate} if accumulate != 1 else {}
@@ -178,20 +339,10 @@ def _check_not_twice(
             )
 
 
-def needs_samples(algorithm: AlgorithmConfig) -> bool:
-    """Whether the algorithm uses calibration data."""
-    return isinstance(algorithm, SignRoundConfig) or algorithm.optimized
-
-
 def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationScheme:
     """The scheme with its fields overridden by `options`. Raises ConfigError for an invalid value."""
     base = parse_scheme(scheme)
     overrides = {key: options[key] for key in SCHEME_KEYS if options[key] is not None}
-    if isinstance(overrides.get("group_size"), str):
-        parts = [part.strip() for part in str(overrides["group_size"]).split(",")]
-        if not all(part.lstrip("-").isdigit() for part in parts):
-            raise ConfigError(f"group_size={overrides['group_size']!r}: give a whole number, or two as ROWS,COLUMNS")
-        overrides["group_size"] = int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
     changed = base.with_overrides(overrides)
     is_gguf = isinstance(scheme, str) and normalize_preset_name(scheme).startswith("GGUF:")
     if is_gguf and changed != base and ggml_type_of(changed) is None:

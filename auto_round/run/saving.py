@@ -93,7 +93,7 @@ class Saving(ABC):
     def save_quantized(
         self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None,
         inplace: bool = True, return_folders: bool = False, safe_serialization: bool = True, *,
-        overwrite: bool = False, max_shard_size: int | str = "5GB", **unknown: Any,
+        overwrite: bool = False, max_shard_size: int | str | None = None, **unknown: Any,
     ) -> Any:  # fmt: skip
         """Write the result of `quantize()` in every format.
 
@@ -112,15 +112,15 @@ class Saving(ABC):
             OutputError: the folder cannot be used.
         """
         check_save_options(safe_serialization, unknown)
-        formats = self._formats(format)
+        formats, shard = self._formats(format), self._shard_size(max_shard_size)
         if self._result is None:
             raise ConfigError("save_quantized: nothing is quantized yet; call quantize() first, or quantize_and_save()")
-        model, names = self._save_result(os.fspath(output_dir), formats, inplace, overwrite, max_shard_size)
+        model, names = self._save_result(os.fspath(output_dir), formats, inplace, overwrite, shard)
         return (model, _one_or_all(names)) if return_folders else model
 
     def quantize_and_save(
         self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None,
-        inplace: bool = True, *, overwrite: bool = False, max_shard_size: int | str = "5GB", resume: bool = True,
+        inplace: bool = True, *, overwrite: bool = False, max_shard_size: int | str | None = None, resume: bool = True,
         safe_serialization: bool = True, **unknown: Any,
     ) -> tuple[torch.nn.Module, str | list[str]]:  # fmt: skip
         """Quantize and write as blocks finish.
@@ -134,7 +134,7 @@ class Saving(ABC):
                 dequantized weights for several formats and for formats without packed layers in PyTorch. False
                 quantizes a copy.
             overwrite: allow a folder with other files, and repeat a run whose result is complete.
-            max_shard_size: largest weight file.
+            max_shard_size: largest weight file; None is the `max_shard_size` given to `AutoRound`, else 5 GB.
             resume: record finished blocks in AR_WORK_SPACE, and resume the same run if it was interrupted
                 (docs/resume.md). False starts anew, without a journal. Runs of a model object cannot be resumed.
             safe_serialization: only True: pickles are not written.
@@ -148,17 +148,20 @@ class Saving(ABC):
             last one that Transformers opens) on first use.
         """
         check_save_options(safe_serialization, unknown)
-        formats, target = self._formats(format), os.fspath(output_dir)
+        formats, target, shard = self._formats(format), os.fspath(output_dir), self._shard_size(max_shard_size)
         if self._free is not None:
-            written = self._free.to_folders(target, formats, overwrite, max_shard_size, resume)
+            written = self._free.to_folders(target, formats, overwrite, shard, resume)
             return self._open_lazily(written, formats), _one_or_all(written)
         if self._result is not None:
-            model, written = self._save_result(target, formats, inplace, overwrite, max_shard_size)
+            model, written = self._save_result(target, formats, inplace, overwrite, shard)
             return model, _one_or_all(written)
         if self._source.lazy:
-            written = self._write(target, formats, overwrite, max_shard_size, resume)
+            written = self._write(target, formats, overwrite, shard, resume)
             return self._open_lazily(written, formats), _one_or_all(written)
-        return self._write_object(target, formats, inplace, overwrite, max_shard_size)
+        return self._write_object(target, formats, inplace, overwrite, shard)
+
+    def _shard_size(self, given: int | str | None) -> int | str:
+        return self.settings.config.output.max_shard_size if given is None else given
 
     def _save_result(
         self, output_dir: str, formats: Sequence[OutputFormat], inplace: bool, overwrite: bool, shard: int | str

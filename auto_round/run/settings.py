@@ -12,6 +12,7 @@ from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.transforms.base import TRANSFORMS
+from auto_round.config import QuantConfig
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
 from auto_round.formats.cache_scales import CacheScheme, parse_cache_scheme
 from auto_round.layer_config import scheme_from_entry
@@ -138,42 +139,46 @@ _SCALE_DTYPES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The run's settings. Names and defaults are those of `AutoRound`."""
+    """The run's settings, resolved from a `QuantConfig` by `keywords.resolve_settings`.
 
+    `config`: what was asked for, as plain values. It is not compared: the other fields say what it means here.
+    """
+
+    config: QuantConfig = field(compare=False)
     scheme: QuantizationScheme
     scheme_name: str
     algorithm: RTNConfig | SignRoundConfig
-    mixed: MixedPreset | None = None
-    optimized_start: bool = True
-    transforms: tuple[str, ...] = ()
-    gptq: GPTQConfig | None = None
-    layer_config: Mapping[str, Any] = field(default_factory=dict)
-    ignore_layers: tuple[str, ...] = ()
-    quant_lm_head: bool = False
-    to_quant_block_names: tuple[str, ...] = ()
-    dataset: Any = None
-    nsamples: int = 128
-    seqlen: int = 2048
-    seed: int = 42
-    device: torch.device = torch.device("cpu")
-    amp: bool = True
-    low_gpu_mem_usage: bool = False
-    enable_torch_compile: bool = False
-    deterministic: bool = False
-    scale_dtype: torch.dtype = torch.float16
-    platform: str = "hf"
-    trust_remote_code: bool = False
-    verify: bool = True
-    static_kv_dtype: str | None = None
-    static_kv_granularity: str = "tensor"
-    static_attention_dtype: str | None = None
-    static_attention_granularity: str = "tensor"
-    imatrix: str | None = None
-    save_imatrix: str | None = None
-    on_nan: str = "fail"
-    allow_pickle: bool = False
-    max_memory: MemoryBudget | None = None
-    strict: bool | None = None
+    mixed: MixedPreset | None
+    optimized_start: bool
+    transforms: tuple[str, ...]
+    gptq: GPTQConfig | None
+    layer_config: Mapping[str, Any]
+    ignore_layers: tuple[str, ...]
+    quant_lm_head: bool
+    to_quant_block_names: tuple[str, ...]
+    dataset: Any
+    nsamples: int
+    seqlen: int
+    seed: int
+    device: torch.device
+    amp: bool
+    low_gpu_mem_usage: bool
+    enable_torch_compile: bool
+    deterministic: bool
+    scale_dtype: torch.dtype
+    platform: str
+    trust_remote_code: bool
+    verify: bool
+    static_kv_dtype: str | None
+    static_kv_granularity: str
+    static_attention_dtype: str | None
+    static_attention_granularity: str
+    imatrix: str | None
+    save_imatrix: str | None
+    on_nan: str
+    allow_pickle: bool
+    max_memory: MemoryBudget | None
+    strict: bool | None
 
     @property
     def cache(self) -> CacheScheme | None:

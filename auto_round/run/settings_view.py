@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from auto_round.run.model_free.driver import ModelFree
 
 
+def _read(path: str) -> Any:
+    """A read-only attribute: the value at this path of the object."""
+    return property(attrgetter(path))
+
+
 class SettingsView:
     """Parent of `AutoRound`: its attributes, under the names of its arguments.
 
@@ -34,9 +40,6 @@ class SettingsView:
     _source: ModelSource
     _free: ModelFree | None
     _named_formats: Sequence[OutputFormat] | None
-    _batch_size: int
-    _accumulate: int
-    _low_cpu_mem_usage: bool
     _layers_seen: tuple[tuple[str, ...] | None, dict[str, dict[str, Any]]] | None
 
     def _planned(self) -> Job:
@@ -90,22 +93,10 @@ class SettingsView:
         return self._free is not None
 
     # Of the scheme.
-
-    @property
-    def bits(self) -> int:
-        return self.scheme.bits
-
-    @property
-    def group_size(self) -> GroupSize:
-        return self.scheme.group_size
-
-    @property
-    def sym(self) -> bool:
-        return self.scheme.sym
-
-    @property
-    def data_type(self) -> str:
-        return self.scheme.data_type
+    bits: int = _read("scheme.bits")
+    group_size: GroupSize = _read("scheme.group_size")
+    sym: bool = _read("scheme.sym")
+    data_type: str = _read("scheme.data_type")
 
     @property
     def act_bits(self) -> int:
@@ -128,13 +119,8 @@ class SettingsView:
     def act_dynamic(self) -> bool:
         return bool(resolved_fields(self.scheme)["act_dynamic"])
 
-    @property
-    def super_bits(self) -> int | None:
-        return self.scheme.super_bits
-
-    @property
-    def super_group_size(self) -> int | None:
-        return self.scheme.super_group_size
+    super_bits: int | None = _read("scheme.super_bits")
+    super_group_size: int | None = _read("scheme.super_group_size")
 
     # Of the algorithm.
 
@@ -193,89 +179,34 @@ class SettingsView:
         """Whether scales come from minimum and maximum alone."""
         return not self.settings.optimized_start
 
-    @property
-    def batch_size(self) -> int:
-        return int(self._tuning("batch_size", self._batch_size))
-
-    @property
-    def gradient_accumulate_steps(self) -> int:
-        return int(self._tuning("gradient_accumulate_steps", self._accumulate))
+    batch_size: int = _read("settings.config.tuning.batch_size")
+    gradient_accumulate_steps: int = _read("settings.config.tuning.gradient_accumulate_steps")
 
     # Of the run.
-
-    @property
-    def seqlen(self) -> int:
-        return self.settings.seqlen
-
-    @property
-    def nsamples(self) -> int:
-        return self.settings.nsamples
-
-    @property
-    def dataset(self) -> Any:
-        """The given dataset; None for the default set."""
-        return self.settings.dataset
-
-    @property
-    def seed(self) -> int:
-        return self.settings.seed
-
-    @property
-    def amp(self) -> bool:
-        return self.settings.amp
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        return self.settings.scale_dtype
+    seqlen: int = _read("settings.seqlen")
+    nsamples: int = _read("settings.nsamples")
+    dataset: Any = _read("settings.dataset")
+    """The given dataset; None for the default set."""
+    seed: int = _read("settings.seed")
+    amp: bool = _read("settings.amp")
+    scale_dtype: torch.dtype = _read("settings.scale_dtype")
 
     @property
     def device(self) -> str:
         """The device to tune on, such as "cuda:0"."""
         return str(self.settings.device)
 
-    @property
-    def platform(self) -> str:
-        return self.settings.platform
-
-    @property
-    def low_gpu_mem_usage(self) -> bool:
-        return self.settings.low_gpu_mem_usage
-
-    @property
-    def low_cpu_mem_usage(self) -> bool:
-        return self._low_cpu_mem_usage
-
-    @property
-    def enable_torch_compile(self) -> bool:
-        return self.settings.enable_torch_compile
-
-    @property
-    def enable_deterministic_algorithms(self) -> bool:
-        return self.settings.deterministic
-
-    @property
-    def trust_remote_code(self) -> bool:
-        return self.settings.trust_remote_code
-
-    @property
-    def ignore_layers(self) -> tuple[str, ...]:
-        return self.settings.ignore_layers
-
-    @property
-    def quant_lm_head(self) -> bool:
-        return self.settings.quant_lm_head
-
-    @property
-    def to_quant_block_names(self) -> tuple[str, ...]:
-        return self.settings.to_quant_block_names
-
-    @property
-    def static_kv_dtype(self) -> str | None:
-        return self.settings.static_kv_dtype
-
-    @property
-    def static_attention_dtype(self) -> str | None:
-        return self.settings.static_attention_dtype
+    platform: str = _read("settings.platform")
+    low_gpu_mem_usage: bool = _read("settings.low_gpu_mem_usage")
+    low_cpu_mem_usage: bool = _read("settings.config.memory.low_cpu_mem_usage")
+    enable_torch_compile: bool = _read("settings.enable_torch_compile")
+    enable_deterministic_algorithms: bool = _read("settings.deterministic")
+    trust_remote_code: bool = _read("settings.trust_remote_code")
+    ignore_layers: tuple[str, ...] = _read("settings.ignore_layers")
+    quant_lm_head: bool = _read("settings.quant_lm_head")
+    to_quant_block_names: tuple[str, ...] = _read("settings.to_quant_block_names")
+    static_kv_dtype: str | None = _read("settings.static_kv_dtype")
+    static_attention_dtype: str | None = _read("settings.static_attention_dtype")
 
     @property
     def mllm(self) -> bool:

@@ -23,7 +23,7 @@ RANKS: dict[str, int] = {
     "edits": 1, "envs": 1, "later": 1, "threads": 1,
     "auto_scheme": 2, "logger": 2, "plugins": 2,
     "schemes": 2,
-    "codecs": 3, "layer_config": 3, "recipes": 3,
+    "codecs": 3, "config": 3, "layer_config": 3, "recipes": 3,
     "data_type": 4, "gguf": 4, "layouts": 4,
     "algorithms": 5, "formats": 5, "modeling": 5, "output": 5, "report": 5,
     "calibration": 6, "inference": 6,

@@ -168,7 +168,7 @@ class ArkKernel(LinearKernel):
         spec, middle = weight.spec, 1 << (weight.spec.bits - 1)
         self.on_cpu = spec.device == "cpu"
         asym = not bool((weight.zeros == middle).all())
-        compute, scale_type = ("auto", "fp32") if self.on_cpu else ("int8", "fp16")
+        compute, scale_type = ("fp32", "fp32") if self.on_cpu else ("int8", "fp16")
         kind = (compute, _ARK_DTYPES[spec.bits], scale_type, asym)
         # The package's arguments: outputs, inputs, group size, compute type, weight type, scale type, asymmetric.
         self.kind = (spec.out_features, spec.in_features, spec.group_size, *kind)

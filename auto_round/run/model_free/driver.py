@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from auto_round._version import __version__
-from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.errors import ConfigError, ModelError, OutputError, Stopped, UnsupportedError
 from auto_round.formats.base import OutputFormat
 from auto_round.logger import logger
@@ -62,9 +61,8 @@ from auto_round.run.model_free.workers import (
     wait_until,
     write_failure,
 )
+from auto_round.run.recipe_file import write_recipe
 from auto_round.run.settings import Settings
-
-AUTO = "auto"
 
 
 @dataclass
@@ -144,7 +142,7 @@ class ModelFree:
             lock = FolderLock(folder / FOLDER / LOCK, folder) if self.options.rank == 0 else nullcontext()
             try:
                 with explain_write_errors(folder, sum(job.bytes_on_disk.values())), lock:
-                    self._write(one, fmt, folder, overwrite, parse_size(shard), resume, earlier[folder], made)
+                    self._write(one, fmt, folder, overwrite, shard, resume, earlier[folder], made)
             except KeyboardInterrupt as stop:
                 self._record_failure(folder, stop)
                 text = f"stopped while {folder} was written; run the same command again to resume"
@@ -175,7 +173,7 @@ class ModelFree:
             write_failure(folder / FOLDER, self.options.rank, error)
 
     def _write(
-        self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard_size: int, resume: bool,
+        self, job: ModelFreeJob, fmt: OutputFormat, folder: Path, overwrite: bool, shard: int | str, resume: bool,
         earlier: Collection[tuple[Path, int]], made: Mapping[str, str] | None,
     ) -> None:  # fmt: skip
         """Write one format. `earlier`: failure files of earlier runs."""
@@ -183,7 +181,7 @@ class ModelFree:
         rank, world = self.options.rank, self.options.world
         started = time.monotonic()
         work = plan_work(job, source, fmt)
-        layout = plan_layout(work.units, work.tensors, inputs.shards, shard_size)
+        layout = plan_layout(work.units, work.tensors, inputs.shards, parse_size(shard))
         manifest = manifest_of(_result_settings(job, self.settings), inputs.identity(), layout)
         journal = Journal(folder)
         clear_failures(journal.folder, rank)
@@ -204,7 +202,7 @@ class ModelFree:
                     lambda: _progress_of_others(journal.folder, earlier), "the other processes",
                 )  # fmt: skip
                 seconds = {"quantization": quantized - started}
-                journal.publish(self._complete(job, fmt, layout, processor, journal, seconds, made))
+                journal.publish(self._complete(job, fmt, layout, processor, journal, seconds, made, shard))
                 journal.close()
                 logger.info("saved %s", folder)
             else:
@@ -293,7 +291,7 @@ class ModelFree:
 
     def _complete(
         self, job: ModelFreeJob, fmt: OutputFormat, layout: Layout, processor: UnitProcessor, journal: Journal,
-        seconds: dict[str, float], made: Mapping[str, str] | None,
+        seconds: dict[str, float], made: Mapping[str, str] | None, shard: int | str,
     ) -> dict[str, str]:  # fmt: skip
         """Write everything beside the weights and verify. Returns SHA-256 of the weight files by name."""
         _, source = self._open()
@@ -312,7 +310,8 @@ class ModelFree:
                 "tokenizer": check_tokenizer(folder, source.folder, None, self.settings.trust_remote_code),
             }  # fmt: skip
             seconds["verify"] = time.monotonic() - started
-        sums = {shard.name: journal.digest(i) or "" for i, shard in enumerate(layout.shards)}
+        sums = {file.name: journal.digest(i) or "" for i, file in enumerate(layout.shards)}
+        write_recipe(folder, self.settings, job, shard)
         write_records(folder, job, self.settings, fmt, (), seconds, sums, verified, None, made_from=made)
         return sums
 
@@ -373,38 +372,12 @@ def _finished_bytes(folder: Path) -> int:
     return size
 
 
-def check_rtn_only(alg_configs: Any, iters: int | None, options: dict[str, Any]) -> int | None:
-    """`iters` of a model-free run, 0 by default; turns off the search for scales in `options`.
-
-    Raises ConfigError when tuning or the search is requested.
-    """
-    if options["model_free"] not in (True, AUTO):
-        raise ConfigError(f"model_free={options['model_free']!r} is not allowed; use True or False")
-    if alg_configs is not None or options["algorithm"] is not None:
-        given = alg_configs if alg_configs is not None else options["algorithm"]
-        plain_rtn = not given.optimized if isinstance(given, RTNConfig) else str(given).lower() == "rtn"
-        if not plain_rtn:
-            raise ConfigError(
-                f"model_free=True only rounds to nearest, without calibration data; the algorithm {given!r} does more"
-            )
-        if isinstance(given, RTNConfig):
-            return iters
-    if iters:
-        raise ConfigError(f"iters={iters} contradicts model_free=True, which does no tuning; leave one out")
-    if options["disable_opt_rtn"] is False:
-        raise ConfigError(
-            "enable_opt_rtn contradicts model_free=True: the search for scales needs calibration data; leave one out"
-        )
-    options["disable_opt_rtn"] = True
-    return 0
-
-
 def open_model_free(model: Any, settings: Settings, options: Mapping[str, Any]) -> ModelFree | None:
     """The model-free run, or None for the regular flow.
 
     Raises:
         ConfigError: options of this mode without it, or a model object.
-        UnsupportedError, ModelError: the mode was requested and is impossible; with `AUTO` the regular flow is used.
+        UnsupportedError, ModelError: the mode was requested and is impossible; with "auto" the regular flow is used.
     """
     wanted = options["model_free"]
     if not wanted:

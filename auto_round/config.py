@@ -1,0 +1,360 @@
+"""`QuantConfig`: all settings of a quantization run as frozen plain values, and the recipe files that hold them.
+
+The fields and defaults here are those of the keywords of `AutoRound`; nothing else lists them. A recipe is a
+`QuantConfig` as YAML or JSON. It holds nothing of the machine: no path, no device number, and no permission.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from auto_round.errors import ConfigError, nearest
+from auto_round.logger import logger
+from auto_round.schemes import SCHEME_KEYS, SchemeFields
+
+RECIPE_VERSION = 1
+"""Raised when a key changes its meaning or default, or is removed. A new key does not raise it, since older versions
+refuse it by name."""
+RECIPE_FILE = "recipe.yaml"
+
+ALIASES = {"bs": "batch_size", "device": "device_map", "adam": "enable_adam"}
+"""Older keywords of `AutoRound`, by what they are called now."""
+
+
+def _local(default: Any, reason: str) -> Any:
+    """A field that no recipe holds."""
+    return field(default=default, metadata={"local": reason})
+
+
+def _quiet(default: Any) -> Any:
+    """A field that decides nothing of the result: a recipe may set it, and one that is written for a run does not."""
+    return field(default=default, metadata={"quiet": default})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """How the model is found and read."""
+
+    platform: str = "hf"
+    model_dtype: str | None = None
+    trust_remote_code: bool = _local(False, "only you can allow a model's Python files to run")
+    allow_pickle: bool = _local(False, "only you can allow pickles to be read")
+    plugins: Any = _local(None, "only you can allow a plugin's Python files to run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Preset:
+    scheme: str | Mapping[str, Any] = "W4A16"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WeightsConfig(SchemeFields, _Preset):
+    """What the weights become: the scheme, fields that change it, and the layers that differ."""
+
+    layer_config: Mapping[str, Any] = field(default_factory=dict)
+    ignore_layers: tuple[str, ...] = ()
+    quant_lm_head: bool = False
+    to_quant_block_names: tuple[str, ...] = ()
+    scale_dtype: str = "fp16"
+    static_kv_dtype: str | None = None
+    static_kv_granularity: str = "tensor"
+    static_attention_dtype: str | None = None
+    static_attention_granularity: str = "tensor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Calibration data. `dataset`: in a recipe a dataset string; None is the default set."""
+
+    dataset: Any = None
+    nsamples: int = 128
+    seqlen: int = 2048
+    seed: int = 42
+    imatrix: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """The algorithm. `iters=0` rounds to nearest; `algorithm` names what `iters` does not tell: transforms, gptq, or an
+    algorithm of a plugin. `damping`: of gptq."""
+
+    algorithm: str | None = None
+    damping: float | None = None
+    iters: int | None = None
+    lr: float | None = None
+    minmax_lr: float | None = None
+    momentum: float = 0.0
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    enable_adam: bool = False
+    enable_minmax_tuning: bool = True
+    enable_quanted_input: bool = True
+    not_use_best_mse: bool = False
+    disable_opt_rtn: bool | None = None
+    on_nan: str = "fail"
+    amp: bool = True
+    enable_torch_compile: bool | None = None
+    enable_deterministic_algorithms: bool = False
+    model_free: bool | str = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Where the run computes and what it may hold."""
+
+    device_map: int | str | None = _quiet(0)
+    max_memory: int | str | Mapping[str, Any] | None = None
+    low_gpu_mem_usage: bool = _quiet(False)
+    low_cpu_mem_usage: bool = _quiet(True)
+    parallelism: int | None = _local(None, "it depends on the machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What is written. `format`: names separated by commas; None is auto_round, or the type of a GGUF scheme."""
+
+    format: str | None = None
+    max_shard_size: int | str = "5GB"
+    verify: bool = _quiet(True)
+    strict: bool | None = _quiet(None)
+    save_imatrix: str | None = _local(None, "it is a path of one machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """All settings of a run, in parts.
+
+    Attributes:
+        version: of the recipe's keys.
+        model: hub id, or name of the model's folder; None outside recipes.
+        supply: by keyword, what was given and cannot be written; whoever uses the recipe must give it again.
+        environment: environment variables that were set and change the result.
+    """
+
+    version: int = RECIPE_VERSION
+    model: str | None = None
+    supply: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    source: SourceConfig = field(default_factory=SourceConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    @classmethod
+    def from_keywords(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """From keywords of `AutoRound`, as plain values. Keywords of no part are ignored."""
+        made = {
+            name: kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+            for name, kind in PARTS.items()
+        }
+        return cls(**made)
+
+    def keywords(self) -> dict[str, Any]:
+        """All settings as keywords of `AutoRound`."""
+        parts = [getattr(self, part) for part in PARTS]
+        return {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
+
+    def keywords_with(self, given: Mapping[str, Any], name: str = "the recipe") -> dict[str, Any]:
+        """Keywords of `AutoRound`: those of this recipe, overridden by what is given beside it. The log says by what.
+
+        A given scheme replaces the recipe's with its fields (`bits`, `group_size`, ...), and a given configuration of
+        an algorithm replaces the recipe's.
+
+        Raises ConfigError when something that the recipe could not hold is not given.
+        """
+        given = {ALIASES.get(key, key): value for key, value in given.items()}
+        missing = {key: reason for key, reason in self.supply.items() if given.get(key) is None}
+        if missing:
+            told = "; ".join(f"{key} ({reason})" for key, reason in missing.items())
+            raise ConfigError(f"{name} cannot hold {told}; give {', '.join(f'--{key}' for key in missing)} beside it")
+        for variable, value in self.environment.items():
+            if os.environ.get(variable) != value:
+                logger.warning("%s was made with %s=%s, which changes the result; set it too", name, variable, value)
+        kept = {key: value for key, value in self.keywords().items() if value is not None}
+        replaced: set[str] = set(given)
+        if "scheme" in given:
+            replaced |= {*SCHEME_KEYS}
+        if "enable_opt_rtn" in given:
+            replaced.add("disable_opt_rtn")
+        if "algorithm" in given or "alg_configs" in given:
+            replaced |= {"algorithm", "damping"}
+        algorithm = given.get("alg_configs", given.get("algorithm"))
+        if isinstance(algorithm, SchemeFields):
+            replaced |= {f.name for f in fields(TuningConfig)} | set(algorithm.scheme_overrides())
+        changes = {key: kept.pop(key) for key in replaced & set(kept)}
+        shown = [f"{k}={given.get(k, 'default')!r} instead of {v!r}" for k, v in changes.items() if given.get(k) != v]
+        if shown:
+            logger.info("%s is used, but for %s", name, ", ".join(sorted(shown)))
+        return {**kept, **given}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON and YAML. Left out: None, empty parts, what decides nothing and has its default, and
+        what no recipe holds."""
+        head = {name: plain(getattr(self, name)) for name in ("version", "model", "supply", "environment")}
+        parts = {
+            name: {
+                f.name: plain(value)
+                for f in fields(kind)
+                if (value := getattr(getattr(self, name), f.name)) is not None
+                and "local" not in f.metadata
+                and value != f.metadata.get("quiet")
+            }
+            for name, kind in PARTS.items()
+        }
+        return {name: value for name, value in {**head, **parts}.items() if value}
+
+    @classmethod
+    def from_dict(cls, values: Any, name: str = "the recipe") -> QuantConfig:
+        """What `to_dict` gave, or a part of it: what is left out takes its default.
+
+        Args:
+            values: of JSON's types.
+            name: for messages.
+
+        Raises ConfigError for a newer version, an unknown key and a value of another type; the message names the key.
+        """
+        if not isinstance(values, Mapping) or "version" not in values:
+            raise ConfigError(f"{name} is no recipe of auto-round: it has no version; write version: {RECIPE_VERSION}")
+        version = values["version"]
+        if isinstance(version, int) and version > RECIPE_VERSION:
+            raise ConfigError(
+                f"{name} has version {version}, and this version of auto-round reads up to {RECIPE_VERSION}; update "
+                "auto-round, or make the recipe again"
+            )
+        if version != 1 or isinstance(version, bool):
+            raise ConfigError(f"{name}: version {version!r} is not allowed; give {RECIPE_VERSION}")
+        made: QuantConfig = _build(cls, values, name, "")
+        return made
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+    @classmethod
+    def from_yaml(cls, text: str, name: str = "the recipe") -> QuantConfig:
+        """Read what `to_yaml` or `to_json` gave. Raises what `from_dict` raises, and ConfigError for no YAML."""
+        import yaml
+
+        class Loader(yaml.SafeLoader):
+            """Refuses a key that is given twice."""
+
+            def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+                keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+                twice = [key for key in keys if keys.count(key) > 1]
+                if twice:
+                    raise yaml.YAMLError(f"{twice[0]!r} is given twice{node.start_mark}")
+                return super().construct_mapping(node, deep)
+
+        try:
+            values = yaml.load(text, Loader)
+        except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+            raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+        return cls.from_dict(values, name)
+
+    def to_json(self) -> str:
+        """The recipe as JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    from_json = from_yaml  # YAML holds JSON
+
+
+PARTS: dict[str, type[Any]] = {
+    "source": SourceConfig, "weights": WeightsConfig, "data": DataConfig, "tuning": TuningConfig,
+    "memory": MemoryConfig, "output": OutputConfig,
+}  # fmt: skip
+
+
+def read_recipe(path: str | os.PathLike[str]) -> QuantConfig:
+    """The recipe in a file, or in `recipe.yaml` of a folder. Raises ConfigError when it cannot be read or is none."""
+    file = Path(path).expanduser()
+    file = file / RECIPE_FILE if file.is_dir() else file
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"recipe {file} cannot be read: {reason}") from error
+    return QuantConfig.from_yaml(text, f"recipe {file}")
+
+
+def plain(value: Any) -> Any:
+    """`value` in terms of JSON: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _build(kind: type[Any], values: Mapping[str, Any], name: str, part: str) -> Any:
+    """A dataclass from a mapping; its parts too."""
+    hints, own = get_type_hints(kind), {f.name: f for f in fields(kind)}
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        where = f"{part}.{key}" if part else str(key)
+        if key not in own:
+            raise ConfigError(f"{name}: unknown key {where!r}{_other_part(key) or nearest(str(key), own)}")
+        if "local" in own[key].metadata:
+            raise ConfigError(f"{name}: {where} does not belong in a recipe: {own[key].metadata['local']}")
+        if hints[key] in PARTS.values():
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name}: {where}={value!r} is not allowed; give a mapping")
+            made[key] = _build(hints[key], value, name, where)
+            continue
+        try:
+            made[key] = _converted(value, hints[key])
+        except TypeError:
+            words = " or ".join(dict.fromkeys(_words(hints[key])))
+            raise ConfigError(f"{name}: {where}={value!r} is not allowed; give {words}") from None
+    return kind(**made)
+
+
+def _other_part(key: Any) -> str:
+    """Where a key belongs that stands in the wrong part."""
+    part = next((part for part, kind in PARTS.items() if key in {f.name for f in fields(kind)}), None)
+    return f"; it belongs under {part!r}" if part else ""
+
+
+_UNIONS = (Union, types.UnionType)
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _words(hint: Any) -> Iterable[str]:
+    if get_origin(hint) in _UNIONS:
+        return [word for one in get_args(hint) for word in _words(one)]
+    if hint is type(None):
+        return []
+    return [_WORDS.get(hint) or ("a list" if get_origin(hint) is tuple else "a mapping")]
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """`value` as a field of type `hint`: lists as tuples, numbers written as texts (`5e-3` in YAML) as numbers. Raises
+    TypeError when it is of another type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in _UNIONS:
+        for one in args:
+            with suppress(TypeError):
+                return _converted(value, one)
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) == len(value):
+            return tuple(_converted(item, one) for item, one in zip(value, kinds, strict=True))
+    elif origin is not None and origin is not tuple:
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return value
+    elif hint is float and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    raise TypeError
