@@ -107,7 +107,7 @@ def test_a_named_set_is_never_replaced(dataset: str, tokenizer: Any) -> None:
 
 
 def test_dead_network_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_access, "HUB_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, says nothing
@@ -121,7 +121,7 @@ def test_dead_network_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cached_copy_serves_without_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     pytest.importorskip("datasets")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub_access, "hub_problem", lambda: "no network in this test")
