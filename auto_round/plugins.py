@@ -1,6 +1,6 @@
 """Load plugins: modules that register data types, schemes, formats, datasets, GGUF families, algorithms and backends.
 
-A plugin is a Python module that calls the `register_...` functions as it is imported. There are two ways to name one:
+A plugin is a Python module that calls the `register_...` functions when imported. There are two ways to name one:
 
 - an installed package declares an entry point in the group `auto_round.plugins`; it is loaded in every run;
 - a file is named by path: `--plugin FILE.py`, `AutoRound(plugins=[...])` or the variable AR_PLUGINS.

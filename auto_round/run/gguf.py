@@ -143,7 +143,7 @@ def with_types(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
 
 
 def is_rearranged(plan: GgufPlan, source: ModelSource, layer: str) -> str | None:
-    """Why the rows of a layer cannot be stored as they are tuned, or None."""
+    """Why the rows of a layer cannot be stored in the tuned layout, or None."""
     places = plan.places[weight_name(source, layer)]
     return _REARRANGED if any(place.edit is not None for place in places) else None
 

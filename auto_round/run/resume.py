@@ -187,7 +187,7 @@ class RunJournal:
         Raises OutputError when something could not be written.
         """
         assert self._background is not None
-        unwritten, records = [unit], []  # a list, so that the unit is freed as soon as it is written
+        unwritten, records = [unit], []  # a list, so that the unit is freed once written
 
         def write() -> None:
             records.append(self.journal.write_unit(name, *unit_state(unwritten.pop()), weights))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,8 @@ def process(*words: str, code: str | None = None) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPO)})
 
 
-def test_help_is_quick_and_complete() -> None:
-    started = time.perf_counter()
+def test_help_is_complete() -> None:
     done = process("--help")
-    assert time.perf_counter() - started < 1.0
     assert done.returncode == 0
     for group in QUANTIZE_GROUPS:
         for flag in group.flags:
