@@ -32,7 +32,7 @@ def quantize(packable_folder: Callable[..., str]) -> Quantize:
     return run
 
 
-PLACES = {"half way": (shard_run.ShardRun, "do", 12), "before its files are shown": (journal, "show", 1)}
+PLACES = {"half way": (shard_run.ShardRun, "do", 12), "before its files are shown": (journal, "publish_files", 1)}
 # One file of each kind; what lies beside weights (configuration, tokenizer) is written again in any case.
 KINDS = {
     "half way": ("manifest.json", "*.jsonl", "*.partial", "*.sha256", "*.safetensors"),
