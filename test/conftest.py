@@ -179,6 +179,7 @@ def registries() -> Iterator[None]:
     import auto_round.formats.no_config  # noqa: F401  (lists the schemes there are when it is first imported)
     from auto_round import PRESET_SCHEMES, plugins
     from auto_round.algorithms.base import ALGORITHMS
+    from auto_round.algorithms.transforms.base import TRANSFORMS
     from auto_round.calib_dataset import DATASETS
     from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS
     from auto_round.codecs.minifloat import MINIFLOATS
@@ -191,7 +192,7 @@ def registries() -> Iterator[None]:
     available_formats()
     tables: list[dict[str, Any]] = [
         PRESET_SCHEMES, ALGORITHMS, DATASETS, BLOCK_FLOAT_SPECS, MINIFLOATS, QUANT_FUNC_WITH_DTYPE, FORMATS,
-        USER_LAYOUTS, families._BY_TYPE, plugins._LOADED,
+        USER_LAYOUTS, families._BY_TYPE, plugins._LOADED, TRANSFORMS,
     ]  # fmt: skip
     before, rows, modules = [dict(table) for table in tables], list(BACKENDS), set(sys.modules)
     plugins._load_entry_points.cache_clear()

@@ -229,3 +229,16 @@ def test_a_backend_is_exact(guide_file: Any) -> None:
         x = torch.randn(7, case.inputs)
         expected = x.double() @ weight.T + module.bias.double()
         assert (module(x).double() - expected).norm() <= BOUNDS[torch.float32] * expected.norm()
+
+
+def test_a_transform_is_one_file(packable_folder: Any, tmp_path: Path, guide_file: Any) -> None:
+    from auto_round.modeling.files.safetensors import TensorFiles
+
+    model, out = packable_folder("llama"), tmp_path / "out"
+    flags = ("--scheme", "W4A16", "--group_size", "32", "--format", "fake", "--nsamples", "4", "--seqlen", "16")
+    file = guide_file("adding-a-transform.md", "smooth.py")
+    quantize(model, out, [file], *flags, "--algorithm", "smooth,rtn", "--dataset", "builtin")
+    norm = "model.layers.1.input_layernorm.weight"
+    assert not torch.equal(TensorFiles.open(out).read(norm), TensorFiles.open(Path(model)).read(norm))
+    distance = (logits(out) - logits(model)).norm()
+    assert 0 < distance < 0.5 * logits(model).norm()
