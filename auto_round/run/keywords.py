@@ -66,12 +66,9 @@ def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> tu
     gptq = chosen if isinstance(chosen, GPTQConfig) else None
     if options["damping"] is not None and gptq is None:
         raise ConfigError(f"damping={options['damping']!r} belongs to algorithm='gptq'; give both, or leave it out")
-    needs_samples = (
-        not isinstance(algorithm, RTNConfig)
-        or algorithm.optimized
-        or gptq is not None
-        or parse_cache_scheme(*cache.values()) is not None
-    )
+    has_cache_scales = parse_cache_scheme(*cache.values()) is not None
+    searches = not isinstance(algorithm, RTNConfig) or algorithm.optimized
+    needs_samples = searches or gptq is not None or has_cache_scales
     fields = _algorithm_fields(options["transforms"], chosen, algorithm)
     config = _plain_config({**options, **fields, "layer_config": layer_config, **cache})
     plain_values = config.keywords()

@@ -170,7 +170,7 @@ def test_arguments_made_of_earlier_outputs_are_refused(tiny_model: Any) -> None:
             return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
     model.model.__class__ = Model
-    with pytest.raises(UnsupportedError, match=r"'model\.layers\.1'.*depend on what the blocks before it computed"):
+    with pytest.raises(UnsupportedError, match=r"'model\.layers\.1'.*depend on what earlier blocks computed"):
         capture_inputs(open_source(model), samples(), check_isolation=True)
 
 

@@ -191,7 +191,7 @@ def test_importance_files(gguf_folder: Callable[..., str], token_ids: list[torch
         assert float(((first[name] - w).square() * h).sum()) > float(((second[name] - w).square() * h).sum())
     with pytest.raises(ConfigError, match="imatrix needs a GGUF format"):
         AutoRound(folder, iters=0, imatrix=saved).plan("auto_round")
-    with pytest.raises(ConfigError, match="disable_opt_rtn leaves that out"):
+    with pytest.raises(ConfigError, match="disable_opt_rtn turns off"):
         AutoRound(folder, iters=0, imatrix=saved, disable_opt_rtn=True).plan("gguf:q4_0")
 
 

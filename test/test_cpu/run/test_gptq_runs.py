@@ -150,7 +150,7 @@ def test_layers_without_codes_are_named(make: Callable[..., Any], tmp_path: Path
 
 
 def test_refusals(make: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="only rounds to nearest, without calibration data"):
+    with pytest.raises(ConfigError, match="rounds to nearest without calibration data"):
         make("llama", **ALONE, model_free=True)
     with pytest.raises(ConfigError, match="nsamples"):
         make("llama", **ALONE, nsamples=0, disable_opt_rtn=True)

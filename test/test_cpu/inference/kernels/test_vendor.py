@@ -61,7 +61,7 @@ def test_what_pytorchs_kernels_do_not_run() -> None:
     assert "bfloat16" in str(CpuInt4.unsupported_reason(spec)) and "8 bits" in str(CpuInt8.unsupported_reason(spec))
     assert "groups" in str(CpuInt4.unsupported_reason(LayerSpec(4, 48, True, 96, 64, BF16, "cpu")))
     assert "16 outputs" in str(CpuInt4.unsupported_reason(LayerSpec(4, 32, True, 96, 40, BF16, "cpu")))
-    assert "one scale a row" in str(CpuInt8.unsupported_reason(LayerSpec(8, 32, True, 96, 64, BF16, "cpu")))
+    assert "one scale per row" in str(CpuInt8.unsupported_reason(LayerSpec(8, 32, True, 96, 64, BF16, "cpu")))
 
 
 @needs_ark

@@ -46,8 +46,8 @@ def test_what_needs_data(kwargs: dict[str, Any], words: str, folder: str) -> Non
     [
         ({"iters": 5}, "iters=5 contradicts model_free"),
         ({"enable_opt_rtn": True}, "enable_opt_rtn contradicts"),
-        ({"alg_configs": SignRoundConfig()}, "only rounds to nearest"),
-        ({"algorithm": "auto_round"}, "only rounds to nearest"),
+        ({"alg_configs": SignRoundConfig()}, "rounds to nearest without calibration data"),
+        ({"algorithm": "auto_round"}, "rounds to nearest without calibration data"),
         ({"disable_model_free": True}, "contradict"),
         ({"parallelism": 0}, "parallelism=0"),
         ({"max_memory": "much"}, "max_memory|size"),
