@@ -217,14 +217,14 @@ def test_experts_in_configurations_of_compressed_tensors(packable_folder: Any, t
     assert r"re:.*model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w3$" in targets
     stacked = AutoRound(packable_folder("gpt-oss"), **RTN).plan("llm_compressor")
     experts = [layer for name, layer in stacked.layers.items() if ".experts." in name]
-    assert experts and all("hold all experts of a block in one tensor" in str(layer.reason) for layer in experts)
+    assert experts and all("store all experts of a block in one tensor" in str(layer.reason) for layer in experts)
 
 
 def test_experts_that_transformers_would_join_are_refused(packable_folder: Any) -> None:
     """Mixtral's are called w1, w2 and w3 in files, and Transformers joins every `experts.*.w1.weight`."""
     options = {"iters": 0, "disable_opt_rtn": True, "device_map": "cpu"}
     ar = AutoRound(packable_folder("mixtral"), scheme="MXFP8", **options)
-    with pytest.raises(UnsupportedError, match="joins the experts of mixtral"):
+    with pytest.raises(UnsupportedError, match="fuses the experts of mixtral"):
         ar.plan("auto_round")
     assert ar.plan("llm_compressor").quantized()
     if not older_than("transformers", "5.24"):  # 5.20 joins every name that begins like that, weight_packed too
