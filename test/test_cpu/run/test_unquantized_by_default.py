@@ -128,7 +128,9 @@ def test_weights_without_a_rule(rows: int, share: str | None, plan: Plan) -> Non
     for layer in model.model.layers:
         layer.mlp = Mystery(layer.mlp, rows)
     if share == "error":
-        with pytest.raises(UnsupportedError, match=r"of the weights .* would be left unquantized .*layers\.\*\.mlp\.table"):
+        with pytest.raises(
+            UnsupportedError, match=r"of the weights .* would be left unquantized .*layers\.\*\.mlp\.table"
+        ):
             plan(model)
         return
     notes = [note for note in plan(model).notes if "no rule recognises them" in note]
