@@ -43,7 +43,7 @@ class BlockTransform(Protocol):
 
     def edits(self, view: BlockView) -> Mapping[str, TensorEdit]:
         """Edits by tensor name inside the block, such as "input_layernorm.weight". Together they must leave the
-        block's output unchanged; the run checks that on a calibration sample."""
+        block's output unchanged; a run with calibration data checks that on one sample."""
 
 
 TRANSFORMS: dict[str, type[BlockTransform]] = {}
