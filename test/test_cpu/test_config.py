@@ -153,4 +153,4 @@ def test_what_a_recipe_could_not_hold_is_demanded(
     assert "was made with AR_X=1, which changes the result; set it too" in caplog.text
     caplog.clear()
     monkeypatch.setenv("AR_X", "1")
-    assert config.keywords_with({"dataset": "mbpp"}) and not caplog.text
+    assert config.keywords_with({"dataset": "mbpp"}) and "AR_X" not in caplog.text
