@@ -60,7 +60,8 @@ def assemble(conversion: Conversion, sources: dict[str, torch.Tensor], transpose
     for name, tensor in conversion.extras().items():
         made[name].copy_(tensor)
     for name, tensor in sources.items():
-        for placement in conversion.place(name, transposed=name in transposed):
+        tensor = tensor.t() if name in transposed else tensor
+        for placement in conversion.place(name):
             piece, target = placement.cut(tensor.float()), made[placement.tensor]
             if placement.slot is not None:
                 target[placement.slot] = piece
@@ -85,7 +86,7 @@ def write_ours(folder: Path, out: Path, tensors: dict[str, torch.Tensor] | None 
     conversion = conversion_for(config, shapes)
     arrays = assemble(conversion, sources, conv1d)
     writer = gguf.GGUFWriter(out, conversion.arch)
-    rows = conversion.shape("token_embd.weight")[0]
+    rows = conversion.tensors["token_embd.weight"][0]
     vocabulary = vocabulary_for(AutoTokenizer.from_pretrained(folder), rows, config, folder)
     general = general_metadata(conversion.arch, conversion.tensors, gguf.LlamaFileType.ALL_F32, folder=folder)
     for entry in (*general, *conversion.metadata(), *vocabulary.metadata()):

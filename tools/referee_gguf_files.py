@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from referee_gguf_models import MODELS, save_wide
@@ -97,7 +98,7 @@ class Cell:
         given = {name: tensor.t() if name in conv1d else tensor for name, tensor in state.items()}
         head = given.pop("lm_head.weight") if config.tie_word_embeddings else None
         conversion = conversion_for(config, {name: tuple(tensor.shape) for name, tensor in given.items()})
-        weights = {name: tensors.weight(name) for name in tensors}
+        weights = {name: stored_weight(tensors, name) for name in tensors}
         kinds: dict[str, str] = {}
         with torch.no_grad():
             if head is not None:  # stored as the embedding
@@ -134,6 +135,15 @@ class Cell:
         named = dict(self.model.named_parameters(remove_duplicate=False))
         with RoundedInputs({named[name].untyped_storage().data_ptr(): kind for name, kind in self.kinds.items()}):
             return logits_of(self.model, ids)
+
+
+def stored_weight(file: GgufTensors, name: str) -> torch.Tensor:
+    """A tensor in float32."""
+    stored = file.stored(name)
+    if stored.dtype != torch.uint8:
+        return stored.float()
+    values = gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType[file.kind(name)])
+    return torch.from_numpy(values).reshape(file.shape(name))
 
 
 class RoundedInputs(TorchFunctionMode):

@@ -117,6 +117,8 @@ def main() -> int:
     """Compare all folders; 1 when a text is tokenized otherwise."""
     from transformers import AutoTokenizer
 
+    from auto_round.gguf.vocab import SPACE_NOTE
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--judge", required=True)
     parser.add_argument("--text", type=Path, action="append", default=[])
@@ -150,7 +152,7 @@ def main() -> int:
             for i in differ
             if without_leading_spaces(texts[i], special) != texts[i] or any(token in texts[i] for token in special)
         ]
-        known = vocabulary.leading_spaces_differ
+        known = SPACE_NOTE in vocabulary.notes
         bad = [i for i in differ if not (known and i in spaced)]
         wrong += bool(bad)
         print(

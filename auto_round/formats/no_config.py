@@ -11,14 +11,11 @@ from typing import Any, ClassVar
 import torch
 
 from auto_round.codecs.ggml.pack import pack_blocks
-from auto_round.codecs.ggml.types import GGML_TYPES, ggml_scheme, ggml_type_of
+from auto_round.codecs.ggml.types import GGML_TYPES, ggml_type_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs, register_format
 from auto_round.gguf.file_types import FILE_TYPES
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
-
-# The types that a layer configuration means by bits alone.
-TYPE_OF_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
 
 
 class GgufFormat(OutputFormat):
@@ -70,13 +67,6 @@ class GgufFormat(OutputFormat):
     def scheme(self) -> QuantizationScheme:
         """The scheme of most layers of such a file."""
         return PRESET_SCHEMES[f"GGUF:{self.preset}"]
-
-
-def scheme_of_type(kind: str, default: QuantizationScheme) -> QuantizationScheme:
-    """The scheme of a tensor of type `kind`; 16 bits for F32, F16 and BF16."""
-    if kind in GGML_TYPES:
-        return ggml_scheme(kind)
-    return default.with_overrides({"bits": 16, "act_bits": 16})
 
 
 for _file_type in FILE_TYPES:

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.gguf.families import find_family, supported_families
+from auto_round.gguf.families import find_family
 from auto_round.gguf.family import Family, HfConfig, Placement, read_hf_config
 from auto_round.gguf.metadata import KeyValue, gguf_package, key_value
-
-__all__ = ["Conversion", "Placement", "conversion_for", "supported_families"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Buffers in some checkpoints that llama.cpp does not use.
@@ -30,18 +28,6 @@ _FUSED = re.compile(
     r"(experts\.(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?|(?P<way>input|output)_linear\.weight)"
 )
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
-# Float32 in every file, as llama.cpp requires; norms, biases and one-dimensional tensors are too.
-_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight", "token_types.weight")
-
-
-def _first_half(weight: torch.Tensor) -> torch.Tensor:
-    """The gate of a fused gate and up [experts, 2 * inner, hidden]."""
-    return weight[:, : weight.shape[1] // 2]
-
-
-def _second_half(weight: torch.Tensor) -> torch.Tensor:
-    """The up projection of a fused gate and up [experts, 2 * inner, hidden]."""
-    return weight[:, weight.shape[1] // 2 :]
 
 
 @dataclass(frozen=True)
@@ -78,26 +64,24 @@ class Conversion:
             )
         return gguf.get_tensor_name_map(arch, self.settings.blocks)
 
-    def place(self, name: str, transposed: bool = False) -> list[Placement]:
-        """Placements of the source tensor `name`; none for a skipped one.
+    def place(self, name: str) -> list[Placement]:
+        """Placements of the source tensor `name` (a Conv1D's weight as [out, in]); none for a skipped one.
 
-        `transposed`: it is given as [in, out], as a Conv1D module stores its weight. Raises UnsupportedError for a
-        tensor that the family does not have.
+        Raises UnsupportedError for a tensor that the family does not have.
         """
-        found = self._place(name)
-        return [placement.of_transposed() for placement in found] if transposed else found
-
-    def _place(self, name: str) -> list[Placement]:
         if self._is_skipped(name):
             return []
         expert = _EXPERT.fullmatch(name)
         if expert:
-            return [
-                Placement(f"blk.{expert['block']}.ffn_{_PARTS[expert['part']]}_exps.weight", slot=int(expert["index"]))
-            ]
+            target = f"blk.{expert['block']}.ffn_{_PARTS[expert['part']]}_exps.weight"
+            return [Placement(target, slot=int(expert["index"]))]
         fused = _FUSED.fullmatch(name)
         if fused and len(self.sources.get(name, (0, 0, 0))) == 3:
-            return self._fused_experts(fused)
+            front = f"blk.{fused['block']}.ffn_"
+            if fused["part"] == "gate_up_proj" or fused["way"] == "input":  # [experts, 2 * inner, hidden]
+                halves = (("gate", lambda w: w.chunk(2, 1)[0]), ("up", lambda w: w.chunk(2, 1)[1]))
+                return [Placement(f"{front}{part}_exps.weight", edit=half) for part, half in halves]
+            return [Placement(f"{front}{_PARTS.get(fused['part'], 'down')}_exps.weight")]
         for rule in self.family.rules:
             found = re.fullmatch(rule.pattern, name)
             if found:
@@ -120,15 +104,6 @@ class Conversion:
         # Blocks for multi-token prediction follow the model's own and are not written.
         return block is not None and int(block[1]) >= self.settings.blocks
 
-    def _fused_experts(self, found: re.Match[str]) -> list[Placement]:
-        front = f"blk.{found['block']}.ffn_"
-        if found["part"] == "gate_up_proj" or found["way"] == "input":
-            return [
-                Placement(f"{front}gate_exps.weight", edit=_first_half),
-                Placement(f"{front}up_exps.weight", edit=_second_half),
-            ]
-        return [Placement(f"{front}{_PARTS.get(found['part'], 'down')}_exps.weight")]
-
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes (PyTorch's order) of all tensors in the file: `extras`, then the sources' order.
@@ -144,18 +119,6 @@ class Conversion:
                 parts.setdefault(placement.tensor, []).append((source, placement, placement.shape(tuple(shape))))
         shapes |= {target: _merged_shape(target, found) for target, found in parts.items()}
         return shapes
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the tensor `name` of the file, in PyTorch's order. Raises ModelError for an unknown one."""
-        if name not in self.tensors:
-            raise ModelError(f"no tensor {name!r} in this model's GGUF file")
-        return self.tensors[name]
-
-    def is_float32(self, name: str) -> bool:
-        """Whether the tensor `name` of the file is float32 in every file type, as in llama.cpp's converter."""
-        if len(self.tensors.get(name, (0, 0))) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
-            return True
-        return re.sub(r"^blk\.\d+\.", "", name) in _FLOAT32
 
     def extras(self) -> dict[str, torch.Tensor]:
         """Computed tensors that are in no checkpoint, float32, by their names in the file."""

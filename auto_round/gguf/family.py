@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -140,11 +140,6 @@ class Placement:
         if self.edit is not None:
             source = tuple(self.edit(torch.empty(source, device="meta")).shape)
         return source if self.rows is None else (int(self.rows.numel()), *source[1:])
-
-    def of_transposed(self) -> Placement:
-        """The placement for a source that is given as [in, out], as Conv1D modules store their weights."""
-        edit = self.edit
-        return replace(self, edit=torch.t if edit is None else lambda weight: edit(weight.t()))
 
 
 Source = str | tuple[str, ...] | Callable[[HfConfig], Any]

@@ -5,15 +5,26 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from auto_round.codecs.ggml.types import GGML_TYPES
-from auto_round.errors import ConfigError, nearest
+import torch
 
-FLOATS = ("F32", "F16", "BF16")
+from auto_round.codecs.ggml.types import GGML_TYPES
+
+# dtype of each GGUF type that is not quantized.
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of a ggml type, F32, F16 or BF16."""
+    if kind in FLOAT_TYPES:
+        return math.prod(shape) * FLOAT_TYPES[kind].itemsize
+    return math.prod(shape[:-1]) * GGML_TYPES[kind].row_bytes(shape[-1])
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,11 @@ _ROWS = (
 )  # fmt: skip
 FILE_TYPES: Mapping[str, FileType] = MappingProxyType({row[0]: FileType(*row) for row in _ROWS})
 
-_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "q6_k_s": "q6_k"}
-
 # The replacement of a type whose blocks do not divide a row; float16 where that does not fit either.
 _SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+# The types that a layer configuration means by bits alone.
+TYPE_OF_BITS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
 
 # Matrices that stay float32, by a part of the name: routers, position tables, small convolutions and projections.
 _NEVER_QUANTIZED = (
@@ -103,15 +115,6 @@ class TensorTypes(dict[str, str]):
             block, whose = GGML_TYPES[meant].block, "its" if one else "their"
             lines.append(f"{which} {given} instead of {meant}: {whose} rows are no multiple of {block}")
         return lines
-
-
-def file_type(name: str) -> FileType:
-    """The file type of a name such as `q4_k_m`, in any case. Raises ConfigError for an unknown one."""
-    key = name.lower()
-    found = FILE_TYPES.get(_ALIASES.get(key, key))
-    if found is None:
-        raise ConfigError(f"unknown GGUF type {name!r}{nearest(name, FILE_TYPES)}; known are {', '.join(FILE_TYPES)}")
-    return found
 
 
 @dataclass(frozen=True)
@@ -186,13 +189,9 @@ _OUT_EIGHT_EXPERTS = dict.fromkeys(("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_
 
 
 def tensor_types(
-    name: str,
-    arch: str,
-    tensors: Sequence[tuple[str, Sequence[int]]],
-    sizes: ModelDimensions,
+    name: str, arch: str, tensors: Sequence[tuple[str, Sequence[int]]], sizes: ModelDimensions,
     importance: bool = False,
-    overrides: Mapping[str, str] | None = None,
-) -> TensorTypes:
+) -> TensorTypes:  # fmt: skip
     """The type of each tensor in a file of type `name`.
 
     Args:
@@ -202,36 +201,27 @@ def tensor_types(
             `output.weight`, the token embedding is the head and gets the head's type.
         sizes: of the model.
         importance: whether an importance matrix is used.
-        overrides: {tensor: type} that replace the rules' types.
-
-    Raises:
-        ConfigError: the file type, or a tensor or type in `overrides`, is unknown; or a vector or norm is overridden.
     """
-    kind = file_type(name)
-    wanted = _validated_overrides(overrides or {}, [tensor for tensor, _ in tensors])
     tied = not any(tensor == "output.weight" for tensor, _ in tensors)
     values = sum(_role(tensor, tied) == "v" for tensor, _ in tensors)
-    seen = {"v": 0, "down": 0}
-    types: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    types = {tensor: "F32" for tensor, _ in tensors}
     fallbacks: dict[str, str] = {}
     for tensor, shape in sorted(tensors, key=lambda item: (_block(item[0], -1), item[0])):
         if not quantizable(tensor, shape):
-            meant = wanted.get(tensor, "F32")
-            if meant != "F32" and (_rank(shape) < 2 or "_norm." in tensor):
-                raise ConfigError(f"tensor {tensor!r} cannot be {meant}: vectors and norms stay F32")
-        else:
-            role = _role(tensor, tied)
-            index = seen.get(role, 0)
-            seen[role] = index + 1
-            if role == "down" and sizes.n_expert > 1:
-                index = _block(tensor, index)
-            count = values if role == "v" else sizes.n_layer
-            view = _Tensor(tensor, role, int(shape[-1]), index, count, arch, sizes, importance)
-            meant = wanted.get(tensor) or _by_rule(kind, view)
-        types[tensor] = fallback_type(meant, int(shape[-1])) if shape else meant
+            continue
+        role = _role(tensor, tied)
+        index = seen[role]
+        seen[role] += 1
+        if role == "down" and sizes.n_expert > 1:
+            index = _block(tensor, index)
+        count = values if role == "v" else sizes.n_layer
+        view = _Tensor(tensor, role, int(shape[-1]), index, count, arch, sizes, importance)
+        meant = _type_by_rule(FILE_TYPES[name], view)
+        types[tensor] = fallback_type(meant, view.columns)
         if types[tensor] != meant:
             fallbacks[tensor] = meant
-    return TensorTypes({tensor: types[tensor] for tensor, _ in tensors}, fallbacks)
+    return TensorTypes(types, fallbacks)
 
 
 def quantizable(name: str, shape: Sequence[int]) -> bool:
@@ -259,31 +249,29 @@ def _role(name: str, tied: bool) -> str:
     return next((role for part, role in _ROLES if part in name), "")
 
 
-def _by_rule(kind: FileType, tensor: _Tensor) -> str:
+def _type_by_rule(kind: FileType, tensor: _Tensor) -> str:
+    falcon, eight = tensor.arch == "falcon", tensor.sizes.n_expert == 8
+    found: str | None = None
     if kind.name == "q2_k_mixed":
         if tensor.role in ("output", "embedding"):
-            return "Q8_0"
-        return "Q2_K" if "_exps." in tensor.name else kind.base
-    return _rule_type(kind, tensor) or kind.base
-
-
-def _rule_type(kind: FileType, tensor: _Tensor) -> str | None:
-    falcon, eight = tensor.arch == "falcon", tensor.sizes.n_expert == 8
-    if tensor.role == "output":
-        if falcon or kind.base == "Q8_0" or tensor.columns % GGML_TYPES[kind.base].block:
-            return "Q8_0"
-        return "Q6_K"
-    if tensor.role in ("v", "k") and eight:
-        return "Q8_0"
-    if tensor.role == "v":
+            found = "Q8_0"
+        elif "_exps." in tensor.name:
+            found = "Q2_K"
+    elif tensor.role == "output":
+        eight_bits = falcon or kind.base == "Q8_0" or tensor.columns % GGML_TYPES[kind.base].block
+        found = "Q8_0" if eight_bits else "Q6_K"
+    elif tensor.role in ("v", "k") and eight:
+        found = "Q8_0"
+    elif tensor.role == "v":
         found = _VALUES[kind.name](tensor) if kind.name in _VALUES else None
-        return "Q5_K" if _is_70b(tensor) and (found or kind.base) in ("Q3_K", "Q4_K") else found
-    if tensor.role == "down":
-        rule = (_DOWN_FALCON if falcon else _DOWN).get(kind.name)
-        return rule(tensor) if rule else None
-    if tensor.role == "o":
-        return (_OUT_FALCON if falcon else _OUT_EIGHT_EXPERTS if eight else _OUT).get(kind.name)
-    return None
+        if _is_70b(tensor) and (found or kind.base) in ("Q3_K", "Q4_K"):
+            found = "Q5_K"
+    elif tensor.role == "down":
+        rules = _DOWN_FALCON if falcon else _DOWN
+        found = rules[kind.name](tensor) if kind.name in rules else None
+    elif tensor.role == "o":
+        found = (_OUT_FALCON if falcon else _OUT_EIGHT_EXPERTS if eight else _OUT).get(kind.name)
+    return found or kind.base
 
 
 def _is_70b(tensor: _Tensor) -> bool:
@@ -294,17 +282,7 @@ def _is_70b(tensor: _Tensor) -> bool:
 
 def fallback_type(kind: str, columns: int) -> str:
     """`kind`, or llama.cpp's replacement when `columns` do not divide into its blocks."""
-    if kind in FLOATS or columns % GGML_TYPES[kind].block == 0:
+    if kind in FLOAT_TYPES or columns % GGML_TYPES[kind].block == 0:
         return kind
     smaller = _SMALLER_BLOCKS.get(kind, kind)
     return smaller if columns % GGML_TYPES[smaller].block == 0 else "F16"
-
-
-def _validated_overrides(overrides: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    known = (*FLOATS, *GGML_TYPES)
-    for tensor, kind in overrides.items():
-        if tensor not in names:
-            raise ConfigError(f"the model has no tensor {tensor!r}{nearest(tensor, names)}")
-        if kind not in known:
-            raise ConfigError(f"tensor {tensor!r}: unknown type {kind!r}{nearest(kind, known)}; known are {known}")
-    return dict(overrides)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from auto_round.codecs.ggml.types import GGML_TYPES
 from auto_round.errors import ConfigError, ModelError
 from auto_round.gguf.conversion import Conversion
 from auto_round.gguf.family import Placement
-from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, tensor_types
+from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, tensor_bytes, tensor_types
 from auto_round.gguf.metadata import KeyValue, general_metadata, size_label, stored_bytes
 from auto_round.gguf.vocab import vocabulary_for
 
 _EMBEDDING = "token_embd.weight"
-_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -81,13 +78,6 @@ class GgufPlan:
         return [(name, shape, self.types[name]) for name, shape in self.shapes.items()]
 
 
-def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of a ggml type, F32, F16 or BF16."""
-    if kind in _FLOAT_BYTES:
-        return math.prod(shape) * _FLOAT_BYTES[kind]
-    return math.prod(shape[:-1]) * GGML_TYPES[kind].row_bytes(shape[-1])
-
-
 def plan_file(file_type: str, conversion: Conversion, with_importance: bool, tied: Iterable[str] = ()) -> GgufPlan:
     """Place every tensor of the model and choose its type.
 
@@ -103,9 +93,8 @@ def plan_file(file_type: str, conversion: Conversion, with_importance: bool, tie
     places = {name: tuple(conversion.place(name)) for name in conversion.sources}
     shapes = conversion.tensors
     chosen = tensor_types(file_type, conversion.arch, list(shapes.items()), dimensions_of(conversion), with_importance)
-    types = {name: "F32" if conversion.is_float32(name) else chosen[name] for name in shapes}
     notes = (*conversion.notes, *chosen.notes())
-    return GgufPlan(file_type, conversion, {**places, **dict.fromkeys(tied, ())}, shapes, types, (), notes)
+    return GgufPlan(file_type, conversion, {**places, **dict.fromkeys(tied, ())}, shapes, chosen, (), notes)
 
 
 def with_file_metadata(

@@ -8,7 +8,7 @@ in whether decoding removes spaces before punctuation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from auto_round import envs
@@ -78,14 +78,13 @@ KNOWN_FULL_SPLITS: dict[Steps, tuple[str, str]] = {
 WITHOUT_MARKS = ("tekken", "gpt-4o")
 
 
-def _flat(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+def flat_steps(step: Mapping[str, Any] | None, members: str) -> list[Mapping[str, Any]]:
+    """The steps of a tokenizer.json's normalizer or pre-tokenizer, with sequences (of the key `members`) unrolled."""
     if step is None:
-        return
-    if step.get("type") == "Sequence":
-        for inner in step["pretokenizers"]:
-            yield from _flat(inner)
-    else:
-        yield step
+        return []
+    if step["type"] == "Sequence":
+        return [inner for part in step[members] for inner in flat_steps(part, members)]
+    return [step]
 
 
 def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
@@ -94,7 +93,7 @@ def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
     Its last step must be byte-level without `add_prefix_space`.
     """
     steps: list[str] = []
-    found = list(_flat(pre_tokenizer))
+    found = flat_steps(pre_tokenizer, "pretokenizers")
     if not any(step["type"] == "ByteLevel" for step in found):
         return None
     for step in found:

@@ -1,12 +1,11 @@
 """Read GGUF files: a strict header parser for untrusted files, and memory-mapped tensors to verify a result.
 
-The header parser is independent of the `gguf` package, which wrote the header; blocks are dequantized by the package.
-(Its own `GGUFReader` takes a minute for a vocabulary of 262,144.)
+It is independent of the `gguf` package, which wrote the header and whose own `GGUFReader` takes a minute for a
+vocabulary of 262,144.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import torch
 
 from auto_round.codecs.ggml.types import GGML_TYPES
 from auto_round.errors import DataError, VerifyError
-from auto_round.gguf.metadata import gguf_package
+from auto_round.gguf.file_types import FLOAT_TYPES, tensor_bytes
 
 MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -28,7 +27,6 @@ _TYPE_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
     13: "Q5_K", 14: "Q6_K", 30: "BF16",
 }  # fmt: skip
-_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MOST_DIMENSIONS = 4
 
 
@@ -91,7 +89,9 @@ class _Reader:
         tensors: dict[str, TensorInfo] = {}
         expected = end = 0
         for name, shape, kind, offset in infos:
-            nbytes = self.tensor_bytes(name, shape, kind)
+            if kind in GGML_TYPES and shape[-1] % GGML_TYPES[kind].block:
+                raise self.error(f"rows of tensor {name!r} do not divide into blocks")
+            nbytes = tensor_bytes(kind, shape)
             if name in tensors:
                 raise self.error(f"tensor {name!r} is there twice")
             if offset != expected:  # ggml's reader requires contiguous tensors
@@ -124,11 +124,7 @@ class _Reader:
         return count
 
     def text(self) -> str:
-        raw = self.bytes(self.scalar("Q"))
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self.error("a text is no UTF-8") from error
+        return self.texts(1)[0]
 
     def texts(self, count: int) -> list[str]:
         """`count` texts, faster than calling `text`: a vocabulary has hundreds of thousands."""
@@ -172,16 +168,6 @@ class _Reader:
             raise self.error(f"tensor {name!r} has type {kind}, which is unknown here")
         return name, shape, _TYPE_NAMES[kind], offset
 
-    def tensor_bytes(self, name: str, shape: tuple[int, ...], kind: str) -> int:
-        if kind in _FLOAT_BYTES:
-            return math.prod(shape) * _FLOAT_BYTES[kind]
-        if shape[-1] % GGML_TYPES[kind].block:
-            raise self.error(f"rows of tensor {name!r} do not divide into blocks")
-        return math.prod(shape[:-1]) * GGML_TYPES[kind].row_bytes(shape[-1])
-
-
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 
 class GgufTensors:
     """The memory-mapped tensors of one file. Raises VerifyError for a damaged file."""
@@ -217,18 +203,9 @@ class GgufTensors:
             nbytes //= shape[0]
             start, shape = start + slot * nbytes, shape[1:]
         raw = torch.from_numpy(np.array(self._bytes[start : start + nbytes]))
-        if info.kind in _FLOATS:
-            return raw.view(_FLOATS[info.kind]).reshape(shape)
+        if info.kind in FLOAT_TYPES:
+            return raw.view(FLOAT_TYPES[info.kind]).reshape(shape)
         return raw.reshape(*shape[:-1], GGML_TYPES[info.kind].row_bytes(shape[-1]))
-
-    def weight(self, name: str) -> torch.Tensor:
-        """float32 in the tensor's shape. Raises UnsupportedError without the `gguf` package, if it holds blocks."""
-        stored = self.stored(name)
-        if stored.dtype != torch.uint8:
-            return stored.float()
-        gguf = gguf_package()
-        values = gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType[self.kind(name)])
-        return torch.from_numpy(values).reshape(self.shape(name))
 
     def value(self, key: str) -> Any:
         """The value of a key (a list for an array), or None."""

@@ -15,7 +15,7 @@ from typing import Any
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.gguf.family import read_hf_config
 from auto_round.gguf.metadata import KeyValue, key_value
-from auto_round.gguf.pre_tokenizer import WITHOUT_MARKS, pre_tokenizer_name
+from auto_round.gguf.pre_tokenizer import WITHOUT_MARKS, flat_steps, pre_tokenizer_name
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _TOKEN_SPACE = "▁"
@@ -30,6 +30,11 @@ class TokenList:
     types: list[int]
     scores: list[float] = field(default_factory=list)
 
+    @classmethod
+    def unused(cls, rows: int, scored: bool) -> TokenList:
+        """Placeholders for every row of the embedding."""
+        return cls([f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows, [_UNUSED_SCORE] * rows if scored else [])
+
 
 def looks_special(text: str) -> bool:
     """Whether an added token looks like a control token that its tokenizer does not mark as special."""
@@ -37,11 +42,6 @@ def looks_special(text: str) -> bool:
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
         text.startswith(start) and text.endswith(end) for start, end in ends
     )
-
-
-def unused_tokens(rows: int) -> TokenList:
-    """Placeholders for every row of the embedding."""
-    return TokenList([f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows)
 
 
 def insert_added_tokens(tokens: TokenList, added: Mapping[int, Any]) -> None:
@@ -57,17 +57,6 @@ def insert_added_tokens(tokens: TokenList, added: Mapping[int, Any]) -> None:
             tokens.scores[index] = _ADDED_SCORE
 
 
-def byte_level_tokens(vocab: Mapping[str, int], added: Mapping[int, Any], rows: int) -> TokenList:
-    """Tokens of a byte-level BPE tokenizer. Raises ModelError for a vocabulary larger than the embedding."""
-    tokens = unused_tokens(rows)
-    for text, index in vocab.items():
-        if index not in added:
-            _check_row(index, text, rows)
-            tokens.texts[index], tokens.types[index] = text, NORMAL
-    insert_added_tokens(tokens, added)
-    return tokens
-
-
 def sentencepiece_tokens(path: Path, added: Mapping[int, Any], rows: int) -> TokenList:
     """Tokens of a SentencePiece model file. Raises UnsupportedError without the package sentencepiece."""
     try:
@@ -76,39 +65,40 @@ def sentencepiece_tokens(path: Path, added: Mapping[int, Any], rows: int) -> Tok
         raise UnsupportedError("tokenizer.model needs the package sentencepiece: pip install sentencepiece") from error
     model = SentencePieceProcessor()
     model.LoadFromFile(str(path))
-    tokens = unused_tokens(rows)
-    tokens.scores = [_UNUSED_SCORE] * rows
+    tokens = TokenList.unused(rows, scored=True)
+    kinds = (
+        (UNKNOWN, model.IsUnknown), (CONTROL, model.IsControl), (UNUSED, model.IsUnused), (BYTE, model.IsByte),
+    )  # fmt: skip
     for index in range(min(model.vocab_size(), rows)):
         tokens.texts[index], tokens.scores[index] = model.IdToPiece(index), model.GetScore(index)
-        tokens.types[index] = NORMAL
-        for kind, holds in (
-            (UNKNOWN, model.IsUnknown), (CONTROL, model.IsControl), (UNUSED, model.IsUnused), (BYTE, model.IsByte),
-        ):  # fmt: skip
-            if holds(index):
-                tokens.types[index] = kind
-                break
+        tokens.types[index] = next((kind for kind, holds in kinds if holds(index)), NORMAL)
     insert_added_tokens(tokens, added)
     return tokens
 
 
-def merged_tokens(model: Mapping[str, Any], added: Mapping[int, Any], rows: int) -> TokenList:
-    """Tokens of a SentencePiece BPE model from its tokenizer.json alone.
+def bpe_tokens(model: Mapping[str, Any], added: Mapping[int, Any], rows: int) -> TokenList:
+    """Tokens of the BPE model of a tokenizer.json; with scores where it is SentencePiece's (with byte fallback).
 
     SentencePiece merges the pair whose result has the best score, and tokenizer.json lists pairs by that score. So a
     token's score is minus the rank of the first pair that produces it; scores of other tokens are never used.
+
+    Raises:
+        ModelError: the vocabulary is larger than the embedding.
     """
+    scored = bool(model.get("byte_fallback"))
     scores: dict[str, float] = {}
-    for rank, (left, right) in enumerate(merge_pairs(model["merges"])):
+    for rank, (left, right) in enumerate(merge_pairs(model["merges"]) if scored else ()):
         scores.setdefault(left + right, -float(rank))
-    tokens = unused_tokens(rows)
-    tokens.scores = [_UNUSED_SCORE] * rows
+    tokens = TokenList.unused(rows, scored)
     for text, index in model["vocab"].items():
         if index in added:
             continue
-        _check_row(index, text, rows)
-        is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        if index >= rows:
+            raise ModelError(f"the tokenizer's token {index} ({text!r}) has no row in the embedding, which has {rows}")
+        is_byte = scored and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         tokens.texts[index], tokens.types[index] = text, BYTE if is_byte else NORMAL
-        tokens.scores[index] = scores.get(text, 0.0 if is_byte else -float(len(scores)))
+        if scored:
+            tokens.scores[index] = scores.get(text, 0.0 if is_byte else -float(len(scores)))
     insert_added_tokens(tokens, added)
     return tokens
 
@@ -135,24 +125,6 @@ def require_unique(tokens: TokenList) -> None:
         seen[text] = index
 
 
-def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
-    """The tokenizer.json of a Transformers tokenizer. Raises UnsupportedError for one without the package
-    tokenizers."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UnsupportedError(
-            f"a tokenizer of class {type(tokenizer).__name__} cannot be written as GGUF; it needs a tokenizer.json or "
-            "a SentencePiece model that Transformers loads as a fast tokenizer"
-        )
-    values: dict[str, Any] = json.loads(backend.to_str())
-    return values
-
-
-def _check_row(index: int, text: str, rows: int) -> None:
-    if index >= rows:
-        raise ModelError(f"the tokenizer's token {index} ({text!r}) has no row in the embedding, which has {rows}")
-
-
 _IDS = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
@@ -161,7 +133,7 @@ _IDS = {
     "pad": "padding_token_id",
     "mask": "mask_token_id",
 }
-_SPACE_NOTE = (
+SPACE_NOTE = (
     "llama.cpp adds a space before every text and after every special token, as SentencePiece does; this tokenizer "
     "does not where there is one already, or not after special tokens"
 )
@@ -181,7 +153,6 @@ class Vocabulary:
         flags: (key, value): whether tokens or a space are added to a text.
         templates: chat templates by name; "default" is the main one.
         notes: where llama.cpp tokenizes differently from Transformers, for the user.
-        leading_spaces_differ: llama.cpp treats spaces at the start of a text and after special tokens differently.
     """
 
     model: str
@@ -192,7 +163,6 @@ class Vocabulary:
     flags: tuple[tuple[str, bool], ...]
     templates: Mapping[str, str]
     notes: tuple[str, ...]
-    leading_spaces_differ: bool = False
 
     def metadata(self) -> list[KeyValue]:
         """The keys tokenizer.*, with their types."""
@@ -230,40 +200,44 @@ def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | 
         UnsupportedError: llama.cpp has no such tokenizer.
         ModelError: a token has no row, or two have the same text.
     """
-    values = tokenizer_json(tokenizer)
-    model = values["model"]
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedError(
+            f"a tokenizer of class {type(tokenizer).__name__} cannot be written as GGUF; it needs a tokenizer.json or "
+            "a SentencePiece model that Transformers loads as a fast tokenizer"
+        )
+    values = json.loads(backend.to_str())
+    model, added = values["model"], backend.get_added_tokens_decoder()
     if model["type"] != "BPE":
         raise UnsupportedError(
             f"a tokenizer of type {model['type']} cannot be written as GGUF, only byte-level BPE and SentencePiece BPE"
         )
     notes = [
         f"llama.cpp does not apply the tokenizer's normalization {step['type']}"
-        for step in _normalizer_steps(values["normalizer"])
+        for step in flat_steps(values["normalizer"], "normalizers")
         if not _is_space(step)
     ]
     flags = _added_bos_eos(tokenizer, notes)
     merges: tuple[str, ...] = ()
-    spaces_differ = False
     if model.get("byte_fallback"):
         name, pre = "llama", "default"
         prefix = _space_prefix(values)
         flags.append(("add_space_prefix", prefix))
-        spaces_differ = prefix and (values["pre_tokenizer"] or {}).get("type") == "Metaspace"
-        notes += [_SPACE_NOTE] if spaces_differ else []
-        path = Path(folder) / "tokenizer.model" if folder is not None else None
-        has_file = path is not None and path.is_file()
-        tokens = sentencepiece_tokens(path, added, rows) if has_file and path else merged_tokens(model, added, rows)
+        if prefix and (values["pre_tokenizer"] or {}).get("type") == "Metaspace":
+            notes.append(SPACE_NOTE)
+        path = Path(folder, "tokenizer.model") if folder is not None else None
+        exact = path is not None and path.is_file()
+        tokens = sentencepiece_tokens(path, added, rows) if path and exact else bpe_tokens(model, added, rows)
     else:
         name, pre = "gpt2", pre_tokenizer_name(values, bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)))
         notes += [_MARKS_NOTE] if pre in WITHOUT_MARKS else []
-        tokens = byte_level_tokens(model["vocab"], added, rows)
+        tokens = bpe_tokens(model, added, rows)
         merges = tuple(merge_lines(model["merges"]))
     require_unique(tokens)
     template = getattr(tokenizer, "chat_template", None)
     templates = dict(template) if isinstance(template, Mapping) else {"default": template} if template else {}
     ids = _special_ids(tokenizer, config, rows)
-    return Vocabulary(name, pre, tokens, merges, ids, tuple(flags), templates, tuple(notes), spaces_differ)
+    return Vocabulary(name, pre, tokens, merges, ids, tuple(flags), templates, tuple(notes))
 
 
 def _special_ids(tokenizer: Any, config: Any, rows: int) -> tuple[tuple[str, int], ...]:
@@ -290,14 +264,6 @@ def _added_bos_eos(tokenizer: Any, notes: list[str]) -> list[tuple[str, bool]]:
     return [("add_bos_token", bool(before)), ("add_eos_token", bool(after))]
 
 
-def _normalizer_steps(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    if normalizer is None:
-        return []
-    if normalizer["type"] == "Sequence":
-        return [step for inner in normalizer["normalizers"] for step in _normalizer_steps(inner)]
-    return [normalizer]
-
-
 def _is_space(step: Mapping[str, Any]) -> bool:
     """Whether a step only replaces spaces as SentencePiece does."""
     if step["type"] == "Prepend":
@@ -307,7 +273,7 @@ def _is_space(step: Mapping[str, Any]) -> bool:
 
 def _space_prefix(values: Mapping[str, Any]) -> bool:
     """Whether a space is added before a text. Raises UnsupportedError when text is split before it is merged."""
-    prefix = any(step["type"] == "Prepend" for step in _normalizer_steps(values["normalizer"]))
+    prefix = any(step["type"] == "Prepend" for step in flat_steps(values["normalizer"], "normalizers"))
     splits = values["pre_tokenizer"]
     kind = splits["type"] if splits else None
     if kind == "Metaspace" and not splits.get("split", True):

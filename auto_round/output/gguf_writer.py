@@ -16,13 +16,12 @@ import torch
 
 from auto_round.codecs.ggml.types import GGML_TYPES
 from auto_round.errors import ConfigError, OutputError
+from auto_round.gguf.file_types import FLOAT_TYPES
 from auto_round.gguf.metadata import gguf_package
 from auto_round.output.folders import path_inside
 from auto_round.output.writer import AtomicOutput, file_sha256, sync_folder
 
 ALIGNMENT = 32
-FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""dtype of each GGUF type that is not quantized."""
 _MAX_DIMENSIONS = 4  # of a tensor in ggml
 _MAX_NAME_BYTES = 63  # of a tensor's name in ggml
 

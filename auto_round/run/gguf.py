@@ -4,45 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from auto_round.calibration.imatrix import read_imatrix, write_imatrix
-from auto_round.codecs.ggml.types import ggml_type_of
+from auto_round.codecs.ggml.types import GGML_TYPES, ggml_scheme, ggml_type_of
 from auto_round.errors import ConfigError, DataError
 from auto_round.formats.base import OutputFormat
-from auto_round.gguf.plan import GgufPlan
+from auto_round.formats.no_config import GgufFormat
+from auto_round.gguf.conversion import conversion_for
+from auto_round.gguf.file_types import FLOAT_TYPES, TYPE_OF_BITS, fallback_type
+from auto_round.gguf.plan import GgufPlan, plan_file, with_file_metadata
 from auto_round.layer_config import LayerConfig, matching_layers, scheme_from_entry
 from auto_round.logger import logger
 from auto_round.modeling.blocks import is_conv1d
 from auto_round.modeling.source import ModelSource
-from auto_round.output.gguf_writer import FLOAT_TYPES
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.schemes import QuantizationScheme
-
-if TYPE_CHECKING:
-    from auto_round.gguf.plan import GgufPlan
-
 
 _REARRANGED = "its tensor is rearranged in the file: quantized when it is written"
 _TYPE_OF_DTYPE = {dtype: kind for kind, dtype in FLOAT_TYPES.items()}
 
 
-def gguf_format(formats: Sequence[OutputFormat]) -> Any | None:
-    """The GGUF format (`GgufFormat`) among the formats of a run, or None; a run has at most one."""
-    return next((fmt for fmt in formats if fmt.name.startswith("gguf:")), None)
+def gguf_format(formats: Sequence[OutputFormat]) -> GgufFormat | None:
+    """The GGUF format among the formats of a run, or None; a run has at most one."""
+    return next((fmt for fmt in formats if isinstance(fmt, GgufFormat)), None)
 
 
-def plan_gguf_file(fmt: Any, source: ModelSource, tokenizer: Any, with_importance: bool) -> GgufPlan:
+def plan_gguf_file(fmt: GgufFormat, source: ModelSource, tokenizer: Any, with_importance: bool) -> GgufPlan:
     """Plan the GGUF file by the rules of its file type, without the layer configuration.
 
     Raises:
         UnsupportedError: a family, tensor or tokenizer that the conversion does not know.
     """
-    from auto_round.gguf.conversion import conversion_for
-    from auto_round.gguf.plan import plan_file, with_file_metadata
-
     tied = source.tied()
     shapes = {name: tuple(source.tensor_meta(name)[0]) for name in source.tensor_names() if name not in tied}
     for name, module in source.model.named_modules():
@@ -51,6 +46,11 @@ def plan_gguf_file(fmt: Any, source: ModelSource, tokenizer: Any, with_importanc
     plan = plan_file(fmt.file_type, conversion_for(source.config, shapes), with_importance, tied)
     folder = getattr(source, "folder", None)
     return with_file_metadata(plan, tokenizer, source.config, folder, source.name_or_path)
+
+
+def scheme_of_type(kind: str, default: QuantizationScheme) -> QuantizationScheme:
+    """The scheme of a tensor of type `kind`; 16 bits for F32, F16 and BF16."""
+    return ggml_scheme(kind) if kind in GGML_TYPES else default.with_overrides({"bits": 16, "act_bits": 16})
 
 
 def weight_name(source: ModelSource, layer: str) -> str:
@@ -63,14 +63,10 @@ def file_type_schemes(
     plan: GgufPlan, source: ModelSource, layers: Iterable[str], default: QuantizationScheme
 ) -> dict[str, QuantizationScheme]:
     """The scheme of every layer by the file type's rules."""
-    from auto_round.formats.no_config import scheme_of_type
-
     return {layer: scheme_of_type(plan.type_of(weight_name(source, layer)) or "F16", default) for layer in layers}
 
 
 def _type_of_bits(layer: str, bits: int) -> str:
-    from auto_round.formats.no_config import TYPE_OF_BITS
-
     if bits not in TYPE_OF_BITS:
         known = ", ".join(map(str, TYPE_OF_BITS))
         raise ConfigError(f"layer {layer}: no GGUF type has {bits} bits; use one of {known}")
@@ -88,9 +84,6 @@ def resolve_bits(
     Raises:
         ConfigError: no type has that many bits.
     """
-    from auto_round.formats.no_config import scheme_of_type
-    from auto_round.gguf.file_types import fallback_type
-
     result, notes = dict(schemes), []
     for name, scheme in schemes.items():
         kind = ggml_type_of(scheme) if scheme.quantizes_weights else None
@@ -115,8 +108,6 @@ def with_embedding_types(
     Raises:
         ConfigError: no type has that many bits.
     """
-    from auto_round.gguf.file_types import fallback_type
-
     embeddings = [name for name, module in source.model.named_modules() if isinstance(module, torch.nn.Embedding)]
     wanted: dict[str, str] = {}
     used: set[str] = set()

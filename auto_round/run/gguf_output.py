@@ -18,11 +18,12 @@ from auto_round.codecs.registry import clamp_to_float16
 from auto_round.errors import NumericsError, VerifyError
 from auto_round.formats.base import OutputFormat
 from auto_round.gguf.family import Placement
+from auto_round.gguf.file_types import FLOAT_TYPES
 from auto_round.gguf.plan import GgufPlan
 from auto_round.gguf.reader import GgufTensors
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource, check_finite
-from auto_round.output.gguf_writer import FLOAT_TYPES, GgufFile, TypedValue
+from auto_round.output.gguf_writer import GgufFile, TypedValue
 from auto_round.output.verify import dense_digest, layer_digest
 from auto_round.run.gguf import weight_name
 from auto_round.run.plan import Job

@@ -13,6 +13,7 @@ from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.formats.base import OutputFormat
 from auto_round.run.folders import split_runs
+from auto_round.run.gguf import scheme_of_type
 from auto_round.run.layer_schemes import select_blocks
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.run.settings import Settings
@@ -235,8 +236,6 @@ def job_fields(job: Job, settings: Settings) -> dict[str, dict[str, Any]]:
     found = {name: layer_fields(plan, blocks, settings) for name, plan in job.layers.items()}
     if job.gguf is None:
         return found
-    from auto_round.formats.no_config import scheme_of_type
-
     for name in job.embeddings:
         kind = job.gguf.type_of(f"{name}.weight") if f"{name}.weight" in job.gguf.places else None
         if kind is not None:

@@ -11,8 +11,7 @@ import gguf
 import pytest
 
 from auto_round.codecs.ggml.types import GGML_TYPES
-from auto_round.errors import ConfigError
-from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, file_type, quantizable, tensor_types
+from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, quantizable, tensor_types
 
 EXPECTED: dict[str, Any] = json.loads(Path(__file__).with_name("llama_types.json").read_text(encoding="utf-8"))
 LETTERS: dict[str, str] = EXPECTED.pop("letters")
@@ -68,40 +67,6 @@ TENSORS = [
     *((f"blk.{i}.{name}.weight", (2, 256))
       for i in range(2) for name in ("attn_q", "attn_v", "ffn_down", "ffn_gate_inp")),
 ]  # fmt: skip
-
-
-def test_overrides_win_and_move_nothing_else() -> None:
-    plain = tensor_types("q4_k_m", "llama", TENSORS, FACTS)
-    overrides = {"blk.0.attn_v.weight": "BF16", "blk.1.attn_q.weight": "Q2_K", "output.weight": "Q8_0",
-                 "blk.0.ffn_gate_inp.weight": "Q8_0"}  # fmt: skip
-    assert tensor_types("q4_k_m", "llama", TENSORS, FACTS, overrides=overrides) == {**plain, **overrides}
-
-
-def test_an_override_that_does_not_fit_falls_back() -> None:
-    found = tensor_types("q8_0", "llama", [("blk.0.attn_q.weight", (2, 96))], FACTS, overrides={
-        "blk.0.attn_q.weight": "Q4_K"})  # fmt: skip
-    assert found == {"blk.0.attn_q.weight": "Q5_0"} and found.fallbacks == {"blk.0.attn_q.weight": "Q4_K"}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "problem"),
-    [
-        ({"blk.0.attn_w.weight": "Q4_K"}, "no tensor 'blk.0.attn_w.weight'; did you mean"),
-        ({"blk.0.attn_q.weight": "Q4_L"}, "unknown type 'Q4_L'; did you mean"),
-        ({"output_norm.weight": "Q8_0"}, "vectors and norms stay F32"),
-        ({"output_norm.weight": "F16"}, "vectors and norms stay F32"),
-    ],
-)
-def test_overrides_that_cannot_be(overrides: dict[str, str], problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        tensor_types("q4_k_m", "llama", TENSORS, FACTS, overrides=overrides)
-
-
-def test_names() -> None:
-    assert file_type("Q4_K_M") is FILE_TYPES["q4_k_m"] and file_type("q6_k_s").name == "q6_k"
-    assert {file_type(f"Q{bits}_K").name for bits in (2, 3, 4, 5, 6)} == {"q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"}
-    with pytest.raises(ConfigError, match="unknown GGUF type 'q4_k_x'; did you mean 'q4_k_s'"):
-        file_type("q4_k_x")
 
 
 def test_the_mixture_for_experts() -> None:

@@ -14,7 +14,15 @@ import pytest
 from auto_round import envs
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.gguf import pre_tokenizer as pre
-from auto_round.gguf.vocab import TokenList, Vocabulary, looks_special, merge_lines, require_unique, vocabulary_for
+from auto_round.gguf.vocab import (
+    SPACE_NOTE,
+    TokenList,
+    Vocabulary,
+    looks_special,
+    merge_lines,
+    require_unique,
+    vocabulary_for,
+)
 
 pytest.importorskip("gguf")
 ROOT = Path(__file__).resolve().parents[3]
@@ -138,7 +146,7 @@ def test_what_llama_cpp_does_otherwise_is_said(models: Any) -> None:
     tokenizer.backend_tokenizer.normalizer = None
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     found = vocabulary_for(tokenizer, ROWS)
-    assert found.leading_spaces_differ and dict(found.flags)["add_space_prefix"] is True and found.notes
+    assert SPACE_NOTE in found.notes and dict(found.flags)["add_space_prefix"] is True
 
 
 def split(pattern: str) -> dict[str, Any]:
