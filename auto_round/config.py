@@ -1,7 +1,8 @@
 """`QuantConfig`: all settings of a quantization run as frozen plain values, and the recipe files that hold them.
 
-The fields and defaults here are those of the keywords of `AutoRound`; nothing else lists them. A recipe is a
-`QuantConfig` as YAML or JSON. It holds nothing of the machine: no path, no device number, and no permission.
+The fields here are the keywords of `AutoRound` with their defaults, and the flags of the command line with their
+help; nothing else lists them. A recipe is a `QuantConfig` as YAML or JSON. It holds nothing of the machine: no path, no
+device number, and no permission.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from auto_round.errors import ConfigError, nearest
 from auto_round.logger import logger
-from auto_round.schemes import SCHEME_KEYS, SchemeFields
+from auto_round.schemes import SCHEME_KEYS, SchemeFields, argument
 
 RECIPE_VERSION = 1
 """Raised when a key changes its meaning or default, or is removed. A new key does not raise it, since older versions
@@ -26,58 +27,73 @@ RECIPE_FILE = "recipe.yaml"
 
 ALIASES = {"bs": "batch_size", "device": "device_map", "adam": "enable_adam"}
 """Older keywords of `AutoRound`, by what they are called now."""
+TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
+DTYPES = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
 
 
-def _local(default: Any, reason: str) -> Any:
-    """A field that no recipe holds."""
-    return field(default=default, metadata={"local": reason})
-
-
-def _quiet(default: Any) -> Any:
-    """A field that decides nothing of the result: a recipe may set it, and one that is written for a run does not."""
-    return field(default=default, metadata={"quiet": default})
+_FP8 = ("fp8", "float8_e4m3fn")
+_GRANULARITIES = ("tensor", "head")
+ON_NAN = ("fail", "rtn", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """How the model is found and read."""
 
-    platform: str = "hf"
-    model_dtype: str | None = None
-    trust_remote_code: bool = _local(False, "only you can allow a model's Python files to run")
-    allow_pickle: bool = _local(False, "only you can allow pickles to be read")
-    plugins: Any = _local(None, "only you can allow a plugin's Python files to run")
+    platform: str = argument("hf", "where models named by id come from", choices=("hf", "model_scope"))
+    model_dtype: str | None = argument(
+        None, "dtype to read the model in; default: the one it was saved in", choices=DTYPES
+    )
+    trust_remote_code: bool = argument(
+        False, "allow the model's own Python files to run (default: no)", off="disable_trust_remote_code",
+        local="only you can allow a model's Python files to run",
+    )  # fmt: skip
+    allow_pickle: bool = argument(
+        False, "read pytorch_model.bin where there is no safetensors (default: no)", off="disable_allow_pickle",
+        local="only you can allow pickles to be read",
+    )  # fmt: skip
+    plugins: Any = argument(None, local="only you can allow a plugin's Python files to run")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Preset:
-    scheme: str | Mapping[str, Any] = "W4A16"
+    scheme: str | Mapping[str, Any] = argument("W4A16", 'named scheme, see "auto-round list scheme"', aliases="schemes")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WeightsConfig(SchemeFields, _Preset):
     """What the weights become: the scheme, fields that change it, and the layers that differ."""
 
-    layer_config: Mapping[str, Any] = field(default_factory=dict)
-    ignore_layers: tuple[str, ...] = ()
-    quant_lm_head: bool = False
-    to_quant_block_names: tuple[str, ...] = ()
-    scale_dtype: str = "fp16"
-    static_kv_dtype: str | None = None
-    static_kv_granularity: str = "tensor"
-    static_attention_dtype: str | None = None
-    static_attention_granularity: str = "tensor"
+    layer_config: Mapping[str, Any] = argument(
+        {}, 'settings of some layers, by full name, part of it or regex: "{k_proj:{bits:8}}"'
+    )
+    ignore_layers: tuple[str, ...] = argument((), "layers to leave unquantized, comma separated", aliases="fp_layers")
+    quant_lm_head: bool = argument(False, "quantize lm_head too", off="no_quant_lm_head")
+    to_quant_block_names: tuple[str, ...] = argument((), "quantize only the blocks under these names, comma separated")
+    scale_dtype: str = argument(
+        "fp16", "dtype of the stored scales", choices=("fp16", "float16", "bf16", "bfloat16", "fp32", "float32")
+    )
+    static_kv_dtype: str | None = argument(None, "save k_scale and v_scale for a cache in this type", choices=_FP8)
+    static_kv_granularity: str = argument(
+        "tensor", "one scale per tensor (default) or per head", choices=_GRANULARITIES
+    )
+    static_attention_dtype: str | None = argument(None, "save q_scale too, for attention in this type", choices=_FP8)
+    static_attention_granularity: str = argument("tensor", "the same for q_scale", choices=_GRANULARITIES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Calibration data. `dataset`: in a recipe a dataset string; None is the default set."""
 
-    dataset: Any = None
-    nsamples: int = 128
-    seqlen: int = 2048
-    seed: int = 42
-    imatrix: str | None = None
+    dataset: Any = argument(
+        None, 'names or files: "a.json,NeelNanda/pile-10k:num=64:concat=True", see "auto-round list dataset"'
+    )
+    nsamples: int = argument(128, "samples", aliases="nsample")
+    seqlen: int = argument(2048, "tokens per sample", aliases="seq_len")
+    seed: int = argument(42, "seed of every random choice")
+    imatrix: str | None = argument(
+        None, "weigh inputs by an importance file of llama.cpp's instead of calibration data"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,46 +101,87 @@ class TuningConfig:
     """The algorithm. `iters=0` rounds to nearest; `algorithm` names what `iters` does not tell: transforms, gptq, or an
     algorithm of a plugin. `damping`: of gptq."""
 
-    algorithm: str | None = None
-    damping: float | None = None
-    iters: int | None = None
-    lr: float | None = None
-    minmax_lr: float | None = None
-    momentum: float = 0.0
-    batch_size: int = 8
-    gradient_accumulate_steps: int = 1
-    enable_adam: bool = False
-    enable_minmax_tuning: bool = True
-    enable_quanted_input: bool = True
-    not_use_best_mse: bool = False
-    disable_opt_rtn: bool | None = None
-    on_nan: str = "fail"
-    amp: bool = True
-    enable_torch_compile: bool | None = None
-    enable_deterministic_algorithms: bool = False
-    model_free: bool | str = False
+    algorithm: str | None = argument(
+        None, "auto_round (tuned rounding), gptq (error feedback, alone or before tuning) or rtn (same as --iters 0)",
+        aliases="algorithms alg algs alg_config alg_configs",
+    )  # fmt: skip
+    damping: float | None = argument(None)
+    iters: int | None = argument(None, "tuning steps per block, 0 for none (default 200)", aliases="iter")
+    lr: float | None = argument(None, "step size of rounding; default: from the number of steps")
+    minmax_lr: float | None = argument(None, "step size of scales; default: lr")
+    momentum: float = argument(0.0, "momentum of the sign updates")
+    batch_size: int = argument(8, "samples per tuning step", aliases="bs train_bs")
+    gradient_accumulate_steps: int = argument(1, "batches per step")
+    enable_adam: bool = argument(False, "AdamW instead of sign gradient descent", aliases="adam", off="no_enable_adam")
+    enable_minmax_tuning: bool = argument(
+        True, "tune the scales too", off="disable_minmax_tuning no_enable_minmax_tuning"
+    )
+    enable_quanted_input: bool = argument(
+        True, "feed each block the output of the quantized blocks before it",
+        off="disable_quanted_input no_enable_quanted_input",
+    )  # fmt: skip
+    not_use_best_mse: bool = argument(
+        False, "keep the last step's result rather than the best one's", off="no_not_use_best_mse"
+    )
+    disable_opt_rtn: bool | None = argument(
+        None, "scales from minimum and maximum only, no weighted search", off="enable_opt_rtn"
+    )
+    on_nan: str = argument(
+        "fail",
+        "a layer with NaN or Inf in weights, calibration or tuning: fail (default), rtn (rounded to nearest), keep "
+        "(left unquantized)",
+        choices=ON_NAN,
+    )
+    amp: bool = argument(True, "mixed precision in the tuning forward pass", off="disable_amp")
+    enable_torch_compile: bool | None = argument(
+        None, "compile the tuning step; default: where it helps", off="disable_torch_compile"
+    )
+    enable_deterministic_algorithms: bool = argument(
+        False, "only deterministic GPU kernels", off="disable_deterministic_algorithms"
+    )
+    model_free: bool | str = argument(
+        False, "round tensor by tensor, without a model; rounding only takes it by itself where it can",
+        off="disable_model_free",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Where the run computes and what it may hold."""
 
-    device_map: int | str | None = _quiet(0)
-    max_memory: int | str | Mapping[str, Any] | None = None
-    low_gpu_mem_usage: bool = _quiet(False)
-    low_cpu_mem_usage: bool = _quiet(True)
-    parallelism: int | None = _local(None, "it depends on the machine")
+    device_map: int | str | None = argument(
+        0, 'where to compute: "0", "0,1", "cpu", "cuda:0", "auto" (default 0: the first accelerator, else the CPU)',
+        aliases="device devices", quiet=True,
+    )  # fmt: skip
+    max_memory: int | str | Mapping[str, Any] | None = argument(
+        None, 'what may be held: "4GB" of RAM, or "cpu=4GB,0=10GB"; activations go to files where needed'
+    )
+    low_gpu_mem_usage: bool = argument(
+        False, "keep calibration activations in RAM, not on the GPU", off="disable_low_gpu_mem_usage", quiet=True
+    )
+    low_cpu_mem_usage: bool = argument(True, "one block in RAM at a time", off="disable_low_cpu_mem_usage", quiet=True)
+    parallelism: int | None = argument(
+        None, "tensors that are worked on at a time (default: one for each core, 8 at most)",
+        local="it depends on the machine",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """What is written. `format`: names separated by commas; None is auto_round, or the type of a GGUF scheme."""
 
-    format: str | None = None
-    max_shard_size: int | str = "5GB"
-    verify: bool = _quiet(True)
-    strict: bool | None = _quiet(None)
-    save_imatrix: str | None = _local(None, "it is a path of one machine")
+    format: str | None = argument(
+        None, 'formats, comma separated, see "auto-round list format" (default auto_round)', aliases="formats"
+    )
+    max_shard_size: int | str = argument("5GB", "largest file")
+    verify: bool = argument(True, "reopen the saved files and verify them", off="no_verify disable_verify", quiet=True)
+    strict: bool | None = argument(
+        None, "a layer name or pattern that matches nothing is an error (default with --dry_run), not a warning",
+        off="no_strict", quiet=True,
+    )  # fmt: skip
+    save_imatrix: str | None = argument(
+        None, "write what calibration saw as such a file", local="it is a path of one machine"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +263,7 @@ class QuantConfig:
                 for f in fields(kind)
                 if (value := getattr(getattr(self, name), f.name)) is not None
                 and "local" not in f.metadata
-                and value != f.metadata.get("quiet")
+                and not (f.metadata["quiet"] and value == f.default)
             }
             for name, kind in PARTS.items()
         }

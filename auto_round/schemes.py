@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from auto_round.errors import ConfigError, nearest
@@ -52,9 +52,33 @@ class ActivationScheme:
         return self.has_global_scale or not self.dynamic
 
 
-@dataclass(frozen=True)
-class QuantizationScheme:
-    """How one layer is quantized.
+_Config = TypeVar("_Config", bound="SchemeFields")
+
+
+def argument(
+    default: Any, help: str = "", *, aliases: str = "", off: str = "", choices: Sequence[str] = (), local: str = "",
+    quiet: bool = False,
+) -> Any:  # fmt: skip
+    """A dataclass field that is a keyword of `AutoRound`, a flag of the command line and a key of recipes.
+
+    Args:
+        help: one line for the flag, whose default is added to it; "" for a keyword without a flag.
+        aliases, off: other spellings of the flag, and spellings that set the opposite.
+        choices: allowed values of the flag.
+        local: why no recipe holds it.
+        quiet: it decides nothing of the result: a recipe may set it, and one that is written for a run does not.
+    """
+    metadata: dict[str, Any] = {"help": help, "aliases": tuple(aliases.split()), "off": tuple(off.split())}
+    metadata |= {"choices": tuple(choices), "quiet": quiet, **({"local": local} if local else {})}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SchemeFields:
+    """The fields of a scheme; None is not given. Base of the algorithms' settings, which `AutoRound` merges into its
+    scheme.
 
     Attributes:
         bits: bits per weight; 16 and above leave the layer in full precision.
@@ -69,18 +93,49 @@ class QuantizationScheme:
         rotation_config: options of a rotation applied before quantization.
     """
 
+    bits: int | None = argument(None, "bits per weight, instead of the scheme's", aliases="bit")
+    group_size: GroupSize | None = argument(None, "weights per scale, -1 per channel, 0 per tensor, or ROWS,COLUMNS")
+    sym: bool | None = argument(None, "symmetric around zero", off="asym")
+    data_type: str | None = argument(None, "weight data type, instead of the scheme's", aliases="dtype")
+    act_bits: int | None = argument(None, "bits of the activations, instead of the scheme's; 16 leaves them alone")
+    act_group_size: GroupSize | None = argument(
+        None, "activations per scale: -1 a token's, 0 all, or that many of a token"
+    )
+    act_sym: bool | None = argument(None, "activations symmetric around zero", off="act_asym")
+    act_data_type: str | None = argument(None, "activation data type, instead of the weights'", aliases="act_dtype")
+    act_dynamic: bool | None = argument(
+        None, "activation scales from each input (default), not fixed ones from calibration data",
+        off="disable_act_dynamic",
+    )  # fmt: skip
+    super_bits: int | None = argument(None, "bits of the scales themselves, for GGUF's K types")
+    super_group_size: int | None = argument(None, "scales that share one of their own, for GGUF's K types")
+    rotation_config: Any = argument(None)
+
+    def scheme_overrides(self) -> dict[str, Any]:
+        """The scheme fields that are not None."""
+        return {key: getattr(self, key) for key in SCHEME_KEYS if getattr(self, key) is not None}
+
+    def without_scheme(self: _Config) -> _Config:
+        """A copy with all scheme fields None."""
+        return replace(self, **dict.fromkeys(SCHEME_KEYS))
+
+    def __repr__(self) -> str:
+        given = [f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+@dataclass(frozen=True)
+class QuantizationScheme(SchemeFields, Mapping[str, Any]):
+    """How one layer is quantized. It can be read as a mapping, because layer configurations mix schemes and mappings.
+
+    Attributes:
+        bits, group_size, sym, data_type and the others: see `SchemeFields`; None takes the default.
+    """
+
     bits: int = 4
     group_size: GroupSize = 128
     sym: bool = True
     data_type: str = "int"
-    act_bits: int | None = None
-    act_group_size: GroupSize | None = None
-    act_sym: bool | None = None
-    act_data_type: str | None = None
-    act_dynamic: bool | None = None
-    super_bits: int | None = None
-    super_group_size: int | None = None
-    rotation_config: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.group_size, list):
@@ -114,10 +169,8 @@ class QuantizationScheme:
 
     def _comparison_key(self) -> tuple[Any, ...]:
         """All fields; those of activations only when activations are quantized."""
-        values = self.to_dict()
-        if not self.quantizes_activations:
-            values |= {key: None for key in values if key.startswith("act_")}
-        return tuple(values.values())
+        skipped = () if self.quantizes_activations else ACTIVATION_KEYS
+        return tuple(None if key in skipped else getattr(self, key) for key in SCHEME_KEYS)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QuantizationScheme) and self._comparison_key() == other._comparison_key()
@@ -159,37 +212,21 @@ class QuantizationScheme:
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        return [f.name for f in fields(cls)]
+        return list(SCHEME_KEYS)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    # The read-only mapping interface, because layer configurations mix schemes and plain dictionaries.
-    def keys(self) -> list[str]:
-        return self.get_attributes()
-
-    def items(self) -> Iterator[tuple[str, Any]]:
-        return ((k, getattr(self, k)) for k in self.get_attributes())
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return getattr(self, key) if key in self.get_attributes() else default
-
-    def values(self) -> list[Any]:
-        return [getattr(self, k) for k in self.get_attributes()]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.get_attributes()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.get_attributes())
-
-    def __len__(self) -> int:
-        return len(self.get_attributes())
-
     def __getitem__(self, key: str) -> Any:
-        if key not in self.get_attributes():
+        if key not in SCHEME_KEYS:
             raise KeyError(key)
         return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SCHEME_KEYS)
+
+    def __len__(self) -> int:
+        return len(SCHEME_KEYS)
 
     def describe(self) -> str:
         """A short phrase for messages and reports, such as `int4 g128 sym`."""
@@ -205,7 +242,7 @@ class QuantizationScheme:
 
 
 _GROUP_WORDS = {-1: "per channel", 0: "per tensor"}
-SCHEME_KEYS = tuple(QuantizationScheme.get_attributes())
+SCHEME_KEYS = tuple(f.name for f in fields(SchemeFields))
 
 
 def check_scheme_keys(values: Mapping[str, Any]) -> None:
@@ -243,12 +280,16 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
     "MXINT4": _weights_and_activations(4, 32, "mx_int"),
     "NVFP4": _weights_and_activations(4, 16, "nv_fp", "nv_fp4_with_static_gs"),
     "FPW8A16": _weights(8, 0, data_type="fp"),
-    "FP8_STATIC": QuantizationScheme(8, -1, True, "fp", 8, 0, True, "fp", False),
-    "FP8_BLOCK": QuantizationScheme(8, (128, 128), True, "fp", 8, 128, True, "fp", True),
+    "FP8_STATIC": QuantizationScheme(
+        8, -1, True, "fp", act_bits=8, act_group_size=0, act_sym=True, act_data_type="fp", act_dynamic=False
+    ),
+    "FP8_BLOCK": QuantizationScheme(
+        8, (128, 128), True, "fp", act_bits=8, act_group_size=128, act_sym=True, act_data_type="fp", act_dynamic=True
+    ),
     "INT8": _weights_and_activations(8, -1, "int"),
     "INT8_W8A8": _weights_and_activations(8, -1, "int"),
     "INT4": _weights_and_activations(4, -1, "int"),
-    "BF16": QuantizationScheme(16, 128, True, "fp", 16),
+    "BF16": QuantizationScheme(16, 128, True, "fp", act_bits=16),
 }
 
 
@@ -281,7 +322,9 @@ _GGUF: dict[str, tuple[int, int, bool, str, int | None, int | None]] = {
     "Q6_K": (6, 16, True, "int_sym_dq", 8, 16),
 }
 for _name, (_b, _g, _s, _d, _sb, _sg) in _GGUF.items():
-    PRESET_SCHEMES[f"GGUF:{_name}"] = QuantizationScheme(_b, _g, _s, _d, 16, super_bits=_sb, super_group_size=_sg)
+    PRESET_SCHEMES[f"GGUF:{_name}"] = QuantizationScheme(
+        _b, _g, _s, _d, act_bits=16, super_bits=_sb, super_group_size=_sg
+    )
 
 
 def __getattr__(name: str) -> QuantizationScheme:
@@ -334,36 +377,3 @@ def parse_scheme(value: str | Mapping[str, Any] | QuantizationScheme) -> Quantiz
     raise ConfigError(
         f"scheme={value!r}: give a preset name, a dict of fields or a QuantizationScheme, not {type(value).__name__}"
     )
-
-
-_Config = TypeVar("_Config", bound="SchemeFields")
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class SchemeFields:
-    """Base of the algorithms' settings, with optional scheme fields, which `AutoRound` merges into its scheme."""
-
-    bits: int | None = None
-    group_size: GroupSize | None = None
-    sym: bool | None = None
-    data_type: str | None = None
-    act_bits: int | None = None
-    act_group_size: GroupSize | None = None
-    act_sym: bool | None = None
-    act_data_type: str | None = None
-    act_dynamic: bool | None = None
-    super_bits: int | None = None
-    super_group_size: int | None = None
-    rotation_config: Any = None
-
-    def scheme_overrides(self) -> dict[str, Any]:
-        """The scheme fields that are not None."""
-        return {key: getattr(self, key) for key in SCHEME_KEYS if getattr(self, key) is not None}
-
-    def without_scheme(self: _Config) -> _Config:
-        """A copy with all scheme fields None."""
-        return replace(self, **dict.fromkeys(SCHEME_KEYS))
-
-    def __repr__(self) -> str:
-        given = [f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]
-        return f"{type(self).__name__}({', '.join(given)})"

@@ -1,14 +1,13 @@
-"""The verbs `eval` and `generate`: measure a model on local text, or continue a prompt."""
+"""The verb `eval`: measure a model on local text."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auto_round.cli.arguments import EVAL_GROUPS, GENERATE_GROUPS
+from auto_round.cli.arguments import EVAL_GROUPS
 from auto_round.cli.parser import build, run_parsed
 from auto_round.errors import ConfigError, OutputError
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from auto_round.eval.measures import EvalResult
 
 USAGE = "auto-round eval MODEL [--reference MODEL] [--eval_text FILE] [flags]"
-GENERATE_USAGE = 'auto-round generate MODEL --prompt "..." [--backend NAME] [flags]'
 
 
 def run_verb(argv: Sequence[str]) -> int:
@@ -103,45 +101,3 @@ def print_result(result: EvalResult) -> None:
     console.print(Text(result.model if result.reference is None else f"{result.model} against {result.reference}"))
     console.print(table)
     console.print(Text(result.describe()))
-
-
-def run_generate(argv: Sequence[str]) -> int:
-    """Print the continuation token by token, then speed and backends on stderr. Returns the exit code."""
-    parser = build(
-        "auto-round generate", GENERATE_USAGE, "Continue a prompt with any model, quantized or not.", GENERATE_GROUPS
-    )
-    return run_parsed(parser, GENERATE_GROUPS, argv, _run_generate)
-
-
-def _run_generate(given: dict[str, Any]) -> int:
-    for name in ("model", "prompt"):
-        if not given.get(name):
-            raise ConfigError(f"no {name} was given; use {GENERATE_USAGE}")
-    if "temperature" in given:
-        given["do_sample"] = True
-
-    from auto_round.eval.evaluate import load_model, load_tokenizer
-    from auto_round.eval.generate import generate
-    from auto_round.modeling.source import resolve_dtype
-    from auto_round.run.settings import resolve_device
-
-    device = given.get("device_map")
-    trust = given.get("trust_remote_code", False)
-    folder = local_folder(given["model"], given)
-    tokenizer = load_tokenizer(folder, trust)
-    model = load_model(
-        folder,
-        device="auto" if device == "auto" else resolve_device(device),
-        dtype=resolve_dtype(given.get("model_dtype")),
-        trust_remote_code=trust,
-        backend=given.get("backend"),
-    )
-    settings = {k: given[k] for k in ("max_new_tokens", "do_sample", "temperature", "chat", "seed") if k in given}
-    result = generate(model, tokenizer, given["prompt"], on_text=_print_text, **settings)
-    _print_text("\n")
-    print(result.describe(), file=sys.stderr)
-    return 0
-
-
-def _print_text(text: str) -> None:
-    print(text, end="", flush=True)

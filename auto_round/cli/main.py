@@ -7,8 +7,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 
 from auto_round import envs
@@ -16,11 +17,8 @@ from auto_round._version import __version__
 from auto_round.errors import AutoRoundError, Stopped
 from auto_round.logger import logger, setup_logging, warn_once
 
-# The module of each verb, imported only when the verb runs, and its function. Without a verb: quantize.
-_VERBS = {
-    "list": ("list", "run_verb"), "--list": ("list", "run_verb"), "verify": ("verify", "run_verb"),
-    "eval": ("eval", "run_verb"), "generate": ("eval", "run_generate"),
-}  # fmt: skip
+# Each verb is a module of this folder with a function `run_verb`, imported only when the verb runs.
+VERBS = ("quantize", "eval", "generate", "verify", "list")
 
 _OVERVIEW = """
 verbs:
@@ -39,54 +37,18 @@ Underscores and dashes in flag names are equal. A message is one line, and the e
 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """`auto-round`: the exit code."""
-    return _run(argv, "default")
-
-
-def run_best(argv: Sequence[str] | None = None) -> int:
-    """`auto-round-best`."""
-    return _run(argv, "best")
-
-
-def run_light(argv: Sequence[str] | None = None) -> int:
-    """`auto-round-light`."""
-    return _run(argv, "light")
-
-
-def run_opt_rtn(argv: Sequence[str] | None = None) -> int:
-    """`auto-round-opt-rtn`: no tuning, weighted search of scales."""
-    return _run(argv, "opt_rtn")
-
-
-def run_rtn(argv: Sequence[str] | None = None) -> int:
-    """`auto-round-rtn`: plain rounding to nearest."""
-    return _run(argv, "rtn")
-
-
-def run_mllm(argv: Sequence[str] | None = None) -> int:
-    """`auto-round-mllm`, the older name of `auto-round`."""
-    return run(argv)
-
-
-def run_eval(argv: Sequence[str] | None = None) -> int:
-    """`auto-round-eval`, the same as `auto-round eval`."""
-    return _run(argv, "default", "eval")
-
-
 def _dispatch(args: list[str], recipe: str) -> int:
+    """Run the verb that `args` names, or quantize."""
     if args[:1] == ["help"]:
         args = [*args[1:], "--help"]
-    if args and args[0] in _VERBS:
-        module, function = _VERBS[args[0]]
-        code: int = getattr(import_module(f"auto_round.cli.{module}"), function)(args[1:])
-        return code
-    from auto_round.cli.quantize import run_verb
-
-    return run_verb(args[1:] if args[:1] == ["quantize"] else args, recipe, _OVERVIEW)
+    verb = args[0].replace("--list", "list") if args else ""
+    if verb not in VERBS:
+        verb, args = "quantize", ["quantize", *args]
+    run_verb: Callable[..., int] = import_module(f"auto_round.cli.{verb}").run_verb
+    return run_verb(args[1:], recipe, _OVERVIEW) if verb == "quantize" else run_verb(args[1:])
 
 
-def _run(argv: Sequence[str] | None, recipe: str, *verb: str) -> int:
+def _run(recipe: str, verb: tuple[str, ...], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; an error is one line on stderr."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -115,6 +77,16 @@ def _run(argv: Sequence[str] | None, recipe: str, *verb: str) -> int:
         return 0
     except Exception as err:
         return _report_unexpected(err)
+
+
+# The console scripts: auto-round, auto-round-best and so on. Each takes the arguments, or those of the process.
+run = partial(_run, "default", ())
+run_best = partial(_run, "best", ())
+run_light = partial(_run, "light", ())
+run_opt_rtn = partial(_run, "opt_rtn", ())
+run_rtn = partial(_run, "rtn", ())
+run_mllm = run  # the older name
+run_eval = partial(_run, "default", ("eval",))
 
 
 @contextmanager

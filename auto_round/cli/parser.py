@@ -64,7 +64,20 @@ def build(
     for group in groups:
         section = parser.add_argument_group(group.title)
         for flag in group.flags:
-            _add(section, flag)
+            help_text = argparse.SUPPRESS if flag.hidden else flag.help.replace("%", "%%")
+            names = [f"--{name}" for name in (flag.dest, *flag.aliases)]
+            if flag.kind == "switch":
+                section.add_argument(*names, dest=flag.dest, action=_SwitchAction, const=True, help=help_text)
+                if flag.off:
+                    opposite = [f"--{name}" for name in flag.off]
+                    help_text = f"the opposite of --{flag.dest}"
+                    section.add_argument(*opposite, dest=flag.dest, action=_SwitchAction, const=False, help=help_text)
+            else:
+                section.add_argument(
+                    *names, dest=flag.dest, action="append" if flag.kind == "list" else "store",
+                    type=_TYPES[flag.kind], metavar=flag.metavar or flag.dest.upper(), choices=flag.choices or None,
+                    help=help_text,
+                )  # fmt: skip
     other = parser.add_argument_group("other")
     other.add_argument("-h", "--help", action="store_true", help="show this text")
     other.add_argument("--version", action="store_true", help="show the version")
@@ -72,34 +85,13 @@ def build(
     return parser
 
 
-def _add(section: Any, flag: Flag) -> None:
-    help_text = argparse.SUPPRESS if flag.hidden else flag.help.replace("%", "%%")
-    names = [f"--{n}" for n in (flag.dest, *flag.aliases)]
-    if flag.kind == "switch":
-        section.add_argument(*names, dest=flag.dest, action=_SwitchAction, const=flag.on_value, help=help_text)
-        if flag.off:
-            off_help = argparse.SUPPRESS if flag.hidden else f"the opposite of --{flag.dest}"
-            section.add_argument(
-                *[f"--{n}" for n in flag.off], dest=flag.dest, action=_SwitchAction, const=not flag.on_value,
-                help=off_help,
-            )  # fmt: skip
-        return
-    action = "append" if flag.kind == "list" else "store"
-    section.add_argument(
-        *names, dest=flag.dest, default=None, action=action, type=_TYPES[flag.kind],
-        metavar=flag.metavar or flag.dest.upper(), choices=flag.choices or None, help=help_text,
-    )  # fmt: skip
-
-
 def normalize(argv: Sequence[str]) -> list[str]:
     """Spell flags with lower case and underscores, `--Group-Size=64` as `--group_size=64`; values are unchanged."""
-    out: list[str] = []
-    for token in argv:
-        if token.startswith("--") and len(token) > 2:
-            name, sep, value = token[2:].partition("=")
-            token = f"--{name.replace('-', '_').lower()}{sep}{value}"
-        out.append(token)
-    return out
+    parts = [token.partition("=") for token in argv]
+    return [
+        f"--{name[2:].replace('-', '_').lower()}{equals}{value}" if name.startswith("--") else name + equals + value
+        for name, equals, value in parts
+    ]
 
 
 def run_parsed(

@@ -8,45 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from auto_round.cli.arguments import DEVICE, MODEL, PLATFORM, QUANTIZE_GROUPS, SEED, TRUST
+from auto_round.cli.arguments import EVAL_FLAGS, OUTPUT_FLAGS, QUANTIZE_GROUPS, RECIPE_FLAGS
 from auto_round.cli.parser import build, run_parsed
+from auto_round.config import TUNED_NAMES, read_recipe
 from auto_round.errors import ConfigError, OutputError, nearest
 from auto_round.later import refuse_algorithm
-from auto_round.plugins import loaded_plugins
+from auto_round.layer_config import parse_layer_config
 from auto_round.recipes import Recipe, fill_defaults, get_recipe
 
-TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
-
 # What the verb itself uses; everything else that was given is a keyword of AutoRound.
-_OUTPUT = ("format", "output_dir", "max_shard_size", "overwrite", "resume", "recipe", "save_recipe")
-_EVAL_FLAGS = (
-    "eval",
-    "reference",
-    "eval_text",
-    "eval_seqlen",
-    "eval_bs",
-    "max_windows",
-    "eval_model_dtype",
-    "add_bos_token",
-    "eval_output",
-    "eval_backend",
-    "backend",
-)
-_VERB_FLAGS = (*_OUTPUT, *_EVAL_FLAGS, "dry_run", "algorithm")
-
+_EVAL_NAMES = tuple(flag.dest for flag in EVAL_FLAGS)
+_VERB_FLAGS = (
+    *(flag.dest for flag in (*OUTPUT_FLAGS, *RECIPE_FLAGS)), *_EVAL_NAMES, "format", "max_shard_size", "algorithm",
+)  # fmt: skip
 # Flags that do not by themselves ask for quantization, so that `auto-round MODEL --eval` only evaluates.
-_NOT_QUANTIZING = (
-    *_EVAL_FLAGS,
-    MODEL.dest,
-    DEVICE.dest,
-    TRUST.dest,
-    SEED.dest,
-    PLATFORM.dest,
-    "batch_size",
-    "seqlen",
-    "model_dtype",
-)
-
+_NOT_QUANTIZING = {
+    *_EVAL_NAMES, "model", "device_map", "trust_remote_code", "seed", "platform", "batch_size", "seqlen", "model_dtype",
+}  # fmt: skip
 DEFAULT_OUTPUT_DIR = "./tmp_autoround"
 
 
@@ -65,17 +43,12 @@ def _run(given: dict[str, Any], recipe: Recipe) -> int:
         raise ConfigError(f"no model was given; use {recipe.command} MODEL, a folder or a hub id")
     if "save_recipe" in given and Path(given["save_recipe"]).expanduser().is_dir():
         raise OutputError(f"--save_recipe {given['save_recipe']} is a folder; give the name of a file in it")
-    if given.get("eval") and not any(name not in _NOT_QUANTIZING for name in given):
+    if given.get("eval") and set(given) <= _NOT_QUANTIZING:
         return _evaluate_only(given)
-    check_eval_flags(given)
-    return quantize(given, recipe)
-
-
-def check_eval_flags(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError when evaluation settings are given without --eval."""
-    extra = [f for f in _EVAL_FLAGS if f in given and f not in ("eval", "eval_backend")]
+    extra = [name for name in _EVAL_NAMES if name in given and name not in ("eval", "eval_backend")]
     if extra and not given.get("eval"):
         raise ConfigError(f"--{extra[0]} has no effect without --eval; add --eval, or leave it out")
+    return quantize(given, recipe)
 
 
 def quantize(given: dict[str, Any], recipe: Recipe) -> int:
@@ -96,12 +69,12 @@ def quantize(given: dict[str, Any], recipe: Recipe) -> int:
         print("\n\n".join(plan.render() for plan in job.plans(format=formats, output_dir=output_dir)))
         return 0
     writing = {k: given[k] for k in ("max_shard_size", "overwrite", "resume") if k in given}
-    result = job.quantize_and_save(output_dir, format=formats, **writing)
+    _, folders = job.quantize_and_save(output_dir, format=formats, **writing)
     if not given.get("eval"):
         return 0
     from auto_round.cli.eval import evaluate_from_flags
 
-    folder = last_folder(result)
+    folder = Path(folders if isinstance(folders, str) else folders[-1])
     after = {**given, "model": str(folder), "reference": given.get("reference", given["model"])}
     return evaluate_from_flags(after, record_in=folder)
 
@@ -116,34 +89,6 @@ def check_output_path(path: str) -> None:
         raise OutputError(f"output folder {path} cannot be made: {parent} is a file; choose another")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"output folder {path} cannot be made: {parent} is not writable; choose another")
-
-
-def algorithm_name(value: str) -> str:
-    """Which algorithm `--algorithm` names: "auto_round", "gptq", "rtn", or the name of a plugin's.
-
-    Raises UnsupportedError for an algorithm of a later version, ConfigError for an unknown one.
-    """
-    if is_registered(value):
-        return value
-    names = [part.strip().lower().replace("-", "_") for part in value.split(",") if part.strip()]
-    for name in names:
-        refuse_algorithm(f"--algorithm {value}", name)
-    known = ("rtn", "gptq", *TUNED_NAMES)
-    if len(names) != 1 or names[0] not in known:
-        hint = (nearest(names[0], known) if names else "") or ";"
-        raise ConfigError(
-            f"--algorithm {value!r} is not known{hint} Use one of auto_round (tuned rounding), gptq and rtn"
-        )
-    return names[0] if names[0] in ("rtn", "gptq") else "auto_round"
-
-
-def is_registered(algorithm: str) -> bool:
-    """Whether a plugin has registered this algorithm."""
-    if not loaded_plugins():
-        return False
-    from auto_round.algorithms.base import ALGORITHMS
-
-    return algorithm in ALGORITHMS
 
 
 def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -161,10 +106,9 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
         formats = chosen.get("format")
     filled = _with_model_free(recipe, chosen, formats)
     if "device_map" in filled:
-        filled["device_map"] = device_value(str(filled["device_map"]))
+        device = str(filled["device_map"]).strip()
+        filled["device_map"] = int(device) if re.fullmatch(r"\d+", device) else device
     if isinstance(filled.get("layer_config"), str):
-        from auto_round.layer_config import parse_layer_config
-
         filled["layer_config"] = parse_layer_config(filled["layer_config"])
     return filled
 
@@ -172,29 +116,39 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
 def _algorithm_kwargs(value: str, iters: Any, recipe: Recipe) -> dict[str, Any]:
     """What `--algorithm` means for `AutoRound`: transforms first, then one algorithm.
 
-    Raises as `algorithm_name`, and ConfigError for an algorithm that contradicts `iters` or the recipe.
+    Raises UnsupportedError for an algorithm of a later version, and ConfigError for an unknown one or one that
+    contradicts `iters` or the recipe.
     """
+    from auto_round.algorithms.base import ALGORITHMS
     from auto_round.algorithms.transforms.base import split_transforms
 
     entries, rest = split_transforms([part.strip() for part in value.split(",") if part.strip()])
-    name = algorithm_name(",".join(rest)) if rest else "auto_round"
+    name = ",".join(rest) or "auto_round"
+    if name not in ALGORITHMS:
+        for part in rest:
+            refuse_algorithm(f"--algorithm {name}", part)
+        known, asked = ("rtn", "gptq", *TUNED_NAMES), name
+        name = asked.lower().replace("-", "_")
+        if name not in known:
+            raise ConfigError(
+                f"--algorithm {asked!r} is not known{nearest(name, known) or ';'} Use one of auto_round (tuned "
+                "rounding), gptq and rtn"
+            )
     if name == "gptq" and recipe.name == "rtn":
         raise ConfigError(
             f"{recipe.command} rounds to nearest without calibration data, and --algorithm gptq needs it; use "
             "auto-round --algorithm gptq --iters 0"
         )
-    untuned = name == "rtn" or is_registered(name)
+    untuned = name == "rtn" or name in ALGORITHMS
     if untuned and iters:
         raise ConfigError(f"--algorithm {value} does no tuning, but --iters {iters} was given; leave one out")
-    if name not in ("auto_round", "rtn"):
+    if name not in ("rtn", *TUNED_NAMES):
         entries = (*entries, name)
     return ({"algorithm": ",".join(entries)} if entries else {}) | ({"iters": 0} if untuned else {})
 
 
 def _with_recipe_file(path: str, chosen: Mapping[str, Any], named: bool) -> dict[str, Any]:
     """The settings of a recipe file, overridden by what was chosen beside it. `named`: an algorithm was, too."""
-    from auto_round.config import read_recipe
-
     settings = read_recipe(path).keywords_with(chosen, f"recipe {path}")
     if settings["model_free"] == "auto":
         settings.pop("model_free")  # which is said again, if rounding is still all there is to do
@@ -222,17 +176,6 @@ def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | N
     if rounds and "gguf:" not in (formats or "").lower():
         filled["model_free"] = "auto"
     return filled
-
-
-def device_value(text: str) -> int | str:
-    """A device number as int, any other text without white space around it."""
-    return int(text) if re.fullmatch(r"\d+", text.strip()) else text.strip()
-
-
-def last_folder(result: Any) -> Path:
-    """The folder of the last format, from what `quantize_and_save` returned: (model, folder or list of folders)."""
-    folders = result[1] if isinstance(result, tuple) else result
-    return Path(folders[-1] if isinstance(folders, list | tuple) else folders)
 
 
 def _evaluate_only(given: dict[str, Any]) -> int:

@@ -82,10 +82,16 @@ def ggml_scheme(name: str) -> QuantizationScheme:
     if kind.is_k:
         dtype, size = ("int_asym_dq" if kind.has_min else "int_sym_dq"), kind.block // kind.group
         return QuantizationScheme(
-            kind.bits, kind.group, not kind.has_min, dtype, 16, super_bits=kind.scale_bits, super_group_size=size
+            kind.bits,
+            kind.group,
+            not kind.has_min,
+            dtype,
+            act_bits=16,
+            super_bits=kind.scale_bits,
+            super_group_size=size,
         )
     dtype = "int_asym_float_zp" if kind.has_min else "int"
-    return QuantizationScheme(kind.bits, kind.group, not kind.has_min, dtype, 16)
+    return QuantizationScheme(kind.bits, kind.group, not kind.has_min, dtype, act_bits=16)
 
 
 _SCHEMES = tuple((ggml_scheme(name), kind) for name, kind in GGML_TYPES.items())
