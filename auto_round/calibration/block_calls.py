@@ -1,23 +1,118 @@
-"""Record the arguments of a decoder block's call: their nested structure, and each distinct tensor once.
+"""Record the calls of a model's blocks: replace their forwards, and store the nested arguments of each call.
 
-`flatten` and `unflatten` convert between nested arguments and (structure, constants, tensors). `TensorPool`
-stores tensors by content, so a rotary table that all blocks share is held once.
+`flatten` and `unflatten` convert between nested arguments and (structure, constants, tensors). `TensorPool` stores
+tensors by content, so a rotary table that all blocks share is held once.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from auto_round.calibration.disk_store import DiskStore, DiskTensor
-from auto_round.errors import ModelError
+from auto_round.calibration.disk_store import ActivationTensor, DiskStore
+from auto_round.errors import ModelError, UnsupportedError
+from auto_round.modeling.source import ModelSource
 
 ArgumentPath = tuple[Any, ...]
+MakeForward = Callable[[int, nn.Module, Callable[..., Any]], Callable[..., Any]]
+DATA_FREE_ADVICE = (
+    "use model_free=True (--model_free), or iters=0 with disable_opt_rtn=True, which round weights without data"
+)
 _MIN_DISK_BYTES = 1 << 16  # smaller tensors stay in memory
+
+
+class ForwardStopped(Exception):
+    """Ends a forward pass early; `value` is the tensor found there."""
+
+    def __init__(self, value: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.value = value
+
+
+def stop_with_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook that ends the pass with the module's input."""
+    raise ForwardStopped(args[0])
+
+
+@contextmanager
+def replaced_forwards(source: ModelSource, make: MakeForward) -> Iterator[None]:
+    """Replace every block's forward by `make(index, block, original)` while the context is open."""
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for index, name in enumerate(source.blocks):
+            block = source.model.get_submodule(name)
+            before.append((block, block.__dict__.get("forward")))
+            block.__dict__["forward"] = make(index, block, block.forward)
+        yield
+    finally:
+        for block, own in before:
+            if own is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.__dict__["forward"] = own
+
+
+def run_model(model: nn.Module, samples: Sequence[dict[str, torch.Tensor]], device: torch.device) -> Any:
+    """Run the whole model on a batch of samples without a key-value cache."""
+    batch = {key: torch.stack([s[key] for s in samples]).to(device) for key in samples[0]}
+    return model(**batch, use_cache=False, return_dict=True)
+
+
+def split_hidden_states(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[tuple[Any, ...], dict[str, Any], str | None]]:
+    """Split a block's arguments into its hidden states and (other args, other kwargs, keyword of the hidden states).
+
+    The keyword is None when they are positional. Raises ModelError when there are none.
+    """
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0], (args[1:], kwargs, None)
+    key = "hidden_states"
+    if isinstance(kwargs.get(key), torch.Tensor):
+        return kwargs[key], (args, {k: v for k, v in kwargs.items() if k != key}, key)
+    raise ModelError(f"a decoder block is called without hidden states (arguments: {', '.join(kwargs) or 'none'})")
+
+
+def call_block(block: Callable[..., Any], hidden: torch.Tensor, arguments: tuple[Any, Any, str | None]) -> Any:
+    """Call a block with hidden states and the other arguments as `split_hidden_states` returns them."""
+    args, kwargs, key = arguments
+    return block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
+
+
+def hidden_of(output: Any) -> Any:
+    """The hidden states in the output of a block: the output itself, or the first entry of a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def extra_outputs(output: Any) -> tuple[Any, ...] | None:
+    """The outputs of a block after the hidden states; None when it returns the hidden states alone."""
+    return tuple(output[1:]) if isinstance(output, (tuple, list)) else None
+
+
+def hidden_output(source: ModelSource, index: int, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The hidden states in a block's output. Raises ModelError when their shape differs from `hidden`."""
+    first, name = hidden_of(output), source.blocks[index]
+    if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
+        raise ModelError(
+            f"block {name!r} ({type(source.model.get_submodule(name)).__name__}) does not return hidden states of the "
+            f"shape that it gets; {DATA_FREE_ADVICE}"
+        )
+    return first
+
+
+def hidden_changed(source: ModelSource, index: int) -> UnsupportedError:
+    """The error for a model that changes the hidden states before the block of this index."""
+    return UnsupportedError(
+        f"{type(source.model).__name__} changes the hidden states between its blocks, before "
+        f"{source.blocks[index]!r}; only models whose blocks follow each other directly are supported; "
+        f"{DATA_FREE_ADVICE}"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,63 +127,46 @@ class BlockCall:
 
     spec: Hashable
     consts: tuple[Any, ...]
-    leaves: tuple[torch.Tensor | DiskTensor, ...]
+    leaves: tuple[ActivationTensor, ...]
 
     @property
     def structure(self) -> Hashable:
         """Equal for two calls that differ only in the values of tensors of equal shape and dtype."""
-        return self.spec, tuple(map(_const_key, self.consts)), tuple((tuple(t.shape), t.dtype) for t in self.leaves)
-
-
-UNSHARED = -1  # number of a mapping that no block writes to
-
-
-@dataclass(frozen=True)
-class SharedObject:
-    """Placeholder of an object that blocks write to.
-
-    Attributes:
-        number: identifies the object; blocks that get the same object have the same number.
-        kind: its class.
-    """
-
-    number: int
-    kind: type
-
-    def make(self, entries: Mapping[Any, Any]) -> Any:
-        """Create an object of the class with these entries."""
-        if issubclass(self.kind, MutableMapping):
-            mapping = self.kind()
-            mapping.update(entries)
-            return mapping
-        if issubclass(self.kind, list):
-            return self.kind(entries[key] for key in sorted(entries))
-        kind: Any = self.kind
-        made = kind.__new__(kind)
-        made.__dict__.update(entries)
-        return made
+        consts = tuple(c if isinstance(c, (type(None), bool, int, float, str)) else id(c) for c in self.consts)
+        return self.spec, consts, tuple((tuple(t.shape), t.dtype) for t in self.leaves)
 
 
 def entries_of(container: Any) -> dict[Any, Any]:
-    """Current entries of an object: items of a mapping, members of a list by index, or attributes."""
+    """Entries of a mapping by key, of a list or tuple by index, of any other object by attribute."""
     if isinstance(container, Mapping):
         return dict(container.items())
-    if isinstance(container, list):
-        return dict(enumerate(container))
-    return dict(vars(container))
+    return dict(enumerate(container)) if isinstance(container, (list, tuple)) else dict(vars(container))
+
+
+def make_container(kind: type, entries: Mapping[Any, Any]) -> Any:
+    """Create a container of this class with the entries of `entries_of`."""
+    if issubclass(kind, MutableMapping):
+        mapping = kind()
+        mapping.update(entries)
+        return mapping
+    if issubclass(kind, (list, tuple)):
+        items = [entries[key] for key in sorted(entries)]
+        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    made: Any = kind.__new__(kind)
+    made.__dict__.update(entries)
+    return made
 
 
 def flatten(
-    value: Any,
-    held: Mapping[ArgumentPath, SharedObject] | None = None,
-    filled: Callable[[int], Collection[Any]] = lambda _: (),
-) -> tuple[Hashable, list[Any], list[torch.Tensor]]:
-    """Split nested dicts, lists and tuples into structure, constants and tensors. Key-value caches become None.
+    value: Any, shared: Mapping[ArgumentPath, int] | None = None,
+    written: Callable[[int], Collection[Any]] = lambda _: (),
+) -> tuple[Hashable, list[Any], list[torch.Tensor]]:  # fmt: skip
+    """Split nested mappings, lists and tuples into structure, constants and tensors. Key-value caches become None.
 
     Args:
         value: the nested arguments.
-        held: objects inside that blocks write to, by their path.
-        filled: given such an object's number, the entries that blocks have written, which are left out.
+        shared: numbers of the objects inside that blocks write to, by path. Such an object may be of any class.
+        written: given such a number, the entries that blocks have written, which are left out.
     """
     consts: list[Any] = []
     leaves: list[torch.Tensor] = []
@@ -97,19 +175,14 @@ def flatten(
         if isinstance(item, torch.Tensor):
             leaves.append(item)
             return "tensor"
-        if held is not None and path in held:
-            own = {k: v for k, v in entries_of(item).items() if k not in filled(held[path].number)}
-            return ("held", held[path], tuple((key, visit(entry, (*path, key))) for key, entry in own.items()))
-        if isinstance(item, dict) and type(item) is dict:
-            return ("dict", tuple((key, visit(entry, (*path, key))) for key, entry in item.items()))
-        if isinstance(item, MutableMapping):
-            entries = tuple((key, visit(entry, (*path, key))) for key, entry in item.items())
-            return ("held", SharedObject(UNSHARED, type(item)), entries)
-        if isinstance(item, (list, tuple)):
-            return (type(item), tuple(visit(entry, (*path, index)) for index, entry in enumerate(item)))
-        # A key-value cache would grow whenever the block runs again.
-        consts.append(None if hasattr(item, "get_seq_length") else item)
-        return "const"
+        number = shared.get(path) if shared is not None else None
+        if number is None and not isinstance(item, (MutableMapping, list, tuple)):
+            # A key-value cache would grow whenever the block runs again.
+            consts.append(None if hasattr(item, "get_seq_length") else item)
+            return "const"
+        left_out = () if number is None else written(number)
+        entries = [(key, entry) for key, entry in entries_of(item).items() if key not in left_out]
+        return type(item), number, tuple((key, visit(entry, (*path, key))) for key, entry in entries)
 
     spec = visit(value, ())
     return spec, consts, leaves
@@ -117,11 +190,11 @@ def flatten(
 
 def unflatten(
     spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor],
-    fill: Callable[[SharedObject, dict[Any, Any]], Any] = lambda held, entries: held.make(entries),
+    make_shared: Callable[[type, int, dict[Any, Any]], Any] | None = None,
 ) -> Any:  # fmt: skip
     """Rebuild the nested value of `flatten` with other tensors.
 
-    `fill` creates the objects that blocks write to, from the entries that they had before.
+    `make_shared` creates the objects that blocks write to, from class, number and the entries that they had before.
     """
     rest_consts, rest_leaves = iter(consts), iter(leaves)
 
@@ -130,13 +203,11 @@ def unflatten(
             return next(rest_leaves)
         if node == "const":
             return next(rest_consts)
-        if node[0] == "held":
-            return fill(node[1], {key: build(entry) for key, entry in node[2]})
-        kind, entries = node
-        if kind == "dict":
-            return {key: build(entry) for key, entry in entries}
-        items = [build(entry) for entry in entries]
-        return kind(*items) if hasattr(kind, "_fields") else kind(items)
+        kind, number, parts = node
+        entries = {key: build(part) for key, part in parts}
+        if number is None or make_shared is None:
+            return make_container(kind, entries)
+        return make_shared(kind, number, entries)
 
     return build(spec)
 
@@ -148,53 +219,16 @@ def mutable_objects(value: Any) -> dict[ArgumentPath, Any]:
     def visit(item: Any, path: ArgumentPath) -> None:
         if item is None or isinstance(item, (torch.Tensor, str, bytes, int, float, type, torch.dtype, torch.device)):
             return
-        if isinstance(item, (MutableMapping, list)):
-            found[path] = item
         if isinstance(item, (Mapping, list, tuple)):
-            for key, entry in enumerate(item) if isinstance(item, tuple) else entries_of(item).items():
+            if isinstance(item, (MutableMapping, list)):
+                found[path] = item
+            for key, entry in entries_of(item).items():
                 visit(entry, (*path, key))
         elif not callable(item) and not hasattr(item, "get_seq_length") and hasattr(item, "__dict__"):
             found[path] = item
 
-    for index, part in enumerate(value):
-        visit(part, (index,))
-    return {path: item for path, item in found.items() if len(path) > 1}
-
-
-def call_block(block: Callable[..., Any], hidden: torch.Tensor, arguments: tuple[Any, Any, str | None]) -> Any:
-    """Call a block with hidden states and (args, kwargs, keyword of the hidden states, or None for positional)."""
-    args, kwargs, key = arguments
-    return block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
-
-
-def load_tensor(leaf: torch.Tensor | DiskTensor) -> torch.Tensor:
-    """Read a tensor from the disk store; a tensor in memory is returned unchanged."""
-    return leaf.read() if isinstance(leaf, DiskTensor) else leaf
-
-
-def split_hidden_states(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, tuple[Any, Any], str | None]:
-    """Split arguments into the hidden states, the other (args, kwargs), and the keyword of the hidden states.
-
-    The keyword is None when they are positional. Raises ModelError when there are none.
-    """
-    if args and isinstance(args[0], torch.Tensor):
-        return args[0], (args[1:], kwargs), None
-    key = "hidden_states"
-    if isinstance(kwargs.get(key), torch.Tensor):
-        return kwargs[key], (args, {k: v for k, v in kwargs.items() if k != key}), key
-    raise ModelError(f"a decoder block is called without hidden states (arguments: {', '.join(kwargs) or 'none'})")
-
-
-def hidden_of(output: Any) -> Any:
-    """The hidden states in the output of a block: the output itself, or the first entry of a tuple or list."""
-    return output[0] if isinstance(output, (tuple, list)) and output else output
-
-
-def extra_outputs(output: Any) -> tuple[Any, ...] | None:
-    """The outputs of a block after the hidden states; None when it returns the hidden states alone."""
-    return tuple(output[1:]) if isinstance(output, (tuple, list)) else None
+    visit(value, ())
+    return {path: item for path, item in found.items() if len(path) > 1}  # without the dict of all keyword arguments
 
 
 class TensorPool:
@@ -205,10 +239,10 @@ class TensorPool:
 
     def __init__(self, device: torch.device, disk_store: DiskStore | None = None) -> None:
         self.device, self.disk_store = device, disk_store
-        self._by_content: dict[Hashable, torch.Tensor | DiskTensor] = {}
-        self._by_object: dict[int, tuple[torch.Tensor, torch.Tensor | DiskTensor]] = {}
+        self._by_content: dict[Hashable, ActivationTensor] = {}
+        self._by_object: dict[int, tuple[torch.Tensor, ActivationTensor]] = {}
 
-    def put(self, tensor: torch.Tensor) -> torch.Tensor | DiskTensor:
+    def put(self, tensor: torch.Tensor) -> ActivationTensor:
         """Store a copy of `tensor` in its dtype; the same object is returned for equal contents."""
         seen = self._by_object.get(id(tensor))
         if seen is not None:
@@ -229,7 +263,7 @@ class TensorPool:
         self._by_object.clear()
 
 
-def batch_dims(single: Sequence[torch.Tensor | DiskTensor], double: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
+def batch_dims(single: Sequence[ActivationTensor], double: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
     """For each tensor, the dimension that doubles with the batch size; None for a tensor independent of it."""
     dims: list[int | None] = []
     for one, two in zip(single, double, strict=True):
@@ -248,7 +282,3 @@ def join(tensors: Sequence[torch.Tensor], dim: int | None) -> torch.Tensor:
         sizes[dim] = len(tensors)
         return first.expand(sizes)
     return torch.cat(list(tensors), dim=dim)
-
-
-def _const_key(value: Any) -> Hashable:
-    return value if isinstance(value, (type(None), bool, int, float, str)) else id(value)

@@ -19,22 +19,16 @@ from typing import Any
 import torch
 
 from auto_round.calibration.block_calls import (
-    UNSHARED,
+    DATA_FREE_ADVICE,
     ArgumentPath,
-    SharedObject,
+    BlockCall,
     entries_of,
-    extra_outputs,
     flatten,
-    hidden_of,
+    make_container,
     unflatten,
 )
-from auto_round.calibration.disk_store import DiskTensor
+from auto_round.calibration.disk_store import ActivationTensor, DiskTensor, empty_beside
 from auto_round.errors import UnsupportedError
-
-StateTensor = torch.Tensor | DiskTensor
-DATA_FREE_ADVICE = (
-    "use model_free=True (--model_free), or iters=0 with disable_opt_rtn=True, which round weights without data"
-)
 
 
 @dataclass(frozen=True)
@@ -69,18 +63,13 @@ class HiddenLayout:
 
     def rows(self, hidden: torch.Tensor) -> torch.Tensor:
         """Convert hidden states of the blocks to rows [B, T, width]."""
-        if self.plain:
-            return hidden
-        others = [d for d in range(hidden.dim()) if d not in (self.batch, self.tokens)]
-        return hidden.permute(self.batch, self.tokens, *others).flatten(2)
+        return hidden if self.plain else hidden.movedim((self.batch, self.tokens), (0, 1)).flatten(2)
 
     def hidden(self, rows: torch.Tensor) -> torch.Tensor:
         """Convert rows [B, T, width] to hidden states of the blocks; a copy unless the layout is plain."""
         if self.plain:
             return rows
-        others = [d for d in range(2 + len(self.rest)) if d not in (self.batch, self.tokens)]
-        back = torch.tensor([self.batch, self.tokens, *others]).argsort().tolist()
-        return rows.reshape(*rows.shape[:2], *self.rest).permute(*back).contiguous()
+        return rows.unflatten(2, self.rest).movedim((0, 1), (self.batch, self.tokens)).contiguous()
 
 
 def batch_dim(tensor: torch.Tensor) -> int | None:
@@ -94,18 +83,30 @@ class SharedSlot:
 
     Attributes:
         writer: index of the block.
-        place: where it is found: ("hidden",), ("output", leaf), or ("held", number, key, leaf).
+        number, key: the shared object and its entry that hold the tensor; None when the block returns it.
+        leaf: position among the tensors of that entry, or of the block's output.
         batch: the batch dimension.
     """
 
     writer: int
-    place: tuple[Any, ...]
+    number: int | None
+    key: Any
+    leaf: int
     batch: int
+
+    def find(self, output: Any, objects: Mapping[int, Any]) -> torch.Tensor | None:
+        """The tensor in a block's output and shared objects; None when the block made none."""
+        if self.number is None:
+            leaves = flatten(output)[2]
+        else:
+            entries = entries_of(objects[self.number]) if self.number in objects else {}
+            leaves = flatten(entries[self.key])[2] if self.key in entries else []
+        return leaves[self.leaf] if self.leaf < len(leaves) else None
 
 
 @dataclass(frozen=True)
 class ObjectEntry:
-    """An entry that a block writes to an object: a nested value whose tensors are slots."""
+    """An entry that a block writes to a shared object: a nested value whose tensors are slots."""
 
     number: int
     key: Any
@@ -120,13 +121,14 @@ class BlockDependencies:
 
     Attributes:
         leaves: by position among the tensors of its arguments, the slot that provides the value.
-        held: objects that blocks write to, by path in its arguments.
+        objects: numbers of the objects that blocks write to, by path in its arguments. Blocks that get the same object
+            have the same number.
         entries: what earlier blocks have written to these objects.
         writes: slots that it fills and later blocks read.
     """
 
     leaves: Mapping[int, SharedSlot] = field(default_factory=dict)
-    held: Mapping[ArgumentPath, SharedObject] = field(default_factory=dict)
+    objects: Mapping[ArgumentPath, int] = field(default_factory=dict)
     entries: tuple[ObjectEntry, ...] = ()
     writes: tuple[SharedSlot, ...] = ()
 
@@ -134,6 +136,25 @@ class BlockDependencies:
     def reads(self) -> set[SharedSlot]:
         """Slots that the block reads."""
         return {*self.leaves.values(), *(slot for entry in self.entries for slot in entry.slots)}
+
+    def arguments(
+        self, call: BlockCall, leaves: Sequence[torch.Tensor], take: Callable[[SharedSlot], torch.Tensor]
+    ) -> tuple[Any, dict[int, Any]]:
+        """Rebuild the arguments of a call from its tensors and from what earlier blocks produced.
+
+        Returns (arguments, shared objects that the block may write to, by number).
+        """
+        leaves = [take(self.leaves[i]) if i in self.leaves else leaf for i, leaf in enumerate(leaves)]
+        objects: dict[int, Any] = {}
+
+        def make_shared(kind: type, number: int, own: dict[Any, Any]) -> Any:
+            if number not in objects:
+                given = [entry for entry in self.entries if entry.number == number]
+                values = {e.key: unflatten(e.spec, e.consts, [take(slot) for slot in e.slots]) for e in given}
+                objects[number] = make_container(kind, own | values)
+            return objects[number]
+
+        return unflatten(call.spec, call.consts, leaves, make_shared), objects
 
 
 @dataclass(frozen=True)
@@ -156,7 +177,7 @@ class ModelDependencies:
         """Dependencies of one block; empty when none are known."""
         return self.blocks[index] if self.blocks else BlockDependencies()
 
-    def alive(self, index: int) -> list[SharedSlot]:
+    def slots_needed_from(self, index: int) -> list[SharedSlot]:
         """Slots that are filled before this block and read by it or a later one, in order."""
         needed = {slot for block in self.blocks[index:] for slot in block.reads}
         return [slot for block in self.blocks[:index] for slot in block.writes if slot in needed]
@@ -169,30 +190,24 @@ class SharedState:
         hidden: hidden states [N, T, H] of the stream; values are stored on the same device or in the same file.
     """
 
-    def __init__(self, hidden: StateTensor) -> None:
-        self._count, self._device = int(hidden.shape[0]), hidden.device
-        self._file = hidden if isinstance(hidden, DiskTensor) else None
-        self.values: dict[SharedSlot, StateTensor] = {}
+    def __init__(self, hidden: ActivationTensor) -> None:
+        self._count = int(hidden.shape[0])
+        self._beside = hidden if isinstance(hidden, DiskTensor) else hidden.new_empty(0)
+        self.values: dict[SharedSlot, ActivationTensor] = {}
 
     def offload(self) -> None:
         """Move all values to the CPU, and store later ones there."""
-        self._device = torch.device("cpu")
+        self._beside = self._beside if isinstance(self._beside, DiskTensor) else self._beside.cpu()
         self.values = {slot: v if isinstance(v, DiskTensor) else v.cpu() for slot, v in self.values.items()}
 
     def restore(self, slot: SharedSlot, value: torch.Tensor) -> None:
         """Set the values of a slot for all samples [N, ...], for a resumed run."""
-        values = self.values[slot] = self._empty(tuple(value.shape), value.dtype)
-        values[list(range(self._count))] = value.to(values.device)
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> StateTensor:
-        if self._file is not None:
-            return self._file.new_empty(dtype, shape)
-        return torch.empty(shape, dtype=dtype, device=self._device)
+        self.values[slot] = empty_beside(self._beside, tuple(value.shape), value.dtype)
+        self.values[slot][:] = value
 
     def take(self, slot: SharedSlot, samples: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         """The values of some samples in the shape that the block expects, on the device of `like`."""
-        value = self.values[slot][list(samples)].to(like.device)
-        return value.movedim(0, slot.batch)
+        return self.values[slot][list(samples)].to(like.device).movedim(0, slot.batch)
 
     def put(self, slot: SharedSlot, samples: Sequence[int], tensor: torch.Tensor, block: str) -> None:
         """Store what a block produced for some samples. Raises UnsupportedError without a batch dimension."""
@@ -203,44 +218,10 @@ class SharedState:
             )
         rows = tensor.detach().movedim(slot.batch, 0)
         if slot not in self.values:
-            self.values[slot] = self._empty((self._count, *rows.shape[1:]), rows.dtype)
+            self.values[slot] = empty_beside(self._beside, (self._count, *rows.shape[1:]), rows.dtype)
         stored = self.values[slot]
         stored[list(samples)] = rows.to(stored.device, stored.dtype)
 
-    def forget(self, needed: Sequence[SharedSlot]) -> None:
+    def keep_only(self, slots: Sequence[SharedSlot]) -> None:
         """Drop the values of all other slots."""
-        self.values = {slot: value for slot, value in self.values.items() if slot in needed}
-
-
-def resolve_call(
-    links: BlockDependencies, spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor],
-    take: Callable[[SharedSlot], torch.Tensor],
-) -> tuple[Any, dict[int, Any]]:  # fmt: skip
-    """Fill in what earlier blocks produced: (arguments, objects that the block may write to, by number)."""
-    leaves = [take(links.leaves[i]) if i in links.leaves else leaf for i, leaf in enumerate(leaves)]
-    objects: dict[int, Any] = {}
-
-    def fill(held: SharedObject, own: dict[Any, Any]) -> Any:
-        if held.number == UNSHARED:
-            return held.make(own)
-        if held.number not in objects:
-            given = {e.key: unflatten(e.spec, e.consts, [take(s) for s in e.slots])
-                     for e in links.entries if e.number == held.number}  # fmt: skip
-            objects[held.number] = held.make(own | given)
-        return objects[held.number]
-
-    return unflatten(spec, consts, leaves, fill), objects
-
-
-def produced_tensor(slot: SharedSlot, output: Any, objects: Mapping[int, Any]) -> torch.Tensor | None:
-    """The tensor that a block left in a slot; None when it left none."""
-    kind, *place = slot.place
-    if kind == "hidden":
-        return hidden_of(output)
-    if kind == "output":
-        leaves = flatten(extra_outputs(output))[2]
-    else:
-        number, key, *place = place
-        entries = entries_of(objects[number]) if number in objects else {}
-        leaves = flatten(entries[key])[2] if key in entries else []
-    return leaves[place[0]] if place[0] < len(leaves) else None
+        self.values = {slot: value for slot, value in self.values.items() if slot in slots}

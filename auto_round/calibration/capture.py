@@ -1,4 +1,12 @@
-"""Capture the inputs of the first decoder block and the call arguments of every block in one forward pass.
+"""From calibration samples to the inputs of every block: the interface between data and the run.
+
+    data = prepare_calibration(...)                          # calib_dataset.py: dicts of token tensors
+    captured = capture_inputs(source, data.samples, ...)     # one forward pass, without running the blocks
+    stream = Stream.of(captured, ...)                        # run/streams.py: hidden states of all samples
+
+Whatever supplies inputs to the blocks gives a run what `CapturedInputs` has: `hidden` (inputs of the first block),
+`loss_mask` and `present` (positions that count), `run` (a block on some samples), `run_head` (what follows the last
+block) and `links` (what blocks pass to each other beside the hidden states).
 
 Blocks of hybrid, sliding-window and local/global models get different masks and rotary tables, so the arguments
 of each block are stored. Masks keep their dtype: a boolean mask stays boolean.
@@ -8,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,44 +24,32 @@ from torch import nn
 
 from auto_round.calibration.block_calls import (
     BlockCall,
+    ForwardStopped,
     TensorPool,
     batch_dims,
     call_block,
     extra_outputs,
     flatten,
+    hidden_changed,
     hidden_of,
+    hidden_output,
     join,
-    load_tensor,
     mutable_objects,
+    replaced_forwards,
+    run_model,
     split_hidden_states,
+    stop_with_input,
     unflatten,
 )
-from auto_round.calibration.block_links import ModelDependencies, SharedSlot, SharedState, produced_tensor, resolve_call
-from auto_round.calibration.disk_store import DiskStore, DiskTensor
-from auto_round.calibration.isolation_check import (
-    ForwardStopped,
-    IsolationCheck,
-    hidden_changed,
-    hidden_output,
-    replaced_forwards,
-    run_isolation_check,
-    run_model,
-    stop_with_input,
-)
+from auto_round.calibration.block_links import ModelDependencies, SharedSlot, SharedState
+from auto_round.calibration.disk_store import ActivationTensor, DiskStore, empty_beside
+from auto_round.calibration.isolation_check import IsolationCheck
 from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
-from auto_round.modeling.files.safetensors import empty_mmap
 from auto_round.modeling.partial_loading import block_loaded, check_not_meta, non_block_loaded
 from auto_round.modeling.source import Device, ModelSource, is_finite
 
-_NON_MODEL_KEYS = ("labels",)
 _MAX_CACHED_BYTES = 1 << 22  # larger arguments are moved for every call
-# Placeholders for a block's outputs after the hidden states; None when it returns the hidden states alone.
-_OutputKind = tuple[Any, ...] | None
 _SHARED_PLACEHOLDER = torch.empty(0)  # placeholder of an argument that an earlier block produces
-
-
-class _ExtraBlockOutputs(Exception):
-    """Blocks pass on more than hidden states [batch, tokens, width]; an isolation check must find out what."""
 
 
 @dataclass
@@ -63,28 +59,24 @@ class CapturedInputs:
     Attributes:
         hidden: [N, T, H], inputs of block 0, in the model's dtype unless another was requested. Parallel streams of a
             model are concatenated in the last dimension.
+        inputs: the model's inputs, one dict per sample.
+        present: bool [N, T]; False for padding.
         loss_mask: bool [N, T]; False for padding and labels of -100.
         dtype: the model's dtype.
         links: dependencies between the blocks.
         running: indices of the samples in the current batch.
     """
 
-    hidden: torch.Tensor | DiskTensor
+    hidden: ActivationTensor
+    inputs: list[dict[str, torch.Tensor]]
+    present: torch.Tensor
     loss_mask: torch.Tensor
     dtype: torch.dtype
-    _inputs: list[dict[str, torch.Tensor]]
+    links: ModelDependencies
     _calls: list[list[BlockCall]]
     _dims: dict[Hashable, tuple[int | None, ...]]
-    _kinds: dict[type[nn.Module], _OutputKind]
-    links: ModelDependencies = ModelDependencies()
     _on_device: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
     running: Sequence[int] = ()
-
-    @property
-    def present(self) -> torch.Tensor:
-        """bool [N, T]: False for padding."""
-        length = self.loss_mask.shape[1]
-        return torch.stack([_present(sample, length) for sample in self._inputs])
 
     def run(
         self, block_index: int, block: nn.Module, hidden: torch.Tensor, samples: Sequence[int],
@@ -108,18 +100,18 @@ class CapturedInputs:
             pairs = zip(call.leaves, self._dims[block_index, call.structure], strict=True)
             unbatched = tuple(id(leaf) for leaf, dim in pairs if dim is None)
             groups.setdefault((call.structure, unbatched), []).append(position)
-        if len(groups) == 1:
-            self.running = samples
-            return self._run_group(block_index, block, hidden, [calls[s] for s in samples], state, store_state)
         outputs, order = [], []
         for group in groups.values():
             self.running = [samples[position] for position in group]
             own = [calls[sample] for sample in self.running]
-            outputs.append(self._run_group(block_index, block, hidden[group], own, state, store_state))
-            order.extend(group)
+            part = hidden if len(groups) == 1 else hidden[group]
+            outputs.append(self._run_group(block_index, block, part, own, state, store_state))
+            order += group
+        if len(groups) == 1:
+            return outputs[0]
         return torch.cat(outputs)[torch.tensor(order, device=hidden.device).argsort()]
 
-    def finish(
+    def run_head(
         self, source: ModelSource, hidden: torch.Tensor, samples: Sequence[int], stop_at: str | None = None
     ) -> torch.Tensor:
         """Run the modules after the last block on its output `hidden` [B, T, H]; returns logits [B, T, vocabulary].
@@ -132,8 +124,8 @@ class CapturedInputs:
 
         def replacement(index: int, block: nn.Module, _original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                own, _, _ = split_hidden_states(args, kwargs)
-                return _block_output(self._kinds[type(block)], given if index == last else own)
+                own = given if index == last else split_hidden_states(args, kwargs)[0]
+                return _block_output(self.links.kinds[type(block)], own)
 
             return forward
 
@@ -143,7 +135,7 @@ class CapturedInputs:
             stack.enter_context(non_block_loaded(source, hidden.device))
             stack.enter_context(replaced_forwards(source, replacement))
             try:
-                return run_model(source.model, [self._inputs[s] for s in samples], hidden.device).logits
+                return run_model(source.model, [self.inputs[s] for s in samples], hidden.device).logits
             except ForwardStopped as stop:
                 assert stop.value is not None
                 return stop.value
@@ -151,19 +143,14 @@ class CapturedInputs:
     def arguments(self, block_index: int, sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments recorded for one block and sample, without the hidden states."""
         call = self._calls[block_index][sample]
-        args, kwargs, _ = unflatten(call.spec, call.consts, [load_tensor(leaf) for leaf in call.leaves])
+        args, kwargs, _ = unflatten(call.spec, call.consts, [leaf.to("cpu") for leaf in call.leaves])
         return args, kwargs
 
     def _run_group(
         self, block_index: int, block: nn.Module, hidden: torch.Tensor, calls: list[BlockCall],
         state: SharedState | None, store_state: bool,
     ) -> torch.Tensor:  # fmt: skip
-        first = calls[0]
-        dims = self._dims[block_index, first.structure]
-        read: dict[int, torch.Tensor] = {}
-        leaves = [
-            join([self._moved(call.leaves[i], hidden, read) for call in calls], dim) for i, dim in enumerate(dims)
-        ]
+        """Run a block on samples whose arguments can share a batch."""
         links, samples = self.links.block(block_index), list(self.running)
 
         def take(slot: SharedSlot) -> torch.Tensor:
@@ -171,34 +158,32 @@ class CapturedInputs:
                 raise UnsupportedError(f"block {block_index} needs a tensor of an earlier block, which was not stored")
             return state.take(slot, samples, hidden)
 
-        arguments, objects = resolve_call(links, first.spec, first.consts, leaves, take)
+        leaves = []
+        for position, dim in enumerate(self._dims[block_index, calls[0].structure]):
+            moved: dict[Hashable, torch.Tensor] = {}
+            leaves.append(join([self._moved(call.leaves[position], hidden, moved) for call in calls], dim))
+        arguments, objects = links.arguments(calls[0], leaves, take)
         given = self.links.layout.hidden(hidden.clone() if self.links.changes_hidden else hidden)
         output = call_block(block, given, arguments)
         for slot in links.writes if store_state else ():
-            made = produced_tensor(slot, output, objects)
+            made = slot.find(output, objects)
             if made is not None and state is not None:
                 state.put(slot, samples, made, str(block_index))
         return self.links.layout.rows(hidden_of(output))
 
-    def _moved(
-        self, leaf: torch.Tensor | DiskTensor, hidden: torch.Tensor, read: dict[int, torch.Tensor]
-    ) -> torch.Tensor:
-        """An argument on the device and in the dtype of `hidden`; `read` caches what this call read from a file."""
+    def _moved(self, leaf: ActivationTensor, hidden: torch.Tensor, moved: dict[Hashable, torch.Tensor]) -> torch.Tensor:
+        """An argument on the device and in the dtype of `hidden`. `moved` holds the large ones of this call."""
         dtype = hidden.dtype if leaf.dtype == self.dtype else leaf.dtype
-        if isinstance(leaf, DiskTensor):
-            if id(leaf) not in read:
-                read[id(leaf)] = leaf.read().to(hidden.device, dtype)
-            return read[id(leaf)]
-        if leaf.device == hidden.device and leaf.dtype == dtype:
+        if isinstance(leaf, torch.Tensor) and (leaf.device, leaf.dtype) == (hidden.device, dtype):
             return leaf
-        if leaf.nbytes > _MAX_CACHED_BYTES:
-            return leaf.to(hidden.device, dtype)
+        cached = isinstance(leaf, torch.Tensor) and leaf.nbytes <= _MAX_CACHED_BYTES
+        copies: dict[Any, torch.Tensor] = self._on_device if cached else moved
         key = (id(leaf), hidden.device, dtype)
-        if key not in self._on_device:
+        if key not in copies:
             if len(self._on_device) > 256:  # limits the copies of per-sample masks
                 self._on_device.clear()
-            self._on_device[key] = leaf.to(hidden.device, dtype)
-        return self._on_device[key]
+            copies[key] = leaf.to(hidden.device, dtype)
+        return copies[key]
 
 
 def capture_inputs(
@@ -227,8 +212,7 @@ def capture_inputs(
         stream_experts: load one expert at a time.
         links: dependencies between blocks, if another capture of the same model has found them.
         check_isolation: run the first sample through all blocks to find them, and refuse a model whose blocks cannot
-            run
-            one at a time. Always done if blocks pass on more than hidden states [batch, tokens, width].
+            run one at a time. Always done if blocks pass on more than hidden states [batch, tokens, width].
 
     Raises:
         DataError: no samples, or samples of different lengths.
@@ -248,40 +232,58 @@ def capture_inputs(
                 recorder.record(index, sample, where)
         return recorder
 
-    check: IsolationCheck | None = None
+    def check() -> IsolationCheck:
+        made = IsolationCheck(source, store, stream_experts)
+        made.run(inputs[0], where)
+        return made
+
     with torch.no_grad(), non_block_loaded(source, device):
-        if check_isolation and links is None:
-            check = run_isolation_check(source, inputs[0], where, store, stream_experts)
+        checked = check() if check_isolation and links is None else None
         try:
-            recorder = record(links if check is None else check.links())
+            recorder = record(links if checked is None else checked.links())
         except _ExtraBlockOutputs:
-            check = run_isolation_check(source, inputs[0], where, store, stream_experts)
-            recorder = record(check.links())
-    if check is not None:
-        check.compare_recording([calls[0] for calls in recorder.calls])
+            checked = check()
+            recorder = record(checked.links())
+    if checked is not None:
+        checked.compare_recording([calls[0] for calls in recorder.calls])
     assert recorder.hidden is not None and recorder.model_dtype is not None
-    masks = [_loss_mask(sample, inputs[i]["input_ids"].shape[-1]) for i, sample in enumerate(samples)]
+    if "attention_mask" in inputs[0]:
+        present = torch.stack([sample["attention_mask"].cpu() != 0 for sample in inputs])
+    else:
+        present = torch.ones(len(inputs), inputs[0]["input_ids"].numel(), dtype=torch.bool)
+    loss_mask = present.clone()
+    for counted, sample in zip(loss_mask, samples, strict=True):
+        if isinstance(labels := sample.get("labels"), torch.Tensor):
+            counted &= labels.reshape(-1).cpu() != -100
+    links = replace(recorder.links, kinds=recorder.kinds)
     return CapturedInputs(
-        recorder.hidden, torch.stack(masks), recorder.model_dtype, inputs, recorder.calls, recorder.dims,
-        recorder.kinds, recorder.links or ModelDependencies(),
-    )  # fmt: skip
+        recorder.hidden, inputs, present, loss_mask, recorder.model_dtype, links, recorder.calls, recorder.dims
+    )
+
+
+class _ExtraBlockOutputs(Exception):
+    """Blocks pass on more than hidden states [batch, tokens, width]; an isolation check must find out what."""
 
 
 class _CallRecorder:
-    """Replaces the forwards of the blocks and records their arguments, sample by sample."""
+    """Replaces the forwards of the blocks and records their arguments, sample by sample.
+
+    With `links` None nothing is known yet of what blocks pass on; then anything but hidden states
+    [batch, tokens, width] raises `_ExtraBlockOutputs`.
+    """
 
     def __init__(
         self, source: ModelSource, store: TensorPool, count: int, dtype: torch.dtype | None, stream_experts: bool,
         links: ModelDependencies | None,
     ) -> None:  # fmt: skip
         self.source, self.count, self.store, self.dtype = source, count, store, dtype
-        self.links, self.known_links, self.stream_experts = links, links or ModelDependencies(), stream_experts
-        self.layout = self.known_links.layout
+        self.links, self.links_known = links or ModelDependencies(), links is not None
+        self.stream_experts = stream_experts
         self.model_dtype: torch.dtype | None = None
-        self.hidden: torch.Tensor | DiskTensor | None = None
+        self.hidden: ActivationTensor | None = None
         self.calls: list[list[BlockCall]] = [[] for _ in source.blocks]
         self.dims: dict[Hashable, tuple[int | None, ...]] = {}
-        self.kinds: dict[type[nn.Module], _OutputKind] = dict(self.known_links.kinds)
+        self.kinds = dict(self.links.kinds)
         self._sample = 0
         self._doubled = False
 
@@ -305,71 +307,61 @@ class _CallRecorder:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             check_not_meta((args, kwargs), self.source.blocks[index], self.source)
-            hidden, rest, key = split_hidden_states(args, kwargs)
-            own = self.known_links.block(index)
-            spec, consts, leaves = flatten((*rest, key), own.held)
-            if self.links is None:
+            hidden, arguments = split_hidden_states(args, kwargs)
+            if not self.links_known:
                 plain = hidden.dim() == 3 and hidden.shape[0] <= 2
-                objects = mutable_objects((*rest, key)).values()
-                if not plain or any(not isinstance(item, (dict, list)) for item in objects):
+                if not plain or any(not isinstance(o, (dict, list)) for o in mutable_objects(arguments).values()):
                     raise _ExtraBlockOutputs
+            own = self.links.block(index)
+            spec, consts, leaves = flatten(arguments, own.objects)
             leaves = [_SHARED_PLACEHOLDER if i in own.leaves else leaf for i, leaf in enumerate(leaves)]
             if self._doubled:
                 single = self.calls[index][self._sample]
                 self.dims[index, single.structure] = batch_dims(single.leaves, leaves)
             else:
-                if index == 0:
-                    self._store_hidden(self.layout.rows(hidden))
-                self._check_stream(index, self.layout.rows(hidden))
+                self._record_hidden(index, self.links.layout.rows(hidden))
                 if len(self.calls[index]) != self._sample:
                     raise ModelError(
                         f"block {self.source.blocks[index]!r} was not called exactly once; it cannot be tuned alone"
                     )
                 self.calls[index].append(BlockCall(spec, tuple(consts), tuple(self.store.put(leaf) for leaf in leaves)))
             if type(block) not in self.kinds:
-                self._learn_output_kind(index, block, original, args, kwargs, hidden)
+                with block_loaded(self.source, self.source.blocks[index], hidden.device, self.stream_experts):
+                    output = original(*args, **kwargs)
+                hidden_output(self.source, index, output, hidden)
+                rest = extra_outputs(output)
+                if not self.links_known and (flatten(rest)[2] or hasattr(type(output), "_fields")):
+                    raise _ExtraBlockOutputs
+                self.kinds[type(block)] = rest
             if index == len(self.calls) - 1:
                 raise ForwardStopped
             return _block_output(self.kinds[type(block)], hidden)
 
         return forward
 
-    def _store_hidden(self, hidden: torch.Tensor) -> None:
-        if not is_finite(hidden):
-            raise NumericsError(
-                f"NaN or Inf in the input of {self.source.blocks[0]} for calibration sample {self._sample}"
-            )
-        if self.hidden is None:
-            self.model_dtype = hidden.dtype
-            shape, dtype = (self.count, *hidden.shape[1:]), self.dtype or hidden.dtype
-            if self.store.disk_store is not None:
-                self.hidden = self.store.disk_store.empty(shape, dtype)
-            elif self.store.device.type == "cpu":
-                self.hidden = empty_mmap(shape, dtype)
-            else:
-                self.hidden = torch.empty(shape, dtype=dtype, device=self.store.device)
-        self.hidden[self._sample] = hidden[0]
-
-    def _check_stream(self, index: int, hidden: torch.Tensor) -> None:
-        """Blocks return their input unchanged here, so each must get the input of block 0."""
+    def _record_hidden(self, index: int, hidden: torch.Tensor) -> None:
+        """Store the input [1, T, H] of block 0. Blocks return their input here, so each must get the same one."""
+        if index == 0:
+            if not is_finite(hidden):
+                raise NumericsError(
+                    f"NaN or Inf in the input of {self.source.blocks[0]} for calibration sample {self._sample}"
+                )
+            if self.hidden is None:
+                self.model_dtype = hidden.dtype
+                shape, dtype = (self.count, *hidden.shape[1:]), self.dtype or hidden.dtype
+                if self.store.disk_store is not None:
+                    self.hidden = self.store.disk_store.empty(shape, dtype)
+                else:
+                    self.hidden = empty_beside(torch.empty(0, device=self.store.device), shape, dtype)
+            self.hidden[self._sample] = hidden[0]
         assert self.hidden is not None
         if self._sample == 0 and not torch.equal(hidden[0].to(self.hidden.device, self.hidden.dtype), self.hidden[0]):
             raise hidden_changed(self.source, index)
 
-    def _learn_output_kind(
-        self, index: int, block: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any, hidden: torch.Tensor
-    ) -> None:
-        with block_loaded(self.source, self.source.blocks[index], hidden.device, self.stream_experts):
-            output = original(*args, **kwargs)
-        hidden_output(self.source, index, output, hidden)
-        rest = extra_outputs(output)
-        if self.links is None and (flatten(rest)[2] or hasattr(type(output), "_fields")):
-            raise _ExtraBlockOutputs
-        self.kinds[type(block)] = rest
 
-
-def _block_output(kind: _OutputKind, hidden: torch.Tensor) -> Any:
-    return hidden if kind is None else (hidden, *kind)
+def _block_output(rest: tuple[Any, ...] | None, hidden: torch.Tensor) -> Any:
+    """The output of a block that returns `rest` after the hidden states; None: the hidden states alone."""
+    return hidden if rest is None else (hidden, *rest)
 
 
 def _input_device(source: ModelSource) -> torch.device:
@@ -387,9 +379,7 @@ def _check_samples(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, tor
     for index, sample in enumerate(samples):
         if not isinstance(sample.get("input_ids"), torch.Tensor):
             raise DataError(f"calibration sample {index} has no tensor 'input_ids'")
-        clean = {
-            k: v.reshape(-1) for k, v in sample.items() if k not in _NON_MODEL_KEYS and isinstance(v, torch.Tensor)
-        }
+        clean = {k: v.reshape(-1) for k, v in sample.items() if k != "labels" and isinstance(v, torch.Tensor)}
         first = inputs[0] if inputs else clean
         if {k: v.shape for k, v in clean.items()} != {k: v.shape for k, v in first.items()}:
             raise DataError(
@@ -399,17 +389,3 @@ def _check_samples(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, tor
     if inputs[0]["input_ids"].numel() == 0:
         raise DataError("the calibration samples are empty")
     return inputs
-
-
-def _loss_mask(sample: dict[str, torch.Tensor], length: int) -> torch.Tensor:
-    mask = _present(sample, length)
-    if isinstance(labels := sample.get("labels"), torch.Tensor):
-        mask &= labels.reshape(-1).cpu() != -100
-    return mask
-
-
-def _present(sample: dict[str, torch.Tensor], length: int) -> torch.Tensor:
-    attention = sample.get("attention_mask")
-    if not isinstance(attention, torch.Tensor):
-        return torch.ones(length, dtype=torch.bool)
-    return attention.reshape(-1).cpu() != 0

@@ -12,15 +12,14 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, Protocol
 
 import torch
 
 from auto_round.errors import OutputError
+from auto_round.modeling.files.safetensors import empty_mmap
 
 _CHUNK_BYTES = 1 << 26
-T = TypeVar("T", bound="DiskStore")
 
 
 class DiskStore:
@@ -90,12 +89,10 @@ class DiskStore:
         """Free the disk space. Tensors of this store can no longer be read."""
         self._file.close()
 
-    def __enter__(self: T) -> T:
+    def __enter__(self) -> DiskStore:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
 
@@ -174,6 +171,18 @@ class DiskTensor:
             if stop == len(rows) or rows[stop] != rows[stop - 1] + 1:
                 yield self.start + rows[start] * size, view[start * size : stop * size]
                 start = stop
+
+
+ActivationTensor = torch.Tensor | DiskTensor
+
+
+def empty_beside(like: ActivationTensor, shape: tuple[int, ...], dtype: torch.dtype) -> ActivationTensor:
+    """An uninitialised tensor where `like` is stored: in the same file, in memory, or on the device."""
+    if isinstance(like, DiskTensor):
+        return like.new_empty(dtype, shape)
+    if like.device.type == "cpu":
+        return empty_mmap(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

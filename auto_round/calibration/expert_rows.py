@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from auto_round.calibration.disk_store import DiskTensor
+from auto_round.calibration.disk_store import ActivationTensor, DiskTensor
 from auto_round.errors import UnsupportedError
 from auto_round.modeling.experts import RoutedExperts
-from auto_round.modeling.files.safetensors import empty_mmap
 
-Rows = torch.Tensor | DiskTensor
 _MAX_LOAD_FACTOR = 4
 
 
@@ -36,15 +34,6 @@ def max_tokens_per_expert(tokens: int, chosen: int, experts: int) -> int:
     return min(tokens, -(-_MAX_LOAD_FACTOR * tokens * chosen // experts))
 
 
-def empty_like_on(hidden: Rows, shape: tuple[int, int], dtype: torch.dtype) -> Rows:
-    """Allocate an uninitialised matrix where `hidden` is stored."""
-    if isinstance(hidden, DiskTensor):
-        return hidden.new_empty(dtype, shape)
-    if hidden.device.type == "cpu":
-        return empty_mmap(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=hidden.device)
-
-
 class TokenRows:
     """A matrix with one row per token of every sample.
 
@@ -54,10 +43,10 @@ class TokenRows:
         running: returns the indices of the samples in the current batch.
     """
 
-    def __init__(self, rows: Callable[[], Rows], tokens: int, running: Callable[[], Sequence[int]]) -> None:
+    def __init__(self, rows: Callable[[], ActivationTensor], tokens: int, running: Callable[[], Sequence[int]]) -> None:
         self.rows, self.tokens, self._running = rows, tokens, running
 
-    def write(self, values: torch.Tensor, into: Rows | None = None) -> None:
+    def write(self, values: torch.Tensor, into: ActivationTensor | None = None) -> None:
         """Write the rows [B * T, ...] of the current batch; `into`: another matrix with as many rows."""
         into = self.rows() if into is None else into
         samples = self._running()
@@ -187,13 +176,13 @@ class Routing:
         return tokens, weights
 
 
-def gather_rows(matrix: Rows, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a matrix by int64 [n] indices, on its device (in memory for a file)."""
+def gather_rows(matrix: ActivationTensor, rows: torch.Tensor) -> torch.Tensor:
+    """ActivationTensor of a matrix by int64 [n] indices, on its device (in memory for a file)."""
     return matrix[rows.tolist()] if isinstance(matrix, DiskTensor) else matrix[rows.to(matrix.device)]
 
 
 class GatheredRows:
-    """Rows of a matrix grouped to samples [M, R, H] of R rows each; the last sample is padded with zeros.
+    """ActivationTensor of a matrix grouped to samples [M, R, H] of R rows each; the last sample is padded with zeros.
 
     Args:
         matrix: read when a sample is accessed.
@@ -201,7 +190,7 @@ class GatheredRows:
         each: R.
     """
 
-    def __init__(self, matrix: Rows, rows: torch.Tensor, each: int) -> None:
+    def __init__(self, matrix: ActivationTensor, rows: torch.Tensor, each: int) -> None:
         self.matrix, self.rows, self.each = matrix, rows, each
         self.shape = torch.Size((-(-rows.numel() // each), each, matrix.shape[1]))
 

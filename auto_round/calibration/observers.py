@@ -15,6 +15,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ _BAND_WIDTHS = (4096, 2048, 1024, 512, 256)
 _MAX_NUMEL = 1 << 28  # float32 elements of all Hessians of a block: 1 GiB
 _TILE = 256
 _MAX_STRIDE = 4  # Hessians use at least every fourth token, and at least as many tokens as channels
+_O = TypeVar("_O", bound="InputObserver")
 
 
 class InputObserver(ABC):
@@ -53,21 +55,32 @@ class InputObserver(ABC):
             rows = rows[self.mask.to(rows.device)]
         return rows
 
+    def prepare(self, block: nn.Module, names: Sequence[str]) -> None:
+        """Get ready to observe the layers `names` of a block."""
+        self.mask = None
+
+    def close(self) -> None:
+        """Finish the statistics; nothing can be added afterwards."""
+        self.mask = None
+
     @contextmanager
-    def observing(self, block: nn.Module, names: Iterable[str]) -> Iterator[None]:
-        """Observe the inputs of the layers `names` (relative to `block`) by hooks, which are removed at the end."""
+    def observing(self: _O, block: nn.Module, names: Iterable[str]) -> Iterator[_O]:
+        """Observe the inputs of the layers `names` (relative to `block`) that run inside; closes at the end."""
 
         def hook(name: str) -> Callable[..., None]:
             return lambda _module, args: self.add(name, args[0])
 
+        names = list(names)
+        self.prepare(block, names)
         with ExitStack() as stack:
             for name in names:
                 stack.callback(block.get_submodule(name).register_forward_pre_hook(hook(name)).remove)
-            yield
+            stack.callback(self.close)
+            yield self
 
 
 class SecondMomentObserver(InputObserver, dict[str, torch.Tensor]):
-    """Sums of squares by layer name, float32 [in_features].
+    """Sums of squares by layer name, float32 [in_features]; zeros for observed layers that never ran.
 
     Attributes:
         tokens: number of rows summed, by layer name.
@@ -78,6 +91,13 @@ class SecondMomentObserver(InputObserver, dict[str, torch.Tensor]):
         self.tokens: dict[str, int] = {}
         self._last: Callable[[], torch.Tensor | None] = lambda: None  # a weak reference to the last inputs
         self._last_sums: tuple[list[torch.Tensor], int] = [], 0
+
+    def prepare(self, block: nn.Module, names: Sequence[str]) -> None:
+        for name in names:
+            module = block.get_submodule(name)
+            device = "cpu" if (weight := module.get_parameter("weight")).is_meta else weight.device
+            self[name] = torch.zeros(in_features(module), dtype=torch.float32, device=device)
+            self.tokens[name] = 0
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
         total = self.get(name)
@@ -101,22 +121,6 @@ class SecondMomentObserver(InputObserver, dict[str, torch.Tensor]):
         for name, total in self.items():
             if not bool(torch.isfinite(total).all()):
                 raise NumericsError(f"NaN or Inf in the inputs of layer {name!r}")
-
-
-@contextmanager
-def observe_second_moments(block: nn.Module, names: Iterable[str]) -> Iterator[SecondMomentObserver]:
-    """Sum x**2 over tokens for the inputs of the linear layers `names` (relative to `block`) that run inside.
-
-    The sums grow with every run of the block; layers that never run (experts without tokens) have zeros.
-    """
-    moments, names = SecondMomentObserver(), list(names)
-    for name in names:
-        module = block.get_submodule(name)
-        device = "cpu" if (weight := module.get_parameter("weight")).is_meta else weight.device
-        moments[name] = torch.zeros(in_features(module), dtype=torch.float32, device=device)
-        moments.tokens[name] = 0
-    with moments.observing(block, names):
-        yield moments
 
 
 class MinMaxObserver(InputObserver, dict[str, tuple[torch.Tensor, torch.Tensor]]):
@@ -154,14 +158,6 @@ class MinMaxObserver(InputObserver, dict[str, tuple[torch.Tensor, torch.Tensor]]
         return low, high
 
 
-@contextmanager
-def observe_min_max(block: nn.Module, names: Iterable[str]) -> Iterator[MinMaxObserver]:
-    """Observe the range of the inputs of the linear layers `names` (relative to `block`) that run inside."""
-    extremes = MinMaxObserver()
-    with extremes.observing(block, names):
-        yield extremes
-
-
 def band_width(widths: Sequence[int]) -> int:
     """The widest band for which the Hessians of layers of these input widths stay below 1 GiB; 256 at least."""
     fits = (band for band in _BAND_WIDTHS if sum(width * min(width, band) for width in widths) <= _MAX_NUMEL)
@@ -178,7 +174,7 @@ class InputHessian(InputObserver):
     """Sums of x x' by layer name, ready after `close`. Layers that get the same tensor share one sum.
 
     Args:
-        band: channels of one diagonal block of the Hessian.
+        band: channels of one diagonal block of the Hessian; `observing` chooses it by the widths of the layers.
         passes: how often a layer will run, each time on about as many tokens.
     """
 
@@ -189,6 +185,9 @@ class InputHessian(InputObserver):
         self._seen: dict[str, int] = {}
         self._mixed: set[str] = set()  # layers that share their inputs in some runs only
         self._last: tuple[str, torch.Tensor] | None = None
+
+    def prepare(self, block: nn.Module, names: Sequence[str]) -> None:
+        self.band = band_width([in_features(block.get_submodule(name)) for name in names])
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
         self._seen[name] = self._seen.get(name, 0) + inputs.shape[:-1].numel()
@@ -228,10 +227,12 @@ class InputHessian(InputObserver):
         return self._sums[leader]
 
     def close(self) -> None:
-        """Finish the sums; nothing can be added afterwards."""
         self._last = None
         for total in (total for bands in self._sums.values() for total in bands):
-            _mirror(total)
+            for start in range(0, total.shape[0], _TILE):  # copy the upper triangle to the lower one
+                rows = slice(start, start + _TILE)
+                total[rows, :start] = total[:start, rows].t()
+                total[rows, rows] = total[rows, rows].triu() + total[rows, rows].triu(1).t()
 
 
 def _add_upper(total: torch.Tensor, columns: torch.Tensor) -> None:
@@ -239,27 +240,3 @@ def _add_upper(total: torch.Tensor, columns: torch.Tensor) -> None:
     for start in range(0, total.shape[0], _TILE):
         stop = min(start + _TILE, total.shape[0])
         total[:stop, start:stop].addmm_(columns[:, :stop].t(), columns[:, start:stop])
-
-
-def _mirror(total: torch.Tensor) -> None:
-    """Copy the upper triangle to the lower one, tile by tile."""
-    for start in range(0, total.shape[0], _TILE):
-        rows = slice(start, start + _TILE)
-        total[rows, :start] = total[:start, rows].t()
-        total[rows, rows] = total[rows, rows].triu() + total[rows, rows].triu(1).t()
-
-
-@contextmanager
-def observe_hessians(block: nn.Module, names: Iterable[str], passes: int = 1) -> Iterator[InputHessian]:
-    """Accumulate the Hessians of the inputs of the linear layers `names` (relative to `block`) that run inside.
-
-    `passes`: how often each layer will run. The Hessians are ready at the end.
-    """
-    names = list(names)
-    widths = [in_features(block.get_submodule(name)) for name in names]
-    hessians = InputHessian(band_width(widths), passes)
-    try:
-        with hessians.observing(block, names):
-            yield hessians
-    finally:
-        hessians.close()

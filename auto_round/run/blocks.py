@@ -18,7 +18,7 @@ from auto_round.algorithms.transforms.base import BlockTransform, BlockView
 from auto_round.calibration.capture import CapturedInputs
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.calibration.kv_cache_observer import observe_kv_cache
-from auto_round.calibration.observers import MinMaxObserver, observe_hessians, observe_min_max, observe_second_moments
+from auto_round.calibration.observers import InputHessian, MinMaxObserver, SecondMomentObserver
 from auto_round.codecs.activation import ActivationQuantizer, quantized_inputs
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.edits import TensorEdit
@@ -271,7 +271,7 @@ def _transform_block(
     with in_dtype(block, source.dtype, state.dtype), streaming_experts(experts):
         moments: Mapping[str, torch.Tensor] = {}
         if full is not None:
-            with observe_second_moments(block, list(schemes) if transform.needs_data else []) as sums:
+            with SecondMomentObserver().observing(block, schemes if transform.needs_data else []) as sums:
                 full.spare = full.after(index, block, state.device, state.dtype, (sums,))
             reference = full.spare[:1].clone()
             moments = {layer: total / max(sums.tokens[layer], 1) for layer, total in sums.items()}
@@ -335,9 +335,9 @@ def _quantize_block(
         with (
             streaming_experts(experts),
             recording,
-            observe_second_moments(block, wanted) as moments,
-            observe_hessians(block, paired, -(-full.hidden.shape[0] // full.batch)) as input_hessians,
-            observe_min_max(block, fixed) as extremes,
+            SecondMomentObserver().observing(block, wanted) as moments,
+            InputHessian(passes=-(-full.hidden.shape[0] // full.batch)).observing(block, paired) as input_hessians,
+            MinMaxObserver().observing(block, fixed) as extremes,
             observe_kv_cache(attentions, cache is not None and cache.queries) as cached,
         ):
             # The block's inputs are needed again only if it is tuned on them.

@@ -25,22 +25,20 @@ import torch
 from auto_round.algorithms.base import BlockQuantizer, BlockResult, BlockTask, LayerTask
 from auto_round.algorithms.quantization.sign_round.loop import MicroBatchRunner, SignRoundQuantizer
 from auto_round.calibration.capture import CapturedInputs
-from auto_round.calibration.disk_store import DiskStore
+from auto_round.calibration.disk_store import ActivationTensor, DiskStore, empty_beside
 from auto_round.calibration.expert_rows import (
     GatheredRows,
     InputRecordingExperts,
     ReplayExperts,
     Routing,
-    Rows,
     TokenRows,
-    empty_like_on,
     gather_rows,
     max_tokens_per_expert,
     record_outputs,
     replaced_submodule,
     routed_experts,
 )
-from auto_round.calibration.observers import observe_hessians
+from auto_round.calibration.observers import InputHessian
 from auto_round.codecs.activation import quantized_inputs
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.modeling.partial_loading import ExpertStreamer, expert_of
@@ -147,14 +145,16 @@ class ExpertBuffers:
 
     codes: DiskStore
     rtn: BlockQuantizer
-    fed: Rows | None = None
-    targets: Rows | None = None
+    fed: ActivationTensor | None = None
+    targets: ActivationTensor | None = None
 
-    def buffer(self, which: str, like: Rows, shape: tuple[int, int], dtype: torch.dtype) -> Rows:
+    def buffer(
+        self, which: str, like: ActivationTensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> ActivationTensor:
         """`fed` or `targets` with this shape, stored like `like`; the previous block's buffer is reused if it fits."""
-        rows: Rows | None = getattr(self, which)
+        rows: ActivationTensor | None = getattr(self, which)
         if rows is None or (tuple(rows.shape), rows.dtype) != (shape, dtype):
-            rows = empty_like_on(like, shape, dtype)
+            rows = empty_beside(like, shape, dtype)
             setattr(self, which, rows)
         return rows
 
@@ -188,7 +188,7 @@ class PerExpertTuner:
 
     def __init__(
         self, inner: SignRoundQuantizer, buffers: ExpertBuffers, experts: ExpertStreamer, captured: CapturedInputs,
-        hidden: Rows, batch: int, weighs: bool, done: Callable[[LayerTask, QuantizedLayer], None],
+        hidden: ActivationTensor, batch: int, weighs: bool, done: Callable[[LayerTask, QuantizedLayer], None],
         between: Callable[[], None],
     ) -> None:  # fmt: skip
         self.name, self.needs_importance = inner.name, inner.needs_importance
@@ -252,7 +252,7 @@ class PerExpertTuner:
     def _record(self) -> TokenRows:
         return TokenRows(self._fed, self._tokens, lambda: self._captured.running)
 
-    def _fed(self) -> Rows:
+    def _fed(self) -> ActivationTensor:
         assert self._buffers.fed is not None
         return self._buffers.fed
 
@@ -337,7 +337,7 @@ class PerExpertTuner:
         assert buffers.fed is not None and buffers.targets is not None
         inner = {layer.name: layer.name.removeprefix(f"{task.name}.") for layer in task.layers}
         paired = [inner[layer.name] for layer in task.layers if self._weighs and self._inner.needs_hessian(layer)]
-        with observe_hessians(task.block, paired, -(-tokens.numel() // step)) as input_hessians:
+        with InputHessian(passes=-(-tokens.numel() // step)).observing(task.block, paired) as input_hessians:
             for at in range(0, tokens.numel(), step):
                 part = slice(at, min(at + step, tokens.numel()))
                 hidden = gather_rows(buffers.fed, tokens[part]).to(device, task.compute_dtype)

@@ -70,7 +70,7 @@ def head_inputs(source: ModelSource, state: RunState, name: str) -> HeadInputs:
             rows = []
             for stream in (quantized, full) if sample in held_out else (quantized,):
                 hidden = stream.hidden[sample : sample + 1].to(state.device)
-                rows.append(stream.captured.finish(source, hidden, [sample], stop_at=name)[0][counted].float())
+                rows.append(stream.captured.run_head(source, hidden, [sample], stop_at=name)[0][counted].float())
             if sample in held_out:
                 spread = torch.linspace(0, rows[0].shape[0] - 1, min(each, rows[0].shape[0])).long()
                 held_out_rows.append(tuple(row[spread.to(row.device)] for row in rows))
@@ -229,7 +229,7 @@ def _observe_inputs(
         for sample in range(stream.hidden.shape[0]):
             hidden = stream.hidden[sample : sample + 1].to(state.device)
             moments.mask = extremes.mask = input_hessians.mask = mask[sample : sample + 1]
-            inputs = stream.captured.finish(source, hidden, [sample], stop_at=name)
+            inputs = stream.captured.run_head(source, hidden, [sample], stop_at=name)
             moments.add(name, inputs)
             extremes.add(name, inputs)
             if paired:
@@ -270,15 +270,15 @@ def smoke_loss(source: ModelSource, state: RunState, layers: Sequence[QuantizedL
     hidden = state.smoke_hidden.to(state.device)
     head = next((layer for layer in layers if layer.codes is not None or layer.blocks is not None), None)
     if head is None:
-        logits = state.smoke_sample.finish(source, hidden, [0])
+        logits = state.smoke_sample.run_head(source, hidden, [0])
     else:
         with non_block_loaded(source, state.device):
-            before = state.smoke_sample.finish(source, hidden, [0], stop_at=head.name)
+            before = state.smoke_sample.run_head(source, hidden, [0], stop_at=head.name)
         bias = None if head.bias is None else head.bias.to(before.device, torch.float32)
         if head.name in state.activations:
             before = state.activations[head.name](before)
         logits = torch.nn.functional.linear(before.float(), head.dequantize().to(before.device), bias)
-    ids = state.smoke_sample._inputs[0]["input_ids"].reshape(1, -1).to(logits.device)
+    ids = state.smoke_sample.inputs[0]["input_ids"].reshape(1, -1).to(logits.device)
     try:
         return mean_loss(logits, ids)
     except NumericsError:

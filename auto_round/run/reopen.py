@@ -204,10 +204,10 @@ def _check_blocks(
     hidden = stream.hidden.to(expected.device)
     if outside:
         with non_block_loaded(source, expected.device):
-            before = captured.finish(source, hidden, [0], stop_at=outside[-1])
+            before = captured.run_head(source, hidden, [0], stop_at=outside[-1])
         logits = source.model.get_submodule(outside[-1])(before)
     else:
-        logits = captured.finish(source, hidden, [0])
+        logits = captured.run_head(source, hidden, [0])
     return mean_loss(logits, expected.samples[0]["input_ids"].reshape(1, -1).to(logits.device))
 
 

@@ -5,28 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from auto_round.algorithms.base import empty_device_cache, out_of_memory_error
 from auto_round.calibration.block_links import SharedState
 from auto_round.calibration.capture import CapturedInputs
-from auto_round.calibration.disk_store import DiskTensor
+from auto_round.calibration.disk_store import DiskTensor, empty_beside
+from auto_round.calibration.observers import InputObserver
 from auto_round.errors import NumericsError
-from auto_round.modeling.files.safetensors import empty_mmap
 from auto_round.modeling.source import is_finite
 
 _TOKENS = 1024  # tokens in one forward pass on a CPU: more of them are no faster and take memory
 _MAX_COPIED_BYTES = 1 << 26  # of observer state that is copied before each batch
-
-
-class Observer(Protocol):
-    """Observes inputs of layers while a block runs. `mask` selects the positions that count: those with a loss, or
-    with `every_token` all that are not padding."""
-
-    mask: torch.Tensor | None
-    every_token: bool
 
 
 def samples_in_pass(batch: int, tokens: int, device: torch.device) -> int:
@@ -67,7 +59,7 @@ class Stream:
     @torch.no_grad()
     def after(
         self, index: int, block: torch.nn.Module, device: torch.device, dtype: torch.dtype,
-        observers: Sequence[Observer] = (), in_place: bool = False,
+        observers: Sequence[InputObserver] = (), in_place: bool = False,
     ) -> torch.Tensor | DiskTensor:  # fmt: skip
         """Run a block on all samples and return its output [N, T, H] in `dtype`.
 
@@ -80,7 +72,7 @@ class Stream:
         Raises:
             DeviceError: a single sample does not fit.
         """
-        self.state.forget(self.captured.links.alive(index))
+        self.state.keep_only(self.captured.links.slots_needed_from(index))
         masks: dict[bool, torch.Tensor | None] = {}
         for observer in observers:
             counted = self.captured.present if observer.every_token else self.captured.loss_mask
@@ -127,11 +119,7 @@ class Stream:
         self.spare = None
         if spare is not None and (spare.dtype, spare.device) == (dtype, hidden.device):
             return spare
-        if isinstance(hidden, DiskTensor):
-            return hidden.new_empty(dtype)
-        if hidden.device.type == "cpu":
-            return empty_mmap(tuple(hidden.shape), dtype)
-        return torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+        return empty_beside(hidden, tuple(hidden.shape), dtype)
 
     def offload(self) -> bool:
         """Move the hidden states of all streams off the device. Returns whether any were on it."""
@@ -150,12 +138,12 @@ class Stream:
     def saved(self, kind: str, index: int) -> dict[str, torch.Tensor | DiskTensor]:
         """The tensors to resume before block `index`: the hidden states as `kind`, and state that earlier blocks share
         with later ones as `kind`-0, ..."""
-        slots = self.captured.links.alive(index)
+        slots = self.captured.links.slots_needed_from(index)
         return {kind: self.hidden} | {f"{kind}-{n}": self.state.values[slot] for n, slot in enumerate(slots)}
 
     def restore_from(self, kind: str, index: int, read: Callable[[str], torch.Tensor]) -> None:
         """Restore the shared state of `saved`, without the hidden states."""
-        for number, slot in enumerate(self.captured.links.alive(index)):
+        for number, slot in enumerate(self.captured.links.slots_needed_from(index)):
             self.state.restore(slot, read(f"{kind}-{number}"))
 
 
@@ -163,13 +151,13 @@ def _on_cpu(hidden: torch.Tensor | DiskTensor) -> torch.Tensor | DiskTensor:
     return hidden if isinstance(hidden, DiskTensor) else hidden.cpu()
 
 
-def _snapshot(observer: Observer) -> tuple[dict[str, Any], dict[Any, Any]]:
+def _snapshot(observer: InputObserver) -> tuple[dict[str, Any], dict[Any, Any]]:
     """A copy of an observer's state, to restore it when a batch has to be run again."""
     own = dict(observer) if isinstance(observer, dict) else {}
     return copy.deepcopy((vars(observer), own))
 
 
-def _observer_bytes(observers: Sequence[Observer]) -> int:
+def _observer_bytes(observers: Sequence[InputObserver]) -> int:
     """Approximate bytes of the tensors that observers hold."""
     values: list[Any] = [*observers]
     total = 0
@@ -186,7 +174,7 @@ def _observer_bytes(observers: Sequence[Observer]) -> int:
     return total
 
 
-def _restore(observer: Observer, state: tuple[dict[str, Any], dict[Any, Any]]) -> None:
+def _restore(observer: InputObserver, state: tuple[dict[str, Any], dict[Any, Any]]) -> None:
     vars(observer).clear()
     vars(observer).update(state[0])
     if isinstance(observer, dict):

@@ -48,7 +48,7 @@ def run_blocks(captured: CapturedInputs, source: Any) -> torch.Tensor:
     with torch.no_grad():
         for index, name in enumerate(source.blocks):
             hidden = captured.run(index, source.load(name), hidden, samples)
-    return captured.finish(source, hidden, samples)
+    return captured.run_head(source, hidden, samples)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3-next", "gpt-oss", "mistral"])

@@ -66,8 +66,8 @@ def test_walk_equals_the_whole_model(family: str, masks: str, tiny_folder: Calla
     order = [2, 0, 1, 3]
     hidden = run_blocks(source, captured, order)
     with torch.no_grad():
-        logits = captured.finish(source, hidden, order)
-        head_in = captured.finish(source, hidden, order, stop_at="lm_head")
+        logits = captured.run_head(source, hidden, order)
+        head_in = captured.run_head(source, hidden, order, stop_at="lm_head")
         model = reference(folder)
         batch = stack([samples[i] for i in order])
         wanted = model(**batch).logits
@@ -114,7 +114,7 @@ def test_a_live_model_is_walked_in_place(family: str, tiny_model: Callable[..., 
     captured = capture_inputs(source, samples)
     hidden = run_blocks(source, captured, [0, 1, 2])
     with torch.no_grad():
-        logits = captured.finish(source, hidden, [0, 1, 2])
+        logits = captured.run_head(source, hidden, [0, 1, 2])
         again = model(**stack(samples)).logits
     kept = captured.loss_mask
     torch.testing.assert_close(logits[kept], wanted[kept], rtol=1e-4, atol=1e-4)
@@ -167,7 +167,7 @@ def test_recorders_are_removed_also_after_an_error(tiny_model: Callable[..., Any
     with pytest.raises(RuntimeError, match="on purpose"):
         capture_inputs(source, make_samples(2))
     with pytest.raises(RuntimeError, match="on purpose"):
-        captured.finish(source, captured.hidden, [0, 1])
+        captured.run_head(source, captured.hidden, [0, 1])
     handle.remove()
     assert forwards_are_restored(source)
 
@@ -217,7 +217,7 @@ def test_what_is_loaded_for_a_pass(bounded: bool, tiny_folder: Callable[..., Pat
     asked.clear()
     with non_block_loaded(source):
         for i in range(3):
-            captured.finish(source, captured.hidden[[i]], [i])
+            captured.run_head(source, captured.hidden[[i]], [i])
     assert asked == ["model.embed_tokens", "model.norm", "lm_head"], "read once for all batches"
     assert all(p.is_meta for p in source.model.parameters())
 
@@ -236,7 +236,7 @@ def test_one_block_is_enough(tiny_model: Callable[..., Any]) -> None:
     captured = capture_inputs(source, samples)
     with torch.no_grad():
         hidden = captured.run(0, source.load(source.blocks[0]), captured.hidden, [0, 1])
-        logits = captured.finish(source, hidden, [0, 1])
+        logits = captured.run_head(source, hidden, [0, 1])
         torch.testing.assert_close(logits, model(**stack(samples)).logits, rtol=1e-4, atol=1e-5)
 
 

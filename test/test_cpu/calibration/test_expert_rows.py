@@ -9,14 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auto_round.calibration.disk_store import DiskStore
+from auto_round.calibration.disk_store import DiskStore, empty_beside
 from auto_round.calibration.expert_rows import (
     GatheredRows,
     InputRecordingExperts,
     ReplayExperts,
     Routing,
     TokenRows,
-    empty_like_on,
     max_tokens_per_expert,
 )
 from auto_round.errors import UnsupportedError
@@ -70,7 +69,7 @@ def test_what_was_recorded_comes_back_for_the_samples_that_run(tmp_path: Path) -
     running: list[int] = []
     given = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))  # 3 samples of 2 tokens
     with DiskStore(tmp_path) as disk_store:
-        matrix = empty_like_on(disk_store.put(torch.zeros(3, 2, 5)), (6, 5), torch.float32)
+        matrix = empty_beside(disk_store.put(torch.zeros(3, 2, 5)), (6, 5), torch.float32)
         record = TokenRows(lambda: matrix, 2, lambda: running)
         fed = InputRecordingExperts(record)
         for samples in ([2, 0], [1]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from auto_round.calibration.observers import InputHessian, band_width, hessian_bytes, observe_hessians
+from auto_round.calibration.observers import InputHessian, band_width, hessian_bytes
 
 
 class Shared(nn.Module):
@@ -25,7 +25,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("width", [32, 256, 300, 600])
 def test_sums_over_runs(width: int) -> None:
     module, batches = Shared(width), [torch.randn(2, 5, width), torch.randn(1, 5, width)]
-    with torch.no_grad(), observe_hessians(module, ["a", "b", "c"]) as products:
+    with torch.no_grad(), InputHessian().observing(module, ["a", "b", "c"]) as products:
         for x in batches:
             module(x)
     rows = torch.cat([x.reshape(-1, width) for x in batches]).double()
@@ -80,7 +80,7 @@ def test_of_many_tokens_every_fourth_counts() -> None:
 def test_inputs_shared_in_some_runs_only(second: dict[str, bool], turned: bool) -> None:
     """A sum that is not a layer's own is not given out as such."""
     module, runs = Shared(8), [{}, second]
-    with torch.no_grad(), observe_hessians(module, ["a", "b"]) as products:
+    with torch.no_grad(), InputHessian().observing(module, ["a", "b"]) as products:
         for options in runs[::-1] if turned else runs:
             module(torch.randn(1, 5, 8), **options)
     assert products.of("b") is None and products.of("a") is not None
@@ -88,7 +88,7 @@ def test_inputs_shared_in_some_runs_only(second: dict[str, bool], turned: bool) 
 
 def test_layers_that_never_ran_have_none() -> None:
     module = Shared(8)
-    with torch.no_grad(), observe_hessians(module, ["a", "b"]) as products:
+    with torch.no_grad(), InputHessian().observing(module, ["a", "b"]) as products:
         module(torch.randn(1, 5, 8), skip=True)
     assert products.of("b") is None and products.of("a") is not None
 

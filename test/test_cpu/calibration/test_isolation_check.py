@@ -37,12 +37,12 @@ def by_blocks(source: ModelSource, captured: CapturedInputs, batch: int = 2) -> 
     with torch.no_grad():
         for index, name in enumerate(source.blocks):
             block = source.load(name)
-            state.forget(captured.links.alive(index))
+            state.keep_only(captured.links.slots_needed_from(index))
             for rows in range(0, count, batch):
                 some = list(range(rows, min(rows + batch, count)))
                 hidden[some] = captured.run(index, block, hidden[some], some, state, True)
             source.release(name)
-        return torch.cat([captured.finish(source, hidden[[i]], [i]) for i in range(count)])
+        return torch.cat([captured.run_head(source, hidden[[i]], [i]) for i in range(count)])
 
 
 def whole(model: torch.nn.Module, given: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_what_blocks_hand_on_in_an_object(use: Any, kind: Any, tiny_model: Any) 
     captured = capture_inputs(source, samples(), check_isolation=True)
     assert any(block.writes for block in captured.links.blocks)
     assert torch.allclose(by_blocks(source, captured), expected, atol=1e-4)
-    assert not captured.links.alive(len(source.blocks)), "nothing is kept that no block needs"
+    assert not captured.links.slots_needed_from(len(source.blocks)), "nothing is kept that no block needs"
 
 
 def in_place(index: int, hidden: torch.Tensor, output: torch.Tensor, store: Any, kwargs: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.calibration.observers import MinMaxObserver, observe_min_max
+from auto_round.calibration.observers import MinMaxObserver
 from auto_round.errors import NumericsError
 
 
@@ -15,7 +15,7 @@ def test_over_several_runs_and_only_where_the_mask_says() -> None:
     second[1, 2] = 1e6
     mask = torch.ones(2, 3, dtype=torch.bool)
     mask[1, 2] = False
-    with torch.no_grad(), observe_min_max(block, ["0"]) as extremes:
+    with torch.no_grad(), MinMaxObserver().observing(block, ["0"]) as extremes:
         block(first)
         extremes.mask = mask
         block(second)

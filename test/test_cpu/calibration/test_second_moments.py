@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from auto_round.calibration.observers import SecondMomentObserver, observe_second_moments
+from auto_round.calibration.observers import SecondMomentObserver
 from auto_round.errors import NumericsError
 
 
@@ -18,7 +18,7 @@ def block() -> nn.Sequential:
 
 def test_sums_of_squares_over_runs_and_layers() -> None:
     module, batches = block(), [torch.randn(2, 4, 7), torch.randn(1, 4, 7)]
-    with observe_second_moments(module, ["0", "2"]) as moments:
+    with SecondMomentObserver().observing(module, ["0", "2"]) as moments:
         for x in batches:
             module(x)
     rows = torch.cat([x.reshape(-1, 7) for x in batches])
@@ -30,7 +30,7 @@ def test_sums_of_squares_over_runs_and_layers() -> None:
 def test_masked_positions_do_not_count() -> None:
     module, x = block(), torch.randn(2, 4, 7)
     mask = torch.tensor([[True, True, False, True], [False, True, True, True]])
-    with observe_second_moments(module, ["0"]) as moments:
+    with SecondMomentObserver().observing(module, ["0"]) as moments:
         moments.mask = mask
         module(x.masked_fill(~mask.unsqueeze(-1), 1e30))
     torch.testing.assert_close(moments["0"], x[mask].square().sum(0))
@@ -39,7 +39,7 @@ def test_masked_positions_do_not_count() -> None:
 
 def test_hooks_are_removed_after_an_error() -> None:
     module = block()
-    with pytest.raises(RuntimeError, match="on purpose"), observe_second_moments(module, ["0", "2"]):
+    with pytest.raises(RuntimeError, match="on purpose"), SecondMomentObserver().observing(module, ["0", "2"]):
         raise RuntimeError("on purpose")
     assert not any(m._forward_pre_hooks for m in module.modules())
 
@@ -72,7 +72,7 @@ def test_layers_that_never_ran_have_zeros_and_nan_is_named(tiny_model: Callable[
     layer = tiny_model("mixtral").model.layers[0]
     unfuse_experts(layer)
     names = [f"mlp.experts.{e}.gate_proj" for e in range(5)]
-    with torch.no_grad(), observe_second_moments(layer, names) as moments:
+    with torch.no_grad(), SecondMomentObserver().observing(layer, names) as moments:
         layer.mlp(torch.randn(1, 1, 32))
     assert sorted(moments.tokens.values()) == [0, 0, 0, 1, 1]
     assert all(moments[n].shape == (32,) for n in names)

@@ -11,7 +11,7 @@ import torch
 
 from auto_round.calibration.capture import capture_inputs
 from auto_round.calibration.disk_store import DiskStore
-from auto_round.calibration.observers import observe_second_moments
+from auto_round.calibration.observers import SecondMomentObserver
 from auto_round.errors import DeviceError
 from auto_round.modeling.source import ModelSource, open_source
 from auto_round.run.streams import Stream
@@ -75,10 +75,10 @@ def test_a_full_device_gets_smaller_batches_and_nothing_counts_twice(
     names = ["self_attn.q_proj", "mlp.down_proj"]
     small, large = stream(source, batch=1), stream(source, batch=4)
     block = source.load(source.blocks[0])
-    with observe_second_moments(block, names) as wanted:
+    with SecondMomentObserver().observing(block, names) as wanted:
         small.after(0, block, CPU, torch.float32, (wanted,), in_place=True)
     seen = tight(block, 1)
-    with observe_second_moments(block, names) as found:
+    with SecondMomentObserver().observing(block, names) as found:
         large.after(0, block, CPU, torch.float32, (found,), in_place=True)
     assert seen == [4, 2] + [1] * 6 and large.batch == 1
     assert torch.equal(small.hidden, large.hidden)  # type: ignore[arg-type]

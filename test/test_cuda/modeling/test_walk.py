@@ -45,7 +45,7 @@ def test_walk_on_the_gpu_equals_the_cpu(kind: str, store: str, tmp_path_factory:
             assert all(p.is_cuda for p in block.parameters())
             hidden = captured.run(i, block, hidden, [0, 1, 2])
             source.release(name)
-        logits = captured.finish(source, hidden, [0, 1, 2])
+        logits = captured.run_head(source, hidden, [0, 1, 2])
     kept = captured.loss_mask
     torch.testing.assert_close(logits.cpu()[kept], wanted[kept], rtol=1e-3, atol=1e-3)
     assert {p.device.type for p in source.model.parameters()} == {"meta" if kind == "path" else "cpu"}
