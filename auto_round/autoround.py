@@ -113,17 +113,17 @@ class AutoRound(Saving, SettingsView):
             "device_map": device_map, "enable_torch_compile": enable_torch_compile, "seed": seed,
             "low_cpu_mem_usage": low_cpu_mem_usage, **kwargs,
         }  # fmt: skip
-        self.settings, options = resolve_settings(keywords, alg_configs)
+        self.settings = resolve_settings(keywords, alg_configs)
         formats = self.settings.config.output.format
         self._named_formats = None if formats is None else parse_formats(formats)
         check_before_opening(self.settings, self._named_formats)
         self._layers_seen = None
         Saving.__init__(self)
-        self._free = open_model_free(model, self.settings, options)
+        self._free = open_model_free(model, self.settings)
         if self._free is not None:
             self.tokenizer = tokenizer
             return
-        self._source = _open_model(model, self.settings, options["model_dtype"], low_cpu_mem_usage)
+        self._source = _open_model(model, self.settings)
         self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
 
     @classmethod
@@ -237,10 +237,10 @@ def _refuse_diffusion_pipeline(model: Any) -> None:
         raise UnsupportedError(DIFFUSION.sentence(f"a model of class {type(model).__name__}"))
 
 
-def _open_model(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: bool) -> ModelSource:
+def _open_model(model: Any, settings: Settings) -> ModelSource:
     _refuse_diffusion_pipeline(model)
     source = open_source(
-        model, dtype=dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform,
+        model, dtype=settings.model_dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform,
         allow_pickle=settings.allow_pickle,
     )  # fmt: skip
     source.bounded = settings.max_memory is not None
@@ -248,7 +248,7 @@ def _open_model(model: Any, settings: Settings, dtype: Any, low_cpu_mem_usage: b
         logger.warning("%s", note)
     if source.stored_as:
         logger.info("the model is quantized already (%s); it is dequantized while it is read", source.stored_as)
-    if low_cpu_mem_usage or not source.lazy or source.stored_as:
+    if settings.config.memory.low_cpu_mem_usage or not source.lazy or source.stored_as:
         return source  # a quantized checkpoint is always read block by block
     from transformers import AutoModelForCausalLM
 

@@ -391,7 +391,7 @@ class Run:
                     rtn = RTNConfig(disable_opt_rtn=not settings.optimized_start)
                     state.buffers = ExpertBuffers(codes, rtn=RTNQuantizer(rtn, settings.scale_dtype))
             self._run_state = state
-            with deterministic_algorithms(settings.deterministic):
+            with deterministic_algorithms(settings.enable_deterministic_algorithms):
                 quantize_blocks(job, source, state, progress)
                 non_block = self._finish_non_block(job, state, progress)
                 loss = smoke_loss(source, state, non_block)

@@ -31,7 +31,7 @@ from auto_round.run.settings import Settings
 # Settings that do not change the result, or are covered by other entries below.
 _LEFT_OUT = (
     "algorithm", "config", "dataset", "device", "imatrix", "layer_config", "ignore_layers", "to_quant_block_names",
-    "mixed", "low_gpu_mem_usage", "max_memory", "platform", "strict", "trust_remote_code", "verify",
+    "mixed", "low_gpu_mem_usage", "max_memory", "platform", "plugins", "strict", "trust_remote_code", "verify",
 )  # fmt: skip
 PER_EXPERT, WITH_BLOCK = "tuned one at a time", "tuned with their block"
 VARIABLES = ("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "AR_GGUF_PRE_TOKENIZER")

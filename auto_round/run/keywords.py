@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig
 from auto_round.algorithms.transforms.base import split_transforms
 from auto_round.codecs.block_float import block_float_spec
 from auto_round.codecs.ggml.types import ggml_type_of
-from auto_round.config import ALIASES, QuantConfig, plain
+from auto_round.config import ALIASES, TUNED_NAMES, QuantConfig, plain
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.formats.cache_scales import none_if_16_bits, parse_cache_scheme
 from auto_round.later import feature_of, refuse_algorithm, refuse_keyword
@@ -33,51 +33,59 @@ from auto_round.schemes import SCHEME_KEYS, QuantizationScheme, mixed_preset, no
 
 AlgorithmConfig = RTNConfig | SignRoundConfig
 
-_ALGORITHM_KEYS = (
-    "lr", "minmax_lr", "momentum", "enable_minmax_tuning", "enable_quanted_input", "not_use_best_mse", "enable_adam",
-    "disable_opt_rtn",
-)  # fmt: skip
+_DEFAULTS: Mapping[str, Any] = QuantConfig().keywords()
+_SHARED_KEYS = ("batch_size", "gradient_accumulate_steps")  # fields of a configuration, and arguments of `AutoRound`
+_TUNING_KEYS = ("lr", "minmax_lr", "momentum", "enable_minmax_tuning", "enable_quanted_input", "not_use_best_mse")
 _CACHE_KEYS = (
     "static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity",
 )  # fmt: skip
-_TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
+_UNRESOLVED_KEYS = (
+    "ignore_layers", "quant_lm_head", "to_quant_block_names", "amp", "enable_deterministic_algorithms",
+    "low_gpu_mem_usage", "verify", "strict", "save_imatrix",
+)  # fmt: skip
 # Arguments of older scripts that are accepted and ignored, with the reason.
 _NO_EFFECT = {"mllm": "the kind of a model is found from its files"}
-# Fields of a configuration that are also arguments of `AutoRound`, with their common defaults.
-_SHARED = {"batch_size": 8, "gradient_accumulate_steps": 1}
 
 
-def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> tuple[Settings, dict[str, Any]]:
-    """The settings of a run from the keywords of `AutoRound`, and all keywords with their defaults.
+def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> Settings:
+    """The settings of a run from the keywords of `AutoRound`.
 
     Raises what `AutoRound` raises before it looks for the model.
     """
     options = checked_options(keywords)
     chosen = given_algorithm(alg_configs, options)
     if options["model_free"]:
-        options["iters"] = check_rtn_only(chosen, options["iters"], options)
-    batch_size, accumulate = options["batch_size"], options["gradient_accumulate_steps"]
-    algorithm, optimized = choose_algorithm(chosen, options["iters"], batch_size, accumulate, options)
+        check_rtn_only(chosen, options)
+    algorithm, optimized = choose_algorithm(chosen, options)
     scheme = resolve_scheme(options["scheme"], options)
     device = resolve_device(options["device_map"])
-    layer_config = options["layer_config"]
-    layer_config = parse_layer_config(layer_config) if isinstance(layer_config, str) else dict(layer_config or {})
-    cache = {name: none_if_16_bits(options[name]) for name in _CACHE_KEYS}
+    if isinstance(options["layer_config"], str):
+        options["layer_config"] = parse_layer_config(options["layer_config"])
+    layer_config = options["layer_config"] = dict(options["layer_config"] or {})
+    options |= {name: none_if_16_bits(options[name]) for name in _CACHE_KEYS}
+    cache = parse_cache_scheme(*(options[name] for name in _CACHE_KEYS))
     gptq = chosen if isinstance(chosen, GPTQConfig) else None
     if options["damping"] is not None and gptq is None:
         raise ConfigError(f"damping={options['damping']!r} belongs to algorithm='gptq'; give both, or leave it out")
-    has_cache_scales = parse_cache_scheme(*cache.values()) is not None
     searches = not isinstance(algorithm, RTNConfig) or algorithm.optimized
-    needs_samples = searches or gptq is not None or has_cache_scales
-    fields = _algorithm_fields(options["transforms"], chosen, algorithm)
-    config = _plain_config({**options, **fields, "layer_config": layer_config, **cache})
+    needs_samples = searches or gptq is not None or cache is not None
+    for name, low in (("nsamples", int(needs_samples)), ("seqlen", 2), ("seed", 0)):
+        check_whole_number(name, options[name], low)
+    # The keywords that give this algorithm again; `algorithm` names what the number of steps does not tell.
+    fields = {k: v for k, v in vars(algorithm).items() if k in _DEFAULTS and k not in SCHEME_KEYS}
+    names = list(options["transforms"])
+    if gptq is not None:
+        names.append("gptq")
+        fields["damping"] = gptq.damping
+    elif isinstance(chosen, RegisteredConfig):
+        names.append(chosen.quantizer)
+    config = _plain_config({**options, "iters": 0, **fields, "algorithm": ",".join(names) or None})
     plain_values = config.keywords()
-    same = (
-        "quant_lm_head", "amp", "low_gpu_mem_usage", "platform", "trust_remote_code", "verify", "imatrix",
-        "save_imatrix", "allow_pickle", "ignore_layers", "to_quant_block_names",
-    )  # fmt: skip
     compiles = plain_values["enable_torch_compile"]
-    settings = Settings(
+    return Settings(
+        **vars(config.source),
+        **vars(config.data),
+        **{name: plain_values[name] for name in _UNRESOLVED_KEYS},
         config=config,
         scheme=scheme,
         scheme_name=scheme_label(options["scheme"], scheme),
@@ -87,41 +95,19 @@ def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> tu
         transforms=options["transforms"],
         gptq=gptq,
         layer_config=layer_config,
-        dataset=options["dataset"],
-        nsamples=check_whole_number("nsamples", options["nsamples"], int(needs_samples)),
-        seqlen=check_whole_number("seqlen", options["seqlen"], 2),
-        seed=check_whole_number("seed", options["seed"], 0),
         device=device,
         enable_torch_compile=device.type == "cuda" if compiles is None else compiles,
-        deterministic=plain_values["enable_deterministic_algorithms"],
         scale_dtype=parse_scale_dtype(options["scale_dtype"]),
+        cache=cache,
         on_nan=check_on_nan(options["on_nan"]),
         max_memory=parse_budget(options["max_memory"], device),
-        strict=options["strict"],
-        **cache,
-        **{name: plain_values[name] for name in same},
     )
-    return settings, options
-
-
-def _algorithm_fields(
-    transforms: Sequence[str], chosen: AlgorithmConfig | GPTQConfig | str | None, algorithm: AlgorithmConfig
-) -> dict[str, Any]:
-    """The keywords that give this algorithm again; `algorithm` names what the number of steps does not tell."""
-    fields = {k: v for k, v in vars(algorithm).items() if k in QuantConfig().keywords() and k not in SCHEME_KEYS}
-    names = list(transforms)
-    if isinstance(chosen, GPTQConfig):
-        names.append("gptq")
-        fields["damping"] = chosen.damping
-    elif isinstance(chosen, RegisteredConfig):
-        names.append(chosen.quantizer)
-    return {"iters": 0, **fields, "algorithm": ",".join(names) or None}
 
 
 def _plain_config(options: Mapping[str, Any]) -> QuantConfig:
     """The configuration as plain values, whatever types the keywords had. `dataset` may be an object."""
     values: dict[str, Any] = {}
-    for name, default in QuantConfig().keywords().items():
+    for name, default in _DEFAULTS.items():
         value = options[name]
         if isinstance(default, bool) and value != "auto":  # of model_free
             values[name] = bool(value)
@@ -170,7 +156,7 @@ def checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: an unknown option, or two that contradict each other.
         UnsupportedError: an option of a feature that this version does not have.
     """
-    defaults = {**QuantConfig().keywords(), "enable_opt_rtn": None}
+    defaults = {**_DEFAULTS, "enable_opt_rtn": None}
     known = (*defaults, *ALIASES)
     for name, value in kwargs.items():
         refuse_keyword(name, value)
@@ -235,7 +221,7 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
         if one in ALGORITHMS:
             return RegisteredConfig(quantizer=one)
         name = one.lower().replace("-", "_")
-        known = ("rtn", "gptq", *_TUNED_NAMES, *ALGORITHMS)
+        known = ("rtn", "gptq", *TUNED_NAMES, *ALGORITHMS)
         if name not in known:
             names = " or ".join(("auto_round", "gptq", "rtn", *ALGORITHMS))
             raise ConfigError(f"unknown algorithm {one!r}{nearest(name, known) or ';'} Use {names}")
@@ -255,8 +241,8 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
     return one.without_scheme()
 
 
-def check_rtn_only(alg_configs: Any, iters: int | None, options: dict[str, Any]) -> int | None:
-    """`iters` for a model-free run, 0 where nothing was said; the search for scales is switched off in `options`.
+def check_rtn_only(given: AlgorithmConfig | GPTQConfig | str | None, options: dict[str, Any]) -> None:
+    """In `options`, switch tuning and the search for scales off for a model-free run. `given`: see `given_algorithm`.
 
     Tuning or the search takes the regular flow where model-free mode was only offered ("auto").
 
@@ -264,31 +250,29 @@ def check_rtn_only(alg_configs: Any, iters: int | None, options: dict[str, Any])
     """
     if options["model_free"] not in (True, "auto"):
         raise ConfigError(f"model_free={options['model_free']!r} is not allowed; use True or False")
-    given = alg_configs if alg_configs is not None else options["algorithm"]
-    plain = isinstance(given, RTNConfig) and not given.optimized
+    given = options["algorithm"] if given is None else given  # transforms alone are no algorithm
+    if isinstance(given, RTNConfig) and not given.optimized:
+        return
     reason = None
-    if given is not None and not plain and str(given).lower() != "rtn":
+    if given is not None and str(given).lower() != "rtn":
         reason = f"model_free=True rounds to nearest without calibration data, and the algorithm {given!r} does more"
-    elif iters and not plain:
-        reason = f"iters={iters} contradicts model_free=True, which does no tuning; leave one out"
-    elif options["disable_opt_rtn"] is False and not plain:
+    elif options["iters"]:
+        reason = f"iters={options['iters']} contradicts model_free=True, which does no tuning; leave one out"
+    elif options["disable_opt_rtn"] is False:
         reason = (
             "enable_opt_rtn contradicts model_free=True: the search for scales needs calibration data; leave one out"
         )
-    if reason is not None and options["model_free"] is True:
+    if reason is None:
+        options |= {"disable_opt_rtn": True, "iters": 0}
+    elif options["model_free"] is True:
         raise ConfigError(reason)
-    if reason is not None:
+    else:
         options["model_free"] = False
-    elif not plain:
-        options["disable_opt_rtn"] = True
-        return 0
-    return iters
 
 
 def choose_algorithm(
-    given: AlgorithmConfig | GPTQConfig | str | None, iters: int | None, batch_size: int, accumulate: int,
-    options: Mapping[str, Any],
-) -> tuple[AlgorithmConfig, bool]:  # fmt: skip
+    given: AlgorithmConfig | GPTQConfig | str | None, options: Mapping[str, Any]
+) -> tuple[AlgorithmConfig, bool]:
     """The algorithm's configuration, and whether scales are searched. `given`: see `given_algorithm`; with GPTQ the
     configuration of the tuning that starts from it, or of rounding without tuning.
 
@@ -297,40 +281,37 @@ def choose_algorithm(
     """
     optimized = not options["disable_opt_rtn"]
     if isinstance(given, RegisteredConfig):
-        for name, value in (("iters", iters), ("disable_opt_rtn", options["disable_opt_rtn"])):
-            if value:
-                raise ConfigError(f"{name}={value!r} has no effect with algorithm {given.quantizer!r}; leave it out")
+        for name in ("iters", "disable_opt_rtn"):
+            if options[name]:
+                raise ConfigError(
+                    f"{name}={options[name]!r} has no effect with algorithm {given.quantizer!r}; leave it out"
+                )
         return given, given.optimized
-    if isinstance(given, (RTNConfig, SignRoundConfig)):
-        if isinstance(given, SignRoundConfig):
-            arguments = {"batch_size": batch_size, "gradient_accumulate_steps": accumulate}
-            taken: dict[str, Any] = {k: v for k, v in arguments.items() if getattr(given, k) == _SHARED[k]}
-            given = replace(given, **taken)
-        _check_not_twice(given, iters, batch_size, accumulate, options)
-        return given, given.optimized if isinstance(given, RTNConfig) else optimized
-    steps = 200 if iters is None else check_whole_number("iters", iters, 0)
+    if isinstance(given, RTNConfig):
+        _check_not_twice(given, options)
+        return given, given.optimized
+    if isinstance(given, SignRoundConfig):
+        taken: dict[str, Any] = {k: options[k] for k in _SHARED_KEYS if getattr(given, k) == _DEFAULTS[k]}
+        given = replace(given, **taken)
+        _check_not_twice(given, options)
+        return given, optimized
+    steps = 200 if options["iters"] is None else check_whole_number("iters", options["iters"], 0)
     if steps == 0 or given == "rtn":
         return RTNConfig(disable_opt_rtn=options["disable_opt_rtn"]), optimized
     kind = AdamRoundConfig if options["enable_adam"] else SignRoundConfig
-    names = ("lr", "minmax_lr", "momentum", "enable_minmax_tuning", "enable_quanted_input", "not_use_best_mse")
-    values = {name: options[name] for name in names}
-    return kind(iters=steps, batch_size=batch_size, gradient_accumulate_steps=accumulate, **values), optimized
+    values = {name: options[name] for name in (*_TUNING_KEYS, *_SHARED_KEYS)}
+    return kind(iters=steps, **values), optimized
 
 
-def _check_not_twice(
-    config: AlgorithmConfig, iters: int | None, batch_size: int, accumulate: int, options: Mapping[str, Any]
-) -> None:
+def _check_not_twice(config: AlgorithmConfig, options: Mapping[str, Any]) -> None:
     """Raise ConfigError for a single setting that contradicts `config`."""
-    defaults = QuantConfig().keywords()
-    given = {name: options[name] for name in _ALGORITHM_KEYS if options[name] != defaults[name]}
-    given |= {"iters": iters} if iters is not None else {}
-    given |= {"batch_size": batch_size} if batch_size != _SHARED["batch_size"] else {}
-    given |= {"gradient_accumulate_steps": accumulate} if accumulate != 1 else {}
-    if isinstance(config, SignRoundConfig):
-        given.pop("disable_opt_rtn", None)  # the search of initial scales is not a field of SignRoundConfig
+    names = [*_TUNING_KEYS, "enable_adam", "iters", *_SHARED_KEYS]
+    if isinstance(config, RTNConfig):  # the search of initial scales is not a field of SignRoundConfig
+        names.append("disable_opt_rtn")
     own = {"iters": 0, **vars(config)}
-    for name, value in given.items():
-        if own.get(name) != value and (name in own or isinstance(config, SignRoundConfig)):
+    for name in names:
+        value = options[name]
+        if value != _DEFAULTS[name] and own.get(name) != value and (name in own or isinstance(config, SignRoundConfig)):
             raise ConfigError(
                 f"{name}={value!r} contradicts alg_configs={config!r}; give it in {type(config).__name__} only"
             )

@@ -12,9 +12,9 @@ from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.transforms.base import TRANSFORMS
-from auto_round.config import QuantConfig
+from auto_round.config import ON_NAN, DataConfig, QuantConfig, SourceConfig
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
-from auto_round.formats.cache_scales import CacheScheme, parse_cache_scheme
+from auto_round.formats.cache_scales import CacheScheme
 from auto_round.layer_config import scheme_from_entry
 from auto_round.output.writer import parse_size
 from auto_round.report.run_report import redact_dataset
@@ -32,23 +32,17 @@ def resolve_device(value: Any) -> torch.device:
         DeviceError: no such device here.
         UnsupportedError: more than one device.
     """
-    if value is None:
-        value = 0
     if isinstance(value, dict):
         value = sorted({str(v) for v in value.values()})
     if isinstance(value, (list, tuple)):
         value = ",".join(str(v) for v in value)
-    if isinstance(value, torch.device):
-        value = str(value)
-    text = str(value).strip().lower()
-    if "," in text:
-        parts = {part.strip() for part in text.split(",") if part.strip()}
-        if len(parts) > 1:
-            raise UnsupportedError(
-                f"device_map={value!r} names several devices; this version tunes on one: give one, such as 'cuda:0'. "
-                "A block at a time is on it, so it needs about ten times the memory of one block"
-            )
-        text = parts.pop()
+    names = {part.strip().lower() for part in str(0 if value is None else value).split(",")}
+    if len(names - {""}) > 1:
+        raise UnsupportedError(
+            f"device_map={value!r} names several devices; this version tunes on one: give one, such as 'cuda:0'. "
+            "A block at a time is on it, so it needs about ten times the memory of one block"
+        )
+    text = max(names)
     kind, count = _accelerator()
     if text in ("auto", "tp") or text == "0":
         return torch.device(kind, 0) if count else torch.device("cpu")
@@ -130,18 +124,18 @@ def _size(value: Any) -> int:
     return parse_size(value, "max_memory")
 
 
-ON_NAN = ("fail", "rtn", "keep")
 _SCALE_DTYPES = {
     "fp16": torch.float16, "float16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
     "fp32": torch.float32, "float32": torch.float32,
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The run's settings, resolved from a `QuantConfig` by `keywords.resolve_settings`.
+@dataclass(frozen=True, kw_only=True)
+class Settings(SourceConfig, DataConfig):
+    """The run's settings, resolved from a `QuantConfig` by `keywords.resolve_settings`: keywords of `AutoRound` that
+    need no resolving, and what the others mean here.
 
-    `config`: what was asked for, as plain values. It is not compared: the other fields say what it means here.
+    `config`: what was asked for, as plain values. It is not compared.
     """
 
     config: QuantConfig = field(compare=False)
@@ -156,37 +150,18 @@ class Settings:
     ignore_layers: tuple[str, ...]
     quant_lm_head: bool
     to_quant_block_names: tuple[str, ...]
-    dataset: Any
-    nsamples: int
-    seqlen: int
-    seed: int
-    device: torch.device
-    amp: bool
-    low_gpu_mem_usage: bool
-    enable_torch_compile: bool
-    deterministic: bool
     scale_dtype: torch.dtype
-    platform: str
-    trust_remote_code: bool
-    verify: bool
-    static_kv_dtype: str | None
-    static_kv_granularity: str
-    static_attention_dtype: str | None
-    static_attention_granularity: str
-    imatrix: str | None
-    save_imatrix: str | None
+    cache: CacheScheme | None
     on_nan: str
-    allow_pickle: bool
+    amp: bool
+    enable_torch_compile: bool
+    enable_deterministic_algorithms: bool
+    device: torch.device
+    low_gpu_mem_usage: bool
     max_memory: MemoryBudget | None
+    verify: bool
     strict: bool | None
-
-    @property
-    def cache(self) -> CacheScheme | None:
-        """Static scales of keys, values and queries; None without. Raises ConfigError for an invalid value."""
-        return parse_cache_scheme(
-            self.static_kv_dtype, self.static_kv_granularity, self.static_attention_dtype,
-            self.static_attention_granularity,
-        )  # fmt: skip
+    save_imatrix: str | None
 
     @property
     def tunes(self) -> bool:
@@ -244,9 +219,9 @@ class Settings:
         values["amp"] = self.amp
         values["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
         for what in ("kv", "attention"):
-            if getattr(self, f"static_{what}_dtype") is not None:
+            if getattr(self.config.weights, f"static_{what}_dtype") is not None:
                 values[f"static_{what}_dtype"] = "fp8"
-                values[f"static_{what}_granularity"] = getattr(self, f"static_{what}_granularity")
+                values[f"static_{what}_granularity"] = getattr(self.config.weights, f"static_{what}_granularity")
         if self.on_nan != "fail":
             values["on_nan"] = self.on_nan
         return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,19 @@ if TYPE_CHECKING:
     from auto_round.run.model_free.driver import ModelFree
 
 
-def _read(path: str) -> Any:
-    """A read-only attribute: the value at this path of the object."""
-    return property(attrgetter(path))
+def _read(value: str | Callable[[Any], Any]) -> Any:
+    """A read-only attribute: the value at this path of the object, or what a function makes of it."""
+    return property(attrgetter(value) if isinstance(value, str) else value)
+
+
+def _resolved(name: str) -> Any:
+    """A read-only attribute: a field of the scheme, with the default filled in."""
+    return _read(lambda view: resolved_fields(view.scheme)[name])
+
+
+def _tuning(name: str, without: Any) -> Any:
+    """A read-only attribute: a setting of the algorithm, or its value without tuning."""
+    return _read(lambda view: getattr(view.settings.algorithm, name, without))
 
 
 class SettingsView:
@@ -98,126 +108,64 @@ class SettingsView:
     group_size: GroupSize = _read("scheme.group_size")
     sym: bool = _read("scheme.sym")
     data_type: str = _read("scheme.data_type")
-
-    @property
-    def act_bits(self) -> int:
-        return int(resolved_fields(self.scheme)["act_bits"])
-
-    @property
-    def act_group_size(self) -> GroupSize:
-        size: GroupSize = resolved_fields(self.scheme)["act_group_size"]
-        return size
-
-    @property
-    def act_sym(self) -> bool:
-        return bool(resolved_fields(self.scheme)["act_sym"])
-
-    @property
-    def act_data_type(self) -> str:
-        return str(resolved_fields(self.scheme)["act_data_type"])
-
-    @property
-    def act_dynamic(self) -> bool:
-        return bool(resolved_fields(self.scheme)["act_dynamic"])
-
+    act_bits: int = _resolved("act_bits")
+    act_group_size: GroupSize = _resolved("act_group_size")
+    act_sym: bool = _resolved("act_sym")
+    act_data_type: str = _resolved("act_data_type")
+    act_dynamic: bool = _resolved("act_dynamic")
     super_bits: int | None = _read("scheme.super_bits")
     super_group_size: int | None = _read("scheme.super_group_size")
 
-    # Of the algorithm.
+    # Of the algorithm. Without tuning there are no steps, no step sizes and no optimizer.
+    iters: int = _tuning("iters", 0)
+    lr: float | None = _read(lambda view: view._rates()[0])
+    minmax_lr: float | None = _read(lambda view: view._rates()[1])
+    momentum: float = _tuning("momentum", 0.0)
+    enable_adam: bool = _tuning("enable_adam", False)
+    enable_minmax_tuning: bool = _tuning("enable_minmax_tuning", False)
+    enable_quanted_input: bool = _tuning("enable_quanted_input", False)
+    not_use_best_mse: bool = _tuning("not_use_best_mse", False)
+    batch_size: int = _read("settings.config.tuning.batch_size")
+    gradient_accumulate_steps: int = _read("settings.config.tuning.gradient_accumulate_steps")
 
-    @property
-    def iters(self) -> int:
-        """Tuning steps for each block; 0 rounds to nearest."""
+    def _rates(self) -> tuple[float | None, float | None]:
+        """Step sizes of rounding, for layers of `bits` bits, and of the scale factors."""
         algorithm = self.settings.algorithm
-        return algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
-
-    def _rates(self) -> tuple[float, float] | None:
-        algorithm = self.settings.algorithm
-        return algorithm.learning_rates(self.bits) if isinstance(algorithm, SignRoundConfig) else None
-
-    @property
-    def lr(self) -> float | None:
-        """Step size of rounding for layers of `bits` bits; None without tuning."""
-        rates = self._rates()
-        return None if rates is None else rates[0]
-
-    @property
-    def minmax_lr(self) -> float | None:
-        """Step size of the scale factors; None without tuning."""
-        rates = self._rates()
-        return None if rates is None else rates[1]
+        return algorithm.learning_rates(self.bits) if isinstance(algorithm, SignRoundConfig) else (None, None)
 
     @property
     def optimizer(self) -> type[torch.optim.Optimizer] | None:
         """AdamW where it tunes; None for signed gradient descent and without tuning."""
         return torch.optim.AdamW if self.enable_adam else None
 
-    def _tuning(self, name: str, without: Any) -> Any:
-        return getattr(self.settings.algorithm, name, without)
-
-    @property
-    def momentum(self) -> float:
-        return float(self._tuning("momentum", 0.0))
-
-    @property
-    def enable_adam(self) -> bool:
-        return bool(self._tuning("enable_adam", False))
-
-    @property
-    def enable_minmax_tuning(self) -> bool:
-        return bool(self._tuning("enable_minmax_tuning", False))
-
-    @property
-    def enable_quanted_input(self) -> bool:
-        return bool(self._tuning("enable_quanted_input", False))
-
-    @property
-    def not_use_best_mse(self) -> bool:
-        return bool(self._tuning("not_use_best_mse", False))
-
     @property
     def disable_opt_rtn(self) -> bool:
         """Whether scales come from minimum and maximum alone."""
         return not self.settings.optimized_start
 
-    batch_size: int = _read("settings.config.tuning.batch_size")
-    gradient_accumulate_steps: int = _read("settings.config.tuning.gradient_accumulate_steps")
-
-    # Of the run.
+    # Of the run. `dataset` None is the default set; `device` is the one to tune on, such as "cuda:0".
     seqlen: int = _read("settings.seqlen")
     nsamples: int = _read("settings.nsamples")
     dataset: Any = _read("settings.dataset")
-    """The given dataset; None for the default set."""
     seed: int = _read("settings.seed")
     amp: bool = _read("settings.amp")
     scale_dtype: torch.dtype = _read("settings.scale_dtype")
-
-    @property
-    def device(self) -> str:
-        """The device to tune on, such as "cuda:0"."""
-        return str(self.settings.device)
-
+    device: str = _read(lambda view: str(view.settings.device))
     platform: str = _read("settings.platform")
     low_gpu_mem_usage: bool = _read("settings.low_gpu_mem_usage")
     low_cpu_mem_usage: bool = _read("settings.config.memory.low_cpu_mem_usage")
     enable_torch_compile: bool = _read("settings.enable_torch_compile")
-    enable_deterministic_algorithms: bool = _read("settings.deterministic")
+    enable_deterministic_algorithms: bool = _read("settings.enable_deterministic_algorithms")
     trust_remote_code: bool = _read("settings.trust_remote_code")
     ignore_layers: tuple[str, ...] = _read("settings.ignore_layers")
     quant_lm_head: bool = _read("settings.quant_lm_head")
     to_quant_block_names: tuple[str, ...] = _read("settings.to_quant_block_names")
-    static_kv_dtype: str | None = _read("settings.static_kv_dtype")
-    static_attention_dtype: str | None = _read("settings.static_attention_dtype")
+    static_kv_dtype: str | None = _read("settings.config.weights.static_kv_dtype")
+    static_attention_dtype: str | None = _read("settings.config.weights.static_attention_dtype")
 
-    @property
-    def mllm(self) -> bool:
-        """False: this version quantizes text models."""
-        return False
-
-    @property
-    def diffusion(self) -> bool:
-        """False: this version quantizes text models."""
-        return False
+    # This version quantizes text models.
+    mllm: bool = _read(lambda view: False)
+    diffusion: bool = _read(lambda view: False)
 
 
 def resolved_fields(scheme: QuantizationScheme) -> dict[str, Any]:

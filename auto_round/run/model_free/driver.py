@@ -372,16 +372,16 @@ def _finished_bytes(folder: Path) -> int:
     return size
 
 
-def open_model_free(model: Any, settings: Settings, options: Mapping[str, Any]) -> ModelFree | None:
+def open_model_free(model: Any, settings: Settings) -> ModelFree | None:
     """The model-free run, or None for the regular flow.
 
     Raises:
         ConfigError: options of this mode without it, or a model object.
         UnsupportedError, ModelError: the mode was requested and is impossible; with "auto" the regular flow is used.
     """
-    wanted = options["model_free"]
+    wanted, parallelism = settings.config.tuning.model_free, settings.config.memory.parallelism
     if not wanted:
-        if options["parallelism"] is not None:
+        if parallelism is not None:
             raise ConfigError("parallelism is an option of model-free mode; add model_free=True (--model_free)")
         return None
     try:
@@ -390,8 +390,8 @@ def open_model_free(model: Any, settings: Settings, options: Mapping[str, Any]) 
                 "model-free mode rounds to nearest, and importance files weight a search; leave one out"
             )
         budget = settings.max_memory
-        own = model_free_options(options["parallelism"], None if budget is None else budget.ram)
-        free = ModelFree(check_model(model), settings, own, options["model_dtype"])
+        own = model_free_options(parallelism, None if budget is None else budget.ram)
+        free = ModelFree(check_model(model), settings, own, settings.model_dtype)
         free.source()
     except (UnsupportedError, ModelError) as error:
         if wanted is True:

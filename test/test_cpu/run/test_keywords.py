@@ -18,9 +18,9 @@ from auto_round.run.keywords import (
 from auto_round.schemes import PRESET_SCHEMES
 
 
-def chosen(alg_configs: Any, iters: int | None = None, batch_size: int = 8, accumulate: int = 1, **given: Any) -> Any:
+def chosen(alg_configs: Any, **given: Any) -> Any:
     options = checked_options(given)
-    return choose_algorithm(given_algorithm(alg_configs, options), iters, batch_size, accumulate, options)[0]
+    return choose_algorithm(given_algorithm(alg_configs, options), options)[0]
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,12 @@ def test_algorithms(alg_configs: Any, want: Any) -> None:
 
 def test_iters_zero_rounds_whatever_the_name() -> None:
     for name in (None, "auto_round", "signround"):
-        assert chosen(name, 0, disable_opt_rtn=True) == RTNConfig(disable_opt_rtn=True)
+        assert chosen(name, iters=0, disable_opt_rtn=True) == RTNConfig(disable_opt_rtn=True)
     assert chosen(SignRoundConfig(iters=0), disable_opt_rtn=True) == RTNConfig(disable_opt_rtn=True)
 
 
 def test_arguments_that_both_have_are_taken_from_the_one_that_says_something() -> None:
-    assert chosen(SignRoundConfig(iters=3), batch_size=2, accumulate=4).batch_size == 2
+    assert chosen(SignRoundConfig(iters=3), batch_size=2, gradient_accumulate_steps=4).batch_size == 2
     assert chosen(SignRoundConfig(batch_size=2)).batch_size == 2
     with pytest.raises(ConfigError, match="batch_size=4 contradicts"):
         chosen(SignRoundConfig(batch_size=2), batch_size=4)
