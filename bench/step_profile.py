@@ -19,7 +19,6 @@ import torch
 from vs_peer import machine
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.quantization.rtn.quantizer import initial_qparams
 from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
 from auto_round.algorithms.quantization.sign_round.tuners import IntTuner
@@ -62,7 +61,7 @@ def build(a: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tu
     tasks = [LayerTask(n, getattr(p, n), getattr(p, n).weight.detach(), scheme) for n, p in parents.items()]
     groups = []
     for stacked in stack_tasks(tasks):
-        grids = [initial_qparams(task, True, torch.float16) for task in stacked]
+        grids = [task.start(True, torch.float16) for task in stacked]
         group = IntTuner(stacked, grids, dtype, torch.float16, compile_step=a.compile)
         for index, task in enumerate(stacked):
             setattr(parents[task.name], task.name, TunableLinear(group, index))

@@ -181,6 +181,7 @@ def registries() -> Iterator[None]:
     from auto_round.algorithms.base import ALGORITHMS
     from auto_round.algorithms.transforms.base import TRANSFORMS
     from auto_round.calib_dataset import DATASETS
+    from auto_round.codecs.base import CODECS
     from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS
     from auto_round.codecs.minifloat import MINIFLOATS
     from auto_round.codecs.registry import QUANT_FUNC_WITH_DTYPE
@@ -191,7 +192,7 @@ def registries() -> Iterator[None]:
 
     available_formats()
     tables: list[dict[str, Any]] = [
-        PRESET_SCHEMES, ALGORITHMS, DATASETS, BLOCK_FLOAT_SPECS, MINIFLOATS, QUANT_FUNC_WITH_DTYPE, FORMATS,
+        PRESET_SCHEMES, ALGORITHMS, DATASETS, CODECS, BLOCK_FLOAT_SPECS, MINIFLOATS, QUANT_FUNC_WITH_DTYPE, FORMATS,
         USER_LAYOUTS, families._BY_TYPE, plugins._LOADED, TRANSFORMS,
     ]  # fmt: skip
     before, rows, modules = [dict(table) for table in tables], list(BACKENDS), set(sys.modules)

@@ -34,9 +34,9 @@ CODES_CALLS = (
     "float_family_of", "minifloat_name", "has_codes", "scheme_has_codes", "_is_float",
 )  # fmt: skip
 CODES_CLASSES = re.compile(
-    r"Codes$|^(GgmlBlocks|GgmlType|BlockFloatSpec|MinifloatType|QuantParams|BlockScale|FloatLayout)$"
+    r"Codes$|Codec$|^(GgmlBlocks|DenseWeight|GgmlType|BlockFloatSpec|MinifloatType|QuantParams|BlockScale|FloatLayout)$"
 )
-CODES_FIELDS = ("data_type", "act_data_type")  # in a comparison, or with startswith / endswith / in
+CODES_FIELDS = ("data_type", "act_data_type", "family")  # in a comparison, or with startswith / endswith / in
 CODES_OPTIONAL = ("blocks", "element", "codes", "ggml")  # attributes of a layer that are compared with None
 MODE_NAMES = re.compile(
     r"^(is_gguf|gguf|gguf_format|gguf_output|in_memory|per_expert|model_free|streams_experts|stream_experts|resume"
@@ -103,7 +103,7 @@ def asks_codes(node: ast.AST) -> bool:
         return False
     sides = [node.left, *node.comparators]
     if any(leaf(side) in CODES_FIELDS for side in sides):
-        return True
+        return not any(map(is_none, sides))  # whether it is given tells no kind
     fields = [side.attr for side in sides if isinstance(side, ast.Attribute)]
     return any(name in CODES_OPTIONAL for name in fields) and any(map(is_none, sides))
 

@@ -10,8 +10,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from auto_round.codecs.activation import ActivationQuantizer
-from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.errors import ConfigError, DeviceError
+from auto_round.codecs.base import Codec, StartOptions
+from auto_round.codecs.kinds import codec_of
+from auto_round.codecs.quantized_layer import Codes, QuantizedLayer
+from auto_round.errors import ConfigError, DeviceError, NumericsError
 from auto_round.schemes import QuantizationScheme
 
 
@@ -45,6 +47,27 @@ class LayerTask:
     global_scale: torch.Tensor | None = None
     ggml: str | None = None
     input_hessians: Sequence[torch.Tensor] | None = None
+
+    @property
+    def codec(self) -> Codec:
+        """How the weight becomes codes."""
+        return codec_of(self.scheme, self.ggml, self.weight.shape[1])
+
+    def start_options(self, searched: bool, scale_dtype: torch.dtype, quick: bool = False) -> StartOptions:
+        """How to find the first scales of this layer, see `StartOptions`."""
+        return StartOptions(searched, self.importance, scale_dtype, self.global_scale, quick)
+
+    def start(self, searched: bool, scale_dtype: torch.dtype, quick: bool = False) -> Any:
+        """The first scales of this layer, of the type that its codec has."""
+        return self.codec.start(self.weight, self.start_options(searched, scale_dtype, quick))
+
+    def quantized(self, codes: Codes) -> QuantizedLayer:
+        """The layer with these codes, its bias and the scales of its inputs. Raises NumericsError for NaN or Inf."""
+        if not codes.is_finite():
+            raise NumericsError(f"layer {self.name}: {codes.not_finite}")
+        step, bias = self.activation, None if self.bias is None else self.bias.cpu()
+        act = () if step is None else (step.scale, step.zero_point, step.global_scale)
+        return QuantizedLayer(self.name, self.scheme, codes.map(torch.Tensor.cpu), bias, self.transposed, *act)
 
 
 class Samples(Protocol):

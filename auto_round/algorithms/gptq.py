@@ -12,42 +12,25 @@ than several passes of coordinate descent, because later columns can still compe
 
 Columns with large inputs come first (GPTQ's `act_order`): their errors cost most. Scales are chosen before any code,
 so this order costs nothing when the layer runs. Rows are independent. It works on every type whose codes stand for
-values on a scale: integers, small floats and ggml types (`ColumnCodec`).
+values on a scale: integers, small floats and ggml types (`codecs.base.Grid`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from threading import Lock
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask
 from auto_round.algorithms.descent import damp, row_slices
-from auto_round.algorithms.encode_layer import (
-    encode_ggml,
-    ggml_type_for,
-    has_codes,
-    integer_layer,
-    minifloat_layer,
-    minifloat_spec,
-)
-from auto_round.algorithms.quantization.rtn.quantizer import (
-    initial_blocks,
-    initial_qparams,
-    initial_scales,
-    quantize_layer,
-)
-from auto_round.codecs.block_float import BlockFloatSpec, Encoded, effective_scale
-from auto_round.codecs.ggml.types import GgmlBlocks, GgmlType, code_limits, divisor_of
-from auto_round.codecs.int import QuantParams
-from auto_round.codecs.minifloat import MinifloatType, block_shape
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
+from auto_round.codecs.base import Grid
 from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.codecs.registry import clamp_to_float16
 from auto_round.errors import ConfigError, NumericsError
 from auto_round.schemes import SchemeFields
 from auto_round.threads import parallel_map, split_torch_threads
@@ -143,108 +126,42 @@ def hessian_factors(task: LayerTask, known: HessianFactors, damping: float) -> l
     return [known.get(id(hessian)) or factorize_hessian(hessian, damping) for hessian in task.input_hessians or ()]
 
 
-# The values of codes, for each kind of data type.
-
-
-@dataclass(frozen=True, eq=False)
-class ColumnCodec:
-    """What the codes of a layer stand for: `minimum + scale * value`.
-
-    Attributes:
-        scale: float32 [out, groups], none of them zero.
-        minimum: float32 [out, groups], or None for zero.
-        group: input channels in a group; the last one may be short.
-        low, high: limits of the values.
-        zero: added to a whole-number value gives its code.
-        element: the values are those of this minifloat; None: whole numbers.
-    """
-
-    scale: torch.Tensor
-    minimum: torch.Tensor | None
-    group: int
-    low: float
-    high: float
-    zero: int = 0
-    element: MinifloatType | None = None
-
-    @classmethod
-    def of_ggml(cls, blocks: GgmlBlocks) -> ColumnCodec:
-        """Of a ggml type, on the scales and minima of `blocks`."""
-        kind = blocks.kind
-        return cls(divisor_of(blocks.step()), blocks.minimum(), kind.group, *code_limits(kind), zero=kind.zero)
-
-    @classmethod
-    def of_integers(cls, task: LayerTask, qparams: QuantParams) -> ColumnCodec:
-        """Of an integer type. `scale * (code - zero)` is `minimum + scale * code` where zero points are tensors."""
-        out, columns = task.weight.shape
-        size = task.scheme.group_size
-        assert isinstance(size, int)
-        scale = qparams.scale.squeeze(-1).expand(out, -1)
-        group, top = (size if size > 0 else columns), 2**qparams.bits - 1
-        if isinstance(qparams.zero, torch.Tensor):
-            return cls(scale, -scale * qparams.zero.squeeze(-1), group, 0, top)
-        zero = int(qparams.zero)
-        return cls(scale, None, group, -zero, top - zero, zero)
-
-    @classmethod
-    def of_minifloats(
-        cls, task: LayerTask, spec: BlockFloatSpec, scale: torch.Tensor, global_scale: torch.Tensor | None
-    ) -> ColumnCodec:
-        """Of a small float type, on stored scales [R, C]."""
-        out, columns = task.weight.shape
-        r, m, c, n = block_shape((out, columns), task.scheme.group_size)
-        expanded = effective_scale(scale.float(), global_scale).view(r, c).repeat_interleave(m, 0)[:out]
-        top = spec.element.maximum
-        return cls(divisor_of(expanded), None, n, -top, top, element=spec.element)
-
-    def codes(self, values: torch.Tensor) -> torch.Tensor:
-        """uint8 codes of float32 values, which may be overwritten."""
-        return values.add_(self.zero).to(torch.uint8) if self.element is None else self.element.encode(values)
-
-
 # Column by column.
 
 
-def gptq_codes(weight: torch.Tensor, codec: ColumnCodec, factors: Sequence[HessianFactor]) -> torch.Tensor:
+def gptq_codes(weight: torch.Tensor, grid: Grid, factors: Sequence[HessianFactor]) -> torch.Tensor:
     """The codes of a weight, uint8 [out, in], by error feedback.
 
     Args:
         weight: [out, in], any float dtype; computed in float32, some rows at a time.
-        codec: scales of its groups, and what a code stands for.
+        grid: scales of its groups, and what a code stands for.
         factors: one for each band of input channels, in order.
     """
+    grid = grid.with_minima()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     start = 0
     for factor in factors:
         band = slice(start, start + factor.matrix.shape[0])
-        parallel_map(partial(_write_codes, codes, weight, codec, factor, band), row_slices(weight), weight.device)
         start = band.stop
+        groups = slice(band.start // grid.group, -(-band.stop // grid.group))
+        group_of = (factor.order + band.start) // grid.group - groups.start
+
+        def write(rows: slice, band: slice = band, groups: slice = groups, factor: HessianFactor = factor,
+                  group_of: torch.Tensor = group_of) -> None:  # fmt: skip
+            columns = weight[rows, band].float().t().contiguous().index_select(0, factor.order)
+            if grid.minimum is not None:
+                columns -= grid.minimum[rows, groups].t().contiguous().index_select(0, group_of)
+            scale = grid.scale[rows, groups].t().contiguous()
+            values = round_columns(columns, scale, group_of.tolist(), factor.matrix, grid)
+            codes[rows, band] = grid.codes(values).index_select(0, factor.inverse_order).t()
+
+        parallel_map(write, row_slices(weight), weight.device)
     return codes
-
-
-def gptq_blocks(weight: torch.Tensor, blocks: GgmlBlocks, factors: Sequence[HessianFactor]) -> GgmlBlocks:
-    """The blocks with codes by error feedback, on the scales and minima that they have."""
-    return replace(blocks, codes=gptq_codes(weight, ColumnCodec.of_ggml(blocks), factors))
-
-
-def _write_codes(
-    codes: torch.Tensor, weight: torch.Tensor, codec: ColumnCodec, factor: HessianFactor, band: slice, rows: slice
-) -> None:
-    """Fill in the codes of some rows within a band."""
-    first = band.start // codec.group
-    groups = slice(first, -(-band.stop // codec.group))
-    group_of = (factor.order + band.start) // codec.group - first
-    columns = weight[rows, band].float().t().contiguous().index_select(0, factor.order)
-    if codec.minimum is not None:
-        columns -= codec.minimum[rows, groups].t().contiguous().index_select(0, group_of)
-    scale = codec.scale[rows, groups].t().contiguous()
-    values = round_columns(columns, scale, group_of.tolist(), factor.matrix, codec)
-    codes[rows, band] = codec.codes(values).index_select(0, factor.inverse_order).t()
 
 
 @torch.no_grad()
 def round_columns(
-    columns: torch.Tensor, scale: torch.Tensor, group_of: list[int], matrix: torch.Tensor, codec: ColumnCodec
+    columns: torch.Tensor, scale: torch.Tensor, group_of: list[int], matrix: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
     """Values of the codes, float32 [in, rows], one input column at a time.
 
@@ -253,10 +170,10 @@ def round_columns(
         scale: float32 [groups, rows].
         group_of: for each column its row of `scale`.
         matrix: M, float32 [in, in].
-        codec: which values there are.
+        grid: which values there are, with a single zero.
     """
     values, inverse = torch.empty_like(columns), scale.reciprocal()
-    mantissa, smallest = (-1, 0.0) if codec.element is None else (codec.element.mantissa, 2.0**codec.element.lowest)
+    low, high = float(grid.low - grid.zero), float(grid.high - grid.zero)
     round_block = _round_block
     if columns.device.type == "cpu":
         with _SCRIPT_LOCK:  # two threads that parse Python at once can make it fail
@@ -265,8 +182,8 @@ def round_columns(
         stop = min(start + _BLOCK_COLUMNS, len(group_of))
         torch.addmm(columns[start:stop], matrix[start:stop, :start], columns[:start], out=values[start:stop])
         round_block(
-            values, columns, matrix, scale, inverse, group_of, start, stop, _MICRO_BLOCK, float(codec.low),
-            float(codec.high), mantissa, smallest,
+            values, columns, matrix, scale, inverse, group_of, start, stop, _MICRO_BLOCK, low, high, grid.mantissa,
+            grid.smallest,
         )  # fmt: skip
     return values
 
@@ -319,26 +236,20 @@ def _scripted() -> Callable[..., None]:
 # Layers and blocks.
 
 
-def start_blocks(
-    task: LayerTask, kind: GgmlType, optimized: bool, damping: float, known: HessianFactors
-) -> GgmlBlocks:  # fmt: skip
-    """The blocks of a layer in a ggml type before any tuning: codes by error feedback where there is a Hessian.
+def feedback_start(
+    task: LayerTask, optimized: bool, scale_dtype: torch.dtype, damping: float, known: HessianFactors
+) -> tuple[Any, torch.Tensor | None]:
+    """(scales of a layer before any tuning, codes uint8 [out, in] by error feedback or None without a Hessian).
 
-    Later columns compensate what scales do badly, so a quick search of them is enough then.
+    Later columns compensate what scales do badly, so a quick search of them is enough where there is feedback.
     """
-    if task.input_hessians is None:
-        return initial_blocks(task, kind, optimized)
-    blocks = initial_blocks(task, kind, optimized, quick=True)
-    return gptq_blocks(clamp_to_float16(task.weight), blocks, hessian_factors(task, known, damping))
-
-
-def feedback_codes(
-    task: LayerTask, codec: ColumnCodec, damping: float, known: HessianFactors
-) -> torch.Tensor | None:  # fmt: skip
-    """Codes uint8 [out, in] of a layer on given scales; None without a Hessian."""
-    if task.input_hessians is None:
-        return None
-    return gptq_codes(task.weight, codec, hessian_factors(task, known, damping))
+    codec, feedback = task.codec, task.input_hessians is not None
+    start = task.start(optimized, scale_dtype, quick=feedback)
+    if not feedback:
+        return start, None
+    out, columns = task.weight.shape
+    factors = hessian_factors(task, known, damping)
+    return start, gptq_codes(codec.limited(task.weight), codec.grid(start, (out, columns)), factors)
 
 
 def gptq_layer(
@@ -354,20 +265,11 @@ def gptq_layer(
         damping: in parts of the Hessian's mean diagonal.
         known: of `shared_hessian_factors`.
     """
-    factors = known or {}
-    if task.input_hessians is None or not has_codes(task):
+    if task.input_hessians is None or not task.codec.uses_feedback(asked=True):
         return quantize_layer(task, optimized, scale_dtype)
-    kind, spec = ggml_type_for(task), minifloat_spec(task.scheme)
-    if kind is not None:
-        return encode_ggml(task, start_blocks(task, kind, optimized, damping, factors))
-    bands = hessian_factors(task, factors, damping)
-    if spec is not None:
-        scale, tensor_scale = initial_scales(task, spec, optimized)
-        codes = gptq_codes(task.weight, ColumnCodec.of_minifloats(task, spec, scale, tensor_scale), bands)
-        return minifloat_layer(task, spec, Encoded(codes, scale, tensor_scale))
-    qparams = initial_qparams(task, optimized, scale_dtype)
-    codes = gptq_codes(task.weight, ColumnCodec.of_integers(task, qparams), bands)
-    return integer_layer(task, qparams, codes, scale_dtype)
+    start, codes = feedback_start(task, optimized, scale_dtype, damping, known or {})
+    assert codes is not None
+    return task.quantized(task.codec.with_codes(start, codes))
 
 
 class GPTQQuantizer:
@@ -389,7 +291,7 @@ class GPTQQuantizer:
         self.needs_importance = optimized
 
     def needs_hessian(self, layer: LayerTask) -> bool:
-        return ggml_type_for(layer) is not None if self.config is None else has_codes(layer)
+        return layer.codec.uses_feedback(asked=self.config is not None)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         device = task.layers[0].weight.device if task.layers else torch.device("cpu")

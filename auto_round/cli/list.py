@@ -85,15 +85,13 @@ def schemes() -> str:
 def _scheme_formats(scheme: QuantizationScheme) -> str:
     """The formats that support the scheme, or what is missing for it."""
     from auto_round.codecs.activation import activation_function
-    from auto_round.codecs.ggml.types import ggml_type_of
-    from auto_round.data_type import get_quant_func
+    from auto_round.codecs.kinds import codec_of
     from auto_round.formats.base import formats_for_scheme
 
-    if scheme.quantizes_weights and ggml_type_of(scheme) is None:
-        try:
-            get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
-        except UnsupportedError:
-            return f"not yet: data type {scheme.data_type}"
+    try:
+        codec_of(scheme)
+    except UnsupportedError:
+        return f"not yet: data type {scheme.data_type}"
     if scheme.activations is not None:
         try:
             activation_function(scheme.activations)

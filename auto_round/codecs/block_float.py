@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -24,6 +24,7 @@ from auto_round.codecs.minifloat import (
     from_blocks,
     tensor_absmax,
 )
+from auto_round.codecs.quantized_layer import FloatCodes
 from auto_round.codecs.registry import QuantFunc, register_dtype
 from auto_round.errors import UnsupportedError
 from auto_round.schemes import GroupSize
@@ -39,6 +40,8 @@ _SMALLEST_PLAIN = 2.0**-100  # scale of a block of zeros; 448 / scale and 448 * 
 class ScaleRule(Protocol):
     """From largest magnitudes to stored scales, float32 of any shape; `global_scale` is a scalar for NVFP4, else
     None."""
+
+    has_global_scale: ClassVar[bool]  # stored scales are relative to one of the whole tensor
 
     @property
     def element(self) -> MinifloatType: ...
@@ -71,6 +74,7 @@ class PowerOfTwo:
             the smallest power with which none does ("round up", as NVIDIA's conversion instructions).
     """
 
+    has_global_scale: ClassVar[bool] = False
     element: MinifloatType
     up: bool = False
 
@@ -108,6 +112,7 @@ class BlockScale:
         of_inputs: such a group becomes zeros instead.
     """
 
+    has_global_scale: ClassVar[bool] = True
     element: MinifloatType
     of_inputs: bool = False
 
@@ -145,6 +150,7 @@ class PlainScale:
         stored: round to bfloat16. False keeps float32, for dynamic scales of inputs.
     """
 
+    has_global_scale: ClassVar[bool] = False
     element: MinifloatType
     stored: bool = True
 
@@ -164,20 +170,16 @@ _CHUNK = 1 << 18  # values encoded at once: a few float32 buffers stay in the ca
 _GPU_CHUNK = 1 << 26
 
 
-class Encoded(NamedTuple):
-    """Codes uint8 [out, in]; scale float32 [out, groups], [1, 1] per tensor or [out/M, in/N] for blocks; global scale,
-    a float32 scalar or None. The inverse is `dequantize_minifloat`."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    global_scale: torch.Tensor | None
-
-
 @dataclass(frozen=True)
 class BlockFloatSpec:
-    """One small float type: its scale rule, which knows the element type."""
+    """One small float type: its scale rule, which knows the element type.
+
+    Attributes:
+        family: what formats that know the type call it: `mx_fp`, `mx_int`, `nv_fp` or `fp`; a plugin's is `float`.
+    """
 
     rule: ScaleRule
+    family: str = "float"
 
     @property
     def element(self) -> MinifloatType:
@@ -185,7 +187,7 @@ class BlockFloatSpec:
 
     @property
     def has_global_scale(self) -> bool:
-        return isinstance(self.rule, BlockScale)
+        return self.rule.has_global_scale
 
     def global_scale(self, tensor: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
         """`given`, or computed from the tensor; None for types without a global scale."""
@@ -204,7 +206,7 @@ def effective_scale(scale: torch.Tensor, global_scale: torch.Tensor | None) -> t
 def encode(
     tensor: torch.Tensor, spec: BlockFloatSpec, group_size: GroupSize, *, scale: torch.Tensor | None = None,
     v: torch.Tensor | None = None, global_scale: torch.Tensor | None = None,
-) -> Encoded:  # fmt: skip
+) -> FloatCodes:  # fmt: skip
     """The exact codes of a weight.
 
     Args:
@@ -232,7 +234,8 @@ def encode(
             if v is not None:
                 ratio = add_rounding_delta(ratio, v[rows, inner], spec.element)
             codes[rows, inner] = spec.element.encode(ratio)
-        return Encoded(from_blocks(codes, (out, columns)).contiguous(), stored.view(r, c), given)
+        found = from_blocks(codes, (out, columns)).contiguous()
+        return FloatCodes(found, stored.view(r, c), spec.element.name, group_size, given)
 
 
 def add_rounding_delta(ratio: torch.Tensor, v: torch.Tensor, element: MinifloatType) -> torch.Tensor:

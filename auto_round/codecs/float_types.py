@@ -44,26 +44,28 @@ def _mx_spellings(*names: str, suffix: str) -> list[str]:
 
 
 for _up, _suffix in ((False, ""), (True, "_rceil")):
-    _four, _eight, _wide = (BlockFloatSpec(PowerOfTwo(MINIFLOATS[name], _up)) for name in ("e2m1", "e4m3", "e5m2"))
+    _four, _eight, _wide = (
+        BlockFloatSpec(PowerOfTwo(MINIFLOATS[name], _up), "mx_fp") for name in ("e2m1", "e4m3", "e5m2")
+    )
     register_float(_mx_spellings("mx_fp", suffix=_suffix), {4: _four, 8: _eight})
     register_float(_mx_spellings("mx_fp4", "mx_fp4e2m1", suffix=_suffix), {4: _four})
     register_float(_mx_spellings("mx_fp8", "mx_fp8e4m3", suffix=_suffix), {8: _eight})
     register_float(_mx_spellings("mx_fp8e5m2", suffix=_suffix), {8: _wide})
 
 
-register_float(["mx_int", "mxint", "mx_int4", "mxint4"], {4: BlockFloatSpec(PowerOfTwo(MINIFLOATS["int4"]))})
+register_float(["mx_int", "mxint", "mx_int4", "mxint4"], {4: BlockFloatSpec(PowerOfTwo(MINIFLOATS["int4"]), "mx_int")})
 
 _NVFP_NAMES = ["nv_fp", "nvfp", "nv_fp4", "nvfp4", "nv_fp_with_static_gs", "nv_fp4_with_static_gs"]
 
-register_float(_NVFP_NAMES, {4: BlockFloatSpec(BlockScale(MINIFLOATS["e2m1"]))}, usual_group_size=16)
+register_float(_NVFP_NAMES, {4: BlockFloatSpec(BlockScale(MINIFLOATS["e2m1"]), "nv_fp")}, usual_group_size=16)
 register_dtype([ACTIVATION_PREFIX + name for name in _NVFP_NAMES])(
     float_function("nv_fp", {4: BlockFloatSpec(BlockScale(MINIFLOATS["e2m1"], of_inputs=True))}, usual_group_size=16)
 )
 
 _E4M3_NAMES = ["fp", "fp8", "fp8_sym", "fp8_e4m3", "fp8_e4m3fn", "fp8_dynamic", "fp8_block"]
 
-register_float(_E4M3_NAMES, {8: BlockFloatSpec(PlainScale(MINIFLOATS["e4m3"]))}, -1)
-register_float(["fp8_e5m2"], {8: BlockFloatSpec(PlainScale(MINIFLOATS["e5m2"]))}, -1)
+register_float(_E4M3_NAMES, {8: BlockFloatSpec(PlainScale(MINIFLOATS["e4m3"]), "fp")}, -1)
+register_float(["fp8_e5m2"], {8: BlockFloatSpec(PlainScale(MINIFLOATS["e5m2"]), "fp")}, -1)
 
 
 def _fp8_input_function(element: str) -> QuantFunc:

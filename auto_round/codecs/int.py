@@ -26,8 +26,6 @@ from auto_round.codecs.registry import (
 )
 from auto_round.schemes import GroupSize
 
-FP16_MAX = 65504.0
-
 
 class QuantParams(NamedTuple):
     """Scale and zero point of each group: `scale` [..., 1] is float32 with values of the stored dtype, `zero` the code
@@ -36,6 +34,7 @@ class QuantParams(NamedTuple):
     scale: torch.Tensor
     zero: torch.Tensor | float
     bits: int
+    scale_dtype: torch.dtype = torch.float16
 
 
 def default_scale_threshold(scale_dtype: torch.dtype) -> float:
@@ -76,12 +75,12 @@ def integer_qparams(
         # The side of larger magnitude takes -2**(bits-1); on a tie the positive side does.
         extreme = torch.where(high < -low, -low, -high)
         scale = round_to_stored((extreme / 2 ** (bits - 1)).float(), scale_dtype, thresh)
-        return QuantParams(scale, float(2 ** (bits - 1)), bits)
+        return QuantParams(scale, float(2 ** (bits - 1)), bits, scale_dtype)
     top = 2**bits - 1
     # The range is computed in the dtype of `groups`: checkpoints made from bfloat16 weights elsewhere hold those
     # scales.
     scale = round_to_stored(((high - low) / top).float(), scale_dtype, thresh)
-    return QuantParams(scale, round_ste(-low / scale).clamp(0, top), bits)
+    return QuantParams(scale, round_ste(-low / scale).clamp(0, top), bits, scale_dtype)
 
 
 def to_codes(groups: torch.Tensor, qparams: QuantParams, v: torch.Tensor | float = 0.0) -> torch.Tensor:

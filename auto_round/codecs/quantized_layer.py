@@ -1,15 +1,19 @@
-"""`QuantizedLayer`: codes, scales and zero points of one linear layer, from a quantizer to an output format."""
+"""`QuantizedLayer`, from a quantizer to an output format, and `Codes`, its weight: a class for each kind of codes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 
-from auto_round.codecs.ggml.types import GgmlBlocks
 from auto_round.codecs.minifloat import MINIFLOATS, dequantize_minifloat
-from auto_round.schemes import QuantizationScheme
+from auto_round.schemes import GroupSize, QuantizationScheme
+
+KINDS_OF_CODES: dict[str, type[Codes]] = {}  # by class name, for `codes_from_state`
+C = TypeVar("C", bound="Codes")
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -18,89 +22,226 @@ def group_count(in_features: int, group_size: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class Codes(ABC):
+    """A quantized matrix [out, in], as a dataclass of tensors, numbers and names; each kind of codes is a subclass.
+
+    `not_finite` says what is wrong when `is_finite` is false.
+    """
+
+    def __init_subclass__(cls) -> None:
+        KINDS_OF_CODES[cls.__name__] = cls
+
+    @property
+    def ggml(self) -> str | None:
+        """Name of the ggml type that stores it, `Q4_K`, or None."""
+        return None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @abstractmethod
+    def dequantize(self) -> torch.Tensor:
+        """float32 [out, in]."""
+
+    @property
+    def not_finite(self) -> str:
+        return "NaN or Inf in the weights or their scales; check the layer's weights"
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether all scales are finite."""
+
+    @abstractmethod
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+        """What a file must hold of `layer`, in normal form: equal parts for equal contents, however they are held.
+
+        Without codes that is the weight in `dtype`.
+        """
+
+    def clamped_scales(self, weight: torch.Tensor) -> int:
+        """Number of stored scales that were clamped to the range of their dtype. `weight`: the original."""
+        return 0
+
+    def map(self: C, change: Callable[[torch.Tensor], torch.Tensor]) -> C:
+        """The same with every tensor replaced by `change(tensor)`."""
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+
+    def rows(self: C, wanted: slice) -> C:
+        """A slice of the outputs; scales must be per row or per tensor."""
+        count = self.shape[0]
+        return self.map(lambda t: t[wanted] if t.dim() and t.shape[0] == count else t)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by field; those that are None are left out."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def state(self) -> dict[str, Any]:
+        """All but the tensors, as plain values for `codes_from_state`."""
+        own = self.tensors()
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in own}
+        return {"kind": type(self).__name__, "values": values}
+
+    @classmethod
+    def from_values(cls: type[C], values: Mapping[str, Any]) -> C:
+        """The codes with these fields."""
+        return cls(**values)
+
+
+def codes_from_state(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Codes:
+    """The inverse of `Codes.tensors` and `Codes.state`; tuples may have become lists."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in state["values"].items()}
+    return KINDS_OF_CODES[state["kind"]].from_values({**values, **tensors})
+
+
+@dataclass(frozen=True, eq=False)
+class IntCodes(Codes):
+    """Integers on scales and zero points: `scale * (codes - zero_point)` in float32.
+
+    Attributes:
+        codes: uint8 [out, in], 0 .. 2**bits - 1 (symmetric: value + 2**(bits-1)).
+        scale: [out, groups] in its stored dtype, float16; scales may be negative. One column per channel or tensor.
+        zero_point: uint8 [out, groups], or one int for all groups (symmetric: 2**(bits-1)).
+        group_size: as in a scheme.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        return dequantize_codes(self.codes, self.scale, self.zero_point, self.group_size)
+
+    @property
+    def not_finite(self) -> str:
+        return "a scale is NaN or Inf; check the layer's weights and calibration data"
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.scale).all())
+
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+        zero = self.zero_point
+        zeros = zero if isinstance(zero, torch.Tensor) else torch.full(self.scale.shape, zero)
+        act_scale = None if layer.act_scale is None else float(layer.act_scale)
+        return self.codes, self.scale, zeros.to(torch.uint8), repr((act_scale, layer.act_zero_point))
+
+    def clamped_scales(self, weight: torch.Tensor) -> int:
+        return int((self.scale.abs() == torch.finfo(self.scale.dtype).max).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class FloatCodes(Codes):
+    """Small floats in blocks that share a scale, see `dequantize_minifloat`.
+
+    Attributes:
+        codes: uint8 [out, in] of `element`.
+        scale: float32 values that the scheme's scale type holds exactly: [out, groups], [1, 1] per tensor, [out/M,
+            in/N] for blocks.
+        element: name in `codecs.minifloat.MINIFLOATS`.
+        group_size: as in a scheme.
+        global_scale: float32 scalar by which stored scales are divided (NVFP4), or None.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    element: str
+    group_size: GroupSize
+    global_scale: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        return dequantize_minifloat(
+            self.codes, MINIFLOATS[self.element], self.scale, self.group_size, self.global_scale
+        )
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.scale).all())
+
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+        scalars = (layer.act_scale, self.global_scale, layer.act_global_scale)
+        found = repr(tuple(None if scalar is None else float(scalar) for scalar in scalars))
+        return self.element, self.codes, self.scale.float(), found
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeight(Codes):
+    """What the function of a data type without codes gave: the dequantized weight [out, in]."""
+
+    weight: torch.Tensor
+    data_type: str = ""
+
+    @property
+    def not_finite(self) -> str:
+        return f"data type {self.data_type!r} gave NaN or Inf"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        return self.weight.float()
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.weight).all())
+
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+        return (layer.dequantize(dtype),)
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedLayer:
     """One linear layer after quantization.
 
     Attributes:
         name: the module's full name in the model.
-        scheme: how it was quantized. `scale` has one column per group even where `group_size` is -1.
-        codes: uint8 [out, in]: integers 0 .. 2**bits - 1 (symmetric: value + 2**(bits-1)), or codes of `element`; None
-            for ggml types, and data types without codes, whose result is `weight`.
-        scale: [out, groups] in its stored dtype (float16 for integers); scales may be negative. With `element`: float32
-            values that the scheme's scale type holds exactly; [1, 1] per tensor, [out/M, in/N] for blocks.
-        zero_point: uint8 [out, groups], or one int for all groups (symmetric: 2**(bits-1)).
-        weight: dequantized [out, in], only for data types without codes.
+        scheme: how it was quantized.
+        codes: its weight.
         bias: [out] in the model's dtype, or None.
         transposed: the module stores its weight as [in, out] (Transformers' Conv1D).
         act_scale: float32 scalar, the scale of static activations, exact in the model's dtype; else None.
         act_zero_point: code of 0.0 in the signed range, for static asymmetric activations.
-        element: name in `codecs.minifloat.MINIFLOATS`, for the small float types.
-        global_scale: float32 scalar by which stored scales are divided (NVFP4), or None.
-        act_global_scale: the same for inputs.
-        blocks: codes and scales of a layer in a ggml type.
-
-    The dequantized weight is `scale * (codes - zero_point)` in float32, or that of `dequantize_minifloat` with
-    `element`.
+        act_global_scale: float32 scalar by which scales of inputs are divided (NVFP4), or None.
     """
 
     name: str
     scheme: QuantizationScheme
-    codes: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-    zero_point: torch.Tensor | int | None = None
-    weight: torch.Tensor | None = None
+    codes: Codes
     bias: torch.Tensor | None = None
     transposed: bool = False
     act_scale: torch.Tensor | None = None
     act_zero_point: int | None = None
-    element: str | None = None
-    global_scale: torch.Tensor | None = None
     act_global_scale: torch.Tensor | None = None
-    blocks: GgmlBlocks | None = None
 
     @property
     def out_features(self) -> int:
-        return int(self._codes_or_weight().shape[0])
+        return self.codes.shape[0]
 
     @property
     def in_features(self) -> int:
-        return int(self._codes_or_weight().shape[1])
+        return self.codes.shape[1]
 
-    @property
-    def kind(self) -> str | None:
-        """Name of the ggml type that stores the layer, `Q4_K`, or None."""
-        return None if self.blocks is None else self.blocks.kind.name
-
-    def _codes_or_weight(self) -> torch.Tensor:
-        source = self.blocks.codes if self.blocks is not None else self.weight if self.codes is None else self.codes
-        assert source is not None
-        return source
+    def codes_as(self, kind: type[C]) -> C:
+        """The codes of a layer that is known to have this kind, such as `IntCodes`."""
+        assert isinstance(self.codes, kind), f"{self.name}: {type(self.codes).__name__}, not {kind.__name__}"
+        return self.codes
 
     def rows(self, wanted: slice) -> QuantizedLayer:
         """A slice of the outputs as a layer; scales must be per row or per tensor."""
-        count = self.out_features
-
-        def part(t: Any) -> Any:
-            return t[wanted] if isinstance(t, torch.Tensor) and t.dim() and t.shape[0] == count else t
-
-        blocks = None if self.blocks is None else self.blocks.rows(wanted)
-        return replace(
-            self, codes=part(self.codes), scale=part(self.scale), zero_point=part(self.zero_point),
-            weight=part(self.weight), blocks=blocks, bias=part(self.bias),
-        )  # fmt: skip
+        return replace(self, codes=self.codes.rows(wanted), bias=None if self.bias is None else self.bias[wanted])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[out, in], computed in float32 and then cast to `dtype`."""
-        size = self.scheme.group_size
-        if self.blocks is not None:
-            values = self.blocks.dequantize()
-        elif self.codes is None or self.scale is None:
-            values = self._codes_or_weight()
-        elif self.element is not None:
-            values = dequantize_minifloat(self.codes, MINIFLOATS[self.element], self.scale, size, self.global_scale)
-        else:
-            values = dequantize_codes(self.codes, self.scale, self.zero_point, size)
-        return values.to(dtype)
+        return self.codes.dequantize().to(dtype)
 
 
 def dequantize_codes(

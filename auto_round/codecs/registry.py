@@ -18,6 +18,7 @@ QuantFunc = Callable[..., tuple[Any, Any, Any]]
 F = TypeVar("F", bound=QuantFunc)
 
 QUANT_FUNC_WITH_DTYPE: dict[str, QuantFunc] = {}
+FP16_MAX = 65504.0
 
 
 def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
@@ -98,7 +99,7 @@ def revert_tensor_by_pad(
 
 def clamp_to_float16(weight: torch.Tensor) -> torch.Tensor:
     """Clamp a weight to the range of float16; the same tensor where nothing exceeds it."""
-    largest = torch.finfo(torch.float16).max
+    largest = FP16_MAX
     if weight.dtype == torch.float16 or not weight.numel():
         return weight
     low, high = torch.aminmax(weight)

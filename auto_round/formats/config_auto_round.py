@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.formats.base import ExportPlan, OutputFormat, register_format
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.base import Layout, stored_group_size
@@ -89,19 +89,21 @@ def flip_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
     0 - 1 wraps to 2**bits - 1: readers that add 1 to a whole word carry into the next zero point, others read 2**bits.
     Negating the scale of such a group is exact: with M = 2**bits - 1, s * (c - 0) = -s * ((M - c) - M).
     """
-    zero, codes, scale = layer.zero_point, layer.codes, layer.scale
-    if not isinstance(zero, torch.Tensor) or codes is None or scale is None or bool(zero.all()):
+    own = layer.codes_as(IntCodes)
+    zero = own.zero_point
+    if not isinstance(zero, torch.Tensor) or bool(zero.all()):
         return layer
     size = stored_group_size(layer.scheme)
     top = (1 << layer.scheme.bits) - 1
     flipped = zero == 0
     columns = flipped.repeat_interleave(size if size > 0 else layer.in_features, 1)[:, : layer.in_features]
-    return replace(
-        layer,
-        codes=torch.where(columns.expand_as(codes), top - codes, codes),
-        scale=torch.where(flipped, -scale, scale),
+    flipped_codes = replace(
+        own,
+        codes=torch.where(columns.expand_as(own.codes), top - own.codes, own.codes),
+        scale=torch.where(flipped, -own.scale, own.scale),
         zero_point=torch.where(flipped, torch.full_like(zero, top), zero),
     )
+    return replace(layer, codes=flipped_codes)
 
 
 @register_format("auto_round")

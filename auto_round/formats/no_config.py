@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from auto_round.codecs.ggml.pack import pack_blocks
-from auto_round.codecs.ggml.types import GGML_TYPES, ggml_type_of
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, ggml_type_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs, register_format
 from auto_round.gguf.file_types import FILE_TYPES
@@ -52,8 +52,7 @@ class GgufFormat(OutputFormat):
         return {f"{name}.weight": ((out_features, kind.row_bytes(in_features)), torch.uint8)}
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        assert layer.blocks is not None
-        return {f"{layer.name}.weight": pack_blocks(layer.blocks)}
+        return {f"{layer.name}.weight": pack_blocks(layer.codes_as(GgmlBlocks))}
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         return None

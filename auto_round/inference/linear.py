@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from auto_round.codecs.activation import ActivationQuantizer
-from auto_round.codecs.quantized_layer import QuantizedLayer, dequantize_codes, group_count
+from auto_round.codecs.quantized_layer import (
+    FloatCodes,
+    IntCodes,
+    QuantizedLayer,
+    dequantize_codes,
+    group_count,
+)
 from auto_round.errors import ModelError
 from auto_round.inference.config import LayerFormat
 from auto_round.layouts.floats import FloatLayout
@@ -98,10 +104,10 @@ class PackedLinear(nn.Module):
         """The quantized layer that the buffers hold, without the bias."""
         codes, scale, zero = self.unpack()
         step = self.activation
+        scheme = QuantizationScheme(bits=self.bits, group_size=self.format.group_size, sym=self.format.sym)
         return QuantizedLayer(
-            name, QuantizationScheme(bits=self.bits, group_size=self.format.group_size, sym=self.format.sym), codes,
-            scale, zero, act_scale=None if step is None else step.scale,
-            act_zero_point=None if step is None else step.zero_point,
+            name, scheme, IntCodes(codes, scale, zero, self.format.group_size),
+            act_scale=None if step is None else step.scale, act_zero_point=None if step is None else step.zero_point,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -344,8 +350,7 @@ class FloatLinear(PackedLinear):
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(codes uint8 [out, in], float32 scales, zeros)."""
-        read = self.layer("")
-        assert read.codes is not None and read.scale is not None
+        read = self.layer("").codes_as(FloatCodes)
         return read.codes, read.scale, torch.zeros_like(read.scale, dtype=torch.uint8)
 
     @property

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
+from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer, group_count
 from auto_round.schemes import QuantizationScheme
 
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -55,7 +55,7 @@ def stored_group_size(scheme: QuantizationScheme) -> int:
 
 def integer_arrays(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(codes uint8 [out, in], scales [out, groups], zero points uint8 [out, groups]) of an integer layer."""
-    assert layer.codes is not None and layer.scale is not None and layer.zero_point is not None
+    own = layer.codes_as(IntCodes)
     shape = (layer.out_features, group_count(layer.in_features, stored_group_size(layer.scheme)))
-    zeros = torch.as_tensor(layer.zero_point, device=layer.codes.device).to(torch.uint8)
-    return layer.codes, layer.scale.expand(shape).to(SCALE_DTYPE), zeros.expand(shape)
+    zeros = torch.as_tensor(own.zero_point, device=own.codes.device).to(torch.uint8)
+    return own.codes, own.scale.expand(shape).to(SCALE_DTYPE), zeros.expand(shape)

@@ -27,8 +27,9 @@ from typing import ClassVar
 import torch
 
 from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.minifloat import MINIFLOATS
-from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
+from auto_round.codecs.quantized_layer import FloatCodes, QuantizedLayer, group_count
 from auto_round.errors import NumericsError
 from auto_round.layouts.base import Layout, TensorSpecs
 from auto_round.schemes import QuantizationScheme
@@ -182,17 +183,17 @@ class FloatLayout(Layout):
 
     def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
         """The layer's tensors. Raises NumericsError when a scale is not exactly representable in its stored dtype."""
-        assert layer.codes is not None and layer.scale is not None and layer.element is not None
+        own = layer.codes_as(FloatCodes)
         specs = self.specs(layer.scheme, layer.in_features, layer.out_features, model_dtype)
         name, _, _ = self._scale(layer.scheme, layer.in_features, layer.out_features)
         numbers = {
-            name: layer.scale, "weight_global_scale": layer.global_scale, "input_scale": layer.act_scale,
+            name: own.scale, "weight_global_scale": own.global_scale, "input_scale": layer.act_scale,
             "input_global_scale": layer.act_global_scale,
         }  # fmt: skip
         tensors: dict[str, torch.Tensor] = {}
         for leaf, (size, kind) in specs.items():
             if leaf in ("weight", "weight_packed"):
-                tensors[leaf] = pack_codes(layer.codes, layer.element)
+                tensors[leaf] = pack_codes(own.codes, own.element)
             else:
                 value = numbers[leaf]
                 assert value is not None, f"{layer.name}: no value for {leaf}"
@@ -210,11 +211,13 @@ class FloatLayout(Layout):
         scale = unpack_e8m0(stored) if stored.dtype == torch.uint8 else stored.float()
         codes = tensors["weight_packed" if MINIFLOATS[element].dtype is None else "weight"]
         scalar = lambda key: None if tensors.get(key) is None else tensors[key].detach().float().reshape(())
-        return QuantizedLayer(
-            name, scheme, unpack_codes(codes, element, in_features), scale.reshape(shape[0], -1), 0,
-            element=element, global_scale=scalar("weight_global_scale"),
-            act_scale=scalar("input_scale"), act_global_scale=scalar("input_global_scale"),
+        own = codec_of(scheme).codes(
+            unpack_codes(codes, element, in_features), scale.reshape(shape[0], -1),
+            global_scale=scalar("weight_global_scale"),
         )  # fmt: skip
+        return QuantizedLayer(
+            name, scheme, own, act_scale=scalar("input_scale"), act_global_scale=scalar("input_global_scale")
+        )
 
 
 AUTO_ROUND_FLOATS = FloatLayout(False, "weight_scale_inv", FP8_SCALE)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
 from auto_round.layouts.base import SCALE_DTYPE, Layout, TensorSpecs, integer_arrays, stored_group_size
 from auto_round.layouts.bit_stream import pack_words, unpack_words, words_needed
@@ -82,7 +83,8 @@ class GptqLayout(Layout):
         out_features: int,
     ) -> QuantizedLayer:  # fmt: skip
         codes, zeros = self._unpack_words(tensors["qweight"], tensors["qzeros"], scheme.bits)
-        return QuantizedLayer(name, scheme, codes, tensors["scales"].T.contiguous(), zeros)
+        scales = tensors["scales"].T.contiguous()
+        return QuantizedLayer(name, scheme, codec_of(scheme).codes(codes, scales, zeros))
 
     def _weight_shape(self, in_features: int, out_features: int, bits: int) -> tuple[int, int]:
         return words_needed(in_features, bits), out_features

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
 from auto_round.errors import ModelError, NumericsError, UnsupportedError
 from auto_round.layouts.base import SCALE_DTYPE, Layout, TensorSpecs, integer_arrays, stored_group_size
@@ -99,7 +100,8 @@ class MlxLayout(Layout):
         zeros = mlx_zero_points(scales, biases)
         if not torch.equal(biases, mlx_biases(scales, zeros, biases.dtype, name)):
             raise ModelError(f"layer {name}: its biases are not its scales times integer zero points")
-        return QuantizedLayer(name, scheme, unpack_mlx(tensors["weight"], scheme.bits), scales, zeros)
+        codes = unpack_mlx(tensors["weight"], scheme.bits)
+        return QuantizedLayer(name, scheme, codec_of(scheme).codes(codes, scales, zeros))
 
 
 MLX = MlxLayout()

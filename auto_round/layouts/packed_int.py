@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import torch
 
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
 from auto_round.layouts.base import SCALE_DTYPE, Layout, TensorSpecs, integer_arrays, stored_group_size
 from auto_round.layouts.bit_stream import pack_rows, padded_words, unpack_rows
@@ -70,7 +71,7 @@ class PlainIntLayout(Layout):
         codes, zeros = self._unpack_codes(tensors, scheme.bits)
         act_scale, act_zero = tensors.get("input_scale"), tensors.get("input_zero_point")
         return QuantizedLayer(
-            name, scheme, codes, tensors["weight_scale"], 2 ** (scheme.bits - 1) if zeros is None else zeros,
+            name, scheme, codec_of(scheme).codes(codes, tensors["weight_scale"], zeros),
             act_scale=None if act_scale is None else torch.tensor(float(act_scale)),
             act_zero_point=None if act_zero is None else int(act_zero),
         )  # fmt: skip

@@ -27,20 +27,7 @@ def dense_digest(*parts: torch.Tensor | str) -> str:
 def layer_digest(layer: QuantizedLayer, dense: bool, dtype: torch.dtype) -> str:
     """Digest of what a file must hold of a layer: codes, all scales and zero points, or with `dense` the dequantized
     weight in `dtype`."""
-    if layer.blocks is not None and not dense:
-        blocks = layer.blocks
-        parts = (blocks.codes, blocks.d, blocks.scales, blocks.dmin, blocks.mins)
-        return dense_digest(blocks.kind.name, *(part for part in parts if part is not None))
-    if dense or layer.codes is None or layer.scale is None or layer.zero_point is None:
-        return dense_digest(layer.dequantize(dtype))
-    act_scale = None if layer.act_scale is None else float(layer.act_scale)
-    if layer.element is not None:
-        others = [None if scale is None else float(scale) for scale in (layer.global_scale, layer.act_global_scale)]
-        return dense_digest(str(layer.element), layer.codes, layer.scale.float(), repr((act_scale, *others)))
-    zero = layer.zero_point
-    zero = zero if isinstance(zero, torch.Tensor) else torch.full(layer.scale.shape, zero)
-    inputs = repr((act_scale, layer.act_zero_point))
-    return dense_digest(layer.codes, layer.scale, zero.to(torch.uint8), inputs)
+    return dense_digest(*((layer.dequantize(dtype),) if dense else layer.codes.digest_parts(layer, dtype)))
 
 
 # Tokenizer and processor of a written folder, compared with those of the source.

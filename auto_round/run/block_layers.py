@@ -11,11 +11,10 @@ import torch
 
 from auto_round import envs
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.encode_layer import minifloat_spec
 from auto_round.calibration.observers import MinMaxObserver
 from auto_round.codecs.activation import ActivationQuantizer, static_quantizer
-from auto_round.codecs.block_float import block_float_spec, global_scale_of
-from auto_round.codecs.int import FP16_MAX
+from auto_round.codecs.block_float import global_scale_of
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.minifloat import tensor_absmax
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.inference.linear import PackedLinear
@@ -112,9 +111,7 @@ def activation_of(
     low, high = extremes.of(name)
     if wanted.has_global_scale:
         return ActivationQuantizer(wanted, global_scale=global_scale_of(torch.maximum(-low, high)).cpu())
-    if block_float_spec(wanted.data_type, wanted.bits) is not None:
-        stored = torch.bfloat16
-    return static_quantizer(wanted, low, high, stored)
+    return static_quantizer(wanted, low, high, codec_of(wanted).input_scale_dtype or stored)
 
 
 def share_input_ranges(extremes: MinMaxObserver, schemes: Mapping[str, QuantizationScheme]) -> None:
@@ -145,37 +142,14 @@ def attach_activation_hooks(model: torch.nn.Module, activations: Mapping[str, Ac
         model.get_submodule(name).register_forward_pre_hook(quantizer.hook)
 
 
-def has_global_scale(scheme: QuantizationScheme) -> bool:
-    """Whether weights of this scheme have one scale per tensor above their block scales (NVFP4)."""
-    spec = minifloat_spec(scheme)
-    return spec is not None and spec.has_global_scale
-
-
 def share_global_scales(tasks: Sequence[LayerTask]) -> None:
     """Set one `global_scale` (NVFP4) for each group of fused layers in a block: that of the largest weight in it.
 
     With AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE off, every layer computes its own.
     """
-    owners = {task.name: task for task in tasks if has_global_scale(task.scheme)}
+    owners = {task.name: task for task in tasks if task.codec.has_global_scale}
     groups = fused_groups(owners, across_experts=False) if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE else []
     for group in groups:
         largest = torch.stack([tensor_absmax(owners[n].weight) for n in group]).max()
         for name in group:
             owners[name].global_scale = global_scale_of(largest)
-
-
-def clamped_scales(task: LayerTask, layer: QuantizedLayer) -> int:
-    """Number of stored scales of a layer that were clamped to the range of their dtype.
-
-    Integers: scales equal to the largest value of their dtype. ggml types, whose super-block scales are float16:
-    blocks with a weight beyond float16. Other types: 0, their scales cannot overflow.
-    """
-    if layer.blocks is not None:
-        low, high = torch.aminmax(task.weight)
-        if max(-float(low), float(high)) <= FP16_MAX:
-            return 0
-        beyond = task.weight.reshape(-1, layer.blocks.kind.block).abs().amax(1) > FP16_MAX
-        return int(beyond.sum())
-    if layer.scale is None or layer.element is not None or not layer.scale.is_floating_point():
-        return 0
-    return int((layer.scale.abs() == torch.finfo(layer.scale.dtype).max).sum())

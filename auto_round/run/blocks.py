@@ -31,7 +31,6 @@ from auto_round.report.progress import Progress
 from auto_round.report.run_report import BlockRecord
 from auto_round.run.block_layers import (
     activation_of,
-    clamped_scales,
     free_cast_copies,
     in_dtype,
     install_dequantized,
@@ -441,7 +440,7 @@ def _install_all(tasks: Sequence[LayerTask], result: BlockResult, numerics: Nume
 
 
 def _count(numerics: NumericsPolicy, task: LayerTask, layer: QuantizedLayer) -> None:
-    numerics.count(task, clamped_scales(task, layer))
+    numerics.count(task, layer.codes.clamped_scales(task.weight))
 
 
 def write_unit(source: ModelSource, block: str, unit: Unit, outputs: Sequence[OutputWriter]) -> None:

@@ -337,8 +337,8 @@ class Run:
             )  # fmt: skip
         if isinstance(settings.algorithm, RegisteredConfig):
             return settings.algorithm.make(settings.scale_dtype)
-        in_ggml_types = any(plan.in_ggml_type for plan in job.quantized().values())
-        if settings.gptq is not None or (in_ggml_types and settings.algorithm.optimized):
+        feeds_back = any(plan.codec.uses_feedback(asked=False) for plan in job.quantized().values())
+        if settings.gptq is not None or (feeds_back and settings.algorithm.optimized):
             return GPTQQuantizer(settings.gptq, settings.optimized_start, settings.scale_dtype)
         return RTNQuantizer(settings.algorithm, settings.scale_dtype)
 

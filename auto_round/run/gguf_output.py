@@ -12,7 +12,7 @@ import torch
 from auto_round.codecs.ggml.pack import pack_blocks, unpack_blocks
 from auto_round.codecs.ggml.plain import plain_blocks
 from auto_round.codecs.ggml.search import search_blocks
-from auto_round.codecs.ggml.types import GGML_TYPES
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.codecs.registry import clamp_to_float16
 from auto_round.errors import NumericsError, VerifyError
@@ -57,10 +57,10 @@ class GgufFileWriter:
     def layer(self, layer: QuantizedLayer) -> None:
         name = weight_name(self._source, layer.name)
         places = self.plan.places[name]
-        assert layer.blocks is not None and places
+        assert places
         self._written.add(name)
         self.expected[layer.name] = layer_digest(layer, False, torch.float32)
-        data = pack_blocks(layer.blocks)
+        data = pack_blocks(layer.codes_as(GgmlBlocks))
         for place in places:
             self._write(place, data if place.rows is None else data[place.rows])
         if layer.bias is not None:
@@ -151,7 +151,7 @@ def verify_file(output: GgufFileWriter, job: Job, source: ModelSource) -> dict[s
         for place in places:
             order = torch.arange(layer.out_features) if place.rows is None else place.rows
             data[order] = _stored(file, place, len(order))
-        read = QuantizedLayer(name, layer.scheme, None, None, None, blocks=unpack_blocks(data, kind, layer.in_features))
+        read = QuantizedLayer(name, layer.scheme, unpack_blocks(data, kind, layer.in_features))
         if layer_digest(read, False, torch.float32) != digest:
             raise VerifyError(
                 f"{output.path}: {places[0].tensor} does not hold what was tuned for layer {name}; do not use this "

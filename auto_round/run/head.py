@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.encode_layer import ggml_type_for, is_integer
+from auto_round.algorithms.descent import descend_layer
 from auto_round.algorithms.gptq import DAMPING, GPTQConfig, gptq_layer
-from auto_round.algorithms.head import descend_ggml_layer, descend_integer_layer
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.algorithms.quantization.sign_round.loop import split_samples
 from auto_round.calibration.data.sources import held_out_documents
@@ -24,7 +23,7 @@ from auto_round.logger import logger
 from auto_round.modeling.partial_loading import non_block_loaded
 from auto_round.modeling.source import ModelSource
 from auto_round.report.run_report import BlockRecord
-from auto_round.run.block_layers import activation_of, clamped_scales, install_dequantized, is_calibrated
+from auto_round.run.block_layers import activation_of, install_dequantized, is_calibrated
 from auto_round.run.blocks import RunState, layer_task
 from auto_round.run.plan import Job
 from auto_round.run.writers import OutputWriter
@@ -109,13 +108,11 @@ def _candidates(
     """Other quantizations of the head, one at a time, since they are large."""
     if gptq is not None:
         yield gptq_layer(replace(task, input_hessians=[hessian]), optimized, scale_dtype, gptq.damping)
-    kind = ggml_type_for(task)
-    if kind is not None:
-        yield descend_ggml_layer(task, kind, hessian)
-        if optimized:
-            yield quantize_layer(task, False, scale_dtype)
-    elif is_integer(task.scheme):
-        yield descend_integer_layer(task, hessian, scale_dtype)
+    searches = task.codec.head_searches
+    if "descent" in searches:
+        yield descend_layer(task, hessian, scale_dtype)
+    if "plain" in searches and optimized:
+        yield quantize_layer(task, False, scale_dtype)
 
 
 @torch.no_grad()
@@ -162,7 +159,7 @@ def quantize_non_block(
     results = []
     get_head = getattr(source.model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    feeds_back = lambda plan: plan.has_codes if state.gptq is not None else optimized and plan.ggml is not None
+    asked = state.gptq is not None
     for name, plan in job.quantized().items():
         if any(name.startswith(f"{block}.") for block in source.blocks):
             continue
@@ -172,8 +169,9 @@ def quantize_non_block(
         inputs, importance, extremes, input_hessians = None, None, MinMaxObserver(), None
         try:
             inputs = head_inputs(source, state, name) if tuned else None
-            if is_calibrated(plan.scheme) or (inputs is None and (optimized or feeds_back(plan))):
-                paired = inputs is None and feeds_back(plan)
+            feeds_back = (asked or optimized) and plan.codec.uses_feedback(asked)
+            if is_calibrated(plan.scheme) or (inputs is None and (optimized or feeds_back)):
+                paired = inputs is None and feeds_back
                 importance, extremes, input_hessians = _observe_inputs(source, state, name, paired)
         except NumericsError as error:
             fault = error
@@ -197,7 +195,7 @@ def quantize_non_block(
                 layer = gptq_layer(task, task.importance is not None, scale_dtype, damping)
         if task.activation is not None:
             state.activations[name] = task.activation
-        state.numerics.count(task, clamped_scales(task, layer))
+        state.numerics.count(task, layer.codes.clamped_scales(task.weight))
         if not source.lazy:
             _untie(source, task)
             install_dequantized(task, layer)
@@ -268,7 +266,7 @@ def smoke_loss(source: ModelSource, state: RunState, layers: Sequence[QuantizedL
     if state.smoke_sample is None or state.smoke_hidden is None:
         return None
     hidden = state.smoke_hidden.to(state.device)
-    head = next((layer for layer in layers if layer.codes is not None or layer.blocks is not None), None)
+    head = layers[0] if layers else None
     if head is None:
         logits = state.smoke_sample.run_head(source, hidden, [0])
     else:

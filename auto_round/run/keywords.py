@@ -12,8 +12,9 @@ from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
 from auto_round.algorithms.transforms.base import split_transforms
-from auto_round.codecs.block_float import block_float_spec
+from auto_round.codecs.base import Scheme
 from auto_round.codecs.ggml.types import ggml_type_of
+from auto_round.codecs.kinds import codec_of
 from auto_round.config import ALIASES, TUNED_NAMES, QuantConfig, plain
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.formats.cache_scales import none_if_16_bits, parse_cache_scheme
@@ -338,19 +339,19 @@ def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationSchem
 def symmetric_if_required(scheme: QuantizationScheme) -> tuple[QuantizationScheme, list[str]]:
     """Set `sym` and `act_sym` to True for data types without a zero point: (scheme, changed fields)."""
     changed = []
-    if scheme.quantizes_weights and not scheme.sym and _is_float(scheme.data_type, scheme.bits):
+    if scheme.quantizes_weights and not scheme.sym and _is_symmetric_only(scheme):
         changed.append("sym")
     activations = scheme.activations
-    if activations is not None and not activations.sym and _is_float(activations.data_type, activations.bits):
+    if activations is not None and not activations.sym and _is_symmetric_only(activations):
         if scheme.act_sym is False or "sym" not in changed:  # None takes the weights' value
             changed.append("act_sym")
     return (scheme.with_overrides(dict.fromkeys(changed, True)) if changed else scheme), changed
 
 
-def _is_float(data_type: str, bits: int) -> bool:
+def _is_symmetric_only(scheme: Scheme) -> bool:
     try:
-        return block_float_spec(data_type, bits) is not None
-    except UnsupportedError:  # an invalid width, which the check of the scheme reports
+        return codec_of(scheme).symmetric_only
+    except UnsupportedError:  # an unknown type or width, which the check of the scheme reports
         return False
 
 
@@ -364,8 +365,4 @@ def scheme_label(scheme: Any, resolved: QuantizationScheme) -> str:
     """Name of a scheme: the preset's name, else a description."""
     if isinstance(scheme, str) and (parse_scheme(scheme) == resolved or mixed_preset(scheme) is not None):
         return normalize_preset_name(scheme)
-    if resolved.data_type == "int" and not resolved.quantizes_activations:
-        size = resolved.group_size
-        group = f"G{size}" if isinstance(size, int) and size > 0 else ""
-        return f"W{resolved.bits}A16{group}{'' if resolved.sym else ' asymmetric'}"
-    return resolved.describe()
+    return codec_of(resolved).label

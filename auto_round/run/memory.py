@@ -9,12 +9,10 @@ from math import prod
 
 import torch
 
-from auto_round.algorithms.encode_layer import is_integer, minifloat_spec
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.loop import keeps_best_copy, micro_batch_size
 from auto_round.calibration.expert_rows import max_tokens_per_expert, routed_experts
 from auto_round.calibration.observers import hessian_bytes
-from auto_round.codecs.ggml.types import GGML_TYPES
 from auto_round.modeling.config import largest, read_value, text_config
 from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.partial_loading import expert_of
@@ -296,12 +294,10 @@ def _rows_backward(inputs: MemoryInputs, plans: Sequence[LayerPlan], rows: int) 
 
 def _pairs(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> int:
     """Hessians of the inputs of layers that error feedback quantizes."""
-    settings = inputs.settings
-    if settings.gptq is not None:
-        return hessian_bytes([plan.in_features for plan in chosen if plan.has_codes])
-    if settings.imatrix is not None or not (settings.optimized_start and settings.needs_data):
+    settings, asked = inputs.settings, inputs.settings.gptq is not None
+    if not asked and (settings.imatrix is not None or not (settings.optimized_start and settings.needs_data)):
         return 0
-    return hessian_bytes([plan.in_features for plan in chosen if plan.ggml is not None])
+    return hessian_bytes([plan.in_features for plan in chosen if plan.codec.uses_feedback(asked)])
 
 
 @dataclass(frozen=True)
@@ -328,22 +324,19 @@ def tuning_bytes(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> TuningByt
     for members in groups.values():
         first = members[0]
         count = sum(p.out_features * p.in_features for p in members)
-        integers = first.ggml is None and is_integer(first.scheme)
-        if first.ggml is None and not integers and minifloat_spec(first.scheme) is None:
+        tuned = first.codec.tuned(first.in_features)
+        if tuned is None:
             held, finished = held + _FUNCTION_BYTES * count, finished + _FUNCTION_BYTES * count
             continue
-        group = first.scheme.group_size
-        size = group if isinstance(group, int) and group > 0 else first.in_features
-        size = GGML_TYPES[first.ggml].group if first.ggml is not None else size
+        size = tuned.group
         width = -(-first.in_features // size) * size
         count = count // first.in_features * width
         shared = len(members) == 1 and width == first.in_features and (compute in (torch.float32, model))
         # Stacked weights, in the model's dtype if products are float32.
         stacked = 0 if shared else model.itemsize if compute == torch.float32 else compute.itemsize
-        # Initial and current scales, scale factors, zero points.
-        scales = 4 * (3 if first.scheme.sym and first.ggml is None else 4) / size
+        scales = 4 * tuned.numbers / size
         plain = stacked + 2 * compute.itemsize + 4 + scales  # dequantized weights, gradient, rounding deltas
-        best = ((1 if integers else 4) + 8 / size) if keeps_best_copy(algorithm.iters) else 0  # codes, or deltas
+        best = (tuned.snapshot + 8 / size) if keeps_best_copy(algorithm.iters) else 0  # codes, or deltas
         if _pairs(inputs, members):
             plain += 4  # initial rounding deltas from the Hessians
         held += count * (plain + best + state)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from auto_round import envs
-from auto_round.algorithms.encode_layer import scheme_has_codes
 from auto_round.calibration.kv_cache_observer import KVCacheObserver
-from auto_round.codecs.ggml.types import ggml_type_of
+from auto_round.codecs.base import Codec
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
 from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs
@@ -137,18 +138,12 @@ class LayerPlan:
     @property
     def description(self) -> str:
         """The ggml type, or a short description of the scheme."""
-        return self.ggml if self.ggml is not None else self.scheme.describe()
+        return self.ggml or self.scheme.describe()
 
-    @property
-    def in_ggml_type(self) -> bool:
-        """Whether a ggml type stores it, or describes its scheme and no integer type does."""
-        described = self.scheme.data_type != "int" and ggml_type_of(self.scheme) is not None
-        return self.ggml is not None or described
-
-    @property
-    def has_codes(self) -> bool:
-        """Whether codes of the layer are stored."""
-        return self.in_ggml_type or (self.scheme.quantizes_weights and scheme_has_codes(self.scheme))
+    @cached_property
+    def codec(self) -> Codec:
+        """How the weight becomes codes."""
+        return codec_of(self.scheme, self.ggml, self.in_features)
 
     def unquantized(self, reason: str) -> LayerPlan:
         """The same layer, left unquantized."""
@@ -324,11 +319,11 @@ def plan_for_quantized(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]
             f"{job.layers[refused[0]].reason}; use quantize_and_save, which leaves them in full precision, or format "
             "fake"
         )
-    other = [name for name, layer in done.items() if layer.blocks is not None and job.layers[name].ggml != layer.kind]
+    other = [name for name, layer in done.items() if layer.codes.ggml not in (None, job.layers[name].ggml)]
     if other:
         raise UnsupportedError(
             f"{', '.join(job.formats)} stores {other[0]} as {job.layers[other[0]].ggml}, and it is quantized as "
-            f"{done[other[0]].kind}; use quantize_and_save, or the format of the scheme that was used"
+            f"{done[other[0]].codes.ggml}; use quantize_and_save, or the format of the scheme that was used"
         )
     unquantized = {name: memory.layers[name] for name in job.quantized() if name not in done}
     return replace(job, layers={**job.layers, **unquantized})

@@ -12,9 +12,7 @@ import torch
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.calibration.data.spec import parse_dataset_string
 from auto_round.codecs.activation import activation_function
-from auto_round.codecs.block_float import block_float_spec
-from auto_round.codecs.ggml.types import ggml_type_of
-from auto_round.data_type import get_quant_func
+from auto_round.codecs.kinds import codec_of
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.formats.base import (
     OutputFormat,
@@ -83,25 +81,18 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
         return
     if scheme.rotation_config is not None:
         raise UnsupportedError(f"{what}: rotation_config is not available in this version; leave it out")
-    if ggml_type_of(scheme) is None:
-        get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
-        block_float_spec(scheme.data_type, scheme.bits)  # raises for a width that the type does not have
-    if scheme.data_type == "int" and isinstance(scheme.group_size, tuple):
-        raise ConfigError(
-            f"{what}: group_size={scheme.group_size}: blocks of rows and columns are for data type fp (scheme "
-            "FP8_BLOCK); give integers one number"
-        )
-    if scheme.data_type == "int" and not 2 <= scheme.bits <= 8:
-        raise ConfigError(f"{what}: bits={scheme.bits}; integers of 2 to 8 bits are available")
+    problem = codec_of(scheme).problem()
+    if problem is not None:
+        raise ConfigError(f"{what}: {problem}")
     activations = scheme.activations
     if activations is None:
         return
     activation_function(activations)
-    block_float_spec(activations.data_type, activations.bits)  # raises for a width that the type does not have
-    if activations.data_type == "int" and not 2 <= activations.bits <= 8:
-        raise ConfigError(f"{what}: act_bits={activations.bits}; integers of 2 to 8 bits are available")
+    input_codec = codec_of(activations)
     if not isinstance(activations.group_size, int):
         raise ConfigError(f"{what}: act_group_size={activations.group_size} is a block; use -1, 0 or a positive number")
+    if (problem := input_codec.problem()) is not None:
+        raise ConfigError(f"{what}: act_{problem}")
     if not activations.dynamic and activations.group_size > 0:
         raise UnsupportedError(
             f"{what}: act_group_size={activations.group_size} with act_dynamic=False: a static scale is one for the "
@@ -122,8 +113,7 @@ def check_before_opening(settings: Settings, formats: Sequence[OutputFormat] | N
         if own is not None and parse_scale_dtype(own) is not settings.scale_dtype:
             raise UnsupportedError(f"layer_config[{name!r}]: scale_dtype is one for the whole model; leave it out here")
         scheme, _ = symmetric_if_required(scheme_from_entry(name, entry, settings.scheme))
-        if ggml_type_of(settings.scheme) is None:  # else the bits of the entry select a ggml type
-            check_data_type(scheme, f"layer_config[{name!r}]")
+        check_data_type(scheme, f"layer_config[{name!r}]")
     if isinstance(settings.dataset, str):
         parse_dataset_string(settings.dataset)
     for own_settings, group in split_runs(settings, formats or (), quiet=True):
@@ -274,7 +264,7 @@ def _without_feedback(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
     Raises ConfigError when that is all of them.
     """
     chosen = [plan for plan in layers.values() if plan.scheme.quantizes_weights]
-    without = {plan.name: plan for plan in chosen if not plan.has_codes}
+    without = {plan.name for plan in chosen if not plan.codec.uses_feedback(asked=True)}
     if chosen and len(without) == len(chosen):
         raise ConfigError(
             f"GPTQ chooses codes, and data type {chosen[0].scheme.data_type!r} with group size "

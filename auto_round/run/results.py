@@ -19,7 +19,6 @@ from auto_round.formats.config_compressed_tensors import PackedInt8Format
 from auto_round.inference.config import LayerFormat, read_config
 from auto_round.inference.convert_model import build_layer
 from auto_round.inference.linear import PackedLinear
-from auto_round.layouts.floats import is_float
 from auto_round.modeling.blocks import set_weight_2d
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.source import ModelSource
@@ -62,10 +61,10 @@ def _install(model: torch.nn.Module, layer: QuantizedLayer) -> None:
 def packed_layer(layer: QuantizedLayer, model_dtype: torch.dtype) -> PackedLinear | None:
     """The packed module of a layer, as the loader builds it, or None when its type or shape has no packing."""
     scheme = layer.scheme
-    whole = scheme.quantizes_activations and not is_float(scheme)
-    fmt = PackedInt8Format() if whole else get_format("auto_round")
-    unsupported = fmt.check_scheme(scheme) or fmt.check_layer(scheme, layer.in_features, layer.out_features)
-    if layer.codes is None or unsupported:
+    formats = [get_format("auto_round"), *([PackedInt8Format()] if scheme.quantizes_activations else [])]
+    holds = lambda fmt: not (fmt.check_scheme(scheme) or fmt.check_layer(scheme, layer.in_features, layer.out_features))
+    fmt = next((fmt for fmt in formats if layer.codes.ggml is None and holds(fmt)), None)
+    if fmt is None:
         return None
     described = read_config(fmt.config(ExportPlan(scheme, {layer.name: scheme}, ()))).default
     tensors = {key.rpartition(".")[2]: value for key, value in fmt.pack(layer, model_dtype=model_dtype).items()}

@@ -15,8 +15,7 @@ import torch
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.calibration.disk_store import DiskStore, DiskTensor
 from auto_round.codecs.activation import ActivationQuantizer
-from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks
-from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
+from auto_round.codecs.quantized_layer import QuantizedLayer, codes_from_state
 from auto_round.edits import TensorEdit, edit_from_state
 from auto_round.errors import OutputError
 from auto_round.modeling.partial_loading import expert_of
@@ -40,10 +39,9 @@ def layer_state(layer: QuantizedLayer) -> tuple[Tensors, dict[str, Any]]:
         value = getattr(layer, item.name)
         if isinstance(value, torch.Tensor):
             tensors[item.name] = value
-        elif isinstance(value, GgmlBlocks):
-            metadata["blocks"] = value.kind.name
-            inner = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "kind"}
-            tensors |= {f"blocks.{name}": t for name, t in inner.items() if t is not None}
+        elif item.name == "codes":
+            metadata["codes"] = layer.codes.state()
+            tensors |= {f"codes.{name}": tensor for name, tensor in layer.codes.tensors().items()}
         elif isinstance(value, QuantizationScheme):
             metadata[item.name] = value.to_dict()
         else:
@@ -57,11 +55,9 @@ def layer_from_state(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
     values = {key: value for key, value in metadata.items() if key not in ("on_device", "scheme")}
     moved = set(metadata.get("on_device", ()))
     placed = {name: tensor.to(device) if name in moved else tensor for name, tensor in tensors.items()}
-    kind = values.pop("blocks", None)
-    if kind is not None:
-        inner = {name.removeprefix("blocks."): t for name, t in placed.items() if name.startswith("blocks.")}
-        values["blocks"] = GgmlBlocks(GGML_TYPES[kind], **inner)
-    values |= {name: tensor for name, tensor in placed.items() if not name.startswith("blocks.")}
+    inner = {name.removeprefix("codes."): t for name, t in placed.items() if name.startswith("codes.")}
+    values["codes"] = codes_from_state(inner, values["codes"])
+    values |= {name: tensor for name, tensor in placed.items() if not name.startswith("codes.")}
     return QuantizedLayer(scheme=scheme_of(metadata), **values)
 
 
@@ -327,20 +323,9 @@ def journal_bytes(layers: Mapping[str, LayerPlan], settings: Settings, width: in
 
 def stored_bytes(plan: LayerPlan) -> int:
     """Bytes of one layer's packed codes and of its scales in the journal."""
-    weights = plan.out_features * plan.in_features
-    if plan.ggml is not None:
-        kind = GGML_TYPES[plan.ggml]
-        parts = 2 * plan.in_features // kind.group  # integer scales and minima, a byte each
-        return weights * _width(kind.bits) // 8 + plan.out_features * (parts + 4 * plan.in_features // kind.block)
-    scheme = plan.scheme
-    size = scheme.group_size if isinstance(scheme.group_size, int) else scheme.group_size[1]
-    groups = plan.out_features * group_count(plan.in_features, size)
-    return weights * _width(scheme.bits) // 8 + groups * (4 + (0 if scheme.sym else 1))
-
-
-def _width(bits: int) -> int:
-    """Bits of a packed code."""
-    return next((width for width in _WIDTHS if bits <= width), 8)
+    bits, scales = plan.codec.stored_bytes(plan.out_features, plan.in_features)
+    width = next((width for width in _WIDTHS if bits <= width), -(-bits // 8) * 8)
+    return plan.out_features * plan.in_features * width // 8 + scales
 
 
 def check_journal_disk(folder: Path, output: str | os.PathLike[str], needed: int, output_bytes: int) -> None:

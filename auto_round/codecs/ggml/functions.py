@@ -8,8 +8,7 @@ import torch
 
 from auto_round.codecs.ggml.search import search_blocks
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlType, code_limits, divisor_of
-from auto_round.codecs.int import FP16_MAX
-from auto_round.codecs.registry import QuantFunc, clamp_to_float16, register_dtype, round_ste
+from auto_round.codecs.registry import FP16_MAX, QuantFunc, clamp_to_float16, register_dtype, round_ste
 from auto_round.errors import ConfigError
 from auto_round.schemes import GroupSize
 

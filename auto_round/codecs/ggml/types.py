@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
+from auto_round.codecs.quantized_layer import Codes, QuantizedLayer
+from auto_round.codecs.registry import FP16_MAX
 from auto_round.schemes import QuantizationScheme
 
 
@@ -104,7 +107,7 @@ def ggml_type_of(scheme: QuantizationScheme) -> GgmlType | None:
 
 
 @dataclass(frozen=True, eq=False)
-class GgmlBlocks:
+class GgmlBlocks(Codes):
     """A matrix in blocks, as stored.
 
     Attributes:
@@ -122,6 +125,14 @@ class GgmlBlocks:
     scales: torch.Tensor | None = None
     dmin: torch.Tensor | None = None
     mins: torch.Tensor | None = None
+
+    @property
+    def ggml(self) -> str:
+        return self.kind.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
 
     def step(self) -> torch.Tensor:
         """float32 [out, in/group]: the distance between codes, rounded as readers compute it."""
@@ -149,19 +160,29 @@ class GgmlBlocks:
             values.add_(minimum.unsqueeze(-1))
         return values.view(out, columns)
 
-    def rows(self, wanted: slice) -> GgmlBlocks:
-        """A slice of the rows."""
-        return self._map(lambda t: t[wanted])
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(part).all()) for part in (self.d, self.dmin) if part is not None)
 
-    def to(self, device: torch.device | str) -> GgmlBlocks:
-        """The blocks on another device."""
-        return self._map(lambda t: t.to(device))
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+        return self.kind.name, *self.tensors().values()
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> GgmlBlocks:
-        own = lambda t: None if t is None else change(t)  # noqa: E731
-        return GgmlBlocks(
-            self.kind, change(self.codes), change(self.d), own(self.scales), own(self.dmin), own(self.mins)
-        )
+    def clamped_scales(self, weight: torch.Tensor) -> int:
+        """Number of blocks with a weight beyond float16, which their d cannot follow."""
+        low, high = torch.aminmax(weight)
+        if max(-float(low), float(high)) <= FP16_MAX:
+            return 0
+        return int((weight.reshape(-1, self.kind.block).abs().amax(1) > FP16_MAX).sum())
+
+    def with_codes(self, codes: torch.Tensor) -> GgmlBlocks:
+        """The same scales with other codes."""
+        return replace(self, codes=codes)
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__, "values": {"kind": self.kind.name}}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> GgmlBlocks:
+        return cls(**{**values, "kind": GGML_TYPES[values["kind"]]})
 
 
 def _over_groups(factor: torch.Tensor, kind: GgmlType) -> torch.Tensor:

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 
 from auto_round import envs
-from auto_round.algorithms.encode_layer import is_integer, minifloat_spec
 from auto_round.errors import ModelError
 from auto_round.formats.base import OutputFormat, TensorSpecs
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.layer_rules import fused_groups
-from auto_round.run.block_layers import has_global_scale
 from auto_round.run.file_layout import FileLayout, FusedTarget, plan_files, separate_tensors
 from auto_round.run.plan import Job, LayerPlan
-from auto_round.schemes import QuantizationScheme
 
 LARGE = 1 << 23
 """Smallest number of weights of a layer that is sliced."""
@@ -34,7 +31,7 @@ _COPY = 32 << 20  # bytes that copying a tensor takes
 def row_step(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype) -> int | None:
     """Rows of a slice; None when the layer is rounded as a whole: it is small, its rows share a scale, or the format
     packs something that does not belong to single rows."""
-    if plan.out_features * plan.in_features < LARGE or plan.transposed or not _by_rows(plan.scheme):
+    if plan.out_features * plan.in_features < LARGE or plan.transposed or not plan.codec.rows_independent:
         return None
     size = plan.scheme.group_size
     unit = max(_ROWS, size[0]) if isinstance(size, tuple) else _ROWS
@@ -42,14 +39,6 @@ def row_step(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype) -> int | No
     if unit % _ROWS or step >= plan.out_features or plan.out_features % _ROWS:
         return None
     return step if slice_axes(plan, fmt, dtype, step) is not None else None
-
-
-def _by_rows(scheme: QuantizationScheme) -> bool:
-    """Whether every row (or block of rows) is rounded independently."""
-    if scheme.group_size == 0:
-        return False
-    spec = minifloat_spec(scheme)
-    return is_integer(scheme) if spec is None else not spec.has_global_scale
 
 
 def slice_axes(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype, step: int) -> dict[str, int] | None:
@@ -171,7 +160,7 @@ def _layer_groups(
     """Group layers that must be rounded together: fused layers with one global scale, layers that share the rows of one
     expert in a stacked tensor (gate and up that are written dense), and layers of one reversed conversion. All others
     are groups of one."""
-    shared = [name for name, plan in quantized.items() if has_global_scale(plan.scheme)]
+    shared = [name for name, plan in quantized.items() if plan.codec.has_global_scale]
     groups = fused_groups(shared, across_experts=False) if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE else []
     rows: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, plan in quantized.items() if layout.targets or layout.reversals else ():

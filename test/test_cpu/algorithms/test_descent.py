@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ggml_codes import descend_blocks
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.descent import damped, descend_blocks
+from auto_round.algorithms.descent import damp
 from auto_round.algorithms.gptq import GPTQQuantizer, gptq_layer
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer, quantize_layer
@@ -43,8 +44,8 @@ def layer(name: str, input_hessians: list[torch.Tensor] | None) -> LayerTask:
 @pytest.mark.parametrize("name", sorted(GGML_TYPES))
 def test_outputs_on_other_tokens_are_closer(name: str) -> None:
     x, other = tokens(600, 0), tokens(200, 1)
-    start = quantize_layer(layer(name, None), True, torch.float16).blocks
-    found = gptq_layer(layer(name, [x.t() @ x]), True, torch.float16).blocks
+    start = quantize_layer(layer(name, None), True, torch.float16).codes
+    found = gptq_layer(layer(name, [x.t() @ x]), True, torch.float16).codes
     assert start is not None and found is not None
     assert output_error(found, weight(), other) < 0.7 * output_error(start, weight(), other)
 
@@ -55,7 +56,7 @@ def test_no_single_code_can_be_improved(name: str) -> None:
     x, w, kind = tokens(300, 0).double(), weight()[:3], GGML_TYPES[name]
     square = (x.t() @ x).float()
     found = descend_blocks(w, search_blocks(w, name), [square], 0.1, passes=60)
-    matrix = damped(square, 0.1).double()
+    matrix = damp(square.clone(), 0.1).double()
     codes, change = found.codes.double(), (found.dequantize() - w).double()
     steps = found.step().repeat_interleave(kind.group, dim=1).double()
     gradient, best = change @ matrix, ((change @ matrix) * change).sum(1, keepdim=True)
@@ -68,7 +69,7 @@ def test_no_single_code_can_be_improved(name: str) -> None:
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_the_damped_error_only_falls(passes: int) -> None:
     x, w = tokens(60, 0), weight()
-    matrix = damped(x.t() @ x, 0.3).double()
+    matrix = damp(x.t() @ x, 0.3).double()
     form = lambda b: float((((b.dequantize() - w).double() @ matrix) * (b.dequantize() - w)).sum())  # noqa: E731
     start = search_blocks(w, "Q3_K", x.square().sum(0))
     assert form(descend_blocks(w, start, [x.t() @ x], 0.3, passes)) < form(start)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
-from auto_round.algorithms.quantization.rtn.search import search_scales
 from auto_round.codecs.block_float import block_float_spec, encode
 from auto_round.codecs.minifloat import as_blocks, block_sum, dequantize_minifloat
+from auto_round.codecs.search import search_scales
 from auto_round.errors import NumericsError
 from auto_round.schemes import QuantizationScheme
 
@@ -96,13 +96,13 @@ def test_a_layer_holds_its_codes(kind: tuple[str, int, Any], optimized: bool) ->
     task = LayerTask("layer", torch.nn.Linear(72, 40), weight, scheme, importance=torch.rand(72), bias=torch.randn(40))
     layer = quantize_layer(task, optimized, torch.float16)
     family = block_float_spec(name, bits)
-    assert family is not None and layer.codes is not None and layer.scale is not None
-    assert layer.element == family.element.name and layer.codes.dtype == torch.uint8 and layer.zero_point == 0
-    assert (layer.global_scale is not None) is family.has_global_scale
+    assert family is not None
+    assert layer.codes.element == family.element.name and layer.codes.codes.dtype == torch.uint8
+    assert (layer.codes.global_scale is not None) is family.has_global_scale
     m, n = size if isinstance(size, tuple) else (1 if size else 40, size if size > 0 else 72)
-    assert layer.scale.dtype == torch.float32 and tuple(layer.scale.shape) == (-(-40 // m), -(-72 // n))
+    assert layer.codes.scale.dtype == torch.float32 and tuple(layer.codes.scale.shape) == (-(-40 // m), -(-72 // n))
     assert torch.equal(layer.bias, task.bias)  # type: ignore[arg-type]
-    again = dequantize_minifloat(layer.codes, family.element, layer.scale, size, layer.global_scale)
+    again = dequantize_minifloat(layer.codes.codes, family.element, layer.codes.scale, size, layer.codes.global_scale)
     assert torch.equal(layer.dequantize(), again)
     assert float((again - weight.float()).norm() / weight.float().norm()) < (0.14 if bits == 4 else 0.04)
 
@@ -113,7 +113,7 @@ def test_a_shared_global_scale_is_used() -> None:
     task.global_scale = torch.tensor(100.0)
     for optimized in (True, False):
         layer = quantize_layer(task, optimized, torch.float16)
-        assert layer.global_scale is not None and float(layer.global_scale) == 100.0
+        assert layer.codes.global_scale is not None and float(layer.codes.global_scale) == 100.0
         assert float((layer.dequantize() - weight).norm() / weight.norm()) < 0.12
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.quantization.rtn.quantizer import initial_scales, quantize_layer
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
 from auto_round.algorithms.quantization.sign_round.tuners import FloatTuner
@@ -32,7 +32,7 @@ def group_of(kind: tuple[str, int, Any], shapes: list[tuple[int, int]], **kw: An
     for index, (out, columns) in enumerate(shapes):
         weight = torch.randn(out, columns, generator=generator)
         tasks.append(LayerTask(f"layer{index}", torch.nn.Linear(columns, out), weight, scheme, bias=torch.randn(out)))
-    starts = [initial_scales(task, family, True) for task in tasks]
+    starts = [task.start(True, torch.float16) for task in tasks]
     return FloatTuner(tasks, family, starts, torch.float32, **kw)
 
 
@@ -40,7 +40,7 @@ def group_of(kind: tuple[str, int, Any], shapes: list[tuple[int, int]], **kw: An
 def test_tuning_may_start_from_any_codes(kind: tuple[str, int, Any]) -> None:
     """Each code one or two values away from the nearest one, and some at the ends of the range."""
     shapes = [(32, 48)] if kind[2] == 0 else [(32, 48), (16, 48)]
-    nearest = [layer.codes for layer in group_of(kind, shapes).finish()]
+    nearest = [layer.codes.codes for layer in group_of(kind, shapes).finish()]
     element = group_of(kind, shapes).spec.element
     values = element.decode(torch.arange(1 << element.bits, dtype=torch.uint8))
     order = values.nan_to_num(0).argsort(stable=True)
@@ -55,7 +55,7 @@ def test_tuning_may_start_from_any_codes(kind: tuple[str, int, Any]) -> None:
     group = group_of(kind, shapes, codes=[element.encode(one) for one in wanted])
     for _ in range(2):
         for layer, one in zip(group.finish(), wanted, strict=True):
-            assert layer.codes is not None and torch.equal(element.decode(layer.codes), one)
+            assert torch.equal(element.decode(layer.codes.codes), one)
         group.rounding_delta.add_(0.3)
         group.restart()
 
@@ -143,9 +143,8 @@ def test_what_is_tuned_is_what_is_stored(kind: tuple[str, int, Any], adam: bool)
         assert torch.equal(layer.dequantize(), learnable_group.weight(index)) and not torch.equal(
             learnable_group.weight(index), untuned[index]
         )
-        assert layer.scale is not None
-        stored = learnable_group.spec.rule.store(layer.scale)
-        assert torch.equal(stored, layer.scale)
+        stored = learnable_group.spec.rule.store(layer.codes.scale)
+        assert torch.equal(stored, layer.codes.scale)
     learnable_group.restart()
     for index, layer in enumerate(learnable_group.finish()):
         assert torch.equal(layer.dequantize(), untuned[index])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.quantization.rtn.quantizer import initial_blocks, quantize_layer
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
 from auto_round.algorithms.quantization.sign_round.tuners import GgmlTuner
@@ -35,7 +35,12 @@ def tasks_of(name: str, rows: list[int]) -> list[LayerTask]:
 
 def group_of(name: str, rows: list[int], **kw: Any) -> GgmlTuner:
     tasks = tasks_of(name, rows)
-    return GgmlTuner(tasks, [initial_blocks(task, GGML_TYPES[name], True) for task in tasks], torch.float32, **kw)
+    return GgmlTuner(
+        tasks,
+        [task.start(True, torch.float16) for task in tasks],
+        torch.float32,
+        **kw,
+    )
 
 
 class Record:
@@ -118,7 +123,6 @@ def test_what_is_tuned_is_what_is_stored(name: str, adam: bool) -> None:
         loss.backward()  # type: ignore[union-attr]
         learnable_group.step(0.2, 0.05)
     for index, layer in enumerate(learnable_group.finish()):
-        assert layer.blocks is not None and layer.codes is None
         assert torch.equal(layer.dequantize(), learnable_group.weight(index))
         assert not torch.equal(learnable_group.weight(index), untuned[index])
     learnable_group.restart()
@@ -128,10 +132,10 @@ def test_what_is_tuned_is_what_is_stored(name: str, adam: bool) -> None:
 
 def test_without_scales_only_codes_move() -> None:
     learnable_group = group_of("Q2_K", [12], tune_scale=False)
-    start = quantize_layer(learnable_group.tasks[0], True, torch.float16).blocks
+    start = quantize_layer(learnable_group.tasks[0], True, torch.float16).codes
     TunableLinear(learnable_group, 0)(torch.randn(30, COLUMNS)).square().sum().backward()
     learnable_group.step(0.4, 0.4)
-    found = learnable_group.finish()[0].blocks
+    found = learnable_group.finish()[0].codes
     assert start is not None and found is not None and start.scales is not None and found.scales is not None
     assert torch.equal(start.d, found.d) and torch.equal(start.scales, found.scales)
     assert not torch.equal(start.codes, found.codes)
@@ -142,9 +146,7 @@ def test_a_step_of_zero_stays_zero() -> None:
     tasks = tasks_of("Q4_K", [4])
     tasks[0].weight[1] = 0
     tasks[0].weight[2, :32] = 0
-    learnable_group = GgmlTuner(
-        tasks, [initial_blocks(task, GGML_TYPES["Q4_K"], True) for task in tasks], torch.float32
-    )
+    learnable_group = GgmlTuner(tasks, [task.start(True, torch.float16) for task in tasks], torch.float32)
     for _ in range(3):
         TunableLinear(learnable_group, 0)(torch.randn(30, COLUMNS)).square().sum().backward()
         learnable_group.step(0.4, 0.2)
@@ -178,7 +180,7 @@ def test_a_scheme_alone_is_enough() -> None:
     task = tasks_of("Q4_K", [6])[0]
     task.ggml = None
     layer = quantize_layer(task, True, torch.float16)
-    assert layer.blocks is not None and layer.blocks.kind.name == "Q4_K" and layer.in_features == COLUMNS
+    assert layer.codes.kind.name == "Q4_K" and layer.in_features == COLUMNS
     task.weight = task.weight[:, :200]  # does not fill a block: through the registered function
     task.importance = None
     assert quantize_layer(task, True, torch.float16).weight is not None
@@ -195,7 +197,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 def test_tuning_starts_at_the_codes_it_is_given(name: str) -> None:
     """Whatever they are; where they are the nearest ones, all offsets are zero."""
     (task,) = tasks_of(name, [9])
-    nearest = initial_blocks(task, GGML_TYPES[name], True)
+    nearest = task.start(True, torch.float16)
     assert not bool(GgmlTuner([task], [nearest], torch.float32).rounding_delta.any())
     generator = torch.Generator().manual_seed(4)
     least = 1 if name == "Q8_0" else 0  # -128 is not used
@@ -206,6 +208,5 @@ def test_tuning_starts_at_the_codes_it_is_given(name: str) -> None:
     learnable_group.rounding_delta.zero_()
     learnable_group.restart()
     (layer,) = learnable_group.finish()
-    assert layer.blocks is not None
     moved = nearest.step().repeat_interleave(nearest.kind.group, dim=1) != 0
-    assert torch.equal(layer.blocks.codes[moved], codes[moved])
+    assert torch.equal(layer.codes.codes[moved], codes[moved])

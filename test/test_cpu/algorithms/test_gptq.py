@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from ggml_codes import descend_blocks, gptq_blocks
 
 from auto_round.algorithms import gptq as column_feedback
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.descent import damped, descend_blocks
-from auto_round.algorithms.gptq import factorize_hessian, gptq_blocks, shared_hessian_factors
+from auto_round.algorithms.descent import damp
+from auto_round.algorithms.gptq import factorize_hessian, shared_hessian_factors
 from auto_round.codecs.ggml.search import search_blocks
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, ggml_scheme
 
@@ -40,7 +41,7 @@ def test_the_factors_are_those_of_the_matrix() -> None:
     """A = M' diag(c) M in the order of the columns, with c from the definition."""
     square = tokens(400, 0).t() @ tokens(400, 0)
     found = factorize_hessian(square, 0.3)
-    matrix = damped(square, 0.3).double()[found.order][:, found.order]
+    matrix = damp(square.clone(), 0.3).double()[found.order][:, found.order]
     unit = found.matrix.double().tril(-1) + torch.eye(WIDTH, dtype=torch.float64)
     inverse = torch.linalg.inv(unit)
     middle = inverse.t() @ matrix @ inverse
@@ -69,7 +70,7 @@ def test_better_than_two_passes_of_descent(name: str) -> None:
     square = x.t() @ x
     start = search_blocks(w, name, x.square().sum(0))
     found = gptq_blocks(w, start, [factorize_hessian(square, 0.3)])
-    matrix = damped(square, 0.3)
+    matrix = damp(square.clone(), 0.3)
     assert form(found, w, matrix) < form(descend_blocks(w, start, [square], 0.3, 2), w, matrix)
     for part in ("d", "scales", "dmin", "mins"):
         one, two = getattr(start, part), getattr(found, part)

@@ -9,8 +9,9 @@ import torch
 
 from auto_round.algorithms.base import BlockTask, LayerTask
 from auto_round.algorithms.gptq import DAMPING, GPTQConfig, GPTQQuantizer, gptq_layer
-from auto_round.algorithms.quantization.rtn.quantizer import initial_qparams, quantize_layer
+from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.codecs.ggml.types import GGML_TYPES, ggml_scheme
+from auto_round.codecs.quantized_layer import DenseWeight
 from auto_round.errors import ConfigError
 from auto_round.schemes import QuantizationScheme, preset_name_to_scheme
 
@@ -75,13 +76,12 @@ def test_integer_codes_are_the_papers(name: str, optimized: bool) -> None:
     scheme = INTEGERS[name]
     task = layer(scheme)
     found = gptq_layer(task, optimized, torch.float16)
-    qparams = initial_qparams(task, optimized, torch.float16)
+    qparams = task.start(optimized, torch.float16)
     size = scheme.group_size if isinstance(scheme.group_size, int) and scheme.group_size > 0 else WIDTH
     expand = lambda t: t.squeeze(-1).expand(OUT, -1).repeat_interleave(size, 1)[:, :WIDTH]  # noqa: E731
     zero = qparams.zero if isinstance(qparams.zero, torch.Tensor) else torch.full_like(qparams.scale, qparams.zero)
     expected = papers_codes(task, expand(qparams.scale), expand(zero), scheme.bits, DAMPING)
-    assert found.codes is not None
-    assert torch.equal(found.codes, expected)
+    assert torch.equal(found.codes.codes, expected)
 
 
 @pytest.mark.parametrize("name", [*INTEGERS, *FLOATS, *GGML])
@@ -95,7 +95,7 @@ def test_the_output_error_is_lower_than_of_the_nearest_codes(name: str) -> None:
     for hessian in (task.input_hessians[0], other.t() @ other):
         assert output_error(task, found.dequantize(), hessian) < 0.9 * output_error(task, nearest.dequantize(), hessian)
     for part in ("scale", "global_scale", "zero_point"):
-        one, two = getattr(found, part), getattr(nearest, part)
+        one, two = getattr(found.codes, part, None), getattr(nearest.codes, part, None)
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, part
 
 
@@ -122,12 +122,12 @@ def test_bands_need_not_end_with_a_group(scheme: QuantizationScheme) -> None:
 def test_without_hessian_or_codes_the_nearest_are_taken() -> None:
     scheme = INTEGERS["int4 128 sym"]
     task = replace(layer(scheme), input_hessians=None)
-    codes = gptq_layer(task, True, torch.float16).codes
-    expected = quantize_layer(task, True, torch.float16).codes
+    codes = gptq_layer(task, True, torch.float16).codes.codes
+    expected = quantize_layer(task, True, torch.float16).codes.codes
     assert codes is not None and expected is not None and torch.equal(codes, expected)
     by_function = layer(QuantizationScheme(4, (8, 8), True, "int"))
     found = gptq_layer(by_function, True, torch.float16)
-    assert found.weight is not None and found.codes is None
+    assert isinstance(found.codes, DenseWeight)
 
 
 def test_who_wants_a_hessian() -> None:
@@ -142,8 +142,8 @@ def test_damping_is_used_and_checked() -> None:
     task = layer(INTEGERS["int4 128 sym"])
     module = torch.nn.Sequential(task.module)
     block = BlockTask("block", module, [task], lambda hidden, _: module(hidden), torch.float32, 0)
-    found = [GPTQQuantizer(GPTQConfig(damping=d)).quantize_block(block).layers[0].codes for d in (0.3, 0.01)]
-    plain = gptq_layer(task, True, torch.float16).codes
+    found = [GPTQQuantizer(GPTQConfig(damping=d)).quantize_block(block).layers[0].codes.codes for d in (0.3, 0.01)]
+    plain = gptq_layer(task, True, torch.float16).codes.codes
     assert found[0] is not None and found[1] is not None and plain is not None
     assert torch.equal(found[0], plain) and not torch.equal(found[0], found[1])
     for bad in (0, -1.0, 11, "much", True):

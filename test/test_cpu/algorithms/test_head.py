@@ -9,8 +9,7 @@ import torch
 
 from auto_round.algorithms import descent as column_descent
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.descent import descend
-from auto_round.algorithms.head import descend_integer_layer
+from auto_round.algorithms.descent import descend, descend_layer
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.schemes import QuantizationScheme
 
@@ -83,19 +82,18 @@ def test_the_error_falls_on_tokens_it_has_not_seen(bits: int, size: int, sym: bo
     one = task(QuantizationScheme(bits, size, sym))
     seen, unseen = tokens(400, 1), tokens(100, 2)
     one.importance = (seen.t() @ seen).diagonal()
-    layer = descend_integer_layer(one, seen.t() @ seen, torch.float16)
+    layer = descend_layer(one, seen.t() @ seen, torch.float16)
     nearest = quantize_layer(one, True, torch.float16)
     square = unseen.t() @ unseen
     assert error(one.weight, layer.dequantize(), square) < 0.9 * error(one.weight, nearest.dequantize(), square)
-    assert layer.scale is not None and nearest.scale is not None and torch.equal(layer.scale, nearest.scale)
+    assert torch.equal(layer.codes.scale, nearest.codes.scale)
     assert layer.bias is not None and torch.equal(layer.bias, one.bias)
 
 
 def test_rows_in_pieces_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = tokens(400, 1)
-    whole = descend_integer_layer(task(QuantizationScheme(3, 8, False)), seen.t() @ seen, torch.float16)
+    whole = descend_layer(task(QuantizationScheme(3, 8, False)), seen.t() @ seen, torch.float16)
     monkeypatch.setitem(column_descent._CHUNK, "cpu", 7 * COLUMNS)
-    pieces = descend_integer_layer(task(QuantizationScheme(3, 8, False)), seen.t() @ seen, torch.float16)
-    assert whole.codes is not None and pieces.codes is not None
+    pieces = descend_layer(task(QuantizationScheme(3, 8, False)), seen.t() @ seen, torch.float16)
     # Products of other shapes may differ in the last bit, and a value half-way between two codes goes the other way.
-    assert float((whole.codes != pieces.codes).float().mean()) < 0.01
+    assert float((whole.codes.codes != pieces.codes.codes).float().mean()) < 0.01

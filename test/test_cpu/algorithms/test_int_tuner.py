@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.quantization.rtn.quantizer import initial_qparams
 from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
 from auto_round.algorithms.quantization.sign_round.tuners import IntTuner
@@ -30,7 +29,7 @@ def test_tuning_may_start_from_any_codes(columns: int, size: int, sym: bool) -> 
     wanted = torch.randint(0, 8, (6, columns), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     group, _ = layer_of(weight, None, scheme, codes=[wanted])
     for _ in range(2):
-        assert torch.equal(group.finish()[0].codes, wanted)
+        assert torch.equal(group.finish()[0].codes.codes, wanted)
         group.rounding_delta.add_(0.3)
         group.restart()
 
@@ -48,7 +47,7 @@ class RoundSTE(torch.autograd.Function):
 def layer_of(weight: torch.Tensor, bias: torch.Tensor | None, scheme: QuantizationScheme, **kw: Any) -> Any:
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     task = LayerTask("layer", module, weight, scheme, bias=bias)
-    grid = initial_qparams(task, False, torch.float32)
+    grid = task.start(False, torch.float32)
     group = IntTuner([task], [grid], torch.float32, torch.float32, **kw)
     return group, TunableLinear(group, 0)
 
@@ -128,7 +127,7 @@ def test_layers_in_one_group_move_as_each_alone(kw: Any) -> None:
     scheme = QuantizationScheme(4, 8, False)
     weights = [torch.randn(rows, 13) for rows in (6, 2, 5)]
     tasks = [LayerTask(str(i), torch.nn.Linear(13, w.shape[0]), w, scheme) for i, w in enumerate(weights)]
-    grids = [initial_qparams(task, True, torch.float16) for task in tasks]
+    grids = [task.start(True, torch.float16) for task in tasks]
     kw = {"compute_dtype": torch.float32, "scale_dtype": torch.float16, **kw}
     together = IntTuner(tasks, grids, **kw)
     alone = [IntTuner([task], [grid], **kw) for task, grid in zip(tasks, grids, strict=True)]
@@ -143,8 +142,7 @@ def test_layers_in_one_group_move_as_each_alone(kw: Any) -> None:
     share = 0.02 if kw.get("adam") else 0.0
     for index, (one, other) in enumerate(zip(together.finish(), [b.finish()[0] for b in alone], strict=True)):
         assert one.name == other.name == str(index)
-        assert one.codes is not None and other.codes is not None
-        assert float((one.codes != other.codes).float().mean()) <= share
+        assert float((one.codes.codes != other.codes.codes).float().mean()) <= share
         assert torch.allclose(together.weight(index), alone[index].weight(0), atol=1.0 if share else 0.0)
     assert torch.equal(together.weight(2), IntTuner([tasks[2]], [grids[2]], **kw).weight(0))  # it did not move
 
@@ -174,7 +172,12 @@ def test_what_is_tuned_is_what_is_written() -> None:
     for sym, size, columns in ((True, 8, 16), (False, 8, 13), (True, 0, 12), (False, -1, 16)):
         module = torch.nn.Linear(columns, 6)
         task = LayerTask("layer", module, module.weight.detach(), QuantizationScheme(4, size, sym))
-        group = IntTuner([task], [initial_qparams(task, True, torch.float16)], torch.float32, torch.float16)
+        group = IntTuner(
+            [task],
+            [task.start(True, torch.float16)],
+            torch.float32,
+            torch.float16,
+        )
         layer = TunableLinear(group, 0)
         for _ in range(5):
             (layer(torch.randn(9, columns)) - torch.randn(9, 6)).square().mean().backward()

@@ -13,6 +13,7 @@ from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
+from auto_round.codecs.quantized_layer import DenseWeight
 from auto_round.codecs.registry import reshape_pad_tensor_by_group_size, revert_tensor_by_pad, round_ste
 from auto_round.data_type import QUANT_FUNC_WITH_DTYPE, register_dtype
 from auto_round.errors import NumericsError
@@ -108,8 +109,12 @@ def test_steps_that_ruin_it_leave_the_start(sym: bool) -> None:
     start = RTNQuantizer(RTNConfig()).quantize_block(task)
     assert result.loss_after == result.loss_before
     for tuned, plain in zip(result.layers, start.layers, strict=True):
-        assert tuned.codes is not None and plain.codes is not None and torch.equal(tuned.codes, plain.codes)
-        assert torch.equal(tuned.scale, plain.scale)  # type: ignore[arg-type]
+        assert (
+            tuned.codes.codes is not None
+            and plain.codes.codes is not None
+            and torch.equal(tuned.codes.codes, plain.codes.codes)
+        )
+        assert torch.equal(tuned.codes.scale, plain.codes.scale)
 
 
 def test_without_the_best_state_the_last_one_is_kept() -> None:
@@ -121,8 +126,8 @@ def test_scales_stay_when_they_are_not_tuned() -> None:
     task = make_task(W3)
     start = RTNQuantizer(RTNConfig()).quantize_block(task)
     for tuned, plain in zip(tune(task, enable_minmax_tuning=False).layers, start.layers, strict=True):
-        assert torch.equal(tuned.scale, plain.scale)  # type: ignore[arg-type]
-        assert not torch.equal(tuned.codes, plain.codes)  # type: ignore[arg-type]
+        assert torch.equal(tuned.codes.scale, plain.codes.scale)
+        assert not torch.equal(tuned.codes.codes, plain.codes.codes)
 
 
 def test_masked_positions_change_nothing() -> None:
@@ -135,8 +140,8 @@ def test_masked_positions_change_nothing() -> None:
     without = make_task(W3)
     results = [tune(task) for task in (one, other, without)]
     for first, second, third in zip(*(r.layers for r in results), strict=True):
-        assert torch.equal(first.codes, second.codes) and torch.equal(first.scale, second.scale)  # type: ignore[arg-type]
-        assert not torch.equal(first.codes, third.codes)  # type: ignore[arg-type]
+        assert torch.equal(first.codes.codes, second.codes.codes) and torch.equal(first.codes.scale, second.codes.scale)
+        assert not torch.equal(first.codes.codes, third.codes.codes)
     assert results[0].loss_after == results[1].loss_after
 
 
@@ -144,7 +149,7 @@ def test_passes_of_a_step_equal_one_batch() -> None:
     one = tune(make_task(W3), iters=6, batch_size=8)
     split = tune(make_task(W3), iters=6, batch_size=2, gradient_accumulate_steps=4)
     for first, second in zip(one.layers, split.layers, strict=True):
-        assert (first.codes != second.codes).float().mean() < 0.01  # type: ignore[union-attr]
+        assert (first.codes.codes != second.codes.codes).float().mean() < 0.01
     assert one.loss_after == pytest.approx(split.loss_after, rel=0.05)
 
 
@@ -156,7 +161,7 @@ def test_twice_gives_the_same_and_the_global_random_state_is_left_alone() -> Non
     torch.manual_seed(2)
     second = tune(make_task(W3))
     for one, two in zip(first.layers, second.layers, strict=True):
-        assert torch.equal(one.codes, two.codes) and torch.equal(one.scale, two.scale)  # type: ignore[arg-type]
+        assert torch.equal(one.codes.codes, two.codes.codes) and torch.equal(one.codes.scale, two.codes.scale)
 
 
 def test_the_block_is_put_back() -> None:
@@ -204,7 +209,7 @@ def test_any_registered_data_type_is_tuned(ternary: str, size: int) -> None:
     assert result.loss_after is not None and result.loss_before is not None
     assert result.loss_after < result.loss_before
     assert output_error(task, result) < output_error(task, rounded)
-    assert all(layer.codes is None and layer.weight is not None for layer in result.layers)
+    assert all(isinstance(layer.codes, DenseWeight) for layer in result.layers)
 
 
 def test_a_data_type_that_gives_nan_is_named() -> None:

@@ -43,7 +43,8 @@ def test_the_function_gives_its_codes_dequantized(
     weight[::3, ::2] = 0
     family = block_float_spec(name, bits)
     assert family is not None
-    codes, scale, given_scale = encode(weight, family, size)
+    found = encode(weight, family, size)
+    codes, scale, given_scale = found.codes, found.scale, found.global_scale
     assert codes.dtype == torch.uint8 and codes.shape == weight.shape and scale.dtype == torch.float32
     values = dequantize_minifloat(codes, family.element, scale, size, given_scale)
     qdq, reported, _ = get_quant_func(name, bits)(weight, bits=bits, group_size=size)

@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.encode_layer import is_integer, minifloat_spec
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.codecs.ggml.pack import pack_blocks, unpack_blocks
-from auto_round.codecs.ggml.types import GGML_TYPES, ggml_type_of
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, ggml_type_of
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.registry import ACTIVATION_PREFIX, QUANT_FUNC_WITH_DTYPE
 from auto_round.data_type import get_quant_func
 from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.run.block_layers import clamped_scales
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
 COLUMNS = 256
@@ -56,17 +55,16 @@ def task_of(weight: torch.Tensor, scheme: QuantizationScheme, importance: torch.
 def check(weight: torch.Tensor, scheme: QuantizationScheme, importance: torch.Tensor | None = None) -> None:
     for optimized in (False, True):
         for dtype in (torch.float16, torch.float32):
-            if dtype != torch.float16 and not is_integer(scheme):
+            if dtype != torch.float16 and codec_of(scheme).family != "int":
                 continue
             task = task_of(weight, scheme, importance)
             layer = quantize_layer(task, optimized, dtype)
-            assert layer.scale is None or bool(torch.isfinite(layer.scale.float()).all())
-            if layer.blocks is not None:
-                assert bool(torch.isfinite(layer.blocks.d).all())
-                read = unpack_blocks(pack_blocks(layer.blocks), layer.blocks.kind, weight.shape[1])
-                assert torch.equal(read.dequantize(), layer.blocks.dequantize())
+            assert layer.codes.is_finite()
+            if isinstance(layer.codes, GgmlBlocks):
+                read = unpack_blocks(pack_blocks(layer.codes), layer.codes.kind, weight.shape[1])
+                assert torch.equal(read.dequantize(), layer.codes.dequantize())
             assert bool(torch.isfinite(layer.dequantize()).all())
-            assert clamped_scales(task, layer) >= 0
+            assert layer.codes.clamped_scales(weight) >= 0
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -105,7 +103,7 @@ def test_nothing_that_is_registered_is_left_out() -> None:
             assert not isinstance(scale, torch.Tensor) or bool(torch.isfinite(scale.float()).all()), key
     kinds = {ggml_type_of(scheme).name for scheme in SCHEMES.values() if ggml_type_of(scheme) is not None}  # type: ignore[union-attr]
     assert kinds <= set(GGML_TYPES)
-    assert any(minifloat_spec(scheme) is not None for scheme in SCHEMES.values())
+    assert any(codec_of(scheme).element is not None for scheme in SCHEMES.values())
 
 
 @pytest.mark.parametrize("kind", list(GGML_TYPES))
@@ -114,5 +112,4 @@ def test_every_ggml_type(kind: str) -> None:
         task = LayerTask("layer", torch.nn.Identity(), weight, QuantizationScheme(4, 32, True, "int"), ggml=kind)
         for optimized in (False, True):
             layer = quantize_layer(task, optimized, torch.float16)
-            assert layer.blocks is not None
-            assert bool(torch.isfinite(layer.blocks.d).all()) and bool(torch.isfinite(layer.dequantize()).all())
+            assert layer.codes.is_finite() and bool(torch.isfinite(layer.dequantize()).all())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.formats.base import (
     ExportPlan,
@@ -113,7 +113,7 @@ def some_layer(scheme: Scheme, bias: bool = True, transposed: bool = False) -> Q
     rows = 1 if scheme.group_size == 0 else 64
     codes = torch.randint(0, 1 << scheme.bits, (64, 96), dtype=torch.uint8)
     return QuantizedLayer(
-        "a.b", scheme, codes, torch.randn(rows, groups).half(), zero,
+        "a.b", scheme, IntCodes(codes, torch.randn(rows, groups).half(), zero, scheme.group_size),
         bias=torch.randn(64).bfloat16() if bias else None, transposed=transposed,
     )  # fmt: skip
 
@@ -138,9 +138,8 @@ def test_planned_tensors_are_the_packed_ones(name: str, bits: int, sym: bool, gr
 
 def test_one_scale_for_the_tensor_is_repeated() -> None:
     fmt, layer = get_format("auto_round"), some_layer(Scheme(group_size=0))
-    assert layer.scale is not None
     scales = fmt.pack(layer)["a.b.scales"]
-    assert scales.shape == (1, 64) and (scales == layer.scale.item()).all()
+    assert scales.shape == (1, 64) and (scales == layer.codes.scale.item()).all()
     config = fmt.config(ExportPlan(layer.scheme, {"l.0.x": layer.scheme}, ("l.0",)))
     assert config is not None and config["group_size"] == -1
 

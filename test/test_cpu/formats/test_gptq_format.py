@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
+from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer, group_count
 from auto_round.formats.base import ExportPlan, get_format
 from auto_round.formats.config_auto_round import flip_zero_zero_points
 from auto_round.formats.config_gptq import dynamic_rules
@@ -40,7 +40,9 @@ def layer(bits: int, sym: bool, group_size: int, out: int, width: int, seed: int
     if not sym:
         zero = torch.randint(0, 1 << bits, (out, groups), generator=gen, dtype=torch.uint8)
     scale = torch.randn(out, groups, generator=gen).half()
-    return QuantizedLayer("a.b", Scheme(bits=bits, sym=sym, group_size=group_size), codes, scale, zero)
+    return QuantizedLayer(
+        "a.b", Scheme(bits=bits, sym=sym, group_size=group_size), IntCodes(codes, scale, zero, group_size)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,8 +75,8 @@ def test_the_file_holds_the_layers_weights(
 def test_symmetric_layers_and_layers_without_a_zero_zero_point_stay_as_they_are() -> None:
     for sym in (True, False):
         one = layer(4, sym, 32, 32, 64)
-        if isinstance(one.zero_point, torch.Tensor):
-            one.zero_point.clamp_(min=1)
+        if isinstance(one.codes.zero_point, torch.Tensor):
+            one.codes.zero_point.clamp_(min=1)
         assert flip_zero_zero_points(one) is one
 
 

@@ -56,9 +56,8 @@ def test_written_and_read_back(
     assert {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} == specs
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     read = fmt.unpack_layer("m.l", scheme, tensors, layer.in_features, out)
-    assert layer.codes is not None and layer.scale is not None and read.codes is not None and read.scale is not None
-    assert torch.equal(read.codes, layer.codes) and torch.equal(read.scale, layer.scale)
-    zeros = [torch.as_tensor(one.zero_point).expand(layer.scale.shape) for one in (read, layer)]
+    assert torch.equal(read.codes.codes, layer.codes.codes) and torch.equal(read.codes.scale, layer.codes.scale)
+    zeros = [torch.as_tensor(one.codes.zero_point).expand(layer.codes.scale.shape) for one in (read, layer)]
     assert torch.equal(*zeros)
     assert (read.act_scale, read.act_zero_point) == (layer.act_scale, layer.act_zero_point)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.formats.base import ExportPlan, ModelRules, get_format, require_scheme
 from auto_round.formats.config_mlx import MLX_FAMILIES, mlx_rules, with_legacy_rope
@@ -61,7 +61,8 @@ def test_shapes() -> None:
 
 def test_a_bias_that_is_no_whole_zero_point_is_found() -> None:
     fmt, scheme = get_format("mlx"), Scheme(group_size=32)
-    layer = QuantizedLayer("a", scheme, torch.zeros(8, 32, dtype=torch.uint8), torch.full((8, 1), 0.1).half(), 8)
+    codes = IntCodes(torch.zeros(8, 32, dtype=torch.uint8), torch.full((8, 1), 0.1).half(), 8, scheme.group_size)
+    layer = QuantizedLayer("a", scheme, codes)
     tensors = fmt.pack(layer)
     tensors["a.biases"][3] *= 1.05
     with pytest.raises(ModelError, match="layer a: its biases"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.formats.base import ExportPlan, get_format
 from auto_round.modeling.blocks import find_blocks, is_conv1d, linear_names, set_weight_2d, weight_2d
 from auto_round.output.writer import ShardWriter, write_json
@@ -47,7 +47,7 @@ def round_weights(name: str, weight: torch.Tensor, scheme: QuantizationScheme, *
         offset = zero.float()
     codes = torch.round(padded / scale.float().unsqueeze(-1)) + offset.unsqueeze(-1)
     codes = codes.clamp(0, top).to(torch.uint8).view(out, groups * size)[:, :width].contiguous()
-    return QuantizedLayer(name, scheme, codes, scale, zero, **kw)
+    return QuantizedLayer(name, scheme, IntCodes(codes, scale, zero, scheme.group_size), **kw)
 
 
 @dataclass

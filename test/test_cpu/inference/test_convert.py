@@ -37,11 +37,11 @@ def check(written: Any, **kwargs: Any) -> Any:
     for name, layer in written.layers.items():
         module = model.get_submodule(name)
         codes, scale, zero = module.unpack()
-        assert torch.equal(codes, layer.codes), name
+        assert torch.equal(codes, layer.codes.codes), name
         assert torch.equal(module.dequantize(), layer.dequantize()), name
-        point = layer.zero_point
+        point = layer.codes.zero_point
         assert torch.equal(zero, point if isinstance(point, torch.Tensor) else torch.full_like(zero, point)), name
-        assert torch.equal(scale, layer.scale), name
+        assert torch.equal(scale, layer.codes.scale), name
     assert sum(isinstance(m, QuantLinear) for m in model.modules()) == len(written.layers)
     assert error_of(model, written.fake) < 1e-5
     return model
@@ -64,7 +64,7 @@ def test_fault_1_asymmetric_zero_points_are_what_the_packing_says(
     written = write_checkpoint(llama(), Scheme(bits=bits, sym=False, group_size=32))
     name = "model.layers.0.mlp.up_proj"
     qzeros = load_file(written.folder / "model.safetensors")[f"{name}.qzeros"]
-    mask, first = (1 << bits) - 1, int(written.layers[name].zero_point[0, 0])
+    mask, first = (1 << bits) - 1, int(written.layers[name].codes.zero_point[0, 0])
     assert written.config["packing_format"] == ("auto_round:auto_awq" if bits == 4 else "auto_round")
     assert int(qzeros[0, 0]) & mask == first  # column 0 is the lowest bits in both layouts: stored as it is
     check(written)
@@ -86,7 +86,7 @@ def test_a_zero_point_of_0_wraps_in_gptq_packing(
     with torch.no_grad():  # no negative weight: the zero point is 0, stored as 2**bits - 1
         model.model.layers[0].mlp.up_proj.weight.abs_()
     written = write_checkpoint(model, Scheme(bits=bits, sym=False, group_size=32), None, "auto_round:auto_gptq")
-    assert (written.layers["model.layers.0.mlp.up_proj"].zero_point == 0).all()
+    assert (written.layers["model.layers.0.mlp.up_proj"].codes.zero_point == 0).all()
     check(written)
 
 
@@ -104,9 +104,9 @@ def test_scales_are_not_rounded_by_the_load_dtype(
             model.to(move)
         for name, layer in written.layers.items():
             module = model.get_submodule(name)
-            assert module.scales.dtype == torch.float16 and torch.equal(module.scales.T, layer.scale)
+            assert module.scales.dtype == torch.float16 and torch.equal(module.scales.T, layer.codes.scale)
             assert torch.equal(module.dequantize(dtype), layer.dequantize().to(dtype))
-            loses += int((layer.scale.bfloat16().half() != layer.scale).sum())
+            loses += int((layer.codes.scale.bfloat16().half() != layer.codes.scale).sum())
     assert loses  # rounding the scales would have shown
     with torch.no_grad():
         assert model(IDS).logits.dtype == torch.bfloat16

@@ -147,7 +147,7 @@ def test_a_loaded_model_saves_what_it_was_loaded_from(
     with torch.no_grad():
         first, want = model(IDS).logits, written.fake(IDS).logits
     assert float((first - want).norm() / want.norm()) < 1e-5
-    wide = sum(layer.codes.shape[1] == 64 and layer.scheme.bits != 3 for layer in written.layers.values())
+    wide = sum(layer.codes.codes.shape[1] == 64 and layer.scheme.bits != 3 for layer in written.layers.values())
     assert kernels(model) == (wide if name == "double" else 0)
 
     model.save_pretrained(tmp_path / "again")

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import NumericsError, UnsupportedError
 from auto_round.formats.base import get_format
 from auto_round.layouts.mlx import (
@@ -76,15 +76,16 @@ def test_a_layer_comes_back_and_mlx_computes_what_was_tuned(
     else:
         zero = random_codes(seed + 1, bits, rows, groups)
     codes = random_codes(seed, bits, rows, width)
-    layer = QuantizedLayer("a.b", scheme, codes, scale, zero, bias=torch.randn(rows) if bias else None)
+    layer = QuantizedLayer(
+        "a.b", scheme, IntCodes(codes, scale, zero, scheme.group_size), bias=torch.randn(rows) if bias else None
+    )
     tensors = fmt.pack(layer)
     specs = fmt.tensor_specs("a.b", scheme, width, rows, bias_dtype=torch.float32 if bias else None)
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == specs
     back = fmt.unpack_layer("a.b", scheme, tensors, width, rows)
-    assert back.codes is not None and back.scale is not None
-    assert torch.equal(back.codes, codes) and torch.equal(back.scale, scale)
+    assert torch.equal(back.codes.codes, codes) and torch.equal(back.codes.scale, scale)
     assert torch.equal(
-        torch.as_tensor(back.zero_point).expand(rows, groups), torch.as_tensor(zero).expand(rows, groups)
+        torch.as_tensor(back.codes.zero_point).expand(rows, groups), torch.as_tensor(zero).expand(rows, groups)
     )
     # The formula of MLX, in float32.
     values = codes.view(rows, groups, group_size).float() * tensors["a.b.scales"].float().unsqueeze(-1)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import UnsupportedError
 from auto_round.layouts.awq import AWQ, pack_awq, unpack_awq
 from auto_round.layouts.bit_stream import pack_words, unpack_words
@@ -132,7 +132,7 @@ def test_one_zero_point_for_all_groups(bits: int) -> None:
     middle = 1 << (bits - 1)
     scheme, scale = QuantizationScheme(bits=bits, group_size=32), torch.ones(32, 2).half()
     one, many = middle, torch.full((32, 2), middle, dtype=torch.uint8)
-    a, b = (GPTQ_V1.pack(QuantizedLayer("a", scheme, codes, scale, zero)) for zero in (one, many))
+    a, b = (GPTQ_V1.pack(QuantizedLayer("a", scheme, IntCodes(codes, scale, zero, 32))) for zero in (one, many))
     assert all(torch.equal(a[key], b[key]) for key in ("qweight", "qzeros", "scales"))
 
 
@@ -192,7 +192,8 @@ def test_a_layer_comes_back_from_its_tensors(layout: GptqLayout, bits: int) -> N
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
     scheme = QuantizationScheme(bits, 32, False)
-    layer = QuantizedLayer("l", scheme, draw(96, 64), torch.rand(96, 2, generator=generator).half(), draw(96, 2))
+    scale = torch.rand(96, 2, generator=generator).half()
+    layer = QuantizedLayer("l", scheme, IntCodes(draw(96, 64), scale, draw(96, 2), 32))
     back = layout.unpack("l", scheme, layout.pack(layer), 64, 96)
-    assert torch.equal(back.codes, layer.codes) and torch.equal(back.scale, layer.scale)
-    assert torch.equal(back.zero_point, layer.zero_point)
+    assert torch.equal(back.codes.codes, layer.codes.codes) and torch.equal(back.codes.scale, layer.codes.scale)
+    assert torch.equal(back.codes.zero_point, layer.codes.zero_point)

@@ -11,6 +11,7 @@ import torch
 
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.block_float import block_float_spec, encode
+from auto_round.codecs.quantized_layer import FloatCodes
 from auto_round.errors import UnsupportedError
 from auto_round.modeling.files.safetensors import TensorFiles
 
@@ -46,7 +47,7 @@ def test_saved_weights_are_the_codes(
     ar = run(family, scheme, **HOW[how])
     model, layers, finished = ar._run().to_memory()
     assert bool(torch.isfinite(logits(model)).all())
-    assert layers and all(layer.codes is not None and layer.element is not None for layer in layers.values())
+    assert layers and all(isinstance(layer.codes, FloatCodes) for layer in layers.values())
     run(family, scheme, **HOW[how]).quantize_and_save(tmp_path / "out", format="fake")  # opens it and compares weights
     files = TensorFiles.open(tmp_path / "out")
     for name, layer in layers.items():
@@ -66,8 +67,10 @@ def test_plain_rounding_is_the_data_types_own(
     for name, layer in layers.items():
         family = block_float_spec(layer.scheme.data_type, layer.scheme.bits)
         assert family is not None
-        wanted = encode(weights[f"{name}.weight"], family, layer.scheme.group_size, global_scale=layer.global_scale)
-        assert torch.equal(layer.codes, wanted.codes) and torch.equal(layer.scale, wanted.scale)
+        wanted = encode(
+            weights[f"{name}.weight"], family, layer.scheme.group_size, global_scale=layer.codes.global_scale
+        )
+        assert torch.equal(layer.codes.codes, wanted.codes) and torch.equal(layer.codes.scale, wanted.scale)
 
 
 def test_tuning_lowers_the_error_on_samples_that_only_judge(layers_of: Callable[..., Any]) -> None:
@@ -82,7 +85,7 @@ def test_scales_move_on_request_only(layers_of: Callable[..., Any]) -> None:
     scales = {}
     for key, options in (("start", {"iters": 0}), ("default", {"iters": 8}), ("moved", {"iters": 8, "minmax_lr": 0.1})):
         _, layers, _ = layers_of("llama", "FP8_STATIC", not_use_best_mse=key != "start", **options)
-        scales[key] = {name: layer.scale for name, layer in layers.items()}
+        scales[key] = {name: layer.codes.scale for name, layer in layers.items()}
     name = "model.layers.0.mlp.up_proj"
     assert torch.equal(scales["start"][name], scales["default"][name])
     assert not torch.equal(scales["start"][name], scales["moved"][name])
@@ -159,7 +162,7 @@ def test_joined_layers_share_global_scales(
         for group in (qkv, gate_up):
             assert shares(layers, "global_scale", group) and shares(layers, "act_global_scale", group)
             largest = max(float(weights[f"model.layers.1.{n}.weight"].abs().max()) for n in group)
-            found = layers[f"model.layers.1.{group[0]}"].global_scale
+            found = layers[f"model.layers.1.{group[0]}"].codes.global_scale
             assert torch.equal(found, torch.tensor(2688.0) / torch.tensor(largest))
         assert not shares(layers, "global_scale", ["self_attn.q_proj", "self_attn.o_proj"])
     monkeypatch.setenv("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "0")
@@ -204,7 +207,7 @@ def test_a_head_in_small_floats(layers_of: Callable[..., Any], logits: Callable[
     for scheme in ("MXFP8", "NVFP4", "FP8_STATIC"):
         for options in (PLAIN, {"iters": 2}):
             model, layers, _ = layers_of("llama-tied", scheme, quant_lm_head=True, **options)
-            assert layers["lm_head"].element is not None and bool(torch.isfinite(logits(model)).all())
+            assert layers["lm_head"].codes.element is not None and bool(torch.isfinite(logits(model)).all())
 
 
 @pytest.mark.parametrize(

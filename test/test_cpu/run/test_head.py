@@ -40,10 +40,10 @@ def test_divergence_is_that_of_the_predictions() -> None:
 def test_what_brings_predictions_no_closer_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     task, inputs = made()
     worse = quantize_layer(task, False, torch.float16)
-    monkeypatch.setattr(head, "descend_integer_layer", lambda *_: worse)
+    monkeypatch.setattr(head, "descend_layer", lambda *_: worse)
     layer, before, after = quantize_head(task, inputs, torch.float16, True)
     assert before == after
-    assert layer.scale is not None and worse.scale is not None and not torch.equal(layer.scale, worse.scale)
+    assert not torch.equal(layer.codes.scale, worse.codes.scale)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "opt"])
@@ -74,8 +74,8 @@ def test_a_head_in_a_ggml_type(name: str) -> None:
     z = torch.randn(600, 24) @ torch.randn(24, 256) / 5 + 0.2 * torch.randn(600, 256)
     inputs = HeadInputs(z[:500].t() @ z[:500], z[500:], z[500:] + 0.01 * torch.randn(100, 256))
     layer, before, after = quantize_head(task, inputs, torch.float16, True)
-    assert layer.blocks is not None and layer.blocks.kind.name == name
+    assert layer.codes.kind.name == name
     assert head_divergence(task, layer, inputs) == after < before
-    searched = quantize_layer(task, True, torch.float16).blocks
-    assert searched is not None and torch.equal(searched.d, layer.blocks.d)  # descent moves codes alone
+    searched = quantize_layer(task, True, torch.float16).codes
+    assert torch.equal(searched.d, layer.codes.d)  # descent moves codes alone
     assert bool(torch.isfinite(layer.dequantize()).all())

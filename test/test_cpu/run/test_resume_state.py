@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.ggml.plain import plain_blocks
-from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.quantized_layer import DenseWeight, FloatCodes, IntCodes, QuantizedLayer
 from auto_round.errors import OutputError
 from auto_round.modeling.source import open_source
 from auto_round.report.run_report import BlockRecord
@@ -39,26 +39,26 @@ def scales(*shape: int) -> torch.Tensor:
 
 INT = QuantizationScheme(bits=4, group_size=32)
 LAYERS = {
-    "int4": QuantizedLayer("a", INT, codes(4, 8, 64), scales(8, 2).half(), 8),
+    "int4": QuantizedLayer("a", INT, IntCodes(codes(4, 8, 64), scales(8, 2).half(), 8, 32)),
     "int3-asym": QuantizedLayer(
-        "a", QuantizationScheme(bits=3, group_size=32, sym=False), codes(3, 8, 64), scales(8, 2).half(),
-        codes(3, 8, 2), bias=scales(8).bfloat16(), transposed=True,
+        "a", QuantizationScheme(bits=3, group_size=32, sym=False),
+        IntCodes(codes(3, 8, 64), scales(8, 2).half(), codes(3, 8, 2), 32), bias=scales(8).bfloat16(), transposed=True,
     ),
     "int8-static": QuantizedLayer(
-        "a", QuantizationScheme(bits=8, group_size=-1, act_bits=8, act_dynamic=False, act_sym=False), codes(8, 8, 64),
-        scales(8, 1), 128, act_scale=torch.tensor(0.25), act_zero_point=-3,
+        "a", QuantizationScheme(bits=8, group_size=-1, act_bits=8, act_dynamic=False, act_sym=False),
+        IntCodes(codes(8, 8, 64), scales(8, 1), 128, -1), act_scale=torch.tensor(0.25), act_zero_point=-3,
     ),
     "blocks": QuantizedLayer(
-        "a", QuantizationScheme(bits=8, group_size=(4, 32), data_type="fp8"), codes(6, 8, 64), scales(2, 2), None,
-        element="e4m3",
+        "a", QuantizationScheme(bits=8, group_size=(4, 32), data_type="fp8"),
+        FloatCodes(codes(6, 8, 64), scales(2, 2), "e4m3", (4, 32)),
     ),
     "nvfp4": QuantizedLayer(
-        "a", parse_scheme("NVFP4"), codes(4, 8, 64), scales(8, 4), None, element="e2m1",
-        global_scale=torch.tensor(7.5), act_global_scale=torch.tensor(3.0),
+        "a", parse_scheme("NVFP4"), FloatCodes(codes(4, 8, 64), scales(8, 4), "e2m1", 16, torch.tensor(7.5)),
+        act_global_scale=torch.tensor(3.0),
     ),
-    "dense": QuantizedLayer("a", INT, None, None, None, weight=scales(8, 64)),
-    "q4_k": QuantizedLayer("a", INT, None, None, None, blocks=plain_blocks(scales(4, 256), "Q4_K")),
-    "q6_k": QuantizedLayer("a", INT, None, None, None, blocks=plain_blocks(scales(4, 256), "Q6_K")),
+    "dense": QuantizedLayer("a", INT, DenseWeight(scales(8, 64))),
+    "q4_k": QuantizedLayer("a", INT, plain_blocks(scales(4, 256), "Q4_K")),
+    "q6_k": QuantizedLayer("a", INT, plain_blocks(scales(4, 256), "Q6_K")),
 }  # fmt: skip
 
 

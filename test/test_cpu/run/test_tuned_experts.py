@@ -181,8 +181,8 @@ def test_each_expert_is_what_tuning_its_own_mlp_gives(folder: str, alone: Make) 
             torch.float32, 42 + 1_000_003 * (number + 1), x, targets, None if bool(present.all()) else present,
         )  # fmt: skip
         for layer in SignRoundQuantizer(config, optimized_start=False).quantize_block(task).layers:
-            assert torch.equal(layer.codes, layers[layer.name].codes), layer.name
-            assert torch.equal(layer.scale, layers[layer.name].scale), layer.name
+            assert torch.equal(layer.codes.codes, layers[layer.name].codes.codes), layer.name
+            assert torch.equal(layer.codes.scale, layers[layer.name].codes.scale), layer.name
     assert tuned > EXPERTS // 2
 
 
@@ -214,7 +214,7 @@ def test_a_full_device_means_smaller_passes_and_the_same_codes(
     tight.quantize()
     assert len(tried) == 2 and tried[1] < tried[0]
     one, other = plain._result[1], tight._result[1]
-    assert all(torch.equal(one[name].codes, other[name].codes) for name in one)
+    assert all(torch.equal(one[name].codes.codes, other[name].codes.codes) for name in one)
 
 
 def test_few_tokens_leave_an_expert_at_its_start(folder: str, make: Make, alone: Make) -> None:
@@ -226,8 +226,8 @@ def test_few_tokens_leave_an_expert_at_its_start(folder: str, make: Make, alone:
     one, other = tuned._result[1], rounded._result[1]
     experts = [name for name in one if expert_of(name)]
     assert len(experts) == 2 * EXPERTS * 3
-    assert all(torch.equal(one[name].codes, other[name].codes) for name in experts)
-    assert any(not torch.equal(one[name].codes, other[name].codes) for name in one)
+    assert all(torch.equal(one[name].codes.codes, other[name].codes.codes) for name in experts)
+    assert any(not torch.equal(one[name].codes.codes, other[name].codes.codes) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.encode_layer import encode_by_function
 from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, State, copy_state, make_rule
+from auto_round.codecs.kinds import FunctionCodec
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.codecs.registry import reshape_pad_tensor_by_group_size
-from auto_round.data_type import get_quant_func
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -70,7 +69,8 @@ class AutogradTunableLinear(torch.nn.Module):
         super().__init__()
         self.task, self.scale_dtype, self.compute_dtype = task, scale_dtype, compute_dtype
         self.scheme = scheme = task.scheme
-        self.function = get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+        self.codec = FunctionCodec(scheme)
+        self.function = self.codec.function
         self.weight_value = task.weight.float()
         self.bias = None if task.bias is None else task.bias.to(compute_dtype)
         with torch.no_grad():
@@ -156,5 +156,7 @@ class AutogradTunableLinear(torch.nn.Module):
         self.is_current = False
 
     def finish(self) -> list[QuantizedLayer]:
+        task, learned = self.task, self._learned_parameters()
         with torch.no_grad():
-            return [encode_by_function(self.task, self.scale_dtype, **self._learned_parameters())]
+            codes = self.codec.encode(task.weight, task.start_options(True, self.scale_dtype), None, **learned)
+        return [task.quantized(codes)]

@@ -9,20 +9,12 @@ from typing import Any, TypeVar
 import torch
 
 from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask, empty_device_cache, out_of_memory_error
-from auto_round.algorithms.encode_layer import ggml_type_for, has_codes, minifloat_spec
-from auto_round.algorithms.gptq import (
-    DAMPING,
-    ColumnCodec,
-    GPTQConfig,
-    feedback_codes,
-    shared_hessian_factors,
-    start_blocks,
-)
-from auto_round.algorithms.quantization.rtn.quantizer import initial_qparams, initial_scales
+from auto_round.algorithms.gptq import DAMPING, GPTQConfig, feedback_start, shared_hessian_factors
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import AutogradTunableLinear, TunableLinear
 from auto_round.algorithms.quantization.sign_round.tuners import FloatTuner, GgmlTuner, IntTuner
+from auto_round.codecs.kinds import FloatCodec, GgmlCodec
 from auto_round.errors import NumericsError
 from auto_round.logger import logger
 from auto_round.threads import parallel_map
@@ -145,9 +137,8 @@ class SignRoundQuantizer:
         self.needs_importance = optimized_start
 
     def needs_hessian(self, layer: LayerTask) -> bool:
-        if self.gptq is not None:
-            return has_codes(layer)
-        return self.optimized_start and ggml_type_for(layer) is not None
+        asked = self.gptq is not None
+        return (asked or self.optimized_start) and layer.codec.uses_feedback(asked)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         tunables, replacements = self._tunables(task)
@@ -176,7 +167,7 @@ class SignRoundQuantizer:
         }
         tunables: list[Tunable] = []
         replacements: dict[str, torch.nn.Module] = {}
-        grouped = [layer for layer in task.layers if has_codes(layer)]
+        grouped = [layer for layer in task.layers if layer.codec.tuned(layer.weight.shape[1]) is not None]
         for tasks in stack_tasks(grouped):
             group = self._learnable_group(tasks, options)
             tunables.append(group)
@@ -195,29 +186,20 @@ class SignRoundQuantizer:
         tune_scale = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
         device = tasks[0].weight.device
         damping = DAMPING if self.gptq is None else self.gptq.damping
-        factors = shared_hessian_factors(tasks, damping, device)
-        kind = ggml_type_for(tasks[0])
-        if kind is not None:
-            search = partial(
-                start_blocks, kind=kind, optimized=self.optimized_start, damping=damping, known=factors
-            )  # fmt: skip
-            blocks = parallel_map(search, tasks, device)
-            return GgmlTuner(tasks, blocks, compile_step=self.compile_step, **options | {"tune_scale": tune_scale})
-        spec = minifloat_spec(tasks[0].scheme)
-        if spec is not None:
-            searched = partial(initial_scales, family=spec, optimized=self.optimized_start)
-            starts = parallel_map(searched, tasks, device)
-            codecs = [ColumnCodec.of_minifloats(t, spec, *start) for t, start in zip(tasks, starts, strict=True)]
-            codes = [feedback_codes(t, codec, damping, factors) for t, codec in zip(tasks, codecs, strict=True)]
-            options = options | {"tune_scale": tune_scale}
-            return FloatTuner(tasks, spec, starts, codes=codes, compile_step=self.compile_step, **options)
-        start = partial(initial_qparams, optimized=self.optimized_start, scale_dtype=self.scale_dtype)
-        qparams = parallel_map(start, tasks, device)
-        codecs = [ColumnCodec.of_integers(t, params) for t, params in zip(tasks, qparams, strict=True)]
-        codes = [feedback_codes(t, codec, damping, factors) for t, codec in zip(tasks, codecs, strict=True)]
-        return IntTuner(
-            tasks, qparams, codes=codes, scale_dtype=self.scale_dtype, compile_step=self.compile_step, **options
+        begin = partial(
+            feedback_start, optimized=self.optimized_start, scale_dtype=self.scale_dtype, damping=damping,
+            known=shared_hessian_factors(tasks, damping, device),
         )  # fmt: skip
+        found = parallel_map(begin, tasks, device)
+        starts, codes = [start for start, _ in found], [given for _, given in found]
+        options = options | {"compile_step": self.compile_step}
+        codec = tasks[0].codec
+        if isinstance(codec, GgmlCodec):
+            begun = [start if own is None else start.with_codes(own) for start, own in found]
+            return GgmlTuner(tasks, begun, **options | {"tune_scale": tune_scale})
+        if isinstance(codec, FloatCodec):
+            return FloatTuner(tasks, codec.spec, starts, codes=codes, **options | {"tune_scale": tune_scale})
+        return IntTuner(tasks, starts, codes=codes, scale_dtype=self.scale_dtype, **options)
 
     def _tune(self, task: BlockTask, layers: Sequence[Tunable]) -> tuple[float, float]:
         config = self.config

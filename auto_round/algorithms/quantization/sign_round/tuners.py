@@ -28,11 +28,11 @@ from typing import Any
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.encode_layer import encode_ggml, encode_integer, encode_minifloat
 from auto_round.algorithms.quantization.sign_round.learnable_group import EDGE, Index, LearnableGroup, State, copy_state
 from auto_round.codecs.block_float import BlockFloatSpec, add_rounding_delta, effective_scale
 from auto_round.codecs.ggml.types import GgmlBlocks, assign_codes, code_limits, inverse_of
 from auto_round.codecs.int import QuantParams, default_scale_threshold, round_to_stored
+from auto_round.codecs.kinds import FloatStart
 from auto_round.codecs.minifloat import MinifloatType, as_blocks, block_sum
 from auto_round.codecs.quantized_layer import QuantizedLayer
 
@@ -136,9 +136,9 @@ class IntTuner(LearnableGroup):
         layers = []
         for task, rows in zip(self.tasks, self.slices, strict=True):
             zero = self.zero[rows].squeeze(1) if isinstance(self.zero, Tensor) else self.zero
-            qparams = QuantParams(self.scale[rows].squeeze(1), zero, self.bits)
+            qparams = QuantParams(self.scale[rows].squeeze(1), zero, self.bits, self.scale_dtype)
             delta = self.rounding_delta[rows].reshape(*qparams.scale.shape[:2], -1)
-            layers.append(encode_integer(task, qparams, delta, self.scale_dtype))
+            layers.append(task.quantized(task.codec.encode(task.weight, qparams, delta)))
         return layers
 
 
@@ -209,7 +209,9 @@ class FloatTuner(LearnableGroup):
     @torch.no_grad()
     def finish(self) -> list[QuantizedLayer]:
         return [
-            encode_minifloat(task, self.spec, self.scale[rows], self.rounding_delta[rows], given)
+            task.quantized(
+                task.codec.encode(task.weight, FloatStart(self.scale[rows], given), self.rounding_delta[rows])
+            )
             for task, rows, given in zip(self.tasks, self.slices, self._globals, strict=True)
         ]
 
@@ -294,7 +296,7 @@ class GgmlTuner(LearnableGroup):
         layers = []
         for task, rows in zip(self.tasks, self.slices, strict=True):
             own = _without_codes([self.stored], partial(_cut, rows=rows))
-            layers.append(encode_ggml(task, assign_codes(task.weight, own, self.rounding_delta[rows])))
+            layers.append(task.quantized(assign_codes(task.weight, own, self.rounding_delta[rows])))
         return layers
 
 

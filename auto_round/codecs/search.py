@@ -63,7 +63,8 @@ def search_qparams(
         _search(groups[i : i + step].float(), bits, sym, weights, scale_dtype, thresh) for i in range(0, rows, step)
     ]
     zeros = [params.zero for params in found if isinstance(params.zero, torch.Tensor)]
-    return QuantParams(torch.cat([p.scale for p in found]), torch.cat(zeros) if zeros else found[0].zero, bits)
+    scale, zero = torch.cat([p.scale for p in found]), torch.cat(zeros) if zeros else found[0].zero
+    return QuantParams(scale, zero, bits, scale_dtype)
 
 
 def _normalized(importance: torch.Tensor) -> torch.Tensor:
@@ -132,7 +133,7 @@ def _search(
         better = found < least
         kept, least = torch.where(better, trial, kept), torch.where(better, found, least)
         kept_zero = pick(better, best_zero, kept_zero)
-    return QuantParams(kept, kept_zero, bits)
+    return QuantParams(kept, kept_zero, bits, scale_dtype)
 
 
 @torch.no_grad()

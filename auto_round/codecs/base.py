@@ -1,0 +1,225 @@
+"""`Codec`: what a data type is to the rest of the package. `codecs.kinds.codec_of` gives the one of a scheme.
+
+Nobody asks which kind of codes a scheme has; the codec answers what follows from it:
+
+| who | asks |
+|---|---|
+| quantizers | `start`, `encode`, `quantize`: scales, codes on them, and both at once |
+| error feedback, coordinate descent | `uses_feedback`, `grid`, `with_codes`, `head_searches` |
+| tuning | `tuned`: which parameters are learned, and what they take |
+| the planner | `problem`, `label`, `stored_bytes`, `rows_independent`, `has_global_scale`, `input_scale_dtype` |
+| formats, loaders | `family`, the key of their tables; `symmetric_only`, `element`, `has_global_scale`, `codes` |
+
+What is quantized already knows itself: `QuantizedLayer.codes` (`Codes`) has its shape, values, digest and state.
+
+Families: `int`, the small floats `mx_fp`, `mx_int`, `nv_fp`, `fp` and `float` (a plugin's), `ggml`, `function` (a data
+type that is a function without codes), `none` (not quantized). A plugin adds a kind of its own by `register_codec`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from auto_round.codecs.minifloat import MinifloatType
+from auto_round.codecs.quantized_layer import Codes
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.schemes import ActivationScheme, QuantizationScheme
+
+Scheme = QuantizationScheme | ActivationScheme
+
+
+@dataclass(frozen=True, eq=False)
+class StartOptions:
+    """How the scales of a weight are found.
+
+    Attributes:
+        searched: by an importance-weighted search, instead of from the extremes of each group.
+        importance: float32 [in], the second moment of each input channel, or None.
+        scale_dtype: in which integers' scales are stored.
+        global_scale: float32 scalar shared with other layers (NVFP4); None takes the weight's own.
+        quick: a short search, which is enough where error feedback follows; the codes may be left out.
+    """
+
+    searched: bool = False
+    importance: torch.Tensor | None = None
+    scale_dtype: torch.dtype = torch.float16
+    global_scale: torch.Tensor | None = None
+    quick: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that the codes of a matrix can stand for: `minimum + scale * (value of the code - zero)`.
+
+    Attributes:
+        scale: float32 [out, groups], none of them zero.
+        group: input channels in a group; the last one may be short.
+        low, high: limits of the stored numbers before `zero` is subtracted.
+        zero: of whole numbers, the one that stands for zero, [out, groups] or one for all.
+        minimum: float32 [out, groups], or None for zero.
+        element: the numbers are values of this minifloat; None: whole numbers, which are the codes.
+    """
+
+    scale: torch.Tensor
+    group: int
+    low: float
+    high: float
+    zero: torch.Tensor | float = 0
+    minimum: torch.Tensor | None = None
+    element: MinifloatType | None = None
+
+    @property
+    def mantissa(self) -> int:
+        """Bits of the minifloat's mantissa; -1 for whole numbers."""
+        return -1 if self.element is None else self.element.mantissa
+
+    @property
+    def smallest(self) -> float:
+        """The minifloat's smallest normal value; 0.0 for whole numbers."""
+        return 0.0 if self.element is None else 2.0**self.element.lowest
+
+    def with_minima(self) -> Grid:
+        """The same values with one zero for all groups: zero points that differ become minima."""
+        if not isinstance(self.zero, torch.Tensor):
+            return self
+        return replace(self, zero=0, minimum=-self.scale * self.zero)
+
+    def per_weight(self, values: torch.Tensor, rows: slice, band: slice) -> torch.Tensor:
+        """What each group has, [out, groups], for each weight of some rows and of a band of input channels."""
+        first = band.start // self.group
+        wide = values[rows, first : -(-band.stop // self.group)].repeat_interleave(self.group, dim=1)
+        return wide[:, band.start - first * self.group :][:, : band.stop - band.start]
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        """uint8 codes of float32 numbers on the grid less `zero`, a single one; the numbers may be overwritten."""
+        return values.add_(self.zero).to(torch.uint8) if self.element is None else self.element.encode(values)
+
+
+@dataclass(frozen=True)
+class TunedParameters:
+    """What SignRound learns of a layer besides a rounding delta for each weight.
+
+    Attributes:
+        group: weights that share a scale.
+        numbers: float32 numbers held for each group: start and current scale, scale factor, zero point.
+        snapshot: bytes of a weight in a copy of the state.
+    """
+
+    group: int
+    numbers: int
+    snapshot: int
+
+
+class Codec(ABC):
+    """One number type with its parameters, for weights, and for inputs what formats need to know of them.
+
+    Attributes:
+        family: see the module's docstring.
+        symmetric_only: it has no zero points.
+        element: name of the minifloat (`codecs.minifloat.MINIFLOATS`), or None.
+        has_global_scale: scales are relative to one of the whole tensor, which fused layers share (NVFP4).
+        input_scale_dtype: in which static scales of inputs are stored; None: the model's dtype.
+        head_searches: how else the head is quantized, to keep the best: "descent", "plain".
+        ggml: name of the ggml type, or None.
+    """
+
+    family: str
+    symmetric_only: bool = False
+    element: str | None = None
+    has_global_scale: bool = False
+    input_scale_dtype: torch.dtype | None = None
+    head_searches: ClassVar[tuple[str, ...]] = ()
+    ggml: str | None = None
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    @property
+    def label(self) -> str:
+        """The scheme in reports and messages."""
+        assert isinstance(self.scheme, QuantizationScheme)
+        return self.scheme.describe()
+
+    @property
+    def rows_independent(self) -> bool:
+        """Whether every row, or block of rows, is rounded by itself."""
+        return False
+
+    def problem(self) -> str | None:
+        """What is wrong with bits or group size, as `bits=9; ...`, or None."""
+        return None
+
+    def uses_feedback(self, asked: bool) -> bool:
+        """Whether error feedback chooses the codes, if it was `asked` for or not."""
+        return asked
+
+    def limited(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight cut to the largest value that scales can follow; the same tensor where nothing exceeds it."""
+        return weight
+
+    @abstractmethod
+    def start(self, weight: torch.Tensor, options: StartOptions) -> Any:
+        """Scales and zero points of a weight [out, in] before any tuning; every kind has a type of its own for them."""
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor, start: Any, delta: torch.Tensor | None = None) -> Codes:
+        """The codes of a weight on given scales. `delta`: rounding deltas, shaped as the groups of the kind."""
+
+    def quantize(self, weight: torch.Tensor, options: StartOptions) -> Codes:
+        """Round to nearest: `start` and `encode`."""
+        return self.encode(weight, self.start(weight, options))
+
+    def grid(self, start: Any, shape: tuple[int, int]) -> Grid:
+        """What the codes of a matrix [out, in] on these scales stand for. Only where `uses_feedback` may be true."""
+        raise self._no_codes()
+
+    def with_codes(self, start: Any, codes: torch.Tensor) -> Codes:
+        """Scales and codes uint8 [out, in], chosen on `grid`, as they are stored."""
+        raise self._no_codes()
+
+    def codes(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> Codes:  # fmt: skip
+        """What a layout read: codes uint8 [out, in], scales and the like as `Codes` of this kind describe them."""
+        raise self._no_codes()
+
+    def _no_codes(self) -> UnsupportedError:
+        return UnsupportedError(f"data type {self.scheme.data_type!r} stores no codes")
+
+    def for_width(self, in_features: int | None) -> Codec:
+        """The codec of a layer of that width; another one where this needs whole blocks."""
+        return self
+
+    @abstractmethod
+    def tuned(self, in_features: int) -> TunedParameters | None:
+        """What is learned of a layer of that width in closed form; None: by autograd through a function."""
+
+    @abstractmethod
+    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """(bits of a code, bytes of all scales and zero points) of a layer."""
+
+
+CodecFactory = Callable[[Scheme], Codec]
+CODECS: dict[str, CodecFactory] = {}
+
+
+def register_codec(*names: str) -> Callable[[CodecFactory], CodecFactory]:
+    """Decorator of a `Codec` class, or of a function that makes one of a scheme: it serves these data types.
+
+    Raises:
+        ConfigError: a name is taken.
+    """
+
+    def register(factory: CodecFactory) -> CodecFactory:
+        for name in names:
+            if CODECS.setdefault(name, factory) is not factory:
+                raise ConfigError(f"data type {name!r} is already registered")
+        return factory
+
+    return register

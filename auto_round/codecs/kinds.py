@@ -1,0 +1,361 @@
+"""The kinds of codecs, and `codec_of`, the one function that tells which of them a scheme means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from auto_round.codecs.activation import activation_function
+from auto_round.codecs.base import CODECS, Codec, Grid, Scheme, StartOptions, TunedParameters, register_codec
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, block_float_spec, effective_scale, encode
+from auto_round.codecs.ggml.plain import plain_blocks
+from auto_round.codecs.ggml.search import search_blocks
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, assign_codes, divisor_of, ggml_type_of
+from auto_round.codecs.int import QuantParams, integer_qparams, round_groups, stored_codes, to_codes
+from auto_round.codecs.minifloat import block_shape
+from auto_round.codecs.quantized_layer import DenseWeight, FloatCodes, IntCodes, group_count
+from auto_round.codecs.registry import clamp_to_float16, get_quant_func, reshape_pad_tensor_by_group_size
+from auto_round.codecs.search import search_qparams, search_scales
+from auto_round.schemes import QuantizationScheme
+
+
+def codec_of(scheme: Scheme, ggml: str | None = None, in_features: int | None = None) -> Codec:
+    """The codec of a scheme.
+
+    Args:
+        ggml: name of the ggml type that stores the layer, where a plan says so; plain integers may be both.
+        in_features: of the layer, for types that need whole blocks.
+
+    Raises:
+        UnsupportedError: no such data type, or not with that many bits.
+    """
+    if scheme.bits >= 16:
+        return Unquantized(scheme)
+    if ggml is not None:
+        return GgmlCodec(scheme, GGML_TYPES[ggml])
+    usual = FloatCodec if scheme.data_type in BLOCK_FLOAT_SPECS else FunctionCodec
+    return CODECS.get(scheme.data_type, usual)(scheme).for_width(in_features)
+
+
+# Weights rounded at once: few enough for a shared cache, without a float32 copy of a whole layer; many enough to hide
+# the cost of PyTorch calls.
+_ROWS = 1 << 20
+_GPU_ROWS = 1 << 26
+
+
+class IntCodec(Codec):
+    """Integers in groups along the input, symmetric or with zero points."""
+
+    family = "int"
+    head_searches: ClassVar[tuple[str, ...]] = ("descent",)
+
+    @property
+    def label(self) -> str:
+        scheme = self.scheme
+        assert isinstance(scheme, QuantizationScheme)
+        if scheme.quantizes_activations:
+            return scheme.describe()
+        size = scheme.group_size
+        group = f"G{size}" if isinstance(size, int) and size > 0 else ""
+        return f"W{scheme.bits}A16{group}{'' if scheme.sym else ' asymmetric'}"
+
+    @property
+    def rows_independent(self) -> bool:
+        return self.scheme.group_size != 0
+
+    @property
+    def group_size(self) -> int:
+        assert isinstance(self.scheme.group_size, int)
+        return self.scheme.group_size
+
+    def problem(self) -> str | None:
+        if not 2 <= self.scheme.bits <= 8:
+            return f"bits={self.scheme.bits}; integers of 2 to 8 bits are available"
+        return None
+
+    def start(self, weight: torch.Tensor, options: StartOptions) -> QuantParams:
+        """Scales [out, groups, 1], or [1, 1, 1] per tensor."""
+        scheme, groups = self.scheme, self.groups(weight)
+        if not options.searched:
+            return integer_qparams(groups, scheme.bits, scheme.sym, scale_dtype=options.scale_dtype)
+        importance = options.importance
+        if importance is not None and self.group_size == 0:
+            importance = importance.repeat(weight.shape[0]).view(1, -1)
+        elif importance is not None:  # padding has zero importance
+            importance, _ = reshape_pad_tensor_by_group_size(importance.view(1, -1), self.group_size)
+        return search_qparams(groups, scheme.bits, scheme.sym, importance, options.scale_dtype)
+
+    def encode(self, weight: torch.Tensor, start: QuantParams, delta: torch.Tensor | None = None) -> IntCodes:
+        """`delta`: in units of one code, [out, groups, group_size] or per tensor [1, 1, out * in]."""
+        groups = self.groups(weight)
+        codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
+        for rows in _row_chunks(groups):
+            zero = start.zero[rows] if isinstance(start.zero, torch.Tensor) else start.zero
+            part = start._replace(scale=start.scale[rows], zero=zero)
+            codes[rows] = stored_codes(to_codes(groups[rows], part, 0.0 if delta is None else delta[rows]), start.bits)
+        return self._stored(start, codes, weight.shape)
+
+    def quantize(self, weight: torch.Tensor, options: StartOptions) -> IntCodes:
+        if options.searched:
+            return self.encode(weight, self.start(weight, options))
+        # The same in half the passes over the weight.
+        groups, found = self.groups(weight), []
+        codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
+        for rows in _row_chunks(groups):
+            part, codes[rows] = round_groups(
+                groups[rows], self.scheme.bits, self.scheme.sym, scale_dtype=options.scale_dtype
+            )
+            found.append(part)
+        zeros = [part.zero for part in found if isinstance(part.zero, torch.Tensor)]
+        scale = torch.cat([part.scale for part in found])
+        whole = found[0]._replace(scale=scale, zero=torch.cat(zeros) if zeros else found[0].zero)
+        return self._stored(whole, codes, weight.shape)
+
+    def grid(self, start: QuantParams, shape: tuple[int, int]) -> Grid:
+        size = self.group_size
+        zero = start.zero.squeeze(-1).expand(shape[0], -1) if isinstance(start.zero, torch.Tensor) else start.zero
+        scale = start.scale.squeeze(-1).expand(shape[0], -1)
+        return Grid(scale, size if size > 0 else shape[1], 0, 2**start.bits - 1, zero)
+
+    def with_codes(self, start: QuantParams, codes: torch.Tensor) -> IntCodes:
+        return self._stored(start, codes, codes.shape)
+
+    def codes(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> IntCodes:  # fmt: skip
+        middle = 2 ** (self.scheme.bits - 1)
+        return IntCodes(codes, scale, middle if zero_point is None else zero_point, self.group_size)
+
+    def tuned(self, in_features: int) -> TunedParameters:
+        size = self.group_size if self.group_size > 0 else in_features
+        return TunedParameters(size, 3 if self.scheme.sym else 4, snapshot=1)
+
+    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
+        groups = out_features * group_count(in_features, self.group_size)
+        return self.scheme.bits, groups * (4 + (0 if self.scheme.sym else 1))
+
+    def groups(self, weight: torch.Tensor) -> torch.Tensor:
+        """[out, in] as [out, groups, group_size], zero-padded; per tensor as [1, 1, out * in]."""
+        if self.group_size == 0:
+            return weight.reshape(1, 1, -1)
+        groups, _ = reshape_pad_tensor_by_group_size(weight, self.group_size)
+        return groups.view(weight.shape[0], -1, groups.shape[-1])
+
+    def _stored(self, start: QuantParams, codes: torch.Tensor, shape: tuple[int, ...]) -> IntCodes:
+        """Codes [out, in] or in the shape of the groups, with one scale a row also where the tensor has one."""
+        out, columns = shape
+        codes = codes.view(out, columns) if self.group_size == 0 else codes.view(out, -1)[:, :columns]
+        scale = start.scale.squeeze(-1).to(start.scale_dtype)
+        zero: torch.Tensor | int = int(start.zero) if not isinstance(start.zero, torch.Tensor) else 0
+        if isinstance(start.zero, torch.Tensor):
+            zero = start.zero.squeeze(-1).to(torch.uint8)
+        if self.group_size == 0:
+            scale = scale.expand(out, 1)
+            zero = zero.expand(out, 1) if isinstance(zero, torch.Tensor) else zero
+        return IntCodes(codes, scale, zero, self.group_size).map(torch.Tensor.contiguous)
+
+
+def _row_chunks(groups: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows of [out, groups, group_size] that are rounded together."""
+    most = _ROWS if groups.device.type == "cpu" else _GPU_ROWS
+    step = max(1, most // max(1, groups.shape[1] * groups.shape[2]))
+    for start in range(0, groups.shape[0], step):
+        yield slice(start, start + step)
+
+
+class FloatStart(NamedTuple):
+    """Stored scales float32 [R, C] (see `codecs.minifloat`), and the global scale, a float32 scalar, or None."""
+
+    scale: torch.Tensor
+    global_scale: torch.Tensor | None
+
+
+class FloatCodec(Codec):
+    """Small floats in blocks that share a scale: MXFP, NVFP4, FP8 and types of `register_float`."""
+
+    symmetric_only = True
+    input_scale_dtype = torch.bfloat16
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        spec = block_float_spec(scheme.data_type, scheme.bits)
+        assert spec is not None
+        self.spec, self.family, self.element = spec, spec.family, spec.element.name
+        self.has_global_scale = spec.has_global_scale
+
+    @property
+    def rows_independent(self) -> bool:
+        return self.scheme.group_size != 0 and not self.has_global_scale
+
+    def start(self, weight: torch.Tensor, options: StartOptions) -> FloatStart:
+        size, shared = self.scheme.group_size, self.spec.global_scale(weight, options.global_scale)
+        if options.searched:
+            return FloatStart(search_scales(weight, self.spec, size, options.importance, shared), shared)
+        return FloatStart(encode(weight, self.spec, size, global_scale=shared).scale, shared)
+
+    def encode(self, weight: torch.Tensor, start: FloatStart, delta: torch.Tensor | None = None) -> FloatCodes:
+        """`delta`: in units of the element's step, [R, M, C, N]."""
+        return encode(
+            weight, self.spec, self.scheme.group_size, scale=start.scale, v=delta, global_scale=start.global_scale
+        )
+
+    def grid(self, start: FloatStart, shape: tuple[int, int]) -> Grid:
+        r, m, c, n = block_shape(shape, self.scheme.group_size)
+        scale = effective_scale(start.scale.float(), start.global_scale).view(r, c)
+        top = self.spec.element.maximum
+        return Grid(divisor_of(scale.repeat_interleave(m, 0)[: shape[0]]), n, -top, top, element=self.spec.element)
+
+    def with_codes(self, start: FloatStart, codes: torch.Tensor) -> FloatCodes:
+        return self.codes(codes, start.scale, None, start.global_scale)
+
+    def codes(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> FloatCodes:  # fmt: skip
+        return FloatCodes(codes, scale, self.spec.element.name, self.scheme.group_size, global_scale)
+
+    def tuned(self, in_features: int) -> TunedParameters:
+        size = self.scheme.group_size
+        return TunedParameters(size if isinstance(size, int) and size > 0 else in_features, 3, snapshot=4)
+
+    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
+        size = self.scheme.group_size
+        columns = size[1] if isinstance(size, tuple) else size
+        return self.scheme.bits, 4 * out_features * group_count(in_features, columns)
+
+
+class GgmlCodec(Codec):
+    """A ggml block type: `start` is blocks whose codes do not count. Scales are float16, so weights beyond are cut."""
+
+    family = "ggml"
+    head_searches: ClassVar[tuple[str, ...]] = ("descent", "plain")
+
+    def __init__(self, scheme: Scheme, kind: GgmlType) -> None:
+        super().__init__(scheme)
+        self.kind, self.ggml = kind, kind.name
+
+    @property
+    def rows_independent(self) -> bool:
+        return True
+
+    def uses_feedback(self, asked: bool) -> bool:
+        return True
+
+    def for_width(self, in_features: int | None) -> Codec:
+        if in_features is None or in_features % self.kind.block == 0:
+            return self
+        return FunctionCodec(self.scheme)
+
+    def limited(self, weight: torch.Tensor) -> torch.Tensor:
+        return clamp_to_float16(weight)
+
+    def start(self, weight: torch.Tensor, options: StartOptions) -> GgmlBlocks:
+        weight = self.limited(weight)
+        if not options.searched:
+            return plain_blocks(weight, self.kind.name)
+        return search_blocks(weight, self.kind.name, options.importance, options.quick, codes=not options.quick)
+
+    def encode(self, weight: torch.Tensor, start: GgmlBlocks, delta: torch.Tensor | None = None) -> GgmlBlocks:
+        """`delta`: in units of one code, [out, in] or in groups."""
+        return assign_codes(weight, start, delta)
+
+    def quantize(self, weight: torch.Tensor, options: StartOptions) -> GgmlBlocks:
+        return self.start(weight, options)
+
+    def grid(self, start: GgmlBlocks, shape: tuple[int, int]) -> Grid:
+        kind, bottom = self.kind, 1 if self.kind.bits == 8 else 0
+        return Grid(divisor_of(start.step()), kind.group, bottom, kind.codes - 1, kind.zero, start.minimum())
+
+    def with_codes(self, start: GgmlBlocks, codes: torch.Tensor) -> GgmlBlocks:
+        return start.with_codes(codes)
+
+    def tuned(self, in_features: int) -> TunedParameters:
+        return TunedParameters(self.kind.group, 4, snapshot=4)
+
+    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
+        integers = 2 * in_features // self.kind.group  # scales and minima, a byte each
+        return self.kind.bits, out_features * (integers + 4 * in_features // self.kind.block)
+
+
+@register_codec("int_asym_dq", "int_sym_dq", "int_asym_float_zp")
+def ggml_codec(scheme: Scheme) -> Codec:
+    """The codec of the ggml type that a scheme describes exactly, else of its function."""
+    kind = ggml_type_of(scheme) if isinstance(scheme, QuantizationScheme) else None
+    return FunctionCodec(scheme) if kind is None else GgmlCodec(scheme, kind)
+
+
+class FunctionCodec(Codec):
+    """A data type that is a registered function from weights to dequantized weights, without codes."""
+
+    family = "function"
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        if isinstance(scheme, QuantizationScheme):
+            self.function = get_quant_func(scheme.data_type, scheme.bits, scheme.sym)
+        else:
+            self.function = activation_function(scheme)
+
+    def uses_feedback(self, asked: bool) -> bool:
+        return False
+
+    def start(self, weight: torch.Tensor, options: StartOptions) -> StartOptions:
+        return options
+
+    def encode(
+        self, weight: torch.Tensor, start: StartOptions, delta: torch.Tensor | None = None, **learned: torch.Tensor
+    ) -> DenseWeight:
+        """`delta`: added to the weight before it is rounded; `learned`: other arguments of the function."""
+        scheme, learned = self.scheme, learned if delta is None else {"v": delta, **learned}
+        with torch.no_grad():
+            qdq, _, _ = self.function(
+                weight.float(), bits=scheme.bits, group_size=scheme.group_size, scale_dtype=start.scale_dtype,
+                imatrix=start.importance, data_type=scheme.data_type, **learned,
+            )  # fmt: skip
+        return DenseWeight(qdq.to(weight.dtype), scheme.data_type)
+
+    def tuned(self, in_features: int) -> None:
+        return None
+
+    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return 16, 0
+
+
+class IntBlocksCodec(FunctionCodec):
+    """Integers in blocks of rows and columns, which the function can do, and no run takes."""
+
+    def problem(self) -> str:
+        return (
+            f"group_size={self.scheme.group_size}: blocks of rows and columns are for data type fp (scheme "
+            "FP8_BLOCK); give integers one number"
+        )
+
+
+@register_codec("int")
+def int_codec(scheme: Scheme) -> Codec:
+    """The codec of integers in groups along the input, or in blocks."""
+    return IntBlocksCodec(scheme) if isinstance(scheme.group_size, tuple) else IntCodec(scheme)
+
+
+class Unquantized(Codec):
+    """A layer in full precision."""
+
+    family = "none"
+
+    def uses_feedback(self, asked: bool) -> bool:
+        return False
+
+    def start(self, weight: torch.Tensor, options: StartOptions) -> None:
+        return None
+
+    def encode(self, weight: torch.Tensor, start: None, delta: torch.Tensor | None = None) -> DenseWeight:
+        return DenseWeight(weight, self.scheme.data_type)
+
+    def tuned(self, in_features: int) -> None:
+        return None
+
+    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return 16, 0
