@@ -179,7 +179,7 @@ class Codec(ABC):
         raise self._no_codes()
 
     def with_codes(self, start: Any, codes: torch.Tensor) -> Codes:
-        """Scales and codes uint8 [out, in], chosen on `grid`, as they are stored."""
+        """Scales and codes uint8 [out, in], chosen on `grid`, as stored."""
         raise self._no_codes()
 
     def codes(
