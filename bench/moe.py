@@ -80,7 +80,7 @@ def tune(path: Path, a: argparse.Namespace, out: Path) -> float:
 def rounding(a: argparse.Namespace) -> float:
     """Seconds for searching, stepping and refreshing the weights that only the mixture has, all blocks and steps."""
     from auto_round.algorithms.base import LayerTask
-    from auto_round.algorithms.quantization.sign_round.tuners import IntTuner
+    from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup
     from auto_round.schemes import QuantizationScheme
 
     extra = a.experts - a.active
@@ -90,7 +90,7 @@ def rounding(a: argparse.Namespace) -> float:
     for shape in shapes:
         task = LayerTask("extra", torch.nn.Identity(), torch.randn(shape) * 0.02, scheme)
         start = time.monotonic()
-        group = IntTuner([task], [task.start(True, torch.float16)], torch.float32, torch.float16)
+        group = LearnableGroup([task], [task.start(True, torch.float16)], torch.float32)
         total += time.monotonic() - start
         group.gradient.normal_()
         start = time.monotonic()

@@ -19,9 +19,8 @@ import torch
 from vs_peer import machine
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
-from auto_round.algorithms.quantization.sign_round.tuners import IntTuner
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.schemes import QuantizationScheme
 
@@ -62,7 +61,7 @@ def build(a: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tu
     groups = []
     for stacked in stack_tasks(tasks):
         grids = [task.start(True, torch.float16) for task in stacked]
-        group = IntTuner(stacked, grids, dtype, torch.float16, compile_step=a.compile)
+        group = LearnableGroup(stacked, grids, dtype, compile_step=a.compile)
         for index, task in enumerate(stacked):
             setattr(parents[task.name], task.name, TunableLinear(group, index))
         groups.append(group)

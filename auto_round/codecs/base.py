@@ -6,7 +6,7 @@ Nobody asks which kind of codes a scheme has; the codec answers what follows fro
 |---|---|
 | quantizers | `start`, `encode`, `quantize`: scales, codes on them, and both at once |
 | error feedback, coordinate descent | `uses_feedback`, `grid`, `with_codes`, `head_searches` |
-| tuning | `tuned`: which parameters are learned, and what they take |
+| tuning | `tuned`, `tunable`, `tunes_scales`: which parameters are learned, and what they take |
 | the planner | `problem`, `label`, `stored_bytes`, `rows_independent`, `has_global_scale`, `input_scale_dtype` |
 | formats, loaders | `family`, the key of their tables; `symmetric_only`, `element`, `has_global_scale`, `codes` |
 
@@ -19,7 +19,7 @@ type that is a function without codes), `none` (not quantized). A plugin adds a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ import torch
 
 from auto_round.codecs.minifloat import MinifloatType
 from auto_round.codecs.quantized_layer import Codes
+from auto_round.codecs.tunable import TunableGrid
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.schemes import ActivationScheme, QuantizationScheme
 
@@ -125,6 +126,9 @@ class Codec(ABC):
         has_global_scale: scales are relative to one of the whole tensor, which fused layers share (NVFP4).
         input_scale_dtype: in which static scales of inputs are stored; None: the model's dtype.
         head_searches: how else the head is quantized, to keep the best: "descent", "plain".
+        tunes_scales: scales are tuned without being asked for by a rate of their own. Where few can be stored, or one
+            scales a super-block of 256 weights, a step of a scale undoes what rounding deltas have learned
+            (docs/tuning.md, docs/gguf.md).
         ggml: name of the ggml type, or None.
     """
 
@@ -134,6 +138,7 @@ class Codec(ABC):
     has_global_scale: bool = False
     input_scale_dtype: torch.dtype | None = None
     head_searches: ClassVar[tuple[str, ...]] = ()
+    tunes_scales: ClassVar[bool] = False
     ggml: str | None = None
 
     def __init__(self, scheme: Scheme) -> None:
@@ -199,6 +204,10 @@ class Codec(ABC):
     @abstractmethod
     def tuned(self, in_features: int) -> TunedParameters | None:
         """What is learned of a layer of that width in closed form; None: by autograd through a function."""
+
+    def tunable(self, starts: Sequence[Any]) -> TunableGrid:
+        """The learned scales of layers of this codec, stacked, from their `start`. Only where `tuned` is not None."""
+        raise self._no_codes()
 
     @abstractmethod
     def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:

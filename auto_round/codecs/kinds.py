@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -18,6 +18,7 @@ from auto_round.codecs.minifloat import block_shape
 from auto_round.codecs.quantized_layer import DenseWeight, FloatCodes, IntCodes, group_count
 from auto_round.codecs.registry import clamp_to_float16, get_quant_func, reshape_pad_tensor_by_group_size
 from auto_round.codecs.search import search_qparams, search_scales
+from auto_round.codecs.tunable import FloatGrid, FloatStart, GgmlGrid, IntGrid
 from auto_round.schemes import QuantizationScheme
 
 
@@ -50,6 +51,7 @@ class IntCodec(Codec):
 
     family = "int"
     head_searches: ClassVar[tuple[str, ...]] = ("descent",)
+    tunes_scales: ClassVar[bool] = True
 
     @property
     def label(self) -> str:
@@ -88,8 +90,9 @@ class IntCodec(Codec):
         return search_qparams(groups, scheme.bits, scheme.sym, importance, options.scale_dtype)
 
     def encode(self, weight: torch.Tensor, start: QuantParams, delta: torch.Tensor | None = None) -> IntCodes:
-        """`delta`: in units of one code, [out, groups, group_size] or per tensor [1, 1, out * in]."""
+        """`delta`: in units of one code, [out, groups, group_size] or per tensor [1, 1, out * in], in any shape."""
         groups = self.groups(weight)
+        delta = None if delta is None else delta.reshape(groups.shape)
         codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
         for rows in _row_chunks(groups):
             zero = start.zero[rows] if isinstance(start.zero, torch.Tensor) else start.zero
@@ -129,6 +132,9 @@ class IntCodec(Codec):
         middle = 2 ** (self.scheme.bits - 1)
         return IntCodes(codes, scale, middle if zero_point is None else zero_point, self.group_size)
 
+    def tunable(self, starts: Sequence[QuantParams]) -> IntGrid:
+        return IntGrid(starts, self.group_size)
+
     def tuned(self, in_features: int) -> TunedParameters:
         size = self.group_size if self.group_size > 0 else in_features
         return TunedParameters(size, 3 if self.scheme.sym else 4, snapshot=1)
@@ -164,13 +170,6 @@ def _row_chunks(groups: torch.Tensor) -> Iterator[slice]:
     step = max(1, most // max(1, groups.shape[1] * groups.shape[2]))
     for start in range(0, groups.shape[0], step):
         yield slice(start, start + step)
-
-
-class FloatStart(NamedTuple):
-    """Stored scales float32 [R, C] (see `codecs.minifloat`), and the global scale, a float32 scalar, or None."""
-
-    scale: torch.Tensor
-    global_scale: torch.Tensor | None
 
 
 class FloatCodec(Codec):
@@ -216,6 +215,9 @@ class FloatCodec(Codec):
         global_scale: torch.Tensor | None = None,
     ) -> FloatCodes:  # fmt: skip
         return FloatCodes(codes, scale, self.spec.element.name, self.scheme.group_size, global_scale)
+
+    def tunable(self, starts: Sequence[FloatStart]) -> FloatGrid:
+        return FloatGrid(starts, self.spec, self.scheme.group_size)
 
     def tuned(self, in_features: int) -> TunedParameters:
         size = self.scheme.group_size
@@ -271,6 +273,9 @@ class GgmlCodec(Codec):
 
     def with_codes(self, start: GgmlBlocks, codes: torch.Tensor) -> GgmlBlocks:
         return start.with_codes(codes)
+
+    def tunable(self, starts: Sequence[GgmlBlocks]) -> GgmlGrid:
+        return GgmlGrid(starts)
 
     def tuned(self, in_features: int) -> TunedParameters:
         return TunedParameters(self.kind.group, 4, snapshot=4)

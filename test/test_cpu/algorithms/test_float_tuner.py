@@ -9,9 +9,8 @@ import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
-from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
-from auto_round.algorithms.quantization.sign_round.tuners import FloatTuner
 from auto_round.codecs.block_float import block_float_spec
 from auto_round.codecs.minifloat import MinifloatType, as_blocks, from_blocks
 from auto_round.schemes import QuantizationScheme
@@ -22,7 +21,7 @@ TYPES: list[tuple[str, int, Any]] = [
 ]  # fmt: skip
 
 
-def group_of(kind: tuple[str, int, Any], shapes: list[tuple[int, int]], **kw: Any) -> FloatTuner:
+def group_of(kind: tuple[str, int, Any], shapes: list[tuple[int, int]], **kw: Any) -> LearnableGroup:
     name, bits, size = kind
     scheme = QuantizationScheme(bits, size, True, name)
     family = block_float_spec(name, bits)
@@ -33,7 +32,7 @@ def group_of(kind: tuple[str, int, Any], shapes: list[tuple[int, int]], **kw: An
         weight = torch.randn(out, columns, generator=generator)
         tasks.append(LayerTask(f"layer{index}", torch.nn.Linear(columns, out), weight, scheme, bias=torch.randn(out)))
     starts = [task.start(True, torch.float16) for task in tasks]
-    return FloatTuner(tasks, family, starts, torch.float32, **kw)
+    return LearnableGroup(tasks, starts, torch.float32, **kw)
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
@@ -41,7 +40,7 @@ def test_tuning_may_start_from_any_codes(kind: tuple[str, int, Any]) -> None:
     """Each code one or two values away from the nearest one, and some at the ends of the range."""
     shapes = [(32, 48)] if kind[2] == 0 else [(32, 48), (16, 48)]
     nearest = [layer.codes.codes for layer in group_of(kind, shapes).finish()]
-    element = group_of(kind, shapes).spec.element
+    element = group_of(kind, shapes).grid.spec.element
     values = element.decode(torch.arange(1 << element.bits, dtype=torch.uint8))
     order = values.nan_to_num(0).argsort(stable=True)
     order = order[values[order].isfinite()]
@@ -99,16 +98,16 @@ def test_gradients_equal_autograd(kind: tuple[str, int, Any]) -> None:
     learnable_group.step(0.1, 0.1)
 
     task = learnable_group.tasks[0]
-    element, size = learnable_group.spec.element, learnable_group.scheme.group_size
+    element, size = learnable_group.grid.spec.element, learnable_group.scheme.group_size
     blocks = as_blocks(task.weight, size)
     rounding_delta, scale_factor = (
         learnable_group.rounding_delta.clone().requires_grad_(),
         learnable_group.scale_factors[0].clone().requires_grad_(),
     )
-    f = learnable_group.start_scales[0] * scale_factor
-    f = f + (learnable_group.spec.rule.store(f.detach()) - f.detach())  # rounding passes the gradient
-    if learnable_group.spec.has_global_scale:
-        f = f / learnable_group.spec.global_scale(task.weight, None)
+    f = learnable_group.grid.start_scales[0] * scale_factor
+    f = f + (learnable_group.grid.spec.rule.store(f.detach()) - f.detach())  # rounding passes the gradient
+    if learnable_group.grid.spec.has_global_scale:
+        f = f / learnable_group.grid.spec.global_scale(task.weight, None)
     ratio = blocks / f
     step = element.step(ratio.detach())
     values = Nearest.apply(ratio + rounding_delta * step, element) * f
@@ -143,7 +142,7 @@ def test_what_is_tuned_is_what_is_stored(kind: tuple[str, int, Any], adam: bool)
         assert torch.equal(layer.dequantize(), learnable_group.weight(index)) and not torch.equal(
             learnable_group.weight(index), untuned[index]
         )
-        stored = learnable_group.spec.rule.store(layer.codes.scale)
+        stored = learnable_group.grid.spec.rule.store(layer.codes.scale)
         assert torch.equal(stored, layer.codes.scale)
     learnable_group.restart()
     for index, layer in enumerate(learnable_group.finish()):
@@ -152,9 +151,9 @@ def test_what_is_tuned_is_what_is_stored(kind: tuple[str, int, Any], adam: bool)
 
 def test_half_a_step_reaches_the_values_on_both_sides() -> None:
     learnable_group = group_of(("mx_fp", 4, 32), [(8, 32)])
-    scale = learnable_group.scale[:, 0, 0]
+    scale = learnable_group.grid.scale[:, 0, 0]
     ratio = learnable_group.tasks[0].weight / scale
-    values = learnable_group.spec.element.decode(torch.arange(16, dtype=torch.uint8)).sort().values
+    values = learnable_group.grid.spec.element.decode(torch.arange(16, dtype=torch.uint8)).sort().values
     inside = ratio.abs() < 6
     above = values[torch.searchsorted(values, ratio).clamp(max=15)]
     below = values[(torch.searchsorted(values, ratio, right=True) - 1).clamp(min=0)]

@@ -10,10 +10,10 @@ import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
-from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
-from auto_round.algorithms.quantization.sign_round.tuners import GgmlTuner
 from auto_round.codecs.ggml.types import GGML_TYPES, code_limits, ggml_scheme
+from auto_round.codecs.quantized_layer import DenseWeight
 from auto_round.errors import NumericsError
 
 NAMES = sorted(GGML_TYPES)
@@ -33,9 +33,9 @@ def tasks_of(name: str, rows: list[int]) -> list[LayerTask]:
     return tasks
 
 
-def group_of(name: str, rows: list[int], **kw: Any) -> GgmlTuner:
+def group_of(name: str, rows: list[int], **kw: Any) -> LearnableGroup:
     tasks = tasks_of(name, rows)
-    return GgmlTuner(
+    return LearnableGroup(
         tasks,
         [task.start(True, torch.float16) for task in tasks],
         torch.float32,
@@ -68,7 +68,7 @@ class Round(torch.autograd.Function):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_autograd(name: str) -> None:
     learnable_group = group_of(name, [9])
-    kind = learnable_group.kind
+    kind = learnable_group.grid.kind
     torch.manual_seed(2)
     learnable_group.rounding_delta = torch.rand_like(learnable_group.rounding_delta) - 0.5
     learnable_group.refresh()
@@ -80,7 +80,7 @@ def test_gradients_equal_autograd(name: str) -> None:
     loss.backward()
     learnable_group.step(0.1, 0.1)
 
-    task, blocks = learnable_group.tasks[0], learnable_group.stored
+    task, blocks = learnable_group.tasks[0], learnable_group.grid.stored
     rounding_delta = learnable_group.rounding_delta.clone().requires_grad_()
     scale_factors = [torch.ones(9, COLUMNS // kind.block, 1, requires_grad=True) for _ in rules[1:]]
     per = kind.block // kind.group
@@ -146,7 +146,7 @@ def test_a_step_of_zero_stays_zero() -> None:
     tasks = tasks_of("Q4_K", [4])
     tasks[0].weight[1] = 0
     tasks[0].weight[2, :32] = 0
-    learnable_group = GgmlTuner(tasks, [task.start(True, torch.float16) for task in tasks], torch.float32)
+    learnable_group = LearnableGroup(tasks, [task.start(True, torch.float16) for task in tasks], torch.float32)
     for _ in range(3):
         TunableLinear(learnable_group, 0)(torch.randn(30, COLUMNS)).square().sum().backward()
         learnable_group.step(0.4, 0.2)
@@ -183,7 +183,7 @@ def test_a_scheme_alone_is_enough() -> None:
     assert layer.codes.kind.name == "Q4_K" and layer.in_features == COLUMNS
     task.weight = task.weight[:, :200]  # does not fill a block: through the registered function
     task.importance = None
-    assert quantize_layer(task, True, torch.float16).weight is not None
+    assert isinstance(quantize_layer(task, True, torch.float16).codes, DenseWeight)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -198,12 +198,12 @@ def test_tuning_starts_at_the_codes_it_is_given(name: str) -> None:
     """Whatever they are; where they are the nearest ones, all offsets are zero."""
     (task,) = tasks_of(name, [9])
     nearest = task.start(True, torch.float16)
-    assert not bool(GgmlTuner([task], [nearest], torch.float32).rounding_delta.any())
+    assert not bool(LearnableGroup([task], [nearest], torch.float32).rounding_delta.any())
     generator = torch.Generator().manual_seed(4)
     least = 1 if name == "Q8_0" else 0  # -128 is not used
     codes = torch.randint(least, nearest.kind.codes, nearest.codes.shape, generator=generator).to(torch.uint8)
     given = replace(nearest, codes=codes)
-    learnable_group = GgmlTuner([task], [given], torch.float32)
+    learnable_group = LearnableGroup([task], [given], torch.float32)
     assert torch.allclose(learnable_group.quantized.float(), given.dequantize(), atol=1e-6)
     learnable_group.rounding_delta.zero_()
     learnable_group.restart()

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.quantization.sign_round.learnable_group import stack_tasks
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
-from auto_round.algorithms.quantization.sign_round.tuners import IntTuner
 from auto_round.schemes import QuantizationScheme
 
 
@@ -48,19 +47,19 @@ def layer_of(weight: torch.Tensor, bias: torch.Tensor | None, scheme: Quantizati
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     task = LayerTask("layer", module, weight, scheme, bias=bias)
     grid = task.start(False, torch.float32)
-    group = IntTuner([task], [grid], torch.float32, torch.float32, **kw)
+    group = LearnableGroup([task], [grid], torch.float32, **kw)
     return group, TunableLinear(group, 0)
 
 
 def reference(group: Any, linear: Any, x: torch.Tensor, target: torch.Tensor, columns: int) -> tuple[torch.Tensor, ...]:
     """(loss, dL/dv, dL/df, dL/dx) in float64 by autograd."""
-    groups, start = group.blocks.double(), group.start_scales[0].double()
-    zero = group.zero.double() if isinstance(group.zero, torch.Tensor) else group.zero
+    groups, start = group.blocks.double(), group.grid.start_scales[0].double()
+    zero = group.grid.zero.double() if isinstance(group.grid.zero, torch.Tensor) else group.grid.zero
     rounding_delta = group.rounding_delta.double().clone().requires_grad_()
     scale_factor = group.scale_factors[0].double().clone().requires_grad_()
     x = x.double().requires_grad_()
     scale = start * scale_factor
-    codes = (RoundSTE.apply(groups / scale + rounding_delta) + zero).clamp(0, 2**group.bits - 1)
+    codes = (RoundSTE.apply(groups / scale + rounding_delta) + zero).clamp(0, 2**group.scheme.bits - 1)
     weight = ((codes - zero) * scale).reshape(group.quantized.shape[0], -1)[:, :columns]
     bias = None if linear.bias is None else linear.bias.double()
     loss = (torch.nn.functional.linear(x, weight, bias) - target.double()).square().mean()
@@ -128,9 +127,9 @@ def test_layers_in_one_group_move_as_each_alone(kw: Any) -> None:
     weights = [torch.randn(rows, 13) for rows in (6, 2, 5)]
     tasks = [LayerTask(str(i), torch.nn.Linear(13, w.shape[0]), w, scheme) for i, w in enumerate(weights)]
     grids = [task.start(True, torch.float16) for task in tasks]
-    kw = {"compute_dtype": torch.float32, "scale_dtype": torch.float16, **kw}
-    together = IntTuner(tasks, grids, **kw)
-    alone = [IntTuner([task], [grid], **kw) for task, grid in zip(tasks, grids, strict=True)]
+    kw = {"compute_dtype": torch.float32, **kw}
+    together = LearnableGroup(tasks, grids, **kw)
+    alone = [LearnableGroup([task], [grid], **kw) for task, grid in zip(tasks, grids, strict=True)]
     x, target = torch.randn(9, 13), torch.randn(9, 6)
     for step in range(3):
         for index in range(2):  # no token reaches the third
@@ -144,7 +143,7 @@ def test_layers_in_one_group_move_as_each_alone(kw: Any) -> None:
         assert one.name == other.name == str(index)
         assert float((one.codes.codes != other.codes.codes).float().mean()) <= share
         assert torch.allclose(together.weight(index), alone[index].weight(0), atol=1.0 if share else 0.0)
-    assert torch.equal(together.weight(2), IntTuner([tasks[2]], [grids[2]], **kw).weight(0))  # it did not move
+    assert torch.equal(together.weight(2), LearnableGroup([tasks[2]], [grids[2]], **kw).weight(0))  # it did not move
 
 
 def test_what_shares_a_group() -> None:
@@ -172,18 +171,13 @@ def test_what_is_tuned_is_what_is_written() -> None:
     for sym, size, columns in ((True, 8, 16), (False, 8, 13), (True, 0, 12), (False, -1, 16)):
         module = torch.nn.Linear(columns, 6)
         task = LayerTask("layer", module, module.weight.detach(), QuantizationScheme(4, size, sym))
-        group = IntTuner(
-            [task],
-            [task.start(True, torch.float16)],
-            torch.float32,
-            torch.float16,
-        )
+        group = LearnableGroup([task], [task.start(True, torch.float16)], torch.float32)
         layer = TunableLinear(group, 0)
         for _ in range(5):
             (layer(torch.randn(9, columns)) - torch.randn(9, 6)).square().mean().backward()
             group.step(0.1, 0.1)
         assert torch.equal(group.finish()[0].dequantize(), layer.quantized)
-        assert torch.equal(group.scale, group.scale.half().float())
+        assert torch.equal(group.grid.scale, group.grid.scale.half().float())
 
 
 def test_a_state_can_be_put_back() -> None:

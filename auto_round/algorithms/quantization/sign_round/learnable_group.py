@@ -7,19 +7,17 @@ autograd graph over weights: the backward pass computes dL/dW, one matrix produc
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.codecs.minifloat import as_blocks, block_chunks, block_shape
 from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.schemes import GroupSize
 
 
 class StepRule(Protocol):
@@ -81,23 +79,19 @@ def make_rule(adam: bool, momentum: float) -> StepRule:
 
 State = tuple[torch.Tensor, ...]
 Index = tuple[slice, slice]
-Function = Callable[..., Any]
 
 SCALE_FACTOR_RANGE = (0.5, 1.5)
-EDGE = (
-    0.4  # of a step: where the rounding delta starts within a code that is not the nearest one, 0.1 inside its border
-)
 _CPU_CHUNK = 1 << 16  # weights processed at once: the buffers of one chunk stay in cache
 _GPU_CHUNK = 1 << 24
 
 
 @cache
-def compiled(function: Function) -> Function:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function compiled by PyTorch into one pass over the weights, for any shape."""
     return torch.compile(function, dynamic=True)
 
 
-class LearnableGroup(ABC):
+class LearnableGroup:
     """Rounding deltas and scale factors of some layers, and the quantized weights computed from them.
 
     All tensors of weights are blocks [R, M, C, N] (see `codecs.minifloat`), layers stacked along R.
@@ -105,37 +99,38 @@ class LearnableGroup(ABC):
     Attributes:
         tasks: the layers, with equal in_features and scheme; `task.weight` is [out, in]. Only one when scales are per
             tensor.
+        grid: their scales.
         blocks: the weights to quantize.
         quantized: the quantized weights, zero-padded rows of all layers, in `compute_dtype`.
         gradient: dL/dW, in the same shape.
         rounding_delta: float32, in units of one code, like `blocks`.
-        start_scales, scale_factors: float32 tensors; the stored scales are those of `start_scale * factor`.
+        scale_factors: factors on `grid.start_scales`.
         rules: update rules of the rounding delta and of each scale factor.
         fuse_update: the rounding delta's rule has no state, so chunks can be updated one by one.
         start_delta: the rounding delta before the first step; None: zero, which gives the nearest codes.
     """
 
-    # (weights from chunk arguments; gradients from the same and dL/dW), written by subclasses as pure functions.
-    functions: ClassVar[tuple[Function, Function]]
     start_delta: torch.Tensor | None = None
 
     def __init__(
-        self, tasks: Sequence[LayerTask], group_size: GroupSize, compute_dtype: torch.dtype, tune_scale: bool = True,
-        adam: bool = False, momentum: float = 0.0, compile_step: bool = False,
+        self, tasks: Sequence[LayerTask], starts: Sequence[Any], compute_dtype: torch.dtype,
+        codes: Sequence[torch.Tensor | None] = (), tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
+        compile_step: bool = False,
     ) -> None:  # fmt: skip
         """
         Args:
-            group_size: of the blocks.
+            starts: the scales where tuning starts, one a layer, from its codec.
             compute_dtype: dtype of the matrix products.
+            codes: uint8 [out, in] where rounding starts, one a layer; None where the grid says.
             tune_scale: tune the scale factors too.
             adam, momentum: the update rule, see `make_rule`.
             compile_step: compile the elementwise passes.
         """
-        self.tasks, self.scheme = list(tasks), tasks[0].scheme
+        self.tasks, self.scheme, self.codec = list(tasks), tasks[0].scheme, tasks[0].codec
+        self.grid = grid = self.codec.tunable(starts)
         self.compute_dtype, self.tune_scale = compute_dtype, tune_scale
-        self._values, self._gradients = map(compiled, self.functions) if compile_step else self.functions
-        self._make_rule = lambda: make_rule(adam, momentum)
-        shapes = [block_shape((task.weight.shape[0], task.weight.shape[1]), group_size) for task in tasks]
+        self._values, self._gradients = map(compiled, grid.functions) if compile_step else grid.functions
+        shapes = [block_shape((task.weight.shape[0], task.weight.shape[1]), grid.group_size) for task in tasks]
         self.slices = consecutive_slices([shape[0] for shape in shapes])
         _, m, c, n = shapes[0]
         self._layer_slices = [
@@ -147,55 +142,47 @@ class LearnableGroup(ABC):
         self.gradient = torch.zeros_like(self.quantized)
         # As matrix products see the weights, in `compute_dtype`, or in their own dtype where float32 holds it exactly.
         own = compute_dtype == torch.float32
-        weights = [as_blocks(task.weight if own else task.weight.to(compute_dtype), group_size) for task in tasks]
+        weights = [as_blocks(task.weight if own else task.weight.to(compute_dtype), grid.group_size) for task in tasks]
         self.blocks = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.chunks = block_chunks(self.blocks, _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK)
         self._with_gradient: set[int] = set()
-
-    def _start(self, *start_scales: torch.Tensor) -> None:
-        """Create the learnables, once a subclass knows the scales from which tuning starts."""
-        self.start_scales = list(start_scales)
-        self.scale_factors = [torch.ones_like(scale) for scale in start_scales]
+        self.scale_factors = [torch.ones_like(scale) for scale in grid.start_scales]
         self.rounding_delta = torch.zeros_like(self.blocks, dtype=torch.float32)
-        self.rules = [self._make_rule() for _ in range(1 + len(start_scales))]
+        self.rules = [make_rule(adam, momentum) for _ in range(1 + len(self.scale_factors))]
         self.fuse_update = isinstance(self.rules[0], SignStep)
         self.apply_scale_factors()
+        self._start_from(list(codes) or list(grid.start_codes))
         self.refresh()
 
     @torch.no_grad()
     def _start_from(self, codes: Sequence[torch.Tensor | None]) -> None:
-        """Start from `codes`, uint8 shaped like the layer's blocks, one a layer; None: from the nearest ones."""
-        for index in self.chunks:
-            for rows, wanted in zip(self.slices, codes, strict=False):
-                start, stop = max(rows.start, index[0].start), min(rows.stop, index[0].stop)
+        """Start from `codes`, uint8 [out, in], one a layer; None: from the nearest ones."""
+        for rows, given in zip(self.slices, codes, strict=False):
+            wanted = None if given is None else as_blocks(given, self.grid.group_size)
+            for outer, inner in self.chunks:
+                start, stop = max(rows.start, outer.start), min(rows.stop, outer.stop)
                 if wanted is not None and start < stop:
-                    own = slice(start, stop), index[1]
-                    self.rounding_delta[own] = self._delta_of(
-                        own, wanted[start - rows.start : stop - rows.start, index[1]]
-                    )
+                    own, part = slice(start, stop), wanted[start - rows.start : stop - rows.start, inner]
+                    arguments = self.grid.arguments(own)
+                    self.rounding_delta[own, inner] = self.grid.delta_of(self.blocks[own, inner], part, *arguments)
         if bool(self.rounding_delta.any()):
             self.start_delta = self.rounding_delta.clone()
-            self.refresh()
 
-    @abstractmethod
-    def _delta_of(self, index: Index, codes: torch.Tensor) -> torch.Tensor:
-        """The rounding delta that leads to `codes` of a chunk: zero where they are the nearest, else just enough."""
-
-    @abstractmethod
     def apply_scale_factors(self) -> None:
-        """Compute the stored scales from `start_scales` and `scale_factors`."""
+        """Compute the stored scales from `grid.start_scales` and `scale_factors`."""
+        self.grid.store([s * f for s, f in zip(self.grid.start_scales, self.scale_factors, strict=True)])
 
-    @abstractmethod
     def _arguments(self, index: Index) -> tuple[Any, ...]:
-        """Arguments of `functions` for one chunk."""
+        """Arguments of the grid's functions for one chunk."""
+        return self.blocks[index], self.rounding_delta[index], *self.grid.arguments(index[0])
 
-    @abstractmethod
-    def _factor_gradients(self, slopes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Gradients of `scale_factors` from those of the blocks' scales, [R, 1, C, 1] each."""
-
-    @abstractmethod
+    @torch.no_grad()
     def finish(self) -> list[QuantizedLayer]:
         """The layers in their present state, encoded from the weights in their own dtype."""
+        return [
+            task.quantized(self.codec.encode(task.weight, self.grid.layer(index, rows), self.rounding_delta[rows]))
+            for index, (task, rows) in enumerate(zip(self.tasks, self.slices, strict=True))
+        ]
 
     def weight(self, index: int) -> torch.Tensor:
         """The quantized weight [out, in] of a layer; a view that `refresh` keeps current."""
@@ -240,9 +227,8 @@ class LearnableGroup(ABC):
                 whole[where] = part
             self.rules[0].apply(self.rounding_delta, whole, lr)
         if self.tune_scale:
-            for rule, factor, slope in zip(
-                self.rules[1:], self.scale_factors, self._factor_gradients(slopes), strict=True
-            ):
+            gradients = self.grid.factor_gradients(slopes)
+            for rule, factor, slope in zip(self.rules[1:], self.scale_factors, gradients, strict=True):
                 rule.apply(factor, slope, scale_lr)
                 factor.clamp_(*SCALE_FACTOR_RANGE)
             self.apply_scale_factors()
@@ -276,13 +262,19 @@ class LearnableGroup(ABC):
     @torch.no_grad()
     def snapshot(self, into: State | None = None) -> State:
         """A copy of the state, in the tensors of an earlier copy where one is given."""
-        return copy_state((self.rounding_delta, *self.scale_factors), into)
+        saved = torch.empty_like(self.blocks, dtype=self.grid.state_dtype) if into is None else into[0]
+        for index in self.chunks:
+            saved[index] = self.grid.to_state(*self._arguments(index))
+        return saved, *copy_state(tuple(self.scale_factors), None if into is None else into[1:])
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Restore a snapshot."""
-        self.rounding_delta, *self.scale_factors = state
+        saved, *self.scale_factors = state
         self.apply_scale_factors()
+        for index in self.chunks:
+            blocks, _, *arguments = self._arguments(index)
+            self.rounding_delta[index] = self.grid.from_state(blocks, saved[index], *arguments)
         self.refresh()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,8 +13,6 @@ from auto_round.algorithms.gptq import DAMPING, GPTQConfig, feedback_start, shar
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
 from auto_round.algorithms.quantization.sign_round.linears import AutogradTunableLinear, TunableLinear
-from auto_round.algorithms.quantization.sign_round.tuners import FloatTuner, GgmlTuner, IntTuner
-from auto_round.codecs.kinds import FloatCodec, GgmlCodec
 from auto_round.errors import NumericsError
 from auto_round.logger import logger
 from auto_round.threads import parallel_map
@@ -167,8 +165,7 @@ class SignRoundQuantizer:
         }
         tunables: list[Tunable] = []
         replacements: dict[str, torch.nn.Module] = {}
-        grouped = [layer for layer in task.layers if layer.codec.tuned(layer.weight.shape[1]) is not None]
-        for tasks in stack_tasks(grouped):
+        for tasks in stack_tasks([layer for layer in task.layers if layer.codec.tuned(layer.weight.shape[1])]):
             group = self._learnable_group(tasks, options)
             tunables.append(group)
             replacements |= {layer.name: TunableLinear(group, index) for index, layer in enumerate(tasks)}
@@ -179,27 +176,19 @@ class SignRoundQuantizer:
                 replacements[layer.name] = one
         return tunables, replacements
 
-    def _learnable_group(self, tasks: Sequence[LayerTask], options: dict[str, Any]) -> LearnableGroup:
-        """The learnable group of layers with one ggml type, integer or small float scheme."""
-        # Where few scales can be stored, or one scales a super-block of 256 weights, a scale step undoes what rounding
-        # deltas have learned (docs/tuning.md, docs/gguf.md): such scales are tuned only with a rate of their own.
-        tune_scale = self.config.enable_minmax_tuning and self.config.minmax_lr is not None
+    def _learnable_group(self, tasks: Sequence[LayerTask], options: Mapping[str, Any]) -> LearnableGroup:
+        """The learnable group of layers with one codec, started from searched scales and codes by error feedback."""
         device = tasks[0].weight.device
         damping = DAMPING if self.gptq is None else self.gptq.damping
         begin = partial(
             feedback_start, optimized=self.optimized_start, scale_dtype=self.scale_dtype, damping=damping,
             known=shared_hessian_factors(tasks, damping, device),
         )  # fmt: skip
-        found = parallel_map(begin, tasks, device)
-        starts, codes = [start for start, _ in found], [given for _, given in found]
-        options = options | {"compile_step": self.compile_step}
-        codec = tasks[0].codec
-        if isinstance(codec, GgmlCodec):
-            begun = [start if own is None else start.with_codes(own) for start, own in found]
-            return GgmlTuner(tasks, begun, **options | {"tune_scale": tune_scale})
-        if isinstance(codec, FloatCodec):
-            return FloatTuner(tasks, codec.spec, starts, codes=codes, **options | {"tune_scale": tune_scale})
-        return IntTuner(tasks, starts, codes=codes, scale_dtype=self.scale_dtype, **options)
+        starts, codes = zip(*parallel_map(begin, tasks, device), strict=True)
+        own = {"compile_step": self.compile_step, "codes": codes if any(part is not None for part in codes) else ()}
+        if not tasks[0].codec.tunes_scales and self.config.minmax_lr is None:
+            own["tune_scale"] = False
+        return LearnableGroup(tasks, starts, **{**options, **own})
 
     def _tune(self, task: BlockTask, layers: Sequence[Tunable]) -> tuple[float, float]:
         config = self.config
