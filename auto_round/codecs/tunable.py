@@ -284,5 +284,4 @@ class GgmlGrid(TunableGrid):
         return torch.where(ratio.round().clamp(low, high) == wanted, 0.0, delta)
 
     def layer(self, index: int, rows: slice) -> GgmlBlocks:
-        parts = {name: part[rows] for name, part in self.stored.tensors().items() if name != "codes"}
-        return replace(self.stored, **parts)
+        return self.stored.map(lambda t: t[rows])
