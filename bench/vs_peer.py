@@ -3,7 +3,8 @@
     python bench/vs_peer.py --model MODEL --peer_python /path/to/peer-venv/bin/python --text calib.txt \
         --eval_text wiki.txt web.txt --runs rtn:W4A16 opt:W4A16 20:W2A16 --out bench/results/NAME.json
 
-A run is `steps:scheme`, with `rtn` and `opt` for no steps. Wall time and peak memory are of the whole process, imports
+A run is `steps:scheme`, with `rtn` and `opt` for no steps, and `gptq` for no steps with error feedback, where the peer
+runs its `opt`. Wall time and peak memory are of the whole process, imports
 and saving included. Quality is measured here, for both, on the files as saved: perplexity, mean KL divergence to the
 full-precision model and top-1 agreement, with standard errors over windows. Linux only (peak memory from /proc).
 """
@@ -115,7 +116,8 @@ def main() -> None:
                 job = {
                     "model": os.path.abspath(a.model), "scheme": scheme, "group_size": a.group_size, "texts": texts,
                     "nsamples": a.nsamples, "seqlen": a.seqlen, "batch_size": a.batch_size,
-                    "iters": 0 if steps in ("rtn", "opt") else int(steps),
+                    "iters": 0 if steps in ("rtn", "opt", "gptq") else int(steps),
+                    "algorithm": "gptq" if steps == "gptq" else None,
                     "disable_opt_rtn": steps == "rtn", "out": out, "device": a.device, "work": work,
                     "verify": not a.no_verify, "peer_amp": not a.peer_no_amp,
                 }  # fmt: skip
