@@ -244,7 +244,7 @@ def _open_model(model: Any, settings: Settings) -> ModelSource:
         allow_pickle=settings.allow_pickle,
     )  # fmt: skip
     source.bounded = settings.max_memory is not None
-    for note in getattr(source, "notes", ()):
+    for note in source.notes:
         logger.warning("%s", note)
     if source.stored_as:
         logger.info("the model is quantized already (%s); it is dequantized while it is read", source.stored_as)
@@ -252,9 +252,8 @@ def _open_model(model: Any, settings: Settings) -> ModelSource:
         return source  # a quantized checkpoint is always read block by block
     from transformers import AutoModelForCausalLM
 
-    folder = getattr(source, "folder", model)
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=source.dtype, trust_remote_code=settings.trust_remote_code
+        source.folder, dtype=source.dtype, trust_remote_code=settings.trust_remote_code
     )
     return open_source(loaded)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from auto_round.edits import TensorEdit
 from auto_round.errors import ModelError
 from auto_round.modeling.build import (
     build_on_meta,
@@ -32,12 +32,10 @@ from auto_round.modeling.source import (
     Device,
     ModelSource,
     check_finite,
-    direct_tensors,
-    find_model_blocks,
     resolve_dtype,
     state_names,
 )
-from auto_round.modeling.tensor_map import TensorPlan, plan_tensors, read_origin
+from auto_round.modeling.tensor_map import plan_tensors, read_origin
 
 # Buffers in old files that modules compute: rotary frequencies, causal masks [1, 1, n, n] and their fill value.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$")
@@ -68,17 +66,14 @@ class CheckpointSource(ModelSource):
         files: the opened weights, if they are stored elsewhere.
         kind: the model's class; default: the causal language model of the configuration. Its task is not checked.
 
-    Attributes:
-        notes: for the user, on tensors that nothing reads.
-
     Raises:
         ModelError: not a causal language model, or files missing or damaged (the message names file and tensor).
         UnsupportedError: the checkpoint is quantized in a format that cannot be read, and `prepare` is not given.
     """
 
     lazy = True
-    _float32_keys: set[str] | None = None
-    _edits: Mapping[str, tuple[TensorEdit, ...]] = {}
+    folder: Path
+    files: TensorFiles
 
     def __init__(
         self,
@@ -102,49 +97,42 @@ class CheckpointSource(ModelSource):
         self._pickles = allow_pickle and has_pickles(self.folder) and not any(self.folder.glob("*.safetensors"))
         if files is None:
             files = PickleFiles.open_pickles(self.folder) if self._pickles else TensorFiles.open(self.folder)
-        self.files = files
-        check_sizes(self.folder / "config.json", self.config, len(self.files.tensors))
-        self._check_files()
+        check_sizes(self.folder / "config.json", self.config, len(files.tensors))
         if prepare is None:
-            dense = dense_view(self.files, declared, asked or config_dtype(self.config))
+            dense = dense_view(files, declared, asked or config_dtype(self.config))
             drop_quantization(self.config)
             if dense is not None:
-                self.files, self.stored_as = dense, dense.description
-        self.dtype = asked or config_dtype(self.config) or dominant_dtype(self.files)
+                files, self.stored_as = dense, dense.description
+        self.files = files
+        self.dtype = asked or config_dtype(self.config) or dominant_dtype(files)
         self.model = self._build()
         fused_names = dict(self.model.state_dict())
         unfuse_experts(self.model)
         if prepare is not None:
             prepare(self.model)
-        self.blocks = self._find_blocks()
+        self.blocks = self._find_blocks(self.model)
         self._names = state_names(self.model)
-        self._plans = self._make_plans(fused_names)
+        self._plans = plan_tensors(files.tensors, self.model, self._names, fused_names)
         self._tied = self._find_tied()
         self._tensors = self._check_tensors()
-        self._fill_buffers()
-        self._spare = self._find_spare()
-        self.notes = (*self.files.notes, *self._spare_notes())
+        for name, info in self._tensors.items():
+            if not info.lazy and name in self._plans:  # a persistent buffer with a value: a small table
+                owner, _, leaf = name.rpartition(".")
+                self.model.get_submodule(owner)._buffers[leaf] = self._fetch(name, {}, check=True)
+        self.spare, notes = self._find_unused()
+        self.notes = (*files.notes, *notes)
 
     def _read_config(self) -> Any:
         return load_config(self.folder, trust_remote_code=self._trusted, causal=self.kind is None)
 
-    def _check_files(self) -> None:
+    def _build(self) -> nn.Module:
         auto_map = getattr(self.config, "auto_map", None)
         remote_class = self._trusted and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
         if self.kind is None and not remote_class:
             check_towers(self.config, self.files.tensors, self.name_or_path)
-
-    def _build(self) -> nn.Module:
         return build_on_meta(self.config, self.dtype, self._trusted, self.kind)
 
-    def _find_blocks(self) -> tuple[str, ...]:
-        return find_model_blocks(self.model)
-
-    def _make_plans(self, fused_names: Mapping[str, torch.Tensor]) -> dict[str, TensorPlan]:
-        return plan_tensors(self.files.tensors, self.model, self._names, fused_names)
-
     def reopen(self) -> CheckpointSource:
-        """A second source of the same files with its own empty model."""
         source = CheckpointSource(
             self.folder, dtype=self._asked, trust_remote_code=self._trusted, name_or_path=self.name_or_path,
             allow_pickle=self._pickles, kind=self.kind,
@@ -178,53 +166,42 @@ class CheckpointSource(ModelSource):
             return self.model.get_buffer(canonical).detach().cpu()
         return self._fetch(canonical, {}, check=False)
 
-    def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
-        self._check_editable(edits)
-        for name, edit in edits.items():
-            self._edits = {**self._edits, name: (*self._edits.get(name, ()), edit)}
-            owner, _, leaf = name.rpartition(".")
-            module = self._module(owner)
-            for found, tensor in list(direct_tensors(module)):
-                if found == leaf and not tensor.is_meta:
-                    _set_tensor(module, leaf, edit.apply(tensor.detach()))
-
     def _edited(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         for edit in self._edits.get(name, ()):
             tensor = edit.apply(tensor)
         return tensor
 
     def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        try:
-            info = self._tensors[self._tied.get(name, name)]
-        except KeyError as error:
-            raise ModelError(f"{self.name_or_path} has no tensor {name!r}") from error
+        info = self._tensors.get(self._tied.get(name, name))
+        if info is None:
+            raise ModelError(f"{self.name_or_path} has no tensor {name!r}")
         return info.shape, info.dtype
-
-    def checkpoint_names(self, tensor_name: str) -> tuple[str, ...]:
-        plan = self.tensor_plan(tensor_name)
-        return plan.origin.stored if plan else (tensor_name,)
 
     def inputs(self, tensor_name: str) -> tuple[str, ...]:
         """Names in the files of everything that is read for a model tensor, scales included."""
-        return tuple(found for key in self.checkpoint_names(tensor_name) for found in self.stored_inputs(key))
+        return tuple(found for key in self.checkpoint_names(tensor_name) for found in self.files.inputs(key))
 
-    def stored_inputs(self, key: str) -> tuple[str, ...]:
-        """Names in the files of what is read for a checkpoint tensor: itself, or its codes and scale."""
-        weight = getattr(self.files, "weights", {}).get(key)
-        return (key,) if weight is None else (weight.codes, weight.scale)
+    def unquantized_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        plan = self.tensor_plan(tensor_name)
+        shape, dtype = self.tensor_meta(tensor_name)
+        return (shape, dtype) if plan is None or plan.key is None else self.stored_meta(plan.key)
 
-    def own_plan(self, tensor_name: str) -> TensorPlan | None:
-        return self._plans.get(tensor_name)
-
-    def spare(self) -> tuple[str, ...]:
-        return self._spare
+    def read_unquantized(self, tensor_name: str) -> torch.Tensor:
+        plan = self.tensor_plan(tensor_name)
+        return self.read(tensor_name) if plan is None or plan.key is None else self.read_stored(plan.key)
 
     def stored_meta(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         stored = self.files.tensors[key]
-        cast = self._asked is not None and stored.dtype.is_floating_point and stored.dtype.itemsize >= 2
-        if cast and key not in self._spare and self._keeps_float32(key):
-            return stored.shape, torch.float32
-        return stored.shape, self._asked if cast and self._asked is not None else stored.dtype
+        if self._asked is None or not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+            return stored.shape, stored.dtype
+        kept = key in self._float32_keys and key not in self.spare
+        return stored.shape, torch.float32 if kept else self._asked
+
+    @cached_property
+    def _float32_keys(self) -> set[str]:
+        """Stored tensors that the model holds in float32 regardless of its dtype."""
+        names = [name for name, info in self._tensors.items() if info.dtype == torch.float32 and name in self._plans]
+        return {key for name in names for key in self._plans[name].origin.stored if self.dtype != torch.float32}
 
     def read_stored(self, key: str) -> torch.Tensor:
         tensor = self.files.read(key).to(self.stored_meta(key)[1])
@@ -239,14 +216,6 @@ class CheckpointSource(ModelSource):
                 plan.piece.paste(one, self._edited(name, plan.piece.cut(one)))
         return tensor
 
-    def _keeps_float32(self, key: str) -> bool:
-        """Whether the model holds a stored tensor in float32 regardless of its dtype."""
-        if self._float32_keys is None:
-            names = (n for n, info in self._tensors.items() if info.dtype == torch.float32)
-            found = {k for name in names if name in self._plans for k in self._plans[name].origin.stored}
-            self._float32_keys = found if self.dtype != torch.float32 else set()
-        return key in self._float32_keys
-
     def _fetch(self, name: str, shared: dict[Origin, dict[str, torch.Tensor]], *, check: bool) -> torch.Tensor:
         """Read the tensor `name` to the CPU for loading. `shared` caches what several tensors are cut from."""
         canonical = self._tied.get(name, name)
@@ -254,8 +223,8 @@ class CheckpointSource(ModelSource):
         if plan is None or info is None:
             raise ModelError(f"{self.name_or_path} has no tensor {name!r}")
         origin, piece = plan.origin, plan.piece
-        if origin.converter is None and piece is None:
-            tensor = self.files.read(origin.keys[0][0]).to(info.dtype)
+        if plan.key is not None:
+            tensor = self.files.read(plan.key).to(info.dtype)
         elif origin.converter is None and piece is not None and not piece.rows:
             # Read one expert of a stacked tensor; gate and up may be halves of it.
             row = str(piece.expert)
@@ -288,26 +257,24 @@ class CheckpointSource(ModelSource):
                 return tensor
         return None
 
-    def _find_spare(self) -> tuple[str, ...]:
-        aliases = set(self._tied)
-        used = {key for name, plan in self._plans.items() if name not in aliases for key in plan.origin.stored}
-        return tuple(
+    def _find_unused(self) -> tuple[tuple[str, ...], list[str]]:
+        """Stored tensors that no module reads or that belong to a tied alias, and notes on those without an owner.
+
+        The latter are for multi-token prediction, another version of the model, or damage.
+        """
+        used = {key for name, plan in self._plans.items() if name not in self._tied for key in plan.origin.stored}
+        aliases = {key for name, plan in self._plans.items() if name in self._tied for key in plan.origin.stored}
+        unused = tuple(
             key
             for key, stored in self.files.tensors.items()
             if key not in used and not _COMPUTED.search(key) and not (len(stored.shape) == 4 and _MASK.search(key))
         )
-
-    def _spare_notes(self) -> list[str]:
-        """A note on tensors that no module reads: multi-token prediction, another version of the model, or damage."""
-        plans = (self._plans.get(name) for name in self._tied)
-        aliases = {key for plan in plans if plan is not None for key in plan.origin.stored}
-        unread = [key for key in self._spare if key not in aliases]
+        unread = [key for key in unused if key not in aliases]
         if not unread:
-            return []
-        shown = ", ".join(unread[:3])
-        return [
-            f"{self.folder} holds {len(unread)} tensors that {type(self.model).__name__} does not have: {shown}; they "
-            "are copied unquantized into formats that keep the checkpoint's names"
+            return unused, []
+        return unused, [
+            f"{self.folder} holds {len(unread)} tensors that {type(self.model).__name__} does not have: "
+            f"{', '.join(unread[:3])}; they are copied unquantized into formats that keep the checkpoint's names"
         ]
 
     def _find_tied(self) -> dict[str, str]:
@@ -337,35 +304,26 @@ class CheckpointSource(ModelSource):
         for name in self._names:
             if name in self._tied:
                 continue
-            owner, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            tensor = dict(direct_tensors(module))[leaf]
-            plan = self._plans.get(name)
+            tensor, plan = self._tensor(name), self._plans.get(name)
             if plan is None and tensor.is_meta:
                 raise ModelError(
                     f"tensor {name!r} of {type(self.model).__name__} is missing from the files in {self.folder}"
                 )
             dtype = tensor.dtype
-            if plan is not None and plan.origin.converter is None and plan.piece is None:
-                stored = self.files.tensors[plan.origin.keys[0][0]]
+            if plan is not None and plan.key is not None:
+                stored = self.files.tensors[plan.key]
                 if stored.shape != tuple(tensor.shape):
                     raise ModelError(
-                        f"{stored.file}: tensor {plan.origin.keys[0][0]!r} has shape {list(stored.shape)}; "
+                        f"{stored.file}: tensor {plan.key!r} has shape {list(stored.shape)}; "
                         f"the model needs {list(tensor.shape)} (does config.json belong to these weights?)"
                     )
-                if tensor.is_meta and (leaf in module._buffers or not stored.dtype.is_floating_point):
+                is_buffer = not isinstance(tensor, nn.Parameter)
+                if tensor.is_meta and (is_buffer or not stored.dtype.is_floating_point):
                     dtype = stored.dtype
             if dtype.is_floating_point and full_precision(name):
                 dtype = torch.float32
             found[name] = _Tensor(tuple(tensor.shape), dtype, tensor.is_meta)
         return found
-
-    def _fill_buffers(self) -> None:
-        """Read the checkpoint values of persistent buffers that are not on meta (small tables)."""
-        for name, info in self._tensors.items():
-            if not info.lazy and name in self._plans:
-                owner, _, leaf = name.rpartition(".")
-                self.model.get_submodule(owner)._buffers[leaf] = self._fetch(name, {}, check=True)
 
 
 def load_dequantized(

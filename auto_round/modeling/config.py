@@ -130,7 +130,7 @@ def _layer_attribute(config: Any, name: str) -> Any:
         return None
 
 
-_QUANTIZATION = ("quantization_config", "compression_config")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Keys that describe the machine on which the source was saved.
 _MACHINE_KEYS = ("_name_or_path", "_attn_implementation_autoset", "_commit_hash")
 _NEW, _SCALING = "rope_parameters", "rope_scaling"
@@ -157,7 +157,7 @@ def source_config(config: Any, folder: Path | None, trusted: bool) -> Values:
         values = read_object(check_inside(folder, folder / "config.json"))
     values = _without(values, _MACHINE_KEYS)
     for part in (values, *_parts(values)):
-        for key in _QUANTIZATION:
+        for key in QUANTIZATION_KEYS:
             part.pop(key, None)
     if not trusted and _class_of(values) is not None:
         _drop_own_code(values)
@@ -239,7 +239,7 @@ def _drop_own_code(values: Values) -> None:
 
 
 def _is_part(key: str, value: Any) -> bool:
-    return isinstance(value, dict) and key.endswith("_config") and key not in _QUANTIZATION
+    return isinstance(value, dict) and key.endswith("_config") and key not in QUANTIZATION_KEYS
 
 
 def _parts(values: Values) -> list[Values]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from auto_round.edits import TensorEdit
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.experts import unfuse_experts
-from auto_round.modeling.source import Device, ModelSource, check_finite, direct_tensors, find_model_blocks, state_names
+from auto_round.modeling.source import Device, ModelSource, check_finite, state_names
 from auto_round.modeling.tensor_map import plan_saved
 
 
@@ -31,21 +29,26 @@ class LiveSource(ModelSource):
             raise ModelError(
                 f"{type(model).__name__} has no .config; give a Transformers causal language model or a path"
             )
-        self.blocks = find_model_blocks(model)
-        offloaded = next((n for n, p in model.named_parameters() if p.is_meta), None)
-        if offloaded is not None:
-            raise ModelError(
-                f"parameter {offloaded!r} of the model is on the meta device (offloaded); give the model's path instead"
-            )
-        _check_not_quantized(model)
+        self.blocks = self._find_blocks(model)
+        for name, tensor in model.named_parameters():
+            if tensor.is_meta:
+                raise ModelError(
+                    f"parameter {name!r} of the model is on the meta device (offloaded); give the model's path instead"
+                )
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                raise UnsupportedError(
+                    f"parameter {name!r} of the model is {tensor.dtype}: the model is quantized already. Give its "
+                    "path: FP8 and MXFP4 checkpoints are read block by block and dequantized; or load it dequantized"
+                )
         self.model = model.eval()
         self.config = config
         self.name_or_path = str(getattr(config, "_name_or_path", "") or type(model).__name__)
         fused_names = {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()}
         unfuse_experts(model)
         self._names = state_names(model)
-        self._plans = plan_saved(model, self._names, fused_names)
         self._tied = self._find_tied()
+        plans = plan_saved(model, self._names, fused_names)
+        self._plans = {name: plan for name, plan in plans.items() if name not in self._tied}
         first = next((p.dtype for p in model.get_submodule(self.blocks[0]).parameters() if p.is_floating_point()), None)
         self.dtype = first or torch.get_default_dtype()
         self._original_device: dict[str, torch.device] = {}
@@ -70,22 +73,9 @@ class LiveSource(ModelSource):
     def read(self, tensor_name: str) -> torch.Tensor:
         return self._tensor(tensor_name).detach().cpu()
 
-    def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
-        self._check_editable(edits)
-        for name, edit in edits.items():
-            tensor = self._tensor(name)
-            tensor.data = edit.apply(tensor.detach())
-
     def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         tensor = self._tensor(name)
         return tuple(tensor.shape), tensor.dtype
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        owner, _, leaf = name.rpartition(".")
-        for found, tensor in direct_tensors(self._module(owner)):
-            if found == leaf:
-                return tensor
-        raise ModelError(f"{self.name_or_path} has no tensor {name!r}")
 
     def _find_tied(self) -> dict[str, str]:
         """Names that share one parameter. Transformers declares which name is the canonical one."""
@@ -95,16 +85,6 @@ class LiveSource(ModelSource):
             first.setdefault(id(self._tensor(name)), name)
         pairs = ((name, first[id(self._tensor(name))]) for name in self._names)
         return {name: canonical for name, canonical in pairs if name != canonical}
-
-
-def _check_not_quantized(model: nn.Module) -> None:
-    """Raise UnsupportedError when weights are integer or 8-bit codes."""
-    for name, tensor in model.named_parameters():
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise UnsupportedError(
-                f"parameter {name!r} of the model is {tensor.dtype}: the model is quantized already. Give its path: "
-                "FP8 and MXFP4 checkpoints are read block by block and dequantized; or load it dequantized"
-            )
 
 
 def _move(module: nn.Module, leaf: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -8,13 +8,10 @@ and the configuration. Stacked experts of such a family stay unquantized, becaus
 
 from __future__ import annotations
 
-import os
 import re
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +21,6 @@ from auto_round.modeling.build import RawConfig, read_config
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.config import LAYER_COUNTS
 from auto_round.modeling.files.safetensors import TensorFiles
-from auto_round.modeling.tensor_map import TensorPlan
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -68,13 +64,11 @@ def build_meta_model(shapes: Shapes, config: Any, dtype: torch.dtype) -> MetaMod
 
     Raises ModelError when a tensor's name is also that of a module.
     """
+    from transformers.core_model_loading import dot_natural_key
+
     root = MetaModel(config)
     owners: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
-
-    def natural_key(name: str) -> list[tuple[int, int, str]]:
-        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-    for name in sorted(shapes, key=natural_key):
+    for name in sorted(shapes, key=dot_natural_key):
         owner, _, leaf = name.rpartition(".")
         owners.setdefault(owner, {})[leaf] = shapes[name]
     for owner, leaves in owners.items():
@@ -83,8 +77,8 @@ def build_meta_model(shapes: Shapes, config: Any, dtype: torch.dtype) -> MetaMod
         else:
             _register_parameters(root, leaves, dtype)
     for name, leaves in owners.items():
+        owner_module = root.get_submodule(name)
         for leaf in leaves:
-            owner_module = root.get_submodule(name)
             if isinstance(owner_module, nn.ModuleList) or not hasattr(owner_module, leaf):
                 raise ModelError(f"tensor {name}.{leaf} has the name of a module")
     _find_head(root, owners, config)
@@ -114,37 +108,32 @@ def _register_parameters(module: nn.Module, leaves: Shapes, dtype: torch.dtype) 
 
 def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
     """Insert `module` at `name`. Names come in natural order, so parents without tensors are created here."""
+    *path, last = parts = name.split(".")
     parent: nn.Module = root
-    parts = name.split(".")
-    for depth, part in enumerate(parts):
-        child = parent._modules.get(part)
-        if depth == len(parts) - 1:
-            if child is not None:
-                for leaf, below in child._modules.items():
-                    module._modules[leaf] = below
-            parent._modules[part] = module
-            return
-        if child is None:
-            following = parts[depth + 1]
-            child = nn.ModuleList() if following.isdigit() else PlainModule()
-            parent._modules[part] = child
+    for part, following in zip(path, parts[1:], strict=True):
+        if part not in parent._modules:
+            parent._modules[part] = nn.ModuleList() if following.isdigit() else PlainModule()
+        child = parent._modules[part]
+        assert child is not None
         parent = child
+    replaced = parent._modules.get(last)
+    module._modules.update(replaced._modules if replaced is not None else {})
+    parent._modules[last] = module
 
 
 def _find_head(root: MetaModel, owners: Collection[str], config: Any) -> None:
     """Find the output head: a linear layer outside the blocks with a known name, or a copy of the tied embedding."""
     modules = dict(root.named_modules())
-    known = (n for n in owners if n.rpartition(".")[2] in HEADS and isinstance(modules.get(n), nn.Linear))
-    heads = sorted((n for n in known if not re.search(r"\.\d+\.", f".{n}.")), key=lambda n: (n.count("."), n))
-    embedding = None
-    for leaf in TOKEN_EMBEDDINGS:
-        found = [n for n in owners if n.rpartition(".")[2] == leaf and isinstance(modules.get(n), nn.Embedding)]
-        if found:
-            embedding = min(found, key=lambda n: (n.count("."), n))
-            break
-    if heads:
-        root.head_name = heads[0]
-    elif embedding is not None:
+
+    def outermost(names: Collection[str], leaves: Collection[str], kind: type[nn.Module]) -> str | None:
+        found = [n for n in names if n.rpartition(".")[2] in leaves and isinstance(modules.get(n), kind)]
+        return min(found, key=lambda n: (n.count("."), n), default=None)
+
+    embeddings = (outermost(owners, (leaf,), nn.Embedding) for leaf in TOKEN_EMBEDDINGS)
+    embedding = next((name for name in embeddings if name is not None), None)
+    unnumbered = [name for name in owners if not re.search(r"\.\d+\.", f".{name}.")]
+    stored_head = root.head_name = outermost(unnumbered, HEADS, nn.Linear)
+    if stored_head is None and embedding is not None:
         weight = root.get_parameter(f"{embedding}.weight")
         rows, columns = weight.shape
         _attach(root, HEADS[0], nn.Linear(columns, rows, bias=False, device="meta", dtype=weight.dtype))
@@ -152,7 +141,7 @@ def _find_head(root: MetaModel, owners: Collection[str], config: Any) -> None:
     if root.head_name is not None and embedding is not None:
         text = config.get_text_config()
         tied = getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", None))
-        if tied or not heads:
+        if tied or stored_head is None:
             root.all_tied_weights_keys = {f"{root.head_name}.weight": f"{embedding}.weight"}
 
 
@@ -166,8 +155,7 @@ def meta_model_blocks(root: MetaModel, name_or_path: str) -> tuple[str, ...]:
         ModelError: no such list, or blocks are missing from the files.
         UnsupportedError: there are several lists of the same kind of block.
     """
-    found: list[SimpleNamespace] = []
-    _collect_lists(root, "", found)
+    found = list(_layer_lists(root, ""))
     text = root.config.get_text_config()
     counts = (getattr(text, name, None) for name in LAYER_COUNTS)
     wanted = next((int(n) for n in counts if isinstance(n, int) and n > 0), None)
@@ -194,17 +182,25 @@ def meta_model_blocks(root: MetaModel, name_or_path: str) -> tuple[str, ...]:
     return tuple(f"{best.name}.{child}" for child in names)
 
 
-def _collect_lists(module: nn.Module, name: str, found: list[SimpleNamespace]) -> None:
-    children = list(module._modules)
-    if all(c.isdigit() and any(p.dim() >= 2 for p in m.parameters()) for c, m in module.named_children()) and children:
+class _LayerList(NamedTuple):
+    """A numbered list of modules with weights: its name, numbers, size, and tensor names of its first module."""
+
+    name: str
+    children: list[str]
+    size: int
+    leaves: frozenset[str]
+
+
+def _layer_lists(module: nn.Module, name: str) -> Iterator[_LayerList]:
+    """The outermost lists of modules with matrices under `module`."""
+    children = dict(module.named_children())
+    if children and all(c.isdigit() and any(p.dim() >= 2 for p in m.parameters()) for c, m in children.items()):
+        first = next(iter(children.values()))
         size = sum(p.numel() for p in module.parameters())
-        first = module._modules[children[0]]
-        assert first is not None
-        leaves = frozenset(n for n, _ in first.named_parameters())
-        found.append(SimpleNamespace(name=name, children=children, size=size, leaves=leaves))
+        yield _LayerList(name, list(children), size, frozenset(n for n, _ in first.named_parameters()))
         return
-    for child_name, child in module.named_children():
-        _collect_lists(child, f"{name}.{child_name}" if name else child_name, found)
+    for child_name, child in children.items():
+        yield from _layer_lists(child, f"{name}.{child_name}" if name else child_name)
 
 
 def open_meta_source(
@@ -223,6 +219,9 @@ def open_meta_source(
         ModelError: files are missing or damaged, or contain no decoder.
         UnsupportedError: the files are quantized in a format that cannot be read.
     """
+    import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     raw = read_config(folder)
     name = name_or_path or str(folder)
     if getattr(raw, "is_encoder_decoder", False):
@@ -230,81 +229,37 @@ def open_meta_source(
     listed = getattr(raw, "architectures", None)
     architectures = [n for n in listed if isinstance(n, str)] if isinstance(listed, list) else []
     model_type = str(getattr(raw, "model_type", ""))
-    kind = _model_class(model_type, architectures)
-    if kind is None:
-        _check_no_conversions((model_type, *architectures), name)
-        return MetaModelSource(folder, dtype=dtype, name_or_path=name, files=files)
-    return CheckpointSource(folder, dtype=dtype, name_or_path=name, files=files, kind=kind)
-
-
-def _model_class(model_type: str, architectures: list[str]) -> type[Any] | None:
-    """Transformers' class of a checkpoint: the one that config.json names, else the causal language model of the type.
-
-    None for a type that Transformers does not know.
-    """
-    import transformers
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        return None
-    for name in architectures:
-        kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-            return kind
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None)
-    return found if isinstance(found, type) else None
-
-
-def _check_no_conversions(families: tuple[str, ...], name: str) -> None:
-    """Raise UnsupportedError for a family whose tensor names differ from its modules' and that has no class here."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    known = next((family for family in families if get_checkpoint_conversion_mapping(family)), None)
-    if known is not None:
-        raise UnsupportedError(
-            f"{name}: Transformers converts the files of {known!r} as it reads them, but the installed version has no "
-            "class for them; install a Transformers that has it, or leave model_free out (--disable_model_free)"
-        )
+    if model_type in transformers.CONFIG_MAPPING:
+        # The class that config.json names, else the causal language model of the type.
+        kinds = [getattr(transformers, class_name, None) for class_name in architectures]
+        kinds = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = kinds[0] if kinds else mapping.get(transformers.CONFIG_MAPPING[model_type], None)
+        if isinstance(kind, type):
+            return CheckpointSource(folder, dtype=dtype, name_or_path=name, files=files, kind=kind)
+    # Tensor names must be those of the modules, since no class here tells how they differ.
+    for family in (model_type, *architectures):
+        if get_checkpoint_conversion_mapping(family):
+            raise UnsupportedError(
+                f"{name}: Transformers converts the files of {family!r} as it reads them, but the installed version "
+                "has no class for them; install a Transformers that has it, or leave model_free out "
+                "(--disable_model_free)"
+            )
+    return MetaModelSource(folder, dtype=dtype, name_or_path=name, files=files)
 
 
 class MetaModelSource(CheckpointSource):
-    """A checkpoint interpreted from names, shapes and configuration. Its `model` is a module tree that cannot run.
-
-    Arguments and errors are those of `open_meta_source`.
-    """
+    """A checkpoint interpreted from names, shapes and configuration. Its `model` is a module tree that cannot run."""
 
     model: MetaModel
-
-    def __init__(
-        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None,
-        name_or_path: str | None = None, files: TensorFiles | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(folder, dtype=dtype, name_or_path=name_or_path, files=files)
+    can_run = False
 
     def _read_config(self) -> RawConfig:
         return read_config(self.folder)
-
-    def _check_files(self) -> None:
-        """Nothing to check: without a class no tensor is dropped."""
 
     def _build(self) -> MetaModel:
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self.files.tensors.items()}
         return build_meta_model(shapes, self.config, self.dtype)
 
-    def _find_blocks(self) -> tuple[str, ...]:
+    def _find_blocks(self, model: nn.Module) -> tuple[str, ...]:
         return meta_model_blocks(self.model, self.name_or_path)
-
-    def _make_plans(self, fused_names: Mapping[str, torch.Tensor]) -> dict[str, TensorPlan]:
-        return {name: TensorPlan.direct(name) for name in self._names if name in self.files}
-
-    def reopen(self) -> CheckpointSource:
-        return MetaModelSource(self.folder, dtype=self._asked, name_or_path=self.name_or_path)
-
-
-def shards_of(files: TensorFiles) -> dict[Path, list[str]]:
-    """Names of the stored tensors by file, files sorted by name."""
-    stored = getattr(files, "stored", files)
-    found: dict[Path, list[str]] = defaultdict(list)
-    for name, tensor in stored.tensors.items():
-        found[tensor.file].append(name)
-    return {file: found[file] for file in sorted(found)}

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from auto_round.errors import ConfigError, ModelError, NumericsError, Unsupporte
 from auto_round.modeling.blocks import find_blocks
 
 if TYPE_CHECKING:
+    from auto_round.modeling.files.safetensors import TensorFiles
     from auto_round.modeling.tensor_map import CheckpointNames, TensorPlan
 
 Device = torch.device | str
@@ -71,12 +73,16 @@ class ModelSource(ABC):
         model: the causal language model in eval mode. Parameters may be on meta; buffers are real.
         config: its configuration.
         name_or_path: as given by the user, for messages and the model card.
+        folder, files: of the checkpoint; None for a model object.
         blocks: names of the decoder blocks in order, such as "model.layers.0".
         dtype: dtype of its floating-point weights.
         stored_as: how the weights of a quantized checkpoint are stored, in words; "" for a dense one.
         lazy: weights are read on `load` and dropped on `release` (a checkpoint), instead of living in the model.
+        can_run: `model` is of a class that computes, instead of a tree of empty modules.
         checks_finite: `load` raises on NaN and Inf.
         bounded: a memory limit (`max_memory`) is set, so that nothing is loaded before it is needed.
+        spare: checkpoint names of tensors that no module reads (multi-token prediction layers), and of tied copies.
+        notes: for the user, on tensors that nothing reads.
     """
 
     model: nn.Module
@@ -85,12 +91,18 @@ class ModelSource(ABC):
     blocks: tuple[str, ...]
     dtype: torch.dtype
     lazy: bool
+    can_run: bool = True
+    folder: Path | None = None
+    files: TensorFiles | None = None
     stored_as: str = ""
     checks_finite: bool = True
     bounded: bool = False
+    spare: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     _names: list[str]
     _plans: dict[str, TensorPlan]
     _tied: dict[str, str]
+    _edits: Mapping[str, tuple[TensorEdit, ...]] = {}
     _naming: CheckpointNames | None = None
 
     @abstractmethod
@@ -109,6 +121,10 @@ class ModelSource(ABC):
             NumericsError: a weight has NaN or Inf, and `checks_finite`; the message names it.
         """
 
+    def reopen(self) -> ModelSource:
+        """A second source of the same files with its own empty model. A model object has only one."""
+        return self
+
     @abstractmethod
     def release(self, name: str) -> None:
         """Undo `load`: back to meta (checkpoint), back to the original device (live model)."""
@@ -121,6 +137,9 @@ class ModelSource(ABC):
         """
 
     @abstractmethod
+    def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype that `read` returns."""
+
     def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
         """Edit tensors, by state-dict name: those that are loaded now, and every later read of them.
 
@@ -128,75 +147,8 @@ class ModelSource(ABC):
             ModelError: no such tensor.
             UnsupportedError: a tensor that is tied to another one, or that the checkpoint stores in another form.
         """
-
-    def tied(self) -> dict[str, str]:
-        """Alias to canonical name, such as {"lm_head.weight": "model.embed_tokens.weight"}."""
-        return dict(self._tied)
-
-    @abstractmethod
-    def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype that `read` returns."""
-
-    def tensor_names(self) -> list[str]:
-        """Persistent state-dict names of the whole model in order, tied aliases included."""
-        return list(self._names)
-
-    def tensor_plan(self, tensor_name: str) -> TensorPlan | None:
-        """How a model tensor is made from checkpoint tensors; None when the checkpoint has none for it."""
-        return self._plans.get(self._tied.get(tensor_name, tensor_name))
-
-    def spare(self) -> tuple[str, ...]:
-        """Checkpoint names of tensors that no module reads (multi-token prediction layers), and of tied copies."""
-        return ()
-
-    def stored_meta(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype that `read_stored` returns. Raises ModelError without a checkpoint."""
-        raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
-
-    def read_stored(self, key: str) -> torch.Tensor:
-        """Read a checkpoint tensor by its stored name to the CPU, in the stored or the requested dtype."""
-        raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
-
-    def own_plan(self, tensor_name: str) -> TensorPlan | None:
-        """`tensor_plan` of a tensor's own copy in the checkpoint; None if only the tensor it is tied to is stored."""
-        return None if tensor_name in self.tied() else self.tensor_plan(tensor_name)
-
-    def unquantized_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and output dtype of a tensor that is not quantized: the dtype of the checkpoint."""
-        plan = self.tensor_plan(tensor_name)
-        shape, dtype = self.tensor_meta(tensor_name)
-        return (shape, dtype) if not self.lazy or plan is None or plan.key is None else self.stored_meta(plan.key)
-
-    def read_unquantized(self, tensor_name: str) -> torch.Tensor:
-        """Read a tensor in the dtype of `unquantized_meta`."""
-        plan = self.tensor_plan(tensor_name)
-        if not self.lazy or plan is None or plan.key is None:
-            return self.read(tensor_name)
-        return self.read_stored(plan.key)
-
-    def checkpoint_naming(self) -> CheckpointNames:
-        """The checkpoint's names of the modules."""
-        if self._naming is None:
-            from auto_round.modeling.tensor_map import CheckpointNames
-
-            self._naming = CheckpointNames(self)
-        return self._naming
-
-    def checkpoint_names(self, tensor_name: str) -> tuple[str, ...]:
-        """Checkpoint names of the tensors that `tensor_name` is made of; the name itself if there is no mapping."""
-        return (tensor_name,)
-
-    def non_block_module_names(self) -> list[str]:
-        """Names of the modules outside the blocks with direct parameters or persistent buffers."""
-        blocks = tuple(f"{name}." for name in self.blocks)
-        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.tensor_names())
-        return [name for name in owners if not f"{name}.".startswith(blocks)]
-
-    def _check_editable(self, names: Iterable[str]) -> None:
-        """Raise as `apply_edits` does, before anything is changed."""
-        tied = self.tied()
-        shared = {*tied, *tied.values()}
-        for name in names:
+        shared = {*self._tied, *self._tied.values()}
+        for name in edits:
             self.tensor_meta(name)
             if name in shared:
                 raise UnsupportedError(f"{name!r} shares its values with another tensor, so no transform may edit it")
@@ -206,12 +158,84 @@ class ModelSource(ABC):
                     f"{name!r} is stored together with other tensors ({', '.join(plan.origin.stored[:2])}), so no "
                     "transform may edit it"
                 )
+        for name, edit in edits.items():
+            self._edits = {**self._edits, name: (*self._edits.get(name, ()), edit)}
+            tensor = self._tensor(name)
+            if not tensor.is_meta:
+                tensor.data = edit.apply(tensor.detach())
+
+    def tied(self) -> dict[str, str]:
+        """Alias to canonical name, such as {"lm_head.weight": "model.embed_tokens.weight"}."""
+        return dict(self._tied)
+
+    def tensor_names(self) -> list[str]:
+        """Persistent state-dict names of the whole model in order, tied aliases included."""
+        return list(self._names)
+
+    def tensor_plan(self, tensor_name: str) -> TensorPlan | None:
+        """How a model tensor is made from checkpoint tensors; None when the checkpoint has none for it."""
+        return self._plans.get(self._tied.get(tensor_name, tensor_name))
+
+    def own_plan(self, tensor_name: str) -> TensorPlan | None:
+        """`tensor_plan` of a tensor's own copy in the checkpoint; None if only the tensor it is tied to is stored."""
+        return self._plans.get(tensor_name)
+
+    def checkpoint_names(self, tensor_name: str) -> tuple[str, ...]:
+        """Checkpoint names of the tensors that `tensor_name` is made of; the name itself if there is no mapping."""
+        plan = self.tensor_plan(tensor_name)
+        return plan.origin.stored if plan else (tensor_name,)
+
+    def checkpoint_naming(self) -> CheckpointNames:
+        """The checkpoint's names of the modules."""
+        if self._naming is None:
+            from auto_round.modeling.tensor_map import CheckpointNames
+
+            self._naming = CheckpointNames(self)
+        return self._naming
+
+    def stored_meta(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype that `read_stored` returns. Raises ModelError without a checkpoint."""
+        raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
+
+    def read_stored(self, key: str) -> torch.Tensor:
+        """Read a checkpoint tensor by its stored name to the CPU, in the stored or the requested dtype."""
+        raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
+
+    def unquantized_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and output dtype of a tensor that is not quantized: the dtype of the checkpoint."""
+        return self.tensor_meta(tensor_name)
+
+    def read_unquantized(self, tensor_name: str) -> torch.Tensor:
+        """Read a tensor in the dtype of `unquantized_meta`."""
+        return self.read(tensor_name)
+
+    def non_block_module_names(self) -> list[str]:
+        """Names of the modules outside the blocks with direct parameters or persistent buffers."""
+        blocks = tuple(f"{name}." for name in self.blocks)
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self._names)
+        return [name for name in owners if not f"{name}.".startswith(blocks)]
+
+    def _find_blocks(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the decoder blocks, see `find_blocks`. Raises ModelError, also for encoder-decoder models."""
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ModelError(
+                f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models can be "
+                "quantized"
+            )
+        return find_blocks(model)
 
     def _module(self, name: str) -> nn.Module:
         try:
             return self.model.get_submodule(name)
         except AttributeError as error:
             raise ModelError(f"{self.name_or_path} has no module {name!r}") from error
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        for found, tensor in direct_tensors(self._module(owner)):
+            if found == leaf:
+                return tensor
+        raise ModelError(f"{self.name_or_path} has no tensor {name!r}")
 
     def _tensors_under(self, name: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
         """(full name, module, leaf name, tensor) of every tensor that `load(name)` concerns."""
@@ -260,15 +284,6 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ConfigError(f"dtype={dtype!r} is not allowed; use 'auto', 'bfloat16', 'float16' or 'float32'")
     return found
-
-
-def find_model_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the decoder blocks, see `find_blocks`. Raises ModelError, also for encoder-decoder models."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models can be quantized"
-        )
-    return find_blocks(model)
 
 
 def open_source(

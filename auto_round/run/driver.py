@@ -26,7 +26,6 @@ from auto_round.envs import work_space
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.formats.base import OutputFormat, get_format, require_plan
 from auto_round.logger import logger
-from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.config import largest, smallest
 from auto_round.modeling.files.folder import side_files
 from auto_round.modeling.source import ModelSource
@@ -143,7 +142,7 @@ class Run:
         return self._checked(self.plan(formats, output_dir, resume=resume))
 
     def _reject_source_folder(self, output_dir: str) -> None:
-        reject_model_folder(Path(output_dir), getattr(self.source, "folder", None) or self.source.name_or_path)
+        reject_model_folder(Path(output_dir), self.source.folder or self.source.name_or_path)
 
     def _checked(self, job: Job) -> Job:
         if self.settings.imatrix is not None:
@@ -199,7 +198,7 @@ class Run:
                 remove_journal(root)
             return folders
         check_disk(output_dir, output_bytes(job))
-        if isinstance(self.source, CheckpointSource):
+        if self.source.folder is not None:
             side_files(self.source.folder, self.settings.trust_remote_code)  # refuses links out of the folder early
         removed = not root.exists()
         if job.memory_plan is not None:

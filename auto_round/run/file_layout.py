@@ -255,7 +255,7 @@ class _Planner:
         """Tensors that no module reads, without copies of quantized tied weights."""
         plans = (self.source.own_plan(f"{layer}.weight") for layer in self.quantized)
         replaced = {key for plan in plans if plan is not None for key in plan.origin.stored}
-        return tuple(key for key in self.source.spare() if key not in replaced and key not in self.tensors)
+        return tuple(key for key in self.source.spare if key not in replaced and key not in self.tensors)
 
 
 def _reversed_shapes(

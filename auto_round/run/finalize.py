@@ -22,7 +22,6 @@ from auto_round.logger import logger
 from auto_round.modeling.config import causal_class, source_config, untied, with_both_rope_spellings, with_dtype
 from auto_round.modeling.files.folder import copy_side_files
 from auto_round.modeling.files.safetensors import TensorFiles
-from auto_round.modeling.meta_model import MetaModel
 from auto_round.modeling.source import ModelSource
 from auto_round.output.staging import LOCK, Staging, sync_and_hash
 from auto_round.output.verify import check_tokenizer
@@ -116,7 +115,7 @@ def _complete_folder(made: OutputContext, output: FolderWriter) -> Mapping[str, 
         config_values(source, job, fmt, settings.trust_remote_code), streams_experts(job), source.bounded,
     )  # fmt: skip
     verified = verify_folder(folder, expected)
-    origin = getattr(source, "folder", None)
+    origin = source.folder
     verified["tokenizer"] = check_tokenizer(folder, origin, made.tokenizer, settings.trust_remote_code)
     finished.seconds["verify"] = time.monotonic() - started
     loss = "" if verified["loss_reopened"] is None else f", smoke loss {verified['loss_reopened']:.4f}"
@@ -162,10 +161,10 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat,
 def config_values(source: ModelSource, job: Job, fmt: OutputFormat, trusted: bool) -> dict[str, Any]:
     """By file name: the source's config.json with the format's quantization_config, and the latter alone in each of the
     format's `config_files`. `trusted`: trust_remote_code, so that Python files are copied."""
-    values = source_config(source.config, getattr(source, "folder", None), trusted)
+    values = source_config(source.config, source.folder, trusted)
     values = with_both_rope_spellings(with_dtype(values, str(source.dtype).removeprefix("torch.")))
     if values.get("architectures") is None:
-        own = None if isinstance(source.model, MetaModel) else type(source.model).__name__
+        own = type(source.model).__name__ if source.can_run else None
         name = own or causal_class(values)
         values |= {} if name is None else {"architectures": [name]}
     if any(not name.startswith(tuple(f"{b}." for b in job.blocks)) for name in job.quantized()):
@@ -178,9 +177,9 @@ def config_values(source: ModelSource, job: Job, fmt: OutputFormat, trusted: boo
 
 def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> None:
     """Copy tokenizer and other small files from the source folder, or save them from the objects."""
-    origin = getattr(source, "folder", None)
+    origin = source.folder
     if origin is not None:
-        copy_side_files(Path(origin), folder, trust_remote_code)
+        copy_side_files(origin, folder, trust_remote_code)
     if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
         tokenizer.save_pretrained(folder)
     generation = getattr(source.model, "generation_config", None)

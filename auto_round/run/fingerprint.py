@@ -59,7 +59,7 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
         values["experts"] = PER_EXPERT if alone else WITH_BLOCK
     values["model_dtype"] = str(source.dtype).removeprefix("torch.")
     values["compute"] = job.compute if settings.device.type == "cpu" else f"{job.compute} {_accelerator(settings)}"
-    values["config.json"] = _file_digest(Path(getattr(source, "folder", "")) / "config.json")
+    values["config.json"] = _file_digest(Path(source.folder or "") / "config.json")
     values |= {name: envs.get(name) for name in VARIABLES}
     values |= {f"version of {name}": version for name, version in _versions().items()}
     values |= {f"plugin {name}": version for name, version in loaded_plugins().items()}
@@ -68,10 +68,9 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
 
 def weight_files(source: ModelSource) -> dict[str, list[Any]]:
     """`input_identity` of every weight file of a checkpoint, by file name."""
-    files = getattr(source, "files", None)
-    stored = getattr(files, "stored", files)
-    if stored is None:
+    if source.files is None:
         return {}
+    stored = source.files.stored
     paths = sorted({tensor.file for tensor in stored.tensors.values()})
     return {path.relative_to(stored.folder).as_posix(): input_identity(path) for path in paths}
 

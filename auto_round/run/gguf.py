@@ -44,7 +44,7 @@ def plan_gguf_file(fmt: GgufFormat, source: ModelSource, tokenizer: Any, with_im
         if is_conv1d(module):
             shapes[f"{name}.weight"] = shapes[f"{name}.weight"][::-1]
     plan = plan_file(fmt.file_type, conversion_for(source.config, shapes), with_importance, tied)
-    folder = getattr(source, "folder", None)
+    folder = source.folder
     return with_file_metadata(plan, tokenizer, source.config, folder, source.name_or_path)
 
 

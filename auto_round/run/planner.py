@@ -30,7 +30,6 @@ from auto_round.layouts.base import stored_group_size
 from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
 from auto_round.modeling.config import largest
 from auto_round.modeling.layer_rules import block_weights, fused_groups, is_routed_expert
-from auto_round.modeling.meta_model import MetaModel
 from auto_round.modeling.source import ModelSource
 from auto_round.output.writer import header_entry_bytes
 from auto_round.run.file_layout import plan_files
@@ -154,7 +153,7 @@ def make_job(
     notes = _model_notes(formats, model_type)
     blocks = select_blocks(settings, source.blocks)
     weights = block_weights(source.model, source.blocks)
-    advice = "leave model_free out (--disable_model_free), " if isinstance(source.model, MetaModel) else ""
+    advice = "leave model_free out (--disable_model_free), " if not source.can_run else ""
     if (warning := weights.check(source.name_or_path, advice)) is not None:
         notes.append(warning)
     inside = [f"{block}.{name}" for block in source.blocks for name in linear_names(source.model.get_submodule(block))]
@@ -312,7 +311,7 @@ def _stored_names(source: ModelSource, layers: Mapping[str, LayerPlan]) -> dict[
     blocks = tuple(dict.fromkeys(called for block in source.blocks for called in naming.block(block)))
     plans = (source.own_plan(name) for name in source.tied())
     aliases = {key for plan in plans if plan is not None for key in plan.origin.stored}
-    spare = {key: _unused_reason(key, blocks) for key in source.spare() if key not in aliases}
+    spare = {key: _unused_reason(key, blocks) for key in source.spare if key not in aliases}
     return {"stored_names": stored, "stored_blocks": blocks, "spare": spare}
 
 

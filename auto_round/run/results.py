@@ -20,7 +20,6 @@ from auto_round.inference.config import LayerFormat, read_config
 from auto_round.inference.convert_model import build_layer
 from auto_round.inference.linear import PackedLinear
 from auto_round.modeling.blocks import set_weight_2d
-from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.source import ModelSource
 
 
@@ -30,7 +29,7 @@ def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) ->
     A model object of the user already has dequantized weights in place. A model given by path is assembled on the CPU
     from packed layers and its other tensors; the source's own model remains without weights, to save from.
     """
-    if not isinstance(source, CheckpointSource):
+    if not source.lazy:
         return source.model
     source = source.reopen()
     model = source.model

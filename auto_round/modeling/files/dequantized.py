@@ -7,43 +7,43 @@
 | compressed-tensors | float-quantized, naive-quantized (8-bit floats), mxfp8-quantized, mxfp4-pack-quantized |
 | mxfp4 | `*_blocks` and `*_scales` of experts |
 
-The tensors decide what is dequantized; the configuration only says what to expect. A value is `element *
-scale`, computed in float32 and rounded once to the requested dtype. A scale belongs to the whole tensor, to an
-output channel, or to a block of rows and columns.
+The tensors decide what is dequantized; the configuration only says what to expect. A value is `element * scale`,
+computed in float32 and rounded once to the requested dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
-from auto_round.codecs.minifloat import MINIFLOATS
+from auto_round.codecs.minifloat import MINIFLOATS, dequantize_minifloat
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.config import read_value, text_config
+from auto_round.layouts.floats import unpack_codes, unpack_e8m0
+from auto_round.modeling.config import QUANTIZATION_KEYS, read_value, text_config
 from auto_round.modeling.files.folder import check_inside, read_object
 from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles, empty_mmap
 
 _CHUNK_NUMEL = 1 << 20  # elements in float32 at a time
-_ELEMENT_OF = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+_FLOAT8 = {element.dtype: name for name, element in MINIFLOATS.items() if element.dtype is not None}
 _E8M0 = getattr(torch, "float8_e8m0fnu", None)  # newer than the oldest torch supported
-
-
-def e8m0_values(codes: torch.Tensor) -> torch.Tensor:
-    """float32 powers of two 2**(code - 127) of uint8 codes; 255 is NaN (OCP MX v1.0, 5.4.1)."""
-    values = (codes.to(torch.int32) << 23).view(torch.float32)  # the code is the exponent field of float32
-    values = values.masked_fill(codes == 0, 2.0**-127)
-    return values.masked_fill(codes == 255, torch.nan)
-
-
-def scale_values(stored: torch.Tensor) -> torch.Tensor:
-    """Convert a stored scale to float32: uint8 and float8_e8m0fnu are powers of two."""
-    if stored.dtype == torch.uint8 or stored.dtype == _E8M0:
-        return e8m0_values(stored.view(torch.uint8))
-    return stored.float()
+_BYTES = (torch.uint8, _E8M0)
+READABLE = (
+    "FP8 (quant_method fp8, fbgemm_fp8, modelopt; compressed-tensors float-quantized, naive-quantized and "
+    "mxfp8-quantized) and MXFP4 (quant_method mxfp4; compressed-tensors mxfp4-pack-quantized)"
+)
+_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
+_COMPRESSED = ("float-quantized", "naive-quantized", "mxfp8-quantized", "mxfp4-pack-quantized", "dense")
+# Name patterns of scales, which are all multiplied with the weight.
+_SCALES = ("{name}_scale_inv", "{name}_scale", "{stem}.scale", "{stem}.qscale_weight")
+# Other tensors of a quantized weight; a dense checkpoint has none of them.
+_AUXILIARY_SUFFIXES = (
+    "input_scale", "activation_scale", "output_scale", "qscale_act", "weight_shape", "input_global_scale",
+    "weight_scale_2", "weight_zero_point", "input_zero_point",
+)  # fmt: skip
 
 
 def scale_block(
@@ -72,54 +72,29 @@ def scale_block(
     return None
 
 
-def apply_scale(
+def dequantize(
     codes: torch.Tensor, element: str, scale: torch.Tensor, block: tuple[int, int], out: torch.Tensor
 ) -> torch.Tensor:
     """Write `element * scale` to `out` and return it.
 
     Args:
-        codes: uint8 [..., out, in], or the element's float8 dtype.
+        codes: [..., out, in] in a float8 dtype, or uint8 [..., out, in/2] with two 4-bit codes a byte.
         element: name in `codecs.minifloat.MINIFLOATS`.
-        scale: as stored, of a shape that `scale_block` accepts.
-        block: the result of `scale_block`.
-        out: contiguous, in the shape of `codes` and the target dtype.
+        scale: as stored: floats, or powers of two as uint8 or float8_e8m0fnu (OCP MX v1.0, 5.3.3 and 6.1).
+        block: rows and columns that share a scale.
+        out: contiguous [..., out, in] in the target dtype.
     """
-    rows, columns = codes.shape[-2:]
-    flat, dense = codes.view(torch.uint8).reshape(-1, rows, columns), out.view(-1, rows, columns)
-    factors = scale_values(scale).reshape(-1, -(-rows // block[0]), -(-columns // block[1]))
-    factors = factors.expand(flat.shape[0], *factors.shape[1:])
-    step = max(1, _CHUNK_NUMEL // max(1, columns))
-    even = columns % block[1] == 0
-    for expert in range(flat.shape[0]):
-        for start in range(0, rows, step):
-            part = flat[expert, start : start + step]
-            own = factors[expert, torch.arange(start, start + part.shape[0]) // block[0]]
-            values = MINIFLOATS[element].decode(part)
-            if even:
-                values.view(part.shape[0], -1, block[1]).mul_(own.unsqueeze(-1))
-            else:
-                values.mul_(own.repeat_interleave(block[1], 1)[:, :columns])
-            dense[expert, start : start + step] = values
-    return out
-
-
-def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 2n] codes of 4 bits from bytes [..., n]; the low half of a byte comes first."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-
-
-def dequantize_mxfp4(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Dequantize bytes [..., out, in/2] of two E2M1 codes each with E8M0 scales [..., out, in/32].
-
-    The values are written to the contiguous `out` [..., out, in], which is returned (OCP MX v1.0, 6.1 and 5.3.3).
-    """
-    half = packed.shape[-1]
-    flat, scales, dense = packed.reshape(-1, half), scale.reshape(-1, scale.shape[-1]), out.view(-1, 2 * half)
-    step = max(1, _CHUNK_NUMEL // max(1, 2 * half))
-    block = (1, 2 * half // scales.shape[-1])
-    for start in range(0, flat.shape[0], step):
-        codes = unpack_nibbles(flat[start : start + step])
-        apply_scale(codes, "e2m1", scales[start : start + step], block, dense[start : start + step])
+    rows, columns = out.shape[-2:]
+    dense, stored = out.view(-1, columns), codes.reshape(out.numel() // columns, -1)
+    factors = unpack_e8m0(scale.view(torch.uint8)) if scale.dtype in _BYTES else scale.float()
+    factors = factors.reshape(-1, -(-rows // block[0]), -(-columns // block[1]))
+    factors = factors.expand(dense.shape[0] // rows, *factors.shape[1:])
+    step = max(1, _CHUNK_NUMEL // columns)
+    for start in range(0, dense.shape[0], step):
+        part = unpack_codes(stored[start : start + step], element, columns)
+        index = torch.arange(start, start + part.shape[0])
+        own = factors[index // rows, index % rows // block[0]]
+        dense[start : start + step] = dequantize_minifloat(part, MINIFLOATS[element], own, (1, block[1]))
     return out
 
 
@@ -129,15 +104,18 @@ class StoredWeight:
 
     Attributes:
         codes, scale: names of its two tensors in the files.
-        layout: "float8" [..., out, in] in a float8 dtype; "mxfp4" [out, in/2] bytes; "mxfp4_experts" bytes
-            [experts, out, in/32, 16], whose dense tensor is [experts, in, out].
-        block: rows and columns that share a scale, from the config.
+        element: name in `codecs.minifloat.MINIFLOATS`.
+        shape: of the matrix or matrices [..., out, in].
+        block: rows and columns that share a scale.
+        transposed: the dense tensor is [..., in, out] (MXFP4 experts, stored as [experts, out, in/32, 16] bytes).
     """
 
     codes: str
     scale: str
-    layout: str
-    block: tuple[int, int] | None = None
+    element: str
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    transposed: bool = False
 
 
 class DequantizedFiles(TensorFiles):
@@ -148,23 +126,33 @@ class DequantizedFiles(TensorFiles):
     Args:
         files: the stored files.
         weights: by dense name, how it is stored.
-        hidden: names that a dense checkpoint does not have: scales of weights and activations.
         dtype: of the dense tensors.
-        description: how the weights are stored, in words.
 
-    Raises:
-        ModelError: the shapes of a weight and its scale do not match.
+    Attributes:
+        description: how the weights are stored, in words.
     """
 
-    def __init__(
-        self, files: TensorFiles, weights: Mapping[str, StoredWeight], hidden: Collection[str], dtype: torch.dtype,
-        description: str,
-    ) -> None:  # fmt: skip
-        removed = {*hidden, *(w.codes for w in weights.values()), *(w.scale for w in weights.values())}
-        dense = {name: self._dense_meta(files, weight, dtype) for name, weight in weights.items()}
-        super().__init__(files.folder, {k: v for k, v in files.tensors.items() if k not in removed} | dense)
+    def __init__(self, files: TensorFiles, weights: Mapping[str, StoredWeight], dtype: torch.dtype) -> None:
+        removed = {f"{_stem(name)}.{leaf}" for name in weights for leaf in _AUXILIARY_SUFFIXES}
+        tensors = dict(files.tensors)
+        counts: dict[str, int] = {}
+        for name, weight in weights.items():
+            removed |= {weight.codes, weight.scale} - {name}
+            shape = (*weight.shape[:-2], *weight.shape[:-3:-1]) if weight.transposed else weight.shape
+            # The byte range gives only the size.
+            tensors[name] = StoredTensor(
+                files.tensors[weight.codes].file, dtype, shape, 0, prod(shape) * dtype.itemsize
+            )
+            kind = "MXFP4" if weight.element == "e2m1" else f"FP8 {weight.element}"
+            counts[kind] = counts.get(kind, 0) + 1
+        super().__init__(files.folder, {name: stored for name, stored in tensors.items() if name not in removed})
         self.notes = files.notes
-        self.stored, self.weights, self.dtype, self.description = files, dict(weights), dtype, description
+        self._stored, self.weights, self.dtype = files, dict(weights), dtype
+        self.description = " and ".join(f"{count} tensors in {kind}" for kind, count in sorted(counts.items()))
+
+    @property
+    def stored(self) -> TensorFiles:
+        return self._stored
 
     def read(self, key: str, row: int | None = None) -> torch.Tensor:
         weight = self.weights.get(key)
@@ -176,75 +164,24 @@ class DequantizedFiles(TensorFiles):
             for expert in range(shape[0]):
                 whole[expert] = self.read(key, expert)
             return whole
-        codes, scale = self.stored.read(weight.codes, row), self._scale(weight, row)
-        if weight.layout == "mxfp4_experts":
-            packed = codes.flatten(-2)
-            out = empty_mmap((packed.shape[0], 2 * packed.shape[1]), self.dtype)
-            return dequantize_mxfp4(packed, scale, out).T.contiguous()
-        out = empty_mmap(shape if row is None else shape[1:], self.dtype)
-        if weight.layout == "mxfp4":
-            return dequantize_mxfp4(codes, scale, out)
-        block = scale_block(tuple(codes.shape), tuple(scale.shape), weight.block)
-        assert block is not None  # checked when the files were opened
-        return apply_scale(codes, _ELEMENT_OF[codes.dtype], scale, block, out)
+        scale_shape = self.stored.tensors[weight.scale].shape
+        per_expert = row is not None and scale_shape[:1] == weight.shape[:1]
+        scale = self.stored.read(weight.scale, row if per_expert else None)
+        out = empty_mmap(weight.shape if row is None else weight.shape[1:], self.dtype)
+        dequantize(self.stored.read(weight.codes, row), weight.element, scale, weight.block, out)
+        return out.mT.contiguous() if weight.transposed else out
 
     def equal(self, first: str, second: str) -> bool:
         one, two = self.weights.get(first), self.weights.get(second)
         if one is None and two is None:
             return self.stored.equal(first, second)
-        if one is None or two is None or one.layout != two.layout:
+        if one is None or two is None or (one.element, one.transposed) != (two.element, two.transposed):
             return False
         return self.stored.equal(one.codes, two.codes) and self.stored.equal(one.scale, two.scale)
 
-    def _scale(self, weight: StoredWeight, row: int | None) -> torch.Tensor:
-        """The scale of a whole tensor, or of one of its experts."""
-        shape = self.stored.tensors[weight.scale].shape
-        own = row is not None and len(shape) > 0 and shape[0] == self.stored.tensors[weight.codes].shape[0]
-        return self.stored.read(weight.scale, row if own else None)
-
-    @staticmethod
-    def _dense_meta(files: TensorFiles, weight: StoredWeight, dtype: torch.dtype) -> StoredTensor:
-        """Shape and dtype of the dense tensor. Its byte range gives only its size."""
-        codes, scale = files.tensors[weight.codes], files.tensors[weight.scale]
-        shape: tuple[int, ...]
-        if weight.layout == "float8":
-            shape = codes.shape
-            fits = codes.dtype in _ELEMENT_OF and len(shape) > 1
-            fits = fits and scale_block(shape, scale.shape, weight.block) is not None
-        elif weight.layout == "mxfp4":
-            shape = (*codes.shape[:-1], 2 * codes.shape[-1])
-            fits = _is_byte(codes) and _is_byte(scale) and scale.shape == (*shape[:-1], shape[-1] // 32)
-            fits = fits and shape[-1] % 32 == 0
-        else:
-            experts, out, groups, width = codes.shape
-            shape = (experts, groups * width * 2, out)
-            fits = _is_byte(codes) and _is_byte(scale) and width == 16 and scale.shape == codes.shape[:-1]
-        if not fits:
-            raise ModelError(
-                f"{codes.file}: tensor {weight.codes!r} {list(codes.shape)} {codes.dtype} and its scale "
-                f"{weight.scale!r} {list(scale.shape)} {scale.dtype} do not match; fetch the files again"
-            )
-        return StoredTensor(codes.file, dtype, shape, 0, prod(shape) * dtype.itemsize)
-
-
-def _is_byte(stored: StoredTensor) -> bool:
-    return stored.dtype in (torch.uint8, _E8M0)
-
-
-READABLE = (
-    "FP8 (quant_method fp8, fbgemm_fp8, modelopt; compressed-tensors float-quantized, naive-quantized and "
-    "mxfp8-quantized) and MXFP4 (quant_method mxfp4; compressed-tensors mxfp4-pack-quantized)"
-)
-_CONFIG_KEYS = ("quantization_config", "compression_config")
-_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
-_COMPRESSED = ("float-quantized", "naive-quantized", "mxfp8-quantized", "mxfp4-pack-quantized", "dense")
-# Name patterns of scales, which are all multiplied with the weight.
-_SCALES = ("{name}_scale_inv", "{name}_scale", "{stem}.scale", "{stem}.qscale_weight")
-# Other tensors of a quantized weight; a dense checkpoint has none of them.
-_AUXILIARY_SUFFIXES = (
-    "input_scale", "activation_scale", "output_scale", "qscale_act", "weight_shape", "input_global_scale",
-    "weight_scale_2", "weight_zero_point", "input_zero_point",
-)  # fmt: skip
+    def inputs(self, key: str) -> tuple[str, ...]:
+        weight = self.weights.get(key)
+        return (key,) if weight is None else (weight.codes, weight.scale)
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
@@ -253,7 +190,7 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
     Raises ModelError when it is not an object.
     """
     for part in (config, text_config(config)):
-        for key in _CONFIG_KEYS:
+        for key in QUANTIZATION_KEYS:
             values = read_value(part, key)
             if values is None:
                 continue
@@ -266,7 +203,7 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
 def drop_quantization(config: Any) -> None:
     """Remove the quantization from a configuration in place: the model that is built from it is dense."""
     for part in (config, text_config(config)):
-        for key in _CONFIG_KEYS:
+        for key in QUANTIZATION_KEYS:
             if hasattr(part, key):
                 delattr(part, key)
 
@@ -277,7 +214,7 @@ def check_readable(declared: Mapping[str, Any] | None, name: str) -> None:
         return
     try:
         reason = _unsupported_reason(declared)
-        _block(declared)
+        _declared_block(declared)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ModelError(
             f"the quantization_config of {name} is malformed ({error!r}); fetch config.json again"
@@ -309,25 +246,31 @@ def dense_view(
         ModelError: a quantized weight without its scale, or shapes that do not match.
         UnsupportedError: that other file declares a format that cannot be read.
     """
-    if declared is None:
-        declared = _modelopt_file(files)
+    modelopt = files.folder / "hf_quant_config.json"
+    if declared is None and modelopt.is_file():
+        declared = {"quant_method": "modelopt", **read_object(check_inside(files.folder, modelopt))}
         check_readable(declared, str(files.folder))
-    block = _block(declared or {})
+    block = _declared_block(declared or {})
     weights: dict[str, StoredWeight] = {}
     for key, stored in files.tensors.items():
-        if stored.dtype in _ELEMENT_OF and len(stored.shape) > 1:
-            scale = _scale_of(key, files)
+        if stored.dtype in _FLOAT8 and len(stored.shape) > 1:
+            names = [pattern.format(name=key, stem=_stem(key)) for pattern in _SCALES]
+            scale = next((name for name in names if name in files), None)
             if scale is not None:
-                weights[key] = StoredWeight(key, scale, "float8", block)
+                found = scale_block(stored.shape, files.tensors[scale].shape, block)
+                if found is None:
+                    raise _mismatch(files, key, scale)
+                weights[key] = StoredWeight(key, scale, _FLOAT8[stored.dtype], stored.shape, found)
             elif declared is not None:
                 raise ModelError(
-                    f"{stored.file}: the FP8 tensor {key!r} has no scale (looked for "
-                    f"{', '.join(p.format(name=key, stem=_stem(key)) for p in _SCALES)}); fetch the files again"
+                    f"{stored.file}: the FP8 tensor {key!r} has no scale (looked for {', '.join(names)}); fetch the "
+                    "files again"
                 )
         elif key.endswith("_blocks") and len(stored.shape) == 4 and f"{key[:-7]}_scales" in files:
-            weights[key[:-7]] = StoredWeight(key, f"{key[:-7]}_scales", "mxfp4_experts")
+            weights[key[:-7]] = _mxfp4(files, key, f"{key[:-7]}_scales", stored.shape[:-1], transposed=True)
         elif key.endswith(".weight_packed") and stored.dtype == torch.uint8 and f"{_stem(key)}.weight_scale" in files:
-            weights[f"{_stem(key)}.weight"] = StoredWeight(key, f"{_stem(key)}.weight_scale", "mxfp4")
+            groups = (*stored.shape[:-1], stored.shape[-1] // 16)
+            weights[f"{_stem(key)}.weight"] = _mxfp4(files, key, f"{_stem(key)}.weight_scale", groups, transposed=False)
     if not weights:
         if declared is not None:
             raise ModelError(
@@ -335,8 +278,23 @@ def dense_view(
                 "is in its files; fetch them again, or take quantization_config out of config.json"
             )
         return None
-    hidden = {f"{_stem(name)}.{leaf}" for name in weights for leaf in _AUXILIARY_SUFFIXES}
-    return DequantizedFiles(files, weights, hidden, dtype or torch.bfloat16, _describe(files, weights))
+    return DequantizedFiles(files, weights, dtype or torch.bfloat16)
+
+
+def _mxfp4(files: TensorFiles, codes: str, scale: str, groups: tuple[int, ...], *, transposed: bool) -> StoredWeight:
+    """A weight in groups of 32 elements, 16 bytes. `groups`: the shape of its scales, as its codes require it."""
+    packed, scales = files.tensors[codes], files.tensors[scale]
+    if {packed.dtype, scales.dtype} - set(_BYTES) or scales.shape != groups or prod(packed.shape) != 16 * prod(groups):
+        raise _mismatch(files, codes, scale)
+    return StoredWeight(codes, scale, "e2m1", (*groups[:-1], 32 * groups[-1]), (1, 32), transposed)
+
+
+def _mismatch(files: TensorFiles, codes: str, scale: str) -> ModelError:
+    one, two = files.tensors[codes], files.tensors[scale]
+    return ModelError(
+        f"{one.file}: tensor {codes!r} {list(one.shape)} {one.dtype} and its scale {scale!r} {list(two.shape)} "
+        f"{two.dtype} do not match; fetch the files again"
+    )
 
 
 def _unsupported_reason(declared: Mapping[str, Any]) -> str | None:
@@ -349,17 +307,12 @@ def _unsupported_reason(declared: Mapping[str, Any]) -> str | None:
     if method == "modelopt":
         algorithm = str(declared.get("quant_algo") or dict(declared.get("quantization") or {}).get("quant_algo"))
         return None if algorithm.upper() in _MODELOPT else f"modelopt {algorithm}"
-    if method == "compressed-tensors":
-        return _compressed_tensors_reason(declared)
-    bits = declared.get("bits", declared.get("w_bit"))
-    return f"{method or 'quant_method not given'}{f', {bits} bits' if bits else ''}"
-
-
-def _compressed_tensors_reason(declared: Mapping[str, Any]) -> str | None:
+    if method != "compressed-tensors":
+        bits = declared.get("bits", declared.get("w_bit"))
+        return f"{method or 'quant_method not given'}{f', {bits} bits' if bits else ''}"
     groups = [g for g in dict(declared.get("config_groups") or {}).values() if isinstance(g, Mapping)]
     top = declared.get("format")
-    formats = {str(group.get("format") or top) for group in groups} or {str(top)}
-    unread = sorted(formats - set(_COMPRESSED))
+    unread = sorted(({str(group.get("format") or top) for group in groups} or {str(top)}) - set(_COMPRESSED))
     if unread:
         return f"compressed-tensors {', '.join(unread)}"
     for group in groups:
@@ -379,7 +332,7 @@ def _method(declared: Mapping[str, Any]) -> str:
     return str(getattr(method, "value", method) or "").lower()
 
 
-def _block(declared: Mapping[str, Any]) -> tuple[int, int] | None:
+def _declared_block(declared: Mapping[str, Any]) -> tuple[int, int] | None:
     """The declared size of two-dimensional blocks; None for none or several."""
     found = {tuple(size) for size in (declared.get("weight_block_size"),) if size}
     for group in dict(declared.get("config_groups") or {}).values():
@@ -389,27 +342,5 @@ def _block(declared: Mapping[str, Any]) -> tuple[int, int] | None:
     return (int(sizes[0][0]), int(sizes[0][1])) if len(sizes) == 1 else None
 
 
-def _modelopt_file(files: TensorFiles) -> dict[str, Any] | None:
-    """The declaration in ModelOpt's own file next to config.json."""
-    file = files.folder / "hf_quant_config.json"
-    if not file.is_file():
-        return None
-    return {"quant_method": "modelopt", **read_object(check_inside(files.folder, file))}
-
-
-def _scale_of(key: str, files: TensorFiles) -> str | None:
-    names = (pattern.format(name=key, stem=_stem(key)) for pattern in _SCALES)
-    return next((name for name in names if name in files), None)
-
-
 def _stem(key: str) -> str:
     return key.rpartition(".")[0]
-
-
-def _describe(files: TensorFiles, weights: Mapping[str, StoredWeight]) -> str:
-    kinds: dict[str, int] = {}
-    for weight in weights.values():
-        stored = files.tensors[weight.codes]
-        kind = "MXFP4" if weight.layout != "float8" else f"FP8 {str(stored.dtype).removeprefix('torch.float8_')[:4]}"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return " and ".join(f"{count} tensors in {kind}" for kind, count in sorted(kinds.items()))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_round import envs
-from auto_round.errors import ConfigError, ModelError, nearest
+from auto_round.errors import ConfigError, ModelError, first_line, nearest
 
 _MAX_JSON_BYTES = 200_000_000  # the index of the largest checkpoints has a hundredth of it
 # Weights, and leftovers of training: everything that unpickles.
@@ -60,10 +60,8 @@ _TIMEOUT_S = 10.0
 def check_inside(folder: Path, file: Path) -> Path:
     """Return `file`. Raises ModelError when its links lead out of `folder` and of its cache's blobs."""
     root, target = folder.resolve(), file.resolve()
-    if root in target.parents:
-        return file
-    blobs = _cache_blobs(root)
-    if blobs is not None and blobs in target.parents:
+    cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), root)
+    if root in target.parents or cache / "blobs" in target.parents:
         return file
     raise ModelError(
         f"{file} is a link to {target}, outside of the model's folder, and is not followed; put the file itself there, "
@@ -71,18 +69,8 @@ def check_inside(folder: Path, file: Path) -> Path:
     )
 
 
-def _cache_blobs(root: Path) -> Path | None:
-    """The folder of the hub's cache with the files of the snapshot `root`, or None if it is not a snapshot."""
-    parent = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
-    return parent / "blobs" if parent is not None and (parent / "blobs").is_dir() else None
-
-
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object from UTF-8 bytes.
-
-    Args:
-        raw: the bytes.
-        what: their description for messages: "the header of model.safetensors".
+    """Parse a JSON object from UTF-8 bytes. `what`: their description for messages: "the header of model.safetensors".
 
     Raises ModelError when it is not JSON, not an object, nested too deeply, or has a duplicate key.
     """
@@ -152,9 +140,8 @@ def _iter_side_files(
             check_inside(root, path)
         if path.is_file():
             yield path.relative_to(root)
-        elif path.is_dir():
-            if real not in above and real not in without and not _is_model(path) and not _is_output(path):
-                yield from _iter_side_files(root, path, trusted, without, (*above, real))
+        elif path.is_dir() and real not in above and real not in without and not _is_model_or_output(path):
+            yield from _iter_side_files(root, path, trusted, without, (*above, real))
 
 
 def _is_wanted(name: str, top: bool, trusted: bool) -> bool:
@@ -166,15 +153,14 @@ def _is_wanted(name: str, top: bool, trusted: bool) -> bool:
     return lower not in _QUANTIZATION_FILES and not (top and lower in _REWRITTEN_FILES)
 
 
-def _is_model(folder: Path) -> bool:
-    """Whether a folder contains weights with their own configuration."""
+def _is_model_or_output(folder: Path) -> bool:
+    """Whether a folder contains weights with their configuration, or is an output of this package, finished or not.
+
+    GGUF outputs have no config.json.
+    """
     names = [path.name.lower() for path in folder.iterdir()]
-    return any(name in _CONFIGS for name in names) and any(name.endswith(_WEIGHT_SUFFIXES) for name in names)
-
-
-def _is_output(folder: Path) -> bool:
-    """Whether a run of this package wrote or started to write a folder. GGUF outputs have no config.json."""
-    if (folder / _UNFINISHED).is_dir():
+    is_model = any(name in _CONFIGS for name in names) and any(name.endswith(_WEIGHT_SUFFIXES) for name in names)
+    if is_model or (folder / _UNFINISHED).is_dir():
         return True
     try:
         report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
@@ -214,11 +200,10 @@ def model_folder(
         raise ModelError(f"{given!r} is a file; give the folder that holds config.json and the safetensors files")
     if isinstance(model, os.PathLike) or not _REPO_ID.match(given):
         raise ModelError(f"no model folder {given!r}{_similar(folder)}")
-    patterns = [*_MODEL_PATTERNS, *(["*.py"] if trust_remote_code else ())]
     fetch = _from_modelscope if where == "model_scope" else _from_hub
-    found = fetch(given, patterns, folder)
+    found = fetch(given, trust_remote_code, (), folder)
     if allow_pickle and not any(found.glob("*.safetensors")):
-        found = fetch(given, [*patterns, "pytorch_model*.bin"], folder)
+        found = fetch(given, trust_remote_code, ("pytorch_model*.bin",), folder)
     return found
 
 
@@ -227,33 +212,32 @@ def is_hub_id(text: str) -> bool:
     return _REPO_ID.match(text) is not None and not Path(text).expanduser().exists()
 
 
-def _from_hub(repo: str, patterns: list[str], folder: Path) -> Path:
+def _from_hub(repo: str, trusted: bool, pickles: tuple[str, ...], folder: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    ignored = {*NOT_FETCHED, *(() if trusted else ("*.py",))} - ({"*.bin"} if pickles else set())
     try:
-        pickles = any(pattern.endswith(".bin") for pattern in patterns)
-        ignored = [p for p in (*NOT_FETCHED, "*.py") if p not in patterns and not (p == "*.bin" and pickles)]
-        allowed = [*patterns, "*"]
-        return Path(snapshot_download(repo, allow_patterns=allowed, ignore_patterns=ignored, etag_timeout=_TIMEOUT_S))
+        return Path(snapshot_download(repo, ignore_patterns=sorted(ignored), etag_timeout=_TIMEOUT_S))
     except LocalEntryNotFoundError as error:
         reason = "the hub cannot be reached and the model is not in the local cache"
-        raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and {reason}: {_first_line(error)}") from error
+        raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and {reason}: {first_line(error)}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"no folder {repo!r} here{_similar(folder)}, and the hub refuses it: {_first_line(error)}"
+            f"no folder {repo!r} here{_similar(folder)}, and the hub refuses it: {first_line(error)}"
         ) from error
 
 
-def _from_modelscope(repo: str, patterns: list[str], folder: Path) -> Path:
+def _from_modelscope(repo: str, trusted: bool, pickles: tuple[str, ...], folder: Path) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
         raise ModelError("ModelScope needs its own package: pip install modelscope") from error
+    patterns = [*_MODEL_PATTERNS, *(["*.py"] if trusted else ()), *pickles]
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # the client raises undocumented errors
-        raise ModelError(f"ModelScope cannot provide {repo!r}: {_first_line(error)}") from error
+        raise ModelError(f"ModelScope cannot provide {repo!r}: {first_line(error)}") from error
 
 
 def _similar(folder: Path) -> str:
@@ -262,7 +246,3 @@ def _similar(folder: Path) -> str:
     except OSError:
         return ""
     return nearest(folder.name, siblings)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,14 +8,13 @@ the checksums of its archives, so they are checked here first.
 from __future__ import annotations
 
 import zipfile
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from auto_round.errors import ModelError
+from auto_round.errors import ModelError, first_line
 from auto_round.modeling.files.folder import check_inside
-from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles, read_weight_map
+from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles, read_index
 
 SINGLE = "pytorch_model.bin"
 INDEX = f"{SINGLE}.index.json"
@@ -39,21 +38,8 @@ class PickleFiles(TensorFiles):
         if single.is_file():
             held = _load(check_inside(folder, single))
             return cls(folder, held, dict.fromkeys(held, single))
-        weight_map = read_weight_map(check_inside(folder, index))
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        for key, name in weight_map.items():
-            if name not in parts:
-                if PurePosixPath(name.replace("\\", "/")).name != name or not name.endswith(".bin"):
-                    raise ModelError(
-                        f"{index} maps tensor {key!r} to {name!r}; only .bin files in the same folder are allowed"
-                    )
-                if not (folder / name).is_file():
-                    raise ModelError(f"{folder / name} is missing; {index.name} needs it. Fetch the model again")
-                parts[name] = _load(check_inside(folder, folder / name))
-            if key not in parts[name]:
-                raise ModelError(f"tensor {key!r} is missing from {folder / name}, where {index.name} says it is")
-        held = {key: parts[name][key] for key, name in weight_map.items()}
-        return cls(folder, held, {key: folder / name for key, name in weight_map.items()})
+        held, parts = read_index(index, ".bin", _load)
+        return cls(folder, held, {key: folder / name for name, part in parts.items() for key in part if key in held})
 
     def read(self, key: str, row: int | None = None) -> torch.Tensor:
         tensor = self._held[key] if row is None else self._held[key][row]
@@ -75,11 +61,18 @@ def has_pickles(folder: Path) -> bool:
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     try:
-        found = _torch_load(file)
+        with open(file, "rb") as handle:
+            archived = handle.read(4) == b"PK\x03\x04"  # as PyTorch writes since 1.6
+        if archived:  # made under `set_crc32_options(False)`, it has zero checksums
+            with zipfile.ZipFile(file) as archive:
+                if any(record.CRC for record in archive.infolist()):
+                    damaged = archive.testzip()
+                    if damaged is not None:
+                        raise zipfile.BadZipFile(f"its record {damaged} is damaged (CRC-32)")
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=archived)
     except Exception as error:  # a damaged pickle can raise anything
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{file} cannot be read as plain tensors: {lines[0]}; convert it to safetensors if you trust it"
+            f"{file} cannot be read as plain tensors: {first_line(error)}; convert it to safetensors if you trust it"
         ) from error
     if not isinstance(found, dict) or not found:
         raise ModelError(f"{file} holds a {type(found).__name__}, not tensors by name")
@@ -102,24 +95,3 @@ def _overlaps(tensor: torch.Tensor) -> bool:
             return True
         end += stride * (size - 1)
     return False
-
-
-def _torch_load(file: Path) -> Any:
-    """Load a file, memory-mapped if it is a zip archive (as PyTorch writes since 1.6)."""
-    with open(file, "rb") as handle:
-        archived = handle.read(4) == b"PK\x03\x04"
-    if archived:
-        _check_archive(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=archived)
-
-
-def _check_archive(file: Path) -> None:
-    """Raise BadZipFile when a record does not match its checksum.
-
-    Files written with `torch.serialization.set_crc32_options(False)` have zero checksums, which are not checked.
-    """
-    with zipfile.ZipFile(file) as archive:
-        if any(record.CRC for record in archive.infolist()):
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"its record {damaged} is damaged (CRC-32)")

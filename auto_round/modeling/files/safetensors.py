@@ -10,12 +10,12 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
 _COMPARE_AT_ONCE = 1 << 24
 _READ_AHEAD = 256 << 20
 _OWN_PAGES = 1 << 18
+Stored = TypeVar("Stored")
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -80,20 +81,38 @@ class TensorFiles:
 
         Raises:
             ModelError: no safetensors file, a damaged one, an index that does not match its shards, a tensor in two
-                shards, or
-                a link that leaves the folder.
+                shards, or a link that leaves the folder.
         """
         path = Path(folder)
-        single = path / "model.safetensors"
+        single, index = path / "model.safetensors", path / "model.safetensors.index.json"
         if single.is_file():
             return cls(path, read_header(check_inside(path, single)))
-        index = path / "model.safetensors.index.json"
         if not index.is_file():
             raise ModelError(_no_weights(path))
-        tensors, notes = _read_index(path, index)
+        tensors, shards = read_index(index, ".safetensors", read_header)
         files = cls(path, tensors)
-        files.notes = tuple(notes)
+        owner: dict[str, str] = {}
+        for shard, header in shards.items():
+            for name in header:
+                if owner.setdefault(name, shard) != shard:
+                    raise ModelError(
+                        f"tensor {name!r} is in both {path / owner[name]} and {path / shard}; one of the files is a "
+                        "copy of the other: fetch the model again"
+                    )
+            extra = [name for name in header if name not in tensors]
+            if extra:
+                note = f"{shard} holds {len(extra)} tensors that the index does not name, such as {extra[0]}"
+                files.notes = (*files.notes, note)
         return files
+
+    @property
+    def stored(self) -> TensorFiles:
+        """The files as they are stored; of a quantized checkpoint, with codes and scales."""
+        return self
+
+    def inputs(self, key: str) -> tuple[str, ...]:
+        """Names in the files of what is read for a tensor: itself, or its codes and scale."""
+        return (key,)
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
@@ -112,9 +131,7 @@ class TensorFiles:
             size = (end - start) // shape[0]
             start, shape = start + row * size, shape[1:]
             end = start + size
-        raw = self.allocate(end - start)
-        self._fill(stored.file, key, start, raw.numpy().data)
-        return raw.view(stored.dtype).view(shape)
+        return self.read_bytes(key, start - stored.start, end - start).view(stored.dtype).view(shape)
 
     def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
         """uint8 [size]: stored bytes of the tensor `key` starting at byte `start`."""
@@ -188,25 +205,18 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = parse_object(handle.read(length), f"the header of {file}")
     except OSError as error:
         raise ModelError(f"cannot read {file}: {error}") from error
-    data = 8 + length
+    at = data = 8 + length
     found = {key: _stored(file, key, info, data, size) for key, info in header.items() if key != "__metadata__"}
-    _check_ranges(file, found, data, size)
-    return found
-
-
-def _check_ranges(file: Path, header: dict[str, StoredTensor], data: int, size: int) -> None:
-    """Check that the tensors cover all bytes from the header to the end without gap or overlap, as the format requires.
-
-    A shifted offset is detected although each tensor alone would fit.
-    """
-    at = data
-    for name, stored in sorted(header.items(), key=lambda item: (item[1].start, item[1].end)):
+    # As the format requires, the tensors cover all bytes from the header to the end: a shifted offset is detected
+    # although each tensor alone would fit.
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
         if stored.start != at:
             what = "overlaps the one before it" if stored.start < at else "leaves a gap before it"
             raise ModelError(f"{file}: tensor {name!r} {what} (byte {stored.start}); fetch the file again")
         at = stored.end
     if at != size:
         raise ModelError(f"{file} has {size - at} bytes after its last tensor; fetch the file again")
+    return found
 
 
 def _stored(file: Path, key: str, info: Any, data: int, size: int) -> StoredTensor:
@@ -233,53 +243,43 @@ def _check_int(value: Any) -> int:
     return value
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Read file names by tensor name from an index. Raises ModelError when it is malformed."""
-    weight_map = read_object(index).get("weight_map")
+def read_index(
+    index: Path, suffix: str, load: Callable[[Path], Mapping[str, Stored]]
+) -> tuple[dict[str, Stored], dict[str, Mapping[str, Stored]]]:
+    """Tensors by name from the files that an index names, and everything in these files by file name.
+
+    Args:
+        index: a JSON file whose `weight_map` gives file names by tensor name, all inside its folder.
+        suffix: of these files.
+        load: opens one of them.
+
+    Raises ModelError when the index is malformed or does not match the files.
+    """
+    folder = index.parent
+    weight_map = read_object(check_inside(folder, index)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise ModelError(f"{index} has no weight_map of file names; fetch the file again")
     if not weight_map:
         raise ModelError(f"the weight_map of {index} is empty; fetch the file again")
-    return weight_map
-
-
-def _read_index(folder: Path, index: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """All tensors, and notes on those in shards that the index does not name."""
-    weight_map = read_weight_map(check_inside(folder, index))
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    for key, value in weight_map.items():
-        if value not in headers:
-            headers[value] = read_header(check_inside(folder, _shard_path(folder, index, key, value)))
-        if key not in headers[value]:
-            raise ModelError(f"tensor {key!r} is missing from {folder / value}, where {index.name} says it is")
-    notes = []
-    owner: dict[str, str] = {}
-    for value, header in headers.items():
-        for name in header:
-            if owner.setdefault(name, value) != value:
+    tensors: dict[str, Stored] = {}
+    parts: dict[str, Mapping[str, Stored]] = {}
+    for key, name in weight_map.items():
+        if name not in parts:
+            path = PurePosixPath(name.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts or ":" in name or not name.endswith(suffix):
                 raise ModelError(
-                    f"tensor {name!r} is in both {folder / owner[name]} and {folder / value}; one of the files is a "
-                    "copy of the other: fetch the model again"
+                    f"{index} maps tensor {key!r} to {name!r}; only {suffix} files inside the folder are allowed"
                 )
-        extra = [name for name in header if name not in weight_map]
-        if extra:
-            notes.append(f"{value} holds {len(extra)} tensors that the index does not name, such as {extra[0]}")
-    return {key: headers[value][key] for key, value in weight_map.items()}, notes
-
-
-def _shard_path(folder: Path, index: Path, key: str, value: str) -> Path:
-    """The shard's path inside `folder`. An index must not make us open files outside it."""
-    parts = PurePosixPath(value.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts or ":" in value or not value.endswith(".safetensors"):
-        raise ModelError(
-            f"{index} maps tensor {key!r} to {value!r}; only .safetensors files inside the folder are allowed"
-        )
-    file = folder / parts
-    if not file.is_file():
-        raise ModelError(
-            f"{file} is missing; {index.name} needs it for tensor {key!r} and others. Fetch the model again"
-        )
-    return file
+            file = folder / path
+            if not file.is_file():
+                raise ModelError(
+                    f"{file} is missing; {index.name} needs it for tensor {key!r} and others. Fetch the model again"
+                )
+            parts[name] = load(check_inside(folder, file))
+        if key not in parts[name]:
+            raise ModelError(f"tensor {key!r} is missing from {folder / name}, where {index.name} says it is")
+        tensors[key] = parts[name][key]
+    return tensors, parts
 
 
 def _no_weights(folder: Path) -> str:

@@ -16,11 +16,10 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from auto_round import envs
-from auto_round.errors import ModelError
+from auto_round.errors import ModelError, first_line
 from auto_round.logger import logger
 from auto_round.modeling.files.folder import NOT_FETCHED, is_hub_id, model_folder
 from auto_round.modeling.files.safetensors import TensorFiles
-from auto_round.modeling.meta_model import shards_of
 from auto_round.output.writer import file_sha256
 from auto_round.run.fingerprint import input_identity
 from auto_round.run.model_free.units import Unit
@@ -94,11 +93,7 @@ class HubFetcher:
         try:
             return work()
         except (HfHubHTTPError, OSError, ValueError) as error:
-            raise ModelError(f"the hub does not give {what} of {self.repo!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the hub does not give {what} of {self.repo!r}: {first_line(error)}") from error
 
 
 def fetch_checked(
@@ -116,7 +111,7 @@ def fetch_checked(
         try:
             file = fetcher.fetch(name, folder)
         except OSError as error:  # errors of the hub's client are OSErrors
-            reason = _first_line(error)
+            reason = first_line(error)
             continue
         size = file.stat().st_size
         if size != wanted.size:
@@ -172,7 +167,7 @@ class Inputs:
     def __init__(self, folder: Path, files: TensorFiles) -> None:
         self.folder, self.files = folder, files
         self.notes = list(files.notes)
-        self.shards = list(shards_of(self.files))
+        self.shards = sorted({tensor.file for tensor in files.stored.tensors.values()})
 
     def identity(self) -> dict[str, Any]:
         """Plain values that identify the input files, by name."""

@@ -31,7 +31,6 @@ from auto_round.run.model_free.units import (
     plain_copy,
     row_step,
     slice_axes,
-    stored_files,
 )
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.run.results import module_from_tensors
@@ -121,7 +120,7 @@ class UnitProcessor:
     def read_ahead(self, unit: Unit, asked: set[str]) -> None:
         """Start reading the weights of a unit that were not `asked` for before, so that workers do not wait for the
         disk."""
-        files = stored_files(self.source)
+        files = self.source.files.stored
         names = (*(f"{layer}.weight" for layer in unit.layers), *unit.copies)
         keys = [key for name in names for key in self.source.checkpoint_names(name)]
         for key in keys if unit.key is None else [unit.key]:
@@ -196,7 +195,7 @@ class UnitProcessor:
         whole = {tensor: torch.empty(shape, dtype=dtype) for tensor, (shape, dtype) in specs.items()}
         name = f"{plan.name}.weight"
         (key,) = source.checkpoint_names(name)
-        files = stored_files(source)
+        files = source.files.stored
         module = source.model.get_submodule(plan.name)
         row = plan.in_features * source.dtype.itemsize
         at = dict.fromkeys(axes, 0)
@@ -239,7 +238,7 @@ class UnitProcessor:
 
     def use_buffer_pool(self) -> None:
         """Read tensors into pooled buffers, which are valid for one unit."""
-        stored_files(self.source).allocate = self.buffer_pool.take
+        self.source.files.stored.allocate = self.buffer_pool.take
 
     def _assembled(self, unit: Unit) -> Iterator[Chunk]:
         """A dense tensor that is cast, dequantized or stacked from experts, one expert at a time."""
@@ -262,7 +261,7 @@ class UnitProcessor:
 
     def _streamed(self, key: str) -> Iterator[Chunk]:
         """Copy a stored tensor unchanged, a few megabytes at a time."""
-        files = stored_files(self.source)
+        files = self.source.files.stored
         stored = files.tensors[key]
         step = _CHUNK_BYTES // stored.dtype.itemsize * stored.dtype.itemsize
         for start in range(0, stored.end - stored.start, step):

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -142,7 +141,7 @@ def _rounded_units(
 def _copy_unit(key: str, source: CheckpointSource) -> Unit:
     shape, dtype = source.stored_meta(key)
     memory = _COPY if is_stored(source, key) else 2 * tensor_bytes((shape, dtype)) + _SMALL
-    files = tuple(sorted({stored_files(source).tensors[name].file for name in source.stored_inputs(key)}))
+    files = tuple(sorted({source.files.stored.tensors[name].file for name in source.files.inputs(key)}))
     return Unit(key, (), (), (key,), files, memory, key)
 
 
@@ -177,13 +176,8 @@ def _layer_groups(
     return list(dict.fromkeys(joined.get(name, (name,)) for name in quantized))
 
 
-def stored_files(source: CheckpointSource) -> Any:
-    """The tensors as stored in the checkpoint's files, without dequantization."""
-    return getattr(source.files, "stored", source.files)
-
-
 def _files(source: CheckpointSource, names: Iterable[str]) -> tuple[Path, ...]:
-    tensors = stored_files(source).tensors
+    tensors = source.files.stored.tensors
     return tuple(sorted({tensors[key].file for name in names for key in source.inputs(name)}))
 
 
@@ -200,7 +194,7 @@ def _layer_memory(plan: LayerPlan, source: CheckpointSource, fmt: OutputFormat) 
     packed = sum(tensor_bytes(spec) for spec in layer_outputs(fmt, plan, source.dtype).values())
     if step is not None:
         return step * plan.in_features * (source.dtype.itemsize + 2) + packed + _SMALL
-    tensors = stored_files(source).tensors
+    tensors = source.files.stored.tensors
     stored = sum(tensors[key].end - tensors[key].start for key in source.inputs(f"{plan.name}.weight"))
     same = stored == weights * source.dtype.itemsize
     return weights * (source.dtype.itemsize + 1) + (0 if same else min(stored, 2 * weights)) + packed + _SMALL
@@ -213,11 +207,9 @@ def plain_copy(source: CheckpointSource, name: str) -> bool:
         raise ModelError(f"tensor {name!r} is missing from the files in {source.folder}")
     if plan.key is None or source.files.tensors[plan.key].dtype != source.tensor_meta(name)[1]:
         return False
-    return plan.key not in getattr(source.files, "weights", {})
+    return source.files.inputs(plan.key) == (plan.key,)
 
 
 def is_stored(source: CheckpointSource, key: str) -> bool:
     """Whether a checkpoint tensor is copied byte for byte: neither dequantized nor cast."""
-    if key in getattr(source.files, "weights", {}):
-        return False
-    return source.files.tensors[key].dtype == source.stored_meta(key)[1]
+    return source.files.inputs(key) == (key,) and source.files.tensors[key].dtype == source.stored_meta(key)[1]

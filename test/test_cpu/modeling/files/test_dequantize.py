@@ -11,26 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from auto_round.modeling.files.dequantized import (
-    apply_scale,
-    dequantize_mxfp4,
-    e8m0_values,
-    scale_block,
-    unpack_nibbles,
-)
+from auto_round.modeling.files.dequantized import dequantize, scale_block
 from auto_round.modeling.source import open_source
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-
-
-def test_e8m0_is_a_power_of_two() -> None:
-    values = e8m0_values(torch.arange(256, dtype=torch.uint8))
-    assert values[:255].tolist() == [math.ldexp(1.0, code - 127) for code in range(255)]
-    assert math.isnan(values[255])
-
-
-def test_nibbles_come_low_half_first() -> None:
-    assert unpack_nibbles(torch.tensor([[0x21, 0xF3]], dtype=torch.uint8)).tolist() == [[1, 2, 3, 15]]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +62,7 @@ def test_blocks_of_any_shape(
     if stored != torch.uint8:
         scale = torch.rand(grid, generator=generator).to(stored)
     out = torch.empty(weight.shape, dtype=dtype)
-    assert apply_scale(weight, "e4m3", scale, (height, width), out) is out
+    assert dequantize(weight, "e4m3", scale, (height, width), out) is out
     numbers = torch.exp2(scale.float() - 127) if stored == torch.uint8 else scale.float()
     for place in {(0, 0), (rows - 1, columns - 1), (rows // 2, columns // 3)}:
         factor = numbers[..., place[0] // height, place[1] // width]
@@ -96,7 +80,7 @@ def test_mxfp4_value_by_value(rows: int, groups: int, experts: int | None, seed:
     front = () if experts is None else (experts,)
     packed = torch.randint(0, 256, (*front, rows, groups * 16), generator=generator, dtype=torch.uint8)
     scale = torch.randint(100, 150, (*front, rows, groups), generator=generator, dtype=torch.uint8)
-    out = dequantize_mxfp4(packed, scale, torch.empty(*front, rows, groups * 32))
+    out = dequantize(packed, "e2m1", scale, (1, 32), torch.empty(*front, rows, groups * 32))
     bytes_of, scale_of = packed.reshape(-1, groups * 16).tolist(), scale.reshape(-1, groups).tolist()
     wanted = [
         [

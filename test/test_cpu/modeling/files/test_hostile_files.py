@@ -267,7 +267,7 @@ def test_pickles_that_do_harm_or_are_none(tmp_path: Path, tiny_folder: Callable[
     index = {"weight_map": {"a": "../pytorch_model.bin"}}
     file.unlink()
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="only .bin files in the same folder"):
+    with pytest.raises(ModelError, match="only .bin files inside the folder"):
         open_source(folder, allow_pickle=True)
 
 
