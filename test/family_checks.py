@@ -65,7 +65,7 @@ class Quantized:
             name
             for tensor in source.tensor_names()
             if (plan := source.own_plan(tensor)) is not None and plan.key is None and read & set(plan.origin.stored)
-            for name in (tensor, naming.loose(tensor))
+            for name in (tensor, naming.unfused_name(tensor))
         }
         again = frozenset(naming.module(alias.rpartition(".")[0]) for alias in source.tied())
         return cls(frozenset(read), frozenset(whole), frozenset(cut), frozenset(rest), again)

@@ -226,7 +226,7 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNam
         experts = model.get_submodule(name)
         if isinstance(experts, LinearExperts):
             for index in range(experts.num_experts):
-                experts.rename_layers(index, stored.expert_leaves(f"{name}.{index}"))
+                experts.rename_layers(index, stored.expert_names(f"{name}.{index}"))
             if experts.layout.identity:
                 # Some checkpoints have weights for identity experts, which no module reads.
                 unread = [rf"^{re.escape(f'{name}.{weight}')}$" for weight in experts.layout.weights]
@@ -238,7 +238,7 @@ def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames
     if inside:
         suffixes = (*PACKED_SUFFIXES, *(f".{layout.leaves[0]}" for layout in USER_LAYOUTS.values()))
         return any(key.endswith(suffixes) for key in inside)
-    first = f"{name}.0.{stored.expert_leaves(f'{name}.0').down}"
+    first = f"{name}.0.{stored.expert_names(f'{name}.0').down}"
     in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
     return config.layer(first, in_block, stored.config_names(first)) is not None
 

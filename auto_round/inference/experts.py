@@ -89,7 +89,7 @@ def enable_grouped_experts(model: nn.Module) -> int:
         projections = {usual: _projection(experts, usual) for usual in ("gate", "up", "down")[not experts.has_gate :]}
         supported = {usual: projection for usual, projection in projections.items() if projection is not None}
         if len(supported) == len(projections):
-            experts.together = PackedExperts(experts, supported)
+            experts.batched = PackedExperts(experts, supported)
             found += 1
     return found
 

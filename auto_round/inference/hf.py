@@ -69,7 +69,7 @@ class StoredNames:
             names.append(f"{container}.{expert['index']}.{own}")
         return tuple(dict.fromkeys((*names, layer)))
 
-    def expert_leaves(self, expert: str) -> ExpertLayerNames:
+    def expert_names(self, expert: str) -> ExpertLayerNames:
         """The names in the files of the matrices of the module `expert`, such as `model.layers.0.mlp.experts.0`."""
         if self.tensors is None:
             return self._family_leaves
@@ -83,7 +83,7 @@ class StoredNames:
 
     @cached_property
     def _family_leaves(self) -> ExpertLayerNames:
-        return self.mapping.expert_leaves() or DEFAULT_EXPERT_NAMES
+        return self.mapping.expert_names() or DEFAULT_EXPERT_NAMES
 
     @cached_property
     def _inverse(self) -> Conversions:

@@ -14,10 +14,10 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from types import CodeType
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from auto_round._version import __version__
@@ -44,19 +44,13 @@ def library_error(found: str, instead: str) -> LibraryError:
         found: what was expected and what was found instead.
         instead: what the user can do until this package supports the library.
     """
-    libraries = ", ".join(f"{name} {_installed(name)}" for name in ("torch", "transformers"))
+    import transformers
+
     return LibraryError(
         f"{found}. This is a fault of auto-round with the installed libraries, not of the model: please report it with "
-        f"the model's config.json and these versions: auto-round {__version__}, {libraries}, "
-        f"Python {platform.python_version()}. Until it is fixed, {instead}"
+        f"the model's config.json and these versions: auto-round {__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}. Until it is fixed, {instead}"
     )
-
-
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "of unknown version"
 
 
 @dataclass(frozen=True)
@@ -68,8 +62,7 @@ class Attention:
         module: the attention module.
         cache: name of the argument that takes the cache.
         shows: which of "k", "v" and "q" its code passes to the cache and to Transformers' table of attention functions,
-            so
-            that they must be observed. A layer that uses the keys and values of another passes none.
+            so that they must be observed. A layer that uses the keys and values of another passes none.
     """
 
     name: str
@@ -121,13 +114,18 @@ def head_counts(attention: Attention, config: Any) -> tuple[int, int]:
             "are no static scales: leave static_kv_dtype and static_attention_dtype out"
         )
     layer = getattr(attention.module, "layer_idx", None)
-    heads = _first_size(sources, _HEADS, layer)
+
+    def first_size(names: tuple[str, ...]) -> int | None:
+        values = (layer_value(source, name, layer) for source in sources for name in names)
+        return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+
+    heads = first_size(_HEADS)
     if heads is None:
         raise UnsupportedError(
             f"{type(attention.module).__name__} does not say how many heads it has, so static scales cannot be "
             "planned: leave static_kv_dtype and static_attention_dtype out"
         )
-    return heads, _first_size(sources, _KEY_VALUE_HEADS, layer) or heads
+    return heads, first_size(_KEY_VALUE_HEADS) or heads
 
 
 def replace_argument(
@@ -218,12 +216,3 @@ def _reads(function: Any) -> list[tuple[str, str]]:
             local = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
             owner = str(step.argval[-1] if isinstance(step.argval, tuple) else step.argval) if local else ""
     return found
-
-
-def _first_size(sources: list[Any], names: tuple[str, ...], layer: int | None) -> int | None:
-    for source in sources:
-        for name in names:
-            value = layer_value(source, name, layer)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None

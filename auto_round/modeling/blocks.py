@@ -104,13 +104,16 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
         ModelError: there is no such list.
         UnsupportedError: there are several lists of the same kind of block.
     """
-    for root_name, root in _roots(model).items():
+    get = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
+    declared = [name for name, module in model.named_modules() if decoder is not None and module is decoder]
+    for root in [*declared[:1], ""]:
         found: list[tuple[int, int, str]] = []
-        _collect(root, root_name, found, _tower_configs(model))
+        _collect(model.get_submodule(root), root, found, _tower_configs(model))
         if found:
             _, _, name = max(found)
-            kinds = _kinds(model.get_submodule(name))
-            others = [n for _, _, n in found if n != name and _kinds(model.get_submodule(n)) & kinds]
+            kinds = {n: {type(block) for block in model.get_submodule(n).children()} for _, _, n in found}
+            others = [n for n in kinds if n != name and kinds[n] & kinds[name]]
             if others:
                 raise UnsupportedError(
                     f"{type(model).__name__} has several stacks of the same blocks ({', '.join([name, *others])}); "
@@ -122,18 +125,6 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
         f"{type(model).__name__} has no list of decoder blocks (a ModuleList of layers with linear modules); "
         "only decoder-only language models can be quantized"
     )
-
-
-def _kinds(blocks: nn.Module) -> set[type[nn.Module]]:
-    return {type(block) for block in blocks.children()}
-
-
-def _roots(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules to search in turn, by name: the decoder that the model declares, then the model."""
-    get = getattr(model, "get_decoder", None)
-    decoder = get() if callable(get) else None
-    names = [name for name, module in model.named_modules() if isinstance(decoder, nn.Module) and module is decoder]
-    return {name: model.get_submodule(name) for name in [*names[:1], ""]}
 
 
 _TOWERS = ("vision", "visual", "image", "audio", "speech")

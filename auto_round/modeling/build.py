@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from auto_round.errors import ModelError, UnsupportedError
+from auto_round.errors import ModelError, UnsupportedError, first_line
 from auto_round.modeling.config import LAYER_COUNTS, TEXT_PARTS, read_value, text_config
 from auto_round.modeling.files.folder import check_inside, read_object
 from auto_round.modeling.files.safetensors import TensorFiles
@@ -49,11 +49,7 @@ _OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassificat
 
 
 class RawConfig:
-    """The values of a config.json as attributes. Nested mappings stay mappings, except the text part.
-
-    Args:
-        values: of the file; not modified.
-    """
+    """The values of a config.json as attributes. Nested mappings stay mappings, except the text part."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(copy.deepcopy(values))
@@ -117,12 +113,9 @@ def _is_repository(value: Any) -> bool:
 
 
 def check_sizes(file: Path, config: Any, tensors: int) -> None:
-    """Raise ModelError for a size in the configuration that no model has, before anything is allocated.
+    """Raise ModelError for a size in the text part of `config` that no model has, before anything is allocated.
 
-    Args:
-        file: of the configuration, for messages.
-        config: a configuration object; its text part is checked.
-        tensors: number of tensors in the checkpoint, an upper limit of the number of layers.
+    `tensors`: number of tensors in the checkpoint, an upper limit of the number of layers.
     """
     text = text_config(config)
     for key, most in {**_MAX_SIZES, **dict.fromkeys(LAYER_COUNTS, tensors)}.items():
@@ -146,16 +139,9 @@ def is_multimodal(config: Any) -> bool:
 
 
 def check_towers(config: Any, names: Iterable[str], model: str) -> None:
-    """Refuse a checkpoint whose vision or audio part the causal class of its family would drop.
+    """Raise UnsupportedError for a checkpoint whose vision or audio part its causal class in Transformers would drop.
 
-    A text-only checkpoint of such a family passes.
-
-    Args:
-        config: the Transformers configuration.
-        names: of the checkpoint's tensors.
-        model: for messages.
-
-    Raises UnsupportedError.
+    A text-only checkpoint of such a family passes. `names`: of the checkpoint's tensors; `model`: for messages.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -164,9 +150,7 @@ def check_towers(config: Any, names: Iterable[str], model: str) -> None:
         return
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     classes = [kind.__name__ for kind in (found if isinstance(found, (tuple, list)) else (found,))]
-    if any(name in classes for name in named):
-        return
-    lost = tower_tensors(names)
+    lost = [] if set(classes) & set(named) else tower_tensors(names)
     if lost:
         what = f"config.json names {named[0]}" if named else "config.json names no class"
         raise UnsupportedError(
@@ -200,8 +184,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, causal: bool =
                 f"{folder} contains Python code, which is not run unless you trust it: "
                 "read it, then pass trust_remote_code=True (--trust_remote_code)"
             ) from error
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{file} cannot be used: {lines[0]}") from error
+        raise ModelError(f"{file} cannot be used: {first_line(error)}") from error
     remote = isinstance(raw.get("auto_map"), dict) and "AutoModelForCausalLM" in raw["auto_map"]
     if causal:
         _check_causal(config, folder, remote and trust_remote_code)
@@ -298,10 +281,8 @@ def dominant_dtype(files: TensorFiles) -> torch.dtype:
 
 def float32_filter(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
     """A predicate for the parameters that the family keeps in float32; bfloat16 models use a shorter list."""
-    patterns: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        patterns |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    names = ["_keep_in_fp32_modules_strict"] if dtype in (torch.float16, torch.bfloat16) else []
+    names += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
+    patterns = [pattern for name in names for pattern in getattr(model, name, None) or ()]
     search = re.compile("|".join(p.replace("*", ".*") for p in patterns)).search if patterns else None
     return lambda name: search is not None and search(name) is not None

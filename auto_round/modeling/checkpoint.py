@@ -119,7 +119,7 @@ class CheckpointSource(ModelSource):
             if not info.lazy and name in self._plans:  # a persistent buffer with a value: a small table
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._buffers[leaf] = self._fetch(name, {}, check=True)
-        self.spare, notes = self._find_unused()
+        self.unused_tensors, notes = self._find_unused()
         self.notes = (*files.notes, *notes)
 
     def _read_config(self) -> Any:
@@ -194,7 +194,7 @@ class CheckpointSource(ModelSource):
         stored = self.files.tensors[key]
         if self._asked is None or not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
             return stored.shape, stored.dtype
-        kept = key in self._float32_keys and key not in self.spare
+        kept = key in self._float32_keys and key not in self.unused_tensors
         return stored.shape, torch.float32 if kept else self._asked
 
     @cached_property

@@ -25,8 +25,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,15 @@ from auto_round.modeling.files.folder import check_inside, read_object
 
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# Keys that describe the machine on which the source was saved.
+_MACHINE_KEYS = ("_name_or_path", "_attn_implementation_autoset", "_commit_hash")
+_NEW, _SCALING = "rope_parameters", "rope_scaling"
+_THETA = ("rope_theta", "rotary_emb_base", "global_rope_theta")
+_LOCAL_THETA = ("rope_local_base_freq", "local_rope_theta")
+_PARTIAL = ("partial_rotary_factor", "rotary_pct")
+_OLD = (*_THETA, *_LOCAL_THETA, *_PARTIAL, _SCALING)
+Values = dict[str, Any]
 
 
 def text_config(config: Any) -> Any:
@@ -50,18 +58,28 @@ def text_config(config: Any) -> Any:
 def read_value(config: Any, name: str, default: Any = None) -> Any:
     """Read one value; a list with one entry per layer if it varies by layer; `default` if missing or None.
 
-    Args:
-        config: a Transformers configuration, `RawConfig`, or None.
-        name: of the attribute.
-        default: for a missing value.
+    `config` is a Transformers configuration, a `RawConfig`, or None.
     """
     try:
         value = getattr(config, name, None)
     except Exception:  # Transformers raises its own error for a value that only single layers have
-        layers = _layer_configs(config)
-        found = [_layer_attribute(layer, name) for layer in layers]
-        value = found if any(entry is not None for entry in found) else None
+        value = _layer_values(config, name)
     return default if value is None else value
+
+
+def _layer_values(config: Any, name: str) -> list[Any] | None:
+    """A value from the configuration of each layer; None if no layer has it."""
+    found: list[Any] = []
+    try:  # computed by the family's own class, on values that may be damaged
+        layers = config.per_layer_config
+        for layer in layers.values() if isinstance(layers, Mapping) else layers:
+            try:
+                found.append(layer.get(name) if isinstance(layer, Mapping) else getattr(layer, name, None))
+            except Exception:  # as in `read_value`: a layer without the value
+                found.append(None)
+    except Exception:
+        return None
+    return found if any(value is not None for value in found) else None
 
 
 def layer_value(config: Any, name: str, layer: int | None, default: Any = None) -> Any:
@@ -73,25 +91,21 @@ def layer_value(config: Any, name: str, layer: int | None, default: Any = None) 
 
 
 def largest(config: Any, *names: str, default: int = 0) -> int:
-    """The largest size under the first of `names` that has one; over all layers if it varies by layer.
+    """The largest positive integer under the first of `names` that has one (spellings such as "hidden_size", "n_embd").
 
-    Args:
-        config: of the whole model or of its text part; the text part is read first.
-        names: spellings of one value, such as "hidden_size", "n_embd".
-        default: if no name has a positive integer.
+    Values that vary by layer count with all their layers. The text part of `config` is read first.
     """
-    return max(sizes(config, *names), default=default)
+    return max(_sizes(config, *names), default=default)
 
 
 def smallest(config: Any, *names: str) -> int | None:
     """As `largest`, for the smallest size; None if no name has a positive integer."""
-    return min(sizes(config, *names), default=None)
+    return min(_sizes(config, *names), default=None)
 
 
-def sizes(config: Any, *names: str) -> list[int]:
-    """Every positive integer under the first of `names` that has one."""
+def _sizes(config: Any, *names: str) -> list[int]:
     text = text_config(config)
-    for part in (text, config) if text is not config else (config,):
+    for part in (text, config):
         for name in names:
             found = [number for number in integers(read_value(part, name)) if number > 0]
             if found:
@@ -101,44 +115,13 @@ def sizes(config: Any, *names: str) -> list[int]:
 
 def integers(value: Any) -> list[int]:
     """The integers in a value: itself, or those in a list or mapping of values by layer."""
-    if isinstance(value, bool):
-        return []
     if isinstance(value, int):
-        return [value]
+        return [] if isinstance(value, bool) else [value]
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [number for entry in value for number in integers(entry)]
     return []
-
-
-def _layer_configs(config: Any) -> list[Any]:
-    """The configurations of single layers, if a configuration has them."""
-    try:
-        layers = config.per_layer_config
-        return list(layers.values() if isinstance(layers, Mapping) else layers)
-    except Exception:  # computed by the family's own class, on values that may be damaged
-        return []
-
-
-def _layer_attribute(config: Any, name: str) -> Any:
-    if isinstance(config, Mapping):
-        return config.get(name)
-    try:
-        return getattr(config, name, None)
-    except Exception:  # as in `read_value`: a layer without the value raises its own error
-        return None
-
-
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-# Keys that describe the machine on which the source was saved.
-_MACHINE_KEYS = ("_name_or_path", "_attn_implementation_autoset", "_commit_hash")
-_NEW, _SCALING = "rope_parameters", "rope_scaling"
-_THETA = ("rope_theta", "rotary_emb_base", "global_rope_theta")
-_LOCAL_THETA = ("rope_local_base_freq", "local_rope_theta")
-_PARTIAL = ("partial_rotary_factor", "rotary_pct")
-_OLD = (*_THETA, *_LOCAL_THETA, *_PARTIAL, _SCALING)
-Values = dict[str, Any]
 
 
 def source_config(config: Any, folder: Path | None, trusted: bool) -> Values:
@@ -159,8 +142,12 @@ def source_config(config: Any, folder: Path | None, trusted: bool) -> Values:
     for part in (values, *_parts(values)):
         for key in QUANTIZATION_KEYS:
             part.pop(key, None)
-    if not trusted and _class_of(values) is not None:
-        _drop_own_code(values)
+    own = values.get("auto_map")
+    if not trusted and isinstance(own, dict) and _class_of(values) is not None:
+        # Entries that name Python files of the folder go; those of a repository stay.
+        values["auto_map"] = {key: name for key, name in own.items() if isinstance(name, str) and "--" in name}
+        if not values["auto_map"]:
+            del values["auto_map"]
     return values
 
 
@@ -187,18 +174,18 @@ def with_both_rope_spellings(values: Mapping[str, Any]) -> Values:
     """
     made = copy.deepcopy(dict(values))
     before = _parsed(made)
-    for path in [(), *((key,) for key, part in made.items() if _is_part(key, part))]:
-        part, parsed = _at(made, path), _config_at(before, path)
-        if parsed is not None and not isinstance(part.get(_NEW), dict):
+    for name in (None, *(key for key, part in made.items() if _is_part(key, part))):
+        part, parsed = (made, before) if name is None else (made[name], getattr(before, name, None))
+        if hasattr(parsed, "to_dict") and not isinstance(part.get(_NEW), dict):
             found = getattr(parsed, _NEW, None)
-            text = not path or path[0] in TEXT_PARTS
+            text = name is None or name in TEXT_PARTS
             if isinstance(found, dict) and found and (text or any(key in part for key in _OLD)):
                 part[_NEW] = json.loads(json.dumps(found))
         older = _legacy_rope(part.get(_NEW))
         if _SCALING in older and str(part.get("model_type", "")).startswith("phi"):
             older[_SCALING] = _phi_scaling(older[_SCALING], part)
         for key, value in older.items():
-            if part.get(key) is None and (before is None or _accepts_legacy_key(made, path, key, value, before)):
+            if part.get(key) is None and (before is None or _accepts_legacy_key(made, name, key, value, before)):
                 part[key] = value
     if before is not None and not _same(before, _parsed(made)):
         return copy.deepcopy(dict(values))
@@ -227,29 +214,12 @@ def _without(values: Mapping[str, Any], keys: tuple[str, ...]) -> Values:
     return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in values.items() if k not in keys}
 
 
-def _drop_own_code(values: Values) -> None:
-    """Remove entries of `auto_map` that name Python files of the folder; those of a repository stay."""
-    own = values.get("auto_map")
-    if isinstance(own, dict):
-        kept = {key: name for key, name in own.items() if isinstance(name, str) and "--" in name}
-        if kept:
-            values["auto_map"] = kept
-        else:
-            del values["auto_map"]
-
-
 def _is_part(key: str, value: Any) -> bool:
     return isinstance(value, dict) and key.endswith("_config") and key not in QUANTIZATION_KEYS
 
 
 def _parts(values: Values) -> list[Values]:
     return [part for key, part in values.items() if _is_part(key, part)]
-
-
-def _at(values: Values, path: tuple[str, ...]) -> Values:
-    for key in path:
-        values = values[key]
-    return values
 
 
 def _legacy_rope(parameters: Any) -> Values:
@@ -288,14 +258,14 @@ def _phi_scaling(scaling: Values, part: Values) -> Values:
     return made
 
 
-def _accepts_legacy_key(values: Values, path: tuple[str, ...], key: str, value: Any, before: Any) -> bool:
-    """Whether the family's class accepts `key` as an older spelling, or has it as a setting."""
+def _accepts_legacy_key(values: Values, name: str | None, key: str, value: Any, before: Any) -> bool:
+    """Whether the family's class accepts `key` as an older spelling, or has it as a setting. `name`: of the part."""
     tried = copy.deepcopy(values)
-    _at(tried, path)[key] = value
+    (tried if name is None else tried[name])[key] = value
     after = _parsed(tried)
-    if after is None or not _same(before, after):
+    if not _same(before, after):
         return False
-    one, other = (_as_dict(_config_at(config, path)) for config in (before, after))
+    one, other = (_as_dict(config if name is None else getattr(config, name, None)) for config in (before, after))
     # Phi-3 reads this key as an attribute; the default value may be left out.
     kept = key == "partial_rotary_factor" and value != 1.0 and str(one.get("model_type")).startswith("phi")
     return key not in other or key in one or kept
@@ -310,37 +280,23 @@ def _class_of(values: Mapping[str, Any]) -> Any:
 
 def _parsed(values: Values) -> Any:
     """The configuration object that Transformers makes of the values; None for an unknown family or invalid values."""
+    from transformers.utils import logging
+
     kind = _class_of(values)
     if kind is None:
         return None
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # this is only a trial
     try:
-        with _quiet():
-            return kind.from_dict(copy.deepcopy(values))
+        return kind.from_dict(copy.deepcopy(values))
     except Exception:  # invalid values raise anything; opening the model reports them
         return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the log of trial readings."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
     finally:
         logging.set_verbosity(level)
 
 
-def _config_at(config: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        config = getattr(config, key, None)
-    return config if hasattr(config, "to_dict") else None
-
-
 def _as_dict(config: Any) -> Values:
-    return {} if config is None else json.loads(json.dumps(config.to_dict(), default=str))
+    return json.loads(json.dumps(config.to_dict(), default=str)) if hasattr(config, "to_dict") else {}
 
 
 def _same(before: Any, after: Any) -> bool:

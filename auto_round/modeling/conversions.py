@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ DEFAULT_EXPERT_NAMES = ExpertLayerNames("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Conversions:
-    """The conversion mapping of one model. Built by `conversions_of` or `conversions_for_type`.
+    """The conversion mapping of one model. Built by `conversions_of`.
 
     Attributes:
         renamings, converters: Transformers' `WeightRenaming` and `WeightConverter` entries, in order. Some keep state
@@ -44,24 +45,32 @@ class Conversions:
     converters: tuple[Any, ...] = ()
     prefix: str | None = None
 
-    def loaded(self, key: str, known: Mapping[str, Any]) -> tuple[str, str | None]:
-        """The model's name of the checkpoint tensor `key`, and the pattern of its converter, if any.
+    @classmethod
+    def of(cls, entries: Iterable[Any], prefix: str | None = None) -> Conversions:
+        """The mapping with Transformers' `entries` of both kinds, in order."""
+        kinds: tuple[list[Any], list[Any]] = [], []
+        for entry in entries:
+            kinds[hasattr(entry, "operations")].append(entry)
+        return cls(tuple(kinds[0]), tuple(kinds[1]), prefix)
+
+    def loaded(self, key: str, known: Mapping[str, Any]) -> tuple[str, str | None, Any]:
+        """The model's name of the checkpoint tensor `key`, and the source pattern and the converter, if any.
 
         Args:
             key: the checkpoint's name.
             known: names of the model's tensors; the prefix of the base model is added or dropped to match one of them,
-                and a
-                conversion to an unknown name is not applied, as in Transformers.
+                and a conversion to an unknown name is not applied, as in Transformers.
         """
         from transformers.core_model_loading import rename_source_key
 
-        renamings, converters = list(self.renamings), list(self.converters)
-        name, pattern = rename_source_key(key, renamings, converters, self.prefix, known)
+        name, pattern = rename_source_key(key, list(self.renamings), list(self.converters), self.prefix, known)
         if name not in known:
             plain, _ = rename_source_key(key, [], [], self.prefix, known)
             if plain in known:
-                return plain, None
-        return name, pattern
+                return plain, None, None
+        if pattern is None:
+            return name, None, None
+        return name, pattern, next(c for c in self.converters if pattern in c.source_patterns)
 
     def renamed(self, key: str) -> str:
         """`key` after the renamings, without converters."""
@@ -76,11 +85,7 @@ class Conversions:
                 return converter
         return None
 
-    def by_pattern(self, pattern: str) -> Any:
-        """The converter with this source pattern, as returned by `loaded`."""
-        return next(converter for converter in self.converters if pattern in converter.source_patterns)
-
-    def expert_leaves(self) -> ExpertLayerNames | None:
+    def expert_names(self) -> ExpertLayerNames | None:
         """Checkpoint names of the matrices of experts that are stored one by one; None if they are stacked.
 
         A family without a gate gets the default name for it, which no tensor has.
@@ -102,15 +107,11 @@ class Conversions:
 
         A conversion without an inverse in Transformers is left out.
         """
-        renamings: list[Any] = []
-        converters: list[Any] = []
+        reversed_entries: list[Any] = []
         for entry in reversed((*self.renamings, *self.converters)):
-            try:
-                reverse = entry.reverse_transform()
-            except (AttributeError, NotImplementedError, ValueError):
-                continue
-            (converters if hasattr(reverse, "operations") else renamings).append(reverse)
-        return Conversions(tuple(renamings), tuple(converters), self.prefix)
+            with suppress(AttributeError, NotImplementedError, ValueError):
+                reversed_entries.append(entry.reverse_transform())
+        return Conversions.of(reversed_entries, self.prefix)
 
 
 def conversions_of(model: nn.Module, *, legacy: bool = True) -> Conversions:
@@ -127,7 +128,7 @@ def conversions_of(model: nn.Module, *, legacy: bool = True) -> Conversions:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     entries = get_model_conversion_mapping(model, add_legacy=legacy)
-    return _sorted(entries, getattr(model, "base_model_prefix", "") or None)
+    return Conversions.of(entries, getattr(model, "base_model_prefix", "") or None)
 
 
 def saving_conversions(model: nn.Module) -> Conversions:
@@ -136,25 +137,10 @@ def saving_conversions(model: nn.Module) -> Conversions:
     A model built from a configuration has no prefix of a base model to restore.
     """
     loaded = getattr(model, "_weight_conversions", None)
-    if loaded is not None:
-        return _sorted(loaded, None).inverse()
-    fresh = conversions_of(model, legacy=False)
-    return Conversions(
-        tuple(entry for entry in fresh.renamings if type(entry).__name__ != "PrefixChange"), fresh.converters
-    ).inverse()
-
-
-def conversions_for_type(model_type: str) -> Conversions:
-    """The mapping of a `model_type`, as far as Transformers knows it without a model."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    return _sorted(get_checkpoint_conversion_mapping(model_type) or [], None)
-
-
-def _sorted(entries: Iterable[Any], prefix: str | None) -> Conversions:
-    entries = list(entries)
-    converters = tuple(entry for entry in entries if hasattr(entry, "operations"))
-    return Conversions(tuple(entry for entry in entries if not hasattr(entry, "operations")), converters, prefix)
+    if loaded is None:
+        fresh = conversions_of(model, legacy=False)
+        loaded = [e for e in (*fresh.renamings, *fresh.converters) if type(e).__name__ != "PrefixChange"]
+    return Conversions.of(loaded).inverse()
 
 
 @dataclass(eq=False)
@@ -165,13 +151,11 @@ class Origin:
         name: the first model tensor that they give.
         keys: (checkpoint name, source pattern) in the order in which the converter needs them.
         converter: Transformers' WeightConverter, or None when the tensor is used as stored.
-        targets: names of all model tensors that they give, with experts stacked as in the family's modules.
     """
 
     name: str
     keys: list[tuple[str, str]] = field(default_factory=list)
     converter: Any = None
-    targets: list[str] = field(default_factory=list)
 
     @property
     def stored(self) -> tuple[str, ...]:

@@ -73,9 +73,8 @@ class ExpertLayout:
         bias: suffix of bias parameter names, "" if there are none.
         act: dotted attribute with the activation function.
         call: "routed" (hidden states, chosen experts, their weights), "every" (hidden states of all experts
-            concatenated
-            along rows), "shared" (every token is processed by every expert, with a factor for each) or "sorted" (tokens
-            sorted by expert, with the number of tokens of each).
+            concatenated along rows), "shared" (every token is processed by every expert, with a factor for each) or
+            "sorted" (tokens sorted by expert, with the number of tokens of each).
         identity: experts beyond the last return their input (LongCat's zero-computation experts).
     """
 
@@ -96,11 +95,6 @@ class ExpertLayout:
         """Names of the weight parameters, each once."""
         return tuple(dict.fromkeys(name for name in (self.gate, self.up, self.down) if name))
 
-    @property
-    def params(self) -> frozenset[str]:
-        """Names of all parameters."""
-        return frozenset(name + suffix for name in self.weights for suffix in {"", self.bias})
-
 
 # Classes of Transformers 5.24 that declare no layout. `_fits` detects a class that another version changed.
 UNDECLARED: dict[str, ExpertLayout] = {
@@ -115,23 +109,18 @@ UNDECLARED: dict[str, ExpertLayout] = {
 
 def expert_layout(module: nn.Module) -> ExpertLayout | None:
     """The layout of an experts module; None if `module` is not one, or its layout is unknown."""
-    if hasattr(module, "is_transposed"):
-        layout: ExpertLayout | None = _declared(module)
+    layout: ExpertLayout | None
+    if hasattr(module, "is_transposed"):  # set by Transformers' `use_experts_implementation`
+        gated, transposed = bool(getattr(module, "has_gate", True)), bool(module.is_transposed)
+        first = "gate_up_proj" if gated else "up_proj"
+        layout = ExpertLayout(
+            gate=first if gated else "", up=first, transposed=transposed, down_transposed=transposed,
+            interleaved=not getattr(module, "is_concatenated", True),
+            bias="_bias" if getattr(module, "has_bias", False) else "",
+        )  # fmt: skip
     else:
         layout = next((UNDECLARED[c.__name__] for c in type(module).__mro__ if c.__name__ in UNDECLARED), None)
     return layout if layout is not None and _fits(module, layout) else None
-
-
-def _declared(module: nn.Module) -> ExpertLayout:
-    """The layout that attributes of the module describe, as set by Transformers' `use_experts_implementation`."""
-    gated = bool(getattr(module, "has_gate", True))
-    transposed = bool(getattr(module, "is_transposed", False))
-    first = "gate_up_proj" if gated else "up_proj"
-    return ExpertLayout(
-        gate=first if gated else "", up=first, transposed=transposed, down_transposed=transposed,
-        interleaved=not getattr(module, "is_concatenated", True),
-        bias="_bias" if getattr(module, "has_bias", False) else "",
-    )  # fmt: skip
 
 
 def fused_params(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -157,39 +146,33 @@ def expert_sizes(module: nn.Module, layout: ExpertLayout) -> tuple[int, int]:
     return (columns, rows) if layout.down_transposed else (rows, columns)
 
 
-def fused_shapes(layout: ExpertLayout, experts: int, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the layout, by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in layout.weights:
-        out, columns = (hidden, inner) if name == layout.down else (inner, hidden)
-        out *= 2 if name == layout.gate == layout.up else 1
-        transposed = layout.down_transposed if name == layout.down else layout.transposed
-        one = (columns, out) if transposed else (out, columns)
-        shapes[name] = (experts * one[0], one[1]) if layout.flat else (experts, *one)
-        if layout.bias:
-            shapes[name + layout.bias] = (experts, out)
-    return shapes
-
-
 def _fits(module: nn.Module, layout: ExpertLayout) -> bool:
     """Whether the parameters of `module` are exactly those of the layout, with consistent sizes.
 
     A further parameter, or a persistent buffer (a scale per expert, say), would be part of its computation.
     """
     params = fused_params(module)
-    if set(params) != layout.params or set(module._buffers) - module._non_persistent_buffers_set:
+    names = {name + suffix for name in layout.weights for suffix in {"", layout.bias}}
+    if set(params) != names or set(module._buffers) - module._non_persistent_buffers_set:
         return False
-    weights = [params[name] for name in layout.weights]
-    if any(p.dim() != (2 if layout.flat else 3) for p in weights):
+    if any(params[name].dim() != (2 if layout.flat else 3) for name in layout.weights):
         return False
     experts = expert_count(module, layout)
     if experts < 1 or (layout.flat and params[layout.down].shape[0] % experts):
         return False
-    wanted = fused_shapes(layout, experts, *expert_sizes(module, layout))
+    hidden, inner = expert_sizes(module, layout)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name in layout.weights:
+        out, columns = (hidden, inner) if name == layout.down else (inner, hidden)
+        out *= 2 if name == layout.gate == layout.up else 1
+        transposed = layout.down_transposed if name == layout.down else layout.transposed
+        one = (columns, out) if transposed else (out, columns)
+        wanted[name] = (experts * one[0], one[1]) if layout.flat else (experts, *one)
+        if layout.bias:
+            wanted[name + layout.bias] = (experts, out)
     for name, shape in wanted.items():
         given = tuple(params[name].shape)
-        if layout.identity and given[1:] == shape[1:] and given[0] >= shape[0]:
-            continue  # identity experts have unused rows
-        if given != shape:
+        # Identity experts have unused rows.
+        if given != shape and not (layout.identity and given[1:] == shape[1:] and given[0] >= shape[0]):
             return False
     return prod(params[layout.down].shape) > 0

@@ -8,7 +8,7 @@ are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,7 @@ class LinearExperts(nn.Module):
 
     Attributes:
         layout: how the replaced module stored its experts.
+        fused_shapes: shapes of the parameters that this module replaces, by name.
         leaves: names of the layers of each expert.
     """
 
@@ -58,18 +59,26 @@ class LinearExperts(nn.Module):
         assert layout is not None
         params = fused_params(fused)
         self.layout, self.num_experts = layout, expert_count(fused, layout)
-        self.transposed, self.interleaved = layout.transposed, layout.interleaved
-        self.has_gate, self.has_bias = bool(layout.gate), bool(layout.bias)
+        self.has_gate = bool(layout.gate)
         self.leaves = [DEFAULT_EXPERT_NAMES] * self.num_experts
         self.hidden_dim, self.intermediate_dim = expert_sizes(fused, layout)
-        self._stored = {name: tuple(p.shape) for name, p in params.items()}
+        self.fused_shapes = {name: tuple(p.shape) for name, p in params.items()}
         down = params[layout.down]
         for index in range(self.num_experts):
             self.add_module(str(index), self._expert(device="meta", dtype=down.dtype))
-        if not down.is_meta:
-            self._load_fused(params)
+        for name, piece in self.pieces().items() if not down.is_meta else ():
+            whole = params[piece.param]  # of which the linear layers get views
+            owner, _, leaf = name.rpartition(".")
+            part = nn.Parameter(piece.cut(piece.slot(whole.detach())), requires_grad=whole.requires_grad)
+            self.get_submodule(owner)._parameters[leaf] = part
         self.train(fused.training)
-        self._keep_original(fused)
+        for name in self.fused_shapes:
+            owner, _, leaf = name.rpartition(".")
+            del fused.get_submodule(owner)._parameters[leaf]
+        for name, child in fused.named_children():
+            if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
+                self.add_module(name, child)  # a norm, say: its tensors keep their names
+        self.__dict__["_original"] = fused  # not a child, or its name would appear in the module tree
 
     def __getitem__(self, index: int) -> nn.Module:
         """The layers of one expert."""
@@ -78,17 +87,8 @@ class LinearExperts(nn.Module):
         return self.get_submodule(str(index))
 
     def _expert(self, **factory: Any) -> nn.Module:
-        return ExpertMLP(self.hidden_dim, self.intermediate_dim, gate=self.has_gate, bias=self.has_bias, **factory)
-
-    def _keep_original(self, fused: nn.Module) -> None:
-        """Keep `fused` without its experts. It must not be a child, or its name would appear in the module tree."""
-        for name in self._stored:
-            owner, _, leaf = name.rpartition(".")
-            del fused.get_submodule(owner)._parameters[leaf]
-        for name, child in fused.named_children():
-            if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
-                self.add_module(name, child)  # a norm, say: its tensors keep their names
-        self.__dict__["_original"] = fused
+        bias = bool(self.layout.bias)
+        return ExpertMLP(self.hidden_dim, self.intermediate_dim, gate=self.has_gate, bias=bias, **factory)
 
     def rename_layers(self, index: int, leaves: ExpertLayerNames) -> None:
         """Give the linear layers of an expert the names that a checkpoint has for them."""
@@ -101,20 +101,15 @@ class LinearExperts(nn.Module):
 
     def default_names(self) -> dict[str, str]:
         """By the current name of every linear layer under this module, its default name."""
-        return {
-            f"{index}.{leaf}": f"{index}.{default}"
-            for index, leaves in enumerate(self.leaves)
-            for leaf, default in zip(leaves, DEFAULT_EXPERT_NAMES, strict=True)
-            if self.has_gate or default != DEFAULT_EXPERT_NAMES.gate
-        }
+        found: dict[str, str] = {}
+        for index, leaves in enumerate(self.leaves):
+            names = zip(self._layer_names(index, leaves), self._layer_names(index, DEFAULT_EXPERT_NAMES), strict=True)
+            found |= {name: default for name, default in names if name}
+        return found
 
-    def _load_fused(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Fill the linear layers with views of the fused parameters."""
-        for name, piece in self.pieces().items():
-            whole = params[piece.param]
-            owner, _, leaf = name.rpartition(".")
-            part = nn.Parameter(piece.cut(piece.slot(whole.detach())), requires_grad=whole.requires_grad)
-            self.get_submodule(owner)._parameters[leaf] = part
+    def _layer_names(self, index: int, leaves: ExpertLayerNames) -> tuple[str, str, str]:
+        """Names under this module of gate, up and down of an expert; "" if it has no such layer."""
+        return f"{index}.{leaves.gate}" if self.has_gate else "", f"{index}.{leaves.up}", f"{index}.{leaves.down}"
 
     def pieces(self) -> dict[str, ExpertPiece]:
         """For every parameter name under this module, its location in the fused parameters."""
@@ -125,25 +120,15 @@ class LinearExperts(nn.Module):
             (layout.up, "up" if joined else "all", layout.transposed),
             (layout.down, "all", layout.down_transposed),
         )
-        suffixes = [("weight", ""), ("bias", layout.bias)] if layout.bias else [("weight", "")]
+        suffixes = {"weight": "", "bias": layout.bias} if layout.bias else {"weight": ""}
         found: dict[str, ExpertPiece] = {}
-        for index in range(self.num_experts):
-            for layer, (param, part, transposed) in zip(self._layer_names(index), projections, strict=True):
-                for leaf, suffix in suffixes:
-                    if param:
-                        rows = self._stored[param][0] // self.num_experts if layout.flat else 0
-                        piece = ExpertPiece(param + suffix, index, part, transposed, layout.interleaved, rows)
-                        found[f"{layer}.{leaf}"] = piece
+        for index, leaves in enumerate(self.leaves):
+            for layer, (param, part, transposed) in zip(self._layer_names(index, leaves), projections, strict=True):
+                for leaf, suffix in suffixes.items() if layer and param else ():
+                    rows = self.fused_shapes[param][0] // self.num_experts if layout.flat else 0
+                    piece = ExpertPiece(param + suffix, index, part, transposed, layout.interleaved, rows)
+                    found[f"{layer}.{leaf}"] = piece
         return found
-
-    def _layer_names(self, index: int) -> tuple[str, str, str]:
-        """Names under this module of gate, up and down of an expert."""
-        gate, up, down = self.leaves[index]
-        return f"{index}.{gate}", f"{index}.{up}", f"{index}.{down}"
-
-    def fused_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the fused parameters that this module replaced, by name."""
-        return dict(self._stored)
 
     def run_expert(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run one expert on its tokens, [rows, H] to [rows, H], without the routing weights."""
@@ -155,12 +140,18 @@ class LinearExperts(nn.Module):
 
     def combine(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         """Combine gate (None if the family has none) and up, [rows, I], to the input of the down projection."""
+        activation = attrgetter(self.layout.act)
+        own: Any = getattr(self._original, "_apply_gate", None)
+        made: torch.Tensor
         if gate is None:
-            return self._act(up)
-        own = getattr(self._original, "_apply_gate", None)
-        if own is None or own.__name__ == "_default_apply_gate":
-            return self._act(gate) * up
-        return own(torch.stack((gate, up), dim=-1).flatten(-2) if self.interleaved else torch.cat((gate, up), dim=-1))
+            made = activation(self._original)(up)
+        elif own is None or own.__name__ == "_default_apply_gate":
+            made = activation(self._original)(gate) * up
+        elif self.layout.interleaved:
+            made = own(torch.stack((gate, up), dim=-1).flatten(-2))
+        else:
+            made = own(torch.cat((gate, up), dim=-1))
+        return made
 
     def finish(self, results: torch.Tensor) -> torch.Tensor:
         """The output of an expert, [rows, H], from the output of its down projection."""
@@ -168,13 +159,6 @@ class LinearExperts(nn.Module):
             return results
         normed: torch.Tensor = self._original.post_expert_norm(results)
         return normed
-
-    def _act(self, x: torch.Tensor) -> torch.Tensor:
-        found: Any = self._original
-        for part in self.layout.act.split("."):
-            found = getattr(found, part)
-        made: torch.Tensor = found(x)
-        return made
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
@@ -184,10 +168,10 @@ class RoutedExperts(LinearExperts):
     """Experts that are called with the tokens, the experts chosen for each and their weights.
 
     Attributes:
-        together: runs all experts in one call when no gradient is needed; None runs their layers expert by expert.
+        batched: runs all experts in one call when no gradient is needed; None runs their layers expert by expert.
     """
 
-    together: BatchedExperts | None = None
+    batched: BatchedExperts | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -202,13 +186,16 @@ class RoutedExperts(LinearExperts):
         tokens, slots = top_k_index.shape
         chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
         rows = order // slots
-        if self._runs_together(hidden_states):
-            assert self.together is not None
-            results = self.finish(self.together(hidden_states[rows], chosen))
+        if self._runs_batched(hidden_states):
+            assert self.batched is not None
+            results = self.finish(self.batched(hidden_states[rows], chosen))
         else:
-            outputs = self._one_by_one(hidden_states, chosen, rows)
-            if not outputs:
+            counts = torch.bincount(chosen.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()
+            parts = zip(range(self.num_experts), rows.split(counts), strict=False)
+            outputs = [self.run_expert(index, hidden_states[part]) for index, part in parts if len(part)]
+            if not outputs and not self.layout.identity:
                 return torch.zeros_like(hidden_states).view(shape)
+            outputs.append((outputs[0] if outputs else hidden_states).new_zeros(counts[-1], hidden_states.shape[-1]))
             results = torch.cat(outputs)
         if self.layout.identity:
             results = torch.where((chosen >= self.num_experts)[:, None], hidden_states[rows].to(results.dtype), results)
@@ -217,25 +204,12 @@ class RoutedExperts(LinearExperts):
         joined = results[back].view(tokens, slots, -1)
         return (joined * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype).view(shape)
 
-    def _runs_together(self, hidden: torch.Tensor) -> bool:
-        if self.together is None or hidden.numel() == 0 or (hidden.requires_grad and torch.is_grad_enabled()):
+    def _runs_batched(self, hidden: torch.Tensor) -> bool:
+        if self.batched is None or hidden.numel() == 0 or (hidden.requires_grad and torch.is_grad_enabled()):
             return False
-        if not torch.compiler.is_compiling() and not self.together.is_valid():
-            self.together = None
-        return self.together is not None
-
-    def _one_by_one(self, hidden: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
-        """[rows, H] in the order of `chosen` [rows], in parts; empty if no expert is chosen. `rows`: token indices."""
-        counts = torch.bincount(chosen.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()
-        outputs: list[torch.Tensor] = []
-        start = 0
-        for index, count in enumerate(counts[: self.num_experts]):
-            if count:
-                outputs.append(self.run_expert(index, hidden[rows[start : start + count]]))
-                start += count
-        if start < len(rows) and (outputs or self.layout.identity):
-            outputs.append((outputs[0] if outputs else hidden).new_zeros(len(rows) - start, hidden.shape[-1]))
-        return outputs
+        if not torch.compiler.is_compiling() and not self.batched.is_valid():
+            self.batched = None
+        return self.batched is not None
 
 
 class EveryTokenExperts(LinearExperts):
@@ -267,16 +241,10 @@ class ExpertProjection(LinearExperts):
     """One linear layer per expert, called with tokens sorted by expert (JetMoE)."""
 
     def _expert(self, **factory: Any) -> nn.Module:
-        return nn.Linear(self.intermediate_dim, self.hidden_dim, bias=self.has_bias, **factory)
+        return nn.Linear(self.intermediate_dim, self.hidden_dim, bias=bool(self.layout.bias), **factory)
 
-    def _layer_names(self, index: int) -> tuple[str, str, str]:
+    def _layer_names(self, index: int, leaves: ExpertLayerNames) -> tuple[str, str, str]:
         return "", "", str(index)
-
-    def rename_layers(self, index: int, leaves: ExpertLayerNames) -> None:
-        """Does nothing: the layers have no name but their number."""
-
-    def default_names(self) -> dict[str, str]:
-        return {str(index): str(index) for index in range(self.num_experts)}
 
     def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
         """[rows, out] from inputs [rows, in]; `expert_size`: number of rows of each expert."""

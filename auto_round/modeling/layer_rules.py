@@ -285,29 +285,23 @@ def block_weights(model: nn.Module, blocks: Sequence[str]) -> BlockWeights:
     dense: dict[str, UnquantizedWeight] = {}
     seen: set[int] = set()
     for block in blocks:
-        for owner, module, leaf, parameter in _matrices(model, block):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            total += parameter.numel()
-            if leaf == "weight" and is_linear(module):
-                continue
-            reason, unknown = _reason(model, owner, module, leaf, parameter, routers)
-            name = f"{owner}.{leaf}"
-            dense[name] = UnquantizedWeight(name, parameter.numel(), reason, unknown)
+        for inner, module in model.get_submodule(block).named_modules():
+            owner = f"{block}.{inner}" if inner else block
+            for leaf, parameter in module._parameters.items():
+                if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+                    continue
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                total += parameter.numel()
+                if leaf != "weight" or not is_linear(module):
+                    reason, unknown = _reason(owner, module, leaf, parameter, routers)
+                    name = f"{owner}.{leaf}"
+                    dense[name] = UnquantizedWeight(name, parameter.numel(), reason, unknown)
     return BlockWeights(total, tuple(dense.values()))
 
 
-def _matrices(model: nn.Module, block: str) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    for name, module in model.get_submodule(block).named_modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() >= 2 and parameter.is_floating_point():
-                yield (f"{block}.{name}" if name else block), module, leaf, parameter
-
-
-def _reason(
-    model: nn.Module, owner: str, module: nn.Module, leaf: str, parameter: torch.Tensor, routers: set[str]
-) -> tuple[str, bool]:
+def _reason(owner: str, module: nn.Module, leaf: str, parameter: torch.Tensor, routers: set[str]) -> tuple[str, bool]:
     """(why the parameter is left unquantized, whether no rule recognises it)."""
     parts = owner.split(".")
     if _is_under_any(owner, routers):
@@ -316,7 +310,8 @@ def _reason(
         return SMALL, False
     if isinstance(module, nn.Embedding):
         return EMBEDDING, False
-    if leaf == "weight" and parameter.dim() > 2 and _is_convolution(parts[-1], module, parameter):
+    is_convolution = isinstance(module, nn.modules.conv._ConvNd) or "conv" in parts[-1]
+    if leaf == "weight" and parameter.dim() > 2 and (is_convolution or parameter.shape[1] == 1):
         return CONVOLUTION, False
     if parameter.dim() == 2 and is_moe(module) and _ROUTER_PARAM.search(leaf):
         return ROUTER, False
@@ -325,7 +320,3 @@ def _reason(
     if parameter.dim() == 3 and any("expert" in part for part in parts):
         return _LAYOUT, True
     return _UNKNOWN, True
-
-
-def _is_convolution(segment: str, module: nn.Module, parameter: torch.Tensor) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd) or "conv" in segment or parameter.shape[1] == 1

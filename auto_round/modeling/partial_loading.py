@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,18 +45,15 @@ def non_block_loaded(source: ModelSource, device: Device | None = None) -> Itera
                 loaded.append(name)  # before loading, so that an error leaves nothing loaded
             source.load(name, where)
 
-    def loader(name: str) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            load(name, module)
-            check_not_meta((args, kwargs), name, source)
-
-        return before
+    def before_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        load(name, module)
+        check_not_meta((args, kwargs), name, source)
 
     deferred = deferred_modules(source)
     with ExitStack() as stack:
         stack.callback(lambda: [source.release(name) for name in loaded])
         for name, module in non_block_modules(source).items():
-            stack.callback(module.register_forward_pre_hook(loader(name), with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(partial(before_call, name), with_kwargs=True).remove)
             if name not in deferred:
                 load(name, module)
         yield
@@ -109,13 +107,7 @@ def block_loaded(source: ModelSource, name: str, device: torch.device, stream_ex
 
 
 def check_not_meta(value: Any, where: str, source: ModelSource) -> None:
-    """Raise ModelError when a tensor in nested arguments is on meta, so that it has no values.
-
-    Args:
-        value: the arguments of a module.
-        where: that module's name.
-        source: the model, for the message.
-    """
+    """Raise ModelError when a tensor in `value`, the arguments of the module `where`, is on meta: it has no values."""
     if not _holds_meta(value):
         return
     hint = (
@@ -133,8 +125,8 @@ def _holds_meta(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.is_meta
     if isinstance(value, dict):
-        return any(_holds_meta(entry) for entry in value.values())
-    return isinstance(value, (list, tuple)) and any(_holds_meta(entry) for entry in value)
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(map(_holds_meta, value))
 
 
 def expert_of(name: str) -> str | None:
@@ -172,30 +164,32 @@ class ExpertStreamer:
         """
         loaded: list[str] = []
 
-        def load(expert: str) -> Callable[..., None]:
-            def before(_module: nn.Module, _args: Any) -> None:
-                if loaded == [expert]:
-                    return
-                self._release(loaded)
-                given = {} if weights is None else weights(expert)
-                module = self.source.load(expert, self.device)
-                loaded.append(expert)
-                for name, linear in module.named_modules():
-                    self._cast_parameters(linear, given.get(f"{expert}.{name}"))
+        def release() -> None:
+            for expert in loaded:
+                self.source.release(expert)
+            loaded.clear()
 
-            return before
+        def load(expert: str, *_call: Any) -> None:
+            if loaded == [expert]:
+                return
+            release()
+            given = {} if weights is None else weights(expert)
+            module = self.source.load(expert, self.device)
+            loaded.append(expert)
+            for name, linear in module.named_modules():
+                self._cast_parameters(linear, given.get(f"{expert}.{name}"))
 
         with ExitStack() as stack:
-            stack.callback(self._release, loaded)
+            stack.callback(release)
             for name, module in self._module.named_modules():
                 expert = expert_of(f"{self.block}.{name}.")
                 if expert is not None and next(direct_tensors(module), None) is not None:
                     # Before the hooks that observe the inputs of the layer.
-                    stack.callback(module.register_forward_pre_hook(load(expert), prepend=True).remove)
+                    stack.callback(module.register_forward_pre_hook(partial(load, expert), prepend=True).remove)
             yield
 
     def _cast_parameters(self, module: nn.Module, weight: torch.Tensor | None) -> None:
-        """Cast the parameters of a module to the compute dtype; `weight` replaces its weight."""
+        """Cast the parameters of a module to the compute dtype; `weight` [out, in] replaces its weight."""
         for leaf, value in list(module._parameters.items()):
             if value is None or value.dtype != self.source.dtype:
                 continue
@@ -203,8 +197,3 @@ class ExpertStreamer:
             if weight is not None and leaf == "weight":
                 data = (weight.t() if is_conv1d(module) else weight).to(data.device)
             module._parameters[leaf] = nn.Parameter(data.to(self.dtype or value.dtype), requires_grad=False)
-
-    def _release(self, loaded: list[str]) -> None:
-        for expert in loaded:
-            self.source.release(expert)
-        loaded.clear()

@@ -81,7 +81,8 @@ class ModelSource(ABC):
         can_run: `model` is of a class that computes, instead of a tree of empty modules.
         checks_finite: `load` raises on NaN and Inf.
         bounded: a memory limit (`max_memory`) is set, so that nothing is loaded before it is needed.
-        spare: checkpoint names of tensors that no module reads (multi-token prediction layers), and of tied copies.
+        unused_tensors: checkpoint names of tensors that no module reads (multi-token prediction layers), and of tied
+            copies.
         notes: for the user, on tensors that nothing reads.
     """
 
@@ -97,7 +98,7 @@ class ModelSource(ABC):
     stored_as: str = ""
     checks_finite: bool = True
     bounded: bool = False
-    spare: tuple[str, ...] = ()
+    unused_tensors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     _names: list[str]
     _plans: dict[str, TensorPlan]

@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class TensorPlan:
     @classmethod
     def direct(cls, name: str, key: str | None = None) -> TensorPlan:
         """The plan of a tensor that is stored exactly as the model tensor, under `key` (default: the same name)."""
-        return cls(Origin(name, [(key or name, key or name)], targets=[name]), name)
+        return cls(Origin(name, [(key or name, key or name)]), name)
 
     @property
     def key(self) -> str | None:
@@ -143,37 +144,29 @@ def _converted(
     for key in sorted(files, key=dot_natural_key):
         if key in wanted:
             continue
-        name, pattern = mapping.loaded(key, known)
-        origin = origins.setdefault(name, Origin(name, targets=[name]))
+        name, pattern, converter = mapping.loaded(key, known)
+        origin = origins.setdefault(name, Origin(name))
         origin.keys.append((key, pattern or key))
-        if pattern is not None and origin.converter is None:
-            origin.converter = mapping.by_pattern(pattern)
-            first, *others = origin.converter.target_patterns
-            for target in others:
-                origins[name.replace(first, target)] = origin
-                origin.targets.append(name.replace(first, target))
+        if converter is not None and origin.converter is None:
+            origin.converter = converter
+            first, *others = converter.target_patterns
+            origins |= {name.replace(first, target): origin for target in others}
     return origins
 
 
 def _expert_plan(origin: Origin, fused: str, name: str, piece: ExpertPiece) -> TensorPlan:
     """The plan of one expert's tensor: its own checkpoint tensor if experts are stored one by one, else a cut."""
-    lists = None if piece.transposed or piece.interleaved else _stacked_lists(origin)
-    if lists is not None and len(lists) == (1 if piece.part == "all" else 2):
-        keys = lists[piece.part == "up"]
-        if piece.expert < len(keys):
-            return TensorPlan.direct(name, keys[piece.expert])
+    converter = origin.converter
+    steps = [] if converter is None else [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    # The converter only stacks experts, and joins gate with up.
+    stacks = steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+    if stacks and not piece.transposed and not piece.interleaved:
+        lists = [[key for key, p in origin.keys if p == pattern] for pattern in converter.source_patterns]
+        if all(lists) and len(lists) == (1 if piece.part == "all" else 2):
+            keys = lists[piece.part == "up"]
+            if piece.expert < len(keys):
+                return TensorPlan.direct(name, keys[piece.expert])
     return TensorPlan(origin, fused, piece)
-
-
-def _stacked_lists(origin: Origin) -> list[list[str]] | None:
-    """Checkpoint names per source pattern, if the converter only stacks experts and joins gate with up; else None."""
-    if origin.converter is None:
-        return None
-    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in origin.converter.operations]
-    if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
-        return None
-    lists = [[key for key, p in origin.keys if p == pattern] for pattern in origin.converter.source_patterns]
-    return lists if all(lists) else None
 
 
 class CheckpointNames:
@@ -196,20 +189,20 @@ class CheckpointNames:
             elif leaf == "weight" and stored_leaf == owner.rpartition(".")[2]:
                 self._own.setdefault(owner, key)  # the weight of a module that is a parameter in the checkpoint
         for module, stored in self._own.items():
-            self._add_containers(module, stored)
-        self._experts = {n: m for n, m in source.model.named_modules() if isinstance(m, LinearExperts)}
-        self._source = source
-        self._mapping: Conversions | None = None
+            # The modules around a module are called alike as far as both names have equal ends.
+            while True:
+                module, _, leaf = module.rpartition(".")
+                stored, _, stored_leaf = stored.rpartition(".")
+                if leaf != stored_leaf or not module or not stored:
+                    break
+                if self._containers.setdefault(module, stored) != stored:
+                    break
+        self._experts = {n for n, m in source.model.named_modules() if isinstance(m, LinearExperts)}
+        self._model = source.model
 
-    def _add_containers(self, module: str, stored: str) -> None:
-        """Record the names of the modules around `module`, as far as both names have equal ends."""
-        while True:
-            module, _, leaf = module.rpartition(".")
-            stored, _, stored_leaf = stored.rpartition(".")
-            if leaf != stored_leaf or not module or not stored:
-                return
-            if self._containers.setdefault(module, stored) != stored:
-                return
+    @cached_property
+    def _mapping(self) -> Conversions:
+        return conversions_of(self._model)
 
     def module(self, name: str) -> str:
         """The checkpoint's name of a module; derived from the enclosing modules if it has no tensors there."""
@@ -230,8 +223,7 @@ class CheckpointNames:
             name: of the layer in the model.
             leaves: of its tensors: "qweight", "scales", ...
             loadable_here: Transformers opens the files with this package's loader, which must find the tensors again.
-                So if
-                Transformers would rename or join them, the matrices of an expert keep the names of the modules.
+                So if Transformers would rename or join them, the matrices of an expert keep the names of the modules.
         """
         candidates = self._candidates(name)
         if not loadable_here:
@@ -244,13 +236,12 @@ class CheckpointNames:
         parent, _, last = layer.rpartition(".")
         return self.module(layer), f"{self.module(parent)}.{last}"
 
-    def joined(self, name: str, leaves: Iterable[str]) -> bool:
+    def would_be_fused(self, name: str, leaves: Iterable[str]) -> bool:
         """Whether Transformers would join a packed layer's tensors with others under their checkpoint name."""
-        stored = self.module(name)
-        mapping = self._conversions()
+        stored, mapping = self.module(name), self._mapping
         return stored != name and any(mapping.converter_of(mapping.renamed(f"{stored}.{leaf}")) for leaf in leaves)
 
-    def loose(self, tensor: str) -> str:
+    def unfused_name(self, tensor: str) -> str:
         """The name of an unquantized tensor of a packed layer under which Transformers does not join it with others."""
         owner, _, leaf = tensor.rpartition(".")
         candidates = (f"{candidate}.{leaf}" for candidate in self._candidates(owner))
@@ -270,10 +261,14 @@ class CheckpointNames:
 
         An expert's tensor may have the checkpoint's matrix names.
         """
-        wanted = {tensor, self._own_leaf(key, tensor)}
+        wanted = {tensor}
+        layer, _, leaf = tensor.rpartition(".")
+        expert, _, matrix = layer.rpartition(".")
+        if matrix in DEFAULT_EXPERT_NAMES and expert.rpartition(".")[0] in self._experts:
+            wanted.add(f"{expert}.{key.split('.')[-2]}.{leaf}")
         if key in wanted:
             return True
-        mapping = self._conversions()
+        mapping = self._mapping
         renamed = mapping.renamed(key)
         if mapping.converter_of(renamed) is not None:
             return False
@@ -282,21 +277,8 @@ class CheckpointNames:
 
     def experts_of(self, name: str) -> str | None:
         """The experts module that contains a tensor or layer; None if there is none."""
-        parent = name
-        while parent:
-            parent = parent.rpartition(".")[0]
-            if parent in self._experts:
-                return parent
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self._experts:
+                return name
         return None
-
-    def _own_leaf(self, key: str, tensor: str) -> str:
-        layer, _, leaf = tensor.rpartition(".")
-        expert, _, matrix = layer.rpartition(".")
-        if matrix not in DEFAULT_EXPERT_NAMES or expert.rpartition(".")[0] not in self._experts:
-            return tensor
-        return f"{expert}.{key.split('.')[-2]}.{leaf}"
-
-    def _conversions(self) -> Conversions:
-        if self._mapping is None:
-            self._mapping = conversions_of(self._source.model)
-        return self._mapping

@@ -168,7 +168,7 @@ class _Planner:
         return None if owners & self.quantized else plan
 
     def _packed_name(self, layer: str, leaves: list[str]) -> str:
-        if self.fmt.rejects_fused_layers and self.names.joined(layer, leaves):
+        if self.fmt.rejects_fused_layers and self.names.would_be_fused(layer, leaves):
             raise UnsupportedError(
                 f"format {self.fmt.name!r} cannot hold this model in this scheme: Transformers fuses the experts of "
                 f"{self.source.config.model_type} when their tensors are called weight, as those of {layer} would be; "
@@ -190,7 +190,7 @@ class _Planner:
         """Lay out the dense tensors of one origin; some may be dequantized weights."""
         if any(self._fused_with_packed(name, origin) for name in plans):
             for name in plans:
-                self._rename(name, self.names.loose(name))
+                self._rename(name, self.names.unfused_name(name))
             return
         made = {n for n in plans if n.endswith(".weight") and n.rpartition(".")[0] in self.quantized}
         if not made and self.source.lazy and members <= plans.keys():
@@ -202,7 +202,7 @@ class _Planner:
             if plan.key is not None:
                 self._rename(name, plan.key)
             elif not whole:
-                self._rename(name, self.names.loose(name))
+                self._rename(name, self.names.unfused_name(name))
         if whole and any(plan.key is None for plan in plans.values()):
             self._restack(origin, plans)
 
@@ -242,7 +242,7 @@ class _Planner:
                 continue
             experts = self.source.model.get_submodule(plan.name.removesuffix(f".{plan.piece.param}"))
             assert isinstance(experts, LinearExperts)
-            shapes[plan.name] = experts.fused_shapes()[plan.piece.param]
+            shapes[plan.name] = experts.fused_shapes[plan.piece.param]
             pieces[name] = (plan.name, plan.piece)
         return shapes, pieces
 
@@ -255,7 +255,7 @@ class _Planner:
         """Tensors that no module reads, without copies of quantized tied weights."""
         plans = (self.source.own_plan(f"{layer}.weight") for layer in self.quantized)
         replaced = {key for plan in plans if plan is not None for key in plan.origin.stored}
-        return tuple(key for key in self.source.spare if key not in replaced and key not in self.tensors)
+        return tuple(key for key in self.source.unused_tensors if key not in replaced and key not in self.tensors)
 
 
 def _reversed_shapes(
@@ -307,7 +307,7 @@ def _fused_targets(model: nn.Module, written: Iterable[str]) -> dict[str, FusedT
         pieces = experts.pieces()
         if not all(f"{prefix}.{leaf}" in found for leaf in pieces):
             continue
-        shapes = experts.fused_shapes()
+        shapes = experts.fused_shapes
         parts = Counter(piece.param for piece in pieces.values())
         for leaf, piece in pieces.items():
             fused, shape = f"{prefix}.{piece.param}", shapes[piece.param]

@@ -311,7 +311,7 @@ def _stored_names(source: ModelSource, layers: Mapping[str, LayerPlan]) -> dict[
     blocks = tuple(dict.fromkeys(called for block in source.blocks for called in naming.block(block)))
     plans = (source.own_plan(name) for name in source.tied())
     aliases = {key for plan in plans if plan is not None for key in plan.origin.stored}
-    spare = {key: _unused_reason(key, blocks) for key in source.spare if key not in aliases}
+    spare = {key: _unused_reason(key, blocks) for key in source.unused_tensors if key not in aliases}
     return {"stored_names": stored, "stored_blocks": blocks, "spare": spare}
 
 

@@ -107,7 +107,7 @@ class TensorFiles:
 
     @property
     def stored(self) -> TensorFiles:
-        """The files as they are stored; of a quantized checkpoint, with codes and scales."""
+        """The stored files; of a quantized checkpoint, with codes and scales."""
         return self
 
     def inputs(self, key: str) -> tuple[str, ...]:

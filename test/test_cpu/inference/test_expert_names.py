@@ -17,7 +17,7 @@ from auto_round.errors import ModelError
 from auto_round.eval.evaluate import load_model
 from auto_round.inference.hf import StoredNames, read_names
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.modeling.conversions import DEFAULT_EXPERT_NAMES, ExpertLayerNames, conversions_for_type
+from auto_round.modeling.conversions import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.safetensors import StoredTensor
 from auto_round.schemes import QuantizationScheme as Scheme
@@ -202,14 +202,16 @@ def test_what_is_written_is_what_transformers_finds(family: str) -> None:
     } | {f"{layer}.{there}.{gate_there}.weight": f"{layer}.{here}.{gate_here}.weight"}
     names = read_names(model, {name: StoredTensor(Path("x"), torch.int32, (1,), 0, 0) for name in stored})
     assert names.tensors is not None and set(names.tensors) == set(stored.values())
-    assert names.expert_leaves(f"{layer}.{here}.experts.0") == W123_LEAVES
+    assert names.expert_names(f"{layer}.{here}.experts.0") == W123_LEAVES
     assert f"{layer}.{there}.{gate_there}" in names.config_names(f"{layer}.{here}.{gate_here}")
     assert names.config_names(f"{layer}.{here}.experts.0.w3")[0] == f"{layer}.{there}.experts.0.w3"
 
 
 def test_names_without_a_family() -> None:
-    names = StoredNames({}, conversions_for_type("llama"))
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    names = StoredNames({}, Conversions())
     assert names.config_names("model.layers.0.mlp.up_proj") == ("model.layers.0.mlp.up_proj",)
-    assert names.expert_leaves("model.layers.0.mlp.experts.0") == DEFAULT_EXPERT_NAMES
-    unseen = replace(names, tensors=None, mapping=conversions_for_type("mixtral"))
-    assert unseen.expert_leaves("model.layers.0.mlp.experts.0") == W123_LEAVES
+    assert names.expert_names("model.layers.0.mlp.experts.0") == DEFAULT_EXPERT_NAMES
+    unseen = replace(names, tensors=None, mapping=Conversions.of(get_checkpoint_conversion_mapping("mixtral")))
+    assert unseen.expert_names("model.layers.0.mlp.experts.0") == W123_LEAVES

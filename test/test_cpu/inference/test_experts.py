@@ -113,7 +113,7 @@ def test_tokens_without_an_expert_add_nothing(
     with torch.no_grad():
         want = experts(hidden, index, weights)
         enable_grouped_experts(model)
-        assert experts.together is not None
+        assert experts.batched is not None
         assert torch.allclose(experts(hidden, index, weights), want, atol=1e-6)
         assert torch.equal(experts(hidden, torch.full((5, 2), 4), weights), torch.zeros(5, 64))
         assert experts(torch.empty(0, 64), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)).shape == (0, 64)
@@ -168,7 +168,7 @@ def test_a_changed_layer_ends_it(
     before = run()
     change(experts)
     got = run()
-    assert experts.together is None and mixtures(model)[1].together is not None
+    assert experts.batched is None and mixtures(model)[1].batched is not None
     assert torch.allclose(got[2], before[2], atol=1e-6) and not torch.allclose(got[:2], before[:2], rtol=0.5)
     assert torch.equal(got, run())
 
@@ -178,15 +178,15 @@ def test_a_copy_a_cast_and_a_move(packable_model: Any, write_checkpoint: Callabl
     enable_grouped_experts(model)
     want = logits(model)
     other = copy.deepcopy(model)
-    runner = mixtures(other)[0].together
-    assert runner is not None and runner.is_valid() and runner is not mixtures(model)[0].together
+    runner = mixtures(other)[0].batched
+    assert runner is not None and runner.is_valid() and runner is not mixtures(model)[0].batched
     assert torch.equal(logits(other), want)
     change_kernel(mixtures(other)[0])
-    first = mixtures(model)[0].together
+    first = mixtures(model)[0].batched
     assert first is not None and first.is_valid() and not runner.is_valid()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
-    assert torch.allclose(logits(model), want, atol=1e-5) and mixtures(model)[0].together is None
+    assert torch.allclose(logits(model), want, atol=1e-5) and mixtures(model)[0].batched is None
 
 
 def test_what_cannot_run_together_does_not(packable_model: Any, write_checkpoint: Callable[..., Any]) -> None:
@@ -203,5 +203,5 @@ def test_what_cannot_run_together_does_not(packable_model: Any, write_checkpoint
             layer.use_kernel(Loop)
     want = logits(model)
     assert enable_grouped_experts(model) == 1
-    assert [experts.together is None for experts in mixtures(model)] == [True, False]
+    assert [experts.batched is None for experts in mixtures(model)] == [True, False]
     assert torch.allclose(logits(model), want, atol=1e-6)

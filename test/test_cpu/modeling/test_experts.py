@@ -52,7 +52,7 @@ def test_gradients_equal_the_fused_ones(family: str, tiny_model: Model) -> None:
     for e in range(linear.num_experts):
         theirs = fused.down_proj.grad[e]
         ours = getattr(linear, str(e)).down_proj.weight.grad
-        expected = theirs.t() if linear.transposed else theirs
+        expected = theirs.t() if linear.layout.transposed else theirs
         torch.testing.assert_close(
             ours if ours is not None else torch.zeros_like(expected), expected, rtol=1e-3, atol=1e-4
         )

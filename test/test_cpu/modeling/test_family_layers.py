@@ -65,7 +65,7 @@ def test_experts_as_linear_layers_keep_the_logits(name: str) -> None:
         assert not torch.allclose(model(ids, use_cache=False).logits, wanted, atol=1e-3)
     for prefix in replaced:
         experts = model.get_submodule(prefix)
-        fused = {f"{prefix}.{n}": shape for n, shape in experts.fused_shapes().items()}
+        fused = {f"{prefix}.{n}": shape for n, shape in experts.fused_shapes.items()}
         assert {n: stored[n] for n in fused} == {n: torch.Size(s).numel() for n, s in fused.items()}
     assert not any(is_fused_experts(module) for module in model.modules())
 
