@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
@@ -36,12 +37,11 @@ from auto_round.report.progress import make_progress
 from auto_round.run.finalize import write_config, write_records, write_side_files
 from auto_round.run.fingerprint import as_json, differences, digest_parts, is_up_to_date
 from auto_round.run.folders import format_folders, stale_files
-from auto_round.run.model_free.inputs import Fetcher, Inputs, open_inputs
+from auto_round.run.model_free.inputs import HubFetcher, Inputs, open_inputs
 from auto_round.run.model_free.journal import BEGUN, FOLDER, LOCK, Journal, manifest_of
 from auto_round.run.model_free.plan import (
     ModelFreeJob,
     ModelFreeOptions,
-    check_model,
     check_settings,
     model_free_job,
     model_free_options,
@@ -82,7 +82,7 @@ class ModelFree:
     settings: Settings
     options: ModelFreeOptions
     dtype: Any = None
-    fetcher: Fetcher | None = None
+    fetcher: HubFetcher | None = None
     _opened: tuple[Inputs, CheckpointSource] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -260,10 +260,10 @@ class ModelFree:
 
         well = False
         try:
-            with schedule:
-                run_units(units, process, self.options.workers, self.options.memory, before)
+            run_units(units, process, self.options.workers, self.options.memory, before)
             well = True
         finally:
+            schedule.close()
             run.close(well)
             progress.finish()
         if units:
@@ -390,8 +390,12 @@ def open_model_free(model: Any, settings: Settings) -> ModelFree | None:
                 "model-free mode rounds to nearest, and importance files weight a search; leave one out"
             )
         budget = settings.max_memory
+        if not isinstance(model, (str, os.PathLike)):
+            raise ConfigError(
+                "model_free=True reads the files of a folder or hub id; give its name, not a model object"
+            )
         own = model_free_options(parallelism, None if budget is None else budget.ram)
-        free = ModelFree(check_model(model), settings, own, settings.model_dtype)
+        free = ModelFree(os.fspath(model), settings, own, settings.model_dtype)
         free.source()
     except (UnsupportedError, ModelError) as error:
         if wanted is True:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from auto_round import envs
 from auto_round.errors import ModelError, first_line
@@ -38,22 +37,6 @@ class RemoteFile:
     sha256: str | None = None
 
 
-class Fetcher(Protocol):
-    """Source of weight files."""
-
-    def small_files(self, trust_remote_code: bool) -> Path:
-        """A local folder with config.json, the index and the tokenizer."""
-
-    def weight_files(self) -> dict[str, RemoteFile]:
-        """All safetensors files by name."""
-
-    def head(self, name: str, start: int, end: int) -> bytes:
-        """Bytes [start, end) of a file."""
-
-    def fetch(self, name: str, folder: Path) -> Path:
-        """Download the file into `folder`; an interrupted download is resumed."""
-
-
 class HubFetcher:
     """A repository of the Hugging Face hub, through its client."""
 
@@ -61,12 +44,14 @@ class HubFetcher:
         self.repo = repo
 
     def small_files(self, trust_remote_code: bool) -> Path:
+        """A local folder with config.json, the index and the tokenizer."""
         from huggingface_hub import snapshot_download
 
         ignored = [*NOT_FETCHED, "*.safetensors", *(() if trust_remote_code else ("*.py",))]
         return Path(self._call_hub(lambda: snapshot_download(self.repo, ignore_patterns=ignored), "its small files"))
 
     def weight_files(self) -> dict[str, RemoteFile]:
+        """All safetensors files by name."""
         from huggingface_hub import HfApi
 
         found = {}
@@ -78,11 +63,13 @@ class HubFetcher:
         return found
 
     def head(self, name: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file."""
         from huggingface_hub import HfFileSystem
 
         return bytes(self._call_hub(lambda: HfFileSystem().cat_file(f"{self.repo}/{name}", start=start, end=end), name))
 
     def fetch(self, name: str, folder: Path) -> Path:
+        """Download the file into `folder`; an interrupted download is resumed."""
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(self.repo, name, local_dir=folder))
@@ -97,7 +84,7 @@ class HubFetcher:
 
 
 def fetch_checked(
-    fetcher: Fetcher, name: str, wanted: RemoteFile, folder: Path, sleep: Callable[[float], None] = time.sleep
+    fetcher: HubFetcher, name: str, wanted: RemoteFile, folder: Path, sleep: Callable[[float], None] = time.sleep
 ) -> Path:
     """Fetch one file and compare its size and hash, with several tries.
 
@@ -124,16 +111,13 @@ def fetch_checked(
     raise ModelError(f"{name} could not be fetched in {_TRIES} tries: {reason}")
 
 
-def write_placeholder(fetcher: Fetcher, name: str, size: int, folder: Path) -> None:
-    """Write the header of `name` into a sparse file of its full size."""
-    length = int.from_bytes(fetcher.head(name, 0, 8), "little")
-    if not 2 <= length <= size - 8:
-        raise ModelError(f"{name} on the hub is no safetensors file")
-    target = folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "wb") as file:
-        file.write(fetcher.head(name, 0, 8 + length))
+def write_placeholder(path: Path, header: bytes, size: int) -> None:
+    """Write a safetensors header to a sparse file of the full size, in place of a file at `path`."""
+    part = path.with_name(f"{path.name}.header")
+    with open(part, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(size)
+    os.replace(part, path)
 
 
 class Schedule:
@@ -145,13 +129,8 @@ class Schedule:
     def done(self, unit: Unit) -> None:
         """Called after a unit has ended."""
 
-    def __enter__(self) -> Schedule:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
+    def close(self) -> None:
+        """Called after the last unit, or after an error."""
 
 
 class Inputs:
@@ -212,7 +191,7 @@ class HubInputs(Inputs):
 
     files: FetchedFiles
 
-    def __init__(self, fetcher: Fetcher, staging: Path, trust_remote_code: bool) -> None:
+    def __init__(self, fetcher: HubFetcher, staging: Path, trust_remote_code: bool) -> None:
         folder = fetcher.small_files(trust_remote_code)
         self.fetcher, self.staging = fetcher, staging
         remote = fetcher.weight_files()
@@ -222,7 +201,10 @@ class HubInputs(Inputs):
         self.remote: dict[Path, RemoteFile] = {staging / name: file for name, file in remote.items()}
         for path, file in self.remote.items():
             if not path.is_file():
-                write_placeholder(fetcher, path.name, file.size, staging)
+                length = int.from_bytes(fetcher.head(path.name, 0, 8), "little")
+                if not 2 <= length <= file.size - 8:
+                    raise ModelError(f"{path.name} on the hub is no safetensors file")
+                write_placeholder(path, fetcher.head(path.name, 8, 8 + length), file.size)
         super().__init__(folder, FetchedFiles(TensorFiles.open(staging)))
 
     def identity(self) -> dict[str, Any]:
@@ -248,12 +230,7 @@ class HubInputs(Inputs):
     def remove_file(self, path: Path) -> None:
         """Replace a downloaded file by its placeholder, to free the disk."""
         self.files.present.discard(path)
-        header = _header(path)
-        part = path.with_name(f"{path.name}.header")
-        with open(part, "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(self.remote[path].size)
-        os.replace(part, path)
+        write_placeholder(path, _header(path), self.remote[path].size)
 
     def close(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
@@ -301,13 +278,11 @@ class _FetchSchedule(Schedule):
             if finished:
                 self._inputs.remove_file(file)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def open_inputs(model: str, settings: Settings, rank: int = 0, fetcher: Fetcher | None = None) -> Inputs:
+def open_inputs(model: str, settings: Settings, rank: int = 0, fetcher: HubFetcher | None = None) -> Inputs:
     """Open the input files of a folder or hub id.
 
     A hub id whose files are all in the local cache is opened as a folder. Models of ModelScope are downloaded at once.

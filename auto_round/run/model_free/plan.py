@@ -15,7 +15,7 @@ from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.output.writer import parse_size
 from auto_round.report.memory import format_bytes
 from auto_round.run.model_free.units import plan_work
-from auto_round.run.plan import Job, LayerPlan
+from auto_round.run.plan import Job
 from auto_round.run.planner import make_job
 from auto_round.run.settings import Settings, check_whole_number
 from auto_round.schemes import QuantizationScheme
@@ -115,13 +115,6 @@ def unsupported_reason(scheme: QuantizationScheme) -> str | None:
     return None
 
 
-def check_model(model: Any) -> str:
-    """The folder or hub id. Raises ConfigError for a model object."""
-    if isinstance(model, (str, os.PathLike)):
-        return os.fspath(model)
-    raise ConfigError("model_free=True reads the files of a folder or hub id; give its name, not a model object")
-
-
 @dataclass(frozen=True)
 class ModelFreeJob(Job):
     """The job of a model-free run.
@@ -154,15 +147,12 @@ def model_free_job(
     """
     # max_memory limits the tensors that are processed at a time (ModelFreeOptions); there are no activations.
     job = make_job(replace(settings, max_memory=None), source, formats, output_dir)
-    layers = {name: _with_reason(plan, source) for name, plan in job.layers.items()}
+    layers = dict(job.layers)
+    for name, plan in job.layers.items():
+        if not plan.scheme.quantizes_weights and plan.reason is None and not set(_TOWERS).isdisjoint(name.split(".")):
+            layers[name] = replace(plan, reason=_TOWER)
     values = {f.name: getattr(job, f.name) for f in fields(Job)}
     values |= {"layers": layers, "notes": (*job.notes, *notes), "journal_bytes": 0, "memory_plan": None}
     made = ModelFreeJob(**values, workers=options.workers, memory=options.memory)
     largest = max((u.memory for fmt in formats for u in plan_work(made, source, fmt).units), default=0)
     return replace(made, peak_ram=max(largest, min(options.memory, options.workers * largest)), peak_vram=0)
-
-
-def _with_reason(plan: LayerPlan, source: CheckpointSource) -> LayerPlan:
-    unexplained = not plan.scheme.quantizes_weights and plan.reason is None
-    in_tower = any(part in _TOWERS for part in plan.name.split("."))
-    return replace(plan, reason=_TOWER) if unexplained and in_tower else plan

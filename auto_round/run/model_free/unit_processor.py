@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,15 +23,15 @@ from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.source import check_finite
 from auto_round.output.verify import dense_digest, layer_digest
 from auto_round.run.block_layers import share_global_scales
-from auto_round.run.file_layout import FusedTarget, TensorAssembler, read_model_tensors
+from auto_round.run.file_layout import TensorAssembler, read_model_tensors
 from auto_round.run.model_free.units import (
+    RowSlices,
     Unit,
     WorkPlan,
     is_stored,
     layer_outputs,
     plain_copy,
-    row_step,
-    slice_axes,
+    row_slices,
 )
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.run.results import module_from_tensors
@@ -102,14 +103,11 @@ class UnitProcessor:
             NumericsError: NaN or Inf in a weight.
         """
         self.buffer_pool.reset()
-        if len(unit.layers) == 1 and self.step(self.job.layers[unit.layers[0]]) is not None:
-            yield from self._sliced(self.job.layers[unit.layers[0]])
-        elif any(output in self._made_by_conversion for output in unit.outputs):
-            yield from self._reversed(unit)
-        elif unit.layers:
-            yield from self._rounded(unit)
-        elif unit.key is None:
-            yield from self._assembled(unit)
+        if unit.key is None:
+            if self._made_by_conversion.isdisjoint(unit.outputs):
+                yield from self._placed(chain(self._packed(unit), self._dense(unit.copies)))
+            else:
+                yield from self._reversed(unit)
         elif is_stored(self.source, unit.key):
             yield from self._streamed(unit.key)
         else:
@@ -134,130 +132,116 @@ class UnitProcessor:
 
     def _reversed(self, unit: Unit) -> Iterator[Chunk]:
         """Checkpoint tensors that a reversed conversion computes from dense ones."""
+        dense = dict(self._packed(unit))
+        for reversal in self.work.layout.reversals.values():
+            for name in reversal.needed if set(reversal.stored) <= set(unit.outputs) else ():
+                if name not in dense and name in self.source.tensor_names():
+                    dense[name] = self._checked(name)
         assembler = TensorAssembler(self.work.layout, self.source.model)
-        members = {name for r in self.work.layout.reversals.values() if set(r.stored) <= {*unit.outputs}
-                   for name in r.needed}  # fmt: skip
-        dense: list[tuple[str, torch.Tensor]] = []
-        for layer in self.layers(unit):
-            dense += self.fmt.pack(replace(layer, bias=None), model_dtype=self.source.dtype).items()
-        done = {name for name, _ in dense}
-        for name in members:
-            if name not in done and name in self.source.tensor_names():
-                dense.append((name, self._checked(name)))
-        for name, tensor in dense:
+        for name, tensor in dense.items():
             for stored, made in assembler.add(name, tensor):
                 yield Chunk(stored, 0, made)
 
-    def layers(self, unit: Unit) -> Iterator[QuantizedLayer]:
-        """Round the layers of a unit."""
-        tasks = [self._task(self.job.layers[name]) for name in unit.layers]
+    def _placed(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Chunk]:
+        """Chunks of tensors by model name: whole ones, or rows of stacked experts, whose gate and up may be halves."""
+        halves: dict[tuple[str, int], torch.Tensor] = {}
+        for name, tensor in tensors:
+            target = self.work.targets.get(name)
+            stored = name if target is None else target.name
+            shape, dtype = self.work.tensors[stored]
+            if target is None or target.piece is None:
+                if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+                    raise ModelError(
+                        f"tensor {name!r} became {tensor.dtype} {list(tensor.shape)}, planned was {dtype} {list(shape)}"
+                    )
+                yield Chunk(stored, 0, tensor)
+                continue
+            key = stored, target.piece.expert
+            half = halves.pop(key, None)
+            row = torch.empty(target.slot_shape, dtype=dtype) if half is None else half
+            target.piece.paste(row, tensor)
+            if half is None and target.piece.part != "all":
+                halves[key] = row
+            else:
+                yield Chunk(stored, target.piece.expert * row.nbytes, row)
+        assert not halves  # `plan_work` puts both halves into one unit
+
+    def _packed(self, unit: Unit) -> Iterator[tuple[str, torch.Tensor]]:
+        """The packed tensors of a unit's layers without their biases, which other units copy."""
+        if len(unit.layers) == 1 and (slices := self._slices(self.job.layers[unit.layers[0]])) is not None:
+            yield from self._packed_in_slices(self.job.layers[unit.layers[0]], slices)
+            return
+        tasks = []
+        for layer_name in unit.layers:
+            plan = self.job.layers[layer_name]
+            weight = self._checked(f"{layer_name}.weight")
+            weight = (weight.t() if plan.transposed else weight).to(self.device)
+            module = self.source.model.get_submodule(layer_name)
+            tasks.append(LayerTask(layer_name, module, weight, plan.scheme, transposed=plan.transposed))
         share_global_scales(tasks)
         while tasks:
-            yield self.round(tasks.pop(0))
-
-    def round(self, task: LayerTask) -> QuantizedLayer:
-        """Round one layer to nearest, normalized for the format."""
-        return self.fmt.normalize_for_format(quantize_layer(task, False, self.scale_dtype))
-
-    def _rounded(self, unit: Unit) -> Iterator[Chunk]:
-        rows: dict[tuple[str, int], torch.Tensor] = {}
-        for layer in self.layers(unit):
+            layer = self._round(tasks.pop(0))
             if layer.name in self.samples:
                 self.digests[layer.name] = layer_digest(layer, self.fmt.name == "fake", self.source.dtype)
             packed = self.fmt.pack(replace(layer, bias=None), model_dtype=self.source.dtype)
             del layer
             for name in list(packed):
-                target = self.work.targets.get(name)
-                if target is None or target.piece is None or target.piece.part == "all":
-                    yield self._placed(name, packed.pop(name))
-                    continue
-                part = packed.pop(name)
-                key = target.name, target.piece.expert
-                row = rows.setdefault(key, torch.empty(target.slot_shape, dtype=part.dtype))
-                target.piece.paste(row, part)
-        for (output, expert), row in rows.items():
-            yield Chunk(output, expert * row.nbytes, row)
+                yield name, packed.pop(name)
 
-    def step(self, plan: LayerPlan) -> int | None:
-        """Rows that are rounded at a time; None for all of them."""
+    def _round(self, task: LayerTask) -> QuantizedLayer:
+        """Round one layer to nearest, normalized for the format."""
+        return self.fmt.normalize_for_format(quantize_layer(task, False, self.scale_dtype))
+
+    def _slices(self, plan: LayerPlan) -> RowSlices | None:
         if plan.name in self.samples or not plain_copy(self.source, f"{plan.name}.weight"):
             return None
-        return row_step(plan, self.fmt, self.source.dtype)
+        return row_slices(plan, self.fmt, self.source.dtype)
 
-    def _sliced(self, plan: LayerPlan) -> Iterator[Chunk]:
+    def _packed_in_slices(self, plan: LayerPlan, slices: RowSlices) -> Iterator[tuple[str, torch.Tensor]]:
         """Round a large layer by slices of rows; only its packed tensors are in memory as a whole."""
-        source, step = self.source, self.step(plan)
-        plan = replace(plan, bias_dtype=None)  # a unit of its own copies the bias
-        assert step is not None
-        axes = slice_axes(plan, self.fmt, source.dtype, step)
-        assert axes is not None
-        specs = layer_outputs(self.fmt, plan, source.dtype)
+        source = self.source
+        specs = layer_outputs(self.fmt, replace(plan, bias_dtype=None), source.dtype)
         whole = {tensor: torch.empty(shape, dtype=dtype) for tensor, (shape, dtype) in specs.items()}
         name = f"{plan.name}.weight"
         (key,) = source.checkpoint_names(name)
-        files = source.files.stored
         module = source.model.get_submodule(plan.name)
         row = plan.in_features * source.dtype.itemsize
-        at = dict.fromkeys(axes, 0)
-        for start in range(0, plan.out_features, step):
-            end = min(plan.out_features, start + step)
+        at = dict.fromkeys(whole, 0)
+        for start in range(0, plan.out_features, slices.step):
+            end = min(plan.out_features, start + slices.step)
             self.buffer_pool.reset()
-            part = files.read_bytes(key, start * row, (end - start) * row).view(source.tensor_meta(name)[1])
-            weight = part.view(end - start, plan.in_features)
+            part = source.files.stored.read_bytes(key, start * row, (end - start) * row)
+            weight = part.view(source.tensor_meta(name)[1]).view(end - start, plan.in_features)
             check_finite(name, weight)
             task = LayerTask(plan.name, module, weight.to(self.device), plan.scheme)
-            for tensor, values in self.fmt.pack(self.round(task), model_dtype=source.dtype).items():
-                size = values.shape[axes[tensor]]
-                whole[tensor].narrow(axes[tensor], at[tensor], size).copy_(values)
+            for tensor, values in self.fmt.pack(self._round(task), model_dtype=source.dtype).items():
+                axis = slices.axes[tensor]
+                size = values.shape[axis]
+                whole[tensor].narrow(axis, at[tensor], size).copy_(values)
                 at[tensor] += size
         for tensor in list(whole):
-            yield self._placed(tensor, whole.pop(tensor))
+            yield tensor, whole.pop(tensor)
 
-    def _task(self, plan: LayerPlan) -> LayerTask:
-        weight = self._checked(f"{plan.name}.weight")
-        weight = (weight.t() if plan.transposed else weight).to(self.device)
-        module = self.source.model.get_submodule(plan.name)
-        return LayerTask(plan.name, module, weight, plan.scheme, transposed=plan.transposed)
+    def _dense(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors that are cast, dequantized or stacked from experts, one at a time."""
+        for name in names:
+            self.buffer_pool.reset()
+            target = self.work.targets.get(name)
+            if target is not None and target.piece is not None:
+                yield name, self._checked(name)
+            else:
+                tensor = self.source.read_unquantized(name)
+                check_finite(name, tensor)
+                yield name, tensor
 
     def _checked(self, name: str) -> torch.Tensor:
         tensor = self.source.read(name)
         check_finite(name, tensor)
         return tensor
 
-    def _placed(self, name: str, tensor: torch.Tensor) -> Chunk:
-        """The chunk of a whole tensor, or of one expert of a stacked tensor."""
-        target = self.work.targets.get(name)
-        wanted = self.work.tensors[name if target is None else target.name]
-        if target is None or target.piece is None:
-            if tuple(tensor.shape) != tuple(wanted[0]) or tensor.dtype != wanted[1]:
-                raise ModelError(f"tensor {name!r} became {tensor.dtype} {list(tensor.shape)}, planned was {wanted}")
-            return Chunk(name if target is None else target.name, 0, tensor)
-        row = torch.empty(target.slot_shape, dtype=tensor.dtype)
-        target.piece.paste(row, tensor)
-        return Chunk(target.name, target.piece.expert * row.nbytes, row)
-
     def use_buffer_pool(self) -> None:
         """Read tensors into pooled buffers, which are valid for one unit."""
         self.source.files.stored.allocate = self.buffer_pool.take
-
-    def _assembled(self, unit: Unit) -> Iterator[Chunk]:
-        """A dense tensor that is cast, dequantized or stacked from experts, one expert at a time."""
-        rows: dict[int, list[tuple[str, FusedTarget]]] = {}
-        for name in unit.copies:
-            target = self.work.targets.get(name)
-            if target is None or target.piece is None:
-                tensor = self.source.read_unquantized(name)
-                check_finite(name, tensor)
-                yield self._placed(name, tensor)
-            else:
-                rows.setdefault(target.piece.expert, []).append((name, target))
-        for expert, parts in rows.items():
-            self.buffer_pool.reset()
-            row = torch.empty(parts[0][1].slot_shape, dtype=self.work.tensors[unit.outputs[0]][1])
-            for name, target in parts:
-                assert target.piece is not None
-                target.piece.paste(row, self._checked(name))
-            yield Chunk(unit.outputs[0], expert * row.nbytes, row)
 
     def _streamed(self, key: str) -> Iterator[Chunk]:
         """Copy a stored tensor unchanged, a few megabytes at a time."""

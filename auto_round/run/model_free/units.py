@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,21 +28,23 @@ _SMALL = 4 << 20  # bytes added to estimates of memory
 _COPY = 32 << 20  # bytes that copying a tensor takes
 
 
-def row_step(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype) -> int | None:
-    """Rows of a slice; None when the layer is rounded as a whole: it is small, its rows share a scale, or the format
+class RowSlices(NamedTuple):
+    """How a layer is rounded by slices: `step` rows at a time; packed tensors are joined along `axes`, by name."""
+
+    step: int
+    axes: dict[str, int]
+
+
+def row_slices(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype) -> RowSlices | None:
+    """The slices of a layer; None when it is rounded as a whole: it is small, its rows share a scale, or the format
     packs something that does not belong to single rows."""
+    size = plan.scheme.group_size
     if plan.out_features * plan.in_features < LARGE or plan.transposed or not plan.codec.rows_independent:
         return None
-    size = plan.scheme.group_size
     unit = max(_ROWS, size[0]) if isinstance(size, tuple) else _ROWS
     step = max(unit, SLICE // plan.in_features // unit * unit)
     if unit % _ROWS or step >= plan.out_features or plan.out_features % _ROWS:
         return None
-    return step if slice_axes(plan, fmt, dtype, step) is not None else None
-
-
-def slice_axes(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype, step: int) -> dict[str, int] | None:
-    """By packed tensor, the dimension along which slices of rows are concatenated; None if there is no such one."""
     whole, part = layer_outputs(fmt, plan, dtype), layer_outputs(fmt, replace(plan, out_features=step), dtype)
     axes = {}
     for name, (shape, _) in whole.items():
@@ -49,7 +52,7 @@ def slice_axes(plan: LayerPlan, fmt: OutputFormat, dtype: torch.dtype, step: int
         if len(differ) != 1:
             return None
         axes[name] = differ[0]
-    return axes
+    return RowSlices(step, axes)
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,37 @@ def plan_work(job: Job, source: CheckpointSource, fmt: OutputFormat) -> WorkPlan
     """The units of a job, in the model's order."""
     layout = plan_files(fmt, job.layers, source)
     quantized = job.quantized()
-    units = _rounded_units(quantized, layout, source, fmt)
+    units: list[Unit] = []
+    rounded_in: dict[tuple[str, int], int] = {}  # by row of stacked experts, the unit that rounds a part of it
+    for group in _layer_groups(quantized, fmt, source.dtype, layout):
+        biases = {f"{layer}.bias" for layer in group}  # units of their own copy them
+        names = [n for layer in group for n in layer_outputs(fmt, quantized[layer], source.dtype) if n not in biases]
+        outputs = dict.fromkeys(stored for name in names for stored in layout.stored_names(name))
+        memory = sum(_layer_memory(quantized[layer], source, fmt) for layer in group)
+        files = _files(source, [f"{layer}.weight" for layer in group])
+        rounded_in |= {row: len(units) for name in names if (row := _expert_row(layout, name)) is not None}
+        units.append(Unit(group[0], group, (), tuple(outputs), files, memory))
     made = {name for layer in quantized for name in layer_outputs(fmt, quantized[layer], source.dtype)}
+    converted = {stored for reversal in layout.reversals.values() for stored in reversal.stored}
+    done = {output for unit in units for output in unit.outputs}
     copies: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in separate_tensors(fmt, job.layers, source):
         bias = name.removesuffix(".bias") in quantized
-        if name not in layout.copies and (name not in made or bias):
-            copies[layout.stored_names(name)].append(name)
-    done = {output for unit in units for output in unit.outputs}
-    for outputs, names in copies.items():
-        if done.isdisjoint(outputs):  # otherwise the unit that rounds the other parts writes it
-            size = sum(tensor_bytes(source.tensor_meta(n)) for n in names[:2])
-            units.append(Unit(names[0], (), tuple(names), outputs, _files(source, names), 2 * size + _SMALL))
+        outputs_of = layout.stored_names(name)
+        if name in layout.copies or (name in made and not bias) or done & converted & {*outputs_of}:
+            continue  # the unit that rounds the other inputs of a conversion reads it
+        row = _expert_row(layout, name)
+        index = None if row is None else rounded_in.get(row)
+        if index is None:
+            copies[outputs_of].append(name)
+        else:  # the other half of the row is rounded
+            unit = units[index]
+            files = tuple(sorted({*unit.files, *_files(source, [name])}))
+            memory = unit.memory + 2 * tensor_bytes(source.tensor_meta(name))
+            units[index] = replace(unit, copies=(*unit.copies, name), files=files, memory=memory)
+    for outputs_of, names in copies.items():
+        size = sum(tensor_bytes(source.tensor_meta(n)) for n in names[:2])
+        units.append(Unit(names[0], (), tuple(names), outputs_of, _files(source, names), 2 * size + _SMALL))
     order = {name: i for i, name in enumerate(source.tensor_names())}
     at = lambda unit: min(order.get(n, 0) for n in (*unit.copies, *(f"{layer}.weight" for layer in unit.layers)))
     placed = [(at(unit), unit) for unit in units]
@@ -118,31 +140,17 @@ def plan_work(job: Job, source: CheckpointSource, fmt: OutputFormat) -> WorkPlan
         for key in keys:
             first.setdefault(key, order.get(name, 0))
     first |= dict.fromkeys(layout.spare, len(order))
-    placed += [(position, _copy_unit(key, source)) for key, position in first.items()]
+    for key, position in first.items():
+        memory = _COPY if is_stored(source, key) else 2 * tensor_bytes(source.stored_meta(key)) + _SMALL
+        files = tuple(sorted({source.files.stored.tensors[name].file for name in source.files.inputs(key)}))
+        placed.append((position, Unit(key, (), (), (key,), files, memory, key)))
     return WorkPlan(tuple(unit for _, unit in sorted(placed, key=lambda pair: pair[0])), layout)
 
 
-def _rounded_units(
-    quantized: Mapping[str, LayerPlan], layout: FileLayout, source: CheckpointSource, fmt: OutputFormat
-) -> list[Unit]:
-    units = []
-    for group in _layer_groups(quantized, fmt, source.dtype, layout):
-        outputs: dict[str, None] = {}
-        for layer in group:
-            for name in layer_outputs(fmt, quantized[layer], source.dtype):
-                if not name.endswith(".bias") or name.removesuffix(".bias") != layer:
-                    outputs |= dict.fromkeys(layout.stored_names(name))
-        memory = sum(_layer_memory(quantized[layer], source, fmt) for layer in group)
-        reads = [f"{layer}.weight" for layer in group]
-        units.append(Unit(group[0], group, (), tuple(outputs), _files(source, reads), memory))
-    return units
-
-
-def _copy_unit(key: str, source: CheckpointSource) -> Unit:
-    shape, dtype = source.stored_meta(key)
-    memory = _COPY if is_stored(source, key) else 2 * tensor_bytes((shape, dtype)) + _SMALL
-    files = tuple(sorted({source.files.stored.tensors[name].file for name in source.files.inputs(key)}))
-    return Unit(key, (), (), (key,), files, memory, key)
+def _expert_row(layout: FileLayout, name: str) -> tuple[str, int] | None:
+    """(stored tensor, expert) that a part of a stacked tensor belongs to; None for other tensors."""
+    target = layout.targets.get(name)
+    return None if target is None or target.piece is None else (target.name, target.piece.expert)
 
 
 def layer_outputs(fmt: OutputFormat, plan: LayerPlan, dtype: torch.dtype) -> TensorSpecs:
@@ -190,10 +198,10 @@ def _layer_memory(plan: LayerPlan, source: CheckpointSource, fmt: OutputFormat) 
     """Peak bytes of rounding a layer: its weight (also as stored, if it is dequantized or cast), codes, and packed
     tensors."""
     weights = plan.out_features * plan.in_features
-    step = row_step(plan, fmt, source.dtype) if plain_copy(source, f"{plan.name}.weight") else None
+    slices = row_slices(plan, fmt, source.dtype) if plain_copy(source, f"{plan.name}.weight") else None
     packed = sum(tensor_bytes(spec) for spec in layer_outputs(fmt, plan, source.dtype).values())
-    if step is not None:
-        return step * plan.in_features * (source.dtype.itemsize + 2) + packed + _SMALL
+    if slices is not None:
+        return slices.step * plan.in_features * (source.dtype.itemsize + 2) + packed + _SMALL
     tensors = source.files.stored.tensors
     stored = sum(tensors[key].end - tensors[key].start for key in source.inputs(f"{plan.name}.weight"))
     same = stored == weights * source.dtype.itemsize

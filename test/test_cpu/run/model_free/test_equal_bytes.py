@@ -69,6 +69,15 @@ def test_experts_that_stay_dense(
     equal(packable_folder(family), ignore_layers=ignored, **G32)
 
 
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("ignored", ["experts.1.", "experts.1.up_proj", "experts.1.down_proj"])
+def test_stacked_experts_that_are_rounded_in_part(
+    family: str, ignored: str, equal: Callable[..., Path], packable_folder: Callable[..., str]
+) -> None:
+    """Format fake writes the experts of a block into one tensor, whether they were rounded or not."""
+    equal(packable_folder(family), "fake", ignore_layers=ignored, **G32)
+
+
 @pytest.mark.parametrize(
     "format",
     ["auto_gptq", "auto_awq", "llm_compressor", "mlx", "auto_round:mlx", "auto_round:auto_gptq", "fake"],

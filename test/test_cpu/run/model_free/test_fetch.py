@@ -20,10 +20,11 @@ from auto_round.run.model_free.plan import model_free_options
 G32: dict[str, Any] = {"scheme": "W4A16", "group_size": 32}
 
 
-class FakeHub:
+class FakeHub(fetch.HubFetcher):
     """A folder as a repository. `spoil(name, attempt, file)` may damage what is fetched."""
 
     def __init__(self, folder: Path, small: Path, spoil: Any = None) -> None:
+        super().__init__("org/model")
         self.folder, self.small, self.spoil = folder, small, spoil
         self.fetched: list[str] = []
         self.staged: list[int] = []
@@ -158,11 +159,11 @@ def test_a_broken_run_is_resumed(hub_run: Callable[..., Any], free: Callable[...
 
 
 def test_waiting_grows(tmp_path: Path) -> None:
-    class Never:
+    class Never(fetch.HubFetcher):
         def fetch(self, name: str, folder: Path) -> Path:
             raise OSError("no")
 
     waits: list[float] = []
     with pytest.raises(ModelError, match="x could not be fetched in 5 tries: no"):
-        fetch_checked(Never(), "x", RemoteFile(1), tmp_path, waits.append)  # type: ignore[arg-type]
+        fetch_checked(Never("org/model"), "x", RemoteFile(1), tmp_path, waits.append)
     assert waits == [2.0, 4.0, 8.0, 16.0]
