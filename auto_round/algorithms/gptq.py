@@ -60,9 +60,8 @@ class GPTQConfig(SchemeFields):
     damping: float = DAMPING
 
     def __post_init__(self) -> None:
-        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float):
-            raise ConfigError(f"damping={self.damping!r}: give a number from 0.001 to 10")
-        if not 0.001 <= self.damping <= 10:
+        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        if not (number and 0.001 <= self.damping <= 10):
             raise ConfigError(f"damping={self.damping!r}: give a number from 0.001 to 10")
 
 
@@ -121,11 +120,6 @@ def shared_hessian_factors(tasks: Sequence[LayerTask], damping: float, device: t
     return dict(zip(hessians, found, strict=True))
 
 
-def hessian_factors(task: LayerTask, known: HessianFactors, damping: float) -> list[HessianFactor]:
-    """The factors of one layer, a band each. `known`: of `shared_hessian_factors`."""
-    return [known.get(id(hessian)) or factorize_hessian(hessian, damping) for hessian in task.input_hessians or ()]
-
-
 # Column by column.
 
 
@@ -137,55 +131,42 @@ def gptq_codes(weight: torch.Tensor, grid: Grid, factors: Sequence[HessianFactor
         grid: scales of its groups, and what a code stands for.
         factors: one for each band of input channels, in order.
     """
-    grid = grid.with_minima()
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    start = 0
+    codes, start = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), 0
     for factor in factors:
-        band = slice(start, start + factor.matrix.shape[0])
+        band = slice(start, start + factor.order.shape[0])
+        round_rows = partial(_round_rows, codes, weight, grid.with_minima(), factor, band)
+        parallel_map(round_rows, row_slices(weight), weight.device)
         start = band.stop
-        groups = slice(band.start // grid.group, -(-band.stop // grid.group))
-        group_of = (factor.order + band.start) // grid.group - groups.start
-
-        def write(rows: slice, band: slice = band, groups: slice = groups, factor: HessianFactor = factor,
-                  group_of: torch.Tensor = group_of) -> None:  # fmt: skip
-            columns = weight[rows, band].float().t().contiguous().index_select(0, factor.order)
-            if grid.minimum is not None:
-                columns -= grid.minimum[rows, groups].t().contiguous().index_select(0, group_of)
-            scale = grid.scale[rows, groups].t().contiguous()
-            values = round_columns(columns, scale, group_of.tolist(), factor.matrix, grid)
-            codes[rows, band] = grid.codes(values).index_select(0, factor.inverse_order).t()
-
-        parallel_map(write, row_slices(weight), weight.device)
     return codes
 
 
 @torch.no_grad()
-def round_columns(
-    columns: torch.Tensor, scale: torch.Tensor, group_of: list[int], matrix: torch.Tensor, grid: Grid
-) -> torch.Tensor:
-    """Values of the codes, float32 [in, rows], one input column at a time.
-
-    Args:
-        columns: the weights less their minima, float32 [in, rows], contiguous; overwritten with -D.
-        scale: float32 [groups, rows].
-        group_of: for each column its row of `scale`.
-        matrix: M, float32 [in, in].
-        grid: which values there are, with a single zero.
-    """
-    values, inverse = torch.empty_like(columns), scale.reciprocal()
+def _round_rows(
+    codes: torch.Tensor, weight: torch.Tensor, grid: Grid, factor: HessianFactor, band: slice, rows: slice
+) -> None:
+    """Fill in the codes of some rows within a band of input channels, one column at a time."""
+    groups = slice(band.start // grid.group, -(-band.stop // grid.group))
+    group_of = (factor.order + band.start) // grid.group - groups.start
+    own_group = group_of.tolist()
+    # The columns in order, less their minima; they become -D.
+    columns = weight[rows, band].float().t().contiguous().index_select(0, factor.order)
+    if grid.minimum is not None:
+        columns -= grid.minimum[rows, groups].t().contiguous().index_select(0, group_of)
+    scale = grid.scale[rows, groups].t().contiguous()
+    values, inverse, matrix = torch.empty_like(columns), scale.reciprocal(), factor.matrix
     low, high = float(grid.low - grid.zero), float(grid.high - grid.zero)
     round_block = _round_block
     if columns.device.type == "cpu":
         with _SCRIPT_LOCK:  # two threads that parse Python at once can make it fail
             round_block = _scripted()
-    for start in range(0, len(group_of), _BLOCK_COLUMNS):
-        stop = min(start + _BLOCK_COLUMNS, len(group_of))
+    for start in range(0, len(columns), _BLOCK_COLUMNS):
+        stop = min(start + _BLOCK_COLUMNS, len(columns))
         torch.addmm(columns[start:stop], matrix[start:stop, :start], columns[:start], out=values[start:stop])
         round_block(
-            values, columns, matrix, scale, inverse, group_of, start, stop, _MICRO_BLOCK, low, high, grid.mantissa,
-            grid.smallest,
+            values, columns, matrix, scale, inverse, own_group, start, stop, _MICRO_BLOCK, low, high,
+            grid.mantissa, grid.smallest,
         )  # fmt: skip
-    return values
+    codes[rows, band] = grid.codes(values).index_select(0, factor.inverse_order).t()
 
 
 def _round_block(
@@ -247,9 +228,9 @@ def feedback_start(
     start = task.start(optimized, scale_dtype, quick=feedback)
     if not feedback:
         return start, None
-    out, columns = task.weight.shape
-    factors = hessian_factors(task, known, damping)
-    return start, gptq_codes(codec.limited(task.weight), codec.grid(start, (out, columns)), factors)
+    factors = [known.get(id(hessian)) or factorize_hessian(hessian, damping) for hessian in task.input_hessians or ()]
+    grid = codec.grid(start, (task.weight.shape[0], task.weight.shape[1]))
+    return start, gptq_codes(codec.limited(task.weight), grid, factors)
 
 
 def gptq_layer(

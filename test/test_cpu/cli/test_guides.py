@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from auto_round.cli import main
 
@@ -69,6 +70,22 @@ def test_a_data_type_with_codes_and_its_format_are_two_files(
     assert torch.equal(logits(model_again), logits(dense))
     prompt = ("--prompt", "A", "--max_new_tokens", "2", "--device", "cpu")
     assert main.run(["generate", str(packed), *(p for f in files for p in ("--plugin", f)), *prompt]) == 0
+
+
+@pytest.mark.parametrize("flags", [("--iters", "2"), ("--iters", "0", "--disable_opt_rtn")], ids=["tuned", "rounded"])
+def test_codes_on_scales_of_ones_own_are_one_file(
+    packable_folder: Any, tmp_path: Path, guide_file: Any, flags: tuple[str, ...]
+) -> None:
+    files = [
+        guide_file("adding-a-data-type.md", "power2_codes.py"), guide_file("adding-a-format.md", "byte_codes.py")
+    ]  # fmt: skip
+    data = ("--nsamples", "4", "--seqlen", "16", "--dataset", "builtin")
+    chosen = ("--data_type", "power2_codes", "--bits", "4", "--group_size", "32", "--format", "auto_round:bytes,fake")
+    quantize(packable_folder("llama"), tmp_path / "out", files, *chosen, *flags, *data)
+    packed = tmp_path / "out" / "auto-round-bytes"
+    assert torch.equal(logits(packed), logits(tmp_path / "out" / "fake"))
+    scales = [t for name, t in load_file(packed / "model.safetensors").items() if name.endswith("weight_scale")]
+    assert scales and all(bool((torch.frexp(scale.float())[0].abs() == 0.5).all()) for scale in scales)
 
 
 def save_again(folder: Path, target: Path) -> None:
