@@ -31,12 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent / "auto_round"
 # Calls and attributes that tell one kind of codes from another.
 CODES_CALLS = (
     "is_integer", "is_float", "is_float_config", "minifloat_spec", "block_float_spec", "ggml_type_of", "ggml_type_for",
-    "float_family_of", "minifloat_name", "has_codes", "scheme_has_codes", "_is_float",
+    "float_family_of", "minifloat_name", "has_codes", "scheme_has_codes", "_is_float", "tuned",
 )  # fmt: skip
 CODES_CLASSES = re.compile(
     r"Codes$|Codec$|^(GgmlBlocks|DenseWeight|GgmlType|BlockFloatSpec|MinifloatType|QuantParams|BlockScale|FloatLayout)$"
 )
-CODES_FIELDS = ("data_type", "act_data_type", "family")  # in a comparison, or with startswith / endswith / in
+CODES_FIELDS = ("data_type", "act_data_type")  # in a comparison, or with startswith / endswith / in
+CODES_FAMILIES = ("int", "mx_fp", "mx_int", "nv_fp", "fp", "float", "ggml", "function")  # compared with a `family`
 CODES_OPTIONAL = ("blocks", "element", "codes", "ggml")  # attributes of a layer that are compared with None
 MODE_NAMES = re.compile(
     r"^(is_gguf|gguf|gguf_format|gguf_output|in_memory|per_expert|model_free|streams_experts|stream_experts|resume"
@@ -104,6 +105,9 @@ def asks_codes(node: ast.AST) -> bool:
     sides = [node.left, *node.comparators]
     if any(leaf(side) in CODES_FIELDS for side in sides):
         return not any(map(is_none, sides))  # whether it is given tells no kind
+    if any(leaf(side) == "family" for side in sides):
+        constants = {part.value for side in sides for part in ast.walk(side) if isinstance(part, ast.Constant)}
+        return bool(constants & set(CODES_FAMILIES))
     fields = [side.attr for side in sides if isinstance(side, ast.Attribute)]
     return any(name in CODES_OPTIONAL for name in fields) and any(map(is_none, sides))
 

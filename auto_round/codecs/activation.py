@@ -29,16 +29,12 @@ def activation_function(scheme: ActivationScheme) -> QuantFunc:
             f"activations of data type {scheme.data_type!r} with {scheme.bits} bits are not available in this version"
             f"{nearest(scheme.data_type, known)} Available: {', '.join(known)}"
         )
-    if not scheme.dynamic and not _accepts(function, "scale", "tensor_max"):
+    if not scheme.dynamic and not {"scale", "tensor_max"} <= set(inspect.signature(function).parameters):
         raise UnsupportedError(
             f"data type {scheme.data_type!r} has no static activations: its function takes no 'scale' and "
             "'tensor_max'; leave act_dynamic at True"
         )
     return function
-
-
-def _accepts(function: QuantFunc, *names: str) -> bool:
-    return set(names) <= set(inspect.signature(function).parameters)
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,7 +55,8 @@ class StartOptions:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The values that the codes of a matrix can stand for: `minimum + scale * (value of the code - zero)`.
+    """The values that the codes of a matrix can stand for: `minimum + scale * (number - zero)`, where numbers are whole
+    and codes themselves.
 
     Attributes:
         scale: float32 [out, groups], none of them zero.
@@ -63,7 +64,6 @@ class Grid:
         low, high: limits of the stored numbers before `zero` is subtracted.
         zero: of whole numbers, the one that stands for zero, [out, groups] or one for all.
         minimum: float32 [out, groups], or None for zero.
-        element: the numbers are values of this minifloat; None: whole numbers, which are the codes.
     """
 
     scale: torch.Tensor
@@ -72,17 +72,16 @@ class Grid:
     high: float
     zero: torch.Tensor | float = 0
     minimum: torch.Tensor | None = None
-    element: MinifloatType | None = None
 
     @property
     def mantissa(self) -> int:
-        """Bits of the minifloat's mantissa; -1 for whole numbers."""
-        return -1 if self.element is None else self.element.mantissa
+        """Bits of the mantissa where numbers are minifloats; -1 for whole numbers."""
+        return -1
 
     @property
     def smallest(self) -> float:
-        """The minifloat's smallest normal value; 0.0 for whole numbers."""
-        return 0.0 if self.element is None else 2.0**self.element.lowest
+        """The smallest normal value of minifloats; 0.0 for whole numbers."""
+        return 0.0
 
     def with_minima(self) -> Grid:
         """The same values with one zero for all groups: zero points that differ become minima."""
@@ -98,7 +97,25 @@ class Grid:
 
     def codes(self, values: torch.Tensor) -> torch.Tensor:
         """uint8 codes of float32 numbers on the grid less `zero`, a single one; the numbers may be overwritten."""
-        return values.add_(self.zero).to(torch.uint8) if self.element is None else self.element.encode(values)
+        return values.add_(self.zero).to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MinifloatGrid(Grid):
+    """Numbers that are values of `element`."""
+
+    element: MinifloatType
+
+    @property
+    def mantissa(self) -> int:
+        return self.element.mantissa
+
+    @property
+    def smallest(self) -> float:
+        return 2.0**self.element.lowest
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.element.encode(values)
 
 
 @dataclass(frozen=True)

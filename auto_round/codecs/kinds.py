@@ -8,7 +8,16 @@ from typing import ClassVar
 import torch
 
 from auto_round.codecs.activation import activation_function
-from auto_round.codecs.base import CODECS, Codec, Grid, Scheme, StartOptions, TunedParameters, register_codec
+from auto_round.codecs.base import (
+    CODECS,
+    Codec,
+    Grid,
+    MinifloatGrid,
+    Scheme,
+    StartOptions,
+    TunedParameters,
+    register_codec,
+)
 from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, block_float_spec, effective_scale, encode
 from auto_round.codecs.ggml.plain import plain_blocks
 from auto_round.codecs.ggml.search import search_blocks
@@ -205,7 +214,8 @@ class FloatCodec(Codec):
         r, m, c, n = block_shape(shape, self.scheme.group_size)
         scale = effective_scale(start.scale.float(), start.global_scale).view(r, c)
         top = self.spec.element.maximum
-        return Grid(divisor_of(scale.repeat_interleave(m, 0)[: shape[0]]), n, -top, top, element=self.spec.element)
+        scale = divisor_of(scale.repeat_interleave(m, 0)[: shape[0]])
+        return MinifloatGrid(scale, n, -top, top, element=self.spec.element)
 
     def with_codes(self, start: FloatStart, codes: torch.Tensor) -> FloatCodes:
         return self.codes(codes, start.scale, None, start.global_scale)

@@ -141,16 +141,15 @@ def nearest_codes(
 
 
 class GgmlBlockWriter:
-    """The tensors of a `GgmlBlocks`, filled chunk by chunk."""
+    """A `GgmlBlocks`, filled chunk by chunk through views with a row for each block."""
 
     def __init__(self, shape: tuple[int, int], kind: GgmlType, device: torch.device) -> None:
-        blocks, groups = shape[0] * shape[1] // kind.block, kind.block // kind.group
-        empty = lambda n, dtype: torch.empty(blocks, n, dtype=dtype, device=device)  # noqa: E731
-        self._shape, self._kind = shape, kind
-        self._codes, self._d = empty(kind.block, torch.uint8), empty(1, torch.float16)
-        self._scales = empty(groups, torch.int8) if kind.is_k else None
-        self._dmin = empty(1, torch.float16) if kind.has_min else None
-        self._mins = empty(groups, torch.uint8) if kind.is_k and kind.has_min else None
+        self._kind, self._blocks = kind, GgmlBlocks.empty(kind, *shape, device)
+        by_block = lambda t: None if t is None else t.view(-1, t.shape[1] * kind.block // shape[1])  # noqa: E731
+        self._codes, self._d = self._blocks.codes.view(-1, kind.block), self._blocks.d.view(-1, 1)
+        self._scales, self._dmin, self._mins = map(
+            by_block, (self._blocks.scales, self._blocks.dmin, self._blocks.mins)
+        )
 
     def put_rows(self, where: slice, codes: torch.Tensor) -> None:
         """Store codes of blocks, [some, block] of any non-negative numbers, truncated and clamped to the last code."""
@@ -195,6 +194,4 @@ class GgmlBlockWriter:
             if bool(half.isnan().any()):
                 raise NumericsError(f"the weights hold NaN or Inf, which {name} cannot store")
             raise NumericsError(f"the weights are too large for {name}: a block's scale exceeds float16's 65504")
-        view = lambda t: None if t is None else t.view(self._shape[0], -1)  # noqa: E731
-        codes, d = self._codes.view(self._shape), self._d.view(self._shape[0], -1)
-        return GgmlBlocks(self._kind, codes, d, view(self._scales), view(self._dmin), view(self._mins))
+        return self._blocks

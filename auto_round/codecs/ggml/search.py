@@ -207,7 +207,7 @@ def search_blocks(
     out, columns = weight.shape
     assert columns % kind.block == 0, f"{columns} columns do not fill blocks of {kind.block}"
     count, per = columns // kind.block, kind.block // kind.group
-    blocks = _empty(kind, out, columns, weight.device)
+    blocks = GgmlBlocks.empty(kind, out, columns, weight.device)
     grouped = weight.view(out, count, per, kind.group)
     weights = _normalized_importance(importance, columns, weight.device).view(count, per, kind.group)
     block_codes = blocks.codes.view(grouped.shape)
@@ -230,15 +230,6 @@ def search_blocks(
 
     parallel_map(search, list(_chunks(out, count, max(1, chunk_weights // kind.block))), weight.device)
     return blocks
-
-
-def _empty(kind: GgmlType, out: int, columns: int, device: torch.device) -> GgmlBlocks:
-    """Uninitialized blocks of a matrix."""
-    make = lambda size, dtype: torch.empty(out, columns // size, dtype=dtype, device=device)  # noqa: E731
-    scales = make(kind.group, torch.int8) if kind.is_k else None
-    dmin = make(kind.block, torch.float16) if kind.has_min else None
-    mins = make(kind.group, torch.uint8) if kind.is_k and kind.has_min else None
-    return GgmlBlocks(kind, make(1, torch.uint8), make(kind.block, torch.float16), scales, dmin, mins)
 
 
 def _chunks(out: int, count: int, blocks: int) -> Iterator[tuple[slice, slice]]:

@@ -98,20 +98,14 @@ def fit_steps(chunk: SearchChunk, candidates: Sequence[tuple[float, float]], ref
     high, low = chunk.x.amax(0), chunk.x.amin(0)
     base = torch.where(high > -low, high, low) / chunk.low
     best, gain = base, torch.full_like(base, -1.0)
-    for factor, sign in candidates:
-        step, found = _least_squares(chunk.sums(base * (factor * sign)))
+    for index in range(len(candidates) + refits):
+        trial = base * (candidates[index][0] * candidates[index][1]) if index < len(candidates) else best
+        sums = chunk.sums(trial)
+        step = sums.qx / sums.qq.clamp(min=_TINY)
+        found = step * sums.qx
         better = found > gain
         best, gain = torch.where(better, step, best), torch.where(better, found, gain)
-    for _ in range(refits):
-        step, found = _least_squares(chunk.sums(best))
-        best = torch.where(found > gain, step, best)
-        gain = torch.maximum(found, gain)
     return best
-
-
-def _least_squares(sums: Sums) -> tuple[torch.Tensor, torch.Tensor]:
-    step = sums.qx / sums.qq.clamp(min=_TINY)
-    return step, step * sums.qx
 
 
 def fit_steps_and_minima(

@@ -126,6 +126,15 @@ class GgmlBlocks(Codes):
     dmin: torch.Tensor | None = None
     mins: torch.Tensor | None = None
 
+    @classmethod
+    def empty(cls, kind: GgmlType, out: int, columns: int, device: torch.device) -> GgmlBlocks:
+        """Uninitialized blocks of a matrix."""
+        make = lambda size, dtype: torch.empty(out, columns // size, dtype=dtype, device=device)  # noqa: E731
+        scales = make(kind.group, torch.int8) if kind.is_k else None
+        dmin = make(kind.block, torch.float16) if kind.has_min else None
+        mins = make(kind.group, torch.uint8) if kind.is_k and kind.has_min else None
+        return cls(kind, make(1, torch.uint8), make(kind.block, torch.float16), scales, dmin, mins)
+
     @property
     def ggml(self) -> str:
         return self.kind.name
