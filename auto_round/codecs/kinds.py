@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -320,17 +320,21 @@ class FunctionCodec(Codec):
     def start(self, weight: torch.Tensor, options: StartOptions) -> StartOptions:
         return options
 
+    def call(self, weight: torch.Tensor, start: StartOptions, **learned: torch.Tensor) -> tuple[Any, Any, Any]:
+        """What the function makes of a weight: dequantized values, scale, zero point. `learned`: `v` and factors."""
+        scheme = self.scheme
+        return self.function(
+            weight, bits=scheme.bits, group_size=scheme.group_size, scale_dtype=start.scale_dtype,
+            imatrix=start.importance, data_type=scheme.data_type, **learned,
+        )  # fmt: skip
+
+    @torch.no_grad()
     def encode(
         self, weight: torch.Tensor, start: StartOptions, delta: torch.Tensor | None = None, **learned: torch.Tensor
     ) -> DenseWeight:
         """`delta`: added to the weight before it is rounded; `learned`: other arguments of the function."""
-        scheme, learned = self.scheme, learned if delta is None else {"v": delta, **learned}
-        with torch.no_grad():
-            qdq, _, _ = self.function(
-                weight.float(), bits=scheme.bits, group_size=scheme.group_size, scale_dtype=start.scale_dtype,
-                imatrix=start.importance, data_type=scheme.data_type, **learned,
-            )  # fmt: skip
-        return DenseWeight(qdq.to(weight.dtype), scheme.data_type)
+        qdq, _, _ = self.call(weight.float(), start, **(learned if delta is None else {"v": delta, **learned}))
+        return DenseWeight(qdq.to(weight.dtype), self.scheme.data_type)
 
     def tuned(self, in_features: int) -> None:
         return None

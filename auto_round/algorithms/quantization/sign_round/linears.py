@@ -67,14 +67,14 @@ class AutogradTunableLinear(torch.nn.Module):
         tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.task, self.scale_dtype, self.compute_dtype = task, scale_dtype, compute_dtype
+        self.task, self.compute_dtype = task, compute_dtype
         self.scheme = scheme = task.scheme
         self.codec = FunctionCodec(scheme)
-        self.function = self.codec.function
+        self.options = task.start_options(True, scale_dtype)
         self.weight_value = task.weight.float()
         self.bias = None if task.bias is None else task.bias.to(compute_dtype)
         with torch.no_grad():
-            start, scale, _ = self._call()
+            start, scale, _ = self.codec.call(self.weight_value, self.options)
         self.unit = self._expand(scale)
         groups, _ = reshape_pad_tensor_by_group_size(self.weight_value, scheme.group_size)
         count = groups.shape[0] * groups.shape[1] if groups.dim() == 4 else groups.shape[0]
@@ -102,19 +102,16 @@ class AutogradTunableLinear(torch.nn.Module):
     def _learned_parameters(self) -> dict[str, torch.Tensor]:
         return {"v": self.u * self.unit, "min_scale": self.scale_factors[0], "max_scale": self.scale_factors[1]}
 
-    def _call(self, **learned: torch.Tensor) -> tuple[torch.Tensor, object, object]:
-        scheme = self.task.scheme
-        return self.function(
-            self.weight_value, bits=scheme.bits, group_size=scheme.group_size, scale_dtype=self.scale_dtype,
-            imatrix=self.task.importance, data_type=scheme.data_type, **learned,
-        )  # fmt: skip
+    def _values(self) -> torch.Tensor:
+        quantized: torch.Tensor = self.codec.call(self.weight_value, self.options, **self._learned_parameters())[0]
+        return quantized.to(self.compute_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
-            weight = self._call(**self._learned_parameters())[0].to(self.compute_dtype)
+            weight = self._values()
         else:
             if not self.is_current:
-                self.quantized = self._call(**self._learned_parameters())[0].to(self.compute_dtype)
+                self.quantized = self._values()
                 self.is_current = True
             weight = self.quantized
         x = x.to(self.compute_dtype)
@@ -156,7 +153,5 @@ class AutogradTunableLinear(torch.nn.Module):
         self.is_current = False
 
     def finish(self) -> list[QuantizedLayer]:
-        task, learned = self.task, self._learned_parameters()
-        with torch.no_grad():
-            codes = self.codec.encode(task.weight, task.start_options(True, self.scale_dtype), None, **learned)
-        return [task.quantized(codes)]
+        codes = self.codec.encode(self.task.weight, self.options, None, **self._learned_parameters())
+        return [self.task.quantized(codes)]
