@@ -13,13 +13,13 @@ import torch
 from auto_round import envs
 from auto_round.config import QuantConfig, read_recipe
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
+from auto_round.files import write_text
 from auto_round.formats.base import OutputFormat, parse_formats
 from auto_round.later import DIFFUSION
 from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
 from auto_round.output.folders import check_file
 from auto_round.plugins import load_plugins
-from auto_round.report.run_report import write_text
 from auto_round.run.driver import Run
 from auto_round.run.folders import default_format, split_runs
 from auto_round.run.keywords import resolve_settings

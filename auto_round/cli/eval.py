@@ -59,7 +59,8 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
 
         add_quality(record_in, result.to_dict(), result.rows(), result.describe())
     if output is not None:
-        from auto_round.report.run_report import plain, write_text
+        from auto_round.files import write_text
+        from auto_round.report.run_report import plain
 
         write_text(output, json.dumps(plain(result.to_dict()), indent=2, allow_nan=False) + "\n")
     return 0

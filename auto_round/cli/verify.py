@@ -36,7 +36,7 @@ def run_verb(argv: Sequence[str]) -> int:
 
 def check(folder: Path) -> list[str]:
     """The files of a folder that differ or are missing, with the reason; prints how many are unchanged."""
-    from auto_round.output.writer import file_sha256
+    from auto_round.files import file_sha256
 
     recorded = _recorded_digests(folder)
     mismatches = []

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from auto_round.codecs.minifloat import MINIFLOATS, dequantize_minifloat
 from auto_round.schemes import GroupSize, QuantizationScheme
 
-KINDS_OF_CODES: dict[str, type[Codes]] = {}  # by class name, for `codes_from_state`
 C = TypeVar("C", bound="Codes")
 
 
@@ -27,9 +26,6 @@ class Codes(ABC):
 
     `not_finite` says what is wrong when `is_finite` is false.
     """
-
-    def __init_subclass__(cls) -> None:
-        KINDS_OF_CODES[cls.__name__] = cls
 
     @property
     def ggml(self) -> str | None:
@@ -77,23 +73,6 @@ class Codes(ABC):
         """The tensors by field; those that are None are left out."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-
-    def state(self) -> dict[str, Any]:
-        """All but the tensors, as plain values for `codes_from_state`."""
-        own = self.tensors()
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in own}
-        return {"kind": type(self).__name__, "values": values}
-
-    @classmethod
-    def from_values(cls: type[C], values: Mapping[str, Any]) -> C:
-        """The codes with these fields."""
-        return cls(**values)
-
-
-def codes_from_state(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Codes:
-    """The inverse of `Codes.tensors` and `Codes.state`; tuples may have become lists."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in state["values"].items()}
-    return KINDS_OF_CODES[state["kind"]].from_values({**values, **tensors})
 
 
 @dataclass(frozen=True, eq=False)

@@ -264,12 +264,3 @@ def _space_message(folder: str | os.PathLike[str], needed: int) -> str:
         f"the disk of {folder} has {free / _GB:.2f} GB free, and the output takes {needed / _GB:.2f} GB: free some "
         "space and give the same command again, or choose a folder on another disk"
     )
-
-
-def path_inside(folder: str | os.PathLike[str], name: str) -> Path:
-    """`folder/name`, or OutputError when that would lie outside the folder."""
-    root = Path(folder).resolve()
-    target = (root / name).resolve()
-    if target == root or root not in target.parents:
-        raise OutputError(f"file name {name!r} leads outside the output folder {root}; give a name inside it")
-    return target

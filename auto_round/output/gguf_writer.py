@@ -1,4 +1,4 @@
-"""Write one GGUF file with positional writes: rows in any order; the file is renamed when all of them are written."""
+"""Write one GGUF file at planned offsets: rows in any order; the file is renamed when all of them are written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,10 @@ import torch
 
 from auto_round.codecs.ggml.types import GGML_TYPES
 from auto_round.errors import ConfigError, OutputError
+from auto_round.files import bytes_of, path_inside, sync_folder
 from auto_round.gguf.file_types import FLOAT_TYPES
 from auto_round.gguf.metadata import gguf_package
-from auto_round.output.folders import path_inside
-from auto_round.output.writer import AtomicOutput, file_sha256, sync_folder
+from auto_round.output.writer import AtomicOutput, PartialFile, Records
 
 ALIGNMENT = 32
 _MAX_DIMENSIONS = 4  # of a tensor in ggml
@@ -35,7 +33,7 @@ class TypedValue:
 
 
 class _TensorSlot:
-    """Offset of one tensor in the file, and which of its rows are written."""
+    """Offset of one tensor behind the header, and which of its rows are written."""
 
     def __init__(self, name: str, shape: tuple[int, ...], kind: str, offset: int) -> None:
         self.name, self.shape, self.kind, self.offset = name, shape, kind, offset
@@ -44,7 +42,7 @@ class _TensorSlot:
         self.row_bytes = columns * FLOAT_TYPES[kind].itemsize if is_float else GGML_TYPES[kind].row_bytes(columns)
         self.slots, self.rows = math.prod(shape[:-2]), (shape[-2] if len(shape) > 1 else 1)
         self.nbytes = self.slots * self.rows * self.row_bytes
-        self.written = torch.zeros(self.slots, self.rows, dtype=torch.bool)
+        self.written = torch.zeros(self.slots * self.rows, dtype=torch.bool)
 
 
 class GgufFile(AtomicOutput):
@@ -59,52 +57,46 @@ class GgufFile(AtomicOutput):
         metadata: keys and values in file order. A Python bool, int (uint32, or int32 if negative), float (float32) or
             str, or a non-empty list of these (integers as int32); or `TypedValue`.
         tensors: (name, shape in torch's order, type) of every tensor, in file order.
+        records: continue after these writes of an earlier writer, all that it returned by `take_records`.
 
     Raises:
-        OutputError: the file cannot be created, or the disk is full.
+        OutputError: the file cannot be created, the disk is full, or the file does not hold the `records`.
         ConfigError: a shape, a type or a value that GGUF cannot hold; a duplicate key or tensor.
         UnsupportedError: the `gguf` package is not installed.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], arch: str, metadata: Mapping[str, Any],
-        tensors: Sequence[tuple[str, Sequence[int], str]],
+        tensors: Sequence[tuple[str, Sequence[int], str]], records: Records | None = None,
     ) -> None:  # fmt: skip
         self.path = Path(path)
-        self.sha256 = ""  # set by `finish`
-        if not self.path.parent.is_dir():
-            raise OutputError(f"output folder {self.path.parent} does not exist; make it first")
-        path_inside(self.path.parent, self.path.name)
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        super().__init__(self.path.parent)
+        path_inside(self.folder, self.path.name)
         self._slots = _plan_slots(tensors)
-        self._file: FileIO | None = None
-        writer = _header_writer(self._partial, arch, metadata, self._slots)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            writer.close()
-            self._file = open(self._partial, "r+b", buffering=0)
-            self._start = _padded(self._partial.stat().st_size)
-            end = max((tensor.offset + _padded(tensor.nbytes) for tensor in self._slots.values()), default=0)
-            self._file.truncate(self._start + end)  # padding reads as zeros
-        except OSError as error:
-            self.abort()
-            raise OutputError(f"cannot write {self.path} ({error.strerror})") from error
-        except (struct.error, ValueError) as error:
-            self.abort()
-            raise ConfigError(f"{self.path}: a value of the metadata does not fit its type ({error})") from error
-
-    @property
-    def nbytes(self) -> int:
+        temporary = self.path.with_name(f".{self.path.name}.partial")
+        if records is not None and self.path.exists():  # renamed before the interruption
+            os.replace(self.path, temporary)
+        self._file = PartialFile(temporary, self.path, resume=records is not None)
+        self.partial.append(self._file)
+        header = _header_bytes(temporary.with_suffix(".header"), self.path, arch, metadata, self._slots)
+        self._start = _padded(len(header))
+        end = max((tensor.offset + _padded(tensor.nbytes) for tensor in self._slots.values()), default=0)
+        self.nbytes = self._start + end
         """Size of the finished file."""
-        assert self._file is not None
-        return os.fstat(self._file.fileno()).st_size
+        try:
+            for name, row, count, crc in records or ():
+                tensor = self._slots[name]
+                offset = self._start + tensor.offset + row * tensor.row_bytes
+                self._file.check(offset, count * tensor.row_bytes, crc)
+                tensor.written[row : row + count] = True
+            self._file.write(0, header, "the header")
+            self._file.truncate(self.nbytes)  # padding reads as zeros
+        except OutputError:
+            if records is None:
+                self.abort()
+            raise
 
-    def write(
-        self, name: str, data: torch.Tensor, first_row: int = 0, slot: int | None = None,
-        rows: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+    def write(self, name: str, data: torch.Tensor, first_row: int = 0, slot: int | None = None) -> None:
         """Write some rows of one tensor.
 
         Args:
@@ -114,113 +106,64 @@ class GgufFile(AtomicOutput):
             first_row: row of the tensor at which `data` starts.
             slot: index in the first dimension of a stacked tensor, also of vectors stacked in a matrix; None when the
                 tensor is not stacked, or `data` is all of it.
-            rows: int64 [n], the row of each row of `data`, instead of `first_row`.
 
         Raises:
             OutputError: an unknown tensor, a row that does not exist or is written twice, a wrong dtype or width, a
                 finished file, or a full disk.
         """
-        if self._finished or self._file is None:
+        if self._finished:
             raise OutputError(f"tensor {name!r} came after {self.path} was finished")
         tensor = self._slots.get(name)
         if tensor is None:
             raise OutputError(f"{self.path} has no tensor {name!r}")
-        raw = self._raw(tensor, data)
-        if slot is not None and data.dim() == 1 and len(tensor.shape) == 2:  # stacked vectors are rows of a matrix
-            targets = self._targets(tensor, raw.shape[0], slot, None, rows)
-        else:
-            targets = self._targets(tensor, raw.shape[0], first_row, slot, rows)
-        written = tensor.written.view(-1)
-        repeated = isinstance(targets, torch.Tensor) and targets.unique().numel() != targets.numel()
-        if repeated or bool(written[targets].any()):
-            raise OutputError(f"{self.path}: rows of tensor {name!r} are written twice")
-        try:
-            if isinstance(targets, slice):
-                self._put(tensor, targets.start, raw)
-            else:
-                # A rotary permutation stays within its heads: sorted, the rows of a chunk are contiguous.
-                order = targets.argsort()
-                raw = raw[order]
-                for start, part in _contiguous_runs(targets[order]):
-                    self._put(tensor, start, raw[part])
-        except OSError as error:
+        wanted = FLOAT_TYPES.get(tensor.kind, torch.uint8)
+        width = tensor.row_bytes // wanted.itemsize
+        if data.dtype != wanted or data.dim() < 1 or data.shape[-1] != width:
             raise OutputError(
-                f"cannot write tensor {name!r} to {self.path} ({error.strerror}); free some space"
-            ) from error
-        written[targets] = True
+                f"{self.path}: a part of tensor {name!r} ({tensor.kind}) is {data.dtype} {list(data.shape)}, "
+                f"not {wanted} [..., {width}]"
+            )
+        count = data.numel() // width
+        if slot is not None and data.dim() == 1 and len(tensor.shape) == 2:  # stacked vectors are rows of a matrix
+            first_row, slot = slot, None
+        row = self._first_row(tensor, count, first_row, slot)
+        if bool(tensor.written[row : row + count].any()):
+            raise OutputError(f"{self.path}: rows of tensor {name!r} are written twice")
+        offset = self._start + tensor.offset + row * tensor.row_bytes
+        crc = self._file.write(offset, bytes_of(data), f"tensor {name!r}")
+        tensor.written[row : row + count] = True
+        self._records.append([name, row, count, crc])
 
     def finish(self) -> str:
         """Sync the file, rename it and return its SHA-256.
 
         Raises OutputError when rows are missing, or the file cannot be written to disk.
         """
-        if self._finished or self._file is None:
+        if self._finished:
             raise OutputError(f"{self.path} was finished already")
         for tensor in self._slots.values():
             missing = tensor.written.numel() - int(tensor.written.sum())
             if missing:
                 raise OutputError(f"{self.path}: {missing} rows of tensor {tensor.name!r} were not written")
-        try:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self.sha256 = file_sha256(self._partial)
-            os.replace(self._partial, self.path)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path} ({error.strerror or error}); free some space") from error
+        self.sha256[self.path.name] = self._file.seal(self.path)
+        sync_folder(self.folder)
         self._finished = True
-        return self.sha256
+        return self.sha256[self.path.name]
 
-    def abort(self) -> None:
-        """Remove the unfinished file."""
-        if not self._finished:
-            if self._file is not None:
-                with suppress(OSError):
-                    self._file.close()
-            self._partial.unlink(missing_ok=True)
-            self._finished = True
-
-    def _raw(self, tensor: _TensorSlot, data: torch.Tensor) -> torch.Tensor:
-        """The checked bytes of `data`: uint8 [n, row bytes]."""
-        wanted = FLOAT_TYPES.get(tensor.kind, torch.uint8)
-        width = tensor.row_bytes // wanted.itemsize
-        if data.dtype != wanted or data.dim() < 1 or data.shape[-1] != width:
-            raise OutputError(
-                f"{self.path}: a part of tensor {tensor.name!r} ({tensor.kind}) is {data.dtype} {list(data.shape)}, "
-                f"not {wanted} [..., {width}]"
-            )
-        return data.detach().to("cpu").contiguous().view(torch.uint8).reshape(-1, tensor.row_bytes)
-
-    def _targets(
-        self, tensor: _TensorSlot, count: int, first_row: int, slot: int | None, rows: torch.Tensor | None
-    ) -> slice | torch.Tensor:
-        """Row indices in the whole tensor, its slots concatenated, of `count` rows."""
-        if slot is None:
-            base, limit = 0, tensor.slots * tensor.rows
-            if tensor.slots != 1 and (count != limit or rows is not None):
-                raise OutputError(f"{self.path}: tensor {tensor.name!r} is stacked; say which slot a part belongs to")
-        else:
+    def _first_row(self, tensor: _TensorSlot, count: int, first_row: int, slot: int | None) -> int:
+        """Index in the whole tensor, its slots concatenated, of the first of `count` rows."""
+        base, limit = 0, tensor.slots * tensor.rows
+        if slot is not None:
             base, limit = slot * tensor.rows, tensor.rows
             if not 0 <= slot < tensor.slots:
                 raise OutputError(f"{self.path}: tensor {tensor.name!r} has {tensor.slots} slots, no slot {slot}")
-        if rows is None:
-            if not 0 <= first_row <= first_row + count <= limit:
-                raise OutputError(
-                    f"{self.path}: rows {first_row} to {first_row + count} exceed tensor {tensor.name!r} of {limit}"
-                )
-            return slice(base + first_row, base + first_row + count)
-        targets = rows.to("cpu", torch.int64)
-        if targets.shape != (count,) or (count and (int(targets.min()) < 0 or int(targets.max()) >= limit)):
-            raise OutputError(f"{self.path}: the row index of a part of tensor {tensor.name!r} does not fit it")
-        return targets + base
-
-    def _put(self, tensor: _TensorSlot, row: int, raw: torch.Tensor) -> None:
-        if raw.numel():
-            assert self._file is not None
-            self._file.seek(self._start + tensor.offset + row * tensor.row_bytes)
-            rest = raw.reshape(-1).numpy().data
-            while rest:  # a write may be short
-                rest = rest[self._file.write(rest) :]
+        elif tensor.slots != 1 and count != limit:
+            raise OutputError(f"{self.path}: tensor {tensor.name!r} is stacked; say which slot a part belongs to")
+        if not 0 <= first_row <= first_row + count <= limit:
+            raise OutputError(
+                f"{self.path}: rows {first_row} to {first_row + count} exceed tensor {tensor.name!r} of {limit}"
+            )
+        return base + first_row
 
 
 def _padded(size: int) -> int:
@@ -247,12 +190,14 @@ def _plan_slots(tensors: Sequence[tuple[str, Sequence[int], str]]) -> dict[str, 
     return slots
 
 
-def _header_writer(path: Path, arch: str, metadata: Mapping[str, Any], slots: Mapping[str, _TensorSlot]) -> Any:
-    """A `gguf.GGUFWriter` with the metadata and tensor infos."""
+def _header_bytes(
+    temporary: Path, path: Path, arch: str, metadata: Mapping[str, Any], slots: Mapping[str, _TensorSlot]
+) -> bytes:
+    """The bytes before the tensors, made by the `gguf` package in the file `temporary`, which is removed."""
     import numpy as np
 
     gguf = gguf_package()
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(temporary, arch)
     for key, value in metadata.items():
         if key == "general.architecture":
             raise ConfigError("general.architecture is written from `arch`; leave it out of the metadata")
@@ -263,9 +208,20 @@ def _header_writer(path: Path, arch: str, metadata: Mapping[str, Any], slots: Ma
             raise ConfigError(f"key {key!r}: GGUF has no type {inner or kind!r}")
         writer.add_key_value(key, plain, types[kind], None if inner is None else types[inner])
     for tensor in slots.values():
-        kind = gguf.GGMLQuantizationType[tensor.kind]
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
-    return writer
+        quantized = gguf.GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, quantized)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return temporary.read_bytes()
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({error.strerror})") from error
+    except (struct.error, ValueError) as error:
+        raise ConfigError(f"{path}: a value of the metadata does not fit its type ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _value_type(key: str, value: Any) -> tuple[str, str | None]:
@@ -286,14 +242,3 @@ def _value_type(key: str, value: Any) -> tuple[str, str | None]:
     elif isinstance(value, str):
         return "STRING", None
     raise ConfigError(f"key {key!r}: a GGUF file cannot hold the value {value!r}")
-
-
-def _contiguous_runs(targets: torch.Tensor) -> list[tuple[int, slice]]:
-    """Runs of consecutive numbers in the sorted `targets`: (first number, slice of `targets`)."""
-    if not targets.numel():
-        return []
-    cuts = (targets.diff() != 1).nonzero().flatten().add_(1).tolist()
-    starts = [0, *cuts]
-    return [
-        (int(targets[start]), slice(start, end)) for start, end in zip(starts, [*cuts, targets.numel()], strict=True)
-    ]

@@ -17,14 +17,14 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from auto_round.errors import OutputError
-from auto_round.output.folders import PARTIAL, SWAP, path_inside, remove_files
-from auto_round.output.writer import file_sha256, sync_folder, write_text
+from auto_round.files import file_sha256, path_inside, sync_folder, write_text
+from auto_round.output.folders import PARTIAL, SWAP, remove_files
 
 if sys.platform == "win32":
     import msvcrt
@@ -165,7 +165,8 @@ class Staging:
     Attributes:
         folder: the output folder.
         path: its `.partial` folder, where files are written.
-        retain: leave unpublished files in place on close, for inspection.
+        retain: leave unpublished files in place on close: those of an interrupted run, until `clear`, and those that
+            are to be resumed or inspected.
 
     Raises:
         OutputError: another run works on the folder, or it cannot be written.
@@ -174,16 +175,18 @@ class Staging:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / PARTIAL
         self._lock = FolderLock(self.path / LOCK, folder)
-        self.retain = False
         # Finish an interrupted swap; a swap.json that was cut short means that no file was moved.
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             swap = json.loads((self.path / SWAP).read_text(encoding="utf-8"))
             self._swap([str(name) for name in swap["files"]], [str(name) for name in swap["stale"]])
+        self.retain = bool(_entries(self.path))
 
-    def clear(self) -> None:
-        """Remove the files of an earlier run."""
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove the files of an earlier run, but not those to `keep`."""
+        self.retain = bool(keep)
         for entry in _entries(self.path):
-            _remove(entry)
+            if entry.name not in keep:
+                _remove(entry)
 
     def publish(self, files: Iterable[str], stale: Iterable[str] = ()) -> None:
         """Move finished files into the output folder; an interrupted call may be repeated.
@@ -195,7 +198,7 @@ class Staging:
         """
         new = list(files)
         old = sorted({*stale} - {*new})
-        write_text(self.path, SWAP, json.dumps({"files": new, "stale": old}))
+        write_text(self.path / SWAP, json.dumps({"files": new, "stale": old}))
         sync_folder(self.path)
         self.retain = True  # an interrupted move is finished later
         self._swap(new, old)
@@ -210,7 +213,7 @@ class Staging:
         if not self.retain:
             self.clear()
         self._lock.release()
-        if not self.retain and self.path.is_dir() and not any(self.path.iterdir()):
+        if self.path.is_dir() and not any(self.path.iterdir()):
             with suppress(OSError):  # another run has locked it meanwhile
                 self.path.rmdir()
 

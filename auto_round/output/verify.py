@@ -12,8 +12,8 @@ import torch
 
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import VerifyError
+from auto_round.files import bytes_of
 from auto_round.logger import logger
-from auto_round.output.writer import bytes_of
 
 
 def dense_digest(*parts: torch.Tensor | str) -> str:

@@ -1,46 +1,201 @@
-"""Write safetensors shards one tensor at a time, with bounded memory, under temporary names until they are complete.
+"""Write files at offsets under temporary names until they are complete, and safetensors shards one tensor at a time.
 
 File layout (safetensors): 8 bytes little-endian header length N, N bytes of JSON padded with spaces, then the
 tensors' bytes without gaps. Tensors are written as they arrive; space for the header is reserved at the front and
-filled last, so a shard is never held in memory. A checkpoint below `_SMALL` bytes is buffered and gets a header
-of exact size. `AtomicOutput` is the base of this writer and of the GGUF writer.
+filled last, so a shard is never held in memory.
+
+A writer can be resumed: it lists what it writes with checksums (`take_records`), and `restore` continues from such a
+list after comparing the files with it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
+import threading
+import zlib
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 
 from auto_round.errors import ConfigError, OutputError
-from auto_round.output.folders import path_inside
+from auto_round.files import (
+    ALIGNMENT,
+    DTYPE_NAMES,
+    DTYPES,
+    bytes_of,
+    file_sha256,
+    path_inside,
+    safetensors_header,
+    sync_folder,
+    write_text,
+)
 
 _Self = TypeVar("_Self", bound="AtomicOutput")
+_AT_ONCE = 1 << 30  # Linux writes at most 2 GiB in one call
+_CHUNK_BYTES = 1 << 20  # of a file that is compared at a time
+
+Records = list[list[Any]]
+"""What was written, as plain values: one list for each write, ending with the CRC-32 of its bytes."""
+
+
+def damaged_error(path: Path, why: str, what: str = "journal") -> OutputError:
+    """The error for a file of an interrupted run that cannot be used."""
+    return OutputError(
+        f"the {what} of the interrupted run is damaged: {path}: {why}; start anew with --overwrite or --no_resume "
+        "(overwrite=True or resume=False)"
+    )
+
+
+class PartialFile:
+    """A file under a temporary name. It is opened when it is first written, and again after `close`.
+
+    `sync` may be called from another thread while this one writes.
+
+    Args:
+        path: the temporary path.
+        shown: path in error messages.
+        resume: keep the content of the file; otherwise it is emptied when it is first written.
+
+    Raises OutputError in all methods that write, when the disk is full or the file cannot be written.
+    """
+
+    def __init__(self, path: Path, shown: Path | None = None, resume: bool = False) -> None:
+        self.path, self._shown = path, shown or path
+        self._mode = "r+b" if resume else "w+b"
+        self._file: IO[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def write(self, offset: int, data: bytes | memoryview, what: str = "") -> int:
+        """Write bytes at an offset, and return their CRC-32. `what`: what they are, for the error message."""
+        view, done = memoryview(data), 0
+        with self._reported(what):
+            file = self._open()
+            while done < len(view):  # a write may be short
+                part = view[done : done + _AT_ONCE]
+                if hasattr(os, "pwrite"):
+                    done += os.pwrite(file.fileno(), part, offset + done)
+                else:
+                    file.seek(offset + done)
+                    done += file.write(part)
+        return zlib.crc32(view)
+
+    def truncate(self, size: int) -> None:
+        """Set the size of the file; new bytes are zeros."""
+        with self._reported():
+            self._open().truncate(size)
+
+    def check(self, offset: int, size: int, crc: int) -> None:
+        """Raise OutputError when these bytes of a resumed file have another CRC-32."""
+        found = 0
+        with self._lock, self._reported():
+            file = self._open()
+            file.seek(offset)
+            while size and (part := file.read(min(size, _CHUNK_BYTES))):
+                found, size = zlib.crc32(part, found), size - len(part)
+        if size or found != crc:
+            raise damaged_error(self.path, "its bytes are not those that were written", "output")
+
+    def sync(self) -> None:
+        """Sync what was written to disk."""
+        with self._lock, self._reported():
+            if self._file is not None:
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                with suppress(OSError):
+                    self._file.close()
+                self._file = None
+
+    def seal(self, final: Path) -> str:
+        """Sync the file, rename it and return its SHA-256."""
+        self.sync()
+        self.close()
+        with self._reported():
+            digest = file_sha256(self.path)
+            os.replace(self.path, final)
+        return digest
+
+    def discard(self) -> None:
+        """Close and remove the file."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def _open(self) -> IO[bytes]:
+        if self._file is None:
+            self._file = open(self.path, self._mode, buffering=0)
+            self._mode = "r+b"
+        return self._file
+
+    @contextmanager
+    def _reported(self, what: str = "") -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            if self.path.parent.is_dir():
+                raise damaged_error(self.path, "it is missing", "output") from error
+            raise OutputError(f"cannot write {self._shown} ({error.strerror})") from error
+        except OSError as error:
+            target = f"{what} to {self._shown}" if what else str(self._shown)
+            raise OutputError(f"cannot write {target} ({error.strerror or error}); free some space") from error
 
 
 class AtomicOutput(ABC):
     """A writer whose files appear under their names together or not at all.
 
     As a context manager: a normal exit finishes the files, an exception removes them.
+
+    Attributes:
+        partial: the unfinished files.
+        sha256: SHA-256 of each finished file by name.
     """
 
-    _finished = False
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.partial: list[PartialFile] = []
+        self.sha256: dict[str, str] = {}
+        self._finished = False
+        self._records: Records = []
+        if not folder.is_dir():
+            raise OutputError(f"output folder {folder} does not exist; make it first")
 
     @abstractmethod
     def finish(self) -> object:
         """Rename the written files to their final names."""
 
-    @abstractmethod
+    def take_records(self) -> Records:
+        """What was written since the last call. It is on disk after `sync`."""
+        records, self._records = self._records, []
+        return records
+
+    def sync(self) -> None:
+        """Sync everything that was written to disk."""
+        for file in list(self.partial):
+            file.sync()
+
+    def close(self) -> None:
+        """Close unfinished files and keep them, to be resumed."""
+        for file in self.partial:
+            file.close()
+
     def abort(self) -> None:
-        """Remove unfinished files."""
+        """Remove unfinished files, and finished ones if others could not be finished."""
+        if not self._finished:
+            for file in self.partial:
+                file.discard()
+            for name in self.sha256:
+                (self.folder / name).unlink(missing_ok=True)
+            self._finished = True
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -59,13 +214,8 @@ class AtomicOutput(ABC):
 
 
 DEFAULT_SHARD_SIZE = 1_000_000_000
-_SMALL = 8 << 20
-_ALIGN = 8
-_DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.uint32: "U32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+_METADATA = {"format": "pt"}
+_METADATA_BYTES = 64
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -77,117 +227,42 @@ def parse_size(size: int | str, name: str = "max_shard_size") -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The raw bytes of a tensor, without a copy when it is contiguous on the CPU."""
-    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync the directory entries of a folder to disk, where the system can. Raises OutputError when that fails."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            raise OutputError(f"names in {folder} cannot be written ({error.strerror}); free some space") from error
-        finally:
-            os.close(handle)
-
-
 def header_entry_bytes(name: str, dimensions: int) -> int:
     """Upper bound of a tensor's entry in the header: offsets and dimensions have up to 20 digits."""
     return len(json.dumps(name)) + 90 + 21 * dimensions
 
 
+@dataclass
 class _Shard:
-    """One shard under a temporary name."""
+    """One shard under a temporary name.
 
-    def __init__(self, path: Path, header_capacity: int) -> None:
-        self.path, self.size = path, 0
-        self._header_capacity = header_capacity
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._header_bytes = 64
-        self._buffered: list[tuple[str, torch.Tensor]] = []
-        self._file: BinaryIO | None = None
-        self._offset = 0
+    Attributes:
+        capacity: bytes reserved for the JSON text of the header.
+        written: (name, shape, dtype) of the tensors in the file, in order.
+        end: bytes of these tensors.
+        late: tensors that are written last. Readers view the bytes in place, so every tensor must start aligned to its
+            dtype, and one with an odd size would shift those after it.
+        size, header_bytes: of all tensors, and of their header entries at most.
+    """
 
-    def fits(self, name: str, tensor: torch.Tensor, max_size: int) -> bool:
-        header = self._header_bytes + header_entry_bytes(name, tensor.dim())
-        return self.size == 0 or (self.size + tensor.nbytes <= max_size and header <= self._header_capacity)
+    file: PartialFile
+    capacity: int
+    written: list[tuple[str, tuple[int, ...], torch.dtype]] = field(default_factory=list)
+    end: int = 0
+    late: dict[str, torch.Tensor] = field(default_factory=dict)
+    size: int = 0
+    header_bytes: int = _METADATA_BYTES
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self.size += tensor.nbytes
-        self._header_bytes += header_entry_bytes(name, tensor.dim())
-        if self._file is None and self.size > _SMALL:
-            self._open(max(self._header_capacity, self._header_bytes))
-        if self._file is None or tensor.nbytes % _ALIGN:
-            # Readers view the bytes in place, so every tensor must start aligned to its dtype: odd sizes come last.
-            # A copy, because the caller may change the tensor, and because a view would keep its storage alive.
-            self._buffered.append((name, tensor.clone()))
-        else:
-            self._write(name, tensor)
+    def count(self, name: str, shape: Sequence[int], nbytes: int) -> None:
+        self.size += nbytes
+        self.header_bytes += header_entry_bytes(name, len(shape))
 
-    def close(self) -> None:
-        if self._file is None:
-            self._open(None)
-        for name, tensor in sorted(self._buffered, key=lambda item: -item[1].element_size()):
-            self._write(name, tensor)
-        self._buffered.clear()
-        assert self._file is not None
-        text = json.dumps(self._header, separators=(",", ":")).encode().ljust(self._header_capacity)
-        try:
-            self._file.seek(0)
-            self._file.write(len(text).to_bytes(8, "little") + text)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> OutputError:
-        return OutputError(f"cannot write {self.path} ({error.strerror}); free some space")
-
-    def discard(self) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # closing flushes the buffer, on a disk that may be full
-                self._file.close()
-        self.path.unlink(missing_ok=True)
-
-    def _open(self, capacity: int | None) -> None:
-        """Create the file with `capacity` bytes for the header, or as many as the buffered tensors need."""
-        if capacity is None:
-            self._buffered.sort(key=lambda item: (item[1].nbytes % _ALIGN != 0, -item[1].element_size()))
-            for name, tensor in self._buffered:
-                self._add_header_entry(name, tensor)
-            capacity = len(json.dumps(self._header, separators=(",", ":")).encode())
-            self._offset = 0
-        self._header_capacity = -(-capacity // _ALIGN) * _ALIGN
-        try:
-            self._file = open(self.path, "wb")
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path} ({error.strerror})") from error
-        self._file.seek(8 + self._header_capacity)
-        buffered, self._buffered = self._buffered, []
-        for name, tensor in buffered:
-            if tensor.nbytes % _ALIGN:
-                self._buffered.append((name, tensor))
-            else:
-                self._write(name, tensor)
-
-    def _add_header_entry(self, name: str, tensor: torch.Tensor) -> None:
-        end = self._offset + tensor.nbytes
-        dtype, offsets = _DTYPE_NAMES[tensor.dtype], [self._offset, end]
-        self._header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        self._offset = end
-
-    def _write(self, name: str, tensor: torch.Tensor) -> None:
-        assert self._file is not None
-        self._add_header_entry(name, tensor)
-        if tensor.numel():
-            try:
-                self._file.write(bytes_of(tensor))
-            except OSError as error:
-                raise self._failed(error) from error
+    def append(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
+        """Record the next tensor in the file. Returns its offset and size."""
+        offset, size = 8 + self.capacity + self.end, prod(shape) * dtype.itemsize
+        self.written.append((name, shape, dtype))
+        self.end += size
+        return offset, size
 
 
 class ShardWriter(AtomicOutput):
@@ -207,21 +282,18 @@ class ShardWriter(AtomicOutput):
         self, folder: str | os.PathLike[str], max_shard_size: int | str = DEFAULT_SHARD_SIZE, stem: str = "model",
         header: int | None = None,
     ) -> None:  # fmt: skip
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise OutputError(f"output folder {self.folder} does not exist; make it first")
+        super().__init__(Path(folder))
         self.max_shard_size = parse_size(max_shard_size)
         self._stem = stem
         if path_inside(self.folder, f"{stem}.safetensors").parent != self.folder.resolve():
             raise OutputError(f"file name {stem!r} is not a plain name; give one without folders")
         self._header_capacity = min(max(self.max_shard_size // 1024, 64 << 10), 4 << 20)
         if header is not None:
-            self._header_capacity = min(self._header_capacity, header + 64)
+            self._header_capacity = min(self._header_capacity, header + _METADATA_BYTES)
         self._shards: list[_Shard] = []
         self._shard_of: dict[str, int] = {}
+        self._late: dict[str, torch.Tensor] = {}
         self.total_size = 0
-        self.sha256: dict[str, str] = {}
-        """SHA-256 of each finished shard by file name."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor.
@@ -234,17 +306,87 @@ class ShardWriter(AtomicOutput):
             raise OutputError(f"tensor {name!r} came after the checkpoint was finished")
         if name in self._shard_of:
             raise OutputError(f"tensor {name!r} is given twice; each name may be written once")
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise ConfigError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors files cannot hold")
         tensor = tensor.detach().to("cpu").contiguous()
-        if not self._shards or not self._shards[-1].fits(name, tensor, self.max_shard_size):
-            if self._shards:
-                self._shards[-1].close()
-            path = self.folder / f".{self._stem}-{len(self._shards) + 1:05d}.partial"
-            self._shards.append(_Shard(path, self._header_capacity))
-        self._shards[-1].add(name, tensor)
-        self._shard_of[name] = len(self._shards) - 1
+        entry = header_entry_bytes(name, tensor.dim())
+        last = self._shards[-1] if self._shards else None
+        if last is None or (
+            last.size + tensor.nbytes > self.max_shard_size or last.header_bytes + entry > last.capacity
+        ):
+            if last is not None:
+                self._write_late(last)
+                last.file.sync()
+                last.file.close()
+            last = self._new_shard(entry, resume=False)
+        index = len(self._shards) - 1
+        last.count(name, tensor.shape, tensor.nbytes)
+        self._shard_of[name] = index
         self.total_size += tensor.nbytes
+        if tensor.nbytes % ALIGNMENT:
+            # A copy, because the caller may change the tensor, and because a view would keep its storage alive.
+            last.late[name] = self._late[name] = tensor.clone()
+            self._records.append([index, name, list(tensor.shape), DTYPE_NAMES[tensor.dtype], None])
+        else:
+            self._write(index, name, tensor)
+
+    def _new_shard(self, first_entry: int, resume: bool) -> _Shard:
+        capacity = max(self._header_capacity, _METADATA_BYTES + first_entry)
+        path = self.folder / f".{self._stem}-{len(self._shards) + 1:05d}.partial"
+        file = PartialFile(path, resume=resume)
+        shard = _Shard(file, -(-capacity // ALIGNMENT) * ALIGNMENT)
+        if not resume:
+            file.truncate(8 + shard.capacity)
+        self.partial.append(file)
+        self._shards.append(shard)
+        return shard
+
+    def _write(self, index: int, name: str, tensor: torch.Tensor) -> None:
+        shard = self._shards[index]
+        offset, _ = shard.append(name, tuple(tensor.shape), tensor.dtype)
+        crc = shard.file.write(offset, bytes_of(tensor), f"tensor {name!r}")
+        self._records.append([index, name, list(tensor.shape), DTYPE_NAMES[tensor.dtype], crc])
+
+    def _write_late(self, shard: _Shard) -> None:
+        for name, tensor in sorted(shard.late.items(), key=lambda item: -item[1].element_size()):
+            self._write(self._shards.index(shard), name, tensor)
+        shard.late.clear()
+
+    def take_late(self) -> dict[str, torch.Tensor]:
+        """Tensors added since the last call that are not in a file yet; `restore` needs them."""
+        late, self._late = self._late, {}
+        return late
+
+    def restore(self, records: Records, late: Mapping[str, torch.Tensor]) -> None:
+        """Continue after the writes of an earlier writer: all that it returned by `take_records` and `take_late`.
+
+        Raises OutputError when its files do not hold them any more.
+        """
+        self._restore_names()
+        for index, name, shape, dtype, crc in records:
+            if index == len(self._shards):
+                self._new_shard(header_entry_bytes(name, len(shape)), resume=True)
+            shard = self._shards[index]
+            if shard.late.pop(name, None) is None:
+                nbytes = prod(shape) * DTYPES[dtype].itemsize
+                shard.count(name, shape, nbytes)
+                self._shard_of[name] = index
+                self.total_size += nbytes
+            if crc is None:
+                shard.late[name] = late[name]
+            else:
+                shard.file.check(*shard.append(name, tuple(shape), DTYPES[dtype]), crc)
+        for shard in self._shards[:-1]:
+            shard.file.close()
+        last = self._shards[-1]
+        last.file.truncate(8 + last.capacity + last.end)
+
+    def _restore_names(self) -> None:
+        """Give shards that were renamed before the interruption their temporary names again."""
+        pattern = re.compile(re.escape(self._stem) + r"(?:-(\d{5})-of-\d{5})?\.safetensors")
+        for path in list(self.folder.iterdir()):
+            if (match := pattern.fullmatch(path.name)) is not None:
+                os.replace(path, self.folder / f".{self._stem}-{match[1] or '00001'}.partial")
 
     def finish(self) -> list[Path]:
         """Rename the shards, write the index last, and return the paths of the shards.
@@ -255,7 +397,7 @@ class ShardWriter(AtomicOutput):
             raise OutputError("the checkpoint was finished already")
         if not self._shards:
             raise OutputError("no tensor was written; there is no checkpoint to finish")
-        self._shards[-1].close()
+        self._write_late(self._shards[-1])
         count = len(self._shards)
         index_path = self.folder / f"{self._stem}.safetensors.index.json"
         index_path.unlink(missing_ok=True)
@@ -264,12 +406,13 @@ class ShardWriter(AtomicOutput):
             for i in range(count)
         ]
         for shard, name in zip(self._shards, names, strict=True):
-            self.sha256[name] = file_sha256(shard.path)
-            os.replace(shard.path, self.folder / name)
+            front, _, _ = safetensors_header(shard.written, _METADATA, shard.capacity)
+            shard.file.write(0, front, "the header")
+            self.sha256[name] = shard.file.seal(self.folder / name)
         if count > 1:
             weight_map = {name: names[i] for name, i in sorted(self._shard_of.items())}
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
-            write_text(self.folder, index_path.name, json.dumps(index, indent=2) + "\n")
+            write_text(index_path, json.dumps(index, indent=2) + "\n")
         pattern = re.compile(re.escape(self._stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
         for path in self.folder.iterdir():
             if pattern.fullmatch(path.name) and path.name not in names:
@@ -277,42 +420,3 @@ class ShardWriter(AtomicOutput):
         sync_folder(self.folder)
         self._finished = True
         return [self.folder / name for name in names]
-
-    def abort(self) -> None:
-        """Remove unfinished files."""
-        if not self._finished:
-            for shard in self._shards:
-                shard.discard()
-            for name in self.sha256:  # shards that `finish` renamed before it failed
-                (self.folder / name).unlink(missing_ok=True)
-            self._finished = True
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_text(folder: str | os.PathLike[str], name: str, text: str) -> Path:
-    """Write `folder/name` atomically. Raises OutputError when it cannot be written or the name leads outside."""
-    target = path_inside(folder, name)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {target} ({error.strerror})") from error
-    return target
-
-
-def write_json(folder: str | os.PathLike[str], name: str, value: Any) -> Path:
-    """`write_text` of `value` as indented JSON with sorted keys, so that equal values give equal files."""
-    return write_text(folder, name, json.dumps(value, indent=2, sort_keys=True) + "\n")

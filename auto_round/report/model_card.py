@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.errors import OutputError
+from auto_round.files import write_text
 from auto_round.report import run_report
 from auto_round.report.memory import format_bytes
-from auto_round.report.run_report import redact_paths, versions, write_text
+from auto_round.report.run_report import redact_paths, versions
 
 FILE_NAME = "README.md"
 _HEADING, _NEXT_HEADING = "## Quality\n", "## How to run\n"
@@ -188,12 +189,10 @@ def add_quality(
             raise OutputError(f"{report} is not JSON ({error}); the measurement is not recorded") from error
         quality = {k: display_name(v) if k in ("model", "reference") and v else v for k, v in values.items()}
         record["quality"] = redact_paths(run_report.plain(quality), (str(root),))
-        run_report.write_text(report, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(report, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     card = root / FILE_NAME
     if card.is_file():
-        run_report.write_text(
-            card, with_quality(card.read_text(encoding="utf-8"), rows, redact_paths(note, (str(root),)))
-        )
+        write_text(card, with_quality(card.read_text(encoding="utf-8"), rows, redact_paths(note, (str(root),))))
 
 
 def with_quality(card: str, rows: Sequence[tuple[str, str]], note: str) -> str:

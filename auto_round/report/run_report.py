@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_round._version import __version__
-from auto_round.errors import OutputError
+from auto_round.files import write_text
 
 # Incremented when a field changes its meaning or is removed, not for new fields.
 SCHEMA_VERSION = 1
@@ -137,21 +137,6 @@ def write_report(folder: str | os.PathLike[str], report: RunReport) -> Path:
     """Write `report.json` into `folder`; returns its path. Raises OutputError when it cannot be written."""
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return write_text(Path(folder) / FILE_NAME, text)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a small file atomically. Raises OutputError when it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as err:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {err.strerror or err}") from err
-    return path
 
 
 def redact_path(text: str) -> str:

@@ -39,6 +39,7 @@ from auto_round.run.block_layers import (
     share_global_scales,
     share_input_ranges,
 )
+from auto_round.run.expert_layers import LayersPerExpert, StoredLayers
 from auto_round.run.experts import (
     ExpertBuffers,
     LazyExpertQuantizer,
@@ -51,7 +52,7 @@ from auto_round.run.fingerprint import block_checksum
 from auto_round.run.numerics import NumericsPolicy, RtnFallback
 from auto_round.run.plan import CachePlan, Job, LayerPlan
 from auto_round.run.streams import Stream, check_activations, first_non_finite
-from auto_round.run.unit_state import LayersPerExpert, StoredLayers, Unit
+from auto_round.run.unit_state import Unit
 from auto_round.run.writers import OutputWriter
 
 if TYPE_CHECKING:
@@ -143,10 +144,8 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
     quantized = full.clone() if full is not None and second else None
     finished = min(state.journal.finished, len(source.blocks)) if state.journal is not None else 0
     progress.start(len(source.blocks), finished)
-    for index, name in enumerate(source.blocks[:finished]):
-        unit = restore_unit(state, index)
-        source.apply_edits(unit.edits)
-        write_unit(source, name, unit, state.outputs)
+    for index in range(finished):
+        source.apply_edits(restore_unit(state, index).edits)
     streams = {"full": full, "quantized": quantized, "smoke_sample": smoke_sample}
     for stream in streams.values():
         if stream is not None:
@@ -166,7 +165,7 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
         tasks = [layer_task(source, plan) for plan in planned]
         # The journal's thread reads hidden states, which are changed in place: "full" from here on, the others after
         # the block is quantized.
-        _wait_until_written(state, "unit", "full")
+        _wait_until_written(state, "full")
         if state.buffers is not None:
             state.buffers.codes.clear()
         with in_dtype(block, source.dtype, state.dtype):
@@ -194,11 +193,14 @@ def quantize_blocks(job: Job, source: ModelSource, state: RunState, progress: Pr
             _install_all(tasks, result, numerics)
         record = BlockRecord(name, result.loss_before, result.loss_after, result.steps, time.monotonic() - started)
         state.records.append(record)
-        unit = _unit(name, result.layers, state)
+        unit = _unit(name, state)
         if state.journal is not None:
-            hidden = [s.saved(kind, index + 1) for kind, s in streams.items() if s is not None]
-            state.journal.add(name, unit, weights, {kind: saved for one in hidden for kind, saved in one.items()})
-        write_unit(source, name, unit, state.outputs)
+            for kind, stream in streams.items():
+                if stream is not None:
+                    state.journal.submit_streams(stream.saved(kind, index + 1))
+        write_unit(source, name, result.layers, unit.scales, state.outputs)
+        if state.journal is not None:
+            state.journal.add(name, unit, weights)
         source.release(name)
         progress.block(name, result.loss_before, result.loss_after)
         del block, tasks, steps, result, unit  # free this block's weights before the next block is loaded
@@ -213,11 +215,10 @@ def _wait_until_written(state: RunState, *kinds: str) -> None:
 
 
 def restore_unit(state: RunState, index: int) -> Unit:
-    """Read a finished unit from the journal and add its results to `state`."""
+    """Add the results of a finished unit of an interrupted run to `state`."""
     assert state.journal is not None
-    unit = state.journal.unit(index, state.device, in_file=state.buffers is not None)
+    unit = state.journal.unit(index)
     state.numerics.restore_from(unit.numerics, state.outputs)
-    state.activations |= unit.activations
     state.records += unit.records
     state.cache_scales |= unit.scales
     state.sums |= unit.sums
@@ -228,10 +229,10 @@ def restore_unit(state: RunState, index: int) -> Unit:
 
 
 def _restore(state: RunState, streams: Mapping[str, Stream | None], blocks: int) -> None:
-    """Restore the streams after the last finished unit; after the blocks only the smoke sample is needed."""
+    """Restore the streams after the last finished block."""
     assert state.journal is not None
     for kind, stream in streams.items():
-        if stream is not None and (kind == "smoke_sample" or state.journal.finished <= blocks):
+        if stream is not None and state.journal.finished <= blocks:
             if isinstance(stream.hidden, DiskTensor):
                 state.journal.journal.stream_into(kind, stream.hidden)
             else:
@@ -239,21 +240,19 @@ def _restore(state: RunState, streams: Mapping[str, Stream | None], blocks: int)
             stream.restore_from(kind, state.journal.finished, state.journal.journal.stream)
 
 
-def _unit(name: str, layers: Sequence[QuantizedLayer], state: RunState) -> Unit:
+def _unit(name: str, state: RunState) -> Unit:
     """The results of block `name`, the last finished one, as a unit of the journal."""
     inside = f"{name}."
     sums = {key: value for key, value in state.sums.items() if key.startswith(inside)} if state.gather else {}
     return Unit(
-        layers,
-        {layer: step for layer, step in state.activations.items() if layer.startswith(inside)},
-        state.records[-1:],
-        {key: scale for key, scale in state.cache_scales.items() if key.startswith(inside)},
-        sums,
-        {key: state.tokens[key] for key in sums},
-        [layer for layer in state.unreached if layer.startswith(inside)],
-        {layer: why for layer, why in state.nearest.items() if layer.startswith(inside)},
-        state.numerics.state(),
-        {key: edit for key, edit in state.edits.items() if key.startswith(inside)},
+        records=state.records[-1:],
+        scales={key: scale for key, scale in state.cache_scales.items() if key.startswith(inside)},
+        sums=sums,
+        tokens={key: state.tokens[key] for key in sums},
+        unreached=[layer for layer in state.unreached if layer.startswith(inside)],
+        nearest={layer: why for layer, why in state.nearest.items() if layer.startswith(inside)},
+        numerics=state.numerics.state(),
+        edits={key: edit for key, edit in state.edits.items() if key.startswith(inside)},
     )
 
 
@@ -347,7 +346,7 @@ def _quantize_block(
         full.advance_to(targets)
         check_activations(name, targets)
         if state.journal is not None:
-            state.journal.submit_stream("full", targets)
+            state.journal.submit_streams({"full": targets})
         if cache is not None:
             state.cache_scales |= cache.scales(name, cached)
         moments.check()
@@ -443,14 +442,17 @@ def _count(numerics: NumericsPolicy, task: LayerTask, layer: QuantizedLayer) -> 
     numerics.count(task, layer.codes.clamped_scales(task.weight))
 
 
-def write_unit(source: ModelSource, block: str, unit: Unit, outputs: Sequence[OutputWriter]) -> None:
+def write_unit(
+    source: ModelSource, block: str, layers: Sequence[QuantizedLayer], scales: Mapping[str, torch.Tensor],
+    outputs: Sequence[OutputWriter],
+) -> None:  # fmt: skip
     """Write a block: its quantized layers, its other tensors, its static scales."""
-    replaced = {f"{layer}.{leaf}" for layer in layer_names(unit.layers) for leaf in ("weight", "bias")}
+    replaced = {f"{layer}.{leaf}" for layer in layer_names(layers) for leaf in ("weight", "bias")}
     tied = source.tied()
     names = [name for name in source.tensor_names() if name.startswith(f"{block}.")]
     rest = [name for name in names if name not in replaced and name not in tied]
     for output in outputs:
-        for layer in unit.layers:
+        for layer in layers:
             output.layer(layer)
         output.tensors(rest, source)
-        output.scales(unit.scales)
+        output.scales(scales)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ from auto_round.run.experts import ExpertBuffers, streams_experts
 from auto_round.run.file_layout import FileLayout, plan_files
 from auto_round.run.finalize import OutputContext, RunResult, finalize
 from auto_round.run.fingerprint import fingerprint, is_up_to_date, non_block_checksum, run_digests, weight_files
-from auto_round.run.folders import check_folders, format_folders, output_bytes, stale_files
+from auto_round.run.folders import check_folders, format_folders, missing_bytes, output_bytes, stale_files
 from auto_round.run.gguf import gguf_format, given_importance, log_missing_importance, save_importance
 from auto_round.run.head import quantize_non_block, smoke_loss, smoke_samples, write_non_block
 from auto_round.run.journal import Journal, journal_folder
@@ -74,7 +75,7 @@ from auto_round.run.resume import (
 )
 from auto_round.run.settings import Settings
 from auto_round.run.unit_state import Unit
-from auto_round.run.writers import FolderWriter, MemoryWriter, OutputWriter
+from auto_round.run.writers import FileOutput, FolderWriter, MemoryWriter, OutputWriter
 
 if TYPE_CHECKING:
     from auto_round.run.gguf_output import GgufFileWriter
@@ -168,7 +169,7 @@ class Run:
         self._find_damaged()
         job = self._checked(self.memory_plan())
         output = MemoryWriter()
-        finished = self._quantize(job, [output])
+        finished = self._quantize(job, layer_store=output)
         return assemble_model(self.source, output.layers), output.layers, finished
 
     def to_folders(
@@ -197,7 +198,7 @@ class Run:
             if not siblings:
                 remove_journal(root)
             return folders
-        check_disk(output_dir, output_bytes(job))
+        check_disk(output_dir, missing_bytes(job, root))
         if self.source.folder is not None:
             side_files(self.source.folder, self.settings.trust_remote_code)  # refuses links out of the folder early
         removed = not root.exists()
@@ -235,20 +236,21 @@ class Run:
     ) -> None:  # fmt: skip
         """Quantize and write the formats whose folders are not complete."""
         self._run_state = None
-        for _, stage in pending:
-            stage.clear()
-        outputs = [self._output_writer(job, fmt, stage.path, shard) for fmt, stage in pending]
-        with ExitStack() as stack:
+        outputs = [self._output_writer(job, fmt, stage, shard) for fmt, stage in pending]
+        try:
+            finished = self._quantize(job, outputs, journal, self.layer_store)
             for output in outputs:
-                stack.enter_context(output.writer)
-            stores = [] if self.layer_store is None else [self.layer_store]
-            finished = self._quantize(job, [*outputs, *stores], journal)
-            if journal is not None:
-                journal.wait()
-        job = job.with_unquantized(finished.state.numerics.unquantized)
-        made = OutputContext(self.source, self.settings, self.tokenizer, job, finished, made_from, shard)
-        for output, (_, stage) in zip(outputs, pending, strict=True):
-            finalize(made, output, stage, journal, stale[stage.folder])
+                output.writer.finish()
+            job = job.with_unquantized(finished.state.numerics.unquantized)
+            made = OutputContext(self.source, self.settings, self.tokenizer, job, finished, made_from, shard)
+            for output in outputs:
+                finalize(made, output, journal, stale[output.stage.folder])
+        except BaseException:
+            resumable = journal is not None and journal.finished_units() > 0
+            for output in outputs:
+                output.close()
+                output.stage.retain = output.stage.retain or resumable
+            raise
 
     def check_compatible(
         self, job: Job, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
@@ -259,7 +261,7 @@ class Run:
         made = run_digests(job, self.settings, self.source, shard, self.tokenizer)
         if not overwrite and is_up_to_date(format_folders(root, formats), made, self.settings):
             return
-        check_disk(output_dir, output_bytes(job))
+        check_disk(output_dir, missing_bytes(job, root))
         journal = self._journal(job, root, overwrite or not root.exists(), shard) if resume else None
         check_folders(job, root, formats, overwrite, journal, siblings)
 
@@ -268,16 +270,22 @@ class Run:
         if not self.source.lazy or (streams_experts(job) and not self.settings.tunes):
             return None
         journal = RunJournal(root, replace)
-        journal.check_compatible(fingerprint(job, self.settings, self.source, shard), weight_files(self.source))
+        fixed, layout = fingerprint(job, self.settings, self.source, shard), {}
+        if job.gguf is not None:
+            from auto_round.run.gguf_output import gguf_file_name
+
+            digest = hashlib.sha256(repr(job.gguf.metadata).encode()).hexdigest()[:16]
+            layout = {"GGUF file": gguf_file_name(job), "GGUF metadata": digest}
+        journal.check_compatible(fixed, weight_files(self.source), layout)
         return journal
 
     def _output_writer(
-        self, job: Job, fmt: OutputFormat, folder: Path, shard: int | str
+        self, job: Job, fmt: OutputFormat, stage: Staging, shard: int | str
     ) -> FolderWriter | GgufFileWriter:
         if job.gguf is not None and fmt is gguf_format([fmt]):
             from auto_round.run.gguf_output import make_gguf_writer
 
-            return make_gguf_writer(job, fmt, folder, self.source, self.settings)
+            return make_gguf_writer(job, fmt, stage, self.source, self.settings)
         layout = plan_files(fmt, job.layers, self.source)
         unquantized: dict[str, str] = {}
 
@@ -288,7 +296,7 @@ class Run:
             return plan_files(fmt, after.layers, self.source)
 
         specs = with_cache_scales(layout.tensors, fmt, job.cache)
-        return FolderWriter(fmt, folder, self.source, shard, layout, replan, header_bytes(specs))
+        return FolderWriter(fmt, stage, self.source, shard, layout, replan, header_bytes(specs))
 
     def save(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
@@ -307,11 +315,12 @@ class Run:
         for fmt, folder in zip(formats, folders, strict=True):
             ensure_output_folder(folder, overwrite)
             with explain_write_errors(folder, output_bytes(job)), Staging(folder) as stage:
-                stage.clear()
-                output = self._output_writer(job, fmt, stage.path, shard)
-                with output.writer:
+                output = self._output_writer(job, fmt, stage, shard)
+                with closing(output):
+                    output.begin()
                     self._write_saved(output, layers, finished.state.cache_scales)
-                finalize(made, output, stage, None, stale[folder])
+                    output.writer.finish()
+                finalize(made, output, None, stale[folder])
         if root not in folders:
             remove_files(root, stale[root])
         return folders
@@ -324,7 +333,7 @@ class Run:
             prefix = f"{block}."
             inside = [rest.pop(name) for name in layers if name.startswith(prefix)]
             own_scales = {name: scale for name, scale in scales.items() if name.startswith(prefix)}
-            write_unit(self.source, block, Unit(inside, scales=own_scales), [output])
+            write_unit(self.source, block, inside, own_scales, [output])
         write_non_block(self.source, list(rest.values()), [output])
 
     def _quantizer(self, job: Job) -> BlockQuantizer:
@@ -341,7 +350,10 @@ class Run:
             return GPTQQuantizer(settings.gptq, settings.optimized_start, settings.scale_dtype)
         return RTNQuantizer(settings.algorithm, settings.scale_dtype)
 
-    def _quantize(self, job: Job, outputs: Sequence[OutputWriter], journal: RunJournal | None = None) -> RunResult:
+    def _quantize(
+        self, job: Job, files: Sequence[FileOutput] = (), journal: RunJournal | None = None,
+        layer_store: MemoryWriter | None = None,
+    ) -> RunResult:  # fmt: skip
         settings, source = self.settings, self.source
         started = time.monotonic()
         for note in job.notes:
@@ -366,10 +378,14 @@ class Run:
             if not settings.verify:
                 smoke_ids = smoke_sample = None
             if journal is not None:
-                journal.open(data_fingerprint(data, smoke_ids, calibration), source)
+                journal.open(data_fingerprint(data, smoke_ids, calibration), source, files)
                 if journal.finished:
                     logger.info("%s", resume_message(journal.finished, len(job.blocks)))
+            else:
+                for output in files:
+                    output.begin()
             captured = time.monotonic()
+            outputs: list[OutputWriter] = [*files, *([] if layer_store is None else [layer_store])]
             state = RunState(
                 self._quantizer(job), outputs, settings.device, compute_dtype(settings, source), settings.seed,
                 calibration, smoke_sample,
@@ -392,8 +408,7 @@ class Run:
             self._run_state = state
             with deterministic_algorithms(settings.enable_deterministic_algorithms):
                 quantize_blocks(job, source, state, progress)
-                non_block = self._finish_non_block(job, state, progress)
-                loss = smoke_loss(source, state, non_block)
+                loss = self._finish_non_block(job, state, progress)
                 if not source.lazy:
                     attach_activation_hooks(source.model, state.activations)
             if settings.save_imatrix is not None:
@@ -419,26 +434,25 @@ class Run:
         done = time.monotonic()
         seconds = {"calibration": captured - started, "quantization": done - captured}
         described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
-        return RunResult(state, non_block, loss, smoke_ids, described, seconds)
+        return RunResult(state, loss, smoke_ids, described, seconds)
 
-    def _finish_non_block(self, job: Job, state: RunState, progress: Progress) -> list[QuantizedLayer]:
-        """Quantize, or restore, the layers outside the blocks, and write all tensors outside the blocks."""
+    def _finish_non_block(self, job: Job, state: RunState, progress: Progress) -> float | None:
+        """Quantize the layers outside the blocks, and write all tensors outside the blocks, unless an interrupted run
+        has done that. Returns the loss on the smoke sample."""
         progress.message("layers outside the blocks")
         if state.journal is not None and state.journal.finished > len(job.blocks):
-            non_block = list(restore_unit(state, len(job.blocks)).layers)
-        else:
-            optimized = self.settings.needs_data and self.settings.optimized_start
-            algorithm = self.settings.algorithm
-            steps = algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
-            non_block = quantize_non_block(job, self.source, state, optimized, self.settings.scale_dtype, steps)
-            if state.journal is not None and non_block:
-                names = [layer.name for layer in non_block if layer.name in state.activations]
-                inputs = {name: state.activations[name] for name in names}
-                unit = Unit(non_block, inputs, state.records[len(job.blocks) :], numerics=state.numerics.state())
-                hidden = {} if state.smoke_hidden is None else {"smoke_sample": state.smoke_hidden}
-                state.journal.add("non_block", unit, non_block_checksum(self.source), hidden)
+            loss = restore_unit(state, len(job.blocks)).loss
+            return None if state.smoke_sample is None else loss
+        optimized = self.settings.needs_data and self.settings.optimized_start
+        algorithm = self.settings.algorithm
+        steps = algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
+        non_block = quantize_non_block(job, self.source, state, optimized, self.settings.scale_dtype, steps)
         write_non_block(self.source, non_block, state.outputs)
-        return non_block
+        loss = smoke_loss(self.source, state, non_block)
+        if state.journal is not None and non_block:
+            unit = Unit(records=state.records[len(job.blocks) :], numerics=state.numerics.state(), loss=loss)
+            state.journal.add("non_block", unit, non_block_checksum(self.source))
+        return loss
 
     def _data(self) -> CalibrationData | None:
         if not self.settings.needs_data:

@@ -50,9 +50,9 @@ from auto_round.run.block_layers import (
     share_global_scales,
     with_loaded_weights,
 )
+from auto_round.run.expert_layers import LayersPerExpert, StoredLayers, store_layer
 from auto_round.run.plan import Job
 from auto_round.run.streams import samples_in_pass
-from auto_round.run.unit_state import LayersPerExpert, StoredLayer, StoredLayers
 
 MIN_TOKENS = 32  # tokens to tune an expert: one sixteenth is held out, and fewer than two tokens say nothing
 _SEED_STEP = 1_000_003
@@ -232,21 +232,21 @@ class PerExpertTuner:
         self._buffers.buffer("targets", self._fed(), (most, self._module.hidden_dim), task.compute_dtype)
         tokens = tokens if counted is None else int(counted.sum())
         before, after = made.loss_before or 0.0, made.loss_after or 0.0
-        stored: dict[str, StoredLayer] = {}
+        stored: dict[str, QuantizedLayer] = {}
         for number in range(self._module.num_experts):
             name = f"{self._experts.block}.{self._inside}.{number}"
             own = [layer for layer in task.layers if expert_of(layer.name) == name]
             if own:
                 one = replace(rest, name=name, layers=own, loss_mask=None, seed=expert_seed(task.seed, number))
                 result = self._quantize(number, one, *routing.expert(number, most))
-                stored |= {layer.name: StoredLayer.of(layer, self._buffers.codes) for layer in result.layers}
+                stored |= {layer.name: store_layer(layer, self._buffers.codes) for layer in result.layers}
                 share = routing.count(number) / max(1, tokens)
                 before += share * (result.loss_before or 0.0)
                 after += share * (result.loss_after or 0.0)
                 del one, result
                 self._between()
         held = {layer.name: layer for layer in made.layers}
-        layers = StoredLayers([layer.name for layer in task.layers], held, stored, self._experts.device)
+        layers = StoredLayers([layer.name for layer in task.layers], held, stored)
         return BlockResult(layers, before, after, self._inner.config.iters)
 
     def _record(self) -> TokenRows:

@@ -373,6 +373,20 @@ class TensorAssembler:
         self._open: dict[str, tuple[torch.Tensor, int]] = {}
         self._whole: dict[str, torch.Tensor] = {}
 
+    def state(self) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+        """Number of missing parts of every incomplete tensor, and copies of the tensors."""
+        missing = {name: parts for name, (_, parts) in self._open.items()} | dict.fromkeys(self._whole, 0)
+        tensors = {name: whole for name, (whole, _) in self._open.items()} | self._whole
+        return missing, {f"open.{name}": tensor.clone() for name, tensor in tensors.items()}
+
+    def restore(self, missing: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue with a `state`."""
+        for name, parts in missing.items():
+            if parts:
+                self._open[name] = tensors[f"open.{name}"], parts
+            else:
+                self._whole[name] = tensors[f"open.{name}"]
+
     def add(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Stored name and data of every tensor that is complete with this one."""
         target = self.layout.targets.get(name)

@@ -10,22 +10,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from auto_round import envs
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import VerifyError
+from auto_round.files import file_sha256, write_json, write_text
 from auto_round.formats.base import OutputFormat
 from auto_round.logger import logger
 from auto_round.modeling.config import causal_class, source_config, untied, with_both_rope_spellings, with_dtype
 from auto_round.modeling.files.folder import copy_side_files
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.source import ModelSource
-from auto_round.output.staging import LOCK, Staging, sync_and_hash
+from auto_round.output.staging import LOCK, sync_and_hash
 from auto_round.output.verify import check_tokenizer
-from auto_round.output.writer import file_sha256, write_json, write_text
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
 from auto_round.report.model_card import ModelCard, display_name, write_model_card
 from auto_round.report.run_report import FILE_NAME as REPORT
@@ -40,18 +40,14 @@ from auto_round.run.recipe_file import write_recipe
 from auto_round.run.reopen import Expected, verify_folder
 from auto_round.run.resume import RunJournal
 from auto_round.run.settings import Settings
-from auto_round.run.writers import FolderWriter
-
-if TYPE_CHECKING:
-    from auto_round.run.gguf_output import GgufFileWriter
+from auto_round.run.writers import FileOutput, FolderWriter
 
 
 @dataclass
 class RunResult:
-    """Results of a run besides its blocks: final state, layers outside the blocks, and the loss on the smoke sample."""
+    """Results of a run besides its layers: final state, and the loss on the smoke sample."""
 
     state: RunState
-    non_block: list[QuantizedLayer]
     loss: float | None
     smoke_sample: list[dict[str, torch.Tensor]] | None
     data: str | None
@@ -71,27 +67,25 @@ class OutputContext:
     shard: int | str = "5GB"
 
 
-def finalize(
-    made: OutputContext, output: FolderWriter | GgufFileWriter, stage: Staging, journal: RunJournal | None,
-    stale: Iterable[str] = (),
-) -> None:  # fmt: skip
+def finalize(made: OutputContext, output: FileOutput, journal: RunJournal | None, stale: Iterable[str] = ()) -> None:
     """Complete one folder, verify it, and publish it in place of the `stale` files of an earlier run.
 
     Raises VerifyError when the files differ from the quantized model; they then remain in the staging folder.
     """
+    stage, digests = output.stage, output.writer.sha256
     try:
         verified = _complete_folder(made, output) if isinstance(output, FolderWriter) else _complete_file(made, output)
         finished, state = made.finished, made.finished.state
         write_recipe(output.folder, made.settings, made.job, made.shard)
         write_records(
-            output.folder, made.job, made.settings, output.format, state.records, finished.seconds, output.digests(),
+            output.folder, made.job, made.settings, output.format, state.records, finished.seconds, digests,
             verified, finished.data, state.nearest | dict.fromkeys(state.unreached, _UNREACHED),
             state.numerics, made.made_from,
         )  # fmt: skip
     except VerifyError:
         stage.retain = True
         raise
-    files = sync_and_hash(stage.path, output.digests())
+    files = sync_and_hash(stage.path, digests)
     if journal is not None:
         journal.complete(output.format.name, files)
     stage.publish(files, stale)
@@ -107,9 +101,10 @@ def _complete_folder(made: OutputContext, output: FolderWriter) -> Mapping[str, 
     if not settings.verify:
         return None
     started = time.monotonic()
+    quantizes_inputs = any(plan.scheme.activations is not None for plan in job.quantized().values())
     expected = Expected(
         with_cache_scales(output.layout.tensors, fmt, job.cache), output.expected, output.dense, finished.smoke_sample,
-        finished.loss if fmt.stores_activation_scheme or not finished.state.activations else None,
+        finished.loss if fmt.stores_activation_scheme or not quantizes_inputs else None,
         settings.device, finished.state.dtype, settings.trust_remote_code,
         None if fmt.loadable_here else _reader(job, fmt, output.layout), fmt.casts_to_model_dtype, source.checks_finite,
         config_values(source, job, fmt, settings.trust_remote_code), streams_experts(job), source.bounded,
@@ -124,11 +119,13 @@ def _complete_folder(made: OutputContext, output: FolderWriter) -> Mapping[str, 
     return verified
 
 
-def _complete_file(made: OutputContext, output: GgufFileWriter) -> Mapping[str, Any] | None:
+def _complete_file(made: OutputContext, output: FileOutput) -> Mapping[str, Any] | None:
     """Verify a GGUF file, which contains its tokenizer."""
     if not made.settings.verify:
         return None
-    from auto_round.run.gguf_output import verify_file
+    from auto_round.run.gguf_output import GgufFileWriter, verify_file
+
+    assert isinstance(output, GgufFileWriter)
 
     started = time.monotonic()
     verified = verify_file(output, made.job, made.source)
@@ -153,9 +150,9 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat,
     """Write the files of `config_values`; config.json keeps the key order of the source."""
     for name, values in config_values(source, job, fmt, trusted).items():
         if name == "config.json":
-            write_text(folder, name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+            write_text(folder / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         else:
-            write_json(folder, name, values)
+            write_json(folder / name, values)
 
 
 def config_values(source: ModelSource, job: Job, fmt: OutputFormat, trusted: bool) -> dict[str, Any]:
@@ -184,7 +181,7 @@ def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trust_re
         tokenizer.save_pretrained(folder)
     generation = getattr(source.model, "generation_config", None)
     if generation is not None and not (folder / "generation_config.json").exists():
-        write_text(folder, "generation_config.json", generation.to_json_string())
+        write_text(folder / "generation_config.json", generation.to_json_string())
 
 
 _UNREACHED = "no calibration token reached it: rounded by its weights alone"

@@ -19,11 +19,11 @@ from auto_round.calib_dataset import parse_dataset_string, prepare_calibration
 from auto_round.calibration.data.spec import BY_PROGRAM, DATASETS
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.errors import AutoRoundError
+from auto_round.files import bytes_of
 from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import ModelSource, direct_tensors
 from auto_round.output.folders import is_verified, recorded_inputs
 from auto_round.output.verify import shorten
-from auto_round.output.writer import bytes_of
 from auto_round.plugins import loaded_plugins
 from auto_round.run.plan import Job
 from auto_round.run.settings import Settings

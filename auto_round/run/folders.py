@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.errors import OutputError
 from auto_round.formats.base import OutputFormat
 from auto_round.logger import logger
-from auto_round.output.folders import PARTIAL, ensure_output_folder, inspect_folder, subfolder_name
+from auto_round.output.folders import PARTIAL, ensure_output_folder, free_bytes, inspect_folder, subfolder_name
 from auto_round.run.gguf import gguf_format
 from auto_round.run.journal import Journal, journal_folder
 from auto_round.run.plan import Job
 from auto_round.run.resume import RunJournal
 from auto_round.run.settings import Settings
-from auto_round.run.unit_state import check_journal_disk
 from auto_round.schemes import normalize_preset_name
 
 GGUF = "gguf:"
 _DEFAULT_SCHEME = "W4A16"
+_GB = 1e9
 
 
 def default_format(settings: Settings) -> str:
@@ -68,6 +70,51 @@ def output_bytes(job: Job) -> int:
     return int(sum(job.bytes_on_disk.values()) * 1.02) + (1 << 20)
 
 
+def missing_bytes(job: Job, root: Path) -> int:
+    """Disk space that the output still needs: an interrupted run has left a part of it."""
+    parts = [root / PARTIAL, *(root.glob(f"*/{PARTIAL}") if root.is_dir() else ())]
+    stats = [path.stat() for part in parts for path in part.rglob("*") if path.is_file()]
+    # A GGUF file has its whole size from the start, but takes no space where nothing is written.
+    present = sum(stat.st_size if os.name == "nt" else stat.st_blocks * 512 for stat in stats)
+    return max(0, output_bytes(job) - present)
+
+
+def journal_bytes(settings: Settings, width: int, itemsize: int) -> int:
+    """Largest size of a run's journal: the activations twice, since the new ones are written before the old ones are
+    removed; the rest is small.
+
+    Args:
+        width: of the hidden states.
+        itemsize: bytes per value of the hidden states.
+    """
+    if not settings.needs_data:
+        return 0
+    algorithm = settings.algorithm
+    streams = 2 if isinstance(algorithm, SignRoundConfig) and algorithm.enable_quanted_input else 1
+    return 2 * streams * settings.nsamples * settings.seqlen * width * itemsize
+
+
+def _check_journal_disk(folder: Path, output: Path, needed: int, output_needed: int) -> None:
+    """Raise OutputError when the disk of the work space has less than `needed` bytes for the journal, plus
+    `output_needed` if the output folder is on the same disk."""
+    free = free_bytes(folder)
+    shared = _device(folder) == _device(output)
+    if free < needed + (output_needed if shared else 0):
+        besides = f" besides {output_needed / _GB:.2f} GB for the output folder" if shared else ""
+        raise OutputError(
+            f"the journal in {folder.parent} needs {needed / _GB:.2f} GB{besides}, and its disk has "
+            f"{free / _GB:.2f} GB free; set AR_WORK_SPACE to a folder on another disk, or do without a journal "
+            "(--no_resume)"
+        )
+
+
+def _device(path: Path) -> int:
+    path = path.expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
+
+
 def check_folders(
     job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: RunJournal | None,
     siblings: Sequence[str],
@@ -80,7 +127,7 @@ def check_folders(
     if journal is not None:
         before = journal.journal
         left = max(0, job.journal_bytes - before.nbytes())
-        check_journal_disk(before.folder, root, left, output_bytes(job))
+        _check_journal_disk(before.folder, root, left, missing_bytes(job, root))
     else:
         before = Journal(journal_folder(root))
         with suppress(OutputError):

@@ -24,38 +24,52 @@ from auto_round.gguf.reader import GgufTensors
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource, check_finite
 from auto_round.output.gguf_writer import GgufFile, TypedValue
+from auto_round.output.staging import Staging
 from auto_round.output.verify import dense_digest, layer_digest
+from auto_round.output.writer import Records
 from auto_round.run.gguf import weight_name
 from auto_round.run.plan import Job
 from auto_round.run.settings import Settings
+from auto_round.run.writers import FileOutput, Mark
 
 
-class GgufFileWriter:
+class GgufFileWriter(FileOutput):
     """Packs layers and writes them with the other tensors into one GGUF file, in any order.
 
     Attributes:
-        expected: `layer_digest` by layer, for verification.
-        dense: (name, placement, rows, digest) of every other tensor.
+        dense: [source tensor, tensor, slot, first row, rows, digest] of every part that is not of a quantized layer, by
+            its place in the file.
     """
 
+    writer: GgufFile
+
     def __init__(
-        self, fmt: OutputFormat, folder: Path, file_name: str, plan: GgufPlan, source: ModelSource, optimized: bool,
+        self, fmt: OutputFormat, stage: Staging, file_name: str, plan: GgufPlan, source: ModelSource, optimized: bool,
         transposed: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         """`optimized`: search the scales of embeddings. `transposed`: source tensors stored as [in, out]."""
-        self.format, self.folder, self.plan, self.path = fmt, folder, plan, folder / file_name
-        self._optimized, self._source, self._transposed = optimized, source, transposed
+        super().__init__(fmt, stage, source)
+        self.plan, self.path = plan, stage.path / file_name
+        self._optimized, self._transposed = optimized, transposed
         self._written: set[str] = set()
-        values = {pair.key: TypedValue(pair.value, (pair.item_kind or pair.kind).name) for pair in plan.metadata}
+
+    def _open(self, records: Records | None) -> GgufFile:
+        values = {pair.key: TypedValue(pair.value, (pair.item_kind or pair.kind).name) for pair in self.plan.metadata}
         values.pop("general.architecture", None)  # `GgufFile` writes it
-        self.writer = GgufFile(self.path, plan.conversion.arch, values, plan.tensors())
-        self.expected: dict[str, str] = {}
-        self.dense: list[tuple[str, Placement, int, str]] = []
-        for name, tensor in plan.conversion.extras().items():
+        return GgufFile(self.path, self.plan.conversion.arch, values, self.plan.tensors(), records)
+
+    def _start(self) -> None:
+        self.writer, self._written = self._open(None), set()
+        for name, tensor in self.plan.conversion.extras().items():
             self._put(name, tensor, Placement(name))
 
+    def _restore(self, records: Records, marks: Sequence[Mark]) -> None:
+        self.writer = self._open(records)
+        self._written = {weight_name(self.source, name) for name in self.expected}
+        self._written |= {values[0] for values in self.dense.values()}
+
     def layer(self, layer: QuantizedLayer) -> None:
-        name = weight_name(self._source, layer.name)
+        name = weight_name(self.source, layer.name)
         places = self.plan.places[name]
         assert places
         self._written.add(name)
@@ -86,10 +100,6 @@ class GgufFileWriter:
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         assert not made  # refused by the planner
 
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the finished file by name."""
-        return {self.path.name: self.writer.sha256}
-
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         self._written.add(name)
         if name in self._transposed:
@@ -114,21 +124,28 @@ class GgufFileWriter:
         else:
             data = tensor.to(FLOAT_TYPES[kind]).contiguous()
         self._write(place, data)
-        self.dense.append((name, place, data.shape[0], dense_digest(data)))
+        key = f"{place.tensor} {place.slot} {place.at_row}"
+        self.dense[key] = [name, place.tensor, place.slot, place.at_row, data.shape[0], dense_digest(data)]
 
     def _write(self, place: Placement, data: torch.Tensor) -> None:
         self.writer.write(place.tensor, data, first_row=place.at_row, slot=place.slot)
 
 
+def gguf_file_name(job: Job) -> str:
+    """Name of a job's GGUF file."""
+    assert job.gguf is not None
+    base_name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(job.model.rstrip("/\\")).name or "model")
+    return f"{base_name}-{job.gguf.size_label}-{job.gguf.file_type.upper()}.gguf"
+
+
 def make_gguf_writer(
-    job: Job, fmt: OutputFormat, folder: Path, source: ModelSource, settings: Settings
+    job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, settings: Settings
 ) -> GgufFileWriter:
     """The writer of a job's GGUF file."""
     assert job.gguf is not None
     transposed = frozenset(f"{name}.weight" for name, plan in job.layers.items() if plan.transposed)
-    base_name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(job.model.rstrip("/\\")).name or "model")
-    name = f"{base_name}-{job.gguf.size_label}-{job.gguf.file_type.upper()}.gguf"
-    return GgufFileWriter(fmt, folder, name, job.gguf, source, settings.optimized_start, transposed)
+    name = gguf_file_name(job)
+    return GgufFileWriter(fmt, stage, name, job.gguf, source, settings.optimized_start, transposed)
 
 
 def verify_file(output: GgufFileWriter, job: Job, source: ModelSource) -> dict[str, Any]:
@@ -150,18 +167,16 @@ def verify_file(output: GgufFileWriter, job: Job, source: ModelSource) -> dict[s
         data = torch.empty(layer.out_features, kind.row_bytes(layer.in_features), dtype=torch.uint8)
         for place in places:
             order = torch.arange(layer.out_features) if place.rows is None else place.rows
-            data[order] = _stored(file, place, len(order))
+            data[order] = _stored(file, place.tensor, place.slot, place.at_row, len(order))
         read = QuantizedLayer(name, layer.scheme, unpack_blocks(data, kind, layer.in_features))
         if layer_digest(read, False, torch.float32) != digest:
             raise VerifyError(
                 f"{output.path}: {places[0].tensor} does not hold what was tuned for layer {name}; do not use this "
                 "file, and report this"
             )
-    for name, place, rows, digest in output.dense:
-        if dense_digest(_stored(file, place, rows)) != digest:
-            raise VerifyError(
-                f"{output.path}: tensor {place.tensor} is not what was made of {name}; do not use this file"
-            )
+    for name, tensor, slot, at_row, rows, digest in output.dense.values():
+        if dense_digest(_stored(file, tensor, slot, at_row, rows)) != digest:
+            raise VerifyError(f"{output.path}: tensor {tensor} is not what was made of {name}; do not use this file")
     return {"passed": True, "tensors": len(plan.shapes), "layers": len(output.expected), "loss_reopened": None}
 
 
@@ -195,6 +210,6 @@ def _check_infos(plan: GgufPlan, file: GgufTensors) -> None:
         )
 
 
-def _stored(file: GgufTensors, place: Placement, rows: int) -> torch.Tensor:
-    """The rows of a placement in the file."""
-    return file.stored(place.tensor, place.slot)[place.at_row : place.at_row + rows]
+def _stored(file: GgufTensors, tensor: str, slot: int | None, at_row: int, rows: int) -> torch.Tensor:
+    """Rows of a tensor in the file."""
+    return file.stored(tensor, slot)[at_row : at_row + rows]

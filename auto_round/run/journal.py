@@ -2,7 +2,7 @@
 
     run.json                   the run's settings, data, weights and versions
     manifest.json              the valid files among those below, with their sizes and checksums
-    unit-0003.safetensors      the layers of the fourth block (the last one: non-block layers)
+    unit-0003.safetensors      what was written of the fourth block, and its results (the last: non-block layers)
     full-0004.safetensors      the activations that the fifth block takes as input; also quantized-, smoke_sample-
 
 Each file is written under a temporary name, synced to disk and renamed. The manifest is written after all files
@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,51 +26,18 @@ import torch
 from auto_round import envs
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.errors import OutputError
-from auto_round.modeling.files.safetensors import DTYPES, empty_mmap
-from auto_round.output.writer import bytes_of, sync_folder, write_text
+from auto_round.files import DTYPES, add_checksum, bytes_of, safetensors_header, sync_folder, take_checksum, write_text
+from auto_round.modeling.files.safetensors import empty_mmap
+from auto_round.output.writer import damaged_error
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""Names of dtypes in safetensors headers."""
-_ALIGN = 8
-_CHUNK_BYTES = 16 << 20  # of a tensor in memory that is written at a time
+Tensors = Mapping[str, torch.Tensor | DiskTensor]
+_CHUNK_BYTES = 16 << 20  # of a tensor in memory that is written at a time, or of a file that is checked
 _ROWS_BYTES = 1 << 20  # of a tensor in a file that is copied at a time
 _FOLDER_NAME = "resume"
 _RUN, _MANIFEST = "run.json", "manifest.json"
 
 
-def add_checksum(text: str) -> str:
-    """`text` with a line before it that holds its CRC-32."""
-    return f"{zlib.crc32(text.encode()):08x}\n{text}\n"
-
-
-def take_checksum(data: bytes) -> str:
-    """The text that `add_checksum` wrote as `data`. Raises ValueError when the checksum does not match."""
-    head, _, text = data.partition(b"\n")
-    if not text.endswith(b"\n") or f"{zlib.crc32(text[:-1]):08x}".encode() != head:
-        raise ValueError("its bytes are not those that were written")
-    return text[:-1].decode()
-
-
-def safetensors_header(
-    specs: Iterable[tuple[str, Sequence[int], torch.dtype]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int], int]:
-    """Header of a safetensors file with these tensors (name, shape, dtype) in this order, without gaps.
-
-    Returns (the bytes before the tensors, offset of each tensor in the file, size of the file).
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    starts: dict[str, int] = {}
-    end = 0
-    for name, shape, dtype in specs:
-        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // _ALIGN) * _ALIGN)
-    front = len(text).to_bytes(8, "little") + text
-    return front, {name: len(front) + start for name, start in starts.items()}, len(front) + end
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | DiskTensor], metadata: Any = None) -> list[int]:
+def write_tensors(path: Path, tensors: Tensors, metadata: Any = None) -> list[int]:
     """Write a safetensors file atomically, with `metadata` as JSON in its header. Returns its size and CRC-32.
 
     Raises OutputError when the disk is full or cannot be written.
@@ -109,99 +74,53 @@ def _parts(tensor: torch.Tensor | DiskTensor) -> Iterator[torch.Tensor]:
         yield from tensor.detach().contiguous().reshape(-1).split(_CHUNK_BYTES)
 
 
+def read_tensors(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor], Any]:
+    """Tensors and metadata of a file with the size and CRC-32 `mark` that `write_tensors` returned.
+
+    Raises OutputError when it does not match them.
+    """
+    check_file(path, mark)
+    with open(path, "rb") as file:
+        start, header = _read_header(file)
+        metadata = json.loads(header.pop("__metadata__")["metadata"])
+        tensors = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            data = empty_mmap((last - first,), torch.uint8)
+            file.seek(start + first)
+            file.readinto(data.numpy().data)
+            tensors[name] = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors, metadata
+
+
+def read_rows(path: Path, mark: list[int], name: str, into: DiskTensor) -> None:
+    """Copy the tensor `name` of a file row by row. Raises OutputError when the file does not match `mark`."""
+    check_file(path, mark)
+    with open(path, "rb") as file:
+        start, header = _read_header(file)
+        file.seek(start + header[name]["data_offsets"][0])
+        row = torch.empty(into.shape[1:], dtype=into.dtype)
+        for index in range(into.shape[0]):
+            file.readinto(bytes_of(row))
+            into[index] = row
+
+
 def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     """(offset of the first tensor, header) of an open safetensors file."""
     length = int.from_bytes(file.read(8), "little")
     return 8 + length, json.loads(file.read(length))
 
 
-def read_tensors(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor], Any]:
-    """Tensors and metadata of a file with the size and CRC-32 `mark` that `write_tensors` returned.
-
-    Raises OutputError when it does not match them.
-    """
-    data = empty_mmap((mark[0],), torch.uint8)
-    view = data.numpy().data
-    _read(path, mark, lambda at, size: view[at : at + size])
-    start, header = _read_header(BytesIO(view))
-    metadata = json.loads(header.pop("__metadata__")["metadata"])
-    tensors = {}
-    for name, entry in header.items():
-        first, last = (start + offset for offset in entry["data_offsets"])
-        tensors[name] = data[first:last].view(DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors, metadata
-
-
-class _JournalFile:
-    """Read-only storage of `DiskTensor`s in a journal file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self, start: int, into: memoryview) -> None:
-        done = 0
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(start)
-                while done < len(into):
-                    count = file.readinto(into[done : done + _CHUNK_BYTES])
-                    if not count:
-                        raise damaged_error(self.path, "it ends early")
-                    done += count
-        except FileNotFoundError as error:
-            raise damaged_error(self.path, "it is missing") from error
-
-    def write(self, start: int, data: memoryview) -> None:
-        raise OSError(f"{self.path} is only read")
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> DiskTensor:
-        raise OSError(f"{self.path} is only read")
-
-
-def tensors_in_file(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor | DiskTensor], Any]:
-    """`read_tensors` with tensors that are read from the file on access.
-
-    Raises OutputError when the file does not match `mark`.
-    """
-    check_file(path, mark)
-    with open(path, "rb") as handle:
-        start, header = _read_header(handle)
-    metadata = json.loads(header.pop("__metadata__")["metadata"])
-    file = _JournalFile(path)
-    return {
-        name: DiskTensor(file, start + e["data_offsets"][0], torch.Size(e["shape"]), DTYPES[e["dtype"]])
-        for name, e in header.items()
-    }, metadata
-
-
-def read_rows(path: Path, mark: list[int], name: str, into: DiskTensor) -> None:
-    """Copy the tensor `name` of a file row by row. Raises OutputError when the file does not match `mark`."""
-    stored = tensors_in_file(path, mark)[0][name]
-    for row in range(into.shape[0]):
-        into[row] = stored[row]
-
-
 def check_file(path: Path, mark: list[int]) -> None:
-    """Raise OutputError when a file does not match its size and CRC-32. Reads it in chunks."""
-    buffer = memoryview(bytearray(min(mark[0], _CHUNK_BYTES)))
-    _read(path, mark, lambda _, size: buffer[:size])
-
-
-def _read(path: Path, mark: list[int], buffer: Callable[[int, int], memoryview]) -> None:
-    """Read a file in chunks into `buffer(offset, size)`, and compare size and CRC-32."""
+    """Raise OutputError when a file does not match its size and CRC-32."""
     size, crc = mark
+    found = 0
     try:
         if path.stat().st_size != size:
             raise damaged_error(path, f"it has {path.stat().st_size} bytes, not {size}")
-        done = found = 0
-        with open(path, "rb", buffering=0) as file:
-            while done < size:
-                chunk = buffer(done, min(_CHUNK_BYTES, size - done))
-                count = file.readinto(chunk)
-                if not count:
-                    raise damaged_error(path, "it ends early")
-                found = zlib.crc32(chunk[:count], found)
-                done += count
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                found = zlib.crc32(chunk, found)
     except FileNotFoundError as error:
         raise damaged_error(path, "it is missing") from error
     except OSError as error:
@@ -217,14 +136,6 @@ def unwritable_error(path: Path, error: OSError) -> OutputError:
     return OutputError(
         f"cannot write the journal file {path} ({error.strerror or error}); free some space, set AR_WORK_SPACE to "
         "another disk, or do without a journal (--no_resume)"
-    )
-
-
-def damaged_error(path: Path, why: str) -> OutputError:
-    """The error for a damaged journal."""
-    return OutputError(
-        f"the journal of the interrupted run is damaged: {path}: {why}; start anew with --overwrite or --no_resume "
-        "(overwrite=True or resume=False)"
     )
 
 
@@ -293,14 +204,9 @@ class Journal:
         self.run = dict(run)
         self._write(_RUN, self.run)
 
-    def unit(self, index: int, in_file: bool = False) -> tuple[dict[str, torch.Tensor | DiskTensor], Any]:
-        """Tensors and metadata of a finished unit; with `in_file` the tensors are read on access. Raises OutputError
-        when its file is damaged."""
-        path, mark = self.folder / self.units[index]["file"], self.units[index]["mark"]
-        if in_file:
-            return tensors_in_file(path, mark)
-        tensors, metadata = read_tensors(path, mark)
-        return dict(tensors), metadata
+    def unit(self, index: int) -> tuple[dict[str, torch.Tensor], Any]:
+        """Tensors and metadata of a finished unit. Raises OutputError when its file is damaged."""
+        return read_tensors(self.folder / self.units[index]["file"], self.units[index]["mark"])
 
     def _stream_file(self, kind: str) -> tuple[Path, list[int]]:
         if kind not in self.streams:
@@ -316,9 +222,7 @@ class Journal:
         """Copy the hidden states after the last unit into a file, row by row."""
         read_rows(*self._stream_file(kind), "hidden", target)
 
-    def write_unit(
-        self, name: str, tensors: Mapping[str, torch.Tensor | DiskTensor], metadata: Any, weights: int
-    ) -> dict[str, Any]:
+    def write_unit(self, name: str, tensors: Tensors, metadata: Any, weights: int) -> dict[str, Any]:
         """Write the file of the next unit. Its record, which is returned, becomes valid by `commit`."""
         file = f"unit-{len(self.units):04d}.safetensors"
         mark = write_tensors(self.folder / file, tensors, metadata)
@@ -376,7 +280,7 @@ class Journal:
             (self.folder / name).unlink(missing_ok=True)
 
     def _write(self, name: str, value: Any) -> None:
-        write_text(self.folder, name, add_checksum(json.dumps(value)))
+        write_text(self.folder / name, add_checksum(json.dumps(value)))
         self._sync()
 
     def _sync(self) -> None:

@@ -18,10 +18,10 @@ from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import rss_bytes
+from auto_round.run.expert_layers import stored_bytes
 from auto_round.run.plan import LayerPlan
 from auto_round.run.settings import Settings
 from auto_round.run.streams import samples_in_pass
-from auto_round.run.unit_state import stored_bytes
 
 _LIBRARY_GROWTH = 30_000_000  # code and threads that libraries load when the first block runs
 _DEVICE_BUFFERS = 400_000_000  # elementwise passes on a device work on chunks of 16 M weights

@@ -33,7 +33,7 @@ from auto_round.modeling.layer_rules import block_weights, fused_groups, is_rout
 from auto_round.modeling.source import ModelSource
 from auto_round.output.writer import header_entry_bytes
 from auto_round.run.file_layout import plan_files
-from auto_round.run.folders import split_runs
+from auto_round.run.folders import journal_bytes, split_runs
 from auto_round.run.gguf import (
     file_type_schemes,
     gguf_format,
@@ -57,7 +57,6 @@ from auto_round.run.memory import MemoryInputs
 from auto_round.run.memory_policy import choose_storage
 from auto_round.run.plan import CachePlan, Job, LayerPlan, plan_cache
 from auto_round.run.settings import Settings, parse_scale_dtype
-from auto_round.run.unit_state import journal_bytes
 from auto_round.schemes import QuantizationScheme
 
 _MTP = "it belongs to multi-token prediction"
@@ -247,7 +246,7 @@ def make_job(
         },
         memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
         model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
-        journal_bytes(layers, settings, largest(source.config, "hidden_size"), compute.itemsize) if journaled else 0,
+        journal_bytes(settings, largest(source.config, "hidden_size"), compute.itemsize) if journaled else 0,
         memory,
         skipped={weight.name: weight.reason for weight in weights.dense}, **_stored_names(source, layers),
         patterns=tuple(dict.fromkeys(pattern_regex(key) for key in settings.layer_config if key not in layers)),

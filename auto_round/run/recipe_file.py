@@ -11,7 +11,7 @@ from typing import Any
 from auto_round.calib_dataset import DATASETS, parse_dataset_string
 from auto_round.calibration.data.spec import BY_PROGRAM
 from auto_round.config import RECIPE_FILE, MemoryConfig, OutputConfig, QuantConfig
-from auto_round.output.writer import write_text
+from auto_round.files import write_text
 from auto_round.plugins import loaded_plugins
 from auto_round.report.model_card import display_name
 from auto_round.report.run_report import redact_dataset, redact_path, versions
@@ -85,4 +85,4 @@ def recipe_text(config: QuantConfig, settings: Settings) -> str:
 
 def write_recipe(folder: Path, settings: Settings, job: Job, shard: int | str) -> None:
     """Write `recipe.yaml` beside the weights. Raises OutputError when it cannot be written."""
-    write_text(folder, RECIPE_FILE, recipe_text(recipe_of(settings, job, job.formats, shard), settings))
+    write_text(folder / RECIPE_FILE, recipe_text(recipe_of(settings, job, job.formats, shard), settings))

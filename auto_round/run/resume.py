@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from auto_round.run.fingerprint import (
 )
 from auto_round.run.journal import Journal, journal_folder
 from auto_round.run.unit_state import Unit, unit_from_state, unit_state
+from auto_round.run.writers import FileOutput
+
+VERSION = 2
+"""Version of the journal's content."""
 
 
 class Background:
@@ -89,47 +94,57 @@ class RunJournal:
     def __init__(self, output: Path, replace: bool) -> None:
         self.output, self.replace = output, replace
         self.journal = Journal(journal_folder(output))
-        self._fixed: dict[str, Any] = {}
-        self._files: dict[str, list[Any]] = {}
+        self._run: dict[str, Any] = {}
         self._background: Background | None = None
         self._tasks: dict[str, Future[None]] = {}
         self._written: dict[str, list[Any]] = {}
         self._submitted: set[str] = set()
         self._opened = False
-        self.finished = 0
+        self._outputs: list[FileOutput] = []
+        self._units: list[Unit] = []
+
+    @property
+    def finished(self) -> int:
+        return len(self._units)
 
     @property
     def done(self) -> Mapping[str, Mapping[str, str]]:
         """By format, SHA-256 by file name of its complete and checked folder."""
         return self.journal.done
 
-    def check_compatible(self, fixed: Mapping[str, Any], files: Mapping[str, list[Any]]) -> None:
+    def check_compatible(
+        self, fixed: Mapping[str, Any], files: Mapping[str, list[Any]], layout: Mapping[str, Any] | None = None
+    ) -> None:
         """Load the journal and compare it with this run, without writing anything.
 
         Args:
             fixed: `fingerprint`.
             files: `weight_files`.
+            layout: what else decides how the output files are laid out.
 
         Raises:
             ConfigError: the interrupted run differs.
             OutputError: its journal is damaged.
         """
-        self._fixed, self._files = dict(fixed), as_json(files)
+        layout = as_json({**(layout or {}), "version of the journal": VERSION})
+        self._run = {"settings": dict(fixed), "weights": as_json(files), "layout": layout}
         try:
             self.journal.load()
             if self.journal.is_empty:
                 return
             before = self.journal.run
-            found = differences(before.get("settings"), self._fixed) + _other_files(before.get("weights"), self._files)
-            self._raise_if_different(found)
+            found = differences(before.get("layout", {}), layout)
+            found += differences(before.get("settings"), self._run["settings"])
+            self._raise_if_different(found + _other_files(before.get("weights"), self._run["weights"]))
             self.journal.check()
         except (ConfigError, OutputError) as error:
             if not self.replace:
                 raise
             self._start_over(error)
 
-    def open(self, late: Mapping[str, Any], source: ModelSource) -> None:
-        """Open the journal for writing, after comparing data and weights with the interrupted run.
+    def open(self, late: Mapping[str, Any], source: ModelSource, outputs: Sequence[FileOutput]) -> None:
+        """Open the journal for writing, after comparing data and weights with the interrupted run, and begin the
+        outputs, or continue them after the last finished unit.
 
         Weights are compared only if a weight file is not the same file any more.
 
@@ -138,76 +153,84 @@ class RunJournal:
 
         Raises:
             ConfigError: the data or the weights differ.
-            OutputError: the journal cannot be written.
+            OutputError: the journal cannot be written, or the unfinished files are damaged.
         """
-        values = as_json(late)
+        self._run["late"] = as_json(late)
+        self._outputs = list(outputs)
         if not self.journal.is_empty:
             try:
-                before = dict(self.journal.run["late"])
-                if values["smoke_sample"] is None:  # this run does not verify: it needs no smoke sample
-                    before["smoke_sample"] = None
-                found = differences(before, values)
-                if self.journal.run["weights"] != self._files:
-                    found += self._other_weights(source)
-                self._raise_if_different(found)
-            except ConfigError as error:
+                self._raise_if_different(self._late_differences(source))
+                self._units = [unit_from_state(*self.journal.unit(index)) for index in range(len(self.journal.units))]
+                if self._units:
+                    self._begin(outputs)
+            except (ConfigError, OutputError) as error:
                 if not self.replace:
                     raise
                 self._start_over(error)
         if self.journal.is_empty:
-            self.journal.begin({"settings": self._fixed, "weights": self._files, "late": values})
+            self.journal.begin(self._run)
+        if not self._units:
+            self._begin(outputs)
         self.journal.remove_uncommitted()
         self._opened = True
-        self.finished = len(self.journal.units)
         self._background = Background("journal")
 
-    def unit(self, index: int, device: torch.device, in_file: bool = False) -> Unit:
-        """A finished unit; with `in_file` its layers are read on access. Raises OutputError when its file is
-        damaged."""
-        return unit_from_state(*self.journal.unit(index, in_file), device)
+    def _begin(self, outputs: Sequence[FileOutput]) -> None:
+        for output in outputs:
+            output.begin([unit.marks[output.format.name] for unit in self._units])
 
-    def submit_stream(self, kind: str, hidden: torch.Tensor | DiskTensor) -> None:
-        """Start writing a stream after the current unit. Its values must not change before
-        `wait_until_written(kind)`."""
+    def _late_differences(self, source: ModelSource) -> list[str]:
+        """Differences in the data, and in the weights if they may differ."""
+        before = dict(self.journal.run["late"])
+        if self._run["late"]["smoke_sample"] is None:  # this run does not verify: it needs no smoke sample
+            before["smoke_sample"] = None
+        found = differences(before, self._run["late"])
+        if self.journal.run["weights"] != self._run["weights"]:
+            found += self._other_weights(source)
+        return found
+
+    def unit(self, index: int) -> Unit:
+        """A finished unit."""
+        return self._units[index]
+
+    def submit_streams(self, streams: Mapping[str, torch.Tensor | DiskTensor]) -> None:
+        """Start writing streams after the current unit, unless they were submitted already. Their values must not
+        change before `wait_until_written`."""
         assert self._background is not None
 
-        def write() -> None:
+        def write(kind: str, hidden: torch.Tensor | DiskTensor) -> None:
             self._written[kind] = self.journal.write_stream(kind, hidden)
 
-        self._tasks[kind] = self._background.submit(write)
-        self._submitted.add(kind)
+        for kind, hidden in streams.items():
+            if kind not in self._submitted:
+                self._tasks[kind] = self._background.submit(partial(write, kind, hidden))
+                self._submitted.add(kind)
 
-    def add(self, name: str, unit: Unit, weights: int, streams: Mapping[str, torch.Tensor | DiskTensor]) -> None:
-        """Record a finished unit, in the background; it is valid when all of its files are on disk.
+    def add(self, name: str, unit: Unit, weights: int) -> None:
+        """Record a finished unit that was given to the outputs, with the streams submitted for it, in the background.
+        It is valid when all of its files, and its part of the output files, are on disk.
 
-        Args:
-            weights: checksum of its original weights.
-            streams: all hidden states after it by kind. They must not change before `wait_until_written`.
+        `weights`: checksum of its original weights.
 
         Raises OutputError when something could not be written.
         """
         assert self._background is not None
-        unwritten, records = [unit], []  # a list, so that the unit is freed once written
-
-        def write() -> None:
-            records.append(self.journal.write_unit(name, *unit_state(unwritten.pop()), weights))
-
-        kinds = tuple(streams)
+        unit.marks = {output.format.name: output.mark() for output in self._outputs}
+        state = unit_state(unit)
 
         def commit() -> None:
+            for output in self._outputs:
+                output.writer.sync()
+            record = self.journal.write_unit(name, *state, weights)
             written, self._written = self._written, {}
-            self.journal.commit(records[0], {kind: written[kind] for kind in kinds})
+            self.journal.commit(record, written)
 
-        self._tasks["unit"] = self._background.submit(write)
-        for kind in kinds:
-            if kind not in self._submitted:
-                self.submit_stream(kind, streams[kind])
         self._submitted.clear()
         self._background.submit(commit)
 
     def wait_until_written(self, *kinds: str) -> None:
-        """Wait until the journal has written these streams, or "unit", the last unit. Raises OutputError when
-        something could not be written."""
+        """Wait until the journal has written these streams. Raises OutputError when something could not be
+        written."""
         if self._background is not None:
             for task in [self._tasks.pop(kind) for kind in kinds if kind in self._tasks]:
                 self._background.wait(task)
@@ -253,6 +276,7 @@ class RunJournal:
     def _start_over(self, error: Exception) -> None:
         logger.warning("starting anew: %s", error)
         self.journal.remove()
+        self._units = []
 
     def _other_weights(self, source: ModelSource) -> list[str]:
         """Finished units whose weights differ from those that were quantized."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
 
 import torch
 
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.formats.base import OutputFormat
 from auto_round.modeling.source import ModelSource, check_finite
+from auto_round.output.staging import Staging
 from auto_round.output.verify import dense_digest, layer_digest
-from auto_round.output.writer import ShardWriter
+from auto_round.output.writer import AtomicOutput, Records, ShardWriter
 from auto_round.run.file_layout import FileLayout, TensorAssembler
 from auto_round.run.plan import stored_scale
 
 
-class OutputWriter(Protocol):
-    """Receives the results of a run in the model's order."""
+class OutputWriter:
+    """Receives the results of a run in the model's order. This one ignores them."""
 
     def layer(self, layer: QuantizedLayer) -> None:
         """A quantized layer."""
@@ -38,7 +40,7 @@ class OutputWriter(Protocol):
         longer possible."""
 
 
-class MemoryWriter:
+class MemoryWriter(OutputWriter):
     """Stores the quantized layers in memory; everything else is still in the source or the run state."""
 
     def __init__(self) -> None:
@@ -47,39 +49,99 @@ class MemoryWriter:
     def layer(self, layer: QuantizedLayer) -> None:
         self.layers[layer.name] = layer
 
-    def tensors(self, names: Iterable[str], source: ModelSource) -> None:
-        pass
 
-    def spare(self) -> None:
-        pass
+@dataclass(frozen=True)
+class Mark:
+    """What a writer has done since its mark before, so that another one can continue after it.
 
-    def scales(self, made: Mapping[str, torch.Tensor]) -> None:
-        pass
+    Attributes:
+        records: writes to its files.
+        expected, dense: new entries of these attributes of `FileOutput`.
+        missing: number of missing parts of each stacked tensor that is still in memory.
+        tensors: data that is not in the files yet.
+    """
 
-    def leave_unquantized(self, names: Sequence[str], reason: str) -> None:
-        pass
+    records: Records
+    expected: Mapping[str, str]
+    dense: Mapping[str, Any]
+    missing: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class FolderWriter:
+class FileOutput(OutputWriter, ABC):
+    """An output of files in a staging folder, which another run can continue.
+
+    Attributes:
+        folder: the staging folder.
+        writer: of its weight files, once it has begun.
+        expected: `layer_digest` by quantized layer, for verification.
+        dense: what is needed to verify each tensor that is not part of a quantized layer.
+    """
+
+    writer: AtomicOutput
+    expected: dict[str, str]
+    dense: dict[str, Any]
+
+    def __init__(self, fmt: OutputFormat, stage: Staging, source: ModelSource) -> None:
+        self.format, self.stage, self.source = fmt, stage, source
+        self.folder = stage.path
+
+    def begin(self, marks: Sequence[Mark] = ()) -> None:
+        """Begin in an empty folder, or continue after the marks of an interrupted run.
+
+        Raises OutputError when the files do not hold any more what was marked.
+        """
+        self.expected, self.dense = {}, {}
+        for mark in marks:
+            self.expected |= mark.expected
+            self.dense |= mark.dense
+        self._marked = len(self.expected), len(self.dense)
+        if marks:
+            self._restore([record for mark in marks for record in mark.records], marks)
+            self.stage.clear(keep=[file.path.name for file in self.writer.partial])
+        else:
+            self.stage.clear()
+            self._start()
+
+    def mark(self) -> Mark:
+        """What was done since the last mark. It is on disk once `writer.sync` has returned."""
+        expected = dict(islice(self.expected.items(), self._marked[0], None))
+        dense = dict(islice(self.dense.items(), self._marked[1], None))
+        self._marked = len(self.expected), len(self.dense)
+        return Mark(self.writer.take_records(), expected, dense)
+
+    def close(self) -> None:
+        """Close unfinished files and keep them."""
+        if hasattr(self, "writer"):
+            self.writer.close()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Begin in an empty folder."""
+
+    @abstractmethod
+    def _restore(self, records: Records, marks: Sequence[Mark]) -> None:
+        """Continue after all `records` of the marks."""
+
+
+class FolderWriter(FileOutput):
     """Packs layers in one format and writes them with the other tensors into a folder.
 
     Attributes:
         layout: of the files.
-        expected: `layer_digest` by quantized layer, for verification.
         dense: `dense_digest` by stored tensor that is not part of a quantized layer.
     """
 
+    writer: ShardWriter
+
     def __init__(
-        self, fmt: OutputFormat, folder: Path, source: ModelSource, max_shard_size: int | str, layout: FileLayout,
+        self, fmt: OutputFormat, stage: Staging, source: ModelSource, max_shard_size: int | str, layout: FileLayout,
         replan: Callable[[Sequence[str], str], FileLayout] | None = None, header: int | None = None,
     ) -> None:  # fmt: skip
         """`replan`: the layout when more layers are left unquantized. `header`: see `ShardWriter`."""
-        self.format, self.folder, self.source, self._replan = fmt, folder, source, replan
+        super().__init__(fmt, stage, source)
+        self._replan, self._max_shard_size, self._header = replan, max_shard_size, header
         self._assembler = TensorAssembler(layout, source.model)
-        self.writer = ShardWriter(folder, max_shard_size, header=header)
-        self.expected: dict[str, str] = {}
-        self.dense: dict[str, str] = {}
-        self._copied: set[str] = set()
 
     @property
     def layout(self) -> FileLayout:
@@ -115,16 +177,26 @@ class FolderWriter:
         for name, scale in made.items():
             self._add_dense(name, stored_scale(self.format, scale))
 
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the finished files by name."""
-        return self.writer.sha256
+    def mark(self) -> Mark:
+        missing, open_tensors = self._assembler.state()
+        late = {f"late.{name}": tensor for name, tensor in self.writer.take_late().items()}
+        return replace(super().mark(), missing=missing, tensors=late | open_tensors)
+
+    def _start(self) -> None:
+        self.writer = ShardWriter(self.folder, self._max_shard_size, header=self._header)
+        self._assembler = TensorAssembler(self.layout, self.source.model)
+
+    def _restore(self, records: Records, marks: Sequence[Mark]) -> None:
+        self._start()
+        tensors = {name.removeprefix("late."): tensor for mark in marks for name, tensor in mark.tensors.items()}
+        self.writer.restore(records, tensors)
+        self._assembler.restore(marks[-1].missing, marks[-1].tensors)
 
     def _copy(self, keys: Iterable[str]) -> None:
         """Copy checkpoint tensors unchanged, each once."""
         for key in keys:
-            if key in self._copied:
+            if key in self.dense:
                 continue
-            self._copied.add(key)
             tensor = self.source.read_stored(key)
             if self.source.checks_finite:
                 check_finite(key, tensor)

@@ -20,7 +20,7 @@ MOST_LINES = 600
 # A room may import rooms of a lower rank, and itself. Rooms of one rank do not know each other.
 RANKS: dict[str, int] = {
     "_version": 0, "errors": 0,
-    "edits": 1, "envs": 1, "later": 1, "threads": 1,
+    "edits": 1, "envs": 1, "files": 1, "later": 1, "threads": 1,
     "auto_scheme": 2, "logger": 2, "plugins": 2,
     "schemes": 2,
     "codecs": 3, "config": 3, "layer_config": 3, "recipes": 3,

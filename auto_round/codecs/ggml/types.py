@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -185,13 +184,6 @@ class GgmlBlocks(Codes):
     def with_codes(self, codes: torch.Tensor) -> GgmlBlocks:
         """The same scales with other codes."""
         return replace(self, codes=codes)
-
-    def state(self) -> dict[str, Any]:
-        return {"kind": type(self).__name__, "values": {"kind": self.kind.name}}
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> GgmlBlocks:
-        return cls(**{**values, "kind": GGML_TYPES[values["kind"]]})
 
 
 def _over_groups(factor: torch.Tensor, kind: GgmlType) -> torch.Tensor:

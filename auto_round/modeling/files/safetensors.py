@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from auto_round.errors import ModelError
+from auto_round.files import DTYPES
 from auto_round.modeling.files.folder import check_inside, parse_object, read_object
 
 _MAX_HEADER = 100_000_000  # as in the safetensors library
@@ -28,26 +29,6 @@ _COMPARE_AT_ONCE = 1 << 24
 _READ_AHEAD = 256 << 20
 _OWN_PAGES = 1 << 18
 Stored = TypeVar("Stored")
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-}
-if hasattr(torch, "float8_e8m0fnu"):  # newer than the oldest torch supported
-    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 @dataclass(frozen=True)

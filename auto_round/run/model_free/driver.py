@@ -15,6 +15,7 @@ from typing import Any
 
 from auto_round._version import __version__
 from auto_round.errors import ConfigError, ModelError, OutputError, Stopped, UnsupportedError
+from auto_round.files import write_text
 from auto_round.formats.base import OutputFormat
 from auto_round.logger import logger
 from auto_round.modeling.checkpoint import CheckpointSource
@@ -30,7 +31,7 @@ from auto_round.output.folders import (
 )
 from auto_round.output.staging import FolderLock, is_lock_held
 from auto_round.output.verify import check_tokenizer
-from auto_round.output.writer import parse_size, write_text
+from auto_round.output.writer import parse_size
 from auto_round.plugins import loaded_plugins
 from auto_round.report.memory import format_bytes, format_seconds
 from auto_round.report.progress import make_progress
@@ -300,7 +301,7 @@ class ModelFree:
         write_side_files(folder, source, None, self.settings.trust_remote_code)
         write_config(folder, source, job, fmt, self.settings.trust_remote_code)
         if len(layout.shards) > 1:
-            write_text(folder, "model.safetensors.index.json", index_text(layout, processor.work.tensors))
+            write_text(folder / "model.safetensors.index.json", index_text(layout, processor.work.tensors))
         verified = None
         if self.settings.verify:
             recorded = {k: v for i in range(len(layout.shards)) for k, v in journal.digests(i).items()}

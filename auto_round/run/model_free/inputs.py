@@ -16,10 +16,10 @@ from typing import Any
 
 from auto_round import envs
 from auto_round.errors import ModelError, first_line
+from auto_round.files import file_sha256
 from auto_round.logger import logger
 from auto_round.modeling.files.folder import NOT_FETCHED, is_hub_id, model_folder
 from auto_round.modeling.files.safetensors import TensorFiles
-from auto_round.output.writer import file_sha256
 from auto_round.run.fingerprint import input_identity
 from auto_round.run.model_free.units import Unit
 from auto_round.run.settings import Settings

@@ -13,10 +13,9 @@ from typing import Any
 
 from auto_round._version import __version__
 from auto_round.errors import OutputError
-from auto_round.output.folders import PARTIAL, inspect_folder, path_inside
+from auto_round.files import add_checksum, path_inside, sync_folder, take_checksum, write_text
+from auto_round.output.folders import PARTIAL, inspect_folder
 from auto_round.output.staging import ENTRY_FILE, publish_files, sync_and_hash
-from auto_round.output.writer import sync_folder, write_text
-from auto_round.run.journal import add_checksum, take_checksum
 from auto_round.run.model_free.shards import Layout, WriteRecord
 
 FOLDER = ".model_free"
@@ -62,7 +61,7 @@ class Journal:
             self.whole.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.whole} cannot be created ({error.strerror})") from error
-        write_text(self.folder, _MANIFEST, add_checksum(json.dumps(manifest)))
+        write_text(self.folder / _MANIFEST, add_checksum(json.dumps(manifest)))
         sync_folder(self.folder)
 
     def resume_existing(self) -> None:
@@ -86,8 +85,8 @@ class Journal:
         stale = sorted(
             {*inspect_folder(self.output, (PARTIAL, FOLDER)).files, *(self._checked(_STALE) or ())} - {*files}
         )
-        write_text(self.folder, _STALE, add_checksum(json.dumps(stale)))
-        write_text(self.folder, _CHECKED, add_checksum(json.dumps(sorted({name.split("/")[0] for name in files}))))
+        write_text(self.folder / _STALE, add_checksum(json.dumps(stale)))
+        write_text(self.folder / _CHECKED, add_checksum(json.dumps(sorted({name.split("/")[0] for name in files}))))
         sync_folder(self.folder)
         publish_files(self.whole, self.output, files, stale)
 
@@ -143,7 +142,7 @@ class Journal:
 
     def record_digest(self, index: int, digest: str) -> None:
         """Record the SHA-256 of the finished output file `index`."""
-        write_text(self.folder, self._digest_file(index), add_checksum(json.dumps(digest)))
+        write_text(self.folder / self._digest_file(index), add_checksum(json.dumps(digest)))
 
     def has_digest(self, index: int) -> bool:
         """Whether output file `index` is finished and its SHA-256 recorded."""

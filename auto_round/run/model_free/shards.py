@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from auto_round.errors import ConfigError, OutputError, VerifyError
+from auto_round.files import DTYPE_NAMES, bytes_of, safetensors_header, sync_folder
 from auto_round.formats.base import TensorSpecs
-from auto_round.output.writer import bytes_of, sync_folder
-from auto_round.run.journal import DTYPE_NAMES, safetensors_header
 from auto_round.run.model_free.unit_processor import Chunk
 from auto_round.run.model_free.units import Unit, tensor_bytes
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from auto_round.errors import AutoRoundError, OutputError
-from auto_round.output.writer import write_text
+from auto_round.files import write_text
 from auto_round.run.model_free.journal import FAILED, READY, Journal
 from auto_round.run.model_free.shards import FileCheck, Layout, ShardFile, WriteRecord
 from auto_round.run.model_free.unit_processor import UnitProcessor
@@ -251,7 +251,7 @@ def write_failure(folder: Path, rank: int, error: BaseException) -> None:
     """Signal to the other processes that this one failed; the folder is created if process 0 did not yet."""
     with suppress(OSError, OutputError):  # the error may be a full disk
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder, f"{FAILED}{rank:05d}", f"{type(error).__name__}: {error}\n")
+        write_text(folder / f"{FAILED}{rank:05d}", f"{type(error).__name__}: {error}\n")
 
 
 def failures(folder: Path) -> frozenset[tuple[Path, int]]:
@@ -285,7 +285,7 @@ def mark_ready(journal: Journal, rank: int) -> None:
     """
     file = journal.folder / f"{READY}{rank:05d}"
     if not file.is_file() and journal.is_open:
-        write_text(journal.folder, file.name, "")
+        write_text(file, "")
 
 
 def all_ready(journal: Journal, world: int) -> bool:

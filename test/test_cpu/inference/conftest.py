@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
+from auto_round.files import write_json
 from auto_round.formats.base import ExportPlan, get_format
 from auto_round.modeling.blocks import find_blocks, is_conv1d, linear_names, set_weight_2d, weight_2d
-from auto_round.output.writer import ShardWriter, write_json
+from auto_round.output.writer import ShardWriter
 from auto_round.schemes import QuantizationScheme
 
 SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[4] / "shared")
@@ -100,7 +101,7 @@ def write_checkpoint(tmp_path: Path) -> Callable[..., Written]:
         values.pop("quantization_config", None)
         if config is not None:
             values["quantization_config"] = config
-        write_json(folder, "config.json", values)
+        write_json(folder / "config.json", values)
         return Written(folder, model, layers, config or {})
 
     return write

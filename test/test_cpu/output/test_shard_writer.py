@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from auto_round.errors import ConfigError, OutputError
-from auto_round.output import writer as shard_writer
-from auto_round.output.folders import check_disk, ensure_output_folder, free_bytes, path_inside
-from auto_round.output.writer import ShardWriter, file_sha256, parse_size, write_json, write_text
+from auto_round.files import file_sha256, path_inside, write_json
+from auto_round.output.folders import check_disk, ensure_output_folder, free_bytes
+from auto_round.output.writer import ShardWriter, parse_size
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool]
 
@@ -43,9 +43,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-@pytest.mark.parametrize("small", [0, 1 << 23])
-def test_one_shard_is_read_back_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
-    monkeypatch.setattr(shard_writer, "_SMALL", small)  # 0: streamed from the first byte
+def test_one_shard_is_read_back_exactly(tmp_path: Path) -> None:
     tensors = some_tensors()
     with ShardWriter(tmp_path) as writer:
         for name, tensor in tensors.items():
@@ -61,9 +59,7 @@ def test_one_shard_is_read_back_exactly(tmp_path: Path, monkeypatch: pytest.Monk
     assert writer.total_size == sum(t.nbytes for t in tensors.values())
 
 
-@pytest.mark.parametrize("small", [0, 1 << 23])
-def test_several_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
-    monkeypatch.setattr(shard_writer, "_SMALL", small)
+def test_several_shards_and_their_index(tmp_path: Path) -> None:
     tensors = {f"layer.{i}.weight": torch.full((10, 10), float(i)) for i in range(7)}
     tensors["big"] = torch.ones(40, 40)  # larger than a shard: one of its own
     with ShardWriter(tmp_path, max_shard_size=1000) as writer:
@@ -79,8 +75,7 @@ def test_several_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_full_header_starts_a_new_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_writer, "_SMALL", 0)
+def test_a_full_header_starts_a_new_shard(tmp_path: Path) -> None:
     tensors = {f"name.{'x' * 200}.{i}": torch.ones(2) for i in range(600)}
     with ShardWriter(tmp_path, "10MB") as writer:
         for name, tensor in tensors.items():
@@ -93,20 +88,54 @@ def test_a_full_header_starts_a_new_shard(tmp_path: Path, monkeypatch: pytest.Mo
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 9), st.sampled_from(DTYPES)), min_size=1, max_size=12),
-    small=st.sampled_from([0, 1 << 23]), limit=st.integers(1, 200),
+    limit=st.integers(1, 200), cut=st.data(),
 )  # fmt: skip
-def test_any_mixture_of_shapes(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[tuple[int, torch.dtype]], small: int, limit: int
+def test_any_mixture_of_shapes_also_in_two_runs(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[tuple[int, torch.dtype]], limit: int, cut: st.DataObject
 ) -> None:
-    folder = tmp_path_factory.mktemp("shards")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_writer, "_SMALL", small)
-        tensors = {f"t{i}": torch.arange(n).to(dtype) for i, (n, dtype) in enumerate(sizes)}
-        with ShardWriter(folder, limit) as writer:
-            for name, tensor in tensors.items():
-                writer.add(name, tensor)
-    loaded = {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+    """A writer that continues after another one, which went on for a while, gives the same bytes."""
+    whole, folder = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("shards")
+    tensors = {f"t{i}": torch.arange(n).to(dtype) for i, (n, dtype) in enumerate(sizes)}
+    with ShardWriter(whole, limit) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    loaded = {k: v for f in whole.glob("*.safetensors") for k, v in load_file(f).items()}
     assert set(loaded) == set(tensors) and all(same(loaded[n], t) for n, t in tensors.items())
+    marked = cut.draw(st.integers(1, len(tensors)))
+    stopped = cut.draw(st.integers(marked, len(tensors) + 1))  # one more: all its files have their names
+    first = ShardWriter(folder, limit)
+    records, late = [], {}
+    for number, name in enumerate([*tensors][:stopped]):
+        first.add(name, tensors[name])
+        if number < marked:
+            records += first.take_records()
+            late |= first.take_late()
+    if stopped > len(tensors):
+        first.finish()
+    first.close()
+    with ShardWriter(folder, limit) as second:
+        second.restore(records, late)
+        for name in [*tensors][marked:]:
+            second.add(name, tensors[name])
+        for path in {*folder.glob(".*.partial")} - {file.path for file in second.partial}:
+            path.unlink()  # a later shard of the first writer
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "removed"])
+def test_damage_between_two_runs_is_found(tmp_path: Path, how: str) -> None:
+    first = ShardWriter(tmp_path, 300)
+    for i in range(3):
+        first.add(f"t{i}", torch.ones(64))
+    first.close()
+    path = tmp_path / ".model-00002.partial"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data[:-1] if how == "cut" else data)
+    if how == "removed":
+        path.unlink()
+    with pytest.raises(OutputError, match="output of the interrupted run is damaged: .*00002.*--overwrite"):
+        ShardWriter(tmp_path, 300).restore(first.take_records(), {})
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
@@ -120,8 +149,7 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
-def test_nothing_shows_before_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_writer, "_SMALL", 0)
+def test_nothing_shows_before_it_is_whole(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, 300)
     for i in range(5):
         writer.add(f"t{i}", torch.ones(64))
@@ -193,7 +221,7 @@ def test_no_file_outside_the_folder(tmp_path: Path, name: str) -> None:
         ShardWriter(folder, stem=name)
     if name != "sub/model":
         with pytest.raises(OutputError, match="outside"):
-            write_text(folder, name, "x")
+            path_inside(folder, name)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -208,8 +236,8 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_write_json_is_stable(tmp_path: Path) -> None:
-    write_json(tmp_path, "a.json", {"b": 1, "a": [True, None]})
-    write_json(tmp_path, "b.json", {"a": [True, None], "b": 1})
+    write_json(tmp_path / "a.json", {"b": 1, "a": [True, None]})
+    write_json(tmp_path / "b.json", {"a": [True, None], "b": 1})
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from auto_round.errors import OutputError
+from auto_round.files import file_sha256
 from auto_round.output.folders import SWAP, ensure_output_folder
 from auto_round.output.staging import FolderLock, Staging, all_files_present, is_lock_held, sync_and_hash
-from auto_round.output.writer import file_sha256
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights", "extra/notes.txt": b"notes", "README.md": b"card"}
 

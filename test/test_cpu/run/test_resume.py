@@ -15,6 +15,7 @@ import torch
 from auto_round import AutoRound
 from auto_round.errors import ConfigError, ModelError, OutputError, Stopped
 from auto_round.output import staging
+from auto_round.output.writer import PartialFile, ShardWriter
 from auto_round.run import blocks as blockwise
 from auto_round.run import driver as run_module
 from auto_round.run import finalize as deliver_module
@@ -95,7 +96,8 @@ def test_stopped_in_the_last_block(cell: str, run: Runner, stop_at: Any, tmp_pat
     with pytest.raises(Stopped, match="stopped in block 2 of 2; run the same command again to resume"):
         with stop_at(blockwise, "_quantize_block", calls):
             run("out", family, formats, **kwargs)
-    assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/.partial/*"))
+    assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/*.gguf"))
+    assert {path.suffix for path in tmp_path.glob("out/**/.partial/*")} == {".partial"}  # what is finished
     loaded: list[int] = []
     real = blockwise._quantize_block
     with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +137,8 @@ def test_stopped_in_one_way_and_resumed_in_another(
 PHASES = {
     "data": (run_module, "prepare_calibration", 1), "capture": (run_module, "capture_inputs", 1),
     "first block": (blockwise, "_quantize_block", 1), "outside": (run_module, "quantize_non_block", 1),
-    "after the head": (run_module, "smoke_loss", 1), "names": (run_module.FolderWriter, "digests", 1),
+    "after the head": (run_module, "smoke_loss", 1), "names": (ShardWriter, "finish", 1),
+    "second names": (ShardWriter, "finish", 2),
     "side files": (deliver_module, "write_side_files", 1), "config": (deliver_module, "write_config", 2),
     "verify": (deliver_module, "verify_folder", 1), "second verify": (deliver_module, "verify_folder", 2),
     "records": (deliver_module, "write_records", 1), "sync_and_hash": (deliver_module, "sync_and_hash", 2),
@@ -220,7 +223,7 @@ def test_starting_anew(
 
 
 def test_who_removed_the_folder_starts_anew(interrupted: dict[str, Any], run: Runner, tmp_path: Path) -> None:
-    (tmp_path / "out").rmdir()
+    shutil.rmtree(tmp_path / "out")
     changed = {**interrupted, "seed": 7}
     assert tree(run("out", **changed)) == tree(run("whole", **changed))
 
@@ -275,15 +278,16 @@ def test_a_damaged_journal_is_never_used(how: str, run: Runner, stop_at: Any, tm
     names = sorted(path.name for path in journal.iterdir())
     kinds = [name.partition("-")[0] for name in names]
     assert kinds == ["full", "manifest.json", "quantized", "run.json", "smoke_sample", "unit"]
-    kept = tmp_path / "kept"
+    kept, staged = tmp_path / "kept", tmp_path / "staged"
     shutil.copytree(journal, kept)
+    shutil.copytree(tmp_path / "out", staged)
     for name in names:
         damage(journal / name, how)
         if how == "removed" and name.endswith(".json"):  # as if nothing had been finished
             run("out", **TUNED)
             assert tree(tmp_path / "out") == whole
             shutil.rmtree(tmp_path / "out")
-            (tmp_path / "out").mkdir()
+            shutil.copytree(staged, tmp_path / "out")
         else:
             with pytest.raises(OutputError, match=rf"journal of the interrupted run is damaged: .*{name}.*--overwrite"):
                 run("out", **TUNED)
@@ -291,6 +295,53 @@ def test_a_damaged_journal_is_never_used(how: str, run: Runner, stop_at: Any, tm
         shutil.copytree(kept, journal)
     damage(journal / names[0], "flip")
     assert tree(run("out", save={"overwrite": True}, **TUNED)) == whole
+
+
+@pytest.mark.parametrize("formats", ["auto_round", "gguf:q4_0"])
+@pytest.mark.parametrize("how", ["flip", "cut", "removed"])
+def test_a_damaged_output_is_never_used(
+    how: str, formats: str, run: Runner, stop_at: Any, tmp_path: Path, space: Path
+) -> None:
+    kwargs = {"iters": 0} | ({"group_size": None} if "gguf" in formats else {})
+    whole = tree(run("whole", formats=formats, **kwargs))
+    with pytest.raises(Stopped), stop_at(blockwise, "_quantize_block", 2):
+        run("out", formats=formats, **kwargs)
+    (path,) = (tmp_path / "out" / ".partial").iterdir()
+    data = path.read_bytes().rstrip(b"\0")  # a GGUF file has its whole size already
+    path.write_bytes(data)
+    damage(path, how)
+    if how == "flip":
+        path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(OutputError, match=rf"output of the interrupted run is damaged: .*{path.name}.*--overwrite"):
+        run("out", formats=formats, **kwargs)
+    assert tree(run("out", formats=formats, save={"overwrite": True}, **kwargs)) == whole
+    assert not left_in(space)
+
+
+def test_a_shard_that_was_renamed_is_continued(run: Runner, stop_at: Any, tmp_path: Path) -> None:
+    save = {"max_shard_size": "40KB"}
+    whole = tree(run("whole", save=save, **TUNED))
+    with pytest.raises(KeyboardInterrupt), stop_at(PartialFile, "seal", 4):
+        run("out", save=save, **TUNED)
+    assert len(list(tmp_path.glob("out/.partial/*.safetensors"))) == 3
+    assert tree(run("out", save=save, **TUNED)) == whole
+
+
+def test_a_published_folder_that_was_changed_is_named(run: Runner, stop_at: Any, tmp_path: Path) -> None:
+    """Of two formats one is published, and then damaged; its unfinished files are no longer there."""
+    with pytest.raises(KeyboardInterrupt), stop_at(deliver_module, "verify_folder", 2):
+        run("out", formats="auto_round,fake", **TUNED)
+    damage(tmp_path / "out" / "auto-round" / "model.safetensors", "flip")
+    with pytest.raises(OutputError, match="output of the interrupted run is damaged: .*missing.*--overwrite"):
+        run("out", formats="auto_round,fake", **TUNED)
+
+
+def test_a_journal_of_another_version_is_refused(
+    interrupted: dict[str, Any], run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("auto_round.run.resume.VERSION", 3)
+    with pytest.raises(ConfigError, match="version of the journal: 2 then, 3 now"):
+        run("out", **interrupted)
 
 
 def test_an_error_keeps_the_blocks_too(run: Runner, stop_at: Any, tmp_path: Path) -> None:
@@ -316,7 +367,7 @@ def test_what_is_overwritten_stays_until_the_new_is_checked(run: Runner, stop_at
     (tmp_path / "out" / "mine.txt").unlink()
     with pytest.raises(KeyboardInterrupt), stop_at(deliver_module, "verify_folder"):
         run("out", **TUNED, seed=7, save={"overwrite": True, "max_shard_size": "50KB"})
-    assert tree(tmp_path / "out") == old
+    assert {n: data for n, data in tree(tmp_path / "out").items() if not n.startswith(".partial/")} == old
     run("out", **TUNED, seed=7, save={"overwrite": True, "max_shard_size": "50KB"})
     assert tree(tmp_path / "out") == tree(run("whole", **TUNED, seed=7, save={"max_shard_size": "50KB"}))
 

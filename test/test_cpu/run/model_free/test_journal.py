@@ -10,7 +10,7 @@ import pytest
 
 from auto_round import AutoRound
 from auto_round.errors import OutputError
-from auto_round.run.journal import add_checksum, take_checksum
+from auto_round.files import add_checksum, take_checksum
 from auto_round.run.model_free.journal import FOLDER, Journal
 
 
