@@ -34,7 +34,7 @@ from auto_round.run.journal import Journal
 from auto_round.run.resume import RunJournal
 
 MAIN = (
-    "check_compatible", "open", "submit_stream", "add", "wait_until_written", "wait", "complete", "finish", "close",
+    "check_compatible", "open", "submit_streams", "add", "wait_until_written", "wait", "complete", "finish", "close",
 )  # fmt: skip
 BESIDE = ("write_unit", "write_stream", "commit")
 

@@ -80,8 +80,11 @@ def watch(moment: Moment) -> None:
         for name in names:
             real = getattr(owner, name)
 
-            def watched(*args: Any, _real: Any = real, **kwargs: Any) -> Any:
-                return moment(lambda: _real(*args, **kwargs))
+            def watched(*args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
+                half = None
+                if _name == "pwrite":
+                    half = lambda: _real(args[0], args[1][: len(args[1]) // 2], *args[2:])  # noqa: E731
+                return moment(lambda: _real(*args, **kwargs), half)
 
             setattr(owner, name, watched)
     real_open = builtins.open

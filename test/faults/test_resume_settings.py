@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from auto_round import AutoRound
 from auto_round.errors import ConfigError, OutputError, Stopped
+from auto_round.output.gguf_writer import GgufFile
+from auto_round.output.writer import ShardWriter
 from auto_round.run import blocks as blockwise
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -125,3 +127,63 @@ def test_damaged_journal(
         path.write_bytes(data)
     report(record, "journal", found)
     assert quantize("out") == wanted
+
+
+def test_damaged_output(
+    quantize: Quantize, wanted: dict[str, bytes], full: bool, tmp_path: Path, record: Callable[..., None]
+) -> None:
+    """The same in the unfinished shard: behind its header, which is written last, everything counts."""
+    (path,) = (tmp_path / "out" / ".partial").iterdir()
+    data = path.read_bytes()
+    start = len(data) - len(data[8:].lstrip(b"\0"))
+    found: dict[str, list[Outcome]] = {
+        "cut": [judge(truncations(data, len(data), 64 if full else 3), path, lambda: quantize("out"), wanted)],
+        "bit turned over": [
+            judge(flips(data, range(start, len(data)), 200 if full else 3), path, lambda: quantize("out"), wanted)
+        ],
+    }
+    report(record, "unfinished shard", found)
+    path.write_bytes(data)
+    assert quantize("out") == wanted
+
+
+@pytest.mark.parametrize("kind", ["shard", "GGUF file"])
+def test_damaged_output_as_a_writer_sees_it(kind: str, full: bool, tmp_path: Path, record: Callable[..., None]) -> None:
+    """More of that, without a run around it."""
+    tensors = {f"blk.{i}.weight": torch.randn(16, 32, generator=torch.Generator().manual_seed(i)) for i in range(8)}
+    infos = [(name, (16, 32), "F32") for name in tensors]
+
+    def writer(records: Any = None) -> Any:
+        if kind == "GGUF file":
+            return GgufFile(tmp_path / "m.gguf", "llama", {}, infos, records)
+        made = ShardWriter(tmp_path, "5KB")
+        if records is not None:
+            made.restore(records, {})
+        return made
+
+    first = writer()
+    for name, tensor in tensors.items():
+        first.add(name, tensor) if kind == "shard" else first.write(name, tensor)
+    first.close()
+    records = first.take_records()
+    for file in first.partial:
+        data = file.path.read_bytes()
+        where = [at for tensor in tensors.values() for at in range(len(data)) if data.startswith(tobytes(tensor), at)]
+        where = [at + i for at in where for i in range(16 * 32 * 4)]
+        count = len(first.partial)
+        for what, damage in (
+            ("cut", truncations(data, len(data), 64 // count if full else 3)),
+            ("bit turned over", flips(data, where, 1000 // count if full else 3)),
+        ):
+
+            def read() -> Any:
+                again = writer(records)
+                again.close()
+                return "unharmed"
+
+            report(record, f"unfinished {kind} as its writer sees it", {what: [judge(damage, file.path, read, None)]})
+        file.path.write_bytes(data)
+
+
+def tobytes(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
