@@ -36,7 +36,7 @@ def test_report_is_strict_json_with_a_schema_version(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "report.json").mkdir()
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot write"):
         write_report(tmp_path, make_report())
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
