@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +13,26 @@ from auto_round import envs
 from auto_round.config import QuantConfig, read_recipe
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.files import write_text
-from auto_round.formats.base import OutputFormat, parse_formats
+from auto_round.formats.base import parse_formats
 from auto_round.later import DIFFUSION
 from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
 from auto_round.output.folders import check_file
 from auto_round.plugins import load_plugins
-from auto_round.run.driver import Run
-from auto_round.run.folders import default_format, split_runs
 from auto_round.run.keywords import resolve_settings
 from auto_round.run.model_free.driver import open_model_free
 from auto_round.run.planner import check_before_opening
 from auto_round.run.recipe_file import recipe_of, recipe_text
+from auto_round.run.runs import Runs
 from auto_round.run.saving import Saving
 from auto_round.run.settings import Settings
-from auto_round.run.settings_view import SettingsView, job_fields
 from auto_round.schemes import QuantizationScheme
 
 if TYPE_CHECKING:
     from auto_round.run.plan import Job
 
 
-class AutoRound(Saving, SettingsView):
+class AutoRound(Saving):
     """Quantizes a causal language model.
 
     Args:
@@ -118,13 +115,15 @@ class AutoRound(Saving, SettingsView):
         self._named_formats = None if formats is None else parse_formats(formats)
         check_before_opening(self.settings, self._named_formats)
         self._layers_seen = None
-        Saving.__init__(self)
-        self._free = open_model_free(model, self.settings)
-        if self._free is not None:
-            self.tokenizer = tokenizer
+        super().__init__()
+        free = open_model_free(model, self.settings)
+        self.tokenizer = tokenizer
+        if free is not None:
+            self._runs = free
             return
-        self._source = _open_model(model, self.settings)
-        self.tokenizer = tokenizer if tokenizer is not None else self._load_tokenizer()
+        source = _open_model(model, self.settings)
+        self.tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(source, self.settings)
+        self._runs = Runs(source, self.settings, self.tokenizer)
 
     @classmethod
     def from_recipe(
@@ -177,54 +176,26 @@ class AutoRound(Saving, SettingsView):
 
     def plans(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> list[Job]:
         """The plans of all runs: one run for each GGUF format, and one for all other formats."""
-        strict = replace(self.settings, strict=self.settings.strict is not False)
-        if self._free is not None:
-            return [replace(self._free, settings=strict).plan(self._formats(format), output_dir)]
-        runs = split_runs(strict, self._formats(format))
-        return [
-            Run(self._source, settings, self.tokenizer).checked_plan(formats, output_dir) for settings, formats in runs
-        ]
+        return self._runs.plans(self._formats(format), output_dir)
 
-    def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
-        if given is not None or self._named_formats is None:
-            self._named_formats = parse_formats(default_format(self.settings) if given is None else given)
-        return list(self._named_formats)
 
-    def _planned(self) -> Job:
-        return self._planned_for(self._named_formats)
+def _load_tokenizer(source: ModelSource, settings: Settings) -> Any:
+    folder = getattr(source, "folder", None)
+    name = folder if folder is not None else source.name_or_path
+    if folder is None and not Path(str(name)).is_dir():
+        return None
+    from transformers import AutoTokenizer
 
-    def _layer_fields_getter(self) -> Callable[[], Mapping[str, Mapping[str, Any]]]:
-        formats = self._named_formats
-        return lambda: job_fields(self._planned_for(formats), self.settings)
-
-    def _layer_fields_now(self) -> Mapping[str, Mapping[str, Any]]:
-        return self._layer_config()
-
-    def _planned_for(self, formats: Sequence[OutputFormat] | None) -> Job:
-        if self._free is not None:
-            return self._free.plan(formats if formats is not None else parse_formats(default_format(self.settings)))
-        if formats is None:
-            return self._run().memory_plan()
-        settings, group = split_runs(self.settings, formats, quiet=True)[0]
-        return Run(self._source, settings, self.tokenizer).plan(group)
-
-    def _load_tokenizer(self) -> Any:
-        folder = getattr(self._source, "folder", None)
-        name = folder if folder is not None else self._source.name_or_path
-        if folder is None and not Path(str(name)).is_dir():
-            return None
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=self.settings.trust_remote_code)
-        except Exception as error:  # tokenizers raise errors of any type
-            dataset = self.settings.dataset
-            if self.settings.needs_data and (dataset is None or isinstance(dataset, str)):
-                raise ModelError(
-                    f"the tokenizer in {name} cannot be read ({error}); give tokenizer=..., or token ids as dataset"
-                ) from error
-            logger.warning("the tokenizer in %s cannot be read; continuing without it", name)
-            return None
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:  # tokenizers raise errors of any type
+        dataset = settings.dataset
+        if settings.needs_data and (dataset is None or isinstance(dataset, str)):
+            raise ModelError(
+                f"the tokenizer in {name} cannot be read ({error}); give tokenizer=..., or token ids as dataset"
+            ) from error
+        logger.warning("the tokenizer in %s cannot be read; continuing without it", name)
+        return None
 
 
 def _refuse_diffusion_pipeline(model: Any) -> None:

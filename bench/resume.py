@@ -29,12 +29,12 @@ from typing import Any
 from vs_peer import machine
 
 from auto_round import AutoRound
-from auto_round.run import blocks as blockwise
 from auto_round.run.journal import Journal
 from auto_round.run.resume import RunJournal
 
 MAIN = (
-    "check_compatible", "open", "submit_streams", "add", "wait_until_written", "wait", "complete", "finish", "close",
+    "check_compatible", "open", "checksum", "submit_streams", "add", "wait_until_written", "wait", "complete", "finish",
+    "close",
 )  # fmt: skip
 BESIDE = ("write_unit", "write_stream", "commit")
 
@@ -79,7 +79,7 @@ def watched() -> Iterator[dict[str, float]]:
 
         setattr(owner, name, timed)
 
-    for owner, names in ((RunJournal, MAIN), (Journal, BESIDE), (blockwise, ("block_checksum",))):
+    for owner, names in ((RunJournal, MAIN), (Journal, BESIDE)):
         for name in names:
             patch(owner, name)
     try:

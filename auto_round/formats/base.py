@@ -159,6 +159,9 @@ class OutputFormat(ABC):
     # Whether the loader of `auto_round.inference` opens the files; saved files are then verified by opening them.
     # Layers of other formats are verified with `unpack_layer`.
     loadable_here: ClassVar[bool] = True
+    # Whether Transformers opens the files, and whether PyTorch has layers that run the packed weights.
+    opens_in_transformers: ClassVar[bool] = True
+    has_packed_layers: ClassVar[bool] = True
     # Runtimes that read the files and fuse layers (q, k and v; gate and up; experts) into one matrix.
     fusing_runtimes: ClassVar[tuple[str, ...]] = ("vLLM", "SGLang")
     # Dtype of the scales in the file; None where none are stored.

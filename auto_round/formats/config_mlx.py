@@ -166,6 +166,7 @@ class MlxFormat(_MlxTensors):
     """A folder that mlx-lm opens: its tensor names, stacked experts and rotary keys."""
 
     loadable_here: ClassVar[bool] = False
+    opens_in_transformers: ClassVar[bool] = False
     checkpoint_names: ClassVar[bool] = False
     config_files: ClassVar[tuple[str, ...]] = ()
 

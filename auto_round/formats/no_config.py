@@ -22,6 +22,8 @@ class GgufFormat(OutputFormat):
     """A GGUF file of one file type; `GgufPlan` decides the type of each tensor."""
 
     loadable_here: ClassVar[bool] = False
+    opens_in_transformers: ClassVar[bool] = False
+    has_packed_layers: ClassVar[bool] = False
     checkpoint_names: ClassVar[bool] = False
     fusing_runtimes: ClassVar[tuple[str, ...]] = ()
     scale_dtype: ClassVar[torch.dtype | None] = None  # part of the blocks
@@ -81,6 +83,7 @@ for _file_type in FILE_TYPES:
 class FakeFormat(OutputFormat):
     """Dequantized weights of any scheme, without quantization of activations."""
 
+    has_packed_layers: ClassVar[bool] = False
     scale_dtype: ClassVar[torch.dtype | None] = None
     casts_to_model_dtype: ClassVar[bool] = True
     stores_activation_scheme: ClassVar[bool] = False

@@ -141,6 +141,16 @@ class CheckpointSource(ModelSource):
         source._edits = self._edits
         return source
 
+    def copy(self) -> CheckpointSource:
+        return self
+
+    def assemble(self, install: Callable[[nn.Module, str], None]) -> nn.Module:
+        source = self.reopen()
+        for name in [*source.blocks, *source.non_block_module_names()]:
+            source.load(name)
+            install(source.model, name)
+        return source.model.eval()
+
     def load(self, name: str, device: Device | None = None) -> nn.Module:
         where = torch.device(device or "cpu")
         shared: dict[Origin, dict[str, torch.Tensor]] = {}

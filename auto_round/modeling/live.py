@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +74,12 @@ class LiveSource(ModelSource):
 
     def read(self, tensor_name: str) -> torch.Tensor:
         return self._tensor(tensor_name).detach().cpu()
+
+    def assemble(self, install: Callable[[nn.Module, str], None]) -> nn.Module:
+        return self.model
+
+    def copy(self) -> LiveSource:
+        return LiveSource(copy.deepcopy(self.model))
 
     def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         tensor = self._tensor(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -94,16 +94,13 @@ def output_head(model: nn.Module) -> nn.Module | None:
 @contextmanager
 def block_loaded(source: ModelSource, name: str, device: torch.device, stream_experts: bool = False) -> Iterator[None]:
     """Load a block while the context is open; with `stream_experts`, each expert only while it is called."""
-    streamer = ExpertStreamer(source, name, device) if stream_experts else None
+    loader = block_loader(source, name, device, None, stream_experts)
     try:
-        if streamer is None:
-            source.load(name, device)
-        else:
-            streamer.load_non_experts()
-        with nullcontext() if streamer is None else streamer.running():
+        loader.load()
+        with loader.running():
             yield
     finally:
-        source.release(name)
+        loader.release()
 
 
 def check_not_meta(value: Any, where: str, source: ModelSource) -> None:
@@ -135,33 +132,79 @@ def expert_of(name: str) -> str | None:
     return match[1] if match else None
 
 
-class ExpertStreamer:
-    """Runs a checkpoint's block whose experts do not fit into memory together: one expert is loaded at a time.
+class BlockLoader:
+    """Loads a block as a whole, and releases it.
 
     Args:
-        source: the checkpoint.
+        source: the model.
         block: name of the block.
         device, dtype: of the matrix products; None leaves weights in the model's dtype.
+
+    Attributes:
+        streams_experts: its experts are read when they are called.
     """
+
+    streams_experts = False
 
     def __init__(self, source: ModelSource, block: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.source, self.block, self.device, self.dtype = source, block, device, dtype
-        self._module = source.model.get_submodule(block)
+        self.module = source.model.get_submodule(block)
 
-    def load_non_experts(self) -> nn.Module:
+    def load(self) -> nn.Module:
+        """Load what stays in memory until `release`."""
+        return self.source.load(self.block, self.device)
+
+    def running(self, weights: Weights | None = None) -> AbstractContextManager[None]:
+        """While the context is open, the block can be called.
+
+        `weights`: returns, by the name of an expert that is read when it is called, dense weights [out, in] by layer
+        name that replace its own.
+        """
+        return nullcontext()
+
+    @contextmanager
+    def layer_loaded(self, name: str) -> Iterator[nn.Module]:
+        """The module of a layer, which is in memory while the context is open."""
+        yield self.source.model.get_submodule(name)
+
+    def release(self) -> None:
+        self.source.release(self.block)
+
+
+def block_loader(
+    source: ModelSource, block: str, device: torch.device, dtype: torch.dtype | None, stream_experts: bool
+) -> BlockLoader:
+    """The loader of a block: with `stream_experts`, of its experts one at a time, if it has any."""
+    inside = (f"{block}.{name}." for name, _ in source.model.get_submodule(block).named_modules())
+    kind = ExpertStreamer if stream_experts and any(map(expert_of, inside)) else BlockLoader
+    return kind(source, block, device, dtype)
+
+
+class ExpertStreamer(BlockLoader):
+    """Runs a checkpoint's block whose experts do not fit into memory together: one expert is loaded at a time."""
+
+    streams_experts = True
+
+    def load(self) -> nn.Module:
         """Load everything of the block except its experts."""
-        for name, module in self._module.named_modules():
+        for name, module in self.module.named_modules():
             full = f"{self.block}.{name}" if name else self.block
             if expert_of(f"{full}.") is None and next(direct_tensors(module, persistent=False), None) is not None:
                 self.source.load(full, self.device)
-        return self._module
+        return self.module
+
+    @contextmanager
+    def layer_loaded(self, name: str) -> Iterator[nn.Module]:
+        in_expert = expert_of(name) is not None
+        if in_expert:
+            self.source.load(name, self.device)
+        yield self.source.model.get_submodule(name)
+        if in_expert:
+            self.source.release(name)
 
     @contextmanager
     def running(self, weights: Weights | None = None) -> Iterator[None]:
-        """While the context is open, load an expert when it is called, and release the previous one.
-
-        `weights`: returns, by an expert's name, dense weights [out, in] by layer name that replace its own.
-        """
+        """While the context is open, load an expert when it is called, and release the previous one."""
         loaded: list[str] = []
 
         def release() -> None:
@@ -181,7 +224,7 @@ class ExpertStreamer:
 
         with ExitStack() as stack:
             stack.callback(release)
-            for name, module in self._module.named_modules():
+            for name, module in self.module.named_modules():
                 expert = expert_of(f"{self.block}.{name}.")
                 if expert is not None and next(direct_tensors(module), None) is not None:
                     # Before the hooks that observe the inputs of the layer.

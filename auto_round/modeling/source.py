@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +140,19 @@ class ModelSource(ABC):
     @abstractmethod
     def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype that `read` returns."""
+
+    @abstractmethod
+    def assemble(self, install: Callable[[nn.Module, str], None]) -> nn.Module:
+        """The whole model with all weights in memory.
+
+        A model object is returned as it is. A checkpoint gives a new model; `install(model, name)` is called for each
+        block and each module outside the blocks as soon as it is loaded.
+        """
+
+    @abstractmethod
+    def copy(self) -> ModelSource:
+        """A source that a run may change without changing this one: of a copy of the model object, or the checkpoint
+        itself."""
 
     def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
         """Edit tensors, by state-dict name: those that are loaded now, and every later read of them.

@@ -114,6 +114,13 @@ def activation_of(
     return static_quantizer(wanted, low, high, codec_of(wanted).input_scale_dtype or stored)
 
 
+def input_quantizers(layer: QuantizedLayer) -> list[ActivationQuantizer]:
+    """The quantizer of a quantized layer's inputs, if its scheme has one."""
+    scheme = layer.scheme.activations
+    scales = layer.act_scale, layer.act_zero_point, layer.act_global_scale
+    return [] if scheme is None else [ActivationQuantizer(scheme, *scales)]
+
+
 def share_input_ranges(extremes: MinMaxObserver, schemes: Mapping[str, QuantizationScheme]) -> None:
     """Give layers the same input range when runtimes need one input scale for all of them.
 
@@ -134,12 +141,6 @@ def share_input_ranges(extremes: MinMaxObserver, schemes: Mapping[str, Quantizat
         if found:
             low, high = torch.stack([pair[0] for pair in found]).min(), torch.stack([pair[1] for pair in found]).max()
             extremes.update(dict.fromkeys(group, (low, high)))
-
-
-def attach_activation_hooks(model: torch.nn.Module, activations: Mapping[str, ActivationQuantizer]) -> None:
-    """Make the named layers of an in-memory model quantize their inputs in every forward pass."""
-    for name, quantizer in activations.items():
-        model.get_submodule(name).register_forward_pre_hook(quantizer.hook)
 
 
 def share_global_scales(tasks: Sequence[LayerTask]) -> None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from auto_round.algorithms.base import BlockQuantizer
 from auto_round.algorithms.gptq import GPTQQuantizer
-from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
+from auto_round.algorithms.quantization.rtn.config import RegisteredConfig
 from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
 from auto_round.algorithms.transforms.base import TRANSFORMS
 from auto_round.calib_dataset import CalibrationData, prepare_calibration
-from auto_round.calibration.block_links import ModelDependencies
 from auto_round.calibration.capture import CapturedInputs, capture_inputs
 from auto_round.calibration.disk_store import DiskStore
 from auto_round.codecs.quantized_layer import QuantizedLayer
@@ -41,20 +42,24 @@ from auto_round.output.folders import (
 from auto_round.output.staging import Staging
 from auto_round.report.memory import HeapTrimmer, trim_heap
 from auto_round.report.progress import Progress, make_progress
-from auto_round.run.block_layers import attach_activation_hooks
-from auto_round.run.blocks import RunState, quantize_blocks, restore_unit, write_unit
-from auto_round.run.experts import ExpertBuffers, streams_experts
+from auto_round.run.blocks import RunState, quantize_blocks, write_unit
+from auto_round.run.experts import block_opener, streams_experts
 from auto_round.run.file_layout import FileLayout, plan_files
 from auto_round.run.finalize import OutputContext, RunResult, finalize
-from auto_round.run.fingerprint import fingerprint, is_up_to_date, non_block_checksum, run_digests, weight_files
-from auto_round.run.folders import check_folders, format_folders, missing_bytes, output_bytes, stale_files
+from auto_round.run.fingerprint import fingerprint, is_up_to_date, run_digests, weight_files
+from auto_round.run.folders import (
+    check_folders,
+    default_format,
+    format_folders,
+    missing_bytes,
+    output_bytes,
+    stale_files,
+)
 from auto_round.run.gguf import gguf_format, given_importance, log_missing_importance, save_importance
-from auto_round.run.head import quantize_non_block, smoke_loss, smoke_samples, write_non_block
-from auto_round.run.journal import Journal, journal_folder
+from auto_round.run.head import finish_non_block, smoke_samples, write_non_block
 from auto_round.run.memory_policy import check_work_space
 from auto_round.run.numerics import (
     NumericsPolicy,
-    RtnFallback,
     check_non_layer_tensors,
     damaged_layers,
     damaged_tensors,
@@ -63,18 +68,20 @@ from auto_round.run.numerics import (
 )
 from auto_round.run.plan import Job, plan_for_quantized
 from auto_round.run.planner import compute_dtype, header_bytes, make_job, with_cache_scales
-from auto_round.run.results import assemble_model
+from auto_round.run.results import ModelWriter, assemble_model
 from auto_round.run.resume import (
+    NoJournal,
     RunJournal,
     checkpointing,
     data_fingerprint,
+    kept_for_resuming,
     previous_expert_mode,
     publish_if_complete,
     remove_journal,
     resume_message,
 )
 from auto_round.run.settings import Settings
-from auto_round.run.unit_state import Unit
+from auto_round.run.streams import Stream
 from auto_round.run.writers import FileOutput, FolderWriter, MemoryWriter, OutputWriter
 
 if TYPE_CHECKING:
@@ -84,17 +91,30 @@ if TYPE_CHECKING:
 _MIN_FREED_BYTES = 16 << 20  # freed memory that is worth returning to the system when experts are streamed
 
 
+class InMemory(NamedTuple):
+    """The result of a run without output folders: a runnable model, its quantized layers, and what `run` can save.
+
+    `writers`: what gave a model object its weights; none for a checkpoint.
+    """
+
+    model: torch.nn.Module
+    layers: dict[str, QuantizedLayer]
+    job: Job
+    finished: RunResult
+    run: Run
+    writers: Sequence[ModelWriter] = ()
+
+
 class Run:
     """One run: a source model with settings.
 
-    `tokenizer` may be None when no text has to be read. `layer_store` also receives the quantized layers of a run that
-    writes folders.
+    `tokenizer` may be None when no text has to be read. `outputs` receive the results too, after files are written.
     """
 
     def __init__(
-        self, source: ModelSource, settings: Settings, tokenizer: Any, layer_store: MemoryWriter | None = None
+        self, source: ModelSource, settings: Settings, tokenizer: Any, outputs: Sequence[OutputWriter] = ()
     ) -> None:
-        self.source, self.settings, self.tokenizer, self.layer_store = source, settings, tokenizer, layer_store
+        self.source, self.settings, self.tokenizer, self.outputs = source, settings, tokenizer, outputs
         self._run_state: RunState | None = None
         self._damaged: dict[str, str] | None = None  # tensors with NaN or Inf, once they were searched for
         self._unquantized: dict[str, str] = {}
@@ -158,19 +178,19 @@ class Run:
         Layers that no packing holds are left unquantized, so that any format can be saved later; when no format holds
         the scheme at all, every layer is quantized.
         """
-        name = self.settings.scheme_name.lower()
         try:
-            return self.plan([get_format(name if name.startswith("gguf:") else "auto_round")], in_memory=True)
+            return self.plan([get_format(default_format(self.settings))], in_memory=True)
         except UnsupportedError:
             return self.plan([], in_memory=True)
 
-    def to_memory(self) -> tuple[torch.nn.Module, dict[str, QuantizedLayer], RunResult]:
-        """Quantize and keep the layers in memory: (model, layers by name, run result)."""
+    def to_memory(self) -> InMemory:
+        """Quantize and keep the layers in memory."""
         self._find_damaged()
         job = self._checked(self.memory_plan())
         output = MemoryWriter()
-        finished = self._quantize(job, layer_store=output)
-        return assemble_model(self.source, output.layers), output.layers, finished
+        finished = self._quantize(job, [], NoJournal(), [output])
+        job = job.with_unquantized(finished.state.numerics.unquantized)
+        return InMemory(assemble_model(self.source, output.layers), output.layers, job, finished, self)
 
     def to_folders(
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool = True,
@@ -198,59 +218,77 @@ class Run:
             if not siblings:
                 remove_journal(root)
             return folders
-        check_disk(output_dir, missing_bytes(job, root))
+        if job.memory_plan is not None:
+            check_work_space(job.memory_plan)
+        journal_of, make = partial(self._journal, job, root, shard, resume), partial(self._quantize, job)
+        return self._write(job, root, formats, overwrite, shard, journal_of, make, made, siblings)
+
+    def save(
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, result: InMemory
+    ) -> list[Path]:
+        """Write the result of `to_memory`. Returns one folder per format."""
+        self.source.checks_finite = self.settings.on_nan != "keep"
+        job = plan_for_quantized(self.plan(formats, output_dir, fit=False), result.job, result.layers)
+        self._reject_source_folder(output_dir)
+
+        def write_again(files: Sequence[FileOutput], journal: NoJournal) -> RunResult:
+            journal.open(dict, self.source, files)
+            rest = dict(result.layers)
+            for block in self.source.blocks:
+                inside = {name: rest.pop(name) for name in result.layers if name.startswith(f"{block}.")}
+                scales = {n: s for n, s in result.finished.state.cache_scales.items() if n.startswith(f"{block}.")}
+                write_unit(self.source, block, inside, scales, files)
+            write_non_block(self.source, list(rest.values()), files)
+            return result.finished
+
+        root = Path(output_dir).expanduser()
+        return self._write(job, root, formats, overwrite, shard, lambda replace: NoJournal(), write_again)
+
+    def _write(
+        self, job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
+        journal_of: Callable[[bool], NoJournal], make: Callable[[Sequence[FileOutput], NoJournal], RunResult],
+        made_from: Mapping[str, str] | None = None, siblings: Sequence[str] = (),
+    ) -> list[Path]:  # fmt: skip
+        """Write every format that an interrupted run has not completed, and publish the folders.
+
+        Args:
+            journal_of: opens the journal; its argument says whether to discard one that does not fit.
+            make: gives all results to the outputs.
+            made_from: `run_digests`.
+        """
+        folders = format_folders(root, formats)
+        check_disk(str(root), missing_bytes(job, root))
         if self.source.folder is not None:
             side_files(self.source.folder, self.settings.trust_remote_code)  # refuses links out of the folder early
         removed = not root.exists()
-        if job.memory_plan is not None:
-            check_work_space(job.memory_plan)
-        ensure_output_folder(output_dir, overwrite=True)
+        ensure_output_folder(str(root), overwrite=True)
         with explain_write_errors(root, output_bytes(job)), ExitStack() as stack:
             base = stack.enter_context(Staging(root))
-            journal = self._journal(job, root, overwrite or removed, shard) if resume else None
+            journal = journal_of(overwrite or removed)
             check_folders(job, root, formats, overwrite, journal, siblings)
             stages = [base if f == root else stack.enter_context(Staging(f)) for f in folders]
-            if journal is None:
-                Journal(journal_folder(root)).remove()
-            else:
-                stack.callback(journal.close)
+            stack.callback(journal.close)
             stale = stale_files(root, folders, siblings)
             pending = [
                 (fmt, stage)
                 for fmt, stage in zip(formats, stages, strict=True)
                 if not publish_if_complete(fmt, stage, journal, stale[stage.folder])
             ]
-            if pending:
-                blocks_done = lambda: None if self._run_state is None else len(self._run_state.records)
-                with checkpointing(journal, len(job.blocks), blocks_done):
-                    self._make(job, pending, shard, journal, made, stale)
+            outputs = [self._output_writer(job, fmt, stage, shard) for fmt, stage in pending]
+            blocks_done = lambda: None if self._run_state is None else len(self._run_state.records)
+            with checkpointing(journal, len(job.blocks), blocks_done), kept_for_resuming(outputs, journal):
+                if outputs:
+                    finished = make(outputs, journal)
+                    for output in outputs:
+                        output.writer.finish()
+                    job = job.with_unquantized(finished.state.numerics.unquantized)
+                    made = OutputContext(self.source, self.settings, self.tokenizer, job, finished, made_from, shard)
+                    for output in outputs:
+                        finalize(made, output, journal, stale[output.stage.folder])
             if root not in folders and not siblings:  # files of an earlier run that wrote a single format
                 remove_files(root, stale[root])
-        if journal is not None:
-            journal.finish(keep_record=bool(siblings))
+        journal.finish(keep_record=bool(siblings))
         return folders
-
-    def _make(
-        self, job: Job, pending: Sequence[tuple[OutputFormat, Staging]], shard: int | str, journal: RunJournal | None,
-        made_from: Mapping[str, str] | None, stale: Mapping[Path, Sequence[str]],
-    ) -> None:  # fmt: skip
-        """Quantize and write the formats whose folders are not complete."""
-        self._run_state = None
-        outputs = [self._output_writer(job, fmt, stage, shard) for fmt, stage in pending]
-        try:
-            finished = self._quantize(job, outputs, journal, self.layer_store)
-            for output in outputs:
-                output.writer.finish()
-            job = job.with_unquantized(finished.state.numerics.unquantized)
-            made = OutputContext(self.source, self.settings, self.tokenizer, job, finished, made_from, shard)
-            for output in outputs:
-                finalize(made, output, journal, stale[output.stage.folder])
-        except BaseException:
-            resumable = journal is not None and journal.finished_units() > 0
-            for output in outputs:
-                output.close()
-                output.stage.retain = output.stage.retain or resumable
-            raise
 
     def check_compatible(
         self, job: Job, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
@@ -262,13 +300,13 @@ class Run:
         if not overwrite and is_up_to_date(format_folders(root, formats), made, self.settings):
             return
         check_disk(output_dir, missing_bytes(job, root))
-        journal = self._journal(job, root, overwrite or not root.exists(), shard) if resume else None
+        journal = self._journal(job, root, shard, resume, overwrite or not root.exists())
         check_folders(job, root, formats, overwrite, journal, siblings)
 
-    def _journal(self, job: Job, root: Path, replace: bool, shard: int | str) -> RunJournal | None:
-        """The journal of runs that have one. `replace`: discard a damaged one and one of another run."""
-        if not self.source.lazy or (streams_experts(job) and not self.settings.tunes):
-            return None
+    def _journal(self, job: Job, root: Path, shard: int | str, resume: bool, replace: bool) -> NoJournal:
+        """The journal of a run. `replace`: discard a damaged one and one of another run."""
+        if not (resume and job.resumable):
+            return NoJournal(root)
         journal = RunJournal(root, replace)
         fixed, layout = fingerprint(job, self.settings, self.source, shard), {}
         if job.gguf is not None:
@@ -298,44 +336,6 @@ class Run:
         specs = with_cache_scales(layout.tensors, fmt, job.cache)
         return FolderWriter(fmt, stage, self.source, shard, layout, replan, header_bytes(specs))
 
-    def save(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
-        layers: Mapping[str, QuantizedLayer], finished: RunResult,
-    ) -> list[Path]:  # fmt: skip
-        """Write layers that `to_memory` quantized. Returns one folder per format."""
-        self.source.checks_finite = self.settings.on_nan != "keep"
-        job = plan_for_quantized(self.plan(formats, output_dir, fit=False), self.memory_plan(), layers)
-        job = job.with_unquantized(finished.state.numerics.unquantized)
-        check_disk(output_dir, output_bytes(job))
-        self._reject_source_folder(output_dir)
-        root = ensure_output_folder(output_dir, overwrite)
-        folders = format_folders(root, formats)
-        stale = stale_files(root, folders)
-        made = OutputContext(self.source, self.settings, self.tokenizer, job, finished, shard=shard)
-        for fmt, folder in zip(formats, folders, strict=True):
-            ensure_output_folder(folder, overwrite)
-            with explain_write_errors(folder, output_bytes(job)), Staging(folder) as stage:
-                output = self._output_writer(job, fmt, stage, shard)
-                with closing(output):
-                    output.begin()
-                    self._write_saved(output, layers, finished.state.cache_scales)
-                    output.writer.finish()
-                finalize(made, output, None, stale[folder])
-        if root not in folders:
-            remove_files(root, stale[root])
-        return folders
-
-    def _write_saved(
-        self, output: OutputWriter, layers: Mapping[str, QuantizedLayer], scales: Mapping[str, torch.Tensor]
-    ) -> None:
-        rest = dict(layers)
-        for block in self.source.blocks:
-            prefix = f"{block}."
-            inside = [rest.pop(name) for name in layers if name.startswith(prefix)]
-            own_scales = {name: scale for name, scale in scales.items() if name.startswith(prefix)}
-            write_unit(self.source, block, inside, own_scales, [output])
-        write_non_block(self.source, list(rest.values()), [output])
-
     def _quantizer(self, job: Job) -> BlockQuantizer:
         settings = self.settings
         if isinstance(settings.algorithm, SignRoundConfig):
@@ -351,66 +351,31 @@ class Run:
         return RTNQuantizer(settings.algorithm, settings.scale_dtype)
 
     def _quantize(
-        self, job: Job, files: Sequence[FileOutput] = (), journal: RunJournal | None = None,
-        layer_store: MemoryWriter | None = None,
-    ) -> RunResult:  # fmt: skip
+        self, job: Job, files: Sequence[FileOutput], journal: NoJournal, store: Sequence[OutputWriter] = ()
+    ) -> RunResult:
+        """Quantize all units in order and write them to all outputs."""
         settings, source = self.settings, self.source
         started = time.monotonic()
         for note in job.notes:
             logger.warning("%s", note)
-        storage = "ram" if job.memory_plan is None else job.memory_plan.streams
-        store = settings.device if storage == "device" else torch.device("cpu")
         progress = make_progress(f"{settings.algorithm_name} {job.scheme_name}")
         stack = ExitStack()
         try:
-            disk_store = stack.enter_context(DiskStore(work_space())) if storage == "file" else None
             importance = None
             if settings.imatrix is not None:
                 importance = given_importance(settings.imatrix, job, source)
                 log_missing_importance(settings.imatrix, job, importance)
-            progress.message("capturing the smoke sample")
-            smoke_ids, smoke_sample = self._capture_smoke_sample(job, store, journal)
-            links = None if smoke_sample is None else smoke_sample.links
-            if settings.needs_data:
-                progress.message("reading calibration data")
-            data = self._data()
-            calibration = self._capture(data.samples, store, job, disk_store, links) if data is not None else None
-            if not settings.verify:
-                smoke_ids = smoke_sample = None
-            if journal is not None:
-                journal.open(data_fingerprint(data, smoke_ids, calibration), source, files)
-                if journal.finished:
-                    logger.info("%s", resume_message(journal.finished, len(job.blocks)))
-            else:
-                for output in files:
-                    output.begin()
+            samples = self._samples(job, journal, progress, stack)
+            journal.open(samples.fingerprint, source, files)
+            if journal.finished:
+                logger.info("%s", resume_message(journal.finished, len(job.blocks)))
             captured = time.monotonic()
-            outputs: list[OutputWriter] = [*files, *([] if layer_store is None else [layer_store])]
-            state = RunState(
-                self._quantizer(job), outputs, settings.device, compute_dtype(settings, source), settings.seed,
-                calibration, smoke_sample,
-                batch=settings.algorithm.batch_size if isinstance(settings.algorithm, SignRoundConfig) else 8,
-                quantized_input=getattr(settings.algorithm, "enable_quanted_input", True),
-                cache=job.cache, importance=importance, gather=settings.save_imatrix is not None, journal=journal,
-                rtn_fallback=RtnFallback(settings.scale_dtype, source.dtype, needs_all_blocks(settings)),
-                numerics=NumericsPolicy(
-                    settings.on_nan, dict(self._unquantized),
-                    incidents=[f"tensor {name} holds {bad}" for name, bad in (self._damaged or {}).items()],
-                ),
-                transforms=[TRANSFORMS[name]() for name in settings.transforms], gptq=settings.gptq,
-            )  # fmt: skip
-            if streams_experts(job):
-                state.freed = HeapTrimmer(_MIN_FREED_BYTES)
-                if settings.tunes:
-                    codes = stack.enter_context(DiskStore(work_space(), "codes"))
-                    rtn = RTNConfig(disable_opt_rtn=not settings.optimized_start)
-                    state.buffers = ExpertBuffers(codes, rtn=RTNQuantizer(rtn, settings.scale_dtype))
-            self._run_state = state
+            outputs = [*files, *store, *self.outputs]
+            state = self._run_state = self._state(job, outputs, samples, importance, journal, stack)
             with deterministic_algorithms(settings.enable_deterministic_algorithms):
-                quantize_blocks(job, source, state, progress)
-                loss = self._finish_non_block(job, state, progress)
-                if not source.lazy:
-                    attach_activation_hooks(source.model, state.activations)
+                quantize_blocks(state, progress)
+                progress.message("layers outside the blocks")
+                loss = finish_non_block(state)
             if settings.save_imatrix is not None:
                 save_importance(settings.save_imatrix, job, source, state.sums, state.tokens, settings.seqlen)
             if state.unreached:
@@ -420,82 +385,104 @@ class Run:
                     len(state.unreached), state.unreached[0],
                 )  # fmt: skip
             state.numerics.log_clamped_scales()
-            if journal is not None:
-                journal.wait()  # it still reads the hidden states that are freed next
-            state.calibration = state.last_inputs = state.last_full = None
+            journal.wait()  # it still reads the hidden states that are freed next
+            samples.calibration = state.full = state.quantized = None
             trim_heap()
         except BaseException:
-            if journal is not None:
-                journal.finished_units()  # wait: it may still read from the files that are closed next
+            journal.finished_units()  # wait: it may still read from the files that are closed next
             raise
         finally:
             progress.finish()
             stack.close()
-        done = time.monotonic()
-        seconds = {"calibration": captured - started, "quantization": done - captured}
-        described = None if data is None else ", ".join(f"{n} ({c} samples)" for n, c in data.sources)
-        return RunResult(state, loss, smoke_ids, described, seconds)
+        seconds = {"calibration": captured - started, "quantization": time.monotonic() - captured}
+        return RunResult(state, loss, samples.smoke_ids, samples.sources, seconds)
 
-    def _finish_non_block(self, job: Job, state: RunState, progress: Progress) -> float | None:
-        """Quantize the layers outside the blocks, and write all tensors outside the blocks, unless an interrupted run
-        has done that. Returns the loss on the smoke sample."""
-        progress.message("layers outside the blocks")
-        if state.journal is not None and state.journal.finished > len(job.blocks):
-            loss = restore_unit(state, len(job.blocks)).loss
-            return None if state.smoke_sample is None else loss
-        optimized = self.settings.needs_data and self.settings.optimized_start
-        algorithm = self.settings.algorithm
-        steps = algorithm.iters if isinstance(algorithm, SignRoundConfig) else 0
-        non_block = quantize_non_block(job, self.source, state, optimized, self.settings.scale_dtype, steps)
-        write_non_block(self.source, non_block, state.outputs)
-        loss = smoke_loss(self.source, state, non_block)
-        if state.journal is not None and non_block:
-            unit = Unit(records=state.records[len(job.blocks) :], numerics=state.numerics.state(), loss=loss)
-            state.journal.add("non_block", unit, non_block_checksum(self.source))
-        return loss
-
-    def _data(self) -> CalibrationData | None:
-        if not self.settings.needs_data:
-            return None
-        data = prepare_calibration(
-            self.settings.dataset, self.tokenizer, seqlen=self.settings.seqlen, nsamples=self.settings.nsamples,
-            seed=self.settings.seed, model_max_length=smallest(self.source.config, "max_position_embeddings"),
-            vocab_size=largest(self.source.config, "vocab_size") or None, platform=self.settings.platform,
+    def _state(
+        self, job: Job, outputs: Sequence[OutputWriter], samples: Samples,
+        importance: Mapping[str, torch.Tensor] | None, journal: NoJournal, stack: ExitStack,
+    ) -> RunState:  # fmt: skip
+        """The state before the first block. `stack`: closes the files that it opens."""
+        settings, source, algorithm = self.settings, self.source, self.settings.algorithm
+        dtype, quantizer = compute_dtype(settings, source), self._quantizer(job)
+        numerics = NumericsPolicy(
+            settings.on_nan, settings.scale_dtype, source.dtype, needs_all_blocks(settings), outputs,
+            dict(self._unquantized), incidents=[f"tensor {n} holds {bad}" for n, bad in (self._damaged or {}).items()],
         )  # fmt: skip
-        shown = ", ".join(f"{name} ({count})" for name, count in data.sources)
-        logger.info("calibration: %d samples of %d tokens from %s", len(data.samples), data.seqlen, shown)
-        return data
+        freed = HeapTrimmer(_MIN_FREED_BYTES) if streams_experts(job) else HeapTrimmer()
+        open_block = block_opener(job, settings, source, quantizer, numerics, dtype, freed.trim_if_grown, stack)
+        full, smoke = (
+            None if found is None else Stream.of(found, getattr(algorithm, "batch_size", 8), settings.device, dtype)
+            for found in (samples.calibration, samples.smoke)
+        )
+        second = quantizer.needs_targets and getattr(algorithm, "enable_quanted_input", True)
+        return RunState(
+            job, settings, source, outputs, quantizer, dtype, numerics, open_block, journal,
+            [TRANSFORMS[name]() for name in settings.transforms], importance,
+            full, full.clone() if full is not None and second else None, smoke, freed,
+        )  # fmt: skip
 
-    def _capture_smoke_sample(
-        self, job: Job, store: torch.device, journal: RunJournal | None
-    ) -> tuple[list[dict[str, torch.Tensor]] | None, CapturedInputs | None]:
-        """Token ids of the smoke sample and its inputs of the first block, when verification or calibration needs them.
+    def _samples(self, job: Job, journal: NoJournal, progress: Progress, stack: ExitStack) -> Samples:
+        """Capture the inputs of the blocks, of the smoke sample and of the calibration data, as far as they are needed.
 
-        With calibration, this also checks that the blocks can be run one at a time. A run that only rounds continues
-        without a smoke sample when they cannot.
+        The smoke sample is captured first: with calibration data, this also checks that the blocks can be run one at a
+        time. A run that only rounds continues without a smoke sample when they cannot.
 
         Raises:
             ModelError, UnsupportedError: the blocks cannot be run one at a time, and the run needs that.
         """
-        if not (self.settings.verify or self.settings.needs_data):
-            return None, None
-        check_isolation = self.settings.needs_data and not (journal is not None and journal.journal.units)
-        vocab_size = largest(self.source.config, "vocab_size") or 2
-        ids = smoke_samples(self.tokenizer, vocab_size, smallest(self.source.config, "max_position_embeddings"))
-        try:
-            return ids, self._capture(ids, store, job, check_isolation=check_isolation)
-        except (ModelError, UnsupportedError) as error:
-            if self.settings.needs_data:
-                raise
-            logger.warning("the saved model is checked without a forward pass: %s", error)
-            return None, None
-
-    def _capture(
-        self, samples: list[dict[str, torch.Tensor]], store: torch.device, job: Job,
-        disk_store: DiskStore | None = None, links: ModelDependencies | None = None, check_isolation: bool = False,
-    ) -> CapturedInputs:  # fmt: skip
-        dtype = compute_dtype(self.settings, self.source)
-        return capture_inputs(
-            self.source, samples, self.settings.device, store, dtype, disk_store, streams_experts(job), links,
-            check_isolation,
+        settings, source, tokenizer = self.settings, self.source, self.tokenizer
+        storage = "ram" if job.memory_plan is None else job.memory_plan.streams
+        capture = partial(
+            capture_inputs, source, device=settings.device, dtype=compute_dtype(settings, source),
+            store_device=settings.device if storage == "device" else "cpu", stream_experts=streams_experts(job),
         )  # fmt: skip
+        disk_store = stack.enter_context(DiskStore(work_space())) if storage == "file" else None
+        samples, needs_data = Samples(), settings.needs_data
+        limit, vocabulary = smallest(source.config, "max_position_embeddings"), largest(source.config, "vocab_size")
+        if settings.verify or needs_data:
+            progress.message("capturing the smoke sample")
+            samples.smoke_ids = smoke_samples(tokenizer, vocabulary or 2, limit)
+            try:
+                samples.smoke = capture(samples.smoke_ids, check_isolation=needs_data and not journal.continues)
+            except (ModelError, UnsupportedError) as error:
+                if needs_data:
+                    raise
+                logger.warning("the saved model is checked without a forward pass: %s", error)
+                samples.smoke_ids = None
+        if needs_data:
+            progress.message("reading calibration data")
+            data = samples.data = prepare_calibration(
+                settings.dataset, tokenizer, seqlen=settings.seqlen, nsamples=settings.nsamples, seed=settings.seed,
+                model_max_length=limit, vocab_size=vocabulary or None, platform=settings.platform,
+            )  # fmt: skip
+            shown = ", ".join(f"{name} ({count})" for name, count in data.sources)
+            logger.info("calibration: %d samples of %d tokens from %s", len(data.samples), data.seqlen, shown)
+            links = None if samples.smoke is None else samples.smoke.links
+            samples.calibration = capture(data.samples, disk_store=disk_store, links=links)
+        if not settings.verify:
+            samples.smoke_ids = samples.smoke = None
+        return samples
+
+
+@dataclass
+class Samples:
+    """What a run captured before its first block; None for what it does not need.
+
+    Attributes:
+        smoke_ids, smoke: a few tokens to verify the saved model, and their inputs of the blocks.
+        data, calibration: calibration data, and its inputs of the blocks.
+    """
+
+    smoke_ids: list[dict[str, torch.Tensor]] | None = None
+    smoke: CapturedInputs | None = None
+    data: CalibrationData | None = None
+    calibration: CapturedInputs | None = None
+
+    @property
+    def sources(self) -> str | None:
+        """The calibration data in words."""
+        data = self.data
+        return None if data is None else ", ".join(f"{name} ({count} samples)" for name, count in data.sources)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return data_fingerprint(self.data, self.smoke_ids, self.calibration)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,26 +14,30 @@ from auto_round.modeling.partial_loading import expert_of
 from auto_round.run.plan import LayerPlan
 
 
-class LayersPerExpert(Sequence[QuantizedLayer], ABC):
-    """Layers of a block whose experts are not all in memory: those of one expert are computed or read on access.
+class ExpertLayers(Mapping[str, QuantizedLayer]):
+    """Layers of a block by name, whose experts are not all in memory: those of one expert are made on access.
 
-    Attributes:
+    Args:
         names: of all layers, in order.
         held: layers that are in memory, by name.
+        make: returns the other layers of one expert by name.
     """
 
-    def __init__(self, names: Sequence[str], held: Mapping[str, QuantizedLayer]) -> None:
-        self.names, self.held = list(names), held
+    def __init__(
+        self, names: Sequence[str], held: Mapping[str, QuantizedLayer],
+        make: Callable[[str], Mapping[str, QuantizedLayer]],
+    ) -> None:  # fmt: skip
+        self._names, self._held, self._make = list(names), held, make
         self._last: tuple[str, Mapping[str, QuantizedLayer]] = ("", {})
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._names)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        name = self.names[index]
-        return self.held[name] if name in self.held else self._of(expert_of(name) or name)[name]
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> QuantizedLayer:
+        return self._held[name] if name in self._held else self._of(expert_of(name) or name)[name]
 
     def dense(self, expert: str) -> dict[str, torch.Tensor]:
         """Dequantized weights of one expert, float32 [out, in], by layer name."""
@@ -42,31 +45,19 @@ class LayersPerExpert(Sequence[QuantizedLayer], ABC):
 
     def _of(self, expert: str) -> Mapping[str, QuantizedLayer]:
         if self._last[0] != expert:
-            self._last = ("", {})
+            self._last = ("", {})  # free the expert before
             self._last = expert, self._make(expert)
         return self._last[1]
 
-    @abstractmethod
-    def _make(self, expert: str) -> Mapping[str, QuantizedLayer]:
-        """The layers of one expert, by name."""
 
-
-class StoredLayers(LayersPerExpert):
-    """Layers whose codes are in a file. `stored`: those that are not `held`, by name, from `store_layer`."""
-
-    def __init__(
-        self, names: Sequence[str], held: Mapping[str, QuantizedLayer], stored: Mapping[str, QuantizedLayer]
-    ) -> None:
-        super().__init__(names, held)
-        self._stored = stored
-
-    def _make(self, expert: str) -> Mapping[str, QuantizedLayer]:
-        own = [name for name in self.names if name not in self.held and (expert_of(name) or name) == expert]
-        return {name: _with_tensors(self._stored[name], lambda tensor: tensor.read()) for name in own}
+def read_layers(stored: Mapping[str, QuantizedLayer], expert: str) -> dict[str, QuantizedLayer]:
+    """The layers of one expert, of those that `store_layer` gave."""
+    own = (name for name in stored if (expert_of(name) or name) == expert)
+    return {name: _with_tensors(stored[name], lambda tensor: tensor.read()) for name in own}
 
 
 def store_layer(layer: QuantizedLayer, store: DiskStore) -> QuantizedLayer:
-    """The layer with its tensors, except scalars, in a file; for `StoredLayers`."""
+    """The layer with its tensors, except scalars, in a file; for `read_layers`."""
     return _with_tensors(layer, store.put)
 
 

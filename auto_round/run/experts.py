@@ -1,4 +1,4 @@
-"""Quantize the experts of a block one at a time, for blocks that do not fit in memory.
+"""How one block is quantized: in memory as a whole, or, if it does not fit, its experts one at a time.
 
 Rounding to nearest needs one layer only, so an expert's codes are computed again whenever they are needed: for
 the smoke sample's tokens and for each format that is written. That costs time and no memory. Tuning works in
@@ -15,16 +15,18 @@ The result does not depend on how many experts would fit. docs/adr/0018 gives th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from auto_round.algorithms.base import BlockQuantizer, BlockResult, BlockTask, LayerTask
+from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.rtn.quantizer import RTNQuantizer
 from auto_round.algorithms.quantization.sign_round.loop import MicroBatchRunner, SignRoundQuantizer
-from auto_round.calibration.capture import CapturedInputs
 from auto_round.calibration.disk_store import ActivationTensor, DiskStore, empty_beside
 from auto_round.calibration.expert_rows import (
     GatheredRows,
@@ -41,18 +43,22 @@ from auto_round.calibration.expert_rows import (
 from auto_round.calibration.observers import InputHessian
 from auto_round.codecs.activation import quantized_inputs
 from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.modeling.partial_loading import ExpertStreamer, expert_of
+from auto_round.envs import work_space
+from auto_round.modeling.partial_loading import BlockLoader, block_loader, expert_of
 from auto_round.modeling.source import ModelSource
 from auto_round.run.block_layers import (
     free_cast_copies,
     in_dtype,
     install_dequantized,
+    restore_weight,
     share_global_scales,
     with_loaded_weights,
 )
-from auto_round.run.expert_layers import LayersPerExpert, StoredLayers, store_layer
+from auto_round.run.expert_layers import ExpertLayers, read_layers, store_layer
+from auto_round.run.numerics import NumericsPolicy
 from auto_round.run.plan import Job
-from auto_round.run.streams import samples_in_pass
+from auto_round.run.settings import Settings
+from auto_round.run.streams import Stream, samples_in_pass
 
 MIN_TOKENS = 32  # tokens to tune an expert: one sixteenth is held out, and fewer than two tokens say nothing
 _SEED_STEP = 1_000_003
@@ -63,65 +69,94 @@ def streams_experts(job: Job) -> bool:
     return job.memory_plan is not None and job.memory_plan.streams_experts
 
 
-def expert_streamer(
-    job: Job, source: ModelSource, block: str, device: torch.device, dtype: torch.dtype
-) -> ExpertStreamer | None:
-    """Reads the experts of a block one at a time; None when the block has none or is loaded as a whole."""
-    if not streams_experts(job) or not any(expert_of(name) for name in job.layers if name.startswith(f"{block}.")):
-        return None
-    return ExpertStreamer(source, block, device, dtype)
+class WholeBlock:
+    """One block of a run that is in memory as a whole while it is quantized.
 
+    Attributes:
+        loader: loads and releases it.
+        quantizer: of its layers.
+        numerics: counts the scales that were clamped.
+        layers: the quantized layers by name, once they are installed.
+        recovers: its layers can be rounded to nearest when calibration data is not finite.
+    """
 
-@contextmanager
-def streaming_experts(experts: ExpertStreamer | None, result: BlockResult | None = None) -> Iterator[None]:
-    """Make a block with streamed experts callable: with its own experts, or with the quantized ones of `result`."""
-    if experts is None:
-        yield
-        return
-    layers = None if result is None else result.layers
-    with experts.running(layers.dense if isinstance(layers, LayersPerExpert) else None):
-        yield
+    recovers = True
 
+    def __init__(self, loader: BlockLoader, quantizer: BlockQuantizer, numerics: NumericsPolicy) -> None:
+        self.loader, self.quantizer, self.numerics = loader, quantizer, numerics
+        self.layers: Mapping[str, QuantizedLayer] = {}
 
-def layer_names(layers: Sequence[QuantizedLayer]) -> list[str]:
-    """Names of layers, without computing lazy ones."""
-    return layers.names if isinstance(layers, LayersPerExpert) else [layer.name for layer in layers]
+    def recording(self, full: Stream, hessians: bool) -> AbstractContextManager[None]:
+        """Record what `quantize_block` needs while the block runs on the stream in full precision.
 
-
-class LazyExpertQuantizer:
-    """A quantizer that rounds the layers of a block, but those of streamed experts only when they are accessed."""
-
-    def __init__(self, inner: BlockQuantizer, experts: ExpertStreamer) -> None:
-        self.name, self.needs_importance = inner.name, inner.needs_importance
-        self.needs_targets = inner.needs_targets
-        self._inner, self._experts = inner, experts
+        `hessians`: error feedback is wanted for layers that use it.
+        """
+        return nullcontext()
 
     def needs_hessian(self, layer: LayerTask) -> bool:
-        return self._inner.needs_hessian(layer)
+        """Whether the Hessian of a layer is observed during the run in full precision."""
+        return self.quantizer.needs_hessian(layer)
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        return self.quantizer.quantize_block(task)
+
+    def install(self, tasks: Sequence[LayerTask], result: BlockResult) -> list[LayerTask]:
+        """Install dequantized weights and restore those of unquantized layers. Returns the tasks of quantized ones."""
+        self.layers = {layer.name: layer for layer in result.layers}
+        self._install(tasks, self.layers)
+        return [task for task in tasks if task.name in self.layers]
+
+    def _install(self, tasks: Sequence[LayerTask], layers: Mapping[str, QuantizedLayer]) -> None:
+        for task in tasks:
+            if task.name in layers:
+                self.numerics.count(task, layers[task.name])
+                install_dequantized(task, layers[task.name])
+            else:
+                restore_weight(task)
+
+    def running(self) -> AbstractContextManager[None]:
+        """While the context is open, the block can be called; with its quantized weights once they are installed."""
+        return self.loader.running()
+
+
+class StreamedBlock(WholeBlock):
+    """A block whose experts are read one at a time. `quantize_block` installs the weights of the other layers."""
+
+    recovers = False
+    _dense: Callable[[str], Mapping[str, torch.Tensor]] | None = None
+
+    def install(self, tasks: Sequence[LayerTask], result: BlockResult) -> list[LayerTask]:
+        return list(tasks)
+
+    def running(self) -> AbstractContextManager[None]:
+        return self.loader.running(self._dense)
+
+    def _set_layers(
+        self, task: BlockTask, held: Mapping[str, QuantizedLayer],
+        make: Callable[[str], Mapping[str, QuantizedLayer]],
+    ) -> None:  # fmt: skip
+        """Set the result: layers in memory, and what returns those of one expert."""
+        layers = ExpertLayers([layer.name for layer in task.layers], held, make)
+        self.layers, self._dense = layers, layers.dense
+
+
+class RoundedExperts(StreamedBlock):
+    """Rounds the experts whenever their codes are needed."""
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         others = [layer for layer in task.layers if not layer.weight.is_meta]
-        quantized = self._inner.quantize_block(replace(task, layers=others))
-        held = {layer.name: layer for layer in quantized.layers}
-        return BlockResult(LazyExpertLayers(self._experts, task, held, self._inner))
+        held = {layer.name: layer for layer in super().quantize_block(replace(task, layers=others)).layers}
+        self._install(others, held)
+        self._set_layers(task, held, partial(self._round, task))
+        return BlockResult()
 
-
-class LazyExpertLayers(LayersPerExpert):
-    """Layers of a block; those of an expert are loaded and rounded when they are accessed."""
-
-    def __init__(
-        self, experts: ExpertStreamer, task: BlockTask, held: Mapping[str, QuantizedLayer], quantizer: BlockQuantizer
-    ) -> None:
-        super().__init__([layer.name for layer in task.layers], held)
-        self._experts, self._task, self._quantizer = experts, task, quantizer
-
-    def _make(self, expert: str) -> dict[str, QuantizedLayer]:
-        source = self._experts.source
-        source.load(expert, self._experts.device)
+    def _round(self, task: BlockTask, expert: str) -> dict[str, QuantizedLayer]:
+        source = self.loader.source
+        source.load(expert, self.loader.device)
         try:
-            own = [with_loaded_weights(task) for task in self._task.layers if expert_of(task.name) == expert]
+            own = [with_loaded_weights(layer) for layer in task.layers if expert_of(layer.name) == expert]
             share_global_scales(own)
-            result = self._quantizer.quantize_block(replace(self._task, layers=own))
+            result = self.quantizer.quantize_block(replace(task, layers=own))
         finally:
             source.release(expert)
         return {layer.name: layer for layer in result.layers}
@@ -158,6 +193,10 @@ class ExpertBuffers:
             setattr(self, which, rows)
         return rows
 
+    def fed_rows(self) -> ActivationTensor:
+        assert self.fed is not None
+        return self.fed
+
     def offload(self) -> bool:
         """Move the buffers off the device. Returns whether any were on it."""
         moved = False
@@ -169,118 +208,99 @@ class ExpertBuffers:
         return moved
 
 
-class PerExpertTuner:
+class PerExpertTuner(StreamedBlock):
     """Tunes a block whose experts are read one at a time (steps 1 to 4 of the module docstring).
 
     Args:
-        inner: tunes the other layers, and each expert.
+        loader: reads the block's experts.
+        quantizer: tunes the other layers, and each expert.
+        numerics: see `WholeBlock`.
         buffers: of the run.
-        experts: reads the block's experts.
-        captured: the samples.
-        hidden: their hidden states [N, T, H], used for shape and storage only.
-        batch: samples in one pass without gradients.
-        weighs: importance and Hessians come from calibration data.
-        done: called with each quantized layer while its original weight is in memory.
-        between: called when much memory has become free.
+        trim: called when much memory has become free.
     """
 
-    needs_targets = True
+    quantizer: SignRoundQuantizer
 
     def __init__(
-        self, inner: SignRoundQuantizer, buffers: ExpertBuffers, experts: ExpertStreamer, captured: CapturedInputs,
-        hidden: ActivationTensor, batch: int, weighs: bool, done: Callable[[LayerTask, QuantizedLayer], None],
-        between: Callable[[], None],
+        self, loader: BlockLoader, quantizer: SignRoundQuantizer, numerics: NumericsPolicy, buffers: ExpertBuffers,
+        trim: Callable[[], None],
     ) -> None:  # fmt: skip
-        self.name, self.needs_importance = inner.name, inner.needs_importance
-        self._inner, self._buffers, self._experts, self._captured = inner, buffers, experts, captured
-        self._batch, self._weighs, self._done, self._between = batch, weighs, done, between
-        block = experts.source.model.get_submodule(experts.block)
-        ((self._inside, self._module),) = routed_experts(block).items()
-        self._samples, self._tokens = int(hidden.shape[0]), int(hidden.shape[1])
-        assert experts.dtype is not None
-        buffers.buffer("fed", hidden, (self._samples * self._tokens, self._module.hidden_dim), experts.dtype)
+        super().__init__(loader, quantizer, numerics)
+        self._buffers, self._trim = buffers, trim
+        ((self._inside, self._module),) = routed_experts(loader.module).items()
+
+    def recording(self, full: Stream, hessians: bool) -> AbstractContextManager[None]:
+        """Record the outputs of the experts."""
+        self._buffers.codes.clear()
+        self._samples, self._tokens = int(full.hidden.shape[0]), int(full.hidden.shape[1])
+        self._batch, self._hessians = full.batch, hessians
+        assert self.loader.dtype is not None
+        shape = (self._samples * self._tokens, self._module.hidden_dim)
+        self._buffers.buffer("fed", full.hidden, shape, self.loader.dtype)
+        self._record = TokenRows(self._buffers.fed_rows, self._tokens, lambda: full.captured.running)
+        return record_outputs(self._module, self._record)
 
     def needs_hessian(self, layer: LayerTask) -> bool:
         """Hessians of experts are computed later, from the tokens that each is tuned on."""
-        return expert_of(layer.name) is None and self._inner.needs_hessian(layer)
-
-    def recording(self) -> AbstractContextManager[None]:
-        """Record the outputs of the experts inside this context."""
-        return record_outputs(self._module, self._record())
+        return expert_of(layer.name) is None and super().needs_hessian(layer)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         rest = replace(task, layers=[layer for layer in task.layers if expert_of(layer.name) is None])
-        rest.offload = partial(self._offload, task.offload)
+        offload = task.offload
+        rest.offload = lambda changed: self._buffers.offload() | offload(changed)
         made = BlockResult()
         if rest.layers:
-            with replaced_submodule(task.block, self._inside, ReplayExperts(self._record())):
-                made = self._inner.quantize_block(rest)
+            with replaced_submodule(task.block, self._inside, ReplayExperts(self._record)):
+                made = self.quantizer.quantize_block(rest)
         rest.targets = None
-        for layer_task, layer in zip(rest.layers, made.layers, strict=True):
-            self._done(layer_task, layer)
-            install_dequantized(layer_task, layer)
-        self._between()
-        fed = self._feed(rest)
+        held = {layer.name: layer for layer in made.layers}
+        self._install(rest.layers, held)
+        self._trim()
+        routing, most = self._feed(rest)
         rest.inputs = None
-        tokens, counted = self._samples * self._tokens, task.loss_mask
-        assert fed.index is not None and fed.weights is not None
-        most = max_tokens_per_expert(tokens, fed.index.shape[1], self._module.num_experts)
-        routing = Routing.of(
-            fed.index, fed.weights, None if counted is None else counted.reshape(-1), self._module.num_experts
-        )
-        del fed
-        self._buffers.buffer("targets", self._fed(), (most, self._module.hidden_dim), task.compute_dtype)
-        tokens = tokens if counted is None else int(counted.sum())
+        self._buffers.buffer("targets", self._buffers.fed_rows(), (most, self._module.hidden_dim), task.compute_dtype)
+        counted = self._samples * self._tokens if task.loss_mask is None else int(task.loss_mask.sum())
         before, after = made.loss_before or 0.0, made.loss_after or 0.0
         stored: dict[str, QuantizedLayer] = {}
         for number in range(self._module.num_experts):
-            name = f"{self._experts.block}.{self._inside}.{number}"
+            name = f"{self.loader.block}.{self._inside}.{number}"
             own = [layer for layer in task.layers if expert_of(layer.name) == name]
             if own:
                 one = replace(rest, name=name, layers=own, loss_mask=None, seed=expert_seed(task.seed, number))
                 result = self._quantize(number, one, *routing.expert(number, most))
                 stored |= {layer.name: store_layer(layer, self._buffers.codes) for layer in result.layers}
-                share = routing.count(number) / max(1, tokens)
+                share = routing.count(number) / max(1, counted)
                 before += share * (result.loss_before or 0.0)
                 after += share * (result.loss_after or 0.0)
                 del one, result
-                self._between()
-        held = {layer.name: layer for layer in made.layers}
-        layers = StoredLayers([layer.name for layer in task.layers], held, stored)
-        return BlockResult(layers, before, after, self._inner.config.iters)
-
-    def _record(self) -> TokenRows:
-        return TokenRows(self._fed, self._tokens, lambda: self._captured.running)
-
-    def _fed(self) -> ActivationTensor:
-        assert self._buffers.fed is not None
-        return self._buffers.fed
-
-    def _offload(self, streams: Callable[[BlockTask], bool], task: BlockTask) -> bool:
-        """Move the buffers and the hidden states off the device."""
-        moved = self._buffers.offload()
-        return streams(task) or moved
+                self._trim()
+        self._set_layers(task, held, partial(read_layers, stored))
+        return BlockResult([], before, after, self.quantizer.config.iters)
 
     @torch.no_grad()
-    def _feed(self, task: BlockTask) -> InputRecordingExperts:
-        """Run the block up to its experts and record their inputs and routing."""
-        fed, device = InputRecordingExperts(self._record()), self._experts.device
+    def _feed(self, task: BlockTask) -> tuple[Routing, int]:
+        """Run the block up to its experts and record their inputs. Returns which tokens each of them gets, and on how
+        many it is tuned at most."""
+        fed, device = InputRecordingExperts(self._record), self.loader.device
         steps = {layer.module: layer.activation for layer in task.layers if layer.activation is not None}
+
+        def run_all(micro_batch: int) -> None:
+            assert task.inputs is not None
+            for at in range(0, self._samples, micro_batch):
+                samples = list(range(at, min(at + micro_batch, self._samples)))
+                task.run(task.inputs[samples].to(device, task.compute_dtype), samples)
+
         with quantized_inputs(steps), replaced_submodule(task.block, self._inside, fed):
-
-            def run_all(micro_batch: int) -> None:
-                assert task.inputs is not None
-                for at in range(0, self._samples, micro_batch):
-                    samples = list(range(at, min(at + micro_batch, self._samples)))
-                    task.run(task.inputs[samples].to(device, task.compute_dtype), samples)
-
             MicroBatchRunner(task, (), self._batch, device).run(run_all)
-        return fed
+        assert fed.index is not None and fed.weights is not None
+        counted, experts = None if task.loss_mask is None else task.loss_mask.reshape(-1), self._module.num_experts
+        most = max_tokens_per_expert(self._samples * self._tokens, fed.index.shape[1], experts)
+        return Routing.of(fed.index, fed.weights, counted, experts), most
 
     def _quantize(self, number: int, task: BlockTask, tokens: torch.Tensor, weights: torch.Tensor) -> BlockResult:
         """Quantize one expert. `tokens`: int64 [n], its rows in `fed`; `weights`: float32 [n], of the routing."""
-        source = self._experts.source
-        task.block = source.load(task.name, self._experts.device)
+        source = self.loader.source
+        task.block = source.load(task.name, self.loader.device)
         try:
             task.layers = [with_loaded_weights(layer) for layer in task.layers]
             share_global_scales(task.layers)
@@ -290,7 +310,7 @@ class PerExpertTuner:
                 with in_dtype(task.block, source.dtype, task.compute_dtype):
                     result = self._tune(number, task, tokens, weights)
             for layer_task, layer in zip(task.layers, result.layers, strict=True):
-                self._done(layer_task, layer)
+                self.numerics.count(layer_task, layer)
         finally:
             source.release(task.name)
         return result
@@ -298,50 +318,70 @@ class PerExpertTuner:
     def _tune(self, number: int, task: BlockTask, tokens: torch.Tensor, weights: torch.Tensor) -> BlockResult:
         """Tune one expert. Its tokens are split into as many sequences as there are samples, so that a step sees the
         same share of the data as a step of a block."""
-        each = -(-tokens.numel() // self._samples)
-        rows = torch.arange(tokens.numel())
-        shares = torch.zeros(-(-tokens.numel() // each) * each)
-        shares[: tokens.numel()] = weights
-        shares = shares.view(-1, each, 1)
+        buffers, device, count = self._buffers, self.loader.device, tokens.numel()
+        each = -(-count // self._samples)
+        shares = torch.nn.functional.pad(weights, (0, -count % each)).view(-1, each, 1)
 
-        def set_samples(task: BlockTask) -> None:
-            fed, targets = self._fed(), self._buffers.targets
-            assert targets is not None
-            task.inputs, task.targets = GatheredRows(fed, tokens, each), GatheredRows(targets, rows, each)
+        def set_samples(changed: BlockTask) -> None:
+            assert buffers.targets is not None
+            changed.inputs = GatheredRows(buffers.fed_rows(), tokens, each)
+            changed.targets = GatheredRows(buffers.targets, torch.arange(count), each)
 
-        offload_all = task.offload
-
-        def offload(task: BlockTask) -> bool:
-            moved = offload_all(task)
-            set_samples(task)
+        def offload(changed: BlockTask, outer: Callable[[BlockTask], bool] = task.offload) -> bool:
+            moved = outer(changed)
+            set_samples(changed)
             return moved
 
         def run(hidden: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
             made = self._module.run_expert(number, hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
             return made * shares[list(sequences)].to(made.device)
 
+        inner = {layer.name: layer.name.removeprefix(f"{task.name}.") for layer in task.layers}
+        wanted = [layer for layer in task.layers if self._hessians and self.quantizer.needs_hessian(layer)]
+        observed = [inner[layer.name] for layer in wanted]
+
+        @torch.no_grad()
+        def compute_targets(micro_batch: int) -> None:
+            """The expert's full-precision outputs, `micro_batch` sequences in one pass, and the Hessians."""
+            step = micro_batch * each
+            with InputHessian(passes=-(-count // step)).observing(task.block, observed) as input_hessians:
+                for at in range(0, count, step):
+                    part = slice(at, min(at + step, count))
+                    hidden = gather_rows(buffers.fed_rows(), tokens[part]).to(device, task.compute_dtype)
+                    made = self._module.run_expert(number, hidden) * weights[part, None].to(device)
+                    assert buffers.targets is not None
+                    buffers.targets[part] = made.to(buffers.targets.device, buffers.targets.dtype)
+            for layer in task.layers:
+                layer.input_hessians = input_hessians.of(inner[layer.name])
+
         set_samples(task)
         assert isinstance(task.inputs, GatheredRows)
         task.loss_mask, task.run, task.offload = task.inputs.present, run, offload
-        micro_batch = samples_in_pass(self._batch, each, self._experts.device)
-        MicroBatchRunner(task, (), micro_batch).run(partial(self._target, number, task, tokens, weights, each))
+        MicroBatchRunner(task, (), samples_in_pass(self._batch, each, device)).run(compute_targets)
         free_cast_copies(task.layers)
-        return self._inner.quantize_block(task)
+        return self.quantizer.quantize_block(task)
 
-    @torch.no_grad()
-    def _target(
-        self, number: int, task: BlockTask, tokens: torch.Tensor, weights: torch.Tensor, each: int, micro_batch: int
-    ) -> None:
-        """Compute the expert's full-precision outputs, `micro_batch` sequences of `each` tokens in one pass."""
-        buffers, device, step = self._buffers, self._experts.device, micro_batch * each
-        assert buffers.fed is not None and buffers.targets is not None
-        inner = {layer.name: layer.name.removeprefix(f"{task.name}.") for layer in task.layers}
-        paired = [inner[layer.name] for layer in task.layers if self._weighs and self._inner.needs_hessian(layer)]
-        with InputHessian(passes=-(-tokens.numel() // step)).observing(task.block, paired) as input_hessians:
-            for at in range(0, tokens.numel(), step):
-                part = slice(at, min(at + step, tokens.numel()))
-                hidden = gather_rows(buffers.fed, tokens[part]).to(device, task.compute_dtype)
-                made = self._module.run_expert(number, hidden) * weights[part, None].to(device)
-                buffers.targets[part] = made.to(buffers.targets.device, buffers.targets.dtype)
-        for layer in task.layers:
-            layer.input_hessians = input_hessians.of(inner[layer.name])
+
+def block_opener(
+    job: Job, settings: Settings, source: ModelSource, quantizer: Any, numerics: NumericsPolicy, dtype: torch.dtype,
+    trim: Callable[[], None], stack: ExitStack,
+) -> Callable[[str], WholeBlock]:  # fmt: skip
+    """A function that returns a block of a run by its name.
+
+    Args:
+        quantizer: of all layers.
+        dtype: of the matrix products.
+        trim: called when much memory has become free.
+        stack: closes the file of the experts' codes.
+    """
+    streamed: Callable[[BlockLoader, Any, NumericsPolicy], WholeBlock] = RoundedExperts
+    if streams_experts(job) and settings.tunes:
+        rtn = RTNQuantizer(RTNConfig(disable_opt_rtn=not settings.optimized_start), settings.scale_dtype)
+        buffers = ExpertBuffers(stack.enter_context(DiskStore(work_space(), "codes")), rtn)
+        streamed = partial(PerExpertTuner, buffers=buffers, trim=trim)
+
+    def open_block(name: str) -> WholeBlock:
+        loader = block_loader(source, name, settings.device, dtype, streams_experts(job))
+        return (streamed if loader.streams_experts else WholeBlock)(loader, quantizer, numerics)
+
+    return open_block

@@ -38,7 +38,7 @@ from auto_round.run.plan import Job, LayerPlan
 from auto_round.run.planner import with_cache_scales
 from auto_round.run.recipe_file import write_recipe
 from auto_round.run.reopen import Expected, verify_folder
-from auto_round.run.resume import RunJournal
+from auto_round.run.resume import NoJournal
 from auto_round.run.settings import Settings
 from auto_round.run.writers import FileOutput, FolderWriter
 
@@ -67,7 +67,7 @@ class OutputContext:
     shard: int | str = "5GB"
 
 
-def finalize(made: OutputContext, output: FileOutput, journal: RunJournal | None, stale: Iterable[str] = ()) -> None:
+def finalize(made: OutputContext, output: FileOutput, journal: NoJournal, stale: Iterable[str] = ()) -> None:
     """Complete one folder, verify it, and publish it in place of the `stale` files of an earlier run.
 
     Raises VerifyError when the files differ from the quantized model; they then remain in the staging folder.
@@ -86,8 +86,7 @@ def finalize(made: OutputContext, output: FileOutput, journal: RunJournal | None
         stage.retain = True
         raise
     files = sync_and_hash(stage.path, digests)
-    if journal is not None:
-        journal.complete(output.format.name, files)
+    journal.complete(output.format.name, files)
     stage.publish(files, stale)
     logger.info("saved %s", stage.folder)
 

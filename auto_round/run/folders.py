@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from auto_round.formats.base import OutputFormat
 from auto_round.logger import logger
 from auto_round.output.folders import PARTIAL, ensure_output_folder, free_bytes, inspect_folder, subfolder_name
 from auto_round.run.gguf import gguf_format
-from auto_round.run.journal import Journal, journal_folder
 from auto_round.run.plan import Job
-from auto_round.run.resume import RunJournal
+from auto_round.run.resume import NoJournal
 from auto_round.run.settings import Settings
 from auto_round.schemes import normalize_preset_name
 
@@ -99,7 +97,7 @@ def _check_journal_disk(folder: Path, output: Path, needed: int, output_needed: 
     `output_needed` if the output folder is on the same disk."""
     free = free_bytes(folder)
     shared = _device(folder) == _device(output)
-    if free < needed + (output_needed if shared else 0):
+    if needed and free < needed + (output_needed if shared else 0):
         besides = f" besides {output_needed / _GB:.2f} GB for the output folder" if shared else ""
         raise OutputError(
             f"the journal in {folder.parent} needs {needed / _GB:.2f} GB{besides}, and its disk has "
@@ -116,28 +114,18 @@ def _device(path: Path) -> int:
 
 
 def check_folders(
-    job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: RunJournal | None,
-    siblings: Sequence[str],
+    job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: NoJournal, siblings: Sequence[str]
 ) -> None:  # fmt: skip
     """Raise OutputError when the folders hold foreign files, or the disk has too little space for the journal.
 
     Args:
         siblings: subfolders of other runs of the same command.
     """
-    if journal is not None:
-        before = journal.journal
-        left = max(0, job.journal_bytes - before.nbytes())
-        _check_journal_disk(before.folder, root, left, missing_bytes(job, root))
-    else:
-        before = Journal(journal_folder(root))
-        with suppress(OutputError):
-            before.load()
+    _check_journal_disk(journal.journal.folder, root, journal.missing_bytes(job), missing_bytes(job, root))
     folders = format_folders(root, formats)
     beside = {PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
     for fmt, folder in zip(formats, folders, strict=True):
-        ours = {name.split("/")[0] for name in before.done.get(fmt.name, ())}
-        if journal is None and not (folder / PARTIAL).is_dir():
-            ours = set()  # a complete folder is checked by its report.json
+        ours = {name.split("/")[0] for name in journal.own_files(fmt, folder)}
         ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(beside if folder == root else ())})
     ensure_output_folder(root, overwrite or len(formats) == 1, beside)
 

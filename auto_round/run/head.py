@@ -20,12 +20,12 @@ from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import NumericsError
 from auto_round.eval.measures import token_nll
 from auto_round.logger import logger
-from auto_round.modeling.partial_loading import non_block_loaded
+from auto_round.modeling.partial_loading import non_block_loaded, output_head
 from auto_round.modeling.source import ModelSource
 from auto_round.report.run_report import BlockRecord
-from auto_round.run.block_layers import activation_of, install_dequantized, is_calibrated
-from auto_round.run.blocks import RunState, layer_task
-from auto_round.run.plan import Job
+from auto_round.run.block_layers import activation_of, input_quantizers, is_calibrated
+from auto_round.run.blocks import RunState, layer_task, restore_unit
+from auto_round.run.unit_state import Unit
 from auto_round.run.writers import OutputWriter
 
 _TOKENS = 2048  # tokens of one Hessian update
@@ -51,15 +51,15 @@ class HeadInputs:
 
 
 @torch.no_grad()
-def head_inputs(source: ModelSource, state: RunState, name: str) -> HeadInputs:
+def head_inputs(state: RunState, name: str) -> HeadInputs:
     """Run both calibration streams from the last block to the input of the head `name`.
 
     Raises:
         NumericsError: NaN or Inf in its inputs.
     """
-    quantized, full = state.last_inputs, state.last_full
+    source, quantized, full = state.source, state.inputs, state.full
     assert quantized is not None and full is not None
-    tuned_on, held_out = split_samples(quantized.hidden.shape[0], state.seed)
+    tuned_on, held_out = split_samples(quantized.hidden.shape[0], state.settings.seed)
     hessian: torch.Tensor | None = None
     held_out_rows: list[tuple[torch.Tensor, ...]] = []
     each = max(1, _HELD_OUT_TOKENS // len(held_out))
@@ -145,96 +145,95 @@ def _logits(task: LayerTask, layer: QuantizedLayer | None, inputs: torch.Tensor)
     return logits if task.bias is None else logits.add_(task.bias.float())
 
 
-def quantize_non_block(
-    job: Job, source: ModelSource, state: RunState, optimized: bool, scale_dtype: torch.dtype, steps: int
-) -> list[QuantizedLayer]:
+def quantize_non_block(state: RunState) -> tuple[list[QuantizedLayer], list[BlockRecord]]:
     """Quantize the layers outside the blocks on the inputs that they get from the quantized blocks.
 
-    With `steps` > 0 the head is tuned; other layers get searched scales (`optimized`), or are rounded to nearest
-    without calibration data. A layer that `state.numerics` leaves unquantized is left out.
+    A run that tunes also tunes the head; other layers get searched scales, or are rounded to nearest without
+    calibration data. A layer that `state.numerics` leaves unquantized is left out.
+
+    Returns (layers, records of the tuned ones).
 
     Raises:
         NumericsError: NaN or Inf in a weight, or in inputs when the policy is to fail.
     """
-    results = []
-    get_head = getattr(source.model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    asked = state.gptq is not None
-    for name, plan in job.quantized().items():
-        if any(name.startswith(f"{block}.") for block in source.blocks):
+    source, settings, numerics = state.source, state.settings, state.numerics
+    scale_dtype, gptq = settings.scale_dtype, settings.gptq
+    steps = getattr(settings.algorithm, "iters", 0)
+    optimized = settings.needs_data and settings.optimized_start
+    head, blocks = output_head(source.model), tuple(f"{block}." for block in source.blocks)
+    layers, records = [], []
+    for name, plan in state.job.quantized().items():
+        if name.startswith(blocks):
             continue
         started = time.monotonic()
-        tuned = steps > 0 and state.last_inputs is not None and source.model.get_submodule(name) is head
+        feeds_back = (gptq is not None or optimized) and plan.codec.uses_feedback(gptq is not None)
+        tuned = steps > 0 and state.inputs is not None and source.model.get_submodule(name) is head
         fault: NumericsError | None = None
         inputs, importance, extremes, input_hessians = None, None, MinMaxObserver(), None
         try:
-            inputs = head_inputs(source, state, name) if tuned else None
-            feeds_back = (asked or optimized) and plan.codec.uses_feedback(asked)
+            inputs = head_inputs(state, name) if tuned else None
             if is_calibrated(plan.scheme) or (inputs is None and (optimized or feeds_back)):
-                paired = inputs is None and feeds_back
-                importance, extremes, input_hessians = _observe_inputs(source, state, name, paired)
+                importance, extremes, input_hessians = _observe_inputs(state, name, inputs is None and feeds_back)
         except NumericsError as error:
             fault = error
         source.load(name, state.device)
         task = layer_task(source, plan)
         if fault is not None:
-            found = state.numerics.fall_back(name, [task], fault, state.outputs, state.rtn_fallback).layers
-            if not found:
-                source.release(name)
-                continue
-            layer = found[0]
+            made = list(numerics.fall_back(name, [task], fault).layers)
         else:
             task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
             if inputs is not None:
-                layer, before, after = quantize_head(task, inputs, scale_dtype, optimized, state.gptq)
-                state.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
+                layer, before, after = quantize_head(task, inputs, scale_dtype, optimized, gptq)
+                records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
             else:
                 task.importance = importance if optimized else (state.importance or {}).get(name)
                 task.input_hessians = input_hessians
-                damping = DAMPING if state.gptq is None else state.gptq.damping
+                damping = DAMPING if gptq is None else gptq.damping
                 layer = gptq_layer(task, task.importance is not None, scale_dtype, damping)
-        if task.activation is not None:
-            state.activations[name] = task.activation
-        state.numerics.count(task, layer.codes.clamped_scales(task.weight))
-        if not source.lazy:
-            _untie(source, task)
-            install_dequantized(task, layer)
+            made = [layer]
+        for layer in made:
+            numerics.count(task, layer)
+        layers += made
         source.release(name)
-        results.append(layer)
-    return results
-
-
-def _untie(source: ModelSource, task: LayerTask) -> None:
-    """Give the head of a model object its own copy of the weight before it is changed."""
-    weight = task.module.weight
-    assert isinstance(weight, torch.nn.Parameter)
-    task.module.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    if source.tied():
-        source.config.tie_word_embeddings = False
+    return layers, records
 
 
 def _observe_inputs(
-    source: ModelSource, state: RunState, name: str, paired: bool
+    state: RunState, name: str, paired: bool
 ) -> tuple[torch.Tensor | None, MinMaxObserver, list[torch.Tensor] | None]:
     """Second moments [in] and range of a layer's inputs, and with `paired` their Hessians."""
-    stream = state.last_inputs
-    extremes = MinMaxObserver()
+    stream, extremes = state.inputs, MinMaxObserver()
     if stream is None:
         return None, extremes, None
     moments, input_hessians = SecondMomentObserver(), InputHessian(passes=stream.hidden.shape[0])
     mask = stream.captured.loss_mask
-    with torch.no_grad(), non_block_loaded(source, state.device):
+    with torch.no_grad(), non_block_loaded(state.source, state.device):
         for sample in range(stream.hidden.shape[0]):
             hidden = stream.hidden[sample : sample + 1].to(state.device)
-            moments.mask = extremes.mask = input_hessians.mask = mask[sample : sample + 1]
-            inputs = stream.captured.run_head(source, hidden, [sample], stop_at=name)
-            moments.add(name, inputs)
-            extremes.add(name, inputs)
-            if paired:
-                input_hessians.add(name, inputs)
+            inputs = stream.captured.run_head(state.source, hidden, [sample], stop_at=name)
+            for observer in (moments, extremes, *([input_hessians] if paired else ())):
+                observer.mask = mask[sample : sample + 1]
+                observer.add(name, inputs)
     moments.check()
     input_hessians.close()
     return moments[name], extremes, input_hessians.of(name)
+
+
+def finish_non_block(state: RunState) -> float | None:
+    """Quantize the layers outside the blocks, and write all tensors outside the blocks, unless an interrupted run has
+    done that. Returns the loss on the smoke sample."""
+    blocks = len(state.job.blocks)
+    if state.journal.finished > blocks:
+        loss = restore_unit(state, blocks).loss
+        return None if state.smoke is None else loss
+    layers, records = quantize_non_block(state)
+    write_non_block(state.source, layers, state.outputs)
+    loss = smoke_loss(state, layers)
+    unit = Unit(records=records, numerics=state.numerics.state(), loss=loss)
+    state.add(unit)
+    if layers:
+        state.journal.add("non_block", unit, state.journal.checksum(state.source))
+    return loss
 
 
 def write_non_block(source: ModelSource, layers: Sequence[QuantizedLayer], outputs: Sequence[OutputWriter]) -> None:
@@ -256,27 +255,27 @@ def write_non_block(source: ModelSource, layers: Sequence[QuantizedLayer], outpu
 
 
 @torch.no_grad()
-def smoke_loss(source: ModelSource, state: RunState, layers: Sequence[QuantizedLayer]) -> float | None:
-    """Mean next-token loss, in nats, of the quantized model on the smoke sample.
+def smoke_loss(state: RunState, layers: Sequence[QuantizedLayer]) -> float | None:
+    """Mean next-token loss, in nats, of the quantized model on the smoke sample. `layers`: outside the blocks.
 
     None without a smoke sample, or when the loss is NaN and the policy is not to fail.
 
     Raises NumericsError when it is NaN and the policy is to fail.
     """
-    if state.smoke_sample is None or state.smoke_hidden is None:
+    if state.smoke is None:
         return None
-    hidden = state.smoke_hidden.to(state.device)
+    source, captured, hidden = state.source, state.smoke.captured, state.smoke.hidden.to(state.device)
     head = layers[0] if layers else None
     if head is None:
-        logits = state.smoke_sample.run_head(source, hidden, [0])
+        logits = captured.run_head(source, hidden, [0])
     else:
         with non_block_loaded(source, state.device):
-            before = state.smoke_sample.run_head(source, hidden, [0], stop_at=head.name)
+            before = captured.run_head(source, hidden, [0], stop_at=head.name)
         bias = None if head.bias is None else head.bias.to(before.device, torch.float32)
-        if head.name in state.activations:
-            before = state.activations[head.name](before)
+        for quantizer in input_quantizers(head):
+            before = quantizer(before)
         logits = torch.nn.functional.linear(before.float(), head.dequantize().to(before.device), bias)
-    ids = state.smoke_sample.inputs[0]["input_ids"].reshape(1, -1).to(logits.device)
+    ids = captured.inputs[0]["input_ids"].reshape(1, -1).to(logits.device)
     try:
         return mean_loss(logits, ids)
     except NumericsError:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ import torch
 from auto_round.algorithms.base import BlockResult, LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.calibration.observers import MinMaxObserver
+from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import NumericsError
 from auto_round.logger import logger
 from auto_round.modeling.layer_rules import fused_groups
@@ -41,6 +43,9 @@ class NumericsPolicy:
 
     Attributes:
         policy: "fail", "rtn" or "keep".
+        scale_dtype, model_dtype: dtype of stored scales, and of the model.
+        needs_all_blocks: why every block must have finite calibration data, or None.
+        outputs: writers that are told which layers stay unquantized.
         unquantized: layers left in full precision, with the reason.
         rounded: layers rounded to nearest without calibration data, with the reason.
         clamped: number of scales that were clamped to the range of their dtype, by layer.
@@ -49,7 +54,11 @@ class NumericsPolicy:
         diverged: the output of the quantized blocks is not finite; tuning continues on full-precision inputs.
     """
 
-    policy: str = "fail"
+    policy: str
+    scale_dtype: torch.dtype
+    model_dtype: torch.dtype
+    needs_all_blocks: str | None = None
+    outputs: Sequence[OutputWriter] = ()
     unquantized: dict[str, str] = field(default_factory=dict)
     rounded: dict[str, str] = field(default_factory=dict)
     clamped: dict[str, int] = field(default_factory=dict)
@@ -58,17 +67,17 @@ class NumericsPolicy:
     diverged: bool = False
 
     def state(self) -> dict[str, Any]:
-        """All fields as plain values, for the journal."""
-        return asdict(self)
+        """What it did, as plain values for the journal."""
+        return {name: copy(getattr(self, name)) for name in _STATE}
 
-    def restore_from(self, state: Mapping[str, Any], outputs: Sequence[OutputWriter]) -> None:
+    def restore_from(self, state: Mapping[str, Any]) -> None:
         """Restore a `state`; the layers that became unquantized since are reported to the writers."""
         added = {name: why for name, why in state["unquantized"].items() if name not in self.unquantized}
         if added:
-            for output in outputs:
+            for output in self.outputs:
                 output.leave_unquantized(list(added), next(iter(added.values())))
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in _STATE:
+            setattr(self, name, state[name])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for report.json."""
@@ -82,6 +91,12 @@ class NumericsPolicy:
         self.incidents.append(incident)
         logger.warning("%s", incident)
 
+    def count(self, task: LayerTask, layer: QuantizedLayer) -> None:
+        """Record how many scales of a layer were clamped."""
+        clamped = layer.codes.clamped_scales(task.weight)
+        if clamped:
+            self.clamped[task.name] = clamped
+
     def log_clamped_scales(self) -> None:
         """Log a warning if scales were clamped."""
         if self.clamped:
@@ -93,15 +108,7 @@ class NumericsPolicy:
                 sum(self.clamped.values()), ", ".join(worst[:5]), " and others" if len(worst) > 5 else "",
             )  # fmt: skip
 
-    def count(self, task: LayerTask, clamped: int) -> None:
-        """Record how many scales of a layer were clamped."""
-        if clamped:
-            self.clamped[task.name] = clamped
-
-    def fall_back(
-        self, block: str, tasks: Sequence[LayerTask], error: NumericsError, outputs: Sequence[OutputWriter],
-        settings: RtnFallback,
-    ) -> BlockResult:  # fmt: skip
+    def fall_back(self, block: str, tasks: Sequence[LayerTask], error: NumericsError) -> BlockResult:
         """Round a block without calibration data, or leave it unquantized, according to the policy.
 
         Raises:
@@ -109,20 +116,16 @@ class NumericsPolicy:
         """
         if self.policy == "fail":
             raise error
-        if settings.needs_all_blocks is not None:
-            raise NumericsError(f"{error}; on_nan={self.policy} does not help here: {settings.needs_all_blocks}")
-        reason = str(error)
+        if self.needs_all_blocks is not None:
+            raise NumericsError(f"{error}; on_nan={self.policy} does not help here: {self.needs_all_blocks}")
         # A known damaged tensor in the block explains the error: the other layers are not at fault, and are rounded.
         explained = any(name.startswith(f"{block}.") for name in self.unquantized)
         if self.policy == "keep" and not explained:
-            return self._leave_unquantized(block, tasks, reason, outputs)
+            return self._leave_unquantized(block, tasks, str(error))
         self.log_incident(f"block {block} is rounded by its weights alone: {error}")
-        return self.without_data(block, tasks, reason, outputs, settings)
+        return self.without_data(block, tasks, str(error))
 
-    def without_data(
-        self, block: str, tasks: Sequence[LayerTask], reason: str, outputs: Sequence[OutputWriter],
-        settings: RtnFallback,
-    ) -> BlockResult:  # fmt: skip
+    def without_data(self, block: str, tasks: Sequence[LayerTask], reason: str) -> BlockResult:
         """Round a block to nearest without calibration data.
 
         Raises:
@@ -132,42 +135,44 @@ class NumericsPolicy:
         if fixed is not None:
             missing = f"the scales of the inputs of {fixed} come from calibration data, and there is no finite one"
             if self.policy == "keep":
-                return self._leave_unquantized(block, tasks, f"{reason}; {missing}", outputs)
+                return self._leave_unquantized(block, tasks, f"{reason}; {missing}")
             raise NumericsError(
                 f"block {block}: {missing} ({reason}); use dynamic activations, name the block's layers in "
                 "ignore_layers, or use on_nan=keep"
             )
         for task in tasks:
             task.importance = None
-            task.activation = activation_of(task.scheme, task.name, MinMaxObserver(), settings.model_dtype)
+            task.activation = activation_of(task.scheme, task.name, MinMaxObserver(), self.model_dtype)
         share_global_scales(tasks)
         self.rounded |= {task.name: reason for task in tasks}
-        return BlockResult([quantize_layer(task, False, settings.scale_dtype) for task in tasks])
+        return BlockResult([quantize_layer(task, False, self.scale_dtype) for task in tasks])
 
-    def _leave_unquantized(
-        self, block: str, tasks: Sequence[LayerTask], reason: str, outputs: Sequence[OutputWriter]
-    ) -> BlockResult:
+    def diverges(self, block: str, sample: int | None) -> bool:
+        """Whether the output of the blocks quantized up to `block` is not finite any more, on `sample`.
+
+        Raises:
+            NumericsError: it is not, and the policy is to fail.
+        """
+        if sample is None:
+            return False
+        incident = f"the blocks quantized up to {block} give NaN or Inf on calibration sample {sample}"
+        if self.policy == "fail":
+            advice = "use --disable_amp, more bits, or on_nan=rtn"
+            raise NumericsError(f"{incident}, though not in full precision; {advice}")
+        self.log_incident(f"{incident}: the blocks after it are tuned on full-precision inputs")
+        self.diverged = True
+        return True
+
+    def _leave_unquantized(self, block: str, tasks: Sequence[LayerTask], reason: str) -> BlockResult:
         names = [task.name for task in tasks]
-        for output in outputs:
+        for output in self.outputs:
             output.leave_unquantized(names, reason)
         self.unquantized |= dict.fromkeys(names, reason)
         self.log_incident(f"block {block} stays in full precision: {reason}")
         return BlockResult()
 
 
-@dataclass(frozen=True)
-class RtnFallback:
-    """Settings of rounding to nearest when a block has no finite calibration data.
-
-    Attributes:
-        scale_dtype: dtype of stored scales.
-        model_dtype: dtype of the model.
-        needs_all_blocks: why every block must have finite calibration data, or None.
-    """
-
-    scale_dtype: torch.dtype
-    model_dtype: torch.dtype
-    needs_all_blocks: str | None = None
+_STATE = ("policy", "unquantized", "rounded", "clamped", "incidents", "lost", "diverged")
 
 
 def needs_all_blocks(settings: Settings) -> str | None:

@@ -172,6 +172,7 @@ class Job:
         stored_as: description of the source's quantization; "" for an unquantized source.
         cache: plan of static scales of keys, values and queries.
         gguf: plan of the GGUF file, for a GGUF format.
+        resumable: an interrupted run can be continued.
         journal_bytes: largest size of the journal in the work space; 0 without one.
         memory_plan: storage of the activations, and memory by phase.
         stored_names: checkpoint name by module name, if they differ.
@@ -202,6 +203,7 @@ class Job:
     stored_as: str = ""
     cache: CachePlan | None = None
     gguf: GgufPlan | None = None
+    resumable: bool = False
     journal_bytes: int = 0
     memory_plan: MemoryPlan | None = None
     stored_names: Mapping[str, str] = field(default_factory=dict)

@@ -235,7 +235,8 @@ def make_job(
     algorithm = settings.algorithm
     steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
     memory = choose_storage(MemoryInputs(settings, source, layers, compute, in_memory), tuple(formats), per_expert)
-    journaled = source.lazy and output_dir is not None and (settings.tunes or not memory.streams_experts)
+    resumable = source.lazy and (settings.tunes or not memory.streams_experts)
+    journaled = resumable and output_dir is not None
     scheme = instead.get(settings.scheme, settings.scheme)
     job = Job(
         source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
@@ -245,7 +246,7 @@ def make_job(
             for f in formats
         },
         memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
-        model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf,
+        model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf, resumable,
         journal_bytes(settings, largest(source.config, "hidden_size"), compute.itemsize) if journaled else 0,
         memory,
         skipped={weight.name: weight.reason for weight in weights.dense}, **_stored_names(source, layers),

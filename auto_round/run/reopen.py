@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.experts import default_expert_names
 from auto_round.modeling.files.folder import read_object
 from auto_round.modeling.files.safetensors import TensorFiles
-from auto_round.modeling.partial_loading import ExpertStreamer, expert_of, non_block_loaded
+from auto_round.modeling.partial_loading import block_loader, non_block_loaded
 from auto_round.output.verify import dense_digest, layer_digest, shorten
 from auto_round.report.memory import trim_heap
 from auto_round.run.block_layers import in_dtype
@@ -177,21 +176,16 @@ def _check_blocks(
     stream = None if captured is None else Stream(captured, captured.hidden, 1)
     inside: set[str] = set()
     for index, name in enumerate(source.blocks):
-        experts = ExpertStreamer(source, name, expected.device, expected.dtype) if expected.stream_experts else None
-        block = source.load(name, expected.device) if experts is None else experts.load_non_experts()
+        block = block_loader(source, name, expected.device, expected.dtype, expected.stream_experts)
+        module = block.load()
         for layer in [n for n in expected.digests if n.startswith(f"{name}.")]:
-            expert = None if experts is None else expert_of(modules[layer])
-            if expert is not None:
-                source.load(modules[layer], expected.device)
-            _compare_layer(folder, layer, source.model.get_submodule(modules[layer]), expected.digests[layer])
-            if expert is not None:
-                source.release(modules[layer])
+            with block.layer_loaded(modules[layer]) as loaded:
+                _compare_layer(folder, layer, loaded, expected.digests[layer])
             inside.add(layer)
         if stream is not None:
-            running = nullcontext() if experts is None else experts.running()
-            with in_dtype(block, source.dtype, expected.dtype), running:
-                stream.hidden = stream.after(index, block, expected.device, expected.dtype)
-        source.release(name)
+            with in_dtype(module, source.dtype, expected.dtype), block.running():
+                stream.hidden = stream.after(index, module, expected.device, expected.dtype)
+        block.release()
         trim_heap()
     outside = [layer for layer in expected.digests if layer not in inside]
     for layer in outside:

@@ -21,23 +21,24 @@ from auto_round.inference.convert_model import build_layer
 from auto_round.inference.linear import PackedLinear
 from auto_round.modeling.blocks import set_weight_2d
 from auto_round.modeling.source import ModelSource
+from auto_round.run.block_layers import input_quantizers
+from auto_round.run.writers import MemoryWriter
 
 
 def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) -> torch.nn.Module:
     """A runnable model with the quantized layers.
 
-    A model object of the user already has dequantized weights in place. A model given by path is assembled on the CPU
-    from packed layers and its other tensors; the source's own model remains without weights, to save from.
+    A model object of the user has dequantized weights in place already (`ModelWriter`). A model given by path is
+    assembled on the CPU from packed layers and its other tensors; the source's own model remains without weights, to
+    save from.
     """
-    if not source.lazy:
-        return source.model
-    source = source.reopen()
-    model = source.model
-    for name in [*source.blocks, *source.non_block_module_names()]:
-        source.load(name)
-        for layer in (v for k, v in layers.items() if k == name or k.startswith(f"{name}.")):
-            _install(model, layer)
-    return model.eval()
+
+    def install(model: torch.nn.Module, owner: str) -> None:
+        for name, layer in layers.items():
+            if name == owner or name.startswith(f"{owner}."):
+                _install(model, layer)
+
+    return source.assemble(install)
 
 
 def _install(model: torch.nn.Module, layer: QuantizedLayer) -> None:
@@ -51,10 +52,57 @@ def _install(model: torch.nn.Module, layer: QuantizedLayer) -> None:
         return
     old.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)  # a tied module keeps its own weight
     set_weight_2d(old, layer.dequantize())
-    activation = layer.scheme.activations
-    if activation is not None:
-        quantizer = ActivationQuantizer(activation, layer.act_scale, layer.act_zero_point, layer.act_global_scale)
+    for quantizer in input_quantizers(layer):
         old.register_forward_pre_hook(quantizer.hook)
+
+
+class ModelWriter(MemoryWriter):
+    """Gives a model object of the user the dequantized weights of its layers.
+
+    Args:
+        source: of the model object.
+        packs: keeps the layers, for `pack`.
+    """
+
+    def __init__(self, source: ModelSource, packs: bool) -> None:
+        super().__init__()
+        self.model, self._source, self._packs = source.model, source, packs
+        self._input_quantizers: list[tuple[torch.nn.Module, ActivationQuantizer]] = []
+        self._unpacked: dict[str, torch.nn.Module] = {}
+
+    def layer(self, layer: QuantizedLayer) -> None:
+        module, tied = self.model.get_submodule(layer.name), self._source.tied()
+        if f"{layer.name}.weight" in {*tied, *tied.values()}:
+            weight = module.weight
+            assert isinstance(weight, torch.nn.Parameter)
+            module.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            self._source.config.tie_word_embeddings = False
+        set_weight_2d(module, layer.dequantize())
+        self._input_quantizers += [(module, quantizer) for quantizer in input_quantizers(layer)]
+        if self._packs:
+            super().layer(layer)
+
+    def finish(self) -> None:
+        """The run is over: from now on the layers quantize their inputs, or are packed ones."""
+        for module, quantizer in self._input_quantizers:
+            module.register_forward_pre_hook(quantizer.hook)
+        self.pack(self.layers)
+
+    def pack(self, layers: Mapping[str, QuantizedLayer]) -> None:
+        """Replace every layer that has a packing by its packed module."""
+        for name, layer in layers.items():
+            own = self.model.get_submodule(name)
+            weight = getattr(own, "weight", None)
+            packed = packed_layer(layer, weight.dtype) if isinstance(weight, torch.Tensor) else None
+            if packed is not None and isinstance(weight, torch.Tensor):
+                _set(self.model, name, packed.to(weight.device))
+                self._unpacked[name] = own
+
+    def unpack(self) -> None:
+        """Restore the model's own layers, so that it can be saved again."""
+        for name, own in self._unpacked.items():
+            _set(self.model, name, own)
+        self._unpacked.clear()
 
 
 def packed_layer(layer: QuantizedLayer, model_dtype: torch.dtype) -> PackedLinear | None:
@@ -83,34 +131,6 @@ def module_from_tensors(
         module.get_buffer(leaf).copy_(tensor)
     module.prepare(name)
     return module
-
-
-class PackedLayers:
-    """Layers of a model object that were replaced by packed ones; they can be restored to save again."""
-
-    def __init__(self) -> None:
-        self._own: dict[str, torch.nn.Module] = {}
-        self._model: torch.nn.Module | None = None
-
-    def put_layers_in(self, model: torch.nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
-        """Replace every layer that has a packing by its packed module."""
-        self.take_layers_out()
-        self._model = model
-        for name, layer in layers.items():
-            own = model.get_submodule(name)
-            weight = getattr(own, "weight", None)
-            packed = packed_layer(layer, weight.dtype) if isinstance(weight, torch.Tensor) else None
-            if packed is not None and isinstance(weight, torch.Tensor):
-                _set(model, name, packed.to(weight.device))
-                self._own[name] = own
-
-    def take_layers_out(self) -> None:
-        """Restore the model's own layers."""
-        if self._model is not None:
-            for name, own in self._own.items():
-                _set(self._model, name, own)
-        self._own.clear()
-        self._model = None
 
 
 def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:

@@ -20,6 +20,7 @@ from auto_round.errors import ConfigError, OutputError, Stopped
 from auto_round.formats.base import OutputFormat
 from auto_round.logger import logger
 from auto_round.modeling.source import ModelSource
+from auto_round.output.folders import PARTIAL
 from auto_round.output.staging import Staging, all_files_present
 from auto_round.run.fingerprint import (
     PER_EXPERT,
@@ -32,6 +33,7 @@ from auto_round.run.fingerprint import (
     tensors_checksum,
 )
 from auto_round.run.journal import Journal, journal_folder
+from auto_round.run.plan import Job
 from auto_round.run.unit_state import Unit, unit_from_state, unit_state
 from auto_round.run.writers import FileOutput
 
@@ -80,20 +82,89 @@ class Background:
             raise error
 
 
-class RunJournal:
+class NoJournal:
+    """The journal of a run that cannot be resumed: it records nothing, and removes one of an earlier run.
+
+    Attributes:
+        output: the run's output folder; None for a run that leaves a journal alone.
+        journal: the files of a journal; here, what an earlier run has left.
+        finished: number of units that were finished when this run began.
+        done: by format, SHA-256 by file name of its complete and checked folder.
+    """
+
+    finished = 0
+    done: Mapping[str, Mapping[str, str]] = {}
+
+    def __init__(self, output: Path | None = None) -> None:
+        self.output = output
+        self.journal = Journal(journal_folder(output or Path()))
+        if output is not None:
+            with suppress(OutputError):
+                self.journal.load()
+
+    @property
+    def continues(self) -> bool:
+        """Whether an interrupted run has finished units."""
+        return False
+
+    def missing_bytes(self, job: Job) -> int:
+        """Disk space that it still needs."""
+        return 0
+
+    def own_files(self, fmt: OutputFormat, folder: Path) -> Iterable[str]:
+        """Files of a format's folder that an interrupted run has made."""
+        # A complete folder is checked by its report.json.
+        return self.journal.done.get(fmt.name, ()) if (folder / PARTIAL).is_dir() else ()
+
+    def open(self, late: Callable[[], Mapping[str, Any]], source: ModelSource, outputs: Sequence[FileOutput]) -> None:
+        if self.output is not None:
+            self.journal.remove()
+        for output in outputs:
+            output.begin()
+
+    def unit(self, index: int) -> Unit:
+        raise LookupError(f"unit {index}: this run has no journal")
+
+    def checksum(self, source: ModelSource, block: str | None = None) -> int:
+        """Checksum of the weights of a block, or of those outside the blocks."""
+        return 0
+
+    def submit_streams(self, streams: Mapping[str, torch.Tensor | DiskTensor]) -> None:
+        pass
+
+    def add(self, name: str, unit: Unit, weights: int) -> None:
+        pass
+
+    def wait_until_written(self, *kinds: str) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def complete(self, name: str, files: Mapping[str, str]) -> None:
+        pass
+
+    def finished_units(self) -> int:
+        return 0
+
+    def finish(self, keep_record: bool) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class RunJournal(NoJournal):
     """Resume state of one run: whether it can be resumed, which units are done, and how to record another.
 
     Args:
         output: the run's output folder.
         replace: start anew when the journal is damaged or of another run.
-
-    Attributes:
-        finished: number of units that were finished when this run began.
     """
 
     def __init__(self, output: Path, replace: bool) -> None:
-        self.output, self.replace = output, replace
-        self.journal = Journal(journal_folder(output))
+        super().__init__(output)
+        self.replace = replace
         self._run: dict[str, Any] = {}
         self._background: Background | None = None
         self._tasks: dict[str, Future[None]] = {}
@@ -104,13 +175,25 @@ class RunJournal:
         self._units: list[Unit] = []
 
     @property
-    def finished(self) -> int:
+    def finished(self) -> int:  # type: ignore[override]
         return len(self._units)
 
     @property
-    def done(self) -> Mapping[str, Mapping[str, str]]:
-        """By format, SHA-256 by file name of its complete and checked folder."""
+    def done(self) -> Mapping[str, Mapping[str, str]]:  # type: ignore[override]
         return self.journal.done
+
+    @property
+    def continues(self) -> bool:
+        return bool(self.journal.units)
+
+    def missing_bytes(self, job: Job) -> int:
+        return max(0, job.journal_bytes - self.journal.nbytes())
+
+    def own_files(self, fmt: OutputFormat, folder: Path) -> Iterable[str]:
+        return self.journal.done.get(fmt.name, ())
+
+    def checksum(self, source: ModelSource, block: str | None = None) -> int:
+        return non_block_checksum(source) if block is None else block_checksum(source, block)
 
     def check_compatible(
         self, fixed: Mapping[str, Any], files: Mapping[str, list[Any]], layout: Mapping[str, Any] | None = None
@@ -142,20 +225,20 @@ class RunJournal:
                 raise
             self._start_over(error)
 
-    def open(self, late: Mapping[str, Any], source: ModelSource, outputs: Sequence[FileOutput]) -> None:
+    def open(self, late: Callable[[], Mapping[str, Any]], source: ModelSource, outputs: Sequence[FileOutput]) -> None:
         """Open the journal for writing, after comparing data and weights with the interrupted run, and begin the
         outputs, or continue them after the last finished unit.
 
         Weights are compared only if a weight file is not the same file any more.
 
         Args:
-            late: `data_fingerprint`.
+            late: returns `data_fingerprint`.
 
         Raises:
             ConfigError: the data or the weights differ.
             OutputError: the journal cannot be written, or the unfinished files are damaged.
         """
-        self._run["late"] = as_json(late)
+        self._run["late"] = as_json(late())
         self._outputs = list(outputs)
         if not self.journal.is_empty:
             try:
@@ -336,12 +419,10 @@ def _other_files(before: Any, now: Mapping[str, list[Any]]) -> list[str]:
     return found
 
 
-def publish_if_complete(
-    fmt: OutputFormat, stage: Staging, journal: RunJournal | None, stale: Iterable[str] = ()
-) -> bool:
+def publish_if_complete(fmt: OutputFormat, stage: Staging, journal: NoJournal, stale: Iterable[str] = ()) -> bool:
     """Publish a folder that was complete and checked before the run was interrupted, in place of the `stale` files of
     an earlier run. Returns whether it was."""
-    files = None if journal is None else journal.done.get(fmt.name)
+    files = journal.done.get(fmt.name)
     if files is None or not all_files_present(stage.folder, files):
         return False
     stage.publish(files, stale)
@@ -369,7 +450,7 @@ def resume_message(finished: int, blocks: int) -> str:
 
 
 @contextmanager
-def checkpointing(journal: RunJournal | None, blocks: int, blocks_done: Callable[[], int | None]) -> Iterator[None]:
+def checkpointing(journal: NoJournal, blocks: int, blocks_done: Callable[[], int | None]) -> Iterator[None]:
     """Write pending journal entries when a run is interrupted, and tell the user; Ctrl-C becomes `Stopped`.
 
     Args:
@@ -383,10 +464,22 @@ def checkpointing(journal: RunJournal | None, blocks: int, blocks_done: Callable
         where = "before the first block"
         if done is not None:
             where = f"in block {done + 1} of {blocks}" if done < blocks else "after the last block"
-        resumable = journal is not None and journal.finished_units() > 0
-        then = "run the same command again to resume" if resumable else "the same command starts anew"
+        then = "run the same command again to resume" if journal.finished_units() else "the same command starts anew"
         raise Stopped(f"stopped {where}; {then}", getattr(stop, "number", signal.SIGINT)) from stop
     except Exception:
-        if journal is not None and (count := journal.finished_units()):
+        if count := journal.finished_units():
             logger.info("%d finished blocks are saved; run the same command again to resume", min(count, blocks))
+        raise
+
+
+@contextmanager
+def kept_for_resuming(outputs: Sequence[FileOutput], journal: NoJournal) -> Iterator[None]:
+    """Close unfinished outputs when a run fails, and keep their files if it can be resumed."""
+    try:
+        yield
+    except BaseException:
+        resumable = journal.finished_units() > 0
+        for output in outputs:
+            output.close()
+            output.stage.retain = output.stage.retain or resumable
         raise

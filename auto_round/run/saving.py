@@ -2,63 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.formats.base import OutputFormat
-from auto_round.modeling.source import ModelSource, open_source
-from auto_round.output.folders import PARTIAL, ensure_output_folder, remove_files, subfolder_name
-from auto_round.output.staging import Staging
-from auto_round.run.driver import Run
-from auto_round.run.finalize import RunResult
-from auto_round.run.folders import split_runs, stale_files
-from auto_round.run.gguf import gguf_format
-from auto_round.run.model_free.driver import ModelFree
-from auto_round.run.results import PackedLayers, SavedModel, check_save_options, describe_layers
-from auto_round.run.resume import remove_journal
-from auto_round.run.settings import Settings
-from auto_round.run.writers import MemoryWriter
+from auto_round.errors import ConfigError
+from auto_round.formats.base import OutputFormat, parse_formats
+from auto_round.run.driver import InMemory
+from auto_round.run.folders import default_format
+from auto_round.run.results import SavedModel, check_save_options, describe_layers
+from auto_round.run.settings_view import SettingsView, job_fields
 
 
-class Saving(ABC):
-    """The methods of `AutoRound` that quantize and write.
-
-    Attributes:
-        settings: the resolved settings.
-        tokenizer: for calibration text and the output folder; None when neither needs one.
-    """
-
-    settings: Settings
-    tokenizer: Any
-    _source: ModelSource
-    _free: ModelFree | None
+class Saving(SettingsView):
+    """The methods of `AutoRound` that quantize and write."""
 
     def __init__(self) -> None:
         self._quantized_in_place = False  # a model object is quantized in place, once
-        self._result: tuple[torch.nn.Module, dict[str, QuantizedLayer], RunResult] | None = None
+        self._result: InMemory | None = None
         self._saved: torch.nn.Module | None = None
-        self._packed = PackedLayers()
-
-    @abstractmethod
-    def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
-        """The formats that were given, or the default format."""
-
-    @abstractmethod
-    def _layer_fields_getter(self) -> Callable[[], Mapping[str, Mapping[str, Any]]]:
-        """A function that returns the fields of every layer's scheme, for the current formats."""
-
-    @abstractmethod
-    def _layer_fields_now(self) -> Mapping[str, Mapping[str, Any]]:
-        """The fields of every layer's scheme, for the current formats."""
 
     @property
     def model(self) -> torch.nn.Module | None:
@@ -67,11 +32,9 @@ class Saving(ABC):
         One given by path has no weights until `quantize()` assembled it; after `quantize_and_save()` it is the saved
         model, opened on first use. None in model-free mode until then.
         """
-        if self._result is None and self._saved is not None:
-            return self._saved
-        if self._free is not None:
-            return None
-        return self._source.model if self._result is None else self._result[0]
+        if self._result is not None:
+            return self._result.model
+        return self._runs.module if self._saved is None else self._saved
 
     def quantize(self) -> tuple[torch.nn.Module, dict[str, dict[str, Any]]]:
         """Quantize without saving.
@@ -79,16 +42,16 @@ class Saving(ABC):
         Returns:
             (model, layer configuration): a runnable model, a model object of the user with dequantized weights in
             place, or a model given by path with packed layers; and the scheme of every linear layer.
+
+        Raises:
+            UnsupportedError: in model-free mode.
         """
-        self._refuse_model_free()
         if self._result is None:
-            self._result = self._run().to_memory()
-        model, layers, finished = self._result
-        job = self._run().memory_plan() if not self._source.lazy else None
-        job = None if job is None else job.with_unquantized(finished.state.numerics.unquantized)
-        names = list(job.layers) if job is not None else list(layers)
-        schemes = {n: (job.layers[n].scheme if job is not None else layers[n].scheme) for n in names}
-        return model, {name: scheme.to_dict() for name, scheme in schemes.items()}
+            writers = self._runs.model_writers(packs=False)
+            self._result = self._runs.to_memory(writers)
+            for writer in writers:
+                writer.finish()
+        return self._result.model, {name: plan.scheme.to_dict() for name, plan in self._result.job.layers.items()}
 
     def save_quantized(
         self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None,
@@ -115,8 +78,8 @@ class Saving(ABC):
         formats, shard = self._formats(format), self._shard_size(max_shard_size)
         if self._result is None:
             raise ConfigError("save_quantized: nothing is quantized yet; call quantize() first, or quantize_and_save()")
-        model, names = self._save_result(os.fspath(output_dir), formats, inplace, overwrite, shard)
-        return (model, _one_or_all(names)) if return_folders else model
+        model, folders = self._save_result(self._result, os.fspath(output_dir), formats, inplace, overwrite, shard)
+        return (model, _one_or_all(folders)) if return_folders else model
 
     def quantize_and_save(
         self, output_dir: str | os.PathLike[str] = "tmp_autoround", format: str | Sequence[str] | None = None,
@@ -149,124 +112,62 @@ class Saving(ABC):
         """
         check_save_options(safe_serialization, unknown)
         formats, target, shard = self._formats(format), os.fspath(output_dir), self._shard_size(max_shard_size)
-        if self._free is not None:
-            written = self._free.to_folders(target, formats, overwrite, shard, resume)
-            return self._open_lazily(written, formats), _one_or_all(written)
         if self._result is not None:
-            model, written = self._save_result(target, formats, inplace, overwrite, shard)
+            model, written = self._save_result(self._result, target, formats, inplace, overwrite, shard)
             return model, _one_or_all(written)
-        if self._source.lazy:
-            written = self._write(target, formats, overwrite, shard, resume)
-            return self._open_lazily(written, formats), _one_or_all(written)
-        return self._write_object(target, formats, inplace, overwrite, shard)
-
-    def _shard_size(self, given: int | str | None) -> int | str:
-        return self.settings.config.output.max_shard_size if given is None else given
-
-    def _save_result(
-        self, output_dir: str, formats: Sequence[OutputFormat], inplace: bool, overwrite: bool, shard: int | str
-    ) -> tuple[torch.nn.Module, list[Path]]:
-        """Write the result of `quantize()`: (model to return, folders)."""
-        assert self._result is not None
-        model, layers, finished = self._result
-        self._packed.take_layers_out()
-        fields = None if self._source.lazy else self._layer_fields_now()
-        written = self._run().save(output_dir, formats, overwrite, shard, layers, finished)
-        if fields is None:
-            return model, written
-        if not inplace:
-            return self._saved_model(written, formats), written
-        if _packs(formats):
-            self._packed.put_layers_in(model, layers)
-        describe_layers(model, fields)
-        return model, written
-
-    def _write_object(
-        self, output_dir: str, formats: Sequence[OutputFormat], inplace: bool, overwrite: bool, shard: int | str
-    ) -> tuple[torch.nn.Module, str | list[str]]:
-        """Quantize and write a model object, or a copy of it."""
         if self._quantized_in_place:
             raise ConfigError(
                 "the model object holds quantized weights since the first quantize_and_save(); to save it more than "
                 "once call quantize() and then save_quantized(), name several formats at once, or give inplace=False"
             )
-        if inplace:
-            store = MemoryWriter() if _packs(formats) else None
-            fields = self._layer_fields_now()
-            written = self._write(output_dir, formats, overwrite, shard, False, store)
-            self._quantized_in_place = True
-            if store is not None:
-                self._packed.put_layers_in(self._source.model, store.layers)
-            describe_layers(self._source.model, fields)
-            return self._source.model, _one_or_all(written)
-        own = self._source
-        self._source = open_source(copy.deepcopy(own.model), trust_remote_code=self.settings.trust_remote_code)
-        try:
-            written = self._write(output_dir, formats, overwrite, shard, False)
-        finally:
-            self._source = own
-        return self._open_lazily(written, formats), _one_or_all(written)
+        runs = self._runs if inplace else self._runs.copy()
+        writers = self._runs.model_writers(_packs(formats)) if inplace else []
+        fields = self._layer_config() if writers else {}
+        written = runs.to_folders(target, formats, overwrite, shard, resume, writers)
+        if not writers:
+            self._saved = self._saved_model(written, formats)
+            return self._saved, _one_or_all(written)
+        (writer,) = writers
+        self._quantized_in_place = True
+        writer.finish()
+        describe_layers(writer.model, fields)
+        return writer.model, _one_or_all(written)
+
+    def _save_result(
+        self, result: InMemory, output_dir: str, formats: Sequence[OutputFormat], inplace: bool, overwrite: bool,
+        shard: int | str,
+    ) -> tuple[torch.nn.Module, list[Path]]:  # fmt: skip
+        """Write the result of `quantize()`: (model to return, folders)."""
+        for writer in result.writers:
+            writer.unpack()
+        fields = self._layer_config() if result.writers else {}
+        written = result.run.save(output_dir, formats, overwrite, shard, result)
+        if result.writers and not inplace:
+            return self._saved_model(written, formats), written
+        for writer in result.writers if _packs(formats) else ():
+            writer.pack(result.layers)
+        describe_layers(result.model, fields)
+        return result.model, written
+
+    def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
+        """The formats that were given, else those that were named last, or the default format."""
+        if given is not None or self._named_formats is None:
+            self._named_formats = parse_formats(default_format(self.settings) if given is None else given)
+        return list(self._named_formats)
+
+    def _shard_size(self, given: int | str | None) -> int | str:
+        return self.settings.config.output.max_shard_size if given is None else given
 
     def _saved_model(self, folders: Sequence[Path], formats: Sequence[OutputFormat]) -> torch.nn.Module:
         """The model in the last folder that Transformers opens, opened on first use."""
-        pairs = list(zip(folders, formats, strict=True))
-        opens = [folder for folder, fmt in pairs if fmt.name != "mlx" and gguf_format([fmt]) is None]
-        return SavedModel(str((opens or folders)[-1]), self.settings.trust_remote_code, self._layer_fields_getter())
-
-    def _open_lazily(self, folders: Sequence[Path], formats: Sequence[OutputFormat]) -> torch.nn.Module:
-        """The same, also as `self.model` from now on."""
-        self._saved = self._saved_model(folders, formats)
-        return self._saved
-
-    def _write(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool,
-        layer_store: MemoryWriter | None = None,
-    ) -> list[Path]:  # fmt: skip
-        """Run all groups of formats; every run is planned before the first one starts."""
-        runs = [
-            (Run(self._source, settings, self.tokenizer, layer_store), group)
-            for settings, group in split_runs(self.settings, formats)
-        ]
-        if len(runs) == 1:
-            return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard, resume)
-        if not self._source.lazy:
-            raise ConfigError(
-                f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
-                "place, once; give the model by path, or one of the formats"
-            )
-        siblings = [subfolder_name(fmt.name) for fmt in formats]
-        root = Path(output_dir).expanduser()
-        folders = [root if len(group) > 1 else root / subfolder_name(group[0].name) for _, group in runs]
-        pairs = list(zip(runs, folders, strict=True))
-        jobs = [run.checked_plan(group, str(folder), resume) for (run, group), folder in pairs]
-        ensure_output_folder(root, overwrite, {PARTIAL, *siblings})
-        stale = stale_files(root, (), siblings)[root]  # files of an earlier run that wrote other formats, or one
-        found: dict[str, Path] = {}
-        with nullcontext() if root in folders else Staging(root):
-            for (run, group), folder, job in zip(runs, folders, jobs, strict=True):
-                run.check_compatible(job, str(folder), group, overwrite, shard, resume, siblings)
-            for (run, group), folder, job in zip(runs, folders, jobs, strict=True):
-                paths = run.to_folders(str(folder), group, overwrite, shard, resume, siblings, job)
-                found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
-        remove_files(root, stale)
-        for folder in folders:
-            remove_journal(folder)
-        return [found[fmt.name] for fmt in formats]
-
-    def _refuse_model_free(self) -> None:
-        if self._free is not None:
-            raise UnsupportedError(
-                "quantize: model-free mode has no model in memory; quantize_and_save() writes the files, and "
-                "Transformers opens them"
-            )
-
-    def _run(self) -> Run:
-        return Run(self._source, self.settings, self.tokenizer)
+        opens = [folder for folder, fmt in zip(folders, formats, strict=True) if fmt.opens_in_transformers]
+        fields = lambda: job_fields(self._runs.plan_for(formats), self.settings)
+        return SavedModel(str((opens or folders)[-1]), self.settings.trust_remote_code, fields)
 
 
 def _packs(formats: Sequence[OutputFormat]) -> bool:
     """Whether a model object ends with packed layers: there is one format, and PyTorch has layers for it."""
-    return len(formats) == 1 and formats[0].name != "fake" and gguf_format(formats) is None
+    return len(formats) == 1 and formats[0].has_packed_layers
 
 
 def _one_or_all(folders: Sequence[Path]) -> str | list[str]:

@@ -20,8 +20,8 @@ from auto_round.run.settings import Settings
 from auto_round.schemes import GroupSize, QuantizationScheme
 
 if TYPE_CHECKING:
-    from auto_round.modeling.source import ModelSource
     from auto_round.run.model_free.driver import ModelFree
+    from auto_round.run.runs import Runs
 
 
 def _read(value: str | Callable[[Any], Any]) -> Any:
@@ -48,14 +48,13 @@ class SettingsView:
 
     settings: Settings
     tokenizer: Any
-    _source: ModelSource
-    _free: ModelFree | None
+    _runs: Runs | ModelFree
     _named_formats: Sequence[OutputFormat] | None
     _layers_seen: tuple[tuple[str, ...] | None, dict[str, dict[str, Any]]] | None
 
     def _planned(self) -> Job:
-        """The job of the current formats."""
-        raise TypeError("SettingsView makes no plan; AutoRound does")  # pragma: no cover
+        """The job of the formats that were named last."""
+        return self._runs.plan_for(self._named_formats)
 
     def post_init(self) -> None:
         """Resolve all settings against the model and raise their errors. Calling it is optional."""
@@ -89,8 +88,7 @@ class SettingsView:
     @property
     def quant_block_list(self) -> list[list[str]]:
         """Names of the blocks that are quantized, in one list inside a list."""
-        source = self._free.source() if self._free is not None else self._source
-        return [list(select_blocks(self.settings, source.blocks))]
+        return [list(select_blocks(self.settings, self._runs.blocks))]
 
     @property
     def alg_configs(self) -> RTNConfig | SignRoundConfig | GPTQConfig:
@@ -101,7 +99,7 @@ class SettingsView:
     @property
     def model_free(self) -> bool:
         """Whether tensors are rounded without a model."""
-        return self._free is not None
+        return self._runs.model_free
 
     # Of the scheme.
     bits: int = _read("scheme.bits")

@@ -16,6 +16,7 @@ from auto_round.calibration.disk_store import DiskTensor, empty_beside
 from auto_round.calibration.observers import InputObserver
 from auto_round.errors import NumericsError
 from auto_round.modeling.source import is_finite
+from auto_round.run.journal import Journal
 
 _TOKENS = 1024  # tokens in one forward pass on a CPU: more of them are no faster and take memory
 _MAX_COPIED_BYTES = 1 << 26  # of observer state that is copied before each batch
@@ -141,10 +142,14 @@ class Stream:
         slots = self.captured.links.slots_needed_from(index)
         return {kind: self.hidden} | {f"{kind}-{n}": self.state.values[slot] for n, slot in enumerate(slots)}
 
-    def restore_from(self, kind: str, index: int, read: Callable[[str], torch.Tensor]) -> None:
-        """Restore the shared state of `saved`, without the hidden states."""
+    def restore_from(self, kind: str, index: int, journal: Journal) -> None:
+        """Restore what was `saved` before block `index`."""
+        if isinstance(self.hidden, DiskTensor):
+            journal.stream_into(kind, self.hidden)
+        else:
+            self.hidden = journal.stream(kind).to(self.hidden.device)
         for number, slot in enumerate(self.captured.links.slots_needed_from(index)):
-            self.state.restore(slot, read(f"{kind}-{number}"))
+            self.state.restore(slot, journal.stream(f"{kind}-{number}"))
 
 
 def _on_cpu(hidden: torch.Tensor | DiskTensor) -> torch.Tensor | DiskTensor:

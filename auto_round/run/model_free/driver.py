@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 from auto_round._version import __version__
 from auto_round.errors import ConfigError, ModelError, OutputError, Stopped, UnsupportedError
 from auto_round.files import write_text
-from auto_round.formats.base import OutputFormat
+from auto_round.formats.base import OutputFormat, get_format
 from auto_round.logger import logger
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.files.folder import side_files
@@ -37,7 +37,7 @@ from auto_round.report.memory import format_bytes, format_seconds
 from auto_round.report.progress import make_progress
 from auto_round.run.finalize import write_config, write_records, write_side_files
 from auto_round.run.fingerprint import as_json, differences, digest_parts, is_up_to_date
-from auto_round.run.folders import format_folders, stale_files
+from auto_round.run.folders import default_format, format_folders, stale_files
 from auto_round.run.model_free.inputs import HubFetcher, Inputs, open_inputs
 from auto_round.run.model_free.journal import BEGUN, FOLDER, LOCK, Journal, manifest_of
 from auto_round.run.model_free.plan import (
@@ -62,7 +62,9 @@ from auto_round.run.model_free.workers import (
     wait_until,
     write_failure,
 )
+from auto_round.run.plan import Job
 from auto_round.run.recipe_file import write_recipe
+from auto_round.run.results import ModelWriter
 from auto_round.run.settings import Settings
 
 
@@ -89,6 +91,33 @@ class ModelFree:
     def __post_init__(self) -> None:
         check_settings(self.settings)
 
+    model_free: ClassVar[bool] = True
+    module: ClassVar[None] = None
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return self.source().blocks
+
+    def copy(self) -> ModelFree:
+        return self
+
+    def model_writers(self, packs: bool) -> list[ModelWriter]:
+        return []
+
+    def plans(self, formats: Sequence[OutputFormat], output_dir: str | None) -> list[Job]:
+        """The plan of the run. A layer name that matches nothing is an error, unless `strict` is False."""
+        strict = replace(self.settings, strict=self.settings.strict is not False)
+        return [replace(self, settings=strict).plan(formats, output_dir)]
+
+    def plan_for(self, formats: Sequence[OutputFormat] | None) -> Job:
+        return self.plan([get_format(default_format(self.settings))] if formats is None else formats)
+
+    def to_memory(self, writers: Sequence[ModelWriter]) -> NoReturn:
+        raise UnsupportedError(
+            "quantize: model-free mode has no model in memory; quantize_and_save() writes the files, and "
+            "Transformers opens them"
+        )
+
     def source(self) -> CheckpointSource:
         """The opened checkpoint; only its configuration and headers are read."""
         return self._open()[1]
@@ -110,8 +139,9 @@ class ModelFree:
         return model_free_job(self.settings, source, formats, self.options, output_dir, inputs.notes)
 
     def to_folders(
-        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool = True
-    ) -> list[Path]:
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool = True,
+        writers: Sequence[ModelWriter] = (),
+    ) -> list[Path]:  # fmt: skip
         """Quantize and write the formats in order. Returns one folder per format.
 
         `resume`: resume the unfinished run in a folder; False starts anew.

@@ -171,5 +171,5 @@ def test_a_changed_plugin_is_another_run(tmp_path: Path, tiny_opt_model_path: st
 
     path = plugin(tmp_path, "mine")
     ar = AutoRound(tiny_opt_model_path, scheme="MINE", plugins=[path], iters=0, format="fake")
-    values = fingerprint(ar.plan(), ar.settings, ar._source, "5GB")
+    values = fingerprint(ar.plan(), ar.settings, ar._runs.source, "5GB")
     assert values["plugin mine"] == loaded_plugins()["mine"]

@@ -164,12 +164,12 @@ def test_every_value_changes_the_job(name: str, tiny_folder: Any) -> None:
         AutoRound(folder, tokenizer=object(), device_map="cpu", **NEEDED.get(name, {}), **given)
         for given in ({}, {name: CHANGED[name]})
     )
-    free = [job._free is not None and job._free.options for job in (plain, changed)]
+    free = [getattr(job._runs, "options", None) for job in (plain, changed)]
     assert (
         plain.settings != changed.settings
         or free[0] != free[1]
-        or plain._source.dtype != changed._source.dtype
-        or (type(plain._source) is not type(changed._source))
+        or plain._runs.source.dtype != changed._runs.source.dtype
+        or (type(plain._runs.source) is not type(changed._runs.source))
     )
 
 

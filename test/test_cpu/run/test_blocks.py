@@ -39,7 +39,7 @@ def test_a_model_given_by_path_is_never_whole_in_memory(
     monkeypatch.setattr(CheckpointSource, "load", watched)
     folder = packable_folder(family, num_hidden_layers=3, layer_types=None) if family != "gpt-oss" else family
     ar = make(folder, iters=iters)
-    source = ar._source
+    source = ar._runs.source
     ar.quantize_and_save(tmp_path / "out", "auto_round,fake")
     assert most == 1
     assert not real_blocks(source)

@@ -12,7 +12,7 @@ import torch
 from auto_round.calibration.disk_store import DiskStore
 from auto_round.codecs.ggml.plain import plain_blocks
 from auto_round.codecs.quantized_layer import DenseWeight, FloatCodes, IntCodes, QuantizedLayer
-from auto_round.run.expert_layers import StoredLayers, store_layer, stored_bytes
+from auto_round.run.expert_layers import read_layers, store_layer, stored_bytes
 from auto_round.run.plan import LayerPlan
 from auto_round.schemes import QuantizationScheme, parse_scheme
 
@@ -66,7 +66,7 @@ def equal(one: Any, other: Any) -> bool:
 def test_a_layer_comes_back_exactly(name: str, tmp_path: Path) -> None:
     layer = LAYERS[name]
     with DiskStore(tmp_path) as store:
-        (again,) = StoredLayers(["a"], {}, {"a": store_layer(layer, store)})
+        again = read_layers({"a": store_layer(layer, store)}, "a")["a"]
     assert equal(again, layer) and torch.equal(again.dequantize(), layer.dequantize())
 
 

@@ -19,6 +19,7 @@ from auto_round.output.writer import PartialFile, ShardWriter
 from auto_round.run import blocks as blockwise
 from auto_round.run import driver as run_module
 from auto_round.run import finalize as deliver_module
+from auto_round.run import head as head_module
 
 TUNED: dict[str, Any] = {"iters": 2, "bits": 2, "lr": 0.02}
 GGUF: dict[str, Any] = {"iters": 0, "group_size": None}
@@ -136,8 +137,8 @@ def test_stopped_in_one_way_and_resumed_in_another(
 
 PHASES = {
     "data": (run_module, "prepare_calibration", 1), "capture": (run_module, "capture_inputs", 1),
-    "first block": (blockwise, "_quantize_block", 1), "outside": (run_module, "quantize_non_block", 1),
-    "after the head": (run_module, "smoke_loss", 1), "names": (ShardWriter, "finish", 1),
+    "first block": (blockwise, "_quantize_block", 1), "outside": (head_module, "quantize_non_block", 1),
+    "after the head": (head_module, "smoke_loss", 1), "names": (ShardWriter, "finish", 1),
     "second names": (ShardWriter, "finish", 2),
     "side files": (deliver_module, "write_side_files", 1), "config": (deliver_module, "write_config", 2),
     "verify": (deliver_module, "verify_folder", 1), "second verify": (deliver_module, "verify_folder", 2),

@@ -136,7 +136,7 @@ def test_a_stream_may_change_when_it_is_written_and_a_unit_counts_when_all_is(
     monkeypatch.setenv("AR_WORK_SPACE", str(tmp_path / "space"))
     journal = RunJournal(tmp_path / "out", False)
     journal.check_compatible({"seed": 1}, {})
-    journal.open({"smoke_sample": None}, open_source(tiny_folder("llama")), [])
+    journal.open(lambda: {"smoke_sample": None}, open_source(tiny_folder("llama")), [])
     full, quantized = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
     for index in range(3):
         journal.wait_until_written("full")

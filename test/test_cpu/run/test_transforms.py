@@ -236,7 +236,7 @@ def test_what_is_refused(make: Make) -> None:
         make("llama", algorithm="misnaming", iters=0).quantize()
     with pytest.raises(ConfigError, match="model_free"):
         make("llama", algorithm="observed", model_free=True)
-    source = make("llama-tied")._source
+    source = make("llama-tied")._runs.source
     with pytest.raises(UnsupportedError, match="shares its values"):
         source.apply_edits({"model.embed_tokens.weight": ChannelScale(torch.ones(64), 1)})
 
