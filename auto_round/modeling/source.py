@@ -145,8 +145,8 @@ class ModelSource(ABC):
     def assemble(self, install: Callable[[nn.Module, str], None]) -> nn.Module:
         """The whole model with all weights in memory.
 
-        A model object is returned as it is. A checkpoint gives a new model; `install(model, name)` is called for each
-        block and each module outside the blocks as soon as it is loaded.
+        A model object is returned unchanged. A checkpoint gives a new model; `install(model, name)` is called for each
+        block and each module outside the blocks once it is loaded.
         """
 
     @abstractmethod

@@ -422,7 +422,7 @@ class Run:
         )  # fmt: skip
 
     def _samples(self, job: Job, journal: NoJournal, progress: Progress, stack: ExitStack) -> Samples:
-        """Capture the inputs of the blocks, of the smoke sample and of the calibration data, as far as they are needed.
+        """Capture what the blocks get of the smoke sample and of the calibration data, where the run needs them.
 
         The smoke sample is captured first: with calibration data, this also checks that the blocks can be run one at a
         time. A run that only rounds continues without a smoke sample when they cannot.

@@ -45,7 +45,7 @@ class NumericsPolicy:
         policy: "fail", "rtn" or "keep".
         scale_dtype, model_dtype: dtype of stored scales, and of the model.
         needs_all_blocks: why every block must have finite calibration data, or None.
-        outputs: writers that are told which layers stay unquantized.
+        outputs: writers to which layers that stay unquantized are reported.
         unquantized: layers left in full precision, with the reason.
         rounded: layers rounded to nearest without calibration data, with the reason.
         clamped: number of scales that were clamped to the range of their dtype, by layer.
