@@ -165,10 +165,19 @@ def build_tiny(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
 def earlier_int8() -> Iterator[str]:
     """Name of a format that our own loader opens: compressed-tensors' tensors under an auto-round config."""
     from auto_round.formats.base import FORMATS, available_formats, register_format
-    from auto_round.formats.config_compressed_tensors import PackedInt8Format
+    from auto_round.formats.config_compressed_tensors import CompressedTensorsFormat, PackedInt8Format
 
     available_formats()
-    register_format("earlier:int8")(PackedInt8Format)
+    tensors = CompressedTensorsFormat()
+
+    @register_format("earlier:int8")
+    class Earlier(PackedInt8Format):
+        def layout(self, scheme: Any) -> Any:
+            return tensors.layout(scheme)
+
+        def scheme_problem(self, scheme: Any) -> str | None:
+            return tensors.scheme_problem(scheme)
+
     yield "earlier:int8"
     del FORMATS["earlier:int8"]
 

@@ -67,11 +67,11 @@ def _split_plugins(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def formats() -> str:
-    """Formats, whether this version writes them, and the schemes they support."""
-    from auto_round.formats.base import format_table
+    """Formats, and the presets they support."""
+    from auto_round.formats.base import available_formats, get_format
 
-    rows = [(name, "yes" if here else "not yet", ", ".join(names)) for name, names, here in format_table()]
-    return text_table(("format", "here", "schemes"), rows)
+    rows = [(name, ", ".join(get_format(name).support_schemes)) for name in available_formats()]
+    return text_table(("format", "schemes"), rows)
 
 
 def schemes() -> str:

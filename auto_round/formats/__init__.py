@@ -3,7 +3,6 @@
 from auto_round.formats.base import (
     OutputFormat,
     available_formats,
-    format_table,
     formats_for_scheme,
     get_format,
     parse_formats,
@@ -13,7 +12,6 @@ from auto_round.formats.base import (
 __all__ = [
     "OutputFormat",
     "available_formats",
-    "format_table",
     "formats_for_scheme",
     "get_format",
     "parse_formats",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,12 +17,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from auto_round._version import __version__
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import ConfigError, UnsupportedError, nearest
-from auto_round.formats.table import GUIDE_MATRIX
-from auto_round.layouts.base import Layout
-from auto_round.layouts.base import TensorSpecs as TensorSpecs
-from auto_round.schemes import QuantizationScheme
+from auto_round.formats.table import SizeRule
+from auto_round.layouts.base import Layout, TensorSpecs
+from auto_round.schemes import MIXED_PRESETS, PRESET_SCHEMES, QuantizationScheme
 
 # Settings that are recorded in the checkpoint when they differ from these defaults.
 DEFAULT_SETTINGS: Mapping[str, Any] = MappingProxyType(
@@ -67,6 +67,16 @@ class ExportPlan:
     def quantized_layers(self) -> list[str]:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]
 
+    def default_scheme(self) -> QuantizationScheme:
+        """The scheme to write as the default: the run's own, or the most common one where no layer has that."""
+        counts = Counter(self.layers[name] for name in self.quantized_layers())
+        return self.scheme if self.scheme in counts else counts.most_common(1)[0][0]
+
+    def unquantized_modules(self) -> list[str]:
+        """Modules that readers must not treat as quantized: unquantized layers, other matrices, spare modules."""
+        dense = [name for name, scheme in self.layers.items() if not scheme.quantizes_weights]
+        return dense + [name for name in (*self.other_matrices, *self.spare) if name not in self.layers]
+
     def dense_in_blocks(self) -> list[str]:
         """Modules a reader could mistake for quantized: unquantized layers and routers in blocks, spare modules."""
         dense = [name for name, scheme in self.layers.items() if not scheme.quantizes_weights]
@@ -91,6 +101,13 @@ class ExportPlan:
             and self.settings[key] != default
             and isinstance(self.settings[key], (bool, int, float, str))
         }
+
+
+def number_pattern(name: str, after: str = "") -> str:
+    """A regular expression for a module's name with any numbers in it; only those behind the part `after`, if given."""
+    parts = name.split(".")
+    free = (part.isdigit() and (not after or parts[i - 1 : i] == [after]) for i, part in enumerate(parts))
+    return r"\.".join(r"\d+" if any_number else re.escape(part) for any_number, part in zip(free, parts, strict=True))
 
 
 Renames = tuple[tuple[str, str], ...]
@@ -148,14 +165,14 @@ class ModelRules:
 DEFAULT_RULES = ModelRules()
 
 
-class OutputFormat(ABC):
+class OutputFormat:
     """One way to write a quantized model. Instances hold no state of a run.
 
     A layer that `check_layer` refuses stays unquantized; the caller writes its original tensors.
     """
 
     # Set by `register_format`.
-    name: ClassVar[str] = ""
+    name: str = ""
     # Whether the loader of `auto_round.inference` opens the files; saved files are then verified by opening them.
     # Layers of other formats are verified with `unpack_layer`.
     loadable_here: ClassVar[bool] = True
@@ -177,8 +194,8 @@ class OutputFormat(ABC):
     cache_scale_tail: ClassVar[tuple[int, ...]] = ()
     # Whether it stores layers other than torch.nn.Linear, such as Transformers' Conv1D.
     supports_conv1d: ClassVar[bool] = True
-    # Names of presets this format takes; `check_scheme` decides for schemes that have no name.
-    support_schemes: ClassVar[tuple[str, ...]]
+    # Sizes of layers that readers of the files accept, by the weights' codec family; others are up to the layout.
+    sizes: ClassVar[Mapping[str, SizeRule]] = MappingProxyType({})
     # Whether groups must fill the rows; runs then use a smaller group size where needed.
     requires_full_groups: ClassVar[bool] = False
     # Whether tensors keep the names of the source checkpoint. Otherwise `rules` gives the names.
@@ -190,17 +207,42 @@ class OutputFormat(ABC):
     # Files beside config.json that repeat the quantization_config.
     config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json",)
 
-    @abstractmethod
+    def layout(self, scheme: QuantizationScheme) -> Layout:
+        """The layout that stores a layer of `scheme`, or whose `problem` says why none does."""
+        raise UnsupportedError(f"format {self.name!r} stores no packed codes")
+
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
         """Why the format cannot store `scheme`, or None. Unquantized layers are always stored."""
+        if not scheme.quantizes_weights:
+            return None
+        try:
+            return self.scheme_problem(scheme)
+        except UnsupportedError as error:  # an unknown data type
+            return str(error)
+
+    def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
+        """`check_scheme` of a scheme that quantizes weights."""
+        return self.layout(scheme).problem(scheme)
 
     def suggested_for(self, scheme: QuantizationScheme) -> bool:
         """Whether to suggest this format for a model quantized with `scheme` throughout."""
         return self.check_scheme(scheme) is None
 
+    @property
+    def support_schemes(self) -> tuple[str, ...]:
+        """Names of the presets that this format takes."""
+        found = []
+        for name, scheme in PRESET_SCHEMES.items():
+            others = [scheme.with_overrides({"bits": MIXED_PRESETS[name].other_bits})] if name in MIXED_PRESETS else []
+            if ":" not in name and all(self.check_scheme(one) is None for one in (scheme, *others)):
+                found.append(name)
+        return tuple(found)
+
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         """Why a layer of this shape cannot be packed and stays unquantized, or None."""
-        return None
+        rule = self.sizes.get(codec_of(scheme).family)
+        reason = None if rule is None else rule.problem(in_features, out_features, scheme.group_size)
+        return reason or self.layout(scheme).mismatch(scheme, in_features, out_features)
 
     def check_plan(self, plan: ExportPlan) -> str | None:
         """Why the format's config cannot describe all layers of `plan`, or None."""
@@ -209,10 +251,6 @@ class OutputFormat(ABC):
     def normalize_for_format(self, layer: QuantizedLayer) -> QuantizedLayer:
         """A layer with exactly the same weights, in codes that the format's readers accept; applied before `pack`."""
         return layer
-
-    def layout(self, scheme: QuantizationScheme) -> Layout:
-        """The layout that stores a layer of `scheme`. Formats without codes override `tensor_specs` and `pack`."""
-        raise UnsupportedError(f"format {self.name!r} stores no packed codes")
 
     def tensor_specs(
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
@@ -249,9 +287,13 @@ class OutputFormat(ABC):
         """How this format writes models of a type (`model_type` of their config)."""
         return DEFAULT_RULES
 
-    @abstractmethod
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """`quantization_config` for config.json, or None when the checkpoint is an ordinary unquantized one."""
+        return self.quantization_config(plan, plan.default_scheme()) if plan.quantized_layers() else None
+
+    def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
+        """`config` of a plan with quantized layers, most of which have the scheme `default`."""
+        return None
 
     def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """Contents of the `config_files`: `config`, unless their readers need another form."""
@@ -277,16 +319,21 @@ _Format = TypeVar("_Format", bound=type[OutputFormat])
 
 
 def register_format(name: str) -> Callable[[_Format], _Format]:
-    """Class decorator: register a format as `name`. Raises ConfigError when the name is taken."""
+    """Class decorator: register a format as `name`; twice for two names. Raises ConfigError when the name is taken."""
 
     def decorate(cls: _Format) -> _Format:
-        if name in FORMATS:
-            raise ConfigError(f"format {name!r} is registered already, by {type(FORMATS[name]).__name__}")
-        cls.name = name
-        FORMATS[name] = cls()
+        add_format(name, cls())
         return cls
 
     return decorate
+
+
+def add_format(name: str, fmt: OutputFormat) -> None:
+    """Register an instance. Raises ConfigError when the name is taken."""
+    if name in FORMATS:
+        raise ConfigError(f"format {name!r} is registered already, by {type(FORMATS[name]).__name__}")
+    fmt.name = name
+    FORMATS[name] = fmt
 
 
 def available_formats() -> list[str]:
@@ -300,20 +347,17 @@ def get_format(name: str) -> OutputFormat:
     """The format called `name`, in any case.
 
     Raises:
-        UnsupportedError: the guide lists this format, but this version cannot write it.
         ConfigError: unknown format.
     """
     known = available_formats()
     key = name.strip().lower()
     if key in FORMATS:
         return FORMATS[key]
-    if key in GUIDE_MATRIX:
-        raise UnsupportedError(f"format {name!r} is not available in this version; available: {', '.join(known)}")
     if key.partition(":")[0] == "gguf":
         types = [n for n in known if n.startswith("gguf:")]
         hint = "" if "*" in key else nearest(key, types)
         raise ConfigError(f"unknown format {name!r}{hint or ';'} The GGUF types are {', '.join(types)}")
-    raise ConfigError(f"unknown format {name!r}{nearest(key, [*known, *GUIDE_MATRIX])} Available: {', '.join(known)}")
+    raise ConfigError(f"unknown format {name!r}{nearest(key, known)} Available: {', '.join(known)}")
 
 
 def parse_formats(text: str | Sequence[str]) -> list[OutputFormat]:
@@ -359,10 +403,3 @@ def require_plan(fmt: OutputFormat, plan: ExportPlan) -> None:
         raise UnsupportedError(
             f"format {fmt.name!r} cannot hold this recipe: {reason}; formats that can: {', '.join(takers)}"
         )
-
-
-def format_table() -> list[tuple[str, tuple[str, ...], bool]]:
-    """Rows for `auto_round list format`: (format, preset schemes, whether this version can write it)."""
-    known = available_formats()
-    names = [*GUIDE_MATRIX, *(n for n in known if n not in GUIDE_MATRIX)]
-    return [(n, FORMATS[n].support_schemes if n in FORMATS else GUIDE_MATRIX[n], n in FORMATS) for n in names]

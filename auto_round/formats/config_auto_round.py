@@ -22,65 +22,26 @@ keys of their own: `weight_block_size` [rows, columns] and `weight_strategy` "te
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
-from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.formats.base import ExportPlan, OutputFormat, register_format
+from auto_round.formats.table import AUTO_ROUND_SIZES, SizeRule
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.base import Layout, stored_group_size
-from auto_round.layouts.floats import (
-    AUTO_ROUND_FLOATS,
-    float_family_of,
-    float_problem,
-    group_size_mismatch,
-    is_float,
-    minifloat_name,
-)
+from auto_round.layouts.floats import AUTO_ROUND_FLOATS, has_input_scale
 from auto_round.layouts.gptq import GPTQ_V1, GPTQ_V2
-from auto_round.schemes import QuantizationScheme
+from auto_round.schemes import ACTIVATION_KEYS, QuantizationScheme
 
 GPTQ_PACKING, AWQ_PACKING, PLAIN_PACKING = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round"
 LLM_COMPRESSOR, FP8_STATIC, FP8 = "auto_round:llm_compressor", "auto_round:fp8_static", "auto_round:fp8"
-_LAYOUTS = {GPTQ_PACKING: GPTQ_V1, AWQ_PACKING: AWQ, PLAIN_PACKING: GPTQ_V2}
-INT_BITS = (2, 3, 4, 8)
-# Kernels of every runtime that reads these files work on tiles of 32, and 3-bit words need it.
-SIZE_MULTIPLE = 32
-_ACTIVATION_KEYS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
-
-
-def _group_size(scheme: QuantizationScheme) -> int | list[int]:
-    """`group_size` as JSON; per-tensor scales of integers are stored per channel."""
-    if not is_float(scheme):
-        return stored_group_size(scheme)
-    return list(scheme.group_size) if isinstance(scheme.group_size, tuple) else scheme.group_size
-
-
-def _float_values(scheme: QuantizationScheme) -> dict[str, Any]:
-    """Keys of the config for a default scheme of a small float type, in place of an integer's `group_size`."""
-    size, activations = scheme.group_size, scheme.activations
-    # Transformers' config class takes the columns of a block, and -1 for a whole tensor.
-    found: dict[str, Any] = {"group_size": size[1] if isinstance(size, tuple) else size or -1}
-    if float_family_of(scheme.data_type) == "fp":
-        static = activations is not None and not activations.dynamic
-        found["activation_scheme"] = "static" if static else "dynamic"
-        found["fmt"] = minifloat_name(scheme.data_type, scheme.bits)
-    if isinstance(size, tuple):
-        found["weight_block_size"] = list(size)
-    elif size == 0:
-        found["weight_strategy"] = "tensor"
-    return found
-
-
-def default_scheme(plan: ExportPlan) -> QuantizationScheme:
-    """The default scheme to write: the run's own, or the most common one when no quantized layer has that."""
-    counts = Counter(plan.layers[name] for name in plan.quantized_layers())
-    return plan.scheme if plan.scheme in counts else counts.most_common(1)[0][0]
+_INTEGERS = {GPTQ_PACKING: GPTQ_V1, AWQ_PACKING: AWQ, PLAIN_PACKING: GPTQ_V2}
+_FLOATS = {"mx_fp": LLM_COMPRESSOR, "nv_fp": LLM_COMPRESSOR, "mx_int": PLAIN_PACKING, "fp": FP8}  # by codec family
 
 
 def flip_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
@@ -112,58 +73,22 @@ class AutoRoundFormat(OutputFormat):
 
     stores_cache_scales: ClassVar[bool] = True
     rejects_fused_layers: ClassVar[bool] = True
-    support_schemes: ClassVar[tuple[str, ...]] = (
-        "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "MXFP4", "MXFP4_RCEIL", "MXFP8",
-        "MXFP8_RCEIL", "MXINT4", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "BF16",
-    )  # fmt: skip
-
-    supports_floats: ClassVar[bool] = True
+    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": AUTO_ROUND_SIZES}
 
     def packing(self, scheme: QuantizationScheme) -> str:
         """The `packing_format` of a layer of `scheme`."""
-        if not is_float(scheme):
-            return GPTQ_PACKING if scheme.sym else AWQ_PACKING if scheme.bits == 4 else PLAIN_PACKING
-        family, activations = float_family_of(scheme.data_type), scheme.activations
-        if family == "fp":
-            return FP8_STATIC if activations is not None and not activations.dynamic else FP8
-        return PLAIN_PACKING if family == "mx_int" else LLM_COMPRESSOR
+        family = codec_of(scheme).family
+        if family in _FLOATS:
+            return FP8_STATIC if has_input_scale(scheme) else _FLOATS[family]
+        return GPTQ_PACKING if scheme.sym else AWQ_PACKING if scheme.bits == 4 else PLAIN_PACKING
 
     def layout(self, scheme: QuantizationScheme) -> Layout:
-        return AUTO_ROUND_FLOATS if is_float(scheme) else _LAYOUTS[self.packing(scheme)]
+        return AUTO_ROUND_FLOATS if codec_of(scheme).family in _FLOATS else _INTEGERS[self.packing(scheme)]
 
-    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
-        if not scheme.quantizes_weights:
-            return None
-        if is_float(scheme):
-            return float_problem(scheme) if self.supports_floats else "it holds integers only"
-        if scheme.data_type != "int":
-            return f"data type {scheme.data_type!r} has no layout here"
-        if scheme.quantizes_activations:
-            return "activations are quantized, and the integer layouts hold weights only"
-        if scheme.super_bits is not None:
-            return "doubly quantized scales need a gguf format"
-        if not isinstance(scheme.group_size, int):
-            return f"group_size {scheme.group_size} is a block, and the layout has groups along the input only"
-        if scheme.bits not in INT_BITS:
-            return f"{scheme.bits} bits have no packing here, only {', '.join(map(str, INT_BITS))}"
-        return None
-
-    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        if is_float(scheme):
-            return group_size_mismatch(scheme, in_features)
-        for what, size in (("in_features", in_features), ("out_features", out_features)):
-            if size % SIZE_MULTIPLE:
-                return f"{what}={size} is not a multiple of {SIZE_MULTIPLE}"
-        return None
-
-    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        names = plan.quantized_layers()
-        if not names:
-            return None
-        default = default_scheme(plan)
+    def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
         config: dict[str, Any] = {
-            **_values(default),
-            **(_float_values(default) if is_float(default) else {}),
+            **self._values(default),
+            **self._default_values(default),
             **plan.recorded_settings(),
             "autoround_version": plan.version,
             "block_name_to_quantize": plan.block_prefix(),
@@ -176,6 +101,36 @@ class AutoRoundFormat(OutputFormat):
             config["extra_config"] = {**self._patterns(plan, extra), **extra}
         return config
 
+    def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
+        """With both sizes of a block as `group_size`, which vLLM's loader requires and Transformers' config rejects."""
+        config = self.config(plan)
+        return config and config | {"group_size": self._values(plan.default_scheme())["group_size"]}
+
+    def _values(self, scheme: QuantizationScheme) -> dict[str, Any]:
+        """The config's keys for one scheme, with those of its activations."""
+        size, inputs = self.layout(scheme).group_size(scheme), scheme.activations
+        found = {
+            "bits": scheme.bits, "data_type": scheme.data_type, "sym": scheme.sym,
+            "group_size": list(size) if isinstance(size, tuple) else size,
+        }  # fmt: skip
+        if inputs is None:
+            return found
+        return found | {key: getattr(inputs, key.removeprefix("act_")) for key in ACTIVATION_KEYS}
+
+    def _default_values(self, scheme: QuantizationScheme) -> dict[str, Any]:
+        """Keys of the default scheme alone. Transformers' config class takes the columns of a block as `group_size`,
+        and -1 for a whole tensor."""
+        size, packing = self.layout(scheme).group_size(scheme), self.packing(scheme)
+        found: dict[str, Any] = {"group_size": size[1] if isinstance(size, tuple) else size or -1}
+        if packing in (FP8, FP8_STATIC):
+            found["activation_scheme"] = "static" if packing == FP8_STATIC else "dynamic"
+            found["fmt"] = codec_of(scheme).element
+        if isinstance(size, tuple):
+            found["weight_block_size"] = list(size)
+        elif size == 0:
+            found["weight_strategy"] = "tensor"
+        return found
+
     def _patterns(self, plan: ExportPlan, extra: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Entries for the user's patterns, for scripts that look these up. Readers use the layers' entries; a pattern
         is written only if all layers that it matches have the same entry."""
@@ -187,13 +142,6 @@ class AutoRoundFormat(OutputFormat):
                 found[pattern] = entries[0]
         return found
 
-    def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        """With both sizes of a block as `group_size`, which vLLM's loader requires and Transformers' config rejects."""
-        config = self.config(plan)
-        if config is None or not is_float(default := default_scheme(plan)):
-            return config
-        return config | {"group_size": _group_size(default)}
-
     def _extra(
         self, plan: ExportPlan, name: str, default: QuantizationScheme, dense: Container[str]
     ) -> dict[str, Any]:  # fmt: skip
@@ -204,7 +152,7 @@ class AutoRoundFormat(OutputFormat):
         scheme = plan.layers[name]
         if not scheme.quantizes_weights:
             return {}
-        entry, usual = _values(scheme), {"act_bits": 16, **_values(default)}
+        entry, usual = self._values(scheme), {"act_bits": 16, **self._values(default)}
         if plan.in_block(name):
             if not scheme.quantizes_activations:
                 entry["act_bits"] = 16
@@ -217,59 +165,11 @@ class AutoRoundFormat(OutputFormat):
         return {"bits": scheme.bits, **entry} if entry else {}
 
 
-def _values(scheme: QuantizationScheme) -> dict[str, Any]:
-    """The config's keys for one scheme, with those of its activations."""
-    found = {
-        "bits": scheme.bits, "data_type": scheme.data_type, "sym": scheme.sym, "group_size": _group_size(scheme),
-    }  # fmt: skip
-    activations = scheme.activations
-    if activations is not None:
-        found |= {key: getattr(activations, key.removeprefix("act_")) for key in _ACTIVATION_KEYS}
-    return found
-
-
-@register_format("auto_round:auto_gptq")
-class AutoRoundGptqFormat(AutoRoundFormat):
-    """Always GPTQ v1 packing: zero points are stored minus one."""
-
-    supports_floats: ClassVar[bool] = False
-    support_schemes: ClassVar[tuple[str, ...]] = (
-        "W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32", "W4A16_MIXED", "BF16",
-    )  # fmt: skip
-
-    def normalize_for_format(self, layer: QuantizedLayer) -> QuantizedLayer:
-        return flip_zero_zero_points(layer)
-
-    def packing(self, scheme: QuantizationScheme) -> str:
-        return GPTQ_PACKING
-
-
-@register_format("auto_round:gptqmodel")
-class AutoRoundGptqModelFormat(AutoRoundGptqFormat):
-    """The same files under the name that GPTQModel's users know."""
-
-
-@register_format("auto_round:auto_awq")
-class AutoRoundAwqFormat(AutoRoundFormat):
-    """Always AWQ packing, 4 bits only."""
-
-    supports_floats: ClassVar[bool] = False
-    support_schemes: ClassVar[tuple[str, ...]] = ("W4A16", "BF16")
-
-    def packing(self, scheme: QuantizationScheme) -> str:
-        return AWQ_PACKING
-
-    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
-        reason = super().check_scheme(scheme)
-        if reason is None and scheme.quantizes_weights and scheme.bits != 4:
-            return f"the AWQ layout holds 4-bit weights, not {scheme.bits}-bit ones"
-        return reason
-
-
 class LayoutFormat(AutoRoundFormat):
-    """Base class of a plugin's format: one `Layout`, described by AutoRound's `quantization_config`.
+    """Base class of a format with one `Layout` for all layers, described by AutoRound's `quantization_config`.
 
-    Transformers opens the files when the layout is registered too (`auto_round.inference.table.register_layout`).
+    Transformers opens the files of a plugin's when the layout is registered too
+    (`auto_round.inference.table.register_layout`).
 
     Attributes:
         stored_layout: packs a layer.
@@ -278,30 +178,43 @@ class LayoutFormat(AutoRoundFormat):
 
     stored_layout: ClassVar[Layout]
     packing_format: ClassVar[str]
-
-    @abstractmethod
-    def check_scheme(self, scheme: QuantizationScheme) -> str | None: ...
+    sizes: ClassVar[Mapping[str, SizeRule]] = {}
 
     def packing(self, scheme: QuantizationScheme) -> str:
         return self.packing_format
 
-    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        return self.stored_layout.mismatch(scheme, in_features, out_features)
-
     def layout(self, scheme: QuantizationScheme) -> Layout:
         return self.stored_layout
+
+
+@register_format("auto_round:gptqmodel")  # the name that GPTQModel's users know
+@register_format("auto_round:auto_gptq")
+class AutoRoundGptqFormat(LayoutFormat):
+    """Always GPTQ v1 packing: zero points are stored minus one."""
+
+    stored_layout: ClassVar[Layout] = GPTQ_V1
+    packing_format: ClassVar[str] = GPTQ_PACKING
+    sizes: ClassVar[Mapping[str, SizeRule]] = AutoRoundFormat.sizes
+
+    def normalize_for_format(self, layer: QuantizedLayer) -> QuantizedLayer:
+        return flip_zero_zero_points(layer)
+
+
+@register_format("auto_round:auto_awq")
+class AutoRoundAwqFormat(LayoutFormat):
+    """Always AWQ packing, 4 bits only."""
+
+    stored_layout: ClassVar[Layout] = AWQ
+    packing_format: ClassVar[str] = AWQ_PACKING
+    sizes: ClassVar[Mapping[str, SizeRule]] = AutoRoundFormat.sizes
 
 
 @register_format("auto_round:fp8")
 class AutoRoundFp8Format(AutoRoundFormat):
     """FP8 in two-dimensional blocks only."""
 
-    support_schemes: ClassVar[tuple[str, ...]] = ("FP8_BLOCK",)
-
-    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
-        if scheme.quantizes_weights and not (is_float(scheme) and isinstance(scheme.group_size, tuple)):
+    def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
+        if not isinstance(scheme.group_size, tuple) or self.packing(scheme) not in (FP8, FP8_STATIC):
             return "it holds FP8 weights in two-dimensional blocks only"
-        reason = super().check_scheme(scheme)
-        if reason is None and scheme.quantizes_weights and self.packing(scheme) != FP8:
-            return "its activations are quantized dynamically"
-        return reason
+        reason = super().scheme_problem(scheme)
+        return reason or (None if self.packing(scheme) == FP8 else "its activations are quantized dynamically")

@@ -9,12 +9,13 @@ cannot describe a packed output head: Transformers and AutoAWQ always leave it u
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from auto_round.formats.base import ExportPlan, register_format
-from auto_round.formats.config_auto_round import AutoRoundAwqFormat, default_scheme
+from auto_round.formats.config_auto_round import AutoRoundAwqFormat
 from auto_round.formats.config_gptq import dynamic_rules
-from auto_round.formats.table import AWQ_SIZES
+from auto_round.formats.table import AWQ_SIZES, SizeRule
 from auto_round.layouts.base import stored_group_size
 from auto_round.schemes import QuantizationScheme
 
@@ -25,9 +26,7 @@ class AutoAwqFormat(AutoRoundAwqFormat):
 
     stores_cache_scales: ClassVar[bool] = False
     requires_full_groups: ClassVar[bool] = True
-
-    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        return AWQ_SIZES.problem(in_features, out_features, stored_group_size(scheme))
+    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": AWQ_SIZES}
 
     def check_plan(self, plan: ExportPlan) -> str | None:
         packed = plan.quantized_layers()
@@ -43,12 +42,8 @@ class AutoAwqFormat(AutoRoundAwqFormat):
                 return f"listing {dense} in modules_to_not_convert would leave out {hit} too, which is quantized"
         return None
 
-    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        names = plan.quantized_layers()
-        if not names:
-            return None
-        default = default_scheme(plan)
-        symmetric = all(plan.layers[name].sym for name in names)
+    def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
+        symmetric = all(plan.layers[name].sym for name in plan.quantized_layers())
         config: dict[str, Any] = {
             "bits": default.bits,
             "data_type": default.data_type,
@@ -64,9 +59,8 @@ class AutoAwqFormat(AutoRoundAwqFormat):
             "zero_point": not symmetric,
         }
         # GPTQModel's own loader finds unquantized layers only here, and computes wrong results without it.
-        if rules := dynamic_rules(plan, default):
-            config["dynamic"] = rules
-        return config
+        rules = dynamic_rules(plan, default)
+        return config | {"dynamic": rules} if rules else config
 
 
 def _unquantized_layers(plan: ExportPlan) -> list[str]:

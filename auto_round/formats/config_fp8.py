@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from auto_round.codecs.kinds import codec_of
 from auto_round.formats.base import ExportPlan, OutputFormat, register_format
-from auto_round.formats.config_auto_round import AutoRoundFormat, default_scheme
+from auto_round.formats.config_auto_round import AutoRoundFormat
 from auto_round.layouts.base import Layout
-from auto_round.layouts.floats import AUTO_ROUND_FLOATS, float_family_of, minifloat_name
+from auto_round.layouts.floats import AUTO_ROUND_FLOATS
 from auto_round.schemes import QuantizationScheme
 
 _AUTO_ROUND_ONLY = ("packing_format", "extra_config", "group_size")
@@ -28,13 +29,10 @@ class Fp8Format(OutputFormat):
     experts_by_name: ClassVar[bool] = True
     supports_conv1d: ClassVar[bool] = False
     scale_dtype: ClassVar[torch.dtype | None] = None
-    support_schemes: ClassVar[tuple[str, ...]] = ("FP8_BLOCK", "BF16")
 
-    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
-        if not scheme.quantizes_weights:
-            return None
-        size, activations = scheme.group_size, scheme.activations
-        if float_family_of(scheme.data_type) != "fp" or minifloat_name(scheme.data_type, scheme.bits) != "e4m3":
+    def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
+        size, activations, codec = scheme.group_size, scheme.activations, codec_of(scheme)
+        if (codec.family, codec.element) != ("fp", "e4m3"):
             return f"it holds 8-bit e4m3 weights, not {scheme.bits}-bit {scheme.data_type}"
         if not isinstance(size, tuple) or not scheme.sym:
             return "it holds symmetric two-dimensional blocks only, such as group_size (128, 128)"
@@ -66,28 +64,19 @@ class Fp8Format(OutputFormat):
     def layout(self, scheme: QuantizationScheme) -> Layout:
         return AUTO_ROUND_FLOATS
 
-    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+    def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
         """The keys that Transformers and vLLM read, and AutoRound's record of the run's settings."""
-        own = AutoRoundFormat().config(plan)
-        if own is None:
-            return None
-        size = default_scheme(plan).group_size
-        assert isinstance(size, tuple)
+        own = AutoRoundFormat().quantization_config(plan, default) or {}
+        names = plan.unquantized_modules()
+        # Transformers holds all experts of a block in one module.
+        names += [experts for experts, members in _experts(plan).items() if set(names).issuperset(members)]
+        assert isinstance(default.group_size, tuple)
         return {
             **{key: value for key, value in own.items() if key not in _AUTO_ROUND_ONLY},
-            "group_size": list(size),
+            "group_size": list(default.group_size),
             "quant_method": "fp8",
-            "modules_to_not_convert": self._unquantized_modules(plan),
+            "modules_to_not_convert": list(dict.fromkeys(names)),
         }
-
-    def _unquantized_modules(self, plan: ExportPlan) -> list[str]:
-        """Names of modules that readers must not treat as FP8."""
-        names = [name for name, scheme in plan.layers.items() if not scheme.quantizes_weights]
-        names += [name for name in (*plan.other_matrices, *plan.spare) if name not in plan.layers]
-        unquantized = set(names)
-        # Transformers holds all experts of a block in one module.
-        names += [experts for experts, members in _experts(plan).items() if unquantized.issuperset(members)]
-        return list(dict.fromkeys(names))
 
 
 def _experts(plan: ExportPlan) -> dict[str, list[str]]:

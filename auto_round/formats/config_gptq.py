@@ -20,15 +20,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
-import torch
-
-from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.formats.base import ExportPlan, register_format
-from auto_round.formats.config_auto_round import AutoRoundGptqFormat, default_scheme
-from auto_round.formats.table import GPTQ_SIZES
-from auto_round.layouts.base import TensorSpecs, stored_group_size
+from auto_round.formats.base import ExportPlan, number_pattern, register_format
+from auto_round.formats.config_auto_round import AutoRoundGptqFormat
+from auto_round.formats.table import GPTQ_SIZES, SizeRule
+from auto_round.layouts.base import Layout, stored_group_size
+from auto_round.layouts.gptq import GptqLayout
 from auto_round.schemes import QuantizationScheme
 
 Rule = Mapping[str, Any]
@@ -40,6 +39,7 @@ _FUSED: tuple[tuple[tuple[str, ...], str], ...] = (
 _EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.[^.]+$")
 
 
+@register_format("gptqmodel")  # the same files under GPTQModel's name
 @register_format("auto_gptq")
 class AutoGptqFormat(AutoRoundGptqFormat):
     """GPTQ v1: 2, 3, 4 and 8 bits, zero points stored minus one, groups in order (`desc_act: false`)."""
@@ -47,30 +47,12 @@ class AutoGptqFormat(AutoRoundGptqFormat):
     stores_cache_scales: ClassVar[bool] = False
     requires_full_groups: ClassVar[bool] = True
     config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json", "quantize_config.json")
+    stored_layout: ClassVar[Layout] = GptqLayout(1, g_idx=True)
+    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": GPTQ_SIZES}
 
-    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        return GPTQ_SIZES.problem(in_features, out_features, stored_group_size(scheme))
-
-    def tensor_specs(
-        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
-        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
-    ) -> TensorSpecs:  # fmt: skip
-        specs = super().tensor_specs(name, scheme, in_features, out_features, bias_dtype=bias_dtype)
-        return {**specs, f"{name}.g_idx": ((in_features,), torch.int32)}
-
-    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        tensors = super().pack(layer, model_dtype=model_dtype)
-        size = stored_group_size(layer.scheme)
-        g_idx = torch.arange(layer.in_features, dtype=torch.int32) // (size if size > 0 else layer.in_features)
-        return {**tensors, f"{layer.name}.g_idx": g_idx}
-
-    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        names = plan.quantized_layers()
-        if not names:
-            return None
-        default = default_scheme(plan)
+    def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
         config: dict[str, Any] = {
-            **_values(default),
+            **_rule(default),
             "data_type": default.data_type,
             **plan.recorded_settings(),
             "autoround_version": plan.version,
@@ -78,7 +60,7 @@ class AutoGptqFormat(AutoRoundGptqFormat):
             "checkpoint_format": "gptq",
             "damp_percent": 0.01,
             "desc_act": False,
-            "lm_head": any(not plan.in_block(name) for name in names),
+            "lm_head": any(not plan.in_block(name) for name in plan.quantized_layers()),
             "provider": "auto-round",
             "quant_method": "gptq",
             "true_sequential": False,
@@ -91,23 +73,18 @@ class AutoGptqFormat(AutoRoundGptqFormat):
         return config
 
 
-@register_format("gptqmodel")
-class GptqModelFormat(AutoGptqFormat):
-    """The same files under GPTQModel's name."""
-
-
 def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Rule]:
     """GPTQModel's `dynamic`: regular expressions of layers that differ from the default, `-:` for unquantized ones.
 
     Layers whose names differ only in numbers (of blocks, of experts) share one rule where all of them agree.
     """
-    rules: dict[str, Rule | None] = {name: _values(plan.layers[name]) for name in plan.quantized_layers()}
+    rules: dict[str, Rule | None] = {name: _rule(plan.layers[name]) for name in plan.quantized_layers()}
     rules.update(dict.fromkeys(plan.dense_in_blocks()))
     rules |= _fused_rules(rules)
-    usual = _values(default)
+    usual = _rule(default)
     written: dict[str, Rule] = {}
     done: set[str] = set()
-    for pattern_of in (_any_number, _any_expert, re.escape):
+    for pattern_of in (number_pattern, partial(number_pattern, after="experts"), re.escape):
         alike: dict[str, list[str]] = {}
         for name in rules:
             alike.setdefault(pattern_of(name), []).append(name)
@@ -123,7 +100,7 @@ def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Ru
     return written
 
 
-def _values(scheme: QuantizationScheme) -> dict[str, Any]:
+def _rule(scheme: QuantizationScheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": stored_group_size(scheme), "sym": scheme.sym}
 
 
@@ -141,18 +118,6 @@ def _fused_rules(rules: Mapping[str, Rule | None]) -> dict[str, Rule | None]:
         if match := _EXPERT.match(name):
             experts.setdefault(match[1], []).append(rule)
     return found | {parent: own[0] for parent, own in experts.items() if all(rule == own[0] for rule in own)}
-
-
-def _any_number(name: str) -> str:
-    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
-
-
-def _any_expert(name: str) -> str:
-    parts = name.split(".")
-    return r"\.".join(
-        r"\d+" if part.isdigit() and i and parts[i - 1] == "experts" else re.escape(part)
-        for i, part in enumerate(parts)
-    )
 
 
 def _quantized_module_names(plan: ExportPlan) -> list[str]:

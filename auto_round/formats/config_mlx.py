@@ -20,14 +20,14 @@ also reads only the rotary keys that configs had before Transformers 5, which `w
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from auto_round.formats.base import DEFAULT_RULES, ExportPlan, ModelRules, OutputFormat, register_format
-from auto_round.formats.config_auto_round import AutoRoundFormat
-from auto_round.formats.table import MLX_SIZES
-from auto_round.layouts.base import Layout, stored_group_size
-from auto_round.layouts.mlx import MLX, MLX_BITS
+from auto_round.formats.config_auto_round import LayoutFormat
+from auto_round.formats.table import MLX_SIZES, SizeRule
+from auto_round.layouts.base import Layout
+from auto_round.layouts.mlx import MLX
 from auto_round.schemes import QuantizationScheme
 
 _STACKED = "switch_mlp"
@@ -99,58 +99,17 @@ def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-_SCHEMES = ("W2A16", "W2A16G64", "W2A16G32", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16", "W4A16_MIXED", "BF16")
-
-
-class _MlxTensors(OutputFormat):
-    """Layout and size rules that both formats share."""
-
-    stores_cache_scales: ClassVar[bool] = False
-    support_schemes: ClassVar[tuple[str, ...]] = _SCHEMES
-    fusing_runtimes: ClassVar[tuple[str, ...]] = ()
-
-    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
-        if not scheme.quantizes_weights:
-            return None
-        if scheme.data_type != "int":
-            return f"data type {scheme.data_type!r} is not written by this version, only int"
-        if scheme.quantizes_activations:
-            return "activations are quantized, and MLX layers hold weights only"
-        if scheme.super_bits is not None:
-            return "doubly quantized scales need a gguf format"
-        if scheme.bits not in MLX_BITS:
-            return f"MLX has no {scheme.bits}-bit weights, only {', '.join(map(str, MLX_BITS))} bits"
-        if scheme.group_size not in MLX_SIZES.groups:
-            allowed = ", ".join(map(str, MLX_SIZES.groups))
-            return f"MLX has no group size {scheme.group_size}, only {allowed}; set group_size"
-        return None
-
-    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        if not scheme.quantizes_weights:
-            return None
-        return MLX_SIZES.problem(in_features, out_features, stored_group_size(scheme))
-
-    def layout(self, scheme: QuantizationScheme) -> Layout:
-        return MLX
-
-
 _PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 
 
-def mlx_quantization(plan: ExportPlan, rules: ModelRules) -> dict[str, Any] | None:
-    """The `quantization` object of an MLX config.json, None without a quantized layer: the default bits and group size,
-    then those of every linear layer and embedding by module name, or false where it is unquantized."""
-    names = plan.quantized_layers()
-    if not names:
-        return None
-    values = Counter((plan.layers[n].group_size, plan.layers[n].bits) for n in names)
-    default = (plan.scheme.group_size, plan.scheme.bits)
-    size, bits = default if default in values else values.most_common(1)[0][0]
-    result: dict[str, Any] = {"group_size": size, "bits": bits}
+def mlx_quantization(plan: ExportPlan, rules: ModelRules) -> dict[str, Any]:
+    """The `quantization` object of an MLX config.json: the default bits and group size, then those of every linear
+    layer and embedding by module name, or false where it is unquantized."""
+    values = lambda scheme: {"group_size": scheme.group_size, "bits": scheme.bits}
+    result: dict[str, Any] = values(plan.default_scheme())
     result |= {rules.module_name(name): False for name in plan.embeddings}
     for name, scheme in plan.layers.items():
-        entry = {"group_size": scheme.group_size, "bits": scheme.bits} if scheme.quantizes_weights else False
-        result[rules.module_name(name)] = entry
+        result[rules.module_name(name)] = values(scheme) if scheme.quantizes_weights else False
     return result
 
 
@@ -162,18 +121,23 @@ def drop_prediction_layers(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @register_format("mlx")
-class MlxFormat(_MlxTensors):
+class MlxFormat(OutputFormat):
     """A folder that mlx-lm opens: its tensor names, stacked experts and rotary keys."""
 
     loadable_here: ClassVar[bool] = False
     opens_in_transformers: ClassVar[bool] = False
     checkpoint_names: ClassVar[bool] = False
     config_files: ClassVar[tuple[str, ...]] = ()
+    fusing_runtimes: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": MLX_SIZES}
+
+    def layout(self, scheme: QuantizationScheme) -> Layout:
+        return MLX
 
     def rules(self, model_type: str) -> ModelRules:
         return mlx_rules(model_type)
 
-    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
+    def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
         return mlx_quantization(plan, self.rules(plan.model_type))
 
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
@@ -187,21 +151,19 @@ class MlxFormat(_MlxTensors):
 
 
 @register_format("auto_round:mlx")
-class AutoRoundMlxFormat(_MlxTensors, AutoRoundFormat):
+class AutoRoundMlxFormat(LayoutFormat):
     """MLX tensors under Transformers' names, with AutoRound's `quantization_config`, which this package's loader reads.
 
     The `quantization` object is included, so mlx-lm opens the files of model types whose names it shares.
     """
 
+    stored_layout: ClassVar[Layout] = MLX
+    packing_format: ClassVar[str] = "mlx"
+    stores_cache_scales: ClassVar[bool] = False
     rejects_fused_layers: ClassVar[bool] = False  # experts' packed tensors have the modules' names
-
-    def packing(self, scheme: QuantizationScheme) -> str:
-        return "mlx"
-
-    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        return AutoRoundFormat.config(self, plan)
+    fusing_runtimes: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[Mapping[str, SizeRule]] = MlxFormat.sizes
 
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
         values = with_legacy_rope(super().model_config(values, plan))
-        quantization = mlx_quantization(plan, DEFAULT_RULES)
-        return values if quantization is None else values | {"quantization": quantization}
+        return values | {"quantization": mlx_quantization(plan, DEFAULT_RULES)} if plan.quantized_layers() else values

@@ -6,14 +6,13 @@ type of each tensor. `fake` writes an ordinary checkpoint in the model's own dty
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from auto_round.codecs.ggml.pack import pack_blocks
-from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, ggml_type_of
+from auto_round.codecs.ggml.types import GGML_TYPES, ggml_type_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs, register_format
+from auto_round.formats.base import OutputFormat, TensorSpecs, add_format, register_format
 from auto_round.gguf.file_types import FILE_TYPES
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
@@ -29,15 +28,15 @@ class GgufFormat(OutputFormat):
     scale_dtype: ClassVar[torch.dtype | None] = None  # part of the blocks
     stores_activation_scheme: ClassVar[bool] = False
     config_files: ClassVar[tuple[str, ...]] = ()
-    file_type: ClassVar[str] = ""
 
-    def check_scheme(self, scheme: QuantizationScheme) -> str | None:
-        if not scheme.quantizes_weights or ggml_type_of(scheme) is not None:
+    def __init__(self, file_type: str) -> None:
+        """`file_type`: a key of `FILE_TYPES`, such as `q4_k_m`."""
+        self.file_type = file_type
+
+    def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
+        if ggml_type_of(scheme) is not None:
             return None
         return f"no GGUF type stores it; the types are {', '.join(GGML_TYPES)}, such as scheme GGUF:{self.preset}"
-
-    def suggested_for(self, scheme: QuantizationScheme) -> bool:
-        return scheme == self.scheme
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         kind = ggml_type_of(scheme)
@@ -45,19 +44,12 @@ class GgufFormat(OutputFormat):
             return f"{in_features} inputs do not fill blocks of {kind.block}, which {kind.name} needs"
         return None
 
-    def tensor_specs(
-        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
-        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
-    ) -> TensorSpecs:  # fmt: skip
-        kind = ggml_type_of(scheme)
-        assert kind is not None
-        return {f"{name}.weight": ((out_features, kind.row_bytes(in_features)), torch.uint8)}
+    def suggested_for(self, scheme: QuantizationScheme) -> bool:
+        return scheme == self.scheme
 
-    def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        return {f"{layer.name}.weight": pack_blocks(layer.codes_as(GgmlBlocks))}
-
-    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        return None
+    @property
+    def support_schemes(self) -> tuple[str, ...]:
+        return (f"GGUF:{self.preset}",)
 
     @property
     def preset(self) -> str:
@@ -71,12 +63,7 @@ class GgufFormat(OutputFormat):
 
 
 for _file_type in FILE_TYPES:
-    register_format(f"gguf:{_file_type}")(
-        type(f"Gguf_{_file_type}", (GgufFormat,), {
-            "file_type": _file_type, "support_schemes": (f"GGUF:{_file_type.upper()}",),
-            "__doc__": f"A GGUF file of type {_file_type.upper()}.",
-        })
-    )  # fmt: skip
+    add_format(f"gguf:{_file_type}", GgufFormat(_file_type))
 
 
 @register_format("fake")
@@ -87,11 +74,17 @@ class FakeFormat(OutputFormat):
     scale_dtype: ClassVar[torch.dtype | None] = None
     casts_to_model_dtype: ClassVar[bool] = True
     stores_activation_scheme: ClassVar[bool] = False
-    support_schemes: ClassVar[tuple[str, ...]] = tuple(PRESET_SCHEMES)
     fusing_runtimes: ClassVar[tuple[str, ...]] = ()  # fusing dequantized weights needs no common scale
 
     def check_scheme(self, scheme: QuantizationScheme) -> str | None:
         return None
+
+    def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        return None
+
+    @property
+    def support_schemes(self) -> tuple[str, ...]:
+        return tuple(PRESET_SCHEMES)
 
     def tensor_specs(
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
@@ -109,6 +102,3 @@ class FakeFormat(OutputFormat):
         if layer.bias is not None:
             tensors[f"{layer.name}.bias"] = layer.bias
         return tensors
-
-    def config(self, plan: ExportPlan) -> dict[str, Any] | None:
-        return None

@@ -1,4 +1,4 @@
-"""Which preset schemes each format takes, and which layer sizes its kernels accept, as data.
+"""Which sizes of layers the readers of each format accept, as data.
 
 A layer stays unquantized only where its size would make the file unusable (`GPTQ_SIZES`, `AWQ_SIZES`, `MLX_SIZES`,
 `COMPRESSED_TENSORS_SIZES`). Where a size only rules out a fast kernel (`FAST_KERNELS`), the plan warns once.
@@ -25,45 +25,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_INT = ("W4A16", "W2A16", "W3A16", "W8A16", "W2A16G64", "W2A16G32")
-_MX = ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL")
-_MLX = ("W2A16", "W2A16G64", "W2A16G32", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16", "BF16")
-_GGUF = (
-    "Q4_K_M", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q5_K_S", "Q5_K_M", "Q6_K", "Q4_0", "Q4_1", "Q5_0",
-    "Q5_1", "Q8_0",
-)  # fmt: skip
-ALL_SCHEMES = ("all",)
-
-GUIDE_MATRIX: dict[str, tuple[str, ...]] = {
-    "auto_round": (*_INT, "W4A16_MIXED", *_MX, "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "BF16", "MXINT4"),
-    "auto_round:auto_gptq": (*_INT, "W4A16_MIXED", "BF16"),
-    "auto_round:auto_awq": ("W4A16", "BF16"),
-    "auto_round:gptqmodel": (*_INT, "W4A16_MIXED", "BF16"),
-    "auto_round:llm_compressor": ("NVFP4", "MXFP4", "MXFP8", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "INT8", "INT8_W8A8"),
-    "auto_round:fp8": ("FP8_BLOCK",),
-    "auto_round:mlx": _MLX,
-    "auto_gptq": (*_INT, "W4A16_MIXED", "BF16"),
-    "gptqmodel": (*_INT, "W4A16_MIXED", "BF16"),
-    "auto_awq": ("W4A16", "BF16"),
-    "llm_compressor": ("NVFP4", "MXFP4", "MXFP8", "FPW8A16", "FP8_STATIC", "FP8_BLOCK", "INT8", "INT8_W8A8", *_INT),
-    "mlx": _MLX,
-    "fp8": ("FP8_BLOCK",),
-    **{f"gguf:{q.lower()}": (f"GGUF:{q}",) for q in _GGUF},
-    "fake": ALL_SCHEMES,
-}
-
-
-def formats_for_preset(scheme_name: str) -> list[str]:
-    """Formats of the guide's table that take the preset `scheme_name`, in the table's order."""
-    return [name for name, schemes in GUIDE_MATRIX.items() if schemes is ALL_SCHEMES or scheme_name.upper() in schemes]
+from auto_round.schemes import GroupSize
 
 
 @dataclass(frozen=True)
 class SizeRule:
-    """Sizes that a kernel accepts. The group size must divide in_features; one group a row is always accepted.
+    """Sizes that a kernel accepts. One group a row is always accepted.
 
     Attributes:
         inputs, outputs: in_features and out_features must be multiples of these.
+        whole_groups: the group size must divide in_features.
         groups: accepted group sizes; empty accepts all.
         group_multiple: the group size must be a multiple of this.
         outputs_by_group: the group size must divide out_features too.
@@ -74,9 +45,11 @@ class SizeRule:
     groups: tuple[int, ...] = ()
     group_multiple: int = 1
     outputs_by_group: bool = False
+    whole_groups: bool = True
 
-    def problem(self, in_features: int, out_features: int, group_size: int) -> str | None:
-        """Why the kernel rejects such a layer, or None. `group_size`: -1 is one group a row."""
+    def problem(self, in_features: int, out_features: int, group_size: GroupSize) -> str | None:
+        """Why the kernel rejects such a layer, or None. `group_size`: as in a scheme; of a block the columns count."""
+        group_size = group_size[1] if isinstance(group_size, tuple) else group_size
         for what, size, multiple in (
             ("in_features", in_features, self.inputs),
             ("out_features", out_features, self.outputs),
@@ -89,7 +62,7 @@ class SizeRule:
             return f"group_size {group_size} is not one of {', '.join(map(str, self.groups))}"
         if group_size % self.group_multiple:
             return f"group_size {group_size} is not a multiple of {self.group_multiple}"
-        if in_features % group_size:
+        if self.whole_groups and in_features % group_size:
             return f"in_features={in_features} is not a multiple of group_size {group_size}; choose one that divides it"
         if self.outputs_by_group and out_features % group_size:
             return (
@@ -99,6 +72,8 @@ class SizeRule:
         return None
 
 
+# Kernels of every runtime that reads AutoRound's files work on tiles of 32, and 3-bit words need it.
+AUTO_ROUND_SIZES = SizeRule(32, 32, whole_groups=False)
 GPTQ_SIZES = SizeRule(32, 32)
 AWQ_SIZES = SizeRule(32, 32, group_multiple=32, outputs_by_group=True)
 MLX_SIZES = SizeRule(groups=(32, 64, 128))

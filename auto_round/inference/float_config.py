@@ -13,7 +13,6 @@ from auto_round.layouts.floats import (
     COMPRESSED_TENSORS_FLOATS,
     FloatLayout,
     float_family_of,
-    float_problem,
 )
 from auto_round.schemes import ACTIVATION_KEYS, GroupSize, QuantizationScheme
 
@@ -62,7 +61,7 @@ def float_scheme(values: Mapping[str, Any], where: str) -> QuantizationScheme:
         bits=read_int(values, "bits", 4), group_size=_group_size(values, where), sym=bool(values.get("sym", True)),
         data_type=data_type, **acts,
     )  # fmt: skip
-    problem = float_problem(scheme)
+    problem = AUTO_ROUND_FLOATS.problem(scheme)
     if problem is not None:
         raise UnsupportedError(f"{where}: {problem}")
     if scheme.activations is not None:

@@ -7,6 +7,8 @@ scales  float16 [groups, out]
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from auto_round.errors import UnsupportedError
@@ -67,6 +69,8 @@ def unpack_awq(qweight: torch.Tensor, qzeros: torch.Tensor) -> tuple[torch.Tenso
 
 class AwqLayout(GptqLayout):
     """The tensors of `GptqLayout` with AWQ words, and zero points stored without an offset."""
+
+    bits: ClassVar[tuple[int, ...]] = (4,)
 
     def _weight_shape(self, in_features: int, out_features: int, bits: int) -> tuple[int, int]:
         return in_features, words_needed(out_features, bits)

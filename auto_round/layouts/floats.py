@@ -26,9 +26,8 @@ from typing import ClassVar
 
 import torch
 
-from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS
 from auto_round.codecs.kinds import codec_of
-from auto_round.codecs.minifloat import MINIFLOATS
+from auto_round.codecs.minifloat import MINIFLOATS, MinifloatType
 from auto_round.codecs.quantized_layer import FloatCodes, QuantizedLayer, group_count
 from auto_round.errors import NumericsError
 from auto_round.layouts.base import Layout, TensorSpecs
@@ -93,6 +92,14 @@ def unpack_codes(stored: torch.Tensor, element: str, columns: int) -> torch.Tens
 
 
 FP8_SCALE = torch.bfloat16
+# Dtype of stored scales by codec family; E8M0 scales are bytes.
+SCALE_DTYPES = {"mx_fp": torch.uint8, "mx_int": torch.uint8, "nv_fp": torch.float8_e4m3fn, "fp": FP8_SCALE}
+
+
+def has_input_scale(scheme: QuantizationScheme) -> bool:
+    """Whether the inputs have one calibrated scale (static activations)."""
+    activations = scheme.activations
+    return activations is not None and not activations.dynamic and not activations.has_global_scale
 
 
 def float_family_of(data_type: str) -> str | None:
@@ -101,29 +108,6 @@ def float_family_of(data_type: str) -> str | None:
     if name == "fp" or name.startswith("fp8"):
         return "fp"
     return next((family for family in ("mx_fp", "mx_int", "nv_fp") if name.startswith(family.replace("_", ""))), None)
-
-
-def minifloat_name(data_type: str, bits: int) -> str | None:
-    """Name of the element type (`codecs.minifloat.MINIFLOATS`) of weights or inputs, or None."""
-    found = BLOCK_FLOAT_SPECS.get(data_type, {}).get(bits)
-    return None if found is None or float_family_of(data_type) is None else found.element.name
-
-
-def is_float(scheme: QuantizationScheme) -> bool:
-    """Whether the weights are of a small float type."""
-    return scheme.quantizes_weights and float_family_of(scheme.data_type) is not None
-
-
-def has_input_global_scale(scheme: QuantizationScheme) -> bool:
-    """Whether group scales of the inputs are relative to a calibrated global scale (NVFP4)."""
-    activations = scheme.activations
-    return activations is not None and "static_gs" in activations.data_type
-
-
-def has_input_scale(scheme: QuantizationScheme) -> bool:
-    """Whether the inputs have one calibrated scale (static activations)."""
-    activations = scheme.activations
-    return activations is not None and not activations.dynamic and not has_input_global_scale(scheme)
 
 
 @dataclass(frozen=True)
@@ -148,38 +132,56 @@ class FloatLayout(Layout):
         self, scheme: QuantizationScheme, in_features: int, out_features: int,
         model_dtype: torch.dtype = torch.bfloat16,
     ) -> TensorSpecs:  # fmt: skip
-        element = MINIFLOATS[_required_minifloat(scheme)]
+        element, inputs = _element(scheme), scheme.activations
+        name, shape, dtype = self._scale(scheme, in_features, out_features)
         specs: TensorSpecs = {}
         if element.dtype is None:
             specs["weight_packed"] = ((out_features, -(-in_features // 2)), torch.uint8)
         else:
             specs["weight"] = ((out_features, in_features), element.dtype)
-        name, shape, dtype = self._scale(scheme, in_features, out_features)
         specs[name] = (shape, dtype)
-        if float_family_of(scheme.data_type) == "nv_fp":
+        if codec_of(scheme).has_global_scale:
             specs["weight_global_scale"] = ((1,), torch.float32)
-        if has_input_global_scale(scheme):
+        if inputs is not None and inputs.has_global_scale:
             specs["input_global_scale"] = ((1,), torch.float32)
         if has_input_scale(scheme):
             specs["input_scale"] = ((1,), model_dtype)
         return specs
 
+    def problem(self, scheme: QuantizationScheme) -> str | None:
+        codec, size, inputs = codec_of(scheme), scheme.group_size, scheme.activations
+        element = MINIFLOATS.get(str(codec.element))
+        if codec.family not in SCALE_DTYPES or element is None or (element.dtype is None and element.bits != 4):
+            return f"data type {scheme.data_type!r} has no layout with {scheme.bits} bits"
+        if not scheme.sym:
+            return f"data type {scheme.data_type!r} has no zero points, and the scheme is asymmetric"
+        if codec.family != "fp" and not (isinstance(size, int) and size > 0):
+            return f"data type {scheme.data_type!r} has scales for groups along the input, not group_size {size}"
+        if inputs is None:
+            return None
+        if codec_of(inputs).family not in SCALE_DTYPES:
+            return f"activations of data type {inputs.data_type!r} with {inputs.bits} bits have no layout here"
+        if not inputs.dynamic and codec_of(inputs).family != "fp":
+            return f"activations of data type {inputs.data_type!r} have no static scales"
+        return None
+
     def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        return group_size_mismatch(scheme, in_features)
+        """4-bit and MX types need whole groups."""
+        size = scheme.group_size
+        if codec_of(scheme).family == "fp" or not isinstance(size, int) or in_features % size == 0:
+            return None
+        return f"in_features={in_features} is not a multiple of the group size {size}"
 
     def _scale(self, scheme: QuantizationScheme, columns: int, rows: int) -> tuple[str, tuple[int, ...], torch.dtype]:
-        size = scheme.group_size
-        family = float_family_of(scheme.data_type)
+        """Name, shape and dtype of the scales."""
+        size, dtype = scheme.group_size, SCALE_DTYPES[codec_of(scheme).family]
         if isinstance(size, tuple):
-            return self.block_scale, (-(-rows // size[0]), -(-columns // size[1])), FP8_SCALE
-        if family != "fp":
-            dtype = torch.float8_e4m3fn if family == "nv_fp" else torch.uint8
-            return "weight_scale", (rows, group_count(columns, size)), dtype
+            return self.block_scale, (-(-rows // size[0]), -(-columns // size[1])), dtype
         if size == 0:
             return "weight_scale", (1,), self.tensor_scale
-        if size == -1:
-            return "weight_scale", (rows, 1) if self.channel_columns else (rows,), FP8_SCALE
-        return "weight_scale", (rows, group_count(columns, size)), FP8_SCALE
+        if size == -1 and not self.channel_columns:
+            return "weight_scale", (rows,), dtype
+        return "weight_scale", (rows, group_count(columns, size)), dtype
 
     def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
         """The layer's tensors. Raises NumericsError when a scale is not exactly representable in its stored dtype."""
@@ -205,7 +207,7 @@ class FloatLayout(Layout):
         self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
         out_features: int,
     ) -> QuantizedLayer:  # fmt: skip
-        element = _required_minifloat(scheme)
+        element = _element(scheme).name
         leaf, shape, _ = self._scale(scheme, in_features, out_features)
         stored = tensors[leaf]
         scale = unpack_e8m0(stored) if stored.dtype == torch.uint8 else stored.float()
@@ -224,45 +226,17 @@ AUTO_ROUND_FLOATS = FloatLayout(False, "weight_scale_inv", FP8_SCALE)
 COMPRESSED_TENSORS_FLOATS = FloatLayout(True, "weight_scale", torch.float32)
 
 
-def _required_minifloat(scheme: QuantizationScheme) -> str:
-    found = minifloat_name(scheme.data_type, scheme.bits)
-    assert found is not None, scheme
-    return found
+def _element(scheme: QuantizationScheme) -> MinifloatType:
+    name = codec_of(scheme).element
+    assert name is not None, scheme
+    return MINIFLOATS[name]
 
 
 def layout_name(scheme: QuantizationScheme) -> str:
     """Short name of the layout: mxfp4, nvfp4, fp8_static, fp8_block, ..."""
-    family = float_family_of(scheme.data_type)
-    if family == "fp":
-        if isinstance(scheme.group_size, tuple):
-            return "fp8_block"
-        return "fp8_static" if has_input_scale(scheme) else "fp8"
-    return f"{str(family).replace('_', '')}{scheme.bits}"
-
-
-def float_problem(scheme: QuantizationScheme) -> str | None:
-    """Why no layout here stores a float scheme, or None."""
-    family, size = float_family_of(scheme.data_type), scheme.group_size
-    element = minifloat_name(scheme.data_type, scheme.bits)
-    if element is None or (MINIFLOATS[element].dtype is None and MINIFLOATS[element].bits != 4):
-        return f"data type {scheme.data_type!r} has no layout with {scheme.bits} bits"
-    if not scheme.sym:
-        return f"data type {scheme.data_type!r} has no zero points, and the scheme is asymmetric"
-    if family != "fp" and not (isinstance(size, int) and size > 0):
-        return f"data type {scheme.data_type!r} has scales for groups along the input, not group_size {size}"
-    activations = scheme.activations
-    if activations is None:
-        return None
-    if minifloat_name(activations.data_type, activations.bits) is None:
-        return f"activations of data type {activations.data_type!r} with {activations.bits} bits have no layout here"
-    if not activations.dynamic and float_family_of(activations.data_type) != "fp":
-        return f"activations of data type {activations.data_type!r} have no static scales"
-    return None
-
-
-def group_size_mismatch(scheme: QuantizationScheme, in_features: int) -> str | None:
-    """Why a layer of this width cannot be packed, or None: 4-bit and MX types need whole groups."""
-    size = scheme.group_size
-    if float_family_of(scheme.data_type) == "fp" or not isinstance(size, int) or in_features % size == 0:
-        return None
-    return f"in_features={in_features} is not a multiple of the group size {size}"
+    family = codec_of(scheme).family
+    if family != "fp":
+        return f"{family.replace('_', '')}{scheme.bits}"
+    if isinstance(scheme.group_size, tuple):
+        return "fp8_block"
+    return "fp8_static" if has_input_scale(scheme) else "fp8"

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
-from auto_round.layouts.base import SCALE_DTYPE, Layout, TensorSpecs, integer_arrays, stored_group_size
+from auto_round.layouts.base import SCALE_DTYPE, IntegerLayout, TensorSpecs, integer_arrays, stored_group_size
 from auto_round.layouts.bit_stream import pack_words, unpack_words, words_needed
 from auto_round.schemes import QuantizationScheme
 
@@ -57,26 +58,38 @@ def unpack_gptq_zeros(qzeros: torch.Tensor, bits: int, zero_offset: int) -> torc
 
 
 @dataclass(frozen=True)
-class GptqLayout(Layout):
-    """GPTQ tensors with zero points stored minus `zero_offset`."""
+class GptqLayout(IntegerLayout):
+    """GPTQ tensors with zero points stored minus `zero_offset`.
+
+    Attributes:
+        g_idx: add `g_idx` int32 [in], the group of each input column, which AutoGPTQ's readers expect.
+    """
 
     zero_offset: int
+    g_idx: bool = False
+    bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
 
     def specs(
         self, scheme: QuantizationScheme, in_features: int, out_features: int,
         model_dtype: torch.dtype = torch.bfloat16,
     ) -> TensorSpecs:  # fmt: skip
         groups = group_count(in_features, stored_group_size(scheme))
-        return {
+        specs: TensorSpecs = {
             "qweight": (self._weight_shape(in_features, out_features, scheme.bits), torch.int32),
             "qzeros": ((groups, words_needed(out_features, scheme.bits)), torch.int32),
             "scales": ((groups, out_features), SCALE_DTYPE),
         }
+        return specs | {"g_idx": ((in_features,), torch.int32)} if self.g_idx else specs
 
     def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
         codes, scales, zeros = integer_arrays(layer)
         qweight, qzeros = self._pack_words(codes, zeros, layer.scheme.bits)
-        return {"qweight": qweight, "qzeros": qzeros, "scales": scales.T.contiguous()}
+        tensors = {"qweight": qweight, "qzeros": qzeros, "scales": scales.T.contiguous()}
+        if self.g_idx:
+            size = stored_group_size(layer.scheme)
+            columns = torch.arange(layer.in_features, dtype=torch.int32)
+            tensors["g_idx"] = columns // (size if size > 0 else layer.in_features)
+        return tensors
 
     def unpack(
         self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,

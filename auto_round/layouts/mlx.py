@@ -8,17 +8,18 @@ biases [out, groups]             -scales * zero point
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
 from auto_round.errors import ModelError, NumericsError, UnsupportedError
-from auto_round.layouts.base import SCALE_DTYPE, Layout, TensorSpecs, integer_arrays, stored_group_size
+from auto_round.layouts.base import SCALE_DTYPE, IntegerLayout, TensorSpecs, integer_arrays, stored_group_size
 from auto_round.layouts.bit_stream import pack_rows, unpack_rows
 from auto_round.schemes import QuantizationScheme
 
-MLX_BITS = (2, 3, 4, 5, 6, 8)
+MLX_BITS, MLX_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # MLX `mlx/ops.cpp`, `quantize`
 
 
 def mlx_words(count: int, bits: int) -> int:
@@ -69,8 +70,11 @@ def mlx_zero_points(scale: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
     return (-biases.float() / scale.float()).round_().clamp_(0, 255).to(torch.uint8)
 
 
-class MlxLayout(Layout):
+class MlxLayout(IntegerLayout):
     """The tensors that MLX's quantized matrix product reads."""
+
+    bits: ClassVar[tuple[int, ...]] = MLX_BITS
+    group_sizes: ClassVar[tuple[int, ...]] = MLX_GROUPS
 
     def specs(
         self, scheme: QuantizationScheme, in_features: int, out_features: int,

@@ -13,12 +13,13 @@ codes. The plain layout has `weight` and `weight_zero_point` as signed int8 inst
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
-from auto_round.layouts.base import SCALE_DTYPE, Layout, TensorSpecs, integer_arrays, stored_group_size
+from auto_round.layouts.base import SCALE_DTYPE, IntegerLayout, TensorSpecs, integer_arrays, stored_group_size
 from auto_round.layouts.bit_stream import pack_rows, padded_words, unpack_rows
 from auto_round.schemes import QuantizationScheme
 
@@ -33,8 +34,11 @@ def stored_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
     return values.view(torch.uint8) + 2 ** (bits - 1)
 
 
-class PlainIntLayout(Layout):
+class PlainIntLayout(IntegerLayout):
     """One signed byte per weight (`int-quantized`)."""
+
+    bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)
+    activations: ClassVar[bool] = True
 
     def specs(
         self, scheme: QuantizationScheme, in_features: int, out_features: int,

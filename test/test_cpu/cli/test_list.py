@@ -17,8 +17,7 @@ def test_formats(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "list", "format")
     assert text == shown(capsys, "list", "formats") == shown(capsys, "--list", "format")
     row = next(line for line in text.splitlines() if line.startswith("auto_round "))
-    assert "W4A16" in row and "yes" in row
-    assert next(line for line in text.splitlines() if line.startswith("gguf:q4_k_m")).split()[1] == "yes"
+    assert "W4A16" in row
 
 
 def test_schemes(capsys: pytest.CaptureFixture[str]) -> None:

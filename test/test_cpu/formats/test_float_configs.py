@@ -111,7 +111,7 @@ def test_floats_next_to_integers() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "reason"), [
-    (PRESET_SCHEMES["MXINT4"], "no weights of data type 'mx_int'"), (Scheme(8, 0, data_type="fp8_e5m2"), "no e5m2"),
+    (PRESET_SCHEMES["MXINT4"], "no weights of data type 'mx_int'"), (Scheme(8, 0, data_type="fp8_e5m2"), "'fp8_e5m2'"),
     (Scheme(4, 16, data_type="mx_fp"), "groups of 32"), (Scheme(4, 32, data_type="nv_fp"), "groups of 16"),
     (Scheme(4, 16, data_type="nv_fp", act_bits=4), "nv_fp4_with_static_gs"),
     (Scheme(8, -1, data_type="fp", act_bits=8, act_data_type="int"), "activations of data type 'int'"),

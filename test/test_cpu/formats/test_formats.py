@@ -8,20 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from guide_matrix import GUIDE_MATRIX, formats_for_preset
 
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.formats.base import (
     ExportPlan,
     available_formats,
-    format_table,
     formats_for_scheme,
     get_format,
     parse_formats,
     register_format,
     require_scheme,
 )
-from auto_round.formats.table import GUIDE_MATRIX, formats_for_preset
 from auto_round.gguf.file_types import FILE_TYPES
 from auto_round.inference.config import read_config
 from auto_round.layer_config import pattern_regex
@@ -65,19 +64,17 @@ def test_a_name_cannot_be_registered_twice() -> None:
 
 
 def test_the_guides_table() -> None:
-    rows = {name: (schemes, built) for name, schemes, built in format_table()}
-    assert set(GUIDE_MATRIX) <= set(rows)
-    assert [n for n, (_, built) in rows.items() if built] == [*GUIDE_MATRIX, "gguf:q2_k", "gguf:q2_k_mixed"]
+    assert set(BUILT) == {*GUIDE_MATRIX, "gguf:q2_k", "gguf:q2_k_mixed"}
     assert formats_for_preset("fp8_block") == ["auto_round", "auto_round:llm_compressor", "auto_round:fp8", "llm_compressor", "fp8", "fake"]  # fmt: skip  # noqa: E501
-    for name in BUILT:
-        fmt = get_format(name)
-        for scheme in fmt.support_schemes:
-            assert fmt.check_scheme(PRESET_SCHEMES[scheme]) is None, (name, scheme)
+    for name, schemes in GUIDE_MATRIX.items():
+        found = get_format(name).support_schemes
+        assert set(PRESET_SCHEMES if schemes == ("all",) else schemes) <= set(found), name
+    assert get_format("auto_awq").support_schemes == ("W4A16", "BF16")  # other layers of W4A16_MIXED have 8 bits
 
 
 @pytest.mark.parametrize(("scheme", "reason"), [
     (Scheme(6, 32, data_type="mx_fp"), "data type 'mx_fp'"), (PRESET_SCHEMES["INT8"], "activations"),
-    (Scheme(bits=7), "7 bits"),
+    (Scheme(bits=7), "2, 3, 4 or 8-bit weights, not 7-bit ones"),
     (Scheme(group_size=(128, 128)), "block"), (PRESET_SCHEMES["GGUF:Q4_K_M"], "data type"),
     (Scheme(super_bits=6, super_group_size=8), "doubly"),
 ])  # fmt: skip

@@ -9,13 +9,13 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from guide_matrix import GUIDE_MATRIX
 from safetensors.torch import load_file
 
 from auto_round import AutoRound
 from auto_round.calibration.imatrix import read_imatrix, write_imatrix
 from auto_round.codecs.ggml.search import search_blocks
 from auto_round.errors import ConfigError, DataError, ModelError, OutputError, UnsupportedError, VerifyError
-from auto_round.formats.table import GUIDE_MATRIX
 
 FILE_TYPES = sorted(name.partition(":")[2] for name in GUIDE_MATRIX if name.startswith("gguf:"))
 

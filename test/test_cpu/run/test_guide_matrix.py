@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from auto_round.formats.table import GUIDE_MATRIX, formats_for_preset
+from guide_matrix import GUIDE_MATRIX, formats_for_preset
 
 SCHEMES = sorted(
     {s for f, schemes in GUIDE_MATRIX.items() for s in schemes if f != "fake" and not f.startswith("gguf")}
