@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from auto_round.codecs.activation import ActivationQuantizer
-from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import AutoRoundError, ConfigError, ModelError, nearest
 from auto_round.formats.base import ExportPlan, get_format
