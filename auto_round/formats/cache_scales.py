@@ -55,19 +55,18 @@ def parse_cache_scheme(
     FP8 attention needs FP8 keys and values: `static_attention_dtype` alone adds their scales, of its own granularity.
     Raises ConfigError for a value that is not allowed, or a granularity without a dtype.
     """
-    kv = _requests_fp8("static_kv_dtype", kv_dtype)
-    attention = _requests_fp8("static_attention_dtype", attention_dtype)
-    for name, value, used in (
-        ("static_kv_granularity", kv_granularity, kv),
-        ("static_attention_granularity", attention_granularity, attention),
-    ):
-        if value not in GRANULARITIES:
-            raise ConfigError(f"{name}={value!r} is not allowed; use {' or '.join(GRANULARITIES)}")
-        if value != GRANULARITIES[0] and not used:
-            raise ConfigError(f"{name}={value!r} has no effect without {name.replace('granularity', 'dtype')}='fp8'")
-    if not kv and not attention:
-        return None
-    return CacheScheme(kv_granularity if kv else attention_granularity, attention_granularity if attention else None)
+    for what, dtype, granularity in (
+        ("static_kv", kv_dtype, kv_granularity), ("static_attention", attention_dtype, attention_granularity),
+    ):  # fmt: skip
+        if dtype is not None and _type_name(dtype) not in _DTYPES:
+            raise ConfigError(f"{what}_dtype={dtype!r} is not allowed; use {' or '.join(_DTYPES)}, or leave it out")
+        if granularity not in GRANULARITIES:
+            raise ConfigError(f"{what}_granularity={granularity!r} is not allowed; use {' or '.join(GRANULARITIES)}")
+        if granularity != GRANULARITIES[0] and dtype is None:
+            raise ConfigError(f"{what}_granularity={granularity!r} has no effect without {what}_dtype='fp8'")
+    if attention_dtype is None:
+        return None if kv_dtype is None else CacheScheme(kv_granularity)
+    return CacheScheme(attention_granularity if kv_dtype is None else kv_granularity, attention_granularity)
 
 
 def none_if_16_bits(value: Any) -> Any:
@@ -77,14 +76,6 @@ def none_if_16_bits(value: Any) -> Any:
 
 def _type_name(value: Any) -> str:
     return str(value).removeprefix("torch.").lower()
-
-
-def _requests_fp8(name: str, value: Any) -> bool:
-    if value is None:
-        return False
-    if _type_name(value) not in _DTYPES:
-        raise ConfigError(f"{name}={value!r} is not allowed; use {' or '.join(_DTYPES)}, or leave it out")
-    return True
 
 
 def scale_shape(fmt: OutputFormat, cache: CacheScheme, leaf: str, heads: int) -> tuple[int, ...]:

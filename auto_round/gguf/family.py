@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from auto_round.errors import ModelError, UnsupportedError
+from auto_round.errors import ConfigError, ModelError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -212,3 +212,20 @@ class Family:
     assumes: tuple[Assumption, ...] = ()
     extras: Callable[[HfConfig], dict[str, torch.Tensor]] | None = None
     notes: tuple[tuple[Callable[[HfConfig], bool], str], ...] = ()
+
+
+FAMILIES: dict[str, Family] = {}  # by model type
+
+
+def register_family(family: Family) -> Family:
+    """Make the models of `family.model_types` writable as GGUF. Returns the family.
+
+    Raises:
+        ConfigError: a model type belongs to another family.
+    """
+    for name in family.model_types:
+        if FAMILIES.setdefault(name, family) != family:
+            raise ConfigError(
+                f"GGUF family {family.arch!r}: model type {name!r} belongs to family {FAMILIES[name].arch!r}"
+            )
+    return family

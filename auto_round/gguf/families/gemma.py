@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from auto_round.gguf.families.shared import (
-    BLOCKS,
-    CONTEXT,
-    EMBEDDING,
-    FEED_FORWARD,
     HEAD_DIM,
-    HEADS,
-    KV_HEADS,
     RMS_EPSILON,
     ROPE_BASE,
     ROPE_SCALING,
+    SIZES,
     SLIDING_ROPE_BASE,
     SLIDING_WINDOW,
     WHOLE_ROTATION,
@@ -24,7 +19,7 @@ from auto_round.gguf.families.shared import (
 )
 from auto_round.gguf.family import Assumption, Family, HfConfig, Key, Placement, Rule
 
-_KEYS = (BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, RMS_EPSILON, *HEAD_DIM, SLIDING_WINDOW)
+_KEYS = (*SIZES, RMS_EPSILON, *HEAD_DIM, SLIDING_WINDOW)
 _SOFTCAPS = (
     Key("attn_logit_softcapping", "float32", "attn_logit_softcapping"),
     Key("final_logit_softcapping", "float32", "final_logit_softcapping"),

@@ -15,11 +15,10 @@ from auto_round.gguf.families.shared import (
     BLOCKS,
     CONTEXT,
     EMBEDDING,
-    FEED_FORWARD,
     HEADS,
-    KV_HEADS,
     NORM_EPSILON,
     SILU,
+    SIZES,
     activation,
     rope_types,
     without,
@@ -94,7 +93,7 @@ def _stablelm_rotary_dims(s: HfConfig) -> int:
 STABLELM = Family(
     "stablelm", ("stablelm", "stablelm_epoch"),
     (
-        BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, NORM_EPSILON,
+        *SIZES, NORM_EPSILON,
         Key("rope.dimension_count", "uint32", _stablelm_rotary_dims),
         Key("use_parallel_residual", "bool", lambda s: s.get("use_parallel_residual", default=True)),
         Key("rope.freq_base", "float32", _rope_base),

@@ -12,19 +12,14 @@ import torch
 
 from auto_round.errors import ModelError
 from auto_round.gguf.families.shared import (
-    BLOCKS,
-    CONTEXT,
     DECODER,
-    EMBEDDING,
     EVERY_LAYER_ROUTED,
     EXPERT_WIDTH,
-    FEED_FORWARD,
-    HEADS,
-    KV_HEADS,
     ORDINARY_ROPE,
     RMS_EPSILON,
     ROPE_BASE,
     SILU,
+    SIZES,
     SLIDING_WINDOW,
     WHOLE_ROTATION,
     rope_types,
@@ -103,7 +98,7 @@ def _long_rope_factors(s: HfConfig) -> dict[str, torch.Tensor]:
 PHI3 = Family(
     "phi3", ("phi3",),
     (
-        BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, RMS_EPSILON, ROPE_BASE,
+        *SIZES, RMS_EPSILON, ROPE_BASE,
         Key("rope.scaling.original_context_length", "uint32", _phi_original_context),
         Key("rope.dimension_count", "uint32", _phi_rotary_dims),
         Key("rope.scaling.attn_factor", "float32", _attention_factor),

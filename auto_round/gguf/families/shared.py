@@ -41,6 +41,7 @@ BLOCKS = Key("block_count", "uint32", lambda s: s.blocks)
 FEED_FORWARD = Key("feed_forward_length", "uint32", "intermediate_size")
 HEADS = Key("attention.head_count", "uint32", lambda s: s.heads)
 KV_HEADS = Key("attention.head_count_kv", "uint32", lambda s: s.kv_heads)
+SIZES = (BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS)
 HEAD_DIM = (
     Key("attention.key_length", "uint32", "head_dim"),
     Key("attention.value_length", "uint32", "head_dim"),
@@ -72,7 +73,7 @@ ROPE_DIMENSIONS = Key("rope.dimension_count", "uint32", lambda s: s.head_dim)
 
 # Keys of a decoder with RMS norms and rotary embeddings.
 DECODER = (
-    BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE,
+    *SIZES, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE,
     RMS_EPSILON, *EXPERTS, *HEAD_DIM,
 )  # fmt: skip
 

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.gguf.conversion import Conversion, conversion_for
-from auto_round.gguf.families import FAMILIES, supported_families
+from auto_round.gguf.families import supported_families
 from auto_round.gguf.families.layer_norm import qkv_rows
 from auto_round.gguf.families.shared import rotary_rows
+from auto_round.gguf.family import FAMILIES
 from auto_round.gguf.file_types import quantizable
 from auto_round.gguf.metadata import general_metadata, size_label
 from auto_round.modeling.blocks import is_conv1d
@@ -242,9 +243,9 @@ def test_every_key_is_one_that_the_format_knows() -> None:
         for value in vars(room).values()
         if isinstance(value, str)
     }
-    asked = {f"{{arch}}.{key.name}" for family in FAMILIES for key in family.keys}
+    asked = {f"{{arch}}.{key.name}" for family in FAMILIES.values() for key in family.keys}
     assert asked <= known
-    assert {family.arch for family in FAMILIES} <= set(gguf.MODEL_ARCH_NAMES.values())
+    assert {family.arch for family in FAMILIES.values()} <= set(gguf.MODEL_ARCH_NAMES.values())
 
 
 def test_the_size_counts_experts_once() -> None:
