@@ -24,6 +24,8 @@ from auto_round.formats.table import SizeRule
 from auto_round.layouts.base import Layout, TensorSpecs
 from auto_round.schemes import MIXED_PRESETS, PRESET_SCHEMES, QuantizationScheme
 
+_T = TypeVar("_T")
+
 # Settings that are recorded in the checkpoint when they differ from these defaults.
 DEFAULT_SETTINGS: Mapping[str, Any] = MappingProxyType(
     {
@@ -264,16 +266,11 @@ class OutputFormat:
             transposed: the module stores its weight as [in, out].
         """
         specs = self.layout(scheme).specs(scheme, in_features, out_features, model_dtype)
-        if bias_dtype is not None:
-            specs["bias"] = ((out_features,), bias_dtype)
-        return {f"{name}.{leaf}": spec for leaf, spec in specs.items()}
+        return _with_bias(name, specs, None if bias_dtype is None else ((out_features,), bias_dtype))
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """The layer's tensors by their full names in the checkpoint. `model_dtype`: dtype of unquantized tensors."""
-        tensors = self.layout(layer.scheme).pack(layer, model_dtype)
-        if layer.bias is not None:
-            tensors["bias"] = layer.bias
-        return {f"{layer.name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+        return _with_bias(layer.name, self.layout(layer.scheme).pack(layer, model_dtype), layer.bias)
 
     def unpack_layer(
         self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
@@ -303,6 +300,13 @@ class OutputFormat:
         """config.json, from the model's own `values`."""
         quantization = self.config(plan)
         return values if quantization is None else values | {"quantization_config": quantization}
+
+
+def _with_bias(layer: str, leaves: dict[str, _T], bias: _T | None) -> dict[str, _T]:
+    """A layer's tensors or specs by their full names, with the bias before `g_idx`, as AutoGPTQ's files have it."""
+    last = {"g_idx": leaves.pop("g_idx")} if "g_idx" in leaves else {}
+    named = leaves if bias is None else {**leaves, "bias": bias}
+    return {f"{layer}.{leaf}": value for leaf, value in (*named.items(), *last.items())}
 
 
 FORMATS: dict[str, OutputFormat] = {}
