@@ -77,13 +77,13 @@ class AutoRoundFormat(OutputFormat):
 
     def packing(self, scheme: QuantizationScheme) -> str:
         """The `packing_format` of a layer of `scheme`."""
-        family = codec_of(scheme).family
-        if family in _FLOATS:
-            return FP8_STATIC if has_input_scale(scheme) else _FLOATS[family]
+        floats = _FLOATS.get(codec_of(scheme).family)
+        if floats is not None:
+            return FP8_STATIC if has_input_scale(scheme) else floats
         return GPTQ_PACKING if scheme.sym else AWQ_PACKING if scheme.bits == 4 else PLAIN_PACKING
 
     def layout(self, scheme: QuantizationScheme) -> Layout:
-        return AUTO_ROUND_FLOATS if codec_of(scheme).family in _FLOATS else _INTEGERS[self.packing(scheme)]
+        return AUTO_ROUND_FLOATS if _FLOATS.get(codec_of(scheme).family) else _INTEGERS[self.packing(scheme)]
 
     def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
         config: dict[str, Any] = {

@@ -113,13 +113,13 @@ def name_patterns(names: Iterable[str], everything: Collection[str]) -> list[str
     """
     wanted = list(dict.fromkeys(names))
     chosen = set(wanted)
-    families: dict[str, set[str]] = defaultdict(set)
+    alike: dict[str, set[str]] = defaultdict(set)
     for name in everything:
-        families[number_pattern(name)].add(name)
+        alike[number_pattern(name)].add(name)
     result: dict[str, None] = {}
     for name in wanted:
-        family = families[number_pattern(name)]
-        whole = len(family) > 1 and family <= chosen
+        same = alike[number_pattern(name)]
+        whole = len(same) > 1 and same <= chosen
         result["re:.*" + number_pattern(name) + "$" if whole else name] = None
     return list(result)
 

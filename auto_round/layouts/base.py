@@ -48,7 +48,7 @@ class Layout(ABC):
         """Why layers of a scheme that quantizes weights cannot be packed, whatever their shape, or None."""
 
     def group_size(self, scheme: QuantizationScheme) -> GroupSize:
-        """The scheme's `group_size` as it is stored."""
+        """The scheme's `group_size`, as stored."""
         return scheme.group_size
 
     def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:

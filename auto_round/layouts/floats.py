@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -92,8 +92,19 @@ def unpack_codes(stored: torch.Tensor, element: str, columns: int) -> torch.Tens
 
 
 FP8_SCALE = torch.bfloat16
-# Dtype of stored scales by codec family; E8M0 scales are bytes.
-SCALE_DTYPES = {"mx_fp": torch.uint8, "mx_int": torch.uint8, "nv_fp": torch.float8_e4m3fn, "fp": FP8_SCALE}
+
+
+class StoredScales(NamedTuple):
+    """Scales of a codec family: their dtype (E8M0 is bytes), and whether only whole groups along the input have them."""
+
+    dtype: torch.dtype
+    grouped: bool = True
+
+
+SCALES = {
+    "mx_fp": StoredScales(torch.uint8), "mx_int": StoredScales(torch.uint8),
+    "nv_fp": StoredScales(torch.float8_e4m3fn), "fp": StoredScales(FP8_SCALE, grouped=False),
+}  # fmt: skip
 
 
 def has_input_scale(scheme: QuantizationScheme) -> bool:
@@ -150,31 +161,32 @@ class FloatLayout(Layout):
 
     def problem(self, scheme: QuantizationScheme) -> str | None:
         codec, size, inputs = codec_of(scheme), scheme.group_size, scheme.activations
-        element = MINIFLOATS.get(str(codec.element))
-        if codec.family not in SCALE_DTYPES or element is None or (element.dtype is None and element.bits != 4):
+        element, scales = MINIFLOATS.get(str(codec.element)), SCALES.get(codec.family)
+        if scales is None or element is None or (element.dtype is None and element.bits != 4):
             return f"data type {scheme.data_type!r} has no layout with {scheme.bits} bits"
         if not scheme.sym:
             return f"data type {scheme.data_type!r} has no zero points, and the scheme is asymmetric"
-        if codec.family != "fp" and not (isinstance(size, int) and size > 0):
+        if scales.grouped and not (isinstance(size, int) and size > 0):
             return f"data type {scheme.data_type!r} has scales for groups along the input, not group_size {size}"
         if inputs is None:
             return None
-        if codec_of(inputs).family not in SCALE_DTYPES:
+        scales = SCALES.get(codec_of(inputs).family)
+        if scales is None:
             return f"activations of data type {inputs.data_type!r} with {inputs.bits} bits have no layout here"
-        if not inputs.dynamic and codec_of(inputs).family != "fp":
+        if scales.grouped and not inputs.dynamic:
             return f"activations of data type {inputs.data_type!r} have no static scales"
         return None
 
     def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         """4-bit and MX types need whole groups."""
         size = scheme.group_size
-        if codec_of(scheme).family == "fp" or not isinstance(size, int) or in_features % size == 0:
+        if not SCALES[codec_of(scheme).family].grouped or not isinstance(size, int) or in_features % size == 0:
             return None
         return f"in_features={in_features} is not a multiple of the group size {size}"
 
     def _scale(self, scheme: QuantizationScheme, columns: int, rows: int) -> tuple[str, tuple[int, ...], torch.dtype]:
         """Name, shape and dtype of the scales."""
-        size, dtype = scheme.group_size, SCALE_DTYPES[codec_of(scheme).family]
+        size, dtype = scheme.group_size, SCALES[codec_of(scheme).family].dtype
         if isinstance(size, tuple):
             return self.block_scale, (-(-rows // size[0]), -(-columns // size[1])), dtype
         if size == 0:
@@ -235,7 +247,7 @@ def _element(scheme: QuantizationScheme) -> MinifloatType:
 def layout_name(scheme: QuantizationScheme) -> str:
     """Short name of the layout: mxfp4, nvfp4, fp8_static, fp8_block, ..."""
     family = codec_of(scheme).family
-    if family != "fp":
+    if SCALES[family].grouped:
         return f"{family.replace('_', '')}{scheme.bits}"
     if isinstance(scheme.group_size, tuple):
         return "fp8_block"
