@@ -95,7 +95,7 @@ FP8_SCALE = torch.bfloat16
 
 
 class StoredScales(NamedTuple):
-    """Scales of a codec family: their dtype (uint8 is E8M0), and whether they are of whole groups along the input only."""
+    """Scales of a codec family: their dtype (uint8 is E8M0), and whether they are for whole groups of inputs only."""
 
     dtype: torch.dtype
     grouped: bool = True
