@@ -44,6 +44,14 @@ class GgufFormat(OutputFormat):
             return f"{in_features} inputs do not fill blocks of {kind.block}, which {kind.name} needs"
         return None
 
+    def tensor_specs(
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
+        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
+    ) -> TensorSpecs:  # fmt: skip
+        kind = ggml_type_of(scheme)
+        assert kind is not None
+        return {f"{name}.weight": ((out_features, kind.row_bytes(in_features)), torch.uint8)}
+
     def suggested_for(self, scheme: QuantizationScheme) -> bool:
         return scheme == self.scheme
 
