@@ -7,21 +7,19 @@ inputs x shapes, as far as the row takes them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from integer_weights import int_format, pack_codes
 
 from auto_round.inference.backend import usable
 from auto_round.inference.config import LayerFormat
-from auto_round.inference.kernels import LayerSpec
-from auto_round.inference.qlinear import QuantLinear, shape_problem
+from auto_round.inference.qlinear import QuantLinear
 from auto_round.inference.table import BACKENDS, Backend, available_devices
-from auto_round.layouts.awq import pack_awq
-from auto_round.layouts.gptq import pack_gptq
 
-LAYOUTS = {"gptq": ("gptq", 0), "gptq_zp+-1": ("gptq", 1), "awq": ("awq", 0)}
+PACKINGS = ("gptq", "gptq_zp+-1", "awq")
 ROWS_OF_INPUTS = (1, 7, 512)
 # Inputs, outputs: multiples of everything; a short last group; few and no powers of two.
 SHAPES = ((256, 128), (288, 96), (96, 40))
@@ -47,7 +45,7 @@ def rows_here(device: str) -> list[Backend]:
     """Rows for packed integers that can be used on `device`."""
     return [
         row for row in BACKENDS
-        if device in row.devices and set(row.packings) & set(LAYOUTS) and usable(row, available_devices())[0]
+        if device in row.devices and set(row.packings) & set(PACKINGS) and usable(row, available_devices())[0]
     ]  # fmt: skip
 
 
@@ -62,40 +60,39 @@ def rows_and_dtypes(device: str) -> list[Any]:
 def cases(row: Backend, dtype: torch.dtype) -> Iterator[Case]:
     """The layers that the row's columns promise."""
     for packing in row.packings:
-        layout, offset = LAYOUTS[packing]
         for bits in row.bits:
             for inputs, outputs in SHAPES:
                 whole = (inputs, outputs) == SHAPES[0]
                 for size in GROUP_SIZES:
                     for sym in (True, False) if whole else (False,):
-                        fmt = LayerFormat(bits, size, sym, layout, offset)
-                        if shape_problem(inputs, outputs, fmt) is None:
+                        fmt = int_format(bits, size, sym, packing)
+                        if fmt.layout.mismatch(fmt.scheme, inputs, outputs) is None:
                             yield Case(fmt, inputs, outputs, dtype)
-            if layout == "gptq":
-                fmt = LayerFormat(bits, 32, False, layout, offset)
+            if packing != "awq":
+                fmt = int_format(bits, 32, False, packing)
                 yield Case(fmt, 256, 128, dtype, act_order=True)
                 yield Case(fmt, 256, 128, dtype, torch.float32)
-                yield Case(replace(fmt, sym=True), 256, 128, dtype, torch.bfloat16)
+                yield Case(int_format(bits, 32, True, packing), 256, 128, dtype, torch.bfloat16)
 
 
 def build(case: Case, device: str) -> tuple[QuantLinear, torch.Tensor]:
     """The layer with random values, and its weight [out, in] in float64 on the CPU."""
-    fmt, gen = case.fmt, torch.Generator().manual_seed(case.inputs + case.fmt.bits)
+    fmt, gen = case.fmt, torch.Generator().manual_seed(case.inputs + case.fmt.scheme.bits)
     module = QuantLinear(
         case.inputs, case.outputs, fmt, bias=True, g_idx=case.act_order, dtype=case.dtype,
-        scale_dtype=case.scale_dtype,
+        stored={"scales": case.scale_dtype},
     )  # fmt: skip
-    top, groups = 1 << fmt.bits, module.groups
+    top, groups = 1 << fmt.scheme.bits, module.groups
     codes = torch.randint(0, top, (case.outputs, case.inputs), generator=gen, dtype=torch.uint8)
     zeros = torch.randint(0, top, (case.outputs, groups), generator=gen, dtype=torch.uint8)
-    if fmt.sym:
+    if fmt.scheme.sym:
         zeros.fill_(top // 2)
     scales = ((torch.rand(case.outputs, groups, generator=gen) + 0.1) / top).to(case.scale_dtype)
     order = torch.arange(case.inputs) // module.group_size
     if case.act_order:
         order = order[torch.randperm(case.inputs, generator=gen)]
         module.g_idx = order.int()
-    pack = pack_awq(codes, zeros) if fmt.layout == "awq" else pack_gptq(codes, zeros, fmt.bits, fmt.zero_offset)
+    pack = pack_codes(fmt, codes, zeros)
     module.qweight, module.qzeros = pack
     module.scales = scales.T.contiguous()
     assert module.bias is not None
@@ -105,16 +102,12 @@ def build(case: Case, device: str) -> tuple[QuantLinear, torch.Tensor]:
     return module.eval(), weight
 
 
-def spec_of(module: QuantLinear, device: str) -> LayerSpec:
-    """The layer as the chooser describes it."""
-    return replace(module.spec(), device=device)
-
-
 @torch.no_grad()
 def check(row: Backend, case: Case, device: str) -> bool:
     """Run the case. False when the row's kernel refuses it."""
     module, weight = build(case, device)
-    if row.unsupported_reason(case.fmt, device, spec_of(module, device)) is not None:
+    spec = case.fmt.spec(case.inputs, case.outputs, module.dtype, device)
+    if row.unsupported_reason(case.fmt, device, spec) is not None:
         return False
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     module.kernel_path, module.kernel_device, module.backend = row.kernel, device, row.name
@@ -122,7 +115,7 @@ def check(row: Backend, case: Case, device: str) -> bool:
     assert (module.kernel is not None) is bool(row.kernel) and module.backend == row.name, case
     assert module.bias is not None
     bias, gen = module.bias.double().cpu(), torch.Generator().manual_seed(1)
-    for count in ROWS_OF_INPUTS if case.fmt.group_size == 32 else ROWS_OF_INPUTS[:2]:
+    for count in ROWS_OF_INPUTS if case.fmt.scheme.group_size == 32 else ROWS_OF_INPUTS[:2]:
         x = torch.randn(count, case.inputs, generator=gen).to(case.dtype)
         want = x.double() @ weight.T + bias
         y = module(x.to(device))

@@ -196,13 +196,13 @@ def registries() -> Iterator[None]:
     from auto_round.codecs.registry import QUANT_FUNC_WITH_DTYPE
     from auto_round.formats.base import FORMATS, available_formats
     from auto_round.gguf.families import FAMILIES as GGUF_FAMILIES
-    from auto_round.inference.config import USER_LAYOUTS
+    from auto_round.inference.config import PACKINGS
     from auto_round.inference.table import BACKENDS
 
     available_formats()
     tables: list[dict[str, Any]] = [
         PRESET_SCHEMES, ALGORITHMS, DATASETS, CODECS, BLOCK_FLOAT_SPECS, MINIFLOATS, QUANT_FUNC_WITH_DTYPE, FORMATS,
-        USER_LAYOUTS, GGUF_FAMILIES, plugins._LOADED, TRANSFORMS,
+        PACKINGS, GGUF_FAMILIES, plugins._LOADED, TRANSFORMS,
     ]  # fmt: skip
     before, rows, modules = [dict(table) for table in tables], list(BACKENDS), set(sys.modules)
     plugins._load_entry_points.cache_clear()

@@ -4,7 +4,46 @@ from __future__ import annotations
 
 import torch
 
+from auto_round.codecs.quantized_layer import IntCodes
+from auto_round.inference.config import PACKINGS, LayerFormat
 from auto_round.inference.kernels import IntegerWeight, LayerSpec
+from auto_round.inference.linear import PackedLinear
+from auto_round.layouts.awq import pack_awq, unpack_awq_rows
+from auto_round.layouts.gptq import GptqLayout, pack_gptq
+from auto_round.schemes import QuantizationScheme
+
+
+def int_format(bits: int, group_size: int = 128, sym: bool = True, packing: str = "gptq_zp+-1") -> LayerFormat:
+    """How integer layers of the packing that the table of backends calls so are stored."""
+    found = next(entry for entry in PACKINGS.values() if entry.name == packing)
+    return LayerFormat.of(QuantizationScheme(bits, group_size, sym), found)
+
+
+def pack_codes(fmt: LayerFormat, codes: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`qweight` and `qzeros` of codes uint8 [out, in] and zero points uint8 [out, groups]."""
+    if fmt.packing == "awq":
+        return pack_awq(codes, zeros)
+    return pack_gptq(codes, zeros, fmt.scheme.bits, 1 if fmt.packing == "gptq_zp+-1" else 0)
+
+
+def unpack_gptq(
+    qweight: torch.Tensor, qzeros: torch.Tensor, bits: int, zero_offset: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_gptq`."""
+    layout = GptqLayout(zero_offset)
+    return layout.code_rows(qweight, bits).T.contiguous(), layout.zero_rows(qzeros, bits).T.contiguous()
+
+
+def unpack_awq(qweight: torch.Tensor, qzeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_awq`."""
+    return unpack_awq_rows(qweight).T.contiguous(), unpack_awq_rows(qzeros).T.contiguous()
+
+
+def arrays(module: PackedLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes uint8 [out, in], scales and zero points [out, groups] of an integer layer."""
+    own = module.layer().codes_as(IntCodes)
+    zeros = torch.as_tensor(own.zero_point, dtype=torch.uint8, device=own.codes.device)
+    return own.codes, own.scale, zeros.expand(own.scale.shape)
 
 
 def random_weight(

@@ -54,8 +54,8 @@ def requested_rows(requested: str) -> tuple[Backend, ...]:
                 "list backend"
             )
     rows = [b for b in BACKENDS if b.name in wanted or b.group in wanted or (AUTO in wanted and not b.by_name)]
-    groups = {b.group for b in rows if b.runnable and b.group}
-    chosen = [b for b in BACKENDS if b in rows or (b.runnable and b.group in groups)]
+    groups = {b.group for b in rows if b.group and not b.instead}
+    chosen = [b for b in BACKENDS if b in rows or (b.group in groups and not b.instead)]
     return tuple(sorted(chosen, key=lambda b: -b.priority))
 
 
@@ -84,10 +84,9 @@ def choose_backend(
         if reason is None:
             return BackendChoice(backend, tuple(rejected), tuple(missing))
         rejected.append(f"{backend.name}: {reason}")
-        installable = backend.runnable and backend.missing_requirement() is not None
-        if installable and backend.mismatch(fmt, device, spec) is None:
+        if not backend.instead and backend.missing_requirement() and backend.mismatch(fmt, device, spec) is None:
             missing.append(backend)
-    stored = f"{fmt.bits}-bit weights of packing {fmt.packing} on {device!r} ({'; '.join(rejected)})"
+    stored = f"{fmt.scheme.bits}-bit weights of packing {fmt.packing} on {device!r} ({'; '.join(rejected)})"
     if AUTO in _split_names(requested):
         raise UnsupportedError(f"no backend runs {stored}; choose another device or quantize with another format")
     install = f"{install_command(missing[0].requirements)}, or " if missing else ""
@@ -132,42 +131,30 @@ def choose_backends(layers: Layers, device: str, requested: str = AUTO) -> dict[
     if unsupported and not found:
         raise next(iter(unsupported.values()))
     chosen: dict[str, BackendChoice] = {}
-    fallbacks: dict[str, str] = {}
+    fallbacks: dict[tuple[str, str], list[str]] = {}
     for name, kind in layers.items():
-        if kind in unsupported:
-            fallbacks[name] = next(
-                (r for b in rows if (r := b.unsupported_reason(kind[0], device, kind[1])) is not None), "cannot"
-            )
-            if kind not in found:
-                try:
-                    found[kind] = choose_backend(kind[0], device, AUTO, kind[1])
-                except UnsupportedError as error:
-                    raise UnsupportedError(f"{name}: {error}") from error
+        if kind not in found:
+            try:
+                found[kind] = choose_backend(kind[0], device, AUTO, kind[1])
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{name}: {error}") from error
         chosen[name] = found[kind]
+        if kind in unsupported:
+            reason = rows[0].unsupported_reason(kind[0], device, kind[1])
+            fallbacks.setdefault((str(reason), found[kind].backend.name), []).append(name)
     for reason in next(iter(chosen.values())).rejected if chosen else ():
         logger.debug("backend not chosen: %s", reason)
     if fallbacks:
-        _log_fallbacks(fallbacks, chosen, requested)
-    _log_install_hint(chosen, device)
-    return chosen
-
-
-def _log_fallbacks(fallbacks: Mapping[str, str], chosen: Mapping[str, BackendChoice], requested: str) -> None:
-    why = Counter((reason, chosen[name].backend.name) for name, reason in fallbacks.items())
-    parts = []
-    for (reason, instead), count in why.most_common():
-        example = next(n for n, r in fallbacks.items() if (r, chosen[n].backend.name) == (reason, instead))
-        parts.append(f"{count} such as {example} run with {instead} (it {reason})")
-    logger.warning("backend %r runs %d of %d layers; %s", requested, len(chosen) - len(fallbacks), len(chosen),
-                   "; ".join(parts))  # fmt: skip
-
-
-def _log_install_hint(chosen: Mapping[str, BackendChoice], device: str) -> None:
-    """Name the missing package that would make most layers faster, if any."""
-    wanted: Counter[Backend] = Counter(c.missing[0] for c in chosen.values() if c.missing)
+        parts = [
+            f"{len(names)} such as {names[0]} run with {instead} (it {reason})"
+            for (reason, instead), names in sorted(fallbacks.items(), key=lambda item: -len(item[1]))
+        ]
+        runs = sum(kind not in unsupported for kind in layers.values())
+        logger.warning("backend %r runs %d of %d layers; %s", requested, runs, len(layers), "; ".join(parts))
+    wanted: Counter[Backend] = Counter(choice.missing[0] for choice in chosen.values() if choice.missing)
     for backend, count in wanted.most_common(1):
-        gain = f" ({backend.gain})" if backend.gain else ""
         logger.info(
             "%d of %d layers could run faster on %s with backend %s%s: %s", count, len(chosen), device, backend.name,
-            gain, install_command(backend.requirements),
+            f" ({backend.gain})" if backend.gain else "", install_command(backend.requirements),
         )  # fmt: skip
+    return chosen

@@ -10,39 +10,57 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from auto_round.codecs.activation import activation_function
 from auto_round.errors import AutoRoundError, ConfigError, ModelError, UnsupportedError
-from auto_round.inference.float_config import (
-    float_scheme,
-    is_float_config,
-    naming_of,
-    normalize_native_fp8,
-    read_int,
-    scheme_values,
-)
 from auto_round.inference.kernels import LayerSpec
-from auto_round.layouts.base import Layout
-from auto_round.layouts.floats import AUTO_ROUND_FLOATS, layout_name
-from auto_round.schemes import ACTIVATION_KEYS, ActivationScheme, QuantizationScheme
+from auto_round.layouts.awq import AWQ
+from auto_round.layouts.base import IntegerLayout, Layout
+from auto_round.layouts.floats import (
+    AUTO_ROUND_FLOATS,
+    COMPRESSED_TENSORS_FLOATS,
+    float_family_of,
+    layout_name,
+)
+from auto_round.layouts.gptq import GPTQ_V1, GPTQ_V2
+from auto_round.layouts.mlx import MLX
+from auto_round.layouts.packed_int import PLAIN_INT
+from auto_round.schemes import ACTIVATION_KEYS, GroupSize, QuantizationScheme
 
-INT_BITS = (2, 3, 4, 8)
-INT8_BITS = (2, 3, 4, 5, 6, 7, 8)
-MLX_BITS = (2, 3, 4, 5, 6, 8)
-# packing_format -> (layout, offset subtracted from the zero points)
-PACKINGS: dict[str, tuple[str, int]] = {
-    **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq", "auto_gptq", "gptq"), ("gptq", 1)),
-    **dict.fromkeys(("auto_round", "auto_round:auto_round", "auto_round:gptqmodel", "gptqmodel"), ("gptq", 0)),
-    **dict.fromkeys(("mlx", "auto_round:mlx"), ("mlx", 0)),
-    **dict.fromkeys(("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq"), ("awq", 0)),
-    "auto_round:llm_compressor": ("int8", 0),
-}
-# packing_format -> layout of a plugin, see `table.register_layout`.
-USER_LAYOUTS: dict[str, Layout] = {}
+_V1_NAME, _V2_NAME, _COMPRESSED_TENSORS = "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:llm_compressor"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How integer layers, or those of a plugin's format, are stored.
+
+    Attributes:
+        name: in the table of backends.
+        layout: reads the tensors.
+        names: values of `packing_format` in a config that mean it, the one to write first.
+        by_plugin: whether a plugin registered it, for data types of any kind.
+    """
+
+    name: str
+    layout: Layout
+    names: tuple[str, ...]
+    by_plugin: bool = False
+
+
+_BUILT_IN = (
+    Packing("gptq_zp+-1", GPTQ_V1, (_V1_NAME, "auto_round:gptq", "auto_gptq", "gptq")),
+    Packing("gptq", GPTQ_V2, (_V2_NAME, "auto_round", "auto_round:auto_round", "gptqmodel")),
+    Packing("mlx", MLX, ("auto_round:mlx", "mlx")),
+    Packing("awq", AWQ, ("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq")),
+    Packing("int8", PLAIN_INT, (_COMPRESSED_TENSORS,)),
+)
+# By `packing_format`. Layers of small float types have layouts of their own under some of the same names.
+PACKINGS: dict[str, Packing] = {name: packing for packing in _BUILT_IN for name in packing.names}
+
 _BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
 # Leading parts of a module name that differ between versions of Transformers and between model wrappers.
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)+")
@@ -59,38 +77,30 @@ class LayerFormat:
     """How one layer is stored in the checkpoint.
 
     Attributes:
-        bits: 2, 3, 4 or 8; in the MLX layout 5 and 6 too.
-        group_size: along the input dimension; -1 is one group per output channel, or what `scheme` says.
-        sym: whether the zero point is the same for all groups.
-        layout: "gptq", "awq", "mlx" or "int8"; of small float types such as "mxfp4", see `layout_name`.
-        zero_offset: subtracted from the zero points when they were stored, modulo 2**bits.
-        activation: how the layer's inputs are quantized; None: not at all.
-        scheme: of a layer of a small float type or in a plugin's layout, else None.
-        naming: the layout of such a layer in the file.
+        scheme: how it was quantized.
+        layout: its tensors.
+        packing: name in the table of backends, of a `Packing`, or of small float types `layouts.floats.layout_name`.
+        packing_format: the same in a config.
     """
 
-    bits: int
-    group_size: int
-    sym: bool
-    layout: str
-    zero_offset: int
-    activation: ActivationScheme | None = None
-    scheme: QuantizationScheme | None = None
-    naming: Layout = AUTO_ROUND_FLOATS
+    scheme: QuantizationScheme
+    layout: Layout
+    packing: str
+    packing_format: str
 
-    @property
-    def packing(self) -> str:
-        """The name in the table of backends: gptq, gptq_zp+-1, awq, mlx or int8; of small float types the layout's."""
-        return f"{self.layout}_zp+-1" if self.zero_offset else self.layout
+    @classmethod
+    def of(cls, scheme: QuantizationScheme, packing: Packing) -> LayerFormat:
+        return cls(scheme, packing.layout, packing.name, packing.names[0])
 
     def columns_per_scale(self, in_features: int) -> int:
         """Input columns that share a scale in a layer of this width."""
-        return self.group_size if 0 < self.group_size < in_features else in_features
+        size = self.scheme.group_size if isinstance(self.scheme.group_size, int) else self.scheme.group_size[1]
+        return size if 0 < size < in_features else in_features
 
     def spec(self, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> LayerSpec:
         """The values that a kernel needs to decide whether it can run a layer of this format."""
-        group_size = self.columns_per_scale(in_features)
-        return LayerSpec(self.bits, group_size, self.sym, in_features, out_features, dtype, device)
+        columns, scheme = self.columns_per_scale(in_features), self.scheme
+        return LayerSpec(scheme.bits, columns, scheme.sym, in_features, out_features, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,7 @@ def read_config(config: Any) -> CheckpointConfig:
         ConfigError: malformed values.
     """
     with _malformed_as_config_error():
-        found = _read_config(config)
+        found = _read_config(_auto_round_values(config))
         for pattern in (*filter(_META.search, found.extra), *(_rule_pattern(rule) for rule in found.dynamic)):
             re.compile(pattern)
         for name, entry in (*found.extra.items(), *found.dynamic.items()):
@@ -191,161 +201,175 @@ def _rule_pattern(rule: str) -> str:
     return rule.removeprefix("+:").removeprefix("-:")
 
 
-def _read_config(config: Any) -> CheckpointConfig:
-    values = normalize_native_fp8(_plain(config))
-    method = str(values.get("quant_method")).lower()
-    packing = str(values.get("packing_format") or f"auto_round:auto_{'awq' if method == 'awq' else 'gptq'}")
-    is_fp8 = method.rpartition(".")[2] == "fp8"
-    own = packing in USER_LAYOUTS or is_float_config(values)
-    layout, offset = ("float", 0) if own else _packing(packing)
-    if layout == "gptq" and values.get("checkpoint_format") == "gptq_v2":
-        offset = 0
-    awq_keys = [key for key in ("modules_to_not_convert", "version", "zero_point") if key in values]
-    is_awq = layout == "awq" and bool(awq_keys)
-    sym = not values["zero_point"] if "zero_point" in awq_keys and is_awq else values.get("sym", True)
-    if own:
-        default = _scheme_format(values, packing, "the checkpoint")
-    else:
-        default = LayerFormat(
-            read_int(values, "bits", 4), _group_size(values.get("group_size", 128), "the checkpoint"),
-            bool(sym), layout, offset, _activation(values, layout, "the checkpoint"),
-        )  # fmt: skip
-        _check_values(values, "the checkpoint")
-        _check_bits(default.bits, layout, "the checkpoint")
+def _auto_round_values(config: Any) -> dict[str, Any]:
+    """A config's values with those of GPTQ, AWQ and FP8 translated to AutoRound's keys; other keys stay.
+
+    Raises UnsupportedError for FP8 models without two-dimensional blocks.
+    """
+    values = dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    for old, new in (("w_bit", "bits"), ("q_group_size", "group_size")):  # AutoAWQ's older keys
+        if values.get(old) is not None:
+            values[new] = values[old]
+    method = _method(values)
+    if method == "fp8":
+        block = values.get("weight_block_size")
+        if block is None or str(values.get("activation_scheme") or "dynamic").lower() != "dynamic":
+            raise UnsupportedError(
+                "the checkpoint is FP8 without two-dimensional blocks, or with static activations; Transformers opens "
+                "it by itself"
+            )
+        usual = {
+            "bits": 8, "data_type": "fp", "sym": True, "act_bits": 8, "act_data_type": "fp", "act_sym": True,
+            "act_dynamic": True, "act_group_size": block[1],
+        }  # fmt: skip
+        values = usual | {key: value for key, value in values.items() if value is not None}
+    values["packing_format"] = str(values.get("packing_format") or f"auto_round:{'awq' if method == 'awq' else 'gptq'}")
+    packing = _packing(values)
+    if packing is not None and packing.layout is GPTQ_V1 and values.get("checkpoint_format") == "gptq_v2":
+        values["packing_format"] = _V2_NAME
+    if packing is not None and packing.layout is AWQ and "zero_point" in values:
+        values["sym"] = not values["zero_point"]
+    return values
+
+
+def _method(values: Mapping[str, Any]) -> str:
+    """The quant_method, a text or Transformers' enumeration, in lower case."""
+    return str(values.get("quant_method") or "").rpartition(".")[2].lower()
+
+
+def _is_float(values: Mapping[str, Any]) -> bool:
+    return float_family_of(str(values.get("data_type") or "int")) is not None
+
+
+def _packing(values: Mapping[str, Any]) -> Packing | None:
+    """The packing of integer layers or of a plugin; None of small float types, and where it is unknown."""
+    packing = PACKINGS.get(str(values["packing_format"]))
+    return packing if packing is not None and (packing.by_plugin or not _is_float(values)) else None
+
+
+def is_gptq_or_awq(config: Any) -> bool:
+    """Whether a `quantization_config` uses the keys of GPTQ or AWQ."""
+    values = config if isinstance(config, Mapping) else vars(config)
+    method = _method(values)
+    return method != "fp8" and (method in ("gptq", "awq") or any(values.get(key) is not None for key in GPTQ_AWQ_KEYS))
+
+
+def _read_config(values: Mapping[str, Any]) -> CheckpointConfig:
+    default = _layer_format(values, "the checkpoint")
     for key in ("rotation_config", "spinquant_config"):
         if values.get(key):
             raise UnsupportedError(
                 f"the checkpoint has a {key}: its inputs must be rotated, which this version cannot do; "
                 "quantize the model without a rotation"
             )
-    prefixes = next((found for key in _BLOCK_KEYS if (found := _name_list(values.get(key)))), ())
-    excluded = _name_list(values.get("modules_to_not_convert")) if is_awq or is_fp8 else ()
+    awq_keys = ("modules_to_not_convert", "version", "zero_point")
+    everywhere = _method(values) == "fp8" or (default.layout is AWQ and any(key in values for key in awq_keys))
+    is_gptq = default.layout in (GPTQ_V1, GPTQ_V2)
     return CheckpointConfig(
         default=default,
-        block_prefixes=prefixes,
-        everywhere=is_awq or is_fp8,
-        g_idx=layout == "gptq" and ("desc_act" in values or packing.endswith("gptqmodel")),
+        block_prefixes=next((found for key in _BLOCK_KEYS if (found := _name_list(values.get(key)))), ()),
+        everywhere=everywhere,
+        g_idx=is_gptq and ("desc_act" in values or values["packing_format"].endswith("gptqmodel")),
         backend=str(values.get("backend") or "auto"),
         extra=_mapping(values, "extra_config"),
         dynamic=_mapping(values, "dynamic"),
-        excluded=excluded,
+        excluded=_name_list(values.get("modules_to_not_convert")) if everywhere else (),
         only_suffixes=_name_list(values.get("modules_in_block_to_quantize")),
         lm_head=bool(values.get("lm_head", False)),
     )
 
 
-def is_gptq_or_awq(config: Any) -> bool:
-    """Whether a `quantization_config` uses the keys of GPTQ or AWQ."""
-    values = _plain(config)
-    method = str(values.get("quant_method") or "").rpartition(".")[2].lower()
-    if method == "fp8":
-        return False
-    return method in ("gptq", "awq") or any(values.get(key) is not None for key in GPTQ_AWQ_KEYS)
-
-
-def packing_format_name(fmt: LayerFormat) -> str:
-    """The value of AutoRound's `packing_format` for a layer in GPTQ or AWQ layout."""
-    if fmt.layout == "awq":
-        return "auto_round:auto_awq"
-    return "auto_round:auto_gptq" if fmt.zero_offset else "auto_round:gptqmodel"
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """The config's values, with AutoAWQ's older keys `w_bit` and `q_group_size` renamed."""
-    values = dict(config) if isinstance(config, Mapping) else dict(vars(config))
-    for old, new in (("w_bit", "bits"), ("q_group_size", "group_size")):
-        if values.get(old) is not None:
-            values[new] = values[old]
-    return values
-
-
-def _packing(packing: str) -> tuple[str, int]:
-    if packing not in PACKINGS:
-        raise UnsupportedError(f"packing_format {packing!r} cannot be loaded; known: {', '.join(sorted(PACKINGS))}")
-    return PACKINGS[packing]
-
-
 def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> LayerFormat | None:
+    """The format of a layer with an entry of its own, which names what differs from the default."""
     values = {key: value for key, value in entry.items() if value is not None}
-    bits = read_int(values, "bits", default.bits)
-    if bits >= 16:
+    if read_int(values, "bits", default.scheme.bits) >= 16:
         return None
-    inherited = {} if default.scheme is None else scheme_values(default.scheme, default.naming)
-    packing = str(values.get("packing_format") or default.layout)
-    if packing in USER_LAYOUTS or is_float_config(inherited | values):
-        return _scheme_format(inherited | values, packing, f"layer {name}")
-    if default.scheme is not None:
-        default = _DEFAULT_INT_FORMAT
-    _check_values(values, f"layer {name}")
-    layout, offset = default.layout, default.zero_offset
-    if "packing_format" in values:
-        layout, offset = _packing(str(values["packing_format"]))
-    _check_bits(bits, layout, f"layer {name}")
-    activation = {} if default.activation is None else asdict(default.activation)
-    inherited_activation = {f"act_{key}": value for key, value in activation.items()}
-    return replace(
-        default, bits=bits, sym=bool(values.get("sym", default.sym)), layout=layout, zero_offset=offset,
-        group_size=_group_size(values.get("group_size", default.group_size), f"layer {name}"),
-        activation=_activation({**inherited_activation, **values}, layout, f"layer {name}"),
-    )  # fmt: skip
+    inherited = {key: value for key, value in default.scheme.items() if value is not None}
+    inherited["packing_format"] = default.packing_format
+    if _packing(inherited) is None and not _is_float(inherited | values):
+        inherited["packing_format"] = _V1_NAME  # an integer layer in a file of small floats
+    return _layer_format(inherited | values, f"layer {name}")
 
 
-def _scheme_format(values: Mapping[str, Any], packing: str, where: str) -> LayerFormat:
-    """The format of a layer that is read by its scheme: in a plugin's layout, or of a small float type."""
-    layout = USER_LAYOUTS.get(packing)
-    if layout is not None:
+def _layer_format(values: Mapping[str, Any], where: str) -> LayerFormat:
+    """The format that a config's values, or those of one layer, describe; `where` names it in messages.
+
+    Raises:
+        UnsupportedError: no such layout, or activations that this version cannot quantize.
+        ConfigError: malformed values.
+    """
+    packing_format, data_type = str(values["packing_format"]), str(values.get("data_type") or "int")
+    packing = _packing(values)
+    acts: dict[str, Any] = {}
+    if int(values.get("act_bits") or 16) < 16:
+        acts = {key: tuple(v) if isinstance(v := values.get(key), list) else v for key in ACTIVATION_KEYS}
+    if packing is not None and packing.by_plugin:
+        if acts:
+            raise UnsupportedError(
+                f"{where} quantizes activations, which packing_format {packing_format!r} cannot have"
+            )
         fields = {key: values[key] for key in ("bits", "group_size", "sym", "data_type") if key in values}
-        if int(values.get("act_bits") or 16) < 16:
-            raise UnsupportedError(f"{where} quantizes activations, which packing_format {packing!r} cannot have")
-        scheme = QuantizationScheme.from_dict(fields)
-        size = scheme.group_size if isinstance(scheme.group_size, int) else -1
-        return LayerFormat(scheme.bits, size or -1, scheme.sym, packing, 0, None, scheme, layout)
-    scheme = float_scheme(values, where)
-    size = scheme.group_size if isinstance(scheme.group_size, int) else scheme.group_size[1]
-    return LayerFormat(
-        scheme.bits, size or -1, scheme.sym, layout_name(scheme), 0, scheme.activations, scheme, naming_of(values)
-    )
-
-
-# The base of an integer layer's entry when the default is a float type.
-_DEFAULT_INT_FORMAT = LayerFormat(4, 128, True, "gptq", 1)
-
-
-def _check_bits(bits: int, layout: str, where: str) -> None:
-    allowed = {"mlx": MLX_BITS, "int8": INT8_BITS}.get(layout, INT_BITS)
-    if bits not in allowed:
-        raise UnsupportedError(f"{where} has {bits}-bit weights; this version runs {allowed}")
-
-
-def _check_values(values: Mapping[str, Any], where: str) -> None:
-    data_type = str(values.get("data_type") or "int")
+        return LayerFormat.of(QuantizationScheme.from_dict(fields), packing)
+    bits, sym = read_int(values, "bits", 4), bool(values.get("sym", True))
+    if _is_float(values):
+        if float_family_of(data_type) == "fp" and values.get("fmt") == "e5m2":
+            data_type = "fp8_e5m2"
+        scheme = QuantizationScheme(bits, _float_group_size(values, where), sym, data_type, **acts)
+        problem = AUTO_ROUND_FLOATS.problem(scheme)
+        if problem is not None:
+            raise UnsupportedError(f"{where}: {problem}")
+        _check_activations(scheme)
+        layout = COMPRESSED_TENSORS_FLOATS if packing_format == _COMPRESSED_TENSORS else AUTO_ROUND_FLOATS
+        return LayerFormat(scheme, layout, layout_name(scheme), packing_format)
+    if packing is None:
+        raise UnsupportedError(
+            f"packing_format {packing_format!r} cannot be loaded; known: {', '.join(sorted(PACKINGS))}"
+        )
+    size = values.get("group_size", 128)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise UnsupportedError(f"{where} has group_size={size!r}; this version runs groups along the input only")
     if data_type != "int":
         raise UnsupportedError(f"{where} has data type {data_type!r}; this version runs integer weights only")
-
-
-def _activation(values: Mapping[str, Any], layout: str, where: str) -> ActivationScheme | None:
-    """The activation scheme of the `act_` keys. Raises UnsupportedError for one in a layout other than int8."""
-    act_bits = values.get("act_bits")
-    if act_bits is None or int(act_bits) >= 16:
-        return None
-    if layout != "int8":
+    assert isinstance(packing.layout, IntegerLayout)
+    if bits not in packing.layout.bits:
+        raise UnsupportedError(f"{where} has {bits}-bit weights; this version runs {packing.layout.bits}")
+    if acts and packing.layout is not PLAIN_INT:
         raise UnsupportedError(
-            f"{where} has packed weights and activations of {act_bits} bits; this version runs packed weights with "
-            "16-bit activations only"
+            f"{where} has packed weights and activations of {acts['act_bits']} bits; this version runs packed weights "
+            "with 16-bit activations only"
         )
-    scheme = QuantizationScheme(
-        bits=8, group_size=-1, sym=bool(values.get("sym", True)), data_type=str(values.get("data_type") or "int"),
-        **{key: values.get(key) for key in ACTIVATION_KEYS},
-    ).activations  # fmt: skip
-    assert scheme is not None
-    activation_function(scheme)
-    return scheme
+    if acts and acts["act_group_size"] is None:
+        acts["act_group_size"] = -1
+    scheme = QuantizationScheme(bits, size if size > 0 else -1, sym, "int", **acts)
+    _check_activations(scheme)
+    return LayerFormat.of(scheme, packing)
 
 
-def _group_size(value: Any, where: str) -> int:
+def _check_activations(scheme: QuantizationScheme) -> None:
+    if scheme.activations is not None:
+        activation_function(scheme.activations)
+
+
+def read_int(values: Mapping[str, Any], key: str, default: int) -> int:
+    """The whole number at `key`. Raises ConfigError for anything else."""
+    value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UnsupportedError(f"{where} has group_size={value!r}; this version runs groups along the input only")
-    return value if value > 0 else -1
+        raise ConfigError(f"quantization_config has {key}={value!r}, which is not a whole number")
+    return value
+
+
+def _float_group_size(values: Mapping[str, Any], where: str) -> GroupSize:
+    """The group size; `weight_strategy` and `weight_block_size` take precedence over the key `group_size`."""
+    if values.get("weight_strategy") == "tensor":
+        return 0
+    size = values.get("weight_block_size") or values.get("group_size", 32)
+    if isinstance(size, (list, tuple)):
+        if len(size) != 2 or not all(type(part) is int and part > 0 for part in size):
+            raise ConfigError(f"{where} has blocks of {size!r}; two positive whole numbers are needed")
+        return (size[0], size[1])
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ConfigError(f"{where} has group_size={size!r}, which is not a whole number")
+    return size
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
 from auto_round.inference.backend import choose_backends
-from auto_round.inference.config import USER_LAYOUTS, CheckpointConfig, LayerFormat, read_config, resolve_layers
+from auto_round.inference.config import PACKINGS, CheckpointConfig, LayerFormat, read_config, resolve_layers
 from auto_round.inference.experts import enable_grouped_experts
 from auto_round.inference.hf import (
     StoredNames,
@@ -27,32 +27,15 @@ from auto_round.inference.hf import (
     read_names,
     register_cache_scales,
 )
-from auto_round.inference.linear import (
-    FloatLinear,
-    Int8Linear,
-    MlxLinear,
-    PackedLinear,
-    ScaledMmLinear,
-    int8_shapes,
-    mlx_shape_problem,
-    mlx_shapes,
-)
-from auto_round.inference.qlinear import QuantLinear, expected_shapes, shape_problem
-from auto_round.inference.table import OWN_CPU, SCALED_MM, Backend, device_kind
-from auto_round.layouts.mlx import bias_storage_dtype
+from auto_round.inference.linear import PackedLinear, ScaledMmLinear
+from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.table import OWN_CPU, SCALED_MM, device_kind
+from auto_round.layouts.gptq import GptqLayout
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
 from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
 from auto_round.modeling.files.safetensors import StoredTensor
 from auto_round.plugins import load_plugins
-
-# The tensors of all layouts.
-TENSOR_NAMES = (
-    "qweight", "qzeros", "scales", "g_idx", "bias", "weight", "biases", "weight_scale", "weight_zero_point",
-    "input_scale", "input_zero_point", "weight_packed", "weight_scale_inv", "weight_global_scale", "input_global_scale",
-)  # fmt: skip
-# Name endings that only quantized layers have.
-PACKED_SUFFIXES = (".qweight", ".scales", ".weight_scale", ".weight_scale_inv")
 
 
 def infer_target_device(device_map: object = None) -> str:
@@ -79,9 +62,8 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         raise ConfigError(f"{type(model).__name__} has no config.quantization_config; load a quantized checkpoint")
     config = read_config(stored_config)
     stored = read_names(model, checkpoint_tensors(model))
-    files = stored.tensors
     _split_experts(model, config, stored)
-    layers = _stored_layers(_wanted_layers(model, config, stored), linear_names(model), files)
+    layers = _quantized_layers(model, config, stored)
     _check_dense_experts(model, layers, stored)
     kind = target_device.split(":")[0]
     specs = {}
@@ -90,14 +72,23 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         specs[name] = fmt, fmt.spec(weight.shape[1], weight.shape[0], weight.dtype, kind)
     choices = choose_backends(specs, kind, config.backend)
     for name, fmt in layers.items():
-        _replace(model, name, fmt, config, files, choices[name].backend, kind)
+        old, backend = model.get_submodule(name), choices[name].backend
+        weight, leaves = weight_2d(old), stored.modules.get(name, {})
+        _check_tensors(name, fmt, weight, leaves)
+        dtypes = {leaf: tensor.dtype for leaf, tensor in leaves.items()}
+        new = build_layer(fmt, weight, getattr(old, "bias", None) is not None, dtypes, config.g_idx, backend.name)
+        new.check_dtypes(name, dtypes)
+        if isinstance(new, QuantLinear):
+            new.kernel_path, new.kernel_device = backend.kernel, kind
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new.train(old.training))
     used = Counter(choice.backend.name for choice in choices.values())
     if OWN_CPU in used:
         from auto_round.inference.kernels.cpu import use_dense_linear  # its C code is not needed elsewhere
 
         use_dense_linear(model)
     _untie(model, layers)
-    register_cache_scales(model, stored_config, files)
+    register_cache_scales(model, stored_config, stored.tensors)
     if config.g_idx:
         # GPTQ files may contain g_idx even for contiguous groups; layers without the buffer ignore it.
         ignore_unexpected_keys(model, [r"\.g_idx$"])
@@ -108,14 +99,19 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
 def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
     """Check that every packed layer got its tensors, start kernels, and rewrite a GPTQ or AWQ config with AutoRound's
     keys. Raises ModelError naming the first missing tensor."""
-    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-    marked = _marks_are_complete(model)
-    for name, module in packed:
-        for tensor_name, tensor in module.named_buffers(recurse=False):
+    device_map = getattr(model, "hf_device_map", None) or {}
+    # Transformers' mark on loaded tensors is lost when a tensor moves to another device.
+    marked = len(set(map(str, device_map.values()))) <= 1 and any(
+        getattr(buffer, "_is_hf_initialized", False) for buffer in model.buffers()
+    )
+    for name, module in model.named_modules():
+        if not isinstance(module, PackedLinear):
+            continue
+        for leaf, tensor in module.named_buffers(recurse=False):
             if not marked or getattr(tensor, "_is_hf_initialized", False):
                 continue
-            if tensor_name != "g_idx" or not isinstance(module, QuantLinear):
-                raise ModelError(_missing(f"{name}.{tensor_name}"))
+            if leaf != "g_idx" or not isinstance(module, QuantLinear):
+                raise ModelError(_missing(f"{name}.{leaf}"))
             module.g_idx = module.default_g_idx(tensor.device)
         if module.is_loaded:
             module.prepare(name)
@@ -125,13 +121,6 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
     normalize_saved_config(model, lambda: read_names(model, checkpoint_tensors(model)))
 
 
-def _marks_are_complete(model: nn.Module) -> bool:
-    """Whether Transformers' mark on loaded tensors is reliable: moving a tensor to another device loses it."""
-    device_map = getattr(model, "hf_device_map", None) or {}
-    one_device = len(set(map(str, device_map.values()))) <= 1
-    return one_device and any(getattr(b, "_is_hf_initialized", False) for b in model.buffers())
-
-
 def _missing(tensor_name: str) -> str:
     return (
         f"the checkpoint has no tensor {tensor_name}, which its quantization_config requires; "
@@ -139,80 +128,58 @@ def _missing(tensor_name: str) -> str:
     )
 
 
-def _wanted_layers(model: nn.Module, config: CheckpointConfig, stored: StoredNames) -> dict[str, LayerFormat]:
-    names = linear_names(model)
+def _quantized_layers(model: nn.Module, config: CheckpointConfig, stored: StoredNames) -> dict[str, LayerFormat]:
+    """The format of every layer that is quantized, according to the config and to the files."""
+    linear = linear_names(model)
     prefixes = tuple(f"{prefix}." for prefix in config.block_prefixes)
-    named = prefixes and any(called.startswith(prefixes) for n in names for called in stored.config_names(n))
+    named = prefixes and any(called.startswith(prefixes) for n in linear for called in stored.config_names(n))
     blocks = () if named else find_blocks(model)
     if config.block_prefixes and not named:
         logger.warning(
             "the checkpoint's blocks %s are not in this model; using %s", ", ".join(config.block_prefixes), blocks[:1]
         )
+    names = linear
     if config.everywhere:
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        names = [n for n in names if model.get_submodule(n) is not head]
-    return resolve_layers(config, names, blocks, stored.config_names)
-
-
-def _stored_layers(
-    wanted: dict[str, LayerFormat], names: list[str], files: dict[str, StoredTensor] | None
-) -> dict[str, LayerFormat]:
-    """`wanted` without the layers that are unquantized in the files: some writers list layers that they skipped."""
-    if files is None:
-        return wanted
-    for name in names:
-        if name not in wanted and _is_packed(name, files):
+        names = [n for n in linear if model.get_submodule(n) is not head]
+    wanted = resolve_layers(config, names, blocks, stored.config_names)
+    packed = {name for name in linear if _is_packed(stored.modules.get(name, {}))}
+    for name in linear:
+        if name in packed and name not in wanted:
             raise ModelError(f"{name} is packed in the checkpoint, but its quantization_config says full precision")
-    dense = [name for name in wanted if not _is_packed(name, files) and f"{name}.weight" in files]
+    # Some writers list layers that they skipped.
+    dense = [name for name in wanted if name not in packed and "weight" in stored.modules.get(name, {})]
     if dense:
         logger.warning("%d layers are listed as quantized but stored dense, such as %s", len(dense), dense[0])
     return {name: fmt for name, fmt in wanted.items() if name not in set(dense)}
 
 
-def _is_packed(name: str, files: dict[str, StoredTensor]) -> bool:
-    """Whether the layer is packed in the files: a layer of GPTQ or AWQ has a `qweight`, of MLX a packed `weight` with
-    `scales`, of the other layouts a `weight_scale` or `weight_scale_inv`."""
-    if f"{name}.weight_scale" in files or f"{name}.weight_scale_inv" in files:
-        return True
-    if f"{name}.qweight" in files:
-        return f"{name}.weight" not in files
-    if any(f"{name}.{layout.leaves[0]}" in files for layout in USER_LAYOUTS.values()):
-        return True
-    return f"{name}.scales" in files and f"{name}.weight" in files
+def _is_packed(leaves: Mapping[str, StoredTensor]) -> bool:
+    """Whether a module with these tensors is packed: a layer of GPTQ or AWQ has a `qweight`, of MLX a packed `weight`
+    with `scales`, of the other layouts a `weight_scale` or `weight_scale_inv`, or a plugin's codes."""
+    if "qweight" in leaves:
+        return "weight" not in leaves
+    codes = {packing.layout.leaves[0] for packing in PACKINGS.values() if packing.by_plugin}
+    return {"scales", "weight"} <= leaves.keys() or not leaves.keys().isdisjoint(
+        {"weight_scale", "weight_scale_inv"} | codes
+    )
 
 
-def _replace(
-    model: nn.Module, name: str, fmt: LayerFormat, config: CheckpointConfig, files: dict[str, StoredTensor] | None,
-    backend: Backend, device: str,
-) -> None:  # fmt: skip
-    old = model.get_submodule(name)
-    weight = weight_2d(old)
-    out_features, in_features = int(weight.shape[0]), int(weight.shape[1])
-    reason = layout_problem(fmt, in_features, out_features)
+def _check_tensors(name: str, fmt: LayerFormat, weight: torch.Tensor, leaves: Mapping[str, StoredTensor]) -> None:
+    """Raise ModelError when the tensors of a layer, where they are known, are not those that its format has."""
+    sizes = int(weight.shape[1]), int(weight.shape[0])
+    reason = fmt.layout.mismatch(fmt.scheme, *sizes)
     if reason is not None:
         raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
-    shapes = layout_shapes(fmt, in_features, out_features)
-    leaves = dict.fromkeys((*TENSOR_NAMES, *shapes))
-    stored = {} if files is None else {t: files[f"{name}.{t}"] for t in leaves if f"{name}.{t}" in files}
-    for tensor_name, shape in shapes.items():
-        if stored and tensor_name not in stored:
-            raise ModelError(_missing(f"{name}.{tensor_name}"))
-        if stored and stored[tensor_name].shape != shape:
+    for leaf, (shape, _) in fmt.layout.specs(fmt.scheme, *sizes).items():
+        if leaves and leaf not in leaves:
+            raise ModelError(_missing(f"{name}.{leaf}"))
+        if leaves and leaves[leaf].shape != shape:
             raise ModelError(
-                f"tensor {name}.{tensor_name} has shape {list(stored[tensor_name].shape)}, but its "
-                f"quantization_config ({fmt.bits} bits, group size {fmt.group_size}) asks for {list(shape)}"
+                f"tensor {name}.{leaf} has shape {list(leaves[leaf].shape)}, but its quantization_config "
+                f"({fmt.scheme.bits} bits, group size {fmt.scheme.group_size}) asks for {list(shape)}"
             )
-    dtypes = {leaf: tensor.dtype for leaf, tensor in stored.items()}
-    new = build_layer(fmt, weight, getattr(old, "bias", None) is not None, dtypes, config.g_idx, backend.name)
-    new.backend = backend.name
-    if isinstance(new, QuantLinear):
-        new.kernel_path, new.kernel_device = backend.kernel, device
-    if isinstance(new, FloatLinear):
-        new.check_dtypes(name, dtypes)
-    new.train(old.training)
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
 
 
 def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNames) -> None:
@@ -234,10 +201,9 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNam
 
 
 def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames) -> bool:
-    inside = [key for key in stored.tensors or () if key.startswith(f"{name}.")]
+    inside = [leaves for owner, leaves in stored.modules.items() if f"{owner}.".startswith(f"{name}.")]
     if inside:
-        suffixes = (*PACKED_SUFFIXES, *(f".{layout.leaves[0]}" for layout in USER_LAYOUTS.values()))
-        return any(key.endswith(suffixes) for key in inside)
+        return any(map(_is_packed, inside))
     first = f"{name}.0.{stored.expert_names(f'{name}.0').down}"
     in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
     return config.layer(first, in_block, stored.config_names(first)) is not None
@@ -258,7 +224,7 @@ def _check_dense_experts(model: nn.Module, layers: Mapping[str, LayerFormat], st
             )
 
 
-def _untie(model: Any, layers: dict[str, LayerFormat]) -> None:
+def _untie(model: Any, layers: Mapping[str, LayerFormat]) -> None:
     """Remove the tie between a packed head, which has no weight, and the embedding."""
     tied = getattr(model, "all_tied_weights_keys", None)
     if not isinstance(tied, dict):
@@ -268,44 +234,22 @@ def _untie(model: Any, layers: dict[str, LayerFormat]) -> None:
         model.config.tie_word_embeddings = False
 
 
-def layout_problem(fmt: LayerFormat, in_features: int, out_features: int) -> str | None:
-    """None when a layer of this shape can be stored in `fmt`, or the reason why not."""
-    if fmt.scheme is not None:
-        return fmt.naming.mismatch(fmt.scheme, in_features, out_features)
-    if fmt.layout == "int8":
-        return None
-    return mlx_shape_problem(in_features, fmt) if fmt.layout == "mlx" else shape_problem(in_features, out_features, fmt)
-
-
-def layout_shapes(fmt: LayerFormat, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that a checkpoint must have for a layer."""
-    if fmt.scheme is not None:
-        specs = fmt.naming.specs(fmt.scheme, in_features, out_features)
-        return {leaf: shape for leaf, (shape, _) in specs.items()}
-    shapes = {"int8": int8_shapes, "mlx": mlx_shapes}.get(fmt.layout, expected_shapes)
-    return shapes(in_features, out_features, fmt)
-
-
 def build_layer(
-    fmt: LayerFormat, weight: torch.Tensor, bias: bool, stored: Mapping[str, torch.dtype], g_idx: bool, backend: str
-) -> PackedLinear:
+    fmt: LayerFormat, weight: torch.Tensor, bias: bool, stored: Mapping[str, torch.dtype], g_idx: bool = False,
+    backend: str = "",
+) -> PackedLinear:  # fmt: skip
     """An empty module for a layer's layout.
 
     Args:
         weight: [out, in], for its shape, dtype and device; its values are not read.
         stored: dtypes of the checkpoint's tensors, empty when they are not known.
         g_idx: whether the checkpoint may contain one, when its tensors are not known.
-        backend: name of the chosen row.
+        backend: name of the chosen row; default: plain PyTorch.
     """
-    sizes = (int(weight.shape[1]), int(weight.shape[0]), fmt)
-    usual: dict[str, Any] = {"bias": bias, "dtype": weight.dtype, "device": weight.device}
-    if fmt.scheme is not None:
-        kind = ScaledMmLinear if backend == SCALED_MM else FloatLinear
-        return kind(*sizes, stored=stored, **usual)
-    usual["scale_dtype"] = next((stored[t] for t in ("scales", "weight_scale") if t in stored), torch.float16)
-    if fmt.layout == "int8":
-        return Int8Linear(*sizes, input_scale_dtype=stored.get("input_scale"), **usual)
-    if fmt.layout == "mlx":
-        biases = stored["biases"] if stored else bias_storage_dtype(fmt.sym, usual["scale_dtype"])
-        return MlxLinear(*sizes, biases_dtype=biases, **usual)
-    return QuantLinear(*sizes, g_idx="g_idx" in stored if stored else g_idx, **usual)
+    kind: Any = ScaledMmLinear if backend == SCALED_MM else PackedLinear
+    options: dict[str, Any] = {"bias": bias, "dtype": weight.dtype, "stored": stored, "device": weight.device}
+    if isinstance(fmt.layout, GptqLayout):
+        kind, options["g_idx"] = QuantLinear, "g_idx" in stored if stored else g_idx
+    layer: PackedLinear = kind(int(weight.shape[1]), int(weight.shape[0]), fmt, **options)
+    layer.backend = backend or layer.backend
+    return layer

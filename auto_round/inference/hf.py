@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from auto_round.errors import ModelError
-from auto_round.inference.config import GPTQ_AWQ_KEYS, LayerFormat, is_gptq_or_awq, packing_format_name, read_config
+from auto_round.inference.config import GPTQ_AWQ_KEYS, LayerFormat, is_gptq_or_awq, read_config
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.logger import logger
 from auto_round.modeling.attention import find_attention
@@ -63,7 +63,7 @@ class StoredNames:
         expert = _EXPERT.match(layer)
         if expert is None:
             names.append(self._inverse.renamed(f"{layer}.weight").removesuffix(".weight"))
-        elif self._uses_family_names(expert["experts"]):
+        elif self.tensors is None or expert["experts"] in self._family_experts:
             own = dict(zip(DEFAULT_EXPERT_NAMES, self._family_leaves, strict=True)).get(expert["leaf"], expert["leaf"])
             container = self.layers.get(expert["experts"]) or self._inverse.renamed(expert["experts"])
             names.append(f"{container}.{expert['index']}.{own}")
@@ -74,12 +74,16 @@ class StoredNames:
         if self.tensors is None:
             return self._family_leaves
         pairs = zip(self._family_leaves, DEFAULT_EXPERT_NAMES, strict=True)
-        return ExpertLayerNames(*(own if f"{expert}.{own}" in self.owners else usual for own, usual in pairs))
+        return ExpertLayerNames(*(own if f"{expert}.{own}" in self.modules else usual for own, usual in pairs))
 
     @cached_property
-    def owners(self) -> set[str]:
-        """Names in the model of the modules that have tensors in the files."""
-        return {name.rpartition(".")[0] for name in self.tensors or ()}
+    def modules(self) -> dict[str, dict[str, StoredTensor]]:
+        """The tensors of each module that has any in the files, by their names in the module."""
+        found: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in (self.tensors or {}).items():
+            module, _, leaf = name.rpartition(".")
+            found.setdefault(module, {})[leaf] = tensor
+        return found
 
     @cached_property
     def _family_leaves(self) -> ExpertLayerNames:
@@ -92,11 +96,8 @@ class StoredNames:
     @cached_property
     def _family_experts(self) -> set[str]:
         own = set(self._family_leaves) - set(DEFAULT_EXPERT_NAMES)
-        matches = map(_EXPERT.match, self.owners)
+        matches = map(_EXPERT.match, self.modules)
         return {match["experts"] for match in matches if match is not None and match["leaf"] in own}
-
-    def _uses_family_names(self, experts: str) -> bool:
-        return self.tensors is None or experts in self._family_experts
 
 
 def read_names(model: nn.Module, files: Mapping[str, StoredTensor] | None) -> StoredNames:
@@ -111,31 +112,25 @@ def read_names(model: nn.Module, files: Mapping[str, StoredTensor] | None) -> St
     layers: dict[str, str] = {}
     fused_names: set[str] = set()
     for key in sorted(files, key=dot_natural_key):
-        name = _fit_prefix(mapping.renamed(key), mapping.prefix, modules)
+        name = mapping.renamed(key)
+        if mapping.prefix is not None and not _names_module(name, modules):
+            # The base model's prefix is added or removed if only that names a module.
+            front = f"{mapping.prefix}."
+            other = name.removeprefix(front) if name.startswith(front) else front + name
+            name = other if _names_module(other, modules) else name
         if name != key and _names_module(key, modules) and not _names_module(name, modules):
             name = key  # as Transformers does
         tensors.setdefault(name, files[key])
-        if name != key:
-            _record_file_name(layers, name.rpartition(".")[0], key.rpartition(".")[0])
-            if mapping.converter_of(name) is not None:
-                fused_names.add(name)
+        if name == key:
+            continue
+        module, stored = name.rpartition(".")[0], key.rpartition(".")[0]
+        layers.setdefault(module, stored)
+        expert, stored_expert = _EXPERT.match(module), _EXPERT.match(stored)
+        if expert is not None and stored_expert is not None:
+            layers.setdefault(expert["experts"], stored_expert["experts"])
+        if mapping.converter_of(name) is not None:
+            fused_names.add(name)
     return StoredNames(tensors, conversions_of(model, legacy=False), layers, frozenset(fused_names))
-
-
-def _fit_prefix(name: str, prefix: str | None, modules: set[str]) -> str:
-    """`name` with the base model's prefix added or removed if only that names a module."""
-    if prefix is None or _names_module(name, modules):
-        return name
-    other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
-    return other if _names_module(other, modules) else name
-
-
-def _record_file_name(layers: dict[str, str], module: str, stored: str) -> None:
-    """Record the name in the files of a module, and of the experts that contain it."""
-    layers.setdefault(module, stored)
-    module_match, stored_match = _EXPERT.match(module), _EXPERT.match(stored)
-    if module_match is not None and stored_match is not None:
-        layers.setdefault(module_match["experts"], stored_match["experts"])
 
 
 def _names_module(tensor: str, modules: set[str]) -> bool:
@@ -153,26 +148,21 @@ def checkpoint_tensors(model: Any) -> dict[str, StoredTensor] | None:
     where = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
     if not where:
         return None
-    folder = Path(where) if Path(where).is_dir() else _cached_folder(str(where), getattr(config, "_commit_hash", None))
+    folder = Path(where)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        revision = getattr(config, "_commit_hash", None)
+        try:
+            folder = Path(snapshot_download(str(where), revision=revision, local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError):
+            return None
     try:
-        return None if folder is None else TensorFiles.open(folder).tensors
+        return TensorFiles.open(folder).tensors
     except ModelError as error:
         logger.debug("checkpoint not inspected: %s", error)
         return None
-
-
-def _cached_folder(repo: str, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    for file in ("model.safetensors", "model.safetensors.index.json"):
-        try:
-            found = try_to_load_from_cache(repo, file, revision=revision)
-        except HFValidationError:
-            return None
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
 
 
 def ignore_unexpected_keys(model: Any, patterns: Iterable[str]) -> None:
@@ -238,8 +228,8 @@ def normalize_saved_config(model: nn.Module, names: Callable[[], StoredNames]) -
     for key in _DROPPED_KEYS:
         if hasattr(stored, key):
             delattr(stored, key)
-    stored.bits, stored.group_size, stored.sym = default.bits, default.group_size, default.sym
-    stored.data_type, stored.packing_format = "int", packing_format_name(default)
+    for key, value in _layer_entry(default).items():
+        setattr(stored, key, value)
     stored.block_name_to_quantize = ",".join(dict.fromkeys(block.rpartition(".")[0] for block in blocks))
     if extra:
         file_names = names().layers
@@ -247,7 +237,9 @@ def normalize_saved_config(model: nn.Module, names: Callable[[], StoredNames]) -
 
 
 def _layer_entry(fmt: LayerFormat) -> dict[str, Any]:
+    """AutoRound's keys for a layer in GPTQ or AWQ layout."""
+    scheme = fmt.scheme
     return {
-        "bits": fmt.bits, "group_size": fmt.group_size, "sym": fmt.sym, "data_type": "int",
-        "packing_format": packing_format_name(fmt),
+        "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym, "data_type": "int",
+        "packing_format": fmt.packing_format,
     }  # fmt: skip

@@ -1,25 +1,24 @@
-"""QuantLinear: a linear layer with packed integer weights in GPTQ or AWQ layout.
+"""QuantLinear: a linear layer with packed integer weights in GPTQ or AWQ layout, which kernels may run.
 
-Without a kernel it dequantizes the weight for each call, in plain PyTorch on any device; with one, the kernel
-stores the codes in its own layout and computes the product.
+Without a kernel it dequantizes the weight for each call, in plain PyTorch on any device; with one, the kernel stores
+the codes in its own layout and computes the product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import lcm
 from typing import Any
 
 import torch
 
-from auto_round.codecs.quantized_layer import group_count
+from auto_round.codecs.kinds import codec_of
+from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.inference.config import LayerFormat
-from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, kernel_class
+from auto_round.inference.kernels import IntegerWeight, LinearKernel, kernel_class
 from auto_round.inference.linear import TORCH_BACKEND, PackedLinear
-from auto_round.layouts.awq import pack_awq, unpack_awq, unpack_awq_rows
-from auto_round.layouts.bit_stream import packs_evenly, period, unpack_words, words_needed
-from auto_round.layouts.gptq import pack_gptq, unpack_gptq, unpack_gptq_zeros
+from auto_round.layouts.gptq import GptqLayout
 from auto_round.logger import warn_once
 
 # Weights dequantized at once: bounds the temporary copies, about 9 bytes per weight.
@@ -34,12 +33,8 @@ class QuantLinear(PackedLinear):
 
     With a kernel (`use_kernel`) the codes are stored in the kernel's layout only, and `qweight` is None; the state dict
     always has the checkpoint's layout.
-
-    Raises UnsupportedError when the shape does not fill whole words.
     """
 
-    words: str = "qweight"
-    uncast_buffers: tuple[str, ...] = ("scales",)
     qweight: torch.Tensor | None
     qzeros: torch.Tensor
     scales: torch.Tensor
@@ -47,13 +42,12 @@ class QuantLinear(PackedLinear):
 
     def __init__(
         self, in_features: int, out_features: int, fmt: LayerFormat, *, bias: bool = False, g_idx: bool = False,
-        dtype: torch.dtype = torch.float32, scale_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype = torch.float32, stored: Mapping[str, torch.dtype] | None = None,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        dtypes = {"qweight": torch.int32, "qzeros": torch.int32, "scales": scale_dtype}
-        shapes = expected_shapes(in_features, out_features, fmt)
-        buffers = {leaf: (shapes[leaf], kind) for leaf, kind in dtypes.items()}
-        super().__init__(in_features, out_features, fmt, bias=bias, dtype=dtype, device=device, buffers=buffers)
+        super().__init__(in_features, out_features, fmt, bias=bias, dtype=dtype, stored=stored, device=device)
+        assert isinstance(fmt.layout, GptqLayout)
+        self.layout: GptqLayout = fmt.layout
         self.group_size = fmt.columns_per_scale(in_features)
         self.groups = -(-in_features // self.group_size)
         self.register_buffer("g_idx", self.default_g_idx(device) if g_idx else None)
@@ -92,10 +86,6 @@ class QuantLinear(PackedLinear):
     def is_loaded(self) -> bool:
         return self.qweight is None or not self.qweight.is_meta
 
-    def spec(self) -> LayerSpec:
-        """The properties of the layer that decide whether a kernel can run it."""
-        return self.format.spec(self.in_features, self.out_features, self.dtype, self.scales.device.type)
-
     def start_kernel(self, name: str = "") -> None:
         """Build the kernel that was chosen for the loaded layer, if the layer is on the kernel's device. From now on it
         is rebuilt whenever the layer moves back to that device."""
@@ -115,12 +105,14 @@ class QuantLinear(PackedLinear):
 
         Raises UnsupportedError, and changes nothing, when the kernel cannot run a layer with these values.
         """
-        codes, scales, zeros = self.unpack()
-        order = None
+        own, order = self.layer().codes_as(IntCodes), None
+        codes, zeros = own.codes, own.zero_point
+        assert isinstance(zeros, torch.Tensor)
         if self.g_idx is not None and not self._in_order:
             order = torch.argsort(self.g_idx, stable=True)
             codes = codes[:, order].contiguous()
-        self._kernel = [kind(IntegerWeight(codes, scales, zeros, self.spec())).train(self.training)]
+        spec = self.format.spec(self.in_features, self.out_features, self.dtype, self.scales.device.type)
+        self._kernel = [kind(IntegerWeight(codes, own.scale, zeros, spec)).train(self.training)]
         self._order, self.qweight = order, None
 
     @torch.no_grad()
@@ -129,31 +121,19 @@ class QuantLinear(PackedLinear):
         if self._kernel:
             self.qweight, self._kernel, self._order = self._packed_codes(), [], None
 
-    def unpack(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._codes(), self.scales.T.contiguous(), self._zero_rows().T.contiguous()
-
-    def _codes(self) -> torch.Tensor:
-        """uint8 [out, in], in the layer's column order."""
-        if self._kernel:
-            codes = self._kernel[0].codes()
-            if self._order is None:
-                return codes
-            target = torch.empty_like(codes)
-            target[:, self._order] = codes
-            return target
-        assert self.qweight is not None
-        if self.format.layout == "awq":
-            return unpack_awq(self.qweight, self.qzeros)[0]
-        return unpack_gptq(self.qweight, self.qzeros, self.bits, self.format.zero_offset)[0]
+    def layer(self, name: str = "") -> QuantizedLayer:
+        if not self._kernel:
+            return super().layer(name)
+        codes = self._kernel[0].codes()
+        if self._order is not None:
+            codes = torch.empty_like(codes).index_copy_(1, self._order, codes)
+        zeros = self.layout.zero_rows(self.qzeros, self.bits).T.contiguous()
+        scheme, scales = self.format.scheme, self.scales.T.contiguous()
+        return QuantizedLayer(name, scheme, codec_of(scheme).codes(codes, scales, zeros))
 
     def _packed_codes(self) -> torch.Tensor:
         """`qweight` as the checkpoint has it."""
-        if self.qweight is not None:
-            return self.qweight
-        codes, zeros = self._codes(), self._zero_rows().T.contiguous()
-        if self.format.layout == "awq":
-            return pack_awq(codes, zeros)[0]
-        return pack_gptq(codes, zeros, self.bits, self.format.zero_offset)[0]
+        return self.layout.pack(self.layer())["qweight"] if self.qweight is None else self.qweight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Kernels have no backward pass.
@@ -198,18 +178,22 @@ class QuantLinear(PackedLinear):
         """
         return self.dequantize(self.dtype)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self._dense(dtype).T
-
     @torch.no_grad()
-    def _dense(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """W [out, in], a view of a tensor [in, out], which is the order of the codes in the words."""
         dense = torch.empty(self.in_features, self.out_features, dtype=dtype, device=self.scales.device)
-        codes = self._codes() if self._kernel else None
-        zeros, scales = self._zero_rows().float(), self.scales.float()
-        for start, stop in self._row_chunks():
+        codes = None if self.qweight is not None else self.layer().codes_as(IntCodes).codes
+        zeros, scales = self.layout.zero_rows(self.qzeros, self.bits).float(), self.scales.float()
+        columns, words = self.layout.row_period(self.bits)
+        for start, stop in self._row_chunks(columns):
             target = dense[start:stop]
             values = target if dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-            values.copy_(self._code_rows(start, stop) if codes is None else codes[:, start:stop].T)
+            if codes is None:
+                assert self.qweight is not None
+                some_words = self.qweight[start // columns * words : stop // columns * words]
+                values.copy_(self.layout.code_rows(some_words, self.bits))
+            else:
+                values.copy_(codes[:, start:stop].T)
             if self.groups == 1:
                 values.sub_(zeros[0]).mul_(scales[0])
             elif self._in_order and start % self.group_size == 0 and (stop - start) % self.group_size == 0:
@@ -223,51 +207,12 @@ class QuantLinear(PackedLinear):
                 values.sub_(zeros[rows]).mul_(scales[rows])
             if values is not target:
                 target.copy_(values)
-        return dense
+        return dense.T
 
-    def _row_chunks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of input rows that start at a word and, if possible, at a group."""
-        word = 1 if self.format.layout == "awq" else period(self.bits)[0]
-        unit = lcm(word, self.group_size)
+    def _row_chunks(self, columns: int) -> Iterator[tuple[int, int]]:
+        """Ranges of input columns that start at a word and, if possible, at a group. `columns`: those of a word."""
+        unit = lcm(columns, self.group_size)
         if unit >= self.in_features or unit * self.out_features > 4 * _CHUNK:
-            unit = word
+            unit = columns
         step = max(_CHUNK // (unit * self.out_features), 1) * unit
         return ((start, min(start + step, self.in_features)) for start in range(0, self.in_features, step))
-
-    def _code_rows(self, start: int, stop: int) -> torch.Tensor:
-        """uint8 [stop - start, out]."""
-        assert self.qweight is not None
-        if self.format.layout == "awq":
-            return unpack_awq_rows(self.qweight[start:stop])
-        values, words = period(self.bits)
-        return unpack_words(self.qweight[start // values * words : stop // values * words], self.bits)
-
-    def _zero_rows(self) -> torch.Tensor:
-        """uint8 [groups, out]."""
-        if self.format.layout == "awq":
-            return unpack_awq_rows(self.qzeros)
-        return unpack_gptq_zeros(self.qzeros, self.bits, self.format.zero_offset).T
-
-
-def shape_problem(in_features: int, out_features: int, fmt: LayerFormat) -> str | None:
-    """None when a layer of this shape can be stored in `fmt`, or the reason why not."""
-    unit = period(fmt.bits)[0]
-    if fmt.layout == "awq":
-        if fmt.bits != 4:
-            return f"the AWQ layout has no {fmt.bits}-bit form"
-        return None if out_features % unit == 0 else f"out_features={out_features} is not a multiple of {unit}"
-    for what, size in (("in_features", in_features), ("out_features", out_features)):
-        if not packs_evenly(size, fmt.bits):
-            return f"{what}={size} is not a multiple of {unit}"
-    return None
-
-
-def expected_shapes(in_features: int, out_features: int, fmt: LayerFormat) -> dict[str, tuple[int, ...]]:
-    """Shapes of `qweight`, `qzeros` and `scales`. Raises UnsupportedError when the layer does not fill whole words."""
-    reason = shape_problem(in_features, out_features, fmt)
-    if reason is not None:
-        raise UnsupportedError(f"a layer of {out_features} x {in_features} cannot be packed: {reason}")
-    groups = group_count(in_features, fmt.group_size)
-    out_words = words_needed(out_features, fmt.bits)
-    weight = (in_features, out_words) if fmt.layout == "awq" else (words_needed(in_features, fmt.bits), out_features)
-    return {"qweight": weight, "qzeros": (groups, out_words), "scales": (groups, out_features)}

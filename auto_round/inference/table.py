@@ -11,14 +11,17 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
 from auto_round.errors import ConfigError, DeviceError
-from auto_round.inference.config import INT8_BITS, MLX_BITS, PACKINGS, USER_LAYOUTS, LayerFormat
+from auto_round.inference.config import PACKINGS, LayerFormat, Packing
 from auto_round.inference.kernels import LayerSpec, kernel_class
 from auto_round.inference.kernels.compiled import find_compiler
 from auto_round.layouts.base import Layout
+from auto_round.layouts.mlx import MLX
+from auto_round.layouts.packed_int import PLAIN_INT
 
 # Modules that show that a package is there when it has no metadata.
 _MODULES = {"auto-round-lib": "auto_round_kernel", "gptqmodel": "gptqmodel", "triton": "triton", "torch": "torch"}
@@ -68,8 +71,6 @@ def install_command(requirements: tuple[str, ...]) -> str:
 
 def available_devices() -> tuple[str, ...]:
     """Kinds of device on this machine, "cpu" first."""
-    import torch
-
     found = ["cpu"]
     for kind in ("cuda", "xpu"):
         module = getattr(torch, kind, None)
@@ -82,8 +83,6 @@ def available_devices() -> tuple[str, ...]:
 
 def unmet_capability(capability: tuple[int, int]) -> str | None:
     """None when the CUDA device has this compute capability, or what is missing."""
-    import torch
-
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= capability:
         return None
     return f"needs a device of compute capability {'.'.join(map(str, capability))}"
@@ -95,8 +94,6 @@ def device_kind(device_map: object) -> str:
     Of several devices the first accelerator counts. Without a map it is the CPU, except on a Gaudi machine, where users
     move the loaded model to the accelerator. Raises DeviceError for a value that is not a device map.
     """
-    import torch
-
     here = available_devices()
     if device_map is None:
         return "hpu" if "hpu" in here else "cpu"
@@ -133,8 +130,7 @@ class Backend:
         requirements: pip requirements and keys of `PROGRAMS` that must be met.
         group: name that requests several rows together.
         capability: minimum compute capability of a CUDA device.
-        kernel: "module:Class" of the kernel that runs the layer.
-        plain: the layer's module computes the product itself, without a kernel.
+        kernel: "module:Class" of the kernel that runs the layer; without it the layer's module computes the product.
         instead: the row to use instead when the package cannot be installed together with this one.
         gain: measured speedup, for the hint to install it.
         by_name: chosen only when requested by name.
@@ -150,22 +146,21 @@ class Backend:
     group: str = ""
     capability: tuple[int, int] | None = None
     kernel: str = ""
-    plain: bool = False
     instead: str = ""
     gain: str = ""
     by_name: bool = False
 
     @property
-    def runnable(self) -> bool:
-        """Whether this version can use it on any machine."""
-        return self.plain or bool(self.kernel)
+    def plain(self) -> bool:
+        """Whether it runs without a kernel."""
+        return not self.kernel and not self.instead
 
     def mismatch(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
         """None when the row supports such a layer, whatever is installed, or the reason why not."""
         if device not in self.devices:
             return f"runs on {', '.join(self.devices)}, not {device}"
-        if fmt.bits not in self.bits:
-            return f"runs {', '.join(map(str, self.bits))} bits, not {fmt.bits}"
+        if fmt.scheme.bits not in self.bits:
+            return f"runs {', '.join(map(str, self.bits))} bits, not {fmt.scheme.bits}"
         if fmt.packing not in self.packings:
             return f"reads packing {', '.join(self.packings)}, not {fmt.packing}"
         dtype = None if spec is None else str(spec.dtype).removeprefix("torch.")
@@ -178,8 +173,6 @@ class Backend:
         if self.instead:
             package = self.requirements[0]
             return f"{package} does not work with Transformers 5, which this package needs; use {self.instead}"
-        if not self.runnable:
-            return "not part of this version"
         return next((missing for r in self.requirements if (missing := unmet_requirement(r)) is not None), None)
 
     def unsupported_reason(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
@@ -211,7 +204,7 @@ _ALL_INT = (*_GPTQ, "awq")
 
 
 def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backend:
-    return Backend(f"auto_round:{name}", _TORCH_DEVICES, bits, _ALL, 0, packings, group="torch", plain=True)
+    return Backend(f"auto_round:{name}", _TORCH_DEVICES, bits, _ALL, 0, packings, group="torch")
 
 
 # GPTQModel's kernels in plain PyTorch run by name only: on a CPU with two cores one row of inputs took 86 ms, `torch`
@@ -247,12 +240,12 @@ BACKENDS: list[Backend] = [
     Backend("gptqmodel:awq_torch_aten", ("cpu",), (4,), _BF16, 0, ("awq",), _GPTQMODEL,
             group="gptqmodel:aten", kernel=f"{_ADAPTERS}:AwqTorchAten", by_name=True),
     Backend("hpu", ("hpu",), (4,), _BF16, 0, _GPTQ, kernel=f"{_KERNELS}.vendor:HpuLinear"),
-    Backend(SCALED_MM, ("cuda",), (8,), _ALL, 4, ("fp8_static",), capability=(8, 9), plain=True),
+    Backend(SCALED_MM, ("cuda",), (8,), _ALL, 4, ("fp8_static",), capability=(8, 9)),
     _torch("torch_zp", _BITS, _V1),
     _torch("torch", _BITS, ("gptq",)),
     _torch("torch_awq", (4,), ("awq",)),
-    _torch("torch_int8", INT8_BITS, ("int8",)),
-    _torch("torch_mlx", MLX_BITS, ("mlx",)),
+    _torch("torch_int8", PLAIN_INT.bits, ("int8",)),
+    _torch("torch_mlx", MLX.bits, ("mlx",)),
     _torch("torch_mxfp4", (4,), ("mxfp4",)),
     _torch("torch_mxint4", (4,), ("mxint4",)),
     _torch("torch_nvfp4", (4,), ("nvfp4",)),
@@ -282,9 +275,10 @@ def register_layout(packing_format: str, layout: Layout, bits: Sequence[int]) ->
     Raises:
         ConfigError: the packing is known already, or its codes have the name of a dense weight.
     """
-    if packing_format in PACKINGS or USER_LAYOUTS.get(packing_format, layout) is not layout:
+    packing = Packing(packing_format, layout, (packing_format,), by_plugin=True)
+    if PACKINGS.get(packing_format, packing) != packing:
         raise ConfigError(f"packing_format {packing_format!r} is already registered")
     if layout.leaves[0] in ("weight", "bias"):
         raise ConfigError(f"packing_format {packing_format!r}: codes in {layout.leaves[0]!r} look like a dense tensor")
-    USER_LAYOUTS[packing_format] = layout
+    PACKINGS[packing_format] = packing
     register_backend(_torch(f"torch_{packing_format.rpartition(':')[2]}", tuple(bits), (packing_format,)))

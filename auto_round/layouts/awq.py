@@ -14,6 +14,7 @@ import torch
 from auto_round.errors import UnsupportedError
 from auto_round.layouts.bit_stream import words_needed
 from auto_round.layouts.gptq import GptqLayout
+from auto_round.schemes import QuantizationScheme
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PER_WORD = 8
@@ -62,11 +63,6 @@ def pack_awq(codes: torch.Tensor, zeros: torch.Tensor, bits: int = 4) -> tuple[t
     return _pack_columns(codes), _pack_columns(zeros)
 
 
-def unpack_awq(qweight: torch.Tensor, qzeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `pack_awq`: (codes uint8 [out, in], zero points uint8 [out, groups]), both contiguous."""
-    return unpack_awq_rows(qweight).T.contiguous(), unpack_awq_rows(qzeros).T.contiguous()
-
-
 class AwqLayout(GptqLayout):
     """The tensors of `GptqLayout` with AWQ words, and zero points stored without an offset."""
 
@@ -78,10 +74,19 @@ class AwqLayout(GptqLayout):
     def _pack_words(self, codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         return pack_awq(codes, zeros, bits)
 
-    def _unpack_words(
-        self, qweight: torch.Tensor, qzeros: torch.Tensor, bits: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        return unpack_awq(qweight, qzeros)
+    def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        if scheme.bits != 4:
+            return f"the AWQ layout has no {scheme.bits}-bit form"
+        return f"out_features={out_features} is not a multiple of {_PER_WORD}" if out_features % _PER_WORD else None
+
+    def row_period(self, bits: int) -> tuple[int, int]:
+        return 1, 1
+
+    def code_rows(self, words: torch.Tensor, bits: int) -> torch.Tensor:
+        return unpack_awq_rows(words)
+
+    def zero_rows(self, qzeros: torch.Tensor, bits: int) -> torch.Tensor:
+        return unpack_awq_rows(qzeros)
 
 
 AWQ = AwqLayout(0)

@@ -51,6 +51,13 @@ class Layout(ABC):
         """The scheme's `group_size`, as stored."""
         return scheme.group_size
 
+    def dequantize(
+        self, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int, out_features: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:  # fmt: skip
+        """The weight [out, in], computed in float32 and rounded once to `dtype`."""
+        return self.unpack("", scheme, tensors, in_features, out_features).dequantize(dtype)
+
     def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         """Why a layer of this shape cannot be packed, or None."""
         return None

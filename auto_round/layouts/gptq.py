@@ -21,7 +21,7 @@ import torch
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer, group_count
 from auto_round.layouts.base import SCALE_DTYPE, IntegerLayout, TensorSpecs, integer_arrays, stored_group_size
-from auto_round.layouts.bit_stream import pack_words, unpack_words, words_needed
+from auto_round.layouts.bit_stream import pack_words, packs_evenly, period, unpack_words, words_needed
 from auto_round.schemes import QuantizationScheme
 
 
@@ -42,19 +42,6 @@ def pack_gptq(
     """
     stored = (zeros.to(torch.int16) - zero_offset).bitwise_and_((1 << bits) - 1).to(torch.uint8)
     return pack_words(codes.T, bits), pack_words(stored, bits).T.contiguous()
-
-
-def unpack_gptq(
-    qweight: torch.Tensor, qzeros: torch.Tensor, bits: int, zero_offset: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `pack_gptq`: (codes uint8 [out, in], zero points uint8 [out, groups]), both contiguous."""
-    return unpack_words(qweight, bits).T.contiguous(), unpack_gptq_zeros(qzeros, bits, zero_offset)
-
-
-def unpack_gptq_zeros(qzeros: torch.Tensor, bits: int, zero_offset: int) -> torch.Tensor:
-    """Zero points uint8 [out, groups] of int32 [groups, out*bits/32]; adding the offset wraps modulo 2**bits."""
-    stored = unpack_words(qzeros.T, bits).to(torch.int16)
-    return (stored + zero_offset).bitwise_and_((1 << bits) - 1).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -95,20 +82,35 @@ class GptqLayout(IntegerLayout):
         self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
         out_features: int,
     ) -> QuantizedLayer:  # fmt: skip
-        codes, zeros = self._unpack_words(tensors["qweight"], tensors["qzeros"], scheme.bits)
+        codes = self.code_rows(tensors["qweight"], scheme.bits).T.contiguous()
+        zeros = self.zero_rows(tensors["qzeros"], scheme.bits).T.contiguous()
         scales = tensors["scales"].T.contiguous()
         return QuantizedLayer(name, scheme, codec_of(scheme).codes(codes, scales, zeros))
+
+    def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        for what, size in (("in_features", in_features), ("out_features", out_features)):
+            if not packs_evenly(size, scheme.bits):
+                return f"{what}={size} is not a multiple of {period(scheme.bits)[0]}"
+        return None
+
+    def row_period(self, bits: int) -> tuple[int, int]:
+        """(input columns, rows of `qweight`): the smallest part of `qweight` that holds whole columns of codes."""
+        return period(bits)
+
+    def code_rows(self, words: torch.Tensor, bits: int) -> torch.Tensor:
+        """Codes of whole rows of `qweight`, uint8 [in, out]."""
+        return unpack_words(words, bits)
+
+    def zero_rows(self, qzeros: torch.Tensor, bits: int) -> torch.Tensor:
+        """Zero points, uint8 [groups, out]; adding the offset wraps modulo 2**bits."""
+        stored = unpack_words(qzeros.T, bits).T.to(torch.int16)
+        return (stored + self.zero_offset).bitwise_and_((1 << bits) - 1).to(torch.uint8)
 
     def _weight_shape(self, in_features: int, out_features: int, bits: int) -> tuple[int, int]:
         return words_needed(in_features, bits), out_features
 
     def _pack_words(self, codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         return pack_gptq(codes, zeros, bits, self.zero_offset)
-
-    def _unpack_words(
-        self, qweight: torch.Tensor, qzeros: torch.Tensor, bits: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        return unpack_gptq(qweight, qzeros, bits, self.zero_offset)
 
 
 GPTQ_V1, GPTQ_V2 = GptqLayout(1), GptqLayout(0)

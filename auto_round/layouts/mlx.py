@@ -20,6 +20,8 @@ from auto_round.layouts.bit_stream import pack_rows, unpack_rows
 from auto_round.schemes import QuantizationScheme
 
 MLX_BITS, MLX_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # MLX `mlx/ops.cpp`, `quantize`
+# Weights dequantized at once: bounds the temporary copies.
+_CHUNK = 1 << 22
 
 
 def mlx_words(count: int, bits: int) -> int:
@@ -106,6 +108,27 @@ class MlxLayout(IntegerLayout):
             raise ModelError(f"layer {name}: its biases are not its scales times integer zero points")
         codes = unpack_mlx(tensors["weight"], scheme.bits)
         return QuantizedLayer(name, scheme, codec_of(scheme).codes(codes, scales, zeros))
+
+    def dequantize(
+        self, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int, out_features: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:  # fmt: skip
+        """scale * code + bias: other programs store biases that are not scales times integers."""
+        weight, scales, biases = tensors["weight"], tensors["scales"].float(), tensors["biases"].float()
+        dense = torch.empty(out_features, in_features, dtype=dtype, device=weight.device)
+        step = max(1, _CHUNK // in_features)
+        for start in range(0, out_features, step):
+            rows = slice(start, start + step)
+            values = unpack_mlx(weight[rows], scheme.bits).view(-1, scales.shape[1], in_features // scales.shape[1])
+            values = values.float().mul_(scales[rows].unsqueeze(-1)).add_(biases[rows].unsqueeze(-1))
+            dense[rows] = values.view(-1, in_features)
+        return dense
+
+    def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
+        size = stored_group_size(scheme)
+        if size <= 0 or in_features % size:
+            return f"in_features={in_features} is not a multiple of the group size {size}"
+        return None if in_features * scheme.bits % 32 == 0 else f"in_features={in_features} does not fill whole words"
 
 
 MLX = MlxLayout()

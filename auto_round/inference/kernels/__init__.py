@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -54,16 +53,10 @@ class IntegerWeight:
     spec: LayerSpec
 
 
-class JoinedKernels(Protocol):
-    """The kernels of all experts of a mixture in one launch, without synchronization with the host."""
-
-    def __call__(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """x [rows, in] sorted by expert -> [rows, out]; no bias.
-
-        Args:
-            offsets: int32 [experts + 2] on the device: the first row of each expert, the first row without an expert
-                (their results are zeros), and the number of rows.
-        """
+# The kernels of all experts of a mixture in one launch, without synchronization with the host: (x [rows, in] sorted by
+# expert, offsets int32 [experts + 2] on the device) -> [rows, out], without bias. Offsets are the first row of each
+# expert, the first row without an expert (their results are zeros), and the number of rows.
+JoinedKernels = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LinearKernel(nn.Module):
@@ -81,7 +74,10 @@ class LinearKernel(nn.Module):
     @classmethod
     @abstractmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
-        """None when the kernel can run such a layer on this machine, or the reason why not."""
+        """None when the kernel can run such a layer on this machine, or the reason why not.
+
+        Asked only for layers that the columns of its row in the table allow: device, bits, dtype, requirements.
+        """
 
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,8 +107,22 @@ class LinearKernel(nn.Module):
 
     @classmethod
     def join(cls, kernels: Sequence[LinearKernel]) -> JoinedKernels | None:
-        """An object that runs all experts in one launch; None when only `grouped` is supported."""
+        """A function that runs all experts in one launch; None when only `grouped` is supported."""
         return None
+
+
+class RowKernel(LinearKernel):
+    """Base class of kernels that take inputs as a matrix: other shapes and dtypes are converted."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:-1], self.spec.out_features)
+        if not x.numel():
+            return x.new_empty(shape)
+        return self.multiply(x.reshape(-1, self.spec.in_features)).to(x.dtype).reshape(shape)
+
+    @abstractmethod
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, in], possibly strided, in any floating dtype -> [n, out] in any, for n of at least 1."""
 
 
 def kernel_class(path: str) -> type[LinearKernel]:

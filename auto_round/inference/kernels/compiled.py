@@ -61,21 +61,17 @@ def load(*sources: Path) -> ctypes.CDLL | str:
 
 
 def _key(sources: tuple[Path, ...], compiler: list[str]) -> str:
-    """A hash of the sources, the flags, the compiler and the processor."""
+    """A hash of the sources, the flags, the compiler, and of the processor as far as `-march=native` depends on it."""
     binary = os.stat(os.path.realpath(compiler[0]))
-    parts = [*compiler, *_FLAGS, str(binary.st_size), str(binary.st_mtime_ns), platform.machine(), _processor()]
-    text = b"\0".join(source.read_bytes() for source in sources)
-    return hashlib.sha256("\0".join(parts).encode() + text).hexdigest()[:20]
-
-
-def _processor() -> str:
-    """The properties of the processor that `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        wanted = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU part")
+        processor = "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
     except OSError:
-        return platform.processor()
-    wanted = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU part")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+        processor = platform.processor()
+    parts = [*compiler, *_FLAGS, str(binary.st_size), str(binary.st_mtime_ns), platform.machine(), processor]
+    text = b"\0".join(source.read_bytes() for source in sources)
+    return hashlib.sha256("\0".join(parts).encode() + text).hexdigest()[:20]
 
 
 def _private_folder() -> Path | None:

@@ -103,10 +103,6 @@ class CpuKernel(LinearKernel):
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
-        if spec.device != "cpu":
-            return f"runs on cpu, not {spec.device}"
-        if spec.bits not in _BITS:
-            return f"runs {', '.join(map(str, _BITS))} bits, not {spec.bits}"
         found = library()
         return found if isinstance(found, str) else None
 
@@ -206,27 +202,21 @@ def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     threads.
     """
     out, inputs = weight.shape
-    rows = x.numel() // inputs
-    if rows > ROWS:
-        return _in_float32(weight, x)
+    rows, y = x.numel() // inputs, x.new_empty(*x.shape[:-1], out)
+    if rows > ROWS:  # PyTorch's float32 product, some weights at a time
+        wide, step = x.float(), max(_CHUNK_NUMEL // inputs, 1)
+        for start in range(0, out, step):
+            chunk = weight[start : start + step]
+            y[..., start : start + len(chunk)] = F.linear(wide, chunk.float())
+        return y
     weight, flat = weight.contiguous(), x.reshape(-1, inputs)
     flat = flat if flat.stride(1) == 1 or inputs == 1 else flat.contiguous()
-    y = x.new_empty(*x.shape[:-1], out)
     failed = loaded()[0].dense(
         weight.data_ptr(), out, inputs, rows, flat.data_ptr(), flat.stride(0), y.data_ptr(), DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory to multiply with weights in half precision")
-    return y
-
-
-def _in_float32(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    wide, step = x.float(), max(_CHUNK_NUMEL // weight.shape[1], 1)
-    for start in range(0, weight.shape[0], step):
-        chunk = weight[start : start + step]
-        y[..., start : start + len(chunk)] = F.linear(wide, chunk.float())
     return y
 
 
@@ -246,14 +236,6 @@ class DenseLinear(nn.Linear):
 
     _slow: frozenset[torch.dtype] = frozenset()
 
-    @classmethod
-    def of(cls, linear: nn.Linear) -> DenseLinear:
-        """A layer with the same parameters."""
-        new = cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
-        new.weight, new.bias = linear.weight, linear.bias
-        new._slow = frozenset(filter(is_slow, HALF_DTYPES))  # not in `forward`: `torch.compile` cannot trace it
-        return new.train(linear.training)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
         if x.dtype not in self._slow or x.dtype != weight.dtype or not weight.is_cpu or torch.is_grad_enabled():
@@ -264,8 +246,13 @@ class DenseLinear(nn.Linear):
 
 
 def use_dense_linear(model: nn.Module) -> None:
-    """Replace the `nn.Linear` layers of `model` whose dtype is slow on this CPU by `DenseLinear`."""
+    """Replace linear layers in a dtype that is slow on this CPU by `DenseLinear` with the same parameters."""
+    slow = frozenset(filter(is_slow, HALF_DTYPES))  # not in `forward`: `torch.compile` cannot trace it
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and is_slow(module.weight.dtype):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, DenseLinear.of(module))
+        if type(module) is not nn.Linear or module.weight.dtype not in slow:
+            continue
+        weight = module.weight
+        new = DenseLinear(*weight.shape[::-1], bias=False, device="meta", dtype=weight.dtype)
+        new.weight, new.bias, new._slow = weight, module.bias, slow
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new.train(module.training))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from auto_round.errors import UnsupportedError, first_line
-from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, RowKernel
 from auto_round.layouts.awq import pack_awq, unpack_awq_rows
 from auto_round.layouts.bit_stream import pack_words, unpack_words
 from auto_round.layouts.gptq import pack_gptq
@@ -32,7 +32,7 @@ _SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
 _UNSUPPORTED_ERRORS = (ImportError, ValueError, RuntimeError)
 
 
-class GptqmodelLinear(LinearKernel):
+class GptqmodelLinear(RowKernel):
     """x -> x W^T by a module of GPTQModel.
 
     Its kernels compute in half precision: inputs, and scales that are not float16, are rounded to the model's dtype.
@@ -124,12 +124,9 @@ class GptqmodelLinear(LinearKernel):
         raise refused or ValueError("refused")
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape = (*x.shape[:-1], self.spec.out_features)
-        if not x.numel():
-            return x.new_empty(shape)
-        rows = x.reshape(-1, self.spec.in_features).to(self.spec.dtype).contiguous()
-        return self._module[0](rows).to(x.dtype).reshape(shape)
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._module[0](rows.to(self.spec.dtype).contiguous())
+        return y
 
     def codes(self) -> torch.Tensor:
         module = self._module[0]
@@ -153,7 +150,7 @@ class TorchAten(GptqmodelLinear):
 
 
 class Marlin(GptqmodelLinear):
-    """Fused product for CUDA, symmetric 4 and 8 bits."""
+    """Fused product for CUDA; in GPTQ layout symmetric 4 and 8 bits."""
 
     backend, layout, model_scales = "marlin", "gptq", True
     runtime = ("gptqmodel.utils.marlin", "marlin_runtime")
@@ -165,35 +162,26 @@ class ExllamaV2(GptqmodelLinear):
     backend = "exllama_v2"
 
 
-class AwqTorch(GptqmodelLinear):
-    """Dequantizes, then multiplies: any device."""
-
-    backend, method, layout, in_place = "torch", "awq", "gemm", True
-
-
-class AwqTorchAten(GptqmodelLinear):
-    """PyTorch's product for CPUs with 4-bit weights."""
-
-    backend, method, layout, unit = "awq_torch_aten", "awq", "gemm", 16
-
-
 class AwqGemm(GptqmodelLinear):
     """Fused product for CUDA."""
 
     backend, method, layout, in_place = "gemm", "awq", "gemm", True
 
 
-class AwqMarlin(GptqmodelLinear):
-    """Fused product for CUDA."""
-
-    backend, method, layout, model_scales = "marlin", "awq", "gemm", True
-    runtime = ("gptqmodel.utils.marlin", "marlin_runtime")
+class AwqTorch(Torch):
+    method, layout = "awq", "gemm"
 
 
-class AwqExllamaV2(GptqmodelLinear):
-    """Fused product for CUDA."""
+class AwqTorchAten(TorchAten):
+    backend, method, layout = "awq_torch_aten", "awq", "gemm"
 
-    backend, method, layout = "exllama_v2", "awq", "gemm"
+
+class AwqMarlin(Marlin):
+    method, layout = "awq", "gemm"
+
+
+class AwqExllamaV2(ExllamaV2):
+    method, layout = "awq", "gemm"
 
 
 @functools.lru_cache(maxsize=256)

@@ -324,14 +324,12 @@ _FORM = "int bits, int width, int group, int zero, int in_features, int out_feat
     schema=f"(Tensor x, Tensor words, Tensor scales, Tensor? zeros, {_FORM}) -> Tensor",
 )  # fmt: skip
 def triton_linear(
-    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, width: int,
-    group: int, zero: int, in_features: int, out_features: int,
-) -> torch.Tensor:  # fmt: skip
-    """x [rows, in] contiguous in its last dimension -> [rows, out]."""
-    packed, form = Packed(words, scales, zeros), Form(bits, width, group, zero, in_features, out_features)
-    rows = x.shape[0]
+    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *sizes: int
+) -> torch.Tensor:
+    """x [rows, in] contiguous in its last dimension -> [rows, out]. `sizes`: the fields of `Form`."""
+    packed, form, rows = Packed(words, scales, zeros), Form(*sizes), x.shape[0]
     if rows == 0:
-        return x.new_empty(0, out_features)
+        return x.new_empty(0, form.out_features)
     if rows <= VECTOR_ROWS:
         return run_vector(x, packed, form, None, 0)
     return run_dense(x, packed, form) if rows >= DENSE_ROWS[x.dtype] else run_tiles(x, packed, form, None, 0)
@@ -343,14 +341,13 @@ def triton_linear(
 )  # fmt: skip
 def triton_experts(
     x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, offsets: torch.Tensor,
-    bits: int, width: int, group: int, zero: int, in_features: int, out_features: int,
+    *sizes: int,
 ) -> torch.Tensor:  # fmt: skip
     """x [rows, in] sorted by expert -> [rows, out]; offsets int32 [experts + 2], see `JoinedKernels`. They are read on
     the device only."""
-    packed, form = Packed(words, scales, zeros), Form(bits, width, group, zero, in_features, out_features)
-    experts = words.shape[0]
+    packed, form, experts = Packed(words, scales, zeros), Form(*sizes), words.shape[0]
     if x.shape[0] == 0:
-        return x.new_empty(0, out_features)
+        return x.new_empty(0, form.out_features)
     run = run_vector if x.shape[0] <= max(4, experts // 4) else run_tiles
     return run(x, packed, form, offsets, experts)
 

@@ -13,27 +13,26 @@ import functools
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, RowKernel
 from auto_round.layouts.bit_stream import pack_words, unpack_words
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _UNIT_ROWS = 512  # of the unit matrix that reads the codes back
-_ARK_BITS = {"cpu": (2, 4, 8), "xpu": (4, 8)}
-_ARK_DTYPES = {2: "int2", 4: "int4", 8: "int8"}
 ARK_INSTALL = "needs auto-round-lib and torch 2.8 or newer: pip install auto-round-lib"
 
 
-def _aligned_rows(x: torch.Tensor, width: int) -> torch.Tensor:
-    """`x` as bfloat16 rows [n, width] aligned to 64 bytes: the kernels of PyTorch 2.6 crash on other addresses, such as
-    those of a slice of a larger tensor."""
-    rows = x.reshape(-1, width).to(torch.bfloat16).contiguous()
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` as bfloat16, contiguous and aligned to 64 bytes: the kernels of PyTorch 2.6 crash on other addresses, such
+    as those of a slice of a larger tensor."""
+    rows = rows.to(torch.bfloat16).contiguous()
     return rows if rows.data_ptr() % 64 == 0 else rows.clone()
 
 
-class CpuInt4(LinearKernel):
+class CpuInt4(RowKernel):
     """Weights of 2, 3 and 4 bits through `_weight_int4pack_mm_for_cpu`.
 
     It computes scale * (code - 8) + offset with scale and offset in bfloat16, so that float16 scales, and with them the
@@ -60,10 +59,6 @@ class CpuInt4(LinearKernel):
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
-        if spec.device != "cpu" or spec.bits > 4:
-            return f"runs up to 4 bits on cpu, not {spec.bits} on {spec.device}"
-        if spec.dtype != torch.bfloat16:
-            return f"runs bfloat16 models, not {str(spec.dtype).removeprefix('torch.')}"
         if spec.group_size not in _GROUP_SIZES or spec.in_features % spec.group_size or spec.out_features % 16:
             return (
                 f"needs whole groups of {', '.join(map(str, _GROUP_SIZES))} columns and a multiple of 16 outputs, not "
@@ -72,15 +67,14 @@ class CpuInt4(LinearKernel):
         found = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
         return None if found else "this version of PyTorch has no _weight_int4pack_mm_for_cpu"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._multiply(x, self.scales)
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._product(rows, self.scales)
 
-    def _multiply(self, x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        flat = _aligned_rows(x, self.spec.in_features)
-        if not flat.shape[0]:
-            return x.new_empty((*x.shape[:-1], self.spec.out_features))
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self.spec.group_size, scales)
-        return y.to(x.dtype).view(*x.shape[:-1], self.spec.out_features)
+    def _product(self, rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            _aligned(rows), self.packed, self.spec.group_size, scales
+        )
+        return y
 
     def codes(self) -> torch.Tensor:
         """Read back with a unit matrix: small integers are exact in bfloat16."""
@@ -91,14 +85,14 @@ class CpuInt4(LinearKernel):
             count = min(_UNIT_ROWS, self.spec.in_features - start)
             unit = torch.zeros(count, self.spec.in_features, dtype=torch.bfloat16)
             unit[torch.arange(count), torch.arange(start, start + count)] = 1
-            chunks.append(self._multiply(unit, ones).to(torch.int16))
+            chunks.append(self._product(unit, ones).to(torch.int16))
         codes = torch.cat(chunks).T + 8
         if self.spec.bits < 4:
             codes = codes - 8 + self.zeros.repeat_interleave(self.spec.group_size, 1)
         return codes.to(torch.uint8).contiguous()
 
 
-class CpuInt8(LinearKernel):
+class CpuInt8(RowKernel):
     """Symmetric weights of 8 bits with one scale per row through `_weight_int8pack_mm`.
 
     Scales are exact: they are applied to the outputs in float32.
@@ -117,10 +111,6 @@ class CpuInt8(LinearKernel):
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
-        if spec.device != "cpu" or spec.bits != 8:
-            return f"runs 8 bits on cpu, not {spec.bits} on {spec.device}"
-        if spec.dtype != torch.bfloat16:
-            return f"runs bfloat16 models, not {str(spec.dtype).removeprefix('torch.')}"
         if not spec.sym or spec.group_size < spec.in_features:
             return "runs symmetric weights with one scale per row"
         if spec.in_features % 16 or spec.out_features % 16:
@@ -128,12 +118,9 @@ class CpuInt8(LinearKernel):
         found = hasattr(torch.ops.aten, "_weight_int8pack_mm")
         return None if found else "this version of PyTorch has no _weight_int8pack_mm"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = _aligned_rows(x, self.spec.in_features)
-        if not flat.shape[0]:
-            return x.new_empty((*x.shape[:-1], self.spec.out_features))
-        y = torch.ops.aten._weight_int8pack_mm(flat, self.packed, self.ones).float() * self.scales
-        return y.to(x.dtype).view(*x.shape[:-1], self.spec.out_features)
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.aten._weight_int8pack_mm(_aligned(rows), self.packed, self.ones)
+        return y.float() * self.scales
 
     def codes(self) -> torch.Tensor:
         return (self.packed.to(torch.int16) + 128).to(torch.uint8)
@@ -169,7 +156,7 @@ class ArkKernel(LinearKernel):
         self.on_cpu = spec.device == "cpu"
         asym = not bool((weight.zeros == middle).all())
         compute, scale_type = ("fp32", "fp32") if self.on_cpu else ("int8", "fp16")
-        kind = (compute, _ARK_DTYPES[spec.bits], scale_type, asym)
+        kind = (compute, f"int{spec.bits}", scale_type, asym)
         # The package's arguments: outputs, inputs, group size, compute type, weight type, scale type, asymmetric.
         self.kind = (spec.out_features, spec.in_features, spec.group_size, *kind)
         dtype = torch.float32 if self.on_cpu else torch.float16
@@ -185,10 +172,6 @@ class ArkKernel(LinearKernel):
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
-        if spec.device not in _ARK_BITS:
-            return f"runs on cpu and xpu, not {spec.device}"
-        if spec.bits not in _ARK_BITS[spec.device]:
-            return f"runs {', '.join(map(str, _ARK_BITS[spec.device]))} bits there, not {spec.bits}"
         if spec.in_features % spec.group_size or spec.group_size % 8:
             return f"needs groups of a multiple of 8 columns that fill the {spec.in_features}, not {spec.group_size}"
         if spec.device == "xpu" and not spec.sym:
@@ -222,38 +205,28 @@ def _loaded_package() -> ModuleType:
     return found
 
 
-def ark_multiply(
-    blob: torch.Tensor, x: torch.Tensor, out: int, width: int, group_size: int, compute: str, kind: str, scale: str,
-    asym: bool,
-) -> torch.Tensor:  # fmt: skip
-    """x [..., width] -> [..., out] in the dtype of `x`; `blob` is the weight packed by auto-round-lib."""
+def ark_multiply(blob: torch.Tensor, x: torch.Tensor, out: int, width: int, *kind: Any) -> torch.Tensor:
+    """x [..., width] -> [..., out] in the dtype of `x`; `blob` is the weight packed by auto-round-lib, and the other
+    arguments are those of `ArkKernel.kind`."""
     flat = x.reshape(-1, width).to(torch.float32 if x.device.type == "cpu" else torch.float16).contiguous()
-    none = torch.empty(0, dtype=flat.dtype, device=flat.device)
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], out))
-    y = _loaded_package().woqgemm(flat, blob, none, out, width, group_size, compute, kind, scale, asym)
+    y: torch.Tensor = _loaded_package().woqgemm(flat, blob, flat.new_empty(0), out, width, *kind)
     return y.to(x.dtype).view(*x.shape[:-1], out)
 
 
 @torch.library.custom_op(
-    "auto_round::ark_linear",
-    mutates_args=(),
+    "auto_round::ark_linear", mutates_args=(),
     schema="(Tensor blob, Tensor x, int out, int width, int group_size, str compute, str kind, str scale, bool asym) "
     "-> Tensor",
-)
-def _ark_linear(
-    blob: torch.Tensor, x: torch.Tensor, out: int, width: int, group_size: int, compute: str, kind: str, scale: str,
-    asym: bool,
-) -> torch.Tensor:  # fmt: skip
-    y = ark_multiply(blob, x, out, width, group_size, compute, kind, scale, asym)
+)  # fmt: skip
+def _ark_linear(blob: torch.Tensor, x: torch.Tensor, *kind: Any) -> torch.Tensor:
+    y = ark_multiply(blob, x, *kind)
     return y.clone() if y.data_ptr() == x.data_ptr() else y
 
 
 @_ark_linear.register_fake
-def _(
-    blob: torch.Tensor, x: torch.Tensor, out: int, width: int, group_size: int, compute: str, kind: str, scale: str,
-    asym: bool,
-) -> torch.Tensor:  # fmt: skip
+def _(blob: torch.Tensor, x: torch.Tensor, out: int, *kind: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out))
 
 
@@ -296,11 +269,6 @@ class HpuLinear(LinearKernel):
 def hpu_operands(weight: IntegerWeight) -> dict[str, torch.Tensor]:
     """The operands of `convert_from_uint4`; see `HpuLinear`."""
     return {
-        "words": _pack_along_outputs(weight.codes), "zeros": _pack_along_outputs(weight.zeros),
+        "words": pack_words(weight.codes, 4).T.contiguous(), "zeros": pack_words(weight.zeros, 4).T.contiguous(),
         "scales": weight.scales.T.to(torch.bfloat16).contiguous(),
     }  # fmt: skip
-
-
-def _pack_along_outputs(values: torch.Tensor) -> torch.Tensor:
-    """uint8 [out, n], below 16, to int32 [n, out/8]."""
-    return pack_words(values, 4).T.contiguous()

@@ -230,6 +230,7 @@ def test_a_backend_is_one_file(
 def test_a_backend_is_exact(guide_file: Any) -> None:
     """As the rows of the table are tested: codes are given back, and products are near those in float64."""
     from backend_matrix import BOUNDS, build, cases
+    from integer_weights import arrays
 
     from auto_round.inference.kernels import kernel_class
     from auto_round.inference.table import BACKENDS
@@ -239,10 +240,10 @@ def test_a_backend_is_exact(guide_file: Any) -> None:
     row = next(row for row in BACKENDS if row.name == "int8_rows")
     for case in list(cases(row, torch.float32))[::7]:
         module, weight = build(case, "cpu")
-        before = module.unpack()[0]
+        before = arrays(module)[0]
         module.prepare()
         module.use_kernel(kernel_class(row.kernel))
-        assert torch.equal(module.unpack()[0], before)
+        assert torch.equal(arrays(module)[0], before)
         x = torch.randn(7, case.inputs)
         expected = x.double() @ weight.T + module.bias.double()
         assert (module(x).double() - expected).norm() <= BOUNDS[torch.float32] * expected.norm()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from integer_weights import int_format
 
 from auto_round.errors import ConfigError, ModelError
 from auto_round.eval.generate import Generation, count_backends, generate
-from auto_round.inference.config import LayerFormat
 from auto_round.inference.qlinear import QuantLinear
 
 
@@ -67,5 +67,5 @@ def test_the_line_about_it(packable_model: Callable[..., Any]) -> None:
     assert "layers run with ark (3), dense (1); peak RAM " in said
     assert "decode" not in Generation("x", 10, 1, 0.5, 0.0, {}).describe()
     model = packable_model("llama")
-    model.lm_head = QuantLinear(64, 288, LayerFormat(4, 32, True, "gptq", 0))
+    model.lm_head = QuantLinear(64, 288, int_format(4, 32, True, "gptq"))
     assert count_backends(model) == {"dense": 14, "torch": 1}

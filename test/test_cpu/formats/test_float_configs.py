@@ -148,8 +148,8 @@ def test_transformers_takes_the_auto_round_config(preset: str) -> None:
         if not scheme.quantizes_weights:
             assert fmt is None
             continue
-        assert fmt is not None and fmt.scheme is not None, name
-        assert fmt.scheme.describe() == scheme.describe() and fmt.activation == scheme.activations
+        assert fmt is not None, name
+        assert fmt.scheme.describe() == scheme.describe() and fmt.scheme.activations == scheme.activations
         assert fmt.scheme.group_size == scheme.group_size
 
 
@@ -161,12 +161,16 @@ def test_any_mixture_is_told(default: str, other: str) -> None:
     read = read_config(config("auto_round", layers))
     for name, scheme in layers.items():
         fmt = read.layer(name, name != "lm_head")
-        assert fmt is not None and fmt.bits == scheme.bits and fmt.activation == scheme.activations
-        if scheme.data_type == "int":
-            assert fmt.scheme is None and fmt.group_size == 128 and fmt.packing == "gptq_zp+-1"
-        else:
-            assert fmt.scheme is not None and fmt.scheme.group_size == scheme.group_size
-            assert fmt.scheme.data_type == scheme.data_type
+        assert fmt is not None and fmt.scheme == scheme
+        assert (fmt.packing == "gptq_zp+-1") == (scheme.data_type == "int")
+
+
+def test_an_entry_inherits_what_is_equal_in_another_data_type() -> None:
+    layers = all_of("MXFP4", down_proj=QuantizationScheme(bits=4, group_size=32))
+    found = config("auto_round", layers)
+    assert any("group_size" not in entry for entry in found["extra_config"].values())
+    read = read_config(found)
+    assert all(read.layer(name, True).scheme == scheme for name, scheme in layers.items() if scheme.quantizes_weights)
 
 
 @pytest.mark.parametrize(("preset", "packing"), [
@@ -225,7 +229,7 @@ def test_native_fp8() -> None:
     read = read_config({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [64, 32]})
     assert read.default.packing == "fp8_block" and read.everywhere
     assert read.default.scheme is not None and read.default.scheme.group_size == (64, 32)
-    assert read.default.activation is not None and read.default.activation.group_size == 32
+    assert (acts := read.default.scheme.activations) is not None and acts.group_size == 32
 
 
 def test_native_fp8_says_one_scheme() -> None:

@@ -218,7 +218,7 @@ def test_patterns_of_the_user_stand_beside_the_names() -> None:
     found = read_config(config)
     for name, scheme in layers.items():
         layer = found.layer(name, plan.in_block(name))
-        assert (16 if layer is None else layer.bits) == scheme.bits
+        assert (16 if layer is None else layer.scheme.bits) == scheme.bits
 
 
 def test_a_default_of_16_bits_writes_a_quantized_one() -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_weights import unpack_gptq
 
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer, group_count
 from auto_round.formats.base import ExportPlan, get_format
 from auto_round.formats.config_auto_round import flip_zero_zero_points
 from auto_round.formats.config_gptq import dynamic_rules
-from auto_round.layouts.gptq import unpack_gptq
 from auto_round.schemes import QuantizationScheme as Scheme
 
 LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",

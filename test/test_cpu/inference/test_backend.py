@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from integer_weights import int_format
 
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.inference import table as backend_table
@@ -12,7 +13,7 @@ from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import LayerSpec
 from auto_round.inference.table import BACKENDS, Backend, available_devices
 
-V1, PLAIN, AWQ = (LayerFormat(4, 128, True, *kind) for kind in (("gptq", 1), ("gptq", 0), ("awq", 0)))
+V1, PLAIN, AWQ = (int_format(4, packing=packing) for packing in ("gptq_zp+-1", "gptq", "awq"))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1", "xpu"])
@@ -36,7 +37,7 @@ ROW = Backend("x", ("cuda",), (4, 8), ("float16",), 9, ("gptq",), ("no-such-pack
 
 @pytest.mark.parametrize(("fmt", "device", "dtype", "reason"), [
     (V1, "cpu", torch.float32, "runs on cuda, not cpu"),
-    (LayerFormat(3, 128, True, "gptq", 1), "cuda", torch.float32, "runs 4, 8 bits, not 3"),
+    (int_format(3, 128, True, "gptq_zp+-1"), "cuda", torch.float32, "runs 4, 8 bits, not 3"),
     (V1, "cuda", torch.float32, "reads packing gptq, not gptq_zp+-1"),
     (PLAIN, "cuda", torch.float32, "computes in float16, not float32"),
     (PLAIN, "cuda", torch.float16, "needs no-such-package>=2.0, which is not installed"),
@@ -84,7 +85,7 @@ def test_a_device_that_no_backend_runs_on() -> None:
     with pytest.raises(UnsupportedError, match="backend 'auto_round:torch' does not run 4-bit .*use backend='auto'"):
         choose_backend(V1, "npu", "auto_round:torch")
     with pytest.raises(UnsupportedError, match="8 bits, not 5"):
-        choose_backend(LayerFormat(5, 128, True, "gptq", 1), "cpu")
+        choose_backend(int_format(5, 128, True, "gptq_zp+-1"), "cpu")
 
 
 def test_table_for_display() -> None:

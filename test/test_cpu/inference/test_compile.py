@@ -9,15 +9,16 @@ import pytest
 import torch
 from backend_matrix import Case, build
 from families import older_than
+from integer_weights import int_format
 
 from auto_round.inference.config import LayerFormat
 from auto_round.schemes import QuantizationScheme as Scheme
 
-GPTQ, AWQ = LayerFormat(4, 32, False, "gptq", 1), LayerFormat(4, 32, False, "awq", 0)
+GPTQ, AWQ = int_format(4, 32, False, "gptq_zp+-1"), int_format(4, 32, False, "awq")
 # Tracing the words of 2 and 3 bits apart takes long.
 MORE = [
-    LayerFormat(2, 32, False, "gptq", 0), LayerFormat(3, 32, False, "gptq", 1), LayerFormat(4, 48, False, "gptq", 0),
-    LayerFormat(8, -1, True, "gptq", 0),
+    int_format(2, 32, False, "gptq"), int_format(3, 32, False, "gptq_zp+-1"), int_format(4, 48, False, "gptq"),
+    int_format(8, -1, True, "gptq"),
 ]  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def test_one_graph(fmt: LayerFormat, act_order: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fmt", MORE, ids=lambda fmt: f"{fmt.bits}-{fmt.group_size}")
+@pytest.mark.parametrize("fmt", MORE, ids=lambda fmt: f"{fmt.scheme.bits}-{fmt.scheme.group_size}")
 def test_other_layouts(fmt: LayerFormat) -> None:
     check(fmt)
 

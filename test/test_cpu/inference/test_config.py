@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from integer_weights import int_format
 
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.inference.config import LayerFormat, read_config, resolve_layers
@@ -24,7 +25,7 @@ def resolve(config: dict[str, Any], names: list[str] = NAMES) -> dict[str, Layer
 def test_blocks_only() -> None:
     found = resolve(AUTO)
     assert list(found) == NAMES[:12]
-    assert set(found.values()) == {LayerFormat(4, 128, True, "gptq", 1)}
+    assert set(found.values()) == {int_format(4, 128, True, "gptq_zp+-1")}
     assert found["model.layers.0.mlp.up"].packing == "gptq_zp+-1"
 
 
@@ -40,24 +41,24 @@ def test_exact_names_win_over_patterns() -> None:
         "model.layers.0.mlp.gate": {"bits": 16}, "lm_head": {"bits": 8, "group_size": 64, "super_bits": None},
     }  # fmt: skip
     found = resolve({**AUTO, "extra_config": extra})
-    assert found["model.layers.0.self_attn.k_proj"] == LayerFormat(8, 128, True, "gptq", 1)
-    assert found["model.layers.1.self_attn.k_proj"] == LayerFormat(2, 32, True, "gptq", 1)
-    assert found["lm_head"] == LayerFormat(8, 64, True, "gptq", 1)
+    assert found["model.layers.0.self_attn.k_proj"] == int_format(8, 128, True, "gptq_zp+-1")
+    assert found["model.layers.1.self_attn.k_proj"] == int_format(2, 32, True, "gptq_zp+-1")
+    assert found["lm_head"] == int_format(8, 64, True, "gptq_zp+-1")
     assert "model.layers.0.mlp.gate" not in found and "model.layers.1.mlp.gate" in found
 
 
 def test_a_plain_name_is_no_pattern() -> None:
     """`model.layers.1.mlp.up` must not reach layer 10, nor a pattern reach outside the blocks."""
     found = resolve({**AUTO, "extra_config": {"model.layers.1.mlp.up": {"bits": 2}, ".*q_proj": {"bits": 8}}})
-    assert found["model.layers.10.mlp.up"].bits == 4 and found["model.layers.1.mlp.up"].bits == 2
+    assert found["model.layers.10.mlp.up"].scheme.bits == 4 and found["model.layers.1.mlp.up"].scheme.bits == 2
     assert "vision.layers.0.q_proj" not in found
 
 
 def test_a_part_of_a_name_means_all_layers_that_it_is_segments_of() -> None:
     extra = {"k_proj": {"bits": 8}, "layers.1.mlp": {"bits": 2}, "proj": {"bits": 3}, "lm": {"bits": 8}}
     found = resolve({**AUTO, "extra_config": extra})
-    assert found["model.layers.0.self_attn.k_proj"].bits == 8 and found["model.layers.1.mlp.up"].bits == 2
-    assert found["model.layers.10.mlp.up"].bits == 4 and "lm_head" not in found
+    assert found["model.layers.0.self_attn.k_proj"].scheme.bits == 8 and found["model.layers.1.mlp.up"].scheme.bits == 2
+    assert found["model.layers.10.mlp.up"].scheme.bits == 4 and "lm_head" not in found
 
 
 def test_wrapper_prefixes_may_differ() -> None:
@@ -69,16 +70,15 @@ def test_wrapper_prefixes_may_differ() -> None:
 def test_a_layer_with_another_packing() -> None:
     extra = {"model.layers.0.mlp.up": {"sym": False, "packing_format": "auto_round:auto_awq"}}
     found = resolve({**AUTO, "extra_config": extra})
-    assert found["model.layers.0.mlp.up"] == LayerFormat(4, 128, False, "awq", 0)
+    assert found["model.layers.0.mlp.up"] == int_format(4, 128, False, "awq")
 
 
-@pytest.mark.parametrize(("packing", "layout", "offset"), [
-    ("auto_round", "gptq", 0), ("auto_round:gptqmodel", "gptq", 0), ("auto_round:auto_gptq", "gptq", 1),
-    ("auto_round:gptq", "gptq", 1), ("auto_round:auto_awq", "awq", 0), ("auto_round:awq", "awq", 0), (None, "gptq", 1),
+@pytest.mark.parametrize(("packing_format", "packing"), [
+    ("auto_round", "gptq"), ("auto_round:gptqmodel", "gptq"), ("auto_round:auto_gptq", "gptq_zp+-1"),
+    ("auto_round:gptq", "gptq_zp+-1"), ("auto_round:auto_awq", "awq"), ("auto_round:awq", "awq"), (None, "gptq_zp+-1"),
 ])  # fmt: skip
-def test_packings(packing: str | None, layout: str, offset: int) -> None:
-    default = read_config({**AUTO, "packing_format": packing}).default
-    assert (default.layout, default.zero_offset) == (layout, offset)
+def test_packings(packing_format: str | None, packing: str) -> None:
+    assert read_config({**AUTO, "packing_format": packing_format}).default.packing == packing
 
 
 GPTQ = {**BASE, "desc_act": False, "packing_format": "auto_round:gptq"}
@@ -87,7 +87,7 @@ GPTQ = {**BASE, "desc_act": False, "packing_format": "auto_round:gptq"}
 def test_gptq_uses_the_models_blocks_and_the_head_only_when_said() -> None:
     assert list(resolve(GPTQ)) == NAMES[:12]
     assert list(resolve({**GPTQ, "lm_head": True})) == [*NAMES[:12], "lm_head"]
-    assert read_config({**GPTQ, "checkpoint_format": "gptq_v2"}).default.zero_offset == 0
+    assert read_config({**GPTQ, "checkpoint_format": "gptq_v2"}).default.packing == "gptq"
     assert read_config(GPTQ).g_idx and not read_config(AUTO).g_idx
 
 
@@ -100,8 +100,8 @@ def test_gptq_dynamic() -> None:
     dynamic = {r"-:.*mlp\.gate": {}, r"+:.*\.1\..*k_proj": {"bits": 8, "group_size": 32}, r".*10\..*up": {"sym": False}}
     found = resolve({**GPTQ, "dynamic": dynamic})
     assert not any(n.endswith("gate") for n in found)
-    assert found["model.layers.1.self_attn.k_proj"] == LayerFormat(8, 32, True, "gptq", 1)
-    assert found["model.layers.10.self_attn.k_proj"].bits == 4 and not found["model.layers.10.mlp.up"].sym
+    assert found["model.layers.1.self_attn.k_proj"] == int_format(8, 32, True, "gptq_zp+-1")
+    assert found["model.layers.10.self_attn.k_proj"].scheme.bits == 4 and not found["model.layers.10.mlp.up"].scheme.sym
 
 
 def test_awq_converts_all_but_the_named() -> None:
@@ -125,7 +125,7 @@ def test_transformers_own_object() -> None:
     from transformers import AutoRoundConfig
 
     config = AutoRoundConfig.from_dict({**AUTO, "packing_format": "auto_round"})
-    assert read_config(config).default == LayerFormat(4, 128, True, "gptq", 0)
+    assert read_config(config).default == int_format(4, 128, True, "gptq")
 
 
 @pytest.mark.parametrize(("change", "error", "text"), [
@@ -147,7 +147,7 @@ def test_what_is_refused(change: dict[str, Any], error: type, text: str) -> None
 def test_mlx_layers_may_have_5_and_6_bits() -> None:
     config = {**AUTO, "packing_format": "mlx", "bits": 5, "extra_config": {"model.layers.0.q": {"bits": 6}}}
     default = read_config(config).default
-    assert (default.bits, default.layout, default.packing) == (5, "mlx", "mlx")
+    assert (default.scheme.bits, default.packing) == (5, "mlx")
     with pytest.raises(UnsupportedError, match="layer model.layers.0.q has 6-bit"):
         read_config({**config, "packing_format": "auto_round", "bits": 4}).layer("model.layers.0.q", True)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from integer_weights import arrays
 from safetensors.torch import load_file, save_file
 
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
@@ -36,7 +37,7 @@ def check(written: Any, **kwargs: Any) -> Any:
     model = open_model(written.folder, **kwargs)
     for name, layer in written.layers.items():
         module = model.get_submodule(name)
-        codes, scale, zero = module.unpack()
+        codes, scale, zero = arrays(module)
         assert torch.equal(codes, layer.codes.codes), name
         assert torch.equal(module.dequantize(), layer.dequantize()), name
         point = layer.codes.zero_point

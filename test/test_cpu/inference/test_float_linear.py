@@ -18,8 +18,8 @@ from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.formats.base import ExportPlan, get_format
 from auto_round.inference.backend import choose_backend, usable
 from auto_round.inference.config import read_config
-from auto_round.inference.convert_model import build_layer, layout_shapes
-from auto_round.inference.linear import FloatLinear, ScaledMmLinear
+from auto_round.inference.convert_model import build_layer
+from auto_round.inference.linear import PackedLinear, ScaledMmLinear
 from auto_round.inference.table import BACKENDS, SCALED_MM
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
@@ -45,18 +45,19 @@ def layer_of(scheme: QuantizationScheme) -> QuantizedLayer:
 
 def filled(
     scheme: QuantizationScheme, fmt: str = "auto_round", backend: str = ""
-) -> tuple[FloatLinear, QuantizedLayer]:
+) -> tuple[PackedLinear, QuantizedLayer]:
     """A module with the buffers of what `fmt` writes."""
     layer = layer_of(scheme)
     config = get_format(fmt).config(ExportPlan(scheme, {NAME: scheme}, ("model.layers.0",)))
     read = read_config(config).layer(NAME, True)
-    assert read is not None and read.scheme is not None
+    assert read is not None
     tensors = {k.rpartition(".")[2]: v for k, v in get_format(fmt).pack(layer, model_dtype=torch.bfloat16).items()}
     shapes = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items() if leaf != "bias"}
-    assert layout_shapes(read, IN, OUT) == shapes
+    specs = read.layout.specs(read.scheme, IN, OUT)
+    assert {leaf: shape for leaf, (shape, _) in specs.items()} == shapes
     dtypes = {leaf: tensor.dtype for leaf, tensor in tensors.items()}
     module = build_layer(read, torch.empty(OUT, IN, dtype=torch.bfloat16), True, dtypes, False, backend)
-    assert isinstance(module, FloatLinear)
+    assert isinstance(module, PackedLinear)
     module.check_dtypes(NAME, dtypes)
     module.load_state_dict(tensors)
     module.prepare(NAME)
@@ -139,7 +140,7 @@ def test_the_product_of_the_hardware(group_size: int) -> None:
     assert isinstance(module, ScaledMmLinear)
     x = torch.randn(3, 7, IN, generator=torch.Generator().manual_seed(5)) * 3
     try:
-        plain, fast = module.linear(x), module.multiply(x)
+        plain, fast = PackedLinear.forward(module, x), module.multiply(x)
     except NotImplementedError:  # PyTorch 2.6
         pytest.skip(f"PyTorch {torch.__version__} has no CPU form of it")
     assert fast.shape == (3, 7, OUT) and fast.dtype == x.dtype
@@ -193,8 +194,8 @@ def test_configs_that_cannot_be_run(changes: dict[str, Any], error: type[Excepti
 def test_what_others_wrote() -> None:
     """Group sizes that Transformers refuses, and no packing_format."""
     tensor = read_config({"bits": 8, "group_size": 0, "data_type": "fp", "fmt": "e4m3"}).default
-    assert tensor.packing == "fp8" and tensor.scheme is not None and tensor.scheme.group_size == 0
+    assert tensor.packing == "fp8" and tensor.scheme.group_size == 0
     block = read_config({"bits": 8, "group_size": [128, 128], "data_type": "fp", "packing_format": "fp8"}).default
-    assert block.packing == "fp8_block" and block.group_size == 128
+    assert block.packing == "fp8_block" and block.columns_per_scale(512) == 128
     wide = read_config({"bits": 8, "group_size": -1, "data_type": "fp", "fmt": "e5m2"}).default
-    assert wide.scheme is not None and wide.scheme.data_type == "fp8_e5m2"
+    assert wide.scheme.data_type == "fp8_e5m2"

@@ -130,7 +130,9 @@ def test_groups_in_any_order(llama: Callable[..., Any], write_checkpoint: Callab
     written = write_checkpoint(llama(), Scheme(group_size=32), None, "auto_gptq")
     tensors = load_file(written.folder / "model.safetensors")
     expected = logits(open_model(written.folder))
-    from auto_round.layouts.gptq import pack_gptq, unpack_gptq
+    from integer_weights import unpack_gptq
+
+    from auto_round.layouts.gptq import pack_gptq
 
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     for i in range(2):
@@ -161,7 +163,7 @@ def test_awq_as_others_write_it(
     if old_names:
         rewrite(written.folder, lambda c: c.update(w_bit=c.pop("bits"), q_group_size=c.pop("group_size")))
     model = check(written, tmp_path)
-    assert not next(m for m in model.modules() if isinstance(m, QuantLinear)).format.sym
+    assert not next(m for m in model.modules() if isinstance(m, QuantLinear)).format.scheme.sym
 
 
 def test_without_other_packages_transformers_says_what_it_misses(

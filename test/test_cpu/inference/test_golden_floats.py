@@ -12,7 +12,7 @@ import torch
 
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.inference.convert_model import convert_hf_model, post_init
-from auto_round.inference.linear import FloatLinear
+from auto_round.inference.linear import PackedLinear
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.schemes import ActivationScheme
 
@@ -41,8 +41,8 @@ def difference(model: Any, golden: Path, name: str) -> float:
     return float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
 
 
-def float_layers(model: Any) -> list[FloatLinear]:
-    return [module for module in model.modules() if isinstance(module, FloatLinear)]
+def float_layers(model: Any) -> list[PackedLinear]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp4_rceil", "mxfp8", "nvfp4"])
@@ -56,9 +56,9 @@ def test_mxint4(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file says that inputs are mx_int. Its writer's own loader computed the recorded logits with mx_fp inputs."""
     model = load(golden / "mxint4-auto_round")
     assert len(float_layers(model)) == 14
-    assert {m.format.activation.data_type for m in float_layers(model) if m.format.activation} == {"mx_int"}
+    assert {a.data_type for m in float_layers(model) if (a := m.format.scheme.activations)} == {"mx_int"}
     as_recorded = ActivationQuantizer(ActivationScheme(4, 32, True, "mx_fp", True))
-    monkeypatch.setattr(FloatLinear, "activation", property(lambda self: as_recorded))
+    monkeypatch.setattr(PackedLinear, "activation", property(lambda self: as_recorded))
     assert difference(model, golden, "mxint4-auto_round") < 1e-6
 
 
@@ -70,14 +70,14 @@ def test_fp8_static(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     effect = difference(load(golden / "_source-tiny-llama"), golden, "fp8_static-auto_round")
     assert difference(model, golden, "fp8_static-auto_round") < effect / 2
 
-    def rounded(self: FloatLinear, x: torch.Tensor) -> torch.Tensor:
+    def rounded(self: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         step = self.activation
         assert step is not None and step.scale is not None
         codes = (x / step.scale).clamp(-448, 448).to(torch.float8_e4m3fn)
         inputs = (codes.bfloat16() * step.scale.bfloat16()).float()
         return torch.nn.functional.linear(inputs, self.dequantize(torch.bfloat16).float())
 
-    monkeypatch.setattr(FloatLinear, "forward", rounded)
+    monkeypatch.setattr(PackedLinear, "forward", rounded)
     assert difference(model, golden, "fp8_static-auto_round") < 1e-6
 
 
@@ -92,7 +92,7 @@ def test_what_transformers_refuses_or_reads_itself(golden: Path, name: str) -> N
         load_file(folder / "model.safetensors"),
         load_file(golden / "_source-tiny-llama/model.safetensors"),
     )
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, FloatLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert len(layers) == 14
     for layer, module in layers.items():
         values = tensors[f"{layer}.weight"].float()
@@ -115,7 +115,7 @@ def test_what_transformers_refuses_or_reads_itself(golden: Path, name: str) -> N
 def test_weights_of_the_native_file(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers' own FP8 layers, on a CPU, dequantize to bfloat16 and leave inputs alone: so do we for this once."""
     model = by_our_loader(golden / "fp8_block-fp8")
-    monkeypatch.setattr(FloatLinear, "activation", property(lambda self: None))
+    monkeypatch.setattr(PackedLinear, "activation", property(lambda self: None))
     # Recorded in bfloat16: its own rounding is 4e-3 a product.
     assert difference(model, golden, "fp8_block-fp8.bf16") < 2e-2
     assert difference(model, golden, "tiny-llama-float32") > 4e-2

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from integer_weights import int_format
 
 from auto_round.errors import UnsupportedError
 from auto_round.inference import backend
@@ -55,7 +56,7 @@ class Float64(LinearKernel):
 
 DOUBLE = Backend("double", ("cpu",), (4, 8), ("float32",), 9, ("gptq", "gptq_zp+-1", "awq"), kernel="plain64:Float64",
                  by_name=True)  # fmt: skip
-ABSENT = Backend("absent", ("cpu",), (4,), ("float32",), 8, ("gptq_zp+-1",), ("no-such-package",), plain=True,
+ABSENT = Backend("absent", ("cpu",), (4,), ("float32",), 8, ("gptq_zp+-1",), ("no-such-package",),
                  gain="twice as fast")  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def layers(*kinds: tuple[int, int]) -> dict[str, tuple[LayerFormat, LayerSpec]]:
     """Layers of (bits, inputs)."""
     return {
-        f"l{i}": (LayerFormat(b, 32, True, "gptq", 1), LayerSpec(b, 32, True, k, 64, torch.float32, "cpu"))
+        f"l{i}": (int_format(b, 32, True, "gptq_zp+-1"), LayerSpec(b, 32, True, k, 64, torch.float32, "cpu"))
         for i, (b, k) in enumerate(kinds)
     }
 
@@ -222,7 +223,7 @@ def test_moving_a_loaded_model_warns_and_comes_back(
 def test_a_kernel_that_finds_values_it_cannot_take(
     llama: Callable[..., Any], write_checkpoint: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    module = QuantLinear(64, 32, LayerFormat(8, 32, True, "gptq", 1))
+    module = QuantLinear(64, 32, int_format(8, 32, True, "gptq_zp+-1"))
     assert module.qweight is not None
     module.qweight.fill_(-1)
     assert bool((unpack_words(module.qweight, 8) == 255).all())

@@ -18,7 +18,7 @@ from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import NumericsError
 from auto_round.formats.base import formats_for_scheme, get_format
-from auto_round.inference.float_config import float_scheme, normalize_native_fp8
+from auto_round.inference.config import read_config
 from auto_round.layouts.floats import AUTO_ROUND_FLOATS, COMPRESSED_TENSORS_FLOATS, FloatLayout
 from auto_round.output.verify import layer_digest
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
@@ -137,7 +137,7 @@ def scheme_of(folder: Path) -> QuantizationScheme:
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     if "config_groups" in config:
         return PRESET_SCHEMES[PRESET_OF[folder.name.partition("-")[0]]]
-    return float_scheme(normalize_native_fp8(config), folder.name)
+    return read_config(config).default.scheme
 
 
 @pytest.mark.parametrize("name", GOLDEN)

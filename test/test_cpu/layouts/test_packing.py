@@ -12,12 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_weights import unpack_awq, unpack_gptq
 
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import UnsupportedError
-from auto_round.layouts.awq import AWQ, pack_awq, unpack_awq
+from auto_round.layouts.awq import AWQ, pack_awq
 from auto_round.layouts.bit_stream import pack_words, unpack_words
-from auto_round.layouts.gptq import GPTQ_V1, GPTQ_V2, GptqLayout, pack_gptq, unpack_gptq
+from auto_round.layouts.gptq import GPTQ_V1, GPTQ_V2, GptqLayout, pack_gptq
 from auto_round.schemes import QuantizationScheme
 
 SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[4] / "shared")

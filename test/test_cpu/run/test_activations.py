@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from auto_round.errors import ConfigError, UnsupportedError, VerifyError
-from auto_round.inference.linear import Int8Linear
+from auto_round.inference.linear import PackedLinear
 from auto_round.modeling.files.safetensors import TensorFiles
 
 STATIC = {"act_dynamic": False}
@@ -41,7 +41,7 @@ def test_saved_opened_and_in_memory_are_one(
     ar.save_quantized(tmp_path / "saved", format="llm_compressor")
     ours = logits(tmp_path / "out")
     assert torch.equal(ours, logits(model))
-    assert sum(isinstance(m, Int8Linear) for m in model.modules()) == 14
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 14
     weights_only = logits_without_activations(model, logits)
     assert 1e-4 < float((ours - weights_only).norm() / ours.norm()) < 0.2
     one, other = TensorFiles.open(tmp_path / "out"), TensorFiles.open(tmp_path / "saved")
@@ -49,9 +49,9 @@ def test_saved_opened_and_in_memory_are_one(
 
 
 def logits_without_activations(model: Any, logits: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-    kept = {m: m.format for m in model.modules() if isinstance(m, Int8Linear)}
+    kept = {m: m.format for m in model.modules() if isinstance(m, PackedLinear)}
     for module in kept:
-        module.format = replace(module.format, activation=None)
+        module.format = replace(module.format, scheme=replace(module.format.scheme, act_bits=16))
     found = logits(model)
     for module, fmt in kept.items():
         module.format = fmt

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from integer_weights import arrays
 
 from auto_round import AutoRound
 from auto_round.errors import UnsupportedError, VerifyError
-from auto_round.inference.linear import MlxLinear
+from auto_round.inference.linear import PackedLinear
 from auto_round.modeling.files.safetensors import TensorFiles
 
 
@@ -91,12 +92,12 @@ def test_casting_keeps_scales_and_biases(make: Callable[..., Any], tmp_path: Pat
     make("llama", iters=0, sym=False).quantize_and_save(tmp_path / "out", "auto_round:mlx")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     layer = model.model.layers[0].mlp.up_proj
-    assert isinstance(layer, MlxLinear)
+    assert isinstance(layer, PackedLinear)
     dense = layer.dequantize()
     half = copy.deepcopy(model).to(torch.bfloat16).model.layers[0].mlp.up_proj
     assert (half.scales.dtype, half.biases.dtype, half.dtype) == (torch.float16, torch.float32, torch.bfloat16)
     assert torch.equal(half.dequantize(), dense)
-    codes, scales, zeros = layer.unpack()
+    codes, scales, zeros = arrays(layer)
     grouped = codes.view(96, -1, 32).float() - zeros.float().unsqueeze(-1)
     assert torch.equal((grouped * scales.float().unsqueeze(-1)).view(96, 64), dense)
 

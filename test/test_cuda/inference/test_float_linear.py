@@ -12,7 +12,7 @@ from auto_round.formats.base import ExportPlan, get_format
 from auto_round.inference.backend import choose_backend
 from auto_round.inference.config import read_config
 from auto_round.inference.convert_model import build_layer
-from auto_round.inference.linear import FloatLinear, ScaledMmLinear
+from auto_round.inference.linear import PackedLinear, ScaledMmLinear
 from auto_round.inference.table import SCALED_MM
 from auto_round.schemes import PRESET_SCHEMES
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 NAME = "model.layers.0.l"
 
 
-def filled(preset: str, backend: str = "") -> FloatLinear:
+def filled(preset: str, backend: str = "") -> PackedLinear:
     scheme, fmt = PRESET_SCHEMES[preset], get_format("auto_round")
     step = None
     if scheme.activations is not None:
@@ -35,7 +35,7 @@ def filled(preset: str, backend: str = "") -> FloatLinear:
     tensors = {k.rpartition(".")[2]: v for k, v in fmt.pack(layer, model_dtype=torch.float32).items()}
     stored = {leaf: tensor.dtype for leaf, tensor in tensors.items()}
     module = build_layer(read, torch.empty(160, 256), False, stored, False, backend)
-    assert isinstance(module, FloatLinear)
+    assert isinstance(module, PackedLinear)
     module.load_state_dict(tensors)
     return module
 
@@ -65,6 +65,6 @@ def test_the_hardwares_product(dtype: torch.dtype) -> None:
     assert isinstance(module, ScaledMmLinear)
     assert choose_backend(module.format, "cuda").backend.name == SCALED_MM
     x = torch.randn(3, 5, 256, generator=torch.Generator().manual_seed(3)).to("cuda", dtype)
-    fast, plain = module(x), module.linear(x)
+    fast, plain = module(x), PackedLinear.forward(module, x)
     assert fast.dtype == dtype and fast.shape == plain.shape
     assert (fast.float() - plain.float()).norm() / plain.float().norm() < (1e-3 if dtype == torch.float32 else 1e-2)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from integer_weights import int_format
 
 from auto_round.inference.backend import choose_backend
-from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import LayerSpec, compiled
 from auto_round.inference.kernels.cpu import CpuKernel
 from auto_round.inference.kernels.cpu import library as cpu_library
@@ -103,7 +103,7 @@ def test_the_kernel_gives_that_reason(source: Path, monkeypatch: pytest.MonkeyPa
     spec = LayerSpec(4, 32, True, 64, 64, torch.float32, "cpu")
     try:
         assert "apt install gcc" in str(CpuKernel.unsupported_reason(spec))
-        choice = choose_backend(LayerFormat(4, 32, True, "gptq", 0), "cpu", "auto", spec)
+        choice = choose_backend(int_format(4, 32, True, "gptq"), "cpu", "auto", spec)
         assert choice.backend.name != "auto_round:cpu"
         assert any("auto_round:cpu: needs a C compiler" in reason for reason in choice.rejected)
     finally:

@@ -190,5 +190,3 @@ def test_it_compiles_as_one_graph() -> None:
 def test_what_it_does_not_run() -> None:
     spec = LayerSpec(4, 32, True, 64, 64, torch.float32, "cpu")
     assert CpuKernel.unsupported_reason(spec) is None
-    assert "runs on cpu" in str(CpuKernel.unsupported_reason(LayerSpec(4, 32, True, 64, 64, torch.float32, "cuda")))
-    assert "not 5" in str(CpuKernel.unsupported_reason(LayerSpec(5, 32, True, 64, 64, torch.float32, "cpu")))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from integer_weights import int_format
 
 from auto_round.errors import UnsupportedError
 from auto_round.inference.backend import choose_backend, requested_rows
-from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, gptqmodel_linear, kernel_class
 from auto_round.inference.table import BACKENDS, unmet_requirement
 
@@ -28,8 +28,8 @@ def test_the_table_names_kernels_that_are_here() -> None:
 
 
 def test_they_are_never_the_automatic_choice_on_a_cpu() -> None:
-    for packing in (("gptq", 1), ("gptq", 0), ("awq", 0)):
-        choice = choose_backend(LayerFormat(4, 64, True, *packing), "cpu", "auto", spec())
+    for packing in ("gptq_zp+-1", "gptq", "awq"):
+        choice = choose_backend(int_format(4, 64, True, packing), "cpu", "auto", spec())
         assert not choice.backend.name.startswith("gptqmodel") and not any(b in choice.missing for b in ROWS)
 
 
@@ -37,7 +37,7 @@ def test_without_the_package() -> None:
     if unmet_requirement("gptqmodel>=7.0.0") is None:
         pytest.skip("gptqmodel is installed")
     with pytest.raises(UnsupportedError, match="pip install 'gptqmodel>=7.0.0', or use backend='auto'"):
-        choose_backend(LayerFormat(4, 64, True, "gptq", 0), "cuda", "marlin", None)
+        choose_backend(int_format(4, 64, True, "gptq"), "cuda", "marlin", None)
     assert [b.name for b in requested_rows("exllamav2")] == ["gptqmodel:exllamav2", "gptq:exllamav2"]
 
 

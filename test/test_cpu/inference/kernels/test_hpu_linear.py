@@ -6,10 +6,10 @@ import importlib.util
 
 import pytest
 import torch
+from integer_weights import int_format
 
 from auto_round.errors import UnsupportedError
 from auto_round.inference.backend import choose_backend
-from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import IntegerWeight, LayerSpec
 from auto_round.inference.kernels.vendor import HpuLinear, hpu_operands
 
@@ -48,4 +48,4 @@ def test_refusals() -> None:
     assert HpuLinear.unsupported_reason(short) == "needs groups of one size: 64 inputs are no multiple of 48"
     assert HpuLinear.unsupported_reason(LayerSpec(4, 32, False, 64, 12, torch.bfloat16, "hpu")) is not None
     with pytest.raises(UnsupportedError, match="hpu: needs Habana's PyTorch bridge"):
-        choose_backend(LayerFormat(4, 32, False, "gptq", 0), "hpu", "hpu", SPEC)
+        choose_backend(int_format(4, 32, False, "gptq"), "hpu", "hpu", SPEC)

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from integer_weights import arrays, int_format, pack_codes
 
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.layouts.awq import pack_awq
-from auto_round.layouts.gptq import pack_gptq
 
 
 class Plain(LinearKernel):
@@ -39,9 +38,9 @@ class Plain(LinearKernel):
 def filled(fmt: LayerFormat, g_idx: bool = False, bias: bool = True) -> QuantLinear:
     gen = torch.Generator().manual_seed(3)
     module = QuantLinear(64, 32, fmt, bias=bias, g_idx=g_idx)
-    codes = torch.randint(0, 1 << fmt.bits, (32, 64), generator=gen, dtype=torch.uint8)
-    zeros = torch.randint(0, 1 << fmt.bits, (32, module.groups), generator=gen, dtype=torch.uint8)
-    pack = pack_awq(codes, zeros) if fmt.layout == "awq" else pack_gptq(codes, zeros, fmt.bits, fmt.zero_offset)
+    codes = torch.randint(0, 1 << fmt.scheme.bits, (32, 64), generator=gen, dtype=torch.uint8)
+    zeros = torch.randint(0, 1 << fmt.scheme.bits, (32, module.groups), generator=gen, dtype=torch.uint8)
+    pack = pack_codes(fmt, codes, zeros)
     module.qweight, module.qzeros = pack
     module.scales = (torch.rand(module.groups, 32, generator=gen) + 0.1).half()
     if module.bias is not None:
@@ -53,9 +52,9 @@ def filled(fmt: LayerFormat, g_idx: bool = False, bias: bool = True) -> QuantLin
 
 
 FORMATS: list[Any] = [
-    (LayerFormat(4, 16, False, "gptq", 1), False), (LayerFormat(2, 32, False, "gptq", 0), True),
-    (LayerFormat(8, -1, False, "gptq", 1), False), (LayerFormat(3, 16, False, "gptq", 0), True),
-    (LayerFormat(4, 32, False, "awq", 0), False),
+    (int_format(4, 16, False, "gptq_zp+-1"), False), (int_format(2, 32, False, "gptq"), True),
+    (int_format(8, -1, False, "gptq_zp+-1"), False), (int_format(3, 16, False, "gptq"), True),
+    (int_format(4, 32, False, "awq"), False),
 ]  # fmt: skip
 
 
@@ -67,7 +66,7 @@ def test_numbers_and_files_stay(fmt: LayerFormat, g_idx: bool) -> None:
     x = torch.randn(3, 5, 64)
     assert float((fast(x) - plain(x)).norm() / plain(x).norm()) < 1e-6
     assert torch.equal(fast.dequantize(), plain.dequantize())
-    assert all(torch.equal(a, b) for a, b in zip(fast.unpack(), plain.unpack(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(arrays(fast), arrays(plain), strict=True))
     want, got = plain.state_dict(), fast.state_dict()
     assert set(want) == set(got) and all(torch.equal(want[k], got[k]) for k in want)
 

@@ -57,8 +57,6 @@ def test_int8_of_pytorch() -> None:
 
 
 def test_what_pytorchs_kernels_do_not_run() -> None:
-    spec = LayerSpec(4, 32, True, 64, 64, torch.float32, "cpu")
-    assert "bfloat16" in str(CpuInt4.unsupported_reason(spec)) and "8 bits" in str(CpuInt8.unsupported_reason(spec))
     assert "groups" in str(CpuInt4.unsupported_reason(LayerSpec(4, 48, True, 96, 64, BF16, "cpu")))
     assert "16 outputs" in str(CpuInt4.unsupported_reason(LayerSpec(4, 32, True, 96, 40, BF16, "cpu")))
     assert "one scale per row" in str(CpuInt8.unsupported_reason(LayerSpec(8, 32, True, 96, 64, BF16, "cpu")))
@@ -98,7 +96,5 @@ def test_without_the_package_ark_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 def test_what_ark_does_not_run() -> None:
-    spec = LayerSpec(3, 32, True, 64, 64, torch.float32, "cpu")
-    assert "not 3" in str(ark.ArkKernel.unsupported_reason(spec))
     assert "fill" in str(ark.ArkKernel.unsupported_reason(LayerSpec(4, 48, True, 64, 64, torch.float32, "cpu")))
     assert "symmetric" in str(ark.ArkKernel.unsupported_reason(LayerSpec(4, 32, False, 64, 64, torch.float16, "xpu")))

@@ -7,9 +7,8 @@ import itertools
 
 import pytest
 import torch
-from integer_weights import dense, error, random_weight
+from integer_weights import dense, error, int_format, random_weight
 
-from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import IntegerWeight
 from auto_round.inference.kernels.triton_launch import Packed, run_dense, run_tiles, run_vector, triton_experts
 from auto_round.inference.kernels.triton_linear import TritonExperts, TritonLinear
@@ -154,7 +153,7 @@ def test_the_operators_are_described_rightly() -> None:
 @pytest.mark.parametrize("g_idx", [False, True])
 def test_in_a_packed_layer(g_idx: bool) -> None:
     gen = torch.Generator().manual_seed(3)
-    fmt = LayerFormat(4, 16, False, "gptq", 1)
+    fmt = int_format(4, 16, False, "gptq_zp+-1")
     layers = []
     given = random_weight(4, 32, 64, 16, False)
     for _ in range(2):

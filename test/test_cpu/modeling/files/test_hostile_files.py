@@ -296,7 +296,7 @@ def test_the_quantization_config_of_a_checkpoint() -> None:
     from auto_round.inference.config import read_config as read_quantization
 
     good = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True}
-    assert read_quantization(good).default.bits == 4
+    assert read_quantization(good).default.scheme.bits == 4
     for change in (
         {"extra_config": {"a.b": 3}}, {"dynamic": {"+:(": {}}}, {"extra_config": {"(": {"bits": 8}}},
         {"bits": "4"}, {"bits": None}, {"act_bits": "x"}, {"group_size": [1, 2]},
