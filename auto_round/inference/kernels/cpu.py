@@ -251,8 +251,8 @@ def use_dense_linear(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or module.weight.dtype not in slow:
             continue
-        weight = module.weight
-        new = DenseLinear(*weight.shape[::-1], bias=False, device="meta", dtype=weight.dtype)
-        new.weight, new.bias, new._slow = weight, module.bias, slow
+        sizes, dtype = (module.in_features, module.out_features), module.weight.dtype
+        new = DenseLinear(*sizes, bias=False, device="meta", dtype=dtype)
+        new.weight, new.bias, new._slow = module.weight, module.bias, slow
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(module.training))
