@@ -169,18 +169,26 @@ class AwqGemm(GptqmodelLinear):
 
 
 class AwqTorch(Torch):
+    """`Torch` for AWQ words."""
+
     method, layout = "awq", "gemm"
 
 
 class AwqTorchAten(TorchAten):
+    """`TorchAten` for AWQ words."""
+
     backend, method, layout = "awq_torch_aten", "awq", "gemm"
 
 
 class AwqMarlin(Marlin):
+    """`Marlin` for AWQ words."""
+
     method, layout = "awq", "gemm"
 
 
 class AwqExllamaV2(ExllamaV2):
+    """`ExllamaV2` for AWQ words."""
+
     method, layout = "awq", "gemm"
 
 
