@@ -315,7 +315,10 @@ def _layer_format(values: Mapping[str, Any], where: str) -> LayerFormat:
         if float_family_of(data_type) == "fp" and values.get("fmt") == "e5m2":
             data_type = "fp8_e5m2"
         scheme = QuantizationScheme(bits, _float_group_size(values, where), sym, data_type, **acts)
-        problem = AUTO_ROUND_FLOATS.problem(scheme)
+        try:
+            problem = AUTO_ROUND_FLOATS.problem(scheme)
+        except UnsupportedError as error:  # no such width
+            problem = str(error)
         if problem is not None:
             raise UnsupportedError(f"{where}: {problem}")
         _check_activations(scheme)

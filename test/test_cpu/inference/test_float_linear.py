@@ -180,7 +180,8 @@ CONFIG: dict[str, Any] = {"bits": 4, "group_size": 32, "sym": True, "data_type":
 
 
 @pytest.mark.parametrize(("changes", "error", "reason"), [
-    ({"bits": 6}, UnsupportedError, "no layout with 6 bits"), ({"sym": False}, UnsupportedError, "asymmetric"),
+    ({"bits": 6}, UnsupportedError, "the checkpoint: data type 'mx_fp' with 6 bits"),
+    ({"sym": False}, UnsupportedError, "asymmetric"),
     ({"act_bits": 4, "act_data_type": "nope"}, UnsupportedError, "activations of data type 'nope'"),
     ({"group_size": "x"}, ConfigError, "group_size='x'"), ({"bits": "4"}, ConfigError, "bits='4'"),
     ({"data_type": "fp", "bits": 8, "group_size": [128]}, ConfigError, "two positive whole numbers"),
