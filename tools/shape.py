@@ -41,11 +41,12 @@ CODES_FAMILIES = ("int", "mx_fp", "mx_int", "nv_fp", "fp", "float", "ggml", "fun
 CODES_OPTIONAL = ("blocks", "element", "codes", "ggml")  # attributes of a layer that are compared with None
 MODE_NAMES = re.compile(
     r"^(is_gguf|gguf|gguf_format|gguf_output|in_memory|per_expert|model_free|streams_experts|stream_experts|resume"
-    r"|resumed|_free)$"
+    r"|resumed|resumable|continues|recovers|writers)$"
 )
-MODE_OPTIONAL = re.compile(r"^(journal|experts|buffers)$")  # compared with None
+MODE_OPTIONAL = re.compile(r"^(journal|experts|buffers|source\.folder)$")  # compared with None
 MODE_CLASSES = ("CheckpointSource", "LiveSource", "FolderWriter", "MemoryWriter", "GgufFileWriter", "MetaModel",
-                "LayersPerExpert", "StoredLayers")  # fmt: skip
+                "ModelFree", "NoJournal", "RunJournal", "ExpertLayers", "ExpertStreamer", "RoundedExperts",
+                "PerExpertTuner")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def asks_mode(test: ast.expr) -> bool:
         if any(isinstance(s, ast.Constant) and str(s.value).lower().startswith("gguf") for s in sides):
             return True
         names = [leaf(side) for side in sides]
+        names += [f"{leaf(s.value).lstrip('_')}.{s.attr}" for s in sides if isinstance(s, ast.Attribute)]
         return any(map(is_none, sides)) and any(MODE_NAMES.match(n) or MODE_OPTIONAL.match(n) for n in names)
     if isinstance(test, ast.Attribute) and test.attr == "lazy":
         return leaf(test.value) in ("source", "_source", "self")

@@ -154,7 +154,7 @@ class _Planner:
         members = self._members()
         for origin, plans in dense.items():
             self._dense(origin, plans, members[origin])
-        spare = self._spare() if self.source.lazy else ()
+        spare = self._spare()
         self.tensors |= {key: self.source.stored_meta(key) for key in spare}
         return FileLayout(self.tensors, self.targets, self.reversals, self.copies, spare)
 

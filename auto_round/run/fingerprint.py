@@ -167,7 +167,7 @@ def run_digests(
     """
     weights = weight_files(source)
     data = _data_identity(settings, tokenizer)
-    if not source.lazy or not weights or data is None:
+    if not weights or data is None:
         return None
     return digest_parts(fingerprint(job, settings, source, shard), weights, data)
 
