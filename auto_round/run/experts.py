@@ -147,19 +147,23 @@ class RoundedExperts(StreamedBlock):
         others = [layer for layer in task.layers if not layer.weight.is_meta]
         held = {layer.name: layer for layer in super().quantize_block(replace(task, layers=others)).layers}
         self._install(others, held)
-        self._set_layers(task, held, partial(self._round, task))
+        # Not a method: a cycle of references would keep the block's weights in memory.
+        self._set_layers(task, held, partial(round_expert, self.loader, self.quantizer, task))
         return BlockResult()
 
-    def _round(self, task: BlockTask, expert: str) -> dict[str, QuantizedLayer]:
-        source = self.loader.source
-        source.load(expert, self.loader.device)
-        try:
-            own = [with_loaded_weights(layer) for layer in task.layers if expert_of(layer.name) == expert]
-            share_global_scales(own)
-            result = self.quantizer.quantize_block(replace(task, layers=own))
-        finally:
-            source.release(expert)
-        return {layer.name: layer for layer in result.layers}
+
+def round_expert(
+    loader: BlockLoader, quantizer: BlockQuantizer, task: BlockTask, expert: str
+) -> dict[str, QuantizedLayer]:
+    """Load one expert and quantize its layers, by name."""
+    loader.source.load(expert, loader.device)
+    try:
+        own = [with_loaded_weights(layer) for layer in task.layers if expert_of(layer.name) == expert]
+        share_global_scales(own)
+        result = quantizer.quantize_block(replace(task, layers=own))
+    finally:
+        loader.source.release(expert)
+    return {layer.name: layer for layer in result.layers}
 
 
 def expert_seed(block_seed: int, number: int) -> int:
