@@ -9,8 +9,8 @@ import contextlib
 import functools
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
@@ -42,17 +42,6 @@ DEFAULT_SEQLEN = 512
 DEFAULT_WINDOWS = 64
 # Errors of Transformers for damaged files, unknown settings, missing packages, unsupported models and quantizations.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, NotImplementedError)
-
-
-@dataclass
-class _Totals:
-    """Per-window means and token counts."""
-
-    nll: list[float] = field(default_factory=list)
-    reference_nll: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    agreement: list[float] = field(default_factory=list)
-    tokens: list[float] = field(default_factory=list)
 
 
 def evaluate(
@@ -119,7 +108,7 @@ def evaluate(
     model = load(model_or_path, backend=backend)
     other = load(reference, dequantized=True) if reference is not None else None
     start = time.perf_counter()
-    sums = _Totals()
+    means: defaultdict[str, list[float]] = defaultdict(list)  # by measure, of each window
     with torch.no_grad(), _eval_mode(model), _eval_mode(other):
         for first in range(0, len(windows), batch_size):
             ids = torch.stack(windows[first : first + batch_size])
@@ -129,21 +118,23 @@ def evaluate(
                 against = _logits(other, ids, "reference", first)
             elif reference_logits is not None:
                 against = torch.stack(list(reference_logits[first : first + batch_size]))
-            _measure(sums, logits, against, ids)
+            for measure, per_token in _measures(logits, against, ids).items():
+                means[measure] += per_token.double().mean(-1).tolist()
             logger.debug("evaluated %d of %d windows", min(first + batch_size, len(windows)), len(windows))
-    nll = weighted_mean(sums.nll, sums.tokens)
-    compared = bool(sums.kl)
+    tokens = [float(window.numel() - 1) for window in windows]
+    estimates = {measure: weighted_mean(values, tokens) for measure, values in means.items()}
+    compared = "kl" in estimates
     return EvalResult(
         model=_model_name(model_or_path),
         reference=_model_name(reference) if reference is not None else ("cached logits" if compared else None),
         text=text_name,
-        perplexity=perplexity(nll),
-        nll=nll,
-        reference_perplexity=perplexity(weighted_mean(sums.reference_nll, sums.tokens)) if compared else None,
-        kl=weighted_mean(sums.kl, sums.tokens) if compared else None,
-        agreement=weighted_mean(sums.agreement, sums.tokens) if compared else None,
+        perplexity=perplexity(estimates["nll"]),
+        nll=estimates["nll"],
+        reference_perplexity=perplexity(estimates["reference_nll"]) if compared else None,
+        kl=estimates.get("kl"),
+        agreement=estimates.get("agreement"),
         windows=len(windows),
-        tokens=int(sum(sums.tokens)),
+        tokens=int(sum(tokens)),
         seqlen=windows[0].numel(),
         bos=bos,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -158,26 +149,22 @@ def window_logits(model: torch.nn.Module, windows: Sequence[torch.Tensor]) -> li
         return [_logits(model, w.unsqueeze(0), "reference", i)[0].cpu() for i, w in enumerate(windows)]
 
 
-def _measure(sums: _Totals, logits: torch.Tensor, against: torch.Tensor | None, ids: torch.Tensor) -> None:
-    """Add the measures of a batch: logits [B, T, V] of the model and of the reference, ids [B, T]."""
-    predicted = ids.shape[1] - 1
-    sums.tokens.extend([float(predicted)] * ids.shape[0])
-    sums.nll.extend(_means(token_nll(logits, ids)))
+def _measures(logits: torch.Tensor, against: torch.Tensor | None, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Measures [B, T - 1] of a batch: logits [B, T, V] of the model and of the reference, ids [B, T]."""
+    found = {"nll": token_nll(logits, ids)}
     if against is None:
-        return
+        return found
     if against.shape != logits.shape:
         raise ModelError(
             f"the logits of model and reference differ in shape, {list(logits.shape)} and {list(against.shape)}; "
             "the reference must be the model before quantization, with the same tokenizer"
         )
     against = against.to(logits.device)
-    sums.reference_nll.extend(_means(token_nll(against, ids)))
-    sums.kl.extend(_means(token_kl(against[:, :-1], logits[:, :-1])))
-    sums.agreement.extend(_means(top1_agreement(against[:, :-1], logits[:, :-1])))
-
-
-def _means(per_token: torch.Tensor) -> list[float]:
-    return [float(v) for v in per_token.double().mean(-1)]
+    return found | {
+        "reference_nll": token_nll(against, ids),
+        "kl": token_kl(against[:, :-1], logits[:, :-1]),
+        "agreement": top1_agreement(against[:, :-1], logits[:, :-1]),
+    }
 
 
 def _logits(model: torch.nn.Module, ids: torch.Tensor, what: str, first: int) -> torch.Tensor:
@@ -214,10 +201,15 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     return next((model if embedding is None else embedding).parameters(), next(model.parameters())).device
 
 
-def _model_name(model: ModelLike) -> str:
+def _origin(model: ModelLike) -> str:
+    """A given name or path; of a model object the one that it was loaded from, "" if it is not known."""
     if isinstance(model, torch.nn.Module):
-        return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+        return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return str(model)
+
+
+def _model_name(model: ModelLike) -> str:
+    return _origin(model) or type(model).__name__
 
 
 def load_tokenizer(source: str | PathLike[str] | torch.nn.Module, trust_remote_code: bool = False) -> Any:
@@ -225,11 +217,9 @@ def load_tokenizer(source: str | PathLike[str] | torch.nn.Module, trust_remote_c
     the tokenizer cannot be opened."""
     from transformers import AutoTokenizer
 
-    name = str(source)
-    if isinstance(source, torch.nn.Module):
-        name = str(getattr(getattr(source, "config", None), "_name_or_path", "") or "")
-        if not name:
-            raise ConfigError("the model object has no name or path; give its tokenizer as tokenizer=")
+    name = _origin(source)
+    if not name:
+        raise ConfigError("the model object has no name or path; give its tokenizer as tokenizer=")
     folder = model_folder(name, trust_remote_code=trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import Any, TextIO
 
 from auto_round.logger import logger
@@ -23,15 +22,18 @@ class Progress:
         self.total = 0
         self.done = 0
         self._done_before = 0
+        self._loss: list[str] = []
         self._start = time.monotonic()
 
     def start(self, total_blocks: int, done: int = 0) -> None:
         """Begin a run of `total_blocks` blocks, of which `done` were finished earlier."""
         self.total, self.done, self._done_before, self._start = total_blocks, done, done, time.monotonic()
+        self._loss = []
 
     def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
         """The block `name` is done; losses are None when nothing was measured."""
         self.done += 1
+        self._loss = [] if loss_after is None else [f"loss {format_loss(loss_before, loss_after)}"]
 
     def message(self, text: str) -> None:
         """Show what is being done now, or a single fact."""
@@ -39,17 +41,19 @@ class Progress:
     def finish(self) -> None:
         """The run is over or was stopped. May be called again."""
 
-    def seconds_left(self) -> float | None:
-        """Estimate from the mean time of the blocks so far; None before the first."""
+    def facts(self) -> list[str]:
+        """Loss of the last block, time left by the mean of the blocks so far, and peak memory, as texts."""
         measured = self.done - self._done_before
-        if not measured:
-            return None
-        return (time.monotonic() - self._start) / measured * max(0, self.total - self.done)
+        left: list[str] = []
+        if measured:
+            seconds = (time.monotonic() - self._start) / measured * max(0, self.total - self.done)
+            left = [f"{format_seconds(seconds)} left"]
+        return [*self._loss, *left, f"peak {format_peak_memory()}"]
 
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.finish()
 
 
@@ -57,15 +61,8 @@ class LogProgress(Progress):
     """One log line per block."""
 
     def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
-        super().block(name)
-        left = self.seconds_left()
-        parts = [f"{self.title} {self.done}/{self.total} {name}"]
-        if loss_after is not None:
-            parts.append(f"loss {format_loss(loss_before, loss_after)}")
-        if left is not None:
-            parts.append(f"{format_seconds(left)} left")
-        parts.append(f"peak {format_peak_memory()}")
-        logger.info(", ".join(parts))
+        super().block(name, loss_before, loss_after)
+        logger.info(", ".join([f"{self.title} {self.done}/{self.total} {name}", *self.facts()]))
 
     def message(self, text: str) -> None:
         logger.info(text)
@@ -87,22 +84,18 @@ class BarProgress(Progress):
             refresh_per_second=4,
         )  # fmt: skip
         self._task: Any = None
-        self._loss = ""
 
     def start(self, total_blocks: int, done: int = 0) -> None:
         super().start(total_blocks, done)
         if self._task is not None:
             self._bar.remove_task(self._task)
-        self._loss = ""
-        self._task = self._bar.add_task(self.title, total=total_blocks, completed=done, facts=self._status_text())
+        self._task = self._bar.add_task(self.title, total=total_blocks, completed=done, facts=self._status())
         self._bar.start()
 
     def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
-        super().block(name)
-        if loss_after is not None:
-            self._loss = f"loss {format_loss(loss_before, loss_after)}"
+        super().block(name, loss_before, loss_after)
         if self._task is not None:
-            self._bar.update(self._task, completed=self.done, facts=self._status_text(name))
+            self._bar.update(self._task, completed=self.done, facts=self._status(name))
 
     def message(self, text: str) -> None:
         logger.info(text)
@@ -110,12 +103,8 @@ class BarProgress(Progress):
     def finish(self) -> None:
         self._bar.stop()
 
-    def _status_text(self, name: str = "") -> str:
-        left = self.seconds_left()
-        parts = [f"block {self.done}/{self.total}", name, self._loss]
-        parts.append("" if left is None else f"{format_seconds(left)} left")
-        parts.append(f"peak {format_peak_memory()}")
-        return "  ".join(p for p in parts if p)
+    def _status(self, *name: str) -> str:
+        return "  ".join([f"block {self.done}/{self.total}", *name, *self.facts()])
 
 
 def format_loss(before: float | None, after: float) -> str:

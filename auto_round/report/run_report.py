@@ -1,6 +1,6 @@
 """Write `report.json`, the machine-readable record of one run.
 
-`redact_path`, `redact_dataset` and `redact_paths` cut each path to its last part, so that published files do not show
+`redact_path` and `redact_paths` cut each path to its last part, so that published files do not show
 folders of this machine.
 """
 
@@ -145,17 +145,6 @@ def redact_path(text: str) -> str:
     if text and (looks or os.path.exists(os.path.expanduser(text))):
         return os.path.basename(os.path.abspath(os.path.expanduser(text)))
     return text
-
-
-def redact_dataset(text: str) -> str:
-    """A dataset string (`name:option=value`, joined by commas) without the folders of files."""
-    entries = []
-    for entry in text.split(","):
-        head, *options = entry.split(":")
-        stripped = head.strip()
-        parts = [key + equals + redact_path(value) for key, equals, value in (o.partition("=") for o in options)]
-        entries.append(":".join([head.replace(stripped, redact_path(stripped)) if stripped else head, *parts]))
-    return ",".join(entries)
 
 
 def redact_paths(value: Any, known: Iterable[str] = ()) -> Any:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.calib_dataset import DATASETS, parse_dataset_string
-from auto_round.calibration.data.spec import BY_PROGRAM
+from auto_round.calibration.data.spec import BY_PROGRAM, redact_dataset
 from auto_round.config import RECIPE_FILE, MemoryConfig, OutputConfig, QuantConfig
 from auto_round.files import write_text
 from auto_round.plugins import loaded_plugins
 from auto_round.report.model_card import display_name
-from auto_round.report.run_report import redact_dataset, redact_path, versions
+from auto_round.report.run_report import redact_path, versions
 from auto_round.run.fingerprint import VARIABLES
 from auto_round.run.plan import Job
 from auto_round.run.settings import Settings

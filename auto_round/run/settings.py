@@ -12,12 +12,12 @@ from auto_round.algorithms.gptq import GPTQConfig
 from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNConfig
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.transforms.base import TRANSFORMS
+from auto_round.calibration.data.spec import redact_dataset
 from auto_round.config import ON_NAN, DataConfig, QuantConfig, SourceConfig
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
 from auto_round.formats.cache_scales import CacheScheme
 from auto_round.layer_config import scheme_from_entry
 from auto_round.output.writer import parse_size
-from auto_round.report.run_report import redact_dataset
 from auto_round.schemes import MixedPreset, QuantizationScheme
 
 

@@ -7,7 +7,7 @@ or any other iterable; two-dimensional tensors and columns of lists are batches,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,99 +46,6 @@ class TokenDocument:
 Document = str | list[Message] | TokenDocument
 
 
-def document_from_row(row: Any, where: str) -> Document:
-    """Convert a row to a document: a string, or a mapping with text, a conversation or token ids under a known key.
-
-    Keys are tried in this order: `input_ids`; `CHAT_KEYS`; `TEXT_KEYS`; then a question (`ASK_KEYS`) and its answer
-    (`ANSWER_KEYS`), which become a conversation of two messages. `where` names the row in errors. Raises DataError for
-    a row of any other kind.
-    """
-    if isinstance(row, str):
-        return row
-    if isinstance(row, Mapping):
-        if "input_ids" in row:
-            return _tokens(row, where)
-        for key in CHAT_KEYS:
-            if row.get(key):
-                return conversation(row[key], f"{where}, key {key!r}")
-        if "role" in row and "content" in row:
-            return conversation([row], where)
-        for key in TEXT_KEYS:
-            if isinstance(row.get(key), str):
-                return row[key]
-        asked = [row[k] for k in ASK_KEYS if isinstance(row.get(k), str) and row[k]]
-        answers = [row[k] for k in ANSWER_KEYS if isinstance(row.get(k), str) and row[k]]
-        if asked or answers:
-            question = [{"role": "user", "content": "\n".join(asked)}] if asked else []
-            return question + [{"role": "assistant", "content": a} for a in answers[:1]]
-        if any(key in row and not row[key] for key in (*TEXT_KEYS, *CHAT_KEYS)):
-            return ""  # an empty row is valid; it is counted as too short
-        raise DataError(
-            f"{where} has the keys {sorted(map(str, row))} and no text under any of them; use a key such as 'text', "
-            "'messages' or 'input_ids'"
-        )
-    if isinstance(row, list) and row and all(isinstance(m, Mapping) for m in row):
-        return conversation(row, where)
-    if is_ids(row):
-        return TokenDocument(list(row))
-    raise DataError(f"{where} is a {type(row).__name__}; a document is a string, an object, or a list of token ids")
-
-
-def conversation(messages: Any, where: str) -> list[Message] | str:
-    """Convert messages (`role`/`content` or `from`/`value` pairs) to `role`/`content`; return a string unchanged."""
-    if isinstance(messages, str):
-        return messages
-    result: list[Message] = []
-    for message in messages if isinstance(messages, Iterable) else ():
-        if not isinstance(message, Mapping):
-            break
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if not isinstance(role, str):
-            break
-        result.append({"role": _ROLES.get(role.lower(), role.lower()), "content": _flat(content)})
-    else:
-        if result:
-            return result
-    raise DataError(
-        f"{where} is not a conversation; write a list of objects with 'role' and 'content' (or 'from' and 'value')"
-    )
-
-
-def plain_text(messages: Iterable[Message]) -> str:
-    """Join the contents of a conversation by line breaks, without a template."""
-    return "\n".join(m["content"] for m in messages if m["content"])
-
-
-def is_ids(value: Any) -> bool:
-    """Whether `value` is a non-empty list or tuple of integers."""
-    return (
-        isinstance(value, (list, tuple))
-        and bool(value)
-        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    )
-
-
-def _tokens(row: Mapping[str, Any], where: str) -> TokenDocument:
-    columns: dict[str, list[int]] = {}
-    for key in TOKEN_KEYS:
-        value = row.get(key)
-        if isinstance(value, Sequence) and (is_ids(value) or not len(value)):
-            columns[key] = list(value)
-        elif value is not None:
-            raise DataError(f"{where} has {key!r} that is not a flat list of integers; write one row per sample")
-    return TokenDocument(columns.get("input_ids", []), columns.get("attention_mask"), columns.get("labels"))
-
-
-def _flat(content: Any) -> str:
-    """The text of a message whose content is a string or a list of `{"type": "text", "text": "..."}` parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, (list, tuple)):
-        return "\n".join(p["text"] for p in content if isinstance(p, Mapping) and isinstance(p.get("text"), str))
-    return ""
-
-
 def documents_from_object(data: Any, seed: int) -> Iterator[Document]:
     """Yield the documents of a Python object in its own order.
 
@@ -165,24 +72,33 @@ def documents_from_object(data: Any, seed: int) -> Iterator[Document]:
 
 
 def documents_from_item(item: Any, where: str) -> Iterator[Document]:
-    """Yield the documents of one item, which may be a batch; `where` names it in errors. Raises DataError."""
+    """Yield the documents of one row or item, which may be a batch; `where` names it in errors. Raises DataError."""
     if hasattr(item, "data") and isinstance(item.data, Mapping) and not isinstance(item, Mapping):
         item = item.data  # BatchEncoding and other UserDicts
     item = _to_tensor(item)
-    if isinstance(item, Mapping) and "input_ids" in item:
-        yield from _from_columns(item, where)
-    elif isinstance(item, Mapping) and (lists := _text_columns(item)):
-        for row in zip(*lists.values(), strict=True):
-            yield document_from_row(dict(zip(lists, row, strict=True)), where)
-    elif isinstance(item, torch.Tensor):
-        yield from _from_columns({"input_ids": item}, where)
-    elif isinstance(item, (str, Mapping)) or is_ids(item) or _is_conversation(item):
-        yield document_from_row(item, where)
+    if isinstance(item, torch.Tensor):
+        item = {"input_ids": item}
+    if isinstance(item, str):
+        yield item
+    elif isinstance(item, Mapping) and "input_ids" in item:
+        yield from _token_documents(item, where)
+    elif isinstance(item, Mapping):
+        texts = {k: item[k] for k in (*TEXT_KEYS, *ASK_KEYS, *ANSWER_KEYS) if k in item}
+        batched = all(isinstance(v, (list, tuple)) and all(isinstance(t, str) for t in v) for v in texts.values())
+        if texts and batched:  # a batch that a DataLoader made from rows of strings
+            for row in zip(*texts.values(), strict=True):
+                yield document_from_row(dict(zip(texts, row, strict=True)), where)
+        else:
+            yield document_from_row(item, where)
+    elif is_ids(item):
+        yield TokenDocument(list(item))
+    elif _is_conversation(item):
+        yield conversation(item, where)
     elif isinstance(item, (list, tuple)):
         parts = [_to_tensor(part) for part in item]
         keys = _columns_of(parts)
         if keys:
-            yield from _from_columns(dict(zip(keys, parts, strict=True)), where)
+            yield from _token_documents(dict(zip(keys, parts, strict=True)), where)
         else:
             for part in parts:
                 yield from documents_from_item(part, where)
@@ -193,7 +109,73 @@ def documents_from_item(item: Any, where: str) -> Iterator[Document]:
         )
 
 
-def _from_columns(columns: Mapping[str, Any], where: str) -> Iterator[TokenDocument]:
+def document_from_row(row: Mapping[str, Any], where: str) -> Document:
+    """The text or conversation under a known key of a row.
+
+    Keys are tried in this order: `CHAT_KEYS`; `TEXT_KEYS`; then a question (`ASK_KEYS`) and its answer (`ANSWER_KEYS`),
+    which become a conversation of two messages. Raises DataError when there is none.
+    """
+    for key in CHAT_KEYS:
+        if row.get(key):
+            return conversation(row[key], f"{where}, key {key!r}")
+    if "role" in row and "content" in row:
+        return conversation([row], where)
+    for key in TEXT_KEYS:
+        if isinstance(row.get(key), str):
+            return row[key]
+    asked = [row[k] for k in ASK_KEYS if isinstance(row.get(k), str) and row[k]]
+    answers = [row[k] for k in ANSWER_KEYS if isinstance(row.get(k), str) and row[k]]
+    if asked or answers:
+        question = [{"role": "user", "content": "\n".join(asked)}] if asked else []
+        return question + [{"role": "assistant", "content": a} for a in answers[:1]]
+    if any(key in row and not row[key] for key in (*TEXT_KEYS, *CHAT_KEYS)):
+        return ""  # an empty row is valid; it is counted as too short
+    raise DataError(
+        f"{where} has the keys {sorted(map(str, row))} and no text under any of them; use a key such as 'text', "
+        "'messages' or 'input_ids'"
+    )
+
+
+def conversation(messages: Any, where: str) -> list[Message] | str:
+    """Convert messages (`role`/`content` or `from`/`value` pairs) to `role`/`content`; return a string unchanged."""
+    if isinstance(messages, str):
+        return messages
+    result: list[Message] = []
+    for message in messages if isinstance(messages, Iterable) else ():
+        role = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
+        if not isinstance(role, str):
+            break
+        content = message.get("content", message.get("value"))
+        if isinstance(content, (list, tuple)):  # parts such as {"type": "text", "text": "..."}
+            content = "\n".join(p["text"] for p in content if isinstance(p, Mapping) and isinstance(p.get("text"), str))
+        text = content if isinstance(content, str) else ""
+        result.append({"role": _ROLES.get(role.lower(), role.lower()), "content": text})
+    else:
+        if result:
+            return result
+    raise DataError(
+        f"{where} is not a conversation; write a list of objects with 'role' and 'content' (or 'from' and 'value')"
+    )
+
+
+def is_ids(value: Any) -> bool:
+    """Whether `value` is a non-empty list or tuple of integers."""
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    )
+
+
+def _is_conversation(item: Any) -> bool:
+    return (
+        isinstance(item, (list, tuple))
+        and bool(item)
+        and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in item)
+    )
+
+
+def _token_documents(columns: Mapping[str, Any], where: str) -> Iterator[TokenDocument]:
     """Yield the samples of a dict of `[T]` or `[B, T]` ids, masks and labels."""
     rows = {k: _id_rows(columns[k], f"{k!r} of {where}") for k in TOKEN_KEYS if columns.get(k) is not None}
     sizes = {k: len(v) for k, v in rows.items()}
@@ -213,21 +195,13 @@ def _id_rows(value: Any, where: str) -> list[list[int]]:
         if value.dim() not in (1, 2):
             raise DataError(f"{where} has {value.dim()} dimensions; give [tokens] or [samples, tokens]")
         value = value.to(torch.int64).tolist()
-    if is_ids(value):
-        return [list(value)]
     if isinstance(value, (list, tuple)):
+        if is_ids(value) or not value:
+            return [list(value)]
         rows = [r.tolist() if isinstance(r, torch.Tensor) else r for r in map(_to_tensor, value)]
         if all(is_ids(r) for r in rows):
             return [list(r) for r in rows]
     raise DataError(f"{where} is not a list of integers; give [tokens] or [samples, tokens]")
-
-
-def _text_columns(item: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The text columns of a batch that a DataLoader made from rows of strings; empty for a single row."""
-    texts = {k: item[k] for k in (*TEXT_KEYS, *ASK_KEYS, *ANSWER_KEYS) if k in item}
-    if not all(isinstance(v, (list, tuple)) and all(isinstance(t, str) for t in v) for v in texts.values()):
-        return {}
-    return {k: list(v) for k, v in texts.items()}
 
 
 def _columns_of(parts: list[Any]) -> tuple[str, ...]:
@@ -242,21 +216,10 @@ def _columns_of(parts: list[Any]) -> tuple[str, ...]:
     ids, second = parts[:2]
     if bool(((second == 0) | (second == 1)).all()) and not torch.equal(ids, second):
         return TOKEN_KEYS[: len(parts)]
-    if (
-        len(parts) == 2
-        and bool(((second == ids) | (second == IGNORED_LABEL)).all())
-        and bool((second == IGNORED_LABEL).any())
-    ):
+    ignored = second == IGNORED_LABEL
+    if len(parts) == 2 and bool(((second == ids) | ignored).all()) and bool(ignored.any()):
         return ("input_ids", "labels")
     return ()
-
-
-def _is_conversation(item: Any) -> bool:
-    return (
-        isinstance(item, (list, tuple))
-        and bool(item)
-        and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in item)
-    )
 
 
 def _to_tensor(value: Any) -> Any:

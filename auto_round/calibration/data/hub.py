@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from auto_round.calibration.data.documents import Document, document_from_row
+from auto_round.calibration.data.documents import Document, document_from_row, documents_from_item
 from auto_round.calibration.data.spec import register_dataset
 from auto_round.errors import DataError
 from auto_round.logger import logger
@@ -25,6 +25,80 @@ HUB_TIMEOUT_S = 5.0
 
 _ANSWER_VALID_S = 60.0
 _hub_answers: dict[str, tuple[float, str]] = {}
+
+DEFAULT_DATASET = "NeelNanda/pile-10k"
+"""The dataset that is used when none is given."""
+
+MODELSCOPE_DEFAULT = "swift/pile-val-backup"
+"""The same on the platform ModelScope."""
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset on a hub.
+
+    Attributes:
+        names: names in a dataset string; the first is shown.
+        description: a few words for `list dataset`.
+        splits: default splits.
+        column: text column; None looks for a usual name; several are joined by an empty line.
+        path: hub id when it differs from the name.
+        config: configuration of the dataset.
+        data_files: parquet files inside the repository, for datasets with a loading script.
+        buffer_size: rows held for shuffling; large for a dataset that is small and sorted.
+        concat: default of `concat`; True for documents far shorter than a usual sample.
+        modelscope: it is on ModelScope.
+    """
+
+    names: tuple[str, ...]
+    description: str = ""
+    splits: tuple[str, ...] = ("train",)
+    column: str | tuple[str, ...] | None = "text"
+    path: str | None = None
+    config: str | None = None
+    data_files: str | None = None
+    buffer_size: int = 1000
+    concat: bool = False
+    modelscope: bool = False
+
+    def documents(self, dataset_name: str, split: str | None, seed: int) -> Iterator[Document]:
+        """Yield the documents. Raises DataError when the dataset cannot be read or has no rows."""
+        splits = split.split("+") if split else self.splits
+        read = _modelscope_rows if self.modelscope else _hub_rows
+        empty = True
+        for row in read(self, dataset_name, splits, seed):
+            empty = False
+            yield from _row_documents(row, self.column, f"a row of dataset {dataset_name!r}")
+        if empty and not self.modelscope:
+            raise DataError(f"dataset {dataset_name!r} has no rows in split {'+'.join(splits)}; choose another split")
+
+
+HUB_DATASETS = (
+    HubDataset((DEFAULT_DATASET,), "10,000 documents of the Pile, mixed English (default)", buffer_size=10_000),
+    HubDataset(
+        (MODELSCOPE_DEFAULT,), "validation part of the Pile", ("validation",), modelscope=True, buffer_size=10_000
+    ),
+    HubDataset(("BAAI/CCI3-HQ",), "Chinese web text"),
+    HubDataset(
+        ("codeparrot/github-code-clean",), "source code in many languages", column="code", data_files="data/*.parquet"
+    ),
+    HubDataset(("HuggingFaceH4/ultrachat_200k",), "conversations", ("train_sft",), "messages"),
+    HubDataset(("madao33/new-title-chinese",), "Chinese news", column="content", buffer_size=6000),
+    HubDataset(
+        ("mbpp", "google-research-datasets/mbpp"), "short Python problems with solutions, joined",
+        ("train", "validation", "test"), ("text", "code"), "google-research-datasets/mbpp", "full", concat=True,
+    ),
+    HubDataset(("openbmb/Ultra-FineWeb",), "filtered web text, splits en and zh", ("en",), "content"),
+    HubDataset(
+        ("opencode-instruct", "nvidia/OpenCodeInstruct"), "Python questions with answers", column=None,
+        path="nvidia/OpenCodeInstruct",
+    ),
+)  # fmt: skip
+"""Datasets with a short name."""
+
+for _row in HUB_DATASETS:
+    _where = "ModelScope" if _row.modelscope else "Hugging Face hub"
+    register_dataset(_row.names, description=_row.description, where=_where, concat=_row.concat)(_row.documents)
 
 
 class HubUnreachable(DataError):
@@ -49,8 +123,7 @@ def hub_problem() -> str:
     endpoint = constants.ENDPOINT
     known = _hub_answers.get(endpoint)
     if known is None or time.monotonic() - known[0] > _ANSWER_VALID_S:
-        known = (time.monotonic(), _request(endpoint))
-        _hub_answers[endpoint] = known
+        known = _hub_answers[endpoint] = (time.monotonic(), _request(endpoint))
     return known[1]
 
 
@@ -103,23 +176,7 @@ def _hub_rows(dataset: HubDataset, name: str, splits: Sequence[str], seed: int) 
             except Exception as error:  # whatever `datasets`, `fsspec` and the HTTP library raise
                 raise _as_data_error(name, error) from error
         streams.append(iter(stream.shuffle(seed=seed, buffer_size=dataset.buffer_size)))
-    return _with_data_errors(_round_robin(streams), name)
-
-
-def _modelscope_rows(dataset: HubDataset, name: str, splits: Sequence[str], seed: int) -> Iterator[Any]:
-    """As `_hub_rows`, for a ModelScope dataset. Needs the package `modelscope`."""
-    try:
-        from modelscope.msdatasets import MsDataset
-    except ImportError as error:
-        raise HubUnreachable(name, 'ModelScope needs `pip install "auto-round[modelscope]"`') from error
-    try:
-        streams = [
-            iter(MsDataset.load(name, subset_name="default", split=s, use_streaming=True).to_hf_dataset())
-            for s in splits
-        ]
-    except Exception as error:  # whatever `modelscope` and the HTTP library raise
-        raise _as_data_error(name, error) from error
-    return _buffer_shuffle(_with_data_errors(_round_robin(streams), name), seed, dataset.buffer_size)
+    return _round_robin(streams, name)
 
 
 def _cached_stream(path: str, config: str | None, split: str) -> Any:
@@ -141,18 +198,19 @@ def _cached_stream(path: str, config: str | None, split: str) -> Any:
     return None
 
 
-def _round_robin(streams: list[Iterator[Any]]) -> Iterator[Any]:
-    while streams:
-        for stream in list(streams):
-            try:
-                yield next(stream)
-            except StopIteration:
-                streams.remove(stream)
-
-
-def _buffer_shuffle(rows: Iterator[Any], seed: int, size: int) -> Iterator[Any]:
+def _modelscope_rows(dataset: HubDataset, name: str, splits: Sequence[str], seed: int) -> Iterator[Any]:
+    """As `_hub_rows`, for a ModelScope dataset. Needs the package `modelscope`."""
+    try:
+        from modelscope.msdatasets import MsDataset
+    except ImportError as error:
+        raise HubUnreachable(name, 'ModelScope needs `pip install "auto-round[modelscope]"`') from error
+    try:
+        sets = [MsDataset.load(name, subset_name="default", split=s, use_streaming=True) for s in splits]
+        rows = _round_robin([iter(one.to_hf_dataset()) for one in sets], name)
+    except Exception as error:  # whatever `modelscope` and the HTTP library raise
+        raise _as_data_error(name, error) from error
     rng = random.Random(seed)
-    buffer = list(itertools.islice(rows, size))
+    buffer = list(itertools.islice(rows, dataset.buffer_size))
     for row in rows:
         i = rng.randrange(len(buffer))
         yield buffer[i]
@@ -161,14 +219,33 @@ def _buffer_shuffle(rows: Iterator[Any], seed: int, size: int) -> Iterator[Any]:
     yield from buffer
 
 
-def _with_data_errors(rows: Iterator[Any], name: str) -> Iterator[Any]:
-    """Yield the rows; a failure of the network is raised as DataError."""
+def _round_robin(streams: list[Iterator[Any]], name: str) -> Iterator[Any]:
+    """Yield a row of each stream in turn; a failure of the network is raised as DataError."""
     try:
-        yield from rows
+        while streams:
+            for stream in list(streams):
+                try:
+                    yield next(stream)
+                except StopIteration:
+                    streams.remove(stream)
     except DataError:
         raise
     except Exception as error:  # whatever the stream's libraries raise
         raise _as_data_error(name, error) from error
+
+
+def _row_documents(row: Any, column: str | tuple[str, ...] | None, where: str) -> Iterator[Document]:
+    if column is None:
+        yield from documents_from_item(row, where)
+        return
+    names = (column,) if isinstance(column, str) else column
+    if not isinstance(row, Mapping) or any(n not in row for n in names):
+        shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise DataError(f"{where} has no column {names}, it has {shown}; the dataset has changed, use another one")
+    if len(names) == 1:
+        yield document_from_row({"messages" if names[0] == "messages" else "text": row[names[0]]}, where)
+    else:
+        yield "\n\n".join(str(row[n]) for n in names if row[n])
 
 
 def _as_data_error(name: str, error: Exception) -> DataError:
@@ -187,115 +264,3 @@ def _as_data_error(name: str, error: Exception) -> DataError:
 def _short(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-DEFAULT_DATASET = "NeelNanda/pile-10k"
-"""The dataset that is used when none is given."""
-
-MODELSCOPE_DEFAULT = "swift/pile-val-backup"
-"""The same on the platform ModelScope."""
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """A dataset on a hub.
-
-    Attributes:
-        names: names in a dataset string; the first is shown.
-        description: a few words for `list dataset`.
-        splits: default splits.
-        column: text column; None looks for a usual name; several are joined by an empty line.
-        path: hub id when it differs from the name.
-        config: configuration of the dataset.
-        data_files: parquet files inside the repository, for datasets with a loading script.
-        buffer_size: rows held for shuffling; large for a dataset that is small and sorted.
-        concat: default of `concat`; True for documents far shorter than a usual sample.
-        modelscope: it is on ModelScope.
-    """
-
-    names: tuple[str, ...]
-    description: str
-    splits: tuple[str, ...] = ("train",)
-    column: str | tuple[str, ...] | None = "text"
-    path: str | None = None
-    config: str | None = None
-    data_files: str | None = None
-    buffer_size: int = 1000
-    concat: bool = False
-    modelscope: bool = False
-
-
-HUB_DATASETS = (
-    HubDataset((DEFAULT_DATASET,), "10,000 documents of the Pile, mixed English (default)", buffer_size=10_000),
-    HubDataset(
-        (MODELSCOPE_DEFAULT,),
-        "validation part of the Pile",
-        splits=("validation",),
-        modelscope=True,
-        buffer_size=10_000,
-    ),
-    HubDataset(("BAAI/CCI3-HQ",), "Chinese web text"),
-    HubDataset(
-        ("codeparrot/github-code-clean",), "source code in many languages", column="code", data_files="data/*.parquet"
-    ),
-    HubDataset(("HuggingFaceH4/ultrachat_200k",), "conversations", splits=("train_sft",), column="messages"),
-    HubDataset(("madao33/new-title-chinese",), "Chinese news", column="content", buffer_size=6000),
-    HubDataset(
-        ("mbpp", "google-research-datasets/mbpp"),
-        "short Python problems with solutions, joined",
-        splits=("train", "validation", "test"),
-        column=("text", "code"),
-        path="google-research-datasets/mbpp",
-        config="full",
-        concat=True,
-    ),
-    HubDataset(("openbmb/Ultra-FineWeb",), "filtered web text, splits en and zh", splits=("en",), column="content"),
-    HubDataset(
-        ("opencode-instruct", "nvidia/OpenCodeInstruct"),
-        "Python questions with answers",
-        column=None,
-        path="nvidia/OpenCodeInstruct",
-    ),
-)
-"""Datasets with a short name."""
-
-
-def hub_documents(dataset: HubDataset, name: str, split: str | None, seed: int) -> Iterator[Document]:
-    """Yield the documents of a hub dataset. Raises DataError when it cannot be read or has no rows."""
-    splits = split.split("+") if split else dataset.splits
-    read = _modelscope_rows if dataset.modelscope else _hub_rows
-    empty = True
-    for row in read(dataset, name, splits, seed):
-        empty = False
-        yield _row_document(row, dataset.column, f"a row of dataset {name!r}")
-    if empty and not dataset.modelscope:
-        raise DataError(f"dataset {name!r} has no rows in split {'+'.join(splits)}; choose another split")
-
-
-def unlisted_hub_documents(name: str, split: str | None, seed: int) -> Iterator[Document]:
-    """Yield the documents of a hub dataset without a row in `HUB_DATASETS`; its text column must have a usual name."""
-    return hub_documents(HubDataset((name,), "", column=None), name, split, seed)
-
-
-def _row_document(row: Any, column: str | tuple[str, ...] | None, where: str) -> Document:
-    if column is None:
-        return document_from_row(row, where)
-    names = (column,) if isinstance(column, str) else column
-    if not isinstance(row, Mapping) or any(n not in row for n in names):
-        shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise DataError(f"{where} has no column {names}, it has {shown}; the dataset has changed, use another one")
-    if len(names) == 1:
-        return document_from_row({"messages" if names[0] == "messages" else "text": row[names[0]]}, where)
-    return "\n\n".join(str(row[n]) for n in names if row[n])
-
-
-def _register(dataset: HubDataset) -> None:
-    where = "ModelScope" if dataset.modelscope else "Hugging Face hub"
-
-    @register_dataset(dataset.names, description=dataset.description, where=where, concat=dataset.concat)
-    def read(dataset_name: str, split: str | None, seed: int) -> Iterator[Document]:
-        return hub_documents(dataset, dataset_name, split, seed)
-
-
-for _dataset in HUB_DATASETS:
-    _register(_dataset)

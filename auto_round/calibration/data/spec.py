@@ -33,13 +33,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from auto_round.errors import ConfigError, nearest
+from auto_round.report.run_report import redact_path
 
-OPTIONS = ("num", "split", "concat", "apply_chat_template", "system_prompt")
-"""Options of a dataset string."""
-
-_SWITCHES = ("concat", "apply_chat_template")
-_TRUE = ("true", "1", "yes", "on")
-_FALSE = ("false", "0", "no", "off")
+_BOOLS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _EXAMPLE = "./tmp.json,NeelNanda/pile-10k:num=256:split=train+test,mbpp:concat=True"
 
@@ -76,34 +72,42 @@ def parse_dataset_string(text: str) -> list[DatasetSpec]:
     Raises ConfigError for an empty string or name, an unclosed quote, an unknown or repeated option, or an invalid
     value.
     """
-    return [_parse_one(part, text) for part in _split(text, ",", text)]
+    specs = []
+    for part in _split(text, ",", text):
+        first, *pieces = _split(part, ":", text)
+        name = _unquote(first)
+        if not name:
+            raise ConfigError(f"dataset {text!r} has an empty name; write it like {_EXAMPLE!r}")
+        values: dict[str, Any] = {}
+        for piece in pieces:
+            key, value = _key_and_value(piece, text)
+            if key in values:
+                raise ConfigError(f"dataset {name!r} gives {key} twice; give it once")
+            values[key] = OPTIONS[key](value, key, name)
+        spec = DatasetSpec(name, splits=values.pop("split", ()), **values)
+        if spec.system_prompt is not None and not spec.apply_chat_template:
+            raise ConfigError(f"dataset {name!r} has a system_prompt but no chat template; add ':apply_chat_template'")
+        specs.append(spec)
+    return specs
 
 
-def _parse_one(part: str, whole: str) -> DatasetSpec:
-    pieces = _split(part, ":", whole)
-    name = _unquote(pieces[0])
-    if not name:
-        raise ConfigError(f"dataset {whole!r} has an empty name; write it like {_EXAMPLE!r}")
-    values: dict[str, str] = {}
-    for piece in pieces[1:]:
-        key, value = _key_and_value(piece, whole)
-        if key in values:
-            raise ConfigError(f"dataset {name!r} gives {key} twice; give it once")
-        values[key] = value
-    spec = DatasetSpec(
-        name=name,
-        num=_parse_count(values["num"], name) if "num" in values else None,
-        splits=_splits(values["split"], name) if "split" in values else (),
-        concat=_parse_bool("concat", values["concat"], name) if "concat" in values else None,
-        apply_chat_template=_parse_bool("apply_chat_template", values.get("apply_chat_template", "false"), name),
-        system_prompt=_unquote(values["system_prompt"]) if "system_prompt" in values else None,
-    )
-    if spec.system_prompt is not None and not spec.apply_chat_template:
-        raise ConfigError(f"dataset {name!r} has a system_prompt but no chat template; add ':apply_chat_template'")
-    return spec
+def redact_dataset(text: str) -> str:
+    """A dataset string without the folders of files."""
+
+    def redact(word: str) -> str:
+        path = _unquote(word)
+        return word.replace(path, redact_path(path)) if path else word
+
+    datasets = []
+    for part in _split(text, ",", text):
+        name, *options = _split(part, ":", text)
+        parts = [key + equals + redact(value) for key, equals, value in (o.partition("=") for o in options)]
+        datasets.append(":".join([redact(name), *parts]))
+    return ",".join(datasets)
 
 
 def _key_and_value(piece: str, whole: str) -> tuple[str, str]:
+    """The option `key=value`; a word alone is a switch or a split."""
     key, equals, value = piece.partition("=")
     key = key.strip()
     if equals and key[:1] not in "'\"":
@@ -115,32 +119,42 @@ def _key_and_value(piece: str, whole: str) -> tuple[str, str]:
     word = piece.strip()
     if not word:
         raise ConfigError(f"dataset {whole!r} has nothing between two ':'; write options like {_EXAMPLE!r}")
-    if word in _SWITCHES:
+    if OPTIONS.get(word) is _parse_bool:
         return word, "true"
     if word in OPTIONS:
         raise ConfigError(f"dataset {whole!r} gives {word} without a value; write ':{word}=…'")
     return "split", word
 
 
-def _splits(value: str, name: str) -> tuple[str, ...]:
+def _parse_splits(value: str, key: str, name: str) -> tuple[str, ...]:
     splits = tuple(_unquote(s) for s in _split(value, "+", value))
     if not all(splits):
         raise ConfigError(f"dataset {name!r} has an empty split in {value!r}; write split=train+test")
     return splits
 
 
-def _parse_count(value: str, name: str) -> int:
+def _parse_count(value: str, key: str, name: str) -> int:
     word = _unquote(value)
     if not word.isdecimal() or int(word) < 1:
         raise ConfigError(f"dataset {name!r} has num={value}; num is an integer of 1 or more")
     return int(word)
 
 
-def _parse_bool(key: str, value: str, name: str) -> bool:
+def _parse_bool(value: str, key: str, name: str) -> bool:
     word = _unquote(value).lower()
-    if word not in _TRUE + _FALSE:
+    if word not in _BOOLS:
         raise ConfigError(f"dataset {name!r} has {key}={value}; write {key}=True or {key}=False")
-    return word in _TRUE
+    return _BOOLS[word]
+
+
+OPTIONS: dict[str, Callable[[str, str, str], Any]] = {
+    "num": _parse_count,
+    "split": _parse_splits,
+    "concat": _parse_bool,
+    "apply_chat_template": _parse_bool,
+    "system_prompt": lambda value, key, name: _unquote(value),
+}
+"""Options of a dataset string, and the functions that read their values: (value, option, dataset)."""
 
 
 def _split(text: str, separator: str, whole: str) -> list[str]:
@@ -276,14 +290,9 @@ def samples_per_dataset(wanted: Sequence[int | None], total: int) -> list[int]:
     rest = total - even * len(unset)
     for i in unset:  # an even part of the total, on the scale of the numbers
         weights[i] = even * asked / rest if rest > 0 and asked else 1.0
-    return _proportional(weights, total)
-
-
-def _proportional(weights: Sequence[float], total: int) -> list[int]:
-    """Integers in proportion to `weights` that sum to `total` (largest remainders), none 0 if possible."""
     exact = [w * total / sum(weights) for w in weights]
     result = [int(e) for e in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (result[i] - exact[i], i))
+    by_remainder = sorted(range(len(exact)), key=lambda i: (result[i] - exact[i], i))  # largest first
     for i in by_remainder[: total - sum(result)]:
         result[i] += 1
     while 0 in result and max(result) > 1:

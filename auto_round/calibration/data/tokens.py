@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from auto_round.calibration.data.documents import IGNORED_LABEL, Document, Message, TokenDocument, plain_text
+from auto_round.calibration.data.documents import IGNORED_LABEL, Document, Message, TokenDocument
 from auto_round.errors import DataError
 
 Sample = dict[str, torch.Tensor]
@@ -96,7 +96,7 @@ def render(document: Document, tokenizer: Any, apply_chat_template: bool, system
     DataError when the tokenizer has no template, the template rejects the messages, or the document is token ids.
     """
     if not apply_chat_template:
-        return plain_text(document) if isinstance(document, list) else document
+        return "\n".join(m["content"] for m in document if m["content"]) if isinstance(document, list) else document
     if isinstance(document, TokenDocument):
         raise DataError("apply_chat_template needs text, but this dataset has token ids; leave apply_chat_template out")
     messages: list[Message] = [{"role": "user", "content": document}] if isinstance(document, str) else list(document)
@@ -116,29 +116,23 @@ def render(document: Document, tokenizer: Any, apply_chat_template: bool, system
 
 
 def samples_of(
-    documents: Iterable[Document],
-    tokenizer: Any,
-    tally: DocumentStats,
-    *,
-    apply_chat_template: bool = False,
+    documents: Iterable[Document], tokenizer: Any, stats: DocumentStats, apply_chat_template: bool = False,
     system_prompt: str | None = None,
-    most_documents: int | None = None,
-) -> Iterator[Sample]:
-    """Yield samples of `tally.seqlen` tokens on demand; `tally` is updated.
+) -> Iterator[Sample]:  # fmt: skip
+    """Yield samples of `stats.seqlen` tokens on demand; `stats` is updated.
 
-    Reads only as far as needed (in batches of 64 texts), and at most `most_documents`. Raises DataError for invalid
-    ids, and for text without a tokenizer.
+    Reads only as far as needed, in batches of 64 texts. Raises DataError for invalid ids, and for text without a
+    tokenizer.
     """
-    stream = iter(documents) if most_documents is None else itertools.islice(documents, most_documents)
-    rendered = (render(d, tokenizer, apply_chat_template, system_prompt) for d in stream)
+    rendered = (render(d, tokenizer, apply_chat_template, system_prompt) for d in documents)
     encoder = _Encoder(tokenizer, specials=not apply_chat_template)
-    if tally.concat:
-        yield from _concatenated(rendered, encoder, tally)
+    if stats.concat:
+        yield from _concatenated(rendered, encoder, stats)
         return
-    samples = (_cut_sample(document, tally) for document in encoder.encode(rendered, most_tokens=tally.seqlen))
-    for sample in samples:
+    for document in encoder.encode(rendered, most_tokens=stats.seqlen):
+        sample = _cut_sample(document, stats)
         if sample is not None:
-            tally.kept += 1
+            stats.kept += 1
             yield sample
 
 
@@ -146,15 +140,13 @@ class _Encoder:
     """Tokenizes texts in batches."""
 
     def __init__(self, tokenizer: Any, specials: bool) -> None:
-        self.tokenizer = tokenizer
-        self.specials = specials
+        self.tokenizer, self.specials = tokenizer, specials
 
     def leading_tokens(self) -> list[int]:
         """Special tokens that the tokenizer puts before a text."""
         if self.tokenizer is None:
             return []
-        bare = self._ids(["a"], specials=False)[0]
-        full = self._ids(["a"], specials=True)[0]
+        (bare,), (full,) = self._ids(["a"], specials=False), self._ids(["a"], specials=True)
         for start in range(len(full) - len(bare) + 1):
             if bare and full[start : start + len(bare)] == bare:
                 return full[:start]
@@ -165,27 +157,23 @@ class _Encoder:
         stream = iter(documents)
         while batch := list(itertools.islice(stream, _BATCH)):
             texts = [d for d in batch if isinstance(d, str)]
-            encoded = iter(self._encode_texts(texts, most_tokens))
+            if texts and self.tokenizer is None:
+                raise DataError(
+                    "calibration text needs a tokenizer; give tokenizer=…, or give token ids instead of text"
+                )
+            limit = None if most_tokens is None else _CHARS_PER_TOKEN * most_tokens
+            encoded = self._ids([text[:limit] for text in texts], self.specials)
+            if limit is not None and most_tokens is not None:
+                # A text whose truncated copy has too few tokens (long runs of spaces, say) is tokenized whole.
+                for i, text in enumerate(texts):
+                    if len(text) > limit and len(encoded[i]) < most_tokens + 16:
+                        (encoded[i],) = self._ids([text], self.specials)
+            tokens = iter(encoded)
             for document in batch:
                 if isinstance(document, TokenDocument):
                     yield _checked_ids(document, self.tokenizer)
                 else:
-                    yield TokenDocument(next(encoded))
-
-    def _encode_texts(self, texts: list[str], most_tokens: int | None) -> list[list[int]]:
-        if not texts:
-            return []
-        if self.tokenizer is None:
-            raise DataError("calibration text needs a tokenizer; give tokenizer=…, or give token ids instead of text")
-        if most_tokens is None:
-            return self._ids(texts, self.specials)
-        limit = _CHARS_PER_TOKEN * most_tokens
-        result = self._ids([t[:limit] for t in texts], self.specials)
-        # A text whose truncated copy has too few tokens (long runs of spaces, say) is tokenized whole.
-        again = [i for i, t in enumerate(texts) if len(t) > limit and len(result[i]) < most_tokens + 16]
-        for i, ids in zip(again, self._ids([texts[i] for i in again], self.specials), strict=True):
-            result[i] = ids
-        return result
+                    yield TokenDocument(next(tokens))
 
     def _ids(self, texts: list[str], specials: bool) -> list[list[int]]:
         if not texts:
@@ -197,59 +185,57 @@ class _Encoder:
         return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _cut_sample(document: TokenDocument, tally: DocumentStats) -> Sample | None:
+def _cut_sample(document: TokenDocument, stats: DocumentStats) -> Sample | None:
     """One sample of `seqlen` tokens, or None when the document is dropped."""
     length = len(document.ids)
-    tally.count(length)
-    if length < tally.seqlen:
-        tally.short += 1
+    stats.count(length)
+    if length < stats.seqlen:
+        stats.short += 1
         return None
-    real = [i for i in range(length) if document.mask is None or document.mask[i]]
-    if not real:  # everything is masked
-        tally.repeats += 1
+    mask = document.mask if document.mask is not None else [1] * length
+    if not any(mask):
+        stats.repeats += 1
         return None
-    start = min(real[0], length - tally.seqlen)  # leading padding is cut off first
-    window = slice(start, start + tally.seqlen)
+    start = min(next(i for i in range(length) if mask[i]), length - stats.seqlen)  # leading padding is cut off first
+    window = slice(start, start + stats.seqlen)
     ids = document.ids[window]
-    mask = document.mask[window] if document.mask is not None else [1] * len(ids)
     if document.mask is None and _mostly_one_token(ids):  # a text: ids given by the user have a mask here
-        tally.repeats += 1
+        stats.repeats += 1
         return None
-    return _sample(ids, mask, document.labels[window] if document.labels is not None else None)
+    return _sample(ids, mask[window], document.labels[window] if document.labels is not None else None)
 
 
 def _mostly_one_token(ids: list[int]) -> bool:
-    """Whether one token repeated to the end makes up more than half of `ids` (or there are none)."""
+    """Whether one token repeated to the end makes up more than half of `ids`."""
     run = sum(1 for _ in itertools.takewhile(lambda token: token == ids[-1], reversed(ids)))
-    return run * 2 > len(ids) or not ids
+    return run * 2 > len(ids)
 
 
-def _concatenated(documents: Iterable[Document], encoder: _Encoder, tally: DocumentStats) -> Iterator[Sample]:
+def _concatenated(documents: Iterable[Document], encoder: _Encoder, stats: DocumentStats) -> Iterator[Sample]:
     """Yield samples cut from all documents joined; padding is left out."""
     before = encoder.leading_tokens()
-    if len(before) >= tally.seqlen:
-        raise DataError(f"seqlen={tally.seqlen} is too short for the {len(before)} special tokens of the tokenizer")
+    if len(before) >= stats.seqlen:
+        raise DataError(f"seqlen={stats.seqlen} is too short for the {len(before)} special tokens of the tokenizer")
     ids: list[int] = []
     labels: list[int] = []
-    has_labels = False
-    user_ids = False
+    has_labels = user_ids = False
     for document in encoder.encode(documents):
         user_ids = user_ids or document.mask is not None
         has_labels = has_labels or document.labels is not None
         kept = [i for i in range(len(document.ids)) if document.mask is None or document.mask[i]]
-        tally.count(len(kept))
+        stats.count(len(kept))
         ids.extend(document.ids[i] for i in kept)
         labels.extend((document.labels or document.ids)[i] for i in kept)
         position = 0
         while True:
             lead = [] if user_ids or ids[position : position + len(before)] == before else before
-            end = position + tally.seqlen - len(lead)
+            end = position + stats.seqlen - len(lead)
             if end > len(ids):
                 break
             chunk = lead + ids[position:end]
             chunk_labels = [IGNORED_LABEL] * len(lead) + labels[position:end]
             position = end
-            tally.kept += 1
+            stats.kept += 1
             yield _sample(chunk, [1] * len(chunk), chunk_labels if has_labels else None)
         del ids[:position], labels[:position]
 
@@ -269,16 +255,12 @@ def _checked_ids(document: TokenDocument, tokenizer: Any) -> TokenDocument:
                 "a sample has an attention_mask with values other than 0 and 1; use 1 for tokens and 0 for padding"
             )
         return document
-    length = len(document.ids)
-    mask = [1] * length
+    mask = [1] * len(document.ids)
     pad = getattr(tokenizer, "pad_token_id", None)
     others = {getattr(tokenizer, f"{k}_token_id", None) for k in ("eos", "bos", "unk")}
-    if pad is not None and pad not in others:
-        for order in (range(length), range(length - 1, -1, -1)):
-            for i in itertools.takewhile(lambda i: document.ids[i] == pad, order):
-                mask[i] = 0
-        if not any(mask):  # only this token: not padding
-            mask = [1] * length
+    real = [i for i, token in enumerate(document.ids) if token != pad]
+    if pad is not None and pad not in others and real:  # nothing but this token: not padding
+        mask = [int(real[0] <= i <= real[-1]) for i in range(len(mask))]
     return TokenDocument(document.ids, mask, document.labels)
 
 

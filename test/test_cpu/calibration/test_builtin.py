@@ -15,7 +15,6 @@ import pytest
 from auto_round.calib_dataset import (
     DATASETS,
     available_datasets,
-    load_calibration,
     prepare_calibration,
     register_dataset,
 )
@@ -80,11 +79,13 @@ def test_there_is_enough_for_the_default_job(tokenizer: Any) -> None:
 
 
 def test_builtin_depends_on_the_seed(tokenizer: Any) -> None:
-    one, same, other = (load_calibration("builtin", tokenizer, seqlen=64, nsamples=4, seed=s) for s in (1, 1, 2))
+    one, same, other = (
+        prepare_calibration("builtin", tokenizer, seqlen=64, nsamples=4, seed=s).samples for s in (1, 1, 2)
+    )
     assert all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(one, same, strict=True))
     assert not any(a["input_ids"].equal(b["input_ids"]) for a, b in zip(one, other, strict=True))
     with pytest.raises(DataError, match="no split 'test'"):
-        load_calibration("builtin:test", tokenizer, seqlen=64, nsamples=4, seed=0)
+        prepare_calibration("builtin:test", tokenizer, seqlen=64, nsamples=4, seed=0)
 
 
 @pytest.mark.parametrize("dataset", [None, "NeelNanda/pile-10k"])
@@ -103,7 +104,7 @@ def test_default_falls_back_with_one_line(dataset: Any, tokenizer: Any, caplog: 
 @pytest.mark.usefixtures("no_hub")
 def test_a_named_set_is_never_replaced(dataset: str, tokenizer: Any) -> None:
     with pytest.raises(DataError, match="cannot be reached .no network in this test.; check the network.*builtin"):
-        load_calibration(dataset, tokenizer, seqlen=64, nsamples=4, seed=0)
+        prepare_calibration(dataset, tokenizer, seqlen=64, nsamples=4, seed=0)
 
 
 def test_dead_network_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,13 +155,13 @@ def test_a_cached_copy_serves_without_a_hub(tmp_path: Path, monkeypatch: pytest.
 )
 def test_hub_sets_are_streamed(dataset: Any, call: Any, hub: list[Any], tokenizer: Any) -> None:
     args: dict[str, Any] = {"seqlen": 32, "nsamples": 6}
-    one, same = (load_calibration(dataset, tokenizer, seed=1, **args) for _ in range(2))
+    one, same = (prepare_calibration(dataset, tokenizer, seed=1, **args).samples for _ in range(2))
     assert hub == call * 2
     assert len(one) == 6
     assert all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(one, same, strict=True))
     assert not all(
         a["input_ids"].equal(b["input_ids"])
-        for a, b in zip(one, load_calibration(dataset, tokenizer, seed=2, **args), strict=True)
+        for a, b in zip(one, prepare_calibration(dataset, tokenizer, seed=2, **args).samples, strict=True)
     )
 
 
@@ -172,7 +173,7 @@ def test_hub_errors_say_what_to_do(hub: list[Any], tokenizer: Any, monkeypatch: 
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
     with pytest.raises(DataError, match="the hub has no dataset 'org/x'.*check the name"):
-        load_calibration("org/x", tokenizer, seqlen=32, nsamples=2, seed=0)
+        prepare_calibration("org/x", tokenizer, seqlen=32, nsamples=2, seed=0)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         def rows() -> Iterator[Any]:
@@ -183,8 +184,8 @@ def test_hub_errors_say_what_to_do(hub: list[Any], tokenizer: Any, monkeypatch: 
 
     monkeypatch.setattr(datasets, "load_dataset", broken)
     with pytest.raises(DataError, match="cannot be reached .read timed out"):
-        load_calibration("org/x", tokenizer, seqlen=32, nsamples=2, seed=0)
-    assert load_calibration(None, tokenizer, seqlen=32, nsamples=2, seed=0)
+        prepare_calibration("org/x", tokenizer, seqlen=32, nsamples=2, seed=0)
+    assert prepare_calibration(None, tokenizer, seqlen=32, nsamples=2, seed=0).samples
 
 
 def test_modelscope_takes_over_the_default(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, caplog: Any) -> None:
@@ -194,17 +195,17 @@ def test_modelscope_takes_over_the_default(monkeypatch: pytest.MonkeyPatch, toke
     for switch in ({"platform": "model_scope"}, {}):
         monkeypatch.setenv("AR_USE_MODELSCOPE", "0" if switch else "1")
         caplog.clear()
-        load_calibration(None, tokenizer, seqlen=64, nsamples=2, seed=0, **switch)  # type: ignore[arg-type]
+        prepare_calibration(None, tokenizer, seqlen=64, nsamples=2, seed=0, **switch)  # type: ignore[arg-type]
         assert "swift/pile-val-backup cannot be used (ModelScope needs" in caplog.text
 
 
 def test_unknown_names_suggest_known_ones(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="'bultin' is not known; did you mean 'builtin'"):
-        load_calibration("bultin", tokenizer, seqlen=64, nsamples=4, seed=0)
+        prepare_calibration("bultin", tokenizer, seqlen=64, nsamples=4, seed=0)
     with pytest.raises(DataError, match="'a/b/c' is not known"):
-        load_calibration("builtin,a/b/c", tokenizer, seqlen=64, nsamples=4, seed=0)
+        prepare_calibration("builtin,a/b/c", tokenizer, seqlen=64, nsamples=4, seed=0)
     with pytest.raises(ConfigError, match="local file and has no splits"):
-        load_calibration("./x.json:train", tokenizer, seqlen=64, nsamples=4, seed=0)
+        prepare_calibration("./x.json:train", tokenizer, seqlen=64, nsamples=4, seed=0)
 
 
 @pytest.mark.usefixtures("registry")
@@ -220,7 +221,7 @@ def test_a_user_can_register_a_dataset(tokenizer: Any) -> None:
         yield {"input_ids": list(range(40))}
         yield tokenizer("a text that somebody has tokenized", return_tensors="pt")
 
-    samples = load_calibration("team/notes:train+dev", tokenizer, seqlen=16, nsamples=5, seed=9)
+    samples = prepare_calibration("team/notes:train+dev", tokenizer, seqlen=16, nsamples=5, seed=9).samples
     assert seen == {"seqlen": 16, "dataset_name": "team/notes", "split": "train+dev", "seed": 9, "extra": 3}
     assert [tokenizer.decode(s["input_ids"])[:12] for s in samples[:3]] == [
         "<bos>a plain",
@@ -238,8 +239,8 @@ def test_a_dataset_that_renders_its_own_template(tokenizer: Any) -> None:
         """Reads mine."""
         return [f"[{apply_chat_template} {system_prompt}]"] * 20
 
-    samples = load_calibration("mine:apply_chat_template:system_prompt=hi", tokenizer, seqlen=16, nsamples=1, seed=0)
-    assert "[True hi]" in tokenizer.decode(samples[0]["input_ids"])
+    data = prepare_calibration("mine:apply_chat_template:system_prompt=hi", tokenizer, seqlen=16, nsamples=1, seed=0)
+    assert "[True hi]" in tokenizer.decode(data.samples[0]["input_ids"])
     assert ("mine", "Reads mine.", "registered by this program") in available_datasets()
 
 

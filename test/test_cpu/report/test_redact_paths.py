@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from auto_round.report.run_report import redact_dataset, redact_path, redact_paths
+from auto_round.calibration.data.spec import redact_dataset
+from auto_round.report.run_report import redact_path, redact_paths
 
 
 @pytest.mark.parametrize(("text", "wanted"), [
@@ -39,4 +40,5 @@ def test_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         == "a.jsonl:num=3,NeelNanda/pile-10k:split=train"
     )
     assert redact_dataset(f"{tmp_path}/data/a.jsonl") == "a.jsonl" and redact_dataset("pile") == "pile"
+    assert redact_dataset("'/a/my, b.txt':num=2,C:/x/y.json") == "'my, b.txt':num=2,C:/x/y.json"
     assert redact_path("data") == "data" and redact_path("~/x/y") == "y"

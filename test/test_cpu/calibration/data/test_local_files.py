@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from auto_round.calib_dataset import load_calibration
-from auto_round.calibration.data.documents import TokenDocument, document_from_row
+from auto_round.calib_dataset import prepare_calibration
+from auto_round.calibration.data.documents import TokenDocument, documents_from_item
 from auto_round.calibration.data.sources import looks_like_path, read_local, split_text
 from auto_round.errors import DataError
 
@@ -128,19 +128,19 @@ def test_names_and_paths_are_told_apart() -> None:
 
 def test_conversation_parts_and_errors_name_the_row() -> None:
     parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]}
-    assert document_from_row(parts, "row") == [{"role": "user", "content": "a"}]
+    assert list(documents_from_item(parts, "row")) == [[{"role": "user", "content": "a"}]]
     with pytest.raises(DataError, match="row 7 is a float"):
-        document_from_row(0.5, "row 7")
+        list(documents_from_item(0.5, "row 7"))
 
 
 def test_file_to_samples(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "d.json").write_text(json.dumps(["abc" * 30, "abd" * 30, "short"]))
-    samples = load_calibration(str(tmp_path / "d.json"), tokenizer, seqlen=64, nsamples=2, seed=0)
+    samples = prepare_calibration(str(tmp_path / "d.json"), tokenizer, seqlen=64, nsamples=2, seed=0).samples
     texts = {tokenizer.decode(s["input_ids"], skip_special_tokens=True) for s in samples}
     assert texts == {("abc" * 30)[:63], ("abd" * 30)[:63]}
 
 
 def test_json_with_input_ids_needs_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text(json.dumps([{"input_ids": list(range(20))}, {"input_ids": list(range(9))}]))
-    samples = load_calibration(str(tmp_path / "d.json"), None, seqlen=10, nsamples=1, seed=0)
+    samples = prepare_calibration(str(tmp_path / "d.json"), None, seqlen=10, nsamples=1, seed=0).samples
     assert samples[0]["input_ids"].tolist() == list(range(10))

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from auto_round.calib_dataset import load_calibration, prepare_calibration
+from auto_round.calib_dataset import prepare_calibration
 from auto_round.errors import ConfigError, DataError
 
 TEXT = "the quick brown fox jumps over the lazy dog "
 
 
 def load(data: Any, tokenizer: Any, seqlen: int = 16, nsamples: int = 4, seed: int = 0, **more: Any) -> list[Any]:
-    return load_calibration(data, tokenizer, seqlen=seqlen, nsamples=nsamples, seed=seed, **more)
+    return prepare_calibration(data, tokenizer, seqlen=seqlen, nsamples=nsamples, seed=seed, **more).samples
 
 
 def test_long_is_cut_and_short_is_dropped(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
