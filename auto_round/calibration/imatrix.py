@@ -29,22 +29,12 @@ _LONGEST_NAME = 1024
 
 @dataclass(frozen=True)
 class ImatrixFile:
-    """The content of an importance matrix file.
+    """Mean squares by name, float32 [in], or [experts, in] for stacked experts, with ones for an expert without tokens.
 
-    Attributes:
-        importance: mean squares by name, float32 [in], or [experts, in] for stacked experts, with ones for an expert
-            without tokens. In the legacy format the experts of a tensor are one row, see `of`.
-        tokens: float32 [experts] (or [1]) by name: number of tokens; empty in the legacy format.
-        chunks: number of text chunks, 0 if the file does not say.
-        chunk_size: tokens of a chunk, 0 if the file does not say.
-        datasets: names of the datasets.
+    In the legacy format the experts of a tensor are one row, see `of`.
     """
 
     importance: dict[str, torch.Tensor]
-    tokens: dict[str, torch.Tensor]
-    chunks: int
-    chunk_size: int
-    datasets: tuple[str, ...]
 
     def of(self, name: str, shape: Sequence[int]) -> torch.Tensor | None:
         """Importance of the tensor `name` of `shape` [out, in] or [experts, out, in]: [in] or [experts, in].
@@ -81,21 +71,17 @@ def read_imatrix(path: str | os.PathLike[str]) -> ImatrixFile:
 
 
 def write_imatrix(
-    path: str | os.PathLike[str],
-    sums: Mapping[str, torch.Tensor],
-    tokens: Mapping[str, int | torch.Tensor],
+    path: str | os.PathLike[str], sums: Mapping[str, torch.Tensor], tokens: Mapping[str, int | torch.Tensor],
     chunk_size: int,
-    datasets: Sequence[str] = (),
-) -> None:
+) -> None:  # fmt: skip
     """Write an importance matrix in the current format, which llama.cpp's `--imatrix` takes.
 
     Args:
-        path: the file to create or replace.
+        path: the file.
         sums: sums of squares by the tensor's name in the GGUF file, [in] or [experts, in], as in
             `SecondMomentObserver`.
         tokens: number of tokens of each: an integer, or one per expert.
         chunk_size: tokens of one sample.
-        datasets: names of the datasets.
 
     Raises:
         OutputError: the file cannot be written.
@@ -114,7 +100,7 @@ def write_imatrix(
     metadata = {
         "general.type": "imatrix",
         # llama-quantize requires the list, and GGUF has no item type for an empty one.
-        "imatrix.datasets": TypedValue(list(datasets) or ["unknown"], "STRING"),
+        "imatrix.datasets": TypedValue(["unknown"], "STRING"),
         "imatrix.chunk_count": chunks,
         "imatrix.chunk_size": chunk_size,
     }
@@ -138,12 +124,7 @@ def _from_gguf(path: Path, header: GgufHeader) -> ImatrixFile:
         raise bad("no tensor is called NAME.in_sum2")
     if any(n.endswith(_COUNTS) and n.removesuffix(_COUNTS) + _SUMS not in header.tensors for n in header.tensors):
         raise bad("it has counts without sums")
-    types: dict[str, type] = {"imatrix.chunk_count": int, "imatrix.chunk_size": int, "imatrix.datasets": list}
-    for key, kind in types.items():
-        if not isinstance(header.values.get(key, kind()), kind):
-            raise bad(f"key {key} has the wrong type")
     importance: dict[str, torch.Tensor] = {}
-    tokens: dict[str, torch.Tensor] = {}
     for name in names:
         sums, counts = (header.tensors.get(name + end) for end in (_SUMS, _COUNTS))
         if sums is None or counts is None or (sums.kind, counts.kind) != ("F32", "F32"):
@@ -157,11 +138,7 @@ def _from_gguf(path: Path, header: GgufHeader) -> ImatrixFile:
         unseen = count.round().unsqueeze(1) == 0
         mean = torch.where(unseen, torch.ones(()), total / count.round().clamp(min=1).unsqueeze(1))
         importance[name] = mean[0] if len(count) == 1 else mean
-        tokens[name] = count
-    return ImatrixFile(
-        importance, tokens, header.values.get("imatrix.chunk_count", 0), header.values.get("imatrix.chunk_size", 0),
-        tuple(str(item) for item in header.values.get("imatrix.datasets", [])),
-    )  # fmt: skip
+    return ImatrixFile(importance)
 
 
 def _floats(path: Path, start: int, nbytes: int) -> torch.Tensor:
@@ -188,9 +165,10 @@ class _LegacyReader:
             values = torch.from_numpy(np.frombuffer(self.bytes(4 * count), "<f4").astype(np.float32))
             importance[name] = values / calls if calls > 0 else values
             _check(name, importance[name], self.path)
-        chunks = self.number() if self.left else 0
-        datasets = (self.text(),) if self.left else ()
-        return ImatrixFile(importance, {}, max(chunks, 0), 0, datasets)
+        if self.left:  # the number of text chunks and the name of the dataset
+            self.number()
+            self.text()
+        return ImatrixFile(importance)
 
     def error(self, problem: str) -> DataError:
         return DataError(f"{self.path} is not an importance matrix of llama.cpp: {problem}")

@@ -139,8 +139,7 @@ def _observe_queries(attentions: Sequence[Attention], observer: KVCacheObserver)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     names = {id(attention.module): attention.name for attention in attentions}
-    chosen: dict[int, str] = {}  # by configuration
-    configs: dict[int, Any] = {}
+    chosen: dict[int, tuple[Any, str]] = {}  # by id: a configuration and its attention function
     for attention in attentions:
         config = getattr(attention.module, "config", None)
         before = getattr(config, "_attn_implementation", None)
@@ -149,21 +148,20 @@ def _observe_queries(attentions: Sequence[Attention], observer: KVCacheObserver)
                 f"{type(attention.module).__name__} does not use Transformers' table of attention functions, so scales "
                 "of queries cannot be computed: leave static_attention_dtype out; static_kv_dtype may work"
             )
-        chosen[id(config)], configs[id(config)] = before, config
+        chosen[id(config)] = (config, before)
 
     def observed(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         observer.add(f"{names[id(module)]}.q", query)
-        before = chosen[id(module.config)]
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function = ALL_ATTENTION_FUNCTIONS.get(before, own)
+        function = ALL_ATTENTION_FUNCTIONS.get(chosen[id(module.config)][1], own)
         return function(module, query, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[_OBSERVED] = observed
     try:
-        for config in configs.values():
+        for config, _ in chosen.values():
             config._attn_implementation = _OBSERVED
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = chosen[key]
+        for config, before in chosen.values():
+            config._attn_implementation = before
         del ALL_ATTENTION_FUNCTIONS[_OBSERVED]

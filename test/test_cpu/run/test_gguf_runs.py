@@ -176,7 +176,7 @@ def test_importance_files(gguf_folder: Callable[..., str], token_ids: list[torch
     folder, saved = gguf_folder("llama"), tmp_path / "imatrix.gguf"
     quantizer(folder, token_ids, save_imatrix=saved).quantize_and_save(tmp_path / "one", format="gguf:q4_k_s")
     file = read_imatrix(saved)
-    assert file.importance["blk.1.ffn_down.weight"].shape == (256,) and float(file.tokens["blk.0.attn_q.weight"]) > 0
+    assert file.importance["blk.1.ffn_down.weight"].shape == (256,) and file.importance["blk.0.attn_q.weight"].any()
     again = AutoRound(folder, iters=0, imatrix=saved, dataset="no such data")
     assert not again.settings.needs_data
     again.quantize_and_save(tmp_path / "two", format="gguf:q4_k_s")
