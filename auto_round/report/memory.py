@@ -7,8 +7,6 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-_TRIM_THRESHOLD = 128 << 20
-
 
 def peak_rss_bytes() -> int:
     """Largest resident set of this process since it started, in bytes."""
@@ -56,7 +54,7 @@ class HeapTrimmer:
     page that it allocates.
     """
 
-    def __init__(self, threshold: int = _TRIM_THRESHOLD) -> None:
+    def __init__(self, threshold: int = 128 << 20) -> None:
         self._threshold, self._rss_at_trim = threshold, rss_bytes()
 
     def trim_if_grown(self) -> None:
@@ -77,19 +75,11 @@ def _malloc_trim() -> Any:
 
 
 def peak_vram_bytes() -> int | None:
-    """Peak memory of tensors on any one CUDA device since the start or `reset_peak_vram`; None without one in use."""
+    """Peak memory of tensors on any one CUDA device since the start; None without one in use."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
     return max(int(torch.cuda.max_memory_allocated(i)) for i in range(torch.cuda.device_count()))
-
-
-def reset_peak_vram() -> None:
-    """Reset the peak of `peak_vram_bytes`."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        for i in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(i)
 
 
 def format_bytes(count: float) -> str:

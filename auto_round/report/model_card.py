@@ -20,6 +20,7 @@ from auto_round.report.memory import format_bytes
 from auto_round.report.run_report import redact_paths, versions
 
 FILE_NAME = "README.md"
+_MOST_ROWS = 40  # of layers with other settings
 _HEADING, _NEXT_HEADING = "## Quality\n", "## How to run\n"
 
 
@@ -36,11 +37,7 @@ class ModelCard:
         settings: of the run, such as {"algorithm": "SignRound", "iters": 200}.
         data: description of the calibration data; None when none was used.
         exceptions: layers with other settings, name to description.
-        quality: measure to value, such as {"perplexity": "21.3 ± 0.4"}; empty when not measured.
-        quality_note: what it was measured on.
         files: sha256 by file name.
-        license: SPDX name of the base model's licence, when known.
-        versions: as in the report.
     """
 
     base_model: str
@@ -51,11 +48,7 @@ class ModelCard:
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
     exceptions: Mapping[str, str] = field(default_factory=dict)
-    quality: Mapping[str, str] = field(default_factory=dict)
-    quality_note: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
-    license: str | None = None
-    versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
 
 def is_hub_id(name: str) -> bool:
@@ -68,14 +61,12 @@ def display_name(base_model: str) -> str:
     return base_model if is_hub_id(base_model) else os.path.basename(os.path.abspath(os.path.expanduser(base_model)))
 
 
-def render_front_matter(card: ModelCard) -> str:
+def _front_matter(card: ModelCard) -> str:
     """The YAML block between `---` lines. Texts are JSON strings, which are valid YAML."""
     base = display_name(card.base_model)
     lines = ["---"]
     if is_hub_id(card.base_model):
         lines += [f"base_model: {json.dumps(base, ensure_ascii=False)}", "base_model_relation: quantized"]
-    if card.license:
-        lines.append(f"license: {json.dumps(card.license, ensure_ascii=False)}")
     library = "mlx" if card.format == "mlx" else "transformers"
     lines += [f"library_name: {library}", "pipeline_tag: text-generation", "quantized_by: auto-round", "tags:"]
     tags = ["auto-round", "quantized", card.scheme.split(" ")[0].lower()]
@@ -86,16 +77,17 @@ def render_front_matter(card: ModelCard) -> str:
 def render_model_card(card: ModelCard) -> str:
     """The text of README.md."""
     base = display_name(card.base_model)
-    parts = [render_front_matter(card), f"# {base}, {card.scheme}", _summary(card, base)]
-    if card.quality:
-        parts.append(_quality_section(list(card.quality.items()), card.quality_note))
+    parts = [_front_matter(card), f"# {base}, {card.scheme}", _summary(card, base)]
     parts.append(_NEXT_HEADING + "\n" + _usage(card.format))
-    made = [(str(k), _format_setting(v)) for k, v in card.settings.items()]
+    words = {True: "yes", False: "no", None: "automatic"}
+    made = [(k, words[v] if v is None or isinstance(v, bool) else str(v)) for k, v in card.settings.items()]
     made.append(("calibration data", card.data or "none"))
     parts.append("## How it was made\n\n" + _table(("setting", "value"), made))
     if card.exceptions:
-        parts.append("Layers with other settings:\n\n" + _table(("layer", "is"), _truncated_rows(card.exceptions)))
-    parts.append("Versions: " + ", ".join(f"{k} {v}" for k, v in card.versions.items()))
+        rows = list(card.exceptions.items())
+        more = [(f"and {len(rows) - _MOST_ROWS} more", "see report.json")] if len(rows) > _MOST_ROWS else []
+        parts.append("Layers with other settings:\n\n" + _table(("layer", "is"), rows[:_MOST_ROWS] + more))
+    parts.append("Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     if card.files:
         parts.append("## Files\n\n" + _table(("file", "sha256"), list(card.files.items())))
     return "\n\n".join(parts) + "\n"
@@ -144,27 +136,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, str]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    lines += [f"| {_cell(a)} | {_cell(b)} |" for a, b in rows]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-
-
-def _format_setting(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "automatic" if value is None else str(value)
-
-
-def _truncated_rows(rows: Mapping[str, str], most: int = 40) -> list[tuple[str, str]]:
-    items = list(rows.items())
-    return items if len(items) <= most else [*items[:most], (f"and {len(items) - most} more", "see report.json")]
-
-
-def _quality_section(rows: Sequence[tuple[str, str]], note: str) -> str:
-    return "\n".join([_HEADING, _table(("measure", "value"), rows), *(("", note) if note else ())])
+    escaped = [[text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for text in row] for row in rows]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in escaped)])
 
 
 def add_quality(
@@ -197,7 +170,7 @@ def add_quality(
 
 def with_quality(card: str, rows: Sequence[tuple[str, str]], note: str) -> str:
     """The text of a model card with this table in its section "Quality"."""
-    section = _quality_section(rows, note)
+    section = "\n".join([_HEADING, _table(("measure", "value"), rows), *(("", note) if note else ())])
     start, end = card.find(_HEADING), card.find(_NEXT_HEADING)
     if end < 0:
         return card.rstrip("\n") + "\n\n" + section + "\n"

@@ -112,10 +112,8 @@ def format_loss(before: float | None, after: float) -> str:
     return f"{after:.3g}" if before is None else f"{before:.3g} → {after:.3g}"
 
 
-def make_progress(title: str = "quantizing", stream: TextIO | None = None, enabled: bool = True) -> Progress:
-    """A bar when `stream` (default: sys.stderr) is a terminal, log lines otherwise; silent when not `enabled`."""
-    if not enabled:
-        return Progress(title)
+def make_progress(title: str = "quantizing", stream: TextIO | None = None) -> Progress:
+    """A bar when `stream` (default: sys.stderr) is a terminal, log lines otherwise."""
     out = stream if stream is not None else sys.stderr
     is_terminal = bool(getattr(out, "isatty", lambda: False)())
     return BarProgress(title, out) if is_terminal else LogProgress(title)

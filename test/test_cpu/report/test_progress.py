@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from auto_round.report import progress as module
-from auto_round.report.progress import BarProgress, LogProgress, Progress, format_loss, make_progress
+from auto_round.report.progress import BarProgress, LogProgress, format_loss, make_progress
 
 
 class Terminal(io.StringIO):
@@ -17,7 +17,6 @@ class Terminal(io.StringIO):
 def test_kind_follows_the_stream() -> None:
     assert isinstance(make_progress(stream=io.StringIO()), LogProgress)
     assert isinstance(make_progress(stream=Terminal()), BarProgress)
-    assert type(make_progress(stream=Terminal(), enabled=False)) is Progress
 
 
 def test_log_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
