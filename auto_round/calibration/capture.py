@@ -222,7 +222,9 @@ def capture_inputs(
         NumericsError: NaN or Inf before the first block.
     """
     inputs = _check_samples(samples)
-    where = torch.device(device) if device is not None else _input_device(source)
+    where = torch.device("cpu") if device is None else torch.device(device)
+    if device is None and not source.lazy:  # a live model runs where it is
+        where = next((p.device for p in source.model.parameters()), where)
     store = TensorPool(torch.device(store_device), disk_store)
 
     def record(links: ModelDependencies | None) -> _CallRecorder:
@@ -362,13 +364,6 @@ class _CallRecorder:
 def _block_output(rest: tuple[Any, ...] | None, hidden: torch.Tensor) -> Any:
     """The output of a block that returns `rest` after the hidden states; None: the hidden states alone."""
     return hidden if rest is None else (hidden, *rest)
-
-
-def _input_device(source: ModelSource) -> torch.device:
-    """The device of the token ids."""
-    if source.lazy:
-        return torch.device("cpu")
-    return next((p.device for p in source.model.parameters()), torch.device("cpu"))
 
 
 def _check_samples(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:

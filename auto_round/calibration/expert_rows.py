@@ -203,11 +203,9 @@ class GatheredRows:
         return (torch.arange(self.shape[0] * self.each) < count).view(self.shape[:2])
 
     def __getitem__(self, index: Sequence[int]) -> torch.Tensor:
-        wanted = torch.tensor(index)[:, None] * self.each + torch.arange(self.each)
-        inside = (wanted < self.rows.numel()).reshape(-1)
-        found = gather_rows(self.matrix, self.rows[wanted.reshape(-1)[inside]])
-        if not bool(inside.all()):
-            padded = found.new_zeros(inside.numel(), found.shape[1])
-            padded[inside.to(found.device)] = found
-            found = padded
+        wanted = (torch.tensor(index)[:, None] * self.each + torch.arange(self.each)).reshape(-1)
+        last = self.rows.numel() - 1
+        found = gather_rows(self.matrix, self.rows[wanted.clamp(max=last)])
+        if int(wanted.max()) > last:
+            found[(wanted > last).to(found.device)] = 0
         return found.view(len(index), self.each, -1)
