@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import known_families
 
 from auto_round.calibration.capture import capture_inputs
 from auto_round.calibration.disk_store import DiskStore
@@ -45,6 +46,26 @@ def test_in_place_and_in_a_file_the_numbers_are_the_same(source: ModelSource, tm
                 assert torch.equal(plain.hidden[0:6], other)  # type: ignore[arg-type]
         # Two buffers are used alternately, for any number of blocks.
         assert file.size == 3 * 6 * 10 * 32 * 4
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("name", ["gemma4_text:shared-kv", "gemma3n_text"])
+def test_a_stream_continues_with_what_blocks_share(name: str, in_file: bool, tmp_path: Path) -> None:
+    if name not in known_families():
+        pytest.skip(f"{name} is not in this version of Transformers")
+    source = open_source(known_families()[name].build())
+    with DiskStore(tmp_path) as file:
+        whole = stream(source, file if in_file else None)
+        blocks = [source.load(block) for block in source.blocks]
+        for index, block in enumerate(blocks):
+            if index == len(blocks) - 1:
+                saved = {kind: value[:].clone() for kind, value in whole.saved("full", index).items()}
+            whole.advance_to(whole.after(index, block, CPU, torch.float32))
+        second = stream(source, file if in_file else None)
+        second.hidden[:] = saved["full"]
+        second.restore_from("full", index, saved.__getitem__)
+        assert torch.equal(second.after(index, block, CPU, torch.float32)[:], whole.hidden[:])
+    assert len(saved) > 1 or name == "gemma3n_text"
 
 
 @pytest.fixture
