@@ -167,3 +167,10 @@ def _multiplies(block: nn.Module) -> bool:
         if any(p.dim() == 3 for p in module.parameters(recurse=False)):
             return True
     return False
+
+
+def get_lm_head_name(model: nn.Module) -> str | None:
+    """The name of the output head, or None."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return None if head is None else next((name for name, m in model.named_modules() if m is head), None)

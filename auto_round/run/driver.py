@@ -218,8 +218,7 @@ class Run:
             if not siblings:
                 remove_journal(root)
             return folders
-        if job.memory_plan is not None:
-            check_work_space(job.memory_plan)
+        check_work_space(job.memory_plan)
         journal_of, make = partial(self._journal, job, root, shard, resume), partial(self._quantize, job)
         return self._write(job, root, formats, overwrite, shard, journal_of, make, made, siblings)
 

@@ -66,7 +66,7 @@ _SEED_STEP = 1_000_003
 
 def streams_experts(job: Job) -> bool:
     """Whether the experts of a block are read one at a time."""
-    return job.memory_plan is not None and job.memory_plan.streams_experts
+    return job.memory_plan.streams_experts
 
 
 class WholeBlock:

@@ -55,7 +55,7 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
     values["formats"] = list(job.formats)
     values["max_shard_size"] = str(shard)
     if settings.tunes and any(map(expert_of, job.layers)):
-        alone = job.memory_plan is not None and job.memory_plan.streams_experts
+        alone = job.memory_plan.streams_experts
         values["experts"] = PER_EXPERT if alone else WITH_BLOCK
     values["model_dtype"] = str(source.dtype).removeprefix("torch.")
     values["compute"] = job.compute if settings.device.type == "cpu" else f"{job.compute} {_accelerator(settings)}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +15,13 @@ from auto_round.formats.no_config import GgufFormat
 from auto_round.gguf.conversion import conversion_for
 from auto_round.gguf.file_types import FLOAT_TYPES, TYPE_OF_BITS, fallback_type
 from auto_round.gguf.plan import GgufPlan, plan_file, with_file_metadata
-from auto_round.layer_config import LayerConfig, matching_layers, scheme_from_entry
+from auto_round.layer_config import matching_layers, scheme_from_entry
 from auto_round.logger import logger
-from auto_round.modeling.blocks import is_conv1d
+from auto_round.modeling.blocks import is_conv1d, linear_names
 from auto_round.modeling.source import ModelSource
+from auto_round.run.layer_schemes import LayerRules, embedding_names, with_types
 from auto_round.run.plan import Job, LayerPlan
+from auto_round.run.settings import Settings
 from auto_round.schemes import QuantizationScheme
 
 _REARRANGED = "its tensor is rearranged in the file: quantized when it is written"
@@ -59,13 +60,6 @@ def weight_name(source: ModelSource, layer: str) -> str:
     return source.tied().get(name, name)
 
 
-def file_type_schemes(
-    plan: GgufPlan, source: ModelSource, layers: Iterable[str], default: QuantizationScheme
-) -> dict[str, QuantizationScheme]:
-    """The scheme of every layer by the file type's rules."""
-    return {layer: scheme_of_type(plan.type_of(weight_name(source, layer)) or "F16", default) for layer in layers}
-
-
 def _type_of_bits(layer: str, bits: int) -> str:
     if bits not in TYPE_OF_BITS:
         known = ", ".join(map(str, TYPE_OF_BITS))
@@ -73,101 +67,107 @@ def _type_of_bits(layer: str, bits: int) -> str:
     return TYPE_OF_BITS[bits]
 
 
-def resolve_bits(
-    schemes: Mapping[str, QuantizationScheme], own: Mapping[str, QuantizationScheme], widths: Mapping[str, int]
-) -> tuple[dict[str, QuantizationScheme], list[str]]:
-    """Replace schemes that give only `bits` by the GGUF type of that width, and types whose blocks do not divide a
-    layer's rows (`widths`) by llama.cpp's fallback types.
+class GgufRules(LayerRules):
+    """What a GGUF file decides: every layer, the head too, gets a type of ggml.
 
-    Returns (schemes, notes on the fallbacks for the user).
-
-    Raises:
-        ConfigError: no type has that many bits.
+    Attributes:
+        file: plan of the file. Its types are those of the file type's rules with the layer configuration's for
+            embeddings; after `settled` those of all layers.
     """
-    result, notes = dict(schemes), []
-    for name, scheme in schemes.items():
-        kind = ggml_type_of(scheme) if scheme.quantizes_weights else None
-        if kind is not None:
-            fitting = fallback_type(kind.name, widths[name])
-            if fitting != kind.name:
-                result[name] = scheme_of_type(fitting, scheme)
-                notes.append(f"{name} is {fitting} instead of {kind.name}: rows of {widths[name]} do not divide")
-        elif scheme.quantizes_weights and scheme == own.get(name, scheme).with_overrides({"bits": scheme.bits}):
-            result[name] = scheme_of_type(fallback_type(_type_of_bits(name, scheme.bits), widths[name]), scheme)
-    return result, notes
 
+    file: GgufPlan
 
-def with_embedding_types(
-    plan: GgufPlan, source: ModelSource, layer_config: LayerConfig, layers: Sequence[str], default: QuantizationScheme
-) -> tuple[GgufPlan, set[str]]:
-    """Apply a layer configuration to embeddings: (plan with their types, the patterns that match embeddings).
+    def __init__(self, settings: Settings, source: ModelSource, fmt: GgufFormat, tokenizer: Any) -> None:
+        """Raises what `plan_gguf_file` raises, and ConfigError for an embedding with bits that no type has."""
+        super().__init__(settings, source)
+        self.format, self.quant_lm_head = fmt, True
+        self.file = plan_gguf_file(fmt, source, tokenizer, settings.weighs)
+        types, patterns = self._embedding_types(linear_names(source.model))
+        self.file = self.file.with_types({name: kind for name, kind in types.items() if self.file.places[name]})
+        self.layer_config = {name: entry for name, entry in settings.layer_config.items() if name not in patterns}
+        self._embeddings = embedding_names(source) if patterns else ()
 
-    An entry gives `bits` or one of ggml's types. A pattern that also matches one of the linear `layers` does not apply
-    to embeddings.
+    def _embedding_types(self, layers: Sequence[str]) -> tuple[dict[str, str], set[str]]:
+        """The types that the layer configuration gives embeddings, by stored tensor, and the patterns that match them.
 
-    Raises:
-        ConfigError: no type has that many bits.
-    """
-    embeddings = [name for name, module in source.model.named_modules() if isinstance(module, torch.nn.Embedding)]
-    wanted: dict[str, str] = {}
-    used: set[str] = set()
-    for pattern, entry in layer_config.items():
-        found = [] if matching_layers(pattern, layers) else matching_layers(pattern, embeddings)
-        for name in found:
-            used.add(pattern)
-            stored = weight_name(source, name)
-            scheme = scheme_from_entry(pattern, entry, default)
-            kind = ggml_type_of(scheme)
-            shape, dtype = source.tensor_meta(stored)
-            if not scheme.quantizes_weights:
-                wanted[stored] = _TYPE_OF_DTYPE.get(dtype, "F32")
-            else:
-                name_of_type = _type_of_bits(name, scheme.bits) if kind is None else kind.name
-                wanted[stored] = fallback_type(name_of_type, shape[-1])
-    return plan.with_types({name: kind for name, kind in wanted.items() if plan.places[name]}), used
+        An entry gives `bits` or one of ggml's types. A pattern that also matches one of the linear `layers` does not
+        apply to embeddings.
+        """
+        wanted: dict[str, str] = {}
+        used: set[str] = set()
+        for pattern, entry in self.layer_config.items():
+            found = [] if matching_layers(pattern, layers) else matching_layers(pattern, embedding_names(self.source))
+            for name in found:
+                used.add(pattern)
+                stored = weight_name(self.source, name)
+                scheme = scheme_from_entry(pattern, entry, self.settings.scheme)
+                kind = ggml_type_of(scheme)
+                shape, dtype = self.source.tensor_meta(stored)
+                if not scheme.quantizes_weights:
+                    wanted[stored] = _TYPE_OF_DTYPE.get(dtype, "F32")
+                else:
+                    name_of_type = _type_of_bits(name, scheme.bits) if kind is None else kind.name
+                    wanted[stored] = fallback_type(name_of_type, shape[-1])
+        return wanted, used
 
+    def defaults(self, names: Sequence[str]) -> dict[str, QuantizationScheme]:
+        """The scheme of every layer by the file type's rules."""
+        kinds = {name: self.file.type_of(weight_name(self.source, name)) or "F16" for name in names}
+        return {name: scheme_of_type(kind, self.settings.scheme) for name, kind in kinds.items()}
 
-def with_types(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
-    """The plans with the ggml type of each layer."""
-    kinds = {name: ggml_type_of(p.scheme) if p.scheme.quantizes_weights else None for name, p in layers.items()}
-    return {name: replace(p, ggml=None if (k := kinds[name]) is None else k.name) for name, p in layers.items()}
+    def fitted(
+        self, schemes: Mapping[str, QuantizationScheme], widths: Mapping[str, int]
+    ) -> tuple[dict[str, QuantizationScheme], list[str]]:
+        """Replace schemes that give only `bits` by the type of that width, and types whose blocks do not divide a
+        layer's rows by llama.cpp's fallback types. Raises ConfigError when no type has that many bits."""
+        result, notes, own = dict(schemes), list(self.file.notes), self.defaults(list(schemes))
+        for name, scheme in schemes.items():
+            kind = ggml_type_of(scheme) if scheme.quantizes_weights else None
+            if kind is not None:
+                fitting = fallback_type(kind.name, widths[name])
+                if fitting != kind.name:
+                    result[name] = scheme_of_type(fitting, scheme)
+                    notes.append(f"{name} is {fitting} instead of {kind.name}: rows of {widths[name]} do not divide")
+            elif scheme.quantizes_weights and scheme == own[name].with_overrides({"bits": scheme.bits}):
+                result[name] = scheme_of_type(fallback_type(_type_of_bits(name, scheme.bits), widths[name]), scheme)
+        return result, notes
 
+    def unquantized_reason(self, name: str) -> str | None:
+        """Why the rows of a layer cannot be stored in the tuned layout, or None."""
+        places = self.file.places[weight_name(self.source, name)]
+        return _REARRANGED if any(place.edit is not None for place in places) else None
 
-def is_rearranged(plan: GgufPlan, source: ModelSource, layer: str) -> str | None:
-    """Why the rows of a layer cannot be stored in the tuned layout, or None."""
-    places = plan.places[weight_name(source, layer)]
-    return _REARRANGED if any(place.edit is not None for place in places) else None
+    def settled(self, layers: Mapping[str, LayerPlan]) -> tuple[dict[str, LayerPlan], list[str]]:
+        """The plans with the ggml type of each layer, which the plan of the file gets too.
 
+        The notes name embeddings that get the type of the head that shares their tensor. Raises ConfigError when two
+        parts of one tensor have different types.
+        """
+        layers, asked = with_types(layers), self.file
+        wanted: dict[str, str] = {}
+        for name, layer in layers.items():
+            stored = weight_name(self.source, name)
+            if not asked.places[stored] or layer.reason == _REARRANGED:
+                continue
+            kind = layer.ggml
+            if kind is None:  # unquantized: the float type of the file type's rules, else the source's dtype
+                ruled = asked.type_of(stored)
+                own = _TYPE_OF_DTYPE.get(self.source.tensor_meta(stored)[1], "F32")
+                kind = ruled if ruled is not None and ruled in FLOAT_TYPES else own
+            wanted[stored] = kind
+        self.file = asked.with_types(wanted)
+        notes = []
+        for name in self._embeddings:
+            before, now = (plan.type_of(weight_name(self.source, name)) for plan in (asked, self.file))
+            if before != now:
+                notes.append(
+                    f"{name} is {now}, not {before}: the head shares its tensor, and layer_config gives the head that "
+                    "type"
+                )
+        return layers, notes
 
-def resolve_types(plan: GgufPlan, source: ModelSource, layers: Mapping[str, LayerPlan]) -> GgufPlan:
-    """The plan with the types of all layers.
-
-    Raises:
-        ConfigError: two parts of one tensor have different types.
-    """
-    wanted: dict[str, str] = {}
-    for name, layer in layers.items():
-        stored = weight_name(source, name)
-        if not plan.places[stored] or layer.reason == _REARRANGED:
-            continue
-        kind = layer.ggml
-        if kind is None:  # unquantized: the float type of the file type's rules, else the source's dtype
-            ruled = plan.type_of(stored)
-            own = _TYPE_OF_DTYPE.get(source.tensor_meta(stored)[1], "F32")
-            kind = ruled if ruled is not None and ruled in FLOAT_TYPES else own
-        wanted[stored] = kind
-    return plan.with_types(wanted)
-
-
-def shared_with_head(asked: GgufPlan, settled: GgufPlan, source: ModelSource, embeddings: Sequence[str]) -> list[str]:
-    """Notes for the user on embeddings that get the type of the head that shares their tensor."""
-    stored = {name: weight_name(source, name) for name in embeddings}
-    return [
-        f"{name} is {settled.type_of(tensor)}, not {asked.type_of(tensor)}: the head shares its tensor, and "
-        "layer_config gives the head that type"
-        for name, tensor in stored.items()
-        if asked.type_of(tensor) != settled.type_of(tensor)
-    ]
+    def nbytes(self, fmt: OutputFormat) -> int | None:
+        return self.file.nbytes() if fmt is self.format else None
 
 
 def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torch.Tensor]:

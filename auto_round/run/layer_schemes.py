@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.errors import ConfigError, nearest
 from auto_round.formats.base import OutputFormat
 from auto_round.layer_config import LayerConfig, matching_layers, resolve_layers
 from auto_round.modeling.config import read_value
 from auto_round.modeling.layer_rules import ROUTER, engine_unquantized, is_routed_expert, router_names
+from auto_round.modeling.source import ModelSource
 from auto_round.run.keywords import no_zero_point, symmetric_if_required
+from auto_round.run.plan import LayerPlan
 from auto_round.run.settings import Settings
 from auto_round.schemes import MixedPreset, QuantizationScheme
+
+if TYPE_CHECKING:
+    from auto_round.gguf.plan import GgufPlan
 
 _TOWERS = ("vision_config", "audio_config")
 # Below this group size kernels have no support, and scales would take as much as two bits per weight.
@@ -94,6 +100,61 @@ def mixed_defaults(
     multimodal = any(read_value(config, tower) is not None for tower in _TOWERS)
     other = scheme.with_overrides({"bits": mixed.multimodal_other_bits if multimodal else mixed.other_bits})
     return {name: other for name in names if not is_routed_expert(name)}
+
+
+class LayerRules:
+    """What the files of a run decide about its layers: without a GGUF file (`GgufRules`) nothing.
+
+    Attributes:
+        file: plan of the GGUF file.
+        layer_config: the entries of the layer configuration that apply to linear layers.
+        quant_lm_head: whether layers outside the blocks get the default scheme too.
+    """
+
+    file: GgufPlan | None = None
+
+    def __init__(self, settings: Settings, source: ModelSource) -> None:
+        self.settings, self.source = settings, source
+        self.layer_config, self.quant_lm_head = settings.layer_config, settings.quant_lm_head
+
+    def defaults(self, names: Sequence[str]) -> dict[str, QuantizationScheme]:
+        """Default schemes of layers that replace the settings'."""
+        return mixed_defaults(self.settings.mixed, self.settings.scheme, names, self.source.config)
+
+    def fitted(
+        self, schemes: Mapping[str, QuantizationScheme], widths: Mapping[str, int]
+    ) -> tuple[dict[str, QuantizationScheme], list[str]]:
+        """Schemes that the files can hold, for layers whose rows have these widths, and notes for the user."""
+        settings, mixed = self.settings, self.settings.mixed
+        if mixed is None or any(map(is_routed_expert, schemes)):
+            return dict(schemes), []
+        return dict(schemes), [
+            f"{settings.scheme_name} gives routed experts {settings.scheme.bits} bits, and this model has none: every "
+            f"layer gets {mixed.other_bits}"
+        ]
+
+    def unquantized_reason(self, name: str) -> str | None:
+        """Why the files cannot hold a layer quantized, or None."""
+        return None
+
+    def settled(self, layers: Mapping[str, LayerPlan]) -> tuple[dict[str, LayerPlan], list[str]]:
+        """The plans with the type that each layer has in the files, and notes for the user."""
+        return (dict(layers) if self.settings.scheme.super_bits is None else with_types(layers)), []
+
+    def nbytes(self, fmt: OutputFormat) -> int | None:
+        """Bytes of a format's tensors, if they are not those of its layout."""
+        return None
+
+
+def with_types(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """The plans with the ggml type of each layer."""
+    kinds = {name: ggml_type_of(p.scheme) if p.scheme.quantizes_weights else None for name, p in layers.items()}
+    return {name: replace(p, ggml=None if (k := kinds[name]) is None else k.name) for name, p in layers.items()}
+
+
+def embedding_names(source: ModelSource) -> tuple[str, ...]:
+    """The model's embeddings."""
+    return tuple(name for name, m in source.model.named_modules() if isinstance(m, nn.Embedding))
 
 
 def fit_groups(

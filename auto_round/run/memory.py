@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import torch
@@ -19,7 +20,7 @@ from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import rss_bytes
 from auto_round.run.expert_layers import stored_bytes
-from auto_round.run.plan import LayerPlan
+from auto_round.run.plan import LayerPlan, MemoryPlan
 from auto_round.run.settings import Settings
 from auto_round.run.streams import samples_in_pass
 
@@ -29,31 +30,6 @@ _SMOKE_TOKENS = 64
 _STREAM_COUNT = ("hc_mult", "altup_num_inputs")  # config keys of models with parallel streams of hidden states
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
 _FUNCTION_BYTES = 40  # per weight that is tuned through a registered function, with its autograd graph
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Estimated memory of a run, in bytes.
-
-    Attributes:
-        ram: peak resident memory, libraries included.
-        vram: peak memory of tensors on the device.
-        spilled: activations in files.
-        phases: peak RAM by phase.
-        activations: one stream of hidden states.
-        streams: storage of the hidden states: "ram", "device" or "file".
-        streams_experts: whether the experts of a block are read one at a time.
-        codes: codes of one block's experts in a file, if they are tuned one at a time.
-    """
-
-    ram: int
-    vram: int
-    spilled: int
-    phases: Mapping[str, int] = field(default_factory=dict)
-    activations: int = 0
-    streams: str = "ram"
-    streams_experts: bool = False
-    codes: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +66,11 @@ class MemoryInputs:
         algorithm = self.settings.algorithm
         return algorithm.batch_size if isinstance(algorithm, SignRoundConfig) else 8
 
+    def cast(self, size: int) -> int:
+        """Bytes of copies in the compute dtype of tensors of `size` bytes; none if that is the model's dtype."""
+        own = self.source.dtype
+        return 0 if self.compute == own else size // own.itemsize * self.compute.itemsize
+
 
 @dataclass(frozen=True)
 class BlockBytes:
@@ -109,11 +90,10 @@ def plan_memory(inputs: MemoryInputs, streams: str, streams_experts: bool = Fals
     on_device = settings.device.type != "cpu"
     one = settings.nsamples * settings.seqlen * inputs.width * inputs.compute.itemsize if inputs.streams else 0
     held = one * inputs.streams
-    count, alone = block_bytes, streams_experts and settings.tunes
-    if streams_experts:
-        count = per_expert_bytes if alone else streamed_block_bytes
-        held += max((rows_bytes(inputs, block).buffers for block in source.blocks), default=0) if alone else 0
-    sizes = [count(inputs, block) for block in source.blocks]
+    alone = streams_experts and settings.tunes
+    if alone:
+        held += max((rows_bytes(inputs, block).buffers for block in source.blocks), default=0)
+    sizes = [block_bytes(inputs, block, streams_experts) for block in source.blocks]
     full, tuned, after = (max((getattr(s, n) for s in sizes), default=0) for n in ("full", "tuned", "after"))
     matrices = non_block_bytes(inputs)
     phases = {
@@ -123,7 +103,7 @@ def plan_memory(inputs: MemoryInputs, streams: str, streams_experts: bool = Fals
         "block, afterwards": after,
         "outside the blocks": matrices.non_block,
     }
-    codes = sum(p.out_features * p.in_features for p in quantized(inputs.layers)) if inputs.layers_kept_in_memory else 0
+    codes = weight_count(quantized(inputs.layers.values())) if inputs.layers_kept_in_memory else 0
     if not on_device:
         ram = {name: size + codes + held * (streams == "ram") for name, size in phases.items()}
         ram["saving"] = matrices.saving + codes
@@ -141,9 +121,14 @@ def plan_memory(inputs: MemoryInputs, streams: str, streams_experts: bool = Fals
     return MemoryPlan(max(ram.values()), vram, spilled, ram, one, streams, streams_experts, stored)
 
 
-def quantized(layers: Mapping[str, LayerPlan]) -> list[LayerPlan]:
-    """The quantized layers."""
-    return [plan for plan in layers.values() if plan.scheme.quantizes_weights]
+def quantized(plans: Iterable[LayerPlan]) -> list[LayerPlan]:
+    """The quantized ones of these layers."""
+    return [plan for plan in plans if plan.scheme.quantizes_weights]
+
+
+def weight_count(plans: Iterable[LayerPlan]) -> int:
+    """Weights of these layers."""
+    return sum(plan.out_features * plan.in_features for plan in plans)
 
 
 def tensor_bytes(source: ModelSource, prefix: str) -> int:
@@ -152,15 +137,35 @@ def tensor_bytes(source: ModelSource, prefix: str) -> int:
     return sum(prod(shape) * dtype.itemsize for shape, dtype in found)
 
 
-def block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
-    """Memory of one block that is loaded as a whole."""
-    source, compute = inputs.source, inputs.compute
-    plans = [p for n, p in inputs.layers.items() if n.startswith(f"{block}.")]
-    chosen = [p for p in plans if p.scheme.quantizes_weights]
-    weights = sum(p.out_features * p.in_features for p in chosen)
-    own = tensor_bytes(source, block)
-    # Copies in the compute dtype, if the model's dtype differs.
-    cast = 0 if compute == source.dtype else own // source.dtype.itemsize * compute.itemsize
+def block_bytes(inputs: MemoryInputs, block: str, streams_experts: bool = False) -> BlockBytes:
+    """Memory of one block, loaded as a whole or with one of its experts in memory at a time."""
+    others, experts = _block_layers(inputs, block)
+    loaded = tensor_bytes(inputs.source, block)
+    if not experts or not streams_experts:
+        return _loaded_bytes(inputs, [*others, *chain(*experts.values())], loaded)
+    sizes = {expert: tensor_bytes(inputs.source, expert) for expert in experts}
+    around = loaded - sum(sizes.values())
+    if not inputs.settings.tunes:
+        return _rounded_alone_bytes(inputs, others, experts, sizes, around)
+    return _tuned_alone_bytes(inputs, others, experts, sizes, around, rows_bytes(inputs, block))
+
+
+def _block_layers(inputs: MemoryInputs, block: str) -> tuple[list[LayerPlan], dict[str, list[LayerPlan]]]:
+    """The layers of a block outside its experts, and those of each expert."""
+    others: list[LayerPlan] = []
+    experts: dict[str, list[LayerPlan]] = defaultdict(list)
+    for name, plan in inputs.layers.items():
+        if name.startswith(f"{block}."):
+            expert = expert_of(name)
+            (others if expert is None else experts[expert]).append(plan)
+    return others, experts
+
+
+def _loaded_bytes(inputs: MemoryInputs, plans: Sequence[LayerPlan], own: int) -> BlockBytes:
+    """Memory of these layers of a block, which are in memory together with all that is loaded, `own` bytes."""
+    chosen, compute = quantized(plans), inputs.compute
+    weights = weight_count(chosen)
+    cast = inputs.cast(own)
     dropped = weights * compute.itemsize if cast else 0
     largest = max((p.out_features * p.in_features for p in chosen), default=0)
     codes = int(weights * 1.06)
@@ -181,26 +186,55 @@ def block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
     return BlockBytes(own, full, own + cast - dropped + tuned, after)
 
 
-def streamed_block_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
-    """Memory of one block that is only rounded, with one expert in memory at a time."""
-    experts = {expert for name in inputs.layers if name.startswith(f"{block}.") and (expert := expert_of(name))}
-    if not experts:
-        return block_bytes(inputs, block)
-    sizes = {expert: tensor_bytes(inputs.source, expert) for expert in experts}
-    whole = block_bytes(inputs, block)
-    others = {n: p for n, p in inputs.layers.items() if expert_of(n) is None}
-    rest = block_bytes(replace(inputs, layers=others), block)
+def _rounded_alone_bytes(
+    inputs: MemoryInputs, others: Sequence[LayerPlan], experts: Mapping[str, Sequence[LayerPlan]],
+    sizes: Mapping[str, int], around: int,
+) -> BlockBytes:  # fmt: skip
+    """Memory of one block that is only rounded. `sizes`: bytes of each expert; `around`: those of the rest."""
+    rest = _loaded_bytes(inputs, others, around)
     # An expert when loaded, and in the compute dtype or with its codes.
     one = int(max(sizes.values()) * (1 + max(1.0, inputs.compute.itemsize / inputs.source.dtype.itemsize)))
-    taken = sum(sizes.values())
-    cast = (
-        taken // inputs.source.dtype.itemsize * inputs.compute.itemsize if inputs.compute != inputs.source.dtype else 0
-    )
-    forward = forward_bytes(inputs, list(inputs.layers.values()), 1) - forward_bytes(inputs, list(others.values()), 1)
-    hessians = _pairs(inputs, quantized({n: p for n, p in inputs.layers.items() if n.startswith(f"{block}.")}))
-    hessians -= _pairs(inputs, quantized({n: p for n, p in others.items() if n.startswith(f"{block}.")}))
-    fewer = lambda size: size - taken - cast + one + max(0, forward) + hessians  # noqa: E731
-    return BlockBytes(whole.read - taken + one, fewer(rest.full), fewer(rest.tuned), fewer(rest.after))
+    elsewhere = [plan for name, plan in inputs.layers.items() if expert_of(name) is None]
+    forward = forward_bytes(inputs, list(inputs.layers.values()), 1) - forward_bytes(inputs, elsewhere, 1)
+    hessians = _pairs(inputs, quantized([*others, *chain(*experts.values())])) - _pairs(inputs, quantized(others))
+    more = one + max(0, forward) + hessians
+    return BlockBytes(around + one, rest.full + more, rest.tuned + more, rest.after + more)
+
+
+def _tuned_alone_bytes(
+    inputs: MemoryInputs, others: Sequence[LayerPlan], experts: Mapping[str, Sequence[LayerPlan]],
+    sizes: Mapping[str, int], around: int, fed: RowsBytes,
+) -> BlockBytes:  # fmt: skip
+    """The same of one block whose experts are tuned one at a time, after its other layers."""
+    settings, algorithm = inputs.settings, inputs.settings.algorithm
+    assert isinstance(algorithm, SignRoundConfig)
+    rest = _loaded_bytes(inputs, others, around)
+    around += inputs.cast(around)
+    largest = max(sizes, key=lambda expert: sizes[expert])
+    one, own = sizes[largest], experts[largest]
+    # The expert when loaded, and in the compute dtype.
+    read = one + max(one, inputs.cast(one))
+    micro_batch = min(settings.nsamples, samples_in_pass(inputs.batch, inputs.tokens, settings.device))
+    forward = forward_bytes(inputs, [*others, *chain(*experts.values())], micro_batch)
+    full = around + read + forward + _pairs(inputs, quantized(others))
+    chosen = quantized(own)
+    weights, codes = weight_count(chosen), int(1.06 * weight_count(quantized(others)))
+    learned = tuning_bytes(inputs, chosen)
+    # One pass over sequences of its tokens, without gradients, and with: inputs and outputs of the layers, and
+    # gradients in flight.
+    widest = max(max(plan.in_features, plan.out_features) for plan in own)
+    through = sum(plan.in_features + plan.out_features for plan in own)
+    item, width = inputs.compute.itemsize, inputs.width
+    pieces = micro_batch_size(algorithm.batch_size, fed.rows, max(1, len(chosen)), settings.device)
+    backward = pieces * fed.rows * (through + 4 * width + 4 * widest) * item
+    pieces = samples_in_pass(inputs.batch, fed.rows, settings.device)
+    target = inputs.cast(one) + pieces * fed.rows * (4 * widest + 4 * width) * item
+    steps = max(learned.held + max(learned.step, backward), learned.finished + weights)
+    alone = one + max(target, steps) + 2 * _pairs(inputs, chosen)
+    each = around + codes + fed.routing + max(alone, fed.sorting - fed.routing + forward)
+    # Codes of an expert, its weights in float32, and its loaded weights.
+    after = around + codes + one + 5 * weights + forward
+    return BlockBytes(around + read, full, max(rest.tuned, each), after)
 
 
 @dataclass(frozen=True)
@@ -233,63 +267,7 @@ def rows_bytes(inputs: MemoryInputs, block: str) -> RowsBytes:
 
 def expert_codes_bytes(inputs: MemoryInputs, block: str) -> int:
     """Bytes of codes and scales of the experts of a block in a file."""
-    inside = quantized({n: p for n, p in inputs.layers.items() if n.startswith(f"{block}.") and expert_of(n)})
-    return sum(stored_bytes(plan) for plan in inside)
-
-
-def per_expert_bytes(inputs: MemoryInputs, block: str) -> BlockBytes:
-    """Memory of one block whose experts are tuned one at a time, after its other layers."""
-    source, compute, settings = inputs.source, inputs.compute, inputs.settings
-    plans = {name: plan for name, plan in inputs.layers.items() if name.startswith(f"{block}.")}
-    experts: dict[str, list[LayerPlan]] = defaultdict(list)
-    for name, plan in plans.items():
-        if (expert := expert_of(name)) is not None:
-            experts[expert].append(plan)
-    if not experts:
-        return block_bytes(inputs, block)
-    sizes = {expert: tensor_bytes(source, expert) for expert in experts}
-    taken, largest = sum(sizes.values()), max(sizes, key=lambda expert: sizes[expert])
-    as_cast = lambda size: 0 if compute == source.dtype else size // source.dtype.itemsize * compute.itemsize  # noqa: E731
-    others = {name: plan for name, plan in plans.items() if expert_of(name) is None}
-    rest = block_bytes(replace(inputs, layers=others), block)
-    around = tensor_bytes(source, block) - taken
-    around += as_cast(around)
-    one, own = sizes[largest], experts[largest]
-    # The expert when loaded, and in the compute dtype.
-    read = one + max(one, as_cast(one))
-    micro_batch = min(settings.nsamples, samples_in_pass(inputs.batch, inputs.tokens, settings.device))
-    forward = forward_bytes(inputs, list(plans.values()), micro_batch)
-    full = around + read + forward + _pairs(inputs, [p for p in others.values() if p.scheme.quantizes_weights])
-    chosen = [plan for plan in own if plan.scheme.quantizes_weights]
-    weights = sum(plan.out_features * plan.in_features for plan in chosen)
-    codes = int(1.06 * sum(p.out_features * p.in_features for p in others.values() if p.scheme.quantizes_weights))
-    fed = rows_bytes(inputs, block)
-    learned = tuning_bytes(inputs, chosen)
-    steps = max(learned.held + max(learned.step, _rows_backward(inputs, own, fed.rows)), learned.finished + weights)
-    target = as_cast(one) + _rows_forward(inputs, own, fed.rows)
-    alone = one + max(target, steps) + 2 * _pairs(inputs, chosen)
-    each = around + codes + fed.routing + max(alone, fed.sorting - fed.routing + forward)
-    # Codes of an expert, its weights in float32, and its loaded weights.
-    after = around + codes + one + 5 * weights + forward
-    return BlockBytes(around + read, full, max(rest.tuned - taken - as_cast(taken), each), after)
-
-
-def _rows_forward(inputs: MemoryInputs, plans: Sequence[LayerPlan], rows: int) -> int:
-    """One pass of an expert over sequences of its tokens, without gradients."""
-    pieces = samples_in_pass(inputs.batch, rows, inputs.settings.device)
-    widest = max(max(plan.in_features, plan.out_features) for plan in plans)
-    return pieces * rows * (4 * widest + 4 * inputs.width) * inputs.compute.itemsize
-
-
-def _rows_backward(inputs: MemoryInputs, plans: Sequence[LayerPlan], rows: int) -> int:
-    """The same with gradients: inputs and outputs of the layers, and gradients in flight."""
-    algorithm = inputs.settings.algorithm
-    assert isinstance(algorithm, SignRoundConfig)
-    layers = len([plan for plan in plans if plan.scheme.quantizes_weights])
-    pieces = micro_batch_size(algorithm.batch_size, rows, max(1, layers), inputs.settings.device)
-    total = sum(plan.in_features + plan.out_features for plan in plans)
-    widest = max(max(plan.in_features, plan.out_features) for plan in plans)
-    return pieces * rows * (total + 4 * inputs.width + 4 * widest) * inputs.compute.itemsize
+    return sum(stored_bytes(plan) for plan in quantized(chain(*_block_layers(inputs, block)[1].values())))
 
 
 def _pairs(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> int:
@@ -412,7 +390,7 @@ def non_block_bytes(inputs: MemoryInputs) -> NonBlockBytes:
     vocabulary = largest(inputs.config, "vocab_size")
     logits = _SMOKE_TOKENS * vocabulary * (source.dtype.itemsize + 4) if settings.verify else 0
     non_block = max(sizes.values(), default=0) * 2  # loaded, and in the output dtype
-    for plan in quantized(inputs.layers):
+    for plan in quantized(inputs.layers.values()):
         if f"{plan.name}." in blocks or f"{plan.name}.".startswith(blocks):
             continue
         count = plan.out_features * plan.in_features

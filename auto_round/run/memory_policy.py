@@ -10,7 +10,8 @@ from auto_round.formats.base import OutputFormat
 from auto_round.modeling.partial_loading import expert_of
 from auto_round.output.folders import free_bytes
 from auto_round.report.memory import format_bytes
-from auto_round.run.memory import MemoryInputs, MemoryPlan, plan_memory
+from auto_round.run.memory import MemoryInputs, plan_memory
+from auto_round.run.plan import MemoryPlan
 from auto_round.run.settings import MemoryBudget
 
 _TOLERANCE = 1.02  # what libraries hold differs by this much from one start to the next

@@ -28,7 +28,6 @@ from auto_round.schemes import QuantizationScheme
 if TYPE_CHECKING:
     from auto_round.formats.base import OutputFormat
     from auto_round.gguf.plan import GgufPlan
-    from auto_round.run.memory import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,31 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class MemoryPlan:
+    """Estimated memory of a run, in bytes.
+
+    Attributes:
+        ram: peak resident memory, libraries included.
+        vram: peak memory of tensors on the device.
+        spilled: activations in files.
+        phases: peak RAM by phase.
+        activations: one stream of hidden states.
+        streams: storage of the hidden states: "ram", "device" or "file".
+        streams_experts: whether the experts of a block are read one at a time.
+        codes: codes of one block's experts in a file, if they are tuned one at a time.
+    """
+
+    ram: int = 0
+    vram: int = 0
+    spilled: int = 0
+    phases: Mapping[str, int] = field(default_factory=dict)
+    activations: int = 0
+    streams: str = "ram"
+    streams_experts: bool = False
+    codes: int = 0
+
+
+@dataclass(frozen=True)
 class Job:
     """The resolved plan of a run: schemes of all layers, sizes and memory, before any work is done.
 
@@ -205,7 +229,7 @@ class Job:
     gguf: GgufPlan | None = None
     resumable: bool = False
     journal_bytes: int = 0
-    memory_plan: MemoryPlan | None = None
+    memory_plan: MemoryPlan = MemoryPlan()
     stored_names: Mapping[str, str] = field(default_factory=dict)
     stored_blocks: tuple[str, ...] = ()
     spare: Mapping[str, str] = field(default_factory=dict)
@@ -258,12 +282,10 @@ class Job:
             "compute": self.compute,
         }
 
-    def _largest_phase(self) -> str:
-        phases = {} if self.memory_plan is None else self.memory_plan.phases
-        return f", libraries included; most of it in: {max(phases, key=lambda n: phases[n])}" if phases else ""
-
     def render(self) -> str:
         """The plan as text, for `--dry_run`."""
+        memory = self.memory_plan
+        most = max(memory.phases, key=lambda name: memory.phases[name]) if memory.phases else ""
         weights = sum(p.out_features * p.in_features for p in self.quantized().values())
         rows = [
             ("model", self.model),
@@ -282,15 +304,15 @@ class Job:
             rows.append(("journal", f"up to {size} in {envs.resume_folder()} (none with --no_resume)"))
         if self.output_dir:
             rows.append(("output", self.output_dir))
-        rows.append(("memory", f"about {format_bytes(self.peak_ram)}{self._largest_phase()}"))
+        parts = f", libraries included; most of it in: {most}" if most else ""
+        rows.append(("memory", f"about {format_bytes(self.peak_ram)}{parts}"))
         if self.peak_vram:
             rows.append(("GPU memory", f"about {format_bytes(self.peak_vram)}"))
-        if self.memory_plan is not None and self.memory_plan.spilled:
-            spilled = format_bytes(self.memory_plan.spilled)
-            rows.append(("temporary files", f"{spilled} of activations in AR_WORK_SPACE"))
-        if self.memory_plan is not None and self.memory_plan.codes:
-            rows.append(("and", f"{format_bytes(self.memory_plan.codes)} of codes of one block's experts"))
-        if self.memory_plan is not None and self.memory_plan.streams_experts:
+        if memory.spilled:
+            rows.append(("temporary files", f"{format_bytes(memory.spilled)} of activations in AR_WORK_SPACE"))
+        if memory.codes:
+            rows.append(("and", f"{format_bytes(memory.codes)} of codes of one block's experts"))
+        if memory.streams_experts:
             alone = "tuned one at a time, after the other layers of their block"
             rows.append(("experts", alone if self.steps else "read one at a time, and again for every format"))
         lines = [f"{name:<18} {text}" for name, text in rows]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 
-from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.calibration.data.spec import parse_dataset_string
 from auto_round.codecs.activation import activation_function
 from auto_round.codecs.kinds import codec_of
@@ -27,28 +26,19 @@ from auto_round.formats.table import slow_kernel_notes
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.layer_config import pattern_regex, scheme_from_entry
 from auto_round.layouts.base import stored_group_size
-from auto_round.modeling.blocks import is_conv1d, linear_names, weight_2d
+from auto_round.modeling.blocks import get_lm_head_name, is_conv1d, linear_names, weight_2d
 from auto_round.modeling.config import largest
 from auto_round.modeling.layer_rules import block_weights, fused_groups, is_routed_expert
 from auto_round.modeling.source import ModelSource
 from auto_round.output.writer import header_entry_bytes
 from auto_round.run.file_layout import plan_files
 from auto_round.run.folders import journal_bytes, split_runs
-from auto_round.run.gguf import (
-    file_type_schemes,
-    gguf_format,
-    is_rearranged,
-    plan_gguf_file,
-    resolve_bits,
-    resolve_types,
-    shared_with_head,
-    with_embedding_types,
-    with_types,
-)
+from auto_round.run.gguf import GgufRules, gguf_format
 from auto_round.run.keywords import symmetric_if_required
 from auto_round.run.layer_schemes import (
+    LayerRules,
+    embedding_names,
     fit_groups,
-    mixed_defaults,
     resolve_layer_schemes,
     select_blocks,
     unquantized_by_default,
@@ -155,75 +145,50 @@ def make_job(
     advice = "leave model_free out (--disable_model_free), " if not source.can_run else ""
     if (warning := weights.check(source.name_or_path, advice)) is not None:
         notes.append(warning)
-    inside = [f"{block}.{name}" for block in source.blocks for name in linear_names(source.model.get_submodule(block))]
     everything = linear_names(source.model)
-    inside_set = set(inside)
-    head = _head_name(source)
-    outside = [name for name in everything if name not in inside_set and name == head]
-    own_defaults = mixed_defaults(settings.mixed, settings.scheme, [*inside, *outside], source.config)
-    gguf_output = gguf_format(formats)
-    gguf = None if gguf_output is None else plan_gguf_file(gguf_output, source, tokenizer, settings.weighs)
-    option = "imatrix" if settings.imatrix is not None else "save_imatrix"
-    if gguf is None and (settings.imatrix is not None or settings.save_imatrix is not None):
-        raise ConfigError(f"{option} needs a GGUF format, since importance files use its tensor names; give such a one")
-    if settings.imatrix is not None and not settings.optimized_start:
-        raise ConfigError("imatrix weights the search of scales, which disable_opt_rtn turns off; give one of them")
-    embedded: set[str] = set()
-    if gguf is not None:
-        gguf, embedded = with_embedding_types(gguf, source, settings.layer_config, everything, settings.scheme)
-        own_defaults = file_type_schemes(gguf, source, everything, settings.scheme)
+    inside = [f"{block}.{name}" for block in source.blocks for name in linear_names(source.model.get_submodule(block))]
+    head = get_lm_head_name(source.model)
+    outside = [name for name in everything if name == head and name not in inside]
+    rules = _layer_rules(settings, source, formats, tokenizer)
     schemes, unused = resolve_layer_schemes(
-        settings, inside, outside, (name for name, _ in source.model.named_modules()), own_defaults,
-        {name: entry for name, entry in settings.layer_config.items() if name not in embedded},
-        settings.quant_lm_head or gguf is not None,
+        settings, inside, outside, (name for name, _ in source.model.named_modules()),
+        rules.defaults([*inside, *outside]), rules.layer_config, rules.quant_lm_head,
     )  # fmt: skip
-    notes += unused
-    if gguf is not None:
-        schemes, fallbacks = resolve_bits(schemes, own_defaults, _row_widths(source, schemes))
-        notes += [*gguf.notes, *fallbacks]
-    if settings.mixed is not None and not any(map(is_routed_expert, inside)):
-        notes.append(
-            f"{settings.scheme_name} gives routed experts {settings.scheme.bits} bits, and this model has none: every "
-            f"layer gets {settings.mixed.other_bits}"
-        )
-    known = set(inside) | set(outside)
+    widths = {name: int(weight_2d(source.model.get_submodule(name)).shape[1]) for name in everything}
+    schemes, further = rules.fitted(schemes, widths)
+    notes += unused + further
     # Linear layers that are neither in a block nor the head are never quantized; formats must list them.
-    schemes |= {n: settings.scheme.with_overrides({"bits": 16, "act_bits": 16}) for n in everything if n not in known}
-    instead, group_notes = fit_groups(schemes, _row_widths(source, schemes), formats) if fit else ({}, [])
+    full = settings.scheme.with_overrides({"bits": 16, "act_bits": 16})
+    schemes |= {name: full for name in everything if name not in schemes}
+    instead, further = fit_groups(schemes, widths, formats) if fit else ({}, [])
     schemes = {name: instead.get(scheme, scheme) for name, scheme in schemes.items()}
-    notes += group_notes
     default = unquantized_by_default(source.model, model_type, everything, formats, settings.layer_config)
-    notes += default.notes()
+    notes += further + default.notes()
+
+    known, chosen = set(inside), tuple(f"{block}." for block in blocks)
     layers: dict[str, LayerPlan] = {}
     for name, scheme in schemes.items():
         plan = _layer_plan(source, name, scheme)
-        if not scheme.quantizes_weights:
-            plan = plan.unquantized(default.reasons.get(name, _ASKED)) if name in inside_set else plan
-        elif name in default.reasons:
-            plan = plan.unquantized(default.reasons[name])
-        elif unquantized is not None and name in unquantized:
-            plan = plan.unquantized(unquantized[name])
-        elif name in inside_set and not name.startswith(tuple(f"{b}." for b in blocks)):
-            plan = plan.unquantized("its block is not in to_quant_block_names")
-        else:
-            check_data_type(scheme, f"layer {name}")
-            plan = _for_formats(plan, formats, model_type, source)
-            rearranged = None if gguf is None else is_rearranged(gguf, source, name)
-            plan = plan if rearranged is None else plan.unquantized(rearranged)
-        layers[name] = plan
+        reason = default.reasons.get(name) if scheme.quantizes_weights or name in known else None
+        if not scheme.quantizes_weights and name in known:
+            reason = reason or _ASKED
+        elif scheme.quantizes_weights and reason is None:
+            reason = (unquantized or {}).get(name)
+            if reason is None and name in known and not name.startswith(chosen):
+                reason = "its block is not in to_quant_block_names"
+            elif reason is None:
+                check_data_type(scheme, f"layer {name}")
+                reason = _format_reason(plan, formats, model_type, source)
+                reason = rules.unquantized_reason(name) or reason
+        layers[name] = plan if reason is None else plan.unquantized(reason)
     layers = _same_scheme_for_fused(layers, formats)
-    if gguf is not None or settings.scheme.super_bits is not None:
-        layers = with_types(layers)
-    if gguf is not None:
-        asked, gguf = gguf, resolve_types(gguf, source, layers)
-        if embedded:
-            notes += shared_with_head(asked, gguf, source, _embeddings(source))
+    layers, shared = rules.settled(layers)
+    notes += shared
     if settings.gptq is not None:
         layers = _without_feedback(layers)
     usual = {None, _ASKED, *default.reasons.values()}
     refused = [p for p in layers.values() if p.reason not in usual and p.scheme.bits >= 16]
-    for plan in refused[:5]:
-        notes.append(f"{plan.name} stays in full precision: {plan.reason}")
+    notes += [f"{plan.name} stays in full precision: {plan.reason}" for plan in refused[:5]]
     if len(refused) > 5:
         notes.append(f"and {len(refused) - 5} more layers stay in full precision")
     if not any(p.scheme.quantizes_weights for p in layers.values()):
@@ -231,30 +196,56 @@ def make_job(
             "no layer is left to quantize; " + (notes[0] if notes else "check scheme, ignore_layers and layer_config")
         )
     notes += _fused_notes(layers, formats) + _activation_notes(layers, formats) + _slower_notes(layers, formats)
+
     compute = compute_dtype(settings, source)
-    algorithm = settings.algorithm
-    steps = algorithm.iters * len(blocks) if isinstance(algorithm, SignRoundConfig) else 0
     memory = choose_storage(MemoryInputs(settings, source, layers, compute, in_memory), tuple(formats), per_expert)
     resumable = source.lazy and (settings.tunes or not memory.streams_experts)
     journaled = resumable and output_dir is not None
-    scheme = instead.get(settings.scheme, settings.scheme)
+    width = largest(source.config, "hidden_size")
     job = Job(
-        source.name_or_path, source.blocks, layers, tuple(f.name for f in formats), settings.recorded(),
-        settings.scheme_name, scheme, steps,
-        {
-            f.name: gguf.nbytes() if gguf and f is gguf_output else planned_bytes(f, layers, source, cache)
-            for f in formats
-        },
-        memory.ram, memory.vram, f"{settings.device}, {str(compute).removeprefix('torch.')}", output_dir, tuple(notes),
-        model_type, _embeddings(source), _other_matrices(source, layers), source.stored_as, cache, gguf, resumable,
-        journal_bytes(settings, largest(source.config, "hidden_size"), compute.itemsize) if journaled else 0,
-        memory,
-        skipped={weight.name: weight.reason for weight in weights.dense}, **_stored_names(source, layers),
+        model=source.name_or_path,
+        blocks=source.blocks,
+        layers=layers,
+        formats=tuple(fmt.name for fmt in formats),
+        settings=settings.recorded(),
+        scheme_name=settings.scheme_name,
+        scheme=instead.get(settings.scheme, settings.scheme),
+        steps=getattr(settings.algorithm, "iters", 0) * len(blocks),
+        bytes_on_disk={f.name: rules.nbytes(f) or planned_bytes(f, layers, source, cache) for f in formats},
+        peak_ram=memory.ram,
+        peak_vram=memory.vram,
+        compute=f"{settings.device}, {str(compute).removeprefix('torch.')}",
+        output_dir=output_dir,
+        notes=tuple(notes),
+        model_type=model_type,
+        embeddings=embedding_names(source),
+        other_matrices=_other_matrices(source, layers),
+        stored_as=source.stored_as,
+        cache=cache,
+        gguf=rules.file,
+        resumable=resumable,
+        journal_bytes=journal_bytes(settings, width, compute.itemsize) if journaled else 0,
+        memory_plan=memory,
+        skipped={weight.name: weight.reason for weight in weights.dense},
         patterns=tuple(dict.fromkeys(pattern_regex(key) for key in settings.layer_config if key not in layers)),
-    )  # fmt: skip
+        **_stored_names(source, layers),
+    )
     for fmt in formats:
         require_plan(fmt, job.export_plan(fmt))
     return job
+
+
+def _layer_rules(
+    settings: Settings, source: ModelSource, formats: Sequence[OutputFormat], tokenizer: Any
+) -> LayerRules:
+    """What the output decides about layers. Raises ConfigError for importance files that cannot be used."""
+    files = gguf_format(formats)
+    option = "imatrix" if settings.imatrix is not None else "save_imatrix"
+    if files is None and (settings.imatrix is not None or settings.save_imatrix is not None):
+        raise ConfigError(f"{option} needs a GGUF format, since importance files use its tensor names; give such a one")
+    if settings.imatrix is not None and not settings.optimized_start:
+        raise ConfigError("imatrix weights the search of scales, which disable_opt_rtn turns off; give one of them")
+    return LayerRules(settings, source) if files is None else GgufRules(settings, source, files, tokenizer)
 
 
 def _without_feedback(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
@@ -271,16 +262,6 @@ def _without_feedback(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
         )
     said = "GPTQ leaves it out: its data type stores no codes"
     return {name: replace(plan, reason=said) if name in without else plan for name, plan in layers.items()}
-
-
-def _head_name(source: ModelSource) -> str | None:
-    getter = getattr(source.model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return next((n for n, m in source.model.named_modules() if m is head), None) if head is not None else None
-
-
-def _row_widths(source: ModelSource, names: Iterable[str]) -> dict[str, int]:
-    return {name: int(weight_2d(source.model.get_submodule(name)).shape[1]) for name in names}
 
 
 def _layer_plan(source: ModelSource, name: str, scheme: QuantizationScheme) -> LayerPlan:
@@ -306,7 +287,7 @@ def _other_matrices(source: ModelSource, layers: Mapping[str, LayerPlan]) -> tup
 def _stored_names(source: ModelSource, layers: Mapping[str, LayerPlan]) -> dict[str, Any]:
     """Fields of `Job`: checkpoint names of modules and blocks, and checkpoint tensors that no module reads."""
     naming = source.checkpoint_naming()
-    modules = (*layers, *_embeddings(source), *_other_matrices(source, layers))
+    modules = (*layers, *embedding_names(source), *_other_matrices(source, layers))
     stored = {name: called for name in modules if (called := naming.module(name)) != name}
     blocks = tuple(dict.fromkeys(called for block in source.blocks for called in naming.block(block)))
     plans = (source.own_plan(name) for name in source.tied())
@@ -323,8 +304,10 @@ def _unused_reason(key: str, blocks: Sequence[str]) -> str:
     return _MTP if further or any(part.startswith("mtp") for part in key.split(".")) else "no module reads it"
 
 
-def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str, source: ModelSource) -> LayerPlan:
-    """The plan, left unquantized if one of the formats cannot hold the layer."""
+def _format_reason(
+    plan: LayerPlan, formats: Sequence[OutputFormat], model_type: str, source: ModelSource
+) -> str | None:
+    """Why one of the formats cannot hold the layer quantized, or None."""
     for fmt in formats:
         require_scheme(fmt, plan.scheme, f"layer {plan.name}")
         reason = fmt.rules(model_type).unquantized_reason(plan.name)
@@ -336,8 +319,8 @@ def _for_formats(plan: LayerPlan, formats: Sequence[OutputFormat], model_type: s
         if plan.transposed and not fmt.supports_conv1d:
             reason = "it stores its weight transposed (Conv1D), and the layout is for ordinary linear layers"
         if reason is not None:
-            return plan.unquantized(f"format {fmt.name}: {reason}")
-    return plan
+            return f"format {fmt.name}: {reason}"
+    return None
 
 
 def _model_notes(formats: Sequence[OutputFormat], model_type: str) -> list[str]:
@@ -351,10 +334,6 @@ def _model_notes(formats: Sequence[OutputFormat], model_type: str) -> list[str]:
                 f"{', '.join(others)}"
             )
     return [rule.note for rule in rules.values() if rule.note is not None]
-
-
-def _embeddings(source: ModelSource) -> tuple[str, ...]:
-    return tuple(name for name, m in source.model.named_modules() if isinstance(m, torch.nn.Embedding))
 
 
 def _same_scheme_for_fused(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> dict[str, LayerPlan]:

@@ -32,7 +32,7 @@ def recipe_of(settings: Settings, job: Job, formats: Sequence[str], shard: int |
     supply = {"dataset": missing} if missing else {}
     if settings.imatrix is not None:
         supply["imatrix"] = f"importance file {Path(settings.imatrix).name}"
-    limited = settings.tunes and job.memory_plan is not None and job.memory_plan.streams_experts
+    limited = settings.tunes and job.memory_plan.streams_experts
     on_cpu = str(config.memory.device_map).strip().lower() == "cpu"
     return replace(
         config,

@@ -14,6 +14,7 @@ import torch
 from auto_round.errors import ConfigError, ModelError, UnsupportedError, first_line
 from auto_round.later import DIFFUSION, MULTIMODAL
 from auto_round.layer_config import parse_layer_config as parse_layer_config_arg
+from auto_round.modeling.blocks import get_lm_head_name
 from auto_round.modeling.files.folder import model_folder
 from auto_round.modeling.source import resolve_dtype
 from auto_round.run.settings import names_tuple, resolve_device
@@ -91,13 +92,6 @@ def find_matching_blocks(
             f"to_quant_block_names={to_quant_block_names!r} matches none of the blocks; give None for all of them"
         )
     return [blocks for blocks in found if blocks]
-
-
-def get_lm_head_name(model: torch.nn.Module) -> str | None:
-    """The name of the output head, or None."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return None if head is None else next((name for name, m in model.named_modules() if m is head), None)
 
 
 def is_pure_text_model(model: torch.nn.Module) -> bool:

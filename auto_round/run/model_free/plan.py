@@ -15,7 +15,7 @@ from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.output.writer import parse_size
 from auto_round.report.memory import format_bytes
 from auto_round.run.model_free.units import plan_work
-from auto_round.run.plan import Job
+from auto_round.run.plan import Job, MemoryPlan
 from auto_round.run.planner import make_job
 from auto_round.run.settings import Settings, check_whole_number
 from auto_round.schemes import QuantizationScheme
@@ -152,7 +152,7 @@ def model_free_job(
         if not plan.scheme.quantizes_weights and plan.reason is None and not set(_TOWERS).isdisjoint(name.split(".")):
             layers[name] = replace(plan, reason=_TOWER)
     values = {f.name: getattr(job, f.name) for f in fields(Job)}
-    values |= {"layers": layers, "notes": (*job.notes, *notes), "journal_bytes": 0, "memory_plan": None}
+    values |= {"layers": layers, "notes": (*job.notes, *notes), "journal_bytes": 0, "memory_plan": MemoryPlan()}
     made = ModelFreeJob(**values, workers=options.workers, memory=options.memory)
     largest = max((u.memory for fmt in formats for u in plan_work(made, source, fmt).units), default=0)
     return replace(made, peak_ram=max(largest, min(options.memory, options.workers * largest)), peak_vram=0)
