@@ -34,11 +34,6 @@ class Feature:
         return f"{spelling}: {self.what} is not available in this version; {self.instead}"
 
 
-def _refuse(feature: Feature | None, spelling: str) -> None:
-    if feature is not None:
-        raise UnsupportedError(feature.sentence(spelling))
-
-
 def _feature(what: str, instead: str, names: str = "", classes: str = "") -> Feature:
     return Feature(what, tuple(names.split()), tuple(classes.split()), instead)
 
@@ -117,7 +112,7 @@ _DEFAULT_VALUES: Mapping[str, tuple[Any, ...]] = {
     "pipeline_call_kwargs": ({},),
 }  # fmt: skip
 # Values of known flags that request a missing feature.
-_VALUES: Mapping[tuple[str, str], Feature] = {("eval_backend", "vllm"): VLLM}
+VALUES: Mapping[tuple[str, str], Feature] = {("eval_backend", "vllm"): VLLM}
 # Algorithms of the guide that this version lacks.
 ALGORITHMS: Mapping[str, Feature] = {
     "awq": AWQ, "svdquant": SVDQUANT, "hadamard": ROTATION, "random_hadamard": ROTATION, "quarot_hadamard": ROTATION,
@@ -151,30 +146,21 @@ def is_default_value(name: str, value: Any) -> bool:
     return value is None or value is False or value in _DEFAULT_VALUES.get(name, ())
 
 
+def refuse(feature: Feature | None, spelling: str) -> None:
+    """Raise UnsupportedError for what the user wrote, if it requests a missing feature."""
+    if feature is not None:
+        raise UnsupportedError(feature.sentence(spelling))
+
+
 def refuse_keyword(name: str, value: Any) -> None:
     """Raise UnsupportedError when the keyword `name` with this value requests a missing feature."""
     if not is_default_value(name, value):
-        _refuse(_BY_NAME.get(name), f"{name}={value!r}")
-
-
-def refuse_flag(name: str) -> None:
-    """Raise UnsupportedError when the flag `name` requests a missing feature."""
-    _refuse(_BY_NAME.get(name), f"--{name}")
-
-
-def refuse_flag_value(name: str, value: str) -> None:
-    """Raise UnsupportedError when the value of a known flag requests a missing feature."""
-    _refuse(_VALUES.get((name, value.strip().lower())), f"--{name} {value}")
+        refuse(feature_of(name), f"{name}={value!r}")
 
 
 def refuse_algorithm(spelling: str, name: str) -> None:
     """Raise UnsupportedError when `name` is an algorithm of the guide that this version lacks."""
-    _refuse(ALGORITHMS.get(name.strip().lower().replace("-", "_")), spelling)
-
-
-def refuse_scheme(spelling: str, name: str) -> None:
-    """Raise UnsupportedError when `name`, in capitals, is a preset that this version lacks."""
-    _refuse(SCHEMES.get(name), spelling)
+    refuse(ALGORITHMS.get(name.strip().lower().replace("-", "_")), spelling)
 
 
 def refuse_class(name: str) -> None:

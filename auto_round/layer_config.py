@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -52,77 +53,61 @@ class _RelaxedReader:
     """Recursive-descent parser of JSON whose strings may lack quotes: `{a:{b:1},c:[1,2]}`."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.at, self.depth = text, 0, 0
+        self.text, self.at = text, 0
 
     def read(self) -> Any:
-        value = self._value()
-        self._space()
-        if self.at != len(self.text):
+        value = self._value(0)
+        if self._peek():
             raise self._error("text after the end")
         return value
 
     def _error(self, what: str) -> ConfigError:
         return ConfigError(f"--layer_config: {what} at character {self.at + 1} of {self.text!r}")
 
-    def _space(self) -> None:
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
-
     def _peek(self) -> str:
-        self._space()
-        return self.text[self.at] if self.at < len(self.text) else ""
+        """The next character that is not white space; "" at the end."""
+        while self.text[self.at : self.at + 1].isspace():
+            self.at += 1
+        return self.text[self.at : self.at + 1]
 
     def _take(self, char: str) -> None:
         if self._peek() != char:
             raise self._error(f"expected {char!r}")
         self.at += 1
 
-    def _value(self) -> Any:
-        char = self._peek()
-        if not char or char not in "{[(":
+    def _value(self, depth: int) -> Any:
+        end = {"{": "}", "[": "]", "(": ")"}.get(self._peek())
+        if end is None:
             word, quoted = self._string(",}])")
             return word if quoted else _plain(word)
-        self.depth += 1
-        if self.depth > _MAX_DEPTH:
+        if depth == _MAX_DEPTH:
             raise self._error("brackets nested too deeply")
-        value = self._mapping() if char == "{" else self._list("]" if char == "[" else ")")
-        self.depth -= 1
-        return value
-
-    def _mapping(self) -> dict[str, Any]:
-        self._take("{")
-        result: dict[str, Any] = {}
-        while self._peek() != "}":
-            key, _ = self._string(":")
-            self._take(":")
-            if key in result:
-                raise self._error(f"{key!r} is given twice")
-            result[key] = self._value()
-            if self._peek() != "}":
-                self._take(",")
-        self._take("}")
-        return result
-
-    def _list(self, end: str) -> list[Any]:
         self.at += 1
-        result = []
+        mapping: dict[str, Any] = {}
+        items: list[Any] = []
         while self._peek() != end:
-            result.append(self._value())
+            if end == "}":
+                key, _ = self._string(":")
+                self._take(":")
+                if key in mapping:
+                    raise self._error(f"{key!r} is given twice")
+                mapping[key] = self._value(depth + 1)
+            else:
+                items.append(self._value(depth + 1))
             if self._peek() != end:
                 self._take(",")
-        self._take(end)
-        return result
+        self.at += 1
+        return mapping if end == "}" else items
 
     def _string(self, ends: str) -> tuple[str, bool]:
         """The next string, up to its closing quote or a character of `ends`, and whether it has quotes."""
-        quote = self._peek()
+        quote, start = self._peek(), self.at
         if quote and quote in "\"'":
-            close = self.text.find(quote, self.at + 1)
-            if close < 0:
+            self.at = self.text.find(quote, start + 1) + 1
+            if not self.at:
+                self.at = start
                 raise self._error("a quote that is not closed")
-            word, self.at = self.text[self.at + 1 : close], close + 1
-            return word, True
-        start = self.at
+            return self.text[start + 1 : self.at - 1], True
         while self.at < len(self.text) and self.text[self.at] not in ends:
             self.at += 1
         word = self.text[start : self.at].strip()
@@ -137,10 +122,8 @@ def _plain(word: str) -> Any:
     if word.lower() in special:
         return special[word.lower()]
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(word)
-        except ValueError:
-            continue
     return word
 
 

@@ -95,11 +95,6 @@ def _remove_own_handlers() -> None:
             handler.close()
 
 
-def trace(message: str, *args: Any) -> None:
-    """Log at TRACE level."""
-    logger.log(TRACE, message, *args)
-
-
 def warn_once(message: str, *args: Any, key: str | None = None) -> None:
     """Log a warning once per process; calls with the same text (or `key`) count as one."""
     text = key if key is not None else (message % args if args else message)

@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from auto_round import envs
@@ -51,27 +51,23 @@ def loaded_plugins() -> dict[str, str]:
 
 @cache
 def _load_entry_points() -> None:
+    """Import the module of each entry point; of `module:function`, call the function too."""
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP)):
-        _load_entry_point(entry)
-
-
-def _load_entry_point(entry: EntryPoint) -> None:
-    """Import the module of an entry point; of `module:function`, call the function too."""
-    package = "unknown package" if entry.dist is None else f"package {entry.dist.name} {entry.dist.version}"
-    key = f"{entry.name} = {entry.value}"
-    if key in _LOADED:
-        return
-    _LOADED[key] = (entry.name, package)  # now: what it imports may call `load_plugins`
-    try:
-        found = entry.load()
-        if entry.attr:
-            found()
-    except Exception as error:
-        del _LOADED[key]
-        raise ConfigError(
-            f"plugin {entry.name!r} of {package} cannot be loaded: {_describe(error)}; repair the package, or "
-            "uninstall it"
-        ) from error
+        package = "unknown package" if entry.dist is None else f"package {entry.dist.name} {entry.dist.version}"
+        key = f"{entry.name} = {entry.value}"
+        if key in _LOADED:
+            continue
+        _LOADED[key] = (entry.name, package)  # now: what it imports may call `load_plugins`
+        try:
+            found = entry.load()
+            if entry.attr:
+                found()
+        except Exception as error:
+            del _LOADED[key]
+            raise ConfigError(
+                f"plugin {entry.name!r} of {package} cannot be loaded: {_describe(error)}; repair the package, or "
+                "uninstall it"
+            ) from error
 
 
 def _load_file(path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from auto_round.errors import ConfigError, nearest
+from auto_round.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,6 @@ RECIPES: dict[str, Recipe] = {
         Recipe("rtn", "auto-round-rtn", 8, 0, 2048, 0, None, True, "plain rounding to nearest; no data, fastest"),
     )
 }  # fmt: skip
-
-
-def get_recipe(name: str) -> Recipe:
-    """The recipe called `name`. Raises ConfigError with the nearest names."""
-    key = name.strip().lower().replace("-", "_")
-    if key not in RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}{nearest(key, RECIPES)} Known recipes: {', '.join(RECIPES)}")
-    return RECIPES[key]
 
 
 def fill_defaults(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:

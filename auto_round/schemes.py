@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from auto_round.errors import ConfigError, nearest
-from auto_round.later import refuse_scheme
+from auto_round.later import SCHEMES, refuse
 
 GroupSize = int | tuple[int, int]
 ACTIVATION_KEYS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
@@ -355,7 +355,7 @@ def preset_name_to_scheme(name: str) -> QuantizationScheme:
     Raises ConfigError with the nearest names, and UnsupportedError for a preset that this version lacks.
     """
     key = normalize_preset_name(name)
-    refuse_scheme(f"scheme {name!r}", key)
+    refuse(SCHEMES.get(key), f"scheme {name!r}")
     if key not in PRESET_SCHEMES and key.startswith("GGUF") and "*" in key:
         types = ", ".join(preset for preset in PRESET_SCHEMES if preset.startswith("GGUF:"))
         raise ConfigError(f"unknown scheme {name!r}; the GGUF types are {types}")

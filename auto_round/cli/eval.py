@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from auto_round.cli.arguments import EVAL_GROUPS
 from auto_round.cli.parser import build, run_parsed
 from auto_round.errors import ConfigError, OutputError
-
-if TYPE_CHECKING:
-    from auto_round.eval.measures import EvalResult
 
 USAGE = "auto-round eval MODEL [--reference MODEL] [--eval_text FILE] [flags]"
 
@@ -34,7 +31,15 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
 
     `record_in`: folder of a model just saved, whose card and report get the result.
     """
-    output = check_output(given.get("eval_output"))
+    output = Path(given["eval_output"]).expanduser() if "eval_output" in given else None
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise OutputError(
+            f"--eval_output {given['eval_output']!r} is not a file in an existing folder; make the folder or choose "
+            "another"
+        )
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate
     from auto_round.modeling.source import resolve_dtype
@@ -53,7 +58,15 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
         trust_remote_code=given.get("trust_remote_code", False),
         backend=given.get("backend"),
     )
-    print_result(result)
+    table = Table()
+    table.add_column("measure")
+    table.add_column("value ± standard error", justify="right")
+    for name, value in result.rows():
+        table.add_row(name, value)
+    console = Console()
+    console.print(Text(result.model if result.reference is None else f"{result.model} against {result.reference}"))
+    console.print(table)
+    console.print(Text(result.describe()))
     if record_in is not None:
         from auto_round.report.model_card import add_quality
 
@@ -73,32 +86,3 @@ def local_folder(model: str, given: Mapping[str, Any]) -> str:
 
     platform = given.get("platform") or ("model_scope" if envs.AR_USE_MODELSCOPE else "hf")
     return str(model_folder(model, trust_remote_code=given.get("trust_remote_code", False), platform=platform))
-
-
-def check_output(text: str | None) -> Path | None:
-    """The file to write results to. Raises OutputError when its folder does not exist."""
-    if text is None:
-        return None
-    path = Path(text).expanduser()
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise OutputError(
-            f"--eval_output {text!r} is not a file in an existing folder; make the folder or choose another"
-        )
-    return path
-
-
-def print_result(result: EvalResult) -> None:
-    """Print a table of the measures."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    table.add_column("measure")
-    table.add_column("value ± standard error", justify="right")
-    for name, value in result.rows():
-        table.add_row(name, value)
-    console = Console()
-    console.print(Text(result.model if result.reference is None else f"{result.model} against {result.reference}"))
-    console.print(table)
-    console.print(Text(result.describe()))

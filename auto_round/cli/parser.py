@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from auto_round.cli.arguments import Flag, Group, spellings
 from auto_round.errors import ConfigError, nearest
-from auto_round.later import feature_of, is_default_value, refuse_flag, refuse_flag_value
+from auto_round.later import VALUES, feature_of, is_default_value, refuse
 from auto_round.logger import logger
 from auto_round.plugins import load_plugins
 
@@ -115,8 +115,7 @@ def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequ
     models, and for contradictions.
     """
     known = spellings(groups)
-    tokens = drop_no_op_flags(normalize(argv), known)
-    check_known(tokens, known)
+    tokens = check_flags(normalize(argv), known)
     values = {k: v for k, v in vars(parser.parse_intermixed_args(tokens)).items() if v is not None}
     models = values.pop("positional", [])
     values = {k: v for k, v in values.items() if k not in ("help", "version")}
@@ -132,33 +131,45 @@ def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequ
     return values
 
 
-def drop_no_op_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]:
-    """Remove flags without effect: those that leave a missing feature off (`--nblocks 1`, `--no_enable_lfq`), and
-    `NO_OP_FLAGS`, for which a warning is logged."""
+def check_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]:
+    """The tokens without flags that have no effect: those that leave a missing feature off (`--nblocks 1`,
+    `--no_enable_lfq`), and `NO_OP_FLAGS`, for which a warning is logged.
+
+    Raises ConfigError for an unknown flag, with the nearest names, UnsupportedError for one of a missing feature.
+    """
     out: list[str] = []
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
-        name, sep, value = token[2:].partition("=") if token.startswith("--") else ("", "", "")
         if token == "--":
             return [*out, token, *rest]
-        if not name or name in known:
+        is_value = not token.startswith("-") or _as_number(token.partition(",")[0]) is not None
+        if is_value or token in ("-h", "--help", "--version"):
             out.append(token)
             continue
+        name, sep, value = token.lstrip("-").partition("=")
         follows = rest[0] if rest and not rest[0].startswith("--") else None
         given = value if sep else follows
-        if name in NO_OP_FLAGS:
-            takes_value, reason = NO_OP_FLAGS[name]
+        flag = name if token.startswith("--") else ""
+        takes_value, reason = NO_OP_FLAGS.get(flag, (False, ""))
+        if flag in known:
+            refuse(VALUES.get((name, (given or "").strip().lower())), f"--{name} {given}")
+            out.append(token)
+        elif reason:
             logger.warning("--%s has no effect: %s", name, reason)
             if takes_value and not sep and follows is not None:
                 rest.pop(0)
-        elif name.startswith("no_") and feature_of(name[3:]) is not None:
+        elif flag.startswith("no_") and feature_of(flag[3:]) is not None:
             continue
-        elif feature_of(name) is not None and given is not None and is_default_value(name, _as_number(given) or given):
+        elif feature_of(flag) is not None and given is not None and is_default_value(flag, _as_number(given) or given):
             if not sep:
                 rest.pop(0)
         else:
-            out.append(token)
+            refuse(None if name in known else feature_of(name), f"--{name}")
+            shown = token.partition("=")[0]
+            raise ConfigError(
+                f"unknown flag {shown!r}{nearest(shown, [f'--{k}' for k in known])} See --help for all flags"
+            )
     return out
 
 
@@ -167,23 +178,3 @@ def _as_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def check_known(tokens: Sequence[str], known: dict[str, Flag]) -> None:
-    """Raise ConfigError for an unknown flag, with the nearest names, UnsupportedError for one of a missing feature."""
-    for i, token in enumerate(tokens):
-        if token == "--":
-            return
-        if not token.startswith("-") or token == "-h" or _as_number(token.partition(",")[0]) is not None:
-            continue
-        name, sep, value = token.lstrip("-").partition("=")
-        if name in ("help", "version") and token.startswith("--"):
-            continue
-        if name not in known:
-            refuse_flag(name)
-        if name not in known or not token.startswith("--"):
-            flag = token.partition("=")[0]
-            raise ConfigError(
-                f"unknown flag {flag!r}{nearest(flag, [f'--{k}' for k in known])} See --help for all flags"
-            )
-        refuse_flag_value(name, value if sep else (tokens[i + 1] if i + 1 < len(tokens) else ""))

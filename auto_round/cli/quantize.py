@@ -14,7 +14,7 @@ from auto_round.config import TUNED_NAMES, read_recipe
 from auto_round.errors import ConfigError, OutputError, nearest
 from auto_round.later import refuse_algorithm
 from auto_round.layer_config import parse_layer_config
-from auto_round.recipes import Recipe, fill_defaults, get_recipe
+from auto_round.recipes import RECIPES, Recipe, fill_defaults
 
 # What the verb itself uses; everything else that was given is a keyword of AutoRound.
 _EVAL_NAMES = tuple(flag.dest for flag in EVAL_FLAGS)
@@ -30,7 +30,7 @@ DEFAULT_OUTPUT_DIR = "./tmp_autoround"
 
 def run_verb(argv: Sequence[str], recipe_name: str = "default", overview: str = "") -> int:
     """Quantize, print a plan (`--dry_run`), or evaluate (`--eval` alone). Returns the exit code."""
-    recipe = get_recipe(recipe_name)
+    recipe = RECIPES[recipe_name]
     usage = f"{recipe.command} [quantize] MODEL [--scheme W4A16] [--format auto_round] [--output_dir DIR] [flags]"
     parser = build(
         recipe.command, usage, f"Quantize a language model. Recipe: {recipe.summary}.", QUANTIZE_GROUPS, overview
@@ -44,7 +44,14 @@ def _run(given: dict[str, Any], recipe: Recipe) -> int:
     if "save_recipe" in given and Path(given["save_recipe"]).expanduser().is_dir():
         raise OutputError(f"--save_recipe {given['save_recipe']} is a folder; give the name of a file in it")
     if given.get("eval") and set(given) <= _NOT_QUANTIZING:
-        return _evaluate_only(given)
+        from auto_round.cli.eval import evaluate_from_flags
+
+        # The shared spellings --bs and --seqlen mean the evaluation's.
+        renamed = {"batch_size": "eval_bs", "seqlen": "eval_seqlen", "model_dtype": "eval_model_dtype"}
+        return evaluate_from_flags(
+            {renamed[k]: v for k, v in given.items() if k in renamed}
+            | {k: v for k, v in given.items() if k not in renamed}
+        )
     extra = [name for name in _EVAL_NAMES if name in given and name not in ("eval", "eval_backend")]
     if extra and not given.get("eval"):
         raise ConfigError(f"--{extra[0]} has no effect without --eval; add --eval, or leave it out")
@@ -169,22 +176,10 @@ def _with_model_free(recipe: Recipe, chosen: Mapping[str, Any], formats: str | N
                 f"--model_free only rounds to nearest, and {recipe.command} does more; use auto-round-rtn, or leave "
                 "--model_free out"
             )
-        return fill_defaults(get_recipe("rtn"), chosen)
+        return fill_defaults(RECIPES["rtn"], chosen)
     filled = fill_defaults(recipe, chosen)
     plain = filled.get("iters") == 0 and filled.get("disable_opt_rtn") and "algorithm" not in filled
     rounds = filled.pop("model_free", None) is None and plain
     if rounds and "gguf:" not in (formats or "").lower():
         filled["model_free"] = "auto"
     return filled
-
-
-def _evaluate_only(given: dict[str, Any]) -> int:
-    """`auto-round MODEL --eval`: the shared spellings --bs and --seqlen mean the evaluation's."""
-    from auto_round.cli.eval import evaluate_from_flags
-
-    renamed = {"batch_size": "eval_bs", "seqlen": "eval_seqlen", "model_dtype": "eval_model_dtype"}
-    values = {k: v for k, v in given.items() if k not in renamed}
-    for old, new in renamed.items():
-        if old in given:
-            values.setdefault(new, given[old])
-    return evaluate_from_flags(values)

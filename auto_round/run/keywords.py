@@ -15,7 +15,7 @@ from auto_round.algorithms.transforms.base import split_transforms
 from auto_round.codecs.base import Scheme
 from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.codecs.kinds import codec_of
-from auto_round.config import ALIASES, TUNED_NAMES, QuantConfig, plain
+from auto_round.config import ALIASES, ON_NAN, TUNED_NAMES, QuantConfig, plain
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.formats.cache_scales import none_if_16_bits, parse_cache_scheme
 from auto_round.later import feature_of, refuse_algorithm, refuse_keyword
@@ -23,7 +23,6 @@ from auto_round.layer_config import INFO_KEYS, parse_ignore_layers, parse_layer_
 from auto_round.logger import logger
 from auto_round.run.settings import (
     Settings,
-    check_on_nan,
     check_whole_number,
     names_tuple,
     parse_budget,
@@ -72,6 +71,8 @@ def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> Se
     needs_samples = searches or gptq is not None or cache is not None
     for name, low in (("nsamples", int(needs_samples)), ("seqlen", 2), ("seed", 0)):
         check_whole_number(name, options[name], low)
+    if (on_nan := options["on_nan"]) not in ON_NAN:
+        raise ConfigError(f"on_nan={on_nan!r} is not allowed; use {', '.join(ON_NAN)}{nearest(str(on_nan), ON_NAN)}")
     # The keywords that give this algorithm again; `algorithm` names what the number of steps does not tell.
     fields = {k: v for k, v in vars(algorithm).items() if k in _DEFAULTS and k not in SCHEME_KEYS}
     names = list(options["transforms"])
@@ -100,7 +101,7 @@ def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> Se
         enable_torch_compile=device.type == "cuda" if compiles is None else compiles,
         scale_dtype=parse_scale_dtype(options["scale_dtype"]),
         cache=cache,
-        on_nan=check_on_nan(options["on_nan"]),
+        on_nan=on_nan,
         max_memory=parse_budget(options["max_memory"], device),
     )
 

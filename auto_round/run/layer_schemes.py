@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.errors import ConfigError, nearest
 from auto_round.formats.base import OutputFormat
-from auto_round.layer_config import LayerConfig, matching_layers, resolve_layers
+from auto_round.layer_config import matching_layers, resolve_layers
 from auto_round.modeling.config import read_value
 from auto_round.modeling.layer_rules import ROUTER, engine_unquantized, is_routed_expert, router_names
 from auto_round.modeling.source import ModelSource
@@ -31,30 +31,27 @@ _MIN_GROUP_SIZE = 32
 
 
 def resolve_layer_schemes(
-    settings: Settings, inside: Sequence[str], outside: Sequence[str], modules: Iterable[str],
-    own_defaults: Mapping[str, QuantizationScheme], layer_config: LayerConfig, quant_lm_head: bool,
-) -> tuple[dict[str, QuantizationScheme], list[str]]:  # fmt: skip
+    rules: LayerRules, inside: Sequence[str], outside: Sequence[str]
+) -> tuple[dict[str, QuantizationScheme], list[str]]:
     """The scheme of every layer, and notes about patterns that match nothing and fields that are ignored.
 
     Args:
         inside, outside: linear layers inside blocks, and those outside that may be quantized.
-        modules: names of all modules of the model.
-        layer_config: the settings' own, or a part of it.
 
     Raises:
         ConfigError: a pattern matches nothing and the settings are strict, or an entry is no scheme.
     """
+    settings, known = rules.settings, [*inside, *outside]
+    others = [name for name, _ in rules.source.model.named_modules() if name and name not in known]
     notes: list[str] = []
-    known = {*inside, *outside}
     schemes = resolve_layers(
-        inside, settings.scheme, layer_config, settings.ignore_layers, outside, quant_lm_head, own_defaults,
-        [name for name in modules if name and name not in known], None if settings.strict else notes.append,
+        inside, settings.scheme, rules.layer_config, settings.ignore_layers, outside, rules.quant_lm_head,
+        rules.defaults(known), others, None if settings.strict else notes.append,
     )  # fmt: skip
     for name, scheme in schemes.items():
-        settled, changed = symmetric_if_required(scheme)
-        schemes[name] = settled
+        schemes[name], changed = symmetric_if_required(scheme)
         for field in changed:
-            note = f"layer_config: {field}=False is not used: {no_zero_point(settled, field)}"
+            note = f"layer_config: {field}=False is not used: {no_zero_point(schemes[name], field)}"
             notes += [note] if note not in notes else []
     return schemes, notes
 
@@ -195,35 +192,12 @@ def fit_groups(
     return instead, notes
 
 
-@dataclass(frozen=True)
-class UnquantizedByDefault:
-    """Layers that are left unquantized by default.
-
-    Attributes:
-        reasons: why, by layer.
-        overridden: the same for layers that are quantized because `layer_config` names them.
-    """
-
-    reasons: Mapping[str, str]
-    overridden: Mapping[str, str]
-
-    def notes(self) -> list[str]:
-        """A warning for every kind of overridden layer."""
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.overridden.items():
-            by_reason.setdefault(reason, []).append(name)
-        found = []
-        for reason, names in by_reason.items():
-            shown = f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
-            found.append(f"{shown} quantized because layer_config asks for it, against the default: {reason}")
-        return found
-
-
 def unquantized_by_default(
     model: nn.Module, model_type: str, layers: Sequence[str], formats: Sequence[OutputFormat],
     layer_config: Mapping[str, Any],
-) -> UnquantizedByDefault:  # fmt: skip
-    """Routers in every format, and in formats for serving engines also the layers that these do not load quantized.
+) -> tuple[dict[str, str], list[str]]:  # fmt: skip
+    """Layers that stay in full precision unless they are asked for, with the reasons: routers in every format, and in
+    formats for serving engines also the layers that these do not load quantized.
 
     Args:
         model: its routers are found.
@@ -231,20 +205,27 @@ def unquantized_by_default(
         layers: names of all its linear layers.
         formats: of the output; none when they are not known yet.
         layer_config: of the user. An entry that matches only such layers overrides the default.
+
+    Returns:
+        (reasons by layer name, a warning for every kind of layer that is overridden).
     """
     routers = router_names(model)
     served = not formats or any(fmt.fusing_runtimes for fmt in formats)
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name in layers:
         row = engine_unquantized(model_type, name) if served else None
         if name in routers:
-            found[name] = ROUTER
+            reasons[name] = ROUTER
         elif row is not None:
-            found[name] = f"serving engines keep it unquantized: {row.reason}"
-    overridden: dict[str, str] = {}
-    for pattern in layer_config:
-        matched = matching_layers(pattern, layers)
-        if all(name in found for name in matched):
-            overridden |= {name: found[name] for name in matched}
-    reasons = {name: reason for name, reason in found.items() if name not in overridden}
-    return UnquantizedByDefault(reasons, {name: found[name] for name in found if name in overridden})
+            reasons[name] = f"serving engines keep it unquantized: {row.reason}"
+    overridden: dict[str, list[str]] = {}  # by reason
+    matches = [matching_layers(pattern, layers) for pattern in layer_config]
+    asked = {name for names in matches if all(name in reasons for name in names) for name in names}
+    for name in layers:
+        if name in asked:
+            overridden.setdefault(reasons.pop(name), []).append(name)
+    notes = []
+    for reason, names in overridden.items():
+        shown = f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+        notes.append(f"{shown} quantized because layer_config asks for it, against the default: {reason}")
+    return reasons, notes

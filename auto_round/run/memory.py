@@ -117,7 +117,10 @@ def plan_memory(inputs: MemoryInputs, streams: str, streams_experts: bool = Fals
     libraries = rss_bytes() + _LIBRARY_GROWTH
     ram = {name: libraries + size for name, size in ram.items()}
     spilled = held if streams == "file" else 0
-    stored = max((expert_codes_bytes(inputs, block) for block in source.blocks), default=0) if alone else 0
+    stored = 0  # codes and scales of the experts of a block
+    for block in source.blocks if alone else ():
+        experts = chain(*_block_layers(inputs, block)[1].values())
+        stored = max(stored, sum(stored_bytes(plan) for plan in quantized(experts)))
     return MemoryPlan(max(ram.values()), vram, spilled, ram, one, streams, streams_experts, stored)
 
 
@@ -263,11 +266,6 @@ def rows_bytes(inputs: MemoryInputs, block: str) -> RowsBytes:
     buffers = (tokens + most) * module.hidden_dim * inputs.compute.itemsize
     # Sorted: int32 rows and float32 weights. While sorting: experts and weights as recorded, keys and indices.
     return RowsBytes(buffers, 8 * tokens * chosen, 36 * tokens * chosen, -(-most // inputs.settings.nsamples))
-
-
-def expert_codes_bytes(inputs: MemoryInputs, block: str) -> int:
-    """Bytes of codes and scales of the experts of a block in a file."""
-    return sum(stored_bytes(plan) for plan in quantized(chain(*_block_layers(inputs, block)[1].values())))
 
 
 def _pairs(inputs: MemoryInputs, chosen: Sequence[LayerPlan]) -> int:

@@ -42,7 +42,8 @@ def choose_storage(
         return plan_memory(inputs, *options[0])
     plans = [plan_memory(inputs, *option) for option in options]
     for plan in plans:
-        if _fits(plan, budget, _TOLERANCE if settings.tunes and plan.streams_experts == per_expert else 1.0):
+        slack = _TOLERANCE if settings.tunes and plan.streams_experts == per_expert else 1.0
+        if plan.ram <= slack * (budget.ram or plan.ram) and plan.vram <= slack * (budget.device or plan.vram):
             return plan
     raise _insufficient_memory(min(plans, key=lambda plan: (plan.vram, plan.ram)), budget, inputs)
 
@@ -63,12 +64,9 @@ def per_expert_unsupported_reason(inputs: MemoryInputs) -> str | None:
     return None
 
 
-def _fits(plan: MemoryPlan, budget: MemoryBudget, slack: float) -> bool:
-    return plan.ram <= slack * (budget.ram or plan.ram) and plan.vram <= slack * (budget.device or plan.vram)
-
-
 def _insufficient_memory(plan: MemoryPlan, budget: MemoryBudget, inputs: MemoryInputs) -> ConfigError:
-    wrong, settings = [], inputs.settings
+    """The error that gives the limit, the need, and options that lower it, most helpful first."""
+    wrong, settings, given = [], inputs.settings, inputs.settings.algorithm
     if plan.ram > (budget.ram or plan.ram):
         most = max(plan.phases, key=lambda name: plan.phases[name])
         wrong.append(
@@ -79,34 +77,27 @@ def _insufficient_memory(plan: MemoryPlan, budget: MemoryBudget, inputs: MemoryI
         wrong.append(
             f"{format_bytes(budget.device or 0)} of {settings.device} was given, {_round_up_size(plan.vram)} is needed"
         )
-    return ConfigError(f"max_memory: {'; '.join(wrong)}. {_advice(inputs, plan)}")
+    advice = "model_free=True with disable_opt_rtn=True (--model_free), which reads single tensors"
+    if isinstance(given, SignRoundConfig):
+        options = [f"lower seqlen ({settings.seqlen})"]
+        if given.batch_size > 1:
+            total = given.batch_size * given.gradient_accumulate_steps
+            options.append(f"batch_size=1 with gradient_accumulate_steps={total}")
+        if settings.device.type != "cpu" and not settings.low_gpu_mem_usage:
+            options.append("low_gpu_mem_usage=True")
+        options.append("iters=0, which does not tune")
+        advice = f"{', '.join(options)}; activations are in a file already, so nsamples does not matter"
+        if plan.streams_experts:
+            advice += "; experts are tuned one at a time already"
+        elif any(map(expert_of, inputs.layers)):
+            reason = per_expert_unsupported_reason(inputs) or "the model is in memory already"
+            advice += f"; experts cannot be tuned one at a time: {reason}"
+    return ConfigError(f"max_memory: {'; '.join(wrong)}. Give that much, or {advice}")
 
 
 def _round_up_size(size: int) -> str:
     """`size` rounded up, as text that max_memory accepts."""
     return f"{-(-size // 10_000_000) / 100:.2f}GB"
-
-
-def _advice(inputs: MemoryInputs, plan: MemoryPlan) -> str:
-    """Options that lower the need, most helpful first."""
-    settings = inputs.settings
-    if not isinstance(settings.algorithm, SignRoundConfig):
-        return "Give that much, or model_free=True with disable_opt_rtn=True (--model_free), which reads single tensors"
-    given = settings.algorithm
-    total = given.batch_size * given.gradient_accumulate_steps
-    options = [f"lower seqlen ({settings.seqlen})"]
-    if given.batch_size > 1:
-        options.append(f"batch_size=1 with gradient_accumulate_steps={total}")
-    if settings.device.type != "cpu" and not settings.low_gpu_mem_usage:
-        options.append("low_gpu_mem_usage=True")
-    options.append("iters=0, which does not tune")
-    notes = "activations are in a file already, so nsamples does not matter"
-    if plan.streams_experts:
-        notes += "; experts are tuned one at a time already"
-    elif any(map(expert_of, inputs.layers)):
-        reason = per_expert_unsupported_reason(inputs) or "the model is in memory already"
-        notes += f"; experts cannot be tuned one at a time: {reason}"
-    return f"Give that much, or {', '.join(options)}; {notes}"
 
 
 def check_work_space(plan: MemoryPlan) -> None:

@@ -150,10 +150,7 @@ def make_job(
     head = get_lm_head_name(source.model)
     outside = [name for name in everything if name == head and name not in inside]
     rules = _layer_rules(settings, source, formats, tokenizer)
-    schemes, unused = resolve_layer_schemes(
-        settings, inside, outside, (name for name, _ in source.model.named_modules()),
-        rules.defaults([*inside, *outside]), rules.layer_config, rules.quant_lm_head,
-    )  # fmt: skip
+    schemes, unused = resolve_layer_schemes(rules, inside, outside)
     widths = {name: int(weight_2d(source.model.get_submodule(name)).shape[1]) for name in everything}
     schemes, further = rules.fitted(schemes, widths)
     notes += unused + further
@@ -162,14 +159,14 @@ def make_job(
     schemes |= {name: full for name in everything if name not in schemes}
     instead, further = fit_groups(schemes, widths, formats) if fit else ({}, [])
     schemes = {name: instead.get(scheme, scheme) for name, scheme in schemes.items()}
-    default = unquantized_by_default(source.model, model_type, everything, formats, settings.layer_config)
-    notes += further + default.notes()
+    default, asked = unquantized_by_default(source.model, model_type, everything, formats, settings.layer_config)
+    notes += further + asked
 
     known, chosen = set(inside), tuple(f"{block}." for block in blocks)
     layers: dict[str, LayerPlan] = {}
     for name, scheme in schemes.items():
         plan = _layer_plan(source, name, scheme)
-        reason = default.reasons.get(name) if scheme.quantizes_weights or name in known else None
+        reason = default.get(name) if scheme.quantizes_weights or name in known else None
         if not scheme.quantizes_weights and name in known:
             reason = reason or _ASKED
         elif scheme.quantizes_weights and reason is None:
@@ -186,7 +183,7 @@ def make_job(
     notes += shared
     if settings.gptq is not None:
         layers = _without_feedback(layers)
-    usual = {None, _ASKED, *default.reasons.values()}
+    usual = {None, _ASKED, *default.values()}
     refused = [p for p in layers.values() if p.reason not in usual and p.scheme.bits >= 16]
     notes += [f"{plan.name} stays in full precision: {plan.reason}" for plan in refused[:5]]
     if len(refused) > 5:
@@ -195,7 +192,7 @@ def make_job(
         raise ConfigError(
             "no layer is left to quantize; " + (notes[0] if notes else "check scheme, ignore_layers and layer_config")
         )
-    notes += _fused_notes(layers, formats) + _activation_notes(layers, formats) + _slower_notes(layers, formats)
+    notes += _reader_notes(layers, formats)
 
     compute = compute_dtype(settings, source)
     memory = choose_storage(MemoryInputs(settings, source, layers, compute, in_memory), tuple(formats), per_expert)
@@ -350,39 +347,28 @@ def _same_scheme_for_fused(layers: dict[str, LayerPlan], formats: Sequence[Outpu
     return made
 
 
-def _fused_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
-    """Notes on layers that the readers of these formats fuse although their schemes differ."""
+def _reader_notes(layers: Mapping[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
+    """Notes on what readers of these formats do with the layers: engines fuse layers whose schemes differ, activations
+    stay as they are, and fast kernels do not take layers that are too narrow."""
+    notes: list[str] = []
     readers = {fmt.name: fmt.fusing_runtimes for fmt in formats if fmt.fusing_runtimes}
-    if not readers:
-        return []
     runtimes = " and ".join(dict.fromkeys(runtime for names in readers.values() for runtime in names))
-    notes = []
-    for group in fused_groups(list(layers)):
+    for group in fused_groups(list(layers)) if readers else ():
         described = {layers[name].scheme.describe() for name in group if name in layers}
-        if len(described) > 1:
+        if len(described) > 1 and len(notes) < 3:
             notes.append(
                 f"{group[0]} and {len(group) - 1} more are fused by {runtimes} but have different schemes "
                 f"({', '.join(sorted(described))}); those runtimes will refuse the files of {', '.join(readers)}"
             )
-    return notes[:3]
-
-
-def _slower_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
-    """Notes on fast kernels that the quantized layers are too narrow for."""
+    if any(plan.scheme.activations is not None for plan in layers.values()):
+        notes += [
+            f"format {fmt.name} holds weights only: a model opened from it does not quantize activations"
+            for fmt in formats
+            if not fmt.stores_activation_scheme
+        ]
     plans = [p for p in layers.values() if p.scheme.quantizes_weights and isinstance(p.scheme.group_size, int)]
     sizes = [(p.name, p.in_features, p.out_features, stored_group_size(p.scheme)) for p in plans]
-    return slow_kernel_notes([fmt.name for fmt in formats], sizes)
-
-
-def _activation_notes(layers: dict[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
-    """Notes on formats that do not store the quantization of activations."""
-    if all(plan.scheme.activations is None for plan in layers.values()):
-        return []
-    return [
-        f"format {fmt.name} holds weights only: a model opened from it does not quantize activations"
-        for fmt in formats
-        if not fmt.stores_activation_scheme
-    ]
+    return notes + slow_kernel_notes([fmt.name for fmt in formats], sizes)
 
 
 def with_cache_scales(specs: TensorSpecs, fmt: OutputFormat, cache: CachePlan | None) -> TensorSpecs:

@@ -13,8 +13,8 @@ from auto_round.algorithms.quantization.rtn.config import RegisteredConfig, RTNC
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.transforms.base import TRANSFORMS
 from auto_round.calibration.data.spec import redact_dataset
-from auto_round.config import ON_NAN, DataConfig, QuantConfig, SourceConfig
-from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
+from auto_round.config import DataConfig, QuantConfig, SourceConfig
+from auto_round.errors import ConfigError, DeviceError, UnsupportedError
 from auto_round.formats.cache_scales import CacheScheme
 from auto_round.layer_config import scheme_from_entry
 from auto_round.output.writer import parse_size
@@ -44,6 +44,7 @@ def resolve_device(value: Any) -> torch.device:
         )
     text = max(names)
     kind, count = _accelerator()
+    found = f"devices here: {', '.join(['cpu', *(f'{kind}:{i}' for i in range(count))])}"
     if text in ("auto", "tp") or text == "0":
         return torch.device(kind, 0) if count else torch.device("cpu")
     if text == "cpu":
@@ -52,11 +53,11 @@ def resolve_device(value: Any) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceError(f"device_map={value!r} is no device; {_available_devices(kind, count)}") from error
+        raise DeviceError(f"device_map={value!r} is no device; {found}") from error
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != kind or not count or (device.index or 0) >= count:
-        raise DeviceError(f"device_map={value!r} is not on this machine; {_available_devices(kind, count)}")
+        raise DeviceError(f"device_map={value!r} is not on this machine; {found}")
     return torch.device(device.type, device.index or 0)
 
 
@@ -67,11 +68,6 @@ def _accelerator() -> tuple[str, int]:
     if xpu is not None and xpu.is_available():
         return "xpu", int(xpu.device_count())
     return "cuda", 0
-
-
-def _available_devices(kind: str, count: int) -> str:
-    found = ", ".join(["cpu", *(f"{kind}:{i}" for i in range(count))])
-    return f"devices here: {found}"
 
 
 _HOST = ("cpu", "ram")  # names of the host in max_memory
@@ -225,13 +221,6 @@ class Settings(SourceConfig, DataConfig):
         if self.on_nan != "fail":
             values["on_nan"] = self.on_nan
         return values
-
-
-def check_on_nan(value: Any) -> str:
-    """The policy for NaN and Inf: "fail", "rtn" or "keep". Raises ConfigError for other values."""
-    if value not in ON_NAN:
-        raise ConfigError(f"on_nan={value!r} is not allowed; use {', '.join(ON_NAN)}{nearest(str(value), ON_NAN)}")
-    return str(value)
 
 
 def check_whole_number(name: str, value: Any, low: int) -> int:
