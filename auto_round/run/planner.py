@@ -349,7 +349,7 @@ def _same_scheme_for_fused(layers: dict[str, LayerPlan], formats: Sequence[Outpu
 
 def _reader_notes(layers: Mapping[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
     """Notes on what readers of these formats do with the layers: engines fuse layers whose schemes differ, activations
-    stay as they are, and fast kernels do not take layers that are too narrow."""
+    are not quantized, and fast kernels do not take layers that are too narrow."""
     notes: list[str] = []
     readers = {fmt.name: fmt.fusing_runtimes for fmt in formats if fmt.fusing_runtimes}
     runtimes = " and ".join(dict.fromkeys(runtime for names in readers.values() for runtime in names))
