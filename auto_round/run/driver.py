@@ -430,7 +430,7 @@ class Run:
             ModelError, UnsupportedError: the blocks cannot be run one at a time, and the run needs that.
         """
         settings, source, tokenizer = self.settings, self.source, self.tokenizer
-        storage = "ram" if job.memory_plan is None else job.memory_plan.streams
+        storage = job.memory_plan.streams
         capture = partial(
             capture_inputs, source, device=settings.device, dtype=compute_dtype(settings, source),
             store_device=settings.device if storage == "device" else "cpu", stream_experts=streams_experts(job),
