@@ -75,7 +75,8 @@ def test_activations_in_a_file_change_no_byte(
     finally:
         torch.set_num_threads(threads)
     assert weights_hash(tmp_path / "plain") == weights_hash(tmp_path / "bounded")
-    assert not list((tmp_path / "space").glob("*"))
+    # Kernels that the first run of a process compiles stay there for the next.
+    assert {path.name for path in (tmp_path / "space").glob("*")} <= {"kernels"}
 
 
 @pytest.mark.parametrize("kwargs", [TUNED, TUNED | {"iters": 0}, {"iters": 0, "disable_opt_rtn": True}], ids=repr)
