@@ -150,7 +150,9 @@ class CompressedTensorsFormat(OutputFormat):
         ]
         for what, part in parts:
             if _type_of(part) is None:
-                return f"compressed-tensors has no {what} of data type {part.data_type!r}"
+                return (
+                    f"compressed-tensors has no {what} of data type {part.data_type!r} in groups of {part.group_size}"
+                )
         if (reason := super().scheme_problem(scheme)) is not None:
             return reason
         for what, part in parts:

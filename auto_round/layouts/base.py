@@ -78,6 +78,10 @@ class IntegerLayout(Layout):
 
     def problem(self, scheme: QuantizationScheme) -> str | None:
         inputs = scheme.activations
+        if self.group_sizes and scheme.group_size not in self.group_sizes:
+            return f"it holds groups of {_choice(self.group_sizes)}, not group_size {scheme.group_size}; set group_size"
+        if isinstance(scheme.group_size, tuple):
+            return f"group_size {scheme.group_size} is a block, and the layout has groups along the input only"
         if codec_of(scheme).family != "int":
             return f"data type {scheme.data_type!r} has no layout here"
         if inputs is not None and not self.activations:
@@ -88,10 +92,6 @@ class IntegerLayout(Layout):
             return "doubly quantized scales need a gguf format"
         if scheme.bits not in self.bits:
             return f"it holds {_choice(self.bits)}-bit weights, not {scheme.bits}-bit ones"
-        if self.group_sizes and scheme.group_size not in self.group_sizes:
-            return f"it holds groups of {_choice(self.group_sizes)}, not group_size {scheme.group_size}; set group_size"
-        if isinstance(scheme.group_size, tuple):
-            return f"group_size {scheme.group_size} is a block, and the layout has groups along the input only"
         return None
 
     def group_size(self, scheme: QuantizationScheme) -> GroupSize:

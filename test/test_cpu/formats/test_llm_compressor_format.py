@@ -74,7 +74,7 @@ def test_tensors_of_each_layout() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "reason"), [
-    (Scheme(data_type="some"), "data type 'some'"), (Scheme(group_size=(8, 8)), "is a block"),
+    (Scheme(data_type="some"), "data type 'some'"), (Scheme(group_size=(8, 8)), "groups of (8, 8)"),
     (Scheme(act_bits=8, act_data_type="fp"), "activations of data type 'fp'"),
     (PRESET_SCHEMES["GGUF:Q4_K_M"], "int_asym_dq"),
 ])  # fmt: skip
