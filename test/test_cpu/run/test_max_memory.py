@@ -12,6 +12,7 @@ import torch
 
 from auto_round.errors import ConfigError, OutputError
 from auto_round.output.writer import parse_size
+from auto_round.run.driver import Run
 from auto_round.run.settings import MemoryBudget, parse_budget
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
@@ -104,8 +105,13 @@ def test_a_full_work_space_is_refused_before_work(
     assert not (tmp_path / "out").exists()
 
 
+def run_of(job: Any) -> Run:
+    """The run of an AutoRound, for its plans."""
+    return Run(job._runs.source, job.settings, job.tokenizer)
+
+
 def test_what_is_kept_in_memory_counts(make: Callable[..., Any]) -> None:
-    run = make("llama", **TUNED)._run()
+    run = run_of(make("llama", **TUNED))
     kept, written = run.memory_plan(), run.plan([])
     codes = sum(p.out_features * p.in_features for p in kept.quantized().values())
     assert kept.peak_ram - written.peak_ram == codes

@@ -12,9 +12,15 @@ import torch
 from auto_round.algorithms.base import BlockTask
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
 from auto_round.run.blocks import layer_task
+from auto_round.run.driver import Run
 from auto_round.run.memory import MemoryInputs, plan_memory, tensor_bytes, tuning_bytes
 
 WIDE: dict[str, Any] = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
+
+
+def run_of(job: Any) -> Run:
+    """The run of an AutoRound, for its plans."""
+    return Run(job._runs.source, job.settings, job.tokenizer)
 
 
 def tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
@@ -62,7 +68,7 @@ def test_learnables_hold_what_is_counted(
     kwargs: dict[str, Any], iters: int, make: Callable[..., Any], packable_folder: Callable[..., str]
 ) -> None:
     given = {"group_size": None, **kwargs, "iters": iters, "model_dtype": "bf16", "amp": False}
-    run = make(packable_folder("llama", **WIDE), **given)._run()
+    run = run_of(make(packable_folder("llama", **WIDE), **given))
     job = run.plan([])
     block = run.source.blocks[0]
     plans = [p for n, p in job.quantized().items() if n.startswith(block)]
@@ -89,7 +95,7 @@ def test_learnables_hold_what_is_counted(
 
 
 def test_a_block_counts_all_its_tensors(make: Callable[..., Any], packable_folder: Callable[..., str]) -> None:
-    run = make(packable_folder("gpt-oss"), iters=0, disable_opt_rtn=True)._run()
+    run = run_of(make(packable_folder("gpt-oss"), iters=0, disable_opt_rtn=True))
     name = run.source.blocks[0]
     module = run.source.load(name)
     held = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
@@ -97,7 +103,7 @@ def test_a_block_counts_all_its_tensors(make: Callable[..., Any], packable_folde
 
 
 def test_kept_activations_are_counted_where_they_are(make: Callable[..., Any]) -> None:
-    run = make("llama", iters=2, nsamples=500, seqlen=64)._run()
+    run = run_of(make("llama", iters=2, nsamples=500, seqlen=64))
     facts = MemoryInputs(run.settings, run.source, run.plan([]).layers, torch.float32)
     ram, file = plan_memory(facts, "ram"), plan_memory(facts, "file")
     assert ram.activations == 500 * 64 * 64 * 4 and file.spilled == 2 * ram.activations and ram.spilled == 0
