@@ -155,11 +155,12 @@ def arithmetic_seconds(folder: Path, scheme: str, sample: int = 6) -> float:
     """Seconds of rounding and packing alone, for all layers, by a sample of them, on the threads that PyTorch has."""
     from auto_round import AutoRound
     from auto_round.formats.base import get_format
+    from auto_round.run.model_free.driver import ModelFree
     from auto_round.run.model_free.unit_processor import UnitProcessor
     from auto_round.run.model_free.units import plan_work
 
-    free = AutoRound(str(folder), scheme=scheme, model_free=True, device_map="cpu")._free
-    assert free is not None
+    free = AutoRound(str(folder), scheme=scheme, model_free=True, device_map="cpu")._runs
+    assert isinstance(free, ModelFree)
     fmt = get_format("auto_round")
     job, source = free.plan([fmt]), free.source()
     work = plan_work(job, source, fmt)

@@ -23,7 +23,9 @@ def test_logits(
     in the logits."""
     folder = packable_folder("llama", hidden_size=128, intermediate_size=256)
     options = {"scheme": scheme, "group_size": None, "model_dtype": "float32", "iters": 0, "disable_opt_rtn": True}
-    model, layers, _ = make(folder, **options)._run().to_memory()
+    job = make(folder, **options)
+    model, _ = job.quantize()
+    layers = job._result.layers
     make(folder, **options).quantize_and_save(tmp_path / "out", format=fmt)
     wanted, found = logits(model), logits(tmp_path / "out")
     assert layers and model.dtype == torch.float32

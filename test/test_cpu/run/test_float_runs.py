@@ -9,17 +9,26 @@ from typing import Any
 import pytest
 import torch
 
+from auto_round import AutoRound
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.block_float import block_float_spec, encode
 from auto_round.codecs.quantized_layer import FloatCodes
 from auto_round.errors import UnsupportedError
 from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.run.driver import InMemory
 
 PRESETS = (
     "MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL", "MXINT4", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK"
 )  # fmt: skip
 PLAIN = {"iters": 0, "disable_opt_rtn": True}
 HOW: dict[str, dict[str, Any]] = {"plain": PLAIN, "searched": {"iters": 0}, "tuned": {"iters": 3}}
+
+
+def in_memory(ar: AutoRound) -> InMemory:
+    """The result of `quantize()` with its layers and records."""
+    ar.quantize()
+    assert ar._result is not None
+    return ar._result
 
 
 @pytest.fixture
@@ -32,8 +41,8 @@ def layers_of(run: Callable[..., Any]) -> Callable[..., Any]:
     """`layers_of(model, scheme, **options)`: (model in memory, its quantized layers, records of the blocks)."""
 
     def quantize(model: Any, scheme: str, **options: Any) -> Any:
-        quantized, layers, finished = run(model, scheme, **options)._run().to_memory()
-        return quantized, layers, finished.state.records
+        found = in_memory(run(model, scheme, **options))
+        return found.model, found.layers, found.finished.state.records
 
     return quantize
 
@@ -45,8 +54,9 @@ def test_saved_weights_are_the_codes(
     family: str, scheme: str, how: str, run: Callable[..., Any], logits: Callable[[Any], torch.Tensor], tmp_path: Path
 ) -> None:
     ar = run(family, scheme, **HOW[how])
-    model, layers, finished = ar._run().to_memory()
-    assert bool(torch.isfinite(logits(model)).all())
+    found = in_memory(ar)
+    layers, finished = found.layers, found.finished
+    assert bool(torch.isfinite(logits(found.model)).all())
     assert layers and all(isinstance(layer.codes, FloatCodes) for layer in layers.values())
     run(family, scheme, **HOW[how]).quantize_and_save(tmp_path / "out", format="fake")  # opens it and compares weights
     files = TensorFiles.open(tmp_path / "out")

@@ -88,7 +88,7 @@ def test_unsupported_settings_use_the_regular_flow(
 ) -> None:
     with caplog.at_level("INFO", "auto_round"):
         job = AutoRound(folder, model_free="auto", iters=0, save_imatrix=tmp_path / "imatrix.gguf")
-    assert job._free is None and "using the regular flow: model-free mode rounds to nearest" in caplog.text
+    assert not job._runs.model_free and "using the regular flow: model-free mode rounds to nearest" in caplog.text
     with pytest.raises(UnsupportedError, match="importance files weight a search"):
         AutoRound(folder, model_free=True, save_imatrix=tmp_path / "imatrix.gguf")
 
