@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import older_than
 from safetensors.torch import load_file
 
 from auto_round.cli import main
@@ -125,10 +126,16 @@ def test_a_format_refuses_what_it_cannot_hold(
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
-def test_a_format_holds_experts(packable_folder: Any, tmp_path: Path, guide_file: Any, family: str) -> None:
+def test_a_format_holds_experts(
+    packable_folder: Any, tmp_path: Path, guide_file: Any, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = guide_file("adding-a-format.md", "byte_codes.py")
     flags = ("--bits", "5", "--group_size", "32", "--iters", "0", "--format", "auto_round:bytes,fake")
     data = ("--nsamples", "4", "--seqlen", "16", "--dataset", "builtin")
+    if family == "mixtral" and older_than("transformers", "5.24"):  # 5.20 joins every name that begins like a weight's
+        words = [packable_folder(family), "--plugin", file, "--output_dir", str(tmp_path / "out"), *flags, *data]
+        assert main.run(words) != 0 and "fuses the experts of mixtral" in capsys.readouterr().err
+        return
     quantize(packable_folder(family), tmp_path / "out", [file], *flags, *data)
     packed, dense = logits(tmp_path / "out" / "auto-round-bytes"), logits(tmp_path / "out" / "fake")
     assert torch.allclose(packed, dense, atol=1e-5)
