@@ -137,7 +137,9 @@ def test_models_that_mlx_lm_cannot_take(make: Callable[..., Any], tmp_path: Path
 
 
 def test_group_sizes_that_mlx_lacks_are_refused_before_work(make: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="no group size 16, only 32, 64, 128.*formats that can: .*auto_round"):
+    with pytest.raises(
+        UnsupportedError, match="groups of 32, 64 or 128, not group_size 16.*formats that can: .*auto_round"
+    ):
         make("llama", iters=0, group_size=16).quantize_and_save(tmp_path / "out", "mlx")
     with pytest.raises(UnsupportedError, match="layer model.layers.0.self_attn.k_proj.*group size -1"):
         make("llama", iters=0, layer_config={"k_proj": {"group_size": -1}}).plan("mlx")
