@@ -141,7 +141,7 @@ def test_group_sizes_that_mlx_lacks_are_refused_before_work(make: Callable[..., 
         UnsupportedError, match="groups of 32, 64 or 128, not group_size 16.*formats that can: .*auto_round"
     ):
         make("llama", iters=0, group_size=16).quantize_and_save(tmp_path / "out", "mlx")
-    with pytest.raises(UnsupportedError, match="layer model.layers.0.self_attn.k_proj.*group size -1"):
+    with pytest.raises(UnsupportedError, match="layer model.layers.0.self_attn.k_proj.*not group_size -1"):
         make("llama", iters=0, layer_config={"k_proj": {"group_size": -1}}).plan("mlx")
 
 
