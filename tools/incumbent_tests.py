@@ -35,7 +35,7 @@ MODELS = "/tf_dataset/auto_round/models/"
 INTERNAL, LATER = "internal", "later"
 NOT_YET = "is not available in this version"
 """Part of every refusal of a feature that comes later (auto_round/later.py)."""
-NEEDS = ["compressed-tensors>=0.15", "modelscope>=1.20", "pillow", "diffusers"]
+NEEDS = ["compressed-tensors>=0.15", "gguf", "modelscope>=1.20", "pillow", "diffusers"]
 
 
 @dataclass(frozen=True)
