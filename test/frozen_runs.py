@@ -4,7 +4,7 @@
     python test/frozen_runs.py --compare before.json     # after it, on the same machine
 
 Runs that only round weights to the nearest code use elementwise arithmetic and give the same bytes on every machine:
-their digests are committed (`frozen_runs.json`) and compared by `test_cpu/compressors/test_frozen_runs.py`. Runs that
+their digests are committed (`frozen_runs.json`) and compared by `test_cpu/run/test_frozen_runs.py`. Runs that
 use forward passes, searches or tuning depend on the CPU's matrix products, so they are compared on one machine only.
 """
 

@@ -5,7 +5,7 @@
 FOLDER is a llama.cpp source tree (its convert_hf_to_gguf.py and gguf-py are used). For every model of
 referee_gguf_models.py two float32 files are made, and every key and every tensor compared. With `--judge`, a Python
 that has llama-cpp-python, the file's logits are compared with those of Transformers. `--record` writes what llama.cpp's
-converter said to test/test_cpu/export/data/gguf_families.json, which the tests compare with.
+converter said to test/test_cpu/gguf/data/gguf_families.json, which the tests compare with.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent / "auto_round"
 
 # Calls and attributes that tell one kind of codes from another.
 CODES_CALLS = (
-    "is_integer", "is_float", "is_float_config", "minifloat_spec", "block_float_spec", "ggml_type_of", "ggml_type_for",
+    "is_integer", "is_float", "minifloat_spec", "block_float_spec", "ggml_type_of", "ggml_type_for",
     "float_family_of", "minifloat_name", "has_codes", "scheme_has_codes", "_is_float", "tuned",
 )  # fmt: skip
 CODES_CLASSES = re.compile(

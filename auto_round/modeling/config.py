@@ -69,15 +69,17 @@ def read_value(config: Any, name: str, default: Any = None) -> Any:
 
 def _layer_values(config: Any, name: str) -> list[Any] | None:
     """A value from the configuration of each layer; None if no layer has it."""
-    found: list[Any] = []
-    try:  # computed by the family's own class, on values that may be damaged
+
+    def of_layer(layer: Any) -> Any:
+        try:
+            return layer.get(name) if isinstance(layer, Mapping) else getattr(layer, name, None)
+        except Exception:  # as in `read_value`: a layer without the value
+            return None
+
+    try:
         layers = config.per_layer_config
-        for layer in layers.values() if isinstance(layers, Mapping) else layers:
-            try:
-                found.append(layer.get(name) if isinstance(layer, Mapping) else getattr(layer, name, None))
-            except Exception:  # as in `read_value`: a layer without the value
-                found.append(None)
-    except Exception:
+        found = [of_layer(layer) for layer in (layers.values() if isinstance(layers, Mapping) else layers)]
+    except Exception:  # the family's own class computes the layers, from values that may be damaged
         return None
     return found if any(value is not None for value in found) else None
 

@@ -109,6 +109,7 @@ class Conversions:
         """
         reversed_entries: list[Any] = []
         for entry in reversed((*self.renamings, *self.converters)):
+            # Transformers has no common way to say so: operations without an inverse raise any of these.
             with suppress(AttributeError, NotImplementedError, ValueError):
                 reversed_entries.append(entry.reverse_transform())
         return Conversions.of(reversed_entries, self.prefix)

@@ -88,12 +88,7 @@ class NoJournal:
     Attributes:
         output: the run's output folder; None for a run that leaves a journal alone.
         journal: the files of a journal; here, what an earlier run has left.
-        finished: number of units that were finished when this run began.
-        done: by format, SHA-256 by file name of its complete and checked folder.
     """
-
-    finished = 0
-    done: Mapping[str, Mapping[str, str]] = {}
 
     def __init__(self, output: Path | None = None) -> None:
         self.output = output
@@ -101,6 +96,16 @@ class NoJournal:
         if output is not None:
             with suppress(OutputError):
                 self.journal.load()
+
+    @property
+    def finished(self) -> int:
+        """Number of units that were finished when this run began."""
+        return 0
+
+    @property
+    def done(self) -> Mapping[str, Mapping[str, str]]:
+        """By format, SHA-256 by file name of its complete and checked folder."""
+        return {}
 
     @property
     def continues(self) -> bool:
@@ -175,11 +180,11 @@ class RunJournal(NoJournal):
         self._units: list[Unit] = []
 
     @property
-    def finished(self) -> int:  # type: ignore[override]
+    def finished(self) -> int:
         return len(self._units)
 
     @property
-    def done(self) -> Mapping[str, Mapping[str, str]]:  # type: ignore[override]
+    def done(self) -> Mapping[str, Mapping[str, str]]:
         return self.journal.done
 
     @property

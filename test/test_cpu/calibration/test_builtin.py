@@ -192,10 +192,11 @@ def test_modelscope_takes_over_the_default(monkeypatch: pytest.MonkeyPatch, toke
     monkeypatch.setattr(hub_access, "_hub_answers", {})
     pytest.importorskip("datasets")
     monkeypatch.setitem(__import__("sys").modules, "modelscope.msdatasets", None)
-    for switch in ({"platform": "model_scope"}, {}):
+    switches: tuple[dict[str, Any], ...] = ({"platform": "model_scope"}, {})
+    for switch in switches:
         monkeypatch.setenv("AR_USE_MODELSCOPE", "0" if switch else "1")
         caplog.clear()
-        prepare_calibration(None, tokenizer, seqlen=64, nsamples=2, seed=0, **switch)  # type: ignore[arg-type]
+        prepare_calibration(None, tokenizer, seqlen=64, nsamples=2, seed=0, **switch)
         assert "swift/pile-val-backup cannot be used (ModelScope needs" in caplog.text
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ import yaml
 from auto_round.report.model_card import ModelCard, display_name, is_hub_id, render_model_card, write_model_card
 
 
-def front_matter(text: str) -> dict[str, object]:
+def front_matter(text: str) -> dict[str, Any]:
     _, head, _ = text.split("---\n", 2)
     return yaml.safe_load(head)
 
@@ -56,7 +57,7 @@ def test_a_local_path_is_not_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a: b #x", 'quote"d', "- item", "new\nline", "ünïcode | pipe"])
 def test_odd_texts_neither_break_the_yaml_nor_the_tables(name: str) -> None:
     text = render_model_card(make_card(scheme=name, exceptions={name: "int8"}))
-    assert front_matter(text)["tags"][-1] == name.split(" ")[0].lower()  # type: ignore[index]
+    assert front_matter(text)["tags"][-1] == name.split(" ")[0].lower()
     row = next(line for line in text.splitlines() if line.endswith("| int8 |"))
     assert row.replace("\\|", "").count("|") == 3
 
