@@ -30,13 +30,12 @@ from vs_peer import machine
 
 from auto_round import AutoRound
 from auto_round.run.journal import Journal
-from auto_round.run.resume import RunJournal
 
 MAIN = (
-    "check_compatible", "open", "checksum", "submit_streams", "add", "wait_until_written", "wait", "complete", "finish",
+    "check_compatible", "open", "checksum", "submit_streams", "add", "wait_until_written", "complete", "finish",
     "close",
 )  # fmt: skip
-BESIDE = ("write_unit", "write_stream", "commit")
+BESIDE = ("write_unit", "write_stream")
 
 
 def shortened(model: str, blocks: int, folder: Path) -> str:
@@ -79,9 +78,8 @@ def watched() -> Iterator[dict[str, float]]:
 
         setattr(owner, name, timed)
 
-    for owner, names in ((RunJournal, MAIN), (Journal, BESIDE)):
-        for name in names:
-            patch(owner, name)
+    for name in (*MAIN, *BESIDE):
+        patch(Journal, name)
     try:
         yield spent
     finally:
@@ -104,20 +102,20 @@ def run(a: argparse.Namespace, model: str, out: Path, resume: bool) -> dict[str,
 def stopped_after_the_blocks(a: argparse.Namespace, model: str, out: Path) -> int:
     """Leave a run whose blocks are all done. Bytes of its journal then."""
     size = 0
-    real = RunJournal.complete
+    real = Journal.complete
 
-    def complete(self: RunJournal, *_: Any) -> None:
+    def complete(self: Journal, *_: Any) -> None:
         nonlocal size
-        size = sum(path.stat().st_size for path in self.journal.folder.iterdir())
+        size = sum(path.stat().st_size for path in self.folder.iterdir())
         raise KeyboardInterrupt
 
-    RunJournal.complete = complete  # type: ignore[method-assign]
+    Journal.complete = complete  # type: ignore[method-assign]
     try:
         run(a, model, out, True)
     except KeyboardInterrupt:
         return size
     finally:
-        RunJournal.complete = real  # type: ignore[method-assign]
+        Journal.complete = real  # type: ignore[method-assign]
     raise SystemExit("the run was not stopped")
 
 

@@ -126,19 +126,10 @@ def _files_in_swap(folder: Path) -> set[str]:
         return set()
 
 
-def recorded_inputs(folder: Path) -> Mapping[str, str] | None:
-    """Digests of the inputs of the complete result in `folder`; None when a listed file or the result is missing."""
+def complete_report(folder: Path) -> dict[str, Any]:
+    """The values of report.json of a complete result; empty when a listed file or the result is missing."""
     report = read_report(folder)
-    if report is None or (folder / PARTIAL).exists() or inspect_folder(folder).missing:
-        return None
-    made = report.get("made_from")
-    return made if isinstance(made, dict) else None
-
-
-def is_verified(folder: Path) -> bool:
-    """Whether the result in `folder` was reopened and compared after it was written."""
-    report = read_report(folder)
-    return report is not None and report.get("verify") is not None
+    return {} if report is None or (folder / PARTIAL).exists() or inspect_folder(folder).missing else report
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:

@@ -31,15 +31,15 @@ from auto_round.run.block_layers import (
     share_input_ranges,
 )
 from auto_round.run.experts import WholeBlock
+from auto_round.run.journal_files import Unit
 from auto_round.run.numerics import NumericsPolicy
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.run.settings import Settings
 from auto_round.run.streams import Stream, check_activations, first_non_finite
-from auto_round.run.unit_state import Unit
 from auto_round.run.writers import OutputWriter
 
 if TYPE_CHECKING:
-    from auto_round.run.resume import NoJournal
+    from auto_round.run.journal import Journal
 
 
 _MAX_TRANSFORM_ERROR = 0.02
@@ -80,7 +80,7 @@ class RunState:
     dtype: torch.dtype
     numerics: NumericsPolicy
     open_block: Callable[[str], WholeBlock]
-    journal: NoJournal
+    journal: Journal
     transforms: Sequence[BlockTransform] = ()
     importance: Mapping[str, torch.Tensor] | None = None
     full: Stream | None = None
@@ -136,7 +136,7 @@ def quantize_blocks(state: RunState, progress: Progress) -> None:
         state.quantized = None
     for kind, stream in state.streams().items():
         if 0 < state.journal.finished <= len(blocks):
-            stream.restore_from(kind, finished, state.journal.journal)
+            stream.restore_from(kind, finished, state.journal)
         stream.before_offload = lambda: state.journal.wait_until_written("full", "quantized", "smoke_sample")
     for index, name in list(enumerate(blocks))[finished:]:
         unit, layers, weights = _quantize_block(index, name, state)
@@ -153,7 +153,7 @@ def quantize_blocks(state: RunState, progress: Progress) -> None:
 
 def restore_unit(state: RunState, index: int) -> Unit:
     """Add the results of a finished unit of an interrupted run to `state`."""
-    unit = state.journal.unit(index)
+    unit = state.journal.restored[index]
     state.numerics.restore_from(unit.numerics)
     state.add(unit)
     return unit

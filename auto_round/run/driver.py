@@ -46,7 +46,16 @@ from auto_round.run.blocks import RunState, quantize_blocks, write_unit
 from auto_round.run.experts import block_opener, streams_experts
 from auto_round.run.file_layout import FileLayout, plan_files
 from auto_round.run.finalize import OutputContext, RunResult, finalize
-from auto_round.run.fingerprint import fingerprint, is_up_to_date, run_digests, weight_files
+from auto_round.run.fingerprint import (
+    PER_EXPERT,
+    differences,
+    fingerprint,
+    is_up_to_date,
+    run_digests,
+    samples_digest,
+    tensors_checksum,
+    weight_files,
+)
 from auto_round.run.folders import (
     check_folders,
     default_format,
@@ -57,6 +66,7 @@ from auto_round.run.folders import (
 )
 from auto_round.run.gguf import gguf_format, given_importance, log_missing_importance, save_importance
 from auto_round.run.head import finish_non_block, smoke_samples, write_non_block
+from auto_round.run.journal import Journal, NoJournal, interrupted_settings
 from auto_round.run.memory_policy import check_work_space
 from auto_round.run.numerics import (
     NumericsPolicy,
@@ -69,17 +79,6 @@ from auto_round.run.numerics import (
 from auto_round.run.plan import Job, plan_for_quantized
 from auto_round.run.planner import compute_dtype, header_bytes, make_job, with_cache_scales
 from auto_round.run.results import ModelWriter, assemble_model
-from auto_round.run.resume import (
-    NoJournal,
-    RunJournal,
-    checkpointing,
-    data_fingerprint,
-    kept_for_resuming,
-    previous_expert_mode,
-    publish_if_complete,
-    remove_journal,
-    resume_message,
-)
 from auto_round.run.settings import Settings
 from auto_round.run.streams import Stream
 from auto_round.run.writers import FileOutput, FolderWriter, MemoryWriter, OutputWriter
@@ -130,10 +129,13 @@ class Run:
             resume: when `output_dir` has an interrupted run, repeat its choices that change the result if possible.
         """
         given = (self.settings, self.source, formats, output_dir, fit, self.tokenizer)
-        before = previous_expert_mode(Path(output_dir)) if resume and output_dir is not None else None
-        job = make_job(*given, in_memory=in_memory, per_expert=None if before is None else before.per_expert)
-        if before is not None and before.differs(fingerprint(job, self.settings, self.source, "")):
-            job = make_job(*given, in_memory=in_memory)  # another run, which will be refused or replaced
+        before = interrupted_settings(Path(output_dir)) if resume and output_dir is not None else {}
+        alone = before["experts"] == PER_EXPERT if "experts" in before else None
+        job = make_job(*given, in_memory=in_memory, per_expert=alone)
+        if "experts" in before:
+            now = fingerprint(job, self.settings, self.source, "")
+            if differences({**before, "max_shard_size": ""}, now):
+                job = make_job(*given, in_memory=in_memory)  # another run, which will be refused or replaced
         if not self._damaged:
             return job
         self._unquantized = damaged_layers(job, self._damaged, self.source)
@@ -216,7 +218,7 @@ class Run:
         if not overwrite and is_up_to_date(folders, made, self.settings):
             logger.info("%s holds the result of this command already; --overwrite makes it anew", output_dir)
             if not siblings:
-                remove_journal(root)
+                Journal(root).remove()
             return folders
         check_work_space(job.memory_plan)
         journal_of, make = partial(self._journal, job, root, shard, resume), partial(self._quantize, job)
@@ -230,7 +232,7 @@ class Run:
         job = plan_for_quantized(self.plan(formats, output_dir, fit=False), result.job, result.layers)
         self._reject_source_folder(output_dir)
 
-        def write_again(files: Sequence[FileOutput], journal: NoJournal) -> RunResult:
+        def write_again(files: Sequence[FileOutput], journal: Journal) -> RunResult:
             journal.open(dict, self.source, files)
             rest = dict(result.layers)
             for block in self.source.blocks:
@@ -245,7 +247,7 @@ class Run:
 
     def _write(
         self, job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str,
-        journal_of: Callable[[bool], NoJournal], make: Callable[[Sequence[FileOutput], NoJournal], RunResult],
+        journal_of: Callable[[bool], Journal], make: Callable[[Sequence[FileOutput], Journal], RunResult],
         made_from: Mapping[str, str] | None = None, siblings: Sequence[str] = (),
     ) -> list[Path]:  # fmt: skip
         """Write every format that an interrupted run has not completed, and publish the folders.
@@ -271,11 +273,11 @@ class Run:
             pending = [
                 (fmt, stage)
                 for fmt, stage in zip(formats, stages, strict=True)
-                if not publish_if_complete(fmt, stage, journal, stale[stage.folder])
+                if not journal.publish_if_complete(fmt.name, stage, stale[stage.folder])
             ]
             outputs = [self._output_writer(job, fmt, stage, shard) for fmt, stage in pending]
             blocks_done = lambda: None if self._run_state is None else len(self._run_state.records)
-            with checkpointing(journal, len(job.blocks), blocks_done), kept_for_resuming(outputs, journal):
+            with journal.checkpointing(outputs, len(job.blocks), blocks_done):
                 if outputs:
                     finished = make(outputs, journal)
                     for output in outputs:
@@ -302,11 +304,11 @@ class Run:
         journal = self._journal(job, root, shard, resume, overwrite or not root.exists())
         check_folders(job, root, formats, overwrite, journal, siblings)
 
-    def _journal(self, job: Job, root: Path, shard: int | str, resume: bool, replace: bool) -> NoJournal:
+    def _journal(self, job: Job, root: Path, shard: int | str, resume: bool, replace: bool) -> Journal:
         """The journal of a run. `replace`: discard a damaged one and one of another run."""
         if not (resume and job.resumable):
             return NoJournal(root)
-        journal = RunJournal(root, replace)
+        journal = Journal(root, replace)
         fixed, layout = fingerprint(job, self.settings, self.source, shard), {}
         if job.gguf is not None:
             from auto_round.run.gguf_output import gguf_file_name
@@ -350,7 +352,7 @@ class Run:
         return RTNQuantizer(settings.algorithm, settings.scale_dtype)
 
     def _quantize(
-        self, job: Job, files: Sequence[FileOutput], journal: NoJournal, store: Sequence[OutputWriter] = ()
+        self, job: Job, files: Sequence[FileOutput], journal: Journal, store: Sequence[OutputWriter] = ()
     ) -> RunResult:
         """Quantize all units in order and write them to all outputs."""
         settings, source = self.settings, self.source
@@ -367,7 +369,8 @@ class Run:
             samples = self._samples(job, journal, progress, stack)
             journal.open(samples.fingerprint, source, files)
             if journal.finished:
-                logger.info("%s", resume_message(journal.finished, len(job.blocks)))
+                done = f"{journal.finished} of {len(job.blocks)}" if journal.finished < len(job.blocks) else "all"
+                logger.info("resuming the interrupted run: %s blocks are done", done)
             captured = time.monotonic()
             outputs = [*files, *store, *self.outputs]
             state = self._run_state = self._state(job, outputs, samples, importance, journal, stack)
@@ -384,7 +387,7 @@ class Run:
                     len(state.unreached), state.unreached[0],
                 )  # fmt: skip
             state.numerics.log_clamped_scales()
-            journal.wait()  # it still reads the hidden states that are freed next
+            journal.wait_until_written()  # it still reads the hidden states that are freed next
             samples.calibration = state.full = state.quantized = None
             trim_heap()
         except BaseException:
@@ -398,7 +401,7 @@ class Run:
 
     def _state(
         self, job: Job, outputs: Sequence[OutputWriter], samples: Samples,
-        importance: Mapping[str, torch.Tensor] | None, journal: NoJournal, stack: ExitStack,
+        importance: Mapping[str, torch.Tensor] | None, journal: Journal, stack: ExitStack,
     ) -> RunState:  # fmt: skip
         """The state before the first block. `stack`: closes the files that it opens."""
         settings, source, algorithm = self.settings, self.source, self.settings.algorithm
@@ -420,7 +423,7 @@ class Run:
             full, full.clone() if full is not None and second else None, smoke, freed,
         )  # fmt: skip
 
-    def _samples(self, job: Job, journal: NoJournal, progress: Progress, stack: ExitStack) -> Samples:
+    def _samples(self, job: Job, journal: Journal, progress: Progress, stack: ExitStack) -> Samples:
         """Capture what the blocks get of the smoke sample and of the calibration data, where the run needs them.
 
         The smoke sample is captured first: with calibration data, this also checks that the blocks can be run one at a
@@ -442,7 +445,7 @@ class Run:
             progress.message("capturing the smoke sample")
             samples.smoke_ids = smoke_samples(tokenizer, vocabulary or 2, limit)
             try:
-                samples.smoke = capture(samples.smoke_ids, check_isolation=needs_data and not journal.continues)
+                samples.smoke = capture(samples.smoke_ids, check_isolation=needs_data and not journal.finished)
             except (ModelError, UnsupportedError) as error:
                 if needs_data:
                     raise
@@ -484,4 +487,10 @@ class Samples:
         return None if data is None else ", ".join(f"{name} ({count} samples)" for name, count in data.sources)
 
     def fingerprint(self) -> dict[str, Any]:
-        return data_fingerprint(self.data, self.smoke_ids, self.calibration)
+        """Digests of everything that changes the result and is known only after the data is read."""
+        data, smoke, captured = self.data, self.smoke_ids, self.calibration
+        return {
+            "calibration data": None if data is None else samples_digest(data.samples),
+            "smoke_sample": None if smoke is None else samples_digest(smoke),
+            "inputs of the first block": None if captured is None else tensors_checksum([captured.hidden]),
+        }

@@ -33,12 +33,12 @@ from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, pl
 from auto_round.run.blocks import RunState
 from auto_round.run.experts import streams_experts
 from auto_round.run.file_layout import FileLayout, read_model_tensors
+from auto_round.run.journal import Journal
 from auto_round.run.numerics import NumericsPolicy
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.run.planner import with_cache_scales
 from auto_round.run.recipe_file import write_recipe
 from auto_round.run.reopen import Expected, verify_folder
-from auto_round.run.resume import NoJournal
 from auto_round.run.settings import Settings
 from auto_round.run.writers import FileOutput, FolderWriter
 
@@ -67,7 +67,7 @@ class OutputContext:
     shard: int | str = "5GB"
 
 
-def finalize(made: OutputContext, output: FileOutput, journal: NoJournal, stale: Iterable[str] = ()) -> None:
+def finalize(made: OutputContext, output: FileOutput, journal: Journal, stale: Iterable[str] = ()) -> None:
     """Complete one folder, verify it, and publish it in place of the `stale` files of an earlier run.
 
     Raises VerifyError when the files differ from the quantized model; they then remain in the staging folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -22,7 +23,7 @@ from auto_round.errors import AutoRoundError
 from auto_round.files import bytes_of
 from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import ModelSource, direct_tensors
-from auto_round.output.folders import is_verified, recorded_inputs
+from auto_round.output.folders import complete_report
 from auto_round.output.verify import shorten
 from auto_round.plugins import loaded_plugins
 from auto_round.run.plan import Job
@@ -58,10 +59,13 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
         alone = job.memory_plan.streams_experts
         values["experts"] = PER_EXPERT if alone else WITH_BLOCK
     values["model_dtype"] = str(source.dtype).removeprefix("torch.")
-    values["compute"] = job.compute if settings.device.type == "cpu" else f"{job.compute} {_accelerator(settings)}"
+    device = settings.device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    values["compute"] = job.compute if device.type == "cpu" else f"{job.compute} {card}"
     values["config.json"] = _file_digest(Path(source.folder or "") / "config.json")
     values |= {name: envs.get(name) for name in VARIABLES}
-    values |= {f"version of {name}": version for name, version in _versions().items()}
+    values["version of auto_round"] = __version__
+    values |= {f"version of {name}": metadata.version(name) for name in ("torch", "transformers")}
     values |= {f"plugin {name}": version for name, version in loaded_plugins().items()}
     return as_json(values)
 
@@ -135,27 +139,27 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other else [f"{where}: {before} then, {now} now"]
 
 
+def file_differences(before: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> list[str]:
+    """Weight files with another size or header, which cannot hold the same weights. Their times may differ."""
+    found = []
+    for name in sorted({*before, *now}):
+        one, other = before.get(name), now.get(name)
+        if one is None or other is None:
+            found.append(f"weight file {name}: {'not there' if one is None else 'there'} then")
+        elif one[0] != other[0]:
+            found.append(f"weight file {name}: {one[0]} bytes then, {other[0]} now")
+        elif one[2] != other[2]:
+            found.append(f"weight file {name}: another header then")
+    return found
+
+
 def as_json(values: Mapping[str, Any]) -> Any:
     """Values after a round trip through JSON."""
     return json.loads(json.dumps(dict(values), default=str))
 
 
-def format_differences(found: Sequence[str], most: int = 8) -> str:
-    """The first differences in one line."""
-    more = f"; and {len(found) - most} more" if len(found) > most else ""
-    return "; ".join(found[:most]) + more
-
-
 def _file_digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
-
-
-def _accelerator(settings: Settings) -> str:
-    return torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else settings.device.type
-
-
-def _versions() -> dict[str, str]:
-    return {"auto_round": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
 def run_digests(
@@ -184,7 +188,11 @@ def is_up_to_date(folders: Sequence[Path], made: Mapping[str, str] | None, setti
     """Whether each folder holds the complete result of inputs with these digests, verified if the settings ask so."""
     if made is None or (settings.save_imatrix is not None and not Path(settings.save_imatrix).is_file()):
         return False
-    return all(recorded_inputs(f) == made and (is_verified(f) or not settings.verify) for f in folders)
+    for folder in folders:
+        report = complete_report(folder)
+        if report.get("made_from") != made or (settings.verify and report.get("verify") is None):
+            return False
+    return True
 
 
 def _data_identity(settings: Settings, tokenizer: Any) -> Any:
@@ -202,7 +210,12 @@ def _data_identity(settings: Settings, tokenizer: Any) -> Any:
             return None  # the run will raise it
         if any(name in DATASETS and DATASETS[name].where == BY_PROGRAM for name in named):
             return None  # the result of a function may change
-        return [dataset, *(_file_digests(Path(name).expanduser()) for name in named)]
+        found: list[Any] = [dataset]
+        for path in (Path(name).expanduser() for name in named):
+            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+            stats = [(file, file.stat()) for file in files]
+            found.append([[file.name, stat.st_size, _content(file, stat)] for file, stat in stats])
+        return found
     if isinstance(dataset, Iterator):
         return None
     try:
@@ -214,13 +227,7 @@ def _data_identity(settings: Settings, tokenizer: Any) -> Any:
         return None
 
 
-def _file_digests(path: Path) -> list[list[Any]]:
-    """Name, size and content digest (time for large files) of a local file, or of all files in a folder."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-    found: list[list[Any]] = []
-    for file in files:
-        stat = file.stat()
-        large = stat.st_size > _MAX_HASHED_BYTES
-        content = stat.st_mtime_ns if large else hashlib.sha256(file.read_bytes()).hexdigest()
-        found.append([file.name, stat.st_size, content])
-    return found
+def _content(file: Path, stat: os.stat_result) -> str | int:
+    """SHA-256 of a file, or the modification time of a large one."""
+    large = stat.st_size > _MAX_HASHED_BYTES
+    return stat.st_mtime_ns if large else hashlib.sha256(file.read_bytes()).hexdigest()

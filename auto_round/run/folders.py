@@ -14,8 +14,8 @@ from auto_round.formats.base import OutputFormat
 from auto_round.logger import logger
 from auto_round.output.folders import PARTIAL, ensure_output_folder, free_bytes, inspect_folder, subfolder_name
 from auto_round.run.gguf import gguf_format
+from auto_round.run.journal import Journal
 from auto_round.run.plan import Job
-from auto_round.run.resume import NoJournal
 from auto_round.run.settings import Settings
 from auto_round.schemes import normalize_preset_name
 
@@ -114,18 +114,18 @@ def _device(path: Path) -> int:
 
 
 def check_folders(
-    job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: NoJournal, siblings: Sequence[str]
+    job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: Journal, siblings: Sequence[str]
 ) -> None:  # fmt: skip
     """Raise OutputError when the folders hold foreign files, or the disk has too little space for the journal.
 
     Args:
         siblings: subfolders of other runs of the same command.
     """
-    _check_journal_disk(journal.journal.folder, root, journal.missing_bytes(job), missing_bytes(job, root))
+    _check_journal_disk(journal.folder, root, journal.missing_bytes(job.journal_bytes), missing_bytes(job, root))
     folders = format_folders(root, formats)
     beside = {PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
     for fmt, folder in zip(formats, folders, strict=True):
-        ours = {name.split("/")[0] for name in journal.own_files(fmt, folder)}
+        ours = {name.split("/")[0] for name in journal.own_files(fmt.name, folder)}
         ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(beside if folder == root else ())})
     ensure_output_folder(root, overwrite or len(formats) == 1, beside)
 

@@ -25,7 +25,7 @@ from auto_round.modeling.source import ModelSource
 from auto_round.report.run_report import BlockRecord
 from auto_round.run.block_layers import activation_of, input_quantizers, is_calibrated
 from auto_round.run.blocks import RunState, layer_task, restore_unit
-from auto_round.run.unit_state import Unit
+from auto_round.run.journal_files import Unit
 from auto_round.run.writers import OutputWriter
 
 _TOKENS = 2048  # tokens of one Hessian update

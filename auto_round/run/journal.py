@@ -1,4 +1,4 @@
-"""On-disk journal of a run: checksummed, atomically written files of finished units and activation streams.
+"""Journal of a run: checksummed, atomically written files of finished units and activation streams, to resume from.
 
     run.json                   the run's settings, data, weights and versions
     manifest.json              the valid files among those below, with their sizes and checksums
@@ -16,167 +16,106 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from auto_round import envs
 from auto_round.calibration.disk_store import DiskTensor
-from auto_round.errors import OutputError
-from auto_round.files import DTYPES, add_checksum, bytes_of, safetensors_header, sync_folder, take_checksum, write_text
-from auto_round.modeling.files.safetensors import empty_mmap
+from auto_round.errors import ConfigError, OutputError, Stopped
+from auto_round.files import add_checksum, file_sha256, sync_folder, take_checksum, write_text
+from auto_round.logger import logger
+from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.modeling.source import ModelSource
+from auto_round.output.folders import PARTIAL
+from auto_round.output.staging import Staging
 from auto_round.output.writer import damaged_error
+from auto_round.run.fingerprint import as_json, block_checksum, differences, file_differences, non_block_checksum
+from auto_round.run.journal_files import (
+    Tensors,
+    Unit,
+    check_file,
+    open_tensors,
+    read_tensors,
+    unwritable_error,
+    write_tensors,
+)
 
-Tensors = Mapping[str, torch.Tensor | DiskTensor]
-_CHUNK_BYTES = 16 << 20  # of a tensor in memory that is written at a time, or of a file that is checked
-_ROWS_BYTES = 1 << 20  # of a tensor in a file that is copied at a time
-_FOLDER_NAME = "resume"
+if TYPE_CHECKING:
+    from auto_round.run.writers import FileOutput
+
+VERSION = 3
+"""Version of the journal's content."""
 _RUN, _MANIFEST = "run.json", "manifest.json"
-
-
-def write_tensors(path: Path, tensors: Tensors, metadata: Any = None) -> list[int]:
-    """Write a safetensors file atomically, with `metadata` as JSON in its header. Returns its size and CRC-32.
-
-    Raises OutputError when the disk is full or cannot be written.
-    """
-    # Decreasing item sizes keep every tensor aligned to its dtype without gaps.
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    specs = [(name, tensors[name].shape, tensors[name].dtype) for name in order]
-    head, _, size = safetensors_header(specs, {"metadata": json.dumps(metadata)})
-    crc = zlib.crc32(head)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(head)
-            for name in order:
-                for part in _parts(tensors[name]):
-                    chunk = bytes_of(part)  # the only part of a device tensor that is copied to the CPU at a time
-                    file.write(chunk)
-                    crc = zlib.crc32(chunk, crc)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise unwritable_error(path, error) from error
-    return [size, crc]
-
-
-def _parts(tensor: torch.Tensor | DiskTensor) -> Iterator[torch.Tensor]:
-    """Split a tensor, so that little of it is in memory at a time."""
-    if isinstance(tensor, DiskTensor):
-        rows = max(1, _ROWS_BYTES * tensor.shape[0] // max(1, tensor.nbytes))
-        yield from (tensor[at : at + rows] for at in range(0, tensor.shape[0], rows))
-    else:
-        yield from tensor.detach().contiguous().reshape(-1).split(_CHUNK_BYTES)
-
-
-def read_tensors(path: Path, mark: list[int]) -> tuple[dict[str, torch.Tensor], Any]:
-    """Tensors and metadata of a file with the size and CRC-32 `mark` that `write_tensors` returned.
-
-    Raises OutputError when it does not match them.
-    """
-    check_file(path, mark)
-    with open(path, "rb") as file:
-        start, header = _read_header(file)
-        metadata = json.loads(header.pop("__metadata__")["metadata"])
-        tensors = {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            data = empty_mmap((last - first,), torch.uint8)
-            file.seek(start + first)
-            file.readinto(data.numpy().data)
-            tensors[name] = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors, metadata
-
-
-def read_rows(path: Path, mark: list[int], name: str, into: DiskTensor) -> None:
-    """Copy the tensor `name` of a file row by row. Raises OutputError when the file does not match `mark`."""
-    check_file(path, mark)
-    with open(path, "rb") as file:
-        start, header = _read_header(file)
-        file.seek(start + header[name]["data_offsets"][0])
-        row = torch.empty(into.shape[1:], dtype=into.dtype)
-        for index in range(into.shape[0]):
-            file.readinto(bytes_of(row))
-            into[index] = row
-
-
-def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
-    """(offset of the first tensor, header) of an open safetensors file."""
-    length = int.from_bytes(file.read(8), "little")
-    return 8 + length, json.loads(file.read(length))
-
-
-def check_file(path: Path, mark: list[int]) -> None:
-    """Raise OutputError when a file does not match its size and CRC-32."""
-    size, crc = mark
-    found = 0
-    try:
-        if path.stat().st_size != size:
-            raise damaged_error(path, f"it has {path.stat().st_size} bytes, not {size}")
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                found = zlib.crc32(chunk, found)
-    except FileNotFoundError as error:
-        raise damaged_error(path, "it is missing") from error
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise damaged_error(path, f"it cannot be read: {error.strerror}") from error
-    if found != crc:
-        raise damaged_error(path, "its bytes are not those that were written")
-
-
-def unwritable_error(path: Path, error: OSError) -> OutputError:
-    """The error for a journal file that cannot be written."""
-    return OutputError(
-        f"cannot write the journal file {path} ({error.strerror or error}); free some space, set AR_WORK_SPACE to "
-        "another disk, or do without a journal (--no_resume)"
-    )
 
 
 def journal_folder(output: Path) -> Path:
     """The journal folder of runs that write to `output`."""
-    path = os.path.abspath(output.expanduser())
-    digest = hashlib.sha256(path.encode()).hexdigest()[:12]
-    return envs.resume_folder() / _FOLDER_NAME / f"{output.name or 'out'}-{digest}"
+    digest = hashlib.sha256(os.path.abspath(output.expanduser()).encode()).hexdigest()[:12]
+    return envs.resume_folder() / "resume" / f"{output.name or 'out'}-{digest}"
 
 
 class Journal:
-    """The journal of one run; `load` reads an existing one.
+    """Resume state of one run: whether it can be resumed, which units are done, and how to record another.
 
     Attributes:
-        run: identity of the run, plain values.
+        run: identity of the recorded run, plain values.
         units: finished units in order: {"name", "file", "mark", "weights"}; "weights" is a checksum of the original
             weights.
+        finished: number of units that were finished when this run began; `restored` has their results.
         streams: file name and mark of each stream after the last unit, by kind.
         done: by format, SHA-256 by file name of its folder once that is complete and checked.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, output: Path, replace: bool = False) -> None:
+        """`replace`: start anew when the journal is damaged or of another run."""
+        self.output, self.replace, self.folder = output, replace, journal_folder(output)
         self.run: dict[str, Any] = {}
+        self._now: dict[str, Any] = {}
+        self._outputs: Sequence[FileOutput] = ()
+        self._pool: ThreadPoolExecutor | None = None
+        self._last: Future[None] | None = None
+        self._tasks: dict[str, Future[None]] = {}
+        self._submitted: set[str] = set()
+        self._written: dict[str, list[Any]] = {}
         self._reset()
 
     def _reset(self) -> None:
         self.units: list[dict[str, Any]] = []
         self.streams: dict[str, list[Any]] = {}
         self.done: dict[str, dict[str, str]] = {}
+        self.restored: list[Unit] = []
+        self.finished = 0
 
     @property
     def is_empty(self) -> bool:
         """Whether it records no finished work."""
         return not self.units and not self.done
 
+    # The files of the journal.
+
     def load(self) -> None:
         """Read the manifests. Raises OutputError when they are damaged."""
         self.run = self._read(_RUN) or {}
         state = (self._read(_MANIFEST) if self.run else None) or {"units": [], "streams": {}, "done": {}}
         self.units, self.streams, self.done = state["units"], state["streams"], state["done"]
+        self.finished = len(self.units)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        try:
+            value = json.loads(take_checksum(path.read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise damaged_error(path, str(error)) from error
+        return value if isinstance(value, dict) else None
 
     def _files(self) -> list[list[Any]]:
         """(name, mark) of every file."""
@@ -204,46 +143,35 @@ class Journal:
         self.run = dict(run)
         self._write(_RUN, self.run)
 
-    def unit(self, index: int) -> tuple[dict[str, torch.Tensor], Any]:
-        """Tensors and metadata of a finished unit. Raises OutputError when its file is damaged."""
-        return read_tensors(self.folder / self.units[index]["file"], self.units[index]["mark"])
-
-    def _stream_file(self, kind: str) -> tuple[Path, list[int]]:
+    def stream(self, kind: str) -> TensorFiles:
+        """The file with `hidden`, the states [N, T, H] after the last unit. Raises OutputError when it is damaged."""
         if kind not in self.streams:
             raise damaged_error(self.folder / _MANIFEST, f"it names no {kind} stream")
         name, mark = self.streams[kind]
-        return self.folder / name, mark
-
-    def stream(self, kind: str) -> torch.Tensor:
-        """Hidden states [N, T, H] after the last unit. Raises OutputError when their file is damaged."""
-        return read_tensors(*self._stream_file(kind))[0]["hidden"]
-
-    def stream_into(self, kind: str, target: DiskTensor) -> None:
-        """Copy the hidden states after the last unit into a file, row by row."""
-        read_rows(*self._stream_file(kind), "hidden", target)
-
-    def write_unit(self, name: str, tensors: Tensors, metadata: Any, weights: int) -> dict[str, Any]:
-        """Write the file of the next unit. Its record, which is returned, becomes valid by `commit`."""
-        file = f"unit-{len(self.units):04d}.safetensors"
-        mark = write_tensors(self.folder / file, tensors, metadata)
-        return {"name": name, "file": file, "mark": mark, "weights": weights}
+        return open_tensors(self.folder / name, mark)
 
     def write_stream(self, kind: str, hidden: torch.Tensor | DiskTensor) -> list[Any]:
         """Write the file of a stream after the next unit, and return its record."""
         file = f"{kind}-{len(self.units) + 1:04d}.safetensors"
         return [file, write_tensors(self.folder / file, {"hidden": hidden})]
 
-    def commit(self, unit: dict[str, Any], streams: dict[str, list[Any]]) -> None:
-        """Record a finished unit and all streams after it; the streams before it are removed."""
-        self._commit([*self.units, unit], streams, self.done)
+    def write_unit(self, name: str, tensors: Tensors, values: Any, weights: int) -> None:
+        """Write the file of the next unit, and record it with the streams after it."""
+        file = f"unit-{len(self.units):04d}.safetensors"
+        mark = write_tensors(self.folder / file, tensors, values)
+        written, self._written = self._written, {}
+        self.commit([*self.units, {"name": name, "file": file, "mark": mark, "weights": weights}], written, self.done)
 
-    def complete(self, fmt: str, files: Mapping[str, str]) -> None:
-        """Record that all files of a format are in its folder's `.partial` on disk and were checked."""
-        self._commit(self.units, self.streams, {**self.done, fmt: dict(files)})
-
-    def drop_units(self) -> None:
-        """Reduce the journal of a finished run to its identity and the folders that it wrote."""
-        self._commit([], {}, self.done)
+    def commit(
+        self, units: list[dict[str, Any]], streams: dict[str, list[Any]], done: dict[str, dict[str, str]]
+    ) -> None:
+        """Write the manifest, then remove the files that it no longer names."""
+        before = {name for name, _ in self._files()}
+        self._sync()
+        self._write(_MANIFEST, {"units": units, "streams": streams, "done": done})
+        self.units, self.streams, self.done = units, streams, done
+        for name in before - {name for name, _ in self._files()}:
+            (self.folder / name).unlink(missing_ok=True)
 
     def remove_uncommitted(self) -> None:
         """Remove files that a killed run was writing or about to remove."""
@@ -255,29 +183,15 @@ class Journal:
     def remove(self) -> None:
         """Remove the journal and its empty parent folders. Raises OutputError when it cannot be removed."""
         try:
-            (self.folder / _MANIFEST).unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            pass
+            with suppress(FileNotFoundError, NotADirectoryError):
+                (self.folder / _MANIFEST).unlink()
         except OSError as error:
             raise OutputError(f"the journal {self.folder} cannot be removed ({error.strerror})") from error
         shutil.rmtree(self.folder, ignore_errors=True)
-        for parent in (self.folder.parent, self.folder.parent.parent):
-            try:
-                parent.rmdir()
-            except OSError:  # it holds something else
-                break
+        with suppress(OSError):  # they hold something else
+            self.folder.parent.rmdir()
+            self.folder.parent.parent.rmdir()
         self._reset()
-
-    def _commit(
-        self, units: list[dict[str, Any]], streams: dict[str, list[Any]], done: dict[str, dict[str, str]]
-    ) -> None:
-        """Write the manifest, then remove the files that it no longer names."""
-        before = {name for name, _ in self._files()}
-        self._sync()
-        self._write(_MANIFEST, {"units": units, "streams": streams, "done": done})
-        self.units, self.streams, self.done = units, streams, done
-        for name in before - {name for name, _ in self._files()}:
-            (self.folder / name).unlink(missing_ok=True)
 
     def _write(self, name: str, value: Any) -> None:
         write_text(self.folder / name, add_checksum(json.dumps(value)))
@@ -289,12 +203,286 @@ class Journal:
         except OSError as error:
             raise unwritable_error(self.folder, error) from error
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / name
+    # Before the run.
+
+    def missing_bytes(self, planned: int) -> int:
+        """Disk space that it still needs of the `planned` bytes."""
+        return max(0, planned - self.nbytes())
+
+    def own_files(self, fmt: str, folder: Path) -> Iterable[str]:
+        """Files of a format's folder that an interrupted run has made."""
+        return self.done.get(fmt, ())
+
+    def check_compatible(
+        self, fixed: Mapping[str, Any], files: Mapping[str, list[Any]], layout: Mapping[str, Any] | None = None
+    ) -> None:
+        """Load the journal and compare it with this run, without writing anything.
+
+        Args:
+            fixed: `fingerprint`.
+            files: `weight_files`.
+            layout: what else decides how the output files are laid out.
+
+        Raises:
+            ConfigError: the interrupted run differs.
+            OutputError: its journal is damaged.
+        """
+        layout = {**(layout or {}), "version of the journal": VERSION}
+        now = self._now = as_json({"settings": fixed, "weights": files, "layout": layout})
+        with self._starting_over():
+            self.load()
+            if not self.is_empty:
+                found = differences(self.run.get("layout", {}), now["layout"])
+                found += differences(self.run.get("settings"), now["settings"])
+                self._raise_if_different(found + file_differences(self.run.get("weights") or {}, now["weights"]))
+                self.check()
+
+    def open(self, late: Callable[[], Mapping[str, Any]], source: ModelSource, outputs: Sequence[FileOutput]) -> None:
+        """Open the journal for writing, after comparing data and weights with the interrupted run, and begin the
+        outputs, or continue them after the last finished unit.
+
+        Weights are compared only if a weight file is not the same file any more.
+
+        Args:
+            late: returns digests of what is known only after the data is read.
+
+        Raises:
+            ConfigError: the data or the weights differ.
+            OutputError: the journal cannot be written, or the unfinished files are damaged.
+        """
+        self._now["late"] = as_json(late())
+        self._outputs = outputs
+        with self._starting_over():
+            if not self.is_empty:
+                self._raise_if_different(self._late_differences(source))
+            files = [(self.folder / unit["file"], unit["mark"]) for unit in self.units]
+            self.restored = [Unit.from_state(*read_tensors(path, mark)) for path, mark in files]
+            if self.restored:
+                self._begin_outputs()
+        if self.is_empty:
+            self.begin(self._now)
+        if not self.restored:
+            self._begin_outputs()
+        self.remove_uncommitted()
+        self._pool = ThreadPoolExecutor(1, "journal")
+
+    def _begin_outputs(self) -> None:
+        for output in self._outputs:
+            output.begin([unit.marks[output.format.name] for unit in self.restored])
+
+    def _late_differences(self, source: ModelSource) -> list[str]:
+        """Differences in the data, and in the weights of finished units if they may differ."""
+        before, now = dict(self.run["late"]), self._now["late"]
+        if now["smoke_sample"] is None:  # this run does not verify: it needs no smoke sample
+            before["smoke_sample"] = None
+        found = differences(before, now)
+        if self.run["weights"] == self._now["weights"]:
+            return found
+        logger.info("the model's files are not the same files: comparing the weights of the finished blocks")
+        for unit, name in zip(self.units, [*source.blocks, None], strict=False):
+            if self.checksum(source, name) != unit["weights"]:
+                where = "outside the blocks" if name is None else f"of {name}"
+                found.append(f"weights {where}: other values than then")
+        return found
+
+    def _raise_if_different(self, found: list[str]) -> None:
+        if found:
+            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+            raise ConfigError(
+                f"output folder {self.output} holds an interrupted run that differs: {'; '.join(found[:8])}{more}; "
+                "give the same settings to resume it, choose another folder, or start anew with --overwrite or "
+                "--no_resume (overwrite=True or resume=False)"
+            )
+
+    @contextmanager
+    def _starting_over(self) -> Iterator[None]:
+        """With `replace`, remove a journal that does not fit instead of raising."""
         try:
-            value = json.loads(take_checksum(path.read_bytes()))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError) as error:
-            raise damaged_error(path, str(error)) from error
-        return value if isinstance(value, dict) else None
+            yield
+        except (ConfigError, OutputError) as error:
+            if not self.replace:
+                raise
+            logger.warning("starting anew: %s", error)
+            self.remove()
+
+    # During the run. One thread writes, in order; after a task that failed, the others fail with its error.
+
+    def checksum(self, source: ModelSource, block: str | None = None) -> int:
+        """Checksum of the weights of a block, or of those outside the blocks."""
+        return non_block_checksum(source) if block is None else block_checksum(source, block)
+
+    def submit_streams(self, streams: Tensors) -> None:
+        """Start writing streams after the current unit, unless they were submitted already. Their values must not
+        change before `wait_until_written`."""
+
+        def write(kind: str, hidden: torch.Tensor | DiskTensor) -> None:
+            self._written[kind] = self.write_stream(kind, hidden)
+
+        for kind, hidden in streams.items():
+            if kind not in self._submitted:
+                self._tasks[kind] = self._submit(partial(write, kind, hidden))
+                self._submitted.add(kind)
+
+    def add(self, name: str, unit: Unit, weights: int) -> None:
+        """Record a finished unit that was given to the outputs, with the streams submitted for it, in the background.
+        It is valid when all of its files, and its part of the output files, are on disk.
+
+        `weights`: checksum of its original weights.
+
+        Raises OutputError when something could not be written.
+        """
+        unit.marks = {output.format.name: output.mark() for output in self._outputs}
+        state = unit.state()
+
+        def write() -> None:
+            for output in self._outputs:
+                output.writer.sync()
+            self.write_unit(name, *state, weights)
+
+        self._submitted.clear()
+        self._submit(write)
+
+    def _submit(self, task: Callable[[], None]) -> Future[None]:
+        """Queue a task for the thread. It does not run after one that failed, whose error all later calls raise."""
+        assert self._pool is not None
+        before = self._last
+        if before is not None and before.done():
+            before.result()
+
+        def run() -> None:
+            if before is not None:
+                before.result()
+            task()
+
+        self._last = self._pool.submit(run)
+        return self._last
+
+    def wait_until_written(self, *kinds: str) -> None:
+        """Wait until the journal has written these streams; without any, everything. Raises OutputError when something
+        could not be written."""
+        tasks = [self._tasks.pop(kind) for kind in kinds if kind in self._tasks]
+        if not kinds and self._last is not None:
+            tasks = [self._last]
+        for task in tasks:
+            task.result()
+
+    def finished_units(self) -> int:
+        """Number of finished units, after pending writes have ended or failed."""
+        with suppress(Exception):
+            self.wait_until_written()
+        return len(self.units)
+
+    @contextmanager
+    def checkpointing(
+        self, outputs: Sequence[FileOutput], blocks: int, blocks_done: Callable[[], int | None]
+    ) -> Iterator[None]:
+        """When a run fails, write pending entries, keep unfinished outputs if it can be resumed, and tell the user;
+        Ctrl-C becomes `Stopped`.
+
+        Args:
+            blocks: number of blocks of the model.
+            blocks_done: number of finished ones; None before the first is begun.
+        """
+        try:
+            yield
+        except BaseException as error:
+            count = self.finished_units()
+            for output in outputs:
+                output.close()
+                output.stage.retain = output.stage.retain or count > 0
+            if isinstance(error, KeyboardInterrupt):
+                done = blocks_done()
+                where = "before the first block"
+                if done is not None:
+                    where = f"in block {done + 1} of {blocks}" if done < blocks else "after the last block"
+                then = "run the same command again to resume" if count else "the same command starts anew"
+                raise Stopped(f"stopped {where}; {then}", getattr(error, "number", signal.SIGINT)) from error
+            if count and isinstance(error, Exception):
+                logger.info("%d finished blocks are saved; run the same command again to resume", min(count, blocks))
+            raise
+
+    # After the run.
+
+    def complete(self, fmt: str, files: Mapping[str, str]) -> None:
+        """Record that all files of a format are in its folder's `.partial` on disk and were checked."""
+        self.commit(self.units, self.streams, {**self.done, fmt: dict(files)})
+
+    def publish_if_complete(self, fmt: str, stage: Staging, stale: Iterable[str] = ()) -> bool:
+        """Publish a folder that was complete and checked before the run was interrupted, in place of the `stale` files
+        of an earlier run. Returns whether it was."""
+        files = self.done.get(fmt)
+        if files is None:
+            return False
+        for name, digest in files.items():
+            found = next((path for path in (stage.path / name, stage.folder / name) if path.is_file()), None)
+            if found is None or file_sha256(found) != digest:
+                return False
+        stage.publish(files, stale)
+        logger.info("%s is complete already", stage.folder)
+        return True
+
+    def finish(self, keep_record: bool) -> None:
+        """End the run. `keep_record`: leave a record of its folders for the other runs of the same command."""
+        if keep_record:
+            self.commit([], {}, self.done)
+        else:
+            self.remove()
+
+    def close(self) -> None:
+        """Stop writing. A journal without finished units is removed."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+            if self.is_empty:
+                self.remove()
+
+
+class NoJournal(Journal):
+    """The journal of a run that cannot be resumed: it records nothing, and removes one of an earlier run.
+
+    `output`: None for a run that leaves journals alone.
+    """
+
+    def __init__(self, output: Path | None = None) -> None:
+        super().__init__(output or Path())
+        self._removes = output is not None
+        with suppress(OutputError):
+            self.load()
+        self._left = self.done if self._removes else {}
+        self._reset()
+
+    def missing_bytes(self, planned: int) -> int:
+        return 0
+
+    def own_files(self, fmt: str, folder: Path) -> Iterable[str]:
+        # A complete folder is checked by its report.json.
+        return self._left.get(fmt, ()) if (folder / PARTIAL).is_dir() else ()
+
+    def open(self, late: Callable[[], Mapping[str, Any]], source: ModelSource, outputs: Sequence[FileOutput]) -> None:
+        if self._removes:
+            self.remove()
+        for output in outputs:
+            output.begin()
+
+    def checksum(self, source: ModelSource, block: str | None = None) -> int:
+        return 0
+
+    def submit_streams(self, streams: Tensors) -> None:
+        pass
+
+    def add(self, name: str, unit: Unit, weights: int) -> None:
+        pass
+
+    def complete(self, fmt: str, files: Mapping[str, str]) -> None:
+        pass
+
+    def finish(self, keep_record: bool) -> None:
+        pass
+
+
+def interrupted_settings(output: Path) -> dict[str, Any]:
+    """The `fingerprint` of the interrupted run into this folder; empty when there is none."""
+    journal = Journal(output)
+    with suppress(OutputError):
+        journal.load()
+    return {} if journal.is_empty else dict(journal.run.get("settings", {}))

@@ -17,9 +17,9 @@ from auto_round.output.folders import PARTIAL, ensure_output_folder, remove_file
 from auto_round.output.staging import Staging
 from auto_round.run.driver import InMemory, Run
 from auto_round.run.folders import split_runs, stale_files
+from auto_round.run.journal import Journal
 from auto_round.run.plan import Job
 from auto_round.run.results import ModelWriter
-from auto_round.run.resume import remove_journal
 from auto_round.run.settings import Settings
 
 
@@ -107,5 +107,5 @@ class Runs:
                 found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
         remove_files(root, stale)
         for folder in folders:
-            remove_journal(folder)
+            Journal(folder).remove()
         return [found[fmt.name] for fmt in formats]

@@ -144,12 +144,11 @@ class Stream:
 
     def restore_from(self, kind: str, index: int, journal: Journal) -> None:
         """Restore what was `saved` before block `index`."""
-        if isinstance(self.hidden, DiskTensor):
-            journal.stream_into(kind, self.hidden)
-        else:
-            self.hidden = journal.stream(kind).to(self.hidden.device)
+        stored = journal.stream(kind)
+        for sample in range(self.hidden.shape[0]):
+            self.hidden[sample] = stored.read("hidden", sample)
         for number, slot in enumerate(self.captured.links.slots_needed_from(index)):
-            self.state.restore(slot, journal.stream(f"{kind}-{number}"))
+            self.state.restore(slot, journal.stream(f"{kind}-{number}").read("hidden"))
 
 
 def _on_cpu(hidden: torch.Tensor | DiskTensor) -> torch.Tensor | DiskTensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -50,22 +50,11 @@ class MemoryWriter(OutputWriter):
         self.layers[layer.name] = layer
 
 
-@dataclass(frozen=True)
-class Mark:
-    """What a writer has done since its mark before, so that another one can continue after it.
+Mark = tuple[dict[str, Any], Mapping[str, torch.Tensor]]
+"""What an output has written since its mark before, so that another one can continue after it.
 
-    Attributes:
-        records: writes to its files.
-        expected, dense: new entries of these attributes of `FileOutput`.
-        missing: number of missing parts of each stacked tensor that is still in memory.
-        tensors: data that is not in the files yet.
-    """
-
-    records: Records
-    expected: Mapping[str, str]
-    dense: Mapping[str, Any]
-    missing: Mapping[str, int] = field(default_factory=dict)
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+Plain values (`records` of the writes to its files, new entries of `expected` and `dense`, the `missing` parts of open
+tensors), and tensors that are not in the files yet."""
 
 
 class FileOutput(OutputWriter, ABC):
@@ -92,12 +81,12 @@ class FileOutput(OutputWriter, ABC):
         Raises OutputError when the files do not hold any more what was marked.
         """
         self.expected, self.dense = {}, {}
-        for mark in marks:
-            self.expected |= mark.expected
-            self.dense |= mark.dense
+        for values, _ in marks:
+            self.expected |= values["expected"]
+            self.dense |= values["dense"]
         self._marked = len(self.expected), len(self.dense)
         if marks:
-            self._restore([record for mark in marks for record in mark.records], marks)
+            self._restore([record for values, _ in marks for record in values["records"]], marks)
             self.stage.clear(keep=[file.path.name for file in self.writer.partial])
         else:
             self.stage.clear()
@@ -105,10 +94,12 @@ class FileOutput(OutputWriter, ABC):
 
     def mark(self) -> Mark:
         """What was done since the last mark. It is on disk once `writer.sync` has returned."""
-        expected = dict(islice(self.expected.items(), self._marked[0], None))
-        dense = dict(islice(self.dense.items(), self._marked[1], None))
+        expected, dense = (
+            dict(islice(found.items(), start, None))
+            for found, start in zip((self.expected, self.dense), self._marked, strict=True)
+        )
         self._marked = len(self.expected), len(self.dense)
-        return Mark(self.writer.take_records(), expected, dense)
+        return {"records": self.writer.take_records(), "expected": expected, "dense": dense}, {}
 
     def close(self) -> None:
         """Close unfinished files and keep them."""
@@ -180,7 +171,7 @@ class FolderWriter(FileOutput):
     def mark(self) -> Mark:
         missing, open_tensors = self._assembler.state()
         late = {f"late.{name}": tensor for name, tensor in self.writer.take_late().items()}
-        return replace(super().mark(), missing=missing, tensors=late | open_tensors)
+        return {**super().mark()[0], "missing": missing}, late | open_tensors
 
     def _start(self) -> None:
         self.writer = ShardWriter(self.folder, self._max_shard_size, header=self._header)
@@ -188,9 +179,10 @@ class FolderWriter(FileOutput):
 
     def _restore(self, records: Records, marks: Sequence[Mark]) -> None:
         self._start()
-        tensors = {name.removeprefix("late."): tensor for mark in marks for name, tensor in mark.tensors.items()}
+        tensors = {name.removeprefix("late."): tensor for _, part in marks for name, tensor in part.items()}
         self.writer.restore(records, tensors)
-        self._assembler.restore(marks[-1].missing, marks[-1].tensors)
+        values, open_tensors = marks[-1]
+        self._assembler.restore(values["missing"], open_tensors)
 
     def _copy(self, keys: Iterable[str]) -> None:
         """Copy checkpoint tensors unchanged, each once."""

@@ -91,7 +91,7 @@ def test_captured_inputs_in_a_file_are_the_same(
 
 def test_the_journal_takes_and_gives_it_row_by_row(tmp_path: Path) -> None:
     from auto_round.run.fingerprint import tensors_checksum
-    from auto_round.run.journal import read_rows, read_tensors, write_tensors
+    from auto_round.run.journal_files import open_tensors, read_tensors, write_tensors
 
     values = torch.randn(5, 3, 4)
     with DiskStore(tmp_path / "work") as file:
@@ -99,6 +99,8 @@ def test_the_journal_takes_and_gives_it_row_by_row(tmp_path: Path) -> None:
         path = tmp_path / "stream.safetensors"
         mark = write_tensors(path, {"hidden": kept})
         assert mark == write_tensors(tmp_path / "other.safetensors", {"hidden": values})
-        read_rows(path, mark, "hidden", target)
+        stored = open_tensors(path, mark)
+        for row in range(5):
+            target[row] = stored.read("hidden", row)
         assert torch.equal(target.read(), values) and torch.equal(read_tensors(path, mark)[0]["hidden"], values)
         assert tensors_checksum([kept]) == tensors_checksum([values])

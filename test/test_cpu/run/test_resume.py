@@ -144,7 +144,7 @@ PHASES = {
     "verify": (deliver_module, "verify_folder", 1), "second verify": (deliver_module, "verify_folder", 2),
     "records": (deliver_module, "write_records", 1), "sync_and_hash": (deliver_module, "sync_and_hash", 2),
     "publish": (run_module.Staging, "publish", 2), "move": (staging, "_move", 3),
-    "last move": (staging, "_move", 21), "journal": (run_module.RunJournal, "finish", 1),
+    "last move": (staging, "_move", 21), "journal": (run_module.Journal, "finish", 1),
 }  # fmt: skip
 
 
@@ -340,8 +340,8 @@ def test_a_published_folder_that_was_changed_is_named(run: Runner, stop_at: Any,
 def test_a_journal_of_another_version_is_refused(
     interrupted: dict[str, Any], run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("auto_round.run.resume.VERSION", 3)
-    with pytest.raises(ConfigError, match="version of the journal: 2 then, 3 now"):
+    monkeypatch.setattr("auto_round.run.journal.VERSION", 4)
+    with pytest.raises(ConfigError, match="version of the journal: 3 then, 4 now"):
         run("out", **interrupted)
 
 

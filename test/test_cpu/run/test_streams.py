@@ -51,9 +51,12 @@ def test_in_place_and_in_a_file_the_numbers_are_the_same(source: ModelSource, tm
 
 @pytest.mark.parametrize("in_file", [False, True])
 @pytest.mark.parametrize("name", ["gemma4_text:shared-kv", "gemma3n_text"])
-def test_a_stream_continues_with_what_blocks_share(name: str, in_file: bool, tmp_path: Path) -> None:
+def test_a_stream_continues_with_what_blocks_share(
+    name: str, in_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(known_families()[name].build())
-    journal = Journal(tmp_path / "journal")
+    monkeypatch.setenv("AR_WORK_SPACE", str(tmp_path / "space"))
+    journal = Journal(tmp_path / "out")
     journal.begin({})
     with DiskStore(tmp_path) as file:
         whole = stream(source, file if in_file else None)
