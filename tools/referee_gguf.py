@@ -89,7 +89,7 @@ def write_ours(folder: Path, out: Path, tensors: dict[str, torch.Tensor] | None 
     rows = conversion.tensors["token_embd.weight"][0]
     vocabulary = vocabulary_for(AutoTokenizer.from_pretrained(folder), rows, config, folder)
     general = general_metadata(conversion.arch, conversion.tensors, gguf.LlamaFileType.ALL_F32, folder=folder)
-    for entry in (*general, *conversion.metadata(), *vocabulary.metadata()):
+    for entry in (*general, *conversion.metadata(), *vocabulary.metadata):
         if entry.key != "general.architecture":
             writer.add_key_value(*entry)
     for name, array in arrays.items():

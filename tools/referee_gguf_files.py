@@ -142,8 +142,8 @@ def stored_weight(file: GgufTensors, name: str) -> torch.Tensor:
     stored = file.stored(name)
     if stored.dtype != torch.uint8:
         return stored.float()
-    values = gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType[file.kind(name)])
-    return torch.from_numpy(values).reshape(file.shape(name))
+    values = gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType[file.tensors[name].kind])
+    return torch.from_numpy(values).reshape(file.tensors[name].shape)
 
 
 class RoundedInputs(TorchFunctionMode):

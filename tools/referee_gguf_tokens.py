@@ -104,7 +104,7 @@ def write_vocabulary(tokenizer: Any, folder: Path, out: Path) -> Any:
     rows = max(tokenizer.get_vocab().values()) + 1
     vocabulary = vocabulary_for(tokenizer, rows, None, folder)
     writer = gguf.GGUFWriter(out, "llama")
-    for entry in (*conversion_for(_CONFIG | {"vocab_size": rows}).metadata(), *vocabulary.metadata()):
+    for entry in (*conversion_for(_CONFIG | {"vocab_size": rows}).metadata(), *vocabulary.metadata):
         writer.add_key_value(*entry)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -155,8 +155,9 @@ def main() -> int:
         known = SPACE_NOTE in vocabulary.notes
         bad = [i for i in differ if not (known and i in spaced)]
         wrong += bool(bad)
+        kind, pre = (pair.value for pair in vocabulary.metadata[:2])
         print(
-            f"{folder}: {vocabulary.model}, {vocabulary.pre}: {len(bad)} of {len(texts)} differ"
+            f"{folder}: {kind}, {pre}: {len(bad)} of {len(texts)} differ"
             + (f", {len(spaced)} more by spaces at the start or after special tokens" if known else ""),
             *vocabulary.notes,
             flush=True,

@@ -12,7 +12,7 @@ import torch
 
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.gguf.families import find_family
-from auto_round.gguf.family import Family, HfConfig, Placement, read_hf_config
+from auto_round.gguf.family import Family, HfConfig, Placement
 from auto_round.gguf.metadata import KeyValue, gguf_package, key_value
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -69,10 +69,11 @@ class Conversion:
 
         Raises UnsupportedError for a tensor that the family does not have.
         """
-        if self._is_skipped(name):
+        block = _BLOCK.search(name)
+        prediction = block is not None and int(block[1]) >= self.settings.blocks  # of several tokens; not written
+        if prediction or _SKIPPED.search(name) or (self.settings.tied and name in ("lm_head.weight", "output.weight")):
             return []
-        expert = _EXPERT.fullmatch(name)
-        if expert:
+        if expert := _EXPERT.fullmatch(name):
             target = f"blk.{expert['block']}.ffn_{_PARTS[expert['part']]}_exps.weight"
             return [Placement(target, slot=int(expert["index"]))]
         fused = _FUSED.fullmatch(name)
@@ -83,8 +84,7 @@ class Conversion:
                 return [Placement(f"{front}{part}_exps.weight", edit=half) for part, half in halves]
             return [Placement(f"{front}{_PARTS.get(fused['part'], 'down')}_exps.weight")]
         for rule in self.family.rules:
-            found = re.fullmatch(rule.pattern, name)
-            if found:
+            if found := re.fullmatch(rule.pattern, name):
                 return rule.place(self.settings, found)
         renamed = name
         for pattern, replacement in self.family.renames:
@@ -97,13 +97,6 @@ class Conversion:
             )
         return [Placement(target)]
 
-    def _is_skipped(self, name: str) -> bool:
-        if _SKIPPED.search(name) or (self.settings.tied and name in ("lm_head.weight", "output.weight")):
-            return True
-        block = _BLOCK.search(name)
-        # Blocks for multi-token prediction follow the model's own and are not written.
-        return block is not None and int(block[1]) >= self.settings.blocks
-
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes (PyTorch's order) of all tensors in the file: `extras`, then the sources' order.
@@ -112,13 +105,13 @@ class Conversion:
             UnsupportedError: the architecture has no tensor for a source.
             ModelError: parts of a tensor are missing, or have different shapes.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.extras().items()}
         parts: dict[str, list[tuple[str, Placement, tuple[int, ...]]]] = {}
         for source, shape in self.sources.items():
             for placement in self.place(source):
-                parts.setdefault(placement.tensor, []).append((source, placement, placement.shape(tuple(shape))))
-        shapes |= {target: _merged_shape(target, found) for target, found in parts.items()}
-        return shapes
+                cut = tuple(placement.cut(torch.empty(shape, device="meta")).shape)
+                parts.setdefault(placement.tensor, []).append((source, placement, cut))
+        extras = {name: tuple(tensor.shape) for name, tensor in self.extras().items()}
+        return extras | {target: _merged_shape(target, found) for target, found in parts.items()}
 
     def extras(self) -> dict[str, torch.Tensor]:
         """Computed tensors that are in no checkpoint, float32, by their names in the file."""
@@ -131,8 +124,7 @@ class Conversion:
             # A later key replaces an earlier one, even without a value.
             name = f"{self.arch}.{key.name}"
             made.pop(name, None)
-            value = key.value(self.settings)
-            if value is not None:
+            if (value := key.value(self.settings)) is not None:
                 made[name] = key_value(name, value, key.kind)
         return list(made.values())
 
@@ -140,24 +132,16 @@ class Conversion:
 def _merged_shape(target: str, parts: list[tuple[str, Placement, tuple[int, ...]]]) -> tuple[int, ...]:
     """Shape of a tensor merged from `parts` (source, placement, shape). Raises ModelError when they do not fill it."""
     first = parts[0][2]
-    slots = [placement.slot for _, placement, _ in parts]
-    if all(slot is not None for slot in slots):
-        wrong = next((source for source, _, shape in parts if shape != first), None)
-        if wrong is None and sorted(slot for slot in slots if slot is not None) == list(range(len(parts))):
-            return (len(parts), *first)
-    elif len(parts) == 1 and parts[0][1].at_row == 0:
-        return first
-    elif all(slot is None for slot in slots):
-        rows, wrong = 0, None
-        for source, placement, shape in sorted(parts, key=lambda part: part[1].at_row):
-            if placement.at_row != rows or shape[1:] != first[1:]:
-                wrong = source
-                break
-            rows += shape[0]
-        if wrong is None:
-            return (rows, *first[1:])
-    names = ", ".join(source for source, _, _ in parts[:3])
-    raise ModelError(f"the parts of tensor {target!r} ({names}, ...) are incomplete, or differ in shape")
+    slots = [placement.slot for _, placement, _ in parts if placement.slot is not None]
+    if sorted(slots) == list(range(len(parts))) and all(shape == first for *_, shape in parts):
+        return (len(parts), *first)
+    rows = 0
+    for _, placement, shape in sorted(parts, key=lambda part: part[1].at_row):
+        if slots or placement.at_row != rows or shape[1:] != first[1:]:
+            names = ", ".join(source for source, _, _ in parts[:3])
+            raise ModelError(f"the parts of tensor {target!r} ({names}, ...) are incomplete, or differ in shape")
+        rows += shape[0]
+    return (rows, *first[1:])
 
 
 def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:
@@ -172,10 +156,9 @@ def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:
             for a source, or the package gguf is missing.
         ModelError: a configuration value or tensors are missing.
     """
-    settings = read_hf_config(config)
+    settings = HfConfig.of(config)
     family = find_family(settings)
     gguf_package()
     conversion = Conversion(family, settings, dict(sources or {}))
-    if sources:
-        _ = conversion.tensors  # validates all placements
+    _ = conversion.tensors  # validates all placements
     return conversion

@@ -22,6 +22,13 @@ class HfConfig:
 
     values: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, config: Any) -> HfConfig:
+        """From a Transformers configuration or the values of a config.json; of a multimodal model, its text part."""
+        values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        text = values.get("text_config")
+        return cls({**values, **text} if isinstance(text, Mapping) else values)
+
     def get(self, *names: str, default: Any = None) -> Any:
         """The value under the first of `names` that has one."""
         return next((self.values[n] for n in names if self.values.get(n) is not None), default)
@@ -84,12 +91,11 @@ class HfConfig:
         found = dict(found.get("full_attention") or found) if isinstance(found, Mapping) else {}
         found = {key: value for key, value in found.items() if value is not None and not isinstance(value, Mapping)}
         found["rope_type"] = str(found.get("rope_type") or found.get("type") or "default").lower()
-        for key, others in (
-            ("rope_theta", ("rope_theta", "rotary_emb_base")),
-            ("partial_rotary_factor", ("partial_rotary_factor", "rope_pct")),
-            ("original_max_position_embeddings", ("original_max_position_embeddings",)),
-        ):
-            if key not in found and (value := self.get(*others)) is not None:
+        for key, *other in (
+            ("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rope_pct"),
+            ("original_max_position_embeddings",),
+        ):  # fmt: skip
+            if key not in found and (value := self.get(key, *other)) is not None:
                 found[key] = value
         return found
 
@@ -101,27 +107,16 @@ class HfConfig:
         return own.get("rope_theta") if isinstance(own, Mapping) else self.get("rope_local_base_freq")
 
 
-def read_hf_config(config: Any) -> HfConfig:
-    """Settings from a Transformers configuration or the values of a config.json; of a multimodal model, its text
-    part."""
-    values = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    text = values.get("text_config")
-    return HfConfig({**values, **text} if isinstance(text, Mapping) else values)
-
-
 @dataclass(frozen=True)
 class Placement:
     """A GGUF tensor, or a part of one, that is made from a source tensor or some of its rows.
 
-    Applied in this order: `edit`, `rows`, then `slot` or `at_row`. Without `edit` the source can be quantized and its
-    packed rows placed; with `edit` it is changed before it is quantized.
-
-    Attributes:
+    Attributes, in the order in which they apply. Without `edit` the source can be quantized before its rows are placed.
         tensor: name in the file, such as "blk.0.attn_q.weight".
+        edit: changes the values or the shape of an unquantized tensor.
         rows: int64 [n], the source's rows in the target's order; None for all in their order.
         slot: index in the target's leading dimension, where experts or heads are stacked.
         at_row: first row in the target, where several sources are concatenated by rows.
-        edit: changes the values or the shape of an unquantized tensor.
     """
 
     tensor: str
@@ -135,15 +130,9 @@ class Placement:
         found = source if self.edit is None else self.edit(source)
         return found if self.rows is None else found[self.rows.to(found.device)]
 
-    def shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of `cut` for a source of this shape."""
-        if self.edit is not None:
-            source = tuple(self.edit(torch.empty(source, device="meta")).shape)
-        return source if self.rows is None else (int(self.rows.numel()), *source[1:])
 
-
-Source = str | tuple[str, ...] | Callable[[HfConfig], Any]
 PlacementFunction = Callable[[HfConfig, re.Match[str]], list[Placement]]
+_CASTS: Mapping[str, type] = {"uint32": int, "int32": int, "float32": float, "bool": bool, "string": str}
 
 
 @dataclass(frozen=True)
@@ -159,7 +148,7 @@ class Key:
 
     name: str
     kind: str
-    source: Source
+    source: str | tuple[str, ...] | Callable[[HfConfig], Any]
 
     def value(self, settings: HfConfig) -> Any:
         """The value as the Python type of `kind`, or None."""
@@ -169,7 +158,7 @@ class Key:
             found = settings.get(*((self.source,) if isinstance(self.source, str) else self.source))
         if found is None:
             return None
-        cast = {"uint32": int, "int32": int, "float32": float, "bool": bool, "string": str}[self.kind]
+        cast = _CASTS[self.kind]
         return [cast(item) for item in found] if isinstance(found, (list, tuple)) else cast(found)
 
 
@@ -218,10 +207,9 @@ FAMILIES: dict[str, Family] = {}  # by model type
 
 
 def register_family(family: Family) -> Family:
-    """Make the models of `family.model_types` writable as GGUF. Returns the family.
+    """Make the models of `family.model_types` writable as GGUF.
 
-    Raises:
-        ConfigError: a model type belongs to another family.
+    Raises ConfigError when a model type belongs to another family.
     """
     for name in family.model_types:
         if FAMILIES.setdefault(name, family) != family:

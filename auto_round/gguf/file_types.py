@@ -9,8 +9,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -27,29 +27,21 @@ def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1]) * GGML_TYPES[kind].row_bytes(shape[-1])
 
 
-@dataclass(frozen=True)
-class FileType:
-    """A mixture of types.
+class FileType(NamedTuple):
+    """A mixture of types: value of `general.file_type`, and the type of every matrix without a rule."""
 
-    Attributes:
-        name: `q4_k_m`.
-        number: value of `general.file_type`.
-        base: the type of every matrix without a rule.
-    """
-
-    name: str
     number: int
     base: str
 
 
-_ROWS = (
-    ("q4_0", 2, "Q4_0"), ("q4_1", 3, "Q4_1"), ("q5_0", 8, "Q5_0"), ("q5_1", 9, "Q5_1"), ("q8_0", 7, "Q8_0"),
-    ("q2_k_s", 21, "Q2_K"), ("q2_k", 10, "Q2_K"), ("q3_k_s", 11, "Q3_K"), ("q3_k_m", 12, "Q3_K"),
-    ("q3_k_l", 13, "Q3_K"), ("q4_k_s", 14, "Q4_K"), ("q4_k_m", 15, "Q4_K"), ("q5_k_s", 16, "Q5_K"),
-    ("q5_k_m", 17, "Q5_K"), ("q6_k", 18, "Q6_K"),
-    ("q2_k_mixed", 10, "Q4_K"),  # not in llama.cpp; the nearest is Q2_K
-)  # fmt: skip
-FILE_TYPES: Mapping[str, FileType] = MappingProxyType({row[0]: FileType(*row) for row in _ROWS})
+FILE_TYPES: Mapping[str, FileType] = MappingProxyType({
+    "q4_0": FileType(2, "Q4_0"), "q4_1": FileType(3, "Q4_1"), "q5_0": FileType(8, "Q5_0"),
+    "q5_1": FileType(9, "Q5_1"), "q8_0": FileType(7, "Q8_0"), "q2_k_s": FileType(21, "Q2_K"),
+    "q2_k": FileType(10, "Q2_K"), "q3_k_s": FileType(11, "Q3_K"), "q3_k_m": FileType(12, "Q3_K"),
+    "q3_k_l": FileType(13, "Q3_K"), "q4_k_s": FileType(14, "Q4_K"), "q4_k_m": FileType(15, "Q4_K"),
+    "q5_k_s": FileType(16, "Q5_K"), "q5_k_m": FileType(17, "Q5_K"), "q6_k": FileType(18, "Q6_K"),
+    "q2_k_mixed": FileType(10, "Q4_K"),  # not in llama.cpp; the nearest is Q2_K
+})  # fmt: skip
 
 # The replacement of a type whose blocks do not divide a row; float16 where that does not fit either.
 _SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -71,8 +63,7 @@ _NEVER_QUANTIZED_NAMES = ("position_embd.weight", "token_types.weight")
 _DEPTH_OF_70B = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
 
 
-@dataclass(frozen=True)
-class ModelDimensions:
+class ModelDimensions(NamedTuple):
     """Sizes of a model, from its metadata.
 
     Attributes:
@@ -101,52 +92,45 @@ class TensorTypes(dict[str, str]):
 
     def __init__(self, types: Mapping[str, str], fallbacks: Mapping[str, str]) -> None:
         super().__init__(types)
-        self.fallbacks = dict(fallbacks)
+        self.fallbacks = fallbacks
 
     def notes(self) -> list[str]:
         """One message for each kind of fallback."""
-        counts: dict[tuple[str, str], list[str]] = {}
+        names: dict[tuple[str, str], list[str]] = {}
         for name, meant in self.fallbacks.items():
-            counts.setdefault((meant, self[name]), []).append(name)
+            names.setdefault((meant, self[name]), []).append(name)
         lines = []
-        for (meant, given), names in counts.items():
-            one = len(names) == 1
-            which = f"1 tensor ({names[0]}) is" if one else f"{len(names)} tensors ({names[0]}, ...) are"
-            block, whose = GGML_TYPES[meant].block, "its" if one else "their"
-            lines.append(f"{which} {given} instead of {meant}: {whose} rows are no multiple of {block}")
+        for (meant, given), (first, *others) in names.items():
+            which = f"{len(others) + 1} tensors ({first}, ...) are" if others else f"1 tensor ({first}) is"
+            rows = f"{'their' if others else 'its'} rows are no multiple of {GGML_TYPES[meant].block}"
+            lines.append(f"{which} {given} instead of {meant}: {rows}")
         return lines
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """Input of a rule.
 
     Attributes:
         role: `v`, `k`, `o`, `down`, `output`, `embedding` or an empty string.
-        index: number of preceding tensors of this role; the block, for `down` in a model with experts.
-        count: tensors of the role; blocks, for `down`.
+        place: number of preceding tensors of this role; the block, for `down` in a model with experts.
+        total: tensors of the role; blocks, for `down`.
     """
 
     name: str
     role: str
     columns: int
-    index: int
-    count: int
+    place: int
+    total: int
     arch: str
     sizes: ModelDimensions
     importance: bool
 
-    @property
-    def spread(self) -> bool:
-        """In the first or last eighth of the model, or every third in between."""
-        eighth = self.count // 8
-        return self.index < eighth or self.index >= 7 * self.count // 8 or (self.index - eighth) % 3 == 2
-
     def first(self, part: int) -> bool:
         """In the first 1/part of the model."""
-        return self.index < self.count // part
+        return self.place < self.total // part
 
 
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _Rule = Callable[[_Tensor], str | None]
 _ROLES = (
     # Fused tensors that include the values count as values, which are the most sensitive to rounding.
@@ -154,15 +138,22 @@ _ROLES = (
     ("attn_q.weight", ""), ("attn_output.weight", "o"), ("ffn_up", ""), ("ffn_gate", ""), ("ffn_down", "down"),
 )  # fmt: skip
 
-# None: the file's base type.
+
+def _spread(t: _Tensor) -> str | None:
+    """More bits in the first and last eighth of the model, and every third tensor in between."""
+    eighth = t.total // 8
+    return "Q6_K" if t.first(8) or t.place >= 7 * t.total // 8 or (t.place - eighth) % 3 == 2 else None
+
+
+# Rules by file type; None: the file's base type.
 _VALUES: dict[str, _Rule] = {
     "q2_k": lambda t: "Q4_K" if t.sizes.grouped >= 4 else "Q3_K",
     "q2_k_s": lambda t: "Q4_K" if t.sizes.grouped >= 4 else None,
-    "q3_k_m": lambda t: "Q5_K" if t.index < 2 else "Q4_K",
+    "q3_k_m": lambda t: "Q5_K" if t.place < 2 else "Q4_K",
     "q3_k_l": lambda t: "Q5_K",
-    "q4_k_s": lambda t: "Q5_K" if t.index < 4 else None,
-    "q4_k_m": lambda t: "Q6_K" if t.spread else None,
-    "q5_k_m": lambda t: "Q6_K" if t.spread else None,
+    "q4_k_s": lambda t: "Q5_K" if t.place < 4 else None,
+    "q4_k_m": _spread,
+    "q5_k_m": _spread,
 }
 _DOWN: dict[str, _Rule] = {
     # Q4_1 and Q5_1 protect the first blocks, but only together with an importance matrix.
@@ -173,15 +164,15 @@ _DOWN: dict[str, _Rule] = {
     "q3_k_m": lambda t: "Q5_K" if t.first(16) else "Q4_K",
     "q3_k_l": lambda t: "Q5_K",
     "q4_k_s": lambda t: "Q5_K" if t.first(8) else None,
-    "q4_k_m": lambda t: "Q6_K" if t.spread else None,
-    "q5_k_m": lambda t: "Q6_K" if t.spread else None,
+    "q4_k_m": _spread,
+    "q5_k_m": _spread,
 }
 _DOWN_FALCON: dict[str, _Rule] = {
     **_DOWN,
-    "q3_k_m": lambda t: "Q5_K" if t.first(16) else "Q4_K" if t.spread else None,
+    "q3_k_m": lambda t: "Q5_K" if t.first(16) else _spread(t) and "Q4_K",
     "q3_k_l": lambda t: "Q4_K",
     "q4_k_s": lambda t: None,
-    "q4_k_m": lambda t: "Q6_K" if t.first(16) else "Q5_K" if t.spread else None,
+    "q4_k_m": lambda t: "Q6_K" if t.first(16) else _spread(t) and "Q5_K",
 }
 _OUT = {"q2_k": "Q3_K", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K"}
 _OUT_FALCON = {"q3_k_l": "Q4_K"}
@@ -202,23 +193,23 @@ def tensor_types(
         sizes: of the model.
         importance: whether an importance matrix is used.
     """
-    tied = not any(tensor == "output.weight" for tensor, _ in tensors)
-    values = sum(_role(tensor, tied) == "v" for tensor, _ in tensors)
+    roles = {tensor: next((role for part, role in _ROLES if part in tensor), "") for tensor, _ in tensors}
+    tied = "output.weight" not in roles
+    roles |= {"output.weight": "output", **dict.fromkeys(_EMBEDDINGS, "output" if tied else "embedding")}
+    values = sum(role == "v" for role in roles.values())
     seen: Counter[str] = Counter()
     types = {tensor: "F32" for tensor, _ in tensors}
     fallbacks: dict[str, str] = {}
-    for tensor, shape in sorted(tensors, key=lambda item: (_block(item[0], -1), item[0])):
+    blocks = {tensor: int(found[1]) for tensor in types if (found := re.match(r"blk\.(\d+)\.", tensor))}
+    for tensor, shape in sorted(tensors, key=lambda item: (blocks.get(item[0], -1), item[0])):
         if not quantizable(tensor, shape):
             continue
-        role = _role(tensor, tied)
-        index = seen[role]
+        role = roles[tensor]
+        place = blocks.get(tensor, seen[role]) if role == "down" and sizes.n_expert > 1 else seen[role]
         seen[role] += 1
-        if role == "down" and sizes.n_expert > 1:
-            index = _block(tensor, index)
-        count = values if role == "v" else sizes.n_layer
-        view = _Tensor(tensor, role, int(shape[-1]), index, count, arch, sizes, importance)
-        meant = _type_by_rule(FILE_TYPES[name], view)
-        types[tensor] = fallback_type(meant, view.columns)
+        total = values if role == "v" else sizes.n_layer
+        meant = _type_by_rule(name, _Tensor(tensor, role, int(shape[-1]), place, total, arch, sizes, importance))
+        types[tensor] = fallback_type(meant, int(shape[-1]))
         if types[tensor] != meant:
             fallbacks[tensor] = meant
     return TensorTypes(types, fallbacks)
@@ -226,58 +217,35 @@ def tensor_types(
 
 def quantizable(name: str, shape: Sequence[int]) -> bool:
     """Whether llama.cpp quantizes the tensor in some file type: a matrix other than norms, routers and tables."""
-    if _rank(shape) < 2 or not name.endswith("weight") or name in _NEVER_QUANTIZED_NAMES:
+    is_matrix = any(size != 1 for size in shape[:-1])  # ggml does not count leading dimensions of 1
+    if not is_matrix or not name.endswith("weight") or name in _NEVER_QUANTIZED_NAMES:
         return False
     return not any(part in name for part in _NEVER_QUANTIZED)
 
 
-def _rank(shape: Sequence[int]) -> int:
-    """Number of dimensions without leading ones, as ggml counts them."""
-    return next((len(shape) - i for i, size in enumerate(shape) if size != 1), 1)
-
-
-def _block(name: str, otherwise: int) -> int:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else otherwise
-
-
-def _role(name: str, tied: bool) -> str:
-    if name == "output.weight":
-        return "output"
-    if name in ("token_embd.weight", "per_layer_token_embd.weight"):
-        return "output" if tied else "embedding"
-    return next((role for part, role in _ROLES if part in name), "")
-
-
-def _type_by_rule(kind: FileType, tensor: _Tensor) -> str:
-    falcon, eight = tensor.arch == "falcon", tensor.sizes.n_expert == 8
+def _type_by_rule(name: str, tensor: _Tensor) -> str:
+    base, sizes, role = FILE_TYPES[name].base, tensor.sizes, tensor.role
+    falcon, eight = tensor.arch == "falcon", sizes.n_expert == 8
+    if name == "q2_k_mixed":
+        return "Q8_0" if role in ("output", "embedding") else "Q2_K" if "_exps." in tensor.name else base
+    if role == "output":
+        return "Q8_0" if falcon or base == "Q8_0" or tensor.columns % GGML_TYPES[base].block else "Q6_K"
+    if role in ("v", "k") and eight:
+        return "Q8_0"
     found: str | None = None
-    if kind.name == "q2_k_mixed":
-        if tensor.role in ("output", "embedding"):
-            found = "Q8_0"
-        elif "_exps." in tensor.name:
-            found = "Q2_K"
-    elif tensor.role == "output":
-        eight_bits = falcon or kind.base == "Q8_0" or tensor.columns % GGML_TYPES[kind.base].block
-        found = "Q8_0" if eight_bits else "Q6_K"
-    elif tensor.role in ("v", "k") and eight:
-        found = "Q8_0"
-    elif tensor.role == "v":
-        found = _VALUES[kind.name](tensor) if kind.name in _VALUES else None
-        if _is_70b(tensor) and (found or kind.base) in ("Q3_K", "Q4_K"):
+    if role == "v":
+        found = _VALUES[name](tensor) if name in _VALUES else None
+        is_70b = _DEPTH_OF_70B.get(tensor.arch) == sizes.n_layer and (
+            tensor.arch != "llama" or sizes.n_head != sizes.n_head_kv
+        )
+        if is_70b and (found or base) in ("Q3_K", "Q4_K"):
             found = "Q5_K"
-    elif tensor.role == "down":
+    elif role == "down":
         rules = _DOWN_FALCON if falcon else _DOWN
-        found = rules[kind.name](tensor) if kind.name in rules else None
-    elif tensor.role == "o":
-        found = (_OUT_FALCON if falcon else _OUT_EIGHT_EXPERTS if eight else _OUT).get(kind.name)
-    return found or kind.base
-
-
-def _is_70b(tensor: _Tensor) -> bool:
-    if _DEPTH_OF_70B.get(tensor.arch) != tensor.sizes.n_layer:
-        return False
-    return tensor.arch != "llama" or tensor.sizes.n_head != tensor.sizes.n_head_kv
+        found = rules[name](tensor) if name in rules else None
+    elif role == "o":
+        found = (_OUT_FALCON if falcon else _OUT_EIGHT_EXPERTS if eight else _OUT).get(name)
+    return found or base
 
 
 def fallback_type(kind: str, columns: int) -> str:

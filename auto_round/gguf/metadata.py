@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,33 +39,23 @@ class KeyValue(NamedTuple):
     kind: Any
     item_kind: Any = None
 
+    def nbytes(self) -> int:
+        """Bytes in a file's header, with 8-byte lengths and 4-byte types."""
+        items, kind = ([self.value], self.kind) if self.item_kind is None else (self.value, self.item_kind)
+        if kind.name == "STRING":
+            size = sum(8 + len(str(item).encode()) for item in items)
+        else:
+            size = len(items) * (1 if kind.name == "BOOL" else int(re.sub(r"\D", "", kind.name)) // 8)
+        return 8 + len(self.key.encode()) + 4 + (0 if self.item_kind is None else 4 + 8) + size
+
 
 def key_value(key: str, value: Any, kind: str) -> KeyValue:
     """A key value of type `kind`, such as "uint32"; for a list, the type of its items."""
     types = gguf_package().GGUFValueType
     own = types[kind.upper()]
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return KeyValue(key, list(value), types.ARRAY, own)
     return KeyValue(key, value, own)
-
-
-def stored_bytes(pair: KeyValue) -> int:
-    """Bytes of a key value in a file's header, with 8-byte lengths and 4-byte types."""
-    value = pair.value
-    if pair.item_kind is not None:
-        size = 4 + 8 + sum(_item_bytes(item, pair.item_kind.name) for item in value)
-    else:
-        size = _item_bytes(value, pair.kind.name)
-    return 8 + len(pair.key.encode()) + 4 + size
-
-
-def _item_bytes(value: Any, kind: str) -> int:
-    if kind == "STRING":
-        return 8 + len(value if isinstance(value, bytes) else str(value).encode())
-    return 1 if kind == "BOOL" else int("".join(filter(str.isdigit, kind))) // 8
-
-
-_EXPERTS = "_exps."
 
 
 def size_label(tensors: Mapping[str, tuple[int, ...]]) -> str:
@@ -72,12 +63,11 @@ def size_label(tensors: Mapping[str, tuple[int, ...]]) -> str:
 
     8x7B has eight experts, and 7B parameters with one of them.
     """
-    shared = sum(math.prod(shape) for name, shape in tensors.items() if _EXPERTS not in name)
-    routed = [shape for name, shape in tensors.items() if _EXPERTS in name]
+    total = sum(map(math.prod, tensors.values()))
+    routed = [shape for name, shape in tensors.items() if "_exps." in name]
     once = sum(math.prod(shape[1:]) for shape in routed)
     count = sum(shape[0] for shape in routed) // len(routed) if routed else 0
-    total = shared + sum(math.prod(shape) for shape in routed)
-    label: str = gguf_package().size_label(total, shared, once, count)
+    label: str = gguf_package().size_label(total, total - sum(map(math.prod, routed)), once, count)
     return label
 
 
@@ -95,16 +85,14 @@ def general_metadata(
         name: as given by the user: a folder, or an id such as "org/Model-7B".
     """
     gguf = gguf_package()
-    total = sum(math.prod(shape) for shape in tensors.values())
+    total = sum(map(math.prod, tensors.values()))
     path = Path(folder) if folder is not None else None
     found = gguf.Metadata.load(None, path, None, total)
     if name and not Path(name).exists():  # an id: a downloaded snapshot's folder is named by its hash
         card, values = gguf.Metadata.load_model_card(path), gguf.Metadata.load_hf_parameters(path)
         sampling = {key: value for key, value in vars(found).items() if key.startswith("sampling_")}
-        named: dict[str, Any] = {**values, "_name_or_path": name}
-        found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, named, path, total)
-        for key, value in sampling.items():
-            setattr(found, key, value)
+        named = {**values, "_name_or_path": name}
+        found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(**sampling), card, named, path, total)
     if found.name is None:
         found.name = path.resolve().name if path is not None else (name or arch)
     if found.size_label is None and total > 0:

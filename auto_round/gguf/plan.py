@@ -11,10 +11,8 @@ from auto_round.errors import ConfigError, ModelError
 from auto_round.gguf.conversion import Conversion
 from auto_round.gguf.family import Placement
 from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, tensor_bytes, tensor_types
-from auto_round.gguf.metadata import KeyValue, general_metadata, size_label, stored_bytes
+from auto_round.gguf.metadata import KeyValue, general_metadata, size_label
 from auto_round.gguf.vocab import vocabulary_for
-
-_EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class GgufPlan:
     places: Mapping[str, tuple[Placement, ...]]
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, str]
-    metadata: tuple[KeyValue, ...] = ()
-    notes: tuple[str, ...] = ()
+    metadata: tuple[KeyValue, ...]
+    notes: tuple[str, ...]
 
     def type_of(self, source: str) -> str | None:
         """The type of the file's tensor that holds the source tensor, None for a skipped one."""
@@ -46,8 +44,7 @@ class GgufPlan:
     def with_types(self, wanted: Mapping[str, str]) -> GgufPlan:
         """The plan with other types for some source tensors.
 
-        Raises:
-            ConfigError: parts of one tensor (stacked experts) are given different types.
+        Raises ConfigError when parts of one tensor (stacked experts) are given different types.
         """
         found: dict[str, tuple[str, str]] = {}
         for source, kind in wanted.items():
@@ -65,7 +62,7 @@ class GgufPlan:
         tensors = sum(-(-tensor_bytes(self.types[n], shape) // 32) * 32 for n, shape in self.shapes.items())
         infos = sum(8 + len(n.encode()) + 4 + 8 * len(shape) + 4 + 8 for n, shape in self.shapes.items())
         arch = 8 + len("general.architecture") + 4 + 8 + len(self.conversion.arch)
-        header = 24 + arch + sum(map(stored_bytes, self.metadata)) + infos
+        header = 24 + arch + sum(pair.nbytes() for pair in self.metadata) + infos
         return tensors + -(-header // 32) * 32
 
     @property
@@ -78,57 +75,42 @@ class GgufPlan:
         return [(name, shape, self.types[name]) for name, shape in self.shapes.items()]
 
 
-def plan_file(file_type: str, conversion: Conversion, with_importance: bool, tied: Iterable[str] = ()) -> GgufPlan:
-    """Place every tensor of the model and choose its type.
+def plan_file(
+    file_type: str, conversion: Conversion, with_importance: bool, tied: Iterable[str], tokenizer: Any, config: Any,
+    folder: str | Path | None = None, name: str = "",
+) -> GgufPlan:  # fmt: skip
+    """Place every tensor of the model, choose its type, and make the file's metadata.
 
     Args:
         file_type: a key of `file_types.FILE_TYPES`.
         conversion: of the model, made with the shapes of its tensors.
         with_importance: whether an importance matrix is used, on which a few of llama.cpp's choices depend.
         tied: names that share another tensor's storage and are not stored.
-
-    Raises:
-        UnsupportedError: the architecture has no tensor for a source.
-    """
-    places = {name: tuple(conversion.place(name)) for name in conversion.sources}
-    shapes = conversion.tensors
-    chosen = tensor_types(file_type, conversion.arch, list(shapes.items()), dimensions_of(conversion), with_importance)
-    notes = (*conversion.notes, *chosen.notes())
-    return GgufPlan(file_type, conversion, {**places, **dict.fromkeys(tied, ())}, shapes, chosen, (), notes)
-
-
-def with_file_metadata(
-    plan: GgufPlan, tokenizer: Any, config: Any, folder: str | Path | None = None, name: str = ""
-) -> GgufPlan:
-    """The plan with the file's metadata.
-
-    Args:
-        tokenizer: of Transformers.
-        config: of the model.
+        tokenizer, config: of Transformers.
         folder: of the model, or None.
         name: of the model, as given by the user.
 
     Raises:
-        UnsupportedError: llama.cpp has no such tokenizer.
+        UnsupportedError: the architecture has no tensor for a source, or llama.cpp has no such tokenizer.
         ModelError: there is no tokenizer, or it does not fit the embedding.
     """
+    shapes, keys = conversion.tensors, conversion.metadata()
+    sizes = {pair.key.partition(".")[2]: pair.value for pair in keys}
+    heads = sizes["attention.head_count"]
+    dimensions = ModelDimensions(
+        sizes["block_count"], heads, sizes.get("attention.head_count_kv", heads), sizes.get("expert_count", 0)
+    )
+    types = tensor_types(file_type, conversion.arch, list(shapes.items()), dimensions, with_importance)
     if tokenizer is None:
         raise ModelError(
             "a GGUF file holds the tokenizer, and this model has none; give tokenizer=..., or add its files"
         )
-    conversion = plan.conversion
-    rows = plan.shapes[_EMBEDDING][0]
-    vocabulary = vocabulary_for(tokenizer, rows, config, folder)
-    number = FILE_TYPES[plan.file_type].number
-    general = general_metadata(conversion.arch, plan.shapes, number, folder=folder, name=name)
-    metadata = (*general, *conversion.metadata(), *vocabulary.metadata())
-    return replace(plan, metadata=metadata, notes=(*plan.notes, *vocabulary.notes))
-
-
-def dimensions_of(conversion: Conversion) -> ModelDimensions:
-    """The sizes of a model that the file type's rules use."""
-    values = {pair.key.partition(".")[2]: pair.value for pair in conversion.metadata()}
-    heads = values["attention.head_count"]
-    return ModelDimensions(
-        values["block_count"], heads, values.get("attention.head_count_kv", heads), values.get("expert_count", 0)
-    )
+    vocabulary = vocabulary_for(tokenizer, shapes["token_embd.weight"][0], config, folder)
+    number = FILE_TYPES[file_type].number
+    general = general_metadata(conversion.arch, shapes, number, folder=folder, name=name)
+    return GgufPlan(
+        file_type, conversion,
+        {**{source: tuple(conversion.place(source)) for source in conversion.sources}, **dict.fromkeys(tied, ())},
+        shapes, types, (*general, *keys, *vocabulary.metadata),
+        (*conversion.notes, *types.notes(), *vocabulary.notes),
+    )  # fmt: skip

@@ -88,10 +88,7 @@ def flat_steps(step: Mapping[str, Any] | None, members: str) -> list[Mapping[str
 
 
 def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
-    """The regular expressions of a tokenizer.json's `pre_tokenizer`, in order; None for an unsupported one.
-
-    Its last step must be byte-level without `add_prefix_space`.
-    """
+    """The regular expressions of a tokenizer.json's `pre_tokenizer`, in order; None for an unsupported one."""
     steps: list[str] = []
     found = flat_steps(pre_tokenizer, "pretokenizers")
     if not any(step["type"] == "ByteLevel" for step in found):
@@ -101,9 +98,8 @@ def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
         if kind == "ByteLevel" and not step.get("add_prefix_space", False):
             steps += [GPT2] if step.get("use_regex", True) else []
         elif kind == "Split" and "Regex" in step["pattern"]:
-            kept = step["behavior"] == "Isolated" and not step.get("invert", False)
-            matches = step["behavior"] == "Removed" and step.get("invert", False)
-            if not (kept or matches):
+            # Matches become words: isolated ones, or all that is left when the rest is removed.
+            if (step["behavior"], step.get("invert", False)) not in (("Isolated", False), ("Removed", True)):
                 return None
             steps.append(step["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"))
         elif kind == "Digits":
@@ -116,17 +112,15 @@ def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any], removes_spaces: bool) -> str:
-    """llama.cpp's name of the pre-tokenizer that equals a byte-level BPE tokenizer's.
+    """llama.cpp's name of the pre-tokenizer that equals a byte-level BPE tokenizer's, or AR_GGUF_PRE_TOKENIZER.
 
     Args:
         tokenizer: the values of its tokenizer.json.
         removes_spaces: whether decoding removes spaces before punctuation (`clean_up_tokenization_spaces`).
 
-    Raises:
-        UnsupportedError: llama.cpp has none; AR_GGUF_PRE_TOKENIZER overrides the search.
+    Raises UnsupportedError when llama.cpp has none.
     """
-    chosen = envs.get("AR_GGUF_PRE_TOKENIZER")
-    if chosen:
+    if chosen := envs.get("AR_GGUF_PRE_TOKENIZER"):
         return str(chosen)
     steps = split_steps(tokenizer.get("pre_tokenizer"))
     merges_ignored = bool(tokenizer["model"].get("ignore_merges"))

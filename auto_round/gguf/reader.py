@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +31,7 @@ _MOST_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape in torch's order, type, first byte in the file and number of bytes of a tensor."""
+    """Shape in torch's order, type (`Q4_K`, `F32`), first byte in the file and number of bytes of a tensor."""
 
     shape: tuple[int, ...]
     kind: str
@@ -54,34 +53,33 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     Raises DataError, which names the file and the problem, when it cannot be read, is no such file, is truncated, has
     duplicate names, or a tensor outside the file or of an unknown type.
     """
-    path = Path(path)
     try:
         with open(path, "rb") as file:
-            return _Reader(file, path).header()
+            return _Reader(file, Path(path)).header()
     except OSError as error:
         raise DataError(f"cannot read {path} ({error.strerror})") from error
 
 
 class _Reader:
+    """Reads item by item, so a false count reaches the end of the file before it takes memory."""
+
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
-        self.size = os.fstat(file.fileno()).st_size
-        self.left = self.size
+        self.left = self.size = os.fstat(file.fileno()).st_size
 
     def header(self) -> GgufHeader:
         if self.bytes(4) != MAGIC:
             raise self.error("it does not begin with 'GGUF'")
-        version = self.scalar("I")
-        if version not in (2, 3):
+        if (version := self.scalar("I")) not in (2, 3):
             raise self.error(f"its version is {version}; 2 and 3 are known")
         tensor_count, value_count = self.scalar("Q"), self.scalar("Q")
         values: dict[str, Any] = {}
-        for _ in range(value_count):  # a false count reaches the end of the file
+        for _ in range(value_count):
             key = self.text()
             if key in values:
                 raise self.error(f"key {key!r} is there twice")
             values[key] = self.value(self.scalar("I"))
-        infos = [self.info() for _ in range(self.countable(tensor_count, 8 + 4 + 4 + 8))]
+        infos = [self.info() for _ in range(tensor_count)]
         align = values.get("general.alignment", 32)
         if not isinstance(align, int) or align < 1 or align & (align - 1):
             raise self.error(f"general.alignment is {align!r}")
@@ -117,30 +115,11 @@ class _Reader:
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
 
-    def countable(self, count: int, least: int) -> int:
-        """`count`, checked against the remaining bytes: each item takes at least `least`."""
-        if count * least > self.left:
-            raise self.error("it ends too early")
-        return count
-
     def text(self) -> str:
-        return self.texts(1)[0]
-
-    def texts(self, count: int) -> list[str]:
-        """`count` texts, faster than calling `text`: a vocabulary has hundreds of thousands."""
-        read, length_of, left, found = self.file.read, struct.Struct("<Q").unpack, self.left, []
         try:
-            for _ in range(count):
-                left -= 8
-                length = length_of(read(8))[0] if left >= 0 else 0
-                left -= length
-                if left < 0:
-                    raise self.error("it ends too early")
-                found.append(read(length).decode("utf-8"))
+            return self.bytes(self.scalar("Q")).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.error("a text is no UTF-8") from error
-        self.left = left
-        return found
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -151,11 +130,10 @@ class _Reader:
             raise self.error(f"a value has the unknown type {kind}")
         inner, count = self.scalar("I"), self.scalar("Q")
         if inner in _SCALARS:
-            size = struct.calcsize("<" + _SCALARS[inner])
-            raw = self.bytes(self.countable(count, size) * size)
-            return list(struct.unpack(f"<{count}{_SCALARS[inner]}", raw))
+            code = _SCALARS[inner]
+            return list(struct.unpack(f"<{count}{code}", self.bytes(count * struct.calcsize(f"<{code}"))))
         if inner == _STRING:
-            return self.texts(self.countable(count, 8))
+            return [self.text() for _ in range(count)]
         raise self.error(f"an array has items of the unknown type {inner}")
 
     def info(self) -> tuple[str, tuple[int, ...], str, int]:
@@ -170,34 +148,23 @@ class _Reader:
 
 
 class GgufTensors:
-    """The memory-mapped tensors of one file. Raises VerifyError for a damaged file."""
+    """The header and the memory-mapped tensors of one file. Raises VerifyError for a damaged file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._header = read_header(self.path)
+            header = read_header(self.path)
         except DataError as error:
             raise VerifyError(f"{self.path} cannot be read back ({error})") from error
+        self.values, self.tensors = header.values, header.tensors
         self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._header.tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._header.tensors
-
-    def kind(self, name: str) -> str:
-        """The type of a tensor: `Q4_K`, `F32`."""
-        return self._of(name).kind
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape in weights, in torch's order."""
-        return self._of(name).shape
 
     def stored(self, name: str, slot: int | None = None) -> torch.Tensor:
         """A copy of the stored tensor, or of one `slot` of its first dimension: uint8 [..., row bytes] for blocks, else
         in its own dtype."""
-        info = self._of(name)
+        if name not in self.tensors:
+            raise VerifyError(f"{self.path} does not hold tensor {name!r}")
+        info = self.tensors[name]
         start, nbytes, shape = info.start, info.nbytes, info.shape
         if slot is not None:
             nbytes //= shape[0]
@@ -206,12 +173,3 @@ class GgufTensors:
         if info.kind in FLOAT_TYPES:
             return raw.view(FLOAT_TYPES[info.kind]).reshape(shape)
         return raw.reshape(*shape[:-1], GGML_TYPES[info.kind].row_bytes(shape[-1]))
-
-    def value(self, key: str) -> Any:
-        """The value of a key (a list for an array), or None."""
-        return self._header.values.get(key)
-
-    def _of(self, name: str) -> TensorInfo:
-        if name not in self._header.tensors:
-            raise VerifyError(f"{self.path} does not hold tensor {name!r}")
-        return self._header.tensors[name]

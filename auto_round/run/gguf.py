@@ -14,7 +14,7 @@ from auto_round.formats.base import OutputFormat
 from auto_round.formats.no_config import GgufFormat
 from auto_round.gguf.conversion import conversion_for
 from auto_round.gguf.file_types import FLOAT_TYPES, TYPE_OF_BITS, fallback_type
-from auto_round.gguf.plan import GgufPlan, plan_file, with_file_metadata
+from auto_round.gguf.plan import GgufPlan, plan_file
 from auto_round.layer_config import matching_layers, scheme_from_entry
 from auto_round.logger import logger
 from auto_round.modeling.blocks import is_conv1d, linear_names
@@ -44,9 +44,10 @@ def plan_gguf_file(fmt: GgufFormat, source: ModelSource, tokenizer: Any, with_im
     for name, module in source.model.named_modules():
         if is_conv1d(module):
             shapes[f"{name}.weight"] = shapes[f"{name}.weight"][::-1]
-    plan = plan_file(fmt.file_type, conversion_for(source.config, shapes), with_importance, tied)
-    folder = source.folder
-    return with_file_metadata(plan, tokenizer, source.config, folder, source.name_or_path)
+    conversion = conversion_for(source.config, shapes)
+    return plan_file(
+        fmt.file_type, conversion, with_importance, tied, tokenizer, source.config, source.folder, source.name_or_path
+    )
 
 
 def scheme_of_type(kind: str, default: QuantizationScheme) -> QuantizationScheme:

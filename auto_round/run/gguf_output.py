@@ -185,7 +185,7 @@ def _check_values(plan: GgufPlan, file: GgufTensors) -> None:
     for pair in plan.metadata:
         kind = (pair.item_kind or pair.kind).name
         items = list(pair.value) if isinstance(pair.value, (list, tuple)) else [pair.value]
-        found = file.value(pair.key)
+        found = file.values.get(pair.key)
         stored = found if isinstance(found, list) else [found]
         if [_as_stored(item, kind) for item in items] != stored:
             raise VerifyError(f"{file.path}: key {pair.key!r} is not as planned; do not use this file")
@@ -200,7 +200,7 @@ def _as_stored(value: Any, kind: str) -> Any:
 
 def _check_infos(plan: GgufPlan, file: GgufTensors) -> None:
     planned = {name: (shape, plan.types[name]) for name, shape in plan.shapes.items()}
-    stored = {name: (file.shape(name), file.kind(name)) for name in file}
+    stored = {name: (info.shape, info.kind) for name, info in file.tensors.items()}
     if planned != stored:
         wrong = sorted(n for n in planned.keys() | stored.keys() if planned.get(n) != stored.get(n))
         first = wrong[0]

@@ -114,7 +114,7 @@ def test_shards(model: Path, record: Record, counts: tuple[int, int]) -> None:
 
 def gguf_tensors(path: Path) -> dict[str, str]:
     file = GgufTensors(path)
-    return {name: f"{file.kind(name)}{file.shape(name)}{dense_digest(file.stored(name))}" for name in file}
+    return {name: f"{info.kind}{info.shape}{dense_digest(file.stored(name))}" for name, info in file.tensors.items()}
 
 
 def test_gguf(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
@@ -131,7 +131,7 @@ def test_gguf(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
 
     def read() -> Any:
         file = GgufTensors(path)
-        stored = {name: (file.shape(name), file.kind(name)) for name in file}
+        stored = {name: (info.shape, info.kind) for name, info in file.tensors.items()}
         if stored != {name: (shape, kind) for name, shape, kind in infos}:  # as the check after saving does
             raise VerifyError("not as planned")
         return gguf_tensors(path)

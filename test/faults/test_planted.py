@@ -225,7 +225,7 @@ def test_gguf(
     sink.path = path
     verify_file(sink, job, source)
     whole = path.read_bytes()
-    infos = GgufTensors(path)._header.tensors
+    infos = GgufTensors(path).tensors
     q0, q1 = infos["blk.0.attn_q.weight"], infos["blk.1.attn_q.weight"]
     row = q0.nbytes // q0.shape[0]
 

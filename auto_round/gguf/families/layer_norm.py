@@ -1,8 +1,7 @@
 """GPT-2, Falcon and StableLM: GGUF families with layer norms instead of RMS norms.
 
-GPT-2 has learned positions, and stores its weights as [in, out] (`Conversion.place` transposes them). Falcon 7B, 40B
-and 2 run attention and MLP in parallel and fuse q, k and v per group of heads. StableLM rotates a part of each head,
-and some of its models normalize every head.
+GPT-2 has learned positions. Falcon 7B, 40B and 2 run attention and MLP in parallel and fuse q, k and v per group of
+heads. StableLM rotates a part of each head, and some of its models normalize every head.
 """
 
 from __future__ import annotations
@@ -11,24 +10,17 @@ import re
 
 import torch
 
-from auto_round.gguf.families.shared import (
-    BLOCKS,
-    CONTEXT,
-    EMBEDDING,
-    HEADS,
-    NORM_EPSILON,
-    SILU,
-    SIZES,
-    activation,
-    rope_types,
-    without,
-)
+import auto_round.gguf.families.shared as shared
+from auto_round.gguf.families.shared import activation, rope_types, without
 from auto_round.gguf.family import Assumption, Family, HfConfig, Key, Placement, Rule
 
 GPT2 = Family(
     "gpt2", ("gpt2",),
-    (BLOCKS, CONTEXT, EMBEDDING, Key("feed_forward_length", "uint32", lambda s: s.get("n_inner", default=4 * s.hidden)),
-     HEADS, NORM_EPSILON),
+    (
+        shared.BLOCKS, shared.CONTEXT, shared.EMBEDDING,
+        Key("feed_forward_length", "uint32", lambda s: s.get("n_inner", default=4 * s.hidden)),
+        shared.HEADS, shared.NORM_EPSILON,
+    ),
     assumes=(
         activation("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
         without("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
@@ -56,20 +48,20 @@ def _joined_qkv(s: HfConfig, found: re.Match[str]) -> list[Placement]:
 
 
 def _rope_base(s: HfConfig) -> float | None:
-    """The rotary base, unless it is llama.cpp's default."""
     theta = float(s.rope.get("rope_theta", 10000.0))
     return None if theta == 10000.0 else theta
 
 
+_UNUSUAL_ROPE_BASE = Key("rope.freq_base", "float32", _rope_base)  # not written for llama.cpp's default
 FALCON = Family(
     "falcon", ("falcon", "RefinedWeb", "RefinedWebModel"),
     (
-        BLOCKS, EMBEDDING, HEADS,
+        shared.BLOCKS, shared.EMBEDDING, shared.HEADS,
         Key("context_length", "uint32", lambda s: s.get("max_position_embeddings", default=2048)),
-        Key("attention.head_count_kv", "uint32", _falcon_kv_heads), NORM_EPSILON,
+        Key("attention.head_count_kv", "uint32", _falcon_kv_heads), shared.NORM_EPSILON,
         Key("feed_forward_length", "uint32", lambda s: s.get("ffn_hidden_size", default=4 * s.hidden)),
         Key("tensor_data_layout", "string", lambda s: "jploski"),  # name of this order of rows
-        Key("rope.freq_base", "float32", _rope_base),
+        _UNUSUAL_ROPE_BASE,
     ),
     (Rule(r"transformer\.h\.(?P<block>\d+)\.self_attention\.query_key_value\.(?P<leaf>weight|bias)", _joined_qkv),),
     assumes=(
@@ -80,29 +72,22 @@ FALCON = Family(
         ),
     ),
 )  # fmt: skip
-
-
-def _head_norm(s: HfConfig, found: re.Match[str]) -> list[Placement]:
-    return [Placement(f"blk.{found['block']}.attn_{found['part']}_norm.weight", slot=int(found["head"]))]
-
-
-def _stablelm_rotary_dims(s: HfConfig) -> int:
-    return int(float(s.rope.get("partial_rotary_factor", 0.25)) * (s.hidden // s.heads))
-
-
 STABLELM = Family(
     "stablelm", ("stablelm", "stablelm_epoch"),
     (
-        *SIZES, NORM_EPSILON,
-        Key("rope.dimension_count", "uint32", _stablelm_rotary_dims),
+        *shared.SIZES, shared.NORM_EPSILON,
+        Key(
+            "rope.dimension_count", "uint32",
+            lambda s: int(float(s.rope.get("partial_rotary_factor", 0.25)) * (s.hidden // s.heads)),
+        ),
         Key("use_parallel_residual", "bool", lambda s: s.get("use_parallel_residual", default=True)),
-        Key("rope.freq_base", "float32", _rope_base),
+        _UNUSUAL_ROPE_BASE,
     ),
     (
         Rule(
             r"model\.layers\.(?P<block>\d+)\.self_attn\.(?P<part>[qk])_layernorm\.norms\.(?P<head>\d+)\.weight",
-            _head_norm,
+            lambda s, m: [Placement(f"blk.{m['block']}.attn_{m['part']}_norm.weight", slot=int(m["head"]))],
         ),
     ),
-    assumes=(SILU, rope_types("default")),
+    assumes=(shared.SILU, rope_types("default")),
 )  # fmt: skip

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from auto_round.gguf.family import Assumption, HfConfig, Key, Placement, Rule
 
-_GATING = {"softmax": 1, "sigmoid": 2}
 
-
-def _rope(name: str, *kinds: str) -> Callable[[HfConfig], Any]:
-    """A value of the rotary settings, when their type is one of `kinds` (any type when none is given)."""
-    return lambda s: s.rope.get(name) if not kinds or s.rope["rope_type"] in kinds else None
-
-
-def rope_type(s: HfConfig) -> str | None:
-    """llama.cpp's name of the rotary scaling, or None."""
-    names = {"linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope"}
-    return names.get(s.rope["rope_type"])
+def scaling(kinds: Sequence[str], *names: str) -> Callable[[HfConfig], Any]:
+    """The first of these rotary settings that has a value, where the type of scaling is one of `kinds`."""
+    return lambda s: HfConfig(s.rope).get(*names) if s.rope["rope_type"] in kinds else None
 
 
 def _original_context(s: HfConfig) -> int | None:
-    if s.rope["rope_type"] != "yarn":
-        return None
-    return s.rope.get("original_max_position_embeddings") or s.get("max_position_embeddings")
-
-
-def _yarn_attention(s: HfConfig) -> float | None:
-    found = s.rope if s.rope["rope_type"] == "yarn" else {}
-    return found.get("attention_factor", found.get("attn_factor"))
+    found = s.rope.get("original_max_position_embeddings") or s.get("max_position_embeddings")
+    return found if s.rope["rope_type"] == "yarn" else None
 
 
 CONTEXT = Key("context_length", "uint32", ("max_position_embeddings", "n_ctx", "n_positions"))
@@ -42,23 +28,22 @@ FEED_FORWARD = Key("feed_forward_length", "uint32", "intermediate_size")
 HEADS = Key("attention.head_count", "uint32", lambda s: s.heads)
 KV_HEADS = Key("attention.head_count_kv", "uint32", lambda s: s.kv_heads)
 SIZES = (BLOCKS, CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, KV_HEADS)
-HEAD_DIM = (
-    Key("attention.key_length", "uint32", "head_dim"),
-    Key("attention.value_length", "uint32", "head_dim"),
-)
+HEAD_DIM = (Key("attention.key_length", "uint32", "head_dim"), Key("attention.value_length", "uint32", "head_dim"))
 RMS_EPSILON = Key("attention.layer_norm_rms_epsilon", "float32", "rms_norm_eps")
 NORM_EPSILON = Key("attention.layer_norm_epsilon", "float32", ("layer_norm_eps", "layer_norm_epsilon"))
-ROPE_BASE = Key("rope.freq_base", "float32", _rope("rope_theta"))
+ROPE_BASE = Key("rope.freq_base", "float32", lambda s: s.rope.get("rope_theta"))
 SLIDING_ROPE_BASE = Key("rope.freq_base_swa", "float32", lambda s: s.sliding_theta)
+_SCALINGS = {"linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope"}
 ROPE_SCALING = (
-    Key("rope.scaling.type", "string", rope_type),
-    Key("rope.scaling.factor", "float32", _rope("factor", "linear", "yarn")),
+    Key("rope.scaling.type", "string", lambda s: _SCALINGS.get(s.rope["rope_type"])),
+    Key("rope.scaling.factor", "float32", scaling(("linear", "yarn"), "factor")),
     Key("rope.scaling.original_context_length", "uint32", _original_context),
-    Key("rope.scaling.yarn_ext_factor", "float32", _rope("extrapolation_factor", "yarn")),
-    Key("rope.scaling.yarn_attn_factor", "float32", _yarn_attention),
-    Key("rope.scaling.yarn_beta_fast", "float32", _rope("beta_fast", "yarn")),
-    Key("rope.scaling.yarn_beta_slow", "float32", _rope("beta_slow", "yarn")),
-)
+    Key("rope.scaling.yarn_ext_factor", "float32", scaling(("yarn",), "extrapolation_factor")),
+    Key("rope.scaling.yarn_attn_factor", "float32", scaling(("yarn",), "attention_factor", "attn_factor")),
+    Key("rope.scaling.yarn_beta_fast", "float32", scaling(("yarn",), "beta_fast")),
+    Key("rope.scaling.yarn_beta_slow", "float32", scaling(("yarn",), "beta_slow")),
+)  # fmt: skip
+_GATING = {"softmax": 1, "sigmoid": 2}
 EXPERTS = (
     Key("expert_count", "uint32", ("num_local_experts", "num_experts", "n_routed_experts")),
     Key("expert_used_count", "uint32", "num_experts_per_tok"),
@@ -72,10 +57,7 @@ VOCABULARY = Key("vocab_size", "uint32", "vocab_size")
 ROPE_DIMENSIONS = Key("rope.dimension_count", "uint32", lambda s: s.head_dim)
 
 # Keys of a decoder with RMS norms and rotary embeddings.
-DECODER = (
-    *SIZES, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE,
-    RMS_EPSILON, *EXPERTS, *HEAD_DIM,
-)  # fmt: skip
+DECODER = (*SIZES, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE, RMS_EPSILON, *EXPERTS, *HEAD_DIM)
 
 
 def rotary_rows(rows: int, heads: int) -> torch.Tensor:
@@ -86,24 +68,15 @@ def rotary_rows(rows: int, heads: int) -> torch.Tensor:
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def rotary(q: str = "attn_q", k: str = "attn_k") -> tuple[Rule, ...]:
+def rotary() -> tuple[Rule, ...]:
     """Rules that permute the rows of `q_proj` and `k_proj`, weights and biases."""
 
     def place(s: HfConfig, found: re.Match[str]) -> list[Placement]:
-        heads, name = (s.heads, q) if found["part"] == "q" else (s.kv_heads, k)
-        return [Placement(f"blk.{found['block']}.{name}.{found['leaf']}", rotary_rows(heads * s.head_dim, heads))]
+        heads = s.heads if found["part"] == "q" else s.kv_heads
+        rows = rotary_rows(heads * s.head_dim, heads)
+        return [Placement(f"blk.{found['block']}.attn_{found['part']}.{found['leaf']}", rows)]
 
     return (Rule(r"model\.layers\.(?P<block>\d+)\.self_attn\.(?P<part>[qk])_proj\.(?P<leaf>weight|bias)", place),)
-
-
-def add_one(weight: torch.Tensor) -> torch.Tensor:
-    """Norm weights stored as the difference from one, as factors [n] in float32."""
-    return weight.float() + 1
-
-
-def half_rows(tensor: str, width: int, second: bool) -> Placement:
-    """The first or second `width` rows of a fused gate and up projection."""
-    return Placement(tensor, torch.arange(width) + (width if second else 0))
 
 
 def activation(*names: str) -> Assumption:
@@ -131,27 +104,7 @@ def without(*keys: str) -> Assumption:
 
 SILU = activation("silu", "swish")
 ORDINARY_ROPE = rope_types("default", "linear", "yarn")
-
-
 WHOLE_ROTATION = Assumption(
     lambda s: float(s.rope.get("partial_rotary_factor", 1.0)) == 1.0,
     "only a part of each head is rotated, and llama.cpp would rotate all of it",
 )
-EVERY_LAYER_ROUTED = Assumption(
-    lambda s: not s.get("mlp_only_layers") and s.get("decoder_sparse_step", default=1) == 1,
-    "llama.cpp expects experts in every layer of this architecture",
-)
-
-
-def window_pattern(default_every: int) -> Key:
-    """Which layers use a sliding window; not written for llama.cpp's default of one full layer in `default_every`."""
-
-    def pattern(s: HfConfig) -> list[bool] | None:
-        kinds = s.get("layer_types")
-        if not kinds:
-            return None
-        local = [kind == "sliding_attention" for kind in kinds]
-        usual = [(index + 1) % default_every != 0 for index in range(len(local))]
-        return None if local == usual else local
-
-    return Key("attention.sliding_window_pattern", "bool", pattern)

@@ -20,7 +20,6 @@ from auto_round.gguf.vocab import (
     Vocabulary,
     looks_special,
     merge_lines,
-    require_unique,
     vocabulary_for,
 )
 
@@ -38,7 +37,7 @@ def models() -> Any:
 
 
 def values(vocabulary: Vocabulary) -> dict[str, Any]:
-    return {key: value for key, value, *_ in vocabulary.metadata()}
+    return {key: value for key, value, *_ in vocabulary.metadata}
 
 
 @pytest.mark.parametrize(("model", "kind"), [("llama3", "bytes"), ("llama2", "pieces"), ("gemma3", "bare pieces")])
@@ -98,7 +97,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_an_error(models: Any) -> None
 
 def test_two_tokens_of_one_text_are_an_error() -> None:
     with pytest.raises(ModelError, match="tokens 0 and 2 are both 'a'"):
-        require_unique(TokenList(["a", "b", "a"], [1, 1, 1]))
+        TokenList(["a", "b", "a"], [1, 1, 1]).require_unique()
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "<｜end▁of▁sentence｜>", "<unused7>", "<pad>"])
@@ -122,8 +121,8 @@ def test_templates_by_name(models: Any) -> None:
 def test_the_configuration_names_what_the_tokenizer_does_not(models: Any) -> None:
     tokenizer = models.tokenizer("bytes")
     tokenizer.pad_token = None
-    ids = dict(vocabulary_for(tokenizer, ROWS, {"pad_token_id": 7, "eos_token_id": [2, 9]}).ids)
-    assert ids["padding_token_id"] == 7 and ids["eos_token_id"] == 2
+    found = values(vocabulary_for(tokenizer, ROWS, {"pad_token_id": 7, "eos_token_id": [2, 9]}))
+    assert found["tokenizer.ggml.padding_token_id"] == 7 and found["tokenizer.ggml.eos_token_id"] == 2
 
 
 def test_a_unigram_tokenizer_is_refused() -> None:
@@ -146,7 +145,7 @@ def test_what_llama_cpp_does_otherwise_is_said(models: Any) -> None:
     tokenizer.backend_tokenizer.normalizer = None
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     found = vocabulary_for(tokenizer, ROWS)
-    assert SPACE_NOTE in found.notes and dict(found.flags)["add_space_prefix"] is True
+    assert SPACE_NOTE in found.notes and values(found)["tokenizer.ggml.add_space_prefix"] is True
 
 
 def split(pattern: str) -> dict[str, Any]:

@@ -83,12 +83,12 @@ def test_the_package_reads_what_was_written(tmp_path: Path) -> None:
 def test_read_back(tmp_path: Path) -> None:
     write_whole(tmp_path / "m.gguf")
     read = GgufTensors(tmp_path / "m.gguf")
-    assert list(read) == [name for name, _, _ in TENSORS]
+    assert list(read.tensors) == [name for name, _, _ in TENSORS]
     for name, shape, kind in TENSORS:
-        assert name in read and read.kind(name) == kind and read.shape(name) == shape
+        assert read.tensors[name].kind == kind and read.tensors[name].shape == shape
         data = stored()[name]
         assert read.stored(name).dtype == data.dtype and torch.equal(read.stored(name), data)
-    assert read.value("tokenizer.ggml.tokens") == ["a", "bc", "ü"] and read.value("none") is None
+    assert read.values["tokenizer.ggml.tokens"] == ["a", "bc", "ü"]
     with pytest.raises(VerifyError, match="does not hold tensor 'nope'"):
         read.stored("nope")
 

@@ -126,8 +126,8 @@ def test_gguf_keeps_a_damaged_layer_dense(edited: Any, gguf_folder: Any, token_i
     report = quantize(folder, tmp_path / "out", token_ids, "gguf:q4_k_m", on_nan="keep", iters=0, group_size=None)
     assert left(report) == QKV1 and report["verify"]["passed"]
     file = GgufTensors(next((tmp_path / "out").glob("*.gguf")))
-    assert file.kind("blk.1.attn_q.weight") == file.kind("blk.1.attn_k.weight") == "F32"
-    assert file.kind("blk.0.attn_q.weight") == "Q4_K"
+    assert file.tensors["blk.1.attn_q.weight"].kind == file.tensors["blk.1.attn_k.weight"].kind == "F32"
+    assert file.tensors["blk.0.attn_q.weight"].kind == "Q4_K"
     assert int(file.stored("blk.1.attn_q.weight").isnan().sum()) == 1
 
 
