@@ -18,8 +18,7 @@ from auto_round.schemes import ActivationScheme
 def activation_function(scheme: ActivationScheme) -> QuantFunc:
     """The registered function that quantizes inputs: `act_` and the data type's name, or the data type's own.
 
-    Raises:
-        UnsupportedError: there is none, or static scales are requested of a function without a `scale` argument.
+    Raises UnsupportedError when there is none, or none for the static scales of the scheme.
     """
     function = find_quant_func(ACTIVATION_PREFIX + scheme.data_type, scheme.bits, scheme.sym)
     function = function or find_quant_func(scheme.data_type, scheme.bits, scheme.sym)
@@ -39,19 +38,12 @@ def activation_function(scheme: ActivationScheme) -> QuantFunc:
 
 @dataclass(frozen=True, eq=False)
 class ActivationQuantizer:
-    """Fake quantization of a layer's inputs, before its matrix product.
-
-    Attributes:
-        scheme: of the inputs.
-        scale: float32 scalar, for static activations.
-        zero_point: code of 0.0 in the signed range, for static asymmetric ones.
-        global_scale: calibrated float32 scalar to which the scales computed from each input are relative (NVFP4).
-    """
+    """Fake quantization of a layer's inputs, before its matrix product."""
 
     scheme: ActivationScheme
-    scale: torch.Tensor | None = None
-    zero_point: int | None = None
-    global_scale: torch.Tensor | None = None
+    scale: torch.Tensor | None = None  # float32 scalar, for static activations
+    zero_point: int | None = None  # code of 0.0 in the signed range, for static asymmetric ones
+    global_scale: torch.Tensor | None = None  # calibrated float32 scalar to which computed scales are relative (NVFP4)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., in] fake-quantized, in its shape and dtype; gradients pass straight through."""
@@ -61,11 +53,8 @@ class ActivationQuantizer:
         static: dict[str, Any] = {} if self.global_scale is None else {"global_scale": self.global_scale}
         if not scheme.dynamic:
             static = {"scale": self.scale, "zero_point": self.zero_point}
-        function = activation_function(scheme)
-        return function(
-            x, bits=scheme.bits, group_size=scheme.group_size, data_type=scheme.data_type, scale_dtype=x.dtype,
-            **static,
-        )[0]  # fmt: skip
+        known = {"bits": scheme.bits, "group_size": scheme.group_size, "data_type": scheme.data_type}
+        return activation_function(scheme)(x, scale_dtype=x.dtype, **known, **static)[0]
 
     def hook(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """For `register_forward_pre_hook`."""
@@ -76,11 +65,10 @@ def static_quantizer(
     scheme: ActivationScheme, low: torch.Tensor, high: torch.Tensor, stored: torch.dtype
 ) -> ActivationQuantizer:
     """A static quantizer for inputs between `low` and `high`, scalars; its scale is exact in the dtype `stored`."""
-    function = activation_function(scheme)
-    # One zero as input: only the scale of the given extremes is used.
-    _, scale, zero = function(
-        torch.zeros(1, 1, dtype=torch.float32, device=low.device), bits=scheme.bits, group_size=0,
-        data_type=scheme.data_type, scale_dtype=stored, tensor_min=low.float(), tensor_max=high.float(),
+    zero_input = torch.zeros(1, 1, dtype=torch.float32, device=low.device)  # only the scale counts
+    _, scale, zero = activation_function(scheme)(
+        zero_input, bits=scheme.bits, group_size=0, data_type=scheme.data_type, scale_dtype=stored,
+        tensor_min=low.float(), tensor_max=high.float(),
     )  # fmt: skip
     limits = torch.finfo(stored)
     rounded = scale.detach().float().reshape(()).clamp(limits.tiny, limits.max).to(stored).float().cpu()

@@ -10,8 +10,6 @@ Nobody asks which kind of codes a scheme has; the codec answers what follows fro
 | the planner | `problem`, `label`, `stored_bytes`, `rows_independent`, `has_global_scale`, `input_scale_dtype` |
 | formats, loaders | `family`, the key of their tables; `symmetric_only`, `element`, `has_global_scale`, `codes` |
 
-What is quantized already knows itself: `QuantizedLayer.codes` (`Codes`) has its shape, values, digest and state.
-
 Families: `int`, the small floats `mx_fp`, `mx_int`, `nv_fp`, `fp` and `float` (a plugin's), `ggml`, `function` (a data
 type that is a function without codes), `none` (not quantized). A plugin adds a kind of its own by `register_codec`.
 """
@@ -21,11 +19,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from auto_round.codecs.minifloat import MinifloatType
 from auto_round.codecs.quantized_layer import Codes
 from auto_round.codecs.tunable import TunableGrid
 from auto_round.errors import ConfigError, UnsupportedError
@@ -56,7 +53,7 @@ class StartOptions:
 @dataclass(frozen=True, eq=False)
 class Grid:
     """The values that the codes of a matrix can stand for: `minimum + scale * (number - zero)`, where numbers are whole
-    and codes themselves.
+    and codes themselves, or minifloats.
 
     Attributes:
         scale: float32 [out, groups], none of them zero.
@@ -64,6 +61,8 @@ class Grid:
         low, high: limits of the stored numbers before `zero` is subtracted.
         zero: of whole numbers, the one that stands for zero, [out, groups] or one for all.
         minimum: float32 [out, groups], or None for zero.
+        mantissa, smallest: of minifloats, the bits of the mantissa and the smallest normal value; -1 for whole numbers.
+        encode: uint8 codes of minifloats.
     """
 
     scale: torch.Tensor
@@ -72,16 +71,9 @@ class Grid:
     high: float
     zero: torch.Tensor | float = 0
     minimum: torch.Tensor | None = None
-
-    @property
-    def mantissa(self) -> int:
-        """Bits of the mantissa where numbers are minifloats; -1 for whole numbers."""
-        return -1
-
-    @property
-    def smallest(self) -> float:
-        """The smallest normal value of minifloats; 0.0 for whole numbers."""
-        return 0.0
+    mantissa: int = -1
+    smallest: float = 0.0
+    encode: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def with_minima(self) -> Grid:
         """The same values with one zero for all groups: zero points that differ become minima."""
@@ -97,66 +89,31 @@ class Grid:
 
     def codes(self, values: torch.Tensor) -> torch.Tensor:
         """uint8 codes of float32 numbers on the grid less `zero`, a single one; the numbers may be overwritten."""
-        return values.add_(self.zero).to(torch.uint8)
+        return values.add_(self.zero).to(torch.uint8) if self.encode is None else self.encode(values)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class MinifloatGrid(Grid):
-    """Numbers that are values of `element`."""
+class TunedParameters(NamedTuple):
+    """What SignRound learns of a layer besides a rounding delta for each weight."""
 
-    element: MinifloatType
-
-    @property
-    def mantissa(self) -> int:
-        return self.element.mantissa
-
-    @property
-    def smallest(self) -> float:
-        return 2.0**self.element.lowest
-
-    def codes(self, values: torch.Tensor) -> torch.Tensor:
-        return self.element.encode(values)
-
-
-@dataclass(frozen=True)
-class TunedParameters:
-    """What SignRound learns of a layer besides a rounding delta for each weight.
-
-    Attributes:
-        group: weights that share a scale.
-        numbers: float32 numbers held for each group: start and current scale, scale factor, zero point.
-        snapshot: bytes of a weight in a copy of the state.
-    """
-
-    group: int
-    numbers: int
-    snapshot: int
+    group: int  # weights that share a scale
+    numbers: int  # float32 numbers held for each group: start and current scale, scale factor, zero point
+    snapshot: int  # bytes of a weight in a copy of the state
 
 
 class Codec(ABC):
-    """One number type with its parameters, for weights, and for inputs what formats need to know of them.
+    """One number type with its parameters, for weights, and for inputs what formats need to know of them."""
 
-    Attributes:
-        family: see the module's docstring.
-        symmetric_only: it has no zero points.
-        element: name of the minifloat (`codecs.minifloat.MINIFLOATS`), or None.
-        has_global_scale: scales are relative to one of the whole tensor, which fused layers share (NVFP4).
-        input_scale_dtype: in which static scales of inputs are stored; None: the model's dtype.
-        head_searches: how else the head is quantized, to keep the best: "descent", "plain".
-        tunes_scales: scales are tuned without being asked for by a rate of their own. Where few can be stored, or one
-            scales a super-block of 256 weights, a step of a scale undoes what rounding deltas have learned
-            (docs/tuning.md, docs/gguf.md).
-        ggml: name of the ggml type, or None.
-    """
-
-    family: str
-    symmetric_only: bool = False
-    element: str | None = None
-    has_global_scale: bool = False
-    input_scale_dtype: torch.dtype | None = None
-    head_searches: ClassVar[tuple[str, ...]] = ()
+    family: str  # see the module's docstring
+    symmetric_only: bool = False  # it has no zero points
+    element: str | None = None  # name of the minifloat (`codecs.minifloat.MINIFLOATS`)
+    has_global_scale: bool = False  # scales are relative to one of the whole tensor, which fused layers share (NVFP4)
+    rows_independent: bool = False  # every row, or block of rows, is rounded by itself
+    input_scale_dtype: torch.dtype | None = None  # of stored static scales of inputs; None: the model's dtype
+    head_searches: ClassVar[tuple[str, ...]] = ()  # how else the head is quantized, to keep the best
+    # Scales are tuned without being asked for by a rate of their own. Where few can be stored, or one scales a
+    # super-block of 256 weights, a step of a scale undoes what rounding deltas have learned (docs/tuning.md).
     tunes_scales: ClassVar[bool] = False
-    ggml: str | None = None
+    ggml: str | None = None  # name of the ggml type
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
@@ -166,11 +123,6 @@ class Codec(ABC):
         """The scheme in reports and messages."""
         assert isinstance(self.scheme, QuantizationScheme)
         return self.scheme.describe()
-
-    @property
-    def rows_independent(self) -> bool:
-        """Whether every row, or block of rows, is rounded by itself."""
-        return False
 
     def problem(self) -> str | None:
         """What is wrong with bits or group size, as `bits=9; ...`, or None."""
@@ -238,8 +190,7 @@ CODECS: dict[str, CodecFactory] = {}
 def register_codec(*names: str) -> Callable[[CodecFactory], CodecFactory]:
     """Decorator of a `Codec` class, or of a function that makes one of a scheme: it serves these data types.
 
-    Raises:
-        ConfigError: a name is taken.
+    Raises ConfigError when a name is taken.
     """
 
     def register(factory: CodecFactory) -> CodecFactory:

@@ -1,9 +1,8 @@
 """Block-scaled minifloats (MXFP, NVFP4, FP8): scale rules, exact codes, and differentiable fake quantization.
 
-A weight w in a block of stored scale s becomes `f * nearest(w / f)` with f = s, or s / global_scale for NVFP4,
-in float32. Codes and fake-quantized values come from the same expressions, so they agree bit for bit. A scale rule
-turns the largest magnitude of a block into a stored scale. A block with NaN or Inf gets the scale NaN (as in OCP MX
-v1.0, 5.1), and encoding the layer raises NumericsError.
+A weight w in a block of stored scale s becomes `f * nearest(w / f)` with f = s, or s / global_scale for NVFP4, in
+float32. Codes and fake-quantized values agree bit for bit. A scale rule turns the largest magnitude of a block into a
+stored scale; for NaN or Inf that is NaN (as in OCP MX v1.0, 5.1).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from auto_round.codecs.minifloat import (
     as_blocks,
     block_absmax,
     block_chunks,
-    block_min_max,
     from_blocks,
     tensor_absmax,
 )
@@ -35,6 +33,8 @@ _ROOT_OF_TWO = 0x3504F3  # mantissa bits of sqrt(2)
 _SMALLEST_BLOCK = 2.0**-9  # smallest positive e4m3
 _BLOCK_OF_ZEROS = 2.0**-3  # with it, a block whose scale rounds to zero is below half the smallest element
 _SMALLEST_PLAIN = 2.0**-100  # scale of a block of zeros; 448 / scale and 448 * scale are far from float32's limits
+_CHUNK = 1 << 18  # values encoded at once: a few float32 buffers stay in the cache
+_GPU_CHUNK = 1 << 26
 
 
 class ScaleRule(Protocol):
@@ -69,9 +69,8 @@ def _powers(exponents: torch.Tensor) -> torch.Tensor:
 class PowerOfTwo:
     """Scales 2**-127 .. 2**127, one byte each (E8M0, OCP MX v1.0, 5.4.1).
 
-    Attributes:
-        up: False: `floor(log2(largest)) - emax` (OCP MX v1.0, 6.3), with which the largest values may saturate. True:
-            the smallest power with which none does ("round up", as NVIDIA's conversion instructions).
+    `up` False is `floor(log2(largest)) - emax` (OCP MX v1.0, 6.3), with which the largest values may saturate; True the
+    smallest power with which none does ("round up", as NVIDIA's conversion instructions).
     """
 
     has_global_scale: ClassVar[bool] = False
@@ -81,10 +80,9 @@ class PowerOfTwo:
     def scale(self, largest: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
         # largest = m * 2**k and maximum = M * 2**emax with 1 <= m, M < 2: the exponent is k - emax, plus one when
         # m > M, which adding 2 - M to the mantissa carries into the exponent.
-        carry = _MANTISSA - _mantissa(self.element.maximum) if self.up else 0
-        bits = largest.contiguous().view(torch.int32)
-        exponents = ((bits + carry) >> 23).sub_(127 + self.element.exponent)
-        return torch.where(largest.isfinite(), _powers(exponents), torch.nan)
+        top = int(torch.tensor(self.element.maximum, dtype=torch.float32).view(torch.int32)) & _MANTISSA
+        bits = largest.contiguous().view(torch.int32) + (_MANTISSA - top if self.up else 0)
+        return torch.where(largest.isfinite(), _powers((bits >> 23).sub_(127 + self.element.exponent)), torch.nan)
 
     def store(self, scale: torch.Tensor) -> torch.Tensor:
         """Nearest by ratio."""
@@ -98,18 +96,11 @@ class PowerOfTwo:
         yield (scale * 2).clamp(max=2.0**127)
 
 
-def _mantissa(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) & _MANTISSA
-
-
 @dataclass(frozen=True)
 class BlockScale:
     """Positive e4m3 scales, multiplied by a float32 global scale of the whole tensor (NVFP4).
 
-    A scale that would round to zero becomes the smallest e4m3 value.
-
-    Attributes:
-        of_inputs: such a group becomes zeros instead.
+    A scale that would round to zero becomes the smallest e4m3 value; with `of_inputs` the group becomes zeros instead.
     """
 
     has_global_scale: ClassVar[bool] = True
@@ -128,27 +119,15 @@ class BlockScale:
         return MINIFLOATS["e4m3"].nearest(scale).clamp_(min=_SMALLEST_BLOCK)
 
     def candidates(self, scale: torch.Tensor) -> Iterator[torch.Tensor]:
-        # Codes of positive values sort like the values.
         e4m3 = MINIFLOATS["e4m3"]
-        codes = e4m3.encode(scale).int()
+        codes = e4m3.encode(scale).int()  # codes of positive values sort like the values
         for offset in (-1, 1, -2, 2, -3, 3, -4, 4, -5, -6):
             yield e4m3.decode((codes + offset).clamp_(1, 126).to(torch.uint8))
 
 
-def global_scale_of(largest: torch.Tensor) -> torch.Tensor:
-    """float32 scalar 448 * 6 / largest, which gives the largest block the largest scale (NVFP4); 1 for zeros."""
-    largest = largest.detach().float().reshape(())
-    exact = (torch.full_like(largest, GLOBAL_TOP) / largest).clamp(max=torch.finfo(torch.float32).max)
-    return torch.where(largest > 0, exact, torch.where(largest == 0, 1.0, torch.nan))
-
-
 @dataclass(frozen=True)
 class PlainScale:
-    """`largest / maximum`.
-
-    Attributes:
-        stored: round to bfloat16. False keeps float32, for dynamic scales of inputs.
-    """
+    """`largest / maximum`, rounded to bfloat16 if `stored`, else in float32 (dynamic scales of inputs)."""
 
     has_global_scale: ClassVar[bool] = False
     element: MinifloatType
@@ -166,16 +145,18 @@ class PlainScale:
             yield self.store(scale * factor)
 
 
-_CHUNK = 1 << 18  # values encoded at once: a few float32 buffers stay in the cache
-_GPU_CHUNK = 1 << 26
+def global_scale_of(largest: torch.Tensor) -> torch.Tensor:
+    """float32 scalar 448 * 6 / largest, which gives the largest block the largest scale (NVFP4); 1 for zeros."""
+    largest = largest.detach().float().reshape(())
+    exact = (torch.full_like(largest, GLOBAL_TOP) / largest).clamp(max=torch.finfo(torch.float32).max)
+    return torch.where(largest > 0, exact, torch.where(largest == 0, 1.0, torch.nan))
 
 
 @dataclass(frozen=True)
 class BlockFloatSpec:
     """One small float type: its scale rule, which knows the element type.
 
-    Attributes:
-        family: what formats that know the type call it: `mx_fp`, `mx_int`, `nv_fp` or `fp`; a plugin's is `float`.
+    `family` is what formats that know the type call it: `mx_fp`, `mx_int`, `nv_fp` or `fp`; a plugin's is `float`.
     """
 
     rule: ScaleRule
@@ -203,6 +184,12 @@ def effective_scale(scale: torch.Tensor, global_scale: torch.Tensor | None) -> t
     return scale if global_scale is None else scale / global_scale
 
 
+def add_rounding_delta(ratio: torch.Tensor, v: torch.Tensor, element: MinifloatType) -> torch.Tensor:
+    """`ratio + v * step`, with the element's step at `ratio`."""
+    return element.step(ratio).mul_(v).add_(ratio)
+
+
+@torch.no_grad()
 def encode(
     tensor: torch.Tensor, spec: BlockFloatSpec, group_size: GroupSize, *, scale: torch.Tensor | None = None,
     v: torch.Tensor | None = None, global_scale: torch.Tensor | None = None,
@@ -216,31 +203,25 @@ def encode(
         v: rounding deltas [R, M, C, N] (see `codecs.minifloat`) in units of the element's step at each weight.
         global_scale: for types that have one; None computes it from the tensor.
     """
-    with torch.no_grad():
-        out, columns = int(tensor.shape[0]), int(tensor.shape[1])
-        blocks = as_blocks(tensor, group_size)
-        r, m, c, n = blocks.shape
-        given = spec.global_scale(tensor, global_scale)
-        stored = torch.empty(r, 1, c, 1, device=tensor.device) if scale is None else scale.float().view(r, 1, c, 1)
-        codes = torch.empty(r, m, c, n, dtype=torch.uint8, device=tensor.device)
-        whole = r == c == 1 and m > 1  # one scale for all chunks of rows
-        if scale is None and whole:
-            stored.copy_(spec.rule.scale(tensor_absmax(blocks).view(1, 1, 1, 1), given))
-        for rows, inner in block_chunks(blocks, _CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK):
-            part = blocks[rows, inner].float()
-            if scale is None and not whole:
-                stored[rows] = spec.rule.scale(block_absmax(part), given)
-            ratio = part / effective_scale(stored[rows], given)
-            if v is not None:
-                ratio = add_rounding_delta(ratio, v[rows, inner], spec.element)
-            codes[rows, inner] = spec.element.encode(ratio)
-        found = from_blocks(codes, (out, columns)).contiguous()
-        return FloatCodes(found, stored.view(r, c), spec.element.name, group_size, given)
-
-
-def add_rounding_delta(ratio: torch.Tensor, v: torch.Tensor, element: MinifloatType) -> torch.Tensor:
-    """`ratio + v * step`, with the element's step at `ratio`."""
-    return element.step(ratio).mul_(v).add_(ratio)
+    out, columns = int(tensor.shape[0]), int(tensor.shape[1])
+    blocks = as_blocks(tensor, group_size)
+    r, m, c, n = blocks.shape
+    given = spec.global_scale(tensor, global_scale)
+    stored = torch.empty(r, 1, c, 1, device=tensor.device) if scale is None else scale.float().view(r, 1, c, 1)
+    codes = torch.empty(r, m, c, n, dtype=torch.uint8, device=tensor.device)
+    whole = r == c == 1 and m > 1  # one scale for all chunks of rows
+    if scale is None and whole:
+        stored.copy_(spec.rule.scale(tensor_absmax(blocks).view(1, 1, 1, 1), given))
+    for rows, inner in block_chunks(blocks, _CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK):
+        part = blocks[rows, inner].float()
+        if scale is None and not whole:
+            stored[rows] = spec.rule.scale(block_absmax(part), given)
+        ratio = part / effective_scale(stored[rows], given)
+        if v is not None:
+            ratio = add_rounding_delta(ratio, v[rows, inner], spec.element)
+        codes[rows, inner] = spec.element.encode(ratio)
+    found = from_blocks(codes, (out, columns)).contiguous()
+    return FloatCodes(found, stored.view(r, c), spec.element.name, group_size, given)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -251,12 +232,13 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, factor: torch.Tensor, element: MinifloatType) -> torch.Tensor:
         ratio = x / factor
         values = element.nearest(ratio)
+        ctx.element = element
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(ratio, values, factor)
-        elif ctx.needs_input_grad[0]:
+            return values * factor
+        if ctx.needs_input_grad[0]:
             ctx.save_for_backward(ratio.abs_() < element.saturation)
-        ctx.element = element
-        return values.mul_(factor) if not ctx.needs_input_grad[1] else values * factor
+        return values.mul_(factor)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
@@ -266,8 +248,7 @@ class _StraightThrough(torch.autograd.Function):
         ratio, values, factor = ctx.saved_tensors
         inside = ratio.abs() < ctx.element.saturation
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        slope = (values - ratio * inside).mul_(grad)
-        return grad_x, slope.sum_to_size(factor.shape), None
+        return grad_x, (values - ratio * inside).mul_(grad).sum_to_size(factor.shape), None
 
 
 def quantize_float(
@@ -316,16 +297,15 @@ def _scaled_absmax(
 ) -> torch.Tensor:
     """[R, 1, C, 1]: the larger of maximum * max_scale and -minimum * min_scale."""
     r, _, c, _ = blocks.shape
-    low_factor, high_factor = (
+    factors = [
         f.reshape(r, 1, c, 1).float() if isinstance(f, torch.Tensor) and f.numel() > 1 else f
         for f in (min_scale, max_scale)
-    )
-    if not isinstance(low_factor, torch.Tensor) and not isinstance(high_factor, torch.Tensor):
-        if low_factor == high_factor:
-            largest = block_absmax(blocks)
-            return largest if low_factor == 1 else largest * low_factor
-    low, high = block_min_max(blocks)
-    return torch.maximum(high * high_factor, -low * low_factor)
+    ]
+    if not any(isinstance(f, torch.Tensor) for f in factors) and min_scale == max_scale:
+        largest = block_absmax(blocks)
+        return largest if min_scale == 1 else largest * min_scale
+    low, high = blocks.amin((1, 3), keepdim=True).float(), blocks.amax((1, 3), keepdim=True).float()
+    return torch.maximum(high.clamp_(min=0) * factors[1], -low.clamp_(max=0) * factors[0])
 
 
 BLOCK_FLOAT_SPECS: dict[str, Mapping[int, BlockFloatSpec]] = {}
@@ -349,9 +329,8 @@ def float_function(name: str, specs: Mapping[int, BlockFloatSpec], usual_group_s
         scale_dtype: torch.dtype | None = None, q_scale_thresh: float = 0.0, imatrix: torch.Tensor | None = None,
         global_scale: torch.Tensor | None = None, **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
-        return quantize_float(
-            tensor, spec_for_bits(specs, name, bits or only), group_size, v, min_scale, max_scale, global_scale
-        )
+        spec = spec_for_bits(specs, name, bits or only)
+        return quantize_float(tensor, spec, group_size, v, min_scale, max_scale, global_scale)
 
     quant_tensor_float.__doc__ = quantize_float.__doc__
     quant_tensor_float.__qualname__ = f"quant_tensor_float[{name}]"
@@ -360,16 +339,14 @@ def float_function(name: str, specs: Mapping[int, BlockFloatSpec], usual_group_s
 
 def spec_for_bits(specs: Mapping[int, BlockFloatSpec], name: str, bits: int | None) -> BlockFloatSpec:
     """The type of that many bits. Raises UnsupportedError when there is none."""
-    spec = None if bits is None else specs.get(bits)
-    if spec is None:
+    if bits is None or bits not in specs:
         raise UnsupportedError(
             f"data type {name!r} with {bits} bits is not available in this version; available bits: "
             f"{', '.join(map(str, specs))}"
         )
-    return spec
+    return specs[bits]
 
 
-def block_float_spec(data_type: str, bits: int) -> BlockFloatSpec | None:
-    """The small float type of a data type, None for other data types. Raises UnsupportedError for a missing width."""
-    specs = BLOCK_FLOAT_SPECS.get(data_type)
-    return None if specs is None else spec_for_bits(specs, data_type, bits)
+def block_float_spec(data_type: str, bits: int) -> BlockFloatSpec:
+    """The type that a small float data type has with that many bits. Raises UnsupportedError when there is none."""
+    return spec_for_bits(BLOCK_FLOAT_SPECS[data_type], data_type, bits)

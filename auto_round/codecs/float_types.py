@@ -10,11 +10,9 @@
 | `fp`, `fp8`, `fp8_e5m2` | e4m3, e5m2 | any | largest / 448 (57344); bfloat16 for weights, float32 for inputs |
 | `w4fp8` | 4-bit integers over e4m3 values | any | bfloat16 per group times one scale per tensor |
 
-Ties round to the even code. The scale of an MX group of zeros is 2**-127. In NVFP4 a group's scale is the e4m3 nearest
-to `g * (largest of the group / 6)`, and a value is `element * (scale / g)`; a group so small that its scale rounds to
-zero gets the smallest scale for weights (readers multiply with it), and zeros for inputs (as in the kernels and in
-compressed-tensors). FP8 scales of weights are rounded to bfloat16 before any code is chosen, so files with bfloat16 and
-with float32 scales hold the same numbers. W4FP8 is for hardware that multiplies in FP8 and stores 4 bits.
+The scale of an MX group of zeros is 2**-127. In NVFP4 a value is `element * (scale / g)`; a group so small that its
+scale rounds to zero gets the smallest scale for weights (readers multiply with it), and zeros for inputs (as in the
+kernels and in compressed-tensors). W4FP8 is for hardware that multiplies in FP8 and stores 4 bits.
 """
 
 from __future__ import annotations
@@ -51,20 +49,17 @@ for _up, _suffix in ((False, ""), (True, "_rceil")):
     register_float(_mx_spellings("mx_fp4", "mx_fp4e2m1", suffix=_suffix), {4: _four})
     register_float(_mx_spellings("mx_fp8", "mx_fp8e4m3", suffix=_suffix), {8: _eight})
     register_float(_mx_spellings("mx_fp8e5m2", suffix=_suffix), {8: _wide})
-
-
 register_float(["mx_int", "mxint", "mx_int4", "mxint4"], {4: BlockFloatSpec(PowerOfTwo(MINIFLOATS["int4"]), "mx_int")})
 
 _NVFP_NAMES = ["nv_fp", "nvfp", "nv_fp4", "nvfp4", "nv_fp_with_static_gs", "nv_fp4_with_static_gs"]
-
 register_float(_NVFP_NAMES, {4: BlockFloatSpec(BlockScale(MINIFLOATS["e2m1"]), "nv_fp")}, usual_group_size=16)
 register_dtype([ACTIVATION_PREFIX + name for name in _NVFP_NAMES])(
     float_function("nv_fp", {4: BlockFloatSpec(BlockScale(MINIFLOATS["e2m1"], of_inputs=True))}, usual_group_size=16)
 )
 
 _E4M3_NAMES = ["fp", "fp8", "fp8_sym", "fp8_e4m3", "fp8_e4m3fn", "fp8_dynamic", "fp8_block"]
-
-register_float(_E4M3_NAMES, {8: BlockFloatSpec(PlainScale(MINIFLOATS["e4m3"]), "fp")}, -1)
+_E4M3_SPEC = BlockFloatSpec(PlainScale(MINIFLOATS["e4m3"]), "fp")
+register_float(_E4M3_NAMES, {8: _E4M3_SPEC}, -1)
 register_float(["fp8_e5m2"], {8: BlockFloatSpec(PlainScale(MINIFLOATS["e5m2"]), "fp")}, -1)
 
 
@@ -75,19 +70,8 @@ def _fp8_input_function(element: str) -> QuantFunc:
         tensor: torch.Tensor, bits: int = 8, group_size: GroupSize = -1, scale: torch.Tensor | None = None,
         tensor_min: torch.Tensor | None = None, tensor_max: torch.Tensor | None = None, **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
-        """Quantize and dequantize inputs to FP8.
-
-        Args:
-            tensor: [..., in].
-            bits: 8.
-            group_size: -1 one scale per token; >0 one per group of a token; 0 one per tensor.
-            scale: the scale to use, for static activations.
-            tensor_min, tensor_max: known extremes, scalars; used when no scale is given.
-
-        Returns:
-            (fake-quantized tensor of the same shape and dtype, scale float32, None). Gradients pass to `tensor` where
-            it is inside the range.
-        """
+        """Quantize and dequantize inputs [..., in] to FP8, on `scale`, or on that of the extremes `tensor_min` and
+        `tensor_max` (scalars), or on those of each token (`group_size` -1), group of a token or tensor (0)."""
         checked = spec_for_bits({8: spec}, f"fp8_{element}", bits)
         if scale is None and tensor_max is not None:
             high = torch.as_tensor(tensor_max, dtype=torch.float32)
@@ -102,8 +86,6 @@ def _fp8_input_function(element: str) -> QuantFunc:
 register_dtype([ACTIVATION_PREFIX + name for name in _E4M3_NAMES])(_fp8_input_function("e4m3"))
 register_dtype(ACTIVATION_PREFIX + "fp8_e5m2")(_fp8_input_function("e5m2"))
 
-_E4M3_SPEC = BlockFloatSpec(PlainScale(MINIFLOATS["e4m3"]))
-
 
 @register_dtype(["fp8_to_int_sym", "w4fp8"])
 def quant_tensor_w4fp8(
@@ -112,13 +94,7 @@ def quant_tensor_w4fp8(
     scale_dtype: torch.dtype | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
     """Quantize and dequantize: round [out, in] to e4m3 with one scale `s8`, then those values to symmetric integers `q`
-    in groups, `w = s8 * (s * q)`.
-
-    Args:
-        bits, group_size: of the integers; 2 to 8 bits.
-        v: added to `tensor` before the integers are chosen, in its units and shape.
-        min_scale, max_scale: factors on each group's minimum and maximum; a number or one value a group.
-        scale_dtype: unused: the groups' scales are bfloat16.
+    of 2 to 8 bits in groups, `w = s8 * (s * q)`. The groups' scales are bfloat16 whatever `scale_dtype` is.
 
     Returns:
         (dequantized tensor of the same shape and dtype, scale `s8 * s` float32 [out, groups], zero point 2**(bits-1)).

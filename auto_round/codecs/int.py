@@ -1,14 +1,13 @@
 """Integer codec: scale and zero point of a group, codes, and fake quantization of weights and activations.
 
-Weights: 2 to 8 bits. Symmetric types use the full range: the element of largest magnitude maps to -2**(bits-1),
-so a scale may be negative and no code is lost (AutoRound, arXiv 2309.05516, section 3). Asymmetric types
-compute `scale * (code - zero_point)`, with the range widened to hold zero. Scales are rounded to their stored
-dtype before any code is chosen, so a reader of the file computes the same weights.
+Weights: 2 to 8 bits. Symmetric types use the full range: the element of largest magnitude maps to -2**(bits-1), so a
+scale may be negative and no code is lost (AutoRound, arXiv 2309.05516, section 3). Asymmetric types compute
+`scale * (code - zero_point)`, with the range widened to hold zero. Scales are rounded to their stored dtype before any
+code is chosen, so a reader of the file computes the same weights.
 
-Activations: one scale per token, per group of a token, or per tensor. Symmetric codes -2**(bits-1) ..
-2**(bits-1)-1 use `scale = max |x| / ((2**bits - 1) / 2)`; asymmetric ones use `scale = (max - min) / (2**bits -
-1)` and a zero point. They are computed in the dtype of the input, as Transformers does with a
-compressed-tensors checkpoint.
+Activations: symmetric codes -2**(bits-1) .. 2**(bits-1)-1 use `scale = max |x| / ((2**bits - 1) / 2)`; asymmetric ones
+`scale = (max - min) / (2**bits - 1)` and a zero point. They are computed in the dtype of the input, as Transformers
+does with a compressed-tensors checkpoint.
 """
 
 from __future__ import annotations
@@ -35,6 +34,18 @@ class QuantParams(NamedTuple):
     zero: torch.Tensor | float
     bits: int
     scale_dtype: torch.dtype = torch.float16
+
+    def select(self, rows: slice) -> QuantParams:
+        """Those of some rows of groups."""
+        zero = self.zero[rows] if isinstance(self.zero, torch.Tensor) else self.zero
+        return self._replace(scale=self.scale[rows], zero=zero)
+
+
+def concat_qparams(parts: list[QuantParams]) -> QuantParams:
+    """Those of consecutive rows of groups as one."""
+    zeros = [part.zero for part in parts if isinstance(part.zero, torch.Tensor)]
+    zero = torch.cat(zeros) if zeros else parts[0].zero
+    return parts[0]._replace(scale=torch.cat([part.scale for part in parts]), zero=zero)
 
 
 def default_scale_threshold(scale_dtype: torch.dtype) -> float:
@@ -63,7 +74,6 @@ def integer_qparams(
         groups: [..., group_size], float32 or the weight's own dtype.
         sym: full range with the zero point 2**(bits-1); else integer zero points 0 .. 2**bits-1.
         min_scale, max_scale: factors on the group's extremes, broadcastable to [..., 1].
-        scale_dtype: stored dtype of scales.
         threshold: smallest |scale|; None or 0 takes `default_scale_threshold`.
         tensor_min, tensor_max: known extremes, [..., 1].
     """
@@ -77,8 +87,7 @@ def integer_qparams(
         scale = round_to_stored((extreme / 2 ** (bits - 1)).float(), scale_dtype, thresh)
         return QuantParams(scale, float(2 ** (bits - 1)), bits, scale_dtype)
     top = 2**bits - 1
-    # The range is computed in the dtype of `groups`: checkpoints made from bfloat16 weights elsewhere hold those
-    # scales.
+    # The range is computed in the dtype of `groups`: checkpoints of bfloat16 weights made elsewhere hold those scales.
     scale = round_to_stored(((high - low) / top).float(), scale_dtype, thresh)
     return QuantParams(scale, round_ste(-low / scale).clamp(0, top), bits, scale_dtype)
 
@@ -96,15 +105,17 @@ def stored_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.to(torch.int8).view(torch.uint8) if bits < 8 else codes.to(torch.int16).to(torch.uint8)
 
 
-def round_groups(groups: torch.Tensor, bits: int, sym: bool, **kwargs: Any) -> tuple[QuantParams, torch.Tensor]:
-    """`integer_qparams(groups, ...)` and the codes, uint8 in the shape of `groups`.
+def round_groups(
+    groups: torch.Tensor, bits: int, sym: bool, scale_dtype: torch.dtype
+) -> tuple[QuantParams, torch.Tensor]:
+    """`integer_qparams` and the codes, uint8 in the shape of `groups`.
 
     Extremes are found in float32, where PyTorch is six times faster than in bfloat16; the values are the same.
     """
     work = groups.to(torch.float32, copy=True)
     low = work.amin(-1, keepdim=True).clamp_(max=0).to(groups.dtype)
     high = work.amax(-1, keepdim=True).clamp_(min=0).to(groups.dtype)
-    qparams = integer_qparams(groups, bits, sym, tensor_min=low, tensor_max=high, **kwargs)
+    qparams = integer_qparams(groups, bits, sym, scale_dtype=scale_dtype, tensor_min=low, tensor_max=high)
     codes = work.div_(qparams.scale).round_().add_(qparams.zero).clamp_(0, 2**bits - 1)
     return qparams, stored_codes(codes, bits)
 
@@ -126,12 +137,10 @@ def _weight_function(sym: bool) -> QuantFunc:
         Args:
             tensor: [out, in] (or any shape; the last dimension is grouped).
             bits: 2 to 8.
-            group_size: see `QuantizationScheme`.
             v: added to `tensor` before rounding, in its units; same shape, or a number.
             min_scale, max_scale: factors on each group's minimum and maximum; a number or one value a group.
-            scale_dtype: stored dtype of scales.
             q_scale_thresh: smallest |scale|; 0 takes 1e-5 (1e-8 for float32 scales).
-            imatrix: unused here; the search that uses it is in `algorithms.quantization.rtn`.
+            imatrix: unused here; the search that uses it is in `codecs.search`.
             **kwargs: `tensor_min`, `tensor_max`: known extremes, [groups, 1].
 
         Returns:
@@ -139,14 +148,18 @@ def _weight_function(sym: bool) -> QuantFunc:
             symmetric, else integers 0 .. 2**bits-1 in a tensor [out, groups]).
         """
         groups, columns = reshape_pad_tensor_by_group_size(tensor, group_size)
-        padded_shape = groups.shape
-        if isinstance(group_size, tuple):  # one group a block
-            groups = groups.flatten(2)
+        padded_shape, blocks = groups.shape, isinstance(group_size, tuple)
+        groups = groups.flatten(2) if blocks else groups  # one group a block
+
+        def per_group(factor: torch.Tensor | float) -> torch.Tensor | float:
+            if not isinstance(factor, torch.Tensor) or factor.dim() == 0:
+                return factor
+            return factor.reshape(-1, 1) if factor.numel() == 1 else factor.reshape(*groups.shape[:-1], 1)
+
+        extremes = {key: kwargs.get(key) for key in ("tensor_min", "tensor_max")}
         qparams = integer_qparams(
-            groups, bits, sym, min_scale=_per_group(min_scale, groups), max_scale=_per_group(max_scale, groups),
-            scale_dtype=scale_dtype, threshold=q_scale_thresh, tensor_min=kwargs.get("tensor_min"),
-            tensor_max=kwargs.get("tensor_max"),
-        )  # fmt: skip
+            groups, bits, sym, per_group(min_scale), per_group(max_scale), scale_dtype, q_scale_thresh, **extremes
+        )
         shifted = groups
         if isinstance(v, torch.Tensor):
             shift, _ = reshape_pad_tensor_by_group_size(v.float(), group_size)
@@ -156,7 +169,7 @@ def _weight_function(sym: bool) -> QuantFunc:
         codes = (round_ste(shifted / qparams.scale) + qparams.zero).clamp(0, 2**bits - 1)
         qdq = from_codes(codes, qparams).reshape(padded_shape)
         scale, zero = qparams.scale.squeeze(-1), qparams.zero
-        if not isinstance(group_size, tuple):
+        if not blocks:
             scale = scale.reshape(int(tensor.shape[0]) if tensor.dim() > 1 and group_size != 0 else 1, -1)
         if isinstance(zero, torch.Tensor):
             zero = zero.reshape(scale.shape)
@@ -164,13 +177,6 @@ def _weight_function(sym: bool) -> QuantFunc:
 
     quant_tensor_int.__qualname__ = f"quant_tensor_int[{'sym' if sym else 'asym'}]"
     return quant_tensor_int
-
-
-def _per_group(factor: torch.Tensor | float, groups: torch.Tensor) -> torch.Tensor | float:
-    """A factor with one value a group, in a shape that broadcasts over the group's weights."""
-    if not isinstance(factor, torch.Tensor) or factor.dim() == 0:
-        return factor
-    return factor.reshape(-1, 1) if factor.numel() == 1 else factor.reshape(*groups.shape[:-1], 1)
 
 
 quant_tensor_sym = register_dtype("int_sym")(_weight_function(True))
@@ -214,14 +220,9 @@ def _activation_function(sym: bool) -> QuantFunc:
         zero_point: torch.Tensor | float | None = None, tensor_min: torch.Tensor | None = None,
         tensor_max: torch.Tensor | None = None, **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
-        """Quantize and dequantize inputs.
-
-        Args:
-            tensor: [..., in].
-            bits: 2 to 8.
-            group_size: -1 one scale per token; >0 one per group of a token; 0 one per tensor.
-            scale, zero_point: those to use, for static activations; the zero point only when asymmetric.
-            tensor_min, tensor_max: known extremes, scalars; used when no scale is given.
+        """Quantize and dequantize inputs [..., in] of 2 to 8 bits, on `scale` and `zero_point`, or on those of the
+        extremes `tensor_min` and `tensor_max` (scalars), or on those of each token (`group_size` -1), group of a token
+        or tensor (0).
 
         Returns:
             (fake-quantized tensor of the same shape and dtype, scale, zero point of the signed range).

@@ -8,21 +8,12 @@ from typing import Any, ClassVar
 import torch
 
 from auto_round.codecs.activation import activation_function
-from auto_round.codecs.base import (
-    CODECS,
-    Codec,
-    Grid,
-    MinifloatGrid,
-    Scheme,
-    StartOptions,
-    TunedParameters,
-    register_codec,
-)
+from auto_round.codecs.base import CODECS, Codec, Grid, Scheme, StartOptions, TunedParameters, register_codec
 from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, block_float_spec, effective_scale, encode
 from auto_round.codecs.ggml.plain import plain_blocks
 from auto_round.codecs.ggml.search import search_blocks
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, assign_codes, divisor_of, ggml_type_of
-from auto_round.codecs.int import QuantParams, integer_qparams, round_groups, stored_codes, to_codes
+from auto_round.codecs.int import QuantParams, concat_qparams, integer_qparams, round_groups, stored_codes, to_codes
 from auto_round.codecs.minifloat import block_shape
 from auto_round.codecs.quantized_layer import DenseWeight, FloatCodes, IntCodes, group_count
 from auto_round.codecs.registry import clamp_to_float16, get_quant_func, reshape_pad_tensor_by_group_size
@@ -62,24 +53,18 @@ class IntCodec(Codec):
     head_searches: ClassVar[tuple[str, ...]] = ("descent",)
     tunes_scales: ClassVar[bool] = True
 
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__(scheme)
+        assert isinstance(scheme.group_size, int)
+        self.group_size, self.rows_independent = scheme.group_size, scheme.group_size != 0
+
     @property
     def label(self) -> str:
-        scheme = self.scheme
+        scheme, size = self.scheme, self.group_size
         assert isinstance(scheme, QuantizationScheme)
         if scheme.quantizes_activations:
             return scheme.describe()
-        size = scheme.group_size
-        group = f"G{size}" if isinstance(size, int) and size > 0 else ""
-        return f"W{scheme.bits}A16{group}{'' if scheme.sym else ' asymmetric'}"
-
-    @property
-    def rows_independent(self) -> bool:
-        return self.scheme.group_size != 0
-
-    @property
-    def group_size(self) -> int:
-        assert isinstance(self.scheme.group_size, int)
-        return self.scheme.group_size
+        return f"W{scheme.bits}A16{f'G{size}' if size > 0 else ''}{'' if scheme.sym else ' asymmetric'}"
 
     def problem(self) -> str | None:
         if not 2 <= self.scheme.bits <= 8:
@@ -104,32 +89,25 @@ class IntCodec(Codec):
         delta = None if delta is None else delta.reshape(groups.shape)
         codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
         for rows in _row_chunks(groups):
-            zero = start.zero[rows] if isinstance(start.zero, torch.Tensor) else start.zero
-            part = start._replace(scale=start.scale[rows], zero=zero)
-            codes[rows] = stored_codes(to_codes(groups[rows], part, 0.0 if delta is None else delta[rows]), start.bits)
+            numbers = to_codes(groups[rows], start.select(rows), 0.0 if delta is None else delta[rows])
+            codes[rows] = stored_codes(numbers, start.bits)
         return self._stored(start, codes, weight.shape)
 
     def quantize(self, weight: torch.Tensor, options: StartOptions) -> IntCodes:
         if options.searched:
             return self.encode(weight, self.start(weight, options))
         # The same in half the passes over the weight.
-        groups, found = self.groups(weight), []
+        scheme, groups, found = self.scheme, self.groups(weight), []
         codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
         for rows in _row_chunks(groups):
-            part, codes[rows] = round_groups(
-                groups[rows], self.scheme.bits, self.scheme.sym, scale_dtype=options.scale_dtype
-            )
+            part, codes[rows] = round_groups(groups[rows], scheme.bits, scheme.sym, options.scale_dtype)
             found.append(part)
-        zeros = [part.zero for part in found if isinstance(part.zero, torch.Tensor)]
-        scale = torch.cat([part.scale for part in found])
-        whole = found[0]._replace(scale=scale, zero=torch.cat(zeros) if zeros else found[0].zero)
-        return self._stored(whole, codes, weight.shape)
+        return self._stored(concat_qparams(found), codes, weight.shape)
 
     def grid(self, start: QuantParams, shape: tuple[int, int]) -> Grid:
-        size = self.group_size
         zero = start.zero.squeeze(-1).expand(shape[0], -1) if isinstance(start.zero, torch.Tensor) else start.zero
         scale = start.scale.squeeze(-1).expand(shape[0], -1)
-        return Grid(scale, size if size > 0 else shape[1], 0, 2**start.bits - 1, zero)
+        return Grid(scale, self.group_size if self.group_size > 0 else shape[1], 0, 2**start.bits - 1, zero)
 
     def with_codes(self, start: QuantParams, codes: torch.Tensor) -> IntCodes:
         return self._stored(start, codes, codes.shape)
@@ -154,22 +132,17 @@ class IntCodec(Codec):
 
     def groups(self, weight: torch.Tensor) -> torch.Tensor:
         """[out, in] as [out, groups, group_size], zero-padded; per tensor as [1, 1, out * in]."""
-        if self.group_size == 0:
-            return weight.reshape(1, 1, -1)
         groups, _ = reshape_pad_tensor_by_group_size(weight, self.group_size)
-        return groups.view(weight.shape[0], -1, groups.shape[-1])
+        return groups.view(1 if self.group_size == 0 else weight.shape[0], -1, groups.shape[-1])
 
     def _stored(self, start: QuantParams, codes: torch.Tensor, shape: tuple[int, ...]) -> IntCodes:
         """Codes [out, in] or in the shape of the groups, with one scale a row also where the tensor has one."""
         out, columns = shape
-        codes = codes.view(out, columns) if self.group_size == 0 else codes.view(out, -1)[:, :columns]
-        scale = start.scale.squeeze(-1).to(start.scale_dtype)
+        codes = codes.view(out, -1)[:, :columns]
+        scale = start.scale.squeeze(-1).to(start.scale_dtype).expand(out, -1)
         zero: torch.Tensor | int = int(start.zero) if not isinstance(start.zero, torch.Tensor) else 0
         if isinstance(start.zero, torch.Tensor):
-            zero = start.zero.squeeze(-1).to(torch.uint8)
-        if self.group_size == 0:
-            scale = scale.expand(out, 1)
-            zero = zero.expand(out, 1) if isinstance(zero, torch.Tensor) else zero
+            zero = start.zero.squeeze(-1).to(torch.uint8).expand(out, -1)
         return IntCodes(codes, scale, zero, self.group_size).map(torch.Tensor.contiguous)
 
 
@@ -189,14 +162,9 @@ class FloatCodec(Codec):
 
     def __init__(self, scheme: Scheme) -> None:
         super().__init__(scheme)
-        spec = block_float_spec(scheme.data_type, scheme.bits)
-        assert spec is not None
-        self.spec, self.family, self.element = spec, spec.family, spec.element.name
-        self.has_global_scale = spec.has_global_scale
-
-    @property
-    def rows_independent(self) -> bool:
-        return self.scheme.group_size != 0 and not self.has_global_scale
+        self.spec = spec = block_float_spec(scheme.data_type, scheme.bits)
+        self.family, self.element, self.has_global_scale = spec.family, spec.element.name, spec.has_global_scale
+        self.rows_independent = scheme.group_size != 0 and not spec.has_global_scale
 
     def start(self, weight: torch.Tensor, options: StartOptions) -> FloatStart:
         size, shared = self.scheme.group_size, self.spec.global_scale(weight, options.global_scale)
@@ -206,16 +174,15 @@ class FloatCodec(Codec):
 
     def encode(self, weight: torch.Tensor, start: FloatStart, delta: torch.Tensor | None = None) -> FloatCodes:
         """`delta`: in units of the element's step, [R, M, C, N]."""
-        return encode(
-            weight, self.spec, self.scheme.group_size, scale=start.scale, v=delta, global_scale=start.global_scale
-        )
+        size = self.scheme.group_size
+        return encode(weight, self.spec, size, scale=start.scale, v=delta, global_scale=start.global_scale)
 
     def grid(self, start: FloatStart, shape: tuple[int, int]) -> Grid:
-        r, m, c, n = block_shape(shape, self.scheme.group_size)
+        element, (r, m, c, n) = self.spec.element, block_shape(shape, self.scheme.group_size)
         scale = effective_scale(start.scale.float(), start.global_scale).view(r, c)
-        top = self.spec.element.maximum
         scale = divisor_of(scale.repeat_interleave(m, 0)[: shape[0]])
-        return MinifloatGrid(scale, n, -top, top, element=self.spec.element)
+        limits = -element.maximum, element.maximum
+        return Grid(scale, n, *limits, mantissa=element.mantissa, smallest=2.0**element.lowest, encode=element.encode)
 
     def with_codes(self, start: FloatStart, codes: torch.Tensor) -> FloatCodes:
         return self.codes(codes, start.scale, None, start.global_scale)
@@ -244,22 +211,17 @@ class GgmlCodec(Codec):
 
     family = "ggml"
     head_searches: ClassVar[tuple[str, ...]] = ("descent", "plain")
+    rows_independent = True
 
     def __init__(self, scheme: Scheme, kind: GgmlType) -> None:
         super().__init__(scheme)
         self.kind, self.ggml = kind, kind.name
 
-    @property
-    def rows_independent(self) -> bool:
-        return True
-
     def uses_feedback(self, asked: bool) -> bool:
         return True
 
     def for_width(self, in_features: int | None) -> Codec:
-        if in_features is None or in_features % self.kind.block == 0:
-            return self
-        return FunctionCodec(self.scheme)
+        return self if in_features is None or in_features % self.kind.block == 0 else FunctionCodec(self.scheme)
 
     def limited(self, weight: torch.Tensor) -> torch.Tensor:
         return clamp_to_float16(weight)
@@ -293,13 +255,6 @@ class GgmlCodec(Codec):
     def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
         integers = 2 * in_features // self.kind.group  # scales and minima, a byte each
         return self.kind.bits, out_features * (integers + 4 * in_features // self.kind.block)
-
-
-@register_codec("int_asym_dq", "int_sym_dq", "int_asym_float_zp")
-def ggml_codec(scheme: Scheme) -> Codec:
-    """The codec of the ggml type that a scheme describes exactly, else of its function."""
-    kind = ggml_type_of(scheme) if isinstance(scheme, QuantizationScheme) else None
-    return FunctionCodec(scheme) if kind is None else GgmlCodec(scheme, kind)
 
 
 class FunctionCodec(Codec):
@@ -353,28 +308,26 @@ class IntBlocksCodec(FunctionCodec):
         )
 
 
+class Unquantized(FunctionCodec):
+    """A layer in full precision."""
+
+    family = "none"
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def encode(self, weight: torch.Tensor, start: Any, delta: torch.Tensor | None = None, **_: Any) -> DenseWeight:
+        return DenseWeight(weight, self.scheme.data_type)
+
+
 @register_codec("int")
 def int_codec(scheme: Scheme) -> Codec:
     """The codec of integers in groups along the input, or in blocks."""
     return IntBlocksCodec(scheme) if isinstance(scheme.group_size, tuple) else IntCodec(scheme)
 
 
-class Unquantized(Codec):
-    """A layer in full precision."""
-
-    family = "none"
-
-    def uses_feedback(self, asked: bool) -> bool:
-        return False
-
-    def start(self, weight: torch.Tensor, options: StartOptions) -> None:
-        return None
-
-    def encode(self, weight: torch.Tensor, start: None, delta: torch.Tensor | None = None) -> DenseWeight:
-        return DenseWeight(weight, self.scheme.data_type)
-
-    def tuned(self, in_features: int) -> None:
-        return None
-
-    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
-        return 16, 0
+@register_codec("int_asym_dq", "int_sym_dq", "int_asym_float_zp")
+def ggml_codec(scheme: Scheme) -> Codec:
+    """The codec of the ggml type that a scheme describes exactly, else of its function."""
+    kind = ggml_type_of(scheme) if isinstance(scheme, QuantizationScheme) else None
+    return FunctionCodec(scheme) if kind is None else GgmlCodec(scheme, kind)

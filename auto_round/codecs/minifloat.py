@@ -7,9 +7,9 @@
 | e4m3 | 8 | `torch.float8_e4m3fn`: largest 448, no Inf | OCP OFP8 v1.0, 5.1 |
 | e5m2 | 8 | `torch.float8_e5m2`: largest 57344 | OCP OFP8 v1.0, 5.2 |
 
-A value beyond the largest saturates, Inf too; ties round to even. The sign of zero is kept. NaN stays NaN in the 8-bit
-types and has no code in the 4-bit ones. All four have steps of `2**(e - mantissa)` between 2**e and 2**(e+1), and
-below 2**lowest those of `e = lowest`. Adding and subtracting `2**(e + 23 - mantissa)` in float32 rounds to such a step.
+Values beyond the largest saturate; ties round to even; the sign of zero is kept; NaN has no code in the 4-bit types.
+Steps are `2**(e - mantissa)` between 2**e and 2**(e+1), and below 2**lowest those of `e = lowest`. Adding and
+subtracting `2**(e + 23 - mantissa)` in float32 rounds to such a step.
 
 Blocks are a view [R, M, C, N] of a matrix: R*M rows by C*N columns, each block M rows of N columns. Groups along the
 input have M = 1; one scale per row has M = C = 1; one scale per tensor has R = C = 1. A scale is [R, 1, C, 1].
@@ -69,17 +69,7 @@ def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
     """[R, 1, C, 1], float32: the largest magnitude of each block; NaN where it holds one."""
     # Magnitudes sort like their bits, NaN last, and integers are compared faster.
     bits = blocks.float().contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF)
-    largest = bits.amax(3, keepdim=True)
-    largest = largest if blocks.shape[1] == 1 else largest.amax(1, keepdim=True)
-    return largest.view(torch.float32)
-
-
-def block_min_max(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """([R, 1, C, 1], same), float32: the smallest and the largest value of each block, at most and at least zero."""
-    low, high = blocks.amin(3, keepdim=True).float(), blocks.amax(3, keepdim=True).float()
-    if blocks.shape[1] > 1:
-        low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
-    return low.clamp_(max=0), high.clamp_(min=0)
+    return bits.amax(3, keepdim=True).amax(1, keepdim=True).view(torch.float32)
 
 
 def block_chunks(blocks: torch.Tensor, elements: int) -> list[tuple[slice, slice]]:
@@ -99,24 +89,15 @@ _EXPONENT = 0x7F800000  # bits of a float32 that hold its exponent
 
 @dataclass(frozen=True)
 class MinifloatType:
-    """One element type.
-
-    Attributes:
-        bits: sign, exponent and mantissa; 4 to 8.
-        maximum: the largest finite value.
-        exponent: floor(log2(maximum)); emax in OCP MX.
-        mantissa: bits of the mantissa.
-        lowest: exponent of the smallest normal value; below it steps are equal.
-        dtype: PyTorch's dtype for it, or None.
-    """
+    """One element type of 4 to 8 bits."""
 
     name: str
     bits: int
-    maximum: float
-    exponent: int
-    mantissa: int
-    lowest: int
-    dtype: torch.dtype | None = None
+    maximum: float  # the largest finite value
+    exponent: int  # floor(log2(maximum)), emax in OCP MX
+    mantissa: int  # bits of the mantissa
+    lowest: int  # exponent of the smallest normal value; below it steps are equal
+    dtype: torch.dtype | None = None  # PyTorch's dtype for it
 
     @property
     def saturation(self) -> float:
@@ -185,42 +166,22 @@ def register_minifloat(element: MinifloatType) -> MinifloatType:
     return element
 
 
-def expand_scale(scale: torch.Tensor, shape: tuple[int, int], group_size: int | tuple[int, int]) -> torch.Tensor:
-    """A scale for every element of a weight, as a view where possible.
-
-    Args:
-        scale: [out, groups]; [1, 1] per tensor; [out/M, in/N] for blocks of M rows and N columns.
-        shape: (out, in) of the weight.
-        group_size: as in a scheme.
-    """
-    out, columns = shape
-    if isinstance(group_size, tuple):
-        rows = scale.repeat_interleave(group_size[0], 0)[:out]
-        return rows.repeat_interleave(group_size[1], 1)[:, :columns]
-    if group_size <= 0 or scale.shape[1] == 1:
-        return scale.expand(out, columns) if scale.shape[1] == 1 else scale
-    return scale.repeat_interleave(group_size, 1)[:, :columns]
-
-
 def dequantize_minifloat(
-    codes: torch.Tensor, element: MinifloatType, scale: torch.Tensor, group_size: int | tuple[int, int],
+    codes: torch.Tensor, element: MinifloatType, scale: torch.Tensor, group_size: GroupSize,
     global_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """float32 [out, in]: `decode(code) * scale`, or `decode(code) * (scale / global_scale)`, all in float32.
 
     Args:
         codes: uint8 [out, in].
-        scale: float32, as `expand_scale` takes it.
+        scale: one for each block, [R, C], or one for all.
         global_scale: float32 scalar by which the stored scales are too large (NVFP4).
     """
-    factors = scale.float()
+    factors, shape = scale.float(), (int(codes.shape[0]), int(codes.shape[1]))
     if global_scale is not None:
         factors = factors / global_scale.float().reshape(())
-    shape = (int(codes.shape[0]), int(codes.shape[1]))
     r, _, c, _ = block_shape(shape, group_size)
-    if factors.shape != (r, c):
-        return element.decode(codes).mul_(expand_scale(factors, shape, group_size))
-    blocks, factors = as_blocks(codes, group_size), factors.view(r, 1, c, 1)
+    blocks, factors = as_blocks(codes, group_size), factors.expand(r, c).view(r, 1, c, 1)
     if codes.device.type != "cpu":
         return from_blocks(element.decode(blocks).mul_(factors), shape)
     values = torch.empty(blocks.shape)

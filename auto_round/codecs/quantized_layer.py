@@ -20,34 +20,28 @@ def group_count(in_features: int, group_size: int) -> int:
     return 1 if group_size <= 0 else -(-in_features // group_size)
 
 
-@dataclass(frozen=True, eq=False)
 class Codes(ABC):
-    """A quantized matrix [out, in], as a dataclass of tensors, numbers and names; each kind of codes is a subclass.
+    """A quantized matrix [out, in], as a frozen dataclass of tensors, numbers and names; each kind is a subclass.
 
-    `not_finite` says what is wrong when `is_finite` is false.
+    `ggml` is the ggml type that stores it, such as "Q4_K", or None. `not_finite` says what is wrong when `is_finite`
+    is false.
     """
+
+    codes: torch.Tensor
+    not_finite = "NaN or Inf in the weights or their scales; check the layer's weights"
 
     @property
     def ggml(self) -> str | None:
-        """Name of the ggml type that stores it, `Q4_K`, or None."""
         return None
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1]
 
     @abstractmethod
     def dequantize(self) -> torch.Tensor:
         """float32 [out, in]."""
-
-    @property
-    def not_finite(self) -> str:
-        return "NaN or Inf in the weights or their scales; check the layer's weights"
-
-    @abstractmethod
-    def is_finite(self) -> bool:
-        """Whether all scales are finite."""
 
     @abstractmethod
     def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
@@ -56,13 +50,17 @@ class Codes(ABC):
         Without codes that is the weight in `dtype`.
         """
 
+    def is_finite(self) -> bool:
+        """Whether all scales (without codes, all weights) are finite."""
+        return all(bool(torch.isfinite(t).all()) for t in self.tensors().values() if t.is_floating_point())
+
     def clamped_scales(self, weight: torch.Tensor) -> int:
         """Number of stored scales that were clamped to the range of their dtype. `weight`: the original."""
         return 0
 
     def map(self: C, change: Callable[[torch.Tensor], torch.Tensor]) -> C:
         """The same with every tensor replaced by `change(tensor)`."""
-        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})  # type: ignore[type-var]
 
     def rows(self: C, wanted: slice) -> C:
         """A slice of the outputs; scales must be per row or per tensor."""
@@ -71,7 +69,7 @@ class Codes(ABC):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by field; those that are None are left out."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
@@ -90,20 +88,17 @@ class IntCodes(Codes):
     scale: torch.Tensor
     zero_point: torch.Tensor | int
     group_size: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
+    not_finite = "a scale is NaN or Inf; check the layer's weights and calibration data"
 
     def dequantize(self) -> torch.Tensor:
-        return dequantize_codes(self.codes, self.scale, self.zero_point, self.group_size)
-
-    @property
-    def not_finite(self) -> str:
-        return "a scale is NaN or Inf; check the layer's weights and calibration data"
-
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.scale).all())
+        out, columns = self.shape
+        size, groups = self.group_size if self.group_size > 0 else columns, self.scale.shape[-1]
+        values = self.codes.float()
+        if groups * size != columns:
+            values = torch.nn.functional.pad(values, (0, groups * size - columns))
+        zero = self.zero_point.float().unsqueeze(-1) if isinstance(self.zero_point, torch.Tensor) else self.zero_point
+        values = values.view(out, groups, size).sub_(zero).mul_(self.scale.float().unsqueeze(-1))
+        return values.view(out, groups * size)[:, :columns]
 
     def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
         zero = self.zero_point
@@ -134,17 +129,9 @@ class FloatCodes(Codes):
     group_size: GroupSize
     global_scale: torch.Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
-
     def dequantize(self) -> torch.Tensor:
-        return dequantize_minifloat(
-            self.codes, MINIFLOATS[self.element], self.scale, self.group_size, self.global_scale
-        )
-
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.scale).all())
+        element = MINIFLOATS[self.element]
+        return dequantize_minifloat(self.codes, element, self.scale, self.group_size, self.global_scale)
 
     def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
         scalars = (layer.act_scale, self.global_scale, layer.act_global_scale)
@@ -160,7 +147,7 @@ class DenseWeight(Codes):
     data_type: str = ""
 
     @property
-    def not_finite(self) -> str:
+    def not_finite(self) -> str:  # type: ignore[override]
         return f"data type {self.data_type!r} gave NaN or Inf"
 
     @property
@@ -169,9 +156,6 @@ class DenseWeight(Codes):
 
     def dequantize(self) -> torch.Tensor:
         return self.weight.float()
-
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.weight).all())
 
     def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
         return (layer.dequantize(dtype),)
@@ -183,8 +167,6 @@ class QuantizedLayer:
 
     Attributes:
         name: the module's full name in the model.
-        scheme: how it was quantized.
-        codes: its weight.
         bias: [out] in the model's dtype, or None.
         transposed: the module stores its weight as [in, out] (Transformers' Conv1D).
         act_scale: float32 scalar, the scale of static activations, exact in the model's dtype; else None.
@@ -221,19 +203,3 @@ class QuantizedLayer:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[out, in], computed in float32 and then cast to `dtype`."""
         return self.codes.dequantize().to(dtype)
-
-
-def dequantize_codes(
-    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int | None, group_size: object
-) -> torch.Tensor:
-    """float32 [out, in] from codes [out, in], scale [out, groups] and zero point (int or [out, groups])."""
-    out, cols = codes.shape
-    size = group_size if isinstance(group_size, int) and group_size > 0 else cols
-    groups = scale.shape[-1]
-    values = codes.float()
-    if groups * size != cols:
-        values = torch.nn.functional.pad(values, (0, groups * size - cols))
-    values = values.view(out, groups, size)
-    zero = zero_point.float().unsqueeze(-1) if isinstance(zero_point, torch.Tensor) else float(zero_point or 0)
-    values = values.sub_(zero).mul_(scale.float().unsqueeze(-1))
-    return values.view(out, groups * size)[:, :cols]

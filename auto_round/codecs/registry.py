@@ -32,11 +32,8 @@ def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
 
     def register(function: F) -> F:
         for key in keys:
-            known = QUANT_FUNC_WITH_DTYPE.get(key)
-            if known is not None and (known.__module__, known.__qualname__) != (
-                function.__module__,
-                function.__qualname__,
-            ):
+            known = QUANT_FUNC_WITH_DTYPE.setdefault(key, function)
+            if (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
                 raise ConfigError(f"data type {key!r} is already registered by {known.__module__}.{known.__qualname__}")
             QUANT_FUNC_WITH_DTYPE[key] = function
         return function
@@ -56,26 +53,24 @@ def round_ste(x: torch.Tensor) -> torch.Tensor:
 def reshape_pad_tensor_by_group_size(
     tensor: torch.Tensor, group_size: GroupSize, value: float = 0.0
 ) -> tuple[torch.Tensor, int]:
-    """Cut the last dimension into groups.
+    """Cut the last dimension into groups, padded with `value`.
 
     Args:
         tensor: [..., in]; more than two dimensions are flattened to rows of `in`.
-        group_size: >0 groups of that many, the last one padded with `value`; -1, or a size above `in`: one group a
-            row; 0: the whole tensor is one group; (M, N): blocks of M rows and N columns, both padded.
-        value: of the padding.
+        group_size: >0 groups of that many; -1, or a size above `in`: one group a row; 0: the whole tensor is one group;
+            (M, N): blocks of M rows and N columns.
 
     Returns:
         The groups, [groups, group_size] (blocks: [rows/M, columns/N, M, N]), and the number of columns before padding.
     """
     columns = int(tensor.shape[-1]) if tensor.dim() else 1
+    flat = tensor.reshape(-1, columns)
     if isinstance(group_size, tuple):
-        flat = tensor.reshape(-1, columns)
         m, n = group_size
         flat = torch.nn.functional.pad(flat, (0, -columns % n, 0, -flat.shape[0] % m), value=value)
         return flat.view(flat.shape[0] // m, m, flat.shape[1] // n, n).transpose(1, 2), columns
     if group_size == 0:
         return tensor.reshape(1, -1), columns
-    flat = tensor.reshape(-1, columns)
     if group_size == -1 or columns < group_size:
         return flat, columns
     if columns % group_size:
@@ -90,34 +85,26 @@ def revert_tensor_by_pad(
     if tensor.dim() == 4:
         flat = tensor.transpose(1, 2).reshape(tensor.shape[0] * tensor.shape[2], -1)
         return flat[: math.prod(orig_shape[:-1]), :orig_out_features].reshape(orig_shape)
-    numel = math.prod(orig_shape)
-    if tensor.numel() == numel:
-        return tensor.reshape(orig_shape)
-    rows = numel // orig_out_features
-    return tensor.reshape(rows, -1)[:, :orig_out_features].reshape(orig_shape)
+    if tensor.numel() != math.prod(orig_shape):
+        tensor = tensor.reshape(math.prod(orig_shape) // orig_out_features, -1)[:, :orig_out_features]
+    return tensor.reshape(orig_shape)
 
 
 def clamp_to_float16(weight: torch.Tensor) -> torch.Tensor:
     """Clamp a weight to the range of float16; the same tensor where nothing exceeds it."""
-    largest = FP16_MAX
     if weight.dtype == torch.float16 or not weight.numel():
         return weight
     low, high = torch.aminmax(weight)
-    if max(-float(low), float(high)) <= largest:
+    if max(-float(low), float(high)) <= FP16_MAX:
         return weight
-    if weight.dtype == torch.bfloat16:
-        largest = 65280.0  # the largest bfloat16 that float16 holds
+    largest = 65280.0 if weight.dtype == torch.bfloat16 else FP16_MAX  # the largest bfloat16 that float16 holds
     return weight.clamp(-largest, largest)
 
 
 def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc:
-    """The function registered for a data type.
+    """The function registered for a data type; raises UnsupportedError when there is none.
 
     Names are tried from the most exact: `int4_sym`, `int_sym`, `int4`, `int`.
-
-    Raises:
-        UnsupportedError: no such data type; the message lists the available ones.
-        ConfigError: `data_type` is not a name.
     """
     if not isinstance(data_type, str):
         raise ConfigError(f"data_type={data_type!r} is not a name")

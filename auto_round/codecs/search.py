@@ -2,11 +2,9 @@
 
 Integers: for fixed codes q (minus the zero point) the weighted error `sum h (w - s q)^2` is least at
 `s = sum(h w q) / sum(h q^2)`, where it is `sum(h w^2) - sum(h w q)^2 / sum(h q^2)` (least squares refit, as in ggml's
-quants and HQQ, arXiv 2309.15531). So a candidate scale only proposes codes and is evaluated at its own best scale: ten
-candidates do what a plain grid of scales needs hundreds for.
+quants and HQQ, arXiv 2309.15531). So a candidate scale only proposes codes and is evaluated at its own best scale.
 
-Minifloats: few scales can be stored (a power of two, an e4m3, a bfloat16), so the stored neighbours of the plain scale
-are tried, and each block takes the one with the least error. All in float32, in chunks that stay in cache.
+Minifloats: few scales can be stored, so each block tries the stored neighbours of the plain scale.
 """
 
 from __future__ import annotations
@@ -16,8 +14,14 @@ from itertools import groupby
 import torch
 
 from auto_round.codecs.block_float import BlockFloatSpec, effective_scale
-from auto_round.codecs.int import QuantParams, default_scale_threshold, integer_qparams, round_to_stored
-from auto_round.codecs.minifloat import MinifloatType, as_blocks, block_absmax, block_chunks, block_sum
+from auto_round.codecs.int import (
+    QuantParams,
+    concat_qparams,
+    default_scale_threshold,
+    integer_qparams,
+    round_to_stored,
+)
+from auto_round.codecs.minifloat import as_blocks, block_absmax, block_chunks, block_sum
 from auto_round.schemes import GroupSize
 
 _CHUNK_ELEMENTS = 1 << 17  # float32 values per buffer: a few buffers fit the last-level cache
@@ -37,34 +41,26 @@ _REFITS = 2
 
 def search_qparams(
     groups: torch.Tensor, bits: int, sym: bool, importance: torch.Tensor | None = None,
-    scale_dtype: torch.dtype = torch.float16, threshold: float | None = None,
+    scale_dtype: torch.dtype = torch.float16,
 ) -> QuantParams:  # fmt: skip
     """The scale and zero point of each group with the least importance-weighted squared error among the candidates.
 
     Args:
         groups: [rows, groups, group_size], any float dtype; searched in float32.
-        bits: 2 to 8.
         sym: symmetric over the full range, or asymmetric with integer zero points.
         importance: [groups, group_size], >= 0: the second moment of each input channel; None weighs all alike.
         scale_dtype: scales are rounded to it before they are compared.
-        threshold: smallest |scale|.
 
     Returns:
-        QuantParams with scale [rows, groups, 1] (and zero of that shape when asymmetric). Never worse, in this error,
-        than the plain minimum/maximum scales.
+        Scales [rows, groups, 1], never worse, in this error, than the plain minimum/maximum scales.
     """
     rows, count, size = groups.shape
     ones = torch.ones(count * size, device=groups.device)
     weights = _normalized(ones if importance is None else importance.to(groups.device)).view(1, count, size)
-    thresh = threshold or default_scale_threshold(scale_dtype)
     limit = _CHUNK_ELEMENTS if groups.device.type == "cpu" else _GPU_CHUNK
     step = max(1, limit // max(1, count * size))
-    found = [
-        _search(groups[i : i + step].float(), bits, sym, weights, scale_dtype, thresh) for i in range(0, rows, step)
-    ]
-    zeros = [params.zero for params in found if isinstance(params.zero, torch.Tensor)]
-    scale, zero = torch.cat([p.scale for p in found]), torch.cat(zeros) if zeros else found[0].zero
-    return QuantParams(scale, zero, bits, scale_dtype)
+    chunks = (groups[start : start + step].float() for start in range(0, rows, step))
+    return concat_qparams([_search(chunk, bits, sym, weights, scale_dtype) for chunk in chunks])
 
 
 def _normalized(importance: torch.Tensor) -> torch.Tensor:
@@ -75,11 +71,9 @@ def _normalized(importance: torch.Tensor) -> torch.Tensor:
     return weights / mean + 1e-4 if torch.isfinite(mean) and mean > 0 else torch.ones_like(weights)
 
 
-def _search(
-    w: torch.Tensor, bits: int, sym: bool, h: torch.Tensor, scale_dtype: torch.dtype, threshold: float
-) -> QuantParams:
+def _search(w: torch.Tensor, bits: int, sym: bool, h: torch.Tensor, scale_dtype: torch.dtype) -> QuantParams:
     """`search_qparams` for a chunk `w` [rows, groups, group_size] with normalized importance `h`."""
-    base = integer_qparams(w, bits, sym, scale_dtype=scale_dtype, threshold=threshold)
+    base = integer_qparams(w, bits, sym, scale_dtype=scale_dtype)
     top, hw = 2**bits - 1, w * h
     codes, squares = torch.empty_like(w), torch.empty_like(w)
 
@@ -107,7 +101,8 @@ def _search(
 
     def stored(scale: torch.Tensor) -> torch.Tensor:
         usable = torch.isfinite(scale) & (scale != 0 if sym else scale > 0)
-        return round_to_stored(torch.where(usable, scale, base.scale), scale_dtype, threshold)
+        usual = default_scale_threshold(scale_dtype)
+        return round_to_stored(torch.where(usable, scale, base.scale), scale_dtype, usual)
 
     def pick(better: torch.Tensor, new: torch.Tensor | float, old: torch.Tensor | float) -> torch.Tensor | float:
         return torch.where(better, new, old) if isinstance(old, torch.Tensor) else old
@@ -145,7 +140,6 @@ def search_scales(
 
     Args:
         weight: [out, in], any float dtype; searched in float32.
-        group_size: see `QuantizationScheme`.
         importance: [in], >= 0: the second moment of each input channel; None weighs all alike.
         global_scale: float32 scalar, for types that have one.
 
@@ -157,30 +151,24 @@ def search_scales(
     given = torch.ones(weight.shape[1]) if importance is None else importance
     h = torch.nn.functional.pad(_normalized(given.to(weight.device)), (0, c * n - given.shape[0])).view(1, 1, c, n)
     chunks = block_chunks(blocks, _FLOAT_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK)
-    found = []
-    for rows, parts in groupby(chunks, key=lambda chunk: (chunk[0].start, chunk[0].stop)):
-        inner = [blocks[slice(*rows), part[1]].float() for part in parts]
-        largest = torch.stack([block_absmax(part) for part in inner]).amax(0)
-        best = spec.rule.scale(largest, global_scale)
-        least = _block_error(inner, best, global_scale, h, spec.element)
+    found: list[torch.Tensor] = []
+
+    def error(parts: list[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
+        """[R, 1, C, 1]: the weighted squared error of blocks given in chunks of rows."""
+        factor, total = effective_scale(scale, global_scale), torch.zeros_like(scale)
+        for part in parts:
+            difference = spec.element.nearest(part / factor).mul_(factor).sub_(part)
+            total += block_sum(difference.mul_(difference).mul_(h))
+        return total
+
+    for rows, group in groupby(chunks, key=lambda chunk: (chunk[0].start, chunk[0].stop)):
+        parts = [blocks[slice(*rows), part[1]].float() for part in group]
+        best = spec.rule.scale(torch.stack([block_absmax(part) for part in parts]).amax(0), global_scale)
+        least = error(parts, best)
         for scale in spec.rule.candidates(best.clone()):
-            error = _block_error(inner, scale, global_scale, h, spec.element)
-            better = error < least
-            best = torch.where(better, scale, best)
-            least = torch.where(better, error, least)
+            trial = error(parts, scale)
+            better = trial < least
+            best, least = torch.where(better, scale, best), torch.where(better, trial, least)
         found.append(best)
     scales = torch.cat(found)
     return scales.view(scales.shape[0], scales.shape[2])
-
-
-def _block_error(
-    parts: list[torch.Tensor], scale: torch.Tensor, global_scale: torch.Tensor | None, h: torch.Tensor,
-    element: MinifloatType,
-) -> torch.Tensor:  # fmt: skip
-    """[R, 1, C, 1]: the weighted squared error of blocks given in chunks of rows."""
-    factor = effective_scale(scale, global_scale)
-    total = torch.zeros_like(scale)
-    for part in parts:
-        difference = element.nearest(part / factor).mul_(factor).sub_(part)
-        total += block_sum(difference.mul_(difference).mul_(h))
-    return total

@@ -31,7 +31,7 @@ import torch
 
 from auto_round.codecs.block_float import BlockFloatSpec, add_rounding_delta, effective_scale
 from auto_round.codecs.ggml.types import GgmlBlocks, code_limits, inverse_of
-from auto_round.codecs.int import QuantParams, default_scale_threshold, round_to_stored
+from auto_round.codecs.int import QuantParams, concat_qparams, default_scale_threshold, round_to_stored
 from auto_round.codecs.minifloat import MinifloatType, block_sum
 from auto_round.schemes import GroupSize
 
@@ -48,7 +48,6 @@ class TunableGrid(ABC):
         functions: (values, gradients) as pure functions, which may be compiled: `values(blocks, delta, *arguments)` is
             W, float32 like `blocks`; `gradients(blocks, delta, *arguments, dL/dW)` gives dL/dv like `blocks` and the
             gradients of the blocks' scales, [R, 1, C, 1] each.
-        group_size: of the blocks.
         start_scales: float32 tensors that factors are learned for.
         start_codes: uint8 [out, in] by layer, where rounding starts; None: at the nearest codes.
         state_dtype: of `to_state`.
@@ -96,6 +95,12 @@ def _clamp(x: Tensor, low: Limit, high: Limit) -> Tensor:
     return x.clamp(low, high)
 
 
+def _delta_to(wanted: Tensor, ratio: Tensor, low: Limit, high: Limit) -> Tensor:
+    """`TunableGrid.delta_of` of whole numbers: from weights in units of a step to numbers between `low` and `high`."""
+    delta = _clamp(ratio, wanted - EDGE, wanted + EDGE) - ratio
+    return torch.where(_clamp(ratio.round(), low, high) == wanted, 0.0, delta)
+
+
 def int_values(blocks: Tensor, delta: Tensor, scale: Tensor, low: Limit, high: Limit) -> Tensor:
     """`low`, `high`: limits of the code minus the zero point; numbers or [R, 1, C, 1]."""
     return _clamp((blocks.float() / scale + delta).round(), low, high) * scale
@@ -119,31 +124,27 @@ class IntGrid(TunableGrid):
     state_dtype = torch.uint8
 
     def __init__(self, starts: Sequence[QuantParams], group_size: GroupSize) -> None:
-        self.group_size, self.first = group_size, starts[0]
-        zeros = [start.zero for start in starts if isinstance(start.zero, Tensor)]
-        self.zero: Limit = torch.cat(zeros).unsqueeze(1) if zeros else float(self.first.zero)
-        self.start_scales = [torch.cat([start.scale for start in starts]).unsqueeze(1)]
+        self.group_size, self.start = group_size, concat_qparams(list(starts))
+        self.zero = self.start.zero.unsqueeze(1) if isinstance(self.start.zero, Tensor) else self.start.zero
+        self.start_scales = [self.start.scale.unsqueeze(1)]
 
     def store(self, scales: Sequence[Tensor]) -> None:
-        dtype = self.first.scale_dtype
+        dtype = self.start.scale_dtype
         self.scale = round_to_stored(scales[0], dtype, default_scale_threshold(dtype))
 
     def arguments(self, rows: slice) -> tuple[Any, ...]:
         zero = self.zero[rows] if isinstance(self.zero, Tensor) else self.zero
-        return self.scale[rows], -zero, 2**self.first.bits - 1 - zero
+        return self.scale[rows], -zero, 2**self.start.bits - 1 - zero
 
     def factor_gradients(self, slopes: Sequence[Tensor]) -> list[Tensor]:
         return [slopes[0].mul_(self.start_scales[0])]
 
     def delta_of(self, blocks: Tensor, codes: Tensor, *arguments: Any) -> Tensor:
         scale, low, high = arguments
-        ratio, wanted = blocks.float() / scale, codes.float() + low
-        delta = _clamp(ratio, wanted - EDGE, wanted + EDGE) - ratio
-        return torch.where(_clamp(ratio.round(), low, high) == wanted, 0.0, delta)
+        return _delta_to(codes.float() + low, blocks.float() / scale, low, high)
 
     def layer(self, index: int, rows: slice) -> QuantParams:
-        zero = self.zero[rows].squeeze(1) if isinstance(self.zero, Tensor) else self.zero
-        return self.first._replace(scale=self.scale[rows].squeeze(1), zero=zero)
+        return self.start._replace(scale=self.scale.squeeze(1)).select(rows)
 
     def to_state(self, blocks: Tensor, delta: Tensor, *arguments: Any) -> Tensor:
         scale, low, high = arguments
@@ -183,18 +184,16 @@ class FloatGrid(TunableGrid):
     functions = (float_values, float_gradients)
 
     def __init__(self, starts: Sequence[FloatStart], spec: BlockFloatSpec, group_size: GroupSize) -> None:
-        self.spec, self.group_size = spec, group_size
-        scales = [start.scale.view(start.scale.shape[0], 1, start.scale.shape[1], 1) for start in starts]
-        self.start_scales = [torch.cat(scales)]
-        self.counts = [scale.shape[0] for scale in scales]
-        self.shared = [start.global_scale for start in starts]
+        self.spec, self.group_size, self.starts = spec, group_size, starts
+        self.start_scales = [torch.cat([start.scale for start in starts])[:, None, :, None]]
 
     def _effective(self, scale: Tensor) -> Tensor:
         """Factors from element values to weights, [R, 1, C, 1]."""
         if not self.spec.has_global_scale:
             return scale
-        parts = zip(scale.split(self.counts), self.shared, strict=True)
-        return torch.cat([effective_scale(part, None if g is None else g.to(scale)) for part, g in parts])
+        parts = scale.split([start.scale.shape[0] for start in self.starts])
+        shared = [None if start.global_scale is None else start.global_scale.to(scale) for start in self.starts]
+        return torch.cat([effective_scale(part, g) for part, g in zip(parts, shared, strict=True)])
 
     def store(self, scales: Sequence[Tensor]) -> None:
         self.scale = self.spec.rule.store(scales[0])
@@ -214,11 +213,11 @@ class FloatGrid(TunableGrid):
         outer, towards_zero = element.step(size) * EDGE, element.step(size * (1 - 2.0**-10)) * EDGE
         above = torch.where(wanted < 0, towards_zero, outer)
         below = torch.where(wanted > 0, towards_zero, outer)
-        moved = torch.maximum(torch.minimum(ratio, wanted + above), wanted - below) - ratio
+        moved = _clamp(ratio, wanted - below, wanted + above) - ratio
         return torch.where(element.nearest(ratio) == wanted, 0.0, moved / element.step(ratio))
 
     def layer(self, index: int, rows: slice) -> FloatStart:
-        return FloatStart(self.scale[rows], self.shared[index])
+        return FloatStart(self.scale[rows], self.starts[index].global_scale)
 
 
 def ggml_values(
@@ -279,9 +278,7 @@ class GgmlGrid(TunableGrid):
 
     def delta_of(self, blocks: Tensor, codes: Tensor, *arguments: Any) -> Tensor:
         _, inverse, minimum, low, high = arguments
-        ratio, wanted = (blocks.float() - minimum) * inverse, codes.float() - self.kind.zero
-        delta = torch.maximum(torch.minimum(ratio, wanted + EDGE), wanted - EDGE) - ratio
-        return torch.where(ratio.round().clamp(low, high) == wanted, 0.0, delta)
+        return _delta_to(codes.float() - self.kind.zero, (blocks.float() - minimum) * inverse, low, high)
 
     def layer(self, index: int, rows: slice) -> GgmlBlocks:
         return self.stored.map(lambda t: t[rows])

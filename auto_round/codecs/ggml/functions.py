@@ -21,35 +21,22 @@ _TYPES: dict[str, dict[int, str]] = {
 }
 
 
-def _ggml_type(name: str, bits: int, group_size: GroupSize) -> GgmlType:
-    """The type of that many bits. Raises ConfigError when there is none, or its groups have another size."""
-    if bits not in _TYPES[name]:
-        known = ", ".join(str(number) for number in _TYPES[name])
-        raise ConfigError(f"data type {name!r} has no type of {bits} bits; give bits={known}")
-    kind = GGML_TYPES[_TYPES[name][bits]]
-    if group_size != kind.group:
-        raise ConfigError(
-            f"{kind.name} has groups of {kind.group} weights, not {group_size}; give group_size={kind.group}"
-        )
-    return kind
+def _scaled(d: torch.Tensor, factor: Factor, integers: torch.Tensor | None, kind: GgmlType) -> torch.Tensor:
+    """[out, groups, 1]: d or dmin times a factor, as float16 (straight-through gradient), times the groups' integers.
 
-
-def _per_block(factor: Factor, d: torch.Tensor, kind: GgmlType) -> Factor:
-    """Factors of groups as one per super-block, their mean, because a super-block stores one d and dmin."""
-    if not isinstance(factor, torch.Tensor) or factor.numel() == 1:
-        return factor
-    per_row = factor.float().reshape(d.shape[0], -1)
-    missing = d.shape[1] * (kind.block // kind.group) - per_row.shape[1]
-    return torch.nn.functional.pad(per_row, (0, missing), value=1.0).view(*d.shape, -1).mean(-1)
-
-
-def _stored_scale(factors: torch.Tensor, integers: torch.Tensor | None, kind: GgmlType) -> torch.Tensor:
-    """[out, groups]: d or dmin rounded to float16 (straight-through gradient) times the groups' integers."""
-    half = factors.clamp(-FP16_MAX, FP16_MAX).half().float()
-    rounded = factors + (half - factors).detach()
-    if integers is None:
-        return rounded
-    return rounded.repeat_interleave(kind.block // kind.group, dim=1) * integers.float()
+    Factors of groups become one per super-block, their mean, because that stores one d and dmin.
+    """
+    per = kind.block // kind.group
+    if isinstance(factor, torch.Tensor) and factor.numel() > 1:
+        rows = factor.float().reshape(d.shape[0], -1)
+        rows = torch.nn.functional.pad(rows, (0, d.shape[1] * per - rows.shape[1]), value=1.0)
+        factor = rows.view(*d.shape, -1).mean(-1)
+    wanted = d.float() * factor
+    half = wanted.clamp(-FP16_MAX, FP16_MAX).half().float()
+    stored = wanted + (half - wanted).detach()
+    if integers is not None:
+        stored = stored.repeat_interleave(per, dim=1) * integers.float()
+    return stored.unsqueeze(-1)
 
 
 def _quant_function(name: str) -> QuantFunc:
@@ -64,8 +51,7 @@ def _quant_function(name: str) -> QuantFunc:
             bits, group_size: of the type: Q2_K, Q4_K and Q5_K (`int_asym_dq`), Q3_K and Q6_K (`int_sym_dq`), Q4_1 and
                 Q5_1 (`int_asym_float_zp`).
             v: added to `tensor` before rounding, in its units; same shape, or a number.
-            min_scale, max_scale: factors on the minima and on the steps; a number or one value a group. Groups of a
-                super-block get their mean, as only d and dmin change.
+            min_scale, max_scale: factors on the minima and on the steps; a number or one value a group.
             imatrix: [in], the second moment of each input channel, or None.
 
         Returns:
@@ -75,21 +61,25 @@ def _quant_function(name: str) -> QuantFunc:
         Raises:
             ConfigError: no type with these bits and group size.
         """
-        kind = _ggml_type(name, bits, group_size)
+        if bits not in _TYPES[name]:
+            known = ", ".join(str(number) for number in _TYPES[name])
+            raise ConfigError(f"data type {name!r} has no type of {bits} bits; give bits={known}")
+        kind = GGML_TYPES[_TYPES[name][bits]]
+        if group_size != kind.group:
+            raise ConfigError(
+                f"{kind.name} has groups of {kind.group} weights, not {group_size}; give group_size={kind.group}"
+            )
         columns = int(tensor.shape[-1])
         flat = tensor.reshape(-1, columns)
-        missing = -columns % kind.block
-        pad = lambda t: torch.nn.functional.pad(t, (0, missing))  # noqa: E731
+        pad = lambda t: torch.nn.functional.pad(t, (0, -columns % kind.block))  # noqa: E731
         importance = torch.ones(columns, device=flat.device) if imatrix is None else imatrix.reshape(-1)
         blocks = search_blocks(pad(clamp_to_float16(flat.detach())), kind.name, pad(importance))
         groups = (flat.shape[0], -1, kind.group)
         weight = pad(flat.float()).view(groups)
-        d = blocks.d.float() * _per_block(max_scale, blocks.d, kind)
-        step = _stored_scale(d, blocks.scales, kind).unsqueeze(-1)
-        minimum: torch.Tensor | float = 0.0
+        step = _scaled(blocks.d, max_scale, blocks.scales, kind)
+        minimum: Factor = 0.0
         if blocks.dmin is not None:
-            dmin = blocks.dmin.float() * _per_block(min_scale, blocks.dmin, kind)
-            minimum = (_stored_scale(dmin, blocks.mins, kind) * kind.min_sign).unsqueeze(-1)
+            minimum = _scaled(blocks.dmin, min_scale, blocks.mins, kind) * kind.min_sign
         shifted = weight - minimum
         if isinstance(v, torch.Tensor):
             shifted = shifted + pad(v.float().reshape(flat.shape)).view(groups)

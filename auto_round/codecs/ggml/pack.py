@@ -27,8 +27,7 @@ from __future__ import annotations
 
 import torch
 
-from auto_round.codecs.ggml.columns import block_slices
-from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, block_slices
 
 
 def join_scales(kind: GgmlType, scales: torch.Tensor, mins: torch.Tensor | None) -> torch.Tensor:
@@ -100,7 +99,7 @@ def pack_blocks(blocks: GgmlBlocks) -> torch.Tensor:
         groups = kind.block // kind.group
         mins = None if blocks.mins is None else blocks.mins.reshape(-1, groups)
         per_block["scales"] = join_scales(kind, blocks.scales.reshape(-1, groups), mins)
-    for where in block_slices(codes.shape[0], kind.block, codes.device, times=4):
+    for where in block_slices(slice(0, codes.shape[0]), kind.block, codes.device, times=4):
         some, start = codes[where], 0
         for field, size in LAYOUTS[kind.name]:
             source = per_block[field][where] if field in per_block else _join(field, some, kind)
@@ -128,7 +127,7 @@ def unpack_blocks(data: torch.Tensor, kind: GgmlType | str, columns: int) -> Ggm
         if field in ("d", "dmin", "scales"):
             per_block[field] = _copy(rows[:, start : start + size])
         start += size
-    for where in block_slices(rows.shape[0], kind.block, data.device, times=4):
+    for where in block_slices(slice(0, rows.shape[0]), kind.block, data.device, times=4):
         start, found = 0, {}
         for field, size in LAYOUTS[kind.name]:
             if field not in per_block:

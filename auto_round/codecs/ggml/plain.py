@@ -1,7 +1,8 @@
 """Quantize to ggml types without importance, byte for byte as llama.cpp does without an imatrix.
 
-The rules are `quantize_row_q4_0_ref` to `quantize_row_q6_K_ref` of ggml-quants.c, operation by operation, even where
-they are not optimal (a `Q4_0` block whose d is zero in float16 keeps its codes); `search.py` gives smaller errors.
+The rules are `quantize_row_q4_0_ref` to `quantize_row_q6_K_ref` of ggml-quants.c, operation by operation in float32
+(order of sums, quotients, ties), even where they are not optimal (a `Q4_0` block whose d is zero in float16 keeps its
+codes); `search.py` gives smaller errors.
 
 K types fit a step (and minimum) to each group of 16 or 32, then integers to these:
 
@@ -11,34 +12,78 @@ K types fit a step (and minimum) to each group of 16 or 32, then integers to the
 | Q4_K, Q5_K | that, and the root mean square of the group | 14 to 16, 30.5 to 32 | square |
 | Q6_K | the weight's square | 31.1 to 32.9 | square |
 | Q3_K | the weight's square | none: coordinate descent over the codes | square |
+
+They work on columns, float32 [group, columns] with one column per group, so that PyTorch vectorizes sums and extremes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
-from auto_round.codecs.ggml.columns import (
-    GgmlBlockWriter,
-    OrderedSum,
-    block_row_chunks,
-    blocks_to_columns,
-    columns_to_blocks,
-    even_parts,
-    exact_quotient,
-    group_columns,
-    nearest_codes,
-    signed_absmax,
-    total,
-)
-from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, block_slices
+from auto_round.errors import NumericsError
 from auto_round.threads import parallel_map
 
 MIN_MAGNITUDE = 1e-15  # a group whose largest magnitude is below it has no step
 _ROUNDS = 5  # of coordinate descent, at most
 _DESCENT_COLUMNS = 1 << 14  # columns per thread of coordinate descent: a few rows stay in the innermost caches
 _TINY = torch.finfo(torch.float32).tiny
+# Columns are padded to a multiple of four vectors of 16 lanes, the widest: PyTorch sums four vectors side by side in
+# row order, and left-over columns in another order.
+_COLUMNS = 64
+_ROWS_IN_ORDER = 16
+
+
+class OrderedSum:
+    """A buffer [16 or 32, columns] whose columns are summed from the first row to the last, as ggml's loops do:
+    PyTorch's sum over the first dimension adds only 16 rows in order."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.values = torch.empty_like(like)
+        self._first = self.values[:_ROWS_IN_ORDER]
+        starts = range(_ROWS_IN_ORDER, like.shape[0], _ROWS_IN_ORDER)
+        self._rest = [(self.values[s - 1], self.values[s - 1 : s + _ROWS_IN_ORDER]) for s in starts]
+
+    def total(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[columns]: the sums. Overwrites 32 rows of terms."""
+        out = torch.sum(self._first, 0) if out is None else torch.sum(self._first, 0, out=out)
+        for spare, rows in self._rest:
+            spare.copy_(out)
+            torch.sum(rows, 0, out=out)
+        return out
+
+
+def total(terms: torch.Tensor) -> torch.Tensor:
+    """[columns]: the sum of each column of `terms`, in the order of `OrderedSum`."""
+    buffer = OrderedSum(terms)
+    buffer.values.copy_(terms)
+    return buffer.total()
+
+
+def signed_absmax(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """The value of the largest magnitude along `dim` of a matrix: the first on a tie, never -0, NaN where one is
+    NaN."""
+    high, low = values.amax(dim), values.amin(dim)
+    found = torch.where(high >= -low, high, low).add_(0.0)
+    tied = ((high == -low) & (high > 0)).nonzero().squeeze(1)
+    if tied.numel():
+        some = values.index_select(1 - dim, tied)
+        first = (some.abs() == high[tied].unsqueeze(dim)).to(torch.uint8).argmax(dim, keepdim=True)
+        found[tied] = some.gather(dim, first).squeeze(dim)
+    return found
+
+
+def exact_quotient(numerator: float | torch.Tensor, divisor: float | torch.Tensor) -> torch.Tensor:
+    """The correctly rounded quotient on every device: with a Python number, PyTorch multiplies by a reciprocal on
+    some."""
+    like = numerator if isinstance(numerator, torch.Tensor) else divisor
+    assert isinstance(like, torch.Tensor)
+    sides = [x if isinstance(x, torch.Tensor) else like.new_full((), x) for x in (numerator, divisor)]
+    return sides[0] / sides[1]
 
 
 class Fit(NamedTuple):
@@ -63,8 +108,7 @@ def fit_with_minimum(
     the pair with the smallest error is kept. Candidates start at the best minimum so far.
 
     Args:
-        x: weights, float32 [group, columns].
-        weight: of each error, float32, same shape, not negative.
+        x, weight: weights and weights of their errors, float32 [group, columns].
         top: the largest code.
         ranges: float32 [n] on the CPU (`candidates`).
         absolute: errors are magnitudes, not squares.
@@ -125,8 +169,7 @@ def fit_symmetric(x: torch.Tensor, weight: torch.Tensor, zero: int, ranges: torc
     with the largest reduction of the error is kept.
 
     Args:
-        x: weights, float32 [group, columns].
-        weight: of each error, float32, same shape.
+        x, weight: weights and weights of their errors, float32 [group, columns].
         zero: codes are -zero .. zero - 1.
         ranges: float32 [n] on the CPU; the first is the starting point.
     """
@@ -163,31 +206,29 @@ def descend_symmetric(x: torch.Tensor, weight: torch.Tensor, zero: int) -> Fit:
     codes = x.mul(exact_quotient(-float(zero), extreme).masked_fill_(none, 0.0)).round_().clamp_(-zero, zero - 1)
     pull = weight * x
     sums = torch.stack((total(pull * codes), total((weight * codes).mul_(codes))))
-    _descend(x, weight, pull, codes, sums, zero, _ROUNDS)
+    _descend((x, weight, pull, codes, sums), zero, _ROUNDS)
     step = torch.where(sums[1] == 0, torch.zeros_like(extreme), sums[0] / sums[1])
     return Fit(step.masked_fill_(none, 0.0), codes.add_(zero).mul_((~none).float()))
 
 
-def _descend(
-    x: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, codes: torch.Tensor, sums: torch.Tensor, zero: int,
-    rounds: int,
-) -> None:  # fmt: skip
-    """Update `codes` [group, columns] and `sums` [2, columns] of pull * codes and weight * codes**2."""
-    every = (x, weight, pull, codes, sums)
+def _descend(state: Sequence[torch.Tensor], zero: int, rounds: int) -> None:
+    """Update the codes and sums of (x, weight, pull, codes, sums): the sums [2, columns] are those of pull * codes and
+    weight * codes**2."""
+    x = state[0]
     width = _DESCENT_COLUMNS * torch.get_num_threads() if x.device.type == "cpu" else x.shape[1]
-    parts = [[t[:, i : i + width] for t in every] for i in range(0, x.shape[1], width)]
-    moved = torch.cat([_descend_once(p[0], p[1], p[2], p[3], p[4], zero) for p in parts])
+    parts = [[t[:, i : i + width] for t in state] for i in range(0, x.shape[1], width)]
+    moved = torch.cat([_descend_once(zero, *part) for part in parts])
     # Columns without a change in a whole round have converged; about a fifth remain, then a twentieth.
     active = moved.nonzero().squeeze(1)
     if rounds > 1 and active.numel():
-        some = [t.index_select(1, active) for t in every]
-        _descend(some[0], some[1], some[2], some[3], some[4], zero, rounds - 1)
-        codes.index_copy_(1, active, some[3])
-        sums.index_copy_(1, active, some[4])
+        some = [t.index_select(1, active) for t in state]
+        _descend(some, zero, rounds - 1)
+        for whole, part in zip(state[3:], some[3:], strict=True):
+            whole.index_copy_(1, active, part)
 
 
 def _descend_once(
-    x: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, codes: torch.Tensor, sums: torch.Tensor, zero: int
+    zero: int, x: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, codes: torch.Tensor, sums: torch.Tensor
 ) -> torch.Tensor:
     """One round of `_descend`; returns float32 [columns], 1 where a code changed.
 
@@ -223,26 +264,64 @@ _RANGES = {
 }  # fmt: skip
 
 
-def put_plain_k(store: GgmlBlockWriter, where: slice, chunk: torch.Tensor, kind: GgmlType) -> None:
-    """Store blocks float32 [some, 256] of a K type."""
-    columns = group_columns(chunk, kind.group)
-    (_put_k_with_minimum if kind.has_min else _put_k_symmetric)(store, where, columns, kind)
+Numbers = dict[str, torch.Tensor]  # fields of GgmlBlocks for some blocks: d and dmin [some], scales and mins by group
 
 
-def _put_k_with_minimum(store: GgmlBlockWriter, where: slice, x: torch.Tensor, kind: GgmlType) -> None:
+def _plain_k(x: torch.Tensor, kind: GgmlType, codes: torch.Tensor) -> Numbers:
+    """Blocks float32 [some, 256] of a K type."""
+    groups, some = x.reshape(-1, kind.group), x.shape[0]
+    groups = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[0] % _COLUMNS))
+    columns = groups.t().contiguous()
+    found, numbers = (_k_with_minimum if kind.has_min else _k_symmetric)(columns, some, kind)
+    target = codes.view(-1, kind.group)
+    target.view(torch.int8).copy_(found.t()[: target.shape[0]].contiguous())
+    return numbers
+
+
+def _k_with_minimum(x: torch.Tensor, some: int, kind: GgmlType) -> tuple[torch.Tensor, Numbers]:
     weight, top = x.abs(), kind.codes - 1
     if kind.bits > 2:
         # PyTorch's float32 square root may be off by one bit; rounded from float64 it is not.
         weight.add_(exact_quotient(total(x * x), float(kind.group)).double().sqrt_().float())
     fit = fit_with_minimum(x, weight, top, _RANGES[kind.name], absolute=kind.bits == 2)
     assert fit.minimum is not None
-    some, largest = where.stop - where.start, (1 << kind.scale_bits) - 1
-    d, scales = _as_integers(columns_to_blocks(fit.step, some, kind), largest)
-    dmin, mins = _as_integers(columns_to_blocks(fit.minimum, some, kind), largest)
-    step = blocks_to_columns(d.float().unsqueeze(1) * scales)
-    codes = nearest_codes(x, step, kind, blocks_to_columns(dmin.float().unsqueeze(1) * mins))
-    store.put_columns(where, torch.where(step == 0, fit.codes, codes))
-    store.put_numbers(where, d, scales, dmin, mins)
+    largest = (1 << kind.scale_bits) - 1
+    d, scales = _as_integers(_by_block(fit.step, some, kind), largest)
+    dmin, mins = _as_integers(_by_block(fit.minimum, some, kind), largest)
+    step, minimum = _by_column(d, scales), _by_column(dmin, mins)
+    nearest = (x + minimum).div_(step).round_().clamp_(0, top)
+    return torch.where(step == 0, fit.codes, nearest), {"d": d, "scales": scales, "dmin": dmin, "mins": mins}
+
+
+def _k_symmetric(x: torch.Tensor, some: int, kind: GgmlType) -> tuple[torch.Tensor, Numbers]:
+    zero, end = kind.zero, 1 << (kind.scale_bits - 1)
+    if kind.bits == 3:
+        fit = descend_symmetric(x, x * x, zero)
+    else:
+        fit = fit_symmetric(x, x * x, zero, _RANGES[kind.name])
+    steps = _by_block(fit.step, some, kind)
+    extreme = signed_absmax(steps, 1)
+    inverse = exact_quotient(-float(end), extreme)
+    # An empty block is zero bytes, which are -32 for Q3_K's integers.
+    empty = extreme == 0 if kind.bits == 3 else extreme.abs() < MIN_MAGNITUDE
+    scales = (steps * inverse.unsqueeze(1)).round_().clamp_(-end, end - 1)
+    scales.masked_fill_(empty.unsqueeze(1), -end if kind.bits == 3 else 0)
+    d = exact_quotient(1.0, inverse).masked_fill_(empty, 0.0).half()
+    step = _by_column(d, scales)
+    nearest = (x / step).round_().clamp_(-zero, kind.codes - 1 - zero).add_(zero)
+    return torch.where(step == 0, fit.codes, nearest), {"d": d, "scales": scales}
+
+
+def _by_block(columns: torch.Tensor, some: int, kind: GgmlType) -> torch.Tensor:
+    """[columns], one value per group, as [some, groups of a block], without the padding."""
+    groups = kind.block // kind.group
+    return columns[: some * groups].view(some, groups)
+
+
+def _by_column(scale: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
+    """[columns]: scale float16 [some] times integers [some, groups], zero-padded."""
+    flat = (scale.float().unsqueeze(1) * integers).reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % _COLUMNS))
 
 
 def _as_integers(values: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,27 +334,37 @@ def _as_integers(values: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Te
     return exact_quotient(largest, float(top)).half(), integers
 
 
-def _put_k_symmetric(store: GgmlBlockWriter, where: slice, x: torch.Tensor, kind: GgmlType) -> None:
-    some, end = where.stop - where.start, 1 << (kind.scale_bits - 1)
-    if kind.bits == 3:
-        fit = descend_symmetric(x, x * x, kind.zero)
-    else:
-        fit = fit_symmetric(x, x * x, kind.zero, _RANGES[kind.name])
-    steps = columns_to_blocks(fit.step, some, kind)
-    extreme = signed_absmax(steps, 1)
-    inverse = exact_quotient(-float(end), extreme)
-    # An empty block is zero bytes, which are -32 for Q3_K's integers.
-    empty = extreme == 0 if kind.bits == 3 else extreme.abs() < MIN_MAGNITUDE
-    scales = (steps * inverse.unsqueeze(1)).round_().clamp_(-end, end - 1)
-    scales.masked_fill_(empty.unsqueeze(1), -end if kind.bits == 3 else 0)
-    d = exact_quotient(1.0, inverse).masked_fill_(empty, 0.0).half()
-    step = blocks_to_columns(d.float().unsqueeze(1) * scales)
-    store.put_columns(where, torch.where(step == 0, fit.codes, nearest_codes(x, step, kind)))
-    store.put_numbers(where, d, scales)
-
-
 # The largest float32 below one half: adding one half itself to a fraction just below it may round up.
 _BELOW_HALF = 0.49999997
+
+
+def _inverse(step: torch.Tensor) -> torch.Tensor:
+    """1 / step, or zero where it is zero."""
+    return exact_quotient(1.0, step).masked_fill_(step == 0, 0.0).unsqueeze(1)
+
+
+def _plain_symmetric(x: torch.Tensor, kind: GgmlType, codes: torch.Tensor) -> Numbers:
+    """The value of the largest magnitude gets the first code, which is one step further from zero than the last. In
+    `Q8_0` both ends are 127 steps from zero, and ties round away from zero."""
+    if kind.bits == 8:
+        step = exact_quotient(torch.maximum(x.amax(1), -x.amin(1)).add_(0.0), 127.0)  # no -0
+        x.mul_(_inverse(step))
+        codes.view(torch.int8).copy_(x.add_(x.new_full((), _BELOW_HALF).copysign(x)))
+        codes.bitwise_xor_(0x80)
+    else:
+        step = exact_quotient(signed_absmax(x, 1), -float(kind.zero))
+        codes.view(torch.int8).copy_(x.mul_(_inverse(step)).add_(kind.zero + 0.5))
+        codes.clamp_(max=kind.codes - 1)
+    return {"d": step}
+
+
+def _plain_with_minimum(x: torch.Tensor, kind: GgmlType, codes: torch.Tensor) -> Numbers:
+    """Codes from the block's minimum to its maximum."""
+    low = x.amin(1).add_(0.0)  # no -0
+    step = exact_quotient(x.amax(1) - low, float(kind.codes - 1))
+    codes.view(torch.int8).copy_(x.sub_(low.unsqueeze(1)).mul_(_inverse(step)).add_(0.5))
+    codes.clamp_(max=kind.codes - 1)
+    return {"d": step, "dmin": low}
 
 
 def plain_blocks(weight: torch.Tensor, name: str) -> GgmlBlocks:
@@ -291,40 +380,27 @@ def plain_blocks(weight: torch.Tensor, name: str) -> GgmlBlocks:
     kind = GGML_TYPES[name]
     out, columns = weight.shape
     assert columns % kind.block == 0
-    store = GgmlBlockWriter((out, columns), kind, weight.device)
-    put = put_plain_k if kind.is_k else _put_with_minimum if kind.has_min else _put_symmetric
+    blocks = GgmlBlocks.empty(kind, out, columns, weight.device)
+    targets = {field: t.view(-1, t.shape[1] * kind.block // columns) for field, t in blocks.tensors().items()}
+    encode = _plain_k if kind.is_k else _plain_with_minimum if kind.has_min else _plain_symmetric
     flat = weight.detach().reshape(-1, kind.block)
 
-    def put_all(part: slice) -> None:
+    def encode_part(part: slice) -> None:
+        buffer = None
         # Q3_K's descent has many small steps, most of them on few groups.
-        for where, chunk in block_row_chunks(flat, part, times=2 if name == "Q3_K" else 1):
-            put(store, where, chunk, kind)
+        for where in block_slices(part, kind.block, flat.device, times=2 if name == "Q3_K" else 1):
+            some = flat[where]
+            buffer = torch.empty_like(some, dtype=torch.float32) if buffer is None else buffer
+            numbers = encode(buffer[: some.shape[0]].copy_(some), kind, targets["codes"][where])
+            for field, values in numbers.items():
+                targets[field][where] = values.view(some.shape[0], -1).to(targets[field].dtype)
 
-    parallel_map(put_all, even_parts(flat.shape[0], torch.get_num_threads()), weight.device)
-    return store.blocks()
-
-
-def _inverse(step: torch.Tensor) -> torch.Tensor:
-    """1 / step, or zero where it is zero."""
-    return exact_quotient(1.0, step).masked_fill_(step == 0, 0.0).unsqueeze(1)
-
-
-def _put_symmetric(store: GgmlBlockWriter, where: slice, chunk: torch.Tensor, kind: GgmlType) -> None:
-    """The value of the largest magnitude gets the first code, which is one step further from zero than the last. In
-    `Q8_0` both ends are 127 steps from zero, and ties round away from zero."""
-    if kind.bits == 8:
-        step = exact_quotient(torch.maximum(chunk.amax(1), -chunk.amin(1)).add_(0.0), 127.0)  # no -0
-        chunk.mul_(_inverse(step))
-        store.put_signed_rows(where, chunk.add_(chunk.new_full((), _BELOW_HALF).copysign(chunk)))
-    else:
-        step = exact_quotient(signed_absmax(chunk, 1), -float(kind.zero))
-        store.put_rows(where, chunk.mul_(_inverse(step)).add_(kind.zero + 0.5))
-    store.put_numbers(where, step)
-
-
-def _put_with_minimum(store: GgmlBlockWriter, where: slice, chunk: torch.Tensor, kind: GgmlType) -> None:
-    """Codes from the block's minimum to its maximum."""
-    low = chunk.amin(1).add_(0.0)  # no -0
-    step = exact_quotient(chunk.amax(1) - low, float(kind.codes - 1))
-    store.put_rows(where, chunk.sub_(low.unsqueeze(1)).mul_(_inverse(step)).add_(0.5))
-    store.put_numbers(where, step, dmin=low)
+    cuts = [flat.shape[0] * index // torch.get_num_threads() for index in range(torch.get_num_threads() + 1)]
+    parallel_map(encode_part, [slice(*ends) for ends in pairwise(cuts) if ends[1] > ends[0]], weight.device)
+    for half in (blocks.d, blocks.dmin):
+        if half is None or bool(half.isfinite().all()):
+            continue
+        if bool(half.isnan().any()):
+            raise NumericsError(f"the weights hold NaN or Inf, which {name} cannot store")
+        raise NumericsError(f"the weights are too large for {name}: a block's scale exceeds float16's 65504")
+    return blocks

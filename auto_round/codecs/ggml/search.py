@@ -3,7 +3,9 @@
 It minimizes `sum h (w - W)^2` over all weights, where W is the dequantized weight and h the second moment of the
 weight's input channel, in three parts:
 
-1. the best step and minimum of each group, as real numbers (`search_fit.py`);
+1. the best step and minimum of each group, as real numbers. For fixed codes q the error of `s q + m` is quadratic in s
+   and m, and the least-squares pair reduces it by `s sum(h q x) + m sum(h x)`: a candidate only proposes codes, and is
+   evaluated at its own best pair;
 2. the super-block scales d and dmin, and with them the integers;
 3. perturbations of the integers, kept where the *stored* values give a smaller error with new codes; then a refit of d
    and dmin, and the perturbations once more. This part gains most, because integers of 4 or 6 bits are coarse.
@@ -14,38 +16,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
-from auto_round.codecs.ggml.search_fit import (
-    SearchChunk,
-    choose_super_scale,
-    fit_steps,
-    fit_steps_and_minima,
-    over_groups,
-    refit_super_scales,
-    scale_limits,
-    to_half,
-)
-from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, code_limits, inverse_of, round_codes
 from auto_round.threads import parallel_map
 
 Pair = tuple[float, float]
+_TINY = 1e-30
 
 
-@dataclass(frozen=True)
-class SearchConfig:
-    """Candidates of one type.
+class SearchConfig(NamedTuple):
+    """Candidates of one type."""
 
-    Attributes:
-        starts: initial ranges of a group: (width, start) as fractions of its range; without minimum (width, sign of the
-            step).
-        refits: rounds of least squares after the best of them.
-        perturbations: for each round, arguments of `StoredParams.perturbed`; without minimum the second is unused.
-    """
-
+    # Initial ranges of a group: (width, start) as fractions of its range; without minimum (width, sign of the step).
     starts: tuple[Pair, ...]
-    refits: int
+    refits: int  # rounds of least squares after the best of them
+    # For each round, arguments of `StoredParams.perturbed`; without minimum the second is unused.
     perturbations: tuple[tuple[Pair, ...], ...]
 
 
@@ -113,20 +101,178 @@ SEARCH_CONFIGS: Mapping[str, SearchConfig] = MappingProxyType({
     ),
 })  # fmt: skip
 
-# For GPTQ, whose gain makes that of the rest irrelevant.
-QUICK_SEARCH_CONFIGS: Mapping[str, SearchConfig] = MappingProxyType(
-    {name: SearchConfig(config.starts[:4], 1, ()) for name, config in SEARCH_CONFIGS.items()}
-)
+
+def pairwise_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the first dimension, whose size is a power of two; `values` is overwritten, and the result a view.
+
+    By halves, because the order of `torch.sum` depends on strides and the number of threads, and a search that compares
+    sums would not be reproducible.
+    """
+    while values.shape[0] > 1:
+        half = values.shape[0] // 2
+        values = torch.add(values[:half], values[half:], out=values[:half])
+    return values[0]
+
+
+def over_groups(values: torch.Tensor) -> torch.Tensor:
+    """[g, B] summed to [1, B]; `values` is overwritten."""
+    return pairwise_sum(values).unsqueeze(0)
+
+
+def to_half(value: torch.Tensor) -> torch.Tensor:
+    """float32 values rounded to float16; Inf where they exceed it, which is refused when the layer is stored."""
+    return value.half().float()
+
+
+def scale_limits(kind: GgmlType) -> tuple[int, int]:
+    """Smallest and largest integer of a group's scale (and minimum)."""
+    half = 1 << (kind.scale_bits - 1)
+    return (-half, half - 1) if kind.signed_scales else (0, 2 * half - 1)
+
+
+class Sums(NamedTuple):
+    """Sums over each group of its codes q, [g, B] each: h q, h q^2, h q x."""
+
+    q: torch.Tensor
+    qq: torch.Tensor
+    qx: torch.Tensor
+
+
+class SearchChunk:
+    """Blocks in columns, so that sums over a group are vectorized sums of long rows.
+
+    Args:
+        x: weights, float32 [n, g, B]: n weights in a group, g groups in a block, B blocks.
+        h: importance, like `x`, or [n, g, 1] for all blocks.
+        kind: the type. Codes are `low` to `high` here, minus their zero.
+    """
+
+    def __init__(self, x: torch.Tensor, h: torch.Tensor, kind: GgmlType) -> None:
+        self.x, self.h, self.kind = x, h, kind
+        self.low, self.high = code_limits(kind)
+        self.hx = h * x
+        self._t, self._q = torch.empty_like(x), torch.empty_like(x)
+        self.sum_h, self.sum_hx = (pairwise_sum(self._t.copy_(part)).clone() for part in (h.expand_as(x), self.hx))
+        self.sum_hxx = pairwise_sum(torch.mul(self.hx, x, out=self._t)).clone()
+
+    def _round(self, step: torch.Tensor, minimum: torch.Tensor | None) -> torch.Tensor:
+        """Write weights in units of steps to `_t` and their codes to `_q`; returns the latter."""
+        inverse = inverse_of(step)
+        if minimum is None:
+            torch.mul(self.x, inverse, out=self._t)
+        else:
+            torch.sub(self.x, minimum, out=self._t).mul_(inverse)
+        return torch.round(self._t, out=self._q).clamp_(self.low, self.high)
+
+    def error(self, step: torch.Tensor, minimum: torch.Tensor | None = None) -> torch.Tensor:
+        """[g, B]: sum over the group of h (step q + minimum - x)^2 at the nearest codes, for steps of any sign or
+        zero."""
+        wrong = self._round(step, minimum).sub_(self._t)
+        found = pairwise_sum(torch.mul(wrong, wrong, out=self._t).mul_(self.h)) * step * step
+        flat = self.sum_hxx
+        if minimum is not None:
+            flat = flat + minimum * (minimum * self.sum_h - 2 * self.sum_hx)
+        return torch.where(step == 0, flat, found)
+
+    def sums(self, step: torch.Tensor, minimum: torch.Tensor | None = None) -> Sums:
+        """Sums of the nearest codes."""
+        q = self._round(step, minimum)
+        qx = pairwise_sum(torch.mul(q, self.hx, out=self._t)).clone()
+        weighted = torch.mul(q, self.h, out=self._t)
+        qq = pairwise_sum(q.mul_(weighted)).clone()
+        return Sums(pairwise_sum(weighted).clone(), qq, qx)
+
+
+def fit_steps(chunk: SearchChunk, config: SearchConfig) -> torch.Tensor:
+    """Steps without minimum, [g, B]; zero where all weights are.
+
+    A start is (factor, sign) on the step that maps the weight of largest magnitude to the lowest code; the other sign
+    maps it to the highest one.
+    """
+    high, low = chunk.x.amax(0), chunk.x.amin(0)
+    base = torch.where(high > -low, high, low) / chunk.low
+    best, gain = base, torch.full_like(base, -1.0)
+    for index in range(len(config.starts) + config.refits):
+        trial = base * (config.starts[index][0] * config.starts[index][1]) if index < len(config.starts) else best
+        sums = chunk.sums(trial)
+        step = sums.qx / sums.qq.clamp(min=_TINY)
+        found = step * sums.qx
+        better = found > gain
+        best, gain = torch.where(better, step, best), torch.where(better, found, gain)
+    return best
+
+
+def fit_steps_and_minima(chunk: SearchChunk, config: SearchConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """(steps >= 0, minima), [g, B]. In K types no minimum is above zero."""
+    bottom, above_zero = chunk.x.amin(0), chunk.kind.min_sign > 0
+    if not above_zero:
+        bottom = bottom.clamp(max=0)
+    span = chunk.x.amax(0) - bottom
+    best, least, gain = span / chunk.high, bottom, torch.full_like(bottom, -1.0)
+    for index in range(len(config.starts) + config.refits):
+        trial = best, least
+        if index < len(config.starts):
+            width, start = config.starts[index]
+            trial = span * (width / chunk.high), bottom + span * start
+        sums = chunk.sums(*trial)
+        spread = chunk.sum_h * sums.qq - sums.q * sums.q
+        over = spread.clamp(min=_TINY).reciprocal_()
+        step = (chunk.sum_h * sums.qx - chunk.sum_hx * sums.q) * over
+        minimum = (sums.qq * chunk.sum_hx - sums.q * sums.qx) * over
+        if not above_zero:
+            high = minimum > 0
+            step = torch.where(high, sums.qx / sums.qq.clamp(min=_TINY), step)
+            minimum = minimum.masked_fill_(high, 0.0)
+        # Without a gain where the codes determine no positive step.
+        usable = (spread > 1e-5 * chunk.sum_h * sums.qq) & (step > 0)
+        found = torch.where(usable, step * sums.qx + minimum * chunk.sum_hx, -1.0)
+        better = found > gain
+        best, least = torch.where(better, step, best), torch.where(better, minimum, least)
+        gain = torch.where(better, found, gain)
+    return best, least
+
+
+_WIDTHS = (1.1, 1.05, 1.0, 0.97, 0.94, 0.9)  # candidates of d and dmin, as fractions of the integers' range
+
+
+def choose_super_scale(
+    values: torch.Tensor, weights: torch.Tensor, low: int, high: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The super-block scale d with the least `sum a (v - d k)^2` over the groups, among `_WIDTHS`.
+
+    Args:
+        values: v, [g, B]; not negative where `low` is 0.
+        weights: a, [g, B].
+        low, high: limits of the integers k.
+
+    Returns:
+        (d float32 [1, B], values of float16; k float32 [g, B]).
+    """
+    top, bottom = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
+    base = top / high if low == 0 else torch.where(top > -bottom, top, bottom) / low
+    # All candidates at once, [g, candidates, B], because single ones are small.
+    d = torch.stack([base * width for width in _WIDTHS], dim=1)
+    v, a = values.unsqueeze(1), weights.unsqueeze(1)
+    integers = lambda d: (v / torch.where(d == 0, 1 / _TINY, d)).round_().clamp_(low, high)  # noqa: E731
+    for _ in range(2):
+        whole = integers(d)
+        part = a * whole
+        d = over_groups(part * v) / over_groups(part.mul_(whole)).clamp(min=_TINY)
+    d = to_half(d)
+    whole = integers(d)
+    errors = over_groups((v - d * whole).square_().mul_(a))
+    least, found, chosen = errors[:, 0], d[:, 0], whole[:, 0]
+    for index in range(1, len(_WIDTHS)):
+        better = errors[:, index] < least
+        least = torch.where(better, errors[:, index], least)
+        found, chosen = torch.where(better, d[:, index], found), torch.where(better, whole[:, index], chosen)
+    return found, chosen
 
 
 @dataclass(frozen=True)
 class StoredParams:
-    """Super-block scales and integers of a chunk under search, as float32 that the stored types hold exactly.
-
-    Attributes:
-        d, dmin: [1, B]; dmin None without minima.
-        scales, mins: [g, B]; ones where the type has no sub-blocks.
-    """
+    """Super-block scales and integers of a chunk under search, as float32 that the stored types hold exactly: d and
+    dmin [1, B], scales and mins [g, B]; the latter are ones without sub-blocks, and the minima None without minima."""
 
     kind: GgmlType
     d: torch.Tensor
@@ -141,7 +287,7 @@ class StoredParams:
             return step, None
         return step, self.dmin * self.mins * self.kind.min_sign
 
-    def perturbed(self, perturbation: tuple[float, float]) -> StoredParams:
+    def perturbed(self, perturbation: Pair) -> StoredParams:
         """Neighbouring values: adds to the integers of scale and minimum. Without sub-blocks, as fractions of a step:
         widens the range around its middle, and shifts it."""
         kind = self.kind
@@ -151,11 +297,27 @@ class StoredParams:
             return replace(self, scales=(self.scales + perturbation[0]).clamp_(low, high), mins=mins)
         if self.dmin is None:
             return replace(self, d=to_half(self.d * (1 + perturbation[0] / kind.zero)))
-        return replace(
-            self,
-            d=to_half(self.d * (1 + perturbation[0] / (kind.codes - 1))),
-            dmin=to_half(self.dmin + self.d * (perturbation[1] - perturbation[0] / 2)),
-        )
+        dmin = to_half(self.dmin + self.d * (perturbation[1] - perturbation[0] / 2))
+        return replace(self, d=to_half(self.d * (1 + perturbation[0] / (kind.codes - 1))), dmin=dmin)
+
+    def refitted(self, chunk: SearchChunk) -> StoredParams:
+        """With the d and dmin of the least weighted error for these integers, rounded to float16."""
+        d, scales, dmin, mins = self.d, self.scales, self.dmin, self.mins
+        sums = chunk.sums(*self.step_and_minimum())
+        a, u = over_groups(scales * scales * sums.qq), over_groups(scales * sums.qx)
+        if dmin is None or mins is None:
+            return replace(self, d=to_half(torch.where(a > _TINY, u / a.clamp(min=_TINY), d)))
+        # The normal equations of sum h (d k q + e m - x)^2, with e = sign * dmin
+        sign, b = self.kind.min_sign, over_groups(scales * mins * sums.q)
+        c, v = over_groups(mins * mins * chunk.sum_h), over_groups(mins * chunk.sum_hx)
+        spread = a * c - b * b
+        inverse_determinant = spread.clamp(min=_TINY).reciprocal_()
+        new_d, new_dmin = (u * c - b * v) * inverse_determinant, (a * v - b * u) * inverse_determinant * sign
+        usable = (spread > 1e-5 * a * c) & (new_d > 0)
+        if sign < 0:
+            usable &= new_dmin >= 0
+        new_d, new_dmin = torch.where(usable, new_d, d), torch.where(usable, new_dmin, dmin)
+        return replace(self, d=to_half(new_d), dmin=to_half(new_dmin))
 
     def zeros(self) -> StoredParams:
         """Parameters that make all weights zero: the groups' integers, or without sub-blocks d and dmin, are zero."""
@@ -167,23 +329,21 @@ class StoredParams:
     def where(self, better: torch.Tensor, other: StoredParams) -> StoredParams:
         """`other` where `better` ([g, B], or [1, B] when d and dmin differ) is true, else this."""
         pick = lambda new, old: new if new is old else torch.where(better, new, old)  # noqa: E731
-        dmin = None if self.dmin is None or other.dmin is None else pick(other.dmin, self.dmin)
-        mins = None if self.mins is None or other.mins is None else pick(other.mins, self.mins)
-        return StoredParams(self.kind, pick(other.d, self.d), pick(other.scales, self.scales), dmin, mins)
+        d, scales = pick(other.d, self.d), pick(other.scales, self.scales)
+        return StoredParams(self.kind, d, scales, pick(other.dmin, self.dmin), pick(other.mins, self.mins))
 
     def store(self, blocks: GgmlBlocks, rows: slice, cols: slice) -> None:
         """Write the values to a slice of `blocks`; B enumerates the block columns, and in each the rows."""
-        pairs = ((self.d, blocks.d), (self.scales, blocks.scales), (self.dmin, blocks.dmin), (self.mins, blocks.mins))
         out, columns = blocks.codes.shape
-        for value, target in pairs:
-            if value is not None and target is not None:
+        for name in ("d", "scales", "dmin", "mins"):
+            value, target = getattr(self, name), getattr(blocks, name)
+            if target is not None:
                 part = target.view(out, columns // self.kind.block, -1)[rows, cols]
                 part.copy_(value.view(value.shape[0], part.shape[1], part.shape[0]).permute(2, 1, 0))
 
 
 _CHUNK = 3 << 17  # weights searched at once: the few buffers of one chunk stay in cache
 _GPU_CHUNK = 1 << 23
-_WIDTHS = (1.1, 1.05, 1.0, 0.97, 0.94, 0.9)  # candidates of d and dmin, as fractions of the integers' range
 
 
 @torch.no_grad()
@@ -196,14 +356,15 @@ def search_blocks(
         weight: [out, in], any float dtype; searched in float32. `in` must fill blocks.
         name: of the type, `Q4_K`.
         importance: [in], >= 0: the second moment of each input channel; None weighs all alike.
-        quick: a fifth of the time: fewer starts and no perturbations. Enough for GPTQ.
+        quick: a fifth of the time: fewer starts and no perturbations. Enough for GPTQ, whose gain is far larger.
         codes: False leaves the codes uninitialized.
 
     Returns:
         GgmlBlocks on the weight's device. For NaN or Inf weights d is not finite or the codes are arbitrary; callers
         check.
     """
-    kind, config = GGML_TYPES[name], (QUICK_SEARCH_CONFIGS if quick else SEARCH_CONFIGS)[name]
+    kind, config = GGML_TYPES[name], SEARCH_CONFIGS[name]
+    config = SearchConfig(config.starts[:4], 1, ()) if quick else config
     out, columns = weight.shape
     assert columns % kind.block == 0, f"{columns} columns do not fill blocks of {kind.block}"
     count, per = columns // kind.block, kind.block // kind.group
@@ -211,7 +372,6 @@ def search_blocks(
     grouped = weight.view(out, count, per, kind.group)
     weights = _normalized_importance(importance, columns, weight.device).view(count, per, kind.group)
     block_codes = blocks.codes.view(grouped.shape)
-    chunk_weights = _CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
 
     def search(chunk_slices: tuple[slice, slice]) -> None:
         rows, cols = chunk_slices
@@ -221,13 +381,14 @@ def search_blocks(
         h = weights[cols].permute(2, 1, 0).unsqueeze(-1)
         # The same for all rows; chunks of several block columns need it expanded.
         h = h.squeeze(-1) if shape[1] == 1 else h.expand(-1, -1, -1, shape[0]).reshape(x.shape)
-        chunk = SearchChunk(x, h, kind)
-        found = _search(chunk, config)
+        found = _search(SearchChunk(x, h, kind), config)
         if codes:
-            nearest = chunk.codes(*found.step_and_minimum()).view(kind.group, per, shape[1], shape[0])
-            block_codes[rows, cols] = nearest.permute(3, 2, 1, 0)
+            step, minimum = found.step_and_minimum()
+            nearest = round_codes(x, inverse_of(step), minimum, None, kind)
+            block_codes[rows, cols] = nearest.view(kind.group, per, shape[1], shape[0]).permute(3, 2, 1, 0)
         found.store(blocks, rows, cols)
 
+    chunk_weights = _CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
     parallel_map(search, list(_chunks(out, count, max(1, chunk_weights // kind.block))), weight.device)
     return blocks
 
@@ -255,8 +416,11 @@ def _search(chunk: SearchChunk, config: SearchConfig) -> StoredParams:
     found = _start(chunk, config)
     least = chunk.error(*found.step_and_minimum())
     for index, perturbations in enumerate(config.perturbations):
-        if index:
-            found, least = _refit(chunk, found, least)
+        if index:  # refit d and dmin to the integers and codes, where that reduces a block's error
+            trial = found.refitted(chunk)
+            error = chunk.error(*trial.step_and_minimum())
+            better = over_groups(error.clone()) < over_groups(least.clone())
+            found, least = found.where(better, trial), torch.where(better, error, least)
         origin = found
         for perturbation in perturbations:
             trial = origin.perturbed(perturbation)
@@ -267,29 +431,18 @@ def _search(chunk: SearchChunk, config: SearchConfig) -> StoredParams:
     return found.where(chunk.sum_hxx < least, found.zeros())
 
 
-def _refit(chunk: SearchChunk, found: StoredParams, least: torch.Tensor) -> tuple[StoredParams, torch.Tensor]:
-    """Refit d and dmin to the integers and codes, where that reduces a block's error."""
-    d, dmin = refit_super_scales(chunk, found.d, found.scales, found.dmin, found.mins)
-    trial = replace(found, d=d, dmin=dmin)
-    error = chunk.error(*trial.step_and_minimum())
-    better = over_groups(error.clone()) < over_groups(least.clone())
-    return found.where(better, trial), torch.where(better, error, least)
-
-
 def _start(chunk: SearchChunk, config: SearchConfig) -> StoredParams:
     """Stored parameters close to the groups' best steps and minima."""
-    kind = chunk.kind
-    minimum: torch.Tensor | None = None
+    kind, minimum = chunk.kind, None
     if kind.has_min:
-        step, minimum = fit_steps_and_minima(chunk, config.starts, config.refits, above_zero=kind.min_sign > 0)
+        step, minimum = fit_steps_and_minima(chunk, config)
     else:
-        step = fit_steps(chunk, config.starts, config.refits)
-    low, high = scale_limits(kind)
+        step = fit_steps(chunk, config)
     if not kind.is_k:
         one = torch.ones_like(step)
         return StoredParams(kind, to_half(step), one, None if minimum is None else to_half(minimum), one)
-    d, scales = choose_super_scale(step, chunk.sums(step, minimum).qq, low, high, _WIDTHS)
+    limits = scale_limits(kind)
+    d, scales = choose_super_scale(step, chunk.sums(step, minimum).qq, *limits)
     if minimum is None:
         return StoredParams(kind, d, scales, None, None)
-    dmin, mins = choose_super_scale(-minimum, chunk.sum_h, low, high, _WIDTHS)
-    return StoredParams(kind, d, scales, dmin, mins)
+    return StoredParams(kind, d, scales, *choose_super_scale(-minimum, chunk.sum_h, *limits))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -15,31 +15,18 @@ from auto_round.schemes import QuantizationScheme
 
 @dataclass(frozen=True)
 class GgmlType:
-    """One block type.
-
-    Attributes:
-        name: as ggml calls it, `Q4_K`.
-        bits: of a code.
-        block: weights in a block, which has one d (and one dmin).
-        group: weights that share a step: the block, or a sub-block with integers for its scale (and minimum).
-        zero: the code whose weight is zero before the minimum is added.
-        scale_bits: of those integers, 0 where a block has no sub-blocks.
-        signed_scales: the integers may be negative.
-        has_min: every group has a minimum too.
-        min_sign: factor on the stored minimum when it is added: -1 in the K types.
-        nbytes: bytes of a block.
-    """
+    """One block type, by ggml's name, such as `Q4_K`."""
 
     name: str
-    bits: int
-    block: int
-    group: int
-    zero: int
-    scale_bits: int
-    signed_scales: bool
-    has_min: bool
-    min_sign: int
-    nbytes: int
+    bits: int  # of a code
+    block: int  # weights in a block, which has one d (and one dmin)
+    group: int  # weights that share a step: the block, or a sub-block with integers for its scale (and minimum)
+    zero: int  # the code whose weight is zero before the minimum is added
+    scale_bits: int  # of those integers, 0 where a block has no sub-blocks
+    signed_scales: bool  # the integers may be negative
+    has_min: bool  # every group has a minimum too
+    min_sign: int  # factor on the stored minimum when it is added: -1 in the K types
+    nbytes: int  # of a block
 
     @property
     def codes(self) -> int:
@@ -74,26 +61,18 @@ _TYPE_ROWS = (
     ("Q5_K", 5, 256, 32, 0, 6, False, True, -1, 176),
     ("Q6_K", 6, 256, 16, 32, 8, True, False, 0, 210),
 )
-
 GGML_TYPES: Mapping[str, GgmlType] = MappingProxyType({row[0]: GgmlType(*row) for row in _TYPE_ROWS})
 
 
 def ggml_scheme(name: str) -> QuantizationScheme:
     """The scheme of one tensor of type `name`, such as `Q4_K`."""
     kind = GGML_TYPES[name]
-    if kind.is_k:
-        dtype, size = ("int_asym_dq" if kind.has_min else "int_sym_dq"), kind.block // kind.group
-        return QuantizationScheme(
-            kind.bits,
-            kind.group,
-            not kind.has_min,
-            dtype,
-            act_bits=16,
-            super_bits=kind.scale_bits,
-            super_group_size=size,
-        )
     dtype = "int_asym_float_zp" if kind.has_min else "int"
-    return QuantizationScheme(kind.bits, kind.group, not kind.has_min, dtype, act_bits=16)
+    scales: dict[str, int] = {}
+    if kind.is_k:
+        dtype = "int_asym_dq" if kind.has_min else "int_sym_dq"
+        scales = {"super_bits": kind.scale_bits, "super_group_size": kind.block // kind.group}
+    return QuantizationScheme(kind.bits, kind.group, not kind.has_min, dtype, act_bits=16, **scales)  # type: ignore[arg-type]
 
 
 _SCHEMES = tuple((ggml_scheme(name), kind) for name, kind in GGML_TYPES.items())
@@ -107,23 +86,14 @@ def ggml_type_of(scheme: QuantizationScheme) -> GgmlType | None:
 
 @dataclass(frozen=True, eq=False)
 class GgmlBlocks(Codes):
-    """A matrix in blocks, as stored.
-
-    Attributes:
-        kind: the type.
-        codes: uint8 [out, in], 0 .. 2**bits - 1.
-        d: float16 [out, in/block], the scale of the sub-blocks' scales (of the codes, without sub-blocks).
-        scales: int8 [out, in/group] for types with sub-blocks: 0 .. 2**scale_bits - 1, or signed; None otherwise.
-        dmin: float16 [out, in/block], the scale of the minima (the minimum itself, without sub-blocks), or None.
-        mins: uint8 [out, in/group], or None.
-    """
+    """A matrix in blocks, as stored."""
 
     kind: GgmlType
-    codes: torch.Tensor
-    d: torch.Tensor
-    scales: torch.Tensor | None = None
-    dmin: torch.Tensor | None = None
-    mins: torch.Tensor | None = None
+    codes: torch.Tensor  # uint8 [out, in], 0 .. 2**bits - 1
+    d: torch.Tensor  # float16 [out, in/block], the scale of the sub-blocks' scales (of the codes, without sub-blocks)
+    scales: torch.Tensor | None = None  # int8 [out, in/group] with sub-blocks: 0 .. 2**scale_bits - 1, or signed
+    dmin: torch.Tensor | None = None  # float16 [out, in/block], the scale of the minima (or the minimum itself)
+    mins: torch.Tensor | None = None  # uint8 [out, in/group]
 
     @classmethod
     def empty(cls, kind: GgmlType, out: int, columns: int, device: torch.device) -> GgmlBlocks:
@@ -138,38 +108,27 @@ class GgmlBlocks(Codes):
     def ggml(self) -> str:
         return self.kind.name
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
-
     def step(self) -> torch.Tensor:
         """float32 [out, in/group]: the distance between codes, rounded as readers compute it."""
-        d = self.d.float()
-        if self.scales is None:
-            return d
-        return _over_groups(d, self.kind) * self.scales.float()
+        return self._over_groups(self.d, self.scales)
 
     def minimum(self) -> torch.Tensor | None:
         """float32 [out, in/group], added to every weight of the group (negative in K types); None without."""
-        if self.dmin is None:
-            return None
-        dmin = self.dmin.float()
-        if self.mins is not None:
-            dmin = _over_groups(dmin, self.kind) * self.mins.float()
-        return dmin * self.kind.min_sign
+        return None if self.dmin is None else self._over_groups(self.dmin, self.mins) * self.kind.min_sign
+
+    def _over_groups(self, scale: torch.Tensor, integers: torch.Tensor | None) -> torch.Tensor:
+        if integers is None:
+            return scale.float()
+        return scale.float().repeat_interleave(self.kind.block // self.kind.group, dim=1) * integers.float()
 
     def dequantize(self) -> torch.Tensor:
         """float32 [out, in], bit for bit as ggml computes it: step * (code - zero), then the minimum."""
-        out, columns = self.codes.shape
-        values = self.codes.float().sub_(self.kind.zero).view(out, -1, self.kind.group)
+        values = self.codes.float().sub_(self.kind.zero).view(self.codes.shape[0], -1, self.kind.group)
         values.mul_(self.step().unsqueeze(-1))
         minimum = self.minimum()
         if minimum is not None:
             values.add_(minimum.unsqueeze(-1))
-        return values.view(out, columns)
-
-    def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(part).all()) for part in (self.d, self.dmin) if part is not None)
+        return values.view(self.codes.shape)
 
     def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
         return self.kind.name, *self.tensors().values()
@@ -186,8 +145,20 @@ class GgmlBlocks(Codes):
         return replace(self, codes=codes)
 
 
-def _over_groups(factor: torch.Tensor, kind: GgmlType) -> torch.Tensor:
-    return factor.repeat_interleave(kind.block // kind.group, dim=1)
+# Weights per thread and chunk: a float32 buffer of 1 MB. With fewer, launching PyTorch's operations dominates.
+_CHUNK = 1 << 18
+_GPU_CHUNK = 1 << 24
+
+
+def block_slices(part: slice, block: int, device: torch.device, times: int = 1) -> Iterator[slice]:
+    """Cut a slice of blocks of `block` weights into chunks; `times` larger ones where the work per weight is small."""
+    chunk = _CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
+    step = max(64, chunk * times // block)
+    if block > 64 and step > 64:
+        # Not a power of two: rows of such a matrix share few cache sets, and transposing it is slow.
+        step -= 8
+    for start in range(part.start, part.stop, step):
+        yield slice(start, min(start + step, part.stop))
 
 
 _CHUNK_WEIGHTS = 1 << 17  # weights rounded at once: stays in cache, without a float32 copy of a whole layer
@@ -211,20 +182,14 @@ def inverse_of(step: torch.Tensor) -> torch.Tensor:
 
 
 def round_codes(
-    groups: torch.Tensor, inverse: torch.Tensor, minimum: torch.Tensor | None, v: torch.Tensor | None,
-    limits: tuple[float, float],
-) -> torch.Tensor:  # fmt: skip
-    """Codes minus the zero, float32 like `groups`: `clamp(round((w - minimum) / step + v))`.
-
-    Args:
-        groups: weights, float32.
-        inverse: 1 / step of the groups; broadcasts, like `minimum`.
-        v: rounding deltas in units of one code.
-    """
+    groups: torch.Tensor, inverse: torch.Tensor, minimum: torch.Tensor | None, v: torch.Tensor | None, kind: GgmlType
+) -> torch.Tensor:
+    """uint8 codes of float32 weights: `clamp(round((w - minimum) * inverse + v)) + zero`, with `v` in units of one
+    code; the others are of the groups and broadcast."""
     codes = groups * inverse if minimum is None else (groups - minimum).mul_(inverse)
     if v is not None:
         codes += v
-    return codes.round_().clamp_(*limits)
+    return codes.round_().clamp_(*code_limits(kind)).add_(kind.zero).to(torch.uint8)
 
 
 @torch.no_grad()
@@ -238,15 +203,12 @@ def assign_codes(weight: torch.Tensor, blocks: GgmlBlocks, v: torch.Tensor | Non
     """
     kind, (out, columns) = blocks.kind, weight.shape
     groups = weight.view(out, columns // kind.group, kind.group)
-    deltas = None if v is None else v.view_as(groups)
     inverse, minimum = inverse_of(blocks.step()).unsqueeze(-1), blocks.minimum()
+    minima = None if minimum is None else minimum.unsqueeze(-1)
+    deltas = None if v is None else v.view_as(groups)
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
     step = max(1, _CHUNK_WEIGHTS // columns)
-    for start in range(0, out, step):
-        rows = slice(start, start + step)
-        found = round_codes(
-            groups[rows].float(), inverse[rows], None if minimum is None else minimum[rows].unsqueeze(-1),
-            None if deltas is None else deltas[rows], code_limits(kind),
-        )  # fmt: skip
-        codes[rows] = found.add_(kind.zero).to(torch.uint8)
+    for rows in (slice(start, start + step) for start in range(0, out, step)):
+        low, delta = (None if part is None else part[rows] for part in (minima, deltas))
+        codes[rows] = round_codes(groups[rows].float(), inverse[rows], low, delta, kind)
     return replace(blocks, codes=codes.view(out, columns))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.codecs.int import from_codes, integer_qparams, to_codes
-from auto_round.codecs.quantized_layer import dequantize_codes
+from auto_round.codecs.quantized_layer import IntCodes
 from auto_round.data_type import get_quant_func
 
 SYM, ASYM = get_quant_func("int", 4, True), get_quant_func("int", 4, False)
@@ -179,4 +179,4 @@ def test_codes_say_the_same_as_quantize_dequantize(case: tuple[torch.Tensor, int
     assert torch.equal(from_codes(codes, grid).view(weight.shape[0], -1)[:, : weight.shape[1]], qdq)
     stored = codes.view(weight.shape[0], -1)[:, : weight.shape[1]].to(torch.uint8)
     point = zero.to(torch.uint8) if isinstance(zero, torch.Tensor) else int(zero)
-    assert torch.equal(dequantize_codes(stored, scale.half(), point, width), qdq)
+    assert torch.equal(IntCodes(stored, scale.half(), point, width).dequantize(), qdq)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auto_round.codecs.minifloat import MINIFLOATS, dequantize_minifloat, expand_scale
+from auto_round.codecs.minifloat import MINIFLOATS, dequantize_minifloat
 
 REFEREES = {
     "e2m1": ml_dtypes.float4_e2m1fn, "e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2,
@@ -133,4 +133,3 @@ def test_dequantized_one_by_one(
             factor = scale[i // m, j // n]
             factor = factor / given_scale if given_scale is not None else factor
             assert found[i, j] == element.decode(codes[i, j].reshape(1))[0] * factor
-    assert expand_scale(scale, (out, columns), size).shape == (out, columns)

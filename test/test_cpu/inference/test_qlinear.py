@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer_weights import arrays, int_format, pack_codes
 
-from auto_round.codecs.quantized_layer import dequantize_codes
+from auto_round.codecs.quantized_layer import IntCodes
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.inference import linear as compute
 from auto_round.inference import qlinear
@@ -33,7 +33,8 @@ def build(
     if bias:
         assert module.bias is not None
         module.bias.copy_(torch.randn(out, generator=gen))
-    return module, dequantize_codes(codes, scale, zeros, fmt.scheme.group_size)
+    assert isinstance(fmt.scheme.group_size, int)
+    return module, IntCodes(codes, scale, zeros, fmt.scheme.group_size).dequantize()
 
 
 @settings(max_examples=40, deadline=None)

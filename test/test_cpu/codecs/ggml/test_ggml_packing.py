@@ -106,7 +106,7 @@ def test_any_bytes_are_blocks(name: str, size: tuple[int, int, int], data: st.Da
 def test_pieces_are_put_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = random_blocks(name, 7, 30, 5)
     whole = pack_blocks(blocks)
-    monkeypatch.setattr("auto_round.codecs.ggml.columns._CHUNK", 1)
+    monkeypatch.setattr("auto_round.codecs.ggml.types._CHUNK", 1)
     assert torch.equal(pack_blocks(blocks), whole)
     assert_same(unpack_blocks(whole, name, blocks.codes.shape[1]), blocks)
 

@@ -123,7 +123,7 @@ def test_a_weight_that_is_not_contiguous(name: str) -> None:
 def test_pieces_do_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights(6, 33, 1024, 0.3, 0.02)
     whole = pack_blocks(plain_blocks(w, name))
-    monkeypatch.setattr("auto_round.codecs.ggml.columns._CHUNK", 1)
+    monkeypatch.setattr("auto_round.codecs.ggml.types._CHUNK", 1)
     assert torch.equal(pack_blocks(plain_blocks(w, name)), whole)
 
 
