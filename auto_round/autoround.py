@@ -23,8 +23,7 @@ from auto_round.run.keywords import resolve_settings
 from auto_round.run.model_free.driver import open_model_free
 from auto_round.run.planner import check_before_opening
 from auto_round.run.recipe_file import recipe_of, recipe_text
-from auto_round.run.runs import Runs
-from auto_round.run.saving import Saving
+from auto_round.run.saving import Runs, Saving
 from auto_round.run.settings import Settings
 from auto_round.schemes import QuantizationScheme
 

@@ -37,8 +37,8 @@ class GgufPlan:
     notes: tuple[str, ...]
 
     def type_of(self, source: str) -> str | None:
-        """The type of the file's tensor that holds the source tensor, None for a skipped one."""
-        places = self.places[source]
+        """The type of the file's tensor that holds the source tensor, None for a skipped or unknown one."""
+        places = self.places.get(source)
         return self.types[places[0].tensor] if places else None
 
     def with_types(self, wanted: Mapping[str, str]) -> GgufPlan:

@@ -36,24 +36,19 @@ def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) ->
     def install(model: torch.nn.Module, owner: str) -> None:
         for name, layer in layers.items():
             if name == owner or name.startswith(f"{owner}."):
-                _install(model, layer)
+                old = model.get_submodule(name)
+                weight = old.get_parameter("weight")
+                packed = packed_layer(layer, weight.dtype)
+                if packed is not None:
+                    _set(model, name, packed)
+                    continue
+                # A tied module keeps its own weight.
+                old.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+                set_weight_2d(old, layer.dequantize())
+                for quantizer in input_quantizers(layer):
+                    old.register_forward_pre_hook(quantizer.hook)
 
     return source.assemble(install)
-
-
-def _install(model: torch.nn.Module, layer: QuantizedLayer) -> None:
-    """Replace a module by its packed layer, or its weight by the dequantized one when it has no packing."""
-    old = model.get_submodule(layer.name)
-    weight = getattr(old, "weight", None)
-    assert isinstance(weight, torch.Tensor)
-    packed = packed_layer(layer, weight.dtype)
-    if packed is not None:
-        _set(model, layer.name, packed)
-        return
-    old.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)  # a tied module keeps its own weight
-    set_weight_2d(old, layer.dequantize())
-    for quantizer in input_quantizers(layer):
-        old.register_forward_pre_hook(quantizer.hook)
 
 
 class ModelWriter(MemoryWriter):
@@ -62,19 +57,22 @@ class ModelWriter(MemoryWriter):
     Args:
         source: of the model object.
         packs: keeps the layers, for `pack`.
+
+    Attributes:
+        fields: schemes that `pack` gives the layers' modules as attributes, as in `AutoRound.layer_config`.
     """
 
     def __init__(self, source: ModelSource, packs: bool) -> None:
         super().__init__()
         self.model, self._source, self._packs = source.model, source, packs
+        self.fields: Mapping[str, Mapping[str, Any]] = {}
         self._input_quantizers: list[tuple[torch.nn.Module, ActivationQuantizer]] = []
         self._unpacked: dict[str, torch.nn.Module] = {}
 
     def layer(self, layer: QuantizedLayer) -> None:
         module, tied = self.model.get_submodule(layer.name), self._source.tied()
         if f"{layer.name}.weight" in {*tied, *tied.values()}:
-            weight = module.weight
-            assert isinstance(weight, torch.nn.Parameter)
+            weight = module.get_parameter("weight")
             module.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             self._source.config.tie_word_embeddings = False
         set_weight_2d(module, layer.dequantize())
@@ -92,11 +90,12 @@ class ModelWriter(MemoryWriter):
         """Replace every layer that has a packing by its packed module."""
         for name, layer in layers.items():
             own = self.model.get_submodule(name)
-            weight = getattr(own, "weight", None)
-            packed = packed_layer(layer, weight.dtype) if isinstance(weight, torch.Tensor) else None
-            if packed is not None and isinstance(weight, torch.Tensor):
+            weight = own.get_parameter("weight")
+            packed = packed_layer(layer, weight.dtype)
+            if packed is not None:
                 _set(self.model, name, packed.to(weight.device))
                 self._unpacked[name] = own
+        describe_layers(self.model, self.fields)
 
     def unpack(self) -> None:
         """Restore the model's own layers, so that it can be saved again."""
@@ -166,8 +165,10 @@ def open_saved(folder: str, trust_remote_code: bool = False) -> torch.nn.Module:
 
     files = sorted(path.name for path in Path(folder).glob("*.gguf"))
     options: dict[str, Any] = {"gguf_file": files[0]} if files else {"dtype": "auto"}
-    if not files and _quant_method(folder) in ("gptq", "awq"):
-        options["quantization_config"] = AutoRoundConfig()  # AutoRound's layers run them, without another package
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        if config["quantization_config"]["quant_method"] in ("gptq", "awq"):
+            options["quantization_config"] = AutoRoundConfig()  # AutoRound's layers run them, without another package
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
@@ -176,15 +177,6 @@ def open_saved(folder: str, trust_remote_code: bool = False) -> torch.nn.Module:
         ) from error
     assert isinstance(model, torch.nn.Module)
     return model.eval()
-
-
-def _quant_method(folder: str) -> str | None:
-    """The quant_method in a folder's config.json."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return str(config["quantization_config"]["quant_method"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def describe_layers(model: torch.nn.Module, fields: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,24 +1,158 @@
-"""The methods of AutoRound that quantize and save: quantize, save_quantized, quantize_and_save."""
+"""`Saving`, the parent of `AutoRound`: its read-only attributes, and its methods that quantize and save."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from auto_round.algorithms.gptq import GPTQConfig
+from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.errors import ConfigError
 from auto_round.formats.base import OutputFormat, parse_formats
-from auto_round.run.driver import InMemory
-from auto_round.run.folders import default_format
-from auto_round.run.results import SavedModel, check_save_options, describe_layers
-from auto_round.run.settings_view import SettingsView, job_fields
+from auto_round.modeling.source import ModelSource
+from auto_round.output.folders import PARTIAL, ensure_output_folder, remove_files, subfolder_name
+from auto_round.output.staging import Staging
+from auto_round.run.driver import InMemory, Run
+from auto_round.run.folders import default_format, split_runs, stale_files
+from auto_round.run.gguf import scheme_of_type
+from auto_round.run.journal import Journal
+from auto_round.run.layer_schemes import select_blocks
+from auto_round.run.plan import Job
+from auto_round.run.results import ModelWriter, SavedModel, check_save_options
+from auto_round.run.settings import Settings
+from auto_round.schemes import GroupSize, QuantizationScheme
+
+if TYPE_CHECKING:
+    from auto_round.run.model_free.driver import ModelFree
 
 
-class Saving(SettingsView):
-    """The methods of `AutoRound` that quantize and write."""
+LayerFields = dict[str, dict[str, Any]]
+"""Fields of each layer's scheme, as in `AutoRound.layer_config`."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Regular runs: one for each GGUF format, and one for all other formats. `ModelFree` has the same methods.
+
+    Attributes:
+        source, settings: the model, and how it is quantized.
+        tokenizer: for calibration text and the output folder; None when neither needs one.
+    """
+
+    source: ModelSource
+    settings: Settings
+    tokenizer: Any
+
+    model_free: ClassVar[bool] = False
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The model that is quantized; without weights if it was given by path."""
+        return self.source.model
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return self.source.blocks
+
+    def copy(self) -> Runs:
+        """Runs that leave the model object unchanged."""
+        return replace(self, source=self.source.copy())
+
+    def model_writers(self, packs: bool) -> list[ModelWriter]:
+        """What gives a model object its quantized weights, with `packs` as packed layers. A checkpoint has none."""
+        return [] if self.source.lazy else [ModelWriter(self.source, packs)]
+
+    def plans(self, formats: Sequence[OutputFormat], output_dir: str | None) -> list[Job]:
+        """The checked plan of each run. A layer name that matches nothing is an error, unless `strict` is False."""
+        strict = replace(self.settings, strict=self.settings.strict is not False)
+        return [
+            Run(self.source, settings, self.tokenizer).checked_plan(group, output_dir)
+            for settings, group in split_runs(strict, formats)
+        ]
+
+    def plan_for(self, formats: Sequence[OutputFormat] | None) -> Job:
+        """The plan of the first run; without formats, of `to_memory`."""
+        if formats is None:
+            return Run(self.source, self.settings, self.tokenizer).memory_plan()
+        settings, group = split_runs(self.settings, formats, quiet=True)[0]
+        return Run(self.source, settings, self.tokenizer).plan(group)
+
+    def to_memory(self, writers: Sequence[ModelWriter]) -> InMemory:
+        """Quantize without writing files. `writers`: of `model_writers`."""
+        return Run(self.source, self.settings, self.tokenizer, writers).to_memory()._replace(writers=writers)
+
+    def to_folders(
+        self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool,
+        writers: Sequence[ModelWriter] = (),
+    ) -> list[Path]:  # fmt: skip
+        """Quantize and write all formats; every run is planned before the first one starts.
+
+        Returns one folder per format.
+        """
+        groups = split_runs(self.settings, formats)
+        runs = [(Run(self.source, settings, self.tokenizer, writers), group) for settings, group in groups]
+        if len(runs) == 1:
+            return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard, resume)
+        if not self.source.lazy:
+            raise ConfigError(
+                f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
+                "place, once; give the model by path, or one of the formats"
+            )
+        siblings = [subfolder_name(fmt.name) for fmt in formats]
+        root = Path(output_dir).expanduser()
+        folders = [root if len(group) > 1 else root / subfolder_name(group[0].name) for _, group in runs]
+        pairs = list(zip(runs, folders, strict=True))
+        jobs = [run.checked_plan(group, str(folder), resume) for (run, group), folder in pairs]
+        ensure_output_folder(root, overwrite, {PARTIAL, *siblings})
+        stale = stale_files(root, (), siblings)[root]  # files of an earlier run that wrote other formats, or one
+        found: dict[str, Path] = {}
+        with nullcontext() if root in folders else Staging(root):
+            for (run, group), folder, job in zip(runs, folders, jobs, strict=True):
+                run.check_compatible(job, str(folder), group, overwrite, shard, resume, siblings)
+            for (run, group), folder, job in zip(runs, folders, jobs, strict=True):
+                paths = run.to_folders(str(folder), group, overwrite, shard, resume, siblings, job)
+                found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
+        remove_files(root, stale)
+        for folder in folders:
+            Journal(folder).remove()
+        return [found[fmt.name] for fmt in formats]
+
+
+def _read(value: str | Callable[[Any], Any]) -> Any:
+    """A read-only attribute: the value at this path of the object, or what a function makes of it."""
+    return property(attrgetter(value) if isinstance(value, str) else value)
+
+
+def _resolved(name: str) -> Any:
+    """A read-only attribute: a field of the scheme, with the default filled in."""
+    return _read(lambda view: resolved_fields(view.scheme)[name])
+
+
+def _tuning(name: str, without: Any) -> Any:
+    """A read-only attribute: a setting of the algorithm, or its value without tuning."""
+    return _read(lambda view: getattr(view.settings.algorithm, name, without))
+
+
+class Saving:
+    """Parent of `AutoRound`: its attributes, under the names of its arguments, and what quantizes and writes.
+
+    `bits` and the other fields of the scheme are those of the format that was named last, because a GGUF format brings
+    a scheme of its own.
+    """
+
+    settings: Settings
+    tokenizer: Any
+    _runs: Runs | ModelFree
+    _named_formats: Sequence[OutputFormat] | None
+    _layers_seen: tuple[tuple[str, ...] | None, LayerFields] | None
 
     def __init__(self) -> None:
         self._quantized_in_place = False  # a model object is quantized in place, once
@@ -121,17 +255,16 @@ class Saving(SettingsView):
                 "once call quantize() and then save_quantized(), name several formats at once, or give inplace=False"
             )
         runs = self._runs if inplace else self._runs.copy()
-        writers = self._runs.model_writers(_packs(formats)) if inplace else []
-        fields = self._layer_config() if writers else {}
+        writers = runs.model_writers(_packs(formats)) if inplace else []
+        for writer in writers:
+            writer.fields = self._layer_config()
         written = runs.to_folders(target, formats, overwrite, shard, resume, writers)
-        if not writers:
-            self._saved = self._saved_model(written, formats)
-            return self._saved, _one_or_all(written)
-        (writer,) = writers
-        self._quantized_in_place = True
-        writer.finish()
-        describe_layers(writer.model, fields)
-        return writer.model, _one_or_all(written)
+        for writer in writers:
+            self._quantized_in_place = True
+            writer.finish()
+            return writer.model, _one_or_all(written)
+        self._saved = self._saved_model(written, formats)
+        return self._saved, _one_or_all(written)
 
     def _save_result(
         self, result: InMemory, output_dir: str, formats: Sequence[OutputFormat], inplace: bool, overwrite: bool,
@@ -140,13 +273,12 @@ class Saving(SettingsView):
         """Write the result of `quantize()`: (model to return, folders)."""
         for writer in result.writers:
             writer.unpack()
-        fields = self._layer_config() if result.writers else {}
+            writer.fields = self._layer_config()
         written = result.run.save(output_dir, formats, overwrite, shard, result)
-        if result.writers and not inplace:
-            return self._saved_model(written, formats), written
-        for writer in result.writers if _packs(formats) else ():
-            writer.pack(result.layers)
-        describe_layers(result.model, fields)
+        for writer in result.writers:
+            if not inplace:
+                return self._saved_model(written, formats), written
+            writer.pack(result.layers if _packs(formats) else {})
         return result.model, written
 
     def _formats(self, given: str | Sequence[str] | None) -> list[OutputFormat]:
@@ -163,6 +295,146 @@ class Saving(SettingsView):
         opens = [folder for folder, fmt in zip(folders, formats, strict=True) if fmt.opens_in_transformers]
         fields = lambda: job_fields(self._runs.plan_for(formats), self.settings)
         return SavedModel(str((opens or folders)[-1]), self.settings.trust_remote_code, fields)
+
+    def _planned(self) -> Job:
+        """The job of the formats that were named last."""
+        return self._runs.plan_for(self._named_formats)
+
+    def post_init(self) -> None:
+        """Resolve all settings against the model and raise their errors. Calling it is optional."""
+        self._layer_config()
+
+    @property
+    def layer_config(self) -> dict[str, dict[str, Any]]:
+        """The resolved scheme of every linear layer by name: the scheme's fields with every default filled in,
+        `in_blocks`, and for GGUF the type of the tensor (`mostly`). 16 bits: it is left unquantized. For GGUF, the
+        embeddings are included."""
+        return {name: dict(fields) for name, fields in self._layer_config().items()}
+
+    def _layer_config(self) -> dict[str, dict[str, Any]]:
+        formats = None if self._named_formats is None else tuple(fmt.name for fmt in self._named_formats)
+        if self._layers_seen is None or self._layers_seen[0] != formats:
+            self._layers_seen = formats, job_fields(self._planned(), self.settings)
+        return self._layers_seen[1]
+
+    @property
+    def formats(self) -> list[str] | None:
+        """Names of the formats that were named last; None before any was."""
+        return None if self._named_formats is None else [fmt.name for fmt in self._named_formats]
+
+    @property
+    def scheme(self) -> QuantizationScheme:
+        """The scheme of layers that no exception is made for."""
+        if not self._named_formats:
+            return self.settings.scheme
+        return split_runs(self.settings, self._named_formats, quiet=True)[0][0].scheme
+
+    @property
+    def quant_block_list(self) -> list[list[str]]:
+        """Names of the blocks that are quantized, in one list inside a list."""
+        return [list(select_blocks(self.settings, self._runs.blocks))]
+
+    @property
+    def alg_configs(self) -> RTNConfig | SignRoundConfig | GPTQConfig:
+        """The settings of the algorithm; with GPTQ before tuning, those of the tuning."""
+        settings = self.settings
+        return settings.gptq if settings.gptq is not None and not settings.tunes else settings.algorithm
+
+    @property
+    def model_free(self) -> bool:
+        """Whether tensors are rounded without a model."""
+        return self._runs.model_free
+
+    # Of the scheme.
+    bits: int = _read("scheme.bits")
+    group_size: GroupSize = _read("scheme.group_size")
+    sym: bool = _read("scheme.sym")
+    data_type: str = _read("scheme.data_type")
+    act_bits: int = _resolved("act_bits")
+    act_group_size: GroupSize = _resolved("act_group_size")
+    act_sym: bool = _resolved("act_sym")
+    act_data_type: str = _resolved("act_data_type")
+    act_dynamic: bool = _resolved("act_dynamic")
+    super_bits: int | None = _read("scheme.super_bits")
+    super_group_size: int | None = _read("scheme.super_group_size")
+
+    # Of the algorithm. Without tuning there are no steps, no step sizes and no optimizer.
+    iters: int = _tuning("iters", 0)
+    lr: float | None = _read(lambda view: view._rates()[0])
+    minmax_lr: float | None = _read(lambda view: view._rates()[1])
+    momentum: float = _tuning("momentum", 0.0)
+    enable_adam: bool = _tuning("enable_adam", False)
+    enable_minmax_tuning: bool = _tuning("enable_minmax_tuning", False)
+    enable_quanted_input: bool = _tuning("enable_quanted_input", False)
+    not_use_best_mse: bool = _tuning("not_use_best_mse", False)
+    batch_size: int = _read("settings.config.tuning.batch_size")
+    gradient_accumulate_steps: int = _read("settings.config.tuning.gradient_accumulate_steps")
+
+    def _rates(self) -> tuple[float | None, float | None]:
+        """Step sizes of rounding, for layers of `bits` bits, and of the scale factors."""
+        algorithm = self.settings.algorithm
+        return algorithm.learning_rates(self.bits) if isinstance(algorithm, SignRoundConfig) else (None, None)
+
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer] | None:
+        """AdamW where it tunes; None for signed gradient descent and without tuning."""
+        return torch.optim.AdamW if self.enable_adam else None
+
+    @property
+    def disable_opt_rtn(self) -> bool:
+        """Whether scales come from minimum and maximum alone."""
+        return not self.settings.optimized_start
+
+    # Of the run. `dataset` None is the default set; `device` is the one to tune on, such as "cuda:0".
+    seqlen: int = _read("settings.seqlen")
+    nsamples: int = _read("settings.nsamples")
+    dataset: Any = _read("settings.dataset")
+    seed: int = _read("settings.seed")
+    amp: bool = _read("settings.amp")
+    scale_dtype: torch.dtype = _read("settings.scale_dtype")
+    device: str = _read(lambda view: str(view.settings.device))
+    platform: str = _read("settings.platform")
+    low_gpu_mem_usage: bool = _read("settings.low_gpu_mem_usage")
+    low_cpu_mem_usage: bool = _read("settings.config.memory.low_cpu_mem_usage")
+    enable_torch_compile: bool = _read("settings.enable_torch_compile")
+    enable_deterministic_algorithms: bool = _read("settings.enable_deterministic_algorithms")
+    trust_remote_code: bool = _read("settings.trust_remote_code")
+    ignore_layers: tuple[str, ...] = _read("settings.ignore_layers")
+    quant_lm_head: bool = _read("settings.quant_lm_head")
+    to_quant_block_names: tuple[str, ...] = _read("settings.to_quant_block_names")
+    static_kv_dtype: str | None = _read("settings.config.weights.static_kv_dtype")
+    static_attention_dtype: str | None = _read("settings.config.weights.static_attention_dtype")
+
+    # This version quantizes text models.
+    mllm: bool = _read(lambda view: False)
+    diffusion: bool = _read(lambda view: False)
+
+
+def resolved_fields(scheme: QuantizationScheme) -> dict[str, Any]:
+    """The fields of a scheme with the defaults of its activations filled in."""
+    fields = scheme.to_dict()
+    own = {
+        "act_bits": 16, "act_group_size": scheme.group_size, "act_sym": scheme.sym, "act_dynamic": True,
+        "act_data_type": scheme.data_type if scheme.quantizes_activations else "float",
+    }  # fmt: skip
+    return fields | {name: value for name, value in own.items() if fields[name] is None}
+
+
+def job_fields(job: Job, settings: Settings) -> LayerFields:
+    """`AutoRound.layer_config` of a job."""
+    blocks = tuple(f"{block}." for block in job.blocks)
+    kinds: dict[str, tuple[QuantizationScheme, str | None]] = {n: (p.scheme, p.ggml) for n, p in job.layers.items()}
+    if job.gguf is not None:
+        for name in job.embeddings:
+            if kind := job.gguf.type_of(f"{name}.weight"):
+                scheme = scheme_of_type(kind, job.scheme)
+                kinds[name] = scheme, kind if scheme.quantizes_weights else None
+    own = {"scale_dtype": settings.scale_dtype}
+    return {
+        name: resolved_fields(scheme) | own | {"in_blocks": name.startswith(blocks)}
+        | ({} if kind is None else {"mostly": f"gguf:{kind.lower()}"})
+        for name, (scheme, kind) in kinds.items()
+    }  # fmt: skip
 
 
 def _packs(formats: Sequence[OutputFormat]) -> bool:
