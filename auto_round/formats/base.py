@@ -1,7 +1,7 @@
 """`OutputFormat`: how a format packs a layer and writes `quantization_config`, and the registry of all formats.
 
-`ExportPlan` describes the run before any tensor is written; `ModelRules` says how a format writes one model type
-(renamed tensors, stacked experts, layers that must stay unquantized). A format picks the `Layout` of each layer.
+`ExportPlan` describes the run before any tensor is written; `ModelRules` says how a format writes one model type, and
+`SizeRule` which sizes of layers its readers accept. A format picks the `Layout` of each layer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
@@ -20,9 +20,9 @@ from auto_round._version import __version__
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import ConfigError, UnsupportedError, nearest
-from auto_round.formats.table import SizeRule
+from auto_round.formats.cache_scales import CacheScheme
 from auto_round.layouts.base import Layout, TensorSpecs
-from auto_round.schemes import MIXED_PRESETS, PRESET_SCHEMES, QuantizationScheme
+from auto_round.schemes import MIXED_PRESETS, PRESET_SCHEMES, GroupSize, QuantizationScheme
 
 _T = TypeVar("_T")
 
@@ -53,6 +53,7 @@ class ExportPlan:
         other_matrices: other modules with a matrix as weight (routers, projections outside the blocks); unquantized.
         spare: modules that the checkpoint has and the model does not.
         patterns: regular expressions of the layer configuration, in order.
+        cache: static scales of the key-value cache, or None.
     """
 
     scheme: QuantizationScheme
@@ -65,6 +66,7 @@ class ExportPlan:
     other_matrices: tuple[str, ...] = ()
     spare: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
+    cache: CacheScheme | None = None
 
     def quantized_layers(self) -> list[str]:
         return [name for name, scheme in self.layers.items() if scheme.quantizes_weights]
@@ -74,16 +76,18 @@ class ExportPlan:
         counts = Counter(self.layers[name] for name in self.quantized_layers())
         return self.scheme if self.scheme in counts else counts.most_common(1)[0][0]
 
+    def dense_layers(self) -> list[str]:
+        return [name for name, scheme in self.layers.items() if not scheme.quantizes_weights]
+
     def unquantized_modules(self) -> list[str]:
         """Modules that readers must not treat as quantized: unquantized layers, other matrices, spare modules."""
-        dense = [name for name, scheme in self.layers.items() if not scheme.quantizes_weights]
-        return dense + [name for name in (*self.other_matrices, *self.spare) if name not in self.layers]
+        others = [name for name in (*self.other_matrices, *self.spare) if name not in self.layers]
+        return self.dense_layers() + others
 
     def dense_in_blocks(self) -> list[str]:
         """Modules a reader could mistake for quantized: unquantized layers and routers in blocks, spare modules."""
-        dense = [name for name, scheme in self.layers.items() if not scheme.quantizes_weights]
-        inside = [name for name in dict.fromkeys((*dense, *self.other_matrices)) if self.in_block(name)]
-        return [*inside, *self.spare]
+        dense = dict.fromkeys((*self.dense_layers(), *self.other_matrices))
+        return [*(name for name in dense if self.in_block(name)), *self.spare]
 
     def in_block(self, name: str) -> bool:
         """Whether the module `name` is inside a decoder block."""
@@ -95,14 +99,8 @@ class ExportPlan:
 
     def recorded_settings(self) -> dict[str, Any]:
         """Known settings that differ from the defaults and are plain JSON values."""
-        return {
-            key: self.settings[key]
-            for key, default in DEFAULT_SETTINGS.items()
-            if key in self.settings
-            and self.settings[key] is not None
-            and self.settings[key] != default
-            and isinstance(self.settings[key], (bool, int, float, str))
-        }
+        known = {key: self.settings.get(key) for key in DEFAULT_SETTINGS}
+        return {k: v for k, v in known.items() if v != DEFAULT_SETTINGS[k] and isinstance(v, (int, float, str))}
 
 
 def number_pattern(name: str, after: str = "") -> str:
@@ -112,7 +110,6 @@ def number_pattern(name: str, after: str = "") -> str:
     return r"\.".join(r"\d+" if any_number else re.escape(part) for any_number, part in zip(free, parts, strict=True))
 
 
-Renames = tuple[tuple[str, str], ...]
 _EXPERT = re.compile(r"^(?P<front>.*\.)experts\.(?P<index>\d+)\.(?P<leaf>.+)$")
 
 
@@ -133,7 +130,7 @@ class ModelRules:
     refused: str | None = None
     note: str | None = None
     dense: tuple[tuple[str, str], ...] = ()
-    renames: Renames = ()
+    renames: tuple[tuple[str, str], ...] = ()
     experts: str = ""
     config: tuple[tuple[str, str], ...] = ()
 
@@ -167,14 +164,58 @@ class ModelRules:
 DEFAULT_RULES = ModelRules()
 
 
+@dataclass(frozen=True)
+class SizeRule:
+    """Sizes that a kernel accepts. One group a row is always accepted.
+
+    Attributes:
+        inputs, outputs: in_features and out_features must be multiples of these.
+        groups: accepted group sizes; empty accepts all.
+        group_multiple: the group size must be a multiple of this.
+        outputs_by_group: the group size must divide out_features too.
+        whole_groups: the group size must divide in_features.
+    """
+
+    inputs: int = 1
+    outputs: int = 1
+    groups: tuple[int, ...] = ()
+    group_multiple: int = 1
+    outputs_by_group: bool = False
+    whole_groups: bool = True
+
+    def problem(self, in_features: int, out_features: int, group_size: GroupSize) -> str | None:
+        """Why the kernel rejects such a layer, or None. `group_size`: as in a scheme; of a block the columns count."""
+        size = group_size[1] if isinstance(group_size, tuple) else group_size
+        if in_features % self.inputs:
+            return f"in_features={in_features} is not a multiple of {self.inputs}"
+        if out_features % self.outputs:
+            return f"out_features={out_features} is not a multiple of {self.outputs}"
+        if size <= 0:
+            return None
+        if self.groups and size not in self.groups:
+            return f"group_size {size} is not one of {', '.join(map(str, self.groups))}"
+        if size % self.group_multiple:
+            return f"group_size {size} is not a multiple of {self.group_multiple}"
+        if self.whole_groups and in_features % size:
+            return f"in_features={in_features} is not a multiple of group_size {size}; choose one that divides it"
+        if self.outputs_by_group and out_features % size:
+            return (
+                f"out_features={out_features} is not a multiple of group_size {size}, which AWQ's kernels require; "
+                "choose one that divides it"
+            )
+        return None
+
+
+MARLIN = ("vLLM's Marlin kernels", SizeRule(128, 64, groups=(32, 64, 128)))
+
+
 class OutputFormat:
     """One way to write a quantized model. Instances hold no state of a run.
 
     A layer that `check_layer` refuses stays unquantized; the caller writes its original tensors.
     """
 
-    # Set by `register_format`.
-    name: str = ""
+    name: str = ""  # set by `register_format`
     # Whether the loader of `auto_round.inference` opens the files; saved files are then verified by opening them.
     # Layers of other formats are verified with `unpack_layer`.
     loadable_here: ClassVar[bool] = True
@@ -189,15 +230,14 @@ class OutputFormat:
     casts_to_model_dtype: ClassVar[bool] = False
     # Whether readers of the files quantize activations too, where the scheme does.
     stores_activation_scheme: ClassVar[bool] = True
-    # Static scales of keys, values and queries: whether files can hold them, whether all three need one granularity,
-    # and trailing dimensions after the number of heads.
-    stores_cache_scales: ClassVar[bool] = False
-    single_cache_granularity: ClassVar[bool] = False
-    cache_scale_tail: ClassVar[tuple[int, ...]] = ()
+    # Trailing dimensions after the number of heads of static scales of keys, values and queries; None holds no scales.
+    cache_scale_tail: ClassVar[tuple[int, ...] | None] = None
     # Whether it stores layers other than torch.nn.Linear, such as Transformers' Conv1D.
     supports_conv1d: ClassVar[bool] = True
     # Sizes of layers that readers of the files accept, by the weights' codec family; others are up to the layout.
     sizes: ClassVar[Mapping[str, SizeRule]] = MappingProxyType({})
+    # Name of a fast kernel, and the sizes that it accepts.
+    fast_kernel: ClassVar[tuple[str, SizeRule] | None] = None
     # Whether groups must fill the rows; runs then use a smaller group size where needed.
     requires_full_groups: ClassVar[bool] = False
     # Whether tensors keep the names of the source checkpoint. Otherwise `rules` gives the names.
@@ -249,6 +289,10 @@ class OutputFormat:
     def check_plan(self, plan: ExportPlan) -> str | None:
         """Why the format's config cannot describe all layers of `plan`, or None."""
         return None
+
+    def check_cache(self, cache: CacheScheme) -> str | None:
+        """Why the files cannot hold static scales of the key-value cache, or None."""
+        return "its readers do not use such scales" if self.cache_scale_tail is None else None
 
     def normalize_for_format(self, layer: QuantizedLayer) -> QuantizedLayer:
         """A layer with exactly the same weights, in codes that the format's readers accept; applied before `pack`."""
@@ -310,15 +354,7 @@ def _with_bias(layer: str, leaves: dict[str, _T], bias: _T | None) -> dict[str, 
 
 
 FORMATS: dict[str, OutputFormat] = {}
-_BUILT_IN = (
-    "auto_round.formats.config_auto_round",
-    "auto_round.formats.config_gptq",
-    "auto_round.formats.config_awq",
-    "auto_round.formats.config_compressed_tensors",
-    "auto_round.formats.config_fp8",
-    "auto_round.formats.config_mlx",
-    "auto_round.formats.no_config",
-)
+_BUILT_IN = ("config_auto_round", "config_gptq", "config_compressed_tensors", "config_fp8", "config_mlx", "no_config")
 _Format = TypeVar("_Format", bound=type[OutputFormat])
 
 
@@ -343,40 +379,35 @@ def add_format(name: str, fmt: OutputFormat) -> None:
 def available_formats() -> list[str]:
     """Names of the formats that can be written, sorted."""
     for module in _BUILT_IN:
-        importlib.import_module(module)
+        importlib.import_module(f"auto_round.formats.{module}")
     return sorted(FORMATS)
 
 
 def get_format(name: str) -> OutputFormat:
-    """The format called `name`, in any case.
-
-    Raises:
-        ConfigError: unknown format.
-    """
+    """The format called `name`, in any case. Raises ConfigError for an unknown one."""
     known = available_formats()
     key = name.strip().lower()
     if key in FORMATS:
         return FORMATS[key]
-    if key.partition(":")[0] == "gguf":
-        types = [n for n in known if n.startswith("gguf:")]
+    family = key.partition(":")[0]
+    if family not in FORMATS and (types := [n for n in known if n.startswith(f"{family}:")]):
         hint = "" if "*" in key else nearest(key, types)
-        raise ConfigError(f"unknown format {name!r}{hint or ';'} The GGUF types are {', '.join(types)}")
+        raise ConfigError(f"unknown format {name!r}{hint or ';'} The {family.upper()} types are {', '.join(types)}")
     raise ConfigError(f"unknown format {name!r}{nearest(key, known)} Available: {', '.join(known)}")
 
 
 def parse_formats(text: str | Sequence[str]) -> list[OutputFormat]:
     """Formats from a comma-separated string or a list of names. Raises ConfigError for none or a repeated one."""
-    names = [part.strip() for part in (text.split(",") if isinstance(text, str) else text)]
-    names = [part for part in names if part]
+    given = text.split(",") if isinstance(text, str) else text
+    names = [part.strip() for part in given if part.strip()]
     if not names:
         raise ConfigError(f"no format given; available: {', '.join(available_formats())}")
-    formats = [get_format(name) for name in names]
-    seen: set[str] = set()
-    for fmt in formats:
-        if fmt.name in seen:
+    formats: dict[str, OutputFormat] = {}
+    for fmt in map(get_format, names):
+        if fmt.name in formats:
             raise ConfigError(f"format {fmt.name!r} is given twice in {','.join(names)!r}; name each format once")
-        seen.add(fmt.name)
-    return formats
+        formats[fmt.name] = fmt
+    return list(formats.values())
 
 
 def formats_for_scheme(scheme: QuantizationScheme) -> list[str]:
@@ -384,26 +415,41 @@ def formats_for_scheme(scheme: QuantizationScheme) -> list[str]:
     return [name for name in available_formats() if FORMATS[name].suggested_for(scheme)]
 
 
+def _require(fmt: OutputFormat, what: str, reason: str | None, holds: Callable[[OutputFormat], bool]) -> None:
+    if reason is not None:
+        takers = ", ".join(name for name in available_formats() if holds(FORMATS[name])) or "none in this version"
+        raise UnsupportedError(f"format {fmt.name!r} cannot hold {what}: {reason}; formats that can: {takers}")
+
+
 def require_scheme(fmt: OutputFormat, scheme: QuantizationScheme, what: str = "the scheme") -> None:
     """Raise UnsupportedError, with the reason and the formats that can, when `fmt` cannot store `scheme`."""
-    reason = fmt.check_scheme(scheme)
-    if reason is not None:
-        takers = ", ".join(formats_for_scheme(scheme)) or "none in this version"
-        raise UnsupportedError(
-            f"format {fmt.name!r} cannot hold {what} ({scheme.describe()}): {reason}; formats that can: {takers}"
-        )
+    _require(fmt, f"{what} ({scheme.describe()})", fmt.check_scheme(scheme), lambda f: f.suggested_for(scheme))
 
 
 def require_plan(fmt: OutputFormat, plan: ExportPlan) -> None:
     """Raise UnsupportedError, with the reason and the formats that can, when `fmt` cannot describe `plan`."""
-    reason = fmt.check_plan(plan)
-    if reason is not None:
-        schemes = set(plan.layers.values())
-        takers = [
-            name
-            for name in available_formats()
-            if all(FORMATS[name].suggested_for(s) for s in schemes) and FORMATS[name].check_plan(plan) is None
-        ]
-        raise UnsupportedError(
-            f"format {fmt.name!r} cannot hold this recipe: {reason}; formats that can: {', '.join(takers)}"
-        )
+    schemes = set(plan.layers.values())
+    holds = lambda f: all(map(f.suggested_for, schemes)) and f.check_plan(plan) is None
+    _require(fmt, "this recipe", fmt.check_plan(plan), holds)
+
+
+def require_cache(fmt: OutputFormat, cache: CacheScheme) -> None:
+    """Raise UnsupportedError, with the reason and the formats that can, when `fmt` cannot store the scales."""
+    _require(fmt, cache.describe(), fmt.check_cache(cache), lambda f: f.check_cache(cache) is None)
+
+
+def slow_kernel_notes(formats: Iterable[OutputFormat], layers: Sequence[tuple[str, int, int, int]]) -> list[str]:
+    """One warning for each fast kernel that does not support the sizes of some layers.
+
+    `layers`: (name, in_features, out_features, group size) of the quantized layers.
+    """
+    notes = []
+    for kernel, rule in dict(fmt.fast_kernel for fmt in formats if fmt.fast_kernel is not None).items():
+        lost = [(name, why) for name, *sizes in layers if (why := rule.problem(*sizes)) is not None]
+        if lost:
+            name, why = lost[0]
+            notes.append(
+                f"{len(lost)} of {len(layers)} quantized layers, such as {name} ({why}), do not fit {kernel}: the "
+                "runtime pads them or uses a slower kernel"
+            )
+    return notes

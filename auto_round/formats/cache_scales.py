@@ -1,21 +1,18 @@
-"""Static FP8 scales of KV cache and queries: parse the request, check formats, describe them in the config.
+"""Static FP8 scales of KV cache and queries: the request and its scheme.
 
-A runtime that keeps keys and values in FP8 (e4m3) divides them by `k_scale` and `v_scale` before rounding; a
-runtime that multiplies queries in FP8 divides them by `q_scale`. The scales are float32 tensors of the attention
-module.
+A runtime that keeps keys and values in FP8 (e4m3) divides them by `k_scale` and `v_scale` before rounding; a runtime
+that multiplies queries in FP8 divides them by `q_scale`. The scales are float32 tensors of the attention module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from auto_round.errors import ConfigError, UnsupportedError
-from auto_round.formats.base import FORMATS, OutputFormat, available_formats
+from auto_round.errors import ConfigError
 
 FP8_MAXIMUM = 448.0  # of e4m3, OCP OFP8 v1.0, 5.1
-GRANULARITIES = ("tensor", "head")
+_GRANULARITIES = ("tensor", "head")
 _DTYPES = ("fp8", "float8_e4m3fn")
 _SIXTEEN_BITS = ("float16", "fp16", "bfloat16", "bf16")
 
@@ -60,9 +57,9 @@ def parse_cache_scheme(
     ):  # fmt: skip
         if dtype is not None and _type_name(dtype) not in _DTYPES:
             raise ConfigError(f"{what}_dtype={dtype!r} is not allowed; use {' or '.join(_DTYPES)}, or leave it out")
-        if granularity not in GRANULARITIES:
-            raise ConfigError(f"{what}_granularity={granularity!r} is not allowed; use {' or '.join(GRANULARITIES)}")
-        if granularity != GRANULARITIES[0] and dtype is None:
+        if granularity not in _GRANULARITIES:
+            raise ConfigError(f"{what}_granularity={granularity!r} is not allowed; use {' or '.join(_GRANULARITIES)}")
+        if granularity != "tensor" and dtype is None:
             raise ConfigError(f"{what}_granularity={granularity!r} has no effect without {what}_dtype='fp8'")
     if attention_dtype is None:
         return None if kv_dtype is None else CacheScheme(kv_granularity)
@@ -76,48 +73,3 @@ def none_if_16_bits(value: Any) -> Any:
 
 def _type_name(value: Any) -> str:
     return str(value).removeprefix("torch.").lower()
-
-
-def scale_shape(fmt: OutputFormat, cache: CacheScheme, leaf: str, heads: int) -> tuple[int, ...]:
-    """Shape of one scale in the files of a format: [1], or one number for each of `heads`."""
-    if cache.granularity(leaf) == "tensor":
-        return (1,)
-    return (heads, *fmt.cache_scale_tail)
-
-
-def require_cache(formats: Sequence[OutputFormat], cache: CacheScheme | None) -> None:
-    """Raise UnsupportedError, naming the formats that can, when one of `formats` cannot store the scales."""
-    if cache is None:
-        return
-    for fmt in formats:
-        reason = _unsupported_reason(fmt, cache)
-        if reason is not None:
-            takers = [name for name in available_formats() if _unsupported_reason(FORMATS[name], cache) is None]
-            raise UnsupportedError(
-                f"format {fmt.name!r} cannot hold {cache.describe()}: {reason}; formats that can: {', '.join(takers)}"
-            )
-
-
-def _unsupported_reason(fmt: OutputFormat, cache: CacheScheme) -> str | None:
-    if not fmt.stores_cache_scales:
-        return "its readers do not use such scales"
-    if fmt.single_cache_granularity and cache.queries not in (None, cache.keys_values):
-        return "its readers expect one granularity for all three"
-    return None
-
-
-def kv_cache_scheme(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`kv_cache_scheme` of compressed-tensors for a run with these settings, None without static scales."""
-    defaults = {f"static_{what}_granularity": GRANULARITIES[0] for what in ("kv", "attention")}
-    names = ("static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity")
-    cache = parse_cache_scheme(*(settings.get(name, defaults.get(name)) for name in names))
-    if cache is None:
-        return None
-    return {
-        "dynamic": False,
-        "group_size": None,
-        "num_bits": 8,
-        "strategy": "attn_head" if cache.keys_values == "head" else "tensor",
-        "symmetric": True,
-        "type": "float",
-    }

@@ -1,22 +1,7 @@
 """The `auto_round` formats: `quant_method: "auto-round"`, with a packing chosen per layer.
 
-| layer | packing_format | zero points in the file |
-|---|---|---|
-| symmetric integers | auto_round:auto_gptq | 2**(bits-1) - 1 |
-| asymmetric integers, 4 bits | auto_round:auto_awq | unchanged |
-| asymmetric integers, 2, 3 or 8 bits | auto_round | unchanged, GPTQ layout |
-| mx_fp, nv_fp | auto_round:llm_compressor | none |
-| mx_int | auto_round | none |
-| fp with static activations | auto_round:fp8_static | none |
-| fp otherwise | auto_round:fp8 | none |
-
 The packing follows from the layer's own scheme, so tensors and config cannot disagree; a layer whose packing differs
-from the default's is listed in `extra_config`.
-
-Transformers 5.23 accepts a config only when `group_size` is -1 or positive, so block and per-tensor scales have
-keys of their own: `weight_block_size` [rows, columns] and `weight_strategy` "tensor". vLLM's loader wants
-`group_size` [128, 128] for blocks, and finds it in `quantization_config.json`. Neither checks the entries of
-`extra_config`, which hold the scheme unchanged.
+from the default's is listed in `extra_config`. The packings: docs/files.md; the sizes of groups: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -24,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
-from auto_round.formats.base import ExportPlan, OutputFormat, register_format
-from auto_round.formats.table import AUTO_ROUND_SIZES, SizeRule
+from auto_round.formats.base import ExportPlan, OutputFormat, SizeRule, register_format
 from auto_round.layouts.awq import AWQ
 from auto_round.layouts.base import Layout, stored_group_size
 from auto_round.layouts.floats import AUTO_ROUND_FLOATS, has_input_scale
@@ -42,6 +27,8 @@ GPTQ_PACKING, AWQ_PACKING, PLAIN_PACKING = "auto_round:auto_gptq", "auto_round:a
 LLM_COMPRESSOR, FP8_STATIC, FP8 = "auto_round:llm_compressor", "auto_round:fp8_static", "auto_round:fp8"
 _INTEGERS = {GPTQ_PACKING: GPTQ_V1, AWQ_PACKING: AWQ, PLAIN_PACKING: GPTQ_V2}
 _FLOATS = {"mx_fp": LLM_COMPRESSOR, "nv_fp": LLM_COMPRESSOR, "mx_int": PLAIN_PACKING, "fp": FP8}  # by codec family
+# Kernels of every runtime that reads AutoRound's files work on tiles of 32, and 3-bit words need it.
+_SIZES = MappingProxyType({"int": SizeRule(32, 32, whole_groups=False)})
 
 
 def flip_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
@@ -71,35 +58,41 @@ def flip_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
 class AutoRoundFormat(OutputFormat):
     """Chooses the packing of each layer by its scheme."""
 
-    stores_cache_scales: ClassVar[bool] = True
+    cache_scale_tail: ClassVar[tuple[int, ...] | None] = ()
     rejects_fused_layers: ClassVar[bool] = True
-    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": AUTO_ROUND_SIZES}
+    sizes: ClassVar[Mapping[str, SizeRule]] = _SIZES
 
     def packing(self, scheme: QuantizationScheme) -> str:
-        """The `packing_format` of a layer of `scheme`."""
-        floats = _FLOATS.get(codec_of(scheme).family)
-        if floats is not None:
+        """The `packing_format` of a layer of `scheme`. Integers store their zero points unchanged, except in GPTQ's."""
+        if floats := _FLOATS.get(codec_of(scheme).family):
             return FP8_STATIC if has_input_scale(scheme) else floats
         return GPTQ_PACKING if scheme.sym else AWQ_PACKING if scheme.bits == 4 else PLAIN_PACKING
 
     def layout(self, scheme: QuantizationScheme) -> Layout:
-        return AUTO_ROUND_FLOATS if _FLOATS.get(codec_of(scheme).family) else _INTEGERS[self.packing(scheme)]
+        return AUTO_ROUND_FLOATS if codec_of(scheme).family in _FLOATS else _INTEGERS[self.packing(scheme)]
 
     def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
-        config: dict[str, Any] = {
-            **self._values(default),
-            **self._default_values(default),
+        packing, values = self.packing(default), self._values(default)
+        size, config = values["group_size"], dict(values)
+        # Transformers' class takes the columns of a block as `group_size`, and -1 for a whole tensor.
+        config["group_size"] = size[1] if isinstance(size, list) else size or -1
+        if packing in (FP8, FP8_STATIC):
+            config["activation_scheme"] = "static" if packing == FP8_STATIC else "dynamic"
+            config["fmt"] = codec_of(default).element
+        if isinstance(size, list):
+            config["weight_block_size"] = size
+        elif size == 0:
+            config["weight_strategy"] = "tensor"
+        config |= {
             **plan.recorded_settings(),
             "autoround_version": plan.version,
             "block_name_to_quantize": plan.block_prefix(),
             "quant_method": "auto-round",
-            "packing_format": self.packing(default),
+            "packing_format": packing,
         }
         dense = plan.dense_in_blocks()
         extra = {name: entry for name in (*plan.layers, *dense) if (entry := self._extra(plan, name, default, dense))}
-        if extra:
-            config["extra_config"] = {**self._patterns(plan, extra), **extra}
-        return config
+        return config | ({"extra_config": {**_patterns(plan, extra), **extra}} if extra else {})
 
     def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """With both sizes of a block as `group_size`, which vLLM's loader requires and Transformers' config rejects."""
@@ -117,31 +110,6 @@ class AutoRoundFormat(OutputFormat):
             return found
         return found | {key: getattr(inputs, key.removeprefix("act_")) for key in ACTIVATION_KEYS}
 
-    def _default_values(self, scheme: QuantizationScheme) -> dict[str, Any]:
-        """Keys of the default scheme alone. Transformers' config class takes the columns of a block as `group_size`,
-        and -1 for a whole tensor."""
-        size, packing = self.layout(scheme).group_size(scheme), self.packing(scheme)
-        found: dict[str, Any] = {"group_size": size[1] if isinstance(size, tuple) else size or -1}
-        if packing in (FP8, FP8_STATIC):
-            found["activation_scheme"] = "static" if packing == FP8_STATIC else "dynamic"
-            found["fmt"] = codec_of(scheme).element
-        if isinstance(size, tuple):
-            found["weight_block_size"] = list(size)
-        elif size == 0:
-            found["weight_strategy"] = "tensor"
-        return found
-
-    def _patterns(self, plan: ExportPlan, extra: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Entries for the user's patterns, for scripts that look these up. Readers use the layers' entries; a pattern
-        is written only if all layers that it matches have the same entry."""
-        found: dict[str, dict[str, Any]] = {}
-        for pattern in plan.patterns:
-            names = [name for name in (*plan.layers, *plan.other_matrices, *plan.spare) if re.search(pattern, name)]
-            entries = [extra.get(name, {}) for name in names]
-            if entries and entries[0] and all(entry == entries[0] for entry in entries):
-                found[pattern] = entries[0]
-        return found
-
     def _extra(
         self, plan: ExportPlan, name: str, default: QuantizationScheme, dense: Container[str]
     ) -> dict[str, Any]:  # fmt: skip
@@ -154,15 +122,26 @@ class AutoRoundFormat(OutputFormat):
             return {}
         entry, usual = self._values(scheme), {"act_bits": 16, **self._values(default)}
         if plan.in_block(name):
-            if not scheme.quantizes_activations:
-                entry["act_bits"] = 16
+            entry |= {} if scheme.quantizes_activations else {"act_bits": 16}
             entry = {key: value for key, value in entry.items() if value != usual.get(key)}
         else:
-            entry = {key: scheme[key] for key in scheme.get_attributes()} | entry
+            entry = {**scheme, **entry}
         if self.packing(scheme) != self.packing(default):
             entry["packing_format"] = self.packing(scheme)
         # vLLM treats a layer whose entry has no bits as unquantized.
         return {"bits": scheme.bits, **entry} if entry else {}
+
+
+def _patterns(plan: ExportPlan, extra: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Entries for the user's patterns, for scripts that look these up. Readers use the layers' entries; a pattern is
+    written only if all layers that it matches have the same entry."""
+    found: dict[str, dict[str, Any]] = {}
+    for pattern in plan.patterns:
+        names = [name for name in (*plan.layers, *plan.other_matrices, *plan.spare) if re.search(pattern, name)]
+        entries = [extra.get(name, {}) for name in names]
+        if entries and entries[0] and all(entry == entries[0] for entry in entries):
+            found[pattern] = entries[0]
+    return found
 
 
 class LayoutFormat(AutoRoundFormat):
@@ -178,7 +157,7 @@ class LayoutFormat(AutoRoundFormat):
 
     stored_layout: ClassVar[Layout]
     packing_format: ClassVar[str]
-    sizes: ClassVar[Mapping[str, SizeRule]] = {}
+    sizes: ClassVar[Mapping[str, SizeRule]] = MappingProxyType({})
 
     def packing(self, scheme: QuantizationScheme) -> str:
         return self.packing_format
@@ -194,7 +173,7 @@ class AutoRoundGptqFormat(LayoutFormat):
 
     stored_layout: ClassVar[Layout] = GPTQ_V1
     packing_format: ClassVar[str] = GPTQ_PACKING
-    sizes: ClassVar[Mapping[str, SizeRule]] = AutoRoundFormat.sizes
+    sizes: ClassVar[Mapping[str, SizeRule]] = _SIZES
 
     def normalize_for_format(self, layer: QuantizedLayer) -> QuantizedLayer:
         return flip_zero_zero_points(layer)
@@ -206,7 +185,7 @@ class AutoRoundAwqFormat(LayoutFormat):
 
     stored_layout: ClassVar[Layout] = AWQ
     packing_format: ClassVar[str] = AWQ_PACKING
-    sizes: ClassVar[Mapping[str, SizeRule]] = AutoRoundFormat.sizes
+    sizes: ClassVar[Mapping[str, SizeRule]] = _SIZES
 
 
 @register_format("auto_round:fp8")

@@ -1,25 +1,6 @@
 """The `llm_compressor` format: checkpoints and `quantization_config` of the compressed-tensors library.
 
-| scheme | format | weights | inputs |
-|---|---|---|---|
-| integers, weights alone, 2 to 8 bits | pack-quantized | `weight_packed`, `weight_scale`, `weight_shape` | none |
-| integers, weights and activations | int-quantized | `weight` int8, `weight_scale` | int, static or dynamic |
-| MXFP4 | mxfp4-pack-quantized | float 4, group 32, E8M0 bytes | the same, dynamic |
-| MXFP8 | mxfp8-quantized | float 8, group 32, E8M0 bytes | the same, dynamic |
-| NVFP4 | nvfp4-pack-quantized | float 4, tensor_group 16, e4m3 scales | the same, dynamic "local" |
-| FPW8A16 | naive-quantized | float 8, tensor | none |
-| FP8_STATIC | float-quantized | float 8, channel | float 8, tensor, static |
-| FP8_BLOCK | float-quantized | float 8, block | float 8, group 128, dynamic |
-
-Asymmetric integer weights add `weight_zero_point`, packed in the first layout and int8 in the second. Static
-activations add `input_scale` (and `input_zero_point` int8 when asymmetric), one value per layer. "local": group
-scales are computed from each input, relative to a fixed global scale. The keys are those of the library's
-`QuantizationArgs` (0.20), which rejects any other.
-
-The config writes one scheme for all layers as the class `Linear` with exceptions in `ignore`, which every runtime
-knows. With several schemes each group names its layers: a runtime that fuses layers (vLLM's q, k and v) would
-otherwise match the class before the names. Layers whose names differ only in numbers share one regular expression
-where all of them, in the whole model, belong to one group.
+docs/formats.md has its tensors. The keys are those of the library's `QuantizationArgs` (0.20), which rejects any other.
 """
 
 from __future__ import annotations
@@ -30,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from auto_round.codecs.kinds import codec_of
-from auto_round.formats.base import ExportPlan, OutputFormat, number_pattern, register_format
-from auto_round.formats.cache_scales import kv_cache_scheme
+from auto_round.formats.base import ExportPlan, OutputFormat, SizeRule, number_pattern, register_format
+from auto_round.formats.cache_scales import CacheScheme
 from auto_round.formats.config_auto_round import LLM_COMPRESSOR, LayoutFormat
-from auto_round.formats.table import COMPRESSED_TENSORS_SIZES, SizeRule
 from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import COMPRESSED_TENSORS_FLOATS
 from auto_round.layouts.packed_int import PACKED_INT, PLAIN_INT
 from auto_round.schemes import ActivationScheme, GroupSize, QuantizationScheme
 
-_SIZES = dict.fromkeys(("int", "mx_fp", "nv_fp", "fp"), COMPRESSED_TENSORS_SIZES)
+_WHOLE_GROUPS = SizeRule()
+_SIZES = dict.fromkeys(("int", "mx_fp", "nv_fp", "fp"), _WHOLE_GROUPS)
 
 
 @dataclass(frozen=True)
@@ -60,6 +41,18 @@ class _NumberType:
     group: int | None = None
     layouts: tuple[Layout, Layout] = (COMPRESSED_TENSORS_FLOATS, COMPRESSED_TENSORS_FLOATS)
 
+    def arguments(self, part: QuantizationScheme | ActivationScheme, size: GroupSize) -> dict[str, Any]:
+        """The library's `QuantizationArgs` of weights."""
+        found: dict[str, Any] = {
+            "dynamic": False, "group_size": None, "num_bits": part.bits, "symmetric": part.sym, "type": self.kind,
+        }  # fmt: skip
+        if isinstance(size, tuple):
+            return found | {"strategy": "block", "block_structure": list(size)}
+        if size > 0:
+            found |= {"strategy": self.strategy, "group_size": size}
+            return found | ({} if self.scale_dtype is None else {"scale_dtype": self.scale_dtype})
+        return found | {"strategy": "tensor" if size == 0 else "channel"}
+
 
 # By codec family and element.
 _TYPES = {
@@ -79,29 +72,16 @@ def _type_of(part: QuantizationScheme | ActivationScheme) -> _NumberType | None:
     return _TYPES.get((codec.family, codec.element))
 
 
-def _arguments(part: QuantizationScheme | ActivationScheme, size: GroupSize) -> dict[str, Any]:
-    """The library's `QuantizationArgs` of weights."""
-    kind = _type_of(part)
-    assert kind is not None
-    found: dict[str, Any] = {
-        "dynamic": False, "group_size": None, "num_bits": part.bits, "symmetric": part.sym, "type": kind.kind,
-    }  # fmt: skip
-    if isinstance(size, tuple):
-        return found | {"strategy": "block", "block_structure": list(size)}
-    if size > 0:
-        found |= {"strategy": kind.strategy, "group_size": size}
-        return found | ({} if kind.scale_dtype is None else {"scale_dtype": kind.scale_dtype})
-    return found | {"strategy": "tensor" if size == 0 else "channel"}
-
-
 def _input_arguments(inputs: ActivationScheme | None) -> dict[str, Any] | None:
     """The group's `input_activations`."""
     if inputs is None:
         return None
-    found = _arguments(inputs, inputs.group_size if inputs.dynamic else 0)
+    kind = _type_of(inputs)
+    assert kind is not None
+    found = kind.arguments(inputs, inputs.group_size if inputs.dynamic else 0)
     if found["strategy"] == "channel":
         found["strategy"] = "token"
-    if inputs.has_global_scale:
+    if inputs.has_global_scale:  # group scales are computed from each input, relative to a fixed global scale
         return found | {"dynamic": "local", "observer": "static_minmax"}
     return found | {"dynamic": inputs.dynamic}
 
@@ -111,15 +91,14 @@ def name_patterns(names: Iterable[str], everything: Collection[str]) -> list[str
 
     A pattern starts with `.*`, because other programs' wrappers prefix a model's names.
     """
-    wanted = list(dict.fromkeys(names))
-    chosen = set(wanted)
+    wanted = dict.fromkeys(names)
     alike: dict[str, set[str]] = defaultdict(set)
     for name in everything:
         alike[number_pattern(name)].add(name)
     result: dict[str, None] = {}
     for name in wanted:
         same = alike[number_pattern(name)]
-        whole = len(same) > 1 and same <= chosen
+        whole = len(same) > 1 and same <= wanted.keys()
         result["re:.*" + number_pattern(name) + "$" if whole else name] = None
     return list(result)
 
@@ -132,10 +111,7 @@ class CompressedTensorsFormat(OutputFormat):
     loadable_here: ClassVar[bool] = False
     experts_by_name: ClassVar[bool] = True
     supports_conv1d: ClassVar[bool] = False
-    # One `kv_cache_scheme` describes them, and the library's own tensors are [heads, 1, 1].
-    stores_cache_scales: ClassVar[bool] = True
-    single_cache_granularity: ClassVar[bool] = True
-    cache_scale_tail: ClassVar[tuple[int, ...]] = (1, 1)
+    cache_scale_tail: ClassVar[tuple[int, ...] | None] = (1, 1)  # of the library's own tensors
     sizes: ClassVar[Mapping[str, SizeRule]] = _SIZES
 
     def layout(self, scheme: QuantizationScheme) -> Layout:
@@ -144,24 +120,21 @@ class CompressedTensorsFormat(OutputFormat):
 
     def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
         inputs = scheme.activations
-        parts: list[tuple[str, QuantizationScheme | ActivationScheme]] = [
-            ("weights", scheme),
-            *([] if inputs is None else [("activations", inputs)]),
-        ]
+        parts: list[tuple[str, QuantizationScheme | ActivationScheme]] = [("weights", scheme)]
+        parts += [] if inputs is None else [("activations", inputs)]
+        groups = []
         for what, part in parts:
-            if _type_of(part) is None:
+            if (kind := _type_of(part)) is None:
                 return (
                     f"compressed-tensors has no {what} of data type {part.data_type!r} in groups of {part.group_size}"
                 )
-        if (reason := super().scheme_problem(scheme)) is not None:
-            return reason
-        for what, part in parts:
-            kind = _type_of(part)
-            if kind is not None and kind.group not in (None, part.group_size):
-                return (
+            if kind.group not in (None, part.group_size):
+                groups.append(
                     f"{what} of data type {part.data_type!r} need groups of {kind.group} in compressed-tensors, not "
                     f"{part.group_size}"
                 )
+        if (reason := super().scheme_problem(scheme)) is not None or groups:
+            return reason or groups[0]
         if inputs is not None and isinstance(inputs.group_size, tuple):
             return f"activations have scales for groups along the input, not blocks of {inputs.group_size}"
         if inputs is not None and codec_of(inputs).has_global_scale and not inputs.has_global_scale:
@@ -174,13 +147,19 @@ class CompressedTensorsFormat(OutputFormat):
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         problem, inputs = super().check_layer(scheme, in_features, out_features), scheme.activations
         if problem is None and inputs is not None and inputs.dynamic:
-            problem = COMPRESSED_TENSORS_SIZES.problem(in_features, out_features, inputs.group_size)
+            problem = _WHOLE_GROUPS.problem(in_features, out_features, inputs.group_size)
             problem = problem and f"activations: {problem}"
         return problem
 
+    def check_cache(self, cache: CacheScheme) -> str | None:
+        # One `kv_cache_scheme` describes all three.
+        one = cache.queries in (None, cache.keys_values)
+        return None if one else "its readers expect one granularity for all three"
+
     def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
-        groups: dict[str, list[str]] = defaultdict(list)
-        arguments: dict[str, dict[str, Any]] = {}
+        """One scheme for all layers is the class `Linear` with exceptions in `ignore`, which every runtime knows. With
+        several, each group names its layers: a runtime that fuses layers would match the class before the names."""
+        groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
         for name in plan.quantized_layers():
             scheme = plan.layers[name]
             kind = _type_of(scheme)
@@ -188,30 +167,28 @@ class CompressedTensorsFormat(OutputFormat):
             group = {
                 "format": kind.formats[scheme.quantizes_activations],
                 "input_activations": _input_arguments(scheme.activations), "output_activations": None,
-                "weights": _arguments(scheme, self.layout(scheme).group_size(scheme)),
+                "weights": kind.arguments(scheme, self.layout(scheme).group_size(scheme)),
             }  # fmt: skip
-            key = repr(group)
-            arguments[key] = group
-            groups[key].append(name)
+            groups.setdefault(repr(group), (group, []))[1].append(name)
         unquantized = plan.unquantized_modules()
         everything = [*plan.layers, *unquantized]
-        order = sorted(groups, key=lambda key: -len(groups[key]))  # the most common group first
-        formats = {arguments[key]["format"] for key in order}
+        order = sorted(groups.values(), key=lambda group: -len(group[1]))  # the most common group first
+        formats = {group["format"] for group, _ in order}
+        targets = lambda names: ["Linear"] if len(groups) == 1 else name_patterns(names, everything)
+        cache = plan.cache
         return {
-            "config_groups": {
-                f"group_{i}": {
-                    **arguments[key],
-                    "targets": ["Linear"] if len(groups) == 1 else name_patterns(groups[key], everything),
-                }
-                for i, key in enumerate(order)
-            },
+            "config_groups": {f"group_{i}": {**group, "targets": targets(n)} for i, (group, n) in enumerate(order)},
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "global_compression_ratio": None,
             "ignore": name_patterns(unquantized, everything),
-            "kv_cache_scheme": kv_cache_scheme(plan.settings),
+            "kv_cache_scheme": None if cache is None else {
+                "dynamic": False, "group_size": None, "num_bits": 8,
+                "strategy": "attn_head" if cache.keys_values == "head" else "tensor", "symmetric": True,
+                "type": "float",
+            },
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
-        }
+        }  # fmt: skip
 
 
 class PackedInt8Format(LayoutFormat):

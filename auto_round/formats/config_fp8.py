@@ -1,12 +1,12 @@
-"""The `fp8` format: FP8 weights in two-dimensional blocks under `quant_method: "fp8"`.
+"""The `fp8` format: FP8 weights in two-dimensional blocks under `quant_method: "fp8"`, the layout of DeepSeek-V3.
 
-The layout of DeepSeek-V3. Transformers reads it with its fine-grained FP8 layers (without an FP8 GPU it dequantizes
-the weights and does not quantize activations), vLLM and SGLang with their FP8 loaders; none of them needs this package.
-Readers find unquantized layers by name; every other linear layer is FP8.
+Transformers, vLLM and SGLang read it with their own FP8 layers; none of them needs this package. They find unquantized
+layers by name; every other linear layer is FP8.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +17,6 @@ from auto_round.formats.config_auto_round import AutoRoundFormat
 from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import AUTO_ROUND_FLOATS
 from auto_round.schemes import QuantizationScheme
-
-_AUTO_ROUND_ONLY = ("packing_format", "extra_config", "group_size")
 
 
 @register_format("fp8")
@@ -31,14 +29,14 @@ class Fp8Format(OutputFormat):
     scale_dtype: ClassVar[torch.dtype | None] = None
 
     def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
-        size, activations, codec = scheme.group_size, scheme.activations, codec_of(scheme)
+        size, inputs, codec = scheme.group_size, scheme.activations, codec_of(scheme)
         if (codec.family, codec.element) != ("fp", "e4m3"):
             return f"it holds 8-bit e4m3 weights, not {scheme.bits}-bit {scheme.data_type}"
         if not isinstance(size, tuple) or not scheme.sym:
             return "it holds symmetric two-dimensional blocks only, such as group_size (128, 128)"
-        if activations is None:
+        if inputs is None:
             return "its readers quantize activations too; use act_bits 8"
-        if not activations.dynamic or activations.group_size != size[1] or activations.data_type != scheme.data_type:
+        if inputs != replace(inputs, dynamic=True, group_size=size[1], data_type=scheme.data_type):
             return f"its readers quantize activations dynamically in groups of {size[1]}, with the weights' data type"
         return None
 
@@ -56,8 +54,7 @@ class Fp8Format(OutputFormat):
         if len(schemes) > 1:
             return f"it has one scheme for all layers, and this recipe has {len(schemes)}"
         for experts, names in _experts(plan).items():
-            quantized = [name for name in names if plan.layers[name].quantizes_weights]
-            if quantized and len(quantized) < len(names):
+            if len({plan.layers[name].quantizes_weights for name in names}) > 1:
                 return f"readers expect all experts of a block to be quantized or none, and in {experts} only some are"
         return None
 
@@ -72,7 +69,7 @@ class Fp8Format(OutputFormat):
         names += [experts for experts, members in _experts(plan).items() if set(names).issuperset(members)]
         assert isinstance(default.group_size, tuple)
         return {
-            **{key: value for key, value in own.items() if key not in _AUTO_ROUND_ONLY},
+            **{key: own[key] for key in own if key not in ("packing_format", "extra_config", "group_size")},
             "group_size": list(default.group_size),
             "quant_method": "fp8",
             "modules_to_not_convert": list(dict.fromkeys(names)),

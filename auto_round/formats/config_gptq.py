@@ -1,19 +1,6 @@
-"""The `auto_gptq` format (`gptqmodel` is its other name): `quant_method: "gptq"`, GPTQ v1 tensors with `g_idx`.
+"""The formats `auto_gptq` (`gptqmodel` is its other name) and `auto_awq`, for vLLM, SGLang, GPTQModel and AutoAWQ.
 
-How readers of these files learn about single layers:
-
-| what | GPTQModel, vLLM, SGLang | Transformers with optimum |
-|---|---|---|
-| other bits, group size, symmetry | `dynamic`, `+:regex` | not at all |
-| an unquantized layer in a block | `dynamic`, `-:regex` | `modules_in_block_to_quantize` |
-| a packed output head | `lm_head: true` | not at all |
-| unquantized layers outside blocks | follows from `lm_head` | follows from the blocks |
-
-Serving engines look up q, k and v under the name of the fused matrix, such as `qkv_proj`, so rules that hold for all
-members are written for that name too.
-
-The config has no `meta.quantizer`. GPTQModel's own loader opens asymmetric v1 files only when that key names
-gptqmodel >= 0.9.0, which would be untrue, and Transformers' AutoRoundConfig refuses every GPTQ file that has `meta`.
+How readers of these files learn about single layers, and why the config has no `meta.quantizer`: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -23,19 +10,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-from auto_round.formats.base import ExportPlan, number_pattern, register_format
-from auto_round.formats.config_auto_round import AutoRoundGptqFormat
-from auto_round.formats.table import GPTQ_SIZES, SizeRule
+from auto_round.formats.base import MARLIN, ExportPlan, SizeRule, number_pattern, register_format
+from auto_round.formats.config_auto_round import AutoRoundAwqFormat, AutoRoundGptqFormat
 from auto_round.layouts.base import Layout, stored_group_size
 from auto_round.layouts.gptq import GptqLayout
 from auto_round.schemes import QuantizationScheme
 
 Rule = Mapping[str, Any]
 # Layers that engines fuse, and the name of the fused layer.
-_FUSED: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    (("gate_proj", "up_proj"), "gate_up_proj"),
-)
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.[^.]+$")
 
 
@@ -44,11 +27,12 @@ _EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.[^.]+$")
 class AutoGptqFormat(AutoRoundGptqFormat):
     """GPTQ v1: 2, 3, 4 and 8 bits, zero points stored minus one, groups in order (`desc_act: false`)."""
 
-    stores_cache_scales: ClassVar[bool] = False
+    cache_scale_tail: ClassVar[tuple[int, ...] | None] = None
     requires_full_groups: ClassVar[bool] = True
     config_files: ClassVar[tuple[str, ...]] = ("quantization_config.json", "quantize_config.json")
     stored_layout: ClassVar[Layout] = GptqLayout(1, g_idx=True)
-    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": GPTQ_SIZES}
+    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": SizeRule(32, 32)}
+    fast_kernel: ClassVar[tuple[str, SizeRule] | None] = MARLIN
 
     def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
         config: dict[str, Any] = {
@@ -65,10 +49,9 @@ class AutoGptqFormat(AutoRoundGptqFormat):
             "quant_method": "gptq",
             "true_sequential": False,
         }
-        rules = dynamic_rules(plan, default)
-        if rules:
+        if rules := dynamic_rules(plan, default):
             config["dynamic"] = rules
-        if any(plan.in_block(n) and not s.quantizes_weights for n, s in plan.layers.items()):
+        if any(map(plan.in_block, plan.dense_layers())):
             config["modules_in_block_to_quantize"] = [_quantized_module_names(plan)]
         return config
 
@@ -76,12 +59,22 @@ class AutoGptqFormat(AutoRoundGptqFormat):
 def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Rule]:
     """GPTQModel's `dynamic`: regular expressions of layers that differ from the default, `-:` for unquantized ones.
 
-    Layers whose names differ only in numbers (of blocks, of experts) share one rule where all of them agree.
+    Layers whose names differ only in numbers (of blocks, of experts) share one rule where all of them agree. Engines
+    look up q, k and v under the name of the fused matrix, so rules that hold for all members are written for it too.
     """
     rules: dict[str, Rule | None] = {name: _rule(plan.layers[name]) for name in plan.quantized_layers()}
     rules.update(dict.fromkeys(plan.dense_in_blocks()))
-    rules |= _fused_rules(rules)
-    usual = _rule(default)
+    fused: dict[str, list[str]] = {}
+    for name in rules:
+        parent, _, leaf = name.rpartition(".")
+        for joined, (first, *others) in _FUSED.items():
+            members = [name, *(f"{parent}.{other}" for other in others)]
+            if leaf == first and rules.keys() >= set(members):
+                fused[f"{parent}.{joined}"] = members
+    for name in rules:
+        if match := _EXPERT.match(name):
+            fused.setdefault(match[1], []).append(name)
+    rules |= {name: rules[parts[0]] for name, parts in fused.items() if all(rules[p] == rules[parts[0]] for p in parts)}
     written: dict[str, Rule] = {}
     done: set[str] = set()
     for pattern_of in (number_pattern, partial(number_pattern, after="experts"), re.escape):
@@ -95,7 +88,7 @@ def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Ru
             done.update(names)
             if rule is None:
                 written[f"-:^{pattern}$"] = {}
-            elif rule != usual:
+            elif rule != _rule(default):
                 written[f"+:^{pattern}$"] = rule
     return written
 
@@ -104,31 +97,75 @@ def _rule(scheme: QuantizationScheme) -> dict[str, Any]:
     return {"bits": scheme.bits, "group_size": stored_group_size(scheme), "sym": scheme.sym}
 
 
-def _fused_rules(rules: Mapping[str, Rule | None]) -> dict[str, Rule | None]:
-    """Rules for fused layers whose members agree."""
-    found: dict[str, Rule | None] = {}
-    for name in rules:
-        parent, _, leaf = name.rpartition(".")
-        for leaves, fused in _FUSED:
-            members = [f"{parent}.{other}" for other in leaves]
-            if leaf == leaves[0] and all(m in rules and rules[m] == rules[name] for m in members):
-                found[f"{parent}.{fused}"] = rules[name]
-    experts: dict[str, list[Rule | None]] = {}
-    for name, rule in rules.items():
-        if match := _EXPERT.match(name):
-            experts.setdefault(match[1], []).append(rule)
-    return found | {parent: own[0] for parent, own in experts.items() if all(rule == own[0] for rule in own)}
-
-
 def _quantized_module_names(plan: ExportPlan) -> list[str]:
     """Names of the quantized layers: those within a block where all blocks agree, else full names."""
     quantized: dict[str, set[bool]] = {}
     for name, scheme in plan.layers.items():
-        for block in plan.block_names:
-            if name.startswith(f"{block}."):
-                quantized.setdefault(name.removeprefix(f"{block}."), set()).add(scheme.quantizes_weights)
-                break
+        block = next((block for block in plan.block_names if name.startswith(f"{block}.")), None)
+        if block is not None:
+            quantized.setdefault(name.removeprefix(f"{block}."), set()).add(scheme.quantizes_weights)
     if any(len(values) > 1 for values in quantized.values()):
         return plan.quantized_layers()
     outside = [name for name in plan.quantized_layers() if not plan.in_block(name)]
     return [name for name, values in quantized.items() if True in values] + outside
+
+
+@register_format("auto_awq")
+class AutoAwqFormat(AutoRoundAwqFormat):
+    """AWQ, version gemm, 4 bits; zero points are stored unchanged, 8 for every group of a symmetric layer.
+
+    Readers take every linear layer that `modules_to_not_convert` does not match for packed. vLLM and SGLang match it by
+    substring, Transformers by regular expression or suffix, so full names are written. A packed output head cannot be
+    described: Transformers and AutoAWQ always leave it unquantized.
+    """
+
+    cache_scale_tail: ClassVar[tuple[int, ...] | None] = None
+    requires_full_groups: ClassVar[bool] = True
+    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": SizeRule(32, 32, group_multiple=32, outputs_by_group=True)}
+    fast_kernel: ClassVar[tuple[str, SizeRule] | None] = MARLIN
+
+    def check_plan(self, plan: ExportPlan) -> str | None:
+        packed = plan.quantized_layers()
+        sizes = sorted({stored_group_size(plan.layers[name]) for name in packed})
+        if len(sizes) > 1:
+            return f"an AWQ checkpoint has one group size, not {' and '.join(map(str, sizes))}"
+        for name in packed:
+            if not plan.in_block(name):
+                return f"readers of AWQ treat {name} as unquantized, and it is quantized here"
+        for dense in _awq_unquantized(plan):
+            hit = next((name for name in packed if _awq_matches(dense, name)), None)
+            if hit is not None:
+                return f"listing {dense} in modules_to_not_convert would leave out {hit} too, which is quantized"
+        return None
+
+    def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
+        symmetric = all(plan.layers[name].sym for name in plan.quantized_layers())
+        config: dict[str, Any] = {
+            "bits": default.bits,
+            "data_type": default.data_type,
+            "group_size": stored_group_size(default),
+            "sym": symmetric,
+            **plan.recorded_settings(),
+            "autoround_version": plan.version,
+            "modules_to_not_convert": _awq_unquantized(plan),
+            "provider": "auto-round",
+            "quant_method": "awq",
+            "to_quant_block_names": plan.block_prefix(),
+            "version": "gemm",
+            "zero_point": not symmetric,
+        }
+        # GPTQModel's own loader finds unquantized layers only here, and computes wrong results without it.
+        rules = dynamic_rules(plan, default)
+        return config | {"dynamic": rules} if rules else config
+
+
+def _awq_unquantized(plan: ExportPlan) -> list[str]:
+    """Unquantized linear layers, and routers whose names match no packed layer."""
+    packed = plan.quantized_layers()
+    routers = (name for name in plan.dense_in_blocks() if name not in plan.layers)
+    return plan.dense_layers() + [n for n in routers if not any(_awq_matches(n, other) for other in packed)]
+
+
+def _awq_matches(entry: str, name: str) -> bool:
+    """Whether any reader would match the layer `name` with `entry`."""
+    return entry in name or re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None

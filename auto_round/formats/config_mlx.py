@@ -1,21 +1,7 @@
 """The formats `mlx`, for mlx-lm, and `auto_round:mlx`, the same tensors for Transformers with this package.
 
-| tensor | dtype | holds |
-|---|---|---|
-| weight | uint32 [out, in*bits/32] | codes, see `layouts.mlx` |
-| scales | float16 [out, groups] | the tuned scales |
-| biases | float16 or float32 [out, groups] | -scales * zero point, exact: float32 for asymmetric layers |
-
 mlx-lm's model classes need other names for some model types: the rules per model type were read off mlx-lm 0.32.2
-(`mlx_lm/models/<model type>.py`, mostly `sanitize`) and its referee opens every type that is not refused. mlx-lm
-also reads only the rotary keys that configs had before Transformers 5, which `with_legacy_rope` adds:
-
-| Transformers 5 | before |
-|---|---|
-| rope_parameters.rope_theta | rope_theta |
-| rope_parameters.rope_type and its numbers, unless "default" | rope_scaling |
-| rope_parameters.partial_rotary_factor | partial_rotary_factor |
-| rope_parameters.full_attention, .sliding_attention (Gemma 3) | the above, and rope_local_base_freq |
+(`mlx_lm/models/<model type>.py`, mostly `sanitize`), and its referee opens every type that is not refused.
 """
 
 from __future__ import annotations
@@ -23,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from auto_round.formats.base import DEFAULT_RULES, ExportPlan, ModelRules, OutputFormat, register_format
+from auto_round.formats.base import DEFAULT_RULES, ExportPlan, ModelRules, OutputFormat, SizeRule, register_format
 from auto_round.formats.config_auto_round import LayoutFormat
-from auto_round.formats.table import MLX_SIZES, SizeRule
 from auto_round.layouts.base import Layout
 from auto_round.layouts.mlx import MLX
 from auto_round.schemes import QuantizationScheme
@@ -35,7 +20,7 @@ _SPARSE = (r"\.mlp\.", ".block_sparse_moe.")
 _EXPERT_COUNT = (("num_experts", "num_local_experts"),)
 _KV_B = "mlx-lm splits it and rounds it again while it reads it"
 
-# model type -> rules. The referee of this format opens every type that is not refused.
+# By model type.
 MLX_FAMILIES: dict[str, ModelRules] = {
     **dict.fromkeys(
         (
@@ -75,24 +60,20 @@ def mlx_rules(model_type: str) -> ModelRules:
 
 
 def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config's values with the pre-Transformers-5 keys beside `rope_parameters`, unless present."""
+    """A copy of a config's values with the keys before Transformers 5 beside `rope_parameters`, unless present: mlx-lm
+    reads no others."""
     parameters = values.get("rope_parameters")
     if not isinstance(parameters, dict):
         return values
     added: dict[str, Any] = {}
-    if isinstance(parameters.get("full_attention"), dict):
-        local = parameters.get("sliding_attention")
-        if isinstance(local, dict) and local.get("rope_theta") is not None:
-            added["rope_local_base_freq"] = local["rope_theta"]
+    if isinstance(parameters.get("full_attention"), dict):  # Gemma 3
+        added["rope_local_base_freq"] = (parameters.get("sliding_attention") or {}).get("rope_theta")
         parameters = parameters["full_attention"]
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if parameters.get(key) is not None:
-            added[key] = parameters[key]
-    kind = parameters.get("rope_type", "default")
-    if kind != "default":
-        rest = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        added["rope_scaling"] = rest | {"type": kind}
-    made = {**values, **{key: value for key, value in added.items() if values.get(key) is None}}
+    plain = ("rope_theta", "partial_rotary_factor")
+    added |= {key: parameters.get(key) for key in plain}
+    if (kind := parameters.get("rope_type", "default")) != "default":
+        added["rope_scaling"] = {k: v for k, v in parameters.items() if k not in plain} | {"type": kind}
+    made = {**values, **{k: v for k, v in added.items() if v is not None and values.get(k) is None}}
     scaling = made.get("rope_scaling")
     if isinstance(scaling, dict) and "rope_type" in scaling:
         made["rope_scaling"] = {**scaling, "type": scaling.get("type", scaling["rope_type"])}
@@ -105,12 +86,9 @@ _PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_
 def mlx_quantization(plan: ExportPlan, rules: ModelRules) -> dict[str, Any]:
     """The `quantization` object of an MLX config.json: the default bits and group size, then those of every linear
     layer and embedding by module name, or false where it is unquantized."""
-    values = lambda scheme: {"group_size": scheme.group_size, "bits": scheme.bits}
-    result: dict[str, Any] = values(plan.default_scheme())
-    result |= {rules.module_name(name): False for name in plan.embeddings}
-    for name, scheme in plan.layers.items():
-        result[rules.module_name(name)] = values(scheme) if scheme.quantizes_weights else False
-    return result
+    values = lambda scheme: scheme.quantizes_weights and {"group_size": scheme.group_size, "bits": scheme.bits}
+    result: dict[str, Any] = {**values(plan.default_scheme()), **{rules.module_name(n): False for n in plan.embeddings}}
+    return result | {rules.module_name(name): values(scheme) for name, scheme in plan.layers.items()}
 
 
 def drop_prediction_layers(values: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +107,7 @@ class MlxFormat(OutputFormat):
     checkpoint_names: ClassVar[bool] = False
     config_files: ClassVar[tuple[str, ...]] = ()
     fusing_runtimes: ClassVar[tuple[str, ...]] = ()
-    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": MLX_SIZES}
+    sizes: ClassVar[Mapping[str, SizeRule]] = {"int": SizeRule(groups=(32, 64, 128))}
 
     def layout(self, scheme: QuantizationScheme) -> Layout:
         return MLX
@@ -141,13 +119,10 @@ class MlxFormat(OutputFormat):
         return mlx_quantization(plan, self.rules(plan.model_type))
 
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
-        quantization = self.config(plan)
         values = self.rules(plan.model_type).with_config(with_legacy_rope(values))
-        if plan.spare:
-            values = drop_prediction_layers(values)
-        if quantization is None:
-            return values
-        return values | {"quantization": quantization, "quantization_config": quantization}
+        quantization = self.config(plan)
+        own = {} if quantization is None else {"quantization": quantization, "quantization_config": quantization}
+        return (drop_prediction_layers(values) if plan.spare else values) | own
 
 
 @register_format("auto_round:mlx")
@@ -159,7 +134,7 @@ class AutoRoundMlxFormat(LayoutFormat):
 
     stored_layout: ClassVar[Layout] = MLX
     packing_format: ClassVar[str] = "mlx"
-    stores_cache_scales: ClassVar[bool] = False
+    cache_scale_tail: ClassVar[tuple[int, ...] | None] = None
     rejects_fused_layers: ClassVar[bool] = False  # experts' packed tensors have the modules' names
     fusing_runtimes: ClassVar[tuple[str, ...]] = ()
     sizes: ClassVar[Mapping[str, SizeRule]] = MlxFormat.sizes

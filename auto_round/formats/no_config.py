@@ -1,12 +1,8 @@
-"""Formats without a `quantization_config`: `gguf:*`, one GGUF file, and `fake`, dequantized weights.
-
-A GGUF file of one file type (`gguf:q4_k_m`) is for llama.cpp and programs built on it; `gguf.plan` decides the
-type of each tensor. `fake` writes an ordinary checkpoint in the model's own dtype, for research.
-"""
+"""Formats without a `quantization_config`: `gguf:*`, one GGUF file, and `fake`, dequantized weights."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,7 +14,7 @@ from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
 
 class GgufFormat(OutputFormat):
-    """A GGUF file of one file type; `GgufPlan` decides the type of each tensor."""
+    """A GGUF file of one file type, for llama.cpp and programs built on it; `GgufPlan` decides each tensor's type."""
 
     loadable_here: ClassVar[bool] = False
     opens_in_transformers: ClassVar[bool] = False
@@ -31,7 +27,8 @@ class GgufFormat(OutputFormat):
 
     def __init__(self, file_type: str) -> None:
         """`file_type`: a key of `FILE_TYPES`, such as `q4_k_m`."""
-        self.file_type = file_type
+        self.file_type, self.preset = file_type, file_type.upper()
+        self.scheme = PRESET_SCHEMES[f"GGUF:{self.preset}"]  # of most layers
 
     def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
         if ggml_type_of(scheme) is not None:
@@ -45,9 +42,8 @@ class GgufFormat(OutputFormat):
         return None
 
     def tensor_specs(
-        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
-        bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
-    ) -> TensorSpecs:  # fmt: skip
+        self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, **dense: Any
+    ) -> TensorSpecs:
         kind = ggml_type_of(scheme)
         assert kind is not None
         return {f"{name}.weight": ((out_features, kind.row_bytes(in_features)), torch.uint8)}
@@ -59,16 +55,6 @@ class GgufFormat(OutputFormat):
     def support_schemes(self) -> tuple[str, ...]:
         return (f"GGUF:{self.preset}",)
 
-    @property
-    def preset(self) -> str:
-        """The file type in upper case, such as `Q4_K_M`."""
-        return self.file_type.upper()
-
-    @property
-    def scheme(self) -> QuantizationScheme:
-        """The scheme of most layers of such a file."""
-        return PRESET_SCHEMES[f"GGUF:{self.preset}"]
-
 
 for _file_type in FILE_TYPES:
     add_format(f"gguf:{_file_type}", GgufFormat(_file_type))
@@ -76,7 +62,7 @@ for _file_type in FILE_TYPES:
 
 @register_format("fake")
 class FakeFormat(OutputFormat):
-    """Dequantized weights of any scheme, without quantization of activations."""
+    """Dequantized weights of any scheme in the model's own dtype, without quantization of activations; for research."""
 
     has_packed_layers: ClassVar[bool] = False
     scale_dtype: ClassVar[torch.dtype | None] = None
@@ -99,14 +85,10 @@ class FakeFormat(OutputFormat):
         bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
     ) -> TensorSpecs:  # fmt: skip
         shape = (in_features, out_features) if transposed else (out_features, in_features)
-        specs: TensorSpecs = {f"{name}.weight": (shape, model_dtype)}
-        if bias_dtype is not None:
-            specs[f"{name}.bias"] = ((out_features,), bias_dtype)
-        return specs
+        bias: TensorSpecs = {} if bias_dtype is None else {f"{name}.bias": ((out_features,), bias_dtype)}
+        return {f"{name}.weight": (shape, model_dtype), **bias}
 
     def pack(self, layer: QuantizedLayer, *, model_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         weight = layer.dequantize(model_dtype)
-        tensors = {f"{layer.name}.weight": (weight.T if layer.transposed else weight).contiguous()}
-        if layer.bias is not None:
-            tensors[f"{layer.name}.bias"] = layer.bias
-        return tensors
+        bias = {} if layer.bias is None else {f"{layer.name}.bias": layer.bias}
+        return {f"{layer.name}.weight": (weight.T if layer.transposed else weight).contiguous(), **bias}

@@ -18,7 +18,7 @@ from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
 from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs
-from auto_round.formats.cache_scales import FP8_MAXIMUM, CacheScheme, scale_shape
+from auto_round.formats.cache_scales import FP8_MAXIMUM, CacheScheme
 from auto_round.modeling.attention import Attention, find_attention, head_counts, library_error, unrecognised_attention
 from auto_round.modeling.config import text_config
 from auto_round.modeling.source import ModelSource
@@ -52,8 +52,9 @@ class CachePlan:
 
     def specs(self, fmt: OutputFormat) -> TensorSpecs:
         """Shapes and dtypes of all scales in a format's files, by tensor name."""
+        heads = lambda name, leaf: (self._count(name, leaf), *(fmt.cache_scale_tail or ()))
         return {
-            f"{name}.{leaf}": (scale_shape(fmt, self.scheme, leaf, self._count(name, leaf)), torch.float32)
+            f"{name}.{leaf}": ((1,) if self.scheme.granularity(leaf) == "tensor" else heads(name, leaf), torch.float32)
             for name in self.heads
             for leaf in self.scheme.leaves
         }
@@ -82,7 +83,7 @@ class CachePlan:
 
 def stored_scale(fmt: OutputFormat, scale: torch.Tensor) -> torch.Tensor:
     """A scale with the shape that a format stores: [1], or one per head."""
-    return scale.reshape(1) if scale.dim() == 0 else scale.reshape(-1, *fmt.cache_scale_tail)
+    return scale.reshape(1) if scale.dim() == 0 else scale.reshape(-1, *(fmt.cache_scale_tail or ()))
 
 
 def plan_cache(source: ModelSource, scheme: CacheScheme | None) -> CachePlan | None:
@@ -253,7 +254,7 @@ class Job:
         spare = tuple(name.removesuffix(".weight") for name in self.spare if name.endswith(".weight"))
         plan = ExportPlan(
             self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type, embeddings=self.embeddings,
-            other_matrices=self.other_matrices, spare=spare,
+            other_matrices=self.other_matrices, spare=spare, cache=None if self.cache is None else self.cache.scheme,
         )  # fmt: skip
         if not fmt.checkpoint_names:
             return plan

@@ -18,11 +18,11 @@ from auto_round.formats.base import (
     TensorSpecs,
     available_formats,
     get_format,
+    require_cache,
     require_plan,
     require_scheme,
+    slow_kernel_notes,
 )
-from auto_round.formats.cache_scales import require_cache
-from auto_round.formats.table import slow_kernel_notes
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.layer_config import pattern_regex, scheme_from_entry
 from auto_round.layouts.base import stored_group_size
@@ -131,12 +131,13 @@ def make_job(
     check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
     for fmt in formats:
         require_scheme(fmt, settings.scheme, f"scheme {settings.scheme_name}")
+        if settings.cache is not None:
+            require_cache(fmt, settings.cache)
         if fmt.scale_dtype not in (None, settings.scale_dtype):
             raise UnsupportedError(
                 f"format {fmt.name!r} stores scales as {fmt.scale_dtype}, not {settings.scale_dtype}; leave "
                 "scale_dtype out, or use format fake"
             )
-    require_cache(formats, settings.cache)
     cache = plan_cache(source, settings.cache)
     model_type = str(getattr(source.config, "model_type", ""))
     notes = _model_notes(formats, model_type)
@@ -368,7 +369,7 @@ def _reader_notes(layers: Mapping[str, LayerPlan], formats: Sequence[OutputForma
         ]
     plans = [p for p in layers.values() if p.scheme.quantizes_weights and isinstance(p.scheme.group_size, int)]
     sizes = [(p.name, p.in_features, p.out_features, stored_group_size(p.scheme)) for p in plans]
-    return notes + slow_kernel_notes([fmt.name for fmt in formats], sizes)
+    return notes + slow_kernel_notes(formats, sizes)
 
 
 def with_cache_scales(specs: TensorSpecs, fmt: OutputFormat, cache: CachePlan | None) -> TensorSpecs:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from auto_round.formats.base import get_format
-from auto_round.formats.table import FAST_KERNELS, slow_kernel_notes
+from auto_round.formats.base import get_format, slow_kernel_notes
 from auto_round.schemes import QuantizationScheme
 
 
@@ -27,7 +26,9 @@ def test_sizes(fmt: str, group: int, inputs: int, outputs: int, problem: str | N
 
 
 def test_marlin_is_only_faster() -> None:
-    rule = FAST_KERNELS["auto_gptq"][1]
+    kernel = get_format("auto_gptq").fast_kernel
+    assert kernel is not None and kernel == get_format("auto_awq").fast_kernel
+    rule = kernel[1]
     assert rule.problem(256, 192, 64) is None and rule.problem(256, 192, -1) is None
     assert "out_features=96" in str(rule.problem(256, 96, 32))
     assert "group_size 16" in str(rule.problem(256, 64, 16))
@@ -36,6 +37,7 @@ def test_marlin_is_only_faster() -> None:
 
 def test_what_is_slower_is_said_once_a_kernel() -> None:
     layers = [("a", 256, 128, 64), ("b", 256, 96, 32), ("c", 64, 64, 32)]
-    (line,) = slow_kernel_notes(["auto_gptq", "auto_awq", "mlx"], layers)
+    gptq, awq, mlx, fake = map(get_format, ("auto_gptq", "auto_awq", "mlx", "fake"))
+    (line,) = slow_kernel_notes([gptq, awq, mlx], layers)
     assert line.startswith("2 of 3 quantized layers, such as b (out_features=96") and "Marlin" in line
-    assert slow_kernel_notes(["auto_gptq"], layers[:1]) == slow_kernel_notes(["mlx", "fake"], layers) == []
+    assert slow_kernel_notes([gptq], layers[:1]) == slow_kernel_notes([mlx, fake], layers) == []
