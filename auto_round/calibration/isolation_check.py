@@ -45,7 +45,8 @@ from auto_round.calibration.block_links import (
     batch_dim,
 )
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.partial_loading import block_loaded, check_not_meta, non_block_modules, output_head
+from auto_round.modeling.blocks import output_head
+from auto_round.modeling.partial_loading import block_loaded, check_not_meta, non_block_modules
 from auto_round.modeling.source import ModelSource
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_buffers"}

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from auto_round.errors import NumericsError
-from auto_round.modeling.blocks import in_features
+from auto_round.modeling.blocks import weight_2d
 
 _CHUNK_ROWS = 1024  # rows are summed in chunks of fixed size, so that the result does not depend on the thread count
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
@@ -96,7 +96,7 @@ class SecondMomentObserver(InputObserver, dict[str, torch.Tensor]):
         for name in names:
             module = block.get_submodule(name)
             device = "cpu" if (weight := module.get_parameter("weight")).is_meta else weight.device
-            self[name] = torch.zeros(in_features(module), dtype=torch.float32, device=device)
+            self[name] = torch.zeros(weight_2d(module).shape[1], dtype=torch.float32, device=device)
             self.tokens[name] = 0
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
@@ -187,7 +187,7 @@ class InputHessian(InputObserver):
         self._last: tuple[str, torch.Tensor] | None = None
 
     def prepare(self, block: nn.Module, names: Sequence[str]) -> None:
-        self.band = band_width([in_features(block.get_submodule(name)) for name in names])
+        self.band = band_width([weight_2d(block.get_submodule(name)).shape[1] for name in names])
 
     def add(self, name: str, inputs: torch.Tensor) -> None:
         self._seen[name] = self._seen.get(name, 0) + inputs.shape[:-1].numel()

@@ -29,8 +29,8 @@ from auto_round.inference.qlinear import QuantLinear
 from auto_round.logger import logger
 from auto_round.modeling.attention import find_attention
 from auto_round.modeling.blocks import find_blocks, linear_names
-from auto_round.modeling.conversions import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames, conversions_of
 from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles
+from auto_round.modeling.tensor_map import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames, conversions_of
 
 _EXPERT = re.compile(r"^(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
 _IGNORED_KEYS = "_keys_to_ignore_on_load_unexpected"

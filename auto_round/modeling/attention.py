@@ -1,8 +1,7 @@
 """Find attention modules and the argument that takes their KV cache, from structure alone.
 
 The cache argument is recognised by its type and by what the code does with it, so that a new name for it
-(Transformers 5.24 says `cache` where older ones say `past_key_values`) changes nothing. `library_error` reports
-an observation that only a change in a library explains.
+(Transformers 5.24 says `cache` where older ones say `past_key_values`) changes nothing.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ _ATTENTION = re.compile(r"attention|attn", re.I)
 _STATE = re.compile(r"linear|lightning|delta|rwkv|mamba|retention", re.I)
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-# Attention that caches compressed latents instead of keys and values.
-_LATENT = ("kv_lora_rank",)
 
 
 def library_error(found: str, instead: str) -> LibraryError:
@@ -59,7 +56,6 @@ class Attention:
 
     Attributes:
         name: relative to the module that was searched.
-        module: the attention module.
         cache: name of the argument that takes the cache.
         shows: which of "k", "v" and "q" its code passes to the cache and to Transformers' table of attention functions,
             so that they must be observed. A layer that uses the keys and values of another passes none.
@@ -72,16 +68,18 @@ class Attention:
 
 
 def find_attention(root: nn.Module) -> list[Attention]:
-    """The attention modules under `root`, in module order.
-
-    These are the modules that take a key-value cache and contain no such module. Blocks without a cache of keys and
-    values (linear attention, state spaces) have none.
-    """
+    """The attention modules under `root`, in module order; modules with a recurrent state instead have none."""
+    caches = {kind: _cache_argument(kind) for kind in {type(module) for module in root.modules()}}
     found = []
     for name, module in root.named_modules():
-        cache = _cache_argument(_kind(module))
-        if cache and name and not any(_cache_argument(_kind(m)) for m in module.modules() if m is not module):
-            found.append(Attention(name, module, cache, _observable(module)))
+        kind = type(module)
+        cache = caches[kind]
+        if not cache or not name or any(caches[type(m)] for m in module.modules() if m is not module):
+            continue
+        other_layer = getattr(module, "kv_shared_layer_index", None)
+        own = not getattr(module, "is_kv_shared_layer", False) and other_layer is None
+        shows = ("kv" if own and _mentions(kind, _UPDATE) else "") + ("q" if _mentions(kind, _TABLE) else "")
+        found.append(Attention(name, module, cache, frozenset(shows)))
     return found
 
 
@@ -96,7 +94,7 @@ def unrecognised_attention(blocks: Iterable[nn.Module]) -> list[str]:
         for module in block.modules()
         if _ATTENTION.search(type(module).__name__)
         and not _STATE.search(type(module).__name__)
-        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(_kind(module), _TABLE))
+        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(type(module), _TABLE))
     }
     return [kind.__name__ for kind in kinds]
 
@@ -106,9 +104,8 @@ def head_counts(attention: Attention, config: Any) -> tuple[int, int]:
 
     Raises UnsupportedError when it caches latents, or the number is unknown.
     """
-    own = getattr(attention.module, "config", None)
-    sources = [attention.module, *([own] if own is not None else []), config]
-    if any(integers(read_value(source, name)) for source in sources for name in _LATENT):
+    sources = (attention.module, getattr(attention.module, "config", None), config)
+    if any(integers(read_value(source, "kv_lora_rank")) for source in sources):
         raise UnsupportedError(
             f"{type(attention.module).__name__} caches compressed latents instead of keys and values, for which there "
             "are no static scales: leave static_kv_dtype and static_attention_dtype out"
@@ -138,37 +135,27 @@ def replace_argument(
     return bound.args, bound.kwargs
 
 
-def _kind(module: nn.Module) -> Any:  # mypy does not accept a class as an argument of a cached function
-    return type(module)
-
-
-@lru_cache(maxsize=1024)
-def _cache_argument(kind: Any) -> str | None:
+def _cache_argument(kind: type[nn.Module]) -> str | None:
     """The argument of `kind.forward` that takes a key-value cache, or None.
 
     It is one on which `update(keys, values, ...)` is called, or in a class that calls `update` on something else, one
     whose type or name identifies a cache. Blocks and models only pass a cache on, and linear attention uses other
     methods.
     """
+    forward: Any = kind.forward
     try:
-        parameters = inspect.signature(kind.forward).parameters
+        parameters = inspect.signature(forward).parameters
     except (TypeError, ValueError):  # forwards written in C have no signature
         return None
     single = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [name for name, p in parameters.items() if name != "self" and p.kind in single]
-    updated = {owner for owner, name in _reads(kind.forward) if name == _UPDATE}
+    updated = {owner for owner, name in _reads(forward) if name == _UPDATE}
     found = [name for name in names if name in _CACHES]
     found += [name for name in names if name in updated]
     if _mentions(kind, _UPDATE):
-        found += [name for name in names if _is_cache(parameters[name].annotation, kind.forward)]
+        found += [name for name in names if _is_cache(parameters[name].annotation, forward)]
         found += [name for name in names if "cache" in name.split("_") or "past" in name.split("_")]
     return found[0] if found else None
-
-
-def _observable(module: nn.Module) -> frozenset[str]:
-    shared = getattr(module, "is_kv_shared_layer", False) or getattr(module, "kv_shared_layer_index", None) is not None
-    keys_values = {"k", "v"} if _mentions(_kind(module), _UPDATE) and not shared else set()
-    return frozenset(keys_values | ({"q"} if _mentions(_kind(module), _TABLE) else set()))
 
 
 def _is_cache(annotation: Any, function: Callable[..., Any]) -> bool:
@@ -182,8 +169,7 @@ def _is_cache(annotation: Any, function: Callable[..., Any]) -> bool:
     return any(_is_cache(part, function) for part in get_args(annotation))
 
 
-@lru_cache(maxsize=4096)
-def _mentions(kind: Any, word: str) -> bool:
+def _mentions(kind: type[nn.Module], word: str) -> bool:
     """Whether the forward of a class, or a method of the class that it calls, reads an attribute or global `word`."""
     names = {name for _, name in _reads(kind.forward)}
     for name in list(names):

@@ -1,15 +1,11 @@
-"""Load and validate config.json, and build the model on the meta device.
-
-`RawConfig` reads config.json without Transformers. Checks refuse a config.json that runs foreign code, has sizes that
-no model has, or belongs to a vision or audio model whose causal class in Transformers is the text part alone (Qwen3.5,
-Llama 4, Mllama): `AutoModelForCausalLM` silently drops the tensors of the encoder.
-"""
+"""Load and validate config.json, and build the model on the meta device."""
 
 from __future__ import annotations
 
 import copy
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -49,7 +45,8 @@ _OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassificat
 
 
 class RawConfig:
-    """The values of a config.json as attributes. Nested mappings stay mappings, except the text part."""
+    """The values of a config.json as attributes, read without Transformers. Of nested mappings only the text part is
+    a `RawConfig` too."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(copy.deepcopy(values))
@@ -62,18 +59,15 @@ class RawConfig:
 
     def get_text_config(self) -> RawConfig:
         """The part that describes the language model; the whole configuration if there is only one part."""
-        for key in TEXT_PARTS:
-            part = self.__dict__.get(key)
-            if isinstance(part, RawConfig):
-                return part.get_text_config()
-        return self
+        parts = (part for key in TEXT_PARTS if isinstance(part := self.__dict__.get(key), RawConfig))
+        return next((part.get_text_config() for part in parts), self)
 
     def values(self) -> dict[str, Any]:
         """The values as read, without deleted ones."""
         return {k: v.values() if isinstance(v, RawConfig) else copy.deepcopy(v) for k, v in self.__dict__.items()}
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """The values as JSON; `use_diff` has no effect, since defaults are unknown."""
+        """As in Transformers; `use_diff` has no effect, since defaults are unknown."""
         return json.dumps(self.values(), indent=2, sort_keys=True)
 
     def __getattr__(self, name: str) -> Any:
@@ -108,7 +102,7 @@ def check_code(values: Mapping[str, Any], file: Path) -> None:
 
 def _is_repository(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return any(_is_repository(part) for part in value.values())
+        return any(map(_is_repository, value.values()))
     return isinstance(value, str) and ("/" in value or ":" in value)
 
 
@@ -133,20 +127,20 @@ def tower_tensors(names: Iterable[str]) -> list[str]:
     return [name for name in names if _TOWER.search(name)]
 
 
-def is_multimodal(config: Any) -> bool:
-    """Whether a configuration describes a vision or audio part."""
+def _is_multimodal(config: Any) -> bool:
     return any(getattr(config, part, None) is not None for part in _PARTS)
 
 
 def check_towers(config: Any, names: Iterable[str], model: str) -> None:
     """Raise UnsupportedError for a checkpoint whose vision or audio part its causal class in Transformers would drop.
 
-    A text-only checkpoint of such a family passes. `names`: of the checkpoint's tensors; `model`: for messages.
+    `AutoModelForCausalLM` silently drops the tensors of the encoder for families such as Qwen3.5, Llama 4 and Mllama. A
+    text-only checkpoint of such a family passes. `names`: of the checkpoint's tensors; `model`: for messages.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     named = tuple(getattr(config, "architectures", None) or ())
-    if not is_multimodal(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not _is_multimodal(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     classes = [kind.__name__ for kind in (found if isinstance(found, (tuple, list)) else (found,))]
@@ -171,13 +165,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, causal: bool =
         if (folder / ".partial").is_dir():
             raise ModelError(f"{folder} contains an unfinished quantization; run the same command again to resume it")
         raise ModelError(f"{folder} has no config.json; give the folder of a Transformers model")
+    raw = read_object(check_inside(folder, file))
+    if not trust_remote_code:
+        check_code(raw, file)
     try:
-        raw = read_object(check_inside(folder, file))
-        if not trust_remote_code:
-            check_code(raw, file)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except ModelError:
-        raise
     except Exception as error:  # Transformers raises attribute, type and validation errors
         if "trust_remote_code" in str(error):
             raise ModelError(
@@ -185,8 +177,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, causal: bool =
                 "read it, then pass trust_remote_code=True (--trust_remote_code)"
             ) from error
         raise ModelError(f"{file} cannot be used: {first_line(error)}") from error
-    remote = isinstance(raw.get("auto_map"), dict) and "AutoModelForCausalLM" in raw["auto_map"]
     if causal:
+        remote = isinstance(raw.get("auto_map"), dict) and "AutoModelForCausalLM" in raw["auto_map"]
         _check_causal(config, folder, remote and trust_remote_code)
     return config
 
@@ -209,7 +201,7 @@ def _check_causal(config: Any, folder: Path, remote: bool) -> None:
         reason = f"AutoModelForCausalLM knows no model for its {kind.__name__}"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
         reason = f"its {kind.__name__} describes an encoder (is_decoder is false)"
-    if reason and is_multimodal(config):
+    if reason and _is_multimodal(config):
         raise ModelError(f"{folder} reads more than text, and is not tuned: {reason}; {MODEL_FREE_ADVICE}")
     if reason:
         raise ModelError(
@@ -218,10 +210,9 @@ def _check_causal(config: Any, folder: Path, remote: bool) -> None:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Makes `torch.empty` allocate on meta unless a device is given.
+    """Makes `torch.empty`, by which weights are created, allocate on meta unless a device is given.
 
-    Weights are created by it before they are moved to meta as parameters. Without this mode each is allocated first,
-    which fragments the heap although the memory is never touched: 2 GB of address space for a model of 3 GB.
+    Without it each weight is allocated before it is moved to meta, which fragments the heap: 2 GB for a model of 3 GB.
     """
 
     def __torch_function__(
@@ -233,9 +224,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_on_meta(
-    config: Any, dtype: torch.dtype, trust_remote_code: bool, kind: type[Any] | None = None
-) -> nn.Module:  # fmt: skip
+def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool, kind: type[Any] | None = None) -> nn.Module:
     """Build the model with parameters on meta and real buffers, in eval mode. `kind`: its class, if known."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -259,23 +248,23 @@ def build_on_meta(
     return model.eval()
 
 
+def float_dtype(value: object) -> torch.dtype | None:
+    """The floating-point dtype (16 bits or more) of this name, such as "torch.bfloat16"; None for anything else."""
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    return found if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2 else None
+
+
 def config_dtype(config: Any) -> torch.dtype | None:
     """The floating-point dtype (16 bits or more) of a configuration, or None."""
-    for part in (config, text_config(config)):
-        found = read_value(part, "dtype")
-        if isinstance(found, str):
-            found = getattr(torch, found.removeprefix("torch."), None)
-        if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
-            return found
-    return None
+    return float_dtype(read_value(config, "dtype")) or float_dtype(read_value(text_config(config), "dtype"))
 
 
 def dominant_dtype(files: TensorFiles) -> torch.dtype:
     """The floating-point dtype of most weights in the files; float32 when there is none."""
-    sizes: dict[torch.dtype, int] = {}
+    sizes = Counter[torch.dtype]()
     for stored in files.tensors.values():
-        if stored.dtype.is_floating_point and stored.dtype.itemsize >= 2:
-            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + (stored.end - stored.start) // stored.dtype.itemsize
+        if float_dtype(stored.dtype) is not None:
+            sizes[stored.dtype] += (stored.end - stored.start) // stored.dtype.itemsize
     return max(sizes, key=lambda d: sizes[d], default=torch.float32)
 
 

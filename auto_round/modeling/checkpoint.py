@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from auto_round.errors import ModelError
+from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.build import (
     build_on_meta,
     check_sizes,
@@ -23,27 +23,19 @@ from auto_round.modeling.build import (
     float32_filter,
     load_config,
 )
-from auto_round.modeling.conversions import Origin
+from auto_round.modeling.config import QUANTIZATION_KEYS, text_config
 from auto_round.modeling.experts import unfuse_experts
-from auto_round.modeling.files.dequantized import check_readable, dense_view, drop_quantization, quantization_of
-from auto_round.modeling.files.pickle import PickleFiles, has_pickles
-from auto_round.modeling.files.safetensors import TensorFiles
-from auto_round.modeling.source import (
-    Device,
-    ModelSource,
-    check_finite,
-    resolve_dtype,
-    state_names,
-)
-from auto_round.modeling.tensor_map import plan_tensors, read_origin
+from auto_round.modeling.files.dequantized import check_readable, dense_view, quantization_of
+from auto_round.modeling.files.safetensors import PickleFiles, TensorFiles, only_pickles
+from auto_round.modeling.source import Device, Meta, ModelSource, check_finite, find_blocks, resolve_dtype, state_names
+from auto_round.modeling.tensor_map import Origin, plan_tensors, read_origin
 
 # Buffers in old files that modules compute: rotary frequencies, causal masks [1, 1, n, n] and their fill value.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$")
 _MASK = re.compile(r"\.(attn|attention|crossattention)\.bias$")
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """Shape and dtype of a model tensor once loaded; `lazy` if it is on meta until then."""
 
     shape: tuple[int, ...]
@@ -52,16 +44,14 @@ class _Tensor:
 
 
 class CheckpointSource(ModelSource):
-    """A local safetensors checkpoint; only what was loaded and not released is in memory.
+    """A folder with config.json and weights; only what was loaded and not released is in memory.
 
     Args:
-        folder: contains config.json and the weights.
         dtype: floating-point dtype of the parameters; default: that of the configuration, else of most weights.
         trust_remote_code: allow the checkpoint's own Python code to run.
         prepare: called with the meta model after its experts were converted, to insert quantized modules. Then any
             quantized checkpoint is accepted, and persistent buffers on meta (qweight, qzeros, scales, ...) are read in
             their stored dtype. Without it, FP8 and MXFP4 checkpoints are dequantized tensor by tensor.
-        name_or_path: what the user gave, for messages.
         allow_pickle: read `pytorch_model.bin` if there is no safetensors file.
         files: the opened weights, if they are stored elsewhere.
         kind: the model's class; default: the causal language model of the configuration. Its task is not checked.
@@ -72,6 +62,7 @@ class CheckpointSource(ModelSource):
     """
 
     lazy = True
+    default_device = torch.device("cpu")
     folder: Path
     files: TensorFiles
 
@@ -94,13 +85,15 @@ class CheckpointSource(ModelSource):
         declared = quantization_of(self.config)
         if prepare is None:
             check_readable(declared, self.name_or_path)
-        self._pickles = allow_pickle and has_pickles(self.folder) and not any(self.folder.glob("*.safetensors"))
+        self._pickles = allow_pickle and only_pickles(self.folder)
         if files is None:
             files = PickleFiles.open_pickles(self.folder) if self._pickles else TensorFiles.open(self.folder)
         check_sizes(self.folder / "config.json", self.config, len(files.tensors))
         if prepare is None:
             dense = dense_view(files, declared, asked or config_dtype(self.config))
-            drop_quantization(self.config)
+            for part, key in product((self.config, text_config(self.config)), QUANTIZATION_KEYS):
+                if hasattr(part, key):  # the model that is built from it is dense
+                    delattr(part, key)
             if dense is not None:
                 files, self.stored_as = dense, dense.description
         self.files = files
@@ -110,7 +103,7 @@ class CheckpointSource(ModelSource):
         unfuse_experts(self.model)
         if prepare is not None:
             prepare(self.model)
-        self.blocks = self._find_blocks(self.model)
+        self.blocks = self._find_blocks()
         self._names = state_names(self.model)
         self._plans = plan_tensors(files.tensors, self.model, self._names, fused_names)
         self._tied = self._find_tied()
@@ -119,8 +112,21 @@ class CheckpointSource(ModelSource):
             if not info.lazy and name in self._plans:  # a persistent buffer with a value: a small table
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._buffers[leaf] = self._fetch(name, {}, check=True)
-        self.unused_tensors, notes = self._find_unused()
-        self.notes = (*files.notes, *notes)
+        used = {key for name, plan in self._plans.items() if name not in self._tied for key in plan.origin.stored}
+        aliases = {key for name, plan in self._plans.items() if name in self._tied for key in plan.origin.stored}
+        self.unused_tensors = tuple(
+            key
+            for key, stored in files.tensors.items()
+            if key not in used and not _COMPUTED.search(key) and not (len(stored.shape) == 4 and _MASK.search(key))
+        )
+        self.notes = files.notes
+        # Tensors of multi-token prediction or of another version of the model, or damage.
+        if unread := [key for key in self.unused_tensors if key not in aliases]:
+            note = (
+                f"{self.folder} holds {len(unread)} tensors that {type(self.model).__name__} does not have: "
+                f"{', '.join(unread[:3])}; they are copied unquantized into formats that keep the checkpoint's names"
+            )
+            self.notes = (*files.notes, note)
 
     def _read_config(self) -> Any:
         return load_config(self.folder, trust_remote_code=self._trusted, causal=self.kind is None)
@@ -131,6 +137,9 @@ class CheckpointSource(ModelSource):
         if self.kind is None and not remote_class:
             check_towers(self.config, self.files.tensors, self.name_or_path)
         return build_on_meta(self.config, self.dtype, self._trusted, self.kind)
+
+    def _find_blocks(self) -> tuple[str, ...]:
+        return find_blocks(self.model)
 
     def reopen(self) -> CheckpointSource:
         source = CheckpointSource(
@@ -169,6 +178,9 @@ class CheckpointSource(ModelSource):
             elif tensor.device.type != "cpu" and not tensor.is_meta:
                 _set_tensor(module, leaf, tensor.cpu())
 
+    def release_restores(self, module: nn.Module) -> bool:
+        return not module._parameters
+
     def read(self, tensor_name: str) -> torch.Tensor:
         self.tensor_meta(tensor_name)
         canonical = self._tied.get(tensor_name, tensor_name)
@@ -181,17 +193,26 @@ class CheckpointSource(ModelSource):
             tensor = edit.apply(tensor)
         return tensor
 
-    def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def tensor_meta(self, name: str) -> Meta:
         info = self._tensors.get(self._tied.get(name, name))
         if info is None:
             raise ModelError(f"{self.name_or_path} has no tensor {name!r}")
         return info.shape, info.dtype
 
+    def _check_editable(self, name: str) -> None:
+        super()._check_editable(name)
+        plan = self.tensor_plan(name)
+        if plan is not None and plan.origin.converter is not None:
+            raise UnsupportedError(
+                f"{name!r} is stored together with other tensors ({', '.join(plan.origin.stored[:2])}), so no "
+                "transform may edit it"
+            )
+
     def inputs(self, tensor_name: str) -> tuple[str, ...]:
         """Names in the files of everything that is read for a model tensor, scales included."""
         return tuple(found for key in self.checkpoint_names(tensor_name) for found in self.files.inputs(key))
 
-    def unquantized_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def unquantized_meta(self, tensor_name: str) -> Meta:
         plan = self.tensor_plan(tensor_name)
         shape, dtype = self.tensor_meta(tensor_name)
         return (shape, dtype) if plan is None or plan.key is None else self.stored_meta(plan.key)
@@ -200,7 +221,7 @@ class CheckpointSource(ModelSource):
         plan = self.tensor_plan(tensor_name)
         return self.read(tensor_name) if plan is None or plan.key is None else self.read_stored(plan.key)
 
-    def stored_meta(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def stored_meta(self, key: str) -> Meta:
         stored = self.files.tensors[key]
         if self._asked is None or not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
             return stored.shape, stored.dtype
@@ -267,26 +288,6 @@ class CheckpointSource(ModelSource):
                 return tensor
         return None
 
-    def _find_unused(self) -> tuple[tuple[str, ...], list[str]]:
-        """Stored tensors that no module reads or that belong to a tied alias, and notes on those without an owner.
-
-        The latter are for multi-token prediction, another version of the model, or damage.
-        """
-        used = {key for name, plan in self._plans.items() if name not in self._tied for key in plan.origin.stored}
-        aliases = {key for name, plan in self._plans.items() if name in self._tied for key in plan.origin.stored}
-        unused = tuple(
-            key
-            for key, stored in self.files.tensors.items()
-            if key not in used and not _COMPUTED.search(key) and not (len(stored.shape) == 4 and _MASK.search(key))
-        )
-        unread = [key for key in unused if key not in aliases]
-        if not unread:
-            return unused, []
-        return unused, [
-            f"{self.folder} holds {len(unread)} tensors that {type(self.model).__name__} does not have: "
-            f"{', '.join(unread[:3])}; they are copied unquantized into formats that keep the checkpoint's names"
-        ]
-
     def _find_tied(self) -> dict[str, str]:
         """Ties that the model declares and the checkpoint agrees with.
 
@@ -352,9 +353,8 @@ def load_dequantized(
 
 def _set_tensor(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
     """Replace a parameter or buffer of a module."""
-    if leaf in module._parameters:
-        module._parameters[leaf] = (
-            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-        )
-    else:
+    if leaf not in module._parameters:
         module._buffers[leaf] = tensor
+    else:
+        own = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = own

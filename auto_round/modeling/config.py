@@ -1,24 +1,8 @@
 """Read values from model configurations, and write config.json for Transformers 4 and 5 alike.
 
-Reading: a size may be a number, a list with one entry per layer, or be in per-layer configurations, in which case
-Transformers refuses to read it from the whole model's. All code that needs a size reads it through this module.
-
-Writing: Transformers 5 moved the rotary settings into `rope_parameters` and renamed `torch_dtype` to `dtype`; it still
-reads the older keys. A reader built on Transformers 4 knows only those, and silently computes with a base of 10000
-where they are missing. So both are written:
-
-| Transformers 5 | Transformers 4 |
-|---|---|
-| rope_parameters.rope_theta | rope_theta; rotary_emb_base (GPT-NeoX); global_rope_theta (ModernBERT) |
-| rope_parameters.rope_type and its numbers | rope_scaling, unless it is "default" |
-| rope_parameters.partial_rotary_factor | partial_rotary_factor; rotary_pct (GPT-NeoX) |
-| rope_parameters.full_attention | the above, for families with settings per kind of layer |
-| rope_parameters.sliding_attention.rope_theta | rope_local_base_freq (Gemma 3), local_rope_theta |
-| dtype | torch_dtype |
-
-Phi-3 and related families read `rope_scaling` before `rope_parameters` in both; theirs has the fields that Transformers
-4 expects. The family's class in Transformers decides which older names are written: those that it accepts as older
-spellings are, those that it would store as plain attributes are not.
+Transformers 5 moved the rotary settings into `rope_parameters` and renamed `torch_dtype` to `dtype`; it still reads the
+older keys. Transformers 4 knows only those, and silently computes with a base of 10000 where they are missing. So both
+are written; the family's class in Transformers decides which older keys it accepts.
 """
 
 from __future__ import annotations
@@ -37,8 +21,9 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Keys that describe the machine on which the source was saved.
 _MACHINE_KEYS = ("_name_or_path", "_attn_implementation_autoset", "_commit_hash")
 _NEW, _SCALING = "rope_parameters", "rope_scaling"
+# Older keys of entries of `rope_parameters`. What is not among these is `rope_scaling`, unless its type is "default".
 _THETA = ("rope_theta", "rotary_emb_base", "global_rope_theta")
-_LOCAL_THETA = ("rope_local_base_freq", "local_rope_theta")
+_LOCAL_THETA = ("rope_local_base_freq", "local_rope_theta")  # of its entry `sliding_attention`
 _PARTIAL = ("partial_rotary_factor", "rotary_pct")
 _OLD = (*_THETA, *_LOCAL_THETA, *_PARTIAL, _SCALING)
 Values = dict[str, Any]
@@ -58,30 +43,18 @@ def text_config(config: Any) -> Any:
 def read_value(config: Any, name: str, default: Any = None) -> Any:
     """Read one value; a list with one entry per layer if it varies by layer; `default` if missing or None.
 
-    `config` is a Transformers configuration, a `RawConfig`, or None.
+    `config` is a Transformers configuration, a `RawConfig`, a mapping, or None.
     """
     try:
-        value = getattr(config, name, None)
+        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
     except Exception:  # Transformers raises its own error for a value that only single layers have
-        value = _layer_values(config, name)
-    return default if value is None else value
-
-
-def _layer_values(config: Any, name: str) -> list[Any] | None:
-    """A value from the configuration of each layer; None if no layer has it."""
-
-    def of_layer(layer: Any) -> Any:
         try:
-            return layer.get(name) if isinstance(layer, Mapping) else getattr(layer, name, None)
-        except Exception:  # as in `read_value`: a layer without the value
-            return None
-
-    try:
-        layers = config.per_layer_config
-        found = [of_layer(layer) for layer in (layers.values() if isinstance(layers, Mapping) else layers)]
-    except Exception:  # the family's own class computes the layers, from values that may be damaged
-        return None
-    return found if any(value is not None for value in found) else None
+            layers = config.per_layer_config
+            found = [read_value(one, name) for one in (layers.values() if isinstance(layers, Mapping) else layers)]
+        except Exception:  # the family's own class computes the layers, from values that may be damaged
+            found = []
+        value = found if any(one is not None for one in found) else None
+    return default if value is None else value
 
 
 def layer_value(config: Any, name: str, layer: int | None, default: Any = None) -> Any:
@@ -106,13 +79,9 @@ def smallest(config: Any, *names: str) -> int | None:
 
 
 def _sizes(config: Any, *names: str) -> list[int]:
-    text = text_config(config)
-    for part in (text, config):
-        for name in names:
-            found = [number for number in integers(read_value(part, name)) if number > 0]
-            if found:
-                return found
-    return []
+    values = (read_value(part, name) for part in (text_config(config), config) for name in names)
+    found = ([number for number in integers(value) if number > 0] for value in values)
+    return next(filter(None, found), [])
 
 
 def integers(value: Any) -> list[int]:
@@ -141,7 +110,7 @@ def source_config(config: Any, folder: Path | None, trusted: bool) -> Values:
     else:
         values = read_object(check_inside(folder, folder / "config.json"))
     values = _without(values, _MACHINE_KEYS)
-    for part in (values, *_parts(values)):
+    for part in (values, *_parts(values).values()):
         for key in QUANTIZATION_KEYS:
             part.pop(key, None)
     own = values.get("auto_map")
@@ -161,7 +130,7 @@ def with_dtype(values: Mapping[str, Any], dtype: str) -> Values:
     made = copy.deepcopy(dict(values))
     before = made.get("dtype") or made.get("torch_dtype")
     changed = before is not None and str(before).removeprefix("torch.") != dtype
-    for part in _parts(made):
+    for part in _parts(made).values():
         own = part.get("dtype") or part.get("torch_dtype")
         if own is not None:
             part["dtype"] = part["torch_dtype"] = dtype if changed else own
@@ -176,8 +145,8 @@ def with_both_rope_spellings(values: Mapping[str, Any]) -> Values:
     """
     made = copy.deepcopy(dict(values))
     before = _parsed(made)
-    for name in (None, *(key for key, part in made.items() if _is_part(key, part))):
-        part, parsed = (made, before) if name is None else (made[name], getattr(before, name, None))
+    for name, part in ((None, made), *_parts(made).items()):
+        parsed = before if name is None else getattr(before, name, None)
         if hasattr(parsed, "to_dict") and not isinstance(part.get(_NEW), dict):
             found = getattr(parsed, _NEW, None)
             text = name is None or name in TEXT_PARTS
@@ -185,13 +154,18 @@ def with_both_rope_spellings(values: Mapping[str, Any]) -> Values:
                 part[_NEW] = json.loads(json.dumps(found))
         older = _legacy_rope(part.get(_NEW))
         if _SCALING in older and str(part.get("model_type", "")).startswith("phi"):
-            older[_SCALING] = _phi_scaling(older[_SCALING], part)
+            # Phi reads this key before `rope_parameters`. Its classes in Transformers 4 count the fields: `type` (never
+            # `rope_type`) and the two factors; for Phi-3.5-MoE also the two scales and the original length, which the
+            # others have at the top level.
+            scaling, length = older[_SCALING], "original_max_position_embeddings"
+            kind = scaling.get("rope_type", scaling.get("type"))
+            older[_SCALING] = {"type": kind} | {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
+            if not {"short_mscale", "long_mscale"} & set(scaling) and part.get(length) == scaling.get(length):
+                older[_SCALING].pop(length, None)
         for key, value in older.items():
             if part.get(key) is None and (before is None or _accepts_legacy_key(made, name, key, value, before)):
                 part[key] = value
-    if before is not None and not _same(before, _parsed(made)):
-        return copy.deepcopy(dict(values))
-    return made
+    return made if before is None or _same(before, _parsed(made)) else copy.deepcopy(dict(values))
 
 
 def untied(values: Mapping[str, Any]) -> Values:
@@ -216,12 +190,10 @@ def _without(values: Mapping[str, Any], keys: tuple[str, ...]) -> Values:
     return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in values.items() if k not in keys}
 
 
-def _is_part(key: str, value: Any) -> bool:
-    return isinstance(value, dict) and key.endswith("_config") and key not in QUANTIZATION_KEYS
-
-
-def _parts(values: Values) -> list[Values]:
-    return [part for key, part in values.items() if _is_part(key, part)]
+def _parts(values: Values) -> dict[str, Values]:
+    """The nested configurations."""
+    found = {key: part for key, part in values.items() if key.endswith("_config") and key not in QUANTIZATION_KEYS}
+    return {key: part for key, part in found.items() if isinstance(part, dict)}
 
 
 def _legacy_rope(parameters: Any) -> Values:
@@ -234,30 +206,15 @@ def _legacy_rope(parameters: Any) -> Values:
         if isinstance(local, dict) and local.get("rope_theta") is not None:
             found |= dict.fromkeys(_LOCAL_THETA, local["rope_theta"])
         parameters = parameters["full_attention"]
-    if parameters.get("rope_theta") is not None:
-        found |= dict.fromkeys(_THETA, parameters["rope_theta"])
-    if parameters.get("partial_rotary_factor") is not None:
-        found |= dict.fromkeys(_PARTIAL, parameters["partial_rotary_factor"])
+    for key, names in (("rope_theta", _THETA), ("partial_rotary_factor", _PARTIAL)):
+        if parameters.get(key) is not None:
+            found |= dict.fromkeys(names, parameters[key])
     rest = {k: v for k, v in parameters.items() if k not in ("rope_theta", "partial_rotary_factor")}
     if any(isinstance(v, dict) for v in rest.values()):
         return {}  # settings per kind of layer, unknown to older versions
     if set(rest) - {"rope_type", "type"} or rest.get("rope_type", "default") != "default":
         found[_SCALING] = rest
     return found
-
-
-def _phi_scaling(scaling: Values, part: Values) -> Values:
-    """Phi's `rope_scaling` with the fields that its classes in Transformers 4 count.
-
-    These are `type` (never `rope_type`) and the two factors; for Phi-3.5-MoE also the two scales and the original
-    length, which the others have at the top level.
-    """
-    kind = scaling.get("rope_type", scaling.get("type"))
-    made = {"type": kind} | {key: value for key, value in scaling.items() if key not in ("rope_type", "type")}
-    length = "original_max_position_embeddings"
-    if not {"short_mscale", "long_mscale"} & set(made) and part.get(length) == made.get(length):
-        made.pop(length, None)
-    return made
 
 
 def _accepts_legacy_key(values: Values, name: str | None, key: str, value: Any, before: Any) -> bool:

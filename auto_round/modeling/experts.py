@@ -1,32 +1,70 @@
 """Replace fused mixture-of-experts modules by linear layers with the same outputs.
 
-Transformers 5 stores the experts of a block as 3-D parameters (`gate_up_proj` [E, 2I, H], `down_proj` [E, H,
-I]). Quantizers, formats and runtimes work on linear layers, so such a module is replaced by `LinearExperts`,
-whose children "0", "1", ... each hold `gate_proj`, `up_proj` and `down_proj`, and whose outputs and signature
-are the same.
+Transformers 5 stores the experts of a block as 3-D parameters (`gate_up_proj` [E, 2I, H], `down_proj` [E, H, I]).
+Quantizers, formats and runtimes work on linear layers, so `LinearExperts` replaces such a module.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from auto_round.modeling.conversions import DEFAULT_EXPERT_NAMES, ExpertLayerNames
-from auto_round.modeling.expert_layouts import ExpertPiece, expert_count, expert_layout, expert_sizes, fused_params
+
+class ExpertLayerNames(NamedTuple):
+    """Names of the matrices of one expert."""
+
+    gate: str
+    up: str
+    down: str
 
 
-class ExpertMLP(nn.Module):
-    """The linear layers of one expert, run by `LinearExperts`."""
+DEFAULT_EXPERT_NAMES = ExpertLayerNames("gate_proj", "up_proj", "down_proj")
 
-    def __init__(self, hidden: int, intermediate: int, *, gate: bool, bias: bool, **factory: Any) -> None:
-        super().__init__()
-        if gate:
-            self.gate_proj = nn.Linear(hidden, intermediate, bias=bias, **factory)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=bias, **factory)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=bias, **factory)
+
+@dataclass(frozen=True)
+class ExpertPiece:
+    """Location of a tensor of one expert inside a fused parameter (3-D for weights, 2-D for biases).
+
+    Attributes:
+        param: name of the fused parameter in its module, such as `gate_up_proj`.
+        expert: index in its first dimension.
+        part: "gate" or "up" half of `gate_up_proj`, or "all".
+        transposed: the fused weight is [in, out] per expert.
+        interleaved: gate and up rows alternate instead of being two halves.
+        rows: rows per expert if the parameter is 2-D with the experts concatenated along rows; 0 otherwise.
+    """
+
+    param: str
+    expert: int
+    part: str
+    transposed: bool
+    interleaved: bool
+    rows: int = 0
+
+    def slot(self, whole: torch.Tensor) -> torch.Tensor:
+        """A view of this expert's part of the fused parameter."""
+        return whole[self.expert * self.rows : (self.expert + 1) * self.rows] if self.rows else whole[self.expert]
+
+    def cut(self, one: torch.Tensor) -> torch.Tensor:
+        """The piece [out, in] or [out] of this expert's fused tensor `one`; a view if the layout allows."""
+        one = self._half(one)
+        return (one.t() if one.dim() == 2 and self.transposed else one).contiguous()
+
+    def paste(self, one: torch.Tensor, part: torch.Tensor) -> None:
+        """The inverse of `cut`: write `part` [out, in] or [out] into this expert's fused tensor `one`, in place."""
+        self._half(one).copy_(part.t() if part.dim() == 2 and self.transposed else part)
+
+    def _half(self, one: torch.Tensor) -> torch.Tensor:
+        if self.part == "all":
+            return one
+        axis, second = int(one.dim() == 2 and self.transposed), int(self.part == "up")
+        if self.interleaved:
+            return one[tuple([slice(None)] * axis + [slice(second, None, 2)])]
+        return one.chunk(2, dim=axis)[second]
 
 
 class BatchedExperts(Protocol):
@@ -53,17 +91,14 @@ class LinearExperts(nn.Module):
 
     _original: Any
 
-    def __init__(self, fused: nn.Module) -> None:
+    def __init__(self, fused: FusedExperts) -> None:
         super().__init__()
-        layout = expert_layout(fused)
-        assert layout is not None
-        params = fused_params(fused)
-        self.layout, self.num_experts = layout, expert_count(fused, layout)
-        self.has_gate = bool(layout.gate)
+        original, params = fused.module, fused.params
+        self.layout, self.num_experts, self.has_gate = fused.layout, fused.number, bool(fused.layout.gate)
+        self.hidden_dim, self.intermediate_dim = fused.hidden, fused.inner
         self.leaves = [DEFAULT_EXPERT_NAMES] * self.num_experts
-        self.hidden_dim, self.intermediate_dim = expert_sizes(fused, layout)
         self.fused_shapes = {name: tuple(p.shape) for name, p in params.items()}
-        down = params[layout.down]
+        down = params[self.layout.down]
         for index in range(self.num_experts):
             self.add_module(str(index), self._expert(device="meta", dtype=down.dtype))
         for name, piece in self.pieces().items() if not down.is_meta else ():
@@ -71,14 +106,14 @@ class LinearExperts(nn.Module):
             owner, _, leaf = name.rpartition(".")
             part = nn.Parameter(piece.cut(piece.slot(whole.detach())), requires_grad=whole.requires_grad)
             self.get_submodule(owner)._parameters[leaf] = part
-        self.train(fused.training)
+        self.train(original.training)
         for name in self.fused_shapes:
             owner, _, leaf = name.rpartition(".")
-            del fused.get_submodule(owner)._parameters[leaf]
-        for name, child in fused.named_children():
+            del original.get_submodule(owner)._parameters[leaf]
+        for name, child in original.named_children():
             if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
                 self.add_module(name, child)  # a norm, say: its tensors keep their names
-        self.__dict__["_original"] = fused  # not a child, or its name would appear in the module tree
+        self.__dict__["_original"] = original  # not a child, or its name would appear in the module tree
 
     def __getitem__(self, index: int) -> nn.Module:
         """The layers of one expert."""
@@ -87,8 +122,12 @@ class LinearExperts(nn.Module):
         return self.get_submodule(str(index))
 
     def _expert(self, **factory: Any) -> nn.Module:
+        """The linear layers of one expert."""
+        into, back = (self.hidden_dim, self.intermediate_dim), (self.intermediate_dim, self.hidden_dim)
+        sizes = {"gate_proj": into, "up_proj": into, "down_proj": back}
+        names = DEFAULT_EXPERT_NAMES if self.has_gate else DEFAULT_EXPERT_NAMES[1:]
         bias = bool(self.layout.bias)
-        return ExpertMLP(self.hidden_dim, self.intermediate_dim, gate=self.has_gate, bias=bias, **factory)
+        return nn.ModuleDict({name: nn.Linear(*sizes[name], bias=bias, **factory) for name in names})
 
     def rename_layers(self, index: int, leaves: ExpertLayerNames) -> None:
         """Give the linear layers of an expert the names that a checkpoint has for them."""
@@ -114,10 +153,10 @@ class LinearExperts(nn.Module):
     def pieces(self) -> dict[str, ExpertPiece]:
         """For every parameter name under this module, its location in the fused parameters."""
         layout = self.layout
-        joined = layout.gate == layout.up
+        halves = ("gate", "up") if layout.gate == layout.up else ("all", "all")
         projections = (
-            (layout.gate, "gate" if joined else "all", layout.transposed),
-            (layout.up, "up" if joined else "all", layout.transposed),
+            (layout.gate, halves[0], layout.transposed),
+            (layout.up, halves[1], layout.transposed),
             (layout.down, "all", layout.down_transposed),
         )
         suffixes = {"weight": "", "bias": layout.bias} if layout.bias else {"weight": ""}
@@ -140,13 +179,12 @@ class LinearExperts(nn.Module):
 
     def combine(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         """Combine gate (None if the family has none) and up, [rows, I], to the input of the down projection."""
-        activation = attrgetter(self.layout.act)
         own: Any = getattr(self._original, "_apply_gate", None)
         made: torch.Tensor
         if gate is None:
-            made = activation(self._original)(up)
+            made = attrgetter(self.layout.act)(self._original)(up)
         elif own is None or own.__name__ == "_default_apply_gate":
-            made = activation(self._original)(gate) * up
+            made = attrgetter(self.layout.act)(self._original)(gate) * up
         elif self.layout.interleaved:
             made = own(torch.stack((gate, up), dim=-1).flatten(-2))
         else:
@@ -186,8 +224,10 @@ class RoutedExperts(LinearExperts):
         tokens, slots = top_k_index.shape
         chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
         rows = order // slots
-        if self._runs_batched(hidden_states):
-            assert self.batched is not None
+        batchable = hidden_states.numel() > 0 and not (hidden_states.requires_grad and torch.is_grad_enabled())
+        if batchable and self.batched and not torch.compiler.is_compiling() and not self.batched.is_valid():
+            self.batched = None
+        if batchable and self.batched is not None:
             results = self.finish(self.batched(hidden_states[rows], chosen))
         else:
             counts = torch.bincount(chosen.clamp(max=self.num_experts), minlength=self.num_experts + 1).tolist()
@@ -203,13 +243,6 @@ class RoutedExperts(LinearExperts):
         back[order] = torch.arange(order.numel(), device=order.device)
         joined = results[back].view(tokens, slots, -1)
         return (joined * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype).view(shape)
-
-    def _runs_batched(self, hidden: torch.Tensor) -> bool:
-        if self.batched is None or hidden.numel() == 0 or (hidden.requires_grad and torch.is_grad_enabled()):
-            return False
-        if not torch.compiler.is_compiling() and not self.batched.is_valid():
-            self.batched = None
-        return self.batched is not None
 
 
 class EveryTokenExperts(LinearExperts):
@@ -252,14 +285,112 @@ class ExpertProjection(LinearExperts):
         return torch.cat([self.get_submodule(str(index))(part) for index, part in enumerate(parts)])
 
 
-_CALLS: dict[str, type[LinearExperts]] = {
-    "routed": RoutedExperts, "every": EveryTokenExperts, "shared": SharedExperts, "sorted": ExpertProjection,
-}  # fmt: skip
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Names and layout of the fused parameters of an experts module, and its call signature.
+
+    Attributes:
+        gate, up, down: parameter of each projection; gate and up have the same name if joined (gate first). "" for a
+            missing gate; with `up` "" the module is one projection per expert.
+        transposed, down_transposed: weights of gate and up, and of down, are [in, out] per expert.
+        interleaved: joined gate and up alternate row by row.
+        flat: parameters are 2-D with the experts concatenated along rows.
+        bias: suffix of bias parameter names, "" if there are none.
+        act: dotted attribute with the activation function.
+        kind: the class that has the same signature.
+        identity: experts beyond the last return their input (LongCat's zero-computation experts).
+    """
+
+    gate: str = "gate_up_proj"
+    up: str = "gate_up_proj"
+    down: str = "down_proj"
+    transposed: bool = False
+    down_transposed: bool = False
+    interleaved: bool = False
+    flat: bool = False
+    bias: str = ""
+    act: str = "act_fn"
+    kind: type[LinearExperts] = RoutedExperts
+    identity: bool = False
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the weight parameters, each once."""
+        return tuple(dict.fromkeys(name for name in (self.gate, self.up, self.down) if name))
+
+
+# Classes of Transformers 5.24 that declare no layout. `fused_experts` detects a class that another version changed.
+UNDECLARED: dict[str, ExpertLayout] = {
+    "Llama4TextExperts": ExpertLayout(transposed=True, down_transposed=True, kind=EveryTokenExperts),
+    "LongcatFlashExperts": ExpertLayout(identity=True),
+    "Step3p7Experts": ExpertLayout(),
+    "DbrxExperts": ExpertLayout("mlp.w1", "mlp.v1", "mlp.w2", down_transposed=True, flat=True, act="mlp.activation_fn"),
+    "InklingSharedExperts": ExpertLayout("gate_proj", "up_proj", "down_proj", kind=SharedExperts),
+    "JetMoeParallelExperts": ExpertLayout("", "", "weight", kind=ExpertProjection),
+}
+
+
+class FusedExperts(NamedTuple):
+    """A module with fused parameters of a known layout: `inner` is the input width of down, `hidden` its output."""
+
+    module: nn.Module
+    layout: ExpertLayout
+    params: dict[str, nn.Parameter]
+    number: int
+    hidden: int
+    inner: int
+
+
+def fused_experts(module: nn.Module) -> FusedExperts | None:
+    """Measure a fused experts module; None if `module` is not one, or its layout is unknown.
+
+    Its parameters must be exactly those of the layout, with consistent sizes: a further one, or a persistent buffer (a
+    scale per expert, say), would be part of its computation.
+    """
+    layout: ExpertLayout | None
+    if hasattr(module, "is_transposed"):  # set by Transformers' `use_experts_implementation`
+        gated, transposed = bool(getattr(module, "has_gate", True)), bool(module.is_transposed)
+        first = "gate_up_proj" if gated else "up_proj"
+        layout = ExpertLayout(
+            gate=first if gated else "", up=first, transposed=transposed, down_transposed=transposed,
+            interleaved=not getattr(module, "is_concatenated", True),
+            bias="_bias" if getattr(module, "has_bias", False) else "",
+        )  # fmt: skip
+    else:
+        layout = next((UNDECLARED[c.__name__] for c in type(module).__mro__ if c.__name__ in UNDECLARED), None)
+    if layout is None:
+        return None
+    params = dict(module.named_parameters(recurse=False))
+    params |= {n: p for n, p in module.named_parameters() if n not in params and p.dim() > 1}
+    names = {name + suffix for name in layout.weights for suffix in ("", layout.bias)}
+    if set(params) != names or set(module._buffers) - module._non_persistent_buffers_set:
+        return None
+    down = params[layout.down]
+    if any(params[name].dim() != (2 if layout.flat else 3) for name in layout.weights) or down.numel() == 0:
+        return None
+    count = int(getattr(module, "num_experts", 0) or 0) if layout.flat else down.shape[0]
+    if count < 1 or (layout.flat and down.shape[0] % count):
+        return None
+    rows, columns = down.shape[0] // count if layout.flat else down.shape[1], down.shape[-1]
+    hidden, inner = (columns, rows) if layout.down_transposed else (rows, columns)
+    for name in layout.weights:
+        is_down = name == layout.down
+        out, wide = (hidden, inner) if is_down else (inner * (2 if name == layout.gate == layout.up else 1), hidden)
+        one = (wide, out) if (layout.down_transposed if is_down else layout.transposed) else (out, wide)
+        wanted = {name: (count * one[0], one[1]) if layout.flat else (count, *one)}
+        if layout.bias:
+            wanted[name + layout.bias] = (count, out)
+        for param, shape in wanted.items():
+            given = tuple(params[param].shape)
+            # Identity experts have unused rows.
+            if given != shape and not (layout.identity and given[1:] == shape[1:] and given[0] >= shape[0]):
+                return None
+    return FusedExperts(module, layout, params, count, hidden, inner)
 
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether `module` is a fused experts module of a known layout."""
-    return not isinstance(module, LinearExperts) and expert_layout(module) is not None
+    return fused_experts(module) is not None
 
 
 def unfuse_experts(model: nn.Module) -> list[str]:
@@ -268,13 +399,13 @@ def unfuse_experts(model: nn.Module) -> list[str]:
     Works on meta parameters; real ones become views, without a copy if the layout allows. A second call finds none.
     Routers are not changed.
     """
-    found = {name: module for name, module in model.named_modules() if is_fused_experts(module)}
-    for name, module in found.items():
+    names = [name for name, module in model.named_modules() if is_fused_experts(module)]
+    for name in names:
         parent, _, leaf = name.rpartition(".")
-        layout = expert_layout(module)
-        assert layout is not None
-        setattr(model.get_submodule(parent), leaf, _CALLS[layout.call](module))
-    return list(found)
+        fused = fused_experts(model.get_submodule(name))  # again, or the parameters of all would stay in memory
+        assert fused is not None
+        setattr(model.get_submodule(parent), leaf, fused.layout.kind(fused))
+    return names
 
 
 def default_expert_names(model: nn.Module) -> dict[str, str]:

@@ -1,33 +1,24 @@
-"""Rules on layers: which ones runtimes fuse, which engines leave unquantized, which are MoE routers.
+"""Rules on layers: which ones runtimes fuse, engines leave unquantized, or are routers, and why a weight is left out.
 
-Fused layers: serving engines merge q, k and v, then gate and up, and all experts of a block into single tensors. These
-layers should share one scheme, or the runtime refuses the checkpoint. They are found by name suffix, as in the engines.
-
-Engine-unquantized layers: an engine that builds a layer unquantized finds no tensor of its name in a packed checkpoint
-and refuses it, or joins it with a layer of another scheme. Such layers are left unquantized by default in the formats
-that these engines read; an entry of `layer_config` for the layer wins. Rows match names only, so that runs with and
-without a model's class agree.
-
-Routers: layers that choose experts or weight their outputs. An error in them sends tokens to other experts, and they
-are tiny. They are found by names, classes and widths, so that a model and the module tree of its checkpoint agree.
-
-Block weights: every weight of a decoder block outside linear layers, with the reason why it is left unquantized.
+Names, classes and widths decide, so that a model and the module tree of its checkpoint agree.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from auto_round.errors import UnsupportedError
 from auto_round.modeling.blocks import is_linear, overrides_forward, weight_2d
-from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.experts import LinearExperts, SharedExperts
 
+# Serving engines merge q, k and v, then gate and up, into single tensors. The layers should share one scheme, or the
+# runtime refuses the checkpoint.
 FUSED_SUFFIXES: tuple[frozenset[str], ...] = (
     frozenset({"q_proj", "k_proj", "v_proj"}),
     frozenset({"query", "key", "value"}),
@@ -63,9 +54,10 @@ def is_routed_expert(name: str) -> bool:
     return _EXPERT_LAYER.match(name) is not None
 
 
-@dataclass(frozen=True)
-class EngineUnquantizedRow:
-    """Layers of some families that an engine leaves unquantized.
+class EngineUnquantizedRow(NamedTuple):
+    """Layers of some families that an engine builds unquantized, so that it refuses a packed one or joins it wrongly.
+
+    They are left unquantized by default in the formats that these engines read; an entry of `layer_config` wins.
 
     Attributes:
         families: regular expression that matches the whole `model_type`.
@@ -129,12 +121,11 @@ ENGINE_UNQUANTIZED: tuple[EngineUnquantizedRow, ...] = (
 
 def engine_unquantized(model_type: str, layer: str) -> EngineUnquantizedRow | None:
     """The row that leaves a layer unquantized, by its name in the model or in the files; None if there is none."""
-    for row in ENGINE_UNQUANTIZED:
-        if re.fullmatch(row.families, model_type) and re.search(row.layers, layer):
-            return row
-    return None
+    rows = (row for row in ENGINE_UNQUANTIZED if re.fullmatch(row.families, model_type))
+    return next((row for row in rows if re.search(row.layers, layer)), None)
 
 
+# Routers choose experts or weight their outputs: an error in them sends tokens to other experts, and they are tiny.
 _ROUTER_NAME = re.compile(r"(^|_)router(_|$)")  # a segment of a name: `router`, `modality_router`, `router_mlp`
 _ROUTER_CLASS = re.compile(r"Router|TopKGat(e|ing)$|M[oO][eE]Gat(e|ing)$")
 _GATE_CLASS = re.compile(r"Gat(e|ing)(V?\d+)?$")  # a router if a sibling of experts
@@ -148,56 +139,43 @@ _MLP = re.compile(
 
 def router_names(model: nn.Module) -> set[str]:
     """Names of the linear layers that choose experts or weight shared ones, including those of a router's MLP."""
-    modules = dict(model.named_modules())
-    roots = set(_router_roots(modules))
-    found = {name for name, module in modules.items() if is_linear(module) and _is_under_any(name, roots)}
-    return found | set(_by_width(modules))
+    routers, found = router_modules(model), set()
+    for name, module in model.named_modules():
+        if is_linear(module) and _is_under_any(name, routers):
+            found.add(name)
+        # Linear layers next to experts with one output per expert, or one output (gates of shared experts).
+        widths = {1, *_expert_counts(module)}
+        for leaf, layer in module.named_children() if widths != {1} else ():
+            if is_linear(layer) and not _MLP.match(leaf) and weight_2d(layer).shape[0] in widths:
+                found.add(f"{name}.{leaf}" if name else leaf)
+    return found
 
 
 def router_modules(model: nn.Module) -> set[str]:
     """Names of the modules that are routers as a whole."""
-    return set(_router_roots(dict(model.named_modules())))
-
-
-def is_moe(module: nn.Module) -> bool:
-    """Whether `module` is the direct parent of experts."""
-    return any(True for _ in _expert_counts(module))
-
-
-def _router_roots(modules: dict[str, nn.Module]) -> Iterator[str]:
+    modules, found = dict(model.named_modules()), set()
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
-        if isinstance(module, (LinearExperts, nn.ModuleList)):
-            continue
-        if not name or next(module.parameters(), None) is None:
+        if not name or isinstance(module, (LinearExperts, nn.ModuleList)) or next(module.parameters(), None) is None:
             continue
         kind = type(module).__name__
         gate = leaf in _GATE_NAMES or _GATE_CLASS.search(kind)
-        if _ROUTER_NAME.search(leaf) or _ROUTER_CLASS.search(kind) or (gate and is_moe(modules[parent])):
-            yield name
+        if _ROUTER_NAME.search(leaf) or _ROUTER_CLASS.search(kind) or (gate and _expert_counts(modules[parent])):
+            found.add(name)
+    return found
 
 
-def _by_width(modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Linear layers next to experts with one output per expert, or one output (gates of shared experts)."""
-    for name, module in modules.items():
-        widths = {1, *_expert_counts(module)}
-        if widths == {1}:
-            continue
-        for leaf, layer in module.named_children():
-            if is_linear(layer) and not _MLP.match(leaf) and weight_2d(layer).shape[0] in widths:
-                yield f"{name}.{leaf}" if name else leaf
-
-
-def _expert_counts(module: nn.Module) -> Iterator[int]:
+def _expert_counts(module: nn.Module) -> list[int]:
     """Number of experts of each experts module directly under `module`."""
+    found: list[int] = []
     for leaf, child in module.named_children():
         if isinstance(child, LinearExperts):
-            if child.layout.call in ("routed", "every", "sorted"):
-                yield child.num_experts
+            found += [] if isinstance(child, SharedExperts) else [child.num_experts]
         elif "expert" in leaf.lower() and "shared" not in leaf.lower():
             listed = sum(name.isdigit() for name, _ in child.named_children())
             stacked = [int(p.shape[0]) for p in child.parameters(recurse=False) if p.dim() == 3]
-            yield from [listed] if listed else stacked[:1]
+            found += [listed] if listed else stacked[:1]
+    return found
 
 
 def _is_under_any(name: str, roots: set[str]) -> bool:
@@ -206,27 +184,13 @@ def _is_under_any(name: str, roots: set[str]) -> bool:
 
 
 ROUTER = "it chooses experts"
-CONVOLUTION = "a convolution"
-EMBEDDING = "an embedding table"
-SMALL = "a bias, scale or state of a recurrence, not a matrix that multiplies tokens"
-_UNKNOWN = "no rule says what it computes"
-_LAYOUT = "experts in an unknown layout"
-_FORWARD = "its class overrides forward and is not a plain linear layer"
 _WARNING, _ERROR = 0.05, 0.5  # fractions of the weights that no rule recognises
 _SMALL_PARAM = re.compile(r"(^|_)(bias|scale|norm|A_log|D|dt|sinks?|time_mix\w*|slope|decay)(_|$)|bias$")
 _ROUTER_PARAM = re.compile(r"router|(^|_)gate(_weight)?$|routing")
 
 
-@dataclass(frozen=True)
-class UnquantizedWeight:
-    """A weight of two or more dimensions that no rule quantizes.
-
-    Attributes:
-        name: full name of the parameter.
-        numel: its number of elements.
-        reason: why it is left unquantized.
-        unknown: no rule recognises it.
-    """
+class UnquantizedWeight(NamedTuple):
+    """A weight of two or more dimensions that no rule quantizes, with the reason; `unknown`: no rule recognises it."""
 
     name: str
     numel: int
@@ -234,38 +198,27 @@ class UnquantizedWeight:
     unknown: bool
 
 
-@dataclass(frozen=True)
-class BlockWeights:
-    """The weights of the decoder blocks.
-
-    Attributes:
-        total: number of elements in tensors of two or more dimensions.
-        dense: the weights outside linear layers.
-    """
+class BlockWeights(NamedTuple):
+    """Number of weights of the decoder blocks in tensors of two or more dimensions, and those outside linear layers."""
 
     total: int
     dense: tuple[UnquantizedWeight, ...]
 
     @property
-    def unknown(self) -> tuple[UnquantizedWeight, ...]:
-        """Weights that no rule recognises, the largest first."""
-        return tuple(sorted((w for w in self.dense if w.unknown), key=lambda w: -w.numel))
-
-    @property
     def unknown_fraction(self) -> float:
-        """Their fraction of all weights."""
-        return sum(w.numel for w in self.unknown) / self.total if self.total else 0.0
+        """Fraction of all weights that no rule recognises."""
+        return sum(w.numel for w in self.dense if w.unknown) / self.total if self.total else 0.0
 
     def check(self, model: str, advice: str = "") -> str | None:
         """A warning when no rule recognises a large part of the weights, else None.
 
         Raises UnsupportedError when that is more than half. `advice`: what else the user can do then.
         """
-        share, unknown = self.unknown_fraction, self.unknown
+        share = self.unknown_fraction
         if share <= _WARNING:
             return None
         kinds: dict[str, str] = {}
-        for weight in unknown:
+        for weight in sorted((w for w in self.dense if w.unknown), key=lambda w: -w.numel):
             kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", weight.name), weight.reason)
         shown = [f"{name} ({reason})" for name, reason in kinds.items()]
         names = ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
@@ -280,8 +233,7 @@ class BlockWeights:
 
 def block_weights(model: nn.Module, blocks: Sequence[str]) -> BlockWeights:
     """The weights of two or more dimensions in `blocks`, and those outside linear layers."""
-    routers = router_modules(model)
-    total = 0
+    routers, total = router_modules(model), 0
     dense: dict[str, UnquantizedWeight] = {}
     seen: set[int] = set()
     for block in blocks:
@@ -295,28 +247,27 @@ def block_weights(model: nn.Module, blocks: Sequence[str]) -> BlockWeights:
                 seen.add(id(parameter))
                 total += parameter.numel()
                 if leaf != "weight" or not is_linear(module):
-                    reason, unknown = _reason(owner, module, leaf, parameter, routers)
+                    is_router = _is_under_any(owner, routers)
+                    reason, unknown = (ROUTER, False) if is_router else _reason(owner, module, leaf, parameter)
                     name = f"{owner}.{leaf}"
                     dense[name] = UnquantizedWeight(name, parameter.numel(), reason, unknown)
     return BlockWeights(total, tuple(dense.values()))
 
 
-def _reason(owner: str, module: nn.Module, leaf: str, parameter: torch.Tensor, routers: set[str]) -> tuple[str, bool]:
+def _reason(owner: str, module: nn.Module, leaf: str, parameter: torch.Tensor) -> tuple[str, bool]:
     """(why the parameter is left unquantized, whether no rule recognises it)."""
     parts = owner.split(".")
-    if _is_under_any(owner, routers):
-        return ROUTER, False
     if sum(size > 1 for size in parameter.shape) < 2 or _SMALL_PARAM.search(leaf):
-        return SMALL, False
+        return "a bias, scale or state of a recurrence, not a matrix that multiplies tokens", False
     if isinstance(module, nn.Embedding):
-        return EMBEDDING, False
+        return "an embedding table", False
     is_convolution = isinstance(module, nn.modules.conv._ConvNd) or "conv" in parts[-1]
     if leaf == "weight" and parameter.dim() > 2 and (is_convolution or parameter.shape[1] == 1):
-        return CONVOLUTION, False
-    if parameter.dim() == 2 and is_moe(module) and _ROUTER_PARAM.search(leaf):
+        return "a convolution", False
+    if parameter.dim() == 2 and _expert_counts(module) and _ROUTER_PARAM.search(leaf):
         return ROUTER, False
     if leaf == "weight" and overrides_forward(module):
-        return _FORWARD, True
+        return "its class overrides forward and is not a plain linear layer", True
     if parameter.dim() == 3 and any("expert" in part for part in parts):
-        return _LAYOUT, True
-    return _UNKNOWN, True
+        return "experts in an unknown layout", True
+    return "no rule says what it computes", True

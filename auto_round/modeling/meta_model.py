@@ -1,9 +1,8 @@
 """Represent a checkpoint as modules on the meta device that never run, for planning and model-free mode.
 
-Where Transformers has a class for the checkpoint, that class on meta gives the modules, the names in the files,
-the layout of experts and what stays in float32. For an unknown family a tree of empty modules (`MetaModel`) is
-built from tensor names and shapes; linear layers, embeddings and experts are found by exact name parts, shapes
-and the configuration. Stacked experts of such a family stay unquantized, because their layout is unknown.
+Where Transformers has a class for the checkpoint, that class on meta gives the modules. For an unknown family a tree of
+empty modules (`MetaModel`) is built from tensor names and shapes; linear layers, embeddings and experts are found by
+exact name parts, shapes and the configuration. Its stacked experts stay unquantized: their layout is unknown.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +19,7 @@ from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.build import RawConfig, read_config
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.config import LAYER_COUNTS
-from auto_round.modeling.files.safetensors import TensorFiles
-
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles
 
 # Exact names of modules that are embeddings of tokens or positions.
 EMBEDDINGS = frozenset(
@@ -34,170 +31,139 @@ TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_e
 HEADS = ("lm_head", "embed_out", "output", "head", "unembed", "output_projection")
 
 
+class PlainModule(nn.Module):
+    """A module of unknown type with tensors and children."""
+
+
 class MetaModel(nn.Module):
-    """The root of the module tree, with the interface of a Transformers model that planning uses."""
+    """The module tree of a checkpoint on meta, with the interface of a Transformers model that planning uses.
+
+    Raises ModelError when a tensor's name is also that of a module.
+    """
 
     generation_config = None
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], config: Any, dtype: torch.dtype) -> None:
+        from transformers.core_model_loading import dot_natural_key
+
         super().__init__()
         self.config = config
         self.head_name: str | None = None
         self.all_tied_weights_keys: dict[str, str] = {}
+        owners: dict[str, dict[str, StoredTensor]] = {"": {}}
+        for name in sorted(tensors, key=dot_natural_key):
+            owner, _, leaf = name.rpartition(".")
+            owners.setdefault(owner, {})[leaf] = tensors[name]
+        for owner, leaves in owners.items():
+            module: nn.Module = PlainModule() if owner else self
+            weight = leaves.get("weight")
+            is_matrix = weight is not None and len(weight.shape) == 2 and weight.dtype.is_floating_point
+            if owner and weight is not None and is_matrix and set(leaves) <= {"weight", "bias"}:
+                rows, columns = weight.shape
+                if owner.rpartition(".")[2] in EMBEDDINGS and "bias" not in leaves:
+                    module = nn.Embedding(rows, columns, device="meta", dtype=dtype)
+                else:
+                    module = nn.Linear(columns, rows, bias="bias" in leaves, device="meta", dtype=dtype)
+            else:
+                for leaf, stored in leaves.items():
+                    own = dtype if stored.dtype.is_floating_point else stored.dtype
+                    empty = torch.empty(stored.shape, dtype=own, device="meta")
+                    module.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
+            if owner:
+                self._attach(owner, module)
+        for name, leaves in owners.items():
+            holder = self.get_submodule(name)
+            for leaf in leaves:
+                if isinstance(holder, nn.ModuleList) or not hasattr(holder, leaf):
+                    raise ModelError(f"tensor {name}.{leaf} has the name of a module")
+        self._find_head(owners)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The output head, as in Transformers."""
         return None if self.head_name is None else self.get_submodule(self.head_name)
 
+    def _attach(self, name: str, module: nn.Module) -> None:
+        """Insert `module` at `name`. Names come in natural order, so parents without tensors are created here."""
+        *path, last = parts = name.split(".")
+        parent: nn.Module = self
+        for part, following in zip(path, parts[1:], strict=True):
+            if part not in parent._modules:
+                parent._modules[part] = nn.ModuleList() if following.isdigit() else PlainModule()
+            child = parent._modules[part]
+            assert child is not None
+            parent = child
+        replaced = parent._modules.get(last)
+        module._modules.update(replaced._modules if replaced is not None else {})
+        parent._modules[last] = module
 
-class PlainModule(nn.Module):
-    """A module of unknown type with tensors and children."""
+    def _find_head(self, owners: Collection[str]) -> None:
+        """Find the output head: a linear layer outside the blocks with a known name, or a copy of the embedding."""
+        modules = dict(self.named_modules())
 
+        def outermost(names: Collection[str], leaves: Collection[str], kind: type[nn.Module]) -> str | None:
+            found = [n for n in names if n.rpartition(".")[2] in leaves and isinstance(modules.get(n), kind)]
+            return min(found, key=lambda n: (n.count("."), n), default=None)
 
-def build_meta_model(shapes: Shapes, config: Any, dtype: torch.dtype) -> MetaModel:
-    """Build the module tree of a checkpoint on meta.
-
-    Args:
-        shapes: shape and dtype of every tensor by its module name, dense.
-        config: the configuration, a `RawConfig`.
-        dtype: of the parameters.
-
-    Raises ModelError when a tensor's name is also that of a module.
-    """
-    from transformers.core_model_loading import dot_natural_key
-
-    root = MetaModel(config)
-    owners: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
-    for name in sorted(shapes, key=dot_natural_key):
-        owner, _, leaf = name.rpartition(".")
-        owners.setdefault(owner, {})[leaf] = shapes[name]
-    for owner, leaves in owners.items():
-        if owner:
-            _attach(root, owner, _module(owner, leaves, dtype))
-        else:
-            _register_parameters(root, leaves, dtype)
-    for name, leaves in owners.items():
-        owner_module = root.get_submodule(name)
-        for leaf in leaves:
-            if isinstance(owner_module, nn.ModuleList) or not hasattr(owner_module, leaf):
-                raise ModelError(f"tensor {name}.{leaf} has the name of a module")
-    _find_head(root, owners, config)
-    return root
-
-
-def _module(owner: str, leaves: Shapes, dtype: torch.dtype) -> nn.Module:
-    segment = owner.rpartition(".")[2]
-    weight = leaves.get("weight")
-    others = set(leaves) - {"weight", "bias"}
-    if weight is not None and len(weight[0]) == 2 and not others and weight[1].is_floating_point:
-        rows, columns = weight[0]
-        bias = "bias" in leaves
-        if segment in EMBEDDINGS and not bias:
-            return nn.Embedding(rows, columns, device="meta", dtype=dtype)
-        return nn.Linear(columns, rows, bias=bias, device="meta", dtype=dtype)
-    holder = PlainModule()
-    _register_parameters(holder, leaves, dtype)
-    return holder
-
-
-def _register_parameters(module: nn.Module, leaves: Shapes, dtype: torch.dtype) -> None:
-    for leaf, (shape, stored) in leaves.items():
-        own = dtype if stored.is_floating_point else stored
-        module.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=own, device="meta"), requires_grad=False))
-
-
-def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Insert `module` at `name`. Names come in natural order, so parents without tensors are created here."""
-    *path, last = parts = name.split(".")
-    parent: nn.Module = root
-    for part, following in zip(path, parts[1:], strict=True):
-        if part not in parent._modules:
-            parent._modules[part] = nn.ModuleList() if following.isdigit() else PlainModule()
-        child = parent._modules[part]
-        assert child is not None
-        parent = child
-    replaced = parent._modules.get(last)
-    module._modules.update(replaced._modules if replaced is not None else {})
-    parent._modules[last] = module
-
-
-def _find_head(root: MetaModel, owners: Collection[str], config: Any) -> None:
-    """Find the output head: a linear layer outside the blocks with a known name, or a copy of the tied embedding."""
-    modules = dict(root.named_modules())
-
-    def outermost(names: Collection[str], leaves: Collection[str], kind: type[nn.Module]) -> str | None:
-        found = [n for n in names if n.rpartition(".")[2] in leaves and isinstance(modules.get(n), kind)]
-        return min(found, key=lambda n: (n.count("."), n), default=None)
-
-    embeddings = (outermost(owners, (leaf,), nn.Embedding) for leaf in TOKEN_EMBEDDINGS)
-    embedding = next((name for name in embeddings if name is not None), None)
-    unnumbered = [name for name in owners if not re.search(r"\.\d+\.", f".{name}.")]
-    stored_head = root.head_name = outermost(unnumbered, HEADS, nn.Linear)
-    if stored_head is None and embedding is not None:
-        weight = root.get_parameter(f"{embedding}.weight")
-        rows, columns = weight.shape
-        _attach(root, HEADS[0], nn.Linear(columns, rows, bias=False, device="meta", dtype=weight.dtype))
-        root.head_name = HEADS[0]
-    if root.head_name is not None and embedding is not None:
-        text = config.get_text_config()
-        tied = getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", None))
+        embeddings = (outermost(owners, (leaf,), nn.Embedding) for leaf in TOKEN_EMBEDDINGS)
+        embedding = next((name for name in embeddings if name is not None), None)
+        unnumbered = [name for name in owners if not re.search(r"\.\d+\.", f".{name}.")]
+        stored_head = self.head_name = outermost(unnumbered, HEADS, nn.Linear)
+        if embedding is None:
+            return
+        if self.head_name is None:
+            weight = self.get_parameter(f"{embedding}.weight")
+            rows, columns = weight.shape
+            self.head_name = HEADS[0]
+            self._attach(self.head_name, nn.Linear(columns, rows, bias=False, device="meta", dtype=weight.dtype))
+        text = self.config.get_text_config()
+        tied = getattr(self.config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", None))
         if tied or stored_head is None:
-            root.all_tied_weights_keys = {f"{root.head_name}.weight": f"{embedding}.weight"}
+            self.all_tied_weights_keys = {f"{self.head_name}.weight": f"{embedding}.weight"}
+
+    def find_decoder_blocks(self, name_or_path: str) -> tuple[str, ...]:
+        """Names of the decoder blocks in order, without those of multi-token prediction after them.
+
+        The list of blocks is the outermost one that has at least as many members as the configuration has layers (files
+        may contain further layers for multi-token prediction), and the most weights.
+
+        Raises:
+            ModelError: no such list, or blocks are missing from the files.
+            UnsupportedError: there are several lists of the same kind of block.
+        """
+        lists = dict(_layer_lists(self, ""))
+        text = self.config.get_text_config()
+        counts = (getattr(text, name, None) for name in LAYER_COUNTS)
+        wanted = next((int(n) for n in counts if isinstance(n, int) and n > 0), None)
+        sizes = {name: sum(p.numel() for p in layers.parameters()) for name, layers in lists.items()}
+        children = {name: [child for child, _ in layers.named_children()] for name, layers in lists.items()}
+        fitting = [name for name in lists if wanted is None or len(children[name]) >= wanted]
+        if not lists:
+            raise ModelError(f"{name_or_path} has no list of decoder blocks with names such as model.layers.0")
+        if not fitting:
+            longest = max(lists, key=lambda name: sizes[name])
+            raise ModelError(
+                f"{name_or_path}: config.json says {wanted} layers, and its files hold {len(children[longest])} under "
+                f"{longest} (shards may be missing; does config.json belong to these weights?)"
+            )
+        best = max(fitting, key=lambda name: (sizes[name], name))
+        for index, child in enumerate(children[best][:wanted]):
+            if child != str(index):
+                raise ModelError(f"{name_or_path}: no tensor of {best}.{index} is in the files; fetch them again")
+        leaves = {name: {n for n, _ in next(lists[name].children()).named_parameters()} for name in fitting}
+        others = [name for name in fitting if name != best and leaves[name] == leaves[best]]
+        if others:
+            raise UnsupportedError(
+                f"{name_or_path} has several stacks of the same blocks ({', '.join([best, *others])}); only models "
+                "that run one stack of blocks once, in order, can be quantized"
+            )
+        return tuple(f"{best}.{child}" for child in children[best][:wanted])
 
 
-def meta_model_blocks(root: MetaModel, name_or_path: str) -> tuple[str, ...]:
-    """Names of the decoder blocks in order, without those of multi-token prediction after them.
-
-    The list of blocks is the outermost one that has at least as many members as the configuration has layers (files may
-    contain further layers for multi-token prediction), and the most weights.
-
-    Raises:
-        ModelError: no such list, or blocks are missing from the files.
-        UnsupportedError: there are several lists of the same kind of block.
-    """
-    found = list(_layer_lists(root, ""))
-    text = root.config.get_text_config()
-    counts = (getattr(text, name, None) for name in LAYER_COUNTS)
-    wanted = next((int(n) for n in counts if isinstance(n, int) and n > 0), None)
-    fitting = [one for one in found if wanted is None or len(one.children) >= wanted]
-    if not found:
-        raise ModelError(f"{name_or_path} has no list of decoder blocks with names such as model.layers.0")
-    if not fitting:
-        longest = max(found, key=lambda one: one.size)
-        raise ModelError(
-            f"{name_or_path}: config.json says {wanted} layers, and its files hold {len(longest.children)} under "
-            f"{longest.name} (shards may be missing; does config.json belong to these weights?)"
-        )
-    best = max(fitting, key=lambda one: (one.size, one.name))
-    names = best.children if wanted is None else best.children[:wanted]
-    for index, child in enumerate(names):
-        if child != str(index):
-            raise ModelError(f"{name_or_path}: no tensor of {best.name}.{index} is in the files; fetch them again")
-    others = [one.name for one in fitting if one is not best and one.leaves == best.leaves]
-    if others:
-        raise UnsupportedError(
-            f"{name_or_path} has several stacks of the same blocks ({', '.join([best.name, *others])}); only models "
-            "that run one stack of blocks once, in order, can be quantized"
-        )
-    return tuple(f"{best.name}.{child}" for child in names)
-
-
-class _LayerList(NamedTuple):
-    """A numbered list of modules with weights: its name, numbers, size, and tensor names of its first module."""
-
-    name: str
-    children: list[str]
-    size: int
-    leaves: frozenset[str]
-
-
-def _layer_lists(module: nn.Module, name: str) -> Iterator[_LayerList]:
-    """The outermost lists of modules with matrices under `module`."""
+def _layer_lists(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost numbered lists of modules with matrices under `module`, by name."""
     children = dict(module.named_children())
     if children and all(c.isdigit() and any(p.dim() >= 2 for p in m.parameters()) for c, m in children.items()):
-        first = next(iter(children.values()))
-        size = sum(p.numel() for p in module.parameters())
-        yield _LayerList(name, list(children), size, frozenset(n for n, _ in first.named_parameters()))
+        yield name, module
         return
     for child_name, child in children.items():
         yield from _layer_lists(child, f"{name}.{child_name}" if name else child_name)
@@ -209,11 +175,7 @@ def open_meta_source(
 ) -> CheckpointSource:  # fmt: skip
     """Open a checkpoint whose tensors are read and whose model does not run. Its own Python code is not run.
 
-    Args:
-        folder: contains config.json; the weights too, unless `files` is given.
-        dtype: floating-point dtype of the parameters; default: that of the configuration, else of most weights.
-        name_or_path: what the user gave, for messages.
-        files: the opened weights, if they are stored elsewhere.
+    Arguments are those of `CheckpointSource`.
 
     Raises:
         ModelError: files are missing or damaged, or contain no decoder.
@@ -258,8 +220,7 @@ class MetaModelSource(CheckpointSource):
         return read_config(self.folder)
 
     def _build(self) -> MetaModel:
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self.files.tensors.items()}
-        return build_meta_model(shapes, self.config, self.dtype)
+        return MetaModel(self.files.tensors, self.config, self.dtype)
 
-    def _find_blocks(self, model: nn.Module) -> tuple[str, ...]:
-        return meta_model_blocks(self.model, self.name_or_path)
+    def _find_blocks(self) -> tuple[str, ...]:
+        return self.model.find_decoder_blocks(self.name_or_path)

@@ -1,9 +1,4 @@
-"""Temporarily load parts of a model: modules outside the blocks, one block, or its experts one at a time.
-
-A forward may read `embed_tokens.weight.device` or a `.dtype` before it calls the module. On a module whose weights
-are on meta that gives "meta", and ids moved there lose their values. So the modules outside the blocks (embeddings,
-norms, rotary tables, head) are loaded before the pass.
-"""
+"""Temporarily load parts of a model: modules outside the blocks, one block, or its experts one at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +12,7 @@ import torch
 from torch import nn
 
 from auto_round.errors import ModelError
-from auto_round.modeling.blocks import is_conv1d
+from auto_round.modeling.blocks import is_conv1d, output_head
 from auto_round.modeling.source import Device, ModelSource, direct_tensors
 
 _EXPERT_NAME = re.compile(r"^(.*\.experts\.\d+)\.")
@@ -26,22 +21,22 @@ Weights = Callable[[str], Mapping[str, torch.Tensor]]
 
 @contextmanager
 def non_block_loaded(source: ModelSource, device: Device | None = None) -> Iterator[None]:
-    """Load the modules outside the blocks to `device` while the context is open.
+    """Load the modules outside the blocks (embeddings, norms, rotary tables, head) to `device` in this context.
 
-    They are loaded at once, except `deferred_modules`, which are loaded just before their first call. At the end, what
-    was loaded here is released; what was loaded before stays, so many passes inside one `with` read the embeddings
-    once. With `device` None a live model is not moved, and a checkpoint is loaded to the CPU.
+    They are loaded at once, since a forward may read the device of a weight before it calls the module, except
+    `deferred_modules`, which are loaded just before their first call. At the end, what was loaded here is released;
+    what was loaded before stays. With `device` None a live model is not moved, and a checkpoint is loaded to the CPU.
 
     Raises ModelError when a module is called with an input on meta.
     """
-    where = torch.device(device) if device is not None else torch.device("cpu") if source.lazy else None
+    where = source.default_device if device is None else torch.device(device)
     loaded: list[str] = []
 
     def load(name: str, module: nn.Module) -> None:
         tensors = [tensor for _, tensor in direct_tensors(module, persistent=False)]
         missing = any(tensor.is_meta for tensor in tensors)
         if missing or where is not None and any(tensor.device != where for tensor in tensors):
-            if missing or not source.lazy or not module._parameters:
+            if missing or source.release_restores(module):
                 loaded.append(name)  # before loading, so that an error leaves nothing loaded
             source.load(name, where)
 
@@ -75,20 +70,14 @@ def deferred_modules(source: ModelSource) -> set[str]:
     These are vision and audio encoders, which it does not call, and under a memory limit the output head, so that it
     is not held together with the embedding.
     """
-    modules = non_block_modules(source)
     towers = tuple(
         f"{name}."
         for name, module in source.model.named_modules()
         if name and hasattr(type(module), "base_model_prefix") and not source.blocks[0].startswith(f"{name}.")
     )
     head = output_head(source.model) if source.bounded else None
-    return {n for n, m in modules.items() if f"{n}.".startswith(towers) or (head is not None and m is head)}
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The output embedding of a Transformers model, or None."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    modules = non_block_modules(source).items()
+    return {n for n, m in modules if f"{n}.".startswith(towers) or (head is not None and m is head)}
 
 
 @contextmanager
@@ -121,9 +110,8 @@ def check_not_meta(value: Any, where: str, source: ModelSource) -> None:
 def _holds_meta(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.is_meta
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, (list, tuple)) and any(map(_holds_meta, value))
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(map(_holds_meta, inner))
 
 
 def expert_of(name: str) -> str | None:
@@ -135,12 +123,8 @@ def expert_of(name: str) -> str | None:
 class BlockLoader:
     """Loads a block as a whole, and releases it.
 
-    Args:
-        source: the model.
-        block: name of the block.
-        device, dtype: of the matrix products; None leaves weights in the model's dtype.
-
     Attributes:
+        device, dtype: of the matrix products; None leaves weights in the model's dtype.
         streams_experts: its experts are read when they are called.
     """
 
@@ -219,8 +203,15 @@ class ExpertStreamer(BlockLoader):
             given = {} if weights is None else weights(expert)
             module = self.source.load(expert, self.device)
             loaded.append(expert)
-            for name, linear in module.named_modules():
-                self._cast_parameters(linear, given.get(f"{expert}.{name}"))
+            for name, layer in module.named_modules():
+                weight = given.get(f"{expert}.{name}")
+                for leaf, value in list(layer._parameters.items()):
+                    if value is not None and value.dtype == self.source.dtype:
+                        data = value.detach()
+                        if weight is not None and leaf == "weight":
+                            data = (weight.t() if is_conv1d(layer) else weight).to(data.device)
+                        cast = data.to(self.dtype or value.dtype)
+                        layer._parameters[leaf] = nn.Parameter(cast, requires_grad=False)
 
         with ExitStack() as stack:
             stack.callback(release)
@@ -230,13 +221,3 @@ class ExpertStreamer(BlockLoader):
                     # Before the hooks that observe the inputs of the layer.
                     stack.callback(module.register_forward_pre_hook(partial(load, expert), prepend=True).remove)
             yield
-
-    def _cast_parameters(self, module: nn.Module, weight: torch.Tensor | None) -> None:
-        """Cast the parameters of a module to the compute dtype; `weight` [out, in] replaces its weight."""
-        for leaf, value in list(module._parameters.items()):
-            if value is None or value.dtype != self.source.dtype:
-                continue
-            data = value.detach()
-            if weight is not None and leaf == "weight":
-                data = (weight.t() if is_conv1d(module) else weight).to(data.device)
-            module._parameters[leaf] = nn.Parameter(data.to(self.dtype or value.dtype), requires_grad=False)

@@ -1,17 +1,17 @@
 """Define the model source: a model whose modules are loaded with real weights on demand and released again.
 
-`CheckpointSource` (a folder or hub id) keeps all parameters on the meta device and reads them when asked.
-`LiveSource` wraps a model object of the user in place. `check_finite` reports NaN and Inf as soon as a tensor
-is loaded.
+`CheckpointSource` (a folder or hub id) keeps all parameters on the meta device and reads them when asked; `LiveSource`
+wraps a model object of the user in place.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +19,14 @@ from torch import nn
 from auto_round.edits import TensorEdit
 from auto_round.errors import ConfigError, ModelError, NumericsError, UnsupportedError
 from auto_round.modeling.blocks import find_blocks
-
-if TYPE_CHECKING:
-    from auto_round.modeling.files.safetensors import TensorFiles
-    from auto_round.modeling.tensor_map import CheckpointNames, TensorPlan
+from auto_round.modeling.build import float_dtype
+from auto_round.modeling.experts import unfuse_experts
+from auto_round.modeling.files.folder import model_folder
+from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.modeling.tensor_map import CheckpointNames, TensorPlan, plan_saved
 
 Device = torch.device | str
+Meta = tuple[tuple[int, ...], torch.dtype]
 _SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _CHUNK = 1 << 22
 
@@ -38,8 +40,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True
     flat = tensor.detach()
     if tensor.element_size() == 1:  # 8-bit floats have no reductions
-        parts = flat.reshape(-1).split(_CHUNK)
-        return all(is_finite(part.to(torch.float32)) for part in parts)
+        return all(is_finite(part.to(torch.float32)) for part in flat.reshape(-1).split(_CHUNK))
     low, high = torch.aminmax(flat)
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
@@ -71,18 +72,17 @@ class ModelSource(ABC):
 
     Attributes:
         model: the causal language model in eval mode. Parameters may be on meta; buffers are real.
-        config: its configuration.
         name_or_path: as given by the user, for messages and the model card.
         folder, files: of the checkpoint; None for a model object.
         blocks: names of the decoder blocks in order, such as "model.layers.0".
         dtype: dtype of its floating-point weights.
         stored_as: how the weights of a quantized checkpoint are stored, in words; "" for a dense one.
         lazy: weights are read on `load` and dropped on `release` (a checkpoint), instead of living in the model.
+        default_device: where `load` puts weights if no device is given; None leaves them where they are.
         can_run: `model` is of a class that computes, instead of a tree of empty modules.
         checks_finite: `load` raises on NaN and Inf.
         bounded: a memory limit (`max_memory`) is set, so that nothing is loaded before it is needed.
-        unused_tensors: checkpoint names of tensors that no module reads (multi-token prediction layers), and of tied
-            copies.
+        unused_tensors: checkpoint names of tensors that no module reads (multi-token prediction), and of tied copies.
         notes: for the user, on tensors that nothing reads.
     """
 
@@ -92,6 +92,7 @@ class ModelSource(ABC):
     blocks: tuple[str, ...]
     dtype: torch.dtype
     lazy: bool
+    default_device: torch.device | None
     can_run: bool = True
     folder: Path | None = None
     files: TensorFiles | None = None
@@ -110,25 +111,21 @@ class ModelSource(ABC):
     def load(self, name: str, device: Device | None = None) -> nn.Module:
         """Load every parameter and persistent buffer under the module `name`, and return the module.
 
-        Tensors that are real already keep their values. Of a module that contains decoder blocks, only its direct
-        tensors are loaded.
-
-        Args:
-            name: module name; "" is the whole model.
-            device: target device; None means the CPU for a checkpoint, and no move for a live model.
+        Tensors that are real already keep their values. Of a module that contains decoder blocks ("" is the whole
+        model), only its direct tensors are loaded.
 
         Raises:
             ModelError: no such module, or its files cannot be read.
             NumericsError: a weight has NaN or Inf, and `checks_finite`; the message names it.
         """
 
-    def reopen(self) -> ModelSource:
-        """A second source of the same files with its own empty model. A model object has only one."""
-        return self
-
     @abstractmethod
     def release(self, name: str) -> None:
         """Undo `load`: back to meta (checkpoint), back to the original device (live model)."""
+
+    @abstractmethod
+    def release_restores(self, module: nn.Module) -> bool:
+        """Whether `release` keeps the values that a module had before it was loaded to another device."""
 
     @abstractmethod
     def read(self, tensor_name: str) -> torch.Tensor:
@@ -138,7 +135,7 @@ class ModelSource(ABC):
         """
 
     @abstractmethod
-    def tensor_meta(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def tensor_meta(self, name: str) -> Meta:
         """Shape and dtype that `read` returns."""
 
     @abstractmethod
@@ -151,8 +148,11 @@ class ModelSource(ABC):
 
     @abstractmethod
     def copy(self) -> ModelSource:
-        """A source that a run may change without changing this one: of a copy of the model object, or the checkpoint
-        itself."""
+        """A source that a run may change without changing this one."""
+
+    def reopen(self) -> ModelSource:
+        """A second source of the same files with its own empty model. A model object has only one."""
+        return self
 
     def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
         """Edit tensors, by state-dict name: those that are loaded now, and every later read of them.
@@ -161,22 +161,18 @@ class ModelSource(ABC):
             ModelError: no such tensor.
             UnsupportedError: a tensor that is tied to another one, or that the checkpoint stores in another form.
         """
-        shared = {*self._tied, *self._tied.values()}
         for name in edits:
-            self.tensor_meta(name)
-            if name in shared:
-                raise UnsupportedError(f"{name!r} shares its values with another tensor, so no transform may edit it")
-            plan = self.tensor_plan(name)
-            if self.lazy and plan is not None and plan.origin.converter is not None:
-                raise UnsupportedError(
-                    f"{name!r} is stored together with other tensors ({', '.join(plan.origin.stored[:2])}), so no "
-                    "transform may edit it"
-                )
+            self._check_editable(name)
         for name, edit in edits.items():
             self._edits = {**self._edits, name: (*self._edits.get(name, ()), edit)}
             tensor = self._tensor(name)
             if not tensor.is_meta:
                 tensor.data = edit.apply(tensor.detach())
+
+    def _check_editable(self, name: str) -> None:
+        self.tensor_meta(name)
+        if name in self._tied or name in self._tied.values():
+            raise UnsupportedError(f"{name!r} shares its values with another tensor, so no transform may edit it")
 
     def tied(self) -> dict[str, str]:
         """Alias to canonical name, such as {"lm_head.weight": "model.embed_tokens.weight"}."""
@@ -202,12 +198,10 @@ class ModelSource(ABC):
     def checkpoint_naming(self) -> CheckpointNames:
         """The checkpoint's names of the modules."""
         if self._naming is None:
-            from auto_round.modeling.tensor_map import CheckpointNames
-
             self._naming = CheckpointNames(self)
         return self._naming
 
-    def stored_meta(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def stored_meta(self, key: str) -> Meta:
         """Shape and dtype that `read_stored` returns. Raises ModelError without a checkpoint."""
         raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
 
@@ -215,7 +209,7 @@ class ModelSource(ABC):
         """Read a checkpoint tensor by its stored name to the CPU, in the stored or the requested dtype."""
         raise ModelError(f"{self.name_or_path} is a model object, which has no stored tensor {key!r}")
 
-    def unquantized_meta(self, tensor_name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def unquantized_meta(self, tensor_name: str) -> Meta:
         """Shape and output dtype of a tensor that is not quantized: the dtype of the checkpoint."""
         return self.tensor_meta(tensor_name)
 
@@ -228,15 +222,6 @@ class ModelSource(ABC):
         blocks = tuple(f"{name}." for name in self.blocks)
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self._names)
         return [name for name in owners if not f"{name}.".startswith(blocks)]
-
-    def _find_blocks(self, model: nn.Module) -> tuple[str, ...]:
-        """Names of the decoder blocks, see `find_blocks`. Raises ModelError, also for encoder-decoder models."""
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise ModelError(
-                f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models can be "
-                "quantized"
-            )
-        return find_blocks(model)
 
     def _module(self, name: str) -> nn.Module:
         try:
@@ -277,11 +262,100 @@ def direct_tensors(module: nn.Module, *, persistent: bool = True) -> Iterator[tu
 
 def state_names(model: nn.Module) -> list[str]:
     """State-dict names of a model, tied aliases included, without building a state dict."""
-    return [
-        f"{name}.{leaf}" if name else leaf
-        for name, module in model.named_modules(remove_duplicate=False)
-        for leaf, _ in direct_tensors(module)
-    ]
+    modules = model.named_modules(remove_duplicate=False)
+    return [f"{name}.{leaf}" if name else leaf for name, module in modules for leaf, _ in direct_tensors(module)]
+
+
+class LiveSource(ModelSource):
+    """Wraps a model whose weights are all in memory. It is put in eval mode; fused experts become linear layers.
+
+    Raises:
+        ModelError: not a decoder-only language model, or some weights are offloaded (meta).
+        UnsupportedError: its weights are quantized.
+    """
+
+    lazy = False
+    default_device = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config = config = getattr(model, "config", None)
+        if config is None:
+            raise ModelError(
+                f"{type(model).__name__} has no .config; give a Transformers causal language model or a path"
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models can be "
+                "quantized"
+            )
+        self.blocks = find_blocks(model)
+        for name, tensor in model.named_parameters():
+            if tensor.is_meta:
+                raise ModelError(
+                    f"parameter {name!r} of the model is on the meta device (offloaded); give the model's path instead"
+                )
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                raise UnsupportedError(
+                    f"parameter {name!r} of the model is {tensor.dtype}: the model is quantized already. Give its "
+                    "path: FP8 and MXFP4 checkpoints are read block by block and dequantized; or load it dequantized"
+                )
+        self.model = model.eval()
+        self.name_or_path = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+        fused_names = {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()}
+        unfuse_experts(model)
+        self._names = state_names(model)
+        # Names that share one parameter. Transformers declares which one is not the canonical one.
+        declared = getattr(model, "all_tied_weights_keys", None) or {}
+        first: dict[int, str] = {}
+        for name in sorted(self._names, key=lambda n: n in declared):
+            first.setdefault(id(self._tensor(name)), name)
+        self._tied = {name: same for name in self._names if (same := first[id(self._tensor(name))]) != name}
+        plans = plan_saved(model, self._names, fused_names)
+        self._plans = {name: plan for name, plan in plans.items() if name not in self._tied}
+        inside = model.get_submodule(self.blocks[0]).parameters()
+        self.dtype = next((p.dtype for p in inside if p.is_floating_point()), torch.get_default_dtype())
+        self._original_device: dict[str, torch.device] = {}
+        self._checked: set[str] = set()
+
+    def load(self, name: str, device: Device | None = None) -> nn.Module:
+        for full, module, leaf, tensor in self._tensors_under(name):
+            if self.checks_finite and full not in self._checked:
+                check_finite(full, tensor)
+                self._checked.add(full)
+            if device is not None and tensor.device != torch.device(device):
+                self._original_device.setdefault(full, tensor.device)
+                _move(module, leaf, tensor, torch.device(device))
+        return self._module(name)
+
+    def release(self, name: str) -> None:
+        for full, module, leaf, tensor in self._tensors_under(name):
+            device = self._original_device.pop(full, None)
+            if device is not None:
+                _move(module, leaf, tensor, device)
+
+    def release_restores(self, module: nn.Module) -> bool:
+        return True
+
+    def read(self, tensor_name: str) -> torch.Tensor:
+        return self._tensor(tensor_name).detach().cpu()
+
+    def assemble(self, install: Callable[[nn.Module, str], None]) -> nn.Module:
+        return self.model
+
+    def copy(self) -> LiveSource:
+        return LiveSource(copy.deepcopy(self.model))
+
+    def tensor_meta(self, name: str) -> Meta:
+        tensor = self._tensor(name)
+        return tuple(tensor.shape), tensor.dtype
+
+
+def _move(module: nn.Module, leaf: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Move a tensor in place: a parameter keeps its identity, so that ties and other references stay valid."""
+    if isinstance(tensor, nn.Parameter):
+        tensor.data = tensor.data.to(device)
+    else:
+        module._buffers[leaf] = tensor.to(device)
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -291,11 +365,9 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None or dtype == "auto":
         return None
-    found: object = dtype
-    if isinstance(dtype, str):
-        name = dtype.removeprefix("torch.").lower()
-        found = getattr(torch, _SHORT_NAMES.get(name, name), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+    name = dtype.removeprefix("torch.").lower() if isinstance(dtype, str) else dtype
+    found = float_dtype(_SHORT_NAMES.get(name, name) if isinstance(name, str) else name)
+    if found is None:
         raise ConfigError(f"dtype={dtype!r} is not allowed; use 'auto', 'bfloat16', 'float16' or 'float32'")
     return found
 
@@ -324,11 +396,8 @@ def open_source(
         ConfigError: an invalid dtype or platform.
     """
     if isinstance(model, nn.Module):
-        from auto_round.modeling.live import LiveSource
-
         return LiveSource(model)
     from auto_round.modeling.checkpoint import CheckpointSource
-    from auto_round.modeling.files.folder import model_folder
 
     folder = model_folder(model, trust_remote_code=trust_remote_code, platform=platform, allow_pickle=allow_pickle)
     return CheckpointSource(

@@ -1,39 +1,145 @@
-"""Map model tensors to checkpoint tensors (`TensorPlan`), and model names to checkpoint names.
+"""Map model tensors to checkpoint tensors (`TensorPlan`), and model names to checkpoint names (`CheckpointNames`).
 
-Transformers' conversion mapping (`modeling.conversions`) is applied to names once, when a checkpoint is opened, and to
-data tensor by tensor, when it is read.
-
-Serving engines look up tensors, and the entries of a quantization_config, by the names of the family's checkpoints.
-`CheckpointNames` inverts how a source was read: a packed tensor of a layer whose weight came from
-`block_sparse_moe.experts.0.w1.weight` is `block_sparse_moe.experts.0.w1.qweight`.
+A checkpoint and the modules that read it may name the same tensor differently, split or join matrices, and store the
+experts of a block one by one or stacked. Transformers publishes these differences per model class
+(`transformers.conversion_mapping`); nothing about a family is repeated here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from auto_round.errors import ModelError
-from auto_round.modeling.conversions import (
-    DEFAULT_EXPERT_NAMES,
-    Conversions,
-    Origin,
-    conversions_of,
-    run_converter,
-    saving_conversions,
-)
-from auto_round.modeling.expert_layouts import ExpertPiece
-from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.experts import DEFAULT_EXPERT_NAMES, ExpertLayerNames, ExpertPiece, LinearExperts
 from auto_round.modeling.files.safetensors import TensorFiles
-from auto_round.modeling.source import ModelSource
 
+if TYPE_CHECKING:
+    from auto_round.modeling.source import ModelSource
+
+_EXPERT_LEAF = re.compile(r"\.experts\.\*\.(?P<leaf>\w+)\.weight$")
 _NUMBERED = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """Transformers' mapping from the names in a checkpoint to those in a model. Built by `conversions_of`.
+
+    Attributes:
+        renamings, converters: `WeightRenaming` and `WeightConverter` entries, in order. Some keep state while they
+            rename, so every pass over a file needs new ones.
+        prefix: the base model's attribute name (`model`, `transformer`), which files saved without a head lack.
+    """
+
+    renamings: tuple[Any, ...] = ()
+    converters: tuple[Any, ...] = ()
+    prefix: str | None = None
+
+    @classmethod
+    def of(cls, entries: Iterable[Any], prefix: str | None = None) -> Conversions:
+        """The mapping with Transformers' `entries` of both kinds, in order."""
+        kinds: tuple[list[Any], list[Any]] = [], []
+        for entry in entries:
+            kinds[hasattr(entry, "operations")].append(entry)
+        return cls(tuple(kinds[0]), tuple(kinds[1]), prefix)
+
+    def renamed(self, key: str) -> str:
+        """`key` after the renamings, without converters."""
+        for renaming in self.renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key
+
+    def converter_of(self, name: str) -> Any:
+        """The converter of a tensor of this name (after the renamings), or None."""
+        return next((c for c in self.converters if c.rename_source_key(name)[1] is not None), None)
+
+    def expert_names(self) -> ExpertLayerNames | None:
+        """Checkpoint names of the matrices of experts that are stored one by one; None if they are stacked.
+
+        A family without a gate gets the default name for it, which no tensor has.
+        """
+        found: dict[str, str] = {}
+        for converter in self.converters:
+            leaves = [match["leaf"] for p in converter.source_patterns if (match := _EXPERT_LEAF.search(p))]
+            target = re.split(r"[.\\]", converter.target_patterns[0])[-1]
+            if len(leaves) == 2 and target == "gate_up_proj":
+                found["gate"], found["up"] = leaves
+            elif len(leaves) == 1 and target in ("up_proj", "down_proj"):
+                found[target.removesuffix("_proj")] = leaves[0]
+        if not {"up", "down"} <= set(found):
+            return None
+        return ExpertLayerNames(found.get("gate", DEFAULT_EXPERT_NAMES.gate), found["up"], found["down"])
+
+    def inverse(self) -> Conversions:
+        """The mapping from the model's names to the checkpoint's: converters first, then renamings, in reverse order.
+
+        A conversion without an inverse in Transformers is left out.
+        """
+        reversed_entries: list[Any] = []
+        for entry in reversed((*self.renamings, *self.converters)):
+            # Transformers has no common way to say so: operations without an inverse raise any of these.
+            with suppress(AttributeError, NotImplementedError, ValueError):
+                reversed_entries.append(entry.reverse_transform())
+        return Conversions.of(reversed_entries, self.prefix)
+
+
+def conversions_of(model: nn.Module, *, legacy: bool = True) -> Conversions:
+    """The mapping that Transformers applies when it loads this model; empty for other models.
+
+    `legacy`: include names of very old checkpoints (`LayerNorm.gamma`), which are read and never written.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return Conversions()
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    entries = get_model_conversion_mapping(model, add_legacy=legacy)
+    return Conversions.of(entries, getattr(model, "base_model_prefix", "") or None)
+
+
+@dataclass(eq=False)
+class Origin:
+    """Checkpoint tensors that are read together and give one or more model tensors.
+
+    Attributes:
+        name: the first model tensor that they give.
+        keys: (checkpoint name, source pattern) in the order in which the converter needs them.
+        converter: Transformers' WeightConverter, or None when the tensor is used as stored.
+    """
+
+    name: str
+    keys: list[tuple[str, str]] = field(default_factory=list)
+    converter: Any = None
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The checkpoint names."""
+        return tuple(key for key, _ in self.keys)
+
+
+def run_converter(
+    converter: Any, name: str, tensors: Iterable[tuple[str, str, torch.Tensor]], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Run a converter and return the tensors that it makes, by name; raises whatever a third-party operation raises.
+
+    Args:
+        converter: a WeightConverter without tensors.
+        name: the first tensor that it gives.
+        tensors: (name, source pattern, tensor) of its inputs, in order.
+        model: whose configuration the converter may read.
+    """
+    for key, pattern, tensor in tensors:
+        converter.add_tensor(name, key, pattern, tensor)
+    made = converter.convert(name, model=model, config=getattr(model, "config", None))
+    return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
 
 @dataclass(frozen=True)
@@ -73,28 +179,20 @@ def read_origin(origin: Origin, files: TensorFiles, model: nn.Module) -> dict[st
 def plan_saved(
     model: nn.Module, names: Collection[str], fused_names: Mapping[str, torch.Tensor]
 ) -> dict[str, TensorPlan]:
-    """A plan for each tensor of a model object, as for the checkpoint that Transformers would save of it.
-
-    Args:
-        model: with its experts unfused.
-        names: its state-dict names.
-        fused_names: its state dict before experts were unfused, on meta.
-    """
-    plans = plan_tensors(_saved_names(model, fused_names), model, names, fused_names)
-    return {name: plans.get(name) or TensorPlan.direct(name) for name in names}
-
-
-def _saved_names(model: nn.Module, fused_names: Mapping[str, torch.Tensor]) -> dict[str, None]:
-    """Names of the tensors that `save_pretrained` would write."""
+    """As `plan_tensors`, a plan for each tensor of the checkpoint that Transformers would save of a model object."""
     from transformers.core_model_loading import dot_natural_key
 
-    inverse = saving_conversions(model)
-    found: dict[str, None] = {}
+    entries = getattr(model, "_weight_conversions", None)  # by which it was loaded
+    if entries is None:  # built from a configuration: there is no prefix of a base model to restore
+        fresh = conversions_of(model, legacy=False)
+        entries = [e for e in (*fresh.renamings, *fresh.converters) if type(e).__name__ != "PrefixChange"]
+    inverse = Conversions.of(entries).inverse()
+    saved: dict[str, None] = {}
     groups: dict[str, tuple[object, list[tuple[str, str, torch.Tensor]]]] = {}
     for name in sorted(fused_names, key=dot_natural_key):
         converter = inverse.converter_of(name)
         if converter is None:
-            found[inverse.renamed(name)] = None
+            saved[inverse.renamed(name)] = None
             continue
         first, pattern = converter.rename_source_key(name)
         groups.setdefault(first, (converter, []))[1].append((name, str(pattern), fused_names[name]))
@@ -103,8 +201,9 @@ def _saved_names(model: nn.Module, fused_names: Mapping[str, torch.Tensor]) -> d
             made = run_converter(deepcopy(converter), first, parts, model)
         except Exception:  # no inverse operation: saved under the names of the modules
             made = {name: tensor for name, _, tensor in parts}
-        found |= dict.fromkeys(map(inverse.renamed, made))
-    return found
+        saved |= dict.fromkeys(map(inverse.renamed, made))
+    plans = plan_tensors(saved, model, names, fused_names)
+    return {name: plans.get(name) or TensorPlan.direct(name) for name in names}
 
 
 def plan_tensors(
@@ -118,40 +217,34 @@ def plan_tensors(
         names: its state-dict names.
         fused_names: its state dict before experts were unfused, to which conversion mappings refer.
     """
-    wanted = dict.fromkeys(names)
-    plans = {name: TensorPlan.direct(name) for name in wanted if name in files}
-    origins = _converted(files, conversions_of(model), wanted, fused_names)
-    for name in wanted:
-        if name not in plans and name in origins:
-            plans[name] = TensorPlan(origins[name], name)
-    for prefix, experts in model.named_modules():
-        if isinstance(experts, LinearExperts):
-            for leaf, piece in experts.pieces().items():
-                name, fused = f"{prefix}.{leaf}", f"{prefix}.{piece.param}"
-                if name in wanted and name not in plans and fused in origins:
-                    plans[name] = _expert_plan(origins[fused], fused, name, piece)
-    return plans
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-
-def _converted(
-    files: Iterable[str], mapping: Conversions, wanted: Mapping[str, object], fused_names: Mapping[str, torch.Tensor]
-) -> dict[str, Origin]:
-    """Origins of all tensors with another name in the checkpoint, by their name after Transformers' mapping."""
-    from transformers.core_model_loading import dot_natural_key
-
+    wanted, mapping = dict.fromkeys(names), conversions_of(model)
     known = {**fused_names, **dict.fromkeys(wanted, torch.empty(0))}
-    origins: dict[str, Origin] = {}
+    plans = {name: TensorPlan.direct(name) for name in wanted if name in files}
+    origins: dict[str, Origin] = {}  # of tensors with another name in the checkpoint, by their name after the mapping
     for key in sorted(files, key=dot_natural_key):
         if key in wanted:
             continue
-        name, pattern, converter = mapping.loaded(key, known)
+        # The prefix of the base model is added or dropped to match a known name. A conversion to an unknown name is not
+        # applied, as in Transformers.
+        name, pattern = rename_source_key(key, list(mapping.renamings), list(mapping.converters), mapping.prefix, known)
+        if name not in known:
+            plain, _ = rename_source_key(key, [], [], mapping.prefix, known)
+            name, pattern = (plain, None) if plain in known else (name, pattern)
         origin = origins.setdefault(name, Origin(name))
         origin.keys.append((key, pattern or key))
-        if converter is not None and origin.converter is None:
-            origin.converter = converter
-            first, *others = converter.target_patterns
+        if pattern is not None and origin.converter is None:
+            origin.converter = next(c for c in mapping.converters if pattern in c.source_patterns)
+            first, *others = origin.converter.target_patterns
             origins |= {name.replace(first, target): origin for target in others}
-    return origins
+    plans |= {name: TensorPlan(origins[name], name) for name in wanted if name not in plans and name in origins}
+    for prefix, experts in model.named_modules():
+        for leaf, piece in experts.pieces().items() if isinstance(experts, LinearExperts) else ():
+            name, fused = f"{prefix}.{leaf}", f"{prefix}.{piece.param}"
+            if name in wanted and name not in plans and fused in origins:
+                plans[name] = _expert_plan(origins[fused], fused, name, piece)
+    return plans
 
 
 def _expert_plan(origin: Origin, fused: str, name: str, piece: ExpertPiece) -> TensorPlan:
@@ -170,7 +263,10 @@ def _expert_plan(origin: Origin, fused: str, name: str, piece: ExpertPiece) -> T
 
 
 class CheckpointNames:
-    """Checkpoint names of the modules and tensors of a source, by their names in the model."""
+    """Checkpoint names of the modules and tensors of a source, by their names in the model.
+
+    Serving engines look up tensors, and the entries of a quantization_config, by these names.
+    """
 
     def __init__(self, source: ModelSource) -> None:
         self._own: dict[str, str] = {}
@@ -198,11 +294,7 @@ class CheckpointNames:
                 if self._containers.setdefault(module, stored) != stored:
                     break
         self._experts = {n for n, m in source.model.named_modules() if isinstance(m, LinearExperts)}
-        self._model = source.model
-
-    @cached_property
-    def _mapping(self) -> Conversions:
-        return conversions_of(self._model)
+        self._mapping = conversions_of(source.model)
 
     def module(self, name: str) -> str:
         """The checkpoint's name of a module; derived from the enclosing modules if it has no tensors there."""
@@ -217,13 +309,10 @@ class CheckpointNames:
         return name
 
     def packed_layer(self, name: str, leaves: Iterable[str], *, loadable_here: bool) -> str:
-        """The name under which the packed tensors of a linear layer are stored.
+        """The name under which the packed tensors `leaves` ("qweight", "scales", ...) of a linear layer are stored.
 
-        Args:
-            name: of the layer in the model.
-            leaves: of its tensors: "qweight", "scales", ...
-            loadable_here: Transformers opens the files with this package's loader, which must find the tensors again.
-                So if Transformers would rename or join them, the matrices of an expert keep the names of the modules.
+        With `loadable_here`, Transformers opens the files with this package's loader, which must find the tensors
+        again. So if Transformers would rename or join them, the matrices of an expert keep the names of the modules.
         """
         candidates = self._candidates(name)
         if not loadable_here:
@@ -257,18 +346,17 @@ class CheckpointNames:
         return tuple(found) or (self.module(name),)
 
     def loads(self, key: str, tensor: str) -> bool:
-        """Whether Transformers loads a stored tensor as the model's tensor of that name.
+        """Whether Transformers loads the stored tensor `key` as the model's `tensor`.
 
         An expert's tensor may have the checkpoint's matrix names.
         """
-        wanted = {tensor}
+        wanted, mapping = {tensor}, self._mapping
         layer, _, leaf = tensor.rpartition(".")
         expert, _, matrix = layer.rpartition(".")
         if matrix in DEFAULT_EXPERT_NAMES and expert.rpartition(".")[0] in self._experts:
             wanted.add(f"{expert}.{key.split('.')[-2]}.{leaf}")
         if key in wanted:
             return True
-        mapping = self._mapping
         renamed = mapping.renamed(key)
         if mapping.converter_of(renamed) is not None:
             return False

@@ -11,12 +11,10 @@ from torch import nn
 
 from auto_round.errors import UnsupportedError
 from auto_round.formats.base import ModelRules, OutputFormat, TensorSpecs
-from auto_round.modeling.conversions import Origin, conversions_of, run_converter
-from auto_round.modeling.expert_layouts import ExpertPiece
-from auto_round.modeling.experts import LinearExperts
+from auto_round.modeling.experts import ExpertPiece, LinearExperts
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.source import ModelSource
-from auto_round.modeling.tensor_map import TensorPlan
+from auto_round.modeling.tensor_map import Origin, TensorPlan, conversions_of, run_converter
 from auto_round.run.plan import LayerPlan
 
 

@@ -20,7 +20,8 @@ from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import NumericsError
 from auto_round.eval.measures import token_nll
 from auto_round.logger import logger
-from auto_round.modeling.partial_loading import non_block_loaded, output_head
+from auto_round.modeling.blocks import output_head
+from auto_round.modeling.partial_loading import non_block_loaded
 from auto_round.modeling.source import ModelSource
 from auto_round.report.run_report import BlockRecord
 from auto_round.run.block_layers import activation_of, input_quantizers, is_calibrated

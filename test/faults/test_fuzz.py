@@ -26,8 +26,7 @@ from auto_round.layer_config import parse_layer_config
 from auto_round.modeling.build import read_config as read_raw_config
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.files.folder import read_object
-from auto_round.modeling.files.pickle import PickleFiles
-from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.modeling.files.safetensors import PickleFiles, TensorFiles
 from auto_round.output.gguf_writer import GgufFile
 from auto_round.output.verify import dense_digest, layer_digest
 from auto_round.run.model_free.inputs import Inputs

@@ -1,22 +1,16 @@
 """Read FP8 and MXFP4 checkpoints as dense ones, tensor by tensor.
 
-| quant_method | weights |
-|---|---|
-| fp8, fbgemm_fp8 | float8 `weight` with `weight_scale_inv` or `weight_scale`: blocks, channels or one scale |
-| modelopt | the same, algorithms FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO |
-| compressed-tensors | float-quantized, naive-quantized (8-bit floats), mxfp8-quantized, mxfp4-pack-quantized |
-| mxfp4 | `*_blocks` and `*_scales` of experts |
-
 The tensors decide what is dequantized; the configuration only says what to expect. A value is `element * scale`,
 computed in float32 and rounded once to the requested dtype.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,10 +43,9 @@ _AUXILIARY_SUFFIXES = (
 def scale_block(
     weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int] | None = None
 ) -> tuple[int, int] | None:
-    """Rows and columns of a weight [..., out, in] that share one scale; None when the shapes do not match.
+    """Rows and columns of a weight of this shape [experts..., out, in] that share one scale; None for a wrong shape.
 
     Args:
-        weight: shape, at least two-dimensional; dimensions before the last two are experts.
         scale: shape: one number, or one per expert; [out] or [out, 1]; [out/M, in/N] with truncated blocks at the
             edges.
         block: (M, N) of the checkpoint's config. Without it, or if it does not match, blocks of equal size are assumed.
@@ -75,14 +68,13 @@ def scale_block(
 def dequantize(
     codes: torch.Tensor, element: str, scale: torch.Tensor, block: tuple[int, int], out: torch.Tensor
 ) -> torch.Tensor:
-    """Write `element * scale` to `out` and return it.
+    """Write `element * scale` to `out`, contiguous [..., out, in] in the target dtype, and return it.
 
     Args:
         codes: [..., out, in] in a float8 dtype, or uint8 [..., out, in/2] with two 4-bit codes a byte.
         element: name in `codecs.minifloat.MINIFLOATS`.
         scale: as stored: floats, or powers of two as uint8 or float8_e8m0fnu (OCP MX v1.0, 5.3.3 and 6.1).
         block: rows and columns that share a scale.
-        out: contiguous [..., out, in] in the target dtype.
     """
     rows, columns = out.shape[-2:]
     dense, stored = out.view(-1, columns), codes.reshape(out.numel() // columns, -1)
@@ -98,14 +90,12 @@ def dequantize(
     return out
 
 
-@dataclass(frozen=True)
-class StoredWeight:
-    """One dense tensor that is stored quantized.
+class StoredWeight(NamedTuple):
+    """One dense tensor [..., out, in] that is stored quantized.
 
     Attributes:
         codes, scale: names of its two tensors in the files.
         element: name in `codecs.minifloat.MINIFLOATS`.
-        shape: of the matrix or matrices [..., out, in].
         block: rows and columns that share a scale.
         transposed: the dense tensor is [..., in, out] (MXFP4 experts, stored as [experts, out, in/32, 16] bytes).
     """
@@ -119,32 +109,21 @@ class StoredWeight:
 
 
 class DequantizedFiles(TensorFiles):
-    """Reads quantized tensors as dense ones, under the names of the dense checkpoint.
+    """Reads quantized tensors as dense ones in `dtype`, under the names of the dense checkpoint.
 
-    Only the requested tensor is in memory, with one expert of it or a few rows in float32.
-
-    Args:
-        files: the stored files.
-        weights: by dense name, how it is stored.
-        dtype: of the dense tensors.
-
-    Attributes:
-        description: how the weights are stored, in words.
+    Only the requested tensor is in memory, with one expert of it or a few rows in float32. `description`: how the
+    weights are stored, in words.
     """
 
     def __init__(self, files: TensorFiles, weights: Mapping[str, StoredWeight], dtype: torch.dtype) -> None:
         removed = {f"{_stem(name)}.{leaf}" for name in weights for leaf in _AUXILIARY_SUFFIXES}
-        tensors = dict(files.tensors)
-        counts: dict[str, int] = {}
+        tensors, counts = dict(files.tensors), Counter[str]()
         for name, weight in weights.items():
             removed |= {weight.codes, weight.scale} - {name}
             shape = (*weight.shape[:-2], *weight.shape[:-3:-1]) if weight.transposed else weight.shape
-            # The byte range gives only the size.
-            tensors[name] = StoredTensor(
-                files.tensors[weight.codes].file, dtype, shape, 0, prod(shape) * dtype.itemsize
-            )
-            kind = "MXFP4" if weight.element == "e2m1" else f"FP8 {weight.element}"
-            counts[kind] = counts.get(kind, 0) + 1
+            file, size = files.tensors[weight.codes].file, prod(shape) * dtype.itemsize
+            tensors[name] = StoredTensor(file, dtype, shape, 0, size)  # the byte range gives only the size
+            counts["MXFP4" if weight.element == "e2m1" else f"FP8 {weight.element}"] += 1
         super().__init__(files.folder, {name: stored for name, stored in tensors.items() if name not in removed})
         self.notes = files.notes
         self._stored, self.weights, self.dtype = files, dict(weights), dtype
@@ -189,23 +168,13 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
 
     Raises ModelError when it is not an object.
     """
-    for part in (config, text_config(config)):
-        for key in QUANTIZATION_KEYS:
-            values = read_value(part, key)
-            if values is None:
-                continue
-            if not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
-                raise ModelError(f"config.json has {key}={values!r}, which is not an object; fetch it again")
-            return dict(values) if isinstance(values, Mapping) else dict(values.to_dict())
+    for part, key in product((config, text_config(config)), QUANTIZATION_KEYS):
+        values = read_value(part, key)
+        if values is not None and not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
+            raise ModelError(f"config.json has {key}={values!r}, which is not an object; fetch it again")
+        if values is not None:
+            return dict(values if isinstance(values, Mapping) else values.to_dict())
     return None
-
-
-def drop_quantization(config: Any) -> None:
-    """Remove the quantization from a configuration in place: the model that is built from it is dense."""
-    for part in (config, text_config(config)):
-        for key in QUANTIZATION_KEYS:
-            if hasattr(part, key):
-                delattr(part, key)
 
 
 def check_readable(declared: Mapping[str, Any] | None, name: str) -> None:
@@ -236,11 +205,8 @@ def dense_view(
 ) -> DequantizedFiles | None:
     """The files as a dense checkpoint in `dtype` (default bfloat16), or None when they are dense already.
 
-    Args:
-        files: the stored files.
-        declared: the `quantization_config`, after `check_readable`. Without one, float8 weights with a scale are
-            dequantized too: some writers put the declaration into another file.
-        dtype: of the dense tensors.
+    `declared`: the `quantization_config`, after `check_readable`. Without one, float8 weights with a scale are
+    dequantized too: some writers put the declaration into another file.
 
     Raises:
         ModelError: a quantized weight without its scale, or shapes that do not match.
@@ -271,14 +237,12 @@ def dense_view(
         elif key.endswith(".weight_packed") and stored.dtype == torch.uint8 and f"{_stem(key)}.weight_scale" in files:
             groups = (*stored.shape[:-1], stored.shape[-1] // 16)
             weights[f"{_stem(key)}.weight"] = _mxfp4(files, key, f"{_stem(key)}.weight_scale", groups, transposed=False)
-    if not weights:
-        if declared is not None:
-            raise ModelError(
-                f"config.json in {files.folder} declares a quantization ({_method(declared)}), but no quantized tensor "
-                "is in its files; fetch them again, or take quantization_config out of config.json"
-            )
-        return None
-    return DequantizedFiles(files, weights, dtype or torch.bfloat16)
+    if not weights and declared is not None:
+        raise ModelError(
+            f"config.json in {files.folder} declares a quantization ({_method(declared)}), but no quantized tensor "
+            "is in its files; fetch them again, or take quantization_config out of config.json"
+        )
+    return DequantizedFiles(files, weights, dtype or torch.bfloat16) if weights else None
 
 
 def _mxfp4(files: TensorFiles, codes: str, scale: str, groups: tuple[int, ...], *, transposed: bool) -> StoredWeight:
@@ -334,12 +298,12 @@ def _method(declared: Mapping[str, Any]) -> str:
 
 def _declared_block(declared: Mapping[str, Any]) -> tuple[int, int] | None:
     """The declared size of two-dimensional blocks; None for none or several."""
-    found = {tuple(size) for size in (declared.get("weight_block_size"),) if size}
-    for group in dict(declared.get("config_groups") or {}).values():
-        size = dict(group.get("weights") or {}).get("block_structure")
-        found |= {tuple(int(n) for n in size.split("x")) if isinstance(size, str) else tuple(size)} if size else set()
-    sizes = [size for size in found if len(size) == 2]
-    return (int(sizes[0][0]), int(sizes[0][1])) if len(sizes) == 1 else None
+    groups = dict(declared.get("config_groups") or {}).values()
+    given = [declared.get("weight_block_size")]
+    given += [dict(group.get("weights") or {}).get("block_structure") for group in groups]
+    found = {tuple(map(int, size.split("x") if isinstance(size, str) else size)) for size in given if size}
+    sizes = [(size[0], size[1]) for size in found if len(size) == 2]
+    return sizes[0] if len(sizes) == 1 else None
 
 
 def _stem(key: str) -> str:

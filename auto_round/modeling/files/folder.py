@@ -1,15 +1,4 @@
-"""Find a model's folder (local or from a hub) and read its files safely: links, JSON, side files.
-
-Symbolic links: a downloaded folder may contain a link to any file of this machine, whose bytes would then be read as
-weights or copied into the output. A link may point inside its own folder, and in the hub's local cache from
-`models--org--name/snapshots/REVISION` to `models--org--name/blobs`, which is how that cache stores every file.
-
-JSON: a file must contain one object without duplicate keys.
-
-Side files: a quantized model includes every file of its source except weights and their indexes, leftovers of an
-earlier quantization or of training, hidden files, config.json and the model card (written again), Python code of an
-untrusted model, and folders that are models themselves or outputs of this package (users run it inside the folder).
-"""
+"""Find a model's folder (local or from a hub) and read its files safely: links, JSON, side files."""
 
 from __future__ import annotations
 
@@ -58,7 +47,11 @@ _TIMEOUT_S = 10.0
 
 
 def check_inside(folder: Path, file: Path) -> Path:
-    """Return `file`. Raises ModelError when its links lead out of `folder` and of its cache's blobs."""
+    """Return `file`. Raises ModelError when its links lead out of `folder`.
+
+    A downloaded folder may contain a link to any file of this machine, whose bytes would be read as weights or copied
+    into the output. The hub's cache links from `models--org--name/snapshots/REVISION` to `models--org--name/blobs`.
+    """
     root, target = folder.resolve(), file.resolve()
     cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), root)
     if root in target.parents or cache / "blobs" in target.parents:
@@ -70,7 +63,7 @@ def check_inside(folder: Path, file: Path) -> Path:
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object from UTF-8 bytes. `what`: their description for messages: "the header of model.safetensors".
+    """Parse a JSON object from UTF-8 bytes; `what` describes them in messages.
 
     Raises ModelError when it is not JSON, not an object, nested too deeply, or has a duplicate key.
     """
@@ -106,18 +99,31 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def side_files(folder: Path, trusted: bool, without: Collection[Path] = ()) -> list[Path]:
-    """Paths within `folder` of the files to copy, sorted.
+    """Paths within `folder`, that of a model, of the files to copy into a quantized one, sorted.
+
+    That is every file except weights and their indexes, leftovers of an earlier quantization or of training, hidden
+    files, what is written again, Python code unless `trusted`, and folders that are models or outputs of this package.
 
     Args:
-        folder: of a model.
-        trusted: copy its Python code too.
         without: folders to skip, such as the output folder when it is inside.
 
     Raises ModelError for a link that leads out of the folder.
     """
-    root = folder.resolve()
     skipped = {path.expanduser().resolve() for path in (*without, envs.resume_folder(), envs.work_space())}
-    return sorted(_iter_side_files(folder, folder, trusted, skipped, (root,)))
+
+    def visit(inner: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+        for path in inner.iterdir():
+            if path.name.startswith(".") or not _is_wanted(path.name, inner == folder, trusted):
+                continue
+            real = path.resolve()
+            if path.is_symlink() and path.exists() and real not in above:
+                check_inside(folder, path)
+            if path.is_file():
+                yield path.relative_to(folder)
+            elif path.is_dir() and real not in above and real not in skipped and not _is_model_or_output(path):
+                yield from visit(path, (*above, real))
+
+    return sorted(visit(folder, (folder.resolve(),)))
 
 
 def copy_side_files(folder: Path, target: Path, trusted: bool) -> list[Path]:
@@ -127,21 +133,6 @@ def copy_side_files(folder: Path, target: Path, trusted: bool) -> list[Path]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target / name)
     return names
-
-
-def _iter_side_files(
-    root: Path, folder: Path, trusted: bool, without: Collection[Path], above: tuple[Path, ...]
-) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not _is_wanted(path.name, folder == root, trusted):
-            continue
-        real = path.resolve()
-        if path.is_symlink() and path.exists() and real not in above:
-            check_inside(root, path)
-        if path.is_file():
-            yield path.relative_to(root)
-        elif path.is_dir() and real not in above and real not in without and not _is_model_or_output(path):
-            yield from _iter_side_files(root, path, trusted, without, (*above, real))
 
 
 def _is_wanted(name: str, top: bool, trusted: bool) -> bool:
@@ -154,10 +145,7 @@ def _is_wanted(name: str, top: bool, trusted: bool) -> bool:
 
 
 def _is_model_or_output(folder: Path) -> bool:
-    """Whether a folder contains weights with their configuration, or is an output of this package, finished or not.
-
-    GGUF outputs have no config.json.
-    """
+    """Whether a folder contains weights with their configuration, or is an output of this package, finished or not."""
     names = [path.name.lower() for path in folder.iterdir()]
     is_model = any(name in _CONFIGS for name in names) and any(name.endswith(_WEIGHT_SUFFIXES) for name in names)
     if is_model or (folder / _UNFINISHED).is_dir():
@@ -173,12 +161,11 @@ def model_folder(
     model: str | os.PathLike[str], *, trust_remote_code: bool = False, platform: str | None = None,
     allow_pickle: bool = False,
 ) -> Path:  # fmt: skip
-    """The local folder of a model given as a folder or hub id.
+    """The local folder of a model given as a folder or hub id such as "org/name".
 
     Everything is fetched from a hub except weights in formats other than safetensors, models in subfolders, and code.
 
     Args:
-        model: a folder, or an id such as "org/name".
         trust_remote_code: fetch the repository's Python files too.
         platform: "hf" or "model_scope"; default: as AR_USE_MODELSCOPE says, else "hf".
         allow_pickle: fetch `pytorch_model*.bin` if the repository has no safetensors files.

@@ -1,8 +1,7 @@
-"""Read tensors of a local safetensors checkpoint one at a time, with strict header checks.
+"""Read tensors of a local checkpoint one at a time: safetensors with strict header checks, and pickles on request.
 
-The files are read with plain reads instead of a memory map: mapped pages count as resident memory for as long
-as a tensor or the file lives, and copying out of a map holds every byte twice. Format: the safetensors
-specification (8 bytes little-endian header length, a JSON header, then the data).
+The files are read with plain reads instead of a memory map: mapped pages count as resident memory for as long as a
+tensor or the file lives, and copying out of a map holds every byte twice.
 """
 
 from __future__ import annotations
@@ -10,16 +9,17 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from auto_round.errors import ModelError
+from auto_round.errors import ModelError, first_line
 from auto_round.files import DTYPES
 from auto_round.modeling.files.folder import check_inside, parse_object, read_object
 
@@ -28,6 +28,8 @@ _READ_AT_ONCE = 1 << 30  # Linux reads at most 2 GiB in one call
 _COMPARE_AT_ONCE = 1 << 24
 _READ_AHEAD = 256 << 20
 _OWN_PAGES = 1 << 18
+_PICKLE = "pytorch_model.bin"
+_PICKLE_INDEX = f"{_PICKLE}.index.json"
 Stored = TypeVar("Stored")
 
 
@@ -48,12 +50,12 @@ class TensorFiles:
     Attributes:
         allocate: returns uint8 memory that a tensor is read into; a caller that replaces it defines how long it is
             valid.
+        notes: for the user.
     """
 
     def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
-        self.folder = folder
-        self.tensors = tensors
-        self.notes: tuple[str, ...] = ()  # for the user
+        self.folder, self.tensors = folder, tensors
+        self.notes: tuple[str, ...] = ()
         self.allocate: Callable[[int], torch.Tensor] = _empty_bytes
 
     @classmethod
@@ -107,17 +109,16 @@ class TensorFiles:
         Raises ModelError when the file cannot be read.
         """
         stored = self.tensors[key]
-        start, end, shape = stored.start, stored.end, stored.shape
+        start, size, shape = 0, stored.end - stored.start, stored.shape
         if row is not None:
-            size = (end - start) // shape[0]
-            start, shape = start + row * size, shape[1:]
-            end = start + size
-        return self.read_bytes(key, start - stored.start, end - start).view(stored.dtype).view(shape)
+            size //= shape[0]
+            start, shape = row * size, shape[1:]
+        return self.read_bytes(key, start, size).view(stored.dtype).view(shape)
 
     def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
         """uint8 [size]: stored bytes of the tensor `key` starting at byte `start`."""
         raw = self.allocate(size)
-        self._fill(self.tensors[key].file, key, self.tensors[key].start + start, raw.numpy().data)
+        self._fill(key, start, raw.numpy().data)
         return raw
 
     def prefetch(self, key: str, start: int = 0, size: int | None = None) -> None:
@@ -137,16 +138,18 @@ class TensorFiles:
         for offset in range(0, a.end - a.start, _COMPARE_AT_ONCE):
             size = min(_COMPARE_AT_ONCE, a.end - a.start - offset)
             one, two = bytearray(size), bytearray(size)
-            self._fill(a.file, first, a.start + offset, memoryview(one))
-            self._fill(b.file, second, b.start + offset, memoryview(two))
+            self._fill(first, offset, memoryview(one))
+            self._fill(second, offset, memoryview(two))
             if one != two:
                 return False
         return True
 
-    def _fill(self, file: Path, key: str, start: int, view: memoryview) -> None:
+    def _fill(self, key: str, start: int, view: memoryview) -> None:
+        """Fill `view` with the bytes of the tensor `key` from byte `start` of it."""
+        file = self.tensors[key].file
         try:
             with open(file, "rb", buffering=0) as handle:
-                handle.seek(start)
+                handle.seek(self.tensors[key].start + start)
                 done = 0
                 while done < len(view):
                     count = handle.readinto(view[done : done + _READ_AT_ONCE])
@@ -164,8 +167,7 @@ def _empty_bytes(size: int) -> torch.Tensor:
     """
     if size < _OWN_PAGES or not hasattr(mmap, "MAP_PRIVATE"):  # Windows has no private anonymous maps
         return torch.empty(size, dtype=torch.uint8)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def empty_mmap(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -186,8 +188,30 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = parse_object(handle.read(length), f"the header of {file}")
     except OSError as error:
         raise ModelError(f"cannot read {file}: {error}") from error
+    header.pop("__metadata__", None)
     at = data = 8 + length
-    found = {key: _stored(file, key, info, data, size) for key, info in header.items() if key != "__metadata__"}
+    found: dict[str, StoredTensor] = {}
+    for key, info in header.items():
+        try:
+            name, shape = info["dtype"], tuple(info["shape"])
+            first, last = info["data_offsets"]
+            for number in (*shape, first, last):
+                if type(number) is not int:  # True is none
+                    raise TypeError(f"{number!r} is not an integer")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{file}: the header entry of tensor {key!r} is malformed ({error!r})") from error
+        dtype = DTYPES.get(name) if isinstance(name, str) else None
+        if dtype is None:
+            raise ModelError(f"{file}: tensor {key!r} has dtype {name!r}; known ones: {', '.join(sorted(DTYPES))}")
+        if min(shape, default=0) < 0 or first < 0 or last - first != prod(shape) * dtype.itemsize:
+            raise ModelError(
+                f"{file}: tensor {key!r} of shape {list(shape)} {name} does not fit its {last - first} bytes"
+            )
+        if data + last > size:
+            raise ModelError(
+                f"{file} is cut short: tensor {key!r} ends at byte {data + last} of {size}; fetch the file again"
+            )
+        found[key] = StoredTensor(file, dtype, shape, data + first, data + last)
     # As the format requires, the tensors cover all bytes from the header to the end: a shifted offset is detected
     # although each tensor alone would fit.
     for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -198,30 +222,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if at != size:
         raise ModelError(f"{file} has {size - at} bytes after its last tensor; fetch the file again")
     return found
-
-
-def _stored(file: Path, key: str, info: Any, data: int, size: int) -> StoredTensor:
-    try:
-        name, shape = info["dtype"], tuple(_check_int(n) for n in info["shape"])
-        first, last = (_check_int(n) for n in info["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{file}: the header entry of tensor {key!r} is malformed ({error!r})") from error
-    dtype = DTYPES.get(name) if isinstance(name, str) else None
-    if dtype is None:
-        raise ModelError(f"{file}: tensor {key!r} has dtype {name!r}; known ones: {', '.join(sorted(DTYPES))}")
-    if min(shape, default=0) < 0 or first < 0 or last - first != prod(shape) * dtype.itemsize:
-        raise ModelError(f"{file}: tensor {key!r} of shape {list(shape)} {name} does not fit its {last - first} bytes")
-    if data + last > size:
-        raise ModelError(
-            f"{file} is cut short: tensor {key!r} ends at byte {data + last} of {size}; fetch the file again"
-        )
-    return StoredTensor(file, dtype, shape, data + first, data + last)
-
-
-def _check_int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is not an integer")
-    return value
 
 
 def read_index(
@@ -266,6 +266,7 @@ def read_index(
 def _no_weights(folder: Path) -> str:
     found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     pickles = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    loose = [n for n in found if n.endswith(".safetensors")]
     if pickles:
         return (
             f"{folder} holds weights as pickle ({pickles[0]}), which can run code when opened, and not as safetensors. "
@@ -273,7 +274,76 @@ def _no_weights(folder: Path) -> str:
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder); or read only its tensors with "
             "allow_pickle=True (--allow_pickle)"
         )
-    loose = [n for n in found if n.endswith(".safetensors")]
     if loose:
         return f"{folder} holds {loose[0]} but neither model.safetensors nor its index model.safetensors.index.json"
     return f"{folder} holds no weights: model.safetensors or model.safetensors.index.json is needed"
+
+
+class PickleFiles(TensorFiles):
+    """The tensors of `pytorch_model.bin`, or of the files that its index names, memory-mapped.
+
+    A pickle is a program. PyTorch's `weights_only` reader runs only what makes tensors, but it is large and may have
+    faults, so pickles are read only on request.
+    """
+
+    def __init__(self, folder: Path, held: dict[str, torch.Tensor], where: dict[str, Path]) -> None:
+        stored = {n: StoredTensor(where[n], t.dtype, tuple(t.shape), 0, t.nbytes) for n, t in held.items()}
+        super().__init__(folder, stored)
+        self._held = held
+
+    @classmethod
+    def open_pickles(cls, folder: Path) -> PickleFiles:
+        """Map the files of a folder. Raises ModelError when they contain anything but tensors by name."""
+        single, index = folder / _PICKLE, folder / _PICKLE_INDEX
+        if single.is_file():
+            held = _load_pickle(check_inside(folder, single))
+            return cls(folder, held, dict.fromkeys(held, single))
+        held, parts = read_index(index, ".bin", _load_pickle)
+        return cls(folder, held, {key: folder / name for name, part in parts.items() for key in part if key in held})
+
+    def read(self, key: str, row: int | None = None) -> torch.Tensor:
+        tensor = self._held[key] if row is None else self._held[key][row]
+        return tensor.contiguous().clone()
+
+    def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
+        flat = self._held[key].contiguous().reshape(-1).view(torch.uint8)
+        return flat[start : start + size].clone()
+
+    def equal(self, first: str, second: str) -> bool:
+        a, b = self._held[first], self._held[second]
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def only_pickles(folder: Path) -> bool:
+    """Whether a folder has pickled weights under the usual names, and no safetensors file."""
+    return any((folder / n).is_file() for n in (_PICKLE, _PICKLE_INDEX)) and not any(folder.glob("*.safetensors"))
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with open(file, "rb") as handle:
+            archived = handle.read(4) == b"PK\x03\x04"  # as PyTorch writes since 1.6
+        if archived:  # PyTorch does not check the checksums; made under `set_crc32_options(False)`, they are zero
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip() if any(record.CRC for record in archive.infolist()) else None
+                if damaged is not None:
+                    raise zipfile.BadZipFile(f"its record {damaged} is damaged (CRC-32)")
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=archived)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ModelError(
+            f"{file} cannot be read as plain tensors: {first_line(error)}; convert it to safetensors if you trust it"
+        ) from error
+    if not isinstance(found, dict) or not found:
+        raise ModelError(f"{file} holds a {type(found).__name__}, not tensors by name")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.is_sparse or value.is_meta:
+            raise ModelError(f"{file}: {name!r} is not a plain tensor but a {type(value).__name__}")
+        end = 0
+        for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
+            if stride <= end:
+                raise ModelError(
+                    f"{file}: elements of {name!r} overlap in memory (shape {tuple(value.shape)}, strides "
+                    f"{value.stride()}), as in a damaged file. If this is intended, save it as safetensors"
+                )
+            end += stride * (size - 1)
+    return {name: value.detach() for name, value in found.items()}

@@ -176,10 +176,11 @@ class FetchedFiles(TensorFiles):
     def prefetch(self, key: str, start: int = 0, size: int | None = None) -> None:
         """Do nothing: files are downloaded as a whole."""
 
-    def _fill(self, file: Path, key: str, start: int, view: memoryview) -> None:
+    def _fill(self, key: str, start: int, view: memoryview) -> None:
+        file = self.tensors[key].file
         if file not in self.present:
             raise ModelError(f"tensor {key!r} was read while {file.name} is not downloaded; report this")
-        super()._fill(file, key, start, view)
+        super()._fill(key, start, view)
 
 
 class HubInputs(Inputs):

@@ -17,9 +17,9 @@ from auto_round.errors import ModelError
 from auto_round.eval.evaluate import load_model
 from auto_round.inference.hf import StoredNames, read_names
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.modeling.conversions import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.safetensors import StoredTensor
+from auto_round.modeling.tensor_map import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames
 from auto_round.schemes import QuantizationScheme as Scheme
 
 IDS = torch.tensor([[1, 5, 9, 2, 44, 17, 3, 8], [7, 7, 1, 0, 60, 31, 12, 2]])

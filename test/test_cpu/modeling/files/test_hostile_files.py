@@ -18,8 +18,7 @@ from auto_round.errors import ConfigError, ModelError
 from auto_round.modeling.build import load_config, read_config
 from auto_round.modeling.checkpoint import CheckpointSource
 from auto_round.modeling.files.folder import parse_object
-from auto_round.modeling.files.pickle import PickleFiles
-from auto_round.modeling.files.safetensors import TensorFiles
+from auto_round.modeling.files.safetensors import PickleFiles, TensorFiles
 from auto_round.modeling.source import open_source
 
 
