@@ -35,12 +35,7 @@ _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 
 
 def library_error(found: str, instead: str) -> LibraryError:
-    """The error for an observation that only a change in a library explains, not the model.
-
-    Args:
-        found: what was expected and what was found instead.
-        instead: what the user can do until this package supports the library.
-    """
+    """The error for an observation (`found`) that only a change in a library explains, and what to do `instead`."""
     import transformers
 
     return LibraryError(
@@ -52,18 +47,13 @@ def library_error(found: str, instead: str) -> LibraryError:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention module.
+    """One attention module."""
 
-    Attributes:
-        name: relative to the module that was searched.
-        cache: name of the argument that takes the cache.
-        shows: which of "k", "v" and "q" its code passes to the cache and to Transformers' table of attention functions,
-            so that they must be observed. A layer that uses the keys and values of another passes none.
-    """
-
-    name: str
+    name: str  # relative to the module that was searched
     module: nn.Module
-    cache: str
+    cache: str  # the argument that takes the cache
+    # Which of "k", "v" and "q" its code passes to the cache and to Transformers' table of attention functions, so that
+    # they must be observed. A layer that uses the keys and values of another passes none.
     shows: frozenset[str] = frozenset()
 
 
@@ -88,15 +78,13 @@ def unrecognised_attention(blocks: Iterable[nn.Module]) -> list[str]:
 
     For a model in which `find_attention` finds nothing: these take their cache in an unknown way.
     """
-    kinds = {
-        type(module): None
-        for block in blocks
-        for module in block.modules()
-        if _ATTENTION.search(type(module).__name__)
-        and not _STATE.search(type(module).__name__)
-        and (isinstance(getattr(module, "layer_idx", None), int) or _mentions(type(module), _TABLE))
-    }
-    return [kind.__name__ for kind in kinds]
+    found: dict[type[nn.Module], None] = {}
+    for module in (module for block in blocks for module in block.modules()):
+        kind = type(module)
+        if _ATTENTION.search(kind.__name__) and not _STATE.search(kind.__name__):
+            if isinstance(getattr(module, "layer_idx", None), int) or _mentions(kind, _TABLE):
+                found[kind] = None
+    return [kind.__name__ for kind in found]
 
 
 def head_counts(attention: Attention, config: Any) -> tuple[int, int]:

@@ -27,23 +27,14 @@ DEFAULT_EXPERT_NAMES = ExpertLayerNames("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class ExpertPiece:
-    """Location of a tensor of one expert inside a fused parameter (3-D for weights, 2-D for biases).
+    """Location of a tensor of one expert inside a fused parameter (3-D for weights, 2-D for biases)."""
 
-    Attributes:
-        param: name of the fused parameter in its module, such as `gate_up_proj`.
-        expert: index in its first dimension.
-        part: "gate" or "up" half of `gate_up_proj`, or "all".
-        transposed: the fused weight is [in, out] per expert.
-        interleaved: gate and up rows alternate instead of being two halves.
-        rows: rows per expert if the parameter is 2-D with the experts concatenated along rows; 0 otherwise.
-    """
-
-    param: str
+    param: str  # name of the fused parameter in its module, such as `gate_up_proj`
     expert: int
-    part: str
-    transposed: bool
-    interleaved: bool
-    rows: int = 0
+    part: str  # "gate" or "up" half of `gate_up_proj`, or "all"
+    transposed: bool  # the fused weight is [in, out] per expert
+    interleaved: bool  # gate and up rows alternate instead of being two halves
+    rows: int = 0  # per expert, if the parameter is 2-D with the experts concatenated along rows
 
     def slot(self, whole: torch.Tensor) -> torch.Tensor:
         """A view of this expert's part of the fused parameter."""
@@ -82,11 +73,6 @@ class LinearExperts(nn.Module):
 
     Subclasses have the signature and the outputs of the replaced module. Its class decides how gate and up are
     combined, so the module is kept, without its parameters.
-
-    Attributes:
-        layout: how the replaced module stored its experts.
-        fused_shapes: shapes of the parameters that this module replaces, by name.
-        leaves: names of the layers of each expert.
     """
 
     _original: Any
@@ -96,8 +82,8 @@ class LinearExperts(nn.Module):
         original, params = fused.module, fused.params
         self.layout, self.num_experts, self.has_gate = fused.layout, fused.number, bool(fused.layout.gate)
         self.hidden_dim, self.intermediate_dim = fused.hidden, fused.inner
-        self.leaves = [DEFAULT_EXPERT_NAMES] * self.num_experts
-        self.fused_shapes = {name: tuple(p.shape) for name, p in params.items()}
+        self.leaves = [DEFAULT_EXPERT_NAMES] * self.num_experts  # names of the layers of each expert
+        self.fused_shapes = {name: tuple(p.shape) for name, p in params.items()}  # of the replaced parameters
         down = params[self.layout.down]
         for index in range(self.num_experts):
             self.add_module(str(index), self._expert(device="meta", dtype=down.dtype))
@@ -203,22 +189,17 @@ class LinearExperts(nn.Module):
 
 
 class RoutedExperts(LinearExperts):
-    """Experts that are called with the tokens, the experts chosen for each and their weights.
+    """Experts that are called with the tokens, the experts chosen for each and their weights."""
 
-    Attributes:
-        batched: runs all experts in one call when no gradient is needed; None runs their layers expert by expert.
-    """
-
-    batched: BatchedExperts | None = None
+    batched: BatchedExperts | None = None  # runs all experts in one call when no gradient is needed
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[tokens, H] from hidden_states [tokens, H], top_k_index int64 [tokens, K] and top_k_weights [tokens, K].
 
-        Only experts with tokens run. An index of `num_experts` or above means "none" and adds nothing (the token itself
-        if the layout says so). The K results of a token are summed in a fixed order, so that the result does not depend
-        on the order of the experts.
+        An index of `num_experts` or above means "none" and adds nothing (the token itself if the layout says so). The K
+        results of a token are summed in a fixed order, so that the result does not depend on the order of the experts.
         """
         shape, hidden_states = hidden_states.shape, hidden_states.reshape(-1, hidden_states.shape[-1])
         tokens, slots = top_k_index.shape
@@ -287,31 +268,21 @@ class ExpertProjection(LinearExperts):
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Names and layout of the fused parameters of an experts module, and its call signature.
+    """Names and layout of the fused parameters of an experts module, and its call signature."""
 
-    Attributes:
-        gate, up, down: parameter of each projection; gate and up have the same name if joined (gate first). "" for a
-            missing gate; with `up` "" the module is one projection per expert.
-        transposed, down_transposed: weights of gate and up, and of down, are [in, out] per expert.
-        interleaved: joined gate and up alternate row by row.
-        flat: parameters are 2-D with the experts concatenated along rows.
-        bias: suffix of bias parameter names, "" if there are none.
-        act: dotted attribute with the activation function.
-        kind: the class that has the same signature.
-        identity: experts beyond the last return their input (LongCat's zero-computation experts).
-    """
-
+    # Parameter of each projection; gate and up have the same name if joined (gate first). "" for a missing gate; with
+    # `up` "" the module is one projection per expert.
     gate: str = "gate_up_proj"
     up: str = "gate_up_proj"
     down: str = "down_proj"
-    transposed: bool = False
+    transposed: bool = False  # weights of gate and up are [in, out] per expert
     down_transposed: bool = False
-    interleaved: bool = False
-    flat: bool = False
-    bias: str = ""
-    act: str = "act_fn"
-    kind: type[LinearExperts] = RoutedExperts
-    identity: bool = False
+    interleaved: bool = False  # joined gate and up alternate row by row
+    flat: bool = False  # parameters are 2-D with the experts concatenated along rows
+    bias: str = ""  # suffix of the names of biases, "" if there are none
+    act: str = "act_fn"  # dotted attribute with the activation function
+    kind: type[LinearExperts] = RoutedExperts  # the class that has the same signature
+    identity: bool = False  # experts beyond the last return their input (LongCat's zero-computation experts)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -396,8 +367,7 @@ def is_fused_experts(module: nn.Module) -> bool:
 def unfuse_experts(model: nn.Module) -> list[str]:
     """Replace every fused experts module under `model` by `LinearExperts`, in place; returns their names.
 
-    Works on meta parameters; real ones become views, without a copy if the layout allows. A second call finds none.
-    Routers are not changed.
+    Works on meta parameters; real ones become views, without a copy if the layout allows.
     """
     names = [name for name, module in model.named_modules() if is_fused_experts(module)]
     for name in names:

@@ -58,18 +58,12 @@ class EngineUnquantizedRow(NamedTuple):
     """Layers of some families that an engine builds unquantized, so that it refuses a packed one or joins it wrongly.
 
     They are left unquantized by default in the formats that these engines read; an entry of `layer_config` wins.
-
-    Attributes:
-        families: regular expression that matches the whole `model_type`.
-        layers: regular expression that is searched in a layer's name.
-        reason: why, for the user.
-        source: engine, file and class that show it.
     """
 
-    families: str
-    layers: str
-    reason: str
-    source: str
+    families: str  # regular expression that matches the whole `model_type`
+    layers: str  # regular expression that is searched in a layer's name
+    reason: str  # for the user
+    source: str  # engine, file and class that show it
 
 
 _ONE_PER_HEAD = "it gates linear attention with one output per head, less than a tile of the engines' kernels"
@@ -240,9 +234,7 @@ def block_weights(model: nn.Module, blocks: Sequence[str]) -> BlockWeights:
         for inner, module in model.get_submodule(block).named_modules():
             owner = f"{block}.{inner}" if inner else block
             for leaf, parameter in module._parameters.items():
-                if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
-                    continue
-                if id(parameter) in seen:
+                if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point() or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
                 total += parameter.numel()

@@ -123,12 +123,10 @@ def expert_of(name: str) -> str | None:
 class BlockLoader:
     """Loads a block as a whole, and releases it.
 
-    Attributes:
-        device, dtype: of the matrix products; None leaves weights in the model's dtype.
-        streams_experts: its experts are read when they are called.
+    `device` and `dtype` are those of the matrix products; None leaves weights in the model's dtype.
     """
 
-    streams_experts = False
+    streams_experts = False  # its experts are read when they are called
 
     def __init__(self, source: ModelSource, block: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.source, self.block, self.device, self.dtype = source, block, device, dtype

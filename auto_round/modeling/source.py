@@ -68,39 +68,23 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 class ModelSource(ABC):
-    """A model whose modules are loaded with real weights on demand and released again.
+    """A model whose modules are loaded with real weights on demand and released again."""
 
-    Attributes:
-        model: the causal language model in eval mode. Parameters may be on meta; buffers are real.
-        name_or_path: as given by the user, for messages and the model card.
-        folder, files: of the checkpoint; None for a model object.
-        blocks: names of the decoder blocks in order, such as "model.layers.0".
-        dtype: dtype of its floating-point weights.
-        stored_as: how the weights of a quantized checkpoint are stored, in words; "" for a dense one.
-        lazy: weights are read on `load` and dropped on `release` (a checkpoint), instead of living in the model.
-        default_device: where `load` puts weights if no device is given; None leaves them where they are.
-        can_run: `model` is of a class that computes, instead of a tree of empty modules.
-        checks_finite: `load` raises on NaN and Inf.
-        bounded: a memory limit (`max_memory`) is set, so that nothing is loaded before it is needed.
-        unused_tensors: checkpoint names of tensors that no module reads (multi-token prediction), and of tied copies.
-        notes: for the user, on tensors that nothing reads.
-    """
-
-    model: nn.Module
+    model: nn.Module  # the causal language model in eval mode; parameters may be on meta, buffers are real
     config: Any
-    name_or_path: str
-    blocks: tuple[str, ...]
-    dtype: torch.dtype
-    lazy: bool
-    default_device: torch.device | None
-    can_run: bool = True
-    folder: Path | None = None
+    name_or_path: str  # as given by the user, for messages and the model card
+    blocks: tuple[str, ...]  # names of the decoder blocks in order, such as "model.layers.0"
+    dtype: torch.dtype  # of its floating-point weights
+    lazy: bool  # weights are read on `load` and dropped on `release` (a checkpoint), instead of living in the model
+    default_device: torch.device | None  # where `load` puts weights; None leaves them where they are
+    can_run: bool = True  # `model` is of a class that computes, instead of a tree of empty modules
+    folder: Path | None = None  # of the checkpoint; None for a model object
     files: TensorFiles | None = None
-    stored_as: str = ""
-    checks_finite: bool = True
-    bounded: bool = False
-    unused_tensors: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    stored_as: str = ""  # how the weights of a quantized checkpoint are stored, in words; "" for a dense one
+    checks_finite: bool = True  # `load` raises on NaN and Inf
+    bounded: bool = False  # a memory limit (`max_memory`) is set, so that nothing is loaded before it is needed
+    unused_tensors: tuple[str, ...] = ()  # stored tensors that no module reads (multi-token prediction) or are tied
+    notes: tuple[str, ...] = ()  # for the user, on tensors that nothing reads
     _names: list[str]
     _plans: dict[str, TensorPlan]
     _tied: dict[str, str]

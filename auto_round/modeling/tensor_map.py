@@ -32,15 +32,12 @@ _NUMBERED = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
 class Conversions:
     """Transformers' mapping from the names in a checkpoint to those in a model. Built by `conversions_of`.
 
-    Attributes:
-        renamings, converters: `WeightRenaming` and `WeightConverter` entries, in order. Some keep state while they
-            rename, so every pass over a file needs new ones.
-        prefix: the base model's attribute name (`model`, `transformer`), which files saved without a head lack.
+    Its entries may keep state while they rename, so every pass over a file needs new ones.
     """
 
-    renamings: tuple[Any, ...] = ()
-    converters: tuple[Any, ...] = ()
-    prefix: str | None = None
+    renamings: tuple[Any, ...] = ()  # `WeightRenaming` in order
+    converters: tuple[Any, ...] = ()  # `WeightConverter` in order
+    prefix: str | None = None  # the base model's attribute name (`model`), which files saved without a head lack
 
     @classmethod
     def of(cls, entries: Iterable[Any], prefix: str | None = None) -> Conversions:
@@ -61,10 +58,7 @@ class Conversions:
         return next((c for c in self.converters if c.rename_source_key(name)[1] is not None), None)
 
     def expert_names(self) -> ExpertLayerNames | None:
-        """Checkpoint names of the matrices of experts that are stored one by one; None if they are stacked.
-
-        A family without a gate gets the default name for it, which no tensor has.
-        """
+        """Checkpoint names of the matrices of experts that are stored one by one; None if they are stacked."""
         found: dict[str, str] = {}
         for converter in self.converters:
             leaves = [match["leaf"] for p in converter.source_patterns if (match := _EXPERT_LEAF.search(p))]
@@ -107,17 +101,11 @@ def conversions_of(model: nn.Module, *, legacy: bool = True) -> Conversions:
 
 @dataclass(eq=False)
 class Origin:
-    """Checkpoint tensors that are read together and give one or more model tensors.
+    """Checkpoint tensors that are read together and give one or more model tensors."""
 
-    Attributes:
-        name: the first model tensor that they give.
-        keys: (checkpoint name, source pattern) in the order in which the converter needs them.
-        converter: Transformers' WeightConverter, or None when the tensor is used as stored.
-    """
-
-    name: str
-    keys: list[tuple[str, str]] = field(default_factory=list)
-    converter: Any = None
+    name: str  # the first model tensor that they give
+    keys: list[tuple[str, str]] = field(default_factory=list)  # (checkpoint name, source pattern), for the converter
+    converter: Any = None  # Transformers' WeightConverter, or None when the tensor is used as stored
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -128,13 +116,9 @@ class Origin:
 def run_converter(
     converter: Any, name: str, tensors: Iterable[tuple[str, str, torch.Tensor]], model: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """Run a converter and return the tensors that it makes, by name; raises whatever a third-party operation raises.
+    """The tensors that a WeightConverter makes, by name; raises whatever a third-party operation raises.
 
-    Args:
-        converter: a WeightConverter without tensors.
-        name: the first tensor that it gives.
-        tensors: (name, source pattern, tensor) of its inputs, in order.
-        model: whose configuration the converter may read.
+    `name`: the first tensor that it gives; `tensors`: (name, source pattern, tensor) of its inputs, in order.
     """
     for key, pattern, tensor in tensors:
         converter.add_tensor(name, key, pattern, tensor)
@@ -213,8 +197,7 @@ def plan_tensors(
 
     Args:
         files: names of the checkpoint's tensors.
-        model: the model, with its experts unfused.
-        names: its state-dict names.
+        model, names: the model with its experts unfused, and its state-dict names.
         fused_names: its state dict before experts were unfused, to which conversion mappings refer.
     """
     from transformers.core_model_loading import dot_natural_key, rename_source_key

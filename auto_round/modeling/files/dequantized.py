@@ -91,21 +91,14 @@ def dequantize(
 
 
 class StoredWeight(NamedTuple):
-    """One dense tensor [..., out, in] that is stored quantized.
+    """One dense tensor that is stored quantized."""
 
-    Attributes:
-        codes, scale: names of its two tensors in the files.
-        element: name in `codecs.minifloat.MINIFLOATS`.
-        block: rows and columns that share a scale.
-        transposed: the dense tensor is [..., in, out] (MXFP4 experts, stored as [experts, out, in/32, 16] bytes).
-    """
-
-    codes: str
+    codes: str  # names of its two tensors in the files
     scale: str
-    element: str
-    shape: tuple[int, ...]
-    block: tuple[int, int]
-    transposed: bool = False
+    element: str  # name in `codecs.minifloat.MINIFLOATS`
+    shape: tuple[int, ...]  # [..., out, in]
+    block: tuple[int, int]  # rows and columns that share a scale
+    transposed: bool = False  # dense it is [..., in, out] (MXFP4 experts, stored as [experts, out, in/32, 16] bytes)
 
 
 class DequantizedFiles(TensorFiles):

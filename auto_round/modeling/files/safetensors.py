@@ -45,26 +45,20 @@ class StoredTensor:
 
 
 class TensorFiles:
-    """All tensors of one checkpoint folder. Headers are checked on opening; data is read on demand.
-
-    Attributes:
-        allocate: returns uint8 memory that a tensor is read into; a caller that replaces it defines how long it is
-            valid.
-        notes: for the user.
-    """
+    """All tensors of one checkpoint folder. Headers are checked on opening; data is read on demand."""
 
     def __init__(self, folder: Path, tensors: dict[str, StoredTensor]) -> None:
         self.folder, self.tensors = folder, tensors
-        self.notes: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()  # for the user
+        # Gives the uint8 memory that a tensor is read into; who replaces it defines how long it is valid.
         self.allocate: Callable[[int], torch.Tensor] = _empty_bytes
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> TensorFiles:
         """Read the headers of `model.safetensors` or of the shards in `model.safetensors.index.json`.
 
-        Raises:
-            ModelError: no safetensors file, a damaged one, an index that does not match its shards, a tensor in two
-                shards, or a link that leaves the folder.
+        Raises ModelError for no safetensors file, a damaged one, an index that does not match its shards, a tensor in
+        two shards, or a link that leaves the folder.
         """
         path = Path(folder)
         single, index = path / "model.safetensors", path / "model.safetensors.index.json"
@@ -229,12 +223,8 @@ def read_index(
 ) -> tuple[dict[str, Stored], dict[str, Mapping[str, Stored]]]:
     """Tensors by name from the files that an index names, and everything in these files by file name.
 
-    Args:
-        index: a JSON file whose `weight_map` gives file names by tensor name, all inside its folder.
-        suffix: of these files.
-        load: opens one of them.
-
-    Raises ModelError when the index is malformed or does not match the files.
+    `index` is a JSON file whose `weight_map` gives file names with `suffix` by tensor name, all inside its folder.
+    Raises ModelError when it is malformed or does not match the files.
     """
     folder = index.parent
     weight_map = read_object(check_inside(folder, index)).get("weight_map")
