@@ -233,8 +233,8 @@ def block_weights(model: nn.Module, blocks: Sequence[str]) -> BlockWeights:
     for block in blocks:
         for inner, module in model.get_submodule(block).named_modules():
             owner = f"{block}.{inner}" if inner else block
-            for leaf, parameter in module._parameters.items():
-                if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point() or id(parameter) in seen:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() < 2 or not parameter.is_floating_point() or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
                 total += parameter.numel()
