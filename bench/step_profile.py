@@ -19,8 +19,7 @@ import torch
 from vs_peer import machine
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
-from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, TunableLinear, stack_tasks
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.schemes import QuantizationScheme
 

@@ -25,7 +25,6 @@ class LayerTask:
         name: full module name.
         module: the linear itself, inside the block.
         weight: [out, in] (a Conv1D's weight is transposed already), in the model's own dtype.
-        scheme: how to quantize it.
         importance: float32 [in], the second moment of each input channel over the calibration tokens, or None.
         bias: [out] in the model's own dtype, or None.
         transposed: the module stores its weight as [in, out].
@@ -71,17 +70,12 @@ class LayerTask:
 
 
 class Samples(Protocol):
-    """Hidden states [N, T, H] of N samples; a tensor is one."""
+    """Hidden states [N, T, H] of N samples, indexed by sample; a tensor is one."""
 
     @property
     def shape(self) -> torch.Size: ...
 
-    def __getitem__(self, index: Any, /) -> torch.Tensor:
-        """The hidden states of the samples with these indices."""
-        ...
-
-
-RunBlock = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+    def __getitem__(self, index: Any, /) -> torch.Tensor: ...
 
 
 @dataclass
@@ -93,24 +87,29 @@ class BlockTask:
         block: the module; a quantizer that changes it restores it.
         layers: the linears to quantize.
         run: calls the block on `hidden` [B, T, H] of the given samples with the arguments recorded for them.
+        compute_dtype: dtype of the block's parameters and of `run`.
+        seed: of the order of samples.
         inputs: [N, T, H] inputs of the block during tuning; in memory, or read from a file when indexed.
         targets: [N, T, H] its full-precision outputs; None without calibration data.
         loss_mask: bool [N, T], True where a position counts.
         offload: moves the task's `inputs` and `targets` off the device; False when they are not on it.
-        compute_dtype: dtype of the block's parameters and of `run`.
-        seed: of the order of samples.
     """
 
     name: str
     block: torch.nn.Module
     layers: list[LayerTask]
-    run: RunBlock
+    run: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
     compute_dtype: torch.dtype
     seed: int
     inputs: Samples | None = None
     targets: Samples | None = None
     loss_mask: torch.Tensor | None = None
     offload: Callable[[BlockTask], bool] = lambda _task: False
+
+    @property
+    def device(self) -> torch.device:
+        """Of the layers; the samples may be on another."""
+        return self.layers[0].weight.device if self.layers else torch.device("cpu")
 
 
 @dataclass
@@ -148,8 +147,7 @@ ALGORITHMS: dict[str, Callable[[torch.dtype], BlockQuantizer]] = {}
 def register_algorithm(name: str) -> Callable[[_Quantizer], _Quantizer]:
     """Class decorator: a `BlockQuantizer` can be asked for as `algorithm=name`. It is made as `cls(scale_dtype)`.
 
-    Raises:
-        ConfigError: the name is taken.
+    Raises ConfigError when the name is taken.
     """
 
     def register(cls: _Quantizer) -> _Quantizer:
@@ -159,9 +157,6 @@ def register_algorithm(name: str) -> Callable[[_Quantizer], _Quantizer]:
         return cls
 
     return register
-
-
-# What is done when a device has too little memory.
 
 
 def empty_device_cache(device: torch.device) -> None:

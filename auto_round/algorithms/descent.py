@@ -1,14 +1,12 @@
 """Coordinate descent: choose codes on given scales with the least squared error of a layer's outputs.
 
-With D = W - w and inputs x, that error is tr(D H D') with the Hessian H = sum x x'. Columns are visited in
-turn, and each code moves to the best value while the others stay (CDQuant, arXiv 2406.17542). Rows are
-independent.
+With D = W - w and inputs x, that error is tr(D H D') with the Hessian H = sum x x'. Columns are visited in turn, and
+each code moves to the best value while the others stay (CDQuant, arXiv 2406.17542). Rows are independent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -39,13 +37,9 @@ def row_slices(weight: torch.Tensor) -> list[slice]:
 def descend_layer(task: LayerTask, hessian: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
     """Quantize the LM head with searched scales and codes found by coordinate descent.
 
-    All tokens cost one matrix, whatever their number and the size of the vocabulary. It is damped by its full mean
-    diagonal, not by the usual hundredth of it: with less, the error on the calibration tokens halves but the KL
+    All tokens cost one matrix `hessian`, whatever their number and the size of the vocabulary. It is damped by its full
+    mean diagonal, not by the usual hundredth of it: with less, the error on the calibration tokens halves but the KL
     divergence on other text grows (docs/adr/0008).
-
-    Args:
-        hessian: the sum of x x' over the tokens, float32 [in, in].
-        scale_dtype: stored dtype of integers' scales.
     """
     out, columns = task.weight.shape
     start = task.start(True, scale_dtype)
@@ -56,10 +50,9 @@ def descend_layer(task: LayerTask, hessian: torch.Tensor, scale_dtype: torch.dty
 def descend_codes(
     weight: torch.Tensor, grid: Grid, hessians: Sequence[torch.Tensor], damping: float, passes: int
 ) -> torch.Tensor:
-    """Codes found by coordinate descent on given scales, uint8 [out, in].
+    """Codes of a weight [out, in] found by coordinate descent on given scales, uint8 [out, in].
 
     Args:
-        weight: [out, in], any float dtype.
         grid: of whole numbers.
         hessians: of each band of input channels, in order: float32 [n, n], symmetric.
         damping: as a fraction of each one's mean diagonal.
@@ -100,8 +93,10 @@ def descend(
         for start in range(0, codes.shape[1], _COLUMNS):
             block = slice(start, min(start + _COLUMNS, codes.shape[1]))
             # Transposed, because columns are processed one at a time.
-            local, unit, before = (_transposed(t, block) for t in (gradient, scale, codes))
-            least, most = _transposed_limit(low, block), _transposed_limit(high, block)
+            local, unit, before = (t[:, block].t().contiguous() for t in (gradient, scale, codes))
+            least, most = (
+                t[:, block].t().contiguous() if isinstance(t, torch.Tensor) else [t] * len(before) for t in (low, high)
+            )
             divisor, after, deltas = diagonal[block] * unit, torch.empty_like(before), torch.empty_like(before)
             columns = zip(before, after, local, divisor, unit, deltas, hessian[block, block], least, most, strict=True)
             for index, (old, new, slope, curve, step, move, others, bottom, top) in enumerate(columns, 1):
@@ -111,12 +106,3 @@ def descend(
             codes[:, block] = after.t()
             gradient.addmm_(deltas.t(), hessian[block])
     return codes
-
-
-def _transposed(values: torch.Tensor, block: slice) -> torch.Tensor:
-    return values[:, block].t().contiguous()
-
-
-def _transposed_limit(limit: Limit, block: slice) -> Sequence[Any]:
-    """The limit of each column of the block."""
-    return list(_transposed(limit, block)) if isinstance(limit, torch.Tensor) else [limit] * (block.stop - block.start)

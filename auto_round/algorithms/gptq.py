@@ -7,12 +7,11 @@ with the Hessian H = sum x x'. Written as H = M' diag(c) M, with M unit lower tr
 
 so in order, the best code for column i is the nearest one to its weight less `sum M_ij D_j`. This is GPTQ
 (arXiv 2210.17323) without the inverse: its factor U of H^-1 = U'U is diag(c)^-1/2 M'^-1, and its updates of the
-columns that follow add up to the same sum. In this form it is LDLQ of QuIP (arXiv 2307.13304). One pass does more
-than several passes of coordinate descent, because later columns can still compensate an error (docs/adr/0011).
+columns that follow add up to the same sum. In this form it is LDLQ of QuIP (arXiv 2307.13304).
 
 Columns with large inputs come first (GPTQ's `act_order`): their errors cost most. Scales are chosen before any code,
 so this order costs nothing when the layer runs. Rows are independent. It works on every type whose codes stand for
-values on a scale: integers, small floats and ggml types (`codecs.base.Grid`).
+values on a scale: integers, small floats and ggml types (`codecs.base.Grid`). Why not descent: docs/adr/0011.
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ from auto_round.threads import parallel_map, split_torch_threads
 
 DAMPING = 0.3  # in parts of the Hessian's mean diagonal
 MIN_TOKENS = 32  # with fewer a Hessian says more about these tokens than about the layer
-
-HessianFactors = Mapping[int, "HessianFactor"]
 
 _BLOCK_COLUMNS = 64  # columns between two products with all that came before
 _MICRO_BLOCK = 8  # columns between two products within those
@@ -65,20 +62,12 @@ class GPTQConfig(SchemeFields):
             raise ConfigError(f"damping={self.damping!r}: give a number from 0.001 to 10")
 
 
-# The Hessian.
-
-
 @dataclass(frozen=True, eq=False)
 class HessianFactor:
-    """How the errors of columns act on the columns that follow, within one band of input channels.
+    """How the errors of columns act on the columns that follow, within one band of input channels."""
 
-    Attributes:
-        order: int64 [n], the columns in the order in which they are rounded.
-        matrix: M in that order, float32 [n, n]; what is on and above its diagonal is not used.
-    """
-
-    order: torch.Tensor
-    matrix: torch.Tensor
+    order: torch.Tensor  # int64 [n], the columns in the order in which they are rounded
+    matrix: torch.Tensor  # M in that order, float32 [n, n]; what is on and above its diagonal is not used
 
     @cached_property
     def inverse_order(self) -> torch.Tensor:
@@ -86,22 +75,20 @@ class HessianFactor:
         return self.order.argsort()
 
 
+HessianFactors = Mapping[int, HessianFactor]
+
+
 def factorize_hessian(hessian: torch.Tensor, damping: float) -> HessianFactor:
-    """Order the columns and factorize H = M' diag(c) M by Cholesky.
+    """Order the columns of H, float32 [n, n], and factorize H = M' diag(c) M by Cholesky.
 
-    Args:
-        hessian: H, symmetric, float32 [n, n].
-        damping: in parts of its mean diagonal, more than zero.
-
-    Raises:
-        NumericsError: the damped Hessian holds NaN, or is not positive definite in float32.
+    `damping` is in parts of the mean diagonal, more than zero. Raises NumericsError when the damped Hessian holds NaN,
+    or is not positive definite in float32.
     """
     if not bool(torch.isfinite(hessian.diagonal()).all()):
         raise NumericsError("NaN or Inf in the Hessian of a layer's inputs")
     order = hessian.diagonal().argsort(descending=True, stable=True)
     reversed_order = order.flip(0)
-    matrix = hessian.index_select(0, reversed_order).index_select(1, reversed_order)
-    damp(matrix, damping)
+    matrix = damp(hessian.index_select(0, reversed_order).index_select(1, reversed_order), damping)
     try:
         with split_torch_threads(torch.get_num_threads()):  # how it adds up may depend on the number of threads
             # In reversed order, H = L L'; reversed back, L is upper triangular, and L' with ones on its diagonal is M.
@@ -120,16 +107,10 @@ def shared_hessian_factors(tasks: Sequence[LayerTask], damping: float, device: t
     return dict(zip(hessians, found, strict=True))
 
 
-# Column by column.
-
-
 def gptq_codes(weight: torch.Tensor, grid: Grid, factors: Sequence[HessianFactor]) -> torch.Tensor:
-    """The codes of a weight, uint8 [out, in], by error feedback.
+    """The codes of a weight [out, in] of any float dtype, uint8 [out, in], by error feedback.
 
-    Args:
-        weight: [out, in], any float dtype; computed in float32, some rows at a time.
-        grid: scales of its groups, and what a code stands for.
-        factors: one for each band of input channels, in order.
+    `factors`: one for each band of input channels, in order.
     """
     codes, start = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), 0
     for factor in factors:
@@ -193,10 +174,8 @@ def _round_block(
                 # Adding and subtracting 2**(e + 23 - mantissa) rounds a value from 2**e on to the minifloat's step
                 # there (`MinifloatType.nearest`); 0x7F800000 are the bits of a float32's exponent.
                 size = value.clamp_(low, high).abs()
-                power = (
-                    size.view(dtype=torch.int32).bitwise_and(0x7F800000).view(dtype=torch.float32).clamp(min=smallest)
-                )
-                lift = power.mul_(2.0 ** (23 - mantissa))
+                bits = size.view(dtype=torch.int32).bitwise_and(0x7F800000)
+                lift = bits.view(dtype=torch.float32).clamp(min=smallest).mul_(2.0 ** (23 - mantissa))
                 value.copy_(size.add_(lift).sub_(lift).copysign_(value))
             errors[i].addcmul_(value, scale[group], value=-1.0)
 
@@ -212,9 +191,6 @@ def _scripted() -> Callable[..., None]:
             return cast("Callable[..., None]", torch.jit.script(_round_block))
     except (RuntimeError, AttributeError, OSError):  # this Python or PyTorch does not have it
         return _round_block
-
-
-# Layers and blocks.
 
 
 def feedback_start(
@@ -240,10 +216,8 @@ def gptq_layer(
     """Quantize one layer by error feedback; to the nearest codes where it has no Hessian, or its type no codes.
 
     Args:
-        task: the layer.
         optimized: on scales of the weighted search, instead of plain ones.
         scale_dtype: dtype in which integers' scales are stored.
-        damping: in parts of the Hessian's mean diagonal.
         known: of `shared_hessian_factors`.
     """
     if task.input_hessians is None or not task.codec.uses_feedback(asked=True):
@@ -254,13 +228,8 @@ def gptq_layer(
 
 
 class GPTQQuantizer:
-    """Error feedback, layer by layer.
-
-    Args:
-        config: for all layers with codes; None: for layers in ggml types only, others get the nearest codes.
-        optimized: scales of the weighted search, instead of plain ones.
-        scale_dtype: dtype in which integers' scales are stored.
-    """
+    """Error feedback, layer by layer: for all layers with codes, or without a `config` for those in ggml types only,
+    and others get the nearest codes. `optimized`: on scales of the weighted search, instead of plain ones."""
 
     needs_targets = False
     name = "GPTQ"
@@ -268,17 +237,14 @@ class GPTQQuantizer:
     def __init__(
         self, config: GPTQConfig | None = None, optimized: bool = True, scale_dtype: torch.dtype = torch.float16
     ) -> None:
-        self.config, self.optimized, self.scale_dtype = config, optimized, scale_dtype
-        self.needs_importance = optimized
+        self.config, self.scale_dtype = config, scale_dtype
+        self.optimized = self.needs_importance = optimized
 
     def needs_hessian(self, layer: LayerTask) -> bool:
         return layer.codec.uses_feedback(asked=self.config is not None)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
-        device = task.layers[0].weight.device if task.layers else torch.device("cpu")
         damping = DAMPING if self.config is None else self.config.damping
-        known = shared_hessian_factors(task.layers, damping, device)
-        quantize = partial(
-            gptq_layer, optimized=self.optimized, scale_dtype=self.scale_dtype, damping=damping, known=known
-        )
-        return BlockResult(parallel_map(quantize, task.layers, device))
+        known = shared_hessian_factors(task.layers, damping, task.device)
+        quantize = lambda layer: gptq_layer(layer, self.optimized, self.scale_dtype, damping, known)  # noqa: E731
+        return BlockResult(parallel_map(quantize, task.layers, task.device))

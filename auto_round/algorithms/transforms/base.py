@@ -56,9 +56,8 @@ def register_transform(name: str) -> Callable[[type[BlockTransform]], type[Block
     """
 
     def register(kind: type[BlockTransform]) -> type[BlockTransform]:
-        if TRANSFORMS.get(name, kind) is not kind:
+        if TRANSFORMS.setdefault(name, kind) is not kind:
             raise ConfigError(f"a transform called {name!r} is registered already")
-        TRANSFORMS[name] = kind
         return kind
 
     return register

@@ -9,8 +9,7 @@ import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
-from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
-from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, TunableLinear, stack_tasks
 from auto_round.codecs.block_float import block_float_spec
 from auto_round.codecs.minifloat import MinifloatType, as_blocks, from_blocks
 from auto_round.schemes import QuantizationScheme

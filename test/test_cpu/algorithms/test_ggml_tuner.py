@@ -10,8 +10,7 @@ import torch
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
-from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
-from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, TunableLinear, stack_tasks
 from auto_round.codecs.ggml.types import GGML_TYPES, code_limits, ggml_scheme
 from auto_round.codecs.quantized_layer import DenseWeight
 from auto_round.errors import NumericsError

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from auto_round.algorithms.base import LayerTask
-from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
-from auto_round.algorithms.quantization.sign_round.linears import TunableLinear
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, TunableLinear, stack_tasks
 from auto_round.schemes import QuantizationScheme
 
 

@@ -14,8 +14,8 @@ from auto_round.schemes import SchemeFields
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RTNConfig(SchemeFields):
     """Round to nearest. `disable_opt_rtn=True` computes scales from each group's minimum and maximum, without
-    calibration data; else (`enable_opt_rtn=True`) the importance-weighted search of `search.py` does. The scheme's
-    fields may be given too."""
+    calibration data; else (`enable_opt_rtn=True`) an importance-weighted search does. The scheme's fields may be given
+    too."""
 
     disable_opt_rtn: bool | None = None
     enable_opt_rtn: bool | None = None
@@ -29,16 +29,20 @@ class RTNConfig(SchemeFields):
 
     @property
     def optimized(self) -> bool:
+        """Whether it looks at calibration data."""
         return not self.disable_opt_rtn
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class RegisteredConfig(RTNConfig):
-    """An algorithm of a plugin, which takes no settings.
+class OptimizedRTNConfig(RTNConfig):
+    """Round to nearest with searched scales."""
 
-    Attributes:
-        quantizer: name given to `register_algorithm`.
-    """
+    disable_opt_rtn: bool | None = False
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RegisteredConfig(RTNConfig):
+    """An algorithm of a plugin, which takes no settings. `quantizer`: its name given to `register_algorithm`."""
 
     quantizer: str
 
@@ -48,13 +52,5 @@ class RegisteredConfig(RTNConfig):
 
     @property
     def optimized(self) -> bool:
-        """Whether it looks at calibration data."""
         made = self.make(torch.float16)
         return made.needs_importance or made.needs_targets
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class OptimizedRTNConfig(RTNConfig):
-    """Round to nearest with searched scales."""
-
-    disable_opt_rtn: bool | None = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask
@@ -23,15 +21,12 @@ class RTNQuantizer:
     needs_targets = False
 
     def __init__(self, config: RTNConfig, scale_dtype: torch.dtype = torch.float16) -> None:
-        self.config = config
-        self.scale_dtype = scale_dtype
-        self.needs_importance = config.optimized
+        self.scale_dtype, self.needs_importance = scale_dtype, config.optimized
         self.name = "opt-RTN" if config.optimized else "RTN"
 
     def needs_hessian(self, layer: LayerTask) -> bool:
         return False
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
-        device = task.layers[0].weight.device if task.layers else torch.device("cpu")
-        rounded = partial(quantize_layer, optimized=self.config.optimized, scale_dtype=self.scale_dtype)
-        return BlockResult(parallel_map(rounded, task.layers, device))
+        rounded = lambda layer: quantize_layer(layer, self.needs_importance, self.scale_dtype)  # noqa: E731
+        return BlockResult(parallel_map(rounded, task.layers, task.device))

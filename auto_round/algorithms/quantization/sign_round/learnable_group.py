@@ -1,31 +1,28 @@
-"""Tuned parameters of layers stacked by rows, and the optimizers that update them (sign, momentum, AdamW).
+"""Tuned parameters of layers stacked by rows, the optimizers that update them, and the linears that run on them.
 
 Rows of a weight are independent, so layers with the same input width and scheme (q, k, v, gate and up; all experts of a
 mixture) form one tall matrix. A step is a few passes over that matrix, whatever the number of layers. There is no
-autograd graph over weights: the backward pass computes dL/dW, one matrix product, and the group derives the step.
+autograd graph over weights: the backward pass computes dL/dW, one matrix product, and the group derives the step. Only
+a user's data type, which is a function, is tuned by autograd.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from auto_round.algorithms.base import LayerTask
+from auto_round.codecs.kinds import FunctionCodec
 from auto_round.codecs.minifloat import as_blocks, block_chunks, block_shape
 from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.registry import reshape_pad_tensor_by_group_size
 
-
-class StepRule(Protocol):
-    """Update rule of one learnable tensor, with its state."""
-
-    def apply(self, value: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
-        """Move `value` in place; `gradient` may be overwritten."""
-        ...
+# Update rules of one learnable tensor. `apply` moves `value` in place, and may overwrite `gradient`.
 
 
 class SignStep:
@@ -43,8 +40,7 @@ class MomentumSignStep:
         self.buffer: torch.Tensor | None = None
 
     def apply(self, value: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
-        if self.buffer is None:
-            self.buffer = torch.zeros_like(value)
+        self.buffer = torch.zeros_like(value) if self.buffer is None else self.buffer
         self.buffer.mul_(self.momentum).add_(gradient)
         value.sub_(self.buffer.sign(), alpha=lr)
 
@@ -53,24 +49,22 @@ class AdamStep:
     """AdamW without weight decay (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1)."""
 
     def __init__(self, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        self.beta1, self.beta2 = beta1, beta2
-        self.steps = 0
-        self.mean: torch.Tensor | None = None
-        self.square: torch.Tensor | None = None
+        self.beta1, self.beta2, self.steps = beta1, beta2, 0
+        self.moments: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def apply(self, value: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
-        if self.mean is None or self.square is None:
-            self.mean, self.square = torch.zeros_like(value), torch.zeros_like(value)
+        self.moments = self.moments or (torch.zeros_like(value), torch.zeros_like(value))
         self.steps += 1
-        self.mean.mul_(self.beta1).add_(gradient, alpha=1 - self.beta1)
-        self.square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-        root = self.square.div(1 - self.beta2**self.steps).sqrt_()
+        mean, square = self.moments
+        mean.mul_(self.beta1).add_(gradient, alpha=1 - self.beta1)
+        square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        root = square.div(1 - self.beta2**self.steps).sqrt_()
         # Gradients of a mean over many outputs are tiny; an absolute epsilon would stop them. Scale it to the tensor.
         root.add_(root.mean().mul_(1e-4).add_(1e-30))
-        value.addcdiv_(self.mean, root, value=-lr / (1 - self.beta1**self.steps))
+        value.addcdiv_(mean, root, value=-lr / (1 - self.beta1**self.steps))
 
 
-def make_rule(adam: bool, momentum: float) -> StepRule:
+def make_rule(adam: bool, momentum: float) -> SignStep | MomentumSignStep | AdamStep:
     """A fresh rule for one tensor: AdamW, or the sign of the gradient with or without momentum."""
     if adam:
         return AdamStep()
@@ -91,15 +85,20 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
+def copy_state(state: State, into: State | None) -> State:
+    """Copies of tensors; in place of `into` where that is given."""
+    into = tuple(map(torch.empty_like, state)) if into is None else into
+    for part, old in zip(state, into, strict=True):
+        old.copy_(part)
+    return into
+
+
 class LearnableGroup:
     """Rounding deltas and scale factors of some layers, and the quantized weights computed from them.
 
     All tensors of weights are blocks [R, M, C, N] (see `codecs.minifloat`), layers stacked along R.
 
     Attributes:
-        tasks: the layers, with equal in_features and scheme; `task.weight` is [out, in]. Only one when scales are per
-            tensor.
-        grid: their scales.
         blocks: the weights to quantize.
         quantized: the quantized weights, zero-padded rows of all layers, in `compute_dtype`.
         gradient: dL/dW, in the same shape.
@@ -119,6 +118,7 @@ class LearnableGroup:
     ) -> None:  # fmt: skip
         """
         Args:
+            tasks: the layers, with equal in_features and scheme; only one when scales are per tensor.
             starts: the scales where tuning starts, one a layer, from its codec.
             compute_dtype: dtype of the matrix products.
             codes: uint8 [out, in] where rounding starts, one a layer; None where the grid says.
@@ -131,7 +131,7 @@ class LearnableGroup:
         self.compute_dtype, self.tune_scale = compute_dtype, tune_scale
         self._values, self._gradients = map(compiled, grid.functions) if compile_step else grid.functions
         shapes = [block_shape((task.weight.shape[0], task.weight.shape[1]), grid.group_size) for task in tasks]
-        self.slices = consecutive_slices([shape[0] for shape in shapes])
+        self.slices = [slice(*ends) for ends in pairwise(accumulate((shape[0] for shape in shapes), initial=0))]
         _, m, c, n = shapes[0]
         self._layer_slices = [
             (slice(part.start * m, part.start * m + task.weight.shape[0]), slice(0, task.weight.shape[1]))
@@ -217,14 +217,20 @@ class LearnableGroup:
             if index not in self._with_gradient:  # an expert that no token reached
                 self.gradient[rows].zero_()
         self._with_gradient.clear()
+        r, _, c, _ = self.blocks.shape
+        gradient = self.gradient.view(self.blocks.shape)
         slopes: list[torch.Tensor] = []
-        if self.fuse_update:
-            for where, part in self._delta_gradients(slopes):
+        whole = None if self.fuse_update else torch.empty_like(self.rounding_delta)
+        for where in self.chunks:
+            part, *own = self._gradients(*self._arguments(where), gradient[where].float())
+            slopes = slopes or [part.new_zeros(r, 1, c, 1) for _ in own]
+            for slope, value in zip(slopes, own, strict=True):
+                slope[where[0]] += value
+            if whole is None:
                 self.rules[0].apply(self.rounding_delta[where], part, lr)
-        else:
-            whole = torch.empty_like(self.rounding_delta)
-            for where, part in self._delta_gradients(slopes):
+            else:
                 whole[where] = part
+        if whole is not None:
             self.rules[0].apply(self.rounding_delta, whole, lr)
         if self.tune_scale:
             gradients = self.grid.factor_gradients(slopes)
@@ -234,25 +240,11 @@ class LearnableGroup:
             self.apply_scale_factors()
         self.refresh()
 
-    def _delta_gradients(self, slopes: list[torch.Tensor]) -> Iterator[tuple[Index, torch.Tensor]]:
-        """(chunk, dL/d rounding_delta); fills `slopes` with gradients of scales. A chunk may be updated before the next
-        is computed."""
-        r, _, c, _ = self.blocks.shape
-        gradient = self.gradient.view(self.blocks.shape)
-        for index in self.chunks:
-            part, *own = self._gradients(*self._arguments(index), gradient[index].float())
-            if not slopes:
-                slopes += [part.new_zeros(r, 1, c, 1) for _ in own]
-            for slope, value in zip(slopes, own, strict=True):
-                slope[index[0]] += value
-            yield index, part
-
     @torch.no_grad()
     def restart(self) -> None:
         """Restore the state before the first step."""
-        if self.start_delta is None:
-            self.rounding_delta.zero_()
-        else:
+        self.rounding_delta.zero_()
+        if self.start_delta is not None:
             self.rounding_delta.copy_(self.start_delta)
         for factor in self.scale_factors:
             factor.fill_(1.0)
@@ -288,16 +280,127 @@ def stack_tasks(tasks: Sequence[LayerTask]) -> list[list[LayerTask]]:
     return list(groups.values())
 
 
-def copy_state(state: State, into: State | None) -> State:
-    """Copies of tensors; in place of `into` where that is given."""
-    if into is None:
-        return tuple(part.clone() for part in state)
-    for part, old in zip(state, into, strict=True):
-        old.copy_(part)
-    return into
+class _FusedLinear(torch.autograd.Function):
+    """`x @ W.T + bias` whose backward gives dL/dW to the group instead of to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: TunableLinear) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return torch.nn.functional.linear(x, layer.quantized, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        (grad,), (x,), layer = grad_outputs, ctx.saved_tensors, ctx.layer
+        flat = grad.reshape(-1, grad.shape[-1])
+        layer.learnable_group.add_weight_gradient(layer.index, flat, x.reshape(-1, x.shape[-1]))
+        return (flat @ layer.quantized).view_as(x) if ctx.needs_input_grad[0] else None, None, None
 
 
-def consecutive_slices(counts: Sequence[int]) -> list[slice]:
-    """Consecutive slices of these lengths."""
-    ends = list(accumulate(counts, initial=0))
-    return [slice(start, stop) for start, stop in pairwise(ends)]
+class TunableLinear(torch.nn.Module):
+    """Replaces the linear of `learnable_group.tasks[index]` while its block is tuned."""
+
+    def __init__(self, learnable_group: LearnableGroup, index: int) -> None:
+        super().__init__()
+        task = learnable_group.tasks[index]
+        self.learnable_group, self.index = learnable_group, index
+        self.bias = None if task.bias is None else task.bias.to(learnable_group.compute_dtype)
+        # autograd calls backward only if some input requires a gradient, and the block's input does not
+        self.anchor = torch.zeros(1, requires_grad=True, device=task.weight.device)
+        self.quantized = learnable_group.weight(index)
+        self.activation = task.activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.quantized.dtype)
+        if self.activation is not None:
+            x = self.activation(x)
+        return _FusedLinear.apply(x, self.anchor, self)
+
+
+class AutogradTunableLinear(torch.nn.Module):
+    """Replaces a linear while its block is tuned with autograd through the function of any registered data type.
+
+    The function's `v` is in units of the weight and steps are in units of one code, so `v = u * unit`, with `unit` the
+    scale that the untuned function returned, expanded to one value per weight.
+    """
+
+    def __init__(
+        self, task: LayerTask, compute_dtype: torch.dtype, scale_dtype: torch.dtype,
+        tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.task, self.compute_dtype = task, compute_dtype
+        self.scheme = scheme = task.scheme
+        self.codec = FunctionCodec(scheme)
+        self.options = task.start_options(True, scale_dtype)
+        self.weight_value = weight = task.weight.float()
+        self.bias = None if task.bias is None else task.bias.to(compute_dtype)
+        with torch.no_grad():
+            start, scale, _ = self.codec.call(weight, self.options)
+        self.unit = self._expand(scale)
+        groups, _ = reshape_pad_tensor_by_group_size(weight, scheme.group_size)
+        count = groups.shape[0] * groups.shape[1] if groups.dim() == 4 else groups.shape[0]
+        self.u = torch.zeros_like(weight, requires_grad=True)
+        self.scale_factors = [torch.ones(count, 1, device=weight.device, requires_grad=tune_scale) for _ in range(2)]
+        self.rules = [make_rule(adam, momentum) for _ in range(3)]
+        self.quantized, self.is_current = start.to(compute_dtype), False
+
+    def _expand(self, scale: object) -> torch.Tensor:
+        """The scale as one positive value per weight; estimated from the row's range for a scale of unknown shape."""
+        weight, scheme = self.weight_value, self.task.scheme
+        if isinstance(scale, torch.Tensor) and scale.numel() and not isinstance(scheme.group_size, tuple):
+            sizes = scale.detach().abs().float()
+            if sizes.numel() == 1:
+                return sizes.reshape(1, 1).expand_as(weight)
+            if sizes.numel() % weight.shape[0] == 0:
+                rows = sizes.reshape(weight.shape[0], -1)
+                return rows.repeat_interleave(-(-weight.shape[1] // rows.shape[1]), dim=1)[:, : weight.shape[1]]
+        return (weight.abs().amax(-1, keepdim=True) / 2 ** (scheme.bits - 1)).clamp(min=1e-9).expand_as(weight)
+
+    def _learned_parameters(self) -> dict[str, torch.Tensor]:
+        return {"v": self.u * self.unit, "min_scale": self.scale_factors[0], "max_scale": self.scale_factors[1]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.quantized
+        if torch.is_grad_enabled() or not self.is_current:
+            weight = self.codec.call(self.weight_value, self.options, **self._learned_parameters())[0]
+            weight = weight.to(self.compute_dtype)
+        if not torch.is_grad_enabled():
+            self.quantized, self.is_current = weight, True
+        x = x.to(self.compute_dtype)
+        if self.task.activation is not None:
+            x = self.task.activation(x)
+        return torch.nn.functional.linear(x, weight, self.bias)
+
+    @torch.no_grad()
+    def step(self, lr: float, scale_lr: float) -> None:
+        """Update the learnables from the accumulated gradients."""
+        for value, rule, rate in zip([self.u, *self.scale_factors], self.rules, (lr, scale_lr, scale_lr), strict=True):
+            if value.grad is not None:
+                rule.apply(value, value.grad, rate)
+                value.grad = None
+        for factor in self.scale_factors:
+            factor.clamp_(0.0, 1.0)
+        self.is_current = False
+
+    def restart(self) -> None:
+        """Restore the state before the first step."""
+        self.restore((torch.zeros_like(self.u), *map(torch.ones_like, self.scale_factors)))
+
+    def snapshot(self, into: State | None = None) -> State:
+        return copy_state(tuple(value.detach() for value in (self.u, *self.scale_factors)), into)
+
+    def drop_gradient(self) -> None:
+        """Discard the gradient accumulated since the last step."""
+        for value in (self.u, *self.scale_factors):
+            value.grad = None
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        for value, saved in zip((self.u, *self.scale_factors), state, strict=True):
+            value.copy_(saved)
+        self.is_current = False
+
+    def finish(self) -> list[QuantizedLayer]:
+        codes = self.codec.encode(self.task.weight, self.options, None, **self._learned_parameters())
+        return [self.task.quantized(codes)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import isfinite
 from typing import Any, TypeVar
 
 import torch
@@ -11,8 +12,13 @@ import torch
 from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask, empty_device_cache, out_of_memory_error
 from auto_round.algorithms.gptq import DAMPING, GPTQConfig, feedback_start, shared_hessian_factors
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
-from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, stack_tasks
-from auto_round.algorithms.quantization.sign_round.linears import AutogradTunableLinear, TunableLinear
+from auto_round.algorithms.quantization.sign_round.learnable_group import (
+    AutogradTunableLinear,
+    LearnableGroup,
+    State,
+    TunableLinear,
+    stack_tasks,
+)
 from auto_round.errors import NumericsError
 from auto_round.logger import logger
 from auto_round.threads import parallel_map
@@ -22,8 +28,7 @@ def split_samples(count: int, seed: int) -> tuple[list[int], list[int]]:
     """(tuned on, held out): a sixteenth is held out, at least one; with fewer than four samples all are in both."""
     if count < 4:
         return list(range(count)), list(range(count))
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     held = max(1, count // 16)
     return sorted(order[held:]), sorted(order[:held])
 
@@ -33,14 +38,11 @@ _TOKENS_PER_LAYER = 128
 
 
 def micro_batch_size(batch: int, tokens: int, layers: int, device: torch.device) -> int:
-    """Samples in one forward and backward pass; the passes of a step accumulate the same gradient.
+    """Samples of `tokens` tokens in one pass through a block with `layers` tuned layers; the passes of a step
+    accumulate the same gradient.
 
     On a CPU fewer than the batch: the same time with less memory, since activations are kept for one pass only. Blocks
     of many layers, such as mixtures of experts, get more tokens to amortize each layer's call.
-
-    Args:
-        tokens: per sample.
-        layers: number of tuned layers in the block.
     """
     if device.type != "cpu":
         return batch
@@ -67,8 +69,7 @@ def shuffled_batches(samples: list[int], batch: int, seed: int) -> Iterator[list
     queue: list[int] = []
     while True:
         while len(queue) < batch:
-            order = torch.randperm(len(samples), generator=generator).tolist()
-            queue += [samples[i] for i in order]
+            queue += [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
         yield sorted(queue[:batch])
         queue = queue[batch:]
 
@@ -89,7 +90,7 @@ class MicroBatchRunner:
     ) -> None:
         """`device`: of the block; None takes that of its layers."""
         self.task, self.layers, self.micro_batch = task, layers, micro_batch
-        self.device = task.layers[0].weight.device if device is None else device
+        self.device = task.device if device is None else device
 
     def run(self, step: Callable[[int], T]) -> T:
         """`step(micro_batch)`, retried with half as many samples, then with the block's inputs off the device.
@@ -127,12 +128,8 @@ class SignRoundQuantizer:
     ) -> None:  # fmt: skip
         """`gptq`: start from codes by error feedback where they are better than the nearest ones on held-out samples;
         None: in layers of ggml types only, and without that comparison."""
-        self.compile_step = compile_step
-        self.gptq = gptq
-        self.config = config
-        self.scale_dtype = scale_dtype
-        self.optimized_start = optimized_start
-        self.needs_importance = optimized_start
+        self.config, self.scale_dtype, self.compile_step, self.gptq = config, scale_dtype, compile_step, gptq
+        self.optimized_start = self.needs_importance = optimized_start
 
     def needs_hessian(self, layer: LayerTask) -> bool:
         asked = self.gptq is not None
@@ -140,16 +137,18 @@ class SignRoundQuantizer:
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         tunables, replacements = self._tunables(task)
-        parents = [_swap(task.block, layer.module, replacements[layer.name]) for layer in task.layers]
+        places = {child: (parent, name) for parent in task.block.modules() for name, child in parent.named_children()}
         parameters = [(p, p.requires_grad) for p in task.block.parameters()]
+        for layer in task.layers:
+            setattr(*places[layer.module], replacements[layer.name])
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
         try:
             before, after = self._tune(task, tunables)
             results = {layer.name: layer for part in tunables for layer in part.finish()}
         finally:
-            for layer, (parent, attribute) in zip(task.layers, parents, strict=True):
-                setattr(parent, attribute, layer.module)
+            for layer in task.layers:
+                setattr(*places[layer.module], layer.module)
             for parameter, required_grad in parameters:
                 parameter.requires_grad_(required_grad)
         return BlockResult([results[layer.name] for layer in task.layers], before, after, self.config.iters)
@@ -158,11 +157,9 @@ class SignRoundQuantizer:
         """The tuned groups and layers, and each layer's replacement module by its name."""
         config = self.config
         options: dict[str, Any] = {
-            "compute_dtype": task.compute_dtype,
-            "tune_scale": config.enable_minmax_tuning,
-            "adam": config.enable_adam,
-            "momentum": config.momentum,
-        }
+            "compute_dtype": task.compute_dtype, "tune_scale": config.enable_minmax_tuning,
+            "adam": config.enable_adam, "momentum": config.momentum,
+        }  # fmt: skip
         tunables: list[Tunable] = []
         replacements: dict[str, torch.nn.Module] = {}
         for tasks in stack_tasks([layer for layer in task.layers if layer.codec.tuned(layer.weight.shape[1])]):
@@ -191,19 +188,23 @@ class SignRoundQuantizer:
         return LearnableGroup(tasks, starts, **{**options, **own})
 
     def _tune(self, task: BlockTask, layers: Sequence[Tunable]) -> tuple[float, float]:
+        """Tune the layers to their best state; returns the held-out loss before and after."""
         config = self.config
         assert task.inputs is not None
-        tuned_on, held_out = split_samples(task.inputs.shape[0], task.seed)
+        samples, tokens = task.inputs.shape[:2]
+        tuned_on, held_out = split_samples(samples, task.seed)
         batches = shuffled_batches(tuned_on, config.batch_size * config.gradient_accumulate_steps, task.seed + 1)
         rates = [config.learning_rates(layer.scheme.bits) for layer in layers]
         weights = None if task.loss_mask is None else task.loss_mask.float()
-        runner = MicroBatchRunner(task, layers, self._micro_batch(task, layers))
+        micro_batch = config.batch_size  # the whole batch where some layer calls its data type's function in every pass
+        if all(isinstance(layer, LearnableGroup) for layer in layers):
+            micro_batch = micro_batch_size(micro_batch, int(tokens), len(task.layers), task.device)
+        runner = MicroBatchRunner(task, layers, micro_batch)
         held_out_loss = partial(runner.run, partial(self._loss, task, held_out, weights))
         start = best = self._choose_start(layers, held_out_loss)
-        best_state: list[tuple[torch.Tensor, ...]] | None = None
+        best_state: list[State | None] = [None] * len(layers)
         for step in range(config.iters):
-            samples = next(batches)
-            runner.run(partial(self._gradients, task, samples, weights))
+            runner.run(partial(self._backward, task, next(batches), weights))
             decay = 1.0 - step / config.iters
             for layer, (lr, scale_lr) in zip(layers, rates, strict=True):
                 layer.step(lr * decay, scale_lr * decay)
@@ -214,15 +215,12 @@ class SignRoundQuantizer:
                     best = loss
                     if done == config.iters:
                         return start, best  # the present state is the one to keep
-                    best_state = [
-                        layer.snapshot(None if best_state is None else best_state[index])
-                        for index, layer in enumerate(layers)
-                    ]
-        for index, layer in enumerate(layers):
-            if best_state is None:
+                    best_state = [layer.snapshot(into) for layer, into in zip(layers, best_state, strict=True)]
+        for layer, state in zip(layers, best_state, strict=True):
+            if state is None:
                 layer.restart()
             else:
-                layer.restore(best_state[index])
+                layer.restore(state)
         return start, best
 
     def _choose_start(self, layers: Sequence[Tunable], held_out_loss: Callable[[], float]) -> float:
@@ -244,33 +242,23 @@ class SignRoundQuantizer:
             group.restart()
         return loss
 
-    def _micro_batch(self, task: BlockTask, layers: Sequence[Tunable]) -> int:
-        """Samples in one pass: the whole batch where some layer calls its data type's function in every pass."""
-        assert task.inputs is not None
-        batch = self.config.batch_size
-        if not all(isinstance(layer, LearnableGroup) for layer in layers):
-            return batch
-        return micro_batch_size(batch, int(task.inputs.shape[1]), len(task.layers), task.layers[0].weight.device)
-
-    def _gradients(
+    def _backward(
         self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, micro_batch: int
     ) -> None:
-        """Accumulate the gradients of one step, over passes of `micro_batch` samples."""
-        for start in range(0, len(samples), micro_batch):
-            self._backward(task, samples[start : start + micro_batch], len(samples), weights)
-
-    def _backward(self, task: BlockTask, samples: Sequence[int], total: int, weights: torch.Tensor | None) -> None:
-        """Accumulate gradients of the weighted mean squared error of some of the step's `total` samples."""
+        """Accumulate the gradients of one step, those of the weighted mean squared error of its samples, over passes of
+        `micro_batch` samples."""
         assert task.inputs is not None and task.targets is not None
-        hidden = task.inputs[samples].to(_device(task), task.compute_dtype)
-        with torch.enable_grad():
-            output = task.run(hidden, samples)
-        with torch.no_grad():
-            difference = output - task.targets[samples].to(output)
-            count = difference.numel() / difference.shape[0] * total
-            if weights is not None:
-                difference.mul_(weights[samples].to(difference).unsqueeze(-1))
-        output.backward(difference.mul_(2.0 / count))
+        for start in range(0, len(samples), micro_batch):
+            part = samples[start : start + micro_batch]
+            hidden = task.inputs[part].to(task.device, task.compute_dtype)
+            with torch.enable_grad():
+                output = task.run(hidden, part)
+            with torch.no_grad():
+                difference = output - task.targets[part].to(output)
+                count = difference.numel() / difference.shape[0] * len(samples)
+                if weights is not None:
+                    difference.mul_(weights[part].to(difference).unsqueeze(-1))
+            output.backward(difference.mul_(2.0 / count))
 
     @torch.no_grad()
     def _loss(self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, micro_batch: int) -> float:
@@ -280,7 +268,7 @@ class SignRoundQuantizer:
         total, count = 0.0, 0.0
         for start in range(0, len(samples), micro_batch):
             part = list(samples[start : start + micro_batch])
-            output = task.run(task.inputs[part].to(_device(task), task.compute_dtype), part).float()
+            output = task.run(task.inputs[part].to(task.device, task.compute_dtype), part).float()
             errors = output.sub_(task.targets[part].to(output.device)).square_().sum(-1, dtype=torch.float64)
             if weights is None:
                 count += output.numel()
@@ -290,23 +278,8 @@ class SignRoundQuantizer:
                 count += sum(shares.sum(-1).tolist()) * output.shape[-1]
             total += sum(errors.sum(-1).tolist())
         loss = total / max(count, 1.0)
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        if not isfinite(loss):
             raise NumericsError(
                 f"block {task.name}: the loss is {loss}; the block overflows in {task.compute_dtype} on this data"
             )
         return loss
-
-
-def _device(task: BlockTask) -> torch.device:
-    """The block's device; its samples may be on another."""
-    return task.layers[0].weight.device
-
-
-def _swap(block: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """Replace `old` inside `block` by `new`; returns the parent and attribute, to restore it."""
-    for parent in block.modules():
-        for attribute, child in parent.named_children():
-            if child is old:
-                setattr(parent, attribute, new)
-                return parent, attribute
-    raise LookupError(f"module {old} is not in its block")
