@@ -14,7 +14,6 @@ from typing import Any
 from auto_round import envs
 from auto_round.calibration.data.documents import (
     IGNORED_LABEL,
-    Document,
     TokenDocument,
     documents_from_item,
     documents_from_object,
@@ -33,34 +32,23 @@ from auto_round.errors import ConfigError, DataError, nearest
 from auto_round.logger import logger
 
 __all__ = [
-    "DATASETS",
-    "DEFAULT_DATASET",
-    "CalibrationData",
-    "DatasetSpec",
-    "available_datasets",
-    "parse_dataset_string",
-    "prepare_calibration",
-    "register_dataset",
-]
+    "DATASETS", "DEFAULT_DATASET", "CalibrationData", "DatasetSpec", "available_datasets", "parse_dataset_string",
+    "prepare_calibration", "register_dataset",
+]  # fmt: skip
 
 # Least number of documents read from a dataset before giving up; limits the time spent on a set of short texts.
 _MIN_DOCUMENT_LIMIT = 50_000
+OpenDataset = tuple[DocumentStats, Iterator[Sample]]
+"""A dataset that is being read: statistics of its documents, and its samples."""
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Samples and their sources.
+    """Samples and their sources."""
 
-    Attributes:
-        samples: one dict per sample: `input_ids` and `attention_mask` int64 [seqlen], and `labels` int64 [seqlen]
-            (-100: ignored by the loss) in all of them when the user gave some.
-        seqlen: tokens per sample; may be less than requested.
-        sources: name and number of samples of each dataset used.
-    """
-
-    samples: list[Sample]
-    seqlen: int
-    sources: tuple[tuple[str, int], ...]
+    samples: list[Sample]  # all of them with `labels` when the user gave some
+    seqlen: int  # tokens per sample; may be less than requested
+    sources: tuple[tuple[str, int], ...]  # name and number of samples of each dataset used
 
 
 def prepare_calibration(
@@ -93,9 +81,9 @@ def prepare_calibration(
             "seqlen=%d is more than the model's %d positions; using %d", seqlen, model_max_length, model_max_length
         )
         seqlen = model_max_length
-    request = _Request(tokenizer, seqlen, nsamples, seed)
+    reader = _Reader(tokenizer, seqlen, nsamples, seed)
     named = dataset is None or isinstance(dataset, str)
-    opened = _open_named(dataset, request, platform) if named else [_open_object(dataset, request)]
+    opened = reader.open_named(dataset, platform) if named else [reader.open_object(dataset)]
     samples, sources = _collect(opened, nsamples, seed)
     if vocab_size is not None:
         largest = max(int(s["input_ids"].max()) for s in samples)
@@ -104,150 +92,126 @@ def prepare_calibration(
                 f"the calibration data holds token id {largest}, and the model knows ids below {vocab_size}; "
                 "use the model's own tokenizer"
             )
-    return CalibrationData(samples, opened[0].stats.seqlen, sources)
+    return CalibrationData(samples, opened[0][0].seqlen, sources)
 
 
 def available_datasets() -> list[tuple[str, str, str]]:
     """`(name, description, source)` of every registered dataset by name, then of the other kinds of dataset string."""
     rows = sorted(((e.name, e.description, e.where) for e in DATASETS.values()), key=lambda row: row[0].lower())
-    rows.append(
-        (f"a path ({', '.join(READERS)})", "your own texts, conversations or token ids", "local file or folder")
-    )
-    rows.append(("any hub id org/name", "a set with a column such as text or messages", "Hugging Face hub"))
-    return rows
+    path = f"a path ({', '.join(READERS)})"
+    return [
+        *rows,
+        (path, "your own texts, conversations or token ids", "local file or folder"),
+        ("any hub id org/name", "a set with a column such as text or messages", "Hugging Face hub"),
+    ]
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What is requested of every dataset: tokens per sample, number of samples, seed, and the tokenizer."""
+class _Reader:
+    """Opens datasets for samples of `seqlen` tokens."""
 
     tokenizer: Any
     seqlen: int
     nsamples: int
     seed: int
 
+    def _open(self, documents: Iterator[Any], stats: DocumentStats, *template: Any) -> OpenDataset:
+        limit = max(_MIN_DOCUMENT_LIMIT, 100 * self.nsamples)
+        return stats, samples_of(itertools.islice(documents, limit), self.tokenizer, stats, *template)
 
-@dataclass(frozen=True)
-class _OpenDataset:
-    """A dataset being read: its specification, statistics of the documents read, and the stream of samples."""
+    def open_object(self, dataset: Any) -> OpenDataset:
+        """Open a Python object as a dataset.
 
-    spec: DatasetSpec
-    stats: DocumentStats
-    stream: Iterator[Sample]
+        Samples have fewer tokens than `seqlen` when all are token ids of one shorter length. A list of strings is
+        shuffled; token ids and iterables keep their order.
+        """
+        documents = documents_from_object(dataset, self.seed)
+        head = list(itertools.islice(documents, self.nsamples))
+        if not head:
+            raise DataError("the given dataset is empty; give some strings or token ids")
+        if isinstance(dataset, (list, tuple)) and isinstance(head[0], str):
+            head.extend(documents)
+            random.Random(self.seed).shuffle(head)
+        seqlen = self.seqlen
+        lengths = {len(d.ids) if isinstance(d, TokenDocument) else 0 for d in head}
+        if len(lengths) == 1 and 0 < (length := lengths.pop()) < seqlen:
+            logger.info("all given samples have %d tokens; using seqlen=%d instead of %d", length, length, seqlen)
+            seqlen = length
+        return self._open(itertools.chain(head, documents), DocumentStats("the given data", seqlen, named=False))
 
+    def open_named(self, dataset: str | None, platform: str) -> list[OpenDataset]:
+        """Open the datasets of a dataset string, and read the first document of each.
 
-def _open(
-    spec: DatasetSpec, documents: Iterable[Document], stats: DocumentStats, request: _Request, template: bool = False
-) -> _OpenDataset:
-    limit = max(_MIN_DOCUMENT_LIMIT, 100 * request.nsamples)
-    stream = samples_of(itertools.islice(documents, limit), request.tokenizer, stats, template, spec.system_prompt)
-    return _OpenDataset(spec, stats, stream)
-
-
-def _open_object(dataset: Any, request: _Request) -> _OpenDataset:
-    """Open a Python object as a dataset.
-
-    Samples have fewer tokens than `request.seqlen` when all are token ids of one shorter length. A list of strings is
-    shuffled; token ids and iterables keep their order.
-    """
-    documents = documents_from_object(dataset, request.seed)
-    head = list(itertools.islice(documents, request.nsamples))
-    if not head:
-        raise DataError("the given dataset is empty; give some strings or token ids")
-    if isinstance(dataset, (list, tuple)) and isinstance(head[0], str):
-        head.extend(documents)
-        random.Random(request.seed).shuffle(head)
-    seqlen = request.seqlen
-    lengths = {len(d.ids) if isinstance(d, TokenDocument) else 0 for d in head}
-    if len(lengths) == 1 and 0 < (length := lengths.pop()) < seqlen:
-        logger.info("all given samples have %d tokens; using seqlen=%d instead of %d", length, length, seqlen)
-        seqlen = length
-    spec = DatasetSpec("the given data")
-    stats = DocumentStats(spec.name, seqlen, named=False)
-    return _open(spec, itertools.chain(head, documents), stats, request)
-
-
-def _open_named(dataset: str | None, request: _Request, platform: str) -> list[_OpenDataset]:
-    """Open the datasets of a dataset string, and read the first document of each.
-
-    None, or the bare name of the default dataset, is replaced by the packaged text when it cannot be read, with a
-    warning. Names are checked before data is read.
-    """
-    default = MODELSCOPE_DEFAULT if platform == "model_scope" or envs.get("AR_USE_MODELSCOPE") else DEFAULT_DATASET
-    specs = [DatasetSpec(default)] if dataset is None else parse_dataset_string(dataset)
-    for spec in specs:
-        _check_name(spec)
-    if len(specs) > 1 or not specs[0].bare or specs[0].name not in (default, DEFAULT_DATASET):
-        return [_open_spec(spec, request) for spec in specs]
-    try:
-        return [_open_spec(DatasetSpec(default), request)]
-    except DataError as error:
-        logger.warning(
-            "the default calibration set %s cannot be used (%s); calibrating with the packaged text (builtin)",
-            default,
-            error.reason if isinstance(error, HubUnreachable) else str(error),
-        )
-        return [_open_spec(DatasetSpec(BUILTIN), request)]
-
-
-def _check_name(spec: DatasetSpec) -> None:
-    """Raise when a name cannot be a dataset, before any data is read."""
-    if spec.name in DATASETS:
-        return
-    if looks_like_path(spec.name):
-        if spec.splits:
-            raise ConfigError(
-                f"dataset {spec.name!r} is a local file and has no splits, but {'+'.join(spec.splits)!r} was given; "
-                "leave it out"
+        None, or the bare name of the default dataset, is replaced by the packaged text when it cannot be read, with a
+        warning. Names are checked before data is read.
+        """
+        default = MODELSCOPE_DEFAULT if platform == "model_scope" or envs.get("AR_USE_MODELSCOPE") else DEFAULT_DATASET
+        specs = [DatasetSpec(default)] if dataset is None else parse_dataset_string(dataset)
+        for spec in specs:
+            if spec.name in DATASETS:
+                continue
+            if looks_like_path(spec.name):
+                if spec.splits:
+                    raise ConfigError(
+                        f"dataset {spec.name!r} is a local file and has no splits, but {'+'.join(spec.splits)!r} was "
+                        "given; leave it out"
+                    )
+            elif spec.name.count("/") != 1 or not all(spec.name.split("/")):
+                raise DataError(
+                    f"dataset {spec.name!r} is not known{nearest(spec.name, DATASETS)} Known: {', '.join(DATASETS)}; "
+                    f"or a {', '.join(READERS)} file, or a hub id such as org/name"
+                )
+        if specs not in ([DatasetSpec(default)], [DatasetSpec(DEFAULT_DATASET)]):
+            return [self._open_spec(spec) for spec in specs]
+        try:
+            return [self._open_spec(DatasetSpec(default))]
+        except DataError as error:
+            logger.warning(
+                "the default calibration set %s cannot be used (%s); calibrating with the packaged text (builtin)",
+                default,
+                error.reason if isinstance(error, HubUnreachable) else str(error),
             )
-    elif spec.name.count("/") != 1 or not all(spec.name.split("/")):
-        raise DataError(
-            f"dataset {spec.name!r} is not known{nearest(spec.name, DATASETS)} Known: {', '.join(DATASETS)}; "
-            f"or a {', '.join(READERS)} file, or a hub id such as org/name"
-        )
+            return [self._open_spec(DatasetSpec(BUILTIN))]
 
-
-def _open_spec(spec: DatasetSpec, request: _Request) -> _OpenDataset:
-    """Open one dataset of a dataset string: a registered one, a local file, or a hub id."""
-    entry = DATASETS.get(spec.name)
-    split = "+".join(spec.splits) or None
-    if entry is not None:
-        rows = entry.documents(
-            tokenizer=request.tokenizer, seqlen=request.seqlen, dataset_name=spec.name, split=split, seed=request.seed,
-            apply_chat_template=spec.apply_chat_template, system_prompt=spec.system_prompt,
-        )  # fmt: skip
-        documents = _registered_documents(rows, spec.name)
-    elif looks_like_path(spec.name):
-        documents = read_local(spec.name, request.seed)
-    else:
-        documents = HubDataset((spec.name,), column=None).documents(spec.name, split, request.seed)
-    first = list(itertools.islice(documents, 1))  # an unreadable dataset raises here
-    concat = spec.concat if spec.concat is not None else entry is not None and entry.concat
-    stats = DocumentStats(spec.name, request.seqlen, concat)
-    template = spec.apply_chat_template and not (entry is not None and "apply_chat_template" in entry.takes)
-    return _open(spec, itertools.chain(first, documents), stats, request, template)
-
-
-def _registered_documents(rows: Iterable[Any], name: str) -> Iterator[Document]:
-    for i, row in enumerate(rows):
-        if isinstance(row, TokenDocument):
-            yield row
+    def _open_spec(self, spec: DatasetSpec) -> OpenDataset:
+        """Open one dataset of a dataset string: a registered one, a local file, or a hub id."""
+        entry, split, template = DATASETS.get(spec.name), "+".join(spec.splits) or None, spec.apply_chat_template
+        concat = bool(spec.concat)
+        documents: Iterator[Any]
+        if entry is not None:
+            rows = entry.documents(
+                tokenizer=self.tokenizer, seqlen=self.seqlen, dataset_name=spec.name, split=split, seed=self.seed,
+                apply_chat_template=template, system_prompt=spec.system_prompt,
+            )  # fmt: skip
+            documents = _documents(rows, spec.name)
+            concat = entry.concat if spec.concat is None else spec.concat
+            template = template and "apply_chat_template" not in entry.takes
+        elif looks_like_path(spec.name):
+            documents = read_local(spec.name, self.seed)
         else:
-            yield from documents_from_item(row, f"row {i} of dataset {name!r}")
+            documents = HubDataset((spec.name,), column=None).documents(spec.name, split, self.seed)
+        first = list(itertools.islice(documents, 1))  # an unreadable dataset raises here
+        stats = DocumentStats(spec.name, self.seqlen, concat, num=spec.num)
+        return self._open(itertools.chain(first, documents), stats, template, spec.system_prompt)
 
 
-def _collect(opened: list[_OpenDataset], nsamples: int, seed: int) -> tuple[list[Sample], tuple[tuple[str, int], ...]]:
+def _documents(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    for i, row in enumerate(rows):
+        yield from documents_from_item(row, f"row {i} of dataset {name!r}")
+
+
+def _collect(opened: list[OpenDataset], nsamples: int, seed: int) -> tuple[list[Sample], tuple[tuple[str, int], ...]]:
     """Read each dataset's share of the samples; a shortfall is taken from the datasets without `num=`."""
-    wanted = samples_per_dataset([o.spec.num for o in opened], nsamples)
-    taken = [list(itertools.islice(o.stream, n)) for o, n in zip(opened, wanted, strict=True)]
-    for o, part in zip(opened, taken, strict=True):
+    wanted = samples_per_dataset([stats.num for stats, _ in opened], nsamples)
+    taken = [list(itertools.islice(stream, n)) for (_, stream), n in zip(opened, wanted, strict=True)]
+    for (stats, stream), part in zip(opened, taken, strict=True):
         missing = sum(wanted) - sum(map(len, taken))
-        if missing and o.spec.num is None:
-            part.extend(itertools.islice(o.stream, missing))
+        if missing and stats.num is None:
+            part.extend(itertools.islice(stream, missing))
     total = sum(map(len, taken))
-    reports = [o.stats.explain() for o in opened]
+    reports = [stats.explain() for stats, _ in opened]
     if not total:
-        advice = "; ".join(dict.fromkeys(o.stats.advice() for o in opened))
+        advice = "; ".join(dict.fromkeys(stats.advice() for stats, _ in opened))
         raise DataError(f"no calibration sample is left from {'; '.join(reports)}. To get some, {advice}")
     if total < nsamples:
         logger.warning("calibrating with %d samples, %d were requested. %s", total, nsamples, "; ".join(reports))
@@ -262,4 +226,4 @@ def _collect(opened: list[_OpenDataset], nsamples: int, seed: int) -> tuple[list
             if "labels" not in sample:
                 padded = sample["attention_mask"] == 0
                 sample["labels"] = sample["input_ids"].masked_fill(padded, IGNORED_LABEL)
-    return samples, tuple((o.spec.name, len(part)) for o, part in zip(opened, taken, strict=True) if part)
+    return samples, tuple((stats.name, len(part)) for (stats, _), part in zip(opened, taken, strict=True) if part)

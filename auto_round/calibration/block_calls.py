@@ -1,7 +1,7 @@
-"""Record the calls of a model's blocks: replace their forwards, and store the nested arguments of each call.
+"""Calls of a model's blocks: replaced forwards, nested arguments, hidden states, and tensors that blocks share.
 
-`flatten` and `unflatten` convert between nested arguments and (structure, constants, tensors). `TensorPool` stores
-tensors by content, so a rotary table that all blocks share is held once.
+Gemma 4 shares keys and values of one layer with later ones through a dictionary, GLM's sparse attention passes the
+selected positions from layer to layer, Zaya passes a second state. Each such tensor has a `SharedSlot`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from auto_round.calibration.disk_store import ActivationTensor, DiskStore
+from auto_round.calibration.disk_store import ActivationTensor, DiskStore, DiskTensor, empty_beside
 from auto_round.errors import ModelError, UnsupportedError
+from auto_round.files import bytes_of
 from auto_round.modeling.source import ModelSource
 
 ArgumentPath = tuple[Any, ...]
@@ -28,11 +29,7 @@ _MIN_DISK_BYTES = 1 << 16  # smaller tensors stay in memory
 
 
 class ForwardStopped(Exception):
-    """Ends a forward pass early; `value` is the tensor found there."""
-
-    def __init__(self, value: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.value = value
+    """Ends a forward pass early; its argument, if any, is the tensor found there."""
 
 
 def stop_with_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -85,25 +82,23 @@ def call_block(block: Callable[..., Any], hidden: torch.Tensor, arguments: tuple
     return block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
 
 
-def hidden_of(output: Any) -> Any:
-    """The hidden states in the output of a block: the output itself, or the first entry of a tuple or list."""
-    return output[0] if isinstance(output, (tuple, list)) and output else output
+def split_output(output: Any) -> tuple[Any, tuple[Any, ...] | None]:
+    """A block's hidden states and the outputs after them; None when it returns the hidden states alone."""
+    return (output[0], tuple(output[1:])) if isinstance(output, (tuple, list)) and output else (output, None)
 
 
-def extra_outputs(output: Any) -> tuple[Any, ...] | None:
-    """The outputs of a block after the hidden states; None when it returns the hidden states alone."""
-    return tuple(output[1:]) if isinstance(output, (tuple, list)) else None
-
-
-def hidden_output(source: ModelSource, index: int, output: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """The hidden states in a block's output. Raises ModelError when their shape differs from `hidden`."""
-    first, name = hidden_of(output), source.blocks[index]
+def checked_output(
+    source: ModelSource, index: int, output: Any, hidden: torch.Tensor
+) -> tuple[torch.Tensor, tuple[Any, ...] | None]:
+    """`split_output`. Raises ModelError when the hidden states have another shape than those of the input."""
+    first, rest = split_output(output)
     if not isinstance(first, torch.Tensor) or first.shape != hidden.shape:
+        name = source.blocks[index]
         raise ModelError(
             f"block {name!r} ({type(source.model.get_submodule(name)).__name__}) does not return hidden states of the "
             f"shape that it gets; {DATA_FREE_ADVICE}"
         )
-    return first
+    return first, rest
 
 
 def hidden_changed(source: ModelSource, index: int) -> UnsupportedError:
@@ -116,24 +111,41 @@ def hidden_changed(source: ModelSource, index: int) -> UnsupportedError:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockCall:
-    """The arguments of one call of a block, without the hidden states.
+class NestedValue:
+    """A nested value, such as a block's arguments, in parts: structure, constants and tensors, each in order."""
 
-    Attributes:
-        spec: nested structure with placeholders for tensors and constants; hashable.
-        consts: everything that is not a tensor, in the order of the structure.
-        leaves: the tensors, in the order of the structure.
-    """
-
-    spec: Hashable
+    spec: Any  # hashable; has placeholders for tensors and constants
     consts: tuple[Any, ...]
-    leaves: tuple[ActivationTensor, ...]
+    leaves: tuple[Any, ...]  # tensors, on disk once they are recorded
 
     @property
     def structure(self) -> Hashable:
-        """Equal for two calls that differ only in the values of tensors of equal shape and dtype."""
+        """Equal for two values that differ only in the values of tensors of equal shape and dtype."""
         consts = tuple(c if isinstance(c, (type(None), bool, int, float, str)) else id(c) for c in self.consts)
         return self.spec, consts, tuple((tuple(t.shape), t.dtype) for t in self.leaves)
+
+    def build(
+        self, leaves: Sequence[Any] | None = None,
+        make_shared: Callable[[type, int, dict[Any, Any]], Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """Rebuild the nested value, with other tensors if they are given.
+
+        `make_shared` creates the objects that blocks write to, from class, number and the entries that they had before.
+        """
+        rest_consts, rest_leaves = iter(self.consts), iter(self.leaves if leaves is None else leaves)
+
+        def visit(node: Any) -> Any:
+            if node == "tensor":
+                return next(rest_leaves)
+            if node == "const":
+                return next(rest_consts)
+            kind, number, parts = node
+            entries = {key: visit(part) for key, part in parts}
+            if number is None or make_shared is None:
+                return make_container(kind, entries)
+            return make_shared(kind, number, entries)
+
+        return visit(self.spec)
 
 
 def entries_of(container: Any) -> dict[Any, Any]:
@@ -160,7 +172,7 @@ def make_container(kind: type, entries: Mapping[Any, Any]) -> Any:
 def flatten(
     value: Any, shared: Mapping[ArgumentPath, int] | None = None,
     written: Callable[[int], Collection[Any]] = lambda _: (),
-) -> tuple[Hashable, list[Any], list[torch.Tensor]]:  # fmt: skip
+) -> NestedValue:  # fmt: skip
     """Split nested mappings, lists and tuples into structure, constants and tensors. Key-value caches become None.
 
     Args:
@@ -185,31 +197,7 @@ def flatten(
         return type(item), number, tuple((key, visit(entry, (*path, key))) for key, entry in entries)
 
     spec = visit(value, ())
-    return spec, consts, leaves
-
-
-def unflatten(
-    spec: Any, consts: Sequence[Any], leaves: Sequence[torch.Tensor],
-    make_shared: Callable[[type, int, dict[Any, Any]], Any] | None = None,
-) -> Any:  # fmt: skip
-    """Rebuild the nested value of `flatten` with other tensors.
-
-    `make_shared` creates the objects that blocks write to, from class, number and the entries that they had before.
-    """
-    rest_consts, rest_leaves = iter(consts), iter(leaves)
-
-    def build(node: Any) -> Any:
-        if node == "tensor":
-            return next(rest_leaves)
-        if node == "const":
-            return next(rest_consts)
-        kind, number, parts = node
-        entries = {key: build(part) for key, part in parts}
-        if number is None or make_shared is None:
-            return make_container(kind, entries)
-        return make_shared(kind, number, entries)
-
-    return build(spec)
+    return NestedValue(spec, tuple(consts), tuple(leaves))
 
 
 def mutable_objects(value: Any) -> dict[ArgumentPath, Any]:
@@ -232,9 +220,9 @@ def mutable_objects(value: Any) -> dict[ArgumentPath, Any]:
 
 
 class TensorPool:
-    """Stores tensors by content: a rotary table that all blocks and samples share is stored once.
+    """Stores tensors by content, large ones in `disk_store` if there is one.
 
-    Large tensors are stored in `disk_store`, if there is one.
+    A rotary table that all blocks and samples share is stored once.
     """
 
     def __init__(self, device: torch.device, disk_store: DiskStore | None = None) -> None:
@@ -248,8 +236,7 @@ class TensorPool:
         if seen is not None:
             return seen[1]
         flat = tensor.detach().to("cpu").contiguous()
-        digest = hashlib.blake2b(flat.reshape(-1).view(torch.uint8).numpy().data, digest_size=16).digest()
-        key = (digest, tuple(flat.shape), flat.dtype)
+        key = (hashlib.blake2b(bytes_of(flat), digest_size=16).digest(), tuple(flat.shape), flat.dtype)
         if key not in self._by_content and self.disk_store is not None and flat.nbytes >= _MIN_DISK_BYTES:
             self._by_content[key] = self.disk_store.put(flat)
         elif key not in self._by_content:
@@ -263,22 +250,176 @@ class TensorPool:
         self._by_object.clear()
 
 
-def batch_dims(single: Sequence[ActivationTensor], double: Sequence[torch.Tensor]) -> tuple[int | None, ...]:
-    """For each tensor, the dimension that doubles with the batch size; None for a tensor independent of it."""
-    dims: list[int | None] = []
-    for one, two in zip(single, double, strict=True):
-        grown = [d for d in range(one.dim()) if two.dim() == one.dim() and two.shape[d] == 2 * one.shape[d] != 0]
-        dims.append(grown[0] if grown else None)
-    return tuple(dims)
+@dataclass(frozen=True)
+class HiddenLayout:
+    """Dimensions of the hidden states of a model's blocks; samples are stored as rows [batch, tokens, all others].
+
+    Most models pass [batch, tokens, width]. Hyper-connections have several streams side by side ([batch, tokens,
+    streams, width]), Gemma 3n has them in front ([streams, batch, tokens, width]), XLNet has tokens first.
+    """
+
+    batch: int = 0
+    tokens: int = 1
+    rest: tuple[int, ...] = ()  # sizes of the other dimensions, in order
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor, tokens: int) -> HiddenLayout | None:
+        """The layout of one sample's hidden states; None when the batch or the token dimension cannot be found."""
+        if hidden.dim() == 3 and hidden.shape[0] == 1:
+            return cls(rest=(int(hidden.shape[2]),))  # also if the model puts a prompt before the tokens
+        batch = batch_dim(hidden)
+        others = [d for d in range(hidden.dim()) if d != batch]
+        token_dim = next((d for d in others if hidden.shape[d] == tokens), None)
+        if batch is None or token_dim is None or hidden.dim() < 3:
+            return None
+        return cls(batch, token_dim, tuple(hidden.shape[d] for d in others if d != token_dim))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the hidden states are [batch, tokens, width], so that no conversion is needed."""
+        return (self.batch, self.tokens) == (0, 1) and len(self.rest) < 2
+
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Convert hidden states of the blocks to rows [B, T, width]."""
+        return hidden if self.plain else hidden.movedim((self.batch, self.tokens), (0, 1)).flatten(2)
+
+    def hidden(self, rows: torch.Tensor) -> torch.Tensor:
+        """Convert rows [B, T, width] to hidden states of the blocks; a copy unless the layout is plain."""
+        if self.plain:
+            return rows
+        return rows.unflatten(2, self.rest).movedim((0, 1), (self.batch, self.tokens)).contiguous()
 
 
-def join(tensors: Sequence[torch.Tensor], dim: int | None) -> torch.Tensor:
-    """Concatenate tensors of single samples to a batch; equal ones become a view if the batch dimension is 1."""
-    first = tensors[0]
-    if dim is None or len(tensors) == 1:
-        return first
-    if all(t is first for t in tensors) and first.shape[dim] == 1:
-        sizes = [-1] * first.dim()
-        sizes[dim] = len(tensors)
-        return first.expand(sizes)
-    return torch.cat(list(tensors), dim=dim)
+def batch_dim(tensor: torch.Tensor) -> int | None:
+    """The batch dimension of a tensor of one sample: the first dimension of size one."""
+    return next((d for d in range(tensor.dim()) if tensor.shape[d] == 1), None)
+
+
+@dataclass(frozen=True)
+class SharedSlot:
+    """One tensor that a block produces for a later one, in an entry of a shared object or in its output."""
+
+    writer: int  # index of the block
+    number: int | None  # the shared object; None for the block's output
+    key: Any  # the entry
+    leaf: int  # position among the tensors of that entry or output
+    batch: int  # the batch dimension
+
+    def find(self, output: Any, objects: Mapping[int, Any]) -> torch.Tensor | None:
+        """The tensor in a block's output and shared objects; None when the block made none."""
+        value = output
+        if self.number is not None:
+            value = entries_of(objects[self.number]).get(self.key) if self.number in objects else None
+        leaves: Sequence[Any] = flatten(value).leaves
+        return leaves[self.leaf] if self.leaf < len(leaves) else None
+
+
+@dataclass(frozen=True)
+class ObjectEntry:
+    """An entry that a block writes to a shared object: a nested value whose tensors are slots."""
+
+    number: int
+    key: Any
+    value: NestedValue
+    slots: tuple[SharedSlot, ...]
+
+
+@dataclass(frozen=True)
+class BlockDependencies:
+    """What one block reads from earlier blocks and writes for later ones."""
+
+    # By position among the tensors of its arguments, the slot that provides the value.
+    leaves: Mapping[int, SharedSlot] = field(default_factory=dict)
+    # Numbers of the objects that blocks write to, by path in its arguments; an object has one number in all blocks.
+    objects: Mapping[ArgumentPath, int] = field(default_factory=dict)
+    entries: tuple[ObjectEntry, ...] = ()  # what earlier blocks have written to these objects
+    writes: tuple[SharedSlot, ...] = ()  # slots that it fills and later blocks read
+
+    @property
+    def reads(self) -> set[SharedSlot]:
+        """Slots that the block reads."""
+        return {*self.leaves.values(), *(slot for entry in self.entries for slot in entry.slots)}
+
+    def arguments(
+        self, call: NestedValue, leaves: Sequence[torch.Tensor], take: Callable[[SharedSlot], torch.Tensor]
+    ) -> tuple[Any, dict[int, Any]]:
+        """Rebuild the arguments of a call from its tensors and from what earlier blocks produced.
+
+        Returns (arguments, shared objects that the block may write to, by number).
+        """
+        leaves = [take(self.leaves[i]) if i in self.leaves else leaf for i, leaf in enumerate(leaves)]
+        objects: dict[int, Any] = {}
+
+        def make_shared(kind: type, number: int, own: dict[Any, Any]) -> Any:
+            if number not in objects:
+                given = [entry for entry in self.entries if entry.number == number]
+                values = {entry.key: entry.value.build([take(slot) for slot in entry.slots]) for entry in given}
+                objects[number] = make_container(kind, own | values)
+            return objects[number]
+
+        return call.build(leaves, make_shared), objects
+
+
+@dataclass(frozen=True)
+class ModelDependencies:
+    """Dependencies between the blocks of a model."""
+
+    layout: HiddenLayout = HiddenLayout()
+    blocks: tuple[BlockDependencies, ...] = ()  # empty when none are known
+    # By class of block, its outputs after the hidden states; None when it returns the hidden states alone.
+    kinds: dict[type, tuple[Any, ...] | None] = field(default_factory=dict)
+    changes_hidden: bool = False  # a block modifies its hidden states in place
+
+    def block(self, index: int) -> BlockDependencies:
+        """Dependencies of one block."""
+        return self.blocks[index] if self.blocks else BlockDependencies()
+
+    def output(self, block: nn.Module, hidden: torch.Tensor) -> Any:
+        """What a block returns with these hidden states when it does not run."""
+        rest = self.kinds[type(block)]
+        return hidden if rest is None else (hidden, *rest)
+
+    def slots_needed_from(self, index: int) -> list[SharedSlot]:
+        """Slots that are filled before this block and read by it or a later one, in order."""
+        needed = {slot for block in self.blocks[index:] for slot in block.reads}
+        return [slot for block in self.blocks[:index] for slot in block.writes if slot in needed]
+
+
+class SharedState:
+    """The values of slots for all samples of one stream, stored where its hidden states [N, T, H] are."""
+
+    def __init__(self, hidden: ActivationTensor) -> None:
+        self._count = int(hidden.shape[0])
+        self._beside = hidden if isinstance(hidden, DiskTensor) else hidden.new_empty(0)
+        self.values: dict[SharedSlot, ActivationTensor] = {}
+
+    def offload(self) -> None:
+        """Move all values to the CPU, and store later ones there."""
+        self._beside = self._beside if isinstance(self._beside, DiskTensor) else self._beside.cpu()
+        self.values = {slot: v if isinstance(v, DiskTensor) else v.cpu() for slot, v in self.values.items()}
+
+    def restore(self, slot: SharedSlot, value: torch.Tensor) -> None:
+        """Set the values of a slot for all samples [N, ...], for a resumed run."""
+        self.values[slot] = empty_beside(self._beside, tuple(value.shape), value.dtype)
+        self.values[slot][:] = value
+
+    def take(self, slot: SharedSlot, samples: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """The values of some samples in the shape that the block expects, on the device of `like`."""
+        return self.values[slot][list(samples)].to(like.device).movedim(0, slot.batch)
+
+    def put(self, slot: SharedSlot, samples: Sequence[int], tensor: torch.Tensor, block: str) -> None:
+        """Store what a block produced for some samples. Raises UnsupportedError without a batch dimension."""
+        if tensor.dim() <= slot.batch or tensor.shape[slot.batch] != len(samples):
+            raise UnsupportedError(
+                f"block {block!r} passes on a tensor of shape {list(tensor.shape)} without a batch dimension for "
+                f"{len(samples)} samples, so its blocks cannot run one at a time; {DATA_FREE_ADVICE}"
+            )
+        rows = tensor.detach().movedim(slot.batch, 0)
+        if slot not in self.values:
+            self.values[slot] = empty_beside(self._beside, (self._count, *rows.shape[1:]), rows.dtype)
+        stored = self.values[slot]
+        stored[list(samples)] = rows.to(stored.device, stored.dtype)
+
+    def keep_only(self, slots: Sequence[SharedSlot]) -> None:
+        """Drop the values of all other slots."""
+        self.values = {slot: value for slot, value in self.values.items() if slot in slots}

@@ -1,15 +1,7 @@
 """From calibration samples to the inputs of every block: the interface between data and the run.
 
-    data = prepare_calibration(...)                          # calib_dataset.py: dicts of token tensors
-    captured = capture_inputs(source, data.samples, ...)     # one forward pass, without running the blocks
-    stream = Stream.of(captured, ...)                        # run/streams.py: hidden states of all samples
-
-Whatever supplies inputs to the blocks gives a run what `CapturedInputs` has: `hidden` (inputs of the first block),
-`loss_mask` and `present` (positions that count), `run` (a block on some samples), `run_head` (what follows the last
-block) and `links` (what blocks pass to each other beside the hidden states).
-
-Blocks of hybrid, sliding-window and local/global models get different masks and rotary tables, so the arguments
-of each block are stored. Masks keep their dtype: a boolean mask stays boolean.
+docs/architecture.md says how a run uses `CapturedInputs`. Blocks of hybrid, sliding-window and local/global models get
+different masks and rotary tables, so the arguments of each block are stored. A boolean mask stays boolean.
 """
 
 from __future__ import annotations
@@ -23,25 +15,23 @@ import torch
 from torch import nn
 
 from auto_round.calibration.block_calls import (
-    BlockCall,
     ForwardStopped,
+    ModelDependencies,
+    NestedValue,
+    SharedSlot,
+    SharedState,
     TensorPool,
-    batch_dims,
     call_block,
-    extra_outputs,
+    checked_output,
     flatten,
     hidden_changed,
-    hidden_of,
-    hidden_output,
-    join,
     mutable_objects,
     replaced_forwards,
     run_model,
     split_hidden_states,
+    split_output,
     stop_with_input,
-    unflatten,
 )
-from auto_round.calibration.block_links import ModelDependencies, SharedSlot, SharedState
 from auto_round.calibration.disk_store import ActivationTensor, DiskStore, empty_beside
 from auto_round.calibration.isolation_check import IsolationCheck
 from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
@@ -54,29 +44,18 @@ _SHARED_PLACEHOLDER = torch.empty(0)  # placeholder of an argument that an earli
 
 @dataclass
 class CapturedInputs:
-    """The calibration samples as seen by the blocks.
+    """The calibration samples as seen by the blocks."""
 
-    Attributes:
-        hidden: [N, T, H], inputs of block 0, in the model's dtype unless another was requested. Parallel streams of a
-            model are concatenated in the last dimension.
-        inputs: the model's inputs, one dict per sample.
-        present: bool [N, T]; False for padding.
-        loss_mask: bool [N, T]; False for padding and labels of -100.
-        dtype: the model's dtype.
-        links: dependencies between the blocks.
-        running: indices of the samples in the current batch.
-    """
-
-    hidden: ActivationTensor
-    inputs: list[dict[str, torch.Tensor]]
-    present: torch.Tensor
-    loss_mask: torch.Tensor
-    dtype: torch.dtype
+    hidden: ActivationTensor  # [N, T, H], inputs of block 0; parallel streams are concatenated in the last dimension
+    inputs: list[dict[str, torch.Tensor]]  # of the model, one dict per sample
+    present: torch.Tensor  # bool [N, T]; False for padding
+    loss_mask: torch.Tensor  # bool [N, T]; False for padding and labels of -100
+    dtype: torch.dtype  # the model's
     links: ModelDependencies
-    _calls: list[list[BlockCall]]
-    _dims: dict[Hashable, tuple[int | None, ...]]
-    _on_device: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = field(default_factory=dict)
-    running: Sequence[int] = ()
+    _calls: list[list[NestedValue]]  # by block and sample
+    _dims: dict[Hashable, tuple[int | None, ...]]  # batch dimensions, by block and structure of a call
+    _on_device: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+    running: Sequence[int] = ()  # indices of the samples in the current batch
 
     def run(
         self, block_index: int, block: nn.Module, hidden: torch.Tensor, samples: Sequence[int],
@@ -84,12 +63,12 @@ class CapturedInputs:
     ) -> torch.Tensor:  # fmt: skip
         """Run a block on `hidden` [B, T, H] of the samples with these indices; returns [B, T, H] with gradients.
 
-        `state` holds what earlier blocks produced for this one; with `store_state`, what this block produces for later
-        ones is stored there.
+        Samples whose arguments cannot share a batch (one has no mask, another has) run in separate calls. Arguments are
+        moved to the device of `hidden`; floating-point ones in the model's dtype are cast to its dtype.
 
-        Arguments are moved to the device of `hidden`. Floating-point ones in the model's dtype are cast to the dtype of
-        `hidden`; nothing else is cast. Samples whose arguments cannot share a batch (one has no mask, another has) run
-        in separate calls.
+        Args:
+            state: what earlier blocks produced for this one.
+            store_state: store in `state` what this block produces for later ones.
         """
         if hidden.shape[0] != len(samples):
             raise DataError(f"hidden holds {hidden.shape[0]} samples, but {len(samples)} sample indices were given")
@@ -103,9 +82,8 @@ class CapturedInputs:
         outputs, order = [], []
         for group in groups.values():
             self.running = [samples[position] for position in group]
-            own = [calls[sample] for sample in self.running]
             part = hidden if len(groups) == 1 else hidden[group]
-            outputs.append(self._run_group(block_index, block, part, own, state, store_state))
+            outputs.append(self._run_group(block_index, block, part, state, store_state))
             order += group
         if len(groups) == 1:
             return outputs[0]
@@ -125,33 +103,26 @@ class CapturedInputs:
         def replacement(index: int, block: nn.Module, _original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 own = given if index == last else split_hidden_states(args, kwargs)[0]
-                return _block_output(self.links.kinds[type(block)], own)
+                return self.links.output(block, own)
 
             return forward
 
         with ExitStack() as stack:
             if stop_at is not None:
-                stack.callback(source._module(stop_at).register_forward_pre_hook(stop_with_input).remove)
+                stack.enter_context(source._module(stop_at).register_forward_pre_hook(stop_with_input))
             stack.enter_context(non_block_loaded(source, hidden.device))
             stack.enter_context(replaced_forwards(source, replacement))
             try:
                 return run_model(source.model, [self.inputs[s] for s in samples], hidden.device).logits
             except ForwardStopped as stop:
-                assert stop.value is not None
-                return stop.value
-
-    def arguments(self, block_index: int, sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments recorded for one block and sample, without the hidden states."""
-        call = self._calls[block_index][sample]
-        args, kwargs, _ = unflatten(call.spec, call.consts, [leaf.to("cpu") for leaf in call.leaves])
-        return args, kwargs
+                return stop.args[0]
 
     def _run_group(
-        self, block_index: int, block: nn.Module, hidden: torch.Tensor, calls: list[BlockCall],
-        state: SharedState | None, store_state: bool,
-    ) -> torch.Tensor:  # fmt: skip
-        """Run a block on samples whose arguments can share a batch."""
+        self, block_index: int, block: nn.Module, hidden: torch.Tensor, state: SharedState | None, store_state: bool
+    ) -> torch.Tensor:
+        """Run a block on the samples of `running`, whose arguments can share a batch."""
         links, samples = self.links.block(block_index), list(self.running)
+        calls = [self._calls[block_index][sample] for sample in samples]
 
         def take(slot: SharedSlot) -> torch.Tensor:
             if state is None:
@@ -161,7 +132,7 @@ class CapturedInputs:
         leaves = []
         for position, dim in enumerate(self._dims[block_index, calls[0].structure]):
             moved: dict[Hashable, torch.Tensor] = {}
-            leaves.append(join([self._moved(call.leaves[position], hidden, moved) for call in calls], dim))
+            leaves.append(_join([self._moved(call.leaves[position], hidden, moved) for call in calls], dim))
         arguments, objects = links.arguments(calls[0], leaves, take)
         given = self.links.layout.hidden(hidden.clone() if self.links.changes_hidden else hidden)
         output = call_block(block, given, arguments)
@@ -169,7 +140,7 @@ class CapturedInputs:
             made = slot.find(output, objects)
             if made is not None and state is not None:
                 state.put(slot, samples, made, str(block_index))
-        return self.links.layout.rows(hidden_of(output))
+        return self.links.layout.rows(split_output(output)[0])
 
     def _moved(self, leaf: ActivationTensor, hidden: torch.Tensor, moved: dict[Hashable, torch.Tensor]) -> torch.Tensor:
         """An argument on the device and in the dtype of `hidden`. `moved` holds the large ones of this call."""
@@ -177,7 +148,7 @@ class CapturedInputs:
         if isinstance(leaf, torch.Tensor) and (leaf.device, leaf.dtype) == (hidden.device, dtype):
             return leaf
         cached = isinstance(leaf, torch.Tensor) and leaf.nbytes <= _MAX_CACHED_BYTES
-        copies: dict[Any, torch.Tensor] = self._on_device if cached else moved
+        copies = self._on_device if cached else moved
         key = (id(leaf), hidden.device, dtype)
         if key not in copies:
             if len(self._on_device) > 256:  # limits the copies of per-sample masks
@@ -186,17 +157,21 @@ class CapturedInputs:
         return copies[key]
 
 
+def _join(tensors: Sequence[torch.Tensor], dim: int | None) -> torch.Tensor:
+    """Concatenate tensors of single samples to a batch; equal ones become a view if the batch dimension is 1."""
+    first = tensors[0]
+    if dim is None or len(tensors) == 1:
+        return first
+    if all(t is first for t in tensors) and first.shape[dim] == 1:
+        return first.expand([len(tensors) if d == dim else -1 for d in range(first.dim())])
+    return torch.cat(list(tensors), dim=dim)
+
+
 def capture_inputs(
-    source: ModelSource,
-    samples: list[dict[str, torch.Tensor]],
-    device: Device | None = None,
-    store_device: Device = "cpu",
-    dtype: torch.dtype | None = None,
-    disk_store: DiskStore | None = None,
-    stream_experts: bool = False,
-    links: ModelDependencies | None = None,
-    check_isolation: bool = False,
-) -> CapturedInputs:
+    source: ModelSource, samples: list[dict[str, torch.Tensor]], device: Device | None = None,
+    store_device: Device = "cpu", dtype: torch.dtype | None = None, disk_store: DiskStore | None = None,
+    stream_experts: bool = False, links: ModelDependencies | None = None, check_isolation: bool = False,
+) -> CapturedInputs:  # fmt: skip
     """Run everything before the blocks on each sample, and record the arguments of each block.
 
     Only modules before the blocks are loaded, and briefly one block of each class, to see what it returns.
@@ -226,28 +201,19 @@ def capture_inputs(
     if device is None and not source.lazy:  # a live model runs where it is
         where = next((p.device for p in source.model.parameters()), where)
     store = TensorPool(torch.device(store_device), disk_store)
-
-    def record(links: ModelDependencies | None) -> _CallRecorder:
-        recorder = _CallRecorder(source, store, len(inputs), dtype, stream_experts, links)
-        with replaced_forwards(source, recorder.replacement):
-            for index, sample in enumerate(inputs):
-                recorder.record(index, sample, where)
-        return recorder
-
-    def check() -> IsolationCheck:
-        made = IsolationCheck(source, store, stream_experts)
-        made.run(inputs[0], where)
-        return made
-
     with torch.no_grad(), non_block_loaded(source, device):
-        checked = check() if check_isolation and links is None else None
+        isolation = IsolationCheck(source, store, stream_experts)
+        checked = check_isolation and links is None
         try:
-            recorder = record(links if checked is None else checked.links())
+            links = isolation.run(inputs[0], where) if checked else links
+            recorder = _CallRecorder(source, store, dtype, stream_experts, links)
+            recorder.record(inputs, where)
         except _ExtraBlockOutputs:
-            checked = check()
-            recorder = record(checked.links())
-    if checked is not None:
-        checked.compare_recording([calls[0] for calls in recorder.calls])
+            checked = True
+            recorder = _CallRecorder(source, store, dtype, stream_experts, isolation.run(inputs[0], where))
+            recorder.record(inputs, where)
+    if checked:
+        isolation.compare_recording([calls[0] for calls in recorder.calls])
     assert recorder.hidden is not None and recorder.model_dtype is not None
     if "attention_mask" in inputs[0]:
         present = torch.stack([sample["attention_mask"].cpu() != 0 for sample in inputs])
@@ -257,9 +223,8 @@ def capture_inputs(
     for counted, sample in zip(loss_mask, samples, strict=True):
         if isinstance(labels := sample.get("labels"), torch.Tensor):
             counted &= labels.reshape(-1).cpu() != -100
-    links = replace(recorder.links, kinds=recorder.kinds)
     return CapturedInputs(
-        recorder.hidden, inputs, present, loss_mask, recorder.model_dtype, links, recorder.calls, recorder.dims
+        recorder.hidden, inputs, present, loss_mask, recorder.model_dtype, recorder.links, recorder.calls, recorder.dims
     )
 
 
@@ -268,35 +233,35 @@ class _ExtraBlockOutputs(Exception):
 
 
 class _CallRecorder:
-    """Replaces the forwards of the blocks and records their arguments, sample by sample.
+    """Records the arguments of the blocks, sample by sample.
 
     With `links` None nothing is known yet of what blocks pass on; then anything but hidden states
     [batch, tokens, width] raises `_ExtraBlockOutputs`.
     """
 
     def __init__(
-        self, source: ModelSource, store: TensorPool, count: int, dtype: torch.dtype | None, stream_experts: bool,
+        self, source: ModelSource, store: TensorPool, dtype: torch.dtype | None, stream_experts: bool,
         links: ModelDependencies | None,
     ) -> None:  # fmt: skip
-        self.source, self.count, self.store, self.dtype = source, count, store, dtype
-        self.links, self.links_known = links or ModelDependencies(), links is not None
-        self.stream_experts = stream_experts
+        self.source, self.store, self.dtype, self.stream_experts = source, store, dtype, stream_experts
+        self.links_known = links is not None
+        self.links = ModelDependencies() if links is None else replace(links, kinds=dict(links.kinds))
         self.model_dtype: torch.dtype | None = None
         self.hidden: ActivationTensor | None = None
-        self.calls: list[list[BlockCall]] = [[] for _ in source.blocks]
+        self.calls: list[list[NestedValue]] = [[] for _ in source.blocks]
         self.dims: dict[Hashable, tuple[int | None, ...]] = {}
-        self.kinds = dict(self.links.kinds)
-        self._sample = 0
-        self._doubled = False
 
-    def record(self, index: int, sample: dict[str, torch.Tensor], device: torch.device) -> None:
-        """Run one sample; if its arguments have a new shape, also as a batch of two, to find the batch dimensions."""
-        self._sample, self._doubled = index, False
-        self._run([sample], device)
-        if any((i, calls[index].structure) not in self.dims for i, calls in enumerate(self.calls)):
-            self._doubled = True
-            self._run([sample, sample], device)
-        self.store.end_of_sample()
+    def record(self, samples: list[dict[str, torch.Tensor]], device: torch.device) -> None:
+        """Run each sample, and as a batch of two when its arguments have a new shape, to find the batch dimensions."""
+        self._count = len(samples)
+        with replaced_forwards(self.source, self._replacement):
+            for index, sample in enumerate(samples):
+                self._sample, self._doubled = index, False
+                self._run([sample], device)
+                if any((i, calls[index].structure) not in self.dims for i, calls in enumerate(self.calls)):
+                    self._doubled = True
+                    self._run([sample, sample], device)
+                self.store.end_of_sample()
 
     def _run(self, samples: list[dict[str, torch.Tensor]], device: torch.device) -> None:
         with suppress(ForwardStopped):
@@ -304,7 +269,7 @@ class _CallRecorder:
             name = type(self.source.model).__name__
             raise ModelError(f"{name} never called its last block {self.source.blocks[-1]!r}")
 
-    def replacement(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _replacement(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         """The forward that records a block's arguments and returns its hidden states unchanged."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -314,30 +279,31 @@ class _CallRecorder:
                 plain = hidden.dim() == 3 and hidden.shape[0] <= 2
                 if not plain or any(not isinstance(o, (dict, list)) for o in mutable_objects(arguments).values()):
                     raise _ExtraBlockOutputs
-            own = self.links.block(index)
-            spec, consts, leaves = flatten(arguments, own.objects)
-            leaves = [_SHARED_PLACEHOLDER if i in own.leaves else leaf for i, leaf in enumerate(leaves)]
+            own, calls = self.links.block(index), self.calls[index]
+            call = flatten(arguments, own.objects)
+            leaves = [_SHARED_PLACEHOLDER if i in own.leaves else leaf for i, leaf in enumerate(call.leaves)]
             if self._doubled:
-                single = self.calls[index][self._sample]
-                self.dims[index, single.structure] = batch_dims(single.leaves, leaves)
+                single = calls[self._sample]
+                self.dims[index, single.structure] = tuple(
+                    _batch_dim(one, two) for one, two in zip(single.leaves, leaves, strict=True)
+                )
             else:
                 self._record_hidden(index, self.links.layout.rows(hidden))
-                if len(self.calls[index]) != self._sample:
+                if len(calls) != self._sample:
                     raise ModelError(
                         f"block {self.source.blocks[index]!r} was not called exactly once; it cannot be tuned alone"
                     )
-                self.calls[index].append(BlockCall(spec, tuple(consts), tuple(self.store.put(leaf) for leaf in leaves)))
-            if type(block) not in self.kinds:
+                calls.append(replace(call, leaves=tuple(self.store.put(leaf) for leaf in leaves)))
+            if type(block) not in self.links.kinds:
                 with block_loaded(self.source, self.source.blocks[index], hidden.device, self.stream_experts):
                     output = original(*args, **kwargs)
-                hidden_output(self.source, index, output, hidden)
-                rest = extra_outputs(output)
-                if not self.links_known and (flatten(rest)[2] or hasattr(type(output), "_fields")):
+                rest = checked_output(self.source, index, output, hidden)[1]
+                if not self.links_known and (flatten(rest).leaves or hasattr(type(output), "_fields")):
                     raise _ExtraBlockOutputs
-                self.kinds[type(block)] = rest
+                self.links.kinds[type(block)] = rest
             if index == len(self.calls) - 1:
                 raise ForwardStopped
-            return _block_output(self.kinds[type(block)], hidden)
+            return self.links.output(block, hidden)
 
         return forward
 
@@ -350,7 +316,7 @@ class _CallRecorder:
                 )
             if self.hidden is None:
                 self.model_dtype = hidden.dtype
-                shape, dtype = (self.count, *hidden.shape[1:]), self.dtype or hidden.dtype
+                shape, dtype = (self._count, *hidden.shape[1:]), self.dtype or hidden.dtype
                 if self.store.disk_store is not None:
                     self.hidden = self.store.disk_store.empty(shape, dtype)
                 else:
@@ -361,9 +327,11 @@ class _CallRecorder:
             raise hidden_changed(self.source, index)
 
 
-def _block_output(rest: tuple[Any, ...] | None, hidden: torch.Tensor) -> Any:
-    """The output of a block that returns `rest` after the hidden states; None: the hidden states alone."""
-    return hidden if rest is None else (hidden, *rest)
+def _batch_dim(single: ActivationTensor, double: torch.Tensor) -> int | None:
+    """The dimension of a tensor that doubles with the batch size; None when it is independent of it."""
+    if double.dim() != single.dim():
+        return None
+    return next((d for d in range(single.dim()) if double.shape[d] == 2 * single.shape[d] != 0), None)
 
 
 def _check_samples(samples: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:

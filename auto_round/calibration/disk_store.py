@@ -2,7 +2,6 @@
 
 The file is read and written at explicit offsets through small buffers, not memory-mapped: mapped pages count as
 the process's own until something else needs memory, which breaks a limit on resident memory (docs/adr/0013).
-The file has no name once it is open, so it disappears with the process.
 """
 
 from __future__ import annotations
@@ -12,24 +11,22 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import torch
 
 from auto_round.errors import OutputError
+from auto_round.files import bytes_of
 from auto_round.modeling.files.safetensors import empty_mmap
 
 _CHUNK_BYTES = 1 << 26
 
 
 class DiskStore:
-    """One growing temporary file. A tensor keeps its place in it until the store is closed or cleared.
+    """One growing temporary file in `folder` for `what`. It has no name once it is open, so it ends with the process.
 
-    Args:
-        folder: where the file is created.
-        what: what is stored, for the file's name and messages.
-
-    Raises OutputError when the folder cannot be written or its disk is full.
+    A tensor keeps its place until the store is closed or cleared. Raises OutputError when the folder cannot be written
+    or its disk is full.
     """
 
     def __init__(self, folder: str | os.PathLike[str], what: str = "activations") -> None:
@@ -54,7 +51,7 @@ class DiskStore:
     def put(self, tensor: torch.Tensor) -> DiskTensor:
         """Store a copy of a tensor, in its dtype."""
         made = self.empty(tensor.shape, tensor.dtype)
-        self.write(made.start, _bytes_of(tensor))
+        self.write(made.start, bytes_of(tensor))
         return made
 
     def write(self, start: int, data: memoryview) -> None:
@@ -85,25 +82,11 @@ class DiskStore:
         """Discard every tensor; their space is reused."""
         self.size = 0
 
-    def close(self) -> None:
-        """Free the disk space. Tensors of this store can no longer be read."""
-        self._file.close()
-
     def __enter__(self) -> DiskStore:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.close()
-
-
-class TensorStorage(Protocol):
-    """A file that stores tensors at byte offsets."""
-
-    def read(self, start: int, into: memoryview) -> None: ...
-
-    def write(self, start: int, data: memoryview) -> None: ...
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> DiskTensor: ...
+        self._file.close()
 
 
 class DiskTensor:
@@ -111,15 +94,12 @@ class DiskTensor:
 
     device = torch.device("cpu")
 
-    def __init__(self, file: TensorStorage, start: int, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(self, file: DiskStore, start: int, shape: torch.Size, dtype: torch.dtype) -> None:
         self._file, self.start, self.shape, self.dtype = file, start, shape, dtype
 
     @property
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
 
     def dim(self) -> int:
         return len(self.shape)
@@ -127,7 +107,7 @@ class DiskTensor:
     def read(self) -> torch.Tensor:
         """Read the whole tensor into new memory."""
         made = torch.empty(self.shape, dtype=self.dtype)
-        self._file.read(self.start, _bytes_of(made))
+        self._file.read(self.start, bytes_of(made))
         return made
 
     def to(self, *args: Any) -> torch.Tensor:
@@ -165,7 +145,7 @@ class DiskTensor:
 
     def _parts(self, rows: Sequence[int], values: torch.Tensor) -> Iterator[tuple[int, memoryview]]:
         """(file offset, part of the memory of `values`) for every run of consecutive rows."""
-        view, size = _bytes_of(values), self.nbytes // max(1, self.shape[0])
+        view, size = bytes_of(values), self.nbytes // max(1, self.shape[0])
         start = 0
         for stop in range(1, len(rows) + 1):
             if stop == len(rows) or rows[stop] != rows[stop - 1] + 1:
@@ -183,7 +163,3 @@ def empty_beside(like: ActivationTensor, shape: tuple[int, ...], dtype: torch.dt
     if like.device.type == "cpu":
         return empty_mmap(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

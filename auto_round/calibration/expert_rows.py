@@ -66,16 +66,6 @@ class TokenRows:
         return slice(sample * self.tokens, (sample + 1) * self.tokens)
 
 
-@contextmanager
-def record_outputs(experts: RoutedExperts, record: TokenRows) -> Iterator[None]:
-    """Write the outputs of the experts to `record` while the context is open."""
-    handle = experts.register_forward_hook(lambda _module, _args, output: record.write(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 class ReplayExperts(nn.Module):
     """Returns recorded outputs regardless of its inputs; has the signature of `RoutedExperts`."""
 
@@ -92,16 +82,16 @@ class ReplayExperts(nn.Module):
 class InputRecordingExperts(nn.Module):
     """Records its inputs and returns zeros; has the signature of `RoutedExperts`.
 
-    Attributes:
-        index: int32 [N * T, K], the experts of each token; None before the first call.
-        weights: float32 [N * T, K], the routing weight of each.
+    After the first call, `index`, int32 [N * T, K], has the experts of each token, `weights`, float32 [N * T, K], their
+    routing weights.
     """
+
+    index: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def __init__(self, record: TokenRows) -> None:
         super().__init__()
         self.record = record
-        self.index: torch.Tensor | None = None
-        self.weights: torch.Tensor | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -118,29 +108,21 @@ class InputRecordingExperts(nn.Module):
 @contextmanager
 def replaced_submodule(block: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
     """Replace the submodule `name` of a block by `module` while the context is open."""
-    owner, _, leaf = name.rpartition(".")
-    parent = block.get_submodule(owner)
-    before = getattr(parent, leaf)
-    setattr(parent, leaf, module)
+    before = block.get_submodule(name)
+    block.set_submodule(name, module)
     try:
         yield
     finally:
-        setattr(parent, leaf, before)
+        block.set_submodule(name, before)
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The tokens of every expert.
+    """The tokens of every expert."""
 
-    Attributes:
-        tokens: int32 row indices, sorted by expert.
-        weights: float32 routing weights in the same order.
-        bounds: start of each expert's part, and the end of the last.
-    """
-
-    tokens: torch.Tensor
-    weights: torch.Tensor
-    bounds: Sequence[int]
+    tokens: torch.Tensor  # int32 row indices, sorted by expert
+    weights: torch.Tensor  # float32 routing weights in the same order
+    bounds: Sequence[int]  # start of each expert's part, and the end of the last
 
     @classmethod
     def of(cls, index: torch.Tensor, weights: torch.Tensor, counted: torch.Tensor | None, experts: int) -> Routing:
@@ -177,12 +159,12 @@ class Routing:
 
 
 def gather_rows(matrix: ActivationTensor, rows: torch.Tensor) -> torch.Tensor:
-    """ActivationTensor of a matrix by int64 [n] indices, on its device (in memory for a file)."""
+    """Rows of a matrix by int64 [n] indices, on its device (in memory for a file)."""
     return matrix[rows.tolist()] if isinstance(matrix, DiskTensor) else matrix[rows.to(matrix.device)]
 
 
 class GatheredRows:
-    """ActivationTensor of a matrix grouped to samples [M, R, H] of R rows each; the last sample is padded with zeros.
+    """Rows of a matrix grouped to samples [M, R, H] of R rows each; the last sample is padded with zeros.
 
     Args:
         matrix: read when a sample is accessed.
@@ -197,10 +179,8 @@ class GatheredRows:
     @property
     def present(self) -> torch.Tensor | None:
         """bool [M, R]: False for padding; None when there is none."""
-        count = self.rows.numel()
-        if count == self.shape[0] * self.each:
-            return None
-        return (torch.arange(self.shape[0] * self.each) < count).view(self.shape[:2])
+        present = torch.arange(self.shape[0] * self.each) < self.rows.numel()
+        return None if bool(present.all()) else present.view(self.shape[:2])
 
     def __getitem__(self, index: Sequence[int]) -> torch.Tensor:
         wanted = (torch.tensor(index)[:, None] * self.each + torch.arange(self.each)).reshape(-1)

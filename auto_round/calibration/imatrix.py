@@ -1,10 +1,8 @@
-"""Read and write llama.cpp importance matrix (imatrix) files: mean squared inputs per matrix.
+"""Read and write llama.cpp importance matrix (imatrix) files: mean squared inputs per matrix, by its name in GGUF.
 
-Matrices are named as in the GGUF file. There are two formats. The current one is a GGUF file with two float32 tensors
-per matrix: `NAME.in_sum2` [experts, in], sums of squares over tokens, and `NAME.counts` [experts, 1], the number of
-tokens; the keys `imatrix.datasets`, `imatrix.chunk_count` and `imatrix.chunk_size` describe the data. The legacy one is
-a list of (name, number of calls, mean squares times that number) without a magic number. Source: llama.cpp's
-`tools/imatrix/imatrix.cpp` and `common/imatrix-loader.cpp`.
+The current format is a GGUF file with two float32 tensors per matrix: `NAME.in_sum2` [experts, in], sums of squares
+over tokens, and `NAME.counts` [experts, 1], the number of tokens. The legacy one is a list of (name, number of calls,
+mean squares times that number). Source: llama.cpp's `tools/imatrix/imatrix.cpp` and `common/imatrix-loader.cpp`.
 """
 
 from __future__ import annotations
@@ -61,13 +59,12 @@ def read_imatrix(path: str | os.PathLike[str]) -> ImatrixFile:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            start = file.read(len(MAGIC))
-            file.seek(0)
-            if start != MAGIC:
-                return _LegacyReader(file, path).read()
+            if file.read(len(MAGIC)) != MAGIC:
+                file.seek(0)
+                return ImatrixFile(_read_legacy(path, file))
     except OSError as error:
         raise DataError(f"cannot read importance matrix {path} ({error.strerror})") from error
-    return _from_gguf(path, read_header(path))
+    return ImatrixFile(_read_gguf(path, read_header(path)))
 
 
 def write_imatrix(
@@ -78,8 +75,7 @@ def write_imatrix(
 
     Args:
         path: the file.
-        sums: sums of squares by the tensor's name in the GGUF file, [in] or [experts, in], as in
-            `SecondMomentObserver`.
+        sums: sums of squares by the tensor's name in the GGUF file, [in] or [experts, in].
         tokens: number of tokens of each: an integer, or one per expert.
         chunk_size: tokens of one sample.
 
@@ -89,25 +85,22 @@ def write_imatrix(
     """
     if not sums:
         raise DataError(f"no importance was collected; there is nothing to write to {path}")
-    counts = {name: torch.as_tensor(tokens[name], dtype=torch.float32).reshape(-1, 1) for name in sums}
-    rows = {name: value.detach().to("cpu", torch.float32) for name, value in sums.items()}
-    infos: list[tuple[str, Sequence[int], str]] = []
-    for name in sorted(rows):
-        rows[name] = rows[name].reshape(len(counts[name]), -1)
-        _check(name, rows[name], path)
-        infos += [(name + _SUMS, rows[name].shape, "F32"), (name + _COUNTS, counts[name].shape, "F32")]
-    chunks = -(-int(max(float(count.max()) for count in counts.values())) // chunk_size)
+    counts = {name: torch.as_tensor(tokens[name], dtype=torch.float32).reshape(-1, 1) for name in sorted(sums)}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, count in counts.items():
+        rows = sums[name].detach().to("cpu", torch.float32).reshape(len(count), -1)
+        _check(name, rows, path)
+        tensors |= {name + _SUMS: rows, name + _COUNTS: count}
     metadata = {
         "general.type": "imatrix",
         # llama-quantize requires the list, and GGUF has no item type for an empty one.
         "imatrix.datasets": TypedValue(["unknown"], "STRING"),
-        "imatrix.chunk_count": chunks,
+        "imatrix.chunk_count": -(-int(max(float(count.max()) for count in counts.values())) // chunk_size),
         "imatrix.chunk_size": chunk_size,
     }
-    with GgufFile(path, "imatrix", metadata, infos) as file:
-        for name in sorted(rows):
-            file.write(name + _SUMS, rows[name])
-            file.write(name + _COUNTS, counts[name])
+    with GgufFile(path, "imatrix", metadata, [(name, rows.shape, "F32") for name, rows in tensors.items()]) as file:
+        for name, rows in tensors.items():
+            file.write(name, rows)
 
 
 def _check(name: str, values: torch.Tensor, path: str | os.PathLike[str]) -> None:
@@ -115,7 +108,7 @@ def _check(name: str, values: torch.Tensor, path: str | os.PathLike[str]) -> Non
         raise DataError(f"importance matrix {path}: the values of {name!r} are not all finite and positive")
 
 
-def _from_gguf(path: Path, header: GgufHeader) -> ImatrixFile:
+def _read_gguf(path: Path, header: GgufHeader) -> dict[str, torch.Tensor]:
     def bad(problem: str) -> DataError:
         return DataError(f"{path} is not an importance matrix: {problem}")
 
@@ -131,62 +124,56 @@ def _from_gguf(path: Path, header: GgufHeader) -> ImatrixFile:
             raise bad(f"{name!r} needs float32 sums and counts")
         if not counts.nbytes or sums.nbytes % counts.nbytes:
             raise bad(f"the sums and counts of {name!r} do not match")
-        count = _floats(path, counts.start, counts.nbytes)
-        total = _floats(path, sums.start, sums.nbytes).reshape(len(count), -1)
+        count, total = (
+            torch.from_numpy(np.fromfile(path, "<f4", tensor.nbytes // 4, offset=tensor.start).astype(np.float32))
+            for tensor in (counts, sums)
+        )
         _check(name, total, path)
         _check(name, count, path)
-        unseen = count.round().unsqueeze(1) == 0
-        mean = torch.where(unseen, torch.ones(()), total / count.round().clamp(min=1).unsqueeze(1))
+        count = count.round().unsqueeze(1)
+        mean = torch.where(count == 0, torch.ones(()), total.reshape(len(count), -1) / count.clamp(min=1))
         importance[name] = mean[0] if len(count) == 1 else mean
-    return ImatrixFile(importance)
+    return importance
 
 
-def _floats(path: Path, start: int, nbytes: int) -> torch.Tensor:
-    return torch.from_numpy(np.fromfile(path, "<f4", nbytes // 4, offset=start).astype(np.float32))
+def _read_legacy(path: Path, file: BinaryIO) -> dict[str, torch.Tensor]:
+    """Read the legacy format; every length is checked against the rest of the file before memory is allocated."""
+    left = os.fstat(file.fileno()).st_size
 
+    def bad(problem: str) -> DataError:
+        return DataError(f"{path} is not an importance matrix of llama.cpp: {problem}")
 
-class _LegacyReader:
-    """Reads the legacy format; every length is checked against the rest of the file before memory is allocated."""
+    def take(count: int) -> bytes:
+        nonlocal left
+        if count > left:
+            raise bad("it ends too early")
+        left -= count
+        return file.read(count)
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.file, self.path = file, path
-        self.left = os.fstat(file.fileno()).st_size
+    def number() -> int:
+        return int(struct.unpack("<i", take(4))[0])
 
-    def read(self) -> ImatrixFile:
-        entries = self.number()
-        if entries < 1:
-            raise self.error("it has no entries")
-        importance: dict[str, torch.Tensor] = {}
-        for _ in range(entries):
-            name = self.text()
-            calls, count = self.number(), self.number()
-            if count < 1:
-                raise self.error(f"{name!r} has {count} values")
-            values = torch.from_numpy(np.frombuffer(self.bytes(4 * count), "<f4").astype(np.float32))
-            importance[name] = values / calls if calls > 0 else values
-            _check(name, importance[name], self.path)
-        if self.left:  # the number of text chunks and the name of the dataset
-            self.number()
-            self.text()
-        return ImatrixFile(importance)
-
-    def error(self, problem: str) -> DataError:
-        return DataError(f"{self.path} is not an importance matrix of llama.cpp: {problem}")
-
-    def bytes(self, count: int) -> bytes:
-        if count > self.left:
-            raise self.error("it ends too early")
-        self.left -= count
-        return self.file.read(count)
-
-    def number(self) -> int:
-        return int(struct.unpack("<i", self.bytes(4))[0])
-
-    def text(self) -> str:
-        length = self.number()
+    def text() -> str:
+        length = number()
         if not 0 <= length <= _LONGEST_NAME:
-            raise self.error(f"a name has {length} bytes")
+            raise bad(f"a name has {length} bytes")
         try:
-            return self.bytes(length).decode("utf-8")
+            return take(length).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.error("a name is not UTF-8") from error
+            raise bad("a name is not UTF-8") from error
+
+    entries = number()
+    if entries < 1:
+        raise bad("it has no entries")
+    importance: dict[str, torch.Tensor] = {}
+    for _ in range(entries):
+        name, calls, count = text(), number(), number()
+        if count < 1:
+            raise bad(f"{name!r} has {count} values")
+        values = torch.from_numpy(np.frombuffer(take(4 * count), "<f4").astype(np.float32))
+        importance[name] = values / calls if calls > 0 else values
+        _check(name, importance[name], path)
+    if left:  # the number of text chunks and the name of the dataset
+        number()
+        text()
+    return importance

@@ -2,8 +2,7 @@
 
 Calibration records the call of every block and runs the blocks one at a time afterwards. That is right only if a block
 depends on nothing else. So each block runs twice here before any data is read: as the model calls it, and from what a
-recording holds. If the outputs differ, the model is refused with the block's name. Module attributes that a block
-changes are restored for the second run.
+recording holds, with the module attributes of before the call. If the outputs differ, the model is refused.
 """
 
 from __future__ import annotations
@@ -19,30 +18,26 @@ from torch import nn
 from auto_round.calibration.block_calls import (
     DATA_FREE_ADVICE,
     ArgumentPath,
-    BlockCall,
+    BlockDependencies,
     ForwardStopped,
+    HiddenLayout,
+    ModelDependencies,
+    NestedValue,
+    ObjectEntry,
+    SharedSlot,
     TensorPool,
+    batch_dim,
     call_block,
+    checked_output,
     entries_of,
-    extra_outputs,
     flatten,
     hidden_changed,
-    hidden_of,
-    hidden_output,
     mutable_objects,
     replaced_forwards,
     run_model,
     split_hidden_states,
+    split_output,
     stop_with_input,
-    unflatten,
-)
-from auto_round.calibration.block_links import (
-    BlockDependencies,
-    HiddenLayout,
-    ModelDependencies,
-    ObjectEntry,
-    SharedSlot,
-    batch_dim,
 )
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.blocks import output_head
@@ -53,44 +48,46 @@ _TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_buffers"}
 _TOLERANCE = 1e-3  # relative to the largest value; two runs of one block on one device differ by less
 
 
-class AttributeSnapshot:
-    """Attributes of modules, and the entries of dicts, lists and objects among them, before a block changes them.
-
-    Attributes:
-        before: by id, (dict or list that a block changed, its entries before the first change).
-    """
+class _AttributeSnapshot:
+    """Attributes of modules, and the entries of dicts, lists and objects among them, before a block changes them."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[Any, Any]] = []
-        self.before: dict[int, tuple[Any, Any]] = {}
+        # By id, a dict or list that a block has changed, and its entries before the first change.
+        self._before: dict[int, tuple[Any, Any]] = {}
 
-    def take_snapshot(self, modules: Iterable[nn.Module]) -> None:
+    def take(self, modules: Iterable[nn.Module]) -> None:
         """Copy the current attributes of these modules."""
         containers: dict[int, Any] = {}
         for attributes in map(vars, modules):
             values = [value for name, value in attributes.items() if name not in _TORCH_ATTRIBUTES]
             inner = [v if isinstance(v, (dict, list)) else vars(v) for v in values if _is_mutable(v)]
             containers |= {id(container): container for container in (attributes, *inner)}
-        self._seen = [(container, _shallow_copy(container)) for container in containers.values()]
+        self._seen = [(container, container.copy()) for container in containers.values()]
 
     def record_changes(self) -> None:
         """Remember the old entries of what has changed, unless older ones are known."""
         for container, old in self._seen:
             now, then = entries_of(container), entries_of(old)
             if now.keys() != then.keys() or any(now[key] is not then[key] for key in now):
-                self.before.setdefault(id(container), (container, old))
+                self._before.setdefault(id(container), (container, old))
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Set everything that changed to its first entries while the context is open."""
-        now = [(container, _shallow_copy(container)) for container, _ in self.before.values()]
+        changed = list(self._before.values())
+        now = [(container, container.copy()) for container, _ in changed]
         try:
-            for container, entries in self.before.values():
-                _set_entries(container, entries)
+            _set_entries(changed)
             yield
         finally:
-            for container, entries in now:
-                _set_entries(container, entries)
+            _set_entries(now)
+
+
+def _set_entries(values: list[tuple[Any, Any]]) -> None:
+    for container, entries in values:
+        container.clear()
+        container.extend(entries) if isinstance(container, list) else container.update(entries)
 
 
 def _is_mutable(value: Any) -> bool:
@@ -102,42 +99,30 @@ def _is_mutable(value: Any) -> bool:
     return hasattr(value, "__dict__") and not hasattr(value, "to_dict")
 
 
-def _shallow_copy(container: Any) -> Any:
-    return list(container) if isinstance(container, list) else dict(container)
-
-
-def _set_entries(container: Any, entries: Any) -> None:
-    container.clear()
-    container.extend(entries) if isinstance(container, list) else container.update(entries)
-
-
 class IsolationCheck:
     """Runs every block as the model calls it, and again from what would be recorded.
 
-    Args:
-        source: the model.
-        store: where arguments are stored for the comparison.
-        stream_experts: load one expert at a time.
+    `store` holds the arguments for the comparison; with `stream_experts`, one expert is loaded at a time.
     """
 
     def __init__(self, source: ModelSource, store: TensorPool, stream_experts: bool) -> None:
         self.source, self.store, self.stream_experts = source, store, stream_experts
-        self.layout = HiddenLayout()
-        self.calls: list[BlockCall] = []
-        self.blocks: list[BlockDependencies] = []
-        self.kinds: dict[type, tuple[Any, ...] | None] = {}
-        self.changes_hidden = False
+        self._layout = HiddenLayout()
+        self._calls: list[NestedValue] = []
+        self._blocks: list[BlockDependencies] = []
+        self._kinds: dict[type, tuple[Any, ...] | None] = {}
+        self._changes_hidden = False
         self._tokens = 0
         self._output: torch.Tensor | None = None  # hidden states that the last block returned
         self._values: dict[SharedSlot, torch.Tensor] = {}
         self._slots: dict[int, tuple[torch.Tensor, SharedSlot]] = {}  # by id of the tensor, which is kept alive
         self._objects: dict[int, tuple[Any, int]] = {}  # by id: shared objects and their numbers
         self._entries: dict[tuple[int, Any], ObjectEntry] = {}
-        self._attributes = AttributeSnapshot()
+        self._attributes = _AttributeSnapshot()
         self._non_block = list(non_block_modules(source).values())
 
-    def run(self, sample: dict[str, torch.Tensor], device: torch.device) -> None:
-        """Run one sample through all blocks.
+    def run(self, sample: dict[str, torch.Tensor], device: torch.device) -> ModelDependencies:
+        """Run one sample through all blocks, and return the dependencies between them.
 
         Raises ModelError or UnsupportedError when they cannot run one at a time.
         """
@@ -145,34 +130,29 @@ class IsolationCheck:
         head = output_head(self.source.model)
         with ExitStack() as stack:
             if head is not None:  # after the blocks only another call of a block would matter: no need to load the head
-                stack.callback(head.register_forward_pre_hook(stop_with_input, prepend=True).remove)
+                stack.enter_context(head.register_forward_pre_hook(stop_with_input, prepend=True))
             stack.enter_context(replaced_forwards(self.source, self._checked_forward))
             with suppress(ForwardStopped):
                 run_model(self.source.model, [sample], device)
-        if len(self.blocks) != len(self.source.blocks):
+        if len(self._blocks) != len(self.source.blocks):
             raise ModelError(
-                f"{type(self.source.model).__name__} never called its block {self.source.blocks[len(self.blocks)]!r}; "
+                f"{type(self.source.model).__name__} never called its block {self.source.blocks[len(self._blocks)]!r}; "
                 f"{DATA_FREE_ADVICE}"
             )
         self.store.end_of_sample()
+        needed = {slot for block in self._blocks for slot in block.reads}
+        blocks = tuple(replace(b, writes=tuple(slot for slot in b.writes if slot in needed)) for b in self._blocks)
+        return ModelDependencies(self._layout, blocks, self._kinds, self._changes_hidden)
 
-    def links(self) -> ModelDependencies:
-        """The dependencies between blocks that were found."""
-        needed = {slot for block in self.blocks for slot in block.reads}
-        blocks = tuple(replace(b, writes=tuple(slot for slot in b.writes if slot in needed)) for b in self.blocks)
-        return ModelDependencies(self.layout, blocks, self.kinds, self.changes_hidden)
-
-    def compare_recording(self, calls: list[BlockCall]) -> None:
+    def compare_recording(self, calls: list[NestedValue]) -> None:
         """Compare the calls of this sample with those recorded in a pass without the blocks.
 
         Raises UnsupportedError when an argument differs, because it depends on what earlier blocks computed.
         """
-        for index, (real, recorded) in enumerate(zip(self.calls, calls, strict=True)):
-            linked = self.blocks[index].leaves
+        for index, (real, recorded) in enumerate(zip(self._calls, calls, strict=True)):
             same = real.spec == recorded.spec and len(real.leaves) == len(recorded.leaves)
-            if not same or any(
-                a is not b for i, (a, b) in enumerate(zip(real.leaves, recorded.leaves, strict=True)) if i not in linked
-            ):
+            pairs = enumerate(zip(real.leaves, recorded.leaves, strict=False))
+            if not same or any(a is not b for i, (a, b) in pairs if i not in self._blocks[index].leaves):
                 raise self._refusal(index, "is called with values that depend on what earlier blocks computed")
 
     def _checked_forward(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,7 +160,7 @@ class IsolationCheck:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             check_not_meta((args, kwargs), self.source.blocks[index], self.source)
-            if len(self.blocks) != index:
+            if len(self._blocks) != index:
                 raise ModelError(
                     f"block {self.source.blocks[index]!r} was not called exactly once, in order: "
                     f"{type(self.source.model).__name__} runs its blocks in a cycle, so they cannot be tuned one at a "
@@ -189,24 +169,25 @@ class IsolationCheck:
             hidden, arguments = split_hidden_states(args, kwargs)
             self._check_hidden(index, hidden)
             before = {path: (item, entries_of(item)) for path, item in mutable_objects(arguments).items()}
-            versions = [(tensor, tensor._version) for tensor in flatten(arguments)[2]]
+            versions = [(tensor, tensor._version) for tensor in flatten(arguments).leaves]
             with block_loaded(self.source, self.source.blocks[index], hidden.device, self.stream_experts):
-                self._attributes.take_snapshot([*self._non_block, *block.modules()])
+                self._attributes.take([*self._non_block, *block.modules()])
                 given, version = hidden.clone(), hidden._version
                 output = original(*args, **kwargs)
                 self._attributes.record_changes()
-                self.changes_hidden |= hidden._version != version
+                self._changes_hidden |= hidden._version != version
                 if any(tensor._version != version for tensor, version in versions):
                     raise self._refusal(index, "changes one of its arguments in place")
                 if hasattr(type(output), "_fields"):  # its fields are read by name, so it cannot be replaced
                     raise self._refusal(index, f"returns a {type(output).__name__} of several values")
-                first = hidden_output(self.source, index, output, given)
+                self._output, rest = checked_output(self.source, index, output, given)
                 call, links = self._find_dependencies(index, arguments, before, output)
-                self._compare(index, first, self._replay(index, original, call, links, given))
-            self.calls.append(call)
-            self.blocks.append(links)
-            self.kinds.setdefault(type(block), _nan_placeholders(extra_outputs(output)))
-            self._output = first
+                self._compare(index, self._output, self._replay(index, original, call, links, given))
+            self._calls.append(call)
+            self._blocks.append(links)
+            extra = flatten(rest)  # for when the block does not run: NaN, and zeros for integers
+            blank = [torch.full_like(t, torch.nan if t.is_floating_point() else 0) for t in extra.leaves]
+            self._kinds.setdefault(type(block), extra.build(blank))
             return output
 
         return forward
@@ -220,13 +201,13 @@ class IsolationCheck:
                     f"{self.source.blocks[0]} gets a tensor of shape {list(hidden.shape)} without separate dimensions "
                     f"for samples and tokens; {DATA_FREE_ADVICE}"
                 )
-            self.layout = layout
+            self._layout = layout
         elif self._output is None or not (hidden is self._output or torch.equal(hidden, self._output)):
             raise hidden_changed(self.source, index)
 
     def _find_dependencies(
         self, index: int, arguments: Any, before: dict[ArgumentPath, tuple[Any, dict[Any, Any]]], output: Any
-    ) -> tuple[BlockCall, BlockDependencies]:
+    ) -> tuple[NestedValue, BlockDependencies]:
         """The call as it would be recorded, and what the block reads and writes."""
         made: list[tuple[int | None, Any, Any]] = [(None, None, output)]  # (number of the object, key, value)
         for item, old in before.values():
@@ -238,19 +219,19 @@ class IsolationCheck:
         objects = {path: self._objects[id(item)][1] for path, (item, _) in before.items() if id(item) in self._objects}
         entries = tuple(entry for entry in self._entries.values() if entry.number in objects.values())
         written = {(entry.number, entry.key) for entry in entries} | {(number, key) for number, key, _ in made}
-        spec, consts, leaves = flatten(arguments, objects, lambda number: {key for n, key in written if n == number})
-        linked = {i: self._slots[id(leaf)][1] for i, leaf in enumerate(leaves) if id(leaf) in self._slots}
-        call = BlockCall(spec, tuple(consts), tuple(self.store.put(leaf) for leaf in leaves))
+        call = flatten(arguments, objects, lambda number: {key for n, key in written if n == number})
+        linked = {i: self._slots[id(leaf)][1] for i, leaf in enumerate(call.leaves) if id(leaf) in self._slots}
         writes: dict[SharedSlot, None] = {}
         for number, key, value in made:
-            spec, consts, leaves = flatten(value)
-            slots = [self._slot(index, number, key, position, leaf) for position, leaf in enumerate(leaves)]
+            nested = flatten(value)
+            slots = [self._slot(index, number, key, position, leaf) for position, leaf in enumerate(nested.leaves)]
             found = tuple(slot for slot in slots if slot is not None)
             writes |= {slot: None for slot in found if slot.writer == index}
             if number is not None:
                 if len(found) != len(slots):
                     raise self._refusal(index, "passes on a tensor without a batch dimension")
-                self._entries[number, key] = ObjectEntry(number, key, spec, tuple(consts), found)
+                self._entries[number, key] = ObjectEntry(number, key, replace(nested, leaves=()), found)
+        call = replace(call, leaves=tuple(self.store.put(leaf) for leaf in call.leaves))
         return call, BlockDependencies(linked, objects, entries, tuple(writes))
 
     def _slot(self, index: int, number: int | None, key: Any, leaf: int, tensor: torch.Tensor) -> SharedSlot | None:
@@ -258,7 +239,7 @@ class IsolationCheck:
         if id(tensor) in self._slots:
             return self._slots[id(tensor)][1]
         is_hidden = number is None and leaf == 0
-        batch = self.layout.batch if is_hidden else batch_dim(tensor)
+        batch = self._layout.batch if is_hidden else batch_dim(tensor)
         if batch is None:
             return None
         slot = SharedSlot(index, number, key, leaf, batch)
@@ -267,15 +248,15 @@ class IsolationCheck:
         return slot
 
     def _replay(
-        self, index: int, run: Callable[..., Any], call: BlockCall, links: BlockDependencies, hidden: torch.Tensor
+        self, index: int, run: Callable[..., Any], call: NestedValue, links: BlockDependencies, hidden: torch.Tensor
     ) -> torch.Tensor | None:
         """The hidden states that a block returns when it is run from its recording."""
         leaves = [leaf.to(hidden.device) for leaf in call.leaves]
-        given = self.layout.hidden(self.layout.rows(hidden).clone())
+        given = self._layout.hidden(self._layout.rows(hidden).clone())
         try:
             arguments, _ = links.arguments(call, leaves, lambda slot: self._values[slot].clone())
             with self._attributes.restored():
-                return hidden_of(call_block(run, given, arguments))
+                return split_output(call_block(run, given, arguments))[0]
         except (torch.OutOfMemoryError, ModelError):
             raise
         except Exception as error:  # a block without its dependencies can raise anything
@@ -298,10 +279,3 @@ class IsolationCheck:
             f"block {self.source.blocks[index]!r} of {name} {what}, so its blocks cannot be tuned one at a "
             f"time; {DATA_FREE_ADVICE}"
         )
-
-
-def _nan_placeholders(rest: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """Placeholders for a block's further outputs when the block does not run: NaN, and zeros for integers."""
-    spec, consts, leaves = flatten(rest)
-    blank = [torch.full_like(t, torch.nan) if t.is_floating_point() else torch.zeros_like(t) for t in leaves]
-    return unflatten(spec, consts, blank)

@@ -1,26 +1,27 @@
-"""Observe inputs of linear layers: second moments, min/max, and Hessians X^T X.
+"""Observe a running block: second moments, ranges and Hessians of the inputs of its layers, and attention states.
 
-Forward hooks collect them while a block runs. Second moments (sum of x**2 per channel) are the importance of a
-channel; min/max gives static activation scales. The Hessian A = sum x x' over tokens has importance on its
-diagonal; its other entries say what rounding one weight means for the others: with D the change of a layer's
-weight, tr(D A D') is the summed squared error of its outputs. A matrix of all channel pairs would be larger
-than a layer with wide inputs, so channels are split into bands of at most 4096 (fewer if a block has many
-layers); pairs across bands are dropped.
+Second moments (sum of x**2 per channel) are the importance of a channel; ranges give static activation scales. The
+Hessian A = sum x x' over tokens says what rounding one weight means for the others: with D the change of a layer's
+weight, tr(D A D') is the summed squared error of its outputs. A whole one may be larger than the layer, so channels are
+split into bands of at most 4096 (fewer if a block has many layers); pairs across bands are dropped.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from auto_round.errors import NumericsError
+from auto_round.errors import NumericsError, UnsupportedError
+from auto_round.modeling.attention import Attention, library_error, replace_argument
 from auto_round.modeling.blocks import weight_2d
 
 _CHUNK_ROWS = 1024  # rows are summed in chunks of fixed size, so that the result does not depend on the thread count
@@ -29,19 +30,19 @@ _BAND_WIDTHS = (4096, 2048, 1024, 512, 256)
 _MAX_NUMEL = 1 << 28  # float32 elements of all Hessians of a block: 1 GiB
 _TILE = 256
 _MAX_STRIDE = 4  # Hessians use at least every fourth token, and at least as many tokens as channels
+_OBSERVED = "auto_round_observed_queries"
+_ADVICE = "leave static_kv_dtype and static_attention_dtype out"
 _O = TypeVar("_O", bound="InputObserver")
 
 
 class InputObserver(ABC):
     """Statistics of the inputs of layers, by layer name.
 
-    Attributes:
-        mask: bool [B, T] for the next run of the block: which positions count; None counts all. An input of another
-            shape than [B, T, in] (an expert sees its own tokens only) counts whole.
-        every_token: the mask excludes padding only, not positions without a loss.
+    `mask`, bool [B, T], says which positions count in the next run of the block; None counts all. An input of another
+    shape than [B, T, in] (an expert sees its own tokens only) counts whole.
     """
 
-    every_token = False
+    every_token = False  # the mask excludes padding only, not positions without a loss
     mask: torch.Tensor | None = None
 
     @abstractmethod
@@ -67,28 +68,24 @@ class InputObserver(ABC):
     def observing(self: _O, block: nn.Module, names: Iterable[str]) -> Iterator[_O]:
         """Observe the inputs of the layers `names` (relative to `block`) that run inside; closes at the end."""
 
-        def hook(name: str) -> Callable[..., None]:
-            return lambda _module, args: self.add(name, args[0])
+        def hook(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.add(name, args[0])
 
         names = list(names)
         self.prepare(block, names)
         with ExitStack() as stack:
             for name in names:
-                stack.callback(block.get_submodule(name).register_forward_pre_hook(hook(name)).remove)
+                stack.enter_context(block.get_submodule(name).register_forward_pre_hook(partial(hook, name)))
             stack.callback(self.close)
             yield self
 
 
 class SecondMomentObserver(InputObserver, dict[str, torch.Tensor]):
-    """Sums of squares by layer name, float32 [in_features]; zeros for observed layers that never ran.
-
-    Attributes:
-        tokens: number of rows summed, by layer name.
-    """
+    """Sums of squares by layer name, float32 [in_features]; zeros for observed layers that never ran."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}  # rows summed, by layer name
         self._last: Callable[[], torch.Tensor | None] = lambda: None  # a weak reference to the last inputs
         self._last_sums: tuple[list[torch.Tensor], int] = [], 0
 
@@ -107,10 +104,7 @@ class SecondMomentObserver(InputObserver, dict[str, torch.Tensor]):
             total = self[name] = total.to(inputs.device)
         if self._last() is not inputs:  # q, k and v, for example, get the same tensor
             rows = self.counted(inputs).reshape(-1, inputs.shape[-1])
-            sums = [
-                part.square().sum(dim=0) if part.dtype == torch.float32 else part.to(torch.float32).square_().sum(dim=0)
-                for part in rows.split(_CHUNK_ROWS)
-            ]
+            sums = [part.float().square().sum(dim=0) for part in rows.split(_CHUNK_ROWS)]
             self._last_sums, self._last = (sums, rows.shape[0]), weakref.ref(inputs)
         for part in self._last_sums[0]:
             total += part
@@ -140,10 +134,7 @@ class MinMaxObserver(InputObserver, dict[str, tuple[torch.Tensor, torch.Tensor]]
         """Minimum and maximum of a layer's inputs.
 
         An expert without tokens gets those of the other experts of its block, any other layer that never ran those of
-        all layers.
-
-        Raises:
-            NumericsError: the inputs have NaN or Inf, or no layer ran.
+        all layers. Raises NumericsError when the inputs have NaN or Inf, or no layer ran.
         """
         found = [self[name]] if name in self else []
         if not found and _EXPERT.search(name):
@@ -207,9 +198,11 @@ class InputHessian(InputObserver):
             self._sums[name] = [torch.zeros(size, size, device=rows.device) for size in sizes]
         for part in rows.split(_CHUNK_ROWS):
             columns = part.float()
-            for index, total in enumerate(self._sums[name]):
-                start = index * self.band
-                _add_upper(total, columns[:, start : start + total.shape[0]])
+            for start, total in zip(range(0, width, self.band), self._sums[name], strict=True):
+                band, size = columns[:, start : start + self.band], total.shape[0]
+                for first in range(0, size, _TILE):  # the upper triangle, in tiles; `close` fills the lower one
+                    last = min(first + _TILE, size)
+                    total[:last, first:last].addmm_(band[:, :last].t(), band[:, first:last])
 
     def tokens(self, name: str) -> int:
         """Number of input rows of layer `name`, masked ones included."""
@@ -235,8 +228,137 @@ class InputHessian(InputObserver):
                 total[rows, rows] = total[rows, rows].triu() + total[rows, rows].triu(1).t()
 
 
-def _add_upper(total: torch.Tensor, columns: torch.Tensor) -> None:
-    """Add x x' of all rows to the upper triangle, tile by tile; the lower triangle is not valid."""
-    for start in range(0, total.shape[0], _TILE):
-        stop = min(start + _TILE, total.shape[0])
-        total[:stop, start:stop].addmm_(columns[:, :stop].t(), columns[:, start:stop])
+class KVCacheObserver(InputObserver, dict[str, torch.Tensor]):
+    """Largest absolute value of each head of keys, values or queries, float32 [heads], by name such as "self_attn.k".
+
+    Padding is excluded, but positions without a loss count: they are in the cache too. `expected` are names that the
+    code of the attention passes on, so that they must be observed when their block runs.
+    """
+
+    every_token = True
+
+    def __init__(self, expected: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.expected = frozenset(expected)
+
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """Add states [B, heads, T, head width]. Raises UnsupportedError for anything else."""
+        if not isinstance(inputs, torch.Tensor) or inputs.dim() != 4:
+            raise UnsupportedError(
+                f"{name}: the attention does not cache [batch, heads, tokens, width] tensors, so static scales cannot "
+                f"be computed: {_ADVICE}"
+            )
+        largest = inputs.detach().abs().amax(-1)
+        if self.mask is not None and (largest.shape[0], largest.shape[2]) == tuple(self.mask.shape):
+            largest = largest.masked_fill(~self.mask.to(largest.device)[:, None], 0)
+        heads = largest.amax((0, 2)).float()
+        if name in self:
+            if self[name].shape != heads.shape:
+                raise UnsupportedError(f"{name}: the number of heads changes from call to call ({len(heads)})")
+            heads = torch.maximum(heads, self[name])
+        self[name] = heads
+
+    def of(self, name: str, heads: int) -> torch.Tensor:
+        """The largest absolute values of the states `name`, float32 [heads].
+
+        Raises LibraryError when nothing was observed although the code of the attention passes these states on,
+        UnsupportedError for attention that does not or has another number of heads, NumericsError for NaN or Inf.
+        """
+        if name not in self and name in self.expected:
+            raise library_error(
+                f"{name}: the attention ran, but none of the states that it passes to its key-value cache or "
+                "attention function were observed",
+                _ADVICE,
+            )
+        if name not in self:
+            raise UnsupportedError(
+                f"{name}: this attention passes nothing to a key-value cache, or does not use Transformers' table of "
+                f"attention functions, so static scales cannot be computed: {_ADVICE}"
+            )
+        found = self[name]
+        if found.shape[0] != heads:
+            raise UnsupportedError(
+                f"{name}: the attention caches {found.shape[0]} heads, its configuration says {heads}; static scales "
+                f"for it are not supported: {_ADVICE}"
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise NumericsError(f"NaN or Inf in the states of attention {name!r}")
+        return found
+
+
+class _ObservingCache:
+    """A key-value cache that observes the states it is given, stores nothing and returns them."""
+
+    def __init__(self, name: str, observer: KVCacheObserver) -> None:
+        self._name, self._observer = name, observer
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Observe the first two arguments, which are the keys and the values."""
+        key_states, value_states = (*args, *kwargs.values())[:2]
+        self._observer.add(f"{self._name}.k", key_states)
+        self._observer.add(f"{self._name}.v", value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, *_args: Any, **_kwargs: Any) -> int:
+        return 0
+
+    def __getattr__(self, wanted: str) -> Any:
+        if wanted.startswith("_"):
+            raise AttributeError(wanted)
+        raise UnsupportedError(
+            f"{self._name}: the attention reads {wanted!r} of its key-value cache, so its states cannot be observed: "
+            f"{_ADVICE}"
+        )
+
+
+@contextmanager
+def observe_kv_cache(attentions: Sequence[Attention], queries: bool = False) -> Iterator[KVCacheObserver]:
+    """Observe the keys and values, and on request the queries, of the attention modules that run inside.
+
+    Keys and values are observed as the attention passes them to its cache, where a runtime rounds them, by one that
+    stores nothing; queries as they enter the attention function. Everything is restored at the end.
+    """
+    states = "kvq" if queries else "kv"
+    observer = KVCacheObserver(f"{a.name}.{state}" for a in attentions for state in states if state in a.shows)
+    with ExitStack() as stack:
+        for attention in attentions:
+            cache = _ObservingCache(attention.name, observer)
+            hook = partial(replace_argument, attention.cache, cache)
+            stack.enter_context(attention.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if queries and attentions:
+            stack.enter_context(_observe_queries(attentions, observer))
+        yield observer
+
+
+@contextmanager
+def _observe_queries(attentions: Sequence[Attention], observer: KVCacheObserver) -> Iterator[None]:
+    """Make the attention modules call a function that observes the queries, then the attention function set before."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    names = {id(attention.module): attention.name for attention in attentions}
+    chosen: dict[int, tuple[Any, str]] = {}  # by id: a configuration and its attention function
+    for attention in attentions:
+        config = getattr(attention.module, "config", None)
+        before = getattr(config, "_attn_implementation", None)
+        if not isinstance(before, str):
+            raise UnsupportedError(
+                f"{type(attention.module).__name__} does not use Transformers' table of attention functions, so scales "
+                "of queries cannot be computed: leave static_attention_dtype out; static_kv_dtype may work"
+            )
+        chosen[id(config)] = (config, before)
+
+    def observed(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        observer.add(f"{names[id(module)]}.q", query)
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get(chosen[id(module.config)][1], own)
+        return function(module, query, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[_OBSERVED] = observed
+    try:
+        for config, _ in chosen.values():
+            config._attn_implementation = _OBSERVED
+        yield
+    finally:
+        for config, before in chosen.values():
+            config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[_OBSERVED]

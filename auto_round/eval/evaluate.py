@@ -1,7 +1,4 @@
-"""Measure a causal language model on text: perplexity, and KL divergence and top-1 agreement with a reference.
-
-`load_model` and `load_tokenizer` open a checkpoint with Transformers.
-"""
+"""Measure a causal language model on text: perplexity, and KL divergence and top-1 agreement with a reference."""
 
 from __future__ import annotations
 
@@ -45,26 +42,15 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, NotImplementedErr
 
 
 def evaluate(
-    model_or_path: ModelLike,
-    *,
-    texts: Sequence[str] | None = None,
-    path: str | PathLike[str] | None = None,
-    tokenizer: Any = None,
-    reference: ModelLike | None = None,
-    reference_logits: Sequence[torch.Tensor] | None = None,
-    seqlen: int = DEFAULT_SEQLEN,
-    max_windows: int | None = DEFAULT_WINDOWS,
-    batch_size: int = 1,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    add_bos: bool | None = None,
-    trust_remote_code: bool = False,
-    backend: str | None = None,
-) -> EvalResult:
+    model_or_path: ModelLike, *, texts: Sequence[str] | None = None, path: str | PathLike[str] | None = None,
+    tokenizer: Any = None, reference: ModelLike | None = None, reference_logits: Sequence[torch.Tensor] | None = None,
+    seqlen: int = DEFAULT_SEQLEN, max_windows: int | None = DEFAULT_WINDOWS, batch_size: int = 1,
+    device: str | torch.device = "cpu", dtype: torch.dtype | None = None, add_bos: bool | None = None,
+    trust_remote_code: bool = False, backend: str | None = None,
+) -> EvalResult:  # fmt: skip
     """Perplexity of a model on text and, with a reference, mean KL(reference || model) and top-1 agreement.
 
-    Memory holds both models and the logits of one batch of windows of each. All measures cover the same positions:
-    every token of a window but its first.
+    docs/evaluation.md has the method. `device`, `dtype` and `backend` are for models given by path.
 
     Args:
         model_or_path: folder or hub id of a checkpoint, quantized or not, or a model, which is not moved.
@@ -74,11 +60,10 @@ def evaluate(
         reference_logits: instead of `reference`: its logits [T, V] per window, as `window_logits` returns them.
         seqlen, max_windows: tokens per window, and how many windows at most (None: all).
         batch_size: windows per forward pass.
-        device, dtype: for models given by path. dtype None keeps the checkpoint's, except that a CPU without matrix
-            instructions for it computes in float32.
+        dtype: None keeps the checkpoint's, except that a CPU without matrix instructions for it computes in float32.
         add_bos: start each window with BOS; None: if the tokenizer does.
         trust_remote_code: allow a checkpoint's own Python files to run.
-        backend: for the quantized layers of a model given by path; None: the fastest available.
+        backend: for quantized layers; None: the fastest available.
 
     Raises:
         ConfigError: contradictory or invalid settings.
@@ -109,7 +94,7 @@ def evaluate(
     other = load(reference, dequantized=True) if reference is not None else None
     start = time.perf_counter()
     means: defaultdict[str, list[float]] = defaultdict(list)  # by measure, of each window
-    with torch.no_grad(), _eval_mode(model), _eval_mode(other):
+    with torch.no_grad(), _eval_mode(model, other):
         for first in range(0, len(windows), batch_size):
             ids = torch.stack(windows[first : first + batch_size])
             logits = _logits(model, ids, "model", first)
@@ -118,53 +103,41 @@ def evaluate(
                 against = _logits(other, ids, "reference", first)
             elif reference_logits is not None:
                 against = torch.stack(list(reference_logits[first : first + batch_size]))
-            for measure, per_token in _measures(logits, against, ids).items():
+            measures = {"nll": token_nll(logits, ids)}
+            if against is not None:
+                if against.shape != logits.shape:
+                    raise ModelError(
+                        f"the logits of model and reference differ in shape, {list(logits.shape)} and "
+                        f"{list(against.shape)}; the reference must be the model before quantization, with the same "
+                        "tokenizer"
+                    )
+                against = against.to(logits.device)
+                measures["reference_nll"] = token_nll(against, ids)
+                measures["kl"] = token_kl(against[:, :-1], logits[:, :-1])
+                measures["agreement"] = top1_agreement(against[:, :-1], logits[:, :-1])
+            for measure, per_token in measures.items():
                 means[measure] += per_token.double().mean(-1).tolist()
             logger.debug("evaluated %d of %d windows", min(first + batch_size, len(windows)), len(windows))
     tokens = [float(window.numel() - 1) for window in windows]
     estimates = {measure: weighted_mean(values, tokens) for measure, values in means.items()}
     compared = "kl" in estimates
+    name, reference_name = (_origin(m) or type(m).__name__ for m in (model_or_path, reference))
+    if reference is None:
+        reference_name = "cached logits"
     return EvalResult(
-        model=_model_name(model_or_path),
-        reference=_model_name(reference) if reference is not None else ("cached logits" if compared else None),
-        text=text_name,
-        perplexity=perplexity(estimates["nll"]),
-        nll=estimates["nll"],
+        model=name, text=text_name, perplexity=perplexity(estimates["nll"]), nll=estimates["nll"],
+        windows=len(windows), tokens=int(sum(tokens)), seqlen=windows[0].numel(), bos=bos,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."), device=str(_device_of(model)),
+        seconds=time.perf_counter() - start, reference=reference_name if compared else None,
         reference_perplexity=perplexity(estimates["reference_nll"]) if compared else None,
-        kl=estimates.get("kl"),
-        agreement=estimates.get("agreement"),
-        windows=len(windows),
-        tokens=int(sum(tokens)),
-        seqlen=windows[0].numel(),
-        bos=bos,
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        device=str(_device_of(model)),
-        seconds=time.perf_counter() - start,
-    )
+        kl=estimates.get("kl"), agreement=estimates.get("agreement"),
+    )  # fmt: skip
 
 
 def window_logits(model: torch.nn.Module, windows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Logits [T, V] of each int64 [T] window, on the CPU in the model's dtype, for `evaluate(reference_logits=...)`."""
     with torch.no_grad(), _eval_mode(model):
         return [_logits(model, w.unsqueeze(0), "reference", i)[0].cpu() for i, w in enumerate(windows)]
-
-
-def _measures(logits: torch.Tensor, against: torch.Tensor | None, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Measures [B, T - 1] of a batch: logits [B, T, V] of the model and of the reference, ids [B, T]."""
-    found = {"nll": token_nll(logits, ids)}
-    if against is None:
-        return found
-    if against.shape != logits.shape:
-        raise ModelError(
-            f"the logits of model and reference differ in shape, {list(logits.shape)} and {list(against.shape)}; "
-            "the reference must be the model before quantization, with the same tokenizer"
-        )
-    against = against.to(logits.device)
-    return found | {
-        "reference_nll": token_nll(against, ids),
-        "kl": token_kl(against[:, :-1], logits[:, :-1]),
-        "agreement": top1_agreement(against[:, :-1], logits[:, :-1]),
-    }
 
 
 def _logits(model: torch.nn.Module, ids: torch.Tensor, what: str, first: int) -> torch.Tensor:
@@ -183,11 +156,11 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor, what: str, first: int) ->
 
 
 @contextlib.contextmanager
-def _eval_mode(model: torch.nn.Module | None) -> Iterator[None]:
-    """Put the model into evaluation mode, then restore the mode of each module."""
-    training = {m for m in model.modules() if m.training} if model is not None else set()
-    if model is not None:
-        model.eval()
+def _eval_mode(*models: torch.nn.Module | None) -> Iterator[None]:
+    """Put models into evaluation mode, then restore the mode of each module."""
+    training = [m for model in models if model is not None for m in model.modules() if m.training]
+    for module in training:
+        module.eval()
     try:
         yield
     finally:
@@ -201,20 +174,15 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     return next((model if embedding is None else embedding).parameters(), next(model.parameters())).device
 
 
-def _origin(model: ModelLike) -> str:
+def _origin(model: ModelLike | None) -> str:
     """A given name or path; of a model object the one that it was loaded from, "" if it is not known."""
     if isinstance(model, torch.nn.Module):
         return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return str(model)
 
 
-def _model_name(model: ModelLike) -> str:
-    return _origin(model) or type(model).__name__
-
-
-def load_tokenizer(source: str | PathLike[str] | torch.nn.Module, trust_remote_code: bool = False) -> Any:
-    """The tokenizer saved with a model. Raises ConfigError for a model object without a known folder, ModelError when
-    the tokenizer cannot be opened."""
+def load_tokenizer(source: ModelLike, trust_remote_code: bool = False) -> Any:
+    """The tokenizer saved with a model. Raises ConfigError when its folder is not known, ModelError."""
     from transformers import AutoTokenizer
 
     name = _origin(source)
@@ -228,27 +196,20 @@ def load_tokenizer(source: str | PathLike[str] | torch.nn.Module, trust_remote_c
 
 
 def load_model(
-    source: str | PathLike[str] | torch.nn.Module,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-    dequantized: bool = False,
-    backend: str | None = None,
-) -> torch.nn.Module:
+    source: ModelLike, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False, dequantized: bool = False, backend: str | None = None,
+) -> torch.nn.Module:  # fmt: skip
     """A causal language model in evaluation mode; a model object is returned unchanged.
 
     Checkpoints of AutoRound, GPTQ and AWQ run with the backends of this package, others as Transformers runs them.
 
     Args:
         device: one device, or "auto": spread over all available devices.
-        dequantized: dequantize the weights of an FP8 or MXFP4 checkpoint and run it with full-precision activations,
-            which is the model that quantization starts from.
+        dequantized: dequantize an FP8 or MXFP4 checkpoint to the full-precision model that quantization starts from.
         backend: for the quantized layers; None: the fastest available.
 
-    Raises:
-        ConfigError: `backend` is unknown, or the model has no layers that it could run.
-        ModelError: the checkpoint cannot be opened.
+    Raises ConfigError for a backend that is unknown or has no layers to run, ModelError when the checkpoint cannot be
+    opened.
     """
     if isinstance(source, torch.nn.Module):
         return source
@@ -277,10 +238,7 @@ def load_model(
 
 
 def _loader_kwargs(config: Any, name: str, backend: str | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that open GPTQ and AWQ checkpoints with this package and select the backend.
-
-    Removes `meta`, GPTQModel's record of its settings, from the config: Transformers refuses it.
-    """
+    """Arguments of `from_pretrained` that open GPTQ and AWQ checkpoints with this package and select the backend."""
     quantization = getattr(config, "quantization_config", None)
     values = quantization if isinstance(quantization, dict) else {}
     method = str(values.get("quant_method", ""))
@@ -290,7 +248,7 @@ def _loader_kwargs(config: Any, name: str, backend: str | None) -> dict[str, Any
         raise ConfigError(f"backend {backend!r} has nothing to run: {name!r} is {what}; leave the backend out")
     if not foreign and backend is None:
         return {}
-    if method == "gptq" and "meta" in values:
+    if method == "gptq" and "meta" in values:  # GPTQModel's record of its settings, which Transformers refuses
         config.quantization_config = {key: value for key, value in values.items() if key != "meta"}
     from transformers import AutoRoundConfig
 

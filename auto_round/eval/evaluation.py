@@ -30,17 +30,9 @@ def simple_evaluate_user_model(
     limit: int | float | None = None, max_batch_size: int | None = 64, eval_model_dtype: str = "auto",
     add_bos_token: bool = False, mllm: bool = False, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """The same for a model object.
+    """The same for a model object, which keeps its dtype; `tokenizer` None takes the one in the model's folder.
 
-    Args:
-        user_model: a causal language model; it is not changed.
-        tokenizer: None: the one in the model's folder.
-        eval_model_dtype: lm-eval's `dtype`; a loaded model keeps its own.
-        mllm: multimodal models are not available in this version.
-
-    Raises:
-        ConfigError: lm-eval is not installed, or no tokenizer is known.
-        UnsupportedError: `mllm`.
+    Raises ConfigError when lm-eval is not installed or no tokenizer is known, UnsupportedError for `mllm`.
     """
     if mllm:
         raise UnsupportedError(MULTIMODAL.sentence("mllm=True"))

@@ -18,30 +18,26 @@ from auto_round.report.memory import format_peak_memory
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation, with speed and backends.
+    """A continuation, with speed and backends."""
 
-    Attributes:
-        text: without the prompt.
-        prompt_tokens, new_tokens: counts.
-        prefill_seconds: time to the first new token.
-        decode_seconds: time for the others.
-        backends: backend -> number of linear layers; "dense" for layers that are not quantized.
-    """
-
-    text: str
+    text: str  # without the prompt
     prompt_tokens: int
     new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    backends: dict[str, int]
+    prefill_seconds: float  # time to the first new token
+    decode_seconds: float  # time for the others
+    backends: dict[str, int]  # backend -> number of linear layers; "dense" for layers that are not quantized
 
     def describe(self) -> str:
         """One line: speeds, backends, memory."""
-        parts = [f"prefill {_format_speed(self.prompt_tokens, self.prefill_seconds)}"]
+        steps = [("prefill", self.prompt_tokens, self.prefill_seconds)]
         if self.new_tokens > 1:
-            parts.append(f"decode {_format_speed(self.new_tokens - 1, self.decode_seconds)}")
+            steps.append(("decode", self.new_tokens - 1, self.decode_seconds))
+        speeds = ", ".join(
+            f"{step} {tokens} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s)"
+            for step, tokens, seconds in steps
+        )
         layers = ", ".join(f"{name} ({count})" for name, count in self.backends.items())
-        return f"{', '.join(parts)}; layers run with {layers}; peak {format_peak_memory()}"
+        return f"{speeds}; layers run with {layers}; peak {format_peak_memory()}"
 
 
 def generate(
@@ -65,8 +61,16 @@ def generate(
         raise ConfigError(f"max_new_tokens={max_new_tokens} is not allowed; use 1 or more")
     if temperature is not None and not temperature > 0:
         raise ConfigError(f"temperature={temperature} is not allowed; use a number above 0, or leave sampling out")
-    inputs = _encode(tokenizer, prompt, chat)
-    ids, embedding = inputs["input_ids"], model.get_input_embeddings().weight
+    template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not template:
+        raise ConfigError("the tokenizer has no chat template; leave --chat out")
+    if template and chat is not False:
+        messages = [{"role": "user", "content": prompt}]
+        options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        encoded = tokenizer.apply_chat_template(messages, **options)
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids, embedding = encoded["input_ids"].long(), model.get_input_embeddings().weight
     if not ids.numel():
         raise ConfigError("the prompt gives no token; write a longer one")
     if int(ids.max()) >= len(embedding):
@@ -74,21 +78,21 @@ def generate(
             f"the tokenizer produced token {int(ids.max())}, but the model has a vocabulary of {len(embedding)}; "
             "use the model's own tokenizer"
         )
+    inputs = {
+        key: encoded[key].long().to(embedding.device) for key in ("input_ids", "attention_mask") if key in encoded
+    }
+    sampling: dict[str, Any] = {"do_sample": do_sample}
+    if not do_sample:
+        sampling |= dict.fromkeys(("temperature", "top_p", "top_k"))
+    elif temperature is not None:
+        sampling["temperature"] = temperature
     streamer = _streamer(tokenizer, on_text)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling: dict[str, Any] = {"do_sample": True} if do_sample else {
-        "do_sample": False, "temperature": None, "top_p": None, "top_k": None
-    }  # fmt: skip
-    if do_sample and temperature is not None:
-        sampling["temperature"] = temperature
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        streamer.times.append(time.perf_counter())
-        out = model.generate(
-            **{key: value.to(embedding.device) for key, value in inputs.items()}, max_new_tokens=max_new_tokens,
-            pad_token_id=pad, streamer=streamer, **sampling,
-        )  # fmt: skip
-    start, first, last = streamer.times[0], streamer.times[1], streamer.times[-1]
+        start = time.perf_counter()
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling)
+    first, last = streamer.times[1], streamer.times[-1]
     new = out[0, ids.shape[1] :]
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True), prompt_tokens=ids.shape[1], new_tokens=len(new),
@@ -109,36 +113,18 @@ def count_backends(model: torch.nn.Module) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool | None) -> dict[str, torch.Tensor]:
-    """`input_ids` and, if the tokenizer returns one, `attention_mask`, both int64 [1, tokens]."""
-    template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not template:
-        raise ConfigError("the tokenizer has no chat template; leave --chat out")
-    if template and chat is not False:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    return {key: encoded[key].long() for key in ("input_ids", "attention_mask") if key in encoded}
-
-
 def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        """Passes text to `on_text` and records the time of each token."""
+        """Passes text to `on_text` and records the times of the prompt and of each token."""
 
         def __init__(self) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.times: list[float] = []
-            self.prompt_seen = False
 
         def put(self, value: torch.Tensor) -> None:
-            if self.prompt_seen:
-                self.times.append(time.perf_counter())
-            self.prompt_seen = True
+            self.times.append(time.perf_counter())
             super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -146,7 +132,3 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
                 on_text(text)
 
     return Streamer()
-
-
-def _format_speed(tokens: int, seconds: float) -> str:
-    return f"{tokens} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s)"

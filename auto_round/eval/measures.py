@@ -24,77 +24,59 @@ SLICE_ELEMENTS = 1 << 23
 
 def read_text(path: str | PathLike[str]) -> str:
     """The text of a UTF-8 file. Raises DataError when it is missing, unreadable, not text or empty."""
-    file = Path(path).expanduser()
+    file, what = Path(path).expanduser(), f"evaluation text {str(path)!r}"
     if not file.is_file():
-        raise DataError(f"evaluation text {str(path)!r} is not a file; give a UTF-8 text file")
+        raise DataError(f"{what} is not a file; give a UTF-8 text file")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as err:
-        raise DataError(f"evaluation text {str(path)!r} is not UTF-8 text ({err.reason} at byte {err.start})") from err
+        raise DataError(f"{what} is not UTF-8 text ({err.reason} at byte {err.start})") from err
     except OSError as err:
-        raise DataError(f"evaluation text {str(path)!r} cannot be read: {err.strerror}") from err
+        raise DataError(f"{what} cannot be read: {err.strerror}") from err
     if not text.strip():
-        raise DataError(f"evaluation text {str(path)!r} is empty; give a file with text")
+        raise DataError(f"{what} is empty; give a file with text")
     return text
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer prepends its BOS token, as Gemma's and Llama's do."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    if bos is None:
-        return False
-    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return len(ids) > 0 and int(ids[0]) == int(bos)
 
 
 def make_windows(
     texts: Sequence[str], tokenizer: Any, *, seqlen: int, max_windows: int | None = None, add_bos: bool | None = None
 ) -> tuple[list[torch.Tensor], bool]:
-    """Cut texts into consecutive windows that do not overlap.
+    """Cut texts, joined by a blank line, into consecutive windows that do not overlap.
 
-    Texts are joined by a blank line into one stream; a remainder shorter than a window is dropped unless it is the only
-    window. With BOS each window has it and `seqlen` - 1 tokens of text.
+    A remainder shorter than a window is dropped unless it is the only window. With `add_bos` (None: if the tokenizer
+    prepends BOS, as Gemma's and Llama's do) each window has BOS and `seqlen` - 1 tokens of text.
 
-    Args:
-        add_bos: None: if the tokenizer does (see `adds_bos`).
-
-    Returns:
-        int64 [T] windows on the CPU, and whether they begin with BOS.
-
-    Raises:
-        ConfigError: an invalid length or count, or BOS requested from a tokenizer without one.
-        DataError: there is no text, or fewer than two tokens.
+    Returns int64 [T] windows on the CPU, and whether they begin with BOS. Raises ConfigError for an invalid length or
+    count, or BOS requested from a tokenizer without one, DataError for fewer than two tokens of text.
     """
     if seqlen < 2:
         raise ConfigError(f"seqlen={seqlen} is too short to predict anything; use 2 or more")
     if max_windows is not None and max_windows < 1:
         raise ConfigError(f"max_windows={max_windows} leaves nothing to measure; use 1 or more, or None for all")
-    bos = adds_bos(tokenizer) if add_bos is None else add_bos
     bos_id = getattr(tokenizer, "bos_token_id", None)
-    if bos and bos_id is None:
+    if add_bos is None:
+        add_bos = bos_id is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos_id]
+    if add_bos and bos_id is None:
         raise ConfigError("a BOS token was requested, but the tokenizer has none; leave out add_bos")
+    front = [int(bos_id)] if add_bos else []
     stream: list[int] = []
-    body = seqlen - int(bos)
-    wanted = None if max_windows is None else body * max_windows
+    body = seqlen - len(front)
     for text in _chunks(texts):
         stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if wanted is not None and len(stream) >= wanted:
+        if max_windows is not None and len(stream) >= body * max_windows:
             break
     parts = [stream[i * body : (i + 1) * body] for i in range(len(stream) // body)][:max_windows]
-    if not parts and len(stream) + int(bos) >= 2:
+    if not parts and len(stream) + len(front) >= 2:
         parts = [stream]
     if not parts:
         raise DataError(f"the evaluation text has {len(stream)} tokens; at least 2 are needed, better {seqlen} or more")
-    front = [int(bos_id)] if bos and bos_id is not None else []
-    return [torch.tensor([*front, *part], dtype=torch.long) for part in parts], bos
+    return [torch.tensor([*front, *part], dtype=torch.long) for part in parts], add_bos
 
 
 def _chunks(texts: Sequence[str], size: int = 1 << 16) -> list[str]:
     """Split texts at line ends into chunks of about `size` characters, so that only as many as needed are tokenized."""
     chunks: list[str] = []
-    for text in texts:
-        if not text:
-            continue
+    for text in filter(None, texts):
         start = 0
         while start < len(text):
             end = text.rfind("\n", start + size // 2, start + size) + 1 if len(text) - start > size else 0
@@ -110,34 +92,25 @@ def _slices(positions: int, vocab: int) -> list[slice]:
     return [slice(i, min(i + step, positions)) for i in range(0, positions, step)]
 
 
-def token_nll(logits: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Negative log-likelihood of each next token, in nats.
+def token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each next token, in nats: float32 [B, T - 1] (or [T - 1]).
 
     Args:
         logits: [B, T, V] (or [T, V]), any float dtype; position t predicts token t + 1.
         input_ids: int64 [B, T] (or [T]).
-        mask: bool [B, T] (or [T]); tokens whose mask is False are not targets.
-
-    Returns:
-        float32 [B, T - 1] (or [T - 1]), zero where the target is masked.
     """
     flat = logits[..., :-1, :].reshape(-1, logits.shape[-1])
     target = input_ids[..., 1:].reshape(-1)
     out = torch.empty(flat.shape[0], dtype=torch.float32, device=logits.device)
     for part in _slices(*flat.shape):
         out[part] = F.cross_entropy(flat[part].float(), target[part].to(logits.device), reduction="none")
-    out = out.view(input_ids[..., 1:].shape)
-    return out if mask is None else out.masked_fill(~mask[..., 1:].to(out.device), 0.0)
+    return out.view(input_ids[..., 1:].shape)
 
 
 def token_kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(reference || other) of each position's next-token distribution, in nats.
+    """KL(reference || other) of each position's next-token distribution, in nats: float32 [...] of logits [..., V].
 
-    Args:
-        reference, other: logits [..., V], any float dtype, same shape.
-
-    Returns:
-        float32 [...]. Tokens of zero probability in the reference (logit -inf) add nothing.
+    Tokens of zero probability in the reference (logit -inf) add nothing.
     """
     vocab = reference.shape[-1]
     p, q = reference.reshape(-1, vocab), other.reshape(-1, vocab)
@@ -175,9 +148,8 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate
     The error is that of a ratio estimator: sqrt(n / (n - 1) * sum w^2 (x - mean)^2) / sum w, for equal weights
     s / sqrt(n). Windows are the independent units, since the tokens of one window depend on each other.
     """
-    total = math.fsum(weights)
+    total, n = math.fsum(weights), len(values)
     mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total
-    n = len(values)
     if n < 2:
         return Estimate(mean)
     spread = math.fsum((w * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
@@ -195,36 +167,23 @@ def perplexity(nll: Estimate) -> Estimate:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Quality of a model on a text.
+    """Quality of a model on a text."""
 
-    Attributes:
-        model, reference, text: names of the model, of the reference (None: there was none) and of the text.
-        perplexity: exp of `nll`.
-        nll: mean negative log-likelihood per predicted token, in nats.
-        reference_perplexity: the same of the reference.
-        kl: mean KL(reference || model) per token, in nats.
-        agreement: fraction of positions where both rank the same token first.
-        windows, tokens: how many windows and predicted tokens were measured.
-        seqlen, bos: tokens per window, and whether each began with the BOS token.
-        dtype, device: of the model.
-        seconds: wall time of the forward passes and measures.
-    """
-
-    model: str
+    model: str  # its name, as those below
     text: str
-    perplexity: Estimate
-    nll: Estimate
+    perplexity: Estimate  # exp of `nll`
+    nll: Estimate  # mean negative log-likelihood per predicted token, in nats
     windows: int
-    tokens: int
-    seqlen: int
-    bos: bool
-    dtype: str
+    tokens: int  # predicted ones
+    seqlen: int  # tokens per window
+    bos: bool  # each window began with the BOS token
+    dtype: str  # of the model
     device: str
-    seconds: float
+    seconds: float  # wall time of the forward passes and measures
     reference: str | None = None
     reference_perplexity: Estimate | None = None
-    kl: Estimate | None = None
-    agreement: Estimate | None = None
+    kl: Estimate | None = None  # mean KL(reference || model) per token, in nats
+    agreement: Estimate | None = None  # fraction of positions where both rank the same token first
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -232,14 +191,11 @@ class EvalResult:
 
     def rows(self) -> list[tuple[str, str]]:
         """(measure, value) pairs for a table."""
-        rows = [("perplexity", str(self.perplexity))]
-        if self.reference_perplexity is not None:
-            rows.append(("perplexity of the reference", str(self.reference_perplexity)))
-        if self.kl is not None:
-            rows.append(("mean KL divergence (nats)", str(self.kl)))
-        if self.agreement is not None:
-            rows.append(("top-1 agreement", str(self.agreement)))
-        return rows
+        measures = {
+            "perplexity": self.perplexity, "perplexity of the reference": self.reference_perplexity,
+            "mean KL divergence (nats)": self.kl, "top-1 agreement": self.agreement,
+        }  # fmt: skip
+        return [(name, str(value)) for name, value in measures.items() if value is not None]
 
     def describe(self) -> str:
         """The text, its windows, dtype and device, as one line."""

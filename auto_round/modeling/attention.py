@@ -114,7 +114,7 @@ def head_counts(attention: Attention, config: Any) -> tuple[int, int]:
 
 
 def replace_argument(
-    module: nn.Module, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str, value: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call of `module.forward` with one of them replaced, whether positional or keyword."""
     forward: Callable[..., Any] = module.forward

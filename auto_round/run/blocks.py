@@ -12,8 +12,7 @@ import torch
 from auto_round.algorithms.base import BlockQuantizer, BlockResult, BlockTask, LayerTask
 from auto_round.algorithms.gptq import MIN_TOKENS
 from auto_round.algorithms.transforms.base import BlockTransform, BlockView
-from auto_round.calibration.kv_cache_observer import observe_kv_cache
-from auto_round.calibration.observers import InputHessian, MinMaxObserver, SecondMomentObserver
+from auto_round.calibration.observers import InputHessian, MinMaxObserver, SecondMomentObserver, observe_kv_cache
 from auto_round.codecs.activation import quantized_inputs
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import NumericsError

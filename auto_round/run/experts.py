@@ -36,7 +36,6 @@ from auto_round.calibration.expert_rows import (
     TokenRows,
     gather_rows,
     max_tokens_per_expert,
-    record_outputs,
     replaced_submodule,
     routed_experts,
 )
@@ -86,7 +85,7 @@ class WholeBlock:
         self.loader, self.quantizer, self.numerics = loader, quantizer, numerics
         self.layers: Mapping[str, QuantizedLayer] = {}
 
-    def recording(self, full: Stream, hessians: bool) -> AbstractContextManager[None]:
+    def recording(self, full: Stream, hessians: bool) -> AbstractContextManager[Any]:
         """Record what `quantize_block` needs while the block runs on the stream in full precision.
 
         `hessians`: error feedback is wanted for layers that use it.
@@ -233,7 +232,7 @@ class PerExpertTuner(StreamedBlock):
         self._buffers, self._trim = buffers, trim
         ((self._inside, self._module),) = routed_experts(loader.module).items()
 
-    def recording(self, full: Stream, hessians: bool) -> AbstractContextManager[None]:
+    def recording(self, full: Stream, hessians: bool) -> AbstractContextManager[Any]:
         """Record the outputs of the experts."""
         self._buffers.codes.clear()
         self._samples, self._tokens = int(full.hidden.shape[0]), int(full.hidden.shape[1])
@@ -241,8 +240,8 @@ class PerExpertTuner(StreamedBlock):
         assert self.loader.dtype is not None
         shape = (self._samples * self._tokens, self._module.hidden_dim)
         self._buffers.buffer("fed", full.hidden, shape, self.loader.dtype)
-        self._record = TokenRows(self._buffers.fed_rows, self._tokens, lambda: full.captured.running)
-        return record_outputs(self._module, self._record)
+        self._record = record = TokenRows(self._buffers.fed_rows, self._tokens, lambda: full.captured.running)
+        return self._module.register_forward_hook(lambda _module, _args, output: record.write(output))
 
     def needs_hessian(self, layer: LayerTask) -> bool:
         """Hessians of experts are computed later, from the tokens that each is tuned on."""

@@ -34,7 +34,7 @@ def write_tensors(path: Path, tensors: Tensors, values: Any = None) -> list[int]
     text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
     tensors = {**tensors, _VALUES: text}
     # Decreasing item sizes keep every tensor aligned to its dtype without gaps.
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     head, _, size = safetensors_header([(name, tensors[name].shape, tensors[name].dtype) for name in order], {})
     crc = zlib.crc32(head)
     partial = path.with_name(f"{path.name}.partial")

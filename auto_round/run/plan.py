@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from auto_round import envs
-from auto_round.calibration.kv_cache_observer import KVCacheObserver
+from auto_round.calibration.observers import KVCacheObserver
 from auto_round.codecs.base import Codec
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer

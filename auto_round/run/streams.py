@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from auto_round.algorithms.base import empty_device_cache, out_of_memory_error
-from auto_round.calibration.block_links import SharedState
+from auto_round.calibration.block_calls import SharedState
 from auto_round.calibration.capture import CapturedInputs
 from auto_round.calibration.disk_store import DiskTensor, empty_beside
 from auto_round.calibration.observers import InputObserver

@@ -67,7 +67,7 @@ def test_2_rotary_tables_and_masks_differ_by_kind_of_attention(tiny_folder: Call
     kinds = source.config.layer_types
     by_kind: dict[str, list[Any]] = {kind: [] for kind in kinds}
     for index, kind in enumerate(kinds):
-        args, kwargs = captured.arguments(index, 0)
+        args, kwargs, _ = captured._calls[index][0].build()
         tables = kwargs.get("position_embeddings") or args[0]
         by_kind[kind].append((tables[0], kwargs["attention_mask"]))
     sliding, full = by_kind["sliding_attention"], by_kind["full_attention"]
@@ -92,7 +92,7 @@ def test_3_masks_that_are_boolean_stay_so_and_calibration_stays_causal(
     captured = capture_inputs(source, samples)
     masks = 0
     for index in range(len(source.blocks)):
-        args, kwargs = captured.arguments(index, 0)
+        args, kwargs, _ = captured._calls[index][0].build()
         mask = kwargs.get("attention_mask")
         if mask is not None:
             masks += 1

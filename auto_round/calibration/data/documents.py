@@ -1,13 +1,13 @@
 """Convert dataset rows and Python objects to calibration documents: a text, a conversation or token ids.
 
-Rows come from files and hub datasets. Python objects are lists of strings or ids, tensors, dicts, a DataLoader,
-or any other iterable; two-dimensional tensors and columns of lists are batches, which are split into samples.
+Objects are lists of strings or ids, tensors, dicts, a DataLoader, or any other iterable. Two-dimensional tensors and
+columns of lists are batches, which are split into samples.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def documents_from_object(data: Any, seed: int) -> Iterator[Document]:
     A DataLoader that shuffles draws from a random state made from `seed`; the global random state is restored.
     Raises ConfigError when `data` has an unsupported type, DataError for a bad sample.
     """
-    if isinstance(data, (Mapping, torch.Tensor)) or is_ids(data) or _is_conversation(data):
+    if isinstance(data, (Mapping, torch.Tensor)) or _is_ids(data) or _is_conversation(data):
         yield from documents_from_item(data, "the dataset")
         return
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
@@ -78,7 +78,7 @@ def documents_from_item(item: Any, where: str) -> Iterator[Document]:
     item = _to_tensor(item)
     if isinstance(item, torch.Tensor):
         item = {"input_ids": item}
-    if isinstance(item, str):
+    if isinstance(item, (str, TokenDocument)):
         yield item
     elif isinstance(item, Mapping) and "input_ids" in item:
         yield from _token_documents(item, where)
@@ -90,14 +90,13 @@ def documents_from_item(item: Any, where: str) -> Iterator[Document]:
                 yield document_from_row(dict(zip(texts, row, strict=True)), where)
         else:
             yield document_from_row(item, where)
-    elif is_ids(item):
+    elif _is_ids(item):
         yield TokenDocument(list(item))
     elif _is_conversation(item):
-        yield conversation(item, where)
+        yield _conversation(item, where)
     elif isinstance(item, (list, tuple)):
         parts = [_to_tensor(part) for part in item]
-        keys = _columns_of(parts)
-        if keys:
+        if keys := _columns_of(parts):
             yield from _token_documents(dict(zip(keys, parts, strict=True)), where)
         else:
             for part in parts:
@@ -110,16 +109,15 @@ def documents_from_item(item: Any, where: str) -> Iterator[Document]:
 
 
 def document_from_row(row: Mapping[str, Any], where: str) -> Document:
-    """The text or conversation under a known key of a row.
+    """The text or conversation under the first known key of a row, in the order of docs/datasets.md.
 
-    Keys are tried in this order: `CHAT_KEYS`; `TEXT_KEYS`; then a question (`ASK_KEYS`) and its answer (`ANSWER_KEYS`),
-    which become a conversation of two messages. Raises DataError when there is none.
+    A question and its answer become a conversation of two messages. Raises DataError when there is no known key.
     """
     for key in CHAT_KEYS:
         if row.get(key):
-            return conversation(row[key], f"{where}, key {key!r}")
+            return _conversation(row[key], f"{where}, key {key!r}")
     if "role" in row and "content" in row:
-        return conversation([row], where)
+        return _conversation([row], where)
     for key in TEXT_KEYS:
         if isinstance(row.get(key), str):
             return row[key]
@@ -136,7 +134,7 @@ def document_from_row(row: Mapping[str, Any], where: str) -> Document:
     )
 
 
-def conversation(messages: Any, where: str) -> list[Message] | str:
+def _conversation(messages: Any, where: str) -> list[Message] | str:
     """Convert messages (`role`/`content` or `from`/`value` pairs) to `role`/`content`; return a string unchanged."""
     if isinstance(messages, str):
         return messages
@@ -158,21 +156,17 @@ def conversation(messages: Any, where: str) -> list[Message] | str:
     )
 
 
-def is_ids(value: Any) -> bool:
-    """Whether `value` is a non-empty list or tuple of integers."""
-    return (
-        isinstance(value, (list, tuple))
-        and bool(value)
-        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    )
+def _is_ids(value: Any) -> bool:
+    return _all_in_list(value, lambda v: isinstance(v, int) and not isinstance(v, bool))
 
 
-def _is_conversation(item: Any) -> bool:
-    return (
-        isinstance(item, (list, tuple))
-        and bool(item)
-        and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in item)
-    )
+def _is_conversation(value: Any) -> bool:
+    return _all_in_list(value, lambda v: isinstance(v, Mapping) and ("role" in v or "from" in v))
+
+
+def _all_in_list(value: Any, matches: Callable[[Any], bool]) -> bool:
+    """Whether `value` is a list or tuple with at least one entry, and all of them match."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(matches, value))
 
 
 def _token_documents(columns: Mapping[str, Any], where: str) -> Iterator[TokenDocument]:
@@ -196,10 +190,10 @@ def _id_rows(value: Any, where: str) -> list[list[int]]:
             raise DataError(f"{where} has {value.dim()} dimensions; give [tokens] or [samples, tokens]")
         value = value.to(torch.int64).tolist()
     if isinstance(value, (list, tuple)):
-        if is_ids(value) or not value:
+        if _is_ids(value) or not value:
             return [list(value)]
         rows = [r.tolist() if isinstance(r, torch.Tensor) else r for r in map(_to_tensor, value)]
-        if all(is_ids(r) for r in rows):
+        if all(_is_ids(r) for r in rows):
             return [list(r) for r in rows]
     raise DataError(f"{where} is not a list of integers; give [tokens] or [samples, tokens]")
 
@@ -217,9 +211,8 @@ def _columns_of(parts: list[Any]) -> tuple[str, ...]:
     if bool(((second == 0) | (second == 1)).all()) and not torch.equal(ids, second):
         return TOKEN_KEYS[: len(parts)]
     ignored = second == IGNORED_LABEL
-    if len(parts) == 2 and bool(((second == ids) | ignored).all()) and bool(ignored.any()):
-        return ("input_ids", "labels")
-    return ()
+    labels = len(parts) == 2 and bool(((second == ids) | ignored).all()) and bool(ignored.any())
+    return ("input_ids", "labels") if labels else ()
 
 
 def _to_tensor(value: Any) -> Any:

@@ -1,8 +1,7 @@
 """Stream calibration documents from the Hugging Face hub or ModelScope, after a short check of the network.
 
 The client libraries retry for tens of seconds without a network, so one short request is made first. Without a hub, a
-copy in the local caches is used. `HUB_DATASETS` has one row for each dataset with a short name: hub, splits and
-columns. Loading scripts of a dataset are never run.
+copy in the local caches is used. Loading scripts of a dataset are never run.
 """
 
 from __future__ import annotations
@@ -35,45 +34,41 @@ MODELSCOPE_DEFAULT = "swift/pile-val-backup"
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset on a hub.
-
-    Attributes:
-        names: names in a dataset string; the first is shown.
-        description: a few words for `list dataset`.
-        splits: default splits.
-        column: text column; None looks for a usual name; several are joined by an empty line.
-        path: hub id when it differs from the name.
-        config: configuration of the dataset.
-        data_files: parquet files inside the repository, for datasets with a loading script.
-        buffer_size: rows held for shuffling; large for a dataset that is small and sorted.
-        concat: default of `concat`; True for documents far shorter than a usual sample.
-        modelscope: it is on ModelScope.
-    """
+    """A dataset on a hub, and the names that it has in a dataset string."""
 
     names: tuple[str, ...]
-    description: str = ""
+    description: str = ""  # a few words for `list dataset`
     splits: tuple[str, ...] = ("train",)
-    column: str | tuple[str, ...] | None = "text"
-    path: str | None = None
+    column: str | tuple[str, ...] | None = "text"  # None looks for a usual name; several are joined by an empty line
+    path: str | None = None  # hub id, when it differs from the name
     config: str | None = None
-    data_files: str | None = None
-    buffer_size: int = 1000
-    concat: bool = False
+    data_files: str | None = None  # parquet files inside the repository, for datasets with a loading script
+    buffer_size: int = 1000  # rows held for shuffling; large for a dataset that is small and sorted
+    concat: bool = False  # default of `concat`; True for documents far shorter than a usual sample
     modelscope: bool = False
 
     def documents(self, dataset_name: str, split: str | None, seed: int) -> Iterator[Document]:
         """Yield the documents. Raises DataError when the dataset cannot be read or has no rows."""
-        splits = split.split("+") if split else self.splits
-        read = _modelscope_rows if self.modelscope else _hub_rows
-        empty = True
-        for row in read(self, dataset_name, splits, seed):
-            empty = False
-            yield from _row_documents(row, self.column, f"a row of dataset {dataset_name!r}")
-        if empty and not self.modelscope:
+        splits, where = split.split("+") if split else self.splits, f"a row of dataset {dataset_name!r}"
+        columns = (self.column,) if isinstance(self.column, str) else self.column
+        row: Any = None
+        for row in (_modelscope_rows if self.modelscope else _hub_rows)(self, dataset_name, splits, seed):
+            if columns is None:
+                yield from documents_from_item(row, where)
+            elif not isinstance(row, Mapping) or any(column not in row for column in columns):
+                shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+                raise DataError(
+                    f"{where} has no column {columns}, it has {shown}; the dataset has changed, use another one"
+                )
+            elif len(columns) > 1:
+                yield "\n\n".join(str(row[column]) for column in columns if row[column])
+            else:
+                yield document_from_row({"messages" if columns[0] == "messages" else "text": row[columns[0]]}, where)
+        if row is None and not self.modelscope:
             raise DataError(f"dataset {dataset_name!r} has no rows in split {'+'.join(splits)}; choose another split")
 
 
-HUB_DATASETS = (
+for _set in (
     HubDataset((DEFAULT_DATASET,), "10,000 documents of the Pile, mixed English (default)", buffer_size=10_000),
     HubDataset(
         (MODELSCOPE_DEFAULT,), "validation part of the Pile", ("validation",), modelscope=True, buffer_size=10_000
@@ -93,12 +88,9 @@ HUB_DATASETS = (
         ("opencode-instruct", "nvidia/OpenCodeInstruct"), "Python questions with answers", column=None,
         path="nvidia/OpenCodeInstruct",
     ),
-)  # fmt: skip
-"""Datasets with a short name."""
-
-for _row in HUB_DATASETS:
-    _where = "ModelScope" if _row.modelscope else "Hugging Face hub"
-    register_dataset(_row.names, description=_row.description, where=_where, concat=_row.concat)(_row.documents)
+):  # fmt: skip
+    _where = "ModelScope" if _set.modelscope else "Hugging Face hub"
+    register_dataset(_set.names, description=_set.description, where=_where, concat=_set.concat)(_set.documents)
 
 
 class HubUnreachable(DataError):
@@ -115,36 +107,32 @@ class HubUnreachable(DataError):
 def hub_problem() -> str:
     """Why the Hugging Face hub cannot be used now, in a few words, or "". Takes `HUB_TIMEOUT_S` at most."""
     try:
-        from huggingface_hub import constants
+        from huggingface_hub import constants, get_session
     except ImportError:
         return "huggingface_hub is not installed"
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     endpoint = constants.ENDPOINT
     known = _hub_answers.get(endpoint)
-    if known is None or time.monotonic() - known[0] > _ANSWER_VALID_S:
-        known = _hub_answers[endpoint] = (time.monotonic(), _request(endpoint))
-    return known[1]
-
-
-def _request(endpoint: str) -> str:
-    """Why the hub's front page cannot be read, or "". Any answer but a server or proxy failure counts as success."""
-    answer: list[str] = []
+    if known is not None and time.monotonic() - known[0] <= _ANSWER_VALID_S:
+        return known[1]
+    answers: list[str] = []
 
     def request() -> None:
-        from huggingface_hub import get_session
-
+        """Read the hub's front page. Any answer but a server or proxy failure counts as success."""
         try:
             status = get_session().head(endpoint, timeout=HUB_TIMEOUT_S).status_code
-            answer.append(f"{endpoint} answers with status {status}" if status == 407 or status >= 500 else "")
+            answers.append(f"{endpoint} answers with status {status}" if status == 407 or status >= 500 else "")
         except Exception as error:  # the HTTP library behind get_session, and so its errors, differ between versions
-            answer.append(f"no answer from {endpoint}: {_short(error)}")
+            answers.append(f"no answer from {endpoint}: {_short(error)}")
 
     # In a thread, because name resolution can block for longer than the timeout of the request.
     thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT_S)
-    return answer[0] if answer else f"no answer from {endpoint} within {HUB_TIMEOUT_S:g} s"
+    answer = answers[0] if answers else f"no answer from {endpoint} within {HUB_TIMEOUT_S:g} s"
+    _hub_answers[endpoint] = time.monotonic(), answer
+    return answer
 
 
 def _hub_rows(dataset: HubDataset, name: str, splits: Sequence[str], seed: int) -> Iterator[Any]:
@@ -157,9 +145,7 @@ def _hub_rows(dataset: HubDataset, name: str, splits: Sequence[str], seed: int) 
         import datasets
     except ImportError as error:
         raise HubUnreachable(name, 'it needs `pip install "auto-round[data]"`') from error
-    path = dataset.path or name
-    problem = hub_problem()
-    streams = []
+    path, problem, streams = dataset.path or name, hub_problem(), []
     for split in splits:
         if problem:
             stream = _cached_stream(path, dataset.config, split)
@@ -232,20 +218,6 @@ def _round_robin(streams: list[Iterator[Any]], name: str) -> Iterator[Any]:
         raise
     except Exception as error:  # whatever the stream's libraries raise
         raise _as_data_error(name, error) from error
-
-
-def _row_documents(row: Any, column: str | tuple[str, ...] | None, where: str) -> Iterator[Document]:
-    if column is None:
-        yield from documents_from_item(row, where)
-        return
-    names = (column,) if isinstance(column, str) else column
-    if not isinstance(row, Mapping) or any(n not in row for n in names):
-        shown = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise DataError(f"{where} has no column {names}, it has {shown}; the dataset has changed, use another one")
-    if len(names) == 1:
-        yield document_from_row({"messages" if names[0] == "messages" else "text": row[names[0]]}, where)
-    else:
-        yield "\n\n".join(str(row[n]) for n in names if row[n])
 
 
 def _as_data_error(name: str, error: Exception) -> DataError:

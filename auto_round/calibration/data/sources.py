@@ -1,15 +1,7 @@
-"""Documents of local files and folders, and of the text inside the package.
-
-File readers yield documents in an order drawn from a seed, and read as little as possible:
-
-json: a list of strings or objects; one object with lists (columns), e.g. `{"text": [...]}`; or one object.
-jsonl: one string or object per line.
-txt: documents are separated by two or more blank lines if the text has any; else by one blank line; else each line is
-a document.
-parquet: one row per document.
+"""Documents of local files and folders, and of the text inside the package, in an order drawn from a seed.
 
 `builtin` is the text inside the package: 1.3 MB of public-domain English (see `data/SOURCES.md`), enough for 128
-samples of 2048 tokens. Its documents have about a thousand tokens, so they are joined by default (`concat=True`).
+samples of 2048 tokens. Its documents have about a thousand tokens, so they are joined by default.
 """
 
 from __future__ import annotations
@@ -42,7 +34,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def read_local(name: str, seed: int) -> Iterator[Document]:
-    """Yield the documents of the file or folder `name` (`~` is expanded) in an order fixed by `seed`.
+    """Yield the documents of the file or folder `name` (`~` is expanded), reading only as far as needed.
 
     Raises DataError for a missing or damaged file, an unknown suffix, or rows without text.
     """
@@ -74,7 +66,7 @@ def read_local(name: str, seed: int) -> Iterator[Document]:
 
 
 def split_text(text: str) -> list[str]:
-    """Split plain text into documents; the module docstring describes the separators."""
+    """Split plain text into documents at two blank lines or more, else at one blank line, else at line ends."""
     text = text.replace("\r\n", "\n")
     separator = next((s for s in ("\n\n\n", "\n\n") if s in text), "\n")
     documents = [part.strip("\n") for part in text.split(separator) if part.strip()]
@@ -89,44 +81,38 @@ def _read_txt(path: Path, rng: random.Random) -> Iterator[Document]:
 
 
 def _read_json(path: Path, rng: random.Random) -> Iterator[Document]:
+    """A list of rows, an object whose lists are columns, or one row; or jsonl, as many `.json` files are."""
+    text, where = path.read_text(encoding="utf-8-sig"), f"dataset file {str(path)!r}"
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(text)
     except json.JSONDecodeError as error:
-        if _is_jsonl(path):
+        if _is_json_row(next((line for line in text.split("\n") if line.strip()), "")):
             yield from _read_jsonl(path, rng)
             return
         raise DataError(
-            f"dataset file {str(path)!r} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
-            "write a list of strings, or a list of objects with a 'text' key"
+            f"{where} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); write a list of "
+            "strings, or a list of objects with a 'text' key"
         ) from error
-    yield from _shuffled(_json_rows(data, path), rng, "entry {} of " + repr(str(path)))
+    if isinstance(data, Mapping):
+        columns = {k: v for k, v in data.items() if isinstance(v, list)}
+        chat = data.get("messages") and isinstance(data["messages"][0], Mapping)
+        if chat or not columns or (data.get("input_ids") and isinstance(data["input_ids"][0], int)):
+            data = [data]
+        else:
+            lengths = {k: len(v) for k, v in columns.items()}
+            if len(set(lengths.values())) > 1:
+                raise DataError(f"{where} has columns of different lengths: {lengths}; make them equal")
+            data = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    elif not isinstance(data, list):
+        raise DataError(f"{where} has a {type(data).__name__}; write a list or an object of lists")
+    yield from _shuffled(data, rng, "entry {} of " + repr(str(path)))
 
 
-def _is_jsonl(path: Path) -> bool:
-    """Whether the first non-empty line is a JSON value by itself (many `.json` files are jsonl)."""
-    with path.open(encoding="utf-8-sig") as file:
-        line = next((line for line in file if line.strip()), "")
+def _is_json_row(line: str) -> bool:
     try:
         return isinstance(json.loads(line), (dict, str, list))
     except json.JSONDecodeError:
         return False
-
-
-def _json_rows(data: Any, path: Path) -> list[Any]:
-    """Rows of a parsed JSON value. An object whose lists have equal lengths is a table of columns."""
-    if isinstance(data, list):
-        return data
-    if not isinstance(data, Mapping):
-        raise DataError(f"dataset file {str(path)!r} has a {type(data).__name__}; write a list or an object of lists")
-    if data.get("messages") and isinstance(data["messages"][0], Mapping):
-        return [data]
-    columns = {k: v for k, v in data.items() if isinstance(v, list)}
-    if not columns or ("input_ids" in data and data["input_ids"] and isinstance(data["input_ids"][0], int)):
-        return [data]
-    lengths = {k: len(v) for k, v in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise DataError(f"dataset file {str(path)!r} has columns of different lengths: {lengths}; make them equal")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _shuffled(rows: Sequence[Any], rng: random.Random, where: str) -> Iterator[Document]:
@@ -175,11 +161,8 @@ def _read_parquet(path: Path, rng: random.Random) -> Iterator[Document]:
 
 
 READERS: dict[str, Callable[[Path, random.Random], Iterator[Document]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".txt": _read_txt,
-    ".parquet": _read_parquet,
-}
+    ".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_txt, ".parquet": _read_parquet,
+}  # fmt: skip
 """Reader of each file suffix."""
 
 
@@ -200,12 +183,10 @@ def held_out_documents() -> list[str]:
     return builtin_documents()[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
 
 
-@register_dataset(
-    BUILTIN,
-    description="mixed public-domain English text, short documents joined",
-    where="inside the package",
-    concat=True,
-)
+_DESCRIPTION = "mixed public-domain English text, short documents joined"
+
+
+@register_dataset(BUILTIN, description=_DESCRIPTION, where="inside the package", concat=True)
 def builtin(seed: int, split: str | None) -> Iterator[str]:
     """Yield the documents of the packaged text in an order fixed by `seed`. The only split is `train`."""
     if split not in (None, "train"):

@@ -1,27 +1,6 @@
-"""Dataset strings, the registry of named datasets, and the number of samples of each dataset.
+"""Dataset strings, the registry of named datasets, and the number of samples of each; docs/datasets.md is the guide.
 
-A dataset string looks like `./tmp.json,NeelNanda/pile-10k:num=256:split=train+test,mbpp:concat=True`. `,` separates
-datasets, `:` separates the options of one dataset, `+` adds values of one option. Single or double quotes disable
-that meaning, in names and values; inside quotes a backslash escapes the quote. A word without `=` is a switch
-(`concat`, `apply_chat_template`) or else a split, so `NeelNanda/pile-10k:train` is short for
-`NeelNanda/pile-10k:split=train`. The `:` of a Windows drive (`C:\\data.json`) and of `://` belongs to the name.
-
-The registry maps names to functions that yield documents:
-
-    from auto_round.calib_dataset import register_dataset
-
-    @register_dataset("my_notes", description="notes of my team")
-    def my_notes(tokenizer, seqlen, dataset_name, split, seed):
-        for path in sorted(Path("notes").glob("*.md")):
-            yield path.read_text()
-
-A function receives those of the arguments below that it names (all of them when it takes `**kwargs`), and yields
-documents: strings, mappings with `text`, `messages` or `input_ids`, or lists of messages. It may yield more than
-needed; it is read only as far as needed.
-
-tokenizer, seqlen (tokens per sample), dataset_name (the registered name used), split (None, one name, or several
-joined by `+`), seed, apply_chat_template (bool), system_prompt (None or text). A function that names
-`apply_chat_template` renders the template itself.
+A `:` that belongs to a Windows drive (`C:\\data.json`) or to `://` does not separate options.
 """
 
 from __future__ import annotations
@@ -38,40 +17,31 @@ from auto_round.report.run_report import redact_path
 _BOOLS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _EXAMPLE = "./tmp.json,NeelNanda/pile-10k:num=256:split=train+test,mbpp:concat=True"
+_SWITCHES = ("concat", "apply_chat_template")
+_OPTIONS = ("num", "split", *_SWITCHES, "system_prompt")
+
+DatasetFunction = Callable[..., Iterable[Any]]
+_F = TypeVar("_F", bound=DatasetFunction)
+
+ARGUMENTS = ("tokenizer", "seqlen", "dataset_name", "split", "seed", "apply_chat_template", "system_prompt")
+"""Arguments that a dataset function may name."""
+BY_PROGRAM = "registered by this program"
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset of a dataset string.
+    """One dataset of a dataset string; None and empty values take the dataset's default."""
 
-    Attributes:
-        name: registered name, hub id or path of a local file.
-        num: samples wanted from this dataset; None takes a share of the rest.
-        splits: split names in the given order; empty means the dataset's default.
-        concat: join all documents, then cut them into samples; None means the dataset's default.
-        apply_chat_template: render every document with the tokenizer's chat template.
-        system_prompt: system message of the template; None leaves it to the template.
-    """
-
-    name: str
-    num: int | None = None
+    name: str  # registered, hub id, or path of a local file
+    num: int | None = None  # samples; None: a share of the rest
     splits: tuple[str, ...] = ()
     concat: bool | None = None
     apply_chat_template: bool = False
     system_prompt: str | None = None
 
-    @property
-    def bare(self) -> bool:
-        """Whether only the name was given."""
-        return self == DatasetSpec(self.name)
-
 
 def parse_dataset_string(text: str) -> list[DatasetSpec]:
-    """Parse a dataset string into its datasets, in order.
-
-    Raises ConfigError for an empty string or name, an unclosed quote, an unknown or repeated option, or an invalid
-    value.
-    """
+    """Parse a dataset string into its datasets, in order. Raises ConfigError when it is malformed."""
     specs = []
     for part in _split(text, ",", text):
         first, *pieces = _split(part, ":", text)
@@ -83,7 +53,7 @@ def parse_dataset_string(text: str) -> list[DatasetSpec]:
             key, value = _key_and_value(piece, text)
             if key in values:
                 raise ConfigError(f"dataset {name!r} gives {key} twice; give it once")
-            values[key] = OPTIONS[key](value, key, name)
+            values[key] = _parse_value(key, value, name)
         spec = DatasetSpec(name, splits=values.pop("split", ()), **values)
         if spec.system_prompt is not None and not spec.apply_chat_template:
             raise ConfigError(f"dataset {name!r} has a system_prompt but no chat template; add ':apply_chat_template'")
@@ -109,52 +79,38 @@ def redact_dataset(text: str) -> str:
 def _key_and_value(piece: str, whole: str) -> tuple[str, str]:
     """The option `key=value`; a word alone is a switch or a split."""
     key, equals, value = piece.partition("=")
-    key = key.strip()
+    key, word = key.strip(), piece.strip()
     if equals and key[:1] not in "'\"":
-        if key not in OPTIONS:
+        if key not in _OPTIONS:
             raise ConfigError(
-                f"dataset {whole!r} has the unknown option {key!r}{nearest(key, OPTIONS)} Known: {', '.join(OPTIONS)}"
+                f"dataset {whole!r} has the unknown option {key!r}{nearest(key, _OPTIONS)} Known: {', '.join(_OPTIONS)}"
             )
         return key, value.strip()
-    word = piece.strip()
     if not word:
         raise ConfigError(f"dataset {whole!r} has nothing between two ':'; write options like {_EXAMPLE!r}")
-    if OPTIONS.get(word) is _parse_bool:
+    if word in _SWITCHES:
         return word, "true"
-    if word in OPTIONS:
+    if word in _OPTIONS:
         raise ConfigError(f"dataset {whole!r} gives {word} without a value; write ':{word}=…'")
     return "split", word
 
 
-def _parse_splits(value: str, key: str, name: str) -> tuple[str, ...]:
-    splits = tuple(_unquote(s) for s in _split(value, "+", value))
-    if not all(splits):
-        raise ConfigError(f"dataset {name!r} has an empty split in {value!r}; write split=train+test")
-    return splits
-
-
-def _parse_count(value: str, key: str, name: str) -> int:
+def _parse_value(key: str, value: str, name: str) -> Any:
     word = _unquote(value)
-    if not word.isdecimal() or int(word) < 1:
-        raise ConfigError(f"dataset {name!r} has num={value}; num is an integer of 1 or more")
-    return int(word)
-
-
-def _parse_bool(value: str, key: str, name: str) -> bool:
-    word = _unquote(value).lower()
-    if word not in _BOOLS:
-        raise ConfigError(f"dataset {name!r} has {key}={value}; write {key}=True or {key}=False")
-    return _BOOLS[word]
-
-
-OPTIONS: dict[str, Callable[[str, str, str], Any]] = {
-    "num": _parse_count,
-    "split": _parse_splits,
-    "concat": _parse_bool,
-    "apply_chat_template": _parse_bool,
-    "system_prompt": lambda value, key, name: _unquote(value),
-}
-"""Options of a dataset string, and the functions that read their values: (value, option, dataset)."""
+    if key == "split":
+        splits = tuple(_unquote(s) for s in _split(value, "+", value))
+        if not all(splits):
+            raise ConfigError(f"dataset {name!r} has an empty split in {value!r}; write split=train+test")
+        return splits
+    if key == "num":
+        if not word.isdecimal() or int(word) < 1:
+            raise ConfigError(f"dataset {name!r} has num={value}; num is an integer of 1 or more")
+        return int(word)
+    if key in _SWITCHES:
+        if word.lower() not in _BOOLS:
+            raise ConfigError(f"dataset {name!r} has {key}={value}; write {key}=True or {key}=False")
+        return _BOOLS[word.lower()]
+    return word
 
 
 def _split(text: str, separator: str, whole: str) -> list[str]:
@@ -169,8 +125,9 @@ def _split(text: str, separator: str, whole: str) -> list[str]:
             quote, escaped, start_of_word = char, False, False
         else:
             start_of_word = char in ",:=+" or (start_of_word and char == " ")
-            in_name = char == ":" and (text.startswith("://", i) or _is_drive(text, i))
-            if char == separator and not in_name:
+            before = text[: i - 1].rstrip() if i else "x"
+            drive = _DRIVE.match(text, i - 1) and (not before or before[-1] in ",'\"")
+            if char == separator and not (char == ":" and (drive or text.startswith("://", i))):
                 parts.append("")
                 continue
         parts[-1] += char
@@ -181,12 +138,6 @@ def _split(text: str, separator: str, whole: str) -> list[str]:
     return parts
 
 
-def _is_drive(text: str, colon: int) -> bool:
-    """Whether the colon belongs to a Windows drive at the start of a dataset's name."""
-    before = text[: colon - 1].rstrip() if colon else "x"
-    return bool(_DRIVE.match(text, colon - 1)) and (not before or before[-1] in ",'\"")
-
-
 def _unquote(value: str) -> str:
     word = value.strip()
     if len(word) >= 2 and word[0] == word[-1] and word[0] in "'\"":
@@ -194,39 +145,22 @@ def _unquote(value: str) -> str:
     return word
 
 
-DatasetFunction = Callable[..., Iterable[Any]]
-_F = TypeVar("_F", bound=DatasetFunction)
-
-ARGUMENTS = ("tokenizer", "seqlen", "dataset_name", "split", "seed", "apply_chat_template", "system_prompt")
-"""Arguments a dataset function may name."""
-
-
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A registered dataset.
-
-    Attributes:
-        name: as written in a dataset string.
-        function: yields the documents; see the module docstring.
-        description: a few words for `list dataset`.
-        where: where the data comes from, e.g. "Hugging Face hub".
-        concat: default of `concat`; True suits datasets of short documents.
-        takes: the members of `ARGUMENTS` that the function names.
-    """
+    """A registered dataset."""
 
     name: str
     function: DatasetFunction
-    description: str
-    where: str
-    concat: bool
-    takes: frozenset[str]
+    description: str  # a few words for `list dataset`
+    where: str  # where the data comes from, e.g. "Hugging Face hub"
+    concat: bool  # default of `concat`; True suits datasets of short documents
+    takes: frozenset[str]  # the members of `ARGUMENTS` that the function names
 
     def documents(self, **arguments: Any) -> Iterable[Any]:
-        """Call the function with the arguments it takes."""
+        """Call the function with the arguments that it takes."""
         return self.function(**{k: v for k, v in arguments.items() if k in self.takes})
 
 
-BY_PROGRAM = "registered by this program"
 DATASETS: dict[str, DatasetEntry] = {}
 """Registered datasets by name."""
 
@@ -234,7 +168,10 @@ DATASETS: dict[str, DatasetEntry] = {}
 def register_dataset(
     names: str | Iterable[str], *, description: str = "", where: str = BY_PROGRAM, concat: bool = False
 ) -> Callable[[_F], _F]:
-    """Decorator that registers a function as the reader of one or several dataset names; see the module docstring.
+    """Decorator that registers a function as the reader of one or several dataset names.
+
+    The function gets those of `ARGUMENTS` that it names (all with `**kwargs`), and yields documents: strings, mappings
+    with `text`, `messages` or `input_ids`, or lists of messages. It is read only as far as needed.
 
     Registering a name again replaces it. Raises ConfigError for an empty name, a name with characters of the dataset
     string (`,`, `:`, `+`, quotes), or a function that requires an unknown argument.
@@ -247,28 +184,23 @@ def register_dataset(
             raise ConfigError(f"dataset name {name!r} has one of , : + or a quote, which the dataset string uses")
 
     def register(function: _F) -> _F:
-        takes = _accepted_arguments(function)
+        takes: set[str] = set()
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                takes.update(ARGUMENTS)
+            elif parameter.name in ARGUMENTS and parameter.kind is not parameter.POSITIONAL_ONLY:
+                takes.add(parameter.name)
+            elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
+                raise ConfigError(
+                    f"dataset function {function.__name__!r} needs {parameter.name!r}, which is not one of the "
+                    f"arguments it can be given: {', '.join(ARGUMENTS)}; rename it or give it a default"
+                )
         text = description or (inspect.getdoc(function) or "").split("\n")[0]
         for name in wanted:
-            DATASETS[name] = DatasetEntry(name, function, text, where, concat, takes)
+            DATASETS[name] = DatasetEntry(name, function, text, where, concat, frozenset(takes))
         return function
 
     return register
-
-
-def _accepted_arguments(function: DatasetFunction) -> frozenset[str]:
-    takes: set[str] = set()
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            takes.update(ARGUMENTS)
-        elif parameter.name in ARGUMENTS and parameter.kind is not parameter.POSITIONAL_ONLY:
-            takes.add(parameter.name)
-        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
-            raise ConfigError(
-                f"dataset function {function.__name__!r} needs {parameter.name!r}, which is not one of the "
-                f"arguments it can be given: {', '.join(ARGUMENTS)}; rename it or give it a default"
-            )
-    return frozenset(takes)
 
 
 def samples_per_dataset(wanted: Sequence[int | None], total: int) -> list[int]:

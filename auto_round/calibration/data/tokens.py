@@ -1,10 +1,7 @@
-"""Tokenize documents into calibration samples of `seqlen` tokens.
+"""Tokenize documents into calibration samples of `seqlen` tokens; docs/datasets.md says what is dropped.
 
-Without `concat` a document becomes at most one sample: it is truncated to `seqlen` tokens, and dropped when shorter. A
-text is also dropped when one token repeated to the end makes up more than half of it. With `concat` the documents are
-joined and the stream is cut every `seqlen` tokens. Texts get the special tokens that the tokenizer adds; in joined text
-its leading ones (such as BOS) also start every sample, as models trained with one need it. Ids given by the user are
-used unchanged.
+Texts get the special tokens that the tokenizer adds; in joined text its leading ones (such as BOS) also start every
+sample, as models trained with one need it. Ids given by the user are used unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from typing import Any
 
 import torch
 
-from auto_round.calibration.data.documents import IGNORED_LABEL, Document, Message, TokenDocument
+from auto_round.calibration.data.documents import IGNORED_LABEL, TOKEN_KEYS, Document, Message, TokenDocument
 from auto_round.errors import DataError
 
 Sample = dict[str, torch.Tensor]
@@ -29,31 +26,18 @@ _CHARS_PER_TOKEN = 12
 
 @dataclass
 class DocumentStats:
-    """Statistics of the documents of one dataset.
-
-    Attributes:
-        name: the dataset.
-        seqlen: tokens per sample.
-        concat: whether documents are joined.
-        named: whether it comes from a dataset string, where `concat=True` can be written.
-        seen: documents read.
-        kept: samples made.
-        short: documents with fewer than `seqlen` tokens.
-        repeats: documents dropped because one token repeats to the end.
-        shortest, longest: tokens of the shortest and longest document; a document far longer than `seqlen` may be
-            counted in part.
-        total: tokens of all documents.
-    """
+    """The reading of one dataset: what is wanted, and statistics of its documents."""
 
     name: str
-    seqlen: int
-    concat: bool = False
-    named: bool = True
-    seen: int = 0
-    kept: int = 0
-    short: int = 0
-    repeats: int = 0
-    shortest: int | None = None
+    seqlen: int  # tokens per sample
+    concat: bool = False  # documents are joined
+    named: bool = True  # it comes from a dataset string, where `concat=True` can be written
+    num: int | None = None  # samples; None: a share of the rest
+    seen: int = 0  # documents read
+    kept: int = 0  # samples made
+    short: int = 0  # documents with fewer than `seqlen` tokens
+    repeats: int = 0  # documents dropped because one token repeats to the end
+    shortest: int | None = None  # tokens; a document far longer than `seqlen` may be counted in part
     longest: int = 0
     total: int = 0
 
@@ -79,21 +63,80 @@ class DocumentStats:
 
     def advice(self) -> str:
         """What the user can set to get samples."""
-        if not self.seen:
+        if not self.total and (self.concat or not self.seen):
             return "give it some text"
         if self.concat:
-            return f"set seqlen<={self.total} or give more text" if self.total else "give it some text"
+            return f"set seqlen<={self.total} or give more text"
         if self.longest < self.seqlen:
             longest = f"set seqlen<={self.longest} or " if self.longest else ""
             return longest + ("add ':concat=True' to the dataset" if self.named else "give longer samples")
         return "give text that is not repeated padding"
 
 
-def render(document: Document, tokenizer: Any, apply_chat_template: bool, system_prompt: str | None) -> Document:
+def samples_of(
+    documents: Iterable[Document], tokenizer: Any, stats: DocumentStats, apply_chat_template: bool = False,
+    system_prompt: str | None = None,
+) -> Iterator[Sample]:  # fmt: skip
+    """Yield samples of `stats.seqlen` tokens on demand, and update `stats`. Raises DataError.
+
+    Without `stats.concat` a document becomes at most one sample. Reads only as far as needed, in batches of 64 texts.
+    """
+    specials, seqlen = not apply_chat_template, stats.seqlen
+    rendered = (_render(d, tokenizer, apply_chat_template, system_prompt) for d in documents)
+    if stats.concat:
+        yield from _concatenated(_encode(rendered, tokenizer, specials), _leading_tokens(tokenizer), stats)
+        return
+    for document in _encode(rendered, tokenizer, specials, seqlen):
+        length = len(document.ids)
+        stats.count(length)
+        if length < seqlen:
+            stats.short += 1
+            continue
+        is_text = document.mask is None  # ids given by the user have a mask here
+        mask = document.mask or [1] * length
+        # Leading padding is cut off first.
+        start = min(mask.index(1), length - seqlen) if any(mask) else 0
+        window = slice(start, start + seqlen)
+        ids = document.ids[window]
+        repeated = next((n for n, token in enumerate(reversed(ids)) if token != ids[-1]), seqlen)
+        if not any(mask) or (is_text and repeated * 2 > seqlen):
+            stats.repeats += 1
+            continue
+        stats.kept += 1
+        yield _sample(ids, mask[window], None if document.labels is None else document.labels[window])
+
+
+def _concatenated(documents: Iterable[TokenDocument], before: list[int], stats: DocumentStats) -> Iterator[Sample]:
+    """Yield samples cut from all documents joined, each with the tokens `before`; padding is left out."""
+    if len(before) >= stats.seqlen:
+        raise DataError(f"seqlen={stats.seqlen} is too short for the {len(before)} special tokens of the tokenizer")
+    ids: list[int] = []
+    labels: list[int] = []
+    has_labels = user_ids = False
+    for document in documents:
+        user_ids = user_ids or document.mask is not None
+        has_labels = has_labels or document.labels is not None
+        kept = [i for i in range(len(document.ids)) if document.mask is None or document.mask[i]]
+        stats.count(len(kept))
+        ids.extend(document.ids[i] for i in kept)
+        labels.extend((document.labels or document.ids)[i] for i in kept)
+        position = 0
+        while True:
+            lead = [] if user_ids or ids[position : position + len(before)] == before else before
+            end = position + stats.seqlen - len(lead)
+            if end > len(ids):
+                break
+            chunk_labels = [IGNORED_LABEL] * len(lead) + labels[position:end] if has_labels else None
+            stats.kept += 1
+            yield _sample(lead + ids[position:end], [1] * stats.seqlen, chunk_labels)
+            position = end
+        del ids[:position], labels[:position]
+
+
+def _render(document: Document, tokenizer: Any, apply_chat_template: bool, system_prompt: str | None) -> Document:
     """Render a document as text, with the chat template on request; token ids are returned unchanged.
 
-    A plain text becomes one user message. `system_prompt` replaces the conversation's own system message. Raises
-    DataError when the tokenizer has no template, the template rejects the messages, or the document is token ids.
+    A plain text becomes one user message. `system_prompt` replaces the conversation's own system message.
     """
     if not apply_chat_template:
         return "\n".join(m["content"] for m in document if m["content"]) if isinstance(document, list) else document
@@ -115,129 +158,46 @@ def render(document: Document, tokenizer: Any, apply_chat_template: bool, system
         ) from error
 
 
-def samples_of(
-    documents: Iterable[Document], tokenizer: Any, stats: DocumentStats, apply_chat_template: bool = False,
-    system_prompt: str | None = None,
-) -> Iterator[Sample]:  # fmt: skip
-    """Yield samples of `stats.seqlen` tokens on demand; `stats` is updated.
+def _encode(
+    documents: Iterable[Document], tokenizer: Any, specials: bool, most_tokens: int | None = None
+) -> Iterator[TokenDocument]:
+    """Yield token documents in order. With `most_tokens`, a text is tokenized only as far as needed."""
+    stream = iter(documents)
+    limit = None if most_tokens is None else _CHARS_PER_TOKEN * most_tokens
+    while batch := list(itertools.islice(stream, _BATCH)):
+        texts = [d for d in batch if isinstance(d, str)]
+        encoded = _ids(tokenizer, [text[:limit] for text in texts], specials)
+        if limit is not None and most_tokens is not None:
+            # A text whose truncated copy has too few tokens (long runs of spaces, say) is tokenized whole.
+            for i, text in enumerate(texts):
+                if len(text) > limit and len(encoded[i]) < most_tokens + 16:
+                    (encoded[i],) = _ids(tokenizer, [text], specials)
+        tokens = iter(encoded)
+        for document in batch:
+            if isinstance(document, TokenDocument):
+                yield _checked_ids(document, tokenizer)
+            else:
+                yield TokenDocument(next(tokens))
 
-    Reads only as far as needed, in batches of 64 texts. Raises DataError for invalid ids, and for text without a
-    tokenizer.
-    """
-    rendered = (render(d, tokenizer, apply_chat_template, system_prompt) for d in documents)
-    encoder = _Encoder(tokenizer, specials=not apply_chat_template)
-    if stats.concat:
-        yield from _concatenated(rendered, encoder, stats)
-        return
-    for document in encoder.encode(rendered, most_tokens=stats.seqlen):
-        sample = _cut_sample(document, stats)
-        if sample is not None:
-            stats.kept += 1
-            yield sample
 
-
-class _Encoder:
-    """Tokenizes texts in batches."""
-
-    def __init__(self, tokenizer: Any, specials: bool) -> None:
-        self.tokenizer, self.specials = tokenizer, specials
-
-    def leading_tokens(self) -> list[int]:
-        """Special tokens that the tokenizer puts before a text."""
-        if self.tokenizer is None:
-            return []
-        (bare,), (full,) = self._ids(["a"], specials=False), self._ids(["a"], specials=True)
-        for start in range(len(full) - len(bare) + 1):
-            if bare and full[start : start + len(bare)] == bare:
-                return full[:start]
+def _ids(tokenizer: Any, texts: list[str], specials: bool) -> list[list[int]]:
+    if not texts:
         return []
-
-    def encode(self, documents: Iterable[Document], most_tokens: int | None = None) -> Iterator[TokenDocument]:
-        """Yield token documents in order. With `most_tokens`, a text is tokenized only as far as needed."""
-        stream = iter(documents)
-        while batch := list(itertools.islice(stream, _BATCH)):
-            texts = [d for d in batch if isinstance(d, str)]
-            if texts and self.tokenizer is None:
-                raise DataError(
-                    "calibration text needs a tokenizer; give tokenizer=…, or give token ids instead of text"
-                )
-            limit = None if most_tokens is None else _CHARS_PER_TOKEN * most_tokens
-            encoded = self._ids([text[:limit] for text in texts], self.specials)
-            if limit is not None and most_tokens is not None:
-                # A text whose truncated copy has too few tokens (long runs of spaces, say) is tokenized whole.
-                for i, text in enumerate(texts):
-                    if len(text) > limit and len(encoded[i]) < most_tokens + 16:
-                        (encoded[i],) = self._ids([text], self.specials)
-            tokens = iter(encoded)
-            for document in batch:
-                if isinstance(document, TokenDocument):
-                    yield _checked_ids(document, self.tokenizer)
-                else:
-                    yield TokenDocument(next(tokens))
-
-    def _ids(self, texts: list[str], specials: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            texts, add_special_tokens=specials, padding=False, truncation=False, return_attention_mask=False,
-            verbose=False,
-        )  # fmt: skip
-        return [list(ids) for ids in encoded["input_ids"]]
+    if tokenizer is None:
+        raise DataError("calibration text needs a tokenizer; give tokenizer=…, or give token ids instead of text")
+    encoded = tokenizer(
+        texts, add_special_tokens=specials, padding=False, truncation=False, return_attention_mask=False, verbose=False
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _cut_sample(document: TokenDocument, stats: DocumentStats) -> Sample | None:
-    """One sample of `seqlen` tokens, or None when the document is dropped."""
-    length = len(document.ids)
-    stats.count(length)
-    if length < stats.seqlen:
-        stats.short += 1
-        return None
-    mask = document.mask if document.mask is not None else [1] * length
-    if not any(mask):
-        stats.repeats += 1
-        return None
-    start = min(next(i for i in range(length) if mask[i]), length - stats.seqlen)  # leading padding is cut off first
-    window = slice(start, start + stats.seqlen)
-    ids = document.ids[window]
-    if document.mask is None and _mostly_one_token(ids):  # a text: ids given by the user have a mask here
-        stats.repeats += 1
-        return None
-    return _sample(ids, mask[window], document.labels[window] if document.labels is not None else None)
-
-
-def _mostly_one_token(ids: list[int]) -> bool:
-    """Whether one token repeated to the end makes up more than half of `ids`."""
-    run = sum(1 for _ in itertools.takewhile(lambda token: token == ids[-1], reversed(ids)))
-    return run * 2 > len(ids)
-
-
-def _concatenated(documents: Iterable[Document], encoder: _Encoder, stats: DocumentStats) -> Iterator[Sample]:
-    """Yield samples cut from all documents joined; padding is left out."""
-    before = encoder.leading_tokens()
-    if len(before) >= stats.seqlen:
-        raise DataError(f"seqlen={stats.seqlen} is too short for the {len(before)} special tokens of the tokenizer")
-    ids: list[int] = []
-    labels: list[int] = []
-    has_labels = user_ids = False
-    for document in encoder.encode(documents):
-        user_ids = user_ids or document.mask is not None
-        has_labels = has_labels or document.labels is not None
-        kept = [i for i in range(len(document.ids)) if document.mask is None or document.mask[i]]
-        stats.count(len(kept))
-        ids.extend(document.ids[i] for i in kept)
-        labels.extend((document.labels or document.ids)[i] for i in kept)
-        position = 0
-        while True:
-            lead = [] if user_ids or ids[position : position + len(before)] == before else before
-            end = position + stats.seqlen - len(lead)
-            if end > len(ids):
-                break
-            chunk = lead + ids[position:end]
-            chunk_labels = [IGNORED_LABEL] * len(lead) + labels[position:end]
-            position = end
-            stats.kept += 1
-            yield _sample(chunk, [1] * len(chunk), chunk_labels if has_labels else None)
-        del ids[:position], labels[:position]
+def _leading_tokens(tokenizer: Any) -> list[int]:
+    """Special tokens that the tokenizer puts before a text."""
+    if tokenizer is None:
+        return []
+    (bare,), (full,) = _ids(tokenizer, ["a"], specials=False), _ids(tokenizer, ["a"], specials=True)
+    starts = range(len(full) - len(bare) + 1) if bare else ()
+    return next((full[:start] for start in starts if full[start : start + len(bare)] == bare), [])
 
 
 def _checked_ids(document: TokenDocument, tokenizer: Any) -> TokenDocument:
@@ -265,5 +225,5 @@ def _checked_ids(document: TokenDocument, tokenizer: Any) -> TokenDocument:
 
 
 def _sample(ids: list[int], mask: list[int], labels: list[int] | None) -> Sample:
-    columns = {"input_ids": ids, "attention_mask": mask} | ({} if labels is None else {"labels": labels})
-    return {key: torch.tensor(values, dtype=torch.int64) for key, values in columns.items()}
+    columns = zip(TOKEN_KEYS, (ids, mask, labels), strict=True)
+    return {key: torch.tensor(values, dtype=torch.int64) for key, values in columns if values is not None}

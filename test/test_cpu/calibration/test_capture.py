@@ -80,16 +80,16 @@ def test_walk_equals_the_whole_model(family: str, masks: str, tiny_folder: Calla
 def test_every_block_gets_its_own_arguments_and_masks_stay_boolean(tiny_folder: Callable[..., Path]) -> None:
     source = open_source(tiny_folder("gemma3"))
     captured = capture_inputs(source, make_samples(2, "left"))
-    local, full = captured.arguments(0, 0)[1], captured.arguments(2, 0)[1]
+    local, full = captured._calls[0][0].build()[1], captured._calls[2][0].build()[1]
     assert local["attention_mask"].dtype == full["attention_mask"].dtype == torch.bool
     assert not torch.equal(local["attention_mask"], full["attention_mask"]), "the window is 4 of 11 tokens"
     assert not torch.equal(local["position_embeddings"][0], full["position_embeddings"][0]), "rope bases differ"
-    assert torch.equal(local["attention_mask"], captured.arguments(1, 0)[1]["attention_mask"])
+    assert torch.equal(local["attention_mask"], captured._calls[1][0].build()[1]["attention_mask"])
 
 
 def test_sliding_window_without_padding_keeps_its_boolean_mask(tiny_folder: Callable[..., Path]) -> None:
     captured = capture_inputs(open_source(tiny_folder("mistral")), make_samples(2))
-    mask = captured.arguments(0, 0)[1]["attention_mask"]
+    mask = captured._calls[0][0].build()[1]["attention_mask"]
     assert mask.dtype == torch.bool and mask[..., LENGTH - 1, :].sum() == 4
 
 

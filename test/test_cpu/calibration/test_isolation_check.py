@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import buildable, known_families, sample_ids
 
-from auto_round.calibration.block_links import SharedState
+from auto_round.calibration.block_calls import SharedState
 from auto_round.calibration.capture import CapturedInputs, capture_inputs
 from auto_round.errors import AutoRoundError, ModelError, UnsupportedError
 from auto_round.modeling.source import ModelSource, open_source

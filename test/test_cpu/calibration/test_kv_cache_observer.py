@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from auto_round.calibration.capture import capture_inputs
-from auto_round.calibration.kv_cache_observer import KVCacheObserver, observe_kv_cache
+from auto_round.calibration.observers import KVCacheObserver, observe_kv_cache
 from auto_round.errors import LibraryError, NumericsError, UnsupportedError
 from auto_round.modeling.attention import find_attention
 from auto_round.modeling.source import open_source

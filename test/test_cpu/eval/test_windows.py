@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from auto_round.errors import ConfigError, DataError
-from auto_round.eval.measures import _chunks, adds_bos, make_windows, read_text
+from auto_round.eval.measures import _chunks, make_windows, read_text
 
 
 def test_consecutive_windows_drop_the_remainder(tokenizer: Any, text: str) -> None:
@@ -16,7 +16,6 @@ def test_consecutive_windows_drop_the_remainder(tokenizer: Any, text: str) -> No
 
 
 def test_bos_opens_every_window_and_no_token_is_lost(bos_tokenizer: Any, text: str) -> None:
-    assert adds_bos(bos_tokenizer)
     windows, bos = make_windows([text], bos_tokenizer, seqlen=50)
     assert bos and all(int(w[0]) == bos_tokenizer.bos_token_id and w.numel() == 50 for w in windows)
     body = sum((w[1:].tolist() for w in windows), [])

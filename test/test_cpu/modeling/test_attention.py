@@ -76,7 +76,7 @@ def test_an_argument_is_replaced_however_it_is_passed(args: Any, kwargs: dict[st
             return first, cache, last, more
 
     module = Module()
-    new_args, new_kwargs = replace_argument(module, "cache", "new", args, kwargs)
+    new_args, new_kwargs = replace_argument("cache", "new", module, args, kwargs)
     first, cache, last, more = module(*new_args, **new_kwargs)
     assert (first, cache, last) == (1, "new", kwargs.get("last", 0))
     assert more == {k: v for k, v in kwargs.items() if k == "more"}
