@@ -158,9 +158,10 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor, what: str, first: int) ->
 @contextlib.contextmanager
 def _eval_mode(*models: torch.nn.Module | None) -> Iterator[None]:
     """Put models into evaluation mode, then restore the mode of each module."""
-    training = [m for model in models if model is not None for m in model.modules() if m.training]
-    for module in training:
-        module.eval()
+    opened = [model for model in models if model is not None]
+    training = [module for model in opened for module in model.modules() if module.training]
+    for model in opened:
+        model.eval()
     try:
         yield
     finally:

@@ -53,7 +53,7 @@ def make_windows(
         raise ConfigError(f"seqlen={seqlen} is too short to predict anything; use 2 or more")
     if max_windows is not None and max_windows < 1:
         raise ConfigError(f"max_windows={max_windows} leaves nothing to measure; use 1 or more, or None for all")
-    bos_id = getattr(tokenizer, "bos_token_id", None)
+    bos_id: Any = getattr(tokenizer, "bos_token_id", None)
     if add_bos is None:
         add_bos = bos_id is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos_id]
     if add_bos and bos_id is None:
