@@ -77,11 +77,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
     The blocks are the outermost ModuleList whose every member contains matrix multiplications and which has the most
     parameters. If Transformers declares a decoder, only that is searched; vision and audio encoders, which have their
-    own configuration, are left out.
-
-    Raises:
-        ModelError: there is no such list.
-        UnsupportedError: there are several lists of the same kind of block.
+    own configuration, are left out. Raises ModelError without such a list, UnsupportedError for several of one kind.
     """
     config = getattr(model, "config", None)
     values = getattr(config, "__dict__", {})

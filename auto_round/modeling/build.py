@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,34 +44,19 @@ MODEL_FREE_ADVICE = (
 _OTHER_TASKS = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 
 
-class RawConfig:
-    """The values of a config.json as attributes, read without Transformers. Of nested mappings only the text part is
-    a `RawConfig` too."""
+class RawConfig(SimpleNamespace):
+    """The values of a config.json as attributes, without Transformers. Only nested text parts are `RawConfig` too."""
 
     def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(copy.deepcopy(values))
-        for key in TEXT_PARTS:
-            part = self.__dict__.get(key)
-            if isinstance(part, dict):
-                self.__dict__[key] = RawConfig(part)
-        if "dtype" not in self.__dict__ and "torch_dtype" in self.__dict__:
-            self.__dict__["dtype"] = self.__dict__.pop("torch_dtype")
+        parts = {key: RawConfig(values[key]) for key in TEXT_PARTS if isinstance(values.get(key), dict)}
+        dtype = {"dtype": values["torch_dtype"]} if "torch_dtype" in values and "dtype" not in values else {}
+        super().__init__(**copy.deepcopy(values), **dtype)
+        self.__dict__.update(parts)
 
     def get_text_config(self) -> RawConfig:
         """The part that describes the language model; the whole configuration if there is only one part."""
         parts = (part for key in TEXT_PARTS if isinstance(part := self.__dict__.get(key), RawConfig))
         return next((part.get_text_config() for part in parts), self)
-
-    def values(self) -> dict[str, Any]:
-        """The values as read, without deleted ones."""
-        return {k: v.values() if isinstance(v, RawConfig) else copy.deepcopy(v) for k, v in self.__dict__.items()}
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """As in Transformers; `use_diff` has no effect, since defaults are unknown."""
-        return json.dumps(self.values(), indent=2, sort_keys=True)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"config.json has no {name!r}")
 
 
 def read_config(folder: Path) -> RawConfig:

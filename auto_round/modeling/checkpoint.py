@@ -14,15 +14,7 @@ import torch
 from torch import nn
 
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.modeling.build import (
-    build_on_meta,
-    check_sizes,
-    check_towers,
-    config_dtype,
-    dominant_dtype,
-    float32_filter,
-    load_config,
-)
+from auto_round.modeling import build
 from auto_round.modeling.config import QUANTIZATION_KEYS, text_config
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.dequantized import check_readable, dense_view, quantization_of
@@ -47,12 +39,10 @@ class CheckpointSource(ModelSource):
     """A folder with config.json and weights; only what was loaded and not released is in memory.
 
     Args:
-        dtype: floating-point dtype of the parameters; default: that of the configuration, else of most weights.
-        trust_remote_code: allow the checkpoint's own Python code to run.
+        dtype, trust_remote_code, allow_pickle: as in `open_source`.
         prepare: called with the meta model after its experts were converted, to insert quantized modules. Then any
             quantized checkpoint is accepted, and persistent buffers on meta (qweight, qzeros, scales, ...) are read in
             their stored dtype. Without it, FP8 and MXFP4 checkpoints are dequantized tensor by tensor.
-        allow_pickle: read `pytorch_model.bin` if there is no safetensors file.
         files: the opened weights, if they are stored elsewhere.
         kind: the model's class; default: the causal language model of the configuration. Its task is not checked.
 
@@ -88,16 +78,16 @@ class CheckpointSource(ModelSource):
         self._pickles = allow_pickle and only_pickles(self.folder)
         if files is None:
             files = PickleFiles.open_pickles(self.folder) if self._pickles else TensorFiles.open(self.folder)
-        check_sizes(self.folder / "config.json", self.config, len(files.tensors))
+        build.check_sizes(self.folder / "config.json", self.config, len(files.tensors))
         if prepare is None:
-            dense = dense_view(files, declared, asked or config_dtype(self.config))
+            dense = dense_view(files, declared, asked or build.config_dtype(self.config))
             for part, key in product((self.config, text_config(self.config)), QUANTIZATION_KEYS):
                 if hasattr(part, key):  # the model that is built from it is dense
                     delattr(part, key)
             if dense is not None:
                 files, self.stored_as = dense, dense.description
         self.files = files
-        self.dtype = asked or config_dtype(self.config) or dominant_dtype(files)
+        self.dtype = asked or build.config_dtype(self.config) or build.dominant_dtype(files)
         self.model = self._build()
         fused_names = dict(self.model.state_dict())
         unfuse_experts(self.model)
@@ -129,14 +119,14 @@ class CheckpointSource(ModelSource):
             self.notes = (*files.notes, note)
 
     def _read_config(self) -> Any:
-        return load_config(self.folder, trust_remote_code=self._trusted, causal=self.kind is None)
+        return build.load_config(self.folder, trust_remote_code=self._trusted, causal=self.kind is None)
 
     def _build(self) -> nn.Module:
         auto_map = getattr(self.config, "auto_map", None)
         remote_class = self._trusted and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
         if self.kind is None and not remote_class:
-            check_towers(self.config, self.files.tensors, self.name_or_path)
-        return build_on_meta(self.config, self.dtype, self._trusted, self.kind)
+            build.check_towers(self.config, self.files.tensors, self.name_or_path)
+        return build.build_on_meta(self.config, self.dtype, self._trusted, self.kind)
 
     def _find_blocks(self) -> tuple[str, ...]:
         return find_blocks(self.model)
@@ -150,9 +140,6 @@ class CheckpointSource(ModelSource):
         source._edits = self._edits
         return source
 
-    def copy(self) -> CheckpointSource:
-        return self
-
     def assemble(self, install: Callable[[nn.Module, str], None]) -> nn.Module:
         source = self.reopen()
         for name in [*source.blocks, *source.non_block_module_names()]:
@@ -165,7 +152,10 @@ class CheckpointSource(ModelSource):
         shared: dict[Origin, dict[str, torch.Tensor]] = {}
         for full, module, leaf, tensor in self._tensors_under(name):
             if tensor.is_meta:
-                found = self._loaded_tied_tensor(full, where)
+                canonical = self._tied.get(full, full)
+                same = (canonical, *(alias for alias, target in self._tied.items() if target == canonical))
+                loaded = (self._tensor(other) for other in same if other != full)
+                found = next((other for other in loaded if other.device == where), None)
                 tensor = self._fetch(full, shared, check=True) if found is None else found
             if tensor.device != where or module._parameters.get(leaf, module._buffers.get(leaf)) is not tensor:
                 _set_tensor(module, leaf, tensor.to(where))
@@ -214,8 +204,7 @@ class CheckpointSource(ModelSource):
 
     def unquantized_meta(self, tensor_name: str) -> Meta:
         plan = self.tensor_plan(tensor_name)
-        shape, dtype = self.tensor_meta(tensor_name)
-        return (shape, dtype) if plan is None or plan.key is None else self.stored_meta(plan.key)
+        return self.tensor_meta(tensor_name) if plan is None or plan.key is None else self.stored_meta(plan.key)
 
     def read_unquantized(self, tensor_name: str) -> torch.Tensor:
         plan = self.tensor_plan(tensor_name)
@@ -278,30 +267,17 @@ class CheckpointSource(ModelSource):
             check_finite(name, tensor)
         return self._edited(canonical, tensor)
 
-    def _loaded_tied_tensor(self, name: str, device: torch.device) -> torch.Tensor | None:
-        """A tensor tied to `name` that is loaded on `device`."""
-        canonical = self._tied.get(name, name)
-        for other in (canonical, *(alias for alias, target in self._tied.items() if target == canonical)):
-            owner, _, leaf = other.rpartition(".")
-            tensor = self.model.get_submodule(owner)._parameters.get(leaf) if other != name else None
-            if tensor is not None and tensor.device == device:
-                return tensor
-        return None
-
     def _find_tied(self) -> dict[str, str]:
-        """Ties that the model declares and the checkpoint agrees with.
+        """Ties that the model declares and the checkpoint agrees with: as in Transformers, it has not different values.
 
-        As in Transformers: a checkpoint with different values for both is not tied, whatever its configuration says;
-        one with the alias only gives its tensor to both.
+        A checkpoint with the alias only gives its tensor to both.
         """
         declared: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
-        tied: dict[str, str] = {}
-        names = set(self._names)
+        names, tied = set(self._names), dict[str, str]()
         for alias, canonical in declared.items():
-            if alias not in names or canonical not in names:
-                continue
             one, two = self._plans.get(alias), self._plans.get(canonical)
-            if one and two and not self.files.equal(one.origin.keys[0][0], two.origin.keys[0][0]):
+            different = one and two and not self.files.equal(one.origin.keys[0][0], two.origin.keys[0][0])
+            if different or not {alias, canonical} <= names:
                 continue
             tied[alias] = canonical
             if one and not two:
@@ -310,7 +286,7 @@ class CheckpointSource(ModelSource):
 
     def _check_tensors(self) -> dict[str, _Tensor]:
         """Shapes and dtypes of all tensors except aliases. Raises ModelError for a missing one or a wrong shape."""
-        full_precision = float32_filter(self.model, self.dtype)
+        full_precision = build.float32_filter(self.model, self.dtype)
         found: dict[str, _Tensor] = {}
         for name in self._names:
             if name in self._tied:
@@ -328,8 +304,7 @@ class CheckpointSource(ModelSource):
                         f"{stored.file}: tensor {plan.key!r} has shape {list(stored.shape)}; "
                         f"the model needs {list(tensor.shape)} (does config.json belong to these weights?)"
                     )
-                is_buffer = not isinstance(tensor, nn.Parameter)
-                if tensor.is_meta and (is_buffer or not stored.dtype.is_floating_point):
+                if tensor.is_meta and not (isinstance(tensor, nn.Parameter) and stored.dtype.is_floating_point):
                     dtype = stored.dtype
             if dtype.is_floating_point and full_precision(name):
                 dtype = torch.float32

@@ -57,9 +57,9 @@ def read_value(config: Any, name: str, default: Any = None) -> Any:
     return default if value is None else value
 
 
-def layer_value(config: Any, name: str, layer: int | None, default: Any = None) -> Any:
+def layer_value(config: Any, name: str, layer: int | None) -> Any:
     """The value for one layer, if it varies by layer; the first layer's when `layer` is None or out of range."""
-    value = read_value(config, name, default)
+    value = read_value(config, name)
     if isinstance(value, (list, tuple)) and value:
         return value[layer] if layer is not None and 0 <= layer < len(value) else value[0]
     return value
@@ -98,12 +98,8 @@ def integers(value: Any) -> list[int]:
 def source_config(config: Any, folder: Path | None, trusted: bool) -> Values:
     """The configuration of a model without its quantization and without keys that describe a machine.
 
-    Args:
-        config: the model's configuration object; read only without a folder.
-        folder: of the checkpoint, whose config.json is used: unknown keys and the order of keys are preserved.
-        trusted: the checkpoint's own Python files are copied too, so that `auto_map` may name them.
-
-    Raises ModelError when the folder's config.json cannot be read.
+    It is read from the config.json of the checkpoint's `folder`, whose unknown keys and order are preserved, else from
+    the object `config`. `trusted`: Python files are copied too, so that `auto_map` may name them.
     """
     if folder is None:
         values: Values = json.loads(config.to_json_string(use_diff=False))

@@ -35,9 +35,8 @@ _EXPERT_LAYER = re.compile(r"^(?P<parent>.*\bexperts)\.\d+\.(?P<leaf>[^.]+)$")
 def fused_groups(names: Iterable[str], across_experts: bool = True) -> list[tuple[str, ...]]:
     """Groups of two or more of the linear layers `names` that runtimes fuse, each in the given order.
 
-    The layers of a group have the same parent, such as `model.layers.0.self_attn.{q,k,v}_proj`. All gate and up
-    projections of the experts of one block are one group, their down projections another; with `across_experts=False`
-    each expert is grouped separately.
+    Its layers have the same parent, such as `model.layers.0.self_attn.{q,k,v}_proj`. All gate and up projections of the
+    experts of a block are one group, their down projections another, unless `across_experts` is False.
     """
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
@@ -133,9 +132,9 @@ _MLP = re.compile(
 
 def router_names(model: nn.Module) -> set[str]:
     """Names of the linear layers that choose experts or weight shared ones, including those of a router's MLP."""
-    routers, found = router_modules(model), set()
+    routers, found = tuple(f"{name}." for name in router_modules(model)), set()
     for name, module in model.named_modules():
-        if is_linear(module) and _is_under_any(name, routers):
+        if is_linear(module) and f"{name}.".startswith(routers):
             found.add(name)
         # Linear layers next to experts with one output per expert, or one output (gates of shared experts).
         widths = {1, *_expert_counts(module)}
@@ -170,11 +169,6 @@ def _expert_counts(module: nn.Module) -> list[int]:
             stacked = [int(p.shape[0]) for p in child.parameters(recurse=False) if p.dim() == 3]
             found += [listed] if listed else stacked[:1]
     return found
-
-
-def _is_under_any(name: str, roots: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[: n + 1]) in roots for n in range(len(parts)))
 
 
 ROUTER = "it chooses experts"
@@ -227,7 +221,7 @@ class BlockWeights(NamedTuple):
 
 def block_weights(model: nn.Module, blocks: Sequence[str]) -> BlockWeights:
     """The weights of two or more dimensions in `blocks`, and those outside linear layers."""
-    routers, total = router_modules(model), 0
+    routers, total = tuple(f"{name}." for name in router_modules(model)), 0
     dense: dict[str, UnquantizedWeight] = {}
     seen: set[int] = set()
     for block in blocks:
@@ -239,9 +233,8 @@ def block_weights(model: nn.Module, blocks: Sequence[str]) -> BlockWeights:
                 seen.add(id(parameter))
                 total += parameter.numel()
                 if leaf != "weight" or not is_linear(module):
-                    is_router = _is_under_any(owner, routers)
+                    is_router, name = f"{owner}.".startswith(routers), f"{owner}.{leaf}"
                     reason, unknown = (ROUTER, False) if is_router else _reason(owner, module, leaf, parameter)
-                    name = f"{owner}.{leaf}"
                     dense[name] = UnquantizedWeight(name, parameter.numel(), reason, unknown)
     return BlockWeights(total, tuple(dense.values()))
 

@@ -31,15 +31,8 @@ TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_e
 HEADS = ("lm_head", "embed_out", "output", "head", "unembed", "output_projection")
 
 
-class PlainModule(nn.Module):
-    """A module of unknown type with tensors and children."""
-
-
 class MetaModel(nn.Module):
-    """The module tree of a checkpoint on meta, with the interface of a Transformers model that planning uses.
-
-    Raises ModelError when a tensor's name is also that of a module.
-    """
+    """The module tree of a checkpoint on meta, with the interface of a Transformers model that planning uses."""
 
     generation_config = None
 
@@ -55,7 +48,7 @@ class MetaModel(nn.Module):
             owner, _, leaf = name.rpartition(".")
             owners.setdefault(owner, {})[leaf] = tensors[name]
         for owner, leaves in owners.items():
-            module: nn.Module = PlainModule() if owner else self
+            module: nn.Module = nn.Module() if owner else self
             weight = leaves.get("weight")
             is_matrix = weight is not None and len(weight.shape) == 2 and weight.dtype.is_floating_point
             if owner and weight is not None and is_matrix and set(leaves) <= {"weight", "bias"}:
@@ -88,7 +81,7 @@ class MetaModel(nn.Module):
         parent: nn.Module = self
         for part, following in zip(path, parts[1:], strict=True):
             if part not in parent._modules:
-                parent._modules[part] = nn.ModuleList() if following.isdigit() else PlainModule()
+                parent._modules[part] = nn.ModuleList() if following.isdigit() else nn.Module()
             child = parent._modules[part]
             assert child is not None
             parent = child
@@ -123,12 +116,8 @@ class MetaModel(nn.Module):
     def find_decoder_blocks(self, name_or_path: str) -> tuple[str, ...]:
         """Names of the decoder blocks in order, without those of multi-token prediction after them.
 
-        The list of blocks is the outermost one that has at least as many members as the configuration has layers (files
-        may contain further layers for multi-token prediction), and the most weights.
-
-        Raises:
-            ModelError: no such list, or blocks are missing from the files.
-            UnsupportedError: there are several lists of the same kind of block.
+        They are the outermost list that has at least as many members as the configuration has layers, and the most
+        weights. Raises ModelError when it or a block is missing, UnsupportedError for several lists of the same kind.
         """
         lists = dict(_layer_lists(self, ""))
         text = self.config.get_text_config()
@@ -173,13 +162,9 @@ def open_meta_source(
     folder: Path, *, dtype: torch.dtype | str | None = None, name_or_path: str | None = None,
     files: TensorFiles | None = None,
 ) -> CheckpointSource:  # fmt: skip
-    """Open a checkpoint whose tensors are read and whose model does not run. Its own Python code is not run.
+    """Open a checkpoint whose tensors are read and whose model does not run, nor its own Python code.
 
-    Arguments are those of `CheckpointSource`.
-
-    Raises:
-        ModelError: files are missing or damaged, or contain no decoder.
-        UnsupportedError: the files are quantized in a format that cannot be read.
+    Arguments and errors are those of `CheckpointSource`.
     """
     import transformers
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping

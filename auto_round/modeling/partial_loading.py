@@ -65,10 +65,9 @@ def non_block_modules(source: ModelSource) -> dict[str, nn.Module]:
 
 
 def deferred_modules(source: ModelSource) -> set[str]:
-    """Modules outside the blocks that a text pass need not load at its start.
+    """Modules outside the blocks that a text pass need not load at its start: vision and audio encoders.
 
-    These are vision and audio encoders, which it does not call, and under a memory limit the output head, so that it
-    is not held together with the embedding.
+    Under a memory limit also the output head, so that it is not held together with the embedding.
     """
     towers = tuple(
         f"{name}."

@@ -96,27 +96,21 @@ class ModelSource(ABC):
         """Load every parameter and persistent buffer under the module `name`, and return the module.
 
         Tensors that are real already keep their values. Of a module that contains decoder blocks ("" is the whole
-        model), only its direct tensors are loaded.
-
-        Raises:
-            ModelError: no such module, or its files cannot be read.
-            NumericsError: a weight has NaN or Inf, and `checks_finite`; the message names it.
+        model), only its direct tensors are loaded. Raises ModelError when there is no such module or its files cannot
+        be read, and NumericsError for NaN or Inf, if `checks_finite`.
         """
 
     @abstractmethod
     def release(self, name: str) -> None:
         """Undo `load`: back to meta (checkpoint), back to the original device (live model)."""
 
-    @abstractmethod
     def release_restores(self, module: nn.Module) -> bool:
         """Whether `release` keeps the values that a module had before it was loaded to another device."""
+        return True
 
     @abstractmethod
     def read(self, tensor_name: str) -> torch.Tensor:
-        """Read one tensor by its state-dict name to the CPU, in the dtype of `load`.
-
-        Raises ModelError for an unknown name.
-        """
+        """Read one tensor by its state-dict name to the CPU, in the dtype of `load`. Raises ModelError if unknown."""
 
     @abstractmethod
     def tensor_meta(self, name: str) -> Meta:
@@ -124,15 +118,14 @@ class ModelSource(ABC):
 
     @abstractmethod
     def assemble(self, install: Callable[[nn.Module, str], None]) -> nn.Module:
-        """The whole model with all weights in memory.
+        """The whole model with all weights in memory: the model object, or a new one for a checkpoint.
 
-        A model object is returned unchanged. A checkpoint gives a new model; `install(model, name)` is called for each
-        block and each module outside the blocks once it is loaded.
+        Then `install(model, name)` is called for each block and each module outside the blocks once it is loaded.
         """
 
-    @abstractmethod
     def copy(self) -> ModelSource:
         """A source that a run may change without changing this one."""
+        return self
 
     def reopen(self) -> ModelSource:
         """A second source of the same files with its own empty model. A model object has only one."""
@@ -141,9 +134,7 @@ class ModelSource(ABC):
     def apply_edits(self, edits: Mapping[str, TensorEdit]) -> None:
         """Edit tensors, by state-dict name: those that are loaded now, and every later read of them.
 
-        Raises:
-            ModelError: no such tensor.
-            UnsupportedError: a tensor that is tied to another one, or that the checkpoint stores in another form.
+        Raises ModelError for an unknown tensor, and UnsupportedError for one that is tied or stored in another form.
         """
         for name in edits:
             self._check_editable(name)
@@ -232,10 +223,7 @@ class ModelSource(ABC):
 
 
 def direct_tensors(module: nn.Module, *, persistent: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-    """(leaf name, tensor) of a module's direct parameters and buffers, in state-dict order.
-
-    With `persistent`, buffers that are not in the state dict are left out.
-    """
+    """(leaf name, tensor) of a module's direct parameters and buffers (`persistent` ones only), in state-dict order."""
     for leaf, parameter in module._parameters.items():
         if parameter is not None:
             yield leaf, parameter
@@ -253,9 +241,7 @@ def state_names(model: nn.Module) -> list[str]:
 class LiveSource(ModelSource):
     """Wraps a model whose weights are all in memory. It is put in eval mode; fused experts become linear layers.
 
-    Raises:
-        ModelError: not a decoder-only language model, or some weights are offloaded (meta).
-        UnsupportedError: its weights are quantized.
+    Raises ModelError when it is not decoder-only or weights are offloaded, UnsupportedError when they are quantized.
     """
 
     lazy = False
@@ -317,9 +303,6 @@ class LiveSource(ModelSource):
             if device is not None:
                 _move(module, leaf, tensor, device)
 
-    def release_restores(self, module: nn.Module) -> bool:
-        return True
-
     def read(self, tensor_name: str) -> torch.Tensor:
         return self._tensor(tensor_name).detach().cpu()
 
@@ -343,14 +326,14 @@ def _move(module: nn.Module, leaf: str, tensor: torch.Tensor, device: torch.devi
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Convert a name to a floating-point torch dtype; None and "auto" (the checkpoint's own) give None.
+    """The floating-point torch dtype of a name; None and "auto" (the checkpoint's own) give None.
 
     Raises ConfigError for anything else.
     """
     if dtype is None or dtype == "auto":
         return None
-    name = dtype.removeprefix("torch.").lower() if isinstance(dtype, str) else dtype
-    found = float_dtype(_SHORT_NAMES.get(name, name) if isinstance(name, str) else name)
+    name = str(dtype).removeprefix("torch.").lower()
+    found = float_dtype(_SHORT_NAMES.get(name, name))
     if found is None:
         raise ConfigError(f"dtype={dtype!r} is not allowed; use 'auto', 'bfloat16', 'float16' or 'float32'")
     return found
@@ -367,7 +350,6 @@ def open_source(
     """Open a folder, a hub id or a model object as a model source.
 
     Args:
-        model: a folder with config.json and safetensors, a hub id, or a Transformers model.
         dtype: floating-point dtype of the weights; default: that of the configuration, else of most weights. A model
             object keeps its own.
         trust_remote_code: allow the checkpoint's own Python code to run.

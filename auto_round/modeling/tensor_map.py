@@ -72,10 +72,7 @@ class Conversions:
         return ExpertLayerNames(found.get("gate", DEFAULT_EXPERT_NAMES.gate), found["up"], found["down"])
 
     def inverse(self) -> Conversions:
-        """The mapping from the model's names to the checkpoint's: converters first, then renamings, in reverse order.
-
-        A conversion without an inverse in Transformers is left out.
-        """
+        """The mapping from the model's names to the checkpoint's, without conversions that have no inverse."""
         reversed_entries: list[Any] = []
         for entry in reversed((*self.renamings, *self.converters)):
             # Transformers has no common way to say so: operations without an inverse raise any of these.
@@ -87,7 +84,7 @@ class Conversions:
 def conversions_of(model: nn.Module, *, legacy: bool = True) -> Conversions:
     """The mapping that Transformers applies when it loads this model; empty for other models.
 
-    `legacy`: include names of very old checkpoints (`LayerNorm.gamma`), which are read and never written.
+    `legacy`: with names of very old checkpoints (`LayerNorm.gamma`), which are never written.
     """
     from transformers import PreTrainedModel
 
@@ -246,10 +243,7 @@ def _expert_plan(origin: Origin, fused: str, name: str, piece: ExpertPiece) -> T
 
 
 class CheckpointNames:
-    """Checkpoint names of the modules and tensors of a source, by their names in the model.
-
-    Serving engines look up tensors, and the entries of a quantization_config, by these names.
-    """
+    """Checkpoint names of the modules and tensors of a source, by which serving engines look them up."""
 
     def __init__(self, source: ModelSource) -> None:
         self._own: dict[str, str] = {}
@@ -258,15 +252,14 @@ class CheckpointNames:
         for tensor in source.tensor_names():
             # A block used twice, or a tied head, is looked up by its own name at each position.
             plan = source.own_plan(tensor)
-            key = None if plan is None or (tensor in tied and plan.origin.name != tensor) else plan.key
-            owner, _, leaf = tensor.rpartition(".")
-            if key is None:
+            if plan is None or plan.key is None or (tensor in tied and plan.origin.name != tensor):
                 continue
-            stored, _, stored_leaf = key.rpartition(".")
+            owner, _, leaf = tensor.rpartition(".")
+            stored, _, stored_leaf = plan.key.rpartition(".")
             if stored_leaf == leaf:
                 self._own.setdefault(owner, stored)
             elif leaf == "weight" and stored_leaf == owner.rpartition(".")[2]:
-                self._own.setdefault(owner, key)  # the weight of a module that is a parameter in the checkpoint
+                self._own.setdefault(owner, plan.key)  # the weight of a module that is a parameter in the checkpoint
         for module, stored in self._own.items():
             # The modules around a module are called alike as far as both names have equal ends.
             while True:
@@ -283,19 +276,16 @@ class CheckpointNames:
         """The checkpoint's name of a module; derived from the enclosing modules if it has no tensors there."""
         if name in self._own:
             return self._own[name]
-        parent, rest = name, ""
-        while parent:
-            if parent in self._containers:
-                return self._containers[parent] + rest
-            parent, _, leaf = parent.rpartition(".")
-            rest = f".{leaf}{rest}"
-        return name
+        parent = name
+        while parent and parent not in self._containers:
+            parent = parent.rpartition(".")[0]
+        return self._containers.get(parent, parent) + name[len(parent) :]
 
     def packed_layer(self, name: str, leaves: Iterable[str], *, loadable_here: bool) -> str:
         """The name under which the packed tensors `leaves` ("qweight", "scales", ...) of a linear layer are stored.
 
-        With `loadable_here`, Transformers opens the files with this package's loader, which must find the tensors
-        again. So if Transformers would rename or join them, the matrices of an expert keep the names of the modules.
+        With `loadable_here` Transformers opens the files. If it would rename or join the tensors, the matrices of an
+        expert keep the names of the modules, so that this package's loader finds them.
         """
         candidates = self._candidates(name)
         if not loadable_here:
@@ -329,15 +319,12 @@ class CheckpointNames:
         return tuple(found) or (self.module(name),)
 
     def loads(self, key: str, tensor: str) -> bool:
-        """Whether Transformers loads the stored tensor `key` as the model's `tensor`.
-
-        An expert's tensor may have the checkpoint's matrix names.
-        """
+        """Whether Transformers loads the stored tensor `key` as the model's `tensor`."""
         wanted, mapping = {tensor}, self._mapping
         layer, _, leaf = tensor.rpartition(".")
         expert, _, matrix = layer.rpartition(".")
         if matrix in DEFAULT_EXPERT_NAMES and expert.rpartition(".")[0] in self._experts:
-            wanted.add(f"{expert}.{key.split('.')[-2]}.{leaf}")
+            wanted.add(f"{expert}.{key.split('.')[-2]}.{leaf}")  # the checkpoint's matrix name
         if key in wanted:
             return True
         renamed = mapping.renamed(key)
@@ -348,8 +335,6 @@ class CheckpointNames:
 
     def experts_of(self, name: str) -> str | None:
         """The experts module that contains a tensor or layer; None if there is none."""
-        while name:
-            name = name.rpartition(".")[0]
-            if name in self._experts:
-                return name
-        return None
+        parts = name.split(".")
+        parents = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+        return next((parent for parent in parents if parent in self._experts), None)

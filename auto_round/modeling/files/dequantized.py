@@ -145,11 +145,10 @@ class DequantizedFiles(TensorFiles):
 
     def equal(self, first: str, second: str) -> bool:
         one, two = self.weights.get(first), self.weights.get(second)
-        if one is None and two is None:
-            return self.stored.equal(first, second)
-        if one is None or two is None or (one.element, one.transposed) != (two.element, two.transposed):
-            return False
-        return self.stored.equal(one.codes, two.codes) and self.stored.equal(one.scale, two.scale)
+        if one is None or two is None:
+            return one is two and self.stored.equal(first, second)
+        alike = (one.element, one.transposed) == (two.element, two.transposed)
+        return alike and self.stored.equal(one.codes, two.codes) and self.stored.equal(one.scale, two.scale)
 
     def inputs(self, key: str) -> tuple[str, ...]:
         weight = self.weights.get(key)
@@ -157,10 +156,7 @@ class DequantizedFiles(TensorFiles):
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
-    """The quantization that a configuration declares, for the whole model or its text part; None if there is none.
-
-    Raises ModelError when it is not an object.
-    """
+    """The quantization that a configuration, or its text part, declares, if any. Raises ModelError for no object."""
     for part, key in product((config, text_config(config)), QUANTIZATION_KEYS):
         values = read_value(part, key)
         if values is not None and not isinstance(values, Mapping) and not hasattr(values, "to_dict"):
@@ -199,11 +195,8 @@ def dense_view(
     """The files as a dense checkpoint in `dtype` (default bfloat16), or None when they are dense already.
 
     `declared`: the `quantization_config`, after `check_readable`. Without one, float8 weights with a scale are
-    dequantized too: some writers put the declaration into another file.
-
-    Raises:
-        ModelError: a quantized weight without its scale, or shapes that do not match.
-        UnsupportedError: that other file declares a format that cannot be read.
+    dequantized too: some writers put the declaration into another file, which may raise as `check_readable`. Raises
+    ModelError for a quantized weight without its scale, or shapes that do not match.
     """
     modelopt = files.folder / "hf_quant_config.json"
     if declared is None and modelopt.is_file():

@@ -63,10 +63,7 @@ def check_inside(folder: Path, file: Path) -> Path:
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object from UTF-8 bytes; `what` describes them in messages.
-
-    Raises ModelError when it is not JSON, not an object, nested too deeply, or has a duplicate key.
-    """
+    """Parse a JSON object without duplicate keys from UTF-8 bytes, or raise ModelError; `what` describes them."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -99,15 +96,11 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def side_files(folder: Path, trusted: bool, without: Collection[Path] = ()) -> list[Path]:
-    """Paths within `folder`, that of a model, of the files to copy into a quantized one, sorted.
+    """Paths within the `folder` of a model of the files to copy into a quantized one, sorted.
 
     That is every file except weights and their indexes, leftovers of an earlier quantization or of training, hidden
-    files, what is written again, Python code unless `trusted`, and folders that are models or outputs of this package.
-
-    Args:
-        without: folders to skip, such as the output folder when it is inside.
-
-    Raises ModelError for a link that leads out of the folder.
+    files, what is written again, Python code unless `trusted`, folders that are models or outputs of this package, and
+    folders in `without`. Raises ModelError for a link that leads out of the folder.
     """
     skipped = {path.expanduser().resolve() for path in (*without, envs.resume_folder(), envs.work_space())}
 
@@ -170,9 +163,7 @@ def model_folder(
         platform: "hf" or "model_scope"; default: as AR_USE_MODELSCOPE says, else "hf".
         allow_pickle: fetch `pytorch_model*.bin` if the repository has no safetensors files.
 
-    Raises:
-        ModelError: no such folder, or the hub cannot be reached or does not know the id.
-        ConfigError: unknown platform.
+    Raises ModelError when there is no such folder or id, and ConfigError for an unknown platform.
     """
     given = os.fspath(model)
     where = platform or ("model_scope" if envs.AR_USE_MODELSCOPE else "hf")

@@ -98,10 +98,7 @@ class TensorFiles:
         return iter(self.tensors)
 
     def read(self, key: str, row: int | None = None) -> torch.Tensor:
-        """Read the tensor `key` to the CPU in its stored dtype; with `row`, only that index of its first dimension.
-
-        Raises ModelError when the file cannot be read.
-        """
+        """Read the tensor `key` to the CPU in its stored dtype; with `row`, only that index of its first dimension."""
         stored = self.tensors[key]
         start, size, shape = 0, stored.end - stored.start, stored.shape
         if row is not None:
@@ -155,10 +152,7 @@ class TensorFiles:
 
 
 def _empty_bytes(size: int) -> torch.Tensor:
-    """Uninitialised uint8 [size]. Large ones are private pages, which return to the system when the tensor is freed.
-
-    malloc would keep freed blocks, so that the process appears to still use them.
-    """
+    """Uninitialised uint8 [size]. Large ones are private pages, which, unlike blocks of malloc, are freed at once."""
     if size < _OWN_PAGES or not hasattr(mmap, "MAP_PRIVATE"):  # Windows has no private anonymous maps
         return torch.empty(size, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
