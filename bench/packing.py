@@ -21,17 +21,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from vs_peer import machine
 
-from auto_round.layouts.awq import pack_awq
 from auto_round.layouts.bit_stream import pack_rows
-from auto_round.layouts.gptq import pack_gptq
-from auto_round.layouts.mlx import pack_mlx
-from auto_round.layouts.packed_int import signed_values
+from auto_round.layouts.integers import AWQ, GPTQ_V1, signed_values
 
 # By layout: its bits, and what packs the codes [out, in] and zero points [out, groups] of a layer.
 PACKERS: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor, torch.Tensor, int], object]]] = {
-    "gptq": ((2, 3, 4, 8), lambda codes, zeros, bits: pack_gptq(codes, zeros, bits, 1)),
-    "awq": ((4,), pack_awq),
-    "mlx": ((2, 3, 4, 5, 6, 8), lambda codes, zeros, bits: pack_mlx(codes, bits)),
+    "gptq": ((2, 3, 4, 8), GPTQ_V1.words),
+    "awq": ((4,), AWQ.words),
+    "mlx": ((2, 3, 4, 5, 6, 8), lambda codes, zeros, bits: pack_rows(codes, bits)),
     "compressed-tensors, packed": ((2, 3, 4, 5, 6, 8), lambda codes, zeros, bits: pack_rows(codes, bits)),
     "compressed-tensors, int8": ((8,), lambda codes, zeros, bits: signed_values(codes, bits)),
 }

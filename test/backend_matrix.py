@@ -14,10 +14,9 @@ import pytest
 import torch
 from integer_weights import int_format, pack_codes
 
-from auto_round.inference.backend import usable
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.inference.table import BACKENDS, Backend, available_devices
+from auto_round.inference.table import BACKENDS, Backend, available_devices, usable
 
 PACKINGS = ("gptq", "gptq_zp+-1", "awq")
 ROWS_OF_INPUTS = (1, 7, 512)

@@ -8,8 +8,7 @@ from auto_round.codecs.quantized_layer import IntCodes
 from auto_round.inference.config import PACKINGS, LayerFormat
 from auto_round.inference.kernels import IntegerWeight, LayerSpec
 from auto_round.inference.linear import PackedLinear
-from auto_round.layouts.awq import pack_awq, unpack_awq_rows
-from auto_round.layouts.gptq import GptqLayout, pack_gptq
+from auto_round.layouts.integers import GptqLayout
 from auto_round.schemes import QuantizationScheme
 
 
@@ -21,22 +20,8 @@ def int_format(bits: int, group_size: int = 128, sym: bool = True, packing: str 
 
 def pack_codes(fmt: LayerFormat, codes: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`qweight` and `qzeros` of codes uint8 [out, in] and zero points uint8 [out, groups]."""
-    if fmt.packing == "awq":
-        return pack_awq(codes, zeros)
-    return pack_gptq(codes, zeros, fmt.scheme.bits, 1 if fmt.packing == "gptq_zp+-1" else 0)
-
-
-def unpack_gptq(
-    qweight: torch.Tensor, qzeros: torch.Tensor, bits: int, zero_offset: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `pack_gptq`."""
-    layout = GptqLayout(zero_offset)
-    return layout.code_rows(qweight, bits).T.contiguous(), layout.zero_rows(qzeros, bits).T.contiguous()
-
-
-def unpack_awq(qweight: torch.Tensor, qzeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `pack_awq`."""
-    return unpack_awq_rows(qweight).T.contiguous(), unpack_awq_rows(qzeros).T.contiguous()
+    assert isinstance(fmt.layout, GptqLayout)
+    return fmt.layout.words(codes, zeros, fmt.scheme.bits)
 
 
 def arrays(module: PackedLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

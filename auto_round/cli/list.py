@@ -109,8 +109,7 @@ def datasets() -> str:
 
 def backends() -> str:
     """The inference backends, and whether each can be used on this machine or why not."""
-    from auto_round.inference.backend import usable
-    from auto_round.inference.table import BACKENDS, DTYPE_LABELS, available_devices
+    from auto_round.inference.table import BACKENDS, DTYPE_LABELS, available_devices, usable
 
     here = available_devices()
     rows = [

@@ -17,10 +17,9 @@ import torch
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.formats.base import ExportPlan, OutputFormat, SizeRule, register_format
-from auto_round.layouts.awq import AWQ
-from auto_round.layouts.base import Layout, stored_group_size
+from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import AUTO_ROUND_FLOATS, has_input_scale
-from auto_round.layouts.gptq import GPTQ_V1, GPTQ_V2
+from auto_round.layouts.integers import AWQ, GPTQ_V1, GPTQ_V2, stored_group_size
 from auto_round.schemes import ACTIVATION_KEYS, QuantizationScheme
 
 GPTQ_PACKING, AWQ_PACKING, PLAIN_PACKING = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round"

@@ -16,7 +16,7 @@ from auto_round.formats.cache_scales import CacheScheme
 from auto_round.formats.config_auto_round import LLM_COMPRESSOR, LayoutFormat
 from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import COMPRESSED_TENSORS_FLOATS
-from auto_round.layouts.packed_int import PACKED_INT, PLAIN_INT
+from auto_round.layouts.integers import PACKED_INT, PLAIN_INT
 from auto_round.schemes import ActivationScheme, GroupSize, QuantizationScheme
 
 _WHOLE_GROUPS = SizeRule()

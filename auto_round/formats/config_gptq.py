@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from auto_round.formats.base import MARLIN, ExportPlan, SizeRule, number_pattern, register_format
 from auto_round.formats.config_auto_round import AutoRoundAwqFormat, AutoRoundGptqFormat
-from auto_round.layouts.base import Layout, stored_group_size
-from auto_round.layouts.gptq import GptqLayout
+from auto_round.layouts.base import Layout
+from auto_round.layouts.integers import GptqLayout, stored_group_size
 from auto_round.schemes import QuantizationScheme
 
 Rule = Mapping[str, Any]

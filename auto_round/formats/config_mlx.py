@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from auto_round.formats.base import DEFAULT_RULES, ExportPlan, ModelRules, OutputFormat, SizeRule, register_format
 from auto_round.formats.config_auto_round import LayoutFormat
 from auto_round.layouts.base import Layout
-from auto_round.layouts.mlx import MLX
+from auto_round.layouts.integers import MLX
 from auto_round.schemes import QuantizationScheme
 
 _STACKED = "switch_mlp"

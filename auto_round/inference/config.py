@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,58 +19,13 @@ import torch
 from auto_round.codecs.activation import activation_function
 from auto_round.errors import AutoRoundError, ConfigError, ModelError, UnsupportedError
 from auto_round.inference.kernels import LayerSpec
-from auto_round.layouts.awq import AWQ
-from auto_round.layouts.base import IntegerLayout, Layout
-from auto_round.layouts.floats import (
-    AUTO_ROUND_FLOATS,
-    COMPRESSED_TENSORS_FLOATS,
-    float_family_of,
-    layout_name,
-)
-from auto_round.layouts.gptq import GPTQ_V1, GPTQ_V2
-from auto_round.layouts.mlx import MLX
-from auto_round.layouts.packed_int import PLAIN_INT
-from auto_round.schemes import ACTIVATION_KEYS, GroupSize, QuantizationScheme
+from auto_round.layouts.base import Layout
+from auto_round.layouts.floats import AUTO_ROUND_FLOATS, COMPRESSED_TENSORS_FLOATS, float_family_of, layout_name
+from auto_round.layouts.integers import AWQ, GPTQ_V1, GPTQ_V2, MLX, PLAIN_INT, IntegerLayout
+from auto_round.logger import logger
+from auto_round.schemes import ACTIVATION_KEYS, QuantizationScheme
 
 _V1_NAME, _V2_NAME, _COMPRESSED_TENSORS = "auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round:llm_compressor"
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How integer layers, or those of a plugin's format, are stored.
-
-    Attributes:
-        name: in the table of backends.
-        layout: reads the tensors.
-        names: values of `packing_format` in a config that mean it, the one to write first.
-        by_plugin: whether a plugin registered it, for data types of any kind.
-    """
-
-    name: str
-    layout: Layout
-    names: tuple[str, ...]
-    by_plugin: bool = False
-
-
-_BUILT_IN = (
-    Packing("gptq_zp+-1", GPTQ_V1, (_V1_NAME, "auto_round:gptq", "auto_gptq", "gptq")),
-    Packing("gptq", GPTQ_V2, (_V2_NAME, "auto_round", "auto_round:auto_round", "gptqmodel")),
-    Packing("mlx", MLX, ("auto_round:mlx", "mlx")),
-    Packing("awq", AWQ, ("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq")),
-    Packing("int8", PLAIN_INT, (_COMPRESSED_TENSORS,)),
-)
-# By `packing_format`. Layers of small float types have layouts of their own under some of the same names.
-PACKINGS: dict[str, Packing] = {name: packing for packing in _BUILT_IN for name in packing.names}
-
-_BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
-# Leading parts of a module name that differ between versions of Transformers and between model wrappers.
-_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)+")
-# Keys that only GPTQ and AWQ configs have.
-GPTQ_AWQ_KEYS = (
-    "checkpoint_format", "desc_act", "dynamic", "modules_in_block_to_quantize", "modules_to_not_convert",
-    "q_group_size", "version", "w_bit", "zero_point",
-)  # fmt: skip
-_META = re.compile(r"[\\*+?^$|()\[\]{}]")
 
 
 @dataclass(frozen=True)
@@ -79,7 +35,7 @@ class LayerFormat:
     Attributes:
         scheme: how it was quantized.
         layout: its tensors.
-        packing: name in the table of backends, of a `Packing`, or of small float types `layouts.floats.layout_name`.
+        packing: name in the table of backends.
         packing_format: the same in a config.
     """
 
@@ -101,6 +57,115 @@ class LayerFormat:
         """The values that a kernel needs to decide whether it can run a layer of this format."""
         columns, scheme = self.columns_per_scale(in_features), self.scheme
         return LayerSpec(scheme.bits, columns, scheme.sym, in_features, out_features, dtype, device)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How integer layers are stored.
+
+    Attributes:
+        name: in the table of backends.
+        layout: reads the tensors.
+        names: values of `packing_format` in a config that mean it, the one to write first.
+    """
+
+    name: str
+    layout: Layout
+    names: tuple[str, ...]
+
+    def read(self, values: Mapping[str, Any], acts: dict[str, Any], where: str) -> LayerFormat:
+        """The format of a layer that a config describes by `values` and, for its activations, `acts`.
+
+        Raises:
+            UnsupportedError: no such layout.
+            ConfigError: malformed values; `where` names them.
+        """
+        bits, size, data_type = read_int(values, "bits", 4), values.get("group_size", 128), values.get("data_type")
+        if type(size) is not int:
+            raise UnsupportedError(f"{where} has group_size={size!r}; this version runs groups along the input only")
+        if data_type not in (None, "", "int"):
+            raise UnsupportedError(f"{where} has data type {data_type!r}; this version runs integer weights only")
+        assert isinstance(self.layout, IntegerLayout)
+        if bits not in self.layout.bits:
+            raise UnsupportedError(f"{where} has {bits}-bit weights; this version runs {self.layout.bits}")
+        if acts and not self.layout.activations:
+            raise UnsupportedError(
+                f"{where} has packed weights and activations of {acts['act_bits']} bits; this version runs packed "
+                "weights with 16-bit activations only"
+            )
+        if acts and acts["act_group_size"] is None:
+            acts["act_group_size"] = -1
+        size, sym = size if size > 0 else -1, bool(values.get("sym", True))
+        return LayerFormat.of(QuantizationScheme(bits, size, sym, "int", **acts), self)
+
+
+class PluginPacking(Packing):
+    """How layers of a plugin's format are stored, of data types of any kind."""
+
+    def read(self, values: Mapping[str, Any], acts: dict[str, Any], where: str) -> LayerFormat:
+        if acts:
+            raise UnsupportedError(f"{where} quantizes activations, which packing_format {self.name!r} cannot have")
+        fields = {key: values[key] for key in ("bits", "group_size", "sym", "data_type") if key in values}
+        return LayerFormat.of(QuantizationScheme.from_dict(fields), self)
+
+
+class FloatPacking(Packing):
+    """How layers of small float types are stored, which have layouts of their own under names of integer packings."""
+
+    def read(self, values: Mapping[str, Any], acts: dict[str, Any], where: str) -> LayerFormat:
+        bits, sym, data_type = read_int(values, "bits", 4), bool(values.get("sym", True)), str(values["data_type"])
+        if float_family_of(data_type) == "fp" and values.get("fmt") == "e5m2":
+            data_type = "fp8_e5m2"
+        # `weight_strategy` and `weight_block_size` take precedence over the key `group_size`.
+        size = values.get("weight_block_size") or values.get("group_size", 32)
+        if values.get("weight_strategy") == "tensor":
+            size = 0
+        elif isinstance(size, (list, tuple)):
+            if len(size) != 2 or not all(type(part) is int and part > 0 for part in size):
+                raise ConfigError(f"{where} has blocks of {size!r}; two positive whole numbers are needed")
+            size = (size[0], size[1])
+        elif type(size) is not int:
+            raise ConfigError(f"{where} has group_size={size!r}, which is not a whole number")
+        scheme = QuantizationScheme(bits, size, sym, data_type, **acts)
+        try:
+            problem = self.layout.problem(scheme)
+        except UnsupportedError as error:  # no such width
+            problem = str(error)
+        if problem is not None:
+            raise UnsupportedError(f"{where}: {problem}")
+        packing_format = str(values["packing_format"])
+        layout = COMPRESSED_TENSORS_FLOATS if packing_format == _COMPRESSED_TENSORS else self.layout
+        return LayerFormat(scheme, layout, layout_name(scheme), packing_format)
+
+
+_BUILT_IN = (
+    Packing("gptq_zp+-1", GPTQ_V1, (_V1_NAME, "auto_round:gptq", "auto_gptq", "gptq")),
+    Packing("gptq", GPTQ_V2, (_V2_NAME, "auto_round", "auto_round:auto_round", "gptqmodel")),
+    Packing("mlx", MLX, ("auto_round:mlx", "mlx")),
+    Packing("awq", AWQ, ("auto_round:auto_awq", "auto_round:awq", "auto_awq", "awq")),
+    Packing("int8", PLAIN_INT, (_COMPRESSED_TENSORS,)),
+)
+PACKINGS: dict[str, Packing] = {name: packing for packing in _BUILT_IN for name in packing.names}  # by `packing_format`
+_FLOATS = FloatPacking("floats", AUTO_ROUND_FLOATS, ())
+
+
+def _packing(values: Mapping[str, Any]) -> Packing | None:
+    """The packing that a config's values mean; None where it is unknown."""
+    packing = PACKINGS.get(str(values["packing_format"]))
+    if isinstance(packing, PluginPacking):
+        return packing
+    return packing if float_family_of(str(values.get("data_type") or "int")) is None else _FLOATS
+
+
+_BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
+# Leading parts of a module name that differ between versions of Transformers and between model wrappers.
+_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|transformer)\.)+")
+# Keys that only GPTQ and AWQ configs have.
+GPTQ_AWQ_KEYS = (
+    "checkpoint_format", "desc_act", "dynamic", "modules_in_block_to_quantize", "modules_to_not_convert",
+    "q_group_size", "version", "w_bit", "zero_point",
+)  # fmt: skip
+_META = re.compile(r"[\\*+?^$|()\[\]{}]")
 
 
 @dataclass(frozen=True)
@@ -149,22 +214,18 @@ class CheckpointConfig:
         if name in self.extra:
             return self.extra[name]
         bare = _WRAPPERS.sub("", name)
-        for key, entry in self.extra.items():
-            if _WRAPPERS.sub("", key) == bare:
-                return entry
-        if in_block:
-            for key, entry in self.extra.items():
-                # A partial name, such as `k_proj`, matches whole segments of a layer's name.
-                if re.search(key, name) if _META.search(key) else f".{key}." in f".{name}.":
-                    return entry
-        return None
+        # A partial name, such as `k_proj`, matches whole segments of a layer's name.
+        matches = lambda key: re.search(key, name) if _META.search(key) else f".{key}." in f".{name}."
+        whole = (key for key in self.extra if _WRAPPERS.sub("", key) == bare)
+        parts = (key for key in self.extra if in_block and matches(key))
+        return next((self.extra[key] for key in chain(whole, parts)), None)
 
     def _dynamic(self, names: Sequence[str]) -> LayerFormat | None:
         """GPTQModel's `dynamic`: `-:regex` excludes a layer, `+:regex` or `regex` overrides the default."""
         for rule, entry in self.dynamic.items():
             if any(re.match(_rule_pattern(rule), name) for name in names):
-                excluded = rule.startswith("-:") or entry is False
-                return None if excluded else _override(self.default, entry or {}, names[0])
+                dense = rule.startswith("-:") or entry is False
+                return None if dense else _override(self.default, entry or {}, names[0])
         return self.default
 
 
@@ -176,8 +237,30 @@ def read_config(config: Any) -> CheckpointConfig:
         ConfigError: malformed values.
     """
     with _malformed_as_config_error():
-        found = _read_config(_auto_round_values(config))
-        for pattern in (*filter(_META.search, found.extra), *(_rule_pattern(rule) for rule in found.dynamic)):
+        values = _auto_round_values(config)
+        default = _layer_format(values, "the checkpoint")
+        for key in ("rotation_config", "spinquant_config"):
+            if values.get(key):
+                raise UnsupportedError(
+                    f"the checkpoint has a {key}: its inputs must be rotated, which this version cannot do; "
+                    "quantize the model without a rotation"
+                )
+        awq_keys = ("modules_to_not_convert", "version", "zero_point")
+        everywhere = _method(values) == "fp8" or (default.layout is AWQ and any(key in values for key in awq_keys))
+        is_gptq = default.layout in (GPTQ_V1, GPTQ_V2)
+        found = CheckpointConfig(
+            default=default,
+            block_prefixes=next((found for key in _BLOCK_KEYS if (found := _name_list(values.get(key)))), ()),
+            everywhere=everywhere,
+            g_idx=is_gptq and ("desc_act" in values or values["packing_format"].endswith("gptqmodel")),
+            backend=str(values.get("backend") or "auto"),
+            extra=_mapping(values, "extra_config"),
+            dynamic=_mapping(values, "dynamic"),
+            excluded=_name_list(values.get("modules_to_not_convert")) if everywhere else (),
+            only_suffixes=_name_list(values.get("modules_in_block_to_quantize")),
+            lm_head=bool(values.get("lm_head", False)),
+        )
+        for pattern in (*filter(_META.search, found.extra), *map(_rule_pattern, found.dynamic)):
             re.compile(pattern)
         for name, entry in (*found.extra.items(), *found.dynamic.items()):
             if not isinstance(entry, Mapping) and entry not in (None, False):
@@ -202,10 +285,7 @@ def _rule_pattern(rule: str) -> str:
 
 
 def _auto_round_values(config: Any) -> dict[str, Any]:
-    """A config's values with those of GPTQ, AWQ and FP8 translated to AutoRound's keys; other keys stay.
-
-    Raises UnsupportedError for FP8 models without two-dimensional blocks.
-    """
+    """A config's values with those of GPTQ, AWQ and FP8 translated to AutoRound's keys; other keys stay."""
     values = dict(config) if isinstance(config, Mapping) else dict(vars(config))
     for old, new in (("w_bit", "bits"), ("q_group_size", "group_size")):  # AutoAWQ's older keys
         if values.get(old) is not None:
@@ -224,10 +304,10 @@ def _auto_round_values(config: Any) -> dict[str, Any]:
         }  # fmt: skip
         values = usual | {key: value for key, value in values.items() if value is not None}
     values["packing_format"] = str(values.get("packing_format") or f"auto_round:{'awq' if method == 'awq' else 'gptq'}")
-    packing = _packing(values)
-    if packing is not None and packing.layout is GPTQ_V1 and values.get("checkpoint_format") == "gptq_v2":
+    layout = getattr(_packing(values), "layout", None)
+    if layout is GPTQ_V1 and values.get("checkpoint_format") == "gptq_v2":
         values["packing_format"] = _V2_NAME
-    if packing is not None and packing.layout is AWQ and "zero_point" in values:
+    if layout is AWQ and "zero_point" in values:
         values["sym"] = not values["zero_point"]
     return values
 
@@ -237,46 +317,11 @@ def _method(values: Mapping[str, Any]) -> str:
     return str(values.get("quant_method") or "").rpartition(".")[2].lower()
 
 
-def _is_float(values: Mapping[str, Any]) -> bool:
-    return float_family_of(str(values.get("data_type") or "int")) is not None
-
-
-def _packing(values: Mapping[str, Any]) -> Packing | None:
-    """The packing of integer layers or of a plugin; None of small float types, and where it is unknown."""
-    packing = PACKINGS.get(str(values["packing_format"]))
-    return packing if packing is not None and (packing.by_plugin or not _is_float(values)) else None
-
-
 def is_gptq_or_awq(config: Any) -> bool:
     """Whether a `quantization_config` uses the keys of GPTQ or AWQ."""
     values = config if isinstance(config, Mapping) else vars(config)
     method = _method(values)
     return method != "fp8" and (method in ("gptq", "awq") or any(values.get(key) is not None for key in GPTQ_AWQ_KEYS))
-
-
-def _read_config(values: Mapping[str, Any]) -> CheckpointConfig:
-    default = _layer_format(values, "the checkpoint")
-    for key in ("rotation_config", "spinquant_config"):
-        if values.get(key):
-            raise UnsupportedError(
-                f"the checkpoint has a {key}: its inputs must be rotated, which this version cannot do; "
-                "quantize the model without a rotation"
-            )
-    awq_keys = ("modules_to_not_convert", "version", "zero_point")
-    everywhere = _method(values) == "fp8" or (default.layout is AWQ and any(key in values for key in awq_keys))
-    is_gptq = default.layout in (GPTQ_V1, GPTQ_V2)
-    return CheckpointConfig(
-        default=default,
-        block_prefixes=next((found for key in _BLOCK_KEYS if (found := _name_list(values.get(key)))), ()),
-        everywhere=everywhere,
-        g_idx=is_gptq and ("desc_act" in values or values["packing_format"].endswith("gptqmodel")),
-        backend=str(values.get("backend") or "auto"),
-        extra=_mapping(values, "extra_config"),
-        dynamic=_mapping(values, "dynamic"),
-        excluded=_name_list(values.get("modules_to_not_convert")) if everywhere else (),
-        only_suffixes=_name_list(values.get("modules_in_block_to_quantize")),
-        lm_head=bool(values.get("lm_head", False)),
-    )
 
 
 def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> LayerFormat | None:
@@ -286,93 +331,33 @@ def _override(default: LayerFormat, entry: Mapping[str, Any], name: str) -> Laye
         return None
     inherited = {key: value for key, value in default.scheme.items() if value is not None}
     inherited["packing_format"] = default.packing_format
-    if _packing(inherited) is None and not _is_float(inherited | values):
+    if _packing(inherited) is _FLOATS and _packing(inherited | values) is not _FLOATS:
         inherited["packing_format"] = _V1_NAME  # an integer layer in a file of small floats
     return _layer_format(inherited | values, f"layer {name}")
 
 
 def _layer_format(values: Mapping[str, Any], where: str) -> LayerFormat:
-    """The format that a config's values, or those of one layer, describe; `where` names it in messages.
-
-    Raises:
-        UnsupportedError: no such layout, or activations that this version cannot quantize.
-        ConfigError: malformed values.
-    """
-    packing_format, data_type = str(values["packing_format"]), str(values.get("data_type") or "int")
+    """The format that a config's values, or those of one layer, describe; `where` names it in messages."""
     packing = _packing(values)
+    if packing is None:
+        raise UnsupportedError(
+            f"packing_format {values['packing_format']!r} cannot be loaded; known: {', '.join(sorted(PACKINGS))}"
+        )
     acts: dict[str, Any] = {}
     if int(values.get("act_bits") or 16) < 16:
         acts = {key: tuple(v) if isinstance(v := values.get(key), list) else v for key in ACTIVATION_KEYS}
-    if packing is not None and packing.by_plugin:
-        if acts:
-            raise UnsupportedError(
-                f"{where} quantizes activations, which packing_format {packing_format!r} cannot have"
-            )
-        fields = {key: values[key] for key in ("bits", "group_size", "sym", "data_type") if key in values}
-        return LayerFormat.of(QuantizationScheme.from_dict(fields), packing)
-    bits, sym = read_int(values, "bits", 4), bool(values.get("sym", True))
-    if _is_float(values):
-        if float_family_of(data_type) == "fp" and values.get("fmt") == "e5m2":
-            data_type = "fp8_e5m2"
-        scheme = QuantizationScheme(bits, _float_group_size(values, where), sym, data_type, **acts)
-        try:
-            problem = AUTO_ROUND_FLOATS.problem(scheme)
-        except UnsupportedError as error:  # no such width
-            problem = str(error)
-        if problem is not None:
-            raise UnsupportedError(f"{where}: {problem}")
-        _check_activations(scheme)
-        layout = COMPRESSED_TENSORS_FLOATS if packing_format == _COMPRESSED_TENSORS else AUTO_ROUND_FLOATS
-        return LayerFormat(scheme, layout, layout_name(scheme), packing_format)
-    if packing is None:
-        raise UnsupportedError(
-            f"packing_format {packing_format!r} cannot be loaded; known: {', '.join(sorted(PACKINGS))}"
-        )
-    size = values.get("group_size", 128)
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise UnsupportedError(f"{where} has group_size={size!r}; this version runs groups along the input only")
-    if data_type != "int":
-        raise UnsupportedError(f"{where} has data type {data_type!r}; this version runs integer weights only")
-    assert isinstance(packing.layout, IntegerLayout)
-    if bits not in packing.layout.bits:
-        raise UnsupportedError(f"{where} has {bits}-bit weights; this version runs {packing.layout.bits}")
-    if acts and packing.layout is not PLAIN_INT:
-        raise UnsupportedError(
-            f"{where} has packed weights and activations of {acts['act_bits']} bits; this version runs packed weights "
-            "with 16-bit activations only"
-        )
-    if acts and acts["act_group_size"] is None:
-        acts["act_group_size"] = -1
-    scheme = QuantizationScheme(bits, size if size > 0 else -1, sym, "int", **acts)
-    _check_activations(scheme)
-    return LayerFormat.of(scheme, packing)
-
-
-def _check_activations(scheme: QuantizationScheme) -> None:
-    if scheme.activations is not None:
-        activation_function(scheme.activations)
+    found = packing.read(values, acts, where)
+    if found.scheme.activations is not None:
+        activation_function(found.scheme.activations)  # raises an error for types that it does not know
+    return found
 
 
 def read_int(values: Mapping[str, Any], key: str, default: int) -> int:
     """The whole number at `key`. Raises ConfigError for anything else."""
     value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if type(value) is not int:
         raise ConfigError(f"quantization_config has {key}={value!r}, which is not a whole number")
     return value
-
-
-def _float_group_size(values: Mapping[str, Any], where: str) -> GroupSize:
-    """The group size; `weight_strategy` and `weight_block_size` take precedence over the key `group_size`."""
-    if values.get("weight_strategy") == "tensor":
-        return 0
-    size = values.get("weight_block_size") or values.get("group_size", 32)
-    if isinstance(size, (list, tuple)):
-        if len(size) != 2 or not all(type(part) is int and part > 0 for part in size):
-            raise ConfigError(f"{where} has blocks of {size!r}; two positive whole numbers are needed")
-        return (size[0], size[1])
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise ConfigError(f"{where} has group_size={size!r}, which is not a whole number")
-    return size
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -384,47 +369,39 @@ def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _name_list(value: Any) -> tuple[str, ...]:
     """The names in None, a comma-separated text, a list of names or a list of lists of names."""
-    if not value:
-        return ()
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    if not isinstance(value, Iterable):
+    if value and not isinstance(value, Iterable):
         raise ConfigError(f"quantization_config has {value!r} in place of a list of module names")
-    return tuple(name for item in value for name in _name_list(item))
+    return tuple(name for item in value or () for name in _name_list(item))
 
 
 def resolve_layers(
-    config: CheckpointConfig,
-    names: Iterable[str],
-    fallback_blocks: Iterable[str] = (),
-    config_names: Callable[[str], Sequence[str]] | None = None,
-) -> dict[str, LayerFormat]:
-    """The format of every quantized layer among `names`.
+    config: CheckpointConfig, names: Sequence[str], find_blocks: Callable[[], Sequence[str]],
+    config_names: Callable[[str], Sequence[str]] = lambda name: (name,),
+) -> dict[str, LayerFormat]:  # fmt: skip
+    """The format of every quantized layer among `names`. Raises ModelError when the config quantizes none of them.
 
     Args:
         names: names of all linear layers of the model, in order.
-        fallback_blocks: names of the model's blocks, used when the config names none, or none that exists.
-        config_names: the names that the config may use for a layer; default: its own.
-
-    Raises:
-        ModelError: the config quantizes none of these layers.
+        find_blocks: gives the names of the model's blocks, used when the config names none, or none that exists.
+        config_names: the names that the config may use for a layer.
     """
-    names = list(names)
-    names_in_config = config_names or (lambda name: (name,))
-    inside = [n for n in names if any(_has_prefix(called, config.block_prefixes) for called in names_in_config(n))]
-    if not inside:
-        everywhere = config.everywhere and not config.block_prefixes
-        inside = names if everywhere else [n for n in names if _has_prefix(n, tuple(fallback_blocks))]
-    within = set(inside)
+    prefixes = tuple(f"{prefix}." for prefix in config.block_prefixes)
+    inside = {n for n in names if any(called.startswith(prefixes) for called in config_names(n))}
+    if not inside and config.everywhere and not prefixes:
+        inside = set(names)
+    elif not inside:
+        blocks = find_blocks()
+        if prefixes:
+            given = ", ".join(config.block_prefixes)
+            logger.warning("the checkpoint's blocks %s are not in this model; using %s", given, blocks[:1])
+        inside = {n for n in names if n.startswith(tuple(f"{block}." for block in blocks))}
     with _malformed_as_config_error():
-        found = {n: fmt for n in names if (fmt := config.layer(n, n in within, names_in_config(n))) is not None}
+        found = {n: fmt for n in names if (fmt := config.layer(n, n in inside, config_names(n))) is not None}
     if not found:
         raise ModelError(
             "the quantization_config names no layer of this model as quantized "
             f"(blocks: {', '.join(config.block_prefixes) or 'not given'}); check config.json"
         )
     return found
-
-
-def _has_prefix(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name.startswith(f"{prefix}.") for prefix in prefixes)

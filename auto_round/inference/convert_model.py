@@ -1,8 +1,7 @@
 """Replace a Transformers model's quantized layers by packed ones: the hooks that `from_pretrained` calls.
 
 Before the weights are read, `convert_hf_model` replaces the quantized layers of the empty model by modules whose
-buffers are named as in the files; afterwards `post_init` checks that all of them were filled. `build_layer` creates
-the module of each layout.
+buffers are named as in the files; afterwards `post_init` checks that all of them were filled.
 """
 
 from __future__ import annotations
@@ -16,9 +15,14 @@ import torch
 from torch import nn
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.inference.backend import choose_backends
-from auto_round.inference.config import PACKINGS, CheckpointConfig, LayerFormat, read_config, resolve_layers
-from auto_round.inference.experts import enable_grouped_experts
+from auto_round.inference.config import (
+    PACKINGS,
+    CheckpointConfig,
+    LayerFormat,
+    PluginPacking,
+    read_config,
+    resolve_layers,
+)
 from auto_round.inference.hf import (
     StoredNames,
     checkpoint_tensors,
@@ -28,9 +32,9 @@ from auto_round.inference.hf import (
     register_cache_scales,
 )
 from auto_round.inference.linear import PackedLinear, ScaledMmLinear
-from auto_round.inference.qlinear import QuantLinear
-from auto_round.inference.table import OWN_CPU, SCALED_MM, device_kind
-from auto_round.layouts.gptq import GptqLayout
+from auto_round.inference.qlinear import QuantLinear, enable_grouped_experts
+from auto_round.inference.table import OWN_CPU, SCALED_MM, choose_backends, device_kind
+from auto_round.layouts.integers import GptqLayout
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
 from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
@@ -43,12 +47,10 @@ def infer_target_device(device_map: object = None) -> str:
     return device_kind(device_map)
 
 
-def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.Module, list[str]]:
-    """Replace the quantized layers of `model` in place. Returns (model, names of the backends used).
+def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[str]]:
+    """Replace the quantized layers of `model`, usually on meta, in place. Returns (model, names of the backends used).
 
-    Args:
-        model: a Transformers model whose `config.quantization_config` describes its checkpoint; usually on meta.
-        target_device: the device where it will run.
+    Its `config.quantization_config` describes the checkpoint; it will run on `target_device`.
 
     Raises:
         ConfigError: the model has no quantization_config.
@@ -87,7 +89,10 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         from auto_round.inference.kernels.cpu import use_dense_linear  # its C code is not needed elsewhere
 
         use_dense_linear(model)
-    _untie(model, layers)
+    tied: Any = getattr(model, "all_tied_weights_keys", None)
+    for key in [key for key in tied if key.removesuffix(".weight") in layers] if isinstance(tied, dict) else ():
+        del tied[key]  # a packed head has no weight to share with the embedding
+        model.config.tie_word_embeddings = False
     register_cache_scales(model, stored_config, stored.tensors)
     if config.g_idx:
         # GPTQ files may contain g_idx even for contiguous groups; layers without the buffer ignore it.
@@ -130,20 +135,12 @@ def _missing(tensor_name: str) -> str:
 
 def _quantized_layers(model: nn.Module, config: CheckpointConfig, stored: StoredNames) -> dict[str, LayerFormat]:
     """The format of every layer that is quantized, according to the config and to the files."""
-    linear = linear_names(model)
-    prefixes = tuple(f"{prefix}." for prefix in config.block_prefixes)
-    named = prefixes and any(called.startswith(prefixes) for n in linear for called in stored.config_names(n))
-    blocks = () if named else find_blocks(model)
-    if config.block_prefixes and not named:
-        logger.warning(
-            "the checkpoint's blocks %s are not in this model; using %s", ", ".join(config.block_prefixes), blocks[:1]
-        )
-    names = linear
+    names = linear = linear_names(model)
     if config.everywhere:
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         names = [n for n in linear if model.get_submodule(n) is not head]
-    wanted = resolve_layers(config, names, blocks, stored.config_names)
+    wanted = resolve_layers(config, names, lambda: find_blocks(model), stored.config_names)
     packed = {name for name in linear if _is_packed(stored.modules.get(name, {}))}
     for name in linear:
         if name in packed and name not in wanted:
@@ -160,10 +157,8 @@ def _is_packed(leaves: Mapping[str, StoredTensor]) -> bool:
     with `scales`, of the other layouts a `weight_scale` or `weight_scale_inv`, or a plugin's codes."""
     if "qweight" in leaves:
         return "weight" not in leaves
-    codes = {packing.layout.leaves[0] for packing in PACKINGS.values() if packing.by_plugin}
-    return {"scales", "weight"} <= leaves.keys() or not leaves.keys().isdisjoint(
-        {"weight_scale", "weight_scale_inv"} | codes
-    )
+    codes = {packing.layout.leaves[0] for packing in PACKINGS.values() if isinstance(packing, PluginPacking)}
+    return {"scales", "weight"} <= leaves.keys() or bool({"weight_scale", "weight_scale_inv", *codes} & leaves.keys())
 
 
 def _check_tensors(name: str, fmt: LayerFormat, weight: torch.Tensor, leaves: Mapping[str, StoredTensor]) -> None:
@@ -186,8 +181,14 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNam
     """Replace fused experts that the checkpoint quantizes by linear layers, named as in the files."""
     for name, module in list(model.named_modules()):
         fused = is_fused_experts(module)
-        if not (fused or isinstance(module, LinearExperts)) or not _experts_are_packed(name, config, stored):
+        if not fused and not isinstance(module, LinearExperts):
             continue
+        inside = [leaves for owner, leaves in stored.modules.items() if f"{owner}.".startswith(f"{name}.")]
+        if not any(map(_is_packed, inside)):
+            first = f"{name}.0.{stored.expert_names(f'{name}.0').down}"
+            in_block = not config.block_prefixes or first.startswith(tuple(f"{p}." for p in config.block_prefixes))
+            if inside or config.layer(first, in_block, stored.config_names(first)) is None:
+                continue
         if fused:
             unfuse_experts(model.get_submodule(name.rpartition(".")[0]))
         experts = model.get_submodule(name)
@@ -198,15 +199,6 @@ def _split_experts(model: nn.Module, config: CheckpointConfig, stored: StoredNam
                 # Some checkpoints have weights for identity experts, which no module reads.
                 unread = [rf"^{re.escape(f'{name}.{weight}')}$" for weight in experts.layout.weights]
                 ignore_unexpected_keys(model, unread)
-
-
-def _experts_are_packed(name: str, config: CheckpointConfig, stored: StoredNames) -> bool:
-    inside = [leaves for owner, leaves in stored.modules.items() if f"{owner}.".startswith(f"{name}.")]
-    if inside:
-        return any(map(_is_packed, inside))
-    first = f"{name}.0.{stored.expert_names(f'{name}.0').down}"
-    in_block = not config.block_prefixes or any(first.startswith(f"{p}.") for p in config.block_prefixes)
-    return config.layer(first, in_block, stored.config_names(first)) is not None
 
 
 def _check_dense_experts(model: nn.Module, layers: Mapping[str, LayerFormat], stored: StoredNames) -> None:
@@ -224,16 +216,6 @@ def _check_dense_experts(model: nn.Module, layers: Mapping[str, LayerFormat], st
             )
 
 
-def _untie(model: Any, layers: Mapping[str, LayerFormat]) -> None:
-    """Remove the tie between a packed head, which has no weight, and the embedding."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if not isinstance(tied, dict):
-        return
-    for name in [n for n in tied if n.removesuffix(".weight") in layers]:
-        del tied[name]
-        model.config.tie_word_embeddings = False
-
-
 def build_layer(
     fmt: LayerFormat, weight: torch.Tensor, bias: bool, stored: Mapping[str, torch.dtype], g_idx: bool = False,
     backend: str = "",
@@ -242,8 +224,7 @@ def build_layer(
 
     Args:
         weight: [out, in], for its shape, dtype and device; its values are not read.
-        stored: dtypes of the checkpoint's tensors, empty when they are not known.
-        g_idx: whether the checkpoint may contain one, when its tensors are not known.
+        stored: dtypes of the checkpoint's tensors; without them, `g_idx` tells whether there may be one.
         backend: name of the chosen row; default: plain PyTorch.
     """
     kind: Any = ScaledMmLinear if backend == SCALED_MM else PackedLinear

@@ -1,15 +1,4 @@
-"""Adapt a packed checkpoint to Transformers: names, unexpected keys, cache scales, saved config.
-
-- `read_names` maps the checkpoint's tensor names to module names. Transformers renames what it reads: Mixtral's
-  `block_sparse_moe.experts.0.w1.qweight` becomes `mlp.experts.0.w1.qweight`. A quantization_config uses the names in
-  the files.
-- `ignore_unexpected_keys` suppresses the warning about tensors that a model does not read.
-- `register_cache_scales` loads the static scales of an FP8 key-value cache. Transformers has no such cache; the
-  scales are only saved again.
-- `normalize_saved_config` rewrites a GPTQ or AWQ config with AutoRound's keys before the model is saved.
-  Transformers saves it with quant_method "auto-round", whose readers only use `packing_format`,
-  `block_name_to_quantize` and `extra_config`.
-"""
+"""Adapt a packed checkpoint to Transformers: names, unexpected keys, cache scales, saved config."""
 
 from __future__ import annotations
 
@@ -33,7 +22,6 @@ from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles
 from auto_round.modeling.tensor_map import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames, conversions_of
 
 _EXPERT = re.compile(r"^(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
-_IGNORED_KEYS = "_keys_to_ignore_on_load_unexpected"
 CACHE_SCALE_NAMES = ("k_scale", "q_scale", "v_scale")
 _DROPPED_KEYS = (
     *GPTQ_AWQ_KEYS, "damp_percent", "lm_head", "quant_block_list", "to_quant_block_names", "true_sequential",
@@ -101,7 +89,11 @@ class StoredNames:
 
 
 def read_names(model: nn.Module, files: Mapping[str, StoredTensor] | None) -> StoredNames:
-    """Map `files`, the tensors of a checkpoint by their names there, to the names in `model`."""
+    """Map `files`, the tensors of a checkpoint by their names there, to the names in `model`.
+
+    Transformers renames what it reads: Mixtral's `block_sparse_moe.experts.0.w1.qweight` becomes
+    `mlp.experts.0.w1.qweight`. A quantization_config uses the names in the files.
+    """
     if files is None:
         return StoredNames(None, conversions_of(model, legacy=False))
     from transformers.core_model_loading import dot_natural_key
@@ -142,7 +134,7 @@ def checkpoint_tensors(model: Any) -> dict[str, StoredTensor] | None:
     """Names, shapes and dtypes of the checkpoint's tensors, or None when its files cannot be found.
 
     Transformers does not pass on its list of files, so they are looked up again: in the local folder, or in the Hub's
-    cache at the resolved commit. They are used to check the config and to choose dtypes.
+    cache at the resolved commit.
     """
     config = model.config
     where = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
@@ -171,19 +163,17 @@ def ignore_unexpected_keys(model: Any, patterns: Iterable[str]) -> None:
     Transformers adds patterns of its own: to a list in 5.3 to 5.8, in 5.12 and newer to a set, which a model has from
     its construction. The other type raises a TypeError in Transformers.
     """
-    before = getattr(model, _IGNORED_KEYS, None)
+    key = "_keys_to_ignore_on_load_unexpected"
+    before = getattr(model, key, None)
     merged = dict.fromkeys([*(before or ()), *patterns])
-    setattr(model, _IGNORED_KEYS, set(merged) if isinstance(before, (set, frozenset)) else list(merged))
+    setattr(model, key, set(merged) if isinstance(before, (set, frozenset)) else list(merged))
 
 
 def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, StoredTensor] | None) -> int:
-    """Register a buffer in the attention modules for every k_scale, v_scale and q_scale of the checkpoint; returns how
-    many.
+    """Register a buffer in the attention modules for every k_scale, v_scale and q_scale in `files`; returns how many.
 
-    Args:
-        model: the model, usually on meta; buffers are created on the device of the attention's parameters.
-        config: its `quantization_config`, a mapping or an object.
-        files: the checkpoint's tensors; when they are not known, scales that the config announces are ignored.
+    Transformers has no cache that uses them; they are only saved again. When the files are not known, scales that
+    `config`, the `quantization_config`, announces are ignored.
     """
     found = 0
     for attention in find_attention(model) if files is not None else ():
@@ -203,17 +193,14 @@ def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, Sto
 def normalize_saved_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
     """Rewrite a `model.config.quantization_config` with GPTQ's or AWQ's keys in place, with AutoRound's keys.
 
-    Resets the requested backend in any case, since a saved model may be opened on another machine. A plain mapping,
-    which did not come from Transformers, is not changed.
-
-    Args:
-        names: reads the names of the layers in the files, under which Transformers saves them again.
+    Transformers saves it with quant_method "auto-round", whose readers only use those. A plain mapping, which did not
+    come from Transformers, is not changed. `names` reads the names in the files, which layers get again.
     """
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored is None or isinstance(stored, dict):
         return
     if getattr(stored, "backend", None):
-        stored.backend = "auto"
+        stored.backend = "auto"  # a saved model may be opened on another machine
     if not is_gptq_or_awq(stored):
         return
     default = read_config(stored).default

@@ -1,7 +1,7 @@
 """`PackedLinear`: a linear layer that keeps its weight as stored in the checkpoint and dequantizes it for each call.
 
-One class runs every `Layout`, in plain PyTorch on any device. `qlinear.QuantLinear` adds kernels for GPTQ and AWQ,
-`ScaledMmLinear` runs FP8 layers in hardware.
+It runs every `Layout`, in plain PyTorch. `qlinear.QuantLinear` adds kernels for GPTQ and AWQ, `ScaledMmLinear` runs FP8
+in hardware.
 """
 
 from __future__ import annotations
@@ -28,34 +28,26 @@ _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.lru_cache(maxsize=2)
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has matrix instructions for a half-precision dtype; False when PyTorch cannot tell.
+    """Whether this CPU has matrix instructions for a half-precision dtype, so that products are not emulated (slowly).
 
-    Without them products are emulated, several times slower than in float32.
+    False when PyTorch cannot tell.
     """
     check = getattr(torch.ops.mkldnn, _CPU_CHECKS.get(dtype, ""), None)
     return bool(check()) if check is not None else False
 
 
 def compute_dtype_for(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, or float32 for a half precision on a CPU without matrix instructions for it.
-
-    float32 represents every float16 and bfloat16 value, so no weight changes.
-    """
-    if torch.device(device).type != "cpu" or dtype not in _CPU_CHECKS:
-        return dtype
-    return dtype if cpu_multiplies(dtype) else torch.float32
+    """`dtype`, or float32 (which holds all its values) for a half precision that the CPU has no instructions for."""
+    exact = torch.device(device).type != "cpu" or dtype not in _CPU_CHECKS or cpu_multiplies(dtype)
+    return dtype if exact else torch.float32
 
 
 class PackedLinear(nn.Module):
-    """y = q(x) W^T + bias, with W [out, in] packed in buffers that are named and shaped as in the checkpoint, and q the
-    quantization of inputs, if any.
+    """y = q(x) W^T + bias, with W [out, in] packed in buffers that are named and shaped as in the checkpoint (`leaves`,
+    the codes first), and q the quantization of inputs, if any. `backend` is the name of the table's row that runs it.
 
     All buffers but `bias` keep the file's dtype when the module is cast: rounding float16 scales to bfloat16 would
     damage every weight.
-
-    Attributes:
-        leaves: names of these buffers, that of the codes first.
-        backend: name of the table's row that runs it.
     """
 
     bias: torch.Tensor | None
@@ -66,14 +58,12 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype = torch.float32, stored: Mapping[str, torch.dtype] | None = None,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        """An empty layer.
+        """An empty layer. Raises UnsupportedError when the layout cannot hold a layer of this shape.
 
         Args:
             bias: whether it has one, [out] in `dtype`.
             dtype: of the model.
             stored: dtypes of the file's tensors; scales and biases may have another float dtype than the layout's.
-
-        Raises UnsupportedError when the layout cannot hold a layer of this shape.
         """
         super().__init__()
         problem = fmt.layout.mismatch(fmt.scheme, in_features, out_features)
@@ -88,11 +78,6 @@ class PackedLinear(nn.Module):
             replaceable = leaf != self.leaves[0] and usual.is_floating_point and usual.itemsize > 1 and kind in _WIDE
             self.register_buffer(leaf, torch.zeros(shape, dtype=kind if replaceable else usual, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
-
-    @property
-    def bits(self) -> int:
-        """Bits per weight."""
-        return self.format.scheme.bits
 
     @property
     def is_loaded(self) -> bool:
@@ -132,16 +117,14 @@ class PackedLinear(nn.Module):
 
     def layer(self, name: str = "") -> QuantizedLayer:
         """The quantized layer that the buffers hold, without the bias."""
-        return self.format.layout.unpack(name, self.format.scheme, self._stored(), self.in_features, self.out_features)
+        fmt, tensors = self.format, {leaf: self.get_buffer(leaf) for leaf in self.leaves}
+        return fmt.layout.unpack(name, fmt.scheme, tensors, self.in_features, self.out_features)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W [out, in], computed in float32 and rounded once to `dtype`."""
-        fmt = self.format
-        return fmt.layout.dequantize(fmt.scheme, self._stored(), self.in_features, self.out_features, dtype)
-
-    def _stored(self) -> dict[str, torch.Tensor]:
-        return {leaf: self.get_buffer(leaf) for leaf in self.leaves}
+        fmt, tensors = self.format, {leaf: self.get_buffer(leaf) for leaf in self.leaves}
+        return fmt.layout.dequantize(fmt.scheme, tensors, self.in_features, self.out_features, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Bit for bit the product of `nn.Linear`: rounding the next layer's inputs to codes magnifies any difference.
@@ -171,9 +154,7 @@ class PackedLinear(nn.Module):
 
 class ScaledMmLinear(PackedLinear):
     """FP8 weights with scales per channel or tensor and static inputs, by `torch._scaled_mm`: FP8 products with float32
-    sums in hardware (CUDA, compute capability 8.9 and above).
-
-    Runs in plain PyTorch for shapes that the hardware does not support, and on other devices.
+    sums in hardware (CUDA, compute capability 8.9 and above), otherwise in plain PyTorch.
     """
 
     weight: torch.Tensor
@@ -182,9 +163,8 @@ class ScaledMmLinear(PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The hardware works on tiles of 16.
-        if x.device.type != "cuda" or self.in_features % 16 or self.out_features % 16 or x.numel() == 0:
-            return super().forward(x)
-        return self.multiply(x)
+        fits = x.device.type == "cuda" and self.in_features % 16 == 0 and self.out_features % 16 == 0 and x.numel() > 0
+        return self.multiply(x) if fits else super().forward(x)
 
     @torch.no_grad()
     def multiply(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,14 @@
-"""QuantLinear: a linear layer with packed integer weights in GPTQ or AWQ layout, which kernels may run.
-
-Without a kernel it dequantizes the weight for each call, in plain PyTorch on any device; with one, the kernel stores
-the codes in its own layout and computes the product.
+"""`QuantLinear`: a linear layer with packed integers in GPTQ or AWQ layout, which kernels may run, and `PackedExperts`:
+all experts of a mixture by one grouped kernel call per projection, instead of three calls per expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from math import lcm
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
@@ -18,18 +16,13 @@ from auto_round.errors import ModelError, UnsupportedError
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import IntegerWeight, LinearKernel, kernel_class
 from auto_round.inference.linear import TORCH_BACKEND, PackedLinear
-from auto_round.layouts.gptq import GptqLayout
+from auto_round.layouts.integers import GptqLayout, dequantize_chunked
 from auto_round.logger import warn_once
-
-# Weights dequantized at once: bounds the temporary copies, about 9 bytes per weight.
-_CHUNK = 1 << 22
+from auto_round.modeling.experts import RoutedExperts
 
 
 class QuantLinear(PackedLinear):
-    """y = x W^T + bias with W [out, in] packed in GPTQ or AWQ layout.
-
-    Buffers: `qweight` and `qzeros` int32, `scales` [groups, out] in the file's dtype, and `g_idx` int32 [in] where the
-    file has one.
+    """y = x W^T + bias with W [out, in] packed in GPTQ or AWQ layout, and `g_idx` int32 [in] where the file has one.
 
     With a kernel (`use_kernel`) the codes are stored in the kernel's layout only, and `qweight` is None; the state dict
     always has the checkpoint's layout.
@@ -57,7 +50,7 @@ class QuantLinear(PackedLinear):
         self._loaded = False
         # In a list, not a submodule: its buffers are not in the checkpoint, and a move to another device rebuilds it.
         self._kernel: list[LinearKernel] = []
-        self._order: torch.Tensor | None = None
+        self._order: torch.Tensor | None = None  # of the input columns in the kernel, where not the layer's own
 
     def default_g_idx(self, device: torch.device | str | None = None) -> torch.Tensor:
         """int32 [in]: the group of each input column when groups are contiguous."""
@@ -105,35 +98,53 @@ class QuantLinear(PackedLinear):
 
         Raises UnsupportedError, and changes nothing, when the kernel cannot run a layer with these values.
         """
-        own, order = self.layer().codes_as(IntCodes), None
-        codes, zeros = own.codes, own.zero_point
-        assert isinstance(zeros, torch.Tensor)
+        (codes, scales, zeros), order = self._arrays(), None
         if self.g_idx is not None and not self._in_order:
             order = torch.argsort(self.g_idx, stable=True)
             codes = codes[:, order].contiguous()
         spec = self.format.spec(self.in_features, self.out_features, self.dtype, self.scales.device.type)
-        self._kernel = [kind(IntegerWeight(codes, own.scale, zeros, spec)).train(self.training)]
+        self._kernel = [kind(IntegerWeight(codes, scales, zeros, spec)).train(self.training)]
         self._order, self.qweight = order, None
 
     @torch.no_grad()
     def drop_kernel(self) -> None:
         """Return to the checkpoint's layout and plain PyTorch."""
         if self._kernel:
-            self.qweight, self._kernel, self._order = self._packed_codes(), [], None
+            self.qweight, self._kernel, self._order = self._stored_words(), [], None
+
+    def _arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes uint8 [out, in], scales and zero points uint8 [out, groups]."""
+        bits, scales = self.format.scheme.bits, self.scales.T.contiguous()
+        zeros = self.layout.zeros(self.qzeros, bits)
+        if self.qweight is not None:
+            return self.layout.codes(self.qweight, bits), scales, zeros
+        codes = self._kernel[0].codes()
+        return (
+            codes if self._order is None else torch.empty_like(codes).index_copy_(1, self._order, codes),
+            scales,
+            zeros,
+        )
+
+    def _stored_words(self) -> torch.Tensor:
+        """`qweight` as the checkpoint has it, of a layer with a kernel."""
+        codes, _, zeros = self._arrays()
+        return self.layout.words(codes, zeros, self.format.scheme.bits)[0]
 
     def layer(self, name: str = "") -> QuantizedLayer:
-        if not self._kernel:
-            return super().layer(name)
-        codes = self._kernel[0].codes()
-        if self._order is not None:
-            codes = torch.empty_like(codes).index_copy_(1, self._order, codes)
-        zeros = self.layout.zero_rows(self.qzeros, self.bits).T.contiguous()
-        scheme, scales = self.format.scheme, self.scales.T.contiguous()
-        return QuantizedLayer(name, scheme, codec_of(scheme).codes(codes, scales, zeros))
+        return QuantizedLayer(name, self.format.scheme, codec_of(self.format.scheme).codes(*self._arrays()))
 
-    def _packed_codes(self) -> torch.Tensor:
-        """`qweight` as the checkpoint has it."""
-        return self.layout.pack(self.layer())["qweight"] if self.qweight is None else self.qweight
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        codes, scales, zeros = self._arrays()
+        if self.g_idx is None or self._in_order:
+            return dequantize_chunked(IntCodes(codes, scales, zeros, self.group_size), dtype)
+        owner = self.g_idx.long()
+        return dequantize_chunked(IntCodes(codes, scales[:, owner], zeros[:, owner], 1), dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W [out, in] in the model's dtype, dequantized at each access, for models that read it (GPT-2's set-up)."""
+        return self.dequantize(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Kernels have no backward pass.
@@ -164,55 +175,96 @@ class QuantLinear(PackedLinear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._kernel:
-            destination[f"{prefix}qweight"] = self._packed_codes()
+            destination[f"{prefix}qweight"] = self._stored_words()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         self.drop_kernel()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """W [out, in] in the model's dtype, dequantized at each access.
 
-        Some models read it: GPT-2 when it initialises missing tensors, others for its dtype.
+class Projection:
+    """The gate, up or down layers of all experts, which have equal sizes and kernels of one class."""
+
+    def __init__(self, layers: list[QuantLinear], kernels: list[LinearKernel]) -> None:
+        self.layers, self.kernels = layers, kernels
+        self.joined = type(kernels[0]).join(kernels)
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        # The last row, of zeros, is for tokens without an expert.
+        self.bias = torch.stack([*biases, torch.zeros_like(biases[0])]) if biases else None
+
+    @classmethod
+    def of(cls, experts: RoutedExperts, usual: str) -> Projection | None:
+        """The projection `usual` of experts, or None when they cannot run together."""
+        named = enumerate(experts.leaves)
+        modules = [getattr(experts.get_submodule(str(index)), getattr(leaves, usual)) for index, leaves in named]
+        layers = [m for m in modules if isinstance(m, QuantLinear) and m.in_order]
+        kernels = [kernel for layer in layers if (kernel := layer.kernel) is not None]
+        alike = {(type(kernel), kernel.spec) for kernel in kernels}
+        if len(kernels) < len(modules) or len(alike) != 1 or len({layer.bias is None for layer in layers}) != 1:
+            return None
+        return cls(layers, kernels)
+
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
+        """x [rows, in] sorted by expert -> [rows, out].
+
+        `offsets`: a tensor of the first row of each expert (see `JoinedKernels`), or a list of rows per expert.
         """
-        return self.dequantize(self.dtype)
+        if isinstance(offsets, torch.Tensor):
+            assert self.joined is not None
+            y = self.joined(x, offsets)
+        else:
+            taken = sum(offsets)
+            y = type(self.kernels[0]).grouped(self.kernels, x[:taken], offsets)
+            if taken < len(x):
+                y = torch.cat((y, y.new_zeros(len(x) - taken, y.shape[1])))
+        return y if self.bias is None else y + self.bias[chosen].to(y.dtype)
 
-    @torch.no_grad()
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """W [out, in], a view of a tensor [in, out], which is the order of the codes in the words."""
-        dense = torch.empty(self.in_features, self.out_features, dtype=dtype, device=self.scales.device)
-        codes = None if self.qweight is not None else self.layer().codes_as(IntCodes).codes
-        zeros, scales = self.layout.zero_rows(self.qzeros, self.bits).float(), self.scales.float()
-        columns, words = self.layout.row_period(self.bits)
-        for start, stop in self._row_chunks(columns):
-            target = dense[start:stop]
-            values = target if dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-            if codes is None:
-                assert self.qweight is not None
-                some_words = self.qweight[start // columns * words : stop // columns * words]
-                values.copy_(self.layout.code_rows(some_words, self.bits))
-            else:
-                values.copy_(codes[:, start:stop].T)
-            if self.groups == 1:
-                values.sub_(zeros[0]).mul_(scales[0])
-            elif self._in_order and start % self.group_size == 0 and (stop - start) % self.group_size == 0:
-                first = start // self.group_size
-                some = slice(first, first + (stop - start) // self.group_size)
-                grouped = values.view(-1, self.group_size, self.out_features)
-                grouped.sub_(zeros[some].unsqueeze(1)).mul_(scales[some].unsqueeze(1))
-            else:
-                rows = torch.arange(start, stop, device=dense.device) // self.group_size
-                rows = rows if self.g_idx is None else self.g_idx[start:stop].long()
-                values.sub_(zeros[rows]).mul_(scales[rows])
-            if values is not target:
-                target.copy_(values)
-        return dense.T
 
-    def _row_chunks(self, columns: int) -> Iterator[tuple[int, int]]:
-        """Ranges of input columns that start at a word and, if possible, at a group. `columns`: those of a word."""
-        unit = lcm(columns, self.group_size)
-        if unit >= self.in_features or unit * self.out_features > 4 * _CHUNK:
-            unit = columns
-        step = max(_CHUNK // (unit * self.out_features), 1) * unit
-        return ((start, min(start + step, self.in_features)) for start in range(0, self.in_features, step))
+class PackedExperts:
+    """Replaces the calls of single layers in `RoutedExperts` while the layers are unchanged (`is_valid`)."""
+
+    def __init__(self, experts: RoutedExperts, projections: dict[str, Projection]) -> None:
+        self.experts, self.projections = experts, projections
+        self._on_device = all(p.joined is not None for p in projections.values())
+        self._layers = [
+            (experts.get_submodule(str(index))._modules, getattr(experts.leaves[index], usual), layer, layer._kernel)
+            for usual, projection in projections.items()
+            for index, layer in enumerate(projection.layers)
+        ]
+
+    def is_valid(self) -> bool:
+        """Whether every layer is still in place, with the same kernel and without hooks."""
+        return all(
+            modules.get(leaf) is layer and layer.__dict__["_kernel"] is kernel
+            and not layer._forward_hooks and not layer._forward_pre_hooks
+            for modules, leaf, layer, kernel in self._layers
+        )  # fmt: skip
+
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """x [rows, H] sorted by expert, chosen int64 [rows] -> [rows, H]; zeros where `chosen` is not an expert."""
+        experts, count = self.experts, self.experts.num_experts
+        chosen = chosen.clamp(max=count)
+        offsets: torch.Tensor | list[int]
+        if self._on_device:
+            offsets = torch.searchsorted(chosen, torch.arange(count + 2, device=chosen.device), out_int32=True)
+        else:
+            offsets = torch.bincount(chosen, minlength=count + 1).tolist()[:count]
+        up = self.projections["up"](x, chosen, offsets)
+        gate = self.projections["gate"](x, chosen, offsets) if "gate" in self.projections else None
+        return self.projections["down"](experts.combine(gate, up), chosen, offsets)
+
+
+def enable_grouped_experts(model: nn.Module) -> int:
+    """Enable grouped calls in every `RoutedExperts` of `model` whose layers support it; returns how many do.
+
+    All experts of a projection must have kernels of one class and equal sizes, without a column permutation.
+    """
+    found = 0
+    for experts in model.modules():
+        if isinstance(experts, RoutedExperts):
+            named = ("gate", "up", "down")[not experts.has_gate :]
+            projections = {usual: part for usual in named if (part := Projection.of(experts, usual)) is not None}
+            if len(projections) == len(named):
+                experts.batched = PackedExperts(experts, projections)
+                found += 1
+    return found

@@ -1,27 +1,28 @@
-"""The table of inference backends: one row per way to run packed layers, and what each row requires.
+"""The table of inference backends, one row per way to run packed layers, and the choice among them.
 
-A row says which devices, bit widths, dtypes and packings it supports, which package it needs and which kernel
-class runs the layer. Requirements are checked without importing anything but PyTorch.
+A layer gets the row of highest priority that can run it. Requirements are checked without importing anything but
+PyTorch.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
-from auto_round.errors import ConfigError, DeviceError
-from auto_round.inference.config import PACKINGS, LayerFormat, Packing
+from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
+from auto_round.inference.config import PACKINGS, LayerFormat, PluginPacking
 from auto_round.inference.kernels import LayerSpec, kernel_class
 from auto_round.inference.kernels.compiled import find_compiler
 from auto_round.layouts.base import Layout
-from auto_round.layouts.mlx import MLX
-from auto_round.layouts.packed_int import PLAIN_INT
+from auto_round.layouts.integers import MLX, PLAIN_INT
+from auto_round.logger import logger
 
 # Modules that show that a package is there when it has no metadata.
 _MODULES = {"auto-round-lib": "auto_round_kernel", "gptqmodel": "gptqmodel", "triton": "triton", "torch": "torch"}
@@ -32,11 +33,7 @@ _OTHER_NAMES = {"triton": ("pytorch-triton", "triton-xpu", "pytorch-triton-xpu",
 
 
 def unmet_requirement(requirement: str) -> str | None:
-    """None when `requirement` is met, or what is missing.
-
-    Args:
-        requirement: a pip requirement, such as "torch>=2.8.0", or a key of `PROGRAMS`.
-    """
+    """None when `requirement`, of pip ("torch>=2.8.0") or a key of `PROGRAMS`, is met, or what is missing."""
     if requirement in PROGRAMS:
         return None if PROGRAMS[requirement]() is not None else f"needs a {requirement}, and none was found"
     wanted = Requirement(requirement)
@@ -81,21 +78,13 @@ def available_devices() -> tuple[str, ...]:
     return tuple(found)
 
 
-def unmet_capability(capability: tuple[int, int]) -> str | None:
-    """None when the CUDA device has this compute capability, or what is missing."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= capability:
-        return None
-    return f"needs a device of compute capability {'.'.join(map(str, capability))}"
-
-
 def device_kind(device_map: object) -> str:
     """The kind of device, such as "cuda", on which layers placed by Transformers' `device_map` will run.
 
-    Of several devices the first accelerator counts. Without a map it is the CPU, except on a Gaudi machine, where users
-    move the loaded model to the accelerator. Raises DeviceError for a value that is not a device map.
+    Of several devices the first accelerator counts. Raises DeviceError for a value that is not a device map.
     """
     here = available_devices()
-    if device_map is None:
+    if device_map is None:  # on a Gaudi machine, users move the loaded model to the accelerator
         return "hpu" if "hpu" in here else "cpu"
     if isinstance(device_map, dict):
         kinds = [device_kind(value) for value in device_map.values() if value not in ("disk", "meta")]
@@ -104,14 +93,14 @@ def device_kind(device_map: object) -> str:
         return device_map.type
     if isinstance(device_map, bool) or not isinstance(device_map, (int, str)):
         raise DeviceError(f"device_map={device_map!r} is not a device, a number, 'auto' or a map of modules to devices")
-    if isinstance(device_map, int) or str(device_map).isdigit():
-        return next((kind for kind in here if kind != "cpu"), "cuda")
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return next((kind for kind in here if kind != "cpu"), "cpu")
-    return device_map.split(":")[0]
+    number = isinstance(device_map, int) or device_map.isdigit()
+    if number or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return next((kind for kind in here if kind != "cpu"), "cuda" if number else "cpu")
+    return str(device_map).split(":")[0]
 
 
 DTYPE_LABELS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
+AUTO = "auto"
 SCALED_MM = "auto_round:scaled_mm"
 OWN_CPU = "auto_round:cpu"
 _FP16, _BF16, _HALF, _ALL = ("float16",), ("bfloat16",), ("bfloat16", "float16"), ("float32", "float16", "bfloat16")
@@ -124,9 +113,7 @@ class Backend:
 
     Attributes:
         name: as written in `AutoRoundConfig(backend=...)`.
-        devices, bits, dtypes, packings: what it can run. Dtypes are those of the inputs, packings those of
-            `LayerFormat.packing`.
-        priority: the row of highest priority that can run a layer is chosen.
+        devices, bits, dtypes, packings: what it can run: dtypes of the inputs, packings of `LayerFormat.packing`.
         requirements: pip requirements and keys of `PROGRAMS` that must be met.
         group: name that requests several rows together.
         capability: minimum compute capability of a CUDA device.
@@ -175,21 +162,25 @@ class Backend:
             return f"{package} does not work with Transformers 5, which this package needs; use {self.instead}"
         return next((missing for r in self.requirements if (missing := unmet_requirement(r)) is not None), None)
 
-    def unsupported_reason(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
-        """None when it can run a layer of this format on this device, or the reason why not.
+    def unmet(self) -> str | None:
+        """None when this machine has what it needs, the compute capability of a CUDA device too, or what is missing."""
+        missing = self.missing_requirement()
+        if missing is None and self.capability is not None:
+            if not torch.cuda.is_available() or torch.cuda.get_device_capability() < self.capability:
+                return f"needs a device of compute capability {'.'.join(map(str, self.capability))}"
+        return missing
 
-        Checked in this order: device, bits, packing, dtype, requirements, compute capability, the kernel's limits.
-        `spec`: the layer's sizes, where they are known.
+    def unsupported_reason(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
+        """None when it can run a layer of this format on this device, or the first reason why not.
+
+        `spec`: the layer's sizes; without them, requirements on sizes are not checked.
         """
-        reason = self.mismatch(fmt, device, spec) or self.missing_requirement()
-        if reason is None and self.capability is not None:
-            reason = unmet_capability(self.capability)
+        reason = self.mismatch(fmt, device, spec) or self.unmet()
         if reason is None and self.kernel and spec is not None:
             reason = kernel_class(self.kernel).unsupported_reason(spec)
         return reason
 
 
-_TORCH_DEVICES = ("cpu", "cuda", "xpu")
 _BITS = (2, 3, 4, 8)
 _ARK = ("auto-round-lib", "torch>=2.8.0")
 _GPTQMODEL = ("gptqmodel>=7.0.0",)
@@ -204,7 +195,7 @@ _ALL_INT = (*_GPTQ, "awq")
 
 
 def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backend:
-    return Backend(f"auto_round:{name}", _TORCH_DEVICES, bits, _ALL, 0, packings, group="torch")
+    return Backend(f"auto_round:{name}", ("cpu", "cuda", "xpu"), bits, _ALL, 0, packings, group="torch")
 
 
 # GPTQModel's kernels in plain PyTorch run by name only: on a CPU with two cores one row of inputs took 86 ms, `torch`
@@ -256,7 +247,7 @@ BACKENDS: list[Backend] = [
 
 
 def register_backend(backend: Backend) -> Backend:
-    """Add a row to the table. Returns it. Raises ConfigError when another row has its name."""
+    """Add a row to the table and return it. Raises ConfigError when another row has its name."""
     if any(row.name == backend.name and row != backend for row in BACKENDS):
         raise ConfigError(f"backend {backend.name!r} is already registered")
     if backend not in BACKENDS:
@@ -267,18 +258,148 @@ def register_backend(backend: Backend) -> Backend:
 def register_layout(packing_format: str, layout: Layout, bits: Sequence[int]) -> None:
     """Let Transformers open layers that a plugin's format wrote: in plain PyTorch, dequantized for each call.
 
+    Raises ConfigError when the packing is known already, or its codes have the name of a dense weight.
+
     Args:
         packing_format: what the format's `quantization_config` says; `auto_round:NAME` by convention.
         layout: reads the layer from the tensors of the checkpoint.
         bits: widths that it reads.
-
-    Raises:
-        ConfigError: the packing is known already, or its codes have the name of a dense weight.
     """
-    packing = Packing(packing_format, layout, (packing_format,), by_plugin=True)
+    packing = PluginPacking(packing_format, layout, (packing_format,))
     if PACKINGS.get(packing_format, packing) != packing:
         raise ConfigError(f"packing_format {packing_format!r} is already registered")
     if layout.leaves[0] in ("weight", "bias"):
         raise ConfigError(f"packing_format {packing_format!r}: codes in {layout.leaves[0]!r} look like a dense tensor")
     PACKINGS[packing_format] = packing
     register_backend(_torch(f"torch_{packing_format.rpartition(':')[2]}", tuple(bits), (packing_format,)))
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend of one layer.
+
+    Attributes:
+        rejected: "name: reason" of the rows of higher or equal priority that cannot run the layer.
+        missing: those of them that only need a package or program to be installed.
+    """
+
+    backend: Backend
+    rejected: tuple[str, ...]
+    missing: tuple[Backend, ...] = ()
+
+
+def backend_names() -> list[str]:
+    """Every allowed value of `backend`, "auto" first."""
+    return list(dict.fromkeys([AUTO, *(b.group for b in BACKENDS if b.group), *(b.name for b in BACKENDS)]))
+
+
+def requested_rows(requested: str) -> tuple[Backend, ...]:
+    """The rows of a requested backend, the highest priority first. Raises ConfigError when there is no such backend.
+
+    Args:
+        requested: "auto", a row's name, a group's name, or several of them separated by commas. A row of a group also
+            selects the others of its group: a layer's packing decides which of them runs it.
+    """
+    wanted = _split_names(requested)
+    for word in wanted:
+        if word not in backend_names():
+            short = dict.fromkeys([AUTO, *(b.group or b.name for b in BACKENDS)])
+            raise ConfigError(
+                f"unknown backend {word!r}{nearest(word, backend_names())} Known: {', '.join(short)}; see auto-round "
+                "list backend"
+            )
+    rows = [b for b in BACKENDS if b.name in wanted or b.group in wanted or (AUTO in wanted and not b.by_name)]
+    groups = {b.group for b in rows if b.group and not b.instead}
+    chosen = [b for b in BACKENDS if b in rows or (b.group in groups and not b.instead)]
+    return tuple(sorted(chosen, key=lambda b: -b.priority))
+
+
+def _split_names(requested: str) -> list[str]:
+    return [word.strip().lower() for word in requested.split(",") if word.strip()] or [AUTO]
+
+
+def choose_backend(
+    fmt: LayerFormat, device: str, requested: str = AUTO, spec: LayerSpec | None = None
+) -> BackendChoice:
+    """The backend for a layer stored as `fmt` that will run on `device` ("cpu", "cuda", ...); `requested` as above.
+
+    Raises:
+        ConfigError: there is no such backend.
+        UnsupportedError: no requested backend can run this layer.
+    """
+    device = device.split(":")[0]
+    rejected: list[str] = []
+    missing: list[Backend] = []
+    for backend in requested_rows(requested):
+        reason = backend.unsupported_reason(fmt, device, spec)
+        if reason is None:
+            return BackendChoice(backend, tuple(rejected), tuple(missing))
+        rejected.append(f"{backend.name}: {reason}")
+        if not backend.instead and backend.missing_requirement() and backend.mismatch(fmt, device, spec) is None:
+            missing.append(backend)
+    stored = f"{fmt.scheme.bits}-bit weights of packing {fmt.packing} on {device!r} ({'; '.join(rejected)})"
+    if AUTO in _split_names(requested):
+        raise UnsupportedError(f"no backend runs {stored}; choose another device or quantize with another format")
+    install = f"{install_command(missing[0].requirements)}, or " if missing else ""
+    raise UnsupportedError(f"backend {requested!r} does not run {stored}; {install}use backend='auto'")
+
+
+def usable(backend: Backend, here: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether a backend can be used on a machine with the devices `here`, and on which, or why not."""
+    found = [device for device in backend.devices if device in here]
+    if not found and not backend.instead:
+        return False, f"no {' or '.join(backend.devices)} here"
+    problem = backend.unmet()
+    return (True, f"on {', '.join(found)}") if problem is None else (False, problem)
+
+
+def choose_backends(
+    layers: Mapping[str, tuple[LayerFormat, LayerSpec]], device: str, requested: str = AUTO
+) -> dict[str, BackendChoice]:
+    """The backend of each layer that will run on `device`, from how it is stored and its sizes.
+
+    Layers that the requested backend cannot run get the backend of `auto`, and one warning says which and why. The log
+    also names the package that would make the model faster.
+
+    Raises:
+        ConfigError: there is no such backend.
+        UnsupportedError: the requested backend can run none of the layers, or no backend can run one of them.
+    """
+    rows = requested_rows(requested)
+    found: dict[tuple[LayerFormat, LayerSpec], BackendChoice] = {}
+    unsupported: dict[tuple[LayerFormat, LayerSpec], UnsupportedError] = {}
+    for kind in dict.fromkeys(layers.values()):
+        try:
+            found[kind] = choose_backend(kind[0], device, requested, kind[1])
+        except UnsupportedError as error:
+            unsupported[kind] = error
+    if unsupported and not found:
+        raise next(iter(unsupported.values()))
+    chosen: dict[str, BackendChoice] = {}
+    fallbacks: dict[tuple[str, str], list[str]] = {}
+    for name, kind in layers.items():
+        if kind not in found:
+            try:
+                found[kind] = choose_backend(kind[0], device, AUTO, kind[1])
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{name}: {error}") from error
+        chosen[name] = found[kind]
+        if kind in unsupported:
+            reason = rows[0].unsupported_reason(kind[0], device, kind[1])
+            fallbacks.setdefault((str(reason), found[kind].backend.name), []).append(name)
+    for reason in next(iter(chosen.values())).rejected if chosen else ():
+        logger.debug("backend not chosen: %s", reason)
+    if fallbacks:
+        parts = [
+            f"{len(names)} such as {names[0]} run with {instead} (it {reason})"
+            for (reason, instead), names in sorted(fallbacks.items(), key=lambda item: -len(item[1]))
+        ]
+        runs = sum(kind not in unsupported for kind in layers.values())
+        logger.warning("backend %r runs %d of %d layers; %s", requested, runs, len(layers), "; ".join(parts))
+    wanted: Counter[Backend] = Counter(choice.missing[0] for choice in chosen.values() if choice.missing)
+    for backend, count in wanted.most_common(1):
+        logger.info(
+            "%d of %d layers could run faster on %s with backend %s%s: %s", count, len(chosen), device, backend.name,
+            f" ({backend.gain})" if backend.gain else "", install_command(backend.requirements),
+        )  # fmt: skip
+    return chosen

@@ -9,23 +9,18 @@ from __future__ import annotations
 from math import gcd
 
 import torch
+from torch.nn.functional import pad
 
 from auto_round.errors import UnsupportedError
 
-WORD_BITS = 32
 # Codes packed at once: few enough that they and their temporaries stay in a shared cache.
 _CHUNK = 1 << 20
 
 
-def period(bits: int, unit: int = WORD_BITS) -> tuple[int, int]:
+def period(bits: int, unit: int = 32) -> tuple[int, int]:
     """(values, units): the smallest whole number of units (words, or bytes with `unit` 8) that whole values fill."""
     common = gcd(unit, bits)
     return unit // common, bits // common
-
-
-def packs_evenly(count: int, bits: int) -> bool:
-    """Whether `count` values of `bits` bits fill whole periods."""
-    return count % period(bits)[0] == 0
 
 
 def words_needed(count: int, bits: int) -> int:
@@ -41,29 +36,23 @@ def words_needed(count: int, bits: int) -> int:
 
 def padded_words(count: int, bits: int) -> int:
     """int32 words that `count` values take when the last word is padded with zeros."""
-    return -(-count * bits // WORD_BITS)
+    return -(-count * bits // 32)
 
 
 def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack along dimension 0, one stream a column.
+    """Pack along dimension 0, one stream a column: uint8 [n, m], each below 2**bits, to int32 [n*bits/32, m].
 
-    Args:
-        values: uint8 [n, m], each below 2**bits. Fastest when its transpose is contiguous, as for a layer's codes.
-        bits: 1 to 8.
-
-    Returns:
-        int32 [n*bits/32, m], contiguous. Raises UnsupportedError when `n` values do not fill whole words.
+    Fastest when the transpose is contiguous, as that of a layer's codes [out, in] is. Raises UnsupportedError when `n`
+    values do not fill whole words.
     """
-    count, width = values.shape
-    words = torch.empty(words_needed(count, bits), width, dtype=torch.int32, device=values.device)
+    words = torch.empty(words_needed(len(values), bits), values.shape[1], dtype=torch.int32, device=values.device)
     _pack(values.T, bits, words.T)
     return words
 
 
 def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack along dimension 1: uint8 [m, n] to int32 [m, ceil(n*bits/32)], one zero-padded stream a row."""
-    rows, count = values.shape
-    words = torch.empty(rows, padded_words(count, bits), dtype=torch.int32, device=values.device)
+    words = torch.empty(len(values), padded_words(values.shape[1], bits), dtype=torch.int32, device=values.device)
     _pack(values, bits, words)
     return words
 
@@ -74,7 +63,7 @@ def _pack(values: torch.Tensor, bits: int, words: torch.Tensor) -> None:
     missing = -values.shape[1] % period(bits)[0]
     for start in range(0, values.shape[0], step):
         rows = values[start : start + step]
-        rows = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+        rows = pad(rows, (0, missing)) if missing else rows
         words[start : start + step] = _pack_chunk(rows, bits)[:, : words.shape[1]]
 
 
@@ -85,7 +74,7 @@ def _pack_chunk(rows: torch.Tensor, bits: int) -> torch.Tensor:
     with a code in each byte; neighbours are joined three times (pairs, fours, eights), and the lowest `bits` bytes are
     the stream (memory is little-endian wherever PyTorch runs).
     """
-    count, words = rows.shape[0], rows.shape[1] * bits // WORD_BITS
+    count, words = rows.shape[0], rows.shape[1] * bits // 32
     flat = rows.contiguous().view(-1)
     if flat.storage_offset() % 8:  # a view that does not start at a multiple of 8 bytes
         flat = flat.clone()
@@ -96,53 +85,28 @@ def _pack_chunk(rows: torch.Tensor, bits: int) -> torch.Tensor:
             bits *= 2
         return flat.view(torch.int32).view(count, words)
     packed = flat.view(torch.int64)
-    for field in (8, 16, 32):
-        packed = _join(packed, field, bits * field // 8)
+    for field in (8, 16, 32):  # fields of this width, filled to bits/8, become fields twice as wide
+        used = bits * field // 8
+        low, both = (sum(((1 << size) - 1) << at for at in range(0, 64, 2 * field)) for size in (used, 2 * used))
+        upper = packed >> (field - used)
+        if 2 * used > field:  # bits shifted out of the lower field would overlap it
+            packed = upper.bitwise_and_(both ^ low).bitwise_or_(packed & low)
+        else:
+            packed = upper.bitwise_or_(packed).bitwise_and_(both)
     stream = packed.view(torch.uint8).view(-1, 8)[:, :bits].contiguous()
     return stream.view(-1).view(torch.int32).view(count, words)
 
 
-def _join(numbers: torch.Tensor, field: int, used: int) -> torch.Tensor:
-    """Fields of `field` bits that hold `used` bits each become fields twice as wide that hold two neighbours."""
-    upper = numbers >> (field - used)
-    if 2 * used > field:  # bits shifted out of the lower field would overlap it
-        upper.bitwise_and_(_mask(2 * field, 2 * used) ^ _mask(2 * field, used))
-        return upper.bitwise_or_(numbers & _mask(2 * field, used))
-    return upper.bitwise_or_(numbers).bitwise_and_(_mask(2 * field, 2 * used))
-
-
-def _mask(field: int, used: int) -> int:
-    """64 bits of which the lowest `used` of every `field` are set."""
-    return sum(((1 << used) - 1) << start for start in range(0, 64, field))
-
-
-def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `pack_words`: int32 [n*bits/32, m] to uint8 [n, m]."""
-    per_period, words_per_period = period(bits)
-    rows, width = words.shape
-    if rows % words_per_period:
-        raise UnsupportedError(f"{rows} words of {bits}-bit values: the count must be a multiple of {words_per_period}")
-    mask = (1 << bits) - 1
-    values = torch.empty(rows // words_per_period * per_period, width, dtype=torch.uint8, device=words.device)
-    for i in range(per_period):
-        word, offset = divmod(i * bits, WORD_BITS)
-        part = (words[word::words_per_period] >> offset) & mask
-        spill = offset + bits - WORD_BITS
-        if spill > 0:
-            # The shift above is arithmetic: only the bits that belong to this word may stay.
-            part &= (1 << (bits - spill)) - 1
-            part |= (words[word + 1 :: words_per_period] & ((1 << spill) - 1)) << (bits - spill)
-        values[i::per_period] = part.to(torch.uint8)
-    return values
-
-
 def unpack_rows(words: torch.Tensor, bits: int, count: int | None = None) -> torch.Tensor:
-    """The inverse of `pack_rows`: int32 or uint32 [m, words] to uint8 [m, count], contiguous; by default all values."""
-    count = words.shape[1] * WORD_BITS // bits if count is None else count
+    """The inverse of `pack_rows`: int32 or uint32 [m, words] to uint8 [m, count], contiguous; by default all values.
+
+    `unpack_rows(words.T, bits)` is the transpose of what `pack_words` packed.
+    """
+    count = words.shape[1] * 32 // bits if count is None else count
     values, width = period(bits, 8)
     stream, periods = words.contiguous().view(torch.uint8), -(-count // values)
     if stream.shape[1] < periods * width:
-        stream = torch.nn.functional.pad(stream, (0, periods * width - stream.shape[1]))
+        stream = pad(stream, (0, periods * width - stream.shape[1]))
     codes = torch.empty(stream.shape[0], periods * values, dtype=torch.uint8, device=words.device)
     for i in range(values):
         byte, offset = divmod(i * bits, 8)

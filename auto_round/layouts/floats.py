@@ -20,9 +20,8 @@ Packing rounds nothing: a scale that its dtype cannot hold raises an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 
@@ -30,27 +29,12 @@ from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.minifloat import MINIFLOATS, MinifloatType
 from auto_round.codecs.quantized_layer import FloatCodes, QuantizedLayer, group_count
 from auto_round.errors import NumericsError
-from auto_round.layouts.base import Layout, TensorSpecs
+from auto_round.layouts.base import Layout, Tensors, TensorSpecs
 from auto_round.schemes import QuantizationScheme
 
 _MANTISSA_BITS = 23  # of float32, whose exponent has the bias of E8M0
 _SMALLEST = 1 << 22  # bits of 2**-127, the one scale that float32 holds as a subnormal
 _NAN = 0x7FC00000
-
-
-def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [rows, n] of codes below 16 to uint8 [rows, ceil(n/2)]; the last high nibble of an odd row is zero."""
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[:, 1::2].bitwise_left_shift(4).bitwise_or_(codes[:, 0::2])
-
-
-def unpack_nibbles(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """The inverse of `pack_nibbles`: uint8 [rows, ceil(columns/2)] to uint8 [rows, columns]."""
-    codes = torch.empty(packed.shape[0], 2 * packed.shape[1], dtype=torch.uint8, device=packed.device)
-    codes[:, 0::2] = packed & 15
-    codes[:, 1::2] = packed >> 4
-    return codes[:, :columns]
 
 
 def pack_e8m0(scale: torch.Tensor) -> torch.Tensor:
@@ -81,30 +65,28 @@ def cast_exactly(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def pack_codes(codes: torch.Tensor, element: str) -> torch.Tensor:
-    """uint8 codes [out, in] as stored: two codes a byte, or a tensor of PyTorch's float8 dtype."""
+    """uint8 codes [out, in] as stored: two 4-bit codes a byte, or a tensor of PyTorch's float8 dtype."""
     dtype = MINIFLOATS[element].dtype
-    return pack_nibbles(codes) if dtype is None else codes.contiguous().view(dtype)
+    if dtype is not None:
+        return codes.contiguous().view(dtype)
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[:, 1::2].bitwise_left_shift(4).bitwise_or_(codes[:, 0::2])
 
 
 def unpack_codes(stored: torch.Tensor, element: str, columns: int) -> torch.Tensor:
     """The inverse of `pack_codes`."""
-    return unpack_nibbles(stored, columns) if MINIFLOATS[element].dtype is None else stored.view(torch.uint8)
+    if MINIFLOATS[element].dtype is not None:
+        return stored.view(torch.uint8)
+    codes = torch.empty(stored.shape[0], 2 * stored.shape[1], dtype=torch.uint8, device=stored.device)
+    codes[:, 0::2] = stored & 15
+    codes[:, 1::2] = stored >> 4
+    return codes[:, :columns]
 
 
 FP8_SCALE = torch.bfloat16
-
-
-class StoredScales(NamedTuple):
-    """Scales of a codec family: their dtype (uint8 is E8M0), and whether they are for whole groups of inputs only."""
-
-    dtype: torch.dtype
-    grouped: bool = True
-
-
-SCALES = {
-    "mx_fp": StoredScales(torch.uint8), "mx_int": StoredScales(torch.uint8),
-    "nv_fp": StoredScales(torch.float8_e4m3fn), "fp": StoredScales(FP8_SCALE, grouped=False),
-}  # fmt: skip
+# Dtypes of the scales by codec family; uint8 is E8M0. All but those of FP8 are for whole groups of inputs only.
+SCALES = {"mx_fp": torch.uint8, "mx_int": torch.uint8, "nv_fp": torch.float8_e4m3fn, "fp": FP8_SCALE}
 
 
 def has_input_scale(scheme: QuantizationScheme) -> bool:
@@ -140,17 +122,14 @@ class FloatLayout(Layout):
     )  # fmt: skip
 
     def specs(
-        self, scheme: QuantizationScheme, in_features: int, out_features: int,
-        model_dtype: torch.dtype = torch.bfloat16,
-    ) -> TensorSpecs:  # fmt: skip
-        element, inputs = _element(scheme), scheme.activations
-        name, shape, dtype = self._scale(scheme, in_features, out_features)
-        specs: TensorSpecs = {}
-        if element.dtype is None:
-            specs["weight_packed"] = ((out_features, -(-in_features // 2)), torch.uint8)
-        else:
-            specs["weight"] = ((out_features, in_features), element.dtype)
-        specs[name] = (shape, dtype)
+        self, scheme: QuantizationScheme, in_features: int, out_features: int, model_dtype: torch.dtype = torch.bfloat16
+    ) -> TensorSpecs:
+        dtype, inputs = _element(scheme).dtype, scheme.activations
+        name, shape, scale_dtype = self._scale(scheme, in_features, out_features)
+        specs: TensorSpecs = {"weight_packed": ((out_features, -(-in_features // 2)), torch.uint8)}
+        if dtype is not None:
+            specs = {"weight": ((out_features, in_features), dtype)}
+        specs[name] = (shape, scale_dtype)
         if codec_of(scheme).has_global_scale:
             specs["weight_global_scale"] = ((1,), torch.float32)
         if inputs is not None and inputs.has_global_scale:
@@ -166,27 +145,27 @@ class FloatLayout(Layout):
             return f"data type {scheme.data_type!r} has no layout with {scheme.bits} bits"
         if not scheme.sym:
             return f"data type {scheme.data_type!r} has no zero points, and the scheme is asymmetric"
-        if scales.grouped and not (isinstance(size, int) and size > 0):
+        if scales != FP8_SCALE and not (isinstance(size, int) and size > 0):
             return f"data type {scheme.data_type!r} has scales for groups along the input, not group_size {size}"
         if inputs is None:
             return None
         scales = SCALES.get(codec_of(inputs).family)
         if scales is None:
             return f"activations of data type {inputs.data_type!r} with {inputs.bits} bits have no layout here"
-        if scales.grouped and not inputs.dynamic:
+        if scales != FP8_SCALE and not inputs.dynamic:
             return f"activations of data type {inputs.data_type!r} have no static scales"
         return None
 
     def mismatch(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
         """4-bit and MX types need whole groups."""
         size = scheme.group_size
-        if not SCALES[codec_of(scheme).family].grouped or not isinstance(size, int) or in_features % size == 0:
+        if SCALES[codec_of(scheme).family] == FP8_SCALE or not isinstance(size, int) or in_features % size == 0:
             return None
         return f"in_features={in_features} is not a multiple of the group size {size}"
 
     def _scale(self, scheme: QuantizationScheme, columns: int, rows: int) -> tuple[str, tuple[int, ...], torch.dtype]:
         """Name, shape and dtype of the scales."""
-        size, dtype = scheme.group_size, SCALES[codec_of(scheme).family].dtype
+        size, dtype = scheme.group_size, SCALES[codec_of(scheme).family]
         if isinstance(size, tuple):
             return self.block_scale, (-(-rows // size[0]), -(-columns // size[1])), dtype
         if size == 0:
@@ -198,37 +177,27 @@ class FloatLayout(Layout):
     def pack(self, layer: QuantizedLayer, model_dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
         """The layer's tensors. Raises NumericsError when a scale is not exactly representable in its stored dtype."""
         own = layer.codes_as(FloatCodes)
-        specs = self.specs(layer.scheme, layer.in_features, layer.out_features, model_dtype)
-        name, _, _ = self._scale(layer.scheme, layer.in_features, layer.out_features)
-        numbers = {
-            name: own.scale, "weight_global_scale": own.global_scale, "input_scale": layer.act_scale,
+        (codes, _), *others = self.specs(layer.scheme, layer.in_features, layer.out_features, model_dtype).items()
+        tensors = {codes: pack_codes(own.codes, own.element)}
+        scalars = {
+            "weight_global_scale": own.global_scale, "input_scale": layer.act_scale,
             "input_global_scale": layer.act_global_scale,
         }  # fmt: skip
-        tensors: dict[str, torch.Tensor] = {}
-        for leaf, (size, kind) in specs.items():
-            if leaf in ("weight", "weight_packed"):
-                tensors[leaf] = pack_codes(own.codes, own.element)
-            else:
-                value = numbers[leaf]
-                assert value is not None, f"{layer.name}: no value for {leaf}"
-                value = value.float().reshape(size)
-                tensors[leaf] = pack_e8m0(value) if kind == torch.uint8 else cast_exactly(value, kind)
+        for leaf, (shape, dtype) in others:
+            value = scalars.get(leaf, own.scale)
+            assert value is not None, f"{layer.name}: no value for {leaf}"
+            value = value.float().reshape(shape)
+            tensors[leaf] = pack_e8m0(value) if dtype == torch.uint8 else cast_exactly(value, dtype)
         return tensors
 
     def unpack(
-        self, name: str, scheme: QuantizationScheme, tensors: Mapping[str, torch.Tensor], in_features: int,
-        out_features: int,
-    ) -> QuantizedLayer:  # fmt: skip
-        element = _element(scheme).name
-        leaf, shape, _ = self._scale(scheme, in_features, out_features)
-        stored = tensors[leaf]
-        scale = unpack_e8m0(stored) if stored.dtype == torch.uint8 else stored.float()
-        codes = tensors["weight_packed" if MINIFLOATS[element].dtype is None else "weight"]
+        self, name: str, scheme: QuantizationScheme, tensors: Tensors, in_features: int, out_features: int
+    ) -> QuantizedLayer:
+        element, (leaf, shape, _) = _element(scheme), self._scale(scheme, in_features, out_features)
+        scale = unpack_e8m0(tensors[leaf]) if tensors[leaf].dtype == torch.uint8 else tensors[leaf].float()
+        codes = unpack_codes(tensors["weight_packed" if element.dtype is None else "weight"], element.name, in_features)
         scalar = lambda key: None if tensors.get(key) is None else tensors[key].detach().float().reshape(())
-        own = codec_of(scheme).codes(
-            unpack_codes(codes, element, in_features), scale.reshape(shape[0], -1),
-            global_scale=scalar("weight_global_scale"),
-        )  # fmt: skip
+        own = codec_of(scheme).codes(codes, scale.reshape(shape[0], -1), global_scale=scalar("weight_global_scale"))
         return QuantizedLayer(
             name, scheme, own, act_scale=scalar("input_scale"), act_global_scale=scalar("input_global_scale")
         )
@@ -247,7 +216,7 @@ def _element(scheme: QuantizationScheme) -> MinifloatType:
 def layout_name(scheme: QuantizationScheme) -> str:
     """Short name of the layout: mxfp4, nvfp4, fp8_static, fp8_block, ..."""
     family = codec_of(scheme).family
-    if SCALES[family].grouped:
+    if SCALES[family] != FP8_SCALE:
         return f"{family.replace('_', '')}{scheme.bits}"
     if isinstance(scheme.group_size, tuple):
         return "fp8_block"

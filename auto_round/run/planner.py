@@ -25,7 +25,7 @@ from auto_round.formats.base import (
 )
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.layer_config import pattern_regex, scheme_from_entry
-from auto_round.layouts.base import stored_group_size
+from auto_round.layouts.integers import stored_group_size
 from auto_round.modeling.blocks import get_lm_head_name, is_conv1d, linear_names, weight_2d
 from auto_round.modeling.config import largest
 from auto_round.modeling.layer_rules import block_weights, fused_groups, is_routed_expert

@@ -20,7 +20,6 @@ class LayerSpec:
     """Properties of a layer that decide whether a kernel can run it.
 
     Attributes:
-        bits: per weight.
         group_size: weights that share a scale along the input; `in_features` for one scale per row.
         sym: whether all zero points are 2**(bits - 1).
         dtype: of the model and of the inputs.
@@ -44,7 +43,6 @@ class IntegerWeight:
         codes: uint8 [out, in].
         scales: [out, groups], in the file's dtype.
         zeros: uint8 [out, groups].
-        spec: the layer's sizes.
     """
 
     codes: torch.Tensor
@@ -53,9 +51,9 @@ class IntegerWeight:
     spec: LayerSpec
 
 
-# The kernels of all experts of a mixture in one launch, without synchronization with the host: (x [rows, in] sorted by
-# expert, offsets int32 [experts + 2] on the device) -> [rows, out], without bias. Offsets are the first row of each
-# expert, the first row without an expert (their results are zeros), and the number of rows.
+# The kernels of all experts of a mixture in one launch: (x [rows, in] sorted by expert, offsets int32 [experts + 2] on
+# the device) -> [rows, out], without bias. Offsets are the first row of each expert, the first row without an expert
+# (their results are zeros), and the number of rows.
 JoinedKernels = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -71,6 +69,11 @@ class LinearKernel(nn.Module):
         super().__init__()
         self.spec = weight.spec
 
+    def hold(self, **buffers: torch.Tensor | None) -> None:
+        """Register buffers that are not saved."""
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
+
     @classmethod
     @abstractmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
@@ -79,9 +82,16 @@ class LinearKernel(nn.Module):
         Asked only for layers that the columns of its row in the table allow: device, bits, dtype, requirements.
         """
 
-    @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out] in the dtype of `x`; no bias. Inputs may be strided and of any floating dtype."""
+        shape = (*x.shape[:-1], self.spec.out_features)
+        if not x.numel():
+            return x.new_empty(shape)
+        return self.multiply(x.reshape(-1, self.spec.in_features)).to(x.dtype).reshape(shape)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of kernels that do not override `forward`: rows [n, in], strided, in any floating dtype -> [n, out]."""
+        raise NotImplementedError
 
     @abstractmethod
     def codes(self) -> torch.Tensor:
@@ -91,38 +101,18 @@ class LinearKernel(nn.Module):
     def grouped(cls, kernels: Sequence[LinearKernel], x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Products of the experts of one mixture: x [rows, in] sorted by expert -> [rows, out]; no bias.
 
-        Kernels that can do it in one call override this loop.
-
         Args:
             kernels: one for each expert, all of this class and of the same sizes.
             counts: rows of each expert; their sum is `rows`.
         """
-        y = x.new_empty(x.shape[0], kernels[0].spec.out_features)
-        start = 0
-        for kernel, count in zip(kernels, counts, strict=True):
-            if count:
-                y[start : start + count] = kernel(x[start : start + count])
-            start += count
-        return y
+        parts = zip(kernels, x.split(list(counts)), strict=True)
+        found = [kernel(part) for kernel, part in parts if len(part)]
+        return torch.cat(found) if found else x.new_empty(0, kernels[0].spec.out_features)
 
     @classmethod
     def join(cls, kernels: Sequence[LinearKernel]) -> JoinedKernels | None:
         """A function that runs all experts in one launch; None when only `grouped` is supported."""
         return None
-
-
-class RowKernel(LinearKernel):
-    """Base class of kernels that take inputs as a matrix: other shapes and dtypes are converted."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape = (*x.shape[:-1], self.spec.out_features)
-        if not x.numel():
-            return x.new_empty(shape)
-        return self.multiply(x.reshape(-1, self.spec.in_features)).to(x.dtype).reshape(shape)
-
-    @abstractmethod
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [n, in], possibly strided, in any floating dtype -> [n, out] in any, for n of at least 1."""
 
 
 def kernel_class(path: str) -> type[LinearKernel]:

@@ -1,7 +1,7 @@
 """Compile the C files of this folder once for this machine, cache the library and load it.
 
-The library is cached in a folder that only the user can write to. Its file name contains two hashes: of everything that
-the compiler's output depends on, and of the file itself, so that a damaged library is compiled again.
+The name of the cached file contains two hashes: of everything that the compiler's output depends on, and of the file
+itself, so that a damaged library is compiled again.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ def find_compiler() -> list[str] | None:
 
 @functools.lru_cache(maxsize=8)
 def load(*sources: Path) -> ctypes.CDLL | str:
-    """The library compiled from `sources` (headers included), or the reason why there is none.
-
-    Compiling takes a few seconds. The result is cached for the process, also when no compiler was found.
-    """
+    """The library compiled, in a few seconds, from `sources` (headers included), or the reason why there is none."""
     compiler = find_compiler()
     if compiler is None:
         return NO_COMPILER
@@ -54,7 +51,12 @@ def load(*sources: Path) -> ctypes.CDLL | str:
     with contextlib.ExitStack() as stack:
         try:
             folder = private or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="auto_round_")))
-            built = _find(folder, sources[0].stem, key) or _compile(sources, compiler, folder, key)
+            for path in folder.glob(f"{sources[0].stem}-{key}-*.so"):
+                if path.stem.rpartition("-")[2] == _digest(path):
+                    return ctypes.CDLL(str(path))
+                logger.warning("%s is damaged; it is compiled again", path)
+                path.unlink(missing_ok=True)
+            built = _compile(sources, compiler, folder, key)
             return built if isinstance(built, str) else ctypes.CDLL(str(built))
         except OSError as error:
             return f"the library built by the C compiler {compiler[0]} cannot be loaded: {error}"
@@ -91,15 +93,6 @@ def _private_folder() -> Path | None:
     return folder if private and os.access(folder, os.W_OK) else None
 
 
-def _find(folder: Path, stem: str, key: str) -> Path | None:
-    for path in folder.glob(f"{stem}-{key}-*.so"):
-        if path.stem.rpartition("-")[2] == _digest(path):
-            return path
-        logger.warning("%s is damaged; it is compiled again", path)
-        path.unlink(missing_ok=True)
-    return None
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
 
@@ -109,9 +102,8 @@ def _compile(sources: tuple[Path, ...], compiler: list[str], folder: Path, key: 
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     handle, name = tempfile.mkstemp(prefix=f"{sources[0].stem}-", suffix=".part", dir=folder)
     os.close(handle)
-    output = Path(name)
+    output, problem = Path(name), ""
     files = [str(source) for source in sources if source.suffix != ".h"]
-    problem = ""
     try:
         for flags in ((native, *_FLAGS), _FLAGS):
             try:

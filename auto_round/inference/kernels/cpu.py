@@ -1,13 +1,12 @@
-"""CPU kernels in C: packed integer weights, and half-precision weights on CPUs without instructions for them.
-
-`CpuKernel` runs 2- to 8-bit layers with integer products. `DenseLinear` runs unquantized layers in half precision,
-mostly the head, on CPUs where PyTorch emulates their products, several times slower. docs/cpu-kernels.md explains both.
+"""CPU kernels in C (docs/cpu-kernels.md): `CpuKernel` for packed integers, and `DenseLinear` for unquantized layers in
+half precision, mostly the head, on CPUs where PyTorch emulates their products.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,20 +45,25 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 def library() -> ctypes.CDLL | str:
     """The compiled library, or the reason why there is none."""
     found = load(*SOURCES)
-    if isinstance(found, str):
-        return found
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
-    found.use_threads_of(_torch_threads())
+    if not isinstance(found, str):
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+        found.use_threads_of(_torch_threads())
     return found
 
 
-def _torch_threads() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch has loaded (GNU's and LLVM's both have it).
+@functools.lru_cache(maxsize=1)
+def loaded() -> tuple[ctypes.CDLL, bool]:
+    """The library, and whether it supports float16 inputs."""
+    found = library()
+    assert not isinstance(found, str), found
+    return found, bool(found.has_half())
 
-    The threads of a second runtime would compete with PyTorch's for the cores, since both wait by spinning.
-    """
+
+def _torch_threads() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch has loaded: threads of a second one would compete
+    with PyTorch's for the cores, since both wait by spinning."""
     handles: list[str | None] = [None]
     lib = Path(torch.__file__).parent
     for folder in (lib / "lib", lib.with_name("torch.libs")):
@@ -77,9 +81,8 @@ def _torch_threads() -> int | None:
 class CpuKernel(LinearKernel):
     """Weights of 2, 3 (stored as 4), 4 and 8 bits, any group size, symmetric or not.
 
-    Inputs are rounded to 16-bit integers per group of at most 128 columns, with an error of at most 2**-16 of the
-    largest in the group. Codes, scales, zero points and the sums of a group are exact. Results do not depend on the
-    number of threads or on how many rows are computed together.
+    Inputs are rounded to 16-bit integers per group of at most 128 columns; all else up to the sums of a group is exact.
+    Results do not depend on the number of threads or on how many rows are computed together.
     """
 
     packed: torch.Tensor
@@ -136,30 +139,31 @@ def chunk_starts(in_features: int, group_size: int) -> torch.Tensor:
     return torch.tensor([*found, in_features], dtype=torch.int32)
 
 
+def _flat(x: torch.Tensor) -> tuple[int, torch.Tensor, int]:
+    """Number of rows, a tensor with them whose last dimension is contiguous, and the stride of the rows."""
+    # Called for every layer of every token, so the usual case avoids unnecessary calls.
+    inputs = x.shape[-1]
+    if x.is_contiguous():
+        return x.numel() // inputs, x, inputs
+    flat = x.reshape(-1, inputs)
+    flat = flat if flat.stride(1) == 1 or inputs == 1 else flat.contiguous()
+    return len(flat), flat, flat.stride(0)
+
+
 def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[int], out: int) -> torch.Tensor:
     """x [..., in] -> [..., out] in the dtype of `x`.
 
-    Args:
-        packed: one weight, or one per expert.
-        counts: with experts, the rows of each in x [rows, in].
+    `packed` is one weight or, with `counts`, the rows of each expert in x [rows, in], one per expert.
     """
     lib, half = loaded()
     dtype = DTYPES.get(x.dtype)
     if dtype is None or (dtype == 2 and not half):
         return multiply(packed, x.float(), counts, out).to(x.dtype)
-    # Called for every layer of every token, so the usual case avoids unnecessary calls.
-    inputs = x.shape[-1]
-    rows, flat, stride = x.numel() // inputs, x, inputs
-    if not x.is_contiguous():
-        flat = x.reshape(-1, inputs)
-        flat = flat if flat.stride(1) == 1 or inputs == 1 else flat.contiguous()
-        stride = flat.stride(0)
+    rows, flat, stride = _flat(x)
     y = x.new_empty(*x.shape[:-1], out)
     rest = (flat.data_ptr(), stride, y.data_ptr(), dtype, torch.get_num_threads())
     if counts:
-        firsts = [0]
-        for count in counts:
-            firsts.append(firsts[-1] + count)
+        firsts = [0, *itertools.accumulate(counts)]
         assert firsts[-1] == rows and len(counts) == len(packed)
         pointers = (_P * len(packed))(*(p.data_ptr() for p in packed))
         failed = lib.linear(pointers, (_Q * len(firsts))(*firsts), len(packed), *rest)
@@ -168,14 +172,6 @@ def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[i
     if failed:
         raise MemoryError("no memory to multiply with packed weights")
     return y
-
-
-@functools.lru_cache(maxsize=1)
-def loaded() -> tuple[ctypes.CDLL, bool]:
-    """The library, and whether it supports float16 inputs."""
-    found = library()
-    assert not isinstance(found, str), found
-    return found, bool(found.has_half())
 
 
 @torch.library.custom_op(
@@ -191,15 +187,14 @@ def _cpu_linear_fake(packed: list[torch.Tensor], x: torch.Tensor, counts: list[i
 
 
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU emulates products in `dtype` and the library supports it."""
+    """Whether this CPU emulates products in a half-precision dtype and the library supports it."""
     return dtype in HALF_DTYPES and not cpu_multiplies(dtype) and (dtype != torch.float16 or loaded()[1])
 
 
 def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x [..., in] -> x W^T [..., out], with `weight` [out, in] and x of one half-precision dtype.
+    """x [..., in] -> x W^T [..., out], with `weight` [out, in] and x of one half-precision dtype, summed in float32.
 
-    Products and sums are in float32, rounded once; results of up to `ROWS` rows do not depend on the number of rows or
-    threads.
+    Results of up to `ROWS` rows do not depend on the number of rows or threads.
     """
     out, inputs = weight.shape
     rows, y = x.numel() // inputs, x.new_empty(*x.shape[:-1], out)
@@ -209,10 +204,9 @@ def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             chunk = weight[start : start + step]
             y[..., start : start + len(chunk)] = F.linear(wide, chunk.float())
         return y
-    weight, flat = weight.contiguous(), x.reshape(-1, inputs)
-    flat = flat if flat.stride(1) == 1 or inputs == 1 else flat.contiguous()
+    weight, (_, flat, stride) = weight.contiguous(), _flat(x)
     failed = loaded()[0].dense(
-        weight.data_ptr(), out, inputs, rows, flat.data_ptr(), flat.stride(0), y.data_ptr(), DTYPES[x.dtype],
+        weight.data_ptr(), out, inputs, rows, flat.data_ptr(), stride, y.data_ptr(), DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -231,8 +225,7 @@ def _cpu_dense_fake(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class DenseLinear(nn.Linear):
-    """`nn.Linear` that uses `dense_product` on a CPU without gradients, when inputs and weight have the same dtype and
-    `is_slow` holds for it."""
+    """`nn.Linear` that uses `dense_product` on a CPU without gradients, when inputs and weight have one slow dtype."""
 
     _slow: frozenset[torch.dtype] = frozenset()
 

@@ -1,8 +1,7 @@
 """Kernels that run packed integer weights with GPTQModel's modules (Marlin, ExLlamaV2, GEMM, torch).
 
-Only the functions that GPTQModel offers to other packages are used. Importing it takes seconds, sets environment
-variables and prints a banner, so it is imported when one of these kernels is checked for a layer. Its CUDA kernels are
-compiled with nvcc at their first use.
+Importing it takes seconds, sets environment variables and prints a banner, so it is imported when one of these kernels
+is checked for a layer. Its CUDA kernels are compiled with nvcc at their first use.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ import torch
 from torch import nn
 
 from auto_round.errors import UnsupportedError, first_line
-from auto_round.inference.kernels import IntegerWeight, LayerSpec, RowKernel
-from auto_round.layouts.awq import pack_awq, unpack_awq_rows
-from auto_round.layouts.bit_stream import pack_words, unpack_words
-from auto_round.layouts.gptq import pack_gptq
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
+from auto_round.layouts.bit_stream import pack_rows, unpack_rows
+from auto_round.layouts.integers import AWQ, GPTQ_V2, GptqLayout
 
 # ExLlamaV2's scratch memory on each device, shared by its layers and freed with the last of them.
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
@@ -32,13 +30,14 @@ _SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
 _UNSUPPORTED_ERRORS = (ImportError, ValueError, RuntimeError)
 
 
-class GptqmodelLinear(RowKernel):
+class GptqmodelLinear(LinearKernel):
     """x -> x W^T by a module of GPTQModel.
 
     Its kernels compute in half precision: inputs, and scales that are not float16, are rounded to the model's dtype.
 
     Attributes:
         backend, method, layout: GPTQModel's names of the kernel, of the method and of the checkpoint's format.
+        words: packs the codes, with zero points without an offset.
         in_place: whether the module keeps the codes in the given layout. Otherwise a packed copy is kept on the CPU for
             saving (bits / 8 bytes per weight).
         runtime: module and prefix of its functions `_available` and `_error`, for kernels that are compiled.
@@ -49,6 +48,7 @@ class GptqmodelLinear(RowKernel):
     backend: str
     method: str = "gptq"
     layout: str = "gptq_v2"
+    words: GptqLayout = GPTQ_V2
     in_place: bool = False
     runtime: tuple[str, str] = ("", "")
     model_scales: bool = False
@@ -59,11 +59,8 @@ class GptqmodelLinear(RowKernel):
         spec, device = weight.spec, weight.codes.device
         if spec.sym and bool((weight.zeros != 1 << (spec.bits - 1)).any()):
             raise UnsupportedError("its config says symmetric, but some zero points are not 2**(bits - 1)")
-        if self.method == "awq":
-            qweight, qzeros = pack_awq(weight.codes, weight.zeros)
-        else:  # zero points without an offset ("v2"); Marlin has none
-            qweight, qzeros = pack_gptq(weight.codes, weight.zeros, spec.bits, 0)
-        self._saved_words = None if self.in_place else pack_words(weight.codes.T, spec.bits).cpu()
+        qweight, qzeros = self.words.words(weight.codes, weight.zeros, spec.bits)
+        self._saved = None if self.in_place else pack_rows(weight.codes, spec.bits).cpu()
         # float16 scales keep their dtype in a bfloat16 model, which would round them.
         dtype = torch.float16 if weight.scales.dtype == torch.float16 and not self.model_scales else spec.dtype
         try:
@@ -130,11 +127,9 @@ class GptqmodelLinear(RowKernel):
 
     def codes(self) -> torch.Tensor:
         module = self._module[0]
-        if self._saved_words is not None:
-            return unpack_words(self._saved_words, self.spec.bits).T.contiguous().to(module.scales.device)
-        if self.method == "awq":
-            return unpack_awq_rows(module.qweight).T.contiguous()
-        return unpack_words(module.qweight, self.spec.bits).T.contiguous()
+        if self._saved is not None:
+            return unpack_rows(self._saved, self.spec.bits, self.spec.in_features).to(module.scales.device)
+        return self.words.codes(module.qweight, self.spec.bits)
 
 
 class Torch(GptqmodelLinear):
@@ -162,34 +157,32 @@ class ExllamaV2(GptqmodelLinear):
     backend = "exllama_v2"
 
 
-class AwqGemm(GptqmodelLinear):
+class _Awq(GptqmodelLinear):
+    method, layout, words = "awq", "gemm", AWQ
+
+
+class AwqGemm(_Awq):
     """Fused product for CUDA."""
 
-    backend, method, layout, in_place = "gemm", "awq", "gemm", True
+    backend, in_place = "gemm", True
 
 
-class AwqTorch(Torch):
+class AwqTorch(_Awq, Torch):
     """`Torch` for AWQ words."""
 
-    method, layout = "awq", "gemm"
 
-
-class AwqTorchAten(TorchAten):
+class AwqTorchAten(_Awq, TorchAten):
     """`TorchAten` for AWQ words."""
 
-    backend, method, layout = "awq_torch_aten", "awq", "gemm"
+    backend = "awq_torch_aten"
 
 
-class AwqMarlin(Marlin):
+class AwqMarlin(_Awq, Marlin):
     """`Marlin` for AWQ words."""
 
-    method, layout = "awq", "gemm"
 
-
-class AwqExllamaV2(ExllamaV2):
+class AwqExllamaV2(_Awq, ExllamaV2):
     """`ExllamaV2` for AWQ words."""
-
-    method, layout = "awq", "gemm"
 
 
 @functools.lru_cache(maxsize=256)

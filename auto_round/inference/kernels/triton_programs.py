@@ -164,7 +164,7 @@ def _weights(
 @triton.jit
 def matmul(
     x, words, scales, zeros, out, offsets, exponent, down, rows, columns, row_stride, x_stride, in_features, blocks,
-    blocks_each, row_tiles, word_stride, scale_stride,
+    blocks_each, word_stride, scale_stride, row_tiles,
     BITS: tl.constexpr, PER: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr,
     EXPERTS: tl.constexpr, PADDED: tl.constexpr,

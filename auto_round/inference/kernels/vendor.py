@@ -1,10 +1,5 @@
-"""Kernels from other packages for packed integer weights: PyTorch's own, auto-round-lib (ark), Gaudi's.
-
-- `CpuInt4` and `CpuInt8` call PyTorch's CPU kernels, for machines without a C compiler. PyTorch has fast kernels for
-  bfloat16 only.
-- `ArkKernel` calls auto-round-lib (`import auto_round_kernel`, "ark"), a separate package with compiled kernels.
-  Only its public functions are used, and it is imported when the first layer needs it.
-- `HpuLinear` calls the dequantizing operation of Gaudi's PyTorch bridge.
+"""Kernels from other packages for packed integer weights: PyTorch's own, for machines without a C compiler, those of
+auto-round-lib (`import auto_round_kernel`, "ark"), imported when the first layer needs it, and Gaudi's.
 """
 
 from __future__ import annotations
@@ -17,11 +12,11 @@ from typing import Any
 
 import torch
 
-from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, RowKernel
-from auto_round.layouts.bit_stream import pack_words, unpack_words
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
+from auto_round.layouts.bit_stream import pack_words, unpack_rows
+from auto_round.layouts.integers import signed_values, stored_codes
 
 _GROUP_SIZES = (32, 64, 128, 256)
-_UNIT_ROWS = 512  # of the unit matrix that reads the codes back
 ARK_INSTALL = "needs auto-round-lib and torch 2.8 or newer: pip install auto-round-lib"
 
 
@@ -32,12 +27,12 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.data_ptr() % 64 == 0 else rows.clone()
 
 
-class CpuInt4(RowKernel):
+class CpuInt4(LinearKernel):
     """Weights of 2, 3 and 4 bits through `_weight_int4pack_mm_for_cpu`.
 
-    It computes scale * (code - 8) + offset with scale and offset in bfloat16, so that float16 scales, and with them the
-    weights, have a relative error of up to 2**-9. The offset, scale * (8 - zero), is zero for symmetric weights, and
-    for 2 and 3 bits, where code - zero + 8 fits into 4 bits and is stored instead of the code. Codes are exact.
+    It computes scale * (code - 8) + offset with scale and offset in bfloat16: weights are rounded by up to 2**-9. The
+    offset, scale * (8 - zero), is zero for symmetric weights, and for 2 and 3 bits, where code - zero + 8 fits into 4
+    bits and is stored instead of the code.
     """
 
     packed: torch.Tensor
@@ -46,16 +41,14 @@ class CpuInt4(RowKernel):
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
-        size, zeros = weight.spec.group_size, weight.zeros
-        offset = torch.zeros(zeros.shape) if weight.spec.bits < 4 else weight.scales.float() * (8 - zeros.float())
-        scales = torch.stack([weight.scales.float(), offset], -1).transpose(0, 1).contiguous()
-        codes = weight.codes.to(torch.int32)
+        scales, zeros = weight.scales.float(), weight.zeros
+        offset, codes = scales * (8 - zeros.float()), weight.codes.to(torch.int32)
         if weight.spec.bits < 4:
-            codes += 8 - zeros.repeat_interleave(size, 1).to(torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales", scales.to(torch.bfloat16), persistent=False)
-        self.register_buffer("zeros", zeros, persistent=False)
+            offset, codes = torch.zeros_like(scales), codes + 8 - zeros.repeat_interleave(weight.spec.group_size, 1)
+        self.hold(
+            packed=torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2), zeros=zeros,
+            scales=torch.stack([scales, offset], -1).transpose(0, 1).contiguous().to(torch.bfloat16),
+        )  # fmt: skip
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
@@ -77,26 +70,20 @@ class CpuInt4(RowKernel):
         return y
 
     def codes(self) -> torch.Tensor:
-        """Read back with a unit matrix: small integers are exact in bfloat16."""
-        ones = torch.zeros_like(self.scales)
+        """Read back with a unit matrix, some rows at a time: small integers are exact in bfloat16."""
+        ones, chunks = torch.zeros_like(self.scales), []
         ones[..., 0] = 1
-        chunks = []
-        for start in range(0, self.spec.in_features, _UNIT_ROWS):
-            count = min(_UNIT_ROWS, self.spec.in_features - start)
-            unit = torch.zeros(count, self.spec.in_features, dtype=torch.bfloat16)
-            unit[torch.arange(count), torch.arange(start, start + count)] = 1
+        for columns in torch.arange(self.spec.in_features).split(512):
+            unit = torch.zeros(len(columns), self.spec.in_features, dtype=torch.bfloat16)
+            unit[torch.arange(len(columns)), columns] = 1
             chunks.append(self._product(unit, ones).to(torch.int16))
-        codes = torch.cat(chunks).T + 8
-        if self.spec.bits < 4:
-            codes = codes - 8 + self.zeros.repeat_interleave(self.spec.group_size, 1)
-        return codes.to(torch.uint8).contiguous()
+        codes = torch.cat(chunks).T
+        offset = 8 if self.spec.bits == 4 else self.zeros.repeat_interleave(self.spec.group_size, 1)
+        return (codes + offset).to(torch.uint8).contiguous()
 
 
-class CpuInt8(RowKernel):
-    """Symmetric weights of 8 bits with one scale per row through `_weight_int8pack_mm`.
-
-    Scales are exact: they are applied to the outputs in float32.
-    """
+class CpuInt8(LinearKernel):
+    """Symmetric weights of 8 bits with one exact scale per row, applied to the outputs, by `_weight_int8pack_mm`."""
 
     packed: torch.Tensor
     scales: torch.Tensor
@@ -104,10 +91,8 @@ class CpuInt8(RowKernel):
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
-        self.register_buffer("packed", (weight.codes.to(torch.int16) - 128).to(torch.int8), persistent=False)
-        self.register_buffer("scales", weight.scales[:, 0].float(), persistent=False)
-        ones = torch.ones(weight.spec.out_features, dtype=torch.bfloat16)
-        self.register_buffer("ones", ones, persistent=False)
+        packed, ones = signed_values(weight.codes, 8), torch.ones(weight.spec.out_features, dtype=torch.bfloat16)
+        self.hold(packed=packed, scales=weight.scales[:, 0].float(), ones=ones)
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
@@ -123,7 +108,7 @@ class CpuInt8(RowKernel):
         return y.float() * self.scales
 
     def codes(self) -> torch.Tensor:
-        return (self.packed.to(torch.int16) + 128).to(torch.uint8)
+        return stored_codes(self.packed, 8)
 
 
 @functools.lru_cache(maxsize=1)
@@ -139,10 +124,8 @@ def package() -> ModuleType | str:
 
 
 class ArkKernel(LinearKernel):
-    """Weights of 2, 4 and 8 bits through auto-round-lib.
-
-    CPUs compute in float32, without rounding inputs. Intel GPUs run symmetric weights only, with integer products and
-    float16 scales; that part is untested.
+    """Weights of 2, 4 and 8 bits through auto-round-lib: in float32 on CPUs; on Intel GPUs (untested) symmetric ones,
+    with integer products and float16 scales.
     """
 
     blob: torch.Tensor
@@ -152,23 +135,19 @@ class ArkKernel(LinearKernel):
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
-        spec, middle = weight.spec, 1 << (weight.spec.bits - 1)
-        self.on_cpu = spec.device == "cpu"
-        asym = not bool((weight.zeros == middle).all())
-        compute, scale_type = ("fp32", "fp32") if self.on_cpu else ("int8", "fp16")
+        spec, asym = weight.spec, not bool((weight.zeros == 1 << (weight.spec.bits - 1)).all())
+        compute, scale_type, dtype = ("int8", "fp16", torch.float16)
+        if spec.device == "cpu":
+            compute, scale_type, dtype = ("fp32", "fp32", torch.float32)
         kind = (compute, f"int{spec.bits}", scale_type, asym)
         # The package's arguments: outputs, inputs, group size, compute type, weight type, scale type, asymmetric.
         self.kind = (spec.out_features, spec.in_features, spec.group_size, *kind)
-        dtype = torch.float32 if self.on_cpu else torch.float16
-        codes = (weight.codes.T.to(torch.int16) - middle).to(torch.int8).contiguous()
-        zeros = (weight.zeros.T.to(torch.int16) - middle).to(torch.int8).contiguous() if asym else codes.new_empty(0)
-        scales = weight.scales.T.to(dtype).contiguous()
+        codes, zeros = signed_values(weight.codes.T, spec.bits), signed_values(weight.zeros.T, spec.bits)
+        zeros, scales = zeros if asym else zeros.new_empty(0), weight.scales.T.to(dtype).contiguous()
         blob = _loaded_package().repack_quantized_weight(codes, scales, zeros, spec.group_size, *kind)
         # For `codes`: weights divided by scales, and a copy of the codes whose scale is zero.
         unscaled = weight.codes[self._expand_groups(weight.scales == 0)].clone()
-        buffers = {"blob": blob, "scales": weight.scales, "zeros": weight.zeros, "unscaled": unscaled}
-        for name, tensor in buffers.items():
-            self.register_buffer(name, tensor, persistent=False)
+        self.hold(blob=blob, scales=weight.scales, zeros=weight.zeros, unscaled=unscaled)
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
@@ -189,8 +168,7 @@ class ArkKernel(LinearKernel):
         dense = _loaded_package().unpack_weight(self.blob, torch.float32, out, width, *rest)
         scales, zeros = self._expand_groups(self.scales.float()), self._expand_groups(self.zeros)
         unscaled = scales == 0
-        codes = (dense / scales.masked_fill(unscaled, 1)).round().to(torch.int16) + zeros
-        codes = codes.to(torch.uint8)
+        codes = ((dense / scales.masked_fill(unscaled, 1)).round().to(torch.int16) + zeros).to(torch.uint8)
         codes[unscaled] = self.unscaled
         return codes
 
@@ -206,8 +184,7 @@ def _loaded_package() -> ModuleType:
 
 
 def ark_multiply(blob: torch.Tensor, x: torch.Tensor, out: int, width: int, *kind: Any) -> torch.Tensor:
-    """x [..., width] -> [..., out] in the dtype of `x`; `blob` is the weight packed by auto-round-lib, and the other
-    arguments are those of `ArkKernel.kind`."""
+    """x [..., width] -> [..., out] in the dtype of `x`, by the weight `blob`; the rest is `ArkKernel.kind`."""
     flat = x.reshape(-1, width).to(torch.float32 if x.device.type == "cpu" else torch.float16).contiguous()
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], out))
@@ -231,11 +208,7 @@ def _(blob: torch.Tensor, x: torch.Tensor, out: int, *kind: Any) -> torch.Tensor
 
 
 class HpuLinear(LinearKernel):
-    """x -> x W^T on Gaudi: `torch.ops.hpu.convert_from_uint4` dequantizes W, then a dense product.
-
-    Buffers: `words` int32 [in, out/8], nibble i of word w = code of weight [8w + i, row]; `zeros` int32
-    [groups, out/8], the same for zero points; `scales` bfloat16 [groups, out].
-    """
+    """x -> x W^T on Gaudi: `torch.ops.hpu.convert_from_uint4` dequantizes W, then a dense product."""
 
     words: torch.Tensor
     zeros: torch.Tensor
@@ -243,8 +216,7 @@ class HpuLinear(LinearKernel):
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
-        for name, tensor in hpu_operands(weight).items():
-            self.register_buffer(name, tensor, persistent=False)
+        self.hold(**hpu_operands(weight))
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
@@ -263,11 +235,12 @@ class HpuLinear(LinearKernel):
         return torch.matmul(x.to(torch.bfloat16), dense).to(x.dtype)
 
     def codes(self) -> torch.Tensor:
-        return unpack_words(self.words.T.contiguous(), 4)
+        return unpack_rows(self.words, 4).T.contiguous()
 
 
 def hpu_operands(weight: IntegerWeight) -> dict[str, torch.Tensor]:
-    """The operands of `convert_from_uint4`; see `HpuLinear`."""
+    """The operands of `convert_from_uint4`: codes int32 [in, out/8], nibble i of word w for output 8w + i, zero points
+    [groups, out/8] likewise, and scales [groups, out]."""
     return {
         "words": pack_words(weight.codes, 4).T.contiguous(), "zeros": pack_words(weight.zeros, 4).T.contiguous(),
         "scales": weight.scales.T.to(torch.bfloat16).contiguous(),

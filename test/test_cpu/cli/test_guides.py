@@ -109,7 +109,7 @@ def test_a_format_holds_mixed_schemes_and_leaves_what_does_not_fit(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     block = model.model.layers[1]
     bits = {
-        name: module.bits if isinstance(module, PackedLinear) else 16
+        name: module.format.scheme.bits if isinstance(module, PackedLinear) else 16
         for name, module in block.named_modules() if name.endswith("_proj")
     }  # fmt: skip
     assert bits["self_attn.k_proj"] == 6 and bits["self_attn.v_proj"] == 16

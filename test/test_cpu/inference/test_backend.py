@@ -8,10 +8,17 @@ from integer_weights import int_format
 
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.inference import table as backend_table
-from auto_round.inference.backend import backend_names, choose_backend, requested_rows, usable
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import LayerSpec
-from auto_round.inference.table import BACKENDS, Backend, available_devices
+from auto_round.inference.table import (
+    BACKENDS,
+    Backend,
+    available_devices,
+    backend_names,
+    choose_backend,
+    requested_rows,
+    usable,
+)
 
 V1, PLAIN, AWQ = (int_format(4, packing=packing) for packing in ("gptq_zp+-1", "gptq", "awq"))
 
@@ -47,9 +54,7 @@ def test_a_row_says_the_first_reason_against_it(fmt: LayerFormat, device: str, d
 
 
 def test_rows_passed_over_say_why_and_what_could_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from auto_round.inference import backend
-
-    monkeypatch.setattr(backend, "BACKENDS", (ROW, *BACKENDS))
+    monkeypatch.setattr(backend_table, "BACKENDS", (ROW, *BACKENDS))
     choice = choose_backend(PLAIN, "cuda", "x,torch", spec())
     assert choice.backend.name == "auto_round:torch" and choice.missing == (ROW,)
     assert choice.rejected[0] == "x: needs no-such-package>=2.0, which is not installed"

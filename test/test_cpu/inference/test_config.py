@@ -19,7 +19,7 @@ AUTO = {**BASE, "block_name_to_quantize": "model.layers"}
 
 
 def resolve(config: dict[str, Any], names: list[str] = NAMES) -> dict[str, LayerFormat]:
-    return resolve_layers(read_config(config), names, BLOCKS)
+    return resolve_layers(read_config(config), names, lambda: BLOCKS)
 
 
 def test_blocks_only() -> None:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from auto_round.eval.evaluate import load_model
-from auto_round.inference.experts import enable_grouped_experts
 from auto_round.inference.kernels import IntegerWeight, JoinedKernels, LayerSpec, LinearKernel
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.qlinear import QuantLinear, enable_grouped_experts
 from auto_round.modeling.experts import LinearExperts, unfuse_experts
 from auto_round.schemes import QuantizationScheme as Scheme
 

@@ -16,11 +16,10 @@ from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.formats.base import ExportPlan, get_format
-from auto_round.inference.backend import choose_backend, usable
 from auto_round.inference.config import read_config
 from auto_round.inference.convert_model import build_layer
 from auto_round.inference.linear import PackedLinear, ScaledMmLinear
-from auto_round.inference.table import BACKENDS, SCALED_MM
+from auto_round.inference.table import BACKENDS, SCALED_MM, choose_backend, usable
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
 PRESETS = ["MXFP4", "MXFP4_RCEIL", "MXFP8", "MXFP8_RCEIL", "MXINT4", "NVFP4", "FPW8A16", "FP8_STATIC", "FP8_BLOCK"]

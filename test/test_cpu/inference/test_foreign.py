@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from auto_round.eval.evaluate import load_model
 from auto_round.inference.qlinear import QuantLinear
+from auto_round.layouts.integers import GPTQ_V1
 from auto_round.schemes import QuantizationScheme as Scheme
 
 IDS = torch.tensor([[1, 5, 9, 2, 44, 17, 3, 8], [7, 7, 1, 0, 60, 31, 12, 2]])
@@ -130,19 +131,18 @@ def test_groups_in_any_order(llama: Callable[..., Any], write_checkpoint: Callab
     written = write_checkpoint(llama(), Scheme(group_size=32), None, "auto_gptq")
     tensors = load_file(written.folder / "model.safetensors")
     expected = logits(open_model(written.folder))
-    from integer_weights import unpack_gptq
-
-    from auto_round.layouts.gptq import pack_gptq
-
+    unpack = lambda name: (
+        GPTQ_V1.codes(tensors[f"{name}.qweight"], 4), GPTQ_V1.zeros(tensors[f"{name}.qzeros"], 4)
+    )  # fmt: skip
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     for i in range(2):
         mlp = f"model.layers.{i}.mlp"
-        codes, zeros = unpack_gptq(tensors[f"{mlp}.down_proj.qweight"], tensors[f"{mlp}.down_proj.qzeros"], 4, 1)
-        tensors[f"{mlp}.down_proj.qweight"] = pack_gptq(codes[:, order], zeros, 4, 1)[0]
+        codes, zeros = unpack(f"{mlp}.down_proj")
+        tensors[f"{mlp}.down_proj.qweight"] = GPTQ_V1.words(codes[:, order], zeros, 4)[0]
         tensors[f"{mlp}.down_proj.g_idx"] = tensors[f"{mlp}.down_proj.g_idx"][order].contiguous()
         for leaf in ("gate_proj", "up_proj"):
-            codes, zeros = unpack_gptq(tensors[f"{mlp}.{leaf}.qweight"], tensors[f"{mlp}.{leaf}.qzeros"], 4, 1)
-            qweight, qzeros = pack_gptq(codes[order], zeros[order], 4, 1)
+            codes, zeros = unpack(f"{mlp}.{leaf}")
+            qweight, qzeros = GPTQ_V1.words(codes[order], zeros[order], 4)
             tensors[f"{mlp}.{leaf}.qweight"], tensors[f"{mlp}.{leaf}.qzeros"] = qweight, qzeros
             tensors[f"{mlp}.{leaf}.scales"] = tensors[f"{mlp}.{leaf}.scales"][:, order].contiguous()
     save_file(tensors, written.folder / "model.safetensors", metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.inference.config import read_config
 from auto_round.inference.linear import PackedLinear
-from auto_round.layouts.packed_int import PLAIN_INT
+from auto_round.layouts.integers import PLAIN_INT
 
 CONFIG = {
     "bits": 8, "group_size": -1, "sym": True, "data_type": "int", "act_bits": 8, "act_group_size": -1, "act_sym": True,

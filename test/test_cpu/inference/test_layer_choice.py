@@ -15,15 +15,13 @@ import torch
 from integer_weights import int_format
 
 from auto_round.errors import UnsupportedError
-from auto_round.inference import backend
 from auto_round.inference import table as backend_table
-from auto_round.inference.backend import choose_backends
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.convert_model import convert_hf_model
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.inference.table import BACKENDS, Backend
-from auto_round.layouts.bit_stream import unpack_words
+from auto_round.inference.table import BACKENDS, Backend, choose_backends
+from auto_round.layouts.bit_stream import unpack_rows
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.safetensors import read_header
 from auto_round.schemes import QuantizationScheme as Scheme
@@ -66,7 +64,6 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     module.Float64 = Float64  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "plain64", module)
     plain = tuple(b for b in BACKENDS if b.plain)
-    monkeypatch.setattr(backend, "BACKENDS", (DOUBLE, ABSENT, *plain))
     monkeypatch.setattr(backend_table, "BACKENDS", (DOUBLE, ABSENT, *plain))
 
 
@@ -226,7 +223,7 @@ def test_a_kernel_that_finds_values_it_cannot_take(
     module = QuantLinear(64, 32, int_format(8, 32, True, "gptq_zp+-1"))
     assert module.qweight is not None
     module.qweight.fill_(-1)
-    assert bool((unpack_words(module.qweight, 8) == 255).all())
+    assert bool((unpack_rows(module.qweight.T, 8) == 255).all())
     module.kernel_path, module.kernel_device, module.backend = "plain64:Float64", "cpu", "double"
     module.start_kernel("some.layer")
     assert module.kernel is None and module.qweight is not None and module.backend == "torch"

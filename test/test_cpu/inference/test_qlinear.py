@@ -13,9 +13,9 @@ from integer_weights import arrays, int_format, pack_codes
 from auto_round.codecs.quantized_layer import IntCodes
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.inference import linear as compute
-from auto_round.inference import qlinear
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.qlinear import QuantLinear
+from auto_round.layouts import integers
 
 
 def build(
@@ -48,7 +48,7 @@ def test_weight_is_exact_in_pieces_of_any_size(
 ) -> None:
     fmt = int_format(4 if packing == "awq" else bits, group, False, packing)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qlinear, "_CHUNK", chunk)
+        patch.setattr(integers, "CHUNK", chunk)
         module, weight = build(out * 32, width * 32, fmt, seed)
         assert torch.equal(module.dequantize(), weight)
         assert torch.equal(module.weight, weight)

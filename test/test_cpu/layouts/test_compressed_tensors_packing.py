@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_round.layouts.bit_stream import pack_rows, padded_words, unpack_rows
-from auto_round.layouts.packed_int import signed_values, stored_codes
+from auto_round.layouts.integers import signed_values, stored_codes
 
 
 def random_codes(rows: int, count: int, bits: int, seed: int) -> torch.Tensor:

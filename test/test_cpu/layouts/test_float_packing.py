@@ -15,10 +15,8 @@ from auto_round.layouts.floats import (
     cast_exactly,
     pack_codes,
     pack_e8m0,
-    pack_nibbles,
     unpack_codes,
     unpack_e8m0,
-    unpack_nibbles,
 )
 
 
@@ -46,9 +44,9 @@ def float8_of(byte: int, exponent_bits: int, bias: int) -> float:
 @given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**32))
 def test_two_codes_a_byte(rows: int, columns: int, seed: int) -> None:
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    packed = pack_nibbles(codes)
+    packed = pack_codes(codes, "e2m1")
     assert packed.dtype == torch.uint8 and packed.shape == (rows, -(-columns // 2)) and packed.is_contiguous()
-    assert torch.equal(unpack_nibbles(packed, columns), codes)
+    assert torch.equal(unpack_codes(packed, "e2m1", columns), codes)
     assert [[nibble_of(packed, r, c) for c in range(columns)] for r in range(rows)] == codes.tolist()
     if columns % 2:
         assert bool((packed[:, -1] < 16).all())

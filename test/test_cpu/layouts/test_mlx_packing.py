@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import NumericsError, UnsupportedError
 from auto_round.formats.base import get_format
-from auto_round.layouts.mlx import (
-    MLX_BITS,
+from auto_round.layouts.bit_stream import pack_rows, unpack_rows, words_needed
+from auto_round.layouts.integers import (
+    MLX,
     bias_storage_dtype,
     mlx_biases,
-    mlx_words,
     mlx_zero_points,
-    pack_mlx,
-    unpack_mlx,
 )
 from auto_round.schemes import QuantizationScheme as Scheme
 
@@ -45,22 +43,22 @@ def random_codes(seed: int, bits: int, out: int, width: int) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from(MLX_BITS), out=st.integers(1, 5), words=st.integers(1, 4), strided=st.booleans(),
+    bits=st.sampled_from(MLX.bits), out=st.integers(1, 5), words=st.integers(1, 4), strided=st.booleans(),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_the_layout_is_what_the_text_says(bits: int, out: int, words: int, strided: bool, seed: int) -> None:
     codes = random_codes(seed, bits, out, words * 32)
     codes[0, :2] = torch.tensor([0, (1 << bits) - 1])
     given_codes = codes.T.contiguous().T if strided else codes
-    packed = pack_mlx(given_codes, bits)
-    assert packed.dtype == torch.uint32 and packed.shape == (out, words * bits) and packed.is_contiguous()
-    assert np.array_equal(naive(packed.numpy(), bits), codes.numpy())
-    assert torch.equal(unpack_mlx(packed, bits), codes)
+    packed = pack_rows(given_codes, bits)
+    assert packed.shape == (out, words * bits) and packed.is_contiguous()
+    assert np.array_equal(naive(packed.view(torch.uint32).numpy(), bits), codes.numpy())
+    assert torch.equal(unpack_rows(packed, bits), codes)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from(MLX_BITS), sym=st.booleans(), group_size=st.sampled_from([32, 64, 128]),
+    bits=st.sampled_from(MLX.bits), sym=st.booleans(), group_size=st.sampled_from([32, 64, 128]),
     groups=st.integers(1, 3), out=st.integers(1, 3), bias=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_a_layer_comes_back_and_mlx_computes_what_was_tuned(
@@ -105,9 +103,9 @@ def test_biases_in_the_scales_dtype_would_not_do() -> None:
 
 def test_what_cannot_be_held_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="8 values of 3 bits"):
-        mlx_words(8, 3)
+        words_needed(8, 3)
     with pytest.raises(NumericsError, match=r"^model.up_proj: .*65504.*ignore_layers"):
-        mlx_biases(torch.tensor([[60000.0]]).half(), 8, torch.float16, "model.up_proj")
+        mlx_biases(torch.tensor([[60000.0]]).half(), torch.tensor([[8]]), torch.float16, "model.up_proj")
     assert mlx_zero_points(torch.tensor([[-0.5]]), torch.tensor([[4.0]])).item() == 8
 
 
@@ -121,9 +119,9 @@ def test_golden_tensors_repack_to_the_same_bytes(name: str, golden_folder: Path)
     assert len(layers) == 14
     for layer in layers:
         weight, scales, biases = (tensors[f"{layer}.{leaf}"] for leaf in ("weight", "scales", "biases"))
-        codes, zeros = unpack_mlx(weight, bits), mlx_zero_points(scales, biases)
+        codes, zeros = unpack_rows(weight, bits), mlx_zero_points(scales, biases)
         assert (zeros == 1 << (bits - 1)).all()
-        assert torch.equal(pack_mlx(codes, bits).view(torch.int32), weight.view(torch.int32))
+        assert torch.equal(pack_rows(codes, bits), weight.view(torch.int32))
         assert torch.equal(mlx_biases(scales, zeros, scales.dtype), biases)
     sample = tensors[f"{layers[0]}.weight"][:4]
-    assert np.array_equal(naive(sample.numpy(), bits), unpack_mlx(sample, bits).numpy())
+    assert np.array_equal(naive(sample.numpy(), bits), unpack_rows(sample, bits).numpy())

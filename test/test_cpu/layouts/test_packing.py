@@ -12,13 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_weights import unpack_awq, unpack_gptq
 
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import UnsupportedError
-from auto_round.layouts.awq import AWQ, pack_awq
-from auto_round.layouts.bit_stream import pack_words, unpack_words
-from auto_round.layouts.gptq import GPTQ_V1, GPTQ_V2, GptqLayout, pack_gptq
+from auto_round.layouts.bit_stream import pack_words, unpack_rows
+from auto_round.layouts.integers import AWQ, GPTQ_V1, GPTQ_V2, GptqLayout
 from auto_round.schemes import QuantizationScheme
 
 SHARED = Path(os.environ.get("AR_TEST_SHARED") or Path(__file__).resolve().parents[4] / "shared")
@@ -77,12 +75,13 @@ def test_gptq_layout_is_what_the_text_says(
     bits: int, out: int, width: int, groups: int, offset: int, seed: int
 ) -> None:
     codes, zeros = case(seed, bits, out * 32, width * 32, groups)
-    qweight, qzeros = pack_gptq(codes, zeros, bits, offset)
+    layout = GptqLayout(offset)
+    qweight, qzeros = layout.words(codes, zeros, bits)
     assert qweight.dtype == qzeros.dtype == torch.int32
     assert qweight.shape == (width * bits, out * 32) and qzeros.shape == (groups, out * bits)
     seen, seen_zeros = naive_gptq(qweight.numpy(), qzeros.numpy(), bits, offset)
     assert np.array_equal(seen, codes.numpy()) and np.array_equal(seen_zeros, zeros.numpy())
-    back, back_zeros = unpack_gptq(qweight, qzeros, bits, offset)
+    back, back_zeros = layout.codes(qweight, bits), layout.zeros(qzeros, bits)
     assert torch.equal(back, codes) and torch.equal(back_zeros, zeros)
 
 
@@ -90,11 +89,11 @@ def test_gptq_layout_is_what_the_text_says(
 @given(out=st.integers(1, 6), width=st.integers(1, 40), groups=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_awq_layout_is_what_the_text_says(out: int, width: int, groups: int, seed: int) -> None:
     codes, zeros = case(seed, 4, out * 8, max(width, 2), groups)
-    qweight, qzeros = pack_awq(codes, zeros)
+    qweight, qzeros = AWQ.words(codes, zeros, 4)
     assert qweight.shape == (codes.shape[1], out) and qzeros.shape == (groups, out)
     assert np.array_equal(naive_awq(qweight.numpy()), codes.numpy())
     assert np.array_equal(naive_awq(qzeros.numpy()), zeros.numpy())
-    back, back_zeros = unpack_awq(qweight, qzeros)
+    back, back_zeros = AWQ.codes(qweight, 4), AWQ.zeros(qzeros, 4)
     assert torch.equal(back, codes) and torch.equal(back_zeros, zeros)
 
 
@@ -103,7 +102,7 @@ def test_awq_layout_is_what_the_text_says(out: int, width: int, groups: int, see
 def test_bit_stream_round_trip(bits: int, periods: int, width: int, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
     values = torch.randint(0, 1 << bits, (periods * 32, width), generator=gen, dtype=torch.uint8)
-    assert torch.equal(unpack_words(pack_words(values, bits), bits), values)
+    assert torch.equal(unpack_rows(pack_words(values, bits).T, bits).T, values)
 
 
 @settings(max_examples=30, deadline=None)
@@ -115,7 +114,6 @@ def test_packing_in_chunks_and_from_views(bits: int, periods: int, width: int, c
     """Chunks of any size, and inputs that begin anywhere in memory, give the words of the bit by bit reader."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("auto_round.layouts.bit_stream._CHUNK", chunk)
-        patch.setattr("auto_round.layouts.awq._CHUNK", chunk)
         base = torch.randint(0, 1 << bits, (width + 1, periods * 32 + start), dtype=torch.uint8)
         rows = base[1:, start:]
         words = pack_words(rows.T, bits).numpy()
@@ -124,7 +122,7 @@ def test_packing_in_chunks_and_from_views(bits: int, periods: int, width: int, c
             assert seen == rows[column].tolist()
         if bits == 4:
             columns = base[:, start:][:1].expand(16, -1)
-            assert np.array_equal(naive_awq(pack_awq(columns, columns[:, :1])[0].numpy()), columns.numpy())
+            assert np.array_equal(naive_awq(AWQ.words(columns, columns[:, :1], 4)[0].numpy()), columns.numpy())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -140,20 +138,19 @@ def test_one_zero_point_for_all_groups(bits: int) -> None:
 def test_zero_point_0_wraps_in_gptq_v1() -> None:
     """0 - 1 must not borrow from the neighbouring values of the word."""
     zeros = torch.arange(32, dtype=torch.uint8).remainder(16).view(32, 1)
-    _, qzeros = pack_gptq(torch.zeros(32, 8, dtype=torch.uint8), zeros, 4, 1)
+    _, qzeros = GPTQ_V1.words(torch.zeros(32, 8, dtype=torch.uint8), zeros, 4)
     assert [stream_value(qzeros[0].numpy(), o, 4) for o in range(16)] == [15, *range(15)]
 
 
 def test_uneven_shapes_are_refused() -> None:
     zeros = partial(torch.zeros, dtype=torch.uint8)
     with pytest.raises(UnsupportedError, match="multiple of 8"):
-        pack_gptq(zeros(8, 12), zeros(8, 1), 4, 1)
+        GPTQ_V1.words(zeros(8, 12), zeros(8, 1), 4)
     with pytest.raises(UnsupportedError, match="multiple of 32"):
-        pack_gptq(zeros(32, 48), zeros(32, 1), 3, 1)
-    with pytest.raises(UnsupportedError, match="multiples of 8"):
-        pack_awq(zeros(12, 8), zeros(12, 1))
-    with pytest.raises(UnsupportedError, match="4-bit"):
-        pack_awq(zeros(16, 8), zeros(16, 1), bits=3)
+        GPTQ_V1.words(zeros(32, 48), zeros(32, 1), 3)
+    with pytest.raises(UnsupportedError, match="multiple of 8"):
+        AWQ.words(zeros(12, 8), zeros(12, 1), 4)
+    assert AWQ.mismatch(QuantizationScheme(3), 8, 16) == "the AWQ layout has no 3-bit form"
 
 
 GOLDEN_INT = [
@@ -177,12 +174,11 @@ def test_golden_tensors_repack_to_the_same_bytes(name: str) -> None:
     for layer in layers:
         qweight, qzeros = tensors[f"{layer}.qweight"], tensors[f"{layer}.qzeros"]
         if "awq" in config.get("packing_format", "") or config["quant_method"] == "awq":
-            codes, zeros = unpack_awq(qweight, qzeros)
-            again = pack_awq(codes, zeros)
+            again = AWQ.words(AWQ.codes(qweight, 4), AWQ.zeros(qzeros, 4), 4)
         else:
             bits = 8 if "layer_config" in name and "k_proj" in layer else config["bits"]
-            codes, zeros = unpack_gptq(qweight, qzeros, bits, 1)
-            again = pack_gptq(codes, zeros, bits, 1)
+            zeros = GPTQ_V1.zeros(qzeros, bits)
+            again = GPTQ_V1.words(GPTQ_V1.codes(qweight, bits), zeros, bits)
             if config["sym"]:
                 assert (zeros == 1 << (bits - 1)).all()
         assert torch.equal(again[0], qweight) and torch.equal(again[1], qzeros)

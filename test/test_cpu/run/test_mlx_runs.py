@@ -146,15 +146,15 @@ def test_group_sizes_that_mlx_lacks_are_refused_before_work(make: Callable[..., 
 
 
 def test_a_planted_fault_is_found(make: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
-    from auto_round.layouts import mlx
+    from auto_round.layouts import integers
 
-    right, calls = mlx.pack_mlx, []
+    right, calls = integers.pack_rows, []
 
     def wrong(codes: torch.Tensor, bits: int) -> torch.Tensor:
         calls.append(1)
         return right(codes ^ 1 if len(calls) == 3 else codes, bits)
 
-    monkeypatch.setattr(mlx, "pack_mlx", wrong)
+    monkeypatch.setattr(integers, "pack_rows", wrong)
     with pytest.raises(VerifyError, match="layers.0"):
         make("llama", iters=0).quantize_and_save(tmp_path / "out", "mlx")
 

@@ -9,11 +9,10 @@ from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.formats.base import ExportPlan, get_format
-from auto_round.inference.backend import choose_backend
 from auto_round.inference.config import read_config
 from auto_round.inference.convert_model import build_layer
 from auto_round.inference.linear import PackedLinear, ScaledMmLinear
-from auto_round.inference.table import SCALED_MM
+from auto_round.inference.table import SCALED_MM, choose_backend
 from auto_round.schemes import PRESET_SCHEMES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from integer_weights import int_format
 
-from auto_round.inference.backend import choose_backend
 from auto_round.inference.kernels import LayerSpec, compiled
 from auto_round.inference.kernels.cpu import CpuKernel
 from auto_round.inference.kernels.cpu import library as cpu_library
+from auto_round.inference.table import choose_backend
 
 SOURCE = '__attribute__((visibility("default"))) int shown(void) { return %d; }\n'
 

@@ -7,9 +7,8 @@ import torch
 from integer_weights import int_format
 
 from auto_round.errors import UnsupportedError
-from auto_round.inference.backend import choose_backend, requested_rows
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, gptqmodel_linear, kernel_class
-from auto_round.inference.table import BACKENDS, unmet_requirement
+from auto_round.inference.table import BACKENDS, choose_backend, requested_rows, unmet_requirement
 
 ROWS = [b for b in BACKENDS if b.kernel.startswith(gptqmodel_linear.__name__)]
 here = pytest.mark.skipif(unmet_requirement("gptqmodel>=7.0.0") is not None, reason="needs gptqmodel 7 or newer")

@@ -9,9 +9,9 @@ import torch
 from integer_weights import int_format
 
 from auto_round.errors import UnsupportedError
-from auto_round.inference.backend import choose_backend
 from auto_round.inference.kernels import IntegerWeight, LayerSpec
 from auto_round.inference.kernels.vendor import HpuLinear, hpu_operands
+from auto_round.inference.table import choose_backend
 
 SPEC = LayerSpec(4, 32, False, 64, 16, torch.bfloat16, "hpu")
 

@@ -13,16 +13,19 @@ import pytest
 import torch
 
 from auto_round.inference.kernels import IntegerWeight, LayerSpec
-from auto_round.inference.kernels.triton_launch import (
+from auto_round.inference.kernels.triton_linear import (
     Form,
     TilePlan,
+    TritonLinear,
     VectorPlan,
+    form_of,
+    pack_words,
     parts_for,
     tile_plans,
     tuned,
+    unpack_words,
     vector_plan,
 )
-from auto_round.inference.kernels.triton_linear import TritonLinear, form_of, pack_words, unpack_words
 
 HERE = Path(__file__).parent
 SPEC = LayerSpec(4, 128, True, 4096, 4096, torch.bfloat16, "cpu")

@@ -10,10 +10,16 @@ import torch
 from integer_weights import dense, error, int_format, random_weight
 
 from auto_round.inference.kernels import IntegerWeight
-from auto_round.inference.kernels.triton_launch import Packed, run_dense, run_tiles, run_vector, triton_experts
-from auto_round.inference.kernels.triton_linear import TritonExperts, TritonLinear
+from auto_round.inference.kernels.triton_linear import (
+    Packed,
+    TritonLinear,
+    run_dense,
+    run_tiles,
+    run_vector,
+    triton_experts,
+)
 from auto_round.inference.qlinear import QuantLinear
-from auto_round.layouts.gptq import pack_gptq
+from auto_round.layouts.integers import GPTQ_V1
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # Relative to the norm of the result. The interpreter cuts bfloat16 off where a GPU rounds.
@@ -65,17 +71,16 @@ def test_many_rows_write_the_weight_out(dtype: torch.dtype) -> None:
 
 
 def test_columns_in_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("auto_round.inference.kernels.triton_launch.DENSE_NUMEL", 256 * 32)
+    monkeypatch.setattr("auto_round.inference.kernels.triton_linear.DENSE_NUMEL", 256 * 32)
     check(random_weight(8, 77, 256, 64, False), torch.float32, 64)
 
 
 def test_every_way_gives_the_same_product() -> None:
     given = random_weight(4, 33, 512, 128, False)
     kernel, x = TritonLinear(given), torch.randn(2, 512)
-    packed, exact = Packed(kernel.words, kernel.scales, kernel.zeros), x.double() @ dense(given).T
-    ways = [run_vector(x, packed, kernel.form, None, 0), run_tiles(x, packed, kernel.form, None, 0)]
-    for y in [*ways, run_dense(x, packed, kernel.form)]:
-        assert error(y, exact) < 1e-6
+    packed, exact = Packed(kernel.words, kernel.scales, kernel.zeros, kernel.form), x.double() @ dense(given).T
+    for run in (run_vector, run_tiles, run_dense):
+        assert error(run(x, packed), exact) < 1e-6
 
 
 def test_equal_calls_give_equal_bits_and_rows_do_not_mix() -> None:
@@ -140,9 +145,8 @@ def test_compiles_without_a_break(rows: int) -> None:
 
 def test_the_operators_are_described_rightly() -> None:
     kernels = [TritonLinear(random_weight(8, 20, 64, 32, False, seed=seed)) for seed in range(2)]
-    joined = TritonLinear.join(kernels)
-    assert isinstance(joined, TritonExperts)
-    args = (*joined.packed, torch.tensor([0, 2, 3, 3], dtype=torch.int32), *joined.form)
+    packed = [torch.stack([k.get_buffer(name) for k in kernels]) for name in ("words", "scales", "zeros")]
+    args = (*packed, torch.tensor([0, 2, 3, 3], dtype=torch.int32), *kernels[0].form)
     torch.library.opcheck(triton_experts, (torch.randn(3, 64), *args))
     one = kernels[0]
     torch.library.opcheck(
@@ -158,7 +162,7 @@ def test_in_a_packed_layer(g_idx: bool) -> None:
     given = random_weight(4, 32, 64, 16, False)
     for _ in range(2):
         layer = QuantLinear(64, 32, fmt, bias=True, g_idx=g_idx)
-        layer.qweight, layer.qzeros = pack_gptq(given.codes, given.zeros, 4, 1)
+        layer.qweight, layer.qzeros = GPTQ_V1.words(given.codes, given.zeros, 4)
         layer.scales = given.scales.T.contiguous()
         layer.bias = torch.linspace(-1, 1, 32)
         if g_idx:
