@@ -1,8 +1,6 @@
-"""Read a checkpoint's `quantization_config`: which layers are quantized, and how each one is stored.
-
-Supported are AutoRound's own keys, those of GPTQ, AWQ and GPTQModel, and block-wise FP8. Transformers'
-`AutoRoundConfig` replaces the `quant_method` of GPTQ and AWQ configs and keeps their keys, so the kind of config is
-recognised by its keys.
+"""Read a checkpoint's `quantization_config`, of AutoRound, GPTQ, AWQ, GPTQModel or block-wise FP8: which layers are
+quantized, and how each one is stored. Transformers' `AutoRoundConfig` replaces the `quant_method` of GPTQ and AWQ
+configs and keeps their keys, so the kind of config is recognised by its keys.
 """
 
 from __future__ import annotations
@@ -30,19 +28,12 @@ _V1_NAME, _V2_NAME, _COMPRESSED_TENSORS = "auto_round:auto_gptq", "auto_round:gp
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """How one layer is stored in the checkpoint.
-
-    Attributes:
-        scheme: how it was quantized.
-        layout: its tensors.
-        packing: name in the table of backends.
-        packing_format: the same in a config.
-    """
+    """How one layer is stored in the checkpoint."""
 
     scheme: QuantizationScheme
     layout: Layout
-    packing: str
-    packing_format: str
+    packing: str  # name in the table of backends
+    packing_format: str  # the same in a config
 
     @classmethod
     def of(cls, scheme: QuantizationScheme, packing: Packing) -> LayerFormat:
@@ -61,24 +52,16 @@ class LayerFormat:
 
 @dataclass(frozen=True)
 class Packing:
-    """How integer layers are stored.
+    """How integer layers are stored."""
 
-    Attributes:
-        name: in the table of backends.
-        layout: reads the tensors.
-        names: values of `packing_format` in a config that mean it, the one to write first.
-    """
-
-    name: str
+    name: str  # in the table of backends
     layout: Layout
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # values of `packing_format` in a config that mean it, the one to write first
 
     def read(self, values: Mapping[str, Any], acts: dict[str, Any], where: str) -> LayerFormat:
         """The format of a layer that a config describes by `values` and, for its activations, `acts`.
 
-        Raises:
-            UnsupportedError: no such layout.
-            ConfigError: malformed values; `where` names them.
+        Raises UnsupportedError when there is none, ConfigError for malformed values; `where` names the layer.
         """
         bits, size, data_type = read_int(values, "bits", 4), values.get("group_size", 128), values.get("data_type")
         if type(size) is not int:
@@ -168,28 +151,36 @@ GPTQ_AWQ_KEYS = (
 _META = re.compile(r"[\\*+?^$|()\[\]{}]")
 
 
-@dataclass(frozen=True)
 class CheckpointConfig:
-    """A parsed `quantization_config`. Build it with `read_config`.
+    """A parsed `quantization_config`. Build it with `read_config`."""
 
-    Attributes:
-        default: format of a quantized layer without an entry of its own.
-        block_prefixes: modules that hold the quantized blocks; empty when the config names none.
-        everywhere: without block prefixes, all linear layers but the excluded ones are quantized (AWQ's rule).
-        g_idx: the layout may include a `g_idx` tensor for each layer (GPTQ).
-        backend: the backend requested by the user or the file.
-    """
-
-    default: LayerFormat
-    block_prefixes: tuple[str, ...]
-    everywhere: bool
-    g_idx: bool
-    backend: str
-    extra: Mapping[str, Mapping[str, Any]]
-    dynamic: Mapping[str, Any]
-    excluded: tuple[str, ...]
-    only_suffixes: tuple[str, ...]
-    lm_head: bool
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.default = _layer_format(values, "the checkpoint")  # of quantized layers without an entry of their own
+        for key in ("rotation_config", "spinquant_config"):
+            if values.get(key):
+                raise UnsupportedError(
+                    f"the checkpoint has a {key}: its inputs must be rotated, which this version cannot do; "
+                    "quantize the model without a rotation"
+                )
+        layout = self.default.layout
+        is_awq = layout is AWQ and any(key in values for key in ("modules_to_not_convert", "version", "zero_point"))
+        # Without block prefixes, all linear layers but the excluded ones are quantized.
+        self.everywhere = is_awq or _method(values) == "fp8"
+        is_gptq, packing_format = layout in (GPTQ_V1, GPTQ_V2), str(values["packing_format"])
+        # Whether there may be a `g_idx` tensor for each layer.
+        self.g_idx = is_gptq and ("desc_act" in values or packing_format.endswith("gptqmodel"))
+        blocks = (_name_list(values.get(key)) for key in _BLOCK_KEYS)
+        self.block_prefixes = next((found for found in blocks if found), ())
+        self.backend = str(values.get("backend") or "auto")
+        self._extra, self._rules = _mapping(values, "extra_config"), _mapping(values, "dynamic")
+        self._excluded = _name_list(values.get("modules_to_not_convert")) if self.everywhere else ()
+        self._only_suffixes = _name_list(values.get("modules_in_block_to_quantize"))
+        self._lm_head = bool(values.get("lm_head", False))
+        for pattern in (*filter(_META.search, self._extra), *map(_rule_pattern, self._rules)):
+            re.compile(pattern)
+        for name, entry in (*self._extra.items(), *self._rules.items()):
+            if not isinstance(entry, Mapping) and entry not in (None, False):
+                raise ConfigError(f"quantization_config has {entry!r} for {name!r}; it must be an object")
 
     def layer(self, name: str, in_block: bool, names: Sequence[str] = ()) -> LayerFormat | None:
         """The format of the linear layer `name`, or None when it is in full precision.
@@ -203,26 +194,26 @@ class CheckpointConfig:
         if entry is not None:
             return _override(self.default, entry, name)
         if not in_block:
-            return self._dynamic(names) if self.lm_head and name.rpartition(".")[2] == "lm_head" else None
-        if any(f".{key}." in f".{n}." for key in self.excluded for n in names):
+            return self._dynamic(names) if self._lm_head and name.rpartition(".")[2] == "lm_head" else None
+        if any(f".{key}." in f".{n}." for key in self._excluded for n in names):
             return None
-        if self.only_suffixes and not any(f".{n}".endswith(f".{s}") for s in self.only_suffixes for n in names):
+        if self._only_suffixes and not any(f".{n}".endswith(f".{s}") for s in self._only_suffixes for n in names):
             return None
         return self._dynamic(names)
 
     def _entry(self, name: str, in_block: bool) -> Mapping[str, Any] | None:
-        if name in self.extra:
-            return self.extra[name]
+        if name in self._extra:
+            return self._extra[name]
         bare = _WRAPPERS.sub("", name)
         # A partial name, such as `k_proj`, matches whole segments of a layer's name.
         matches = lambda key: re.search(key, name) if _META.search(key) else f".{key}." in f".{name}."
-        whole = (key for key in self.extra if _WRAPPERS.sub("", key) == bare)
-        parts = (key for key in self.extra if in_block and matches(key))
-        return next((self.extra[key] for key in chain(whole, parts)), None)
+        whole = (key for key in self._extra if _WRAPPERS.sub("", key) == bare)
+        parts = (key for key in self._extra if in_block and matches(key))
+        return next((self._extra[key] for key in chain(whole, parts)), None)
 
     def _dynamic(self, names: Sequence[str]) -> LayerFormat | None:
         """GPTQModel's `dynamic`: `-:regex` excludes a layer, `+:regex` or `regex` overrides the default."""
-        for rule, entry in self.dynamic.items():
+        for rule, entry in self._rules.items():
             if any(re.match(_rule_pattern(rule), name) for name in names):
                 dense = rule.startswith("-:") or entry is False
                 return None if dense else _override(self.default, entry or {}, names[0])
@@ -237,35 +228,7 @@ def read_config(config: Any) -> CheckpointConfig:
         ConfigError: malformed values.
     """
     with _malformed_as_config_error():
-        values = _auto_round_values(config)
-        default = _layer_format(values, "the checkpoint")
-        for key in ("rotation_config", "spinquant_config"):
-            if values.get(key):
-                raise UnsupportedError(
-                    f"the checkpoint has a {key}: its inputs must be rotated, which this version cannot do; "
-                    "quantize the model without a rotation"
-                )
-        awq_keys = ("modules_to_not_convert", "version", "zero_point")
-        everywhere = _method(values) == "fp8" or (default.layout is AWQ and any(key in values for key in awq_keys))
-        is_gptq = default.layout in (GPTQ_V1, GPTQ_V2)
-        found = CheckpointConfig(
-            default=default,
-            block_prefixes=next((found for key in _BLOCK_KEYS if (found := _name_list(values.get(key)))), ()),
-            everywhere=everywhere,
-            g_idx=is_gptq and ("desc_act" in values or values["packing_format"].endswith("gptqmodel")),
-            backend=str(values.get("backend") or "auto"),
-            extra=_mapping(values, "extra_config"),
-            dynamic=_mapping(values, "dynamic"),
-            excluded=_name_list(values.get("modules_to_not_convert")) if everywhere else (),
-            only_suffixes=_name_list(values.get("modules_in_block_to_quantize")),
-            lm_head=bool(values.get("lm_head", False)),
-        )
-        for pattern in (*filter(_META.search, found.extra), *map(_rule_pattern, found.dynamic)):
-            re.compile(pattern)
-        for name, entry in (*found.extra.items(), *found.dynamic.items()):
-            if not isinstance(entry, Mapping) and entry not in (None, False):
-                raise ConfigError(f"quantization_config has {entry!r} for {name!r}; it must be an object")
-    return found
+        return CheckpointConfig(_auto_round_values(config))
 
 
 @contextmanager

@@ -8,54 +8,69 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from auto_round.errors import ConfigError, ModelError
+from auto_round.errors import ConfigError, DeviceError, ModelError
 from auto_round.inference.config import (
+    GPTQ_AWQ_KEYS,
     PACKINGS,
     CheckpointConfig,
     LayerFormat,
     PluginPacking,
+    is_gptq_or_awq,
     read_config,
     resolve_layers,
 )
-from auto_round.inference.hf import (
-    StoredNames,
-    checkpoint_tensors,
-    ignore_unexpected_keys,
-    normalize_saved_config,
-    read_names,
-    register_cache_scales,
-)
 from auto_round.inference.linear import PackedLinear, ScaledMmLinear
 from auto_round.inference.qlinear import QuantLinear, enable_grouped_experts
-from auto_round.inference.table import OWN_CPU, SCALED_MM, choose_backends, device_kind
+from auto_round.inference.table import OWN_CPU, SCALED_MM, available_devices, choose_backends
 from auto_round.layouts.integers import GptqLayout
 from auto_round.logger import ensure_logging, logger
+from auto_round.modeling.attention import find_attention
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
+from auto_round.modeling.tensor_map import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames, conversions_of
 from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
-from auto_round.modeling.files.safetensors import StoredTensor
+from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles
 from auto_round.plugins import load_plugins
+
+_EXPERT = re.compile(r"^(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
+CACHE_SCALE_NAMES = ("k_scale", "q_scale", "v_scale")
+_DROPPED_KEYS = (
+    *GPTQ_AWQ_KEYS, "damp_percent", "lm_head", "quant_block_list", "to_quant_block_names", "true_sequential",
+)  # fmt: skip
 
 
 def infer_target_device(device_map: object = None) -> str:
-    """The kind of device ("cpu", "cuda", ...) that Transformers' `device_map` selects."""
-    return device_kind(device_map)
+    """The kind of device, such as "cuda", on which layers placed by Transformers' `device_map` will run.
+
+    Of several devices the first accelerator counts. Raises DeviceError for a value that is not a device map.
+    """
+    here = available_devices()
+    if device_map is None:  # on a Gaudi machine, users move the loaded model to the accelerator
+        return "hpu" if "hpu" in here else "cpu"
+    if isinstance(device_map, dict):
+        kinds = [infer_target_device(value) for value in device_map.values() if value not in ("disk", "meta")]
+        return next((kind for kind in kinds if kind != "cpu"), "cpu")
+    if isinstance(device_map, torch.device):
+        return device_map.type
+    if isinstance(device_map, bool) or not isinstance(device_map, (int, str)):
+        raise DeviceError(f"device_map={device_map!r} is not a device, a number, 'auto' or a map of modules to devices")
+    number = isinstance(device_map, int) or device_map.isdigit()
+    if number or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return next((kind for kind in here if kind != "cpu"), "cuda" if number else "cpu")
+    return str(device_map).split(":")[0]
 
 
 def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[str]]:
     """Replace the quantized layers of `model`, usually on meta, in place. Returns (model, names of the backends used).
 
-    Its `config.quantization_config` describes the checkpoint; it will run on `target_device`.
-
-    Raises:
-        ConfigError: the model has no quantization_config.
-        ModelError: config and files contradict each other.
-        UnsupportedError: a data type, packing or backend that this version cannot run.
+    Its `config.quantization_config` describes the checkpoint. Raises ConfigError when there is none, ModelError when
+    config and files contradict each other, UnsupportedError for a data type, packing or backend that cannot be run.
     """
     ensure_logging()
     load_plugins()
@@ -76,10 +91,12 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
     for name, fmt in layers.items():
         old, backend = model.get_submodule(name), choices[name].backend
         weight, leaves = weight_2d(old), stored.modules.get(name, {})
-        _check_tensors(name, fmt, weight, leaves)
+        if (reason := fmt.layout.mismatch(fmt.scheme, int(weight.shape[1]), int(weight.shape[0]))) is not None:
+            raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
         dtypes = {leaf: tensor.dtype for leaf, tensor in leaves.items()}
         new = build_layer(fmt, weight, getattr(old, "bias", None) is not None, dtypes, config.g_idx, backend.name)
-        new.check_dtypes(name, dtypes)
+        if leaves:
+            check_tensors(name, new, leaves)
         if isinstance(new, QuantLinear):
             new.kernel_path, new.kernel_device = backend.kernel, kind
         parent, _, leaf = name.rpartition(".")
@@ -116,7 +133,7 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
             if not marked or getattr(tensor, "_is_hf_initialized", False):
                 continue
             if leaf != "g_idx" or not isinstance(module, QuantLinear):
-                raise ModelError(_missing(f"{name}.{leaf}"))
+                raise _missing(f"{name}.{leaf}")
             module.g_idx = module.default_g_idx(tensor.device)
         if module.is_loaded:
             module.prepare(name)
@@ -126,8 +143,8 @@ def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
     normalize_saved_config(model, lambda: read_names(model, checkpoint_tensors(model)))
 
 
-def _missing(tensor_name: str) -> str:
-    return (
+def _missing(tensor_name: str) -> ModelError:
+    return ModelError(
         f"the checkpoint has no tensor {tensor_name}, which its quantization_config requires; "
         "download the files again, or quantize the model again"
     )
@@ -161,19 +178,22 @@ def _is_packed(leaves: Mapping[str, StoredTensor]) -> bool:
     return {"scales", "weight"} <= leaves.keys() or bool({"weight_scale", "weight_scale_inv", *codes} & leaves.keys())
 
 
-def _check_tensors(name: str, fmt: LayerFormat, weight: torch.Tensor, leaves: Mapping[str, StoredTensor]) -> None:
-    """Raise ModelError when the tensors of a layer, where they are known, are not those that its format has."""
-    sizes = int(weight.shape[1]), int(weight.shape[0])
-    reason = fmt.layout.mismatch(fmt.scheme, *sizes)
-    if reason is not None:
-        raise ModelError(f"{name} cannot be stored as the quantization_config says: {reason}")
-    for leaf, (shape, _) in fmt.layout.specs(fmt.scheme, *sizes).items():
-        if leaves and leaf not in leaves:
-            raise ModelError(_missing(f"{name}.{leaf}"))
-        if leaves and leaves[leaf].shape != shape:
+def check_tensors(name: str, layer: PackedLinear, leaves: Mapping[str, StoredTensor]) -> None:
+    """Raise ModelError when the tensors of the file are not those that a layer has."""
+    scheme = layer.format.scheme
+    for leaf in layer.leaves:
+        wanted = layer.get_buffer(leaf)
+        if leaf not in leaves:
+            raise _missing(f"{name}.{leaf}")
+        if leaves[leaf].shape != tuple(wanted.shape):
             raise ModelError(
                 f"tensor {name}.{leaf} has shape {list(leaves[leaf].shape)}, but its quantization_config "
-                f"({fmt.scheme.bits} bits, group size {fmt.scheme.group_size}) asks for {list(shape)}"
+                f"({scheme.bits} bits, group size {scheme.group_size}) asks for {list(wanted.shape)}"
+            )
+        if leaves[leaf].dtype != wanted.dtype:
+            raise ModelError(
+                f"tensor {name}.{leaf} is {leaves[leaf].dtype}, but layout {layer.format.packing} of its "
+                f"quantization_config has {wanted.dtype}"
             )
 
 
@@ -220,12 +240,9 @@ def build_layer(
     fmt: LayerFormat, weight: torch.Tensor, bias: bool, stored: Mapping[str, torch.dtype], g_idx: bool = False,
     backend: str = "",
 ) -> PackedLinear:  # fmt: skip
-    """An empty module for a layer's layout.
+    """An empty module for a layer's layout, with the shape, dtype and device of `weight` [out, in].
 
-    Args:
-        weight: [out, in], for its shape, dtype and device; its values are not read.
-        stored: dtypes of the checkpoint's tensors; without them, `g_idx` tells whether there may be one.
-        backend: name of the chosen row; default: plain PyTorch.
+    `stored` are dtypes of the checkpoint's tensors; without them, `g_idx` tells whether there may be one.
     """
     kind: Any = ScaledMmLinear if backend == SCALED_MM else PackedLinear
     options: dict[str, Any] = {"bias": bias, "dtype": weight.dtype, "stored": stored, "device": weight.device}
@@ -234,3 +251,181 @@ def build_layer(
     layer: PackedLinear = kind(int(weight.shape[1]), int(weight.shape[0]), fmt, **options)
     layer.backend = backend or layer.backend
     return layer
+
+
+class StoredNames:
+    """The tensors of a checkpoint and their names. Build it with `read_names`."""
+
+    def __init__(
+        self, tensors: dict[str, StoredTensor] | None, mapping: Conversions,
+        layers: Mapping[str, str] | None = None, fused_names: Container[str] = (),
+    ) -> None:  # fmt: skip
+        """By their names in the model: the tensors, if the files can be found; the names in the files of modules where
+        they differ; dense tensors that Transformers would fuse. `mapping` are its conversions."""
+        self.tensors, self.layers, self.fused_names = tensors, layers or {}, fused_names
+        # The tensors of each module that has any in the files, by their names in the module.
+        self.modules: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in (tensors or {}).items():
+            module, _, leaf = name.rpartition(".")
+            self.modules.setdefault(module, {})[leaf] = tensor
+        self._inverse = mapping.inverse()
+        self._family_leaves = mapping.expert_names() or DEFAULT_EXPERT_NAMES
+        own, matches = set(self._family_leaves) - set(DEFAULT_EXPERT_NAMES), map(_EXPERT.match, self.modules)
+        self._family_experts = {m["experts"] for m in matches if m is not None and m["leaf"] in own}
+
+    def config_names(self, layer: str) -> tuple[str, ...]:
+        """The names that a quantization_config may use for the module `layer`, the most likely first."""
+        names = [self.layers[layer]] if layer in self.layers else []
+        expert = _EXPERT.match(layer)
+        if expert is None:
+            names.append(self._inverse.renamed(f"{layer}.weight").removesuffix(".weight"))
+        elif self.tensors is None or expert["experts"] in self._family_experts:
+            own = dict(zip(DEFAULT_EXPERT_NAMES, self._family_leaves, strict=True)).get(expert["leaf"], expert["leaf"])
+            container = self.layers.get(expert["experts"]) or self._inverse.renamed(expert["experts"])
+            names.append(f"{container}.{expert['index']}.{own}")
+        return tuple(dict.fromkeys((*names, layer)))
+
+    def expert_names(self, expert: str) -> ExpertLayerNames:
+        """The names in the files of the matrices of the module `expert`, such as `model.layers.0.mlp.experts.0`."""
+        if self.tensors is None:
+            return self._family_leaves
+        pairs = zip(self._family_leaves, DEFAULT_EXPERT_NAMES, strict=True)
+        return ExpertLayerNames(*(own if f"{expert}.{own}" in self.modules else usual for own, usual in pairs))
+
+
+def read_names(model: nn.Module, files: Mapping[str, StoredTensor] | None) -> StoredNames:
+    """Map `files`, the tensors of a checkpoint by their names there, to the names in `model`.
+
+    Transformers renames what it reads: Mixtral's `block_sparse_moe.experts.0.w1.qweight` becomes
+    `mlp.experts.0.w1.qweight`. A quantization_config uses the names in the files.
+    """
+    if files is None:
+        return StoredNames(None, conversions_of(model, legacy=False))
+    from transformers.core_model_loading import dot_natural_key
+
+    mapping = conversions_of(model)
+    modules = {name for name, _ in model.named_modules()}
+    tensors: dict[str, StoredTensor] = {}
+    layers: dict[str, str] = {}
+    fused_names: set[str] = set()
+    for key in sorted(files, key=dot_natural_key):
+        name = mapping.renamed(key)
+        if mapping.prefix is not None and not _names_module(name, modules):
+            # The base model's prefix is added or removed if only that names a module.
+            front = f"{mapping.prefix}."
+            other = name.removeprefix(front) if name.startswith(front) else front + name
+            name = other if _names_module(other, modules) else name
+        if name != key and _names_module(key, modules) and not _names_module(name, modules):
+            name = key  # as Transformers does
+        tensors.setdefault(name, files[key])
+        if name == key:
+            continue
+        module, stored = name.rpartition(".")[0], key.rpartition(".")[0]
+        layers.setdefault(module, stored)
+        expert, stored_expert = _EXPERT.match(module), _EXPERT.match(stored)
+        if expert is not None and stored_expert is not None:
+            layers.setdefault(expert["experts"], stored_expert["experts"])
+        if mapping.converter_of(name) is not None:
+            fused_names.add(name)
+    return StoredNames(tensors, conversions_of(model, legacy=False), layers, fused_names)
+
+
+def _names_module(tensor: str, modules: set[str]) -> bool:
+    expert = _EXPERT.match(tensor)
+    return tensor.rpartition(".")[0] in modules or (expert is not None and expert["experts"] in modules)
+
+
+def checkpoint_tensors(model: Any) -> dict[str, StoredTensor] | None:
+    """Names, shapes and dtypes of the checkpoint's tensors, or None when its files cannot be found.
+
+    Transformers does not pass on its list of files, so they are looked up again: in the local folder, or in the Hub's
+    cache at the resolved commit.
+    """
+    config = model.config
+    where = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    if not where:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    folder, revision = Path(where), getattr(config, "_commit_hash", None)
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(where), revision=revision, local_files_only=True))
+        return TensorFiles.open(folder).tensors
+    except (HFValidationError, LocalEntryNotFoundError, ModelError) as error:
+        logger.debug("checkpoint not inspected: %s", error)
+        return None
+
+
+def ignore_unexpected_keys(model: Any, patterns: Iterable[str]) -> None:
+    """Ignore tensors whose names match one of these regular expressions when this model is loaded."""
+    # Transformers adds patterns of its own: to a list in 5.3 to 5.8, in 5.12 and newer to a set.
+    key = "_keys_to_ignore_on_load_unexpected"
+    before = getattr(model, key, None)
+    merged = dict.fromkeys([*(before or ()), *patterns])
+    setattr(model, key, set(merged) if isinstance(before, (set, frozenset)) else list(merged))
+
+
+def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, StoredTensor] | None) -> int:
+    """Register a buffer in the attention modules for every k_scale, v_scale and q_scale in `files`; returns how many.
+
+    Transformers has no cache that uses them; they are only saved again. When the files are not known, scales that
+    `config`, the `quantization_config`, announces are ignored.
+    """
+    if files is None:
+        values = config if isinstance(config, Mapping) else vars(config)
+        if any(values.get(f"static_{what}_dtype") for what in ("kv", "attention")):
+            ignore_unexpected_keys(model, [rf"\.{leaf}$" for leaf in CACHE_SCALE_NAMES])
+        return 0
+    found = 0
+    for attention in find_attention(model):
+        device = next((p.device for p in attention.module.parameters()), torch.device("cpu"))
+        for leaf in CACHE_SCALE_NAMES:
+            if (stored := files.get(f"{attention.name}.{leaf}")) is not None:
+                empty = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+                attention.module.register_buffer(leaf, empty)
+                found += 1
+    return found
+
+
+def normalize_saved_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
+    """Rewrite a `model.config.quantization_config` with GPTQ's or AWQ's keys in place, with AutoRound's keys.
+
+    Transformers saves it with quant_method "auto-round", whose readers only use those. A plain mapping, which did not
+    come from Transformers, is not changed. `names` reads the names in the files, which layers get again.
+    """
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
+    if stored is None or isinstance(stored, dict):
+        return
+    if getattr(stored, "backend", None):
+        stored.backend = "auto"  # a saved model may be opened on another machine
+    if not is_gptq_or_awq(stored):
+        return
+    default = read_config(stored).default
+    blocks = find_blocks(model)
+    inside = tuple(f"{block}." for block in blocks)
+    extra: dict[str, dict[str, Any]] = {name: {"bits": 16} for name in linear_names(model) if name.startswith(inside)}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            extra.pop(name, None)
+            if module.format != default or not name.startswith(inside):
+                extra[name] = _layer_entry(module.format)
+    for key in _DROPPED_KEYS:
+        if hasattr(stored, key):
+            delattr(stored, key)
+    for key, value in _layer_entry(default).items():
+        setattr(stored, key, value)
+    stored.block_name_to_quantize = ",".join(dict.fromkeys(block.rpartition(".")[0] for block in blocks))
+    if extra:
+        file_names = names().layers
+        stored.extra_config = {file_names.get(name, name): entry for name, entry in extra.items()}
+
+
+def _layer_entry(fmt: LayerFormat) -> dict[str, Any]:
+    """AutoRound's keys for a layer in GPTQ or AWQ layout."""
+    scheme = fmt.scheme
+    return {
+        "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym, "data_type": "int",
+        "packing_format": fmt.packing_format,
+    }  # fmt: skip

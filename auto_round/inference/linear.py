@@ -60,10 +60,7 @@ class PackedLinear(nn.Module):
     ) -> None:  # fmt: skip
         """An empty layer. Raises UnsupportedError when the layout cannot hold a layer of this shape.
 
-        Args:
-            bias: whether it has one, [out] in `dtype`.
-            dtype: of the model.
-            stored: dtypes of the file's tensors; scales and biases may have another float dtype than the layout's.
+        `dtype` is the model's, `stored` are those of the file's tensors: scales may have another than the layout's.
         """
         super().__init__()
         problem = fmt.layout.mismatch(fmt.scheme, in_features, out_features)
@@ -95,16 +92,6 @@ class PackedLinear(nn.Module):
             scheme, None if scale is None else scale.float().reshape(()), None if zero is None else int(zero),
             None if above is None else above.float().reshape(()),
         )  # fmt: skip
-
-    def check_dtypes(self, name: str, stored: Mapping[str, torch.dtype]) -> None:
-        """Raise ModelError when a tensor of the file has another dtype than its buffer."""
-        for leaf in self.leaves:
-            wanted = self.get_buffer(leaf).dtype
-            if stored.get(leaf, wanted) != wanted:
-                raise ModelError(
-                    f"tensor {name}.{leaf} is {stored[leaf]}, but layout {self.format.packing} of its "
-                    f"quantization_config has {wanted}"
-                )
 
     @torch.no_grad()
     def prepare(self, name: str = "") -> None:

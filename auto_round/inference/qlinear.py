@@ -186,8 +186,7 @@ class Projection:
     """The gate, up or down layers of all experts, which have equal sizes and kernels of one class."""
 
     def __init__(self, layers: list[QuantLinear], kernels: list[LinearKernel]) -> None:
-        self.layers, self.kernels = layers, kernels
-        self.joined = type(kernels[0]).join(kernels)
+        self.layers, self.multiply = layers, type(kernels[0]).join(kernels)
         biases = [layer.bias for layer in layers if layer.bias is not None]
         # The last row, of zeros, is for tokens without an expert.
         self.bias = torch.stack([*biases, torch.zeros_like(biases[0])]) if biases else None
@@ -204,19 +203,9 @@ class Projection:
             return None
         return cls(layers, kernels)
 
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
-        """x [rows, in] sorted by expert -> [rows, out].
-
-        `offsets`: a tensor of the first row of each expert (see `JoinedKernels`), or a list of rows per expert.
-        """
-        if isinstance(offsets, torch.Tensor):
-            assert self.joined is not None
-            y = self.joined(x, offsets)
-        else:
-            taken = sum(offsets)
-            y = type(self.kernels[0]).grouped(self.kernels, x[:taken], offsets)
-            if taken < len(x):
-                y = torch.cat((y, y.new_zeros(len(x) - taken, y.shape[1])))
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] sorted by expert -> [rows, out]; `offsets` as in `JoinedKernels`."""
+        y = self.multiply(x, offsets)
         return y if self.bias is None else y + self.bias[chosen].to(y.dtype)
 
 
@@ -225,7 +214,6 @@ class PackedExperts:
 
     def __init__(self, experts: RoutedExperts, projections: dict[str, Projection]) -> None:
         self.experts, self.projections = experts, projections
-        self._on_device = all(p.joined is not None for p in projections.values())
         self._layers = [
             (experts.get_submodule(str(index))._modules, getattr(experts.leaves[index], usual), layer, layer._kernel)
             for usual, projection in projections.items()
@@ -242,16 +230,12 @@ class PackedExperts:
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """x [rows, H] sorted by expert, chosen int64 [rows] -> [rows, H]; zeros where `chosen` is not an expert."""
-        experts, count = self.experts, self.experts.num_experts
+        count = self.experts.num_experts
         chosen = chosen.clamp(max=count)
-        offsets: torch.Tensor | list[int]
-        if self._on_device:
-            offsets = torch.searchsorted(chosen, torch.arange(count + 2, device=chosen.device), out_int32=True)
-        else:
-            offsets = torch.bincount(chosen, minlength=count + 1).tolist()[:count]
+        offsets = torch.searchsorted(chosen, torch.arange(count + 2, device=chosen.device), out_int32=True)
         up = self.projections["up"](x, chosen, offsets)
         gate = self.projections["gate"](x, chosen, offsets) if "gate" in self.projections else None
-        return self.projections["down"](experts.combine(gate, up), chosen, offsets)
+        return self.projections["down"](self.experts.combine(gate, up), chosen, offsets)
 
 
 def enable_grouped_experts(model: nn.Module) -> int:

@@ -11,12 +11,13 @@ import importlib.util
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
-from auto_round.errors import ConfigError, DeviceError, UnsupportedError, nearest
+from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.inference.config import PACKINGS, LayerFormat, PluginPacking
 from auto_round.inference.kernels import LayerSpec, kernel_class
 from auto_round.inference.kernels.compiled import find_compiler
@@ -24,18 +25,15 @@ from auto_round.layouts.base import Layout
 from auto_round.layouts.integers import MLX, PLAIN_INT
 from auto_round.logger import logger
 
-# Modules that show that a package is there when it has no metadata.
-_MODULES = {"auto-round-lib": "auto_round_kernel", "gptqmodel": "gptqmodel", "triton": "triton", "torch": "torch"}
-# Requirements that are programs, and the function that finds each.
-PROGRAMS = {"C compiler": find_compiler}
+COMPILER = "C compiler"  # the one requirement that is not of pip
 # Names of a package in PyTorch's builds for other devices.
 _OTHER_NAMES = {"triton": ("pytorch-triton", "triton-xpu", "pytorch-triton-xpu", "triton-windows")}
 
 
 def unmet_requirement(requirement: str) -> str | None:
-    """None when `requirement`, of pip ("torch>=2.8.0") or a key of `PROGRAMS`, is met, or what is missing."""
-    if requirement in PROGRAMS:
-        return None if PROGRAMS[requirement]() is not None else f"needs a {requirement}, and none was found"
+    """None when `requirement`, of pip ("torch>=2.8.0") or `COMPILER`, is met, or what is missing."""
+    if requirement == COMPILER:
+        return None if find_compiler() is not None else f"needs a {requirement}, and none was found"
     wanted = Requirement(requirement)
     version = installed_version(wanted.name)
     if version is None:
@@ -54,49 +52,23 @@ def installed_version(package: str) -> str | None:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    module = _MODULES.get(package)
-    return "" if module is not None and importlib.util.find_spec(module) is not None else None
+    module = "auto_round_kernel" if package == "auto-round-lib" else package.replace("-", "_")
+    return "" if importlib.util.find_spec(module) is not None else None
 
 
 def install_command(requirements: tuple[str, ...]) -> str:
     """The command that installs those of `requirements` that are missing; empty when none is."""
     missing = [r for r in requirements if unmet_requirement(r) is not None]
-    packages = [f"'{r}'" if set("<>=") & set(r) else r for r in missing if r not in PROGRAMS]
+    packages = [f"'{r}'" if set("<>=") & set(r) else r for r in missing if r != COMPILER]
     parts = [f"pip install {' '.join(packages)}"] if packages else []
-    return " and ".join([*parts, *(f"install a {r}" for r in missing if r in PROGRAMS)])
+    return " and ".join([*parts, *(f"install a {r}" for r in missing if r == COMPILER)])
 
 
 def available_devices() -> tuple[str, ...]:
     """Kinds of device on this machine, "cpu" first."""
-    found = ["cpu"]
-    for kind in ("cuda", "xpu"):
-        module = getattr(torch, kind, None)
-        if module is not None and module.is_available():
-            found.append(kind)
-    if importlib.util.find_spec("habana_frameworks") is not None:
-        found.append("hpu")
-    return tuple(found)
-
-
-def device_kind(device_map: object) -> str:
-    """The kind of device, such as "cuda", on which layers placed by Transformers' `device_map` will run.
-
-    Of several devices the first accelerator counts. Raises DeviceError for a value that is not a device map.
-    """
-    here = available_devices()
-    if device_map is None:  # on a Gaudi machine, users move the loaded model to the accelerator
-        return "hpu" if "hpu" in here else "cpu"
-    if isinstance(device_map, dict):
-        kinds = [device_kind(value) for value in device_map.values() if value not in ("disk", "meta")]
-        return next((kind for kind in kinds if kind != "cpu"), "cpu")
-    if isinstance(device_map, torch.device):
-        return device_map.type
-    if isinstance(device_map, bool) or not isinstance(device_map, (int, str)):
-        raise DeviceError(f"device_map={device_map!r} is not a device, a number, 'auto' or a map of modules to devices")
-    number = isinstance(device_map, int) or device_map.isdigit()
-    if number or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return next((kind for kind in here if kind != "cpu"), "cuda" if number else "cpu")
-    return str(device_map).split(":")[0]
+    accelerators = [kind for kind in ("cuda", "xpu") if hasattr(torch, kind) and getattr(torch, kind).is_available()]
+    gaudi = importlib.util.find_spec("habana_frameworks") is not None
+    return ("cpu", *accelerators, "hpu") if gaudi else ("cpu", *accelerators)
 
 
 DTYPE_LABELS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
@@ -109,33 +81,21 @@ _V1, _GPTQ = ("gptq_zp+-1",), ("gptq", "gptq_zp+-1")
 
 @dataclass(frozen=True)
 class Backend:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        name: as written in `AutoRoundConfig(backend=...)`.
-        devices, bits, dtypes, packings: what it can run: dtypes of the inputs, packings of `LayerFormat.packing`.
-        requirements: pip requirements and keys of `PROGRAMS` that must be met.
-        group: name that requests several rows together.
-        capability: minimum compute capability of a CUDA device.
-        kernel: "module:Class" of the kernel that runs the layer; without it the layer's module computes the product.
-        instead: the row to use instead when the package cannot be installed together with this one.
-        gain: measured speedup, for the hint to install it.
-        by_name: chosen only when requested by name.
-    """
-
-    name: str
+    name: str  # as written in `AutoRoundConfig(backend=...)`
     devices: tuple[str, ...]
     bits: tuple[int, ...]
-    dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...]  # of the inputs
     priority: int
-    packings: tuple[str, ...]
-    requirements: tuple[str, ...] = ()
-    group: str = ""
-    capability: tuple[int, int] | None = None
-    kernel: str = ""
-    instead: str = ""
-    gain: str = ""
-    by_name: bool = False
+    packings: tuple[str, ...]  # of `LayerFormat.packing`
+    requirements: tuple[str, ...] = ()  # of pip, or `COMPILER`
+    group: str = ""  # name that requests several rows together
+    capability: tuple[int, int] | None = None  # minimum of a CUDA device
+    kernel: str = ""  # "module:Class" that runs the layer; without it the layer's module computes the product
+    instead: str = ""  # the row to use when the package cannot be installed together with this one
+    gain: str = ""  # measured speedup, for the hint to install it
+    by_name: bool = False  # chosen only when requested by name
 
     @property
     def plain(self) -> bool:
@@ -150,16 +110,16 @@ class Backend:
             return f"runs {', '.join(map(str, self.bits))} bits, not {fmt.scheme.bits}"
         if fmt.packing not in self.packings:
             return f"reads packing {', '.join(self.packings)}, not {fmt.packing}"
-        dtype = None if spec is None else str(spec.dtype).removeprefix("torch.")
-        if dtype is not None and dtype not in self.dtypes and not self.plain:  # plain PyTorch takes any
+        dtype = "" if spec is None else str(spec.dtype).removeprefix("torch.")
+        if dtype and dtype not in self.dtypes and not self.plain:  # plain PyTorch takes any
             return f"computes in {', '.join(self.dtypes)}, not {dtype}"
         return None
 
     def missing_requirement(self) -> str | None:
         """None when everything that it needs is installed, or what is missing."""
         if self.instead:
-            package = self.requirements[0]
-            return f"{package} does not work with Transformers 5, which this package needs; use {self.instead}"
+            old, new = self.requirements[0], self.instead
+            return f"{old} does not work with Transformers 5, which this package needs; use {new}"
         return next((missing for r in self.requirements if (missing := unmet_requirement(r)) is not None), None)
 
     def unmet(self) -> str | None:
@@ -171,10 +131,7 @@ class Backend:
         return missing
 
     def unsupported_reason(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
-        """None when it can run a layer of this format on this device, or the first reason why not.
-
-        `spec`: the layer's sizes; without them, requirements on sizes are not checked.
-        """
+        """The first reason why it cannot run such a layer on this device, or None; sizes are checked where known."""
         reason = self.mismatch(fmt, device, spec) or self.unmet()
         if reason is None and self.kernel and spec is not None:
             reason = kernel_class(self.kernel).unsupported_reason(spec)
@@ -187,14 +144,15 @@ _GPTQMODEL = ("gptqmodel>=7.0.0",)
 _OLD = ("auto-gptq", "transformers<5.0.0")
 _KERNELS = "auto_round.inference.kernels"
 # `auto-round generate` of SmolLM2-135M at 4 bits on one core; tokens/s: torch 2.1, ark 17.6, auto_round:cpu 22.0.
-_CPU_GAIN = "about ten times as many tokens a second as plain PyTorch"
-_ARK_GAIN = "about eight times as many tokens a second as plain PyTorch"
+_GAIN = "about {} times as many tokens a second as plain PyTorch"
+_CPU_GAIN, _ARK_GAIN = _GAIN.format("ten"), _GAIN.format("eight")
 _ARK_KERNEL = f"{_KERNELS}.vendor:ArkKernel"
 _ADAPTERS = f"{_KERNELS}.gptqmodel_linear"
 _ALL_INT = (*_GPTQ, "awq")
 
 
 def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backend:
+    """A row in plain PyTorch."""
     return Backend(f"auto_round:{name}", ("cpu", "cuda", "xpu"), bits, _ALL, 0, packings, group="torch")
 
 
@@ -202,7 +160,7 @@ def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backe
 # 9 ms (2048 x 2048, bfloat16); 512 rows took 27 s and 37 ms. Its `aten` rows are fast (0.5 ms), but importing it takes
 # 20 s, and `auto_round:cpu_int4` calls the same operation of PyTorch.
 BACKENDS: list[Backend] = [
-    Backend(OWN_CPU, ("cpu",), _BITS, _ALL, 7, _ALL_INT, ("C compiler",),
+    Backend(OWN_CPU, ("cpu",), _BITS, _ALL, 7, _ALL_INT, (COMPILER,),
             kernel=f"{_KERNELS}.cpu:CpuKernel", gain=_CPU_GAIN),
     Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=f"{_KERNELS}.vendor:CpuInt4"),
     Backend("auto_round:cpu_int8", ("cpu",), (8,), _BF16, 1, _GPTQ, kernel=f"{_KERNELS}.vendor:CpuInt8"),
@@ -258,12 +216,9 @@ def register_backend(backend: Backend) -> Backend:
 def register_layout(packing_format: str, layout: Layout, bits: Sequence[int]) -> None:
     """Let Transformers open layers that a plugin's format wrote: in plain PyTorch, dequantized for each call.
 
-    Raises ConfigError when the packing is known already, or its codes have the name of a dense weight.
-
-    Args:
-        packing_format: what the format's `quantization_config` says; `auto_round:NAME` by convention.
-        layout: reads the layer from the tensors of the checkpoint.
-        bits: widths that it reads.
+    `packing_format` is what the format's `quantization_config` says, `auto_round:NAME` by convention; `bits` are the
+    widths that `layout` reads. Raises ConfigError when the packing is known already, or its codes have the name of a
+    dense weight.
     """
     packing = PluginPacking(packing_format, layout, (packing_format,))
     if PACKINGS.get(packing_format, packing) != packing:
@@ -274,14 +229,9 @@ def register_layout(packing_format: str, layout: Layout, bits: Sequence[int]) ->
     register_backend(_torch(f"torch_{packing_format.rpartition(':')[2]}", tuple(bits), (packing_format,)))
 
 
-@dataclass(frozen=True)
-class BackendChoice:
-    """The backend of one layer.
-
-    Attributes:
-        rejected: "name: reason" of the rows of higher or equal priority that cannot run the layer.
-        missing: those of them that only need a package or program to be installed.
-    """
+class BackendChoice(NamedTuple):
+    """The backend of one layer, "name: reason" of the rows before it that cannot run the layer, and those of them that
+    only need a package or program to be installed."""
 
     backend: Backend
     rejected: tuple[str, ...]
@@ -296,18 +246,15 @@ def backend_names() -> list[str]:
 def requested_rows(requested: str) -> tuple[Backend, ...]:
     """The rows of a requested backend, the highest priority first. Raises ConfigError when there is no such backend.
 
-    Args:
-        requested: "auto", a row's name, a group's name, or several of them separated by commas. A row of a group also
-            selects the others of its group: a layer's packing decides which of them runs it.
+    `requested`: "auto", the name of a row or group, or several of them separated by commas. A row of a group also
+    selects the others of its group: a layer's packing decides which of them runs it.
     """
     wanted = _split_names(requested)
     for word in wanted:
         if word not in backend_names():
-            short = dict.fromkeys([AUTO, *(b.group or b.name for b in BACKENDS)])
-            raise ConfigError(
-                f"unknown backend {word!r}{nearest(word, backend_names())} Known: {', '.join(short)}; see auto-round "
-                "list backend"
-            )
+            short = ", ".join(dict.fromkeys([AUTO, *(b.group or b.name for b in BACKENDS)]))
+            hint = nearest(word, backend_names())
+            raise ConfigError(f"unknown backend {word!r}{hint} Known: {short}; see auto-round list backend")
     rows = [b for b in BACKENDS if b.name in wanted or b.group in wanted or (AUTO in wanted and not b.by_name)]
     groups = {b.group for b in rows if b.group and not b.instead}
     chosen = [b for b in BACKENDS if b in rows or (b.group in groups and not b.instead)]
@@ -323,9 +270,7 @@ def choose_backend(
 ) -> BackendChoice:
     """The backend for a layer stored as `fmt` that will run on `device` ("cpu", "cuda", ...); `requested` as above.
 
-    Raises:
-        ConfigError: there is no such backend.
-        UnsupportedError: no requested backend can run this layer.
+    Raises ConfigError when there is no such backend, UnsupportedError when none can run this layer.
     """
     device = device.split(":")[0]
     rejected: list[str] = []
@@ -359,34 +304,31 @@ def choose_backends(
     """The backend of each layer that will run on `device`, from how it is stored and its sizes.
 
     Layers that the requested backend cannot run get the backend of `auto`, and one warning says which and why. The log
-    also names the package that would make the model faster.
-
-    Raises:
-        ConfigError: there is no such backend.
-        UnsupportedError: the requested backend can run none of the layers, or no backend can run one of them.
+    also names the package that would make the model faster. Raises the errors of `choose_backend` when the requested
+    backend can run none of the layers, or no backend one of them.
     """
     rows = requested_rows(requested)
+    kinds: dict[tuple[LayerFormat, LayerSpec], list[str]] = {}
+    for name, kind in layers.items():
+        kinds.setdefault(kind, []).append(name)
     found: dict[tuple[LayerFormat, LayerSpec], BackendChoice] = {}
-    unsupported: dict[tuple[LayerFormat, LayerSpec], UnsupportedError] = {}
-    for kind in dict.fromkeys(layers.values()):
+    errors: dict[tuple[LayerFormat, LayerSpec], UnsupportedError] = {}
+    for kind in kinds:
         try:
             found[kind] = choose_backend(kind[0], device, requested, kind[1])
         except UnsupportedError as error:
-            unsupported[kind] = error
-    if unsupported and not found:
-        raise next(iter(unsupported.values()))
-    chosen: dict[str, BackendChoice] = {}
+            errors[kind] = error
+    if errors and not found:
+        raise next(iter(errors.values()))
     fallbacks: dict[tuple[str, str], list[str]] = {}
-    for name, kind in layers.items():
-        if kind not in found:
-            try:
-                found[kind] = choose_backend(kind[0], device, AUTO, kind[1])
-            except UnsupportedError as error:
-                raise UnsupportedError(f"{name}: {error}") from error
-        chosen[name] = found[kind]
-        if kind in unsupported:
-            reason = rows[0].unsupported_reason(kind[0], device, kind[1])
-            fallbacks.setdefault((str(reason), found[kind].backend.name), []).append(name)
+    for kind in errors:
+        try:
+            found[kind] = choose_backend(kind[0], device, AUTO, kind[1])
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{kinds[kind][0]}: {error}") from error
+        reason = str(rows[0].unsupported_reason(kind[0], device, kind[1]))
+        fallbacks.setdefault((reason, found[kind].backend.name), []).extend(kinds[kind])
+    chosen = {name: found[kind] for name, kind in layers.items()}
     for reason in next(iter(chosen.values())).rejected if chosen else ():
         logger.debug("backend not chosen: %s", reason)
     if fallbacks:
@@ -394,7 +336,7 @@ def choose_backends(
             f"{len(names)} such as {names[0]} run with {instead} (it {reason})"
             for (reason, instead), names in sorted(fallbacks.items(), key=lambda item: -len(item[1]))
         ]
-        runs = sum(kind not in unsupported for kind in layers.values())
+        runs = len(layers) - sum(map(len, fallbacks.values()))
         logger.warning("backend %r runs %d of %d layers; %s", requested, runs, len(layers), "; ".join(parts))
     wanted: Counter[Backend] = Counter(choice.missing[0] for choice in chosen.values() if choice.missing)
     for backend, count in wanted.most_common(1):

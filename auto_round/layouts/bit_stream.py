@@ -104,7 +104,7 @@ def unpack_rows(words: torch.Tensor, bits: int, count: int | None = None) -> tor
     """
     count = words.shape[1] * 32 // bits if count is None else count
     values, width = period(bits, 8)
-    stream, periods = words.contiguous().view(torch.uint8), -(-count // values)
+    stream, periods = words.reshape(-1).view(torch.uint8).view(len(words), -1), -(-count // values)
     if stream.shape[1] < periods * width:
         stream = pad(stream, (0, periods * width - stream.shape[1]))
     codes = torch.empty(stream.shape[0], periods * values, dtype=torch.uint8, device=words.device)

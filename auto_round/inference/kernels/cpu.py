@@ -8,8 +8,9 @@ import ctypes
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,33 +43,24 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 
 
 @functools.lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | str:
-    """The compiled library, or the reason why there is none."""
-    found = load(*SOURCES)
+def library() -> Any:
+    """The compiled library, with `half`, whether it takes float16 inputs, or the reason why there is none, a text."""
+    found: Any = load(*SOURCES)
     if not isinstance(found, str):
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
         found.use_threads_of(_torch_threads())
+        found.half = bool(found.has_half())
     return found
-
-
-@functools.lru_cache(maxsize=1)
-def loaded() -> tuple[ctypes.CDLL, bool]:
-    """The library, and whether it supports float16 inputs."""
-    found = library()
-    assert not isinstance(found, str), found
-    return found, bool(found.has_half())
 
 
 def _torch_threads() -> int | None:
     """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch has loaded: threads of a second one would compete
     with PyTorch's for the cores, since both wait by spinning."""
-    handles: list[str | None] = [None]
     lib = Path(torch.__file__).parent
-    for folder in (lib / "lib", lib.with_name("torch.libs")):
-        handles += sorted(str(path) for path in folder.glob("lib*omp*"))
-    for handle in handles:
+    found = (path for folder in (lib / "lib", lib.with_name("torch.libs")) for path in sorted(folder.glob("lib*omp*")))
+    for handle in (None, *map(str, found)):
         try:
             # RTLD_NOLOAD: only libraries that are loaded already.
             mode = ctypes.DEFAULT_MODE if handle is None else os.RTLD_NOLOAD | os.RTLD_NOW
@@ -89,20 +81,18 @@ class CpuKernel(LinearKernel):
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
-        (lib, has_half), spec = loaded(), weight.spec
+        lib, spec = library(), weight.spec
         starts = chunk_starts(spec.in_features, spec.group_size)
         group = (starts[:-1] // spec.group_size).long()
         scales, zeros = weight.scales[:, group].float().contiguous(), weight.zeros[:, group].contiguous()
         zero = int(zeros[0, 0])
         zero = zero if bool((zeros == zero).all()) else -1
-        half = int(has_half and torch.equal(scales.half().float(), scales))
+        half = int(lib.half and torch.equal(scales.half().float(), scales))
         sizes = (_BITS[spec.bits], spec.out_features, spec.in_features, len(starts) - 1, starts.data_ptr(), zero, half)
         packed = torch.empty(lib.packed_size(*sizes), dtype=torch.uint8)
-        codes = weight.codes.contiguous()
-        lib.pack(
-            packed.data_ptr(), *sizes, codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), torch.get_num_threads()
-        )
-        self.register_buffer("packed", packed, persistent=False)
+        arrays = (weight.codes.contiguous(), scales, zeros)
+        lib.pack(packed.data_ptr(), *sizes, *(array.data_ptr() for array in arrays), torch.get_num_threads())
+        self.hold(packed=packed)
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
@@ -110,25 +100,25 @@ class CpuKernel(LinearKernel):
         return found if isinstance(found, str) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return torch.ops.auto_round.cpu_linear([self.packed], x, [], self.spec.out_features)
-        # Neither the operator's dispatch nor `__getattr__`: each costs as much as a small layer.
-        packed = self._buffers["packed"]
+        packed = self._buffers["packed"]  # `__getattr__` costs as much as a small layer
         assert packed is not None
-        return multiply((packed,), x, (), self.spec.out_features)
+        return _product()([packed], x, [], self.spec.out_features)
 
     def codes(self) -> torch.Tensor:
         codes = torch.empty(self.spec.out_features, self.spec.in_features, dtype=torch.uint8)
-        loaded()[0].unpack(self.packed.data_ptr(), codes.data_ptr(), torch.get_num_threads())
+        library().unpack(self.packed.data_ptr(), codes.data_ptr(), torch.get_num_threads())
         return codes
 
     @classmethod
     def grouped(cls, kernels: Sequence[LinearKernel], x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         packed = [kernel.get_buffer("packed") for kernel in kernels]
-        out = kernels[0].spec.out_features
-        if torch.compiler.is_compiling():
-            return torch.ops.auto_round.cpu_linear(packed, x, list(counts), out)
-        return multiply(packed, x, counts, out)
+        return _product()(packed, x, list(counts), kernels[0].spec.out_features)
+
+
+def _product() -> Callable[..., torch.Tensor]:
+    """`multiply`; the operator, whose dispatch costs as much as a small layer, only for `torch.compile`."""
+    product: Callable[..., torch.Tensor] = torch.ops.auto_round.cpu_linear
+    return product if torch.compiler.is_compiling() else multiply
 
 
 def chunk_starts(in_features: int, group_size: int) -> torch.Tensor:
@@ -155,9 +145,9 @@ def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[i
 
     `packed` is one weight or, with `counts`, the rows of each expert in x [rows, in], one per expert.
     """
-    lib, half = loaded()
+    lib = library()
     dtype = DTYPES.get(x.dtype)
-    if dtype is None or (dtype == 2 and not half):
+    if dtype is None or (dtype == 2 and not lib.half):
         return multiply(packed, x.float(), counts, out).to(x.dtype)
     rows, flat, stride = _flat(x)
     y = x.new_empty(*x.shape[:-1], out)
@@ -174,21 +164,16 @@ def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[i
     return y
 
 
-@torch.library.custom_op(
-    "auto_round::cpu_linear", mutates_args=(), schema="(Tensor[] packed, Tensor x, int[] counts, int out) -> Tensor"
-)
-def _cpu_linear(packed: list[torch.Tensor], x: torch.Tensor, counts: list[int], out: int) -> torch.Tensor:
-    return multiply(packed, x, counts, out)
-
-
-@_cpu_linear.register_fake
-def _cpu_linear_fake(packed: list[torch.Tensor], x: torch.Tensor, counts: list[int], out: int) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], out))
+_operator = torch.library.custom_op(
+    "auto_round::cpu_linear", multiply, mutates_args=(),
+    schema="(Tensor[] packed, Tensor x, int[] counts, int out) -> Tensor",
+)  # fmt: skip
+_operator.register_fake(lambda packed, x, counts, out: x.new_empty((*x.shape[:-1], out)))
 
 
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether this CPU emulates products in a half-precision dtype and the library supports it."""
-    return dtype in HALF_DTYPES and not cpu_multiplies(dtype) and (dtype != torch.float16 or loaded()[1])
+    return dtype in HALF_DTYPES and not cpu_multiplies(dtype) and (dtype != torch.float16 or library().half)
 
 
 def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -205,7 +190,7 @@ def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             y[..., start : start + len(chunk)] = F.linear(wide, chunk.float())
         return y
     weight, (_, flat, stride) = weight.contiguous(), _flat(x)
-    failed = loaded()[0].dense(
+    failed = library().dense(
         weight.data_ptr(), out, inputs, rows, flat.data_ptr(), stride, y.data_ptr(), DTYPES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
@@ -214,14 +199,10 @@ def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@torch.library.custom_op("auto_round::cpu_dense", mutates_args=(), schema="(Tensor weight, Tensor x) -> Tensor")
-def _cpu_dense(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return dense_product(weight, x)
-
-
-@_cpu_dense.register_fake
-def _cpu_dense_fake(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+_dense_operator = torch.library.custom_op(
+    "auto_round::cpu_dense", dense_product, mutates_args=(), schema="(Tensor weight, Tensor x) -> Tensor"
+)
+_dense_operator.register_fake(lambda weight, x: x.new_empty((*x.shape[:-1], weight.shape[0])))
 
 
 class DenseLinear(nn.Linear):

@@ -25,8 +25,8 @@ from auto_round.layouts.integers import AWQ, GPTQ_V2, GptqLayout
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
 _SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
 
-# GPTQModel's errors for an unsupported machine or layer: a missing module (ImportError), an unsupported value
-# (ValueError), an extension that does not compile (RuntimeError and its subclass NotImplementedError).
+# GPTQModel's errors for an unsupported machine or layer: a missing module, an unsupported value, an extension that does
+# not compile.
 _UNSUPPORTED_ERRORS = (ImportError, ValueError, RuntimeError)
 
 
@@ -34,25 +34,15 @@ class GptqmodelLinear(LinearKernel):
     """x -> x W^T by a module of GPTQModel.
 
     Its kernels compute in half precision: inputs, and scales that are not float16, are rounded to the model's dtype.
-
-    Attributes:
-        backend, method, layout: GPTQModel's names of the kernel, of the method and of the checkpoint's format.
-        words: packs the codes, with zero points without an offset.
-        in_place: whether the module keeps the codes in the given layout. Otherwise a packed copy is kept on the CPU for
-            saving (bits / 8 bytes per weight).
-        runtime: module and prefix of its functions `_available` and `_error`, for kernels that are compiled.
-        model_scales: whether scales must have the model's dtype.
-        unit: `out_features` must be a multiple of it.
     """
 
-    backend: str
+    backend: str  # GPTQModel's names of the kernel, of the method and of the checkpoint's format
     method: str = "gptq"
     layout: str = "gptq_v2"
-    words: GptqLayout = GPTQ_V2
-    in_place: bool = False
-    runtime: tuple[str, str] = ("", "")
-    model_scales: bool = False
-    unit: int = 1
+    words: GptqLayout = GPTQ_V2  # packs the codes, with zero points without an offset
+    in_place: bool = False  # whether the module keeps the codes in this layout; else there is a copy on the CPU
+    marlin: bool = False  # compiled at its first use, and takes scales in the model's dtype only
+    unit: int = 1  # `out_features` must be a multiple of it
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
@@ -62,7 +52,7 @@ class GptqmodelLinear(LinearKernel):
         qweight, qzeros = self.words.words(weight.codes, weight.zeros, spec.bits)
         self._saved = None if self.in_place else pack_rows(weight.codes, spec.bits).cpu()
         # float16 scales keep their dtype in a bfloat16 model, which would round them.
-        dtype = torch.float16 if weight.scales.dtype == torch.float16 and not self.model_scales else spec.dtype
+        dtype = torch.float16 if weight.scales.dtype == torch.float16 and not self.marlin else spec.dtype
         try:
             kind, size = self._kind(spec)
             module = kind(
@@ -73,12 +63,14 @@ class GptqmodelLinear(LinearKernel):
             order = torch.arange(spec.in_features, dtype=torch.int32, device=device) // spec.group_size
             scales = weight.scales.T.to(dtype).contiguous()
             for name, tensor in (("qweight", qweight), ("qzeros", qzeros), ("scales", scales), ("g_idx", order)):
-                _set_tensor(module, name, tensor)
+                if name in module._parameters:
+                    setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+                elif name in module._buffers:
+                    setattr(module, name, tensor)
             self._scratch = _post_init(module, device)
         except _UNSUPPORTED_ERRORS as error:
             raise UnsupportedError(f"GPTQModel says: {_message(error)}") from error
-        # In a list, not a submodule: it raises an error in training mode.
-        self._module = [module.eval()]
+        self._module = [module.eval()]  # not a submodule: it raises an error in training mode
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
@@ -91,32 +83,28 @@ class GptqmodelLinear(LinearKernel):
             cls._kind(spec)
         except _UNSUPPORTED_ERRORS as raised:
             error = raised
-        if error is None and cls.runtime[0]:
-            module, name = import_module(cls.runtime[0]), cls.runtime[1]
-            if not getattr(module, f"{name}_available")(spec.dtype):
-                error = getattr(module, f"{name}_error")(spec.dtype)
+        if error is None and cls.marlin:
+            module = import_module("gptqmodel.utils.marlin")
+            error = None if module.marlin_runtime_available(spec.dtype) else module.marlin_runtime_error(spec.dtype)
         return None if error is None else f"GPTQModel says: {_message(error)}"
 
     @classmethod
     def _kind(cls, spec: LayerSpec) -> tuple[Any, int]:
-        """GPTQModel's class and the group size to give it, which may be -1 for one group per row. Raises GPTQModel's
-        errors when the kernel does not support this machine or layer."""
-        whole = spec.group_size == spec.in_features
+        """GPTQModel's class and the group size to give it, or -1 for one group per row. Raises GPTQModel's errors."""
         refused: Exception | None = None
-        for size in (-1, spec.group_size) if whole else (spec.group_size,):
+        for size in (-1, spec.group_size) if spec.group_size == spec.in_features else (spec.group_size,):
             try:
                 kind = _select_kernel(
-                    cls.backend, cls.method, cls.layout, spec.bits, size, spec.sym, spec.dtype, spec.device
+                    cls.backend, cls.method, cls.layout, size, spec.bits, spec.sym, spec.dtype, spec.device
                 )
+                ok, reason = kind.validate(
+                    bits=spec.bits, group_size=size, desc_act=False, sym=spec.sym, in_features=spec.in_features,
+                    out_features=spec.out_features, pack_dtype=torch.int32, dtype=spec.dtype,
+                )  # fmt: skip
+                if ok:
+                    return kind, size
             except _UNSUPPORTED_ERRORS as error:
-                refused = refused or error
-                continue
-            ok, reason = kind.validate(
-                bits=spec.bits, group_size=size, desc_act=False, sym=spec.sym, in_features=spec.in_features,
-                out_features=spec.out_features, pack_dtype=torch.int32, dtype=spec.dtype,
-            )  # fmt: skip
-            if ok:
-                return kind, size
+                reason = error
             refused = refused or reason
         raise refused or ValueError("refused")
 
@@ -126,82 +114,38 @@ class GptqmodelLinear(LinearKernel):
         return y
 
     def codes(self) -> torch.Tensor:
-        module = self._module[0]
-        if self._saved is not None:
-            return unpack_rows(self._saved, self.spec.bits, self.spec.in_features).to(module.scales.device)
-        return self.words.codes(module.qweight, self.spec.bits)
+        module, spec = self._module[0], self.spec
+        if self._saved is None:
+            return self.words.codes(module.qweight, spec.bits)
+        return unpack_rows(self._saved, spec.bits, spec.in_features).to(module.scales.device)
 
 
-class Torch(GptqmodelLinear):
-    """Dequantizes, then multiplies: any device."""
-
-    backend, in_place = "torch", True
-
-
-class TorchAten(GptqmodelLinear):
-    """PyTorch's product for CPUs with 4-bit weights."""
-
-    backend, unit = "gptq_torch_aten", 16
+def _kernel(name: str, backend: str, **attributes: Any) -> type[GptqmodelLinear]:
+    awq = {"method": "awq", "layout": "gemm", "words": AWQ} if name.startswith("Awq") else {}
+    return type(name, (GptqmodelLinear,), {"backend": backend, **attributes, **awq})
 
 
-class Marlin(GptqmodelLinear):
-    """Fused product for CUDA; in GPTQ layout symmetric 4 and 8 bits."""
-
-    backend, layout, model_scales = "marlin", "gptq", True
-    runtime = ("gptqmodel.utils.marlin", "marlin_runtime")
-
-
-class ExllamaV2(GptqmodelLinear):
-    """Fused product for CUDA, 4 bits."""
-
-    backend = "exllama_v2"
-
-
-class _Awq(GptqmodelLinear):
-    method, layout, words = "awq", "gemm", AWQ
-
-
-class AwqGemm(_Awq):
-    """Fused product for CUDA."""
-
-    backend, in_place = "gemm", True
-
-
-class AwqTorch(_Awq, Torch):
-    """`Torch` for AWQ words."""
-
-
-class AwqTorchAten(_Awq, TorchAten):
-    """`TorchAten` for AWQ words."""
-
-    backend = "awq_torch_aten"
-
-
-class AwqMarlin(_Awq, Marlin):
-    """`Marlin` for AWQ words."""
-
-
-class AwqExllamaV2(_Awq, ExllamaV2):
-    """`ExllamaV2` for AWQ words."""
+# Dequantize, then multiply: any device.
+Torch, AwqTorch = _kernel("Torch", "torch", in_place=True), _kernel("AwqTorch", "torch", in_place=True)
+# PyTorch's product for CPUs with 4-bit weights.
+TorchAten = _kernel("TorchAten", "gptq_torch_aten", unit=16)
+AwqTorchAten = _kernel("AwqTorchAten", "awq_torch_aten", unit=16)
+# Fused products for CUDA; Marlin in GPTQ layout has symmetric 4 and 8 bits.
+Marlin = _kernel("Marlin", "marlin", layout="gptq", marlin=True)
+AwqMarlin = _kernel("AwqMarlin", "marlin", marlin=True)
+ExllamaV2, AwqExllamaV2 = _kernel("ExllamaV2", "exllama_v2"), _kernel("AwqExllamaV2", "exllama_v2")
+AwqGemm = _kernel("AwqGemm", "gemm", in_place=True)
 
 
 @functools.lru_cache(maxsize=256)
 def _select_kernel(
-    backend: str, method: str, layout: str, bits: int, group_size: int, sym: bool, dtype: torch.dtype, device: str
+    backend: str, method: str, layout: str, group_size: int, bits: int, sym: bool, dtype: torch.dtype, device: str
 ) -> Any:
     """GPTQModel's class for a kernel. Cached, because GPTQModel logs each choice."""
     return import_module("gptqmodel.utils.importer").hf_select_quant_linear_v2(
         bits=bits, group_size=group_size, desc_act=False, sym=sym, format=layout, quant_method=method, dtype=dtype,
         pack=False, device_map={"": device}, backend=backend,
     )  # fmt: skip
-
-
-def _set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Replace a buffer or parameter if the module has it."""
-    if name in module._parameters:
-        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-    elif name in module._buffers:
-        setattr(module, name, tensor)
 
 
 def _post_init(module: Any, device: torch.device) -> Any:

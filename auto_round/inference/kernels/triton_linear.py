@@ -35,19 +35,12 @@ VECTOR_ROWS = 2
 
 
 class Form(NamedTuple):
-    """The packing of codes in words.
+    """The packing of codes in words."""
 
-    Attributes:
-        bits: per field of a word.
-        width: rows of words in a block.
-        group: inputs that share a scale; 0 for all.
-        zero: the common zero point of all groups, or -1 when they differ.
-    """
-
-    bits: int
-    width: int
-    group: int
-    zero: int
+    bits: int  # per field of a word
+    width: int  # rows of words in a block
+    group: int  # inputs that share a scale; 0 for all
+    zero: int  # the common zero point of all groups, or -1 when they differ
     in_features: int
     out_features: int
 
@@ -113,15 +106,11 @@ def unpack_words(words: torch.Tensor, form: Form) -> torch.Tensor:
 
 
 class TritonLinear(LinearKernel):
-    """y = x W^T on cuda and xpu; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests.
+    """y = x W^T on cuda and xpu; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests."""
 
-    Buffers: `words` int32 [rows of words, padded out], `scales` [groups, padded out] in the file's dtype, and `zeros`
-    uint8 of the same shape, None when all zero points are equal.
-    """
-
-    words: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
+    words: torch.Tensor  # int32 [rows of words, padded out]
+    scales: torch.Tensor  # [groups, padded out] in the file's dtype
+    zeros: torch.Tensor | None  # uint8, likewise; None when all zero points are equal
 
     def __init__(self, weight: IntegerWeight) -> None:
         super().__init__(weight)
@@ -159,29 +148,27 @@ class TritonLinear(LinearKernel):
         return unpack_words(self.words, self.form)
 
     @classmethod
-    def join(cls, kernels: Sequence[LinearKernel]) -> JoinedKernels | None:
-        """One launch for all experts; the kernels' tensors become views of the joined ones, without a copy."""
-        own = [kernel for kernel in kernels if isinstance(kernel, TritonLinear)]
-        if not own or len({kernel.form for kernel in own}) != 1:
-            return None
-        form = own[0].form
-        words, scales = _stack_buffers(own, "words"), _stack_buffers(own, "scales")
-        zeros = _stack_buffers(own, "zeros") if form.zero < 0 else None
+    def join(cls, kernels: Sequence[LinearKernel]) -> JoinedKernels:
+        """One launch for experts of one form; the kernels' tensors become views of the joined ones, without a copy."""
+        form, *others = dict.fromkeys(kernel.form for kernel in kernels if isinstance(kernel, TritonLinear))
+        if others:
+            return super().join(kernels)
+
+        def stacked(name: str) -> torch.Tensor:
+            first = kernels[0].get_buffer(name)
+            whole = first.new_empty(len(kernels), *first.shape)
+            for one, kernel in zip(whole, kernels, strict=True):
+                one.copy_(kernel.get_buffer(name))
+                setattr(kernel, name, one)
+            return whole
+
+        words, scales, zeros = stacked("words"), stacked("scales"), stacked("zeros") if form.zero < 0 else None
 
         def run(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
             rows, dtype = _as_rows(x)
             return triton_experts(rows, words, scales, zeros, offsets, *form).to(dtype)
 
         return run
-
-
-def _stack_buffers(kernels: Sequence[TritonLinear], name: str) -> torch.Tensor:
-    first = kernels[0].get_buffer(name)
-    whole = first.new_empty(len(kernels), *first.shape)
-    for one, kernel in zip(whole, kernels, strict=True):
-        one.copy_(kernel.get_buffer(name))
-        setattr(kernel, name, one)
-    return whole
 
 
 def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
@@ -195,29 +182,27 @@ def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
 
 
 class VectorPlan(NamedTuple):
-    """columns: per program; warps: per program, each processes one block at a time; parts: programs that split the
-    blocks."""
+    """How the vector program is launched."""
 
-    columns: int
-    warps: int
-    parts: int
+    columns: int  # per program
+    warps: int  # per program; each processes one block at a time
+    parts: int  # programs that split the blocks
 
 
 class TilePlan(NamedTuple):
-    """rows, columns, warps: per tile; stages: blocks that are prefetched."""
+    """How the program of tiles is launched."""
 
     rows: int
     columns: int
     warps: int
-    stages: int
+    stages: int  # blocks that are prefetched
 
 
 def vector_plan(blocks: int, padded: int, units: int) -> VectorPlan:
-    """The plan of the vector program for `blocks` blocks and `padded` columns on `units` multiprocessors.
+    """The plan of the vector program for `blocks` blocks and `padded` columns on `units` multiprocessors of 16 warps.
 
     32 columns per program are whole lines of 128 bytes; 16 when there would be far fewer programs than `units`. Blocks
-    are split among the warps of a program, and then among programs, which needs a second launch to add the parts. A
-    multiprocessor holds 16 warps; warps per program are chosen such that all programs run at once.
+    are split among the warps of a program, and then among programs, which needs a second launch to add the parts.
     """
     columns = 32 if padded // 32 * 4 >= units * 3 else 16
     parts = max(1, min(units // (padded // columns), blocks // 4, 16))
@@ -266,10 +251,7 @@ _TUNED: dict[tuple[Any, ...], TilePlan] = {}
 
 
 def tuned(key: tuple[Any, ...], plans: Sequence[TilePlan], run: Callable[[TilePlan], object], timer: Any) -> TilePlan:
-    """The fastest of `plans` by `timer(call)`, cached by `key`; without a timer and a cached plan, the first.
-
-    Plans that need more registers or shared memory than the device has are skipped.
-    """
+    """The fastest of `plans` by `timer(call)`, cached by `key`; without a timer and a cached plan, the first."""
     if key not in _TUNED:
         if timer is None or len(plans) == 1:
             return plans[0]
@@ -277,7 +259,7 @@ def tuned(key: tuple[Any, ...], plans: Sequence[TilePlan], run: Callable[[TilePl
 
         times: list[tuple[float, int]] = []
         for index, plan in enumerate(plans):
-            with contextlib.suppress(RuntimeError, OutOfResources):
+            with contextlib.suppress(RuntimeError, OutOfResources):  # too many registers, or too much shared memory
                 times.append((float(timer(functools.partial(run, plan))), index))
         _TUNED[key] = plans[min(times)[1]] if times else plans[0]
     return _TUNED[key]

@@ -2,13 +2,9 @@
 # (functions under @triton.jit are in Triton's language, not Python)
 """The Triton programs for packed integer weights. Imported only where Triton is installed.
 
-**Conversion of codes to floats.** A code at bit `at` of a word, with `at + bits <= 23`, becomes the mantissa under the
-exponent of 2**23 by one logic instruction: the word, masked and or-ed with 0x4B000000, is the float32
-2**23 + code * 2**at. Subtracting 2**23 + zero * 2**at is exact and gives (code - zero) * 2**at; the power of two is
-divided out of the sum, not of each weight. So each weight takes a logic operation, a subtraction and a multiply-add,
-without a conversion. Higher codes of the word are shifted down together, as many as fit below bit 23 at a time.
-
-**Order of sums.** No atomics; the order of each output's sum depends only on sizes, so equal calls give equal bits.
+A code at bit `at` of a word, with `at + bits <= 23`, becomes a float by one logic instruction: the word, masked and
+or-ed with 0x4B000000, is 2**23 + code * 2**at. Subtracting 2**23 + zero * 2**at is exact; the power of two is divided
+out of the sum, not of each weight. Higher codes are shifted down together, as many as fit below bit 23 at a time.
 """
 
 from __future__ import annotations
@@ -69,7 +65,7 @@ def matvec(
     """Product of few rows: out[part, row, column] over the blocks of one part, for COLUMNS columns.
 
     Axes of a tile: [row, warp, lane, column]. A warp processes a block at a time; its lanes cover LANES rows of words,
-    16 bytes of columns per lane. Loads of further rows of words overlap, and lanes exchange sums only at the end.
+    16 bytes of columns per lane, and exchange sums only at the end.
     """
     part = tl.program_id(1)
     row = tl.arange(0, ROWS)[:, None, None, None]

@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,10 +20,13 @@ ARK_INSTALL = "needs auto-round-lib and torch 2.8 or newer: pip install auto-rou
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    """`rows` as bfloat16, contiguous and aligned to 64 bytes: the kernels of PyTorch 2.6 crash on other addresses, such
-    as those of a slice of a larger tensor."""
+    """`rows` as bfloat16, contiguous and aligned to 64 bytes: the kernels of PyTorch 2.6 crash on other addresses."""
     rows = rows.to(torch.bfloat16).contiguous()
     return rows if rows.data_ptr() % 64 == 0 else rows.clone()
+
+
+def _missing(operation: str) -> str | None:
+    return None if hasattr(torch.ops.aten, operation) else f"this version of PyTorch has no {operation}"
 
 
 class CpuInt4(LinearKernel):
@@ -57,16 +59,11 @@ class CpuInt4(LinearKernel):
                 f"needs whole groups of {', '.join(map(str, _GROUP_SIZES))} columns and a multiple of 16 outputs, not "
                 f"{spec.group_size} of {spec.in_features} and {spec.out_features}"
             )
-        found = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
-        return None if found else "this version of PyTorch has no _weight_int4pack_mm_for_cpu"
+        return _missing("_weight_int4pack_mm_for_cpu")
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._product(rows, self.scales)
-
-    def _product(self, rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            _aligned(rows), self.packed, self.spec.group_size, scales
-        )
+    def multiply(self, rows: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+        product, scales = torch.ops.aten._weight_int4pack_mm_for_cpu, self.scales if scales is None else scales
+        y: torch.Tensor = product(_aligned(rows), self.packed, self.spec.group_size, scales)
         return y
 
     def codes(self) -> torch.Tensor:
@@ -76,7 +73,7 @@ class CpuInt4(LinearKernel):
         for columns in torch.arange(self.spec.in_features).split(512):
             unit = torch.zeros(len(columns), self.spec.in_features, dtype=torch.bfloat16)
             unit[torch.arange(len(columns)), columns] = 1
-            chunks.append(self._product(unit, ones).to(torch.int16))
+            chunks.append(self.multiply(unit, ones).to(torch.int16))
         codes = torch.cat(chunks).T
         offset = 8 if self.spec.bits == 4 else self.zeros.repeat_interleave(self.spec.group_size, 1)
         return (codes + offset).to(torch.uint8).contiguous()
@@ -100,8 +97,7 @@ class CpuInt8(LinearKernel):
             return "runs symmetric weights with one scale per row"
         if spec.in_features % 16 or spec.out_features % 16:
             return f"needs sizes that are multiples of 16, not {spec.in_features} and {spec.out_features}"
-        found = hasattr(torch.ops.aten, "_weight_int8pack_mm")
-        return None if found else "this version of PyTorch has no _weight_int8pack_mm"
+        return _missing("_weight_int8pack_mm")
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.aten._weight_int8pack_mm(_aligned(rows), self.packed, self.ones)
@@ -112,8 +108,8 @@ class CpuInt8(LinearKernel):
 
 
 @functools.lru_cache(maxsize=1)
-def package() -> ModuleType | str:
-    """auto-round-lib's module, or the reason why it cannot be imported."""
+def package() -> Any:
+    """auto-round-lib's module, or the reason why it cannot be imported, a text."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8):
         return ARK_INSTALL
     try:
@@ -144,7 +140,7 @@ class ArkKernel(LinearKernel):
         self.kind = (spec.out_features, spec.in_features, spec.group_size, *kind)
         codes, zeros = signed_values(weight.codes.T, spec.bits), signed_values(weight.zeros.T, spec.bits)
         zeros, scales = zeros if asym else zeros.new_empty(0), weight.scales.T.to(dtype).contiguous()
-        blob = _loaded_package().repack_quantized_weight(codes, scales, zeros, spec.group_size, *kind)
+        blob = package().repack_quantized_weight(codes, scales, zeros, spec.group_size, *kind)
         # For `codes`: weights divided by scales, and a copy of the codes whose scale is zero.
         unscaled = weight.codes[self._expand_groups(weight.scales == 0)].clone()
         self.hold(blob=blob, scales=weight.scales, zeros=weight.zeros, unscaled=unscaled)
@@ -159,13 +155,13 @@ class ArkKernel(LinearKernel):
         return found if isinstance(found, str) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return torch.ops.auto_round.ark_linear(self.blob, x, *self.kind)
-        return ark_multiply(self.blob, x, *self.kind)
+        product = torch.ops.auto_round.ark_linear if torch.compiler.is_compiling() else ark_multiply
+        y: torch.Tensor = product(self.blob, x, *self.kind)
+        return y
 
     def codes(self) -> torch.Tensor:
         out, width, *rest = self.kind
-        dense = _loaded_package().unpack_weight(self.blob, torch.float32, out, width, *rest)
+        dense = package().unpack_weight(self.blob, torch.float32, out, width, *rest)
         scales, zeros = self._expand_groups(self.scales.float()), self._expand_groups(self.zeros)
         unscaled = scales == 0
         codes = ((dense / scales.masked_fill(unscaled, 1)).round().to(torch.int16) + zeros).to(torch.uint8)
@@ -177,18 +173,12 @@ class ArkKernel(LinearKernel):
         return values.repeat_interleave(self.spec.group_size, 1)
 
 
-def _loaded_package() -> ModuleType:
-    found = package()
-    assert not isinstance(found, str), found
-    return found
-
-
 def ark_multiply(blob: torch.Tensor, x: torch.Tensor, out: int, width: int, *kind: Any) -> torch.Tensor:
     """x [..., width] -> [..., out] in the dtype of `x`, by the weight `blob`; the rest is `ArkKernel.kind`."""
     flat = x.reshape(-1, width).to(torch.float32 if x.device.type == "cpu" else torch.float16).contiguous()
     if not flat.shape[0]:
         return x.new_empty((*x.shape[:-1], out))
-    y: torch.Tensor = _loaded_package().woqgemm(flat, blob, flat.new_empty(0), out, width, *kind)
+    y: torch.Tensor = package().woqgemm(flat, blob, flat.new_empty(0), out, width, *kind)
     return y.to(x.dtype).view(*x.shape[:-1], out)
 
 
@@ -202,9 +192,7 @@ def _ark_linear(blob: torch.Tensor, x: torch.Tensor, *kind: Any) -> torch.Tensor
     return y.clone() if y.data_ptr() == x.data_ptr() else y
 
 
-@_ark_linear.register_fake
-def _(blob: torch.Tensor, x: torch.Tensor, out: int, *kind: Any) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], out))
+_ark_linear.register_fake(lambda blob, x, out, *kind: x.new_empty((*x.shape[:-1], out)))
 
 
 class HpuLinear(LinearKernel):

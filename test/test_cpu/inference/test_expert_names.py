@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from auto_round.errors import ModelError
 from auto_round.eval.evaluate import load_model
-from auto_round.inference.hf import StoredNames, read_names
+from auto_round.inference.convert_model import StoredNames, read_names
 from auto_round.inference.qlinear import QuantLinear
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.safetensors import StoredTensor

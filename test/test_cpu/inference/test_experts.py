@@ -48,7 +48,7 @@ class Joined(Loop):
     """Experts by offsets, as on a GPU."""
 
     @classmethod
-    def join(cls, kernels: Sequence[LinearKernel]) -> JoinedKernels | None:
+    def join(cls, kernels: Sequence[LinearKernel]) -> JoinedKernels:
         dense = torch.stack([kernel.dense for kernel in kernels if isinstance(kernel, Joined)])
         dense = torch.cat((dense, torch.zeros_like(dense[:1])))
 

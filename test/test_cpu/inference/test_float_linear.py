@@ -17,7 +17,7 @@ from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.formats.base import ExportPlan, get_format
 from auto_round.inference.config import read_config
-from auto_round.inference.convert_model import build_layer
+from auto_round.inference.convert_model import build_layer, check_tensors
 from auto_round.inference.linear import PackedLinear, ScaledMmLinear
 from auto_round.inference.table import BACKENDS, SCALED_MM, choose_backend, usable
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
@@ -57,7 +57,7 @@ def filled(
     dtypes = {leaf: tensor.dtype for leaf, tensor in tensors.items()}
     module = build_layer(read, torch.empty(OUT, IN, dtype=torch.bfloat16), True, dtypes, False, backend)
     assert isinstance(module, PackedLinear)
-    module.check_dtypes(NAME, dtypes)
+    check_tensors(NAME, module, tensors)
     module.load_state_dict(tensors)
     module.prepare(NAME)
     return module, layer
@@ -111,10 +111,11 @@ def test_a_broken_file(preset: str, leaf: str, value: float) -> None:
 
 def test_dtypes_that_contradict_the_config() -> None:
     module, _ = filled(PRESET_SCHEMES["MXFP8"])
+    stored = dict(module.named_buffers())
     with pytest.raises(ModelError, match=r"tensor a\.weight is torch.float8_e5m2, but layout mxfp8"):
-        module.check_dtypes("a", {"weight": torch.float8_e5m2})
+        check_tensors("a", module, stored | {"weight": stored["weight"].view(torch.float8_e5m2)})
     with pytest.raises(ModelError, match="weight_scale is torch.float32"):
-        module.check_dtypes("a", {"weight_scale": torch.float32})
+        check_tensors("a", module, stored | {"weight_scale": stored["weight_scale"].float()})
 
 
 def test_wider_scales_are_taken() -> None:

@@ -97,7 +97,7 @@ def test_a_head_listed_as_quantized_but_stored_dense(golden: Path) -> None:
     assert type(model.lm_head) is torch.nn.Linear
     stored = load_file(golden / "w4a16-auto_round-layer_config" / "model.safetensors")["lm_head.weight"]
     assert torch.equal(model.lm_head.weight, stored.float())
-    assert {m.bits for n, m in model.named_modules() if n.endswith("k_proj")} == {8}
+    assert {m.format.scheme.bits for n, m in model.named_modules() if n.endswith("k_proj")} == {8}
 
 
 @pytest.mark.parametrize("name", ["w4a16-auto_round", "w4a16-auto_gptq-symfalse", "w4a16-auto_awq-symfalse"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from auto_round.inference.hf import ignore_unexpected_keys
+from auto_round.inference.convert_model import ignore_unexpected_keys
 
 ATTRIBUTE = "_keys_to_ignore_on_load_unexpected"
 

@@ -11,9 +11,9 @@ import torch
 from packaging.version import Version
 
 from auto_round.errors import DeviceError
+from auto_round.inference.convert_model import infer_target_device
 from auto_round.inference.table import (
     available_devices,
-    device_kind,
     install_command,
     installed_version,
     unmet_requirement,
@@ -61,15 +61,18 @@ def test_what_to_type() -> None:
 
 
 def test_device_maps() -> None:
-    assert device_kind(None) in ("cpu", "hpu") and device_kind("xpu:0") == "xpu"
-    assert device_kind({"a": "disk", "b": "cpu"}) == "cpu" and device_kind(torch.device("cuda", 1)) == "cuda"
-    assert device_kind({"a": 0}) != "cpu" and device_kind("auto") in available_devices()
+    assert infer_target_device(None) in ("cpu", "hpu") and infer_target_device("xpu:0") == "xpu"
+    assert (
+        infer_target_device({"a": "disk", "b": "cpu"}) == "cpu"
+        and infer_target_device(torch.device("cuda", 1)) == "cuda"
+    )
+    assert infer_target_device({"a": 0}) != "cpu" and infer_target_device("auto") in available_devices()
     with pytest.raises(DeviceError, match="device_map"):
-        device_kind(1.5)
+        infer_target_device(1.5)
 
 
 def test_a_gaudi_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "habana_frameworks").mkdir()
     (tmp_path / "habana_frameworks" / "__init__.py").write_text("raise RuntimeError('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert "hpu" in available_devices() and device_kind(None) == "hpu" and device_kind("cpu") == "cpu"
+    assert "hpu" in available_devices() and infer_target_device(None) == "hpu" and infer_target_device("cpu") == "cpu"

@@ -179,7 +179,7 @@ def test_transformers_opens_them_without_a_word(
 
 def test_without_local_files_they_are_left_out_quietly(make: Make, tmp_path: Path) -> None:
     """Where the checkpoint's own files cannot be looked at, its config tells."""
-    from auto_round.inference.hf import register_cache_scales
+    from auto_round.inference.convert_model import register_cache_scales
 
     model = torch.nn.Module()
     assert register_cache_scales(model, {"static_kv_dtype": "fp8"}, None) == 0

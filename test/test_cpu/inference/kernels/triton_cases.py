@@ -119,7 +119,7 @@ def test_experts(experts: int, rows: int, dtype: torch.dtype) -> None:
     given = [random_weight(8, 33, 96, 32, False, seed=seed) for seed in range(experts)]
     kernels = [TritonLinear(one) for one in given]
     joined = TritonLinear.join(kernels)
-    assert joined is not None and all(torch.equal(k.codes(), w.codes) for k, w in zip(kernels, given, strict=True))
+    assert all(torch.equal(k.codes(), w.codes) for k, w in zip(kernels, given, strict=True))
     chosen = torch.randint(1, experts + 1, (rows,), generator=torch.Generator().manual_seed(rows)).sort().values
     offsets = torch.searchsorted(chosen, torch.arange(experts + 2), out_int32=True)
     x = torch.randn(rows, 96).to(dtype)
@@ -131,8 +131,12 @@ def test_experts(experts: int, rows: int, dtype: torch.dtype) -> None:
     assert not y[chosen == experts].any()
 
 
-def test_experts_of_unlike_layouts_are_not_joined() -> None:
-    assert TritonLinear.join([TritonLinear(random_weight(4, 16, 64, 32, sym)) for sym in (True, False)]) is None
+def test_experts_of_unlike_layouts_run_one_by_one() -> None:
+    given = [random_weight(4, 16, 64, 32, sym) for sym in (True, False)]
+    joined, x = TritonLinear.join([TritonLinear(one) for one in given]), torch.randn(5, 64)
+    y = joined(x, torch.tensor([0, 2, 4, 5], dtype=torch.int32))
+    exact = [x[:2].double() @ dense(given[0]).T, x[2:4].double() @ dense(given[1]).T, torch.zeros(1, 16)]
+    assert error(y, torch.cat(exact)) < 1e-6 and not y[4].any()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
