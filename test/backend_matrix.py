@@ -15,7 +15,7 @@ import torch
 from integer_weights import int_format, pack_codes
 
 from auto_round.inference.config import LayerFormat
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 from auto_round.inference.table import BACKENDS, Backend, available_devices, usable
 
 PACKINGS = ("gptq", "gptq_zp+-1", "awq")

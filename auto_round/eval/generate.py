@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from auto_round.errors import ConfigError, ModelError
-from auto_round.inference.linear import TORCH_BACKEND, PackedLinear
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import TORCH_BACKEND, PackedLinear, QuantLinear
 from auto_round.report.memory import format_peak_memory
 
 

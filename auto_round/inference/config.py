@@ -223,9 +223,7 @@ class CheckpointConfig:
 def read_config(config: Any) -> CheckpointConfig:
     """Parse a `quantization_config`: a mapping or an object such as Transformers' AutoRoundConfig.
 
-    Raises:
-        UnsupportedError: a data type, packing, rotation or activation scheme that this version cannot run.
-        ConfigError: malformed values.
+    Raises UnsupportedError for what this version cannot run, ConfigError for malformed values.
     """
     with _malformed_as_config_error():
         return CheckpointConfig(_auto_round_values(config))
@@ -343,12 +341,10 @@ def resolve_layers(
     config: CheckpointConfig, names: Sequence[str], find_blocks: Callable[[], Sequence[str]],
     config_names: Callable[[str], Sequence[str]] = lambda name: (name,),
 ) -> dict[str, LayerFormat]:  # fmt: skip
-    """The format of every quantized layer among `names`. Raises ModelError when the config quantizes none of them.
+    """The format of every quantized layer among `names`, the linear layers of the model. Raises ModelError for none.
 
-    Args:
-        names: names of all linear layers of the model, in order.
-        find_blocks: gives the names of the model's blocks, used when the config names none, or none that exists.
-        config_names: the names that the config may use for a layer.
+    `find_blocks` gives the names of the model's blocks, used when the config names none, or none that exists;
+    `config_names` the names that the config may use for a layer.
     """
     prefixes = tuple(f"{prefix}." for prefix in config.block_prefixes)
     inside = {n for n in names if any(called.startswith(prefixes) for called in config_names(n))}

@@ -26,8 +26,7 @@ from auto_round.inference.config import (
     read_config,
     resolve_layers,
 )
-from auto_round.inference.linear import PackedLinear, ScaledMmLinear
-from auto_round.inference.qlinear import QuantLinear, enable_grouped_experts
+from auto_round.inference.linear import PackedLinear, QuantLinear, ScaledMmLinear, enable_grouped_experts
 from auto_round.inference.table import OWN_CPU, SCALED_MM, available_devices, choose_backends
 from auto_round.layouts.integers import GptqLayout
 from auto_round.logger import ensure_logging, logger
@@ -294,11 +293,8 @@ class StoredNames:
 
 
 def read_names(model: nn.Module, files: Mapping[str, StoredTensor] | None) -> StoredNames:
-    """Map `files`, the tensors of a checkpoint by their names there, to the names in `model`.
-
-    Transformers renames what it reads: Mixtral's `block_sparse_moe.experts.0.w1.qweight` becomes
-    `mlp.experts.0.w1.qweight`. A quantization_config uses the names in the files.
-    """
+    """Map `files`, the tensors of a checkpoint by their names there, to the names in `model`: Transformers renames what
+    it reads, as Mixtral's `block_sparse_moe.experts.0.w1`, and a quantization_config uses the names in the files."""
     if files is None:
         return StoredNames(None, conversions_of(model, legacy=False))
     from transformers.core_model_loading import dot_natural_key
@@ -336,11 +332,8 @@ def _names_module(tensor: str, modules: set[str]) -> bool:
 
 
 def checkpoint_tensors(model: Any) -> dict[str, StoredTensor] | None:
-    """Names, shapes and dtypes of the checkpoint's tensors, or None when its files cannot be found.
-
-    Transformers does not pass on its list of files, so they are looked up again: in the local folder, or in the Hub's
-    cache at the resolved commit.
-    """
+    """Names, shapes and dtypes of the checkpoint's tensors, or None when its files cannot be found again: Transformers
+    does not pass on its list of them."""
     config = model.config
     where = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
     if not where:

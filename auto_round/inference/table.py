@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import shlex
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +23,6 @@ from packaging.version import InvalidVersion
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.inference.config import PACKINGS, LayerFormat, PluginPacking
 from auto_round.inference.kernels import LayerSpec, kernel_class
-from auto_round.inference.kernels.compiled import find_compiler
 from auto_round.layouts.base import Layout
 from auto_round.layouts.integers import MLX, PLAIN_INT
 from auto_round.logger import logger
@@ -28,6 +30,15 @@ from auto_round.logger import logger
 COMPILER = "C compiler"  # the one requirement that is not of pip
 # Names of a package in PyTorch's builds for other devices.
 _OTHER_NAMES = {"triton": ("pytorch-triton", "triton-xpu", "pytorch-triton-xpu", "triton-windows")}
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C compiler: `CC` with its flags, else cc, gcc or clang; None when there is none."""
+    for command in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
+        path = shutil.which(command[0]) if command else None
+        if path:
+            return [path, *command[1:]]
+    return None
 
 
 def unmet_requirement(requirement: str) -> str | None:
@@ -214,11 +225,10 @@ def register_backend(backend: Backend) -> Backend:
 
 
 def register_layout(packing_format: str, layout: Layout, bits: Sequence[int]) -> None:
-    """Let Transformers open layers that a plugin's format wrote: in plain PyTorch, dequantized for each call.
+    """Let Transformers open layers that a plugin's format wrote, in plain PyTorch: `layout` reads those whose
+    `quantization_config` says `packing_format`, `auto_round:NAME` by convention.
 
-    `packing_format` is what the format's `quantization_config` says, `auto_round:NAME` by convention; `bits` are the
-    widths that `layout` reads. Raises ConfigError when the packing is known already, or its codes have the name of a
-    dense weight.
+    Raises ConfigError when the packing is known already, or its codes have the name of a dense weight.
     """
     packing = PluginPacking(packing_format, layout, (packing_format,))
     if PACKINGS.get(packing_format, packing) != packing:
@@ -303,9 +313,8 @@ def choose_backends(
 ) -> dict[str, BackendChoice]:
     """The backend of each layer that will run on `device`, from how it is stored and its sizes.
 
-    Layers that the requested backend cannot run get the backend of `auto`, and one warning says which and why. The log
-    also names the package that would make the model faster. Raises the errors of `choose_backend` when the requested
-    backend can run none of the layers, or no backend one of them.
+    Layers that the requested backend cannot run get that of `auto`, and one warning says which and why; an info names
+    the package that would make the model faster. Raises the errors of `choose_backend` when a layer, or all cannot run.
     """
     rows = requested_rows(requested)
     kinds: dict[tuple[LayerFormat, LayerSpec], list[str]] = {}

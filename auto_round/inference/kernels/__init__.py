@@ -69,9 +69,9 @@ class LinearKernel(nn.Module):
             return x.new_empty(shape)
         return self.multiply(x.reshape(-1, self.spec.in_features)).to(x.dtype).reshape(shape)
 
+    @abstractmethod
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """Of kernels that do not override `forward`: rows [n, in], strided, in any floating dtype -> [n, out]."""
-        raise NotImplementedError
 
     @abstractmethod
     def codes(self) -> torch.Tensor:

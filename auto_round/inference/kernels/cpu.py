@@ -1,13 +1,22 @@
 """CPU kernels in C (docs/cpu-kernels.md): `CpuKernel` for packed integers, and `DenseLinear` for unquantized layers in
 half precision, mostly the head, on CPUs where PyTorch emulates their products.
+
+The C files are compiled once for this machine. The name of the cached library contains two hashes: of everything that
+the compiler's output depends on, and of the file itself, so that a damaged library is compiled again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import itertools
 import os
+import platform
+import stat
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from auto_round import envs
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
-from auto_round.inference.kernels.compiled import load
 from auto_round.inference.linear import cpu_multiplies
+from auto_round.inference.table import find_compiler
+from auto_round.logger import logger
 
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}") for name in ("linear.c", "dense.c", "common.h"))
 # Maximum number of columns that share an input scale: `CHUNK` in the C source, where the bound on sums depends on it.
@@ -40,6 +51,91 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "dense": (_I, [_P, _Q, _Q, _Q, _P, _Q, _P, _I, _I]),
     "use_threads_of": (None, [_P]),
 }
+_SECONDS = 120
+# No contraction to fused multiply-add, so that loops that must give equal results do.
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
+NO_COMPILER = (
+    "needs a C compiler: none of $CC, cc, gcc and clang was found; install one "
+    "(apt install gcc, dnf install gcc, or conda install gcc)"
+)
+
+
+@functools.lru_cache(maxsize=8)
+def load(*sources: Path) -> ctypes.CDLL | str:
+    """The library compiled, in a few seconds, from `sources` (headers included), or the reason why there is none."""
+    compiler = find_compiler()
+    if compiler is None:
+        return NO_COMPILER
+    key = _key(sources, compiler)
+    private = _private_folder()
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = private or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="auto_round_")))
+            for path in folder.glob(f"{sources[0].stem}-{key}-*.so"):
+                if path.stem.rpartition("-")[2] == _digest(path):
+                    return ctypes.CDLL(str(path))
+                logger.warning("%s is damaged; it is compiled again", path)
+                path.unlink(missing_ok=True)
+            built = _compile(sources, compiler, folder, key)
+            return built if isinstance(built, str) else ctypes.CDLL(str(built))
+        except OSError as error:
+            return f"the library built by the C compiler {compiler[0]} cannot be loaded: {error}"
+
+
+def _key(sources: tuple[Path, ...], compiler: list[str]) -> str:
+    """A hash of the sources, the flags, the compiler, and of the processor as far as `-march=native` depends on it."""
+    binary = os.stat(os.path.realpath(compiler[0]))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        wanted = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU part")
+        processor = "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+    except OSError:
+        processor = platform.processor()
+    parts = [*compiler, *_FLAGS, str(binary.st_size), str(binary.st_mtime_ns), platform.machine(), processor]
+    text = b"\0".join(source.read_bytes() for source in sources)
+    return hashlib.sha256("\0".join(parts).encode() + text).hexdigest()[:20]
+
+
+def _private_folder() -> Path | None:
+    """The cache folder; None when there is none that only the user can write to."""
+    if envs.is_set("AR_WORK_SPACE"):
+        folder = envs.work_space() / "kernels"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "auto_round" / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    if not hasattr(os, "getuid"):
+        return folder
+    private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if private and os.access(folder, os.W_OK) else None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
+
+
+def _compile(sources: tuple[Path, ...], compiler: list[str], folder: Path, key: str) -> Path | str:
+    """Compile the library into `folder`. Returns its path, or the reason of the failure."""
+    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    files, problem = [str(source) for source in sources if source.suffix != ".h"], ""
+    with tempfile.TemporaryDirectory(prefix="part-", dir=folder) as work:
+        output = Path(work) / "library.so"
+        for flags in ((native, *_FLAGS), _FLAGS):
+            command = [*compiler, *flags, "-o", str(output), *files]
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=_SECONDS, check=False, stdin=subprocess.DEVNULL
+                )
+            except subprocess.TimeoutExpired:
+                return f"the C compiler {compiler[0]} did not finish in {_SECONDS} s"
+            if done.returncode == 0:
+                return output.replace(folder / f"{sources[0].stem}-{key}-{_digest(output)}.so")
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            problem = problem or (lines[0] if lines else f"exit status {done.returncode}")
+    return f"the C compiler {compiler[0]} failed: {problem}"
 
 
 @functools.lru_cache(maxsize=1)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from auto_round.inference.kernels import IntegerWeight, JoinedKernels, LayerSpec, LinearKernel
+from auto_round.layouts.bit_stream import pack_rows, unpack_rows
 
 _FIELD = {2: 2, 3: 4, 4: 4, 8: 8}
 # Exponent bits of 2**23 in float32. An argument, not a constant: a GPU instruction has one constant operand.
@@ -88,21 +89,15 @@ def form_of(weight: IntegerWeight) -> Form:
 def pack_words(codes: torch.Tensor, form: Form) -> torch.Tensor:
     """uint8 [out, in] to int32 [blocks * width, padded out]. Word r of a block has at position j the code of the
     block's input j * width + r; padding is zero."""
-    whole = codes.new_zeros(form.blocks * form.block, form.padded)
-    whole[: form.in_features, : form.out_features] = codes.T
-    fields = whole.view(form.blocks, form.per, form.width, -1)
-    words = torch.zeros(form.blocks, form.width, form.padded, dtype=torch.int32, device=codes.device)
-    for field in range(form.per):
-        words |= fields[:, field].to(torch.int32) << (field * form.bits)
-    return words.view(-1, form.padded)
+    whole = codes.new_zeros(form.padded, form.blocks, form.per, form.width)
+    whole.view(form.padded, -1)[: form.out_features, : form.in_features] = codes
+    return pack_rows(whole.transpose(2, 3).reshape(form.padded, -1), form.bits).T.contiguous()
 
 
 def unpack_words(words: torch.Tensor, form: Form) -> torch.Tensor:
     """The inverse of `pack_words`."""
-    blocks, mask = words.view(form.blocks, form.width, -1), (1 << form.bits) - 1
-    fields = [((blocks >> (field * form.bits)) & mask).to(torch.uint8) for field in range(form.per)]
-    whole = torch.stack(fields, dim=1).view(form.blocks * form.block, -1)
-    return whole[: form.in_features, : form.out_features].T.contiguous()
+    whole = unpack_rows(words.T, form.bits).view(form.padded, form.blocks, form.width, form.per)
+    return whole.transpose(2, 3).reshape(form.padded, -1)[: form.out_features, : form.in_features].contiguous()
 
 
 class TritonLinear(LinearKernel):
@@ -181,14 +176,6 @@ def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
     return rows, x.dtype
 
 
-class VectorPlan(NamedTuple):
-    """How the vector program is launched."""
-
-    columns: int  # per program
-    warps: int  # per program; each processes one block at a time
-    parts: int  # programs that split the blocks
-
-
 class TilePlan(NamedTuple):
     """How the program of tiles is launched."""
 
@@ -198,8 +185,9 @@ class TilePlan(NamedTuple):
     stages: int  # blocks that are prefetched
 
 
-def vector_plan(blocks: int, padded: int, units: int) -> VectorPlan:
-    """The plan of the vector program for `blocks` blocks and `padded` columns on `units` multiprocessors of 16 warps.
+def vector_plan(blocks: int, padded: int, units: int) -> tuple[int, int, int]:
+    """For `blocks` blocks and `padded` columns on `units` multiprocessors of 16 warps: columns and warps of a vector
+    program, and programs that split the blocks.
 
     32 columns per program are whole lines of 128 bytes; 16 when there would be far fewer programs than `units`. Blocks
     are split among the warps of a program, and then among programs, which needs a second launch to add the parts.
@@ -210,7 +198,7 @@ def vector_plan(blocks: int, padded: int, units: int) -> VectorPlan:
     warps = next((w for w in (16, 8) if programs * w <= units * 16), 4)
     while warps > -(-blocks // parts):
         warps //= 2
-    return VectorPlan(columns, warps, parts)
+    return columns, warps, parts
 
 
 def tile_plans(rows: int, bits: int, dtype: torch.dtype) -> list[TilePlan]:
@@ -332,8 +320,8 @@ def run_vector(x: torch.Tensor, packed: Packed, offsets: torch.Tensor | None = N
     """[rows, out], for at most VECTOR_ROWS rows, or any number of rows sorted by expert."""
     form, rows, device = packed.form, len(x), x.device
     copies = rows if packed.experts else 1
-    plan = vector_plan(form.blocks, form.padded, max(1, _multiprocessors(device) // copies))
-    each, out = _split(x, form, plan.parts)
+    columns, warps, parts = vector_plan(form.blocks, form.padded, max(1, _multiprocessors(device) // copies))
+    each, out = _split(x, form, parts)
     pairs, kind = x, 0
     if x.dtype != torch.float32:  # pairs of half-precision numbers as int32
         pairs = (x.clone() if x.storage_offset() % 2 else x).view(torch.int32)
@@ -341,10 +329,10 @@ def run_vector(x: torch.Tensor, packed: Packed, offsets: torch.Tensor | None = N
     # With this limit two programs of 8 warps fit on an NVIDIA multiprocessor.
     limit = {"maxnreg": 128} if device.type == "cuda" and torch.version.hip is None else {}
     _launch(
-        "matvec", (-(-form.out_features // plan.columns), len(out), copies), device,
-        packed.arguments(pairs, out, offsets, each), plan.warps, **packed.constants(), SLICES=form.slices,
-        MASKED=form.in_features % form.block != 0 or each % plan.warps != 0 or form.blocks % each != 0,
-        ROWS=1 if packed.experts or rows == 1 else 2, WARPS=plan.warps, LANES=128 // plan.columns, COLUMNS=plan.columns,
+        "matvec", (-(-form.out_features // columns), len(out), copies), device,
+        packed.arguments(pairs, out, offsets, each), warps, **packed.constants(), SLICES=form.slices,
+        MASKED=form.in_features % form.block != 0 or each % warps != 0 or form.blocks % each != 0,
+        ROWS=1 if packed.experts or rows == 1 else 2, WARPS=warps, LANES=128 // columns, COLUMNS=columns,
         KIND=kind, **limit,
     )  # fmt: skip
     return _sum_parts(out, x.dtype)

@@ -11,7 +11,7 @@ from integer_weights import int_format
 
 from auto_round.errors import ConfigError, ModelError
 from auto_round.eval.generate import Generation, count_backends, generate
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 from auto_round.inference.convert_model import convert_hf_model, infer_target_device
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 from auto_round.schemes import QuantizationScheme as Scheme
 
 IDS = torch.tensor([[1, 5, 9, 2, 44, 17, 3, 8], [7, 7, 1, 0, 60, 31, 12, 2]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from auto_round.errors import ModelError
 from auto_round.eval.evaluate import load_model
 from auto_round.inference.convert_model import StoredNames, read_names
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.safetensors import StoredTensor
 from auto_round.modeling.tensor_map import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames
@@ -213,5 +212,5 @@ def test_names_without_a_family() -> None:
     names = StoredNames({}, Conversions())
     assert names.config_names("model.layers.0.mlp.up_proj") == ("model.layers.0.mlp.up_proj",)
     assert names.expert_names("model.layers.0.mlp.experts.0") == DEFAULT_EXPERT_NAMES
-    unseen = replace(names, tensors=None, mapping=Conversions.of(get_checkpoint_conversion_mapping("mixtral")))
+    unseen = StoredNames(None, Conversions.of(get_checkpoint_conversion_mapping("mixtral")))
     assert unseen.expert_names("model.layers.0.mlp.experts.0") == W123_LEAVES

@@ -11,7 +11,7 @@ import torch
 
 from auto_round.eval.evaluate import load_model
 from auto_round.inference.kernels import IntegerWeight, JoinedKernels, LayerSpec, LinearKernel
-from auto_round.inference.qlinear import QuantLinear, enable_grouped_experts
+from auto_round.inference.linear import QuantLinear, enable_grouped_experts
 from auto_round.modeling.experts import LinearExperts, unfuse_experts
 from auto_round.schemes import QuantizationScheme as Scheme
 

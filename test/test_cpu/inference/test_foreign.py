@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from auto_round.eval.evaluate import load_model
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 from auto_round.layouts.integers import GPTQ_V1
 from auto_round.schemes import QuantizationScheme as Scheme
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 
 DIRECT = [
     "w4a16-auto_round", "w3a16-auto_round", "w8a16-auto_round", "w2a16-auto_round-group_size64",

@@ -19,7 +19,7 @@ from auto_round.inference import table as backend_table
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.convert_model import convert_hf_model
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 from auto_round.inference.table import BACKENDS, Backend, choose_backends
 from auto_round.layouts.bit_stream import unpack_rows
 from auto_round.modeling.experts import unfuse_experts

@@ -14,7 +14,7 @@ from auto_round.codecs.quantized_layer import IntCodes
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.inference import linear as compute
 from auto_round.inference.config import LayerFormat
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 from auto_round.layouts import integers
 
 

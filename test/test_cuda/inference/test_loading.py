@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from auto_round import AutoRound
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 from auto_round.inference.table import unmet_requirement
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from integer_weights import arrays, int_format, pack_codes
 
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

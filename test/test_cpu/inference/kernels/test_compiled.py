@@ -12,7 +12,8 @@ import pytest
 import torch
 from integer_weights import int_format
 
-from auto_round.inference.kernels import LayerSpec, compiled
+from auto_round.inference.kernels import LayerSpec
+from auto_round.inference.kernels import cpu as compiled
 from auto_round.inference.kernels.cpu import CpuKernel
 from auto_round.inference.kernels.cpu import library as cpu_library
 from auto_round.inference.table import choose_backend

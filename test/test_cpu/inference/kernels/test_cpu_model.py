@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 from auto_round.schemes import QuantizationScheme as Scheme
 
 IDS = torch.tensor([[1, 5, 9, 2, 44, 17, 3, 8], [7, 7, 1, 0, 60, 31, 12, 2]])

@@ -10,7 +10,7 @@ from integer_weights import arrays, int_format, pack_codes
 
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 
 
 class Plain(LinearKernel):

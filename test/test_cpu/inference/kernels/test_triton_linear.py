@@ -17,7 +17,6 @@ from auto_round.inference.kernels.triton_linear import (
     Form,
     TilePlan,
     TritonLinear,
-    VectorPlan,
     form_of,
     pack_words,
     parts_for,
@@ -89,14 +88,14 @@ def test_the_form_follows_groups_padding_and_zero_points() -> None:
 
 def test_plans_keep_a_device_busy() -> None:
     for blocks, padded in ((16, 4096), (16, 1024), (56, 4096), (16, 14336), (4, 512), (1, 32)):
-        plan = vector_plan(blocks, padded, 132)
-        assert 1 <= plan.parts <= max(1, blocks // 4) and plan.warps <= -(-blocks // plan.parts) and plan.warps <= 16
-        programs = padded // plan.columns * plan.parts
-        assert programs >= 132 * 0.75 or plan.parts == max(1, blocks // 4)
-    assert vector_plan(16, 4096, 132) == VectorPlan(32, 16, 1)
-    assert vector_plan(32, 8192, 132) == VectorPlan(32, 8, 1)
-    assert vector_plan(16, 14336, 132) == VectorPlan(32, 4, 1)
-    assert vector_plan(16, 1024, 132) == VectorPlan(16, 8, 2)
+        columns, warps, parts = vector_plan(blocks, padded, 132)
+        assert 1 <= parts <= max(1, blocks // 4) and warps <= -(-blocks // parts) and warps <= 16
+        programs = padded // columns * parts
+        assert programs >= 132 * 0.75 or parts == max(1, blocks // 4)
+    assert vector_plan(16, 4096, 132) == (32, 16, 1)
+    assert vector_plan(32, 8192, 132) == (32, 8, 1)
+    assert vector_plan(16, 14336, 132) == (32, 4, 1)
+    assert vector_plan(16, 1024, 132) == (16, 8, 2)
     assert parts_for(200, 16, 132) == 1 and parts_for(16, 16, 132) == 8 and parts_for(1, 1, 132) == 1
     for rows in (3, 30, 60, 300):
         plans = tile_plans(rows, 4, torch.bfloat16)

@@ -18,7 +18,7 @@ from auto_round.inference.kernels.triton_linear import (
     run_vector,
     triton_experts,
 )
-from auto_round.inference.qlinear import QuantLinear
+from auto_round.inference.linear import QuantLinear
 from auto_round.layouts.integers import GPTQ_V1
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
