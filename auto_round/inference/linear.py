@@ -88,11 +88,9 @@ class PackedLinear(nn.Module):
         scheme = self.format.scheme.activations
         if scheme is None:
             return None
-        scale, zero, above = (self._buffers.get(f"input_{leaf}") for leaf in ("scale", "zero_point", "global_scale"))
-        return ActivationQuantizer(
-            scheme, None if scale is None else scale.float().reshape(()), None if zero is None else int(zero),
-            None if above is None else above.float().reshape(()),
-        )  # fmt: skip
+        scalars = [self._buffers.get(f"input_{leaf}") for leaf in ("scale", "global_scale", "zero_point")]
+        scale, above, zero = (None if scalar is None else scalar.float().reshape(()) for scalar in scalars)
+        return ActivationQuantizer(scheme, scale, None if zero is None else int(zero), above)
 
     @torch.no_grad()
     def prepare(self, name: str = "") -> None:
@@ -179,16 +177,14 @@ class QuantLinear(PackedLinear):
     g_idx: torch.Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, fmt: LayerFormat, *, bias: bool = False, g_idx: bool = False,
-        dtype: torch.dtype = torch.float32, stored: Mapping[str, torch.dtype] | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, out_features, fmt, bias=bias, dtype=dtype, stored=stored, device=device)
+        self, in_features: int, out_features: int, fmt: LayerFormat, *, g_idx: bool = False, **options: Any
+    ) -> None:
+        super().__init__(in_features, out_features, fmt, **options)
         assert isinstance(fmt.layout, GptqLayout)
         self.layout: GptqLayout = fmt.layout
         self.group_size = fmt.columns_per_scale(in_features)
         self.groups = -(-in_features // self.group_size)
-        self.register_buffer("g_idx", self.default_g_idx(device) if g_idx else None)
+        self.register_buffer("g_idx", self.default_g_idx(options.get("device")) if g_idx else None)
         self._in_order = not g_idx
         # "module:Class" of the kernel that the loader chose for this layer, and the kind of device that it runs on.
         self.kernel_path, self.kernel_device = "", ""
@@ -214,11 +210,6 @@ class QuantLinear(PackedLinear):
     def kernel(self) -> LinearKernel | None:
         """The kernel that runs the layer, None for plain PyTorch."""
         return self._kernel[0] if self._kernel else None
-
-    @property
-    def in_order(self) -> bool:
-        """Whether the kernel takes input columns in the layer's order, without a permutation."""
-        return self._order is None
 
     @property
     def is_loaded(self) -> bool:
@@ -340,7 +331,7 @@ class Projection:
         """The projection `usual` of experts, or None when their kernels differ or permute columns."""
         named = enumerate(experts.leaves)
         modules = [getattr(experts.get_submodule(str(index)), getattr(leaves, usual)) for index, leaves in named]
-        layers = [m for m in modules if isinstance(m, QuantLinear) and m.in_order]
+        layers = [m for m in modules if isinstance(m, QuantLinear) and m._order is None]
         kernels = [kernel for layer in layers if (kernel := layer.kernel) is not None]
         alike = {(type(kernel), kernel.spec) for kernel in kernels}
         if len(kernels) < len(modules) or len(alike) != 1 or len({layer.bias is None for layer in layers}) != 1:

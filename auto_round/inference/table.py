@@ -153,12 +153,13 @@ _BITS = (2, 3, 4, 8)
 _ARK = ("auto-round-lib", "torch>=2.8.0")
 _GPTQMODEL = ("gptqmodel>=7.0.0",)
 _OLD = ("auto-gptq", "transformers<5.0.0")
-_KERNELS = "auto_round.inference.kernels"
+_KERNELS = "auto_round.inference.kernels."
+_VENDOR = f"{_KERNELS}vendor:"
+_CPU, _TRITON = f"{_KERNELS}cpu:CpuKernel", f"{_KERNELS}triton_linear:TritonLinear"
+_ARK_KERNEL = _VENDOR + "ArkKernel"
 # `auto-round generate` of SmolLM2-135M at 4 bits on one core; tokens/s: torch 2.1, ark 17.6, auto_round:cpu 22.0.
 _GAIN = "about {} times as many tokens a second as plain PyTorch"
 _CPU_GAIN, _ARK_GAIN = _GAIN.format("ten"), _GAIN.format("eight")
-_ARK_KERNEL = f"{_KERNELS}.vendor:ArkKernel"
-_ADAPTERS = f"{_KERNELS}.gptqmodel_linear"
 _ALL_INT = (*_GPTQ, "awq")
 
 
@@ -171,35 +172,33 @@ def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backe
 # 9 ms (2048 x 2048, bfloat16); 512 rows took 27 s and 37 ms. Its `aten` rows are fast (0.5 ms), but importing it takes
 # 20 s, and `auto_round:cpu_int4` calls the same operation of PyTorch.
 BACKENDS: list[Backend] = [
-    Backend(OWN_CPU, ("cpu",), _BITS, _ALL, 7, _ALL_INT, (COMPILER,),
-            kernel=f"{_KERNELS}.cpu:CpuKernel", gain=_CPU_GAIN),
-    Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=f"{_KERNELS}.vendor:CpuInt4"),
-    Backend("auto_round:cpu_int8", ("cpu",), (8,), _BF16, 1, _GPTQ, kernel=f"{_KERNELS}.vendor:CpuInt8"),
+    Backend(OWN_CPU, ("cpu",), _BITS, _ALL, 7, _ALL_INT, (COMPILER,), kernel=_CPU, gain=_CPU_GAIN),
+    Backend("auto_round:cpu_int4", ("cpu",), (2, 3, 4), _BF16, 1, _ALL_INT, kernel=_VENDOR + "CpuInt4"),
+    Backend("auto_round:cpu_int8", ("cpu",), (8,), _BF16, 1, _GPTQ, kernel=_VENDOR + "CpuInt8"),
     Backend("ark", ("cpu",), (2, 4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL, gain=_ARK_GAIN),
     Backend("ark:awq", ("cpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark", kernel=_ARK_KERNEL, gain=_ARK_GAIN),
     Backend("ark:xpu", ("xpu",), (4, 8), _ALL, 6, _GPTQ, _ARK, group="ark", kernel=_ARK_KERNEL),
     Backend("ark:xpu_awq", ("xpu",), (4,), _ALL, 6, ("awq",), _ARK, group="ark", kernel=_ARK_KERNEL),
-    Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL, kernel=f"{_ADAPTERS}:Marlin"),
+    Backend("marlin", ("cuda",), (4, 8), _HALF, 6, _GPTQ, _GPTQMODEL, kernel=_VENDOR + "Marlin"),
     Backend("gptqmodel:exllamav2", ("cuda",), (4,), _HALF, 5, _GPTQ, _GPTQMODEL,
-            group="exllamav2", kernel=f"{_ADAPTERS}:ExllamaV2"),
+            group="exllamav2", kernel=_VENDOR + "ExllamaV2"),
     Backend("gptq:exllamav2", ("cuda",), (4,), _FP16, 3, _V1, _OLD, group="exllamav2", instead="gptqmodel:exllamav2"),
     Backend("gptq:cuda", ("cuda",), _BITS, _FP16, 1, _V1, _OLD, instead="triton or torch"),
-    Backend("triton", ("xpu", "cuda"), _BITS, _ALL, 2, _ALL_INT, ("triton",),
-            kernel=f"{_KERNELS}.triton_linear:TritonLinear"),
+    Backend("triton", ("xpu", "cuda"), _BITS, _ALL, 2, _ALL_INT, ("triton",), kernel=_TRITON),
     Backend("awq", ("cuda",), (4,), _FP16, 5, ("awq",), ("auto-awq", "transformers<4.57.0"), instead="gptqmodel:awq"),
     Backend("gptqmodel:awq_exllamav2", ("cuda",), (4,), _HALF, 6, ("awq",), _GPTQMODEL,
-            group="gptqmodel:awq", kernel=f"{_ADAPTERS}:AwqExllamaV2"),
-    Backend("gptqmodel:awq_marlin", ("cuda",), (4, 8), _FP16, 5, ("awq",), _GPTQMODEL, kernel=f"{_ADAPTERS}:AwqMarlin"),
-    Backend("gptqmodel:awq_gemm", ("cuda",), (4,), _FP16, 3, ("awq",), _GPTQMODEL, kernel=f"{_ADAPTERS}:AwqGemm"),
+            group="gptqmodel:awq", kernel=_VENDOR + "AwqExllamaV2"),
+    Backend("gptqmodel:awq_marlin", ("cuda",), (4, 8), _FP16, 5, ("awq",), _GPTQMODEL, kernel=_VENDOR + "AwqMarlin"),
+    Backend("gptqmodel:awq_gemm", ("cuda",), (4,), _FP16, 3, ("awq",), _GPTQMODEL, kernel=_VENDOR + "AwqGemm"),
     Backend("gptqmodel:awq_torch", ("cuda", "cpu"), (4,), _FP16, 2, ("awq",), _GPTQMODEL,
-            kernel=f"{_ADAPTERS}:AwqTorch", by_name=True),
+            kernel=_VENDOR + "AwqTorch", by_name=True),
     Backend("gptqmodel:torch", ("cuda", "cpu"), _BITS, _HALF, 0, _GPTQ, _GPTQMODEL,
-            kernel=f"{_ADAPTERS}:Torch", by_name=True),
+            kernel=_VENDOR + "Torch", by_name=True),
     Backend("gptqmodel:torch_aten", ("cpu",), (4,), _BF16, 0, _GPTQ, _GPTQMODEL,
-            group="gptqmodel:aten", kernel=f"{_ADAPTERS}:TorchAten", by_name=True),
+            group="gptqmodel:aten", kernel=_VENDOR + "TorchAten", by_name=True),
     Backend("gptqmodel:awq_torch_aten", ("cpu",), (4,), _BF16, 0, ("awq",), _GPTQMODEL,
-            group="gptqmodel:aten", kernel=f"{_ADAPTERS}:AwqTorchAten", by_name=True),
-    Backend("hpu", ("hpu",), (4,), _BF16, 0, _GPTQ, kernel=f"{_KERNELS}.vendor:HpuLinear"),
+            group="gptqmodel:aten", kernel=_VENDOR + "AwqTorchAten", by_name=True),
+    Backend("hpu", ("hpu",), (4,), _BF16, 0, _GPTQ, kernel=_VENDOR + "HpuLinear"),
     Backend(SCALED_MM, ("cuda",), (8,), _ALL, 4, ("fp8_static",), capability=(8, 9)),
     _torch("torch_zp", _BITS, _V1),
     _torch("torch", _BITS, ("gptq",)),

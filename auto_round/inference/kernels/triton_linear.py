@@ -253,15 +253,6 @@ def tuned(key: tuple[Any, ...], plans: Sequence[TilePlan], run: Callable[[TilePl
     return _TUNED[key]
 
 
-def _timer(device: torch.device) -> Any:
-    """Triton's benchmark function; None in the interpreter and during capture of a CUDA graph."""
-    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return None
-    from triton.testing import do_bench
-
-    return functools.partial(do_bench, warmup=5, rep=20)
-
-
 def _current(device: torch.device) -> Any:
     """A context in which the tensor's device is current: Triton launches on the current device."""
     return contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
@@ -356,7 +347,12 @@ def run_tiles(x: torch.Tensor, packed: Packed, offsets: torch.Tensor | None = No
         )  # fmt: skip
 
     with _current(device):
-        run(tuned((device, x.dtype, form, experts, height, tiles, len(out)), plans, run, _timer(device)))
+        timer: Any = None  # in the interpreter, and while a CUDA graph is captured
+        if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            from triton.testing import do_bench
+
+            timer = functools.partial(do_bench, warmup=5, rep=20)
+        run(tuned((device, x.dtype, form, experts, height, tiles, len(out)), plans, run, timer))
     return _sum_parts(out, x.dtype)
 
 

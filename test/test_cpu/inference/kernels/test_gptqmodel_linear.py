@@ -7,10 +7,10 @@ import torch
 from integer_weights import int_format
 
 from auto_round.errors import UnsupportedError
-from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, gptqmodel_linear, kernel_class
+from auto_round.inference.kernels import IntegerWeight, LayerSpec, LinearKernel, kernel_class, vendor
 from auto_round.inference.table import BACKENDS, choose_backend, requested_rows, unmet_requirement
 
-ROWS = [b for b in BACKENDS if b.kernel.startswith(gptqmodel_linear.__name__)]
+ROWS = [b for b in BACKENDS if b.kernel and b.requirements == ("gptqmodel>=7.0.0",)]
 here = pytest.mark.skipif(unmet_requirement("gptqmodel>=7.0.0") is not None, reason="needs gptqmodel 7 or newer")
 
 
@@ -56,7 +56,7 @@ def test_what_the_values_forbid() -> None:
     zeros[3, 1] = 7
     weight = IntegerWeight(torch.zeros(128, 256, dtype=torch.uint8), torch.ones(128, 4).half(), zeros, spec())
     with pytest.raises(UnsupportedError, match="says symmetric, but some zero points are not"):
-        gptqmodel_linear.Torch(weight)
+        vendor.Torch(weight)
 
 
 @here
@@ -67,8 +67,8 @@ def test_one_scale_a_row(bits: int) -> None:
     zeros = torch.randint(0, 1 << bits, (128, 1), generator=gen, dtype=torch.uint8)
     scales = (torch.rand(128, 1, generator=gen) + 0.1).half()
     sizes = spec(bits, 768, False, inputs=768)
-    assert gptqmodel_linear.Torch.unsupported_reason(sizes) is None
-    kernel = gptqmodel_linear.Torch(IntegerWeight(codes, scales, zeros, sizes)).train()
+    assert vendor.Torch.unsupported_reason(sizes) is None
+    kernel = vendor.Torch(IntegerWeight(codes, scales, zeros, sizes)).train()
     x = torch.randn(3, 2, 768, generator=gen)
     want = x.double() @ (scales.double() * (codes.double() - zeros.double())).T
     y = kernel(x)

@@ -10,7 +10,7 @@ from integer_weights import int_format
 
 from auto_round.errors import UnsupportedError
 from auto_round.inference.kernels import IntegerWeight, LayerSpec
-from auto_round.inference.kernels.vendor import HpuLinear, hpu_operands
+from auto_round.inference.kernels.vendor import HpuLinear
 from auto_round.inference.table import choose_backend
 
 SPEC = LayerSpec(4, 32, False, 64, 16, torch.bfloat16, "hpu")
@@ -25,7 +25,7 @@ def weight() -> IntegerWeight:
 
 def test_operands_by_hand() -> None:
     given = weight()
-    got = hpu_operands(given)
+    got = dict(HpuLinear(given).named_buffers())
     assert got["words"].shape == (64, 2) and got["zeros"].shape == (2, 2) and got["scales"].shape == (2, 16)
     for row in (0, 5, 63):
         for word in (0, 1):
