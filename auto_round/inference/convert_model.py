@@ -32,9 +32,9 @@ from auto_round.layouts.integers import GptqLayout
 from auto_round.logger import ensure_logging, logger
 from auto_round.modeling.attention import find_attention
 from auto_round.modeling.blocks import find_blocks, linear_names, weight_2d
-from auto_round.modeling.tensor_map import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames, conversions_of
 from auto_round.modeling.experts import LinearExperts, is_fused_experts, unfuse_experts
 from auto_round.modeling.files.safetensors import StoredTensor, TensorFiles
+from auto_round.modeling.tensor_map import DEFAULT_EXPERT_NAMES, Conversions, ExpertLayerNames, conversions_of
 from auto_round.plugins import load_plugins
 
 _EXPERT = re.compile(r"^(?P<experts>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<leaf>[^.]+)")
