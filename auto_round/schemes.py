@@ -187,6 +187,11 @@ class QuantizationScheme(SchemeFields, Mapping[str, Any]):
         return self.act_bits is not None and self.act_bits < 16
 
     @property
+    def calibrated(self) -> bool:
+        """Whether calibration data determines a static scale of the inputs."""
+        return self.activations is not None and self.activations.calibrated
+
+    @property
     def activations(self) -> ActivationScheme | None:
         """How activations are quantized, with defaults filled in, or None when they are not."""
         if self.act_bits is None or self.act_bits >= 16:

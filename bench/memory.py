@@ -53,12 +53,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # model, format, keywords
     "W4A16 tuned, head too": (
         "words", "auto_round", {"scheme": "W4A16", **TUNED, **SHORT, "quant_lm_head": True}),
     "W4A16 tuned, mixture": ("moe", "auto_round", {"scheme": "W4A16", **TUNED, **SHORT}),
-    "W4A16 tuned, mixture, experts alone": (
-        "moe", "auto_round", {"scheme": "W4A16", **TUNED, **SHORT, "max_memory": 1}),
-    "W4A16 tuned, mixture, experts alone, long samples": (
-        "moe", "auto_round", {"scheme": "W4A16", **TUNED, **LONG, "max_memory": 1}),
-    "W4A16 tuned, mixture, experts alone, long samples, spilled": (
-        "moe", "auto_round", {"scheme": "W4A16", **TUNED, **LONG, "max_memory": 2}),
+    "W4A16 GPTQ, mixture, experts alone": ("moe", "auto_round", {"scheme": "W4A16", **TUNED, **SHORT, "max_memory": 1}),
 }  # fmt: skip
 
 CHILD = """

@@ -1,4 +1,4 @@
-"""Tuning experts one at a time against rounding and against tuning whole blocks, on a mixture that is trained here.
+"""GPTQ with experts one at a time against rounding and tuning whole blocks, on a mixture that is trained here.
 
     python bench/mixture_quality.py calib.txt eval_wiki.txt DIR [--save FILE]
 
@@ -59,12 +59,12 @@ def train(file: Path, steps: int, folder: Path) -> None:
 
 
 def ways(folder: Path, given: dict[str, Any]) -> Iterator[tuple[str, AutoRound]]:
-    """Named tuners; the limit that experts are tuned alone under is the largest that their block does not keep."""
+    """Named tuners; the limit under which GPTQ replaces tuning is the largest that a tuned block does not keep."""
     yield "rounding", AutoRound(str(folder), **{**given, "iters": 0})
     alone = whole = AutoRound(str(folder), **given)
-    while not alone.plan().memory_plan.streams_experts:
+    while not alone.plan().fallback:
         alone = AutoRound(str(folder), **given, max_memory=alone.plan().peak_ram - 1)
-    yield "experts one at a time", alone
+    yield "GPTQ, experts one at a time", alone
     yield "whole blocks", whole
 
 

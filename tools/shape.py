@@ -45,8 +45,7 @@ MODE_NAMES = re.compile(
 )
 MODE_OPTIONAL = re.compile(r"^(journal|experts|buffers|source\.folder)$")  # compared with None
 MODE_CLASSES = ("CheckpointSource", "LiveSource", "FolderWriter", "MemoryWriter", "GgufFileWriter", "MetaModel",
-                "ModelFree", "NoJournal", "RunJournal", "ExpertLayers", "ExpertStreamer", "RoundedExperts",
-                "PerExpertTuner")  # fmt: skip
+                "ModelFree", "NoJournal", "RunJournal", "ExpertLayers", "ExpertStreamer", "RoundedExperts")  # fmt: skip
 
 
 @dataclass(frozen=True)

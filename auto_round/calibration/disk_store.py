@@ -23,22 +23,22 @@ _CHUNK_BYTES = 1 << 26
 
 
 class DiskStore:
-    """One growing temporary file in `folder` for `what`. It has no name once it is open, so it ends with the process.
+    """One growing temporary file of activations in `folder`, without a name once it is open: it ends with the process.
 
-    A tensor keeps its place until the store is closed or cleared. Raises OutputError when the folder cannot be written
+    A tensor keeps its place until the store is closed. Raises OutputError when the folder cannot be written
     or its disk is full.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], what: str = "activations") -> None:
-        self.folder, self.what = Path(folder), what
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
         self.size = 0
         self._lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = tempfile.TemporaryFile(dir=self.folder, prefix=f"{what}-", buffering=0)
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=self.folder, prefix="activations-", buffering=0)
         except OSError as error:
             raise OutputError(
-                f"{what} cannot be stored in {self.folder} ({error.strerror}); set AR_WORK_SPACE to a folder that "
+                f"activations cannot be stored in {self.folder} ({error.strerror}); set AR_WORK_SPACE to a folder that "
                 "can be written, or give a larger max_memory"
             ) from error
 
@@ -63,7 +63,7 @@ class DiskStore:
                     done += self._file.write(data[done : done + _CHUNK_BYTES])
         except OSError as error:
             raise OutputError(
-                f"{self.what} cannot be written to {self.folder} ({error.strerror}): {self.size / 1e9:.2f} GB are "
+                f"activations cannot be written to {self.folder} ({error.strerror}): {self.size / 1e9:.2f} GB are "
                 "needed there; free some space, set AR_WORK_SPACE to a folder on another disk, or lower nsamples or "
                 "seqlen"
             ) from error
@@ -75,12 +75,8 @@ class DiskStore:
             while done < len(into):
                 count = self._file.readinto(into[done : done + _CHUNK_BYTES])  # type: ignore[attr-defined]
                 if not count:
-                    raise OutputError(f"the file of {self.what} in {self.folder} ended early; run again")
+                    raise OutputError(f"the file of activations in {self.folder} ended early; run again")
                 done += count
-
-    def clear(self) -> None:
-        """Discard every tensor; their space is reused."""
-        self.size = 0
 
     def __enter__(self) -> DiskStore:
         return self

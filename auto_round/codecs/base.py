@@ -7,7 +7,7 @@ Nobody asks which kind of codes a scheme has; the codec answers what follows fro
 | quantizers | `start`, `encode`, `quantize`: scales, codes on them, and both at once |
 | error feedback, coordinate descent | `uses_feedback`, `grid`, `with_codes`, `head_searches` |
 | tuning | `tuned`, `tunable`, `tunes_scales`: which parameters are learned, and what they take |
-| the planner | `problem`, `label`, `stored_bytes`, `rows_independent`, `has_global_scale`, `input_scale_dtype` |
+| the planner | `problem`, `label`, `rows_independent`, `has_global_scale`, `input_scale_dtype` |
 | formats, loaders | `family`, the key of their tables; `symmetric_only`, `element`, `has_global_scale`, `codes` |
 
 Families: `int`, the small floats `mx_fp`, `mx_int`, `nv_fp`, `fp` and `float` (a plugin's), `ggml`, `function` (a data
@@ -177,10 +177,6 @@ class Codec(ABC):
     def tunable(self, starts: Sequence[Any]) -> TunableGrid:
         """The learned scales of layers of this codec, stacked, from their `start`. Only where `tuned` is not None."""
         raise self._no_codes()
-
-    @abstractmethod
-    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """(bits of a code, bytes of all scales and zero points) of a layer."""
 
 
 CodecFactory = Callable[[Scheme], Codec]

@@ -15,7 +15,7 @@ from auto_round.codecs.ggml.search import search_blocks
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, assign_codes, divisor_of, ggml_type_of
 from auto_round.codecs.int import QuantParams, concat_qparams, integer_qparams, round_groups, stored_codes, to_codes
 from auto_round.codecs.minifloat import block_shape
-from auto_round.codecs.quantized_layer import DenseWeight, FloatCodes, IntCodes, group_count
+from auto_round.codecs.quantized_layer import DenseWeight, FloatCodes, IntCodes
 from auto_round.codecs.registry import clamp_to_float16, get_quant_func, reshape_pad_tensor_by_group_size
 from auto_round.codecs.search import search_qparams, search_scales
 from auto_round.codecs.tunable import FloatGrid, FloatStart, GgmlGrid, IntGrid
@@ -126,10 +126,6 @@ class IntCodec(Codec):
         size = self.group_size if self.group_size > 0 else in_features
         return TunedParameters(size, 3 if self.scheme.sym else 4, snapshot=1)
 
-    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
-        groups = out_features * group_count(in_features, self.group_size)
-        return self.scheme.bits, groups * (4 + (0 if self.scheme.sym else 1))
-
     def groups(self, weight: torch.Tensor) -> torch.Tensor:
         """[out, in] as [out, groups, group_size], zero-padded; per tensor as [1, 1, out * in]."""
         groups, _ = reshape_pad_tensor_by_group_size(weight, self.group_size)
@@ -200,11 +196,6 @@ class FloatCodec(Codec):
         size = self.scheme.group_size
         return TunedParameters(size if isinstance(size, int) and size > 0 else in_features, 3, snapshot=4)
 
-    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
-        size = self.scheme.group_size
-        columns = size[1] if isinstance(size, tuple) else size
-        return self.scheme.bits, 4 * out_features * group_count(in_features, columns)
-
 
 class GgmlCodec(Codec):
     """A ggml block type: `start` is blocks whose codes do not count. Scales are float16, so weights beyond are cut."""
@@ -252,10 +243,6 @@ class GgmlCodec(Codec):
     def tuned(self, in_features: int) -> TunedParameters:
         return TunedParameters(self.kind.group, 4, snapshot=4)
 
-    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
-        integers = 2 * in_features // self.kind.group  # scales and minima, a byte each
-        return self.kind.bits, out_features * (integers + 4 * in_features // self.kind.block)
-
 
 class FunctionCodec(Codec):
     """A data type that is a registered function from weights to dequantized weights, without codes."""
@@ -293,9 +280,6 @@ class FunctionCodec(Codec):
 
     def tuned(self, in_features: int) -> None:
         return None
-
-    def stored_bytes(self, out_features: int, in_features: int) -> tuple[int, int]:
-        return 16, 0
 
 
 class IntBlocksCodec(FunctionCodec):

@@ -1,4 +1,4 @@
-"""Helpers for the layers of the current block: swap weights, cast dtypes, fix input and shared scales."""
+"""Layers of the current block: their tasks, weights and dtypes, input scales and shared scales."""
 
 from __future__ import annotations
 
@@ -20,30 +20,37 @@ from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.inference.linear import PackedLinear
 from auto_round.modeling.blocks import set_weight_2d, weight_2d
 from auto_round.modeling.layer_rules import fused_groups, is_routed_expert
+from auto_round.modeling.source import ModelSource
+from auto_round.run.plan import LayerPlan
 from auto_round.schemes import QuantizationScheme
 
 
-def install_dequantized(task: LayerTask, layer: QuantizedLayer) -> None:
-    """Replace a module's weight by the dequantized weight of its layer."""
-    weight = layer.dequantize(torch.float32).to(task.weight.device)
-    if not _fill_freed_weight(task, weight):
-        set_weight_2d(task.module, weight)
+def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
+    """The task of a linear layer, with the source's own weight and bias."""
+    module = source.model.get_submodule(plan.name)
+    weight = weight_2d(module)
+    return with_loaded_weights(
+        LayerTask(plan.name, module, weight, plan.scheme, transposed=plan.transposed, ggml=plan.ggml)
+    )
 
 
-def restore_weight(task: LayerTask) -> None:
-    """Restore the original weight of an unquantized layer if `free_cast_copies` freed it."""
-    _fill_freed_weight(task, task.weight)
+def with_loaded_weights(task: LayerTask) -> LayerTask:
+    """The task with the weight [out, in] and bias that its module has now."""
+    bias = getattr(task.module, "bias", None)
+    return replace(task, weight=weight_2d(task.module).detach(), bias=None if bias is None else bias.detach())
 
 
-def _fill_freed_weight(task: LayerTask, weight: torch.Tensor) -> bool:
-    """Set the weight of a module to `weight` [out, in] if it was freed. Returns whether it was."""
+def install_weight(task: LayerTask, layer: QuantizedLayer | None) -> None:
+    """Replace a module's weight by the dequantized one of its layer. Without a layer, restore it if `free_cast_copies`
+    freed it."""
     freed = task.module.weight
     assert isinstance(freed, torch.nn.Parameter)
-    if freed.numel() > 0:
-        return False
-    cast = weight.to(freed.dtype)
-    task.module.weight = torch.nn.Parameter(cast.t() if task.transposed else cast, requires_grad=False)
-    return True
+    weight = task.weight if layer is None else layer.dequantize().to(task.weight.device)
+    if freed.numel() == 0:
+        cast = weight.to(freed.dtype)
+        task.module.weight = torch.nn.Parameter(cast.t() if task.transposed else cast, requires_grad=False)
+    elif layer is not None:
+        set_weight_2d(task.module, weight)
 
 
 def free_cast_copies(tasks: Sequence[LayerTask]) -> None:
@@ -54,23 +61,14 @@ def free_cast_copies(tasks: Sequence[LayerTask]) -> None:
             task.module.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
 
 
-def with_loaded_weights(task: LayerTask) -> LayerTask:
-    """The task of a layer that was not in memory when the task was created, with its loaded weight and bias."""
-    bias = getattr(task.module, "bias", None)
-    weight = weight_2d(task.module).detach()
-    return replace(task, weight=weight, bias=None if bias is None else bias.detach())
-
-
 @contextmanager
 def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dtype) -> Iterator[None]:
     """Temporarily cast a module from the model's dtype to `dtype`; the original tensors are restored on exit.
 
     Tensors in another dtype (a router's bias in float32) and packed layers are left unchanged.
     """
-    before = []
-    for owner in module.modules():
-        if isinstance(owner, PackedLinear):
-            continue
+    before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    for owner in (part for part in module.modules() if not isinstance(part, PackedLinear)):
         stores: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
         for store in stores:
             for leaf, tensor in store.items():
@@ -84,11 +82,6 @@ def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dty
     finally:
         for store, leaf, tensor in before:
             store[leaf] = tensor
-
-
-def is_calibrated(scheme: QuantizationScheme) -> bool:
-    """Whether calibration data determines a static scale of the inputs."""
-    return scheme.activations is not None and scheme.activations.calibrated
 
 
 def activation_of(

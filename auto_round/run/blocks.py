@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,8 @@ from auto_round.calibration.observers import InputHessian, MinMaxObserver, Secon
 from auto_round.codecs.activation import quantized_inputs
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import NumericsError
-from auto_round.modeling.blocks import weight_2d
+from auto_round.modeling.attention import find_attention
+from auto_round.modeling.partial_loading import BlockLoader, ExpertStreamer, block_loader, expert_of
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import HeapTrimmer
 from auto_round.report.progress import Progress
@@ -25,11 +28,12 @@ from auto_round.run.block_layers import (
     activation_of,
     free_cast_copies,
     in_dtype,
-    is_calibrated,
+    install_weight,
+    layer_task,
     share_global_scales,
     share_input_ranges,
+    with_loaded_weights,
 )
-from auto_round.run.experts import WholeBlock
 from auto_round.run.journal_files import Unit
 from auto_round.run.numerics import NumericsPolicy
 from auto_round.run.plan import Job, LayerPlan
@@ -41,8 +45,9 @@ if TYPE_CHECKING:
     from auto_round.run.journal import Journal
 
 
+# Largest relative change of a block's output by a transform: rounding of edited half-precision weights stays below.
 _MAX_TRANSFORM_ERROR = 0.02
-"""Largest relative change of a block's output by a transform: rounding of edited half-precision weights stays below."""
+Layers = Mapping[str, QuantizedLayer]
 
 
 @dataclass
@@ -50,15 +55,10 @@ class RunState:
     """A run while its units are quantized: what all units share, the hidden states between blocks, and the results.
 
     Attributes:
-        job, settings, source: of the run.
         outputs: writers that receive the results.
-        quantizer: quantizes the layers of a block.
         dtype: of the matrix products.
-        numerics: the policy for NaN and Inf, and what it did.
-        open_block: returns a block by name: how it is loaded and quantized.
         transforms: rewrite each block in an equivalent form before it is quantized.
         importance: given importance by layer, instead of second moments of the calibration data.
-        journal: finished units, and where further ones are recorded.
         full: calibration samples in full precision; None when no data is needed, or once it is not finite.
         quantized: the same samples after the quantized blocks; None while one stream is enough.
         smoke: a few tokens after the quantized blocks, to verify the saved model; None without.
@@ -78,7 +78,6 @@ class RunState:
     quantizer: BlockQuantizer
     dtype: torch.dtype
     numerics: NumericsPolicy
-    open_block: Callable[[str], WholeBlock]
     journal: Journal
     transforms: Sequence[BlockTransform] = ()
     importance: Mapping[str, torch.Tensor] | None = None
@@ -117,6 +116,117 @@ class RunState:
         self.unreached += unit.unreached
         self.nearest |= unit.nearest
 
+    def restore_unit(self, index: int) -> Unit:
+        """Add the results of a finished unit of an interrupted run."""
+        unit = self.journal.restored[index]
+        self.numerics.restore_from(unit.numerics)
+        self.add(unit)
+        return unit
+
+
+class WholeBlock:
+    """One block of a run that is in memory as a whole while it is quantized.
+
+    Attributes:
+        layers: the quantized layers by name, once they are installed.
+    """
+
+    def __init__(self, loader: BlockLoader, quantizer: BlockQuantizer, numerics: NumericsPolicy) -> None:
+        self.loader, self.quantizer, self.numerics = loader, quantizer, numerics
+        self.name, self.module = loader.block, loader.module
+        self.layers: Layers = {}
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        return self.quantizer.quantize_block(task)
+
+    def fall_back(self, tasks: Sequence[LayerTask], error: NumericsError) -> BlockResult:
+        """What the policy for NaN and Inf makes of the block after `error`, which is raised if that is not allowed."""
+        return self.numerics.fall_back(self.name, tasks, error)
+
+    def install(self, tasks: Sequence[LayerTask], result: BlockResult) -> list[LayerTask]:
+        """Install dequantized weights and restore those of unquantized layers. Returns the tasks of quantized ones."""
+        self.layers = layers = {layer.name: layer for layer in result.layers}
+        for task in tasks:
+            layer = layers.get(task.name)
+            if layer is not None:
+                self.numerics.count(task, layer)
+            install_weight(task, layer)
+        return [task for task in tasks if task.name in layers]
+
+    def running(self) -> AbstractContextManager[None]:
+        """While the context is open, the block can be called; with its quantized weights once they are installed."""
+        return self.loader.running()
+
+
+class RoundedExperts(WholeBlock):
+    """A block whose experts do not fit into memory together. The codes of one expert depend on it alone, so they are
+    computed again whenever they are needed: for the smoke sample's tokens and for each format that is written.
+    `quantize_block` installs the weights of the other layers."""
+
+    _dense: Callable[[str], Mapping[str, torch.Tensor]] | None = None
+
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        others = [layer for layer in task.layers if not layer.weight.is_meta]
+        super().install(others, self.quantizer.quantize_block(replace(task, layers=others)))
+        # Not a method: a cycle of references would keep the block's weights in memory.
+        make = partial(_round_expert, self.loader, self.quantizer, task)
+        layers = ExpertLayers([layer.name for layer in task.layers], self.layers, make)
+        self.layers, self._dense = layers, layers.dense
+        return BlockResult()
+
+    def fall_back(self, tasks: Sequence[LayerTask], error: NumericsError) -> BlockResult:
+        raise error
+
+    def install(self, tasks: Sequence[LayerTask], result: BlockResult) -> list[LayerTask]:
+        return list(tasks)
+
+    def running(self) -> AbstractContextManager[None]:
+        return self.loader.running(self._dense)
+
+
+def _round_expert(loader: BlockLoader, quantizer: BlockQuantizer, task: BlockTask, expert: str) -> Layers:
+    """Load one expert and quantize its layers."""
+    loader.source.load(expert, loader.device)
+    try:
+        own = [with_loaded_weights(layer) for layer in task.layers if expert_of(layer.name) == expert]
+        share_global_scales(own)
+        result = quantizer.quantize_block(replace(task, layers=own))
+    finally:
+        loader.source.release(expert)
+    return {layer.name: layer for layer in result.layers}
+
+
+class ExpertLayers(Mapping[str, QuantizedLayer]):
+    """Layers of a block by name, in the order of `names`: those of one expert are made by `make` on access, the others
+    are `held` in memory."""
+
+    def __init__(self, names: Sequence[str], held: Layers, make: Callable[[str], Layers]) -> None:
+        self._names, self._held, self._make = names, held, make
+        self._last: tuple[str, Layers] = ("", {})
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> QuantizedLayer:
+        return self._held[name] if name in self._held else self._of(expert_of(name) or name)[name]
+
+    def dense(self, expert: str) -> dict[str, torch.Tensor]:
+        """Dequantized weights of one expert, float32 [out, in], by layer name."""
+        return {name: layer.dequantize() for name, layer in self._of(expert).items()}
+
+    def _of(self, expert: str) -> Layers:
+        if self._last[0] != expert:
+            self._last = ("", {})  # free the expert before
+            self._last = expert, self._make(expert)
+        return self._last[1]
+
+
+# How a block is quantized, by how it is loaded.
+_BLOCKS: dict[type[BlockLoader], type[WholeBlock]] = {BlockLoader: WholeBlock, ExpertStreamer: RoundedExperts}
+
 
 def quantize_blocks(state: RunState, progress: Progress) -> None:
     """Quantize every block in order and write it to `state.outputs`; finished blocks are restored from the journal.
@@ -124,67 +234,57 @@ def quantize_blocks(state: RunState, progress: Progress) -> None:
     Raises:
         NumericsError: NaN or Inf in weights, activations, scales or loss that `state.numerics` does not handle.
     """
-    source, blocks = state.source, state.source.blocks
-    finished = min(state.journal.finished, len(blocks))
+    source, blocks, journal = state.source, state.source.blocks, state.journal
+    finished = min(journal.finished, len(blocks))
     progress.start(len(blocks), finished)
     for index in range(finished):
-        source.apply_edits(restore_unit(state, index).edits)
+        source.apply_edits(state.restore_unit(index).edits)
     if state.numerics.lost is not None:
         state.full = state.quantized = None
     elif state.numerics.diverged:
         state.quantized = None
     for kind, stream in state.streams().items():
-        if 0 < state.journal.finished <= len(blocks):
-            stream.restore_from(kind, finished, state.journal)
-        stream.before_offload = lambda: state.journal.wait_until_written("full", "quantized", "smoke_sample")
+        if 0 < journal.finished <= len(blocks):
+            stream.restore_from(kind, finished, journal)
+        stream.before_offload = lambda: journal.wait_until_written("full", "quantized", "smoke_sample")
     for index, name in list(enumerate(blocks))[finished:]:
         unit, layers, weights = _quantize_block(index, name, state)
         state.add(unit)
         for kind, stream in state.streams().items():
-            state.journal.submit_streams(stream.saved(kind, index + 1))
+            journal.submit_streams(stream.saved(kind, index + 1))
         write_unit(source, name, layers, unit.scales, state.outputs)
-        state.journal.add(name, unit, weights)
+        journal.add(name, unit, weights)
         source.release(name)
         progress.block(name, unit.records[0].loss_before, unit.records[0].loss_after)
         del layers  # free them before the next block is loaded
         state.freed.trim_if_grown()
 
 
-def restore_unit(state: RunState, index: int) -> Unit:
-    """Add the results of a finished unit of an interrupted run to `state`."""
-    unit = state.journal.restored[index]
-    state.numerics.restore_from(unit.numerics)
-    state.add(unit)
-    return unit
-
-
-def _quantize_block(index: int, name: str, state: RunState) -> tuple[Unit, Mapping[str, QuantizedLayer], int]:
+def _quantize_block(index: int, name: str, state: RunState) -> tuple[Unit, Layers, int]:
     """Quantize one block, and run the samples through it. Returns (its results, its layers, a checksum of its original
     weights)."""
     started = time.monotonic()
-    source, numerics = state.source, state.numerics
-    unit = Unit()
-    block = state.open_block(name)
-    module = block.loader.load()
-    weights = state.journal.checksum(source, name)
+    source, numerics, journal, unit = state.source, state.numerics, state.journal, Unit()
+    loader = block_loader(source, name, state.device, state.dtype, state.job.memory_plan.streams_experts)
+    block = _BLOCKS[type(loader)](loader, state.quantizer, numerics)
+    module = loader.load()
+    weights = journal.checksum(source, name)
     planned = [plan for layer, plan in state.job.quantized().items() if layer.startswith(f"{name}.")]
     for transform in state.transforms:
         _transform_block(transform, index, block, planned, state, unit)
     tasks = [layer_task(source, plan) for plan in planned]
     # The journal's thread reads hidden states, which are changed in place: "full" from here on, the others after the
     # block is quantized.
-    state.journal.wait_until_written("full")
+    journal.wait_until_written("full")
     with in_dtype(module, source.dtype, state.dtype):
         try:
             result = _quantize_layers(index, block, tasks, state, unit)
         except NumericsError as error:
-            if not block.recovers:
-                raise
-            result = numerics.fall_back(name, tasks, error)
+            result = block.fall_back(tasks, error)
             if state.full is not None and first_non_finite(state.full.hidden) is not None:
                 numerics.lost = name
         tasks = block.install(tasks, result)
-        state.journal.wait_until_written("quantized", "smoke_sample")
+        journal.wait_until_written("quantized", "smoke_sample")
         steps = {task.module: task.activation for task in tasks if task.activation is not None}
         with quantized_inputs(steps), block.running():
             for stream in (state.quantized, state.smoke):
@@ -207,7 +307,7 @@ def _transform_block(
 
     Raises NumericsError when the block's output on a calibration sample differs afterwards.
     """
-    source, full, name, module = state.source, state.full, block.loader.block, block.loader.module
+    source, full, name, module = state.source, state.full, block.name, block.module
     schemes = {plan.name.removeprefix(f"{name}."): plan.scheme for plan in planned}
     reference = None
     with in_dtype(module, source.dtype, state.dtype), block.running():
@@ -237,26 +337,26 @@ def _quantize_layers(
     index: int, block: WholeBlock, tasks: list[LayerTask], state: RunState, unit: Unit
 ) -> BlockResult:  # fmt: skip
     """Run the block in full precision if there is calibration data, then quantize its layers."""
-    name, module, full = block.loader.block, block.loader.module, state.full
+    name, full = block.name, state.full
     if full is None and state.numerics.lost is not None:
         reason = f"no finite calibration data since block {state.numerics.lost}"
         return state.numerics.without_data(name, tasks, reason)
-    inner = {task.name: task.name.removeprefix(f"{name}.") for task in tasks}
     extremes, inputs = MinMaxObserver(), None
     if full is not None:
         inputs = full.hidden
         extremes = _observe(index, block, tasks, full, state, unit)
-    if state.importance is not None:
-        for layer in tasks:
-            given = state.importance.get(layer.name)
-            layer.importance = None if given is None else given.to(state.device)
     share_global_scales([layer for layer in tasks if not layer.weight.is_meta])
     for layer in tasks:
-        layer.activation = activation_of(layer.scheme, inner[layer.name], extremes, state.source.dtype)
+        if state.importance is not None:
+            given = state.importance.get(layer.name)
+            layer.importance = None if given is None else given.to(state.device)
+        layer.activation = activation_of(
+            layer.scheme, layer.name.removeprefix(f"{name}."), extremes, state.source.dtype
+        )  # fmt: skip
     if not tasks:
         return BlockResult()
-    run = _no_data if state.inputs is None else state.inputs.runner(index, module)
-    task = BlockTask(name, module, tasks, run, state.dtype, state.settings.seed + index)
+    run = _no_data if state.inputs is None else state.inputs.runner(index, block.module)
+    task = BlockTask(name, block.module, tasks, run, state.dtype, state.settings.seed + index)
     free_cast_copies(tasks)
     state.freed.trim_if_grown()
     if full is not None and state.quantizer.needs_targets:
@@ -272,21 +372,19 @@ def _observe(
 
     Returns the ranges of the inputs with static scales, by layer name inside the block.
     """
-    name, module, gptq = block.loader.block, block.loader.module, state.settings.gptq
+    name, module, gptq, cache = block.name, block.module, state.settings.gptq, state.job.cache
     inner = {task.name: task.name.removeprefix(f"{name}.") for task in tasks}
-    saves, cache = state.settings.save_imatrix is not None, state.job.cache
+    saves = state.settings.save_imatrix is not None
     hessians = gptq is not None or (state.quantizer.needs_importance and state.importance is None)
     wanted = list(inner.values()) if hessians or saves else []
-    paired = [inner[task.name] for task in tasks if hessians and block.needs_hessian(task)]
-    calibrated = {inner[task.name]: task.scheme for task in tasks if is_calibrated(task.scheme)}
-    attentions = cache.attentions(module) if cache is not None else []
+    paired = [inner[task.name] for task in tasks if hessians and state.quantizer.needs_hessian(task)]
+    calibrated = {inner[task.name]: task.scheme for task in tasks if task.scheme.calibrated}
     with (
         block.running(),
-        block.recording(full, hessians),
         SecondMomentObserver().observing(module, wanted) as moments,
         InputHessian(passes=-(-full.hidden.shape[0] // full.batch)).observing(module, paired) as input_hessians,
         MinMaxObserver().observing(module, calibrated) as extremes,
-        observe_kv_cache(attentions, cache is not None and cache.queries) as cached,
+        observe_kv_cache(find_attention(module) if cache.scheme else [], cache.queries) as cached,
     ):
         # The block's inputs are needed again only if it is tuned on them.
         in_place = state.quantized is not None or not state.quantizer.needs_targets
@@ -295,8 +393,7 @@ def _observe(
     full.advance_to(targets)
     check_activations(name, targets)
     state.journal.submit_streams({"full": targets})
-    if cache is not None:
-        unit.scales = cache.scales(name, cached)
+    unit.scales = cache.scales(name, cached)
     moments.check()
     unit.unreached = [f"{name}.{layer}" for layer in wanted if not moments.tokens[layer]]
     for task in tasks:
@@ -335,27 +432,21 @@ def _no_data(hidden: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
     raise LookupError("this quantizer has no calibration data to run")
 
 
-def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
-    """The task of a loaded linear layer, with the source's own weight and bias."""
-    module = source.model.get_submodule(plan.name)
-    bias = getattr(module, "bias", None)
-    return LayerTask(
-        plan.name, module, weight_2d(module).detach(), plan.scheme,
-        bias=None if bias is None else bias.detach(), transposed=plan.transposed, ggml=plan.ggml,
-    )  # fmt: skip
-
-
 def write_unit(
-    source: ModelSource, block: str, layers: Mapping[str, QuantizedLayer], scales: Mapping[str, torch.Tensor],
+    source: ModelSource, block: str | None, layers: Layers, scales: Mapping[str, torch.Tensor],
     outputs: Sequence[OutputWriter],
 ) -> None:  # fmt: skip
-    """Write a block: its quantized layers, its other tensors, its static scales."""
+    """Write the quantized layers, other tensors and static scales of a block, or of everything outside the blocks
+    (None). There a tied alias is written too if the tensor it is tied to was quantized."""
     replaced = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
-    tied = source.tied()
-    names = [name for name in source.tensor_names() if name.startswith(f"{block}.")]
-    rest = [name for name in names if name not in replaced and name not in tied]
+    outside, tied = block is None, source.tied()
+    inside = tuple(f"{name}." for name in (source.blocks if block is None else [block]))
+    names = [name for name in source.tensor_names() if name.startswith(inside) != outside and name not in replaced]
+    rest = [name for name in names if name not in tied or (outside and tied[name] in replaced)]
     for output in outputs:
         for layer in layers.values():
             output.layer(layer)
         output.tensors(rest, source)
         output.scales(scales)
+        if outside:
+            output.spare()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,23 +30,16 @@ from auto_round.logger import logger
 from auto_round.modeling.config import largest, smallest
 from auto_round.modeling.files.folder import side_files
 from auto_round.modeling.source import ModelSource
-from auto_round.output.folders import (
-    check_disk,
-    check_file,
-    ensure_output_folder,
-    explain_write_errors,
-    reject_model_folder,
-    remove_files,
-)
+from auto_round.output import folders as disk
 from auto_round.output.staging import Staging
+from auto_round.output.writer import header_entry_bytes
 from auto_round.report.memory import HeapTrimmer, trim_heap
 from auto_round.report.progress import Progress, make_progress
+from auto_round.run import folders as targets
 from auto_round.run.blocks import RunState, quantize_blocks, write_unit
-from auto_round.run.experts import block_opener, streams_experts
 from auto_round.run.file_layout import FileLayout, plan_files
 from auto_round.run.finalize import OutputContext, RunResult, finalize
 from auto_round.run.fingerprint import (
-    PER_EXPERT,
     differences,
     fingerprint,
     is_up_to_date,
@@ -56,28 +48,13 @@ from auto_round.run.fingerprint import (
     tensors_checksum,
     weight_files,
 )
-from auto_round.run.folders import (
-    check_folders,
-    default_format,
-    format_folders,
-    missing_bytes,
-    output_bytes,
-    stale_files,
-)
 from auto_round.run.gguf import gguf_format, given_importance, log_missing_importance, save_importance
-from auto_round.run.head import finish_non_block, smoke_samples, write_non_block
+from auto_round.run.head import finish_non_block, smoke_samples
 from auto_round.run.journal import Journal, NoJournal, interrupted_settings
-from auto_round.run.memory_policy import check_work_space
-from auto_round.run.numerics import (
-    NumericsPolicy,
-    check_non_layer_tensors,
-    damaged_layers,
-    damaged_tensors,
-    deterministic_algorithms,
-    needs_all_blocks,
-)
-from auto_round.run.plan import Job, plan_for_quantized
-from auto_round.run.planner import compute_dtype, header_bytes, make_job, with_cache_scales
+from auto_round.run.memory import check_work_space
+from auto_round.run.numerics import NumericsPolicy, damaged_tensors, deterministic_algorithms
+from auto_round.run.plan import Job
+from auto_round.run.planner import compute_dtype, make_job
 from auto_round.run.results import ModelWriter, assemble_model
 from auto_round.run.settings import Settings
 from auto_round.run.streams import Stream
@@ -104,6 +81,30 @@ class InMemory(NamedTuple):
     writers: Sequence[ModelWriter] = ()
 
 
+@dataclass
+class Samples:
+    """What a run captured before its first block; None for what it does not need.
+
+    Attributes:
+        smoke_ids, smoke: a few tokens to verify the saved model, and their inputs of the blocks.
+        data, calibration: calibration data, and its inputs of the blocks.
+    """
+
+    smoke_ids: list[dict[str, torch.Tensor]] | None = None
+    smoke: CapturedInputs | None = None
+    data: CalibrationData | None = None
+    calibration: CapturedInputs | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Digests of everything that changes the result and is known only after the data is read."""
+        data, smoke, captured = self.data, self.smoke_ids, self.calibration
+        return {
+            "calibration data": None if data is None else samples_digest(data.samples),
+            "smoke_sample": None if smoke is None else samples_digest(smoke),
+            "inputs of the first block": None if captured is None else tensors_checksum([captured.hidden]),
+        }
+
+
 class Run:
     """One run: a source model with settings.
 
@@ -116,62 +117,49 @@ class Run:
         self.source, self.settings, self.tokenizer, self.outputs = source, settings, tokenizer, outputs
         self._run_state: RunState | None = None
         self._damaged: dict[str, str] | None = None  # tensors with NaN or Inf, once they were searched for
-        self._unquantized: dict[str, str] = {}
 
     def plan(
         self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True, in_memory: bool = False,
         resume: bool = True,
     ) -> Job:  # fmt: skip
-        """Plan the job without running it.
+        """Plan the job without running it. The run uses the settings of the job from now on (`Job.used`).
 
         Args:
             fit, in_memory: see `make_job`.
             resume: when `output_dir` has an interrupted run, repeat its choices that change the result if possible.
         """
-        given = (self.settings, self.source, formats, output_dir, fit, self.tokenizer)
-        before = interrupted_settings(Path(output_dir)) if resume and output_dir is not None else {}
-        alone = before["experts"] == PER_EXPERT if "experts" in before else None
-        job = make_job(*given, in_memory=in_memory, per_expert=alone)
-        if "experts" in before:
-            now = fingerprint(job, self.settings, self.source, "")
-            if differences({**before, "max_shard_size": ""}, now):
-                job = make_job(*given, in_memory=in_memory)  # another run, which will be refused or replaced
-        if not self._damaged:
-            return job
-        self._unquantized = damaged_layers(job, self._damaged, self.source)
-        job = make_job(*given, self._unquantized, in_memory)
-        check_non_layer_tensors(job, self._damaged)
+        before = interrupted_settings(Path(output_dir)) if resume and output_dir and self.settings.tunes else {}
+        rest = (formats, output_dir, fit, self.tokenizer, self._damaged, in_memory)
+        make = partial(make_job, self.settings, self.source, *rest)
+        job = make(tune=not before["asked_algorithm"]) if before else make()
+        if before and differences({**before, "max_shard_size": ""}, fingerprint(job, job.used, self.source, "")):
+            job = make()  # another run, which will be refused or replaced
+        self.settings = job.used
         return job
 
-    def _find_damaged(self) -> None:
-        """With on_nan=keep, find the tensors with NaN or Inf before anything is planned."""
-        if self.settings.on_nan != "keep" or self._damaged is not None:
-            return
-        self.source.checks_finite = False
-        self._damaged = damaged_tensors(self.source)
-        for name, bad in self._damaged.items():
-            logger.warning("tensor %s holds %s: it is left unquantized", name, bad)
-
-    def checked_plan(self, formats: Sequence[OutputFormat], output_dir: str | None = None, resume: bool = True) -> Job:
-        """Plan the job and check the importance files that it reads and writes.
+    def checked_plan(
+        self, formats: Sequence[OutputFormat] | None, output_dir: str | None = None, resume: bool = True
+    ) -> Job:
+        """Plan the job (without formats: `memory_plan`) and check the importance files that it reads and writes. With
+        on_nan=keep, tensors with NaN or Inf are searched for first.
 
         Raises:
             DataError: the importance file is missing, damaged, or of another model.
             OutputError: the importance file cannot be written, or the output folder is the model's.
         """
+        source, settings = self.source, self.settings
         if output_dir is not None:
-            self._reject_source_folder(output_dir)
-        self._find_damaged()
-        return self._checked(self.plan(formats, output_dir, resume=resume))
-
-    def _reject_source_folder(self, output_dir: str) -> None:
-        reject_model_folder(Path(output_dir), self.source.folder or self.source.name_or_path)
-
-    def _checked(self, job: Job) -> Job:
-        if self.settings.imatrix is not None:
-            given_importance(self.settings.imatrix, job, self.source)
-        if self.settings.save_imatrix is not None:
-            check_file(self.settings.save_imatrix)
+            disk.reject_model_folder(Path(output_dir), source.folder or source.name_or_path)
+        if settings.on_nan == "keep" and self._damaged is None:
+            source.checks_finite = False
+            self._damaged = damaged_tensors(source)
+            for name, bad in self._damaged.items():
+                logger.warning("tensor %s holds %s: it is left unquantized", name, bad)
+        job = self.memory_plan() if formats is None else self.plan(formats, output_dir, resume=resume)
+        if settings.imatrix is not None:
+            given_importance(settings.imatrix, job, source)
+        if settings.save_imatrix is not None:
+            disk.check_file(settings.save_imatrix)
         return job
 
     def memory_plan(self) -> Job:
@@ -181,15 +169,13 @@ class Run:
         the scheme at all, every layer is quantized.
         """
         try:
-            return self.plan([get_format(default_format(self.settings))], in_memory=True)
+            return self.plan([get_format(targets.default_format(self.settings))], in_memory=True)
         except UnsupportedError:
             return self.plan([], in_memory=True)
 
     def to_memory(self) -> InMemory:
         """Quantize and keep the layers in memory."""
-        self._find_damaged()
-        job = self._checked(self.memory_plan())
-        output = MemoryWriter()
+        job, output = self.checked_plan(None), MemoryWriter()
         finished = self._quantize(job, [], NoJournal(), [output])
         job = job.with_unquantized(finished.state.numerics.unquantized)
         return InMemory(assemble_model(self.source, output.layers), output.layers, job, finished, self)
@@ -214,7 +200,7 @@ class Run:
         job = self.checked_plan(formats, output_dir, resume) if job is None else job
         made = run_digests(job, self.settings, self.source, shard, self.tokenizer)
         root = Path(output_dir).expanduser()
-        folders = format_folders(root, formats)
+        folders = targets.format_folders(root, formats)
         if not overwrite and is_up_to_date(folders, made, self.settings):
             logger.info("%s holds the result of this command already; --overwrite makes it anew", output_dir)
             if not siblings:
@@ -229,8 +215,8 @@ class Run:
     ) -> list[Path]:
         """Write the result of `to_memory`. Returns one folder per format."""
         self.source.checks_finite = self.settings.on_nan != "keep"
-        job = plan_for_quantized(self.plan(formats, output_dir, fit=False), result.job, result.layers)
-        self._reject_source_folder(output_dir)
+        job = self.plan(formats, output_dir, fit=False).for_quantized(result.job, result.layers)
+        disk.reject_model_folder(Path(output_dir), self.source.folder or self.source.name_or_path)
 
         def write_again(files: Sequence[FileOutput], journal: Journal) -> RunResult:
             journal.open(dict, self.source, files)
@@ -239,7 +225,7 @@ class Run:
                 inside = {name: rest.pop(name) for name in result.layers if name.startswith(f"{block}.")}
                 scales = {n: s for n, s in result.finished.state.cache_scales.items() if n.startswith(f"{block}.")}
                 write_unit(self.source, block, inside, scales, files)
-            write_non_block(self.source, list(rest.values()), files)
+            write_unit(self.source, None, rest, {}, files)
             return result.finished
 
         root = Path(output_dir).expanduser()
@@ -257,19 +243,19 @@ class Run:
             make: gives all results to the outputs.
             made_from: `run_digests`.
         """
-        folders = format_folders(root, formats)
-        check_disk(str(root), missing_bytes(job, root))
+        folders = targets.format_folders(root, formats)
+        disk.check_disk(str(root), targets.missing_bytes(job, root))
         if self.source.folder is not None:
             side_files(self.source.folder, self.settings.trust_remote_code)  # refuses links out of the folder early
         removed = not root.exists()
-        ensure_output_folder(str(root), overwrite=True)
-        with explain_write_errors(root, output_bytes(job)), ExitStack() as stack:
+        disk.ensure_output_folder(str(root), overwrite=True)
+        with disk.explain_write_errors(root, targets.output_bytes(job)), ExitStack() as stack:
             base = stack.enter_context(Staging(root))
             journal = journal_of(overwrite or removed)
-            check_folders(job, root, formats, overwrite, journal, siblings)
+            targets.check_folders(job, root, formats, overwrite, journal, siblings)
             stages = [base if f == root else stack.enter_context(Staging(f)) for f in folders]
             stack.callback(journal.close)
-            stale = stale_files(root, folders, siblings)
+            stale = targets.stale_files(root, folders, siblings)
             pending = [
                 (fmt, stage)
                 for fmt, stage in zip(formats, stages, strict=True)
@@ -287,7 +273,7 @@ class Run:
                     for output in outputs:
                         finalize(made, output, journal, stale[output.stage.folder])
             if root not in folders and not siblings:  # files of an earlier run that wrote a single format
-                remove_files(root, stale[root])
+                disk.remove_files(root, stale[root])
         journal.finish(keep_record=bool(siblings))
         return folders
 
@@ -298,30 +284,24 @@ class Run:
         """Raise every error of `to_folders` that is known before work begins."""
         root = Path(output_dir).expanduser()
         made = run_digests(job, self.settings, self.source, shard, self.tokenizer)
-        if not overwrite and is_up_to_date(format_folders(root, formats), made, self.settings):
-            return
-        check_disk(output_dir, missing_bytes(job, root))
-        journal = self._journal(job, root, shard, resume, overwrite or not root.exists())
-        check_folders(job, root, formats, overwrite, journal, siblings)
+        if overwrite or not is_up_to_date(targets.format_folders(root, formats), made, self.settings):
+            disk.check_disk(output_dir, targets.missing_bytes(job, root))
+            journal = self._journal(job, root, shard, resume, overwrite or not root.exists())
+            targets.check_folders(job, root, formats, overwrite, journal, siblings)
 
     def _journal(self, job: Job, root: Path, shard: int | str, resume: bool, replace: bool) -> Journal:
         """The journal of a run. `replace`: discard a damaged one and one of another run."""
         if not (resume and job.resumable):
             return NoJournal(root)
         journal = Journal(root, replace)
-        fixed, layout = fingerprint(job, self.settings, self.source, shard), {}
-        if job.gguf is not None:
-            from auto_round.run.gguf_output import gguf_file_name
-
-            digest = hashlib.sha256(repr(job.gguf.metadata).encode()).hexdigest()[:16]
-            layout = {"GGUF file": gguf_file_name(job), "GGUF metadata": digest}
-        journal.check_compatible(fixed, weight_files(self.source), layout)
+        fixed = fingerprint(job, self.settings, self.source, shard)
+        journal.check_compatible(fixed, weight_files(self.source), job.file_identity)
         return journal
 
     def _output_writer(
         self, job: Job, fmt: OutputFormat, stage: Staging, shard: int | str
     ) -> FolderWriter | GgufFileWriter:
-        if job.gguf is not None and fmt is gguf_format([fmt]):
+        if gguf_format([fmt]):
             from auto_round.run.gguf_output import make_gguf_writer
 
             return make_gguf_writer(job, fmt, stage, self.source, self.settings)
@@ -334,22 +314,23 @@ class Run:
             require_plan(fmt, after.export_plan(fmt))
             return plan_files(fmt, after.layers, self.source)
 
-        specs = with_cache_scales(layout.tensors, fmt, job.cache)
-        return FolderWriter(fmt, stage, self.source, shard, layout, replan, header_bytes(specs))
+        specs = layout.tensors | job.cache.specs(fmt)
+        header = sum(header_entry_bytes(name, len(shape)) for name, (shape, _) in specs.items())
+        return FolderWriter(fmt, stage, self.source, shard, layout, replan, header)
 
     def _quantizer(self, job: Job) -> BlockQuantizer:
-        settings = self.settings
-        if isinstance(settings.algorithm, SignRoundConfig):
+        settings, algorithm = self.settings, self.settings.algorithm
+        if isinstance(algorithm, SignRoundConfig):
+            compiled = settings.enable_torch_compile
             return SignRoundQuantizer(
-                settings.algorithm, settings.scale_dtype, settings.optimized_start, settings.enable_torch_compile,
-                settings.gptq,
-            )  # fmt: skip
-        if isinstance(settings.algorithm, RegisteredConfig):
-            return settings.algorithm.make(settings.scale_dtype)
+                algorithm, settings.scale_dtype, settings.optimized_start, compiled, settings.gptq
+            )
+        if isinstance(algorithm, RegisteredConfig):
+            return algorithm.make(settings.scale_dtype)
         feeds_back = any(plan.codec.uses_feedback(asked=False) for plan in job.quantized().values())
-        if settings.gptq is not None or (feeds_back and settings.algorithm.optimized):
+        if settings.gptq is not None or (feeds_back and algorithm.optimized):
             return GPTQQuantizer(settings.gptq, settings.optimized_start, settings.scale_dtype)
-        return RTNQuantizer(settings.algorithm, settings.scale_dtype)
+        return RTNQuantizer(algorithm, settings.scale_dtype)
 
     def _quantize(
         self, job: Job, files: Sequence[FileOutput], journal: Journal, store: Sequence[OutputWriter] = ()
@@ -357,7 +338,7 @@ class Run:
         """Quantize all units in order and write them to all outputs."""
         settings, source = self.settings, self.source
         started = time.monotonic()
-        for note in job.notes:
+        for note in (job.fallback, *job.notes) if job.fallback else job.notes:
             logger.warning("%s", note)
         progress = make_progress(f"{settings.algorithm_name} {job.scheme_name}")
         stack = ExitStack()
@@ -372,8 +353,7 @@ class Run:
                 done = f"{journal.finished} of {len(job.blocks)}" if journal.finished < len(job.blocks) else "all"
                 logger.info("resuming the interrupted run: %s blocks are done", done)
             captured = time.monotonic()
-            outputs = [*files, *store, *self.outputs]
-            state = self._run_state = self._state(job, outputs, samples, importance, journal, stack)
+            state = self._run_state = self._state(job, [*files, *store, *self.outputs], samples, importance, journal)
             with deterministic_algorithms(settings.enable_deterministic_algorithms):
                 quantize_blocks(state, progress)
                 progress.message("layers outside the blocks")
@@ -397,30 +377,29 @@ class Run:
             progress.finish()
             stack.close()
         seconds = {"calibration": captured - started, "quantization": time.monotonic() - captured}
-        return RunResult(state, loss, samples.smoke_ids, samples.sources, seconds)
+        counts = () if samples.data is None else samples.data.sources
+        data = ", ".join(f"{name} ({count} samples)" for name, count in counts)
+        return RunResult(state, loss, samples.smoke_ids, None if samples.data is None else data, seconds)
 
     def _state(
         self, job: Job, outputs: Sequence[OutputWriter], samples: Samples,
-        importance: Mapping[str, torch.Tensor] | None, journal: Journal, stack: ExitStack,
+        importance: Mapping[str, torch.Tensor] | None, journal: Journal,
     ) -> RunState:  # fmt: skip
-        """The state before the first block. `stack`: closes the files that it opens."""
+        """The state before the first block."""
         settings, source, algorithm = self.settings, self.source, self.settings.algorithm
         dtype, quantizer = compute_dtype(settings, source), self._quantizer(job)
-        numerics = NumericsPolicy(
-            settings.on_nan, settings.scale_dtype, source.dtype, needs_all_blocks(settings), outputs,
-            dict(self._unquantized), incidents=[f"tensor {n} holds {bad}" for n, bad in (self._damaged or {}).items()],
-        )  # fmt: skip
-        freed = HeapTrimmer(_MIN_FREED_BYTES) if streams_experts(job) else HeapTrimmer()
-        open_block = block_opener(job, settings, source, quantizer, numerics, dtype, freed.trim_if_grown, stack)
+        seen = [f"tensor {name} holds {bad}" for name, bad in (self._damaged or {}).items()]
+        numerics = NumericsPolicy(settings, source.dtype, outputs, dict(job.damaged), incidents=seen)
         full, smoke = (
             None if found is None else Stream.of(found, getattr(algorithm, "batch_size", 8), settings.device, dtype)
             for found in (samples.calibration, samples.smoke)
         )
         second = quantizer.needs_targets and getattr(algorithm, "enable_quanted_input", True)
         return RunState(
-            job, settings, source, outputs, quantizer, dtype, numerics, open_block, journal,
+            job, settings, source, outputs, quantizer, dtype, numerics, journal,
             [TRANSFORMS[name]() for name in settings.transforms], importance,
-            full, full.clone() if full is not None and second else None, smoke, freed,
+            full, full.clone() if full is not None and second else None, smoke,
+            HeapTrimmer(_MIN_FREED_BYTES) if job.memory_plan.streams_experts else HeapTrimmer(),
         )  # fmt: skip
 
     def _samples(self, job: Job, journal: Journal, progress: Progress, stack: ExitStack) -> Samples:
@@ -432,13 +411,13 @@ class Run:
         Raises:
             ModelError, UnsupportedError: the blocks cannot be run one at a time, and the run needs that.
         """
-        settings, source, tokenizer = self.settings, self.source, self.tokenizer
-        storage = job.memory_plan.streams
+        settings, source, tokenizer, memory = self.settings, self.source, self.tokenizer, job.memory_plan
         capture = partial(
             capture_inputs, source, device=settings.device, dtype=compute_dtype(settings, source),
-            store_device=settings.device if storage == "device" else "cpu", stream_experts=streams_experts(job),
+            store_device=settings.device if memory.streams == "device" else "cpu",
+            stream_experts=memory.streams_experts,
         )  # fmt: skip
-        disk_store = stack.enter_context(DiskStore(work_space())) if storage == "file" else None
+        disk_store = stack.enter_context(DiskStore(work_space())) if memory.streams == "file" else None
         samples, needs_data = Samples(), settings.needs_data
         limit, vocabulary = smallest(source.config, "max_position_embeddings"), largest(source.config, "vocab_size")
         if settings.verify or needs_data:
@@ -464,33 +443,3 @@ class Run:
         if not settings.verify:
             samples.smoke_ids = samples.smoke = None
         return samples
-
-
-@dataclass
-class Samples:
-    """What a run captured before its first block; None for what it does not need.
-
-    Attributes:
-        smoke_ids, smoke: a few tokens to verify the saved model, and their inputs of the blocks.
-        data, calibration: calibration data, and its inputs of the blocks.
-    """
-
-    smoke_ids: list[dict[str, torch.Tensor]] | None = None
-    smoke: CapturedInputs | None = None
-    data: CalibrationData | None = None
-    calibration: CapturedInputs | None = None
-
-    @property
-    def sources(self) -> str | None:
-        """The calibration data in words."""
-        data = self.data
-        return None if data is None else ", ".join(f"{name} ({count} samples)" for name, count in data.sources)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Digests of everything that changes the result and is known only after the data is read."""
-        data, smoke, captured = self.data, self.smoke_ids, self.calibration
-        return {
-            "calibration data": None if data is None else samples_digest(data.samples),
-            "smoke_sample": None if smoke is None else samples_digest(smoke),
-            "inputs of the first block": None if captured is None else tensors_checksum([captured.hidden]),
-        }

@@ -31,12 +31,10 @@ from auto_round.report.model_card import ModelCard, display_name, write_model_ca
 from auto_round.report.run_report import FILE_NAME as REPORT
 from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, plain, redact_paths, write_report
 from auto_round.run.blocks import RunState
-from auto_round.run.experts import streams_experts
 from auto_round.run.file_layout import FileLayout, read_model_tensors
 from auto_round.run.journal import Journal
 from auto_round.run.numerics import NumericsPolicy
 from auto_round.run.plan import Job, LayerPlan
-from auto_round.run.planner import with_cache_scales
 from auto_round.run.recipe_file import write_recipe
 from auto_round.run.reopen import Expected, verify_folder
 from auto_round.run.settings import Settings
@@ -102,11 +100,11 @@ def _complete_folder(made: OutputContext, output: FolderWriter) -> Mapping[str, 
     started = time.monotonic()
     quantizes_inputs = any(plan.scheme.activations is not None for plan in job.quantized().values())
     expected = Expected(
-        with_cache_scales(output.layout.tensors, fmt, job.cache), output.expected, output.dense, finished.smoke_sample,
+        output.layout.tensors | job.cache.specs(fmt), output.expected, output.dense, finished.smoke_sample,
         finished.loss if fmt.stores_activation_scheme or not quantizes_inputs else None,
         settings.device, finished.state.dtype, settings.trust_remote_code,
         None if fmt.loadable_here else _reader(job, fmt, output.layout), fmt.casts_to_model_dtype, source.checks_finite,
-        config_values(source, job, fmt, settings.trust_remote_code), streams_experts(job), source.bounded,
+        config_values(source, job, fmt, settings.trust_remote_code), job.memory_plan.streams_experts, source.bounded,
     )  # fmt: skip
     verified = verify_folder(folder, expected)
     origin = source.folder

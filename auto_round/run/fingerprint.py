@@ -21,7 +21,6 @@ from auto_round.calibration.data.spec import BY_PROGRAM, DATASETS
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.errors import AutoRoundError
 from auto_round.files import bytes_of
-from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import ModelSource, direct_tensors
 from auto_round.output.folders import complete_report
 from auto_round.output.verify import shorten
@@ -34,7 +33,6 @@ _LEFT_OUT = (
     "algorithm", "config", "dataset", "device", "imatrix", "layer_config", "ignore_layers", "to_quant_block_names",
     "mixed", "low_gpu_mem_usage", "max_memory", "platform", "plugins", "strict", "trust_remote_code", "verify",
 )  # fmt: skip
-PER_EXPERT, WITH_BLOCK = "tuned one at a time", "tuned with their block"
 VARIABLES = ("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "AR_GGUF_PRE_TOKENIZER")
 _MAX_HASHED_BYTES = 64 << 20  # larger text files are compared by size and time
 
@@ -55,9 +53,6 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
     }
     values["formats"] = list(job.formats)
     values["max_shard_size"] = str(shard)
-    if settings.tunes and any(map(expert_of, job.layers)):
-        alone = job.memory_plan.streams_experts
-        values["experts"] = PER_EXPERT if alone else WITH_BLOCK
     values["model_dtype"] = str(source.dtype).removeprefix("torch.")
     device = settings.device
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

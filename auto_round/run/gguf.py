@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from auto_round.calibration.imatrix import read_imatrix, write_imatrix
 from auto_round.codecs.ggml.types import GGML_TYPES, ggml_scheme, ggml_type_of
-from auto_round.errors import ConfigError, DataError
+from auto_round.errors import ConfigError, DataError, NumericsError
 from auto_round.formats.base import OutputFormat
 from auto_round.formats.no_config import GgufFormat
 from auto_round.gguf.conversion import conversion_for
@@ -19,8 +22,7 @@ from auto_round.layer_config import matching_layers, scheme_from_entry
 from auto_round.logger import logger
 from auto_round.modeling.blocks import is_conv1d, linear_names
 from auto_round.modeling.source import ModelSource
-from auto_round.run.layer_schemes import LayerRules, embedding_names, with_types
-from auto_round.run.plan import Job, LayerPlan
+from auto_round.run.plan import Job, LayerPlan, LayerRules, embedding_names, with_types
 from auto_round.run.settings import Settings
 from auto_round.schemes import QuantizationScheme
 
@@ -167,8 +169,27 @@ class GgufRules(LayerRules):
                 )
         return layers, notes
 
+    def check_damaged(self, damaged: Mapping[str, str]) -> None:
+        for name, bad in damaged.items():
+            kind = self.file.type_of(name)
+            if kind not in (None, "F32", "F16", "BF16"):
+                raise NumericsError(
+                    f"tensor {name!r} holds {bad}, and this GGUF file stores it as {kind}; repair the model, or use a "
+                    "file type that keeps it in F16"
+                )
+
     def nbytes(self, fmt: OutputFormat) -> int | None:
         return self.file.nbytes() if fmt is self.format else None
+
+    def identity(self) -> dict[str, str]:
+        digest = hashlib.sha256(repr(self.file.metadata).encode()).hexdigest()[:16]
+        return {"GGUF file": gguf_file_name(self.source.name_or_path, self.file), "GGUF metadata": digest}
+
+
+def gguf_file_name(model: str, plan: GgufPlan) -> str:
+    """Name of the file of a model."""
+    base_name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model.rstrip("/\\")).name or "model")
+    return f"{base_name}-{plan.size_label}-{plan.file_type.upper()}.gguf"
 
 
 def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torch.Tensor]:

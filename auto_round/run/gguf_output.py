@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from auto_round.output.gguf_writer import GgufFile, TypedValue
 from auto_round.output.staging import Staging
 from auto_round.output.verify import dense_digest, layer_digest
 from auto_round.output.writer import Records
-from auto_round.run.gguf import weight_name
+from auto_round.run.gguf import gguf_file_name, weight_name
 from auto_round.run.plan import Job
 from auto_round.run.settings import Settings
 from auto_round.run.writers import FileOutput, Mark
@@ -131,20 +129,13 @@ class GgufFileWriter(FileOutput):
         self.writer.write(place.tensor, data, first_row=place.at_row, slot=place.slot)
 
 
-def gguf_file_name(job: Job) -> str:
-    """Name of a job's GGUF file."""
-    assert job.gguf is not None
-    base_name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(job.model.rstrip("/\\")).name or "model")
-    return f"{base_name}-{job.gguf.size_label}-{job.gguf.file_type.upper()}.gguf"
-
-
 def make_gguf_writer(
     job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, settings: Settings
 ) -> GgufFileWriter:
     """The writer of a job's GGUF file."""
     assert job.gguf is not None
     transposed = frozenset(f"{name}.weight" for name, plan in job.layers.items() if plan.transposed)
-    name = gguf_file_name(job)
+    name = gguf_file_name(job.model, job.gguf)
     return GgufFileWriter(fmt, stage, name, job.gguf, source, settings.optimized_start, transposed)
 
 

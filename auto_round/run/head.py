@@ -22,12 +22,11 @@ from auto_round.eval.measures import token_nll
 from auto_round.logger import logger
 from auto_round.modeling.blocks import output_head
 from auto_round.modeling.partial_loading import non_block_loaded
-from auto_round.modeling.source import ModelSource
 from auto_round.report.run_report import BlockRecord
-from auto_round.run.block_layers import activation_of, input_quantizers, is_calibrated
-from auto_round.run.blocks import RunState, layer_task, restore_unit
+from auto_round.run.block_layers import activation_of, input_quantizers, layer_task
+from auto_round.run.blocks import RunState, write_unit
 from auto_round.run.journal_files import Unit
-from auto_round.run.writers import OutputWriter
+from auto_round.run.plan import LayerPlan
 
 _TOKENS = 2048  # tokens of one Hessian update
 _HELD_OUT_TOKENS = 256  # held-out tokens whose predictions are compared
@@ -38,13 +37,8 @@ _SMOKE_TOKENS = 64
 
 @dataclass
 class HeadInputs:
-    """Inputs z of the head.
-
-    Attributes:
-        hessian: sum of z z^T over the tuning tokens in the quantized model, float32 [in, in].
-        quantized: held-out tokens in the quantized model, float32 [tokens, in].
-        full: the same in the full-precision model.
-    """
+    """Inputs z of the head: the sum of z z^T over the tuning tokens in the quantized model, float32 [in, in], and the
+    held-out tokens in the quantized and the full-precision model, float32 [tokens, in]."""
 
     hessian: torch.Tensor
     quantized: torch.Tensor
@@ -93,27 +87,23 @@ def quantize_head(
     They are compared by KL divergence, since squared error does not tell how the predictions change. Returns (layer, KL
     divergence of round-to-nearest, KL divergence of that layer), in nats.
     """
-    task.importance = inputs.hessian.diagonal().contiguous()
+    task.importance, searches = inputs.hessian.diagonal().contiguous(), task.codec.head_searches
+
+    def others() -> Iterator[QuantizedLayer]:  # one at a time, since they are large
+        if gptq is not None:
+            yield gptq_layer(replace(task, input_hessians=[inputs.hessian]), optimized, scale_dtype, gptq.damping)
+        if "descent" in searches:
+            yield descend_layer(task, inputs.hessian, scale_dtype)
+        if "plain" in searches and optimized:
+            yield quantize_layer(task, False, scale_dtype)
+
     best = quantize_layer(task, optimized, scale_dtype)
     nearest = least = head_divergence(task, best, inputs)
-    for other in _candidates(task, inputs.hessian, optimized, scale_dtype, gptq):
+    for other in others():
         divergence = head_divergence(task, other, inputs)
         if divergence < least:
             best, least = other, divergence
     return best, nearest, least
-
-
-def _candidates(
-    task: LayerTask, hessian: torch.Tensor, optimized: bool, scale_dtype: torch.dtype, gptq: GPTQConfig | None
-) -> Iterator[QuantizedLayer]:
-    """Other quantizations of the head, one at a time, since they are large."""
-    if gptq is not None:
-        yield gptq_layer(replace(task, input_hessians=[hessian]), optimized, scale_dtype, gptq.damping)
-    searches = task.codec.head_searches
-    if "descent" in searches:
-        yield descend_layer(task, hessian, scale_dtype)
-    if "plain" in searches and optimized:
-        yield quantize_layer(task, False, scale_dtype)
 
 
 @torch.no_grad()
@@ -130,10 +120,7 @@ def head_divergence(task: LayerTask, layer: QuantizedLayer, inputs: HeadInputs) 
 
 
 def _logits(task: LayerTask, layer: QuantizedLayer | None, inputs: torch.Tensor) -> torch.Tensor:
-    """Logits, float32 [tokens, vocabulary], of the dense weight or of a quantized layer.
-
-    Computed in slices of the vocabulary: a head in float32 may be the largest tensor of a run.
-    """
+    """Logits, float32 [tokens, vocabulary], of the dense weight or of a quantized layer, in slices of words."""
     out, columns = task.weight.shape
     logits = torch.empty(inputs.shape[0], out, device=inputs.device)
     whole = layer is not None and isinstance(layer.scheme.group_size, tuple)
@@ -146,113 +133,86 @@ def _logits(task: LayerTask, layer: QuantizedLayer | None, inputs: torch.Tensor)
     return logits if task.bias is None else logits.add_(task.bias.float())
 
 
-def quantize_non_block(state: RunState) -> tuple[list[QuantizedLayer], list[BlockRecord]]:
-    """Quantize the layers outside the blocks on the inputs that they get from the quantized blocks.
-
-    A run that tunes also tunes the head; other layers get searched scales, or are rounded to nearest without
-    calibration data. A layer that `state.numerics` leaves unquantized is left out.
-
-    Returns (layers, records of the tuned ones).
-
-    Raises:
-        NumericsError: NaN or Inf in a weight, or in inputs when the policy is to fail.
-    """
-    source, settings, numerics = state.source, state.settings, state.numerics
-    scale_dtype, gptq = settings.scale_dtype, settings.gptq
-    steps = getattr(settings.algorithm, "iters", 0)
-    optimized = settings.needs_data and settings.optimized_start
-    head, blocks = output_head(source.model), tuple(f"{block}." for block in source.blocks)
-    layers, records = [], []
+def finish_non_block(state: RunState) -> float | None:
+    """Quantize the layers outside the blocks, and write all tensors outside the blocks, unless an interrupted run has
+    done that. Returns the loss on the smoke sample."""
+    blocks = len(state.job.blocks)
+    if state.journal.finished > blocks:
+        loss = state.restore_unit(blocks).loss
+        return None if state.smoke is None else loss
+    unit, layers = Unit(), dict[str, QuantizedLayer]()
     for name, plan in state.job.quantized().items():
-        if name.startswith(blocks):
-            continue
-        started = time.monotonic()
-        feeds_back = (gptq is not None or optimized) and plan.codec.uses_feedback(gptq is not None)
-        tuned = steps > 0 and state.inputs is not None and source.model.get_submodule(name) is head
-        fault: NumericsError | None = None
-        inputs, importance, extremes, input_hessians = None, None, MinMaxObserver(), None
-        try:
-            inputs = head_inputs(state, name) if tuned else None
-            if is_calibrated(plan.scheme) or (inputs is None and (optimized or feeds_back)):
-                importance, extremes, input_hessians = _observe_inputs(state, name, inputs is None and feeds_back)
-        except NumericsError as error:
-            fault = error
-        source.load(name, state.device)
-        task = layer_task(source, plan)
-        if fault is not None:
-            made = list(numerics.fall_back(name, [task], fault).layers)
+        if not name.startswith(tuple(f"{block}." for block in state.source.blocks)):
+            layers |= {layer.name: layer for layer in _quantize_layer(name, plan, state, unit)}
+    write_unit(state.source, None, layers, {}, state.outputs)
+    unit.loss = smoke_loss(state, list(layers.values()))
+    unit.numerics = state.numerics.state()
+    state.add(unit)
+    if layers:
+        state.journal.add("non_block", unit, state.journal.checksum(state.source))
+    return unit.loss
+
+
+def _quantize_layer(name: str, plan: LayerPlan, state: RunState, unit: Unit) -> Sequence[QuantizedLayer]:
+    """Quantize a layer outside the blocks on the inputs that it gets from the quantized blocks.
+
+    A run that tunes also tunes the head, which `unit` records; other layers get searched scales, or are rounded to
+    nearest without calibration data. Nothing is returned for a layer that `state.numerics` leaves unquantized.
+
+    Raises NumericsError for NaN or Inf in a weight, or in inputs when the policy is to fail.
+    """
+    source, settings, started = state.source, state.settings, time.monotonic()
+    scale_dtype, gptq = settings.scale_dtype, settings.gptq
+    optimized, steps = settings.needs_data and settings.optimized_start, getattr(settings.algorithm, "iters", 0)
+    feeds_back = (gptq is not None or optimized) and plan.codec.uses_feedback(gptq is not None)
+    tuned = steps > 0 and state.inputs is not None and source.model.get_submodule(name) is output_head(source.model)
+    fault: NumericsError | None = None
+    inputs, importance, extremes, input_hessians = None, None, MinMaxObserver(), None
+    try:
+        inputs = head_inputs(state, name) if tuned else None
+        if plan.scheme.calibrated or (inputs is None and (optimized or feeds_back)):
+            importance, extremes, input_hessians = _observe_inputs(state, name, inputs is None and feeds_back)
+    except NumericsError as error:
+        fault = error
+    source.load(name, state.device)
+    task = layer_task(source, plan)
+    if fault is not None:
+        made = state.numerics.fall_back(name, [task], fault).layers
+    else:
+        task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
+        if inputs is not None:
+            layer, before, after = quantize_head(task, inputs, scale_dtype, optimized, gptq)
+            unit.records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
         else:
-            task.activation = activation_of(plan.scheme, name, extremes, source.dtype)
-            if inputs is not None:
-                layer, before, after = quantize_head(task, inputs, scale_dtype, optimized, gptq)
-                records.append(BlockRecord(name, before, after, steps, time.monotonic() - started))
-            else:
-                task.importance = importance if optimized else (state.importance or {}).get(name)
-                task.input_hessians = input_hessians
-                damping = DAMPING if gptq is None else gptq.damping
-                layer = gptq_layer(task, task.importance is not None, scale_dtype, damping)
-            made = [layer]
-        for layer in made:
-            numerics.count(task, layer)
-        layers += made
-        source.release(name)
-    return layers, records
+            task.importance = importance if optimized else (state.importance or {}).get(name)
+            task.input_hessians = input_hessians
+            damping = DAMPING if gptq is None else gptq.damping
+            layer = gptq_layer(task, task.importance is not None, scale_dtype, damping)
+        made = [layer]
+    for layer in made:
+        state.numerics.count(task, layer)
+    source.release(name)
+    return made
 
 
 def _observe_inputs(
     state: RunState, name: str, paired: bool
 ) -> tuple[torch.Tensor | None, MinMaxObserver, list[torch.Tensor] | None]:
     """Second moments [in] and range of a layer's inputs, and with `paired` their Hessians."""
-    stream, extremes = state.inputs, MinMaxObserver()
+    stream, moments, extremes = state.inputs, SecondMomentObserver(), MinMaxObserver()
     if stream is None:
         return None, extremes, None
-    moments, input_hessians = SecondMomentObserver(), InputHessian(passes=stream.hidden.shape[0])
-    mask = stream.captured.loss_mask
+    input_hessians = InputHessian(passes=stream.hidden.shape[0])
     with torch.no_grad(), non_block_loaded(state.source, state.device):
         for sample in range(stream.hidden.shape[0]):
             hidden = stream.hidden[sample : sample + 1].to(state.device)
             inputs = stream.captured.run_head(state.source, hidden, [sample], stop_at=name)
             for observer in (moments, extremes, *([input_hessians] if paired else ())):
-                observer.mask = mask[sample : sample + 1]
+                observer.mask = stream.captured.loss_mask[sample : sample + 1]
                 observer.add(name, inputs)
     moments.check()
     input_hessians.close()
     return moments[name], extremes, input_hessians.of(name)
-
-
-def finish_non_block(state: RunState) -> float | None:
-    """Quantize the layers outside the blocks, and write all tensors outside the blocks, unless an interrupted run has
-    done that. Returns the loss on the smoke sample."""
-    blocks = len(state.job.blocks)
-    if state.journal.finished > blocks:
-        loss = restore_unit(state, blocks).loss
-        return None if state.smoke is None else loss
-    layers, records = quantize_non_block(state)
-    write_non_block(state.source, layers, state.outputs)
-    loss = smoke_loss(state, layers)
-    unit = Unit(records=records, numerics=state.numerics.state(), loss=loss)
-    state.add(unit)
-    if layers:
-        state.journal.add("non_block", unit, state.journal.checksum(state.source))
-    return loss
-
-
-def write_non_block(source: ModelSource, layers: Sequence[QuantizedLayer], outputs: Sequence[OutputWriter]) -> None:
-    """Write every tensor outside the blocks: quantized layers, then the rest. A tied alias is written only if the
-    tensor it is tied to was quantized."""
-    replaced = {f"{layer.name}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
-    blocks = tuple(f"{block}." for block in source.blocks)
-    tied = source.tied()
-    rest = [
-        name
-        for name in source.tensor_names()
-        if not name.startswith(blocks) and name not in replaced and (name not in tied or tied[name] in replaced)
-    ]
-    for output in outputs:
-        for layer in layers:
-            output.layer(layer)
-        output.tensors(rest, source)
-        output.spare()
 
 
 @torch.no_grad()
@@ -280,7 +240,7 @@ def smoke_loss(state: RunState, layers: Sequence[QuantizedLayer]) -> float | Non
     try:
         return mean_loss(logits, ids)
     except NumericsError:
-        if state.numerics.policy == "fail":
+        if state.settings.on_nan == "fail":
             raise
         state.numerics.log_incident("the quantized model gives NaN on the smoke sample: no loss is compared")
         return None

@@ -45,6 +45,14 @@ _UNRESOLVED_KEYS = (
 )  # fmt: skip
 # Arguments of older scripts that are accepted and ignored, with the reason.
 _NO_EFFECT = {"mllm": "the kind of a model is found from its files"}
+# Flags that switch another one off: that one, and how an error calls both.
+_OPPOSITES = {
+    "disable_model_free": ("model_free", "model_free and disable_model_free"),
+    "disable_deterministic_algorithms": (
+        "enable_deterministic_algorithms", "enable_ and disable_deterministic_algorithms",
+    ),
+    "enable_opt_rtn": ("disable_opt_rtn", "enable_opt_rtn and disable_opt_rtn"),
+}  # fmt: skip
 
 
 def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> Settings:
@@ -106,6 +114,17 @@ def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> Se
     )
 
 
+def without_tuning(settings: Settings) -> Settings:
+    """The settings of the same run with `iters=0, algorithm="gptq"`."""
+    gptq, given = settings.gptq or GPTQConfig(), settings.config.keywords()
+    names = ",".join([*settings.transforms, "gptq"])
+    config = QuantConfig.from_keywords({**given, "iters": 0, "algorithm": names, "damping": gptq.damping})
+    return replace(
+        settings, algorithm=RTNConfig(disable_opt_rtn=given["disable_opt_rtn"]), gptq=gptq, config=config,
+        asked_algorithm=settings.algorithm_name,
+    )  # fmt: skip
+
+
 def _plain_config(options: Mapping[str, Any]) -> QuantConfig:
     """The configuration as plain values, whatever types the keywords had. `dataset` may be an object."""
     values: dict[str, Any] = {}
@@ -113,28 +132,23 @@ def _plain_config(options: Mapping[str, Any]) -> QuantConfig:
         value = options[name]
         if isinstance(default, bool) and value != "auto":  # of model_free
             values[name] = bool(value)
-        elif value is None:
-            values[name] = default
         else:
-            values[name] = _PLAIN[name](value) if name in _PLAIN else value
+            values[name] = default if value is None else _PLAIN.get(name, lambda same: same)(value)
     return QuantConfig.from_keywords(values)
 
 
 def _plain_scheme(scheme: Any) -> Any:
-    """A preset's name, or the fields that are given."""
     return scheme if isinstance(scheme, str) else {k: plain(v) for k, v in scheme.items() if v is not None}
 
 
 def _plain_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Schemes as mappings; what `AutoRound.layer_config` tells beside them is left out."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(config)
     for name, entry in config.items():
         if isinstance(entry, QuantizationScheme):
             found[name] = {"scheme": _plain_scheme(entry)}
         elif isinstance(entry, Mapping):
             found[name] = {k: plain(v) for k, v in entry.items() if k not in INFO_KEYS}
-        else:
-            found[name] = entry
     return found
 
 
@@ -159,27 +173,22 @@ def checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         UnsupportedError: an option of a feature that this version does not have.
     """
     defaults = {**_DEFAULTS, "enable_opt_rtn": None}
-    known = (*defaults, *ALIASES)
+    known = (*defaults, *ALIASES, *_OPPOSITES)
     for name, value in kwargs.items():
         refuse_keyword(name, value)
         if name in _NO_EFFECT:
             logger.warning("%s has no effect: %s", name, _NO_EFFECT[name])
-        elif name == "disable_model_free":
-            if value and kwargs.get("model_free"):
-                raise ConfigError("model_free and disable_model_free contradict each other; give one")
-        elif name == "disable_deterministic_algorithms":
-            if value and kwargs.get("enable_deterministic_algorithms"):
-                raise ConfigError("enable_ and disable_deterministic_algorithms contradict each other; give one")
         elif name == "backend":
             raise ConfigError("backend belongs to loading a quantized model: transformers.AutoRoundConfig(backend=...)")
         elif name not in known and feature_of(name) is None:
-            hint = nearest(name, [*known, "model", "tokenizer", "alg_configs"])
+            hint = nearest(name, [*defaults, *ALIASES, "model", "tokenizer", "alg_configs"])
             raise ConfigError(f"AutoRound has no argument {name!r}{hint}")
+    for name, (other, message) in _OPPOSITES.items():
+        if kwargs.get(name) and kwargs.get(other):
+            raise ConfigError(f"{message} contradict each other; give one")
     options = {**defaults, **{k: v for k, v in kwargs.items() if k in defaults}}
     options |= {ALIASES[k]: v for k, v in kwargs.items() if k in ALIASES and v is not None}
     if options["enable_opt_rtn"]:
-        if options["disable_opt_rtn"]:
-            raise ConfigError("enable_opt_rtn and disable_opt_rtn contradict each other; give one")
         options["disable_opt_rtn"] = False
     if options["strict"] not in (None, True, False):
         raise ConfigError(f"strict={options['strict']!r} is not allowed; use True, False or None")
@@ -198,10 +207,7 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
     """The configuration or name given as `alg_configs` or `algorithm`, or None.
 
     The scheme fields of a configuration are moved to `options`, and one with `iters=0` becomes an `RTNConfig`.
-
-    Raises:
-        ConfigError: no such algorithm, several of them, or fields that contradict `options`.
-        UnsupportedError: an algorithm that this version does not have.
+    Raises ConfigError or UnsupportedError when there is no such algorithm, or its fields contradict `options`.
     """
     if options["algorithm"] is not None:
         if alg_configs is not None:
@@ -210,13 +216,12 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
     given = [part.strip() for part in alg_configs.split(",")] if isinstance(alg_configs, str) else alg_configs
     entries = list(given) if isinstance(given, (list, tuple)) else [given]
     options["transforms"], entries = split_transforms(entries)
-    entries = entries or [None]
     for entry in entries:
         if isinstance(entry, str):
             refuse_algorithm(f"algorithm {entry!r}", entry)
-    if len(entries) != 1:
+    if len(entries) > 1:
         raise ConfigError(f"alg_configs={alg_configs!r}: give one algorithm, auto_round, gptq or rtn")
-    one = entries[0]
+    one = entries[0] if entries else None
     if one is None:
         return None
     if isinstance(one, str):
@@ -246,9 +251,7 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
 def check_rtn_only(given: AlgorithmConfig | GPTQConfig | str | None, options: dict[str, Any]) -> None:
     """In `options`, switch tuning and the search for scales off for a model-free run. `given`: see `given_algorithm`.
 
-    Tuning or the search takes the regular flow where model-free mode was only offered ("auto").
-
-    Raises ConfigError when model-free mode was asked for together with them.
+    Raises ConfigError when they were asked for too; where model-free mode was only offered ("auto"), it is left.
     """
     if options["model_free"] not in (True, "auto"):
         raise ConfigError(f"model_free={options['model_free']!r} is not allowed; use True or False")
@@ -261,9 +264,8 @@ def check_rtn_only(given: AlgorithmConfig | GPTQConfig | str | None, options: di
     elif options["iters"]:
         reason = f"iters={options['iters']} contradicts model_free=True, which does no tuning; leave one out"
     elif options["disable_opt_rtn"] is False:
-        reason = (
-            "enable_opt_rtn contradicts model_free=True: the search for scales needs calibration data; leave one out"
-        )
+        reason = "enable_opt_rtn contradicts model_free=True: the search for scales needs calibration data"
+        reason += "; leave one out"
     if reason is None:
         options |= {"disable_opt_rtn": True, "iters": 0}
     elif options["model_free"] is True:
@@ -278,8 +280,7 @@ def choose_algorithm(
     """The algorithm's configuration, and whether scales are searched. `given`: see `given_algorithm`; with GPTQ the
     configuration of the tuning that starts from it, or of rounding without tuning.
 
-    Raises:
-        ConfigError: settings that contradict each other.
+    Raises ConfigError for settings that contradict each other.
     """
     optimized = not options["disable_opt_rtn"]
     if isinstance(given, RegisteredConfig):
@@ -324,8 +325,8 @@ def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationSchem
     base = parse_scheme(scheme)
     overrides = {key: options[key] for key in SCHEME_KEYS if options[key] is not None}
     changed = base.with_overrides(overrides)
-    is_gguf = isinstance(scheme, str) and normalize_preset_name(scheme).startswith("GGUF:")
-    if is_gguf and changed != base and ggml_type_of(changed) is None:
+    typed = isinstance(scheme, str) and normalize_preset_name(scheme).startswith("GGUF:")
+    if typed and changed != base and ggml_type_of(changed) is None:
         logger.warning("%s not used: scheme %s has types of its own", ", ".join(overrides), scheme)
         changed = base
     details = [name for name in overrides if name.startswith("act_") and name != "act_bits"]
@@ -339,21 +340,21 @@ def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationSchem
 
 def symmetric_if_required(scheme: QuantizationScheme) -> tuple[QuantizationScheme, list[str]]:
     """Set `sym` and `act_sym` to True for data types without a zero point: (scheme, changed fields)."""
+
+    def symmetric_only(scheme: Scheme) -> bool:
+        try:
+            return codec_of(scheme).symmetric_only
+        except UnsupportedError:  # an unknown type or width, which the check of the scheme reports
+            return False
+
     changed = []
-    if scheme.quantizes_weights and not scheme.sym and _is_symmetric_only(scheme):
+    if scheme.quantizes_weights and not scheme.sym and symmetric_only(scheme):
         changed.append("sym")
     activations = scheme.activations
-    if activations is not None and not activations.sym and _is_symmetric_only(activations):
+    if activations is not None and not activations.sym and symmetric_only(activations):
         if scheme.act_sym is False or "sym" not in changed:  # None takes the weights' value
             changed.append("act_sym")
     return (scheme.with_overrides(dict.fromkeys(changed, True)) if changed else scheme), changed
-
-
-def _is_symmetric_only(scheme: Scheme) -> bool:
-    try:
-        return codec_of(scheme).symmetric_only
-    except UnsupportedError:  # an unknown type or width, which the check of the scheme reports
-        return False
 
 
 def no_zero_point(scheme: QuantizationScheme, field: str) -> str:

@@ -29,12 +29,12 @@ from auto_round.calibration.observers import MinMaxObserver
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import NumericsError
 from auto_round.logger import logger
-from auto_round.modeling.layer_rules import fused_groups
 from auto_round.modeling.source import ModelSource, count_non_finite, direct_tensors
-from auto_round.run.block_layers import activation_of, is_calibrated, share_global_scales
-from auto_round.run.plan import Job
+from auto_round.run.block_layers import activation_of, share_global_scales
 from auto_round.run.settings import Settings
 from auto_round.run.writers import OutputWriter
+
+_STATE = ("unquantized", "rounded", "clamped", "incidents", "lost", "diverged")
 
 
 @dataclass
@@ -42,9 +42,8 @@ class NumericsPolicy:
     """The policy for NaN and Inf, and what it did in this run.
 
     Attributes:
-        policy: "fail", "rtn" or "keep".
-        scale_dtype, model_dtype: dtype of stored scales, and of the model.
-        needs_all_blocks: why every block must have finite calibration data, or None.
+        settings: their `on_nan` is the policy.
+        model_dtype: dtype of the model.
         outputs: writers to which layers that stay unquantized are reported.
         unquantized: layers left in full precision, with the reason.
         rounded: layers rounded to nearest without calibration data, with the reason.
@@ -54,10 +53,8 @@ class NumericsPolicy:
         diverged: the output of the quantized blocks is not finite; tuning continues on full-precision inputs.
     """
 
-    policy: str
-    scale_dtype: torch.dtype
+    settings: Settings
     model_dtype: torch.dtype
-    needs_all_blocks: str | None = None
     outputs: Sequence[OutputWriter] = ()
     unquantized: dict[str, str] = field(default_factory=dict)
     rounded: dict[str, str] = field(default_factory=dict)
@@ -73,16 +70,15 @@ class NumericsPolicy:
     def restore_from(self, state: Mapping[str, Any]) -> None:
         """Restore a `state`; the layers that became unquantized since are reported to the writers."""
         added = {name: why for name, why in state["unquantized"].items() if name not in self.unquantized}
-        if added:
-            for output in self.outputs:
-                output.leave_unquantized(list(added), next(iter(added.values())))
+        for output in self.outputs if added else ():
+            output.leave_unquantized(list(added), next(iter(added.values())))
         for name in _STATE:
             setattr(self, name, state[name])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for report.json."""
         return {
-            "on_nan": self.policy, "incidents": list(self.incidents), "kept": dict(self.unquantized),
+            "on_nan": self.settings.on_nan, "incidents": list(self.incidents), "kept": dict(self.unquantized),
             "rounded_plainly": dict(self.rounded), "clamped_scales": dict(self.clamped),
         }  # fmt: skip
 
@@ -111,16 +107,18 @@ class NumericsPolicy:
     def fall_back(self, block: str, tasks: Sequence[LayerTask], error: NumericsError) -> BlockResult:
         """Round a block without calibration data, or leave it unquantized, according to the policy.
 
-        Raises:
-            NumericsError: `error`, when the policy is to fail or no fallback is possible.
+        Raises NumericsError, `error`, when the policy is to fail or no fallback is possible.
         """
-        if self.policy == "fail":
+        settings, policy = self.settings, self.settings.on_nan
+        if policy == "fail":
             raise error
-        if self.needs_all_blocks is not None:
-            raise NumericsError(f"{error}; on_nan={self.policy} does not help here: {self.needs_all_blocks}")
+        if settings.cache is not None or settings.save_imatrix is not None:
+            needed = "scales of the key-value cache and of attention come from calibration data"
+            needed = needed if settings.cache is not None else "the importance file would lack layers"
+            raise NumericsError(f"{error}; on_nan={policy} does not help here: {needed}")
         # A known damaged tensor in the block explains the error: the other layers are not at fault, and are rounded.
         explained = any(name.startswith(f"{block}.") for name in self.unquantized)
-        if self.policy == "keep" and not explained:
+        if policy == "keep" and not explained:
             return self._leave_unquantized(block, tasks, str(error))
         self.log_incident(f"block {block} is rounded by its weights alone: {error}")
         return self.without_data(block, tasks, str(error))
@@ -128,13 +126,12 @@ class NumericsPolicy:
     def without_data(self, block: str, tasks: Sequence[LayerTask], reason: str) -> BlockResult:
         """Round a block to nearest without calibration data.
 
-        Raises:
-            NumericsError: a static input scale needs calibration data, and the policy is not "keep".
+        Raises NumericsError when a static input scale needs it, and the policy is not "keep".
         """
-        fixed = next((task.name for task in tasks if is_calibrated(task.scheme)), None)
+        fixed = next((task.name for task in tasks if task.scheme.calibrated), None)
         if fixed is not None:
             missing = f"the scales of the inputs of {fixed} come from calibration data, and there is no finite one"
-            if self.policy == "keep":
+            if self.settings.on_nan == "keep":
                 return self._leave_unquantized(block, tasks, f"{reason}; {missing}")
             raise NumericsError(
                 f"block {block}: {missing} ({reason}); use dynamic activations, name the block's layers in "
@@ -145,18 +142,17 @@ class NumericsPolicy:
             task.activation = activation_of(task.scheme, task.name, MinMaxObserver(), self.model_dtype)
         share_global_scales(tasks)
         self.rounded |= {task.name: reason for task in tasks}
-        return BlockResult([quantize_layer(task, False, self.scale_dtype) for task in tasks])
+        return BlockResult([quantize_layer(task, False, self.settings.scale_dtype) for task in tasks])
 
     def diverges(self, block: str, sample: int | None) -> bool:
         """Whether the output of the blocks quantized up to `block` is not finite any more, on `sample`.
 
-        Raises:
-            NumericsError: it is not, and the policy is to fail.
+        Raises NumericsError when the policy is to fail.
         """
         if sample is None:
             return False
         incident = f"the blocks quantized up to {block} give NaN or Inf on calibration sample {sample}"
-        if self.policy == "fail":
+        if self.settings.on_nan == "fail":
             advice = "use --disable_amp, more bits, or on_nan=rtn"
             raise NumericsError(f"{incident}, though not in full precision; {advice}")
         self.log_incident(f"{incident}: the blocks after it are tuned on full-precision inputs")
@@ -170,18 +166,6 @@ class NumericsPolicy:
         self.unquantized |= dict.fromkeys(names, reason)
         self.log_incident(f"block {block} stays in full precision: {reason}")
         return BlockResult()
-
-
-_STATE = ("policy", "unquantized", "rounded", "clamped", "incidents", "lost", "diverged")
-
-
-def needs_all_blocks(settings: Settings) -> str | None:
-    """Why a run needs finite calibration data of every block, or None."""
-    if settings.cache is not None:
-        return "scales of the key-value cache and of attention come from calibration data"
-    if settings.save_imatrix is not None:
-        return "the importance file would lack layers"
-    return None
 
 
 def damaged_tensors(source: ModelSource) -> dict[str, str]:
@@ -198,47 +182,12 @@ def damaged_tensors(source: ModelSource) -> dict[str, str]:
     return found
 
 
-def damaged_layers(job: Job, damaged: Mapping[str, str], source: ModelSource) -> dict[str, str]:
-    """Layers that must be left unquantized because of damaged tensors, with the reason: the owners of these tensors
-    and the layers that runtimes fuse with them."""
-    planned = job.quantized()
-    tied = source.tied()
-    unquantized: dict[str, str] = {}
-    for layer in planned:
-        for leaf in ("weight", "bias"):
-            name = f"{layer}.{leaf}"
-            bad = damaged.get(tied.get(name, name))
-            if bad is not None:
-                unquantized.setdefault(layer, f"its {leaf} holds {bad}")
-    for group in fused_groups(planned):
-        first = next((name for name in group if name in unquantized), None)
-        if first is not None:
-            for name in group:
-                unquantized.setdefault(name, f"{first}, which runtimes fuse with it, is left unquantized")
-    return unquantized
-
-
-def check_non_layer_tensors(job: Job, damaged: Mapping[str, str]) -> None:
-    """Raise NumericsError when a damaged tensor that is not a layer would be stored quantized (GGUF embeddings)."""
-    if job.gguf is None:
-        return
-    for name, bad in damaged.items():
-        kind = job.gguf.type_of(name)
-        if kind not in (None, "F32", "F16", "BF16"):
-            raise NumericsError(
-                f"tensor {name!r} holds {bad}, and this GGUF file stores it as {kind}; repair the model, or use a file "
-                "type that keeps it in F16"
-            )
-
-
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Enable PyTorch's deterministic algorithms if `wanted`, and restore the caller's setting on exit."""
-    if not wanted:
-        yield
-        return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    if wanted:
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,49 +14,82 @@ from torch import nn
 from auto_round import envs
 from auto_round.calibration.observers import KVCacheObserver
 from auto_round.codecs.base import Codec
+from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
 from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs
 from auto_round.formats.cache_scales import FP8_MAXIMUM, CacheScheme
-from auto_round.modeling.attention import Attention, find_attention, head_counts, library_error, unrecognised_attention
-from auto_round.modeling.config import text_config
+from auto_round.modeling.attention import find_attention, head_counts, library_error, unrecognised_attention
+from auto_round.modeling.config import read_value, text_config
+from auto_round.modeling.layer_rules import is_routed_expert
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import format_bytes
+from auto_round.run.settings import Settings
 from auto_round.schemes import QuantizationScheme
 
 if TYPE_CHECKING:
-    from auto_round.formats.base import OutputFormat
     from auto_round.gguf.plan import GgufPlan
+
+_TOWERS = ("vision_config", "audio_config")
+_SHOWN = 40  # layers that differ from the default scheme
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Attention modules that get static scales of the key-value cache.
+    """Static scales of the key-value cache.
 
     Attributes:
-        scheme: which scales.
-        heads: (query heads, key-value heads) by the module's full name.
+        scheme: which scales; None for none.
+        heads: (query heads, key-value heads) of each attention module that gets them, by its full name.
     """
 
-    scheme: CacheScheme
-    heads: Mapping[str, tuple[int, int]]
+    scheme: CacheScheme | None = None
+    heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def queries(self) -> bool:
-        return self.scheme.queries is not None
+        return self.scheme is not None and self.scheme.queries is not None
 
-    def attentions(self, block: nn.Module) -> list[Attention]:
-        """Attention modules to observe while a block runs."""
-        return find_attention(block)
+    @classmethod
+    def of(cls, source: ModelSource, scheme: CacheScheme | None) -> CachePlan:
+        """The plan for a model.
+
+        Raises:
+            UnsupportedError: the model has no attention with a key-value cache.
+            LibraryError: it has attention, but no argument of it was recognised as a cache.
+        """
+        if scheme is None:
+            return cls()
+        config = text_config(source.config)
+        blocks = {block: source.model.get_submodule(block) for block in source.blocks}
+        heads = {
+            f"{block}.{attention.name}": head_counts(attention, config)
+            for block, module in blocks.items()
+            for attention in find_attention(module)
+        }
+        if not heads and (unknown := unrecognised_attention(list(blocks.values()))):
+            raise library_error(
+                f"{type(source.model).__name__} has attention ({', '.join(unknown)}), but no argument of it was "
+                "recognised as its key-value cache",
+                "leave static_kv_dtype and static_attention_dtype out",
+            )
+        if not heads:
+            raise UnsupportedError(
+                f"{type(source.model).__name__} has no attention with a key-value cache: leave static_kv_dtype and "
+                "static_attention_dtype out"
+            )
+        return cls(scheme, heads)
 
     def specs(self, fmt: OutputFormat) -> TensorSpecs:
         """Shapes and dtypes of all scales in a format's files, by tensor name."""
+        if (scheme := self.scheme) is None:
+            return {}
         heads = lambda name, leaf: (self._count(name, leaf), *(fmt.cache_scale_tail or ()))
         return {
-            f"{name}.{leaf}": ((1,) if self.scheme.granularity(leaf) == "tensor" else heads(name, leaf), torch.float32)
+            f"{name}.{leaf}": ((1,) if scheme.granularity(leaf) == "tensor" else heads(name, leaf), torch.float32)
             for name in self.heads
-            for leaf in self.scheme.leaves
+            for leaf in scheme.leaves
         }
 
     def scales(self, block: str, seen: KVCacheObserver) -> dict[str, torch.Tensor]:
@@ -69,6 +102,7 @@ class CachePlan:
         """
         made: dict[str, torch.Tensor] = {}
         for name in (n for n in self.heads if n.startswith(f"{block}.")):
+            assert self.scheme is not None
             for leaf in self.scheme.leaves:
                 largest = seen.of(f"{name.removeprefix(f'{block}.')}.{leaf[0]}", self._count(name, leaf))
                 if self.scheme.granularity(leaf) == "tensor":
@@ -79,41 +113,6 @@ class CachePlan:
 
     def _count(self, name: str, leaf: str) -> int:
         return self.heads[name][0 if leaf == "q_scale" else 1]
-
-
-def stored_scale(fmt: OutputFormat, scale: torch.Tensor) -> torch.Tensor:
-    """A scale with the shape that a format stores: [1], or one per head."""
-    return scale.reshape(1) if scale.dim() == 0 else scale.reshape(-1, *(fmt.cache_scale_tail or ()))
-
-
-def plan_cache(source: ModelSource, scheme: CacheScheme | None) -> CachePlan | None:
-    """The plan for a model, None without a scheme.
-
-    Raises:
-        UnsupportedError: the model has no attention with a key-value cache.
-        LibraryError: it has attention, but no argument of it was recognised as a cache.
-    """
-    if scheme is None:
-        return None
-    config = text_config(source.config)
-    heads = {
-        f"{block}.{attention.name}": head_counts(attention, config)
-        for block in source.blocks
-        for attention in find_attention(source.model.get_submodule(block))
-    }
-    blocks = [source.model.get_submodule(block) for block in source.blocks]
-    if not heads and (unknown := unrecognised_attention(blocks)):
-        raise library_error(
-            f"{type(source.model).__name__} has attention ({', '.join(unknown)}), but no argument of it was "
-            "recognised as its key-value cache",
-            "leave static_kv_dtype and static_attention_dtype out",
-        )
-    if not heads:
-        raise UnsupportedError(
-            f"{type(source.model).__name__} has no attention with a key-value cache: leave static_kv_dtype and "
-            "static_attention_dtype out"
-        )
-    return CachePlan(scheme, heads)
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,15 @@ class LayerPlan:
         """The ggml type, or a short description of the scheme."""
         return self.ggml or self.scheme.describe()
 
+    @property
+    def quantized(self) -> bool:
+        return self.scheme.quantizes_weights
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
     @cached_property
     def codec(self) -> Codec:
         """How the weight becomes codes."""
@@ -163,7 +171,6 @@ class MemoryPlan:
         activations: one stream of hidden states.
         streams: storage of the hidden states: "ram", "device" or "file".
         streams_experts: whether the experts of a block are read one at a time.
-        codes: codes of one block's experts in a file, if they are tuned one at a time.
     """
 
     ram: int = 0
@@ -173,7 +180,10 @@ class MemoryPlan:
     activations: int = 0
     streams: str = "ram"
     streams_experts: bool = False
-    codes: int = 0
+
+    @property
+    def largest_phase(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name], default="")
 
 
 @dataclass(frozen=True)
@@ -181,34 +191,29 @@ class Job:
     """The resolved plan of a run: schemes of all layers, sizes and memory, before any work is done.
 
     Attributes:
-        model: name or path of the source.
+        used: the settings of the run: those that were asked for, unless `fallback` says otherwise.
+        fallback: what else than asked for is done, and why; "" for nothing.
         blocks: block names in order.
         layers: every linear layer of the model, by name.
         formats: names of the output formats, in order.
-        settings: the settings as plain values.
-        scheme_name, scheme: the default scheme.
         steps: tuning steps over all blocks.
         bytes_on_disk: bytes of the weights, by format.
-        peak_ram, peak_vram: estimated peak memory in bytes, libraries included.
         compute: device and dtype of the matrix products.
-        model_type: of the model's config.
-        embeddings: module names of the embeddings.
         other_matrices: names of modules outside `layers` with a matrix as weight, without embeddings.
         stored_as: description of the source's quantization; "" for an unquantized source.
-        cache: plan of static scales of keys, values and queries.
-        gguf: plan of the GGUF file, for a GGUF format.
         resumable: an interrupted run can be continued.
         journal_bytes: largest size of the journal in the work space; 0 without one.
-        memory_plan: storage of the activations, and memory by phase.
-        stored_names: checkpoint name by module name, if they differ.
-        stored_blocks: the blocks' names in the checkpoint.
+        stored_names: checkpoint name by module name, if they differ; `stored_blocks`: those of the blocks.
         spare: checkpoint tensors that no module reads, with the reason; they are copied.
         skipped: by tensor name, weights of two or more dimensions in the blocks that are in no linear layer, with the
             reason why they are left unquantized.
+        damaged: layers left unquantized because of NaN or Inf in the model, with the reason.
         patterns: regular expressions of the layer configuration, in order.
+        file_identity: what else an interrupted run must have in common with this one to continue its files.
     """
 
     model: str
+    used: Settings
     blocks: tuple[str, ...]
     layers: Mapping[str, LayerPlan]
     formats: tuple[str, ...]
@@ -220,13 +225,14 @@ class Job:
     peak_ram: int
     peak_vram: int
     compute: str
+    fallback: str = ""
     output_dir: str | None = None
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    notes: tuple[str, ...] = ()
     model_type: str = ""
     embeddings: tuple[str, ...] = ()
     other_matrices: tuple[str, ...] = ()
     stored_as: str = ""
-    cache: CachePlan | None = None
+    cache: CachePlan = CachePlan()
     gguf: GgufPlan | None = None
     resumable: bool = False
     journal_bytes: int = 0
@@ -235,10 +241,12 @@ class Job:
     stored_blocks: tuple[str, ...] = ()
     spare: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    damaged: Mapping[str, str] = field(default_factory=dict)
     patterns: tuple[str, ...] = ()
+    file_identity: Mapping[str, str] = field(default_factory=dict)
 
     def quantized(self) -> dict[str, LayerPlan]:
-        return {name: plan for name, plan in self.layers.items() if plan.scheme.quantizes_weights}
+        return {name: plan for name, plan in self.layers.items() if plan.quantized}
 
     def with_unquantized(self, unquantized: Mapping[str, str]) -> Job:
         """The same job with further layers left unquantized, by name, with the reasons."""
@@ -249,20 +257,15 @@ class Job:
     def export_plan(self, fmt: OutputFormat) -> ExportPlan:
         """The plan for a format, with the names of its files: the checkpoint's, or the modules' for formats with their
         own naming rules."""
-        schemes = {name: plan.scheme for name, plan in self.layers.items()}
+        own = fmt.checkpoint_names
+        stored = lambda name: self.stored_names.get(name, name) if own else name
         # A reader could take these for quantized, though no module of this model has their tensors.
         spare = tuple(name.removesuffix(".weight") for name in self.spare if name.endswith(".weight"))
-        plan = ExportPlan(
-            self.scheme, schemes, self.blocks, self.settings, model_type=self.model_type, embeddings=self.embeddings,
-            other_matrices=self.other_matrices, spare=spare, cache=None if self.cache is None else self.cache.scheme,
-        )  # fmt: skip
-        if not fmt.checkpoint_names:
-            return plan
-        stored = lambda name: self.stored_names.get(name, name)
-        return replace(
-            plan, layers={stored(name): scheme for name, scheme in schemes.items()},
-            block_names=self.stored_blocks or self.blocks, embeddings=tuple(map(stored, self.embeddings)),
-            other_matrices=tuple(map(stored, self.other_matrices)), patterns=self.patterns,
+        return ExportPlan(
+            self.scheme, {stored(name): plan.scheme for name, plan in self.layers.items()},
+            (own and self.stored_blocks) or self.blocks, self.settings, model_type=self.model_type,
+            embeddings=tuple(map(stored, self.embeddings)), other_matrices=tuple(map(stored, self.other_matrices)),
+            spare=spare, patterns=self.patterns if own else (), cache=self.cache.scheme,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,6 +277,7 @@ class Job:
             "default": self.scheme.describe(),
             "formats": list(self.formats),
             "settings": dict(self.settings),
+            **({"fallback": self.fallback} if self.fallback else {}),
             "blocks": len(self.blocks),
             "layers": {n: p.description + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
             **({"copied": dict(self.spare)} if self.spare else {}),
@@ -285,70 +289,128 @@ class Job:
 
     def render(self) -> str:
         """The plan as text, for `--dry_run`."""
-        memory = self.memory_plan
-        most = max(memory.phases, key=lambda name: memory.phases[name]) if memory.phases else ""
-        weights = sum(p.out_features * p.in_features for p in self.quantized().values())
+        memory, quantized = self.memory_plan, self.quantized()
+        weights = sum(p.weights for p in quantized.values())
+        journal = f"up to {format_bytes(self.journal_bytes)} in {envs.resume_folder()} (none with --no_resume)"
+        most = f", libraries included; most of it in: {memory.largest_phase}" if memory.phases else ""
+        cache = self.cache.scheme
         rows = [
             ("model", self.model),
-            *([("stored as", f"{self.stored_as}; dequantized while it is read")] if self.stored_as else []),
+            ("stored as", self.stored_as and f"{self.stored_as}; dequantized while it is read"),
             ("scheme", f"{self.scheme_name} ({self.scheme.describe()})"),
             ("blocks", f"{len(self.blocks)} ({self.blocks[0]} .. {self.blocks[-1]})" if self.blocks else "none"),
-            ("layers", f"{len(self.quantized())} quantized of {len(self.layers)}, {weights / 1e6:.1f} M weights"),
+            ("layers", f"{len(quantized)} quantized of {len(self.layers)}, {weights / 1e6:.1f} M weights"),
             ("algorithm", ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)),
-            *([("attention", self.cache.scheme.describe())] if self.cache else []),
+            ("attention", cache and cache.describe()),
             ("compute", self.compute),
             ("steps", f"{self.steps} in total" if self.steps else "none (rounding only)"),
+            *((f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()),
+            ("journal", self.journal_bytes and journal),
+            ("output", self.output_dir),
+            ("memory", f"about {format_bytes(self.peak_ram)}{most}"),
+            ("GPU memory", self.peak_vram and f"about {format_bytes(self.peak_vram)}"),
+            ("temporary files", memory.spilled and f"{format_bytes(memory.spilled)} of activations in AR_WORK_SPACE"),
+            ("experts", memory.streams_experts and "read one at a time, and again for every format"),
         ]
-        rows += [(f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()]
-        if self.journal_bytes:
-            size = format_bytes(self.journal_bytes)
-            rows.append(("journal", f"up to {size} in {envs.resume_folder()} (none with --no_resume)"))
-        if self.output_dir:
-            rows.append(("output", self.output_dir))
-        parts = f", libraries included; most of it in: {most}" if most else ""
-        rows.append(("memory", f"about {format_bytes(self.peak_ram)}{parts}"))
-        if self.peak_vram:
-            rows.append(("GPU memory", f"about {format_bytes(self.peak_vram)}"))
-        if memory.spilled:
-            rows.append(("temporary files", f"{format_bytes(memory.spilled)} of activations in AR_WORK_SPACE"))
-        if memory.codes:
-            rows.append(("and", f"{format_bytes(memory.codes)} of codes of one block's experts"))
-        if memory.streams_experts:
-            alone = "tuned one at a time, after the other layers of their block"
-            rows.append(("experts", alone if self.steps else "read one at a time, and again for every format"))
-        lines = [f"{name:<18} {text}" for name, text in rows]
+        lines = [f"{name:<18} {text}" for name, text in rows if text]
         groups = Counter(p.description + (f": {p.reason}" if p.reason else "") for p in self.layers.values())
         lines += ["", "layers by scheme:"] + [f"  {count:>5}  {text}" for text, count in groups.most_common()]
-        others = Counter(self.skipped.values())
-        lines += [
-            f"  {count:>5}  other weights in the blocks, unquantized: {text}" for text, count in others.most_common()
-        ]
+        for text, count in Counter(self.skipped.values()).most_common():
+            lines.append(f"  {count:>5}  other weights in the blocks, unquantized: {text}")
         different = [p for p in self.layers.values() if p.scheme != self.scheme]
-        shown = different[:40]
-        if shown:
+        if different:
             lines += ["", "layers that differ from the default:"]
-            lines += [f"  {p.name}: {p.description}{f' ({p.reason})' if p.reason else ''}" for p in shown]
-            if len(different) > len(shown):
-                lines.append(f"  and {len(different) - len(shown)} more")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+            lines += [f"  {p.name}: {p.description}{f' ({p.reason})' if p.reason else ''}" for p in different[:_SHOWN]]
+            if len(different) > _SHOWN:
+                lines.append(f"  and {len(different) - _SHOWN} more")
+        notes = [self.fallback, *self.notes] if self.fallback else self.notes
+        return "\n".join(lines + [f"note: {note}" for note in notes])
+
+    def for_quantized(self, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
+        """The job that writes the layers `done`, which were quantized with the job `memory`. Raises UnsupportedError
+        when its formats cannot hold one of them."""
+        formats = ", ".join(self.formats)
+        refused = sorted(set(done) - set(self.quantized()))
+        if refused:
+            raise UnsupportedError(
+                f"{formats} cannot hold {len(refused)} of the quantized layers, such as {refused[0]}: "
+                f"{self.layers[refused[0]].reason}; use quantize_and_save, which leaves them in full precision, or "
+                "format fake"
+            )
+        for name, layer in done.items():
+            if layer.codes.ggml not in (None, self.layers[name].ggml):
+                raise UnsupportedError(
+                    f"{formats} stores {name} as {self.layers[name].ggml}, and it is quantized as {layer.codes.ggml}; "
+                    "use quantize_and_save, or the format of the scheme that was used"
+                )
+        unquantized = {name: memory.layers[name] for name in self.quantized() if name not in done}
+        return replace(self, layers={**self.layers, **unquantized})
 
 
-def plan_for_quantized(job: Job, memory: Job, done: Mapping[str, QuantizedLayer]) -> Job:
-    """Adapt `job` to write the layers `done` that are quantized already; `memory` is the job that they were quantized
-    with. Raises UnsupportedError when its formats cannot hold one of them."""
-    refused = sorted(set(done) - set(job.quantized()))
-    if refused:
-        raise UnsupportedError(
-            f"{', '.join(job.formats)} cannot hold {len(refused)} of the quantized layers, such as {refused[0]}: "
-            f"{job.layers[refused[0]].reason}; use quantize_and_save, which leaves them in full precision, or format "
-            "fake"
-        )
-    other = [name for name, layer in done.items() if layer.codes.ggml not in (None, job.layers[name].ggml)]
-    if other:
-        raise UnsupportedError(
-            f"{', '.join(job.formats)} stores {other[0]} as {job.layers[other[0]].ggml}, and it is quantized as "
-            f"{done[other[0]].codes.ggml}; use quantize_and_save, or the format of the scheme that was used"
-        )
-    unquantized = {name: memory.layers[name] for name in job.quantized() if name not in done}
-    return replace(job, layers={**job.layers, **unquantized})
+class LayerRules:
+    """What the files of a run decide about its layers: without a GGUF file (`GgufRules`) nothing.
+
+    Attributes:
+        file: plan of the GGUF file.
+        layer_config: the entries of the layer configuration that apply to linear layers.
+        quant_lm_head: whether layers outside the blocks get the default scheme too.
+    """
+
+    file: GgufPlan | None = None
+
+    def __init__(self, settings: Settings, source: ModelSource) -> None:
+        self.settings, self.source = settings, source
+        self.layer_config, self.quant_lm_head = settings.layer_config, settings.quant_lm_head
+
+    def defaults(self, names: Sequence[str]) -> dict[str, QuantizationScheme]:
+        """Default schemes of layers that replace the settings': in a preset with several widths, of all layers but
+        routed experts."""
+        mixed = self.settings.mixed
+        if mixed is None:
+            return {}
+        multimodal = any(read_value(self.source.config, tower) is not None for tower in _TOWERS)
+        bits = mixed.multimodal_other_bits if multimodal else mixed.other_bits
+        other = self.settings.scheme.with_overrides({"bits": bits})
+        return {name: other for name in names if not is_routed_expert(name)}
+
+    def fitted(
+        self, schemes: Mapping[str, QuantizationScheme], widths: Mapping[str, int]
+    ) -> tuple[dict[str, QuantizationScheme], list[str]]:
+        """Schemes that the files can hold, for layers whose rows have these widths, and notes for the user."""
+        settings, mixed = self.settings, self.settings.mixed
+        if mixed is None or any(map(is_routed_expert, schemes)):
+            return dict(schemes), []
+        return dict(schemes), [
+            f"{settings.scheme_name} gives routed experts {settings.scheme.bits} bits, and this model has none: every "
+            f"layer gets {mixed.other_bits}"
+        ]
+
+    def unquantized_reason(self, name: str) -> str | None:
+        """Why the files cannot hold a layer quantized, or None."""
+        return None
+
+    def settled(self, layers: Mapping[str, LayerPlan]) -> tuple[dict[str, LayerPlan], list[str]]:
+        """The plans with the type that each layer has in the files, and notes for the user."""
+        return (dict(layers) if self.settings.scheme.super_bits is None else with_types(layers)), []
+
+    def check_damaged(self, damaged: Mapping[str, str]) -> None:
+        """Raise NumericsError when a tensor that holds NaN or Inf would be stored quantized, though it is no layer."""
+
+    def nbytes(self, fmt: OutputFormat) -> int | None:
+        """Bytes of a format's tensors, if they are not those of its layout."""
+        return None
+
+    def identity(self) -> dict[str, str]:
+        """See `Job.file_identity`."""
+        return {}
+
+
+def with_types(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """The plans with the ggml type of each layer."""
+    kinds = {name: ggml_type_of(plan.scheme) if plan.quantized else None for name, plan in layers.items()}
+    return {name: replace(p, ggml=None if (k := kinds[name]) is None else k.name) for name, p in layers.items()}
+
+
+def embedding_names(source: ModelSource) -> tuple[str, ...]:
+    """The model's embeddings."""
+    return tuple(name for name, m in source.model.named_modules() if isinstance(m, nn.Embedding))

@@ -25,14 +25,13 @@ def recipe_of(settings: Settings, job: Job, formats: Sequence[str], shard: int |
 
     What cannot be written is None, and `supply` says what it was: calibration data that is no dataset string or lies in
     local files, and an importance file. The device is left to the machine, unless the CPU was asked for, and so is the
-    memory, unless its limit decides the result: experts are tuned one at a time.
+    memory.
     """
     config = settings.config
     dataset, missing = _portable_dataset(config.data.dataset if settings.needs_data else None)
     supply = {"dataset": missing} if missing else {}
     if settings.imatrix is not None:
         supply["imatrix"] = f"importance file {Path(settings.imatrix).name}"
-    limited = settings.tunes and job.memory_plan.streams_experts
     on_cpu = str(config.memory.device_map).strip().lower() == "cpu"
     return replace(
         config,
@@ -40,9 +39,7 @@ def recipe_of(settings: Settings, job: Job, formats: Sequence[str], shard: int |
         supply=supply,
         environment={name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
         data=replace(config.data, dataset=dataset, imatrix=None),
-        memory=MemoryConfig(
-            device_map="cpu" if on_cpu else 0, max_memory=config.memory.max_memory if limited else None
-        ),
+        memory=MemoryConfig(device_map="cpu" if on_cpu else 0),
         output=OutputConfig(format=",".join(formats), max_shard_size=shard),
     )
 

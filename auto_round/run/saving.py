@@ -24,8 +24,8 @@ from auto_round.run.driver import InMemory, Run
 from auto_round.run.folders import default_format, split_runs, stale_files
 from auto_round.run.gguf import scheme_of_type
 from auto_round.run.journal import Journal
-from auto_round.run.layer_schemes import select_blocks
 from auto_round.run.plan import Job
+from auto_round.run.planner import select_blocks
 from auto_round.run.results import ModelWriter, SavedModel, check_save_options
 from auto_round.run.settings import Settings
 from auto_round.schemes import GroupSize, QuantizationScheme

@@ -131,7 +131,8 @@ class Settings(SourceConfig, DataConfig):
     """The run's settings, resolved from a `QuantConfig` by `keywords.resolve_settings`: keywords of `AutoRound` that
     need no resolving, and what the others mean here.
 
-    `config`: what was asked for, as plain values. It is not compared.
+    `config`: the same as plain values. It is not compared. `asked_algorithm`: what was asked for, if `max_memory` is
+    too low for it.
     """
 
     config: QuantConfig = field(compare=False)
@@ -158,6 +159,7 @@ class Settings(SourceConfig, DataConfig):
     verify: bool
     strict: bool | None
     save_imatrix: str | None
+    asked_algorithm: str = ""
 
     @property
     def tunes(self) -> bool:
@@ -181,8 +183,7 @@ class Settings(SourceConfig, DataConfig):
     def _calibrated(self) -> bool:
         """Whether the default scheme or an entry of the layer configuration has static input scales."""
         entries = [scheme_from_entry(name, entry, self.scheme) for name, entry in self.layer_config.items()]
-        found = [scheme.activations for scheme in (self.scheme, *entries)]
-        return any(activations is not None and activations.calibrated for activations in found)
+        return any(scheme.calibrated for scheme in (self.scheme, *entries))
 
     @property
     def algorithm_name(self) -> str:

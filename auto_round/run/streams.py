@@ -12,7 +12,7 @@ import torch
 from auto_round.algorithms.base import empty_device_cache, out_of_memory_error
 from auto_round.calibration.block_calls import SharedState
 from auto_round.calibration.capture import CapturedInputs
-from auto_round.calibration.disk_store import DiskTensor, empty_beside
+from auto_round.calibration.disk_store import ActivationTensor, DiskTensor, empty_beside
 from auto_round.calibration.observers import InputObserver
 from auto_round.errors import NumericsError
 from auto_round.modeling.source import is_finite
@@ -31,14 +31,14 @@ def samples_in_pass(batch: int, tokens: int, device: torch.device) -> int:
 class Stream:
     """Hidden states [N, T, H] of all samples before a block, in memory or in a file; blocks run on `batch` samples.
 
-    `before_offload` is called before they are moved off the device, so that other holders can release them.
+    `others` are offloaded together with them; `before_offload` is called first.
     """
 
     captured: CapturedInputs
-    hidden: torch.Tensor | DiskTensor
+    hidden: ActivationTensor
     batch: int
     others: list[Stream] = field(default_factory=list)
-    spare: torch.Tensor | DiskTensor | None = None
+    spare: ActivationTensor | None = None
     before_offload: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Stream:
     def after(
         self, index: int, block: torch.nn.Module, device: torch.device, dtype: torch.dtype,
         observers: Sequence[InputObserver] = (), in_place: bool = False,
-    ) -> torch.Tensor | DiskTensor:  # fmt: skip
+    ) -> ActivationTensor:  # fmt: skip
         """Run a block on all samples and return its output [N, T, H] in `dtype`.
 
         When the device runs out of memory, the batch is halved; with one sample, the hidden states are offloaded.
@@ -85,7 +85,7 @@ class Stream:
             samples = list(range(rows.start, rows.stop))
             # Large sums are not copied for every batch: if the first batch fits, so do the others, always on a CPU.
             copied = start == 0 or (device.type != "cpu" and _observer_bytes(observers) < _MAX_COPIED_BYTES)
-            before = [_snapshot(o) for o in observers] if copied else None
+            before = _snapshot(observers) if copied else None
             for observer in observers:
                 mask = masks[observer.every_token]
                 observer.mask = None if mask is None else mask[rows]
@@ -95,26 +95,25 @@ class Stream:
             except torch.OutOfMemoryError as error:
                 if before is None:
                     raise out_of_memory_error("running a block", device) from error
-                for observer, state in zip(observers, before, strict=True):
-                    _restore(observer, state)
+                _restore(observers, before)
                 if self.batch > 1:
                     self.batch = self.batch // 2
-                else:
-                    if not self.offload():
-                        raise out_of_memory_error("running a block on one sample", device) from error
+                elif self.offload():
                     result = self.hidden if in_place else _on_cpu(result)
+                else:
+                    raise out_of_memory_error("running a block on one sample", device) from error
                 empty_device_cache(device)
                 continue
             start = rows.stop
         return result
 
-    def advance_to(self, hidden: torch.Tensor | DiskTensor) -> None:
+    def advance_to(self, hidden: ActivationTensor) -> None:
         """Continue with the output of `after`; the old buffer is reused for the next output."""
         if hidden is not self.hidden:
             self.spare = self.hidden
         self.hidden = hidden
 
-    def _buffer(self, dtype: torch.dtype) -> torch.Tensor | DiskTensor:
+    def _buffer(self, dtype: torch.dtype) -> ActivationTensor:
         """An uninitialised tensor with the shape, device and storage of the hidden states."""
         hidden, spare = self.hidden, self.spare
         self.spare = None
@@ -136,7 +135,7 @@ class Stream:
         """A function that calls the block on some samples, with gradients."""
         return lambda hidden, samples: self.captured.run(index, block, hidden, samples, self.state)
 
-    def saved(self, kind: str, index: int) -> dict[str, torch.Tensor | DiskTensor]:
+    def saved(self, kind: str, index: int) -> dict[str, ActivationTensor]:
         """The tensors to resume before block `index`: the hidden states as `kind`, and state that earlier blocks share
         with later ones as `kind`-0, ..."""
         slots = self.captured.links.slots_needed_from(index)
@@ -151,14 +150,22 @@ class Stream:
             self.state.restore(slot, journal.stream(f"{kind}-{number}").read("hidden"))
 
 
-def _on_cpu(hidden: torch.Tensor | DiskTensor) -> torch.Tensor | DiskTensor:
+def _on_cpu(hidden: ActivationTensor) -> ActivationTensor:
     return hidden if isinstance(hidden, DiskTensor) else hidden.cpu()
 
 
-def _snapshot(observer: InputObserver) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """A copy of an observer's state, to restore it when a batch has to be run again."""
-    own = dict(observer) if isinstance(observer, dict) else {}
-    return copy.deepcopy((vars(observer), own))
+def _snapshot(observers: Sequence[InputObserver]) -> list[tuple[dict[str, Any], dict[Any, Any]]]:
+    """A copy of the observers' state, to restore it when a batch has to be run again."""
+    return copy.deepcopy([(vars(o), dict(o) if isinstance(o, dict) else {}) for o in observers])
+
+
+def _restore(observers: Sequence[InputObserver], states: Sequence[tuple[dict[str, Any], dict[Any, Any]]]) -> None:
+    for observer, (attributes, items) in zip(observers, states, strict=True):
+        vars(observer).clear()
+        vars(observer).update(attributes)
+        if isinstance(observer, dict):
+            observer.clear()
+            observer.update(items)
 
 
 def _observer_bytes(observers: Sequence[InputObserver]) -> int:
@@ -169,29 +176,19 @@ def _observer_bytes(observers: Sequence[InputObserver]) -> int:
         value = values.pop()
         if isinstance(value, torch.Tensor):
             total += value.nbytes
-        elif isinstance(value, dict):
-            values += [*value.values(), *getattr(value, "__dict__", {}).values()]
         elif isinstance(value, list | tuple):
             values += value
-        elif hasattr(value, "__dict__"):
-            values += vars(value).values()
+        else:
+            values += [*(value.values() if isinstance(value, dict) else ()), *getattr(value, "__dict__", {}).values()]
     return total
 
 
-def _restore(observer: InputObserver, state: tuple[dict[str, Any], dict[Any, Any]]) -> None:
-    vars(observer).clear()
-    vars(observer).update(state[0])
-    if isinstance(observer, dict):
-        observer.clear()
-        observer.update(state[1])
-
-
-def first_non_finite(hidden: torch.Tensor | DiskTensor) -> int | None:
+def first_non_finite(hidden: ActivationTensor) -> int | None:
     """Index of the first sample of hidden states [N, T, H] with NaN or Inf, or None."""
     return next((sample for sample in range(hidden.shape[0]) if not is_finite(hidden[sample])), None)
 
 
-def check_activations(name: str, hidden: torch.Tensor | DiskTensor) -> None:
+def check_activations(name: str, hidden: ActivationTensor) -> None:
     """Raise NumericsError when a block's full-precision output holds NaN or Inf."""
     sample = first_non_finite(hidden)
     if sample is not None:

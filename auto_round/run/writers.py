@@ -17,7 +17,6 @@ from auto_round.output.staging import Staging
 from auto_round.output.verify import dense_digest, layer_digest
 from auto_round.output.writer import AtomicOutput, Records, ShardWriter
 from auto_round.run.file_layout import FileLayout, TensorAssembler
-from auto_round.run.plan import stored_scale
 
 
 class OutputWriter:
@@ -166,7 +165,8 @@ class FolderWriter(FileOutput):
 
     def scales(self, made: Mapping[str, torch.Tensor]) -> None:
         for name, scale in made.items():
-            self._add_dense(name, stored_scale(self.format, scale))
+            tail = self.format.cache_scale_tail or ()
+            self._add_dense(name, scale.reshape(1) if scale.dim() == 0 else scale.reshape(-1, *tail))
 
     def mark(self) -> Mark:
         missing, open_tensors = self._assembler.state()

@@ -112,7 +112,7 @@ def run(cell: dict[str, Any], out: Path, way: dict[str, Any] | None = None) -> N
         from auto_round.run import memory as memory_plan
 
         memory_plan.rss_bytes = lambda: 100_000_000  # not what this process happens to hold
-        wanted = bool(cell.get("alone")) and given.get("iters") != 0, in_file
+        wanted = bool(cell.get("alone")), in_file
         plan = AutoRound(cell["model"], **given).plan().memory_plan
         while (plan.streams_experts, plan.streams == "file") < wanted:
             way["max_memory"] = plan.ram - 1

@@ -33,7 +33,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "formats": "auto_round", "kwargs": G32,
         "ways": [{}, {"file": True}, {"low_gpu_mem_usage": True}, {"threads": 2}, {"threads": 2, "file": True}],
     },
-    "experts alone": {
+    "experts by GPTQ": {
         "family": "qwen3-moe", "formats": "auto_round,fake", "kwargs": G32, "alone": True, "ways": [{}, {"file": True}],
     },
     "model-free": {"formats": "auto_round", "kwargs": {"group_size": 32, "model_free": True}},

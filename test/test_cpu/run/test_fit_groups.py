@@ -12,7 +12,7 @@ import torch
 
 from auto_round.errors import UnsupportedError
 from auto_round.formats.base import get_format
-from auto_round.run.layer_schemes import fit_groups
+from auto_round.run.planner import fit_groups
 from auto_round.schemes import QuantizationScheme as Scheme
 
 WIDTHS = {"a": 576, "b": 1536, "c": 576, "d": 48}

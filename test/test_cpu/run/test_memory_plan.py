@@ -11,9 +11,9 @@ import torch
 
 from auto_round.algorithms.base import BlockTask
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
-from auto_round.run.blocks import layer_task
+from auto_round.run.block_layers import layer_task
 from auto_round.run.driver import Run
-from auto_round.run.memory import MemoryInputs, plan_memory, tensor_bytes, tuning_bytes
+from auto_round.run.memory import MemoryModel
 
 WIDE: dict[str, Any] = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
 
@@ -90,7 +90,7 @@ def test_learnables_hold_what_is_counted(
         group.step(0.01, 0.01)
     best = [group.snapshot() for group in learnables] if iters > 2 else []
     held = sum(size for where, size in storage_bytes(learnables, best).items() if where not in own)
-    counted = tuning_bytes(MemoryInputs(run.settings, run.source, job.layers, torch.float32), plans)
+    counted = MemoryModel(run.settings, run.source, job.layers, torch.float32).tuning(plans)
     assert counted.held == pytest.approx(held, rel=0.06)
 
 
@@ -99,12 +99,12 @@ def test_a_block_counts_all_its_tensors(make: Callable[..., Any], packable_folde
     name = run.source.blocks[0]
     module = run.source.load(name)
     held = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-    assert tensor_bytes(run.source, name) == held
+    assert MemoryModel(run.settings, run.source, {}, torch.float32).module_bytes(name) == held
 
 
 def test_kept_activations_are_counted_where_they_are(make: Callable[..., Any]) -> None:
     run = run_of(make("llama", iters=2, nsamples=500, seqlen=64))
-    facts = MemoryInputs(run.settings, run.source, run.plan([]).layers, torch.float32)
-    ram, file = plan_memory(facts, "ram"), plan_memory(facts, "file")
+    model = MemoryModel(run.settings, run.source, run.plan([]).layers, torch.float32)
+    ram, file = model.plan("ram"), model.plan("file")
     assert ram.activations == 500 * 64 * 64 * 4 and file.spilled == 2 * ram.activations and ram.spilled == 0
     assert abs(ram.phases["block, quantized"] - file.phases["block, quantized"] - file.spilled) < 5_000_000

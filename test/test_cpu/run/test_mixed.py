@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from auto_round.errors import UnsupportedError
-from auto_round.run.layer_schemes import mixed_defaults
+from auto_round.run.plan import LayerRules
 from auto_round.schemes import MIXED_PRESETS, PRESET_SCHEMES, QuantizationScheme, mixed_preset
 
 NAMES = ["l.0.self_attn.q_proj", "l.0.mlp.experts.3.up_proj", "l.0.mlp.shared_expert.up_proj", "lm_head"]
@@ -28,12 +28,18 @@ def test_the_mixture_is_data() -> None:
 
 def test_which_layer_gets_what() -> None:
     mixed, scheme, text = MIXED_PRESETS["W4A16_MIXED"], PRESET_SCHEMES["W4A16_MIXED"], SimpleNamespace()
-    found = mixed_defaults(mixed, scheme, NAMES, text)
+
+    def defaults(mixed: Any, config: Any) -> dict[str, QuantizationScheme]:
+        settings: Any = SimpleNamespace(mixed=mixed, scheme=scheme, layer_config={}, quant_lm_head=False)
+        source: Any = SimpleNamespace(config=config)
+        return LayerRules(settings, source).defaults(NAMES)
+
+    found = defaults(mixed, text)
     assert {name: s.bits for name, s in found.items()} == {n: 8 for n in NAMES if "experts.3" not in n}
     assert all(s.with_overrides({"bits": 4}) == scheme for s in found.values())
     seeing = SimpleNamespace(vision_config=SimpleNamespace())
-    assert {s.bits for s in mixed_defaults(mixed, scheme, NAMES, seeing).values()} == {16}
-    assert mixed_defaults(None, scheme, NAMES, text) == {}
+    assert {s.bits for s in defaults(mixed, seeing).values()} == {16}
+    assert defaults(None, text) == {}
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "qwen2-moe", "mixtral", "gpt-oss"])

@@ -137,7 +137,7 @@ def test_stopped_in_one_way_and_resumed_in_another(
 
 PHASES = {
     "data": (run_module, "prepare_calibration", 1), "capture": (run_module, "capture_inputs", 1),
-    "first block": (blockwise, "_quantize_block", 1), "outside": (head_module, "quantize_non_block", 1),
+    "first block": (blockwise, "_quantize_block", 1), "outside": (head_module, "write_unit", 1),
     "after the head": (head_module, "smoke_loss", 1), "names": (ShardWriter, "finish", 1),
     "second names": (ShardWriter, "finish", 2),
     "side files": (deliver_module, "write_side_files", 1), "config": (deliver_module, "write_config", 2),

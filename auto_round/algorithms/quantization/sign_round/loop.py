@@ -85,19 +85,15 @@ class MicroBatchRunner:
     failed discards its gradient and starts again.
     """
 
-    def __init__(
-        self, task: BlockTask, layers: Sequence[Tunable], micro_batch: int, device: torch.device | None = None
-    ) -> None:
-        """`device`: of the block; None takes that of its layers."""
+    def __init__(self, task: BlockTask, layers: Sequence[Tunable], micro_batch: int) -> None:
         self.task, self.layers, self.micro_batch = task, layers, micro_batch
-        self.device = task.device if device is None else device
 
     def run(self, step: Callable[[int], T]) -> T:
         """`step(micro_batch)`, retried with half as many samples, then with the block's inputs off the device.
 
         Raises DeviceError when even one sample does not fit.
         """
-        device = self.device
+        device = self.task.device
         while True:
             try:
                 return step(self.micro_batch)
