@@ -172,15 +172,18 @@ class CheckpointConfig:
         blocks = (_name_list(values.get(key)) for key in _BLOCK_KEYS)
         self.block_prefixes = next((found for found in blocks if found), ())
         self.backend = str(values.get("backend") or "auto")
-        self._extra, self._rules = _mapping(values, "extra_config"), _mapping(values, "dynamic")
+        self._extra, rules = _mapping(values, "extra_config"), _mapping(values, "dynamic")
         self._excluded = _name_list(values.get("modules_to_not_convert")) if self.everywhere else ()
         self._only_suffixes = _name_list(values.get("modules_in_block_to_quantize"))
         self._lm_head = bool(values.get("lm_head", False))
-        for pattern in (*filter(_META.search, self._extra), *map(_rule_pattern, self._rules)):
-            re.compile(pattern)
-        for name, entry in (*self._extra.items(), *self._rules.items()):
+        for name, entry in (*self._extra.items(), *rules.items()):
             if not isinstance(entry, Mapping) and entry not in (None, False):
                 raise ConfigError(f"quantization_config has {entry!r} for {name!r}; it must be an object")
+        for pattern in filter(_META.search, self._extra):
+            re.compile(pattern)
+        patterns = [re.compile(rule.removeprefix("+:").removeprefix("-:")) for rule in rules]
+        excluding = [rule.startswith("-:") or entry is False for rule, entry in rules.items()]
+        self._rules = list(zip(patterns, excluding, rules.values(), strict=True))
 
     def layer(self, name: str, in_block: bool, names: Sequence[str] = ()) -> LayerFormat | None:
         """The format of the linear layer `name`, or None when it is in full precision.
@@ -213,10 +216,9 @@ class CheckpointConfig:
 
     def _dynamic(self, names: Sequence[str]) -> LayerFormat | None:
         """GPTQModel's `dynamic`: `-:regex` excludes a layer, `+:regex` or `regex` overrides the default."""
-        for rule, entry in self._rules.items():
-            if any(re.match(_rule_pattern(rule), name) for name in names):
-                dense = rule.startswith("-:") or entry is False
-                return None if dense else _override(self.default, entry or {}, names[0])
+        for pattern, excludes, entry in self._rules:
+            if any(map(pattern.match, names)):
+                return None if excludes else _override(self.default, entry or {}, names[0])
         return self.default
 
 
@@ -238,11 +240,6 @@ def _malformed_as_config_error() -> Iterator[None]:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError, re.error) as error:
         raise ConfigError(f"the quantization_config is malformed ({error!r}); check config.json") from error
-
-
-def _rule_pattern(rule: str) -> str:
-    """The regular expression of a rule of GPTQModel's `dynamic`."""
-    return rule.removeprefix("+:").removeprefix("-:")
 
 
 def _auto_round_values(config: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.inference.config import LayerFormat
-from auto_round.inference.kernels import IntegerWeight, LinearKernel, kernel_class
+from auto_round.inference.kernels import IntegerWeight, JoinedKernels, LinearKernel, kernel_class
 from auto_round.layouts.floats import FloatLayout
 from auto_round.layouts.integers import GptqLayout, dequantize_chunked
 from auto_round.logger import warn_once
@@ -317,43 +317,22 @@ class QuantLinear(PackedLinear):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class Projection:
-    """The gate, up or down layers of all experts, which have equal sizes and kernels of one class."""
-
-    def __init__(self, layers: list[QuantLinear], kernels: list[LinearKernel]) -> None:
-        self.layers, self.multiply = layers, type(kernels[0]).join(kernels)
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        # The last row, of zeros, is for tokens without an expert.
-        self.bias = torch.stack([*biases, torch.zeros_like(biases[0])]) if biases else None
-
-    @classmethod
-    def of(cls, experts: RoutedExperts, usual: str) -> Projection | None:
-        """The projection `usual` of experts, or None when their kernels differ or permute columns."""
-        named = enumerate(experts.leaves)
-        modules = [getattr(experts.get_submodule(str(index)), getattr(leaves, usual)) for index, leaves in named]
-        layers = [m for m in modules if isinstance(m, QuantLinear) and m._order is None]
-        kernels = [kernel for layer in layers if (kernel := layer.kernel) is not None]
-        alike = {(type(kernel), kernel.spec) for kernel in kernels}
-        if len(kernels) < len(modules) or len(alike) != 1 or len({layer.bias is None for layer in layers}) != 1:
-            return None
-        return cls(layers, kernels)
-
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """x [rows, in] sorted by expert -> [rows, out]; `offsets` as in `JoinedKernels`."""
-        y = self.multiply(x, offsets)
-        return y if self.bias is None else y + self.bias[chosen].to(y.dtype)
-
-
 class PackedExperts:
     """Replaces the calls of single layers in `RoutedExperts` while the layers are unchanged (`is_valid`)."""
 
-    def __init__(self, experts: RoutedExperts, projections: dict[str, Projection]) -> None:
-        self.experts, self.projections = experts, projections
-        self._layers = [
-            (experts.get_submodule(str(index))._modules, getattr(experts.leaves[index], usual), layer, layer._kernel)
-            for usual, projection in projections.items()
-            for index, layer in enumerate(projection.layers)
-        ]
+    def __init__(self, experts: RoutedExperts, projections: Mapping[str, list[QuantLinear]]) -> None:
+        self.experts = experts
+        self._products: dict[str, tuple[JoinedKernels, torch.Tensor | None]] = {}  # with biases, of each projection
+        self._layers = []
+        for usual, layers in projections.items():
+            kernels = [layer._kernel[0] for layer in layers]
+            biases = [layer.bias for layer in layers if layer.bias is not None]
+            # The last row, of zeros, is for tokens without an expert.
+            bias = torch.stack([*biases, torch.zeros_like(biases[0])]) if biases else None
+            self._products[usual] = type(kernels[0]).join(kernels), bias
+            for index, layer in enumerate(layers):
+                owner, leaf = experts.get_submodule(str(index)), getattr(experts.leaves[index], usual)
+                self._layers.append((owner._modules, leaf, layer, layer._kernel))
 
     def is_valid(self) -> bool:
         """Whether every layer is still in place, with the same kernel and without hooks."""
@@ -368,19 +347,32 @@ class PackedExperts:
         count = self.experts.num_experts
         chosen = chosen.clamp(max=count)
         offsets = torch.searchsorted(chosen, torch.arange(count + 2, device=chosen.device), out_int32=True)
-        up = self.projections["up"](x, chosen, offsets)
-        gate = self.projections["gate"](x, chosen, offsets) if "gate" in self.projections else None
-        return self.projections["down"](self.experts.combine(gate, up), chosen, offsets)
+
+        def project(usual: str, x: torch.Tensor) -> torch.Tensor:
+            multiply, bias = self._products[usual]
+            y = multiply(x, offsets)
+            return y if bias is None else y + bias[chosen].to(y.dtype)
+
+        up, gate = project("up", x), project("gate", x) if "gate" in self._products else None
+        return project("down", self.experts.combine(gate, up))
 
 
 def enable_grouped_experts(model: nn.Module) -> int:
-    """Enable grouped calls in every `RoutedExperts` of `model` whose layers support it; returns how many do."""
+    """Enable grouped calls in every `RoutedExperts` of `model` whose layers support it; returns how many do.
+
+    All experts of a projection must have kernels of one class and equal sizes, without a column permutation.
+    """
     found = 0
     for experts in model.modules():
         if isinstance(experts, RoutedExperts):
-            named = ("gate", "up", "down")[not experts.has_gate :]
-            projections = {usual: part for usual in named if (part := Projection.of(experts, usual)) is not None}
-            if len(projections) == len(named):
+            projections = {}
+            for usual in ("gate", "up", "down")[not experts.has_gate :]:
+                named = enumerate(experts.leaves)
+                layers = [getattr(experts.get_submodule(str(index)), getattr(leaves, usual)) for index, leaves in named]
+                if all(isinstance(m, QuantLinear) and m.kernel is not None and m._order is None for m in layers):
+                    if len({(type(m.kernel), m.kernel.spec, m.bias is None) for m in layers}) == 1:
+                        projections[usual] = layers
+            if len(projections) == 2 + experts.has_gate:
                 experts.batched = PackedExperts(experts, projections)
                 found += 1
     return found

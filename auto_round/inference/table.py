@@ -115,16 +115,15 @@ class Backend:
 
     def mismatch(self, fmt: LayerFormat, device: str, spec: LayerSpec | None = None) -> str | None:
         """None when the row supports such a layer, whatever is installed, or the reason why not."""
-        if device not in self.devices:
-            return f"runs on {', '.join(self.devices)}, not {device}"
-        if fmt.scheme.bits not in self.bits:
-            return f"runs {', '.join(map(str, self.bits))} bits, not {fmt.scheme.bits}"
-        if fmt.packing not in self.packings:
-            return f"reads packing {', '.join(self.packings)}, not {fmt.packing}"
-        dtype = "" if spec is None else str(spec.dtype).removeprefix("torch.")
-        if dtype and dtype not in self.dtypes and not self.plain:  # plain PyTorch takes any
-            return f"computes in {', '.join(self.dtypes)}, not {dtype}"
-        return None
+        checks: list[tuple[str, tuple[object, ...], object]] = [
+            ("runs on {}, not {}", self.devices, device),
+            ("runs {} bits, not {}", self.bits, fmt.scheme.bits),
+            ("reads packing {}, not {}", self.packings, fmt.packing),
+        ]
+        if spec is not None and not self.plain:  # plain PyTorch takes any dtype
+            checks.append(("computes in {}, not {}", self.dtypes, str(spec.dtype).removeprefix("torch.")))
+        wrong = (text.format(", ".join(map(str, able)), asked) for text, able, asked in checks if asked not in able)
+        return next(wrong, None)
 
     def missing_requirement(self) -> str | None:
         """None when everything that it needs is installed, or what is missing."""
