@@ -1,7 +1,6 @@
-"""Find attention modules and the argument that takes their KV cache, from structure alone.
+"""Find attention modules and the argument that takes their KV cache, by its type and by what the code does with it.
 
-The cache argument is recognised by its type and by what the code does with it, so that a new name for it
-(Transformers 5.24 says `cache` where older ones say `past_key_values`) changes nothing.
+So a new name for it (Transformers 5.24 says `cache` where older ones say `past_key_values`) changes nothing.
 """
 
 from __future__ import annotations
@@ -88,10 +87,7 @@ def unrecognised_attention(blocks: Iterable[nn.Module]) -> list[str]:
 
 
 def head_counts(attention: Attention, config: Any) -> tuple[int, int]:
-    """(query heads, key-value heads) of an attention module, from the module or the model's text configuration.
-
-    Raises UnsupportedError when it caches latents, or the number is unknown.
-    """
+    """(query heads, key-value heads), from the module or the text configuration; UnsupportedError for none."""
     sources = (attention.module, getattr(attention.module, "config", None), config)
     if any(integers(read_value(source, "kv_lora_rank")) for source in sources):
         raise UnsupportedError(
@@ -127,8 +123,7 @@ def _cache_argument(kind: type[nn.Module]) -> str | None:
     """The argument of `kind.forward` that takes a key-value cache, or None.
 
     It is one on which `update(keys, values, ...)` is called, or in a class that calls `update` on something else, one
-    whose type or name identifies a cache. Blocks and models only pass a cache on, and linear attention uses other
-    methods.
+    whose type or name identifies a cache. Blocks only pass a cache on, and linear attention uses other methods.
     """
     forward: Any = kind.forward
     try:
@@ -169,10 +164,7 @@ def _mentions(kind: type[nn.Module], word: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _reads(function: Any) -> list[tuple[str, str]]:
-    """(local name or "", attribute or global) for everything that a function and its inner functions read, in order.
-
-    Reads of the dictionary of further keyword arguments are left out: its `update` is not that of a cache.
-    """
+    """(local name or "", attribute or global) that a function and its inner functions read, except from **kwargs."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     pending = [code] if isinstance(code, CodeType) else []
     found: list[tuple[str, str]] = []

@@ -24,8 +24,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` only multiplies its input by a 2-D weight and adds a bias: nn.Linear or Transformers' Conv1D.
 
-    A subclass of nn.Linear with its own forward (a router, a block-diagonal product) counts if its outputs are those of
-    nn.Linear, which is tested on a copy with a tiny weight.
+    A subclass of nn.Linear with its own forward counts if its outputs are those of nn.Linear, on a tiny copy.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:

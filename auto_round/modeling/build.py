@@ -68,10 +68,7 @@ def read_config(folder: Path) -> RawConfig:
 
 
 def check_code(values: Mapping[str, Any], file: Path) -> None:
-    """Raise ModelError when a configuration makes Transformers run foreign code.
-
-    `auto_map`, the model's own Python files, is refused by Transformers itself.
-    """
+    """Raise ModelError when a configuration makes Transformers run foreign code (it refuses `auto_map` itself)."""
     for key in _IMPLEMENTATIONS:
         value = values.get(key)
         foreign = value not in (None, False, {}) if key in ("use_kernels", "kernel_config") else _is_repository(value)
@@ -92,10 +89,7 @@ def _is_repository(value: Any) -> bool:
 
 
 def check_sizes(file: Path, config: Any, tensors: int) -> None:
-    """Raise ModelError for a size in the text part of `config` that no model has, before anything is allocated.
-
-    `tensors`: number of tensors in the checkpoint, an upper limit of the number of layers.
-    """
+    """Raise ModelError for a size that no model has; the number of layers is limited by that of stored `tensors`."""
     text = text_config(config)
     for key, most in {**_MAX_SIZES, **dict.fromkeys(LAYER_COUNTS, tensors)}.items():
         value = read_value(text, key)
@@ -117,10 +111,9 @@ def _is_multimodal(config: Any) -> bool:
 
 
 def check_towers(config: Any, names: Iterable[str], model: str) -> None:
-    """Raise UnsupportedError for a checkpoint whose vision or audio part its causal class in Transformers would drop.
+    """Raise UnsupportedError if `names`, a checkpoint's tensors, have an encoder that its causal class does not load.
 
-    `AutoModelForCausalLM` silently drops the tensors of the encoder for families such as Qwen3.5, Llama 4 and Mllama. A
-    text-only checkpoint of such a family passes. `names`: of the checkpoint's tensors; `model`: for messages.
+    `AutoModelForCausalLM` drops it silently for families such as Qwen3.5, Llama 4 and Mllama.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -139,10 +132,7 @@ def check_towers(config: Any, names: Iterable[str], model: str) -> None:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False, causal: bool = True) -> Any:
-    """Load the Transformers configuration of a folder.
-
-    Raises ModelError when there is none, or with `causal` when it is not that of a causal language model.
-    """
+    """Load the Transformers configuration of a folder: with `causal`, that of a causal language model or ModelError."""
     from transformers import AutoConfig
 
     file = folder / "config.json"
@@ -200,9 +190,7 @@ class _EmptyOnMeta(TorchFunctionMode):
     Without it each weight is allocated before it is moved to meta, which fragments the heap: 2 GB for a model of 3 GB.
     """
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
@@ -227,9 +215,8 @@ def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool, kind
         if model is None or any(buffer.is_meta for buffer in model.buffers()):
             model = build()  # a value other than a weight was created by `torch.empty`
     except Exception as error:  # a model's constructor can raise anything on odd values
-        raise ModelError(
-            f"cannot build a model from {type(config).__name__}: {type(error).__name__}: {error}"
-        ) from error
+        name = type(config).__name__
+        raise ModelError(f"cannot build a model from {name}: {type(error).__name__}: {error}") from error
     return model.eval()
 
 

@@ -46,9 +46,7 @@ class CheckpointSource(ModelSource):
         files: the opened weights, if they are stored elsewhere.
         kind: the model's class; default: the causal language model of the configuration. Its task is not checked.
 
-    Raises:
-        ModelError: not a causal language model, or files missing or damaged (the message names file and tensor).
-        UnsupportedError: the checkpoint is quantized in a format that cannot be read, and `prepare` is not given.
+    Raises as `open_source`.
     """
 
     lazy = True
@@ -57,17 +55,11 @@ class CheckpointSource(ModelSource):
     files: TensorFiles
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | str | None = None,
-        trust_remote_code: bool = False,
-        prepare: Callable[[nn.Module], None] | None = None,
-        name_or_path: str | None = None,
-        allow_pickle: bool = False,
-        files: TensorFiles | None = None,
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None,
+        trust_remote_code: bool = False, prepare: Callable[[nn.Module], None] | None = None,
+        name_or_path: str | None = None, allow_pickle: bool = False, files: TensorFiles | None = None,
         kind: type[Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder, self.kind, self._trusted = Path(folder), kind, trust_remote_code
         self.name_or_path = name_or_path or str(folder)
         asked = self._asked = resolve_dtype(dtype)
@@ -102,21 +94,21 @@ class CheckpointSource(ModelSource):
             if not info.lazy and name in self._plans:  # a persistent buffer with a value: a small table
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._buffers[leaf] = self._fetch(name, {}, check=True)
-        used = {key for name, plan in self._plans.items() if name not in self._tied for key in plan.origin.stored}
-        aliases = {key for name, plan in self._plans.items() if name in self._tied for key in plan.origin.stored}
+        used, aliases = set[str](), set[str]()
+        for name, plan in self._plans.items():
+            (aliases if name in self._tied else used).update(plan.origin.stored)
         self.unused_tensors = tuple(
             key
             for key, stored in files.tensors.items()
             if key not in used and not _COMPUTED.search(key) and not (len(stored.shape) == 4 and _MASK.search(key))
         )
-        self.notes = files.notes
         # Tensors of multi-token prediction or of another version of the model, or damage.
-        if unread := [key for key in self.unused_tensors if key not in aliases]:
-            note = (
-                f"{self.folder} holds {len(unread)} tensors that {type(self.model).__name__} does not have: "
-                f"{', '.join(unread[:3])}; they are copied unquantized into formats that keep the checkpoint's names"
-            )
-            self.notes = (*files.notes, note)
+        unread = [key for key in self.unused_tensors if key not in aliases]
+        note = (
+            f"{self.folder} holds {len(unread)} tensors that {type(self.model).__name__} does not have: "
+            f"{', '.join(unread[:3])}; they are copied unquantized into formats that keep the checkpoint's names"
+        )
+        self.notes = (*files.notes, note) if unread else files.notes
 
     def _read_config(self) -> Any:
         return build.load_config(self.folder, trust_remote_code=self._trusted, causal=self.kind is None)

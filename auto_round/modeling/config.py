@@ -142,12 +142,10 @@ def with_both_rope_spellings(values: Mapping[str, Any]) -> Values:
     made = copy.deepcopy(dict(values))
     before = _parsed(made)
     for name, part in ((None, made), *_parts(made).items()):
-        parsed = before if name is None else getattr(before, name, None)
-        if hasattr(parsed, "to_dict") and not isinstance(part.get(_NEW), dict):
-            found = getattr(parsed, _NEW, None)
-            text = name is None or name in TEXT_PARTS
-            if isinstance(found, dict) and found and (text or any(key in part for key in _OLD)):
-                part[_NEW] = json.loads(json.dumps(found))
+        found = _part(before, name).get(_NEW)
+        if isinstance(found, dict) and found and not isinstance(part.get(_NEW), dict):
+            if name is None or name in TEXT_PARTS or any(key in part for key in _OLD):
+                part[_NEW] = copy.deepcopy(found)
         older = _legacy_rope(part.get(_NEW))
         if _SCALING in older and str(part.get("model_type", "")).startswith("phi"):
             # Phi reads this key before `rope_parameters`. Its classes in Transformers 4 count the fields: `type` (never
@@ -161,7 +159,7 @@ def with_both_rope_spellings(values: Mapping[str, Any]) -> Values:
         for key, value in older.items():
             if part.get(key) is None and (before is None or _accepts_legacy_key(made, name, key, value, before)):
                 part[key] = value
-    return made if before is None or _same(before, _parsed(made)) else copy.deepcopy(dict(values))
+    return made if before is None or _contains(_parsed(made), before) else copy.deepcopy(dict(values))
 
 
 def untied(values: Mapping[str, Any]) -> Values:
@@ -213,17 +211,21 @@ def _legacy_rope(parameters: Any) -> Values:
     return found
 
 
-def _accepts_legacy_key(values: Values, name: str | None, key: str, value: Any, before: Any) -> bool:
+def _part(values: Values | None, name: str | None) -> Values:
+    """A nested configuration, or the whole one; empty if there is none."""
+    found = values if name is None or values is None else values.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _accepts_legacy_key(values: Values, name: str | None, key: str, value: Any, before: Values) -> bool:
     """Whether the family's class accepts `key` as an older spelling, or has it as a setting. `name`: of the part."""
     tried = copy.deepcopy(values)
     (tried if name is None else tried[name])[key] = value
     after = _parsed(tried)
-    if not _same(before, after):
-        return False
-    one, other = (_as_dict(config if name is None else getattr(config, name, None)) for config in (before, after))
+    one, other = _part(before, name), _part(after, name)
     # Phi-3 reads this key as an attribute; the default value may be left out.
     kept = key == "partial_rotary_factor" and value != 1.0 and str(one.get("model_type")).startswith("phi")
-    return key not in other or key in one or kept
+    return _contains(after, before) and (key not in other or key in one or kept)
 
 
 def _class_of(values: Mapping[str, Any]) -> Any:
@@ -233,8 +235,8 @@ def _class_of(values: Mapping[str, Any]) -> Any:
     return CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
 
 
-def _parsed(values: Values) -> Any:
-    """The configuration object that Transformers makes of the values; None for an unknown family or invalid values."""
+def _parsed(values: Values) -> Values | None:
+    """The configuration as Transformers reads it; None for an unknown family or invalid values."""
     from transformers.utils import logging
 
     kind = _class_of(values)
@@ -243,23 +245,15 @@ def _parsed(values: Values) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # this is only a trial
     try:
-        return kind.from_dict(copy.deepcopy(values))
+        return json.loads(json.dumps(kind.from_dict(copy.deepcopy(values)).to_dict(), default=str))
     except Exception:  # invalid values raise anything; opening the model reports them
         return None
     finally:
         logging.set_verbosity(level)
 
 
-def _as_dict(config: Any) -> Values:
-    return json.loads(json.dumps(config.to_dict(), default=str)) if hasattr(config, "to_dict") else {}
-
-
-def _same(before: Any, after: Any) -> bool:
-    """Whether everything that was read before is read again."""
-    return after is not None and _contains(_as_dict(after), _as_dict(before))
-
-
 def _contains(found: Any, wanted: Any) -> bool:
+    """Whether everything that was read before (`wanted`) is read again."""
     if isinstance(wanted, dict):
         return isinstance(found, dict) and all(key in found and _contains(found[key], wanted[key]) for key in wanted)
     return bool(found == wanted)

@@ -126,14 +126,12 @@ class LinearExperts(nn.Module):
 
     def default_names(self) -> dict[str, str]:
         """By the current name of every linear layer under this module, its default name."""
-        found: dict[str, str] = {}
-        for index, leaves in enumerate(self.leaves):
-            names = zip(self._layer_names(index, leaves), self._layer_names(index, DEFAULT_EXPERT_NAMES), strict=True)
-            found |= {name: default for name, default in names if name}
-        return found
+        own = [name for index, leaves in enumerate(self.leaves) for name in self._layer_names(index, leaves)]
+        usual = [n for index in range(self.num_experts) for n in self._layer_names(index, DEFAULT_EXPERT_NAMES)]
+        return {name: default for name, default in zip(own, usual, strict=True) if name}
 
     def _layer_names(self, index: int, leaves: ExpertLayerNames) -> tuple[str, str, str]:
-        """Names under this module of gate, up and down of an expert; "" if it has no such layer."""
+        """Names under this module of gate, up and down of an expert; "" for none."""
         return f"{index}.{leaves.gate}" if self.has_gate else "", f"{index}.{leaves.up}", f"{index}.{leaves.down}"
 
     def pieces(self) -> dict[str, ExpertPiece]:
@@ -166,23 +164,17 @@ class LinearExperts(nn.Module):
     def combine(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         """Combine gate (None if the family has none) and up, [rows, I], to the input of the down projection."""
         own: Any = getattr(self._original, "_apply_gate", None)
-        made: torch.Tensor
         if gate is None:
-            made = attrgetter(self.layout.act)(self._original)(up)
-        elif own is None or own.__name__ == "_default_apply_gate":
-            made = attrgetter(self.layout.act)(self._original)(gate) * up
-        elif self.layout.interleaved:
-            made = own(torch.stack((gate, up), dim=-1).flatten(-2))
-        else:
-            made = own(torch.cat((gate, up), dim=-1))
-        return made
+            return attrgetter(self.layout.act)(self._original)(up)
+        if own is None or own.__name__ == "_default_apply_gate":
+            return attrgetter(self.layout.act)(self._original)(gate) * up
+        joined = torch.stack((gate, up), dim=-1).flatten(-2) if self.layout.interleaved else torch.cat((gate, up), -1)
+        return own(joined)
 
     def finish(self, results: torch.Tensor) -> torch.Tensor:
         """The output of an expert, [rows, H], from the output of its down projection."""
-        if not getattr(self._original, "has_post_expert_norm", False):
-            return results
-        normed: torch.Tensor = self._original.post_expert_norm(results)
-        return normed
+        has_norm = getattr(self._original, "has_post_expert_norm", False)
+        return self._original.post_expert_norm(results) if has_norm else results
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"

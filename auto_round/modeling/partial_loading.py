@@ -25,9 +25,7 @@ def non_block_loaded(source: ModelSource, device: Device | None = None) -> Itera
 
     They are loaded at once, since a forward may read the device of a weight before it calls the module, except
     `deferred_modules`, which are loaded just before their first call. At the end, what was loaded here is released;
-    what was loaded before stays. With `device` None a live model is not moved, and a checkpoint is loaded to the CPU.
-
-    Raises ModelError when a module is called with an input on meta.
+    what was loaded before stays. Raises ModelError when a module is called with an input on meta.
     """
     where = source.default_device if device is None else torch.device(device)
     loaded: list[str] = []
@@ -95,11 +93,9 @@ def check_not_meta(value: Any, where: str, source: ModelSource) -> None:
     """Raise ModelError when a tensor in `value`, the arguments of the module `where`, is on meta: it has no values."""
     if not _holds_meta(value):
         return
-    hint = (
-        "without max_memory every module outside the blocks is loaded before the pass"
-        if source.bounded
-        else "please report it with the model's config.json"
-    )
+    hint = "please report it with the model's config.json"
+    if source.bounded:
+        hint = "without max_memory every module outside the blocks is loaded before the pass"
     raise ModelError(
         f"{type(source.model).__name__} calls {where!r} with a tensor on meta: its forward reads a module "
         f"that is not loaded yet; {hint}, and model_free=True quantizes without running the model"

@@ -340,13 +340,9 @@ def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def open_source(
-    model: str | os.PathLike[str] | nn.Module,
-    *,
-    dtype: torch.dtype | str | None = None,
-    trust_remote_code: bool = False,
-    platform: str | None = None,
-    allow_pickle: bool = False,
-) -> ModelSource:
+    model: str | os.PathLike[str] | nn.Module, *, dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False, platform: str | None = None, allow_pickle: bool = False,
+) -> ModelSource:  # fmt: skip
     """Open a folder, a hub id or a model object as a model source.
 
     Args:
@@ -356,10 +352,8 @@ def open_source(
         platform: "hf" or "model_scope" for a hub id; default: as AR_USE_MODELSCOPE says.
         allow_pickle: read `pytorch_model.bin` if there is no safetensors file.
 
-    Raises:
-        ModelError: not found, not a causal language model, pickle weights, damaged files.
-        UnsupportedError: the checkpoint is quantized in a format that cannot be read.
-        ConfigError: an invalid dtype or platform.
+    Raises ModelError (not found, not a causal language model, pickles, damaged files), UnsupportedError (quantized in a
+    format that cannot be read) or ConfigError (an invalid dtype or platform).
     """
     if isinstance(model, nn.Module):
         return LiveSource(model)

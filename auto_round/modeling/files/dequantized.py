@@ -45,10 +45,8 @@ def scale_block(
 ) -> tuple[int, int] | None:
     """Rows and columns of a weight of this shape [experts..., out, in] that share one scale; None for a wrong shape.
 
-    Args:
-        scale: shape: one number, or one per expert; [out] or [out, 1]; [out/M, in/N] with truncated blocks at the
-            edges.
-        block: (M, N) of the checkpoint's config. Without it, or if it does not match, blocks of equal size are assumed.
+    A scale has one number, or one per expert; [out] or [out, 1]; [out/M, in/N] with truncated blocks at the edges.
+    `block`: (M, N) of the checkpoint's config. Without it, or if it does not match, blocks of equal size are assumed.
     """
     *experts, rows, columns = weight
     if prod(scale) == 1 or list(scale) == experts:
@@ -102,14 +100,10 @@ class StoredWeight(NamedTuple):
 
 
 class DequantizedFiles(TensorFiles):
-    """Reads quantized tensors as dense ones in `dtype`, under the names of the dense checkpoint.
-
-    Only the requested tensor is in memory, with one expert of it or a few rows in float32. `description`: how the
-    weights are stored, in words.
-    """
+    """Reads quantized tensors as dense ones in `dtype`, under the names of the dense checkpoint."""
 
     def __init__(self, files: TensorFiles, weights: Mapping[str, StoredWeight], dtype: torch.dtype) -> None:
-        removed = {f"{_stem(name)}.{leaf}" for name in weights for leaf in _AUXILIARY_SUFFIXES}
+        removed = {f"{name.rpartition('.')[0]}.{leaf}" for name in weights for leaf in _AUXILIARY_SUFFIXES}
         tensors, counts = dict(files.tensors), Counter[str]()
         for name, weight in weights.items():
             removed |= {weight.codes, weight.scale} - {name}
@@ -120,6 +114,7 @@ class DequantizedFiles(TensorFiles):
         super().__init__(files.folder, {name: stored for name, stored in tensors.items() if name not in removed})
         self.notes = files.notes
         self._stored, self.weights, self.dtype = files, dict(weights), dtype
+        # How the weights are stored, in words.
         self.description = " and ".join(f"{count} tensors in {kind}" for kind, count in sorted(counts.items()))
 
     @property
@@ -174,9 +169,8 @@ def check_readable(declared: Mapping[str, Any] | None, name: str) -> None:
         reason = _unsupported_reason(declared)
         _declared_block(declared)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ModelError(
-            f"the quantization_config of {name} is malformed ({error!r}); fetch config.json again"
-        ) from error
+        problem = f"the quantization_config of {name} is malformed ({error!r}); fetch config.json again"
+        raise ModelError(problem) from error
     if reason is not None:
         raise UnsupportedError(
             f"{name} is quantized already ({reason}), and cannot be read: give the original model. Quantized "
@@ -205,8 +199,9 @@ def dense_view(
     block = _declared_block(declared or {})
     weights: dict[str, StoredWeight] = {}
     for key, stored in files.tensors.items():
+        stem = key.rpartition(".")[0]
         if stored.dtype in _FLOAT8 and len(stored.shape) > 1:
-            names = [pattern.format(name=key, stem=_stem(key)) for pattern in _SCALES]
+            names = [pattern.format(name=key, stem=stem) for pattern in _SCALES]
             scale = next((name for name in names if name in files), None)
             if scale is not None:
                 found = scale_block(stored.shape, files.tensors[scale].shape, block)
@@ -220,9 +215,9 @@ def dense_view(
                 )
         elif key.endswith("_blocks") and len(stored.shape) == 4 and f"{key[:-7]}_scales" in files:
             weights[key[:-7]] = _mxfp4(files, key, f"{key[:-7]}_scales", stored.shape[:-1], transposed=True)
-        elif key.endswith(".weight_packed") and stored.dtype == torch.uint8 and f"{_stem(key)}.weight_scale" in files:
+        elif key.endswith(".weight_packed") and stored.dtype == torch.uint8 and f"{stem}.weight_scale" in files:
             groups = (*stored.shape[:-1], stored.shape[-1] // 16)
-            weights[f"{_stem(key)}.weight"] = _mxfp4(files, key, f"{_stem(key)}.weight_scale", groups, transposed=False)
+            weights[f"{stem}.weight"] = _mxfp4(files, key, f"{stem}.weight_scale", groups, transposed=False)
     if not weights and declared is not None:
         raise ModelError(
             f"config.json in {files.folder} declares a quantization ({_method(declared)}), but no quantized tensor "
@@ -290,7 +285,3 @@ def _declared_block(declared: Mapping[str, Any]) -> tuple[int, int] | None:
     found = {tuple(map(int, size.split("x") if isinstance(size, str) else size)) for size in given if size}
     sizes = [(size[0], size[1]) for size in found if len(size) == 2]
     return sizes[0] if len(sizes) == 1 else None
-
-
-def _stem(key: str) -> str:
-    return key.rpartition(".")[0]
