@@ -19,7 +19,7 @@ from auto_round.modeling.config import QUANTIZATION_KEYS, text_config
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.dequantized import check_readable, dense_view, quantization_of
 from auto_round.modeling.files.safetensors import PickleFiles, TensorFiles, only_pickles
-from auto_round.modeling.source import Device, Meta, ModelSource, check_finite, find_blocks, resolve_dtype, state_names
+from auto_round.modeling.source import Device, Meta, ModelSource, check_finite, resolve_dtype, state_names
 from auto_round.modeling.tensor_map import Origin, plan_tensors, read_origin
 
 # Buffers in old files that modules compute: rotary frequencies, causal masks [1, 1, n, n] and their fill value.
@@ -119,9 +119,6 @@ class CheckpointSource(ModelSource):
         if self.kind is None and not remote_class:
             build.check_towers(self.config, self.files.tensors, self.name_or_path)
         return build.build_on_meta(self.config, self.dtype, self._trusted, self.kind)
-
-    def _find_blocks(self) -> tuple[str, ...]:
-        return find_blocks(self.model)
 
     def reopen(self) -> CheckpointSource:
         source = CheckpointSource(

@@ -198,6 +198,12 @@ class ModelSource(ABC):
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self._names)
         return [name for name in owners if not f"{name}.".startswith(blocks)]
 
+    def _find_blocks(self) -> tuple[str, ...]:
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            name = type(self.model).__name__
+            raise ModelError(f"{name} is an encoder-decoder model; only decoder-only language models can be quantized")
+        return find_blocks(self.model)
+
     def _module(self, name: str) -> nn.Module:
         try:
             return self.model.get_submodule(name)
@@ -253,12 +259,8 @@ class LiveSource(ModelSource):
             raise ModelError(
                 f"{type(model).__name__} has no .config; give a Transformers causal language model or a path"
             )
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(
-                f"{type(model).__name__} is an encoder-decoder model; only decoder-only language models can be "
-                "quantized"
-            )
-        self.blocks = find_blocks(model)
+        self.model = model
+        self.blocks = self._find_blocks()
         for name, tensor in model.named_parameters():
             if tensor.is_meta:
                 raise ModelError(
@@ -269,7 +271,7 @@ class LiveSource(ModelSource):
                     f"parameter {name!r} of the model is {tensor.dtype}: the model is quantized already. Give its "
                     "path: FP8 and MXFP4 checkpoints are read block by block and dequantized; or load it dequantized"
                 )
-        self.model = model.eval()
+        model.eval()
         self.name_or_path = str(getattr(config, "_name_or_path", "") or type(model).__name__)
         fused_names = {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()}
         unfuse_experts(model)

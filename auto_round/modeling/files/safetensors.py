@@ -65,7 +65,20 @@ class TensorFiles:
         if single.is_file():
             return cls(path, read_header(check_inside(path, single)))
         if not index.is_file():
-            raise ModelError(_no_weights(path))
+            found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+            pickles = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+            loose = [n for n in found if n.endswith(".safetensors")]
+            reason = "no weights: model.safetensors or model.safetensors.index.json is needed"
+            if pickles:
+                reason = (
+                    f"weights as pickle ({pickles[0]}), which can run code when opened, and not as safetensors. "
+                    "Convert it once, if you trust it: "
+                    "AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder); or read only its tensors "
+                    "with allow_pickle=True (--allow_pickle)"
+                )
+            elif loose:
+                reason = f"{loose[0]} but neither model.safetensors nor its index model.safetensors.index.json"
+            raise ModelError(f"{path} holds {reason}")
         tensors, shards = read_index(index, ".safetensors", read_header)
         files = cls(path, tensors)
         owner: dict[str, str] = {}
@@ -108,8 +121,19 @@ class TensorFiles:
 
     def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
         """uint8 [size]: stored bytes of the tensor `key` starting at byte `start`."""
-        raw = self.allocate(size)
-        self._fill(key, start, raw.numpy().data)
+        raw, file = self.allocate(size), self.tensors[key].file
+        view = raw.numpy().data
+        try:
+            with open(file, "rb", buffering=0) as handle:
+                handle.seek(self.tensors[key].start + start)
+                done = 0
+                while done < size:
+                    count = handle.readinto(view[done : done + _READ_AT_ONCE])
+                    if not count:
+                        raise ModelError(f"{file.name} ended while tensor {key!r} was read; fetch the file again")
+                    done += count
+        except OSError as error:
+            raise ModelError(f"cannot read tensor {key!r} from {file}: {error}") from error
         return raw
 
     def prefetch(self, key: str, start: int = 0, size: int | None = None) -> None:
@@ -128,27 +152,9 @@ class TensorFiles:
             return False
         for offset in range(0, a.end - a.start, _COMPARE_AT_ONCE):
             size = min(_COMPARE_AT_ONCE, a.end - a.start - offset)
-            one, two = bytearray(size), bytearray(size)
-            self._fill(first, offset, memoryview(one))
-            self._fill(second, offset, memoryview(two))
-            if one != two:
+            if not torch.equal(self.read_bytes(first, offset, size), self.read_bytes(second, offset, size)):
                 return False
         return True
-
-    def _fill(self, key: str, start: int, view: memoryview) -> None:
-        """Fill `view` with the bytes of the tensor `key` from byte `start` of it."""
-        file = self.tensors[key].file
-        try:
-            with open(file, "rb", buffering=0) as handle:
-                handle.seek(self.tensors[key].start + start)
-                done = 0
-                while done < len(view):
-                    count = handle.readinto(view[done : done + _READ_AT_ONCE])
-                    if not count:
-                        raise ModelError(f"{file.name} ended while tensor {key!r} was read; fetch the file again")
-                    done += count
-        except OSError as error:
-            raise ModelError(f"cannot read tensor {key!r} from {file}: {error}") from error
 
 
 def _empty_bytes(size: int) -> torch.Tensor:
@@ -247,22 +253,6 @@ def read_index(
     return tensors, parts
 
 
-def _no_weights(folder: Path) -> str:
-    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    pickles = [n for n in found if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    loose = [n for n in found if n.endswith(".safetensors")]
-    if pickles:
-        return (
-            f"{folder} holds weights as pickle ({pickles[0]}), which can run code when opened, and not as safetensors. "
-            "Convert it once, if you trust it: "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(new_folder); or read only its tensors with "
-            "allow_pickle=True (--allow_pickle)"
-        )
-    if loose:
-        return f"{folder} holds {loose[0]} but neither model.safetensors nor its index model.safetensors.index.json"
-    return f"{folder} holds no weights: model.safetensors or model.safetensors.index.json is needed"
-
-
 class PickleFiles(TensorFiles):
     """The tensors of `pytorch_model.bin`, or of the files that its index names, memory-mapped.
 
@@ -285,17 +275,8 @@ class PickleFiles(TensorFiles):
         held, parts = read_index(index, ".bin", _load_pickle)
         return cls(folder, held, {key: folder / name for name, part in parts.items() for key in part if key in held})
 
-    def read(self, key: str, row: int | None = None) -> torch.Tensor:
-        tensor = self._held[key] if row is None else self._held[key][row]
-        return tensor.contiguous().clone()
-
     def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
-        flat = self._held[key].contiguous().reshape(-1).view(torch.uint8)
-        return flat[start : start + size].clone()
-
-    def equal(self, first: str, second: str) -> bool:
-        a, b = self._held[first], self._held[second]
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        return self._held[key].contiguous().reshape(-1).view(torch.uint8)[start : start + size].clone()
 
 
 def only_pickles(folder: Path) -> bool:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from auto_round import envs
 from auto_round.errors import ModelError, first_line
 from auto_round.files import file_sha256
@@ -176,11 +178,11 @@ class FetchedFiles(TensorFiles):
     def prefetch(self, key: str, start: int = 0, size: int | None = None) -> None:
         """Do nothing: files are downloaded as a whole."""
 
-    def _fill(self, key: str, start: int, view: memoryview) -> None:
+    def read_bytes(self, key: str, start: int, size: int) -> torch.Tensor:
         file = self.tensors[key].file
         if file not in self.present:
             raise ModelError(f"tensor {key!r} was read while {file.name} is not downloaded; report this")
-        super()._fill(key, start, view)
+        return super().read_bytes(key, start, size)
 
 
 class HubInputs(Inputs):
