@@ -92,7 +92,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
         sizes = {n: sum(t.numel() for t in (*found.parameters(), *found.buffers())) for n, found in lists.items()}
         name = max(lists, key=lambda n: (sizes[n], len(lists[n]), n))
         kinds = {n: {type(block) for block in blocks} for n, blocks in lists.items()}
-        others = [n for n in kinds if n != name and kinds[n] & kinds[name]]
+        others = [n for n in lists if n != name and kinds[n] & kinds[name]]
         if others:
             raise UnsupportedError(
                 f"{type(model).__name__} has several stacks of the same blocks ({', '.join([name, *others])}); "

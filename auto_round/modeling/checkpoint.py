@@ -216,11 +216,9 @@ class CheckpointSource(ModelSource):
         tensor = self.files.read(key).to(self.stored_meta(key)[1])
         for name in self._edits:
             plan = self._plans[name]
-            if key not in plan.origin.stored:
-                continue
-            if plan.piece is None:
+            if key in plan.origin.stored and plan.piece is None:
                 tensor = self._edited(name, tensor)
-            else:
+            elif key in plan.origin.stored and plan.piece is not None:
                 one = plan.piece.slot(tensor)
                 plan.piece.paste(one, self._edited(name, plan.piece.cut(one)))
         return tensor

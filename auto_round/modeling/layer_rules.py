@@ -19,16 +19,10 @@ from auto_round.modeling.experts import LinearExperts, SharedExperts
 
 # Serving engines merge q, k and v, then gate and up, into single tensors. The layers should share one scheme, or the
 # runtime refuses the checkpoint.
-FUSED_SUFFIXES: tuple[frozenset[str], ...] = (
-    frozenset({"q_proj", "k_proj", "v_proj"}),
-    frozenset({"query", "key", "value"}),
-    frozenset({"wq", "wk", "wv"}),
-    frozenset({"gate_proj", "up_proj"}),
-    frozenset({"w1", "w3"}),
-    frozenset({"in_proj_qkv", "in_proj_z"}),
-    frozenset({"in_proj_a", "in_proj_b"}),
-    frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
-)
+FUSED_SUFFIXES = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"), ("gate_proj", "up_proj"),
+    ("w1", "w3"), ("in_proj_qkv", "in_proj_z"), ("in_proj_a", "in_proj_b"), ("q_a_proj", "kv_a_proj_with_mqa"),
+)  # fmt: skip
 _EXPERT_LAYER = re.compile(r"^(?P<parent>.*\bexperts)\.\d+\.(?P<leaf>[^.]+)$")
 
 

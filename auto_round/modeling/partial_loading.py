@@ -172,12 +172,11 @@ class ExpertStreamer(BlockLoader):
 
     @contextmanager
     def layer_loaded(self, name: str) -> Iterator[nn.Module]:
-        in_expert = expert_of(name) is not None
-        if in_expert:
-            self.source.load(name, self.device)
-        yield self.source.model.get_submodule(name)
-        if in_expert:
+        if expert_of(name) is not None:
+            yield self.source.load(name, self.device)
             self.source.release(name)
+        else:
+            yield self.source.model.get_submodule(name)
 
     @contextmanager
     def running(self, weights: Weights | None = None) -> Iterator[None]:

@@ -197,13 +197,12 @@ def _from_hub(repo: str, trusted: bool, pickles: tuple[str, ...], folder: Path) 
     ignored = {*NOT_FETCHED, *(() if trusted else ("*.py",))} - ({"*.bin"} if pickles else set())
     try:
         return Path(snapshot_download(repo, ignore_patterns=sorted(ignored), etag_timeout=_TIMEOUT_S))
-    except LocalEntryNotFoundError as error:
-        reason = "the hub cannot be reached and the model is not in the local cache"
-        raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and {reason}: {first_line(error)}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(
-            f"no folder {repo!r} here{_similar(folder)}, and the hub refuses it: {first_line(error)}"
-        ) from error
+        offline = isinstance(error, LocalEntryNotFoundError)
+        reason = (
+            "the hub cannot be reached and the model is not in the local cache" if offline else "the hub refuses it"
+        )
+        raise ModelError(f"no folder {repo!r} here{_similar(folder)}, and {reason}: {first_line(error)}") from error
 
 
 def _from_modelscope(repo: str, trusted: bool, pickles: tuple[str, ...], folder: Path) -> Path:
