@@ -19,10 +19,10 @@ from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
 from auto_round.output.folders import check_file
 from auto_round.plugins import load_plugins
+from auto_round.run.finalize import recipe_of, recipe_text
 from auto_round.run.keywords import resolve_settings
 from auto_round.run.model_free.driver import open_model_free
 from auto_round.run.planner import check_before_opening
-from auto_round.run.recipe_file import recipe_of, recipe_text
 from auto_round.run.saving import Runs, Saving
 from auto_round.run.settings import Settings
 from auto_round.schemes import QuantizationScheme
@@ -113,8 +113,6 @@ class AutoRound(Saving):
         formats = self.settings.config.output.format
         self._named_formats = None if formats is None else parse_formats(formats)
         check_before_opening(self.settings, self._named_formats)
-        self._layers_seen = None
-        super().__init__()
         free = open_model_free(model, self.settings)
         self.tokenizer = tokenizer
         if free is not None:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from auto_round.errors import DataError
+from auto_round.gguf.metadata import key_value
 from auto_round.gguf.reader import MAGIC, GgufHeader, read_header
-from auto_round.output.gguf_writer import GgufFile, TypedValue
+from auto_round.output.gguf_writer import GgufFile
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LONGEST_NAME = 1024
@@ -91,13 +92,14 @@ def write_imatrix(
         rows = sums[name].detach().to("cpu", torch.float32).reshape(len(count), -1)
         _check(name, rows, path)
         tensors |= {name + _SUMS: rows, name + _COUNTS: count}
-    metadata = {
-        "general.type": "imatrix",
+    chunks = -(-int(max(float(count.max()) for count in counts.values())) // chunk_size)
+    metadata = [
+        key_value("general.type", "imatrix", "string"),
         # llama-quantize requires the list, and GGUF has no item type for an empty one.
-        "imatrix.datasets": TypedValue(["unknown"], "STRING"),
-        "imatrix.chunk_count": -(-int(max(float(count.max()) for count in counts.values())) // chunk_size),
-        "imatrix.chunk_size": chunk_size,
-    }
+        key_value("imatrix.datasets", ["unknown"], "string"),
+        key_value("imatrix.chunk_count", chunks, "uint32"),
+        key_value("imatrix.chunk_size", chunk_size, "uint32"),
+    ]
     with GgufFile(path, "imatrix", metadata, [(name, rows.shape, "F32") for name, rows in tensors.items()]) as file:
         for name, rows in tensors.items():
             file.write(name, rows)

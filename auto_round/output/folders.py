@@ -11,11 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from auto_round.errors import AutoRoundError, OutputError
 
@@ -27,18 +26,11 @@ REPORT = "report.json"
 _EVALUATION_FILES = (REPORT, "README.md")  # rewritten by an evaluation, so their digests may differ
 _MAX_HASHED_BYTES = 64 << 20  # larger files are compared by size only
 _GB = 1e9
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(frozen=True)
-class FolderContents:
-    """Contents of an output folder; names are relative to it.
-
-    Attributes:
-        files: unchanged files of an earlier run.
-        foreign: files that no run wrote, or that were changed since.
-        missing: files that a report lists and that are absent or changed.
-    """
+class FolderContents(NamedTuple):
+    """Names in an output folder: unchanged `files` of an earlier run, `foreign` ones that no run wrote or that were
+    changed since, and those `missing` or changed that a report lists."""
 
     files: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
@@ -64,30 +56,36 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 def inspect_folder(folder: Path, leftovers: Iterable[str] = (PARTIAL,)) -> FolderContents:
     """Sort the files in `folder`, and in its subfolders of single formats, into ours and foreign. Reads no large file.
 
-    Args:
-        leftovers: names that an unfinished run uses; they are ignored.
+    `leftovers`: names that an unfinished run uses; they are ignored.
     """
     if not folder.is_dir():
         return FolderContents()
     report = read_report(folder)
-    listed = {} if report is None else _reported_files(report)
-    files = {name for name, state in listed.items() if _is_unchanged(folder / name, state)}
-    missing = set(listed) - files
-    files |= {name for name in _files_in_swap(folder) if (folder / name).is_file()}
+    files: set[str] = set()
+    missing: set[str] = set()
+    foreign: list[str] = []
+    if report is not None:
+        for name, digest in {**report["files"], **report["small_files"]}.items():
+            if not os.path.isabs(name) and ".." not in Path(name).parts:
+                unchanged = _is_unchanged(folder / name, report["sizes"].get(name), str(digest))
+                (files if unchanged else missing).add(name)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # old and new files of an unfinished swap
+        swap = json.loads((folder / PARTIAL / SWAP).read_text(encoding="utf-8"))
+        moving = {str(name) for key in ("files", "stale") for name in swap[key]}
+        files |= {name for name in moving if (folder / name).is_file()}
     if report is not None:
         files |= {name for name in _EVALUATION_FILES if (folder / name).is_file()}
-    foreign: list[str] = []
     skipped = set(leftovers)
     for entry in sorted(folder.iterdir()):
         if entry.name in skipped:
             continue
-        inner = read_report(entry) if entry.is_dir() and not entry.is_symlink() else None
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        inner = read_report(entry) if is_folder else None
         if inner is not None and entry.name == subfolder_name(str(inner["format"])):
             below = inspect_folder(entry, leftovers)
             files |= {f"{entry.name}/{name}" for name in below.files}
             foreign += [f"{entry.name}/{name}" for name in below.foreign]
             continue
-        is_folder = entry.is_dir() and not entry.is_symlink()
         inside = [path for path in entry.rglob("*") if not path.is_dir()] if is_folder else [entry]
         if is_folder and all(PARTIAL in path.relative_to(entry).parts for path in inside):
             continue  # empty, or only files of an unfinished run
@@ -96,34 +94,14 @@ def inspect_folder(folder: Path, leftovers: Iterable[str] = (PARTIAL,)) -> Folde
     return FolderContents(tuple(sorted(files)), tuple(foreign), tuple(sorted(missing)))
 
 
-def _reported_files(report: Mapping[str, Any]) -> dict[str, tuple[int | None, str]]:
-    """(size or None, SHA-256) of every listed file by name; names that lead out of the folder are dropped."""
-    found: dict[str, tuple[int | None, str]] = {}
-    for name, digest in {**report["files"], **report["small_files"]}.items():
-        size = report["sizes"].get(name)
-        if not os.path.isabs(name) and ".." not in Path(name).parts:
-            found[name] = (size if isinstance(size, int) else None, str(digest))
-    return found
-
-
-def _is_unchanged(path: Path, state: tuple[int | None, str]) -> bool:
-    size, digest = state
+def _is_unchanged(path: Path, size: Any, digest: str) -> bool:
     try:
         now = path.stat().st_size
-        if size is not None and now != size:
+        if isinstance(size, int) and now != size:
             return False
         return now > _MAX_HASHED_BYTES or hashlib.sha256(path.read_bytes()).hexdigest() == digest
     except OSError:
         return False
-
-
-def _files_in_swap(folder: Path) -> set[str]:
-    """Names of the old and new files of an unfinished swap."""
-    try:
-        values = json.loads((folder / PARTIAL / SWAP).read_text(encoding="utf-8"))
-        return {str(name) for key in ("files", "stale") for name in values[key]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
 
 
 def complete_report(folder: Path) -> dict[str, Any]:
@@ -143,11 +121,9 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
     try:
         for name in sorted(names, key=order):
             (folder / name).unlink(missing_ok=True)
-            for parent in (folder / name).parents:
-                if parent == folder:
-                    break
-                with suppress(OSError):  # it is not empty
-                    parent.rmdir()
+            with suppress(OSError):  # it is not empty
+                for parent in Path(name).parents[:-1]:
+                    (folder / parent).rmdir()
     except OSError as error:
         raise OutputError(f"cannot remove {error.filename}, which an earlier run wrote ({error.strerror})") from error
 
@@ -173,23 +149,20 @@ def ensure_output_folder(
 ) -> Path:
     """Create the output folder and return its path. A folder with only the result of an earlier run is accepted.
 
-    Args:
-        ours: names that an interrupted run may have left there.
+    `ours`: names that an interrupted run may have left there.
 
     Raises OutputError when it is a file, not writable, or holds foreign files and `overwrite` is False.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output path {folder} is a file; give a folder that is new or empty")
-    if folder.is_dir() and not overwrite and any(entry.name not in ours for entry in folder.iterdir()):
-        foreign = inspect_folder(folder, {PARTIAL, *ours}).foreign
-        if foreign:
-            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-            raise OutputError(
-                f"output folder {folder} is not empty: no earlier run wrote {', '.join(foreign[:3])}{more}, or they "
-                "were changed since; choose another folder, move them away, or ask to overwrite (--overwrite, "
-                "overwrite=True)"
-            )
+    if folder.is_dir() and not overwrite and (foreign := inspect_folder(folder, {PARTIAL, *ours}).foreign):
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise OutputError(
+            f"output folder {folder} is not empty: no earlier run wrote {', '.join(foreign[:3])}{more}, or they "
+            "were changed since; choose another folder, move them away, or ask to overwrite (--overwrite, "
+            "overwrite=True)"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -204,21 +177,25 @@ def check_file(path: str | os.PathLike[str]) -> None:
     target = Path(path)
     if target.is_dir():
         raise OutputError(f"{target} is a folder; give the name of a file in it")
+    problem = "is not writable; choose another or change its permissions"
     if not target.parent.is_dir():
-        raise OutputError(f"{target} cannot be written: folder {target.parent} does not exist; make it first")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"{target} cannot be written: folder {target.parent} is not writable; choose another or change its "
-            "permissions"
-        )
+        problem = "does not exist; make it first"
+    elif os.access(target.parent, os.W_OK | os.X_OK):
+        return
+    raise OutputError(f"{target} cannot be written: folder {target.parent} {problem}")
+
+
+def existing_parent(path: str | os.PathLike[str]) -> Path:
+    """The path itself, or the first folder above it that exists."""
+    folder = Path(path).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:
     """Free bytes on the disk of `path`; the path may not exist yet."""
-    folder = Path(path).expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(existing_parent(path)).free
 
 
 def check_disk(path: str | os.PathLike[str], bytes_needed: int) -> None:
@@ -237,21 +214,19 @@ def explain_write_errors(folder: str | os.PathLike[str], needed: int) -> Iterato
     and the `needed` bytes of the output in `folder`."""
     try:
         yield
-    except AutoRoundError as error:
-        cause = error.__cause__
-        if isinstance(error, OutputError) and isinstance(cause, OSError) and cause.errno in _DISK_FULL:
-            raise OutputError(f"{error}; {_space_message(folder, needed)}") from cause
+    except (AutoRoundError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, OutputError) else error
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        space = ""
+        if full:
+            space = (
+                f"; the disk of {folder} has {free_bytes(folder) / _GB:.2f} GB free, and the output takes "
+                f"{needed / _GB:.2f} GB: free some space and give the same command again, or choose a folder on "
+                "another disk"
+            )
+        if not isinstance(error, AutoRoundError):
+            text = f"cannot write {error.filename or folder} ({error.strerror or type(error).__name__})"
+            raise OutputError(text + space) from error
+        if full:
+            raise OutputError(f"{error}{space}") from cause
         raise
-    except OSError as error:
-        hint = f"; {_space_message(folder, needed)}" if error.errno in _DISK_FULL else ""
-        raise OutputError(
-            f"cannot write {error.filename or folder} ({error.strerror or type(error).__name__}){hint}"
-        ) from error
-
-
-def _space_message(folder: str | os.PathLike[str], needed: int) -> str:
-    free = free_bytes(folder)
-    return (
-        f"the disk of {folder} has {free / _GB:.2f} GB free, and the output takes {needed / _GB:.2f} GB: free some "
-        "space and give the same command again, or choose a folder on another disk"
-    )

@@ -1,11 +1,7 @@
-"""Stage an output folder: write into `.partial`, lock it, and publish all files when they are complete.
+"""Stage an output folder: lock it, write into its `.partial`, and publish all files when they are complete.
 
-The caller writes all files into `.partial` inside the folder, records their digests and moves them into the folder
-(`Staging.publish`); the file that a loader opens first is moved last. So a folder is empty, holds only `.partial`, or
-is complete; a folder that is overwritten stays complete until then. `FolderLock` admits one run at a time.
-
-During the move `.partial/swap.json` lists the new files and those of an earlier run; the next run that opens the
-staging finishes an interrupted move.
+The file that a loader opens first is moved last, so a folder is empty, holds only `.partial`, or is complete. During
+the move `.partial/swap.json` lists the new files and those of an earlier run, so that the next run finishes it.
 """
 
 from __future__ import annotations
@@ -20,7 +16,6 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from auto_round.errors import OutputError
 from auto_round.files import file_sha256, path_inside, sync_folder, write_text
@@ -83,13 +78,8 @@ def is_lock_held(path: Path) -> bool:
 class FolderLock:
     """A file lock that the operating system frees when its process ends, in whatever way.
 
-    Args:
-        path: the lock file. It holds the owner's process id and host while it is locked.
-        what: the locked folder, for the message.
-        patience: seconds to retry while another process holds the lock.
-
-    Raises:
-        OutputError: another process, or another run in this one, holds it; the message names it.
+    `path` holds the owner's process id and host while it is locked. Raises OutputError, which names the owner and the
+    folder `what`, when another process, or another run in this one, holds it after `patience` seconds.
     """
 
     def __init__(self, path: Path, what: Path, patience: float = 0) -> None:
@@ -148,9 +138,7 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
@@ -160,16 +148,10 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class Staging:
-    """The locked `.partial` folder of one output folder; a context manager.
+    """The locked `.partial` folder, `path`, of one output `folder`; a context manager.
 
-    Attributes:
-        folder: the output folder.
-        path: its `.partial` folder, where files are written.
-        retain: leave unpublished files in place on close: those of an interrupted run, until `clear`, and those that
-            are to be resumed or inspected.
-
-    Raises:
-        OutputError: another run works on the folder, or it cannot be written.
+    `retain`: leave unpublished files in place on close: those of an interrupted run, until `clear`, and those that are
+    to be resumed or inspected. Raises OutputError when another run works on the folder, or it cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -184,18 +166,18 @@ class Staging:
     def clear(self, keep: Collection[str] = ()) -> None:
         """Remove the files of an earlier run, but not those to `keep`."""
         self.retain = bool(keep)
-        for entry in _entries(self.path):
-            if entry.name not in keep:
-                _remove(entry)
+        for path in (entry for entry in _entries(self.path) if entry.name not in keep):
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except OSError as error:
+                raise OutputError(f"cannot remove {path} ({error.strerror}), which an earlier run left") from error
 
     def publish(self, files: Iterable[str], stale: Iterable[str] = ()) -> None:
-        """Move finished files into the output folder; an interrupted call may be repeated.
-
-        Args:
-            stale: files of an earlier run in the folder, which are removed.
-
-        Raises OutputError when a file cannot be moved.
-        """
+        """Move finished files into the output folder, and remove the `stale` ones of an earlier run. An interrupted
+        call may be repeated. Raises OutputError when a file cannot be moved."""
         new = list(files)
         old = sorted({*stale} - {*new})
         write_text(self.path / SWAP, json.dumps({"files": new, "stale": old}))
@@ -220,19 +202,13 @@ class Staging:
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def sync_and_hash(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Sync all files of a folder, subfolders included, to disk and return SHA-256 by name.
-
-    `known`: digests that were computed before.
-
-    Raises OutputError when the disk is full.
-    """
+    """Sync all files of a folder, subfolders included, to disk and return SHA-256 by name. `known`: digests that were
+    computed before. Raises OutputError when the disk is full."""
     found = {}
     try:
         for path in sorted(p for entry in _entries(folder) for p in [entry, *entry.rglob("*")] if p.is_file()):
@@ -294,13 +270,3 @@ def all_files_present(folder: Path, files: Mapping[str, str]) -> bool:
         if at is None or file_sha256(at) != digest:
             return False
     return True
-
-
-def _remove(path: Path) -> None:
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot remove {path} ({error.strerror}), which an earlier run left") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,46 @@ def layer_digest(layer: QuantizedLayer, dense: bool, dtype: torch.dtype) -> str:
     return dense_digest(*((layer.dequantize(dtype),) if dense else layer.codes.digest_parts(layer, dtype)))
 
 
+def shorten(value: Any, limit: int = 120) -> str:
+    """`value` as text of at most `limit` characters, for an error message."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def mismatch_error(where: Path, what: str) -> VerifyError:
+    """The error for a tensor or layer with other content than what was quantized."""
+    return VerifyError(f"{where}: {what} does not hold what was tuned; do not use it, and report this")
+
+
+def compare_values(where: Path, planned: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Compare configuration values, which decide how a reader interprets the weights. Raises VerifyError."""
+    planned = json.loads(json.dumps(planned))
+    wrong = sorted(key for key in {*stored, *planned} if stored.get(key) != planned.get(key))
+    if wrong:
+        raise VerifyError(
+            f"{where}: {wrong[0]} is {shorten(json.dumps(stored.get(wrong[0])), 200)}, planned was "
+            f"{shorten(json.dumps(planned.get(wrong[0])), 200)}; do not use these files"
+        )
+
+
+def compare_names(where: Path, what: str, planned: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raise VerifyError when names are missing or not planned. `what`: what they name."""
+    for names, words in ((planned.keys() - stored.keys(), "missing"), (stored.keys() - planned.keys(), "not planned")):
+        if names:
+            raise VerifyError(f"{where}: {len(names)} {what} are {words}, such as {', '.join(sorted(names)[:3])}")
+
+
+def compare_tensors(
+    where: Path, planned: Mapping[str, tuple[Sequence[int], Any]], stored: Mapping[str, tuple[Sequence[int], Any]]
+) -> None:
+    """Compare names, shapes and types of all tensors in the files. Raises VerifyError."""
+    compare_names(where, "tensors", planned, stored)
+    for name, (shape, kind) in planned.items():
+        found, its_kind = stored[name]
+        if (tuple(found), its_kind) != (tuple(shape), kind):
+            raise VerifyError(f"{where}: tensor {name} is {its_kind} {list(found)}, planned was {kind} {list(shape)}")
+
+
 # Tokenizer and processor of a written folder, compared with those of the source.
 
 # Words, numbers, code, several scripts, signs and white space, which tokenizers treat differently.
@@ -43,49 +85,34 @@ _CHAT = [{"role": "user", "content": "Hello, 世界!"}, {"role": "assistant", "c
 _TOKENIZER_FILES = re.compile(
     r"^(tokenizer|vocab|merges|spiece|sentencepiece|tekken|special_tokens|added_tokens)|\.(model|tiktoken)$"
 )
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def check_tokenizer(folder: Path, origin: Path | None, tokenizer: Any, trusted: bool) -> bool:
     """Compare the tokenizer (token ids, chat template, special tokens) and processor of a folder with the source's.
 
-    Args:
-        folder: the written folder.
-        origin: the source's folder, None for a model object.
-        tokenizer: the object whose files were written when there is no source folder.
-        trusted: trust_remote_code.
-
-    Returns whether there was a tokenizer to compare. Raises VerifyError when they differ or the written one does not
-    open.
+    `origin`: the source's folder; without one, `tokenizer` is the object whose files were written. Returns whether
+    there was a tokenizer to compare. Raises VerifyError when they differ or the written one does not open.
     """
-    if origin is None:
-        wanted = tokenizer
-    else:
+    wanted = tokenizer
+    if origin is not None:
         has = any(_TOKENIZER_FILES.search(path.name) for path in origin.iterdir() if path.is_file())
         wanted = _open("AutoTokenizer", origin, trusted) if has else None
     if wanted is None or not callable(getattr(wanted, "encode", None)):
         return False
-    found = _open("AutoTokenizer", folder, trusted, folder)
-    for what, read in (("ids of a text", _ids), ("chat", _chat), ("special tokens", _special)):
-        one, other = _read(read, wanted), _read(read, found)
-        if one != other:
+    before, after = _behaviour(wanted), _behaviour(_open("AutoTokenizer", folder, trusted, folder))
+    for what, one in before.items():
+        if one != after[what]:
             raise VerifyError(
-                f"{folder}: its tokenizer gives other {what} than the source's: {shorten(other)} instead of "
+                f"{folder}: its tokenizer gives other {what} than the source's: {shorten(after[what])} instead of "
                 f"{shorten(one)}; do not use these files, and report this"
             )
-    if origin is not None and any((origin / name).is_file() for name in _PROCESSORS):
-        _check_processor(folder, origin, trusted)
+    processors = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+    if origin is not None and any((origin / name).is_file() for name in processors):
+        processor = _open("AutoProcessor", origin, trusted)
+        found = processor if processor is None else _open("AutoProcessor", folder, trusted, folder)
+        if type(processor) is not type(found) or _settings(processor) != _settings(found):
+            raise VerifyError(f"{folder}: its processor is not the source's; do not use these files, and report this")
     return True
-
-
-def _check_processor(folder: Path, origin: Path, trusted: bool) -> None:
-    wanted = _open("AutoProcessor", origin, trusted)
-    if wanted is None:
-        return
-    found = _open("AutoProcessor", folder, trusted, folder)
-    one, other = (_settings(processor) for processor in (wanted, found))
-    if type(wanted) is not type(found) or one != other:
-        raise VerifyError(f"{folder}: its processor is not the source's; do not use these files, and report this")
 
 
 def _open(kind: str, folder: Path, trusted: bool, written: Path | None = None) -> Any:
@@ -102,29 +129,29 @@ def _open(kind: str, folder: Path, trusted: bool, written: Path | None = None) -
         return None
 
 
-def _read(read: Any, tokenizer: Any) -> Any:
-    """The value of `read`, or the name of the exception that a chat template may raise."""
-    try:
-        return read(tokenizer)
-    except Exception as error:
-        return type(error).__name__
+def _behaviour(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer makes of samples; the name of an exception that it raises instead, as a chat template may."""
 
+    def attempt(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except Exception as error:
+            return type(error).__name__
 
-def _ids(tokenizer: Any) -> list[int]:
-    return [int(i) for i in tokenizer.encode(SAMPLE)]
+    def special() -> Any:
+        named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        return json.dumps(named, sort_keys=True), len(tokenizer)
 
+    def chat(name: str | None) -> Any:
+        return tokenizer.apply_chat_template(_CHAT, chat_template=name, tokenize=False)
 
-def _chat(tokenizer: Any) -> Any:
     templates = getattr(tokenizer, "chat_template", None)
-    if templates is None:
-        return None
-    names = list(templates) if isinstance(templates, dict) else [None]
-    render = lambda t, name: t.apply_chat_template(_CHAT, chat_template=name, tokenize=False)
-    return [templates, *(_read(lambda t, n=name: render(t, n), tokenizer) for name in names)]
-
-
-def _special(tokenizer: Any) -> Any:
-    return json.dumps({k: str(v) for k, v in tokenizer.special_tokens_map.items()}, sort_keys=True), len(tokenizer)
+    names = () if templates is None else list(templates) if isinstance(templates, dict) else (None,)
+    return {
+        "ids of a text": attempt(lambda: [int(i) for i in tokenizer.encode(SAMPLE)]),
+        "chat": [templates, *(attempt(partial(chat, name)) for name in names)],
+        "special tokens": attempt(special),
+    }
 
 
 def _settings(processor: Any) -> Any:
@@ -132,9 +159,3 @@ def _settings(processor: Any) -> Any:
     return json.loads(
         json.dumps({k: v for k, v in made.items() if k not in ("name_or_path", "_name_or_path")}, default=str)
     )
-
-
-def shorten(value: Any, limit: int = 120) -> str:
-    """`value` as text of at most `limit` characters, for an error message."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= limit else f"{text[:limit]}..."

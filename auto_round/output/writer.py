@@ -1,11 +1,7 @@
 """Write files at offsets under temporary names until they are complete, and safetensors shards one tensor at a time.
 
-File layout (safetensors): 8 bytes little-endian header length N, N bytes of JSON padded with spaces, then the
-tensors' bytes without gaps. Tensors are written as they arrive; space for the header is reserved at the front and
-filled last, so a shard is never held in memory.
-
-A writer can be resumed: it lists what it writes with checksums (`take_records`), and `restore` continues from such a
-list after comparing the files with it.
+Tensors are written as they arrive; space for the header is reserved and filled last, so a shard is never in memory. A
+writer can be resumed: it lists what it writes with checksums, and continues from that list after comparing the files.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, TypeVar
 
 import torch
@@ -33,7 +28,6 @@ from auto_round.files import (
     DTYPES,
     bytes_of,
     file_sha256,
-    path_inside,
     safetensors_header,
     sync_folder,
     write_text,
@@ -58,14 +52,13 @@ def damaged_error(path: Path, why: str, what: str = "journal") -> OutputError:
 class PartialFile:
     """A file under a temporary name. It is opened when it is first written, and again after `close`.
 
-    `sync` may be called from another thread while this one writes.
+    `sync` may be called from another thread while this one writes. All methods that write raise OutputError when the
+    disk is full or the file cannot be written.
 
     Args:
         path: the temporary path.
         shown: path in error messages.
         resume: keep the content of the file; otherwise it is emptied when it is first written.
-
-    Raises OutputError in all methods that write, when the disk is full or the file cannot be written.
     """
 
     def __init__(self, path: Path, shown: Path | None = None, resume: bool = False) -> None:
@@ -74,10 +67,10 @@ class PartialFile:
         self._file: IO[bytes] | None = None
         self._lock = threading.Lock()
 
-    def write(self, offset: int, data: bytes | memoryview, what: str = "") -> int:
+    def write(self, offset: int, data: bytes | memoryview, what: str) -> int:
         """Write bytes at an offset, and return their CRC-32. `what`: what they are, for the error message."""
         view, done = memoryview(data), 0
-        with self._reported(what):
+        with self._reported(f"{what} to "):
             file = self._open()
             while done < len(view):  # a write may be short
                 part = view[done : done + _AT_ONCE]
@@ -96,7 +89,7 @@ class PartialFile:
     def check(self, offset: int, size: int, crc: int) -> None:
         """Raise OutputError when these bytes of a resumed file have another CRC-32."""
         found = 0
-        with self._lock, self._reported():
+        with self._reported():
             file = self._open()
             file.seek(offset)
             while size and (part := file.read(min(size, _CHUNK_BYTES))):
@@ -111,11 +104,10 @@ class PartialFile:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, suppress(OSError):
             if self._file is not None:
-                with suppress(OSError):
-                    self._file.close()
-                self._file = None
+                file, self._file = self._file, None
+                file.close()
 
     def seal(self, final: Path) -> str:
         """Sync the file, rename it and return its SHA-256."""
@@ -133,21 +125,20 @@ class PartialFile:
 
     def _open(self) -> IO[bytes]:
         if self._file is None:
-            self._file = open(self.path, self._mode, buffering=0)
-            self._mode = "r+b"
+            self._file, self._mode = open(self.path, self._mode, buffering=0), "r+b"
         return self._file
 
     @contextmanager
     def _reported(self, what: str = "") -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                message = f"cannot write {what}{self._shown} ({error.strerror or error}); free some space"
+                raise OutputError(message) from error
             if self.path.parent.is_dir():
                 raise damaged_error(self.path, "it is missing", "output") from error
             raise OutputError(f"cannot write {self._shown} ({error.strerror})") from error
-        except OSError as error:
-            target = f"{what} to {self._shown}" if what else str(self._shown)
-            raise OutputError(f"cannot write {target} ({error.strerror or error}); free some space") from error
 
 
 class AtomicOutput(ABC):
@@ -200,20 +191,19 @@ class AtomicOutput(ABC):
     def __enter__(self: _Self) -> _Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None and not self._finished:
+                self.finish()
+        except BaseException:
+            self.abort()
+            raise
         if kind is not None:
             self.abort()
-        elif not self._finished:
-            try:
-                self.finish()
-            except BaseException:
-                self.abort()
-                raise
 
 
 DEFAULT_SHARD_SIZE = 1_000_000_000
+_FINAL_NAME = re.compile(r"model(?:-(\d{5})-of-\d{5})?\.safetensors")
 _METADATA = {"format": "pt"}
 _METADATA_BYTES = 64
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -238,8 +228,7 @@ class _Shard:
 
     Attributes:
         capacity: bytes reserved for the JSON text of the header.
-        written: (name, shape, dtype) of the tensors in the file, in order.
-        end: bytes of these tensors.
+        written: (name, shape, dtype) of the tensors in the file, in order; `end` is their bytes.
         late: tensors that are written last. Readers view the bytes in place, so every tensor must start aligned to its
             dtype, and one with an odd size would shift those after it.
         size, header_bytes: of all tensors, and of their header entries at most.
@@ -253,10 +242,6 @@ class _Shard:
     size: int = 0
     header_bytes: int = _METADATA_BYTES
 
-    def count(self, name: str, shape: Sequence[int], nbytes: int) -> None:
-        self.size += nbytes
-        self.header_bytes += header_entry_bytes(name, len(shape))
-
     def append(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
         """Record the next tensor in the file. Returns its offset and size."""
         offset, size = 8 + self.capacity + self.end, prod(shape) * dtype.itemsize
@@ -266,27 +251,18 @@ class _Shard:
 
 
 class ShardWriter(AtomicOutput):
-    """Writes `model.safetensors`, or `model-00001-of-0000N.safetensors` and their index, into one folder.
+    """Writes `model.safetensors`, or `model-00001-of-0000N.safetensors` and their index, into an existing folder.
 
-    The same tensors in the same order give the same bytes.
-
-    Args:
-        folder: an existing folder.
-        max_shard_size: bytes, or a text such as "5GB". A larger single tensor gets a shard of its own.
-        stem: start of the file names.
-        header: bytes of the header entries of all tensors (`header_entry_bytes`) if known; otherwise enough for a
-            large shard is reserved.
+    The same tensors in the same order give the same bytes. A tensor larger than `max_shard_size` gets a shard of its
+    own. `header`: bytes of the header entries of all tensors (`header_entry_bytes`) if known; otherwise enough for a
+    large shard is reserved.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], max_shard_size: int | str = DEFAULT_SHARD_SIZE, stem: str = "model",
-        header: int | None = None,
-    ) -> None:  # fmt: skip
+        self, folder: str | os.PathLike[str], max_shard_size: int | str = DEFAULT_SHARD_SIZE, header: int | None = None
+    ) -> None:
         super().__init__(Path(folder))
         self.max_shard_size = parse_size(max_shard_size)
-        self._stem = stem
-        if path_inside(self.folder, f"{stem}.safetensors").parent != self.folder.resolve():
-            raise OutputError(f"file name {stem!r} is not a plain name; give one without folders")
         self._header_capacity = min(max(self.max_shard_size // 1024, 64 << 10), 4 << 20)
         if header is not None:
             self._header_capacity = min(self._header_capacity, header + _METADATA_BYTES)
@@ -311,28 +287,30 @@ class ShardWriter(AtomicOutput):
         tensor = tensor.detach().to("cpu").contiguous()
         entry = header_entry_bytes(name, tensor.dim())
         last = self._shards[-1] if self._shards else None
-        if last is None or (
-            last.size + tensor.nbytes > self.max_shard_size or last.header_bytes + entry > last.capacity
-        ):
-            if last is not None:
-                self._write_late(last)
-                last.file.sync()
-                last.file.close()
-            last = self._new_shard(entry, resume=False)
-        index = len(self._shards) - 1
-        last.count(name, tensor.shape, tensor.nbytes)
-        self._shard_of[name] = index
-        self.total_size += tensor.nbytes
+        if last is None:
+            last = self._new_shard(entry)
+        elif last.size + tensor.nbytes > self.max_shard_size or last.header_bytes + entry > last.capacity:
+            self._write_late(last)
+            last.file.sync()
+            last.file.close()
+            last = self._new_shard(entry)
+        self._count(last, name, tensor.shape, tensor.nbytes)
         if tensor.nbytes % ALIGNMENT:
             # A copy, because the caller may change the tensor, and because a view would keep its storage alive.
             last.late[name] = self._late[name] = tensor.clone()
-            self._records.append([index, name, list(tensor.shape), DTYPE_NAMES[tensor.dtype], None])
+            self._records.append([len(self._shards) - 1, name, list(tensor.shape), DTYPE_NAMES[tensor.dtype], None])
         else:
-            self._write(index, name, tensor)
+            self._write(last, name, tensor)
 
-    def _new_shard(self, first_entry: int, resume: bool) -> _Shard:
+    def _count(self, shard: _Shard, name: str, shape: Sequence[int], nbytes: int) -> None:
+        shard.size += nbytes
+        shard.header_bytes += header_entry_bytes(name, len(shape))
+        self._shard_of[name] = self._shards.index(shard)
+        self.total_size += nbytes
+
+    def _new_shard(self, first_entry: int, resume: bool = False) -> _Shard:
         capacity = max(self._header_capacity, _METADATA_BYTES + first_entry)
-        path = self.folder / f".{self._stem}-{len(self._shards) + 1:05d}.partial"
+        path = self.folder / f".model-{len(self._shards) + 1:05d}.partial"
         file = PartialFile(path, resume=resume)
         shard = _Shard(file, -(-capacity // ALIGNMENT) * ALIGNMENT)
         if not resume:
@@ -341,15 +319,14 @@ class ShardWriter(AtomicOutput):
         self._shards.append(shard)
         return shard
 
-    def _write(self, index: int, name: str, tensor: torch.Tensor) -> None:
-        shard = self._shards[index]
+    def _write(self, shard: _Shard, name: str, tensor: torch.Tensor) -> None:
         offset, _ = shard.append(name, tuple(tensor.shape), tensor.dtype)
         crc = shard.file.write(offset, bytes_of(tensor), f"tensor {name!r}")
-        self._records.append([index, name, list(tensor.shape), DTYPE_NAMES[tensor.dtype], crc])
+        self._records.append([self._shard_of[name], name, list(tensor.shape), DTYPE_NAMES[tensor.dtype], crc])
 
     def _write_late(self, shard: _Shard) -> None:
         for name, tensor in sorted(shard.late.items(), key=lambda item: -item[1].element_size()):
-            self._write(self._shards.index(shard), name, tensor)
+            self._write(shard, name, tensor)
         shard.late.clear()
 
     def take_late(self) -> dict[str, torch.Tensor]:
@@ -362,16 +339,16 @@ class ShardWriter(AtomicOutput):
 
         Raises OutputError when its files do not hold them any more.
         """
-        self._restore_names()
+        # Shards that were renamed before the interruption get their temporary names again.
+        for path in list(self.folder.iterdir()):
+            if (match := _FINAL_NAME.fullmatch(path.name)) is not None:
+                os.replace(path, self.folder / f".model-{match[1] or '00001'}.partial")
         for index, name, shape, dtype, crc in records:
             if index == len(self._shards):
                 self._new_shard(header_entry_bytes(name, len(shape)), resume=True)
             shard = self._shards[index]
             if shard.late.pop(name, None) is None:
-                nbytes = prod(shape) * DTYPES[dtype].itemsize
-                shard.count(name, shape, nbytes)
-                self._shard_of[name] = index
-                self.total_size += nbytes
+                self._count(shard, name, shape, prod(shape) * DTYPES[dtype].itemsize)
             if crc is None:
                 shard.late[name] = late[name]
             else:
@@ -381,17 +358,10 @@ class ShardWriter(AtomicOutput):
         last = self._shards[-1]
         last.file.truncate(8 + last.capacity + last.end)
 
-    def _restore_names(self) -> None:
-        """Give shards that were renamed before the interruption their temporary names again."""
-        pattern = re.compile(re.escape(self._stem) + r"(?:-(\d{5})-of-\d{5})?\.safetensors")
-        for path in list(self.folder.iterdir()):
-            if (match := pattern.fullmatch(path.name)) is not None:
-                os.replace(path, self.folder / f".{self._stem}-{match[1] or '00001'}.partial")
-
     def finish(self) -> list[Path]:
         """Rename the shards, write the index last, and return the paths of the shards.
 
-        Files of an earlier checkpoint with the same stem are removed: its index first, its other shards last.
+        Files of an earlier checkpoint are removed: its index first, its other shards last.
         """
         if self._finished:
             raise OutputError("the checkpoint was finished already")
@@ -399,11 +369,10 @@ class ShardWriter(AtomicOutput):
             raise OutputError("no tensor was written; there is no checkpoint to finish")
         self._write_late(self._shards[-1])
         count = len(self._shards)
-        index_path = self.folder / f"{self._stem}.safetensors.index.json"
+        index_path = self.folder / "model.safetensors.index.json"
         index_path.unlink(missing_ok=True)
         names = [
-            f"{self._stem}.safetensors" if count == 1 else f"{self._stem}-{i + 1:05d}-of-{count:05d}.safetensors"
-            for i in range(count)
+            "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
         ]
         for shard, name in zip(self._shards, names, strict=True):
             front, _, _ = safetensors_header(shard.written, _METADATA, shard.capacity)
@@ -413,9 +382,8 @@ class ShardWriter(AtomicOutput):
             weight_map = {name: names[i] for name, i in sorted(self._shard_of.items())}
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
             write_text(index_path, json.dumps(index, indent=2) + "\n")
-        pattern = re.compile(re.escape(self._stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
         for path in self.folder.iterdir():
-            if pattern.fullmatch(path.name) and path.name not in names:
+            if _FINAL_NAME.fullmatch(path.name) and path.name not in names:
                 path.unlink()
         sync_folder(self.folder)
         self._finished = True

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,20 +25,18 @@ from auto_round.calibration.disk_store import DiskStore
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.envs import work_space
 from auto_round.errors import ModelError, UnsupportedError
-from auto_round.formats.base import OutputFormat, get_format, require_plan
+from auto_round.formats.base import OutputFormat, get_format
 from auto_round.logger import logger
 from auto_round.modeling.config import largest, smallest
 from auto_round.modeling.files.folder import side_files
 from auto_round.modeling.source import ModelSource
 from auto_round.output import folders as disk
 from auto_round.output.staging import Staging
-from auto_round.output.writer import header_entry_bytes
 from auto_round.report.memory import HeapTrimmer, trim_heap
 from auto_round.report.progress import Progress, make_progress
 from auto_round.run import folders as targets
 from auto_round.run.blocks import RunState, quantize_blocks, write_unit
-from auto_round.run.file_layout import FileLayout, plan_files
-from auto_round.run.finalize import OutputContext, RunResult, finalize
+from auto_round.run.finalize import finalize
 from auto_round.run.fingerprint import (
     differences,
     fingerprint,
@@ -48,7 +46,14 @@ from auto_round.run.fingerprint import (
     tensors_checksum,
     weight_files,
 )
-from auto_round.run.gguf import gguf_format, given_importance, log_missing_importance, save_importance
+from auto_round.run.folder_output import FolderWriter
+from auto_round.run.gguf import (
+    GgufFileWriter,
+    gguf_format,
+    given_importance,
+    log_missing_importance,
+    save_importance,
+)
 from auto_round.run.head import finish_non_block, smoke_samples
 from auto_round.run.journal import Journal, NoJournal, interrupted_settings
 from auto_round.run.memory import check_work_space
@@ -58,11 +63,7 @@ from auto_round.run.planner import compute_dtype, make_job
 from auto_round.run.results import ModelWriter, assemble_model
 from auto_round.run.settings import Settings
 from auto_round.run.streams import Stream
-from auto_round.run.writers import FileOutput, FolderWriter, MemoryWriter, OutputWriter
-
-if TYPE_CHECKING:
-    from auto_round.run.gguf_output import GgufFileWriter
-
+from auto_round.run.writers import FileOutput, MemoryWriter, OutputContext, OutputWriter, RunResult
 
 _MIN_FREED_BYTES = 16 << 20  # freed memory that is worth returning to the system when experts are streamed
 
@@ -298,25 +299,10 @@ class Run:
         journal.check_compatible(fixed, weight_files(self.source), job.file_identity)
         return journal
 
-    def _output_writer(
-        self, job: Job, fmt: OutputFormat, stage: Staging, shard: int | str
-    ) -> FolderWriter | GgufFileWriter:
+    def _output_writer(self, job: Job, fmt: OutputFormat, stage: Staging, shard: int | str) -> FileOutput:
         if gguf_format([fmt]):
-            from auto_round.run.gguf_output import make_gguf_writer
-
-            return make_gguf_writer(job, fmt, stage, self.source, self.settings)
-        layout = plan_files(fmt, job.layers, self.source)
-        unquantized: dict[str, str] = {}
-
-        def replan(names: Sequence[str], reason: str) -> FileLayout:
-            unquantized.update(dict.fromkeys(names, reason))
-            after = job.with_unquantized(unquantized)
-            require_plan(fmt, after.export_plan(fmt))
-            return plan_files(fmt, after.layers, self.source)
-
-        specs = layout.tensors | job.cache.specs(fmt)
-        header = sum(header_entry_bytes(name, len(shape)) for name, (shape, _) in specs.items())
-        return FolderWriter(fmt, stage, self.source, shard, layout, replan, header)
+            return GgufFileWriter(job, fmt, stage, self.source, self.settings.optimized_start)
+        return FolderWriter(job, fmt, stage, self.source, shard)
 
     def _quantizer(self, job: Job) -> BlockQuantizer:
         settings, algorithm = self.settings, self.settings.algorithm

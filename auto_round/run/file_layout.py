@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,14 +21,8 @@ from auto_round.run.plan import LayerPlan
 
 @dataclass(frozen=True)
 class FusedTarget:
-    """The stored tensor that a model tensor becomes, or becomes a part of.
-
-    Attributes:
-        name: of the stored tensor.
-        shape: of the stored tensor.
-        parts: number of model tensors that it consists of.
-        piece: position in it; None when the tensor is only renamed.
-    """
+    """The stored tensor that a model tensor becomes, or becomes a part of: its name, its shape, and of how many model
+    tensors it consists. `piece`: position in it; None when the tensor is only renamed."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,13 +38,8 @@ class FusedTarget:
 
 @dataclass(frozen=True)
 class Reversal:
-    """Model tensors that are converted back to checkpoint tensors, by the inverse of the conversion that read them.
-
-    Attributes:
-        origin: the checkpoint tensors and their conversion.
-        needed: names of the model tensors, experts stacked.
-        stored: shape by checkpoint name.
-    """
+    """Model tensors (`needed`, experts stacked) that are converted back to checkpoint tensors (`stored`, shape by
+    name), by the inverse of the conversion that read them."""
 
     origin: Origin
     needed: tuple[str, ...]
@@ -84,18 +74,6 @@ class FileLayout:
         return (whole,) if reversal is None else tuple(reversal.stored)
 
 
-def plan_files(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource) -> FileLayout:
-    """The layout of a format's files.
-
-    Raises UnsupportedError when tensors that the format stacks differ in shape or dtype, or when Transformers would
-    fuse the tensors of packed experts because of their names.
-    """
-    specs = separate_tensors(fmt, layers, source)
-    if not fmt.checkpoint_names:
-        return _own_names(fmt.rules(str(getattr(source.config, "model_type", ""))), specs, source)
-    return _Planner(fmt, layers, source, specs).layout()
-
-
 def separate_tensors(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource) -> TensorSpecs:
     """Model name, shape and dtype of every tensor that is written, before tensors are renamed or stacked."""
     specs: TensorSpecs = {}
@@ -115,6 +93,24 @@ def separate_tensors(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source:
     return specs
 
 
+def plan_files(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource) -> FileLayout:
+    """The layout of a format's files.
+
+    Raises UnsupportedError when tensors that the format stacks differ in shape or dtype, or when Transformers would
+    fuse the tensors of packed experts because of their names.
+    """
+    specs = separate_tensors(fmt, layers, source)
+    if fmt.checkpoint_names:
+        return _Planner(fmt, layers, source, specs).layout()
+    rules = fmt.rules(str(getattr(source.config, "model_type", "")))
+    targets = stacked_targets(specs, rules) if rules.renames_tensors else _fused_targets(source.model, specs)
+    tensors: TensorSpecs = {}
+    for name, (shape, dtype) in specs.items():
+        target = targets.get(name)
+        tensors[name if target is None else target.name] = (shape if target is None else target.shape, dtype)
+    return FileLayout(tensors, targets)
+
+
 class _Planner:
     """Lays out the files of a format that uses the checkpoint's names."""
 
@@ -123,9 +119,8 @@ class _Planner:
     ) -> None:
         self.fmt, self.source, self.specs = fmt, source, specs
         self.names = source.checkpoint_naming()
-        self.tied = {name for pair in source.tied().items() for name in pair}
         self.quantized = {name for name, plan in layers.items() if plan.scheme.quantizes_weights}
-        self.split: set[str] = set()
+        self.split: set[str] = set()  # modules of experts that are packed
         self.tensors: TensorSpecs = {}
         self.targets: dict[str, FusedTarget] = {}
         self.reversals: dict[str, Reversal] = {}
@@ -145,57 +140,57 @@ class _Planner:
             else:
                 dense.setdefault(plan.origin, {})[name] = plan
         for owner, leaves in packed.items():
-            stored = self._packed_name(owner, leaves)
+            if self.fmt.rejects_fused_layers and self.names.would_be_fused(owner, leaves):
+                raise UnsupportedError(
+                    f"format {self.fmt.name!r} cannot hold this model in this scheme: Transformers fuses the experts "
+                    f"of {self.source.config.model_type} when their tensors are called weight, as those of {owner} "
+                    "would be; use format llm_compressor, auto_round:llm_compressor or fake"
+                )
+            stored = self.names.packed_layer(owner, leaves, loadable_here=self.fmt.loadable_here)
             for leaf in leaves:
                 self._rename(f"{owner}.{leaf}", f"{stored}.{leaf}")
         self.split = {found for owner in packed if (found := self.names.experts_of(owner)) is not None}
-        members = self._members()
+        members: dict[Origin, set[str]] = defaultdict(set)
+        tied = self.source.tied()
+        for name in self.source.tensor_names():
+            plan = self.source.tensor_plan(name)
+            if plan is not None and name not in tied:
+                members[plan.origin].add(name)
         for origin, plans in dense.items():
             self._dense(origin, plans, members[origin])
-        spare = self._spare()
+        # Tensors that no module reads, without copies of quantized tied weights.
+        own = (self.source.own_plan(f"{layer}.weight") for layer in self.quantized)
+        replaced = {key for plan in own if plan is not None for key in plan.origin.stored}
+        spare = tuple(key for key in self.source.unused_tensors if key not in replaced and key not in self.tensors)
         self.tensors |= {key: self.source.stored_meta(key) for key in spare}
         return FileLayout(self.tensors, self.targets, self.reversals, self.copies, spare)
 
     def _plan_of(self, name: str) -> TensorPlan | None:
         """How the checkpoint stores a tensor; None when it does not, or when it stores one of two tied tensors and one
         of them is quantized, so that each is stored under its own name."""
-        plan = self.source.own_plan(name)
-        if plan is None or name not in self.tied or plan.origin.name == name:
+        plan, tied = self.source.own_plan(name), self.source.tied()
+        if plan is None or plan.origin.name == name or name not in {*tied, *tied.values()}:
             return plan
         owners = {tensor.rpartition(".")[0] for tensor in (name, plan.origin.name)}
         return None if owners & self.quantized else plan
 
-    def _packed_name(self, layer: str, leaves: list[str]) -> str:
-        if self.fmt.rejects_fused_layers and self.names.would_be_fused(layer, leaves):
-            raise UnsupportedError(
-                f"format {self.fmt.name!r} cannot hold this model in this scheme: Transformers fuses the experts of "
-                f"{self.source.config.model_type} when their tensors are called weight, as those of {layer} would be; "
-                "use format llm_compressor, auto_round:llm_compressor or fake"
-            )
-        return self.names.packed_layer(layer, leaves, loadable_here=self.fmt.loadable_here)
-
-    def _members(self) -> dict[Origin, set[str]]:
-        """Names of all model tensors by their origin in the checkpoint."""
-        found: dict[Origin, set[str]] = defaultdict(set)
-        tied = self.source.tied()
-        for name in self.source.tensor_names():
-            plan = self.source.tensor_plan(name)
-            if plan is not None and name not in tied:
-                found[plan.origin].add(name)
-        return found
-
     def _dense(self, origin: Origin, plans: Mapping[str, TensorPlan], members: set[str]) -> None:
-        """Lay out the dense tensors of one origin; some may be dequantized weights."""
-        if any(self._fused_with_packed(name, origin) for name in plans):
+        """Lay out the dense tensors of one origin, which has these `members`; some may be dequantized weights."""
+        # Transformers would fuse a dense expert's tensor, under the checkpoint's name, with packed experts.
+        fused = (
+            self.fmt.loadable_here and self.names.experts_of(name) in self.split
+            and not self.names.loads(origin.stored[0], name) for name in plans
+        )  # fmt: skip
+        if any(fused):
             for name in plans:
                 self._rename(name, self.names.unfused_name(name))
             return
-        made = {n for n in plans if n.endswith(".weight") and n.rpartition(".")[0] in self.quantized}
-        if not made and self.source.lazy and members <= plans.keys():
+        made = any(n.endswith(".weight") and n.rpartition(".")[0] in self.quantized for n in plans)
+        whole = members <= plans.keys()
+        if not made and self.source.lazy and whole:
             self.copies |= dict.fromkeys(plans, origin.stored)
             self.tensors |= {key: self.source.stored_meta(key) for key in origin.stored}
             return
-        whole = members <= plans.keys()
         for name, plan in plans.items():
             if plan.key is not None:
                 self._rename(name, plan.key)
@@ -204,14 +199,18 @@ class _Planner:
         if whole and any(plan.key is None for plan in plans.values()):
             self._restack(origin, plans)
 
-    def _fused_with_packed(self, name: str, origin: Origin) -> bool:
-        """Whether Transformers would fuse a dense expert's tensor, under the checkpoint's name, with packed experts."""
-        split = self.fmt.loadable_here and self.names.experts_of(name) in self.split
-        return split and not self.names.loads(origin.stored[0], name)
-
     def _restack(self, origin: Origin, plans: Mapping[str, TensorPlan]) -> None:
         """Stack experts as in the checkpoint, and reverse its conversion."""
-        shapes, pieces = self._fused(plans)
+        shapes: dict[str, tuple[int, ...]] = {}  # of the stacked model tensors
+        pieces: dict[str, tuple[str, ExpertPiece]] = {}  # stacked name and position of each expert's tensor
+        for name, plan in plans.items():
+            if plan.piece is None:
+                shapes[name] = self.specs[name][0]
+                continue
+            experts = self.source.model.get_submodule(plan.name.removesuffix(f".{plan.piece.param}"))
+            assert isinstance(experts, LinearExperts)
+            shapes[plan.name] = experts.fused_shapes[plan.piece.param]
+            pieces[name] = (plan.name, plan.piece)
         parts = Counter(fused for fused, _ in pieces.values())
         for name, (fused, piece) in pieces.items():
             self.targets[name] = FusedTarget(fused, shapes[fused], parts[fused], piece)
@@ -221,51 +220,21 @@ class _Planner:
             self.targets |= {name: replace(self.targets[name], name=key) for name in pieces}
             self.tensors[key] = (next(iter(shapes.values())), dtype)
             return
-        stored = _reversed_shapes(origin, shapes, self.source.model)
-        if stored is None:  # no inverse: the model's own names are used, which Transformers reads too
-            self.tensors |= {name: (shape, dtype) for name, shape in shapes.items()}
-            return
-        self.reversals |= dict.fromkeys(shapes, Reversal(origin, tuple(shapes), stored))
+        empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        stored = {}
+        with suppress(Exception):  # third-party operations without an inverse, or one that needs data
+            made = reverse_conversion(origin, empty, self.source.model)
+            stored = {name: tuple(tensor.shape) for name, tensor in made.items()}
+        if set(stored) == set(origin.stored):
+            self.reversals |= dict.fromkeys(shapes, Reversal(origin, tuple(shapes), stored))
+        else:  # no inverse: the model's own names are used, which Transformers reads too
+            stored = shapes
         self.tensors |= {name: (shape, dtype) for name, shape in stored.items()}
-
-    def _fused(
-        self, plans: Mapping[str, TensorPlan]
-    ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, ExpertPiece]]]:
-        """Shapes of the stacked model tensors, and (stacked name, position) of each expert's tensor in `plans`."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        pieces: dict[str, tuple[str, ExpertPiece]] = {}
-        for name, plan in plans.items():
-            if plan.piece is None:
-                shapes[name] = self.specs[name][0]
-                continue
-            experts = self.source.model.get_submodule(plan.name.removesuffix(f".{plan.piece.param}"))
-            assert isinstance(experts, LinearExperts)
-            shapes[plan.name] = experts.fused_shapes[plan.piece.param]
-            pieces[name] = (plan.name, plan.piece)
-        return shapes, pieces
 
     def _rename(self, name: str, stored: str) -> None:
         self.tensors[stored] = self.specs[name]
         if stored != name:
             self.targets[name] = FusedTarget(stored, self.specs[name][0], 1, None)
-
-    def _spare(self) -> tuple[str, ...]:
-        """Tensors that no module reads, without copies of quantized tied weights."""
-        plans = (self.source.own_plan(f"{layer}.weight") for layer in self.quantized)
-        replaced = {key for plan in plans if plan is not None for key in plan.origin.stored}
-        return tuple(key for key in self.source.unused_tensors if key not in replaced and key not in self.tensors)
-
-
-def _reversed_shapes(
-    origin: Origin, shapes: Mapping[str, tuple[int, ...]], model: nn.Module
-) -> dict[str, tuple[int, ...]] | None:
-    """Shapes by checkpoint name of the reversed conversion; None when it does not give exactly these tensors."""
-    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    try:
-        made = reverse_conversion(origin, empty, model)
-    except Exception:  # third-party operations without an inverse, or one that needs data
-        return None
-    return {k: tuple(v.shape) for k, v in made.items()} if set(made) == set(origin.stored) else None
 
 
 def reverse_conversion(
@@ -281,35 +250,17 @@ def reverse_conversion(
     return {names.renamed(name): tensor for name, tensor in made.items()}
 
 
-def _own_names(rules: ModelRules, specs: TensorSpecs, source: ModelSource) -> FileLayout:
-    """The layout of a format with its own naming rules."""
-    if rules.renames_tensors:
-        targets = stacked_targets(specs, rules)
-    else:
-        dense = {name for name, (_, dtype) in specs.items() if dtype.is_floating_point and dtype.itemsize > 1}
-        targets = _fused_targets(source.model, dense)
-    tensors: TensorSpecs = {}
-    for name, (shape, dtype) in specs.items():
-        target = targets.get(name)
-        tensors[name if target is None else target.name] = (shape if target is None else target.shape, dtype)
-    return FileLayout(tensors, targets)
-
-
-def _fused_targets(model: nn.Module, written: Iterable[str]) -> dict[str, FusedTarget]:
-    """Targets of experts' tensors, for every experts module of `model` whose tensors are all `written` dense."""
-    found = set(written)
+def _fused_targets(model: nn.Module, specs: TensorSpecs) -> dict[str, FusedTarget]:
+    """Targets of experts' tensors, for every experts module of `model` whose tensors are all written dense."""
+    found = {name for name, (_, dtype) in specs.items() if dtype.is_floating_point and dtype.itemsize > 1}
     targets: dict[str, FusedTarget] = {}
     for prefix, experts in model.named_modules():
-        if not isinstance(experts, LinearExperts):
-            continue
-        pieces = experts.pieces()
-        if not all(f"{prefix}.{leaf}" in found for leaf in pieces):
-            continue
-        shapes = experts.fused_shapes
-        parts = Counter(piece.param for piece in pieces.values())
-        for leaf, piece in pieces.items():
-            fused, shape = f"{prefix}.{piece.param}", shapes[piece.param]
-            targets[f"{prefix}.{leaf}"] = FusedTarget(fused, shape, parts[piece.param], piece)
+        pieces = experts.pieces() if isinstance(experts, LinearExperts) else {}
+        if isinstance(experts, LinearExperts) and all(f"{prefix}.{leaf}" in found for leaf in pieces):
+            parts = Counter(piece.param for piece in pieces.values())
+            for leaf, piece in pieces.items():
+                shape = experts.fused_shapes[piece.param]
+                targets[f"{prefix}.{leaf}"] = FusedTarget(f"{prefix}.{piece.param}", shape, parts[piece.param], piece)
     return targets
 
 
@@ -359,12 +310,8 @@ def read_model_tensors(files: TensorFiles, names: Collection[str], layout: FileL
 
 
 class TensorAssembler:
-    """Collects model tensors until the stored tensor that they are part of is complete.
-
-    Args:
-        layout: of the files.
-        model: its configuration is used by some conversions.
-    """
+    """Collects model tensors until the stored tensor that they are part of is complete. `model`: its configuration is
+    used by some conversions."""
 
     def __init__(self, layout: FileLayout, model: nn.Module) -> None:
         self.layout, self._model = layout, model

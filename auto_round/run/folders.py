@@ -6,13 +6,19 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.errors import OutputError
 from auto_round.formats.base import OutputFormat
 from auto_round.logger import logger
-from auto_round.output.folders import PARTIAL, ensure_output_folder, free_bytes, inspect_folder, subfolder_name
+from auto_round.output.folders import (
+    PARTIAL,
+    ensure_output_folder,
+    existing_parent,
+    free_bytes,
+    inspect_folder,
+    subfolder_name,
+)
 from auto_round.run.gguf import gguf_format
 from auto_round.run.journal import Journal
 from auto_round.run.plan import Job
@@ -38,24 +44,24 @@ def split_runs(
     A GGUF format replaces the scheme, with a warning unless `quiet`. With GGUF formats only, format `fake` belongs to
     the first of them.
     """
-    files = [fmt for fmt in formats if gguf_format([fmt])]
-    others = [fmt for fmt in formats if fmt not in files]
-    if not files:
-        return [(settings, others)]
-    runs = [(settings_for_gguf(settings, fmt, quiet), [fmt]) for fmt in files]
-    if [fmt.name for fmt in others] == ["fake"]:
+    runs: list[tuple[Settings, list[OutputFormat]]] = []
+    others: list[OutputFormat] = []
+    for fmt in formats:
+        gguf = gguf_format([fmt])
+        if gguf is None:
+            others.append(fmt)
+            continue
+        name = f"GGUF:{gguf.preset}"
+        if not quiet and settings.scheme_name not in (name, _DEFAULT_SCHEME):
+            message = "format %s has types of its own: scheme %s is not used for it"
+            logger.warning(message, fmt.name, settings.scheme_name)
+        own = replace(settings, scheme=gguf.scheme, scheme_name=normalize_preset_name(name), mixed=None)
+        runs.append((own, [fmt]))
+    if runs and [fmt.name for fmt in others] == ["fake"]:
         runs[0][1].append(others[0])
-    elif others:
+    elif others or not runs:
         runs.insert(0, (settings, others))
     return runs
-
-
-def settings_for_gguf(settings: Settings, fmt: Any, quiet: bool = False) -> Settings:
-    """The settings with the scheme of a GGUF format instead of their own."""
-    name = f"GGUF:{fmt.preset}"
-    if not quiet and settings.scheme_name not in (name, _DEFAULT_SCHEME):
-        logger.warning("format %s has types of its own: scheme %s is not used for it", fmt.name, settings.scheme_name)
-    return replace(settings, scheme=fmt.scheme, scheme_name=normalize_preset_name(name), mixed=None)
 
 
 def format_folders(root: Path, formats: Sequence[OutputFormat]) -> list[Path]:
@@ -79,12 +85,7 @@ def missing_bytes(job: Job, root: Path) -> int:
 
 def journal_bytes(settings: Settings, width: int, itemsize: int) -> int:
     """Largest size of a run's journal: the activations twice, since the new ones are written before the old ones are
-    removed; the rest is small.
-
-    Args:
-        width: of the hidden states.
-        itemsize: bytes per value of the hidden states.
-    """
+    removed; the rest is small. `width`, `itemsize`: of the hidden states, and bytes of one of their values."""
     if not settings.needs_data:
         return 0
     algorithm = settings.algorithm
@@ -92,52 +93,36 @@ def journal_bytes(settings: Settings, width: int, itemsize: int) -> int:
     return 2 * streams * settings.nsamples * settings.seqlen * width * itemsize
 
 
-def _check_journal_disk(folder: Path, output: Path, needed: int, output_needed: int) -> None:
-    """Raise OutputError when the disk of the work space has less than `needed` bytes for the journal, plus
-    `output_needed` if the output folder is on the same disk."""
-    free = free_bytes(folder)
-    shared = _device(folder) == _device(output)
-    if needed and free < needed + (output_needed if shared else 0):
-        besides = f" besides {output_needed / _GB:.2f} GB for the output folder" if shared else ""
-        raise OutputError(
-            f"the journal in {folder.parent} needs {needed / _GB:.2f} GB{besides}, and its disk has "
-            f"{free / _GB:.2f} GB free; set AR_WORK_SPACE to a folder on another disk, or do without a journal "
-            "(--no_resume)"
-        )
-
-
-def _device(path: Path) -> int:
-    path = path.expanduser().absolute()
-    while not path.exists():
-        path = path.parent
-    return path.stat().st_dev
-
-
 def check_folders(
     job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: Journal, siblings: Sequence[str]
 ) -> None:  # fmt: skip
     """Raise OutputError when the folders hold foreign files, or the disk has too little space for the journal.
 
-    Args:
-        siblings: subfolders of other runs of the same command.
+    `siblings`: subfolders of other runs of the same command.
     """
-    _check_journal_disk(journal.folder, root, journal.missing_bytes(job.journal_bytes), missing_bytes(job, root))
+    needed, free = journal.missing_bytes(job.journal_bytes), free_bytes(journal.folder)
+    shared = existing_parent(journal.folder).stat().st_dev == existing_parent(root).stat().st_dev
+    beside = missing_bytes(job, root) if shared else 0
+    if needed and free < needed + beside:
+        text = f" besides {beside / _GB:.2f} GB for the output folder" if shared else ""
+        raise OutputError(
+            f"the journal in {journal.folder.parent} needs {needed / _GB:.2f} GB{text}, and its disk has "
+            f"{free / _GB:.2f} GB free; set AR_WORK_SPACE to a folder on another disk, or do without a journal "
+            "(--no_resume)"
+        )
     folders = format_folders(root, formats)
-    beside = {PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
+    others = {PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
     for fmt, folder in zip(formats, folders, strict=True):
         ours = {name.split("/")[0] for name in journal.own_files(fmt.name, folder)}
-        ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(beside if folder == root else ())})
-    ensure_output_folder(root, overwrite or len(formats) == 1, beside)
+        ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(others if folder == root else ())})
+    ensure_output_folder(root, overwrite or len(formats) == 1, others)
 
 
 def stale_files(
     root: Path, folders: Collection[Path], siblings: Collection[str] = ()
 ) -> Mapping[Path, tuple[str, ...]]:
-    """Files of an earlier run in each of these folders, and under `root` those in the rest of `root`.
-
-    Args:
-        siblings: subfolders of other runs of the same command, which are ignored.
-    """
+    """Files of an earlier run in each of these folders, and under `root` those in the rest of `root`, without the
+    subfolders of other runs of the same command, `siblings`."""
     found: dict[Path, tuple[str, ...]] = {folder: inspect_folder(folder).files for folder in folders if folder != root}
     left_alone = {*siblings, *(folder.name for folder in folders if folder != root)}
     found[root] = tuple(name for name in inspect_folder(root).files if name.split("/")[0] not in left_alone)

@@ -1,29 +1,41 @@
-"""GGUF settings of a run: the ggml type of each layer, and reading and writing importance matrices (imatrix)."""
+"""GGUF files of a run: the ggml type of each layer, importance matrices (imatrix), and the file's writer and check."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from auto_round.calibration.imatrix import read_imatrix, write_imatrix
-from auto_round.codecs.ggml.types import GGML_TYPES, ggml_scheme, ggml_type_of
+from auto_round.codecs.ggml.pack import pack_blocks, unpack_blocks
+from auto_round.codecs.ggml.plain import plain_blocks
+from auto_round.codecs.ggml.search import search_blocks
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, ggml_scheme, ggml_type_of
+from auto_round.codecs.quantized_layer import QuantizedLayer
+from auto_round.codecs.registry import clamp_to_float16
 from auto_round.errors import ConfigError, DataError, NumericsError
 from auto_round.formats.base import OutputFormat
 from auto_round.formats.no_config import GgufFormat
 from auto_round.gguf.conversion import conversion_for
+from auto_round.gguf.family import Placement
 from auto_round.gguf.file_types import FLOAT_TYPES, TYPE_OF_BITS, fallback_type
 from auto_round.gguf.plan import GgufPlan, plan_file
+from auto_round.gguf.reader import GgufTensors
 from auto_round.layer_config import matching_layers, scheme_from_entry
 from auto_round.logger import logger
 from auto_round.modeling.blocks import is_conv1d, linear_names
-from auto_round.modeling.source import ModelSource
+from auto_round.modeling.source import ModelSource, check_finite
+from auto_round.output.gguf_writer import GgufFile
+from auto_round.output.staging import Staging
+from auto_round.output.verify import compare_tensors, compare_values, dense_digest, layer_digest, mismatch_error
+from auto_round.output.writer import Records
 from auto_round.run.plan import Job, LayerPlan, LayerRules, embedding_names, with_types
 from auto_round.run.settings import Settings
+from auto_round.run.writers import FileOutput, Mark, OutputContext
 from auto_round.schemes import QuantizationScheme
 
 _REARRANGED = "its tensor is rearranged in the file: quantized when it is written"
@@ -33,23 +45,6 @@ _TYPE_OF_DTYPE = {dtype: kind for kind, dtype in FLOAT_TYPES.items()}
 def gguf_format(formats: Sequence[OutputFormat]) -> GgufFormat | None:
     """The GGUF format among the formats of a run, or None; a run has at most one."""
     return next((fmt for fmt in formats if isinstance(fmt, GgufFormat)), None)
-
-
-def plan_gguf_file(fmt: GgufFormat, source: ModelSource, tokenizer: Any, with_importance: bool) -> GgufPlan:
-    """Plan the GGUF file by the rules of its file type, without the layer configuration.
-
-    Raises:
-        UnsupportedError: a family, tensor or tokenizer that the conversion does not know.
-    """
-    tied = source.tied()
-    shapes = {name: tuple(source.tensor_meta(name)[0]) for name in source.tensor_names() if name not in tied}
-    for name, module in source.model.named_modules():
-        if is_conv1d(module):
-            shapes[f"{name}.weight"] = shapes[f"{name}.weight"][::-1]
-    conversion = conversion_for(source.config, shapes)
-    return plan_file(
-        fmt.file_type, conversion, with_importance, tied, tokenizer, source.config, source.folder, source.name_or_path
-    )
 
 
 def scheme_of_type(kind: str, default: QuantizationScheme) -> QuantizationScheme:
@@ -81,10 +76,19 @@ class GgufRules(LayerRules):
     file: GgufPlan
 
     def __init__(self, settings: Settings, source: ModelSource, fmt: GgufFormat, tokenizer: Any) -> None:
-        """Raises what `plan_gguf_file` raises, and ConfigError for an embedding with bits that no type has."""
+        """Raises UnsupportedError for a family, tensor or tokenizer that the conversion does not know, and ConfigError
+        for an embedding with bits that no type has."""
         super().__init__(settings, source)
         self.format, self.quant_lm_head = fmt, True
-        self.file = plan_gguf_file(fmt, source, tokenizer, settings.weighs)
+        tied = source.tied()
+        shapes = {name: tuple(source.tensor_meta(name)[0]) for name in source.tensor_names() if name not in tied}
+        for name, module in source.model.named_modules():
+            if is_conv1d(module):
+                shapes[f"{name}.weight"] = shapes[f"{name}.weight"][::-1]
+        self.file = plan_file(
+            fmt.file_type, conversion_for(source.config, shapes), settings.weighs, tied, tokenizer, source.config,
+            source.folder, source.name_or_path,
+        )  # fmt: skip
         types, patterns = self._embedding_types(linear_names(source.model))
         self.file = self.file.with_types({name: kind for name, kind in types.items() if self.file.places[name]})
         self.layer_config = {name: entry for name, entry in settings.layer_config.items() if name not in patterns}
@@ -195,11 +199,10 @@ def gguf_file_name(model: str, plan: GgufPlan) -> str:
 def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torch.Tensor]:
     """Read an importance file (imatrix) of llama.cpp: float32 [in] by layer name, for the layers that it names.
 
-    Raises:
-        DataError: the file is damaged, of another model, or names none of the layers.
+    Raises DataError when the file is damaged, of another model, or names none of the layers.
     """
-    plan = _plan(job)
-    file = read_imatrix(path)
+    plan, file = job.gguf, read_imatrix(path)
+    assert plan is not None  # the planner refuses importance files without a GGUF format
     found: dict[str, torch.Tensor] = {}
     for layer in job.quantized():
         for place in plan.places[weight_name(source, layer)]:
@@ -224,7 +227,8 @@ def save_importance(
     chunk_size: int,
 ) -> None:  # fmt: skip
     """Write an importance file from sums of squares of the inputs [in] and numbers of tokens by layer name."""
-    plan = _plan(job)
+    plan = job.gguf
+    assert plan is not None
     stacked: dict[str, dict[int, str]] = {}
     for layer in sums:
         for place in plan.places[weight_name(source, layer)]:
@@ -235,6 +239,130 @@ def save_importance(
     logger.info("saved the importance of %d tensors to %s", len(all_sums), path)
 
 
-def _plan(job: Job) -> GgufPlan:
-    assert job.gguf is not None  # the planner refuses importance files without a GGUF format
-    return job.gguf
+class GgufFileWriter(FileOutput):
+    """Packs layers and writes them with the other tensors into one GGUF file, in any order.
+
+    Attributes:
+        dense: [source tensor, tensor, slot, first row, rows, digest] of every part that is not of a quantized layer, by
+            its place in the file.
+    """
+
+    writer: GgufFile
+
+    def __init__(self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, optimized: bool) -> None:
+        """`optimized`: search the scales of embeddings."""
+        super().__init__(job, fmt, stage, source)
+        assert job.gguf is not None
+        self.plan, self.path = job.gguf, stage.path / gguf_file_name(job.model, job.gguf)
+        self._optimized = optimized
+        self._transposed = {f"{name}.weight" for name, plan in job.layers.items() if plan.transposed}
+        self._written: set[str] = set()
+
+    def _open(self, records: Records | None = None) -> GgufFile:
+        plan = self.plan
+        return GgufFile(self.path, plan.conversion.arch, plan.metadata, plan.tensors(), records)
+
+    def _start(self) -> None:
+        self.writer, self._written = self._open(), set()
+        for name, tensor in self.plan.conversion.extras().items():
+            self._put(name, tensor, Placement(name))
+
+    def _restore(self, records: Records, marks: Sequence[Mark]) -> None:
+        self.writer = self._open(records)
+        self._written = {weight_name(self.source, name) for name in self.expected}
+        self._written |= {values[0] for values in self.dense.values()}
+
+    def layer(self, layer: QuantizedLayer) -> None:
+        name = weight_name(self.source, layer.name)
+        places = self.plan.places[name]
+        assert places
+        self._written.add(name)
+        self.expected[layer.name] = layer_digest(layer, False, torch.float32)
+        data = pack_blocks(layer.codes_as(GgmlBlocks))
+        for place in places:
+            rows = data if place.rows is None else data[place.rows]
+            self.writer.write(place.tensor, rows, first_row=place.at_row, slot=place.slot)
+        if layer.bias is not None:
+            self._add(f"{layer.name}.bias", layer.bias)
+
+    def tensors(self, names: Iterable[str], source: ModelSource) -> None:
+        for name in names:
+            if name not in self._written:
+                tensor = source.read(name)
+                if source.checks_finite:
+                    check_finite(name, tensor)
+                self._add(name, tensor)
+
+    def spare(self) -> None:
+        """Write nothing: a GGUF file holds only tensors that its architecture reads."""
+
+    def leave_unquantized(self, names: Sequence[str], reason: str) -> None:
+        raise NumericsError(
+            f"{reason}; on_nan=keep: the header of a GGUF file fixes the type of every tensor, so layers such as "
+            f"{names[0]} cannot be left unquantized any more: name them in ignore_layers, or use on_nan=rtn"
+        )
+
+    def scales(self, made: Mapping[str, torch.Tensor]) -> None:
+        assert not made  # refused by the planner
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        self._written.add(name)
+        if name in self._transposed:
+            tensor = tensor.t()
+        for place in self.plan.places[name]:
+            self._put(name, tensor, place)
+
+    def _put(self, name: str, tensor: torch.Tensor, place: Placement) -> None:
+        """Write the part of a tensor that belongs to this placement, in the placement's type."""
+        tensor = place.cut(tensor)
+        kind = self.plan.types[place.tensor]
+        if kind not in ("F32", "BF16"):  # F16, or types with float16 super-block scales
+            clamped = clamp_to_float16(tensor)
+            if clamped is not tensor:
+                logger.warning("tensor %s holds weights beyond float16, which %s clamps", name, kind)
+            tensor = clamped
+        if kind in GGML_TYPES:
+            rows = tensor.reshape(-1, tensor.shape[-1])
+            # Embeddings are looked up, not multiplied: a full search would take most of a small model's time.
+            packed = pack_blocks(search_blocks(rows, kind, quick=True) if self._optimized else plain_blocks(rows, kind))
+            data = packed.view(*tensor.shape[:-1], packed.shape[-1])
+        else:
+            data = tensor.to(FLOAT_TYPES[kind]).contiguous()
+        self.writer.write(place.tensor, data, first_row=place.at_row, slot=place.slot)
+        key = f"{place.tensor} {place.slot} {place.at_row}"
+        self.dense[key] = [name, place.tensor, place.slot, place.at_row, data.shape[0], dense_digest(data)]
+
+    def verify(self, made: OutputContext) -> dict[str, Any]:
+        """Compare metadata, tensor infos, and the content of every tensor."""
+        plan, file = self.plan, GgufTensors(self.path)
+        planned, stored = {}, {}
+        for pair in plan.metadata:
+            kind, found = (pair.item_kind or pair.kind).name, file.values.get(pair.key)
+            items = pair.value if isinstance(pair.value, (list, tuple)) else [pair.value]
+            planned[pair.key] = [_as_stored(item, kind) for item in items]
+            stored[pair.key] = found if isinstance(found, list) else [found]
+        compare_values(self.path, planned, stored)
+        infos = {name: (info.shape, info.kind) for name, info in file.tensors.items()}
+        compare_tensors(self.path, {name: (shape, plan.types[name]) for name, shape in plan.shapes.items()}, infos)
+        for name, digest in self.expected.items():
+            layer = made.job.layers[name]
+            assert layer.ggml is not None
+            blocks = GGML_TYPES[layer.ggml]
+            data = torch.empty(layer.out_features, blocks.row_bytes(layer.in_features), dtype=torch.uint8)
+            for place in plan.places[weight_name(self.source, name)]:
+                order = torch.arange(layer.out_features) if place.rows is None else place.rows
+                data[order] = file.stored(place.tensor, place.slot)[place.at_row : place.at_row + len(order)]
+            read = QuantizedLayer(name, layer.scheme, unpack_blocks(data, blocks, layer.in_features))
+            if layer_digest(read, False, torch.float32) != digest:
+                raise mismatch_error(self.path, f"layer {name}")
+        for _, tensor, slot, at_row, rows, digest in self.dense.values():
+            if dense_digest(file.stored(tensor, slot)[at_row : at_row + rows]) != digest:
+                raise mismatch_error(self.path, f"tensor {tensor}")
+        return {"passed": True, "tensors": len(plan.shapes), "layers": len(self.expected), "loss_reopened": None}
+
+
+def _as_stored(value: Any, kind: str) -> Any:
+    """A metadata value as a reader of the file sees it."""
+    if kind == "FLOAT32":
+        return float(torch.tensor(value, dtype=torch.float32))
+    return value.decode("utf-8") if isinstance(value, bytes) else value

@@ -29,12 +29,12 @@ import torch
 from auto_round import envs
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.errors import ConfigError, OutputError, Stopped
-from auto_round.files import add_checksum, file_sha256, sync_folder, take_checksum, write_text
+from auto_round.files import add_checksum, sync_folder, take_checksum, write_text
 from auto_round.logger import logger
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.source import ModelSource
 from auto_round.output.folders import PARTIAL
-from auto_round.output.staging import Staging
+from auto_round.output.staging import Staging, all_files_present
 from auto_round.output.writer import damaged_error
 from auto_round.run.fingerprint import as_json, block_checksum, differences, file_differences, non_block_checksum
 from auto_round.run.journal_files import (
@@ -66,8 +66,7 @@ class Journal:
 
     Attributes:
         run: identity of the recorded run, plain values.
-        units: finished units in order: {"name", "file", "mark", "weights"}; "weights" is a checksum of the original
-            weights.
+        units: {"name", "file", "mark", "weights"} of finished units in order, with a checksum of the original weights.
         finished: number of units that were finished when this run began; `restored` has their results.
         streams: file name and mark of each stream after the last unit, by kind.
         done: by format, SHA-256 by file name of its folder once that is complete and checked.
@@ -216,16 +215,10 @@ class Journal:
     def check_compatible(
         self, fixed: Mapping[str, Any], files: Mapping[str, list[Any]], layout: Mapping[str, Any] | None = None
     ) -> None:
-        """Load the journal and compare it with this run, without writing anything.
+        """Load the journal and compare it with this run (its `fingerprint`, its `weight_files`, and what else decides
+        how the output files are laid out), without writing anything.
 
-        Args:
-            fixed: `fingerprint`.
-            files: `weight_files`.
-            layout: what else decides how the output files are laid out.
-
-        Raises:
-            ConfigError: the interrupted run differs.
-            OutputError: its journal is damaged.
+        Raises ConfigError when the interrupted run differs, and OutputError when its journal is damaged.
         """
         layout = {**(layout or {}), "version of the journal": VERSION}
         now = self._now = as_json({"settings": fixed, "weights": files, "layout": layout})
@@ -241,14 +234,11 @@ class Journal:
         """Open the journal for writing, after comparing data and weights with the interrupted run, and begin the
         outputs, or continue them after the last finished unit.
 
-        Weights are compared only if a weight file is not the same file any more.
+        `late`: returns digests of what is known only after the data is read. Weights are compared only if a weight file
+        is not the same file any more.
 
-        Args:
-            late: returns digests of what is known only after the data is read.
-
-        Raises:
-            ConfigError: the data or the weights differ.
-            OutputError: the journal cannot be written, or the unfinished files are damaged.
+        Raises ConfigError when the data or the weights differ, and OutputError when the journal cannot be written or
+        the unfinished files are damaged.
         """
         self._now["late"] = as_json(late())
         self._outputs = outputs
@@ -327,9 +317,7 @@ class Journal:
         """Record a finished unit that was given to the outputs, with the streams submitted for it, in the background.
         It is valid when all of its files, and its part of the output files, are on disk.
 
-        `weights`: checksum of its original weights.
-
-        Raises OutputError when something could not be written.
+        `weights`: checksum of its original weights. Raises OutputError when something could not be written.
         """
         unit.marks = {output.format.name: output.mark() for output in self._outputs}
         state = unit.state()
@@ -377,12 +365,7 @@ class Journal:
         self, outputs: Sequence[FileOutput], blocks: int, blocks_done: Callable[[], int | None]
     ) -> Iterator[None]:
         """When a run fails, write pending entries, keep unfinished outputs if it can be resumed, and tell the user;
-        Ctrl-C becomes `Stopped`.
-
-        Args:
-            blocks: number of blocks of the model.
-            blocks_done: number of finished ones; None before the first is begun.
-        """
+        Ctrl-C becomes `Stopped`. `blocks`: of the model, `blocks_done`: None before the first is begun."""
         try:
             yield
         except BaseException as error:
@@ -411,12 +394,8 @@ class Journal:
         """Publish a folder that was complete and checked before the run was interrupted, in place of the `stale` files
         of an earlier run. Returns whether it was."""
         files = self.done.get(fmt)
-        if files is None:
+        if files is None or not all_files_present(stage.folder, files):
             return False
-        for name, digest in files.items():
-            found = next((path for path in (stage.path / name, stage.folder / name) if path.is_file()), None)
-            if found is None or file_sha256(found) != digest:
-                return False
         stage.publish(files, stale)
         logger.info("%s is complete already", stage.folder)
         return True

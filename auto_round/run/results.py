@@ -29,8 +29,7 @@ def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) ->
     """A runnable model with the quantized layers.
 
     A model object of the user has dequantized weights in place already (`ModelWriter`). A model given by path is
-    assembled on the CPU from packed layers and its other tensors; the source's own model remains without weights, to
-    save from.
+    assembled on the CPU; the source's own model remains without weights, to save from.
     """
 
     def install(model: torch.nn.Module, owner: str) -> None:
@@ -54,12 +53,7 @@ def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) ->
 class ModelWriter(MemoryWriter):
     """Gives a model object of the user the dequantized weights of its layers.
 
-    Args:
-        source: of the model object.
-        packs: keeps the layers, for `pack`.
-
-    Attributes:
-        fields: schemes that `pack` gives the layers' modules as attributes, as in `AutoRound.layer_config`.
+    `packs`: keep the layers, for `pack`, which gives their modules the schemes in `fields` as attributes.
     """
 
     def __init__(self, source: ModelSource, packs: bool) -> None:
@@ -195,12 +189,7 @@ class SavedModel(torch.nn.Module):
     """Proxy of the model in a folder; the first access to an attribute opens it and turns the proxy into that model.
 
     Printing, pickling and copying do not open it. Once open it has the class, attributes and modules of the model that
-    `from_pretrained` returns.
-
-    Args:
-        folder: output folder of a run.
-        trust_remote_code: run the model's own code.
-        layer_fields: returns the scheme of every layer, for `describe_layers`.
+    `from_pretrained` returns. `layer_fields`: returns the scheme of every layer, for `describe_layers`.
     """
 
     def __init__(

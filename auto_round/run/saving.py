@@ -35,17 +35,11 @@ if TYPE_CHECKING:
 
 
 LayerFields = dict[str, dict[str, Any]]
-"""Fields of each layer's scheme, as in `AutoRound.layer_config`."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Regular runs: one for each GGUF format, and one for all other formats. `ModelFree` has the same methods.
-
-    Attributes:
-        source, settings: the model, and how it is quantized.
-        tokenizer: for calibration text and the output folder; None when neither needs one.
-    """
+    """Regular runs: one for each GGUF format, and one for all other formats. `ModelFree` has the same methods."""
 
     source: ModelSource
     settings: Settings
@@ -98,9 +92,9 @@ class Runs:
         Returns one folder per format.
         """
         groups = split_runs(self.settings, formats)
-        runs = [(Run(self.source, settings, self.tokenizer, writers), group) for settings, group in groups]
+        runs = [Run(self.source, settings, self.tokenizer, writers) for settings, _ in groups]
         if len(runs) == 1:
-            return runs[0][0].to_folders(output_dir, runs[0][1], overwrite, shard, resume)
+            return runs[0].to_folders(output_dir, groups[0][1], overwrite, shard, resume)
         if not self.source.lazy:
             raise ConfigError(
                 f"{', '.join(f.name for f in formats)} take {len(runs)} runs, and a model object is quantized in "
@@ -108,21 +102,23 @@ class Runs:
             )
         siblings = [subfolder_name(fmt.name) for fmt in formats]
         root = Path(output_dir).expanduser()
-        folders = [root if len(group) > 1 else root / subfolder_name(group[0].name) for _, group in runs]
-        pairs = list(zip(runs, folders, strict=True))
-        jobs = [run.checked_plan(group, str(folder), resume) for (run, group), folder in pairs]
+        folders = [root if len(group) > 1 else root / subfolder_name(group[0].name) for _, group in groups]
+        work = [
+            (run, run.checked_plan(group, str(folder), resume), group, str(folder))
+            for run, (_, group), folder in zip(runs, groups, folders, strict=True)
+        ]
         ensure_output_folder(root, overwrite, {PARTIAL, *siblings})
         stale = stale_files(root, (), siblings)[root]  # files of an earlier run that wrote other formats, or one
         found: dict[str, Path] = {}
         with nullcontext() if root in folders else Staging(root):
-            for (run, group), folder, job in zip(runs, folders, jobs, strict=True):
-                run.check_compatible(job, str(folder), group, overwrite, shard, resume, siblings)
-            for (run, group), folder, job in zip(runs, folders, jobs, strict=True):
-                paths = run.to_folders(str(folder), group, overwrite, shard, resume, siblings, job)
+            for run, job, group, folder in work:
+                run.check_compatible(job, folder, group, overwrite, shard, resume, siblings)
+            for run, job, group, folder in work:
+                paths = run.to_folders(folder, group, overwrite, shard, resume, siblings, job)
                 found |= {fmt.name: path for fmt, path in zip(group, paths, strict=True)}
         remove_files(root, stale)
-        for folder in folders:
-            Journal(folder).remove()
+        for path in folders:
+            Journal(path).remove()
         return [found[fmt.name] for fmt in formats]
 
 
@@ -151,13 +147,11 @@ class Saving:
     settings: Settings
     tokenizer: Any
     _runs: Runs | ModelFree
+    _quantized_in_place = False  # a model object is quantized in place, once
+    _result: InMemory | None = None
+    _saved: torch.nn.Module | None = None
     _named_formats: Sequence[OutputFormat] | None
-    _layers_seen: tuple[tuple[str, ...] | None, LayerFields] | None
-
-    def __init__(self) -> None:
-        self._quantized_in_place = False  # a model object is quantized in place, once
-        self._result: InMemory | None = None
-        self._saved: torch.nn.Module | None = None
+    _layers_seen: tuple[tuple[str, ...] | None, LayerFields] | None = None
 
     @property
     def model(self) -> torch.nn.Module | None:
@@ -195,14 +189,10 @@ class Saving:
         """Write the result of `quantize()` in every format.
 
         Args:
-            output_dir, format, overwrite, max_shard_size: as in `quantize_and_save`.
+            output_dir, format, overwrite, max_shard_size, safe_serialization: as in `quantize_and_save`.
             inplace: a model object gets the packed layers of the format in place of its own; False leaves it unchanged
                 and returns a model that is opened from the folder on first use.
-            return_folders: also return the folder, or the list of folders.
-            safe_serialization: only True: pickles are not written.
-
-        Returns:
-            The packed model, or (model, folder or list of folders).
+            return_folders: return (model, folder or list of folders).
 
         Raises:
             ConfigError: `quantize()` was not called.

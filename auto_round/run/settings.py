@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,11 +22,8 @@ from auto_round.schemes import MixedPreset, QuantizationScheme
 
 
 def resolve_device(value: Any) -> torch.device:
-    """Resolve `device_map` to one device.
-
-    Args:
-        value: a number (that accelerator, or the CPU on a machine without any), "auto", "cpu", "cuda", "cuda:1", "xpu",
-            a torch.device, or a map or list of a single device.
+    """The device that `device_map` names: a number (that accelerator, or the CPU on a machine without any), "auto",
+    "cpu", "cuda", "cuda:1", "xpu", a torch.device, or a map or list of a single device.
 
     Raises:
         DeviceError: no such device here.
@@ -42,45 +39,31 @@ def resolve_device(value: Any) -> torch.device:
             f"device_map={value!r} names several devices; this version tunes on one: give one, such as 'cuda:0'. "
             "A block at a time is on it, so it needs about ten times the memory of one block"
         )
-    text = max(names)
-    kind, count = _accelerator()
+    text, kind, count, cpu = max(names), "cuda", 0, torch.device("cpu")
+    for kind in ("cuda", "xpu"):
+        library = getattr(torch, kind, None)
+        if library is not None and library.is_available():
+            count = int(library.device_count())
+            break
+    else:
+        kind = "cuda"
+    if text in ("auto", "tp", "0"):
+        return torch.device(kind, 0) if count else cpu
     found = f"devices here: {', '.join(['cpu', *(f'{kind}:{i}' for i in range(count))])}"
-    if text in ("auto", "tp") or text == "0":
-        return torch.device(kind, 0) if count else torch.device("cpu")
-    if text == "cpu":
-        return torch.device("cpu")
-    name = f"{kind}:{text}" if text.isdigit() else text
     try:
-        device = torch.device(name)
+        device = torch.device(f"{kind}:{text}" if text.isdigit() else text)
     except RuntimeError as error:
         raise DeviceError(f"device_map={value!r} is no device; {found}") from error
     if device.type == "cpu":
-        return torch.device("cpu")
+        return cpu
     if device.type != kind or not count or (device.index or 0) >= count:
         raise DeviceError(f"device_map={value!r} is not on this machine; {found}")
     return torch.device(device.type, device.index or 0)
 
 
-def _accelerator() -> tuple[str, int]:
-    if torch.cuda.is_available():
-        return "cuda", torch.cuda.device_count()
-    xpu = getattr(torch, "xpu", None)
-    if xpu is not None and xpu.is_available():
-        return "xpu", int(xpu.device_count())
-    return "cuda", 0
-
-
-_HOST = ("cpu", "ram")  # names of the host in max_memory
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """Memory limits of a run in bytes; None is no limit.
-
-    Attributes:
-        ram: resident memory of the process, libraries included.
-        device: memory of tensors on the compute device, if that is not the CPU.
-    """
+class MemoryBudget(NamedTuple):
+    """Memory limits of a run in bytes; None is no limit. `ram`: resident memory of the process, libraries included.
+    `device`: memory of tensors on the compute device, if that is not the CPU."""
 
     ram: int | None = None
     device: int | None = None
@@ -93,16 +76,16 @@ def parse_budget(value: Any, device: torch.device) -> MemoryBudget | None:
     """
     if value is None:
         return None
+    pairs = value
     if isinstance(value, str) and "=" in value:
-        pairs = [part.partition("=") for part in value.split(",")]
-        value = {name.strip(): size.strip() for name, _, size in pairs}
-    if not isinstance(value, Mapping):
-        return MemoryBudget(ram=_size(value))
+        pairs = {name.strip(): size.strip() for name, _, size in (part.partition("=") for part in value.split(","))}
+    elif not isinstance(value, Mapping):
+        pairs = {"ram": value}
     found: dict[str, int] = {}
     own = {str(device), device.type, str(device.index or 0)} if device.type != "cpu" else set()
-    for name, size in value.items():
+    for name, size in pairs.items():
         key = str(name).strip().lower()
-        which = "ram" if key in _HOST else "device" if key in own else None
+        which = "ram" if key in ("cpu", "ram") else "device" if key in own else None
         if which is None:
             raise ConfigError(
                 f"max_memory names {name!r}; this run uses {', '.join(sorted({'cpu', str(device)}))}: give such as "
@@ -110,14 +93,10 @@ def parse_budget(value: Any, device: torch.device) -> MemoryBudget | None:
             )
         if which in found:
             raise ConfigError(f"max_memory={value!r} gives {name!r} twice")
-        found[which] = _size(size)
+        if isinstance(size, bool) or not isinstance(size, int | str):
+            raise ConfigError(f"max_memory={size!r} is not a size; give bytes, or a text such as '4GB'")
+        found[which] = parse_size(size, "max_memory")
     return MemoryBudget(**found)
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ConfigError(f"max_memory={value!r} is not a size; give bytes, or a text such as '4GB'")
-    return parse_size(value, "max_memory")
 
 
 _SCALE_DTYPES = {
@@ -128,10 +107,9 @@ _SCALE_DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(SourceConfig, DataConfig):
-    """The run's settings, resolved from a `QuantConfig` by `keywords.resolve_settings`: keywords of `AutoRound` that
-    need no resolving, and what the others mean here.
+    """The run's settings, resolved from a `QuantConfig` by `keywords.resolve_settings`.
 
-    `config`: the same as plain values. It is not compared. `asked_algorithm`: what was asked for, if `max_memory` is
+    `config`: the same as plain values; it is not compared. `asked_algorithm`: what was asked for, if `max_memory` is
     too low for it.
     """
 
@@ -169,21 +147,17 @@ class Settings(SourceConfig, DataConfig):
     def needs_data(self) -> bool:
         """Whether calibration data is needed: by tuning, the weighted search, or static scales."""
         searches = isinstance(self.algorithm, RTNConfig) and self.algorithm.optimized and self.imatrix is None
-        saves = self.save_imatrix is not None
-        observes = any(TRANSFORMS[name].needs_data for name in self.transforms)
-        looks = self.tunes or self.gptq is not None or searches or saves or observes
-        return looks or self._calibrated or self.cache is not None
+        wanted = (self.gptq, self.save_imatrix, self.cache)
+        if self.tunes or searches or any(value is not None for value in wanted):
+            return True
+        entries = [scheme_from_entry(name, entry, self.scheme) for name, entry in self.layer_config.items()]
+        calibrated = any(scheme.calibrated for scheme in (self.scheme, *entries))
+        return calibrated or any(TRANSFORMS[name].needs_data for name in self.transforms)
 
     @property
     def weighs(self) -> bool:
         """Whether rounding is weighted by importance, from calibration data or an importance file."""
         return self.tunes or self.optimized_start
-
-    @property
-    def _calibrated(self) -> bool:
-        """Whether the default scheme or an entry of the layer configuration has static input scales."""
-        entries = [scheme_from_entry(name, entry, self.scheme) for name, entry in self.layer_config.items()]
-        return any(scheme.calibrated for scheme in (self.scheme, *entries))
 
     @property
     def algorithm_name(self) -> str:
@@ -199,15 +173,11 @@ class Settings(SourceConfig, DataConfig):
     def recorded(self) -> dict[str, Any]:
         """The settings for the report and the files, as plain values."""
         values: dict[str, Any] = {"algorithm": self.algorithm_name, "seed": self.seed}
+        names: tuple[str, ...] = ()
         if isinstance(self.algorithm, SignRoundConfig):
-            a = self.algorithm
-            values |= {
-                "iters": a.iters, "lr": a.lr, "minmax_lr": a.minmax_lr, "batch_size": a.batch_size,
-                "gradient_accumulate_steps": a.gradient_accumulate_steps,
-                "enable_minmax_tuning": a.enable_minmax_tuning, "enable_quanted_input": a.enable_quanted_input,
-            }  # fmt: skip
-        else:
-            values |= {"iters": 0, "enable_quanted_input": False}
+            names = ("iters", "lr", "minmax_lr", "batch_size", "gradient_accumulate_steps", "enable_minmax_tuning")
+        values |= {"iters": 0} | {name: getattr(self.algorithm, name) for name in names}
+        values["enable_quanted_input"] = getattr(self.algorithm, "enable_quanted_input", False)
         if self.gptq is not None:
             values |= {"damping": self.gptq.damping, "disable_opt_rtn": not self.optimized_start}
         if self.needs_data:
@@ -243,11 +213,6 @@ def parse_scale_dtype(value: str | torch.dtype) -> torch.dtype:
 
 def names_tuple(value: Any) -> tuple[str, ...]:
     """`"a,b"`, a list (nested as older configurations have it) or None, as a tuple of names."""
-    if not value:
-        return ()
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    result: list[str] = []
-    for item in value:
-        result.extend(names_tuple(item))
-    return tuple(result)
+    return tuple(name for item in value or () for name in names_tuple(item))

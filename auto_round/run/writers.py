@@ -1,22 +1,25 @@
-"""Output writers of a run: keep quantized layers in memory, or pack them into one format's folder."""
+"""Outputs of a run: what receives its results, in memory or in files that another run can continue."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.formats.base import OutputFormat
-from auto_round.modeling.source import ModelSource, check_finite
+from auto_round.modeling.source import ModelSource
 from auto_round.output.staging import Staging
-from auto_round.output.verify import dense_digest, layer_digest
-from auto_round.output.writer import AtomicOutput, Records, ShardWriter
-from auto_round.run.file_layout import FileLayout, TensorAssembler
+from auto_round.output.writer import AtomicOutput, Records
+from auto_round.run.plan import Job
+from auto_round.run.settings import Settings
+
+if TYPE_CHECKING:
+    from auto_round.run.blocks import RunState
 
 
 class OutputWriter:
@@ -49,6 +52,30 @@ class MemoryWriter(OutputWriter):
         self.layers[layer.name] = layer
 
 
+@dataclass
+class RunResult:
+    """Results of a run besides its layers."""
+
+    state: RunState
+    loss: float | None
+    smoke_sample: list[dict[str, torch.Tensor]] | None
+    data: str | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputContext:
+    """What all output folders of a finished run have in common."""
+
+    source: ModelSource
+    settings: Settings
+    tokenizer: Any
+    job: Job
+    finished: RunResult
+    made_from: Mapping[str, str] | None = None
+    shard: int | str = "5GB"
+
+
 Mark = tuple[dict[str, Any], Mapping[str, torch.Tensor]]
 """What an output has written since its mark before, so that another one can continue after it.
 
@@ -70,8 +97,8 @@ class FileOutput(OutputWriter, ABC):
     expected: dict[str, str]
     dense: dict[str, Any]
 
-    def __init__(self, fmt: OutputFormat, stage: Staging, source: ModelSource) -> None:
-        self.format, self.stage, self.source = fmt, stage, source
+    def __init__(self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource) -> None:
+        self.job, self.format, self.stage, self.source = job, fmt, stage, source
         self.folder = stage.path
 
     def begin(self, marks: Sequence[Mark] = ()) -> None:
@@ -113,94 +140,12 @@ class FileOutput(OutputWriter, ABC):
     def _restore(self, records: Records, marks: Sequence[Mark]) -> None:
         """Continue after all `records` of the marks."""
 
+    def write_beside(self, made: OutputContext) -> None:
+        """Write the files that the weights need beside them. A file that holds everything needs none."""
 
-class FolderWriter(FileOutput):
-    """Packs layers in one format and writes them with the other tensors into a folder.
+    @abstractmethod
+    def verify(self, made: OutputContext) -> dict[str, Any]:
+        """Read the files again, and compare them with the plan and with what was quantized.
 
-    Attributes:
-        layout: of the files.
-        dense: `dense_digest` by stored tensor that is not part of a quantized layer.
-    """
-
-    writer: ShardWriter
-
-    def __init__(
-        self, fmt: OutputFormat, stage: Staging, source: ModelSource, max_shard_size: int | str, layout: FileLayout,
-        replan: Callable[[Sequence[str], str], FileLayout] | None = None, header: int | None = None,
-    ) -> None:  # fmt: skip
-        """`replan`: the layout when more layers are left unquantized. `header`: see `ShardWriter`."""
-        super().__init__(fmt, stage, source)
-        self._replan, self._max_shard_size, self._header = replan, max_shard_size, header
-        self._assembler = TensorAssembler(layout, source.model)
-
-    @property
-    def layout(self) -> FileLayout:
-        return self._assembler.layout
-
-    def layer(self, layer: QuantizedLayer) -> None:
-        layer = self.format.normalize_for_format(layer)
-        dtype = self.source.dtype
-        self.expected[layer.name] = layer_digest(layer, self.format.casts_to_model_dtype, dtype)
-        for name, tensor in self.format.pack(replace(layer, bias=None), model_dtype=dtype).items():
-            self._add(name, tensor)
-        if layer.bias is not None:
-            self.tensors([f"{layer.name}.bias"], self.source)
-
-    def tensors(self, names: Iterable[str], source: ModelSource) -> None:
-        for name in names:
-            if name in self.layout.copies:
-                self._copy(self.layout.copies[name])
-                continue
-            tensor = source.read_unquantized(name)
-            if source.checks_finite:
-                check_finite(name, tensor)
-            self._add_dense(name, tensor)
-
-    def spare(self) -> None:
-        self._copy(self.layout.spare)
-
-    def leave_unquantized(self, names: Sequence[str], reason: str) -> None:
-        if self._replan is not None:
-            self._assembler.layout = self._replan(names, reason)
-
-    def scales(self, made: Mapping[str, torch.Tensor]) -> None:
-        for name, scale in made.items():
-            tail = self.format.cache_scale_tail or ()
-            self._add_dense(name, scale.reshape(1) if scale.dim() == 0 else scale.reshape(-1, *tail))
-
-    def mark(self) -> Mark:
-        missing, open_tensors = self._assembler.state()
-        late = {f"late.{name}": tensor for name, tensor in self.writer.take_late().items()}
-        return {**super().mark()[0], "missing": missing}, late | open_tensors
-
-    def _start(self) -> None:
-        self.writer = ShardWriter(self.folder, self._max_shard_size, header=self._header)
-        self._assembler = TensorAssembler(self.layout, self.source.model)
-
-    def _restore(self, records: Records, marks: Sequence[Mark]) -> None:
-        self._start()
-        tensors = {name.removeprefix("late."): tensor for _, part in marks for name, tensor in part.items()}
-        self.writer.restore(records, tensors)
-        values, open_tensors = marks[-1]
-        self._assembler.restore(values["missing"], open_tensors)
-
-    def _copy(self, keys: Iterable[str]) -> None:
-        """Copy checkpoint tensors unchanged, each once."""
-        for key in keys:
-            if key in self.dense:
-                continue
-            tensor = self.source.read_stored(key)
-            if self.source.checks_finite:
-                check_finite(key, tensor)
-            self.writer.add(key, tensor)
-            self.dense[key] = dense_digest(tensor)
-
-    def _add_dense(self, name: str, tensor: torch.Tensor) -> None:
-        for stored, whole in self._add(name, tensor):
-            self.dense[stored] = dense_digest(whole)
-
-    def _add(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        complete = list(self._assembler.add(name, tensor))
-        for stored, whole in complete:
-            self.writer.add(stored, whole)
-        return complete
+        Returns plain values for the report. Raises VerifyError, which names the first difference.
+        """

@@ -17,6 +17,7 @@ from auto_round import AutoRound
 from auto_round.calibration.imatrix import read_imatrix, write_imatrix
 from auto_round.cli.verify import check
 from auto_round.errors import AutoRoundError, VerifyError
+from auto_round.gguf.metadata import key_value
 from auto_round.gguf.reader import GgufTensors
 from auto_round.gguf.reader import read_header as read_gguf_header
 from auto_round.inference.config import read_config
@@ -121,7 +122,8 @@ def test_gguf(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"token_embd.weight": (8, 32), "blk.0.attn_q.weight": (4, 256), "output_norm.weight": (5,)}
     infos = [(name, shape, "Q4_K" if shape[-1] == 256 else "F32") for name, shape in shapes.items()]
-    with GgufFile(path, "llama", {"llama.block_count": 1, "tokenizer.ggml.tokens": ["a", "b"]}, infos) as file:
+    keys = [key_value("llama.block_count", 1, "uint32"), key_value("tokenizer.ggml.tokens", ["a", "b"], "string")]
+    with GgufFile(path, "llama", keys, infos) as file:
         for name, shape, kind in infos:
             if kind == "F32":
                 file.write(name, torch.randn(shape, generator=generator))

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from auto_round import AutoRound
 from auto_round.errors import VerifyError
 from auto_round.gguf.reader import GgufTensors
-from auto_round.run import finalize as deliver_module
-from auto_round.run import gguf_output as gguf_verify
-from auto_round.run import reopen as verify
+from auto_round.run import folder_output
+from auto_round.run.folder_output import verify_folder
+from auto_round.run.gguf import GgufFileWriter
 
 Tensors = dict[str, torch.Tensor]
 FIRST, SECOND = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
@@ -164,12 +164,12 @@ def test_folders(
     format, options = FORMATS[kind]
     whole, seen = tmp_path / "whole", []
 
-    def keep(folder: Path, expected: Any) -> Any:
+    def keep(folder: Path, *expected: Any) -> Any:
         shutil.copytree(folder, whole)
         seen.append(expected)
-        return verify.verify_folder(folder, expected)
+        return verify_folder(folder, *expected)
 
-    monkeypatch.setattr(deliver_module, "verify_folder", keep)
+    monkeypatch.setattr(folder_output, "verify_folder", keep)
     values = {"group_size": 32, "iters": 0, "disable_opt_rtn": True} | options
     AutoRound(packable_folder("llama"), dataset=token_ids, seqlen=24, nsamples=8, **values).quantize_and_save(
         tmp_path / "out", format
@@ -181,7 +181,7 @@ def test_folders(
         nonlocal injected
         injected += 1
         try:
-            verify.verify_folder(folder, seen[0])
+            verify_folder(folder, *seen[0])
         except VerifyError:
             pass
         else:
@@ -215,15 +215,15 @@ def test_gguf(
 ) -> None:  # fmt: skip
     seen: list[Any] = []
 
-    verify_file = ORIGINAL
-    monkeypatch.setattr(gguf_verify, "verify_file", lambda *args: (seen.append(args), verify_file(*args))[1])
+    verify = GgufFileWriter.verify
+    monkeypatch.setattr(GgufFileWriter, "verify", lambda *args: (seen.append(args), verify(*args))[1])
     AutoRound(gguf_folder("llama"), iters=0, disable_opt_rtn=True, dataset=token_ids, seqlen=24).quantize_and_save(
         tmp_path / "out", "gguf:q4_k_m"
     )
-    sink, job, source = seen[0][:3]
+    sink, made = seen[0]
     path = next((tmp_path / "out").glob("*.gguf"))
     sink.path = path
-    verify_file(sink, job, source)
+    verify(sink, made)
     whole = path.read_bytes()
     infos = GgufTensors(path).tensors
     q0, q1 = infos["blk.0.attn_q.weight"], infos["blk.1.attn_q.weight"]
@@ -278,12 +278,9 @@ def test_gguf(
         fault(data)
         path.write_bytes(bytes(data))
         try:
-            verify_file(sink, job, source)
+            verify(sink, made)
         except VerifyError:
             continue
         missed.append(what)
     record("planted, gguf", len(faults), len(faults) - len(missed), 0, len(missed))
     assert not missed
-
-
-ORIGINAL = gguf_verify.verify_file

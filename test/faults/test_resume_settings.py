@@ -155,7 +155,7 @@ def test_damaged_output_as_a_writer_sees_it(kind: str, full: bool, tmp_path: Pat
 
     def writer(records: Any = None) -> Any:
         if kind == "GGUF file":
-            return GgufFile(tmp_path / "m.gguf", "llama", {}, infos, records)
+            return GgufFile(tmp_path / "m.gguf", "llama", [], infos, records)
         made = ShardWriter(tmp_path, "5KB")
         if records is not None:
             made.restore(records, {})

@@ -35,7 +35,7 @@ from auto_round.output.writer import parse_size
 from auto_round.plugins import loaded_plugins
 from auto_round.report.memory import format_bytes, format_seconds
 from auto_round.report.progress import make_progress
-from auto_round.run.finalize import write_config, write_records, write_side_files
+from auto_round.run.finalize import write_config, write_recipe, write_records, write_side_files
 from auto_round.run.fingerprint import as_json, differences, digest_parts, is_up_to_date
 from auto_round.run.folders import default_format, format_folders, stale_files
 from auto_round.run.model_free.inputs import HubFetcher, Inputs, open_inputs
@@ -63,7 +63,6 @@ from auto_round.run.model_free.workers import (
     write_failure,
 )
 from auto_round.run.plan import Job
-from auto_round.run.recipe_file import write_recipe
 from auto_round.run.results import ModelWriter
 from auto_round.run.settings import Settings
 

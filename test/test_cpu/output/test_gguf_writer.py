@@ -16,16 +16,17 @@ import pytest
 import torch
 
 from auto_round.errors import ConfigError, OutputError, UnsupportedError, VerifyError
+from auto_round.gguf.metadata import key_value
 from auto_round.gguf.reader import GgufTensors
-from auto_round.output.gguf_writer import GgufFile, TypedValue
+from auto_round.output.gguf_writer import GgufFile
 
 ROOT = Path(__file__).resolve().parents[3]
-METADATA = {
-    "general.name": "tiny", "llama.block_count": 2, "llama.rope.freq_base": 10000.0, "llama.odd": True,
-    "llama.below": -3, "tokenizer.ggml.tokens": ["a", "bc", "ü"], "tokenizer.ggml.token_type": [1, 2, 3],
-    "tokenizer.ggml.scores": [0.5, -1.0, 2.0], "llama.wide": TypedValue(1 << 40, "UINT64"),
-    "llama.list": TypedValue([7, 8], "UINT32"),
-}  # fmt: skip
+METADATA = [
+    key_value("general.name", "tiny", "string"), key_value("llama.block_count", 2, "uint32"),
+    key_value("llama.rope.freq_base", 10000.0, "float32"), key_value("llama.odd", True, "bool"),
+    key_value("tokenizer.ggml.tokens", ["a", "bc", "ü"], "string"), key_value("llama.wide", 1 << 40, "uint64"),
+    key_value("tokenizer.ggml.scores", [0.5, -1.0, 2.0], "float32"), key_value("llama.list", [7, 8], "uint32"),
+]  # fmt: skip
 TENSORS: list[tuple[str, tuple[int, ...], str]] = [
     ("token_embd.weight", (5, 64), "Q8_0"),
     ("norm.weight", (7,), "F32"),
@@ -72,12 +73,10 @@ def test_the_package_reads_what_was_written(tmp_path: Path) -> None:
         assert tensor.data.tobytes() == data.view(torch.uint8).numpy().tobytes(), name
     assert path.stat().st_size % 32 == 0
     assert reader.get_field("general.architecture").contents() == "llama"
-    for key, value in METADATA.items():
-        assert reader.get_field(key).contents() == (value.value if isinstance(value, TypedValue) else value), key
-    kinds = {key: [kind.name for kind in reader.get_field(key).types] for key in METADATA}
-    assert kinds["llama.block_count"] == ["UINT32"] and kinds["llama.below"] == ["INT32"]
-    assert kinds["llama.wide"] == ["UINT64"] and kinds["llama.list"] == ["ARRAY", "UINT32"]
-    assert kinds["tokenizer.ggml.token_type"] == ["ARRAY", "INT32"]
+    for pair in METADATA:
+        field = reader.get_field(pair.key)
+        assert field.contents() == pair.value, pair.key
+        assert field.types == [pair.kind, *([] if pair.item_kind is None else [pair.item_kind])]
 
 
 def test_read_back(tmp_path: Path) -> None:
@@ -181,43 +180,37 @@ def test_wrong_pieces_are_typed_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "tensors", "problem"),
+    ("tensors", "problem"),
     [
-        ({}, [("a", (3, 255), "Q4_K")], "do not divide"),
-        ({}, [("a", (3, 256), "Q8_K")], "no type"),
-        ({}, [("a", (3, 0), "F32")], "shape"),
-        ({}, [("a", (1, 1, 1, 1, 1), "F32")], "shape"),
-        ({}, [("a", (1,), "F32"), ("a", (1,), "F32")], "given twice"),
-        ({}, [("a" * 64, (1,), "F32")], "1 to 63 bytes"),
-        ({"general.architecture": "x"}, [], "leave it out"),
-        ({"k": None}, [], "cannot hold the value None"),
-        ({"k": []}, [], "cannot hold"),
-        ({"k": [1, "a"]}, [], "cannot hold"),
+        ([("a", (3, 255), "Q4_K")], "do not divide"),
+        ([("a", (3, 256), "Q8_K")], "no type"),
+        ([("a", (3, 0), "F32")], "shape"),
+        ([("a", (1, 1, 1, 1, 1), "F32")], "shape"),
+        ([("a", (1,), "F32"), ("a", (1,), "F32")], "given twice"),
+        ([("a" * 64, (1,), "F32")], "1 to 63 bytes"),
     ],
 )
-def test_what_a_file_cannot_hold(
-    tmp_path: Path, metadata: dict[str, object], tensors: list[tuple[str, tuple[int, ...], str]], problem: str
-) -> None:
+def test_what_a_file_cannot_hold(tmp_path: Path, tensors: list[tuple[str, tuple[int, ...], str]], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        GgufFile(tmp_path / "m.gguf", "llama", metadata, tensors)
+        GgufFile(tmp_path / "m.gguf", "llama", [], tensors)
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    "value", [1 << 40, [1 << 40], TypedValue(-1, "UINT32"), TypedValue([], "STRING"), TypedValue(1, "BYTE")]
+    ("value", "kind"), [(1 << 40, "uint32"), ([1 << 40], "int32"), (-1, "uint32"), ([], "string"), ([1, "a"], "int32")]
 )
-def test_values_that_do_not_fit_their_type(tmp_path: Path, value: object) -> None:
-    with pytest.raises(ConfigError, match="key 'k'|does not fit"):
-        GgufFile(tmp_path / "m.gguf", "llama", {"k": value}, [])
+def test_values_that_do_not_fit_their_type(tmp_path: Path, value: object, kind: str) -> None:
+    with pytest.raises(ConfigError, match="does not fit"):
+        GgufFile(tmp_path / "m.gguf", "llama", [key_value("k", value, kind)], [])
     assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_folder_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputError, match="does not exist"):
-        GgufFile(tmp_path / "no" / "m.gguf", "llama", {}, [])
+        GgufFile(tmp_path / "no" / "m.gguf", "llama", [], [])
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UnsupportedError, match=r"auto-round\[gguf\]"):
-        GgufFile(tmp_path / "m.gguf", "llama", {}, [])
+        GgufFile(tmp_path / "m.gguf", "llama", [], [])
 
 
 def test_a_full_disk_names_file_and_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +275,7 @@ def test_a_killed_writer_leaves_no_file_under_its_name(tmp_path: Path) -> None:
         """
         import os, signal, sys, torch
         from auto_round.output.gguf_writer import GgufFile
-        file = GgufFile(sys.argv[1], "llama", {}, [("a.weight", (2, 32), "F32")])
+        file = GgufFile(sys.argv[1], "llama", [], [("a.weight", (2, 32), "F32")])
         file.write("a.weight", torch.ones(1, 32))
         os.kill(os.getpid(), signal.SIGKILL)
         """
@@ -290,6 +283,6 @@ def test_a_killed_writer_leaves_no_file_under_its_name(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "m.gguf")], cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
     assert os.listdir(tmp_path) == [".m.gguf.partial"]
-    with GgufFile(tmp_path / "m.gguf", "llama", {}, [("a.weight", (2, 32), "F32")]) as file:
+    with GgufFile(tmp_path / "m.gguf", "llama", [], [("a.weight", (2, 32), "F32")]) as file:
         file.write("a.weight", torch.ones(2, 32))
     assert os.listdir(tmp_path) == ["m.gguf"]

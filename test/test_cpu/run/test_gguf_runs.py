@@ -270,7 +270,7 @@ def test_a_changed_byte_is_found(
         return digest
 
     monkeypatch.setattr(GgufFile, "finish", damaged)
-    with pytest.raises(VerifyError, match="do not use this file"):
+    with pytest.raises(VerifyError, match="do not use it"):
         quantizer(gguf_folder("llama"), token_ids, disable_opt_rtn=True).quantize_and_save(
             tmp_path / "out", format="gguf:q4_0"
         )

@@ -19,6 +19,7 @@ from auto_round.output.writer import PartialFile, ShardWriter
 from auto_round.run import blocks as blockwise
 from auto_round.run import driver as run_module
 from auto_round.run import finalize as deliver_module
+from auto_round.run import folder_output
 from auto_round.run import head as head_module
 
 TUNED: dict[str, Any] = {"iters": 2, "bits": 2, "lr": 0.02}
@@ -140,8 +141,8 @@ PHASES = {
     "first block": (blockwise, "_quantize_block", 1), "outside": (head_module, "write_unit", 1),
     "after the head": (head_module, "smoke_loss", 1), "names": (ShardWriter, "finish", 1),
     "second names": (ShardWriter, "finish", 2),
-    "side files": (deliver_module, "write_side_files", 1), "config": (deliver_module, "write_config", 2),
-    "verify": (deliver_module, "verify_folder", 1), "second verify": (deliver_module, "verify_folder", 2),
+    "side files": (folder_output, "write_side_files", 1), "config": (folder_output, "write_config", 2),
+    "verify": (folder_output, "verify_folder", 1), "second verify": (folder_output, "verify_folder", 2),
     "records": (deliver_module, "write_records", 1), "sync_and_hash": (deliver_module, "sync_and_hash", 2),
     "publish": (run_module.Staging, "publish", 2), "move": (staging, "_move", 3),
     "last move": (staging, "_move", 21), "journal": (run_module.Journal, "finish", 1),
@@ -330,7 +331,7 @@ def test_a_shard_that_was_renamed_is_continued(run: Runner, stop_at: Any, tmp_pa
 
 def test_a_published_folder_that_was_changed_is_named(run: Runner, stop_at: Any, tmp_path: Path) -> None:
     """Of two formats one is published, and then damaged; its unfinished files are no longer there."""
-    with pytest.raises(KeyboardInterrupt), stop_at(deliver_module, "verify_folder", 2):
+    with pytest.raises(KeyboardInterrupt), stop_at(folder_output, "verify_folder", 2):
         run("out", formats="auto_round,fake", **TUNED)
     damage(tmp_path / "out" / "auto-round" / "model.safetensors", "flip")
     with pytest.raises(OutputError, match="output of the interrupted run is damaged: .*missing.*--overwrite"):
@@ -366,7 +367,7 @@ def test_what_is_overwritten_stays_until_the_new_is_checked(run: Runner, stop_at
     with pytest.raises(OutputError, match="not empty: no earlier run wrote mine.txt"):
         run("out", **TUNED, seed=7)
     (tmp_path / "out" / "mine.txt").unlink()
-    with pytest.raises(KeyboardInterrupt), stop_at(deliver_module, "verify_folder"):
+    with pytest.raises(KeyboardInterrupt), stop_at(folder_output, "verify_folder"):
         run("out", **TUNED, seed=7, save={"overwrite": True, "max_shard_size": "50KB"})
     assert {n: data for n, data in tree(tmp_path / "out").items() if not n.startswith(".partial/")} == old
     run("out", **TUNED, seed=7, save={"overwrite": True, "max_shard_size": "50KB"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 from auto_round.errors import VerifyError
-from auto_round.run import finalize as deliver_module
-from auto_round.run.reopen import Expected, verify_folder
+from auto_round.run import folder_output
+from auto_round.run.folder_output import FolderWriter, verify_folder
+from auto_round.run.writers import OutputContext
 
 Tensors = dict[str, torch.Tensor]
+Expected = tuple[FolderWriter, OutputContext]
 FIRST, SECOND = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
 
@@ -97,17 +100,22 @@ def saved(
 
     found: dict[str, tuple[Path, Expected]] = {}
 
-    def record(folder: Path, expected: Expected) -> dict[str, Any]:
+    def record(folder: Path, *expected: Any) -> dict[str, Any]:
         place = folder.parent  # it is checked before it is shown
         found[key if place.name == "auto-round" else "fake"] = (place, expected)
-        return verify_folder(folder, expected)
+        return verify_folder(folder, *expected)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deliver_module, "verify_folder", record)
+        patch.setattr(folder_output, "verify_folder", record)
         for key, sym in (("asym", False), ("sym", True)):
             ar = AutoRound(packable_folder("llama"), group_size=32, sym=sym, iters=0, dataset=token_ids, seqlen=24)
             ar.quantize_and_save(tmp_path_factory.mktemp(key) / "out", "auto_round,fake")
     yield found
+
+
+def with_loss(made: OutputContext, more: float) -> OutputContext:
+    assert made.finished.loss is not None
+    return replace(made, finished=replace(made.finished, loss=made.finished.loss + more))
 
 
 def plant(folder: Path, copy: Path, fault: Callable[[Tensors], None]) -> Path:
@@ -124,7 +132,7 @@ def plant(folder: Path, copy: Path, fault: Callable[[Tensors], None]) -> Path:
 @pytest.mark.parametrize("kind", ["sym", "asym", "fake"])
 def test_what_was_written_passes(kind: str, saved: Any, tmp_path: Path) -> None:
     folder, expected = saved[kind]
-    result = verify_folder(plant(folder, tmp_path / "copy", lambda tensors: None), expected)
+    result = verify_folder(plant(folder, tmp_path / "copy", lambda tensors: None), *expected)
     assert result["passed"] and result["layers"] == 14
     assert result["loss_reopened"] == pytest.approx(result["loss_in_memory"], rel=1e-4)
 
@@ -134,7 +142,7 @@ def test_what_was_written_passes(kind: str, saved: Any, tmp_path: Path) -> None:
 def test_a_planted_fault_is_found(kind: str, fault: Any, saved: Any, tmp_path: Path) -> None:
     folder, expected = saved[kind]
     with pytest.raises(VerifyError, match="layers.0|layers.1|norm|embed_tokens|lm_head"):
-        verify_folder(plant(folder, tmp_path / "copy", fault), expected)
+        verify_folder(plant(folder, tmp_path / "copy", fault), *expected)
 
 
 def test_faults_in_dense_files(saved: Any, tmp_path: Path) -> None:
@@ -148,7 +156,7 @@ def test_faults_in_dense_files(saved: Any, tmp_path: Path) -> None:
 
     for number, fault in enumerate((swap, nudge)):
         with pytest.raises(VerifyError, match="layers.0.self_attn.q_proj"):
-            verify_folder(plant(folder, tmp_path / str(number), fault), expected)
+            verify_folder(plant(folder, tmp_path / str(number), fault), *expected)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +170,7 @@ def test_a_config_that_does_not_fit_the_files_is_found(change: dict[str, Any], s
     config["quantization_config"] |= change
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(VerifyError):
-        verify_folder(copy, expected)
+        verify_folder(copy, *expected)
 
 
 def test_a_cut_file_is_found(saved: Any, tmp_path: Path) -> None:
@@ -172,23 +180,19 @@ def test_a_cut_file_is_found(saved: Any, tmp_path: Path) -> None:
     whole = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(whole[:-1000])
     with pytest.raises(VerifyError, match="does not open"):
-        verify_folder(copy, expected)
+        verify_folder(copy, *expected)
 
 
 def test_another_loss_is_found(saved: Any) -> None:
-    import dataclasses
-
-    folder, expected = saved["sym"]
+    folder, (output, made) = saved["sym"]
     with pytest.raises(VerifyError, match="loss on the smoke sample"):
-        verify_folder(folder, dataclasses.replace(expected, loss=expected.loss + 0.1))
+        verify_folder(folder, output, with_loss(made, 0.1))
 
 
 def test_dense_weights_rounded_to_a_half_dtype_have_another_loss(
     packable_folder: Callable[..., str], token_ids: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Format fake stores what was tuned in the model's dtype; that is not an error of the files."""
-    import dataclasses
-
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from auto_round import AutoRound
@@ -198,14 +202,15 @@ def test_dense_weights_rounded_to_a_half_dtype_have_another_loss(
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "half")
     seen: dict[str, Expected] = {}
 
-    def further(folder: Path, expected: Expected) -> dict[str, Any]:
-        seen[folder.parent.name] = expected
-        return verify_folder(folder, dataclasses.replace(expected, loss=expected.loss + 0.01))
+    def further(folder: Path, output: FolderWriter, made: OutputContext) -> dict[str, Any]:
+        seen[folder.parent.name] = output, made
+        return verify_folder(folder, output, with_loss(made, 0.01))
 
-    monkeypatch.setattr(deliver_module, "verify_folder", further)
+    monkeypatch.setattr(folder_output, "verify_folder", further)
     ar = AutoRound(str(tmp_path / "half"), group_size=32, iters=0, dataset=token_ids, seqlen=24)
     ar.quantize_and_save(tmp_path / "out" / "fake", "fake")
-    assert seen["fake"].casts_to_model_dtype and seen["fake"].dtype == torch.float32
+    output, made = seen["fake"]
+    assert output.format.casts_to_model_dtype and made.finished.state.dtype == torch.float32
     with pytest.raises(VerifyError, match="loss on the smoke sample"):
         ar.quantize_and_save(tmp_path / "out" / "packed", "auto_round")
 
