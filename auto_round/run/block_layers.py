@@ -91,10 +91,9 @@ def activation_of(
 
     Args:
         name: of the layer in `extremes`, which only static scales use.
-        stored: dtype of static scales in the files, the model's; static FP8 scales are always bfloat16.
+        stored: dtype of static scales in the files, unless the codec has one of its own.
 
-    Raises:
-        NumericsError: no calibration token for a static scale, or a scale of NaN.
+    Raises NumericsError when a static scale has no calibration token or is NaN.
     """
     wanted = scheme.activations
     if wanted is None:
@@ -118,10 +117,7 @@ def share_input_ranges(extremes: MinMaxObserver, schemes: Mapping[str, Quantizat
     """Give layers the same input range when runtimes need one input scale for all of them.
 
     These are fused layers with a global scale (NVFP4), unless AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE is off, and routed
-    experts with AR_ENABLE_UNIFY_MOE_INPUT_SCALE.
-
-    Args:
-        schemes: of layers with static input scales, by the names in `extremes`.
+    experts with AR_ENABLE_UNIFY_MOE_INPUT_SCALE. `schemes`: of layers with static input scales, by name.
     """
     groups: list[Sequence[str]] = []
     if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE:

@@ -38,7 +38,7 @@ from auto_round.run.journal_files import Unit
 from auto_round.run.numerics import NumericsPolicy
 from auto_round.run.plan import Job, LayerPlan
 from auto_round.run.settings import Settings
-from auto_round.run.streams import Stream, check_activations, first_non_finite
+from auto_round.run.streams import Stream, first_non_finite
 from auto_round.run.writers import OutputWriter
 
 if TYPE_CHECKING:
@@ -231,8 +231,7 @@ _BLOCKS: dict[type[BlockLoader], type[WholeBlock]] = {BlockLoader: WholeBlock, E
 def quantize_blocks(state: RunState, progress: Progress) -> None:
     """Quantize every block in order and write it to `state.outputs`; finished blocks are restored from the journal.
 
-    Raises:
-        NumericsError: NaN or Inf in weights, activations, scales or loss that `state.numerics` does not handle.
+    Raises NumericsError for NaN or Inf that `state.numerics` does not handle.
     """
     source, blocks, journal = state.source, state.source.blocks, state.journal
     finished = min(journal.finished, len(blocks))
@@ -391,7 +390,11 @@ def _observe(
         observers = (moments, input_hessians, extremes, cached)
         targets = full.after(index, module, state.device, state.dtype, observers, in_place)
     full.advance_to(targets)
-    check_activations(name, targets)
+    if (sample := first_non_finite(targets)) is not None:
+        raise NumericsError(
+            f"block {name} gives NaN or Inf in full precision on calibration sample {sample}; "
+            "check the model and the data, set model_dtype to float32, or continue with on_nan=rtn or keep"
+        )
     state.journal.submit_streams({"full": targets})
     unit.scales = cache.scales(name, cached)
     moments.check()

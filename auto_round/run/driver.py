@@ -86,9 +86,7 @@ class InMemory(NamedTuple):
 class Samples:
     """What a run captured before its first block; None for what it does not need.
 
-    Attributes:
-        smoke_ids, smoke: a few tokens to verify the saved model, and their inputs of the blocks.
-        data, calibration: calibration data, and its inputs of the blocks.
+    `smoke`: the inputs of the blocks for the few tokens that verify the saved model; `calibration`: for the data.
     """
 
     smoke_ids: list[dict[str, torch.Tensor]] | None = None
@@ -132,7 +130,7 @@ class Run:
         before = interrupted_settings(Path(output_dir)) if resume and output_dir and self.settings.tunes else {}
         rest = (formats, output_dir, fit, self.tokenizer, self._damaged, in_memory)
         make = partial(make_job, self.settings, self.source, *rest)
-        job = make(tune=not before["asked_algorithm"]) if before else make()
+        job = make(tune=not before.get("asked_algorithm")) if before else make()
         if before and differences({**before, "max_shard_size": ""}, fingerprint(job, job.used, self.source, "")):
             job = make()  # another run, which will be refused or replaced
         self.settings = job.used
@@ -391,11 +389,8 @@ class Run:
     def _samples(self, job: Job, journal: Journal, progress: Progress, stack: ExitStack) -> Samples:
         """Capture what the blocks get of the smoke sample and of the calibration data, where the run needs them.
 
-        The smoke sample is captured first: with calibration data, this also checks that the blocks can be run one at a
-        time. A run that only rounds continues without a smoke sample when they cannot.
-
-        Raises:
-            ModelError, UnsupportedError: the blocks cannot be run one at a time, and the run needs that.
+        The smoke sample is first: with calibration data it also checks that the blocks can be run one at a time, which
+        is an error otherwise. A run that only rounds then continues without it.
         """
         settings, source, tokenizer, memory = self.settings, self.source, self.tokenizer, job.memory_plan
         capture = partial(

@@ -47,11 +47,7 @@ class HeadInputs:
 
 @torch.no_grad()
 def head_inputs(state: RunState, name: str) -> HeadInputs:
-    """Run both calibration streams from the last block to the input of the head `name`.
-
-    Raises:
-        NumericsError: NaN or Inf in its inputs.
-    """
+    """Run both calibration streams from the last block to the input of a head. Raises NumericsError for NaN or Inf."""
     source, quantized, full = state.source, state.inputs, state.full
     assert quantized is not None and full is not None
     tuned_on, held_out = split_samples(quantized.hidden.shape[0], state.settings.seed)
@@ -256,13 +252,7 @@ def mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 def smoke_samples(tokenizer: Any, vocab_size: int, max_length: int | None) -> list[dict[str, torch.Tensor]]:
     """One sample of at most 64 tokens that is run before and after saving: packaged text that is no calibration data,
-    or a sequence of ids without a tokenizer.
-
-    Args:
-        tokenizer: the model's, or None.
-        vocab_size: larger ids are dropped.
-        max_length: positions the model has, None without a limit.
-    """
+    or a sequence of ids without a tokenizer. `max_length`: positions the model has, None without a limit."""
     length = min(_SMOKE_TOKENS, max_length or _SMOKE_TOKENS)
     ids: list[int] = []
     if tokenizer is not None:

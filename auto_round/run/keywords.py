@@ -92,26 +92,18 @@ def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> Se
     config = _plain_config({**options, "iters": 0, **fields, "algorithm": ",".join(names) or None})
     plain_values = config.keywords()
     compiles = plain_values["enable_torch_compile"]
+    given, mixed = options["scheme"], mixed_preset(options["scheme"])
+    named = isinstance(given, str) and (parse_scheme(given) == scheme or mixed is not None)
     return Settings(
-        **vars(config.source),
-        **vars(config.data),
-        **{name: plain_values[name] for name in _UNRESOLVED_KEYS},
-        config=config,
-        scheme=scheme,
-        scheme_name=scheme_label(options["scheme"], scheme),
-        algorithm=algorithm,
-        mixed=mixed_preset(options["scheme"]),
-        optimized_start=optimized,
-        transforms=options["transforms"],
-        gptq=gptq,
-        layer_config=layer_config,
-        device=device,
+        **vars(config.source), **vars(config.data), **{name: plain_values[name] for name in _UNRESOLVED_KEYS},
+        config=config, scheme=scheme,
+        scheme_name=normalize_preset_name(given) if named else codec_of(scheme).label,
+        algorithm=algorithm, mixed=mixed, optimized_start=optimized, transforms=options["transforms"], gptq=gptq,
+        layer_config=layer_config, device=device,
         enable_torch_compile=device.type == "cuda" if compiles is None else compiles,
-        scale_dtype=parse_scale_dtype(options["scale_dtype"]),
-        cache=cache,
-        on_nan=on_nan,
+        scale_dtype=parse_scale_dtype(options["scale_dtype"]), cache=cache, on_nan=on_nan,
         max_memory=parse_budget(options["max_memory"], device),
-    )
+    )  # fmt: skip
 
 
 def without_tuning(settings: Settings) -> Settings:
@@ -168,9 +160,7 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
 def checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All keywords of `AutoRound` with their defaults, those of `QuantConfig`.
 
-    Raises:
-        ConfigError: an unknown option, or two that contradict each other.
-        UnsupportedError: an option of a feature that this version does not have.
+    Raises ConfigError or UnsupportedError for options that are unknown, contradict each other, or come later.
     """
     defaults = {**_DEFAULTS, "enable_opt_rtn": None}
     known = (*defaults, *ALIASES, *_OPPOSITES)
@@ -361,10 +351,3 @@ def no_zero_point(scheme: QuantizationScheme, field: str) -> str:
     """Why `sym` or `act_sym` stays True."""
     name = scheme.data_type if field == "sym" else scheme.act_data_type or scheme.data_type
     return f"data type {name} has no zero point, so it stays symmetric"
-
-
-def scheme_label(scheme: Any, resolved: QuantizationScheme) -> str:
-    """Name of a scheme: the preset's name, else a description."""
-    if isinstance(scheme, str) and (parse_scheme(scheme) == resolved or mixed_preset(scheme) is not None):
-        return normalize_preset_name(scheme)
-    return codec_of(resolved).label

@@ -133,8 +133,7 @@ class MemoryModel:
         """Estimate peaks with the hidden states in "ram", on the "device" or in a "file", and the experts of a block
         all in memory or one at a time."""
         settings = self.settings
-        one = settings.nsamples * settings.seqlen * self._width * self.compute.itemsize if self._streams else 0
-        held = one * self._streams
+        held = self._streams * settings.nsamples * settings.seqlen * self._width * self.compute.itemsize
         sizes = [self._block(block, streams_experts) for block in self.source.blocks] or [BlockBytes()]
         read, full, tuned, after = map(max, zip(*sizes, strict=True))
         embedding, outside = self._outside_blocks()
@@ -155,7 +154,7 @@ class MemoryModel:
         libraries = rss_bytes() + _LIBRARY_GROWTH
         ram = {name: libraries + size for name, size in ram.items()}
         spilled = held if streams == "file" else 0
-        return MemoryPlan(max(ram.values()), vram, spilled, ram, one, streams, streams_experts)
+        return MemoryPlan(max(ram.values()), vram, spilled, ram, streams, streams_experts)
 
     def module_bytes(self, name: str) -> int:
         """Bytes of all tensors of a module when loaded."""

@@ -53,12 +53,7 @@ class CachePlan:
 
     @classmethod
     def of(cls, source: ModelSource, scheme: CacheScheme | None) -> CachePlan:
-        """The plan for a model.
-
-        Raises:
-            UnsupportedError: the model has no attention with a key-value cache.
-            LibraryError: it has attention, but no argument of it was recognised as a cache.
-        """
+        """The plan for a model. Raises UnsupportedError or LibraryError when no key-value cache is found."""
         if scheme is None:
             return cls()
         config = text_config(source.config)
@@ -95,10 +90,7 @@ class CachePlan:
     def scales(self, block: str, seen: KVCacheObserver) -> dict[str, torch.Tensor]:
         """The scales of one block: largest value / 448, float32, a scalar or [heads]. A head of zeros gets 1.
 
-        Raises:
-            UnsupportedError: an attention module was not observed, or has an unexpected number of heads.
-            LibraryError: it was not observed although its code takes a cache.
-            NumericsError: NaN or Inf in its states.
+        Raises what `KVCacheObserver.of` raises.
         """
         made: dict[str, torch.Tensor] = {}
         for name in (n for n in self.heads if n.startswith(f"{block}.")):
@@ -168,7 +160,6 @@ class MemoryPlan:
         vram: peak memory of tensors on the device.
         spilled: activations in files.
         phases: peak RAM by phase.
-        activations: one stream of hidden states.
         streams: storage of the hidden states: "ram", "device" or "file".
         streams_experts: whether the experts of a block are read one at a time.
     """
@@ -177,7 +168,6 @@ class MemoryPlan:
     vram: int = 0
     spilled: int = 0
     phases: Mapping[str, int] = field(default_factory=dict)
-    activations: int = 0
     streams: str = "ram"
     streams_experts: bool = False
 
@@ -193,12 +183,9 @@ class Job:
     Attributes:
         used: the settings of the run: those that were asked for, unless `fallback` says otherwise.
         fallback: what else than asked for is done, and why; "" for nothing.
-        blocks: block names in order.
         layers: every linear layer of the model, by name.
-        formats: names of the output formats, in order.
         steps: tuning steps over all blocks.
         bytes_on_disk: bytes of the weights, by format.
-        compute: device and dtype of the matrix products.
         other_matrices: names of modules outside `layers` with a matrix as weight, without embeddings.
         stored_as: description of the source's quantization; "" for an unquantized source.
         resumable: an interrupted run can be continued.
@@ -271,21 +258,14 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for report.json."""
         return {
-            "model": self.model,
-            **({"stored_as": self.stored_as} if self.stored_as else {}),
-            "scheme": self.scheme_name,
-            "default": self.scheme.describe(),
-            "formats": list(self.formats),
-            "settings": dict(self.settings),
-            **({"fallback": self.fallback} if self.fallback else {}),
+            "model": self.model, **({"stored_as": self.stored_as} if self.stored_as else {}),
+            "scheme": self.scheme_name, "default": self.scheme.describe(), "formats": list(self.formats),
+            "settings": dict(self.settings), **({"fallback": self.fallback} if self.fallback else {}),
             "blocks": len(self.blocks),
             "layers": {n: p.description + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
-            **({"copied": dict(self.spare)} if self.spare else {}),
-            "left": dict(self.skipped),
-            "steps": self.steps,
-            "bytes_on_disk": dict(self.bytes_on_disk),
-            "compute": self.compute,
-        }
+            **({"copied": dict(self.spare)} if self.spare else {}), "left": dict(self.skipped), "steps": self.steps,
+            "bytes_on_disk": dict(self.bytes_on_disk), "compute": self.compute,
+        }  # fmt: skip
 
     def render(self) -> str:
         """The plan as text, for `--dry_run`."""

@@ -82,12 +82,7 @@ def check_data_type(scheme: QuantizationScheme, what: str) -> None:
 
 
 def check_before_opening(settings: Settings, formats: Sequence[OutputFormat] | None) -> None:
-    """Check settings and formats as far as that is possible without a model.
-
-    Raises:
-        ConfigError: an entry of the layer configuration is no scheme, or the dataset string is invalid.
-        UnsupportedError: an unknown data type, or a format that cannot hold the scheme.
-    """
+    """Raise ConfigError or UnsupportedError as far as settings and formats can be checked without a model."""
     check_data_type(settings.scheme, f"scheme {settings.scheme_name}")
     for name, entry in settings.layer_config.items():
         own = entry.get("scale_dtype") if isinstance(entry, Mapping) else None

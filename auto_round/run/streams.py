@@ -14,7 +14,6 @@ from auto_round.calibration.block_calls import SharedState
 from auto_round.calibration.capture import CapturedInputs
 from auto_round.calibration.disk_store import ActivationTensor, DiskTensor, empty_beside
 from auto_round.calibration.observers import InputObserver
-from auto_round.errors import NumericsError
 from auto_round.modeling.source import is_finite
 from auto_round.run.journal import Journal
 
@@ -65,13 +64,11 @@ class Stream:
         """Run a block on all samples and return its output [N, T, H] in `dtype`.
 
         When the device runs out of memory, the batch is halved; with one sample, the hidden states are offloaded.
+        Raises DeviceError when that is not enough.
 
         Args:
             observers: active on this block; their masks are set for every batch.
             in_place: overwrite the hidden states, which must have that dtype.
-
-        Raises:
-            DeviceError: a single sample does not fit.
         """
         self.state.keep_only(self.captured.links.slots_needed_from(index))
         masks: dict[bool, torch.Tensor | None] = {}
@@ -186,13 +183,3 @@ def _observer_bytes(observers: Sequence[InputObserver]) -> int:
 def first_non_finite(hidden: ActivationTensor) -> int | None:
     """Index of the first sample of hidden states [N, T, H] with NaN or Inf, or None."""
     return next((sample for sample in range(hidden.shape[0]) if not is_finite(hidden[sample])), None)
-
-
-def check_activations(name: str, hidden: ActivationTensor) -> None:
-    """Raise NumericsError when a block's full-precision output holds NaN or Inf."""
-    sample = first_non_finite(hidden)
-    if sample is not None:
-        raise NumericsError(
-            f"block {name} gives NaN or Inf in full precision on calibration sample {sample}; "
-            "check the model and the data, set model_dtype to float32, or continue with on_nan=rtn or keep"
-        )
